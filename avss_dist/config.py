@@ -1,0 +1,154 @@
+"""Frozen settings: the one home of every default, and what a fingerprint hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from avss_dist.errors import ConfigError, require_known
+
+SCHEMA_VERSION = 1
+SITES = ("block", "update", "attention", "mlp", "neuron")
+RECIPES = ("pooled", "element", "unit")
+LAYOUTS = ("packed", "padded")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+EXECUTORS = ("auto", "local", "ray")
+DEVICES = ("auto", "cpu", "cuda")
+
+PUBLISHED_THRESHOLD = 1e-5
+THRESHOLDS = (1e-6, PUBLISHED_THRESHOLD, 1e-4, 1e-3, 1e-2, 1e-1)
+RELATIVE_THRESHOLDS = (0.01, 0.1)  # multiples of the RMS of the layer and site; scored from the histogram
+
+BOOTSTRAP_RESAMPLES = 1000
+BOOTSTRAP_SEED = 0
+BOOTSTRAP_BLOCKS = 100  # shards beyond this are resampled in blocks of consecutive ones
+INTERVAL = 0.95
+LOWEST_SHARE = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is measured, and how. Every field can change a number, so every field is fingerprinted.
+
+    Attributes:
+        max_sequences: rows of tokens to read at most; None reads the whole corpus.
+        sequence_length: tokens in a row.
+        batch_size: rows in one forward pass.
+        sequences_per_shard: rows in a shard, the unit of work, retry and resampling.
+        layout: ``packed`` (no padding exists) or ``padded`` (one document a row).
+        skip_first_tokens: leading tokens of every row that are left out of the statistics.
+        dtype: compute dtype; ``auto`` is the checkpoint's own.
+        sites: where in a layer to measure.
+        thresholds: near-zero thresholds, absolute, ascending; the published 1e-5 is always among them.
+        layers: module path of the layer list; None finds it by structure.
+        attention: attention implementation; None leaves it to transformers.
+        device: ``cpu`` or ``cuda``; ``auto`` is ``cuda`` where there is one.
+        trust_remote_code: run Python code that the checkpoint ships.
+
+    Raises:
+        ConfigError: a value is out of its range; the message names the nearest valid one.
+    """
+
+    max_sequences: int | None = None
+    sequence_length: int = 256
+    batch_size: int = 8
+    sequences_per_shard: int = 32
+    layout: str = "packed"
+    skip_first_tokens: int = 0
+    dtype: str = "auto"
+    sites: tuple[str, ...] = SITES
+    thresholds: tuple[float, ...] = THRESHOLDS
+    layers: str | None = None
+    attention: str | None = None
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        require_known("layout", self.layout, LAYOUTS)
+        require_known("dtype", self.dtype, DTYPES)
+        require_known("device", self.device, DEVICES)
+        if self.attention is not None:
+            require_known("attention", self.attention, ATTENTIONS)
+        for site in self.sites:
+            require_known("site", site, SITES)
+        if not self.sites:
+            raise ConfigError("No site was named.", f"Valid: {', '.join(SITES)}.")
+        for name in ("sequence_length", "batch_size", "sequences_per_shard"):
+            _require_at_least(name, getattr(self, name), 1)
+        if self.max_sequences is not None:
+            _require_at_least("max_sequences", self.max_sequences, 1)
+        _require_at_least("skip_first_tokens", self.skip_first_tokens, 0)
+        if self.skip_first_tokens >= self.sequence_length:
+            raise ConfigError(
+                f"--skip-first-tokens {self.skip_first_tokens} leaves nothing of a row of {self.sequence_length} tokens.",
+                "Make it smaller than --sequence-length.",
+            )
+        for threshold in self.thresholds:
+            if not (math.isfinite(threshold) and threshold > 0):
+                raise ConfigError(f"A threshold must be a positive number, not {threshold!r}.")
+        object.__setattr__(self, "sites", tuple(s for s in SITES if s in self.sites))
+        object.__setattr__(self, "thresholds", tuple(sorted({*self.thresholds, PUBLISHED_THRESHOLD})))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as JSON-ready values."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """Where and how wide the work runs. Nothing here can change a number, so nothing here is fingerprinted.
+
+    Attributes:
+        executor: ``local`` (in this process), ``ray``, or ``auto`` (Ray when several replicas or an address are asked for).
+        replicas: model copies that work in parallel; None is one for every GPU, or one on a CPU.
+        address: a running Ray cluster; None starts a private one.
+        fresh: measure again what is done already.
+    """
+
+    executor: str = "auto"
+    replicas: int | None = None
+    address: str | None = None
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        require_known("executor", self.executor, EXECUTORS)
+        if self.replicas is not None:
+            _require_at_least("replicas", self.replicas, 1)
+        if self.executor == "local" and (self.address or (self.replicas or 1) > 1):
+            raise ConfigError(
+                "--executor local is one replica in this process; it takes neither --address nor --replicas above 1.",
+                "Use --executor ray.",
+            )
+
+
+def _require_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{name} must be at least {least}, not {value}.")
+
+
+def parse_threshold(text: str) -> tuple[float, str]:
+    """Read ``1e-5`` as ``(1e-5, "absolute")`` and ``0.1rms`` as ``(0.1, "rms")``.
+
+    Raises:
+        ConfigError: the text is not a positive number with an optional ``rms``.
+    """
+    number = text.strip().lower()
+    kind = "rms" if number.endswith("rms") else "absolute"
+    try:
+        value = float(number.removesuffix("rms"))
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError(
+            f"'{text}' is not a threshold.", "Write an absolute one like 1e-5, or a multiple of the RMS like 0.1rms."
+        )
+    return value, kind
+
+
+def fingerprint(**parts: Any) -> str:
+    """SHA-256, in hex, of the canonical JSON of ``parts``."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

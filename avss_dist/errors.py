@@ -1,0 +1,72 @@
+"""Errors for people: what is wrong, where, and what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AvssError(Exception):
+    """A mistake that the user can mend; shown without a traceback.
+
+    Args:
+        message: what is wrong, and where.
+        hint: what to do next.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message, hint)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+class ConfigError(AvssError):
+    """A setting has a value that it cannot have."""
+
+
+class CorpusError(AvssError):
+    """The calibration text cannot be read, or is too short."""
+
+
+class ModelError(AvssError):
+    """The checkpoint cannot be opened or observed."""
+
+
+class WarehouseError(AvssError):
+    """The Parquet warehouse cannot be read or written."""
+
+
+class QueryError(AvssError):
+    """A query is wrong, or reaches beyond the warehouse."""
+
+
+class RunFailed(AvssError):
+    """The work was asked for correctly and failed while it ran."""
+
+    exit_code = 1
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Say which names are valid, the most similar one first: ``did you mean 'block'?``."""
+    names = [str(v) for v in valid]
+    match = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
+    if match:
+        return f"Did you mean '{match[0]}'? Valid: {', '.join(names)}."
+    return f"Valid: {', '.join(names)}."
+
+
+def require_known(kind: str, name: str, valid: Iterable[str], error: type[AvssError] = ConfigError) -> str:
+    """Return ``name`` if it is valid.
+
+    Raises:
+        AvssError: of the type ``error``, naming the nearest valid one.
+    """
+    names = list(valid)
+    if name not in names:
+        raise error(f"Unknown {kind} '{name}'.", nearest(name, names))
+    return name

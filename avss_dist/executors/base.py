@@ -1,0 +1,58 @@
+"""One interface to whatever runs shards: give it a job and shards, take one pure result for each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from avss_dist.config import Execution, Settings
+from avss_dist.corpus import Shard
+from avss_dist.models import Checkpoint
+from avss_dist.stats import ShardResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every worker needs to know: which model to open, and how to measure it."""
+
+    checkpoint: Checkpoint
+    settings: Settings
+
+
+class Executor(Protocol):
+    """Runs shards.
+
+    Attributes:
+        replicas: how many model copies work in parallel.
+        device: ``cpu`` or ``cuda``, where they work.
+    """
+
+    replicas: int
+    device: str
+
+    def run(self, job: Job, shards: Sequence[Shard]) -> Iterator[ShardResult]:
+        """Yield a result for every shard, in any order; a shard may come twice, and is equal then.
+
+        Raises:
+            AvssError: the model cannot be opened or observed, or a shard failed more often than it is retried.
+        """
+
+    def close(self) -> None:
+        """Stop workers and free devices."""
+
+
+def open_executor(execution: Execution, settings: Settings) -> Executor:
+    """The executor that was asked for; ``auto`` is Ray where there is more than one replica to run, or a cluster."""
+    from avss_dist.executors.local import LocalExecutor
+
+    gpus = torch.cuda.device_count() if settings.device != "cpu" else 0
+    wide = execution.address or os.environ.get("RAY_ADDRESS") or (execution.replicas or gpus or 1) > 1
+    if execution.executor == "local" or (execution.executor == "auto" and not wide):
+        return LocalExecutor(settings)
+    from avss_dist.executors.ray import RayExecutor
+
+    return RayExecutor(execution, settings)

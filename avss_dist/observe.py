@@ -1,0 +1,209 @@
+"""Watch a backbone's forward passes: hooks that only read, reductions on the device that holds the activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from avss_dist.errors import ModelError
+from avss_dist.kernels import Accumulator, kernels_for, to_stats
+from avss_dist.stats import LayerKey, LayerStats
+from avss_dist.structure import Layer, as_rows, first_tensor, input_tensor
+
+UNIT_SITES = ("block", "update")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class _Entered:
+    """The layer that is running, and what went in."""
+
+    layer: Layer
+    hidden: torch.Tensor | None
+    version: int
+
+
+class Observer:
+    """Accumulates LayerStats while forward passes run inside `observe`."""
+
+    def __init__(self, layers: Sequence[Layer], sites: Sequence[str], thresholds: Sequence[float]) -> None:
+        self.layers = layers
+        self.sites = sites
+        self.thresholds = np.asarray(thresholds, np.float64)
+        self._by_call = {(layer.module, layer.call): layer for layer in layers}
+        self._accumulators: dict[LayerKey, Accumulator] = {}
+        self._calls: dict[nn.Module, int] = {}
+        self._entered: _Entered | None = None
+        self._mask: torch.Tensor | None = None
+        self._masks: dict[torch.device, torch.Tensor] = {}
+
+    @contextmanager
+    def batch(self, observed: np.ndarray) -> Iterator[None]:
+        """Count the forward pass inside: ``observed`` is bool[rows, tokens], True where a token counts.
+
+        A batch in which nothing counts adds nothing, and neither does a forward pass outside of `batch`.
+        """
+        self._mask = torch.from_numpy(np.ascontiguousarray(observed)) if observed.any() else None
+        self._masks = {}
+        self._calls = {}
+        try:
+            yield
+        finally:
+            self._mask = self._entered = None
+
+    def result(self) -> dict[LayerKey, LayerStats]:
+        """Everything counted so far, by (layer index, site). One transfer from each device."""
+        keys = sorted(self._accumulators)
+        host = _to_host([self._accumulators[key] for key in keys])
+        return {
+            key: to_stats(tensors, self._accumulators[key].dtype, self.thresholds)
+            for key, tensors in zip(keys, host, strict=True)
+        }
+
+    def hooks(self) -> Iterator[Callable[[], Any]]:
+        """What registers each hook; every one returns its handle."""
+        for module in dict.fromkeys(layer.module for layer in self.layers):
+            yield lambda m=module: m.register_forward_pre_hook(self._enter, with_kwargs=True)
+            yield lambda m=module: m.register_forward_hook(self._leave)
+        points = {(p.module, p.reads, site) for layer in self.layers for site, p in layer.points.items() if site in self.sites}
+        for module, reads, site in points:
+            if reads == "input":
+                yield lambda m=module, s=site: m.register_forward_pre_hook(self._reader_of_input(s), with_kwargs=True)
+            else:
+                yield lambda m=module, s=site: m.register_forward_hook(self._reader_of_output(s))
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._mask is None:
+            return
+        call = self._calls.get(module, 0)
+        self._calls[module] = call + 1
+        layer = self._by_call.get((module, call))
+        if layer is None:
+            raise ModelError(f"A layer ran more often than when the model was opened ({call + 1} times in one pass).")
+        hidden = input_tensor(args, kwargs)
+        self._entered = _Entered(layer, hidden, hidden._version if hidden is not None else 0)
+
+    def _leave(self, module: nn.Module, _args: Any, output: Any) -> None:
+        entered, self._entered = self._entered, None
+        if entered is None or entered.layer.module is not module or not {"block", "update"} & set(self.sites):
+            return
+        layer, before = entered.layer, entered.hidden
+        after = first_tensor(output)
+        if after is None:
+            raise ModelError(f"Layer {layer.index} ({layer.name}) returns no hidden states, but {type(output).__name__}.")
+        if before is not None and before._version != entered.version:
+            raise ModelError(f"Layer {layer.index} ({layer.name}) changes its input in place; it cannot be observed.")
+        comparable = before is not None and before.shape == after.shape
+        after = self._rows(layer, layer.layout, after)
+        if not comparable:
+            self._add(layer, "block", after)
+            return
+        before = self._rows(layer, layer.layout, before)
+        update = after - before
+        self._add(layer, "block", after, before, update)
+        self._add(layer, "update", update)
+
+    def _reader_of_output(self, site: str) -> Callable[[nn.Module, Any, Any], None]:
+        def read(module: nn.Module, _args: Any, output: Any) -> None:
+            self._read(site, module, first_tensor(output))
+
+        return read
+
+    def _reader_of_input(self, site: str) -> Callable[[nn.Module, Any, Any], None]:
+        def read(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._read(site, module, first_tensor((*args, *kwargs.values())))
+
+        return read
+
+    def _read(self, site: str, module: nn.Module, tensor: torch.Tensor | None) -> None:
+        layer = self._entered.layer if self._entered else None
+        point = layer.points.get(site) if layer else None
+        if layer is None or point is None or point.module is not module or tensor is None:
+            return
+        self._add(layer, site, self._rows(layer, point.layout, tensor))
+
+    def _rows(self, layer: Layer, layout: str, tensor: torch.Tensor | None) -> torch.Tensor:
+        assert self._mask is not None and tensor is not None
+        rows, tokens = self._mask.shape
+        x = as_rows(tensor.detach(), layout, rows, tokens)
+        if x is None:
+            raise ModelError(
+                f"Layer {layer.index} ({layer.name}) sees {list(tensor.shape)} where the batch has {rows} rows of {tokens} "
+                "tokens: the model pads, pools or extends its rows.",
+                "If it pads rows to a multiple, make --sequence-length one.",
+            )
+        if x.dtype not in DTYPES:
+            raise ModelError(f"Layer {layer.index} ({layer.name}) computes in {x.dtype}.", "Pass --dtype float32.")
+        return x
+
+    def _add(
+        self,
+        layer: Layer,
+        site: str,
+        x: torch.Tensor,
+        before: torch.Tensor | None = None,
+        update: torch.Tensor | None = None,
+    ) -> None:
+        if site not in self.sites:
+            return
+        key = (layer.index, site)
+        if key not in self._accumulators:
+            self._accumulators[key] = Accumulator(
+                x, self.thresholds, units=site in UNIT_SITES, geometry=before is not None
+            )
+        kernels, into, mask = kernels_for(x.device), self._accumulators[key], self._mask_on(x.device)
+        kernels.elements(into, x, mask)
+        kernels.units(into, x, mask)
+        if before is not None and update is not None:
+            kernels.geometry(into, before, x, update, mask)
+
+    def _mask_on(self, device: torch.device) -> torch.Tensor:
+        assert self._mask is not None
+        if device not in self._masks:
+            self._masks[device] = self._mask.to(device, non_blocking=True)
+        return self._masks[device]
+
+
+@contextmanager
+def observe(layers: Sequence[Layer], sites: Sequence[str], thresholds: Sequence[float]) -> Iterator[Observer]:
+    """Hook the layers; whatever happens inside, no hook is left afterwards. Observers may be nested.
+
+    Args:
+        layers: from `structure.find_structure`.
+        sites: which of ``config.SITES`` to measure.
+        thresholds: absolute near-zero thresholds, ascending.
+
+    Raises:
+        ModelError: (from the forward pass) a layer gives tensors that cannot be counted; the message names it.
+    """
+    observer = Observer(layers, sites, thresholds)
+    handles: list[Any] = []
+    try:
+        handles.extend(register() for register in observer.hooks())
+        yield observer
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _to_host(accumulators: Sequence[Accumulator]) -> list[dict[str, np.ndarray]]:
+    """The accumulators' tensors as numpy arrays; each device sends all of its own as one block of bytes."""
+    host: list[dict[str, np.ndarray]] = [{} for _ in accumulators]
+    places = [(i, name, t) for i, a in enumerate(accumulators) for name, t in a.tensors.items()]
+    for device in dict.fromkeys(tensor.device for _, _, tensor in places):
+        here = [(i, name, tensor) for i, name, tensor in places if tensor.device == device]
+        if device.type == "cpu":
+            for i, name, tensor in here:
+                host[i][name] = tensor.numpy()
+            continue
+        block = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, _, tensor in here]).cpu()
+        sizes = [tensor.numel() * tensor.element_size() for _, _, tensor in here]
+        for (i, name, tensor), part in zip(here, block.split(sizes), strict=True):
+            host[i][name] = part.clone().view(tensor.dtype).reshape(tensor.shape).numpy()
+    return host

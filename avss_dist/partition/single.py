@@ -1,0 +1,71 @@
+"""A whole model on one device."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from avss_dist.config import Settings
+from avss_dist.corpus import Batch
+from avss_dist.errors import ConfigError
+from avss_dist.models import Backbone, Checkpoint, forward_function, load
+from avss_dist.structure import Layer
+
+
+class SingleReplica:
+    """See `partition.base.Replica`."""
+
+    data_rank = 0
+    data_world = 1
+    lockstep = False
+    reports_stats = True
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
+        self.device = pick_device(settings.device)
+        self._backbone = load(checkpoint, settings, self.device)
+        self._run = forward_function(self._backbone.module)
+        self.layers: tuple[Layer, ...] = self._backbone.structure.layers
+        self.model: Mapping[str, Any] = describe(self._backbone, "single")
+
+    def forward(self, batch: Batch) -> None:
+        """Run the backbone; the attention mask is passed only where there is padding."""
+        input_ids = torch.from_numpy(batch.input_ids).to(self.device, torch.int64)
+        mask = None if batch.attention_mask.all() else torch.from_numpy(batch.attention_mask).to(self.device, torch.int64)
+        with torch.no_grad():
+            self._run(input_ids, mask)
+
+    def close(self) -> None:
+        """Drop the weights."""
+        del self._backbone, self._run, self.layers
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def describe(backbone: Backbone, partition: str) -> dict[str, Any]:
+    """The columns of the run's row that only an opened model knows."""
+    return {
+        "family": backbone.family,
+        "architecture": backbone.architecture,
+        "hidden_size": backbone.hidden_size,
+        "num_parameters": backbone.num_parameters,
+        "dtype": backbone.dtype,
+        "attention_implementation": backbone.attention_implementation,
+        "partition": partition,
+        "notes": list(backbone.structure.notes),
+    }
+
+
+def pick_device(name: str) -> torch.device:
+    """``cuda`` or ``cpu``; ``auto`` is ``cuda`` where torch sees one.
+
+    Raises:
+        ConfigError: ``cuda`` was asked for and torch sees none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here.", "Run `avss doctor`, or pass --device cpu.")
+    use_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_cuda else "cpu")

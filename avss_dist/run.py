@@ -1,0 +1,372 @@
+"""The driver: plan, skip what is done, execute, merge, score, commit."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from platform import python_version
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from avss_dist.config import BOOTSTRAP_BLOCKS, SCHEMA_VERSION, SITES, Execution, Settings, fingerprint
+from avss_dist.corpus import CorpusPlan, plan
+from avss_dist.errors import AvssError, ConfigError, ModelError, RunFailed
+from avss_dist.executors.base import Executor, Job, open_executor
+from avss_dist.models import Checkpoint, load_tokenizer, resolve, slug, text_config
+from avss_dist.query import Warehouse
+from avss_dist.scoring import score_run
+from avss_dist.stats import ShardResult, merge_blocks, merge_stats
+from avss_dist.warehouse import RunIdentity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One checkpoint scored on one corpus.
+
+    Attributes:
+        run_id: its name in the warehouse.
+        model: as the user named it.
+        warehouse: where its tables are.
+        status: ``done``, ``skipped`` (it was done before) or ``failed``.
+        num_shards, resumed_shards: shards in all, and those that an earlier attempt had measured.
+        num_tokens: tokens that count in the statistics.
+        seconds: wall time of this attempt.
+        error: why it failed, or None.
+    """
+
+    run_id: str
+    model: str
+    warehouse: str
+    status: str
+    num_shards: int = 0
+    resumed_shards: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+    error: str | None = None
+
+    def scores(self, **equals: Any) -> pa.Table:
+        """This run's rows of ``scores``, those whose columns equal the given values: ``run.scores(site="block")``."""
+        return Warehouse(self.warehouse).scores(run_id=self.run_id, **equals)
+
+
+class Reporter(Protocol):
+    """Told how the work goes; the command line draws it."""
+
+    def planning(self, model: str) -> None: ...
+    def started(self, model: str, num_tokens: int, done_tokens: int) -> None: ...
+    def advanced(self, num_tokens: int) -> None: ...
+    def finished(self, run: Run) -> None: ...
+
+
+class Silent:
+    """A Reporter that says nothing."""
+
+    def planning(self, model: str) -> None: ...
+    def started(self, model: str, num_tokens: int, done_tokens: int) -> None: ...
+    def advanced(self, num_tokens: int) -> None: ...
+    def finished(self, run: Run) -> None: ...
+
+
+def score(model: str | Path, *, corpus: str, out: str | Path, reporter: Reporter | None = None, **options: Any) -> Run:
+    """Score one checkpoint and keep the result in a warehouse; a run that is done is not repeated.
+
+    Args:
+        model: hub id (``org/name@revision``), folder, or ``.gguf`` file.
+        corpus: ``file.txt``, ``file.jsonl[:field]``, ``file.parquet[:column]``, ``hf:...`` or ``builtin:pydoc``.
+        out: the warehouse, a folder or URI.
+        reporter: told how the work goes.
+        options: the fields of ``config.Settings`` and ``config.Execution``.
+
+    Raises:
+        AvssError: a mistake, or a failed run (`RunFailed`); what was measured is kept.
+    """
+    settings, execution = split_options(options)
+    store = Warehouse(out)
+    store.create()
+    with closing(open_executor(execution, settings)) as executor:
+        return _Driver(store, corpus, settings, execution, executor, reporter or Silent()).run(str(model))
+
+
+def score_all(
+    models: Sequence[str], *, corpus: str, out: str | Path, reporter: Reporter | None = None, **options: Any
+) -> list[Run]:
+    """Score several checkpoints with one pool of workers; one that fails is recorded and does not stop the others.
+
+    Raises:
+        AvssError: a mistake that concerns all of them, such as an unknown setting or a warehouse that cannot be written.
+    """
+    settings, execution = split_options(options)
+    store = Warehouse(out)
+    store.create()
+    reporter = reporter or Silent()
+    runs = []
+    with closing(open_executor(execution, settings)) as executor:
+        driver = _Driver(store, corpus, settings, execution, executor, reporter)
+        for model in models:
+            try:
+                runs.append(driver.run(model))
+            except AvssError as error:
+                runs.append(driver.record_failure(model, error))
+    return runs
+
+
+def split_options(options: dict[str, Any]) -> tuple[Settings, Execution]:
+    """Keyword options as Settings and Execution.
+
+    Raises:
+        ConfigError: an option does not exist (the nearest one is named), or has a value that it cannot have.
+    """
+    from avss_dist.errors import require_known
+
+    settings, execution = set(Settings.__dataclass_fields__), set(Execution.__dataclass_fields__)
+    for name in options:
+        require_known("option", name, sorted(settings | execution), ConfigError)
+    return (
+        Settings(**{name: value for name, value in options.items() if name in settings}),
+        Execution(**{name: value for name, value in options.items() if name in execution}),
+    )
+
+
+@dataclass(frozen=True)
+class _Driver:
+    """Runs checkpoints one after the other with the same settings, corpus, warehouse and workers."""
+
+    store: Warehouse
+    corpus: str
+    settings: Settings
+    execution: Execution
+    executor: Executor
+    reporter: Reporter
+
+    def run(self, model: str) -> Run:
+        start = time.perf_counter()
+        self.reporter.planning(model)
+        checkpoint = resolve(model, trust_remote_code=self.settings.trust_remote_code)
+        settings = self._pin(checkpoint)
+        corpus = self._plan(checkpoint, settings)
+        print_ = run_fingerprint(checkpoint, corpus, settings)
+        run = Run(
+            run_id=f"{checkpoint.slug}-{print_[:10]}",
+            model=model,
+            warehouse=self.store.root,
+            status="skipped",
+            num_shards=len(corpus.shards),
+            num_tokens=corpus.num_tokens,
+        )
+        if not self.execution.fresh and (self.store.run(run.run_id) or {}).get("status") == "done":
+            self.reporter.finished(run)
+            return run
+        attempt = _Attempt(self, checkpoint, settings, corpus, print_, run, start)
+        try:
+            run = attempt.finish()
+        except (AvssError, OSError, ValueError, RuntimeError) as error:
+            failure = error if isinstance(error, AvssError) else RunFailed(f"{type(error).__name__}: {error}")
+            attempt.record(status="failed", error=str(failure))
+            raise failure from error
+        self.reporter.finished(run)
+        return run
+
+    def record_failure(self, model: str, error: AvssError) -> Run:
+        """A run that failed before or while it ran; one that got as far as a fingerprint is recorded already."""
+        settings = self.settings.as_dict()
+        print_ = fingerprint(model=model, corpus=self.corpus, settings=settings)
+        run_id = f"{slug(Path(model).name)}-{print_[:10]}"
+        run = Run(run_id=run_id, model=model, warehouse=self.store.root, status="failed", error=str(error))
+        self.store.write_run(
+            {
+                "run_id": run_id,
+                "fingerprint": print_,
+                "status": "failed",
+                "error": str(error),
+                "created_at": datetime.now(UTC),
+                "model": model,
+                "corpus": self.corpus,
+                "settings": json.dumps(settings),
+            }
+        )
+        self.reporter.finished(run)
+        return run
+
+    def _pin(self, checkpoint: Checkpoint) -> Settings:
+        """Settings with every ``auto`` that changes numbers decided; refuses rows that the model cannot read."""
+        config = text_config(checkpoint, trust_remote_code=self.settings.trust_remote_code)
+        text = config.get_text_config()
+        longest = getattr(text, "max_position_embeddings", None)
+        if isinstance(longest, int) and 0 < longest < self.settings.sequence_length:
+            raise ModelError(
+                f"'{checkpoint.name}' reads at most {longest} tokens, and --sequence-length is {self.settings.sequence_length}.",
+                f"Pass --sequence-length {longest} or less.",
+            )
+        stored = str(getattr(text, "dtype", None) or getattr(config, "dtype", None) or "auto").removeprefix("torch.")
+        return replace(
+            self.settings,
+            device=self.executor.device,
+            dtype=stored if self.settings.dtype == "auto" and stored in ("float32", "bfloat16", "float16") else self.settings.dtype,
+        )
+
+    def _plan(self, checkpoint: Checkpoint, settings: Settings) -> CorpusPlan:
+        tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
+        return plan(self.corpus, tokenizer, settings)
+
+
+def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settings) -> str:
+    """SHA-256 of everything that can change a number: weights, tokens and their order, settings, kind of device, schema.
+
+    The tokenizer and the packing count through the tokens that they give.
+    """
+    numbers = {k: v for k, v in settings.as_dict().items() if k not in ("max_sequences", "trust_remote_code", "layout")}
+    return fingerprint(
+        schema=SCHEMA_VERSION, checkpoint=checkpoint.revision, tokens=corpus.tokens_fingerprint, settings=numbers
+    )
+
+
+@dataclass
+class _Attempt:
+    """One run on its way into the warehouse."""
+
+    driver: _Driver
+    checkpoint: Checkpoint
+    settings: Settings
+    corpus: CorpusPlan
+    fingerprint: str
+    run: Run
+    start: float
+
+    def finish(self) -> Run:
+        """Measure what is missing, then merge, score and commit."""
+        store, expected = self.driver.store, {s.shard_id: s.content_hash for s in self.corpus.shards}
+        kept = set() if self.driver.execution.fresh else {s.shard_id for s in self._partials(expected)}
+        missing = [shard for shard in self.corpus.shards if shard.shard_id not in kept]
+        self.run = replace(self.run, resumed_shards=len(kept))
+        measuring = time.perf_counter()
+        num_measured = self._measure(missing)
+        measuring = time.perf_counter() - measuring
+
+        shards = _Facts(self._partials(expected))
+        blocks = merge_blocks(shards, len(expected), BOOTSTRAP_BLOCKS)
+        stats = merge_stats(blocks)
+        layers = shards.layers
+        identity = self._identity(shards.model["family"])
+        store.write_layer_stats(identity, layers, stats)
+        store.write_scores(identity, score_run(stats, layers, blocks))
+        speed = num_measured / measuring if num_measured else self.corpus.num_tokens / max(shards.seconds, 1e-9)
+        self.record(
+            status="done",
+            num_layers=len(layers),
+            tokens_per_second=speed,
+            device=shards.device,
+            peak_memory_bytes=shards.peak_memory_bytes,
+            notes=[*shards.model["notes"], *absent_sites(self.settings.sites, stats)],
+            **{k: v for k, v in shards.model.items() if k != "notes"},
+        )
+        return replace(self.run, status="done", seconds=time.perf_counter() - self.start)
+
+    def _partials(self, expected: dict[int, str]) -> Iterator[ShardResult]:
+        """The partials in the warehouse, in order, a few in memory at a time."""
+        ids = sorted(expected)
+        for i in range(0, len(ids), 8):
+            yield from self.driver.store.read_shards(self.run.run_id, {k: expected[k] for k in ids[i : i + 8]})
+
+    def _measure(self, shards: Sequence[Any]) -> int:
+        """Execute shards and commit each result as it arrives; returns the tokens measured."""
+        driver = self.driver
+        left = {shard.shard_id for shard in shards}
+        measured = 0
+        driver.reporter.started(
+            self.run.model, self.corpus.num_tokens, self.corpus.num_tokens - sum(s.num_tokens for s in shards)
+        )
+        if not shards:
+            return 0
+        job = Job(checkpoint=self.checkpoint, settings=self.settings)
+        with closing(driver.executor.run(job, shards)) as results:  # type: ignore[type-var]
+            for result in results:
+                if result.shard_id not in left:
+                    continue
+                left.discard(result.shard_id)
+                driver.store.write_shard(self._identity(result.model["family"]), result)
+                measured += result.num_tokens
+                driver.reporter.advanced(result.num_tokens)
+        return measured
+
+    def _identity(self, family: str) -> RunIdentity:
+        return RunIdentity(
+            run_id=self.run.run_id, model=self.checkpoint.name, revision=self.checkpoint.revision, family=family
+        )
+
+    def record(self, *, status: str, **columns: Any) -> None:
+        """Write the run's row."""
+        settings, corpus = self.settings, self.corpus
+        self.driver.store.write_run(
+            {
+                "run_id": self.run.run_id,
+                "fingerprint": self.fingerprint,
+                "status": status,
+                "created_at": datetime.now(UTC),
+                "model": self.checkpoint.name,
+                "revision": self.checkpoint.revision,
+                "replicas": self.driver.executor.replicas,
+                "corpus": corpus.source,
+                "corpus_fingerprint": corpus.corpus_fingerprint,
+                "tokens_fingerprint": corpus.tokens_fingerprint,
+                "num_sequences": corpus.num_sequences,
+                "num_tokens": corpus.num_tokens,
+                "sequence_length": settings.sequence_length,
+                "batch_size": settings.batch_size,
+                "thresholds": list(settings.thresholds),
+                "sites": list(settings.sites),
+                "num_shards": len(corpus.shards),
+                "wall_seconds": time.perf_counter() - self.start,
+                "settings": json.dumps(settings.as_dict()),
+                "versions": package_versions(),
+                **columns,
+            }
+        )
+
+
+class _Facts:
+    """Passes shards on, and keeps what the run's row says of them."""
+
+    def __init__(self, shards: Iterator[ShardResult]) -> None:
+        self._shards = shards
+        self.layers: tuple[str, ...] = ()
+        self.model: dict[str, Any] = {}
+        self.device = ""
+        self.peak_memory_bytes = 0
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[ShardResult]:
+        for shard in self._shards:
+            self.layers, self.model, self.device = shard.layers, dict(shard.model), shard.device
+            self.peak_memory_bytes = max(self.peak_memory_bytes, shard.peak_memory_bytes)
+            self.seconds += shard.seconds
+            yield shard
+
+
+def absent_sites(wanted: Sequence[str], stats: Any) -> list[str]:
+    """Notes on sites that were asked for and that no layer has, beyond what the structure says already."""
+    seen = {site for _, site in stats}
+    return [f"site '{s}' is absent: input and output differ in shape" for s in SITES if s in wanted and s == "update" and s not in seen]
+
+
+PACKAGES = ("avss_dist", "torch", "transformers", "accelerate", "deepspeed", "ray", "numpy", "pyarrow", "numba")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number or a file."""
+    versions = {"python": python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+__all__ = ["Callable", "Reporter", "Run", "Silent", "run_fingerprint", "score", "score_all", "split_options"]
