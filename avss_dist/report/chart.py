@@ -1,0 +1,127 @@
+"""Scores by depth, the rivals beside them, as PNG, SVG or a self-contained page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import vl_convert
+
+from avss_dist.errors import AvssError, nearest
+from avss_dist.scoring import count_lowest
+
+FORMATS = (".png", ".svg", ".html")
+RIVALS = {
+    "block_influence": "block influence",
+    "relative_magnitude": "relative magnitude",
+    "angular_distance": "angular distance",
+    "update_variance_ratio": "update / input variance",
+}
+PANEL = {"width": 300, "height": 210}
+COLORS = alt.Scale(scheme="tableau10")
+LOWEST_COLOR = "#d62728"
+
+
+def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> Any:
+    """AVSS with its interval and the lowest 25% marked, and each rival, by layer (by depth for several runs).
+
+    Args:
+        runs: rows of ``runs``.
+        scores: rows of ``scores`` of these runs, of one site, recipe and threshold.
+    """
+    labels = {r["run_id"]: f"{r['model'].rstrip('/').rpartition('/')[2]} ({r['run_id'][-10:]})" for r in runs}
+    sizes = {run_id: sum(s["run_id"] == run_id for s in scores) for run_id in labels}
+    rows = [
+        {
+            **{k: s[k] for k in ("layer", "layer_name", "depth", "rank", "avss_low", "avss_high", *RIVALS)},
+            "avss": s["avss_smoothed"],
+            "run": labels[s["run_id"]],
+            "lowest": s["rank"] is not None and s["rank"] <= count_lowest(sizes[s["run_id"]]),
+        }
+        for s in scores
+    ]
+    first = scores[0]
+    threshold = f"{first['threshold']:g}{' x RMS' if first['threshold_kind'] == 'rms' else ''}"
+    several = len(runs) > 1
+    x = alt.X("depth:Q", title="relative depth") if several else alt.X("layer:Q", title="layer (from 0)")
+    base = alt.Chart(alt.InlineData(values=rows)).encode(x=x)
+    color = alt.Color("run:N", title=None, scale=COLORS, legend=alt.Legend(orient="bottom", columns=2))
+    color = color if several else alt.value("#1f77b4")
+    panels = [_score_panel(base, color), *(_panel(base, color, name, title) for name, title in RIVALS.items())]
+    title = alt.TitleParams(
+        f"Layer scores of {labels[runs[0]['run_id']] if not several else f'{len(runs)} runs'}",
+        subtitle=[
+            f"AVSS: {first['site']} site, {first['recipe']} recipe, |x| < {threshold}; {runs[0]['num_tokens']:,} tokens, "
+            f"{runs[0]['dtype']}. Red: the 25% of layers with the lowest AVSS. Band: 95% interval over shards.",
+        ],
+        anchor="start",
+    )
+    return (
+        alt.concat(*panels, columns=3)
+        .properties(title=title, padding=12)
+        .configure_view(strokeOpacity=0.3)
+        .configure_axis(gridOpacity=0.4)
+        .resolve_scale(y="independent")
+    )
+
+
+def _tooltip(name: str) -> list[Any]:
+    return [alt.Tooltip("run:N"), alt.Tooltip("layer:Q"), alt.Tooltip("layer_name:N"), alt.Tooltip(f"{name}:Q", format=".4g")]
+
+
+def _score_panel(base: Any, color: Any) -> Any:
+    y = alt.Y("avss:Q", title="AVSS (smoothed, log)", scale=alt.Scale(type="log"))
+    band = base.mark_area(opacity=0.25).encode(y=alt.Y("avss_low:Q").scale(type="log"), y2="avss_high:Q", color=color)
+    line = base.mark_line(strokeWidth=1.5).encode(y=y, color=color)
+    lowest = alt.condition("datum.lowest", alt.value(LOWEST_COLOR), color)
+    points = base.mark_point(filled=True, size=45, opacity=1).encode(
+        y=y, color=lowest, tooltip=[*_tooltip("avss"), alt.Tooltip("rank:Q")]
+    )
+    return (band + line + points).properties(title="AVSS", **PANEL)
+
+
+def _panel(base: Any, color: Any, name: str, title: str) -> Any:
+    y = alt.Y(f"{name}:Q", title=title)
+    line = base.mark_line(strokeWidth=1.5).encode(y=y, color=color)
+    points = base.mark_point(filled=True, size=30, opacity=1).encode(y=y, color=color, tooltip=_tooltip(name))
+    return (line + points).properties(title=title, **PANEL)
+
+
+def save_chart(chart: Any, path: Path) -> None:
+    """Write a chart as ``.png`` (twice the screen's resolution), ``.svg``, or ``.html`` that needs no network.
+
+    Raises:
+        AvssError: the ending is another one, or the file cannot be written.
+    """
+    kind = path.suffix.lower()
+    spec = chart.to_dict()
+    if kind == ".png":
+        data = vl_convert.vegalite_to_png(spec, scale=2)
+    elif kind == ".svg":
+        data = vl_convert.vegalite_to_svg(spec).encode()
+    elif kind == ".html":
+        data = _page(spec).encode()
+    else:
+        raise AvssError(f"'{path}' does not say what to draw.", nearest(kind, FORMATS))
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise AvssError(f"{path} cannot be written: {error.strerror}.", "Choose another place with -o.") from error
+
+
+def _page(spec: Mapping[str, Any]) -> str:
+    """A page with the chart and the code that draws it; no name in the data can end its script."""
+    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    data = json.dumps(spec).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Layer scores</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"></head>
+<body><div id="chart" role="img" aria-label="Layer scores by depth"></div>
+<script type="application/json" id="spec">{data}</script>
+<script>{bundle}</script>
+<script>vegaEmbed("#chart", JSON.parse(document.getElementById("spec").textContent), {{renderer: "svg"}});</script>
+</body></html>
+"""
