@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from avss_dist.run import Run
 
 app = typer.Typer(
-    help="Which layers of a language model matter: activation variance and sparsity (AVSS), layer by layer, kept as Parquet.",
+    help="Which layers of a language model matter: activation variance and sparsity (AVSS) by layer, kept as Parquet.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -122,9 +122,7 @@ def score(
 ) -> int:
     """Score every layer of one or more models on a corpus, and keep the result as Parquet."""
     options: dict[str, Any] = {
-        name: value
-        for name, value in locals().items()
-        if name not in ("models", "corpus", "out", "site", "threshold")
+        name: value for name, value in locals().items() if name not in ("models", "corpus", "out", "site", "threshold")
     }
     options["sites"] = tuple(site or SITES)
     options["thresholds"] = _absolute(threshold) if threshold else DEFAULTS.thresholds
@@ -149,7 +147,9 @@ def score(
 def _absolute(thresholds: list[str]) -> tuple[float, ...]:
     parsed = [parse_threshold(text) for text in thresholds]
     if any(kind != "absolute" for _, kind in parsed):
-        raise AvssError("--threshold counts absolute values; multiples of the RMS are always scored.", "Write 1e-4, say.")
+        raise AvssError(
+            "--threshold counts absolute values; multiples of the RMS are always scored.", "Write 1e-4, say."
+        )
     return tuple(value for value, _ in parsed)
 
 
@@ -182,7 +182,9 @@ def _choose_scores(
     rows = warehouse.table("scores", run_ids=[run["run_id"] for run in runs]).to_pylist()
     rows = [row for row in rows if (row["site"], row["recipe"]) == (site, recipe)]
     if not rows:
-        raise QueryError(f"No scores of site '{site}' with recipe '{recipe}'.", "The unit recipe has block and update only.")
+        raise QueryError(
+            f"No scores of site '{site}' with recipe '{recipe}'.", "The unit recipe has block and update only."
+        )
     wanted = [row for row in rows if (row["threshold"], row["threshold_kind"]) == (value, kind)]
     if not wanted:
         seen = sorted({(r["threshold_kind"], r["threshold"]) for r in rows})
@@ -252,7 +254,9 @@ def query(
     from avss_dist.report.output import write_table
 
     if format == "parquet" and sys.stdout.isatty():
-        raise QueryError("Parquet is not for a terminal.", "Redirect it: avss query ... --format parquet > result.parquet")
+        raise QueryError(
+            "Parquet is not for a terminal.", "Redirect it: avss query ... --format parquet > result.parquet"
+        )
     write_table(Warehouse(warehouse).sql(sql), format, _console())
 
 

@@ -84,7 +84,7 @@ class Settings:
         _require_at_least("skip_first_tokens", self.skip_first_tokens, 0)
         if self.skip_first_tokens >= self.sequence_length:
             raise ConfigError(
-                f"--skip-first-tokens {self.skip_first_tokens} leaves nothing of a row of {self.sequence_length} tokens.",
+                f"--skip-first-tokens {self.skip_first_tokens} leaves nothing of {self.sequence_length} tokens.",
                 "Make it smaller than --sequence-length.",
             )
         for threshold in self.thresholds:
@@ -103,7 +103,7 @@ class Execution:
     """Where and how wide the work runs. Nothing here can change a number, so nothing here is fingerprinted.
 
     Attributes:
-        executor: ``local`` (in this process), ``ray``, or ``auto`` (Ray when several replicas or an address are asked for).
+        executor: ``local`` (in this process), ``ray``, or ``auto`` (Ray for several replicas or a cluster).
         replicas: model copies that work in parallel; None is one for every GPU, or one on a CPU.
         address: a running Ray cluster; None starts a private one.
         fresh: measure again what is done already.

@@ -1,8 +1,7 @@
-"""The fused reductions: an activation tensor goes in, small accumulators on its own device grow. The seam for new kernels.
+"""The fused reductions: an activation goes in, small accumulators on its own device grow. The seam for new kernels.
 
-`Kernels` names what a backend does to one (layer, site). `CpuKernels` runs compiled loops over threads, `TorchKernels`
-runs anywhere that torch does. Both add into the same accumulators (`Accumulator`), which `to_stats` turns into LayerStats
-on the host once per shard.
+`Kernels` names what a backend does to one (layer, site): `CpuKernels` runs compiled loops over threads, `TorchKernels`
+runs wherever torch does. Both add into an `Accumulator`, which `to_stats` turns into LayerStats once per shard.
 
 For 16-bit floats the counts of the 65,536 bit patterns are a sufficient statistic of every elementwise field.
 """

@@ -32,10 +32,10 @@ def _float_bits(builder: Any, element: Any) -> Any:
 
 
 @intrinsic
-def _value(typingctx: Any, element: Any) -> Any:  # noqa: ARG001
+def _value(typingctx: Any, element: Any) -> Any:
     """An element as float64."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         bits = _float_bits(builder, arguments[0])
         return builder.fpext(builder.bitcast(bits, ir.FloatType()), ir.DoubleType())
 
@@ -43,10 +43,10 @@ def _value(typingctx: Any, element: Any) -> Any:  # noqa: ARG001
 
 
 @intrinsic
-def _pattern(typingctx: Any, element: Any) -> Any:  # noqa: ARG001
+def _pattern(typingctx: Any, element: Any) -> Any:
     """An element's float32 pattern as uint32."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return _float_bits(builder, arguments[0])
 
     return types.uint32(element), generate

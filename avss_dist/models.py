@@ -84,10 +84,14 @@ def resolve(spec: str, *, trust_remote_code: bool = False) -> Checkpoint:
         return Checkpoint(name=spec, source="gguf", path=str(path.resolve()), revision=content_hash([path]))
     if path.is_dir():
         _check_folder(path, spec, trust_remote_code)
-        files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix in {".json", ".safetensors", ".model", ".txt"})
+        files = sorted(
+            f for f in path.iterdir() if f.is_file() and f.suffix in {".json", ".safetensors", ".model", ".txt"}
+        )
         return Checkpoint(name=spec, source="folder", path=str(path.resolve()), revision=content_hash(files))
     if path.exists():
-        raise ModelError(f"'{spec}' is a file.", "Name the checkpoint's folder, a .gguf file, or a hub id like org/name.")
+        raise ModelError(
+            f"'{spec}' is a file.", "Name the checkpoint's folder, a .gguf file, or a hub id like org/name."
+        )
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", spec) or spec.startswith((".", "/")):
         raise ModelError(f"There is no folder '{spec}'.", "Check the path, or name a hub id like org/name.")
     return _fetch(spec, trust_remote_code)
@@ -101,9 +105,13 @@ def _fetch(spec: str, trust_remote_code: bool) -> Checkpoint:
     try:
         folder = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
     except errors.GatedRepoError as error:
-        raise ModelError(f"'{name}' is gated.", "Ask for access on its page, then log in with `hf auth login`.") from error
+        raise ModelError(
+            f"'{name}' is gated.", "Ask for access on its page, then log in with `hf auth login`."
+        ) from error
     except errors.RevisionNotFoundError as error:
-        raise ModelError(f"'{name}' has no revision '{revision}'.", "Look at its branches and tags on the hub.") from error
+        raise ModelError(
+            f"'{name}' has no revision '{revision}'.", "Look at its branches and tags on the hub."
+        ) from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise ModelError(
             f"There is no model '{name}', neither as a folder here nor on the hub.",
@@ -288,7 +296,7 @@ def load(checkpoint: Checkpoint, settings: Settings, device: torch.device) -> Ba
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
             raise ModelError(f"'{checkpoint.name}' cannot be loaded: {_first_line(error)}") from error
-    return open_module(model.to(device).eval(), layers=settings.layers)
+    return open_module(model.eval().to(device=device), layers=settings.layers)
 
 
 def _is_causal(config: Any) -> bool:
@@ -301,7 +309,7 @@ def _is_causal(config: Any) -> bool:
     return config.model_type in CAUSAL and config.model_type not in MASKED
 
 
-def open_module(model: nn.Module, *, layers: str | None = None) -> Backbone:
+def open_module(model: Any, *, layers: str | None = None) -> Backbone:
     """A loaded transformers model as a Backbone: its head is left out, its layers are found.
 
     Raises:
@@ -309,12 +317,16 @@ def open_module(model: nn.Module, *, layers: str | None = None) -> Backbone:
     """
     config: Any = model.config
     text = config.get_text_config()
-    if getattr(config, "is_encoder_decoder", False) and hasattr(model.base_model, "encoder"):
+    if (
+        getattr(config, "is_encoder_decoder", False)
+        and hasattr(model.base_model, "encoder")
+        and hasattr(model.base_model, "decoder")
+    ):
         raise ModelError(
             f"{type(model).__name__} is an encoder-decoder; only decoders and encoders can be scored.",
             "Load its encoder or its decoder as a checkpoint of its own.",
         )
-    backbone = model.base_model
+    backbone = _without_head(model)
     run = forward_function(backbone)
     device = next(model.parameters()).device
     try:
@@ -334,6 +346,14 @@ def open_module(model: nn.Module, *, layers: str | None = None) -> Backbone:
         dtype=str(next(p.dtype for p in backbone.parameters() if p.is_floating_point())).removeprefix("torch."),
         attention_implementation=str(getattr(text, "_attn_implementation", None) or "eager"),
     )
+
+
+def _without_head(model: Any) -> nn.Module:
+    """The model below its head. A few families name themselves as their base; theirs is the decoder."""
+    base = model.base_model
+    if base is model and model.get_output_embeddings() is not None:
+        base = model.get_decoder() or model
+    return base
 
 
 def forward_function(backbone: nn.Module) -> Callable[[torch.Tensor, torch.Tensor | None], Any]:

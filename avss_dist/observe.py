@@ -66,17 +66,19 @@ class Observer:
             for key, tensors in zip(keys, host, strict=True)
         }
 
-    def hooks(self) -> Iterator[Callable[[], Any]]:
-        """What registers each hook; every one returns its handle."""
+    def attach(self, handles: list[Any]) -> None:
+        """Register every hook, adding its handle to ``handles`` at once."""
         for module in dict.fromkeys(layer.module for layer in self.layers):
-            yield lambda m=module: m.register_forward_pre_hook(self._enter, with_kwargs=True)
-            yield lambda m=module: m.register_forward_hook(self._leave)
-        points = {(p.module, p.reads, site) for layer in self.layers for site, p in layer.points.items() if site in self.sites}
-        for module, reads, site in points:
-            if reads == "input":
-                yield lambda m=module, s=site: m.register_forward_pre_hook(self._reader_of_input(s), with_kwargs=True)
-            else:
-                yield lambda m=module, s=site: m.register_forward_hook(self._reader_of_output(s))
+            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave))
+        for site in self.sites:
+            points = [layer.points[site] for layer in self.layers if site in layer.points]
+            for module, reads in dict.fromkeys((point.module, point.reads) for point in points):
+                if reads == "input":
+                    hook = self._reader_of_input(site)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                else:
+                    handles.append(module.register_forward_hook(self._reader_of_output(site)))
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._mask is None:
@@ -96,7 +98,7 @@ class Observer:
         layer, before = entered.layer, entered.hidden
         after = first_tensor(output)
         if after is None:
-            raise ModelError(f"Layer {layer.index} ({layer.name}) returns no hidden states, but {type(output).__name__}.")
+            raise ModelError(f"Layer {layer.index} ({layer.name}) returns a {type(output).__name__}, no hidden states.")
         if before is not None and before._version != entered.version:
             raise ModelError(f"Layer {layer.index} ({layer.name}) changes its input in place; it cannot be observed.")
         comparable = before is not None and before.shape == after.shape
@@ -134,8 +136,8 @@ class Observer:
         x = as_rows(tensor.detach(), layout, rows, tokens)
         if x is None:
             raise ModelError(
-                f"Layer {layer.index} ({layer.name}) sees {list(tensor.shape)} where the batch has {rows} rows of {tokens} "
-                "tokens: the model pads, pools or extends its rows.",
+                f"Layer {layer.index} ({layer.name}) sees {list(tensor.shape)} where the batch is {rows} x {tokens} tokens: "
+                "the model pads, pools or extends its rows.",
                 "If it pads rows to a multiple, make --sequence-length one.",
             )
         if x.dtype not in DTYPES:
@@ -185,7 +187,7 @@ def observe(layers: Sequence[Layer], sites: Sequence[str], thresholds: Sequence[
     observer = Observer(layers, sites, thresholds)
     handles: list[Any] = []
     try:
-        handles.extend(register() for register in observer.hooks())
+        observer.attach(handles)
         yield observer
     finally:
         for handle in handles:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from avss_dist.config import BOOTSTRAP_BLOCKS, SCHEMA_VERSION, SITES, Execution, Settings, fingerprint
+from avss_dist.config import BOOTSTRAP_BLOCKS, DTYPES, SCHEMA_VERSION, Execution, Settings, fingerprint
 from avss_dist.corpus import CorpusPlan, plan
-from avss_dist.errors import AvssError, ConfigError, ModelError, RunFailed
+from avss_dist.errors import AvssError, ConfigError, ModelError, RunFailed, require_known
 from avss_dist.executors.base import Executor, Job, open_executor
 from avss_dist.models import Checkpoint, load_tokenizer, resolve, slug, text_config
 from avss_dist.query import Warehouse
@@ -100,7 +100,7 @@ def score_all(
     """Score several checkpoints with one pool of workers; one that fails is recorded and does not stop the others.
 
     Raises:
-        AvssError: a mistake that concerns all of them, such as an unknown setting or a warehouse that cannot be written.
+        AvssError: a mistake that concerns all of them, such as an unknown setting or an unwritable warehouse.
     """
     settings, execution = split_options(options)
     store = Warehouse(out)
@@ -123,8 +123,6 @@ def split_options(options: dict[str, Any]) -> tuple[Settings, Execution]:
     Raises:
         ConfigError: an option does not exist (the nearest one is named), or has a value that it cannot have.
     """
-    from avss_dist.errors import require_known
-
     settings, execution = set(Settings.__dataclass_fields__), set(Execution.__dataclass_fields__)
     for name in options:
         require_known("option", name, sorted(settings | execution), ConfigError)
@@ -201,15 +199,12 @@ class _Driver:
         longest = getattr(text, "max_position_embeddings", None)
         if isinstance(longest, int) and 0 < longest < self.settings.sequence_length:
             raise ModelError(
-                f"'{checkpoint.name}' reads at most {longest} tokens, and --sequence-length is {self.settings.sequence_length}.",
+                f"'{checkpoint.name}' reads {longest} tokens at most; --sequence-length is {self.settings.sequence_length}.",
                 f"Pass --sequence-length {longest} or less.",
             )
-        stored = str(getattr(text, "dtype", None) or getattr(config, "dtype", None) or "auto").removeprefix("torch.")
-        return replace(
-            self.settings,
-            device=self.executor.device,
-            dtype=stored if self.settings.dtype == "auto" and stored in ("float32", "bfloat16", "float16") else self.settings.dtype,
-        )
+        stored = str(getattr(text, "dtype", None) or getattr(config, "dtype", None)).removeprefix("torch.")
+        dtype = stored if self.settings.dtype == "auto" and stored in DTYPES else self.settings.dtype
+        return replace(self.settings, device=self.executor.device, dtype=dtype)
 
     def _plan(self, checkpoint: Checkpoint, settings: Settings) -> CorpusPlan:
         tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
@@ -217,7 +212,7 @@ class _Driver:
 
 
 def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settings) -> str:
-    """SHA-256 of everything that can change a number: weights, tokens and their order, settings, kind of device, schema.
+    """SHA-256 of all that can change a number: weights, tokens and their order, settings, kind of device, schema.
 
     The tokenizer and the packing count through the tokens that they give.
     """
@@ -263,8 +258,7 @@ class _Attempt:
             tokens_per_second=speed,
             device=shards.device,
             peak_memory_bytes=shards.peak_memory_bytes,
-            notes=[*shards.model["notes"], *absent_sites(self.settings.sites, stats)],
-            **{k: v for k, v in shards.model.items() if k != "notes"},
+            **shards.model,
         )
         return replace(self.run, status="done", seconds=time.perf_counter() - self.start)
 
@@ -285,7 +279,7 @@ class _Attempt:
         if not shards:
             return 0
         job = Job(checkpoint=self.checkpoint, settings=self.settings)
-        with closing(driver.executor.run(job, shards)) as results:  # type: ignore[type-var]
+        with closing(driver.executor.run(job, shards)) as results:
             for result in results:
                 if result.shard_id not in left:
                     continue
@@ -349,12 +343,6 @@ class _Facts:
             yield shard
 
 
-def absent_sites(wanted: Sequence[str], stats: Any) -> list[str]:
-    """Notes on sites that were asked for and that no layer has, beyond what the structure says already."""
-    seen = {site for _, site in stats}
-    return [f"site '{s}' is absent: input and output differ in shape" for s in SITES if s in wanted and s == "update" and s not in seen]
-
-
 PACKAGES = ("avss_dist", "torch", "transformers", "accelerate", "deepspeed", "ray", "numpy", "pyarrow", "numba")
 
 
@@ -367,6 +355,3 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
-
-
-__all__ = ["Callable", "Reporter", "Run", "Silent", "run_fingerprint", "score", "score_all", "split_options"]

@@ -7,10 +7,10 @@ linear map. The pass shows which modules run, how often, in which order and with
 
 from __future__ import annotations
 
-import os.path
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -108,10 +108,12 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def first_tensor(value: Any) -> torch.Tensor | None:
-    """The hidden states in what a module returned or was given: a tensor, or the first one in a tuple or ModelOutput."""
+    """The hidden states that a module returned or was given: a tensor, or the first in a tuple or ModelOutput."""
     if isinstance(value, torch.Tensor):
         return value if value.is_floating_point() and value.dim() >= 2 else None
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    if isinstance(value, Mapping):
+        value = (value.get("hidden_states"), *value.values())
+    parts = value if isinstance(value, (tuple, list)) else ()
     return next((part for part in parts if first_tensor(part) is not None and isinstance(part, torch.Tensor)), None)
 
 
@@ -133,7 +135,7 @@ def layout_of(shape: Sequence[int], rows: int, tokens: int) -> str:
 
 
 def as_rows(x: torch.Tensor, layout: str, rows: int, tokens: int) -> torch.Tensor | None:
-    """The tensor as contiguous [rows, tokens, units]; parallel residual streams become units. None if it does not fit."""
+    """The tensor as contiguous [rows, tokens, units], parallel streams as units; None if it does not fit."""
     if layout == "tokens first":
         x = x.transpose(0, 1)
     elif layout == "streams first":
@@ -173,7 +175,7 @@ class _Trace:
             tensor = first_tensor(output)
             if tensor is not None:
                 inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
-                self.calls.append(_Call(path, module, inputs, tensor))
+                self.calls.append(_Call(path, module, inputs, tensor.clone()))
 
         return hook
 
@@ -282,7 +284,7 @@ def _find_points(calls: Sequence[_Call], layer_class: str) -> dict[str, Point]:
 def _own_name(module: nn.Module, layer_class: str) -> str:
     """A class name without the family's prefix: ``Attention`` of ``Qwen3MoeAttention`` in ``Qwen3MoeDecoderLayer``."""
     kind = type(module).__name__
-    prefix = os.path.commonprefix([kind, layer_class])
+    prefix = "".join(a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(kind, layer_class, strict=False)))
     own = kind[len(prefix) :]
     while prefix and not own[:1].isupper():
         own, prefix = prefix[-1] + own, prefix[:-1]
@@ -322,7 +324,7 @@ def _last_linear(calls: Sequence[_Call], width: int) -> _Call | None:
     """The last linear map that ends at ``width`` units, one from another width first (a down projection)."""
     linears = [c for c in calls if _is_linear(c.module) and c.output.shape[-1] == width and c.inputs]
     down = [c for c in linears if c.inputs[0].shape[-1] != width]
-    return (down or linears or [None])[-1]
+    return next(reversed(down or linears), None)
 
 
 def _output_point(sublayer: _Call, inside: Sequence[_Call]) -> Point | None:

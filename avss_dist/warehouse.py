@@ -171,7 +171,7 @@ class Store:
         if runs is None:
             exists = self._fs.get_file_info(f"{self._base}/runs").type == pafs.FileType.Directory
             problem = "has no runs yet" if exists else "is not a warehouse: it has no runs folder"
-            raise WarehouseError(f"{self.root} {problem}.", "'avss run' makes one; a run counts once it has finished.")
+            raise WarehouseError(f"{self.root} {problem}.", "avss score makes one; a run counts once it has finished.")
         with _reading(f"{self.root}/runs"), ThreadPoolExecutor() as pool:
             list(pool.map(lambda f: _refuse_newer((f.metadata.metadata or {}).get(_VERSION)), runs.get_fragments()))
             rows = runs.to_table(["run_id", "status", "schema_version"]).to_pylist()
@@ -249,7 +249,7 @@ def _reading(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        raise WarehouseError(f"Cannot read {path}: {error}", "'avss run --fresh' mends a damaged file.") from error
+        raise WarehouseError(f"Cannot read {path}: {error}", "avss score --fresh mends a damaged file.") from error
 
 
 def _refuse_newer(version: bytes | int | None) -> None:

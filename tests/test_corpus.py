@@ -23,10 +23,11 @@ from pyarrow import fs, parquet
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from avss_dist import corpus
+from avss_dist import corpus, sources
 from avss_dist.config import Settings
-from avss_dist.corpus import CorpusPlan, Shard, corpus_fingerprint, documents, plan
+from avss_dist.corpus import CorpusPlan, Shard, plan
 from avss_dist.errors import CorpusError
+from avss_dist.sources import Source, corpus_fingerprint, documents
 
 WORDS = [f"w{i}" for i in range(20)]
 EOS, PAD, BOS = 1, 2, 3
@@ -295,7 +296,7 @@ def test_text_is_one_document_as_it_stands(tmp_path: Path) -> None:
 
 
 def test_a_long_text_is_read_in_pieces_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "TEXT_PIECE_BYTES", 7)
+    monkeypatch.setattr(sources, "TEXT_PIECE_BYTES", 7)
     path = tmp_path / "c.txt"
     path.write_text("\u00e9\u00e9\u00e9\u00e9 1\nw2\nlong line w3\nw4")
     assert list(documents(str(path))) == ["\u00e9\u00e9\u00e9\u00e9 1\n", "w2\nlong line w3\n", "w4"]
@@ -419,7 +420,7 @@ def test_remote_fingerprint_is_path_size_and_time(monkeypatch: pytest.MonkeyPatc
         return remote
 
     def fingerprint_of(data: bytes, hour: int, source: str = "s3://bucket/*.txt") -> str:
-        monkeypatch.setattr(corpus, "_filesystem", lambda path: (mock(data, hour), path.removeprefix("s3://")))
+        monkeypatch.setattr(sources, "_filesystem", lambda path: (mock(data, hour), path.removeprefix("s3://")))
         assert set(documents(source)) == {data.decode()}
         return corpus_fingerprint(source)
 
@@ -462,7 +463,7 @@ def test_reading_stops_when_there_are_rows_enough(monkeypatch: pytest.MonkeyPatc
             read += 1
             yield "w0 w1 w2"
 
-    monkeypatch.setattr(corpus, "_open", lambda _: corpus._Source(endless, lambda: "f"))
+    monkeypatch.setattr(corpus, "open_source", lambda _: Source(endless, lambda: "f"))
     planned = plan("endless.txt", TOKENIZER, Settings(sequence_length=8, max_sequences=100))
     assert (planned.num_sequences, planned.num_documents) == (100, 200)
     assert read <= 200 + corpus.GROUP_DOCUMENTS
@@ -472,7 +473,7 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
     """200 MB of text are streamed and fingerprinted in a process that may grow by less than a third of it."""
     (tmp_path / "c.jsonl").write_bytes((json.dumps({"text": "x" * 9980}).encode() + b"\n") * 20_000)
     code = (
-        "import resource, sys; from avss_dist.corpus import documents, corpus_fingerprint as f\n"
+        "import resource, sys; from avss_dist.sources import documents, corpus_fingerprint as f\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "next(documents(sys.argv[1])); before = peak(); n = sum(1 for _ in documents(sys.argv[1])); f(sys.argv[1])\n"
         "print(n, peak() - before)"

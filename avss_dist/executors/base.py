@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,7 +34,7 @@ class Executor(Protocol):
     replicas: int
     device: str
 
-    def run(self, job: Job, shards: Sequence[Shard]) -> Iterator[ShardResult]:
+    def run(self, job: Job, shards: Sequence[Shard]) -> Generator[ShardResult, None, None]:
         """Yield a result for every shard, in any order; a shard may come twice, and is equal then.
 
         Raises:

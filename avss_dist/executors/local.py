@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from avss_dist.config import Settings
 from avss_dist.corpus import Shard
@@ -21,7 +21,7 @@ class LocalExecutor:
     def __init__(self, settings: Settings) -> None:
         self.device = pick_device(settings.device).type
 
-    def run(self, job: Job, shards: Sequence[Shard]) -> Iterator[ShardResult]:
+    def run(self, job: Job, shards: Sequence[Shard]) -> Generator[ShardResult, None, None]:
         """Open the model, measure the shards in order, close it."""
         replica = open_replica(job.checkpoint, job.settings)
         try:

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -72,10 +72,14 @@ class RayExecutor:
             largest = cpus
         self.replicas = execution.replicas or (gpus if self.device == "cuda" else 1)
         if self.device == "cuda" and self.replicas > gpus:
-            raise ConfigError(f"{self.replicas} replicas were asked for, and there are {gpus} GPUs.", "Lower --replicas.")
+            raise ConfigError(
+                f"{self.replicas} replicas were asked for, and there are {gpus} GPUs.", "Lower --replicas."
+            )
         self._cpus = max(1, min(cpus // self.replicas, largest))
         if not self._address and self.replicas > cpus:
-            raise ConfigError(f"{self.replicas} replicas were asked for, and there are {cpus} CPUs.", "Lower --replicas.")
+            raise ConfigError(
+                f"{self.replicas} replicas were asked for, and there are {cpus} CPUs.", "Lower --replicas."
+            )
         self._threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or self._cpus
 
     def _connect(self) -> None:
@@ -96,7 +100,7 @@ class RayExecutor:
             ) from error
         self._started = True
 
-    def run(self, job: Job, shards: Sequence[Shard]) -> Iterator[ShardResult]:
+    def run(self, job: Job, shards: Sequence[Shard]) -> Generator[ShardResult, None, None]:
         """Yield a result for every shard, as workers finish them."""
         self._connect()
         pool = _Pool(self, job, shards)
@@ -115,7 +119,8 @@ class RayExecutor:
     def describe_shortage(self) -> str:
         """What was asked of the cluster, and what it has."""
         asked = f"{self._cpus} CPUs" + (" and 1 GPU" if self.device == "cuda" else "")
-        has = ", ".join(f"{amount:g} {name}" for name, amount in ray.available_resources().items() if name in ("CPU", "GPU"))
+        free = ray.available_resources()
+        has = ", ".join(f"{free[name]:g} {name}" for name in ("CPU", "GPU") if free.get(name))
         return f"A worker needs {asked}; the cluster has {has or 'nothing'} free."
 
     def close(self) -> None:
@@ -153,7 +158,7 @@ class _Pool:
                 yield from self._finish(ref)
             if not placed and time.monotonic() > deadline:
                 raise RunFailed(
-                    f"No worker could be placed in {PLACEMENT_SECONDS:.0f} seconds. {self._executor.describe_shortage()}",
+                    f"No worker was placed in {PLACEMENT_SECONDS:.0f} seconds. {self._executor.describe_shortage()}",
                     "Free some of it, ask for fewer --replicas, or use another cluster.",
                 )
 
@@ -203,6 +208,8 @@ class _Pool:
         self._failures[key] += 1
         if self._failures[key] >= ATTEMPTS:
             what = f"Shard {key}" if shard else "Opening the model"
-            raise RunFailed(f"{what} failed {ATTEMPTS} times; the last time: {why}", "Everything measured so far is kept.")
+            raise RunFailed(
+                f"{what} failed {ATTEMPTS} times; the last time: {why}", "Everything measured so far is kept."
+            )
         if shard:
             self._waiting.appendleft(shard)

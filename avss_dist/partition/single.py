@@ -33,7 +33,9 @@ class SingleReplica:
     def forward(self, batch: Batch) -> None:
         """Run the backbone; the attention mask is passed only where there is padding."""
         input_ids = torch.from_numpy(batch.input_ids).to(self.device, torch.int64)
-        mask = None if batch.attention_mask.all() else torch.from_numpy(batch.attention_mask).to(self.device, torch.int64)
+        mask = (
+            None if batch.attention_mask.all() else torch.from_numpy(batch.attention_mask).to(self.device, torch.int64)
+        )
         with torch.no_grad():
             self._run(input_ids, mask)
 

@@ -49,13 +49,13 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
     x = alt.X("depth:Q", title="relative depth") if several else alt.X("layer:Q", title="layer (from 0)")
     base = alt.Chart(alt.InlineData(values=rows)).encode(x=x)
     color = alt.Color("run:N", title=None, scale=COLORS, legend=alt.Legend(orient="bottom", columns=2))
-    color = color if several else alt.value("#1f77b4")
-    panels = [_score_panel(base, color), *(_panel(base, color, name, title) for name, title in RIVALS.items())]
+    paint: Any = color if several else alt.value("#1f77b4")
+    panels = [_score_panel(base, paint), *(_panel(base, paint, rows, name) for name in RIVALS)]
     title = alt.TitleParams(
         f"Layer scores of {labels[runs[0]['run_id']] if not several else f'{len(runs)} runs'}",
         subtitle=[
-            f"AVSS: {first['site']} site, {first['recipe']} recipe, |x| < {threshold}; {runs[0]['num_tokens']:,} tokens, "
-            f"{runs[0]['dtype']}. Red: the 25% of layers with the lowest AVSS. Band: 95% interval over shards.",
+            f"AVSS: {first['site']} site, {first['recipe']} recipe, |x| < {threshold}; "
+            f"{runs[0]['num_tokens']:,} tokens, {runs[0]['dtype']}. Red: the 25% of layers with the lowest AVSS. Band: 95% interval over shards.",
         ],
         anchor="start",
     )
@@ -69,7 +69,12 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
 
 
 def _tooltip(name: str) -> list[Any]:
-    return [alt.Tooltip("run:N"), alt.Tooltip("layer:Q"), alt.Tooltip("layer_name:N"), alt.Tooltip(f"{name}:Q", format=".4g")]
+    return [
+        alt.Tooltip("run:N"),
+        alt.Tooltip("layer:Q"),
+        alt.Tooltip("layer_name:N"),
+        alt.Tooltip(f"{name}:Q", format=".4g"),
+    ]
 
 
 def _score_panel(base: Any, color: Any) -> Any:
@@ -83,8 +88,11 @@ def _score_panel(base: Any, color: Any) -> Any:
     return (band + line + points).properties(title="AVSS", **PANEL)
 
 
-def _panel(base: Any, color: Any, name: str, title: str) -> Any:
-    y = alt.Y(f"{name}:Q", title=title)
+def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str) -> Any:
+    """A rival, on a log scale unless a layer scores zero or less."""
+    title = RIVALS[name]
+    log = all(row[name] is None or row[name] > 0 for row in rows)
+    y = alt.Y(f"{name}:Q", title=f"{title}{' (log)' if log else ''}", scale=alt.Scale(type="log" if log else "linear"))
     line = base.mark_line(strokeWidth=1.5).encode(y=y, color=color)
     points = base.mark_point(filled=True, size=30, opacity=1).encode(y=y, color=color, tooltip=_tooltip(name))
     return (line + points).properties(title=title, **PANEL)

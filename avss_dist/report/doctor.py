@@ -23,8 +23,8 @@ print(float((x @ x).sum()) == 64**3 and f"yes, {torch.get_num_threads()} threads
 """,
     "CUDA devices": """
 import torch
-names = [f"{torch.cuda.get_device_name(i)}, {torch.cuda.mem_get_info(i)[1] / 2**30:.0f} GiB" for i in range(torch.cuda.device_count())]
-print("; ".join(names) or "none: models run on the CPU")
+devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+print("; ".join(f"{d.name}, {d.total_memory / 2**30:.0f} GiB" for d in devices) or "none: models run on the CPU")
 """,
     "CPU kernels compile": """
 import numpy as np
@@ -65,7 +65,11 @@ def findings() -> Iterator[Finding]:
         try:
             yield name, True, version(name)
         except PackageNotFoundError:
-            yield name, name == "datasets", "not installed" + (" (only hf: sources need it)" if name == "datasets" else "")
+            yield (
+                name,
+                name == "datasets",
+                "not installed" + (" (only hf: sources need it)" if name == "datasets" else ""),
+            )
     for what, code in _CHECKS.items():
         yield what, *_try(code)
 
