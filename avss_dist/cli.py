@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,8 @@ WarehousePath = Annotated[str, typer.Argument(help="Warehouse: a folder, or an s
 
 def main() -> None:
     """The console script ``avss``."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     app()
 
 
@@ -164,11 +167,14 @@ def _outcome(run: Run) -> str:
 
 def _choose_runs(warehouse: Warehouse, run_ids: list[str]) -> list[dict[str, Any]]:
     """The named runs, or the newest one that is done."""
-    rows = [row for row in warehouse.runs().to_pylist(maps_as_pydicts="strict") if row["status"] == "done"]
-    by_id = {row["run_id"]: row for row in rows}
+    every = warehouse.runs().to_pylist(maps_as_pydicts="strict")
+    rows = [row for row in every if row["status"] == "done"]
+    by_id, failed = {row["run_id"]: row for row in rows}, {r["run_id"]: r for r in every if r["status"] != "done"}
     if not rows:
         raise QueryError(f"{warehouse.root} has no finished run.", "avss score makes one.")
     for run_id in run_ids:
+        if run_id in failed:
+            raise QueryError(f"Run '{run_id}' failed: {failed[run_id]['error']}", "Mend that and run avss score again.")
         require_known("run", run_id, sorted(by_id), QueryError)
     return [by_id[run_id] for run_id in run_ids] or [max(rows, key=lambda row: row["created_at"])]
 
@@ -180,11 +186,10 @@ def _choose_scores(
     require_known("recipe", recipe, RECIPES)
     value, kind = parse_threshold(threshold)
     rows = warehouse.table("scores", run_ids=[run["run_id"] for run in runs]).to_pylist()
+    scored = sorted({f"{row['site']} {row['recipe']}" for row in rows})
     rows = [row for row in rows if (row["site"], row["recipe"]) == (site, recipe)]
     if not rows:
-        raise QueryError(
-            f"No scores of site '{site}' with recipe '{recipe}'.", "The unit recipe has block and update only."
-        )
+        raise QueryError(f"No scores of site '{site}' with recipe '{recipe}'.", f"Scored: {', '.join(scored)}.")
     wanted = [row for row in rows if (row["threshold"], row["threshold_kind"]) == (value, kind)]
     if not wanted:
         seen = sorted({(r["threshold_kind"], r["threshold"]) for r in rows})

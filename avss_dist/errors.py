@@ -15,6 +15,7 @@ class AvssError(Exception):
     """
 
     exit_code = 2
+    run_id: str | None = None  # the run whose row tells of it, if it got so far
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message, hint)

@@ -259,10 +259,10 @@ class TorchKernels:
         for b in range(len(before)):
             finite = mask[b] & torch.isfinite(before[b]).all(dim=1) & torch.isfinite(after[b]).all(dim=1)
             old, new, change = (torch.where(finite[:, None], x[b], 0).double() for x in (before, after, update))
-            old_sq, new_sq = old.square().sum(dim=1), new.square().sum(dim=1)
-            angles = (old_sq > 0) & (new_sq > 0)
+            old_sq, new_sq, change_sq = (v.square().sum(dim=1) for v in (old, new, change))
+            angles = (old_sq > 0) & (new_sq > 0) & torch.isfinite(change_sq)
             cosine = ((old * new).sum(dim=1) / (old_sq * new_sq).sqrt()).clamp(-1, 1)
-            relative = (change.square().sum(dim=1) / old_sq).sqrt()
+            relative = (change_sq / old_sq).sqrt()
             per_token = torch.stack([cosine, torch.acos(cosine) / torch.pi, relative])
             into.tensors["geometry"] += torch.where(angles, per_token, 0).sum(dim=1)
             count = finite.sum() * before.shape[2]

@@ -157,7 +157,8 @@ def compare_tokens(before: Any, after: Any, update: Any, mask: Any) -> Any:
 
     Returns:
         (angles, cosine_sum, angular_sum, relative_magnitude_sum, input_count, input_mean, input_m2): the sums are over
-        the ``angles`` tokens that are finite and nonzero in input and output, the moments over all finite tokens.
+        the ``angles`` tokens that are finite and nonzero in input and output and whose update did not overflow, the
+        moments over all that are finite in input and output.
     """
     angles = count = 0
     cosine_sum = angular_sum = relative_sum = mean = m2 = 0.0
@@ -185,7 +186,7 @@ def compare_tokens(before: Any, after: Any, update: Any, mask: Any) -> Any:
         mean += delta * units / merged
         m2 += spread + delta * delta * (count * (units / merged))
         count = merged
-        if old_sq > 0 and new_sq > 0:
+        if old_sq > 0 and new_sq > 0 and change_sq < math.inf:
             cosine = min(1.0, max(-1.0, dot / math.sqrt(old_sq * new_sq)))
             angles += 1
             cosine_sum += cosine

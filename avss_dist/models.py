@@ -11,13 +11,17 @@ import inspect
 import json
 import os
 import re
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 
 from avss_dist.config import Settings
@@ -26,6 +30,12 @@ from avss_dist.structure import Structure, find_structure
 
 WEIGHTS = "*.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_READ = {".json", ".safetensors", ".model", ".txt"}  # suffixes of the files that can change a number
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
+_REFUSALS: tuple[type[Exception], ...] = (  # what libraries raise over a bad checkpoint
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, IndexError),
+    *(struct.error, SafetensorError, StrictDataclassError),
+)
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|DoubleHeadsModel)$")
 
 
@@ -84,9 +94,8 @@ def resolve(spec: str, *, trust_remote_code: bool = False) -> Checkpoint:
         return Checkpoint(name=spec, source="gguf", path=str(path.resolve()), revision=content_hash([path]))
     if path.is_dir():
         _check_folder(path, spec, trust_remote_code)
-        files = sorted(
-            f for f in path.iterdir() if f.is_file() and f.suffix in {".json", ".safetensors", ".model", ".txt"}
-        )
+        suffixes = _READ | {".py"} if trust_remote_code else _READ
+        files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix in suffixes)
         return Checkpoint(name=spec, source="folder", path=str(path.resolve()), revision=content_hash(files))
     if path.exists():
         raise ModelError(
@@ -136,11 +145,20 @@ def _check_folder(folder: Path, spec: str, trust_remote_code: bool) -> None:
                 "Convert them to safetensors: load the model where you trust it and call save_pretrained().",
             )
         raise ModelError(f"'{spec}' has no weights (*.safetensors).", "Is the download complete?")
-    if config.get("auto_map") and not trust_remote_code and not _known(config.get("model_type")):
+    kind = config.get("model_type")
+    if _known(kind) or (config.get("auto_map") and trust_remote_code):
+        return
+    if config.get("auto_map"):
         raise ModelError(
-            f"'{spec}' needs Python code of its own (model_type '{config.get('model_type')}').",
+            f"'{spec}' needs Python code of its own (model_type '{kind}').",
             "Read that code, then pass --trust-remote-code.",
         )
+    if kind is None:
+        raise ModelError(f"'{spec}' has a config.json without a model_type.", "Add the family's name: llama, say.")
+    raise ModelError(
+        f"'{spec}' is of model_type '{kind}', which transformers {version('transformers')} does not know.",
+        "A newer model needs a newer transformers: pip install -U transformers.",
+    )
 
 
 def read_config(folder: Path, spec: str) -> dict[str, Any]:
@@ -162,9 +180,9 @@ def read_config(folder: Path, spec: str) -> dict[str, Any]:
 
 
 def _known(model_type: str | None) -> bool:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return model_type in CONFIG_MAPPING_NAMES
+    return model_type in CONFIG_MAPPING
 
 
 def content_hash(files: list[Path]) -> str:
@@ -211,21 +229,26 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
             tokenizer = AutoTokenizer.from_pretrained(
                 checkpoint.folder, trust_remote_code=trust_remote_code, **checkpoint.gguf
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            raise _no_tokenizer(checkpoint, _first_line(error)) from error
+        except _REFUSALS as error:
+            there = checkpoint.gguf or any(any(checkpoint.folder.glob(pattern)) for pattern in _TOKENIZERS)
+            raise _no_tokenizer(checkpoint, f" that can be opened: {_first_line(error)}" if there else ".") from error
     if not len(tokenizer):
-        raise _no_tokenizer(checkpoint, "its vocabulary is empty")
+        raise _no_tokenizer(checkpoint, ": its vocabulary is empty.")
     return tokenizer
 
 
 def _no_tokenizer(checkpoint: Checkpoint, why: str) -> ModelError:
     return ModelError(
-        f"'{checkpoint.name}' has no tokenizer that can be opened: {why}",
+        f"'{checkpoint.name}' has no tokenizer{why}",
         "Copy tokenizer.json and tokenizer_config.json of its base model into the folder.",
     )
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, StrictDataclassError):
+        error = error.__cause__ or error
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than its config.json says."
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -242,10 +265,10 @@ def text_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
             config = AutoConfig.from_pretrained(
                 checkpoint.folder, trust_remote_code=trust_remote_code, **checkpoint.gguf
             )
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        except _REFUSALS as error:
             raise ModelError(
-                f"transformers cannot open '{checkpoint.name}': {_first_line(error)}",
-                "A newer model needs a newer transformers: pip install -U transformers.",
+                f"The configuration of '{checkpoint.name}' cannot be read: {_first_line(error)}",
+                "Is the download complete? A newer model needs a newer transformers: pip install -U transformers.",
             ) from error
     return config
 
@@ -294,9 +317,14 @@ def load(checkpoint: Checkpoint, settings: Settings, device: torch.device) -> Ba
                 **checkpoint.gguf,
                 **options,
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        except SafetensorError as error:
+            raise ModelError(
+                f"The weights of '{checkpoint.name}' are damaged or not whole: {_first_line(error)}.",
+                "Download or copy them again.",
+            ) from error
+        except _REFUSALS as error:
             raise ModelError(f"'{checkpoint.name}' cannot be loaded: {_first_line(error)}") from error
-    return open_module(model.eval().to(device=device), layers=settings.layers)
+        return open_module(model.eval().to(device=device), layers=settings.layers)
 
 
 def _is_causal(config: Any) -> bool:
@@ -373,6 +401,8 @@ def forward_function(backbone: nn.Module) -> Callable[[torch.Tensor, torch.Tenso
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' progress bars and warnings: errors are ours to tell."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which transformers imports, warns on stdout
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

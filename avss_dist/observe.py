@@ -136,7 +136,7 @@ class Observer:
         x = as_rows(tensor.detach(), layout, rows, tokens)
         if x is None:
             raise ModelError(
-                f"Layer {layer.index} ({layer.name}) sees {list(tensor.shape)} where the batch is {rows} x {tokens} tokens: "
+                f"Layer {layer.index} ({layer.name}) sees {list(tensor.shape)} in a batch of {rows} x {tokens} tokens: "
                 "the model pads, pools or extends its rows.",
                 "If it pads rows to a multiple, make --sequence-length one.",
             )

@@ -147,8 +147,9 @@ class _Driver:
         start = time.perf_counter()
         self.reporter.planning(model)
         checkpoint = resolve(model, trust_remote_code=self.settings.trust_remote_code)
-        settings = self._pin(checkpoint)
-        corpus = self._plan(checkpoint, settings)
+        config = text_config(checkpoint, trust_remote_code=self.settings.trust_remote_code)
+        settings = self._pin(checkpoint, config)
+        corpus = self._plan(checkpoint, config, settings)
         print_ = run_fingerprint(checkpoint, corpus, settings)
         run = Run(
             run_id=f"{checkpoint.slug}-{print_[:10]}",
@@ -164,9 +165,10 @@ class _Driver:
         attempt = _Attempt(self, checkpoint, settings, corpus, print_, run, start)
         try:
             run = attempt.finish()
-        except (AvssError, OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # a model's own code can raise anything; it must not stop the other models
             failure = error if isinstance(error, AvssError) else RunFailed(f"{type(error).__name__}: {error}")
             attempt.record(status="failed", error=str(failure))
+            failure.run_id = run.run_id
             raise failure from error
         self.reporter.finished(run)
         return run
@@ -175,8 +177,11 @@ class _Driver:
         """A run that failed before or while it ran; one that got as far as a fingerprint is recorded already."""
         settings = self.settings.as_dict()
         print_ = fingerprint(model=model, corpus=self.corpus, settings=settings)
-        run_id = f"{slug(Path(model).name)}-{print_[:10]}"
+        run_id = error.run_id or f"{slug(Path(model).name)}-{print_[:10]}"
         run = Run(run_id=run_id, model=model, warehouse=self.store.root, status="failed", error=str(error))
+        if error.run_id:
+            self.reporter.finished(run)
+            return run
         self.store.write_run(
             {
                 "run_id": run_id,
@@ -192,23 +197,31 @@ class _Driver:
         self.reporter.finished(run)
         return run
 
-    def _pin(self, checkpoint: Checkpoint) -> Settings:
+    def _pin(self, checkpoint: Checkpoint, config: Any) -> Settings:
         """Settings with every ``auto`` that changes numbers decided; refuses rows that the model cannot read."""
-        config = text_config(checkpoint, trust_remote_code=self.settings.trust_remote_code)
         text = config.get_text_config()
         longest = getattr(text, "max_position_embeddings", None)
         if isinstance(longest, int) and 0 < longest < self.settings.sequence_length:
             raise ModelError(
-                f"'{checkpoint.name}' reads {longest} tokens at most; --sequence-length is {self.settings.sequence_length}.",
+                f"'{checkpoint.name}' reads at most {longest} tokens of the {self.settings.sequence_length} asked for.",
                 f"Pass --sequence-length {longest} or less.",
             )
         stored = str(getattr(text, "dtype", None) or getattr(config, "dtype", None)).removeprefix("torch.")
         dtype = stored if self.settings.dtype == "auto" and stored in DTYPES else self.settings.dtype
         return replace(self.settings, device=self.executor.device, dtype=dtype)
 
-    def _plan(self, checkpoint: Checkpoint, settings: Settings) -> CorpusPlan:
+    def _plan(self, checkpoint: Checkpoint, config: Any, settings: Settings) -> CorpusPlan:
+        """The corpus in the checkpoint's tokens; refuses tokens that the model does not have."""
         tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
-        return plan(self.corpus, tokenizer, settings)
+        corpus = plan(self.corpus, tokenizer, settings)
+        known = getattr(config.get_text_config(), "vocab_size", None)
+        highest = max(int(b.input_ids.max()) for shard in corpus.shards for b in shard.batches(settings.batch_size))
+        if isinstance(known, int) and 0 < known <= highest:
+            raise ModelError(
+                f"The tokenizer of '{checkpoint.name}' gives token {highest}; the model has {known}, from 0.",
+                "Put the tokenizer that it was trained with into its folder.",
+            )
+        return corpus
 
 
 def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settings) -> str:

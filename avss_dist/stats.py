@@ -60,8 +60,10 @@ class LayerStats:
             token-mean (the reading of the AVSS authors' released code).
         unit_count: tokens in the per-unit sums (block and update sites; else 0).
         unit_sum, unit_sum_sq: float64[units], or empty, as above.
-        token_count: tokens with a defined angle, block input against output (block site; else 0).
-        cosine_sum, angular_sum, relative_magnitude_sum: sums over tokens of cos(in, out), acos(cos) / pi, |out - in| / |in|.
+        token_count: tokens with a defined angle, block input against output, whose difference did not overflow (block
+            site; else 0).
+        cosine_sum, angular_sum, relative_magnitude_sum: sums over tokens of cos(in, out), acos(cos) / pi and
+            |out - in| / |in|.
         input_count, input_mean, input_m2: moments over elements of the block's input, for tokens that are finite in
             input and output (block site; else 0).
     """

@@ -55,7 +55,8 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
         f"Layer scores of {labels[runs[0]['run_id']] if not several else f'{len(runs)} runs'}",
         subtitle=[
             f"AVSS: {first['site']} site, {first['recipe']} recipe, |x| < {threshold}; "
-            f"{runs[0]['num_tokens']:,} tokens, {runs[0]['dtype']}. Red: the 25% of layers with the lowest AVSS. Band: 95% interval over shards.",
+            f"{runs[0]['num_tokens']:,} tokens, {runs[0]['dtype']}. "
+            "Red: the 25% of layers with the lowest AVSS. Band: 95% interval over shards.",
         ],
         anchor="start",
     )

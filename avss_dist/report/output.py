@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -14,23 +15,44 @@ if TYPE_CHECKING:
 
 def write_table(table: pa.Table, kind: str, console: Console) -> None:
     """Write a table to standard output as ``table``, ``csv``, ``json`` (one object a line) or ``parquet``."""
+    table = table.rename_columns(_distinct(table.column_names))
     if kind == "table":
         from avss_dist.report.table import plain_table
 
         console.print(plain_table(table.column_names, [tuple(row.values()) for row in _rows(table)]))
     elif kind == "json":
         for row in _rows(table):
-            print(json.dumps(row, default=str))
+            print(json.dumps(_finite(row), default=str))
     elif kind == "csv":
         import csv
 
-        writer = csv.writer(sys.stdout)
+        writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(table.column_names)
         writer.writerows(row.values() for row in _rows(table))
     else:
         import pyarrow.parquet as pq
 
         pq.write_table(table, sys.stdout.buffer, compression="zstd")
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Column names, a repeated one (a join's) with a number: ``model``, ``model_1``."""
+    given: list[str] = []
+    for name in names:
+        count = 0
+        while (new := f"{name}_{count}" if count else name) in given:
+            count += 1
+        given.append(new)
+    return given
+
+
+def _finite(value: Any) -> Any:
+    """A value as JSON can hold it: NaN and infinities are null."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rows(table: pa.Table) -> list[dict[str, object]]:

@@ -60,7 +60,8 @@ def _caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], lowest
     noisy = sum(s["quality"] != "ok" for s in scores)
     text = (
         f"{run['run_id']}: {run['num_tokens']:,} tokens of {run['corpus']}, {run['dtype']} on {run['device']}.\n"
-        f"* the {lowest} layers with the lowest AVSS, {LOWEST_SHARE:.0%} of {len(scores)}; "
+        f"* the {'layer' if lowest == 1 else f'{lowest} layers'} with the lowest AVSS, "
+        f"{LOWEST_SHARE:.0%} of {len(scores)}; "
         "'lowest 25%' is how often a layer is among them when shards are resampled."
     )
     if noisy:

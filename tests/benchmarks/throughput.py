@@ -1,0 +1,133 @@
+"""Tokens/s of observation against the bare model and the AVSS authors' recipe, in one process, as ratios.
+
+    python tests/benchmarks/throughput.py MODEL_FOLDER [--rounds 5]
+
+Every variant runs once a round, in turn, so that a machine whose speed drifts slows all of them alike; medians are
+printed. The authors' recipe (arXiv 2411.02117, their released script): float32, hooks that copy every layer's output to
+the CPU, loss and backward pass for each batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM
+
+from avss_dist.config import SITES, Settings
+from avss_dist.corpus import Batch, plan
+from avss_dist.models import load_tokenizer, resolve
+from avss_dist.observe import observe
+from avss_dist.partition.single import SingleReplica
+
+BARE, PLAIN, AUTHORS = "bare backbone forward", "plain CausalLM forward", "AVSS authors' recipe"
+
+
+class PeakMemory:
+    """The process's highest resident memory inside a ``with`` block, sampled every 2 ms, in bytes."""
+
+    def __enter__(self) -> PeakMemory:
+        self._process, self._on, self.peak = psutil.Process(), True, 0
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while self._on:
+            self.peak = max(self.peak, self._process.memory_info().rss)
+            time.sleep(0.002)
+
+    def __exit__(self, *_: object) -> None:
+        self._on = False
+        self._thread.join()
+
+
+def authors_recipe(model: torch.nn.Module, layers: list[torch.nn.Module], input_ids: torch.Tensor) -> None:
+    """Variance and sparsity of every layer as the released script has them, one batch."""
+    seen: list[torch.Tensor] = []
+    handles = [
+        layer.register_forward_hook(
+            lambda m, a, out: seen.append((out[0] if isinstance(out, tuple) else out).detach().cpu())
+        )
+        for layer in layers
+    ]
+    loss = model(input_ids, labels=input_ids).loss
+    loss.backward()
+    for hidden in seen:
+        hidden.mean(dim=1).var(dim=1).mean().item()
+        (hidden.abs() < 1e-5).float().mean().item()
+    model.zero_grad()
+    for handle in handles:
+        handle.remove()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a causal language model")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--corpus", default="builtin:pydoc")
+    options = parser.parse_args()
+
+    settings = Settings(max_sequences=8, sequences_per_shard=8, dtype="bfloat16")
+    checkpoint = resolve(options.model)
+    shard = plan(options.corpus, load_tokenizer(checkpoint), settings).shards[0]
+    batch: Batch = next(shard.batches(8))
+    replica = SingleReplica(checkpoint, settings)
+    input_ids = torch.from_numpy(batch.input_ids).to(torch.int64)
+    causal = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.bfloat16).eval()
+    exact = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    exact_layers = [exact.get_submodule(f"{exact.base_model_prefix}.{layer.name}") for layer in replica.layers]
+
+    def plain() -> None:
+        with torch.no_grad():
+            causal(input_ids, use_cache=False)
+
+    def ours(*sites: str) -> Callable[[], None]:
+        def run() -> None:
+            with observe(replica.layers, sites, settings.thresholds) as observer, observer.batch(batch.observed):
+                replica.forward(batch)
+            observer.result()
+
+        return run
+
+    variants: dict[str, Callable[[], None]] = {
+        BARE: lambda: replica.forward(batch),
+        PLAIN: plain,
+        "ours, five sites": ours(*SITES),
+        "ours, block only": ours("block"),
+        AUTHORS: lambda: authors_recipe(exact, exact_layers, input_ids),
+    }
+    for run in variants.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for round_ in range(options.rounds):
+        for name, run in variants.items():
+            if name == AUTHORS and round_ >= 2:
+                continue  # a round of it takes as long as all the others
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+
+    tokens = input_ids.numel()
+    speed = {name: tokens / statistics.median(times) for name, times in seconds.items()}
+    print(f"{Path(options.model).name}, bfloat16, {tuple(input_ids.shape)}, {torch.get_num_threads()} threads")
+    print(f"{'':<26}{'tokens/s':>10}{'of bare':>10}{'of plain':>10}{'of authors':>12}")
+    for name, value in speed.items():
+        ratios = [value / speed[other] for other in (BARE, PLAIN, AUTHORS)]
+        print("{:<26}{:>10,.0f}{:>10.3f}{:>10.3f}{:>12.1f}".format(name, value, *ratios))
+    del exact, exact_layers, causal
+    with PeakMemory() as bare:
+        replica.forward(batch)
+    with PeakMemory() as observed:
+        variants["ours, five sites"]()
+    print(f"peak memory beyond the bare forward: {(observed.peak - bare.peak) / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
