@@ -22,6 +22,7 @@ from avss_dist.executors.base import Executor, Job, open_executor
 from avss_dist.models import Checkpoint, load_tokenizer, resolve, slug, text_config
 from avss_dist.query import Warehouse
 from avss_dist.scoring import score_run
+from avss_dist.sources import documents
 from avss_dist.stats import ShardResult, merge_blocks, merge_stats
 from avss_dist.warehouse import RunIdentity
 
@@ -88,6 +89,7 @@ def score(model: str | Path, *, corpus: str, out: str | Path, reporter: Reporter
         AvssError: a mistake, or a failed run (`RunFailed`); what was measured is kept.
     """
     settings, execution = split_options(options)
+    _require_readable(corpus)
     store = Warehouse(out)
     store.create()
     with closing(open_executor(execution, settings)) as executor:
@@ -103,6 +105,7 @@ def score_all(
         AvssError: a mistake that concerns all of them, such as an unknown setting or an unwritable warehouse.
     """
     settings, execution = split_options(options)
+    _require_readable(corpus)
     store = Warehouse(out)
     store.create()
     reporter = reporter or Silent()
@@ -115,6 +118,12 @@ def score_all(
             except AvssError as error:
                 runs.append(driver.record_failure(model, error))
     return runs
+
+
+def _require_readable(corpus: str) -> None:
+    """Fail now, not for every model, where the corpus cannot be read."""
+    for _ in documents(corpus):
+        break
 
 
 def split_options(options: dict[str, Any]) -> tuple[Settings, Execution]:

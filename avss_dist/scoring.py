@@ -181,7 +181,8 @@ class SiteTable:
             low, high = np.quantile(resampled, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2], axis=0)
             lowest = (rank_lowest(resampled) <= count_lowest(len(score))).mean(axis=0)
         sparsity = _ratio(near_zero, count)
-        normalized = literal / literal.sum()
+        # A layer without data takes no part in the sum; one with data but nothing near zero leaves no sum.
+        normalized = literal / literal[~np.isnan(score)].sum()
         columns = {
             "variance": variance,
             "sparsity": sparsity,
@@ -190,7 +191,7 @@ class SiteTable:
             "avss": literal,
             "avss_smoothed": score,
             "avss_normalized": normalized,
-            "avss_cumulative": np.cumsum(normalized),
+            "avss_cumulative": np.where(np.isnan(normalized), NOTHING, np.nancumsum(normalized)),
             "avss_low": low,
             "avss_high": high,
             "lowest_set_probability": lowest,
@@ -214,17 +215,20 @@ class SiteTable:
 
     @cached_property
     def unit_means(self) -> list[tuple[Float64, Float64 | None]]:
-        """By layer: unit means, merged float64[units] and (with shards) resampled float64[resamples, units]."""
+        """By layer: unit means, merged float64[units] and (with shards) resampled float64[resamples, units].
+
+        NaN where no token is finite throughout, so that an overflow is not taken for a mean of zero.
+        """
         return [self._unit_means(layer, merged) for layer, merged in enumerate(self.merged)]
 
     def _unit_means(self, layer: int, merged: LayerStats) -> tuple[Float64, Float64 | None]:
-        means = merged.unit_sum / max(merged.unit_count, 1)
+        means = merged.unit_sum / (merged.unit_count or NOTHING)
         if self.weights is None:
             return means, None
         partials = [shard[layer] for shard in self.shards]
         sums = np.stack([p.unit_sum if p.unit_sum.size else np.zeros_like(means) for p in partials])
         tokens = self.weights @ np.array([p.unit_count for p in partials], float)
-        return means, (self.weights @ sums) / np.maximum(tokens, 1)[:, None]
+        return means, _ratio(self.weights @ sums, tokens[:, None])
 
 
 def _quality(near_zero: float) -> str:
@@ -286,12 +290,13 @@ def _unit_sparsity(table: SiteTable, threshold: Threshold) -> Counts:
     at = [threshold.at(s) for s in table.merged]
     pairs = list(zip(table.unit_means, at, strict=True))
     near_zero = np.array([float((np.abs(means) < t).sum()) for (means, _), t in pairs])
-    units = np.array([float(means.size) for means, _ in table.unit_means])
-    resampled = [(np.abs(means) < t).sum(axis=1) for (_, means), t in pairs if means is not None]
+    units = np.array([float(np.isfinite(means).sum()) for means, _ in table.unit_means])
+    resampled = [(means, t) for (_, means), t in pairs if means is not None]
     if not resampled:
         return near_zero, units, None, None
-    near_zeros = np.stack(resampled, axis=1).astype(float)
-    return near_zero, units, near_zeros, np.broadcast_to(units, near_zeros.shape)
+    near_zeros = np.stack([(np.abs(means) < t).sum(axis=1) for means, t in resampled], axis=1).astype(float)
+    counts = np.stack([np.isfinite(means).sum(axis=1) for means, _ in resampled], axis=1).astype(float)
+    return near_zero, units, near_zeros, counts
 
 
 _VARIANCE = {"pooled": _pooled_variance, "element": _element_variance, "unit": _unit_variance}

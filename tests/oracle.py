@@ -13,8 +13,10 @@ from avss_dist.stats import HISTOGRAM_BINS, LayerStats
 Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
 
-FLOAT_FIELDS = ("mean", "m2", "pooled_variance_sum", "unit_sum", "unit_sum_sq", "cosine_sum", "angular_sum")
-FLOAT_FIELDS += ("relative_magnitude_sum", "input_mean", "input_m2")
+FLOAT_FIELDS = (
+    *("mean", "m2", "pooled_variance_sum", "unit_sum", "unit_sum_sq"),
+    *("cosine_sum", "angular_sum", "relative_magnitude_sum", "input_mean", "input_m2"),
+)
 EXACT_FIELDS = tuple(f.name for f in fields(LayerStats) if f.name not in FLOAT_FIELDS)
 
 

@@ -182,6 +182,17 @@ def test_tokens_without_an_angle_count_only_in_the_input_moments(kernels: Kernel
     assert stats.input_count == 12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor", [1.5, -1.5])
+def test_parallel_tokens_have_an_angle_whatever_rounds(kernels: Kernels, dtype: torch.dtype, factor: float) -> None:
+    rng = np.random.default_rng(3)
+    shape = (1, 200, 33)
+    before = torch.from_numpy(rng.integers(1, 64, shape) * 2.0 ** rng.integers(-30, 1, shape)).to(dtype)
+    stats = measured(kernels, Batch(before * factor, before, torch.ones(shape[:2], dtype=torch.bool)))
+    assert stats.cosine_sum == pytest.approx(math.copysign(200, factor), rel=1e-15)
+    assert stats.angular_sum == pytest.approx(0 if factor > 0 else 200, abs=200 * 1e-8)
+
+
 @pytest.mark.parametrize("spread", [math.sqrt(0.03), math.sqrt(40_000)], ids=["first layers", "last layers"])
 def test_massive_activations_keep_their_digits(kernels: Kernels, dtype: torch.dtype, spread: float) -> None:
     values = np.random.default_rng(3).normal(0, spread, (2, 48, 96))
@@ -229,7 +240,9 @@ def test_near_zero_is_strict_and_exact_at_the_threshold(kernels: Kernels, dtype:
 
 def test_zeros_of_both_signs_and_subnormals(kernels: Kernels, dtype: torch.dtype) -> None:
     smallest = from_patterns(np.array([1]), dtype)
-    largest_subnormal = torch.nextafter(torch.tensor([torch.finfo(dtype).tiny], dtype=dtype), torch.zeros_like(smallest))
+    largest_subnormal = torch.nextafter(
+        torch.tensor([torch.finfo(dtype).tiny], dtype=dtype), torch.zeros_like(smallest)
+    )
     x = torch.cat([smallest * 0, -smallest * 0, smallest, -smallest, largest_subnormal])[None, None]
     thresholds = np.array([smallest.item() / 2, smallest.item(), smallest.item() * 1.5, 1.0])
     stats = measured(kernels, plain_batch(x), thresholds=thresholds)
@@ -344,9 +357,9 @@ def float32_cases() -> Float64:
     rng = np.random.default_rng(0)
     spread = 10.0 ** rng.uniform(-46, 38, 300)
     exact = spread.astype(np.float32).astype(np.float64)
-    edges = [1e-46, 2.0**-149, 2.0**-149 * 1.5, 2.0**-126, float(np.finfo(np.float32).max), 1e39]
-    cases = [GRID, spread, exact, np.nextafter(exact, 0), np.nextafter(exact, np.inf), edges]
-    return np.unique(np.concatenate(cases)[np.concatenate(cases) > 0])
+    edges = np.array([1e-46, 2.0**-149, 2.0**-149 * 1.5, 2.0**-126, float(np.finfo(np.float32).max), 1e39])
+    cases = np.concatenate([GRID, spread, exact, np.nextafter(exact, 0), np.nextafter(exact, np.inf), edges])
+    return np.unique(cases[cases > 0])
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")

@@ -257,7 +257,6 @@ def test_the_parameters_are_those_of_the_whole_checkpoint() -> None:
     assert open_module(model).num_parameters == sum(p.numel() for p in model.parameters())
 
 
-Built = tuple[str, Any, dict[str, Any]]
 _T = transformers
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 FAMILIES: dict[str, tuple[Callable[[Any], Any], Any]] = {

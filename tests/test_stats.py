@@ -29,7 +29,7 @@ from avss_dist.stats import (
 GRID = np.array(THRESHOLDS)
 UNITS = 3
 TINIEST, LARGEST = np.float32(1e-45), np.finfo(np.float32).max
-ODDITIES = [0.0, -0.0, np.nan, np.inf, -np.inf, 1e-5, 1e4, TINIEST, -LARGEST]
+ODDITIES = np.array([0.0, -0.0, np.nan, np.inf, -np.inf, 1e-5, 1e4, TINIEST, -LARGEST])
 
 laws = settings(max_examples=60, deadline=None)
 
@@ -241,10 +241,10 @@ def test_pattern_counts_of_nonfinite_values_alone_are_empty_statistics() -> None
     assert LayerStats(thresholds=GRID, **fields).equals(expected)  # type: ignore[arg-type]
 
 
-def test_pattern_counts_may_exceed_int32() -> None:
-    fields = stats_from_pattern_counts(np.array([2**40, 2**40]), np.array([-1.0, 3.0]), np.array([2.0]))
+def test_pattern_counts_may_exceed_int32_and_thresholds_are_strict() -> None:
+    fields = stats_from_pattern_counts(np.array([2**40, 2**40]), np.array([-1.0, 3.0]), np.array([1.0, 3.0]))
     assert (fields["count"], fields["mean"], fields["m2"]) == (2**41, 1.0, 4.0 * 2**41)
-    assert fields["near_zero"].tolist() == [2**40]  # type: ignore[attr-defined]
+    assert fields["near_zero"].tolist() == [0, 2**40]  # type: ignore[attr-defined]
 
 
 def test_merge_stats_merges_in_the_order_given() -> None:

@@ -57,6 +57,7 @@ def describe(backbone: Backbone, partition: str) -> dict[str, Any]:
         "dtype": backbone.dtype,
         "attention_implementation": backbone.attention_implementation,
         "partition": partition,
+        "threads": torch.get_num_threads(),
         "notes": list(backbone.structure.notes),
     }
 
