@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from avss_dist.errors import ModelError
-from avss_dist.kernels import Accumulator, kernels_for, to_stats
+from avss_dist.kernels import Accumulator, Kernels, kernels_for, to_stats
 from avss_dist.stats import LayerKey, LayerStats
 from avss_dist.structure import Layer, as_rows, first_tensor, input_tensor
 
@@ -38,6 +38,7 @@ class Observer:
         self.thresholds = np.asarray(thresholds, np.float64)
         self._by_call = {(layer.module, layer.call): layer for layer in layers}
         self._accumulators: dict[LayerKey, Accumulator] = {}
+        self._kernels: dict[torch.device, Kernels] = {}
         self._calls: dict[nn.Module, int] = {}
         self._entered: _Entered | None = None
         self._mask: torch.Tensor | None = None
@@ -159,11 +160,9 @@ class Observer:
             self._accumulators[key] = Accumulator(
                 x, self.thresholds, units=site in UNIT_SITES, geometry=before is not None
             )
-        kernels, into, mask = kernels_for(x.device), self._accumulators[key], self._mask_on(x.device)
-        kernels.elements(into, x, mask)
-        kernels.units(into, x, mask)
-        if before is not None and update is not None:
-            kernels.geometry(into, before, x, update, mask)
+        if x.device not in self._kernels:
+            self._kernels[x.device] = kernels_for(x.device)
+        self._kernels[x.device].add(self._accumulators[key], x, self._mask_on(x.device), before, update)
 
     def _mask_on(self, device: torch.device) -> torch.Tensor:
         assert self._mask is not None

@@ -196,7 +196,7 @@ def stats_from_pattern_counts(counts: Int64, values: Float64, thresholds: Float6
         values: float64[n], the value of each pattern, NaN and infinities included.
         thresholds: float64[k].
     """
-    seen = np.flatnonzero(counts)
+    seen = np.flatnonzero(counts != 0)  # of a bool array: much faster
     counts, values = counts[seen], values[seen]
     finite = np.isfinite(values)
     nonfinite_count = int(counts[~finite].sum())

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families import model_types, tiny_batch, tiny_model
 
 from avss_dist.config import SITES, THRESHOLDS
 from avss_dist.errors import ModelError
 from avss_dist.models import Backbone, forward_function, open_module
 from avss_dist.observe import observe
 from avss_dist.scoring import score_run
-from families import model_types, tiny_batch, tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from oracle import FLOAT_FIELDS, Float64, assert_close, oracle_stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from avss_dist import kernels as kernels_module
 from avss_dist.config import THRESHOLDS
-from avss_dist.kernels import Accumulator, CpuKernels, Kernels, TorchKernels, float32_limits, kernels_for, to_stats
+from avss_dist.kernels import Accumulator, Kernels, cpu, float32_limits, generic, kernels_for, to_stats
+from avss_dist.kernels.cpu import CpuKernels
+from avss_dist.kernels.generic import TorchKernels
 from avss_dist.stats import LayerStats
 
 GRID = np.array(THRESHOLDS)
@@ -63,9 +64,7 @@ def accumulate(kernels: Kernels, batches: Sequence[Batch], thresholds: Float64, 
     into = Accumulator(batches[0].x.to(device), thresholds, units=True, geometry=True)
     for batch in batches:
         x, before, update, mask = (t.to(device) for t in (batch.x, batch.before, batch.update, batch.mask))
-        kernels.elements(into, x, mask)
-        kernels.units(into, x, mask)
-        kernels.geometry(into, before, x, update, mask)
+        kernels.add(into, x, mask, before, update)
     return into
 
 
@@ -287,8 +286,7 @@ def test_what_stands_in_padding_does_not_matter(kernels: Kernels, dtype: torch.d
 def test_what_an_accumulator_does_not_keep_is_absent(kernels: Kernels, dtype: torch.dtype) -> None:
     batch = any_batch(10, (2, 8, 16), dtype)
     into = Accumulator(batch.x, GRID, units=False, geometry=False)
-    kernels.elements(into, batch.x, batch.mask)
-    kernels.units(into, batch.x, batch.mask)
+    kernels.add(into, batch.x, batch.mask)
     stats = to_stats({name: t.numpy() for name, t in into.tensors.items()}, dtype, GRID)
     x, mask = batch.x.double().numpy(), batch.mask.numpy()
     assert_close(stats, oracle_stats(x, mask, GRID))
@@ -304,9 +302,16 @@ def test_cpu_results_do_not_depend_on_threads(threads: int, dtype: torch.dtype) 
     assert results[0] == results[1] == results[2]
 
 
+def test_counts_are_flushed_before_they_overflow(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    batch = any_batch(13, (5, 8, 16), dtype, oddities=0.002)
+    whole = measured(CpuKernels(), batch)
+    monkeypatch.setattr(cpu, "MOST_ELEMENTS", 2 * 8 * 16 + 1)
+    assert_close(measured(CpuKernels(), batch), whole)
+
+
 def test_small_chunks_change_no_count(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     batch = any_batch(13, (3, 8, 16), dtype, oddities=0.002)
-    monkeypatch.setattr(kernels_module, "CHUNK", 40)
+    monkeypatch.setattr(generic, "CHUNK", 40)
     assert_close(measured(TorchKernels(), batch), expected(batch))
 
 

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/throughput.py MODEL_FOLDER [--rounds 5]
 
-Every variant runs once a round, in turn, so that a machine whose speed drifts slows all of them alike; medians are
-printed. The authors' recipe (arXiv 2411.02117, their released script): float32, hooks that copy every layer's output to
+Every variant runs once a round, in turn, and ratios are medians of the rounds' own, so that a machine whose speed drifts
+does not decide. The authors' recipe (arXiv 2411.02117, their released script): float32, hooks that copy every layer's output to
 the CPU, loss and backward pass for each batch.
 """
 
@@ -70,7 +70,7 @@ def authors_recipe(model: torch.nn.Module, layers: list[torch.nn.Module], input_
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a causal language model")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--corpus", default="builtin:pydoc")
     options = parser.parse_args()
 
@@ -109,19 +109,19 @@ def main() -> None:
     for round_ in range(options.rounds):
         for name, run in variants.items():
             if name == AUTHORS and round_ >= 2:
-                continue  # a round of it takes as long as all the others
+                continue  # it takes longer than all the others together
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
 
     tokens = input_ids.numel()
-    speed = {name: tokens / statistics.median(times) for name, times in seconds.items()}
     print(f"{Path(options.model).name}, bfloat16, {tuple(input_ids.shape)}, {torch.get_num_threads()} threads")
     print(f"{'':<26}{'tokens/s':>10}{'of bare':>10}{'of plain':>10}{'of authors':>12}")
-    for name, value in speed.items():
-        ratios = [value / speed[other] for other in (BARE, PLAIN, AUTHORS)]
-        print("{:<26}{:>10,.0f}{:>10.3f}{:>10.3f}{:>12.1f}".format(name, value, *ratios))
-    del exact, exact_layers, causal
+    for name, times in seconds.items():
+        ratios = [
+            statistics.median(b / a for a, b in zip(times, seconds[o], strict=False)) for o in (BARE, PLAIN, AUTHORS)
+        ]
+        print("{:<26}{:>10,.0f}{:>10.3f}{:>10.3f}{:>12.1f}".format(name, tokens / statistics.median(times), *ratios))
     with PeakMemory() as bare:
         replica.forward(batch)
     with PeakMemory() as observed:

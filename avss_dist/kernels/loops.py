@@ -61,29 +61,88 @@ def _is_finite(row: Any) -> bool:
 
 
 @_compiled
-def count_patterns(x: Any, mask: Any, counts: Any) -> None:
-    """Add how often each 16-bit pattern occurs. x: uint16[tokens, units]; mask: bool[tokens]; counts: int32[65536]."""
-    for t in range(x.shape[0]):
-        if mask[t]:
-            row = x[t]
-            for j in range(row.shape[0]):
-                counts[row[j]] += 1
+def measure_patterns(
+    raw: Any,
+    values: Any,
+    mask: Any,
+    start: int,
+    stop: int,
+    counts: Any,
+    sums: Any,
+    squares: Any,
+    tokens: Any,
+    pooled: Any,
+) -> None:
+    """Measure sequences ``start`` to ``stop`` of a 16-bit tensor: pattern counts and unit sums.
+
+    Args:
+        raw: uint16[sequences, tokens, units], its patterns.
+        values: the same as it is summed: ``raw`` for bfloat16, float32 for float16.
+        mask: bool[sequences, tokens].
+        counts: uint32[65536], added to.
+        sums, squares, tokens, pooled: see `_sum_sequence`, one row a sequence.
+    """
+    for b in range(start, stop):
+        for t in range(raw.shape[1]):
+            if mask[b, t]:
+                row = raw[b, t]
+                for j in range(row.shape[0]):
+                    counts[row[j]] += 1
+        _sum_sequence(values[b], mask[b], sums[b], squares[b], tokens[b], pooled[b])
 
 
 @_compiled
-def count_float32(x: Any, mask: Any, limits: Any, histogram: Any, near_zero: Any, extremes: Any) -> Any:
-    """Count and sum the elements of float32[tokens, units].
+def measure_float32(
+    x: Any,
+    mask: Any,
+    start: int,
+    stop: int,
+    limits: Any,
+    histogram: Any,
+    near_zero: Any,
+    elements: Any,
+    moments: Any,
+    sums: Any,
+    squares: Any,
+    tokens: Any,
+    pooled: Any,
+) -> None:
+    """Measure sequences ``start`` to ``stop`` of float32[sequences, tokens, units].
 
     Args:
+        mask: bool[sequences, tokens].
         limits: uint32[k], pattern of the smallest float32 that is not below each threshold.
-        histogram: int64[2048], added to; near_zero: int64[k], added to.
-        extremes: float64[2], lowest and highest finite value so far, updated.
+        histogram, near_zero, elements, moments: see `_count_float32`, one row a sequence.
+        sums, squares, tokens, pooled: as in `measure_patterns`.
+    """
+    for b in range(start, stop):
+        _count_float32(x[b], mask[b], limits, histogram[b], near_zero[b], elements[b], moments[b])
+        _sum_sequence(x[b], mask[b], sums[b], squares[b], tokens[b], pooled[b])
 
-    Returns:
-        (count, zeros, nonfinite, mean, m2), moments merged token by token (Chan).
+
+@_compiled
+def flush_patterns(counts: Any, total: Any) -> None:
+    """Add uint32[65536] ``counts`` to int64[65536] ``total`` and clear them."""
+    for first in range(0, counts.shape[0], 64):
+        seen = np.uint32(0)
+        for i in range(first, first + 64):
+            seen |= counts[i]
+        if seen:
+            for i in range(first, first + 64):
+                total[i] += counts[i]
+                counts[i] = 0
+
+
+@_compiled
+def _count_float32(x: Any, mask: Any, limits: Any, histogram: Any, near_zero: Any, elements: Any, moments: Any) -> None:
+    """Count and sum the elements of one sequence, float32[tokens, units].
+
+    Added to or written: histogram int64[2048]; near_zero int64[k]; elements int64[3] (count, zeros, nonfinite); moments
+    float64[4] (mean, m2, lowest, highest), merged token by token (Chan).
     """
     count = zeros = nonfinite = 0
     mean = m2 = 0.0
+    low, high = np.inf, -np.inf
     units = x.shape[1]
     for t in range(x.shape[0]):
         if not mask[t]:
@@ -104,14 +163,12 @@ def count_float32(x: Any, mask: Any, limits: Any, histogram: Any, near_zero: Any
             continue
         center = total / finite
         spread = 0.0
-        low, high = extremes[0], extremes[1]
         for j in range(units):
             if (_pattern(row[j]) & _ABS32) < _INF32:
                 value = _value(row[j])
                 spread += (value - center) ** 2
                 low = min(low, value)
                 high = max(high, value)
-        extremes[0], extremes[1] = low, high
         for k in range(limits.shape[0]):
             below = 0
             for j in range(units):
@@ -119,23 +176,25 @@ def count_float32(x: Any, mask: Any, limits: Any, histogram: Any, near_zero: Any
             near_zero[k] += below
         merged = count + finite
         delta = center - mean
-        mean += delta * finite / merged
+        mean += delta * (finite / merged)
         m2 += spread + delta * delta * (count * (finite / merged))
         count = merged
-    return count, zeros, nonfinite, mean, m2
+    elements[0], elements[1], elements[2] = count, zeros, nonfinite
+    moments[0], moments[1], moments[2], moments[3] = mean, m2, low, high
 
 
 @_compiled
-def sum_units(x: Any, mask: Any, sums: Any, squares: Any) -> tuple[int, int]:
-    """Add each unit's values (and squares, unless ``squares`` is empty) over the tokens that are finite throughout.
+def _sum_sequence(x: Any, mask: Any, sums: Any, squares: Any, tokens: Any, pooled: Any) -> None:
+    """Sum one sequence, [tokens, units], over the tokens that are finite throughout.
 
-    x: [tokens, units]; sums, squares: float64[units], or [0]. Returns (finite tokens, tokens).
+    Added to: sums and squares, float64[units] (squares may be empty, and is not kept then). Written: tokens int64[2]
+    (finite, all); pooled float64[1], the unbiased variance over units of the token-mean, NaN unless all are finite.
     """
-    tokens = finite = 0
+    finite = seen = 0
     for t in range(x.shape[0]):
         if not mask[t]:
             continue
-        tokens += 1
+        seen += 1
         row = x[t]
         if not _is_finite(row):
             continue
@@ -148,18 +207,45 @@ def sum_units(x: Any, mask: Any, sums: Any, squares: Any) -> tuple[int, int]:
         else:
             for j in range(row.shape[0]):
                 sums[j] += _value(row[j])
-    return finite, tokens
+    tokens[0], tokens[1] = finite, seen
+    pooled[0] = _variance(sums, finite) if finite and finite == seen else np.nan
 
 
 @_compiled
-def compare_tokens(before: Any, after: Any, update: Any, mask: Any) -> Any:
-    """Compare a block's input with its output, token by token; all three are [tokens, units].
+def _variance(sums: Any, tokens: int) -> float:
+    """Unbiased variance of ``sums / tokens`` (0 for a single unit), in two passes."""
+    units = sums.shape[0]
+    if units < 2:
+        return 0.0
+    total = 0.0
+    for j in range(units):
+        total += sums[j]
+    center = total / units
+    spread = 0.0
+    for j in range(units):
+        spread += ((sums[j] - center) / tokens) ** 2
+    return spread / (units - 1)
 
-    Returns:
-        (angles, cosine_sum, angular_sum, relative_magnitude_sum, input_count, input_mean, input_m2): the sums are over
-        the ``angles`` tokens that are finite and nonzero in input and output and whose update did not overflow, the
-        moments over all that are finite in input and output.
+
+@_compiled
+def compare_tokens(
+    before: Any, after: Any, update: Any, mask: Any, start: int, stop: int, counts: Any, sums: Any
+) -> None:
+    """Compare a block's input with its output, token by token, in sequences ``start`` to ``stop``.
+
+    Args:
+        before, after, update: [sequences, tokens, units].
+        counts: int64[sequences, 2], written: tokens that are finite and nonzero in input and output; input elements of
+            tokens that are finite in both.
+        sums: float64[sequences, 5], written: over the former, cos(in, out), acos(cos) / pi and |update| / |in|; of the
+            latter, mean and m2.
     """
+    for b in range(start, stop):
+        _compare_sequence(before[b], after[b], update[b], mask[b], counts[b], sums[b])
+
+
+@_compiled
+def _compare_sequence(before: Any, after: Any, update: Any, mask: Any, counts: Any, sums: Any) -> None:
     angles = count = 0
     cosine_sum = angular_sum = relative_sum = mean = m2 = 0.0
     units = before.shape[1]
@@ -183,7 +269,7 @@ def compare_tokens(before: Any, after: Any, update: Any, mask: Any) -> Any:
             spread += (_value(old[j]) - center) ** 2
         merged = count + units
         delta = center - mean
-        mean += delta * units / merged
+        mean += delta * (units / merged)
         m2 += spread + delta * delta * (count * (units / merged))
         count = merged
         if old_sq > 0 and new_sq > 0 and change_sq < math.inf:
@@ -192,4 +278,5 @@ def compare_tokens(before: Any, after: Any, update: Any, mask: Any) -> Any:
             cosine_sum += cosine
             angular_sum += math.acos(cosine) / math.pi
             relative_sum += math.sqrt(change_sq / old_sq)
-    return angles, cosine_sum, angular_sum, relative_sum, count, mean, m2
+    counts[0], counts[1] = angles, count
+    sums[0], sums[1], sums[2], sums[3], sums[4] = cosine_sum, angular_sum, relative_sum, mean, m2
