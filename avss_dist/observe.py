@@ -39,6 +39,7 @@ class Observer:
         self._by_call = {(layer.module, layer.call): layer for layer in layers}
         self._accumulators: dict[LayerKey, Accumulator] = {}
         self._kernels: dict[torch.device, Kernels] = {}
+        self._updates: dict[torch.device, torch.Tensor] = {}
         self._calls: dict[nn.Module, int] = {}
         self._entered: _Entered | None = None
         self._mask: torch.Tensor | None = None
@@ -108,7 +109,7 @@ class Observer:
             self._add(layer, "block", after)
             return
         before = self._rows(layer, layer.layout, before)
-        update = after - before
+        update = self._subtract(after, before)
         self._add(layer, "block", after, before, update)
         self._add(layer, "update", update)
 
@@ -163,6 +164,15 @@ class Observer:
         if x.device not in self._kernels:
             self._kernels[x.device] = kernels_for(x.device)
         self._kernels[x.device].add(self._accumulators[key], x, self._mask_on(x.device), before, update)
+
+    def _subtract(self, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """``after - before``, in memory that is kept from layer to layer: fresh pages cost as much as the numbers."""
+        if after.dtype != before.dtype:
+            return after - before
+        kept = self._updates.get(after.device)
+        if kept is None or kept.shape != after.shape or kept.dtype != after.dtype:
+            kept = self._updates[after.device] = torch.empty_like(after)
+        return torch.sub(after, before, out=kept)
 
     def _mask_on(self, device: torch.device) -> torch.Tensor:
         assert self._mask is not None

@@ -83,12 +83,14 @@ def measure_patterns(
         sums, squares, tokens, pooled: see `_sum_sequence`, one row a sequence.
     """
     for b in range(start, stop):
+        nonfinite = _count_nonfinite(counts, values)
         for t in range(raw.shape[1]):
             if mask[b, t]:
                 row = raw[b, t]
                 for j in range(row.shape[0]):
                     counts[row[j]] += 1
-        _sum_sequence(values[b], mask[b], sums[b], squares[b], tokens[b], pooled[b])
+        all_finite = _count_nonfinite(counts, values) == nonfinite
+        _sum_sequence(values[b], mask[b], all_finite, sums[b], squares[b], tokens[b], pooled[b])
 
 
 @_compiled
@@ -117,7 +119,17 @@ def measure_float32(
     """
     for b in range(start, stop):
         _count_float32(x[b], mask[b], limits, histogram[b], near_zero[b], elements[b], moments[b])
-        _sum_sequence(x[b], mask[b], sums[b], squares[b], tokens[b], pooled[b])
+        _sum_sequence(x[b], mask[b], elements[b, 2] == 0, sums[b], squares[b], tokens[b], pooled[b])
+
+
+@_compiled
+def _count_nonfinite(counts: Any, values: Any) -> int:
+    """How many NaN and infinite patterns were counted: of bfloat16 where ``values`` are patterns, else of float16."""
+    first = 0x7F80 if values.itemsize == 2 else 0x7C00
+    total = 0
+    for i in range(first, 0x8000):
+        total += counts[i] + counts[i + 0x8000]
+    return total
 
 
 @_compiled
@@ -184,8 +196,8 @@ def _count_float32(x: Any, mask: Any, limits: Any, histogram: Any, near_zero: An
 
 
 @_compiled
-def _sum_sequence(x: Any, mask: Any, sums: Any, squares: Any, tokens: Any, pooled: Any) -> None:
-    """Sum one sequence, [tokens, units], over the tokens that are finite throughout.
+def _sum_sequence(x: Any, mask: Any, all_finite: bool, sums: Any, squares: Any, tokens: Any, pooled: Any) -> None:
+    """Sum one sequence, [tokens, units], over the tokens that are finite throughout: all of them if ``all_finite``.
 
     Added to: sums and squares, float64[units] (squares may be empty, and is not kept then). Written: tokens int64[2]
     (finite, all); pooled float64[1], the unbiased variance over units of the token-mean, NaN unless all are finite.
@@ -196,7 +208,7 @@ def _sum_sequence(x: Any, mask: Any, sums: Any, squares: Any, tokens: Any, poole
             continue
         seen += 1
         row = x[t]
-        if not _is_finite(row):
+        if not (all_finite or _is_finite(row)):
             continue
         finite += 1
         if squares.shape[0]:
@@ -253,8 +265,6 @@ def _compare_sequence(before: Any, after: Any, update: Any, mask: Any, counts: A
         if not mask[t]:
             continue
         old, new, change = before[t], after[t], update[t]
-        if not (_is_finite(old) and _is_finite(new)):
-            continue
         total = dot = old_sq = new_sq = change_sq = 0.0
         for j in range(units):
             a, b, c = _value(old[j]), _value(new[j]), _value(change[j])
@@ -263,6 +273,8 @@ def _compare_sequence(before: Any, after: Any, update: Any, mask: Any, counts: A
             old_sq += a * a
             new_sq += b * b
             change_sq += c * c
+        if not (old_sq < math.inf and new_sq < math.inf):  # float64 sums of float32 squares do not overflow
+            continue
         center = total / units
         spread = 0.0
         for j in range(units):

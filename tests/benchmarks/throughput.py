@@ -2,18 +2,22 @@
 
     python tests/benchmarks/throughput.py MODEL_FOLDER [--rounds 5]
 
-Every variant runs once a round, in turn, and ratios are medians of the rounds' own, so that a machine whose speed drifts
-does not decide. The authors' recipe (arXiv 2411.02117, their released script): float32, hooks that copy every layer's output to
-the CPU, loss and backward pass for each batch.
+A round is a default shard of 32 x 256 tokens in batches of 8 x 256, every variant in turn (the authors' recipe: one
+batch, in two of the rounds). Ratios are medians of the rounds' own, so that a machine whose speed drifts does not decide.
+The authors' recipe (arXiv 2411.02117, their released script): float32, hooks that copy every layer's output to the CPU,
+loss and backward pass for each batch.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -21,10 +25,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from avss_dist.config import SITES, Settings
-from avss_dist.corpus import Batch, plan
+from avss_dist.corpus import plan
 from avss_dist.models import load_tokenizer, resolve
-from avss_dist.observe import observe
 from avss_dist.partition.single import SingleReplica
+from avss_dist.worker import analyze_shard
 
 BARE, PLAIN, AUTHORS = "bare backbone forward", "plain CausalLM forward", "AVSS authors' recipe"
 
@@ -70,38 +74,45 @@ def authors_recipe(model: torch.nn.Module, layers: list[torch.nn.Module], input_
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a causal language model")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--corpus", default="builtin:pydoc")
+    parser.add_argument("--peak", choices=("bare", "observed"), help="only print the peak memory of this")
     options = parser.parse_args()
+    if options.peak:
+        print_peak_memory(options.model, options.corpus, options.peak)
+        return
 
-    settings = Settings(max_sequences=8, sequences_per_shard=8, dtype="bfloat16")
+    settings = Settings(max_sequences=32, dtype="bfloat16")
     checkpoint = resolve(options.model)
     shard = plan(options.corpus, load_tokenizer(checkpoint), settings).shards[0]
-    batch: Batch = next(shard.batches(8))
+    batches = list(shard.batches(settings.batch_size))
     replica = SingleReplica(checkpoint, settings)
-    input_ids = torch.from_numpy(batch.input_ids).to(torch.int64)
+    inputs = [torch.from_numpy(batch.input_ids).to(torch.int64) for batch in batches]
     causal = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.bfloat16).eval()
     exact = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
     exact_layers = [exact.get_submodule(f"{exact.base_model_prefix}.{layer.name}") for layer in replica.layers]
 
+    def bare() -> None:
+        for batch in batches:
+            replica.forward(batch)
+
     def plain() -> None:
         with torch.no_grad():
-            causal(input_ids, use_cache=False)
+            for input_ids in inputs:
+                causal(input_ids, use_cache=False)
 
     def ours(*sites: str) -> Callable[[], None]:
         def run() -> None:
-            with observe(replica.layers, sites, settings.thresholds) as observer, observer.batch(batch.observed):
-                replica.forward(batch)
-            observer.result()
+            analyze_shard(replica, shard, replace(settings, sites=sites))
 
         return run
 
     variants: dict[str, Callable[[], None]] = {
-        BARE: lambda: replica.forward(batch),
+        BARE: bare,
         PLAIN: plain,
         "ours, five sites": ours(*SITES),
         "ours, block only": ours("block"),
-        AUTHORS: lambda: authors_recipe(exact, exact_layers, input_ids),
+        AUTHORS: lambda: authors_recipe(exact, exact_layers, inputs[0]),
     }
     for run in variants.values():
         run()
@@ -112,21 +123,39 @@ def main() -> None:
                 continue  # it takes longer than all the others together
             start = time.perf_counter()
             run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append((time.perf_counter() - start) / (1 if name == AUTHORS else len(batches)))
 
-    tokens = input_ids.numel()
-    print(f"{Path(options.model).name}, bfloat16, {tuple(input_ids.shape)}, {torch.get_num_threads()} threads")
+    tokens = inputs[0].numel()
+    shape = f"{len(batches)} x {tuple(inputs[0].shape)}"
+    print(f"{Path(options.model).name}, bfloat16, {shape}, {torch.get_num_threads()} threads")
     print(f"{'':<26}{'tokens/s':>10}{'of bare':>10}{'of plain':>10}{'of authors':>12}")
     for name, times in seconds.items():
         ratios = [
             statistics.median(b / a for a, b in zip(times, seconds[o], strict=False)) for o in (BARE, PLAIN, AUTHORS)
         ]
         print("{:<26}{:>10,.0f}{:>10.3f}{:>10.3f}{:>12.1f}".format(name, tokens / statistics.median(times), *ratios))
-    with PeakMemory() as bare:
-        replica.forward(batch)
-    with PeakMemory() as observed:
-        variants["ours, five sites"]()
-    print(f"peak memory beyond the bare forward: {(observed.peak - bare.peak) / 1e6:.0f} MB")
+    alone, observed = (peak_memory(options.model, options.corpus, what) for what in ("bare", "observed"))
+    print(f"peak memory beyond the bare forward's, each in a process of its own: {(observed - alone) / 1e6:.0f} MB")
+
+
+def peak_memory(model: str, corpus: str, what: str) -> int:
+    """Highest resident memory, in bytes, while a fresh process measures a shard, or only runs it."""
+    command = [sys.executable, __file__, model, "--corpus", corpus, "--peak", what]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def print_peak_memory(model: str, corpus: str, what: str) -> None:
+    settings = Settings(max_sequences=32, dtype="bfloat16")
+    checkpoint = resolve(model)
+    shard = plan(corpus, load_tokenizer(checkpoint), settings).shards[0]
+    replica = SingleReplica(checkpoint, settings)
+    with PeakMemory() as memory:
+        if what == "observed":
+            analyze_shard(replica, shard, settings)
+        else:
+            for batch in shard.batches(settings.batch_size):
+                replica.forward(batch)
+    print(memory.peak)
 
 
 if __name__ == "__main__":
