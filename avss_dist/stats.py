@@ -186,18 +186,18 @@ def histogram_below(histogram: NDArray[np.int64], threshold: float) -> Float64:
     return whole + share * histogram[..., position]
 
 
-def stats_from_pattern_counts(counts: Int64, values: Float64, thresholds: Float64) -> dict[str, object]:
+def stats_from_pattern_counts(counts: NDArray[np.integer], values: Float64, thresholds: Float64) -> dict[str, object]:
     """The elementwise fields of LayerStats from how often each value occurred, computed in float64.
 
     The counts of the 65,536 patterns of a 16-bit float are a sufficient statistic for every one of them.
 
     Args:
-        counts: int64[n], how often each pattern occurred.
+        counts: int32 or int64[n], how often each pattern occurred.
         values: float64[n], the value of each pattern, NaN and infinities included.
         thresholds: float64[k].
     """
     seen = np.flatnonzero(counts != 0)  # of a bool array: much faster
-    counts, values = counts[seen], values[seen]
+    counts, values = counts[seen].astype(np.int64), values[seen]
     finite = np.isfinite(values)
     nonfinite_count = int(counts[~finite].sum())
     counts, values = counts[finite], values[finite]

@@ -309,6 +309,18 @@ def test_counts_are_flushed_before_they_overflow(monkeypatch: pytest.MonkeyPatch
     assert_close(measured(CpuKernels(), batch), whole)
 
 
+def test_counts_move_to_64_bits_before_they_overflow(
+    kernels: Kernels, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = [any_batch(seed, (3, 8, 16), dtype) for seed in (21, 22, 23)]
+    whole = measured(kernels, *batches)
+    monkeypatch.setattr("avss_dist.kernels.MOST_32_BIT", 2 * 3 * 8 * 16)
+    into = accumulate(kernels, batches, GRID)
+    if dtype != torch.float32:
+        assert into.tensors["patterns"].dtype == torch.int64
+    assert to_stats({name: t.numpy() for name, t in into.tensors.items()}, dtype, GRID).equals(whole)
+
+
 def test_small_chunks_change_no_count(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     batch = any_batch(13, (3, 8, 16), dtype, oddities=0.002)
     monkeypatch.setattr(generic, "CHUNK", 40)

@@ -18,6 +18,7 @@ import torch
 from avss_dist.stats import HISTOGRAM_BINS, Float64, LayerStats, stats_from_pattern_counts
 
 PATTERNS = 1 << 16
+MOST_32_BIT = (1 << 31) - 1
 
 Tensors = dict[str, torch.Tensor]
 
@@ -26,13 +27,14 @@ class Accumulator:
     """Device-side running statistics of one (layer, site).
 
     Attributes:
-        tensors: int64 and float64 tensors by name, all on one device:
-            ``patterns`` int64[65536] (16-bit activations), or ``histogram`` int64[2048], ``near_zero`` int64[k],
-            ``elements`` int64[3] (count, zeros, nonfinite), ``moments`` float64[2] (mean, m2), ``extremes`` float64[2];
-            ``sequences`` int64[1], ``pooled`` float64[1];
-            ``unit_count`` int64[1], ``unit_sums`` float64[2, units] where units are kept;
-            ``tokens`` int64[2] (angles, input elements), ``geometry`` float64[3] (cosine, angular, relative sums),
-            ``input_moments`` float64[2] where input and output are compared.
+        tensors: by name, all on one device.
+            16-bit activations: ``patterns`` int32[65536], int64 once that could overflow.
+            float32: ``histogram`` int64[2048], ``near_zero`` int64[k], ``elements`` int64[3] (count, zeros, nonfinite),
+            ``moments`` float64[2] (mean, m2), ``extremes`` float64[2].
+            Always: ``sequences`` int64[1], ``pooled`` float64[1].
+            Where units are kept: ``unit_count`` int64[1], ``unit_sums`` float64[2, units].
+            Where input and output are compared: ``tokens`` int64[2] (angles, input elements), ``geometry`` float64[3]
+            (cosine, angular, relative sums), ``input_moments`` float64[2].
     """
 
     def __init__(self, like: torch.Tensor, thresholds: Float64, *, units: bool, geometry: bool) -> None:
@@ -43,6 +45,7 @@ class Accumulator:
             return torch.zeros(size, dtype=torch.float64, device=like.device)
 
         self.dtype = like.dtype
+        self._elements = 0
         self.thresholds = thresholds
         self.tensors: Tensors = {"sequences": ints(1), "pooled": floats(1)}
         if like.dtype == torch.float32:
@@ -54,11 +57,17 @@ class Accumulator:
                 "extremes": torch.tensor([np.inf, -np.inf], dtype=torch.float64, device=like.device),
             }
         else:
-            self.tensors["patterns"] = ints(PATTERNS)
+            self.tensors["patterns"] = torch.zeros(PATTERNS, dtype=torch.int32, device=like.device)
         if units:
             self.tensors |= {"unit_count": ints(1), "unit_sums": floats(2, like.shape[-1])}
         if geometry:
             self.tensors |= {"tokens": ints(2), "geometry": floats(3), "input_moments": floats(2)}
+
+    def reserve(self, elements: int) -> None:
+        """Make room for ``elements`` more counts: most shards fit in 32 bits, and take half the memory."""
+        self._elements += elements
+        if self._elements > MOST_32_BIT and "patterns" in self.tensors:
+            self.tensors["patterns"] = self.tensors["patterns"].to(torch.int64)
 
 
 class Kernels(Protocol):

@@ -43,6 +43,7 @@ class CpuKernels:
         mask: np.ndarray,
         comparison: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> None:
+        into.reserve(x.numel())
         values = _as_loops_read(x)
         rows, _, units = values.shape
         sums = np.zeros((rows, units))

@@ -26,6 +26,7 @@ class TorchKernels:
         update: torch.Tensor | None = None,
     ) -> None:
         """See `kernels.Kernels`."""
+        into.reserve(x.numel())
         self._elements(into, x, mask)
         self._units(into.tensors, x, mask)
         if before is not None and update is not None:

