@@ -76,6 +76,14 @@ def rank_lowest(scores: Float64) -> Float64:
     return np.where(np.isnan(scores), NOTHING, ranks)
 
 
+def depth_correlation(ranks: Sequence[int | None]) -> float:
+    """Spearman correlation of ranks, in layer order, with depth; NaN for fewer than three ranked layers."""
+    ranked = np.array([rank for rank in ranks if rank is not None], float)
+    if len(ranked) < 3:
+        return NOTHING
+    return float(np.corrcoef(rank_lowest(ranked), np.arange(len(ranked)))[0, 1])
+
+
 def score_run(
     stats: Mapping[LayerKey, LayerStats], layers: Sequence[str], shards: Sequence[Mapping[LayerKey, LayerStats]] = ()
 ) -> list[dict[str, Any]]:

@@ -224,9 +224,11 @@ class Store:
                 stream.write(data)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise WarehouseError(f"Cannot write {path}: {error}", "Check who may write there.") from error
+                raise WarehouseError(
+                    f"Cannot write {self.root}: {error.strerror or error}.", "Check who may write there."
+                ) from error
             kept = sum(f"/shard_stats/{path.split('/')[-2]}/" in file for file in self._files("shard_stats"))
-            hint = f"Free some and run the same command again: {kept} shards are kept."
+            hint = f"Free some and run the same command again: {kept} shard{'s are' if kept != 1 else ' is'} kept."
             raise WarehouseError(f"No space left on {self.root}.", hint) from error
 
 

@@ -17,7 +17,7 @@ from oracle import Float64, oracle_stats
 
 from avss_dist import scoring
 from avss_dist.config import RELATIVE_THRESHOLDS
-from avss_dist.scoring import SiteTable, Threshold, count_lowest, rank_lowest, score_run
+from avss_dist.scoring import SiteTable, Threshold, count_lowest, depth_correlation, rank_lowest, score_run
 from avss_dist.stats import HISTOGRAM_EDGES, LayerKey, LayerStats, merge_stats
 from avss_dist.warehouse import SCHEMAS
 
@@ -420,3 +420,10 @@ def test_golden_scores(recipe: str) -> None:
     low, high = (column(rows, name, recipe) for name in ("avss_low", "avss_high"))
     for layer, interval in zip((0, 3), GOLDEN_INTERVALS[recipe], strict=True):
         assert (low[layer], high[layer]) == pytest.approx(interval, rel=1e-10)
+
+
+def test_a_score_that_tracks_depth_is_told() -> None:
+    assert depth_correlation([1, 2, 3, 4]) == pytest.approx(1)
+    assert depth_correlation([4, 3, None, 2, 1]) == pytest.approx(-1)
+    assert depth_correlation([2, 4, 1, 3]) == pytest.approx(0)
+    assert np.isnan(depth_correlation([1, 2]))

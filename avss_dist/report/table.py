@@ -11,10 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from avss_dist.config import LOWEST_SHARE
-from avss_dist.scoring import count_lowest
+from avss_dist.scoring import count_lowest, depth_correlation
 
 BAR_WIDTH = 18
 LOWEST = "bold red"
+TRACKS_DEPTH = 0.9  # absolute Spearman correlation above which a score is little more than depth
 
 
 def layer_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -66,6 +67,9 @@ def _caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], lowest
     )
     if noisy:
         text += f"\n{noisy} of {len(scores)} layers have fewer than 100 near-zero elements: their sparsity is noise."
+    depth = depth_correlation([s["rank"] for s in scores])
+    if abs(depth) > TRACKS_DEPTH:
+        text += f"\nThis score tracks depth (Spearman {depth:.3f}): it says little that the layer's number does not."
     return Text(text)
 
 
