@@ -10,8 +10,8 @@ Where things are, from the top down::
     worker     one shard through one replica
     observe    hooks -> accumulators -> LayerStats;  kernels  the reductions
     partition  how one model copy is spread over devices
-    models     open a checkpoint;  structure  find its layers and sites
-    corpus     text -> documents -> token rows -> shards
+    checkpoints  find a checkpoint, pin its content;  models  open it;  structure  find its layers and sites
+    corpus     documents -> token rows -> shards;  sources  where text comes from
     warehouse  the Parquet contract
     scoring    LayerStats -> AVSS and its rivals;  stats  what is measured
     config     settings and defaults;  errors  errors for people

@@ -15,11 +15,12 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from avss_dist.checkpoints import Checkpoint, resolve, slug
 from avss_dist.config import BOOTSTRAP_BLOCKS, DTYPES, SCHEMA_VERSION, Execution, Settings, fingerprint
 from avss_dist.corpus import CorpusPlan, plan
 from avss_dist.errors import AvssError, ConfigError, ModelError, RunFailed, require_known
 from avss_dist.executors.base import Executor, Job, open_executor
-from avss_dist.models import Checkpoint, load_tokenizer, resolve, slug, text_config
+from avss_dist.models import load_tokenizer, text_config
 from avss_dist.query import Warehouse
 from avss_dist.scoring import score_run
 from avss_dist.sources import documents

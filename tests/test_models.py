@@ -15,10 +15,11 @@ import torch
 import transformers
 from conftest import LAYERS, llama
 
-from avss_dist import models
+from avss_dist import checkpoints
+from avss_dist.checkpoints import resolve, slug
 from avss_dist.config import Settings
 from avss_dist.errors import ModelError
-from avss_dist.models import Backbone, forward_function, load, load_tokenizer, open_module, resolve, slug
+from avss_dist.models import Backbone, forward_function, load, load_tokenizer, open_module
 
 CPU = torch.device("cpu")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -131,21 +132,21 @@ def test_the_revision_does_not_change_with_the_path_or_an_unrelated_file(folder:
 
 def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
-    digest = models.hashlib.file_digest
-    monkeypatch.setattr(models.hashlib, "file_digest", lambda f, kind: reads.append(f.name) or digest(f, kind))
+    digest = checkpoints.hashlib.file_digest
+    monkeypatch.setattr(checkpoints.hashlib, "file_digest", lambda f, kind: reads.append(f.name) or digest(f, kind))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(2 << 20))
-    first = models.content_hash([file])
-    assert models.content_hash([file]) == first
+    first = checkpoints.content_hash([file])
+    assert checkpoints.content_hash([file]) == first
     assert reads == [str(file)]
     file.write_bytes(bytes([1]) * (2 << 20))
     os.utime(file, ns=(1, 1))
-    second = models.content_hash([file])
+    second = checkpoints.content_hash([file])
     assert second != first
     assert reads == [str(file)] * 2
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing")
-    assert models.content_hash([file]) == second  # a cache that cannot be written costs time, nothing else
+    assert checkpoints.content_hash([file]) == second  # a cache that cannot be written costs time, nothing else
 
 
 @pytest.mark.parametrize(

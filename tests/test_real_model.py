@@ -13,9 +13,10 @@ import pytest
 import torch
 from oracle import assert_close, oracle_stats
 
+from avss_dist.checkpoints import resolve
 from avss_dist.config import THRESHOLDS, Settings
 from avss_dist.corpus import plan
-from avss_dist.models import load_tokenizer, resolve
+from avss_dist.models import load_tokenizer
 from avss_dist.partition.single import SingleReplica
 from avss_dist.scoring import score_run
 from avss_dist.worker import analyze_shard

@@ -9,9 +9,9 @@ from typing import Protocol
 
 import torch
 
+from avss_dist.checkpoints import Checkpoint
 from avss_dist.config import Execution, Settings
 from avss_dist.corpus import Shard
-from avss_dist.models import Checkpoint
 from avss_dist.stats import ShardResult
 
 

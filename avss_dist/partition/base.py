@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
+from avss_dist.checkpoints import Checkpoint
 from avss_dist.config import Settings
 from avss_dist.corpus import Batch
-from avss_dist.models import Checkpoint
 from avss_dist.structure import Layer
 
 

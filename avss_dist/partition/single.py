@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from avss_dist.checkpoints import Checkpoint
 from avss_dist.config import Settings
 from avss_dist.corpus import Batch
 from avss_dist.errors import ConfigError
-from avss_dist.models import Backbone, Checkpoint, forward_function, load
+from avss_dist.models import Backbone, forward_function, load
 from avss_dist.structure import Layer
 
 

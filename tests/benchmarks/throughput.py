@@ -24,9 +24,10 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
+from avss_dist.checkpoints import resolve
 from avss_dist.config import SITES, Settings
 from avss_dist.corpus import plan
-from avss_dist.models import load_tokenizer, resolve
+from avss_dist.models import load_tokenizer
 from avss_dist.partition.single import SingleReplica
 from avss_dist.worker import analyze_shard
 

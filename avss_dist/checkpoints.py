@@ -1,0 +1,195 @@
+"""Find a checkpoint, a hub id, a folder or a ``.gguf`` file, and pin its content; no weight is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from avss_dist.errors import ModelError
+
+WEIGHTS = "*.safetensors"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_READ = {".json", ".safetensors", ".model", ".txt"}  # suffixes of the files that can change a number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Weights at a revision.
+
+    Attributes:
+        name: what the user called it, without a revision.
+        source: ``hub``, ``folder`` or ``gguf``.
+        path: the local folder, or the ``.gguf`` file.
+        revision: the hub's commit, or the SHA-256 of the files that are read.
+    """
+
+    name: str
+    source: str
+    path: str
+    revision: str
+
+    @property
+    def slug(self) -> str:
+        """A readable name for run ids: letters, digits, dots, underscores and hyphens."""
+        name = self.name if self.source == "hub" else Path(self.path).resolve().name.removesuffix(".gguf")
+        return slug(name)
+
+    @property
+    def folder(self) -> Path:
+        """Where config and tokenizer are."""
+        return Path(self.path).parent if self.source == "gguf" else Path(self.path)
+
+    @property
+    def gguf(self) -> dict[str, str]:
+        """What transformers must be told to read a ``.gguf`` file."""
+        return {"gguf_file": Path(self.path).name} if self.source == "gguf" else {}
+
+
+def slug(name: str) -> str:
+    """``name`` with everything but letters, digits, ``.``, ``_`` and ``-`` replaced; never empty, never hidden."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+
+
+def resolve(spec: str, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Find a checkpoint's files and pin their content; a hub id is downloaded (safetensors, config and tokenizer only).
+
+    Args:
+        spec: ``org/name``, ``org/name@revision``, a folder, or a ``.gguf`` file.
+        trust_remote_code: also fetch the Python files that a hub checkpoint ships.
+
+    Raises:
+        ModelError: there is no such checkpoint, or it is not one that can be opened; the message says what to do.
+    """
+    path = Path(spec).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"There is no file '{spec}'.", "Check the path of the .gguf file.")
+        return Checkpoint(name=spec, source="gguf", path=str(path.resolve()), revision=content_hash([path]))
+    if path.is_dir():
+        _check_folder(path, spec, trust_remote_code)
+        suffixes = _READ | {".py"} if trust_remote_code else _READ
+        files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix in suffixes)
+        return Checkpoint(name=spec, source="folder", path=str(path.resolve()), revision=content_hash(files))
+    if path.exists():
+        raise ModelError(
+            f"'{spec}' is a file.", "Name the checkpoint's folder, a .gguf file, or a hub id like org/name."
+        )
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", spec) or spec.startswith((".", "/")):
+        raise ModelError(f"There is no folder '{spec}'.", "Check the path, or name a hub id like org/name.")
+    return _fetch(spec, trust_remote_code)
+
+
+def _fetch(spec: str, trust_remote_code: bool) -> Checkpoint:
+    from huggingface_hub import errors, snapshot_download
+
+    name, _, revision = spec.partition("@")
+    patterns = ["*.json", WEIGHTS, "*.model", "*.txt", "*.jinja", *(["*.py"] if trust_remote_code else [])]
+    try:
+        folder = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"'{name}' is gated.", "Ask for access on its page, then log in with `hf auth login`."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(
+            f"'{name}' has no revision '{revision}'.", "Look at its branches and tags on the hub."
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise ModelError(
+            f"There is no model '{name}', neither as a folder here nor on the hub.",
+            "Check the name; a private model needs `hf auth login`.",
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"'{spec}' is no folder here, is not in the local hub cache, and the hub cannot be reached.",
+            "Check the name and the network, or give the path of a downloaded folder.",
+        ) from error
+    _check_folder(Path(folder), spec, trust_remote_code)
+    return Checkpoint(name=name, source="hub", path=folder, revision=Path(folder).name)
+
+
+def _check_folder(folder: Path, spec: str, trust_remote_code: bool) -> None:
+    config = read_config(folder, spec)
+    if not any(folder.glob(WEIGHTS)):
+        pickled = sorted(f.name for pattern in PICKLED for f in folder.glob(pattern))
+        if pickled:
+            raise ModelError(
+                f"'{spec}' has pickled weights only ({pickled[0]}), which can run code when they are opened.",
+                "Convert them to safetensors: load the model where you trust it and call save_pretrained().",
+            )
+        raise ModelError(f"'{spec}' has no weights (*.safetensors).", "Is the download complete?")
+    kind = config.get("model_type")
+    if _known(kind) or (config.get("auto_map") and trust_remote_code):
+        return
+    if config.get("auto_map"):
+        raise ModelError(
+            f"'{spec}' needs Python code of its own (model_type '{kind}').",
+            "Read that code, then pass --trust-remote-code.",
+        )
+    if kind is None:
+        raise ModelError(f"'{spec}' has a config.json without a model_type.", "Add the family's name: llama, say.")
+    raise ModelError(
+        f"'{spec}' is of model_type '{kind}', which transformers {version('transformers')} does not know.",
+        "A newer model needs a newer transformers: pip install -U transformers.",
+    )
+
+
+def read_config(folder: Path, spec: str) -> dict[str, Any]:
+    """The checkpoint's ``config.json``.
+
+    Raises:
+        ModelError: it is missing or is not JSON.
+    """
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"'{spec}' has no config.json.", "Name the folder that save_pretrained() wrote.") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}.") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} is not a model's configuration.")
+    return config
+
+
+def _known(model_type: str | None) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
+
+
+def content_hash(files: list[Path]) -> str:
+    """SHA-256 over names and bytes of files; remembered by path, size and time, so a checkpoint is read once."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\0{_file_hash(file.resolve())}\n".encode())
+    return digest.hexdigest()
+
+
+def _file_hash(file: Path) -> str:
+    stat = file.stat()
+    key = hashlib.sha256(f"{file}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}".encode()).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "avss_dist" / "sha256" / key
+    if stat.st_size > 1 << 20 and cache.is_file():
+        return cache.read_text(encoding="ascii")
+    with file.open("rb") as stream:
+        value = hashlib.file_digest(stream, "sha256").hexdigest()
+    if stat.st_size > 1 << 20:
+        _remember(cache, value)
+    return value
+
+
+def _remember(cache: Path, value: str) -> None:
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cache.with_suffix(f".{os.getpid()}")
+        temporary.write_text(value, encoding="ascii")
+        temporary.replace(cache)
+    except OSError:
+        return  # only a convenience: without it the file is hashed again
