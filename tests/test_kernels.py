@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from avss_dist.config import THRESHOLDS
 from avss_dist.kernels import Accumulator, Kernels, cpu, float32_limits, generic, kernels_for, to_stats
+from avss_dist.kernels import threads as team_threads
 from avss_dist.kernels.cpu import CpuKernels
 from avss_dist.kernels.generic import TorchKernels
 from avss_dist.stats import LayerStats
@@ -387,3 +388,17 @@ def test_float32_limits_part_neighbours_as_float64_does() -> None:
         patterns = np.clip(limits + offset, 0, 0x7F7FFFFF).astype(np.uint32)
         values = patterns.view(np.float32).astype(np.float64)
         assert np.array_equal(patterns < limits, values < thresholds), offset
+
+
+@pytest.mark.parametrize("kind", ["openmp", "pool"])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_team_runs_each_task_once_and_raises_what_a_task_raised(kind: str, count: int) -> None:
+    library = team_threads._libgomp()
+    if kind == "openmp" and library is None:
+        pytest.skip("this torch does not use GNU OpenMP")
+    team = team_threads.OpenMP(library) if kind == "openmp" else team_threads.Pool()
+    done: list[int] = []
+    team.run(done.append, count)
+    assert sorted(done) == list(range(count))
+    with pytest.raises(ZeroDivisionError):
+        team.run(lambda i: 1 // (i - count + 1), count)
