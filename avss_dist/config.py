@@ -149,6 +149,11 @@ def parse_threshold(text: str) -> tuple[float, str]:
     return value, kind
 
 
+def describe_threshold(value: float, kind: str) -> str:
+    """The inverse of `parse_threshold`, for people: ``1e-05``, or ``0.1 x RMS``."""
+    return f"{value:g}{' x RMS' if kind == 'rms' else ''}"
+
+
 def fingerprint(**parts: Any) -> str:
     """SHA-256, in hex, of the canonical JSON of ``parts``."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

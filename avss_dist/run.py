@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -89,12 +89,8 @@ def score(model: str | Path, *, corpus: str, out: str | Path, reporter: Reporter
     Raises:
         AvssError: a mistake, or a failed run (`RunFailed`); what was measured is kept.
     """
-    settings, execution = split_options(options)
-    _require_readable(corpus)
-    store = Warehouse(out)
-    store.create()
-    with closing(open_executor(execution, settings)) as executor:
-        return _Driver(store, corpus, settings, execution, executor, reporter or Silent()).run(str(model))
+    with _driver(corpus, out, reporter, options) as driver:
+        return driver.run(str(model))
 
 
 def score_all(
@@ -105,20 +101,25 @@ def score_all(
     Raises:
         AvssError: a mistake that concerns all of them, such as an unknown setting or an unwritable warehouse.
     """
-    settings, execution = split_options(options)
-    _require_readable(corpus)
-    store = Warehouse(out)
-    store.create()
-    reporter = reporter or Silent()
     runs = []
-    with closing(open_executor(execution, settings)) as executor:
-        driver = _Driver(store, corpus, settings, execution, executor, reporter)
+    with _driver(corpus, out, reporter, options) as driver:
         for model in models:
             try:
                 runs.append(driver.run(model))
             except AvssError as error:
                 runs.append(driver.record_failure(model, error))
     return runs
+
+
+@contextmanager
+def _driver(corpus: str, out: str | Path, reporter: Reporter | None, options: dict[str, Any]) -> Iterator[_Driver]:
+    """What all models share: settings, corpus and warehouse, checked before any work; workers, closed after it."""
+    settings, execution = split_options(options)
+    _require_readable(corpus)
+    store = Warehouse(out)
+    store.create()
+    with closing(open_executor(execution, settings)) as executor:
+        yield _Driver(store, corpus, settings, execution, executor, reporter or Silent())
 
 
 def _require_readable(corpus: str) -> None:

@@ -141,10 +141,6 @@ class LayerStats:
         """Root mean square over elements; NaN without elements."""
         return float(np.sqrt(self.variance + self.mean**2))
 
-    def near_zero_below(self, threshold: float) -> float:
-        """Elements with abs(x) < threshold from the histogram: exact at bin edges, linear inside a bin."""
-        return float(histogram_below(self.histogram, threshold))
-
 
 _ADDED = (
     *("near_zero", "zero_count", "nonfinite_count", "histogram", "sequence_count", "pooled_variance_sum"),

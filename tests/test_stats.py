@@ -208,7 +208,7 @@ def test_near_zero_below_an_edge_is_the_count_on_the_data() -> None:
     sample = Sample(5, sequences=40)
     sizes = np.abs(sample.x[sample.mask].astype(np.float64))
     for threshold in (2.0**-20, 2.0**-7 * 1.125, 1.0, np.inf):
-        assert sample.stats().near_zero_below(threshold) == (sizes < threshold).sum()
+        assert histogram_below(sample.stats().histogram, threshold) == (sizes < threshold).sum()
 
 
 def float16_values() -> Float64:

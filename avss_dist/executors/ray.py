@@ -107,7 +107,7 @@ class RayExecutor:
         try:
             yield from pool.results()
         finally:
-            self._workers = pool.idle()
+            self._workers += pool.idle()
 
     def hire(self) -> Any:
         """A new worker, or one that has no work."""

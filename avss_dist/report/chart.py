@@ -10,6 +10,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
+from avss_dist.config import describe_threshold
 from avss_dist.errors import AvssError, nearest
 from avss_dist.scoring import count_lowest
 
@@ -44,7 +45,7 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
         for s in scores
     ]
     first = scores[0]
-    threshold = f"{first['threshold']:g}{' x RMS' if first['threshold_kind'] == 'rms' else ''}"
+    threshold = describe_threshold(first["threshold"], first["threshold_kind"])
     several = len(runs) > 1
     x = alt.X("depth:Q", title="relative depth") if several else alt.X("layer:Q", title="layer (from 0)")
     base = alt.Chart(alt.InlineData(values=rows)).encode(x=x)

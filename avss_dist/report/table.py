@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from avss_dist.config import LOWEST_SHARE
+from avss_dist.config import LOWEST_SHARE, describe_threshold
 from avss_dist.scoring import count_lowest, depth_correlation
 
 BAR_WIDTH = 18
@@ -28,7 +28,7 @@ def layer_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> 
     first = scores[0]
     lowest = count_lowest(len(scores))
     largest = max((s["avss_smoothed"] or 0.0 for s in scores), default=0.0) or 1.0
-    threshold = f"{first['threshold']:g}{' x RMS' if first['threshold_kind'] == 'rms' else ''}"
+    threshold = describe_threshold(first["threshold"], first["threshold_kind"])
     table = Table(
         title=Text(f"{run['model']}  {first['site']} / {first['recipe']} / |x| < {threshold}"),
         caption=_caption(run, scores, lowest),
