@@ -12,11 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import cfunc, types
 from oracle import FLOAT_FIELDS, Float64, assert_close, oracle_stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avss_dist.config import THRESHOLDS
-from avss_dist.kernels import Accumulator, Kernels, cpu, float32_limits, generic, kernels_for, to_stats
+from avss_dist.kernels import Accumulator, Kernels, cpu, float32_limits, generic, kernels_for, regions, to_stats
 from avss_dist.kernels import threads as team_threads
 from avss_dist.kernels.cpu import CpuKernels
 from avss_dist.kernels.generic import TorchKernels
@@ -390,15 +391,37 @@ def test_float32_limits_part_neighbours_as_float64_does() -> None:
         assert np.array_equal(patterns < limits, values < thresholds), offset
 
 
+@cfunc(types.void(types.CPointer(types.int64)))
+def count_a_call(numbers: Any) -> None:
+    """Each thread that comes in takes places until all of ``numbers[1]`` are taken; adds up what it took."""
+    place = regions._take(numbers, 0)
+    while place < numbers[1]:
+        regions._take(numbers, 2 + place)
+        place = regions._take(numbers, 0)
+
+
 @pytest.mark.parametrize("kind", ["openmp", "pool"])
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_a_team_runs_each_task_once_and_raises_what_a_task_raised(kind: str, count: int) -> None:
+def test_a_team_takes_every_place_once(kind: str, count: int) -> None:
     library = team_threads._libgomp()
     if kind == "openmp" and library is None:
         pytest.skip("this torch does not use GNU OpenMP")
     team = team_threads.OpenMP(library) if kind == "openmp" else team_threads.Pool()
-    done: list[int] = []
-    team.run(done.append, count)
-    assert sorted(done) == list(range(count))
-    with pytest.raises(ZeroDivisionError):
-        team.run(lambda i: 1 // (i - count + 1), count)
+    numbers = np.zeros(10_002, np.int64)
+    numbers[1] = 10_000
+    team.run(count_a_call.address, numbers.ctypes.data, count)
+    assert 10_001 <= numbers[0] <= 10_000 + count, "every thread that came in leaves when nothing is left"
+    assert (numbers[2:] == 1).all()
+
+
+@pytest.mark.parametrize("kind", ["openmp", "pool"])
+def test_both_teams_measure_the_same(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = any_batch(17, (5, 16, 40), dtype, oddities=0.01)
+    whole = measured(CpuKernels(), batch)
+    if kind == "pool":
+        monkeypatch.setattr(team_threads, "_libgomp", lambda: None)
+        team_threads.team.cache_clear()
+    try:
+        assert measured(CpuKernels(), batch).equals(whole)
+    finally:
+        team_threads.team.cache_clear()

@@ -7,7 +7,6 @@ cores. Run as one more parallel region of the same team, the kernels find those 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -15,14 +14,12 @@ from typing import Protocol
 
 import torch
 
-Task = Callable[[int], None]
-
 
 class Team(Protocol):
-    """Runs a task on several threads at once."""
+    """Runs a compiled function on several threads at once."""
 
-    def run(self, task: Task, threads: int) -> None:
-        """Call ``task(0)`` to ``task(threads - 1)``, each once; raise what one of them raised."""
+    def run(self, function: int, argument: int, threads: int) -> None:
+        """Call the C function ``void f(void *)`` at an address with an argument, on at most ``threads`` threads."""
 
 
 @lru_cache(maxsize=1)
@@ -49,36 +46,23 @@ class OpenMP:
     """A parallel region of GNU OpenMP (``GOMP_parallel``, its ABI for ``#pragma omp parallel``)."""
 
     def __init__(self, library: str) -> None:
-        gomp = ctypes.CDLL(library)
-        self._parallel = gomp.GOMP_parallel
-        self._region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-        self._parallel.argtypes = [self._region, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        self._parallel = ctypes.CDLL(library).GOMP_parallel
+        self._parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         self._parallel.restype = None
-        self._thread, self._threads = gomp.omp_get_thread_num, gomp.omp_get_num_threads
 
-    def run(self, task: Task, threads: int) -> None:
-        """See `Team`. OpenMP may give fewer threads than asked for; then each takes several of the tasks."""
-        errors: list[BaseException] = []
-
-        def region(_: int | None) -> None:
-            try:
-                for i in range(self._thread(), threads, self._threads()):
-                    task(i)
-            except BaseException as error:  # it cannot cross the C frames; raised below
-                errors.append(error)
-
-        self._parallel(self._region(region), None, threads, 0)
-        if errors:
-            raise errors[0]
+    def run(self, function: int, argument: int, threads: int) -> None:
+        """See `Team`. OpenMP may give fewer threads than asked for."""
+        self._parallel(function, argument, threads, 0)
 
 
 class Pool:
     """Threads of our own."""
 
-    def run(self, task: Task, threads: int) -> None:
+    def run(self, function: int, argument: int, threads: int) -> None:
         """See `Team`."""
-        others = [_executor(threads).submit(task, i) for i in range(1, threads)]
-        task(0)
+        call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)
+        others = [_executor(threads).submit(call, argument) for _ in range(1, threads)]
+        call(argument)
         for other in others:
             other.result()
 

@@ -13,6 +13,7 @@ from avss_dist.config import Settings
 from avss_dist.corpus import Batch
 from avss_dist.errors import ConfigError
 from avss_dist.models import Backbone, forward_function, load
+from avss_dist.partition.memory import keep_freed_memory
 from avss_dist.structure import Layer
 
 
@@ -26,6 +27,7 @@ class SingleReplica:
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
         self.device = pick_device(settings.device)
+        keep_freed_memory()
         self._backbone = load(checkpoint, settings, self.device)
         self._run = forward_function(self._backbone.module)
         self.layers: tuple[Layer, ...] = self._backbone.structure.layers
