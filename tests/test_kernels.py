@@ -17,10 +17,11 @@ from oracle import FLOAT_FIELDS, Float64, assert_close, oracle_stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avss_dist.config import THRESHOLDS
-from avss_dist.kernels import Accumulator, Kernels, cpu, float32_limits, generic, kernels_for, regions, to_stats
+from avss_dist.kernels import Accumulator, Kernels, cpu, float32_limits, generic, kernels_for, to_stats
 from avss_dist.kernels import threads as team_threads
 from avss_dist.kernels.cpu import CpuKernels
 from avss_dist.kernels.generic import TorchKernels
+from avss_dist.kernels.intrinsics import take
 from avss_dist.stats import LayerStats
 
 GRID = np.array(THRESHOLDS)
@@ -394,10 +395,10 @@ def test_float32_limits_part_neighbours_as_float64_does() -> None:
 @cfunc(types.void(types.CPointer(types.int64)))
 def count_a_call(numbers: Any) -> None:
     """Each thread that comes in takes places until all of ``numbers[1]`` are taken; adds up what it took."""
-    place = regions._take(numbers, 0)
+    place = take(numbers, 0)
     while place < numbers[1]:
-        regions._take(numbers, 2 + place)
-        place = regions._take(numbers, 0)
+        take(numbers, 2 + place)
+        place = take(numbers, 0)
 
 
 @pytest.mark.parametrize("kind", ["openmp", "pool"])

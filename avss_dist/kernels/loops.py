@@ -10,53 +10,24 @@ import math
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
+from avss_dist.kernels.intrinsics import pattern, prefetch, value
 from avss_dist.stats import HISTOGRAM_SHIFT
 
-_I32 = ir.IntType(32)
 _ABS32 = np.uint32(0x7FFFFFFF)
 _INF32 = np.uint32(0x7F800000)
 _SHIFT = np.uint32(HISTOGRAM_SHIFT)
+_LINE, _AHEAD = 32, 1024  # elements: at most a cache line; how far ahead of its use memory is asked for
 
 _compiled = njit(nogil=True, cache=True, fastmath={"reassoc", "contract"}, error_model="numpy")
-
-
-def _float_bits(builder: Any, element: Any) -> Any:
-    """The float32 pattern (int32) of a float32, or of a bfloat16 given as its int16 pattern."""
-    if isinstance(element.type, ir.IntType):
-        return builder.shl(builder.zext(element, _I32), ir.Constant(_I32, 16))
-    return builder.bitcast(element, _I32)
-
-
-@intrinsic
-def _value(typingctx: Any, element: Any) -> Any:
-    """An element as float64."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        bits = _float_bits(builder, arguments[0])
-        return builder.fpext(builder.bitcast(bits, ir.FloatType()), ir.DoubleType())
-
-    return types.float64(element), generate
-
-
-@intrinsic
-def _pattern(typingctx: Any, element: Any) -> Any:
-    """An element's float32 pattern as uint32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _float_bits(builder, arguments[0])
-
-    return types.uint32(element), generate
 
 
 @_compiled
 def _is_finite(row: Any) -> bool:
     largest = np.uint32(0)
     for j in range(row.shape[0]):
-        largest = max(largest, _pattern(row[j]) & _ABS32)
+        largest = max(largest, pattern(row[j]) & _ABS32)
     return largest < _INF32
 
 
@@ -86,11 +57,20 @@ def measure_patterns(
         nonfinite = _count_nonfinite(counts, values)
         for t in range(raw.shape[1]):
             if mask[b, t]:
-                row = raw[b, t]
-                for j in range(row.shape[0]):
-                    counts[row[j]] += 1
+                _count_row(raw[b, t], counts)
         all_finite = _count_nonfinite(counts, values) == nonfinite
         _sum_sequence(values[b], mask[b], all_finite, sums[b], squares[b], tokens[b], pooled[b])
+
+
+@_compiled
+def _count_row(row: Any, counts: Any) -> None:
+    whole = row.shape[0] // _LINE * _LINE
+    for first in range(0, whole, _LINE):
+        prefetch(row, first + _AHEAD)
+        for j in range(first, first + _LINE):
+            counts[row[j]] += 1
+    for j in range(whole, row.shape[0]):
+        counts[row[j]] += 1
 
 
 @_compiled
@@ -160,13 +140,15 @@ def _count_float32(x: Any, mask: Any, limits: Any, histogram: Any, near_zero: An
         if not mask[t]:
             continue
         row = x[t]
+        for j in range(0, units, _LINE // 2):
+            prefetch(row, j + 2 * units)
         finite = 0
         total = 0.0
         for j in range(units):
-            size = _pattern(row[j]) & _ABS32
+            size = pattern(row[j]) & _ABS32
             if size < _INF32:
                 finite += 1
-                total += _value(row[j])
+                total += value(row[j])
                 histogram[size >> _SHIFT] += 1
                 if size == 0:
                     zeros += 1
@@ -176,15 +158,15 @@ def _count_float32(x: Any, mask: Any, limits: Any, histogram: Any, near_zero: An
         center = total / finite
         spread = 0.0
         for j in range(units):
-            if (_pattern(row[j]) & _ABS32) < _INF32:
-                value = _value(row[j])
-                spread += (value - center) ** 2
-                low = min(low, value)
-                high = max(high, value)
+            if (pattern(row[j]) & _ABS32) < _INF32:
+                x_j = value(row[j])
+                spread += (x_j - center) ** 2
+                low = min(low, x_j)
+                high = max(high, x_j)
         for k in range(limits.shape[0]):
             below = 0
             for j in range(units):
-                below += (_pattern(row[j]) & _ABS32) < limits[k]
+                below += (pattern(row[j]) & _ABS32) < limits[k]
             near_zero[k] += below
         merged = count + finite
         delta = center - mean
@@ -213,12 +195,12 @@ def _sum_sequence(x: Any, mask: Any, all_finite: bool, sums: Any, squares: Any, 
         finite += 1
         if squares.shape[0]:
             for j in range(row.shape[0]):
-                value = _value(row[j])
-                sums[j] += value
-                squares[j] += value * value
+                x_j = value(row[j])
+                sums[j] += x_j
+                squares[j] += x_j * x_j
         else:
             for j in range(row.shape[0]):
-                sums[j] += _value(row[j])
+                sums[j] += value(row[j])
     tokens[0], tokens[1] = finite, seen
     pooled[0] = _variance(sums, finite) if finite and finite == seen else np.nan
 
@@ -265,9 +247,13 @@ def _compare_sequence(before: Any, after: Any, update: Any, mask: Any, counts: A
         if not mask[t]:
             continue
         old, new, change = before[t], after[t], update[t]
+        for j in range(0, units, _LINE // 2):
+            prefetch(old, j + 2 * units)
+            prefetch(new, j + 2 * units)
+            prefetch(change, j + 2 * units)
         total = dot = old_sq = new_sq = change_sq = 0.0
         for j in range(units):
-            a, b, c = _value(old[j]), _value(new[j]), _value(change[j])
+            a, b, c = value(old[j]), value(new[j]), value(change[j])
             total += a
             dot += a * b
             old_sq += a * a
@@ -278,7 +264,7 @@ def _compare_sequence(before: Any, after: Any, update: Any, mask: Any, counts: A
         center = total / units
         spread = 0.0
         for j in range(units):
-            spread += (_value(old[j]) - center) ** 2
+            spread += (value(old[j]) - center) ** 2
         merged = count + units
         delta = center - mean
         mean += delta * (units / merged)

@@ -1,7 +1,8 @@
 """The loops as parallel regions: compiled functions that every thread of a team enters, until no sequence is left.
 
-No thread needs Python's lock, so a region starts in microseconds. What a region works on is a record of addresses and
-sizes, `CALL`. Which thread takes which sequence changes nothing: counts are integers, and sums are kept by sequence.
+No thread needs Python's lock, so a region starts in microseconds. What a region works on is a `CALL`, a record of
+sizes and addresses. Which thread takes which sequence changes nothing: counts are integers, and sums are kept by
+sequence until `finish_patterns` or `finish_wide` adds them up, in order, on one thread.
 """
 
 from __future__ import annotations
@@ -9,123 +10,172 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, cfunc, from_dtype, njit, types
-from numba.extending import intrinsic
 
-from avss_dist.kernels.loops import compare_tokens, measure_float32, measure_patterns
+from avss_dist.kernels.intrinsics import at, take
+from avss_dist.kernels.loops import compare_tokens, flush_patterns, measure_float32, measure_patterns
 
 FIELDS = (
     *("next", "entered"),  # the first sequence that no thread has taken; how many threads came in
-    *("rows", "tokens", "units", "squared", "compared", "num_limits"),
-    *("raw", "values", "mask", "before", "update"),  # addresses of the tensors
-    *("counts", "sums", "squares", "seen", "pooled"),  # of `loops.measure_patterns`
-    *("limits", "histogram", "near_zero", "elements", "moments"),  # of `loops.measure_float32`
-    *("angles", "geometry"),  # of `loops.compare_tokens`
+    *("rows", "tokens", "units", "squared", "compared", "num_limits", "count_bytes"),
+    *("raw", "x", "mask", "before", "update"),  # addresses: the tensors
+    *("counts", "sums", "squares", "seen", "pooled"),  # by sequence, of `loops.measure_patterns`
+    *("limits", "histograms", "near_zeros", "elements", "moments"),  # by sequence, of `loops.measure_float32`
+    *("angles", "geometry"),  # by sequence, of `loops.compare_tokens`
+    *("all_sequences", "all_pooled", "all_unit_count", "all_unit_sums"),  # the tensors of an `Accumulator`
+    *("all_tokens", "all_geometry", "all_input_moments", "all_patterns"),
+    *("all_histogram", "all_near_zero", "all_elements", "all_moments", "all_extremes"),
 )
 CALL = np.dtype([(name, np.int64) for name in FIELDS])
 NEXT, ENTERED = FIELDS.index("next"), FIELDS.index("entered")
 PATTERNS, BINS = 1 << 16, 1 << 11
-_Call = types.CPointer(from_dtype(CALL))
 
-_inline = njit(nogil=True, cache=True)
-_region = cfunc(types.void(types.voidptr), cache=True)
-
-
-@intrinsic
-def _at(typingctx: Any, address: Any, dtype: Any) -> Any:
-    """An address as a pointer to elements of a dtype."""
-    pointer = types.CPointer(dtype.dtype)
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(pointer))
-
-    return pointer(address, dtype), generate
+_compiled: Any = njit(nogil=True, cache=True, error_model="numpy")
+_c_function: Any = cfunc(types.void(types.CPointer(from_dtype(CALL))), cache=True)
 
 
-@intrinsic
-def _call(typingctx: Any, pointer: Any) -> Any:
-    """The region's argument as a pointer to a `CALL`."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], context.get_value_type(_Call))
-
-    return _Call(pointer), generate
-
-
-@intrinsic
-def _take(typingctx: Any, pointer: Any, field: Any) -> Any:
-    """Add one to an int64 of the `CALL`, as one step among all threads; returns what it was."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        numbers = builder.bitcast(arguments[0], ir.IntType(64).as_pointer())
-        one = ir.Constant(ir.IntType(64), 1)
-        return builder.atomic_rmw("add", builder.gep(numbers, [arguments[1]]), one, "seq_cst")
-
-    return types.int64(pointer, types.int64), generate
+@_compiled
+def _sums(call: Any) -> Any:
+    """By sequence: sums and squares over units, tokens seen, pooled variance."""
+    rows = call.rows
+    sums = carray(at(call.sums, np.float64), (rows, call.units))
+    squares = carray(at(call.squares, np.float64), (rows, call.squared))
+    return sums, squares, carray(at(call.seen, np.int64), (rows, 2)), carray(at(call.pooled, np.float64), (rows, 1))
 
 
-@_inline
+@_compiled
+def _counts(call: Any) -> Any:
+    """By sequence, of float32: histogram, near-zero counts, elements, moments."""
+    rows = call.rows
+    histograms = carray(at(call.histograms, np.int64), (rows, BINS))
+    near_zeros = carray(at(call.near_zeros, np.int64), (rows, call.num_limits))
+    elements = carray(at(call.elements, np.int64), (rows, 3))
+    return histograms, near_zeros, elements, carray(at(call.moments, np.float64), (rows, 4))
+
+
+@_compiled
+def _comparison(call: Any) -> Any:
+    """By sequence: tokens and elements compared, sums of the geometry."""
+    return carray(at(call.angles, np.int64), (call.rows, 2)), carray(at(call.geometry, np.float64), (call.rows, 5))
+
+
+@_compiled
 def _compare(call: Any, kind: Any, mask: Any, b: int) -> None:
     shape = (call.rows, call.tokens, call.units)
-    before, after = carray(_at(call.before, kind), shape), carray(_at(call.values, kind), shape)
-    update = carray(_at(call.update, kind), shape)
-    angles = carray(_at(call.angles, np.int64), (call.rows, 2))
-    geometry = carray(_at(call.geometry, np.float64), (call.rows, 5))
+    before, after = carray(at(call.before, kind), shape), carray(at(call.x, kind), shape)
+    update = carray(at(call.update, kind), shape)
+    angles, geometry = _comparison(call)
     compare_tokens(before, after, update, mask, b, b + 1, angles, geometry)
 
 
-@_inline
+@_compiled
 def _measure_patterns(pointer: Any, kind: Any) -> None:
-    call = carray(_call(pointer), 1)[0]
-    rows, units = call.rows, call.units
-    raw = carray(_at(call.raw, np.uint16), (rows, call.tokens, units))
-    values = carray(_at(call.values, kind), (rows, call.tokens, units))
-    mask = carray(_at(call.mask, np.uint8), (rows, call.tokens))
-    sums = carray(_at(call.sums, np.float64), (rows, units))
-    squares = carray(_at(call.squares, np.float64), (rows, call.squared))
-    seen, pooled = carray(_at(call.seen, np.int64), (rows, 2)), carray(_at(call.pooled, np.float64), (rows, 1))
-    thread = _take(pointer, ENTERED)
-    counts = carray(_at(call.counts + thread * PATTERNS * 4, np.uint32), PATTERNS)
-    b = _take(pointer, NEXT)
-    while b < rows:
-        measure_patterns(raw, values, mask, b, b + 1, counts, sums, squares, seen, pooled)
+    call = carray(pointer, 1)[0]
+    shape = (call.rows, call.tokens, call.units)
+    raw, x = carray(at(call.raw, np.uint16), shape), carray(at(call.x, kind), shape)
+    mask = carray(at(call.mask, np.uint8), (call.rows, call.tokens))
+    sums, squares, seen, pooled = _sums(call)
+    counts = carray(at(call.counts + take(pointer, ENTERED) * PATTERNS * 4, np.uint32), PATTERNS)
+    b = take(pointer, NEXT)
+    while b < call.rows:
+        sums[b], squares[b] = 0.0, 0.0
+        measure_patterns(raw, x, mask, b, b + 1, counts, sums, squares, seen, pooled)
         if call.compared:
             _compare(call, kind, mask, b)
-        b = _take(pointer, NEXT)
+        b = take(pointer, NEXT)
 
 
-@_region
+@_c_function
 def measure_bfloat16(pointer: Any) -> None:
     """`loops.measure_patterns` of bfloat16, then `loops.compare_tokens` where there is an input to compare with."""
     _measure_patterns(pointer, np.uint16)
 
 
-@_region
+@_c_function
 def measure_float16(pointer: Any) -> None:
-    """The same of float16; ``values``, ``before`` and ``update`` are widened to float32."""
+    """The same of float16; ``x``, ``before`` and ``update`` are widened to float32."""
     _measure_patterns(pointer, np.float32)
 
 
-@_region
+@_c_function
 def measure_wide(pointer: Any) -> None:
     """`loops.measure_float32`, then `loops.compare_tokens` where there is an input to compare with."""
-    call = carray(_call(pointer), 1)[0]
-    rows, units = call.rows, call.units
-    values = carray(_at(call.values, np.float32), (rows, call.tokens, units))
-    mask = carray(_at(call.mask, np.uint8), (rows, call.tokens))
-    limits = carray(_at(call.limits, np.uint32), call.num_limits)
-    histogram = carray(_at(call.histogram, np.int64), (rows, BINS))
-    near_zero = carray(_at(call.near_zero, np.int64), (rows, call.num_limits))
-    elements = carray(_at(call.elements, np.int64), (rows, 3))
-    moments = carray(_at(call.moments, np.float64), (rows, 4))
-    sums = carray(_at(call.sums, np.float64), (rows, units))
-    squares = carray(_at(call.squares, np.float64), (rows, call.squared))
-    seen, pooled = carray(_at(call.seen, np.int64), (rows, 2)), carray(_at(call.pooled, np.float64), (rows, 1))
-    b = _take(pointer, NEXT)
-    while b < rows:
-        counted = (histogram, near_zero, elements, moments, sums, squares, seen, pooled)
-        measure_float32(values, mask, b, b + 1, limits, *counted)
+    call = carray(pointer, 1)[0]
+    x = carray(at(call.x, np.float32), (call.rows, call.tokens, call.units))
+    mask = carray(at(call.mask, np.uint8), (call.rows, call.tokens))
+    limits = carray(at(call.limits, np.uint32), call.num_limits)
+    histograms, near_zeros, elements, moments = _counts(call)
+    sums, squares, seen, pooled = _sums(call)
+    b = take(pointer, NEXT)
+    while b < call.rows:
+        histograms[b], near_zeros[b], sums[b], squares[b] = 0, 0, 0.0, 0.0
+        counts = (histograms, near_zeros, elements, moments)
+        measure_float32(x, mask, b, b + 1, limits, *counts, sums, squares, seen, pooled)
         if call.compared:
             _compare(call, np.float32, mask, b)
-        b = _take(pointer, NEXT)
+        b = take(pointer, NEXT)
+
+
+@_compiled
+def _merge(total: Any, seen: int, count: int, mean: float, m2: float) -> None:
+    """Chan's update of ``total`` [mean, m2] over ``seen`` elements by ``count`` more."""
+    if count:
+        delta = mean - total[0]
+        total[0] += delta * (count / (seen + count))
+        total[1] += m2 + delta * delta * (seen * (count / (seen + count)))
+
+
+@_compiled
+def _finish(call: Any) -> None:
+    sums, squares, seen, pooled = _sums(call)
+    sequences, pooled_total = carray(at(call.all_sequences, np.int64), 1), carray(at(call.all_pooled, np.float64), 1)
+    for b in range(call.rows):
+        if not np.isnan(pooled[b, 0]):
+            sequences[0] += 1
+            pooled_total[0] += pooled[b, 0]
+    if call.squared:
+        unit_count = carray(at(call.all_unit_count, np.int64), 1)
+        unit_sums = carray(at(call.all_unit_sums, np.float64), (2, call.units))
+        for b in range(call.rows):
+            unit_count[0] += seen[b, 0]
+            unit_sums[0] += sums[b]
+            unit_sums[1] += squares[b]
+    if call.compared:
+        angles, geometry = _comparison(call)
+        tokens, total = carray(at(call.all_tokens, np.int64), 2), carray(at(call.all_geometry, np.float64), 3)
+        moments = carray(at(call.all_input_moments, np.float64), 2)
+        for b in range(call.rows):
+            total += geometry[b, :3]
+            _merge(moments, tokens[1], angles[b, 1], geometry[b, 3], geometry[b, 4])
+            tokens += angles[b]
+
+
+@_c_function
+def finish_patterns(pointer: Any) -> None:
+    """Add what a region measured in a 16-bit tensor to the accumulator, and clear the threads' counts."""
+    call = carray(pointer, 1)[0]
+    for thread in range(call.entered):
+        counts = carray(at(call.counts + thread * PATTERNS * 4, np.uint32), PATTERNS)
+        if call.count_bytes == 4:
+            flush_patterns(counts, carray(at(call.all_patterns, np.int32), PATTERNS))
+        else:
+            flush_patterns(counts, carray(at(call.all_patterns, np.int64), PATTERNS))
+    _finish(call)
+
+
+@_c_function
+def finish_wide(pointer: Any) -> None:
+    """Add what a region measured in a float32 tensor to the accumulator."""
+    call = carray(pointer, 1)[0]
+    histograms, near_zeros, elements, moments = _counts(call)
+    histogram = carray(at(call.all_histogram, np.int64), BINS)
+    near_zero = carray(at(call.all_near_zero, np.int64), call.num_limits)
+    total, merged = carray(at(call.all_elements, np.int64), 3), carray(at(call.all_moments, np.float64), 2)
+    extremes = carray(at(call.all_extremes, np.float64), 2)
+    for b in range(call.rows):
+        histogram += histograms[b]
+        near_zero += near_zeros[b]
+        _merge(merged, total[0], elements[b, 0], moments[b, 0], moments[b, 1])
+        total += elements[b]
+        extremes[0], extremes[1] = min(extremes[0], moments[b, 2]), max(extremes[1], moments[b, 3])
+    _finish(call)
