@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from avss_dist.errors import ConfigError, require_known
@@ -17,6 +19,8 @@ LAYOUTS = ("packed", "padded")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 EXECUTORS = ("auto", "local", "ray")
+PARTITIONS = ("auto", "single", "device_map", "zero3", "tensor_parallel", "streaming")
+GANGS = ("zero3", "tensor_parallel")  # partitions whose replicas are several processes
 DEVICES = ("auto", "cpu", "cuda")
 
 PUBLISHED_THRESHOLD = 1e-5
@@ -107,17 +111,44 @@ class Execution:
         replicas: model copies that work in parallel; None is one for every GPU, or one on a CPU.
         address: a running Ray cluster; None starts a private one.
         fresh: measure again what is done already.
+        partition: how one replica is spread over devices; ``auto`` chooses by the checkpoint and the devices.
+        ranks: processes of one replica (``zero3``, ``tensor_parallel``); None is one for each of its GPUs, or 2.
+        gpus_per_replica: GPUs of one replica; None is one, or what the partition needs.
+        max_memory: bytes to use at most on a device, by name: ``cpu``, ``0`` (the first GPU), ``1``, ...
+        offload_folder: where weights and hidden states go that have no room; None is a temporary folder.
     """
 
     executor: str = "auto"
     replicas: int | None = None
     address: str | None = None
     fresh: bool = False
+    partition: str = "auto"
+    ranks: int | None = None
+    gpus_per_replica: int | None = None
+    max_memory: Mapping[str, int] = field(default_factory=dict)
+    offload_folder: str | None = None
 
     def __post_init__(self) -> None:
         require_known("executor", self.executor, EXECUTORS)
-        if self.replicas is not None:
-            _require_at_least("replicas", self.replicas, 1)
+        require_known("partition", self.partition, PARTITIONS)
+        for name in ("replicas", "ranks", "gpus_per_replica"):
+            value = getattr(self, name)
+            if value is not None:
+                _require_at_least(name, value, 1)
+        if self.ranks and self.partition not in GANGS:
+            raise ConfigError(
+                f"--ranks is for {' and '.join(GANGS)}, not for --partition {self.partition}.", "Leave it out."
+            )
+        if self.executor == "local" and self.partition in GANGS:
+            raise ConfigError(
+                f"--partition {self.partition} is several processes; --executor local is one.", "Use --executor ray."
+            )
+        for device in self.max_memory:
+            if device != "cpu" and not device.isdecimal():
+                raise ConfigError(
+                    f"--max-memory names '{device}', which is no device.",
+                    "Write cpu=20GB, or 0=40GiB for the first GPU.",
+                )
         if self.executor == "local" and (self.address or (self.replicas or 1) > 1):
             raise ConfigError(
                 "--executor local is one replica in this process; it takes neither --address nor --replicas above 1.",
@@ -128,6 +159,30 @@ class Execution:
 def _require_at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ConfigError(f"{name} must be at least {least}, not {value}.")
+
+
+def parse_bytes(text: str) -> int:
+    """Read ``200MB``, ``1.5GiB`` or ``1000000`` as bytes.
+
+    Raises:
+        ConfigError: the text is not a positive size.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*(?:([kmgt])(i?))?b?\s*", text.lower())
+    try:
+        number = float(match[1]) if match else 0.0
+    except ValueError:
+        number = 0.0
+    if not match or number <= 0:
+        raise ConfigError(f"'{text}' is not a size.", "Write 200MB (10^6 bytes), or 20GiB (2^30 bytes).")
+    return int(number * (1024 if match[3] else 1000) ** ("kmgt".find(match[2]) + 1 if match[2] else 0))
+
+
+def describe_bytes(size: float) -> str:
+    """The inverse of `parse_bytes`, for people: ``269 MB``."""
+    for unit, power in (("TB", 12), ("GB", 9), ("MB", 6)):
+        if size >= 10**power:
+            return f"{size / 10**power:.3g} {unit}"
+    return f"{size / 1e3:.3g} kB"
 
 
 def parse_threshold(text: str) -> tuple[float, str]:

@@ -21,6 +21,8 @@ from avss_dist.config import Settings
 from avss_dist.errors import ModelError
 from avss_dist.structure import Structure, find_structure
 
+Forward = Callable[[torch.Tensor, torch.Tensor | None], Any]  # of (token ids, attention mask or None)
+
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
 _REFUSALS: tuple[type[Exception], ...] = (  # what libraries raise over a bad checkpoint
     *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, IndexError),
@@ -197,7 +199,7 @@ def _without_head(model: Any) -> nn.Module:
     return base
 
 
-def forward_function(backbone: nn.Module) -> Callable[[torch.Tensor, torch.Tensor | None], Any]:
+def forward_function(backbone: nn.Module) -> Forward:
     """How to run the backbone on (token ids, attention mask or None): no cache, only the arguments that it takes."""
     parameters = inspect.signature(backbone.forward).parameters
     anything = any(p.kind == p.VAR_KEYWORD for p in parameters.values())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,35 +31,54 @@ class _Entered:
     version: int
 
 
+@dataclass
+class _Pass:
+    """A forward pass that is under way: what counts in it, and where it is."""
+
+    mask: torch.Tensor
+    masks: dict[torch.device, torch.Tensor] = field(default_factory=dict)  # copies of it
+    calls: dict[nn.Module, int] = field(default_factory=dict)
+    entered: _Entered | None = None
+
+
+_passes: ContextVar[Mapping[int, _Pass]] = ContextVar("passes", default=MappingProxyType({}))  # by id of their observer
+
+
 class Observer:
     """Accumulates LayerStats while forward passes run inside `observe`."""
 
-    def __init__(self, layers: Sequence[Layer], sites: Sequence[str], thresholds: Sequence[float]) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], sites: Sequence[str], thresholds: Sequence[float], *, counts: bool = True
+    ) -> None:
         self.layers = layers
+        self.counts = counts
         self.sites = sites
         self.thresholds = np.asarray(thresholds, np.float64)
         self._by_call = {(layer.module, layer.call): layer for layer in layers}
         self._accumulators: dict[LayerKey, Accumulator] = {}
         self._kernels: dict[torch.device, Kernels] = {}
         self._updates: dict[torch.device, torch.Tensor] = {}
-        self._calls: dict[nn.Module, int] = {}
-        self._entered: _Entered | None = None
-        self._mask: torch.Tensor | None = None
-        self._masks: dict[torch.device, torch.Tensor] = {}
 
     @contextmanager
     def batch(self, observed: np.ndarray) -> Iterator[None]:
         """Count the forward pass inside: ``observed`` is bool[rows, tokens], True where a token counts.
 
-        A batch in which nothing counts adds nothing, and neither does a forward pass outside of `batch`.
+        A batch in which nothing counts adds nothing, and neither does a forward pass outside of `batch`. Passes may be
+        interleaved where each runs in a thread, a greenlet or a context of its own.
         """
-        self._mask = torch.from_numpy(np.ascontiguousarray(observed)) if observed.any() else None
-        self._masks = {}
-        self._calls = {}
+        if not observed.any():
+            yield
+            return
+        mask = torch.from_numpy(np.ascontiguousarray(observed))
+        before = _passes.set({**_passes.get(), id(self): _Pass(mask)})
         try:
             yield
         finally:
-            self._mask = self._entered = None
+            _passes.reset(before)
+
+    @property
+    def _pass(self) -> _Pass | None:
+        return _passes.get().get(id(self))
 
     def result(self) -> dict[LayerKey, LayerStats]:
         """Everything counted so far, by (layer index, site). One transfer from each device."""
@@ -83,19 +104,23 @@ class Observer:
                     handles.append(module.register_forward_hook(self._reader_of_output(site)))
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._mask is None:
+        now = self._pass
+        if now is None:
             return
-        call = self._calls.get(module, 0)
-        self._calls[module] = call + 1
+        call = now.calls.get(module, 0)
+        now.calls[module] = call + 1
         layer = self._by_call.get((module, call))
         if layer is None:
             raise ModelError(f"A layer ran more often than when the model was opened ({call + 1} times in one pass).")
         hidden = input_tensor(args, kwargs)
-        self._entered = _Entered(layer, hidden, hidden._version if hidden is not None else 0)
+        now.entered = _Entered(layer, hidden, hidden._version if hidden is not None else 0)
 
     def _leave(self, module: nn.Module, _args: Any, output: Any) -> None:
-        entered, self._entered = self._entered, None
-        if entered is None or entered.layer.module is not module or not {"block", "update"} & set(self.sites):
+        now = self._pass
+        if now is None or now.entered is None:
+            return
+        entered, now.entered = now.entered, None
+        if entered.layer.module is not module or not {"block", "update"} & set(self.sites):
             return
         layer, before = entered.layer, entered.hidden
         after = first_tensor(output)
@@ -126,15 +151,19 @@ class Observer:
         return read
 
     def _read(self, site: str, module: nn.Module, tensor: torch.Tensor | None) -> None:
-        layer = self._entered.layer if self._entered else None
+        now = self._pass
+        layer = now.entered.layer if now and now.entered else None
         point = layer.points.get(site) if layer else None
         if layer is None or point is None or point.module is not module or tensor is None:
             return
+        if point.gather:
+            tensor = point.gather(tensor)
         self._add(layer, site, self._rows(layer, point.layout, tensor))
 
     def _rows(self, layer: Layer, layout: str, tensor: torch.Tensor | None) -> torch.Tensor:
-        assert self._mask is not None and tensor is not None
-        rows, tokens = self._mask.shape
+        now = self._pass
+        assert now is not None and tensor is not None
+        rows, tokens = now.mask.shape
         x = as_rows(tensor.detach(), layout, rows, tokens)
         if x is None:
             raise ModelError(
@@ -154,7 +183,7 @@ class Observer:
         before: torch.Tensor | None = None,
         update: torch.Tensor | None = None,
     ) -> None:
-        if site not in self.sites:
+        if site not in self.sites or not self.counts:
             return
         key = (layer.index, site)
         if key not in self._accumulators:
@@ -175,25 +204,29 @@ class Observer:
         return torch.sub(after, before, out=kept)
 
     def _mask_on(self, device: torch.device) -> torch.Tensor:
-        assert self._mask is not None
-        if device not in self._masks:
-            self._masks[device] = self._mask.to(device, non_blocking=True)
-        return self._masks[device]
+        now = self._pass
+        assert now is not None
+        if device not in now.masks:
+            now.masks[device] = now.mask.to(device, non_blocking=True)
+        return now.masks[device]
 
 
 @contextmanager
-def observe(layers: Sequence[Layer], sites: Sequence[str], thresholds: Sequence[float]) -> Iterator[Observer]:
+def observe(
+    layers: Sequence[Layer], sites: Sequence[str], thresholds: Sequence[float], *, counts: bool = True
+) -> Iterator[Observer]:
     """Hook the layers; whatever happens inside, no hook is left afterwards. Observers may be nested.
 
     Args:
         layers: from `structure.find_structure`.
         sites: which of ``config.SITES`` to measure.
         thresholds: absolute near-zero thresholds, ascending.
+        counts: False where another rank counts the same activations; then only what ranks do together is done.
 
     Raises:
         ModelError: (from the forward pass) a layer gives tensors that cannot be counted; the message names it.
     """
-    observer = Observer(layers, sites, thresholds)
+    observer = Observer(layers, sites, thresholds, counts=counts)
     handles: list[Any] = []
     try:
         observer.attach(handles)

@@ -21,6 +21,7 @@ from avss_dist.corpus import CorpusPlan, plan
 from avss_dist.errors import AvssError, ConfigError, ModelError, RunFailed, require_known
 from avss_dist.executors.base import Executor, Job, open_executor
 from avss_dist.models import load_tokenizer, text_config
+from avss_dist.partition.base import Placement
 from avss_dist.query import Warehouse
 from avss_dist.scoring import score_run
 from avss_dist.sources import documents
@@ -302,7 +303,7 @@ class _Attempt:
         )
         if not shards:
             return 0
-        job = Job(checkpoint=self.checkpoint, settings=self.settings)
+        job = Job(checkpoint=self.checkpoint, settings=self.settings, placement=Placement())
         with closing(driver.executor.run(job, shards)) as results:
             for result in results:
                 if result.shard_id not in left:

@@ -39,6 +39,7 @@ class Point:
     module: nn.Module
     reads: str  # "input" or "output"
     layout: str
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None  # makes a rank's part of the units whole; collective
 
 
 @dataclass(frozen=True)

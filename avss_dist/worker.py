@@ -24,10 +24,8 @@ def analyze_shard(replica: Replica, shard: Shard, settings: Settings) -> ShardRe
     start = time.perf_counter()
     if replica.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(replica.device)
-    with observe(replica.layers, settings.sites, settings.thresholds) as observer:
-        for batch in shard.batches(settings.batch_size):
-            with observer.batch(batch.observed):
-                replica.forward(batch)
+    with observe(replica.layers, settings.sites, settings.thresholds, counts=replica.reports_stats) as observer:
+        replica.forward(list(shard.batches(settings.batch_size)), lambda batch: observer.batch(batch.observed))
         stats = observer.result()
     if not stats:
         raise ModelError(

@@ -17,6 +17,7 @@ from avss_dist.checkpoints import resolve
 from avss_dist.config import THRESHOLDS, Settings
 from avss_dist.corpus import plan
 from avss_dist.models import load_tokenizer
+from avss_dist.partition.base import unwatched
 from avss_dist.partition.single import SingleReplica
 from avss_dist.scoring import score_run
 from avss_dist.worker import analyze_shard
@@ -54,7 +55,7 @@ def captured_layer(replica: SingleReplica, batch: Any, index: int) -> dict[str, 
     for site, path in MODULES.items():
         module = layer.get_submodule(path)
         handles.append(module.register_forward_hook(keep(site, site == "neuron"), with_kwargs=True))
-    replica.forward(batch)
+    replica.forward([batch], unwatched)
     for handle in handles:
         handle.remove()
     taken["update"] = taken["block"] - taken["before"]

@@ -12,15 +12,17 @@ import torch
 from avss_dist.checkpoints import Checkpoint
 from avss_dist.config import Execution, Settings
 from avss_dist.corpus import Shard
+from avss_dist.partition.base import Placement
 from avss_dist.stats import ShardResult
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every worker needs to know: which model to open, and how to measure it."""
+    """What every worker needs to know: which model to open, how to measure it, how to spread it."""
 
     checkpoint: Checkpoint
     settings: Settings
+    placement: Placement
 
 
 class Executor(Protocol):

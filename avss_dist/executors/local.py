@@ -23,7 +23,7 @@ class LocalExecutor:
 
     def run(self, job: Job, shards: Sequence[Shard]) -> Generator[ShardResult, None, None]:
         """Open the model, measure the shards in order, close it."""
-        replica = open_replica(job.checkpoint, job.settings)
+        replica = open_replica(job.checkpoint, job.settings, job.placement)
         try:
             for shard in shards:
                 yield analyze_shard(replica, shard, job.settings)

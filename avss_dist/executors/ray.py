@@ -43,7 +43,7 @@ class Worker:
         if job != self._job:
             if self._replica is not None:
                 self._replica.close()
-            self._replica = open_replica(job.checkpoint, job.settings)
+            self._replica = open_replica(job.checkpoint, job.settings, job.placement)
             self._job = job
         return os.getpid()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -12,13 +14,42 @@ from avss_dist.config import Settings
 from avss_dist.corpus import Batch
 from avss_dist.structure import Layer
 
+Watch = Callable[[Batch], AbstractContextManager[None]]
+
+
+def unwatched(_batch: Batch) -> AbstractContextManager[None]:
+    """A Watch that does nothing."""
+    return nullcontext()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """How one replica is spread over devices; decided, so never ``auto``.
+
+    Attributes:
+        partition: one of ``config.PARTITIONS``.
+        ranks: processes of the replica.
+        gpus: GPUs of the replica, over all its ranks; 0 on a CPU.
+        max_memory: bytes to use at most, by device: ``cpu``, ``0``, ``1``, ...
+        offload_folder: where weights and hidden states go that have no room; None is a temporary folder.
+        why: the reason for the choice, for people.
+    """
+
+    partition: str = "single"
+    ranks: int = 1
+    gpus: int = 0
+    max_memory: Mapping[str, int] = field(default_factory=dict)
+    offload_folder: str | None = None
+    why: str = "it was asked for"
+
 
 class Replica(Protocol):
-    """One model copy over one or more ranks.
+    """One rank of a model copy; the whole copy where it has one rank.
 
     Attributes:
         layers: the transformer blocks, in order.
         model: what was opened, JSON-ready; goes into the run's row.
+        device: where this rank computes; of several, the first.
         data_rank, data_world: which part of the data this rank takes; 0 of 1 where one rank takes all.
         lockstep: ranks need equal forward counts (fill up with fully masked batches).
         reports_stats: whether this rank's statistics count.
@@ -32,19 +63,43 @@ class Replica(Protocol):
     lockstep: bool
     reports_stats: bool
 
-    def forward(self, batch: Batch) -> None:
-        """Run the backbone over a batch; nothing is returned, hooks see it."""
+    def forward(self, batches: Sequence[Batch], watch: Watch) -> None:
+        """Run the backbone over every batch. Nothing is returned: hooks see it.
+
+        Args:
+            batches: rows; each is one forward pass of every layer.
+            watch: ``with watch(batch):`` is around everything that runs for that batch, in its thread or greenlet.
+        """
 
     def close(self) -> None:
         """Free the devices."""
 
 
-def open_replica(checkpoint: Checkpoint, settings: Settings) -> Replica:
-    """Open a checkpoint as one replica on this process's device.
+def open_replica(checkpoint: Checkpoint, settings: Settings, placement: Placement) -> Replica:
+    """Open a checkpoint as one replica, or, where it has several ranks, as this process's rank of it.
+
+    Several ranks: every one of them calls this, inside one torch.distributed group (`partition.group.join`).
 
     Raises:
         ModelError: it cannot be opened or observed.
+        ConfigError: it cannot be spread this way over what is here.
     """
+    if placement.partition == "streaming":
+        from avss_dist.partition.streaming import StreamingReplica
+
+        return StreamingReplica(checkpoint, settings, placement)
+    if placement.partition == "device_map":
+        from avss_dist.partition.device_map import DeviceMapReplica
+
+        return DeviceMapReplica(checkpoint, settings, placement)
+    if placement.partition == "zero3":
+        from avss_dist.partition.zero3 import Zero3Replica
+
+        return Zero3Replica(checkpoint, settings, placement)
+    if placement.partition == "tensor_parallel":
+        from avss_dist.partition.tensor_parallel import TensorParallelReplica
+
+        return TensorParallelReplica(checkpoint, settings, placement)
     from avss_dist.partition.single import SingleReplica
 
     return SingleReplica(checkpoint, settings)

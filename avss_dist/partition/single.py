@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from avss_dist.checkpoints import Checkpoint
 from avss_dist.config import Settings
 from avss_dist.corpus import Batch
 from avss_dist.errors import ConfigError
-from avss_dist.models import Backbone, forward_function, load
+from avss_dist.models import Backbone, Forward, forward_function, load
+from avss_dist.partition.base import Watch
 from avss_dist.partition.memory import keep_freed_memory
 from avss_dist.structure import Layer
 
@@ -33,14 +34,11 @@ class SingleReplica:
         self.layers: tuple[Layer, ...] = self._backbone.structure.layers
         self.model: Mapping[str, Any] = describe(self._backbone, "single")
 
-    def forward(self, batch: Batch) -> None:
-        """Run the backbone; the attention mask is passed only where there is padding."""
-        input_ids = torch.from_numpy(batch.input_ids).to(self.device, torch.int64)
-        mask = (
-            None if batch.attention_mask.all() else torch.from_numpy(batch.attention_mask).to(self.device, torch.int64)
-        )
-        with torch.no_grad():
-            self._run(input_ids, mask)
+    def forward(self, batches: Sequence[Batch], watch: Watch) -> None:
+        """See `partition.base.Replica`."""
+        for batch in batches:
+            with watch(batch):
+                run_batch(self._run, batch, self.device)
 
     def close(self) -> None:
         """Drop the weights."""
@@ -48,6 +46,14 @@ class SingleReplica:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def run_batch(run: Forward, batch: Batch, device: torch.device) -> None:
+    """Run a backbone over a batch; the attention mask is passed only where there is padding."""
+    input_ids = torch.from_numpy(batch.input_ids).to(device, torch.int64)
+    mask = None if batch.attention_mask.all() else torch.from_numpy(batch.attention_mask).to(device, torch.int64)
+    with torch.no_grad():
+        run(input_ids, mask)
 
 
 def describe(backbone: Backbone, partition: str) -> dict[str, Any]:

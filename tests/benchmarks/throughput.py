@@ -28,6 +28,7 @@ from avss_dist.checkpoints import resolve
 from avss_dist.config import SITES, Settings
 from avss_dist.corpus import plan
 from avss_dist.models import load_tokenizer
+from avss_dist.partition.base import unwatched
 from avss_dist.partition.single import SingleReplica
 from avss_dist.worker import analyze_shard
 
@@ -94,8 +95,7 @@ def main() -> None:
     exact_layers = [exact.get_submodule(f"{exact.base_model_prefix}.{layer.name}") for layer in replica.layers]
 
     def bare() -> None:
-        for batch in batches:
-            replica.forward(batch)
+        replica.forward(batches, unwatched)
 
     def plain() -> None:
         with torch.no_grad():
@@ -154,8 +154,7 @@ def print_peak_memory(model: str, corpus: str, what: str) -> None:
         if what == "observed":
             analyze_shard(replica, shard, settings)
         else:
-            for batch in shard.batches(settings.batch_size):
-                replica.forward(batch)
+            replica.forward(list(shard.batches(settings.batch_size)), unwatched)
     print(memory.peak)
 
 
