@@ -12,8 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from avss_dist import __version__
-from avss_dist.config import PUBLISHED_THRESHOLD, RECIPES, SITES, Execution, Settings, parse_threshold
-from avss_dist.errors import AvssError, QueryError, require_known
+from avss_dist.config import (
+    PARTITIONS,
+    PUBLISHED_THRESHOLD,
+    RECIPES,
+    SITES,
+    Execution,
+    Settings,
+    parse_bytes,
+    parse_threshold,
+)
+from avss_dist.errors import AvssError, ConfigError, QueryError, require_known
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -118,6 +127,19 @@ def score(
     replicas: Annotated[int | None, typer.Option(help="Model copies that work in parallel.")] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = DEFAULTS.device,
+    partition: Annotated[str, typer.Option(help=f"{', '.join(PARTITIONS)}.")] = EXECUTION.partition,
+    ranks: Annotated[int | None, typer.Option(help="Processes of one replica: zero3, tensor_parallel.")] = None,
+    gpus_per_replica: Annotated[int | None, typer.Option(help="GPUs of one replica.")] = None,
+    max_memory: Annotated[
+        list[str] | None, typer.Option(help="What to use of a device at most: cpu=200MB, 0=40GiB; repeatable.")
+    ] = None,
+    offload_folder: Annotated[str | None, typer.Option(help="For what has no room in memory.")] = None,
+    placement_seconds: Annotated[
+        float, typer.Option(help="How long to wait for room on a cluster.")
+    ] = EXECUTION.placement_seconds,
+    hang_seconds: Annotated[
+        float, typer.Option(help="A worker that begins no layer for this long is replaced.")
+    ] = EXECUTION.hang_seconds,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint ships.")
     ] = False,
@@ -127,6 +149,7 @@ def score(
     options: dict[str, Any] = {
         name: value for name, value in locals().items() if name not in ("models", "corpus", "out", "site", "threshold")
     }
+    options["max_memory"] = _sizes(max_memory or [])
     options["sites"] = tuple(site or SITES)
     options["thresholds"] = _absolute(threshold) if threshold else DEFAULTS.thresholds
 
@@ -145,6 +168,13 @@ def score(
     if done:
         print(f"Look at it: avss show {out} --run {done[-1].run_id}")
     return 0 if len(done) == len(runs) else 1
+
+
+def _sizes(texts: list[str]) -> dict[str, int]:
+    pairs = [text.partition("=") for text in texts]
+    if wrong := [text for text, (_, equals, _) in zip(texts, pairs, strict=True) if not equals]:
+        raise ConfigError(f"--max-memory {wrong[0]} names no device.", "Write cpu=20GB, or 0=40GiB for the first GPU.")
+    return {device: parse_bytes(size) for device, _, size in pairs}
 
 
 def _absolute(thresholds: list[str]) -> tuple[float, ...]:

@@ -116,6 +116,8 @@ class Execution:
         gpus_per_replica: GPUs of one replica; None is one, or what the partition needs.
         max_memory: bytes to use at most on a device, by name: ``cpu``, ``0`` (the first GPU), ``1``, ...
         offload_folder: where weights and hidden states go that have no room; None is a temporary folder.
+        placement_seconds: how long to wait until a cluster has room for the first replica.
+        hang_seconds: a worker that begins no layer for this long is taken to hang, and is replaced.
     """
 
     executor: str = "auto"
@@ -127,6 +129,8 @@ class Execution:
     gpus_per_replica: int | None = None
     max_memory: Mapping[str, int] = field(default_factory=dict)
     offload_folder: str | None = None
+    placement_seconds: float = 300.0
+    hang_seconds: float = 600.0
 
     def __post_init__(self) -> None:
         require_known("executor", self.executor, EXECUTORS)
@@ -135,6 +139,9 @@ class Execution:
             value = getattr(self, name)
             if value is not None:
                 _require_at_least(name, value, 1)
+        for name in ("placement_seconds", "hang_seconds"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, not {getattr(self, name):g}.")
         if self.ranks and self.partition not in GANGS:
             raise ConfigError(
                 f"--ranks is for {' and '.join(GANGS)}, not for --partition {self.partition}.", "Leave it out."

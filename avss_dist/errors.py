@@ -52,6 +52,10 @@ class RunFailed(AvssError):
     exit_code = 1
 
 
+class BatchTooLarge(RunFailed):
+    """A batch does not fit in memory."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Say which names are valid, the most similar one first: ``did you mean 'block'?``."""
     names = [str(v) for v in valid]

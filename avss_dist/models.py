@@ -110,27 +110,29 @@ class Backbone:
     attention_implementation: str
 
 
-def load(checkpoint: Checkpoint, settings: Settings, device: torch.device) -> Backbone:
+def load(checkpoint: Checkpoint, settings: Settings, device: torch.device, **placing: Any) -> Backbone:
     """Load the weights (safetensors or gguf only) and find the layers.
+
+    Args:
+        device: where the model computes.
+        placing: options of ``from_pretrained`` that say where weights go; without any, all go to ``device``.
 
     Raises:
         ModelError: the model cannot be loaded or observed; the message names the reason.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
-
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
-    kind = AutoModelForCausalLM if _is_causal(config) else AutoModel
     options: dict[str, Any] = {"attn_implementation": settings.attention} if settings.attention else {}
     if not checkpoint.gguf:
         options |= {"use_safetensors": True, "config": config}
     with _quiet():
         try:
-            model = kind.from_pretrained(
+            model = _auto_class(config).from_pretrained(
                 checkpoint.folder,
                 dtype="auto" if settings.dtype == "auto" else getattr(torch, settings.dtype),
                 trust_remote_code=settings.trust_remote_code,
                 **checkpoint.gguf,
                 **options,
+                **placing,
             )
         except SafetensorError as error:
             raise ModelError(
@@ -139,7 +141,38 @@ def load(checkpoint: Checkpoint, settings: Settings, device: torch.device) -> Ba
             ) from error
         except _REFUSALS as error:
             raise ModelError(f"'{checkpoint.name}' cannot be loaded: {_first_line(error)}") from error
-        return open_module(model.eval().to(device=device), layers=settings.layers)
+        model.eval()
+        return open_module(model if placing else model.to(device=device), layers=settings.layers, device=device)
+
+
+def skeleton(config: Any, settings: Settings) -> Any:
+    """The model that `load` gives, on the meta device: names, shapes and ties of its parameters, and no memory.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
+    options: dict[str, Any] = {"attn_implementation": settings.attention} if settings.attention else {}
+    with _quiet(), torch.device("meta"):
+        try:
+            return _auto_class(config).from_config(
+                config, dtype=compute_dtype(config, settings), trust_remote_code=settings.trust_remote_code, **options
+            )
+        except _REFUSALS as error:
+            raise ModelError(f"A {config.model_type} model cannot be built: {_first_line(error)}") from error
+
+
+def compute_dtype(config: Any, settings: Settings) -> torch.dtype:
+    """What the layers compute in: the dtype that was asked for, or the one that the configuration names."""
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    stored = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or torch.float32
+    return stored if isinstance(stored, torch.dtype) else getattr(torch, stored)
+
+
+def _auto_class(config: Any) -> Any:
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    return AutoModelForCausalLM if _is_causal(config) else AutoModel
 
 
 def _is_causal(config: Any) -> bool:
@@ -152,8 +185,12 @@ def _is_causal(config: Any) -> bool:
     return config.model_type in CAUSAL and config.model_type not in MASKED
 
 
-def open_module(model: Any, *, layers: str | None = None) -> Backbone:
+def open_module(model: Any, *, layers: str | None = None, device: torch.device | None = None) -> Backbone:
     """A loaded transformers model as a Backbone: its head is left out, its layers are found.
+
+    Args:
+        layers: module path of the layer list; None finds it.
+        device: where the model takes token ids; None is where its parameters are.
 
     Raises:
         ModelError: the layers cannot be found, or a forward pass over token ids fails.
@@ -169,9 +206,9 @@ def open_module(model: Any, *, layers: str | None = None) -> Backbone:
             f"{type(model).__name__} is an encoder-decoder; only decoders and encoders can be scored.",
             "Load its encoder or its decoder as a checkpoint of its own.",
         )
-    backbone = _without_head(model)
+    backbone = without_head(model)
     run = forward_function(backbone)
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     try:
         with torch.no_grad():
             structure = find_structure(
@@ -191,7 +228,7 @@ def open_module(model: Any, *, layers: str | None = None) -> Backbone:
     )
 
 
-def _without_head(model: Any) -> nn.Module:
+def without_head(model: Any) -> nn.Module:
     """The model below its head. A few families name themselves as their base; theirs is the decoder."""
     base = model.base_model
     if base is model and model.get_output_embeddings() is not None:

@@ -48,10 +48,17 @@ class Observer:
     """Accumulates LayerStats while forward passes run inside `observe`."""
 
     def __init__(
-        self, layers: Sequence[Layer], sites: Sequence[str], thresholds: Sequence[float], *, counts: bool = True
+        self,
+        layers: Sequence[Layer],
+        sites: Sequence[str],
+        thresholds: Sequence[float],
+        *,
+        counts: bool = True,
+        beat: Callable[[], None] | None = None,
     ) -> None:
         self.layers = layers
         self.counts = counts
+        self.beat = beat
         self.sites = sites
         self.thresholds = np.asarray(thresholds, np.float64)
         self._by_call = {(layer.module, layer.call): layer for layer in layers}
@@ -104,6 +111,8 @@ class Observer:
                     handles.append(module.register_forward_hook(self._reader_of_output(site)))
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.beat:
+            self.beat()
         now = self._pass
         if now is None:
             return
@@ -213,7 +222,12 @@ class Observer:
 
 @contextmanager
 def observe(
-    layers: Sequence[Layer], sites: Sequence[str], thresholds: Sequence[float], *, counts: bool = True
+    layers: Sequence[Layer],
+    sites: Sequence[str],
+    thresholds: Sequence[float],
+    *,
+    counts: bool = True,
+    beat: Callable[[], None] | None = None,
 ) -> Iterator[Observer]:
     """Hook the layers; whatever happens inside, no hook is left afterwards. Observers may be nested.
 
@@ -222,11 +236,12 @@ def observe(
         sites: which of ``config.SITES`` to measure.
         thresholds: absolute near-zero thresholds, ascending.
         counts: False where another rank counts the same activations; then only what ranks do together is done.
+        beat: called whenever a layer begins.
 
     Raises:
         ModelError: (from the forward pass) a layer gives tensors that cannot be counted; the message names it.
     """
-    observer = Observer(layers, sites, thresholds, counts=counts)
+    observer = Observer(layers, sites, thresholds, counts=counts, beat=beat)
     handles: list[Any] = []
     try:
         observer.attach(handles)

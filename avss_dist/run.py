@@ -22,6 +22,7 @@ from avss_dist.errors import AvssError, ConfigError, ModelError, RunFailed, requ
 from avss_dist.executors.base import Executor, Job, open_executor
 from avss_dist.models import load_tokenizer, text_config
 from avss_dist.partition.base import Placement
+from avss_dist.partition.choose import choose
 from avss_dist.query import Warehouse
 from avss_dist.scoring import score_run
 from avss_dist.sources import documents
@@ -63,6 +64,7 @@ class Reporter(Protocol):
     """Told how the work goes; the command line draws it."""
 
     def planning(self, model: str) -> None: ...
+    def placed(self, model: str, placement: Placement) -> None: ...
     def started(self, model: str, num_tokens: int, done_tokens: int) -> None: ...
     def advanced(self, num_tokens: int) -> None: ...
     def finished(self, run: Run) -> None: ...
@@ -72,6 +74,7 @@ class Silent:
     """A Reporter that says nothing."""
 
     def planning(self, model: str) -> None: ...
+    def placed(self, model: str, placement: Placement) -> None: ...
     def started(self, model: str, num_tokens: int, done_tokens: int) -> None: ...
     def advanced(self, num_tokens: int) -> None: ...
     def finished(self, run: Run) -> None: ...
@@ -161,8 +164,9 @@ class _Driver:
         checkpoint = resolve(model, trust_remote_code=self.settings.trust_remote_code)
         config = text_config(checkpoint, trust_remote_code=self.settings.trust_remote_code)
         settings = self._pin(checkpoint, config)
+        placement = self._place(checkpoint, settings)
         corpus = self._plan(checkpoint, config, settings)
-        print_ = run_fingerprint(checkpoint, corpus, settings)
+        print_ = run_fingerprint(checkpoint, corpus, settings, placement)
         run = Run(
             run_id=f"{checkpoint.slug}-{print_[:10]}",
             model=model,
@@ -174,7 +178,8 @@ class _Driver:
         if not self.execution.fresh and (self.store.run(run.run_id) or {}).get("status") == "done":
             self.reporter.finished(run)
             return run
-        attempt = _Attempt(self, checkpoint, settings, corpus, print_, run, start)
+        self.reporter.placed(model, placement)
+        attempt = _Attempt(self, checkpoint, settings, placement, corpus, print_, run, start)
         try:
             run = attempt.finish()
         except Exception as error:  # a model's own code can raise anything; it must not stop the other models
@@ -222,6 +227,17 @@ class _Driver:
         dtype = stored if self.settings.dtype == "auto" and stored in DTYPES else self.settings.dtype
         return replace(self.settings, device=self.executor.device, dtype=dtype)
 
+    def _place(self, checkpoint: Checkpoint, settings: Settings) -> Placement:
+        """How a replica is spread; refuses more than there is before anything is loaded."""
+        size = None
+        if self.execution.partition == "auto":
+            from avss_dist.footprint import footprint
+
+            size = footprint(checkpoint, settings)
+        placement = choose(size, settings, self.execution, self.executor.devices)
+        self.executor.replicas(placement)
+        return placement
+
     def _plan(self, checkpoint: Checkpoint, config: Any, settings: Settings) -> CorpusPlan:
         """The corpus in the checkpoint's tokens; refuses tokens that the model does not have."""
         tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
@@ -236,15 +252,16 @@ class _Driver:
         return corpus
 
 
-def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settings) -> str:
+def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settings, placement: Placement) -> str:
     """SHA-256 of all that can change a number: weights, tokens and their order, settings, kind of device, schema.
 
-    The tokenizer and the packing count through the tokens that they give.
+    The tokenizer and the packing count through the tokens that they give. Of the partitions only tensor parallel
+    counts, which alone adds up in another order.
     """
+    split = {"tensor_parallel": placement.ranks} if placement.partition == "tensor_parallel" else {}
     numbers = {k: v for k, v in settings.as_dict().items() if k not in ("max_sequences", "trust_remote_code", "layout")}
-    return fingerprint(
-        schema=SCHEMA_VERSION, checkpoint=checkpoint.revision, tokens=corpus.tokens_fingerprint, settings=numbers
-    )
+    tokens = corpus.tokens_fingerprint
+    return fingerprint(schema=SCHEMA_VERSION, checkpoint=checkpoint.revision, tokens=tokens, settings=numbers, **split)
 
 
 @dataclass
@@ -254,6 +271,7 @@ class _Attempt:
     driver: _Driver
     checkpoint: Checkpoint
     settings: Settings
+    placement: Placement
     corpus: CorpusPlan
     fingerprint: str
     run: Run
@@ -303,7 +321,7 @@ class _Attempt:
         )
         if not shards:
             return 0
-        job = Job(checkpoint=self.checkpoint, settings=self.settings, placement=Placement())
+        job = Job(checkpoint=self.checkpoint, settings=self.settings, placement=self.placement)
         with closing(driver.executor.run(job, shards)) as results:
             for result in results:
                 if result.shard_id not in left:
@@ -330,7 +348,7 @@ class _Attempt:
                 "created_at": datetime.now(UTC),
                 "model": self.checkpoint.name,
                 "revision": self.checkpoint.revision,
-                "replicas": self.driver.executor.replicas,
+                "replicas": self.driver.executor.replicas(self.placement),
                 "corpus": corpus.source,
                 "corpus_fingerprint": corpus.corpus_fingerprint,
                 "tokens_fingerprint": corpus.tokens_fingerprint,
@@ -362,7 +380,8 @@ class _Facts:
 
     def __iter__(self) -> Iterator[ShardResult]:
         for shard in self._shards:
-            self.layers, self.model, self.device = shard.layers, dict(shard.model), shard.device
+            notes = list(dict.fromkeys([*self.model.get("notes", ()), *shard.model["notes"]]))
+            self.layers, self.model, self.device = shard.layers, {**shard.model, "notes": notes}, shard.device
             self.peak_memory_bytes = max(self.peak_memory_bytes, shard.peak_memory_bytes)
             self.seconds += shard.seconds
             yield shard

@@ -10,9 +10,10 @@ from typing import Protocol
 import torch
 
 from avss_dist.checkpoints import Checkpoint
-from avss_dist.config import Execution, Settings
+from avss_dist.config import GANGS, Execution, Settings
 from avss_dist.corpus import Shard
 from avss_dist.partition.base import Placement
+from avss_dist.partition.devices import Devices
 from avss_dist.stats import ShardResult
 
 
@@ -29,12 +30,19 @@ class Executor(Protocol):
     """Runs shards.
 
     Attributes:
-        replicas: how many model copies work in parallel.
+        devices: what there is to work with.
         device: ``cpu`` or ``cuda``, where they work.
     """
 
-    replicas: int
+    devices: Devices
     device: str
+
+    def replicas(self, placement: Placement) -> int:
+        """How many model copies of this placement work in parallel.
+
+        Raises:
+            ConfigError: there are too few devices.
+        """
 
     def run(self, job: Job, shards: Sequence[Shard]) -> Generator[ShardResult, None, None]:
         """Yield a result for every shard, in any order; a shard may come twice, and is equal then.
@@ -48,11 +56,12 @@ class Executor(Protocol):
 
 
 def open_executor(execution: Execution, settings: Settings) -> Executor:
-    """The executor that was asked for; ``auto`` is Ray where there is more than one replica to run, or a cluster."""
+    """The executor that was asked for; ``auto`` is Ray where there is more than one process to run, or a cluster."""
     from avss_dist.executors.local import LocalExecutor
 
     gpus = torch.cuda.device_count() if settings.device != "cpu" else 0
     wide = execution.address or os.environ.get("RAY_ADDRESS") or (execution.replicas or gpus or 1) > 1
+    wide = wide or execution.partition in GANGS
     if execution.executor == "local" or (execution.executor == "auto" and not wide):
         return LocalExecutor(settings)
     from avss_dist.executors.ray import RayExecutor

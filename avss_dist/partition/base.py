@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from avss_dist.checkpoints import Checkpoint
@@ -20,6 +21,12 @@ Watch = Callable[[Batch], AbstractContextManager[None]]
 def unwatched(_batch: Batch) -> AbstractContextManager[None]:
     """A Watch that does nothing."""
     return nullcontext()
+
+
+def filler() -> Batch:
+    """A batch of 1 x 2 tokens in which nothing counts, for a rank whose partners have more batches."""
+    real = np.ones((1, 2), np.bool_)
+    return Batch(input_ids=np.zeros((1, 2), np.int32), attention_mask=real, observed=~real)
 
 
 @dataclass(frozen=True, kw_only=True)

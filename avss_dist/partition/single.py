@@ -11,9 +11,9 @@ import torch
 from avss_dist.checkpoints import Checkpoint
 from avss_dist.config import Settings
 from avss_dist.corpus import Batch
-from avss_dist.errors import ConfigError
 from avss_dist.models import Backbone, Forward, forward_function, load
 from avss_dist.partition.base import Watch
+from avss_dist.partition.devices import pick_device as pick_device
 from avss_dist.partition.memory import keep_freed_memory
 from avss_dist.structure import Layer
 
@@ -69,15 +69,3 @@ def describe(backbone: Backbone, partition: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "notes": list(backbone.structure.notes),
     }
-
-
-def pick_device(name: str) -> torch.device:
-    """``cuda`` or ``cpu``; ``auto`` is ``cuda`` where torch sees one.
-
-    Raises:
-        ConfigError: ``cuda`` was asked for and torch sees none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no GPU here.", "Run `avss doctor`, or pass --device cpu.")
-    use_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if use_cuda else "cpu")

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from avss_dist.partition.base import Placement
     from avss_dist.run import Run
 
 
@@ -49,6 +50,11 @@ class Progress:
         """A new run: its text is read and its tokens are counted."""
         self._task = self._progress.add_task(f"{_short(model)}: reading", total=None)
         self._open = True
+
+    def placed(self, model: str, placement: Placement) -> None:
+        """How a replica is spread; said where it is not the plain way, or somebody looks."""
+        if self._progress.console.is_terminal or placement.partition != "single":
+            self._progress.console.print(f"{_short(model)}: {placement.partition}; {placement.why}.", markup=False)
 
     def started(self, model: str, num_tokens: int, done_tokens: int) -> None:
         """Shards are being measured; ``done_tokens`` were measured before."""

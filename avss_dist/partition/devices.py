@@ -1,0 +1,77 @@
+"""What there is to compute with."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from avss_dist.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Devices:
+    """The devices that replicas are spread over.
+
+    Attributes:
+        kind: ``cpu`` or ``cuda``.
+        count: GPUs; 1 on CPUs.
+        count_of_largest_node: the most GPUs that one process can use.
+        device_bytes: memory of the smallest GPU; what a process may take on a CPU.
+        host_bytes: available memory of a host.
+        cpus, cpus_of_largest_node: CPUs in all, and those that one process can use.
+    """
+
+    kind: str
+    count: int
+    count_of_largest_node: int
+    device_bytes: int
+    host_bytes: int
+    cpus: int
+    cpus_of_largest_node: int
+
+
+def devices_here(kind: str) -> Devices:
+    """The devices of this machine, as far as this process may use them."""
+    cpus, host = len(os.sched_getaffinity(0)), available_memory()
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(count)] if kind == "cuda" else [host]
+    return Devices(
+        kind=kind,
+        count=count,
+        count_of_largest_node=count,
+        device_bytes=min(sizes, default=0),
+        host_bytes=host,
+        cpus=cpus,
+        cpus_of_largest_node=cpus,
+    )
+
+
+def available_memory() -> int:
+    """Bytes that a new process can have: what the system says, and what the control group leaves."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    try:
+        group = Path("/sys/fs/cgroup")
+        most = (group / "memory.max").read_text(encoding="ascii").strip()
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        return available if most == "max" else min(available, max(0, int(most) - used))
+    except (OSError, ValueError):
+        return available
+
+
+def pick_device(name: str) -> torch.device:
+    """``cuda`` or ``cpu``; ``auto`` is ``cuda`` where torch sees one.
+
+    Raises:
+        ConfigError: ``cuda`` was asked for and torch sees none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here.", "Run `avss doctor`, or pass --device cpu.")
+    use_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_cuda else "cpu")
