@@ -19,7 +19,7 @@ from tables import assert_same_tables
 
 import avss_dist
 from avss_dist.errors import RunFailed
-from avss_dist.executors import ray as ray_executor
+from avss_dist.executors import gang
 from avss_dist.query import Warehouse
 from avss_dist.run import Silent
 
@@ -30,6 +30,7 @@ OPTIONS: dict[str, Any] = {
     "sequence_length": 64,
     "batch_size": 2,
     "sequences_per_shard": 8,
+    "partition": "single",
 }
 
 
@@ -90,30 +91,37 @@ def test_any_number_of_workers_gives_the_same_bytes(
     assert (row["replicas"], row["threads"]) == (replicas, 1)
 
 
-class Killing(Silent):
-    """SIGKILLs a worker when the third shard has arrived."""
+class Harming(Silent):
+    """Sends signals to workers: each when so many shards have arrived."""
 
-    def __init__(self) -> None:
+    def __init__(self, signals: dict[int, signal.Signals]) -> None:
         self.arrived = 0
-        self.killed: list[int] = []
+        self.signals = signals
+        self.victims: list[psutil.Process] = []
 
     def advanced(self, num_tokens: int) -> None:
         self.arrived += 1
-        if self.arrived == 3:
-            victim = workers()[0]
-            victim.send_signal(signal.SIGKILL)
-            self.killed.append(victim.pid)
+        if self.arrived in self.signals:
+            victim = next(p for p in workers() if p not in self.victims)
+            victim.send_signal(self.signals[self.arrived])
+            self.victims.append(victim)
 
 
 @shared_cluster
-def test_a_killed_worker_is_replaced_and_nothing_counts_twice(
-    tiny_llama: Path, undisturbed: Path, tmp_path: Path
+@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
+def test_a_lost_worker_is_replaced_and_nothing_counts_twice(
+    harm: signal.Signals, tiny_llama: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    reporter = Killing()
-    run = score(tiny_llama, tmp_path, executor="ray", replicas=2, reporter=reporter)
-    assert reporter.killed and run.status == "done"
+    """Killed, or stopped, which the watchdog sees: it begins no layer."""
+    reporter = Harming({3: harm})
+    run = score(tiny_llama, tmp_path, executor="ray", replicas=2, hang_seconds=4, reporter=reporter)
+    assert len(reporter.victims) == 1 and run.status == "done"
     assert reporter.arrived == 20
     assert_same_tables(tmp_path, undisturbed)
+    deadline = time.monotonic() + 20
+    while reporter.victims[0].is_running() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not reporter.victims[0].is_running(), "a worker that hangs is killed, not left behind"
 
 
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
@@ -143,26 +151,26 @@ def test_a_stopped_driver_is_resumed(
     assert_same_tables(tmp_path, undisturbed)
 
 
-class DiesOnShardTwo(ray_executor.Worker):
+class DiesOnShardTwo(gang.Worker):
     """A poisonous shard: whoever measures it dies."""
 
-    def analyze(self, shard: Any) -> Any:
-        if shard.shard_id == 2:
+    def analyze(self, task: gang.Task) -> Any:
+        if task.shard and task.shard.shard_id == 2:
             os._exit(1)
-        return super().analyze(shard)
+        return super().analyze(task)
 
 
 MARK: list[Path] = []  # travels to the worker with the class below
 
 
-class FailsOnceOnShardTwo(ray_executor.Worker):
+class FailsOnceOnShardTwo(gang.Worker):
     """A passing fault: the first attempt at a shard raises, whichever worker has it."""
 
-    def analyze(self, shard: Any) -> Any:
-        if shard.shard_id == 2 and not MARK[0].exists():
+    def analyze(self, task: gang.Task) -> Any:
+        if task.shard and task.shard.shard_id == 2 and not MARK[0].exists():
             MARK[0].touch()
-            raise MemoryError("no memory for shard two")
-        return super().analyze(shard)
+            raise OSError("a passing fault")
+        return super().analyze(task)
 
 
 @pytest.fixture
@@ -179,7 +187,7 @@ def this_module_travels() -> Iterator[None]:
 def test_a_shard_that_kills_its_workers_fails_the_run_and_keeps_the_rest(
     tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_executor, "Worker", DiesOnShardTwo)
+    monkeypatch.setattr(gang, "Worker", DiesOnShardTwo)
     with pytest.raises(RunFailed, match="Shard 2 failed 3 times"):
         score(tiny_llama, tmp_path, executor="ray", replicas=2)
     (row,) = Warehouse(tmp_path).runs().to_pylist()
@@ -195,7 +203,7 @@ def test_a_passing_fault_is_retried(
     tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     MARK[:] = [tmp_path / "mark"]
-    monkeypatch.setattr(ray_executor, "Worker", FailsOnceOnShardTwo)
+    monkeypatch.setattr(gang, "Worker", FailsOnceOnShardTwo)
     assert score(tiny_llama, tmp_path / "w", executor="ray", replicas=2).status == "done"
     assert MARK[0].exists()
     assert_same_tables(tmp_path / "w", undisturbed)
