@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -66,32 +68,67 @@ def resolve(spec: str, *, trust_remote_code: bool = False) -> Checkpoint:
     Raises:
         ModelError: there is no such checkpoint, or it is not one that can be opened; the message says what to do.
     """
+    here = locate(spec, trust_remote_code=trust_remote_code)
+    if here is None:
+        return _fetch(spec, trust_remote_code)
+    suffixes = _READ | {".py"} if trust_remote_code else _READ
+    path = Path(here.path)
+    files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix in suffixes) if path.is_dir() else [path]
+    return replace(here, revision=content_hash(files))
+
+
+def locate(spec: str, *, trust_remote_code: bool = False) -> Checkpoint | None:
+    """The checkpoint that is on this machine, its content not pinned yet; None where ``spec`` is a hub id.
+
+    Raises:
+        ModelError: there is no such checkpoint, or it is not one that can be opened.
+    """
     path = Path(spec).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"There is no file '{spec}'.", "Check the path of the .gguf file.")
-        return Checkpoint(name=spec, source="gguf", path=str(path.resolve()), revision=content_hash([path]))
+        return Checkpoint(name=spec, source="gguf", path=str(path.resolve()), revision="")
     if path.is_dir():
         _check_folder(path, spec, trust_remote_code)
-        suffixes = _READ | {".py"} if trust_remote_code else _READ
-        files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix in suffixes)
-        return Checkpoint(name=spec, source="folder", path=str(path.resolve()), revision=content_hash(files))
+        return Checkpoint(name=spec, source="folder", path=str(path.resolve()), revision="")
     if path.exists():
         raise ModelError(
             f"'{spec}' is a file.", "Name the checkpoint's folder, a .gguf file, or a hub id like org/name."
         )
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", spec) or spec.startswith((".", "/")):
         raise ModelError(f"There is no folder '{spec}'.", "Check the path, or name a hub id like org/name.")
-    return _fetch(spec, trust_remote_code)
+    return None
 
 
 def _fetch(spec: str, trust_remote_code: bool) -> Checkpoint:
-    from huggingface_hub import errors, snapshot_download
+    code = ["*.py"] if trust_remote_code else []
+    checkpoint = fetch_files(spec, ["*.json", WEIGHTS, "*.model", "*.txt", "*.jinja", *code])
+    _check_folder(checkpoint.folder, spec, trust_remote_code)
+    return checkpoint
+
+
+def fetch_files(spec: str, patterns: list[str]) -> Checkpoint:
+    """Download the files of a hub checkpoint whose names match.
+
+    Raises:
+        ModelError: there is no such checkpoint, or the hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
 
     name, _, revision = spec.partition("@")
-    patterns = ["*.json", WEIGHTS, "*.model", "*.txt", "*.jinja", *(["*.py"] if trust_remote_code else [])]
-    try:
+    with hub_mistakes(spec):
         folder = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
+    return Checkpoint(name=name, source="hub", path=folder, revision=Path(folder).name)
+
+
+@contextmanager
+def hub_mistakes(spec: str) -> Iterator[None]:
+    """Raise what the hub answers as a ModelError that says what to do."""
+    from huggingface_hub import errors
+
+    name, _, revision = spec.partition("@")
+    try:
+        yield
     except errors.GatedRepoError as error:
         raise ModelError(
             f"'{name}' is gated.", "Ask for access on its page, then log in with `hf auth login`."
@@ -110,8 +147,6 @@ def _fetch(spec: str, trust_remote_code: bool) -> Checkpoint:
             f"'{spec}' is no folder here, is not in the local hub cache, and the hub cannot be reached.",
             "Check the name and the network, or give the path of a downloaded folder.",
         ) from error
-    _check_folder(Path(folder), spec, trust_remote_code)
-    return Checkpoint(name=name, source="hub", path=folder, revision=Path(folder).name)
 
 
 def _check_folder(folder: Path, spec: str, trust_remote_code: bool) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from avss_dist.checkpoints import Checkpoint
 from avss_dist.config import Settings
 from avss_dist.errors import ModelError
-from avss_dist.structure import Structure, find_structure
+from avss_dist.structure import Structure, count_parameters, find_structure
 
 Forward = Callable[[torch.Tensor, torch.Tensor | None], Any]  # of (token ids, attention mask or None)
 
@@ -39,7 +39,7 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     """
     from transformers import AutoTokenizer
 
-    with _quiet():
+    with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 checkpoint.folder, trust_remote_code=trust_remote_code, **checkpoint.gguf
@@ -75,7 +75,7 @@ def text_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
     """
     from transformers import AutoConfig
 
-    with _quiet():
+    with quiet():
         try:
             config = AutoConfig.from_pretrained(
                 checkpoint.folder, trust_remote_code=trust_remote_code, **checkpoint.gguf
@@ -120,11 +120,22 @@ def load(checkpoint: Checkpoint, settings: Settings, device: torch.device, **pla
     Raises:
         ModelError: the model cannot be loaded or observed; the message names the reason.
     """
+    model = load_model(checkpoint, settings, **placing)
+    with quiet():
+        return open_module(model if placing else model.to(device=device), layers=settings.layers, device=device)
+
+
+def load_model(checkpoint: Checkpoint, settings: Settings, **placing: Any) -> Any:
+    """The checkpoint as a transformers model in evaluation mode, head and all, where ``placing`` says or on the CPU.
+
+    Raises:
+        ModelError: it cannot be loaded; the message names the reason.
+    """
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     options: dict[str, Any] = {"attn_implementation": settings.attention} if settings.attention else {}
     if not checkpoint.gguf:
         options |= {"use_safetensors": True, "config": config}
-    with _quiet():
+    with quiet():
         try:
             model = _auto_class(config).from_pretrained(
                 checkpoint.folder,
@@ -141,32 +152,23 @@ def load(checkpoint: Checkpoint, settings: Settings, device: torch.device, **pla
             ) from error
         except _REFUSALS as error:
             raise ModelError(f"'{checkpoint.name}' cannot be loaded: {_first_line(error)}") from error
-        model.eval()
-        return open_module(model if placing else model.to(device=device), layers=settings.layers, device=device)
+    return model.eval()
 
 
-def skeleton(config: Any, settings: Settings) -> Any:
+def skeleton(config: Any, settings: Settings, dtype: torch.dtype) -> Any:
     """The model that `load` gives, on the meta device: names, shapes and ties of its parameters, and no memory.
 
     Raises:
         ModelError: transformers cannot build it.
     """
     options: dict[str, Any] = {"attn_implementation": settings.attention} if settings.attention else {}
-    with _quiet(), torch.device("meta"):
+    with quiet(), torch.device("meta"):
         try:
             return _auto_class(config).from_config(
-                config, dtype=compute_dtype(config, settings), trust_remote_code=settings.trust_remote_code, **options
+                config, dtype=dtype, trust_remote_code=settings.trust_remote_code, **options
             )
         except _REFUSALS as error:
             raise ModelError(f"A {config.model_type} model cannot be built: {_first_line(error)}") from error
-
-
-def compute_dtype(config: Any, settings: Settings) -> torch.dtype:
-    """What the layers compute in: the dtype that was asked for, or the one that the configuration names."""
-    if settings.dtype != "auto":
-        return getattr(torch, settings.dtype)
-    stored = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or torch.float32
-    return stored if isinstance(stored, torch.dtype) else getattr(torch, stored)
 
 
 def _auto_class(config: Any) -> Any:
@@ -222,7 +224,7 @@ def open_module(model: Any, *, layers: str | None = None, device: torch.device |
         family=config.model_type,
         architecture=type(model).__name__,
         hidden_size=int(getattr(text, "hidden_size", 0) or 0),
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_parameters=count_parameters(model),
         dtype=str(next(p.dtype for p in backbone.parameters() if p.is_floating_point())).removeprefix("torch."),
         attention_implementation=str(getattr(text, "_attn_implementation", None) or "eager"),
     )
@@ -251,7 +253,7 @@ def forward_function(backbone: nn.Module) -> Forward:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bars and warnings: errors are ours to tell."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which transformers imports, warns on stdout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +20,7 @@ from avss_dist.config import BOOTSTRAP_BLOCKS, DTYPES, SCHEMA_VERSION, Execution
 from avss_dist.corpus import CorpusPlan, plan
 from avss_dist.errors import AvssError, ConfigError, ModelError, RunFailed, require_known
 from avss_dist.executors.base import Executor, Job, open_executor
+from avss_dist.footprint import footprint
 from avss_dist.models import load_tokenizer, text_config
 from avss_dist.partition.base import Placement
 from avss_dist.partition.choose import choose
@@ -231,9 +232,8 @@ class _Driver:
         """How a replica is spread; refuses more than there is before anything is loaded."""
         size = None
         if self.execution.partition == "auto":
-            from avss_dist.footprint import footprint
-
-            size = footprint(checkpoint, settings)
+            with suppress(ModelError):  # what cannot be sized is opened as `single`, which says what is wrong with it
+                size = footprint(checkpoint, settings)
         placement = choose(size, settings, self.execution, self.executor.devices)
         self.executor.replicas(placement)
         return placement

@@ -102,6 +102,11 @@ def _shallowest(lists: Mapping[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
     return {name: module for name, module in lists.items() if name.count(".") == depth}
 
 
+def count_parameters(module: nn.Module) -> int:
+    """Parameters of a module as a whole; of those that DeepSpeed ZeRO-3 has partitioned, ``numel`` is 0."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+
+
 def _is_linear(module: nn.Module) -> bool:
     """A map with a two-dimensional weight: Linear, GPT-2's Conv1D, quantized linears."""
     kind = type(module).__name__
@@ -310,7 +315,7 @@ def _largest(calls: Sequence[_Call]) -> _Call | None:
     """The call with the most parameters among the shallowest."""
     depth = min((c.path.count(".") for c in calls), default=0)
     shallow = [c for c in calls if c.path.count(".") == depth]
-    return max(shallow, key=lambda c: sum(p.numel() for p in c.module.parameters()), default=None)
+    return max(shallow, key=lambda c: count_parameters(c.module), default=None)
 
 
 def _within(call: _Call, sublayer: _Call) -> bool:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import avss_dist
 from avss_dist.cli import app
 from avss_dist.config import PUBLISHED_THRESHOLD, RECIPES, SITES, Execution, Settings
 from avss_dist.errors import ConfigError, QueryError
+from avss_dist.partition.base import Placement
 from avss_dist.query import Warehouse
 from avss_dist.warehouse import RunIdentity
 
@@ -35,7 +37,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
         **{f"--{name.replace('_', '-')}": value for name, value in Settings().as_dict().items()},
         "--site": None,
         "--threshold": None,
-        **{f"--{name}": getattr(Execution(), name) for name in ("executor", "replicas", "address", "fresh")},
+        **{f"--{f.name.replace('_', '-')}": getattr(Execution(), f.name) for f in fields(Execution)},
+        "--max-memory": None,
     },
     "show": {"warehouse": None, "--run": None, "--recipe": "pooled", "--site": "block", "--threshold": "1e-05"},
     "plot": {
@@ -509,6 +512,9 @@ def test_the_api_scores_several_models_and_reports(tiny_llama: Path, tiny_bert: 
         def planning(self, model: str) -> None:
             told.append(f"planning {Path(model).name}")
 
+        def placed(self, model: str, placement: Placement) -> None:
+            told.append(f"placed {placement.partition}")
+
         def started(self, model: str, num_tokens: int, done_tokens: int) -> None:
             told.append(f"started {num_tokens} {done_tokens}")
 
@@ -529,7 +535,7 @@ def test_the_api_scores_several_models_and_reports(tiny_llama: Path, tiny_bert: 
         executor="local",
     )
     assert [run.status for run in runs] == ["done", "failed", "done"]
-    measured = ["started 192 0", "advanced 128", "advanced 64", "finished done"]
+    measured = ["placed single", "started 192 0", "advanced 128", "advanced 64", "finished done"]
     assert told == [
         *("planning tiny-llama", *measured),
         *("planning missing", "finished failed"),

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from avss_dist.config import GANGS, Execution, Settings, describe_bytes
 from avss_dist.errors import ConfigError
+from avss_dist.footprint import Footprint
 from avss_dist.partition.base import Placement
 from avss_dist.partition.devices import Devices
-
-if TYPE_CHECKING:
-    from avss_dist.footprint import Footprint
 
 SPARE_SHARE = 0.9  # of a device's memory that weights and activations may take
 PROCESS_BYTES = 1 << 30  # interpreter, libraries and counters of a process, beside weights and activations
@@ -23,7 +19,7 @@ def choose(size: Footprint | None, settings: Settings, execution: Execution, dev
     that do; else `streaming`. Gangs are for those who ask: `zero3` and `tensor_parallel` need fast links to pay.
 
     Args:
-        size: of the checkpoint; needed for ``auto`` only.
+        size: of the checkpoint, for ``auto``; where it is not known, that is `single`.
 
     Raises:
         ConfigError: the partition cannot have what was asked for.
@@ -31,8 +27,9 @@ def choose(size: Footprint | None, settings: Settings, execution: Execution, dev
     cuda = devices.kind == "cuda"
     if execution.gpus_per_replica and not cuda:
         raise ConfigError("--gpus-per-replica was given, and there is no GPU.", "Leave it out, or pass --device cuda.")
-    if execution.partition == "auto" and size is not None:
-        partition, gpus, why = _fitting(size, settings, execution, devices)
+    if execution.partition == "auto":
+        unknown = "single", int(cuda), "the checkpoint's size is not known"
+        partition, gpus, why = _fitting(size, settings, execution, devices) if size else unknown
     else:
         partition, why = execution.partition, "it was asked for"
         gpus = (execution.gpus_per_replica or _usual_gpus(partition, execution, devices)) if cuda else 0

@@ -1,0 +1,250 @@
+"""One model over the GPUs of a process; what has no room there is kept in host memory or on disk, layer by layer."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from avss_dist.checkpoints import Checkpoint
+from avss_dist.config import Settings, describe_bytes
+from avss_dist.corpus import Batch
+from avss_dist.errors import ConfigError, nearest
+from avss_dist.footprint import compute_dtype, find_layers, footprint, stored_tensors
+from avss_dist.models import forward_function, load, skeleton, text_config, without_head
+from avss_dist.partition.base import Placement, Watch
+from avss_dist.partition.devices import available_memory, pick_device
+from avss_dist.partition.memory import keep_freed_memory
+from avss_dist.partition.single import describe, run_batch
+from avss_dist.structure import Layer
+
+SPARE_SHARE = 0.9  # of free memory that weights may take where nothing was said
+
+Device = int | str  # a GPU's index, "cpu" or "disk"
+
+
+class DeviceMapReplica:
+    """See `partition.base.Replica`. ``device_map`` says where each module's weights are.
+
+    ``placement.max_memory`` bounds weights; activations come on top. Weights on disk are read for every batch, from the
+    checkpoint's own files where these hold them as they are computed with, else from the offload folder.
+    """
+
+    data_rank = 0
+    data_world = 1
+    lockstep = False
+    reports_stats = True
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement) -> None:
+        self.device = pick_device(settings.device)
+        keep_freed_memory()
+        model, stored = _outline(checkpoint, settings)
+        limits = memory_limits(self.device, checkpoint, settings, placement)
+        self.device_map = plan_map(model, stored, limits, settings)
+        rewritten = [p for name, p in unstored(model, stored).items() if _place(name, self.device_map)[1] == "disk"]
+        self._folder = OffloadFolder(placement.offload_folder, _bytes(rewritten))
+        try:
+            with _quiet_accelerate():
+                self._backbone = load(
+                    checkpoint, settings, self.device, device_map=self.device_map, offload_folder=self._folder.path
+                )
+        except BaseException:
+            self._folder.remove()
+            raise
+        self._run = forward_function(self._backbone.module)
+        self.layers: tuple[Layer, ...] = self._backbone.structure.layers
+        several = len(set(self.device_map.values()) - {"cpu", "disk"}) > 1
+        self._handles = [_bring_inputs(layer.module) for layer in self.layers] if several else []
+        # Weights on disk are untied while they are there; the outline still knows.
+        tied_once = sum(p.numel() for p in model.parameters())
+        self.model: Mapping[str, Any] = describe(self._backbone, "device_map") | {"num_parameters": tied_once}
+
+    def forward(self, batches: Sequence[Batch], watch: Watch) -> None:
+        """See `partition.base.Replica`."""
+        for batch in batches:
+            with watch(batch):
+                run_batch(self._run, batch, self.device)
+
+    def close(self) -> None:
+        """Drop the weights, Accelerate's hooks and what was written to the offload folder."""
+        from accelerate.hooks import remove_hook_from_module
+
+        for handle in self._handles:
+            handle.remove()
+        remove_hook_from_module(self._backbone.module, recurse=True)
+        del self._backbone, self._run, self.layers, self._handles
+        self._folder.remove()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class OffloadFolder:
+    """A folder of a replica's own, in the one that was named or among the system's temporary ones.
+
+    Args:
+        parent: the folder that was named; it is created if need be, and stays.
+        needed: bytes that will be written.
+
+    Raises:
+        ConfigError: the folder cannot be written, or has not enough room.
+    """
+
+    def __init__(self, parent: str | None, needed: int) -> None:
+        try:
+            if parent is not None:
+                Path(parent).mkdir(parents=True, exist_ok=True)
+            self._folder = tempfile.TemporaryDirectory(prefix="avss-offload-", dir=parent, ignore_cleanup_errors=True)
+        except OSError as error:
+            raise ConfigError(
+                f"The offload folder '{parent or tempfile.gettempdir()}' cannot be written: {error.strerror}.",
+                "Name another with --offload-folder.",
+            ) from error
+        self.path = self._folder.name
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            self.remove()
+            raise ConfigError(
+                f"The offload folder '{Path(self.path).parent}' needs {describe_bytes(needed)} and has "
+                f"{describe_bytes(free)} free: {describe_bytes(needed - free)} of weights have no place.",
+                "Name a larger one with --offload-folder, or allow more with --max-memory.",
+            )
+
+    def remove(self) -> None:
+        """Delete the folder with what is in it."""
+        self._folder.cleanup()
+
+
+def memory_limits(
+    device: torch.device, checkpoint: Checkpoint, settings: Settings, placement: Placement
+) -> dict[Device, int]:
+    """Bytes that weights may take, by device, in the order in which devices are filled.
+
+    A device for which no limit was given has what is free on it, less a margin and the activations of a batch.
+
+    Raises:
+        ConfigError: a limit was given for a device that is not here.
+    """
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    gpus = range(min(count, placement.gpus or count))
+    here = [*map(str, gpus), "cpu"]
+    for name in placement.max_memory:
+        if name != "cpu" and not name.isdecimal():
+            raise ConfigError(f"--max-memory names '{name}', which is no device.", nearest(name, here))
+        if name not in here:
+            raise ConfigError(
+                f"--max-memory names GPU {name}; this replica has {len(gpus) or 'no'} GPU{'s' * (len(gpus) != 1)}.",
+                f"Valid: {', '.join(here)}.",
+            )
+    batch = footprint(checkpoint, settings).activation_bytes(settings.batch_size, settings.sequence_length)
+    free = {str(gpu): int(torch.cuda.mem_get_info(gpu)[0] * SPARE_SHARE) - batch for gpu in gpus}
+    free["cpu"] = int(available_memory() * SPARE_SHARE) - (0 if free else batch)
+    limits = {name: placement.max_memory.get(name, max(0, free[name])) for name in here}
+    return {name if name == "cpu" else int(name): size for name, size in limits.items()}
+
+
+def plan_map(
+    model: Any, stored: Iterable[str], limits: Mapping[Device, int], settings: Settings
+) -> dict[str, Device]:
+    """Where each module of a skeleton goes: the first device with room, layers whole, the rest on disk.
+
+    On the device that computes, room for the largest layer is left for those that come from elsewhere. What no file
+    holds, such as a pooler that transformers makes up, cannot be on disk.
+
+    Args:
+        stored: names of the tensors in the checkpoint's files.
+        limits: from `memory_limits`.
+    """
+    from accelerate import infer_auto_device_map
+
+    first, room = next(iter(limits.items()))
+    if _bytes(model.parameters()) <= room:
+        return {"": first}
+    layers = find_layers(without_head(model), model.config.get_text_config(), settings)
+    whole = sorted({type(layer).__name__ for layer in layers})
+    with _quiet_accelerate():
+        device_map = infer_auto_device_map(model, dict(limits), no_split_module_classes=whole, clean_result=False)
+    in_layers = {id(p) for p in layers.parameters()}
+    for name, parameter in unstored(model, stored).items():
+        module, device = _place(name, device_map)
+        if device == "disk" and id(parameter) not in in_layers:
+            device_map[module] = first
+    require_complete(model, device_map)
+    return dict(device_map)
+
+
+def require_complete(model: nn.Module, device_map: Mapping[str, Device]) -> None:
+    """Refuse a map that leaves weights without a place.
+
+    Raises:
+        ConfigError: it does; the message says which and how much.
+    """
+    placeless = {name: p for name, p in model.named_parameters() if _place(name, device_map)[1] is None}
+    if placeless:
+        raise ConfigError(
+            f"The device map has no place for {describe_bytes(_bytes(placeless.values()))} of weights, "
+            f"{next(iter(placeless))} first.",
+            "Allow more with --max-memory.",
+        )
+
+
+def _place(name: str, device_map: Mapping[str, Device]) -> tuple[str, Device | None]:
+    """What the map says of a parameter: its own entry, or that of the nearest module around it; and the device."""
+    while name and name not in device_map:
+        name = name.rpartition(".")[0]
+    return name, device_map.get(name)
+
+
+def unstored(model: nn.Module, stored: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters that no tensor of the files is: fused experts, those of quantized files, those that are missing.
+
+    A file's names may have the prefix of a backbone that the model's have not, or the other way round.
+    """
+    known = {part for name in stored for part in (name, name.partition(".")[2])}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name not in known and name.partition(".")[2] not in known
+    }
+
+
+def _bytes(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _outline(checkpoint: Checkpoint, settings: Settings) -> tuple[Any, list[str]]:
+    """The model without weights, and the names of the tensors in its files."""
+    tensors = list(stored_tensors(checkpoint))
+    config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+    return skeleton(config, settings, compute_dtype(config, settings, tensors)), [tensor.name for tensor in tensors]
+
+
+def _bring_inputs(layer: nn.Module) -> Any:
+    """Move a layer's inputs to its device before any other hook sees them: it then observes both on one device."""
+    from accelerate.utils import send_to_device
+
+    def bring(module: Any, args: Any, kwargs: Any) -> Any:
+        device = module._hf_hook.execution_device
+        return send_to_device(args, device), send_to_device(kwargs, device)
+
+    return layer.register_forward_pre_hook(bring, with_kwargs=True)
+
+
+@contextmanager
+def _quiet_accelerate() -> Iterator[None]:
+    """Without its warning that some weights are elsewhere, which is what was asked for."""
+    logger = logging.getLogger("accelerate")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

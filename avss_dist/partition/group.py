@@ -1,0 +1,130 @@
+"""The processes that hold one replica together: a torch.distributed group, as DeepSpeed wants it."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
+
+import torch
+from torch import distributed
+from torch.nn import functional
+
+from avss_dist.errors import ConfigError
+
+TIMEOUT_SECONDS = 1800.0
+
+
+def join(
+    rank: int,
+    world: int,
+    address: str,
+    port: int,
+    *,
+    device: torch.device,
+    local_rank: int = 0,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+) -> None:
+    """Become one of ``world`` processes; returns when all of them are there.
+
+    Args:
+        rank: of this process, from 0.
+        address, port: where rank 0 listens.
+        device: ``cpu`` (gloo) or ``cuda`` (nccl).
+        local_rank: which of the GPUs that this process sees is its own.
+        timeout_seconds: how long a collective operation waits for the others before it fails.
+    """
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_SIZE": str(world),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": device.type,
+    }
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed calls old names
+    with quiet_deepspeed():
+        import deepspeed
+
+        _without_shared_memory_op()
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_seconds), verbose=False)
+
+
+def leave() -> None:
+    """Leave the group; a process may join another afterwards."""
+    import deepspeed
+    from deepspeed.inference.engine import InferenceEngine
+
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
+    InferenceEngine.inference_mp_group = None
+
+
+def require_group(partition: str) -> tuple[int, int]:
+    """This process's rank, and how many there are.
+
+    Raises:
+        ConfigError: it is in no group.
+    """
+    if not distributed.is_initialized():
+        raise ConfigError(
+            f"The partition '{partition}' is several processes, and this one has joined no group.",
+            "Use --executor ray; in Python, call avss_dist.partition.group.join in every process first.",
+        )
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def whole_units(part: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+    """Every rank's units, side by side in the order of the ranks; all ranks call this and all get the same.
+
+    The bytes are sent as they are: exact in every dtype, also in those that a backend cannot send.
+
+    Args:
+        part: [..., widths[rank]].
+        widths: units of each rank.
+    """
+    padded = functional.pad(part, (0, max(widths) - part.shape[-1])).contiguous()
+    parts = [torch.empty_like(padded) for _ in widths]
+    distributed.all_gather([p.view(torch.uint8) for p in parts], padded.view(torch.uint8))
+    return torch.cat([p[..., :width] for p, width in zip(parts, widths, strict=True)], dim=-1)
+
+
+def from_every_rank(number: float, device: torch.device) -> list[float]:
+    """A number of each rank's, in the order of the ranks; all ranks call this."""
+    mine = torch.tensor([number], dtype=torch.float64, device=device)
+    numbers = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(numbers, mine)
+    return [float(n) for n in numbers]
+
+
+@contextmanager
+def quiet_deepspeed() -> Iterator[None]:
+    """DeepSpeed prints and logs to stdout, which is not its own. What it logs goes to stderr, if it is an error."""
+    with redirect_stdout(io.StringIO()):
+        from deepspeed.utils import logger
+
+        logger.setLevel(logging.ERROR)
+        for handler in logger.handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setStream(sys.stderr)
+        yield
+
+
+def _without_shared_memory_op() -> None:
+    """Leave sums to gloo, which has a timeout.
+
+    DeepSpeed's own operation for CPUs is compiled on first use, waits for ever for a rank that died, and leaves 69 MB
+    of shared memory behind for each.
+    """
+    from deepspeed import ops
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    ops.__compatible_ops__ = {**ops.__compatible_ops__, ShareMemCommBuilder.NAME: False}

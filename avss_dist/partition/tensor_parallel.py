@@ -1,0 +1,237 @@
+"""One model whose matrices are cut over the ranks (DeepSpeed AutoTP); all ranks take the same data, rank 0 reports.
+
+AutoTP knows how to cut a model by the names of its modules. Of a family that it does not know it computes wrong numbers
+without a word, so each replica is checked as it is opened: every site of every layer, before the cut and after.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from avss_dist.checkpoints import Checkpoint
+from avss_dist.config import Settings
+from avss_dist.corpus import Batch
+from avss_dist.errors import ConfigError, ModelError
+from avss_dist.models import forward_function, load_model, open_module, quiet, without_head
+from avss_dist.partition.base import Placement, Watch
+from avss_dist.partition.devices import pick_device
+from avss_dist.partition.group import from_every_rank, quiet_deepspeed, require_group, whole_units
+from avss_dist.partition.memory import keep_freed_memory
+from avss_dist.partition.single import describe, run_batch
+from avss_dist.structure import PROBE_SHAPE, Layer, Point, first_tensor
+
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+"""By how much the tensors of a whole and of a cut model may differ, see `difference`."""
+
+_HEADS = ("num_key_value_heads", "num_kv_heads", "num_attention_heads")
+_Probe = dict[tuple[int, str], torch.Tensor]  # by layer and site
+Gather = Callable[[torch.Tensor], torch.Tensor]
+_ELSEWHERE = "Use --partition single, device_map, zero3 or streaming."
+
+
+class TensorParallelReplica:
+    """See `partition.base.Replica`. Every rank opens it inside one group (`partition.group.join`).
+
+    Every rank first loads the whole model into host memory.
+
+    Raises:
+        ConfigError: there is no group, or it has more ranks than the model has heads.
+        ModelError: the model cannot be opened or observed, or DeepSpeed cannot cut it correctly.
+    """
+
+    data_rank = 0
+    data_world = 1
+    lockstep = False  # all ranks have the same batches anyway
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement) -> None:
+        rank, world = require_group("tensor_parallel")
+        self.reports_stats = rank == 0
+        self.device = pick_device(settings.device)
+        if settings.attention == "flash_attention_2":
+            raise ConfigError(
+                "--partition tensor_parallel checks the model on the CPU, where --attention flash_attention_2 cannot run.",
+                "Use --attention sdpa.",
+            )
+        keep_freed_memory()
+        model = load_model(checkpoint, settings)
+        with quiet(), quiet_deepspeed():
+            whole = open_module(model, layers=settings.layers)
+            require_heads(model.config.get_text_config(), world)
+            run = forward_function(whole.module)
+            expected = _probe(run, whole.structure.layers, torch.device("cpu"))
+            names = {module: name for name, module in model.named_modules()}
+            cut(model, world, self.device)
+            layers = _find_again(whole.structure.layers, names, model)
+            try:
+                found = _probe(run, layers, self.device)
+            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+                raise _cannot_cut(model, f"the cut model does not run: {error}") from error
+            self.layers: tuple[Layer, ...] = _check(model, layers, expected, found)
+        self._model, self._run = model, run
+        self.model: Mapping[str, Any] = describe(whole, "tensor_parallel")
+
+    def forward(self, batches: Sequence[Batch], watch: Watch) -> None:
+        """See `partition.base.Replica`. The other ranks must run the same batches."""
+        for batch in batches:
+            with watch(batch):
+                run_batch(self._run, batch, self.device)
+
+    def close(self) -> None:
+        """Drop this rank's part of the weights."""
+        del self._model, self._run, self.layers
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def inference_config(dtype: torch.dtype, world: int) -> dict[str, Any]:
+    """The arguments of ``deepspeed.init_inference``; ``cluster/deepspeed/tensor_parallel.json`` has them for two ranks."""
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "tensor_parallel": {"tp_size": world},
+        "replace_with_kernel_inject": False,
+    }
+
+
+def require_heads(config: Any, world: int) -> None:
+    """Refuse more ranks than heads: a head's keys and values are not cut.
+
+    Raises:
+        ConfigError: there are; the message has the numbers.
+    """
+    name, heads = next(((n, h) for n in _HEADS if isinstance(h := getattr(config, n, None), int)), ("", world))
+    if world > heads:
+        raise ConfigError(
+            f"{world} ranks cannot share {heads} heads ({name} of the {config.model_type} configuration).",
+            f"Use --ranks {heads} at most, or --partition device_map, zero3 or streaming.",
+        )
+
+
+def cut(model: Any, world: int, device: torch.device) -> None:
+    """Replace the linear maps of the layers by this rank's part of them, and move the model to the device.
+
+    The head, which never runs, is dropped. What is kept in another dtype than the rest (as rotary frequencies are, in
+    float32) stays so; DeepSpeed would convert it.
+
+    Raises:
+        ModelError: DeepSpeed does not know how.
+    """
+    import deepspeed
+
+    if without_head(model) is not model and model.get_output_embeddings() is not None:
+        model.set_output_embeddings(nn.Identity())
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    others = [
+        (tensors, name, tensor.data)
+        for module in model.modules()
+        for tensors in (module._buffers, module._parameters)
+        for name, tensor in tensors.items()
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype != dtype
+    ]
+    try:
+        deepspeed.init_inference(model, config=inference_config(dtype, world))
+    except (AssertionError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        raise _cannot_cut(model, str(error)) from error
+    for tensors, name, value in others:
+        tensors[name].data = value.to(device)
+
+
+def difference(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """How much two tensors of shape [..., units] differ: |found - expected| / |expected| of the median token.
+
+    A model cut wrongly is wrong for nearly every token; a token that rounding sent to another expert is one of many.
+    """
+    expected, found = (x.double().reshape(-1, x.shape[-1]) for x in (expected, found))
+    sizes = expected.norm(dim=-1)
+    ratios = (found - expected).norm(dim=-1) / sizes.clamp_min(torch.finfo(torch.float64).tiny)
+    ratios = ratios[sizes.isfinite()].nan_to_num(torch.inf)
+    return float(ratios.median()) if len(ratios) else 0.0
+
+
+def _probe(run: Callable[..., Any], layers: Sequence[Layer], device: torch.device) -> _Probe:
+    """What each site reads in a pass over ``PROBE_SHAPE`` tokens; of shared modules, the last call."""
+    tensors: _Probe = {}
+
+    def keep(key: tuple[int, str], value: Any) -> None:
+        tensor = first_tensor(value)
+        if tensor is not None:
+            tensors[key] = tensor.detach().clone()
+
+    handles: list[Any] = []
+    try:
+        for layer in layers:
+            for site, point in {"block": Point(layer.module, "output", layer.layout), **layer.points}.items():
+                key = layer.index, site
+                if point.reads == "input":
+                    hook = lambda _m, args, kwargs, key=key: keep(key, (*args, *kwargs.values()))  # noqa: E731
+                    handles.append(point.module.register_forward_pre_hook(hook, with_kwargs=True))
+                else:
+                    handles.append(point.module.register_forward_hook(lambda _m, _a, out, key=key: keep(key, out)))
+        with torch.no_grad():
+            run(torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1]).reshape(PROBE_SHAPE).to(device), None)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tensors
+
+
+def _find_again(layers: Sequence[Layer], names: Mapping[nn.Module, str], model: nn.Module) -> list[Layer]:
+    """The same layers and points in a model of which modules were replaced."""
+
+    def again(module: nn.Module) -> nn.Module:
+        return model.get_submodule(names[module])
+
+    return [
+        replace(
+            layer,
+            module=again(layer.module),
+            points={site: replace(point, module=again(point.module)) for site, point in layer.points.items()},
+        )
+        for layer in layers
+    ]
+
+
+def _check(model: Any, layers: Sequence[Layer], expected: _Probe, found: _Probe) -> tuple[Layer, ...]:
+    """The layers, with points that gather what the ranks have parts of; all ranks come to the same.
+
+    Raises:
+        ModelError: a tensor is not what it was before the cut.
+    """
+    checked: list[Layer] = []
+    for layer in layers:
+        gathers: dict[str, Gather | None] = {}
+        for site in ("block", *layer.points):
+            want, part = expected[layer.index, site], found[layer.index, site]
+            gathers[site] = gather = _gather_for(part, want.shape[-1])
+            got = gather(part) if gather else part
+            error = difference(want, got.cpu()) if got.shape == want.shape else float("inf")
+            error = max(from_every_rank(error, part.device))
+            if error > TOLERANCES.get(want.dtype, 0.0) or (site == "block" and gather):
+                raise _cannot_cut(
+                    model, f"site '{site}' of layer {layer.index} is off by {error:.2g} of its size after the cut"
+                )
+        points = {site: replace(point, gather=gathers[site]) for site, point in layer.points.items()}
+        checked.append(replace(layer, points=points))
+    return tuple(checked)
+
+
+def _gather_for(part: torch.Tensor, width: int) -> Gather | None:
+    """How a rank's part of ``width`` units becomes whole; None where it is whole already."""
+    widths = [int(n) for n in from_every_rank(part.shape[-1], part.device)]
+    if sum(widths) != width or len(widths) == 1:
+        return None
+    return partial(whole_units, widths=widths)
+
+
+def _cannot_cut(model: Any, why: str) -> ModelError:
+    return ModelError(
+        f"DeepSpeed cannot cut a {model.config.model_type} model ({type(model).__name__}) for tensor_parallel: {why}.",
+        _ELSEWHERE,
+    )

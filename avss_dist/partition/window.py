@@ -1,0 +1,105 @@
+"""The weights of at most two layers at a time: of the one that computes, and of the next, which is on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from avss_dist.partition.weights import Part, Shelf, Weights
+
+
+class Window:
+    """Inside ``with``, one layer's weights are in the model at a time; afterwards none are, and no thread is left.
+
+    Args:
+        parts: of the layers, by index.
+        order: layers in the order in which they will be asked for, as far as it is known; it tells what to read ahead.
+        shelves: memory to read into, kept from pass to pass; empty at first.
+    """
+
+    def __init__(
+        self, weights: Weights, parts: Sequence[Part], order: Sequence[int], device: torch.device, shelves: list[Shelf]
+    ) -> None:
+        self._weights, self._parts, self._device, self._shelves = weights, parts, device, shelves
+        self._coming = list(order)
+        self._here: int | None = None
+        self._reading: tuple[int, Future[Shelf | None]] | None = None
+        self._shelf: Shelf | None = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __enter__(self) -> Window:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="avss-weights")
+        self._read_ahead()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        if self._reading:
+            self._take_away(self._reading[0], None if self._failed() else self._reading[1].result())
+        self._leave()
+
+    def _failed(self) -> bool:
+        assert self._reading is not None
+        future = self._reading[1]
+        return future.cancelled() or future.exception() is not None
+
+    def bring(self, index: int) -> None:
+        """Return when a layer's weights are in place: another's are gone, and the next one's are being read."""
+        if index == self._here:
+            return
+        self._leave()
+        if self._reading and self._reading[0] != index:
+            read, future = self._reading
+            self._reading = None
+            self._take_away(read, future.result())
+        if not self._reading:
+            self._reading = (index, self._thread.submit(self._read, index, self._mark()))
+        self._shelf = self._reading[1].result()
+        self._here, self._reading = index, None
+        if index in self._coming:
+            del self._coming[: self._coming.index(index) + 1]
+        self._read_ahead()
+
+    def _leave(self) -> None:
+        if self._here is not None:
+            self._take_away(self._here, self._shelf)
+            self._here = self._shelf = None
+
+    def _take_away(self, index: int, shelf: Shelf | None) -> None:
+        for weight in self._parts[index].weights:
+            weight.drop()
+        if shelf:
+            self._shelves.append(shelf)
+
+    def _read_ahead(self) -> None:
+        if self._coming:
+            index = self._coming[0]
+            self._reading = (index, self._thread.submit(self._read, index, self._mark()))
+
+    def _mark(self) -> Any:
+        """The work on the device until now: it may still use memory that the next weights will take."""
+        return torch.cuda.current_stream(self._device).record_event() if self._stream else None
+
+    def _read(self, index: int, mark: Any) -> Shelf | None:
+        """Bring a layer's weights; the shelf on which they lie, if they do not lie elsewhere."""
+        part = self._parts[index]
+        shelf = self._shelves.pop() if self._shelves else self._new_shelf()
+        shelf.clear()
+        with torch.no_grad(), torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            if self._stream:
+                self._stream.wait_event(mark)
+            self._weights.bring(part, self._device, shelf)
+            if self._stream:
+                self._stream.synchronize()
+        if shelf.holds(part):
+            return shelf
+        self._shelves.append(shelf)
+        return None
+
+    def _new_shelf(self) -> Shelf:
+        largest = max(self._parts, key=lambda part: sum(stored.size + ALIGNMENT for stored in part.stored))
+        return Shelf(largest.stored, pinned=self._stream is not None)

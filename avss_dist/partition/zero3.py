@@ -1,0 +1,135 @@
+"""One model of which every rank holds a part of each parameter (DeepSpeed ZeRO-3); each rank takes its own data.
+
+A layer's parameters are gathered when it begins and dropped when it ends, on all ranks at once, so all run equally
+many forward passes.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from avss_dist.checkpoints import Checkpoint
+from avss_dist.config import Settings
+from avss_dist.corpus import Batch
+from avss_dist.errors import ConfigError
+from avss_dist.footprint import compute_dtype, stored_tensors
+from avss_dist.models import forward_function, load_model, open_module, text_config, without_head
+from avss_dist.partition.base import Placement, Watch
+from avss_dist.partition.devices import pick_device
+from avss_dist.partition.group import quiet_deepspeed, require_group
+from avss_dist.partition.memory import keep_freed_memory
+from avss_dist.partition.single import describe, run_batch
+from avss_dist.structure import Layer, layer_lists
+
+
+class Zero3Replica:
+    """See `partition.base.Replica`. Every rank opens it inside one group (`partition.group.join`).
+
+    Raises:
+        ConfigError: there is no group, or the checkpoint or the device cannot be partitioned this way.
+        ModelError: the model cannot be opened or observed.
+    """
+
+    lockstep = True
+    reports_stats = True
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement) -> None:
+        self.data_rank, self.data_world = require_group("zero3")
+        if checkpoint.gguf:
+            raise ConfigError(
+                f"'{checkpoint.name}' is a .gguf file: transformers unpacks it whole in every process, which is what "
+                "zero3 is there to avoid.",
+                "Use --partition single, device_map or tensor_parallel, or convert it to safetensors.",
+            )
+        self.device = pick_device(settings.device)
+        keep_freed_memory()
+        config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+        dtype = compute_dtype(config, settings, stored_tensors(checkpoint))
+        with quiet_deepspeed():
+            with _partitioned_loading(deepspeed_config(dtype)):
+                model = load_model(checkpoint, settings)
+            self._module = model
+            self._engine = _partition(model, settings, deepspeed_config(dtype))
+            backbone = open_module(model, layers=settings.layers, device=self.device)
+        self._run = forward_function(backbone.module)
+        self.layers: tuple[Layer, ...] = backbone.structure.layers
+        self.model: Mapping[str, Any] = describe(backbone, "zero3")
+
+    def forward(self, batches: Sequence[Batch], watch: Watch) -> None:
+        """See `partition.base.Replica`. The other ranks must run as many batches."""
+        for batch in batches:
+            with watch(batch):
+                run_batch(self._run, batch, self.device)
+
+    def close(self) -> None:
+        """Drop this rank's part of the weights, and DeepSpeed's hooks."""
+        from deepspeed.runtime.zero import parameter_offload
+
+        self._engine.destroy()
+        parameter_offload.FWD_MODULE_STACK.clear()
+        for parameter in self._module.parameters():  # DeepSpeed keeps references to the modules
+            parameter.ds_tensor.data = parameter.data = parameter.data.new_empty(0)
+        del self._engine, self._module, self._run, self.layers
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def deepspeed_config(dtype: torch.dtype) -> dict[str, Any]:
+    """The DeepSpeed configuration; ``cluster/deepspeed/zero3.json`` is the one for bfloat16, README.md there explains."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            "memory_efficient_linear": False,
+        },
+    }
+
+
+def resident_parameter_bytes(module: nn.Module) -> int:
+    """Bytes of parameters that this process holds now: its part, and what is gathered."""
+    held = [tensor for p in module.parameters() for tensor in (p.data, getattr(p, "ds_tensor", None))]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
+
+
+@contextmanager
+def _partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
+    """Models that transformers builds inside are partitioned while they are built."""
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    kept = HfDeepSpeedConfig(config)  # transformers refers to it weakly
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del kept
+
+
+def _partition(model: Any, settings: Settings, config: dict[str, Any]) -> Any:
+    """Hook the backbone so that its parameters are gathered when they are needed; the engine that does it.
+
+    A layer is gathered as one, for ranks must gather the same in the same order: which experts run depends on the data.
+    """
+    import deepspeed
+
+    backbone = without_head(model)
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for modules in layer_lists(backbone, count, settings.layers).values():
+        for layer in modules:
+            layer._z3_leaf = True
+    try:
+        engine, *_ = deepspeed.initialize(model=backbone, config=config)
+    except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"DeepSpeed cannot partition {type(model).__name__}: {error}", "Use another --partition."
+        ) from error
+    return engine
