@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,43 +98,58 @@ def _options(
 ) -> None: ...
 
 
+# What several commands take.
+CorpusOption = Annotated[
+    str, typer.Option(help="file.txt, file.jsonl[:field], file.parquet[:column], hf:NAME..., builtin:pydoc.")
+]
+MaxSequencesOption = Annotated[int | None, typer.Option(help="Rows of tokens to read at most.")]
+SequenceLengthOption = Annotated[int, typer.Option(help="Tokens in a row.")]
+BatchSizeOption = Annotated[int, typer.Option(help="Rows in a forward pass.")]
+ShardOption = Annotated[int, typer.Option(help="Rows in a shard, the unit of work and retry.")]
+LayoutOption = Annotated[str, typer.Option(help="packed, or padded (one document a row).")]
+DtypeOption = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
+SitesOption = Annotated[
+    list[str] | None, typer.Option("--site", help=f"{', '.join(SITES)}; repeatable. All of them by default.")
+]
+LayersOption = Annotated[str | None, typer.Option(help="Module path of the layer list, if it is not found.")]
+AttentionOption = Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda.")]
+RanksOption = Annotated[int | None, typer.Option(help="Processes of one replica: zero3, tensor_parallel.")]
+MaxMemoryOption = Annotated[
+    list[str] | None, typer.Option(help="What to use of a device at most: cpu=200MB, 0=40GiB; repeatable.")
+]
+CodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint ships.")]
+
+
 @app.command()
 @explained
 def score(
     models: Annotated[list[str], typer.Argument(help="Hub id (org/name@revision), folder, or .gguf file.")],
-    corpus: Annotated[
-        str, typer.Option(help="file.txt, file.jsonl[:field], file.parquet[:column], hf:NAME..., builtin:pydoc.")
-    ],
+    corpus: CorpusOption,
     out: Annotated[str, typer.Option(help="Warehouse: a folder, or an s3://, gs://, hdfs:// URI.")],
-    max_sequences: Annotated[int | None, typer.Option(help="Rows of tokens to read at most.")] = None,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a row.")] = DEFAULTS.sequence_length,
-    batch_size: Annotated[int, typer.Option(help="Rows in a forward pass.")] = DEFAULTS.batch_size,
-    sequences_per_shard: Annotated[
-        int, typer.Option(help="Rows in a shard, the unit of work and retry.")
-    ] = DEFAULTS.sequences_per_shard,
-    layout: Annotated[str, typer.Option(help="packed, or padded (one document a row).")] = DEFAULTS.layout,
+    max_sequences: MaxSequencesOption = None,
+    sequence_length: SequenceLengthOption = DEFAULTS.sequence_length,
+    batch_size: BatchSizeOption = DEFAULTS.batch_size,
+    sequences_per_shard: ShardOption = DEFAULTS.sequences_per_shard,
+    layout: LayoutOption = DEFAULTS.layout,
     skip_first_tokens: Annotated[
         int, typer.Option(help="Leading tokens of each row that are not counted.")
     ] = DEFAULTS.skip_first_tokens,
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")] = DEFAULTS.dtype,
-    site: Annotated[
-        list[str] | None, typer.Option(help=f"{', '.join(SITES)}; repeatable. All of them by default.")
-    ] = None,
+    dtype: DtypeOption = DEFAULTS.dtype,
+    site: SitesOption = None,
     threshold: Annotated[
         list[str] | None, typer.Option(help="Absolute near-zero threshold, instead of the grid; repeatable.")
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Module path of the layer list, if it is not found.")] = None,
-    attention: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2.")] = None,
+    layers: LayersOption = None,
+    attention: AttentionOption = None,
     executor: Annotated[str, typer.Option(help="auto, local (this process), ray.")] = EXECUTION.executor,
     replicas: Annotated[int | None, typer.Option(help="Model copies that work in parallel.")] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = DEFAULTS.device,
+    device: DeviceOption = DEFAULTS.device,
     partition: Annotated[str, typer.Option(help=f"{', '.join(PARTITIONS)}.")] = EXECUTION.partition,
-    ranks: Annotated[int | None, typer.Option(help="Processes of one replica: zero3, tensor_parallel.")] = None,
+    ranks: RanksOption = None,
     gpus_per_replica: Annotated[int | None, typer.Option(help="GPUs of one replica.")] = None,
-    max_memory: Annotated[
-        list[str] | None, typer.Option(help="What to use of a device at most: cpu=200MB, 0=40GiB; repeatable.")
-    ] = None,
+    max_memory: MaxMemoryOption = None,
     offload_folder: Annotated[str | None, typer.Option(help="For what has no room in memory.")] = None,
     placement_seconds: Annotated[
         float, typer.Option(help="How long to wait for room on a cluster.")
@@ -140,9 +157,7 @@ def score(
     hang_seconds: Annotated[
         float, typer.Option(help="A worker that begins no layer for this long is replaced.")
     ] = EXECUTION.hang_seconds,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint ships.")
-    ] = False,
+    trust_remote_code: CodeOption = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is done already.")] = False,
 ) -> int:
     """Score every layer of one or more models on a corpus, and keep the result as Parquet."""
@@ -168,6 +183,44 @@ def score(
     if done:
         print(f"Look at it: avss show {out} --run {done[-1].run_id}")
     return 0 if len(done) == len(runs) else 1
+
+
+@app.command()
+@explained
+def estimate(
+    model: Annotated[str, typer.Argument(help="Hub id (org/name@revision), folder, or .gguf file.")],
+    corpus: CorpusOption,
+    max_sequences: MaxSequencesOption = None,
+    sequence_length: SequenceLengthOption = DEFAULTS.sequence_length,
+    batch_size: BatchSizeOption = DEFAULTS.batch_size,
+    sequences_per_shard: ShardOption = DEFAULTS.sequences_per_shard,
+    layout: LayoutOption = DEFAULTS.layout,
+    dtype: DtypeOption = DEFAULTS.dtype,
+    site: SitesOption = None,
+    layers: LayersOption = None,
+    attention: AttentionOption = None,
+    device: DeviceOption = DEFAULTS.device,
+    ranks: RanksOption = None,
+    max_memory: MaxMemoryOption = None,
+    trust_remote_code: CodeOption = False,
+    format: Annotated[str, typer.Option("--format", help="table, json.")] = "table",
+) -> None:
+    """Say what a run will take in memory and time, for every partition, before any weight is loaded."""
+    require_known("format", format, ("table", "json"))
+    names = Settings.__dataclass_fields__
+    given = {name: value for name, value in locals().items() if name in names}
+    settings = Settings(**given, sites=tuple(site or SITES))
+    execution = Execution(partition="zero3" if ranks else "auto", ranks=ranks, max_memory=_sizes(max_memory or []))
+
+    from avss_dist.estimate import estimate as estimate_run
+    from avss_dist.report.estimate import estimate_table
+
+    with _console().status("Measuring a few layers on this device ...") if sys.stdout.isatty() else nullcontext():
+        made = estimate_run(model, corpus, settings, execution)
+    if format == "json":
+        print(json.dumps(made.as_dict(), indent=2))
+    else:
+        _console().print(estimate_table(made))
 
 
 def _sizes(texts: list[str]) -> dict[str, int]:

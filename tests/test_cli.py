@@ -40,6 +40,15 @@ COMMANDS: dict[str, dict[str, Any]] = {
         **{f"--{f.name.replace('_', '-')}": getattr(Execution(), f.name) for f in fields(Execution)},
         "--max-memory": None,
     },
+    "estimate": {
+        "model": None,
+        "--corpus": None,
+        **{f"--{name.replace('_', '-')}": value for name, value in Settings().as_dict().items()},
+        "--site": None,
+        "--ranks": None,
+        "--max-memory": None,
+        "--format": "table",
+    },
     "show": {"warehouse": None, "--run": None, "--recipe": "pooled", "--site": "block", "--threshold": "1e-05"},
     "plot": {
         "warehouse": None,
@@ -53,7 +62,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "doctor": {},
 }
 for _repeatable in ("--sites", "--thresholds"):
-    del COMMANDS["score"][_repeatable]
+    del COMMANDS["score"][_repeatable], COMMANDS["estimate"][_repeatable]
+del COMMANDS["estimate"]["--skip-first-tokens"]
 TEXT = {"--corpus": "builtin:pydoc", "--max-sequences": 12, "--sequence-length": 32, "--sequences-per-shard": 4}
 SCORE = [str(part) for option in TEXT.items() for part in option] + ["--executor", "local"]
 HEAVY = ("torch", "ray", "transformers", "deepspeed")
