@@ -23,12 +23,8 @@ from avss_dist.errors import ModelError
 from avss_dist.models import skeleton, text_config, without_head
 from avss_dist.structure import layer_lists
 
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-}  # of the headers, where they compute
+# The names that headers have for dtypes that models compute in.
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SCORES = {"eager": 2}  # copies of the attention scores that exist at once, beside one in float32; others have none
 _EXPERT = re.compile(r"(^|\.)experts(\.|$)")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -46,11 +42,11 @@ class Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """What a checkpoint takes in files, in memory and in arithmetic. Bytes are those of the compute dtype, but for those
-    that are stored.
+    """What a checkpoint takes in files, in memory and in arithmetic.
 
     Attributes:
-        num_parameters: of the model as it is loaded; tied ones count once.
+        num_parameters: of the model as it is loaded; tied ones count once. All bytes but the stored ones are in the
+            compute dtype.
         stored_bytes: all tensors of the weight files.
         weight_bytes: the whole model with its language-model head, as the partition ``single`` holds it.
         layer_bytes: each transformer layer, in order.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -132,27 +133,53 @@ def load_model(checkpoint: Checkpoint, settings: Settings, **placing: Any) -> An
         ModelError: it cannot be loaded; the message names the reason.
     """
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
-    options: dict[str, Any] = {"attn_implementation": settings.attention} if settings.attention else {}
+    options = _options(settings)
     if not checkpoint.gguf:
         options |= {"use_safetensors": True, "config": config}
-    with quiet():
-        try:
-            model = _auto_class(config).from_pretrained(
-                checkpoint.folder,
-                dtype="auto" if settings.dtype == "auto" else getattr(torch, settings.dtype),
-                trust_remote_code=settings.trust_remote_code,
-                **checkpoint.gguf,
-                **options,
-                **placing,
-            )
-        except SafetensorError as error:
-            raise ModelError(
-                f"The weights of '{checkpoint.name}' are damaged or not whole: {_first_line(error)}.",
-                "Download or copy them again.",
-            ) from error
-        except _REFUSALS as error:
-            raise ModelError(f"'{checkpoint.name}' cannot be loaded: {_first_line(error)}") from error
+    with quiet(), _mistakes(checkpoint):
+        model = _auto_class(config).from_pretrained(checkpoint.folder, **checkpoint.gguf, **options, **placing)
     return model.eval()
+
+
+def build_model(checkpoint: Checkpoint, settings: Settings, tensors: Mapping[str, Any]) -> Any:
+    """The model that `load_model` gives, with other tensors under the names of the checkpoint's.
+
+    Args:
+        tensors: what transformers indexes with ``...``, and places by calling ``to(device, dtype)``.
+
+    Raises:
+        ModelError: it cannot be built of them; the message names the reason.
+    """
+    config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+    outline = skeleton(copy.deepcopy(config), settings, torch.float32)  # which it changes
+    if not isinstance(config, type(outline.config)):
+        config = config.get_text_config()
+    with quiet(), _mistakes(checkpoint):
+        model = type(outline).from_pretrained(None, config=config, state_dict=tensors, **_options(settings))
+    return model.eval()
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    """What `from_pretrained` is told of the settings."""
+    return {
+        "dtype": "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype),
+        "trust_remote_code": settings.trust_remote_code,
+        **({"attn_implementation": settings.attention} if settings.attention else {}),
+    }
+
+
+@contextmanager
+def _mistakes(checkpoint: Checkpoint) -> Iterator[None]:
+    """Raise what transformers raises over a bad checkpoint as a ModelError."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ModelError(
+            f"The weights of '{checkpoint.name}' are damaged or not whole: {_first_line(error)}.",
+            "Download or copy them again.",
+        ) from error
+    except _REFUSALS as error:
+        raise ModelError(f"'{checkpoint.name}' cannot be loaded: {_first_line(error)}") from error
 
 
 def skeleton(config: Any, settings: Settings, dtype: torch.dtype) -> Any:
@@ -161,8 +188,17 @@ def skeleton(config: Any, settings: Settings, dtype: torch.dtype) -> Any:
     Raises:
         ModelError: transformers cannot build it.
     """
+    return build(config, settings, dtype, torch.device("meta"))
+
+
+def build(config: Any, settings: Settings, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model of a configuration, as transformers initializes it.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
     options: dict[str, Any] = {"attn_implementation": settings.attention} if settings.attention else {}
-    with quiet(), torch.device("meta"):
+    with quiet(), device:
         try:
             return _auto_class(config).from_config(
                 config, dtype=dtype, trust_remote_code=settings.trust_remote_code, **options

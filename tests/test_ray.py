@@ -18,7 +18,7 @@ import ray
 from tables import assert_same_tables
 
 import avss_dist
-from avss_dist.errors import RunFailed
+from avss_dist.errors import BatchTooLarge, RunFailed
 from avss_dist.executors import gang
 from avss_dist.query import Warehouse
 from avss_dist.run import Silent
@@ -173,6 +173,22 @@ class FailsOnceOnShardTwo(gang.Worker):
         return super().analyze(task)
 
 
+class HasRoomForOneRow(gang.Worker):
+    """A rank that cannot halve a batch alone says so; all ranks then take fewer rows."""
+
+    def analyze(self, task: gang.Task) -> Any:
+        if task.rows > 1:
+            raise BatchTooLarge("2 x 64 tokens do not fit in memory")
+        return super().analyze(task)
+
+
+class HasRoomForNone(gang.Worker):
+    """Not even one row fits."""
+
+    def analyze(self, task: gang.Task) -> Any:
+        raise BatchTooLarge(f"{task.rows} x 64 tokens do not fit in memory")
+
+
 @pytest.fixture
 def this_module_travels() -> Iterator[None]:
     """Workers cannot import a test module: its classes go to them by value."""
@@ -207,6 +223,21 @@ def test_a_passing_fault_is_retried(
     assert score(tiny_llama, tmp_path / "w", executor="ray", replicas=2).status == "done"
     assert MARK[0].exists()
     assert_same_tables(tmp_path / "w", undisturbed)
+
+
+@pytest.mark.usefixtures("cluster", "this_module_travels")
+def test_batches_are_halved_for_all_ranks_until_they_fit(
+    tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gang, "Worker", HasRoomForOneRow)
+    score(tiny_llama, tmp_path / "one", executor="ray", replicas=2)
+    sql = "SELECT layer, site, count, nonfinite_count, sequence_count FROM layer_stats ORDER BY layer, site"
+    assert Warehouse(tmp_path / "one").sql(sql).equals(Warehouse(undisturbed).sql(sql))
+    (row,) = Warehouse(tmp_path / "one").runs().to_pylist()
+    assert row["notes"] == ["2 rows did not fit in memory at once; some batches had 1"]
+    monkeypatch.setattr(gang, "Worker", HasRoomForNone)
+    with pytest.raises(BatchTooLarge, match="1 x 64 tokens"):
+        score(tiny_llama, tmp_path / "none", executor="ray", replicas=1)
 
 
 @shared_cluster

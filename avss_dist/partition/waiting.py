@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -73,10 +74,10 @@ class WaitingRoom:
         for away in self._away.pop(batch, []):
             away.storage.resize_(away.size)
             if away.file:
-                _read(away.file, away.storage, self._device)
+                _read(away.file, away.storage)
                 away.file.unlink()
             elif away.host is not None:
-                _bytes_of(away.storage, self._device).copy_(away.host, non_blocking=True)
+                _as_tensor(away.storage).copy_(away.host, non_blocking=True)
         self._held.pop(batch, None)
 
     def _put_away(self, batch: Hashable, storage: torch.UntypedStorage) -> _Away | None:
@@ -87,23 +88,22 @@ class WaitingRoom:
             self._held[batch] += size
         if fits and self._device.type == "cpu":
             return None
-        content = _bytes_of(storage, self._device)
         if fits:
             host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            host.copy_(content, non_blocking=True)
+            host.copy_(_as_tensor(storage), non_blocking=True)
             away = _Away(storage, size, host, None)
         else:
-            away = _Away(storage, size, None, self._write(content))
-        del content
+            away = _Away(storage, size, None, self._write(storage))
         storage.resize_(0)
         return away
 
-    def _write(self, content: torch.Tensor) -> Path:
-        self._folder = self._folder or OffloadFolder(self._parent, len(content))
+    def _write(self, storage: torch.UntypedStorage) -> Path:
+        self._folder = self._folder or OffloadFolder(self._parent, storage.nbytes())
         file = Path(self._folder.path) / str(next(self._numbers))
         try:
             with file.open("wb", buffering=0) as stream:
-                rest = memoryview(content.cpu().numpy())
+                host = storage.cpu()
+                rest = _memory_of(host)
                 while rest:
                     rest = rest[stream.write(rest) :]
         except OSError as error:
@@ -120,21 +120,24 @@ def _owns_its_storage(tensor: torch.Tensor) -> bool:
     return not isinstance(tensor, torch.nn.Parameter) and tensor.untyped_storage().nbytes() == tensor.nbytes > 0
 
 
-def _bytes_of(storage: torch.UntypedStorage, device: torch.device) -> torch.Tensor:
+def _as_tensor(storage: torch.UntypedStorage) -> torch.Tensor:
     """uint8 over a storage."""
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)  # type: ignore[call-overload]
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def _read(file: Path, storage: torch.UntypedStorage, device: torch.device) -> None:
-    content = _bytes_of(storage, device)
-    host = content if device.type == "cpu" else torch.empty(len(content), dtype=torch.uint8)
-    rest = memoryview(host.numpy())
+def _memory_of(storage: torch.UntypedStorage) -> memoryview:
+    """The bytes of a storage on the CPU. (One that numpy has seen cannot be resized any more.)"""
+    return memoryview((ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
+
+
+def _read(file: Path, storage: torch.UntypedStorage) -> None:
+    host = storage if storage.device.type == "cpu" else torch.UntypedStorage(storage.nbytes())
+    rest = _memory_of(host)
     with file.open("rb", buffering=0) as stream:
         while rest:
-            rest = rest[stream.readinto(rest) or _ends_early(file) :]
-    if host is not content:
-        content.copy_(host)
-
-
-def _ends_early(file: Path) -> int:
-    raise RunFailed(f"{file} is shorter than what was written to it.", "Run it again.")
+            count = stream.readinto(rest)
+            if not count:
+                raise RunFailed(f"{file} is shorter than what was written to it.", "Run it again.")
+            rest = rest[count:]
+    if host is not storage:
+        storage.copy_(host)

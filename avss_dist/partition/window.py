@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from avss_dist.partition.weights import Part, Shelf, Weights
+from avss_dist.partition.stored import Shelf
+from avss_dist.partition.weights import Part, Weights
 
 
 class Window:
@@ -39,13 +40,10 @@ class Window:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(cancel_futures=True)
         if self._reading:
-            self._take_away(self._reading[0], None if self._failed() else self._reading[1].result())
+            index, future = self._reading
+            failed = future.cancelled() or future.exception() is not None
+            self._take_away(index, None if failed else future.result())
         self._leave()
-
-    def _failed(self) -> bool:
-        assert self._reading is not None
-        future = self._reading[1]
-        return future.cancelled() or future.exception() is not None
 
     def bring(self, index: int) -> None:
         """Return when a layer's weights are in place: another's are gone, and the next one's are being read."""
@@ -53,12 +51,10 @@ class Window:
             return
         self._leave()
         if self._reading and self._reading[0] != index:
-            read, future = self._reading
+            self._take_away(self._reading[0], self._reading[1].result())
             self._reading = None
-            self._take_away(read, future.result())
-        if not self._reading:
-            self._reading = (index, self._thread.submit(self._read, index, self._mark()))
-        self._shelf = self._reading[1].result()
+        _, future = self._reading or self._start_reading(index)
+        self._shelf = future.result()
         self._here, self._reading = index, None
         if index in self._coming:
             del self._coming[: self._coming.index(index) + 1]
@@ -70,15 +66,17 @@ class Window:
             self._here = self._shelf = None
 
     def _take_away(self, index: int, shelf: Shelf | None) -> None:
-        for weight in self._parts[index].weights:
-            weight.drop()
+        self._parts[index].drop()
         if shelf:
             self._shelves.append(shelf)
 
     def _read_ahead(self) -> None:
         if self._coming:
-            index = self._coming[0]
-            self._reading = (index, self._thread.submit(self._read, index, self._mark()))
+            self._start_reading(self._coming[0])
+
+    def _start_reading(self, index: int) -> tuple[int, Future[Shelf | None]]:
+        self._reading = (index, self._thread.submit(self._read, index, self._mark()))
+        return self._reading
 
     def _mark(self) -> Any:
         """The work on the device until now: it may still use memory that the next weights will take."""
@@ -95,11 +93,11 @@ class Window:
             self._weights.bring(part, self._device, shelf)
             if self._stream:
                 self._stream.synchronize()
-        if shelf.holds(part):
+        if part.lies_on(shelf):
             return shelf
         self._shelves.append(shelf)
         return None
 
     def _new_shelf(self) -> Shelf:
-        largest = max(self._parts, key=lambda part: sum(stored.size + ALIGNMENT for stored in part.stored))
+        largest = max(self._parts, key=lambda part: sum(stored.size for stored in part.stored))
         return Shelf(largest.stored, pinned=self._stream is not None)

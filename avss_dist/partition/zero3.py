@@ -7,8 +7,7 @@ many forward passes.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +16,12 @@ from torch import nn
 from avss_dist.checkpoints import Checkpoint
 from avss_dist.config import Settings
 from avss_dist.corpus import Batch
-from avss_dist.errors import ConfigError
+from avss_dist.errors import ConfigError, ModelError
 from avss_dist.footprint import compute_dtype, stored_tensors
 from avss_dist.models import forward_function, load_model, open_module, text_config, without_head
 from avss_dist.partition.base import Placement, Watch
 from avss_dist.partition.devices import pick_device
-from avss_dist.partition.group import quiet_deepspeed, require_group
+from avss_dist.partition.group import lost_ranks_are_no_mistakes, quiet_deepspeed, require_group
 from avss_dist.partition.memory import keep_freed_memory
 from avss_dist.partition.single import describe, run_batch
 from avss_dist.structure import Layer, layer_lists
@@ -40,20 +39,19 @@ class Zero3Replica:
     reports_stats = True
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement) -> None:
-        self.data_rank, self.data_world = require_group("zero3")
         if checkpoint.gguf:
             raise ConfigError(
                 f"'{checkpoint.name}' is a .gguf file: transformers unpacks it whole in every process, which is what "
                 "zero3 is there to avoid.",
                 "Use --partition single, device_map or tensor_parallel, or convert it to safetensors.",
             )
+        self.data_rank, self.data_world = require_group(placement)
         self.device = pick_device(settings.device)
         keep_freed_memory()
         config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
         dtype = compute_dtype(config, settings, stored_tensors(checkpoint))
-        with quiet_deepspeed():
-            with _partitioned_loading(deepspeed_config(dtype)):
-                model = load_model(checkpoint, settings)
+        with quiet_deepspeed(), lost_ranks_are_no_mistakes():
+            model = _load_in_parts(checkpoint, settings, deepspeed_config(dtype))
             self._module = model
             self._engine = _partition(model, settings, deepspeed_config(dtype))
             backbone = open_module(model, layers=settings.layers, device=self.device)
@@ -82,7 +80,7 @@ class Zero3Replica:
 
 
 def deepspeed_config(dtype: torch.dtype) -> dict[str, Any]:
-    """The DeepSpeed configuration; ``cluster/deepspeed/zero3.json`` is the one for bfloat16, README.md there explains."""
+    """The DeepSpeed configuration. ``cluster/deepspeed/zero3.json`` is the one for bfloat16; its README explains it."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": dtype == torch.bfloat16},
@@ -101,14 +99,16 @@ def resident_parameter_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
 
 
-@contextmanager
-def _partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
-    """Models that transformers builds inside are partitioned while they are built."""
+def _load_in_parts(checkpoint: Checkpoint, settings: Settings, config: dict[str, Any]) -> Any:
+    """The model, of which a process never holds more than its part and one module; rank 0 maps the files."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    kept = HfDeepSpeedConfig(config)  # transformers refers to it weakly
+    kept = HfDeepSpeedConfig(config)  # transformers refers to it weakly; while it lives, models are built in parts
     try:
-        yield
+        return load_model(checkpoint, settings)
+    except ModelError as error:
+        hint = error.hint or "If another --partition opens it, transformers cannot load this family in parts."
+        raise ModelError(f"{error.message} (It was loaded in parts, for zero3.)", hint) from error
     finally:
         unset_hf_deepspeed_config()
         del kept
@@ -120,12 +120,14 @@ def _partition(model: Any, settings: Settings, config: dict[str, Any]) -> Any:
     A layer is gathered as one, for ranks must gather the same in the same order: which experts run depends on the data.
     """
     import deepspeed
+    from deepspeed.utils import set_z3_leaf_modules_by_name
 
     backbone = without_head(model)
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for modules in layer_lists(backbone, count, settings.layers).values():
-        for layer in modules:
-            layer._z3_leaf = True
+    lists = layer_lists(backbone, count, settings.layers)
+    set_z3_leaf_modules_by_name(
+        backbone, [f"{path}.{i}" for path, modules in lists.items() for i in range(len(modules))]
+    )
     try:
         engine, *_ = deepspeed.initialize(model=backbone, config=config)
     except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:

@@ -1,0 +1,103 @@
+"""Tensors in safetensors files, and reading them into memory that is used again and again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from avss_dist.errors import ModelError
+from avss_dist.footprint import read_header, weight_files
+
+ELSEWHERE = "Use --partition device_map, which has transformers load the whole model."  # where this cannot be done
+_ALIGNMENT = 64  # of what torch allocates
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # of the headers
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a safetensors file: ``size`` bytes from ``start`` on."""
+
+    name: str
+    file: Path
+    start: int
+    size: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def stored_in(folder: Path) -> Iterator[Stored]:
+    """The tensors of a checkpoint's weight files, from their headers.
+
+    Raises:
+        ModelError: a header cannot be read, or names a dtype that torch does not compute with.
+    """
+    for file in weight_files(folder):
+        header, data = read_header(file)
+        for name, tensor in header.items():
+            first, last = tensor["data_offsets"]
+            if tensor["dtype"] not in _DTYPES:
+                raise ModelError(
+                    f"{file} holds '{name}' as {tensor['dtype']}, which cannot be read layer by layer.", ELSEWHERE
+                )
+            yield Stored(name, file, data + first, last - first, _DTYPES[tensor["dtype"]], tuple(tensor["shape"]))
+
+
+class Shelf:
+    """Memory for stored tensors, which lie in it one after the other.
+
+    Each lies as it does in its file, to the residue of its address: kernels then see what they see of a mapped file.
+
+    Args:
+        stored: there is room for these.
+        pinned: a GPU can copy from it by itself.
+    """
+
+    def __init__(self, stored: Iterable[Stored], *, pinned: bool = False) -> None:
+        size = sum(tensor.size + _ALIGNMENT for tensor in stored)
+        self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        self._used = 0
+
+    def clear(self) -> None:
+        """Start again; what was read will be overwritten."""
+        self._used = 0
+
+    def read(self, stored: Stored) -> torch.Tensor:
+        """A stored tensor, as it is in its file, in this memory. Other threads run meanwhile.
+
+        Raises:
+            ModelError: the file ends before it does.
+        """
+        residue = stored.start % _ALIGNMENT if stored.start % stored.dtype.itemsize == 0 else 0
+        begin = self._used + (residue - self._memory.data_ptr() - self._used) % _ALIGNMENT
+        self._used = begin + stored.size
+        here = self._memory[begin : self._used]
+        rest, at = memoryview(here.numpy().data), stored.start
+        with stored.file.open("rb", buffering=0) as file:
+            while rest:
+                count = os.preadv(file.fileno(), [rest], at)
+                if not count:
+                    raise ModelError(f"{stored.file} ends before its tensor '{stored.name}' does.", "Copy it again.")
+                rest, at = rest[count:], at + count
+        return here.view(stored.dtype).view(stored.shape)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies here."""
+        return tensor.untyped_storage().data_ptr() == self._memory.untyped_storage().data_ptr()

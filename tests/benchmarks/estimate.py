@@ -1,0 +1,76 @@
+"""What was estimated against what is measured: peak memory and seconds of each partition, as ratios.
+
+    python tests/benchmarks/estimate.py MODEL_FOLDER [--max-sequences 64] [--max-memory 150MB] [--rounds 3]
+
+Every measurement is a fresh process that plans the corpus, opens the model and measures all shards. Estimates and
+measurements take turns, for a machine that others use is not the same for long: each ratio is of neighbours, and the
+median of the rounds is shown. Partitions of several processes are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+
+import avss_dist.run  # noqa: F401 (a run has it in memory)
+from avss_dist.checkpoints import resolve
+from avss_dist.config import Execution, Settings, describe_bytes, parse_bytes
+from avss_dist.corpus import plan
+from avss_dist.estimate import estimate
+from avss_dist.models import load_tokenizer
+from avss_dist.partition.base import Placement, open_replica
+from avss_dist.worker import analyze_shard
+
+PARTITIONS = ("single", "device_map", "streaming")
+
+
+def measure(model: str, corpus: str, settings: Settings, placement: Placement) -> tuple[float, int]:
+    """Seconds in which this process measures all shards, and its peak memory in bytes (on a GPU, the device's)."""
+    checkpoint = resolve(model)
+    shards = plan(corpus, load_tokenizer(checkpoint), settings).shards
+    replica = open_replica(checkpoint, settings, placement)
+    results = [analyze_shard(replica, shard, settings) for shard in shards]
+    return sum(result.seconds for result in results), max(result.peak_memory_bytes for result in results)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a model")
+    parser.add_argument("--corpus", default="builtin:pydoc")
+    parser.add_argument("--max-sequences", type=int, default=64)
+    parser.add_argument("--max-memory", help="weights that device_map keeps in memory")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--measure", choices=PARTITIONS, help="only measure this, in this process")
+    options = parser.parse_args()
+    settings = Settings(max_sequences=options.max_sequences)
+    limits = {"cpu": parse_bytes(options.max_memory)} if options.max_memory else {}
+    if options.measure:
+        placement = Placement(partition=options.measure, max_memory=limits if options.measure == "device_map" else {})
+        print(json.dumps(measure(options.model, options.corpus, settings, placement)))
+        return
+    ratios: dict[str, list[tuple[float, float]]] = {partition: [] for partition in PARTITIONS}
+    for _ in range(options.rounds):
+        guess = estimate(options.model, options.corpus, settings, Execution(max_memory=limits))
+        for row in guess.rows:
+            if row.partition not in PARTITIONS:
+                continue
+            command = [sys.executable, __file__, *sys.argv[1:], "--measure", row.partition]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            seconds, peak = json.loads(done.stdout.splitlines()[-1])
+            ratios[row.partition].append((row.device_bytes / peak, row.seconds / seconds))
+            print(
+                f"{row.partition:<12} memory {describe_bytes(row.device_bytes):>8} of {describe_bytes(peak):>8}   "
+                f"seconds {row.seconds:7.2f} of {seconds:7.2f}",
+                flush=True,
+            )
+    print("estimated / measured, median of the rounds:")
+    for partition, pairs in ratios.items():
+        memory, seconds = (statistics.median(column) for column in zip(*pairs, strict=True))
+        print(f"{partition:<12} memory {memory:.2f}   seconds {seconds:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""What the partition `streaming` costs: memory and bytes read for a checkpoint of any size, speed against `single`.
+
+    python tests/benchmarks/streaming.py write FOLDER [--gigabytes 6]     a random Llama-shaped checkpoint, bfloat16
+    python tests/benchmarks/streaming.py run FOLDER                       a shard of it, in a process of its own
+    python tests/benchmarks/streaming.py compare MODEL_FOLDER             against `single`, in one process
+
+`run` prints tokens/s, the peak of anonymous memory (RssAnon) against a budget of embedding + two layers + the shard's
+hidden states + 600 MB, and bytes read a shard against the checkpoint's. `compare` takes medians of rounds in which both
+take turns, on a default shard of 32 x 256 tokens in batches of 8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from avss_dist.checkpoints import Checkpoint
+from avss_dist.config import Settings
+from avss_dist.corpus import Shard
+from avss_dist.partition.base import Placement
+from avss_dist.partition.single import SingleReplica
+from avss_dist.partition.stored import stored_in
+from avss_dist.partition.streaming import StreamingReplica
+from avss_dist.worker import analyze_shard
+
+VOCABULARY, HIDDEN, MLP, HEADS, KEYS = 32_000, 2048, 8192, 16, 4
+ALLOWANCE = 600_000_000
+
+
+def write(folder: Path, gigabytes: float) -> None:
+    """A checkpoint of a file a layer, each of which is made and forgotten before the next."""
+    width = HIDDEN // HEADS * KEYS
+    shapes = {
+        "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
+        "self_attn.k_proj.weight": (width, HIDDEN),
+        "self_attn.v_proj.weight": (width, HIDDEN),
+        "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
+        "mlp.gate_proj.weight": (MLP, HIDDEN),
+        "mlp.up_proj.weight": (MLP, HIDDEN),
+        "mlp.down_proj.weight": (HIDDEN, MLP),
+        "input_layernorm.weight": (HIDDEN,),
+        "post_attention_layernorm.weight": (HIDDEN,),
+    }
+    layer_bytes = 2 * sum(int(np.prod(shape)) for shape in shapes.values())
+    layers = max(1, round((gigabytes * 1e9 - 2 * VOCABULARY * HIDDEN) / layer_bytes))
+    folder.mkdir(parents=True, exist_ok=True)
+    groups = [{f"model.layers.{i}.{name}": shape for name, shape in shapes.items()} for i in range(layers)]
+    groups.append({"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)})
+    files: dict[str, str] = {}
+    for i, group in enumerate(groups):
+        file = f"model-{i + 1:05}-of-{len(groups):05}.safetensors"
+        save_file({name: random_weight(shape) for name, shape in group.items()}, folder / file, {"format": "pt"})
+        files |= dict.fromkeys(group, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": MLP,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KEYS,
+        "tie_word_embeddings": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    print(f"{folder}: {layers} layers, {checkpoint_bytes(folder) / 1e9:.2f} GB")
+
+
+def random_weight(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.bfloat16) if len(shape) == 1 else torch.randn(shape).mul_(0.02).bfloat16()
+
+
+def checkpoint_bytes(folder: Path) -> int:
+    return sum(stored.size for stored in stored_in(folder))
+
+
+def random_shard(settings: Settings, vocabulary: int) -> Shard:
+    rows, tokens = settings.sequences_per_shard, settings.sequence_length
+    ids = np.random.default_rng(0).integers(0, vocabulary, (rows, tokens)).astype(np.int32)
+    lengths = np.full(rows, tokens, np.int32)
+    return Shard(shard_id=0, input_ids=ids, lengths=lengths, skip_first_tokens=0, content_hash="")
+
+
+def opened(folder: Path) -> Checkpoint:
+    """Without hashing its files: gigabytes would be in the page cache."""
+    return Checkpoint(name=str(folder), source="folder", path=str(folder), revision="")
+
+
+def status(field: str) -> int:
+    """A size in bytes from the system's account of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+class PeakAnonymous:
+    """The highest RssAnon inside a ``with`` block, sampled every 5 ms, in bytes."""
+
+    def __enter__(self) -> PeakAnonymous:
+        self._on, self.peak = True, 0
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while self._on:
+            self.peak = max(self.peak, status("RssAnon"))
+            time.sleep(0.005)
+
+    def __exit__(self, *_: object) -> None:
+        self._on = False
+        self._thread.join()
+
+
+def characters_read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def measure(folder: Path) -> None:
+    """`run`, in this process."""
+    settings = Settings(device="cpu")
+    with PeakAnonymous() as memory:
+        replica = StreamingReplica(opened(folder), settings, Placement(partition="streaming"))
+        config = json.loads((folder / "config.json").read_text())
+        shard = random_shard(settings, config["vocab_size"])
+        opened_bytes, opened_peak = replica.bytes_read, memory.peak
+        seconds, read, characters = [], [], []
+        for _ in range(2):
+            start, before, before_system = time.perf_counter(), replica.bytes_read, characters_read()
+            analyze_shard(replica, shard, settings)
+            seconds.append(time.perf_counter() - start)
+            read.append(replica.bytes_read - before)
+            characters.append(characters_read() - before_system)
+    parts = [sum(stored.size for stored in part.stored) for part in replica._parts]
+    hidden = shard.input_ids.size * replica.model["hidden_size"] * torch.bfloat16.itemsize
+    budget = opened_bytes + sum(sorted(parts)[-2:]) + hidden + ALLOWANCE
+    size = checkpoint_bytes(folder)
+    print(f"{folder.name}: {size / 1e9:.2f} GB, {len(parts)} layers of {max(parts) / 1e6:.0f} MB")
+    print(f"tokens/s               {', '.join(f'{shard.num_tokens / s:,.0f}' for s in seconds)}")
+    print(f"peak RssAnon           {memory.peak / 1e6:,.0f} MB; until opened {opened_peak / 1e6:,.0f} MB")
+    print(f"budget                 {budget / 1e6:,.0f} MB: {'kept' if memory.peak <= budget else 'EXCEEDED'}")
+    print(f"read to open           {opened_bytes / size:.3f} of the checkpoint")
+    for ours, system in zip(read, characters, strict=True):
+        print(f"read for a shard       {ours / size:.3f} of the checkpoint; the system counts {system / size:.3f}")
+
+
+def compare(folder: Path, rounds: int) -> None:
+    settings = Settings(device="cpu", dtype="bfloat16")
+    replicas = {
+        "single": SingleReplica(opened(folder), settings),
+        "streaming": StreamingReplica(opened(folder), settings, Placement(partition="streaming")),
+    }
+    shard = random_shard(settings, json.loads((folder / "config.json").read_text())["vocab_size"])
+    seconds: dict[str, list[float]] = {name: [] for name in replicas}
+    for round_ in range(rounds + 1):  # the first one only warms up
+        for name, replica in in_turn(replicas, round_):
+            start = time.perf_counter()
+            analyze_shard(replica, shard, settings)
+            if round_:
+                seconds[name].append(time.perf_counter() - start)
+    for name, times in seconds.items():
+        print(f"{name:<10} {shard.num_tokens / statistics.median(times):>8,.0f} tokens/s")
+    ratios = sorted(a / b for a, b in zip(seconds["single"], seconds["streaming"], strict=True))
+    middle = statistics.median(ratios)
+    print(f"streaming / single: median {middle:.3f} of {rounds} rounds, {ratios[0]:.3f} to {ratios[-1]:.3f}")
+
+
+def in_turn(replicas: dict[str, SingleReplica | StreamingReplica], round_: int) -> Iterator[tuple[str, object]]:
+    items = list(replicas.items())
+    return iter(items if round_ % 2 else items[::-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("write", "run", "measure", "compare"), help="measure: run in this process")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--gigabytes", type=float, default=6.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    if options.command == "write":
+        write(options.folder, options.gigabytes)
+    elif options.command == "run":
+        subprocess.run([sys.executable, __file__, "measure", str(options.folder)], check=True)
+    elif options.command == "measure":
+        measure(options.folder)
+    else:
+        compare(options.folder, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
