@@ -36,6 +36,7 @@ FEW_LAYERS = 3
 VOCABULARY = 1024  # an embedding is only looked up: a small one costs the same
 SECONDS = 2.5  # for the rounds of one partition; there are three at least
 MOST_ROUNDS = 9
+MAPPED_AT_ONCE = 64 << 10  # bytes of a mapped file that Linux brings around one that is read
 ON_DISK = {"cpu": 1}  # max_memory that leaves no weight in memory
 
 
@@ -65,6 +66,7 @@ class Calibration:
             counters: activations, libraries that are only then loaded.
         device_working_bytes: the same of a GPU's memory; 0 on a CPU.
         copy_bytes_per_second: from memory to memory.
+        touched_bytes: of a mapped table of token embeddings, those that the corpus's tokens bring into memory.
     """
 
     num_sequences: int
@@ -79,6 +81,7 @@ class Calibration:
     working_bytes: int
     device_working_bytes: int
     copy_bytes_per_second: float
+    touched_bytes: int
 
 
 def calibrate(
@@ -154,6 +157,7 @@ def _measure(
         working_bytes=max(0, peak - planned_bytes - (0 if on_gpu else counters + weights)),
         device_working_bytes=max(0, device_peak - counters - weights) if on_gpu else 0,
         copy_bytes_per_second=_copy_rate(),
+        touched_bytes=touched_bytes(planned, size.hidden_size * size.element_bytes),
     )
 
 
@@ -164,6 +168,13 @@ def _totals(planned: CorpusPlan, settings: Settings) -> dict[str, int]:
         "num_shards": len(planned.shards),
         "num_batches": sum(-(-shard.num_sequences // settings.batch_size) for shard in planned.shards),
     }
+
+
+def touched_bytes(planned: CorpusPlan, row: int) -> int:
+    """Bytes of a mapped table with rows of ``row`` bytes that come into memory when a corpus is looked up in it."""
+    tokens = np.unique(np.concatenate([np.unique(shard.input_ids) for shard in planned.shards])).astype(np.int64)
+    blocks = {*(tokens * row // MAPPED_AT_ONCE), *((tokens + 1) * row // MAPPED_AT_ONCE)}
+    return len(blocks) * MAPPED_AT_ONCE
 
 
 def counter_bytes(size: Footprint, settings: Settings) -> int:

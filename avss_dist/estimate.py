@@ -228,7 +228,14 @@ class Arithmetic:
     def _single(self) -> Row:
         why = f"{describe_bytes(self.size.weight_bytes)} of weights stay in memory"
         seconds = self._seconds(self.measured.costs["single"])
-        return self._row("single", 1, self._memory(self.size.weight_bytes), seconds, why)
+        return self._row("single", 1, self._memory(self._resident(self.size.weight_bytes)), seconds, why)
+
+    def _resident(self, weights: int) -> int:
+        """Of so many bytes of weights, those that come into memory: of a mapped file only what is read."""
+        if self.here.device == "cuda" or not self.size.mapped:
+            return weights
+        table = max(0, self.size.embedding_bytes - self.measured.touched_bytes)
+        return min(weights, sum(self.size.layer_bytes) + self.size.other_bytes - table)
 
     def _device_map(self) -> Row:
         on_gpu, on_host, on_disk = _spread(self.size, self.settings, self.execution, self.here)
@@ -243,7 +250,7 @@ class Arithmetic:
         memory = (
             self._memory(on_gpu, host_weights=on_host, more=one)
             if cuda
-            else self._memory(on_host, more=one * bool(on_disk))
+            else self._memory(self._resident(on_host), more=one * bool(on_disk))
         )
         why = (
             f"{on_disk} of {self.size.num_layers} layers on disk, read for every batch" if on_disk else "all in memory"

@@ -58,6 +58,8 @@ class Footprint:
         attention_layers: layers that compare every token with every other.
         matmul_parameters: parameters of the layers that multiply a token: of experts, as many as are chosen for it.
         mlp_width: units of an MLP's intermediate results that exist at once.
+        embedding_bytes: the table of token embeddings, of which only the rows of tokens that occur are read.
+        mapped: all weights are computed with as they are stored, so that on a CPU they stay in the mapped file.
     """
 
     num_parameters: int
@@ -74,6 +76,8 @@ class Footprint:
     attention_layers: int
     matmul_parameters: int
     mlp_width: int
+    embedding_bytes: int = 0
+    mapped: bool = False
 
     @property
     def element_bytes(self) -> int:
@@ -136,6 +140,8 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
         attention_layers=sum(_attends(layer) for layer in layers) if width else 0,
         matmul_parameters=sum(_multiplied(layer, chosen) for layer in layers),
         mlp_width=max(_mlp_width(layer, chosen) for layer in layers),
+        embedding_bytes=_embedding_bytes(model),
+        mapped={_DTYPES.get(t.dtype) for t in tensors} == {str(dtype).removeprefix("torch.")},
     )
 
 
@@ -160,6 +166,13 @@ def find_layers(backbone: nn.Module, config: Any, settings: Settings) -> nn.Modu
 
 def _bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _embedding_bytes(model: Any) -> int:
+    try:
+        return _bytes(model.get_input_embeddings())
+    except (NotImplementedError, AttributeError):  # transformers does not know them
+        return 0
 
 
 def _number(config: Any, *names: str) -> int:

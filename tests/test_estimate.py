@@ -136,6 +136,7 @@ CALIBRATION = Calibration(
     working_bytes=100_000_000,
     device_working_bytes=7_000_000,
     copy_bytes_per_second=1e9,
+    touched_bytes=1 << 40,
 )
 GB = 10**9
 
@@ -161,6 +162,15 @@ def test_layers_on_disk_take_longer(tiny_llama: Path) -> None:
     found = rows(tiny_llama, Machine("cpu", 0, GB, GB), Execution(max_memory={"cpu": 1}))
     assert found["device_map"].seconds == 8 * (1 + 3 * 3.0)
     assert "3 of 3 layers on disk" in found["device_map"].why
+
+
+def test_embeddings_that_no_token_needs_stay_in_the_file(tiny_llama: Path) -> None:
+    """On a CPU; where the dtype is another than the stored one, they do not."""
+    machine, half = Machine("cpu", 0, GB, GB), replace(CALIBRATION, touched_bytes=VOCABULARY * 32 * 4 // 2)
+    whole, part = (rows(tiny_llama, machine, calibration=c)["single"].device_bytes for c in (CALIBRATION, half))
+    assert whole - part == VOCABULARY * 32 * 4 // 2
+    other = footprint(str(tiny_llama), replace(SETTINGS, dtype="bfloat16"))
+    assert not other.mapped and footprint(str(tiny_llama), SETTINGS).mapped
 
 
 def test_what_fits_is_what_is_free(tiny_llama: Path) -> None:

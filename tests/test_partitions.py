@@ -23,7 +23,7 @@ from avss_dist.run import Silent
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-FAMILIES = ("llama", "qwen2", "gemma3_text", "gpt2", "gpt_neox", "opt", "phi", "bloom", "mixtral", "falcon", "mamba")
+FAMILIES = ("llama", "gemma3_text", "mixtral", "gpt2")  # more in test_gangs, test_device_map and test_streaming
 OPTIONS: dict[str, Any] = {"max_sequences": 26, "sequence_length": 32, "batch_size": 2, "sequences_per_shard": 4}
 SHARDS = 7
 MOMENTS = ("mean", "m2", "pooled_variance_sum", "unit_sum_sq", "cosine_sum", "relative_magnitude_sum", "input_m2")
@@ -108,7 +108,7 @@ def test_tensor_parallel_gives_the_same_numbers(
     )
     done = [run for run in runs if run.status == "done"]
     assert all(run.error and "tensor" in run.error.lower() for run in runs if run.status != "done")
-    assert len(done) >= (6 if replicas == 1 else 2), [run.error for run in runs]
+    assert len(done) >= (3 if replicas == 1 else 2), [run.error for run in runs]
     rows = {(r["model"], r["layer"], r["site"]): r for r in Warehouse(tmp_path).layer_stats().to_pylist()}
     wanted = {(r["model"], r["layer"], r["site"]): r for r in Warehouse(single).layer_stats().to_pylist()}
     assert {key[0] for key in rows} == {run.model for run in done}
@@ -146,7 +146,7 @@ class Harming(Silent):
 
 
 def test_a_gang_that_loses_ranks_is_replaced_as_one(models: list[str], single: Path, tmp_path: Path) -> None:
-    """One rank killed in mid-shard, another one stopped, which is a hang: the run still ends, each shard counts once."""
+    """One rank killed in mid-shard, another stopped, which is a hang: the run still ends, each shard counts once."""
     harming = Harming()
     options = {**OPTIONS, "partition": "zero3", "ranks": 2, "hang_seconds": 8}
     run = avss_dist.score(models[0], corpus="builtin:pydoc", out=tmp_path, reporter=harming, **options)
