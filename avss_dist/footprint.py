@@ -141,7 +141,7 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
         matmul_parameters=sum(_multiplied(layer, chosen) for layer in layers),
         mlp_width=max(_mlp_width(layer, chosen) for layer in layers),
         embedding_bytes=_embedding_bytes(model),
-        mapped={_DTYPES.get(t.dtype) for t in tensors} == {str(dtype).removeprefix("torch.")},
+        mapped=not found.gguf and {_DTYPES.get(t.dtype) for t in tensors} == {str(dtype).removeprefix("torch.")},
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import llama
 from families import tiny_model
+from ggufs import write_gguf
 
 from avss_dist.checkpoints import Checkpoint, resolve
 from avss_dist.config import Settings
@@ -198,6 +199,16 @@ def test_a_full_offload_folder_is_refused(
         placed(checkpoint, 1, tmp_path)
     assert list(tmp_path.iterdir()) == []
     placed(checkpoint, 1 << 40, tmp_path).close()  # all in memory: the disk does not matter
+
+
+def test_a_gguf_file_stays_in_memory(tiny_llama: Path, tmp_path: Path) -> None:
+    checkpoint = resolve(str(write_gguf(llama(), tmp_path / "tiny.gguf")))
+    shard = shard_of(resolve(str(tiny_llama)), SETTINGS)
+    expected = measured(SingleReplica(checkpoint, SETTINGS), shard)
+    assert_same(measured(placed(checkpoint, 1 << 40), shard), expected)
+    with pytest.raises(ConfigError, match=r"134 kB of weights have no place: those of a \.gguf file"):
+        placed(checkpoint, 1, tmp_path / "offload")
+    assert not (tmp_path / "offload").exists()
 
 
 def test_an_offload_folder_that_cannot_be_is_refused(tmp_path: Path, tiny_llama: Path) -> None:

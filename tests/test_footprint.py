@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny_model
+from ggufs import write_gguf
 from torch.utils.flop_counter import FlopCounterMode
 
 from avss_dist.checkpoints import resolve
@@ -106,6 +107,18 @@ def test_only_headers_are_read(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(whole[: 8 + length])
     (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
     assert footprint(str(tmp_path), SETTINGS) == footprint(str(tiny_llama), SETTINGS)
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    from conftest import llama
+
+    file = write_gguf(llama(), tmp_path / "tiny.gguf")
+    size = footprint(str(file), SETTINGS)
+    assert size.num_parameters == SingleReplica(resolve(str(file)), SETTINGS).model["num_parameters"]
+    assert size.stored_bytes == 4 * size.num_parameters and not size.mapped
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"bad\.gguf"):
+        footprint(str(tmp_path / "bad.gguf"), SETTINGS)
 
 
 def test_shards_are_those_of_the_index(tiny_llama: Path, tmp_path: Path) -> None:

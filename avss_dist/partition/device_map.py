@@ -49,6 +49,8 @@ class DeviceMapReplica:
         model, stored = _outline(checkpoint, settings)
         limits = memory_limits(self.device, checkpoint, settings, placement)
         self.device_map = plan_map(model, stored, limits, settings)
+        if checkpoint.gguf:
+            _refuse_disk(model, self.device_map)
         rewritten = [p for name, p in unstored(model, stored).items() if _place(name, self.device_map)[1] == "disk"]
         self._folder = OffloadFolder(placement.offload_folder, _bytes(rewritten))
         try:
@@ -191,6 +193,16 @@ def require_complete(model: nn.Module, device_map: Mapping[str, Device]) -> None
             f"The device map has no place for {describe_bytes(_bytes(placeless.values()))} of weights, "
             f"{next(iter(placeless))} first.",
             "Allow more with --max-memory.",
+        )
+
+
+def _refuse_disk(model: nn.Module, device_map: Mapping[str, Device]) -> None:
+    """A .gguf file is unpacked when it is loaded, and transformers keeps what it unpacked in memory."""
+    left = [p for name, p in model.named_parameters() if _place(name, device_map)[1] == "disk"]
+    if left:
+        raise ConfigError(
+            f"{describe_bytes(_bytes(left))} of weights have no place: those of a .gguf file cannot be on disk.",
+            "Allow more with --max-memory, or convert it to safetensors.",
         )
 
 
