@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,6 +88,11 @@ class Gang:
         """Kill the process of a rank; the other ranks go on."""
         self._processes[rank].kill()
         self._processes[rank].join()
+        del self._pipes[rank]
+
+    def freeze(self, rank: int) -> None:
+        """Stop the process of a rank where it is; the other ranks go on."""
+        os.kill(self._processes[rank].pid, signal.SIGSTOP)
         del self._pipes[rank]
 
     def stop(self) -> None:
@@ -175,11 +181,11 @@ def bytes_after_close(folder: Path) -> tuple[int, int]:
     return before, resident_parameter_bytes(module)
 
 
-def rejoin(port: int) -> None:
+def rejoin(port: int, seconds: float = SECONDS) -> None:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     leave()
     assert not torch.distributed.is_initialized()
-    join(rank, world, "127.0.0.1", port, device=torch.device("cpu"), timeout_seconds=SECONDS)
+    join(rank, world, "127.0.0.1", port, device=torch.device("cpu"), timeout_seconds=seconds)
 
 
 # What they are given, and what is expected.
@@ -334,6 +340,18 @@ def test_a_lost_rank_is_no_mistake_of_the_user(
     gang.stop()
     assert isinstance(error, RuntimeError)
     assert "gloo/" in str(error)
+
+
+def test_a_frozen_rank_is_waited_for_no_longer_than_said(tmp_path: Path, folder_of: Callable[[str], Path]) -> None:
+    """The first failure names the time; later ones only say that gloo gave up, and are no mistakes either."""
+    gang = Gang(2, tmp_path)
+    gang.run(rejoin, free_port(), 10.0)
+    gang.freeze(1)
+    for message in ("Timed out waiting 10000ms", "pair closure"):
+        (error,) = gang.outcomes(measure, "tensor_parallel", folder_of("grouped llama"), make_shards(1), SETTINGS)
+        assert isinstance(error, RuntimeError)
+        assert message in str(error)
+    gang.stop()
 
 
 def single_stats(folder: Path, shards: Sequence[Shard]) -> Mapping[LayerKey, LayerStats]:

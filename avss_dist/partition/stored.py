@@ -60,18 +60,22 @@ def stored_in(folder: Path) -> Iterator[Stored]:
             yield Stored(name, file, data + first, last - first, _DTYPES[tensor["dtype"]], tuple(tensor["shape"]))
 
 
+def room_for(stored: Iterable[Stored]) -> int:
+    """Bytes of a shelf that holds these tensors."""
+    return sum(tensor.size + _ALIGNMENT for tensor in stored)
+
+
 class Shelf:
     """Memory for stored tensors, which lie in it one after the other.
 
     Each lies as it does in its file, to the residue of its address: kernels then see what they see of a mapped file.
 
     Args:
-        stored: there is room for these.
+        size: in bytes, from `room_for`.
         pinned: a GPU can copy from it by itself.
     """
 
-    def __init__(self, stored: Iterable[Stored], *, pinned: bool = False) -> None:
-        size = sum(tensor.size + _ALIGNMENT for tensor in stored)
+    def __init__(self, size: int, *, pinned: bool = False) -> None:
         self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
         self._used = 0
 

@@ -25,7 +25,7 @@ from avss_dist.partition.base import Placement, Watch
 from avss_dist.partition.devices import pick_device
 from avss_dist.partition.memory import keep_freed_memory
 from avss_dist.partition.single import describe, run_batch
-from avss_dist.partition.stored import Shelf
+from avss_dist.partition.stored import Shelf, room_for
 from avss_dist.partition.waiting import WaitingRoom
 from avss_dist.partition.weights import Weights
 from avss_dist.partition.window import Window
@@ -113,8 +113,7 @@ class StreamingReplica:
         """Bytes of host memory that weights leave of ``most``."""
         if most is None:
             return None
-        sizes = [sum(stored.size for stored in part.stored) for part in self._parts]
-        shelves = sum(sorted(sizes)[-2:])
+        shelves = 2 * max(room_for(part.stored) for part in self._parts)
         tensors = (*self._weights.model.parameters(), *self._weights.model.buffers())
         here = sum(t.nbytes for t in tensors if t.device.type == "cpu")
         return max(0, most - shelves - here)

@@ -21,7 +21,7 @@ from avss_dist.config import Settings
 from avss_dist.errors import ModelError
 from avss_dist.models import build_model, text_config
 from avss_dist.partition.conversion import Conversion
-from avss_dist.partition.stored import ELSEWHERE, Shelf, Stored, stored_in
+from avss_dist.partition.stored import ELSEWHERE, Shelf, Stored, room_for, stored_in
 
 NOISE_SCALE = 0.02
 _NOISE_BLOCK, _NOISE_OFFSETS, _NOISE_STEP = 1 << 20, 1 << 16, 997
@@ -147,7 +147,7 @@ class Weights:
 
     def _read(self, stored: Stored, shelf: Shelf | None) -> torch.Tensor:
         self.bytes_read += stored.size
-        return (shelf or Shelf([stored])).read(stored)
+        return (shelf or Shelf(room_for([stored]))).read(stored)
 
     def bring_ties(self, backbone: nn.Module) -> None:
         """Tie what the configuration ties and the files hold twice, if it is equal; keep what the backbone needs."""

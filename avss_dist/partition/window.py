@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
-from avss_dist.partition.stored import Shelf
+from avss_dist.partition.memory import give_back_freed_memory
+from avss_dist.partition.stored import Shelf, room_for
 from avss_dist.partition.weights import Part, Weights
+
+LARGE_BYTES = 64_000_000  # of a layer: beside its arithmetic, taking fresh pages once costs nothing
 
 
 class Window:
@@ -31,6 +34,7 @@ class Window:
         self._reading: tuple[int, Future[Shelf | None]] | None = None
         self._shelf: Shelf | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._largest = max(room_for(part.stored) for part in parts)
 
     def __enter__(self) -> Window:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="avss-weights")
@@ -50,6 +54,8 @@ class Window:
         if index == self._here:
             return
         self._leave()
+        if self._stream is None and self._largest >= LARGE_BYTES:
+            give_back_freed_memory()
         if self._reading and self._reading[0] != index:
             self._take_away(self._reading[0], self._reading[1].result())
             self._reading = None
@@ -85,7 +91,7 @@ class Window:
     def _read(self, index: int, mark: Any) -> Shelf | None:
         """Bring a layer's weights; the shelf on which they lie, if they do not lie elsewhere."""
         part = self._parts[index]
-        shelf = self._shelves.pop() if self._shelves else self._new_shelf()
+        shelf = self._shelves.pop() if self._shelves else Shelf(self._largest, pinned=self._stream is not None)
         shelf.clear()
         with torch.no_grad(), torch.cuda.stream(self._stream) if self._stream else nullcontext():
             if self._stream:
@@ -97,7 +103,3 @@ class Window:
             return shelf
         self._shelves.append(shelf)
         return None
-
-    def _new_shelf(self) -> Shelf:
-        largest = max(self._parts, key=lambda part: sum(stored.size for stored in part.stored))
-        return Shelf(largest.stored, pinned=self._stream is not None)
