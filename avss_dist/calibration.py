@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -30,6 +29,7 @@ from avss_dist.errors import AvssError, RunFailed
 from avss_dist.footprint import Footprint, footprint
 from avss_dist.models import build, load_tokenizer, quiet, text_config
 from avss_dist.partition.base import Placement, open_replica
+from avss_dist.partition.memory import peak_memory, reset_peak_memory, resident_memory
 from avss_dist.worker import analyze_shard
 
 FEW_LAYERS = 3
@@ -259,27 +259,6 @@ def _time(
     # Layers differ: the first may be dense and the others not. Arithmetic tells by how much.
     likeness = (whole.forward_flops(1, 1) / whole.num_layers) / (sizes[few].forward_flops(1, 1) / few)
     return Cost(layer=layer * likeness, rest=rest), peak, device
-
-
-def resident_memory() -> int:
-    """Bytes of memory that this process has now."""
-    return _status("VmRSS")
-
-
-def peak_memory() -> int:
-    """The most that it had since it began, or since `reset_peak_memory`."""
-    return _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def reset_peak_memory() -> None:
-    """Forget the most memory that this process had, where the system lets it."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _copy_rate() -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import resource
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from avss_dist.corpus import Batch, Shard
 from avss_dist.errors import BatchTooLarge, ModelError
 from avss_dist.observe import observe
 from avss_dist.partition.base import Replica, filler, unwatched
+from avss_dist.partition.memory import peak_memory
 from avss_dist.stats import LayerKey, LayerStats, ShardResult
 
 Beat = Callable[[], None]
@@ -119,4 +119,4 @@ def _device_name(device: torch.device) -> str:
 def _peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory()

@@ -333,13 +333,17 @@ def test_after_an_error_the_replica_is_as_before(
     assert_equal(analyze_shard(replica, shard(), SETTINGS), analyze_shard(single(tiny), shard(), SETTINGS))
 
 
-def test_a_file_that_shrinks(tiny: Path) -> None:
-    """It is told which; when the file is whole again, the replica works."""
+@pytest.mark.parametrize(("harm", "told"), [("shrinks", "ends before its tensor"), ("goes", "cannot be read")])
+def test_a_file_that_changes(harm: str, told: str, tiny: Path) -> None:
+    """It is told which; when the file is as it was, the replica works."""
     replica = streaming(tiny)
     file = tiny / "model.safetensors"
     whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ModelError, match="ends before its tensor"):
+    if harm == "goes":
+        file.unlink()
+    else:
+        file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match=f"{file.name} {told}"):
         analyze_shard(replica, shard(), SETTINGS)
     assert all(map(without_numbers, replica.layers))
     file.write_bytes(whole)

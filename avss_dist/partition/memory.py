@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 KEPT_BYTES = 256 << 20
@@ -29,3 +30,27 @@ def give_back_freed_memory() -> None:
     """Hand all that is free to the system, where there is glibc; what is kept of it is in pieces, and grows."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process has now."""
+    return _status("VmRSS")
+
+
+def peak_memory() -> int:
+    """The most bytes that it had since it began, or since `reset_peak_memory`.
+
+    Not getrusage(2), whose ru_maxrss starts at that of the process which started this one.
+    """
+    return _status("VmHWM")
+
+
+def reset_peak_memory() -> None:
+    """Forget the most memory that this process had, where the system lets it."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

@@ -87,21 +87,28 @@ class Shelf:
         """A stored tensor, as it is in its file, in this memory. Other threads run meanwhile.
 
         Raises:
-            ModelError: the file ends before it does.
+            ModelError: the file is gone, or ends before it does.
         """
         residue = stored.start % _ALIGNMENT if stored.start % stored.dtype.itemsize == 0 else 0
         begin = self._used + (residue - self._memory.data_ptr() - self._used) % _ALIGNMENT
         self._used = begin + stored.size
         here = self._memory[begin : self._used]
-        rest, at = memoryview(here.numpy().data), stored.start
-        with stored.file.open("rb", buffering=0) as file:
-            while rest:
-                count = os.preadv(file.fileno(), [rest], at)
-                if not count:
-                    raise ModelError(f"{stored.file} ends before its tensor '{stored.name}' does.", "Copy it again.")
-                rest, at = rest[count:], at + count
+        try:
+            _fill(memoryview(here.numpy().data), stored)
+        except OSError as error:
+            raise ModelError(f"{stored.file} cannot be read: {error.strerror}.", "Is it where it was?") from error
         return here.view(stored.dtype).view(stored.shape)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies here."""
         return tensor.untyped_storage().data_ptr() == self._memory.untyped_storage().data_ptr()
+
+
+def _fill(rest: memoryview, stored: Stored) -> None:
+    at = stored.start
+    with stored.file.open("rb", buffering=0) as file:
+        while rest:
+            count = os.preadv(file.fileno(), [rest], at)
+            if not count:
+                raise ModelError(f"{stored.file} ends before its tensor '{stored.name}' does.", "Copy it again.")
+            rest, at = rest[count:], at + count
