@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -54,15 +55,19 @@ class Observer:
         thresholds: Sequence[float],
         *,
         counts: bool = True,
+        passes: int | None = None,
         beat: Callable[[], None] | None = None,
     ) -> None:
         self.layers = layers
         self.counts = counts
+        self.passes = passes
         self.beat = beat
         self.sites = sites
         self.thresholds = np.asarray(thresholds, np.float64)
         self._by_call = {(layer.module, layer.call): layer for layer in layers}
         self._accumulators: dict[LayerKey, Accumulator] = {}
+        self._stats: dict[LayerKey, LayerStats] = {}
+        self._left: Counter[int] = Counter()
         self._kernels: dict[torch.device, Kernels] = {}
         self._updates: dict[torch.device, torch.Tensor] = {}
 
@@ -89,12 +94,13 @@ class Observer:
 
     def result(self) -> dict[LayerKey, LayerStats]:
         """Everything counted so far, by (layer index, site). One transfer from each device."""
-        keys = sorted(self._accumulators)
-        host = _to_host([self._accumulators[key] for key in keys])
-        return {
-            key: to_stats(tensors, self._accumulators[key].dtype, self.thresholds)
-            for key, tensors in zip(keys, host, strict=True)
-        }
+        self._conclude(list(self._accumulators))
+        return dict(sorted(self._stats.items()))
+
+    def _conclude(self, keys: Sequence[LayerKey]) -> None:
+        accumulators = [self._accumulators.pop(key) for key in keys]
+        for key, accumulator, tensors in zip(keys, accumulators, _to_host(accumulators), strict=True):
+            self._stats[key] = to_stats(tensors, accumulator.dtype, self.thresholds)
 
     def attach(self, handles: list[Any]) -> None:
         """Register every hook, adding its handle to ``handles`` at once."""
@@ -129,8 +135,21 @@ class Observer:
         if now is None or now.entered is None:
             return
         entered, now.entered = now.entered, None
-        if entered.layer.module is not module or not {"block", "update"} & set(self.sites):
+        if entered.layer.module is not module:
             return
+        if {"block", "update"} & set(self.sites):
+            self._add_block(entered, output)
+        self._count_pass(entered.layer)
+
+    def _count_pass(self, layer: Layer) -> None:
+        """After its last pass, conclude a layer whose accumulators, ten times its results, are in host memory."""
+        self._left[layer.index] += 1
+        if self._left[layer.index] == self.passes:
+            keys = [key for key in self._accumulators if key[0] == layer.index]
+            if all(self._accumulators[key].is_on_host for key in keys):
+                self._conclude(keys)
+
+    def _add_block(self, entered: _Entered, output: Any) -> None:
         layer, before = entered.layer, entered.hidden
         after = first_tensor(output)
         if after is None:
@@ -227,6 +246,7 @@ def observe(
     thresholds: Sequence[float],
     *,
     counts: bool = True,
+    passes: int | None = None,
     beat: Callable[[], None] | None = None,
 ) -> Iterator[Observer]:
     """Hook the layers; whatever happens inside, no hook is left afterwards. Observers may be nested.
@@ -236,12 +256,13 @@ def observe(
         sites: which of ``config.SITES`` to measure.
         thresholds: absolute near-zero thresholds, ascending.
         counts: False where another rank counts the same activations; then only what ranks do together is done.
+        passes: how many will be counted, if that is known: after the last, a layer's accumulators are given up.
         beat: called whenever a layer begins.
 
     Raises:
         ModelError: (from the forward pass) a layer gives tensors that cannot be counted; the message names it.
     """
-    observer = Observer(layers, sites, thresholds, counts=counts, beat=beat)
+    observer = Observer(layers, sites, thresholds, counts=counts, passes=passes, beat=beat)
     handles: list[Any] = []
     try:
         observer.attach(handles)

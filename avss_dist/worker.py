@@ -87,7 +87,10 @@ def _measure(
 ) -> dict[LayerKey, LayerStats]:
     batches = [*batches, *[filler()] * (forwards - len(batches))]
     counts = replica.reports_stats
-    with observe(replica.layers, settings.sites, settings.thresholds, counts=counts, beat=beat) as observer:
+    passes = sum(bool(batch.observed.any()) for batch in batches)
+    with observe(
+        replica.layers, settings.sites, settings.thresholds, counts=counts, passes=passes, beat=beat
+    ) as observer:
         replica.forward(batches, lambda batch: observer.batch(batch.observed))
         return observer.result()
 

@@ -63,6 +63,11 @@ class Accumulator:
         if geometry:
             self.tensors |= {"tokens": ints(2), "geometry": floats(3), "input_moments": floats(2)}
 
+    @property
+    def is_on_host(self) -> bool:
+        """Whether reading it needs no transfer."""
+        return self.tensors["sequences"].device.type == "cpu"
+
     def reserve(self, elements: int) -> None:
         """Make room for ``elements`` more counts: most shards fit in 32 bits, and take half the memory."""
         self._elements += elements

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import mmap
+import os
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_MADV_POPULATE_READ = 22  # of madvise(2)
 KEPT_BYTES = 256 << 20
 MAPPED_BYTES = 32 << 20  # the most that glibc takes
 
@@ -30,6 +35,26 @@ def give_back_freed_memory() -> None:
     """Hand all that is free to the system, where there is glibc; what is kept of it is in pieces, and grows."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def populate(address: int, size: int) -> None:
+    """Have the system bring mapped pages of a file into memory, where it can do so at once (Linux 5.14).
+
+    Raises:
+        OSError: the file cannot be read, or has become shorter.
+    """
+    start = address - address % mmap.PAGESIZE
+    failed = size and _madvise()(start, address + size - start, _MADV_POPULATE_READ)
+    if failed and (number := ctypes.get_errno()) != errno.EINVAL:
+        raise OSError(number, os.strerror(number))
+
+
+@lru_cache(maxsize=1)
+def _madvise() -> Any:
+    """Unlike mmap's own, it does not hold Python's lock meanwhile."""
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return madvise
 
 
 def resident_memory() -> int:

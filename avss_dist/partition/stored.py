@@ -1,9 +1,11 @@
-"""Tensors in safetensors files, and reading them into memory that is used again and again."""
+"""Tensors in safetensors files, and having them in memory: as copies, or where the system keeps the files."""
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 
 from avss_dist.errors import ModelError
 from avss_dist.footprint import read_header, weight_files
+from avss_dist.partition.memory import populate
 
 ELSEWHERE = "Use --partition device_map, which has transformers load the whole model."  # where this cannot be done
 _ALIGNMENT = 64  # of what torch allocates
@@ -65,6 +68,12 @@ def room_for(stored: Iterable[Stored]) -> int:
     return sum(tensor.size + _ALIGNMENT for tensor in stored)
 
 
+def will_need(stored: Stored) -> None:
+    """Have the system read a tensor's part of its file; it may wait for room in the queue of the disk."""
+    with suppress(OSError), stored.file.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), stored.start, stored.size, os.POSIX_FADV_WILLNEED)
+
+
 class Shelf:
     """Memory for stored tensors, which lie in it one after the other.
 
@@ -93,15 +102,58 @@ class Shelf:
         begin = self._used + (residue - self._memory.data_ptr() - self._used) % _ALIGNMENT
         self._used = begin + stored.size
         here = self._memory[begin : self._used]
-        try:
+        with _reading(stored):
             _fill(memoryview(here.numpy().data), stored)
-        except OSError as error:
-            raise ModelError(f"{stored.file} cannot be read: {error.strerror}.", "Is it where it was?") from error
         return here.view(stored.dtype).view(stored.shape)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies here."""
         return tensor.untyped_storage().data_ptr() == self._memory.untyped_storage().data_ptr()
+
+
+class MappedShelf:
+    """Stored tensors as the system has them in memory: nothing is copied, and no GPU reads them.
+
+    What a model writes into them stays in this process.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: list[torch.Tensor] = []
+
+    def clear(self) -> None:
+        """Forget what was read."""
+        self._tensors.clear()
+
+    def read(self, stored: Stored) -> torch.Tensor:
+        """A stored tensor, as it is in its file, all of which is now in memory. Other threads run meanwhile.
+
+        Raises:
+            ModelError: the file is gone, or ends before it does.
+        """
+        with _reading(stored):
+            tensor = _map(stored)
+            populate(tensor.data_ptr(), stored.size)
+        self._tensors.append(tensor)
+        if stored.start % stored.dtype.itemsize:
+            return tensor.clone().view(stored.dtype).view(stored.shape)
+        return tensor.view(stored.dtype).view(stored.shape)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies here."""
+        return any(one.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for one in self._tensors)
+
+
+AnyShelf = Shelf | MappedShelf
+
+
+@contextmanager
+def _reading(stored: Stored) -> Iterator[None]:
+    try:
+        yield
+    except EOFError as error:
+        raise ModelError(f"{stored.file} ends before its tensor '{stored.name}' does.", "Copy it again.") from error
+    except OSError as error:
+        raise ModelError(f"{stored.file} cannot be read: {error.strerror}.", "Is it where it was?") from error
 
 
 def _fill(rest: memoryview, stored: Stored) -> None:
@@ -110,5 +162,17 @@ def _fill(rest: memoryview, stored: Stored) -> None:
         while rest:
             count = os.preadv(file.fileno(), [rest], at)
             if not count:
-                raise ModelError(f"{stored.file} ends before its tensor '{stored.name}' does.", "Copy it again.")
+                raise EOFError
             rest, at = rest[count:], at + count
+
+
+def _map(stored: Stored) -> torch.Tensor:
+    """uint8[size], a mapping of its own."""
+    before = stored.start % mmap.ALLOCATIONGRANULARITY
+    with stored.file.open("rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size < stored.start + stored.size:
+            raise EOFError
+        if not stored.size:
+            return torch.empty(0, dtype=torch.uint8)
+        mapped = mmap.mmap(file.fileno(), before + stored.size, access=mmap.ACCESS_COPY, offset=stored.start - before)
+    return torch.frombuffer(mapped, dtype=torch.uint8, count=stored.size, offset=before)

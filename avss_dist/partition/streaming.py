@@ -25,7 +25,7 @@ from avss_dist.partition.base import Placement, Watch
 from avss_dist.partition.devices import pick_device
 from avss_dist.partition.memory import keep_freed_memory
 from avss_dist.partition.single import describe, run_batch
-from avss_dist.partition.stored import Shelf, room_for
+from avss_dist.partition.stored import AnyShelf, room_for
 from avss_dist.partition.waiting import WaitingRoom
 from avss_dist.partition.weights import Weights
 from avss_dist.partition.window import Window
@@ -65,7 +65,7 @@ class StreamingReplica:
         self.model: Mapping[str, Any] = describe(opened, "streaming")
         self._run = forward_function(opened.module)
         self._order = [index for index, _ in groupby(modules.index(layer.module) for layer in self.layers)]
-        self._shelves: list[Shelf] = []
+        self._shelves: list[AnyShelf] = []
         self._folder = placement.offload_folder
         self._room = self._left_for_hidden_states(placement.max_memory.get("cpu"))
         self._stops = [_Stop(module, index) for index, module in enumerate(modules)]

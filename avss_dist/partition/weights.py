@@ -21,7 +21,7 @@ from avss_dist.config import Settings
 from avss_dist.errors import ModelError
 from avss_dist.models import build_model, text_config
 from avss_dist.partition.conversion import Conversion
-from avss_dist.partition.stored import ELSEWHERE, Shelf, Stored, room_for, stored_in
+from avss_dist.partition.stored import ELSEWHERE, AnyShelf, Shelf, Stored, room_for, stored_in
 
 NOISE_SCALE = 0.02
 _NOISE_BLOCK, _NOISE_OFFSETS, _NOISE_STEP = 1 << 20, 1 << 16, 997
@@ -69,7 +69,7 @@ class Part:
         """Everything that is read."""
         return (*(weight.stored for weight in self.weights if weight.stored), *self.sources)
 
-    def lies_on(self, shelf: Shelf) -> bool:
+    def lies_on(self, shelf: AnyShelf) -> bool:
         """Whether some of its weights lie where they were read."""
         return any(shelf.holds(weight.now()) for weight in self.weights)
 
@@ -126,7 +126,7 @@ class Weights:
         made = any(weight.stored is None for weight in weights)
         return Part(weights, self._conversion.sources(keys) if made else ())
 
-    def bring(self, part: Part, device: torch.device, shelf: Shelf | None = None) -> None:
+    def bring(self, part: Part, device: torch.device, shelf: AnyShelf | None = None) -> None:
         """Read a part's weights and set them in the model, on a device.
 
         Args:
@@ -145,7 +145,7 @@ class Weights:
             if not weight.stored:
                 weight.put(_require_numbers(weight).detach().to(device))
 
-    def _read(self, stored: Stored, shelf: Shelf | None) -> torch.Tensor:
+    def _read(self, stored: Stored, shelf: AnyShelf | None) -> torch.Tensor:
         self.bytes_read += stored.size
         return (shelf or Shelf(room_for([stored]))).read(stored)
 

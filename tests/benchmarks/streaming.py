@@ -124,10 +124,6 @@ class PeakAnonymous:
         self._thread.join()
 
 
-def characters_read() -> int:
-    return int(Path("/proc/self/io").read_text().split()[1])
-
-
 def measure(folder: Path) -> None:
     """`run`, in this process."""
     settings = Settings(device="cpu")
@@ -136,13 +132,12 @@ def measure(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
         shard = random_shard(settings, config["vocab_size"])
         opened_bytes, opened_peak = replica.bytes_read, memory.peak
-        seconds, read, characters = [], [], []
+        seconds, read = [], []
         for _ in range(2):
-            start, before, before_system = time.perf_counter(), replica.bytes_read, characters_read()
+            start, before = time.perf_counter(), replica.bytes_read
             analyze_shard(replica, shard, settings)
             seconds.append(time.perf_counter() - start)
             read.append(replica.bytes_read - before)
-            characters.append(characters_read() - before_system)
     parts = [sum(stored.size for stored in part.stored) for part in replica._parts]
     hidden = shard.input_ids.size * replica.model["hidden_size"] * torch.bfloat16.itemsize
     budget = opened_bytes + sum(sorted(parts)[-2:]) + hidden + ALLOWANCE
@@ -152,8 +147,7 @@ def measure(folder: Path) -> None:
     print(f"peak RssAnon           {memory.peak / 1e6:,.0f} MB; until opened {opened_peak / 1e6:,.0f} MB")
     print(f"budget                 {budget / 1e6:,.0f} MB: {'kept' if memory.peak <= budget else 'EXCEEDED'}")
     print(f"read to open           {opened_bytes / size:.3f} of the checkpoint")
-    for ours, system in zip(read, characters, strict=True):
-        print(f"read for a shard       {ours / size:.3f} of the checkpoint; the system counts {system / size:.3f}")
+    print(f"read for a shard       {', '.join(f'{ours / size:.3f}' for ours in read)} of the checkpoint")
 
 
 def compare(folder: Path, rounds: int) -> None:
