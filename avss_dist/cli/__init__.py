@@ -1,0 +1,16 @@
+"""The command line: parse, call, print. Exit codes: 0 done, 1 a run failed, 2 a mistake, 130 stopped by Ctrl-C."""
+
+from avss_dist.cli import doctor, read, score
+from avss_dist.cli.base import app, main
+
+for command in (
+    score.score,
+    score.estimate,
+    read.show,
+    read.plot,
+    read.query,
+    doctor.doctor,
+):
+    app.command()(command)
+
+__all__ = ["app", "main"]

@@ -1,0 +1,5 @@
+"""``python -m avss_dist.cli``."""
+
+from avss_dist.cli import main
+
+main()

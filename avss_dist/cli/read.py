@@ -1,0 +1,116 @@
+"""`avss show`, `avss plot` and `avss query`: reading a warehouse."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from avss_dist.cli.base import console, explained
+from avss_dist.cli.options import (
+    RecipeOption,
+    RunOption,
+    RunsOption,
+    SiteOption,
+    ThresholdOption,
+    WarehousePath,
+)
+from avss_dist.config import PUBLISHED_THRESHOLD, RECIPES, SITES, parse_threshold
+from avss_dist.errors import QueryError, require_known
+
+if TYPE_CHECKING:
+    from avss_dist.query import Warehouse
+
+FORMATS = ("table", "csv", "json", "parquet")
+
+
+def _choose_runs(warehouse: Warehouse, run_ids: list[str]) -> list[dict[str, Any]]:
+    """The named runs, or the newest one that is done."""
+    every = warehouse.runs().to_pylist(maps_as_pydicts="strict")
+    rows = [row for row in every if row["status"] == "done"]
+    by_id, failed = {row["run_id"]: row for row in rows}, {r["run_id"]: r for r in every if r["status"] != "done"}
+    if not rows:
+        raise QueryError(f"{warehouse.root} has no finished run.", "avss score makes one.")
+    for run_id in run_ids:
+        if run_id in failed:
+            raise QueryError(f"Run '{run_id}' failed: {failed[run_id]['error']}", "Mend that and run avss score again.")
+        require_known("run", run_id, sorted(by_id), QueryError)
+    return [by_id[run_id] for run_id in run_ids] or [max(rows, key=lambda row: row["created_at"])]
+
+
+def _choose_scores(
+    warehouse: Warehouse, runs: list[dict[str, Any]], site: str, recipe: str, threshold: str
+) -> list[dict[str, Any]]:
+    require_known("site", site, SITES)
+    require_known("recipe", recipe, RECIPES)
+    value, kind = parse_threshold(threshold)
+    rows = warehouse.table("scores", run_ids=[run["run_id"] for run in runs]).to_pylist()
+    scored = sorted({f"{row['site']} {row['recipe']}" for row in rows})
+    rows = [row for row in rows if (row["site"], row["recipe"]) == (site, recipe)]
+    if not rows:
+        raise QueryError(f"No scores of site '{site}' with recipe '{recipe}'.", f"Scored: {', '.join(scored)}.")
+    wanted = [row for row in rows if (row["threshold"], row["threshold_kind"]) == (value, kind)]
+    if not wanted:
+        seen = sorted({(r["threshold_kind"], r["threshold"]) for r in rows})
+        names = ", ".join(f"{t:g}{'rms' if k == 'rms' else ''}" for k, t in seen)
+        raise QueryError(f"No scores at threshold {threshold}.", f"Scored: {names}.")
+    return sorted(wanted, key=lambda row: (row["run_id"], row["layer"]))
+
+
+@explained
+def show(
+    warehouse: WarehousePath,
+    run: RunOption = None,
+    recipe: RecipeOption = RECIPES[0],
+    site: SiteOption = SITES[0],
+    threshold: ThresholdOption = f"{PUBLISHED_THRESHOLD:g}",
+) -> None:
+    """Show a run's layers as a table with bars; the lowest 25% are marked."""
+    from avss_dist.query import Warehouse
+    from avss_dist.report.table import layer_table
+
+    opened = Warehouse(warehouse)
+    runs = _choose_runs(opened, [run] if run else [])
+    console().print(layer_table(runs[0], _choose_scores(opened, runs, site, recipe, threshold)))
+    others = opened.runs().num_rows - 1
+    if others and not run:
+        print(f"{others} more in {warehouse}: avss query {warehouse} 'SELECT run_id, model, status FROM runs'")
+
+
+@explained
+def plot(
+    warehouse: WarehousePath,
+    output: Annotated[Path, typer.Option("--output", "-o", help="FILE.png, .svg or .html.")],
+    run: RunsOption = None,
+    recipe: RecipeOption = RECIPES[0],
+    site: SiteOption = SITES[0],
+    threshold: ThresholdOption = f"{PUBLISHED_THRESHOLD:g}",
+) -> None:
+    """Draw scores by depth, the rivals beside them."""
+    from avss_dist.query import Warehouse
+    from avss_dist.report.chart import layers_chart, save_chart
+
+    opened = Warehouse(warehouse)
+    runs = _choose_runs(opened, run or [])
+    save_chart(layers_chart(runs, _choose_scores(opened, runs, site, recipe, threshold)), output)
+    print(output)
+
+
+@explained
+def query(
+    warehouse: WarehousePath,
+    sql: Annotated[str, typer.Argument(help="One SELECT over runs, scores, layer_stats, shard_stats, evaluations.")],
+    format: Annotated[str, typer.Option("--format", help=f"{', '.join(FORMATS)}.")] = FORMATS[0],
+) -> None:
+    """Query a warehouse with SQL (DuckDB). It only reads, and only the warehouse."""
+    require_known("format", format, FORMATS)
+    from avss_dist.query import Warehouse
+    from avss_dist.report.output import write_table
+
+    if format == "parquet" and sys.stdout.isatty():
+        raise QueryError(
+            "Parquet is not for a terminal.", "Redirect it: avss query ... --format parquet > result.parquet"
+        )
+    write_table(Warehouse(warehouse).sql(sql), format, console())
