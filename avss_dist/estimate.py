@@ -13,6 +13,7 @@ from avss_dist.checkpoints import Checkpoint, fetch_files, locate
 from avss_dist.config import Execution, Settings, describe_bytes
 from avss_dist.footprint import Footprint, footprint
 from avss_dist.partition.devices import available_memory, devices_here, pick_device
+from avss_dist.partition.zero3 import PREFETCHED
 
 ORDER = ("single", "device_map", "streaming", "zero3", "tensor_parallel")
 SPARE_SHARE = 0.9  # of free memory that weights may take in a device map
@@ -260,13 +261,14 @@ class Arithmetic:
     def _streaming(self) -> Row:
         rows = min(self.settings.sequences_per_shard, self.measured.num_sequences)
         waiting = self.size.hidden_bytes(rows, self.settings.sequence_length)
-        layers = sum(sorted(self.size.layer_bytes)[-2:])
-        held = self.size.other_bytes + layers
         cuda = self.here.device == "cuda"
-        memory = self._memory(held, host_weights=layers + waiting) if cuda else self._memory(held, more=waiting)
+        held = 2 if cuda or not self.size.mapped else 1  # a mapped layer is where its file is; another comes by itself
+        layers = sum(sorted(self.size.layer_bytes)[-held:])
+        weights = self.size.other_bytes + layers
+        memory = self._memory(weights, host_weights=layers + waiting) if cuda else self._memory(weights, more=waiting)
         why = (
-            f"two layers and {describe_bytes(waiting)} of waiting hidden states in memory; "
-            f"the layers' weights are read {self.measured.num_shards}x"
+            f"{'two layers' if held == 2 else 'a layer'} and {describe_bytes(waiting)} of waiting hidden states in "
+            f"memory; the layers' weights are read {self.measured.num_shards}x"
         )
         return self._row("streaming", 1, memory, self._seconds(self.measured.costs["streaming"]), why)
 
@@ -275,7 +277,8 @@ class Arithmetic:
         gathered = sum(self.size.layer_bytes) + self.size.other_bytes
         moved = self.measured.num_batches * gathered * (ranks - 1) / ranks
         part = -(-self.size.weight_bytes // ranks)
-        memory = self._memory(part, ranks=ranks, more=max(self.size.layer_bytes))
+        ahead = PREFETCHED * self.size.element_bytes if self.here.device == "cuda" else 0
+        memory = self._memory(part, ranks=ranks, more=max(self.size.layer_bytes) + min(ahead, gathered))
         return self._gang("zero3", memory, moved, "every rank holds a part and gathers one layer at a time")
 
     def _tensor_parallel(self) -> Row:

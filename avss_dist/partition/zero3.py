@@ -26,6 +26,8 @@ from avss_dist.partition.memory import keep_freed_memory
 from avss_dist.partition.single import describe, run_batch
 from avss_dist.structure import Layer, layer_lists
 
+PREFETCHED = 50_000_000  # parameters that are gathered ahead, on GPUs, beside the arithmetic; DeepSpeed's own default
+
 
 class Zero3Replica:
     """See `partition.base.Replica`. Every rank opens it inside one group (`partition.group.join`).
@@ -48,12 +50,12 @@ class Zero3Replica:
         self.data_rank, self.data_world = require_group(placement)
         self.device = pick_device(settings.device)
         keep_freed_memory()
-        config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
-        dtype = compute_dtype(config, settings, stored_tensors(checkpoint))
+        text = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+        config = deepspeed_config(compute_dtype(text, settings, stored_tensors(checkpoint)), self.device)
         with quiet_deepspeed(), lost_ranks_are_no_mistakes():
-            model = _load_in_parts(checkpoint, settings, deepspeed_config(dtype))
+            model = _load_in_parts(checkpoint, settings, config)
             self._module = model
-            self._engine = _partition(model, settings, deepspeed_config(dtype))
+            self._engine = _partition(model, settings, config)
             backbone = open_module(model, layers=settings.layers, device=self.device)
         self._run = forward_function(backbone.module)
         self.layers: tuple[Layer, ...] = backbone.structure.layers
@@ -79,8 +81,11 @@ class Zero3Replica:
             torch.cuda.empty_cache()
 
 
-def deepspeed_config(dtype: torch.dtype) -> dict[str, Any]:
-    """The DeepSpeed configuration. ``cluster/deepspeed/zero3.json`` is the one for bfloat16; its README explains it."""
+def deepspeed_config(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """The DeepSpeed configuration.
+
+    ``cluster/deepspeed/zero3.json`` is the one for bfloat16 on GPUs; the README beside it explains it.
+    """
     return {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": dtype == torch.bfloat16},
@@ -88,6 +93,7 @@ def deepspeed_config(dtype: torch.dtype) -> dict[str, Any]:
         "zero_optimization": {
             "stage": 3,
             "stage3_param_persistence_threshold": 0,
+            "stage3_prefetch_bucket_size": PREFETCHED if device.type == "cuda" else 0,
             "memory_efficient_linear": False,
         },
     }

@@ -4,7 +4,7 @@
 
 Every measurement is a fresh process that plans the corpus, opens the model and measures all shards. Estimates and
 measurements take turns, for a machine that others use is not the same for long: each ratio is of neighbours, and the
-median of the rounds is shown. Partitions of several processes are left out.
+median of the rounds is shown. zero3 and tensor_parallel run as two ranks, on a Ray of their own.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 
-import avss_dist.run  # noqa: F401 (a run has it in memory)
 from avss_dist.checkpoints import resolve
 from avss_dist.config import Execution, Settings, describe_bytes, parse_bytes
 from avss_dist.corpus import plan
 from avss_dist.estimate import estimate
 from avss_dist.models import load_tokenizer
 from avss_dist.partition.base import Placement, open_replica
+from avss_dist.query import Warehouse
+from avss_dist.run import score
 from avss_dist.worker import analyze_shard
 
-PARTITIONS = ("single", "device_map", "streaming")
+GANGS = ("zero3", "tensor_parallel")
+PARTITIONS = ("single", "device_map", "streaming", *GANGS)
+RANKS = 2
 
 
 def measure(model: str, corpus: str, settings: Settings, placement: Placement) -> tuple[float, int]:
@@ -36,6 +40,16 @@ def measure(model: str, corpus: str, settings: Settings, placement: Placement) -
     return sum(result.seconds for result in results), max(result.peak_memory_bytes for result in results)
 
 
+def measure_gang(model: str, corpus: str, settings: Settings, partition: str) -> tuple[float, int]:
+    """As `measure`, with the ranks of a gang: seconds in which they measure all shards, peak of the largest."""
+    with tempfile.TemporaryDirectory() as out:
+        run = score(model, corpus=corpus, out=out, partition=partition, ranks=RANKS, **settings.as_dict())
+        shards = plan(corpus, load_tokenizer(resolve(model)), settings).shards
+        results = Warehouse(out).read_shards(run.run_id, {shard.shard_id: shard.content_hash for shard in shards})
+    at_once = RANKS if partition == "zero3" else 1
+    return sum(result.seconds for result in results) / at_once, max(result.peak_memory_bytes for result in results)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a model")
@@ -43,19 +57,24 @@ def main() -> None:
     parser.add_argument("--max-sequences", type=int, default=64)
     parser.add_argument("--max-memory", help="weights that device_map keeps in memory")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--partition", action="append", choices=PARTITIONS, help="of these only; repeatable")
     parser.add_argument("--measure", choices=PARTITIONS, help="only measure this, in this process")
     options = parser.parse_args()
+    options.partition = options.partition or PARTITIONS
     settings = Settings(max_sequences=options.max_sequences)
     limits = {"cpu": parse_bytes(options.max_memory)} if options.max_memory else {}
     if options.measure:
+        if options.measure in GANGS:
+            print(json.dumps(measure_gang(options.model, options.corpus, settings, options.measure)))
+            return
         placement = Placement(partition=options.measure, max_memory=limits if options.measure == "device_map" else {})
         print(json.dumps(measure(options.model, options.corpus, settings, placement)))
         return
-    ratios: dict[str, list[tuple[float, float]]] = {partition: [] for partition in PARTITIONS}
+    ratios: dict[str, list[tuple[float, float]]] = {partition: [] for partition in options.partition}
     for _ in range(options.rounds):
         guess = estimate(options.model, options.corpus, settings, Execution(max_memory=limits))
         for row in guess.rows:
-            if row.partition not in PARTITIONS:
+            if row.partition not in options.partition:
                 continue
             command = [sys.executable, __file__, *sys.argv[1:], "--measure", row.partition]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
