@@ -3,10 +3,14 @@
 Where things are, from the top down::
 
     cli        the command line: parse, call, print
-    run        the driver: plan, execute, merge, score, commit
+    run        score one, several, or a job file's
+    driver     all runs over one pool of workers;  planner  before it;  attempt  after it;  preview  what it would do
     report     tables and pictures of what was scored
     executors  local (this process) and ray (a cluster)
-    query      SQL over the warehouse
+    compare    how far rankings agree;  findings  what to know before believing them
+    thresholds scores at any threshold, quantiles
+    query      SQL over the warehouse;  digest  copies that make it fast;  columns  what every column means
+    jobs       job files;  nodes  YAML that knows its lines
     worker     one shard through one replica
     observe    hooks -> accumulators -> LayerStats;  kernels  the reductions
     partition  how one model copy is spread over devices

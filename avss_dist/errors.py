@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_USERINFO = re.compile(r"(?<=://)[^\s/?#@:]*:(?=\S)(?!\d+[/?#])[^@'\"\n]*@")
+_PARAMETER = re.compile(r"([?&][\w.-]*(?:key|secret|token|password|credential|sig)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE)
+
+
+def without_secrets(text: str) -> str:
+    """A text whose URIs name no secret: ``s3://KEY:SECRET@bucket`` becomes ``s3://bucket``."""
+    return _PARAMETER.sub(r"\1***", _USERINFO.sub("", text))
 
 
 class AvssError(Exception):
@@ -18,9 +27,9 @@ class AvssError(Exception):
     run_id: str | None = None  # the run whose row tells of it, if it got so far
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message, hint)
-        self.message = message
-        self.hint = hint
+        self.message = without_secrets(message)
+        self.hint = hint and without_secrets(hint)
+        super().__init__(self.message, self.hint)
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message

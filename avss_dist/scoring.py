@@ -85,7 +85,11 @@ def depth_correlation(ranks: Sequence[int | None]) -> float:
 
 
 def score_run(
-    stats: Mapping[LayerKey, LayerStats], layers: Sequence[str], shards: Sequence[Mapping[LayerKey, LayerStats]] = ()
+    stats: Mapping[LayerKey, LayerStats],
+    layers: Sequence[str],
+    shards: Sequence[Mapping[LayerKey, LayerStats]] = (),
+    thresholds: Sequence[Threshold] | None = None,
+    sites: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Every score of a run: one row per layer, site, recipe and threshold.
 
@@ -93,18 +97,20 @@ def score_run(
         stats: the merged statistics of the run.
         layers: module path of every layer; layer ``i`` of ``n`` has depth ``(i + 0.5) / n``.
         shards: the partials (or blocks of them), resampled for the intervals; fewer than two give none (NaN).
+        thresholds: those of `SiteTable.thresholds` by default; one that was not counted is read off the histogram.
+        sites: those of ``stats`` by default.
 
     Returns:
         Rows with the columns of the ``scores`` table less those that name the run.
     """
     rivals = {layer: layer_rivals(stats, layer) for layer in range(len(layers))}
     rows: list[dict[str, Any]] = []
-    for site in dict.fromkeys(site for _, site in stats):
+    for site in dict.fromkeys(site for _, site in stats if sites is None or site in sites):
         present = [layer for layer, s in stats if s == site]
         merged = [stats[layer, site] for layer in present]
         table = SiteTable(merged, _site_shards(shards, merged, present, site))
         for recipe in table.recipes():
-            for threshold in table.thresholds():
+            for threshold in thresholds or table.thresholds():
                 columns = table.score(recipe, threshold)
                 for position, layer in enumerate(present):
                     rows.append(

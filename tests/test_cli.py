@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import avss_dist
 from avss_dist.cli import app
-from avss_dist.config import PUBLISHED_THRESHOLD, RECIPES, SITES, Execution, Settings
+from avss_dist.config import LOWEST_SHARE, PUBLISHED_THRESHOLD, RECIPES, SITES, Execution, Settings
 from avss_dist.errors import ConfigError, QueryError
 from avss_dist.partition.base import Placement
 from avss_dist.query import Warehouse
@@ -58,7 +58,84 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--site": "block",
         "--threshold": "1e-05",
     },
-    "query": {"warehouse": None, "sql": None, "--format": "table"},
+    "query": {"warehouse": None, "sql": None, "--schema": False, "--format": "table"},
+    "compare": {
+        "warehouse": None,
+        "--run": None,
+        "--by": "run",
+        "--recipe": "pooled",
+        "--site": "block",
+        "--threshold": "1e-05",
+        "--score": "avss",
+        "--k": None,
+        "--share": LOWEST_SHARE,
+        "--anyway": False,
+        "--format": "table",
+    },
+    "findings": {
+        "warehouse": None,
+        "--run": None,
+        "--recipe": "pooled",
+        "--site": "block",
+        "--threshold": "1e-05",
+        "--all": False,
+        "--format": "table",
+    },
+    "scores": {
+        "warehouse": None,
+        "--threshold": "1e-05",
+        "--recipe": "pooled",
+        "--site": "block",
+        "--run": None,
+        "--format": "table",
+    },
+    "quantiles": {
+        "warehouse": None,
+        "--q": None,
+        "--sparsity": None,
+        "--site": "block",
+        "--run": None,
+        "--format": "table",
+    },
+    "export": {
+        "warehouse": None,
+        "--to": None,
+        "--run": None,
+        "--recipe": "pooled",
+        "--site": "block",
+        "--threshold": "1e-05",
+        "--output": None,
+    },
+    "report": {"warehouse": None, "--output": Path("report.html"), "--run": None},
+    "plan": {
+        "warehouse": None,
+        "--output": None,
+        "--run": None,
+        "--by": "avss",
+        "--fraction": None,
+        "--count": None,
+        "--mass": None,
+        "--protect": "",
+        "--contiguous": False,
+        "--seed": 0,
+        "--recipe": "pooled",
+        "--site": "block",
+        "--threshold": "1e-05",
+        "--format": "plan",
+    },
+    "prune": {"model": None, "plan": None, "--out": None, "--trust-remote-code": False},
+    "run": {
+        "job": None,
+        "--dry-run": False,
+        "--executor": None,
+        "--replicas": None,
+        "--address": None,
+        "--fresh": False,
+    },
+    "submit": {"job": None, "--address": None, "--replicas": None, "--fresh": False, "--follow": False},
+    "status": {"--address": None, "job_id": None},
+    "logs": {"job_id": None, "--address": None, "--follow": False},
+    "stop": {"job_id": None, "--address": None},
     "doctor": {},
 }
 for _repeatable in ("--sites", "--thresholds"):
@@ -455,7 +532,7 @@ def test_stopping_says_that_the_work_is_kept(tmp_path: Path, monkeypatch: pytest
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("avss_dist.run.resolve", stop)
+    monkeypatch.setattr("avss_dist.planner.resolve", stop)
     result = avss("score", "any", *SCORE, "--out", tmp_path)
     assert (result.exit_code, result.stdout) == (130, "")
     assert "run the same command again to finish" in result.stderr
@@ -516,23 +593,23 @@ def test_an_unknown_keyword_names_the_nearest(name: str, tmp_path: Path) -> None
 
 
 def test_the_api_scores_several_models_and_reports(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
-    told: list[str] = []
+    told: dict[str, list[str]] = {}
 
     class Reporter:
-        def planning(self, model: str) -> None:
-            told.append(f"planning {Path(model).name}")
+        def planning(self, name: str) -> None:
+            told[Path(name).name] = ["planning"]
 
-        def placed(self, model: str, placement: Placement) -> None:
-            told.append(f"placed {placement.partition}")
+        def placed(self, name: str, placement: Placement) -> None:
+            told[Path(name).name].append(f"placed {placement.partition}")
 
-        def started(self, model: str, num_tokens: int, done_tokens: int) -> None:
-            told.append(f"started {num_tokens} {done_tokens}")
+        def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
+            told[Path(name).name].append(f"started {num_tokens} {done_tokens}")
 
-        def advanced(self, num_tokens: int) -> None:
-            told.append(f"advanced {num_tokens}")
+        def advanced(self, name: str, num_tokens: int) -> None:
+            told[Path(name).name].append(f"advanced {num_tokens}")
 
-        def finished(self, run: avss_dist.Run) -> None:
-            told.append(f"finished {run.status}")
+        def finished(self, name: str, run: avss_dist.Run) -> None:
+            told[Path(name).name].append(f"finished {run.status}")
 
     runs = avss_dist.score_all(
         [str(tiny_llama), "/missing", str(tiny_bert)],
@@ -545,12 +622,8 @@ def test_the_api_scores_several_models_and_reports(tiny_llama: Path, tiny_bert: 
         executor="local",
     )
     assert [run.status for run in runs] == ["done", "failed", "done"]
-    measured = ["placed single", "started 192 0", "advanced 128", "advanced 64", "finished done"]
-    assert told == [
-        *("planning tiny-llama", *measured),
-        *("planning missing", "finished failed"),
-        *("planning tiny-bert", *measured),
-    ]
+    measured = ["planning", "placed single", "started 192 0", "advanced 128", "advanced 64", "finished done"]
+    assert told == {"tiny-llama": measured, "missing": ["planning", "finished failed"], "tiny-bert": measured}
 
 
 def test_an_unknown_attribute_of_the_package_is_an_attribute_error() -> None:

@@ -377,7 +377,7 @@ def test_a_newer_schema_is_refused(args: list[str], tiny_llama: Path, warehouse:
 def test_an_unwritable_output_is_told_before_any_work(
     out: str, says: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("avss_dist.run.resolve", lambda *_, **__: pytest.fail("the model was opened"))
+    monkeypatch.setattr("avss_dist.planner.resolve", lambda *_, **__: pytest.fail("the model was opened"))
     file = tmp_path / "file"
     file.write_text("kept")
     args = ["score", "any", *SCORE, "--out", out.format(file=file)]

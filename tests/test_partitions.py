@@ -137,7 +137,7 @@ class Harming(Silent):
         self.arrived = 0
         self.victims: list[psutil.Process] = []
 
-    def advanced(self, num_tokens: int) -> None:
+    def advanced(self, name: str, num_tokens: int) -> None:
         self.arrived += 1
         if self.arrived in (1, 3):
             victim = next(p for p in ranks_alive() if p not in self.victims)

@@ -99,7 +99,7 @@ class Harming(Silent):
         self.signals = signals
         self.victims: list[psutil.Process] = []
 
-    def advanced(self, num_tokens: int) -> None:
+    def advanced(self, name: str, num_tokens: int) -> None:
         self.arrived += 1
         if self.arrived in self.signals:
             victim = next(p for p in workers() if p not in self.victims)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ from tables import assert_same_tables, measured_files
 
 import avss_dist
 from avss_dist.config import Execution, Settings
-from avss_dist.corpus import Shard
+from avss_dist.driver import Driver
 from avss_dist.errors import AvssError, ConfigError, RunFailed
 from avss_dist.executors import local
-from avss_dist.executors.base import Job
+from avss_dist.executors.base import Outcome, Work
 from avss_dist.executors.local import LocalExecutor
+from avss_dist.jobs import RunSpec
 from avss_dist.query import Warehouse
-from avss_dist.run import Silent, _Driver
-from avss_dist.stats import ShardResult
+from avss_dist.run import Silent
 
 SMALL: dict[str, Any] = {
     "corpus": "builtin:pydoc",
@@ -50,9 +50,17 @@ def drive(model: Path, out: Path, executor: Any, **changes: Any) -> avss_dist.Ru
     options = {k: v for k, v in {**SMALL, **changes}.items() if k in Settings.__dataclass_fields__}
     store = Warehouse(out)
     store.create()
-    settings = Settings(**options)
+    spec = RunSpec(
+        model=str(model),
+        corpus=SMALL["corpus"],
+        settings=Settings(**options),
+        execution=Execution(),
+        name=str(model),
+    )
     with closing(executor):
-        return _Driver(store, SMALL["corpus"], settings, Execution(), executor, Silent()).run(str(model))
+        ((_, ending),) = Driver(store, executor, Silent()).run([spec])
+    assert isinstance(ending, avss_dist.Run), ending
+    return ending
 
 
 class Interfering(LocalExecutor):
@@ -63,24 +71,25 @@ class Interfering(LocalExecutor):
         self.how = how
         self.asked: list[int] = []
 
-    def run(self, job: Job, shards: Sequence[Shard]) -> Iterator[ShardResult]:  # type: ignore[override]
-        self.asked = [shard.shard_id for shard in shards]
-        results = list(super().run(job, shards))
-        if self.how == "backwards":
-            yield from reversed(results)
-        elif self.how == "twice":
-            for result in results:
-                yield result
-                yield results[0]
-                yield result
-        elif self.how == "crash":
-            yield from results[1:4]
-            raise RuntimeError("the machine is on fire")
-        elif self.how == "interrupt":
-            yield from results[2:5]
-            raise KeyboardInterrupt
-        else:
-            yield from results
+    def run(self, works: Iterator[Work]) -> Iterator[Outcome]:  # type: ignore[override]
+        for work in works:
+            self.asked = [shard.shard_id for shard in work.shards]
+            results = list(super().run(iter([work])))
+            if self.how == "backwards":
+                yield from reversed(results)
+            elif self.how == "twice":
+                for result in results:
+                    yield result
+                    yield results[0]
+                    yield result
+            elif self.how == "crash":
+                yield from results[1:4]
+                raise RuntimeError("the machine is on fire")
+            elif self.how == "interrupt":
+                yield from results[2:5]
+                raise KeyboardInterrupt
+            else:
+                yield from results
 
 
 @pytest.mark.parametrize("how", ["backwards", "twice"])
@@ -180,7 +189,7 @@ def test_shards_are_merged_in_blocks_when_there_are_many(
 ) -> None:
     """More shards than bootstrap blocks: the totals stay, only the resampling is coarser."""
     score(tiny_llama, tmp_path / "fine", sequences_per_shard=1)
-    monkeypatch.setattr("avss_dist.run.BOOTSTRAP_BLOCKS", 4)
+    monkeypatch.setattr("avss_dist.attempt.BOOTSTRAP_BLOCKS", 4)
     score(tiny_llama, tmp_path / "coarse", sequences_per_shard=1)
     fine, coarse = (Warehouse(tmp_path / name).scores().to_pydict() for name in ("fine", "coarse"))
     assert fine["count"] == coarse["count"] and fine["rank"] == coarse["rank"]

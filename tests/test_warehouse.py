@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from avss_dist.config import SCHEMA_VERSION, SITES
 from avss_dist.errors import WarehouseError
 from avss_dist.stats import HISTOGRAM_BINS, LayerKey, LayerStats, ShardResult, merge_stats
+from avss_dist.tables import encode_shard
 from avss_dist.warehouse import SCHEMAS, TABLES, RunIdentity, Store
 
 RUN = RunIdentity(run_id="tiny-0123456789", model="org/tiny", revision=None, family="llama")
@@ -171,6 +172,26 @@ def test_round_trip_is_lossless_and_merges_again(
     assert_same_stats(stats, store.read_layer_stats(RUN.run_id))
     with np.errstate(all="ignore"):
         assert_same_stats(merge_stats([s.stats for s in shards]), merge_stats([s.stats for s in back]))
+
+
+def test_a_result_that_was_encoded_by_its_worker_is_kept_as_the_same_bytes(tmp_path: Path) -> None:
+    """It travels without a copy, reads as statistics, and one of another run is not passed for this one's."""
+    plain = make_shard(3)
+    buffers: list[pickle.PickleBuffer] = []
+    sent = pickle.dumps(replace(plain, stats=encode_shard(RUN, plain)), 5, buffer_callback=buffers.append)
+    result = pickle.loads(sent, buffers=buffers)
+    assert len(sent) < 1000 and len(buffers) == 1
+    assert_same(result, plain)
+
+    here, there, other = (Store(tmp_path / name) for name in ("here", "there", "other"))
+    here.write_shard(RUN, plain)
+    there.write_shard(RUN, result)
+    assert shard_path(tmp_path / "here", 3).read_bytes() == shard_path(tmp_path / "there", 3).read_bytes()
+    moved = replace(RUN, run_id="tiny-9876543210")
+    other.write_shard(moved, result)
+    (back,) = other.read_shards(moved.run_id, {3: plain.content_hash})
+    assert_same(back, plain)
+    assert encode_shard(moved, result).run == moved
 
 
 def test_schemas_are_the_contract() -> None:

@@ -1,6 +1,6 @@
 """The command line: parse, call, print. Exit codes: 0 done, 1 a run failed, 2 a mistake, 130 stopped by Ctrl-C."""
 
-from avss_dist.cli import doctor, read, score
+from avss_dist.cli import compare, doctor, jobs, prune, read, report, score
 from avss_dist.cli.base import app, main
 
 for command in (
@@ -9,6 +9,19 @@ for command in (
     read.show,
     read.plot,
     read.query,
+    compare.compare,
+    compare.findings,
+    compare.scores,
+    compare.quantiles,
+    compare.export,
+    report.report,
+    prune.plan,
+    prune.prune,
+    jobs.run,
+    jobs.submit,
+    jobs.status,
+    jobs.logs,
+    jobs.stop,
     doctor.doctor,
 ):
     app.command()(command)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from avss_dist.cli.base import console, explained
+from avss_dist.cli.choose import choose_runs
 from avss_dist.cli.options import (
     RecipeOption,
     RunOption,
@@ -26,23 +28,10 @@ if TYPE_CHECKING:
 FORMATS = ("table", "csv", "json", "parquet")
 
 
-def _choose_runs(warehouse: Warehouse, run_ids: list[str]) -> list[dict[str, Any]]:
-    """The named runs, or the newest one that is done."""
-    every = warehouse.runs().to_pylist(maps_as_pydicts="strict")
-    rows = [row for row in every if row["status"] == "done"]
-    by_id, failed = {row["run_id"]: row for row in rows}, {r["run_id"]: r for r in every if r["status"] != "done"}
-    if not rows:
-        raise QueryError(f"{warehouse.root} has no finished run.", "avss score makes one.")
-    for run_id in run_ids:
-        if run_id in failed:
-            raise QueryError(f"Run '{run_id}' failed: {failed[run_id]['error']}", "Mend that and run avss score again.")
-        require_known("run", run_id, sorted(by_id), QueryError)
-    return [by_id[run_id] for run_id in run_ids] or [max(rows, key=lambda row: row["created_at"])]
-
-
-def _choose_scores(
+def choose_scores(
     warehouse: Warehouse, runs: list[dict[str, Any]], site: str, recipe: str, threshold: str
 ) -> list[dict[str, Any]]:
+    """The stored scores of runs at one site, recipe and threshold, by run and layer."""
     require_known("site", site, SITES)
     require_known("recipe", recipe, RECIPES)
     value, kind = parse_threshold(threshold)
@@ -55,7 +44,7 @@ def _choose_scores(
     if not wanted:
         seen = sorted({(r["threshold_kind"], r["threshold"]) for r in rows})
         names = ", ".join(f"{t:g}{'rms' if k == 'rms' else ''}" for k, t in seen)
-        raise QueryError(f"No scores at threshold {threshold}.", f"Scored: {names}.")
+        raise QueryError(f"No scores at threshold {threshold}.", f"Scored: {names}. avss scores computes any other.")
     return sorted(wanted, key=lambda row: (row["run_id"], row["layer"]))
 
 
@@ -72,11 +61,11 @@ def show(
     from avss_dist.report.table import layer_table
 
     opened = Warehouse(warehouse)
-    runs = _choose_runs(opened, [run] if run else [])
-    console().print(layer_table(runs[0], _choose_scores(opened, runs, site, recipe, threshold)))
+    runs = choose_runs(opened, [run] if run else [])
+    console().print(layer_table(runs[0], choose_scores(opened, runs, site, recipe, threshold)))
     others = opened.runs().num_rows - 1
     if others and not run:
-        print(f"{others} more in {warehouse}: avss query {warehouse} 'SELECT run_id, model, status FROM runs'")
+        print(f"{others} more in {opened.root}: avss query {opened.root} 'SELECT run_id, model, status FROM runs'")
 
 
 @explained
@@ -93,15 +82,25 @@ def plot(
     from avss_dist.report.chart import layers_chart, save_chart
 
     opened = Warehouse(warehouse)
-    runs = _choose_runs(opened, run or [])
-    save_chart(layers_chart(runs, _choose_scores(opened, runs, site, recipe, threshold)), output)
+    runs = choose_runs(opened, run or [])
+    save_chart(layers_chart(runs, choose_scores(opened, runs, site, recipe, threshold)), output)
     print(output)
 
 
 @explained
 def query(
-    warehouse: WarehousePath,
-    sql: Annotated[str, typer.Argument(help="One SELECT over runs, scores, layer_stats, shard_stats, evaluations.")],
+    warehouse: Annotated[
+        str | None, typer.Argument(help="Warehouse: a folder, or an s3://, gs://, hdfs:// URI.")
+    ] = None,
+    sql: Annotated[
+        str | None,
+        typer.Argument(
+            help="One SELECT over runs, scores, layer_stats, shard_stats, evaluations; or @name, a ready query."
+        ),
+    ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Say what every table, column and ready query means.")
+    ] = False,
     format: Annotated[str, typer.Option("--format", help=f"{', '.join(FORMATS)}.")] = FORMATS[0],
 ) -> None:
     """Query a warehouse with SQL (DuckDB). It only reads, and only the warehouse."""
@@ -113,4 +112,17 @@ def query(
         raise QueryError(
             "Parquet is not for a terminal.", "Redirect it: avss query ... --format parquet > result.parquet"
         )
-    write_table(Warehouse(warehouse).sql(sql), format, console())
+    if schema:
+        from avss_dist.report.schema import schema_page, schema_table
+
+        if format == FORMATS[0]:
+            console().print(schema_page())
+        else:
+            write_table(schema_table(), format, console())
+        return
+    if not warehouse or not sql:
+        missing = "a query" if warehouse else "a warehouse and a query"
+        raise QueryError(f"avss query needs {missing}.", "avss query WAREHOUSE 'FROM runs'; avss query --schema.")
+    with console().status("Reading ...") if sys.stdout.isatty() else nullcontext():  # thousands of runs, the first time
+        table = Warehouse(warehouse).sql(sql)
+    write_table(table, format, console())

@@ -96,7 +96,7 @@ def score(
         print(_outcome(run))
     done = [run for run in runs if run.status != "failed"]
     if done:
-        print(f"Look at it: avss show {out} --run {done[-1].run_id}")
+        print(f"Look at it: avss show {done[-1].warehouse} --run {done[-1].run_id}")
     return 0 if len(done) == len(runs) else 1
 
 

@@ -1,10 +1,10 @@
-"""One interface to whatever runs shards: give it a job and shards, take one pure result for each."""
+"""One interface to whatever runs shards: give it works, take one pure result for each shard."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from avss_dist.checkpoints import Checkpoint
 from avss_dist.config import GANGS, Execution, Settings
 from avss_dist.corpus import Shard
+from avss_dist.errors import AvssError, RunFailed
 from avss_dist.partition.base import Placement
 from avss_dist.partition.devices import Devices
 from avss_dist.stats import ShardResult
@@ -19,11 +20,32 @@ from avss_dist.stats import ShardResult
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every worker needs to know: which model to open, how to measure it, how to spread it."""
+    """What every worker needs to know: which model to open, how to measure it, how to spread it.
+
+    Attributes:
+        run_id: the run that its shards are of, which makes no other job of it.
+    """
 
     checkpoint: Checkpoint
     settings: Settings
     placement: Placement
+    run_id: str = field(default="", compare=False)
+
+
+@dataclass(eq=False, kw_only=True)
+class Work:
+    """The shards of one run that are still to be measured.
+
+    Attributes:
+        dropped: set by the driver when it has no use for further results.
+    """
+
+    job: Job
+    shards: Sequence[Shard]
+    dropped: bool = False
+
+
+Outcome = tuple[Work, ShardResult | AvssError]
 
 
 class Executor(Protocol):
@@ -44,15 +66,24 @@ class Executor(Protocol):
             ConfigError: there are too few devices.
         """
 
-    def run(self, job: Job, shards: Sequence[Shard]) -> Generator[ShardResult, None, None]:
-        """Yield a result for every shard, in any order; a shard may come twice, and is equal then.
+    def run(self, works: Iterator[Work]) -> Generator[Outcome, None, None]:
+        """Yield a result for every shard of every work, in any order; a shard may come twice, and is equal then.
 
-        Raises:
-            AvssError: the model cannot be opened or observed, or a shard failed more often than it is retried.
+        The next work may be taken, in another thread, while one is measured. An AvssError in place of a result ends
+        its work alone: the model cannot be opened or observed, or a shard failed more often than it is retried.
         """
 
     def close(self) -> None:
         """Stop workers and free devices."""
+
+
+def as_failure(error: Exception) -> AvssError:
+    """An error as a run's end: a model's own code can raise anything, and must not stop the other models."""
+    if isinstance(error, AvssError):
+        return error
+    failure = RunFailed(f"{type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
 
 
 def open_executor(execution: Execution, settings: Settings) -> Executor:

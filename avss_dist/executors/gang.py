@@ -12,7 +12,8 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,11 +22,15 @@ from ray.util import get_node_ip_address
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from avss_dist.checkpoints import Checkpoint, resolve
 from avss_dist.corpus import Shard
+from avss_dist.errors import ConfigError, ModelError
 from avss_dist.executors.base import Job
+from avss_dist.executors.effort import shape
 from avss_dist.partition.base import Placement, Replica, open_replica
 from avss_dist.partition.devices import pick_device
 from avss_dist.stats import ShardResult
+from avss_dist.tables import RunIdentity, encode_shard
 from avss_dist.worker import analyze_shard, follow
 
 BEAT_SECONDS = 1.0
@@ -55,6 +60,7 @@ class Task:
     shard: Shard | None
     rows: int
     forwards: int
+    run_id: str = ""
 
 
 class Worker:
@@ -106,7 +112,8 @@ class Worker:
             if self._replica is not None:
                 self._replica.close()
             self._job, self._replica = None, None
-            self._replica = open_replica(job.checkpoint, job.settings, job.placement)
+            checkpoint = at_hand(job.checkpoint, trust_remote_code=job.settings.trust_remote_code)
+            self._replica = open_replica(checkpoint, job.settings, job.placement)
             self._job = job
         self._opening = False
 
@@ -125,14 +132,23 @@ class Worker:
             forwards=task.forwards,
             beat=self._beat,
         )
-        return result if self._replica.reports_stats else None
+        return self._encoded(result, task.run_id) if self._replica.reports_stats else None
+
+    def _encoded(self, result: ShardResult, run_id: str) -> ShardResult:
+        """The result with its partial made here, for there are more workers than drivers."""
+        assert self._job is not None
+        of = self._job.checkpoint
+        family = result.model["family"]
+        run = RunIdentity(run_id=run_id, model=of.name, revision=of.revision, family=family)
+        return replace(result, stats=encode_shard(run, result))
 
 
 class Gang:
     """The workers of one replica, and the resources that are held for them."""
 
     def __init__(self, name: str, placement: Placement, *, cpus: int, threads: int, beats: Any) -> None:
-        self.placement = placement
+        self.shape = shape(placement)
+        self.job: Job | None = None  # whose model every rank has open
         self.names = [f"{name}.{rank}" for rank in range(placement.ranks)]
         resources = {"num_cpus": cpus, "num_gpus": placement.gpus // placement.ranks}
         self._group: Any = None
@@ -171,3 +187,29 @@ def _kill(process: int) -> None:
     """A process that is stopped (SIGSTOP) does not hear Ray, and would keep its memory and devices."""
     with suppress(ProcessLookupError, PermissionError):
         os.kill(process, signal.SIGKILL)
+
+
+def at_hand(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Checkpoint:
+    """The driver's checkpoint as this node has it; what comes from the hub is fetched where it is not here yet.
+
+    Raises:
+        ModelError: a folder or file that this node does not see, or a hub that it cannot reach.
+    """
+    if Path(checkpoint.path).exists():
+        return checkpoint
+    if checkpoint.source != "hub":
+        raise ModelError(
+            f"'{checkpoint.path}' is not on the node {socket.gethostname()}, which has a worker.",
+            "Put checkpoints on a disk that all nodes see, under the same path.",
+        )
+    return resolve(f"{checkpoint.name}@{checkpoint.revision}", trust_remote_code=trust_remote_code)
+
+
+def missing_package(error: Exception) -> ConfigError | None:
+    """What to tell of an error of workers that cannot import this package; None of any other error."""
+    if "No module named 'avss_dist'" not in str(error):
+        return None
+    return ConfigError(
+        "The cluster's workers have no avss_dist (No module named 'avss_dist').",
+        "Install this version in the image, or the environment, of every node: pip install avss_dist.",
+    )

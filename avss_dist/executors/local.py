@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator
+from itertools import groupby
 
 from avss_dist.config import Settings
-from avss_dist.corpus import Shard
 from avss_dist.errors import ConfigError
-from avss_dist.executors.base import Job
-from avss_dist.partition.base import Placement, open_replica
+from avss_dist.executors.base import Outcome, Work, as_failure
+from avss_dist.partition.base import Placement, Replica, open_replica
 from avss_dist.partition.devices import devices_here, pick_device
-from avss_dist.stats import ShardResult
 from avss_dist.worker import analyze_shard
 
 
@@ -30,14 +29,31 @@ class LocalExecutor:
             )
         return 1
 
-    def run(self, job: Job, shards: Sequence[Shard]) -> Generator[ShardResult, None, None]:
-        """Open the model, measure the shards in order, close it."""
-        replica = open_replica(job.checkpoint, job.settings, job.placement)
-        try:
-            for shard in shards:
-                yield analyze_shard(replica, shard, job.settings)
-        finally:
-            replica.close()
+    def run(self, works: Iterator[Work]) -> Generator[Outcome, None, None]:
+        """One work after the other: open the model, measure the shards in order, close it."""
+        for job, same in groupby(works, key=lambda work: work.job):
+            try:
+                replica = open_replica(job.checkpoint, job.settings, job.placement)
+            except Exception as error:
+                yield from ((work, as_failure(error)) for work in same)
+                continue
+            try:
+                for work in same:
+                    yield from self._measure(work, replica)
+            finally:
+                replica.close()
+
+    @staticmethod
+    def _measure(work: Work, replica: Replica) -> Iterator[Outcome]:
+        for shard in work.shards:
+            if work.dropped:
+                return
+            try:
+                result = analyze_shard(replica, shard, work.job.settings)
+            except Exception as error:
+                yield work, as_failure(error)
+                return
+            yield work, result
 
     def close(self) -> None:
         """Nothing outlives `run`."""

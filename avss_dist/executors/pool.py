@@ -1,195 +1,287 @@
-"""Who has which shards, what waits, what failed how often: the work of one job on its gangs.
+"""Who has which shards, what waits, what failed how often: the works of one session on its gangs.
 
 A gang has one round at a time: a shard for each of its ranks, or one for all where they share a batch. It asks for the
-next when it is done, so a slow one never holds the rest. It keeps no statistics: what dies with it is measured again.
+next when it is done, so a slow one never holds the rest; where its work has none left, it opens the model of the next.
+The pool keeps no statistics: what dies with a gang is measured again.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from avss_dist.corpus import Shard
 from avss_dist.errors import AvssError, BatchTooLarge, RunFailed
-from avss_dist.executors.base import Job
-from avss_dist.executors.gang import Gang, Task
-from avss_dist.stats import ShardResult
+from avss_dist.executors.ahead import Ahead
+from avss_dist.executors.base import Outcome, Work
+from avss_dist.executors.effort import Effort
+from avss_dist.executors.gang import Gang, Task, missing_package
+from avss_dist.executors.metrics import Metrics
+from avss_dist.partition.base import Placement
 
-ATTEMPTS = 3  # of a shard, and of opening a model, before the run fails
 POLL_SECONDS = 2.0
+SOON_SECONDS = 0.02  # to look again, while a gang is idle and the next work is being prepared
 
 
-@dataclass
+@dataclass(eq=False)
 class _Round:
-    """What a gang is doing: opening the model, or measuring shards."""
+    """What a gang is doing: opening a model (no shards), or measuring."""
 
     gang: Gang
+    effort: Effort
     shards: list[Shard]
+    rows: int
+    begun: float = field(default_factory=time.monotonic)
     waiting_for: set[Any] = field(default_factory=set)
-
-    @property
-    def opening(self) -> bool:
-        return not self.shards
 
 
 class Pool:
-    """The gangs of one job.
+    """The gangs of one executor, and the works that they are on.
 
     Args:
-        hire: gives a gang, new or idle.
+        hire: gives a new gang for a placement.
+        replicas: how many gangs of a placement work at once.
         beats: the `gang.Beats` actor.
-        placement_seconds: how long to wait for the first gang to be placed.
+        placement_seconds: how long to wait for a gang to be placed, while none works.
         hang_seconds: how long a rank may begin no layer before its gang is stopped.
-        shortage: says what was asked of the cluster, and what it has.
+        shortage: says what a placement asks of the cluster, and what it has.
     """
 
     def __init__(
         self,
-        job: Job,
-        shards: Sequence[Shard],
+        works: Ahead[Work],
         *,
-        hire: Callable[[], Gang],
+        hire: Callable[[Placement], Gang],
+        replicas: Callable[[Placement], int],
         beats: Any,
         placement_seconds: float,
         hang_seconds: float,
-        shortage: Callable[[], str],
+        shortage: Callable[[Placement], str],
     ) -> None:
-        self._job = job
-        self._waiting = deque(shards)
-        self._left = {shard.shard_id for shard in shards}
-        self._hire_gang, self._beats, self._shortage = hire, beats, shortage
+        self._works = works
+        self._hire_gang, self._replicas, self._shortage = hire, replicas, shortage
+        self._beats = beats
         self._placement_seconds, self._hang_seconds = placement_seconds, hang_seconds
+        self._efforts: list[Effort] = []  # in the order in which their works came
         self._rounds: dict[Any, _Round] = {}  # by the references that they wait for
         self._idle: list[Gang] = []
-        self._failures: Counter[int | None] = Counter()
-        self._rows = job.settings.batch_size
+        self._outcomes: list[Outcome] = []
+        self._metrics = Metrics()
+        self._moved = self._polled = time.monotonic()
 
-    def results(self, gangs: int) -> Iterator[ShardResult]:
-        """Yield the result of every shard, as ranks finish them.
+    def outcomes(self) -> Iterator[Outcome]:
+        """Yield the result of every shard as ranks finish them, and the error of every work that cannot go on.
 
-        Raises:
-            AvssError: the model cannot be opened or observed.
-            RunFailed: no gang was placed in time; a shard, or opening the model, failed `ATTEMPTS` times.
+        A work's error is an AvssError of its model, or RunFailed: no gang was placed in time; a shard, or opening the
+        model, failed too often.
         """
-        for _ in range(min(gangs, -(-len(self._waiting) // self._shards_a_round))):
-            self._hire()
-        first = [gang for gang in self._gangs() if gang.placed]
-        deadline = time.monotonic() + self._placement_seconds
-        placed, polled = False, time.monotonic()
-        while self._left:
-            ready, _ = ray.wait(list(self._rounds), num_returns=1, timeout=min(POLL_SECONDS, self._hang_seconds / 4))
-            for reference in ready:
-                placed = True
-                yield from self._finish(reference)
-            placed = placed or any(_is_placed(gang) for gang in first)
-            if not placed and time.monotonic() > deadline:
-                raise RunFailed(
-                    f"No worker was placed in {self._placement_seconds:.0f} seconds. {self._shortage()}",
-                    "Free some of it, ask for fewer --replicas, --ranks or --gpus-per-replica, or use another cluster.",
-                )
-            if time.monotonic() - polled > min(POLL_SECONDS, self._hang_seconds / 4):
-                polled = time.monotonic()
-                self._stop_hanging()
+        while self._take_works():
+            self._employ()
+            yield from self._arrived()  # now that no gang waits for who takes them
+            self._wait()
+        yield from self._arrived()
 
-    def idle(self) -> list[Gang]:
-        """Gangs that can take another job; those that are still at work are stopped."""
+    def close(self) -> None:
+        """Stop every gang."""
         for gang in self._gangs():
             gang.stop()
-        self._rounds = {}
-        return self._idle
+        self._rounds, self._idle = {}, []
 
-    @property
-    def _shards_a_round(self) -> int:
-        return self._job.placement.ranks if self._job.placement.partition == "zero3" else 1
+    def _arrived(self) -> list[Outcome]:
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
 
     def _gangs(self) -> list[Gang]:
-        return list({id(round_.gang): round_.gang for round_ in self._rounds.values()}.values())
+        return [*self._idle, *{id(r.gang): r.gang for r in self._rounds.values()}.values()]
 
-    def _hire(self) -> None:
-        gang = self._hire_gang()
-        self._begin(_Round(gang, []), gang.open(self._job))
+    def _take_works(self) -> bool:
+        """Take the next work as soon as no shard waits; False when all is done."""
+        self._efforts = [effort for effort in self._efforts if effort.open]
+        while not any(effort.waiting for effort in self._efforts):
+            work = self._works.take(wait=not self._efforts)
+            if work is None:
+                break
+            self._efforts.append(Effort(work))
+            self._moved = time.monotonic()
+        return bool(self._efforts)
 
-    def _begin(self, round_: _Round, references: Sequence[Any]) -> None:
+    def _employ(self) -> None:
+        """Give idle gangs work, and hire others where shards wait that no gang is there for."""
+        for gang in list(self._idle):
+            effort = next((e for e in self._efforts if e.waiting and e.shape == gang.shape), None)
+            if effort is None:
+                self._help(gang)
+            else:
+                self._idle.remove(gang)
+                self._give(gang, effort)
+        for effort in self._efforts:
+            coming = sum(r.effort is effort and not r.shards for r in set(self._rounds.values()))
+            there = sum(gang.shape == effort.shape for gang in self._gangs())
+            for _ in range(min(effort.rounds_waiting - coming, self._replicas(effort.placement) - there)):
+                gang = self._hire_gang(effort.placement)
+                self._begin(_Round(gang, effort, [], effort.rows), gang.open(effort.work.job))
+        if self._idle:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Stop idle gangs where one of another shape waits for what they hold."""
+        opening = {r.gang for r in self._rounds.values() if not r.shards}
+        wanted = {gang.shape for gang in opening if not _is_placed(gang)}
+        for gang in [gang for gang in self._idle if wanted - {gang.shape}]:
+            self._idle.remove(gang)
+            gang.stop()
+
+    def _help(self, gang: Gang) -> None:
+        """Let an idle gang measure the slowest shard too; whichever result comes first counts."""
+        now = time.monotonic()
+        late = [
+            r
+            for r in set(self._rounds.values())
+            if r.effort.shape == gang.shape and r.effort.is_late(r.shards, now - r.begun)
+        ]
+        if not late:
+            return
+        slowest = min(late, key=lambda r: r.begun)
+        slowest.effort.helped.add(slowest.shards[0].shard_id)
+        slowest.effort.waiting.append(slowest.shards[0])
+        self._idle.remove(gang)
+        self._give(gang, slowest.effort)
+
+    def _give(self, gang: Gang, effort: Effort) -> None:
+        """Begin a round: open the effort's model, or measure the next of its shards."""
+        if gang.job != effort.work.job:
+            self._begin(_Round(gang, effort, [], effort.rows), gang.open(effort.work.job))
+            return
+        shards = effort.next_shards()
+        forwards = max(-(-shard.num_sequences // effort.rows) for shard in shards)
+        of_ranks: list[Shard | None] = [*shards, *[None] * (effort.shards_a_round - len(shards))]
+        if effort.shards_a_round == 1:
+            of_ranks *= len(gang.names)
+        run_id = effort.work.job.run_id
+        tasks = [Task(shard=shard, rows=effort.rows, forwards=forwards, run_id=run_id) for shard in of_ranks]
+        self._begin(_Round(gang, effort, shards, effort.rows), gang.analyze(tasks))
+
+    def _begin(self, round_: _Round, references: list[Any]) -> None:
         round_.waiting_for = set(references)
         self._rounds |= dict.fromkeys(references, round_)
 
-    def _give_work(self, gang: Gang) -> None:
-        shards = [self._waiting.popleft() for _ in range(min(self._shards_a_round, len(self._waiting)))]
-        if not shards:
-            self._idle.append(gang)
+    def _wait(self) -> None:
+        """Take what has come, or look after what does not come."""
+        poll = min(POLL_SECONDS, self._hang_seconds / 4)
+        soon = SOON_SECONDS if self._idle and not self._works.exhausted else poll
+        references = list(self._rounds)
+        if not references:
             return
-        forwards = max(-(-shard.num_sequences // self._rows) for shard in shards)
-        of_ranks: list[Shard | None] = [*shards, *[None] * (self._shards_a_round - len(shards))]
-        if self._shards_a_round == 1:
-            of_ranks *= len(gang.names)
-        tasks = [Task(shard=shard, rows=self._rows, forwards=forwards) for shard in of_ranks]
-        self._begin(_Round(gang, shards), gang.analyze(tasks))
+        if not ray.wait(references, num_returns=1, timeout=soon)[0]:
+            self._require_placement()
+        for reference in ray.wait(references, num_returns=len(references), timeout=0)[0]:
+            self._moved = time.monotonic()
+            self._finish(reference)
+        if time.monotonic() - self._polled > poll:
+            self._polled = time.monotonic()
+            self._stop_hanging()
 
-    def _finish(self, reference: Any) -> Iterator[ShardResult]:
+    def _finish(self, reference: Any) -> None:
         round_ = self._rounds.get(reference)
         if round_ is None:
             return  # its gang was stopped
+        effort = round_.effort
         try:
             result = ray.get(reference)
         except RayTaskError as error:
-            if isinstance(error.cause, BatchTooLarge) and self._rows > 1:
-                self._rows = (self._rows + 1) // 2
-                self._replace(round_, None)
-                return
-            if isinstance(error.cause, AvssError):
-                raise error.cause from None
-            self._replace(round_, f"{type(error.cause).__name__}: {error.cause}")
+            self._fail(round_, reference, error.cause)
             return
-        except (RayActorError, OutOfMemoryError) as error:
+        except RayError as error:  # the worker, its node or the result was lost
+            if missing := missing_package(error):
+                self._end(effort, missing)
             self._replace(round_, str(error).splitlines()[0])
             return
         del self._rounds[reference]
         round_.waiting_for.discard(reference)
-        if result is not None and result.shard_id in self._left:
-            self._left.discard(result.shard_id)
-            yield result
+        if result is not None and effort.counts(result.shard_id):
+            self._outcomes.append((effort.work, result))
+            self._metrics.measured(result.num_tokens, is_last=not effort.left)
         if not round_.waiting_for:
-            self._give_work(round_.gang)
+            if round_.shards:
+                effort.seconds.append(time.monotonic() - round_.begun)
+            else:
+                round_.gang.job = effort.work.job
+            self._free(round_.gang, effort)
+
+    def _free(self, gang: Gang, effort: Effort) -> None:
+        """A gang has finished a round: its next one at once, or it is idle."""
+        if effort.open and effort.waiting:
+            self._give(gang, effort)
+        else:
+            self._idle.append(gang)
+
+    def _fail(self, round_: _Round, reference: Any, error: Exception) -> None:
+        """A rank raised."""
+        if isinstance(error, BatchTooLarge) and round_.rows > 1:
+            round_.effort.rows = min(round_.effort.rows, (round_.rows + 1) // 2)
+            self._replace(round_, None)
+        elif not isinstance(error, AvssError):
+            self._replace(round_, f"{type(error).__name__}: {error}")
+        else:
+            self._end(round_.effort, error)
+            if len(round_.gang.names) > 1:  # the other ranks may wait for this one
+                self._replace(round_, None)
+                return
+            del self._rounds[reference]
+            round_.gang.job = None
+            self._idle.append(round_.gang)
+
+    def _end(self, effort: Effort, error: AvssError) -> None:
+        """A work cannot go on; what its gangs still do is of no use."""
+        if effort.open:
+            effort.drop()
+            self._metrics.failed()
+            self._outcomes.append((effort.work, error))
+
+    def _require_placement(self) -> None:
+        """End a work for whose gangs the cluster has had no room for too long."""
+        if any(_is_placed(gang) for gang in self._gangs()):
+            return
+        if time.monotonic() - self._moved <= self._placement_seconds:
+            return
+        effort = self._efforts[0]
+        why = f"No worker was placed in {self._placement_seconds:.0f} seconds. {self._shortage(effort.placement)}"
+        hint = "Free some of it, ask for fewer --replicas, --ranks or --gpus-per-replica, or use another cluster."
+        self._end(effort, RunFailed(why, hint))
+        for round_ in {r for r in self._rounds.values() if r.effort is effort}:
+            self._stop(round_)
+        self._moved = time.monotonic()
 
     def _stop_hanging(self) -> None:
         """Replace the gangs of which a rank has begun no layer for too long."""
-        ready, _ = ray.wait([self._beats.ages.remote()], timeout=POLL_SECONDS)
-        ages: dict[str, float] = ray.get(ready[0]) if ready else {}
-        for round_ in {id(round_): round_ for round_ in self._rounds.values()}.values():
+        ages: dict[str, float] = {}
+        try:
+            ready, _ = ray.wait([self._beats.ages.remote()], timeout=POLL_SECONDS)
+            ages = ray.get(ready[0]) if ready else {}
+        except RayError:  # lost with its node; Ray starts it elsewhere
+            return
+        for round_ in set(self._rounds.values()):
             late = [name for name in round_.gang.names if ages.get(name, 0.0) > self._hang_seconds]
             if late:
                 self._replace(round_, f"rank {late[0]} made no progress in {self._hang_seconds:g} seconds")
 
     def _replace(self, round_: _Round, why: str | None) -> None:
-        """Stop a gang and take another; its unfinished shards wait again. ``why`` None is no failure of theirs."""
+        """Stop a gang; its unfinished shards wait again, for another. ``why`` None is no failure of theirs."""
+        self._stop(round_)
+        try:
+            round_.effort.take_back(round_.shards, why)
+        except RunFailed as error:
+            self._end(round_.effort, error)
+
+    def _stop(self, round_: _Round) -> None:
         round_.gang.stop()
         for reference in round_.waiting_for:
             self._rounds.pop(reference, None)
-        unfinished = [shard for shard in round_.shards if shard.shard_id in self._left]
-        if why:
-            failed: list[int | None] = [shard.shard_id for shard in unfinished]
-            for key in failed or [None]:
-                self._count_failure(key, why)
-        self._waiting.extendleft(reversed(unfinished))
-        if self._idle:
-            self._give_work(self._idle.pop())
-        else:
-            self._hire()
-
-    def _count_failure(self, key: int | None, why: str) -> None:
-        """Fail the run when a shard, or opening the model (None), has failed too often."""
-        self._failures[key] += 1
-        if self._failures[key] >= ATTEMPTS:
-            what = "Opening the model" if key is None else f"Shard {key}"
-            raise RunFailed(
-                f"{what} failed {ATTEMPTS} times; the last time: {why}", "Everything measured so far is kept."
-            )
 
 
 def _is_placed(gang: Gang) -> bool:

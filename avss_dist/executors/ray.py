@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Generator, Sequence
-from itertools import count
+from collections.abc import Generator, Iterator
+from itertools import chain, count
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
 from avss_dist.config import Execution, Settings
-from avss_dist.corpus import Shard
 from avss_dist.errors import ConfigError, RunFailed
-from avss_dist.executors.base import Job
-from avss_dist.executors.gang import Beats, Gang
+from avss_dist.executors.ahead import Ahead
+from avss_dist.executors.base import Outcome, Work
+from avss_dist.executors.gang import Beats, Gang, missing_package
 from avss_dist.executors.pool import Pool
 from avss_dist.partition.base import Placement
 from avss_dist.partition.devices import Devices, devices_here, pick_device
-from avss_dist.stats import ShardResult
 
 
 class RayExecutor:
@@ -29,7 +28,6 @@ class RayExecutor:
         self._execution = execution
         self._address = execution.address or os.environ.get("RAY_ADDRESS")
         self._started = False
-        self._idle: list[Gang] = []
         self._names = count()
         self._beats: Any = None
         if self._address:
@@ -59,33 +57,32 @@ class RayExecutor:
             )
         return replicas
 
-    def run(self, job: Job, shards: Sequence[Shard]) -> Generator[ShardResult, None, None]:
-        """Yield a result for every shard, as workers finish them."""
-        replicas = self.replicas(job.placement)
+    def run(self, works: Iterator[Work]) -> Generator[Outcome, None, None]:
+        """Yield results as workers finish them; the next work is prepared meanwhile. Works share the workers."""
+        first = next(works, None)
+        if first is None:
+            return
         self._connect()
-        self._dismiss(job.placement)
-        cpus = self._cpus(job.placement, replicas)
+        ahead = Ahead(chain([first], works))
         pool = Pool(
-            job,
-            shards,
-            hire=lambda: self._hire(job.placement, cpus),
+            ahead,
+            hire=self._hire,
+            replicas=self.replicas,
             beats=self._beats,
             placement_seconds=self._execution.placement_seconds,
             hang_seconds=self._execution.hang_seconds,
-            shortage=lambda: _shortage(job.placement, cpus),
+            shortage=lambda placement: _shortage(placement, self._cpus(placement)),
         )
         try:
-            yield from pool.results(replicas)
+            yield from pool.outcomes()
         finally:
-            self._idle += pool.idle()
+            ahead.close()
+            pool.close()
 
     def close(self) -> None:
         """Stop the workers, and Ray if it was started here."""
         if not ray.is_initialized():
             return
-        for gang in self._idle:
-            gang.stop()
-        self._idle = []
         if self._beats is not None:
             ray.kill(self._beats)
         if self._started:
@@ -110,24 +107,16 @@ class RayExecutor:
         if self._beats is None:
             self._beats = ray.remote(Beats).options(num_cpus=0, max_restarts=-1).remote()
 
-    def _cpus(self, placement: Placement, replicas: int) -> int:
+    def _cpus(self, placement: Placement) -> int:
         """CPUs of one rank: an even share."""
-        return max(1, min(self.devices.cpus // (replicas * placement.ranks), self.devices.cpus_of_largest_node))
+        ranks = self.replicas(placement) * placement.ranks
+        return max(1, min(self.devices.cpus // ranks, self.devices.cpus_of_largest_node))
 
-    def _hire(self, placement: Placement, cpus: int) -> Gang:
-        """A gang that has no work, or a new one."""
-        if self._idle:
-            return self._idle.pop()
+    def _hire(self, placement: Placement) -> Gang:
+        cpus = self._cpus(placement)
         threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or cpus
         name = f"{os.getpid()}-{next(self._names)}"
         return Gang(name, placement, cpus=cpus, threads=threads, beats=self._beats)
-
-    def _dismiss(self, placement: Placement) -> None:
-        """Stop idle gangs of another shape."""
-        fits = [(g.placement.ranks, g.placement.gpus) == (placement.ranks, placement.gpus) for g in self._idle]
-        for gang in [gang for gang, fit in zip(self._idle, fits, strict=True) if not fit]:
-            gang.stop()
-        self._idle = [gang for gang, fit in zip(self._idle, fits, strict=True) if fit]
 
 
 def _shortage(placement: Placement, cpus: int) -> str:
@@ -147,7 +136,12 @@ def _devices_of_cluster(device: str) -> Devices:
     kind = ("cuda" if gpus else "cpu") if device == "auto" else device
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     probe = ray.remote(devices_here).options(num_cpus=0, num_gpus=1 if kind == "cuda" and gpus else 0)
-    seen: Devices = ray.get(probe.remote(kind))
+    try:
+        seen: Devices = ray.get(probe.remote(kind))
+    except RayError as error:
+        if missing := missing_package(error):
+            raise missing from error
+        raise
     return Devices(
         kind=kind,
         count=gpus if kind == "cuda" else 1,

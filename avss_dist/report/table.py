@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from avss_dist.config import LOWEST_SHARE, describe_threshold
+from avss_dist.findings import TRACKS_DEPTH
 from avss_dist.scoring import count_lowest, depth_correlation
 
 BAR_WIDTH = 18
 LOWEST = "bold red"
-TRACKS_DEPTH = 0.9  # absolute Spearman correlation above which a score is little more than depth
 
 
 def layer_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> RenderableType:

@@ -1,0 +1,240 @@
+"""`avss compare`, `findings`, `scores`, `quantiles` and `export`: what the runs of a warehouse say, together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from avss_dist.cli.base import console, explained
+from avss_dist.cli.choose import choose_runs
+from avss_dist.cli.options import RecipeOption, SiteOption, ThresholdOption, WarehousePath
+from avss_dist.cli.read import choose_scores
+from avss_dist.config import LOWEST_SHARE, PUBLISHED_THRESHOLD, RECIPES, SITES, describe_threshold, parse_threshold
+from avss_dist.errors import ConfigError, QueryError, require_known
+
+FORMATS = ("table", "csv", "json")
+KINDS = ("csv", "json", "latex", "markdown")
+PUBLISHED = f"{PUBLISHED_THRESHOLD:g}"
+
+EveryRunOption = Annotated[
+    list[str] | None,
+    typer.Option("--run", help="Which run, or a glob such as 'smollm2-*'; repeatable. All by default."),
+]
+NewestRunOption = Annotated[
+    list[str] | None, typer.Option("--run", help="Which run, or a glob; repeatable. The newest by default.")
+]
+FormatOption = Annotated[str, typer.Option("--format", help=f"{', '.join(FORMATS)}.")]
+
+
+@explained
+def compare(
+    warehouse: WarehousePath,
+    run: EveryRunOption = None,
+    by: Annotated[
+        str,
+        typer.Option(
+            help="What a pair differs in: run, family, revision, corpus, dtype; recipe, threshold, site, score."
+        ),
+    ] = "run",
+    site: SiteOption = SITES[0],
+    recipe: RecipeOption = RECIPES[0],
+    threshold: ThresholdOption = PUBLISHED,
+    score: Annotated[
+        str,
+        typer.Option(help="avss, block_influence, angular_distance, relative_magnitude, update_variance_ratio."),
+    ] = "avss",
+    k: Annotated[int | None, typer.Option("--k", help="How many of the lowest layers to compare.", min=1)] = None,
+    share: Annotated[float, typer.Option(help="The same as a share of the layers.", min=0, max=1)] = LOWEST_SHARE,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Compare runs of other corpora, dtypes and so on.")] = False,
+    format: FormatOption = FORMATS[0],
+) -> None:
+    """Say how far the rankings of layers agree, and what to know before believing them."""
+    require_known("format", format, FORMATS)
+    require_known("site", site, SITES)
+    require_known("recipe", recipe, RECIPES)
+    from avss_dist.compare import compare as compare_runs
+    from avss_dist.findings import findings as find
+    from avss_dist.query import Warehouse
+    from avss_dist.report.compare import findings_table, pairs_table
+    from avss_dist.report.output import write_table
+    from avss_dist.scoring import Threshold
+
+    opened = Warehouse(warehouse)
+    names = [row["run_id"] for row in choose_runs(opened, run or [], every=True)]
+    value, kind = parse_threshold(threshold)
+    at = Threshold(value=value, kind=kind)
+    pairs = compare_runs(
+        opened, names, by=by, site=site, recipe=recipe, threshold=at, score=score, k=k, share=share, anyway=anyway
+    )
+    if format != FORMATS[0]:
+        return write_table(pairs, format, console())
+    fixed = {"score": score, "site": site, "recipe": recipe, "threshold": f"|x| < {describe_threshold(value, kind)}"}
+    title = f"by {by}  " + " / ".join(text for name, text in fixed.items() if name != by)
+    console().print(pairs_table(pairs, title))
+    compared = {*pairs["a_run_id"].to_pylist(), *pairs["b_run_id"].to_pylist()}
+    found = find(opened, [name for name in names if name in compared], threshold=at)
+    shown = _at(found, None if by == "site" else site, None if by == "recipe" else recipe)
+    console().print(findings_table(shown))
+    return None
+
+
+@explained
+def findings(
+    warehouse: WarehousePath,
+    run: EveryRunOption = None,
+    site: SiteOption = SITES[0],
+    recipe: RecipeOption = RECIPES[0],
+    threshold: ThresholdOption = PUBLISHED,
+    every: Annotated[bool, typer.Option("--all", help="Of every site and recipe.")] = False,
+    format: FormatOption = FORMATS[0],
+) -> None:
+    """Say what a careful reader would warn of: scores that track depth, noise, rounding, single units, and so on."""
+    require_known("format", format, FORMATS)
+    require_known("site", site, SITES)
+    require_known("recipe", recipe, RECIPES)
+    from avss_dist.findings import findings as find
+    from avss_dist.query import Warehouse
+    from avss_dist.report.compare import findings_table
+    from avss_dist.report.output import write_table
+    from avss_dist.scoring import Threshold
+
+    opened = Warehouse(warehouse)
+    value, kind = parse_threshold(threshold)
+    names = [row["run_id"] for row in choose_runs(opened, run or [], every=True)]
+    found = find(opened, names, threshold=Threshold(value=value, kind=kind))
+    shown = found if every else _at(found, site, recipe)
+    if format != FORMATS[0]:
+        return write_table(shown, format, console())
+    console().print(findings_table(shown))
+    if len(shown) < len(found):
+        print(f"{len(found) - len(shown)} more at other sites and recipes: --all.")
+    return None
+
+
+@explained
+def scores(
+    warehouse: WarehousePath,
+    threshold: ThresholdOption = PUBLISHED,
+    recipe: RecipeOption = RECIPES[0],
+    site: SiteOption = SITES[0],
+    run: NewestRunOption = None,
+    format: FormatOption = FORMATS[0],
+) -> None:
+    """Score runs at any threshold, absolute or relative, from what they stored: no model runs again."""
+    require_known("format", format, FORMATS)
+    require_known("site", site, SITES)
+    require_known("recipe", recipe, RECIPES)
+    import pyarrow.compute as pc
+
+    from avss_dist.query import Warehouse
+    from avss_dist.report.output import write_table
+    from avss_dist.report.table import layer_table
+    from avss_dist.scoring import Threshold
+    from avss_dist.thresholds import scores_at
+
+    opened = Warehouse(warehouse)
+    runs = choose_runs(opened, run or [])
+    value, kind = parse_threshold(threshold)
+    table = scores_at(opened, runs, Threshold(value=value, kind=kind), sites=[site])
+    recipes = sorted(set(table["recipe"].to_pylist()))
+    table = table.filter(pc.field("recipe") == recipe)
+    if not table.num_rows:
+        raise QueryError(f"No statistics for site '{site}' and recipe '{recipe}'.", f"Recipes: {', '.join(recipes)}.")
+    if format != FORMATS[0]:
+        return write_table(table, format, console())
+    for row in runs:
+        found = [s for s in table.to_pylist() if s["run_id"] == row["run_id"]]
+        console().print(layer_table(row, found))
+        print(f"From stored counts and histograms: {_exactness(found, value if kind == 'absolute' else None)}")
+    return None
+
+
+@explained
+def quantiles(
+    warehouse: WarehousePath,
+    q: Annotated[list[float] | None, typer.Option("--q", help="Quantile of |x|, 0 to 1; repeatable.")] = None,
+    sparsity: Annotated[
+        list[float] | None,
+        typer.Option(help="The threshold below which this share of the elements is; repeatable."),
+    ] = None,
+    site: SiteOption = SITES[0],
+    run: NewestRunOption = None,
+    format: FormatOption = FORMATS[0],
+) -> None:
+    """Say how large activations are, by layer: quantiles of |x|, or the threshold for a wanted sparsity."""
+    require_known("format", format, FORMATS)
+    require_known("site", site, SITES)
+    shares = [*(q or []), *(sparsity or [])] or [0.5, 0.9, 0.99]
+    for share in shares:
+        if not 0 <= share <= 1:
+            raise ConfigError(f"{share:g} is not a share.", "Write a number from 0 to 1.")
+    from avss_dist.query import Warehouse
+    from avss_dist.report.compare import quantiles_table
+    from avss_dist.report.output import write_table
+    from avss_dist.thresholds import quantiles as find
+
+    opened = Warehouse(warehouse)
+    runs = choose_runs(opened, run or [])
+    table = find(opened, runs, shares, [site])
+    if not table.num_rows:
+        raise QueryError(f"No statistics of site '{site}'.", "avss query WAREHOUSE 'SELECT run_id, sites FROM runs'")
+    if format != FORMATS[0]:
+        return write_table(table, format, console())
+    for row in runs:
+        found = [r for r in table.to_pylist() if r["run_id"] == row["run_id"]]
+        if found:
+            console().print(quantiles_table(found))
+    return None
+
+
+@explained
+def export(
+    warehouse: WarehousePath,
+    to: Annotated[str, typer.Option("--to", help=f"{', '.join(KINDS)}.")],
+    run: NewestRunOption = None,
+    site: SiteOption = SITES[0],
+    recipe: RecipeOption = RECIPES[0],
+    threshold: ThresholdOption = PUBLISHED,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="FILE; else standard output.")] = None,
+) -> None:
+    """Write scores by layer as a table for a paper."""
+    require_known("--to", to, KINDS)
+    from avss_dist.query import Warehouse
+    from avss_dist.report.export import export_text
+
+    opened = Warehouse(warehouse)
+    runs = choose_runs(opened, run or [])
+    text = export_text(runs, choose_scores(opened, runs, site, recipe, threshold), to)
+    if output is None:
+        print(text, end="")
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise QueryError(f"{output} cannot be written: {error.strerror}.", "Choose another place with -o.") from error
+    print(output)
+
+
+def _exactness(scores: list[dict[str, Any]], threshold: float | None) -> str:
+    """How far near-zero counts are known, and where they would be exact."""
+    from avss_dist.thresholds import INTERPOLATED, bin_edges
+
+    cut = [s for s in scores if s["exactness"] == INTERPOLATED]
+    if not cut:
+        return "every count is exact."
+    off = max(max(s["near_zero_high"] - k, k - s["near_zero_low"]) / k for s in cut if (k := s["near_zero_count"]))
+    where = "" if threshold is None else " Exact: {:.10g} and {:.10g}.".format(*bin_edges(threshold))
+    said = f"{len(cut)} of {len(scores)} counts are interpolated inside a bin"
+    return f"{said}, and off by {off:.0%} at the very most.{where}"
+
+
+def _at(found: Any, site: str | None, recipe: str | None) -> Any:
+    """Findings of a site and a recipe, and those that hold whatever they are; None is any."""
+    import pyarrow.compute as pc
+
+    for name, value in (("site", site), ("recipe", recipe)):
+        if value is not None:
+            found = found.filter((pc.field(name) == value) | pc.field(name).is_null())
+    return found

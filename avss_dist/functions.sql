@@ -1,0 +1,80 @@
+-- What SQL has beside DuckDB's own functions: scores at any threshold, from the counts and histograms of layer_stats.
+CREATE TEMP MACRO bin_edge(bin) AS
+    CASE WHEN bin < 8 THEN bin * pow(2.0, -129) ELSE pow(2.0, bin // 8 - 127) * (1 + (bin % 8) / 8) END;
+
+CREATE TEMP MACRO bin_share(bin, threshold) AS
+    greatest(0, least(1, (threshold - bin_edge(bin)) / (bin_edge(bin + 1) - bin_edge(bin))));
+
+CREATE TEMP MACRO sparsity_at(value, kind := 'absolute') AS TABLE
+WITH placed AS (
+    SELECT *, CASE kind WHEN 'absolute' THEN value::DOUBLE WHEN 'rms' THEN value * sqrt(m2 / count + mean ** 2)
+        ELSE error('kind is absolute or rms, not ' || kind) END AS absolute_threshold
+    FROM layer_stats
+),
+shared AS (
+    SELECT *, CASE WHEN kind = 'absolute' THEN list_position(thresholds, absolute_threshold) END AS counted,
+        list_transform(histogram_bin, lambda b: bin_share(b::INT, absolute_threshold)) AS shares
+    FROM placed
+)
+SELECT
+    run_id, model, revision, family, layer, layer_name, depth, site,
+    value::DOUBLE AS threshold,
+    kind AS threshold_kind,
+    absolute_threshold,
+    count,
+    CASE WHEN counted IS NULL THEN coalesce(list_dot_product(histogram_count::DOUBLE[], shares), 0)
+        ELSE near_zero[counted] END::DOUBLE AS near_zero_count,
+    near_zero_count / nullif(count, 0) AS sparsity,
+    CASE WHEN counted IS NULL AND len(list_filter(shares, lambda s: s > 0 AND s < 1)) > 0
+        THEN 'interpolated' ELSE 'exact' END AS exactness,
+    CASE exactness WHEN 'exact' THEN near_zero_count
+        ELSE list_dot_product(histogram_count::DOUBLE[], list_transform(shares, lambda s: floor(s))) END AS near_zero_low,
+    CASE exactness WHEN 'exact' THEN near_zero_count
+        ELSE list_dot_product(histogram_count::DOUBLE[], list_transform(shares, lambda s: ceil(s))) END AS near_zero_high
+FROM shared;
+
+CREATE TEMP MACRO scores_at(value, kind := 'absolute') AS TABLE
+WITH measured AS (
+    SELECT a.*, l.m2, l.pooled_variance_sum, l.sequence_count, l.unit_sum, l.unit_count,
+        min(len(l.unit_sum)) OVER (PARTITION BY l.run_id, l.site) AS units
+    FROM sparsity_at(value, kind := kind) AS a
+    JOIN layer_stats AS l ON (l.run_id, l.layer, l.site) = (a.run_id, a.layer, a.site)
+),
+recipes AS (
+    SELECT * EXCLUDE (sparsity), 'pooled' AS recipe, pooled_variance_sum / nullif(sequence_count, 0) AS variance
+    FROM measured
+    UNION ALL BY NAME
+    SELECT * EXCLUDE (sparsity), 'element' AS recipe, m2 / nullif(count, 0) AS variance
+    FROM measured
+    UNION ALL BY NAME
+    SELECT * EXCLUDE (sparsity) REPLACE (
+            CASE WHEN unit_count > 0 THEN len(unit_sum) ELSE 0 END AS count,
+            len(list_filter(unit_sum, lambda s: abs(s / unit_count) < absolute_threshold))::DOUBLE AS near_zero_count,
+            'exact' AS exactness,
+            len(list_filter(unit_sum, lambda s: abs(s / unit_count) < absolute_threshold))::DOUBLE AS near_zero_low,
+            len(list_filter(unit_sum, lambda s: abs(s / unit_count) < absolute_threshold))::DOUBLE AS near_zero_high
+        ),
+        'unit' AS recipe, list_var_pop(list_transform(unit_sum, lambda s: s / nullif(unit_count, 0))) AS variance
+    FROM measured
+    WHERE units > 0
+),
+smoothed AS (
+    SELECT *, near_zero_count / nullif(count, 0) AS sparsity,
+        CASE WHEN count > 0 THEN (near_zero_count + 0.5) / (count + 1) END AS smoothed_sparsity,
+        variance / nullif(sum(variance) OVER layers, 0) AS nav,
+        sparsity / nullif(sum(sparsity) OVER layers, 0) AS nas,
+        nav / (smoothed_sparsity / sum(smoothed_sparsity) OVER layers) AS avss_smoothed
+    FROM recipes
+    WINDOW layers AS (PARTITION BY run_id, site, recipe)
+)
+SELECT
+    run_id, model, revision, family, layer, layer_name, depth, site, recipe, threshold, threshold_kind, count,
+    near_zero_count, exactness, near_zero_low, near_zero_high, variance, sparsity, nav, nas,
+    CASE WHEN near_zero_count > 0 THEN nav / nas END AS avss,
+    avss_smoothed,
+    CASE WHEN avss_smoothed IS NOT NULL THEN
+        row_number() OVER (PARTITION BY run_id, site, recipe ORDER BY avss_smoothed NULLS LAST, layer) END AS rank,
+    CASE WHEN near_zero_count = 0 THEN 'zero_sparsity' WHEN near_zero_count < 100 THEN 'noisy_sparsity' ELSE 'ok' END
+        AS quality
+FROM smoothed
+ORDER BY run_id, site, recipe, layer;

@@ -1,0 +1,144 @@
+"""Scores by layer as tables for a paper: CSV, JSON, LaTeX (booktabs), Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from avss_dist.config import LOWEST_SHARE, describe_threshold
+from avss_dist.report.compare import short_name
+from avss_dist.scoring import count_lowest
+
+DIGITS = 3
+COLUMNS = {
+    "layer": "Layer",
+    "avss_smoothed": "AVSS",
+    "avss_low": "2.5%",
+    "avss_high": "97.5%",
+    "rank": "Rank",
+    "lowest_set_probability": "P(lowest)",
+    "variance": "Variance",
+    "sparsity": "Sparsity",
+    "block_influence": "Block influence",
+    "relative_magnitude": "Relative magnitude",
+}
+PLACE = ("run_id", "model", "revision", "family", "site", "recipe", "threshold", "threshold_kind")
+_LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "\n": " ",
+}
+
+
+def export_text(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], kind: str) -> str:
+    """Scores of runs at one site, recipe and threshold, rounded to three significant digits.
+
+    ``csv`` and ``json`` are one table; ``latex`` and ``markdown`` one for each run, the lowest 25% of layers in bold.
+
+    Args:
+        runs: rows of ``runs``.
+        scores: rows of ``scores`` of these runs, by layer.
+        kind: ``csv``, ``json``, ``latex`` or ``markdown``.
+    """
+    rows = [{name: _round(s[name]) for name in (*PLACE, *COLUMNS)} for s in scores]
+    if kind == "json":
+        return json.dumps(rows, indent=1) + "\n"
+    if kind == "csv":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [*PLACE, *COLUMNS], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+    write = latex_table if kind == "latex" else markdown_table
+    return "\n".join(write(run, [s for s in scores if s["run_id"] == run["run_id"]]) for run in runs)
+
+
+def latex_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> str:
+    """One run as a LaTeX table; it needs the package booktabs."""
+    body = _body(scores, _latex_number, lambda cell: rf"\textbf{{\boldmath {cell}}}")
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{escape_latex(caption(run, scores))}}}",
+        rf"\begin{{tabular}}{{{'r' * len(COLUMNS)}}}",
+        r"\toprule",
+        " & ".join(escape_latex(name) for name in COLUMNS.values()) + r" \\",
+        r"\midrule",
+        *(" & ".join(row) + r" \\" for row in body),
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> str:
+    """One run as a Markdown table, its caption above it."""
+    body = _body(scores, _number, lambda cell: f"**{cell}**")
+    lines = [
+        escape_markdown(caption(run, scores)),
+        "",
+        f"| {' | '.join(COLUMNS.values())} |",
+        f"|{'---:|' * len(COLUMNS)}",
+        *(f"| {' | '.join(row)} |" for row in body),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> str:
+    """What the numbers are, in words."""
+    first = scores[0]
+    threshold = describe_threshold(first["threshold"], first["threshold_kind"])
+    what = f"{first['site']} site, {first['recipe']} recipe, |x| < {threshold}"
+    corpus = f"{run['num_tokens']:,} tokens of {short_name(run['corpus'])}, {run['dtype']}"
+    return (
+        f"Layer scores of {short_name(run['model'])} ({what}; {corpus}). Layers count from 0; rank 1 is the least "
+        f"important; bold: the {LOWEST_SHARE:.0%} with the lowest AVSS; 95% interval over {run['num_shards']} shards."
+    )
+
+
+def escape_latex(text: str) -> str:
+    """Text that LaTeX prints as it is."""
+    return "".join(_LATEX.get(c, c) for c in text)
+
+
+def escape_markdown(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", text.replace("\n", " "))
+
+
+def _body(
+    scores: Sequence[Mapping[str, Any]], write: Callable[[Any], str], bold: Callable[[str], str]
+) -> list[list[str]]:
+    lowest = count_lowest(len(scores))
+    rows = []
+    for s in scores:
+        cells = [write(s[name]) for name in COLUMNS]
+        rows.append([bold(cell) for cell in cells] if s["rank"] is not None and s["rank"] <= lowest else cells)
+    return rows
+
+
+def _round(value: Any) -> Any:
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{DIGITS}g}" if isinstance(value, float) else str(value)
+
+
+def _latex_number(value: Any) -> str:
+    text = _number(value)
+    digits, exponent, power = text.partition("e")
+    if exponent:
+        return rf"${digits} \times 10^{{{int(power)}}}$"
+    return "--" if text == "-" else f"${text}$" if text.startswith("-") else text

@@ -1,0 +1,415 @@
+const $ = (id) => document.getElementById(id);
+const root = document.documentElement;
+
+// Colors.
+
+const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+
+function remembered() {
+  try { return localStorage.getItem("avss-theme"); } catch { return null; }
+}
+
+function setTheme(name) {
+  root.dataset.theme = name;
+  $("theme").setAttribute("aria-pressed", String(name === "dark"));
+  refresh();
+}
+
+$("theme").addEventListener("click", () => {
+  const name = root.dataset.theme === "dark" ? "light" : "dark";
+  try { localStorage.setItem("avss-theme", name); } catch { /* a page without storage forgets */ }
+  setTheme(name);
+});
+prefersDark.addEventListener("change", () => remembered() || setTheme(prefersDark.matches ? "dark" : "light"));
+
+/** The configuration of the charts, in the colors of the page. */
+function chartConfig() {
+  const style = getComputedStyle(root);
+  const color = (name) => style.getPropertyValue(`--${name}`).trim();
+  const font = getComputedStyle(document.body).fontFamily;
+  const text = { labelColor: color("muted"), titleColor: color("ink"), labelFont: font, titleFont: font, titleFontWeight: 500 };
+  return {
+    background: color("surface"),
+    font,
+    axis: { ...text, gridColor: color("line"), domainColor: color("line"), tickColor: color("line"), labelFontSize: 11, titleFontSize: 12 },
+    axisY: { minExtent: 40 },
+    legend: { ...text, labelLimit: 320, symbolStrokeWidth: 2, labelFontSize: 12 },
+    title: { color: color("muted"), font, fontSize: 12, fontWeight: 400, offset: 6 },
+    view: { stroke: null },
+    range: { category: [color("accent"), color("second")], diverging: [color("reverse"), color("middle"), color("accent")] },
+    style: {
+      weak: { color: color("ink") },
+      strong: { color: color("surface") },
+    },
+  };
+}
+
+// Tables: sorted by the button in a column's heading, missing values always last.
+
+function sortTable(table, column, descending) {
+  const headings = [...table.tHead.rows[0].cells];
+  const numeric = headings[column].classList.contains("number");
+  const key = (row) => row.cells[column].dataset.value;
+  const compare = (a, b) => {
+    if (key(a) === "" || key(b) === "") return (key(a) === "") - (key(b) === "");
+    const order = numeric ? Number(key(a)) - Number(key(b)) : key(a).localeCompare(key(b), "en", { numeric: true });
+    return descending ? -order : order;
+  };
+  table.tBodies[0].append(...[...table.tBodies[0].rows].sort(compare));
+  headings.forEach((heading, i) => {
+    if (i === column) heading.setAttribute("aria-sort", descending ? "descending" : "ascending");
+    else heading.removeAttribute("aria-sort");
+  });
+}
+
+for (const table of document.querySelectorAll("table.sortable")) {
+  table.tHead.addEventListener("click", (event) => {
+    const heading = event.target.closest("button")?.parentElement;
+    if (heading) sortTable(table, heading.cellIndex, heading.getAttribute("aria-sort") === "ascending");
+  });
+}
+
+// Downloads.
+
+function download(name, url) {
+  const link = document.createElement("a");
+  link.download = name;
+  link.href = url;
+  link.click();
+  if (url.startsWith("blob:")) setTimeout(() => URL.revokeObjectURL(url), 10_000);
+}
+
+/** A value of a CSV file; text that a spreadsheet would take for a formula is quoted for it. */
+function csvValue(value) {
+  if (value === null || value === undefined) return "";
+  let text = String(value);
+  if (typeof value === "string" && /^[=+\-@\t\r]/.test(text) && Number.isNaN(Number(text))) text = `'${text}`;
+  return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+}
+
+function saveCsv(name, columns, rows) {
+  const lines = [columns, ...rows].map((row) => row.map(csvValue).join(","));
+  download(`${name}.csv`, URL.createObjectURL(new Blob([lines.join("\r\n"), "\r\n"], { type: "text/csv" })));
+}
+
+for (const button of document.querySelectorAll("[data-csv]")) {
+  button.addEventListener("click", () => {
+    const table = document.querySelector(`table[data-name="${button.dataset.csv}"]`);
+    const cells = (row, value) => [...row.cells].map(value);
+    saveCsv(button.dataset.csv, cells(table.tHead.rows[0], (c) => c.textContent.trim()),
+      [...table.tBodies[0].rows].map((row) => cells(row, (c) => c.dataset.value)));
+  });
+}
+
+// The data: see page_data.py.
+
+const RIVALS = ["block_influence", "angular_distance", "relative_magnitude", "update_variance_ratio"];
+const BY_DEPTH = ["avss", ...RIVALS];
+const CHOSEN = ["site", "recipe", "threshold"];
+const CSV = {
+  heat: ["run", "layer", "layer_name", "from", "to", "rank", "share", "avss"],
+  correlation: ["run", "other", "correlation"],
+  scatter: ["run", "layer", "layer_name", "depth", "sparsity", "variance", "rank"],
+};
+for (const name of BY_DEPTH) {
+  const interval = name === "avss" ? ["low", "high", "chance", "quality"] : [];
+  CSV[name] = ["run", "layer", "layer_name", "depth", name, ...interval, "rank", "lowest"];
+}
+let data = null;
+let blockOf = new Map();
+
+async function readData() {
+  const bytes = Uint8Array.from(atob($("data").textContent), (character) => character.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  data = await new Response(stream).json();
+  blockOf = new Map(data.blocks.map((block) => [`${block[0]}:${block[1]}`, block]));
+}
+
+/** Layers of a run at a choice; without scores there, none. */
+function rowsOf(run, choice, which = 0) {
+  const block = blockOf.get(`${run}:${choice}`);
+  if (!block) return [];
+  const [, , start, end, lowest] = block;
+  const { label, layer_name, ...about } = data.runs[run];
+  const rows = [];
+  for (let i = start; i < end; i++) {
+    const row = { run: label, which };
+    for (const [name, column] of Object.entries(data.columns)) row[name] = column[i];
+    row.layer_name = layer_name[row.layer];
+    row.depth = (row.layer + 0.5) / layer_name.length;
+    row.lowest = row.rank !== null && row.rank <= lowest;
+    for (const name of RIVALS) row[name] = about[name][row.layer];
+    rows.push(row);
+  }
+  return rows;
+}
+
+// What is chosen.
+
+const chosen = (name) => document.querySelector(`input[name="${name}"]:checked`)?.value;
+const run = () => Number($("run").value);
+const other = () => ($("other").value === "" || $("other").value === $("run").value ? null : Number($("other").value));
+const unique = (name, choices) => [...new Set(choices.map((choice) => choice[name]))];
+
+/** Positions of the choices of a site and recipe, by threshold. */
+function choicesOf(site, recipe) {
+  return data.choices.flatMap((choice, i) => (choice.site === site && choice.recipe === recipe ? [i] : []));
+}
+
+const choice = () => choicesOf(chosen("site"), chosen("recipe"))[$("threshold").valueAsNumber];
+const described = ({ site, recipe, threshold }) => `${site} site, ${recipe} recipe, |x| < ${threshold}`;
+
+function addRadios(name, values, value) {
+  for (const each of values) {
+    const label = document.createElement("label");
+    const input = Object.assign(document.createElement("input"), { type: "radio", name, value: each, checked: each === value });
+    label.append(input, Object.assign(document.createElement("span"), { textContent: each }));
+    $(name).append(label);
+  }
+}
+
+/** Offer the recipes of the site and the thresholds of both; the threshold stays if it is there. */
+function offer(threshold) {
+  const recipes = unique("recipe", data.choices.filter((c) => c.site === chosen("site")));
+  for (const input of document.querySelectorAll('input[name="recipe"]')) input.disabled = !recipes.includes(input.value);
+  if (!recipes.includes(chosen("recipe"))) document.querySelector(`input[name="recipe"][value="${recipes[0]}"]`).checked = true;
+  const thresholds = choicesOf(chosen("site"), chosen("recipe")).map((i) => data.choices[i].threshold);
+  const slider = $("threshold");
+  slider.max = String(thresholds.length - 1);
+  slider.value = String(Math.max(0, thresholds.indexOf(threshold)));
+  slider.dataset.value = thresholds[slider.valueAsNumber];
+}
+
+function tell() {
+  const threshold = data.choices[choice()].threshold;
+  $("threshold").dataset.value = threshold;
+  $("threshold").setAttribute("aria-valuetext", `below ${threshold}`);
+  $("threshold-text").textContent = `|x| < ${threshold}`;
+  const scored = data.runs.filter((_, i) => blockOf.has(`${i}:${choice()}`)).length;
+  $("status").textContent = `${described(data.choices[choice()])}: scored in ${scored} of ${data.runs.length} runs.`;
+}
+
+// Charts.
+
+const MANY = 2000; // marks, above which a canvas is quicker than elements
+const figures = Object.fromEntries([...document.querySelectorAll("[data-chart]")].map((f) => [f.dataset.chart, f]));
+
+/** Draw rows: into the view that is there, if the specification and the colors are the same. */
+async function draw(name, variant, rows, given, said, nothing = "Nothing to draw: not measured at this choice.") {
+  const figure = figures[name];
+  const place = figure.querySelector(".view");
+  const signals = { choice: described(data.choices[choice()]), limit: figure.clientWidth - 90, ...given };
+  const title = figure.querySelector("h3").textContent;
+  const text = rows.length ? said : nothing;
+  figure.rows = rows;
+  figure.querySelector(".said").textContent = text;
+  for (const button of figure.querySelectorAll("[data-save]")) button.disabled = rows.length === 0;
+  place.setAttribute("aria-label", `${title}, ${signals.choice}. ${text} The table of scores has the numbers.`);
+  place.hidden = rows.length === 0;
+  if (!rows.length) return;
+  const height = figure.dataset.rows === undefined ? undefined : 22 * new Set(rows.map((row) => row.run)).size;
+  const key = `${variant} ${height} ${root.dataset.theme} ${rows.length > MANY}`;
+  const copies = rows.map((row) => ({ ...row, low: row.low ?? row.avss, high: row.high ?? row.avss }));
+  if (figure.key !== key) {
+    figure.view?.finalize();
+    const spec = { ...data.charts[variant], datasets: { rows: copies } };
+    if (height) spec.height = height;
+    spec.params = spec.params.map((param) => (param.name in signals ? { ...param, value: signals[param.name] } : param));
+    const tooltip = { disableDefaultStyle: true };
+    const renderer = rows.length > MANY ? "canvas" : "svg";
+    const made = await vegaEmbed(place, spec, { ast: true, actions: false, renderer, defaultStyle: false, tooltip, config: chartConfig() });
+    place.querySelector("svg, canvas").setAttribute("aria-hidden", "true"); // the place is one image, the table its text
+    figure.view = made.view;
+    figure.key = key;
+    return;
+  }
+  for (const [signal, value] of Object.entries(signals)) figure.view.signal(signal, value);
+  await figure.view.data("rows", copies).resize().runAsync();
+}
+
+function number(value) {
+  return value === null || value === undefined ? "" : String(Number(value.toPrecision(4)));
+}
+
+function extremes(rows, name) {
+  const sorted = rows.filter((row) => row[name] !== null).sort((a, b) => a[name] - b[name]);
+  if (!sorted.length) return "";
+  const [low, high] = [sorted[0], sorted.at(-1)];
+  return `Lowest in layer ${low.layer} (${number(low[name])}), highest in layer ${high.layer} (${number(high[name])}).`;
+}
+
+function saidOfAvss(rows) {
+  const lowest = rows.filter((row) => row.lowest).map((row) => row.layer);
+  const noisy = rows.filter((row) => row.quality !== "ok").length;
+  const noise = noisy ? ` ${noisy} of ${rows.length} layers have fewer than 100 near-zero activations: their sparsity is noise.` : "";
+  if (!lowest.length) return `No layer has a score.${noise}`;
+  return `Lowest 25%: layer${lowest.length === 1 ? "" : "s"} ${lowest.join(", ")}. ${extremes(rows, "avss")}${noise}`;
+}
+
+async function drawByDepth() {
+  const shown = rowsOf(run(), choice());
+  const beside = other() === null ? [] : rowsOf(other(), choice(), 1);
+  const [a, b] = [run(), other() ?? run()].map((i) => data.runs[i].layer_name.length);
+  const axis = a === b ? "layer" : "depth";
+  const names = [data.runs[run()].label, other() === null ? "" : data.runs[other()].label];
+  const signals = { names, which: beside.length ? [0, 1] : [0] };
+  for (const name of BY_DEPTH) {
+    const rows = [...shown, ...beside].filter((row) => row[name] !== null);
+    const columns = name === "avss" ? ["avss", "low"] : [name];
+    const scale = rows.every((row) => columns.every((c) => row[c] === null || row[c] > 0)) ? "log" : "linear";
+    const said = name === "avss" ? saidOfAvss(shown) : extremes(shown, name);
+    await draw(name, `${name}:${axis}:${scale}`, rows, signals, said);
+  }
+}
+
+const narrow = () => document.body.clientWidth < 600;
+const signalsAcross = () => ({ room: narrow() ? 96 : Math.min(360, document.body.clientWidth * 0.28) });
+
+async function drawHeat(every) {
+  const rows = every.flatMap((layers, i) => {
+    const size = data.runs[i].layer_name.length;
+    const ranked = layers.filter((row) => row.rank !== null).length;
+    return layers.filter((row) => row.rank !== null).map((row) => ({
+      ...row, from: row.layer / size, to: (row.layer + 1) / size,
+      share: ranked > 1 ? (row.rank - 1) / (ranked - 1) : 0.5,
+    }));
+  });
+  const scored = every.filter((layers) => layers.length).length;
+  await draw("heat", "heat", rows, signalsAcross(), `${scored} of ${data.runs.length} runs have scores at this choice.`);
+}
+
+async function drawCorrelation() {
+  const pairs = data.correlations[choice()];
+  const there = [...new Set(pairs.flatMap(([i, j]) => [i, j]))].sort((a, b) => a - b);
+  const of = new Map(pairs.flatMap(([i, j, value]) => [[`${i}:${j}`, value], [`${j}:${i}`, value]]));
+  const written = there.length <= 14 && !narrow();
+  const rows = there.flatMap((i) => there.map((j) => ({
+    run: data.runs[i].label, other: data.runs[j].label, column: String(j + 1),
+    correlation: i === j ? 1 : of.get(`${i}:${j}`) ?? null, written,
+  })));
+  const sorted = pairs.filter((pair) => pair[2] !== null).sort((a, b) => a[2] - b[2]);
+  const least = sorted[0];
+  const said = least ? `The median of ${sorted.length} pairs is ${sorted[sorted.length >> 1][2].toFixed(2)}; least alike are runs `
+    + `${least[0] + 1} and ${least[1] + 1} (${least[2].toFixed(2)}).` : "";
+  await draw("correlation", "correlation", rows, signalsAcross(), said, "It takes two runs with scores of three layers.");
+}
+
+async function drawScatter(every) {
+  const rows = every.flatMap((layers, i) => layers.map((row) => ({ ...row, shown: i === run() })));
+  rows.sort((a, b) => a.shown - b.shown);
+  const placed = rows.filter((row) => row.sparsity > 0 && row.variance > 0);
+  const left = rows.length - placed.length;
+  await draw("scatter", "scatter", placed, {}, `${placed.length} layers${left ? `; ${left} without a near-zero activation or variance are left out` : ""}.`);
+}
+
+for (const figure of Object.values(figures)) {
+  figure.addEventListener("click", async (event) => {
+    const kind = event.target.closest("[data-save]")?.dataset.save;
+    const name = figure.dataset.chart;
+    if (kind === "csv") {
+      const chosenNow = CHOSEN.map((c) => data.choices[choice()][c]);
+      saveCsv(name, [...CHOSEN, ...CSV[name]], figure.rows.map((row) => [...chosenNow, ...CSV[name].map((c) => row[c])]));
+    } else if (kind) download(`${name}.${kind}`, await figure.view.toImageURL(kind, 2));
+  });
+}
+
+// The table of scores.
+
+const TABLE = [
+  ["layer", "layer"], ["AVSS", "avss"], ["low", "low"], ["high", "high"], ["rank", "rank"], ["lowest 25%", "chance"],
+  ["variance", "variance"], ["sparsity", "sparsity"], ["near zero", "near_zero"], ["block influence", "block_influence"],
+  ["angular distance", "angular_distance"], ["relative magnitude", "relative_magnitude"],
+  ["update / input variance", "update_variance_ratio"], ["quality", "quality"], ["name", "layer_name"],
+];
+
+function fillTable(rows, several) {
+  const table = $("table");
+  const sorted = [...table.tHead.rows[0].cells].findIndex((cell) => cell.hasAttribute("aria-sort"));
+  const kept = sorted < 0 ? null : table.tHead.rows[0].cells[sorted];
+  const [title, descending] = [kept?.textContent, kept?.getAttribute("aria-sort") === "descending"];
+  const columns = several ? [["run", "run"], ...TABLE] : TABLE;
+  const textual = new Set(["run", "quality", "layer_name"]);
+  table.caption.firstChild.textContent = `${several ? "Both runs" : data.runs[run()].label}: ${described(data.choices[choice()])}. `
+    + "low and high bound the 95% interval; lowest 25% is how often a layer is in that set when shards are resampled.";
+  table.tHead.rows[0].replaceChildren(...columns.map(([heading, name]) => {
+    const cell = Object.assign(document.createElement("th"), { scope: "col", className: textual.has(name) ? "" : "number" });
+    cell.append(Object.assign(document.createElement("button"), { type: "button", textContent: heading }));
+    return cell;
+  }));
+  table.tBodies[0].replaceChildren(...rows.map((row) => {
+    const line = document.createElement("tr");
+    line.className = row.lowest ? "lowest" : "";
+    line.append(...columns.map(([, name]) => {
+      const cell = document.createElement(name === "layer" ? "th" : "td");
+      if (name === "layer") cell.scope = "row";
+      const value = row[name] ?? "";
+      cell.dataset.value = value;
+      cell.className = textual.has(name) ? "" : "number";
+      const mark = name === "layer" && row.lowest ? " ▼" : "";
+      const text = typeof value === "number" && name !== "layer" && name !== "rank" ? number(value) : String(value);
+      cell.append(Object.assign(document.createElement("span"), { textContent: text + mark, title: text }));
+      return cell;
+    }));
+    return line;
+  }));
+  const column = columns.findIndex(([heading]) => heading === title);
+  if (column >= 0) sortTable(table, column, descending);
+}
+
+// Everything that is chosen drives everything that is drawn; a change while drawing draws once more.
+
+let drawing = false;
+let again = false;
+
+async function refresh() {
+  if (!data) return;
+  tell();
+  again = true;
+  if (drawing) return;
+  drawing = true;
+  root.dataset.drawing = "";
+  try {
+    while (again) {
+      again = false;
+      const every = data.runs.map((_, i) => rowsOf(i, choice()));
+      const beside = other() === null ? [] : rowsOf(other(), choice(), 1);
+      fillTable([...every[run()], ...beside], beside.length > 0);
+      await drawByDepth();
+      await drawHeat(every);
+      await drawCorrelation();
+      await drawScatter(every);
+    }
+  } finally {
+    drawing = false;
+    delete root.dataset.drawing;
+  }
+}
+
+async function start() {
+  setTheme(remembered() ?? (prefersDark.matches ? "dark" : "light"));
+  if (!$("data")) return;
+  try {
+    await readData();
+  } catch (error) {
+    $("trouble").textContent = `The charts cannot be drawn: ${error.message}. A browser of 2023 or later can read them.`;
+    $("trouble").hidden = false;
+    return;
+  }
+  const first = data.choices[data.first];
+  addRadios("site", unique("site", data.choices), first.site);
+  addRadios("recipe", unique("recipe", data.choices), first.recipe);
+  offer(first.threshold);
+  $("controls").addEventListener("submit", (event) => event.preventDefault());
+  $("controls").addEventListener("input", (event) => {
+    if (event.target.type === "radio") offer($("threshold").dataset.value);
+    refresh();
+  });
+  let width = narrow();
+  addEventListener("resize", () => {
+    if (width !== narrow()) refresh();
+    width = narrow();
+  });
+  await refresh();
+}
+
+start();

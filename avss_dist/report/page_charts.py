@@ -1,0 +1,173 @@
+"""The charts of the report's page, as Vega-Lite specifications; the page gives them rows, texts and colors."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import altair as alt
+
+from avss_dist.report.chart import LOWEST_COLOR, RIVALS
+
+ROWS = alt.NamedData(name="rows")
+TITLE = alt.TitleParams(text=alt.ExprRef("choice"), limit=alt.ExprRef("limit"), anchor="start", frame="bounds")
+HEIGHTS = {"avss": 280, "scatter": 340}
+RIVAL_HEIGHT = 170
+STRONG = 0.6  # a cell of such a correlation is dark enough for light numbers
+COLORED_BY = alt.param(name="names", value=["", ""])  # labels of the run and of the one that it is compared with
+GRAY = "#8b949e"  # seen on light and on dark
+ROOM = alt.param(name="room", value=180)  # for the labels of runs, in pixels
+
+
+@cache
+def page_charts() -> dict[str, dict[str, Any]]:
+    """Specifications by name. Those of scores by depth name their axes too: ``avss:layer:log``.
+
+    Each draws the data set ``rows``, and writes the signal ``choice`` above it, cut to ``limit`` pixels.
+    """
+    measures = {"avss": "AVSS", **RIVALS}
+    charts: dict[str, Any] = {
+        f"{name}:{axis}:{scale}": _by_depth(name, title, axis, scale)
+        for name, title in measures.items()
+        for axis in ("layer", "depth")
+        for scale in ("log", "linear")
+    }
+    charts |= {"heat": _heat(), "correlation": _correlation(), "scatter": _scatter()}
+    return {name: _finished(chart) for name, chart in charts.items()}
+
+
+def _finished(chart: Any) -> dict[str, Any]:
+    chart = chart.add_params(alt.param(name="choice", value=""), alt.param(name="limit", value=600))
+    fit = alt.AutoSizeParams(type="fit-x", contains="padding")
+    chart = chart.properties(title=TITLE, width="container", autosize=fit)
+    spec: dict[str, Any] = chart.to_dict()
+    del spec["config"]  # the page's, which follows its colors
+    return spec
+
+
+def _by_depth(name: str, title: str, axis: str, scale: str) -> Any:
+    """A line for each run, its interval if it has one, and triangles for the lowest 25% of its layers."""
+    x = alt.X(f"{axis}:Q", title="layer (from 0)").axis(format="d", tickMinStep=1).scale(nice=False)
+    if axis == "depth":
+        x = alt.X("depth:Q", title="relative depth").scale(domain=[0, 1])
+    y_scale: Any = alt.Scale(type="log") if scale == "log" else alt.Scale(zero=False)
+    y_title = f"{title} (log)" if scale == "log" else title
+    legend = alt.Legend(
+        orient="top",
+        columns=1,
+        title=None,
+        labelLimit=alt.ExprRef("limit"),
+        labelExpr="names[datum.value]",
+        symbolOpacity=1,
+        symbolType="circle",
+        values=alt.ExprRef("which"),
+    )
+    color = alt.Color("which:N", scale=alt.Scale(domain=[0, 1], range="category"), legend=legend)
+    lines = alt.Chart().encode(x=x, y=alt.Y(f"{name}:Q", title=y_title, scale=y_scale), color=color)
+    lowest = alt.when("datum.lowest")
+    points = lines.encode(
+        color=lowest.then(alt.value(LOWEST_COLOR)).otherwise(color),
+        shape=lowest.then(alt.value("triangle-down")).otherwise(alt.value("circle")),
+        size=lowest.then(alt.value(90)).otherwise(alt.value(34)),
+        tooltip=_tooltip(name, title),
+    )
+    layers = [lines.mark_line(strokeWidth=1.5), points.mark_point(filled=True, opacity=1)]
+    if name == "avss":
+        interval = lines.mark_area(opacity=0.2).encode(alt.Y("low:Q", title=y_title, scale=y_scale), alt.Y2("high:Q"))
+        layers.insert(0, interval)
+    shown = alt.param(name="which", value=[0])
+    return (
+        alt.layer(*layers, data=ROWS).add_params(COLORED_BY, shown).properties(height=HEIGHTS.get(name, RIVAL_HEIGHT))
+    )
+
+
+def _tooltip(name: str, title: str) -> list[Any]:
+    return [
+        alt.Tooltip("run:N"),
+        alt.Tooltip("layer:Q"),
+        alt.Tooltip("layer_name:N", title="name"),
+        alt.Tooltip(f"{name}:Q", title=title, format=".4g"),
+        alt.Tooltip("rank:Q", title="AVSS rank"),
+    ]
+
+
+def _runs_axis(field: str, title: str | None = None) -> Any:
+    """Runs by their labels, in the order of the rows."""
+    return alt.Y(f"{field}:N", title=title, sort=None).axis(labelLimit=alt.ExprRef("room"), ticks=False, domain=False)
+
+
+def _heat() -> Any:
+    """A row for each run, a cell for each layer, colored by the layer's place in the ranking."""
+    legend = alt.Legend(title="rank: 0 least, 1 most important", orient="top", direction="horizontal", titleLimit=240)
+    return (
+        alt.Chart(ROWS)
+        .mark_rect()
+        .encode(
+            x=alt.X("from:Q", title="relative depth", scale=alt.Scale(domain=[0, 1])).axis(tickCount=5, grid=False),
+            x2="to:Q",
+            y=_runs_axis("run"),
+            color=alt.Color("share:Q", scale=alt.Scale(domain=[0, 1], scheme="viridis"), legend=legend),
+            tooltip=[
+                alt.Tooltip("run:N"),
+                alt.Tooltip("layer:Q"),
+                alt.Tooltip("rank:Q", title="AVSS rank"),
+                alt.Tooltip("avss:Q", title="AVSS", format=".4g"),
+            ],
+        )
+        .add_params(ROOM)
+    )
+
+
+def _correlation() -> Any:
+    """A cell for each pair of runs; the number is written where there is room for it."""
+    legend = alt.Legend(title="rank correlation", orient="top", direction="horizontal")
+    base = alt.Chart().encode(
+        x=alt.X("column:N", title="number of the run", sort=None).axis(labelAngle=0, ticks=False, domain=False),
+        y=_runs_axis("run"),
+    )
+    cells = base.mark_rect().encode(
+        color=alt.Color(
+            "correlation:Q",
+            scale=alt.Scale(domain=[-1, 0, 1], range="diverging", type="linear", interpolate="lab"),
+            legend=legend,
+        ),
+        tooltip=[
+            alt.Tooltip("run:N"),
+            alt.Tooltip("other:N", title="with"),
+            alt.Tooltip("correlation:Q", format=".3f"),
+        ],
+    )
+    numbers = base.encode(text=alt.Text("correlation:Q", format=".2f"))
+    texts = [
+        numbers.mark_text(style=style, fontSize=10).transform_filter(f"datum.written && {where}")
+        for style, where in (
+            ("weak", f"abs(datum.correlation) < {STRONG}"),
+            ("strong", f"abs(datum.correlation) >= {STRONG}"),
+        )
+    ]
+    return alt.layer(cells, *texts, data=ROWS).add_params(ROOM)
+
+
+def _scatter() -> Any:
+    """Every layer of every run, those of the run that is shown larger and colored by depth."""
+    legend = alt.Legend(title="relative depth", orient="top", direction="horizontal")
+    depth = alt.Color("depth:Q", scale=alt.Scale(domain=[0, 1], scheme="viridis"), legend=legend)
+    return (
+        alt.Chart(ROWS)
+        .mark_point(filled=True)
+        .encode(
+            x=alt.X("sparsity:Q", title="sparsity (log)", scale=alt.Scale(type="log")).axis(format="~e"),
+            y=alt.Y("variance:Q", title="variance (log)", scale=alt.Scale(type="log")).axis(format="~g"),
+            color=alt.when("datum.shown").then(depth).otherwise(alt.value(GRAY)),
+            size=alt.when("datum.shown").then(alt.value(70)).otherwise(alt.value(22)),
+            opacity=alt.when("datum.shown").then(alt.value(1)).otherwise(alt.value(0.4)),
+            tooltip=[
+                alt.Tooltip("run:N"),
+                alt.Tooltip("layer:Q"),
+                alt.Tooltip("sparsity:Q", format=".4g"),
+                alt.Tooltip("variance:Q", format=".4g"),
+                alt.Tooltip("rank:Q", title="AVSS rank"),
+            ],
+        )
+        .properties(height=HEIGHTS["scatter"])
+    )

@@ -1,0 +1,169 @@
+"""Scores at any threshold, and quantiles of abs(x), from what a run stored: no model runs again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from avss_dist.config import BOOTSTRAP_BLOCKS
+from avss_dist.query import Warehouse
+from avss_dist.scoring import Threshold, score_run
+from avss_dist.stats import HISTOGRAM_EDGES, Float64, LayerKey, LayerStats, histogram_below, merge_blocks
+from avss_dist.warehouse import SCHEMAS
+
+EXACT, INTERPOLATED = "exact", "interpolated"
+SCORES = pa.schema(
+    [
+        *SCHEMAS["scores"],
+        ("exactness", pa.string()),
+        *((name, pa.float64()) for name in ("near_zero_low", "near_zero_high")),
+    ]
+)
+"""The columns of ``scores``; ``exactness``, which is ``interpolated`` where the threshold cuts a bin that holds
+elements; and between what the near-zero count certainly is: the counts below the edges of that bin.
+"""
+
+_PLACE = [SCHEMAS["layer_stats"].field(name) for name in ("run_id", "model", "layer", "layer_name", "depth", "site")]
+QUANTILES = pa.schema([*_PLACE, *((name, pa.float64()) for name in ("share", "value", "rms_multiple", "low", "high"))])
+"""``share`` of the elements have abs(x) below ``value``, which is ``rms_multiple`` times the RMS of the layer and site.
+
+``low`` and ``high`` are the edges of the bin that ``value`` lies in: the truth is between them.
+"""
+
+
+def scores_at(
+    warehouse: Warehouse, runs: Sequence[Mapping[str, Any]], threshold: Threshold, *, sites: Sequence[str] | None = None
+) -> pa.Table:
+    """The scores of runs at one threshold, with intervals where the shards' statistics are kept.
+
+    Near-zero counts are exact where the threshold was counted, or is an edge of the histogram's bins (eight an octave);
+    else linear inside the bin that it cuts. That is within 1% of the count where values are smooth, as in float32; in
+    16-bit dtypes a sum of large numbers has few small values, all of which may lie on one side of the threshold. The
+    recipe ``unit`` is always exact.
+
+    Args:
+        runs: rows of ``runs``, of runs that are done.
+        sites: which ones; all of them by default.
+
+    Returns:
+        A table of `SCORES`.
+
+    Raises:
+        WarehouseError: as `Store.read_layer_stats`.
+    """
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        identity = {name: run[name] for name in ("run_id", "model", "revision", "family")}
+        stats, shards = warehouse.read_layer_stats(run["run_id"]), _blocks(warehouse, run)
+        for row in score_run(stats, _layer_names(warehouse, run), shards, [threshold], sites):
+            low, high = near_zero_bounds(stats[row["layer"], row["site"]], row["recipe"], threshold)
+            exact = {
+                "exactness": EXACT,
+                "near_zero_low": row["near_zero_count"],
+                "near_zero_high": row["near_zero_count"],
+            }
+            cut = {"exactness": INTERPOLATED, "near_zero_low": low, "near_zero_high": high}
+            rows.append({**identity, **row, **(cut if low < high else exact)})
+    arrays = [pa.array([row[f.name] for row in rows], f.type, from_pandas=True) for f in SCORES]
+    return pa.Table.from_arrays(arrays, schema=SCORES)
+
+
+def near_zero_bounds(stats: LayerStats, recipe: str, threshold: Threshold) -> tuple[float, float]:
+    """The least and the most that the near-zero count can be; the same, 0, where it is known."""
+    at = threshold.at(stats)
+    counted = threshold.kind == "absolute" and threshold.value in stats.thresholds
+    low, high = bin_edges(at)
+    if recipe == "unit" or counted or not at > low:
+        return 0.0, 0.0
+    return float(histogram_below(stats.histogram, low)), float(histogram_below(stats.histogram, high))
+
+
+def bin_edges(value: float) -> tuple[float, float]:
+    """The edges of the histogram's bin that ``value`` lies in."""
+    low = min(int(np.searchsorted(HISTOGRAM_EDGES, value, side="right")), len(HISTOGRAM_EDGES) - 1) - 1
+    return float(HISTOGRAM_EDGES[low]), float(HISTOGRAM_EDGES[low + 1])
+
+
+def quantiles(
+    warehouse: Warehouse, runs: Sequence[Mapping[str, Any]], shares: Sequence[float], sites: Sequence[str] | None = None
+) -> pa.Table:
+    """Quantiles of abs(x) by layer and site: the threshold at which a share of the elements is near zero.
+
+    Args:
+        runs: rows of ``runs``, of runs that are done.
+        shares: each between 0 and 1.
+        sites: which ones; all of them by default.
+
+    Returns:
+        A table of `QUANTILES`.
+
+    Raises:
+        ValueError: a share is not between 0 and 1.
+        WarehouseError: as `Store.read_layer_stats`.
+    """
+    if wrong := [share for share in shares if not 0 <= share <= 1]:
+        raise ValueError(f"a share is between 0 and 1, not {wrong[0]}")
+    return pa.Table.from_pylist([row for run in runs for row in _quantiles(warehouse, run, shares, sites)], QUANTILES)
+
+
+def _quantiles(
+    warehouse: Warehouse, run: Mapping[str, Any], shares: Sequence[float], sites: Sequence[str] | None
+) -> Iterator[dict[str, Any]]:
+    names = _layer_names(warehouse, run)
+    for (layer, site), stats in warehouse.read_layer_stats(run["run_id"]).items():
+        if sites is not None and site not in sites:
+            continue
+        for share, value, low, high in zip(shares, *histogram_quantiles(stats, shares), strict=True):
+            yield {
+                "run_id": run["run_id"],
+                "model": run["model"],
+                "layer": layer,
+                "layer_name": names[layer],
+                "depth": (layer + 0.5) / len(names),
+                "site": site,
+                "share": share,
+                "value": float(value),
+                "rms_multiple": float(value / stats.rms) if stats.rms > 0 else None,
+                "low": float(low),
+                "high": float(high),
+            }
+
+
+def histogram_quantiles(stats: LayerStats, shares: Sequence[float]) -> tuple[Float64, Float64, Float64]:
+    """Quantiles of abs(x), linear inside a bin, and the edges of their bins, each float64[shares].
+
+    0 where exact zeros alone are that many, at most ``max_abs``, NaN without elements.
+    """
+    wanted = np.asarray(shares, float) * stats.count
+    if not stats.count:
+        return (np.full(len(wanted), np.nan),) * 3
+    filled = np.flatnonzero(stats.histogram)
+    counts = stats.histogram[filled].astype(float)
+    below = np.cumsum(counts) - counts
+    at = np.clip(np.searchsorted(below, wanted, side="left") - 1, 0, len(filled) - 1)
+    low = HISTOGRAM_EDGES[filled[at]]
+    high = np.minimum(HISTOGRAM_EDGES[filled[at] + 1], stats.max_abs)
+    value = low + (high - low) * np.clip((wanted - below[at]) / counts[at], 0, 1)
+    nothing = wanted <= stats.zero_count
+    return np.where(nothing, 0.0, value), np.where(nothing, 0.0, low), np.where(nothing, 0.0, high)
+
+
+def _layer_names(warehouse: Warehouse, run: Mapping[str, Any]) -> list[str]:
+    """Module path of every layer of the model; empty for one that was not measured."""
+    rows = warehouse.table("layer_stats", run_ids=[run["run_id"]], columns=["layer", "layer_name"]).to_pylist()
+    names = {row["layer"]: row["layer_name"] for row in rows}
+    return [names.get(i, "") for i in range(max(run["num_layers"] or 0, *(i + 1 for i in names)))]
+
+
+def _blocks(warehouse: Warehouse, run: Mapping[str, Any]) -> list[dict[LayerKey, LayerStats]]:
+    """The run's partials as they were resampled when it was scored; none where some are gone."""
+    columns = ["shard_id", "content_hash"]
+    kept = warehouse.table("shard_stats", run_ids=[run["run_id"]], columns=columns).to_pylist()
+    expected = {row["shard_id"]: row["content_hash"] for row in sorted(kept, key=lambda row: row["shard_id"])}
+    shards = warehouse.read_shards(run["run_id"], expected)
+    if not shards or [shard.shard_id for shard in shards] != list(range(run["num_shards"] or 0)):
+        return []
+    return merge_blocks(shards, len(shards), BOOTSTRAP_BLOCKS)

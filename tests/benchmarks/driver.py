@@ -1,0 +1,248 @@
+"""What one driver bears: shard results/s, CPU, memory and bytes, from 1 to 64 virtual workers, without a model.
+
+    python tests/benchmarks/driver.py [--workers 1 8 64] [--units 8192] [--layers 80] [--out FOLDER] [--plain]
+
+The driver is the real one: RayExecutor and its pool, the committer, the warehouse. A virtual worker is a Ray actor
+without a CPU that hands out results made beforehand: five sites, 380 bins of a histogram, two vectors of the hidden
+units at `block` and `update`; tokens of 32 x 2048 in each task. ``--plain`` has the driver encode, which workers
+else do. Storage and workers share this machine: a rate is at least what is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of actors without devices
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray import cloudpickle
+
+from avss_dist.attempt import Attempt, Prepared, Run, Silent
+from avss_dist.config import SITES, THRESHOLDS, Execution, Settings
+from avss_dist.corpus import CorpusPlan, Shard
+from avss_dist.driver import Driver
+from avss_dist.executors import gang, pool
+from avss_dist.executors.base import Work
+from avss_dist.executors.ray import RayExecutor
+from avss_dist.partition.base import Placement
+from avss_dist.query import Warehouse
+from avss_dist.stats import LayerStats, ShardResult
+from avss_dist.tables import EncodedStats, RunIdentity, encode_shard
+
+ROWS, LENGTH = 32, 2048
+RUN = RunIdentity(run_id="virtual-0000000000", model="virtual", revision="0", family="virtual")
+
+
+def layer_stats(rng: np.random.Generator, site: str, units: int) -> LayerStats:
+    """Statistics as large as real ones; sums have float32's precision, as those of 16-bit activations about have."""
+    histogram = np.zeros(2048, np.int64)
+    histogram[700:1080] = rng.integers(1, 1 << 20, 380)
+    kept = units if site in ("block", "update") else 0
+    sums = 50 * rng.standard_normal(kept, np.float32).astype(np.float64)
+    return LayerStats(
+        thresholds=np.array(THRESHOLDS),
+        near_zero=rng.integers(0, 1 << 30, len(THRESHOLDS)),
+        count=ROWS * LENGTH * max(units, 1),
+        mean=rng.normal(),
+        m2=rng.uniform(1, 1e9),
+        min=-30.0,
+        max=31.0,
+        max_abs=31.0,
+        histogram=histogram,
+        sequence_count=ROWS,
+        pooled_variance_sum=rng.uniform(),
+        unit_count=ROWS * LENGTH if kept else 0,
+        unit_sum=sums,
+        unit_sum_sq=sums**2,
+    )
+
+
+def shards(count: int) -> list[Shard]:
+    """Shards of random tokens."""
+    rng = np.random.default_rng(0)
+    lengths = np.full(ROWS, LENGTH, np.int32)
+    ids = [rng.integers(0, 1 << 17, (ROWS, LENGTH), np.int32) for _ in range(count)]
+    return [
+        Shard(shard_id=i, input_ids=ids[i], lengths=lengths, skip_first_tokens=0, content_hash=f"{i:064x}")
+        for i in range(count)
+    ]
+
+
+def prepare(folder: Path, shards: Sequence[Shard], layers: int, units: int) -> tuple[ShardResult, int]:
+    """Keep the partial of every shard in a folder; returns one result as it was measured, and a partial's bytes."""
+    rng = np.random.default_rng(1)
+    stats = {(layer, site): layer_stats(rng, site, units) for layer in range(layers) for site in SITES}
+    for shard in shards:
+        result = ShardResult(
+            shard_id=shard.shard_id,
+            content_hash=shard.content_hash,
+            layers=tuple(f"model.layers.{i}" for i in range(layers)),
+            stats=stats,
+            num_tokens=shard.num_tokens,
+            seconds=1.0,
+            model={"family": RUN.family, "notes": []},
+        )
+        data = encode_shard(RUN, result).data
+        (folder / str(shard.shard_id)).write_bytes(data)
+    sent = result if VirtualWorker.plain else replace(result, stats={})
+    (folder / "result").write_bytes(pickle.dumps(sent))
+    return result, data.size
+
+
+class Job(NamedTuple):
+    """What the pool knows of a job; workers need nothing of it."""
+
+    placement: Placement
+    settings: Settings
+    run_id: str
+    checkpoint: Any = None
+
+    def __reduce__(self) -> Any:
+        return str, ("virtual",)
+
+
+class VirtualWorker:
+    """An actor in the place of `gang.Worker`, with results of a folder."""
+
+    folder: Path
+    plain: bool
+
+    def __init__(self, name: str, threads: int, beats: Any) -> None:
+        self._name, self._beats = name, beats
+        self._result: ShardResult = pickle.loads((self.folder / "result").read_bytes())
+
+    def address(self) -> tuple[str, int, str, int]:
+        return "127.0.0.1", 0, ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def open(self, job: Any, rank: int, first: Any) -> None:
+        self._beats.report.remote(self._name, 1)
+
+    def analyze(self, task: Any) -> ShardResult:
+        which: dict[str, Any] = {"shard_id": task.shard.shard_id, "content_hash": task.shard.content_hash}
+        which["device"] = self._name
+        if self.plain:
+            return replace(self._result, **which)
+        data = pa.memory_map(str(self.folder / str(task.shard.shard_id))).read_buffer()
+        return replace(self._result, stats=EncodedStats(RUN, data), **which)
+
+
+class VirtualExecutor(RayExecutor):
+    """As many replicas as are asked for, none of which takes a CPU."""
+
+    def replicas(self, placement: Placement) -> int:
+        return self._execution.replicas or 1
+
+    def _cpus(self, placement: Placement) -> int:
+        return 0
+
+
+class Committing(Driver):
+    """The driver with one planned run, again and again; the clock starts when every worker has given a result."""
+
+    def __init__(self, store: Warehouse, executor: VirtualExecutor, *, workers: int, seconds: float) -> None:
+        super().__init__(store, executor, Silent(), fresh=True)
+        self._workers, self._seconds, self._seen = workers, seconds, set[str]()
+        self.times: list[tuple[float, float]] = []  # wall clock and CPU time of this process, at every commit
+
+    def _works(self, specs: Any) -> Iterator[Work]:
+        (prepared,) = specs
+        while not self.times or self.times[-1][0] - self.times[0][0] < self._seconds:
+            attempt = Attempt(prepared, self._store, fresh=True)
+            self._attempts[attempt.work] = prepared, attempt
+            yield attempt.work
+
+    def _keep(self, work: Work, result: ShardResult) -> None:
+        super()._keep(work, result)
+        self._seen.add(result.device)
+        if len(self._seen) == self._workers:
+            self.times.append((time.perf_counter(), time.process_time()))
+
+    def _finish(self, work: Work) -> None:
+        self._attempts.pop(work, None)
+
+
+def drive(out: Path, workers: int, shards: list[Shard], seconds: float) -> list[tuple[float, float]]:
+    """Hand out all shards for so long; the clock and the driver's CPU time at every commit."""
+    settings = Settings(device="cpu")
+    job: Any = Job(Placement(), settings, RUN.run_id)
+    tokens = sum(shard.num_tokens for shard in shards)
+    corpus = CorpusPlan(
+        source="virtual",
+        corpus_fingerprint="",
+        tokens_fingerprint="",
+        shards=tuple(shards),
+        num_sequences=ROWS * len(shards),
+        num_tokens=tokens,
+        num_documents=1,
+    )
+    job = job._replace(checkpoint=RUN_CHECKPOINT)
+    run = Run(run_id=RUN.run_id, model=RUN.model, warehouse=str(out), status="skipped")
+    prepared = Prepared(name="virtual", job=job, corpus=corpus, fingerprint="0" * 64, run=run, replicas=workers)
+    store = Warehouse(out)
+    store.create()
+    with closing(VirtualExecutor(Execution(executor="ray", replicas=workers), settings)) as executor:
+        driver = Committing(store, executor, workers=workers, seconds=seconds)
+        for _ in driver.run([prepared]):  # type: ignore[list-item]
+            pass
+    return driver.times
+
+
+class RUN_CHECKPOINT:  # noqa: N801
+    """What `Attempt` reads of a checkpoint."""
+
+    name, revision = RUN.model, RUN.revision
+
+
+def memory() -> tuple[float, float]:
+    """The driver's highest resident memory, the object store's pages that it has read in it, and its own, in MB."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    peak, own = (int(status[name].split()[0]) / 1e3 for name in ("VmHWM", "RssAnon"))
+    return peak, own
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--units", type=int, default=8192)
+    parser.add_argument("--layers", type=int, default=80)
+    parser.add_argument("--shards", type=int, default=32, help="results made beforehand")
+    parser.add_argument("--seconds", type=float, default=10, help="to measure, once all workers are there")
+    parser.add_argument("--out", help="folder of the warehouse; a temporary one if left out")
+    parser.add_argument("--plain", action="store_true", help="the driver encodes")
+    arguments = parser.parse_args()
+    cloudpickle.register_pickle_by_value(__import__("__main__"))
+    gang.Worker = VirtualWorker  # type: ignore[misc,assignment]
+    pool.Task = SimpleNamespace  # type: ignore[misc,assignment]  # the real one brings torch into 64 processes
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as prepared, tempfile.TemporaryDirectory(dir=arguments.out) as out:
+        VirtualWorker.folder, VirtualWorker.plain = Path(prepared), arguments.plain
+        work = shards(arguments.shards)
+        result, on_disk = prepare(Path(prepared), work, arguments.layers, arguments.units)
+        buffers: list[Any] = []
+        sent = result if arguments.plain else None
+        in_transit = on_disk if sent is None else len(pickle.dumps(sent, 5, buffer_callback=buffers.append))
+        in_transit += sum(buffer.raw().nbytes for buffer in buffers)
+        print(f"{arguments.layers} layers, {len(SITES)} sites, {arguments.units} units", end=": ")
+        print(f"{in_transit / 1e6:.2f} MB a result in transit, {on_disk / 1e6:.2f} MB on disk")
+        print(f"{'workers':>8}{'results/s':>11}{'MB/s':>8}{'driver CPU ms/result':>22}{'peak MB':>9}{'own MB':>8}")
+        for workers in arguments.workers:
+            times = drive(Path(out) / str(workers), workers, work, arguments.seconds)
+            clock, cpu = np.subtract(times[-1], times[0]) / (len(times) - 1)
+            speed = f"{workers:>8}{1 / clock:>11.1f}{on_disk / clock / 1e6:>8.0f}"
+            peak, own = memory()
+            print(f"{speed}{1e3 * cpu:>22.1f}{peak:>9.0f}{own:>8.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What a run costs beside loading and computing, in a sweep of tiny checkpoints over Ray.
+
+    python tests/benchmarks/sweep.py [--models 20] [--replicas 1]
+
+Prints, for the runs after the first: the time from one run's end to the next one's, what of it is opening the model and
+measuring its shards (timed in the workers' way, in one process of one thread), and the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+SETTINGS: dict[str, Any] = {"max_sequences": 32, "sequence_length": 64, "batch_size": 4, "sequences_per_shard": 8}
+
+
+def save_models(count: int, folder: Path) -> list[str]:
+    """Checkpoints of one training, as the tests build them."""
+    from pydoc_data.topics import topics
+
+    from conftest import llama
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<pad>", "<bos>", "<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([topics[name] for name in sorted(topics)[:20]], trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+    for seed in range(count):
+        llama(seed).save_pretrained(folder / f"step-{seed:02d}")
+        wrapped.save_pretrained(folder / f"step-{seed:02d}")
+    return sorted(str(path) for path in folder.iterdir())
+
+
+def open_seconds(models: list[str]) -> float:
+    """To open a model, on average, after the first."""
+    import torch
+
+    from avss_dist.checkpoints import resolve
+    from avss_dist.config import Settings
+    from avss_dist.partition.base import Placement, open_replica
+
+    torch.set_num_threads(1)
+    seconds = []
+    for model in models:
+        checkpoint, start = resolve(model), time.perf_counter()
+        open_replica(checkpoint, Settings(device="cpu", dtype="float32"), Placement()).close()
+        seconds.append(time.perf_counter() - start)
+    return mean(seconds[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", type=int, default=20)
+    parser.add_argument("--replicas", type=int, default=1)
+    arguments = parser.parse_args()
+
+    from avss_dist.query import Warehouse
+    from avss_dist.run import score_all
+
+    with tempfile.TemporaryDirectory() as folder:
+        models = save_models(arguments.models, Path(folder) / "models")
+        out = Path(folder) / "warehouse"
+        start = time.perf_counter()
+        options = {**SETTINGS, "executor": "ray", "replicas": arguments.replicas}
+        score_all(models, corpus="builtin:pydoc", out=out, **options)
+        whole = time.perf_counter() - start
+        rows = Warehouse(out).runs().to_pylist()
+        ends = sorted(row["created_at"].timestamp() for row in rows)
+        one = (ends[-1] - ends[0]) / (len(ends) - 1)
+        shards = [
+            shard.seconds
+            for row in rows
+            for shard in Warehouse(out).read_shards(row["run_id"], hashes(out, row["run_id"]))
+        ]
+        compute = sum(shards) / len(rows)
+        opening = open_seconds(models)
+    print(
+        f"{len(rows)} runs with {arguments.replicas} replicas in {whole:.1f} s; after the first, one each {one:.2f} s"
+    )
+    print(f"opening {opening:.2f} s, measuring {compute:.2f} s ({len(shards) // len(rows)} shards)")
+    print(f"overhead: {one - opening - compute / arguments.replicas:.2f} s a run")
+
+
+def hashes(out: Path, run_id: str) -> dict[int, str]:
+    """The content hash of every shard of a run."""
+    from avss_dist.query import Warehouse
+
+    query = f"SELECT DISTINCT shard_id, content_hash FROM shard_stats WHERE run_id = '{run_id}' ORDER BY shard_id"
+    return {row["shard_id"]: row["content_hash"] for row in Warehouse(out).sql(query).to_pylist()}
+
+
+if __name__ == "__main__":
+    main()
