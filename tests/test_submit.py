@@ -8,6 +8,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -143,7 +144,7 @@ def metrics(cluster: dict[str, str]) -> str:
     while "ray_avss" not in text and time.monotonic() < deadline:
         (file,) = Path(temp).glob("0/prom_metrics_service_discovery.json")
         for target in (t for entry in json.loads(file.read_text()) for t in entry["targets"]):
-            with urlopen(f"http://{target}/metrics", timeout=10) as answer:
+            with suppress(OSError), urlopen(f"http://{target}/metrics", timeout=10) as answer:
                 text += answer.read().decode()
         time.sleep(1)
     return text
@@ -170,6 +171,7 @@ def test_an_unreachable_address_is_named(models: list[Path], run_avss: Avss, tmp
     job = job_file(tmp_path, models)
     refused(run_avss("submit", job, "--address", "http://127.0.0.1:9"), "No job server answers at http://127.0.0.1:9")
     refused(run_avss("submit", job, "--address", "127.0.0.1:9"), "Write http://HEAD:8265")
+    refused(run_avss("run", job, "--address", "127.0.0.1:9"), "Ray at 127.0.0.1:9 cannot be reached")
 
 
 def test_a_job_that_means_this_machine_is_refused(

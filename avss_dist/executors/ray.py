@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Generator, Iterator
 from itertools import chain, count
 from typing import Any
@@ -19,6 +20,8 @@ from avss_dist.executors.gang import Beats, Gang, missing_package
 from avss_dist.executors.pool import Pool
 from avss_dist.partition.base import Placement
 from avss_dist.partition.devices import Devices, devices_here, pick_device
+
+CONNECT_SECONDS = 10.0
 
 
 class RayExecutor:
@@ -91,15 +94,17 @@ class RayExecutor:
     def _connect(self) -> None:
         if not ray.is_initialized():
             try:
+                _require_listening(self._address or "local")
                 ray.init(
                     address=self._address or "local",
                     include_dashboard=None if self._address else False,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                 )
-            except (ConnectionError, RayError, RuntimeError, ValueError, AssertionError) as error:
+            except (OSError, RayError, RuntimeError, ValueError, AssertionError) as error:
                 where = f"Ray at {self._address}" if self._address else "a local Ray"
-                raise RunFailed(
+                kind = ConfigError if self._address else RunFailed
+                raise kind(
                     f"{where} cannot be reached: {str(error).splitlines()[0]}",
                     "Check --address (or RAY_ADDRESS), and that this machine has the cluster's token.",
                 ) from error
@@ -117,6 +122,22 @@ class RayExecutor:
         threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or cpus
         name = f"{os.getpid()}-{next(self._names)}"
         return Gang(name, placement, cpus=cpus, threads=threads, beats=self._beats)
+
+
+def _require_listening(address: str) -> None:
+    """Raise OSError soon where nobody listens at ``HOST:PORT``; Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")  # of IPv6
+    if not host or not port.isdecimal() or "/" in host:
+        return
+    hosts = [host, ray.util.get_node_ip_address()] if host in ("127.0.0.1", "localhost") else [host]
+    for i, name in enumerate(hosts):  # Ray takes the loopback address for the one that others see
+        try:
+            socket.create_connection((name, int(port)), timeout=CONNECT_SECONDS).close()
+            return
+        except OSError:
+            if i == len(hosts) - 1:
+                raise
 
 
 def _shortage(placement: Placement, cpus: int) -> str:
