@@ -66,15 +66,23 @@ def convert(gguf: Path, folder: Path) -> None:
     staged = folder.with_name(f".{folder.name}.{os.getpid()}")
     model.to(torch.bfloat16).save_pretrained(staged)
     tokenizer.save_pretrained(staged)
-    shutil.rmtree(folder, ignore_errors=True)
-    staged.rename(folder)
+    if not is_whole(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        staged.rename(folder)
+    except OSError:  # another process has made it meanwhile
+        shutil.rmtree(staged)
+
+
+def is_whole(folder: Path) -> bool:
+    return (folder / "model.safetensors").exists()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, default=default_folder(), help="default: %(default)s")
     folder: Path = parser.parse_args().to
-    if not (folder / "model.safetensors").exists():
+    if not is_whole(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as work:
             convert(download(Path(work)), folder)
