@@ -340,7 +340,10 @@ class ForbidTransfers(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("transfer", [torch.Tensor.item, torch.nonzero, lambda t: t[t > 0], bool], ids=str)
+TRANSFERS = {"item": torch.Tensor.item, "nonzero": torch.nonzero, "mask": lambda t: t[t > 0], "bool": bool}
+
+
+@pytest.mark.parametrize("transfer", TRANSFERS.values(), ids=TRANSFERS)
 def test_the_guard_sees_a_transfer(transfer: Any) -> None:
     with ForbidTransfers(), pytest.raises(AssertionError):
         transfer(torch.ones(1))
