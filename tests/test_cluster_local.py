@@ -148,7 +148,7 @@ def test_who_has_no_token_or_a_wrong_one_is_refused(
     for path in (wrong, tmp_path / "none"):
         env = {**client, "RAY_AUTH_TOKEN_PATH": str(path), "RAY_NUM_REDIS_GET_RETRIES": "2"}
         done = run_avss("score", tiny_llama, "--corpus", "builtin:pydoc", "--out", tmp_path / "w", env=env)
-        assert done.returncode == 1 and "cannot be reached" in done.stderr and "token" in done.stderr, done.stderr
+        assert done.returncode == 2 and "cannot be reached" in done.stderr and "token" in done.stderr, done.stderr
         assert "Traceback" not in done.stderr and token.read_text() not in done.stdout + done.stderr
 
 
