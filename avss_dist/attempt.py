@@ -176,10 +176,7 @@ class Attempt:
         self.record(status="failed", error=str(error))
 
     def _partials(self, expected: dict[int, str]) -> Iterator[ShardResult]:
-        """The partials in the warehouse, in order, a few in memory at a time."""
-        ids = sorted(expected)
-        for i in range(0, len(ids), 8):
-            yield from self._store.read_shards(self._prepared.run.run_id, {k: expected[k] for k in ids[i : i + 8]})
+        return self._store.each_shard(self._prepared.run.run_id, expected)
 
     def _identity(self, family: str) -> RunIdentity:
         checkpoint = self._prepared.job.checkpoint

@@ -14,15 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from avss_dist.config import LOWEST_SHARE, describe_threshold
+from avss_dist.config import LOWEST_SHARE, RIVALS, SCORES, describe_threshold
 from avss_dist.errors import QueryError, require_known
 from avss_dist.query import Warehouse
-from avss_dist.scoring import NOTHING, Threshold, count_lowest
+from avss_dist.scoring import NOTHING, Threshold, count_lowest, score_column
 from avss_dist.stats import Float64
 from avss_dist.thresholds import scores_at
 
 Ints = NDArray[np.integer[Any]]
-SCORES = ("avss", "block_influence", "angular_distance", "relative_magnitude", "update_variance_ratio")
 CONDITIONS = ("corpus", "dtype", "sequence_length", "layout", "skip_first_tokens", "schema_version")
 """What two runs must share, the models apart, for their scores to be comparable."""
 BETWEEN = ("run", "family", "revision", "corpus", "dtype")
@@ -135,7 +134,7 @@ def profiles(
         runs: rows of ``runs``.
     """
     names = [run["run_id"] for run in runs]
-    columns = [*("run_id", "site", "recipe", "threshold", "threshold_kind", "depth", "avss_smoothed"), *SCORES[1:]]
+    columns = [*("run_id", "site", "recipe", "threshold", "threshold_kind", "depth", "avss_smoothed"), *RIVALS]
     where = at = pc.scalar(True)
     if threshold is not None:
         at = (pc.field("threshold") == threshold.value) & (pc.field("threshold_kind") == threshold.kind)
@@ -159,7 +158,7 @@ def profiles(
 
 
 def _profile(run: Mapping[str, Any], key: Any, score: str, rows: Sequence[Mapping[str, Any]]) -> Profile:
-    column = "avss_smoothed" if score == "avss" else score
+    column = score_column(score)
     scored = sorted((row["depth"], row[column]) for row in rows if row[column] is not None)
     depth, values = np.array(scored, float).reshape(-1, 2).T
     return Profile(run=run, site=key[0], recipe=key[1], threshold=key[2], score=score, depth=depth, values=values)

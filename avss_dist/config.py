@@ -15,6 +15,8 @@ from avss_dist.errors import ConfigError, require_known
 SCHEMA_VERSION = 1
 SITES = ("block", "update", "attention", "mlp", "neuron")
 RECIPES = ("pooled", "element", "unit")
+RIVALS = ("block_influence", "angular_distance", "relative_magnitude", "update_variance_ratio")
+SCORES = ("avss", *RIVALS)  # what layers are ranked by: low is unimportant
 LAYOUTS = ("packed", "padded")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")

@@ -13,17 +13,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from avss_dist.config import LOWEST_SHARE
+from avss_dist.config import LOWEST_SHARE, SCORES
 from avss_dist.errors import AvssError, ConfigError, require_known
-from avss_dist.scoring import count_lowest, rank_lowest
+from avss_dist.scoring import count_lowest, rank_lowest, score_column
 
-SCORES = {
-    "avss": "avss_smoothed",
-    "block_influence": "block_influence",
-    "relative_magnitude": "relative_magnitude",
-    "angular_distance": "angular_distance",
-    "update_variance_ratio": "update_variance_ratio",
-}  # what layers are chosen by, and its column of the scores table: low is unimportant
 RANDOM = "random"
 
 
@@ -36,7 +29,7 @@ class Choice:
     """How layers are chosen.
 
     Attributes:
-        by: one of ``SCORES``, or ``random``.
+        by: one of ``config.SCORES``, or ``random``.
         fraction, count, mass: at most one: the lowest share of the layers, so many of them, or the lowest layers that
             hold at most this share of the summed score. The lowest quarter if there is none.
         first, last: layers at the start and at the end that are never dropped.
@@ -168,7 +161,8 @@ def make_plan(scores: Sequence[Mapping[str, Any]], run: Mapping[str, Any], choic
     if choice.by == RANDOM:
         values = np.random.default_rng(choice.seed).permutation(len(rows)).astype(np.float64)
     else:
-        values = np.array([np.nan if (v := row[SCORES[choice.by]]) is None else v for row in rows], np.float64)
+        column = score_column(choice.by)
+        values = np.array([np.nan if row[column] is None else row[column] for row in rows], np.float64)
     why: dict[str, Any] = {name: value for name, value in asdict(choice).items() if value not in (None, False)}
     if choice.by == RANDOM:
         why["seed"] = choice.seed

@@ -89,8 +89,7 @@ def _kept(store: Warehouse, prepared: Prepared) -> int | None:
     """Shards that are measured; None where the run is done."""
     if (store.run(prepared.run.run_id) or {}).get("status") == "done":
         return None
-    expected = prepared.expected
-    return sum(len(store.read_shards(prepared.run.run_id, {key: value})) for key, value in expected.items())
+    return sum(1 for _ in store.each_shard(prepared.run.run_id, prepared.expected))
 
 
 class _Speed:

@@ -190,12 +190,12 @@ def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
 
 def _copy_weights(checkpoint: Checkpoint, plan: Plan, folder: Path, copied: Callable[[int], None]) -> int:
     """The weights that stay; returns their bytes."""
-    files = weight_files(checkpoint.folder)
-    rename = _renaming([name for file in files for name in read_header(file)[0]], plan, checkpoint)
+    files = {file: list(read_header(file)[0]) for file in weight_files(checkpoint.folder)}
+    rename = _renaming([name for stored in files.values() for name in stored], plan, checkpoint)
     places: dict[str, str] = {}
     size = 0
-    for file in files:
-        names = {name: new for name in read_header(file)[0] if (new := rename(name)) is not None}
+    for file, stored in files.items():
+        names = {name: new for name in stored if (new := rename(name)) is not None}
         if names:
             size += copy_tensors(file, folder / file.name, names, copied)
             places |= dict.fromkeys(names.values(), file.name)

@@ -47,6 +47,11 @@ class Threshold:
         return self.value * stats.rms if self.kind == "rms" else self.value
 
 
+def score_column(score: str) -> str:
+    """The column of the ``scores`` table that layers are ranked by, for one of ``config.SCORES``."""
+    return "avss_smoothed" if score == "avss" else score
+
+
 def count_lowest(layers: int, share: float = LOWEST_SHARE) -> int:
     """How many layers the lowest ``share`` is: rounded half to even, at least 1."""
     return max(1, round(share * layers))

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from conftest import one_thread
 from tables import assert_same_tables
 
 import avss_dist
@@ -35,15 +36,9 @@ OPTIONS: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Workers and this process compute with one thread, as the laws ask: same threads, same bytes."""
-    import torch
-
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def same_threads() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +58,9 @@ def score(model: Path, out: Path, **changes: Any) -> avss_dist.Run:
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("undisturbed")
-    assert score(tiny_llama, out, executor="local").num_shards == 20
-    torch.set_num_threads(threads)
+    with one_thread():
+        assert score(tiny_llama, out, executor="local").num_shards == 20
     return out
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from conftest import llama
+from conftest import llama, one_thread
 from tables import assert_same_tables, measured_files
 
 import avss_dist
@@ -36,15 +36,9 @@ SHARDS = 6
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The laws ask for it: same threads, same bytes."""
-    import torch
-
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def same_threads() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +62,10 @@ def models(
 @pytest.fixture(scope="module")
 def alone(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `avss score` makes of each, one after the other in one process."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("alone")
-    for model in models:
-        avss_dist.score(model, corpus="builtin:pydoc", out=out, executor="local", **SETTINGS)
-    torch.set_num_threads(threads)
+    with one_thread():
+        for model in models:
+            avss_dist.score(model, corpus="builtin:pydoc", out=out, executor="local", **SETTINGS)
     return out
 
 

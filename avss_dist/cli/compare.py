@@ -8,23 +8,22 @@ from typing import Annotated, Any
 import typer
 
 from avss_dist.cli.base import console, explained
-from avss_dist.cli.choose import choose_runs
-from avss_dist.cli.options import RecipeOption, SiteOption, ThresholdOption, WarehousePath
-from avss_dist.cli.read import choose_scores
-from avss_dist.config import LOWEST_SHARE, PUBLISHED_THRESHOLD, RECIPES, SITES, describe_threshold, parse_threshold
+from avss_dist.cli.choose import choose_runs, choose_scores, choose_threshold, require_place
+from avss_dist.cli.options import (
+    EveryRunOption,
+    RecipeOption,
+    RunsOption,
+    SiteOption,
+    ThresholdOption,
+    WarehousePath,
+)
+from avss_dist.config import LOWEST_SHARE, PUBLISHED_THRESHOLD, RECIPES, SCORES, SITES, describe_threshold
 from avss_dist.errors import ConfigError, QueryError, require_known
 
 FORMATS = ("table", "csv", "json")
 KINDS = ("csv", "json", "latex", "markdown")
 PUBLISHED = f"{PUBLISHED_THRESHOLD:g}"
 
-EveryRunOption = Annotated[
-    list[str] | None,
-    typer.Option("--run", help="Which run, or a glob such as 'smollm2-*'; repeatable. All by default."),
-]
-NewestRunOption = Annotated[
-    list[str] | None, typer.Option("--run", help="Which run, or a glob; repeatable. The newest by default.")
-]
 FormatOption = Annotated[str, typer.Option("--format", help=f"{', '.join(FORMATS)}.")]
 
 
@@ -43,7 +42,7 @@ def compare(
     threshold: ThresholdOption = PUBLISHED,
     score: Annotated[
         str,
-        typer.Option(help="avss, block_influence, angular_distance, relative_magnitude, update_variance_ratio."),
+        typer.Option(help=f"{', '.join(SCORES)}."),
     ] = "avss",
     k: Annotated[int | None, typer.Option("--k", help="How many of the lowest layers to compare.", min=1)] = None,
     share: Annotated[float, typer.Option(help="The same as a share of the layers.", min=0, max=1)] = LOWEST_SHARE,
@@ -52,25 +51,27 @@ def compare(
 ) -> None:
     """Say how far the rankings of layers agree, and what to know before believing them."""
     require_known("format", format, FORMATS)
-    require_known("site", site, SITES)
-    require_known("recipe", recipe, RECIPES)
+    require_place(site, recipe)
     from avss_dist.compare import compare as compare_runs
     from avss_dist.findings import findings as find
     from avss_dist.query import Warehouse
     from avss_dist.report.compare import findings_table, pairs_table
     from avss_dist.report.output import write_table
-    from avss_dist.scoring import Threshold
 
     opened = Warehouse(warehouse)
     names = [row["run_id"] for row in choose_runs(opened, run or [], every=True)]
-    value, kind = parse_threshold(threshold)
-    at = Threshold(value=value, kind=kind)
+    at = choose_threshold(threshold)
     pairs = compare_runs(
         opened, names, by=by, site=site, recipe=recipe, threshold=at, score=score, k=k, share=share, anyway=anyway
     )
     if format != FORMATS[0]:
         return write_table(pairs, format, console())
-    fixed = {"score": score, "site": site, "recipe": recipe, "threshold": f"|x| < {describe_threshold(value, kind)}"}
+    fixed = {
+        "score": score,
+        "site": site,
+        "recipe": recipe,
+        "threshold": f"|x| < {describe_threshold(at.value, at.kind)}",
+    }
     title = f"by {by}  " + " / ".join(text for name, text in fixed.items() if name != by)
     console().print(pairs_table(pairs, title))
     compared = {*pairs["a_run_id"].to_pylist(), *pairs["b_run_id"].to_pylist()}
@@ -92,18 +93,15 @@ def findings(
 ) -> None:
     """Say what a careful reader would warn of: scores that track depth, noise, rounding, single units, and so on."""
     require_known("format", format, FORMATS)
-    require_known("site", site, SITES)
-    require_known("recipe", recipe, RECIPES)
+    require_place(site, recipe)
     from avss_dist.findings import findings as find
     from avss_dist.query import Warehouse
     from avss_dist.report.compare import findings_table
     from avss_dist.report.output import write_table
-    from avss_dist.scoring import Threshold
 
     opened = Warehouse(warehouse)
-    value, kind = parse_threshold(threshold)
     names = [row["run_id"] for row in choose_runs(opened, run or [], every=True)]
-    found = find(opened, names, threshold=Threshold(value=value, kind=kind))
+    found = find(opened, names, threshold=choose_threshold(threshold))
     shown = found if every else _at(found, site, recipe)
     if format != FORMATS[0]:
         return write_table(shown, format, console())
@@ -119,25 +117,23 @@ def scores(
     threshold: ThresholdOption = PUBLISHED,
     recipe: RecipeOption = RECIPES[0],
     site: SiteOption = SITES[0],
-    run: NewestRunOption = None,
+    run: RunsOption = None,
     format: FormatOption = FORMATS[0],
 ) -> None:
     """Score runs at any threshold, absolute or relative, from what they stored: no model runs again."""
     require_known("format", format, FORMATS)
-    require_known("site", site, SITES)
-    require_known("recipe", recipe, RECIPES)
+    require_place(site, recipe)
     import pyarrow.compute as pc
 
     from avss_dist.query import Warehouse
     from avss_dist.report.output import write_table
     from avss_dist.report.table import layer_table
-    from avss_dist.scoring import Threshold
     from avss_dist.thresholds import scores_at
 
     opened = Warehouse(warehouse)
     runs = choose_runs(opened, run or [])
-    value, kind = parse_threshold(threshold)
-    table = scores_at(opened, runs, Threshold(value=value, kind=kind), sites=[site])
+    at = choose_threshold(threshold)
+    table = scores_at(opened, runs, at, sites=[site])
     recipes = sorted(set(table["recipe"].to_pylist()))
     table = table.filter(pc.field("recipe") == recipe)
     if not table.num_rows:
@@ -147,7 +143,7 @@ def scores(
     for row in runs:
         found = [s for s in table.to_pylist() if s["run_id"] == row["run_id"]]
         console().print(layer_table(row, found))
-        print(f"From stored counts and histograms: {_exactness(found, value if kind == 'absolute' else None)}")
+        print(f"From stored counts and histograms: {_exactness(found, at.value if at.kind == 'absolute' else None)}")
     return None
 
 
@@ -160,7 +156,7 @@ def quantiles(
         typer.Option(help="The threshold below which this share of the elements is; repeatable."),
     ] = None,
     site: SiteOption = SITES[0],
-    run: NewestRunOption = None,
+    run: RunsOption = None,
     format: FormatOption = FORMATS[0],
 ) -> None:
     """Say how large activations are, by layer: quantiles of |x|, or the threshold for a wanted sparsity."""
@@ -193,7 +189,7 @@ def quantiles(
 def export(
     warehouse: WarehousePath,
     to: Annotated[str, typer.Option("--to", help=f"{', '.join(KINDS)}.")],
-    run: NewestRunOption = None,
+    run: RunsOption = None,
     site: SiteOption = SITES[0],
     recipe: RecipeOption = RECIPES[0],
     threshold: ThresholdOption = PUBLISHED,

@@ -31,7 +31,13 @@ MaxMemoryOption = Annotated[
 ]
 CodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint ships.")]
 RunOption = Annotated[str | None, typer.Option("--run", help="Which run; the newest by default.")]
-RunsOption = Annotated[list[str] | None, typer.Option("--run", help="Which run; repeatable. The newest by default.")]
+EveryRunOption = Annotated[
+    list[str] | None,
+    typer.Option("--run", help="Which run, or a glob such as 'smollm2-*'; repeatable. All by default."),
+]
+RunsOption = Annotated[
+    list[str] | None, typer.Option("--run", help="Which run, or a glob; repeatable. The newest by default.")
+]
 RecipeOption = Annotated[str, typer.Option(help=f"{', '.join(RECIPES)}.")]
 SiteOption = Annotated[str, typer.Option(help=f"{', '.join(SITES)}.")]
 ThresholdOption = Annotated[str, typer.Option(help="Near zero means below this: 1e-5, or 0.1rms.")]

@@ -8,10 +8,9 @@ from typing import Annotated
 import typer
 
 from avss_dist.cli.base import explained
-from avss_dist.cli.choose import choose_runs
+from avss_dist.cli.choose import choose_runs, choose_scores
 from avss_dist.cli.options import CodeOption, RecipeOption, RunOption, SiteOption, ThresholdOption, WarehousePath
-from avss_dist.cli.read import choose_scores
-from avss_dist.config import PUBLISHED_THRESHOLD, RECIPES, SITES, describe_bytes
+from avss_dist.config import PUBLISHED_THRESHOLD, RECIPES, SCORES, SITES, describe_bytes
 from avss_dist.errors import ConfigError, require_known
 
 FORMATS = ("plan", "mergekit")
@@ -24,9 +23,7 @@ def plan(
     run: RunOption = None,
     by: Annotated[
         str,
-        typer.Option(
-            help="avss, block_influence, relative_magnitude, angular_distance, update_variance_ratio, random."
-        ),
+        typer.Option(help=f"{', '.join(SCORES)}, random."),
     ] = "avss",
     fraction: Annotated[float | None, typer.Option(help="Drop this share of the layers; 0.25 by default.")] = None,
     count: Annotated[int | None, typer.Option(help="Drop so many layers.")] = None,

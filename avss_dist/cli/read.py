@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from avss_dist.cli.base import console, explained
-from avss_dist.cli.choose import choose_runs
+from avss_dist.cli.choose import choose_runs, choose_scores
 from avss_dist.cli.options import (
     RecipeOption,
     RunOption,
@@ -19,33 +19,10 @@ from avss_dist.cli.options import (
     ThresholdOption,
     WarehousePath,
 )
-from avss_dist.config import PUBLISHED_THRESHOLD, RECIPES, SITES, parse_threshold
+from avss_dist.config import PUBLISHED_THRESHOLD, RECIPES, SITES
 from avss_dist.errors import QueryError, require_known
 
-if TYPE_CHECKING:
-    from avss_dist.query import Warehouse
-
 FORMATS = ("table", "csv", "json", "parquet")
-
-
-def choose_scores(
-    warehouse: Warehouse, runs: list[dict[str, Any]], site: str, recipe: str, threshold: str
-) -> list[dict[str, Any]]:
-    """The stored scores of runs at one site, recipe and threshold, by run and layer."""
-    require_known("site", site, SITES)
-    require_known("recipe", recipe, RECIPES)
-    value, kind = parse_threshold(threshold)
-    rows = warehouse.table("scores", run_ids=[run["run_id"] for run in runs]).to_pylist()
-    scored = sorted({f"{row['site']} {row['recipe']}" for row in rows})
-    rows = [row for row in rows if (row["site"], row["recipe"]) == (site, recipe)]
-    if not rows:
-        raise QueryError(f"No scores of site '{site}' with recipe '{recipe}'.", f"Scored: {', '.join(scored)}.")
-    wanted = [row for row in rows if (row["threshold"], row["threshold_kind"]) == (value, kind)]
-    if not wanted:
-        seen = sorted({(r["threshold_kind"], r["threshold"]) for r in rows})
-        names = ", ".join(f"{t:g}{'rms' if k == 'rms' else ''}" for k, t in seen)
-        raise QueryError(f"No scores at threshold {threshold}.", f"Scored: {names}. avss scores computes any other.")
-    return sorted(wanted, key=lambda row: (row["run_id"], row["layer"]))
 
 
 @explained

@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from avss_dist.cli.base import explained
-from avss_dist.cli.compare import EveryRunOption
-from avss_dist.cli.options import WarehousePath
+from avss_dist.cli.options import EveryRunOption, WarehousePath
 from avss_dist.errors import QueryError, require_known
 
 

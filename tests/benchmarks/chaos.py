@@ -26,7 +26,7 @@ import psutil
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from conftest import VOCABULARY, llama  # noqa: E402
+from conftest import llama, save_tokenizer  # noqa: E402
 from tables import assert_same_tables  # noqa: E402
 
 LOCAL = ROOT / "cluster" / "local.sh"
@@ -42,17 +42,10 @@ execution: {{replicas: 2, partition: single, placement_seconds: 120, hang_second
 
 
 def save_models(folder: Path) -> list[Path]:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {chr(byte): i for i, byte in enumerate(range(33, 127))} | {"<unk>": 200, "<eos>": VOCABULARY - 1}
-    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     saved = []
     for seed in range(MODELS):
-        saved.append(folder / f"step-{seed}")
+        saved.append(save_tokenizer(folder / f"step-{seed}"))
         llama(seed, hidden_size=128, intermediate_size=384, num_hidden_layers=6).save_pretrained(saved[-1])
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(saved[-1])
     return saved
 
 

@@ -25,26 +25,11 @@ SETTINGS: dict[str, Any] = {"max_sequences": 32, "sequence_length": 64, "batch_s
 
 def save_models(count: int, folder: Path) -> list[str]:
     """Checkpoints of one training, as the tests build them."""
-    from pydoc_data.topics import topics
+    from conftest import llama, save_tokenizer
 
-    from conftest import llama
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<pad>", "<bos>", "<eos>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([topics[name] for name in sorted(topics)[:20]], trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    )
     for seed in range(count):
         llama(seed).save_pretrained(folder / f"step-{seed:02d}")
-        wrapped.save_pretrained(folder / f"step-{seed:02d}")
+        save_tokenizer(folder / f"step-{seed:02d}")
     return sorted(str(path) for path in folder.iterdir())
 
 
