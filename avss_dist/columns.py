@@ -40,6 +40,14 @@ _STATS = {
     "histogram_bin": "bins of abs(x) that hold elements: the 8 exponent and top 3 mantissa bits of its float32",
     "histogram_count": "elements in each of those bins",
 }
+_EVALUATION = {
+    **_IDENTITY,
+    "run_id": "name of the evaluation: the model's, and 10 digits of the hash of task and settings",
+    "task": "what was asked: perplexity:TEXT, ablation:TEXT, shapley:TEXT, gradients:TEXT, or a task of lm-eval",
+    "metric": "what is measured: loss, perplexity, acc, shapley, ...",
+    "drop": "layers that were left out, ascending, from 0; empty for the whole model",
+    "layer": "the layer that it is about; null where it is about the whole",
+}
 COLUMNS: dict[str, dict[str, str]] = {
     "runs": {
         **_IDENTITY,
@@ -110,14 +118,23 @@ COLUMNS: dict[str, dict[str, str]] = {
         **_STATS,
     },
     "evaluations": {
-        **_IDENTITY,
-        "plan": "which layers were dropped, and why; null for the whole model",
-        "task": "what was evaluated",
-        "metric": "in what unit",
+        **_EVALUATION,
         "value": "the result",
         "stderr": "its standard error",
-        "num_samples": "samples that were evaluated",
-        "created_at": "when (UTC)",
+        "num_samples": "samples that it is of",
+        "settings": "every setting that can change a number, as JSON",
+        "versions": "versions of Python and of the packages",
+        "seconds": "seconds of measuring, of all workers together",
+        "created_at": "when it was put together (UTC)",
+    },
+    "cells": {
+        **_EVALUATION,
+        "part": "which part of the task, from 0",
+        "samples": "one value for each sample: a sequence, a question, a permutation, a batch",
+        "weights": "what each counts: predicted tokens, or 1",
+        "device": "what it ran on",
+        "seconds": "seconds of measuring",
+        "created_at": "when it was measured (UTC)",
     },
 }
 TABLES_MEAN = {
@@ -125,5 +142,6 @@ TABLES_MEAN = {
     "scores": "one row for each layer, site, recipe and threshold of a run",
     "layer_stats": "one row for each layer and site of a run: the statistics that scores are computed from",
     "shard_stats": "the same for each shard, to resume and to resample",
-    "evaluations": "one row for each metric of a model, whole or pruned",
+    "evaluations": "one row for each metric of a task and a model, whole or without layers",
+    "cells": "what evaluations are put together of: one row for each part of a task",
 }

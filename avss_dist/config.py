@@ -165,6 +165,21 @@ class Execution:
             )
 
 
+def split_options(options: dict[str, Any]) -> tuple[Settings, Execution]:
+    """Keyword options as Settings and Execution.
+
+    Raises:
+        ConfigError: an option does not exist (the nearest one is named), or has a value that it cannot have.
+    """
+    settings, execution = set(Settings.__dataclass_fields__), set(Execution.__dataclass_fields__)
+    for name in options:
+        require_known("option", name, sorted(settings | execution), ConfigError)
+    return (
+        Settings(**{name: value for name, value in options.items() if name in settings}),
+        Execution(**{name: value for name, value in options.items() if name in execution}),
+    )
+
+
 def _require_at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ConfigError(f"{name} must be at least {least}, not {value}.")

@@ -83,11 +83,18 @@ class CorpusPlan:
 
 
 def plan(
-    source: str, tokenizer: Tokenizer, settings: Settings, *, progress: Callable[[int], None] | None = None
+    source: str,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    *,
+    skip_sequences: int = 0,
+    progress: Callable[[int], None] | None = None,
 ) -> CorpusPlan:
     """Read, tokenize and cut a corpus, no further than ``settings.max_sequences`` rows need.
 
-    ``progress`` is called after each shard with the number of sequences so far.
+    Args:
+        skip_sequences: rows at the start that are left out.
+        progress: called after each shard with the number of sequences so far.
 
     Raises:
         CorpusError: the source cannot be read, holds no text, or is too short for one sequence.
@@ -96,7 +103,8 @@ def plan(
     eos = tokenizer.eos_token_id
     ids = _tokenize(opened.documents(), tokenizer, tally)
     rows = _pack(ids, eos, length, tally) if settings.layout == "packed" else _truncate(ids, length)
-    rows = islice(rows, settings.max_sequences)
+    most = settings.max_sequences
+    rows = islice(rows, skip_sequences, None if most is None else skip_sequences + most)
     pad = next((i for i in (tokenizer.pad_token_id, eos) if i is not None), 0)
     shards: list[Shard] = []
     num_sequences = num_tokens = 0
@@ -182,6 +190,9 @@ def _require_enough(source: str, num_sequences: int, num_tokens: int, tally: _Ta
     length, skip = settings.sequence_length, settings.skip_first_tokens
     if not tally.has_text:
         raise CorpusError(f"{source} holds no text (documents read: {tally.documents}).", "Name one that holds some.")
+    if not num_sequences and tally.tokens >= length:
+        message = f"{source} has no sequence left after those that are skipped."
+        raise CorpusError(message, "Lower --skip-sequences, or name a longer text.")
     if not num_sequences and settings.layout == "packed":
         message = f"{source} is {tally.tokens} tokens long, too short for one sequence of {length}."
         raise CorpusError(message, "Choose a smaller --sequence-length, or --layout padded.")

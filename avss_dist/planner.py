@@ -72,7 +72,7 @@ class Planner:
             code = spec.settings.trust_remote_code
             checkpoint = resolve(spec.model, trust_remote_code=code) if self.fetch else self._find(spec.model, code)
             config = text_config(checkpoint, trust_remote_code=code)
-            settings = self._pin(spec.settings, checkpoint, config)
+            settings = pin(spec.settings, checkpoint, config, self.executor.device)
             self._opened = key, (checkpoint, config, settings, self._place(spec, checkpoint, settings))
         opened: tuple[Checkpoint, Any, Settings, Placement] = self._opened[1]
         return opened
@@ -83,19 +83,6 @@ class Planner:
         if locate(model, trust_remote_code=code):
             return resolve(model, trust_remote_code=code)
         return fetch_files(model, ["*.json", "*.model", "*.txt", "*.jinja", *(["*.py"] if code else [])])
-
-    def _pin(self, settings: Settings, checkpoint: Checkpoint, config: Any) -> Settings:
-        """Settings with every ``auto`` that changes numbers decided; refuses rows that the model cannot read."""
-        text = config.get_text_config()
-        longest = getattr(text, "max_position_embeddings", None)
-        if isinstance(longest, int) and 0 < longest < settings.sequence_length:
-            raise ModelError(
-                f"'{checkpoint.name}' reads at most {longest} tokens of the {settings.sequence_length} asked for.",
-                f"Pass --sequence-length {longest} or less.",
-            )
-        stored = str(getattr(text, "dtype", None) or getattr(config, "dtype", None)).removeprefix("torch.")
-        dtype = stored if settings.dtype == "auto" and stored in DTYPES else settings.dtype
-        return replace(settings, device=self.executor.device, dtype=dtype)
 
     def _place(self, spec: RunSpec, checkpoint: Checkpoint, settings: Settings) -> Placement:
         """How a replica is spread; refuses more than there is before anything is loaded."""
@@ -153,3 +140,21 @@ def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settin
     numbers = {k: v for k, v in settings.as_dict().items() if k not in ("max_sequences", "trust_remote_code", "layout")}
     tokens = corpus.tokens_fingerprint
     return fingerprint(schema=SCHEMA_VERSION, checkpoint=checkpoint.revision, tokens=tokens, settings=numbers, **split)
+
+
+def pin(settings: Settings, checkpoint: Checkpoint, config: Any, device: str) -> Settings:
+    """Settings with every ``auto`` that changes numbers decided.
+
+    Raises:
+        ModelError: rows are longer than the model can read.
+    """
+    text = config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    if isinstance(longest, int) and 0 < longest < settings.sequence_length:
+        raise ModelError(
+            f"'{checkpoint.name}' reads at most {longest} tokens of the {settings.sequence_length} asked for.",
+            f"Pass --sequence-length {longest} or less.",
+        )
+    stored = str(getattr(text, "dtype", None) or getattr(config, "dtype", None)).removeprefix("torch.")
+    dtype = stored if settings.dtype == "auto" and stored in DTYPES else settings.dtype
+    return replace(settings, device=device, dtype=dtype)

@@ -81,7 +81,7 @@ class Warehouse(Store):
         return self.table("layer_stats")
 
     def sql(self, query: str) -> pa.Table:
-        """The result of one DuckDB query over the views ``runs, scores, layer_stats, shard_stats, evaluations``.
+        """The result of one DuckDB query over the views of `TABLES`.
 
         ``@name`` is the query of that name in `ready_queries`. The functions of `FUNCTIONS` are there besides DuckDB's
         own. A table without files is an empty view. Nothing else can be reached: no file, network, extension or

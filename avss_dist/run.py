@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.attempt import Reporter, Run, Silent
-from avss_dist.config import GANGS, Execution, Settings
+from avss_dist.config import GANGS, Execution, Settings, split_options
 from avss_dist.driver import Driver, Ending, record_failure
-from avss_dist.errors import AvssError, ConfigError, require_known
+from avss_dist.errors import AvssError
 from avss_dist.executors.base import Executor, open_executor
 from avss_dist.jobs import JobFile, RunSpec
 from avss_dist.preview import Preview, preview
@@ -117,18 +117,3 @@ def _require_readable(corpus: str) -> None:
     """Fail now, not for every model, where the corpus cannot be read."""
     for _ in documents(corpus):
         break
-
-
-def split_options(options: dict[str, Any]) -> tuple[Settings, Execution]:
-    """Keyword options as Settings and Execution.
-
-    Raises:
-        ConfigError: an option does not exist (the nearest one is named), or has a value that it cannot have.
-    """
-    settings, execution = set(Settings.__dataclass_fields__), set(Execution.__dataclass_fields__)
-    for name in options:
-        require_known("option", name, sorted(settings | execution), ConfigError)
-    return (
-        Settings(**{name: value for name, value in options.items() if name in settings}),
-        Execution(**{name: value for name, value in options.items() if name in execution}),
-    )

@@ -21,7 +21,8 @@ from avss_dist.stats import HISTOGRAM_BINS, LayerKey, LayerStats, ShardResult
 _VERSION, _HEADER = b"avss_schema_version", b"avss_header"
 _ARROW = {"string": pa.string(), "int32": pa.int32(), "int": pa.int64(), "float": pa.float64()}
 _ARROW |= {"strings": pa.list_(pa.string()), "Int16": pa.list_(pa.int16()), "time": pa.timestamp("us", "UTC")}
-_ARROW |= {"Int64": pa.list_(pa.int64()), "Float64": pa.list_(pa.float64()), "map": pa.map_(pa.string(), pa.string())}
+_ARROW |= {"Int32": pa.list_(pa.int32()), "Int64": pa.list_(pa.int64()), "Float64": pa.list_(pa.float64())}
+_ARROW |= {"map": pa.map_(pa.string(), pa.string())}
 _STATE = [f.name for f in fields(LayerStats) if f.name != "histogram"]
 
 
@@ -52,9 +53,16 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "layer_stats": _schema(_RUN, *_PLACE, *_STATS),
     "shard_stats": _schema(_RUN, "int: shard_id", "string: content_hash", *_PLACE, *_STATS),
-    "evaluations": _schema(_RUN, "string: plan task metric", "float: value stderr", "int: num_samples", _CREATED),
+    "evaluations": _schema(
+        *(_RUN, "string: task metric", "Int32: drop", "int32: layer", "float: value stderr", "int: num_samples"),
+        *("string: settings", "map: versions", "float: seconds", _CREATED),
+    ),
+    "cells": _schema(
+        *(_RUN, "string: task metric", "Int32: drop", "int32: layer part", "Float64: samples weights"),
+        *("string: device", "float: seconds", _CREATED),
+    ),
 }
-TABLES = ("runs", "scores", "layer_stats", "shard_stats", "evaluations")
+TABLES = ("runs", "scores", "layer_stats", "shard_stats", "evaluations", "cells")
 
 
 def _leaves(kind: str) -> list[str]:

@@ -113,6 +113,18 @@ class Store:
         clean = {name: without_secrets(value) if isinstance(value, str) else value for name, value in row.items()}
         self._write_rows("runs", row["run_id"], [{**clean, "schema_version": SCHEMA_VERSION}])
 
+    def write_cell(self, run: RunIdentity, cell_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keep what one cell of an evaluation measured; rows lack the columns of RunIdentity."""
+        self._write_rows("cells", run.run_id, [{**row, **asdict(run)} for row in rows], file=cell_id)
+
+    def cell_ids(self, run_id: str) -> set[str]:
+        """The cells of an evaluation that are measured."""
+        return {Path(path).stem for path, run in self._files("cells").items() if run == run_id}
+
+    def write_evaluations(self, run: RunIdentity, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write what the cells of an evaluation say together; rows lack the columns of RunIdentity."""
+        self._write_rows("evaluations", run.run_id, [{**row, **asdict(run)} for row in rows])
+
     def run(self, run_id: str) -> dict[str, Any] | None:
         """The ``runs`` row of a run by column, ``versions`` as a dict; None when it has none."""
         if (data := self._read(path := self._path("runs", run_id))) is None:
@@ -154,7 +166,7 @@ class Store:
             yield run_id, rows
 
     def dataset(self, name: str) -> ds.Dataset | None:
-        """Rows of whole runs in ``SCHEMAS[name]``, or None; every row of ``runs`` and ``evaluations``."""
+        """Rows of whole runs in ``SCHEMAS[name]``, or None; every row of ``runs``, ``evaluations`` and ``cells``."""
         require_known("table", name, TABLES, WarehouseError)
         runs, done = self._runs()
         return runs if name == "runs" else self._dataset(name, done)
@@ -162,6 +174,8 @@ class Store:
     def _runs(self) -> tuple[ds.Dataset, set[str]]:
         """The dataset of ``runs``, which this version can read, and the ids of those that are done."""
         runs = self._dataset("runs", ())
+        if runs is None and self._listed("cells"):  # of models that were not scored
+            return ds.dataset(SCHEMAS["runs"].empty_table()), set()
         if runs is None:
             exists = self._fs.get_file_info(f"{self._base}/runs").type == pafs.FileType.Directory
             problem = "has no runs yet" if exists else "is not a warehouse: it has no runs folder"
@@ -173,7 +187,7 @@ class Store:
         return runs, {row["run_id"] for row in rows if row["status"] == "done"}
 
     def _dataset(self, name: str, done: Collection[str]) -> ds.Dataset | None:
-        every = name in ("runs", "evaluations")
+        every = name in ("runs", "evaluations", "cells")
         files = {path: stamp for path, (run_id, stamp) in self._listed(name).items() if every or run_id in done}
         return self._open(name, files) if files else None
 
@@ -194,10 +208,10 @@ class Store:
         matches = ((info, re.search(r"/run_id=([\w.-]+)/[^./][^/]*\.parquet$", info.path)) for info in infos)
         return {info.path: (match[1], f"{info.size} {info.mtime_ns}") for info, match in matches if match}
 
-    def _path(self, name: str, run_id: str, shard_id: int | None = None) -> str:
+    def _path(self, name: str, run_id: str, shard_id: int | None = None, file: str | None = None) -> str:
         if not re.fullmatch(r"[A-Za-z0-9._-]+", run_id):
             raise ValueError(f"a run id is made of letters, digits, dots, hyphens and underscores, not {run_id!r}")
-        file = ("run" if name == "runs" else name) if shard_id is None else f"shard-{shard_id:05d}"
+        file = file or (("run" if name == "runs" else name) if shard_id is None else f"shard-{shard_id:05d}")
         return f"{self._base}/{name}/run_id={run_id}/{file}.parquet"
 
     def _read(self, path: str) -> pa.Buffer | None:
@@ -206,12 +220,14 @@ class Store:
             return file.read_buffer()
         return None
 
-    def _write_rows(self, name: str, run_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def _write_rows(
+        self, name: str, run_id: str, rows: Sequence[Mapping[str, Any]], *, file: str | None = None
+    ) -> None:
         """Rows lack what is null; of floats, NaN is null too."""
         for column in {column for row in rows for column in row}:
             require_known("column", column, SCHEMAS[name].names, WarehouseError)
         columns = {f.name: pa.array([row.get(f.name) for row in rows], f.type, from_pandas=True) for f in SCHEMAS[name]}
-        self._commit(self._path(name, run_id), encode(name, run_id, columns))
+        self._commit(self._path(name, run_id, file=file), encode(name, run_id, columns))
 
     def _commit(self, path: str, data: pa.Buffer | bytes) -> None:
         """Write a file in one step. An object of an object store appears whole, when its stream is closed."""

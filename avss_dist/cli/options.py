@@ -30,6 +30,10 @@ MaxMemoryOption = Annotated[
     list[str] | None, typer.Option(help="What to use of a device at most: cpu=200MB, 0=40GiB; repeatable.")
 ]
 CodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint ships.")]
+ExecutorOption = Annotated[str, typer.Option(help="auto, local (this process), ray.")]
+ReplicasOption = Annotated[int | None, typer.Option(help="Model copies that work in parallel.")]
+AddressOption = Annotated[str | None, typer.Option(help="A running Ray cluster.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Measure again what is done already.")]
 RunOption = Annotated[str | None, typer.Option("--run", help="Which run; the newest by default.")]
 EveryRunOption = Annotated[
     list[str] | None,

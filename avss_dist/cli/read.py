@@ -72,7 +72,7 @@ def query(
     sql: Annotated[
         str | None,
         typer.Argument(
-            help="One SELECT over runs, scores, layer_stats, shard_stats, evaluations; or @name, a ready query."
+            help="One SELECT over runs, scores, layer_stats, shard_stats, evaluations, cells; or @name, a ready query."
         ),
     ] = None,
     schema: Annotated[

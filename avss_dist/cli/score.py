@@ -11,17 +11,21 @@ import typer
 
 from avss_dist.cli.base import console, explained
 from avss_dist.cli.options import (
+    AddressOption,
     AttentionOption,
     BatchSizeOption,
     CodeOption,
     CorpusOption,
     DeviceOption,
     DtypeOption,
+    ExecutorOption,
+    FreshOption,
     LayersOption,
     LayoutOption,
     MaxMemoryOption,
     MaxSequencesOption,
     RanksOption,
+    ReplicasOption,
     SequenceLengthOption,
     ShardOption,
     SitesOption,
@@ -57,9 +61,9 @@ def score(
     ] = None,
     layers: LayersOption = None,
     attention: AttentionOption = None,
-    executor: Annotated[str, typer.Option(help="auto, local (this process), ray.")] = EXECUTION.executor,
-    replicas: Annotated[int | None, typer.Option(help="Model copies that work in parallel.")] = None,
-    address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
+    executor: ExecutorOption = EXECUTION.executor,
+    replicas: ReplicasOption = None,
+    address: AddressOption = None,
     device: DeviceOption = DEFAULTS.device,
     partition: Annotated[str, typer.Option(help=f"{', '.join(PARTITIONS)}.")] = EXECUTION.partition,
     ranks: RanksOption = None,
@@ -73,7 +77,7 @@ def score(
         float, typer.Option(help="A worker that begins no layer for this long is replaced.")
     ] = EXECUTION.hang_seconds,
     trust_remote_code: CodeOption = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is done already.")] = False,
+    fresh: FreshOption = False,
 ) -> int:
     """Score every layer of one or more models on a corpus, and keep the result as Parquet."""
     options: dict[str, Any] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -16,6 +16,9 @@ from avss_dist.errors import AvssError, RunFailed
 from avss_dist.partition.base import Placement
 from avss_dist.partition.devices import Devices
 from avss_dist.stats import ShardResult
+
+if TYPE_CHECKING:
+    from avss_dist.executors.cells import Cell, CellOutcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,9 @@ class Executor(Protocol):
         The next work may be taken, in another thread, while one is measured. An AvssError in place of a result ends
         its work alone: the model cannot be opened or observed, or a shard failed more often than it is retried.
         """
+
+    def run_cells(self, cells: Sequence[Cell]) -> Generator[CellOutcome, None, None]:
+        """Yield what every cell gives, in any order; an AvssError in its place is of that cell alone."""
 
     def close(self) -> None:
         """Stop workers and free devices."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from itertools import groupby
 
 from avss_dist.config import Settings
 from avss_dist.errors import ConfigError
 from avss_dist.executors.base import Outcome, Work, as_failure
+from avss_dist.executors.cells import Cell, CellOutcome, run_here
 from avss_dist.partition.base import Placement, Replica, open_replica
 from avss_dist.partition.devices import devices_here, pick_device
 from avss_dist.worker import analyze_shard
@@ -54,6 +55,10 @@ class LocalExecutor:
                 yield work, as_failure(error)
                 return
             yield work, result
+
+    def run_cells(self, cells: Sequence[Cell]) -> Generator[CellOutcome, None, None]:
+        """See `executors.base.Executor`."""
+        return run_here(cells)
 
     def close(self) -> None:
         """Nothing outlives `run`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from itertools import chain, count
 from typing import Any
 
@@ -16,8 +16,10 @@ from avss_dist.config import Execution, Settings
 from avss_dist.errors import ConfigError, RunFailed
 from avss_dist.executors.ahead import Ahead
 from avss_dist.executors.base import Outcome, Work
+from avss_dist.executors.cells import Cell, CellOutcome
 from avss_dist.executors.gang import Beats, Gang, missing_package
 from avss_dist.executors.pool import Pool
+from avss_dist.executors.ray_cells import run_on_ray
 from avss_dist.partition.base import Placement
 from avss_dist.partition.devices import Devices, devices_here, pick_device
 
@@ -34,7 +36,7 @@ class RayExecutor:
         self._names = count()
         self._beats: Any = None
         if self._address:
-            self._connect()
+            self.connect()
             self.devices = _devices_of_cluster(settings.device)
         else:
             self.devices = devices_here(pick_device(settings.device).type)
@@ -65,7 +67,7 @@ class RayExecutor:
         first = next(works, None)
         if first is None:
             return
-        self._connect()
+        self.connect()
         ahead = Ahead(chain([first], works))
         pool = Pool(
             ahead,
@@ -74,13 +76,20 @@ class RayExecutor:
             beats=self._beats,
             placement_seconds=self._execution.placement_seconds,
             hang_seconds=self._execution.hang_seconds,
-            shortage=lambda placement: _shortage(placement, self._cpus(placement)),
+            shortage=lambda placement: _shortage(placement, self.cpus(placement)),
         )
         try:
             yield from pool.outcomes()
         finally:
             ahead.close()
             pool.close()
+
+    def run_cells(self, cells: Sequence[Cell]) -> Generator[CellOutcome, None, None]:
+        """See `executors.base.Executor`."""
+        if cells:
+            self.connect()
+            one = Placement(gpus=1 if self.device == "cuda" else 0)
+            yield from run_on_ray(cells, self.replicas(one), self.cpus(one), one.gpus, self.threads(one))
 
     def close(self) -> None:
         """Stop the workers, and Ray if it was started here."""
@@ -91,7 +100,8 @@ class RayExecutor:
         if self._started:
             ray.shutdown()
 
-    def _connect(self) -> None:
+    def connect(self) -> None:
+        """Start Ray, or reach the cluster, if that is not done yet."""
         if not ray.is_initialized():
             try:
                 _require_listening(self._address or "local")
@@ -112,14 +122,17 @@ class RayExecutor:
         if self._beats is None:
             self._beats = ray.remote(Beats).options(num_cpus=0, max_restarts=-1).remote()
 
-    def _cpus(self, placement: Placement) -> int:
+    def cpus(self, placement: Placement) -> int:
         """CPUs of one rank: an even share."""
         ranks = self.replicas(placement) * placement.ranks
         return max(1, min(self.devices.cpus // ranks, self.devices.cpus_of_largest_node))
 
+    def threads(self, placement: Placement) -> int:
+        """Threads of one rank: one for each of its CPUs, or ``OMP_NUM_THREADS``."""
+        return int(os.environ.get("OMP_NUM_THREADS", 0)) or self.cpus(placement)
+
     def _hire(self, placement: Placement) -> Gang:
-        cpus = self._cpus(placement)
-        threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or cpus
+        cpus, threads = self.cpus(placement), self.threads(placement)
         name = f"{os.getpid()}-{next(self._names)}"
         return Gang(name, placement, cpus=cpus, threads=threads, beats=self._beats)
 

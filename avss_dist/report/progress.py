@@ -18,6 +18,7 @@ from avss_dist.report.estimate import describe_seconds
 
 if TYPE_CHECKING:
     from avss_dist.attempt import Run
+    from avss_dist.executors.cells import Cell
     from avss_dist.partition.base import Placement
 
 
@@ -84,6 +85,39 @@ class Progress:
             self._ended.append(task)
             if len(self._ended) > SHOWN_ENDED:
                 self._progress.update(self._ended.popleft(), visible=False)
+
+
+class CellProgress:
+    """An `evaluate.CellReporter`: one bar over all cells, with the rate and the time that is left."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._progress = rich_progress.Progress(
+            rich_progress.TextColumn("{task.description}", markup=False),
+            rich_progress.BarColumn(),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task: rich_progress.TaskID | None = None
+
+    def __enter__(self) -> CellProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def started(self, cells: int, done: int) -> None:
+        """Cells are to be measured; ``done`` were measured before."""
+        self._task = self._progress.add_task("evaluating", total=cells, completed=done)
+
+    def advanced(self, cell: Cell) -> None:
+        """A cell is done."""
+        assert self._task is not None
+        without = f" without {len(cell.drop)} layers" if cell.drop else ""
+        self._progress.update(self._task, advance=1, description=f"{_short(cell.checkpoint.name)}{without}")
 
 
 class Log:

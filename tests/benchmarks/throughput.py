@@ -5,7 +5,7 @@
 A round is a default shard of 32 x 256 tokens in batches of 8 x 256, every variant in turn (the authors' recipe: one
 batch, in two of the rounds). Ratios are medians of the rounds' own: a machine whose speed drifts does not decide.
 The authors' recipe (arXiv 2411.02117, their released script): float32, hooks that copy every layer's output to the CPU,
-loss and backward pass for each batch.
+loss and backward pass for each batch, then the L1 and L2 norms of the gradients and the Frobenius norms of the weights.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class PeakMemory:
 
 
 def authors_recipe(model: torch.nn.Module, layers: list[torch.nn.Module], input_ids: torch.Tensor) -> None:
-    """Variance and sparsity of every layer as the released script has them, one batch."""
+    """What the released script measures of each layer, one batch: variance, sparsity, norms of gradients and weights."""
     seen: list[torch.Tensor] = []
     handles = [
         layer.register_forward_hook(
@@ -65,9 +65,14 @@ def authors_recipe(model: torch.nn.Module, layers: list[torch.nn.Module], input_
     ]
     loss = model(input_ids, labels=input_ids).loss
     loss.backward()
-    for hidden in seen:
+    for hidden, layer in zip(seen, layers, strict=True):
         hidden.mean(dim=1).var(dim=1).mean().item()
         (hidden.abs() < 1e-5).float().mean().item()
+        for weight in (p for p in layer.parameters() if p.ndim == 2 and p.grad is not None):
+            assert weight.grad is not None
+            weight.grad.abs().sum().item()
+            weight.grad.pow(2).sum().sqrt().item()
+            torch.norm(weight, p="fro").item()
     model.zero_grad()
     for handle in handles:
         handle.remove()
