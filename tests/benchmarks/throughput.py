@@ -55,7 +55,7 @@ class PeakMemory:
 
 
 def authors_recipe(model: torch.nn.Module, layers: list[torch.nn.Module], input_ids: torch.Tensor) -> None:
-    """What the released script measures of each layer, one batch: variance, sparsity, norms of gradients and weights."""
+    """What the released script measures of each layer, one batch: variance, sparsity, norms of gradients, weights."""
     seen: list[torch.Tensor] = []
     handles = [
         layer.register_forward_hook(
