@@ -17,6 +17,8 @@ SITES = ("block", "update", "attention", "mlp", "neuron")
 RECIPES = ("pooled", "element", "unit")
 RIVALS = ("block_influence", "angular_distance", "relative_magnitude", "update_variance_ratio")
 SCORES = ("avss", *RIVALS)  # what layers are ranked by: low is unimportant
+GROUND_TRUTH = {"loss": "ablation:", "shapley": "shapley:", "taylor": "gradients:"}
+"""What dropping a layer does to the loss: measured, sampled, linearized; and the task of each, before its corpus."""
 LAYOUTS = ("packed", "padded")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,9 +16,9 @@ from avss_dist.corpus import Batch
 from avss_dist.errors import ModelError
 from avss_dist.models import load_model, open_module, quiet
 from avss_dist.partition.devices import pick_device
-from avss_dist.skip import skipping
+from avss_dist.skip import recording, skipping
 from avss_dist.stats import Float64
-from avss_dist.structure import Layer
+from avss_dist.structure import PROBE_SHAPE, Layer
 
 
 class LanguageModel:
@@ -48,13 +48,21 @@ class LanguageModel:
             backbone = open_module(self.module, layers=settings.layers, device=self.device)
         self.layers: tuple[Layer, ...] = backbone.structure.layers
         self.family = backbone.family
+        self._forms = self._find_forms()
+
+    def _find_forms(self) -> dict[int, type]:
+        """How layers return hidden states (`skip.Recorded`): what is known of a layer is no reason to run it."""
+        input_ids = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=self.device).reshape(PROBE_SHAPE)
+        with torch.no_grad(), recording(self.layers) as recorded:
+            self.module(input_ids=input_ids, use_cache=False)
+        return recorded.forms
 
     @contextmanager
     def without(self, drop: Collection[int]) -> Iterator[None]:
         """Inside, the model computes without the layers of these indices."""
         if wrong := [layer for layer in drop if not 0 <= layer < len(self.layers)]:
             raise ModelError(f"There is no layer {wrong[0]}: '{self.checkpoint.name}' has {len(self.layers)}, from 0.")
-        with skipping(self.layers, drop):
+        with skipping(self.layers, drop, self._forms):
             yield
 
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -69,7 +77,7 @@ class LanguageModel:
         with torch.no_grad():
             return np.array([row.item() for row in self.row_losses(self.logits(batch), batch)], np.float64)
 
-    def row_losses(self, logits: torch.Tensor, batch: Batch) -> Iterator[torch.Tensor]:
+    def row_losses(self, logits: Iterable[torch.Tensor], batch: Batch) -> Iterator[torch.Tensor]:
         """The loss of each row, float64[], from `logits`; one row's logits are in float32 at a time."""
         targets = torch.from_numpy(batch.input_ids).to(self.device, torch.int64)[:, 1:]
         counted = self._place(predicted(batch))

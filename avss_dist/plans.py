@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from avss_dist.config import LOWEST_SHARE, SCORES
+from avss_dist.config import GROUND_TRUTH, LOWEST_SHARE, SCORES
 from avss_dist.errors import AvssError, ConfigError, require_known
 from avss_dist.scoring import count_lowest, rank_lowest, score_column
 
@@ -29,7 +29,7 @@ class Choice:
     """How layers are chosen.
 
     Attributes:
-        by: one of ``config.SCORES``, or ``random``.
+        by: one of ``config.SCORES`` or ``config.GROUND_TRUTH``, or ``random``.
         fraction, count, mass: at most one: the lowest share of the layers, so many of them, or the lowest layers that
             hold at most this share of the summed score. The lowest quarter if there is none.
         first, last: layers at the start and at the end that are never dropped.
@@ -50,7 +50,7 @@ class Choice:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_known("score", self.by, (*SCORES, RANDOM))
+        require_known("score", self.by, (*SCORES, *GROUND_TRUTH, RANDOM))
         given = [n for n in ("fraction", "count", "mass") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} were given; they say the same thing twice.", "Keep one of them.")
@@ -107,6 +107,20 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerTruth:
+    """What an evaluation says of each layer: see `ground_truth`.
+
+    Attributes:
+        values: by layer; low is unimportant.
+        run_id, task: the evaluation.
+    """
+
+    values: Mapping[int, float]
+    run_id: str
+    task: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Layers to drop from a model.
 
@@ -145,8 +159,13 @@ class Plan:
         write_text(path, "# Layers count from 0.\n" + yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
 
 
-def make_plan(scores: Sequence[Mapping[str, Any]], run: Mapping[str, Any], choice: Choice) -> Plan:
+def make_plan(
+    scores: Sequence[Mapping[str, Any]], run: Mapping[str, Any], choice: Choice, truth: LayerTruth | None = None
+) -> Plan:
     """A plan from the rows of the scores table of one run, site, recipe and threshold.
+
+    Args:
+        truth: what is known of the run's checkpoint, where layers are chosen by one of ``config.GROUND_TRUTH``.
 
     Raises:
         PlanError: as `Choice.drop`, or the run's layers are not one list of the model.
@@ -160,6 +179,9 @@ def make_plan(scores: Sequence[Mapping[str, Any]], run: Mapping[str, Any], choic
         )
     if choice.by == RANDOM:
         values = np.random.default_rng(choice.seed).permutation(len(rows)).astype(np.float64)
+    elif choice.by in GROUND_TRUTH:
+        assert truth is not None
+        values = np.array([truth.values.get(layer, np.nan) for layer in range(len(rows))], np.float64)
     else:
         column = score_column(choice.by)
         values = np.array([np.nan if row[column] is None else row[column] for row in rows], np.float64)
@@ -168,6 +190,8 @@ def make_plan(scores: Sequence[Mapping[str, Any]], run: Mapping[str, Any], choic
         why["seed"] = choice.seed
     else:
         why.pop("seed", None)
+    if truth is not None:
+        why |= {"evaluation": truth.run_id, "task": truth.task}
     if choice.by == "avss":
         why |= {name: rows[0][name] for name in ("site", "recipe", "threshold", "threshold_kind")}
     if not {"fraction", "count", "mass"} & set(why):

@@ -10,7 +10,7 @@ import typer
 from avss_dist.cli.base import explained
 from avss_dist.cli.choose import choose_runs, choose_scores
 from avss_dist.cli.options import CodeOption, RecipeOption, RunOption, SiteOption, ThresholdOption, WarehousePath
-from avss_dist.config import PUBLISHED_THRESHOLD, RECIPES, SCORES, SITES, describe_bytes
+from avss_dist.config import GROUND_TRUTH, PUBLISHED_THRESHOLD, RECIPES, SCORES, SITES, describe_bytes
 from avss_dist.errors import ConfigError, require_known
 
 FORMATS = ("plan", "mergekit")
@@ -23,7 +23,7 @@ def plan(
     run: RunOption = None,
     by: Annotated[
         str,
-        typer.Option(help=f"{', '.join(SCORES)}, random."),
+        typer.Option(help=f"{', '.join(SCORES)}; {', '.join(GROUND_TRUTH)} (by avss ablate); random."),
     ] = "avss",
     fraction: Annotated[float | None, typer.Option(help="Drop this share of the layers; 0.25 by default.")] = None,
     count: Annotated[int | None, typer.Option(help="Drop so many layers.")] = None,
@@ -38,6 +38,7 @@ def plan(
 ) -> None:
     """Choose the layers to drop from a run's scores, and write them down with the reason."""
     require_known("format", format, FORMATS)
+    from avss_dist.ground_truth import layer_truth
     from avss_dist.plans import Choice, make_plan, mergekit_slices, write_text
     from avss_dist.query import Warehouse
 
@@ -47,7 +48,8 @@ def plan(
     )
     opened = Warehouse(warehouse)
     runs = choose_runs(opened, [run] if run else [])
-    made = make_plan(choose_scores(opened, runs, site, recipe, threshold), runs[0], choice)
+    truth = layer_truth(opened, runs[0], by) if by in GROUND_TRUTH else None
+    made = make_plan(choose_scores(opened, runs, site, recipe, threshold), runs[0], choice, truth)
     if format == "mergekit":
         write_text(output, mergekit_slices(made))
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,10 +79,15 @@ def score(
     ] = EXECUTION.hang_seconds,
     trust_remote_code: CodeOption = False,
     fresh: FreshOption = False,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Then a backward pass on the same text: what avss ablate can tell too.")
+    ] = False,
 ) -> int:
     """Score every layer of one or more models on a corpus, and keep the result as Parquet."""
     options: dict[str, Any] = {
-        name: value for name, value in locals().items() if name not in ("models", "corpus", "out", "site", "threshold")
+        name: value
+        for name, value in locals().items()
+        if name not in ("models", "corpus", "out", "site", "threshold", "gradients")
     }
     options["max_memory"] = sizes(max_memory or [])
     options["sites"] = tuple(site or SITES)
@@ -99,6 +105,8 @@ def score(
     for run in runs:
         print(_outcome(run))
     done = [run for run in runs if run.status != "failed"]
+    if gradients:
+        _take_gradients([run.model for run in done], corpus, out, options)
     if done:
         print(f"Look at it: avss show {done[-1].warehouse} --run {done[-1].run_id}")
     return 0 if len(done) == len(runs) else 1
@@ -139,6 +147,19 @@ def estimate(
         print(json.dumps(made.as_dict(), indent=2))
     else:
         console().print(estimate_table(made))
+
+
+def _take_gradients(models: Sequence[str], corpus: str, out: str, options: dict[str, Any]) -> None:
+    """Measure gradients as the runs were: the same rows, the same settings."""
+    from avss_dist.ablate import ablate
+    from avss_dist.report.progress import CellProgress
+
+    for model in models:
+        with CellProgress() as progress:
+            found = ablate(
+                model, corpus=corpus, warehouse=out, leave_one_out=False, gradients=True, reporter=progress, **options
+            )
+        print(f"{model}: gradients of {len(found.layers)} layers, in the table evaluations.")
 
 
 def _outcome(run: Run) -> str:
