@@ -12,13 +12,14 @@ import torch
 
 from avss_dist.config import LOSS, fingerprint
 from avss_dist.corpus import Batch, Shard
-from avss_dist.language_model import LanguageModel
-from avss_dist.skip import recording, resuming
+from avss_dist.language_model import LanguageModel, predicted
+from avss_dist.skip import Recorded, recording, resuming
 from avss_dist.stats import Float64
 from avss_dist.tasks import Row, TextLoss, predicted_tokens
 
 SHAPLEY = "shapley"  # nats per token; low is unimportant
 PROBE_TOKENS = 16
+MOST_KEPT = 2 << 30  # bytes of hidden states
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,22 +123,67 @@ class Shapley:
         """See `tasks.Measure`: layers of ``drop`` take no part."""
         players = [layer.index for layer in model.layers if layer.index not in drop]
         bound = math.log(model.module.config.get_text_config().vocab_size) if self.truncation else math.inf
-        known: dict[frozenset[int], float] = {}
-
-        def loss(removed: frozenset[int]) -> float:
-            if removed not in known:
-                rows = [row for shard in self.shards for row in TextLoss(shard)(model, tuple(sorted(removed)))]
-                known[removed] = sum(row.samples.sum() for row in rows) / sum(row.weights.sum() for row in rows)
-            return known[removed]
-
+        text = _Text(model, self.shards, drop)
         found = np.zeros((len(self.seeds), len(model.layers)))
         for contributions, seed in zip(found, self.seeds, strict=True):
-            removed = frozenset(drop)
-            for layer in np.random.default_rng(seed).permutation(players).tolist():
-                before = loss(removed)
+            order = np.random.default_rng(seed).permutation(players).tolist()
+            losses = text.losses(order)
+            before = next(losses)
+            for layer in order:
                 if before >= bound:
                     break
-                removed |= {layer}
-                contributions[layer] = loss(removed) - before
+                after = next(losses)
+                contributions[layer], before = after - before, after
         ones = np.ones(len(self.seeds))
         return [Row(metric=SHAPLEY, samples=found[:, layer], weights=ones, layer=layer) for layer in players]
+
+
+class _Text:
+    """The loss on text as layers leave a model one by one.
+
+    What each layer was given is kept for all of the text, twice, where it is no more than `MOST_KEPT`; a pass without
+    one more layer begins there.
+    """
+
+    def __init__(self, model: LanguageModel, shards: Sequence[Shard], drop: tuple[int, ...]) -> None:
+        self._model, self._drop = model, drop
+        self._batches = [batch for shard in shards for batch in shard.batches(model.settings.batch_size)]
+        self._tokens = float(sum(predicted(batch).sum() for batch in self._batches))
+        self._whole: tuple[float, list[Recorded]] | None = None
+
+    def losses(self, order: Sequence[int]) -> Iterator[float]:
+        """Nats per token with all layers, without the first of ``order``, without the first two, ..."""
+        self._whole = self._whole or self._record()
+        before, kept = self._whole
+        yield before
+        recorded = [Recorded(dict(one.inputs), one.forms) for one in kept]
+        for number, layer in enumerate(order):
+            with self._model.without({*self._drop, *order[: number + (not kept)]}):
+                if kept:
+                    found = [self._resumed(*one, layer) for one in zip(self._batches, recorded, strict=True)]
+                else:
+                    found = [self._model.losses(batch) for batch in self._batches]
+            yield self._mean(found)
+
+    def _record(self) -> tuple[float, list[Recorded]]:
+        """The loss with all layers, and what each was given; nothing of that where passes cannot be resumed."""
+        losses, kept = [], []
+        keeps = _resumes(self._model)
+        with self._model.without(self._drop):
+            for batch in self._batches:
+                with recording(self._model.layers if keeps else ()) as recorded:
+                    losses.append(self._model.losses(batch))
+                kept.append(recorded)
+                size = sum(hidden.nbytes for hidden in recorded.inputs.values()) * len(self._batches)
+                keeps = keeps and 2 * size <= MOST_KEPT
+        return self._mean(losses), kept if keeps else []
+
+    def _resumed(self, batch: Batch, recorded: Recorded, layer: int) -> Float64:
+        layers = self._model.layers
+        with resuming(layers, layer, recorded), recording(layers[layer + 1 :]) as later:
+            losses = self._model.losses(batch)
+        recorded.inputs.update(later.inputs)
+        return losses
+
+    def _mean(self, losses: Sequence[Float64]) -> float:
+        return float(np.concatenate(losses).sum() / self._tokens)

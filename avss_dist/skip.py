@@ -85,7 +85,7 @@ def resuming(layers: Sequence[Layer], index: int, recorded: Recorded) -> Iterato
     The recorded input of that layer is used up. All layers up to it must have been recorded, and nothing but hidden
     states may go from them to the later ones.
     """
-    hidden = recorded.inputs.pop(index)
+    hidden = recorded.inputs.pop(index).clone()  # which later layers may change
     forwards = {layer.module: partial(_give, recorded.forms[layer.index], None) for layer in layers[:index]}
     forwards[layers[index].module] = partial(_give, recorded.forms[index], hidden)
     with _forwards(forwards):

@@ -232,6 +232,28 @@ def test_a_permutation_stops_where_the_model_only_guesses(four_layers: Path) -> 
     assert any(row.samples.tolist() != other.samples.tolist() for row, other in zip(full, cut, strict=True))
 
 
+def test_resumed_or_not_the_contributions_are_the_same(four_layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = opened(four_layers), []
+    ablation._resumes(model)
+    own = type(model.layers[0].module).forward
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self)
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.layers[0].module), "forward", counted)
+    measure = Shapley(shards=(random_shard(), random_shard(rows=3)), seeds=(0, 1, 2), truncation=False)
+    resumed, ran = measure(model, ()), len(calls)
+    calls.clear()
+    monkeypatch.setattr(ablation, "MOST_KEPT", 0)
+    for one, other in zip(resumed, measure(model, ()), strict=True):
+        assert one.layer == other.layer
+        assert np.array_equal(one.samples, other.samples)
+    assert ran < 0.7 * len(calls)
+    (without, *_) = measure(model, (0,))
+    assert without.layer == 1
+
+
 # What is kept
 
 

@@ -35,13 +35,13 @@ def ablate(
     model: Annotated[str, typer.Argument(help="Hub id (org/name@revision), folder, or .gguf file.")],
     corpus: CorpusOption,
     warehouse: Annotated[str, typer.Option(help="Where results go: a folder, or an s3://, gs://, hdfs:// URI.")],
-    leave_one_out: Annotated[
-        bool, typer.Option("--leave-one-out/--no-leave-one-out", help="The loss without each layer.")
-    ] = True,
+    no_leave_one_out: Annotated[
+        bool, typer.Option("--no-leave-one-out", help="Not the loss without each layer.")
+    ] = False,
     shapley: Annotated[int, typer.Option(help="Permutations to sample for layer Shapley values.")] = 0,
-    truncation: Annotated[
-        bool, typer.Option("--truncation/--no-truncation", help="Stop a permutation where the model only guesses.")
-    ] = True,
+    no_truncation: Annotated[
+        bool, typer.Option("--no-truncation", help="Go on with a permutation where the model only guesses.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the permutations.")] = 0,
     gradients: Annotated[
         bool, typer.Option("--gradients", help="A backward pass: first-order removal estimate, norms.")
@@ -64,7 +64,12 @@ def ablate(
     format: Annotated[str, typer.Option("--format", help="table, json, csv.")] = "table",
 ) -> None:
     """Leave layers out and see what it does to the loss: the truth that scores are to tell."""
-    options: dict[str, Any] = {name: value for name, value in locals().items() if name not in ("model", "format")}
+    options: dict[str, Any] = {
+        name: value
+        for name, value in locals().items()
+        if name not in ("model", "no_leave_one_out", "no_truncation", "format")
+    }
+    options |= {"leave_one_out": not no_leave_one_out, "truncation": not no_truncation}
     require_known("format", format, ("table", "json", "csv"))
 
     from avss_dist.ablate import ablate as run
