@@ -13,8 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -26,17 +28,19 @@ from avss_dist.checkpoints import Checkpoint
 from avss_dist.config import Settings
 from avss_dist.corpus import CorpusPlan, Shard, plan
 from avss_dist.errors import AvssError, RunFailed
-from avss_dist.footprint import Footprint, footprint
+from avss_dist.footprint import Footprint, footprint, weight_files
 from avss_dist.models import build, load_tokenizer, quiet, text_config
 from avss_dist.partition.base import Placement, open_replica
-from avss_dist.partition.memory import peak_memory, reset_peak_memory, resident_memory
+from avss_dist.partition.memory import mapped_around_a_byte, peak_memory, reset_peak_memory, resident_memory
 from avss_dist.worker import analyze_shard
 
 FEW_LAYERS = 3
 VOCABULARY = 1024  # an embedding is only looked up: a small one costs the same
 SECONDS = 2.5  # for the rounds of one partition; there are three at least
 MOST_ROUNDS = 9
-MAPPED_AT_ONCE = 64 << 10  # bytes of a mapped file that Linux brings around one that is read
+MAPPED_AT_ONCE = 64 << 10  # bytes that Linux brings of a mapped file around one that is read, if it cannot be tried
+EXCHANGES = 6  # of which the fastest counts
+GATHERED = 32 << 20  # bytes, at most, of one that is put together
 ON_DISK = {"cpu": 1}  # max_memory that leaves no weight in memory
 
 
@@ -67,6 +71,9 @@ class Calibration:
         device_working_bytes: the same of a GPU's memory; 0 on a CPU.
         copy_bytes_per_second: from memory to memory.
         touched_bytes: of a mapped table of token embeddings, those that the corpus's tokens bring into memory.
+        sublayer_share: of a shard's time, that of attention and MLP, which tensor parallel ranks divide among them.
+        sum_seconds: for two ranks on one host to add up the hidden states of a batch; gather_bytes_per_second: at which
+            they put together a parameter. 0 on a GPU, where exchanges are modelled.
     """
 
     num_sequences: int
@@ -82,6 +89,9 @@ class Calibration:
     device_working_bytes: int
     copy_bytes_per_second: float
     touched_bytes: int
+    sublayer_share: float
+    sum_seconds: float
+    gather_bytes_per_second: float
 
 
 def calibrate(
@@ -157,7 +167,10 @@ def _measure(
         working_bytes=max(0, peak - planned_bytes - (0 if on_gpu else counters + weights)),
         device_working_bytes=max(0, device_peak - counters - weights) if on_gpu else 0,
         copy_bytes_per_second=_copy_rate(),
-        touched_bytes=touched_bytes(planned, size.hidden_size * size.element_bytes),
+        touched_bytes=touched_bytes(planned, size.hidden_size * size.element_bytes, _mapped_at_once(checkpoint)),
+        sublayer_share=_sublayer_share(models[few], shard, settings),
+        sum_seconds=0.0 if on_gpu else _sum_seconds(size.hidden_bytes(settings.batch_size, settings.sequence_length)),
+        gather_bytes_per_second=0.0 if on_gpu else _gather_rate(max(*size.layer_bytes, size.embedding_bytes)),
     )
 
 
@@ -170,11 +183,20 @@ def _totals(planned: CorpusPlan, settings: Settings) -> dict[str, int]:
     }
 
 
-def touched_bytes(planned: CorpusPlan, row: int) -> int:
-    """Bytes of a mapped table with rows of ``row`` bytes that come into memory when a corpus is looked up in it."""
+def touched_bytes(planned: CorpusPlan, row: int, at_once: int = MAPPED_AT_ONCE) -> int:
+    """Bytes of a mapped table with rows of ``row`` bytes that come into memory when a corpus is looked up in it.
+
+    Args:
+        at_once: bytes that come together.
+    """
     tokens = np.unique(np.concatenate([np.unique(shard.input_ids) for shard in planned.shards])).astype(np.int64)
-    blocks = {*(tokens * row // MAPPED_AT_ONCE), *((tokens + 1) * row // MAPPED_AT_ONCE)}
-    return len(blocks) * MAPPED_AT_ONCE
+    blocks = {*(tokens * row // at_once), *((tokens + 1) * row // at_once)}
+    return len(blocks) * at_once
+
+
+def _mapped_at_once(checkpoint: Checkpoint) -> int:
+    files = [] if checkpoint.gguf else [file for file in weight_files(checkpoint.folder) if file.is_file()]
+    return mapped_around_a_byte(max(files, key=lambda file: file.stat().st_size)) if files else MAPPED_AT_ONCE
 
 
 def counter_bytes(size: Footprint, settings: Settings) -> int:
@@ -269,3 +291,64 @@ def _copy_rate() -> float:
     for _ in range(4):
         target.copy_(source)
     return 4 * source.numel() / (time.perf_counter() - start)
+
+
+def _sublayer_share(model: Checkpoint, shard: Shard, settings: Settings) -> float:
+    """How much of a shard's time passes in the attention and MLP of layers."""
+    replica = open_replica(model, settings, Placement())
+    inside = 0.0
+
+    def now() -> float:
+        if replica.device.type == "cuda":
+            torch.cuda.synchronize(replica.device)
+        return time.perf_counter()
+
+    def enter(*_: Any) -> None:
+        nonlocal inside
+        inside -= now()
+
+    def leave(*_: Any) -> None:
+        nonlocal inside
+        inside += now()
+
+    handles = []
+    for layer in replica.layers:
+        for module in dict.fromkeys(layer.points[s].module for s in ("attention", "mlp") if s in layer.points):
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, prepend=True)]
+    seconds = analyze_shard(replica, shard, settings).seconds
+    for handle in handles:
+        handle.remove()
+    replica.close()
+    return min(1.0, max(0.0, inside / seconds))
+
+
+def _sum_seconds(size: int) -> float:
+    """Seconds for two ranks to add up bfloat16 tensors of ``size`` bytes over gloo."""
+    return _exchange_seconds(lambda group, hidden: group.allreduce([hidden]), size)
+
+
+def _gather_rate(size: int) -> float:
+    """Bytes per second at which two ranks put together tensors of ``size`` bytes, of which each has half, over gloo."""
+
+    def gather(group: Any, half: torch.Tensor) -> Any:
+        return group._allgather_base(half.new_empty(2 * half.numel()), half)
+
+    size = min(size, GATHERED)
+    return size / _exchange_seconds(gather, size // 2)
+
+
+def _exchange_seconds(exchange: Callable[[Any, torch.Tensor], Any], size: int) -> float:
+    """Seconds of an exchange of ``size`` bytes between two ranks, as two threads of this process."""
+    store, seconds = torch.distributed.HashStore(), []
+
+    def rank(number: int) -> None:
+        group: Any = torch.distributed.ProcessGroupGloo(store, number, 2, timedelta(seconds=60))
+        tensor = torch.zeros(size // 2, dtype=torch.bfloat16)
+        for _ in range(EXCHANGES):
+            start = time.perf_counter()
+            exchange(group, tensor).wait()
+            seconds.append(time.perf_counter() - start)
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(rank, range(2)))
+    return min(seconds)

@@ -136,6 +136,24 @@ COLUMNS: dict[str, dict[str, str]] = {
         "seconds": "seconds of measuring",
         "created_at": "when it was measured (UTC)",
     },
+    "experiments": {
+        **_IDENTITY,
+        "run_id": "the run whose scores chose the layers",
+        "method": "how the layers were chosen, for people: avss, avss reversed, random 3, whole model, ...",
+        "score": "the score that they were chosen by; random; null for the whole model",
+        "control": "reversed (the highest are dropped), ends kept (the first and last are not), or null",
+        "share": "share of the layers that was dropped",
+        "seed": "of a random choice",
+        "drop": "layers that were left out, ascending, from 0",
+        "task": "what was asked",
+        "metric": "what is measured",
+        "value": "the result",
+        "stderr": "its standard error",
+        "retention": "the metric over that of the whole model; of a loss, the perplexity before over after",
+        "retention_low": "lower end of its 95% interval, by the paired bootstrap over samples",
+        "retention_high": "upper end of it",
+        "created_at": "when it was put together (UTC)",
+    },
 }
 TABLES_MEAN = {
     "runs": "one row for each run: what ran, on what, with what, how fast",
@@ -143,5 +161,6 @@ TABLES_MEAN = {
     "layer_stats": "one row for each layer and site of a run: the statistics that scores are computed from",
     "shard_stats": "the same for each shard, to resume and to resample",
     "evaluations": "one row for each metric of a task and a model, whole or without layers",
+    "experiments": "one row for each metric of a model without the layers that a method chose",
     "cells": "what evaluations are put together of: one row for each part of a task",
 }

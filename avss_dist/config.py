@@ -19,6 +19,8 @@ RIVALS = ("block_influence", "angular_distance", "relative_magnitude", "update_v
 SCORES = ("avss", *RIVALS)  # what layers are ranked by: low is unimportant
 GROUND_TRUTH = {"loss": "ablation:", "shapley": "shapley:", "taylor": "gradients:"}
 """What dropping a layer does to the loss: measured, sampled, linearized; and the task of each, before its corpus."""
+LOSS = "loss"  # a metric of a model: nats per token; higher is worse
+PERPLEXITY = "perplexity:"  # before a corpus: the task of predicting it
 LAYOUTS = ("packed", "padded")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")

@@ -275,31 +275,36 @@ class Arithmetic:
     def _zero3(self) -> Row:
         ranks = self._ranks()
         gathered = sum(self.size.layer_bytes) + self.size.other_bytes
-        moved = self.measured.num_batches * gathered * (ranks - 1) / ranks
         part = -(-self.size.weight_bytes // ranks)
         ahead = PREFETCHED * self.size.element_bytes if self.here.device == "cuda" else 0
-        memory = self._memory(part, ranks=ranks, more=max(self.size.layer_bytes) + min(ahead, gathered))
-        return self._gang("zero3", memory, moved, "every rank holds a part and gathers one layer at a time")
+        largest = max(*self.size.layer_bytes, self.size.embedding_bytes)  # twice: as it comes, and put together
+        memory = self._memory(part, ranks=ranks, more=2 * largest + min(ahead, gathered))
+        # Ranks share the shards; on CPUs they share the cores too, so that nothing is gained.
+        cuda, m = self.here.device == "cuda", self.measured
+        work = self._seconds(m.costs["single"]) / (ranks if cuda else 1)
+        rate = m.copy_bytes_per_second * LINK_SHARE * ranks / max(1, ranks - 1) if cuda else m.gather_bytes_per_second
+        exchange = -(-m.num_batches // ranks) * gathered / rate
+        why = "every rank holds a part and gathers one layer at a time"
+        why += "; the exchange is modelled, not measured" * cuda
+        return self._row("zero3", ranks, memory, work + exchange, why)
 
     def _tensor_parallel(self) -> Row:
-        ranks = self._ranks()
-        hidden = self.size.hidden_bytes(self.measured.num_sequences, self.settings.sequence_length)
-        moved = 2 * 2 * self.size.num_layers * hidden * (ranks - 1)  # two sums a layer, and back
+        """What ranks do not divide (norms, residuals, statistics), each of them does: on CPUs with fewer cores."""
+        ranks, m, cuda = self._ranks(), self.measured, self.here.device == "cuda"
+        single = self._seconds(m.costs["single"])
+        work = single * (m.sublayer_share / ranks + 1 - m.sublayer_share) * (1 if cuda else ranks)
+        sums = 2 * self.size.num_layers
+        hidden = self.size.hidden_bytes(m.num_sequences, self.settings.sequence_length)
+        modelled = sums * 2 * hidden * (ranks - 1) / (m.copy_bytes_per_second * LINK_SHARE)
+        exchange = modelled if cuda else sums * m.num_batches * m.sum_seconds * (ranks - 1)
         whole = self.size.weight_bytes
         part = self.size.other_bytes + sum(self.size.layer_bytes) // ranks
-        cuda = self.here.device == "cuda"
         memory = (
             self._memory(part, ranks=ranks, host_weights=whole) if cuda else self._memory(whole + part, ranks=ranks)
         )
         why = "every rank loads the whole model first, and keeps a part of each layer"
-        return self._gang("tensor_parallel", memory, moved, why)
-
-    def _gang(self, partition: str, memory: tuple[int, int], moved: float, why: str) -> Row:
-        """Ranks share the work; on CPUs they share the cores too, so that nothing is gained."""
-        ranks = self._ranks()
-        work = self._seconds(self.measured.costs["single"]) / (ranks if self.here.device == "cuda" else 1)
-        exchange = moved / (self.measured.copy_bytes_per_second * LINK_SHARE)
-        return self._row(partition, ranks, memory, work + exchange, f"{why}; the exchange is modelled, not measured")
+        why += "; the exchange is modelled, not measured" * cuda
+        return self._row("tensor_parallel", ranks, memory, work + exchange, why)
 
     def _ranks(self) -> int:
         return self.execution.ranks or max(2, self.here.gpus)

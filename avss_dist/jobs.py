@@ -13,10 +13,12 @@ import yaml
 
 from avss_dist.config import Execution, Settings
 from avss_dist.errors import AvssError, ConfigError
+from avss_dist.methods import Experiment
 from avss_dist.nodes import WRONG, JobError, NodeReader, line_of
 from avss_dist.sources import documents
 
-KEYS = ("warehouse", "models", "corpora", "settings", "execution")
+KEYS = ("warehouse", "models", "corpora", "settings", "execution", "experiment")
+EXPERIMENT = tuple(f.name for f in fields(Experiment))
 RANGE_KEYS = ("prefix", "from", "to", "step")
 SETTINGS = tuple(f.name for f in fields(Settings))
 EXECUTION = tuple(f.name for f in fields(Execution) if f.name not in ("address", "fresh"))
@@ -26,7 +28,7 @@ OF_A_MODEL = (
 )
 MODEL_KEYS = ("model", "revisions", *OF_A_MODEL)
 MOST_RUNS = 10_000
-_TYPES = {f.name: str(f.type) for f in (*fields(Settings), *fields(Execution))}
+_TYPES = {f.name: str(f.type) for f in (*fields(Settings), *fields(Execution), *fields(Experiment))}
 _ELSEWHERE = {"address": "Pass --address to avss run.", "fresh": "Pass --fresh to avss run."}
 
 
@@ -57,6 +59,7 @@ class JobFile:
         models, corpora: as the file says them, and their lines.
         settings, execution: what holds for all models that say nothing else.
         specs: the runs, model by model.
+        experiment: what `avss experiment` asks of every run; None where the file has no such section.
     """
 
     path: Path
@@ -66,6 +69,7 @@ class JobFile:
     settings: Settings
     execution: Execution
     specs: tuple[RunSpec, ...]
+    experiment: Experiment | None = None
 
 
 def read_job(path: str | Path, *, expand: bool = True) -> JobFile:
@@ -117,6 +121,7 @@ class _Reader(NodeReader):
         corpora = {text: line_of(node) for node, text in self.texts(parts.get("corpora"), "corpora")}
         settings = self.options(parts.get("settings"), SETTINGS, {})
         execution = self.options(parts.get("execution"), EXECUTION, {})
+        experiment = self.experiment(parts["experiment"]) if "experiment" in parts else None
         models: dict[str, int] = {}
         specs: list[RunSpec] = []
         for node in self.items(parts.get("models"), "models"):
@@ -136,7 +141,22 @@ class _Reader(NodeReader):
             settings=Settings(**settings),
             execution=Execution(**execution),
             specs=tuple(specs),
+            experiment=experiment,
         )
+
+    def experiment(self, node: Any) -> Experiment | None:
+        """The section ``experiment``; None where it has mistakes."""
+        parts = self.mapping(node, EXPERIMENT)
+        if isinstance(node, yaml.MappingNode) and "tasks" not in parts:
+            self.wrong(node, "the key 'tasks' is missing")
+        values = {name: self.value(part, _TYPES[name], name) for name, part in parts.items()}
+        if "tasks" not in parts or WRONG in values.values():
+            return None
+        try:
+            return Experiment(**values)
+        except ConfigError as error:
+            self.wrong(node, str(error).replace("\n", " "))
+        return None
 
     def refuse_twins(self, specs: Iterable[RunSpec]) -> None:
         """The same run twice is a mistake."""

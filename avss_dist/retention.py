@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from avss_dist.config import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, INTERVAL
+from avss_dist.config import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, INTERVAL, LOSS
 from avss_dist.stats import Float64
-from avss_dist.tasks import LOSS, Result
+from avss_dist.tasks import LOWER_IS_BETTER, Result
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retained:
-    """A retention: 1 keeps all. Of a loss, it is the perplexity before over that after, for there less is better.
+    """A retention: 1 keeps all. Where less is better, it is before over after; of a loss, of the perplexities.
 
     Attributes:
         value: the retention.
@@ -43,5 +43,10 @@ def retained(before: Result, after: Result) -> Retained:
 
 def _ratio(metric: str, before: Float64, after: Float64) -> Float64:
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        ratio: Float64 = np.exp(before - after) if metric == LOSS else after / before
+        if metric == LOSS:
+            ratio: Float64 = np.exp(before - after)
+        elif metric.rpartition("/")[2].partition(",")[0] in LOWER_IS_BETTER:  # SUBTASK/METRIC,FILTER
+            ratio = before / after
+        else:
+            ratio = after / before
     return ratio

@@ -61,7 +61,7 @@ def score_all(
 
 def preview_job(job: JobFile, **options: Any) -> list[Preview]:
     """What `run_job` would do, from configurations and headers; nothing is written, and no weight is loaded."""
-    specs, execution = _with_options(job, options)
+    specs, execution = with_options(job, options)
     with closing(executor_for(specs, job.settings, execution)) as executor:
         return list(preview(specs, Warehouse(job.warehouse), executor))
 
@@ -76,11 +76,12 @@ def run_job(job: JobFile, *, reporter: Reporter | None = None, **options: Any) -
     Raises:
         AvssError: a mistake that concerns all runs, such as an unwritable warehouse or too few devices.
     """
-    specs, execution = _with_options(job, options)
+    specs, execution = with_options(job, options)
     return _all(specs, Warehouse(job.warehouse), job.settings, execution, reporter or Silent())
 
 
-def _with_options(job: JobFile, options: dict[str, Any]) -> tuple[list[RunSpec], Execution]:
+def with_options(job: JobFile, options: dict[str, Any]) -> tuple[list[RunSpec], Execution]:
+    """The runs of a job, and how it runs, with options in place of its own."""
     specs = [replace(spec, execution=replace(spec.execution, **options)) for spec in job.specs]
     return specs, replace(job.execution, **options)
 

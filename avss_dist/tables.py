@@ -61,8 +61,12 @@ SCHEMAS: dict[str, pa.Schema] = {
         *(_RUN, "string: task metric", "Int32: drop", "int32: layer part", "Float64: samples weights"),
         *("string: device", "float: seconds", _CREATED),
     ),
+    "experiments": _schema(
+        *(_RUN, "string: method score control", "float: share", "int32: seed", "Int32: drop", "string: task metric"),
+        *("float: value stderr retention retention_low retention_high", _CREATED),
+    ),
 }
-TABLES = ("runs", "scores", "layer_stats", "shard_stats", "evaluations", "cells")
+TABLES = ("runs", "scores", "layer_stats", "shard_stats", "evaluations", "cells", "experiments")
 
 
 def _leaves(kind: str) -> list[str]:

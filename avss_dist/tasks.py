@@ -12,13 +12,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from avss_dist.config import fingerprint
+from avss_dist.config import LOSS, fingerprint
 from avss_dist.corpus import Shard
 from avss_dist.language_model import LanguageModel, predicted
 from avss_dist.stats import Float64
 
-PERPLEXITY = "perplexity:"  # before a corpus, as `avss score --corpus` takes it
-LOSS = "loss"  # nats per token; higher is worse
+LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -53,10 +52,11 @@ class Measure(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A task: its name, and its parts in order."""
+    """A task: its name, its parts in order, and the options that made them, to be told beside its results."""
 
     name: str
     parts: tuple[Measure, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:

@@ -125,6 +125,10 @@ class Store:
         """Write what the cells of an evaluation say together; rows lack the columns of RunIdentity."""
         self._write_rows("evaluations", run.run_id, [{**row, **asdict(run)} for row in rows])
 
+    def write_experiment(self, run: RunIdentity, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write what an experiment says of the scores of a run; rows lack the columns of RunIdentity."""
+        self._write_rows("experiments", run.run_id, [{**row, **asdict(run)} for row in rows], file=name)
+
     def run(self, run_id: str) -> dict[str, Any] | None:
         """The ``runs`` row of a run by column, ``versions`` as a dict; None when it has none."""
         if (data := self._read(path := self._path("runs", run_id))) is None:
@@ -166,7 +170,7 @@ class Store:
             yield run_id, rows
 
     def dataset(self, name: str) -> ds.Dataset | None:
-        """Rows of whole runs in ``SCHEMAS[name]``, or None; every row of ``runs``, ``evaluations`` and ``cells``."""
+        """Rows of whole runs in ``SCHEMAS[name]``, or None; every row of ``runs`` and of evaluations."""
         require_known("table", name, TABLES, WarehouseError)
         runs, done = self._runs()
         return runs if name == "runs" else self._dataset(name, done)
@@ -187,7 +191,7 @@ class Store:
         return runs, {row["run_id"] for row in rows if row["status"] == "done"}
 
     def _dataset(self, name: str, done: Collection[str]) -> ds.Dataset | None:
-        every = name in ("runs", "evaluations", "cells")
+        every = name in ("runs", "evaluations", "cells", "experiments")
         files = {path: stamp for path, (run_id, stamp) in self._listed(name).items() if every or run_id in done}
         return self._open(name, files) if files else None
 

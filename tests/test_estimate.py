@@ -141,6 +141,9 @@ CALIBRATION = Calibration(
     device_working_bytes=7_000_000,
     copy_bytes_per_second=1e9,
     touched_bytes=1 << 40,
+    sublayer_share=0.75,
+    sum_seconds=0.01,
+    gather_bytes_per_second=1e9,
 )
 GB = 10**9
 

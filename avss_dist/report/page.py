@@ -23,6 +23,7 @@ from avss_dist.errors import AvssError
 from avss_dist.findings import findings
 from avss_dist.report.page_charts import page_charts
 from avss_dist.report.page_data import last_part, page_data
+from avss_dist.report.page_experiments import experiments
 
 if TYPE_CHECKING:
     from avss_dist.query import Warehouse
@@ -86,6 +87,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         summary=_summary(len(done), len(rows) - len(done)),
         findings=_findings(warehouse, of_run),
+        experiments=experiments(warehouse, of_run),
         overview=_overview(rows, of_run),
         labels=labels,
         not_drawn=len(done) - len(drawn),

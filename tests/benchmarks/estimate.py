@@ -77,7 +77,10 @@ def main() -> None:
             if row.partition not in options.partition:
                 continue
             command = [sys.executable, __file__, *sys.argv[1:], "--measure", row.partition]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                print(f"{row.partition:<12} cannot be measured: {done.stderr.strip().splitlines()[-1]}", flush=True)
+                continue
             seconds, peak = json.loads(done.stdout.splitlines()[-1])
             ratios[row.partition].append((row.device_bytes / peak, row.seconds / seconds))
             print(
@@ -87,6 +90,8 @@ def main() -> None:
             )
     print("estimated / measured, median of the rounds:")
     for partition, pairs in ratios.items():
+        if not pairs:
+            continue
         memory, seconds = (statistics.median(column) for column in zip(*pairs, strict=True))
         print(f"{partition:<12} memory {memory:.2f}   seconds {seconds:.2f}")
 

@@ -1,0 +1,116 @@
+"""The page's section on experiments: what they say, a chart of what every method keeps, and the numbers."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import altair as alt
+import vl_convert
+
+from avss_dist.config import LOSS
+from avss_dist.report.page_data import last_part
+from avss_dist.verdict import CLAIMED_KEPT, WHOLE, primary_metric, shown_value, verdicts
+
+if TYPE_CHECKING:
+    from avss_dist.query import Warehouse
+
+GRAY, BLUE = "#8b949e", "#4c9be8"  # seen on light and on dark
+Row = Mapping[str, Any]  # of the table `experiments`
+
+
+def experiments(warehouse: Warehouse, labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    """For the template: one entry for each run that has an experiment, in the order of ``labels`` (by run id)."""
+    rows = warehouse.table("experiments", run_ids=list(labels)).to_pylist()
+    found: dict[str, dict[tuple[Any, ...], Row]] = {}
+    for row in sorted(rows, key=lambda row: row["created_at"]):  # of what was asked twice, the last counts
+        key = row["method"], row["share"], row["task"], row["metric"]
+        found.setdefault(row["run_id"], {})[key] = row
+    return [_experiment(label, list(found[run_id].values())) for run_id, label in labels.items() if run_id in found]
+
+
+def _experiment(label: str, rows: Sequence[Row]) -> dict[str, Any]:
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    speaks = {task: primary_metric([row for row in rows if row["task"] == task]) for task in tasks}
+    shown = [row for row in rows if row["metric"] == speaks[row["task"]]]
+    return {
+        "name": "experiment-" + label.partition(".")[0],
+        "label": label,
+        "verdicts": verdicts(rows) or ["No share of 25% by AVSS was tried."],
+        "image": _image(shown),
+        "columns": list(_columns(tasks, speaks)),
+        "rows": [list(_cells(of, tasks)) for of in _by_method(shown)],
+    }
+
+
+def _by_method(rows: Sequence[Row]) -> Iterator[dict[str, Row]]:
+    """Rows of a method and share, by task."""
+    for key in dict.fromkeys((row["share"], row["method"]) for row in sorted(rows, key=lambda row: row["share"])):
+        yield {row["task"]: row for row in rows if (row["share"], row["method"]) == key}
+
+
+def _columns(tasks: Sequence[str], speaks: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    yield {"title": "layers chosen by", "number": False}
+    yield {"title": "share", "number": True}
+    yield {"title": "dropped", "number": False}
+    for task in tasks:
+        yield {"title": f"{_short(task)}: {'perplexity' if speaks[task] == LOSS else speaks[task]}", "number": True}
+        yield {"title": "kept", "number": True}
+        yield {"title": "95% interval", "number": True}
+
+
+def _cells(of: Mapping[str, Row], tasks: Sequence[str]) -> Iterator[dict[str, Any]]:
+    first = next(iter(of.values()))
+    yield {"text": first["method"], "value": first["method"]}
+    yield {"text": f"{first['share']:.0%}", "value": first["share"]}
+    yield {"text": ", ".join(map(str, first["drop"])), "value": len(first["drop"])}
+    for task in tasks:
+        row = of.get(task)
+        if row is None:
+            yield from ({"text": "", "value": ""} for _ in range(3))
+            continue
+        low, high = row["retention_low"], row["retention_high"]
+        known = low is not None and high is not None and isfinite(low)
+        yield {"text": shown_value(row), "value": row["value"]}
+        yield {"text": f"{row['retention']:.1%}", "value": row["retention"]}
+        yield {"text": f"{low:.1%} to {high:.1%}" if known else "", "value": low if known else ""}
+
+
+def _image(rows: Sequence[Row]) -> str:
+    """A dot for each method and task, with its interval, and a line at what the claim says; a data URI of an SVG."""
+    points = [
+        {
+            "method": row["method"],
+            "task": f"{_short(row['task'])}, {row['share']:.0%} dropped",
+            "kept": min(row["retention"], 1.5),
+            "low": row["retention_low"],
+            "high": row["retention_high"],
+        }
+        for row in rows
+        if row["method"] != WHOLE
+    ]
+    order = list(dict.fromkeys(point["method"] for point in points))
+    base = alt.Chart().encode(alt.Y("method:N", sort=order, title=None))
+    interval = base.mark_rule(color=BLUE, clip=True).encode(alt.X("low:Q"), alt.X2("high:Q"))
+    scale = alt.Scale(domain=[0, 1.1], clamp=True)
+    dot = base.mark_point(filled=True, color=BLUE, size=45, opacity=1).encode(
+        alt.X("kept:Q", scale=scale, title="retention", axis=alt.Axis(format="%", grid=False))
+    )
+    claim = alt.Chart().mark_rule(color=GRAY, strokeDash=[4, 3]).encode(x=alt.datum(CLAIMED_KEPT))
+    chart: Any = (
+        alt.layer(claim, interval, dot, data=alt.InlineData(values=points))
+        .properties(width=230, height=alt.Step(15))
+        .facet(alt.Facet("task:N", title=None, header=alt.Header(labelColor=GRAY, labelLimit=230)), columns=3)
+        .configure(background="transparent")
+        .configure_axis(labelColor=GRAY, titleColor=GRAY, domainColor=GRAY, tickColor=GRAY, labelLimit=230)
+        .configure_view(stroke=None)
+    )
+    svg = vl_convert.vegalite_to_svg(chart.to_dict())
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+
+
+def _short(task: str) -> str:
+    name, colon, rest = task.partition(":")
+    return f"{name}: {last_part(rest)}" if colon else last_part(task)
