@@ -23,7 +23,18 @@ from avss_dist.scoring import score_run
 from avss_dist.stats import ShardResult, merge_blocks, merge_stats
 from avss_dist.warehouse import RunIdentity
 
-PACKAGES = ("avss_dist", "torch", "transformers", "accelerate", "deepspeed", "ray", "numpy", "pyarrow", "numba")
+PACKAGES = (
+    "avss_dist",
+    "torch",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "ray",
+    "numpy",
+    "pyarrow",
+    "numba",
+    "lm_eval",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

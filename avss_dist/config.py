@@ -20,6 +20,7 @@ SCORES = ("avss", *RIVALS)  # what layers are ranked by: low is unimportant
 GROUND_TRUTH = {"loss": "ablation:", "shapley": "shapley:", "taylor": "gradients:"}
 """What dropping a layer does to the loss: measured, sampled, linearized; and the task of each, before its corpus."""
 LOSS = "loss"  # a metric of a model: nats per token; higher is worse
+CHANCE = "chance"  # a metric of multiple choice: the accuracy of a guess
 PERPLEXITY = "perplexity:"  # before a corpus: the task of predicting it
 LAYOUTS = ("packed", "padded")
 DTYPES = ("auto", "float32", "bfloat16", "float16")

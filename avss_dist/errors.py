@@ -55,6 +55,10 @@ class QueryError(AvssError):
     """A query is wrong, or reaches beyond the warehouse."""
 
 
+class TaskError(AvssError):
+    """A task is unknown, or cannot be asked: its data are not to be had, or it runs code."""
+
+
 class RunFailed(AvssError):
     """The work was asked for correctly and failed while it ran."""
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from avss_dist.attempt import package_versions
 from avss_dist.checkpoints import Checkpoint, resolve
-from avss_dist.config import SCHEMA_VERSION, Settings, fingerprint, split_options
+from avss_dist.config import LOSS, PERPLEXITY, SCHEMA_VERSION, Settings, fingerprint, split_options
 from avss_dist.corpus import CorpusPlan, plan
 from avss_dist.errors import AvssError, RunFailed
 from avss_dist.executors.base import Executor, open_executor
@@ -26,7 +26,7 @@ from avss_dist.planner import pin
 from avss_dist.plans import PlanError, read_plan
 from avss_dist.query import Warehouse
 from avss_dist.retention import Retained, retained
-from avss_dist.tasks import LOSS, PERPLEXITY, Result, Task, TextLoss, combine
+from avss_dist.tasks import Result, Task, TextLoss, combine
 from avss_dist.warehouse import RunIdentity
 
 NOT_NUMBERS = ("max_sequences", "sequences_per_shard", "sites", "thresholds", "layout", "trust_remote_code")
@@ -199,7 +199,7 @@ def make_task(
         return text_task(checkpoint, name.removeprefix(PERPLEXITY), settings, skip_sequences=skip_sequences)
     from avss_dist.harness import harness_task
 
-    return harness_task(name, limit=limit, num_fewshot=num_fewshot)
+    return harness_task(name, limit=limit, num_fewshot=num_fewshot, trust_remote_code=settings.trust_remote_code)
 
 
 def compared(subject: Subject, task: str, found: Sequence[Result]) -> list[Evaluation]:
@@ -286,6 +286,8 @@ def measure(
 
 def commit(asked: Asked, store: Warehouse) -> list[Result]:
     """Write what all cells of an evaluation say to ``evaluations``; of a loss, its perplexity too."""
+    if not store.cell_ids(asked.run_id):
+        return []
     rows = store.table("cells", where=pc.field("run_id") == asked.run_id).to_pylist()
     found = combine(rows, len(asked.task.parts))
     if found:
@@ -294,7 +296,7 @@ def commit(asked: Asked, store: Warehouse) -> list[Result]:
             seconds[tuple(row["drop"]), row["layer"]] += row["seconds"] or 0.0
         common = {
             "task": asked.task.name,
-            "settings": json.dumps(asked.settings.as_dict()),
+            "settings": json.dumps({**asked.settings.as_dict(), **asked.task.options}),
             "versions": package_versions(),
             "created_at": datetime.now(UTC),
         }

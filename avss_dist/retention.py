@@ -37,7 +37,8 @@ def retained(before: Result, after: Result) -> Retained:
     )
     ratios = _ratio(before.metric, *(picked @ r.samples / (picked @ r.weights) for r in (before, after)))
     tail = (1 - INTERVAL) / 2
-    low, high = np.nanquantile(ratios, [tail, 1 - tail]) if np.isfinite(ratios).any() else (np.nan, np.nan)
+    with np.errstate(invalid="ignore"):  # between infinities
+        low, high = np.nanquantile(ratios, [tail, 1 - tail]) if np.isfinite(ratios).any() else (np.nan, np.nan)
     return Retained(value=value, low=float(low), high=float(high))
 
 

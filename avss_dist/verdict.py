@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from math import exp
 from typing import Any
 
-from avss_dist.config import LOSS
+from avss_dist.config import CHANCE, LOSS
 from avss_dist.methods import ENDS_KEPT, LEAVE_ONE_OUT, REVERSED
 from avss_dist.plans import RANDOM
 
@@ -33,18 +33,29 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
         metric = primary_metric(of_task)
+        guess = kept_by_guess(of_task, metric)
         of_task = [row for row in of_task if row["metric"] == metric and row["share"] in (0.0, CLAIMED_SHARE)]
         claim = _one(of_task, "avss")
         if claim is not None:
-            told.append(f"{task}: {' '.join(_sentences(claim, of_task))}")
+            told.append(f"{task}: {' '.join(_sentences(claim, of_task, guess))}")
     return told
 
 
-def _sentences(claim: Row, rows: Sequence[Row]) -> list[str]:
+def kept_by_guess(rows: Sequence[Row], metric: str) -> float | None:
+    """The retention of one who guesses; None where a guess has no accuracy, or nothing is known of it."""
+    prefix, slash, name = metric.rpartition("/")
+    of_whole = {row["metric"]: row["value"] for row in rows if row["method"] == WHOLE}
+    chance, whole = of_whole.get(f"{prefix}{slash}{CHANCE}"), of_whole.get(metric)
+    return chance / whole if chance and whole and name.startswith("acc") else None
+
+
+def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str]:
     told = [
         f"without the {len(claim['drop'])} layers of the lowest AVSS ({CLAIMED_SHARE:.0%}), {_kept(claim)} "
-        f"{_before_and_after(claim, rows)}: {judgement(claim)}."
+        f"{_before_and_after(claim, rows)}: {judgement(claim, guess)}."
     ]
+    if guess is not None and guess <= CLAIMED_KEPT:
+        told.append(f"A guess keeps {_percent(guess)}.")
     chances = [row["retention"] for row in rows if row["score"] == RANDOM and not row["control"]]
     if chances:
         better = sum(chance >= claim["retention"] for chance in chances)
@@ -62,8 +73,10 @@ def _sentences(claim: Row, rows: Sequence[Row]) -> list[str]:
     return told
 
 
-def judgement(row: Row) -> str:
-    """What an interval says of the claim that over 90% are kept."""
+def judgement(row: Row, guess: float | None = None) -> str:
+    """What an interval says of the claim that over 90% are kept, where a guess keeps less (`kept_by_guess`)."""
+    if guess is not None and guess > CLAIMED_KEPT:
+        return f"this task cannot tell, for a guess keeps {_percent(guess)}"
     low, high = row["retention_low"], row["retention_high"]
     if low is None or high is None or low != low or high != high:
         low = high = row["retention"]

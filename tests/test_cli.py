@@ -39,6 +39,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--threshold": None,
         **{f"--{f.name.replace('_', '-')}": getattr(Execution(), f.name) for f in fields(Execution)},
         "--max-memory": None,
+        "--gradients": False,
     },
     "estimate": {
         "model": None,
@@ -124,6 +125,42 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--format": "plan",
     },
     "prune": {"model": None, "plan": None, "--out": None, "--trust-remote-code": False},
+    "ablate": {
+        "model": None,
+        "--corpus": None,
+        "--warehouse": None,
+        "--no-leave-one-out": False,
+        "--shapley": 0,
+        "--no-truncation": False,
+        "--seed": 0,
+        "--gradients": False,
+        "--skip-sequences": 0,
+        **{f"--{name.replace('_', '-')}": value for name, value in Settings().as_dict().items()},
+        **{f"--{name}": getattr(Execution(), name) for name in ("executor", "replicas", "address", "fresh")},
+        "--format": "table",
+    },
+    "evaluate": {
+        "subjects": None,
+        "--task": None,
+        "--warehouse": None,
+        "--skip-sequences": 0,
+        "--limit": None,
+        "--num-fewshot": None,
+        "--allow-overlap": False,
+        **{f"--{name.replace('_', '-')}": value for name, value in Settings().as_dict().items()},
+        **{f"--{name}": getattr(Execution(), name) for name in ("executor", "replicas", "address", "fresh")},
+        "--format": "table",
+    },
+    "experiment": {
+        "job": None,
+        "--executor": None,
+        "--replicas": None,
+        "--address": None,
+        "--allow-overlap": False,
+        "--fresh": False,
+        "--format": "table",
+    },
+    "scorecard": {"warehouse": None, "--run": None, "--all": False, "--format": "table"},
     "run": {
         "job": None,
         "--dry-run": False,
@@ -138,9 +175,10 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "stop": {"job_id": None, "--address": None},
     "doctor": {},
 }
-for _repeatable in ("--sites", "--thresholds"):
-    del COMMANDS["score"][_repeatable], COMMANDS["estimate"][_repeatable]
-del COMMANDS["estimate"]["--skip-first-tokens"]
+for _command in ("score", "estimate", "ablate", "evaluate"):
+    del COMMANDS[_command]["--sites"], COMMANDS[_command]["--thresholds"]
+    if _command != "score":
+        del COMMANDS[_command]["--skip-first-tokens"]
 TEXT = {"--corpus": "builtin:pydoc", "--max-sequences": 12, "--sequence-length": 32, "--sequences-per-shard": 4}
 SCORE = [str(part) for option in TEXT.items() for part in option] + ["--executor", "local"]
 HEAVY = ("torch", "ray", "transformers", "deepspeed")
@@ -357,8 +395,7 @@ def test_one_missing_model_does_not_stop_the_others(tiny_llama: Path, tiny_bert:
     assert f"failed. There is no folder '{missing}'." in result.stdout
     found = rows(out, "SELECT model, status, error FROM runs ORDER BY status, model")
     assert [(row["model"], row["status"]) for row in found] == [
-        (str(tiny_llama), "done"),
-        (str(tiny_bert), "done"),
+        *((model, "done") for model in sorted([str(tiny_llama), str(tiny_bert)])),
         (str(missing), "failed"),
     ]
     assert found[2]["error"].startswith(f"There is no folder '{missing}'.")

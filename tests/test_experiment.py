@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +110,34 @@ def test_what_is_lost_is_measured_again_and_each_cell_is_measured_once(
     assert json.dumps(shown[0]) == json.dumps(shown[1])
 
 
+@pytest.mark.slow
+def test_a_killed_experiment_goes_on_where_it_was(done: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    whole, rows = done
+    job = tmp_path / "job.yaml"
+    job.write_text(whole.read_text().replace(read_job(whole).warehouse, str(tmp_path / "w")))
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "avss_dist.cli", "experiment", str(job)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    cells = tmp_path / "w" / "cells"
+    deadline = time.monotonic() + 120
+    while len(list(cells.rglob("*.parquet"))) < 8 and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    before = {file: file.stat().st_mtime_ns for file in cells.rglob("*.parquet")}
+    assert len(before) >= 8
+    with one_thread():
+        _, resumed = run_experiment(read_job(job))
+    after = {file: file.stat().st_mtime_ns for file in cells.rglob("*.parquet")}
+    assert len(after) == len(list((Path(read_job(whole).warehouse) / "cells").rglob("*.parquet"))) > len(before)
+    assert {file: after[file] for file in before} == before
+    shown = [[{k: v for k, v in row.items() if k != "created_at"} for row in some] for some in (rows, resumed)]
+    assert json.dumps(shown[0]) == json.dumps(shown[1])
+
+
 def test_the_score_card_has_the_truth_and_what_was_kept(done: tuple[Path, list[dict[str, Any]]]) -> None:
     job, rows = done
     store = Warehouse(read_job(job).warehouse)
@@ -172,6 +205,16 @@ def test_a_verdict_speaks_of_chance_and_of_rivals() -> None:
     assert "Of 2 random choices of as many layers, 1 keeps as much or more (the best 97.0%)." in text
     assert "Block influence keeps 98.0%." in text and "The reverse, the highest AVSS, keeps 30.0%." in text
     assert verdicts([r for r in rows if r["method"] != "avss"]) == []
+
+
+@pytest.mark.parametrize(
+    ("chance", "told"), [(0.5, "the claim holds. A guess keeps 62.5%."), (0.76, "cannot tell, for a guess keeps 95.0%")]
+)
+def test_a_verdict_knows_what_a_guess_keeps(chance: float, told: str) -> None:
+    of_choice = row("whole model", 1.0, 1.0, 1.0, share=0.0, value=0.8)
+    guess = {**of_choice, "metric": "chance", "value": chance}
+    (text,) = verdicts([of_choice, guess, row("avss", 0.95, 0.92, 0.99)])
+    assert told in text
 
 
 def test_methods_of_every_reading() -> None:

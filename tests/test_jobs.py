@@ -205,7 +205,7 @@ def test_shipped_jobs_are_valid(file: Path) -> None:
     assert all(re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", spec.model) for spec in job.specs)
 
 
-@pytest.mark.parametrize("name", ["family_comparison", "training_checkpoints", "dtype_audit"])
+@pytest.mark.parametrize("name", ["family_comparison", "training_checkpoints", "dtype_audit", "paper_claim"])
 def test_shipped_jobs_can_be_planned(
     name: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,9 +67,7 @@ def experiment(
 def scorecard(
     warehouse: WarehousePath,
     run: EveryRunOption = None,
-    every: Annotated[
-        bool, typer.Option("--all", help="Every reading of AVSS; else the best of each site.")
-    ] = False,
+    every: Annotated[bool, typer.Option("--all", help="Every reading of AVSS; else the best of each site.")] = False,
     format: Annotated[str, typer.Option("--format", help=f"{', '.join(FORMATS)}.")] = FORMATS[0],
 ) -> None:
     """Compare every score of runs with the ground truth: which would have told which layers can go."""

@@ -39,13 +39,16 @@ class CpuKernels:
     ) -> None:
         """See `kernels.Kernels`."""
         most = max(1, (MOST_ELEMENTS - 1) // (x.shape[1] * x.shape[2]))
+        whole = {"x": x, "mask": mask} | (
+            {} if before is None or update is None else {"before": before, "update": update}
+        )
         for start in range(0, len(x), most):
-            part = slice(start, start + most)
-            compared = {} if before is None or update is None else {"before": before[part], "update": update[part]}
-            self._add(into, x[part], mask[part].contiguous(), compared)
+            part = whole if len(x) <= most else {name: t[start : start + most] for name, t in whole.items()}
+            self._add(into, **part)
 
-    def _add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, compared: dict[str, torch.Tensor]) -> None:
+    def _add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, **compared: torch.Tensor) -> None:
         into.reserve(x.numel())
+        mask = mask.contiguous()
         rows, tokens, units = x.shape
         shape = (rows, units, len(into.thresholds))
         if shape not in self._scratch:

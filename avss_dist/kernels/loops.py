@@ -116,13 +116,14 @@ def _count_nonfinite(counts: Any, values: Any) -> int:
 def flush_patterns(counts: Any, total: Any) -> None:
     """Add uint32[65536] ``counts`` to int32 or int64[65536] ``total`` and clear them."""
     for first in range(0, counts.shape[0], 64):
+        here, all_here = counts[first : first + 64], total[first : first + 64]
         seen = np.uint32(0)
-        for i in range(first, first + 64):
-            seen |= counts[i]
+        for i in range(64):
+            seen |= here[i]
         if seen:
-            for i in range(first, first + 64):
-                total[i] += counts[i]
-                counts[i] = 0
+            for i in range(64):
+                all_here[i] += here[i]
+            here[:] = 0
 
 
 @_compiled

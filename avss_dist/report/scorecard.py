@@ -24,9 +24,7 @@ def scorecard_tables(cards: pa.Table) -> RenderableType:
         task = f" Kept: the perplexity of {mine[0]['task']} without those layers, under it." if shares else ""
         table = Table(
             title=Text(f"{mine[0]['model']}  ({run_id})"),
-            caption=Text(
-                f"Spearman's correlation of each score, over layers, with what leaving them out does.{task}"
-            ),
+            caption=Text(f"Spearman's correlation of each score, over layers, with what leaving them out does.{task}"),
             title_style="bold",
             caption_justify="left",
         )

@@ -1,0 +1,114 @@
+"""Task files: YAML that tells lm-evaluation-harness what to ask, read without running anything that it names."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from avss_dist.errors import TaskError
+
+BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # how `datasets` names files that need no hub
+
+
+class _Function(str):
+    """A ``!function``: the dotted name of Python code."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values, and functions by their names."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: _Function(loader.construct_scalar(node)))
+
+
+def is_task_file(name: str) -> bool:
+    """Whether a task is given by its file."""
+    return name.endswith((".yaml", ".yml"))
+
+
+def read_task_file(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """What a task file says, over what the files say that it includes.
+
+    Raises:
+        TaskError: it, or one of those, cannot be read; or it is a group.
+    """
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise TaskError(f"There is no task file {path}.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise TaskError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise TaskError(f"{path} is no task file.", "It is a mapping: task, dataset_path, output_type, ...")
+    merged: dict[str, Any] = {}
+    files = found.pop("include", [])
+    for file in [files] if isinstance(files, str) else files:
+        included = path.parent / file
+        if included in including:
+            raise TaskError(f"{included} includes itself.")
+        merged |= read_task_file(included, (*including, path))
+    merged |= found
+    if not including and not isinstance(merged.get("task"), str):
+        raise TaskError(f"{path} names no single task.", "Write `task: NAME`; give the tasks of a group one by one.")
+    return merged
+
+
+def code(config: Mapping[str, Any]) -> list[str]:
+    """What in a task file runs Python code of its author, or of a hub."""
+    named = []
+    for key, value in _walk(config):
+        if isinstance(value, _Function):
+            named.append(f"!function {value}")
+        elif key in ("trust_remote_code", "hf_evaluate") and value:
+            named.append(f"{key}: {value}")
+    return named
+
+
+def _walk(value: Any, key: str | None = None) -> Iterator[tuple[str | None, Any]]:
+    yield key, value
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _walk(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _walk(inner, key)
+
+
+def with_data(config: Mapping[str, Any], *folders: Path) -> dict[str, Any]:
+    """The same, with each data file by its absolute path: that in the first of these folders that has it.
+
+    Raises:
+        TaskError: none has it.
+    """
+    options = dict(config.get("dataset_kwargs") or {})
+    if "data_files" in options:
+        options["data_files"] = _placed(options["data_files"], folders, str(config["task"]))
+    return {**config, "dataset_kwargs": options} if options else dict(config)
+
+
+def _placed(files: Any, folders: tuple[Path, ...], task: str) -> Any:
+    if isinstance(files, Mapping):
+        return {split: _placed(file, folders, task) for split, file in files.items()}
+    if isinstance(files, list):
+        return [_placed(file, folders, task) for file in files]
+    if "://" in str(files):
+        return files
+    for file in (folder / files for folder in folders):
+        if file.is_file() and not file.stat().st_size:
+            raise TaskError(f"The data of task '{task}' are empty: {file}.")
+        if file.exists() or glob.glob(str(file)):
+            return str(file)
+    raise TaskError(
+        f"The data of task '{task}' is not there: {folders[-1] / files}.",
+        "Put the file there, or name it by an absolute path under dataset_kwargs: data_files.",
+    )
+
+
+def needs_no_hub(config: Mapping[str, Any]) -> bool:
+    """Whether all data are files of this machine."""
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    return config.get("dataset_path") in BUILDERS and not any("://" in str(file) for _, file in _walk(files))
