@@ -16,9 +16,13 @@ from avss_dist.corpus import Batch
 from avss_dist.errors import ModelError
 from avss_dist.models import load_model, open_module, quiet
 from avss_dist.partition.devices import pick_device
+from avss_dist.partition.memory import keep_freed_memory
 from avss_dist.skip import recording, skipping
 from avss_dist.stats import Float64
 from avss_dist.structure import PROBE_SHAPE, Layer
+
+
+WIDENED_BYTES = 16 << 20  # of logits: larger pieces would be taken from the system anew each time
 
 
 class LanguageModel:
@@ -37,6 +41,7 @@ class LanguageModel:
     def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
         self.checkpoint, self.settings = checkpoint, settings
         self.device = pick_device(settings.device)
+        keep_freed_memory()
         self.module = load_model(checkpoint, settings)
         if self.module.get_output_embeddings() is None:
             raise ModelError(
@@ -78,11 +83,13 @@ class LanguageModel:
             return np.array([row.item() for row in self.row_losses(self.logits(batch), batch)], np.float64)
 
     def row_losses(self, logits: Iterable[torch.Tensor], batch: Batch) -> Iterator[torch.Tensor]:
-        """The loss of each row, float64[], from `logits`; one row's logits are in float32 at a time."""
+        """The loss of each row, float64[], from `logits`; `WIDENED_BYTES` of them are in float32 at a time."""
         targets = torch.from_numpy(batch.input_ids).to(self.device, torch.int64)[:, 1:]
         counted = self._place(predicted(batch))
         for row, target, counts in zip(logits, targets, counted, strict=True):
-            tokens = cross_entropy(row[:-1].float(), target, reduction="none")
+            some = max(1, WIDENED_BYTES // (4 * row.shape[-1]))
+            pieces = zip(row[:-1].split(some), target.split(some), strict=True)
+            tokens = torch.cat([cross_entropy(piece.float(), of, reduction="none") for piece, of in pieces])
             yield tokens.double().where(counts, 0).sum()
 
     def _place(self, mask: np.ndarray) -> torch.Tensor:
