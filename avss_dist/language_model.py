@@ -21,7 +21,6 @@ from avss_dist.skip import recording, skipping
 from avss_dist.stats import Float64
 from avss_dist.structure import PROBE_SHAPE, Layer
 
-
 WIDENED_BYTES = 16 << 20  # of logits: larger pieces would be taken from the system anew each time
 
 
