@@ -12,11 +12,11 @@ from avss_dist.calibration import Calibration, Cost, calibrate, counter_bytes
 from avss_dist.checkpoints import Checkpoint, fetch_files, locate
 from avss_dist.config import Execution, Settings, describe_bytes
 from avss_dist.footprint import Footprint, footprint
+from avss_dist.partition.device_map import SPARE_SHARE, Device, Spread, spread
 from avss_dist.partition.devices import available_memory, devices_here, pick_device
 from avss_dist.partition.zero3 import PREFETCHED
 
 ORDER = ("single", "device_map", "streaming", "zero3", "tensor_parallel")
-SPARE_SHARE = 0.9  # of free memory that weights may take in a device map
 DEEPSPEED_BYTES = 150 << 20  # that a process has more once it has loaded DeepSpeed
 LINK_SHARE = 0.25  # of the rate of a copy in memory, that ranks on one host exchange tensors at
 _TOKENIZER_FILES = ["config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model"]
@@ -100,10 +100,11 @@ def estimate(model: str, corpus: str, settings: Settings, execution: Execution |
     size = footprint(checkpoint or model, settings)
     settings = replace(settings, dtype=size.dtype, device=pick_device(settings.device).type)
     here = Machine.look(settings.device)
-    measured = _measured_partitions(size, settings, execution, here)
+    placed = _spread(checkpoint or model, size, settings, execution, here)
+    measured = ["single", *(["device_map"] if placed.layers_on_disk else []), "streaming"]
     source = checkpoint or _fetch_tokenizer(model, settings)
     calibration = calibrate(source, corpus, settings, size, measured)
-    made = Arithmetic(size, settings, execution, here, calibration)
+    made = Arithmetic(size, settings, execution, here, calibration, placed)
     return Estimate(
         model=model,
         corpus=corpus,
@@ -150,25 +151,15 @@ class Machine:
         return cls(device, devices.count, min(free), host)
 
 
-def _measured_partitions(size: Footprint, settings: Settings, execution: Execution, here: Machine) -> list[str]:
-    """The partitions to time: layers on disk only where a device map has some."""
-    _, _, on_disk = _spread(size, settings, execution, here)
-    return ["single", *(["device_map"] if on_disk else []), "streaming"]
-
-
-def _spread(size: Footprint, settings: Settings, execution: Execution, here: Machine) -> tuple[int, int, int]:
-    """What a device map has: bytes of weights on each GPU (0 on a CPU) and on the host, and layers on disk."""
+def _spread(
+    checkpoint: Checkpoint | str, size: Footprint, settings: Settings, execution: Execution, here: Machine
+) -> Spread:
+    """Where a device map would put the weights on this machine."""
     batch = size.activation_bytes(settings.batch_size, settings.sequence_length)
-    limits = {**{str(gpu): here.device_free for gpu in range(here.gpus)}, "cpu": here.host_free}
-    limits = {name: max(0, int(free * SPARE_SHARE) - batch) for name, free in limits.items()}
-    limits |= dict(execution.max_memory)
-    left, on_gpu = size.weight_bytes, 0
-    for gpu in range(here.gpus):
-        on_gpu = max(on_gpu, min(left, limits[str(gpu)]))
-        left -= min(left, limits[str(gpu)])
-    on_host = min(left, limits["cpu"])
-    layer = max(1, sum(size.layer_bytes) // size.num_layers)
-    return on_gpu, on_host, min(size.num_layers, -(-(left - on_host) // layer))
+    free: dict[Device, int] = {**dict.fromkeys(range(here.gpus), here.device_free), "cpu": here.host_free}
+    limits = {name: max(0, int(room * SPARE_SHARE) - batch) for name, room in free.items()}
+    limits |= {name if name == "cpu" else int(name): room for name, room in execution.max_memory.items()}
+    return spread(checkpoint, settings, limits)
 
 
 @dataclass(frozen=True)
@@ -180,6 +171,7 @@ class Arithmetic:
     execution: Execution
     here: Machine
     measured: Calibration
+    spread: Spread
 
     def rows(self) -> Iterator[Row]:
         """One for each partition."""
@@ -231,15 +223,19 @@ class Arithmetic:
         seconds = self._seconds(self.measured.costs["single"])
         return self._row("single", 1, self._memory(self._resident(self.size.weight_bytes)), seconds, why)
 
-    def _resident(self, weights: int) -> int:
-        """Of so many bytes of weights, those that come into memory: of a mapped file only what is read."""
-        if self.here.device == "cuda" or not self.size.mapped:
+    def _resident(self, weights: int, *, table: bool = True) -> int:
+        """Of so many bytes of weights, those that come into memory: of a mapped file only what is read.
+
+        Args:
+            table: the token embeddings are among them.
+        """
+        if self.here.device == "cuda" or not self.size.mapped or not table:
             return weights
-        table = max(0, self.size.embedding_bytes - self.measured.touched_bytes)
-        return min(weights, sum(self.size.layer_bytes) + self.size.other_bytes - table)
+        unread = max(0, self.size.embedding_bytes - self.measured.touched_bytes)
+        return min(weights, sum(self.size.layer_bytes) + self.size.other_bytes) - unread
 
     def _device_map(self) -> Row:
-        on_gpu, on_host, on_disk = _spread(self.size, self.settings, self.execution, self.here)
+        on_host, on_disk = self.spread.held.get("cpu", 0), self.spread.layers_on_disk
         costs = self.measured.costs
         seconds = self._seconds(costs["single"], self.size.num_layers - on_disk)
         if on_disk:
@@ -247,12 +243,12 @@ class Arithmetic:
         if on_host and self.here.gpus:  # copied to a GPU for every batch
             seconds += self.measured.num_batches * on_host / self.measured.copy_bytes_per_second
         one = max(self.size.layer_bytes)
-        cuda = self.here.device == "cuda"
-        memory = (
-            self._memory(on_gpu, host_weights=on_host, more=one)
-            if cuda
-            else self._memory(self._resident(on_host), more=one * bool(on_disk))
-        )
+        if self.here.device == "cuda":
+            on_gpu = max((size for name, size in self.spread.held.items() if isinstance(name, int)), default=0)
+            memory = self._memory(on_gpu, host_weights=on_host, more=one)
+        else:
+            resident = self._resident(on_host, table=self.spread.table == "cpu")
+            memory = self._memory(resident, more=one * bool(on_disk))
         why = (
             f"{on_disk} of {self.size.num_layers} layers on disk, read for every batch" if on_disk else "all in memory"
         )

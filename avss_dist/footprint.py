@@ -113,10 +113,8 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
     Raises:
         ModelError: there is no such checkpoint, or it cannot be read or built.
     """
-    found, tensors = _open(checkpoint, settings)
-    config = text_config(found, trust_remote_code=settings.trust_remote_code)
-    dtype = compute_dtype(config, settings, tensors)
-    model = skeleton(config, settings, dtype)
+    found, model, tensors = outline(checkpoint, settings)
+    config, dtype = model.config, compute_dtype(model.config, settings, tensors)
     backbone, text = without_head(model), config.get_text_config()
     layers = find_layers(backbone, text, settings)
     stored, whole = sum(t.size for t in tensors), _bytes(model)
@@ -143,6 +141,20 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
         embedding_bytes=_embedding_bytes(model),
         mapped=not found.gguf and {_DTYPES.get(t.dtype) for t in tensors} == {str(dtype).removeprefix("torch.")},
     )
+
+
+def outline(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Checkpoint, Any, list[Tensor]]:
+    """A checkpoint, its model on the meta device in the dtype that it computes in, and what its headers say.
+
+    Args:
+        checkpoint: as for `footprint`.
+
+    Raises:
+        ModelError: as `footprint`.
+    """
+    found, tensors = _open(checkpoint, settings)
+    config = text_config(found, trust_remote_code=settings.trust_remote_code)
+    return found, skeleton(config, settings, compute_dtype(config, settings, tensors)), tensors
 
 
 def compute_dtype(config: Any, settings: Settings, tensors: Iterable[Tensor]) -> torch.dtype:

@@ -153,7 +153,9 @@ def rows(
 ) -> dict[str, Row]:
     settings = replace(SETTINGS, dtype="float32", device=machine.device)
     size = footprint(str(folder), settings)
-    made = Arithmetic(size, settings, execution or Execution(), machine, calibration).rows()
+    execution = execution or Execution()
+    placed = avss_dist.estimate._spread(str(folder), size, settings, execution, machine)
+    made = Arithmetic(size, settings, execution, machine, calibration, placed).rows()
     return {row.partition: row for row in made}
 
 

@@ -6,8 +6,10 @@ import gc
 import logging
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ from avss_dist.checkpoints import Checkpoint
 from avss_dist.config import Settings, describe_bytes
 from avss_dist.corpus import Batch
 from avss_dist.errors import ConfigError, nearest
-from avss_dist.footprint import compute_dtype, find_layers, footprint, stored_tensors
-from avss_dist.models import forward_function, load, skeleton, text_config, without_head
+from avss_dist.footprint import find_layers, footprint, outline
+from avss_dist.models import forward_function, load, without_head
 from avss_dist.partition.base import Placement, Watch
 from avss_dist.partition.devices import available_memory, pick_device
 from avss_dist.partition.memory import keep_freed_memory
@@ -46,7 +48,8 @@ class DeviceMapReplica:
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement) -> None:
         self.device = pick_device(settings.device)
         keep_freed_memory()
-        model, stored = _outline(checkpoint, settings)
+        _, model, tensors = outline(checkpoint, settings)
+        stored = [tensor.name for tensor in tensors]
         limits = memory_limits(self.device, checkpoint, settings, placement)
         self.device_map = plan_map(model, stored, limits, settings)
         if checkpoint.gguf:
@@ -181,6 +184,38 @@ def plan_map(model: Any, stored: Iterable[str], limits: Mapping[Device, int], se
     return dict(device_map)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Where the weights of a model go.
+
+    Attributes:
+        held: bytes of weights by device: a GPU's index, ``cpu``, ``disk``.
+        layers_on_disk: layers of which a weight is on disk.
+        table: the device that has the token embeddings; None where transformers knows none.
+    """
+
+    held: Mapping[Device, int]
+    layers_on_disk: int
+    table: Device | None
+
+
+def spread(checkpoint: Checkpoint | str, settings: Settings, limits: Mapping[Device, int]) -> Spread:
+    """What `plan_map` would do, from headers alone; ``limits`` as it takes them."""
+    _, model, tensors = outline(checkpoint, settings)
+    device_map = plan_map(model, [tensor.name for tensor in tensors], limits, settings)
+    places = {id(p): _place(name, device_map)[1] for name, p in model.named_parameters()}
+    held: Counter[Device] = Counter()
+    for parameter in model.parameters():
+        held[places[id(parameter)] or "cpu"] += _bytes([parameter])
+    layers = find_layers(without_head(model), model.config.get_text_config(), settings)
+    on_disk = sum(any(places[id(p)] == "disk" for p in layer.parameters()) for layer in layers)
+    try:
+        table = places.get(id(model.get_input_embeddings().weight))
+    except (NotImplementedError, AttributeError):
+        table = None
+    return Spread(held=held, layers_on_disk=on_disk, table=table)
+
+
 def require_complete(model: nn.Module, device_map: Mapping[str, Device]) -> None:
     """Refuse a map that leaves weights without a place.
 
@@ -228,13 +263,6 @@ def unstored(model: nn.Module, stored: Iterable[str]) -> dict[str, nn.Parameter]
 
 def _bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
-
-
-def _outline(checkpoint: Checkpoint, settings: Settings) -> tuple[Any, list[str]]:
-    """The model without weights, and the names of the tensors in its files."""
-    tensors = list(stored_tensors(checkpoint))
-    config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
-    return skeleton(config, settings, compute_dtype(config, settings, tensors)), [tensor.name for tensor in tensors]
 
 
 def _bring_inputs(layer: nn.Module) -> Any:
