@@ -12,12 +12,13 @@ import vl_convert
 
 from avss_dist.config import LOSS
 from avss_dist.report.page_data import last_part
-from avss_dist.verdict import CLAIMED_KEPT, WHOLE, primary_metric, shown_value, verdicts
+from avss_dist.verdict import CLAIMED_KEPT, WHOLE, kept_by_guess, primary_metric, shown_value, verdicts
 
 if TYPE_CHECKING:
     from avss_dist.query import Warehouse
 
 GRAY, BLUE = "#8b949e", "#4c9be8"  # seen on light and on dark
+MOST_SHOWN = 1.5  # retention that the chart has room for
 Row = Mapping[str, Any]  # of the table `experiments`
 
 
@@ -32,14 +33,18 @@ def experiments(warehouse: Warehouse, labels: Mapping[str, str]) -> list[dict[st
 
 
 def _experiment(label: str, rows: Sequence[Row]) -> dict[str, Any]:
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    speaks = {task: primary_metric([row for row in rows if row["task"] == task]) for task in tasks}
+    by_task: dict[str, list[Row]] = {}
+    for row in rows:
+        by_task.setdefault(row["task"], []).append(row)
+    tasks = list(by_task)
+    speaks = {task: primary_metric(of_task) for task, of_task in by_task.items()}
+    guesses = {task: kept_by_guess(of_task, speaks[task]) for task, of_task in by_task.items()}
     shown = [row for row in rows if row["metric"] == speaks[row["task"]]]
     return {
         "name": "experiment-" + label.partition(".")[0],
         "label": label,
         "verdicts": verdicts(rows) or ["No share of 25% by AVSS was tried."],
-        "image": _image(shown),
+        "image": _image(shown, guesses),
         "columns": list(_columns(tasks, speaks)),
         "rows": [list(_cells(of, tasks)) for of in _by_method(shown)],
     }
@@ -78,13 +83,17 @@ def _cells(of: Mapping[str, Row], tasks: Sequence[str]) -> Iterator[dict[str, An
         yield {"text": f"{low:.1%} to {high:.1%}" if known else "", "value": low if known else ""}
 
 
-def _image(rows: Sequence[Row]) -> str:
-    """A dot for each method and task, with its interval, and a line at what the claim says; a data URI of an SVG."""
+def _image(rows: Sequence[Row], guesses: Mapping[str, float | None]) -> str:
+    """A dot for each method and task, with its interval, as a data URI of an SVG.
+
+    Lines are at what the claim says (dashed), and at what a guess keeps (dotted).
+    """
     points = [
         {
             "method": row["method"],
             "task": f"{_short(row['task'])}, {row['share']:.0%} dropped",
-            "kept": min(row["retention"], 1.5),
+            "kept": min(row["retention"], MOST_SHOWN),
+            "guess": guesses[row["task"]],
             "low": row["retention_low"],
             "high": row["retention_high"],
         }
@@ -94,16 +103,17 @@ def _image(rows: Sequence[Row]) -> str:
     order = list(dict.fromkeys(point["method"] for point in points))
     base = alt.Chart().encode(alt.Y("method:N", sort=order, title=None))
     interval = base.mark_rule(color=BLUE, clip=True).encode(alt.X("low:Q"), alt.X2("high:Q"))
-    scale = alt.Scale(domain=[0, 1.1], clamp=True)
+    scale = alt.Scale(domain=[0, max(1.1, *(point["kept"] for point in points))], clamp=True)
     dot = base.mark_point(filled=True, color=BLUE, size=45, opacity=1).encode(
         alt.X("kept:Q", scale=scale, title="retention", axis=alt.Axis(format="%", grid=False))
     )
     claim = alt.Chart().mark_rule(color=GRAY, strokeDash=[4, 3]).encode(x=alt.datum(CLAIMED_KEPT))
+    guess = alt.Chart().mark_rule(color=GRAY, strokeDash=[1, 3]).encode(alt.X("guess:Q", aggregate="max"))
     chart: Any = (
-        alt.layer(claim, interval, dot, data=alt.InlineData(values=points))
+        alt.layer(claim, guess, interval, dot, data=alt.InlineData(values=points))
         .properties(width=230, height=alt.Step(15))
         .facet(alt.Facet("task:N", title=None, header=alt.Header(labelColor=GRAY, labelLimit=230)), columns=3)
-        .configure(background="transparent")
+        .configure(background="transparent", padding={"left": 30, "right": 5, "top": 5, "bottom": 5})
         .configure_axis(labelColor=GRAY, titleColor=GRAY, domainColor=GRAY, tickColor=GRAY, labelLimit=230)
         .configure_view(stroke=None)
     )
