@@ -141,6 +141,8 @@ def test_the_bytes_of_single(kind: str, family: str, dtype: str, save_family: Ca
         assert all(getattr(ours, name) == getattr(theirs, name) for name in ("index", "name", "call", "layout"))
         assert type(ours.module).__qualname__ == type(theirs.module).__qualname__
         assert points(ours) == points(theirs)
+        wants = [[p.requires_grad for p in layer.module.parameters()] for layer in (ours, theirs)]
+        assert wants[0] == wants[1]  # it decides how torch multiplies, and so the last digits
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16", "auto"])
