@@ -144,7 +144,7 @@ class VirtualExecutor(RayExecutor):
     def replicas(self, placement: Placement) -> int:
         return self._execution.replicas or 1
 
-    def _cpus(self, placement: Placement) -> int:
+    def cpus(self, placement: Placement) -> int:
         return 0
 
 
