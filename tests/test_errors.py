@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+import yaml
 from conftest import llama
 from tables import assert_same_tables
 from typer.testing import CliRunner
@@ -414,6 +415,34 @@ def test_a_full_disk_keeps_shards_and_the_same_command_finishes(
     assert code == 0
     assert f"{len(kept)} of 3 shards from before" in output
     assert_same_tables(out, undisturbed)
+
+
+@AS_ROOT
+def test_a_full_disk_fails_the_runs_of_a_sweep_and_the_same_command_finishes(
+    tiny_llama: Path, tiny_bert: Path, small_disk: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    def job(out: Path) -> Path:
+        settings = dict(zip((name[2:].replace("-", "_") for name in SCORE[::2]), SCORE[1::2], strict=True))
+        corpus, executor = settings.pop("corpus"), settings.pop("executor")
+        what = {"warehouse": str(out), "models": [str(tiny_llama), str(tiny_bert)], "corpora": [corpus]}
+        file = tmp_path / f"{out.parent.name}.yaml"
+        settings = {name: int(value) if value.isdecimal() else value for name, value in settings.items()}
+        file.write_text(yaml.safe_dump({**what, "settings": settings, "execution": {"executor": executor}}))
+        return file
+
+    whole, out, ballast = tmp_path / "whole" / "w", small_disk / "w", small_disk / "ballast"
+    assert avss("run", job(whole))[0] == 0
+    shard = max(len(data) for name, data in files(undisturbed).items() if name.startswith("shard_stats/"))
+    ballast.write_bytes(bytes((1 << 20) - 8192 - 3 * shard // 2))
+    code, output = avss("run", job(out))
+    assert code == 1 and "Traceback" not in output
+    assert output.count(f"failed. No space left on {out}.\n") == 2 and ": 1 shard is kept." in output
+    kept = [name for name in files(out) if name.startswith("shard_stats/")]
+    assert 1 <= len(kept) < 3
+    ballast.unlink()
+    code, output = avss("run", job(out))
+    assert code == 0 and "2 done" in output
+    assert_same_tables(out, whole)
 
 
 @pytest.mark.parametrize("size", [0, 4, 1000, -1])

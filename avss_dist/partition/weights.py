@@ -40,7 +40,9 @@ class Weight:
 
     def put(self, tensor: torch.Tensor) -> None:
         """Set the same tensor in every place."""
-        wants = tensor.is_floating_point()  # as `single` has it: torch multiplies by weights that want none in another way
+        wants = (
+            tensor.is_floating_point()
+        )  # as `single` has it: torch multiplies by weights that want none in another way
         parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=wants)
         for module, name in self.places:
             if name in module._buffers:
