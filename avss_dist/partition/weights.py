@@ -40,9 +40,8 @@ class Weight:
 
     def put(self, tensor: torch.Tensor) -> None:
         """Set the same tensor in every place."""
-        wants = (
-            tensor.is_floating_point()
-        )  # as `single` has it: torch multiplies by weights that want none in another way
+        # As `single` has it: by weights that want no gradient, torch multiplies in another way.
+        wants = tensor.is_floating_point()
         parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=wants)
         for module, name in self.places:
             if name in module._buffers:
