@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112  (processes that no test uses)
 
 VOCABULARY = 320
 LAYERS = 3

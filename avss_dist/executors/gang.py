@@ -36,23 +36,6 @@ from avss_dist.worker import analyze_shard, follow
 BEAT_SECONDS = 1.0
 
 
-class Beats:
-    """The actor that knows when each worker was last seen to get on."""
-
-    def __init__(self) -> None:
-        self._last: dict[str, tuple[int, float]] = {}
-
-    def report(self, worker: str, count: int) -> None:
-        """Note how far a worker is."""
-        if self._last.get(worker, (-1, 0.0))[0] != count:
-            self._last[worker] = (count, time.monotonic())
-
-    def ages(self) -> dict[str, float]:
-        """Seconds since each worker last got on."""
-        now = time.monotonic()
-        return {worker: now - seen for worker, (_, seen) in self._last.items()}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What one rank does in a round: measure a shard, or only run along with those that do."""
@@ -66,7 +49,7 @@ class Task:
 class Worker:
     """The actor: one rank of a replica. Opens the job's model once, measures the shards that it is given.
 
-    A thread tells `Beats` how far it is: layers begun while it measures, the seconds while it opens a model.
+    A thread tells `beats.Beats` how far it is: layers begun while it measures, the seconds while it opens a model.
     """
 
     def __init__(self, name: str, threads: int, beats: Any) -> None:

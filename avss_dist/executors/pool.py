@@ -46,7 +46,7 @@ class Pool:
     Args:
         hire: gives a new gang for a placement.
         replicas: how many gangs of a placement work at once.
-        beats: the `gang.Beats` actor.
+        beats: the `beats.Beats` actor.
         placement_seconds: how long to wait for a gang to be placed, while none works.
         hang_seconds: how long a rank may begin no layer before its gang is stopped.
         shortage: says what a placement asks of the cluster, and what it has.

@@ -16,8 +16,9 @@ from avss_dist.config import Execution, Settings
 from avss_dist.errors import ConfigError, RunFailed
 from avss_dist.executors.ahead import Ahead
 from avss_dist.executors.base import Outcome, Work
+from avss_dist.executors.beats import Beats
 from avss_dist.executors.cells import Cell, CellOutcome
-from avss_dist.executors.gang import Beats, Gang, missing_package
+from avss_dist.executors.gang import Gang, missing_package
 from avss_dist.executors.pool import Pool
 from avss_dist.executors.ray_cells import run_on_ray
 from avss_dist.partition.base import Placement
