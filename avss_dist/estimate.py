@@ -274,15 +274,17 @@ class Arithmetic:
         part = -(-self.size.weight_bytes // ranks)
         ahead = PREFETCHED * self.size.element_bytes if self.here.device == "cuda" else 0
         largest = max(*self.size.layer_bytes, self.size.embedding_bytes)  # twice: as it comes, and put together
-        memory = self._memory(part, ranks=ranks, more=2 * largest + min(ahead, gathered))
+        device, host = self._memory(part, ranks=ranks, more=2 * largest + min(ahead, gathered))
         # Ranks share the shards; on CPUs they share the cores too, so that nothing is gained.
         cuda, m = self.here.device == "cuda", self.measured
+        if not cuda:  # while the model is opened, pages of its files, which the system can have back, are there too
+            device = max(device, m.library_bytes + DEEPSPEED_BYTES + part + self.size.weight_bytes)
         work = self._seconds(m.costs["single"]) / (ranks if cuda else 1)
         rate = m.copy_bytes_per_second * LINK_SHARE * ranks / max(1, ranks - 1) if cuda else m.gather_bytes_per_second
         exchange = -(-m.num_batches // ranks) * gathered / rate
         why = "every rank holds a part and gathers one layer at a time"
         why += "; the exchange is modelled, not measured" * cuda
-        return self._row("zero3", ranks, memory, work + exchange, why)
+        return self._row("zero3", ranks, (device, host), work + exchange, why)
 
     def _tensor_parallel(self) -> Row:
         """What ranks do not divide (norms, residuals, statistics), each of them does: on CPUs with fewer cores."""
