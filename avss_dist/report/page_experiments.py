@@ -103,7 +103,7 @@ def _image(rows: Sequence[Row], guesses: Mapping[str, float | None]) -> str:
     order = list(dict.fromkeys(point["method"] for point in points))
     base = alt.Chart().encode(alt.Y("method:N", sort=order, title=None))
     interval = base.mark_rule(color=BLUE, clip=True).encode(alt.X("low:Q"), alt.X2("high:Q"))
-    scale = alt.Scale(domain=[0, max(1.1, *(point["kept"] for point in points))], clamp=True)
+    scale = alt.Scale(domain=[0, max([1.1, *(point["kept"] for point in points)])], clamp=True)
     dot = base.mark_point(filled=True, color=BLUE, size=45, opacity=1).encode(
         alt.X("kept:Q", scale=scale, title="retention", axis=alt.Axis(format="%", grid=False))
     )
