@@ -20,7 +20,7 @@ from avss_dist.executors.base import Job, Work
 from avss_dist.partition.base import Placement
 from avss_dist.query import Warehouse
 from avss_dist.scoring import score_run
-from avss_dist.stats import ShardResult, merge_blocks, merge_stats
+from avss_dist.stats import ShardResult, merge_blocks
 from avss_dist.warehouse import RunIdentity
 
 PACKAGES = (
@@ -157,8 +157,7 @@ class Attempt:
         expected, corpus = self._prepared.expected, self._prepared.corpus
         measured = time.perf_counter()
         shards = _Facts(self._partials(expected))
-        blocks = merge_blocks(shards, len(expected), BOOTSTRAP_BLOCKS)
-        stats = merge_stats(blocks)
+        stats, blocks = merge_blocks(shards, len(expected), BOOTSTRAP_BLOCKS)
         layers = shards.layers
         identity = self._identity(shards.model["family"])
         self._store.write_layer_stats(identity, layers, stats)

@@ -37,6 +37,8 @@ _STATS = {
     "input_count": "elements of the block's input (block site)",
     "input_mean": "mean over elements of the block's input",
     "input_m2": "sum over elements of the block's input of (x - mean)^2",
+    "abs_value": "every distinct abs(x), ascending, of 16-bit activations; empty for float32",
+    "abs_value_count": "elements with each of those values",
     "histogram_bin": "bins of abs(x) that hold elements: the 8 exponent and top 3 mantissa bits of its float32",
     "histogram_count": "elements in each of those bins",
 }
@@ -90,7 +92,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "threshold": "near zero means abs(x) below this",
         "threshold_kind": "absolute, or rms: a multiple of the root mean square of the layer and site",
         "count": "elements (recipe unit: units) that could be near zero",
-        "near_zero_count": "how many are; a fraction where a bin of the histogram was cut",
+        "near_zero_count": "how many are; a fraction where it is interpolated in a bin of the histogram",
         "variance": "variance of the activations, by recipe",
         "sparsity": "near_zero_count / count",
         "nav": "variance / sum of it over layers",

@@ -12,7 +12,7 @@ from typing import Any
 
 from avss_dist.errors import ConfigError, require_known
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SITES = ("block", "update", "attention", "mlp", "neuron")
 RECIPES = ("pooled", "element", "unit")
 RIVALS = ("block_influence", "angular_distance", "relative_magnitude", "update_variance_ratio")
@@ -32,7 +32,7 @@ DEVICES = ("auto", "cpu", "cuda")
 
 PUBLISHED_THRESHOLD = 1e-5
 THRESHOLDS = (1e-6, PUBLISHED_THRESHOLD, 1e-4, 1e-3, 1e-2, 1e-1)
-RELATIVE_THRESHOLDS = (0.01, 0.1)  # multiples of the RMS of the layer and site; scored from the histogram
+RELATIVE_THRESHOLDS = (0.01, 0.1)  # multiples of the RMS of the layer and site; scored from stored counts
 
 BOOTSTRAP_RESAMPLES = 1000
 BOOTSTRAP_SEED = 0

@@ -1,4 +1,4 @@
--- What SQL has beside DuckDB's own functions: scores at any threshold, from the counts and histograms of layer_stats.
+-- What SQL has beside DuckDB's own functions: scores at any threshold, from the counts of layer_stats.
 CREATE TEMP MACRO bin_edge(bin) AS
     CASE WHEN bin < 8 THEN bin * pow(2.0, -129) ELSE pow(2.0, bin // 8 - 127) * (1 + (bin % 8) / 8) END;
 
@@ -12,7 +12,12 @@ WITH placed AS (
     FROM layer_stats
 ),
 shared AS (
-    SELECT *, CASE WHEN kind = 'absolute' THEN list_position(thresholds, absolute_threshold) END AS counted,
+    SELECT *, CASE WHEN list_contains(thresholds, absolute_threshold)
+            THEN near_zero[list_position(thresholds, absolute_threshold)]
+            WHEN list_sum(abs_value_count) = count
+            THEN list_dot_product(abs_value_count::DOUBLE[],
+                list_transform(abs_value, lambda v: (v::DOUBLE < absolute_threshold)::INT::DOUBLE))
+        END::DOUBLE AS counted,
         list_transform(histogram_bin, lambda b: bin_share(b::INT, absolute_threshold)) AS shares
     FROM placed
 )
@@ -22,8 +27,7 @@ SELECT
     kind AS threshold_kind,
     absolute_threshold,
     count,
-    CASE WHEN counted IS NULL THEN coalesce(list_dot_product(histogram_count::DOUBLE[], shares), 0)
-        ELSE near_zero[counted] END::DOUBLE AS near_zero_count,
+    coalesce(counted, list_dot_product(histogram_count::DOUBLE[], shares), 0) AS near_zero_count,
     near_zero_count / nullif(count, 0) AS sparsity,
     CASE WHEN counted IS NULL AND len(list_filter(shares, lambda s: s > 0 AND s < 1)) > 0
         THEN 'interpolated' ELSE 'exact' END AS exactness,

@@ -29,7 +29,8 @@ from avss_dist.config import (
     RECIPES,
     RELATIVE_THRESHOLDS,
 )
-from avss_dist.stats import Float64, LayerKey, LayerStats, histogram_below
+from avss_dist.histogram import histogram_below
+from avss_dist.stats import Float64, LayerKey, LayerStats
 
 NOISY_BELOW = 100
 NOTHING = np.nan
@@ -102,7 +103,7 @@ def score_run(
         stats: the merged statistics of the run.
         layers: module path of every layer; layer ``i`` of ``n`` has depth ``(i + 0.5) / n``.
         shards: the partials (or blocks of them), resampled for the intervals; fewer than two give none (NaN).
-        thresholds: those of `SiteTable.thresholds` by default; one that was not counted is read off the histogram.
+        thresholds: those of `SiteTable.thresholds` by default; see `LayerStats.below`.
         sites: those of ``stats`` by default.
 
     Returns:
@@ -182,7 +183,7 @@ class SiteTable:
         return tuple(r for r in RECIPES if r != "unit" or all(s.unit_sum.size for s in self.merged))
 
     def thresholds(self) -> Iterator[Threshold]:
-        """Every threshold that is counted exactly, then the relative ones that the histogram answers."""
+        """Every threshold that is counted, then the relative ones."""
         yield from (Threshold(value=float(t), kind="absolute") for t in self.merged[0].thresholds)
         yield from (Threshold(value=t, kind="rms") for t in RELATIVE_THRESHOLDS)
 
@@ -290,19 +291,22 @@ Counts = tuple[Float64, Float64, Float64 | None, Float64 | None]
 
 
 def _element_sparsity(table: SiteTable, threshold: Threshold) -> Counts:
-    """A relative threshold is held at the whole run's RMS while shards are resampled."""
+    """A relative threshold is held at the whole run's RMS while shards are resampled.
+
+    Where it cuts a bin of the histogram, each shard has the whole run's share of that bin below it.
+    """
     at = [threshold.at(s) for s in table.merged]
-    exact = {float(t): k for k, t in enumerate(table.merged[0].thresholds)}
-
-    def near_zero(layer: int, stats: LayerStats) -> float:
-        if threshold.kind == "absolute" and threshold.value in exact:
-            return float(stats.near_zero[exact[threshold.value]])
-        return float(histogram_below(stats.histogram, at[layer]))
-
-    merged = np.array([near_zero(i, s) for i, s in enumerate(table.merged)])
+    near_zero = np.array([s.below(t).near_zero for s, t in zip(table.merged, at, strict=True)])
     if table.weights is None:
-        return merged, table.column("count"), None, None
-    return merged, table.column("count"), table.resampled(near_zero), table.resampled(lambda _, s: s.count)
+        return near_zero, table.column("count"), None, None
+    shares = [s.share_below(t) for s, t in zip(table.merged, at, strict=True)]
+
+    def of_shard(layer: int, stats: LayerStats) -> float:
+        if (counted := np.flatnonzero(stats.thresholds == at[layer])).size:
+            return float(stats.near_zero[counted[0]])
+        return float(histogram_below(stats.histogram, at[layer], shares[layer]))
+
+    return near_zero, table.column("count"), table.resampled(of_shard), table.resampled(lambda _, s: s.count)
 
 
 def _unit_sparsity(table: SiteTable, threshold: Threshold) -> Counts:

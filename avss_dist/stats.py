@@ -7,28 +7,18 @@ leave out a token with a non-finite element, per-sequence fields a sequence with
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from avss_dist.histogram import HISTOGRAM_BINS, Values, bin_edges, histogram_below, histogram_bin, merge_values
+
 Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 LayerKey = tuple[int, str]
-
-HISTOGRAM_BINS = 2048
-HISTOGRAM_SHIFT = 20  # float32 pattern without its sign: 8 exponent bits and the top 3 mantissa bits stay
-HISTOGRAM_EDGES: Float64 = np.append(
-    (np.arange(HISTOGRAM_BINS - 8, dtype=np.uint32) << HISTOGRAM_SHIFT).view(np.float32).astype(np.float64), np.inf
-)
-"""Edges of the bins of abs(x) that finite values can reach: bin b is ``[edges[b], edges[b + 1])``. Shape [2041]."""
-
-
-def histogram_bin(values: NDArray[np.floating]) -> Int64:
-    """Bin of abs(x), exact: the upper bits of its float32 pattern. Same shape as ``values``."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    return ((bits & np.uint32(0x7FFFFFFF)) >> np.uint32(HISTOGRAM_SHIFT)).astype(np.int64)
 
 
 def _empty_int() -> Int64:
@@ -39,8 +29,25 @@ def _empty_float() -> Float64:
     return np.zeros(0, np.float64)
 
 
+def _empty_values() -> Float32:
+    return np.zeros(0, np.float32)
+
+
 def _empty_histogram() -> Int64:
     return np.zeros(HISTOGRAM_BINS, np.int64)
+
+
+class Below(NamedTuple):
+    """How many elements are below a threshold.
+
+    Attributes:
+        near_zero: how many; a fraction where it is interpolated.
+        low, high: the least and the most that it can be; the same where it is exact.
+    """
+
+    near_zero: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -56,6 +63,8 @@ class LayerStats:
         nonfinite_count: NaN and infinite elements, which no other field counts.
         min, max, max_abs: extremes; inf, -inf and 0 when count is 0.
         histogram: int64[2048] of abs(x), see `histogram_bin`.
+        abs_value, abs_value_count: of 16-bit activations every distinct abs(x), float32[values], ascending, and the
+            elements that have it, int64[values]; else empty.
         sequence_count, pooled_variance_sum: sum over sequences of the unbiased variance, over units, of the
             token-mean (the reading of the AVSS authors' released code).
         unit_count: tokens in the per-unit sums (block and update sites; else 0).
@@ -79,6 +88,8 @@ class LayerStats:
     max: float = -np.inf
     max_abs: float = 0.0
     histogram: Int64 = field(default_factory=_empty_histogram)
+    abs_value: Float32 = field(default_factory=_empty_values)
+    abs_value_count: Int64 = field(default_factory=_empty_int)
     sequence_count: int = 0
     pooled_variance_sum: float = 0.0
     unit_count: int = 0
@@ -111,6 +122,7 @@ class LayerStats:
             (self.input_count, self.input_mean, self.input_m2), (other.input_count, other.input_mean, other.input_m2)
         )
         added = {name: getattr(self, name) + getattr(other, name) for name in _ADDED}
+        abs_value, abs_value_count = merge_values(self.values, other.values)
         return LayerStats(
             thresholds=self.thresholds,
             count=count,
@@ -122,6 +134,8 @@ class LayerStats:
             min=min(self.min, other.min),
             max=max(self.max, other.max),
             max_abs=max(self.max_abs, other.max_abs),
+            abs_value=abs_value,
+            abs_value_count=abs_value_count,
             unit_sum=_add_units(self.unit_sum, other.unit_sum),
             unit_sum_sq=_add_units(self.unit_sum_sq, other.unit_sum_sq),
             **added,
@@ -130,6 +144,40 @@ class LayerStats:
     def equals(self, other: LayerStats) -> bool:
         """Whether every field is identical to the last bit."""
         return all(np.array_equal(getattr(self, f.name), getattr(other, f.name), equal_nan=True) for f in fields(self))
+
+    @property
+    def values(self) -> Values:
+        """``abs_value`` and ``abs_value_count``."""
+        return self.abs_value, self.abs_value_count
+
+    @property
+    def has_every_value(self) -> bool:
+        """Whether ``abs_value_count`` counts all elements: then each threshold and quantile is exact."""
+        return int(self.abs_value_count.sum()) == self.count
+
+    def below(self, threshold: float) -> Below:
+        """Elements with abs(x) < ``threshold``; 0 where that is NaN.
+
+        Exact where the threshold, or every value, was counted, and at the edges of the histogram's bins; elsewhere
+        linear inside the bin that the threshold cuts.
+        """
+        counted = np.flatnonzero(self.thresholds == threshold)
+        if counted.size:
+            exact = float(self.near_zero[counted[0]])
+        elif self.has_every_value:
+            exact = float(self.abs_value_count[self.abs_value.astype(np.float64) < threshold].sum())
+        elif not threshold > 0:
+            exact = 0.0
+        else:
+            edges = bin_edges(threshold)
+            low, high = (threshold, threshold) if threshold in edges else edges
+            return Below(*(float(histogram_below(self.histogram, at)) for at in (threshold, low, high)))
+        return Below(exact, exact, exact)
+
+    def share_below(self, threshold: float) -> float:
+        """Of the elements in the histogram's bin that a threshold cuts, the share below it; 0 without elements."""
+        bins = [float(histogram_below(self.histogram, edge)) for edge in bin_edges(threshold)]
+        return (self.below(threshold).near_zero - bins[0]) / (bins[1] - bins[0]) if bins[1] > bins[0] else 0.0
 
     @property
     def variance(self) -> float:
@@ -169,53 +217,46 @@ def _add_units(a: Float64, b: Float64) -> Float64:
     return a + b
 
 
-def histogram_below(histogram: NDArray[np.int64], threshold: float) -> Float64:
-    """Elements below ``threshold`` in histograms of shape [..., 2048]; the result has shape [...]."""
-    if not threshold > 0:
-        return np.zeros(histogram.shape[:-1])
-    position = int(np.searchsorted(HISTOGRAM_EDGES, threshold, side="right")) - 1
-    whole = histogram[..., :position].sum(axis=-1).astype(np.float64)
-    if position >= len(HISTOGRAM_EDGES) - 1:
-        return whole
-    low, high = HISTOGRAM_EDGES[position : position + 2]
-    share = (threshold - low) / (high - low) if np.isfinite(high) else 0.0
-    return whole + share * histogram[..., position]
-
-
 def stats_from_pattern_counts(counts: NDArray[np.integer], values: Float64, thresholds: Float64) -> dict[str, object]:
     """The elementwise fields of LayerStats from how often each value occurred, computed in float64.
 
     The counts of the 65,536 patterns of a 16-bit float are a sufficient statistic for every one of them.
 
     Args:
-        counts: int32 or int64[n], how often each pattern occurred.
-        values: float64[n], the value of each pattern, NaN and infinities included.
+        counts: int32 or int64[2 n], how often each pattern occurred.
+        values: float64[2 n], the value of each pattern, NaN and infinities included: n that ascend from 0, then
+            the same negated.
         thresholds: float64[k].
     """
     seen = np.flatnonzero(counts != 0)  # of a bool array: much faster
-    counts, values = counts[seen].astype(np.int64), values[seen]
+    negative = seen >= len(counts) // 2
+    often, values = counts[seen].astype(np.int64), values[seen]
     finite = np.isfinite(values)
-    nonfinite_count = int(counts[~finite].sum())
-    counts, values = counts[finite], values[finite]
-    count = int(counts.sum())
-    sizes = np.abs(values)
+    nonfinite_count = int(often[~finite].sum())
+    often, values, negative = often[finite], values[finite], negative[finite]
+    sizes = np.abs(values).astype(np.float32)
+    abs_value, abs_value_count = merge_values((sizes[~negative], often[~negative]), (sizes[negative], often[negative]))
+    below = np.append(0, np.cumsum(abs_value_count))
+    count = int(below[-1])
     histogram = _empty_histogram()
-    np.add.at(histogram, histogram_bin(values), counts)
+    np.add.at(histogram, histogram_bin(abs_value), abs_value_count)
     result: dict[str, object] = {
-        "near_zero": np.array([counts[sizes < t].sum() for t in thresholds], np.int64),
-        "zero_count": int(counts[sizes == 0].sum()),
+        "near_zero": below[np.searchsorted(abs_value.astype(np.float64), thresholds)],
+        "zero_count": int(abs_value_count[abs_value == 0].sum()),
         "nonfinite_count": nonfinite_count,
         "histogram": histogram,
+        "abs_value": abs_value,
+        "abs_value_count": abs_value_count,
         "count": count,
     }
     if count:
-        mean = float((counts * values).sum() / count)
+        mean = float((often * values).sum() / count)
         result |= {
             "mean": mean,
-            "m2": float((counts * (values - mean) ** 2).sum()),
+            "m2": float((often * (values - mean) ** 2).sum()),
             "min": float(values.min()),
             "max": float(values.max()),
-            "max_abs": float(sizes.max()),
+            "max_abs": float(abs_value[-1]),
         }
     return result
 
@@ -256,24 +297,34 @@ def merge_stats(parts: Iterable[Mapping[LayerKey, LayerStats]]) -> dict[LayerKey
     return {key: merged[key] for key in sorted(merged)}
 
 
-def merge_blocks(shards: Iterable[ShardResult], num_shards: int, most: int) -> list[dict[LayerKey, LayerStats]]:
-    """Merge shards, given in the order of their ids, into at most ``most`` blocks of consecutive ones.
+def merge_blocks(
+    shards: Iterable[ShardResult], num_shards: int, most: int
+) -> tuple[dict[LayerKey, LayerStats], list[dict[LayerKey, LayerStats]]]:
+    """Merge shards, given in the order of their ids: the run, and at most ``most`` blocks of consecutive ones.
 
-    Merging the blocks in order gives the run. Their number bounds memory, whatever the size of the corpus; they
-    depend on ``num_shards`` alone, so the result does not depend on who measured what.
+    The number of blocks bounds memory, whatever the size of the corpus, and so does that only the run keeps the counts
+    by value. Blocks depend on ``num_shards`` alone, so the result does not depend on who measured what.
 
     Raises:
         ValueError: the ids are not exactly 0, 1, ..., num_shards - 1.
     """
     size = -(-num_shards // most)
     blocks: list[dict[LayerKey, LayerStats]] = []
+    values: dict[LayerKey, Values] = {}
     seen = -1
     for seen, shard in enumerate(shards):
         if shard.shard_id != seen:
             raise ValueError(f"shard {shard.shard_id} where shard {seen} belongs")
         if seen % size == 0:
             blocks.append({})
-        blocks[-1] = merge_stats((blocks[-1], shard.stats))
+        for key, stats in shard.stats.items():
+            values[key] = merge_values(values[key], stats.values) if key in values else stats.values
+        blocks[-1] = merge_stats((blocks[-1], {key: _with_values(s) for key, s in shard.stats.items()}))
     if seen + 1 != num_shards:
         raise ValueError(f"{seen + 1} shards where {num_shards} belong")
-    return blocks
+    return {key: _with_values(stats, *values[key]) for key, stats in merge_stats(blocks).items()}, blocks
+
+
+def _with_values(stats: LayerStats, abs_value: Float32 | None = None, count: Int64 | None = None) -> LayerStats:
+    abs_value, count = _empty_values() if abs_value is None else abs_value, _empty_int() if count is None else count
+    return replace(stats, abs_value=abs_value, abs_value_count=count)

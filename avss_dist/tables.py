@@ -16,12 +16,14 @@ import pyarrow.parquet as pq
 
 from avss_dist.config import SCHEMA_VERSION
 from avss_dist.errors import WarehouseError
-from avss_dist.stats import HISTOGRAM_BINS, LayerKey, LayerStats, ShardResult
+from avss_dist.histogram import HISTOGRAM_BINS
+from avss_dist.stats import LayerKey, LayerStats, ShardResult
 
 _VERSION, _HEADER = b"avss_schema_version", b"avss_header"
 _ARROW = {"string": pa.string(), "int32": pa.int32(), "int": pa.int64(), "float": pa.float64()}
 _ARROW |= {"strings": pa.list_(pa.string()), "Int16": pa.list_(pa.int16()), "time": pa.timestamp("us", "UTC")}
-_ARROW |= {"Int32": pa.list_(pa.int32()), "Int64": pa.list_(pa.int64()), "Float64": pa.list_(pa.float64())}
+_ARROW |= {"Int32": pa.list_(pa.int32()), "Int64": pa.list_(pa.int64())}
+_ARROW |= {"Float32": pa.list_(pa.float32()), "Float64": pa.list_(pa.float64())}
 _ARROW |= {"map": pa.map_(pa.string(), pa.string())}
 _STATE = [f.name for f in fields(LayerStats) if f.name != "histogram"]
 
@@ -76,10 +78,10 @@ def _leaves(kind: str) -> list[str]:
     return [path for value, path in paths.values() if str(value) == kind]
 
 
-# Sums seldom repeat, so a dictionary of them only costs time; their bytes, split by significance, shrink well.
+# Floats seldom repeat, so a dictionary of them only costs time; their bytes, split by significance, shrink well.
 _STATS_OPTIONS = {
     "use_dictionary": _leaves("string"),
-    "column_encoding": dict.fromkeys(_leaves("double"), "BYTE_STREAM_SPLIT"),
+    "column_encoding": dict.fromkeys(_leaves("double") + _leaves("float"), "BYTE_STREAM_SPLIT"),
 }
 
 

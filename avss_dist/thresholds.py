@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from avss_dist.config import BOOTSTRAP_BLOCKS
+from avss_dist.histogram import HISTOGRAM_EDGES
 from avss_dist.query import Warehouse
 from avss_dist.scoring import Threshold, score_run
-from avss_dist.stats import HISTOGRAM_EDGES, Float64, LayerKey, LayerStats, histogram_below, merge_blocks
+from avss_dist.stats import Float64, LayerKey, LayerStats, merge_blocks
 from avss_dist.warehouse import SCHEMAS
 
 EXACT, INTERPOLATED = "exact", "interpolated"
@@ -22,15 +23,15 @@ SCORES = pa.schema(
         *((name, pa.float64()) for name in ("near_zero_low", "near_zero_high")),
     ]
 )
-"""The columns of ``scores``; ``exactness``, which is ``interpolated`` where the threshold cuts a bin that holds
-elements; and between what the near-zero count certainly is: the counts below the edges of that bin.
+"""The columns of ``scores``; ``exactness``, ``exact`` or ``interpolated``; and between what the near-zero count
+certainly is, which is itself where it is exact: see `LayerStats.below`.
 """
 
 _PLACE = [SCHEMAS["layer_stats"].field(name) for name in ("run_id", "model", "layer", "layer_name", "depth", "site")]
 QUANTILES = pa.schema([*_PLACE, *((name, pa.float64()) for name in ("share", "value", "rms_multiple", "low", "high"))])
-"""``share`` of the elements have abs(x) below ``value``, which is ``rms_multiple`` times the RMS of the layer and site.
+"""``share`` of the elements have abs(x) up to ``value``, which is ``rms_multiple`` times the RMS of the layer and site.
 
-``low`` and ``high`` are the edges of the bin that ``value`` lies in: the truth is between them.
+The truth is between ``low`` and ``high``, which are ``value`` where it is exact.
 """
 
 
@@ -39,10 +40,9 @@ def scores_at(
 ) -> pa.Table:
     """The scores of runs at one threshold, with intervals where the shards' statistics are kept.
 
-    Near-zero counts are exact where the threshold was counted, or is an edge of the histogram's bins (eight an octave);
-    else linear inside the bin that it cuts. That is within 1% of the count where values are smooth, as in float32; in
-    16-bit dtypes a sum of large numbers has few small values, all of which may lie on one side of the threshold. The
-    recipe ``unit`` is always exact.
+    Near-zero counts are exact in 16-bit dtypes, of which every value is counted; in float32 where the threshold was
+    counted, or is an edge of the histogram's bins (eight an octave), else linear inside the bin that it cuts, which is
+    within 1% of the count where values are smooth. The recipe ``unit`` is always exact.
 
     Args:
         runs: rows of ``runs``, of runs that are done.
@@ -59,32 +59,14 @@ def scores_at(
         identity = {name: run[name] for name in ("run_id", "model", "revision", "family")}
         stats, shards = warehouse.read_layer_stats(run["run_id"]), _blocks(warehouse, run)
         for row in score_run(stats, _layer_names(warehouse, run), shards, [threshold], sites):
-            low, high = near_zero_bounds(stats[row["layer"], row["site"]], row["recipe"], threshold)
-            exact = {
-                "exactness": EXACT,
-                "near_zero_low": row["near_zero_count"],
-                "near_zero_high": row["near_zero_count"],
-            }
-            cut = {"exactness": INTERPOLATED, "near_zero_low": low, "near_zero_high": high}
-            rows.append({**identity, **row, **(cut if low < high else exact)})
+            measured = stats[row["layer"], row["site"]]
+            below = measured.below(threshold.at(measured))
+            cut = row["recipe"] != "unit" and below.low < below.high
+            low, high = below[1:] if cut else (row["near_zero_count"],) * 2
+            exactness = INTERPOLATED if cut else EXACT
+            rows.append({**identity, **row, "exactness": exactness, "near_zero_low": low, "near_zero_high": high})
     arrays = [pa.array([row[f.name] for row in rows], f.type, from_pandas=True) for f in SCORES]
     return pa.Table.from_arrays(arrays, schema=SCORES)
-
-
-def near_zero_bounds(stats: LayerStats, recipe: str, threshold: Threshold) -> tuple[float, float]:
-    """The least and the most that the near-zero count can be; the same, 0, where it is known."""
-    at = threshold.at(stats)
-    counted = threshold.kind == "absolute" and threshold.value in stats.thresholds
-    low, high = bin_edges(at)
-    if recipe == "unit" or counted or not at > low:
-        return 0.0, 0.0
-    return float(histogram_below(stats.histogram, low)), float(histogram_below(stats.histogram, high))
-
-
-def bin_edges(value: float) -> tuple[float, float]:
-    """The edges of the histogram's bin that ``value`` lies in."""
-    low = min(int(np.searchsorted(HISTOGRAM_EDGES, value, side="right")), len(HISTOGRAM_EDGES) - 1) - 1
-    return float(HISTOGRAM_EDGES[low]), float(HISTOGRAM_EDGES[low + 1])
 
 
 def quantiles(
@@ -116,7 +98,7 @@ def _quantiles(
     for (layer, site), stats in warehouse.read_layer_stats(run["run_id"]).items():
         if sites is not None and site not in sites:
             continue
-        for share, value, low, high in zip(shares, *histogram_quantiles(stats, shares), strict=True):
+        for share, value, low, high in zip(shares, *quantiles_of(stats, shares), strict=True):
             yield {
                 "run_id": run["run_id"],
                 "model": run["model"],
@@ -132,21 +114,28 @@ def _quantiles(
             }
 
 
-def histogram_quantiles(stats: LayerStats, shares: Sequence[float]) -> tuple[Float64, Float64, Float64]:
-    """Quantiles of abs(x), linear inside a bin, and the edges of their bins, each float64[shares].
+def quantiles_of(stats: LayerStats, shares: Sequence[float]) -> tuple[Float64, Float64, Float64]:
+    """Quantiles of abs(x), and between what each certainly is, each float64[shares].
 
-    0 where exact zeros alone are that many, at most ``max_abs``, NaN without elements.
+    The smallest value that a share of the elements does not exceed; where not every value was counted, linear inside a
+    bin of the histogram, between its edges. 0 where exact zeros alone are that many, at most ``max_abs``, NaN without
+    elements.
     """
     wanted = np.asarray(shares, float) * stats.count
     if not stats.count:
         return (np.full(len(wanted), np.nan),) * 3
-    filled = np.flatnonzero(stats.histogram)
-    counts = stats.histogram[filled].astype(float)
-    below = np.cumsum(counts) - counts
-    at = np.clip(np.searchsorted(below, wanted, side="left") - 1, 0, len(filled) - 1)
-    low = HISTOGRAM_EDGES[filled[at]]
-    high = np.minimum(HISTOGRAM_EDGES[filled[at] + 1], stats.max_abs)
-    value = low + (high - low) * np.clip((wanted - below[at]) / counts[at], 0, 1)
+    if stats.has_every_value:
+        upto = np.cumsum(stats.abs_value_count)
+        at = np.minimum(np.searchsorted(upto, wanted), len(upto) - 1)
+        value = low = high = stats.abs_value[at].astype(np.float64)
+    else:
+        filled = np.flatnonzero(stats.histogram)
+        counts = stats.histogram[filled].astype(float)
+        below = np.cumsum(counts) - counts
+        at = np.clip(np.searchsorted(below, wanted, side="left") - 1, 0, len(filled) - 1)
+        low = HISTOGRAM_EDGES[filled[at]]
+        high = np.minimum(HISTOGRAM_EDGES[filled[at] + 1], stats.max_abs)
+        value = low + (high - low) * np.clip((wanted - below[at]) / counts[at], 0, 1)
     nothing = wanted <= stats.zero_count
     return np.where(nothing, 0.0, value), np.where(nothing, 0.0, low), np.where(nothing, 0.0, high)
 
@@ -166,4 +155,4 @@ def _blocks(warehouse: Warehouse, run: Mapping[str, Any]) -> list[dict[LayerKey,
     shards = warehouse.read_shards(run["run_id"], expected)
     if not shards or [shard.shard_id for shard in shards] != list(range(run["num_shards"] or 0)):
         return []
-    return merge_blocks(shards, len(shards), BOOTSTRAP_BLOCKS)
+    return merge_blocks(shards, len(shards), BOOTSTRAP_BLOCKS)[1]

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from avss_dist.stats import HISTOGRAM_BINS, LayerStats
+from avss_dist.histogram import HISTOGRAM_BINS
+from avss_dist.stats import LayerStats
 
 Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
@@ -33,10 +34,11 @@ def oracle_stats(
     thresholds: Float64,
     *,
     units: bool = False,
+    by_value: bool = False,
     before: Float64 | None = None,
     update: Float64 | None = None,
 ) -> LayerStats:
-    """LayerStats of x[sequences, tokens, units] where mask[sequences, tokens].
+    """LayerStats of x[sequences, tokens, units] where mask[sequences, tokens]; ``by_value`` for 16-bit ones.
 
     ``before`` is the block's input, and ``update`` is x - before as the activation dtype rounds it.
     """
@@ -50,6 +52,9 @@ def oracle_stats(
         "nonfinite_count": elements.size - finite.size,
         "histogram": np.bincount(oracle_bins(sizes), minlength=HISTOGRAM_BINS),
     }
+    if by_value:
+        values, found["abs_value_count"] = np.unique(sizes, return_counts=True)
+        found["abs_value"] = values.astype(np.float32)
     if finite.size:
         found |= {"mean": finite.mean(), "m2": ((finite - finite.mean()) ** 2).sum()}
         found |= {"min": finite.min(), "max": finite.max(), "max_abs": sizes.max()}

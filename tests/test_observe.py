@@ -151,7 +151,8 @@ def test_every_field_of_every_site_equals_numpy(family: str, dtype: torch.dtype)
     raw = captured(backbone, ids, mask, *paths)
     assert stats.keys() == raw.keys()
     for (layer, site), activations in raw.items():
-        expected = oracle_stats(mask=mask.numpy(), thresholds=GRID, units=site in ("block", "update"), **activations)
+        units, by_value = site in ("block", "update"), dtype != torch.float32
+        expected = oracle_stats(mask=mask.numpy(), thresholds=GRID, units=units, by_value=by_value, **activations)
         assert_close(stats[layer, site], expected, rtol=1e-9, angle_atol=1e-7)
 
 

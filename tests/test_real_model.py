@@ -65,8 +65,9 @@ def test_every_field_equals_numpy(smollm2: Path, dtype: str) -> None:
     (batch,) = shard.batches(2)
     for index in range(len(replica.layers)):
         for site, activations in captured_layer(replica, batch, index).items():
+            units, by_value = site in ("block", "update"), dtype == "bfloat16"
             expected = oracle_stats(
-                mask=batch.observed, thresholds=np.array(THRESHOLDS), units=site in ("block", "update"), **activations
+                mask=batch.observed, thresholds=np.array(THRESHOLDS), units=units, by_value=by_value, **activations
             )
             assert_close(result.stats[index, site], expected, rtol=1e-9, angle_atol=1e-7)
 
@@ -90,3 +91,24 @@ def test_the_released_reading_of_avss(smollm2: Path) -> None:
             sparsity[i] += (hidden.abs() < 1e-5).double().mean() / 2
     avss = (variance / variance.sum()) / (sparsity / sparsity.sum())
     np.testing.assert_allclose(ours, avss.numpy(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_threshold_without_a_rerun_equals_a_rerun(smollm2: Path, dtype: str) -> None:
+    """At 40 others: to the element in bfloat16; in float32 within 1%, and to the element at the edge of a bin."""
+    drawn = np.exp(np.random.default_rng(0).uniform(np.log(1e-4), np.log(3.0), 40))
+    kept = Settings(max_sequences=4, batch_size=2, dtype=dtype)
+    rerun = Settings(max_sequences=4, batch_size=2, dtype=dtype, thresholds=(*drawn, 0.6875))
+    checkpoint = resolve(str(smollm2))
+    shard = plan(CORPUS, load_tokenizer(checkpoint), kept).shards[0]
+    replica = SingleReplica(checkpoint, kept)
+    stored, counted = (analyze_shard(replica, shard, settings).stats for settings in (kept, rerun))
+    for key, stats in counted.items():
+        found = np.array([stored[key].below(t) for t in stats.thresholds])
+        assert (found[:, 1] <= stats.near_zero).all() and (stats.near_zero <= found[:, 2]).all(), key
+        if dtype == "bfloat16":
+            assert np.array_equal(found[:, 0], stats.near_zero), key
+        many = stats.near_zero > 10_000
+        assert found[many, 0] == pytest.approx(stats.near_zero[many], rel=0.01), key
+        at = stats.thresholds.searchsorted(0.6875)
+        assert found[at, 0] == stats.near_zero[at], key

@@ -113,7 +113,13 @@ def test_the_scores_are_the_warehouses(page: Page, store: Warehouse) -> None:
         ): row
         for row in store.table("scores").to_pylist()
     }
-    names = {"avss": "avss_smoothed", "low": "avss_low", "high": "avss_high", "rank": "rank", "sparsity": "sparsity"}
+    names = {
+        "avss": "avss_smoothed",
+        "low": "avss_low",
+        "high": "avss_high",
+        "rank": "rank",
+        "near_zero": "near_zero_count",
+    }
     seen = 0
     for run, choice, start, end, lowest in data["blocks"]:
         about, at = data["runs"][run], data["choices"][choice]
@@ -123,9 +129,10 @@ def test_the_scores_are_the_warehouses(page: Page, store: Warehouse) -> None:
             key = (ids[about["label"].partition(". ")[2]], at["site"], at["recipe"], layer, at["threshold"])
             row = expected[key]
             for ours, theirs in names.items():
-                assert data["columns"][ours][i] == pytest.approx(row[theirs], rel=1e-5), (key, ours)
+                digits = 3 if ours in ("low", "high") else 4
+                assert data["columns"][ours][i] == pytest.approx(row[theirs], rel=6 * 0.1**digits), (key, ours)
             assert about["layer_name"][layer] == row["layer_name"]
-            assert about["block_influence"][layer] == pytest.approx(row["block_influence"], rel=1e-5)
+            assert about["block_influence"][layer] == pytest.approx(row["block_influence"], rel=1e-3)
             seen += 1
     assert seen == len(expected)
 
@@ -179,7 +186,7 @@ def test_correlations_are_those_of_compare(page: Page, store: Warehouse) -> None
         assert sorted(pair[:2] for pair in pairs) == [[0, 1], [0, 2], [1, 2]]
         for i, j, spearman in pairs:
             agreed = correlate(_profile(tables[ids[i]], choice), _profile(tables[ids[j]], choice))
-            assert spearman == pytest.approx(agreed["spearman"], abs=1e-4)
+            assert spearman == pytest.approx(agreed["spearman"], abs=6e-4)
             interpolated += agreed["interpolated"]
     assert interpolated == 2 * len(data["choices"])
 
@@ -220,7 +227,7 @@ def test_names_are_text_and_nothing_else(hostile: str) -> None:
 
 
 def test_forty_runs_are_under_five_megabytes(tmp_path: Path) -> None:
-    page = report_page(write_many(tmp_path / "warehouse", runs=40, layers=32))
+    page = report_page(write_many(tmp_path / "warehouse", runs=40, layers=80))
     assert len(Page(page).data["runs"]) == 40
     assert len(page.encode()) < 5_000_000
 

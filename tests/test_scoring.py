@@ -17,8 +17,9 @@ from oracle import Float64, oracle_stats
 
 from avss_dist import scoring
 from avss_dist.config import RELATIVE_THRESHOLDS
+from avss_dist.histogram import HISTOGRAM_EDGES
 from avss_dist.scoring import SiteTable, Threshold, count_lowest, depth_correlation, rank_lowest, score_run
-from avss_dist.stats import HISTOGRAM_EDGES, LayerKey, LayerStats, merge_stats
+from avss_dist.stats import LayerKey, LayerStats, merge_stats
 from avss_dist.warehouse import SCHEMAS
 
 GRID = np.array([1e-5, 1e-2, 1e-1])

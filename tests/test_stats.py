@@ -13,13 +13,10 @@ from hypothesis import strategies as st
 from oracle import Float64, assert_close, oracle_bins, oracle_stats
 
 from avss_dist.config import THRESHOLDS
+from avss_dist.histogram import HISTOGRAM_BINS, HISTOGRAM_EDGES, histogram_below, histogram_bin
 from avss_dist.stats import (
-    HISTOGRAM_BINS,
-    HISTOGRAM_EDGES,
     LayerStats,
     ShardResult,
-    histogram_below,
-    histogram_bin,
     merge_blocks,
     merge_moments,
     merge_stats,
@@ -35,10 +32,14 @@ laws = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 class Sample:
-    """float32 activations x[sequences, tokens, units] with a mask, a block input, and NaN, inf and outliers in both."""
+    """Activations x[sequences, tokens, units] with a mask, a block input, and NaN, inf and outliers in both.
+
+    Every other one is counted by value, as 16-bit activations are.
+    """
 
     def __init__(self, seed: int, sequences: int = 6, tokens: int = 4, oddities: float = 0.05) -> None:
         rng = np.random.default_rng(seed)
+        self.by_value = seed % 2 == 0
         shape = (sequences, tokens, UNITS)
         self.before, self.x = (self._values(rng, shape, oddities) for _ in range(2))
         self.mask = rng.random(shape[:2]) < 0.8
@@ -52,7 +53,7 @@ class Sample:
 
     def stats(self, rows: Sequence[int] | slice = slice(None)) -> LayerStats:
         x, before, update = (a[rows].astype(np.float64) for a in (self.x, self.before, self.update))
-        return oracle_stats(x, self.mask[rows], GRID, units=True, before=before, update=update)
+        return oracle_stats(x, self.mask[rows], GRID, units=True, by_value=self.by_value, before=before, update=update)
 
 
 def sampled(seed: int) -> LayerStats:
@@ -62,8 +63,12 @@ def sampled(seed: int) -> LayerStats:
 any_stats = st.integers(0, 10**6).map(sampled)
 
 
+def without_values(stats: LayerStats) -> LayerStats:
+    return replace(stats, abs_value=np.zeros(0, np.float32), abs_value_count=np.zeros(0, np.int64))
+
+
 def make_shard(shard_id: int, stats: LayerStats | None = None) -> ShardResult:
-    stats = stats or sampled(1001 + 4 * shard_id)
+    stats = stats or sampled(1001 + 3 * shard_id)
     return ShardResult(shard_id=shard_id, content_hash="", layers=("a",), stats={(0, "block"): stats})
 
 
@@ -133,7 +138,7 @@ def test_moments_of_a_trillion_elements_stay_exact() -> None:
 
 
 def test_equals_sees_every_field() -> None:
-    stats = sampled(7)
+    stats = Sample(8).stats()
     for name, value in vars(stats).items():
         assert not replace(stats, **{name: value + 1}).equals(stats), name
 
@@ -211,6 +216,47 @@ def test_near_zero_below_an_edge_is_the_count_on_the_data() -> None:
         assert histogram_below(sample.stats().histogram, threshold) == (sizes < threshold).sum()
 
 
+def of_values(values: Float64, *, by_value: bool, thresholds: Float64 = GRID) -> LayerStats:
+    return oracle_stats(values[None, :, None], np.ones((1, len(values)), bool), thresholds, by_value=by_value)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e-45, 1e-3, 0.0301, 0.6875, 0.7, 40.0, 1e300, np.inf, np.nan, -1.0])
+def test_below_any_threshold_is_exact_where_values_are_counted(threshold: float) -> None:
+    """Sums on a coarse grid, as those of 16-bit numbers are, 0.03125 apart: bins of 0.0301 and 0.7 hold little else."""
+    values = np.round(np.random.default_rng(0).normal(size=5000) * 32) / 32
+    exact = (np.abs(values) < threshold).sum()
+    assert of_values(values, by_value=True).below(threshold) == (exact, exact, exact)
+    found = of_values(values, by_value=False).below(threshold)
+    assert found.low <= exact <= found.high and found.low <= found.near_zero <= found.high
+    assert found.low == found.high or threshold in (0.0301, 0.7, 1e-45, 1e-3)
+
+
+def test_below_a_counted_threshold_is_what_was_counted() -> None:
+    values = np.random.default_rng(0).normal(size=5000)
+    counted = of_values(values, by_value=False, thresholds=np.array([0.0301, 0.7]))
+    for threshold in (0.0301, 0.7):
+        exact = (np.abs(values) < threshold).sum()
+        assert counted.below(threshold) == (exact, exact, exact)
+
+
+@pytest.mark.parametrize("by_value", [True, False])
+def test_shares_below_a_cut_add_up_to_the_whole(by_value: bool) -> None:
+    values = np.round(np.random.default_rng(0).normal(size=5000) * 32) / 32
+    stats = of_values(values, by_value=by_value)
+    for threshold in (1e-3, 0.0301, 0.6875, 0.7, 100.0):
+        below = histogram_below(stats.histogram, threshold, stats.share_below(threshold))
+        assert below == pytest.approx(stats.below(threshold).near_zero, rel=1e-12)
+    assert LayerStats.zero(THRESHOLDS).share_below(0.3) == 0
+
+
+def test_half_counted_by_value_is_not_counted_by_value() -> None:
+    """Should statistics with and without counts by value meet, none is made up."""
+    values = np.random.default_rng(0).normal(size=(2, 500))
+    merged = of_values(values[0], by_value=True).merge(of_values(values[1], by_value=False))
+    assert not merged.has_every_value
+    assert merged.below(0.0301) == of_values(values.ravel(), by_value=False).below(0.0301)
+
+
 def float16_values() -> Float64:
     return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
 
@@ -228,7 +274,7 @@ def test_pattern_counts_suffice_for_every_elementwise_field(table: Callable[[], 
     patterns[: size // 4] = 0x8000  # -0.0
     counts = np.bincount(patterns, minlength=1 << 16)
     actual = LayerStats(thresholds=GRID, **stats_from_pattern_counts(counts, values, GRID))  # type: ignore[arg-type]
-    expected = oracle_stats(values[patterns][None, :, None], np.ones((1, size), bool), GRID)
+    expected = oracle_stats(values[patterns][None, :, None], np.ones((1, size), bool), GRID, by_value=True)
     assert size < 50_000 or (actual.nonfinite_count > 0 and actual.zero_count >= size // 4)
     assert_close(actual, replace(expected, sequence_count=0))
 
@@ -242,7 +288,9 @@ def test_pattern_counts_of_nonfinite_values_alone_are_empty_statistics() -> None
 
 
 def test_pattern_counts_may_exceed_int32_and_thresholds_are_strict() -> None:
-    fields = stats_from_pattern_counts(np.array([2**40, 2**40]), np.array([-1.0, 3.0]), np.array([1.0, 3.0]))
+    fields = stats_from_pattern_counts(
+        np.array([0, 2**40, 2**40, 0]), np.array([1.0, 3.0, -1.0, -3.0]), np.array([1.0, 3.0])
+    )
     assert (fields["count"], fields["mean"], fields["m2"]) == (2**41, 1.0, 4.0 * 2**41)
     assert fields["near_zero"].tolist() == [0, 2**40]  # type: ignore[attr-defined]
 
@@ -264,25 +312,27 @@ def test_merge_stats_sorts_keys_and_takes_a_key_that_some_parts_lack() -> None:
 @given(st.integers(1, 40), st.integers(1, 12))
 def test_blocks_are_bounded_and_merge_into_the_run(num_shards: int, most: int) -> None:
     shards = [make_shard(i) for i in range(num_shards)]
-    blocks = merge_blocks(iter(shards), num_shards, most)
+    merged, blocks = merge_blocks(iter(shards), num_shards, most)
     size = -(-num_shards // most)
     assert len(blocks) <= most
     for i, block in enumerate(blocks):
         expected = merge_stats(shard.stats for shard in shards[i * size : (i + 1) * size])
-        assert block[0, "block"].equals(expected[0, "block"])
+        assert block[0, "block"].equals(without_values(expected[0, "block"]))
     run = merge_stats(shard.stats for shard in shards)
-    assert_close(merge_stats(blocks)[0, "block"], run[0, "block"])
+    assert_close(merged[0, "block"], run[0, "block"])
+    assert without_values(merged[0, "block"]).equals(merge_stats(blocks)[0, "block"])
 
 
 def test_few_shards_are_a_block_each() -> None:
     shards = [make_shard(i) for i in range(5)]
-    blocks = merge_blocks(shards, 5, 5)
+    _, blocks = merge_blocks(shards, 5, 5)
     assert len(blocks) == 5
-    assert all(b[0, "block"].equals(s.stats[0, "block"]) for b, s in zip(blocks, shards, strict=True))
+    for block, shard in zip(blocks, shards, strict=True):
+        assert block[0, "block"].equals(without_values(shard.stats[0, "block"]))
 
 
 def test_no_shards_are_no_blocks() -> None:
-    assert merge_blocks([], 0, 5) == []
+    assert merge_blocks([], 0, 5) == ({}, [])
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,11 @@ from oracle import Float64
 from warehouses import GRID, activations, avss, stats_of, write_measured
 
 from avss_dist.errors import QueryError
+from avss_dist.histogram import HISTOGRAM_EDGES
 from avss_dist.query import Warehouse
 from avss_dist.scoring import Threshold
-from avss_dist.stats import HISTOGRAM_EDGES, LayerStats
-from avss_dist.thresholds import SCORES, histogram_quantiles, quantiles, scores_at
+from avss_dist.stats import LayerStats
+from avss_dist.thresholds import SCORES, quantiles, quantiles_of, scores_at
 
 EDGE = 0.6875
 SCALES = np.array([0.5, 3.0, 1.0, 2.0])
@@ -140,6 +141,71 @@ def test_the_bins_of_sql_are_those_of_the_histogram(warehouse: Warehouse) -> Non
     assert edges == HISTOGRAM_EDGES[:-1].tolist()
 
 
+@pytest.fixture(scope="module")
+def coarse() -> Float64:
+    """Sums of bfloat16 numbers, which lie on a grid of 1/32, less so in deeper layers; 3 shards of 4 layers."""
+    x = np.random.default_rng(1).normal(size=(3, 4, 2, 32, 48))
+    return np.round(x * 32) / 32 * np.array([1.0, 1.0, 0.25, 4.0])[:, None, None, None]
+
+
+@pytest.fixture(scope="module")
+def narrow(coarse: Float64, tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
+    root = tmp_path_factory.mktemp("narrow")
+    write_measured(root, "tiny-1", stats_of(coarse, by_value=True), 4, dtype="bfloat16")
+    return Warehouse(root)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(0.0301, "absolute"), (0.07, "absolute"), (1.7, "absolute"), (0.05, "rms"), (0.01, "rms")]
+)
+def test_16_bit_activations_are_exact_at_any_threshold(
+    narrow: Warehouse, coarse: Float64, value: float, kind: str
+) -> None:
+    layers = [np.abs(coarse[:, i]).ravel() for i in range(4)]
+    at = [value * (np.sqrt((layer**2).mean()) if kind == "rms" else 1) for layer in layers]
+    exact = [(layer < t).sum() for layer, t in zip(layers, at, strict=True)]
+    rows = scores_at(narrow, rows_of(narrow), Threshold(value=value, kind=kind)).to_pylist()
+    for name in ("near_zero_count", "near_zero_low", "near_zero_high"):
+        assert column(rows, name, "element") == exact
+    assert {row["exactness"] for row in rows} == {"exact"}
+    found = narrow.sql(f"FROM sparsity_at({value}, kind := '{kind}') ORDER BY layer").to_pylist()
+    for name in ("near_zero_count", "near_zero_low", "near_zero_high"):
+        assert [row[name] for row in found] == exact
+    assert {row["exactness"] for row in found} == {"exact"}
+    low, high = (np.array(column(rows, f"avss_{name}", "element")) for name in ("low", "high"))
+    scores = np.array(column(rows, "avss_smoothed", "element"))
+    assert ((low < scores) & (scores < high)).all()
+
+
+def test_quantiles_of_16_bit_activations_are_exact(narrow: Warehouse, coarse: Float64) -> None:
+    for row in quantiles(narrow, rows_of(narrow), [0.01, 0.1, 0.5, 0.77, 1.0]).to_pylist():
+        true = np.quantile(np.abs(coarse[:, row["layer"]]), row["share"], method="inverted_cdf")
+        assert row["value"] == row["low"] == row["high"] == true
+
+
+def test_a_run_of_schema_1_is_read() -> None:
+    """``schema_1``: a tiny Llama in bfloat16, scored by the code of that schema, which kept no counts by value."""
+    warehouse = Warehouse(Path(__file__).with_name("schema_1"))
+    (run,) = warehouse.runs().to_pylist()
+    assert (run["schema_version"], run["dtype"], run["num_shards"]) == (1, "bfloat16", 2)
+    for value, kind in ((1e-3, "absolute"), (0.1, "rms")):
+        found = scores_at(warehouse, [run], Threshold(value=value, kind=kind))
+        stored = warehouse.scores(threshold=value, threshold_kind=kind)
+        assert stored.num_rows == 3 * (3 + 2) and not stored["avss_low"].null_count
+        for got, want in zip(found.to_pylist(), stored.to_pylist(), strict=True):
+            assert {name: got[name] for name in want} == pytest.approx(want)
+    stats = warehouse.read_layer_stats(run["run_id"])
+    rows = warehouse.sql("FROM sparsity_at(0.0011)").to_pylist()
+    assert len(rows) == len(stats) == 6 and {row["exactness"] for row in rows} == {"interpolated"}
+    for row in rows:
+        want = stats[row["layer"], row["site"]].below(0.0011)
+        assert (row["near_zero_count"], row["near_zero_low"], row["near_zero_high"]) == pytest.approx(want)
+    (nulls,) = warehouse.sql(
+        "SELECT count(abs_value) AS n, bool_and(len(histogram_bin) > 9) AS b FROM layer_stats"
+    ).to_pylist()
+    assert nulls == {"n": 0, "b": True}
+
+
 SHARES = (0.0, 0.1, 0.5, 0.9, 0.999, 1.0)
 
 
@@ -166,10 +232,10 @@ def test_the_threshold_for_a_wanted_sparsity_gives_it(warehouse: Warehouse, x: F
 def test_quantiles_of_zeros_and_of_nothing() -> None:
     (stats,) = (s[0, "block"] for s in stats_of(np.where(activations(shards=1)[:, :1] > 0.1, 1.0, 0.0)))
     zeros = stats.zero_count / stats.count
-    value, low, high = histogram_quantiles(stats, [zeros / 2, zeros, (1 + zeros) / 2, 1.0])
+    value, low, high = quantiles_of(stats, [zeros / 2, zeros, (1 + zeros) / 2, 1.0])
     assert value[:2].tolist() == [0, 0] and low.tolist() == [0, 0, 1, 1]
     assert value[2:].tolist() == high[2:].tolist() == [1, 1]
-    assert np.isnan(histogram_quantiles(LayerStats.zero(GRID), [0.5])[0]).all()
+    assert np.isnan(quantiles_of(LayerStats.zero(GRID), [0.5])[0]).all()
 
 
 def test_a_share_is_a_share(warehouse: Warehouse) -> None:

@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 
 from avss_dist.config import SCHEMA_VERSION, SITES
 from avss_dist.errors import WarehouseError
-from avss_dist.stats import HISTOGRAM_BINS, LayerKey, LayerStats, ShardResult, merge_stats
+from avss_dist.histogram import HISTOGRAM_BINS
+from avss_dist.stats import LayerKey, LayerStats, ShardResult, merge_stats
 from avss_dist.tables import encode_shard
 from avss_dist.warehouse import SCHEMAS, TABLES, RunIdentity, Store
 
@@ -139,6 +140,9 @@ def layer_stats(draw: st.DrawFn) -> LayerStats:
     for f in fields(LayerStats):
         if f.type in ("int", "float"):
             values[f.name] = draw(COUNTS if f.type == "int" else FLOATS)
+    sizes = draw(st.sets(st.floats(0, width=32, allow_infinity=False), max_size=4))
+    values["abs_value"] = np.array(sorted(sizes), np.float32)
+    values["abs_value_count"] = np.array([draw(COUNTS) for _ in sizes], np.int64)
     units = draw(st.sampled_from([0, 3]))
     for name in ("unit_sum", "unit_sum_sq"):
         values[name] = np.array(draw(st.lists(FLOATS, min_size=units, max_size=units)), np.float64)
@@ -196,7 +200,7 @@ def test_a_result_that_was_encoded_by_its_worker_is_kept_as_the_same_bytes(tmp_p
 
 def test_schemas_are_the_contract() -> None:
     assert tuple(SCHEMAS) == TABLES
-    stats = {"histogram_bin" if f.name == "histogram" else f.name for f in fields(LayerStats)} | {"histogram_count"}
+    stats = {f.name for f in fields(LayerStats)} - {"histogram"} | {"histogram_bin", "histogram_count"}
     identity = ["run_id", "model", "revision", "family"]
     place = ["layer", "layer_name", "depth", "site"]
     assert SCHEMAS["layer_stats"].names[:9] == [*identity, *place, "thresholds"]
@@ -364,9 +368,10 @@ def test_a_newer_schema_is_refused(tmp_path: Path, by: str) -> None:
     store = Store(tmp_path)
     whole_run(store)
     for path in tmp_path.rglob("*.parquet"):
-        newer = {"schema_version": 2} if by == "column" and path.name == "run.parquet" else {}
-        rewrite(path, [], "2" if by == "metadata" else "1", **newer)
-    text = r"newer avss_dist: schema 2, this one reads up to 1.\npip install -U avss_dist"
+        newer = {"schema_version": SCHEMA_VERSION + 1} if by == "column" and path.name == "run.parquet" else {}
+        rewrite(path, [], str(SCHEMA_VERSION + (by == "metadata")), **newer)
+    versions = f"schema {SCHEMA_VERSION + 1}, this one reads up to {SCHEMA_VERSION}"
+    text = rf"newer avss_dist: {versions}.\npip install -U avss_dist"
     for name in TABLES:
         with pytest.raises(WarehouseError, match=text):
             store.table(name)

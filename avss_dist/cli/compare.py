@@ -143,7 +143,7 @@ def scores(
     for row in runs:
         found = [s for s in table.to_pylist() if s["run_id"] == row["run_id"]]
         console().print(layer_table(row, found))
-        print(f"From stored counts and histograms: {_exactness(found, at.value if at.kind == 'absolute' else None)}")
+        print(f"From stored counts: {_exactness(found, at.value if at.kind == 'absolute' else None)}")
     return None
 
 
@@ -215,7 +215,8 @@ def export(
 
 def _exactness(scores: list[dict[str, Any]], threshold: float | None) -> str:
     """How far near-zero counts are known, and where they would be exact."""
-    from avss_dist.thresholds import INTERPOLATED, bin_edges
+    from avss_dist.histogram import bin_edges
+    from avss_dist.thresholds import INTERPOLATED
 
     cut = [s for s in scores if s["exactness"] == INTERPOLATED]
     if not cut:

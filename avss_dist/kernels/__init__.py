@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from avss_dist.stats import HISTOGRAM_BINS, Float64, LayerStats, stats_from_pattern_counts
+from avss_dist.histogram import HISTOGRAM_BINS
+from avss_dist.stats import Float64, LayerStats, stats_from_pattern_counts
 
 PATTERNS = 1 << 16
 MOST_32_BIT = (1 << 31) - 1

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from avss_dist.histogram import HISTOGRAM_BINS
 from avss_dist.kernels import PATTERNS, Accumulator, float32_limits, regions
 from avss_dist.kernels.threads import team
-from avss_dist.stats import HISTOGRAM_BINS
 
 MOST_ELEMENTS = 1 << 32  # that one thread counts in 32 bits before its counts are flushed
 

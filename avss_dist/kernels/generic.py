@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from avss_dist.histogram import HISTOGRAM_SHIFT
 from avss_dist.kernels import Accumulator, Tensors, float32_limits
-from avss_dist.stats import HISTOGRAM_SHIFT, Float64
+from avss_dist.stats import Float64
 
 CHUNK = 1 << 24  # elements that a temporary may hold
 

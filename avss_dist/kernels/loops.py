@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from avss_dist.histogram import HISTOGRAM_SHIFT
 from avss_dist.kernels.intrinsics import pattern, prefetch, value
-from avss_dist.stats import HISTOGRAM_SHIFT
 
 _ABS32 = np.uint32(0x7FFFFFFF)
 _INF32 = np.uint32(0x7F800000)

@@ -137,6 +137,8 @@ function rowsOf(run, choice, which = 0) {
     for (const [name, column] of Object.entries(data.columns)) row[name] = column[i];
     row.layer_name = layer_name[row.layer];
     row.depth = (row.layer + 0.5) / layer_name.length;
+    if (row.low !== null) [row.low, row.high] = [Math.min(row.low, row.avss), Math.max(row.high, row.avss)]; // rounded
+    row.sparsity = row.near_zero === null ? null : row.near_zero / row.count;
     row.lowest = row.rank !== null && row.rank <= lowest;
     for (const name of RIVALS) row[name] = about[name][row.layer];
     rows.push(row);

@@ -138,7 +138,7 @@ def _hash(text: str) -> str:
 def _packed(data: Mapping[str, Any]) -> str:
     """JSON, compressed: scores of forty runs at a hundred choices are a few hundred thousand numbers."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
 
 def _overview(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> dict[str, Any]:

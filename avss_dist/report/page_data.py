@@ -18,7 +18,8 @@ from avss_dist.scoring import count_lowest
 if TYPE_CHECKING:
     from avss_dist.query import Warehouse
 
-DIGITS = 6  # significant ones
+DIGITS = 4  # significant ones, as many as the page shows
+FEWER = 3  # of correlations, and of the ends of intervals, of which a thousand resamples do not know more
 CHOICE = ("site", "recipe", "threshold_kind", "threshold")
 COLUMNS = {
     "layer": "layer",
@@ -28,11 +29,11 @@ COLUMNS = {
     "high": "avss_high",
     "chance": "lowest_set_probability",
     "variance": "variance",
-    "sparsity": "sparsity",
     "near_zero": "near_zero_count",
+    "count": "count",
     "quality": "quality",
 }
-"""Columns of the page, by name, and what they are called in ``scores``."""
+"""Columns of the page, by name, and what they are called in ``scores``; sparsity is near_zero / count."""
 _TELLING = ("dtype", "corpus", "revision")  # what tells runs of one model apart, before settings
 
 
@@ -63,7 +64,10 @@ def page_data(warehouse: Warehouse, runs: Sequence[Mapping[str, Any]]) -> dict[s
         "runs": _described(runs, table),
         "choices": [_written(*choice) for choice in choices],
         "first": choices.get((SITES[0], RECIPES[0], "absolute", PUBLISHED_THRESHOLD), 0),
-        "columns": {name: rounded(table[column]) for name, column in COLUMNS.items()},
+        "columns": {
+            name: rounded(table[column], FEWER if name in ("low", "high") else DIGITS)
+            for name, column in COLUMNS.items()
+        },
         "blocks": blocks,
         "correlations": _correlations(table, blocks, len(choices)),
     }
@@ -121,12 +125,12 @@ def last_part(path: object) -> str:
     return str(path).rstrip("/").rpartition("/")[2]
 
 
-def rounded(column: pa.ChunkedArray) -> list[Any]:
-    """The values, numbers with DIGITS significant digits; None where nothing finite is."""
-    return [_round(value) if isinstance(value, float) else value for value in column.to_pylist()]
+def rounded(column: pa.ChunkedArray, digits: int = DIGITS) -> list[Any]:
+    """The values, floats with so many significant digits; None where nothing finite is."""
+    return [_round(value, digits) if isinstance(value, float) else value for value in column.to_pylist()]
 
 
-def _round(value: float, digits: int = DIGITS) -> float | None:
+def _round(value: float, digits: int) -> float | None:
     if not math.isfinite(value):
         return None
     short = float(f"{value:.{digits}g}")
@@ -160,5 +164,5 @@ def _pairs(profiles: Mapping[int, tuple[Any, Any]]) -> list[Any]:
         for i, j in combinations(range(len(deep)), 2):
             pair = deep[i], deep[j]
             if min((grid_of[run] for run in pair), key=len) == grid:
-                found.append([*pair, _round(float(matrix[i, j]), 4)])
+                found.append([*pair, _round(float(matrix[i, j]), FEWER)])
     return found

@@ -3,9 +3,9 @@
     python tests/benchmarks/driver.py [--workers 1 8 64] [--units 8192] [--layers 80] [--out FOLDER] [--plain]
 
 The driver is the real one: RayExecutor and its pool, the committer, the warehouse. A virtual worker is a Ray actor
-without a CPU that hands out results made beforehand: five sites, 380 bins of a histogram, two vectors of the hidden
-units at `block` and `update`; tokens of 32 x 2048 in each task. ``--plain`` has the driver encode, which workers
-else do. Storage and workers share this machine: a rate is at least what is printed.
+without a CPU that hands out results made beforehand, as of bfloat16 activations: five sites, counts of some 2,400
+values, two vectors of the hidden units at `block` and `update`; tokens of 32 x 2048 in each task. ``--plain`` has
+the driver encode, which workers else do. Storage and workers share this machine: a rate is at least what is printed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ from avss_dist.driver import Driver
 from avss_dist.executors import gang, pool
 from avss_dist.executors.base import Work
 from avss_dist.executors.ray import RayExecutor
+from avss_dist.histogram import HISTOGRAM_BINS, histogram_bin
 from avss_dist.partition.base import Placement
 from avss_dist.query import Warehouse
 from avss_dist.stats import LayerStats, ShardResult
@@ -45,22 +47,39 @@ ROWS, LENGTH = 32, 2048
 RUN = RunIdentity(run_id="virtual-0000000000", model="virtual", revision="0", family="virtual")
 
 
+@cache
+def values() -> tuple[np.ndarray, np.ndarray]:
+    """The size of each of 4 million activations with a heavy tail, as real ones have, by value in bfloat16."""
+    rng = np.random.default_rng(2)
+    return by_value(rng.standard_normal(1 << 22) * np.exp(rng.standard_normal(1 << 22)), np.ones(1 << 22))
+
+
+def by_value(sizes: np.ndarray, often: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every distinct bfloat16 of abs(x), as float32, and how many have it."""
+    patterns, which = np.unique(sizes.astype(np.float32).view(np.uint32) & 0x7FFF0000, return_inverse=True)
+    return patterns.view(np.float32), np.bincount(which, often).astype(np.int64)
+
+
 def layer_stats(rng: np.random.Generator, site: str, units: int) -> LayerStats:
     """Statistics as large as real ones; sums have float32's precision, as those of 16-bit activations about have."""
-    histogram = np.zeros(2048, np.int64)
-    histogram[700:1080] = rng.integers(1, 1 << 20, 380)
+    sizes, often = values()
+    abs_value, abs_value_count = by_value(sizes * rng.uniform(0.1, 10), 1 + rng.poisson(often))
+    histogram = np.zeros(HISTOGRAM_BINS, np.int64)
+    np.add.at(histogram, histogram_bin(abs_value), abs_value_count)
     kept = units if site in ("block", "update") else 0
     sums = 50 * rng.standard_normal(kept, np.float32).astype(np.float64)
     return LayerStats(
         thresholds=np.array(THRESHOLDS),
         near_zero=rng.integers(0, 1 << 30, len(THRESHOLDS)),
-        count=ROWS * LENGTH * max(units, 1),
+        count=int(abs_value_count.sum()),
         mean=rng.normal(),
         m2=rng.uniform(1, 1e9),
         min=-30.0,
         max=31.0,
         max_abs=31.0,
         histogram=histogram,
+        abs_value=abs_value,
+        abs_value_count=abs_value_count,
         sequence_count=ROWS,
         pooled_variance_sum=rng.uniform(),
         unit_count=ROWS * LENGTH if kept else 0,
