@@ -138,7 +138,7 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
         attention_layers=sum(_attends(layer) for layer in layers) if width else 0,
         matmul_parameters=sum(_multiplied(layer, chosen) for layer in layers),
         mlp_width=max(_mlp_width(layer, chosen) for layer in layers),
-        embedding_bytes=_embedding_bytes(model),
+        embedding_bytes=_bytes(embeddings) if (embeddings := token_embeddings(model)) else 0,
         mapped=not found.gguf and {_DTYPES.get(t.dtype) for t in tensors} == {str(dtype).removeprefix("torch.")},
     )
 
@@ -180,11 +180,12 @@ def _bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def _embedding_bytes(model: Any) -> int:
+def token_embeddings(model: Any) -> nn.Module | None:
+    """The table of token embeddings; None where transformers does not know it."""
     try:
-        return _bytes(model.get_input_embeddings())
-    except (NotImplementedError, AttributeError):  # transformers does not know them
-        return 0
+        return model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
 
 
 def _number(config: Any, *names: str) -> int:

@@ -319,12 +319,14 @@ def merge_blocks(
             blocks.append({})
         for key, stats in shard.stats.items():
             values[key] = merge_values(values[key], stats.values) if key in values else stats.values
-        blocks[-1] = merge_stats((blocks[-1], {key: _with_values(s) for key, s in shard.stats.items()}))
+        blocks[-1] = merge_stats((blocks[-1], {key: _without_values(s) for key, s in shard.stats.items()}))
     if seen + 1 != num_shards:
         raise ValueError(f"{seen + 1} shards where {num_shards} belong")
-    return {key: _with_values(stats, *values[key]) for key, stats in merge_stats(blocks).items()}, blocks
+    merged = merge_stats(blocks)
+    for key, (abs_value, abs_value_count) in values.items():
+        merged[key] = replace(merged[key], abs_value=abs_value, abs_value_count=abs_value_count)
+    return merged, blocks
 
 
-def _with_values(stats: LayerStats, abs_value: Float32 | None = None, count: Int64 | None = None) -> LayerStats:
-    abs_value, count = _empty_values() if abs_value is None else abs_value, _empty_int() if count is None else count
-    return replace(stats, abs_value=abs_value, abs_value_count=count)
+def _without_values(stats: LayerStats) -> LayerStats:
+    return replace(stats, abs_value=_empty_values(), abs_value_count=_empty_int())

@@ -149,10 +149,14 @@ GB = 10**9
 
 
 def rows(
-    folder: Path, machine: Machine, execution: Execution | None = None, calibration: Calibration = CALIBRATION
+    folder: Path,
+    machine: Machine,
+    execution: Execution | None = None,
+    calibration: Calibration = CALIBRATION,
+    **sizes: int,
 ) -> dict[str, Row]:
     settings = replace(SETTINGS, dtype="float32", device=machine.device)
-    size = footprint(str(folder), settings)
+    size = replace(footprint(str(folder), settings), **sizes)  # type: ignore[arg-type]
     execution = execution or Execution()
     placed = avss_dist.estimate._spread(str(folder), size, settings, execution, machine)
     made = Arithmetic(size, settings, execution, machine, calibration, placed).rows()
@@ -207,6 +211,15 @@ def test_a_gpu_holds_weights_and_the_host_the_process(tiny_llama: Path) -> None:
     )
     tight = rows(tiny_llama, Machine("cuda", 1, 7_100_000, GB))
     assert not tight["single"].fits and "memory of a GPU are missing" in tight["single"].why
+
+
+def test_while_zero3_opens_a_model_on_a_cpu_its_files_are_in_memory_too(tiny_llama: Path) -> None:
+    """Beside the rank's part; what the libraries take is the same in all of them."""
+    machine, execution = Machine("cpu", 0, 99 * GB, 99 * GB), Execution(partition="zero3", ranks=4)
+    small, large = (rows(tiny_llama, machine, execution, weight_bytes=n * GB)["zero3"].device_bytes for n in (8, 16))
+    assert large - small == (16 + 4) * GB - (8 + 2) * GB
+    on_gpu = [rows(tiny_llama, Machine("cuda", 4, GB, GB), execution, weight_bytes=n * GB)["zero3"] for n in (8, 16)]
+    assert on_gpu[1].device_bytes - on_gpu[0].device_bytes == 2 * GB
 
 
 def test_ranks_are_those_that_were_asked_for(tiny_llama: Path) -> None:

@@ -20,7 +20,7 @@ from avss_dist.checkpoints import Checkpoint
 from avss_dist.config import Settings, describe_bytes
 from avss_dist.corpus import Batch
 from avss_dist.errors import ConfigError, nearest
-from avss_dist.footprint import find_layers, footprint, outline
+from avss_dist.footprint import find_layers, footprint, outline, token_embeddings
 from avss_dist.models import forward_function, load, without_head
 from avss_dist.partition.base import Placement, Watch
 from avss_dist.partition.devices import available_memory, pick_device
@@ -209,10 +209,8 @@ def spread(checkpoint: Checkpoint | str, settings: Settings, limits: Mapping[Dev
         held[places[id(parameter)] or "cpu"] += _bytes([parameter])
     layers = find_layers(without_head(model), model.config.get_text_config(), settings)
     on_disk = sum(any(places[id(p)] == "disk" for p in layer.parameters()) for layer in layers)
-    try:
-        table = places.get(id(model.get_input_embeddings().weight))
-    except (NotImplementedError, AttributeError):
-        table = None
+    embeddings = token_embeddings(model)
+    table = places.get(id(embeddings.weight)) if embeddings else None
     return Spread(held=held, layers_on_disk=on_disk, table=table)
 
 
