@@ -16,7 +16,7 @@ from typing import Any
 from avss_dist.attempt import Attempt, Reporter, Run
 from avss_dist.checkpoints import slug
 from avss_dist.config import fingerprint
-from avss_dist.errors import AvssError
+from avss_dist.errors import AvssError, StorageFull
 from avss_dist.executors.base import Executor, Work, as_failure
 from avss_dist.jobs import RunSpec
 from avss_dist.planner import Planner
@@ -40,6 +40,7 @@ class Driver:
         self._attempts: dict[Work, tuple[RunSpec, Attempt]] = {}
         self._run_ids: set[str] = set()
         self._ended: deque[Ending] = deque()
+        self._full = False
         self._room = threading.BoundedSemaphore(UNCOMMITTED)
 
     def run(self, specs: Sequence[RunSpec]) -> Iterator[Ending]:
@@ -65,7 +66,7 @@ class Driver:
             yield self._ended.popleft()
 
     def _works(self, specs: Sequence[RunSpec]) -> Iterator[Work]:
-        """What there is to measure, one run after the other."""
+        """What there is to measure, one run after the other; without space for results, no run is begun."""
         for spec in specs:
             try:
                 self._reporter.planning(spec.name)
@@ -73,6 +74,9 @@ class Driver:
                 run = prepared.run
                 if run.run_id in self._run_ids or self._is_done(run):
                     self._end(spec, run)
+                    continue
+                if self._full:
+                    self._ended.append((spec, self._not_begun(run)))
                     continue
                 self._run_ids.add(run.run_id)
                 self._reporter.placed(spec.name, prepared.job.placement)
@@ -86,6 +90,13 @@ class Driver:
                 yield attempt.work
             else:
                 self._commit(partial(self._finish, attempt.work))
+
+    def _not_begun(self, run: Run) -> StorageFull:
+        error = StorageFull(
+            f"Not begun: no space left on {self._store.root}.", "Free some and run the same command again."
+        )
+        error.run_id = run.run_id
+        return error
 
     def _is_done(self, run: Run) -> bool:
         return not self._fresh and (self._store.run(run.run_id) or {}).get("status") == "done"
@@ -132,6 +143,7 @@ class Driver:
         if work not in self._attempts:
             return
         spec, attempt = self._attempts.pop(work)
+        self._full |= isinstance(error, StorageFull)
         with suppress(AvssError):  # storage that fails; the first error says why
             attempt.fail(error)
         self._ended.append((spec, error))
@@ -147,16 +159,16 @@ def record_failure(store: Warehouse, spec: RunSpec, error: AvssError) -> Run:
     print_ = fingerprint(model=spec.model, corpus=spec.corpus, settings=settings)
     run_id = error.run_id or f"{slug(Path(spec.model).name)}-{print_[:10]}"
     if not error.run_id:
-        store.write_run(
-            {
-                "run_id": run_id,
-                "fingerprint": print_,
-                "status": "failed",
-                "error": str(error),
-                "created_at": datetime.now(UTC),
-                "model": spec.model,
-                "corpus": spec.corpus,
-                "settings": json.dumps(settings),
-            }
-        )
+        row = {
+            "run_id": run_id,
+            "fingerprint": print_,
+            "status": "failed",
+            "error": str(error),
+            "created_at": datetime.now(UTC),
+            "model": spec.model,
+            "corpus": spec.corpus,
+            "settings": json.dumps(settings),
+        }
+        with suppress(StorageFull):  # the error is told all the same
+            store.write_run(row)
     return Run(run_id=run_id, model=spec.model, warehouse=store.root, status="failed", error=str(error))

@@ -24,7 +24,7 @@ class AvssError(Exception):
     """
 
     exit_code = 2
-    run_id: str | None = None  # the run whose row tells of it, if it got so far
+    run_id: str | None = None  # the run that it ended, if it got so far
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         self.message = without_secrets(message)
@@ -49,6 +49,10 @@ class ModelError(AvssError):
 
 class WarehouseError(AvssError):
     """The Parquet warehouse cannot be read or written."""
+
+
+class StorageFull(WarehouseError):
+    """There is no space left for the warehouse."""
 
 
 class QueryError(AvssError):

@@ -45,8 +45,7 @@ def read_task_file(path: Path, including: tuple[Path, ...] = ()) -> dict[str, An
     if not isinstance(found, dict):
         raise TaskError(f"{path} is no task file.", "It is a mapping: task, dataset_path, output_type, ...")
     merged: dict[str, Any] = {}
-    files = found.pop("include", [])
-    for file in [files] if isinstance(files, str) else files:
+    for file in _included(found):
         included = path.parent / file
         if included in including:
             raise TaskError(f"{included} includes itself.")
@@ -55,6 +54,30 @@ def read_task_file(path: Path, including: tuple[Path, ...] = ()) -> dict[str, An
     if not including and not isinstance(merged.get("task"), str):
         raise TaskError(f"{path} names no single task.", "Write `task: NAME`; give the tasks of a group one by one.")
     return merged
+
+
+def files_of(path: Path) -> list[Path]:
+    """A task file, the files that it includes, and its data of this machine, each by the path that finds it.
+
+    Raises:
+        TaskError: as `read_task_file` and `with_data`.
+    """
+    config = with_data(read_task_file(path), Path(), path.parent)
+    data = (config.get("dataset_kwargs") or {}).get("data_files")
+    names = [name for _, name in _walk(data) if isinstance(name, str) and "://" not in name]
+    found = (Path(match) for name in names for match in sorted(glob.glob(glob.escape(name)) or glob.glob(name)))
+    return [*_with_included(path), *found]
+
+
+def _with_included(path: Path) -> Iterator[Path]:
+    yield path
+    for file in _included(yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)):
+        yield from _with_included(path.parent / file)
+
+
+def _included(found: dict[str, Any]) -> list[str]:
+    files = found.pop("include", [])
+    return [files] if isinstance(files, str) else files
 
 
 def code(config: Mapping[str, Any]) -> list[str]:

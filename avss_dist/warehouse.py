@@ -19,7 +19,7 @@ import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 
 from avss_dist.config import SCHEMA_VERSION
-from avss_dist.errors import WarehouseError, nearest, require_known, without_secrets
+from avss_dist.errors import StorageFull, WarehouseError, nearest, require_known, without_secrets
 from avss_dist.stats import LayerKey, LayerStats, ShardResult
 from avss_dist.tables import (
     SCHEMAS,
@@ -246,7 +246,7 @@ class Store:
                 raise WarehouseError(f"Cannot write {self.root}: {_reason(error)}.", hint) from error
             kept = sum(f"/shard_stats/{path.split('/')[-2]}/" in file for file in self._files("shard_stats"))
             hint = f"Free some and run the same command again: {kept} shard{'s are' if kept != 1 else ' is'} kept."
-            raise WarehouseError(f"No space left on {self.root}.", hint) from error
+            raise StorageFull(f"No space left on {self.root}.", hint) from error
 
 
 def _uri(root: str) -> str:

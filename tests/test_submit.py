@@ -18,6 +18,7 @@ from conftest import llama
 from tables import assert_same_tables
 
 import avss_dist
+from avss_dist.executors.submission import _local_files
 from avss_dist.jobs import read_job
 from avss_dist.query import Warehouse
 from avss_dist.run import run_job
@@ -148,6 +149,52 @@ def metrics(cluster: dict[str, str]) -> str:
                 text += answer.read().decode()
         time.sleep(1)
     return text
+
+
+EXPERIMENT = """
+experiment:
+  tasks: ["perplexity:texts/held_out.txt", tasks/capitals.yaml]
+  scores: [block_influence]
+  shares: [0.34]
+  random: 1
+  reversed: false
+  keep_ends: 0
+  leave_one_out: false
+"""
+
+
+def test_a_submitted_experiment_takes_its_files_along(
+    cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path
+) -> None:
+    """Texts, a task file, what that includes, and its data; nothing else of the folder."""
+    for name in ("texts", "tasks", "more"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "texts" / "held_out.txt").write_text("It was the best of times, it was the worst of times. " * 100)
+    (tmp_path / "tasks" / "common.yaml").write_text(
+        "dataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+    )
+    data = {"question": "Which?", "choices": ["this", "that"], "answer": 1}
+    (tmp_path / "more" / "questions.jsonl").write_text("\n".join([json.dumps(data)] * 4))
+    (tmp_path / "more" / "private.txt").write_text("private")
+    task = {"include": "common.yaml", "task": "capitals", "doc_to_text": "{{question}}", "doc_to_choice": "choices"}
+    task |= {"doc_to_target": "answer", "dataset_kwargs": {"data_files": {"test": "more/questions.jsonl"}}}
+    (tmp_path / "tasks" / "capitals.yaml").write_text(json.dumps(task))
+    job = job_file(tmp_path, models[:1])
+    refused(run_avss("submit", job, "--experiment", env=cluster), "job.yaml has no section 'experiment'.")
+    with (tmp_path / job).open("a") as file:
+        file.write(EXPERIMENT)
+    travelling = ["more/questions.jsonl", "tasks/capitals.yaml", "tasks/common.yaml", "texts/held_out.txt"]
+    read = read_job(job)
+    assert read.experiment is not None
+    assert [str(file) for file in _local_files(read, read.experiment.tasks)] == travelling
+    done = run_avss("submit", job, "--experiment", "--follow", env=cluster, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = Warehouse(tmp_path / "w").table("experiments").to_pylist()
+    assert {row["method"] for row in rows} == {"whole model", "block influence", "random 0"}
+    assert {row["task"] for row in rows} == {"perplexity:texts/held_out.txt", "tasks/capitals.yaml"}
+    assert "block influence" in done.stdout
+    (tmp_path / "more" / "questions.jsonl").unlink()
+    refused(run_avss("submit", job, "--experiment", env=cluster), "The data of task 'capitals' is not there")
 
 
 @pytest.mark.parametrize("command", [["status"], ["logs"], ["logs", "--follow"], ["stop"]], ids=" ".join)

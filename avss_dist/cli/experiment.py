@@ -9,10 +9,10 @@ import typer
 
 from avss_dist.cli.base import console, explained
 from avss_dist.cli.choose import choose_runs
-from avss_dist.cli.jobs import JobPath
+from avss_dist.cli.jobs import JobPath, require_experiment
 from avss_dist.cli.options import EveryRunOption, FreshOption, ReplicasOption, WarehousePath
 from avss_dist.config import EXECUTORS
-from avss_dist.errors import ConfigError, require_known
+from avss_dist.errors import require_known
 
 FORMATS = ("table", "csv", "json")
 
@@ -39,8 +39,7 @@ def experiment(
     from avss_dist.jobs import read_job
 
     read = read_job(job)
-    if read.experiment is None:
-        raise ConfigError(f"{job} has no section 'experiment'.", "jobs/README.md shows one.")
+    require_experiment(read)
 
     import pyarrow as pa
 

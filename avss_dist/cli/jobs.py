@@ -9,7 +9,7 @@ import typer
 
 from avss_dist.cli.base import console, explained, say
 from avss_dist.config import EXECUTORS
-from avss_dist.errors import require_known
+from avss_dist.errors import ConfigError, require_known
 
 if TYPE_CHECKING:
     from avss_dist.jobs import JobFile
@@ -73,11 +73,18 @@ def _summary(runs: list[Run]) -> str:
     return f"{len(runs)} runs: {told}. Look at them: avss query {warehouse} 'SELECT run_id, model, status FROM runs'"
 
 
+def require_experiment(job: JobFile) -> None:
+    """Refuse a job file without a section for an experiment."""
+    if job.experiment is None:
+        raise ConfigError(f"{job.path} has no section 'experiment'.", "jobs/README.md shows one.")
+
+
 @explained
 def submit(
     job: JobPath,
     address: Head,
     replicas: ReplicasOption = None,
+    experiment: Annotated[bool, typer.Option("--experiment", help="Have avss experiment take it.")] = False,
     fresh: FreshOption = False,
     follow: FollowOption = False,
 ) -> int:
@@ -86,9 +93,11 @@ def submit(
     from avss_dist.jobs import read_job
 
     read = read_job(job, expand=False)
+    if experiment:
+        require_experiment(read)
     options = ([f"--replicas={replicas}"] if replicas else []) + (["--fresh"] if fresh else [])
     cluster = Cluster(address)
-    job_id = cluster.submit(read, options)
+    job_id = cluster.submit(read, options, experiment=experiment)
     if not follow:
         print(job_id)
         say(f"Follow it: avss logs {job_id} --address {address} --follow")

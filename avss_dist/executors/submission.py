@@ -19,14 +19,16 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+from avss_dist.config import PERPLEXITY
 from avss_dist.errors import AvssError, ConfigError, RunFailed
 from avss_dist.jobs import JobFile
+from avss_dist.task_files import files_of, is_task_file
 
 TOKEN_HINT = (
     "Give this machine the cluster's token: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token; "
     "`ray get-auth-token` on the head prints it."
 )
-MOST_TEXT_BYTES = 50_000_000  # of local corpora that travel with a job
+MOST_BYTES = 50_000_000  # of local files that travel with a job
 _TEXT = re.compile(r"(?!hf:|builtin:)(?P<path>.+?\.(txt|jsonl|parquet))(:.*)?", re.IGNORECASE)
 _NOT_FOUND = 127  # exit code of a shell that has no such command
 
@@ -38,7 +40,7 @@ class Submitted:
     Attributes:
         status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
         started: UTC; seconds since then, or until its end.
-        exit_code: of ``avss run``: 0 done, 1 a run failed or it was stopped, 2 a mistake; None before its end.
+        exit_code: of the command: 0 done, 1 a run failed or it was stopped, 2 a mistake; None before its end.
         hint: what to do next, or nothing.
     """
 
@@ -82,24 +84,27 @@ class Cluster:
         with self._mistakes():
             self._client = JobSubmissionClient(address)
 
-    def submit(self, job: JobFile, options: Sequence[str] = ()) -> str:
-        """Start ``avss run`` on the cluster with a copy of the job file; its job id.
+    def submit(self, job: JobFile, options: Sequence[str] = (), *, experiment: bool = False) -> str:
+        """Start ``avss run``, or ``avss experiment``, on the cluster with a copy of the job file; its job id.
 
-        The copy's working directory also has the local texts that the job names with relative paths.
+        The copy's working directory also has the local files that the job names with relative paths: texts, and of an
+        experiment the task files and their data.
 
         Raises:
             ConfigError: the job names something that will not be on the cluster.
+            TaskError: a task file, or its data, cannot be read.
         """
         _require_reachable(job)
+        asked = job.experiment.tasks if experiment and job.experiment else ()
         job_id = f"avss-{job.path.stem}-{secrets.token_hex(3)}"
         with tempfile.TemporaryDirectory() as folder, self._mistakes():
             shutil.copy(job.path, Path(folder) / job.path.name)
-            for text in _local_texts(job):
-                (Path(folder) / text).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(text, Path(folder) / text)
+            for file in _local_files(job, asked):
+                (Path(folder) / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, Path(folder) / file)
             return str(
                 self._client.submit_job(
-                    entrypoint=shlex.join(["avss", "run", job.path.name, *options]),
+                    entrypoint=shlex.join(["avss", "experiment" if experiment else "run", job.path.name, *options]),
                     submission_id=job_id,
                     runtime_env={"working_dir": folder},
                     metadata={"avss_warehouse": job.warehouse, "avss_runs": str(len(job.specs))},
@@ -217,14 +222,22 @@ def _require_reachable(job: JobFile) -> None:
         )
 
 
-def _local_texts(job: JobFile) -> list[str]:
-    """Corpora that are files here with a relative path, globs of them too."""
-    files = [match["path"] for corpus in job.corpora if (match := _TEXT.fullmatch(corpus))]
-    patterns = [p for p in files if "://" not in p and not Path(p).is_absolute() and ".." not in Path(p).parts]
-    texts = sorted({text for pattern in patterns for text in [pattern, *glob(pattern)] if Path(text).is_file()})
-    if (size := sum(Path(text).stat().st_size for text in texts)) > MOST_TEXT_BYTES:
+def _local_files(job: JobFile, tasks: Sequence[str]) -> list[Path]:
+    """Files that the job names and that are here, with a relative path: texts, globs of them, task files with data."""
+    sources = [*job.corpora, *(task.removeprefix(PERPLEXITY) for task in tasks)]
+    texts = [match["path"] for source in sources if (match := _TEXT.fullmatch(source)) and "://" not in match["path"]]
+    named = [Path(file) for text in texts for file in {text, *glob(text)} if Path(file).is_file()]
+    for task in tasks:
+        if is_task_file(task) and _travels(Path(task)):
+            named += files_of(Path(task))
+    files = sorted({file for file in named if _travels(file)})
+    if (size := sum(file.stat().st_size for file in files)) > MOST_BYTES:
         raise ConfigError(
-            f"The texts of {job.path} have {size:,} bytes; at most {MOST_TEXT_BYTES:,} travel with a job.",
+            f"The files of {job.path} have {size:,} bytes; at most {MOST_BYTES:,} travel with a job.",
             "Put them where the cluster can read them, and give the absolute path or the URI.",
         )
-    return texts
+    return files
+
+
+def _travels(path: Path) -> bool:
+    return not path.is_absolute() and ".." not in path.parts
