@@ -14,4 +14,4 @@ fi
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"
 "$VENV/bin/lint-imports"
-"$VENV/bin/python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
+"$VENV/bin/python" -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"

@@ -63,7 +63,7 @@ def test_every_field_equals_numpy(smollm2: Path, dtype: str) -> None:
     result = analyze_shard(replica, shard, settings)
     assert len(result.stats) == 30 * 5
     (batch,) = shard.batches(2)
-    for index in range(len(replica.layers)):
+    for index in (0, 9, 10, 19, 29):
         for site, activations in captured_layer(replica, batch, index).items():
             units, by_value = site in ("block", "update"), dtype == "bfloat16"
             expected = oracle_stats(

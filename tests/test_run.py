@@ -13,7 +13,7 @@ import pytest
 from tables import assert_same_tables, measured_files
 
 import avss_dist
-from avss_dist.config import Execution, Settings
+from avss_dist.config import SCHEMA_VERSION, Execution, Settings
 from avss_dist.driver import Driver
 from avss_dist.errors import AvssError, ConfigError, RunFailed
 from avss_dist.executors import local
@@ -289,4 +289,4 @@ def test_pooled_scores_follow_the_formula(undisturbed: Path) -> None:
 
 def test_files_carry_their_schema_version(undisturbed: Path) -> None:
     for file in undisturbed.rglob("*.parquet"):
-        assert pq.read_metadata(file).metadata[b"avss_schema_version"] == b"1"
+        assert pq.read_metadata(file).metadata[b"avss_schema_version"] == str(SCHEMA_VERSION).encode()
