@@ -7,17 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from avss_dist.config import SCHEMA_VERSION
 from avss_dist.errors import WarehouseError
 from avss_dist.histogram import HISTOGRAM_BINS
 from avss_dist.stats import LayerKey, LayerStats, ShardResult
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as ds  # which brings pandas, where that is installed: too much for every worker
 
 _VERSION, _HEADER = b"avss_schema_version", b"avss_header"
 _ARROW = {"string": pa.string(), "int32": pa.int32(), "int": pa.int64(), "float": pa.float64()}

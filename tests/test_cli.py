@@ -169,7 +169,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--address": None,
         "--fresh": False,
     },
-    "submit": {"job": None, "--address": None, "--replicas": None, "--fresh": False, "--follow": False},
+    "submit": {"job": None, "--address": None, "--replicas": None}
+    | {"--experiment": False, "--fresh": False, "--follow": False},
     "status": {"--address": None, "job_id": None},
     "logs": {"job_id": None, "--address": None, "--follow": False},
     "stop": {"job_id": None, "--address": None},

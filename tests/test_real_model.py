@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +27,31 @@ CORPUS = os.environ.get("AVSS_TEST_CORPUS", "builtin:pydoc")
 MODULES = {"attention": "self_attn", "mlp": "mlp", "neuron": "mlp.down_proj"}
 
 
-def captured_layer(replica: SingleReplica, batch: Any, index: int) -> dict[str, dict[str, Any]]:
-    """One layer's raw activations in one pass, as oracle arguments by site."""
-    layer = replica.layers[index].module
-    taken: dict[str, torch.Tensor] = {}
+def captured(replica: SingleReplica, batch: Any, layers: Sequence[int]) -> dict[int, dict[str, dict[str, Any]]]:
+    """The raw activations of layers in one pass, as oracle arguments by site."""
+    taken: dict[int, dict[str, torch.Tensor]] = {index: {} for index in layers}
 
-    def keep(name: str, of_input: bool) -> Any:
+    def keep(index: int, name: str, of_input: bool) -> Any:
         def hook(_module: Any, args: Any, kwargs: Any, output: Any) -> None:
             value = (args[0] if args else kwargs["hidden_states"]) if of_input else output
-            taken[name] = (value[0] if isinstance(value, tuple) else value).clone()
+            taken[index][name] = (value[0] if isinstance(value, tuple) else value).clone()
 
         return hook
 
-    handles = [
-        layer.register_forward_hook(keep(name, name == "before"), with_kwargs=True) for name in ("before", "block")
-    ]
-    for site, path in MODULES.items():
-        module = layer.get_submodule(path)
-        handles.append(module.register_forward_hook(keep(site, site == "neuron"), with_kwargs=True))
+    handles = []
+    for index in layers:
+        layer = replica.layers[index].module
+        places = [(layer, "before", True), (layer, "block", False)]
+        places += [(layer.get_submodule(path), site, site == "neuron") for site, path in MODULES.items()]
+        for module, name, of_input in places:
+            handles.append(module.register_forward_hook(keep(index, name, of_input), with_kwargs=True))
     replica.forward([batch], unwatched)
     for handle in handles:
         handle.remove()
+    return {index: _sites(tensors) for index, tensors in taken.items()}
+
+
+def _sites(taken: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
     taken["update"] = taken["block"] - taken["before"]
     exact = {name: t.double().numpy() for name, t in taken.items()}
     sites: dict[str, dict[str, Any]] = {site: {"x": exact[site]} for site in ("block", "update", *MODULES)}
@@ -63,8 +68,8 @@ def test_every_field_equals_numpy(smollm2: Path, dtype: str) -> None:
     result = analyze_shard(replica, shard, settings)
     assert len(result.stats) == 30 * 5
     (batch,) = shard.batches(2)
-    for index in (0, 9, 10, 19, 29):
-        for site, activations in captured_layer(replica, batch, index).items():
+    for index, sites in captured(replica, batch, (0, 9, 10, 19, 29)).items():
+        for site, activations in sites.items():
             units, by_value = site in ("block", "update"), dtype == "bfloat16"
             expected = oracle_stats(
                 mask=batch.observed, thresholds=np.array(THRESHOLDS), units=units, by_value=by_value, **activations
@@ -85,8 +90,8 @@ def test_the_released_reading_of_avss(smollm2: Path) -> None:
 
     variance, sparsity = torch.zeros(30, dtype=torch.float64), torch.zeros(30, dtype=torch.float64)
     for batch in shard.batches(2):
-        for i in range(30):
-            hidden = torch.from_numpy(captured_layer(replica, batch, i)["block"]["x"])
+        for i, sites in captured(replica, batch, range(30)).items():
+            hidden = torch.from_numpy(sites["block"]["x"])
             variance[i] += hidden.mean(dim=1).var(dim=1).sum() / shard.num_sequences
             sparsity[i] += (hidden.abs() < 1e-5).double().mean() / 2
     avss = (variance / variance.sum()) / (sparsity / sparsity.sum())
