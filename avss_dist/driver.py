@@ -123,9 +123,10 @@ class Driver:
         spec, attempt = self._attempts[work]
         try:
             attempt.keep(result)
-            self._reporter.advanced(spec.name, result.num_tokens)
         except Exception as error:
             self._fail(work, as_failure(error))
+        else:
+            self._reporter.advanced(spec.name, result.num_tokens)
 
     def _finish(self, work: Work) -> None:
         if work not in self._attempts:

@@ -26,6 +26,7 @@ OF_A_MODEL = (
     *(name for name in SETTINGS if name != "device"),
     *("partition", "ranks", "gpus_per_replica", "max_memory", "offload_folder"),
 )
+TELLING = tuple(name for name in OF_A_MODEL if name in (*SETTINGS, "partition", "ranks"))
 MODEL_KEYS = ("model", "revisions", *OF_A_MODEL)
 MOST_RUNS = 10_000
 _TYPES = {f.name: str(f.type) for f in (*fields(Settings), *fields(Execution), *fields(Experiment))}
@@ -37,7 +38,8 @@ class RunSpec:
     """A run that is asked for: one checkpoint, one corpus, how to measure, how to spread it.
 
     Attributes:
-        name: what people call it: the model, with the corpus where a job has several.
+        title: the model, with the settings that it alone has.
+        name: what people call it, each another: the title, with the corpus where a job has several.
         line: where the job file says so.
     """
 
@@ -45,6 +47,7 @@ class RunSpec:
     corpus: str
     settings: Settings
     execution: Execution
+    title: str
     name: str
     line: int = 0
 
@@ -204,11 +207,18 @@ class _Reader(NodeReader):
         except AvssError:  # told already
             return
         several = len(list(corpora)) > 1
+        alone = _told({k: v for k, v in own.items() if k in TELLING and v != defaults.get(k)})
         for model in found:
+            title = f"{model} ({alone})" if alone else model
             for corpus in corpora:
-                title = f"{model} on {corpus}" if several else model
                 yield RunSpec(
-                    model=model, corpus=corpus, settings=settings, execution=execution, name=title, line=line_of(node)
+                    model=model,
+                    corpus=corpus,
+                    settings=settings,
+                    execution=execution,
+                    title=title,
+                    name=f"{title} on {corpus}" if several else title,
+                    line=line_of(node),
                 )
 
     def found(self, node: Any, name: str) -> list[str]:
@@ -276,6 +286,12 @@ class _Reader(NodeReader):
                 own.remove(culprit)
                 del values[culprit]
         return values
+
+
+def _told(options: Mapping[str, Any]) -> str:
+    """Options for people: ``dtype float32, sites block mlp``."""
+    words = {name: " ".join(map(str, value)) if isinstance(value, tuple) else value for name, value in options.items()}
+    return ", ".join(f"{name} {value}" for name, value in words.items())
 
 
 def _error(options: type[Settings] | type[Execution], values: Mapping[str, Any]) -> ConfigError | None:

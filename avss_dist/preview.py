@@ -27,7 +27,8 @@ class Preview:
     """A run that was not made.
 
     Attributes:
-        model, corpus: as they were named; revision: the hub's commit, or the SHA-256 of the files.
+        model, corpus: the run's title, and the corpus as it was named.
+        revision: the hub's commit, or the SHA-256 of the files.
         partition: the one that would be chosen.
         status: ``done``, ``partial`` (some shards are kept), ``missing``, or ``refused`` (error says why).
         weight_bytes: of the model in memory; None where it cannot be told.
@@ -65,13 +66,13 @@ def preview(specs: Sequence[RunSpec], store: Warehouse, executor: Executor) -> I
             kept = _kept(store, prepared)
         except Exception as error:
             message = as_failure(error).message
-            yield Preview(model=spec.model, corpus=spec.corpus, status="refused", error=message)
+            yield Preview(model=spec.title, corpus=spec.corpus, status="refused", error=message)
             continue
         shards, corpus = prepared.corpus.shards, prepared.corpus
         status = "done" if kept is None else "partial" if kept else "missing"
         left = 0.0 if kept is None else 1 - kept / len(shards)
         yield Preview(
-            model=spec.model,
+            model=spec.title,
             corpus=spec.corpus,
             status=status,
             revision=prepared.job.checkpoint.revision,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 from avss_dist.attempt import Reporter, Run, Silent
 from avss_dist.config import GANGS, Execution, Settings, split_options
 from avss_dist.driver import Driver, Ending, record_failure
-from avss_dist.errors import AvssError
+from avss_dist.errors import AvssError, ConfigError
 from avss_dist.executors.base import Executor, open_executor
 from avss_dist.jobs import JobFile, RunSpec
 from avss_dist.preview import Preview, preview
@@ -36,7 +37,8 @@ def score(model: str | Path, *, corpus: str, out: str | Path, reporter: Reporter
     """
     settings, execution = split_options(options)
     _require_readable(corpus)
-    spec = RunSpec(model=str(model), corpus=corpus, settings=settings, execution=execution, name=str(model))
+    name = str(model)
+    spec = RunSpec(model=name, corpus=corpus, settings=settings, execution=execution, title=name, name=name)
     ((_, ending),) = _drive([spec], Warehouse(out), settings, execution, reporter or Silent())
     if isinstance(ending, AvssError):
         raise ending
@@ -52,9 +54,12 @@ def score_all(
         AvssError: a mistake that concerns all of them, such as an unknown setting or an unwritable warehouse.
     """
     settings, execution = split_options(options)
+    if twins := [model for model, times in Counter(models).items() if times > 1]:
+        raise ConfigError(f"'{twins[0]}' is there twice.", "Name each model once.")
     _require_readable(corpus)
     specs = [
-        RunSpec(model=model, corpus=corpus, settings=settings, execution=execution, name=model) for model in models
+        RunSpec(model=model, corpus=corpus, settings=settings, execution=execution, title=model, name=model)
+        for model in models
     ]
     return _all(specs, Warehouse(out), settings, execution, reporter or Silent())
 

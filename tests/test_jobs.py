@@ -21,7 +21,7 @@ from avss_dist.config import Settings
 from avss_dist.jobs import JobError, JobFile, read_job
 from avss_dist.query import Warehouse
 from avss_dist.report.progress import Log
-from avss_dist.run import run_job
+from avss_dist.run import preview_job, run_job
 
 JOBS = Path(__file__).parent.parent / "jobs"
 SHIPPED = sorted(JOBS.glob("*.yaml"))
@@ -246,6 +246,26 @@ def test_a_job_is_run_once_and_a_model_that_fails_does_not_stop_it(
     code, output = avss("run", file, "--dry-run")
     assert code == 1
     assert "2 done, 1 refused." in output
+
+
+def test_runs_that_differ_in_a_setting_have_names_of_their_own(tiny_llama: Path, tmp_path: Path) -> None:
+    """As in jobs/dtype_audit.yaml: one model in two dtypes, on two corpora, told apart in the plan and in the log."""
+    (tmp_path / "text.txt").write_text("One word after the other, and another one. " * 200)
+    models = ", ".join(f"{{model: {tiny_llama}, dtype: {dtype}}}" for dtype in ("float32", "bfloat16"))
+    text = f"warehouse: {tmp_path}/w\nmodels: [{models}]\ncorpora: [builtin:pydoc, {tmp_path}/text.txt]\n"
+    file = job_file(tmp_path, text + SETTINGS + LOCAL)
+    names = {f"{tiny_llama} (dtype {dtype})" for dtype in ("float32", "bfloat16")}
+    assert {spec.title for spec in read_job(file).specs} == names
+    assert len({spec.name for spec in read_job(file).specs}) == 4
+    assert {preview.model for preview in preview_job(read_job(file))} == names
+    code, output = avss("run", file)
+    assert code == 0 and "4 runs: 4 done." in output
+    assert all(f"{name} on builtin:pydoc done" in output for name in names)
+
+
+def test_a_model_that_is_named_twice_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    code, output = avss("score", tiny_llama, tiny_llama, "--corpus", "builtin:pydoc", "--out", tmp_path / "w")
+    assert code == 2 and "is there twice." in output and not (tmp_path / "w").exists()
 
 
 def test_the_plan_says_what_is_partial(tiny_llama: Path, tmp_path: Path) -> None:

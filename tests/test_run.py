@@ -55,6 +55,7 @@ def drive(model: Path, out: Path, executor: Any, **changes: Any) -> avss_dist.Ru
         corpus=SMALL["corpus"],
         settings=Settings(**options),
         execution=Execution(),
+        title=str(model),
         name=str(model),
     )
     with closing(executor):

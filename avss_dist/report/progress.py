@@ -182,4 +182,5 @@ class Log:
 
 
 def _short(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2][:40]
+    """The ends of the paths of a model and of a corpus."""
+    return " on ".join(path.rstrip("/").rpartition("/")[2] for path in name.split(" on "))[:60]
