@@ -239,10 +239,10 @@ def test_several_models_share_one_call_and_failures_do_not_spread(
     assert failed["model"] == models[1] and "no folder" in failed["error"]
 
 
-def test_a_mistake_that_concerns_all_models_stops_at_once(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_mistake_that_concerns_all_models_stops_at_once(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
     options = {k: v for k, v in SMALL.items() if k != "corpus"}
     with pytest.raises(AvssError, match="no such file"):
-        avss_dist.score_all([str(tiny_llama)] * 2, corpus="nothing.txt", out=tmp_path / "w", **options)
+        avss_dist.score_all([str(tiny_llama), str(tiny_bert)], corpus="nothing.txt", out=tmp_path / "w", **options)
     with pytest.raises(ConfigError, match="max_sequences"):
         avss_dist.score(tiny_llama, out=tmp_path, corpus="builtin:pydoc", max_sequence=3)
 
