@@ -181,6 +181,7 @@ def test_quantiles_of_16_bit_activations_are_exact(narrow: Warehouse, coarse: Fl
     for row in quantiles(narrow, rows_of(narrow), [0.01, 0.1, 0.5, 0.77, 1.0]).to_pylist():
         true = np.quantile(np.abs(coarse[:, row["layer"]]), row["share"], method="inverted_cdf")
         assert row["value"] == row["low"] == row["high"] == true
+    assert "Every one is exact: each value was counted." in avss("quantiles", narrow.root).stdout
 
 
 def test_a_run_of_schema_1_is_read() -> None:
@@ -261,6 +262,7 @@ def test_quantiles_command(root: Path) -> None:
     result = avss("quantiles", root, "--run", "tiny-*", "--q", 0.5, "--sparsity", 0.9)
     assert (result.exit_code, result.stderr) == (0, "")
     assert "tiny-1  block" in result.stdout and "tiny-2  block" in result.stdout
+    assert "The truth lies in the same bin" in result.stdout
     assert "|x| below which 0.5" in result.stdout and "|x| below which 0.9" in result.stdout
     text = avss("quantiles", root, "--run", "tiny-1", "--format", "csv").stdout
     assert len(list(csv.DictReader(io.StringIO(text)))) == 4 * 3
