@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -57,17 +58,28 @@ def digest(
             copied |= holds.keys()
         elif not holds.items() <= files.items():
             part.unlink(missing_ok=True)
-    left = sorted(files.keys() - copied)
-    while len(left) >= FEWEST:
-        chunk, rest = left[:MOST], left[MOST:]
+    missing = sorted(files.keys() - copied)
+    chunks = [missing[i : i + MOST] for i in range(0, len(missing), MOST) if len(missing) - i >= FEWEST]
+    for chunk in _shown(chunks, f"Copying the {name} of {len(missing):,} runs, once"):
         holds = {path: files[path] for path in chunk}
         written = _write(folder, name, read(name, holds), holds)
         if written is None:
             break
         parts.append(written)
-        left = rest
+        copied |= holds.keys()
+    left = sorted(files.keys() - copied)
     dataset = ds.dataset([str(part) for part in parts], schema, "parquet", pafs.LocalFileSystem()) if parts else None
     return dataset, {path: files[path] for path in left}
+
+
+def _shown(chunks: list[list[str]], what: str) -> Iterable[list[str]]:
+    """With a bar where somebody looks: thousands of files take seconds."""
+    if not chunks or not sys.stderr.isatty():
+        return chunks
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(chunks, what, console=Console(stderr=True), transient=True)
 
 
 def _cache() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -373,6 +374,21 @@ def test_copies_hold_the_same_rows(many: Path, monkeypatch: pytest.MonkeyPatch) 
     for name, table in copied.items():
         order = [("run_id", "ascending"), *([("layer", "ascending")] if "layer" in table.column_names else [])]
         assert table.sort_by(order).equals(Warehouse(many).table(name).sort_by(order)), name
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_copying_is_shown_where_somebody_looks(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for shown in (True, False):  # what is copied is not copied again
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", terminal := Terminal())
+            sums(many)
+        assert ("Copying the scores of 10 runs, once" in terminal.getvalue()) == shown
+        assert shown or not terminal.getvalue()
 
 
 def test_a_copy_spares_reading_the_files(many: Path) -> None:
