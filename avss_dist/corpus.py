@@ -63,7 +63,7 @@ class Shard:
         """Every row once, in order, ``batch_size`` at a time, in arrays that are the caller's own."""
         for start in range(0, self.num_sequences, batch_size):
             lengths = self.lengths[start : start + batch_size]
-            positions = np.arange(lengths.max())
+            positions = np.arange(np.max(lengths))
             real = positions < lengths[:, None]
             input_ids = self.input_ids[start : start + batch_size, : len(positions)].copy()
             yield Batch(input_ids=input_ids, attention_mask=real, observed=real & (positions >= self.skip_first_tokens))

@@ -233,7 +233,7 @@ def _dominant_units(rows: Rows) -> Iterator[Row]:
     rows = [row for row in rows if row["unit_sum"].size and row["unit_count"]]
     for recipe, shares in (("pooled", _shares_of_means), ("element", _shares_of_elements), ("unit", _shares_of_means)):
         largest = [
-            (float(s.max()), int(s.argmax()), row["layer"]) for row in rows if np.isfinite(s := shares(row)).all()
+            (float(np.max(s)), int(np.argmax(s)), row["layer"]) for row in rows if np.isfinite(s := shares(row)).all()
         ]
         over = [found for found in largest if found[0] > DOMINANT]
         if not over:

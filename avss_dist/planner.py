@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from avss_dist.attempt import Prepared, Run
 from avss_dist.checkpoints import Checkpoint, content_hash, fetch_files, locate, resolve
 from avss_dist.config import DTYPES, SCHEMA_VERSION, Settings, fingerprint
@@ -104,7 +106,7 @@ class Planner:
             tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
             planned = plan(spec.corpus, tokenizer, settings)
             rows = (batch.input_ids for shard in planned.shards for batch in shard.batches(settings.batch_size))
-            self._plans[key] = planned, max(int(ids.max()) for ids in rows)
+            self._plans[key] = planned, max(int(np.max(ids)) for ids in rows)
             while len(self._plans) > KEPT_PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)

@@ -254,8 +254,8 @@ def stats_from_pattern_counts(counts: NDArray[np.integer], values: Float64, thre
         result |= {
             "mean": mean,
             "m2": float((often * (values - mean) ** 2).sum()),
-            "min": float(values.min()),
-            "max": float(values.max()),
+            "min": float(np.min(values)),
+            "max": float(np.max(values)),
             "max_abs": float(abs_value[-1]),
         }
     return result
