@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from oracle import Float64
 from rich.console import Console
-from warehouses import SCALES, activations, stats_of, write_measured, write_profiles
+from warehouses import SCALES, activations, stats_of, write_measured, write_profiles, write_scores
 
 from avss_dist.findings import KINDS, SCHEMA, findings
 from avss_dist.query import Warehouse
@@ -187,9 +187,25 @@ def test_warnings_come_before_notes_and_the_defaults_before_the_rest(tmp_path: P
 def test_the_same_finding_of_several_runs_is_told_once(tmp_path: Path) -> None:
     for run_id in ("a", "b"):
         write_measured(tmp_path, run_id, stats_of(activations(scales=np.sort(SCALES))), 8)
-    console = Console(width=140)
-    with console.capture() as capture:
-        console.print(findings_table(findings(Warehouse(tmp_path))))
-    text = capture.get()
+    text = in_words(tmp_path)
     assert text.count("tracks depth") == 1
     assert "pooled, element, unit" in text
+
+
+@pytest.mark.parametrize("runs", [3, 5])
+def test_findings_that_differ_only_in_their_run_are_told_of_few_and_counted_of_many(tmp_path: Path, runs: int) -> None:
+    for i in range(1, runs + 1):
+        rising = list(range(8, 22))
+        rising[:i] = reversed(rising[:i])  # and the correlation with depth is another one of each
+        write_scores(tmp_path, f"run-{i}", rising)
+    text = in_words(tmp_path)
+    assert len({row["message"] for row in found(tmp_path, "tracks_depth")}) == runs
+    assert text.count("tracks depth") == (3 if runs == 3 else 1)
+    assert ("and 2 more" in text) == ("--format csv" in text) == (runs == 5)
+
+
+def in_words(root: Path) -> str:
+    console = Console(width=140)
+    with console.capture() as capture:
+        console.print(findings_table(findings(Warehouse(root))))
+    return capture.get()

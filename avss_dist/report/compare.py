@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 MOST_PAIRS = 40  # shown on a terminal
+FEW = 3  # runs that a finding names, and messages of one kind, before they are only counted
 COLOR = {"warning": "yellow", "note": "dim"}
 
 
@@ -88,26 +89,40 @@ def _strength(rho: np.ndarray[Any, Any]) -> str:
 
 
 def findings_table(findings: pa.Table) -> RenderableType:
-    """Findings of `findings.SCHEMA` in their order; the same one of several recipes or runs is told once."""
-    told: dict[tuple[str, ...], dict[str, list[str]]] = {}
-    for row in findings.to_pylist():
-        key = (row["severity"], row["kind"], row["site"] or "", row["message"])
-        places = told.setdefault(key, {"runs": [], "recipes": []})
-        for name, value in (("runs", row["run_id"]), ("recipes", row["recipe"])):
-            if value and value not in places[name]:
-                places[name].append(value)
-    if not told:
+    """Findings of `findings.SCHEMA` in their order; of many that differ only in their run, the first stands for all."""
+    places = _by_place(findings)
+    if not places:
         return Text("Nothing to warn of.")
     table = Table()
     for name in ("", "what", "run", "site / recipe"):
         table.add_column(name, overflow="fold")
     table.add_column("in words", overflow="fold", ratio=1)
-    for (severity, kind, site, message), places in told.items():
-        runs = places["runs"][:3] + ([f"and {len(places['runs']) - 3} more"] if len(places["runs"]) > 3 else [])
-        where = " / ".join(part for part in (site, ", ".join(places["recipes"])) if part)
-        cells = (severity, kind.replace("_", " "), "\n".join(runs), where, message)
-        table.add_row(*(Text(cell, style=COLOR[severity]) if i < 2 else Text(cell) for i, cell in enumerate(cells)))
+    for (severity, kind, site, recipes), messages in places.items():
+        if len(messages) > FEW:
+            alike = list(dict.fromkeys(run for runs in messages.values() for run in runs))
+            messages = {f"{alike[0]}: {next(iter(messages))}": alike}
+        for message, runs in messages.items():
+            more = [f"and {len(runs) - FEW} more"] if len(runs) > FEW else []
+            where = " / ".join(part for part in (site, recipes) if part)
+            cells = (severity, kind.replace("_", " "), "\n".join(runs[:FEW] + more), where, message)
+            table.add_row(*(Text(cell, style=COLOR[severity]) if i < 2 else Text(cell) for i, cell in enumerate(cells)))
+    if any(len(messages) > FEW for messages in places.values()):
+        return Group(table, Text("Of many, the first stands for all: avss findings WAREHOUSE --format csv has each."))
     return table
+
+
+def _by_place(findings: pa.Table) -> dict[tuple[str, ...], dict[str, list[str]]]:
+    """Runs by message, by severity, kind, site and recipes; what is the same for several recipes is told once."""
+    told: dict[tuple[str, ...], tuple[list[str], list[str]]] = {}
+    for row in findings.to_pylist():
+        key = (row["severity"], row["kind"], row["site"] or "", row["message"])
+        for names, name in zip(told.setdefault(key, ([], [])), (row["run_id"], row["recipe"]), strict=True):
+            if name and name not in names:
+                names.append(name)
+    places: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for (*place, message), (runs, recipes) in told.items():
+        places.setdefault((*place, ", ".join(recipes)), {})[message] = runs
+    return places
 
 
 def quantiles_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
