@@ -201,10 +201,9 @@ def _mapped_at_once(checkpoint: Checkpoint) -> int:
 
 def counter_bytes(size: Footprint, settings: Settings) -> int:
     """Bytes of the counters of all layers and sites; see `kernels.Accumulator`."""
-    from avss_dist.histogram import HISTOGRAM_BINS
     from avss_dist.kernels import PATTERNS
 
-    counts = HISTOGRAM_BINS * 8 if size.dtype == "float32" else PATTERNS * 4
+    counts = PATTERNS * 4  # float32: half as many, of 8 bytes
     units = 16 * size.hidden_size * len({"block", "update"} & set(settings.sites))
     return size.num_layers * (len(settings.sites) * counts + units)
 

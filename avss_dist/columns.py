@@ -37,8 +37,9 @@ _STATS = {
     "input_count": "elements of the block's input (block site)",
     "input_mean": "mean over elements of the block's input",
     "input_m2": "sum over elements of the block's input of (x - mean)^2",
-    "abs_value": "every distinct abs(x), ascending, of 16-bit activations; empty for float32",
+    "abs_value": "every distinct abs(x), ascending",
     "abs_value_count": "elements with each of those values",
+    "abs_value_cut": "whether these are float32 cut to the upper half of their pattern: 128 values an octave",
     "histogram_bin": "bins of abs(x) that hold elements: the 8 exponent and top 3 mantissa bits of its float32",
     "histogram_count": "elements in each of those bins",
 }

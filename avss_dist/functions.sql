@@ -5,21 +5,38 @@ CREATE TEMP MACRO bin_edge(bin) AS
 CREATE TEMP MACRO bin_share(bin, threshold) AS
     greatest(0, least(1, (threshold - bin_edge(bin)) / (bin_edge(bin + 1) - bin_edge(bin))));
 
+CREATE TEMP MACRO cut_width(value) AS
+    pow(2.0, floor(log2(greatest(value::DOUBLE, pow(2.0, -126)))) - 7);
+
 CREATE TEMP MACRO sparsity_at(value, kind := 'absolute') AS TABLE
 WITH placed AS (
     SELECT *, CASE kind WHEN 'absolute' THEN value::DOUBLE WHEN 'rms' THEN value * sqrt(m2 / count + mean ** 2)
         ELSE error('kind is absolute or rms, not ' || kind) END AS absolute_threshold
     FROM layer_stats
 ),
-shared AS (
-    SELECT *, CASE WHEN list_contains(thresholds, absolute_threshold)
-            THEN near_zero[list_position(thresholds, absolute_threshold)]
-            WHEN list_sum(abs_value_count) = count
-            THEN list_dot_product(abs_value_count::DOUBLE[],
-                list_transform(abs_value, lambda v: (v::DOUBLE < absolute_threshold)::INT::DOUBLE))
-        END::DOUBLE AS counted,
-        list_transform(histogram_bin, lambda b: bin_share(b::INT, absolute_threshold)) AS shares
+found AS (
+    SELECT *, near_zero[list_position(thresholds, absolute_threshold)]::DOUBLE AS counted,
+        CASE WHEN list_sum(abs_value_count) = count
+            THEN len(list_filter(abs_value, lambda v: v::DOUBLE < absolute_threshold)) END AS smaller
     FROM placed
+),
+shared AS (
+    SELECT *,
+        CASE WHEN smaller > 0 AND abs_value_cut
+            THEN least(1, (absolute_threshold - abs_value[smaller]) / cut_width(abs_value[smaller])) ELSE 1
+        END AS last_share,
+        CASE WHEN smaller IS NULL THEN list_transform(histogram_bin, lambda b: bin_share(b::INT, absolute_threshold))
+        END AS shares
+    FROM found
+),
+bounded AS (
+    SELECT *,
+        coalesce(counted, list_sum(abs_value_count[:smaller - (last_share < 1)::INT]),
+            list_dot_product(histogram_count::DOUBLE[], list_transform(shares, lambda s: floor(s))), 0)::DOUBLE AS low,
+        coalesce(counted, list_sum(abs_value_count[:smaller]),
+            list_dot_product(histogram_count::DOUBLE[], list_transform(shares, lambda s: ceil(s))), 0)::DOUBLE AS high,
+        coalesce(list_dot_product(histogram_count::DOUBLE[], shares), low + last_share * (high - low)) AS linear
+    FROM shared
 )
 SELECT
     run_id, model, revision, family, layer, layer_name, depth, site,
@@ -27,15 +44,12 @@ SELECT
     kind AS threshold_kind,
     absolute_threshold,
     count,
-    coalesce(counted, list_dot_product(histogram_count::DOUBLE[], shares), 0) AS near_zero_count,
+    CASE WHEN low < high THEN linear ELSE low END AS near_zero_count,
     near_zero_count / nullif(count, 0) AS sparsity,
-    CASE WHEN counted IS NULL AND len(list_filter(shares, lambda s: s > 0 AND s < 1)) > 0
-        THEN 'interpolated' ELSE 'exact' END AS exactness,
-    CASE exactness WHEN 'exact' THEN near_zero_count
-        ELSE list_dot_product(histogram_count::DOUBLE[], list_transform(shares, lambda s: floor(s))) END AS near_zero_low,
-    CASE exactness WHEN 'exact' THEN near_zero_count
-        ELSE list_dot_product(histogram_count::DOUBLE[], list_transform(shares, lambda s: ceil(s))) END AS near_zero_high
-FROM shared;
+    CASE WHEN low < high THEN 'interpolated' ELSE 'exact' END AS exactness,
+    low AS near_zero_low,
+    high AS near_zero_high
+FROM bounded;
 
 CREATE TEMP MACRO scores_at(value, kind := 'absolute') AS TABLE
 WITH measured AS (

@@ -7,6 +7,9 @@ from numpy.typing import NDArray
 
 Values = tuple[NDArray[np.float32], NDArray[np.int64]]  # abs(x), ascending, and how many elements have it
 
+CUT_SHIFT = 16  # float32 pattern without its sign: its upper half stays, 8 exponent bits and 7 mantissa bits
+CUTS = 1 << 15
+
 HISTOGRAM_BINS = 2048
 HISTOGRAM_SHIFT = 20  # float32 pattern without its sign: 8 exponent bits and the top 3 mantissa bits stay
 HISTOGRAM_EDGES: NDArray[np.float64] = np.append(
@@ -42,6 +45,18 @@ def histogram_below(histogram: NDArray[np.int64], threshold: float, share: float
     if share is None:
         share = (threshold - low) / (high - low) if np.isfinite(high) else 0.0
     return whole + share * histogram[..., position]
+
+
+def values_of_cuts(counts: NDArray[np.int64]) -> Values:
+    """The values of float32 patterns whose lower half is zero, of which ``counts`` int64[32768] holds how many."""
+    seen = np.flatnonzero(counts)
+    return (seen.astype(np.uint32) << np.uint32(CUT_SHIFT)).view(np.float32), counts[seen]
+
+
+def next_cut(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The next larger value of `values_of_cuts` after each: those that are cut to a value are below it."""
+    bits = values.view(np.uint32) + np.uint32(1 << CUT_SHIFT)
+    return bits.view(np.float32).astype(np.float64)
 
 
 def merge_values(a: Values, b: Values) -> Values:

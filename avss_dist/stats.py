@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from avss_dist.histogram import HISTOGRAM_BINS, Values, bin_edges, histogram_below, histogram_bin, merge_values
+from avss_dist.histogram import (
+    HISTOGRAM_BINS,
+    Values,
+    bin_edges,
+    histogram_below,
+    histogram_bin,
+    merge_values,
+    next_cut,
+)
 
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
@@ -63,8 +71,10 @@ class LayerStats:
         nonfinite_count: NaN and infinite elements, which no other field counts.
         min, max, max_abs: extremes; inf, -inf and 0 when count is 0.
         histogram: int64[2048] of abs(x), see `histogram_bin`.
-        abs_value, abs_value_count: of 16-bit activations every distinct abs(x), float32[values], ascending, and the
-            elements that have it, int64[values]; else empty.
+        abs_value, abs_value_count: every distinct abs(x), float32[values], ascending, and the elements that have it,
+            int64[values]; empty in files of schema 1.
+        abs_value_cut: whether these are float32 activations cut to the upper half of their pattern, 128 values an
+            octave; those of 16 bits are whole.
         sequence_count, pooled_variance_sum: sum over sequences of the unbiased variance, over units, of the
             token-mean (the reading of the AVSS authors' released code).
         unit_count: tokens in the per-unit sums (block and update sites; else 0).
@@ -90,6 +100,7 @@ class LayerStats:
     histogram: Int64 = field(default_factory=_empty_histogram)
     abs_value: Float32 = field(default_factory=_empty_values)
     abs_value_count: Int64 = field(default_factory=_empty_int)
+    abs_value_cut: bool = False
     sequence_count: int = 0
     pooled_variance_sum: float = 0.0
     unit_count: int = 0
@@ -136,6 +147,7 @@ class LayerStats:
             max_abs=max(self.max_abs, other.max_abs),
             abs_value=abs_value,
             abs_value_count=abs_value_count,
+            abs_value_cut=self.abs_value_cut or other.abs_value_cut,
             unit_sum=_add_units(self.unit_sum, other.unit_sum),
             unit_sum_sq=_add_units(self.unit_sum_sq, other.unit_sum_sq),
             **added,
@@ -152,27 +164,37 @@ class LayerStats:
 
     @property
     def has_every_value(self) -> bool:
-        """Whether ``abs_value_count`` counts all elements: then each threshold and quantile is exact."""
+        """Whether ``abs_value_count`` counts all elements."""
         return int(self.abs_value_count.sum()) == self.count
 
     def below(self, threshold: float) -> Below:
         """Elements with abs(x) < ``threshold``; 0 where that is NaN.
 
-        Exact where the threshold, or every value, was counted, and at the edges of the histogram's bins; elsewhere
-        linear inside the bin that the threshold cuts.
+        Exact where the threshold was counted, and where every value was and is whole; else at the edges of what values
+        are cut to, or of the histogram's bins. Elsewhere linear between these.
         """
         counted = np.flatnonzero(self.thresholds == threshold)
         if counted.size:
-            exact = float(self.near_zero[counted[0]])
-        elif self.has_every_value:
-            exact = float(self.abs_value_count[self.abs_value.astype(np.float64) < threshold].sum())
-        elif not threshold > 0:
-            exact = 0.0
-        else:
-            edges = bin_edges(threshold)
-            low, high = (threshold, threshold) if threshold in edges else edges
-            return Below(*(float(histogram_below(self.histogram, at)) for at in (threshold, low, high)))
-        return Below(exact, exact, exact)
+            return Below(*[float(self.near_zero[counted[0]])] * 3)
+        if not threshold > 0:
+            return Below(0.0, 0.0, 0.0)
+        if self.has_every_value:
+            return self._values_below(threshold)
+        edges = bin_edges(threshold)
+        low, high = (threshold, threshold) if threshold in edges else edges
+        return Below(*(float(histogram_below(self.histogram, at)) for at in (threshold, low, high)))
+
+    def _values_below(self, threshold: float) -> Below:
+        smaller = np.searchsorted(self.abs_value.astype(np.float64), threshold)
+        low = high = float(self.abs_value_count[:smaller].sum())
+        share = 1.0
+        if smaller and self.abs_value_cut:
+            last = self.abs_value[smaller - 1 : smaller]
+            edge, width = float(last[0]), float(next_cut(last)[0] - last[0])
+            if threshold < edge + width:
+                share = (threshold - edge) / width
+                low = float(self.abs_value_count[: smaller - 1].sum())
+        return Below(low + share * (high - low), low, high)
 
     def share_below(self, threshold: float) -> float:
         """Of the elements in the histogram's bin that a threshold cuts, the share below it; 0 without elements."""

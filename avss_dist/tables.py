@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pyarrow.dataset as ds  # which brings pandas, where that is installed: too much for every worker
 
 _VERSION, _HEADER = b"avss_schema_version", b"avss_header"
-_ARROW = {"string": pa.string(), "int32": pa.int32(), "int": pa.int64(), "float": pa.float64()}
+_ARROW = {"string": pa.string(), "bool": pa.bool_(), "int32": pa.int32(), "int": pa.int64(), "float": pa.float64()}
 _ARROW |= {"strings": pa.list_(pa.string()), "Int16": pa.list_(pa.int16()), "time": pa.timestamp("us", "UTC")}
 _ARROW |= {"Int32": pa.list_(pa.int32()), "Int64": pa.list_(pa.int64())}
 _ARROW |= {"Float32": pa.list_(pa.float32()), "Float64": pa.list_(pa.float64())}

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from avss_dist.config import BOOTSTRAP_BLOCKS
-from avss_dist.histogram import HISTOGRAM_EDGES
+from avss_dist.histogram import HISTOGRAM_EDGES, next_cut
 from avss_dist.query import Warehouse
 from avss_dist.scoring import Threshold, score_run
-from avss_dist.stats import Float64, LayerKey, LayerStats, merge_blocks
+from avss_dist.stats import Float64, Int64, LayerKey, LayerStats, merge_blocks
 from avss_dist.warehouse import SCHEMAS
 
 EXACT, INTERPOLATED = "exact", "interpolated"
@@ -40,9 +40,9 @@ def scores_at(
 ) -> pa.Table:
     """The scores of runs at one threshold, with intervals where the shards' statistics are kept.
 
-    Near-zero counts are exact in 16-bit dtypes, of which every value is counted; in float32 where the threshold was
-    counted, or is an edge of the histogram's bins (eight an octave), else linear inside the bin that it cuts, which is
-    within 1% of the count where values are smooth. The recipe ``unit`` is always exact.
+    Near-zero counts are exact in 16-bit dtypes, of which every value is counted. Float32 ones are counted cut to 128
+    values an octave: exact at these and where the threshold was counted, else linear in between, and seldom as much as
+    1% off. The recipe ``unit`` is always exact.
 
     Args:
         runs: rows of ``runs``, of runs that are done.
@@ -117,27 +117,29 @@ def _quantiles(
 def quantiles_of(stats: LayerStats, shares: Sequence[float]) -> tuple[Float64, Float64, Float64]:
     """Quantiles of abs(x), and between what each certainly is, each float64[shares].
 
-    The smallest value that a share of the elements does not exceed; where not every value was counted, linear inside a
-    bin of the histogram, between its edges. 0 where exact zeros alone are that many, at most ``max_abs``, NaN without
-    elements.
+    The smallest value that a share of the elements does not exceed; where values are cut, or only the histogram is
+    known, linear between the edges that the truth lies in. 0 where exact zeros alone are that many, at most
+    ``max_abs``, NaN without elements.
     """
     wanted = np.asarray(shares, float) * stats.count
     if not stats.count:
         return (np.full(len(wanted), np.nan),) * 3
-    if stats.has_every_value:
-        upto = np.cumsum(stats.abs_value_count)
-        at = np.minimum(np.searchsorted(upto, wanted), len(upto) - 1)
-        value = low = high = stats.abs_value[at].astype(np.float64)
-    else:
-        filled = np.flatnonzero(stats.histogram)
-        counts = stats.histogram[filled].astype(float)
-        below = np.cumsum(counts) - counts
-        at = np.clip(np.searchsorted(below, wanted, side="left") - 1, 0, len(filled) - 1)
-        low = HISTOGRAM_EDGES[filled[at]]
-        high = np.minimum(HISTOGRAM_EDGES[filled[at] + 1], stats.max_abs)
-        value = low + (high - low) * np.clip((wanted - below[at]) / counts[at], 0, 1)
+    lows, highs, counts = _edges(stats)
+    upto = np.cumsum(counts)
+    at = np.minimum(np.searchsorted(upto, wanted), len(upto) - 1)
+    low, high = lows[at], np.minimum(highs[at], stats.max_abs)
+    value = low + (high - low) * np.clip((wanted - upto[at]) / counts[at] + 1, 0, 1)
     nothing = wanted <= stats.zero_count
     return np.where(nothing, 0.0, value), np.where(nothing, 0.0, low), np.where(nothing, 0.0, high)
+
+
+def _edges(stats: LayerStats) -> tuple[Float64, Float64, Int64]:
+    """Between which abs(x) lie, ascending, and how many do."""
+    if stats.has_every_value:
+        values = stats.abs_value.astype(np.float64)
+        return values, next_cut(stats.abs_value) if stats.abs_value_cut else values, stats.abs_value_count
+    filled = np.flatnonzero(stats.histogram)
+    return HISTOGRAM_EDGES[filled], HISTOGRAM_EDGES[filled + 1], stats.histogram[filled]
 
 
 def _layer_names(warehouse: Warehouse, run: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +13,18 @@ from avss_dist.stats import LayerStats
 
 Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
+By = Literal["bin", "value", "cut"]
 
 FLOAT_FIELDS = (
     *("mean", "m2", "pooled_variance_sum", "unit_sum", "unit_sum_sq"),
     *("cosine_sum", "angular_sum", "relative_magnitude_sum", "input_mean", "input_m2"),
 )
 EXACT_FIELDS = tuple(f.name for f in fields(LayerStats) if f.name not in FLOAT_FIELDS)
+
+
+def counted_by(dtype: Any) -> By:
+    """How activations of a torch dtype are counted."""
+    return "cut" if str(dtype).endswith("float32") else "value"
 
 
 def oracle_bins(sizes: Float64) -> NDArray[np.int64]:
@@ -28,18 +34,27 @@ def oracle_bins(sizes: Float64) -> NDArray[np.int64]:
     return np.where(sizes < 2.0**-126, np.floor(sizes * 2.0**129), normal).astype(np.int64)
 
 
+def oracle_cuts(sizes: Float64) -> Float64:
+    """Eight significant bits of each, rounded down, or a multiple of 2**-133 (float32 subnormals)."""
+    mantissa, exponent = np.frexp(sizes)
+    return np.where(
+        sizes < 2.0**-126, np.floor(sizes * 2.0**133) / 2.0**133, np.ldexp(np.floor(mantissa * 256), exponent - 8)
+    )
+
+
 def oracle_stats(
     x: Float64,
     mask: Bool,
     thresholds: Float64,
     *,
     units: bool = False,
-    by_value: bool = False,
+    by: By = "cut",
     before: Float64 | None = None,
     update: Float64 | None = None,
 ) -> LayerStats:
-    """LayerStats of x[sequences, tokens, units] where mask[sequences, tokens]; ``by_value`` for 16-bit ones.
+    """LayerStats of x[sequences, tokens, units] where mask[sequences, tokens].
 
+    Counted ``by`` cut as float32 activations are, or by value as those of 16 bits, or by bin alone as in schema 1.
     ``before`` is the block's input, and ``update`` is x - before as the activation dtype rounds it.
     """
     elements = x[mask].ravel()
@@ -52,9 +67,9 @@ def oracle_stats(
         "nonfinite_count": elements.size - finite.size,
         "histogram": np.bincount(oracle_bins(sizes), minlength=HISTOGRAM_BINS),
     }
-    if by_value:
-        values, found["abs_value_count"] = np.unique(sizes, return_counts=True)
-        found["abs_value"] = values.astype(np.float32)
+    if by != "bin":
+        values, found["abs_value_count"] = np.unique(sizes if by == "value" else oracle_cuts(sizes), return_counts=True)
+        found |= {"abs_value": values.astype(np.float32), "abs_value_cut": by == "cut"}
     if finite.size:
         found |= {"mean": finite.mean(), "m2": ((finite - finite.mean()) ** 2).sum()}
         found |= {"min": finite.min(), "max": finite.max(), "max_abs": sizes.max()}

@@ -204,12 +204,12 @@ def test_planning_can_be_the_peak(tiny_llama: Path) -> None:
 
 def test_a_gpu_holds_weights_and_the_host_the_process(tiny_llama: Path) -> None:
     found = rows(tiny_llama, Machine("cuda", 1, GB, GB))
-    assert 7_000_000 < found["single"].device_bytes < 9_000_000
+    assert 10_000_000 < found["single"].device_bytes < 12_000_000
     assert found["single"].host_bytes == 500_000_000
     assert (
         found["zero3"].ranks == 2 and not found["zero3"].fits and "2 GPUs are needed, 1 are here" in found["zero3"].why
     )
-    tight = rows(tiny_llama, Machine("cuda", 1, 7_100_000, GB))
+    tight = rows(tiny_llama, Machine("cuda", 1, 10_100_000, GB))
     assert not tight["single"].fits and "memory of a GPU are missing" in tight["single"].why
 
 

@@ -26,6 +26,7 @@ from avss_dist.checkpoints import Checkpoint, resolve
 from avss_dist.config import Settings
 from avss_dist.corpus import Shard
 from avss_dist.errors import ConfigError, ModelError
+from avss_dist.histogram import merge_values
 from avss_dist.partition.base import Placement, open_replica
 from avss_dist.partition.group import join, leave
 from avss_dist.partition.tensor_parallel import difference, inference_config, require_heads
@@ -259,16 +260,20 @@ def assert_near(actual: Mapping[LayerKey, LayerStats], expected: Mapping[LayerKe
     """Equal but for rounding, of which sums over ranks have another one.
 
     Float32 elements are then off by some 1e-7 of the RMS. Of a shard's 10,000, by the density of values around an edge,
-    0.01 should be counted on its other side: two may. Every other count is exact.
+    0.01 should be counted on its other side: two may. Of the thousands of cuts, one is crossed by about one element:
+    eight may. Every other count is exact.
     """
     assert actual.keys() == expected.keys()
     for key, want in expected.items():
         got = actual[key]
         assert np.abs(got.near_zero - want.near_zero).max() <= 2, key
         assert np.abs(got.histogram - want.histogram).sum() <= 4, key
+        moved = merge_values(got.values, (want.abs_value, -want.abs_value_count))[1]
+        assert np.abs(moved).sum() <= 16, key
         for name in ("min", "max", "max_abs"):
             assert abs(getattr(got, name) - getattr(want, name)) <= rtol * want.max_abs, (key, name)
-        counted = {name: getattr(want, name) for name in ("near_zero", "histogram", "min", "max", "max_abs")}
+        moving = ("near_zero", "histogram", "abs_value", "abs_value_count", "min", "max", "max_abs")
+        counted = {name: getattr(want, name) for name in moving}
         assert_close(replace(got, **counted), want, rtol=rtol, angle_atol=1e-4)
 
 

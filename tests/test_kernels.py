@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import cfunc, types
-from oracle import FLOAT_FIELDS, Float64, assert_close, oracle_stats
+from oracle import FLOAT_FIELDS, Float64, assert_close, counted_by, oracle_stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avss_dist.config import THRESHOLDS
@@ -78,9 +78,8 @@ def measured(kernels: Kernels, *batches: Batch, thresholds: Float64 = GRID, devi
 
 def expected(batch: Batch, thresholds: Float64 = GRID) -> LayerStats:
     x, before, update = (t.double().numpy() for t in (batch.x, batch.before, batch.update))
-    by_value = batch.x.dtype != torch.float32
     mask = batch.mask.numpy()
-    return oracle_stats(x, mask, thresholds, units=True, by_value=by_value, before=before, update=update)
+    return oracle_stats(x, mask, thresholds, units=True, by=counted_by(batch.x.dtype), before=before, update=update)
 
 
 def from_patterns(patterns: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
@@ -294,7 +293,7 @@ def test_what_an_accumulator_does_not_keep_is_absent(kernels: Kernels, dtype: to
     kernels.add(into, batch.x, batch.mask)
     stats = to_stats({name: t.numpy() for name, t in into.tensors.items()}, dtype, GRID)
     x, mask = batch.x.double().numpy(), batch.mask.numpy()
-    assert_close(stats, oracle_stats(x, mask, GRID, by_value=dtype != torch.float32))
+    assert_close(stats, oracle_stats(x, mask, GRID, by=counted_by(dtype)))
 
 
 def test_cpu_results_do_not_depend_on_threads(threads: int, dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY, llama
-from oracle import assert_close, oracle_stats
+from oracle import assert_close, counted_by, oracle_stats
 from torch import nn
 
 from avss_dist.config import SITES, THRESHOLDS
@@ -151,8 +151,8 @@ def test_every_field_of_every_site_equals_numpy(family: str, dtype: torch.dtype)
     raw = captured(backbone, ids, mask, *paths)
     assert stats.keys() == raw.keys()
     for (layer, site), activations in raw.items():
-        units, by_value = site in ("block", "update"), dtype != torch.float32
-        expected = oracle_stats(mask=mask.numpy(), thresholds=GRID, units=units, by_value=by_value, **activations)
+        units = site in ("block", "update")
+        expected = oracle_stats(mask=mask.numpy(), thresholds=GRID, units=units, by=counted_by(dtype), **activations)
         assert_close(stats[layer, site], expected, rtol=1e-9, angle_atol=1e-7)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import assert_close, oracle_stats
+from oracle import assert_close, counted_by, oracle_stats
 
 from avss_dist.checkpoints import resolve
 from avss_dist.config import THRESHOLDS, Settings
@@ -70,9 +70,9 @@ def test_every_field_equals_numpy(smollm2: Path, dtype: str) -> None:
     (batch,) = shard.batches(2)
     for index, sites in captured(replica, batch, (0, 9, 10, 19, 29)).items():
         for site, activations in sites.items():
-            units, by_value = site in ("block", "update"), dtype == "bfloat16"
+            units = site in ("block", "update")
             expected = oracle_stats(
-                mask=batch.observed, thresholds=np.array(THRESHOLDS), units=units, by_value=by_value, **activations
+                mask=batch.observed, thresholds=np.array(THRESHOLDS), units=units, by=counted_by(dtype), **activations
             )
             assert_close(result.stats[index, site], expected, rtol=1e-9, angle_atol=1e-7)
 

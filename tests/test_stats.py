@@ -10,10 +10,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Float64, assert_close, oracle_bins, oracle_stats
+from oracle import By, Float64, assert_close, oracle_bins, oracle_cuts, oracle_stats
 
 from avss_dist.config import THRESHOLDS
-from avss_dist.histogram import HISTOGRAM_BINS, HISTOGRAM_EDGES, histogram_below, histogram_bin
+from avss_dist.histogram import (
+    CUTS,
+    HISTOGRAM_BINS,
+    HISTOGRAM_EDGES,
+    histogram_below,
+    histogram_bin,
+    next_cut,
+    values_of_cuts,
+)
 from avss_dist.stats import (
     LayerStats,
     ShardResult,
@@ -34,12 +42,12 @@ laws = settings(max_examples=60, deadline=None, derandomize=True)
 class Sample:
     """Activations x[sequences, tokens, units] with a mask, a block input, and NaN, inf and outliers in both.
 
-    Every other one is counted by value, as 16-bit activations are.
+    Every other one is counted by value, as 16-bit activations are, the others as float32 ones.
     """
 
     def __init__(self, seed: int, sequences: int = 6, tokens: int = 4, oddities: float = 0.05) -> None:
         rng = np.random.default_rng(seed)
-        self.by_value = seed % 2 == 0
+        self.by: By = "cut" if seed % 2 else "value"
         shape = (sequences, tokens, UNITS)
         self.before, self.x = (self._values(rng, shape, oddities) for _ in range(2))
         self.mask = rng.random(shape[:2]) < 0.8
@@ -53,7 +61,7 @@ class Sample:
 
     def stats(self, rows: Sequence[int] | slice = slice(None)) -> LayerStats:
         x, before, update = (a[rows].astype(np.float64) for a in (self.x, self.before, self.update))
-        return oracle_stats(x, self.mask[rows], GRID, units=True, by_value=self.by_value, before=before, update=update)
+        return oracle_stats(x, self.mask[rows], GRID, units=True, by=self.by, before=before, update=update)
 
 
 def sampled(seed: int) -> LayerStats:
@@ -216,8 +224,8 @@ def test_near_zero_below_an_edge_is_the_count_on_the_data() -> None:
         assert histogram_below(sample.stats().histogram, threshold) == (sizes < threshold).sum()
 
 
-def of_values(values: Float64, *, by_value: bool, thresholds: Float64 = GRID) -> LayerStats:
-    return oracle_stats(values[None, :, None], np.ones((1, len(values)), bool), thresholds, by_value=by_value)
+def of_values(values: Float64, by: By, thresholds: Float64 = GRID) -> LayerStats:
+    return oracle_stats(values[None, :, None], np.ones((1, len(values)), bool), thresholds, by=by)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1e-45, 1e-3, 0.0301, 0.6875, 0.7, 40.0, 1e300, np.inf, np.nan, -1.0])
@@ -225,24 +233,53 @@ def test_below_any_threshold_is_exact_where_values_are_counted(threshold: float)
     """Sums on a coarse grid, as those of 16-bit numbers are, 0.03125 apart: bins of 0.0301 and 0.7 hold little else."""
     values = np.round(np.random.default_rng(0).normal(size=5000) * 32) / 32
     exact = (np.abs(values) < threshold).sum()
-    assert of_values(values, by_value=True).below(threshold) == (exact, exact, exact)
-    found = of_values(values, by_value=False).below(threshold)
+    assert of_values(values, "value").below(threshold) == (exact, exact, exact)
+    found = of_values(values, "bin").below(threshold)
     assert found.low <= exact <= found.high and found.low <= found.near_zero <= found.high
     assert found.low == found.high or threshold in (0.0301, 0.7, 1e-45, 1e-3)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 1e-45, 1e-3, 0.03011, 0.6875, 0.69921875, 0.7, 40.0, 1e300, np.inf, np.nan])
+def test_below_a_threshold_is_exact_at_cuts_and_close_in_between(threshold: float) -> None:
+    values = np.random.default_rng(0).normal(size=50_000).astype(np.float32).astype(np.float64)
+    values[:9] = 0.0
+    exact = (np.abs(values) < threshold).sum()
+    found = of_values(values, "cut").below(threshold)
+    assert found.low <= exact <= found.high and found.low <= found.near_zero <= found.high
+    assert found.low == found.high or threshold in (0.03011, 0.7, 1e-45, 1e-3)
+    assert threshold < 0.01 or found.high - found.low <= 0.01 * exact
+    assert threshold < 0.01 or found.near_zero == pytest.approx(exact, rel=0.005)
+    coarse = of_values(values, "bin").below(threshold)
+    assert coarse.low <= found.low and found.high <= coarse.high
+
+
+def test_cuts_are_eight_significant_bits_of_every_size() -> None:
+    counts = np.zeros(CUTS, np.int64)
+    patterns = np.random.default_rng(0).integers(0, 0x7F800000, 10_000, dtype=np.uint32)
+    patterns[:3] = 0, 1, 0x7F7FFFFF
+    np.add.at(counts, patterns >> 16, 1)
+    values, often = values_of_cuts(counts)
+    want, wanted_often = np.unique(oracle_cuts(patterns.view(np.float32).astype(np.float64)), return_counts=True)
+    assert values.dtype == np.float32 and np.array_equal(values, want) and np.array_equal(often, wanted_often)
+    assert (next_cut(values)[:-1] <= values[1:]).all() and next_cut(values)[-1] == np.inf
+    widths = np.unique(
+        np.log2(next_cut(values[:-1]) - values[:-1]) - np.floor(np.log2(np.maximum(values[:-1], 2.0**-126)))
+    )
+    assert widths.tolist() == [-7]
+
+
 def test_below_a_counted_threshold_is_what_was_counted() -> None:
     values = np.random.default_rng(0).normal(size=5000)
-    counted = of_values(values, by_value=False, thresholds=np.array([0.0301, 0.7]))
+    counted = of_values(values, "cut", thresholds=np.array([0.0301, 0.7]))
     for threshold in (0.0301, 0.7):
         exact = (np.abs(values) < threshold).sum()
         assert counted.below(threshold) == (exact, exact, exact)
 
 
-@pytest.mark.parametrize("by_value", [True, False])
-def test_shares_below_a_cut_add_up_to_the_whole(by_value: bool) -> None:
+@pytest.mark.parametrize("by", ["value", "cut", "bin"])
+def test_shares_below_a_cut_add_up_to_the_whole(by: By) -> None:
     values = np.round(np.random.default_rng(0).normal(size=5000) * 32) / 32
-    stats = of_values(values, by_value=by_value)
+    stats = of_values(values, by)
     for threshold in (1e-3, 0.0301, 0.6875, 0.7, 100.0):
         below = histogram_below(stats.histogram, threshold, stats.share_below(threshold))
         assert below == pytest.approx(stats.below(threshold).near_zero, rel=1e-12)
@@ -252,9 +289,9 @@ def test_shares_below_a_cut_add_up_to_the_whole(by_value: bool) -> None:
 def test_half_counted_by_value_is_not_counted_by_value() -> None:
     """Should statistics with and without counts by value meet, none is made up."""
     values = np.random.default_rng(0).normal(size=(2, 500))
-    merged = of_values(values[0], by_value=True).merge(of_values(values[1], by_value=False))
+    merged = of_values(values[0], "value").merge(of_values(values[1], "bin"))
     assert not merged.has_every_value
-    assert merged.below(0.0301) == of_values(values.ravel(), by_value=False).below(0.0301)
+    assert merged.below(0.0301) == of_values(values.ravel(), "bin").below(0.0301)
 
 
 def float16_values() -> Float64:
@@ -274,7 +311,7 @@ def test_pattern_counts_suffice_for_every_elementwise_field(table: Callable[[], 
     patterns[: size // 4] = 0x8000  # -0.0
     counts = np.bincount(patterns, minlength=1 << 16)
     actual = LayerStats(thresholds=GRID, **stats_from_pattern_counts(counts, values, GRID))  # type: ignore[arg-type]
-    expected = oracle_stats(values[patterns][None, :, None], np.ones((1, size), bool), GRID, by_value=True)
+    expected = oracle_stats(values[patterns][None, :, None], np.ones((1, size), bool), GRID, by="value")
     assert size < 50_000 or (actual.nonfinite_count > 0 and actual.zero_count >= size // 4)
     assert_close(actual, replace(expected, sequence_count=0))
 

@@ -143,6 +143,7 @@ def layer_stats(draw: st.DrawFn) -> LayerStats:
     sizes = draw(st.sets(st.floats(0, width=32, allow_infinity=False), max_size=4))
     values["abs_value"] = np.array(sorted(sizes), np.float32)
     values["abs_value_count"] = np.array([draw(COUNTS) for _ in sizes], np.int64)
+    values["abs_value_cut"] = draw(st.booleans())
     units = draw(st.sampled_from([0, 3]))
     for name in ("unit_sum", "unit_sum_sq"):
         values[name] = np.array(draw(st.lists(FLOATS, min_size=units, max_size=units)), np.float64)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from oracle import Float64, oracle_stats
+from oracle import By, Float64, oracle_stats
 from typer.testing import CliRunner
 
 from avss_dist.cli import app
@@ -114,10 +114,10 @@ def activations(seed: int = 0, shards: int = 4, scales: Float64 = SCALES) -> Flo
     return np.where(small, 1e-7 * rng.choice([-1, 1], shape), x).astype(np.float32).astype(np.float64)
 
 
-def stats_of(x: Float64, site: str = "block", before: Float64 | None = None, *, by_value: bool = False) -> list[Stats]:
+def stats_of(x: Float64, site: str = "block", before: Float64 | None = None, *, by: By = "cut") -> list[Stats]:
     """Statistics by shard of x[shards, layers, sequences, tokens, units], and with ``before`` of the updates too.
 
-    ``by_value`` as of 16-bit activations.
+    Counted ``by``: see `oracle_stats`.
     """
     mask = np.ones(x.shape[2:4], bool)
     found: list[Stats] = []
@@ -125,7 +125,7 @@ def stats_of(x: Float64, site: str = "block", before: Float64 | None = None, *, 
         stats: Stats = {}
         for i, values in enumerate(shard):
             if before is None:
-                stats[i, site] = oracle_stats(values, mask, GRID, units=True, by_value=by_value)
+                stats[i, site] = oracle_stats(values, mask, GRID, units=True, by=by)
             else:
                 update = values - before[s, i]
                 stats[i, site] = oracle_stats(values, mask, GRID, units=True, before=before[s, i], update=update)

@@ -223,7 +223,7 @@ def _exactness(scores: list[dict[str, Any]], threshold: float | None) -> str:
         return "every count is exact."
     off = max(max(s["near_zero_high"] - k, k - s["near_zero_low"]) / k for s in cut if (k := s["near_zero_count"]))
     where = "" if threshold is None else " Exact: {:.10g} and {:.10g}.".format(*bin_edges(threshold))
-    said = f"{len(cut)} of {len(scores)} counts are interpolated inside a bin"
+    said = f"{len(cut)} of {len(scores)} counts are interpolated"
     return f"{said}, and off by {off:.0%} at the very most.{where}"
 
 

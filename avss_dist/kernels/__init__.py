@@ -3,7 +3,8 @@
 A backend (`Kernels`) adds one batch of one (layer, site) into an `Accumulator`: `kernels.cpu` runs compiled loops over
 threads, `kernels.generic` runs wherever torch does. `to_stats` turns accumulators into LayerStats, once per shard.
 
-For 16-bit floats the counts of the 65,536 bit patterns are a sufficient statistic of every elementwise field.
+For 16-bit floats the counts of the 65,536 bit patterns are a sufficient statistic of every elementwise field. Of
+float32 the upper halves of the patterns of abs(x) are counted, and the rest is summed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from avss_dist.histogram import HISTOGRAM_BINS
+from avss_dist.histogram import CUTS, HISTOGRAM_BINS, values_of_cuts
 from avss_dist.stats import Float64, LayerStats, stats_from_pattern_counts
 
 PATTERNS = 1 << 16
@@ -30,7 +31,7 @@ class Accumulator:
     Attributes:
         tensors: by name, all on one device.
             16-bit activations: ``patterns`` int32[65536], int64 once that could overflow.
-            float32: ``histogram`` int64[2048], ``near_zero`` int64[k], ``elements`` int64[3] (count, zeros, nonfinite),
+            float32: ``cuts`` int64[32768], ``near_zero`` int64[k], ``elements`` int64[3] (count, zeros, nonfinite),
             ``moments`` float64[2] (mean, m2), ``extremes`` float64[2].
             Always: ``sequences`` int64[1], ``pooled`` float64[1].
             Where units are kept: ``unit_count`` int64[1], ``unit_sums`` float64[2, units].
@@ -51,7 +52,7 @@ class Accumulator:
         self.tensors: Tensors = {"sequences": ints(1), "pooled": floats(1)}
         if like.dtype == torch.float32:
             self.tensors |= {
-                "histogram": ints(HISTOGRAM_BINS),
+                "cuts": ints(CUTS),
                 "near_zero": ints(len(thresholds)),
                 "elements": ints(3),
                 "moments": floats(2),
@@ -140,8 +141,12 @@ def _float32_fields(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     count, zeros, nonfinite = (int(n) for n in tensors["elements"])
     low, high = (float(v) for v in tensors["extremes"])
     mean, m2 = (float(v) for v in tensors["moments"])
+    abs_value, abs_value_count = values_of_cuts(tensors["cuts"])
     return {
-        "histogram": np.array(tensors["histogram"]),
+        "histogram": tensors["cuts"].reshape(HISTOGRAM_BINS, -1).sum(axis=1),
+        "abs_value": abs_value,
+        "abs_value_count": abs_value_count,
+        "abs_value_cut": True,
         "near_zero": np.array(tensors["near_zero"]),
         "count": count,
         "zero_count": zeros,

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from avss_dist.histogram import HISTOGRAM_BINS
 from avss_dist.kernels import PATTERNS, Accumulator, float32_limits, regions
 from avss_dist.kernels.threads import team
 
@@ -89,7 +88,6 @@ class _Scratch:
             "pooled": np.empty((rows, 1)),
             "angles": np.empty((rows, 2), np.int64),
             "geometry": np.empty((rows, 5)),
-            "histograms": np.empty((rows, HISTOGRAM_BINS), np.int64),
             "near_zeros": np.empty((rows, thresholds), np.int64),
             "elements": np.empty((rows, 3), np.int64),
             "moments": np.empty((rows, 4)),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from avss_dist.histogram import HISTOGRAM_SHIFT
+from avss_dist.histogram import CUT_SHIFT
 from avss_dist.kernels import Accumulator, Tensors, float32_limits
 from avss_dist.stats import Float64
 
@@ -44,7 +44,7 @@ class TorchKernels:
     def _float32(self, into: Tensors, thresholds: Float64, x: torch.Tensor, mask: torch.Tensor) -> None:
         sizes = x.view(torch.int32) & 0x7FFFFFFF
         finite = (sizes < 0x7F800000) & mask[:, None]
-        _count_into(into["histogram"], (sizes >> HISTOGRAM_SHIFT).to(torch.int64), finite)
+        _count_into(into["cuts"], (sizes >> CUT_SHIFT).to(torch.int64), finite)
         limits = torch.from_numpy(float32_limits(thresholds).view(np.int32)).to(x.device)
         into["near_zero"] += torch.stack([((sizes < limit) & finite).sum() for limit in limits])
         count = finite.sum()

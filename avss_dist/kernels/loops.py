@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from avss_dist.histogram import HISTOGRAM_SHIFT
+from avss_dist.histogram import CUT_SHIFT
 from avss_dist.kernels.intrinsics import pattern, prefetch, value
 
 _ABS32 = np.uint32(0x7FFFFFFF)
 _INF32 = np.uint32(0x7F800000)
-_SHIFT = np.uint32(HISTOGRAM_SHIFT)
+_SHIFT = np.uint32(CUT_SHIFT)
 _LINE, _AHEAD = 32, 1024  # elements: at most a cache line; how far ahead of its use memory is asked for
 
 _compiled = njit(nogil=True, cache=True, fastmath={"reassoc", "contract"}, error_model="numpy")
@@ -80,7 +80,7 @@ def measure_float32(
     start: int,
     stop: int,
     limits: Any,
-    histogram: Any,
+    counts: Any,
     near_zero: Any,
     elements: Any,
     moments: Any,
@@ -94,11 +94,12 @@ def measure_float32(
     Args:
         mask: bool[sequences, tokens].
         limits: uint32[k], pattern of the smallest float32 that is not below each threshold.
-        histogram, near_zero, elements, moments: see `_count_float32`, one row a sequence.
+        counts: uint32[65536], added to: by the upper half of the pattern of abs(x).
+        near_zero, elements, moments: see `_count_float32`, one row a sequence.
         sums, squares, tokens, pooled: as in `measure_patterns`.
     """
     for b in range(start, stop):
-        _count_float32(x[b], mask[b], limits, histogram[b], near_zero[b], elements[b], moments[b])
+        _count_float32(x[b], mask[b], limits, counts, near_zero[b], elements[b], moments[b])
         _sum_sequence(x[b], mask[b], elements[b, 2] == 0, sums[b], squares[b], tokens[b], pooled[b])
 
 
@@ -114,8 +115,8 @@ def _count_nonfinite(counts: Any, values: Any) -> int:
 
 @_compiled
 def flush_patterns(counts: Any, total: Any) -> None:
-    """Add uint32[65536] ``counts`` to int32 or int64[65536] ``total`` and clear them."""
-    for first in range(0, counts.shape[0], 64):
+    """Add uint32 ``counts`` to int32 or int64 ``total``, which may be shorter, and clear them."""
+    for first in range(0, total.shape[0], 64):
         here, all_here = counts[first : first + 64], total[first : first + 64]
         seen = np.uint32(0)
         for i in range(64):
@@ -127,10 +128,10 @@ def flush_patterns(counts: Any, total: Any) -> None:
 
 
 @_compiled
-def _count_float32(x: Any, mask: Any, limits: Any, histogram: Any, near_zero: Any, elements: Any, moments: Any) -> None:
+def _count_float32(x: Any, mask: Any, limits: Any, counts: Any, near_zero: Any, elements: Any, moments: Any) -> None:
     """Count and sum the elements of one sequence, float32[tokens, units].
 
-    Added to or written: histogram int64[2048]; near_zero int64[k]; elements int64[3] (count, zeros, nonfinite); moments
+    Added to or written: counts uint32[65536]; near_zero int64[k]; elements int64[3] (count, zeros, nonfinite); moments
     float64[4] (mean, m2, lowest, highest), merged token by token (Chan).
     """
     count = zeros = nonfinite = 0
@@ -150,7 +151,7 @@ def _count_float32(x: Any, mask: Any, limits: Any, histogram: Any, near_zero: An
             if size < _INF32:
                 finite += 1
                 total += value(row[j])
-                histogram[size >> _SHIFT] += 1
+                counts[size >> _SHIFT] += 1
                 if size == 0:
                     zeros += 1
         nonfinite += units - finite

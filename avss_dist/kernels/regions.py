@@ -20,15 +20,15 @@ FIELDS = (
     *("rows", "tokens", "units", "squared", "compared", "num_limits", "count_bytes"),
     *("raw", "x", "mask", "before", "update"),  # addresses: the tensors
     *("counts", "sums", "squares", "seen", "pooled"),  # by sequence, of `loops.measure_patterns`
-    *("limits", "histograms", "near_zeros", "elements", "moments"),  # by sequence, of `loops.measure_float32`
+    *("limits", "near_zeros", "elements", "moments"),  # by sequence, of `loops.measure_float32`
     *("angles", "geometry"),  # by sequence, of `loops.compare_tokens`
     *("all_sequences", "all_pooled", "all_unit_count", "all_unit_sums"),  # the tensors of an `Accumulator`
     *("all_tokens", "all_geometry", "all_input_moments", "all_patterns"),
-    *("all_histogram", "all_near_zero", "all_elements", "all_moments", "all_extremes"),
+    *("all_cuts", "all_near_zero", "all_elements", "all_moments", "all_extremes"),
 )
 CALL = np.dtype([(name, np.int64) for name in FIELDS])
 NEXT, ENTERED = FIELDS.index("next"), FIELDS.index("entered")
-PATTERNS, BINS = 1 << 16, 1 << 11
+PATTERNS, CUTS = 1 << 16, 1 << 15
 
 _compiled: Any = njit(nogil=True, cache=True, error_model="numpy")
 _c_function: Any = cfunc(types.void(types.CPointer(from_dtype(CALL))), cache=True)
@@ -44,13 +44,18 @@ def _sums(call: Any) -> Any:
 
 
 @_compiled
-def _counts(call: Any) -> Any:
-    """By sequence, of float32: histogram, near-zero counts, elements, moments."""
+def _counts(call: Any, thread: int) -> Any:
+    """Of one thread: uint32[65536]."""
+    return carray(at(call.counts + thread * PATTERNS * 4, np.uint32), PATTERNS)
+
+
+@_compiled
+def _elementwise(call: Any) -> Any:
+    """By sequence, of float32: near-zero counts, elements, moments."""
     rows = call.rows
-    histograms = carray(at(call.histograms, np.int64), (rows, BINS))
     near_zeros = carray(at(call.near_zeros, np.int64), (rows, call.num_limits))
     elements = carray(at(call.elements, np.int64), (rows, 3))
-    return histograms, near_zeros, elements, carray(at(call.moments, np.float64), (rows, 4))
+    return near_zeros, elements, carray(at(call.moments, np.float64), (rows, 4))
 
 
 @_compiled
@@ -75,7 +80,7 @@ def _measure_patterns(pointer: Any, kind: Any) -> None:
     raw, x = carray(at(call.raw, np.uint16), shape), carray(at(call.x, kind), shape)
     mask = carray(at(call.mask, np.uint8), (call.rows, call.tokens))
     sums, squares, seen, pooled = _sums(call)
-    counts = carray(at(call.counts + take(pointer, ENTERED) * PATTERNS * 4, np.uint32), PATTERNS)
+    counts = _counts(call, take(pointer, ENTERED))
     b = take(pointer, NEXT)
     while b < call.rows:
         sums[b], squares[b] = 0.0, 0.0
@@ -104,13 +109,14 @@ def measure_wide(pointer: Any) -> None:
     x = carray(at(call.x, np.float32), (call.rows, call.tokens, call.units))
     mask = carray(at(call.mask, np.uint8), (call.rows, call.tokens))
     limits = carray(at(call.limits, np.uint32), call.num_limits)
-    histograms, near_zeros, elements, moments = _counts(call)
+    near_zeros, elements, moments = _elementwise(call)
     sums, squares, seen, pooled = _sums(call)
+    counts = _counts(call, take(pointer, ENTERED))
     b = take(pointer, NEXT)
     while b < call.rows:
-        histograms[b], near_zeros[b], sums[b], squares[b] = 0, 0, 0.0, 0.0
-        counts = (histograms, near_zeros, elements, moments)
-        measure_float32(x, mask, b, b + 1, limits, *counts, sums, squares, seen, pooled)
+        near_zeros[b], sums[b], squares[b] = 0, 0.0, 0.0
+        measured = (near_zeros, elements, moments, sums, squares, seen, pooled)
+        measure_float32(x, mask, b, b + 1, limits, counts, *measured)
         if call.compared:
             _compare(call, np.float32, mask, b)
         b = take(pointer, NEXT)
@@ -155,7 +161,7 @@ def finish_patterns(pointer: Any) -> None:
     """Add what a region measured in a 16-bit tensor to the accumulator, and clear the threads' counts."""
     call = carray(pointer, 1)[0]
     for thread in range(call.entered):
-        counts = carray(at(call.counts + thread * PATTERNS * 4, np.uint32), PATTERNS)
+        counts = _counts(call, thread)
         if call.count_bytes == 4:
             flush_patterns(counts, carray(at(call.all_patterns, np.int32), PATTERNS))
         else:
@@ -165,15 +171,15 @@ def finish_patterns(pointer: Any) -> None:
 
 @_c_function
 def finish_wide(pointer: Any) -> None:
-    """Add what a region measured in a float32 tensor to the accumulator."""
+    """Add what a region measured in a float32 tensor to the accumulator, and clear the threads' counts."""
     call = carray(pointer, 1)[0]
-    histograms, near_zeros, elements, moments = _counts(call)
-    histogram = carray(at(call.all_histogram, np.int64), BINS)
+    for thread in range(call.entered):
+        flush_patterns(_counts(call, thread), carray(at(call.all_cuts, np.int64), CUTS))
+    near_zeros, elements, moments = _elementwise(call)
     near_zero = carray(at(call.all_near_zero, np.int64), call.num_limits)
     total, merged = carray(at(call.all_elements, np.int64), 3), carray(at(call.all_moments, np.float64), 2)
     extremes = carray(at(call.all_extremes, np.float64), 2)
     for b in range(call.rows):
-        histogram += histograms[b]
         near_zero += near_zeros[b]
         _merge(merged, total[0], elements[b, 0], moments[b, 0], moments[b, 1])
         total += elements[b]

@@ -135,7 +135,7 @@ def quantiles_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
         found = [row for row in rows if row["layer"] == layer]
         table.add_row(str(layer), *(Text(_quantile(row)) for row in found))
     exact = all(row["low"] == row["high"] for row in rows if row["low"] is not None)
-    within = "The truth lies in the same bin, eight of which are an octave: --format csv has its edges."
+    within = "The truth lies close by: --format csv has the edges between which it is."
     note = "Every one is exact: each value was counted." if exact else within
     return Group(table, Text(note))
 
