@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -578,11 +579,22 @@ def test_stopping_says_that_the_work_is_kept(tmp_path: Path, monkeypatch: pytest
     assert "run the same command again to finish" in result.stderr
 
 
-def test_a_closed_pipe_is_no_error(scored: Path) -> None:
-    command = f"{sys.executable} -m avss_dist.cli query {scored} 'FROM layer_stats, range(300)' --format json | head -1"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, timeout=60, check=False)
+@pytest.mark.parametrize(
+    ("command", "reader", "lines"),
+    [
+        ("query {} 'FROM layer_stats, range(300)' --format json", "head -1", 1),
+        ("query {} 'SELECT 1' --format csv", "true", 0),
+        ("findings {}", "true", 0),
+    ],
+)
+def test_a_closed_pipe_is_no_error(scored: Path, command: str, reader: str, lines: int) -> None:
+    line = f"{sys.executable} -m avss_dist.cli {command.format(scored)} | {reader}"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line], capture_output=True, timeout=60, check=False, env=environment
+    )
     assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout.count(b"\n") == 1
+    assert done.stdout.count(b"\n") == lines
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ def explained(command: Callable[..., int | None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             code = command(*args, **kwargs)
+            sys.stdout.flush()
         except AvssError as error:
             code = error.exit_code
             say(f"Error: {error}")
@@ -46,7 +47,7 @@ def explained(command: Callable[..., int | None]) -> Callable[..., None]:
             code = 130
             say("Stopped. Everything measured so far is kept; run the same command again to finish.")
         except BrokenPipeError:
-            sys.stderr.close()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
             code = 0
         raise typer.Exit(code or 0)
 
@@ -61,8 +62,12 @@ def console() -> Console:
     """Standard output; wide enough for a whole table where it is no terminal."""
     from rich.console import Console
 
-    terminal = Console(highlight=False)
-    return terminal if terminal.is_terminal else Console(highlight=False, width=132)
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # to `explained`
+
+    terminal = Piped(highlight=False)
+    return terminal if terminal.is_terminal else Piped(highlight=False, width=132)
 
 
 def _version(wanted: bool) -> None:
