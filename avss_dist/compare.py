@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from avss_dist.bar import tracked
 from avss_dist.config import LOWEST_SHARE, RIVALS, SCORES, describe_threshold
 from avss_dist.errors import QueryError, require_known
 from avss_dist.query import Warehouse
@@ -112,7 +114,7 @@ def compare(
         _require_comparable([profile.run for profile in found])
     if not pairs:
         raise QueryError(f"No two profiles differ in {by} alone.", _what_there_is(found, by))
-    rows = [{"by": by, **_compared(a, b, by, k, share)} for a, b in pairs]
+    rows = [{"by": by, **_compared(a, b, by, k, share)} for a, b in tracked(pairs, f"Comparing {len(pairs):,} pairs")]
     rows.sort(key=lambda row: -math.inf if math.isnan(row["spearman"]) else row["spearman"], reverse=True)
     return pa.Table.from_pylist(rows, SCHEMA)
 
@@ -182,8 +184,7 @@ def correlate(
     defined = n >= 3 and np.ptp(x) > 0 and np.ptp(y) > 0
     order_x, order_y = np.argsort(x, kind="stable"), np.argsort(y, kind="stable")
     shared = len(set(order_x[:size]) & set(order_y[:size]))
-    chance = stats.hypergeom(n, size, size)
-    overlaps = np.arange(size + 1)
+    jaccard_by_chance, at_least = _by_chance(n, size)
     return {
         "layers": n,
         "interpolated": interpolated,
@@ -193,9 +194,18 @@ def correlate(
         "kendall": float(stats.kendalltau(x, y).statistic) if defined else NOTHING,
         "rbo": rank_biased_overlap(order_x, order_y) if defined else NOTHING,
         "jaccard": shared / (2 * size - shared),
-        "jaccard_by_chance": float((chance.pmf(overlaps) * overlaps / (2 * size - overlaps)).sum()),
-        "p_by_chance": float(chance.sf(shared - 1)),
+        "jaccard_by_chance": jaccard_by_chance,
+        "p_by_chance": float(at_least[shared]),
     }
+
+
+@cache
+def _by_chance(layers: int, size: int) -> tuple[float, Float64]:
+    """Of two random sets of ``size`` layers: the expected Jaccard index, and how often 0, 1, ... or more are shared."""
+    from scipy.stats import hypergeom
+
+    overlaps, chance = np.arange(size + 1), hypergeom(layers, size, size)
+    return float((chance.pmf(overlaps) * overlaps / (2 * size - overlaps)).sum()), chance.sf(overlaps - 1)
 
 
 def align(a: tuple[Float64, Float64], b: tuple[Float64, Float64]) -> tuple[Float64, Float64, bool]:

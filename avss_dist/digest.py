@@ -11,8 +11,7 @@ import hashlib
 import json
 import os
 import secrets
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +22,7 @@ import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from avss_dist.bar import tracked
 from avss_dist.config import SCHEMA_VERSION
 
 PICKED_BY = {"runs": [], "scores": ["site", "recipe", "threshold_kind", "threshold"]}
@@ -60,7 +60,7 @@ def digest(
             part.unlink(missing_ok=True)
     missing = sorted(files.keys() - copied)
     chunks = [missing[i : i + MOST] for i in range(0, len(missing), MOST) if len(missing) - i >= FEWEST]
-    for chunk in _shown(chunks, f"Copying the {name} of {len(missing):,} runs, once"):
+    for chunk in tracked(chunks, f"Copying the {name} of {len(missing):,} runs, once"):
         holds = {path: files[path] for path in chunk}
         written = _write(folder, name, read(name, holds), holds)
         if written is None:
@@ -70,16 +70,6 @@ def digest(
     left = sorted(files.keys() - copied)
     dataset = ds.dataset([str(part) for part in parts], schema, "parquet", pafs.LocalFileSystem()) if parts else None
     return dataset, {path: files[path] for path in left}
-
-
-def _shown(chunks: list[list[str]], what: str) -> Iterable[list[str]]:
-    """With a bar where somebody looks: thousands of files take seconds."""
-    if not chunks or not sys.stderr.isatty():
-        return chunks
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(chunks, what, console=Console(stderr=True), transient=True)
 
 
 def _cache() -> Path:

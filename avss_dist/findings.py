@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from avss_dist.bar import tracked
 from avss_dist.config import PUBLISHED_THRESHOLD, RECIPES, SITES, describe_threshold
 from avss_dist.query import Warehouse
 from avss_dist.scoring import NOISY_BELOW, Threshold, count_lowest, rank_lowest
@@ -68,7 +69,7 @@ def findings(
     for row in warehouse.table("scores", run_ids=names, columns=SCORES, where=where).sort_by("layer").to_pylist():
         scores[row["run_id"]].append(row)
     found = [{"run_id": name, **finding} for name in names for finding in _of_scores(scores[name], threshold)]
-    for name, table in warehouse.by_run("layer_stats", names, STATS):
+    for name, table in warehouse.stats_by_run(tracked(names, f"Findings of {len(names):,} runs"), STATS):
         found += [{"run_id": name, **finding} for finding in _of_stats(_stats(table), threshold)]
     found += _first_tokens(runs, scores)
     order: dict[str | None, int] = {None: 0, **{name: i for names in (SITES, RECIPES) for i, name in enumerate(names)}}
@@ -231,10 +232,8 @@ def _exact_zeros(site: str, rows: Rows, threshold: Threshold) -> Iterator[Row]:
 def _dominant_units(rows: Rows) -> Iterator[Row]:
     """Sums over units of (x - mean)^2, and of (unit mean - mean)^2, that one unit carries more than half of."""
     rows = [row for row in rows if row["unit_sum"].size and row["unit_count"]]
-    for recipe, shares in (("pooled", _shares_of_means), ("element", _shares_of_elements), ("unit", _shares_of_means)):
-        largest = [
-            (float(np.max(s)), int(np.argmax(s)), row["layer"]) for row in rows if np.isfinite(s := shares(row)).all()
-        ]
+    of_means, of_elements = _largest_shares(rows, _shares_of_means), _largest_shares(rows, _shares_of_elements)
+    for recipe, largest in (("pooled", of_means), ("element", of_elements), ("unit", of_means)):
         over = [found for found in largest if found[0] > DOMINANT]
         if not over:
             continue
@@ -252,6 +251,12 @@ def _dominant_units(rows: Rows) -> Iterator[Row]:
         )
         severity = "warning" if len(over) > len(largest) / 2 else "note"
         yield _finding("dominant_unit", severity, share, message, recipe=recipe)
+
+
+def _largest_shares(rows: Rows, shares_of: Callable[[Mapping[str, Any]], Float64]) -> list[tuple[float, int, int]]:
+    """Share, unit and layer, where shares are defined."""
+    shares = [(shares_of(row), row["layer"]) for row in rows]
+    return [(float(np.max(s)), int(np.argmax(s)), layer) for s, layer in shares if np.isfinite(s).all()]
 
 
 def _shares_of_elements(row: Mapping[str, Any]) -> Float64:

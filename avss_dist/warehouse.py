@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -159,15 +159,19 @@ class Store:
         with _reading(f"{self.root}/{name}"):
             return dataset.to_table(wanted, filter=where)
 
-    def by_run(self, name: str, run_ids: Collection[str], columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
-        """As `table`, one run after the other: what one of them holds is in memory at a time."""
-        dataset = self.dataset(name)
+    def stats_by_run(self, run_ids: Iterable[str], columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
+        """Rows of ``layer_stats`` as `table` gives them, run after run: one of them is in memory at a time."""
+        dataset = self.dataset("layer_stats")
         if dataset is None:
             return
+        files: dict[str, list[ds.Fragment]] = {}
+        for file in dataset.get_fragments():
+            files.setdefault(ds.get_partition_keys(file.partition_expression)["run_id"], []).append(file)
         for run_id in run_ids:
-            with _reading(f"{self.root}/{name}"):
-                rows = dataset.to_table(list(columns), filter=pc.field("run_id") == run_id)
-            yield run_id, rows
+            with _reading(f"{self.root}/layer_stats"):
+                rows = [file.to_table(dataset.schema, list(columns)) for file in files.get(run_id, ())]
+            if rows:
+                yield run_id, pa.concat_tables(rows)
 
     def dataset(self, name: str) -> ds.Dataset | None:
         """Rows of whole runs in ``SCHEMAS[name]``, or None; every row of ``runs`` and of evaluations."""
