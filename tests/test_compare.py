@@ -15,11 +15,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from scipy import stats
-from warehouses import activations, avss, run_row, stats_of, write_measured, write_profiles, write_scores
+from warehouses import Terminal, activations, avss, run_row, stats_of, write_measured, write_profiles, write_scores
 
 from avss_dist.compare import SCHEMA, align, compare, correlate, rank_biased_overlap
 from avss_dist.config import PUBLISHED_THRESHOLD
 from avss_dist.errors import QueryError
+from avss_dist.findings import findings
 from avss_dist.query import Warehouse
 from avss_dist.report.compare import summary
 from avss_dist.scoring import Threshold
@@ -350,6 +351,17 @@ def test_a_threshold_that_no_run_counted(tmp_path: Path) -> None:
     result = avss("compare", tmp_path, "--threshold", 0.3, "--site", "block", "--recipe", "element")
     assert (result.exit_code, result.stderr) == (0, "")
     assert "by run  avss / block / element / |x| < 0.3" in result.stdout
+
+
+def test_progress_is_shown_where_somebody_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for run_id in ("a", "b", "c"):
+        write_measured(tmp_path, run_id, stats_of(activations()), 8)
+    for read, what in ((pairs, "Comparing 3 pairs"), (lambda root: findings(Warehouse(root)), "Findings of 3 runs")):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", terminal := Terminal())
+            read(tmp_path)
+        assert what in terminal.getvalue()
 
 
 def test_many_pairs_are_shown_from_both_ends(tmp_path: Path) -> None:

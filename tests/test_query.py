@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from warehouses import activations, avss, stats_of, write_measured, write_scores
+from warehouses import Terminal, activations, avss, stats_of, write_measured, write_scores
 
 from avss_dist import digest
 from avss_dist.columns import COLUMNS, TABLES_MEAN
@@ -374,11 +373,6 @@ def test_copies_hold_the_same_rows(many: Path, monkeypatch: pytest.MonkeyPatch) 
     for name, table in copied.items():
         order = [("run_id", "ascending"), *([("layer", "ascending")] if "layer" in table.column_names else [])]
         assert table.sort_by(order).equals(Warehouse(many).table(name).sort_by(order)), name
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def test_copying_is_shown_where_somebody_looks(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -29,6 +30,11 @@ def avss(*args: object) -> Any:
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def run_row(run_id: str, **columns: Any) -> dict[str, Any]:
