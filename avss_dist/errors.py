@@ -73,13 +73,16 @@ class BatchTooLarge(RunFailed):
     """A batch does not fit in memory."""
 
 
+FEW, MANY = 10, 40  # names that are told where there are many
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Say which names are valid, the most similar one first: ``did you mean 'block'?``."""
     names = [str(v) for v in valid]
     match = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
-    if match:
-        return f"Did you mean '{match[0]}'? Valid: {', '.join(names)}."
-    return f"Valid: {', '.join(names)}."
+    more = f" and {len(names) - FEW:,} more" if len(names) > MANY else ""
+    told = f"Valid: {', '.join(names[:FEW] if more else names)}{more}."
+    return f"Did you mean '{match[0]}'? {told}" if match else told
 
 
 def require_known(kind: str, name: str, valid: Iterable[str], error: type[AvssError] = ConfigError) -> str:

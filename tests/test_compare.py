@@ -353,6 +353,15 @@ def test_a_threshold_that_no_run_counted(tmp_path: Path) -> None:
     assert "by run  avss / block / element / |x| < 0.3" in result.stdout
 
 
+def test_of_many_runs_few_are_told(tmp_path: Path) -> None:
+    for i in range(41):
+        write_scores(tmp_path, f"tiny-{i:02d}", UP)
+    result = avss("compare", tmp_path, "--run", "tiny-007")
+    told = ", ".join(f"tiny-{i:02d}" for i in range(10))
+    assert result.exit_code == 2
+    assert result.stderr == f"Error: Unknown run 'tiny-007'.\nDid you mean 'tiny-07'? Valid: {told} and 31 more.\n"
+
+
 def test_progress_is_shown_where_somebody_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     for run_id in ("a", "b", "c"):
