@@ -2,11 +2,8 @@
 CREATE TEMP MACRO bin_edge(bin) AS
     CASE WHEN bin < 8 THEN bin * pow(2.0, -129) ELSE pow(2.0, bin // 8 - 127) * (1 + (bin % 8) / 8) END;
 
-CREATE TEMP MACRO bin_share(bin, threshold) AS
-    greatest(0, least(1, (threshold - bin_edge(bin)) / (bin_edge(bin + 1) - bin_edge(bin))));
-
 CREATE TEMP MACRO cut_width(value) AS
-    pow(2.0, floor(log2(greatest(value::DOUBLE, pow(2.0, -126)))) - 7);
+    pow(2.0, floor(log2(greatest(value, pow(2.0, -126)))) - 7);
 
 CREATE TEMP MACRO sparsity_at(value, kind := 'absolute') AS TABLE
 WITH placed AS (
@@ -14,29 +11,22 @@ WITH placed AS (
         ELSE error('kind is absolute or rms, not ' || kind) END AS absolute_threshold
     FROM layer_stats
 ),
-found AS (
-    SELECT *, near_zero[list_position(thresholds, absolute_threshold)]::DOUBLE AS counted,
-        CASE WHEN list_sum(abs_value_count) = count
-            THEN len(list_filter(abs_value, lambda v: v::DOUBLE < absolute_threshold)) END AS smaller
+binned AS (
+    SELECT *, coalesce(list_sum(abs_value_count) = count, false) AS by_value,
+        CASE WHEN by_value THEN abs_value::DOUBLE[] ELSE list_transform(histogram_bin, lambda b: bin_edge(b::INT)) END
+            AS edges,
+        CASE WHEN by_value THEN abs_value_count ELSE histogram_count END AS counts,
+        len(list_filter(edges, lambda e: e < absolute_threshold)) AS begun,
+        edges[begun] AS edge,
+        CASE WHEN NOT by_value THEN bin_edge(histogram_bin[begun]::INT + 1) - edge
+            WHEN abs_value_cut THEN cut_width(edge) ELSE 0 END AS width
     FROM placed
 ),
-shared AS (
-    SELECT *,
-        CASE WHEN smaller > 0 AND abs_value_cut
-            THEN least(1, (absolute_threshold - abs_value[smaller]) / cut_width(abs_value[smaller])) ELSE 1
-        END AS last_share,
-        CASE WHEN smaller IS NULL THEN list_transform(histogram_bin, lambda b: bin_share(b::INT, absolute_threshold))
-        END AS shares
-    FROM found
-),
 bounded AS (
-    SELECT *,
-        coalesce(counted, list_sum(abs_value_count[:smaller - (last_share < 1)::INT]),
-            list_dot_product(histogram_count::DOUBLE[], list_transform(shares, lambda s: floor(s))), 0)::DOUBLE AS low,
-        coalesce(counted, list_sum(abs_value_count[:smaller]),
-            list_dot_product(histogram_count::DOUBLE[], list_transform(shares, lambda s: ceil(s))), 0)::DOUBLE AS high,
-        coalesce(list_dot_product(histogram_count::DOUBLE[], shares), low + last_share * (high - low)) AS linear
-    FROM shared
+    SELECT *, near_zero[list_position(thresholds, absolute_threshold)] AS counted,
+        coalesce(counted, list_sum(counts[:begun - (absolute_threshold < edge + width)::INT]), 0)::DOUBLE AS low,
+        coalesce(counted, list_sum(counts[:begun]), 0)::DOUBLE AS high
+    FROM binned
 )
 SELECT
     run_id, model, revision, family, layer, layer_name, depth, site,
@@ -44,7 +34,7 @@ SELECT
     kind AS threshold_kind,
     absolute_threshold,
     count,
-    CASE WHEN low < high THEN linear ELSE low END AS near_zero_count,
+    CASE WHEN low < high THEN low + (absolute_threshold - edge) / width * (high - low) ELSE low END AS near_zero_count,
     near_zero_count / nullif(count, 0) AS sparsity,
     CASE WHEN low < high THEN 'interpolated' ELSE 'exact' END AS exactness,
     low AS near_zero_low,

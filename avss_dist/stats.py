@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from avss_dist.histogram import (
     HISTOGRAM_BINS,
+    HISTOGRAM_EDGES,
     Values,
     bin_edges,
     histogram_below,
@@ -167,34 +168,32 @@ class LayerStats:
         """Whether ``abs_value_count`` counts all elements."""
         return int(self.abs_value_count.sum()) == self.count
 
+    @property
+    def bins(self) -> tuple[Float64, Float64, Int64]:
+        """Between which abs(x) lie, ascending, and how many do: values if every one was counted, else the histogram."""
+        if self.has_every_value:
+            values = self.abs_value.astype(np.float64)
+            return values, next_cut(self.abs_value) if self.abs_value_cut else values, self.abs_value_count
+        filled = np.flatnonzero(self.histogram)
+        return HISTOGRAM_EDGES[filled], HISTOGRAM_EDGES[filled + 1], self.histogram[filled]
+
     def below(self, threshold: float) -> Below:
         """Elements with abs(x) < ``threshold``; 0 where that is NaN.
 
-        Exact where the threshold was counted, and where every value was and is whole; else at the edges of what values
-        are cut to, or of the histogram's bins. Elsewhere linear between these.
+        Exact where the threshold was counted, and at the edges of `bins`; elsewhere linear between these.
         """
         counted = np.flatnonzero(self.thresholds == threshold)
         if counted.size:
             return Below(*[float(self.near_zero[counted[0]])] * 3)
         if not threshold > 0:
             return Below(0.0, 0.0, 0.0)
-        if self.has_every_value:
-            return self._values_below(threshold)
-        edges = bin_edges(threshold)
-        low, high = (threshold, threshold) if threshold in edges else edges
-        return Below(*(float(histogram_below(self.histogram, at)) for at in (threshold, low, high)))
-
-    def _values_below(self, threshold: float) -> Below:
-        smaller = np.searchsorted(self.abs_value.astype(np.float64), threshold)
-        low = high = float(self.abs_value_count[:smaller].sum())
-        share = 1.0
-        if smaller and self.abs_value_cut:
-            last = self.abs_value[smaller - 1 : smaller]
-            edge, width = float(last[0]), float(next_cut(last)[0] - last[0])
-            if threshold < edge + width:
-                share = (threshold - edge) / width
-                low = float(self.abs_value_count[: smaller - 1].sum())
-        return Below(low + share * (high - low), low, high)
+        lows, highs, counts = self.bins
+        begun = np.searchsorted(lows, threshold)
+        high = float(counts[:begun].sum())
+        if not begun or highs[begun - 1] <= threshold:
+            return Below(high, high, high)
+        low, edge = float(counts[: begun - 1].sum()), lows[begun - 1]
+        return Below(low + float((threshold - edge) / (highs[begun - 1] - edge)) * (high - low), low, high)
 
     def share_below(self, threshold: float) -> float:
         """Of the elements in the histogram's bin that a threshold cuts, the share below it; 0 without elements."""

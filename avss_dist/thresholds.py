@@ -9,10 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from avss_dist.config import BOOTSTRAP_BLOCKS
-from avss_dist.histogram import HISTOGRAM_EDGES, next_cut
 from avss_dist.query import Warehouse
 from avss_dist.scoring import Threshold, score_run
-from avss_dist.stats import Float64, Int64, LayerKey, LayerStats, merge_blocks
+from avss_dist.stats import Float64, LayerKey, LayerStats, merge_blocks
 from avss_dist.warehouse import SCHEMAS
 
 EXACT, INTERPOLATED = "exact", "interpolated"
@@ -124,22 +123,13 @@ def quantiles_of(stats: LayerStats, shares: Sequence[float]) -> tuple[Float64, F
     wanted = np.asarray(shares, float) * stats.count
     if not stats.count:
         return (np.full(len(wanted), np.nan),) * 3
-    lows, highs, counts = _edges(stats)
+    lows, highs, counts = stats.bins
     upto = np.cumsum(counts)
     at = np.minimum(np.searchsorted(upto, wanted), len(upto) - 1)
     low, high = lows[at], np.minimum(highs[at], stats.max_abs)
     value = low + (high - low) * np.clip((wanted - upto[at]) / counts[at] + 1, 0, 1)
     nothing = wanted <= stats.zero_count
     return np.where(nothing, 0.0, value), np.where(nothing, 0.0, low), np.where(nothing, 0.0, high)
-
-
-def _edges(stats: LayerStats) -> tuple[Float64, Float64, Int64]:
-    """Between which abs(x) lie, ascending, and how many do."""
-    if stats.has_every_value:
-        values = stats.abs_value.astype(np.float64)
-        return values, next_cut(stats.abs_value) if stats.abs_value_cut else values, stats.abs_value_count
-    filled = np.flatnonzero(stats.histogram)
-    return HISTOGRAM_EDGES[filled], HISTOGRAM_EDGES[filled + 1], stats.histogram[filled]
 
 
 def _layer_names(warehouse: Warehouse, run: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, from_dtype, njit, types
 
+from avss_dist.histogram import CUTS
 from avss_dist.kernels.intrinsics import at, take
 from avss_dist.kernels.loops import compare_tokens, flush_patterns, measure_float32, measure_patterns
 
@@ -28,7 +29,7 @@ FIELDS = (
 )
 CALL = np.dtype([(name, np.int64) for name in FIELDS])
 NEXT, ENTERED = FIELDS.index("next"), FIELDS.index("entered")
-PATTERNS, CUTS = 1 << 16, 1 << 15
+PATTERNS = 1 << 16
 
 _compiled: Any = njit(nogil=True, cache=True, error_model="numpy")
 _c_function: Any = cfunc(types.void(types.CPointer(from_dtype(CALL))), cache=True)
