@@ -206,6 +206,11 @@ def parse_bytes(text: str) -> int:
     return int(number * (1024 if match[3] else 1000) ** ("kmgt".find(match[2]) + 1 if match[2] else 0))
 
 
+def last_part(path: object) -> str:
+    """The end of a path, which people know it by."""
+    return str(path).rstrip("/").rpartition("/")[2]
+
+
 def describe_bytes(size: float) -> str:
     """The inverse of `parse_bytes`, for people: ``269 MB``."""
     for unit, power in (("TB", 12), ("GB", 9), ("MB", 6)):

@@ -11,6 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from avss_dist.config import last_part
+
 MOST_PAIRS = 40  # shown on a terminal
 FEW = 3  # runs that a finding names, and messages of one kind, before they are only counted
 COLOR = {"warning": "yellow", "note": "dim"}
@@ -47,7 +49,7 @@ def _labels(row: Mapping[str, Any], within: bool) -> list[str]:
 
 def short_name(text: str) -> str:
     """A local path as its last part; anything else, such as a hub id, as it is."""
-    return text.rstrip("/").rpartition("/")[2] if text.startswith(("/", "./", "../", "~")) else text
+    return last_part(text) if text.startswith(("/", "./", "../", "~")) else text
 
 
 def _numbers(row: Mapping[str, Any]) -> list[str]:

@@ -19,10 +19,11 @@ from markupsafe import Markup
 
 from avss_dist import __version__
 from avss_dist.compare import CONDITIONS
+from avss_dist.config import last_part
 from avss_dist.errors import AvssError
 from avss_dist.findings import findings
 from avss_dist.report.page_charts import page_charts
-from avss_dist.report.page_data import last_part, page_data
+from avss_dist.report.page_data import page_data
 from avss_dist.report.page_experiments import experiments
 
 if TYPE_CHECKING:

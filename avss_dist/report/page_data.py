@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from avss_dist.config import PUBLISHED_THRESHOLD, RECIPES, SITES, describe_threshold
+from avss_dist.config import PUBLISHED_THRESHOLD, RECIPES, SITES, describe_threshold, last_part
 from avss_dist.report.chart import RIVALS
 from avss_dist.scoring import count_lowest
 
@@ -118,11 +118,6 @@ def run_labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
             for label, value in zip(labels, detail, strict=True)
         ]
     return labels
-
-
-def last_part(path: object) -> str:
-    """The end of a path, which people know it by."""
-    return str(path).rstrip("/").rpartition("/")[2]
 
 
 def rounded(column: pa.ChunkedArray, digits: int = DIGITS) -> list[Any]:

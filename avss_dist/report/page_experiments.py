@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import altair as alt
 import vl_convert
 
-from avss_dist.config import LOSS
-from avss_dist.report.page_data import last_part
+from avss_dist.config import LOSS, last_part
 from avss_dist.verdict import CLAIMED_KEPT, WHOLE, kept_by_guess, primary_metric, shown_value, verdicts
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from rich import progress as rich_progress
 from rich.console import Console
 from rich.text import Text
 
+from avss_dist.config import last_part
 from avss_dist.report.estimate import describe_seconds
 
 if TYPE_CHECKING:
@@ -183,4 +184,4 @@ class Log:
 
 def _short(name: str) -> str:
     """The ends of the paths of a model and of a corpus."""
-    return " on ".join(path.rstrip("/").rpartition("/")[2] for path in name.split(" on "))[:60]
+    return " on ".join(last_part(path) for path in name.split(" on "))[:60]
