@@ -1,24 +1,24 @@
 """avss_dist: which layers of a language model matter. Measure once, on many GPUs; compare with a query.
 
-Where things are, from the top down::
+Rooms, from the top down; each package's own docstring says what is in it, and imports only go down::
 
-    cli        the command line: parse, call, print
-    run        score one, several, or a job file's
-    driver     all runs over one pool of workers;  planner  before it;  attempt  after it;  preview  what it would do
-    report     tables and pictures of what was scored
-    executors  local (this process) and ray (a cluster)
-    compare    how far rankings agree;  findings  what to know before believing them
-    thresholds scores at any threshold, quantiles
-    query      SQL over the warehouse;  digest  copies that make it fast;  columns  what every column means
-    jobs       job files;  nodes  YAML that knows its lines
-    worker     one shard through one replica
-    observe    hooks -> accumulators -> LayerStats;  kernels  the reductions
-    partition  how one model copy is spread over devices
-    checkpoints  find a checkpoint, pin its content;  models  open it;  structure  find its layers and sites
-    corpus     documents -> token rows -> shards;  sources  where text comes from
-    warehouse  the Parquet contract
-    scoring    LayerStats -> AVSS and its rivals;  stats  what is measured
-    config     settings and defaults;  errors  errors for people
+    cli          the command line: parse, call, print
+    report       terminal tables, the page, pictures, exports
+    estimate     memory and time before anything is loaded
+    evaluation   what models and plans are worth: evaluate, ablate, experiment
+    runs         from a request to the warehouse: job files, planning, driving, submission
+    executors    who does the work: this process, or Ray workers
+    measure      one shard: hooks -> kernels -> LayerStats
+    analysis     compare, findings, thresholds, score card, verdict
+    partition    how one replica is spread over devices
+    tasks        what a model can be asked
+    pruning      plans, methods that choose layers, the pruned checkpoint
+    models       checkpoints, loading, layers and sites, sizes, skipped layers
+    warehouse    the Parquet contract: schema, store, reader (SQL), cache
+    corpus       documents -> token rows -> shards
+    stats        LayerStats and its merge, scores, rankings
+    system       devices, memory, versions, doctor
+    settings     every default; text: sizes and thresholds in words; errors: errors for people
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from avss_dist.query import Warehouse
-    from avss_dist.run import Run, score, score_all
+    from avss_dist.runs.api import Run, score, score_all
+    from avss_dist.warehouse.reader import Warehouse
 
 __version__ = "0.1.0"
 __all__ = ["Run", "Warehouse", "__version__", "score", "score_all"]
 
-_HOMES = {"Run": "run", "Warehouse": "query", "score": "run", "score_all": "run"}
+_HOMES = {"Run": "runs.run", "Warehouse": "warehouse.reader", "score": "runs.api", "score_all": "runs.api"}
 
 
 def __getattr__(name: str) -> Any:

@@ -73,6 +73,15 @@ class BatchTooLarge(RunFailed):
     """A batch does not fit in memory."""
 
 
+def as_failure(error: Exception) -> AvssError:
+    """An error as a run's end: a model's own code can raise anything, and must not stop the other models."""
+    if isinstance(error, AvssError):
+        return error
+    failure = RunFailed(f"{type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
+
+
 FEW, MANY = 10, 40  # names that are told where there are many
 
 

@@ -7,17 +7,14 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.checkpoints import LAYERS, VOCABULARY, llama, save_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112  (processes that no test uses)
-
-VOCABULARY = 320
-LAYERS = 3
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,47 +32,9 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield cache
 
 
-def save_tokenizer(folder: Path) -> Path:
-    """A byte-level BPE tokenizer of 320 tokens that ends in ``<eos>``, trained on Python's help topics."""
-    from pydoc_data.topics import topics
-
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([topics[name] for name in sorted(topics)[:20]], trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    ).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """This process and those that it starts compute with one thread, as the laws ask: same threads, same bytes."""
-    import torch
-
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -90,27 +49,6 @@ def save_checkpoint(tokenizer_folder: Path) -> Callable[[Any, Path], Path]:
         return folder
 
     return save
-
-
-def llama(seed: int = 0, **changes: Any) -> Any:
-    """A seeded random Llama of 3 layers and 32 units."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return LlamaForCausalLM(LlamaConfig(**sizes | changes))
 
 
 @pytest.fixture(scope="session")
@@ -154,7 +92,7 @@ def run_avss() -> Callable[..., subprocess.CompletedProcess[str]]:
         *args: object, env: dict[str, str] | None = None, timeout: float = 120, **options: Any
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "avss_dist.cli", *map(str, args)],
+            [sys.executable, "-m", "avss_dist", *map(str, args)],
             env={**os.environ, **(env or {})},
             timeout=timeout,
             **{"capture_output": True, "text": True, "check": False, **options},

@@ -24,8 +24,8 @@ from avss_dist.cli.options import (
     SequenceLengthOption,
     ShardOption,
 )
-from avss_dist.config import Execution, Settings
 from avss_dist.errors import require_known
+from avss_dist.settings import Execution, Settings
 
 DEFAULTS, EXECUTION = Settings(), Execution()
 
@@ -72,10 +72,10 @@ def ablate(
     options |= {"leave_one_out": not no_leave_one_out, "truncation": not no_truncation}
     require_known("format", format, ("table", "json", "csv"))
 
-    from avss_dist.ablate import ablate as run
-    from avss_dist.report.ablation import ablation_rows, ablation_table
+    from avss_dist.evaluation.ablate import ablate as run
     from avss_dist.report.output import write_table
-    from avss_dist.report.progress import CellProgress
+    from avss_dist.report.terminal.ablation import ablation_rows, ablation_table
+    from avss_dist.report.terminal.progress import CellProgress
 
     with CellProgress() as progress:
         found = run(model, reporter=progress, **options)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from avss_dist.config import RECIPES, SITES, parse_threshold
 from avss_dist.errors import QueryError, nearest, require_known
+from avss_dist.settings import RECIPES, SITES
+from avss_dist.text import parse_threshold
 
 if TYPE_CHECKING:
-    from avss_dist.query import Warehouse
-    from avss_dist.scoring import Threshold
+    from avss_dist.stats.scores import Threshold
+    from avss_dist.warehouse.reader import Warehouse
 
 
 def choose_runs(warehouse: Warehouse, names: list[str], *, every: bool = False) -> list[dict[str, Any]]:
@@ -71,7 +72,7 @@ def require_place(site: str, recipe: str) -> None:
 
 def choose_threshold(text: str) -> Threshold:
     """``1e-5``, or ``0.1rms``, as scoring has it."""
-    from avss_dist.scoring import Threshold
+    from avss_dist.stats.scores import Threshold
 
     value, kind = parse_threshold(text)
     return Threshold(value=value, kind=kind)

@@ -9,16 +9,10 @@ import typer
 
 from avss_dist.cli.base import console, explained
 from avss_dist.cli.choose import choose_runs, choose_scores, choose_threshold, require_place
-from avss_dist.cli.options import (
-    EveryRunOption,
-    RecipeOption,
-    RunsOption,
-    SiteOption,
-    ThresholdOption,
-    WarehousePath,
-)
-from avss_dist.config import LOWEST_SHARE, PUBLISHED_THRESHOLD, RECIPES, SCORES, SITES, describe_threshold
+from avss_dist.cli.options import EveryRunOption, RecipeOption, RunsOption, SiteOption, ThresholdOption, WarehousePath
 from avss_dist.errors import ConfigError, QueryError, require_known
+from avss_dist.settings import LOWEST_SHARE, PUBLISHED_THRESHOLD, RECIPES, SCORES, SITES
+from avss_dist.text import describe_threshold
 
 FORMATS = ("table", "csv", "json")
 KINDS = ("csv", "json", "latex", "markdown")
@@ -52,11 +46,11 @@ def compare(
     """Say how far the rankings of layers agree, and what to know before believing them."""
     require_known("format", format, FORMATS)
     require_place(site, recipe)
-    from avss_dist.compare import compare as compare_runs
-    from avss_dist.findings import findings as find
-    from avss_dist.query import Warehouse
-    from avss_dist.report.compare import findings_table, pairs_table
+    from avss_dist.analysis.compare import compare as compare_runs
+    from avss_dist.analysis.findings import findings as find
     from avss_dist.report.output import write_table
+    from avss_dist.report.terminal.compare import findings_table, pairs_table
+    from avss_dist.warehouse.reader import Warehouse
 
     opened = Warehouse(warehouse)
     names = [row["run_id"] for row in choose_runs(opened, run or [], every=True)]
@@ -94,10 +88,10 @@ def findings(
     """Say what a careful reader would warn of: scores that track depth, noise, rounding, single units, and so on."""
     require_known("format", format, FORMATS)
     require_place(site, recipe)
-    from avss_dist.findings import findings as find
-    from avss_dist.query import Warehouse
-    from avss_dist.report.compare import findings_table
+    from avss_dist.analysis.findings import findings as find
     from avss_dist.report.output import write_table
+    from avss_dist.report.terminal.compare import findings_table
+    from avss_dist.warehouse.reader import Warehouse
 
     opened = Warehouse(warehouse)
     names = [row["run_id"] for row in choose_runs(opened, run or [], every=True)]
@@ -125,10 +119,10 @@ def scores(
     require_place(site, recipe)
     import pyarrow.compute as pc
 
-    from avss_dist.query import Warehouse
+    from avss_dist.analysis.thresholds import scores_at
     from avss_dist.report.output import write_table
-    from avss_dist.report.table import layer_table
-    from avss_dist.thresholds import scores_at
+    from avss_dist.report.terminal.scores import layer_table
+    from avss_dist.warehouse.reader import Warehouse
 
     opened = Warehouse(warehouse)
     runs = choose_runs(opened, run or [])
@@ -166,10 +160,10 @@ def quantiles(
     for share in shares:
         if not 0 <= share <= 1:
             raise ConfigError(f"{share:g} is not a share.", "Write a number from 0 to 1.")
-    from avss_dist.query import Warehouse
-    from avss_dist.report.compare import quantiles_table
+    from avss_dist.analysis.thresholds import quantiles as find
     from avss_dist.report.output import write_table
-    from avss_dist.thresholds import quantiles as find
+    from avss_dist.report.terminal.compare import quantiles_table
+    from avss_dist.warehouse.reader import Warehouse
 
     opened = Warehouse(warehouse)
     runs = choose_runs(opened, run or [])
@@ -197,8 +191,8 @@ def export(
 ) -> None:
     """Write scores by layer as a table for a paper."""
     require_known("--to", to, KINDS)
-    from avss_dist.query import Warehouse
     from avss_dist.report.export import export_text
+    from avss_dist.warehouse.reader import Warehouse
 
     opened = Warehouse(warehouse)
     runs = choose_runs(opened, run or [])
@@ -215,8 +209,8 @@ def export(
 
 def _exactness(scores: list[dict[str, Any]], threshold: float | None) -> str:
     """How far near-zero counts are known, and where they would be exact."""
-    from avss_dist.histogram import bin_edges
-    from avss_dist.thresholds import INTERPOLATED
+    from avss_dist.analysis.thresholds import INTERPOLATED
+    from avss_dist.stats.histogram import bin_edges
 
     cut = [s for s in scores if s["exactness"] == INTERPOLATED]
     if not cut:

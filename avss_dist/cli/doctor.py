@@ -8,7 +8,7 @@ from avss_dist.cli.base import console, explained
 @explained
 def doctor() -> int:
     """Say what works here: devices, Ray, DeepSpeed, versions."""
-    from avss_dist.report.doctor import findings
+    from avss_dist.system.doctor import findings
 
     out = console()
     works = True

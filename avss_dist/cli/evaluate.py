@@ -23,8 +23,8 @@ from avss_dist.cli.options import (
     SequenceLengthOption,
     ShardOption,
 )
-from avss_dist.config import Execution, Settings
 from avss_dist.errors import require_known
+from avss_dist.settings import Execution, Settings
 
 DEFAULTS, EXECUTION = Settings(), Execution()
 
@@ -65,10 +65,10 @@ def evaluate(
     }
     require_known("format", format, ("table", "json", "csv"))
 
-    from avss_dist.evaluate import evaluate as run
-    from avss_dist.report.evaluation import evaluation_rows, evaluation_table
+    from avss_dist.evaluation.evaluate import evaluate as run
     from avss_dist.report.output import write_table
-    from avss_dist.report.progress import CellProgress
+    from avss_dist.report.terminal.evaluation import evaluation_rows, evaluation_table
+    from avss_dist.report.terminal.progress import CellProgress
 
     with CellProgress() as progress:
         found = run(subjects, tasks=task, warehouse=warehouse, reporter=progress, **options)

@@ -11,8 +11,8 @@ from avss_dist.cli.base import console, explained
 from avss_dist.cli.choose import choose_runs
 from avss_dist.cli.jobs import JobPath, require_experiment
 from avss_dist.cli.options import EveryRunOption, FreshOption, ReplicasOption, WarehousePath
-from avss_dist.config import EXECUTORS
 from avss_dist.errors import require_known
+from avss_dist.settings import EXECUTORS
 
 FORMATS = ("table", "csv", "json")
 
@@ -36,17 +36,17 @@ def experiment(
     given = {"executor": executor, "replicas": replicas, "address": address, "fresh": fresh or None}
     options = {name: value for name, value in given.items() if value is not None}
 
-    from avss_dist.jobs import read_job
+    from avss_dist.runs.job_file import read_job
 
     read = read_job(job)
     require_experiment(read)
 
     import pyarrow as pa
 
-    from avss_dist.experiment import run_experiment
-    from avss_dist.report.experiment import experiment_tables
+    from avss_dist.evaluation.experiment import run_experiment
     from avss_dist.report.output import write_table
-    from avss_dist.report.progress import CellProgress, Log, Progress
+    from avss_dist.report.terminal.experiment import experiment_tables
+    from avss_dist.report.terminal.progress import CellProgress, Log, Progress
 
     with Progress() if sys.stderr.isatty() else Log(len(read.specs)) as reporter:
         runs, rows = run_experiment(
@@ -71,10 +71,10 @@ def scorecard(
 ) -> None:
     """Compare every score of runs with the ground truth: which would have told which layers can go."""
     require_known("format", format, FORMATS)
-    from avss_dist.query import Warehouse
+    from avss_dist.analysis.scorecard import best_readings, score_cards
     from avss_dist.report.output import write_table
-    from avss_dist.report.scorecard import scorecard_tables
-    from avss_dist.scorecard import best_readings, score_cards
+    from avss_dist.report.terminal.scorecard import scorecard_tables
+    from avss_dist.warehouse.reader import Warehouse
 
     opened = Warehouse(warehouse)
     cards = score_cards(opened, choose_runs(opened, run or [], every=True))

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from avss_dist.cli.base import console, explained, say
-from avss_dist.config import EXECUTORS
 from avss_dist.errors import ConfigError, require_known
+from avss_dist.settings import EXECUTORS
 
 if TYPE_CHECKING:
-    from avss_dist.jobs import JobFile
-    from avss_dist.run import Run
+    from avss_dist.runs.api import Run
+    from avss_dist.runs.job_file import JobFile
 
 JobPath = Annotated[str, typer.Argument(metavar="JOB.yaml", help="A job file; jobs/README.md explains its keys.")]
 JobId = Annotated[str, typer.Argument(help="What avss submit printed, and avss status lists.")]
@@ -38,15 +38,15 @@ def run(
     given = {"executor": executor, "replicas": replicas, "address": address, "fresh": fresh or None}
     options = {name: value for name, value in given.items() if value is not None}
 
-    from avss_dist.jobs import read_job
+    from avss_dist.runs.job_file import read_job
 
     read = read_job(job)
     return _preview(read, options) if dry_run else _run(read, options)
 
 
 def _preview(job: JobFile, options: dict[str, Any]) -> int:
-    from avss_dist.report.plan import plan_table
-    from avss_dist.run import preview_job
+    from avss_dist.report.terminal.plan import plan_table
+    from avss_dist.runs.api import preview_job
 
     previews = preview_job(job, **options)
     console().print(plan_table(previews, job.warehouse))
@@ -54,8 +54,8 @@ def _preview(job: JobFile, options: dict[str, Any]) -> int:
 
 
 def _run(job: JobFile, options: dict[str, Any]) -> int:
-    from avss_dist.report.progress import Log, Progress
-    from avss_dist.run import run_job
+    from avss_dist.report.terminal.progress import Log, Progress
+    from avss_dist.runs.api import run_job
 
     with Progress() if sys.stderr.isatty() else Log(len(job.specs)) as reporter:
         runs = run_job(job, reporter=reporter, **options)
@@ -89,8 +89,8 @@ def submit(
     follow: FollowOption = False,
 ) -> int:
     """Submit a job file to a Ray cluster, where avss run takes it; the cluster needs avss_dist and the models."""
-    from avss_dist.executors.submission import Cluster
-    from avss_dist.jobs import read_job
+    from avss_dist.runs.job_file import read_job
+    from avss_dist.runs.submission import Cluster
 
     read = read_job(job, expand=False)
     if experiment:
@@ -111,8 +111,8 @@ def status(
     address: Head, job_id: Annotated[str | None, typer.Argument(help="One job; all of them if left out.")] = None
 ) -> int:
     """Say how submitted jobs stand."""
-    from avss_dist.executors.submission import Cluster
-    from avss_dist.report.table import plain_table
+    from avss_dist.report.terminal.scores import plain_table
+    from avss_dist.runs.submission import Cluster
 
     cluster = Cluster(address)
     jobs = [cluster.job(job_id)] if job_id else cluster.jobs()
@@ -124,7 +124,7 @@ def status(
 @explained
 def logs(job_id: JobId, address: Head, follow: FollowOption = False) -> int:
     """Print the log of a submitted job."""
-    from avss_dist.executors.submission import Cluster
+    from avss_dist.runs.submission import Cluster
 
     cluster = Cluster(address)
     if follow:
@@ -136,7 +136,7 @@ def logs(job_id: JobId, address: Head, follow: FollowOption = False) -> int:
 @explained
 def stop(job_id: JobId, address: Head) -> int:
     """Stop a submitted job; what it measured is kept, and submitting it again goes on from there."""
-    from avss_dist.executors.submission import Cluster
+    from avss_dist.runs.submission import Cluster
 
     print(f"{job_id}: {Cluster(address).stop(job_id)}")
     return 0

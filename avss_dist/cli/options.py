@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from avss_dist.config import RECIPES, SITES, parse_bytes, parse_threshold
 from avss_dist.errors import AvssError, ConfigError
+from avss_dist.settings import RECIPES, SITES
+from avss_dist.text import parse_bytes, parse_threshold
 
 WarehousePath = Annotated[str, typer.Argument(help="Warehouse: a folder, or an s3://, gs://, hdfs:// URI.")]
 CorpusOption = Annotated[

@@ -10,8 +10,9 @@ import typer
 from avss_dist.cli.base import explained
 from avss_dist.cli.choose import choose_runs, choose_scores
 from avss_dist.cli.options import CodeOption, RecipeOption, RunOption, SiteOption, ThresholdOption, WarehousePath
-from avss_dist.config import GROUND_TRUTH, PUBLISHED_THRESHOLD, RECIPES, SCORES, SITES, describe_bytes
 from avss_dist.errors import ConfigError, require_known
+from avss_dist.settings import GROUND_TRUTH, PUBLISHED_THRESHOLD, RECIPES, SCORES, SITES
+from avss_dist.text import describe_bytes
 
 FORMATS = ("plan", "mergekit")
 
@@ -38,9 +39,9 @@ def plan(
 ) -> None:
     """Choose the layers to drop from a run's scores, and write them down with the reason."""
     require_known("format", format, FORMATS)
-    from avss_dist.ground_truth import layer_truth
-    from avss_dist.plans import Choice, make_plan, mergekit_slices, write_text
-    from avss_dist.query import Warehouse
+    from avss_dist.pruning.ground_truth import layer_truth
+    from avss_dist.pruning.plan import Choice, make_plan, mergekit_slices, write_text
+    from avss_dist.warehouse.reader import Warehouse
 
     first, last = _protected(protect)
     choice = Choice(
@@ -65,8 +66,8 @@ def prune(
     trust_remote_code: CodeOption = False,
 ) -> None:
     """Write a checkpoint without the layers that a plan drops; any size, in little memory."""
-    from avss_dist.plans import read_plan
-    from avss_dist.prune import prune as prune_checkpoint
+    from avss_dist.pruning.checkpoint import prune as prune_checkpoint
+    from avss_dist.pruning.plan import read_plan
 
     made = read_plan(plan)
     done = prune_checkpoint(model, made, out, trust_remote_code=trust_remote_code)

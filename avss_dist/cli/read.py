@@ -11,16 +11,9 @@ import typer
 
 from avss_dist.cli.base import console, explained
 from avss_dist.cli.choose import choose_runs, choose_scores
-from avss_dist.cli.options import (
-    RecipeOption,
-    RunOption,
-    RunsOption,
-    SiteOption,
-    ThresholdOption,
-    WarehousePath,
-)
-from avss_dist.config import PUBLISHED_THRESHOLD, RECIPES, SITES
+from avss_dist.cli.options import RecipeOption, RunOption, RunsOption, SiteOption, ThresholdOption, WarehousePath
 from avss_dist.errors import QueryError, require_known
+from avss_dist.settings import PUBLISHED_THRESHOLD, RECIPES, SITES
 
 FORMATS = ("table", "csv", "json", "parquet")
 
@@ -34,8 +27,8 @@ def show(
     threshold: ThresholdOption = f"{PUBLISHED_THRESHOLD:g}",
 ) -> None:
     """Show a run's layers as a table with bars; the lowest 25% are marked."""
-    from avss_dist.query import Warehouse
-    from avss_dist.report.table import layer_table
+    from avss_dist.report.terminal.scores import layer_table
+    from avss_dist.warehouse.reader import Warehouse
 
     opened = Warehouse(warehouse)
     runs = choose_runs(opened, [run] if run else [])
@@ -55,8 +48,8 @@ def plot(
     threshold: ThresholdOption = f"{PUBLISHED_THRESHOLD:g}",
 ) -> None:
     """Draw scores by depth, the rivals beside them."""
-    from avss_dist.query import Warehouse
     from avss_dist.report.chart import layers_chart, save_chart
+    from avss_dist.warehouse.reader import Warehouse
 
     opened = Warehouse(warehouse)
     runs = choose_runs(opened, run or [])
@@ -82,15 +75,15 @@ def query(
 ) -> None:
     """Query a warehouse with SQL (DuckDB). It only reads, and only the warehouse."""
     require_known("format", format, FORMATS)
-    from avss_dist.query import Warehouse
     from avss_dist.report.output import write_table
+    from avss_dist.warehouse.reader import Warehouse
 
     if format == "parquet" and sys.stdout.isatty():
         raise QueryError(
             "Parquet is not for a terminal.", "Redirect it: avss query ... --format parquet > result.parquet"
         )
     if schema:
-        from avss_dist.report.schema import schema_page, schema_table
+        from avss_dist.report.terminal.schema import schema_page, schema_table
 
         if format == FORMATS[0]:
             console().print(schema_page())

@@ -20,13 +20,13 @@ def report(
     run: EveryRunOption = None,
 ) -> None:
     """Write a page that needs no network: findings, runs, charts with controls, a table of scores."""
-    from avss_dist.query import Warehouse
+    from avss_dist.warehouse.reader import Warehouse
 
     opened = Warehouse(warehouse)
     known = sorted(opened.table("runs", columns=["run_id"])["run_id"].to_pylist())
     run_ids = _matching(run, known) if run else None
 
-    from avss_dist.report.page import save_report
+    from avss_dist.report.page.page import save_report
 
     save_report(opened, output, run_ids)
     print(output)

@@ -33,11 +33,11 @@ from avss_dist.cli.options import (
     absolute,
     sizes,
 )
-from avss_dist.config import PARTITIONS, SITES, Execution, Settings
 from avss_dist.errors import require_known
+from avss_dist.settings import PARTITIONS, SITES, Execution, Settings
 
 if TYPE_CHECKING:
-    from avss_dist.run import Run
+    from avss_dist.runs.api import Run
 
 DEFAULTS, EXECUTION = Settings(), Execution()
 
@@ -93,9 +93,9 @@ def score(
     options["sites"] = tuple(site or SITES)
     options["thresholds"] = absolute(threshold) if threshold else DEFAULTS.thresholds
 
-    from avss_dist.report.progress import Progress
-    from avss_dist.run import score as score_one
-    from avss_dist.run import score_all
+    from avss_dist.report.terminal.progress import Progress
+    from avss_dist.runs.api import score as score_one
+    from avss_dist.runs.api import score_all
 
     with Progress() as progress:
         if len(models) == 1:
@@ -138,8 +138,8 @@ def estimate(
     settings = Settings(**given, sites=tuple(site or SITES))
     execution = Execution(partition="zero3" if ranks else "auto", ranks=ranks, max_memory=sizes(max_memory or []))
 
-    from avss_dist.estimate import estimate as estimate_run
-    from avss_dist.report.estimate import estimate_table
+    from avss_dist.estimate.estimate import estimate as estimate_run
+    from avss_dist.report.terminal.estimate import estimate_table
 
     with console().status("Measuring a few layers on this device ...") if sys.stdout.isatty() else nullcontext():
         made = estimate_run(model, corpus, settings, execution)
@@ -151,8 +151,8 @@ def estimate(
 
 def _take_gradients(models: Sequence[str], corpus: str, out: str, options: dict[str, Any]) -> None:
     """Measure gradients as the runs were: the same rows, the same settings."""
-    from avss_dist.ablate import ablate
-    from avss_dist.report.progress import CellProgress
+    from avss_dist.evaluation.ablate import ablate
+    from avss_dist.report.terminal.progress import CellProgress
 
     for model in models:
         with CellProgress() as progress:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-
-from avss_dist.checkpoints import Checkpoint
-from avss_dist.config import GANGS, Execution, Settings
-from avss_dist.corpus import Shard
-from avss_dist.errors import AvssError, RunFailed
+from avss_dist.corpus.shards import Shard
+from avss_dist.errors import AvssError
+from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.base import Placement
-from avss_dist.partition.devices import Devices
-from avss_dist.stats import ShardResult
+from avss_dist.settings import Settings
+from avss_dist.stats.layer_stats import ShardResult
+from avss_dist.system.devices import Devices
 
 if TYPE_CHECKING:
-    from avss_dist.executors.cells import Cell, CellOutcome
+    from avss_dist.tasks.cells import Cell, CellOutcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,26 +78,3 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Stop workers and free devices."""
-
-
-def as_failure(error: Exception) -> AvssError:
-    """An error as a run's end: a model's own code can raise anything, and must not stop the other models."""
-    if isinstance(error, AvssError):
-        return error
-    failure = RunFailed(f"{type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure
-
-
-def open_executor(execution: Execution, settings: Settings) -> Executor:
-    """The executor that was asked for; ``auto`` is Ray where there is more than one process to run, or a cluster."""
-    from avss_dist.executors.local import LocalExecutor
-
-    gpus = torch.cuda.device_count() if settings.device != "cpu" else 0
-    wide = execution.address or os.environ.get("RAY_ADDRESS") or (execution.replicas or gpus or 1) > 1
-    wide = wide or execution.partition in GANGS
-    if execution.executor == "local" or (execution.executor == "auto" and not wide):
-        return LocalExecutor(settings)
-    from avss_dist.executors.ray import RayExecutor
-
-    return RayExecutor(execution, settings)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from itertools import groupby
 
-from avss_dist.config import Settings
-from avss_dist.errors import ConfigError
-from avss_dist.executors.base import Outcome, Work, as_failure
-from avss_dist.executors.cells import Cell, CellOutcome, run_here
-from avss_dist.partition.base import Placement, Replica, open_replica
-from avss_dist.partition.devices import devices_here, pick_device
-from avss_dist.worker import analyze_shard
+from avss_dist.errors import ConfigError, as_failure
+from avss_dist.executors.base import Outcome, Work
+from avss_dist.measure.shard import analyze_shard
+from avss_dist.partition.base import Placement, Replica
+from avss_dist.partition.open import open_replica
+from avss_dist.settings import Settings
+from avss_dist.system.devices import devices_here, pick_device
+from avss_dist.tasks.cells import Cell, CellOutcome, run_here
 
 
 class LocalExecutor:

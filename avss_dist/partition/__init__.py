@@ -1,0 +1,1 @@
+"""How one replica (a model copy) is spread over devices."""

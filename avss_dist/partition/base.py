@@ -10,10 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from avss_dist.checkpoints import Checkpoint
-from avss_dist.config import Settings
-from avss_dist.corpus import Batch
-from avss_dist.structure import Layer
+from avss_dist.corpus.shards import Batch
+from avss_dist.models.layers import Layer
 
 Watch = Callable[[Batch], AbstractContextManager[None]]
 
@@ -80,33 +78,3 @@ class Replica(Protocol):
 
     def close(self) -> None:
         """Free the devices."""
-
-
-def open_replica(checkpoint: Checkpoint, settings: Settings, placement: Placement) -> Replica:
-    """Open a checkpoint as one replica, or, where it has several ranks, as this process's rank of it.
-
-    Several ranks: every one of them calls this, inside one torch.distributed group (`partition.group.join`).
-
-    Raises:
-        ModelError: it cannot be opened or observed.
-        ConfigError: it cannot be spread this way over what is here.
-    """
-    if placement.partition == "streaming":
-        from avss_dist.partition.streaming import StreamingReplica
-
-        return StreamingReplica(checkpoint, settings, placement)
-    if placement.partition == "device_map":
-        from avss_dist.partition.device_map import DeviceMapReplica
-
-        return DeviceMapReplica(checkpoint, settings, placement)
-    if placement.partition == "zero3":
-        from avss_dist.partition.zero3 import Zero3Replica
-
-        return Zero3Replica(checkpoint, settings, placement)
-    if placement.partition == "tensor_parallel":
-        from avss_dist.partition.tensor_parallel import TensorParallelReplica
-
-        return TensorParallelReplica(checkpoint, settings, placement)
-    from avss_dist.partition.single import SingleReplica
-
-    return SingleReplica(checkpoint, settings)

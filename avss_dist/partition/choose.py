@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from avss_dist.config import GANGS, Execution, Settings, describe_bytes
 from avss_dist.errors import ConfigError
-from avss_dist.footprint import Footprint
+from avss_dist.models.size import Footprint
 from avss_dist.partition.base import Placement
-from avss_dist.partition.devices import Devices
+from avss_dist.settings import GANGS, Execution, Settings
+from avss_dist.system.devices import Devices
+from avss_dist.text import describe_bytes
 
 SPARE_SHARE = 0.9  # of a device's memory that weights and activations may take
 PROCESS_BYTES = 1 << 30  # interpreter, libraries and counters of a process, beside weights and activations

@@ -16,17 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.checkpoints import Checkpoint
-from avss_dist.config import Settings, describe_bytes
-from avss_dist.corpus import Batch
+from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ConfigError, nearest
-from avss_dist.footprint import find_layers, footprint, outline, token_embeddings
-from avss_dist.models import forward_function, load, without_head
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.layers import Layer
+from avss_dist.models.loading import forward_function, load, without_head
+from avss_dist.models.size import find_layers, footprint, outline, token_embeddings
 from avss_dist.partition.base import Placement, Watch
-from avss_dist.partition.devices import available_memory, pick_device
-from avss_dist.partition.memory import keep_freed_memory
 from avss_dist.partition.single import describe, run_batch
-from avss_dist.structure import Layer
+from avss_dist.settings import Settings
+from avss_dist.system.devices import available_memory, pick_device
+from avss_dist.system.memory import keep_freed_memory
+from avss_dist.text import describe_bytes
 
 SPARE_SHARE = 0.9  # of free memory that weights may take where nothing was said
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from avss_dist.checkpoints import Checkpoint
-from avss_dist.config import Settings
-from avss_dist.corpus import Batch
-from avss_dist.models import Backbone, Forward, forward_function, load
+from avss_dist.corpus.shards import Batch
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.layers import Layer
+from avss_dist.models.loading import Backbone, Forward, forward_function, load
 from avss_dist.partition.base import Watch
-from avss_dist.partition.devices import pick_device as pick_device
-from avss_dist.partition.memory import keep_freed_memory
-from avss_dist.structure import Layer
+from avss_dist.settings import Settings
+from avss_dist.system.devices import pick_device as pick_device
+from avss_dist.system.memory import keep_freed_memory
 
 
 class SingleReplica:

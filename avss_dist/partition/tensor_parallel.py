@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.checkpoints import Checkpoint
-from avss_dist.config import Settings
-from avss_dist.corpus import Batch
+from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ConfigError, ModelError
-from avss_dist.models import forward_function, load_model, open_module, quiet, without_head
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.layers import PROBE_SHAPE, Layer, Point, first_tensor
+from avss_dist.models.loading import forward_function, load_model, open_module, quiet, without_head
 from avss_dist.partition.base import Placement, Watch
-from avss_dist.partition.devices import pick_device
 from avss_dist.partition.group import (
     from_every_rank,
     lost_ranks_are_no_mistakes,
@@ -29,9 +28,10 @@ from avss_dist.partition.group import (
     require_group,
     whole_units,
 )
-from avss_dist.partition.memory import keep_freed_memory
 from avss_dist.partition.single import describe, run_batch
-from avss_dist.structure import PROBE_SHAPE, Layer, Point, first_tensor
+from avss_dist.settings import Settings
+from avss_dist.system.devices import pick_device
+from avss_dist.system.memory import keep_freed_memory
 
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 """By how much the tensors of a whole and of a cut model may differ, see `difference`.

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.checkpoints import Checkpoint
-from avss_dist.config import Settings
-from avss_dist.corpus import Batch
+from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ConfigError, ModelError
-from avss_dist.footprint import compute_dtype, stored_tensors
-from avss_dist.models import forward_function, load_model, open_module, text_config, without_head
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.layers import Layer, layer_lists
+from avss_dist.models.loading import forward_function, load_model, open_module, text_config, without_head
+from avss_dist.models.size import compute_dtype, stored_tensors
 from avss_dist.partition.base import Placement, Watch
-from avss_dist.partition.devices import pick_device
 from avss_dist.partition.group import lost_ranks_are_no_mistakes, quiet_deepspeed, require_group
-from avss_dist.partition.memory import keep_freed_memory
 from avss_dist.partition.single import describe, run_batch
-from avss_dist.structure import Layer, layer_lists
+from avss_dist.settings import Settings
+from avss_dist.system.devices import pick_device
+from avss_dist.system.memory import keep_freed_memory
 
 PREFETCHED = 50_000_000  # parameters that are gathered ahead, on GPUs, beside the arithmetic; DeepSpeed's own default
 

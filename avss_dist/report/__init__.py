@@ -1,1 +1,1 @@
-"""What people look at: tables in the terminal, charts on disk."""
+"""What people see: tables in the terminal, pictures, exports, the page."""

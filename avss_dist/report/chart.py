@@ -10,9 +10,9 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from avss_dist.config import describe_threshold
 from avss_dist.errors import AvssError, nearest
-from avss_dist.scoring import count_lowest
+from avss_dist.stats.scores import count_lowest
+from avss_dist.text import describe_threshold
 
 FORMATS = (".png", ".svg", ".html")
 RIVALS = {

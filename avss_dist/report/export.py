@@ -9,9 +9,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from avss_dist.config import LOWEST_SHARE, describe_threshold
-from avss_dist.report.compare import short_name
-from avss_dist.scoring import count_lowest
+from avss_dist.report.terminal.compare import short_name
+from avss_dist.settings import LOWEST_SHARE
+from avss_dist.stats.scores import count_lowest
+from avss_dist.text import describe_threshold
 
 DIGITS = 3
 COLUMNS = {

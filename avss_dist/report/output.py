@@ -17,7 +17,7 @@ def write_table(table: pa.Table, kind: str, console: Console) -> None:
     """Write a table to standard output as ``table``, ``csv``, ``json`` (one object a line) or ``parquet``."""
     table = table.rename_columns(_distinct(table.column_names))
     if kind == "table":
-        from avss_dist.report.table import plain_table
+        from avss_dist.report.terminal.scores import plain_table
 
         console.print(plain_table(table.column_names, [tuple(row.values()) for row in _rows(table)]))
     elif kind == "json":

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from avss_dist.ablation import LeaveOneOut
-from avss_dist.checkpoints import resolve
-from avss_dist.config import Settings
-from avss_dist.corpus import plan
-from avss_dist.language_model import LanguageModel
-from avss_dist.models import forward_function, load_tokenizer, without_head
-from avss_dist.skip import recording
+from avss_dist.corpus.shards import plan
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.checkpoints import resolve
+from avss_dist.models.loading import forward_function, load_tokenizer, without_head
+from avss_dist.models.skipping import recording
+from avss_dist.settings import Settings
+from avss_dist.tasks.layer_removal import LeaveOneOut
 
 
 def timed(run: Callable[[], object]) -> float:

@@ -26,11 +26,11 @@ import psutil
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from conftest import llama, save_tokenizer  # noqa: E402
-from tables import assert_same_tables  # noqa: E402
+from support.checkpoints import llama, save_tokenizer  # noqa: E402
+from support.tables import assert_same_tables  # noqa: E402
 
 LOCAL = ROOT / "cluster" / "local.sh"
-AVSS = [sys.executable, "-m", "avss_dist.cli"]
+AVSS = [sys.executable, "-m", "avss_dist"]
 MODELS, NODES, MOST_SUBMISSIONS = 3, 3, 8
 JOB = """\
 warehouse: {warehouse}

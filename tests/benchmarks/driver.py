@@ -30,18 +30,19 @@ import pyarrow as pa
 import ray
 from ray import cloudpickle
 
-from avss_dist.attempt import Attempt, Prepared, Run, Silent
-from avss_dist.config import SITES, THRESHOLDS, Execution, Settings
-from avss_dist.corpus import CorpusPlan, Shard
-from avss_dist.driver import Driver
-from avss_dist.executors import gang, pool
+from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.executors.base import Work
-from avss_dist.executors.ray import RayExecutor
-from avss_dist.histogram import HISTOGRAM_BINS, histogram_bin
+from avss_dist.executors.ray import gang, pool
+from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.partition.base import Placement
-from avss_dist.query import Warehouse
-from avss_dist.stats import LayerStats, ShardResult
-from avss_dist.tables import EncodedStats, RunIdentity, encode_shard
+from avss_dist.runs.driver import Driver
+from avss_dist.runs.reporter import Silent
+from avss_dist.runs.run import Attempt, Prepared, Run
+from avss_dist.settings import SITES, THRESHOLDS, Execution, Settings
+from avss_dist.stats.histogram import HISTOGRAM_BINS, histogram_bin
+from avss_dist.stats.layer_stats import LayerStats, ShardResult
+from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import EncodedStats, RunIdentity, encode_shard
 
 ROWS, LENGTH = 32, 2048
 RUN = RunIdentity(run_id="virtual-0000000000", model="virtual", revision="0", family="virtual")

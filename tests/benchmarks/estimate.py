@@ -16,15 +16,17 @@ import subprocess
 import sys
 import tempfile
 
-from avss_dist.checkpoints import resolve
-from avss_dist.config import Execution, Settings, describe_bytes, parse_bytes
-from avss_dist.corpus import plan
-from avss_dist.estimate import estimate
-from avss_dist.models import load_tokenizer
-from avss_dist.partition.base import Placement, open_replica
-from avss_dist.query import Warehouse
-from avss_dist.run import score
-from avss_dist.worker import analyze_shard
+from avss_dist.corpus.shards import plan
+from avss_dist.estimate.estimate import estimate
+from avss_dist.measure.shard import analyze_shard
+from avss_dist.models.checkpoints import resolve
+from avss_dist.models.loading import load_tokenizer
+from avss_dist.partition.base import Placement
+from avss_dist.partition.open import open_replica
+from avss_dist.runs.api import score
+from avss_dist.settings import Execution, Settings
+from avss_dist.text import describe_bytes, parse_bytes
+from avss_dist.warehouse.reader import Warehouse
 
 GANGS = ("zero3", "tensor_parallel")
 PARTITIONS = ("single", "device_map", "streaming", *GANGS)

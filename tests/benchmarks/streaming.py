@@ -25,14 +25,14 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from avss_dist.checkpoints import Checkpoint
-from avss_dist.config import Settings
-from avss_dist.corpus import Shard
+from avss_dist.corpus.shards import Shard
+from avss_dist.measure.shard import analyze_shard
+from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.base import Placement
 from avss_dist.partition.single import SingleReplica
-from avss_dist.partition.stored import stored_in
-from avss_dist.partition.streaming import StreamingReplica
-from avss_dist.worker import analyze_shard
+from avss_dist.partition.streaming.buffers import stored_in
+from avss_dist.partition.streaming.replica import StreamingReplica
+from avss_dist.settings import Settings
 
 VOCABULARY, HIDDEN, MLP, HEADS, KEYS = 32_000, 2048, 8192, 16, 4
 ALLOWANCE = 600_000_000

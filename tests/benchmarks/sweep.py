@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {"max_sequences": 32, "sequence_length": 64, "batch_s
 
 def save_models(count: int, folder: Path) -> list[str]:
     """Checkpoints of one training, as the tests build them."""
-    from conftest import llama, save_tokenizer
+    from support.checkpoints import llama, save_tokenizer
 
     for seed in range(count):
         llama(seed).save_pretrained(folder / f"step-{seed:02d}")
@@ -37,9 +37,10 @@ def open_seconds(models: list[str]) -> float:
     """To open a model, on average, after the first."""
     import torch
 
-    from avss_dist.checkpoints import resolve
-    from avss_dist.config import Settings
-    from avss_dist.partition.base import Placement, open_replica
+    from avss_dist.models.checkpoints import resolve
+    from avss_dist.partition.base import Placement
+    from avss_dist.partition.open import open_replica
+    from avss_dist.settings import Settings
 
     torch.set_num_threads(1)
     seconds = []
@@ -56,8 +57,8 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=1)
     arguments = parser.parse_args()
 
-    from avss_dist.query import Warehouse
-    from avss_dist.run import score_all
+    from avss_dist.runs.api import score_all
+    from avss_dist.warehouse.reader import Warehouse
 
     with tempfile.TemporaryDirectory() as folder:
         models = save_models(arguments.models, Path(folder) / "models")
@@ -85,7 +86,7 @@ def main() -> None:
 
 def hashes(out: Path, run_id: str) -> dict[int, str]:
     """The content hash of every shard of a run."""
-    from avss_dist.query import Warehouse
+    from avss_dist.warehouse.reader import Warehouse
 
     query = f"SELECT DISTINCT shard_id, content_hash FROM shard_stats WHERE run_id = '{run_id}' ORDER BY shard_id"
     return {row["shard_id"]: row["content_hash"] for row in Warehouse(out).sql(query).to_pylist()}

@@ -20,8 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from avss_dist.config import RECIPES, RELATIVE_THRESHOLDS, SCHEMA_VERSION, THRESHOLDS
-from avss_dist.warehouse import SCHEMAS
+from avss_dist.settings import RECIPES, RELATIVE_THRESHOLDS, SCHEMA_VERSION, THRESHOLDS
+from avss_dist.warehouse.store import SCHEMAS
 
 FAMILIES = ("llama", "gemma3_text", "qwen3", "bert", "mistral")
 SITES = ("block", "update")
@@ -200,7 +200,7 @@ def main() -> None:
         start = time.perf_counter()
         write_warehouse(options.folder, options.runs, options.layers)
         print(f"written in {time.perf_counter() - start:.0f} s")
-    from avss_dist.query import ready_queries
+    from avss_dist.warehouse.reader import ready_queries
 
     print(f"{'query':24} {'seconds':>8} {'of CPU':>8} {'peak MiB':>9} {'imports MiB':>12} {'rows':>7}")
     for name in ready_queries():

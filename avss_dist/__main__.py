@@ -1,0 +1,5 @@
+"""``python -m avss_dist``."""
+
+from avss_dist.cli import main
+
+main()

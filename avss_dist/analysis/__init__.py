@@ -1,0 +1,1 @@
+"""What a warehouse says: comparisons, findings, thresholds, score cards, verdicts."""

@@ -1,0 +1,125 @@
+"""The score card of a model: how well each score orders its layers as the ground truth does, and what its choices keep.
+
+For every score, recipe, site and threshold in the warehouse: Spearman's correlation with the loss without each layer,
+with the Shapley value and with the first-order estimate, as `avss ablate` measured them; and the retention without the
+lowest 10%, 25% and 33% of layers, where that set of layers was evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from avss_dist.errors import QueryError
+from avss_dist.pruning.ground_truth import layer_truth
+from avss_dist.pruning.methods import PUBLISHED, Method, Reading, reading_of
+from avss_dist.pruning.plan import PlanError
+from avss_dist.settings import GROUND_TRUTH, LOSS, PERPLEXITY, RIVALS
+from avss_dist.stats.layer_stats import Float64
+from avss_dist.warehouse.reader import Warehouse
+
+SHARES = (0.1, 0.25, 0.33)
+_PLACE = ("site", "recipe", "threshold", "threshold_kind")
+SPEARMAN = {name: f"spearman_{name}" for name in GROUND_TRUTH}
+RETENTION = {share: f"retention_{share * 100:.0f}" for share in SHARES}
+_TEXTS = ("run_id", "model", "score", "site", "recipe", "threshold_kind", "task")
+SCHEMA = pa.schema(
+    [
+        (name, pa.string() if name in _TEXTS else pa.float64())
+        for name in ("run_id", "model", "score", *_PLACE, *SPEARMAN.values(), *RETENTION.values(), "task")
+    ]
+)
+
+
+def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """One row for each score, as it is read at each site, recipe and threshold, of runs whose truth is known.
+
+    Args:
+        runs: rows of ``runs``.
+
+    Raises:
+        QueryError: no ground truth is known of any of them; the message says how to measure it.
+    """
+    rows: list[dict[str, Any]] = []
+    missing: QueryError | None = None
+    for run in runs:
+        truth: dict[str, Float64] = {}
+        for name in GROUND_TRUTH:
+            try:
+                values = layer_truth(store, run, name).values
+                truth[name] = np.array([values.get(layer, np.nan) for layer in range(run["num_layers"])])
+            except QueryError as error:
+                missing = missing or error
+        if truth:
+            rows += _card(store, run, truth)
+    if not rows and missing:
+        raise missing
+    return pa.Table.from_pylist(rows, SCHEMA)
+
+
+def _card(store: Warehouse, run: Mapping[str, Any], truth: Mapping[str, Float64]) -> list[dict[str, Any]]:
+    scored = store.table("scores", run_ids=[run["run_id"]]).to_pylist()
+    task, kept = _retentions(store, run)
+    by_reading: dict[Reading, list[Mapping[str, Any]]] = {}
+    for row in scored:
+        by_reading.setdefault(reading_of(row), []).append(row)
+    of_avss = [(Method(score="avss", reading=reading), rows) for reading, rows in by_reading.items()]
+    others = [(Method(score=name), scored) for name in (*RIVALS, *truth)]
+    cards = []
+    for method, rows in (*of_avss, *others):
+        values = method.scores(rows, truth)
+        if len(values) != run["num_layers"]:
+            continue  # a site that some layers lack
+        place = dict(zip(_PLACE, method.reading, strict=True)) if method.reading else {}
+        card = {"run_id": run["run_id"], "model": run["model"], "score": method.score, "task": task, **place}
+        card |= {SPEARMAN[name]: _spearman(values, known) for name, known in truth.items()}
+        for share, column in RETENTION.items():
+            with suppress(PlanError):  # a layer without a score
+                card[column] = kept.get(method.drop(values, share))
+        cards.append(card)
+    return cards
+
+
+def _spearman(values: Float64, known: Float64) -> float | None:
+    from scipy.stats import spearmanr  # a second to import
+
+    both = np.isfinite(values) & np.isfinite(known)
+    if both.sum() < 3 or min(np.ptp(values[both]), np.ptp(known[both])) == 0:
+        return None
+    return float(spearmanr(values[both], known[both]).statistic)
+
+
+def _retentions(store: Warehouse, run: Mapping[str, Any]) -> tuple[str | None, dict[tuple[int, ...], float]]:
+    """The text that most sets of layers were evaluated on, and what each set keeps of its perplexity."""
+    where = (pc.field("revision") == run["revision"]) & (pc.field("metric") == LOSS)
+    where &= pc.starts_with(pc.field("task"), PERPLEXITY)
+    losses: dict[tuple[str, str], dict[tuple[int, ...], float]] = {}
+    for row in store.table("evaluations", where=where).to_pylist():
+        losses.setdefault((row["run_id"], row["task"]), {})[tuple(row["drop"])] = row["value"]
+    for (_, task), found in sorted(losses.items(), key=lambda item: -len(item[1])):
+        if () in found:
+            return task, {drop: float(np.exp(found[()] - loss)) for drop, loss in found.items()}
+    return None, {}
+
+
+def best_readings(cards: pa.Table) -> pa.Table:
+    """Of AVSS, the published reading and, of each site, the one that orders layers best; all of the other scores."""
+    rows = cards.to_pylist()
+    order = SPEARMAN["loss"] if any(row[SPEARMAN["loss"]] is not None for row in rows) else SPEARMAN["shapley"]
+    best: dict[tuple[str, str], tuple[float, int]] = {}
+    for i, row in enumerate(rows):
+        if row["score"] == "avss" and row[order] is not None:
+            key = row["run_id"], row["site"]
+            best[key] = max(best.get(key, (-2.0, -1)), (row[order], -i))
+    chosen = {-i for _, i in best.values()}
+    keep = [
+        i
+        for i, row in enumerate(rows)
+        if row["score"] != "avss" or i in chosen or tuple(row[name] for name in _PLACE) == PUBLISHED
+    ]
+    return cards.take(pa.array(keep, pa.int64()))

@@ -1,0 +1,118 @@
+"""What an experiment says, in words: does the claim hold, against chance, against the reverse, against rivals?
+
+The claim (arXiv 2411.02117, abstract): without the lowest 25% of layers by AVSS, over 90% of the performance is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import exp
+from typing import Any
+
+from avss_dist.pruning.methods import ENDS_KEPT, LEAVE_ONE_OUT, REVERSED
+from avss_dist.pruning.plan import RANDOM
+from avss_dist.settings import CHANCE, LOSS
+
+CLAIMED_SHARE, CLAIMED_KEPT = 0.25, 0.9
+PRIMARY = (LOSS, "mc2", "acc_norm", "acc", "exact_match", "f1")  # of a task's metrics, the first that it has
+WHOLE = "whole model"
+
+Row = Mapping[str, Any]  # of the table `experiments`
+
+
+def primary_metric(rows: Sequence[Row]) -> str:
+    """The metric that speaks for a task."""
+    names = list(dict.fromkeys(row["metric"] for row in rows))
+    last = [name.rpartition("/")[2] for name in names]
+    return next((names[last.index(metric)] for metric in PRIMARY if metric in last), names[0])
+
+
+def verdicts(rows: Sequence[Row]) -> list[str]:
+    """A paragraph for each task, of the rows of one run; none for a task on which the claim was not tried."""
+    told = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        metric = primary_metric(of_task)
+        guess = kept_by_guess(of_task, metric)
+        of_task = [row for row in of_task if row["metric"] == metric and row["share"] in (0.0, CLAIMED_SHARE)]
+        claim = _one(of_task, "avss")
+        if claim is not None:
+            told.append(f"{task}: {' '.join(_sentences(claim, of_task, guess))}")
+    return told
+
+
+def kept_by_guess(rows: Sequence[Row], metric: str) -> float | None:
+    """The retention of one who guesses; None where a guess has no accuracy, or nothing is known of it."""
+    prefix, slash, name = metric.rpartition("/")
+    of_whole = {row["metric"]: row["value"] for row in rows if row["method"] == WHOLE}
+    chance, whole = of_whole.get(f"{prefix}{slash}{CHANCE}"), of_whole.get(metric)
+    return chance / whole if chance and whole and name.startswith("acc") else None
+
+
+def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str]:
+    told = [
+        f"without the {len(claim['drop'])} layers of the lowest AVSS ({CLAIMED_SHARE:.0%}), {_kept(claim)} "
+        f"{_before_and_after(claim, rows)}: {judgement(claim, guess)}."
+    ]
+    if guess is not None and guess <= CLAIMED_KEPT:
+        told.append(f"A guess keeps {_percent(guess)}.")
+    chances = [row["retention"] for row in rows if row["score"] == RANDOM and not row["control"]]
+    if chances:
+        better = sum(chance >= claim["retention"] for chance in chances)
+        told.append(
+            f"Of {len(chances)} random choices of as many layers, {better or 'none'} "
+            f"keep{'s' if better == 1 else ''} as much or more (the best {_percent(max(chances))})."
+        )
+    others = {
+        "The reverse, the highest AVSS,": _one(rows, "avss", REVERSED),
+        "AVSS with the ends kept": _one(rows, "avss", ENDS_KEPT),
+        "Block influence": _one(rows, "block_influence"),
+        "Leaving out by the loss without each layer": _one(rows, LEAVE_ONE_OUT),
+    }
+    told += [f"{name} keeps {_percent(row['retention'])}." for name, row in others.items() if row is not None]
+    return told
+
+
+def judgement(row: Row, guess: float | None = None) -> str:
+    """What an interval says of the claim that over 90% are kept, where a guess keeps less (`kept_by_guess`)."""
+    if guess is not None and guess > CLAIMED_KEPT:
+        return f"this task cannot tell, for a guess keeps {_percent(guess)}"
+    low, high = row["retention_low"], row["retention_high"]
+    if low is None or high is None or low != low or high != high:
+        low = high = row["retention"]
+    if low > CLAIMED_KEPT:
+        return "the claim holds"
+    return "the claim does not hold" if high < CLAIMED_KEPT else "the claim is undecided, for want of data"
+
+
+def _one(rows: Sequence[Row], score: str, control: str | None = None) -> Row | None:
+    """The row of a score as it is published, with a control or without."""
+    names = {score.replace("_", " "), "leave one out" if score == LEAVE_ONE_OUT else score}
+    wanted = {f"{name}, {control}" if control else name for name in names}
+    return next((row for row in rows if row["method"] in wanted), None)
+
+
+def _kept(row: Row) -> str:
+    low, high = row["retention_low"], row["retention_high"]
+    known = low is not None and low == low
+    interval = f" ({_percent(low)} to {_percent(high)})" if known else ""
+    return f"{_percent(row['retention'])}{interval} is kept"
+
+
+def _before_and_after(row: Row, rows: Sequence[Row]) -> str:
+    whole = next((r for r in rows if r["method"] == WHOLE), None)
+    if whole is None:
+        return ""
+    name = "perplexity" if row["metric"] == LOSS else row["metric"]
+    return f"({name} {shown_value(whole)}, then {shown_value(row)})"
+
+
+def shown_value(row: Row) -> str:
+    """A result as people read it: of a loss, the perplexity."""
+    if row["metric"] == LOSS:
+        return f"{exp(min(row['value'], 700)):,.4g}"
+    return f"{row['value']:.3f}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.001 else "under 0.1%"

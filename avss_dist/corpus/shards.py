@@ -1,0 +1,201 @@
+"""Documents -> rows of tokens -> shards. A plan depends on corpus, tokenizer and settings, never on workers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avss_dist.corpus.sources import open_source
+from avss_dist.errors import CorpusError
+from avss_dist.settings import Settings, fingerprint
+
+Ids = NDArray[np.int32]
+Mask = NDArray[np.bool_]
+
+GROUP_DOCUMENTS, GROUP_CHARACTERS = 64, 1 << 20
+
+
+class Tokenizer(Protocol):
+    """What is used of a transformers tokenizer. A call gives a mapping whose ``input_ids`` is a list[list[int]]."""
+
+    eos_token_id: int | None
+    pad_token_id: int | None
+
+    def __call__(self, text: list[str], **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Batch:
+    """Rows for one forward pass, as wide as the longest of them."""
+
+    input_ids: Ids  # int32[rows, width], padded on the right
+    attention_mask: Mask  # bool[rows, width], True where a token is real
+    observed: Mask  # bool[rows, width], True where a token counts in the statistics: real, and not skipped
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Shard:
+    """Consecutive rows of the corpus: the unit of work, retry and resampling."""
+
+    shard_id: int  # its index in the plan, from 0
+    input_ids: Ids  # int32[rows, sequence_length], padded on the right
+    lengths: Ids  # int32[rows], real tokens of each row, 1 or more
+    skip_first_tokens: int  # leading tokens of every row that the statistics leave out
+    content_hash: str  # SHA-256 in hex of skip, lengths and real tokens; padding does not enter
+
+    @property
+    def num_sequences(self) -> int:
+        """Rows."""
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that count in the statistics."""
+        return int(np.maximum(self.lengths.astype(np.int64) - self.skip_first_tokens, 0).sum())
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Every row once, in order, ``batch_size`` at a time, in arrays that are the caller's own."""
+        for start in range(0, self.num_sequences, batch_size):
+            lengths = self.lengths[start : start + batch_size]
+            positions = np.arange(np.max(lengths))
+            real = positions < lengths[:, None]
+            input_ids = self.input_ids[start : start + batch_size, : len(positions)].copy()
+            yield Batch(input_ids=input_ids, attention_mask=real, observed=real & (positions >= self.skip_first_tokens))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CorpusPlan:
+    """A corpus cut into shards, ``shards[i].shard_id == i``; two sums over them; and how many documents they took."""
+
+    source: str  # as the user named it
+    corpus_fingerprint: str
+    tokens_fingerprint: str  # SHA-256 in hex of the shards' content hashes and the sequence length
+    shards: tuple[Shard, ...]
+    num_sequences: int
+    num_tokens: int
+    num_documents: int
+
+
+def plan(
+    source: str,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    *,
+    skip_sequences: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> CorpusPlan:
+    """Read, tokenize and cut a corpus, no further than ``settings.max_sequences`` rows need.
+
+    Args:
+        skip_sequences: rows at the start that are left out.
+        progress: called after each shard with the number of sequences so far.
+
+    Raises:
+        CorpusError: the source cannot be read, holds no text, or is too short for one sequence.
+    """
+    opened, tally, length = open_source(source), _Tally(), settings.sequence_length
+    eos = tokenizer.eos_token_id
+    ids = _tokenize(opened.documents(), tokenizer, tally)
+    rows = _pack(ids, eos, length, tally) if settings.layout == "packed" else _truncate(ids, length)
+    most = settings.max_sequences
+    rows = islice(rows, skip_sequences, None if most is None else skip_sequences + most)
+    pad = next((i for i in (tokenizer.pad_token_id, eos) if i is not None), 0)
+    shards: list[Shard] = []
+    num_sequences = num_tokens = 0
+    while block := list(islice(rows, settings.sequences_per_shard)):
+        shards.append(_shard(len(shards), block, pad, settings))
+        num_sequences += len(block)
+        num_tokens += shards[-1].num_tokens
+        if progress:
+            progress(num_sequences)
+    _require_enough(source, num_sequences, num_tokens, tally, settings)
+    return CorpusPlan(
+        source=source,
+        corpus_fingerprint=opened.fingerprint(),
+        tokens_fingerprint=fingerprint(shards=[shard.content_hash for shard in shards], sequence_length=length),
+        shards=tuple(shards),
+        num_sequences=num_sequences,
+        num_tokens=num_tokens,
+        num_documents=tally.documents,
+    )
+
+
+@dataclass
+class _Tally:
+    documents: int = 0
+    tokens: int = 0
+    has_text: bool = False
+
+
+def _tokenize(texts: Iterator[str], tokenizer: Tokenizer, tally: _Tally) -> Iterator[Ids]:
+    options = {"add_special_tokens": True, "truncation": False, "padding": False, "verbose": False}
+    for group in _groups(texts):
+        encoded = tokenizer(group, return_attention_mask=False, return_token_type_ids=False, **options)
+        for text, ids in zip(group, encoded["input_ids"], strict=True):
+            tally.documents += 1
+            tally.tokens += len(ids)
+            tally.has_text |= bool(text) and not text.isspace()
+            yield np.asarray(ids, np.int32)
+
+
+def _groups(texts: Iterator[str]) -> Iterator[list[str]]:
+    group: list[str] = []
+    failure: Exception | None = None
+    while not failure:
+        try:
+            group.append(next(texts))
+        except (StopIteration, CorpusError) as error:
+            failure = error  # raised below: the texts before a bad line may be all that is wanted
+        if group and (failure or len(group) == GROUP_DOCUMENTS or sum(map(len, group)) >= GROUP_CHARACTERS):
+            yield group
+            group = []
+    if isinstance(failure, CorpusError):
+        raise failure
+
+
+def _pack(documents: Iterator[Ids], eos: int | None, length: int, tally: _Tally) -> Iterator[Ids]:
+    rest = np.zeros(0, np.int32)
+    for ids in documents:
+        end = [] if eos is None or (len(ids) and ids[-1] == eos) else [eos]
+        tally.tokens += len(end)
+        rest = np.concatenate([rest, ids, np.array(end, np.int32)])
+        whole = len(rest) // length * length
+        yield from rest[:whole].reshape(-1, length)
+        rest = rest[whole:].copy()
+
+
+def _truncate(documents: Iterator[Ids], length: int) -> Iterator[Ids]:
+    return (ids[:length].copy() for ids in documents if len(ids))
+
+
+def _shard(shard_id: int, rows: list[Ids], pad: int, settings: Settings) -> Shard:
+    skip = settings.skip_first_tokens
+    lengths = np.array([len(row) for row in rows], np.int32)
+    input_ids = np.full((len(rows), settings.sequence_length), pad, np.int32)
+    digest = hashlib.sha256(np.array([skip, len(rows), *lengths], "<i8").tobytes())
+    for target, row in zip(input_ids, rows, strict=True):
+        target[: len(row)] = row
+        digest.update(row.astype("<i4").tobytes())
+    hashed = digest.hexdigest()
+    return Shard(shard_id=shard_id, input_ids=input_ids, lengths=lengths, skip_first_tokens=skip, content_hash=hashed)
+
+
+def _require_enough(source: str, num_sequences: int, num_tokens: int, tally: _Tally, settings: Settings) -> None:
+    length, skip = settings.sequence_length, settings.skip_first_tokens
+    if not tally.has_text:
+        raise CorpusError(f"{source} holds no text (documents read: {tally.documents}).", "Name one that holds some.")
+    if not num_sequences and tally.tokens >= length:
+        message = f"{source} has no sequence left after those that are skipped."
+        raise CorpusError(message, "Lower --skip-sequences, or name a longer text.")
+    if not num_sequences and settings.layout == "packed":
+        message = f"{source} is {tally.tokens} tokens long, too short for one sequence of {length}."
+        raise CorpusError(message, "Choose a smaller --sequence-length, or --layout padded.")
+    if not num_tokens:
+        message = f"No document of {source} is longer than --skip-first-tokens {skip} (tokens in all: {tally.tokens})."
+        raise CorpusError(message, "Lower --skip-first-tokens, or choose --layout packed.")

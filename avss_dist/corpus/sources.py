@@ -1,0 +1,216 @@
+"""Where text comes from: sources -> documents, streaming, with a fingerprint of their content.
+
+A source is ``file.txt``, ``file.jsonl[:field]``, ``file.parquet[:column]`` (local, ``s3://``, ``gs://``, ``hdfs://``
+or ``file://``; or a glob of them), ``hf:NAME[:config][:split][:column]``, or ``builtin:pydoc``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import has_magic
+from itertools import zip_longest
+from typing import Any
+from urllib.parse import unquote
+
+from pyarrow import ArrowException, fs, parquet
+
+from avss_dist.errors import CorpusError, nearest, require_known
+from avss_dist.settings import fingerprint
+
+TEXT_PIECE_BYTES = 4 << 20  # tokenizers need over 100 bytes of memory for each byte of a document
+FORMS = "file.txt, file.jsonl[:field], file.parquet[:column], hf:NAME[:config][:split][:column], builtin:pydoc"
+
+_FILE = re.compile(r"(?P<path>.+?\.(?P<suffix>txt|jsonl|parquet))(?::(?P<field>.*))?", re.IGNORECASE)
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+_READ_BYTES = 8 << 20
+_FILE_ERRORS = (OSError, ArrowException, UnicodeDecodeError)
+_FILE_HINT = "Check that the file is there, whole, and yours to read."
+_HUB_HINT = "Check the name, configuration, split and network; a private dataset needs `hf auth login`."
+
+
+def documents(source: str) -> Iterator[str]:
+    """Stream the texts of a source in order, the files of a glob by sorted path.
+
+    A ``.txt`` file is one document (none if empty); above 4 MiB it is read in pieces of about that size, cut at line
+    ends, each a document. Memory is bounded by such a piece, the longest line, or a Parquet row group's column.
+
+    Raises:
+        CorpusError: the source is unknown, missing, unreadable, malformed or not UTF-8; names file and line.
+    """
+    return open_source(source).documents()
+
+
+def corpus_fingerprint(source: str) -> str:
+    """Identity of a source's content in 64 hex digits, whatever the tokenizer and however much of it is read.
+
+    Local files count by their bytes, wherever they lie; remote ones by path, size and time of change; Hub datasets by
+    name and revision (a local dataset folder by the times of its files). Field, column, config and split count too.
+
+    Raises:
+        CorpusError: the source is unknown, missing or unreadable.
+    """
+    return open_source(source).fingerprint()
+
+
+@dataclass(frozen=True)
+class Source:
+    documents: Callable[[], Iterator[str]]
+    fingerprint: Callable[[], str]
+
+
+def open_source(source: str) -> Source:
+    kind, _, name = source.partition(":")
+    return _builtin(name) if kind == "builtin" else _hub(source) if kind == "hf" else _files(source)
+
+
+def _builtin(name: str) -> Source:
+    from pydoc_data.topics import topics
+
+    require_known("builtin corpus", name, ("pydoc",), CorpusError)
+    texts = [topics[key] for key in sorted(topics)]
+    return Source(lambda: iter(texts), lambda: fingerprint(kind="builtin", documents=texts))
+
+
+def _files(source: str) -> Source:
+    match = _FILE.fullmatch(source)
+    if not match:
+        ending = re.search(r"\.\w+(?=:|$)", source.rpartition("/")[2])
+        near = nearest(ending[0], [f".{name}" for name in _READERS]) if ending else ""
+        raise CorpusError(f"'{source}' is not a corpus source.", f"{near} Sources: {FORMS}.".strip())
+    path, suffix = match["path"], match["suffix"].lower()
+    if suffix == "txt" and match["field"] is not None:
+        raise CorpusError(f"'{source}': a text file has no field.", f"Write {path} alone.")
+    field = "" if suffix == "txt" else match["field"] or "text"
+    filesystem, paths = _find(path)
+    return Source(
+        lambda: _read(filesystem, paths, suffix, field),
+        lambda: fingerprint(kind=suffix, field=field, files=[_identity(filesystem, path) for path in paths]),
+    )
+
+
+def _find(path: str) -> tuple[fs.FileSystem, list[str]]:
+    """The file system of a path, URI or glob, and the files it means, sorted; a glob passes over hidden ones."""
+    from fsspec.implementations.arrow import ArrowFSWrapper
+
+    with _explained(path, _FILE_ERRORS, _FILE_HINT):
+        filesystem, name = _filesystem(path)
+        found = [filesystem.get_file_info(name)]
+        if has_magic(name) and not found[0].is_file:
+            found = filesystem.get_file_info(sorted(ArrowFSWrapper(filesystem).glob(name)))
+            found = [info for info in found if info.is_file and not info.base_name.startswith(".")]
+    if found and found[0].type == fs.FileType.Directory:
+        raise CorpusError(f"{path} is a directory.", f"Name its files: '{path}/*{os.path.splitext(path)[1]}'.")
+    if not found or not found[0].is_file:
+        raise CorpusError(f"{path}: no such file.", "Check the name; a relative one starts in the working directory.")
+    return filesystem, [info.path for info in found]
+
+
+def _filesystem(path: str) -> tuple[fs.FileSystem, str]:
+    if "://" not in path:
+        return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
+    uri = re.split(r"[*?\[]", path)[0].rpartition("/")[0] + "/"  # a glob's pattern is no URI
+    filesystem, folder = fs.FileSystem.from_uri(uri)
+    return filesystem, f"{folder.rstrip('/')}/{unquote(path.removeprefix(uri))}"
+
+
+def _identity(filesystem: fs.FileSystem, path: str) -> object:
+    with _explained(path, _FILE_ERRORS, _FILE_HINT):
+        if filesystem.type_name != "local":
+            info = filesystem.get_file_info(path)
+            return [path, info.size, info.mtime_ns]
+        with filesystem.open_input_file(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(filesystem: fs.FileSystem, paths: list[str], suffix: str, field: str) -> Iterator[str]:
+    for path in paths:
+        with _explained(path, _FILE_ERRORS, _FILE_HINT), filesystem.open_input_file(path) as file:
+            yield from _READERS[suffix](file, path, field)
+
+
+def _read_txt(file: Any, path: str, _field: str) -> Iterator[str]:
+    stream = io.BufferedReader(file, _READ_BYTES)
+    while data := stream.read(TEXT_PIECE_BYTES) + stream.readline():
+        yield _decode(data, path, stream.tell() - len(data))
+
+
+def _read_jsonl(file: Any, path: str, field: str) -> Iterator[str]:
+    for number, line in enumerate(io.BufferedReader(file, _READ_BYTES), 1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(_decode(line, where))
+        except (ValueError, RecursionError) as error:
+            reason = str(error).replace("line 1 ", "")
+            raise CorpusError(f"{where} is not JSON: {reason}.", "Write one JSON object on each line.") from error
+        if not isinstance(record, dict):
+            raise CorpusError(f"{where} is not a JSON object.", f'Write it as {{"{field}": "..."}}.')
+        yield _text(record, field, where)
+
+
+def _read_parquet(file: Any, path: str, column: str) -> Iterator[str]:
+    table = parquet.ParquetFile(file)
+    names = table.schema_arrow.names
+    if column not in names:
+        raise CorpusError(f"{path}: no column '{column}'.", nearest(column, names))
+    batches = table.iter_batches(batch_size=256, columns=[column])
+    for row, value in enumerate((value for batch in batches for value in batch.column(0).to_pylist()), 1):
+        yield _text({column: value}, column, f"{path}, row {row}")
+
+
+_READERS = {"txt": _read_txt, "jsonl": _read_jsonl, "parquet": _read_parquet}
+
+
+def _hub(source: str) -> Source:
+    parts = source.split(":")[1:]
+    if not parts[0] or len(parts) > 4:
+        raise CorpusError(f"'{source}' is not a corpus source.", f"Sources: {FORMS}.")
+    name, config, split, column = (p or d for p, d in zip_longest(parts, ("", "", "train", "text")))
+    try:
+        from datasets import load_dataset_builder
+    except ImportError as error:
+        raise CorpusError(f"{source} needs the package datasets.", "pip install 'avss_dist[hf]'") from error
+    with _explained(source, (Exception,), _HUB_HINT):
+        builder = load_dataset_builder(name, config or None)
+
+    def rows() -> Iterator[Mapping[str, Any]]:
+        with _explained(source, (Exception,), _HUB_HINT):
+            yield from builder.as_streaming_dataset(split=split)
+
+    return Source(
+        lambda: (_text(row, column, f"{source}, row {number}") for number, row in enumerate(rows(), 1)),
+        lambda: fingerprint(kind="hf", name=name, config=config, split=split, column=column, revision=builder.hash),
+    )
+
+
+def _decode(data: bytes, where: str, offset: int = 0) -> str:
+    try:
+        return data.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        message = f"{where}: byte {offset + error.start} is not UTF-8."
+        raise CorpusError(message, "Convert the file to UTF-8.") from error
+
+
+def _text(record: Mapping[str, Any], field: str, where: str) -> str:
+    if field not in record:
+        raise CorpusError(f"{where}: no field '{field}'.", nearest(field, record))
+    value = record[field]
+    if not isinstance(value, str) or _HALF_CHARACTER.search(value):
+        raise CorpusError(f"{where}: '{field}' is not text but {value!r:.60}.", "Mend the line, or name another field.")
+    return value
+
+
+@contextmanager
+def _explained(where: str, errors: tuple[type[Exception], ...], hint: str) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
+        raise CorpusError(f"{where} cannot be read: {error}", hint) from error

@@ -1,0 +1,354 @@
+"""What a few layers of a model cost on this machine, measured: random weights, the model's own shapes, real batches.
+
+It is measured in a process of its own, which plans the corpus, opens replicas and counts statistics as a run does; so
+its times have everything in them, and its memory is that of a run. Checkpoints of one layer and of a few layers tell
+what a layer adds.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from avss_dist.corpus.shards import CorpusPlan, Shard, plan
+from avss_dist.errors import AvssError, RunFailed
+from avss_dist.measure.shard import analyze_shard
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.loading import build, load_tokenizer, quiet, text_config
+from avss_dist.models.size import Footprint, footprint, weight_files
+from avss_dist.partition.base import Placement
+from avss_dist.partition.open import open_replica
+from avss_dist.settings import Settings
+from avss_dist.system.memory import mapped_around_a_byte, peak_memory, reset_peak_memory, resident_memory
+
+FEW_LAYERS = 3
+VOCABULARY = 1024  # an embedding is only looked up: a small one costs the same
+SECONDS = 2.5  # for the rounds of one partition; there are three at least
+MOST_ROUNDS = 9
+MAPPED_AT_ONCE = 64 << 10  # bytes that Linux brings of a mapped file around one that is read, if it cannot be tried
+EXCHANGES = 6  # of which the fastest counts
+GATHERED = 32 << 20  # bytes, at most, of one that is put together
+ON_DISK = {"cpu": 1}  # max_memory that leaves no weight in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Seconds for a shard: those that every layer takes, and those that the rest takes."""
+
+    layer: float
+    rest: float
+
+    def seconds(self, layers: int) -> float:
+        """Of a shard through a model of so many layers."""
+        return self.rest + self.layer * layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What was measured.
+
+    Attributes:
+        num_sequences, num_tokens, num_shards, num_batches: of the corpus's plan; batches are forward passes.
+        share: rows of the corpus, in multiples of the shard that was timed.
+        costs: by partition. ``device_map`` is that of layers whose weights are on disk.
+        library_bytes: resident memory of a process with its libraries; planned_bytes: of one that has planned.
+        plan_peak_bytes: the most that planning took.
+        working_bytes: what opening a model and measuring a shard add to a process that has planned, beside weights and
+            counters: activations, libraries that are only then loaded.
+        device_working_bytes: the same of a GPU's memory; 0 on a CPU.
+        copy_bytes_per_second: from memory to memory.
+        touched_bytes: of a mapped table of token embeddings, those that the corpus's tokens bring into memory.
+        sublayer_share: of a shard's time, that of attention and MLP, which tensor parallel ranks divide among them.
+        sum_seconds: for two ranks on one host to add up the hidden states of a batch; gather_bytes_per_second: at which
+            they put together a parameter. 0 on a GPU, where exchanges are modelled.
+    """
+
+    num_sequences: int
+    num_tokens: int
+    num_shards: int
+    num_batches: int
+    share: float
+    costs: Mapping[str, Cost]
+    library_bytes: int
+    planned_bytes: int
+    plan_peak_bytes: int
+    working_bytes: int
+    device_working_bytes: int
+    copy_bytes_per_second: float
+    touched_bytes: int
+    sublayer_share: float
+    sum_seconds: float
+    gather_bytes_per_second: float
+
+
+def calibrate(
+    checkpoint: Checkpoint, corpus: str, settings: Settings, size: Footprint, partitions: Sequence[str]
+) -> Calibration:
+    """Plan the corpus and time partitions, in a fresh process.
+
+    Args:
+        checkpoint: configuration and tokenizer are read; weights are not.
+        settings: pinned: no ``auto``.
+        partitions: of ``single``, ``device_map`` and ``streaming``.
+
+    Raises:
+        AvssError: the corpus or the tokenizer cannot be read, or the model cannot be built or observed.
+    """
+    with tempfile.TemporaryDirectory(prefix="avss-estimate-") as folder:
+        question, answer = Path(folder, "question"), Path(folder, "answer")
+        question.write_bytes(pickle.dumps((checkpoint, corpus, settings, size, tuple(partitions), folder)))
+        code = "from avss_dist.estimate.benchmark import main; main()"
+        command = [sys.executable, "-c", code, str(question), str(answer)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        if not answer.is_file():
+            last = next(reversed(done.stdout.strip().splitlines()), f"exit code {done.returncode}")
+            raise RunFailed(f"The calibration's process ended without a result: {last}")
+        result = pickle.loads(answer.read_bytes())
+    if isinstance(result, AvssError):
+        raise result
+    assert isinstance(result, Calibration)
+    return result
+
+
+def main() -> None:
+    """Answer the question of `calibrate`: read it from the first file, write the result or the error to the second."""
+    import avss_dist.runs.api  # noqa: F401 (a run's process has it in memory)
+
+    question, answer = map(Path, sys.argv[1:])
+    result: Calibration | AvssError
+    try:
+        result = _measure(*pickle.loads(question.read_bytes()))
+    except AvssError as error:
+        result = error
+    answer.write_bytes(pickle.dumps(result))
+
+
+def _measure(
+    checkpoint: Checkpoint, corpus: str, settings: Settings, size: Footprint, partitions: Sequence[str], folder: str
+) -> Calibration:
+    config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+    library = resident_memory()
+    planned = plan(corpus, load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code), settings)
+    plan_peak, planned_bytes = peak_memory(), resident_memory()
+    reset_peak_memory()
+    few = min(FEW_LAYERS, size.num_layers)
+    dtype = getattr(torch, size.dtype)
+    models = {n: _save(config, n, settings, dtype, Path(folder, f"layers-{n}")) for n in sorted({1, few})}
+    sizes = {n: footprint(model, settings) for n, model in models.items()}
+    shard = _timed_part(planned.shards[0], models[1], settings)
+    costs, peak, device_peak = {}, 0, 0
+    for partition in partitions:
+        costs[partition], host, device = _time(partition, models, sizes, size, shard, settings)
+        if partition == "single":
+            peak, device_peak = host, device
+    counters = counter_bytes(sizes[few], settings)
+    weights = sum(s.weight_bytes for s in sizes.values())
+    on_gpu = settings.device == "cuda"
+    return Calibration(
+        **_totals(planned, settings),
+        share=planned.num_sequences / shard.num_sequences,
+        costs=costs,
+        library_bytes=library,
+        planned_bytes=planned_bytes,
+        plan_peak_bytes=plan_peak,
+        working_bytes=max(0, peak - planned_bytes - (0 if on_gpu else counters + weights)),
+        device_working_bytes=max(0, device_peak - counters - weights) if on_gpu else 0,
+        copy_bytes_per_second=_copy_rate(),
+        touched_bytes=touched_bytes(planned, size.hidden_size * size.element_bytes, _mapped_at_once(checkpoint)),
+        sublayer_share=_sublayer_share(models[few], shard, settings),
+        sum_seconds=0.0 if on_gpu else _sum_seconds(size.hidden_bytes(settings.batch_size, settings.sequence_length)),
+        gather_bytes_per_second=0.0 if on_gpu else _gather_rate(max(*size.layer_bytes, size.embedding_bytes)),
+    )
+
+
+def _totals(planned: CorpusPlan, settings: Settings) -> dict[str, int]:
+    return {
+        "num_sequences": planned.num_sequences,
+        "num_tokens": planned.num_tokens,
+        "num_shards": len(planned.shards),
+        "num_batches": sum(-(-shard.num_sequences // settings.batch_size) for shard in planned.shards),
+    }
+
+
+def touched_bytes(planned: CorpusPlan, row: int, at_once: int = MAPPED_AT_ONCE) -> int:
+    """Bytes of a mapped table with rows of ``row`` bytes that come into memory when a corpus is looked up in it.
+
+    Args:
+        at_once: bytes that come together.
+    """
+    tokens = np.unique(np.concatenate([np.unique(shard.input_ids) for shard in planned.shards])).astype(np.int64)
+    blocks = {*(tokens * row // at_once), *((tokens + 1) * row // at_once)}
+    return len(blocks) * at_once
+
+
+def _mapped_at_once(checkpoint: Checkpoint) -> int:
+    files = [] if checkpoint.gguf else [file for file in weight_files(checkpoint.folder) if file.is_file()]
+    return mapped_around_a_byte(max(files, key=lambda file: file.stat().st_size)) if files else MAPPED_AT_ONCE
+
+
+def counter_bytes(size: Footprint, settings: Settings) -> int:
+    """Bytes of the counters of all layers and sites; see `kernels.Accumulator`."""
+    from avss_dist.measure.kernels.base import PATTERNS
+
+    counts = PATTERNS * 4  # float32: half as many, of 8 bytes
+    units = 16 * size.hidden_size * len({"block", "update"} & set(settings.sites))
+    return size.num_layers * (len(settings.sites) * counts + units)
+
+
+def _save(config: Any, layers: int, settings: Settings, dtype: torch.dtype, folder: Path) -> Checkpoint:
+    """A checkpoint of the first layers of a model, with random weights."""
+    torch.manual_seed(0)
+    model = build(shortened(config, layers), settings, dtype, torch.device("cpu"))
+    with quiet():
+        model.save_pretrained(folder)
+    return Checkpoint(name=str(folder), source="folder", path=str(folder), revision="")
+
+
+def shortened(config: Any, layers: int) -> Any:
+    """The configuration of the part that reads text, with fewer layers and a small vocabulary."""
+    short = copy.deepcopy(config.get_text_config())
+    whole = short.num_hidden_layers
+    for name, value in list(vars(short).items()):
+        if isinstance(value, (list, tuple)) and len(value) == whole:
+            setattr(short, name, value[:layers])
+        elif name.endswith("_token_id"):
+            setattr(short, name, None)
+    short.num_hidden_layers = layers
+    short.vocab_size = min(VOCABULARY, short.vocab_size)
+    if hasattr(short, "quantization_config"):
+        del short.quantization_config
+    return short
+
+
+def _timed_part(shard: Shard, smallest: Checkpoint, settings: Settings) -> Shard:
+    """The first batches of a shard, as many as the time allows, in tokens that the small vocabulary has."""
+
+    def first(rows: int) -> Shard:
+        ids = (shard.input_ids[:rows] % VOCABULARY).astype(np.int32)
+        return replace(shard, input_ids=ids, lengths=shard.lengths[:rows])
+
+    replica = open_replica(smallest, settings, Placement())
+    for _ in range(2):  # the first compiles, and looks for fast ways to multiply
+        seconds = analyze_shard(replica, first(settings.batch_size), settings).seconds
+    replica.close()
+    batches = max(1, int(SECONDS / 3 / (1 + FEW_LAYERS) / max(seconds, 1e-6)))
+    return first(min(shard.num_sequences, batches * settings.batch_size))
+
+
+def _time(
+    partition: str,
+    models: Mapping[int, Checkpoint],
+    sizes: Mapping[int, Footprint],
+    whole: Footprint,
+    shard: Shard,
+    settings: Settings,
+) -> tuple[Cost, int, int]:
+    """What a shard costs with a partition, and the most memory that the process and its device had."""
+    limits = ON_DISK if partition == "device_map" else {}
+    seconds: dict[int, list[float]] = {n: [] for n in models}
+    placement = Placement(partition=partition, max_memory=limits)
+    replicas = {n: open_replica(model, settings, placement) for n, model in models.items()}
+    device, end = 0, time.perf_counter() + SECONDS
+    for round_ in count():
+        for n, replica in replicas.items():
+            result = analyze_shard(replica, shard, settings)
+            device = result.peak_memory_bytes
+            if round_:
+                seconds[n].append(result.seconds)
+        if round_ == MOST_ROUNDS or (round_ >= 3 and time.perf_counter() > end):
+            break
+    peak = peak_memory()
+    for replica in replicas.values():
+        replica.close()
+    few = max(models)
+    short, long = (min(seconds[n]) for n in (min(models), few))  # what else runs here only adds to a time
+    layer = (long - short) / (few - 1) if few > 1 and long > short else long / few
+    rest = max(0.0, long - layer * few)
+    # Layers differ: the first may be dense and the others not. Arithmetic tells by how much.
+    likeness = (whole.forward_flops(1, 1) / whole.num_layers) / (sizes[few].forward_flops(1, 1) / few)
+    return Cost(layer=layer * likeness, rest=rest), peak, device
+
+
+def _copy_rate() -> float:
+    source = torch.ones(1 << 25, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    start = time.perf_counter()
+    for _ in range(4):
+        target.copy_(source)
+    return 4 * source.numel() / (time.perf_counter() - start)
+
+
+def _sublayer_share(model: Checkpoint, shard: Shard, settings: Settings) -> float:
+    """How much of a shard's time passes in the attention and MLP of layers."""
+    replica = open_replica(model, settings, Placement())
+    inside = 0.0
+
+    def now() -> float:
+        if replica.device.type == "cuda":
+            torch.cuda.synchronize(replica.device)
+        return time.perf_counter()
+
+    def enter(*_: Any) -> None:
+        nonlocal inside
+        inside -= now()
+
+    def leave(*_: Any) -> None:
+        nonlocal inside
+        inside += now()
+
+    handles = []
+    for layer in replica.layers:
+        for module in dict.fromkeys(layer.points[s].module for s in ("attention", "mlp") if s in layer.points):
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, prepend=True)]
+    seconds = analyze_shard(replica, shard, settings).seconds
+    for handle in handles:
+        handle.remove()
+    replica.close()
+    return min(1.0, max(0.0, inside / seconds))
+
+
+def _sum_seconds(size: int) -> float:
+    """Seconds for two ranks to add up bfloat16 tensors of ``size`` bytes over gloo."""
+    return _exchange_seconds(lambda group, hidden: group.allreduce([hidden]), size)
+
+
+def _gather_rate(size: int) -> float:
+    """Bytes per second at which two ranks put together tensors of ``size`` bytes, of which each has half, over gloo."""
+
+    def gather(group: Any, half: torch.Tensor) -> Any:
+        return group._allgather_base(half.new_empty(2 * half.numel()), half)
+
+    size = min(size, GATHERED)
+    return size / _exchange_seconds(gather, size // 2)
+
+
+def _exchange_seconds(exchange: Callable[[Any, torch.Tensor], Any], size: int) -> float:
+    """Seconds of an exchange of ``size`` bytes between two ranks, as two threads of this process."""
+    store, seconds = torch.distributed.HashStore(), []
+
+    def rank(number: int) -> None:
+        group: Any = torch.distributed.ProcessGroupGloo(store, number, 2, timedelta(seconds=60))
+        tensor = torch.zeros(size // 2, dtype=torch.bfloat16)
+        for _ in range(EXCHANGES):
+            start = time.perf_counter()
+            exchange(group, tensor).wait()
+            seconds.append(time.perf_counter() - start)
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(rank, range(2)))
+    return min(seconds)

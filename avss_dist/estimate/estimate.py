@@ -1,0 +1,309 @@
+"""What a run will take, told before any weight is loaded: memory and time of each partition on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from avss_dist.estimate.benchmark import Calibration, Cost, calibrate, counter_bytes
+from avss_dist.models.checkpoints import Checkpoint, fetch_files, locate
+from avss_dist.models.size import Footprint, footprint
+from avss_dist.partition.device_map import SPARE_SHARE, Device, Spread, spread
+from avss_dist.partition.zero3 import PREFETCHED
+from avss_dist.settings import Execution, Settings
+from avss_dist.system.devices import available_memory, devices_here, pick_device
+from avss_dist.text import describe_bytes
+
+ORDER = ("single", "device_map", "streaming", "zero3", "tensor_parallel")
+DEEPSPEED_BYTES = 150 << 20  # that a process has more once it has loaded DeepSpeed
+LINK_SHARE = 0.25  # of the rate of a copy in memory, that ranks on one host exchange tensors at
+_TOKENIZER_FILES = ["config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A partition.
+
+    Attributes:
+        partition: one of ``config.PARTITIONS``.
+        ranks: processes of one replica.
+        device_bytes: the most memory of each device: of each GPU, or, on a CPU, of each process.
+        host_bytes: the most memory of the host, all ranks together.
+        fits: whether so much is free here.
+        seconds: for measuring all shards; starting, opening the model and writing tables come on top.
+        why: what the numbers are made of, or what is missing.
+    """
+
+    partition: str
+    ranks: int
+    device_bytes: int
+    host_bytes: int
+    fits: bool
+    seconds: float
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A run that was not made.
+
+    Attributes:
+        model, corpus: as they were named.
+        num_sequences, num_tokens, num_shards: of the plan.
+        num_parameters, num_layers, weight_bytes, dtype: of the model, see `footprint.Footprint`.
+        flops: floating-point operations of all forward passes; the language-model head does not run.
+        device: ``cpu`` or ``cuda``; device_free_bytes of the fullest GPU, host_free_bytes of the host.
+        rows: one for each partition, the simplest first.
+    """
+
+    model: str
+    corpus: str
+    num_sequences: int
+    num_tokens: int
+    num_shards: int
+    num_parameters: int
+    num_layers: int
+    weight_bytes: int
+    dtype: str
+    flops: int
+    device: str
+    device_free_bytes: int
+    host_free_bytes: int
+    rows: tuple[Row, ...]
+
+    @property
+    def best(self) -> Row | None:
+        """The simplest partition that fits; None where none does."""
+        return next((row for row in self.rows if row.fits), None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The estimate as JSON-ready values."""
+        return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
+
+
+def estimate(model: str, corpus: str, settings: Settings, execution: Execution | None = None) -> Estimate:
+    """Estimate a run from the checkpoint's configuration and headers, the corpus, and a calibration of some seconds.
+
+    Args:
+        model: hub id, folder or ``.gguf`` file; weights are neither fetched nor read.
+        corpus: as for `run.score`; it is planned, as far as ``settings.max_sequences`` goes.
+        execution: ``ranks`` for the partitions of several processes (2 if None) and ``max_memory``; the estimate is of
+            one replica.
+
+    Raises:
+        AvssError: the model, the corpus or a setting is not one that can be run.
+    """
+    execution = execution or Execution()
+    checkpoint = locate(model, trust_remote_code=settings.trust_remote_code)
+    size = footprint(checkpoint or model, settings)
+    settings = replace(settings, dtype=size.dtype, device=pick_device(settings.device).type)
+    here = Machine.look(settings.device)
+    placed = _spread(checkpoint or model, size, settings, execution, here)
+    measured = ["single", *(["device_map"] if placed.layers_on_disk else []), "streaming"]
+    source = checkpoint or _fetch_tokenizer(model, settings)
+    calibration = calibrate(source, corpus, settings, size, measured)
+    made = Arithmetic(size, settings, execution, here, calibration, placed)
+    return Estimate(
+        model=model,
+        corpus=corpus,
+        num_sequences=calibration.num_sequences,
+        num_tokens=calibration.num_tokens,
+        num_shards=calibration.num_shards,
+        num_parameters=size.num_parameters,
+        num_layers=size.num_layers,
+        weight_bytes=size.weight_bytes,
+        dtype=size.dtype,
+        flops=size.forward_flops(calibration.num_sequences, settings.sequence_length),
+        device=settings.device,
+        device_free_bytes=here.device_free,
+        host_free_bytes=here.host_free,
+        rows=tuple(made.rows()),
+    )
+
+
+def _fetch_tokenizer(model: str, settings: Settings) -> Checkpoint:
+    return fetch_files(model, _TOKENIZER_FILES + (["*.py"] if settings.trust_remote_code else []))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is free.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``; gpus: how many.
+        device_free: bytes of the fullest GPU, or of the host; host_free: of the host.
+    """
+
+    device: str
+    gpus: int
+    device_free: int
+    host_free: int
+
+    @classmethod
+    def look(cls, device: str) -> Machine:
+        """This machine."""
+        devices, host = devices_here(device), available_memory()
+        if device == "cpu":
+            return cls(device, 0, host, host)
+        free = [torch.cuda.mem_get_info(gpu)[0] for gpu in range(devices.count)]
+        return cls(device, devices.count, min(free), host)
+
+
+def _spread(
+    checkpoint: Checkpoint | str, size: Footprint, settings: Settings, execution: Execution, here: Machine
+) -> Spread:
+    """Where a device map would put the weights on this machine."""
+    batch = size.activation_bytes(settings.batch_size, settings.sequence_length)
+    free: dict[Device, int] = {**dict.fromkeys(range(here.gpus), here.device_free), "cpu": here.host_free}
+    limits = {name: max(0, int(room * SPARE_SHARE) - batch) for name, room in free.items()}
+    limits |= {name if name == "cpu" else int(name): room for name, room in execution.max_memory.items()}
+    return spread(checkpoint, settings, limits)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Rows from what was measured: nothing is read or run."""
+
+    size: Footprint
+    settings: Settings
+    execution: Execution
+    here: Machine
+    measured: Calibration
+    spread: Spread
+
+    def rows(self) -> Iterator[Row]:
+        """One for each partition."""
+        yield self._single()
+        yield self._device_map()
+        yield self._streaming()
+        yield self._zero3()
+        yield self._tensor_parallel()
+
+    def _seconds(self, cost: Cost, layers: int | None = None) -> float:
+        return self.measured.share * cost.seconds(self.size.num_layers if layers is None else layers)
+
+    def _memory(self, weights: int, *, ranks: int = 1, host_weights: int = 0, more: int = 0) -> tuple[int, int]:
+        """(of each device, of the host) for so many bytes of weights on each device.
+
+        Args:
+            host_weights: bytes of weights in the host memory of each process, beside.
+            more: other bytes on each device.
+        """
+        counters = counter_bytes(self.size, self.settings)
+        m = self.measured
+        start = m.planned_bytes if ranks == 1 else m.library_bytes + DEEPSPEED_BYTES
+        process = start + m.working_bytes + host_weights
+        if self.here.device == "cuda":
+            return weights + more + counters + m.device_working_bytes, ranks * max(process, m.plan_peak_bytes)
+        process = max(process + weights + more + counters, m.plan_peak_bytes if ranks == 1 else 0)
+        return process, ranks * process
+
+    def _row(self, partition: str, ranks: int, memory: tuple[int, int], seconds: float, why: str) -> Row:
+        device, host = memory
+        need = [(host, self.here.host_free, "memory of the host")]
+        if self.here.device == "cuda":
+            need.append((device, self.here.device_free, "memory of a GPU"))
+        short = [f"{describe_bytes(n - free)} of {what} are missing" for n, free, what in need if n > free]
+        if self.here.device == "cuda" and ranks > self.here.gpus:
+            short.append(f"{ranks} GPUs are needed, {self.here.gpus} are here")
+        return Row(
+            partition=partition,
+            ranks=ranks,
+            device_bytes=device,
+            host_bytes=host,
+            fits=not short,
+            seconds=seconds,
+            why="; ".join([*short, why]),
+        )
+
+    def _single(self) -> Row:
+        why = f"{describe_bytes(self.size.weight_bytes)} of weights stay in memory"
+        seconds = self._seconds(self.measured.costs["single"])
+        return self._row("single", 1, self._memory(self._resident(self.size.weight_bytes)), seconds, why)
+
+    def _resident(self, weights: int, *, table: bool = True) -> int:
+        """Of so many bytes of weights, those that come into memory: of a mapped file only what is read.
+
+        Args:
+            table: the token embeddings are among them.
+        """
+        if self.here.device == "cuda" or not self.size.mapped or not table:
+            return weights
+        unread = max(0, self.size.embedding_bytes - self.measured.touched_bytes)
+        return min(weights, sum(self.size.layer_bytes) + self.size.other_bytes) - unread
+
+    def _device_map(self) -> Row:
+        on_host, on_disk = self.spread.held.get("cpu", 0), self.spread.layers_on_disk
+        costs = self.measured.costs
+        seconds = self._seconds(costs["single"], self.size.num_layers - on_disk)
+        if on_disk:
+            seconds += self._seconds(replace(costs["device_map"], rest=0.0), on_disk)
+        if on_host and self.here.gpus:  # copied to a GPU for every batch
+            seconds += self.measured.num_batches * on_host / self.measured.copy_bytes_per_second
+        one = max(self.size.layer_bytes)
+        if self.here.device == "cuda":
+            on_gpu = max((size for name, size in self.spread.held.items() if isinstance(name, int)), default=0)
+            memory = self._memory(on_gpu, host_weights=on_host, more=one)
+        else:
+            resident = self._resident(on_host, table=self.spread.table == "cpu")
+            memory = self._memory(resident, more=one * bool(on_disk))
+        why = (
+            f"{on_disk} of {self.size.num_layers} layers on disk, read for every batch" if on_disk else "all in memory"
+        )
+        return self._row("device_map", 1, memory, seconds, why)
+
+    def _streaming(self) -> Row:
+        rows = min(self.settings.sequences_per_shard, self.measured.num_sequences)
+        waiting = self.size.hidden_bytes(rows, self.settings.sequence_length)
+        cuda = self.here.device == "cuda"
+        held = 2 if cuda or not self.size.mapped else 1  # a mapped layer is where its file is; another comes by itself
+        layers = sum(sorted(self.size.layer_bytes)[-held:])
+        weights = self.size.other_bytes + layers
+        memory = self._memory(weights, host_weights=layers + waiting) if cuda else self._memory(weights, more=waiting)
+        why = (
+            f"{'two layers' if held == 2 else 'a layer'} and {describe_bytes(waiting)} of waiting hidden states in "
+            f"memory; the layers' weights are read {self.measured.num_shards}x"
+        )
+        return self._row("streaming", 1, memory, self._seconds(self.measured.costs["streaming"]), why)
+
+    def _zero3(self) -> Row:
+        ranks = self._ranks()
+        gathered = sum(self.size.layer_bytes) + self.size.other_bytes
+        part = -(-self.size.weight_bytes // ranks)
+        ahead = PREFETCHED * self.size.element_bytes if self.here.device == "cuda" else 0
+        largest = max(*self.size.layer_bytes, self.size.embedding_bytes)  # twice: as it comes, and put together
+        device, host = self._memory(part, ranks=ranks, more=2 * largest + min(ahead, gathered))
+        # Ranks share the shards; on CPUs they share the cores too, so that nothing is gained.
+        cuda, m = self.here.device == "cuda", self.measured
+        if not cuda:  # while the model is opened, pages of its files, which the system can have back, are there too
+            device = max(device, m.library_bytes + DEEPSPEED_BYTES + part + self.size.weight_bytes)
+        work = self._seconds(m.costs["single"]) / (ranks if cuda else 1)
+        rate = m.copy_bytes_per_second * LINK_SHARE * ranks / max(1, ranks - 1) if cuda else m.gather_bytes_per_second
+        exchange = -(-m.num_batches // ranks) * gathered / rate
+        why = "every rank holds a part and gathers one layer at a time"
+        why += "; the exchange is modelled, not measured" * cuda
+        return self._row("zero3", ranks, (device, host), work + exchange, why)
+
+    def _tensor_parallel(self) -> Row:
+        """What ranks do not divide (norms, residuals, statistics), each of them does: on CPUs with fewer cores."""
+        ranks, m, cuda = self._ranks(), self.measured, self.here.device == "cuda"
+        single = self._seconds(m.costs["single"])
+        work = single * (m.sublayer_share / ranks + 1 - m.sublayer_share) * (1 if cuda else ranks)
+        sums = 2 * self.size.num_layers
+        hidden = self.size.hidden_bytes(m.num_sequences, self.settings.sequence_length)
+        modelled = sums * 2 * hidden * (ranks - 1) / (m.copy_bytes_per_second * LINK_SHARE)
+        exchange = modelled if cuda else sums * m.num_batches * m.sum_seconds * (ranks - 1)
+        whole = self.size.weight_bytes
+        part = self.size.other_bytes + sum(self.size.layer_bytes) // ranks
+        memory = (
+            self._memory(part, ranks=ranks, host_weights=whole) if cuda else self._memory(whole + part, ranks=ranks)
+        )
+        why = "every rank loads the whole model first, and keeps a part of each layer"
+        why += "; the exchange is modelled, not measured" * cuda
+        return self._row("tensor_parallel", ranks, memory, work + exchange, why)
+
+    def _ranks(self) -> int:
+        return self.execution.ranks or max(2, self.here.gpus)

@@ -1,0 +1,1 @@
+"""What models and plans are worth: evaluate, ablate, experiment."""

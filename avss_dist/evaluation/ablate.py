@@ -1,0 +1,154 @@
+"""Measure the ground truth about a model's layers, by the cells of `evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from avss_dist.corpus.shards import CorpusPlan
+from avss_dist.errors import ConfigError
+from avss_dist.evaluation.evaluate import CellReporter, ask, commit, failure, measure, pinned, plan_text
+from avss_dist.executors.open import open_executor
+from avss_dist.models.checkpoints import resolve
+from avss_dist.settings import GROUND_TRUTH, INTERVAL, LOSS, split_options
+from avss_dist.tasks.base import Result, Task
+from avss_dist.tasks.gradients import Gradients
+from avss_dist.tasks.layer_removal import SHAPLEY, LeaveOneOut, Shapley
+from avss_dist.warehouse.reader import Warehouse
+
+CHUNK = 4  # permutations in a cell
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerAblation:
+    """What was measured of a layer.
+
+    Attributes:
+        loss: without it, in nats per token.
+        increase: of the loss over that of the whole model, paired: sequence by sequence.
+        shapley: its Shapley value, a sample for each permutation.
+        gradients: what `gradients.Gradients` gives, by metric.
+    """
+
+    layer: int
+    loss: Result | None
+    increase: Result | None
+    shapley: Result | None
+    gradients: Mapping[str, Result]
+
+    def shapley_interval(self) -> tuple[float, float] | None:
+        """Of ``config.INTERVAL``, by Student's t over permutations; None of fewer than two."""
+        from scipy.stats import t
+
+        if self.shapley is None or len(self.shapley.samples) < 2:
+            return None
+        half = float(t.ppf((1 + INTERVAL) / 2, len(self.shapley.samples) - 1)) * self.shapley.stderr
+        return self.shapley.value - half, self.shapley.value + half
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """What was measured of a model.
+
+    Attributes:
+        whole: the loss of the whole model; None where layers were not left out.
+        layers: in order.
+    """
+
+    model: str
+    corpus: str
+    whole: Result | None
+    layers: Sequence[LayerAblation]
+
+
+def ablate(
+    model: str | Path,
+    *,
+    corpus: str,
+    warehouse: str | Path,
+    leave_one_out: bool = True,
+    shapley: int = 0,
+    truncation: bool = True,
+    seed: int = 0,
+    gradients: bool = False,
+    skip_sequences: int = 0,
+    reporter: CellReporter | None = None,
+    **options: Any,
+) -> Ablation:
+    """Measure what each layer of a model does to its loss, and keep it in a warehouse; nothing is measured twice.
+
+    Args:
+        model: hub id, folder, or ``.gguf`` file of a causal language model.
+        leave_one_out: the loss without each layer (`ablation.LeaveOneOut`).
+        shapley: permutations to sample for layer Shapley values (`ablation.Shapley`); 0 for none.
+        truncation, seed: of the permutations.
+        gradients: a backward pass too (`gradients.Gradients`).
+        skip_sequences: rows at the start of the corpus that are not read.
+        options: the fields of ``config.Settings`` and ``config.Execution``.
+
+    Raises:
+        AvssError: a mistake, or a cell that failed (`RunFailed`); what was measured is kept.
+    """
+    settings, execution = split_options(options)
+    if min(shapley, seed) < 0:
+        raise ConfigError(f"shapley and seed cannot be negative: {min(shapley, seed)}.")
+    if not (leave_one_out or shapley or gradients):
+        raise ConfigError("Nothing is asked for.", "Leave out --no-leave-one-out, or pass --shapley 32 or --gradients.")
+    store = Warehouse(warehouse)
+    store.create()
+    checkpoint = resolve(str(model), trust_remote_code=settings.trust_remote_code)
+    with closing(open_executor(execution, settings)) as executor:
+        fixed = pinned(settings, checkpoint, executor.device)
+        text = plan_text(checkpoint, corpus, fixed, skip_sequences=skip_sequences)
+        seeds = np.random.SeedSequence(seed).generate_state(shapley).tolist()
+        tasks = _tasks(corpus, text, leave_one_out, gradients, seeds, truncation)
+        asked = [ask(checkpoint, task, fixed) for task in tasks]
+        cells = [cell for one in asked for cell in one.cells([()])]
+        failed = measure(cells, store, executor, reporter, fresh=execution.fresh)
+    found = [result for one in asked for result in commit(one, store)]
+    if failed:
+        raise failure(failed)
+    return _ablation(str(model), corpus, found)
+
+
+def _tasks(
+    corpus: str, text: CorpusPlan, leave_one_out: bool, gradients: bool, seeds: Sequence[int], truncation: bool
+) -> Iterator[Task]:
+    if gradients:
+        yield Task(name=f"{GROUND_TRUTH['taylor']}{corpus}", parts=tuple(Gradients(shard) for shard in text.shards))
+    if leave_one_out:
+        yield Task(name=f"{GROUND_TRUTH['loss']}{corpus}", parts=tuple(LeaveOneOut(shard) for shard in text.shards))
+    if seeds:
+        chunks = [tuple(seeds[start : start + CHUNK]) for start in range(0, len(seeds), CHUNK)]
+        parts = tuple(Shapley(shards=text.shards, seeds=chunk, truncation=truncation) for chunk in chunks)
+        yield Task(name=f"{GROUND_TRUTH['shapley']}{corpus}", parts=parts)
+
+
+def _ablation(model: str, corpus: str, found: Sequence[Result]) -> Ablation:
+    losses = {result.drop: result for result in found if result.metric == LOSS}
+    whole = losses.get(())
+    of: dict[int, dict[str, Result]] = {drop[0]: {} for drop in losses if drop}
+    for result in found:
+        if result.layer is not None:
+            of.setdefault(result.layer, {})[result.metric] = result
+    layers = [
+        LayerAblation(
+            layer=layer,
+            loss=losses.get((layer,)),
+            increase=_increase(whole, losses[layer,]) if whole and (layer,) in losses else None,
+            shapley=of[layer].pop(SHAPLEY, None),
+            gradients=of[layer],
+        )
+        for layer in sorted(of)
+    ]
+    return Ablation(model=model, corpus=corpus, whole=whole, layers=layers)
+
+
+def _increase(whole: Result, without: Result) -> Result:
+    samples = without.samples - whole.samples
+    return Result(metric=LOSS, drop=without.drop, layer=None, samples=samples, weights=without.weights)

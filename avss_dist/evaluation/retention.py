@@ -1,0 +1,53 @@
+"""What is left of a metric: after over before, with an interval from the same samples of both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from avss_dist.settings import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, INTERVAL, LOSS
+from avss_dist.stats.layer_stats import Float64
+from avss_dist.tasks.base import LOWER_IS_BETTER, Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retained:
+    """A retention: 1 keeps all. Where less is better, it is before over after; of a loss, of the perplexities.
+
+    Attributes:
+        value: the retention.
+        low, high: the interval of ``config.INTERVAL``, by the paired bootstrap over samples (Efron and Tibshirani, An
+            Introduction to the Bootstrap, 1993, chapter 13); NaN where samples are not the same in number, or only one.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def retained(before: Result, after: Result) -> Retained:
+    """How much of ``before`` is left in ``after``: the same metric of the same task, of the same samples."""
+    value = float(_ratio(before.metric, *(np.array([r.value]) for r in (before, after)))[0])
+    number = len(before.samples)
+    if number < 2 or len(after.samples) != number:
+        return Retained(value=value, low=float("nan"), high=float("nan"))
+    picked = np.random.default_rng(BOOTSTRAP_SEED).multinomial(
+        number, np.full(number, 1 / number), size=BOOTSTRAP_RESAMPLES
+    )
+    ratios = _ratio(before.metric, *(picked @ r.samples / (picked @ r.weights) for r in (before, after)))
+    tail = (1 - INTERVAL) / 2
+    with np.errstate(invalid="ignore"):  # between infinities
+        low, high = np.nanquantile(ratios, [tail, 1 - tail]) if np.isfinite(ratios).any() else (np.nan, np.nan)
+    return Retained(value=value, low=float(low), high=float(high))
+
+
+def _ratio(metric: str, before: Float64, after: Float64) -> Float64:
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        if metric == LOSS:
+            ratio: Float64 = np.exp(before - after)
+        elif metric.rpartition("/")[2].partition(",")[0] in LOWER_IS_BETTER:  # SUBTASK/METRIC,FILTER
+            ratio = before / after
+        else:
+            ratio = after / before
+    return ratio

@@ -1,0 +1,24 @@
+"""Open an executor: in this process, or on Ray."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from avss_dist.executors.base import Executor
+from avss_dist.settings import GANGS, Execution, Settings
+
+
+def open_executor(execution: Execution, settings: Settings) -> Executor:
+    """The executor that was asked for; ``auto`` is Ray where there is more than one process to run, or a cluster."""
+    from avss_dist.executors.local import LocalExecutor
+
+    gpus = torch.cuda.device_count() if settings.device != "cpu" else 0
+    wide = execution.address or os.environ.get("RAY_ADDRESS") or (execution.replicas or gpus or 1) > 1
+    wide = wide or execution.partition in GANGS
+    if execution.executor == "local" or (execution.executor == "auto" and not wide):
+        return LocalExecutor(settings)
+    from avss_dist.executors.ray.executor import RayExecutor
+
+    return RayExecutor(execution, settings)

@@ -1,0 +1,1 @@
+"""Work on Ray workers: pool, gangs of ranks, heartbeats."""

@@ -1,0 +1,188 @@
+"""Replicas as gangs of Ray actors, on this machine or on a cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Generator, Iterator, Sequence
+from itertools import chain, count
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from avss_dist.errors import ConfigError, RunFailed
+from avss_dist.executors.base import Outcome, Work
+from avss_dist.executors.prefetch import Ahead
+from avss_dist.executors.ray.cells import run_on_ray
+from avss_dist.executors.ray.gang import Gang, missing_package
+from avss_dist.executors.ray.heartbeats import Beats
+from avss_dist.executors.ray.pool import Pool
+from avss_dist.partition.base import Placement
+from avss_dist.settings import Execution, Settings
+from avss_dist.system.devices import Devices, devices_here, pick_device
+from avss_dist.tasks.cells import Cell, CellOutcome
+
+CONNECT_SECONDS = 10.0
+
+
+class RayExecutor:
+    """See `executors.base.Executor`. Ray starts when it is first needed, and is stopped if it was started here."""
+
+    def __init__(self, execution: Execution, settings: Settings) -> None:
+        self._execution = execution
+        self._address = execution.address or os.environ.get("RAY_ADDRESS")
+        self._started = False
+        self._names = count()
+        self._beats: Any = None
+        if self._address:
+            self.connect()
+            self.devices = _devices_of_cluster(settings.device)
+        else:
+            self.devices = devices_here(pick_device(settings.device).type)
+        self.device = self.devices.kind
+
+    def replicas(self, placement: Placement) -> int:
+        """See `executors.base.Executor`."""
+        asked, has = self._execution.replicas, self.devices
+        if self.device == "cuda":
+            replicas = asked or max(1, has.count // max(1, placement.gpus))
+            if replicas * placement.gpus > has.count:
+                raise ConfigError(
+                    f"{replicas} replicas of {placement.gpus} GPUs were asked for, and there are {has.count} GPUs.",
+                    "Lower --replicas, --ranks or --gpus-per-replica.",
+                )
+            return replicas
+        replicas = asked or 1
+        if not self._address and replicas * placement.ranks > has.cpus:
+            what = f"{replicas} replicas" + (f" of {placement.ranks} ranks" if placement.ranks > 1 else "")
+            raise ConfigError(
+                f"{what} were asked for, and there are {has.cpus} CPUs.",
+                "Lower --replicas" + (" or --ranks." if placement.ranks > 1 else "."),
+            )
+        return replicas
+
+    def run(self, works: Iterator[Work]) -> Generator[Outcome, None, None]:
+        """Yield results as workers finish them; the next work is prepared meanwhile. Works share the workers."""
+        first = next(works, None)
+        if first is None:
+            return
+        self.connect()
+        ahead = Ahead(chain([first], works))
+        pool = Pool(
+            ahead,
+            hire=self._hire,
+            replicas=self.replicas,
+            beats=self._beats,
+            placement_seconds=self._execution.placement_seconds,
+            hang_seconds=self._execution.hang_seconds,
+            shortage=lambda placement: _shortage(placement, self.cpus(placement)),
+        )
+        try:
+            yield from pool.outcomes()
+        finally:
+            ahead.close()
+            pool.close()
+
+    def run_cells(self, cells: Sequence[Cell]) -> Generator[CellOutcome, None, None]:
+        """See `executors.base.Executor`."""
+        if cells:
+            self.connect()
+            one = Placement(gpus=1 if self.device == "cuda" else 0)
+            yield from run_on_ray(cells, self.replicas(one), self.cpus(one), one.gpus, self.threads(one))
+
+    def close(self) -> None:
+        """Stop the workers, and Ray if it was started here."""
+        if not ray.is_initialized():
+            return
+        if self._beats is not None:
+            ray.kill(self._beats)
+        if self._started:
+            ray.shutdown()
+
+    def connect(self) -> None:
+        """Start Ray, or reach the cluster, if that is not done yet."""
+        if not ray.is_initialized():
+            try:
+                _require_listening(self._address or "local")
+                ray.init(
+                    address=self._address or "local",
+                    include_dashboard=None if self._address else False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+            except (OSError, RayError, RuntimeError, ValueError, AssertionError) as error:
+                where = f"Ray at {self._address}" if self._address else "a local Ray"
+                kind = ConfigError if self._address else RunFailed
+                raise kind(
+                    f"{where} cannot be reached: {str(error).splitlines()[0]}",
+                    "Check --address (or RAY_ADDRESS), and that this machine has the cluster's token.",
+                ) from error
+            self._started = True
+        if self._beats is None:
+            self._beats = ray.remote(Beats).options(num_cpus=0, max_restarts=-1).remote()
+
+    def cpus(self, placement: Placement) -> int:
+        """CPUs of one rank: an even share."""
+        ranks = self.replicas(placement) * placement.ranks
+        return max(1, min(self.devices.cpus // ranks, self.devices.cpus_of_largest_node))
+
+    def threads(self, placement: Placement) -> int:
+        """Threads of one rank: one for each of its CPUs, or ``OMP_NUM_THREADS``."""
+        return int(os.environ.get("OMP_NUM_THREADS", 0)) or self.cpus(placement)
+
+    def _hire(self, placement: Placement) -> Gang:
+        cpus, threads = self.cpus(placement), self.threads(placement)
+        name = f"{os.getpid()}-{next(self._names)}"
+        return Gang(name, placement, cpus=cpus, threads=threads, beats=self._beats)
+
+
+def _require_listening(address: str) -> None:
+    """Raise OSError soon where nobody listens at ``HOST:PORT``; Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")  # of IPv6
+    if not host or not port.isdecimal() or "/" in host:
+        return
+    hosts = [host, ray.util.get_node_ip_address()] if host in ("127.0.0.1", "localhost") else [host]
+    for i, name in enumerate(hosts):  # Ray takes the loopback address for the one that others see
+        try:
+            socket.create_connection((name, int(port)), timeout=CONNECT_SECONDS).close()
+            return
+        except OSError:
+            if i == len(hosts) - 1:
+                raise
+
+
+def _shortage(placement: Placement, cpus: int) -> str:
+    """What was asked of the cluster, and what it has."""
+    gpus = placement.gpus // placement.ranks
+    who = f"A replica needs {placement.ranks} workers of" if placement.ranks > 1 else "A worker needs"
+    asked = f"{who} {cpus} CPUs" + (f" and {gpus} GPUs" if gpus else "")
+    free, every = ray.available_resources(), ray.cluster_resources()
+    has = ", ".join(f"{free.get(name, 0):g} of {every[name]:g} {name}s" for name in ("CPU", "GPU") if every.get(name))
+    return f"{asked}; the cluster has {has or 'nothing'} free."
+
+
+def _devices_of_cluster(device: str) -> Devices:
+    """What the alive nodes have; the memory is that of one node that is like a worker's."""
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
+    kind = ("cuda" if gpus else "cpu") if device == "auto" else device
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    probe = ray.remote(devices_here).options(num_cpus=0, num_gpus=1 if kind == "cuda" and gpus else 0)
+    try:
+        seen: Devices = ray.get(probe.remote(kind))
+    except RayError as error:
+        if missing := missing_package(error):
+            raise missing from error
+        raise
+    return Devices(
+        kind=kind,
+        count=gpus if kind == "cuda" else 1,
+        count_of_largest_node=max((int(node.get("GPU", 0)) for node in nodes), default=0) if kind == "cuda" else 1,
+        device_bytes=seen.device_bytes,
+        host_bytes=seen.host_bytes,
+        cpus=int(resources.get("CPU", 1)),
+        cpus_of_largest_node=max((int(node.get("CPU", 0)) for node in nodes), default=1),
+    )

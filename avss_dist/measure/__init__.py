@@ -1,0 +1,1 @@
+"""What a shard gives: hooks read activations, kernels reduce them to LayerStats."""

@@ -1,0 +1,290 @@
+"""Watch a backbone's forward passes: hooks that only read, reductions on the device that holds the activation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from avss_dist.errors import ModelError
+from avss_dist.measure.kernels.base import Accumulator, Kernels, to_stats
+from avss_dist.measure.kernels.choose import kernels_for
+from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
+from avss_dist.stats.layer_stats import LayerKey, LayerStats
+
+UNIT_SITES = ("block", "update")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class _Entered:
+    """The layer that is running, and what went in."""
+
+    layer: Layer
+    hidden: torch.Tensor | None
+    version: int
+
+
+@dataclass
+class _Pass:
+    """A forward pass that is under way: what counts in it, and where it is."""
+
+    mask: torch.Tensor
+    masks: dict[torch.device, torch.Tensor] = field(default_factory=dict)  # copies of it
+    calls: dict[nn.Module, int] = field(default_factory=dict)
+    entered: _Entered | None = None
+
+
+_passes: ContextVar[Mapping[int, _Pass]] = ContextVar("passes", default=MappingProxyType({}))  # by id of their observer
+
+
+class Observer:
+    """Accumulates LayerStats while forward passes run inside `observe`."""
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        sites: Sequence[str],
+        thresholds: Sequence[float],
+        *,
+        counts: bool = True,
+        passes: int | None = None,
+        beat: Callable[[], None] | None = None,
+    ) -> None:
+        self.layers = layers
+        self.counts = counts
+        self.passes = passes
+        self.beat = beat
+        self.sites = sites
+        self.thresholds = np.asarray(thresholds, np.float64)
+        self._by_call = {(layer.module, layer.call): layer for layer in layers}
+        self._accumulators: dict[LayerKey, Accumulator] = {}
+        self._stats: dict[LayerKey, LayerStats] = {}
+        self._left: Counter[int] = Counter()
+        self._kernels: dict[torch.device, Kernels] = {}
+        self._updates: dict[torch.device, torch.Tensor] = {}
+
+    @contextmanager
+    def batch(self, observed: np.ndarray) -> Iterator[None]:
+        """Count the forward pass inside: ``observed`` is bool[rows, tokens], True where a token counts.
+
+        A batch in which nothing counts adds nothing, and neither does a forward pass outside of `batch`. Passes may be
+        interleaved where each runs in a thread, a greenlet or a context of its own.
+        """
+        if not observed.any():
+            yield
+            return
+        mask = torch.from_numpy(np.ascontiguousarray(observed))
+        before = _passes.set({**_passes.get(), id(self): _Pass(mask)})
+        try:
+            yield
+        finally:
+            _passes.reset(before)
+
+    @property
+    def _pass(self) -> _Pass | None:
+        return _passes.get().get(id(self))
+
+    def result(self) -> dict[LayerKey, LayerStats]:
+        """Everything counted so far, by (layer index, site). One transfer from each device."""
+        self._conclude(list(self._accumulators))
+        return dict(sorted(self._stats.items()))
+
+    def _conclude(self, keys: Sequence[LayerKey]) -> None:
+        accumulators = [self._accumulators.pop(key) for key in keys]
+        for key, accumulator, tensors in zip(keys, accumulators, _to_host(accumulators), strict=True):
+            self._stats[key] = to_stats(tensors, accumulator.dtype, self.thresholds)
+
+    def attach(self, handles: list[Any]) -> None:
+        """Register every hook, adding its handle to ``handles`` at once."""
+        for module in dict.fromkeys(layer.module for layer in self.layers):
+            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave))
+        for site in self.sites:
+            points = [layer.points[site] for layer in self.layers if site in layer.points]
+            for module, reads in dict.fromkeys((point.module, point.reads) for point in points):
+                if reads == "input":
+                    hook = self._reader_of_input(site)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                else:
+                    handles.append(module.register_forward_hook(self._reader_of_output(site)))
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.beat:
+            self.beat()
+        now = self._pass
+        if now is None:
+            return
+        call = now.calls.get(module, 0)
+        now.calls[module] = call + 1
+        layer = self._by_call.get((module, call))
+        if layer is None:
+            raise ModelError(f"A layer ran more often than when the model was opened ({call + 1} times in one pass).")
+        hidden = input_tensor(args, kwargs)
+        now.entered = _Entered(layer, hidden, hidden._version if hidden is not None else 0)
+
+    def _leave(self, module: nn.Module, _args: Any, output: Any) -> None:
+        now = self._pass
+        if now is None or now.entered is None:
+            return
+        entered, now.entered = now.entered, None
+        if entered.layer.module is not module:
+            return
+        if {"block", "update"} & set(self.sites):
+            self._add_block(entered, output)
+        self._count_pass(entered.layer)
+
+    def _count_pass(self, layer: Layer) -> None:
+        """After its last pass, conclude a layer whose accumulators, ten times its results, are in host memory."""
+        self._left[layer.index] += 1
+        if self._left[layer.index] == self.passes:
+            keys = [key for key in self._accumulators if key[0] == layer.index]
+            if all(self._accumulators[key].is_on_host for key in keys):
+                self._conclude(keys)
+
+    def _add_block(self, entered: _Entered, output: Any) -> None:
+        layer, before = entered.layer, entered.hidden
+        after = first_tensor(output)
+        if after is None:
+            raise ModelError(f"Layer {layer.index} ({layer.name}) returns a {type(output).__name__}, no hidden states.")
+        if before is not None and before._version != entered.version:
+            raise ModelError(f"Layer {layer.index} ({layer.name}) changes its input in place; it cannot be observed.")
+        comparable = before is not None and before.shape == after.shape
+        after = self._rows(layer, layer.layout, after)
+        if not comparable:
+            self._add(layer, "block", after)
+            return
+        before = self._rows(layer, layer.layout, before)
+        update = self._subtract(after, before)
+        self._add(layer, "block", after, before, update)
+        self._add(layer, "update", update)
+
+    def _reader_of_output(self, site: str) -> Callable[[nn.Module, Any, Any], None]:
+        def read(module: nn.Module, _args: Any, output: Any) -> None:
+            self._read(site, module, first_tensor(output))
+
+        return read
+
+    def _reader_of_input(self, site: str) -> Callable[[nn.Module, Any, Any], None]:
+        def read(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._read(site, module, first_tensor((*args, *kwargs.values())))
+
+        return read
+
+    def _read(self, site: str, module: nn.Module, tensor: torch.Tensor | None) -> None:
+        now = self._pass
+        layer = now.entered.layer if now and now.entered else None
+        point = layer.points.get(site) if layer else None
+        if layer is None or point is None or point.module is not module or tensor is None:
+            return
+        if point.gather:
+            tensor = point.gather(tensor)
+        self._add(layer, site, self._rows(layer, point.layout, tensor))
+
+    def _rows(self, layer: Layer, layout: str, tensor: torch.Tensor | None) -> torch.Tensor:
+        now = self._pass
+        assert now is not None and tensor is not None
+        rows, tokens = now.mask.shape
+        x = as_rows(tensor.detach(), layout, rows, tokens)
+        if x is None:
+            raise ModelError(
+                f"Layer {layer.index} ({layer.name}) sees {list(tensor.shape)} in a batch of {rows} x {tokens} tokens: "
+                "the model pads, pools or extends its rows.",
+                "If it pads rows to a multiple, make --sequence-length one.",
+            )
+        if x.dtype not in DTYPES:
+            raise ModelError(f"Layer {layer.index} ({layer.name}) computes in {x.dtype}.", "Pass --dtype float32.")
+        return x
+
+    def _add(
+        self,
+        layer: Layer,
+        site: str,
+        x: torch.Tensor,
+        before: torch.Tensor | None = None,
+        update: torch.Tensor | None = None,
+    ) -> None:
+        if site not in self.sites or not self.counts:
+            return
+        key = (layer.index, site)
+        if key not in self._accumulators:
+            self._accumulators[key] = Accumulator(
+                x, self.thresholds, units=site in UNIT_SITES, geometry=before is not None
+            )
+        if x.device not in self._kernels:
+            self._kernels[x.device] = kernels_for(x.device)
+        self._kernels[x.device].add(self._accumulators[key], x, self._mask_on(x.device), before, update)
+
+    def _subtract(self, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """``after - before``, in memory that is kept from layer to layer: fresh pages cost as much as the numbers."""
+        if after.dtype != before.dtype:
+            return after - before
+        kept = self._updates.get(after.device)
+        if kept is None or kept.shape != after.shape or kept.dtype != after.dtype:
+            kept = self._updates[after.device] = torch.empty_like(after)
+        return torch.sub(after, before, out=kept)
+
+    def _mask_on(self, device: torch.device) -> torch.Tensor:
+        now = self._pass
+        assert now is not None
+        if device not in now.masks:
+            now.masks[device] = now.mask.to(device, non_blocking=True)
+        return now.masks[device]
+
+
+@contextmanager
+def observe(
+    layers: Sequence[Layer],
+    sites: Sequence[str],
+    thresholds: Sequence[float],
+    *,
+    counts: bool = True,
+    passes: int | None = None,
+    beat: Callable[[], None] | None = None,
+) -> Iterator[Observer]:
+    """Hook the layers; whatever happens inside, no hook is left afterwards. Observers may be nested.
+
+    Args:
+        layers: from `structure.find_structure`.
+        sites: which of ``config.SITES`` to measure.
+        thresholds: absolute near-zero thresholds, ascending.
+        counts: False where another rank counts the same activations; then only what ranks do together is done.
+        passes: how many will be counted, if that is known: after the last, a layer's accumulators are given up.
+        beat: called whenever a layer begins.
+
+    Raises:
+        ModelError: (from the forward pass) a layer gives tensors that cannot be counted; the message names it.
+    """
+    observer = Observer(layers, sites, thresholds, counts=counts, passes=passes, beat=beat)
+    handles: list[Any] = []
+    try:
+        observer.attach(handles)
+        yield observer
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _to_host(accumulators: Sequence[Accumulator]) -> list[dict[str, np.ndarray]]:
+    """The accumulators' tensors as numpy arrays; each device sends all of its own as one block of bytes."""
+    host: list[dict[str, np.ndarray]] = [{} for _ in accumulators]
+    places = [(i, name, t) for i, a in enumerate(accumulators) for name, t in a.tensors.items()]
+    for device in dict.fromkeys(tensor.device for _, _, tensor in places):
+        here = [(i, name, tensor) for i, name, tensor in places if tensor.device == device]
+        if device.type == "cpu":
+            for i, name, tensor in here:
+                host[i][name] = tensor.numpy()
+            continue
+        block = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, _, tensor in here]).cpu()
+        sizes = [tensor.numel() * tensor.element_size() for _, _, tensor in here]
+        for (i, name, tensor), part in zip(here, block.split(sizes), strict=True):
+            host[i][name] = part.clone().view(tensor.dtype).reshape(tensor.shape).numpy()
+    return host

@@ -1,0 +1,1 @@
+"""Reductions of activations on the device that holds them: numba on CPUs, torch elsewhere."""

@@ -1,0 +1,155 @@
+"""The fused reductions: an activation goes in, small accumulators on its own device grow. The seam for new kernels.
+
+A backend (`Kernels`) adds one batch of one (layer, site) into an `Accumulator`: `kernels.cpu` runs compiled loops over
+threads, `kernels.generic` runs wherever torch does. `to_stats` turns accumulators into LayerStats, once per shard.
+
+For 16-bit floats the counts of the 65,536 bit patterns are a sufficient statistic of every elementwise field. Of
+float32 the upper halves of the patterns of abs(x) are counted, and the rest is summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from avss_dist.stats.histogram import CUTS, HISTOGRAM_BINS, values_of_cuts
+from avss_dist.stats.layer_stats import Float64, LayerStats, stats_from_pattern_counts
+
+PATTERNS = 1 << 16
+MOST_32_BIT = (1 << 31) - 1
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Accumulator:
+    """Device-side running statistics of one (layer, site).
+
+    Attributes:
+        tensors: by name, all on one device.
+            16-bit activations: ``patterns`` int32[65536], int64 once that could overflow.
+            float32: ``cuts`` int64[32768], ``near_zero`` int64[k], ``elements`` int64[3] (count, zeros, nonfinite),
+            ``moments`` float64[2] (mean, m2), ``extremes`` float64[2].
+            Always: ``sequences`` int64[1], ``pooled`` float64[1].
+            Where units are kept: ``unit_count`` int64[1], ``unit_sums`` float64[2, units].
+            Where input and output are compared: ``tokens`` int64[2] (angles, input elements), ``geometry`` float64[3]
+            (cosine, angular, relative sums), ``input_moments`` float64[2].
+    """
+
+    def __init__(self, like: torch.Tensor, thresholds: Float64, *, units: bool, geometry: bool) -> None:
+        def ints(size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=torch.int64, device=like.device)
+
+        def floats(*size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=torch.float64, device=like.device)
+
+        self.dtype = like.dtype
+        self._elements = 0
+        self.thresholds = thresholds
+        self.tensors: Tensors = {"sequences": ints(1), "pooled": floats(1)}
+        if like.dtype == torch.float32:
+            self.tensors |= {
+                "cuts": ints(CUTS),
+                "near_zero": ints(len(thresholds)),
+                "elements": ints(3),
+                "moments": floats(2),
+                "extremes": torch.tensor([np.inf, -np.inf], dtype=torch.float64, device=like.device),
+            }
+        else:
+            self.tensors["patterns"] = torch.zeros(PATTERNS, dtype=torch.int32, device=like.device)
+        if units:
+            self.tensors |= {"unit_count": ints(1), "unit_sums": floats(2, like.shape[-1])}
+        if geometry:
+            self.tensors |= {"tokens": ints(2), "geometry": floats(3), "input_moments": floats(2)}
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether reading it needs no transfer."""
+        return self.tensors["sequences"].device.type == "cpu"
+
+    def reserve(self, elements: int) -> None:
+        """Make room for ``elements`` more counts: most shards fit in 32 bits, and take half the memory."""
+        self._elements += elements
+        if self._elements > MOST_32_BIT and "patterns" in self.tensors:
+            self.tensors["patterns"] = self.tensors["patterns"].to(torch.int64)
+
+
+class Kernels(Protocol):
+    """A backend."""
+
+    def add(
+        self,
+        into: Accumulator,
+        x: torch.Tensor,
+        mask: torch.Tensor,
+        before: torch.Tensor | None = None,
+        update: torch.Tensor | None = None,
+    ) -> None:
+        """Add a batch: elementwise statistics, pooled variances, unit sums where the accumulator keeps them.
+
+        Args:
+            x: [sequences, tokens, units], contiguous, float32 or bfloat16 or float16.
+            mask: bool[sequences, tokens] on the device of ``x``, True where a token counts.
+            before, update: for a block's output ``x``, its input and ``x - before``, of the shape of ``x``; then each
+                token's angle and relative update and the moments of the input are added too.
+        """
+
+
+def float32_limits(thresholds: Float64) -> np.ndarray:
+    """The smallest float32 that is not below each float64 threshold, as uint32 patterns: x < t exactly if x < limit."""
+    limits = thresholds.astype(np.float32)
+    limits = np.where(limits.astype(np.float64) < thresholds, np.nextafter(limits, np.float32(np.inf)), limits)
+    return limits.view(np.uint32)
+
+
+def to_stats(tensors: Mapping[str, np.ndarray], dtype: torch.dtype, thresholds: Float64) -> LayerStats:
+    """LayerStats from an accumulator's tensors, now on the host."""
+    fields: dict[str, Any] = {
+        "sequence_count": int(tensors["sequences"][0]),
+        "pooled_variance_sum": float(tensors["pooled"][0]),
+    }
+    if "patterns" in tensors:
+        fields |= stats_from_pattern_counts(tensors["patterns"], _pattern_values(dtype), thresholds)
+    else:
+        fields |= _float32_fields(tensors)
+    if "unit_sums" in tensors:
+        sums, squares = np.array(tensors["unit_sums"])
+        fields |= {"unit_count": int(tensors["unit_count"][0]), "unit_sum": sums, "unit_sum_sq": squares}
+    if "tokens" in tensors:
+        fields["token_count"], fields["input_count"] = (int(n) for n in tensors["tokens"])
+        for name, value in zip(("cosine", "angular", "relative_magnitude"), tensors["geometry"], strict=True):
+            fields[f"{name}_sum"] = float(value)
+        fields["input_mean"], fields["input_m2"] = (float(v) for v in tensors["input_moments"])
+    return LayerStats(thresholds=thresholds, **fields)
+
+
+def _float32_fields(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    count, zeros, nonfinite = (int(n) for n in tensors["elements"])
+    low, high = (float(v) for v in tensors["extremes"])
+    mean, m2 = (float(v) for v in tensors["moments"])
+    abs_value, abs_value_count = values_of_cuts(tensors["cuts"])
+    return {
+        "histogram": tensors["cuts"].reshape(HISTOGRAM_BINS, -1).sum(axis=1),
+        "abs_value": abs_value,
+        "abs_value_count": abs_value_count,
+        "abs_value_cut": True,
+        "near_zero": np.array(tensors["near_zero"]),
+        "count": count,
+        "zero_count": zeros,
+        "nonfinite_count": nonfinite,
+        "mean": mean,
+        "m2": m2,
+        "min": low,
+        "max": high,
+        "max_abs": max(abs(low), abs(high)) if count else 0.0,
+    }
+
+
+@lru_cache(maxsize=2)
+def _pattern_values(dtype: torch.dtype) -> Float64:
+    """The float64 value of each of the 65,536 patterns of a 16-bit float."""
+    patterns = torch.arange(PATTERNS, dtype=torch.int32).to(torch.uint16)
+    return patterns.view(dtype).double().numpy()

@@ -1,0 +1,112 @@
+"""The kernels as plain torch operations, for any device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from avss_dist.measure.kernels.base import Accumulator, Tensors, float32_limits
+from avss_dist.stats.histogram import CUT_SHIFT
+from avss_dist.stats.layer_stats import Float64
+
+CHUNK = 1 << 24  # elements that a temporary may hold
+
+
+class TorchKernels:
+    """Plain torch operations: deterministic, without a host transfer, temporaries bounded by `CHUNK` elements."""
+
+    def add(
+        self,
+        into: Accumulator,
+        x: torch.Tensor,
+        mask: torch.Tensor,
+        before: torch.Tensor | None = None,
+        update: torch.Tensor | None = None,
+    ) -> None:
+        """See `kernels.Kernels`."""
+        into.reserve(x.numel())
+        self._elements(into, x, mask)
+        self._units(into.tensors, x, mask)
+        if before is not None and update is not None:
+            self._geometry(into.tensors, before, x, update, mask)
+
+    def _elements(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor) -> None:
+        for rows, tokens in _chunks(x, mask):
+            if x.dtype == torch.float32:
+                self._float32(into.tensors, into.thresholds, rows, tokens)
+            else:
+                patterns = rows.view(torch.int16).to(torch.int64) & 0xFFFF
+                _count_into(into.tensors["patterns"], patterns, tokens)
+
+    def _float32(self, into: Tensors, thresholds: Float64, x: torch.Tensor, mask: torch.Tensor) -> None:
+        sizes = x.view(torch.int32) & 0x7FFFFFFF
+        finite = (sizes < 0x7F800000) & mask[:, None]
+        _count_into(into["cuts"], (sizes >> CUT_SHIFT).to(torch.int64), finite)
+        limits = torch.from_numpy(float32_limits(thresholds).view(np.int32)).to(x.device)
+        into["near_zero"] += torch.stack([((sizes < limit) & finite).sum() for limit in limits])
+        count = finite.sum()
+        values = torch.where(finite, x, 0).double()
+        mean = values.sum() / count.clamp(min=1)
+        m2 = torch.where(finite, values - mean, 0).square().sum()
+        _merge_moments(into["elements"][0], into["moments"], count, mean, m2)
+        into["elements"] += torch.stack([count, ((sizes == 0) & finite).sum(), mask.sum() * x.shape[1] - count])
+        low = torch.where(finite, x, torch.inf).amin().double()
+        high = torch.where(finite, x, -torch.inf).amax().double()
+        into["extremes"].copy_(
+            torch.stack([torch.minimum(into["extremes"][0], low), torch.maximum(into["extremes"][1], high)])
+        )
+
+    def _units(self, into: Tensors, x: torch.Tensor, mask: torch.Tensor) -> None:
+        for b in range(len(x)):
+            finite = mask[b] & torch.isfinite(x[b]).all(dim=1)
+            values = torch.where(finite[:, None], x[b], 0).double()
+            tokens = finite.sum()
+            sums = values.sum(dim=0)
+            whole = (tokens > 0) & (tokens == mask[b].sum())
+            into["sequences"] += whole
+            if x.shape[2] > 1:
+                into["pooled"] += torch.where(whole, (sums / tokens.clamp(min=1)).var(), 0)
+            if "unit_sums" in into:
+                into["unit_count"] += tokens
+                into["unit_sums"] += torch.stack([sums, values.square_().sum(dim=0)])
+
+    def _geometry(
+        self, into: Tensors, before: torch.Tensor, after: torch.Tensor, update: torch.Tensor, mask: torch.Tensor
+    ) -> None:
+        for b in range(len(before)):
+            finite = mask[b] & torch.isfinite(before[b]).all(dim=1) & torch.isfinite(after[b]).all(dim=1)
+            old, new, change = (torch.where(finite[:, None], x[b], 0).double() for x in (before, after, update))
+            old_sq, new_sq, change_sq = (v.square().sum(dim=1) for v in (old, new, change))
+            angles = (old_sq > 0) & (new_sq > 0) & torch.isfinite(change_sq)
+            cosine = ((old * new).sum(dim=1) / (old_sq * new_sq).sqrt()).clamp(-1, 1)
+            relative = (change_sq / old_sq).sqrt()
+            per_token = torch.stack([cosine, torch.acos(cosine) / torch.pi, relative])
+            into["geometry"] += torch.where(angles, per_token, 0).sum(dim=1)
+            count = finite.sum() * before.shape[2]
+            mean = old.sum() / count.clamp(min=1)
+            m2 = torch.where(finite[:, None], old - mean, 0).square().sum()
+            _merge_moments(into["tokens"][1], into["input_moments"], count, mean, m2)
+            into["tokens"] += torch.stack([angles.sum(), count])
+
+
+def _chunks(x: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows [n, units] with their mask [n], at most `CHUNK` elements (or one row) at a time."""
+    rows = max(1, CHUNK // x.shape[2])
+    yield from zip(x.flatten(0, 1).split(rows), mask.flatten().split(rows), strict=True)
+
+
+def _count_into(counts: torch.Tensor, bins: torch.Tensor, mask: torch.Tensor) -> None:
+    """Add how often each bin occurs where the mask (of the shape of ``bins``, or of its rows) is True."""
+    weight = mask.to(counts.dtype).reshape(*mask.shape, *[1] * (bins.dim() - mask.dim())).expand(bins.shape)
+    counts.scatter_add_(0, bins.reshape(-1), weight.reshape(-1))
+
+
+def _merge_moments(seen: torch.Tensor, moments: torch.Tensor, count: torch.Tensor, mean: Any, m2: Any) -> None:
+    """Chan's update of ``moments`` [mean, m2] over ``seen`` elements by ``count`` more, without a host transfer."""
+    total = (seen + count).clamp(min=1).double()
+    delta = mean - moments[0]
+    change = torch.stack([delta * (count / total), m2 + delta * delta * (seen * (count / total))])
+    moments += torch.where(count > 0, change, 0)

@@ -1,0 +1,125 @@
+"""One shard through one replica: a pure function from tokens to a ShardResult."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from avss_dist.corpus.shards import Batch, Shard
+from avss_dist.errors import BatchTooLarge, ModelError
+from avss_dist.measure.hooks import observe
+from avss_dist.partition.base import Replica, filler, unwatched
+from avss_dist.settings import GANGS, Settings
+from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
+from avss_dist.system.memory import peak_memory
+
+Beat = Callable[[], None]
+
+
+def analyze_shard(
+    replica: Replica,
+    shard: Shard,
+    settings: Settings,
+    *,
+    rows: int | None = None,
+    forwards: int = 0,
+    beat: Beat | None = None,
+) -> ShardResult:
+    """Measure a shard. Nothing is kept between calls, and nothing is left on the model.
+
+    Where a batch does not fit in memory, the shard is measured again with half the rows a batch: rows do not touch each
+    other, so only the last digits of the moments can change. The result's notes tell of it.
+
+    Args:
+        rows: rows in a batch; None is what the settings say.
+        forwards: forward passes that other ranks need of this one; fillers, which count for nothing, make them up.
+        beat: called whenever a layer begins.
+
+    Raises:
+        ModelError: a layer cannot be observed, or a site was asked for that no layer has.
+        BatchTooLarge: one row does not fit; or several do not, and other ranks must halve them too.
+    """
+    start = time.perf_counter()
+    if replica.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(replica.device)
+    rows = rows or settings.batch_size
+    while True:
+        try:
+            stats = _measure(replica, list(shard.batches(rows)), forwards, settings, beat)
+            break
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if rows == 1 or replica.model["partition"] in GANGS:
+                raise _too_large(replica, rows, settings) from None
+        rows = (rows + 1) // 2
+        gc.collect()
+        if replica.device.type == "cuda":
+            torch.cuda.empty_cache()
+    if not stats and replica.reports_stats:
+        raise ModelError(
+            f"The model has none of the sites {', '.join(settings.sites)}.", "; ".join(replica.model["notes"]) or None
+        )
+    return ShardResult(
+        shard_id=shard.shard_id,
+        content_hash=shard.content_hash,
+        layers=tuple(layer.name for layer in replica.layers),
+        stats=stats,
+        num_tokens=shard.num_tokens,
+        seconds=time.perf_counter() - start,
+        device=_device_name(replica.device),
+        model=_with_note(replica, rows, settings),
+        peak_memory_bytes=_peak_memory_bytes(replica.device),
+    )
+
+
+def follow(replica: Replica, forwards: int) -> None:
+    """Run fillers, for a rank that has no shard while others have."""
+    replica.forward([filler()] * forwards, unwatched)
+
+
+def _measure(
+    replica: Replica, batches: list[Batch], forwards: int, settings: Settings, beat: Beat | None
+) -> dict[LayerKey, LayerStats]:
+    batches = [*batches, *[filler()] * (forwards - len(batches))]
+    counts = replica.reports_stats
+    passes = sum(bool(batch.observed.any()) for batch in batches)
+    with observe(
+        replica.layers, settings.sites, settings.thresholds, counts=counts, passes=passes, beat=beat
+    ) as observer:
+        replica.forward(batches, lambda batch: observer.batch(batch.observed))
+        return observer.result()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)
+
+
+def _too_large(replica: Replica, rows: int, settings: Settings) -> BatchTooLarge:
+    return BatchTooLarge(
+        f"{rows} x {settings.sequence_length} tokens do not fit in memory with the partition "
+        f"'{replica.model['partition']}'.",
+        "Use a smaller --sequence-length, or a --partition that holds less: device_map, zero3, streaming.",
+    )
+
+
+def _with_note(replica: Replica, rows: int, settings: Settings) -> dict[str, Any]:
+    model = dict(replica.model)
+    if rows < settings.batch_size:
+        note = f"{settings.batch_size} rows did not fit in memory at once; some batches had {rows}"
+        model["notes"] = [*model["notes"], note]
+    return model
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_memory()

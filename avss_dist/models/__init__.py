@@ -1,0 +1,1 @@
+"""Checkpoints: finding, opening, sizes, layers and sites, skipped layers, safetensors."""

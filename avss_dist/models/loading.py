@@ -1,0 +1,306 @@
+"""Open a checkpoint: its tokenizer and configuration (the driver), its backbone on a device (every worker)."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+
+from avss_dist.errors import ModelError
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.layers import Structure, count_parameters, find_structure
+from avss_dist.settings import Settings
+
+Forward = Callable[[torch.Tensor, torch.Tensor | None], Any]  # of (token ids, attention mask or None)
+
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
+_REFUSALS: tuple[type[Exception], ...] = (  # what libraries raise over a bad checkpoint
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, IndexError),
+    *(struct.error, SafetensorError, StrictDataclassError),
+)
+_CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|DoubleHeadsModel)$")
+
+
+def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        ModelError: it has none that transformers can open.
+    """
+    from transformers import AutoTokenizer
+
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                checkpoint.folder, trust_remote_code=trust_remote_code, **checkpoint.gguf
+            )
+        except _REFUSALS as error:
+            there = checkpoint.gguf or any(any(checkpoint.folder.glob(pattern)) for pattern in _TOKENIZERS)
+            raise _no_tokenizer(checkpoint, f" that can be opened: {_first_line(error)}" if there else ".") from error
+    if not len(tokenizer):
+        raise _no_tokenizer(checkpoint, ": its vocabulary is empty.")
+    return tokenizer
+
+
+def _no_tokenizer(checkpoint: Checkpoint, why: str) -> ModelError:
+    return ModelError(
+        f"'{checkpoint.name}' has no tokenizer{why}",
+        "Copy tokenizer.json and tokenizer_config.json of its base model into the folder.",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, StrictDataclassError):
+        error = error.__cause__ or error
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than its config.json says."
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def text_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of the part that reads text.
+
+    Raises:
+        ModelError: transformers does not know the architecture, or the model is an encoder-decoder.
+    """
+    from transformers import AutoConfig
+
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(
+                checkpoint.folder, trust_remote_code=trust_remote_code, **checkpoint.gguf
+            )
+        except _REFUSALS as error:
+            raise ModelError(
+                f"The configuration of '{checkpoint.name}' cannot be read: {_first_line(error)}",
+                "Is the download complete? A newer model needs a newer transformers: pip install -U transformers.",
+            ) from error
+    return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A model without its head on a device, with its layers found.
+
+    Attributes:
+        module: the backbone; calling it never runs a language-model head.
+        structure: its layers and sites.
+        family: ``config.model_type``; architecture: the class; hidden_size: units of the residual stream.
+        num_parameters: of the whole checkpoint, as loaded.
+        dtype, attention_implementation: what computes.
+    """
+
+    module: nn.Module
+    structure: Structure
+    family: str
+    architecture: str
+    hidden_size: int
+    num_parameters: int
+    dtype: str
+    attention_implementation: str
+
+
+def load(checkpoint: Checkpoint, settings: Settings, device: torch.device, **placing: Any) -> Backbone:
+    """Load the weights (safetensors or gguf only) and find the layers.
+
+    Args:
+        device: where the model computes.
+        placing: options of ``from_pretrained`` that say where weights go; without any, all go to ``device``.
+
+    Raises:
+        ModelError: the model cannot be loaded or observed; the message names the reason.
+    """
+    model = load_model(checkpoint, settings, **placing)
+    with quiet():
+        return open_module(model if placing else model.to(device=device), layers=settings.layers, device=device)
+
+
+def load_model(checkpoint: Checkpoint, settings: Settings, **placing: Any) -> Any:
+    """The checkpoint as a transformers model in evaluation mode, head and all, where ``placing`` says or on the CPU.
+
+    Raises:
+        ModelError: it cannot be loaded; the message names the reason.
+    """
+    config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+    options = _options(settings)
+    if not checkpoint.gguf:
+        options |= {"use_safetensors": True, "config": config}
+    with quiet(), _mistakes(checkpoint):
+        model = _auto_class(config).from_pretrained(checkpoint.folder, **checkpoint.gguf, **options, **placing)
+    return model.eval()
+
+
+def build_model(checkpoint: Checkpoint, settings: Settings, tensors: Mapping[str, Any]) -> Any:
+    """The model that `load_model` gives, with other tensors under the names of the checkpoint's.
+
+    Args:
+        tensors: what transformers indexes with ``...``, and places by calling ``to(device, dtype)``.
+
+    Raises:
+        ModelError: it cannot be built of them; the message names the reason.
+    """
+    config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+    outline = skeleton(copy.deepcopy(config), settings, torch.float32)  # which it changes
+    if not isinstance(config, type(outline.config)):
+        config = config.get_text_config()
+    with quiet(), _mistakes(checkpoint):
+        model = type(outline).from_pretrained(None, config=config, state_dict=tensors, **_options(settings))
+    return model.eval()
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    """What `from_pretrained` is told of the settings."""
+    return {
+        "dtype": "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype),
+        "trust_remote_code": settings.trust_remote_code,
+        **({"attn_implementation": settings.attention} if settings.attention else {}),
+    }
+
+
+@contextmanager
+def _mistakes(checkpoint: Checkpoint) -> Iterator[None]:
+    """Raise what transformers raises over a bad checkpoint as a ModelError."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ModelError(
+            f"The weights of '{checkpoint.name}' are damaged or not whole: {_first_line(error)}.",
+            "Download or copy them again.",
+        ) from error
+    except _REFUSALS as error:
+        raise ModelError(f"'{checkpoint.name}' cannot be loaded: {_first_line(error)}") from error
+
+
+def skeleton(config: Any, settings: Settings, dtype: torch.dtype) -> Any:
+    """The model that `load` gives, on the meta device: names, shapes and ties of its parameters, and no memory.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
+    return build(config, settings, dtype, torch.device("meta"))
+
+
+def build(config: Any, settings: Settings, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model of a configuration, as transformers initializes it.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
+    options: dict[str, Any] = {"attn_implementation": settings.attention} if settings.attention else {}
+    with quiet(), device:
+        try:
+            return _auto_class(config).from_config(
+                config, dtype=dtype, trust_remote_code=settings.trust_remote_code, **options
+            )
+        except _REFUSALS as error:
+            raise ModelError(f"A {config.model_type} model cannot be built: {_first_line(error)}") from error
+
+
+def _auto_class(config: Any) -> Any:
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    return AutoModelForCausalLM if _is_causal(config) else AutoModel
+
+
+def _is_causal(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    architectures = getattr(config, "architectures", None) or []
+    if architectures:
+        return any(_CAUSAL.search(name) for name in architectures)
+    return config.model_type in CAUSAL and config.model_type not in MASKED
+
+
+def open_module(model: Any, *, layers: str | None = None, device: torch.device | None = None) -> Backbone:
+    """A loaded transformers model as a Backbone: its head is left out, its layers are found.
+
+    Args:
+        layers: module path of the layer list; None finds it.
+        device: where the model takes token ids; None is where its parameters are.
+
+    Raises:
+        ModelError: the layers cannot be found, or a forward pass over token ids fails.
+    """
+    config: Any = model.config
+    text = config.get_text_config()
+    if (
+        getattr(config, "is_encoder_decoder", False)
+        and hasattr(model.base_model, "encoder")
+        and hasattr(model.base_model, "decoder")
+    ):
+        raise ModelError(
+            f"{type(model).__name__} is an encoder-decoder; only decoders and encoders can be scored.",
+            "Load its encoder or its decoder as a checkpoint of its own.",
+        )
+    backbone = without_head(model)
+    run = forward_function(backbone)
+    device = device or next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            structure = find_structure(
+                backbone, lambda ids: run(ids.to(device), None), getattr(text, "num_hidden_layers", None), layers
+            )
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError) as error:
+        raise ModelError(f"{type(model).__name__} does not run on token ids alone: {_first_line(error)}") from error
+    return Backbone(
+        module=backbone,
+        structure=structure,
+        family=config.model_type,
+        architecture=type(model).__name__,
+        hidden_size=int(getattr(text, "hidden_size", 0) or 0),
+        num_parameters=count_parameters(model),
+        dtype=str(next(p.dtype for p in backbone.parameters() if p.is_floating_point())).removeprefix("torch."),
+        attention_implementation=str(getattr(text, "_attn_implementation", None) or "eager"),
+    )
+
+
+def without_head(model: Any) -> nn.Module:
+    """The model below its head. A few families name themselves as their base; theirs is the decoder."""
+    base = model.base_model
+    if base is model and model.get_output_embeddings() is not None:
+        base = model.get_decoder() or model
+    return base
+
+
+def forward_function(backbone: nn.Module) -> Forward:
+    """How to run the backbone on (token ids, attention mask or None): no cache, only the arguments that it takes."""
+    parameters = inspect.signature(backbone.forward).parameters
+    anything = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    options = {"use_cache": False} if anything or "use_cache" in parameters else {}
+
+    def run(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Any:
+        if attention_mask is not None:
+            return backbone(input_ids=input_ids, attention_mask=attention_mask, **options)
+        return backbone(input_ids=input_ids, **options)
+
+    return run
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and warnings: errors are ours to tell."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which transformers imports, warns on stdout
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

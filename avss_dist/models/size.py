@@ -1,0 +1,328 @@
+"""How large a checkpoint is and what a forward pass of it costs, told before any weight is read.
+
+Names, shapes and ties of the parameters follow from the configuration alone: the model is built on the meta device. The
+headers of the weight files add what is stored. Of a hub checkpoint only these are fetched.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from avss_dist.errors import ModelError
+from avss_dist.models.checkpoints import WEIGHTS, Checkpoint, fetch_files, hub_mistakes, locate
+from avss_dist.models.layers import layer_lists
+from avss_dist.models.loading import skeleton, text_config, without_head
+from avss_dist.settings import Settings
+
+# The names that headers have for dtypes that models compute in.
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SCORES = {"eager": 2}  # copies of the attention scores that exist at once, beside one in float32; others have none
+_EXPERT = re.compile(r"(^|\.)experts(\.|$)")
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_MOST_HEADER_BYTES = 100_000_000  # that the safetensors library takes
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What a header says of a tensor: its dtype, as the header writes it, and its bytes in the file."""
+
+    name: str
+    dtype: str
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What a checkpoint takes in files, in memory and in arithmetic.
+
+    Attributes:
+        num_parameters: of the model as it is loaded; tied ones count once. All bytes but the stored ones are in the
+            compute dtype.
+        stored_bytes: all tensors of the weight files.
+        weight_bytes: the whole model with its language-model head, as the partition ``single`` holds it.
+        layer_bytes: each transformer layer, in order.
+        other_bytes: what is no layer and runs: embeddings, norms, but no untied language-model head.
+        num_layers, hidden_size: layers, and units of the residual stream.
+        dtype: the compute dtype.
+        attention: its implementation.
+        num_heads, attention_width: attention heads, and units that the queries and the values of all heads have.
+        attention_layers: layers that compare every token with every other.
+        matmul_parameters: parameters of the layers that multiply a token: of experts, as many as are chosen for it.
+        mlp_width: units of an MLP's intermediate results that exist at once.
+        embedding_bytes: the table of token embeddings, of which only the rows of tokens that occur are read.
+        mapped: all weights are computed with as they are stored, so that on a CPU they stay in the mapped file.
+    """
+
+    num_parameters: int
+    stored_bytes: int
+    weight_bytes: int
+    layer_bytes: tuple[int, ...]
+    other_bytes: int
+    num_layers: int
+    hidden_size: int
+    dtype: str
+    attention: str
+    num_heads: int
+    attention_width: int
+    attention_layers: int
+    matmul_parameters: int
+    mlp_width: int
+    embedding_bytes: int = 0
+    mapped: bool = False
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one activation."""
+        return getattr(torch, self.dtype).itemsize
+
+    def hidden_bytes(self, rows: int, tokens: int) -> int:
+        """Bytes of the hidden states between two layers."""
+        return rows * tokens * self.hidden_size * self.element_bytes
+
+    def activation_bytes(self, rows: int, tokens: int) -> int:
+        """Bytes that one forward pass over one batch takes at its peak, with what observation keeps."""
+        kept = 4 * self.hidden_size  # the layer's input, its normed copy, the sublayer's output, the update
+        scores = 0
+        if copies := _SCORES.get(self.attention):
+            scores = rows * self.num_heads * tokens * tokens * (copies * self.element_bytes + 4)
+        attention = rows * tokens * (kept + 6 * self.attention_width) * self.element_bytes + scores
+        return max(attention, rows * tokens * (kept + self.mlp_width) * self.element_bytes)
+
+    def forward_flops(self, rows: int, tokens: int) -> int:
+        """Floating-point operations of the layers in one forward pass: two for each multiplication and addition."""
+        attention = 4 * self.attention_layers * self.attention_width * tokens
+        return rows * tokens * (2 * self.matmul_parameters + attention)
+
+
+def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
+    """Size a checkpoint from its configuration and the headers of its weight files; nothing else is read.
+
+    Args:
+        checkpoint: one that was resolved, or what a user names: hub id, folder, ``.gguf`` file.
+        settings: the compute dtype, the attention, the layer list.
+
+    Raises:
+        ModelError: there is no such checkpoint, or it cannot be read or built.
+    """
+    found, model, tensors = outline(checkpoint, settings)
+    config, dtype = model.config, compute_dtype(model.config, settings, tensors)
+    backbone, text = without_head(model), config.get_text_config()
+    layers = find_layers(backbone, text, settings)
+    stored, whole = sum(t.size for t in tensors), _bytes(model)
+    # A quantized checkpoint stays quantized in memory, a .gguf does not; its bytes are taken to be spread like numbers.
+    scale = stored / whole if getattr(config, "quantization_config", None) and not found.gguf else 1.0
+    layer_bytes = tuple(int(_bytes(layer) * scale) for layer in layers)
+    width = _attention_width(text)
+    chosen = _chosen_experts(text)
+    return Footprint(
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        stored_bytes=stored,
+        weight_bytes=int(whole * scale),
+        layer_bytes=layer_bytes,
+        other_bytes=int(_bytes(backbone) * scale) - sum(layer_bytes),
+        num_layers=len(layers),
+        hidden_size=int(getattr(text, "hidden_size", 0) or 0),
+        dtype=str(dtype).removeprefix("torch."),
+        attention=str(getattr(model.config.get_text_config(), "_attn_implementation", None) or "eager"),
+        num_heads=_number(text, "num_attention_heads"),
+        attention_width=width,
+        attention_layers=sum(_attends(layer) for layer in layers) if width else 0,
+        matmul_parameters=sum(_multiplied(layer, chosen) for layer in layers),
+        mlp_width=max(_mlp_width(layer, chosen) for layer in layers),
+        embedding_bytes=_bytes(embeddings) if (embeddings := token_embeddings(model)) else 0,
+        mapped=not found.gguf and {_DTYPES.get(t.dtype) for t in tensors} == {str(dtype).removeprefix("torch.")},
+    )
+
+
+def outline(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Checkpoint, Any, list[Tensor]]:
+    """A checkpoint, its model on the meta device in the dtype that it computes in, and what its headers say.
+
+    Args:
+        checkpoint: as for `footprint`.
+
+    Raises:
+        ModelError: as `footprint`.
+    """
+    found, tensors = _open(checkpoint, settings)
+    config = text_config(found, trust_remote_code=settings.trust_remote_code)
+    return found, skeleton(config, settings, compute_dtype(config, settings, tensors)), tensors
+
+
+def compute_dtype(config: Any, settings: Settings, tensors: Iterable[Tensor]) -> torch.dtype:
+    """What the layers compute in: the dtype that was asked for, that of the configuration, or the stored one."""
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    named = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    if named is not None:
+        return named if isinstance(named, torch.dtype) else getattr(torch, named)
+    return next((getattr(torch, _DTYPES[t.dtype]) for t in tensors if t.dtype in _DTYPES), torch.float32)
+
+
+def find_layers(backbone: nn.Module, config: Any, settings: Settings) -> nn.ModuleList:
+    """The layer list of a skeleton; of several candidates the first.
+
+    Raises:
+        ModelError: there is none.
+    """
+    return next(iter(layer_lists(backbone, getattr(config, "num_hidden_layers", None), settings.layers).values()))
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def token_embeddings(model: Any) -> nn.Module | None:
+    """The table of token embeddings; None where transformers does not know it."""
+    try:
+        return model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def _number(config: Any, *names: str) -> int:
+    """The first of the attributes that the configuration has as a number; of one for each layer the largest."""
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value):
+            value = max(value)
+        if isinstance(value, int) and value:
+            return value
+    return 0
+
+
+def _attention_width(config: Any) -> int:
+    """Units of all heads together."""
+    heads = _number(config, "num_attention_heads")
+    return heads * _number(config, "head_dim") or (_number(config, "hidden_size") if heads else 0)
+
+
+def _attends(layer: nn.Module) -> bool:
+    return any(_ATTENTION.search(name.rpartition(".")[2]) for name, _ in layer.named_modules())
+
+
+def _chosen_experts(config: Any) -> float:
+    """The share of a layer's experts that a token passes."""
+    experts = _number(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    chosen = _number(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
+    return min(1.0, chosen / experts) if experts and chosen else 1.0
+
+
+def _maps(layer: nn.Module) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """(module path, shape, elements) of every weight of a layer that multiplies hidden states."""
+    for name, parameter in layer.named_parameters():
+        path, _, own = name.rpartition(".")
+        if (own == "weight" and parameter.dim() in (2, 3)) or (parameter.dim() == 3 and _EXPERT.search(name)):
+            yield path, tuple(parameter.shape), parameter.numel()
+
+
+def _multiplied(layer: nn.Module, chosen: float) -> int:
+    """Parameters of a layer that multiply a token."""
+    return sum(int(size * (chosen if _EXPERT.search(path) else 1)) for path, _, size in _maps(layer))
+
+
+def _mlp_width(layer: nn.Module, chosen: float) -> int:
+    """The wide side of every map outside of attention, added up; of experts, of those that a token passes."""
+    width = 0.0
+    for path, shape, _ in _maps(layer):
+        if _EXPERT.search(path):
+            width += max(shape[-2:]) * chosen * (shape[0] if len(shape) == 3 else 1)
+        elif not _ATTENTION.search(path):
+            width += max(shape)
+    return int(width)
+
+
+def _open(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Checkpoint, list[Tensor]]:
+    """A checkpoint with its configuration on this machine, and what its headers say."""
+    if isinstance(checkpoint, str):
+        spec, code = checkpoint, settings.trust_remote_code
+        here = locate(spec, trust_remote_code=code)
+        if here is None:
+            found = fetch_files(spec, ["config.json", *(["*.py"] if code else [])])
+            return found, list(_hub_tensors(spec, found))
+        checkpoint = here
+    return checkpoint, list(stored_tensors(checkpoint))
+
+
+def stored_tensors(checkpoint: Checkpoint) -> Iterator[Tensor]:
+    """The tensors of the weight files that are loaded, from their headers.
+
+    Raises:
+        ModelError: a file has no header that can be read.
+    """
+    if checkpoint.gguf:
+        yield from _gguf_tensors(Path(checkpoint.path))
+        return
+    for file in weight_files(checkpoint.folder):
+        yield from _safetensors(file)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads: one, or those of the index."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    return sorted(folder.glob(WEIGHTS))
+
+
+def _safetensors(file: Path) -> Iterator[Tensor]:
+    for name, tensor in read_header(file)[0].items():
+        first, last = tensor["data_offsets"]
+        yield Tensor(name, tensor["dtype"], last - first)
+
+
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors (dtype, shape, data_offsets), and where in it their data starts.
+
+    Eight bytes say how long the header is, which is JSON.
+
+    Raises:
+        ModelError: there is no such header.
+    """
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > _MOST_HEADER_BYTES:
+                raise ValueError(f"its header would be {length} bytes long")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise ModelError(
+            f"{file} has no header of a safetensors file: {error}.", "Download or copy it again."
+        ) from error
+    return header, 8 + length
+
+
+def _hub_tensors(spec: str, found: Checkpoint) -> Iterator[Tensor]:
+    from huggingface_hub import errors, get_safetensors_metadata
+
+    with hub_mistakes(spec):
+        try:
+            metadata = get_safetensors_metadata(found.name, revision=found.revision)
+        except (errors.NotASafetensorsRepoError, errors.SafetensorsParsingError) as error:
+            raise ModelError(f"'{spec}' has no weights (*.safetensors) with a header: {error}") from error
+    for file in metadata.files_metadata.values():
+        for name, tensor in file.tensors.items():
+            yield Tensor(name, tensor.dtype, tensor.data_offsets[1] - tensor.data_offsets[0])
+
+
+def _gguf_tensors(file: Path) -> Iterator[Tensor]:
+    from gguf import GGUFReader
+
+    try:
+        tensors = GGUFReader(file).tensors
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise ModelError(f"{file} has no header of a .gguf file: {error}.", "Download or copy it again.") from error
+    for tensor in tensors:
+        yield Tensor(tensor.name, tensor.tensor_type.name, int(tensor.n_bytes))

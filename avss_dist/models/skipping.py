@@ -1,0 +1,151 @@
+"""Running a model without some of its layers, in place: what a pruned checkpoint would compute.
+
+A pass without one layer is that of the whole model up to it; `recording` keeps what is needed to begin there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from avss_dist.errors import ModelError
+from avss_dist.models.layers import Layer, first_tensor, input_tensor
+
+
+@contextmanager
+def skipping(layers: Sequence[Layer], drop: Collection[int], forms: Mapping[int, type] = {}) -> Iterator[None]:
+    """Inside, the layers of these indices return what they are given.
+
+    Without a key-value cache: a layer that does not run has none, and the model would take it for an empty one.
+
+    Args:
+        forms: of `Recorded`; a layer that has none runs once, to see what it returns.
+
+    Raises:
+        ModelError: a layer is used more than once in a pass, or (from the forward pass) does not keep the shape.
+    """
+    skipped = [layer for layer in layers if layer.index in drop]
+    uses = [layer.module for layer in layers]
+    for layer in skipped:
+        if uses.count(layer.module) > 1:
+            raise ModelError(f"Layer {layer.index} ({layer.name}) is used more than once; it cannot be left out.")
+    with _forwards({layer.module: _Skip(layer, forms.get(layer.index)) for layer in skipped}):
+        yield
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a forward pass showed of layers that return hidden states and nothing else, of the shape they were given.
+
+    Attributes:
+        inputs: what each was given, as it was then; by index.
+        forms: how each returns hidden states: ``torch.Tensor``, or the type of a tuple of one.
+    """
+
+    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    forms: dict[int, type] = field(default_factory=dict)
+
+
+@contextmanager
+def recording(layers: Sequence[Layer]) -> Iterator[Recorded]:
+    """Inside, a forward pass is recorded."""
+    recorded = Recorded()
+    modules = [layer.module for layer in layers]
+
+    def enter(layer: Layer, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        hidden = input_tensor(args, kwargs)
+        if hidden is not None:
+            recorded.inputs[layer.index] = hidden.detach().clone()  # which layers may change
+
+    def leave(layer: Layer, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        before, after = recorded.inputs.get(layer.index), first_tensor(output)
+        if before is not None and after is not None and after.shape == before.shape and _is_alone(output):
+            recorded.forms[layer.index] = type(output)
+        else:
+            recorded.inputs.pop(layer.index, None)
+
+    with ExitStack() as stack:
+        for layer in layers:
+            if modules.count(layer.module) == 1:
+                stack.callback(layer.module.register_forward_pre_hook(partial(enter, layer), with_kwargs=True).remove)
+                stack.callback(layer.module.register_forward_hook(partial(leave, layer), with_kwargs=True).remove)
+        yield recorded
+
+
+@contextmanager
+def resuming(layers: Sequence[Layer], index: int, recorded: Recorded) -> Iterator[None]:
+    """Inside, the same pass as the recorded one, without the layer ``index``; none of those before it runs.
+
+    The recorded input of that layer is used up. All layers up to it must have been recorded, and nothing but hidden
+    states may go from them to the later ones.
+    """
+    hidden = recorded.inputs.pop(index).clone()  # which later layers may change
+    forwards = {layer.module: partial(_give, recorded.forms[layer.index], None) for layer in layers[:index]}
+    forwards[layers[index].module] = partial(_give, recorded.forms[index], hidden)
+    with _forwards(forwards):
+        yield
+
+
+def _give(form: type, instead: torch.Tensor | None, *args: Any, **kwargs: Any) -> Any:
+    """The ``forward`` of a layer that returns what it is given, or something instead of it."""
+    hidden = input_tensor(args, kwargs) if instead is None else instead
+    return hidden if form is torch.Tensor else (hidden,)
+
+
+@contextmanager
+def _forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, modules compute with other functions."""
+    before = {module: vars(module).get("forward") for module in forwards}  # None: the class's own
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
+
+
+class _Skip:
+    """The ``forward`` of a layer that is left out."""
+
+    def __init__(self, layer: Layer, form: type | None) -> None:
+        self._layer, self._forward = layer, layer.module.forward
+        self._form = form
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = input_tensor(args, kwargs)
+        if hidden is None:
+            raise ModelError(f"Layer {self._layer.index} ({self._layer.name}) is given no hidden states.")
+        if self._form is not None:
+            return _give(self._form, hidden)
+        before = hidden.clone()  # which a layer may change
+        output = self._forward(*args, **kwargs)
+        after = first_tensor(output)
+        if after is None or after.shape != before.shape:
+            raise ModelError(f"Layer {self._layer.index} ({self._layer.name}) does not keep the shape of its input.")
+        if _is_alone(output):
+            self._form = type(output)
+        return _replaced(output, after, before)
+
+
+def _is_alone(output: Any) -> bool:
+    """Whether hidden states are all that a layer returns."""
+    return isinstance(output, torch.Tensor) or (isinstance(output, tuple) and len(output) == 1)
+
+
+def _replaced(output: Any, after: torch.Tensor, before: torch.Tensor) -> Any:
+    if output is after:
+        return before
+    if isinstance(output, Mapping):
+        return type(output)(**{name: before if value is after else value for name, value in output.items()})
+    values = [before if value is after else value for value in output]
+    return output._make(values) if hasattr(output, "_make") else type(output)(values)

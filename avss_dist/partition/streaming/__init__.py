@@ -1,0 +1,1 @@
+"""One layer at a time in memory: weights are read from the checkpoint once for each shard."""

@@ -1,0 +1,178 @@
+"""Tensors in safetensors files, and having them in memory: as copies, or where the system keeps the files."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from avss_dist.errors import ModelError
+from avss_dist.models.size import read_header, weight_files
+from avss_dist.system.memory import populate
+
+ELSEWHERE = "Use --partition device_map, which has transformers load the whole model."  # where this cannot be done
+_ALIGNMENT = 64  # of what torch allocates
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # of the headers
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a safetensors file: ``size`` bytes from ``start`` on."""
+
+    name: str
+    file: Path
+    start: int
+    size: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def stored_in(folder: Path) -> Iterator[Stored]:
+    """The tensors of a checkpoint's weight files, from their headers.
+
+    Raises:
+        ModelError: a header cannot be read, or names a dtype that torch does not compute with.
+    """
+    for file in weight_files(folder):
+        header, data = read_header(file)
+        for name, tensor in header.items():
+            first, last = tensor["data_offsets"]
+            if tensor["dtype"] not in _DTYPES:
+                raise ModelError(
+                    f"{file} holds '{name}' as {tensor['dtype']}, which cannot be read layer by layer.", ELSEWHERE
+                )
+            yield Stored(name, file, data + first, last - first, _DTYPES[tensor["dtype"]], tuple(tensor["shape"]))
+
+
+def room_for(stored: Iterable[Stored]) -> int:
+    """Bytes of a shelf that holds these tensors."""
+    return sum(tensor.size + _ALIGNMENT for tensor in stored)
+
+
+def will_need(stored: Stored) -> None:
+    """Have the system read a tensor's part of its file; it may wait for room in the queue of the disk."""
+    with suppress(OSError), stored.file.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), stored.start, stored.size, os.POSIX_FADV_WILLNEED)
+
+
+class Shelf:
+    """Memory for stored tensors, which lie in it one after the other.
+
+    Each lies as it does in its file, to the residue of its address: kernels then see what they see of a mapped file.
+
+    Args:
+        size: in bytes, from `room_for`.
+        pinned: a GPU can copy from it by itself.
+    """
+
+    def __init__(self, size: int, *, pinned: bool = False) -> None:
+        self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        self._used = 0
+
+    def clear(self) -> None:
+        """Start again; what was read will be overwritten."""
+        self._used = 0
+
+    def read(self, stored: Stored) -> torch.Tensor:
+        """A stored tensor, as it is in its file, in this memory. Other threads run meanwhile.
+
+        Raises:
+            ModelError: the file is gone, or ends before it does.
+        """
+        residue = stored.start % _ALIGNMENT if stored.start % stored.dtype.itemsize == 0 else 0
+        begin = self._used + (residue - self._memory.data_ptr() - self._used) % _ALIGNMENT
+        self._used = begin + stored.size
+        here = self._memory[begin : self._used]
+        with _reading(stored):
+            _fill(memoryview(here.numpy().data), stored)
+        return here.view(stored.dtype).view(stored.shape)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies here."""
+        return tensor.untyped_storage().data_ptr() == self._memory.untyped_storage().data_ptr()
+
+
+class MappedShelf:
+    """Stored tensors as the system has them in memory: nothing is copied, and no GPU reads them.
+
+    What a model writes into them stays in this process.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: list[torch.Tensor] = []
+
+    def clear(self) -> None:
+        """Forget what was read."""
+        self._tensors.clear()
+
+    def read(self, stored: Stored) -> torch.Tensor:
+        """A stored tensor, as it is in its file, all of which is now in memory. Other threads run meanwhile.
+
+        Raises:
+            ModelError: the file is gone, or ends before it does.
+        """
+        with _reading(stored):
+            tensor = _map(stored)
+            populate(tensor.data_ptr(), stored.size)
+        self._tensors.append(tensor)
+        if stored.start % stored.dtype.itemsize:
+            return tensor.clone().view(stored.dtype).view(stored.shape)
+        return tensor.view(stored.dtype).view(stored.shape)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies here."""
+        return any(one.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for one in self._tensors)
+
+
+AnyShelf = Shelf | MappedShelf
+
+
+@contextmanager
+def _reading(stored: Stored) -> Iterator[None]:
+    try:
+        yield
+    except EOFError as error:
+        raise ModelError(f"{stored.file} ends before its tensor '{stored.name}' does.", "Copy it again.") from error
+    except OSError as error:
+        raise ModelError(f"{stored.file} cannot be read: {error.strerror}.", "Is it where it was?") from error
+
+
+def _fill(rest: memoryview, stored: Stored) -> None:
+    at = stored.start
+    with stored.file.open("rb", buffering=0) as file:
+        while rest:
+            count = os.preadv(file.fileno(), [rest], at)
+            if not count:
+                raise EOFError
+            rest, at = rest[count:], at + count
+
+
+def _map(stored: Stored) -> torch.Tensor:
+    """uint8[size], a mapping of its own."""
+    before = stored.start % mmap.ALLOCATIONGRANULARITY
+    with stored.file.open("rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size < stored.start + stored.size:
+            raise EOFError
+        if not stored.size:
+            return torch.empty(0, dtype=torch.uint8)
+        mapped = mmap.mmap(file.fileno(), before + stored.size, access=mmap.ACCESS_COPY, offset=stored.start - before)
+    return torch.frombuffer(mapped, dtype=torch.uint8, count=stored.size, offset=before)

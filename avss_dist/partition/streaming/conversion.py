@@ -1,0 +1,86 @@
+"""Weights that transformers makes of several stored tensors, through its own conversion, some of them at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from avss_dist.errors import ModelError
+from avss_dist.models.loading import quiet
+from avss_dist.partition.streaming.buffers import ELSEWHERE, Stored
+
+
+class Conversion:
+    """What `from_pretrained` does to the tensors of a file that are no weights as they are.
+
+    Args:
+        model: on the meta device.
+        stored: such tensors. Some of them may be of no use.
+    """
+
+    def __init__(self, model: Any, stored: Sequence[Stored]) -> None:
+        self._model = model
+        self._stored = stored
+        self._targets: dict[str, int] | None = None
+        self._mapping: list[Any] = []
+
+    def sources(self, keys: set[int]) -> tuple[Stored, ...]:
+        """The stored tensors that weights, by id, are made of.
+
+        Raises:
+            ModelError: there are none.
+        """
+        if self._targets is None:
+            with self._refusing():
+                self._targets = dict(self._match())
+        found = tuple(stored for stored in self._stored if self._targets.get(stored.name) in keys)
+        if not found:
+            raise self._refusal("its files have other tensors than its layers")
+        return found
+
+    def _match(self) -> Iterator[tuple[str, int]]:
+        """(name of a stored tensor, id of the first weight that it goes into)."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        self._mapping = get_model_conversion_mapping(self._model)
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        state = self._model.state_dict(keep_vars=True)
+        for name in sorted(stored.name for stored in self._stored):
+            renamed, _ = rename_source_key(name, renamings, converters, self._model.base_model_prefix, state)
+            target = state.get(renamed, state.get(name))
+            if target is not None:
+                yield name, id(target)
+
+    def make(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Make weights of the tensors that `sources` told, by name, and set them in the model, on the CPU.
+
+        Raises:
+            ModelError: transformers does not.
+        """
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        options = LoadStateDictConfig(dtype=self._model.dtype, weight_mapping=self._mapping)
+        with self._refusing(), quiet():
+            info, _ = convert_and_load_state_dict_in_model(self._model, tensors, options)
+        wrong = [*info.conversion_errors, *(name for name, *_ in info.mismatched_keys)]
+        if wrong:
+            raise self._refusal(f"'{wrong[0]}' cannot be made of one layer's tensors")
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """None of this is transformers' public interface, which may change."""
+        try:
+            yield
+        except (ImportError, TypeError, AttributeError, KeyError, ValueError) as error:
+            raise self._refusal(f"this version of transformers converts them in another way ({error})") from error
+
+    def _refusal(self, why: str) -> ModelError:
+        return ModelError(
+            f"The weights of {type(self._model).__name__} cannot be read layer by layer: {why}.", ELSEWHERE
+        )

@@ -1,0 +1,262 @@
+"""A model whose weights stay in the checkpoint's files, and on the meta device, until a part of them is brought.
+
+transformers builds the model and says what goes where: it is given tensors with a name, a shape and a dtype, and no
+numbers. What it only renamed is read straight into its place; what it rearranged (experts that it fuses, say) goes
+through its own conversion, with the tensors of one part.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from avss_dist.errors import ModelError
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.loading import build_model, text_config
+from avss_dist.partition.streaming.buffers import ELSEWHERE, AnyShelf, Shelf, Stored, room_for, stored_in
+from avss_dist.partition.streaming.conversion import Conversion
+from avss_dist.settings import Settings
+
+NOISE_SCALE = 0.02
+_NOISE_BLOCK, _NOISE_OFFSETS, _NOISE_STEP = 1 << 20, 1 << 16, 997
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A parameter or buffer: its shape and dtype, the (module, name) of every place, and what it is in the files.
+
+    ``stored`` is None where transformers makes it of other tensors.
+    """
+
+    meta: torch.Tensor
+    places: tuple[tuple[nn.Module, str], ...]
+    stored: Stored | None
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Set the same tensor in every place."""
+        # As `single` has it: by weights that want no gradient, torch multiplies in another way.
+        wants = tensor.is_floating_point()
+        parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=wants)
+        for module, name in self.places:
+            if name in module._buffers:
+                module._buffers[name] = tensor
+            else:
+                module._parameters[name] = parameter
+
+    def drop(self) -> None:
+        """Leave shape and dtype in its places, and no numbers."""
+        self.put(self.meta)
+
+    def now(self) -> torch.Tensor:
+        """What its places hold: numbers, if one of them has any."""
+        held = [module._buffers.get(name, module._parameters.get(name)) for module, name in self.places]
+        return next((tensor for tensor in held if tensor is not None and not tensor.is_meta), self.meta)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Weights that come and go together; ``sources`` are the stored tensors that transformers makes some of them of."""
+
+    weights: tuple[Weight, ...]
+    sources: tuple[Stored, ...]
+
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        """Everything that is read."""
+        return (*(weight.stored for weight in self.weights if weight.stored), *self.sources)
+
+    def lies_on(self, shelf: AnyShelf) -> bool:
+        """Whether some of its weights lie where they were read."""
+        return any(shelf.holds(weight.now()) for weight in self.weights)
+
+    def drop(self) -> None:
+        """Leave no numbers of it in the model."""
+        for weight in self.weights:
+            weight.drop()
+
+
+class Weights:
+    """A checkpoint's weights.
+
+    Attributes:
+        model: the transformers model, head and all. What the checkpoint has is on the meta device at first; what it
+            lacks is initialized, on the CPU.
+        bytes_read: of weights, so far.
+
+    Raises:
+        ModelError: the weights cannot be read part by part; the message says why.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
+        _refuse(checkpoint, settings)
+        unread = [_Unread(stored) for stored in stored_in(checkpoint.folder)]
+        self.model = build_model(checkpoint, settings, {entry.stored.name: entry for entry in unread})
+        self.bytes_read = 0
+        self._weights = _weights(self.model, unread)
+        taken = {weight.stored for weight in self._weights.values()}
+        self._conversion = Conversion(self.model, [entry.stored for entry in unread if entry.stored not in taken])
+
+    def split(self, layers: Sequence[nn.Module], backbone: nn.Module) -> tuple[list[Part], Part]:
+        """A part for each layer, and one for all else that the backbone needs, tensors that layers share included.
+
+        Raises:
+            ModelError: it cannot be told which stored tensors a weight is made of.
+        """
+        inside = [set(layer.modules()) for layer in layers]
+        uses = Counter(module for modules in inside for module in modules)
+        parts = [
+            {
+                key
+                for key, weight in self._weights.items()
+                if all(module in modules and uses[module] == 1 for module, _ in weight.places)
+            }
+            for modules in inside
+        ]
+        below = set(backbone.modules())
+        needed = {key for key, w in self._weights.items() if any(module in below for module, _ in w.places)}
+        rest = (needed | self._unclear_ties()).difference(*parts)
+        return [self._part(keys) for keys in parts], self._part(rest)
+
+    def _part(self, keys: set[int]) -> Part:
+        weights = tuple(weight for key, weight in self._weights.items() if key in keys)
+        made = any(weight.stored is None for weight in weights)
+        return Part(weights, self._conversion.sources(keys) if made else ())
+
+    def bring(self, part: Part, device: torch.device, shelf: AnyShelf | None = None) -> None:
+        """Read a part's weights and set them in the model, on a device.
+
+        Args:
+            shelf: read into this; weights that are computed with as they are stored then lie there.
+
+        Raises:
+            ModelError: a file has changed, or transformers does not make of its tensors what it made before.
+        """
+        for weight in part.weights:
+            if weight.stored:
+                tensor = self._read(weight.stored, shelf)
+                weight.put(tensor.to(device, weight.meta.dtype, non_blocking=True))
+        if part.sources:
+            self._conversion.make({stored.name: self._read(stored, shelf) for stored in part.sources})
+        for weight in part.weights:
+            if not weight.stored:
+                weight.put(_require_numbers(weight).detach().to(device))
+
+    def _read(self, stored: Stored, shelf: AnyShelf | None) -> torch.Tensor:
+        self.bytes_read += stored.size
+        return (shelf or Shelf(room_for([stored]))).read(stored)
+
+    def bring_ties(self, backbone: nn.Module) -> None:
+        """Tie what the configuration ties and the files hold twice, if it is equal; keep what the backbone needs."""
+        unclear = self._unclear_ties()
+        if not unclear:
+            return
+        self.model.tie_weights(missing_keys=set(), recompute_mapping=False)
+        used = {id(tensor) for tensor in backbone.parameters()}
+        for key in unclear:
+            if id(self._weights[key].now()) not in used:
+                self._weights[key].drop()
+
+    def _unclear_ties(self) -> set[int]:
+        """Weights that the configuration ties to others, and that are tensors of their own in the files."""
+        paths = {module: path for path, module in self.model.named_modules()}
+        keys = {f"{paths[m]}.{name}": key for key, weight in self._weights.items() for m, name in weight.places}
+        pairs = [(keys.get(a), keys.get(b)) for a, b in (self.model.all_tied_weights_keys or {}).items()]
+        return {key for a, b in pairs if a is not None and b is not None and a != b for key in (a, b)}
+
+    @contextmanager
+    def noise(self, parts: Sequence[Part], device: torch.device) -> Iterator[None]:
+        """Fill parts with small random numbers: views of shared memory. Nothing is read, and nothing is left."""
+        weights = [weight for part in parts for weight in part.weights]
+        sizes: dict[torch.dtype, int] = {}
+        for meta in (weight.meta for weight in weights):
+            sizes[meta.dtype] = max(sizes.get(meta.dtype, 0), meta.numel())
+        noise = {dtype: _noise(size + _NOISE_OFFSETS, dtype).to(device) for dtype, size in sizes.items()}
+        try:
+            for i, weight in enumerate(weights):
+                start = i * _NOISE_STEP % _NOISE_OFFSETS  # equal weights would make queries equal to keys
+                numbers = noise[weight.meta.dtype][start : start + weight.meta.numel()]
+                weight.put(numbers.view(weight.meta.shape))
+            yield
+        finally:
+            for weight in weights:
+                weight.drop()
+
+
+def _refuse(checkpoint: Checkpoint, settings: Settings) -> None:
+    if checkpoint.gguf:
+        raise ModelError(
+            f"'{checkpoint.name}' is a .gguf file, whose weights cannot be read layer by layer.",
+            "Use --partition device_map, or a checkpoint in safetensors.",
+        )
+    if getattr(text_config(checkpoint, trust_remote_code=settings.trust_remote_code), "quantization_config", None):
+        raise ModelError(
+            f"'{checkpoint.name}' is quantized; quantized weights cannot be read layer by layer.", ELSEWHERE
+        )
+
+
+class _Unread:
+    """A stored tensor as transformers sees it while it loads: wherever it is to go, it is on the meta device."""
+
+    def __init__(self, stored: Stored) -> None:
+        self.stored = stored
+        self.dtype = stored.dtype
+        self.shape = torch.Size(stored.shape)
+        self.placed: torch.Tensor | None = None
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def __getitem__(self, _everything: Any) -> _Unread:
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        self.placed = torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
+        return self.placed
+
+    def is_whole(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor that shares its storage is all of it, as it lies."""
+        placed = self.placed
+        return placed is not None and (tensor.shape, tensor.stride()) == (placed.shape, placed.stride())
+
+
+def _weights(model: nn.Module, unread: Iterable[_Unread]) -> dict[int, Weight]:
+    """Everything in a model that is on the meta device, by id."""
+    by_storage = {entry.placed.untyped_storage()._cdata: entry for entry in unread if entry.placed is not None}
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    tensors: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.is_meta:
+                places.setdefault(id(tensor), []).append((module, name))
+                tensors[id(tensor)] = tensor
+    found = {}
+    for key, tensor in tensors.items():
+        entry = by_storage.get(tensor.untyped_storage()._cdata)
+        stored = entry.stored if entry and entry.is_whole(tensor) else None
+        found[key] = Weight(tensor, tuple(places[key]), stored)
+    return found
+
+
+def _require_numbers(weight: Weight) -> torch.Tensor:
+    tensor = weight.now()
+    if tensor.is_meta:
+        module, name = weight.places[0]
+        raise ModelError(
+            f"The weights cannot be read layer by layer: '{name}' of a {type(module).__name__} is not made of its "
+            "layer's tensors alone.",
+            ELSEWHERE,
+        )
+    return tensor
+
+
+def _noise(size: int, dtype: torch.dtype) -> torch.Tensor:
+    if not dtype.is_floating_point:
+        return torch.zeros(size, dtype=dtype)
+    block = torch.randn(min(size, _NOISE_BLOCK), generator=torch.Generator().manual_seed(0)) * NOISE_SCALE
+    return block.to(dtype).repeat(-(-size // max(1, len(block))))[:size]

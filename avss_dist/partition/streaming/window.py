@@ -1,0 +1,127 @@
+"""The weights of at most two layers at a time: of the one that computes, and of the next, which is on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from avss_dist.partition.streaming.buffers import AnyShelf, MappedShelf, Shelf, room_for, will_need
+from avss_dist.partition.streaming.weights import Part, Weights
+from avss_dist.system.memory import give_back_freed_memory
+
+LARGE_BYTES = 64_000_000  # of a layer: beside its arithmetic, taking fresh pages once costs nothing
+
+
+class Window:
+    """Inside ``with``, one layer's weights are in the model at a time; afterwards none are, and no thread is left.
+
+    Args:
+        parts: of the layers, by index.
+        order: layers in the order in which they will be asked for, as far as it is known; it tells what to read ahead.
+        shelves: memory to read into, kept from pass to pass; empty at first.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        parts: Sequence[Part],
+        order: Sequence[int],
+        device: torch.device,
+        shelves: list[AnyShelf],
+    ) -> None:
+        self._weights, self._parts, self._device, self._shelves = weights, parts, device, shelves
+        self._coming = list(order)
+        self._here: int | None = None
+        self._reading: tuple[int, Future[AnyShelf | None]] | None = None
+        self._shelf: AnyShelf | None = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._largest = max(room_for(part.stored) for part in parts)
+
+    def __enter__(self) -> Window:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="avss-weights")
+        self._read_ahead()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        if self._reading:
+            index, future = self._reading
+            failed = future.cancelled() or future.exception() is not None
+            self._take_away(index, None if failed else future.result())
+        self._leave()
+
+    def bring(self, index: int) -> None:
+        """Return when a layer's weights are in place: another's are gone, and the next one's are being read."""
+        if index == self._here:
+            return
+        self._leave()
+        if self._stream is None and self._largest >= LARGE_BYTES:
+            give_back_freed_memory()
+        if self._reading and self._reading[0] != index:
+            self._take_away(self._reading[0], self._reading[1].result())
+            self._reading = None
+        self._shelf = self._shelf_of(index)
+        self._here, self._reading = index, None
+        if index in self._coming:
+            del self._coming[: self._coming.index(index) + 1]
+        self._read_ahead()
+
+    def _shelf_of(self, index: int) -> AnyShelf | None:
+        if not self._stream:
+            return self._read(index, None)
+        _, future = self._reading or self._start_reading(index)
+        return future.result()
+
+    def _leave(self) -> None:
+        if self._here is not None:
+            self._take_away(self._here, self._shelf)
+            self._here = self._shelf = None
+
+    def _take_away(self, index: int, shelf: AnyShelf | None) -> None:
+        self._parts[index].drop()
+        if shelf:
+            shelf.clear()
+            self._shelves.append(shelf)
+
+    def _read_ahead(self) -> None:
+        """For a GPU, weights are copied to it. For a CPU it is enough that the system has them in memory."""
+        if self._coming and self._stream:
+            self._start_reading(self._coming[0])
+        elif self._coming:
+            self._thread.submit(_will_need, self._parts[self._coming[0]])
+
+    def _start_reading(self, index: int) -> tuple[int, Future[AnyShelf | None]]:
+        self._reading = (index, self._thread.submit(self._read, index, self._mark()))
+        return self._reading
+
+    def _mark(self) -> Any:
+        """The work on the device until now: it may still use memory that the next weights will take."""
+        return torch.cuda.current_stream(self._device).record_event() if self._stream else None
+
+    def _read(self, index: int, mark: Any) -> AnyShelf | None:
+        """Bring a layer's weights; the shelf on which they lie, if they do not lie elsewhere."""
+        part = self._parts[index]
+        shelf = self._shelves.pop() if self._shelves else self._new_shelf()
+        with torch.no_grad(), torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            if self._stream:
+                self._stream.wait_event(mark)
+            self._weights.bring(part, self._device, shelf)
+            if self._stream:
+                self._stream.synchronize()
+        if part.lies_on(shelf):
+            return shelf
+        shelf.clear()
+        self._shelves.append(shelf)
+        return None
+
+    def _new_shelf(self) -> AnyShelf:
+        return Shelf(self._largest, pinned=True) if self._stream else MappedShelf()
+
+
+def _will_need(part: Part) -> None:
+    for stored in part.stored:
+        will_need(stored)

@@ -1,0 +1,1 @@
+"""Which layers go: plans, methods that choose, the pruned checkpoint."""

@@ -1,0 +1,274 @@
+"""Pruned checkpoints: a folder like the original's, without some layers. No weight is loaded: tensors are copied.
+
+That the layers which stay are what they were is proved on skeletons of both models: the same modules, shapes and
+settings, layer by layer. Where weights fit in memory, outputs are compared too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from avss_dist.errors import ModelError
+from avss_dist.models.checkpoints import PICKLED, WEIGHTS, Checkpoint, resolve
+from avss_dist.models.layers import first_tensor
+from avss_dist.models.loading import forward_function, load_model, open_module, skeleton, text_config, without_head
+from avss_dist.models.safetensors import copy_tensors
+from avss_dist.models.size import footprint, read_header, weight_files
+from avss_dist.models.skipping import skipping
+from avss_dist.pruning.plan import Plan, PlanError
+from avss_dist.settings import Settings
+from avss_dist.system.devices import available_memory
+
+COUNTS = ("first_k_dense_replace", "max_window_layers", "num_dense_layers", "first_num_dense_layers")
+_NO_LAYERS = re.compile(r"token|architectures|rope|section|words|factor|label|kernel|size", re.IGNORECASE)
+_INDICES = re.compile(r"layer|idx|indices|index", re.IGNORECASE)
+_OWN_INDEX = re.compile(r"^(layer|block)?_?(idx|index|id|number)$")
+_NOT_COPIED = (WEIGHTS, *PICKLED, "*.gguf", "*.safetensors.index.json", "*.bin.index.json", "config.json", "README.md")
+TOLERANCE = 1e-5  # of the largest output, in float32
+CHECKED_SHAPE = (2, 12)  # rows and tokens of the comparison
+
+
+def prune(
+    model: str,
+    plan: Plan,
+    out: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    copied: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Write the checkpoint without the plan's layers, and prove that it is one.
+
+    Args:
+        model: hub id, folder: that of the plan, whatever its name.
+        out: a folder that does not exist, or is empty; it appears when it is whole.
+        copied: told the bytes of weights that were copied, now and then.
+
+    Returns:
+        ``folder``; ``bytes`` of weights; ``difference``: the largest between outputs of the last layer, of the pruned
+        checkpoint and of the original with the layers skipped, in float32; None where both do not fit in memory.
+
+    Raises:
+        PlanError: the plan is of another model, the family cannot be pruned (the message says why), or the folder is
+            not empty.
+        ModelError: the checkpoint cannot be read.
+    """
+    settings = Settings(dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PlanError(f"{out} exists already, and is not empty.", "Name another folder with --out.")
+    checkpoint = resolve(model, trust_remote_code=trust_remote_code)
+    if checkpoint.gguf:
+        raise PlanError(f"'{model}' is a .gguf file.", "Prune the checkpoint in safetensors that it was made of.")
+    if plan.revision is not None and plan.revision != checkpoint.revision:
+        raise PlanError(
+            f"The plan is for {plan.model} at {plan.revision[:12]}; '{model}' is at {checkpoint.revision[:12]}.",
+            "Score this checkpoint, and make a plan of its own.",
+        )
+    staged = out.with_name(f".{out.name}.part")
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        staged.mkdir(parents=True)
+        _copy_files(checkpoint, plan, staged)
+        _write_config(checkpoint, plan, staged, settings)
+        size = _copy_weights(checkpoint, plan, staged, copied)
+        difference = _difference(checkpoint, plan, staged, settings)
+        if out.exists():
+            out.rmdir()
+        staged.rename(out)
+    except OSError as error:
+        raise PlanError(f"{out} cannot be written: {error.strerror}.", "Name another folder with --out.") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return {"folder": str(out), "bytes": size, "difference": difference}
+
+
+def _write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Settings) -> None:
+    """Write the ``config.json`` that gives each layer that stays the settings that it had.
+
+    Raises:
+        PlanError: none does.
+    """
+    whole = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+    text = whole.get_text_config()
+    _refuse(text, plan)
+    raw = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    part = next((raw[n] for n in ("text_config", "llm_config", "decoder") if text is not whole and n in raw), raw)
+    part |= _cut(text.to_dict(), plan)
+    part[text.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(plan.keep)
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    try:
+        less = text_config(replace(checkpoint, path=str(folder)), trust_remote_code=settings.trust_remote_code)
+    except ModelError as error:
+        raise _unlike(whole, error.message) from error
+    _require_same_layers(whole, less, plan, settings)
+
+
+def _refuse(text: Any, plan: Plan) -> None:
+    number = getattr(text, "num_hidden_layers", None)
+    if number != plan.num_layers:
+        raise PlanError(f"The plan is for {plan.num_layers} layers; the model has {number}.", "Make a plan of its own.")
+    for name, why in (
+        ("num_kv_shared_layers", "its last layers use the keys and values of earlier ones"),
+        ("scale_attn_by_inverse_layer_idx", "a layer's attention is scaled by its place"),
+    ):
+        if getattr(text, name, None):
+            raise PlanError(f"A {text.model_type} with {name} cannot be pruned: {why}.")
+
+
+def _cut(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """What of a configuration is told by layer, for the layers that stay."""
+    place = {layer: i for i, layer in enumerate(plan.keep)}
+    cut: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, list) and not _NO_LAYERS.search(name):
+            if len(value) == plan.num_layers:
+                cut[name] = [value[layer] for layer in plan.keep]
+            elif _INDICES.search(name) and value and all(type(v) is int and 0 <= v < plan.num_layers for v in value):
+                cut[name] = [place[v] for v in value if v in place]
+        elif name in COUNTS and isinstance(value, int):
+            cut[name] = sum(layer < value for layer in plan.keep)
+    return cut
+
+
+def _require_same_layers(whole: Any, less: Any, plan: Plan, settings: Settings) -> None:
+    """Compare the modules of both models: the same kinds, shapes and settings, layer by layer."""
+    models = [without_head(skeleton(config, settings, torch.float32)) for config in (whole, less)]
+    lists = []
+    for model, number in zip(models, (plan.num_layers, len(plan.keep)), strict=True):
+        layers = dict(model.named_modules()).get(plan.layers)
+        if not isinstance(layers, nn.ModuleList) or len(layers) != number:
+            raise PlanError(
+                f"The layers of a {whole.model_type} are not the {number} modules of '{plan.layers}', each on its own.",
+                "None can be taken out of a checkpoint.",
+            )
+        lists.append(layers)
+    before, after = lists
+    for new, old in enumerate(plan.keep):
+        seen = zip(_described(before[old], old), _described(after[new], new), strict=False)
+        for (path, what, a), (other, _, b) in seen:
+            if path != other or a != b:
+                raise _unlike(whole, f"layer {old} would have {path} {what} {b!r} for {a!r} as layer {new}")
+        if len(list(before[old].modules())) != len(list(after[new].modules())):
+            raise _unlike(whole, f"layer {old} would have other modules as layer {new}")
+
+
+def _unlike(config: Any, why: str) -> PlanError:
+    return PlanError(
+        f"A pruned {config.model_type} would not be what it was: {why}.",
+        "Its configuration tells layers apart by their place: drop others, or evaluate the plan without a checkpoint.",
+    )
+
+
+def _described(layer: nn.Module, index: int) -> Iterator[tuple[str, str, Any]]:
+    """(module path, what, value) of all that makes a layer what it is, but for its own index."""
+    for path, module in layer.named_modules():
+        yield path, "kind", type(module).__name__
+        for name, parameter in sorted(module._parameters.items()):
+            yield path, name, None if parameter is None else tuple(parameter.shape)
+        for name, value in sorted(vars(module).items()):
+            own = _OWN_INDEX.match(name) and value in (index, index + 1)
+            if not name.startswith("_") and not own and isinstance(value, (int, float, str, bool, tuple)):
+                yield path, name, value
+
+
+def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
+    """Everything but configuration and weights; with a model card."""
+    for file in checkpoint.folder.iterdir():
+        if file.is_file() and not any(file.match(pattern) for pattern in _NOT_COPIED) and not file.name.startswith("."):
+            shutil.copyfile(file, folder / file.name)
+    (folder / "README.md").write_text(model_card(checkpoint, plan), encoding="utf-8")
+
+
+def _copy_weights(checkpoint: Checkpoint, plan: Plan, folder: Path, copied: Callable[[int], None]) -> int:
+    """The weights that stay; returns their bytes."""
+    files = {file: list(read_header(file)[0]) for file in weight_files(checkpoint.folder)}
+    rename = _renaming([name for stored in files.values() for name in stored], plan, checkpoint)
+    places: dict[str, str] = {}
+    size = 0
+    for file, stored in files.items():
+        names = {name: new for name in stored if (new := rename(name)) is not None}
+        if names:
+            size += copy_tensors(file, folder / file.name, names, copied)
+            places |= dict.fromkeys(names.values(), file.name)
+    if [file.name for file in files] != ["model.safetensors"]:
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return size
+
+
+def _renaming(names: Sequence[str], plan: Plan, checkpoint: Checkpoint) -> Callable[[str], str | None]:
+    """How a stored tensor is called in the pruned checkpoint; None if it is of a layer that is dropped."""
+    inside = re.compile(rf"((?:.*\.)?{re.escape(plan.layers)})\.(\d+)\.(.*)")
+    found: dict[str, set[int]] = {}
+    for match in filter(None, map(inside.fullmatch, names)):
+        found.setdefault(match[1], set()).add(int(match[2]))
+    prefixes = [prefix for prefix, seen in found.items() if seen == set(range(plan.num_layers))]
+    if len(prefixes) != 1:
+        raise PlanError(
+            f"Which stored tensors of '{checkpoint.name}' are layers of '{plan.layers}' cannot be "
+            f"told: {', '.join(prefixes) or 'no names'} would fit.",
+            "Save the checkpoint again with transformers' save_pretrained, and prune that.",
+        )
+    place = {layer: i for i, layer in enumerate(plan.keep)}
+
+    def rename(name: str) -> str | None:
+        match = inside.fullmatch(name)
+        if not match or match[1] != prefixes[0]:
+            return name
+        layer = int(match[2])
+        return f"{match[1]}.{place[layer]}.{match[3]}" if layer in place else None
+
+    return rename
+
+
+def model_card(checkpoint: Checkpoint, plan: Plan) -> str:
+    """What was removed, and why, in the form of a model card."""
+    name = checkpoint.name if checkpoint.source == "hub" else Path(checkpoint.path).name
+    why = ", ".join(f"{key} {value}" for key, value in plan.why.items()) or "by hand"
+    fields = {"base_model": name, "library_name": "transformers", "tags": ["pruned", "layer-pruning"]}
+    head = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items())
+    source = f", of run {plan.run_id}" if plan.run_id else ""
+    return (
+        f"---\n{head}\n---\n\n# {_plain(name)} without {len(plan.drop)} of its {plan.num_layers} layers\n\n"
+        f"Removed, counted from 0: {', '.join(map(str, plan.drop))}. The others are unchanged.\n\n"
+        f"Chosen {_plain(why)}{source}. Base model at {checkpoint.revision}. Written by avss_dist.\n"
+    )
+
+
+def _plain(text: str) -> str:
+    """A text that Markdown and HTML take for one."""
+    return re.sub(r"([\\`*_\[\]<>#&|])", r"\\\1", " ".join(text.split()))
+
+
+def _difference(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Settings) -> float | None:
+    """The largest difference of the backbones' outputs on some tokens; None where there is no room for both."""
+    size = footprint(checkpoint, settings)
+    if 2 * size.weight_bytes > available_memory() // 2:
+        return None
+    pruned = resolve(str(folder), trust_remote_code=settings.trust_remote_code)
+    outputs = []
+    for one, drop in ((checkpoint, plan.drop), (pruned, ())):
+        backbone = open_module(load_model(one, settings), layers=plan.layers)
+        ids = torch.arange(CHECKED_SHAPE[0] * CHECKED_SHAPE[1]).reshape(CHECKED_SHAPE) + 5
+        with torch.no_grad(), skipping(backbone.structure.layers, drop):
+            output = first_tensor(forward_function(backbone.module)(ids, torch.ones_like(ids)))
+        if output is None:
+            raise ModelError(f"'{one.name}' returns no hidden states.")
+        outputs.append(output)
+    difference = float((outputs[0] - outputs[1]).abs().max())
+    if not difference <= TOLERANCE * float(outputs[0].abs().max()):
+        raise PlanError(
+            f"The pruned checkpoint would compute something else than '{checkpoint.name}' with these layers skipped: "
+            f"outputs differ by {difference:.3g}.",
+            "Layers of this family depend on each other; evaluate the plan without a checkpoint.",
+        )
+    return difference

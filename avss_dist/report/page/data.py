@@ -1,0 +1,164 @@
+"""What the report's page knows: the runs and their scores, as columns of rounded numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations, groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from avss_dist.report.chart import RIVALS
+from avss_dist.settings import PUBLISHED_THRESHOLD, RECIPES, SITES
+from avss_dist.stats.scores import count_lowest
+from avss_dist.text import describe_threshold, last_part
+
+if TYPE_CHECKING:
+    from avss_dist.warehouse.reader import Warehouse
+
+DIGITS = 4  # significant ones, as many as the page shows
+FEWER = 3  # of correlations, and of the ends of intervals, of which a thousand resamples do not know more
+CHOICE = ("site", "recipe", "threshold_kind", "threshold")
+COLUMNS = {
+    "layer": "layer",
+    "rank": "rank",
+    "avss": "avss_smoothed",
+    "low": "avss_low",
+    "high": "avss_high",
+    "chance": "lowest_set_probability",
+    "variance": "variance",
+    "near_zero": "near_zero_count",
+    "count": "count",
+    "quality": "quality",
+}
+"""Columns of the page, by name, and what they are called in ``scores``; sparsity is near_zero / count."""
+_TELLING = ("dtype", "corpus", "revision")  # what tells runs of one model apart, before settings
+
+
+def page_data(warehouse: Warehouse, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the page draws of runs that are done, ready for JSON.
+
+    Args:
+        runs: rows of ``runs``.
+
+    Returns:
+        ``runs``: their labels, and by layer its name and rivals; ``choices``: every site, recipe and threshold that
+        was scored, ``first`` the position of the one to begin with; ``columns``: scores by layer; ``blocks``: the rows
+        of a run at a choice: run, choice, first row, end, and how many layers are the lowest 25%; ``correlations`` by
+        choice: Spearman's coefficient of every two runs.
+    """
+    positions = {run["run_id"]: i for i, run in enumerate(runs)}
+    names = ["run_id", *CHOICE, "layer_name", "depth", *COLUMNS.values(), *RIVALS]
+    table = warehouse.table("scores", run_ids=list(positions), columns=names)
+    table = table.sort_by([(name, "ascending") for name in ("run_id", *CHOICE, "layer")])
+    keys = zip(*(table[name].to_pylist() for name in ("run_id", *CHOICE)), strict=True)
+    sizes = [(key, sum(1 for _ in rows)) for key, rows in groupby(keys)]
+    choices = {choice: i for i, choice in enumerate(sorted({key[1:] for key, _ in sizes}, key=_order))}
+    blocks, start = [], 0
+    for (run_id, *choice), size in sizes:
+        blocks.append((positions[run_id], choices[tuple(choice)], start, start + size, count_lowest(size)))
+        start += size
+    return {
+        "runs": _described(runs, table),
+        "choices": [_written(*choice) for choice in choices],
+        "first": choices.get((SITES[0], RECIPES[0], "absolute", PUBLISHED_THRESHOLD), 0),
+        "columns": {
+            name: rounded(table[column], FEWER if name in ("low", "high") else DIGITS)
+            for name, column in COLUMNS.items()
+        },
+        "blocks": blocks,
+        "correlations": _correlations(table, blocks, len(choices)),
+    }
+
+
+def _order(choice: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Sites and recipes in their own order, absolute thresholds before relative ones, ascending."""
+    site, recipe, kind, threshold = choice
+    return _place(site, SITES), _place(recipe, RECIPES), kind == "rms", threshold or 0.0
+
+
+def _place(name: str, names: Sequence[str]) -> int:
+    return names.index(name) if name in names else len(names)
+
+
+def _written(site: str, recipe: str, kind: str, threshold: float) -> dict[str, Any]:
+    return {"site": site, "recipe": recipe, "threshold": describe_threshold(threshold, kind)}
+
+
+def _described(runs: Sequence[Mapping[str, Any]], table: pa.Table) -> list[dict[str, Any]]:
+    """Labels of the runs; by layer, its name and rivals, which no choice changes."""
+    places = zip(table["run_id"].to_pylist(), table["layer"].to_pylist(), strict=True)
+    row_of = {place: row for row, place in enumerate(places)}
+    described = []
+    for i, (run, label) in enumerate(zip(runs, run_labels(runs), strict=True)):
+        scored = [layer for run_id, layer in row_of if run_id == run["run_id"]]
+        size = max([run["num_layers"] or 0, *(layer + 1 for layer in scored)])
+        rows = table.take(pa.array([row_of.get((run["run_id"], layer)) for layer in range(size)], pa.int64()))
+        by_layer = {name: rounded(rows[name]) for name in ("layer_name", *RIVALS)}
+        described.append({"label": f"{i + 1}. {label}", **by_layer})
+    return described
+
+
+def run_labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Short names that differ: the model's, and of what tells runs of one model apart as little as will do."""
+    labels = [last_part(run["model"] or run["run_id"]) for run in runs]
+    settings = [json.loads(run["settings"] or "{}") for run in runs]
+    keys = [key for key in dict.fromkeys(key for one in settings for key in one) if key not in _TELLING]
+    details = [[None if run[name] is None else last_part(run[name]) for run in runs] for name in _TELLING]
+    details += [[f"{key}={one[key]}" if one.get(key) else None for one in settings] for key in keys]
+    details += [[run["run_id"][-10:] for run in runs]]
+    for detail in details:
+        told: dict[str, set[str | None]] = {}
+        for label, value in zip(labels, detail, strict=True):
+            told.setdefault(label, set()).add(value)
+        labels = [
+            f"{label} · {value}" if value is not None and len(told[label]) > 1 else label
+            for label, value in zip(labels, detail, strict=True)
+        ]
+    return labels
+
+
+def rounded(column: pa.ChunkedArray, digits: int = DIGITS) -> list[Any]:
+    """The values, floats with so many significant digits; None where nothing finite is."""
+    return [_round(value, digits) if isinstance(value, float) else value for value in column.to_pylist()]
+
+
+def _round(value: float, digits: int) -> float | None:
+    if not math.isfinite(value):
+        return None
+    short = float(f"{value:.{digits}g}")
+    return int(short) if short.is_integer() and abs(short) < 2**53 else short
+
+
+def _correlations(table: pa.Table, blocks: Sequence[tuple[int, ...]], choices: int) -> list[list[Any]]:
+    """By choice: first run, second run and Spearman's coefficient, of each pair that was scored there.
+
+    As `compare.correlate` has it, all pairs of a choice at once: at the depths of the shallower of the two models.
+    """
+    depth, avss = table["depth"].to_numpy(), table["avss_smoothed"].to_numpy()
+    profiles: list[dict[int, Any]] = [{} for _ in range(choices)]
+    for run, choice, start, end, _ in blocks:
+        scored = np.flatnonzero(~np.isnan(avss[start:end])) + start
+        profiles[choice][run] = depth[scored], avss[scored]
+    return [_pairs(by_run) for by_run in profiles]
+
+
+def _pairs(profiles: Mapping[int, tuple[Any, Any]]) -> list[Any]:
+    from scipy.stats import rankdata  # a second to import
+
+    runs = sorted(profiles)
+    grid_of = {run: tuple(profiles[run][0]) for run in runs}
+    found = []
+    for grid in dict.fromkeys(grid for grid in grid_of.values() if len(grid) > 2):
+        deep = [run for run in runs if len(grid_of[run]) >= len(grid)]
+        ranks = rankdata([np.interp(grid, *profiles[run]) for run in deep], axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            matrix = np.atleast_2d(np.corrcoef(ranks))
+        for i, j in combinations(range(len(deep)), 2):
+            pair = deep[i], deep[j]
+            if min((grid_of[run] for run in pair), key=len) == grid:
+                found.append([*pair, _round(float(matrix[i, j]), FEWER)])
+    return found

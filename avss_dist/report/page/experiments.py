@@ -1,0 +1,126 @@
+"""The page's section on experiments: what they say, a chart of what every method keeps, and the numbers."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import altair as alt
+import vl_convert
+
+from avss_dist.analysis.verdict import CLAIMED_KEPT, WHOLE, kept_by_guess, primary_metric, shown_value, verdicts
+from avss_dist.settings import LOSS
+from avss_dist.text import last_part
+
+if TYPE_CHECKING:
+    from avss_dist.warehouse.reader import Warehouse
+
+GRAY, BLUE = "#8b949e", "#4c9be8"  # seen on light and on dark
+MOST_SHOWN = 1.5  # retention that the chart has room for
+Row = Mapping[str, Any]  # of the table `experiments`
+
+
+def experiments(warehouse: Warehouse, labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    """For the template: one entry for each run that has an experiment, in the order of ``labels`` (by run id)."""
+    rows = warehouse.table("experiments", run_ids=list(labels)).to_pylist()
+    found: dict[str, dict[tuple[Any, ...], Row]] = {}
+    for row in sorted(rows, key=lambda row: row["created_at"]):  # of what was asked twice, the last counts
+        key = row["method"], row["share"], row["task"], row["metric"]
+        found.setdefault(row["run_id"], {})[key] = row
+    return [_experiment(label, list(found[run_id].values())) for run_id, label in labels.items() if run_id in found]
+
+
+def _experiment(label: str, rows: Sequence[Row]) -> dict[str, Any]:
+    by_task: dict[str, list[Row]] = {}
+    for row in rows:
+        by_task.setdefault(row["task"], []).append(row)
+    tasks = list(by_task)
+    speaks = {task: primary_metric(of_task) for task, of_task in by_task.items()}
+    guesses = {task: kept_by_guess(of_task, speaks[task]) for task, of_task in by_task.items()}
+    shown = [row for row in rows if row["metric"] == speaks[row["task"]]]
+    return {
+        "name": "experiment-" + label.partition(".")[0],
+        "label": label,
+        "verdicts": verdicts(rows) or ["No share of 25% by AVSS was tried."],
+        "image": _image(shown, guesses),
+        "columns": list(_columns(tasks, speaks)),
+        "rows": [list(_cells(of, tasks)) for of in _by_method(shown)],
+    }
+
+
+def _by_method(rows: Sequence[Row]) -> Iterator[dict[str, Row]]:
+    """Rows of a method and share, by task."""
+    for key in dict.fromkeys((row["share"], row["method"]) for row in sorted(rows, key=lambda row: row["share"])):
+        yield {row["task"]: row for row in rows if (row["share"], row["method"]) == key}
+
+
+def _columns(tasks: Sequence[str], speaks: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    yield {"title": "layers chosen by", "number": False}
+    yield {"title": "share", "number": True}
+    yield {"title": "dropped", "number": False}
+    for task in tasks:
+        yield {"title": f"{_short(task)}: {'perplexity' if speaks[task] == LOSS else speaks[task]}", "number": True}
+        yield {"title": "kept", "number": True}
+        yield {"title": "95% interval", "number": True}
+
+
+def _cells(of: Mapping[str, Row], tasks: Sequence[str]) -> Iterator[dict[str, Any]]:
+    first = next(iter(of.values()))
+    yield {"text": first["method"], "value": first["method"]}
+    yield {"text": f"{first['share']:.0%}", "value": first["share"]}
+    yield {"text": ", ".join(map(str, first["drop"])), "value": len(first["drop"])}
+    for task in tasks:
+        row = of.get(task)
+        if row is None:
+            yield from ({"text": "", "value": ""} for _ in range(3))
+            continue
+        low, high = row["retention_low"], row["retention_high"]
+        known = low is not None and high is not None and isfinite(low)
+        yield {"text": shown_value(row), "value": row["value"]}
+        yield {"text": f"{row['retention']:.1%}", "value": row["retention"]}
+        yield {"text": f"{low:.1%} to {high:.1%}" if known else "", "value": low if known else ""}
+
+
+def _image(rows: Sequence[Row], guesses: Mapping[str, float | None]) -> str:
+    """A dot for each method and task, with its interval, as a data URI of an SVG.
+
+    Lines are at what the claim says (dashed), and at what a guess keeps (dotted).
+    """
+    points = [
+        {
+            "method": row["method"],
+            "task": f"{_short(row['task'])}, {row['share']:.0%} dropped",
+            "kept": min(row["retention"], MOST_SHOWN),
+            "guess": guesses[row["task"]],
+            "low": row["retention_low"],
+            "high": row["retention_high"],
+        }
+        for row in rows
+        if row["method"] != WHOLE
+    ]
+    order = list(dict.fromkeys(point["method"] for point in points))
+    base = alt.Chart().encode(alt.Y("method:N", sort=order, title=None))
+    interval = base.mark_rule(color=BLUE, clip=True).encode(alt.X("low:Q"), alt.X2("high:Q"))
+    scale = alt.Scale(domain=[0, max([1.1, *(point["kept"] for point in points)])], clamp=True)
+    dot = base.mark_point(filled=True, color=BLUE, size=45, opacity=1).encode(
+        alt.X("kept:Q", scale=scale, title="retention", axis=alt.Axis(format="%", grid=False))
+    )
+    claim = alt.Chart().mark_rule(color=GRAY, strokeDash=[4, 3]).encode(x=alt.datum(CLAIMED_KEPT))
+    guess = alt.Chart().mark_rule(color=GRAY, strokeDash=[1, 3]).encode(alt.X("guess:Q", aggregate="max"))
+    chart: Any = (
+        alt.layer(claim, guess, interval, dot, data=alt.InlineData(values=points))
+        .properties(width=230, height=alt.Step(15))
+        .facet(alt.Facet("task:N", title=None, header=alt.Header(labelColor=GRAY, labelLimit=230)), columns=3)
+        .configure(background="transparent", padding={"left": 30, "right": 5, "top": 5, "bottom": 5})
+        .configure_axis(labelColor=GRAY, titleColor=GRAY, domainColor=GRAY, tickColor=GRAY, labelLimit=230)
+        .configure_view(stroke=None)
+    )
+    svg = vl_convert.vegalite_to_svg(chart.to_dict())
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+
+
+def _short(task: str) -> str:
+    name, colon, rest = task.partition(":")
+    return f"{name}: {last_part(rest)}" if colon else last_part(task)

@@ -1,0 +1,203 @@
+"""A warehouse as one page that needs no network: findings, runs, charts with controls, and a table."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import vl_convert
+from markupsafe import Markup
+
+from avss_dist import __version__
+from avss_dist.analysis.compare import CONDITIONS
+from avss_dist.analysis.findings import findings
+from avss_dist.errors import AvssError
+from avss_dist.report.page.charts import page_charts
+from avss_dist.report.page.data import page_data
+from avss_dist.report.page.experiments import experiments
+from avss_dist.text import last_part
+
+if TYPE_CHECKING:
+    from avss_dist.warehouse.reader import Warehouse
+
+LINES = 40  # of a kind of finding; the others are counted
+MOST = 60  # runs that a page draws, the newest; all are in its overview
+OVERVIEW = {
+    "model": "model",
+    "status": "status",
+    "error": "error",
+    "family": "family",
+    "dtype": "dtype",
+    "corpus": "corpus",
+    "num_layers": "layers",
+    "num_tokens": "tokens",
+    "tokens_per_second": "tokens/s",
+    "run_id": "run",
+    "revision": "revision",
+}
+"""Columns of ``runs`` that the overview shows, and their titles."""
+_NUMBERS = ("num_tokens", "num_layers", "tokens_per_second")
+
+
+def save_report(warehouse: Warehouse, path: Path, run_ids: Collection[str] | None = None) -> None:
+    """Write the page of `report_page` to a file.
+
+    Raises:
+        AvssError: the file cannot be written.
+        WarehouseError: as `Store.table`.
+    """
+    page = report_page(warehouse, run_ids)
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise AvssError(f"{path} cannot be written: {error.strerror}.", "Choose another place with -o.") from error
+
+
+def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) -> str:
+    """An HTML page of the runs (all of them by default), with everything in it that it needs.
+
+    Names are text to it: the template escapes them, its data is base64 of compressed JSON, its script only sets
+    texts. A policy in the page forbids every connection and every script but its own, by their hashes.
+    """
+    rows = warehouse.runs().to_pylist(maps_as_pydicts="lossy")
+    rows = sorted((r for r in rows if run_ids is None or r["run_id"] in run_ids), key=_by_model)
+    done = [row for row in rows if row["status"] == "done"]
+    newest = sorted((str(row["created_at"]), row["run_id"]) for row in done)[-MOST:]
+    drawn = [row for row in done if (str(row["created_at"]), row["run_id"]) in newest]
+    data = page_data(warehouse, drawn)
+    labels = [run["label"] for run in data["runs"]]
+    of_run = {row["run_id"]: label for row, label in zip(drawn, labels, strict=True)}
+    style, script, library = _part("page.css"), _part("page.js"), _library() if data["choices"] else Markup("")
+    return _template().render(
+        policy=_policy(style, script, library),
+        style=style,
+        script=script,
+        library=library,
+        data=_packed({**data, "charts": page_charts()}) if data["choices"] else "",
+        version=__version__,
+        warehouse=warehouse.root,
+        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        summary=_summary(len(done), len(rows) - len(done)),
+        findings=_findings(warehouse, of_run),
+        experiments=experiments(warehouse, of_run),
+        overview=_overview(rows, of_run),
+        labels=labels,
+        not_drawn=len(done) - len(drawn),
+        differing=[name for name in CONDITIONS if len({str(run.get(name)) for run in drawn}) > 1],
+    )
+
+
+def _by_model(run: Mapping[str, Any]) -> tuple[str, ...]:
+    """Failed runs last; the others by family, model and time."""
+    return (str(run["status"] != "done"), *(str(run[name]) for name in ("family", "model", "created_at", "run_id")))
+
+
+def _summary(done: int, failed: int) -> str:
+    runs = f"{done} run{'' if done == 1 else 's'}"
+    return f"{runs} and {failed} that failed" if failed else runs
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(_part("page.html"))
+
+
+@cache
+def _part(name: str) -> Markup:
+    return Markup(files(__package__).joinpath(name).read_text(encoding="utf-8"))
+
+
+@cache
+def _library() -> Markup:
+    """The code that draws: Vega, Vega-Lite and vega-embed, with its interpreter, so that nothing is evaluated."""
+    return Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+
+
+def _policy(style: str, *scripts: str) -> str:
+    """A Content-Security-Policy: nothing from outside, and of what is inside only these."""
+    allowed = " ".join(_hash(script) for script in scripts if script)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src {_hash(style)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _packed(data: Mapping[str, Any]) -> str:
+    """JSON, compressed: scores of forty runs at a hundred choices are a few hundred thousand numbers."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+
+
+def _overview(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> dict[str, Any]:
+    """The table of runs: columns, and rows of cells; one that nobody has a value for is left out."""
+    shown = [name for name in OVERVIEW if any(row[name] is not None for row in rows)]
+    columns = [{"title": "#", "number": True}, *({"title": OVERVIEW[n], "number": n in _NUMBERS} for n in shown)]
+    return {
+        "columns": columns,
+        "rows": [
+            {
+                "failed": row["status"] != "done",
+                "cells": [
+                    _cell("#", labels.get(row["run_id"], "").partition(".")[0]),
+                    *(_cell(n, row[n]) for n in shown),
+                ],
+            }
+            for row in rows
+        ],
+    }
+
+
+def _cell(name: str, value: Any) -> dict[str, Any]:
+    text = "" if value is None else f"{value:,.0f}" if name in _NUMBERS else str(value)
+    return {
+        "tag": "th" if name == "model" else "td",
+        "class": "number" if name == "#" or name in _NUMBERS else name,
+        "value": "" if value is None else value,
+        "title": text,
+        "text": last_part(text) if name in ("model", "corpus") else text,
+    }
+
+
+def _findings(warehouse: Warehouse, labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Findings by kind, in their order; of each run, the first of a kind is told, and where else it holds."""
+    kinds: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in findings(warehouse, run_ids=list(labels)).to_pylist():
+        kinds.setdefault(row["kind"], {}).setdefault(row["run_id"], []).append(row)
+    return [_finding(kind, by_run, labels) for kind, by_run in kinds.items()]
+
+
+def _finding(kind: str, by_run: Mapping[str, Sequence[Mapping[str, Any]]], labels: Mapping[str, str]) -> dict[str, Any]:
+    first = next(iter(by_run.values()))[0]
+    ordered = sorted(by_run, key=list(labels).index)
+    return {
+        "title": kind.replace("_", " ").capitalize(),
+        "severity": first["severity"],
+        "example": {"label": labels[first["run_id"]], "message": first["message"]},
+        "runs": f"{len(by_run)} of {len(labels)} runs" if len(labels) > 1 else "",
+        "lines": [_line(labels[run_id], by_run[run_id]) for run_id in ordered[:LINES]],
+        "more": len(ordered[LINES:]),
+    }
+
+
+def _line(label: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    readings = [" ".join(name for name in (row["site"], row["recipe"]) if name) for row in found]
+    return {
+        "label": label,
+        "reading": readings[0],
+        "message": found[0]["message"],
+        "also": ", ".join(dict.fromkeys(readings[1:])),
+    }

@@ -1,0 +1,89 @@
+"""What each layer does to the loss, as a table with bars."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from rich.bar import Bar
+from rich.table import Table
+from rich.text import Text
+
+from avss_dist.report.terminal.scores import BAR_WIDTH, LOWEST
+from avss_dist.stats.scores import count_lowest
+
+if TYPE_CHECKING:
+    from avss_dist.evaluation.ablate import Ablation, LayerAblation
+    from avss_dist.tasks.base import Result
+
+GRADIENTS = ("taylor", "gradient_l1", "gradient_l2", "weight_frobenius")
+
+
+def ablation_rows(found: Ablation) -> pa.Table:
+    """One row for each layer; null is what was not measured."""
+    return pa.Table.from_pylist([_row(layer) for layer in found.layers])
+
+
+def _row(one: LayerAblation) -> dict[str, Any]:
+    low, high = one.shapley_interval() or (None, None)
+    return {
+        "layer": one.layer,
+        "loss": _value(one.loss),
+        "increase": _value(one.increase),
+        "increase_stderr": None if one.increase is None else one.increase.stderr,
+        "shapley": _value(one.shapley),
+        "shapley_low": low,
+        "shapley_high": high,
+        **{name: _value(one.gradients.get(name)) for name in GRADIENTS},
+    }
+
+
+def ablation_table(found: Ablation) -> Table:
+    """The same for the terminal, with a bar of the first measure that there is; the least important are marked."""
+    rows = ablation_rows(found).to_pylist()
+    first = next(name for name in ("increase", "shapley", "taylor") if rows[0][name] is not None)
+    lowest = sorted(rows, key=lambda row: row[first])[: count_lowest(len(rows))]
+    largest = max(row[first] for row in rows)
+    table = Table(title=Text(f"{found.model}  {found.corpus}"), caption=_caption(found, first), caption_justify="left")
+    table.add_column("layer", justify="right")
+    table.add_column(first, width=BAR_WIDTH)
+    shown = [
+        (title, cell)
+        for title, name, cell in (
+            ("loss without", "loss", lambda row: f"{row['loss']:.4f}"),
+            ("increase", "increase", lambda row: _with_error(row["increase"], row["increase_stderr"])),
+            ("Shapley", "shapley", lambda row: f"{row['shapley']:.4f}"),
+            ("95% interval", "shapley_low", lambda row: f"{row['shapley_low']:.4f} .. {row['shapley_high']:.4f}"),
+            ("Taylor", "taylor", lambda row: f"{row['taylor']:.4g}"),
+            ("gradient L1", "gradient_l1", lambda row: f"{row['gradient_l1']:.4g}"),
+            ("gradient L2", "gradient_l2", lambda row: f"{row['gradient_l2']:.4g}"),
+            ("weight norm", "weight_frobenius", lambda row: f"{row['weight_frobenius']:.4g}"),
+        )
+        if rows[0][name] is not None
+    ]
+    for title, _ in shown:
+        table.add_column(title, justify="right")
+    for row in rows:
+        is_lowest = row in lowest
+        bar = Bar(largest or 1.0, 0, max(0.0, row[first]), width=BAR_WIDTH, color="red" if is_lowest else "cyan")
+        cells = [cell(row) for _, cell in shown]
+        table.add_row(f"{row['layer']}{' *' if is_lowest else '  '}", bar, *cells, style=LOWEST if is_lowest else None)
+    return table
+
+
+def _caption(found: Ablation, first: str) -> Text:
+    number = count_lowest(len(found.layers))
+    text = f"* the {'layer' if number == 1 else f'{number} layers'} with the lowest {first}. In nats per token."
+    if found.whole is not None:
+        text += f" Loss of the whole model: {_with_error(found.whole.value, found.whole.stderr)}; the error of an "
+        text += "increase is of the same sequences with and without the layer."
+    return Text(text)
+
+
+def _value(result: Result | None) -> float | None:
+    return None if result is None else result.value
+
+
+def _with_error(value: float, stderr: float) -> str:
+    return f"{value:.4f} +/- {stderr:.2g}" if math.isfinite(stderr) else f"{value:.4f}"

@@ -1,0 +1,149 @@
+"""Comparisons, findings and quantiles as tables for the terminal, and what they say in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from avss_dist.text import last_part
+
+MOST_PAIRS = 40  # shown on a terminal
+FEW = 3  # runs that a finding names, and messages of one kind, before they are only counted
+COLOR = {"warning": "yellow", "note": "dim"}
+
+
+def pairs_table(pairs: pa.Table, title: str) -> RenderableType:
+    """Pairs of `compare.SCHEMA`, the most and the least alike where there are many, and what they say."""
+    rows = pairs.to_pylist()
+    within = all(row["a_run_id"] == row["b_run_id"] for row in rows)
+    table = Table(title=Text(title), title_style="bold")
+    for name in ("run", "a", "b") if within else ("a", "b"):
+        table.add_column(name, overflow="fold")
+    for name in ("layers", "Spearman", "Kendall", "RBO", "shared lowest", "Jaccard", "by chance", "p"):
+        table.add_column(name, justify="right")
+    half = MOST_PAIRS // 2
+    left_out = max(0, len(rows) - MOST_PAIRS)
+    for row in rows if not left_out else rows[:half] + rows[-half:]:
+        table.add_row(*(Text(cell) for cell in (*_labels(row, within), *_numbers(row))))
+    notes = [Text(summary(pairs))]
+    if left_out:
+        notes.append(Text(f"{left_out} pairs between the most and the least alike are not shown: --format csv."))
+    if any(row["interpolated"] for row in rows):
+        notes.append(Text("~ models of different depth, compared at the relative depths of the one with fewer layers."))
+    return Group(table, *notes)
+
+
+def _labels(row: Mapping[str, Any], within: bool) -> list[str]:
+    if within:
+        return [row["a_run_id"], row["a"], row["b"]]
+    if row["by"] == "run":
+        return [row["a"], row["b"]]
+    return [f"{short_name(row[side])}\n{row[f'{side}_run_id']}" for side in "ab"]
+
+
+def short_name(text: str) -> str:
+    """A local path as its last part; anything else, such as a hub id, as it is."""
+    return last_part(text) if text.startswith(("/", "./", "../", "~")) else text
+
+
+def _numbers(row: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{'~' if row['interpolated'] else ''}{row['layers']}",
+        *("-" if np.isnan(row[name]) else f"{row[name]:.3f}" for name in ("spearman", "kendall", "rbo")),
+        f"{row['shared']} of {row['k']}",
+        f"{row['jaccard']:.2f}",
+        f"{row['jaccard_by_chance']:.2f}",
+        f"{row['p_by_chance']:.2g}",
+    ]
+
+
+def summary(pairs: pa.Table) -> str:
+    """What pairs of `compare.SCHEMA` say, in two sentences."""
+    rho = pairs["spearman"].to_numpy()
+    rho = rho[~np.isnan(rho)]
+    layers, k, shared = (pairs[name].to_numpy() for name in ("layers", "k", "shared"))
+    count = f"{len(pairs)} pairs" if len(pairs) > 1 else "One pair"
+    said = "no Spearman correlation is defined."
+    if rho.size:
+        span = f", from {rho.min():.3f} to {rho.max():.3f}" if rho.size > 1 else ""
+        said = f"Spearman {np.median(rho):.3f}{' at the median' if rho.size > 1 else ''}{span}: {_strength(rho)}."
+    lowest = (
+        f"{shared.sum() / k.sum():.0%} of the lowest layers of one are the lowest of the other; by chance it would be "
+    )
+    return f"{count}: {said}\n{lowest}{(k * k / layers).sum() / k.sum():.0%}."
+
+
+def _strength(rho: np.ndarray[Any, Any]) -> str:
+    typical, lowest = float(np.median(rho)), float(rho.min())
+    if lowest > 0.9:
+        return "the rankings are nearly the same"
+    if typical > 0.7:
+        return "the rankings are alike" + ("" if lowest > 0.5 else ", but not in every pair")
+    if typical > 0.3:
+        return "the rankings have something in common"
+    return "the rankings have little in common" if typical > -0.3 else "the rankings are the other way round"
+
+
+def findings_table(findings: pa.Table) -> RenderableType:
+    """Findings of `findings.SCHEMA` in their order; of many that differ only in their run, the first stands for all."""
+    places = _by_place(findings)
+    if not places:
+        return Text("Nothing to warn of.")
+    table = Table()
+    for name in ("", "what", "run", "site / recipe"):
+        table.add_column(name, overflow="fold")
+    table.add_column("in words", overflow="fold", ratio=1)
+    for (severity, kind, site, recipes), messages in places.items():
+        if len(messages) > FEW:
+            alike = list(dict.fromkeys(run for runs in messages.values() for run in runs))
+            messages = {f"{alike[0]}: {next(iter(messages))}": alike}
+        for message, runs in messages.items():
+            more = [f"and {len(runs) - FEW} more"] if len(runs) > FEW else []
+            where = " / ".join(part for part in (site, recipes) if part)
+            cells = (severity, kind.replace("_", " "), "\n".join(runs[:FEW] + more), where, message)
+            table.add_row(*(Text(cell, style=COLOR[severity]) if i < 2 else Text(cell) for i, cell in enumerate(cells)))
+    if any(len(messages) > FEW for messages in places.values()):
+        return Group(table, Text("Of many, the first stands for all: avss findings WAREHOUSE --format csv has each."))
+    return table
+
+
+def _by_place(findings: pa.Table) -> dict[tuple[str, ...], dict[str, list[str]]]:
+    """Runs by message, by severity, kind, site and recipes; what is the same for several recipes is told once."""
+    told: dict[tuple[str, ...], tuple[list[str], list[str]]] = {}
+    for row in findings.to_pylist():
+        key = (row["severity"], row["kind"], row["site"] or "", row["message"])
+        for names, name in zip(told.setdefault(key, ([], [])), (row["run_id"], row["recipe"]), strict=True):
+            if name and name not in names:
+                names.append(name)
+    places: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for (*place, message), (runs, recipes) in told.items():
+        places.setdefault((*place, ", ".join(recipes)), {})[message] = runs
+    return places
+
+
+def quantiles_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Quantiles of one run and site: a row for each layer, a column for each share."""
+    table = Table(title=Text(f"{rows[0]['run_id']}  {rows[0]['site']}"), title_style="bold")
+    table.add_column("layer", justify="right")
+    for share in dict.fromkeys(row["share"] for row in rows):
+        table.add_column(Text(f"|x| below which {share:.4g}"), justify="right")
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        found = [row for row in rows if row["layer"] == layer]
+        table.add_row(str(layer), *(Text(_quantile(row)) for row in found))
+    exact = all(row["low"] == row["high"] for row in rows if row["low"] is not None)
+    within = "The truth lies close by: --format csv has the edges between which it is."
+    note = "Every one is exact: each value was counted." if exact else within
+    return Group(table, Text(note))
+
+
+def _quantile(row: Mapping[str, Any]) -> str:
+    if row["value"] is None or np.isnan(row["value"]):
+        return "-"
+    multiple = row["rms_multiple"]
+    return f"{row['value']:.4g}" + (f" ({multiple:.3g} x RMS)" if multiple else "")

@@ -1,0 +1,78 @@
+"""An estimate as a table for the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from avss_dist.text import describe_bytes
+
+if TYPE_CHECKING:
+    from avss_dist.estimate.estimate import Estimate
+
+FITS, DOES_NOT_FIT = Text("yes", style="green"), Text("no", style="bold red")
+
+
+def estimate_table(estimate: Estimate) -> RenderableType:
+    """One row a partition: memory, whether it fits, time."""
+    table = Table(
+        title=Text(f"{estimate.model} on {estimate.corpus}"),
+        caption=Text(_caption(estimate)),
+        caption_justify="left",
+        title_style="bold",
+    )
+    table.add_column("partition")
+    for name in ("ranks", "memory of each device", "memory of the host", "fits", "time"):
+        table.add_column(name, justify="right")
+    table.add_column("why", overflow="fold")
+    for row in estimate.rows:
+        table.add_row(
+            row.partition,
+            str(row.ranks),
+            describe_bytes(row.device_bytes),
+            describe_bytes(row.host_bytes),
+            FITS if row.fits else DOES_NOT_FIT,
+            describe_seconds(row.seconds),
+            Text(row.why),
+            style=None if row.fits else "dim",
+        )
+    return Group(table, Text(summary(estimate), style="bold"))
+
+
+def summary(estimate: Estimate) -> str:
+    """The estimate in a line: ``single fits: about 12 s and 950 MB for 8,192 tokens.``"""
+    best = estimate.best
+    if best is None:
+        return f"{estimate.model} fits no partition here."
+    return (
+        f"{best.partition} fits: about {describe_seconds(best.seconds)} and {describe_bytes(best.device_bytes)} "
+        f"for {estimate.num_tokens:,} tokens."
+    )
+
+
+def describe_seconds(seconds: float) -> str:
+    """``12 s``, ``3 min 20 s`` or ``5 h 10 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(whole / 60)
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def _caption(estimate: Estimate) -> str:
+    free = describe_bytes(estimate.host_free_bytes)
+    if estimate.device == "cuda":
+        free = f"{describe_bytes(estimate.device_free_bytes)} on each GPU and {free} on the host"
+    return (
+        f"{estimate.num_parameters:,} parameters in {estimate.num_layers} layers, "
+        f"{describe_bytes(estimate.weight_bytes)} in {estimate.dtype}; "
+        f"{estimate.num_tokens:,} tokens in {estimate.num_shards} shards: {estimate.flops / 1e12:,.3g} TFLOP.\n"
+        f"Free here: {free}. Time is that of measuring, on an idle machine; starting and opening the model come on top."
+    )

@@ -1,0 +1,55 @@
+"""What models can do, whole and without layers, as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from avss_dist.evaluation.evaluate import Evaluation
+
+COLUMNS = ("subject", "dropped", "task", "metric", "value", "stderr", "retention", "retention_low", "retention_high")
+
+
+def evaluation_rows(found: Sequence[Evaluation]) -> pa.Table:
+    """One row for each subject, task and metric."""
+    rows = []
+    for one in found:
+        kept, metrics = one.retained, one.metrics()
+        interval = (kept.value, kept.low, kept.high) if kept else (None, None, None)
+        for metric, value, stderr in metrics:
+            values = (one.subject.label, list(one.subject.drop), one.task, metric, value, stderr, *interval)
+            rows.append(dict(zip(COLUMNS, values, strict=True)))
+    return pa.Table.from_pylist(rows)
+
+
+def evaluation_table(found: Sequence[Evaluation]) -> Table:
+    """The same for the terminal. Of a loss the perplexity is shown."""
+    table = Table(
+        caption="Retention: the metric without the layers over that with them (of a perplexity: with over without), "
+        "and its 95% interval over the same samples.",
+        caption_justify="left",
+    )
+    for name in ("", "dropped", "task", "metric"):
+        table.add_column(name)
+    for name in ("value", "+/-", "retention", "95% interval"):
+        table.add_column(name, justify="right")
+    for one in found:
+        kept = one.retained
+        *_, (metric, value, stderr) = one.metrics()
+        table.add_row(
+            Text(one.subject.label),
+            f"{len(one.subject.drop)} layers" if one.subject.drop else "-",
+            Text(one.task),
+            Text(metric),
+            f"{value:.4g}",
+            f"{stderr:.2g}" if math.isfinite(stderr) else "-",
+            f"{kept.value:.1%}" if kept else "-",
+            f"{kept.low:.1%} .. {kept.high:.1%}" if kept and math.isfinite(kept.low) else "-",
+        )
+    return table

@@ -1,0 +1,54 @@
+"""What a job will do, as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from avss_dist.report.terminal.estimate import describe_seconds
+from avss_dist.text import describe_bytes
+
+if TYPE_CHECKING:
+    from avss_dist.runs.preview import Preview
+
+STYLES = {"done": "green", "partial": "yellow", "missing": "", "refused": "bold red"}
+
+
+def plan_table(previews: Sequence[Preview], warehouse: str) -> RenderableType:
+    """One row a run: what it is, where it stands, what it will take."""
+    table = Table(title=Text(f"{len(previews)} runs into {warehouse}"), title_style="bold")
+    for name in ("model", "revision", "corpus"):
+        table.add_column(name, overflow="fold")
+    for name in ("partition", "status"):
+        table.add_column(name)
+    for name in ("weights", "tokens", "time"):
+        table.add_column(name, justify="right")
+    for preview in previews:
+        kept = f" {preview.kept_shards}/{preview.num_shards}" if preview.status == "partial" else ""
+        table.add_row(
+            *(Text(text) for text in (preview.model, preview.revision[:12], preview.corpus)),
+            preview.partition,
+            Text(preview.status + kept, style=STYLES[preview.status]),
+            describe_bytes(preview.weight_bytes) if preview.weight_bytes else "-",
+            f"{preview.num_tokens:,}" if preview.num_tokens else "-",
+            describe_seconds(preview.seconds) if preview.seconds is not None else "-",
+        )
+    errors = [Text(f"{p.model}: {p.error}", style="red") for p in previews if p.error]
+    return Group(table, *errors, Text(summary(previews), style="bold"))
+
+
+def summary(previews: Sequence[Preview]) -> str:
+    """The plan in a line or two."""
+    count = {status: sum(p.status == status for p in previews) for status in STYLES}
+    known = [p.seconds for p in previews if p.seconds]
+    parts = [f"{number} {status}" for status, number in count.items() if number]
+    text = f"{', '.join(parts)}."
+    if known:
+        text += f" About {describe_seconds(sum(known))} of measuring ({previews[0].basis})."
+    if count["refused"]:
+        text += " The refused ones will be recorded as failed; the others run."
+    return text

@@ -1,0 +1,187 @@
+"""How the work goes: bars on a terminal, lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
+
+from rich import progress as rich_progress
+from rich.console import Console
+from rich.text import Text
+
+from avss_dist.report.terminal.estimate import describe_seconds
+from avss_dist.text import last_part
+
+if TYPE_CHECKING:
+    from avss_dist.partition.base import Placement
+    from avss_dist.runs.run import Run
+    from avss_dist.tasks.cells import Cell
+
+
+SHOWN_ENDED = 10  # bars of runs that are over
+
+
+class _Speed(rich_progress.ProgressColumn):
+    def render(self, task: rich_progress.Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} tokens/s" if speed else "", style="cyan")
+
+
+class Progress:
+    """A `run.Reporter`: a bar for each run, with tokens/s and the time that is left."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._progress = rich_progress.Progress(
+            rich_progress.TextColumn("{task.description}", markup=False),
+            rich_progress.BarColumn(),
+            rich_progress.TaskProgressColumn(),
+            _Speed(),
+            rich_progress.TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, rich_progress.TaskID] = {}
+        self._ended: deque[rich_progress.TaskID] = deque()
+
+    def __enter__(self) -> Progress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def planning(self, name: str) -> None:
+        """A new run: its text is read and its tokens are counted."""
+        self._tasks[name] = self._progress.add_task(f"{_short(name)}: reading", total=None)
+
+    def placed(self, name: str, placement: Placement) -> None:
+        """How a replica is spread; said where it is not the plain way, or somebody looks."""
+        if self._progress.console.is_terminal or placement.partition != "single":
+            self._progress.console.print(f"{_short(name)}: {placement.partition}; {placement.why}.", markup=False)
+
+    def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
+        """Shards are to be measured; ``done_tokens`` were measured before."""
+        self._progress.reset(
+            self._tasks[name], start=False, total=num_tokens, completed=done_tokens, description=_short(name)
+        )
+
+    def advanced(self, name: str, num_tokens: int) -> None:
+        """A shard is done."""
+        self._progress.start_task(self._tasks[name])
+        self._progress.advance(self._tasks[name], num_tokens)
+
+    def finished(self, name: str, run: Run) -> None:
+        """A run is over."""
+        if (task := self._tasks.pop(name, None)) is not None:
+            self._progress.update(task, description=f"{_short(name)}: {run.status}")
+            self._progress.stop_task(task)
+            self._ended.append(task)
+            if len(self._ended) > SHOWN_ENDED:
+                self._progress.update(self._ended.popleft(), visible=False)
+
+
+class CellProgress:
+    """An `evaluate.CellReporter`: one bar over all cells, with the rate and the time that is left."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._progress = rich_progress.Progress(
+            rich_progress.TextColumn("{task.description}", markup=False),
+            rich_progress.BarColumn(),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task: rich_progress.TaskID | None = None
+
+    def __enter__(self) -> CellProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def started(self, cells: int, done: int) -> None:
+        """Cells are to be measured; ``done`` were measured before."""
+        self._task = self._progress.add_task("evaluating", total=cells, completed=done)
+
+    def advanced(self, cell: Cell) -> None:
+        """A cell is done."""
+        assert self._task is not None
+        without = f" without {len(cell.drop)} layers" if cell.drop else ""
+        self._progress.update(self._task, advance=1, description=f"{_short(cell.checkpoint.name)}{without}")
+
+
+class Log:
+    """A `run.Reporter` for a file or a job's log: a line for each run, and one now and then while it is measured.
+
+    Args:
+        num_runs: how many there will be.
+        seconds: between two lines of progress, at least.
+    """
+
+    def __init__(self, num_runs: int, *, seconds: float = 10.0, file: TextIO | None = None) -> None:
+        self._num_runs, self._seconds, self._file = num_runs, seconds, file or sys.stderr
+        self._ended = 0
+        self._said = time.monotonic()
+        self._measured = 0  # tokens, of all runs together, since the last line
+        self._left: dict[str, tuple[int, int]] = {}  # tokens that are measured, and in all, by run
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def planning(self, name: str) -> None:
+        """Nothing is said."""
+
+    def placed(self, name: str, placement: Placement) -> None:
+        """How a replica is spread; said where it is not the plain way."""
+        if placement.partition != "single":
+            self._say(f"{name}: {placement.partition}; {placement.why}.")
+
+    def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
+        """Shards are to be measured; ``done_tokens`` were measured before."""
+        with self._lock:
+            self._left[name] = done_tokens, num_tokens
+
+    def advanced(self, name: str, num_tokens: int) -> None:
+        """A shard is done: a line, if the last one is long ago."""
+        with self._lock:
+            done, total = self._left[name]
+            done += num_tokens
+            self._left[name] = done, total
+            self._measured += num_tokens
+            passed = time.monotonic() - self._said
+            if passed < self._seconds:
+                return
+            speed = self._measured / passed
+            self._said, self._measured = time.monotonic(), 0
+        eta = describe_seconds((total - done) / speed)
+        self._say(f"{name}: {done / total:.0%} of {total:,} tokens, {speed:,.0f} tokens/s, {eta} left")
+
+    def finished(self, name: str, run: Run) -> None:
+        """A run is over."""
+        with self._lock:
+            self._left.pop(name, None)
+            self._ended += 1
+        error = f": {run.error.splitlines()[0]}" if run.error else ""
+        self._say(f"{self._ended} of {self._num_runs} runs: {name} {run.status}{error}")
+
+    def _say(self, what: str) -> None:
+        print(f"{datetime.now(UTC):%H:%M:%S} {what}", file=self._file, flush=True)
+
+
+def _short(name: str) -> str:
+    """The ends of the paths of a model and of a corpus."""
+    return " on ".join(last_part(path) for path in name.split(" on "))[:60]

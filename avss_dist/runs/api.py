@@ -1,0 +1,127 @@
+"""Score checkpoints: one, several, or those of a job file; the same driver does the work."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from avss_dist.corpus.sources import documents
+from avss_dist.errors import AvssError, ConfigError
+from avss_dist.executors.base import Executor
+from avss_dist.executors.open import open_executor
+from avss_dist.runs.driver import Driver, Ending, record_failure
+from avss_dist.runs.job_file import JobFile, RunSpec
+from avss_dist.runs.preview import Preview, preview
+from avss_dist.runs.reporter import Reporter, Silent
+from avss_dist.runs.run import Run
+from avss_dist.settings import GANGS, Execution, Settings, split_options
+from avss_dist.warehouse.reader import Warehouse
+
+__all__ = ["Reporter", "Run", "Silent", "preview_job", "run_job", "score", "score_all", "split_options"]
+
+
+def score(model: str | Path, *, corpus: str, out: str | Path, reporter: Reporter | None = None, **options: Any) -> Run:
+    """Score one checkpoint and keep the result in a warehouse; a run that is done is not repeated.
+
+    Args:
+        model: hub id (``org/name@revision``), folder, or ``.gguf`` file.
+        corpus: ``file.txt``, ``file.jsonl[:field]``, ``file.parquet[:column]``, ``hf:...`` or ``builtin:pydoc``.
+        out: the warehouse, a folder or URI.
+        reporter: told how the work goes.
+        options: the fields of ``config.Settings`` and ``config.Execution``.
+
+    Raises:
+        AvssError: a mistake, or a failed run (`RunFailed`); what was measured is kept.
+    """
+    settings, execution = split_options(options)
+    _require_readable(corpus)
+    name = str(model)
+    spec = RunSpec(model=name, corpus=corpus, settings=settings, execution=execution, title=name, name=name)
+    ((_, ending),) = _drive([spec], Warehouse(out), settings, execution, reporter or Silent())
+    if isinstance(ending, AvssError):
+        raise ending
+    return ending
+
+
+def score_all(
+    models: Sequence[str], *, corpus: str, out: str | Path, reporter: Reporter | None = None, **options: Any
+) -> list[Run]:
+    """Score several checkpoints with one pool of workers; one that fails is recorded and does not stop the others.
+
+    Raises:
+        AvssError: a mistake that concerns all of them, such as an unknown setting or an unwritable warehouse.
+    """
+    settings, execution = split_options(options)
+    if twins := [model for model, times in Counter(models).items() if times > 1]:
+        raise ConfigError(f"'{twins[0]}' is there twice.", "Name each model once.")
+    _require_readable(corpus)
+    specs = [
+        RunSpec(model=model, corpus=corpus, settings=settings, execution=execution, title=model, name=model)
+        for model in models
+    ]
+    return _all(specs, Warehouse(out), settings, execution, reporter or Silent())
+
+
+def preview_job(job: JobFile, **options: Any) -> list[Preview]:
+    """What `run_job` would do, from configurations and headers; nothing is written, and no weight is loaded."""
+    specs, execution = with_options(job, options)
+    with closing(executor_for(specs, job.settings, execution)) as executor:
+        return list(preview(specs, Warehouse(job.warehouse), executor))
+
+
+def run_job(job: JobFile, *, reporter: Reporter | None = None, **options: Any) -> list[Run]:
+    """Run what a job file asks for and is not done yet; a run that fails is recorded and does not stop the others.
+
+    Args:
+        reporter: told how the work goes.
+        options: fields of ``config.Execution`` in place of the job's: ``address``, ``replicas``, ``fresh``, ...
+
+    Raises:
+        AvssError: a mistake that concerns all runs, such as an unwritable warehouse or too few devices.
+    """
+    specs, execution = with_options(job, options)
+    return _all(specs, Warehouse(job.warehouse), job.settings, execution, reporter or Silent())
+
+
+def with_options(job: JobFile, options: dict[str, Any]) -> tuple[list[RunSpec], Execution]:
+    """The runs of a job, and how it runs, with options in place of its own."""
+    specs = [replace(spec, execution=replace(spec.execution, **options)) for spec in job.specs]
+    return specs, replace(job.execution, **options)
+
+
+def _all(
+    specs: Sequence[RunSpec], store: Warehouse, settings: Settings, execution: Execution, reporter: Reporter
+) -> list[Run]:
+    """Every run in the order of its spec; one that fails is recorded."""
+    runs: dict[int, Run] = {}
+    for spec, ending in _drive(specs, store, settings, execution, reporter):
+        if isinstance(ending, AvssError):
+            ending = record_failure(store, spec, ending)
+            reporter.finished(spec.name, ending)
+        runs[id(spec)] = ending
+    return [runs[id(spec)] for spec in specs]
+
+
+def _drive(
+    specs: Sequence[RunSpec], store: Warehouse, settings: Settings, execution: Execution, reporter: Reporter
+) -> Iterator[Ending]:
+    """What all runs share, checked before any work: the warehouse, the workers, who are closed after it."""
+    store.create()
+    with closing(executor_for(specs, settings, execution)) as executor:
+        yield from Driver(store, executor, reporter, fresh=execution.fresh).run(specs)
+
+
+def executor_for(specs: Sequence[RunSpec], settings: Settings, execution: Execution) -> Executor:
+    """The executor that was asked for; a gang among the runs needs one of several processes."""
+    gang = next((spec.execution for spec in specs if spec.execution.partition in GANGS), execution)
+    return open_executor(gang, settings)
+
+
+def _require_readable(corpus: str) -> None:
+    """Fail now, not for every model, where the corpus cannot be read."""
+    for _ in documents(corpus):
+        break

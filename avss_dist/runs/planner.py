@@ -1,0 +1,162 @@
+"""Planning a run: its checkpoint, its placement, its corpus in tokens, its fingerprint. No weight is loaded."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from avss_dist.corpus.shards import CorpusPlan, plan
+from avss_dist.errors import ModelError
+from avss_dist.executors.base import Executor, Job
+from avss_dist.models.checkpoints import Checkpoint, content_hash, fetch_files, locate, resolve
+from avss_dist.models.loading import load_tokenizer, text_config
+from avss_dist.models.size import Footprint, footprint
+from avss_dist.partition.base import Placement
+from avss_dist.partition.choose import choose
+from avss_dist.runs.job_file import RunSpec
+from avss_dist.runs.run import Prepared, Run
+from avss_dist.settings import DTYPES, SCHEMA_VERSION, Settings, fingerprint
+from avss_dist.warehouse.reader import Warehouse
+
+KEPT_PLANS = 4  # tokenized corpora that are remembered
+_TOKENIZER_FILES = (".json", ".model", ".txt")
+_NO_TOKENIZER_FILES = ("config.json", "generation_config.json", "trainer_state.json", "model.safetensors.index.json")
+
+
+@dataclass
+class Planner:
+    """What runs will be: checkpoints found, corpora in their tokens, placements. No weight is loaded.
+
+    Args:
+        fetch: whether the weights of a hub checkpoint are downloaded too.
+    """
+
+    executor: Executor
+    store: Warehouse
+    fetch: bool = True
+    _opened: tuple[Any, ...] = ()
+    _plans: OrderedDict[tuple[Any, ...], tuple[CorpusPlan, int]] = field(default_factory=OrderedDict)
+
+    def prepare(self, spec: RunSpec) -> Prepared:
+        """Plan a run.
+
+        Raises:
+            AvssError: the model, its tokenizer or its size is not one that can be run here.
+        """
+        checkpoint, config, settings, placement = self._open(spec)
+        corpus = self._plan(spec, checkpoint, config, settings)
+        print_ = run_fingerprint(checkpoint, corpus, settings, placement)
+        run = Run(
+            run_id=f"{checkpoint.slug}-{print_[:10]}",
+            model=spec.model,
+            warehouse=self.store.root,
+            status="skipped",
+            num_shards=len(corpus.shards),
+            num_tokens=corpus.num_tokens,
+        )
+        return Prepared(
+            name=spec.name,
+            job=Job(checkpoint=checkpoint, settings=settings, placement=placement, run_id=run.run_id),
+            corpus=corpus,
+            fingerprint=print_,
+            run=run,
+            replicas=self.executor.replicas(placement),
+        )
+
+    def _open(self, spec: RunSpec) -> tuple[Checkpoint, Any, Settings, Placement]:
+        """A model's checkpoint, configuration, settings and placement; remembered for its next corpus."""
+        key = spec.model, spec.settings, spec.execution
+        if not self._opened or self._opened[0] != key:
+            code = spec.settings.trust_remote_code
+            checkpoint = resolve(spec.model, trust_remote_code=code) if self.fetch else self._find(spec.model, code)
+            config = text_config(checkpoint, trust_remote_code=code)
+            settings = pin(spec.settings, checkpoint, config, self.executor.device)
+            self._opened = key, (checkpoint, config, settings, self._place(spec, checkpoint, settings))
+        opened: tuple[Checkpoint, Any, Settings, Placement] = self._opened[1]
+        return opened
+
+    @staticmethod
+    def _find(model: str, code: bool) -> Checkpoint:
+        """A checkpoint with its revision, without the weights that the hub has."""
+        if locate(model, trust_remote_code=code):
+            return resolve(model, trust_remote_code=code)
+        return fetch_files(model, ["*.json", "*.model", "*.txt", "*.jinja", *(["*.py"] if code else [])])
+
+    def _place(self, spec: RunSpec, checkpoint: Checkpoint, settings: Settings) -> Placement:
+        """How a replica is spread; refuses more than there is before anything is loaded."""
+        size = self.size(spec, checkpoint, settings) if spec.execution.partition == "auto" else None
+        placement = choose(size, settings, spec.execution, self.executor.devices)
+        self.executor.replicas(placement)
+        return placement
+
+    def size(self, spec: RunSpec, checkpoint: Checkpoint, settings: Settings) -> Footprint | None:
+        """The checkpoint's size; None where it has none that can be told."""
+        with suppress(ModelError):  # what cannot be sized is opened as `single`, which says what is wrong with it
+            return footprint(checkpoint if self.fetch else spec.model, settings)
+        return None
+
+    def _plan(self, spec: RunSpec, checkpoint: Checkpoint, config: Any, settings: Settings) -> CorpusPlan:
+        """The corpus in the checkpoint's tokens; refuses tokens that the model does not have."""
+        key = self._tokens_key(spec.corpus, checkpoint, config, settings)
+        if key not in self._plans:
+            tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
+            planned = plan(spec.corpus, tokenizer, settings)
+            rows = (batch.input_ids for shard in planned.shards for batch in shard.batches(settings.batch_size))
+            self._plans[key] = planned, max(int(np.max(ids)) for ids in rows)
+            while len(self._plans) > KEPT_PLANS:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
+        corpus, highest = self._plans[key]
+        known = getattr(config.get_text_config(), "vocab_size", None)
+        if isinstance(known, int) and 0 < known <= highest:
+            raise ModelError(
+                f"The tokenizer of '{checkpoint.name}' gives token {highest}; the model has {known}, from 0.",
+                "Put the tokenizer that it was trained with into its folder.",
+            )
+        return corpus
+
+    @staticmethod
+    def _tokens_key(corpus: str, checkpoint: Checkpoint, config: Any, settings: Settings) -> tuple[Any, ...]:
+        """Equal where the same tokens come out: corpus, tokenizer, and how rows and shards are cut."""
+        if checkpoint.source == "gguf" or settings.trust_remote_code:
+            tokenizer = checkpoint.revision
+        else:
+            files = sorted(f for f in checkpoint.folder.iterdir() if f.suffix in _TOKENIZER_FILES)
+            tokenizer = content_hash([f for f in files if f.name not in _NO_TOKENIZER_FILES])
+        family = config.model_type, getattr(config, "tokenizer_class", None)
+        cut = settings.sequence_length, settings.sequences_per_shard, settings.max_sequences
+        return corpus, tokenizer, family, cut, settings.layout, settings.skip_first_tokens
+
+
+def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settings, placement: Placement) -> str:
+    """SHA-256 of all that can change a number: weights, tokens and their order, settings, kind of device, schema.
+
+    The tokenizer and the packing count through the tokens that they give. Of the partitions only tensor parallel
+    counts, which alone adds up in another order.
+    """
+    split = {"tensor_parallel": placement.ranks} if placement.partition == "tensor_parallel" else {}
+    numbers = {k: v for k, v in settings.as_dict().items() if k not in ("max_sequences", "trust_remote_code", "layout")}
+    tokens = corpus.tokens_fingerprint
+    return fingerprint(schema=SCHEMA_VERSION, checkpoint=checkpoint.revision, tokens=tokens, settings=numbers, **split)
+
+
+def pin(settings: Settings, checkpoint: Checkpoint, config: Any, device: str) -> Settings:
+    """Settings with every ``auto`` that changes numbers decided.
+
+    Raises:
+        ModelError: rows are longer than the model can read.
+    """
+    text = config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    if isinstance(longest, int) and 0 < longest < settings.sequence_length:
+        raise ModelError(
+            f"'{checkpoint.name}' reads at most {longest} tokens of the {settings.sequence_length} asked for.",
+            f"Pass --sequence-length {longest} or less.",
+        )
+    stored = str(getattr(text, "dtype", None) or getattr(config, "dtype", None)).removeprefix("torch.")
+    dtype = stored if settings.dtype == "auto" and stored in DTYPES else settings.dtype
+    return replace(settings, device=device, dtype=dtype)

@@ -1,0 +1,204 @@
+"""One run on its way into the warehouse: results as they come, then merge, score, commit."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+
+from avss_dist.corpus.shards import CorpusPlan
+from avss_dist.errors import AvssError
+from avss_dist.executors.base import Job, Work
+from avss_dist.settings import BOOTSTRAP_BLOCKS
+from avss_dist.stats.layer_stats import ShardResult, merge_blocks
+from avss_dist.stats.scores import score_run
+from avss_dist.system.versions import package_versions
+from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.store import RunIdentity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One checkpoint scored on one corpus.
+
+    Attributes:
+        run_id: its name in the warehouse.
+        model: as the user named it.
+        warehouse: where its tables are.
+        status: ``done``, ``skipped`` (it was done before) or ``failed``.
+        num_shards, resumed_shards: shards in all, and those that an earlier attempt had measured.
+        num_tokens: tokens that count in the statistics.
+        seconds: wall time of this attempt, since its text was read.
+        error: why it failed, or None.
+    """
+
+    run_id: str
+    model: str
+    warehouse: str
+    status: str
+    num_shards: int = 0
+    resumed_shards: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+    error: str | None = None
+
+    def scores(self, **equals: Any) -> pa.Table:
+        """This run's rows of ``scores``, those whose columns equal the given values: ``run.scores(site="block")``."""
+        return Warehouse(self.warehouse).scores(run_id=self.run_id, **equals)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run that is planned: all that is known of it before a weight is loaded.
+
+    Attributes:
+        name: what the reporter is told.
+        replicas: model copies that work in parallel.
+    """
+
+    name: str
+    job: Job
+    corpus: CorpusPlan
+    fingerprint: str
+    run: Run
+    replicas: int
+
+    @property
+    def expected(self) -> dict[int, str]:
+        """The content hash of every shard, by its id."""
+        return {shard.shard_id: shard.content_hash for shard in self.corpus.shards}
+
+
+class Attempt:
+    """A prepared run, and what of it is measured.
+
+    Attributes:
+        work: the shards that no earlier attempt has measured.
+        failure: why it ended, or None.
+    """
+
+    def __init__(self, prepared: Prepared, store: Warehouse, *, fresh: bool) -> None:
+        self.name = prepared.name
+        self.failure: AvssError | None = None
+        self._prepared, self._store = prepared, store
+        self._start = time.perf_counter()
+        self._begun: float | None = None
+        expected = prepared.expected
+        kept = set() if fresh else {shard.shard_id for shard in self._partials(expected)}
+        missing = [shard for shard in prepared.corpus.shards if shard.shard_id not in kept]
+        self.work = Work(job=prepared.job, shards=missing)
+        self.run = replace(prepared.run, resumed_shards=len(kept))
+        self.left = {shard.shard_id for shard in missing}
+
+    @property
+    def done_tokens(self) -> int:
+        """Tokens that an earlier attempt has measured."""
+        return self._prepared.corpus.num_tokens - sum(shard.num_tokens for shard in self.work.shards)
+
+    def counts(self, result: ShardResult) -> bool:
+        """Whether a result is the first of its shard; each counts once."""
+        if result.shard_id not in self.left:
+            return False
+        self.left.discard(result.shard_id)
+        if self._begun is None:
+            self._begun = time.perf_counter() - result.seconds
+        return True
+
+    def keep(self, result: ShardResult) -> None:
+        """Commit one shard's result."""
+        self._store.write_shard(self._identity(result.model["family"]), result)
+
+    def finish(self) -> Run:
+        """Merge, score and commit; every shard is in the warehouse."""
+        expected, corpus = self._prepared.expected, self._prepared.corpus
+        measured = time.perf_counter()
+        shards = _Facts(self._partials(expected))
+        stats, blocks = merge_blocks(shards, len(expected), BOOTSTRAP_BLOCKS)
+        layers = shards.layers
+        identity = self._identity(shards.model["family"])
+        self._store.write_layer_stats(identity, layers, stats)
+        self._store.write_scores(identity, score_run(stats, layers, blocks))
+        if self._begun is None:
+            speed = corpus.num_tokens / max(shards.seconds, 1e-9)
+        else:
+            speed = (corpus.num_tokens - self.done_tokens) / (measured - self._begun)
+        self.record(
+            status="done",
+            num_layers=len(layers),
+            tokens_per_second=speed,
+            device=shards.device,
+            peak_memory_bytes=shards.peak_memory_bytes,
+            **shards.model,
+        )
+        self.run = replace(self.run, status="done", seconds=time.perf_counter() - self._start)
+        return self.run
+
+    def fail(self, error: AvssError) -> None:
+        """End the run with an error, and record it."""
+        self.failure, self.work.dropped = error, True
+        self.left.clear()
+        self.run = replace(self.run, status="failed", error=str(error))
+        error.run_id = self.run.run_id
+        self.record(status="failed", error=str(error))
+
+    def _partials(self, expected: dict[int, str]) -> Iterator[ShardResult]:
+        return self._store.each_shard(self._prepared.run.run_id, expected)
+
+    def _identity(self, family: str) -> RunIdentity:
+        checkpoint = self._prepared.job.checkpoint
+        return RunIdentity(run_id=self.run.run_id, model=checkpoint.name, revision=checkpoint.revision, family=family)
+
+    def record(self, *, status: str, **columns: Any) -> None:
+        """Write the run's row."""
+        settings, corpus = self._prepared.job.settings, self._prepared.corpus
+        checkpoint = self._prepared.job.checkpoint
+        self._store.write_run(
+            {
+                "run_id": self.run.run_id,
+                "fingerprint": self._prepared.fingerprint,
+                "status": status,
+                "created_at": datetime.now(UTC),
+                "model": checkpoint.name,
+                "revision": checkpoint.revision,
+                "replicas": self._prepared.replicas,
+                "corpus": corpus.source,
+                "corpus_fingerprint": corpus.corpus_fingerprint,
+                "tokens_fingerprint": corpus.tokens_fingerprint,
+                "num_sequences": corpus.num_sequences,
+                "num_tokens": corpus.num_tokens,
+                "sequence_length": settings.sequence_length,
+                "batch_size": settings.batch_size,
+                "thresholds": list(settings.thresholds),
+                "sites": list(settings.sites),
+                "num_shards": len(corpus.shards),
+                "wall_seconds": time.perf_counter() - self._start,
+                "settings": json.dumps(settings.as_dict()),
+                "versions": package_versions(),
+                **columns,
+            }
+        )
+
+
+class _Facts:
+    """Passes shards on, and keeps what the run's row says of them."""
+
+    def __init__(self, shards: Iterator[ShardResult]) -> None:
+        self._shards = shards
+        self.layers: tuple[str, ...] = ()
+        self.model: dict[str, Any] = {}
+        self.device = ""
+        self.peak_memory_bytes = 0
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[ShardResult]:
+        for shard in self._shards:
+            notes = list(dict.fromkeys([*self.model.get("notes", ()), *shard.model["notes"]]))
+            self.layers, self.model, self.device = shard.layers, {**shard.model, "notes": notes}, shard.device
+            self.peak_memory_bytes = max(self.peak_memory_bytes, shard.peak_memory_bytes)
+            self.seconds += shard.seconds
+            yield shard

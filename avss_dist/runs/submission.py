@@ -1,0 +1,243 @@
+"""Jobs on a Ray cluster: submit a job file, follow it, stop it, through the cluster's job server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import secrets
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from avss_dist.errors import AvssError, ConfigError, RunFailed
+from avss_dist.runs.job_file import JobFile
+from avss_dist.settings import PERPLEXITY
+from avss_dist.tasks.harness_files import files_of, is_task_file
+
+TOKEN_HINT = (
+    "Give this machine the cluster's token: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token; "
+    "`ray get-auth-token` on the head prints it."
+)
+MOST_BYTES = 50_000_000  # of local files that travel with a job
+_TEXT = re.compile(r"(?!hf:|builtin:)(?P<path>.+?\.(txt|jsonl|parquet))(:.*)?", re.IGNORECASE)
+_NOT_FOUND = 127  # exit code of a shell that has no such command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submitted:
+    """A submitted job.
+
+    Attributes:
+        status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
+        started: UTC; seconds since then, or until its end.
+        exit_code: of the command: 0 done, 1 a run failed or it was stopped, 2 a mistake; None before its end.
+        hint: what to do next, or nothing.
+    """
+
+    job_id: str
+    status: str
+    started: datetime | None
+    seconds: float
+    entrypoint: str
+    message: str
+    exit_code: int | None
+    hint: str = ""
+
+    def row(self) -> tuple[str, ...]:
+        """For a table: job, status, started, seconds, entrypoint, message."""
+        started = f"{self.started:%Y-%m-%d %H:%M:%S}" if self.started else ""
+        return self.job_id, self.status, started, f"{self.seconds:.0f}", self.entrypoint, self.message
+
+
+class Cluster:
+    """The job server of a Ray cluster.
+
+    Args:
+        address: ``http://HEAD:8265``.
+
+    Raises:
+        ConfigError: nothing answers there, or it wants another token.
+    """
+
+    def __init__(self, address: str) -> None:
+        if not address.startswith(("http://", "https://")):
+            raise ConfigError(f"'{address}' is no address of a job server.", "Write http://HEAD:8265.")
+        if _has_token():
+            os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it once, when it is imported
+        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # they would win over what the user says
+            os.environ.pop(name, None)
+        from ray.job_submission import JobSubmissionClient
+
+        for name in [name for name in logging.root.manager.loggerDict if name.startswith("ray")]:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        self.address = address
+        with self._mistakes():
+            self._client = JobSubmissionClient(address)
+
+    def submit(self, job: JobFile, options: Sequence[str] = (), *, experiment: bool = False) -> str:
+        """Start ``avss run``, or ``avss experiment``, on the cluster with a copy of the job file; its job id.
+
+        The copy's working directory also has the local files that the job names with relative paths: texts, and of an
+        experiment the task files and their data.
+
+        Raises:
+            ConfigError: the job names something that will not be on the cluster.
+            TaskError: a task file, or its data, cannot be read.
+        """
+        _require_reachable(job)
+        asked = job.experiment.tasks if experiment and job.experiment else ()
+        job_id = f"avss-{job.path.stem}-{secrets.token_hex(3)}"
+        with tempfile.TemporaryDirectory() as folder, self._mistakes():
+            shutil.copy(job.path, Path(folder) / job.path.name)
+            for file in _local_files(job, asked):
+                (Path(folder) / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, Path(folder) / file)
+            return str(
+                self._client.submit_job(
+                    entrypoint=shlex.join(["avss", "experiment" if experiment else "run", job.path.name, *options]),
+                    submission_id=job_id,
+                    runtime_env={"working_dir": folder},
+                    metadata={"avss_warehouse": job.warehouse, "avss_runs": str(len(job.specs))},
+                )
+            )
+
+    def job(self, job_id: str) -> Submitted:
+        """One job."""
+        with self._mistakes(job_id):
+            return _submitted(self._client.get_job_info(job_id))
+
+    def jobs(self) -> list[Submitted]:
+        """Every job that was submitted, the oldest first."""
+        with self._mistakes():
+            jobs = [_submitted(details) for details in self._client.list_jobs() if details.submission_id]
+        return sorted(jobs, key=lambda job: job.started or datetime.now(UTC))
+
+    def logs(self, job_id: str) -> str:
+        """All that a job has printed."""
+        with self._mistakes(job_id):
+            return str(self._client.get_job_logs(job_id))
+
+    def follow(self, job_id: str) -> Iterator[str]:
+        """What a job prints, as it does, until it ends."""
+        with self._mistakes(job_id):
+            self._client.get_job_info(job_id)
+            texts = self._client.tail_job_logs(job_id)
+            with asyncio.Runner() as runner:
+                while (text := runner.run(_next(texts))) is not None:
+                    yield text
+
+    def wait(self, job_id: str) -> Submitted:
+        """A job at its end."""
+        while (job := self.job(job_id)).exit_code is None:
+            time.sleep(0.5)
+        return job
+
+    def stop(self, job_id: str) -> str:
+        """Stop a job; how it stands then."""
+        with self._mistakes(job_id):
+            if self._client.stop_job(job_id):
+                return f"{self.wait(job_id).status.lower()}."
+            return f"it has ended already ({self.job(job_id).status.lower()})."
+
+    @contextmanager
+    def _mistakes(self, job_id: str = "") -> Iterator[None]:
+        """Raise what Ray answers as an AvssError that says what to do."""
+        from aiohttp import ClientError
+        from ray.exceptions import AuthenticationError
+
+        try:
+            yield
+        except AvssError:
+            raise
+        except AuthenticationError as error:
+            refused = "takes another token" if _has_token() else "wants a token"
+            raise ConfigError(f"The job server at {self.address} {refused}.", TOKEN_HINT) from error
+        except ConnectionError as error:
+            raise ConfigError(
+                f"No job server answers at {self.address}.",
+                "Check the address (the dashboard's, port 8265), and that the cluster is up: ray status on its head.",
+            ) from error
+        except (RuntimeError, ValueError, OSError, ClientError) as error:
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if job_id and ("404" in text or "does not exist" in str(error)):
+                raise ConfigError(
+                    f"{self.address} has no job '{job_id}'.",
+                    f"avss status --address {self.address} lists those that it remembers.",
+                ) from error
+            raise RunFailed(f"The job server at {self.address} failed: {text}") from error
+
+
+async def _next(texts: Any) -> str | None:
+    async for text in texts:
+        return str(text)
+    return None
+
+
+def _has_token() -> bool:
+    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(given) or (Path.home() / ".ray" / "auth_token").is_file()
+
+
+def _submitted(details: Any) -> Submitted:
+    ended = details.status.is_terminal()
+    start, end = (details.start_time or 0) / 1000, (details.end_time or 0) / 1000
+    code = getattr(details, "driver_exit_code", None)
+    failed = code if code in (1, 2) else 1
+    no_command = "The cluster's image has no avss_dist: install it on every node, pip install avss_dist."
+    return Submitted(
+        job_id=details.submission_id or details.job_id,
+        status=str(details.status.value),
+        started=datetime.fromtimestamp(start, UTC) if start else None,
+        seconds=(end or time.time()) - start if start else 0.0,
+        entrypoint=details.entrypoint,
+        message=(details.message or "").strip().splitlines()[0] if details.message else "",
+        exit_code=None if not ended else 0 if details.status.value == "SUCCEEDED" else failed,
+        hint=no_command if code == _NOT_FOUND else "",
+    )
+
+
+def _require_reachable(job: JobFile) -> None:
+    """Refuse paths that mean something here, and nothing in the working directory that the cluster makes."""
+    mistakes = []
+    if "://" not in job.warehouse and not Path(job.warehouse).expanduser().is_absolute():
+        mistakes.append(f"the warehouse '{job.warehouse}' would be lost with the job's working directory")
+    for model, line in job.models.items():
+        path = Path(model)
+        if not path.is_absolute() and (path.is_dir() or path.is_file() or model.startswith(".") or "*" in model):
+            mistakes.append(f"line {line}: the model '{model}' is a relative path")
+    if mistakes:
+        raise ConfigError(
+            f"{job.path} cannot be submitted: {'; '.join(mistakes)}.",
+            "Write absolute paths that exist on the cluster (a shared disk), hub ids, or an s3:// or gs:// warehouse.",
+        )
+
+
+def _local_files(job: JobFile, tasks: Sequence[str]) -> list[Path]:
+    """Files that the job names and that are here, with a relative path: texts, globs of them, task files with data."""
+    sources = [*job.corpora, *(task.removeprefix(PERPLEXITY) for task in tasks)]
+    texts = [match["path"] for source in sources if (match := _TEXT.fullmatch(source)) and "://" not in match["path"]]
+    named = [Path(file) for text in texts for file in {text, *glob(text)} if Path(file).is_file()]
+    for task in tasks:
+        if is_task_file(task) and _travels(Path(task)):
+            named += files_of(Path(task))
+    files = sorted({file for file in named if _travels(file)})
+    if (size := sum(file.stat().st_size for file in files)) > MOST_BYTES:
+        raise ConfigError(
+            f"The files of {job.path} have {size:,} bytes; at most {MOST_BYTES:,} travel with a job.",
+            "Put them where the cluster can read them, and give the absolute path or the URI.",
+        )
+    return files
+
+
+def _travels(path: Path) -> bool:
+    return not path.is_absolute() and ".." not in path.parts

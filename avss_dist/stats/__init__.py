@@ -1,0 +1,1 @@
+"""The mathematics: LayerStats and its merge, histograms, scores."""

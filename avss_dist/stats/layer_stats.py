@@ -1,0 +1,353 @@
+"""LayerStats: the mergeable state from which every score is computed. Pure numpy, float64 and int64.
+
+Elementwise fields speak of *valid elements* (tokens x units, padding excluded) that are finite; per-token fields
+leave out a token with a non-finite element, per-sequence fields a sequence with one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avss_dist.stats.histogram import (
+    HISTOGRAM_BINS,
+    HISTOGRAM_EDGES,
+    Values,
+    bin_edges,
+    histogram_below,
+    histogram_bin,
+    merge_values,
+    next_cut,
+)
+
+Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+LayerKey = tuple[int, str]
+
+
+def _empty_int() -> Int64:
+    return np.zeros(0, np.int64)
+
+
+def _empty_float() -> Float64:
+    return np.zeros(0, np.float64)
+
+
+def _empty_values() -> Float32:
+    return np.zeros(0, np.float32)
+
+
+def _empty_histogram() -> Int64:
+    return np.zeros(HISTOGRAM_BINS, np.int64)
+
+
+class Below(NamedTuple):
+    """How many elements are below a threshold.
+
+    Attributes:
+        near_zero: how many; a fraction where it is interpolated.
+        low, high: the least and the most that it can be; the same where it is exact.
+    """
+
+    near_zero: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LayerStats:
+    """Sufficient statistics of one (layer, site). ``LayerStats.zero(thresholds)`` is the identity of `merge`.
+
+    Attributes:
+        thresholds: float64[k], ascending, absolute.
+        count: finite valid elements.
+        mean, m2: Welford/Chan moments over elements (Chan, Golub and LeVeque 1979).
+        near_zero: int64[k], elements with abs(x) < threshold, strict, exact.
+        zero_count: elements that are exactly zero.
+        nonfinite_count: NaN and infinite elements, which no other field counts.
+        min, max, max_abs: extremes; inf, -inf and 0 when count is 0.
+        histogram: int64[2048] of abs(x), see `histogram_bin`.
+        abs_value, abs_value_count: every distinct abs(x), float32[values], ascending, and the elements that have it,
+            int64[values]; empty in files of schema 1.
+        abs_value_cut: whether these are float32 activations cut to the upper half of their pattern, 128 values an
+            octave; those of 16 bits are whole.
+        sequence_count, pooled_variance_sum: sum over sequences of the unbiased variance, over units, of the
+            token-mean (the reading of the AVSS authors' released code).
+        unit_count: tokens in the per-unit sums (block and update sites; else 0).
+        unit_sum, unit_sum_sq: float64[units], or empty, as above.
+        token_count: tokens with a defined angle, block input against output, whose difference did not overflow (block
+            site; else 0).
+        cosine_sum, angular_sum, relative_magnitude_sum: sums over tokens of cos(in, out), acos(cos) / pi and
+            |out - in| / |in|.
+        input_count, input_mean, input_m2: moments over elements of the block's input, for tokens that are finite in
+            input and output (block site; else 0).
+    """
+
+    thresholds: Float64
+    near_zero: Int64
+    count: int = 0
+    mean: float = 0.0
+    m2: float = 0.0
+    zero_count: int = 0
+    nonfinite_count: int = 0
+    min: float = np.inf
+    max: float = -np.inf
+    max_abs: float = 0.0
+    histogram: Int64 = field(default_factory=_empty_histogram)
+    abs_value: Float32 = field(default_factory=_empty_values)
+    abs_value_count: Int64 = field(default_factory=_empty_int)
+    abs_value_cut: bool = False
+    sequence_count: int = 0
+    pooled_variance_sum: float = 0.0
+    unit_count: int = 0
+    unit_sum: Float64 = field(default_factory=_empty_float)
+    unit_sum_sq: Float64 = field(default_factory=_empty_float)
+    token_count: int = 0
+    cosine_sum: float = 0.0
+    angular_sum: float = 0.0
+    relative_magnitude_sum: float = 0.0
+    input_count: int = 0
+    input_mean: float = 0.0
+    input_m2: float = 0.0
+
+    @classmethod
+    def zero(cls, thresholds: Iterable[float]) -> LayerStats:
+        """The identity: statistics of nothing."""
+        grid = np.asarray(tuple(thresholds), np.float64)
+        return cls(thresholds=grid, near_zero=np.zeros(len(grid), np.int64))
+
+    def merge(self, other: LayerStats) -> LayerStats:
+        """Statistics of both samples together; neither input changes.
+
+        Raises:
+            ValueError: the two have other thresholds, or another number of units.
+        """
+        if not np.array_equal(self.thresholds, other.thresholds):
+            raise ValueError(f"thresholds differ: {self.thresholds.tolist()} and {other.thresholds.tolist()}")
+        count, mean, m2 = merge_moments((self.count, self.mean, self.m2), (other.count, other.mean, other.m2))
+        input_count, input_mean, input_m2 = merge_moments(
+            (self.input_count, self.input_mean, self.input_m2), (other.input_count, other.input_mean, other.input_m2)
+        )
+        added = {name: getattr(self, name) + getattr(other, name) for name in _ADDED}
+        abs_value, abs_value_count = merge_values(self.values, other.values)
+        return LayerStats(
+            thresholds=self.thresholds,
+            count=count,
+            mean=mean,
+            m2=m2,
+            input_count=input_count,
+            input_mean=input_mean,
+            input_m2=input_m2,
+            min=min(self.min, other.min),
+            max=max(self.max, other.max),
+            max_abs=max(self.max_abs, other.max_abs),
+            abs_value=abs_value,
+            abs_value_count=abs_value_count,
+            abs_value_cut=self.abs_value_cut or other.abs_value_cut,
+            unit_sum=_add_units(self.unit_sum, other.unit_sum),
+            unit_sum_sq=_add_units(self.unit_sum_sq, other.unit_sum_sq),
+            **added,
+        )
+
+    def equals(self, other: LayerStats) -> bool:
+        """Whether every field is identical to the last bit."""
+        return all(np.array_equal(getattr(self, f.name), getattr(other, f.name), equal_nan=True) for f in fields(self))
+
+    @property
+    def values(self) -> Values:
+        """``abs_value`` and ``abs_value_count``."""
+        return self.abs_value, self.abs_value_count
+
+    @property
+    def has_every_value(self) -> bool:
+        """Whether ``abs_value_count`` counts all elements."""
+        return int(self.abs_value_count.sum()) == self.count
+
+    @property
+    def bins(self) -> tuple[Float64, Float64, Int64]:
+        """Between which abs(x) lie, ascending, and how many do: values if every one was counted, else the histogram."""
+        if self.has_every_value:
+            values = self.abs_value.astype(np.float64)
+            return values, next_cut(self.abs_value) if self.abs_value_cut else values, self.abs_value_count
+        filled = np.flatnonzero(self.histogram)
+        return HISTOGRAM_EDGES[filled], HISTOGRAM_EDGES[filled + 1], self.histogram[filled]
+
+    def below(self, threshold: float) -> Below:
+        """Elements with abs(x) < ``threshold``; 0 where that is NaN.
+
+        Exact where the threshold was counted, and at the edges of `bins`; elsewhere linear between these.
+        """
+        counted = np.flatnonzero(self.thresholds == threshold)
+        if counted.size:
+            return Below(*[float(self.near_zero[counted[0]])] * 3)
+        if not threshold > 0:
+            return Below(0.0, 0.0, 0.0)
+        lows, highs, counts = self.bins
+        begun = np.searchsorted(lows, threshold)
+        high = float(counts[:begun].sum())
+        if not begun or highs[begun - 1] <= threshold:
+            return Below(high, high, high)
+        low, edge = float(counts[: begun - 1].sum()), lows[begun - 1]
+        return Below(low + float((threshold - edge) / (highs[begun - 1] - edge)) * (high - low), low, high)
+
+    def share_below(self, threshold: float) -> float:
+        """Of the elements in the histogram's bin that a threshold cuts, the share below it; 0 without elements."""
+        bins = [float(histogram_below(self.histogram, edge)) for edge in bin_edges(threshold)]
+        return (self.below(threshold).near_zero - bins[0]) / (bins[1] - bins[0]) if bins[1] > bins[0] else 0.0
+
+    @property
+    def variance(self) -> float:
+        """Population variance over elements; NaN without elements."""
+        return self.m2 / self.count if self.count else np.nan
+
+    @property
+    def rms(self) -> float:
+        """Root mean square over elements; NaN without elements."""
+        return float(np.sqrt(self.variance + self.mean**2))
+
+
+_ADDED = (
+    *("near_zero", "zero_count", "nonfinite_count", "histogram", "sequence_count", "pooled_variance_sum"),
+    *("unit_count", "token_count", "cosine_sum", "angular_sum", "relative_magnitude_sum"),
+)
+
+
+def merge_moments(a: tuple[int, float, float], b: tuple[int, float, float]) -> tuple[int, float, float]:
+    """Merge two (count, mean, m2) triples by Chan's pairwise update; an empty one is the identity."""
+    (count_a, mean_a, m2_a), (count_b, mean_b, m2_b) = a, b
+    if count_a == 0:
+        return b
+    if count_b == 0:
+        return a
+    count = count_a + count_b
+    delta = mean_b - mean_a
+    mean = mean_a + delta * (count_b / count)
+    return count, mean, m2_a + m2_b + delta * delta * (count_a * (count_b / count))
+
+
+def _add_units(a: Float64, b: Float64) -> Float64:
+    if a.size == 0 or b.size == 0:
+        return a if b.size == 0 else b
+    if a.shape != b.shape:
+        raise ValueError(f"unit counts differ: {a.size} and {b.size}")
+    return a + b
+
+
+def stats_from_pattern_counts(counts: NDArray[np.integer], values: Float64, thresholds: Float64) -> dict[str, object]:
+    """The elementwise fields of LayerStats from how often each value occurred, computed in float64.
+
+    The counts of the 65,536 patterns of a 16-bit float are a sufficient statistic for every one of them.
+
+    Args:
+        counts: int32 or int64[2 n], how often each pattern occurred.
+        values: float64[2 n], the value of each pattern, NaN and infinities included: n that ascend from 0, then
+            the same negated.
+        thresholds: float64[k].
+    """
+    seen = np.flatnonzero(counts != 0)  # of a bool array: much faster
+    negative = seen >= len(counts) // 2
+    often, values = counts[seen].astype(np.int64), values[seen]
+    finite = np.isfinite(values)
+    nonfinite_count = int(often[~finite].sum())
+    often, values, negative = often[finite], values[finite], negative[finite]
+    sizes = np.abs(values).astype(np.float32)
+    abs_value, abs_value_count = merge_values((sizes[~negative], often[~negative]), (sizes[negative], often[negative]))
+    below = np.append(0, np.cumsum(abs_value_count))
+    count = int(below[-1])
+    histogram = _empty_histogram()
+    np.add.at(histogram, histogram_bin(abs_value), abs_value_count)
+    result: dict[str, object] = {
+        "near_zero": below[np.searchsorted(abs_value.astype(np.float64), thresholds)],
+        "zero_count": int(abs_value_count[abs_value == 0].sum()),
+        "nonfinite_count": nonfinite_count,
+        "histogram": histogram,
+        "abs_value": abs_value,
+        "abs_value_count": abs_value_count,
+        "count": count,
+    }
+    if count:
+        mean = float((often * values).sum() / count)
+        result |= {
+            "mean": mean,
+            "m2": float((often * (values - mean) ** 2).sum()),
+            "min": float(np.min(values)),
+            "max": float(np.max(values)),
+            "max_abs": float(abs_value[-1]),
+        }
+    return result
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ShardResult:
+    """What one shard's pass measured: pure, complete, counted once by its ``shard_id``.
+
+    Attributes:
+        shard_id: index of the shard in the corpus plan.
+        content_hash: hash of the shard's tokens, as planned.
+        layers: module path of every layer, in order.
+        stats: LayerStats by (layer index, site).
+        num_tokens: valid tokens observed.
+        seconds: wall time of the pass.
+        device: where it ran, such as ``cpu`` or ``NVIDIA H100``.
+        model: what ran, JSON-ready: family, architecture, hidden_size, num_parameters, dtype, and so on.
+        peak_memory_bytes: peak memory of the device (of the process on a CPU).
+    """
+
+    shard_id: int
+    content_hash: str
+    layers: tuple[str, ...]
+    stats: Mapping[LayerKey, LayerStats]
+    num_tokens: int = 0
+    seconds: float = 0.0
+    device: str = "cpu"
+    model: Mapping[str, Any] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+
+
+def merge_stats(parts: Iterable[Mapping[LayerKey, LayerStats]]) -> dict[LayerKey, LayerStats]:
+    """Merge statistics by key, in the order given; a key may be missing from some parts."""
+    merged: dict[LayerKey, LayerStats] = {}
+    for part in parts:
+        for key, stats in part.items():
+            merged[key] = merged[key].merge(stats) if key in merged else stats
+    return {key: merged[key] for key in sorted(merged)}
+
+
+def merge_blocks(
+    shards: Iterable[ShardResult], num_shards: int, most: int
+) -> tuple[dict[LayerKey, LayerStats], list[dict[LayerKey, LayerStats]]]:
+    """Merge shards, given in the order of their ids: the run, and at most ``most`` blocks of consecutive ones.
+
+    The number of blocks bounds memory, whatever the size of the corpus, and so does that only the run keeps the counts
+    by value. Blocks depend on ``num_shards`` alone, so the result does not depend on who measured what.
+
+    Raises:
+        ValueError: the ids are not exactly 0, 1, ..., num_shards - 1.
+    """
+    size = -(-num_shards // most)
+    blocks: list[dict[LayerKey, LayerStats]] = []
+    values: dict[LayerKey, Values] = {}
+    seen = -1
+    for seen, shard in enumerate(shards):
+        if shard.shard_id != seen:
+            raise ValueError(f"shard {shard.shard_id} where shard {seen} belongs")
+        if seen % size == 0:
+            blocks.append({})
+        for key, stats in shard.stats.items():
+            values[key] = merge_values(values[key], stats.values) if key in values else stats.values
+        blocks[-1] = merge_stats((blocks[-1], {key: _without_values(s) for key, s in shard.stats.items()}))
+    if seen + 1 != num_shards:
+        raise ValueError(f"{seen + 1} shards where {num_shards} belong")
+    merged = merge_stats(blocks)
+    for key, (abs_value, abs_value_count) in values.items():
+        merged[key] = replace(merged[key], abs_value=abs_value, abs_value_count=abs_value_count)
+    return merged, blocks
+
+
+def _without_values(stats: LayerStats) -> LayerStats:
+    return replace(stats, abs_value=_empty_values(), abs_value_count=_empty_int())

@@ -1,0 +1,319 @@
+"""LayerStats -> scores: recipes, thresholds, ranks, bootstrap intervals, rivals. Pure numpy.
+
+AVSS (arXiv 2411.02117, section 3): NAV_i = variance_i / sum(variance), NAS_i = sparsity_i / sum(sparsity),
+AVSS_i = NAV_i / NAS_i. What "variance" and "sparsity" are taken over is the recipe's choice:
+
+========  ===============================================  =======================================
+recipe    variance                                         sparsity
+========  ===============================================  =======================================
+pooled    pooled_variance_sum / sequence_count             near_zero / count (authors' released code)
+element   m2 / count                                       near_zero / count (the paper's formula)
+unit      population variance, over units, of unit means   share of units with abs(mean) < threshold
+========  ===============================================  =======================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from avss_dist.settings import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, INTERVAL, LOWEST_SHARE, RECIPES, RELATIVE_THRESHOLDS
+from avss_dist.stats.histogram import histogram_below
+from avss_dist.stats.layer_stats import Float64, LayerKey, LayerStats
+
+NOISY_BELOW = 100
+NOTHING = np.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """A near-zero threshold: ``kind`` is ``absolute``, or ``rms`` for a multiple of the RMS of the layer and site."""
+
+    value: float
+    kind: str
+
+    def at(self, stats: LayerStats) -> float:
+        """The absolute threshold that this is for ``stats``."""
+        return self.value * stats.rms if self.kind == "rms" else self.value
+
+
+def score_column(score: str) -> str:
+    """The column of the ``scores`` table that layers are ranked by, for one of ``config.SCORES``."""
+    return "avss_smoothed" if score == "avss" else score
+
+
+def count_lowest(layers: int, share: float = LOWEST_SHARE) -> int:
+    """How many layers the lowest ``share`` is: rounded half to even, at least 1."""
+    return max(1, round(share * layers))
+
+
+def avss(variance: Float64, near_zero: Float64, count: Float64, *, smoothed: bool) -> Float64:
+    """AVSS of layers along the last axis; NaN where it is not defined.
+
+    Args:
+        variance, near_zero, count: float64[..., layers].
+        smoothed: use (near_zero + 0.5) / (count + 1), which is never zero, for the sparsity.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sparsity = (near_zero + 0.5) / (count + 1) if smoothed else near_zero / count
+        score = _share(variance) / _share(np.where(count > 0, sparsity, NOTHING))
+    return np.where(np.isfinite(score), score, NOTHING)
+
+
+def _share(values: Float64) -> Float64:
+    """Each value over the sum of those that are defined."""
+    return _ratio(values, np.nansum(values, axis=-1, keepdims=True))
+
+
+def rank_lowest(scores: Float64) -> Float64:
+    """Ranks along the last axis, 1 the lowest (least important); ties go to the earlier layer, NaN stays NaN."""
+    ranks = np.argsort(np.argsort(scores, axis=-1, kind="stable"), axis=-1, kind="stable") + 1.0
+    return np.where(np.isnan(scores), NOTHING, ranks)
+
+
+def depth_correlation(ranks: Sequence[int | None]) -> float:
+    """Spearman correlation of ranks, in layer order, with depth; NaN for fewer than three ranked layers."""
+    ranked = np.array([rank for rank in ranks if rank is not None], float)
+    if len(ranked) < 3:
+        return NOTHING
+    return float(np.corrcoef(rank_lowest(ranked), np.arange(len(ranked)))[0, 1])
+
+
+def score_run(
+    stats: Mapping[LayerKey, LayerStats],
+    layers: Sequence[str],
+    shards: Sequence[Mapping[LayerKey, LayerStats]] = (),
+    thresholds: Sequence[Threshold] | None = None,
+    sites: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Every score of a run: one row per layer, site, recipe and threshold.
+
+    Args:
+        stats: the merged statistics of the run.
+        layers: module path of every layer; layer ``i`` of ``n`` has depth ``(i + 0.5) / n``.
+        shards: the partials (or blocks of them), resampled for the intervals; fewer than two give none (NaN).
+        thresholds: those of `SiteTable.thresholds` by default; see `LayerStats.below`.
+        sites: those of ``stats`` by default.
+
+    Returns:
+        Rows with the columns of the ``scores`` table less those that name the run.
+    """
+    rivals = {layer: layer_rivals(stats, layer) for layer in range(len(layers))}
+    rows: list[dict[str, Any]] = []
+    for site in dict.fromkeys(site for _, site in stats if sites is None or site in sites):
+        present = [layer for layer, s in stats if s == site]
+        merged = [stats[layer, site] for layer in present]
+        table = SiteTable(merged, _site_shards(shards, merged, present, site))
+        for recipe in table.recipes():
+            for threshold in thresholds or table.thresholds():
+                columns = table.score(recipe, threshold)
+                for position, layer in enumerate(present):
+                    rows.append(
+                        {
+                            "layer": layer,
+                            "layer_name": layers[layer],
+                            "depth": (layer + 0.5) / len(layers),
+                            "site": site,
+                            "recipe": recipe,
+                            "threshold": threshold.value,
+                            "threshold_kind": threshold.kind,
+                            **{name: column[position] for name, column in columns.items()},
+                            **rivals[layer],
+                        }
+                    )
+    return rows
+
+
+def _site_shards(
+    shards: Sequence[Mapping[LayerKey, LayerStats]], merged: Sequence[LayerStats], present: Sequence[int], site: str
+) -> list[list[LayerStats]]:
+    zero = LayerStats.zero(merged[0].thresholds)
+    return [[shard.get((layer, site), zero) for layer in present] for shard in shards]
+
+
+def layer_rivals(stats: Mapping[LayerKey, LayerStats], layer: int) -> dict[str, float]:
+    """The scores that AVSS competes with, from the same pass; NaN where the block (or update) site is missing.
+
+    block_influence: ShortGPT, arXiv 2403.03853, eq. 1. angular_distance: Gromov et al., arXiv 2403.17887, section 3.2.
+    """
+    block, update = stats.get((layer, "block")), stats.get((layer, "update"))
+    tokens = block.token_count if block else 0
+    mean = {
+        name: getattr(block, f"{name}_sum") / tokens if tokens else NOTHING
+        for name in ("cosine", "angular", "relative_magnitude")
+    }
+    input_variance = block.input_m2 / block.input_count if block and block.input_count else NOTHING
+    return {
+        "block_influence": 1 - mean["cosine"],
+        "angular_distance": mean["angular"],
+        "relative_magnitude": mean["relative_magnitude"],
+        "update_variance_ratio": update.variance / input_variance if update and input_variance > 0 else NOTHING,
+    }
+
+
+class SiteTable:
+    """The statistics of one site over layers, merged and by shard, ready to be scored.
+
+    Args:
+        merged: LayerStats by layer.
+        shards: LayerStats by shard and layer.
+    """
+
+    def __init__(self, merged: Sequence[LayerStats], shards: Sequence[Sequence[LayerStats]] = ()) -> None:
+        self.merged = merged
+        self.shards = shards if len(shards) > 1 else ()
+        rng = np.random.default_rng(BOOTSTRAP_SEED)
+        size = len(self.shards)
+        self.weights = rng.multinomial(size, [1 / size] * size, BOOTSTRAP_RESAMPLES).astype(float) if size else None
+        self._variances: dict[str, tuple[Float64, Float64 | None]] = {}
+
+    def recipes(self) -> tuple[str, ...]:
+        """The recipes that the site has statistics for: ``unit`` needs per-unit sums."""
+        return tuple(r for r in RECIPES if r != "unit" or all(s.unit_sum.size for s in self.merged))
+
+    def thresholds(self) -> Iterator[Threshold]:
+        """Every threshold that is counted, then the relative ones."""
+        yield from (Threshold(value=float(t), kind="absolute") for t in self.merged[0].thresholds)
+        yield from (Threshold(value=t, kind="rms") for t in RELATIVE_THRESHOLDS)
+
+    def score(self, recipe: str, threshold: Threshold) -> dict[str, list[Any]]:
+        """Columns of the ``scores`` table, each a list over layers."""
+        if recipe not in self._variances:
+            self._variances[recipe] = _VARIANCE[recipe](self)
+        variance, variances = self._variances[recipe]
+        near_zero, count, near_zeros, counts = _SPARSITY[recipe](self, threshold)
+        literal = np.where(near_zero > 0, avss(variance, near_zero, count, smoothed=False), NOTHING)
+        score = avss(variance, near_zero, count, smoothed=True)
+        low = high = lowest = np.full(len(score), NOTHING)
+        if variances is not None and near_zeros is not None and counts is not None:
+            resampled = avss(variances, near_zeros, counts, smoothed=True)
+            low, high = np.quantile(resampled, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2], axis=0)
+            lowest = (rank_lowest(resampled) <= count_lowest(len(score))).mean(axis=0)
+        sparsity = _ratio(near_zero, count)
+        # A layer without data takes no part in the sum; one with data but nothing near zero leaves no sum.
+        normalized = literal / literal[~np.isnan(score)].sum()
+        columns = {
+            "variance": variance,
+            "sparsity": sparsity,
+            "nav": _share(variance),
+            "nas": _share(sparsity),
+            "avss": literal,
+            "avss_smoothed": score,
+            "avss_normalized": normalized,
+            "avss_cumulative": np.where(np.isnan(normalized), NOTHING, np.nancumsum(normalized)),
+            "avss_low": low,
+            "avss_high": high,
+            "lowest_set_probability": lowest,
+        }
+        return {
+            "count": [int(c) for c in count],
+            "near_zero_count": near_zero.tolist(),
+            "rank": [None if np.isnan(r) else int(r) for r in rank_lowest(score)],
+            "quality": [_quality(k) for k in near_zero],
+            **{name: column.tolist() for name, column in columns.items()},
+        }
+
+    def column(self, name: str) -> Float64:
+        """A field of the merged statistics, float64[layers]."""
+        return np.array([getattr(s, name) for s in self.merged], float)
+
+    def resampled(self, values: Callable[[int, LayerStats], float]) -> Float64:
+        """Sums of ``values(layer position, partial)`` over resampled shards, float64[resamples, layers]."""
+        by_shard = np.array([[values(i, s) for i, s in enumerate(shard)] for shard in self.shards], float)
+        return self.weights @ by_shard
+
+    @cached_property
+    def unit_means(self) -> list[tuple[Float64, Float64 | None]]:
+        """By layer: unit means, merged float64[units] and (with shards) resampled float64[resamples, units].
+
+        NaN where no token is finite throughout, so that an overflow is not taken for a mean of zero.
+        """
+        return [self._unit_means(layer, merged) for layer, merged in enumerate(self.merged)]
+
+    def _unit_means(self, layer: int, merged: LayerStats) -> tuple[Float64, Float64 | None]:
+        means = merged.unit_sum / (merged.unit_count or NOTHING)
+        if self.weights is None:
+            return means, None
+        partials = [shard[layer] for shard in self.shards]
+        sums = np.stack([p.unit_sum if p.unit_sum.size else np.zeros_like(means) for p in partials])
+        tokens = self.weights @ np.array([p.unit_count for p in partials], float)
+        return means, _ratio(self.weights @ sums, tokens[:, None])
+
+
+def _quality(near_zero: float) -> str:
+    if near_zero == 0:
+        return "zero_sparsity"
+    return "noisy_sparsity" if near_zero < NOISY_BELOW else "ok"
+
+
+def _ratio(numerator: Float64, denominator: Float64) -> Float64:
+    return numerator / np.where(denominator > 0, denominator, NOTHING)
+
+
+def _pooled_variance(table: SiteTable) -> tuple[Float64, Float64 | None]:
+    variance = _ratio(table.column("pooled_variance_sum"), table.column("sequence_count"))
+    if table.weights is None:
+        return variance, None
+    sums = table.resampled(lambda _, s: s.pooled_variance_sum)
+    return variance, _ratio(sums, table.resampled(lambda _, s: s.sequence_count))
+
+
+def _element_variance(table: SiteTable) -> tuple[Float64, Float64 | None]:
+    """Resamples shift by the merged mean first, so that nothing cancels."""
+    variance = _ratio(table.column("m2"), table.column("count"))
+    if table.weights is None:
+        return variance, None
+    center = table.column("mean")
+    count = table.resampled(lambda _, s: s.count)
+    first = table.resampled(lambda i, s: s.count * (s.mean - center[i]))
+    second = table.resampled(lambda i, s: s.m2 + s.count * (s.mean - center[i]) ** 2)
+    return variance, _ratio(second, count) - _ratio(first, count) ** 2
+
+
+def _unit_variance(table: SiteTable) -> tuple[Float64, Float64 | None]:
+    variance = np.array([means.var() for means, _ in table.unit_means])
+    resampled = [means.var(axis=1) for _, means in table.unit_means if means is not None]
+    return variance, np.stack(resampled, axis=1) if resampled else None
+
+
+Counts = tuple[Float64, Float64, Float64 | None, Float64 | None]
+
+
+def _element_sparsity(table: SiteTable, threshold: Threshold) -> Counts:
+    """A relative threshold is held at the whole run's RMS while shards are resampled.
+
+    Where it cuts a bin of the histogram, each shard has the whole run's share of that bin below it.
+    """
+    at = [threshold.at(s) for s in table.merged]
+    near_zero = np.array([s.below(t).near_zero for s, t in zip(table.merged, at, strict=True)])
+    if table.weights is None:
+        return near_zero, table.column("count"), None, None
+    shares = [s.share_below(t) for s, t in zip(table.merged, at, strict=True)]
+
+    def of_shard(layer: int, stats: LayerStats) -> float:
+        if (counted := np.flatnonzero(stats.thresholds == at[layer])).size:
+            return float(stats.near_zero[counted[0]])
+        return float(histogram_below(stats.histogram, at[layer], shares[layer]))
+
+    return near_zero, table.column("count"), table.resampled(of_shard), table.resampled(lambda _, s: s.count)
+
+
+def _unit_sparsity(table: SiteTable, threshold: Threshold) -> Counts:
+    at = [threshold.at(s) for s in table.merged]
+    pairs = list(zip(table.unit_means, at, strict=True))
+    near_zero = np.array([float((np.abs(means) < t).sum()) for (means, _), t in pairs])
+    units = np.array([float(np.isfinite(means).sum()) for means, _ in table.unit_means])
+    resampled = [(means, t) for (_, means), t in pairs if means is not None]
+    if not resampled:
+        return near_zero, units, None, None
+    near_zeros = np.stack([(np.abs(means) < t).sum(axis=1) for means, t in resampled], axis=1).astype(float)
+    counts = np.stack([np.isfinite(means).sum(axis=1) for means, _ in resampled], axis=1).astype(float)
+    return near_zero, units, near_zeros, counts
+
+
+_VARIANCE = {"pooled": _pooled_variance, "element": _element_variance, "unit": _unit_variance}
+_SPARSITY = {"pooled": _element_sparsity, "element": _element_sparsity, "unit": _unit_sparsity}

@@ -1,0 +1,1 @@
+"""This machine: devices, memory, versions, what works (doctor), and progress bars."""

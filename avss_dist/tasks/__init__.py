@@ -1,0 +1,1 @@
+"""What a model can be asked: text loss, harness tasks, the loss without layers, gradients."""

@@ -1,0 +1,139 @@
+"""What a language model is asked: tasks, cut into parts; what a part gives, and what parts say together.
+
+A part is measured by a `Measure`, which travels to a worker and comes back as rows of samples. Samples are kept, so
+that means, errors and paired intervals are computed afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from avss_dist.corpus.shards import Shard
+from avss_dist.models.causal_lm import LanguageModel, predicted
+from avss_dist.settings import LOSS, fingerprint
+from avss_dist.stats.layer_stats import Float64
+
+LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Row:
+    """What one part of a task gives of one metric.
+
+    Attributes:
+        metric: its name.
+        samples: float64[n], a value for each sample; of `LOSS`, its summed negative log-likelihood.
+        weights: float64[n], what each counts: the value is ``sum(samples) / sum(weights)``.
+        drop: the layers left out; None is those of the cell.
+        layer: the layer that it is about; None where it is about the whole.
+    """
+
+    metric: str
+    samples: Float64
+    weights: Float64
+    drop: tuple[int, ...] | None = None
+    layer: int | None = None
+
+
+class Measure(Protocol):
+    """One part of a task. It is pickled, and equal ones are the same work: ``key`` says what it is."""
+
+    @property
+    def key(self) -> str:
+        """SHA-256, in hex, of all that it asks."""
+
+    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
+        """Ask a model, with layers left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task: its name, its parts in order, and the options that made them, to be told beside its results."""
+
+    name: str
+    parts: tuple[Measure, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """SHA-256, in hex, of its parts."""
+        return fingerprint(parts=[part.key for part in self.parts])
+
+
+@dataclass(frozen=True, eq=False)
+class TextLoss:
+    """The loss on a shard of text, a sample for each sequence."""
+
+    shard: Shard
+
+    @property
+    def key(self) -> str:
+        """See `Measure`."""
+        return fingerprint(measure="loss", shard=self.shard.content_hash)
+
+    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
+        """See `Measure`."""
+        with model.without(drop):
+            losses = [model.losses(batch) for batch in self.shard.batches(model.settings.batch_size)]
+        return [Row(metric=LOSS, samples=np.concatenate(losses), weights=predicted_tokens(self.shard, model))]
+
+
+def predicted_tokens(shard: Shard, model: LanguageModel) -> Float64:
+    """float64[sequences]: how many tokens of each sequence are predicted."""
+    batches = shard.batches(model.settings.batch_size)
+    return np.concatenate([predicted(batch).sum(axis=1) for batch in batches]).astype(np.float64)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Result:
+    """A metric of a task, over all of its parts.
+
+    Attributes:
+        value, stderr: the weighted mean of the samples, and its standard error.
+        samples, weights: of all parts, in their order.
+    """
+
+    metric: str
+    drop: tuple[int, ...]
+    layer: int | None
+    samples: Float64 = field(repr=False)
+    weights: Float64 = field(repr=False)
+
+    @property
+    def value(self) -> float:
+        """``sum(samples) / sum(weights)``."""
+        return float(self.samples.sum() / self.weights.sum())
+
+    @property
+    def stderr(self) -> float:
+        """Of a ratio of means, linearized (Cochran, Sampling Techniques, 1977, section 6.4); NaN of one sample."""
+        n = len(self.samples)
+        if n < 2:
+            return float("nan")
+        rest = self.samples - self.value * self.weights
+        return float(np.sqrt(n / (n - 1) * np.square(rest).sum()) / self.weights.sum())
+
+
+def combine(rows: Iterable[Mapping[str, Any]], num_parts: int) -> list[Result]:
+    """Results of the rows of ``cells`` of one task; a metric of which a part is missing gives none.
+
+    Rows of the same part are the same measurement; one of them counts.
+    """
+    parts: dict[tuple[Any, ...], dict[int, Mapping[str, Any]]] = {}
+    for row in rows:
+        parts.setdefault((tuple(row["drop"]), row["layer"], row["metric"]), {})[row["part"]] = row
+    results = []
+    for (drop, layer, metric), found in parts.items():
+        if len(found) < num_parts:
+            continue
+        samples, weights = (_joined([found[part][name] for part in sorted(found)]) for name in ("samples", "weights"))
+        results.append(Result(metric=metric, drop=drop, layer=layer, samples=samples, weights=weights))
+    return results
+
+
+def _joined(parts: Sequence[Sequence[float]]) -> Float64:
+    return np.concatenate([np.asarray(part, np.float64) for part in parts])

@@ -1,0 +1,167 @@
+"""What one backward pass says about layers: how much their removal would change the loss, to first order; norms."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from avss_dist.corpus.shards import Batch, Shard
+from avss_dist.errors import ModelError
+from avss_dist.models.causal_lm import LanguageModel, predicted
+from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
+from avss_dist.settings import fingerprint
+from avss_dist.stats.layer_stats import Float64
+from avss_dist.tasks.base import Row, predicted_tokens
+
+TAYLOR = "taylor"  # nats per predicted token; low is unimportant
+L1, L2, FROBENIUS = "gradient_l1", "gradient_l2", "weight_frobenius"
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """A forward and a backward pass for each batch of a shard. Of each layer:
+
+    - ``taylor``: the sum over tokens of ``|<dL/d out, out - in>|``, L being the summed negative log-likelihood in nats,
+      per predicted token; a sample for each sequence. It is what the loss would change by, to first order, if the
+      layer returned its input, without the signs that cancel (Molchanov et al., arXiv 1906.10771, section 3.1).
+    - ``gradient_l1``, ``gradient_l2``: norms of the gradient of each weight matrix, added up; a sample for each batch,
+      L being the mean over its predicted tokens (as logged by the AVSS authors' script, arXiv 2411.02117).
+    - ``weight_frobenius``: norms of the weight matrices, added up.
+    """
+
+    shard: Shard
+
+    @property
+    def key(self) -> str:
+        """See `tasks.Measure`."""
+        return fingerprint(measure="gradients", shard=self.shard.content_hash)
+
+    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
+        """See `tasks.Measure`."""
+        layers = [layer for layer in model.layers if layer.index not in drop]
+        with model.without(drop), _trainable(model.module, layers):
+            passes = [_pass(model, batch, layers) for batch in self.shard.batches(model.settings.batch_size)]
+        weights = predicted_tokens(self.shard, model)
+        return [row for layer in layers for row in _rows(layer, passes, weights)]
+
+
+def matrices(module: nn.Module) -> list[nn.Parameter]:
+    """The weight matrices of a layer, stacks of them too (experts); convolutions are none."""
+    found = {
+        id(parameter): parameter
+        for child in module.modules()
+        if not isinstance(child, nn.Conv1d)
+        for parameter in child.parameters(recurse=False)
+        if parameter.dim() in (2, 3) and parameter.is_floating_point()
+    }
+    return list(found.values())
+
+
+@dataclass
+class _Pass:
+    """What the hooks of one forward and backward pass gather, by layer."""
+
+    real: torch.Tensor  # bool[rows, tokens]
+    scale: float = 1.0  # of the norms of gradients
+    removal: dict[int, Float64] = field(default_factory=dict)  # float64[rows]
+    norms: defaultdict[tuple[int, int], float] = field(default_factory=lambda: defaultdict(float))  # and by order
+    _calls: Counter[nn.Module] = field(default_factory=Counter)
+    _given: torch.Tensor | None = None
+
+    def enter(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = input_tensor(args, kwargs)
+        self._given = None if given is None else given.detach().clone()  # which a layer may change
+
+    def leave(self, uses: Sequence[Layer], module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        layer = uses[self._calls[module]]
+        self._calls[module] += 1
+        out, given = first_tensor(output), self._given
+        if out is None or given is None or out.shape != given.shape:
+            raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep the shape of its input.")
+        update = out.detach().float() - given.float()
+        out.register_hook(partial(self._remove, layer, update))
+
+    def _remove(self, layer: Layer, update: torch.Tensor, gradient: torch.Tensor) -> None:
+        rows, tokens = self.real.shape
+        product = as_rows(gradient.double() * update, layer.layout, rows, tokens)
+        if product is None:
+            raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep rows and tokens apart.")
+        changes = product.sum(dim=2).abs().where(self.real, 0)
+        self.removal[layer.index] = changes.sum(dim=1).cpu().numpy()
+
+    def accumulate(self, uses: Sequence[Layer], weight: torch.Tensor) -> None:
+        """Take the norms of a weight's gradient, and free it."""
+        assert weight.grad is not None
+        for order in (1, 2):
+            norm = _norms(weight.grad, order) / self.scale
+            for layer in uses:
+                self.norms[layer.index, order] += norm
+        weight.grad = None
+
+
+def _pass(model: LanguageModel, batch: Batch, layers: Sequence[Layer]) -> _Pass:
+    found = _Pass(real=torch.from_numpy(batch.attention_mask).to(model.device))
+    found.scale = max(1.0, float(predicted(batch).sum()))
+    with torch.enable_grad(), ExitStack() as stack:
+        for hook in _hooks(layers, found):
+            stack.callback(hook.remove)
+        logits = model.logits(batch)
+        logits.backward(_logit_gradients(model, logits, batch))
+    return found
+
+
+def _hooks(layers: Sequence[Layer], found: _Pass) -> Iterator[Any]:
+    uses: defaultdict[nn.Module, list[Layer]] = defaultdict(list)
+    for layer in layers:
+        uses[layer.module].append(layer)
+    for module, of in uses.items():
+        yield module.register_forward_pre_hook(found.enter, with_kwargs=True)
+        yield module.register_forward_hook(partial(found.leave, of), with_kwargs=True)
+        for weight in matrices(module):
+            yield weight.register_post_accumulate_grad_hook(partial(found.accumulate, of))
+
+
+def _logit_gradients(model: LanguageModel, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Of the summed loss; one row's logits are in float32 at a time."""
+    rows = [row.detach().requires_grad_() for row in logits]
+    losses = model.row_losses(rows, batch)
+    return torch.stack([torch.autograd.grad(loss, row)[0] for loss, row in zip(losses, rows, strict=True)])
+
+
+@contextmanager
+def _trainable(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
+    """Inside, gradients are of the layers' matrices, and of no other parameter."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    chosen = {id(weight) for layer in layers for weight in matrices(layer.module)}
+    try:
+        for parameter in before:
+            parameter.requires_grad_(id(parameter) in chosen)
+        yield
+    finally:
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
+            parameter.grad = None
+
+
+def _norms(matrix: torch.Tensor, order: int) -> float:
+    """The norm of a matrix's elements, or the sum of those of a stack."""
+    return float(torch.linalg.vector_norm(matrix.detach(), order, dim=(-2, -1), dtype=torch.float64).sum())
+
+
+def _rows(layer: Layer, passes: Sequence[_Pass], weights: Float64) -> Iterator[Row]:
+    removal = np.concatenate([found.removal[layer.index] for found in passes])
+    yield Row(metric=TAYLOR, samples=removal, weights=weights, layer=layer.index)
+    ones = np.ones(len(passes))
+    for metric, order in ((L1, 1), (L2, 2)):
+        samples = np.array([found.norms[layer.index, order] for found in passes])
+        yield Row(metric=metric, samples=samples, weights=ones, layer=layer.index)
+    size = sum(_norms(weight, 2) for weight in matrices(layer.module))
+    yield Row(metric=FROBENIUS, samples=np.array([size]), weights=np.ones(1), layer=layer.index)

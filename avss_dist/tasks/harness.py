@@ -1,0 +1,333 @@
+"""Tasks of lm-evaluation-harness, asked of a model that is open already. The only module that imports lm_eval."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import json
+import logging
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from jinja2 import TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+
+from avss_dist.errors import ConfigError, TaskError, require_known
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.loading import load_tokenizer, quiet
+from avss_dist.settings import CHANCE, fingerprint
+from avss_dist.tasks.base import Row, Task
+from avss_dist.tasks.harness_files import code, is_task_file, needs_no_hub, read_task_file, with_data
+
+SEED, OTHER_SEED = 0, 1234  # the harness's own: of `random`; of numpy, torch and the choice of examples
+_MISTAKES: tuple[type[Exception], ...] = (  # what the harness raises over a bad task
+    *(ValueError, KeyError, TypeError, AttributeError, ImportError, AssertionError, IndexError, RuntimeError),
+    *(StopIteration, TemplateError),  # datasets: a file without rows; a template that cannot be filled
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarnessPart:
+    """A task of the harness, or a group of them: all questions of it, a sample for each.
+
+    Attributes:
+        name: as the user gave it.
+        config: the task file, its data by absolute paths; None of a task that the harness finds by its name, and of a
+            file with functions, which is read where it is asked.
+        limit: questions of each task at most; num_fewshot: examples before each, unless the task has none at all.
+        key: see `tasks.Measure`.
+    """
+
+    name: str
+    config: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    key: str = ""
+
+    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
+        """See `tasks.Measure`. Likelihoods are float32; the prompt is the task's own, without a chat template."""
+        loaded = _loaded(self)
+        from lm_eval.evaluator import evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        settings = model.settings
+        with _silence(), model.without(drop):
+            asked = HFLM(
+                pretrained=_Uncached(model.module, generate=bool(drop)),
+                tokenizer=load_tokenizer(model.checkpoint, trust_remote_code=settings.trust_remote_code),
+                backend="causal",
+                batch_size=settings.batch_size,
+                softmax_dtype="float32",
+            )
+            _seed(loaded["tasks"].values())
+            found = evaluate(asked, loaded, limit=self.limit, bootstrap_iters=0, log_samples=True)
+        return list(_rows(found, loaded))
+
+
+class _Uncached:
+    """A module as the harness sees it: no keys and values are kept, for layers that are left out have none.
+
+    Args:
+        generate: keep none when it generates, too; the harness asks for them.
+    """
+
+    def __init__(self, module: Any, *, generate: bool) -> None:
+        self._module, self._generate = module, generate
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._module(*args, **{**kwargs, "use_cache": False})
+
+    def generate(self, **kwargs: Any) -> Any:
+        return self._module.generate(**({**kwargs, "use_cache": False} if self._generate else kwargs))
+
+
+def harness_task(
+    name: str, *, limit: int | None = None, num_fewshot: int | None = None, trust_remote_code: bool = False
+) -> Task:
+    """A task of lm-evaluation-harness: by its name, or by its YAML file.
+
+    Data files of a task file are looked for in the working directory, then beside it.
+
+    Args:
+        limit: questions of each task at most.
+        num_fewshot: examples before each question; None leaves it to the task, as does a task that allows none.
+        trust_remote_code: run Python code that a task file names.
+
+    Raises:
+        TaskError: there is no such task, it runs code, or its data cannot be had; or the harness is not installed.
+    """
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise TaskError(
+            f"Task '{name}' is for lm-evaluation-harness, which is not installed.", "pip install 'avss_dist[eval]'"
+        ) from error
+    for option, value, least in (("--limit", limit, 1), ("--num-fewshot", num_fewshot, 0)):
+        if value is not None and value < least:
+            raise ConfigError(f"{option} must be at least {least}, not {value}.")
+    with _silence(), _mistakes(name):
+        found, config = _find(name, trust_remote_code=trust_remote_code)
+        part = HarnessPart(name=found, config=config, limit=limit, num_fewshot=num_fewshot)
+        part = replace(part, key=_key(part, _load(part)))
+    return Task(name=name, parts=(part,), options={"limit": limit, "num_fewshot": num_fewshot})
+
+
+def _find(name: str, *, trust_remote_code: bool) -> tuple[str, str | None]:
+    """The first two fields of a `HarnessPart`."""
+    if not is_task_file(name):
+        if name not in _catalogue().task_index:
+            raise TaskError(f"There is no task '{name}'.", _nearest(name))
+        return name, None
+    path = Path(name).absolute()
+    config = read_task_file(path)
+    named = code(config)
+    if named and not trust_remote_code:
+        raise TaskError(
+            f"{name} runs code: {', '.join(named)}.", "Read that code, then pass --trust-remote-code to run it."
+        )
+    if named:  # the harness reads the file itself, and finds data where the process is
+        with_data(config, Path.cwd())
+        return str(path), None
+    _require_metrics(config)
+    return name, yaml.safe_dump(with_data(config, Path.cwd(), path.parent), sort_keys=False)
+
+
+def _require_metrics(config: Mapping[str, Any]) -> None:
+    """Refuse metrics that the harness would look for on a hub, as code."""
+    from lm_eval.api import metrics  # noqa: F401  (fills the registry)
+    from lm_eval.api.registry import metric_registry
+
+    for metric in config.get("metric_list") or ():
+        require_known("metric", metric["metric"], sorted(metric_registry), TaskError)
+
+
+def _nearest(name: str) -> str:
+    names = {task: task for task in _catalogue().all_tasks} | {"perplexity": "perplexity:CORPUS"}
+    match = difflib.get_close_matches(name.partition(":")[0].lower(), names, n=1)
+    return (f"Did you mean '{names[match[0]]}'? " if match else "") + "`lm-eval ls tasks` lists those of the harness."
+
+
+@lru_cache(maxsize=1)
+def _catalogue() -> Any:
+    """The tasks that the harness brings along; seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+@lru_cache(maxsize=4)
+def _loaded(part: HarnessPart) -> Any:
+    """See `_load`; kept, for a part is asked again and again."""
+    with _silence(), _mistakes(part.name):
+        return _load(part)
+
+
+@contextmanager
+def _mistakes(task: str) -> Iterator[None]:
+    """Tell in a `TaskError` what the harness and `datasets` raise over a bad task, or over data that are not there."""
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
+
+    try:
+        yield
+    except (OSError, DatasetsError) as error:
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        raise TaskError(
+            f"The data of task '{task}' cannot be had: {_first_line(reason or error)}",
+            "Data of a hub are fetched where there is a network, and stay in HF_HOME; files must be on every node.",
+        ) from error
+    except _MISTAKES as error:
+        hint = "Do its fields name columns of its data?" if is_task_file(task) else None
+        raise TaskError(f"Task '{task}' cannot be made: {_first_line(error)}", hint) from error
+
+
+def _load(part: HarnessPart) -> Any:
+    """The tasks of a part and their data, ready to ask: ``{"tasks": {name: ...}, "groups": {name: ...}}``."""
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    spec: Any = part.name
+    config: Mapping[str, Any] = {}
+    if part.config is not None:
+        spec = config = yaml.safe_load(part.config)
+    elif is_task_file(part.name):
+        config = read_task_file(Path(part.name))
+    manager = TaskManager(include_defaults=False) if config else _catalogue()
+    with ExitStack() as stack:
+        if needs_no_hub(config):
+            _change(stack, datasets.config, "HF_HUB_OFFLINE", True)
+        loaded = manager.load([spec])
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise TaskError(f"Task '{name}' runs the code that a model writes; that is not done here.")
+        if getattr(task, "MULTIMODAL", False):
+            raise TaskError(f"Task '{name}' has images or sounds; only text is evaluated.")
+        own = task.get_config("num_fewshot")
+        if own is None or (part.num_fewshot is not None and own != 0):
+            task.set_config("num_fewshot", part.num_fewshot or 0)
+    return loaded
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _seed(tasks: Iterable[Any]) -> None:
+    random.seed(SEED)
+    np.random.seed(OTHER_SEED)
+    torch.manual_seed(OTHER_SEED)
+    for task in tasks:
+        task.set_fewshot_seed(OTHER_SEED)
+
+
+def _key(part: HarnessPart, loaded: Any) -> str:
+    """SHA-256, in hex, of the tasks as they are made, and of the documents that they ask about."""
+    asked = {}
+    for name, task in loaded["tasks"].items():
+        config = task.dump_config()
+        metadata = {key: value for key, value in (config.get("metadata") or {}).items() if key != "config_source"}
+        shots = task.fewshot_docs() if config.get("num_fewshot") else ()
+        documents = hashlib.sha256()
+        for document in (*islice(task.eval_docs, part.limit), None, *shots):
+            documents.update(_text(document))
+        config = {key: value for key, value in config.items() if key != "dataset_kwargs"} | {"metadata": metadata}
+        asked[name] = [_text(config).decode(), str(task.VERSION), documents.hexdigest()]
+    return fingerprint(
+        measure="lm-evaluation-harness",
+        version=version("lm_eval"),
+        seeds=[SEED, OTHER_SEED],
+        limit=part.limit,
+        tasks=asked,
+    )
+
+
+def _text(value: Any) -> bytes:
+    return json.dumps(value, default=_described).encode() + b"\n"
+
+
+def _described(value: Any) -> str:
+    try:
+        return inspect.getsource(value)
+    except (TypeError, OSError):
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _rows(found: Any, loaded: Any) -> Iterator[Row]:
+    """A row for each metric of each task, and of each group that has one of its own; of multiple choice, `CHANCE` too.
+
+    A metric that is a mean over documents has a sample for each, in their order; any other one sample, its value.
+    """
+    groups = loaded.get("groups") or {}
+    inner = {child for group in groups.values() for child in group.child_names}
+    outer = [name for name in (*groups, *loaded["tasks"]) if name not in inner]
+    for name, results in found["results"].items():
+        tasks = [task.task_name for task in groups[name].get_all_tasks()] if name in groups else [name]
+        prefix = "" if [name] == outer else f"{name}/"
+        documents = [document for task in tasks for document in found["samples"][task]]
+        for key, value in results.items():
+            metric, comma, filtered = key.rpartition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            samples = _samples(documents, metric, filtered, float(value))
+            label = metric if filtered == "none" else key
+            yield Row(metric=f"{prefix}{label}", samples=samples, weights=np.ones(len(samples)))
+        if all(loaded["tasks"][task].OUTPUT_TYPE == "multiple_choice" for task in tasks):
+            samples = 1 / np.array([_choices(one) for one in documents if one["filter"] == documents[0]["filter"]])
+            yield Row(metric=f"{prefix}{CHANCE}", samples=samples, weights=np.ones(len(samples)))
+
+
+def _choices(document: Mapping[str, Any]) -> int:
+    """How many answers a question of multiple choice has; each is asked twice for mutual information."""
+    return len(document["arguments"]) // (2 if "acc_mutual_info" in document else 1)
+
+
+def _samples(documents: Iterable[Mapping[str, Any]], metric: str, filtered: str, value: float) -> np.ndarray:
+    found = [one[metric] for one in documents if one["filter"] == filtered and metric in one]
+    try:
+        samples = np.asarray(found, np.float64)
+    except (TypeError, ValueError):  # pairs of a prediction and its target, texts
+        samples = np.zeros(0)
+    is_mean = samples.ndim == 1 and len(samples) > 0 and abs(samples.sum() / len(samples) - value) <= 1e-9
+    return samples if is_mean else np.array([value])
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without bars and messages of the libraries; templates of tasks cannot reach Python's inside. Undoes all."""
+    from lm_eval import utils
+    from tqdm import tqdm
+
+    start = tqdm.__init__
+    templates = SandboxedEnvironment(undefined=utils.env.undefined, keep_trailing_newline=True)
+    templates.filters.update(utils.env.filters)
+
+    def start_disabled(self: Any, *args: Any, **kwargs: Any) -> None:
+        start(self, *args, **{**kwargs, "disable": True})
+
+    with ExitStack() as stack, quiet():
+        _change(stack, tqdm, "__init__", start_disabled)
+        _change(stack, utils, "env", templates)
+        for name in ("lm_eval", "datasets"):
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL + 1)
+        yield
+
+
+def _change(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+    stack.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)

@@ -1,0 +1,189 @@
+"""Ground truth about layers: the loss without each, and what each adds to every set of others (its Shapley value)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from avss_dist.corpus.shards import Batch, Shard
+from avss_dist.models.causal_lm import LanguageModel, predicted
+from avss_dist.models.skipping import Recorded, recording, resuming
+from avss_dist.settings import LOSS, fingerprint
+from avss_dist.stats.layer_stats import Float64
+from avss_dist.tasks.base import Row, TextLoss, predicted_tokens
+
+SHAPLEY = "shapley"  # nats per token; low is unimportant
+PROBE_TOKENS = 16
+MOST_KEPT = 2 << 30  # bytes of hidden states
+
+
+@dataclass(frozen=True, eq=False)
+class LeaveOneOut:
+    """The loss on a shard of text of the whole model, and without each layer: rows as `TextLoss` gives of each.
+
+    A pass without a layer begins there, from the hidden states of the whole model's pass: of ``n`` passes, about half
+    of what layers compute is left. A family in which that would not give the same is run from its first layer.
+    """
+
+    shard: Shard
+
+    @property
+    def key(self) -> str:
+        """See `tasks.Measure`."""
+        return fingerprint(measure="leave one out", shard=self.shard.content_hash)
+
+    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
+        """See `tasks.Measure`: layers of ``drop`` are left out of all."""
+        others = [layer.index for layer in model.layers if layer.index not in drop]
+        drops = [tuple(sorted({*drop, *more})) for more in ((), *((layer,) for layer in others))]
+        if not _resumes(model):
+            return [replace(row, drop=each) for each in drops for row in TextLoss(self.shard)(model, each)]
+        with model.without(drop):
+            batches = self.shard.batches(model.settings.batch_size)
+            losses = zip(*(list(_losses(model, batch, others)) for batch in batches), strict=True)
+            weights = predicted_tokens(self.shard, model)
+            return [
+                Row(metric=LOSS, samples=np.concatenate(parts), weights=weights, drop=each)
+                for each, parts in zip(drops, losses, strict=True)
+            ]
+
+
+def _losses(model: LanguageModel, batch: Batch, others: Sequence[int]) -> Iterator[Float64]:
+    """The losses of a batch as the model is now, and without each other layer."""
+    with recording(model.layers) as recorded:
+        yield model.losses(batch)
+    for layer in others:
+        with resuming(model.layers, layer, recorded):
+            yield model.losses(batch)
+
+
+_RESUMED: WeakKeyDictionary[LanguageModel, bool] = WeakKeyDictionary()
+
+
+def _resumes(model: LanguageModel) -> bool:
+    """Whether a resumed pass gives, for each layer, exactly what skipping it gives; tried once, on a few tokens."""
+    if model not in _RESUMED:
+        try:
+            with torch.no_grad():
+                _RESUMED[model] = _is_same(model)
+        except Exception:  # a model's own code can raise anything where layers did not run
+            _RESUMED[model] = False
+    return _RESUMED[model]
+
+
+def _is_same(model: LanguageModel) -> bool:
+    real = np.ones((1, PROBE_TOKENS), np.bool_)
+    batch = Batch(input_ids=np.arange(PROBE_TOKENS, dtype=np.int32)[None], attention_mask=real, observed=real)
+    with recording(model.layers) as recorded:
+        model.logits(batch)
+    if len(recorded.forms) < len(model.layers):
+        return False
+    for layer in model.layers:
+        with resuming(model.layers, layer.index, recorded):
+            resumed = model.logits(batch)
+        with model.without((layer.index,)):
+            if not torch.equal(resumed, model.logits(batch)):
+                return False
+    return True
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Shapley:
+    """Layer Shapley values by sampled permutations: Zhang, Dong and Kawaguchi, arXiv 2409.14381, section 3.
+
+    The value of a set of layers is minus the loss, in nats per token, of the model with no other layers. Layers are
+    removed one by one in a random order; a layer's contribution is the loss after its removal less that before it.
+    Rows: `SHAPLEY` of each layer, a sample for each permutation, whose mean is the value.
+
+    Attributes:
+        shards: the text, all of it.
+        seeds: of the permutations, one each.
+        truncation: once the loss is no better than that of a uniform guess, ``log(vocabulary)``, stop: what is left
+            contributes 0. It saves most of the work, and is a bias that the paper accepts: late removals from a broken
+            model are not seen. Without it the estimate is unbiased, and each permutation's contributions add up to the
+            loss with no layer less that with all.
+    """
+
+    shards: tuple[Shard, ...]
+    seeds: tuple[int, ...]
+    truncation: bool = True
+
+    @property
+    def key(self) -> str:
+        """See `tasks.Measure`."""
+        shards = [shard.content_hash for shard in self.shards]
+        return fingerprint(measure="shapley", shards=shards, seeds=list(self.seeds), truncation=self.truncation)
+
+    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
+        """See `tasks.Measure`: layers of ``drop`` take no part."""
+        players = [layer.index for layer in model.layers if layer.index not in drop]
+        bound = math.log(model.module.config.get_text_config().vocab_size) if self.truncation else math.inf
+        text = _Text(model, self.shards, drop)
+        found = np.zeros((len(self.seeds), len(model.layers)))
+        for contributions, seed in zip(found, self.seeds, strict=True):
+            order = np.random.default_rng(seed).permutation(players).tolist()
+            losses = text.losses(order)
+            before = next(losses)
+            for layer in order:
+                if before >= bound:
+                    break
+                after = next(losses)
+                contributions[layer], before = after - before, after
+        ones = np.ones(len(self.seeds))
+        return [Row(metric=SHAPLEY, samples=found[:, layer], weights=ones, layer=layer) for layer in players]
+
+
+class _Text:
+    """The loss on text as layers leave a model one by one.
+
+    What each layer was given is kept for all of the text, twice, where it is no more than `MOST_KEPT`; a pass without
+    one more layer begins there.
+    """
+
+    def __init__(self, model: LanguageModel, shards: Sequence[Shard], drop: tuple[int, ...]) -> None:
+        self._model, self._drop = model, drop
+        self._batches = [batch for shard in shards for batch in shard.batches(model.settings.batch_size)]
+        self._tokens = float(sum(predicted(batch).sum() for batch in self._batches))
+        self._whole: tuple[float, list[Recorded]] | None = None
+
+    def losses(self, order: Sequence[int]) -> Iterator[float]:
+        """Nats per token with all layers, without the first of ``order``, without the first two, ..."""
+        self._whole = self._whole or self._record()
+        before, kept = self._whole
+        yield before
+        recorded = [Recorded(dict(one.inputs), one.forms) for one in kept]
+        for number, layer in enumerate(order):
+            with self._model.without({*self._drop, *order[: number + (not kept)]}):
+                if kept:
+                    found = [self._resumed(*one, layer) for one in zip(self._batches, recorded, strict=True)]
+                else:
+                    found = [self._model.losses(batch) for batch in self._batches]
+            yield self._mean(found)
+
+    def _record(self) -> tuple[float, list[Recorded]]:
+        """The loss with all layers, and what each was given; nothing of that where passes cannot be resumed."""
+        losses, kept = [], []
+        keeps = _resumes(self._model)
+        with self._model.without(self._drop):
+            for batch in self._batches:
+                with recording(self._model.layers if keeps else ()) as recorded:
+                    losses.append(self._model.losses(batch))
+                kept.append(recorded)
+                size = sum(hidden.nbytes for hidden in recorded.inputs.values()) * len(self._batches)
+                keeps = keeps and 2 * size <= MOST_KEPT
+        return self._mean(losses), kept if keeps else []
+
+    def _resumed(self, batch: Batch, recorded: Recorded, layer: int) -> Float64:
+        layers = self._model.layers
+        with resuming(layers, layer, recorded), recording(layers[layer + 1 :]) as later:
+            losses = self._model.losses(batch)
+        recorded.inputs.update(later.inputs)
+        return losses
+
+    def _mean(self, losses: Sequence[Float64]) -> float:
+        return float(np.concatenate(losses).sum() / self._tokens)

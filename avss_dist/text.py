@@ -1,0 +1,61 @@
+"""How sizes, thresholds and paths are read and written for people."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from avss_dist.errors import ConfigError
+
+
+def parse_bytes(text: str) -> int:
+    """Read ``200MB``, ``1.5GiB`` or ``1000000`` as bytes.
+
+    Raises:
+        ConfigError: the text is not a positive size.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*(?:([kmgt])(i?))?b?\s*", text.lower())
+    try:
+        number = float(match[1]) if match else 0.0
+    except ValueError:
+        number = 0.0
+    if not match or number <= 0:
+        raise ConfigError(f"'{text}' is not a size.", "Write 200MB (10^6 bytes), or 20GiB (2^30 bytes).")
+    return int(number * (1024 if match[3] else 1000) ** ("kmgt".find(match[2]) + 1 if match[2] else 0))
+
+
+def last_part(path: object) -> str:
+    """The end of a path, which people know it by."""
+    return str(path).rstrip("/").rpartition("/")[2]
+
+
+def describe_bytes(size: float) -> str:
+    """The inverse of `parse_bytes`, for people: ``269 MB``."""
+    for unit, power in (("TB", 12), ("GB", 9), ("MB", 6)):
+        if size >= 10**power:
+            return f"{size / 10**power:.3g} {unit}"
+    return f"{size / 1e3:.3g} kB"
+
+
+def parse_threshold(text: str) -> tuple[float, str]:
+    """Read ``1e-5`` as ``(1e-5, "absolute")`` and ``0.1rms`` as ``(0.1, "rms")``.
+
+    Raises:
+        ConfigError: the text is not a positive number with an optional ``rms``.
+    """
+    number = text.strip().lower()
+    kind = "rms" if number.endswith("rms") else "absolute"
+    try:
+        value = float(number.removesuffix("rms"))
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError(
+            f"'{text}' is not a threshold.", "Write an absolute one like 1e-5, or a multiple of the RMS like 0.1rms."
+        )
+    return value, kind
+
+
+def describe_threshold(value: float, kind: str) -> str:
+    """The inverse of `parse_threshold`, for people: ``1e-05``, or ``0.1 x RMS``."""
+    return f"{value:g}{' x RMS' if kind == 'rms' else ''}"

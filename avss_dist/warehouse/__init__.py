@@ -1,0 +1,1 @@
+"""The Parquet warehouse: schema, store, reader (SQL), cache."""

@@ -1,0 +1,114 @@
+"""Copies of many small files as few large ones, in the user's cache, so that thousands of runs open in a moment.
+
+Reading a Parquet file costs a millisecond before its first row, so a table of thousands of runs is seconds. The rows
+of whole groups of runs are therefore kept once more, in a cache, sorted so that a query skips what it does not ask for.
+The warehouse stays the truth: a part of the cache counts only while every file that it copies has its size and time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from avss_dist.settings import SCHEMA_VERSION
+from avss_dist.system.progress_bar import tracked
+
+PICKED_BY = {"runs": [], "scores": ["site", "recipe", "threshold_kind", "threshold"]}
+"""The tables that are copied, and what queries pick from them by: rows alike in that are a row group of their own."""
+
+FEWEST, MOST = 64, 128  # files that make a part; fewer are read where they are
+_FILES = b"avss_files"
+
+Files = Mapping[str, str]  # by path: what tells whether the file has changed
+
+
+def digest(
+    name: str, root: str, files: Files, schema: pa.Schema, read: Callable[[str, Files], ds.Dataset]
+) -> tuple[ds.Dataset | None, Files]:
+    """The copied rows of a table, and the files that still have to be read where they are.
+
+    Args:
+        name: the table.
+        root: where the warehouse is.
+        files: its files, those that count.
+        schema: the table's.
+        read: opens files of a table.
+    """
+    if name not in PICKED_BY or len(files) < FEWEST:
+        return None, files
+    key = hashlib.sha256(f"{root}\n{SCHEMA_VERSION}\n{schema}".encode()).hexdigest()[:32]
+    folder = _cache() / key / name
+    parts: list[Path] = []
+    copied: set[str] = set()
+    for part, holds in _parts(folder):
+        if holds.items() <= files.items() and not copied & holds.keys():
+            parts.append(part)
+            copied |= holds.keys()
+        elif not holds.items() <= files.items():
+            part.unlink(missing_ok=True)
+    missing = sorted(files.keys() - copied)
+    chunks = [missing[i : i + MOST] for i in range(0, len(missing), MOST) if len(missing) - i >= FEWEST]
+    for chunk in tracked(chunks, f"Copying the {name} of {len(missing):,} runs, once"):
+        holds = {path: files[path] for path in chunk}
+        written = _write(folder, name, read(name, holds), holds)
+        if written is None:
+            break
+        parts.append(written)
+        copied |= holds.keys()
+    left = sorted(files.keys() - copied)
+    dataset = ds.dataset([str(part) for part in parts], schema, "parquet", pafs.LocalFileSystem()) if parts else None
+    return dataset, {path: files[path] for path in left}
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "avss_dist" / "tables"
+
+
+def _parts(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Every part of the cache that can be read, and the files that it copies."""
+    for part in sorted(folder.glob("*.parquet")):
+        with suppress(OSError, pa.ArrowException, KeyError, ValueError):
+            yield part, json.loads((pq.read_schema(part).metadata or {})[_FILES])
+
+
+def _write(folder: Path, name: str, dataset: ds.Dataset, holds: Files) -> Path | None:
+    """Copy files into a part; None where the cache cannot be written."""
+    order = [*PICKED_BY[name], "run_id", *(["layer"] if "layer" in dataset.schema.names else [])]
+    table = dataset.to_table().sort_by([(column, "ascending") for column in order])
+    listed = json.dumps(dict(holds))
+    table = table.replace_schema_metadata({_FILES: listed.encode(), b"avss_schema_version": str(SCHEMA_VERSION)})
+    part = folder / f"{hashlib.sha256(listed.encode()).hexdigest()[:32]}.parquet"
+    staged = part.with_name(f".{part.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with pq.ParquetWriter(staged, table.schema, compression="zstd") as writer:
+            for group in _groups(table, PICKED_BY[name]):
+                writer.write_table(group)
+        staged.replace(part)
+    except OSError:
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
+        return None
+    return part
+
+
+def _groups(table: pa.Table, columns: list[str]) -> Iterator[pa.Table]:
+    """Slices of a sorted table whose rows are alike in ``columns``."""
+    begins = np.zeros(len(table), bool)
+    for column in columns:
+        codes = table[column].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
+        begins[1:] |= codes[1:] != codes[:-1]
+    bounds = [0, *np.flatnonzero(begins).tolist(), len(table)]
+    yield from (table.slice(start, end - start) for start, end in pairwise(bounds))

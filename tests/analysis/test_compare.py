@@ -1,0 +1,391 @@
+"""Rankings compared: correlations, the lowest sets, depths, what is not comparable; and the command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import combinations
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from scipy import stats
+from support.warehouses import (
+    Terminal,
+    activations,
+    avss,
+    run_row,
+    stats_of,
+    write_measured,
+    write_profiles,
+    write_scores,
+)
+
+from avss_dist.analysis.compare import SCHEMA, align, compare, correlate, rank_biased_overlap
+from avss_dist.analysis.findings import findings
+from avss_dist.errors import QueryError
+from avss_dist.report.terminal.compare import summary
+from avss_dist.settings import PUBLISHED_THRESHOLD
+from avss_dist.stats.scores import Threshold
+from avss_dist.warehouse.reader import Warehouse
+
+AT = Threshold(value=PUBLISHED_THRESHOLD, kind="absolute")
+UP, DOWN = [float(i) for i in range(1, 9)], [float(9 - i) for i in range(1, 9)]
+MIXED = [3.0, 1.0, 2.0, 4.0, 8.0, 5.0, 7.0, 6.0]
+
+
+def pairs(root: Path, *run_ids: str, **options: Any) -> list[dict[str, Any]]:
+    warehouse = Warehouse(root)
+    table = compare(warehouse, run_ids or warehouse.runs()["run_id"].to_pylist(), threshold=AT, **options)
+    assert table.schema.equals(SCHEMA)
+    return table.to_pylist()
+
+
+def layers(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    return (np.arange(len(values)) + 0.5) / len(values), np.array(values)
+
+
+# Pure functions.
+
+
+def slow_rbo(a: Sequence[int], b: Sequence[int], p: float) -> float:
+    """Webber, Moffat and Zobel 2010, equation 32, from sets."""
+    shares = [len(set(a[:d]) & set(b[:d])) / d for d in range(1, len(a) + 1)]
+    return shares[-1] * p ** len(a) + (1 - p) / p * sum(x * p**d for d, x in enumerate(shares, 1))
+
+
+@pytest.mark.parametrize("p", [0.5, 0.9])
+@pytest.mark.parametrize("n", [1, 2, 7, 30])
+def test_rank_biased_overlap_is_the_papers(n: int, p: float) -> None:
+    rng = np.random.default_rng(n)
+    for _ in range(5):
+        a, b = rng.permutation(n), rng.permutation(n)
+        assert rank_biased_overlap(a, b, p) == pytest.approx(slow_rbo(list(a), list(b), p), rel=1e-12)
+    assert rank_biased_overlap(a, a, p) == pytest.approx(1)
+
+
+def test_correlations_of_hand_made_rankings() -> None:
+    same, reversed_, mixed = (correlate(layers(UP), layers(other)) for other in (UP, DOWN, MIXED))
+    assert (same["spearman"], same["kendall"], same["rbo"]) == pytest.approx((1, 1, 1))
+    assert (reversed_["spearman"], reversed_["kendall"]) == pytest.approx((-1, -1))
+    assert mixed["spearman"] == pytest.approx(
+        1 - 6 * sum((a - b) ** 2 for a, b in zip(UP, MIXED, strict=True)) / (8 * 63)
+    )
+    discordant = sum(MIXED[i] > MIXED[j] for i, j in combinations(range(8), 2))
+    assert mixed["kendall"] == pytest.approx(1 - 2 * discordant / comb(8, 2))
+    assert (mixed["k"], mixed["shared"], mixed["jaccard"]) == (2, 1, 1 / 3)
+
+
+def test_ties_are_what_scipy_makes_of_them() -> None:
+    tied = [1.0, 1.0, 2.0, 2.0, 3.0, 1.0, 5.0, 2.0]
+    found = correlate(layers(UP), layers(tied))
+    assert found["kendall"] == pytest.approx(stats.kendalltau(UP, tied, variant="b").statistic)
+    assert found["spearman"] == pytest.approx(stats.spearmanr(UP, tied).statistic)
+
+
+@pytest.mark.parametrize(("n", "k"), [(8, 2), (6, 3), (5, 5), (4, 1)])
+def test_chance_is_that_of_two_random_sets(n: int, k: int) -> None:
+    rng = np.random.default_rng(n)
+    found = correlate(layers(rng.permutation(n) + 1.0), layers(rng.permutation(n) + 1.0), k=k)
+    shared = [len(set(range(k)) & set(other)) for other in combinations(range(n), k)]
+    assert found["jaccard_by_chance"] == pytest.approx(np.mean([s / (2 * k - s) for s in shared]))
+    assert found["p_by_chance"] == pytest.approx(np.mean([s >= found["shared"] for s in shared]))
+
+
+def test_a_constant_score_or_two_layers_have_no_correlation() -> None:
+    for a, b in (([1.0] * 8, UP), ([1.0, 2.0], [2.0, 1.0])):
+        found = correlate(layers(a), layers(b))
+        assert np.isnan([found["spearman"], found["kendall"], found["rbo"]]).all()
+        assert 0 <= found["jaccard"] <= 1
+
+
+def test_models_of_other_depth_meet_at_relative_depths() -> None:
+    depth, values = layers(np.arange(40.0) ** 2)
+    shallow = layers([5.0, 1.0, 3.0, 2.0])
+    x, y, interpolated = align((depth, values), shallow)
+    assert interpolated and y.tolist() == [5, 1, 3, 2]
+    assert x == pytest.approx([np.interp(d, depth, values) for d in (0.125, 0.375, 0.625, 0.875)])
+    y, x, interpolated = align(shallow, (depth, values))
+    assert interpolated and len(x) == len(y) == 4
+    assert align(shallow, shallow)[2] is False
+
+
+def test_a_curve_agrees_with_itself_at_another_resolution() -> None:
+    def curve(n: int) -> tuple[np.ndarray, np.ndarray]:
+        depth = (np.arange(n) + 0.5) / n
+        return depth, np.sin(7 * depth) + depth
+
+    found = correlate(curve(80), curve(24))
+    assert found["interpolated"] and found["layers"] == 24
+    assert found["spearman"] > 0.99 and found["jaccard"] > 0.6
+
+
+# Which pairs.
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two models on one text, one of them also in bfloat16 and on another text."""
+    write_scores(tmp_path, "llama-1", UP, model="org/llama", num_parameters=1)
+    write_scores(tmp_path, "llama-2", MIXED, model="org/llama", dtype="bfloat16")
+    write_scores(tmp_path, "llama-3", DOWN, model="org/llama", corpus="other.txt")
+    write_scores(tmp_path, "bert-1", [1.0, 3.0, 2.0, 4.0], model="org/bert", family="bert")
+    return tmp_path
+
+
+def test_runs_under_the_same_conditions(root: Path) -> None:
+    (pair,) = pairs(root, "llama-1", "bert-1")
+    assert (pair["by"], {pair["a"], pair["b"]}) == ("run", {"llama-1", "bert-1"})
+    assert (pair["layers"], pair["interpolated"]) == (4, True)
+    (family,) = pairs(root, "llama-1", "bert-1", by="family")
+    assert {family["a"], family["b"]} == {"llama", "bert"}
+    assert {family["a_run_id"], family["b_run_id"]} == {"llama-1", "bert-1"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"),
+    [
+        ({"dtype": "bfloat16"}, r"dtype \(bfloat16, float32\)"),
+        ({"corpus": "b.txt"}, r"corpus \(b.txt, text.txt\)"),
+        ({"sequence_length": 16}, r"sequence_length \(16, 8\)"),
+        ({"skip_first_tokens": 1}, r"skip_first_tokens \(0, 1\)"),
+        ({"layout": "padded"}, r"layout \(packed, padded\)"),
+    ],
+)
+def test_what_is_not_comparable_is_refused_by_name(tmp_path: Path, columns: dict[str, Any], text: str) -> None:
+    write_scores(tmp_path, "a", UP)
+    write_scores(tmp_path, "b", DOWN, **columns)
+    for by in ("run", "family", "revision"):
+        with pytest.raises(QueryError, match=rf"not comparable: they differ in {text}\.\n.*--anyway"):
+            pairs(tmp_path, by=by)
+    (pair,) = pairs(tmp_path, anyway=True)
+    assert pair["spearman"] == pytest.approx(-1)
+
+
+def test_every_difference_is_named(root: Path) -> None:
+    with pytest.raises(QueryError, match=r"corpus \(other.txt, text.txt\); dtype \(bfloat16, float32\)"):
+        pairs(root)
+    assert len(pairs(root, anyway=True)) == 6
+
+
+def test_the_same_text_under_another_name_is_comparable(tmp_path: Path) -> None:
+    write_scores(tmp_path, "a", UP, corpus="a.txt", corpus_fingerprint="same")
+    write_scores(tmp_path, "b", UP, corpus="copy of a.txt", corpus_fingerprint="same")
+    assert pairs(tmp_path)[0]["spearman"] == pytest.approx(1)
+
+
+def test_corpora_and_dtypes_are_compared_for_the_same_model(root: Path) -> None:
+    (pair,) = pairs(root, by="dtype")
+    assert ({pair["a"], pair["b"]}, {pair["a_run_id"], pair["b_run_id"]}) == (
+        {"float32", "bfloat16"},
+        {"llama-1", "llama-2"},
+    )
+    (pair,) = pairs(root, by="corpus")
+    assert {pair["a"], pair["b"]} == {"text.txt", "other.txt"}
+    assert pair["spearman"] == pytest.approx(-1)
+
+
+def test_revisions_of_a_model(tmp_path: Path) -> None:
+    for i, scores in enumerate((UP, MIXED, DOWN)):
+        write_scores(tmp_path, f"step-{i}", scores, model="org/llama", revision=f"step{i}")
+    write_scores(tmp_path, "other", UP, model="org/other", revision="step9")
+    found = pairs(tmp_path, by="revision")
+    assert [{p["a"], p["b"]} for p in found] == [{"step0", "step1"}, {"step1", "step2"}, {"step0", "step2"}]
+    assert [p["spearman"] for p in found] == sorted((p["spearman"] for p in found), reverse=True)
+
+
+def test_what_varies_within_a_run(tmp_path: Path) -> None:
+    keys = [("block", "pooled", 1e-5), ("block", "element", 1e-5), ("mlp", "pooled", 1e-5), ("block", "pooled", 0.1)]
+    rivals = {"block_influence": DOWN, "angular_distance": UP, "relative_magnitude": MIXED}
+    write_profiles(tmp_path, "a", dict(zip(keys, (UP, MIXED, DOWN, UP), strict=True)), rivals=rivals)
+    for by, names in (("recipe", {"pooled", "element"}), ("site", {"block", "mlp"}), ("threshold", {"1e-05", "0.1"})):
+        (pair,) = pairs(tmp_path, by=by)
+        assert {pair["a"], pair["b"]} == names
+    scores = pairs(tmp_path, by="score")
+    found = {(p["a"], p["b"]): p["spearman"] for p in scores}
+    assert set(found) == {("avss", name) for name in rivals}
+    assert found["avss", "block_influence"] == pytest.approx(-1)
+
+
+def test_nothing_to_compare(root: Path) -> None:
+    with pytest.raises(QueryError, match=r"No two profiles differ in site alone.\nThere is: block."):
+        pairs(root, by="site")
+    with pytest.raises(QueryError, match=r"No two profiles differ in run alone.\nThere are no scores"):
+        pairs(root, "llama-1", "bert-1", site="neuron")
+    with pytest.raises(QueryError, match=r"Unknown --by 'famly'.\nDid you mean 'family'"):
+        pairs(root, by="famly")
+    with pytest.raises(QueryError, match=r"Unknown score 'block'.\nDid you mean 'block_influence'"):
+        pairs(root, score="block")
+
+
+def test_layers_without_a_score_are_left_out(tmp_path: Path) -> None:
+    write_scores(tmp_path, "a", [1.0, float("nan"), 3.0, 4.0])
+    write_scores(tmp_path, "b", [1.0, 2.0, 3.0, 4.0])
+    assert pairs(tmp_path)[0]["layers"] == 3
+
+
+@pytest.mark.parametrize(("options", "k"), [({}, 2), ({"k": 3}, 3), ({"share": 0.5}, 4), ({"k": 99}, 8)])
+def test_the_size_of_the_lowest_set(tmp_path: Path, options: dict[str, Any], k: int) -> None:
+    write_scores(tmp_path, "a", UP)
+    write_scores(tmp_path, "b", UP)
+    assert {(p["k"], p["shared"], p["jaccard"]) for p in pairs(tmp_path, **options)} == {(k, k, 1.0)}
+
+
+# The command.
+
+
+def test_the_table_says_it_in_words(root: Path) -> None:
+    result = avss("compare", root, "--run", "llama-1", "--run", "bert*")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "One pair: Spearman 0.8" in result.stdout
+    assert "~ models of different depth" in result.stdout
+    assert "Nothing to warn of" in avss("findings", root, "--run", "llama-2").stdout
+    assert "tracks depth" in result.stdout
+
+
+def test_the_words_follow_the_numbers(tmp_path: Path) -> None:
+    for name, scores in (("a", UP), ("b", UP), ("c", UP)):
+        write_scores(tmp_path, name, scores)
+    warehouse = Warehouse(tmp_path)
+    alike = summary(compare(warehouse, ["a", "b", "c"], threshold=AT))
+    assert alike.startswith(
+        "3 pairs: Spearman 1.000 at the median, from 1.000 to 1.000: the rankings are nearly the same."
+    )
+    assert alike.endswith("100% of the lowest layers of one are the lowest of the other; by chance it would be 25%.")
+    write_scores(tmp_path, "d", DOWN)
+    assert "the other way round" in summary(compare(warehouse, ["a", "d"], threshold=AT))
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_pairs_as_data(root: Path, kind: str) -> None:
+    result = avss("compare", root, "--by", "dtype", "--format", kind)
+    assert result.exit_code == 0
+    if kind == "json":
+        (row,) = map(json.loads, result.stdout.splitlines())
+        assert row.keys() == set(SCHEMA.names)
+    else:
+        assert result.stdout.splitlines()[0] == ",".join(SCHEMA.names)
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        ([], "not comparable: they differ in corpus"),
+        (["--run", "lama-1"], "Unknown run 'lama-1'.\nDid you mean 'llama-1'?"),
+        (["--run", "gpt*"], "No run matches 'gpt*'."),
+        (["--by", "dtyp"], "Unknown --by 'dtyp'.\nDid you mean 'dtype'?"),
+        (["--site", "blok"], "Unknown site 'blok'.\nDid you mean 'block'?"),
+        (["--recipe", "pool"], "Unknown recipe 'pool'.\nDid you mean 'pooled'?"),
+        (["--threshold", "x"], "'x' is not a threshold."),
+        (["--format", "xls"], "Unknown format 'xls'."),
+    ],
+)
+def test_mistakes(root: Path, args: list[str], text: str) -> None:
+    result = avss("compare", root, *args)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert text in result.stderr
+
+
+@pytest.mark.parametrize("command", ["compare", "findings", "scores", "quantiles"])
+def test_a_warehouse_without_finished_runs(tmp_path: Path, command: str) -> None:
+    assert "is not a warehouse" in avss(command, tmp_path).stderr
+    Warehouse(tmp_path).write_run({**run_row("broken"), "status": "failed", "error": "no memory"})
+    result = avss(command, tmp_path)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "has no finished run" in result.stderr
+    assert "Run 'broken' failed: no memory" in avss(command, tmp_path, "--run", "broken").stderr
+
+
+def test_a_half_written_run_is_not_compared(root: Path) -> None:
+    (root / "runs/run_id=llama-1/run.parquet").unlink()
+    result = avss("compare", root, "--run", "llama-1", "--run", "bert-1")
+    assert result.exit_code == 2
+    assert "Unknown run 'llama-1'" in result.stderr
+
+
+def rewrite(path: Path, version: str, drop: Sequence[str] = ()) -> None:
+    """A file as another version of this package would have written it."""
+    table = pq.ParquetFile(path).read().drop_columns([*drop])
+    pq.write_table(table.replace_schema_metadata({b"avss_schema_version": version.encode()}), path)
+
+
+COMMANDS = [["compare", "--by", "recipe"], ["findings", "--all"], ["scores"], ["quantiles"], ["export", "--to", "csv"]]
+
+
+@pytest.mark.parametrize("args", COMMANDS, ids=lambda args: args[0])
+def test_an_older_schema_is_read_and_a_newer_one_refused(tmp_path: Path, args: list[str]) -> None:
+    write_measured(tmp_path, "tiny-1", stats_of(activations()), 8)
+    older = {
+        "scores": ["quality", "avss_low", "lowest_set_probability", "update_variance_ratio"],
+        "layer_stats": ["unit_sum", "unit_sum_sq", "relative_magnitude_sum", "input_m2", "zero_count"],
+        "runs": ["notes", "threads", "tokens_fingerprint"],
+    }
+    for name, columns in older.items():
+        for path in (tmp_path / name).rglob("*.parquet"):
+            rewrite(path, "0", columns)
+    result = avss(args[0], tmp_path, *args[1:])
+    assert (result.exit_code, result.stderr) == (0, "")
+    for path in (tmp_path / "runs").rglob("*.parquet"):
+        rewrite(path, "99")
+    result = avss(args[0], tmp_path, *args[1:])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Written by a newer avss_dist: schema 99" in result.stderr
+
+
+def test_nothing_heavy_is_loaded(tmp_path: Path) -> None:
+    write_measured(tmp_path, "tiny-1", stats_of(activations()), 8)
+    program = f"""
+import sys
+from avss_dist.cli import app
+for args in (["compare", "--by", "recipe"], ["findings"], ["scores", "--threshold", "0.05rms"], ["quantiles"],
+             ["export", "--to", "latex"], ["query", "--schema"]):
+    app([args[0], {str(tmp_path)!r}, *args[1:]], standalone_mode=False)
+print(*sys.modules)
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stderr == ""
+    assert not {"torch", "ray", "transformers", "deepspeed", "altair"} & set(done.stdout.splitlines()[-1].split())
+
+
+def test_a_threshold_that_no_run_counted(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_measured(tmp_path, f"tiny-{seed}", stats_of(activations(seed)), 8)
+    result = avss("compare", tmp_path, "--threshold", 0.3, "--site", "block", "--recipe", "element")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "by run  avss / block / element / |x| < 0.3" in result.stdout
+
+
+def test_of_many_runs_few_are_told(tmp_path: Path) -> None:
+    for i in range(41):
+        write_scores(tmp_path, f"tiny-{i:02d}", UP)
+    result = avss("compare", tmp_path, "--run", "tiny-007")
+    told = ", ".join(f"tiny-{i:02d}" for i in range(10))
+    assert result.exit_code == 2
+    assert result.stderr == f"Error: Unknown run 'tiny-007'.\nDid you mean 'tiny-07'? Valid: {told} and 31 more.\n"
+
+
+def test_progress_is_shown_where_somebody_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for run_id in ("a", "b", "c"):
+        write_measured(tmp_path, run_id, stats_of(activations()), 8)
+    for read, what in ((pairs, "Comparing 3 pairs"), (lambda root: findings(Warehouse(root)), "Findings of 3 runs")):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", terminal := Terminal())
+            read(tmp_path)
+        assert what in terminal.getvalue()
+
+
+def test_many_pairs_are_shown_from_both_ends(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        write_scores(tmp_path, f"run-{i:02d}", list(rng.permutation(8) + 1.0))
+    result = avss("compare", tmp_path)
+    assert "26 pairs between the most and the least alike are not shown" in result.stdout
+    assert len(avss("compare", tmp_path, "--format", "csv").stdout.splitlines()) == 67

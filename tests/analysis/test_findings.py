@@ -1,0 +1,211 @@
+"""Every finding: a synthetic case that has it, and one that has not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from support.oracle import Float64
+from support.warehouses import SCALES, activations, stats_of, write_measured, write_profiles, write_scores
+
+from avss_dist.analysis.findings import KINDS, SCHEMA, findings
+from avss_dist.report.terminal.compare import findings_table
+from avss_dist.stats.scores import Threshold
+from avss_dist.warehouse.reader import Warehouse
+
+
+def found(root: Path, kind: str | None = None, **options: Any) -> list[dict[str, Any]]:
+    table = findings(Warehouse(root), **options)
+    assert table.schema.equals(SCHEMA)
+    return [row for row in table.to_pylist() if kind in (None, row["kind"])]
+
+
+def of(tmp_path: Path, x: Float64, kind: str | None = None, before: Float64 | None = None) -> list[dict[str, Any]]:
+    """Findings of a run with these activations."""
+    write_measured(tmp_path, "tiny-1", stats_of(x, before=before), x.shape[1])
+    return found(tmp_path, kind)
+
+
+def test_a_healthy_run_has_none(tmp_path: Path) -> None:
+    assert of(tmp_path, activations()) == []
+
+
+def test_a_score_that_rises_with_depth(tmp_path: Path) -> None:
+    rows = of(tmp_path, activations(scales=np.sort(SCALES)))
+    assert {(r["kind"], r["severity"], r["site"]) for r in rows} == {("tracks_depth", "warning", "block")}
+    assert {r["recipe"]: r["value"] for r in rows} == pytest.approx({"pooled": 1.0, "element": 1.0, "unit": 1.0})
+    assert "AVSS rises with depth (Spearman 1.000 over 8 layers)" in rows[0]["message"]
+
+
+def test_a_score_that_falls_with_depth(tmp_path: Path) -> None:
+    (row, *_) = of(tmp_path, activations(scales=np.sort(SCALES)[::-1].copy()), "tracks_depth")
+    assert row["value"] == pytest.approx(-1.0)
+    assert "falls with depth" in row["message"]
+
+
+def test_one_unit_that_carries_the_variance(tmp_path: Path) -> None:
+    x = activations()
+    x[:, [1, 4], ..., 5] += 60.0
+    rows = of(tmp_path, x, "dominant_unit")
+    assert {r["recipe"] for r in rows} == {"pooled", "element", "unit"}
+    units = x.swapaxes(0, 1).reshape(8, -1, 24)
+    deviations = ((units - units.mean((1, 2), keepdims=True)) ** 2).sum(1)
+    share = (deviations / deviations.sum(1, keepdims=True)).max()
+    assert next(r["value"] for r in rows if r["recipe"] == "element") == pytest.approx(share)
+    assert "in 2 of 8 layers (unit 5 carries 9" in rows[0]["message"]
+    assert rows[0]["severity"] == "note"
+
+
+def test_one_unit_in_most_layers_is_a_warning(tmp_path: Path) -> None:
+    x = activations()
+    x[:, :5, ..., 5] += 60.0
+    assert {r["severity"] for r in of(tmp_path, x, "dominant_unit")} == {"warning"}
+
+
+@pytest.mark.parametrize("size", [1.0, 50.0])
+def test_the_first_token_that_carries_the_variance(tmp_path: Path, size: float) -> None:
+    x = activations()
+    x[..., 0, :] *= size
+    shared = {"model": "org/tiny", "revision": "main"}
+    write_measured(tmp_path, "whole", stats_of(x), 8, **shared)
+    write_measured(tmp_path, "cut", stats_of(x[..., 1:, :]), 8, skip_first_tokens=1, **shared)
+    rows = found(tmp_path, "first_token")
+    if size == 1:
+        assert rows == []
+        return
+    assert {r["run_id"] for r in rows} == {"whole"}
+    assert {r["severity"] for r in rows} == {"warning"}
+    (element,) = (r for r in rows if r["recipe"] == "element")
+    shares = [1 - x[:, i, :, 1:].var() / x[:, i].var() for i in range(8)]
+    assert element["value"] == pytest.approx(max(shares))
+    assert "Without the first token of each sequence" in element["message"]
+    assert "in 8 of 8 layers" in element["message"]
+
+
+def test_the_first_token_needs_two_runs_that_differ_in_nothing_else(tmp_path: Path) -> None:
+    x = activations()
+    x[..., 0, :] *= 50
+    write_measured(tmp_path, "whole", stats_of(x), 8, model="org/tiny", dtype="float32")
+    write_measured(tmp_path, "cut", stats_of(x[..., 1:, :]), 8, model="org/tiny", dtype="bfloat16", skip_first_tokens=1)
+    assert found(tmp_path, "first_token") == []
+
+
+def test_sparsity_that_is_noise(tmp_path: Path) -> None:
+    x = activations()
+    x[np.abs(x) < 1e-5] = 0.5
+    x[:, 2:, 0, 0, 0] = 1e-7
+    rows = of(tmp_path, x, "noisy_sparsity")
+    assert {(r["recipe"], r["severity"], r["value"]) for r in rows} == {
+        (r, "warning", 1.0) for r in ("pooled", "element")
+    }
+    assert "8 of 8 layers have fewer than 100 elements with |x| < 1e-05 (0 to 4 in a layer)" in rows[0]["message"]
+
+
+def test_one_layer_of_noise_is_a_note(tmp_path: Path) -> None:
+    x = activations()
+    x[:, 3][np.abs(x[:, 3]) < 1e-5] = 0.5
+    assert {(r["severity"], r["value"]) for r in of(tmp_path, x, "noisy_sparsity")} == {("note", 1 / 8)}
+
+
+@pytest.mark.parametrize("tiny", [0.0, 1e-7])
+@pytest.mark.parametrize("site", ["block", "neuron"])
+def test_exact_zeros(tmp_path: Path, tiny: float, site: str) -> None:
+    x = activations()
+    x[np.abs(x) < 1e-5] = tiny
+    write_measured(tmp_path, "tiny-1", stats_of(x, site), 8)
+    rows = found(tmp_path, "exact_zeros")
+    if tiny:
+        assert rows == []
+        return
+    assert {(r["recipe"], r["value"]) for r in rows} == {("pooled", 1.0), ("element", 1.0)}
+    assert {r["severity"] for r in rows} == {"warning" if site == "block" else "note"}
+    assert ("rounding" if site == "block" else "activation function") in rows[0]["message"]
+
+
+def test_a_ranking_that_resampling_changes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x = activations(scales=np.ones(8)) * np.exp(rng.normal(0, 0.3, (4, 8, 1, 1, 1)))
+    rows = of(tmp_path, x, "unstable_ranking")
+    assert {r["recipe"] for r in rows} == {"pooled", "element", "unit"}
+    scores = Warehouse(tmp_path).scores(recipe="element", threshold=1e-5).to_pylist()
+    chosen = [s["lowest_set_probability"] for s in scores if s["rank"] <= 2]
+    (row,) = (r for r in rows if r["recipe"] == "element")
+    assert row["value"] == pytest.approx(1 - np.mean(chosen))
+    assert row["severity"] == ("warning" if row["value"] > 0.25 else "note")
+    assert "may or may not be among them" in row["message"]
+
+
+def test_recipes_that_disagree(tmp_path: Path) -> None:
+    order = np.array([3.0, 1.0, 2.0, 5.0, 4.0, 8.0, 6.0, 7.0])
+    shared = {("block", "pooled", 1e-5): order, ("block", "element", 1e-5): 9 - order}
+    write_profiles(tmp_path, "apart", shared)
+    (row,) = found(tmp_path, "recipes_disagree")
+    assert (row["site"], row["recipe"], row["severity"]) == ("block", None, "warning")
+    assert row["value"] == pytest.approx(-1)
+    assert "'element' and 'pooled' rank the layers differently (Spearman -1.00)" in row["message"]
+    write_profiles(tmp_path, "alike", dict.fromkeys(shared, order))
+    assert {r["run_id"] for r in found(tmp_path, "recipes_disagree")} == {"apart"}
+
+
+def test_layers_that_give_out_what_they_take_in(tmp_path: Path) -> None:
+    x = activations()
+    before = 0.8 * x
+    assert of(tmp_path, x, "identity_layer", before) == []
+    before[:, [2, 3, 6]] = x[:, [2, 3, 6]]
+    (row,) = of(tmp_path, x, "identity_layer", before)
+    assert (row["severity"], row["site"], row["value"]) == ("warning", None, 0.0)
+    assert row["message"].startswith("Layers 2-3, 6 give out what they take in")
+
+
+def test_the_threshold_and_the_runs_are_chosen(tmp_path: Path) -> None:
+    x = activations()
+    x[np.abs(x) < 1e-5] = 0.5
+    write_measured(tmp_path, "a", stats_of(x), 8)
+    write_measured(tmp_path, "b", stats_of(x), 8)
+    assert {r["run_id"] for r in found(tmp_path)} == {"a", "b"}
+    assert {r["run_id"] for r in found(tmp_path, run_ids=["b"])} == {"b"}
+    assert found(tmp_path, run_ids=["nobody"]) == []
+    assert {r["value"] for r in found(tmp_path, "noisy_sparsity")} == {1.0}
+    coarse = found(tmp_path, "noisy_sparsity", threshold=Threshold(value=1e-1, kind="absolute"))
+    assert all(r["value"] < 1 and r["threshold"] == 0.1 for r in coarse)
+
+
+def test_warnings_come_before_notes_and_the_defaults_before_the_rest(tmp_path: Path) -> None:
+    x = activations(scales=np.sort(SCALES))
+    x[:, [1, 4], ..., 5] += 60.0
+    x[np.abs(x) < 1e-5] = 0.0
+    rows = of(tmp_path, x)
+    order = [(r["severity"] == "note", (r["site"], r["recipe"]) != ("block", "pooled")) for r in rows]
+    assert order == sorted(order)
+    assert rows[0]["kind"] == "exact_zeros"
+    assert {r["kind"] for r in rows} <= set(KINDS)
+
+
+def test_the_same_finding_of_several_runs_is_told_once(tmp_path: Path) -> None:
+    for run_id in ("a", "b"):
+        write_measured(tmp_path, run_id, stats_of(activations(scales=np.sort(SCALES))), 8)
+    text = in_words(tmp_path)
+    assert text.count("tracks depth") == 1
+    assert "pooled, element, unit" in text
+
+
+@pytest.mark.parametrize("runs", [3, 5])
+def test_findings_that_differ_only_in_their_run_are_told_of_few_and_counted_of_many(tmp_path: Path, runs: int) -> None:
+    for i in range(1, runs + 1):
+        rising = list(range(8, 22))
+        rising[:i] = reversed(rising[:i])  # and the correlation with depth is another one of each
+        write_scores(tmp_path, f"run-{i}", rising)
+    text = in_words(tmp_path)
+    assert len({row["message"] for row in found(tmp_path, "tracks_depth")}) == runs
+    assert text.count("tracks depth") == (3 if runs == 3 else 1)
+    assert ("and 2 more" in text) == ("--format csv" in text) == (runs == 5)
+
+
+def in_words(root: Path) -> str:
+    console = Console(width=140)
+    with console.capture() as capture:
+        console.print(findings_table(findings(Warehouse(root))))
+    return capture.get()

@@ -1,0 +1,683 @@
+"""The command line and the Python API, from a checkpoint to a picture and a query."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import typer
+from support.checkpoints import LAYERS
+from typer.testing import CliRunner
+
+import avss_dist
+from avss_dist.cli import app
+from avss_dist.errors import ConfigError, QueryError
+from avss_dist.partition.base import Placement
+from avss_dist.settings import LOWEST_SHARE, PUBLISHED_THRESHOLD, RECIPES, SITES, Execution, Settings
+from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.store import RunIdentity
+
+README = Path(__file__).parents[2] / "README.md"
+COMMANDS: dict[str, dict[str, Any]] = {
+    "score": {
+        "models": None,
+        "--corpus": None,
+        "--out": None,
+        **{f"--{name.replace('_', '-')}": value for name, value in Settings().as_dict().items()},
+        "--site": None,
+        "--threshold": None,
+        **{f"--{f.name.replace('_', '-')}": getattr(Execution(), f.name) for f in fields(Execution)},
+        "--max-memory": None,
+        "--gradients": False,
+    },
+    "estimate": {
+        "model": None,
+        "--corpus": None,
+        **{f"--{name.replace('_', '-')}": value for name, value in Settings().as_dict().items()},
+        "--site": None,
+        "--ranks": None,
+        "--max-memory": None,
+        "--format": "table",
+    },
+    "show": {"warehouse": None, "--run": None, "--recipe": "pooled", "--site": "block", "--threshold": "1e-05"},
+    "plot": {
+        "warehouse": None,
+        "--run": None,
+        "--output": None,
+        "--recipe": "pooled",
+        "--site": "block",
+        "--threshold": "1e-05",
+    },
+    "query": {"warehouse": None, "sql": None, "--schema": False, "--format": "table"},
+    "compare": {
+        "warehouse": None,
+        "--run": None,
+        "--by": "run",
+        "--recipe": "pooled",
+        "--site": "block",
+        "--threshold": "1e-05",
+        "--score": "avss",
+        "--k": None,
+        "--share": LOWEST_SHARE,
+        "--anyway": False,
+        "--format": "table",
+    },
+    "findings": {
+        "warehouse": None,
+        "--run": None,
+        "--recipe": "pooled",
+        "--site": "block",
+        "--threshold": "1e-05",
+        "--all": False,
+        "--format": "table",
+    },
+    "scores": {
+        "warehouse": None,
+        "--threshold": "1e-05",
+        "--recipe": "pooled",
+        "--site": "block",
+        "--run": None,
+        "--format": "table",
+    },
+    "quantiles": {
+        "warehouse": None,
+        "--q": None,
+        "--sparsity": None,
+        "--site": "block",
+        "--run": None,
+        "--format": "table",
+    },
+    "export": {
+        "warehouse": None,
+        "--to": None,
+        "--run": None,
+        "--recipe": "pooled",
+        "--site": "block",
+        "--threshold": "1e-05",
+        "--output": None,
+    },
+    "report": {"warehouse": None, "--output": Path("report.html"), "--run": None},
+    "plan": {
+        "warehouse": None,
+        "--output": None,
+        "--run": None,
+        "--by": "avss",
+        "--fraction": None,
+        "--count": None,
+        "--mass": None,
+        "--protect": "",
+        "--contiguous": False,
+        "--seed": 0,
+        "--recipe": "pooled",
+        "--site": "block",
+        "--threshold": "1e-05",
+        "--format": "plan",
+    },
+    "prune": {"model": None, "plan": None, "--out": None, "--trust-remote-code": False},
+    "ablate": {
+        "model": None,
+        "--corpus": None,
+        "--warehouse": None,
+        "--no-leave-one-out": False,
+        "--shapley": 0,
+        "--no-truncation": False,
+        "--seed": 0,
+        "--gradients": False,
+        "--skip-sequences": 0,
+        **{f"--{name.replace('_', '-')}": value for name, value in Settings().as_dict().items()},
+        **{f"--{name}": getattr(Execution(), name) for name in ("executor", "replicas", "address", "fresh")},
+        "--format": "table",
+    },
+    "evaluate": {
+        "subjects": None,
+        "--task": None,
+        "--warehouse": None,
+        "--skip-sequences": 0,
+        "--limit": None,
+        "--num-fewshot": None,
+        "--allow-overlap": False,
+        **{f"--{name.replace('_', '-')}": value for name, value in Settings().as_dict().items()},
+        **{f"--{name}": getattr(Execution(), name) for name in ("executor", "replicas", "address", "fresh")},
+        "--format": "table",
+    },
+    "experiment": {
+        "job": None,
+        "--executor": None,
+        "--replicas": None,
+        "--address": None,
+        "--allow-overlap": False,
+        "--fresh": False,
+        "--format": "table",
+    },
+    "scorecard": {"warehouse": None, "--run": None, "--all": False, "--format": "table"},
+    "run": {
+        "job": None,
+        "--dry-run": False,
+        "--executor": None,
+        "--replicas": None,
+        "--address": None,
+        "--fresh": False,
+    },
+    "submit": {"job": None, "--address": None, "--replicas": None}
+    | {"--experiment": False, "--fresh": False, "--follow": False},
+    "status": {"--address": None, "job_id": None},
+    "logs": {"job_id": None, "--address": None, "--follow": False},
+    "stop": {"job_id": None, "--address": None},
+    "doctor": {},
+}
+for _command in ("score", "estimate", "ablate", "evaluate"):
+    del COMMANDS[_command]["--sites"], COMMANDS[_command]["--thresholds"]
+    if _command != "score":
+        del COMMANDS[_command]["--skip-first-tokens"]
+TEXT = {"--corpus": "builtin:pydoc", "--max-sequences": 12, "--sequence-length": 32, "--sequences-per-shard": 4}
+SCORE = [str(part) for option in TEXT.items() for part in option] + ["--executor", "local"]
+HEAVY = ("torch", "ray", "transformers", "deepspeed")
+Avss = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def avss(*args: object) -> Any:
+    """The command line in this process; an unexpected exception is raised, not hidden in the result."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def rows(warehouse: Path, query: str) -> list[dict[str, Any]]:
+    return Warehouse(warehouse).sql(query).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def scored(tiny_llama: Path, tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A warehouse with a run of each tiny model; the Llama's is the newest. Not to be changed."""
+    warehouse = tmp_path_factory.mktemp("scored") / "warehouse"
+    for model in (tiny_bert, tiny_llama):
+        result = avss("score", model, *SCORE, "--out", warehouse)
+        assert (result.exit_code, result.stderr) == (0, "")
+    return warehouse
+
+
+@pytest.fixture
+def warehouse(scored: Path, tmp_path: Path) -> Path:
+    """A copy of the scored warehouse, to change."""
+    return Path(shutil.copytree(scored, tmp_path / "warehouse"))
+
+
+def run_ids(warehouse: Path) -> dict[str, str]:
+    """Run id by family."""
+    return {row["family"]: row["run_id"] for row in rows(warehouse, "SELECT family, run_id FROM runs")}
+
+
+# Commands, options, defaults.
+
+
+def _parameters(command: str) -> dict[str, Any]:
+    group: Any = typer.main.get_command(app)
+    return {max(p.opts, key=len): p for p in group.commands[command].params if p.name != "help"}
+
+
+def test_the_commands_are_these() -> None:
+    group: Any = typer.main.get_command(app)
+    assert set(group.commands) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_exists_with_the_default_of_the_settings(command: str) -> None:
+    assert {name: p.default for name, p in _parameters(command).items()} == COMMANDS[command]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_and_option_has_help(command: str) -> None:
+    result = avss(command, "--help")
+    assert result.exit_code == 0
+    for name, parameter in _parameters(command).items():
+        assert name in result.stdout
+        assert parameter.help
+    group: Any = typer.main.get_command(app)
+    assert group.commands[command].help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_stands_in_the_readme(command: str) -> None:
+    assert re.search(rf"\bavss {command}\b", README.read_text(encoding="utf-8"))
+
+
+def test_help_names_every_command() -> None:
+    for args in (["--help"], ["-h"], []):
+        result = avss(*args)
+        assert all(f" {command} " in result.output for command in COMMANDS)
+
+
+def test_the_defaults_of_a_picture_are_the_published_ones() -> None:
+    assert _parameters("show")["--recipe"].default == RECIPES[0] == "pooled"
+    assert _parameters("show")["--site"].default == SITES[0] == "block"
+    assert float(_parameters("show")["--threshold"].default) == PUBLISHED_THRESHOLD == 1e-5
+
+
+def test_version() -> None:
+    assert avss("--version").stdout == f"avss_dist {avss_dist.__version__}\n"
+
+
+# From a checkpoint to tables and pictures.
+
+
+def test_a_run_is_kept_whole(scored: Path) -> None:
+    for name, expected in (("layer_stats", LAYERS * len(SITES)), ("shard_stats", LAYERS * len(SITES) * 3)):
+        assert len(rows(scored, f"FROM {name} WHERE family = 'llama'")) == expected
+    (run,) = rows(scored, "FROM runs WHERE family = 'llama'")
+    assert (run["status"], run["error"], run["num_layers"], run["hidden_size"]) == ("done", None, LAYERS, 32)
+    assert (run["num_sequences"], run["num_tokens"], run["num_shards"]) == (12, 12 * 32, 3)
+    assert (run["dtype"], run["device"], run["partition"], run["replicas"]) == ("float32", "cpu", "single", 1)
+    assert run["run_id"] == f"tiny-llama-{run['fingerprint'][:10]}"
+
+
+def test_show_draws_the_newest_run(scored: Path) -> None:
+    result = avss("show", scored)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "tiny-llama  block / pooled / |x| < 1e-05" in result.stdout
+    lines = [line for line in result.stdout.splitlines() if line.startswith("│")]
+    assert len(lines) == LAYERS
+    best = rows(scored, "SELECT layer FROM scores WHERE rank = 1 AND site = 'block' AND recipe = 'pooled'")
+    assert [bool(re.match(r"│\s+\d+ \*", line)) for line in lines].count(True) == 1
+    assert any(f" {row['layer']} *" in result.stdout for row in best)
+    assert "1 more in" in result.stdout
+
+
+def test_show_draws_an_encoder(scored: Path) -> None:
+    run_id = run_ids(scored)["bert"]
+    result = avss("show", scored, "--run", run_id)
+    assert result.exit_code == 0
+    assert "tiny-bert" in result.stdout
+    assert run_id in result.stdout
+    assert sum(line.startswith("│") for line in result.stdout.splitlines()) == LAYERS
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("threshold", ["1e-5", "0.1", "0.1rms"])
+def test_show_takes_site_and_threshold(scored: Path, site: str, threshold: str) -> None:
+    result = avss("show", scored, "--site", site, "--threshold", threshold, "--recipe", "element")
+    assert result.exit_code == 0
+    assert f"{site} / element / |x| < " in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("ending", "signature"),
+    [(".png", b"\x89PNG\r\n\x1a\n"), (".svg", b"<svg"), (".html", b"<!doctype html>"), (".PNG", b"\x89PNG")],
+)
+def test_plot_writes_what_the_ending_says(scored: Path, tmp_path: Path, ending: str, signature: bytes) -> None:
+    file = tmp_path / f"scores{ending}"
+    result = avss("plot", scored, "-o", file)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{file}\n", "")
+    data = file.read_bytes()
+    assert data.startswith(signature)
+    assert len(data) > 10_000
+
+
+def test_a_page_needs_no_network_and_holds_every_run(scored: Path, tmp_path: Path) -> None:
+    file = tmp_path / "scores.html"
+    runs = [part for run_id in run_ids(scored).values() for part in ("--run", run_id)]
+    assert avss("plot", scored, *runs, "-o", file).exit_code == 0
+    page = file.read_text(encoding="utf-8")
+    skeleton = re.sub(r"(<script[^>]*>).*?</script>", r"\1", page, flags=re.DOTALL)
+    assert skeleton.count("<script") == 3
+    assert not re.search(r"\s(src|href)=", skeleton)
+    spec = re.search(r'<script type="application/json" id="spec">(.*?)</script>', page, re.DOTALL)
+    assert spec is not None
+    assert all(run_id[-10:] in spec[1] for run_id in run_ids(scored).values())
+    assert json.loads(spec[1])["$schema"].startswith("https://vega.github.io/schema/vega-lite/")
+
+
+QUERY = "SELECT layer, site, avss_smoothed, nullif(1, 1) AS nothing FROM scores ORDER BY ALL LIMIT 4"
+
+
+def test_query_prints_csv(scored: Path) -> None:
+    found = list(csv.DictReader(io.StringIO(avss("query", scored, QUERY, "--format", "csv").stdout)))
+    expected = rows(scored, QUERY)
+    assert [(int(r["layer"]), r["site"], float(r["avss_smoothed"]), r["nothing"]) for r in found] == [
+        (r["layer"], r["site"], r["avss_smoothed"], "") for r in expected
+    ]
+
+
+def test_query_prints_json_lines(scored: Path) -> None:
+    lines = avss("query", scored, QUERY, "--format", "json").stdout.splitlines()
+    assert [json.loads(line) for line in lines] == rows(scored, QUERY)
+
+
+def test_query_prints_parquet(scored: Path) -> None:
+    result = avss("query", scored, QUERY, "--format", "parquet")
+    assert pq.read_table(io.BytesIO(result.stdout_bytes)).to_pylist() == rows(scored, QUERY)
+
+
+def test_query_prints_a_table(scored: Path) -> None:
+    result = avss("query", scored, QUERY)
+    assert all(name in result.stdout for name in ("layer", "site", "avss_smoothed", "nothing", "attention"))
+    assert sum(line.startswith("│") for line in result.stdout.splitlines()) == 4
+
+
+def test_json_has_no_number_that_json_lacks(scored: Path) -> None:
+    query = "SELECT 'nan'::DOUBLE AS a, [1.5, 'inf'::DOUBLE] AS b, {'c': '-inf'::DOUBLE} AS d"
+    line = avss("query", scored, query, "--format", "json").stdout
+    assert json.loads(line, parse_constant=pytest.fail) == {"a": None, "b": [1.5, None], "d": {"c": None}}
+
+
+@pytest.mark.parametrize("format", ["csv", "json", "parquet", "table"])
+def test_columns_of_the_same_name_are_all_kept(scored: Path, format: str) -> None:
+    result = avss("query", scored, "SELECT 1 AS a, 2 AS a, 3 AS a_1, 4 AS a", "--format", format)
+    if format == "parquet":
+        found: list[Any] = pq.read_table(io.BytesIO(result.stdout_bytes)).to_pylist()
+    elif format == "csv":
+        found = [{k: int(v) for k, v in row.items()} for row in csv.DictReader(io.StringIO(result.stdout))]
+    elif format == "json":
+        found = [json.loads(result.stdout)]
+    else:
+        names, values = (re.findall(r"\w+", line) for line in result.stdout.splitlines() if re.search(r"\w", line))
+        found = [dict(zip(names, map(int, values), strict=True))]
+    assert [list(row.values()) for row in found] == [[1, 2, 3, 4]]
+
+
+# Several models.
+
+
+def test_one_missing_model_does_not_stop_the_others(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    out, missing = tmp_path / "warehouse", tmp_path / "missing"
+    result = avss("score", tiny_llama, missing, tiny_bert, *SCORE, "--out", out)
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert f"failed. There is no folder '{missing}'." in result.stdout
+    found = rows(out, "SELECT model, status, error FROM runs ORDER BY status, model")
+    assert [(row["model"], row["status"]) for row in found] == [
+        *((model, "done") for model in sorted([str(tiny_llama), str(tiny_bert)])),
+        (str(missing), "failed"),
+    ]
+    assert found[2]["error"].startswith(f"There is no folder '{missing}'.")
+    assert {row["model"] for row in rows(out, "SELECT DISTINCT model FROM scores")} == {str(tiny_llama), str(tiny_bert)}
+
+    again = avss("score", tiny_llama, missing, tiny_bert, *SCORE, "--out", out)
+    assert again.exit_code == 1
+    assert again.stdout.count("done before, nothing to do") == 2
+    assert len(rows(out, "FROM runs")) == 3
+
+    failed = rows(out, "SELECT run_id FROM runs WHERE status = 'failed'")[0]["run_id"]
+    shown = avss("show", out, "--run", failed)
+    assert shown.exit_code == 2
+    assert f"Run '{failed}' failed: There is no folder" in shown.stderr
+
+
+def test_a_model_that_fails_while_it_runs_leaves_one_row(tiny_llama: Path, tmp_path: Path) -> None:
+    broken, out = tmp_path / "broken", tmp_path / "warehouse"
+    shutil.copytree(tiny_llama, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    result = avss("score", broken, tiny_llama, *SCORE, "--out", out)
+    assert result.exit_code == 1
+    found = rows(out, "SELECT run_id, status, error, num_shards FROM runs ORDER BY status DESC")
+    assert [row["status"] for row in found] == ["failed", "done"]
+    assert found[0]["error"].startswith(f"The weights of '{broken}' are damaged")
+    assert found[0]["num_shards"] == 3
+    assert f"{found[0]['run_id']}: failed." in result.stdout
+
+
+def test_any_exception_of_a_models_code_is_a_failed_run(
+    tiny_llama: Path, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    forward = LlamaModel.forward
+
+    def breaks(self: Any, input_ids: Any, **options: Any) -> Any:
+        if input_ids.shape[1] == 32:
+            raise ZeroDivisionError("in the model")
+        return forward(self, input_ids, **options)
+
+    monkeypatch.setattr(LlamaModel, "forward", breaks)
+    result = avss("score", tiny_llama, tiny_bert, *SCORE, "--out", tmp_path)
+    assert result.exit_code == 1
+    found = rows(tmp_path, "SELECT family, status, error FROM runs ORDER BY status")
+    assert [row["status"] for row in found] == ["done", "failed"]
+    assert found[1]["error"] == "ZeroDivisionError: in the model"
+    alone = avss("score", tiny_llama, *SCORE, "--out", tmp_path)
+    assert alone.exit_code == 1
+    assert alone.stderr == "Error: ZeroDivisionError: in the model\n"
+
+
+def test_what_is_done_is_skipped_unless_fresh(warehouse: Path, tiny_llama: Path) -> None:
+    before = rows(warehouse, "FROM runs WHERE family = 'llama'")[0]
+    scores = Warehouse(warehouse).scores().sort_by([(name, "ascending") for name in ("run_id", "layer", "site")])
+    skipped = avss("score", tiny_llama, *SCORE, "--out", warehouse)
+    assert f"{before['run_id']}: done before, nothing to do" in skipped.stdout
+    assert rows(warehouse, "FROM runs WHERE family = 'llama'")[0] == before
+    fresh = avss("score", tiny_llama, *SCORE, "--out", warehouse, "--fresh")
+    assert f"{before['run_id']}: 384 tokens in " in fresh.stdout
+    assert rows(warehouse, "FROM runs WHERE family = 'llama'")[0]["created_at"] > before["created_at"]
+    assert (
+        Warehouse(warehouse).scores().sort_by([(name, "ascending") for name in ("run_id", "layer", "site")]) == scores
+    )
+
+
+def test_the_options_of_score_reach_the_run(tiny_llama: Path, tmp_path: Path) -> None:
+    options = ["--site", "mlp", "--site", "block", "--threshold", "0.5", "--dtype", "bfloat16", "--batch-size", "3"]
+    options += ["--layout", "padded", "--skip-first-tokens", "2", "--attention", "eager", "--layers", "layers"]
+    result = avss("score", tiny_llama, *SCORE, *options, "--device", "cpu", "--out", tmp_path)
+    assert result.exit_code == 0
+    (run,) = rows(tmp_path, "FROM runs")
+    assert (run["sites"], run["thresholds"]) == (["block", "mlp"], [1e-5, 0.5])
+    assert (run["dtype"], run["batch_size"], run["attention_implementation"]) == ("bfloat16", 3, "eager")
+    settings = json.loads(run["settings"])
+    assert (settings["layout"], settings["skip_first_tokens"], settings["layers"]) == ("padded", 2, "layers")
+    assert run["num_tokens"] == 12 * 30
+
+
+# Names that are code elsewhere.
+
+
+@pytest.fixture
+def hostile(tiny_llama: Path, tmp_path: Path) -> tuple[Path, str]:
+    """A warehouse with a run of a folder whose name is markup, and a row of a model whose name is worse."""
+    name = "[red]<script>alert(1)<"
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / name))
+    out = tmp_path / "warehouse"
+    assert avss("score", folder, *SCORE, "--out", out).exit_code == 0
+    store = Warehouse(out)
+    run = store.table("runs").to_pylist(maps_as_pydicts="strict")[0]
+    scores = store.table("scores").to_pylist()
+    identity = RunIdentity(run_id="hostile-1", model=f"org/{name}", revision=None, family="[bold]<script>")
+    store.write_scores(identity, [row | {"layer_name": "</script><script>alert(2)</script>"} for row in scores])
+    store.write_run(run | {"run_id": "hostile-1", "model": f"org/{name}", "corpus": "[link=x]<script>alert(3)"})
+    return out, name
+
+
+def test_a_name_is_harmless_on_a_page(hostile: tuple[Path, str], tmp_path: Path) -> None:
+    warehouse, _ = hostile
+    for ids in (["hostile-1"], [row["run_id"] for row in rows(warehouse, "FROM runs")]):
+        runs = [part for run_id in ids for part in ("--run", run_id)]
+        for ending in ("html", "svg"):
+            file = tmp_path / f"page.{ending}"
+            assert avss("plot", warehouse, *runs, "-o", file).exit_code == 0
+            page = file.read_text(encoding="utf-8")
+            assert "<script>alert" not in page
+            assert "alert(1)" in page  # it is there, as text
+        assert page.count("</script>") == 0
+
+
+def test_a_name_is_shown_as_it_is_in_the_terminal(hostile: tuple[Path, str]) -> None:
+    warehouse, name = hostile
+    shown = avss("show", warehouse, "--run", "hostile-1").stdout
+    assert f"org/{name}" in shown
+    assert "[link=x]<script>alert(3)" in shown
+    assert f"org/{name}" in avss("query", warehouse, "SELECT model FROM runs").stdout
+    assert "[red]a" in avss("query", warehouse, "SELECT 1 AS \"[red]a\", '[/]' AS b").stdout
+
+
+# What is loaded, and what is said.
+
+
+def in_process(*args: object) -> tuple[int, set[str], list[str], str]:
+    """Exit code, the heavy modules that a command loads, its lines, and its standard error."""
+    code = """
+import sys
+from avss_dist.cli import app
+try:
+    app(sys.argv[1:])
+except SystemExit as end:
+    code = end.code
+print(code or 0, *sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=120, check=True
+    )
+    *lines, last = done.stdout.splitlines()
+    exit_code, *modules = last.split()
+    return int(exit_code), {name for name in HEAVY if name in modules}, lines, done.stderr
+
+
+@pytest.mark.parametrize("command", [["--help"], ["score", "--help"], ["query", "FROM runs"], ["show"]])
+def test_reading_loads_nothing_heavy(command: list[str], scored: Path) -> None:
+    args: list[object] = [*command]
+    if command[0] in ("query", "show"):
+        args.insert(1, scored)
+    exit_code, heavy, lines, error = in_process(*args)
+    assert (exit_code, heavy, error) == (0, set(), "")
+    assert lines
+
+
+@pytest.mark.parametrize("what", ["avss_dist; avss_dist.Warehouse", "avss_dist.executors.ray.heartbeats"])
+def test_importing_loads_nothing_heavy(what: str) -> None:
+    """The package; and what the process of the actor `Beats` imports."""
+    code = f"import sys, {what}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert not {*HEAVY, "altair", "datasets"} & set(done.stdout.split())
+
+
+def test_scoring_here_is_quiet_and_loads_no_ray(tiny_llama: Path, tmp_path: Path) -> None:
+    exit_code, heavy, lines, error = in_process("score", tiny_llama, *SCORE, "--out", tmp_path)
+    assert (exit_code, error) == (0, "")
+    assert len(lines) == 2
+    assert re.fullmatch(r"tiny-llama-[0-9a-f]{10}: 384 tokens in [\d.]+ s\.", lines[0])
+    assert lines[1].startswith(f"Look at it: avss show {tmp_path} --run tiny-llama-")
+    assert "torch" in heavy
+    assert "ray" not in heavy
+
+
+def test_stopping_says_that_the_work_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("avss_dist.runs.planner.resolve", stop)
+    result = avss("score", "any", *SCORE, "--out", tmp_path)
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert "run the same command again to finish" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "reader", "lines"),
+    [
+        ("query {} 'FROM layer_stats, range(300)' --format json", "head -1", 1),
+        ("query {} 'SELECT 1' --format csv", "true", 0),
+        ("findings {}", "true", 0),
+    ],
+)
+def test_a_closed_pipe_is_no_error(scored: Path, command: str, reader: str, lines: int) -> None:
+    line = f"{sys.executable} -m avss_dist {command.format(scored)} | {reader}"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line], capture_output=True, timeout=60, check=False, env=environment
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.count(b"\n") == lines
+
+
+@pytest.mark.slow
+def test_doctor_says_what_works(run_avss: Avss) -> None:
+    done = run_avss("doctor", timeout=280)
+    assert done.returncode == (1 if re.search(r"^NO ", done.stdout, re.MULTILINE) else 0)
+    for what in ("Python", "torch", "ray", "deepspeed", "CUDA devices", "Ray starts a worker", "pictures"):
+        assert re.search(rf"^(ok|NO)  {re.escape(what)} ", done.stdout, re.MULTILINE), what
+    assert re.search(r"^ok  CPU kernels compile +yes", done.stdout, re.MULTILINE)
+
+
+# The Python API.
+
+
+def test_the_api_scores_and_reads(tiny_llama: Path, tmp_path: Path) -> None:
+    run = avss_dist.score(
+        tiny_llama,
+        corpus="builtin:pydoc",
+        out=tmp_path,
+        max_sequences=8,
+        sequence_length=32,
+        sequences_per_shard=4,
+        executor="local",
+    )
+    assert isinstance(run, avss_dist.Run)
+    assert (run.status, run.num_shards, run.num_tokens, run.error) == ("done", 2, 256, None)
+    assert (run.model, run.warehouse) == (str(tiny_llama), str(tmp_path))
+    block = run.scores(site="block", recipe="pooled", threshold=1e-5, threshold_kind="absolute")
+    assert sorted(block["layer"].to_pylist()) == [0, 1, 2]
+    assert sorted(block["rank"].to_pylist()) == [1, 2, 3]
+    warehouse = avss_dist.Warehouse(tmp_path)
+    assert warehouse.runs()["run_id"].to_pylist() == [run.run_id]
+    assert warehouse.scores(run_id=run.run_id).num_rows == warehouse.scores().num_rows > block.num_rows
+    assert warehouse.layer_stats().num_rows == LAYERS * len(SITES)
+    assert warehouse.sql("SELECT count(*) AS n FROM scores WHERE site = 'block'").to_pylist()[0]["n"] > LAYERS
+    with pytest.raises(QueryError, match="Did you mean 'block'"):
+        run.scores(site="blok")
+
+
+@pytest.mark.parametrize("name", ["score", "score_all"])
+def test_an_unknown_keyword_names_the_nearest(name: str, tmp_path: Path) -> None:
+    model: Any = "any" if name == "score" else ["any"]
+    with pytest.raises(ConfigError, match="Unknown option 'sequence_lenght'") as caught:
+        getattr(avss_dist, name)(model, corpus="builtin:pydoc", out=tmp_path / "new", sequence_lenght=32)
+    assert caught.value.hint is not None
+    assert caught.value.hint.startswith("Did you mean 'sequence_length'?")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_api_scores_several_models_and_reports(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    told: dict[str, list[str]] = {}
+
+    class Reporter:
+        def planning(self, name: str) -> None:
+            told[Path(name).name] = ["planning"]
+
+        def placed(self, name: str, placement: Placement) -> None:
+            told[Path(name).name].append(f"placed {placement.partition}")
+
+        def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
+            told[Path(name).name].append(f"started {num_tokens} {done_tokens}")
+
+        def advanced(self, name: str, num_tokens: int) -> None:
+            told[Path(name).name].append(f"advanced {num_tokens}")
+
+        def finished(self, name: str, run: avss_dist.Run) -> None:
+            told[Path(name).name].append(f"finished {run.status}")
+
+    runs = avss_dist.score_all(
+        [str(tiny_llama), "/missing", str(tiny_bert)],
+        corpus="builtin:pydoc",
+        out=tmp_path,
+        reporter=Reporter(),
+        max_sequences=6,
+        sequence_length=32,
+        sequences_per_shard=4,
+        executor="local",
+    )
+    assert [run.status for run in runs] == ["done", "failed", "done"]
+    measured = ["planning", "placed single", "started 192 0", "advanced 128", "advanced 64", "finished done"]
+    assert told == {"tiny-llama": measured, "missing": ["planning", "finished failed"], "tiny-bert": measured}
+
+
+def test_an_unknown_attribute_of_the_package_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="scoer"):
+        _ = avss_dist.scoer  # type: ignore[attr-defined]

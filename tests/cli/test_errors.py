@@ -1,0 +1,493 @@
+"""Mistakes and accidents: each is named, with what to do, without a traceback, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+import yaml
+from support.checkpoints import llama
+from support.tables import assert_same_tables
+from typer.testing import CliRunner
+
+from avss_dist.cli import app
+from avss_dist.settings import SCHEMA_VERSION
+from avss_dist.warehouse.reader import Warehouse
+
+TEXT = ["--corpus", "builtin:pydoc", "--max-sequences", "12", "--sequence-length", "32", "--sequences-per-shard", "4"]
+SCORE = [*TEXT, "--executor", "local"]
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+Avss = Callable[..., subprocess.CompletedProcess[str]]
+Save = Callable[[Any, Path], Path]
+
+
+def avss(*args: object) -> tuple[int, str]:
+    """Exit code and everything printed; an unexpected exception is raised."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A warehouse with one run of the tiny Llama: 3 shards, nothing went wrong. Not to be changed."""
+    warehouse = tmp_path_factory.mktemp("undisturbed") / "warehouse"
+    assert avss("score", tiny_llama, *SCORE, "--out", warehouse)[0] == 0
+    return warehouse
+
+
+@pytest.fixture
+def warehouse(undisturbed: Path, tmp_path: Path) -> Path:
+    """A copy of it, to change."""
+    return Path(shutil.copytree(undisturbed, tmp_path / "warehouse"))
+
+
+@pytest.fixture
+def model(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny Llama, to break."""
+    return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+
+
+def refused(warehouse: Path, *args: object, says: list[str], failed_row: bool = False) -> None:
+    """The command ends with 2 and says all of ``says``; the warehouse is as before, but for the row of a failed run."""
+    before = files(warehouse)
+    code, output = avss(*args)
+    assert code == 2, output
+    assert output.startswith(("Error: ", "Usage: ")), output
+    assert "Traceback" not in output
+    flat = " ".join(output.replace("│", " ").split())
+    for part in says:
+        assert part in flat
+    after = files(warehouse)
+    assert {name: after.get(name) for name in before} == before
+    new = set(after) - set(before)
+    assert all(name.startswith("runs/") for name in new)
+    assert len(new) == failed_row
+
+
+# Models.
+
+
+def no_config(model: Path) -> None:
+    (model / "config.json").unlink()
+
+
+def broken_config(model: Path) -> None:
+    (model / "config.json").write_text('{"model_type": ')
+
+
+def configured(**changes: Any) -> Callable[[Path], None]:
+    def change(model: Path) -> None:
+        config = json.loads((model / "config.json").read_text()) | changes
+        (model / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+    return change
+
+
+def no_tokenizer(model: Path) -> None:
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+
+
+def broken_tokenizer(model: Path) -> None:
+    (model / "tokenizer.json").write_text('{"version": ')
+
+
+def pickled(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def no_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+
+
+def truncated(size: int) -> Callable[[Path], None]:
+    return lambda model: os.truncate(model / "model.safetensors", size)
+
+
+def small_vocabulary(model: Path) -> None:
+    llama(vocab_size=100).save_pretrained(model)
+
+
+UNKNOWN = {"model_type": "lama", "architectures": ["LamaForCausalLM"]}
+
+
+@pytest.mark.parametrize(
+    ("break_it", "says", "failed_row"),
+    [
+        (no_config, ["has no config.json", "save_pretrained()"], False),
+        (broken_config, ["config.json cannot be read: Expecting value: line 1 column 16"], False),
+        (configured(model_type=None), ["a config.json without a model_type", "Add the family's name"], False),
+        (configured(**UNKNOWN), ["is of model_type 'lama'", "does not know", "pip install -U transformers"], False),
+        (
+            configured(**UNKNOWN, auto_map={"AutoConfig": "modeling.Config"}),
+            ["needs Python code of its own (model_type 'lama')", "pass --trust-remote-code"],
+            False,
+        ),
+        (
+            configured(num_attention_heads="four"),
+            ["'num_attention_heads' expected int, got str"],
+            False,
+        ),
+        (no_tokenizer, ["has no tokenizer.", "Copy tokenizer.json"], False),
+        (broken_tokenizer, ["has no tokenizer that can be opened: ", "Copy tokenizer.json"], False),
+        (pickled, ["has pickled weights only (pytorch_model.bin)", "Convert them to safetensors"], False),
+        (no_weights, ["has no weights (*.safetensors)", "Is the download complete?"], False),
+        (small_vocabulary, ["gives token ", "the model has 100", "Put the tokenizer"], False),
+        (truncated(0), ["are damaged or not whole", "Download or copy them again"], True),
+        (truncated(9000), ["are damaged or not whole", "Download or copy them again"], True),
+        (configured(hidden_size=64), ["its weights have other shapes than its config.json says"], True),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_broken_model_is_refused(
+    break_it: Callable[[Path], None], says: list[str], failed_row: bool, model: Path, warehouse: Path
+) -> None:
+    break_it(model)
+    refused(warehouse, "score", model, *SCORE, "--out", warehouse, says=[str(model), *says], failed_row=failed_row)
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("/no/such/model", ["There is no folder '/no/such/model'", "Check the path"]),
+        ("./model", ["There is no folder './model'", "Check the path"]),
+        ("org/absent", ["'org/absent' is no folder here", "the hub cannot be reached", "Check the name"]),
+        ("absent", ["'absent' is no folder here", "Check the name"]),
+        ("absent.gguf", ["There is no file 'absent.gguf'", "Check the path"]),
+        (__file__, ["is a file", "Name the checkpoint's folder"]),
+    ],
+)
+def test_a_missing_model_is_named(
+    spec: str, says: list[str], warehouse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    refused(warehouse, "score", spec, *SCORE, "--out", warehouse, says=says)
+
+
+def test_a_damaged_gguf_file_is_named(warehouse: Path, tmp_path: Path) -> None:
+    file = tmp_path / "damaged.gguf"
+    file.write_bytes(b"GGUF and then nothing")
+    refused(warehouse, "score", file, *SCORE, "--out", warehouse, says=[str(file), "Is the download complete?"])
+
+
+def test_a_model_without_a_layer_list_is_told_what_was_seen(
+    warehouse: Path, tmp_path: Path, save_checkpoint: Save
+) -> None:
+    torch.manual_seed(0)
+    config = transformers.XLMConfig(vocab_size=320, emb_dim=32, n_layers=2, n_heads=2)
+    folder = save_checkpoint(transformers.XLMModel(config), tmp_path / "xlm")
+    says = ["The 2 layers of XLMModel could not be found", "attentions (2 x MultiHeadAttention)", "--layers PATH"]
+    refused(warehouse, "score", folder, *SCORE, "--out", warehouse, says=says, failed_row=True)
+
+
+def test_a_site_that_no_layer_has_is_told(warehouse: Path, tmp_path: Path, save_checkpoint: Save) -> None:
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2)
+    folder = save_checkpoint(transformers.MambaForCausalLM(config), tmp_path / "mamba")
+    says = ["The model has none of the sites mlp", "site 'mlp' is absent"]
+    refused(warehouse, "score", folder, *SCORE, "--site", "mlp", "--out", warehouse, says=says, failed_row=True)
+    assert avss("score", folder, *SCORE, "--out", warehouse)[0] == 0
+    shown = ["show", warehouse, "--site", "mlp"]
+    refused(warehouse, *shown, says=["No scores of site 'mlp' with recipe 'pooled'", "Scored: attention element,"])
+
+
+# Text.
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "field", "says"),
+    [
+        ("empty.txt", "", "", ["empty.txt holds no text", "Name one that holds some"]),
+        ("blank.jsonl", '{"text": " "}\n', "", ["blank.jsonl holds no text (documents read: 1)"]),
+        ("short.txt", "Hello.", "", ["too short for one sequence of 32", "smaller --sequence-length"]),
+        ("cut.jsonl", '{"text": "a"}\n{"text": "b', "", ["cut.jsonl, line 2 is not JSON", "one JSON object on each"]),
+        ("list.jsonl", '["a"]', "", ["list.jsonl, line 1 is not a JSON object", '{"text": "..."}']),
+        ("other.jsonl", '{"txt": "a"}', "", ["other.jsonl, line 1: no field 'text'", "Did you mean 'txt'?"]),
+        ("named.jsonl", '{"body": "a"}', ":bdy", ["named.jsonl, line 1: no field 'bdy'", "Did you mean 'body'?"]),
+        ("number.jsonl", '{"text": 3}', "", ["number.jsonl, line 1: 'text' is not text but 3"]),
+        ("table.csv", "text\na\n", "", ["table.csv' is not a corpus source", ".txt, .jsonl, .parquet"]),
+        ("lines.json", "{}", "", ["lines.json' is not a corpus source", "Did you mean '.jsonl'?"]),
+        ("broken.parquet", "PAR1", "", ["broken.parquet cannot be read", "Check that the file is there, whole"]),
+    ],
+)
+def test_unusable_text_is_named(
+    name: str, content: str, field: str, says: list[str], tiny_llama: Path, warehouse: Path, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    corpus = ["--corpus", f"{tmp_path / name}{field}"]
+    refused(warehouse, "score", tiny_llama, *SCORE, *corpus, "--out", warehouse, says=says)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "says"),
+    [
+        ("missing.txt", ["missing.txt: no such file", "Check the name"]),
+        ("builtin:pydocs", ["Unknown builtin corpus 'pydocs'", "Did you mean 'pydoc'?"]),
+        ("text", ["'text' is not a corpus source", "builtin:pydoc"]),
+    ],
+)
+def test_an_unknown_source_is_named(corpus: str, says: list[str], tiny_llama: Path, warehouse: Path) -> None:
+    refused(warehouse, "score", tiny_llama, *SCORE, "--corpus", corpus, "--out", warehouse, says=says)
+
+
+def test_a_missing_column_is_named_with_the_nearest(tiny_llama: Path, warehouse: Path, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"content": ["a"], "id": [1]}), tmp_path / "t.parquet")
+    corpus = ["--corpus", f"{tmp_path / 't.parquet'}:contents"]
+    says = ["t.parquet: no column 'contents'", "Did you mean 'content'?"]
+    refused(warehouse, "score", tiny_llama, *SCORE, *corpus, "--out", warehouse, says=says)
+
+
+# Options.
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--site", "blok"], ["Unknown site 'blok'", "Did you mean 'block'?"]),
+        (["--dtype", "bfloat"], ["Unknown dtype 'bfloat'", "Did you mean 'bfloat16'?"]),
+        (["--layout", "pack"], ["Unknown layout 'pack'", "Did you mean 'packed'?"]),
+        (["--executor", "rey"], ["Unknown executor 'rey'", "Did you mean 'ray'?"]),
+        (["--attention", "eagr"], ["Unknown attention 'eagr'", "Did you mean 'eager'?"]),
+        (["--device", "cuda:0"], ["Unknown device 'cuda:0'", "Did you mean 'cuda'?"]),
+        (["--sit", "block"], ["No such option: --sit", "--site"]),
+        (["--threshold", "small"], ["'small' is not a threshold", "Write an absolute one like 1e-5"]),
+        (["--threshold", "-1e-5"], ["'-1e-5' is not a threshold", "Write an absolute one like 1e-5"]),
+        (["--threshold", "0"], ["'0' is not a threshold"]),
+        (["--threshold", "nan"], ["'nan' is not a threshold"]),
+        (["--threshold", "0.1rms"], ["--threshold counts absolute values", "Write 1e-4, say"]),
+        (["--sequence-length", "129"], ["128 tokens", "129", "Pass --sequence-length 128 or less"]),
+        (["--sequence-length", "0"], ["sequence_length must be at least 1, not 0"]),
+        (["--sequence-length", "many"], ["Invalid value for '--sequence-length'"]),
+        (["--max-sequences", "0"], ["max_sequences must be at least 1"]),
+        (["--skip-first-tokens", "32"], ["--skip-first-tokens 32 leaves nothing of 32 tokens", "Make it smaller"]),
+        (["--skip-first-tokens", "-1"], ["skip_first_tokens must be at least 0"]),
+        (["--replicas", "2"], ["--executor local is one replica", "Use --executor ray"]),
+        (["--replicas", "0"], ["replicas must be at least 1"]),
+        (["--address", "auto"], ["--executor local is one replica", "Use --executor ray"]),
+        (["--layers", "layer"], ["LlamaModel has no layer list 'layer'", "Did you mean 'layers'?"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
+)
+def test_a_wrong_option_is_refused(options: list[str], says: list[str], tiny_llama: Path, warehouse: Path) -> None:
+    args = ["score", tiny_llama, *SCORE, *options, "--out", warehouse]
+    refused(warehouse, *args, says=says, failed_row=options[0] == "--layers")
+
+
+def test_documents_shorter_than_what_is_skipped_are_refused(tiny_llama: Path, warehouse: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Hello.")
+    options = ["--corpus", tmp_path / "short.txt", "--layout", "padded", "--skip-first-tokens", "20"]
+    says = ["No document of ", "is longer than --skip-first-tokens 20", "Lower --skip-first-tokens"]
+    refused(warehouse, "score", tiny_llama, *SCORE, *options, "--out", warehouse, says=says)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_refused(tiny_llama: Path, warehouse: Path) -> None:
+    says = ["--device cuda: torch sees no GPU here", "avss doctor", "--device cpu"]
+    refused(warehouse, "score", tiny_llama, *SCORE, "--device", "cuda", "--out", warehouse, says=says)
+
+
+@pytest.mark.parametrize("missing", ["--corpus", "--out"])
+def test_a_missing_option_is_named(missing: str, warehouse: Path) -> None:
+    options = {"--corpus": "builtin:pydoc", "--out": str(warehouse)}
+    given = [part for name, value in options.items() if name != missing for part in (name, value)]
+    refused(warehouse, "score", "any", *given, says=[f"Missing option '{missing}'"])
+
+
+# Reading.
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["show", "--run", "tiny-lama"], ["Unknown run 'tiny-lama'", "Did you mean 'tiny-llama-"]),
+        (["plot", "--run", "tiny-lama", "-o", "a.png"], ["Unknown run 'tiny-lama'", "Did you mean 'tiny-llama-"]),
+        (["show", "--site", "mpl"], ["Unknown site 'mpl'", "Did you mean 'mlp'?"]),
+        (["show", "--recipe", "pool"], ["Unknown recipe 'pool'", "Did you mean 'pooled'?"]),
+        (["show", "--recipe", "unit", "--site", "mlp"], ["No scores of site 'mlp' with recipe 'unit'", "Scored: "]),
+        (["show", "--threshold", "x"], ["'x' is not a threshold"]),
+        (["show", "--threshold", "2e-5"], ["No scores at threshold 2e-5", "Scored: 1e-06, 1e-05", "0.1rms"]),
+        (["plot", "-o", "a.pdf"], ["'a.pdf' does not say what to draw", ".png, .svg, .html"]),
+        (["plot", "-o", "/no/such/folder/a.svg"], ["/no/such/folder/a.svg cannot be written", "with -o"]),
+        (["query", "DROP TABLE scores"], ["DROP is not allowed in a query", "A query only reads"]),
+        (["query", "COPY scores TO 'a.csv'"], ["COPY is not allowed in a query"]),
+        (["query", "INSERT INTO runs SELECT * FROM runs"], ["INSERT is not allowed in a query"]),
+        (["query", "SELEC 1"], ['syntax error at or near "SELEC"', "Tables: runs, scores"]),
+        (["query", "SELECT layr FROM scores"], ['"layr" not found', "layer"]),
+        (["query", "FROM runs", "--format", "jsn"], ["Unknown format 'jsn'", "Did you mean 'json'?"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0] in ("show", "plot", "query") else "",
+)
+def test_a_wrong_question_is_refused(
+    args: list[str], says: list[str], warehouse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = files(tmp_path)
+    refused(warehouse, args[0], warehouse, *args[1:], says=says)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("args", [["show"], ["query", "FROM runs"], ["plot", "-o", "a.png"]])
+def test_a_folder_that_is_no_warehouse_is_named_and_left_alone(args: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    refused(folder, args[0], folder, *args[1:], says=[f"{folder} is not a warehouse", "avss score makes one"])
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("args", [["show"], ["query", "FROM runs"], ["plot", "-o", "a.png"], ["score"]])
+def test_a_newer_schema_is_refused(args: list[str], tiny_llama: Path, warehouse: Path) -> None:
+    (file,) = (warehouse / "runs").rglob("*.parquet")
+    table = pq.read_table(file, partitioning=None)
+    metadata = {**(table.schema.metadata or {}), b"avss_schema_version": str(SCHEMA_VERSION + 1).encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), file)
+    says = [f"Written by a newer avss_dist: schema {SCHEMA_VERSION + 1}", "pip install -U avss_dist"]
+    if args == ["score"]:
+        refused(warehouse, "score", tiny_llama, *SCORE, "--out", warehouse, says=says)
+    else:
+        refused(warehouse, args[0], warehouse, *args[1:], says=says)
+
+
+# Writing.
+
+
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        ("{file}/warehouse", ["Cannot write {file}/warehouse", "who may write there"]),
+        ("/proc/warehouse", ["Cannot write /proc/warehouse", "who may write there"]),
+        ("ftp://host/warehouse", ["Cannot open ftp://host/warehouse", "Give a folder, or an s3://"]),
+    ],
+)
+def test_an_unwritable_output_is_told_before_any_work(
+    out: str, says: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("avss_dist.runs.planner.resolve", lambda *_, **__: pytest.fail("the model was opened"))
+    file = tmp_path / "file"
+    file.write_text("kept")
+    args = ["score", "any", *SCORE, "--out", out.format(file=file)]
+    refused(tmp_path, *args, says=[part.format(file=file) for part in says])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@AS_ROOT
+def test_a_full_disk_keeps_shards_and_the_same_command_finishes(
+    tiny_llama: Path, small_disk: Path, undisturbed: Path
+) -> None:
+    out, ballast = small_disk / "warehouse", small_disk / "ballast"
+    shard = max(len(data) for name, data in files(undisturbed).items() if name.startswith("shard_stats/"))
+    out.mkdir()
+    ballast.write_bytes(bytes((1 << 20) - 8192 - 3 * shard // 2))  # room for one shard, not for three
+    command = ["score", tiny_llama, *SCORE, "--out", out]
+    code, output = avss(*command)
+    kept = [name for name in files(out) if name.startswith("shard_stats/")]
+    assert code == 2
+    assert "Traceback" not in output
+    assert f"Error: No space left on {out}." in output
+    assert f"Free some and run the same command again: {len(kept)} shard" in output and "kept." in output
+    assert 1 <= len(kept) < 3
+    ballast.unlink()
+    code, output = avss(*command)
+    assert code == 0
+    assert f"{len(kept)} of 3 shards from before" in output
+    assert_same_tables(out, undisturbed)
+
+
+@AS_ROOT
+def test_a_full_disk_ends_a_sweep_and_the_same_command_finishes(
+    tiny_llama: Path, tiny_bert: Path, small_disk: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Runs that were on their way fail; those after them are not begun, and no model of theirs is opened."""
+    copies = [shutil.copytree(tiny_llama, tmp_path / f"copy-{i}") for i in range(3)]
+    for copy in copies:
+        text = (copy / "config.json").read_text()
+        (copy / "config.json").write_text(text.replace("{", f'{{"copy": "{copy.name}",', 1))
+    models = [str(path) for path in (tiny_llama, tiny_bert, *copies)]
+
+    def job(out: Path) -> Path:
+        settings = dict(zip((name[2:].replace("-", "_") for name in SCORE[::2]), SCORE[1::2], strict=True))
+        corpus, executor = settings.pop("corpus"), settings.pop("executor")
+        what = {"warehouse": str(out), "models": models, "corpora": [corpus]}
+        file = tmp_path / f"{out.parent.name}.yaml"
+        settings = {name: int(value) if value.isdecimal() else value for name, value in settings.items()}
+        file.write_text(yaml.safe_dump({**what, "settings": settings, "execution": {"executor": executor}}))
+        return file
+
+    whole, out, ballast = tmp_path / "whole" / "w", small_disk / "w", small_disk / "ballast"
+    assert avss("run", job(whole))[0] == 0
+    shard = max(len(data) for name, data in files(undisturbed).items() if name.startswith("shard_stats/"))
+    ballast.write_bytes(bytes((1 << 20) - 8192 - 3 * shard // 2))
+    code, output = avss("run", job(out))
+    assert code == 1 and "Traceback" not in output
+    begun, not_begun = (output.count(f"failed. {says}o space left on {out}.\n") for says in ("N", "Not begun: n"))
+    assert begun >= 1 and not_begun >= 1 and begun + not_begun == 5 and ": 1 shard is kept." in output
+    kept = [name for name in files(out) if name.startswith("shard_stats/")]
+    assert 1 <= len(kept) < 3
+    ballast.unlink()
+    code, output = avss("run", job(out))
+    assert code == 0 and "5 done" in output
+    assert_same_tables(out, whole)
+
+
+@pytest.mark.parametrize("size", [0, 4, 1000, -1])
+def test_a_truncated_partial_is_measured_again(size: int, tiny_llama: Path, warehouse: Path, undisturbed: Path) -> None:
+    """A crash left no run's row, and a shard's file that is not whole."""
+    shutil.rmtree(warehouse / "runs")
+    partials = sorted((warehouse / "shard_stats").rglob("*.parquet"))
+    os.truncate(partials[1], size if size >= 0 else partials[1].stat().st_size - 1)
+    code, output = avss("score", tiny_llama, *SCORE, "--out", warehouse)
+    assert code == 0
+    assert "2 of 3 shards from before" in output
+    assert_same_tables(warehouse, undisturbed)
+
+
+def test_two_drivers_on_one_warehouse_agree(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "avss_dist", "score", tiny_llama, *SCORE, "--out", tmp_path / "warehouse"]
+    drivers = [
+        subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        for driver in drivers:
+            _, errors = driver.communicate(timeout=120)
+            assert (driver.returncode, errors) == (0, "")
+    finally:
+        for driver in drivers:
+            driver.kill()
+    assert_same_tables(tmp_path / "warehouse", undisturbed)
+    assert Warehouse(tmp_path / "warehouse").runs()["status"].to_pylist() == ["done"]
+    assert not list((tmp_path / "warehouse").rglob("*.tmp"))
+
+
+def test_a_mistake_in_a_process_is_two_lines_on_standard_error(run_avss: Avss, tmp_path: Path) -> None:
+    done = run_avss("score", "/no/such/model", *SCORE, "--out", tmp_path / "warehouse")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "Error: There is no folder '/no/such/model'.",
+        "Check the path, or name a hub id like org/name.",
+    ]
+    assert not files(tmp_path)

@@ -1,0 +1,243 @@
+"""What people start clusters with, checked as far as a machine without a cloud can."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+CLUSTER = Path(__file__).parents[2] / "cluster"
+SCRIPTS = sorted([*CLUSTER.rglob("*.sh"), *CLUSTER.rglob("*.sbatch")])
+MANIFESTS = sorted((CLUSTER / "kuberay").glob("*.yaml"))
+RAY_UP = sorted(CLUSTER.glob("*/cluster.yaml"))
+
+NAME = {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "maxLength": 63}
+QUANTITY = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)?(m|[KMGT]i?)?$"}]}
+RESOURCES = {"type": "object", "required": ["cpu", "memory"], "additionalProperties": QUANTITY}
+
+
+def strict(required: str, optional: str = "", **properties: Any) -> dict[str, Any]:
+    """The schema of an object that has these keys and no others."""
+    known = {name: properties.get(name, {}) for name in f"{required} {optional}".split()}
+    return {"type": "object", "required": required.split(), "properties": known, "additionalProperties": False}
+
+
+CONTAINER = strict(
+    "name image resources",
+    "ports env volumeMounts",
+    name=NAME,
+    resources=strict("requests limits", requests=RESOURCES, limits=RESOURCES),
+    env={"type": "array", "items": strict("name", "value valueFrom", value={"type": "string"})},
+    volumeMounts={"type": "array", "items": strict("name mountPath", "readOnly")},
+    ports={"type": "array", "items": strict("containerPort name", containerPort={"type": "integer"}, name=NAME)},
+)
+POD = strict(
+    "spec",
+    spec=strict(
+        "containers securityContext",
+        "serviceAccountName tolerations volumes",
+        containers={"type": "array", "items": CONTAINER, "minItems": 1},
+        securityContext={"properties": {"runAsNonRoot": {"const": True}}, "required": ["runAsNonRoot", "runAsUser"]},
+    ),
+)
+STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
+COUNT = {"type": "integer", "minimum": 0}
+RAY_CLUSTER = strict(
+    "rayVersion authOptions headGroupSpec workerGroupSpecs",
+    rayVersion={"type": "string", "pattern": r"^\d+\.\d+\.\d+$"},
+    authOptions=strict("mode", mode={"const": "token"}),
+    headGroupSpec=strict("rayStartParams template", rayStartParams=STRINGS, template=POD),
+    workerGroupSpecs={
+        "type": "array",
+        "minItems": 1,
+        "items": strict(
+            "groupName replicas minReplicas maxReplicas rayStartParams template",
+            groupName=NAME,
+            replicas=COUNT,
+            minReplicas=COUNT,
+            maxReplicas=COUNT,
+            rayStartParams=STRINGS,
+            template=POD,
+        ),
+    },
+)
+RAY_JOB = strict(
+    "entrypoint rayClusterSpec",
+    "submissionMode backoffLimit shutdownAfterJobFinishes ttlSecondsAfterFinished",
+    entrypoint={"type": "string", "pattern": "^avss run "},
+    submissionMode={"enum": ["K8sJobMode", "HTTPMode", "SidecarMode"]},
+    backoffLimit=COUNT,
+    ttlSecondsAfterFinished=COUNT,
+    rayClusterSpec=RAY_CLUSTER,
+)
+METADATA = strict("name", "labels", name=NAME, labels=STRINGS)
+KINDS = {"RayCluster": RAY_CLUSTER, "RayJob": RAY_JOB}
+
+
+def load(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
+def test_every_folder_says_what_it_is_and_is_on_the_map() -> None:
+    folders = sorted(path for path in CLUSTER.iterdir() if path.is_dir())
+    assert {f.name for f in folders} >= {"kuberay", "aws", "gcp", "slurm", "docker"}
+    for folder in folders:
+        assert (folder / "README.md").read_text().startswith("# ")
+        assert f"[{folder.name}]({folder.name})" in (CLUSTER / "README.md").read_text(), folder
+
+
+@pytest.mark.parametrize("path", sorted(CLUSTER.rglob("README.md")), ids=lambda p: str(p.relative_to(CLUSTER)))
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: p.name)
+def test_kuberay_manifests_have_the_keys_of_their_kind(path: Path) -> None:
+    """The keys are KubeRay's (ray.io/v1) that are used here; another one is a slip."""
+    manifest = load(path)
+    spec = KINDS[manifest["kind"]]
+    jsonschema.validate(
+        manifest,
+        strict("apiVersion kind metadata spec", apiVersion={"const": "ray.io/v1"}, metadata=METADATA, spec=spec),
+    )
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: p.name)
+def test_kuberay_groups_agree_with_themselves(path: Path) -> None:
+    spec = load(path)["spec"]
+    spec = spec.get("rayClusterSpec", spec)
+    groups = spec["workerGroupSpecs"]
+    pods = [spec["headGroupSpec"]["template"]["spec"], *(group["template"]["spec"] for group in groups)]
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0", "no worker beside the driver"
+    assert len({group["groupName"] for group in groups}) == len(groups)
+    for group in groups:
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    for pod in pods:
+        volumes = [volume["name"] for volume in pod["volumes"]]
+        for container in pod["containers"]:
+            assert container["resources"]["requests"] == container["resources"]["limits"], "nothing is taken away later"
+            assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
+            assert not any("TOKEN" in variable["name"] and "value" in variable for variable in container["env"])
+    gpus = [pod["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0) for pod in pods]
+    assert gpus[0] == 0 and all(gpus[1:])
+    assert len({container["image"] for pod in pods for container in pod["containers"]}) == 1
+
+
+def test_the_manifests_name_the_ray_of_the_image() -> None:
+    (version,) = re.findall(r"^ARG RAY_VERSION=(\S+)$", (CLUSTER / "docker" / "Dockerfile").read_text(), re.MULTILINE)
+    for path in MANIFESTS:
+        spec = load(path)["spec"]
+        assert spec.get("rayClusterSpec", spec)["rayVersion"] == version
+
+
+@pytest.mark.parametrize("path", RAY_UP, ids=lambda p: p.parent.name)
+def test_ray_up_takes_the_configuration(path: Path) -> None:
+    """Ray's own defaults, schema and checks."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    assert path.parent.name == load(path)["provider"]["type"]
+    config = prepare_config(load(path))
+    validate_config(config)
+    assert config["setup_commands"] == [], "what is in the image is not installed again, from who knows where"
+    types = config["available_node_types"]
+    assert sum(kind.get("max_workers", 0) for kind in types.values()) <= config["max_workers"]
+    assert types[config["head_node_type"]]["resources"]["CPU"] == 0
+    for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
+        (start,) = [command for command in commands if "ray start" in command]
+        assert start.startswith("RAY_AUTH_MODE=token ")
+    assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
+    assert list(config["file_mounts"]) == ["/home/avss/.ray/auth_token"]
+
+
+def test_a_slip_in_a_ray_up_configuration_is_seen() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = load(RAY_UP[0]) | {"max_worker": 3}
+    with pytest.raises(jsonschema.ValidationError, match="max_worker"):
+        validate_config(prepare_config(config))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_scripts_are_sound(path: Path) -> None:
+    """bash reads them, shellcheck has nothing to say, they stop at the first failure, and can be started."""
+    subprocess.run(["bash", "-n", path], check=True)
+    shellcheck = shutil.which(
+        "shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    )
+    assert shellcheck, "pip install 'avss_dist[test]' has it"
+    found = subprocess.run([shellcheck, "--shell=bash", path], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+    assert path.read_text().startswith("#!/usr/bin/env bash\n") and "set -euo pipefail" in path.read_text()
+    assert path.stat().st_mode & stat.S_IXUSR
+
+
+def test_the_image_is_pinned_and_runs_without_rights() -> None:
+    text = re.sub(r"\\\n", " ", (CLUSTER / "docker" / "Dockerfile").read_text())
+    steps = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
+    (base,) = [rest for step, rest in steps if step == "FROM"]
+    assert re.fullmatch(r"[\w./-]+:\d[\w.-]+", base), "a version, not 'latest'"
+    users = [rest for step, rest in steps if step == "USER"]
+    assert users and re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1])
+    last = max(i for i, (step, _) in enumerate(steps) if step == "USER")
+    assert not any(step in ("RUN", "USER") and "sudo" in rest for step, rest in steps)
+    assert [step for step, _ in steps[last:]].count("RUN") == 1, "pip installs as the user"
+    copied = [source for step, rest in steps if step == "COPY" for source in rest.split()[1:-1]]
+    allowed = (CLUSTER / "docker" / "Dockerfile.dockerignore").read_text().splitlines()
+    for source in copied:
+        assert (CLUSTER.parent / source).exists() and f"!{source}" in allowed
+    assert not re.search(r"(TOKEN|SECRET|PASSWORD|KEY)\s*=", text)
+
+
+def alone(*command: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command that sees no process but its own, so that its ``ray stop`` ends no other Ray."""
+    return subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", "--kill-child", *command],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+
+
+@pytest.mark.slow
+def test_a_slurm_node_starts_ray_runs_the_job_and_stops(tiny_llama: Path, tmp_path: Path) -> None:
+    """The script of a node, as the only one of its allocation: a real ``ray symmetric-run`` of a real job file."""
+    if not shutil.which("unshare") or alone("true", env=dict(os.environ)).returncode:
+        pytest.skip("needs unprivileged namespaces: symmetric-run ends with 'ray stop'")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    job = {
+        "warehouse": str(tmp_path / "warehouse"),
+        "models": [str(tiny_llama)],
+        "corpora": ["builtin:pydoc"],
+        "settings": {"max_sequences": 8, "sequence_length": 64},
+    }
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef" * 4)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM_"))}
+    env = clean | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "AVSS_JOB": str(tmp_path / "job.yaml"),
+        "AVSS_HEAD": "127.0.0.1",
+        "AVSS_PORT": str(port),
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_CPUS_PER_TASK": "1",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+    }
+    done = alone("bash", str(CLUSTER / "slurm" / "node.sh"), env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list((tmp_path / "warehouse" / "runs").rglob("*.parquet")), done.stdout + done.stderr

@@ -1,0 +1,586 @@
+"""The corpus plan: packing against an oracle, every kind of source, streaming, fingerprints, and error texts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from pyarrow import fs, parquet
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from avss_dist.corpus import shards as corpus
+from avss_dist.corpus import sources
+from avss_dist.corpus.shards import CorpusPlan, Shard, plan
+from avss_dist.corpus.sources import Source, corpus_fingerprint, documents
+from avss_dist.errors import CorpusError
+from avss_dist.settings import Settings
+
+WORDS = [f"w{i}" for i in range(20)]
+EOS, PAD, BOS = 1, 2, 3
+TEXTS = ["w0 w1 w2", "w3", "w4 w5 w6 w7 w8 w9", "w10 w11"]
+
+
+def word_tokenizer(*, eos: bool = True, pad: bool = True, add: str = "$A") -> PreTrainedTokenizerFast:
+    names = ["<unk>", "<eos>", "<pad>", "<bos>", *WORDS]
+    inner = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.TemplateProcessing(single=add, special_tokens=[("<bos>", BOS), ("<eos>", EOS)])
+    special = {"eos_token": "<eos>"} if eos else {}
+    special |= {"pad_token": "<pad>"} if pad else {}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", model_max_length=4, **special)
+
+
+TOKENIZER = word_tokenizer()
+SMALL = Settings(sequence_length=4, sequences_per_shard=2)
+
+
+def word_ids(text: str) -> list[int]:
+    return [4 + int(word[1:]) for word in text.split()]
+
+
+def packed_oracle(texts: list[str], length: int) -> list[list[int]]:
+    stream = [token for text in texts for token in [*word_ids(text), EOS]]
+    return [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
+
+
+def rows_of(planned: CorpusPlan) -> list[list[int]]:
+    return [
+        row[:length].tolist()
+        for shard in planned.shards
+        for row, length in zip(shard.input_ids, shard.lengths, strict=True)
+    ]
+
+
+def write_jsonl(path: Path, texts: list[str], field: str = "text") -> str:
+    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts))
+    return str(path)
+
+
+def write_parquet(path: Path, texts: list[Any], column: str = "text") -> str:
+    parquet.write_table(pa.table({column: texts, "n": range(len(texts))}), path, row_group_size=2)
+    return str(path)
+
+
+def fails(call: Any, *parts: str) -> CorpusError:
+    """Expect a CorpusError whose text holds every part."""
+    with pytest.raises(CorpusError) as caught:
+        call()
+    for part in parts:
+        assert part in str(caught.value)
+    return caught.value
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> str:
+    return write_jsonl(tmp_path / "c.jsonl", TEXTS)
+
+
+# Layouts
+
+
+def test_packed_rows_equal_the_oracle(jsonl: str) -> None:
+    planned = plan(jsonl, TOKENIZER, SMALL)
+    assert rows_of(planned) == packed_oracle(TEXTS, 4)
+    assert [s.shard_id for s in planned.shards] == list(range(len(planned.shards)))
+    assert (planned.num_sequences, planned.num_tokens, planned.num_documents) == (4, 16, 4)
+    assert {len(s.lengths) for s in planned.shards} == {2}
+    assert all(s.input_ids.dtype == s.lengths.dtype == np.int32 for s in planned.shards)
+
+
+texts_lists = st.lists(st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join), min_size=1, max_size=12)
+
+
+@given(texts=texts_lists, length=st.integers(1, 9), per_shard=st.integers(1, 5), limit=st.none() | st.integers(1, 9))
+@hypothesis_settings(max_examples=60, deadline=None)
+def test_packing_invariants(texts: list[str], length: int, per_shard: int, limit: int | None) -> None:
+    settings = Settings(sequence_length=length, sequences_per_shard=per_shard, max_sequences=limit)
+    expected = packed_oracle(texts, length)[:limit]
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_jsonl(Path(folder) / "c.jsonl", texts)
+        if not expected or not any(texts):
+            fails(lambda: plan(source, TOKENIZER, settings))
+            return
+        try:
+            planned = plan(source, TOKENIZER, settings)
+        except CorpusError:
+            assert limit and not any(texts[: limit * length])  # only blank texts were read
+            return
+    assert rows_of(planned) == expected
+    assert [s.num_sequences for s in planned.shards[:-1]] == [per_shard] * (len(planned.shards) - 1)
+    assert planned.num_tokens == len(expected) * length
+
+
+@given(texts=texts_lists, length=st.integers(1, 9), skip=st.integers(0, 4), batch_size=st.integers(1, 5))
+@hypothesis_settings(max_examples=60, deadline=None)
+def test_padded_invariants(texts: list[str], length: int, skip: int, batch_size: int) -> None:
+    skip = min(skip, length - 1)
+    settings = Settings(sequence_length=length, sequences_per_shard=3, layout="padded", skip_first_tokens=skip)
+    expected = [ids[:length] for ids in map(word_ids, texts) if ids]
+    observed = [row[skip:] for row in expected]
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_jsonl(Path(folder) / "c.jsonl", texts)
+        if not any(observed):
+            fails(lambda: plan(source, TOKENIZER, settings))
+            return
+        planned = plan(source, TOKENIZER, settings)
+    assert rows_of(planned) == expected
+    assert planned.num_tokens == sum(map(len, observed))
+    batches = [batch for shard in planned.shards for batch in shard.batches(batch_size)]
+    seen = [(row, mask) for b in batches for row, mask in zip(b.input_ids, b.attention_mask, strict=True)]
+    assert [row[mask].tolist() for row, mask in seen] == expected
+    counted = [row[mask].tolist() for b in batches for row, mask in zip(b.input_ids, b.observed, strict=True)]
+    assert counted == observed
+    for b in batches:
+        assert b.input_ids.dtype == np.int32 and b.attention_mask.dtype == b.observed.dtype == bool
+        assert b.input_ids.shape == b.attention_mask.shape == b.observed.shape
+        assert b.attention_mask[:, -1].any() and len(b.input_ids) <= batch_size
+        assert (b.input_ids[~b.attention_mask] == PAD).all()
+
+
+def test_batches_are_as_wide_as_their_longest_row(jsonl: str) -> None:
+    settings = Settings(sequence_length=32, layout="padded")
+    (shard,) = plan(jsonl, TOKENIZER, settings).shards
+    assert shard.input_ids.shape == (4, 32)
+    assert [b.input_ids.shape for b in shard.batches(2)] == [(2, 3), (2, 6)]
+
+
+def test_a_batch_is_the_callers_own(jsonl: str) -> None:
+    (shard,) = plan(jsonl, TOKENIZER, Settings(sequence_length=4)).shards
+    next(shard.batches(8)).input_ids[:] = 99
+    assert not (shard.input_ids == 99).any()
+
+
+def test_skip_first_tokens_counts_per_row(jsonl: str) -> None:
+    planned = plan(jsonl, TOKENIZER, replace(SMALL, skip_first_tokens=1))
+    assert planned.num_tokens == 4 * 3
+    observed = next(planned.shards[0].batches(2)).observed
+    assert observed.tolist() == [[False, True, True, True]] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "expected"),
+    [
+        ({}, "w0 w1", [4, 5, EOS]),
+        ({"eos": False}, "w0 w1", [4, 5]),
+        ({"add": "$A <eos>"}, "w0 w1", [4, 5, EOS]),
+        ({"add": "<bos> $A"}, "w0 w1", [BOS, 4, 5, EOS]),
+        ({}, "w0 <eos>", [4, EOS]),
+    ],
+)
+def test_eos_ends_a_document_once(tmp_path: Path, options: dict[str, Any], text: str, expected: list[int]) -> None:
+    source = write_jsonl(tmp_path / "c.jsonl", [text, text])
+    planned = plan(source, word_tokenizer(**options), Settings(sequence_length=len(expected)))
+    assert rows_of(planned) == [expected, expected]
+
+
+def test_an_empty_document_is_an_eos_when_packed_and_nothing_when_padded(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "c.jsonl", ["w0", "", "w1"])
+    assert rows_of(plan(source, TOKENIZER, Settings(sequence_length=5))) == [[4, EOS, EOS, 5, EOS]]
+    padded = plan(source, TOKENIZER, Settings(sequence_length=5, layout="padded"))
+    assert rows_of(padded) == [[4], [5]]
+    assert padded.num_documents == 3
+
+
+@pytest.mark.parametrize(("options", "pad"), [({}, PAD), ({"pad": False}, EOS), ({"pad": False, "eos": False}, 0)])
+def test_pad_id_falls_back_to_eos_then_zero(jsonl: str, options: dict[str, bool], pad: int) -> None:
+    (shard,) = plan(jsonl, word_tokenizer(**options), Settings(sequence_length=3, layout="padded")).shards
+    assert shard.input_ids[1].tolist() == [7, pad, pad]
+
+
+def test_content_hash_ignores_padding_and_sees_tokens_lengths_and_skip(jsonl: str, tmp_path: Path) -> None:
+    padded = Settings(sequence_length=8, layout="padded")
+
+    def hash_of(source: str, settings: Settings = padded, **options: bool) -> str:
+        return plan(source, word_tokenizer(**options), settings).shards[0].content_hash
+
+    assert hash_of(jsonl) == hash_of(jsonl, pad=False)
+    assert len(hash_of(jsonl)) == 64
+    other = write_jsonl(tmp_path / "o.jsonl", ["w0 w1", "w2 w3", *TEXTS[2:]])  # same tokens, cut elsewhere
+    assert len({hash_of(jsonl), hash_of(other), hash_of(jsonl, replace(padded, skip_first_tokens=1))}) == 3
+
+
+# Determinism
+
+
+def signature(planned: CorpusPlan) -> tuple[Any, ...]:
+    return planned.tokens_fingerprint, planned.corpus_fingerprint, rows_of(planned), planned.num_documents
+
+
+def test_plans_are_deterministic_and_independent_of_grouping(jsonl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    limited = replace(SMALL, max_sequences=2)
+    whole, part = signature(plan(jsonl, TOKENIZER, SMALL)), signature(plan(jsonl, TOKENIZER, limited))
+    assert signature(plan(jsonl, TOKENIZER, SMALL)) == whole
+    for documents_, characters in [(1, 1 << 20), (2, 1 << 20), (64, 1), (64, 9)]:
+        monkeypatch.setattr(corpus, "GROUP_DOCUMENTS", documents_)
+        monkeypatch.setattr(corpus, "GROUP_CHARACTERS", characters)
+        assert signature(plan(jsonl, TOKENIZER, SMALL)) == whole
+        assert signature(plan(jsonl, TOKENIZER, limited)) == part
+
+
+def test_a_tokenizer_left_truncating_and_padding_does_not_matter(jsonl: str) -> None:
+    configured = word_tokenizer()
+    configured(["w0 w1 w2"], truncation=True, max_length=2, padding="max_length")
+    assert signature(plan(jsonl, configured, SMALL)) == signature(plan(jsonl, TOKENIZER, SMALL))
+
+
+def test_no_warning_about_long_sequences(jsonl: str, caplog: pytest.LogCaptureFixture) -> None:
+    plan(jsonl, word_tokenizer(), SMALL)  # its model_max_length is 4
+    assert not caplog.records
+
+
+def test_progress_tells_the_sequences_so_far(jsonl: str) -> None:
+    told: list[int] = []
+    plan(jsonl, TOKENIZER, replace(SMALL, max_sequences=3), progress=told.append)
+    assert told == [2, 3]
+
+
+def test_importing_corpus_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, avss_dist.corpus.shards; print(*{'torch', 'transformers', 'ray', 'datasets'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.strip() == ""
+
+
+# Sources
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+@pytest.mark.parametrize("glob", [False, True])
+def test_files_local_and_by_uri(tmp_path: Path, scheme: str, glob: bool) -> None:
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    write_jsonl(folder / "b c.jsonl", ["b1", "b2"], "body")
+    write_jsonl(folder / "a.jsonl", ["a1"], "body")
+    write_jsonl(folder / ".hidden.jsonl", ["no"], "body")
+    (folder / "dir.jsonl").mkdir()
+    path = f"{folder}/{'*.jsonl' if glob else 'b c.jsonl'}"
+    uri = scheme + path.replace(" ", "%20")
+    assert list(documents(f"{uri if scheme else path}:body")) == (["a1", "b1", "b2"] if glob else ["b1", "b2"])
+
+
+def test_a_glob_crosses_folders_and_is_sorted(tmp_path: Path) -> None:
+    for name in ("z/1.txt", "a/2.txt", "a/1.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    expected = ["a/1.txt", "a/2.txt", "z/1.txt"]
+    assert list(documents(f"{tmp_path}/*/?.txt")) == list(documents(f"file://{tmp_path}/**/*.txt")) == expected
+
+
+def test_a_file_whose_name_looks_like_a_glob(tmp_path: Path) -> None:
+    assert list(documents(write_jsonl(tmp_path / "c[1].jsonl", ["x"]))) == ["x"]
+
+
+def test_relative_paths_and_home(jsonl: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert list(documents("c.jsonl")) == list(documents("*.jsonl")) == list(documents("~/c.jsonl")) == TEXTS
+
+
+def test_text_is_one_document_as_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "c.TXT"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\n\n\xc3\xa9 end")
+    assert list(documents(str(path))) == ["one\r\ntwo\n\n\u00e9 end"]
+
+
+def test_a_long_text_is_read_in_pieces_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "TEXT_PIECE_BYTES", 7)
+    path = tmp_path / "c.txt"
+    path.write_text("\u00e9\u00e9\u00e9\u00e9 1\nw2\nlong line w3\nw4")
+    assert list(documents(str(path))) == ["\u00e9\u00e9\u00e9\u00e9 1\n", "w2\nlong line w3\n", "w4"]
+    path.write_bytes(b"line 1\nline 2\nbad \xff\n")
+    fails(lambda: list(documents(str(path))), f"{path}: byte 18 is not UTF-8.")
+
+
+def test_jsonl_lines(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"text": "a\\u2028b\xe2\x80\xa8c"}\r\n\n  \n{"text": "", "other": 1}\n{"text":"last"}'
+    )
+    assert list(documents(str(path))) == ["a\u2028b\u2028c", "", "last"]
+    assert list(documents(f"{path}:")) == list(documents(f"{path}:text"))
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
+def test_parquet_columns(tmp_path: Path, kind: pa.DataType) -> None:
+    column = pa.array(TEXTS, pa.string()).cast(kind)
+    source = write_parquet(tmp_path / "c.parquet", column, "body")
+    assert list(documents(f"{source}:body")) == TEXTS
+    assert list(documents(f"file://{source}:body")) == TEXTS
+
+
+def test_builtin_pydoc() -> None:
+    texts = list(documents("builtin:pydoc"))
+    assert len(texts) > 50 and all(texts)
+    assert texts == list(documents("builtin:pydoc"))
+    assert corpus_fingerprint("builtin:pydoc") == corpus_fingerprint("builtin:pydoc")
+    assert plan("builtin:pydoc", TOKENIZER, Settings(max_sequences=3)).num_sequences == 3
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> str:
+    pytest.importorskip("datasets")
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", TEXTS)
+    write_jsonl(folder / "test.jsonl", ["t1", "t2"])
+    return str(folder)
+
+
+def test_hf_streams_a_dataset(hub: str) -> None:
+    assert list(documents(f"hf:{hub}")) == TEXTS
+    assert list(documents(f"hf:{hub}::test")) == list(documents(f"hf:{hub}:default:test:text")) == ["t1", "t2"]
+    assert rows_of(plan(f"hf:{hub}", TOKENIZER, SMALL)) == packed_oracle(TEXTS, 4)
+
+
+def test_hf_fingerprint_follows_content_and_split(hub: str) -> None:
+    before = corpus_fingerprint(f"hf:{hub}")
+    assert corpus_fingerprint(f"hf:{hub}") == before != corpus_fingerprint(f"hf:{hub}::test")
+    write_jsonl(Path(hub) / "train.jsonl", ["other"])
+    assert corpus_fingerprint(f"hf:{hub}") != before
+
+
+def test_hf_errors(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fails(lambda: list(documents(f"hf:{hub}::dev")), "Bad split: dev", "'train'", "Check the name")
+    fails(lambda: list(documents(f"hf:{hub}:nope")), "'nope' not found. Available: ['default']")
+    fails(lambda: list(documents(f"hf:{hub}:::txt")), "row 1: no field 'txt'.", "Did you mean 'text'?")
+    fails(lambda: list(documents("hf:")), "'hf:' is not a corpus source.")
+    fails(lambda: list(documents("hf:a:b:c:d:e")), "'hf:a:b:c:d:e' is not a corpus source.")
+    write_jsonl(Path(hub) / "train.jsonl", [5])  # type: ignore[list-item]
+    fails(lambda: list(documents(f"hf:{hub}")), "row 1: 'text' is not text but 5.")
+
+    def offline(*_: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset_builder", offline)
+    fails(lambda: corpus_fingerprint("hf:name"), "hf:name cannot be read: no network", "hf auth login")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    fails(lambda: documents("hf:name"), "hf:name needs the package datasets.", "pip install 'avss_dist[hf]'")
+
+
+# Fingerprints
+
+
+def test_fingerprint_is_the_content_and_the_field(jsonl: str, tmp_path: Path) -> None:
+    first = corpus_fingerprint(jsonl)
+    copy = shutil.copy(jsonl, str(tmp_path / "another name.jsonl"))
+    assert (
+        corpus_fingerprint(copy)
+        == corpus_fingerprint(f"file://{jsonl}")
+        == corpus_fingerprint(f"{jsonl}:text")
+        == first
+    )
+    assert corpus_fingerprint(f"{jsonl}:other") != first
+    assert len(first) == 64
+    write_jsonl(Path(jsonl), [*TEXTS, "more"])
+    assert corpus_fingerprint(jsonl) != first
+
+
+def test_fingerprint_knows_where_files_end(tmp_path: Path) -> None:
+    def fingerprint_of(*texts: str) -> str:
+        for i, text in enumerate(texts):
+            (tmp_path / f"{i}.txt").write_text(text)
+        return corpus_fingerprint(f"{tmp_path}/*.txt")
+
+    assert len({fingerprint_of("a\n", "b"), fingerprint_of("a", "\nb"), fingerprint_of("b", "a\n")}) == 3
+
+
+def test_fingerprints_and_limits(jsonl: str) -> None:
+    whole, part = plan(jsonl, TOKENIZER, SMALL), plan(jsonl, TOKENIZER, replace(SMALL, max_sequences=2))
+    assert whole.corpus_fingerprint == part.corpus_fingerprint == corpus_fingerprint(jsonl)
+    assert whole.tokens_fingerprint != part.tokens_fingerprint
+    assert whole.shards[0].content_hash == part.shards[0].content_hash
+
+
+def test_remote_fingerprint_is_path_size_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No bytes are read: the mock file system is given other bytes of the same size and time."""
+
+    def mock(data: bytes, hour: int) -> fs.FileSystem:
+        import datetime
+
+        remote = fs._MockFileSystem(datetime.datetime(2025, 1, 1, hour))
+        remote.create_dir("bucket")
+        for name in ("a", "b"):
+            with remote.open_output_stream(f"bucket/{name}.txt") as stream:
+                stream.write(data)
+        return remote
+
+    def fingerprint_of(data: bytes, hour: int, source: str = "s3://bucket/*.txt") -> str:
+        monkeypatch.setattr(sources, "_filesystem", lambda path: (mock(data, hour), path.removeprefix("s3://")))
+        assert set(documents(source)) == {data.decode()}
+        return corpus_fingerprint(source)
+
+    first = fingerprint_of(b"one", 1)
+    assert fingerprint_of(b"two", 1) == first
+    assert (
+        len(
+            {
+                first,
+                fingerprint_of(b"three", 1),
+                fingerprint_of(b"one", 2),
+                fingerprint_of(b"one", 1, "s3://bucket/a.txt"),
+            }
+        )
+        == 4
+    )
+
+
+# Streaming
+
+
+@pytest.mark.parametrize("group", [1, 64])
+def test_a_bad_tail_is_not_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int) -> None:
+    monkeypatch.setattr(corpus, "GROUP_DOCUMENTS", group)
+    path = tmp_path / "c.jsonl"
+    write_jsonl(path, TEXTS)
+    with path.open("a") as file:
+        file.write("{broken\n")
+    planned = plan(str(path), TOKENIZER, replace(SMALL, max_sequences=4))
+    assert rows_of(planned) == packed_oracle(TEXTS, 4)
+    fails(lambda: plan(str(path), TOKENIZER, replace(SMALL, max_sequences=5)), f"{path}, line 5 is not JSON")
+
+
+def test_reading_stops_when_there_are_rows_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = 0
+
+    def endless() -> Iterator[str]:
+        nonlocal read
+        while True:
+            read += 1
+            yield "w0 w1 w2"
+
+    monkeypatch.setattr(corpus, "open_source", lambda _: Source(endless, lambda: "f"))
+    planned = plan("endless.txt", TOKENIZER, Settings(sequence_length=8, max_sequences=100))
+    assert (planned.num_sequences, planned.num_documents) == (100, 200)
+    assert read <= 200 + corpus.GROUP_DOCUMENTS
+
+
+def test_memory_stays_bounded(tmp_path: Path) -> None:
+    """200 MB of text are streamed and fingerprinted in a process that may grow by less than a third of it."""
+    (tmp_path / "c.jsonl").write_bytes((json.dumps({"text": "x" * 9980}).encode() + b"\n") * 20_000)
+    code = (
+        "import sys; from avss_dist.corpus.sources import documents, corpus_fingerprint as f\n"
+        "from avss_dist.system.memory import peak_memory as peak\n"
+        "next(documents(sys.argv[1])); before = peak(); n = sum(1 for _ in documents(sys.argv[1])); f(sys.argv[1])\n"
+        "print(n, peak() - before)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "c.jsonl")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    count, grown = map(int, result.stdout.split())
+    assert count == 20_000 and grown < 60e6
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{broken", "is not JSON: Expecting property name enclosed in double quotes: column 2 (char 1)."),
+        (b"[" * 100_000, "is not JSON: "),
+        (b"[1]", 'is not a JSON object.\nWrite it as {"text": "..."}.'),
+        (b'{"txt": "x", "id": 1}', ": no field 'text'.\nDid you mean 'txt'? Valid: txt, id."),
+        (b'{"text": 5}', ": 'text' is not text but 5."),
+        (b'{"text": null}', ": 'text' is not text but None."),
+        (b'{"text": "\\ud800"}', ": 'text' is not text but '\\ud800'."),
+        (b'{"text": "\xff"}', ": byte 10 is not UTF-8."),
+    ],
+)
+def test_bad_jsonl_lines(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(b'{"text": "good"}\n\n' + line + b"\n")
+    fails(lambda: list(documents(str(path))), f"{path}, line 3{'' if message.startswith(':') else ' '}{message}")
+
+
+def test_bad_parquet(tmp_path: Path) -> None:
+    source = write_parquet(tmp_path / "c.parquet", ["a", None])
+    fails(
+        lambda: list(documents(f"{source}:txt")), f"{source}: no column 'txt'.", "Did you mean 'text'? Valid: text, n."
+    )
+    fails(lambda: list(documents(source)), f"{source}, row 2: 'text' is not text but None.")
+    fails(lambda: list(documents(f"{source}:n")), f"{source}, row 1: 'n' is not text but 0.")
+    Path(source).write_bytes(b"not parquet at all")
+    fails(lambda: list(documents(source)), f"{source} cannot be read: ", "Check that the file is there, whole")
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        ("data.json:body", ["'data.json:body' is not a corpus source.", "Did you mean '.jsonl'?", "hf:NAME"]),
+        ("data.csv", ["Valid: .txt, .jsonl, .parquet.", "builtin:pydoc"]),
+        ("wikitext", ["'wikitext' is not a corpus source.\nSources: file.txt, "]),
+        ("", ["'' is not a corpus source."]),
+        ("builtin:pydocs", ["Unknown builtin corpus 'pydocs'.", "Did you mean 'pydoc'?"]),
+        ("ftp://host/a.txt", ["ftp://host/a.txt cannot be read: Unrecognized filesystem type"]),
+        ("missing.jsonl", ["missing.jsonl: no such file.", "working directory"]),
+        ("missing/*.jsonl:body", ["missing/*.jsonl: no such file."]),
+        ("file:///missing.txt", ["file:///missing.txt: no such file."]),
+    ],
+)
+def test_unknown_sources(source: str, parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for call in (documents, corpus_fingerprint, lambda s: plan(s, TOKENIZER, SMALL)):
+        fails(lambda call=call: call(source), *parts)  # type: ignore[misc]
+
+
+def test_a_directory_and_a_field_of_a_text(tmp_path: Path) -> None:
+    (tmp_path / "c.parquet").mkdir()
+    fails(lambda: documents(f"{tmp_path}/c.parquet"), "c.parquet is a directory.", "c.parquet/*.parquet'")
+    fails(lambda: documents("c.txt:body"), "'c.txt:body': a text file has no field.", "Write c.txt alone.")
+
+
+def test_a_file_that_goes_away(jsonl: str) -> None:
+    reading = documents(jsonl)
+    os.remove(jsonl)
+    fails(lambda: next(reading), f"{jsonl} cannot be read: ", "Check that the file is there")
+
+
+def test_a_forbidden_file(jsonl: str) -> None:
+    os.chmod(jsonl, 0)
+    if os.access(jsonl, os.R_OK):
+        pytest.skip("this user may read everything")
+    fails(lambda: list(documents(jsonl)), f"{jsonl} cannot be read: ", "Permission denied", "yours to read")
+
+
+def test_too_little_text(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "c.jsonl", ["w0 w1", "w2"])
+    message = f"{source} is 5 tokens long, too short for one sequence of 6."
+    fails(lambda: plan(source, TOKENIZER, Settings(sequence_length=6)), message, "smaller --sequence-length", "padded")
+    settings = Settings(sequence_length=6, layout="padded", skip_first_tokens=2)
+    fails(lambda: plan(source, TOKENIZER, settings), f"No document of {source} is longer than --skip-first-tokens 2")
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("texts", [[], ["", " \n"]])
+def test_no_text(tmp_path: Path, texts: list[str], layout: str) -> None:
+    source = write_jsonl(tmp_path / "c.jsonl", texts)
+    settings = Settings(sequence_length=1, layout=layout)
+    fails(lambda: plan(source, TOKENIZER, settings), f"{source} holds no text (documents read: {len(texts)}).")
+
+
+def test_an_empty_text_file(tmp_path: Path) -> None:
+    (tmp_path / "c.txt").touch()
+    fails(lambda: plan(f"{tmp_path}/c.txt", TOKENIZER, SMALL), "holds no text (documents read: 0).")
+
+
+def test_a_shard_of_rows_within_the_skip_counts_nothing() -> None:
+    ids, lengths = np.zeros((2, 4), np.int32), np.array([1, 4], np.int32)
+    shard = Shard(shard_id=0, input_ids=ids, lengths=lengths, skip_first_tokens=2, content_hash="")
+    assert (shard.num_tokens, shard.num_sequences) == (2, 2)

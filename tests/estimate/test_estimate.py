@@ -1,0 +1,284 @@
+"""The estimate: peak memory against a fresh process's, what fits and what does not, and that no weight is read."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from support.checkpoints import VOCABULARY, llama
+
+import avss_dist.estimate.estimate
+from avss_dist.errors import AvssError, ConfigError, CorpusError, ModelError
+from avss_dist.estimate.benchmark import Calibration, Cost, shortened
+from avss_dist.estimate.estimate import ORDER, Arithmetic, Estimate, Machine, Row, estimate
+from avss_dist.models.size import footprint
+from avss_dist.report.terminal.estimate import describe_seconds, estimate_table, summary
+from avss_dist.settings import Execution, Settings
+
+pytestmark = pytest.mark.timeout(240)
+
+SETTINGS = Settings(max_sequences=6, sequence_length=32, batch_size=2, sequences_per_shard=4, device="cpu")
+Save = Callable[[Any, Path], Path]
+
+
+@pytest.fixture(scope="module")
+def header_only(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose weights file ends after its header."""
+    folder = tmp_path_factory.mktemp("header-only")
+    for file in tiny_llama.iterdir():
+        content = file.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little") if file.suffix == ".safetensors" else len(content)
+        (folder / file.name).write_bytes(content[:end])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def guess(header_only: Path) -> Estimate:
+    return estimate(str(header_only), "builtin:pydoc", SETTINGS)
+
+
+def test_no_weight_is_read(guess: Estimate) -> None:
+    """`guess` is of a checkpoint that has none."""
+    assert guess.num_parameters == sum(p.numel() for p in llama().parameters())
+    assert [row.partition for row in guess.rows] == list(ORDER)
+    assert [row.ranks for row in guess.rows] == [1, 1, 1, 2, 2]
+
+
+def test_the_plan_is_that_of_a_run(guess: Estimate) -> None:
+    assert (guess.num_sequences, guess.num_tokens, guess.num_shards) == (6, 6 * 32, 2)
+    assert guess.flops > 2 * guess.num_tokens * guess.num_layers * 3 * 32 * 48
+    assert all(row.seconds > 0 and row.device_bytes > guess.weight_bytes for row in guess.rows)
+
+
+def test_it_is_json(guess: Estimate) -> None:
+    read = json.loads(json.dumps(guess.as_dict()))
+    assert read["rows"][0] == {
+        "partition": "single",
+        "ranks": 1,
+        "device_bytes": guess.rows[0].device_bytes,
+        "host_bytes": guess.rows[0].host_bytes,
+        "fits": True,
+        "seconds": guess.rows[0].seconds,
+        "why": "175 kB of weights stay in memory",
+    }
+
+
+def test_the_table_has_every_partition(guess: Estimate) -> None:
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(estimate_table(guess))
+    text = console.export_text()
+    assert all(row.partition in text for row in guess.rows)
+    assert "single fits: about" in text and "192 tokens in 2 shards" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.04, "0.0 s"), (12.4, "12 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (7260, "2 h 1 min")],
+)
+def test_seconds_in_words(seconds: float, said: str) -> None:
+    assert describe_seconds(seconds) == said
+
+
+MEASURE = """
+import sys, json, resource
+import avss_dist.runs.api
+from avss_dist.checkpoints import resolve
+from avss_dist.config import Settings
+from avss_dist.corpus import plan
+from avss_dist.models import load_tokenizer
+from avss_dist.partition.base import Placement, open_replica
+from avss_dist.worker import analyze_shard
+folder, partition, settings = sys.argv[1], sys.argv[2], Settings(**json.loads(sys.argv[3]))
+checkpoint = resolve(folder)
+shards = plan("builtin:pydoc", load_tokenizer(checkpoint), settings).shards
+replica = open_replica(checkpoint, settings, Placement(partition=partition))
+print(max(analyze_shard(replica, shard, settings).peak_memory_bytes for shard in shards))
+"""
+
+
+@pytest.mark.slow
+def test_peak_memory_is_within_15_percent(tmp_path: Path, save_checkpoint: Save) -> None:
+    """A random Llama of 400 MB: more than the libraries, and the activations of rows that are real.
+
+    While a model is opened, pages of its weight files may be resident beside their copies, or not, as the system likes.
+    """
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16}
+    folder = save_checkpoint(llama(**sizes, num_key_value_heads=4, max_position_embeddings=256), tmp_path / "model")
+    settings = Settings(max_sequences=8, sequence_length=128, batch_size=4, sequences_per_shard=4, device="cpu")
+    guess = estimate(str(folder), "builtin:pydoc", settings)
+    assert guess.weight_bytes > 300e6
+    for row in guess.rows[:3]:
+        command = [sys.executable, "-c", MEASURE, str(folder), row.partition, json.dumps(settings.as_dict())]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peak = int(done.stdout.split()[-1])
+        mapped = guess.weight_bytes if row.partition != "streaming" else 0
+        assert 0.85 * (peak - mapped) <= row.device_bytes <= 1.15 * peak, row.partition
+
+
+CALIBRATION = Calibration(
+    num_sequences=32,
+    num_tokens=32 * 100,
+    num_shards=8,
+    num_batches=16,
+    share=8.0,
+    costs={
+        "single": Cost(layer=2.0, rest=1.0),
+        "device_map": Cost(layer=3.0, rest=1.0),
+        "streaming": Cost(layer=2.5, rest=1.0),
+    },
+    library_bytes=300_000_000,
+    planned_bytes=400_000_000,
+    plan_peak_bytes=450_000_000,
+    working_bytes=100_000_000,
+    device_working_bytes=7_000_000,
+    copy_bytes_per_second=1e9,
+    touched_bytes=1 << 40,
+    sublayer_share=0.75,
+    sum_seconds=0.01,
+    gather_bytes_per_second=1e9,
+)
+GB = 10**9
+
+
+def rows(
+    folder: Path,
+    machine: Machine,
+    execution: Execution | None = None,
+    calibration: Calibration = CALIBRATION,
+    **sizes: int,
+) -> dict[str, Row]:
+    settings = replace(SETTINGS, dtype="float32", device=machine.device)
+    size = replace(footprint(str(folder), settings), **sizes)  # type: ignore[arg-type]
+    execution = execution or Execution()
+    placed = avss_dist.estimate.estimate._spread(str(folder), size, settings, execution, machine)
+    made = Arithmetic(size, settings, execution, machine, calibration, placed).rows()
+    return {row.partition: row for row in made}
+
+
+def test_seconds_are_layers_and_the_rest_of_every_shard(tiny_llama: Path) -> None:
+    found = rows(tiny_llama, Machine("cpu", 0, GB, 2 * GB))
+    assert found["single"].seconds == 8 * (1 + 3 * 2.0)
+    assert found["device_map"].seconds == found["single"].seconds
+    assert found["streaming"].seconds == 8 * (1 + 3 * 2.5)
+    assert found["zero3"].seconds > found["single"].seconds  # two ranks share the cores, and exchange weights
+
+
+def test_layers_on_disk_take_longer(tiny_llama: Path) -> None:
+    found = rows(tiny_llama, Machine("cpu", 0, GB, GB), Execution(max_memory={"cpu": 1}))
+    assert found["device_map"].seconds == 8 * (1 + 3 * 3.0)
+    assert "3 of 3 layers on disk" in found["device_map"].why
+
+
+def test_embeddings_that_no_token_needs_stay_in_the_file(tiny_llama: Path) -> None:
+    """On a CPU; where the dtype is another than the stored one, they do not."""
+    machine, half = Machine("cpu", 0, GB, GB), replace(CALIBRATION, touched_bytes=VOCABULARY * 32 * 4 // 2)
+    whole, part = (rows(tiny_llama, machine, calibration=c)["single"].device_bytes for c in (CALIBRATION, half))
+    assert whole - part == VOCABULARY * 32 * 4 // 2
+    other = footprint(str(tiny_llama), replace(SETTINGS, dtype="bfloat16"))
+    assert not other.mapped and footprint(str(tiny_llama), SETTINGS).mapped
+
+
+def test_what_fits_is_what_is_free(tiny_llama: Path) -> None:
+    """One process fits into 800 MB, two do not; the reason says what is missing."""
+    found = rows(tiny_llama, Machine("cpu", 0, 800_000_000, 800_000_000))
+    assert found["single"].fits and found["streaming"].fits
+    assert not found["zero3"].fits and found["zero3"].host_bytes > 800_000_000
+    missing = found["zero3"].host_bytes - 800_000_000
+    assert f"{missing / 1e6:.3g} MB of memory of the host are missing" in found["zero3"].why
+    full = rows(tiny_llama, Machine("cpu", 0, 10_000_000, 10_000_000))
+    assert not any(row.fits for row in full.values())
+
+
+def test_planning_can_be_the_peak(tiny_llama: Path) -> None:
+    calibration = replace(CALIBRATION, plan_peak_bytes=2 * GB)
+    assert rows(tiny_llama, Machine("cpu", 0, GB, GB), calibration=calibration)["single"].device_bytes == 2 * GB
+
+
+def test_a_gpu_holds_weights_and_the_host_the_process(tiny_llama: Path) -> None:
+    found = rows(tiny_llama, Machine("cuda", 1, GB, GB))
+    assert 10_000_000 < found["single"].device_bytes < 12_000_000
+    assert found["single"].host_bytes == 500_000_000
+    assert (
+        found["zero3"].ranks == 2 and not found["zero3"].fits and "2 GPUs are needed, 1 are here" in found["zero3"].why
+    )
+    tight = rows(tiny_llama, Machine("cuda", 1, 10_100_000, GB))
+    assert not tight["single"].fits and "memory of a GPU are missing" in tight["single"].why
+
+
+def test_while_zero3_opens_a_model_on_a_cpu_its_files_are_in_memory_too(tiny_llama: Path) -> None:
+    """Beside the rank's part; what the libraries take is the same in all of them."""
+    machine, execution = Machine("cpu", 0, 99 * GB, 99 * GB), Execution(partition="zero3", ranks=4)
+    small, large = (rows(tiny_llama, machine, execution, weight_bytes=n * GB)["zero3"].device_bytes for n in (8, 16))
+    assert large - small == (16 + 4) * GB - (8 + 2) * GB
+    on_gpu = [rows(tiny_llama, Machine("cuda", 4, GB, GB), execution, weight_bytes=n * GB)["zero3"] for n in (8, 16)]
+    assert on_gpu[1].device_bytes - on_gpu[0].device_bytes == 2 * GB
+
+
+def test_ranks_are_those_that_were_asked_for(tiny_llama: Path) -> None:
+    execution = Execution(partition="zero3", ranks=3)
+    assert rows(tiny_llama, Machine("cpu", 0, GB, GB), execution)["zero3"].ranks == 3
+
+
+def test_the_simplest_that_fits_is_the_best(guess: Estimate) -> None:
+    assert guess.best == guess.rows[0]
+    tight = replace(guess, rows=(replace(guess.rows[0], fits=False), *guess.rows[1:]))
+    assert tight.best == guess.rows[1] and summary(tight).startswith("device_map fits: about")
+    none = replace(guess, rows=tuple(replace(row, fits=False) for row in guess.rows))
+    assert none.best is None and summary(none).endswith("fits no partition here.")
+
+
+def test_free_memory_is_looked_up(header_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(avss_dist.estimate.estimate, "available_memory", lambda: 50_000_000)
+    found = estimate(str(header_only), "builtin:pydoc", SETTINGS)
+    assert found.host_free_bytes == 50_000_000 and found.best is None
+
+
+def test_a_short_model_keeps_what_belongs_to_its_layers() -> None:
+    from transformers import Gemma3TextConfig
+
+    whole = Gemma3TextConfig(num_hidden_layers=12, vocab_size=262_144)
+    short = shortened(whole, 3)
+    assert short.num_hidden_layers == 3 == len(short.layer_types) and short.vocab_size == 1024
+    assert short.layer_types == whole.layer_types[:3] and whole.num_hidden_layers == 12 == len(whole.layer_types)
+
+
+@pytest.mark.parametrize(
+    ("model", "corpus", "settings", "error", "said"),
+    [
+        ("./nowhere", "builtin:pydoc", SETTINGS, ModelError, "There is no folder"),
+        ("", "nowhere.txt", SETTINGS, CorpusError, "nowhere.txt"),
+        ("", "builtin:pydoc", replace(SETTINGS, sequence_length=500_000), AvssError, "sequence"),
+        ("", "builtin:pydoc", replace(SETTINGS, layers="nowhere"), ModelError, "no layer list 'nowhere'"),
+        ("", "builtin:pydoc", replace(SETTINGS, device="cuda"), ConfigError, "torch sees no GPU here"),
+    ],
+)
+def test_mistakes_are_told(
+    model: str, corpus: str, settings: Settings, error: type[AvssError], said: str, header_only: Path
+) -> None:
+    """Those of the plan come from another process, as what they are."""
+    with pytest.raises(error, match=said):
+        estimate(model or str(header_only), corpus, settings)
+
+
+def test_a_checkpoint_without_a_tokenizer(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        estimate(str(tmp_path), "builtin:pydoc", SETTINGS)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "mamba", "bert"])
+def test_other_families(family: str, tmp_path: Path, save_checkpoint: Save) -> None:
+    from support.families import tiny_model
+
+    model = tiny_model("masked" if family == "bert" else "causal", family)
+    model.resize_token_embeddings(VOCABULARY)
+    found = estimate(str(save_checkpoint(model, tmp_path / family)), "builtin:pydoc", SETTINGS)
+    assert found.num_layers == 3 and all(row.seconds > 0 for row in found.rows)

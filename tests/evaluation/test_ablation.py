@@ -1,0 +1,373 @@
+"""Ablation: resumed passes against whole ones, Shapley values against every subset, what is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from support.causal_lm import SMALL, opened, random_shard
+from support.checkpoints import llama, one_thread
+from support.families import tiny_model
+
+from avss_dist.corpus.shards import Shard
+from avss_dist.errors import AvssError, ConfigError
+from avss_dist.evaluation.ablate import ablate
+from avss_dist.evaluation.evaluate import evaluate, plan_text
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.skipping import recording, resuming
+from avss_dist.report.terminal.ablation import ablation_rows, ablation_table
+from avss_dist.runs.api import score
+from avss_dist.settings import Settings
+from avss_dist.tasks import layer_removal as ablation
+from avss_dist.tasks.base import Row, TextLoss
+from avss_dist.tasks.layer_removal import LeaveOneOut, Shapley
+from avss_dist.warehouse.reader import Warehouse
+
+Save = Callable[[Any, Path], Path]
+RESUMED = ("llama", "gemma3_text", "qwen3", "qwen2_moe", "gpt2", "opt", "mamba", "olmo2")
+NOT_RESUMED = ("falcon", "gemma3n_text", "bamba")
+TEXT = "builtin:pydoc"
+
+
+@pytest.fixture(autouse=True)
+def same_bytes() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def family(name: str, save: Save, folder: Path, **changes: Any) -> LanguageModel:
+    return opened(save(tiny_model("causal", name), folder / name), **changes)
+
+
+@pytest.fixture(scope="module")
+def four_layers(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Save) -> Path:
+    """Weights so large that layers matter."""
+    folder = tmp_path_factory.mktemp("ablation") / "four-layers"
+    return save_checkpoint(llama(num_hidden_layers=4, initializer_range=0.3), folder)
+
+
+def same_rows(found: list[Row], expected: list[Row], drops: list[tuple[int, ...]]) -> None:
+    assert [row.drop for row in found] == drops
+    for one, other in zip(found, expected, strict=True):
+        assert (one.metric, one.layer) == (other.metric, other.layer)
+        assert np.array_equal(one.samples, other.samples)
+        assert np.array_equal(one.weights, other.weights)
+
+
+@pytest.mark.parametrize("name", RESUMED + NOT_RESUMED)
+def test_each_loss_is_that_of_the_plan(name: str, save_checkpoint: Save, tmp_path: Path) -> None:
+    model, shard = family(name, save_checkpoint, tmp_path), random_shard()
+    try:
+        expected = [TextLoss(shard)(model, drop)[0] for drop in ((), (0,), (1,), (2,))]
+    except Exception as error:  # a family that cannot be run without a layer
+        with pytest.raises(type(error)):
+            LeaveOneOut(shard)(model, ())
+        assert name in NOT_RESUMED
+        return
+    same_rows(LeaveOneOut(shard)(model, ()), expected, [(), (0,), (1,), (2,)])
+    assert ablation._resumes(model) == (name in RESUMED)
+    assert not math.isclose(expected[0].samples[0], expected[1].samples[0], rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_resumes_too(dtype: str, tiny_llama: Path) -> None:
+    model, shard = opened(tiny_llama, dtype=dtype), random_shard()
+    expected = [TextLoss(shard)(model, drop)[0] for drop in ((), (0,), (1,), (2,))]
+    same_rows(LeaveOneOut(shard)(model, ()), expected, [(), (0,), (1,), (2,)])
+    assert ablation._resumes(model)
+
+
+def test_one_more_layer_left_out(four_layers: Path) -> None:
+    model, shard = opened(four_layers), random_shard()
+    drops = [(1,), (0, 1), (1, 2), (1, 3)]
+    expected = [TextLoss(shard)(model, drop)[0] for drop in drops]
+    same_rows(LeaveOneOut(shard)(model, (1,)), expected, drops)
+
+
+def test_half_of_the_layers_run(four_layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, shard, calls = opened(four_layers), random_shard(rows=2), []
+    ablation._resumes(model)  # which tries every layer
+    own = type(model.layers[0].module).forward
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self)
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.layers[0].module), "forward", counted)
+    LeaveOneOut(shard)(model, ())
+    assert len(calls) == 4 + 3 + 2 + 1  # the whole model, and what follows each layer
+
+
+def test_a_family_that_hands_more_than_hidden_states_on_falls_back(tiny_llama: Path, monkeypatch: Any) -> None:
+    """A layer that reads what an earlier one left elsewhere: a resumed pass would read nothing, or something stale."""
+    model, shard = opened(tiny_llama), random_shard()
+    kind = type(model.layers[0].module)
+    own, left = kind.forward, {}
+
+    def shares(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        layer = next(layer.index for layer in model.layers if layer.module is self)
+        left[layer] = hidden_states.mean()
+        output = own(self, hidden_states, *args, **kwargs)
+        return output + left.pop(0, 0.5) if layer == 2 else output
+
+    monkeypatch.setattr(kind, "forward", shares)
+    expected = [TextLoss(shard)(model, drop)[0] for drop in ((), (0,), (1,), (2,))]
+    same_rows(LeaveOneOut(shard)(model, ()), expected, [(), (0,), (1,), (2,)])
+    assert not ablation._resumes(model)
+
+
+def test_a_layer_may_change_its_input(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, shard = opened(tiny_llama), random_shard()
+    kind = type(model.layers[0].module)
+    own = kind.forward
+
+    def in_place(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return hidden_states.add_(own(self, hidden_states, *args, **kwargs))
+
+    monkeypatch.setattr(kind, "forward", in_place)
+    expected = [TextLoss(shard)(model, drop)[0] for drop in ((), (0,), (1,), (2,))]
+    same_rows(LeaveOneOut(shard)(model, ()), expected, [(), (0,), (1,), (2,)])
+    assert ablation._resumes(model)
+
+
+def test_resuming_leaves_no_trace_and_frees_what_it_used(tiny_llama: Path) -> None:
+    model, shard = opened(tiny_llama), random_shard()
+    (batch, *_) = shard.batches(2)
+    before = model.losses(batch)
+    with recording(model.layers) as recorded:
+        model.losses(batch)
+    with pytest.raises(KeyboardInterrupt), resuming(model.layers, 1, recorded):
+        raise KeyboardInterrupt
+    assert sorted(recorded.inputs) == [0, 2]
+    for layer in model.layers:
+        assert "forward" not in vars(layer.module)
+        assert not layer.module._forward_hooks
+        assert not layer.module._forward_pre_hooks
+    assert np.array_equal(model.losses(batch), before)
+
+
+# Shapley values
+
+
+def enumerated(model: LanguageModel, shard: Shard) -> tuple[dict[frozenset[int], float], list[float]]:
+    """The loss without every set of layers, and the Shapley value of each layer, by its definition."""
+    players = range(len(model.layers))
+    losses = {}
+    for size in range(len(players) + 1):
+        for removed in combinations(players, size):
+            (row,) = TextLoss(shard)(model, removed)
+            losses[frozenset(removed)] = row.samples.sum() / row.weights.sum()
+    values = []
+    for layer in players:
+        total = 0.0
+        for removed in losses:
+            if layer not in removed:
+                share = math.factorial(len(removed)) * math.factorial(len(players) - len(removed) - 1)
+                total += share / math.factorial(len(players)) * (losses[removed | {layer}] - losses[removed])
+        values.append(total)
+    return losses, values
+
+
+def test_sampled_values_are_those_of_all_subsets(four_layers: Path, tmp_path: Path) -> None:
+    found = ablate(
+        four_layers,
+        corpus=TEXT,
+        warehouse=tmp_path / "w",
+        leave_one_out=False,
+        shapley=40,
+        truncation=False,
+        **SMALL | {"sequences_per_shard": 6},
+    )
+    model = opened(four_layers, batch_size=4)
+    settings = Settings(**SMALL | {"sequences_per_shard": 6})
+    (shard,) = plan_text(model.checkpoint, TEXT, settings).shards
+    losses, values = enumerated(model, shard)
+    assert len({round(value, 3) for value in values}) == 4
+    for layer, value in zip(found.layers, values, strict=True):
+        assert layer.shapley is not None
+        low, high = layer.shapley_interval() or (math.nan, math.nan)
+        assert low <= value <= high
+        assert high - low < 4 * np.ptp(list(losses.values()))
+    sums = sum(layer.shapley.samples for layer in found.layers if layer.shapley)
+    assert sums == pytest.approx(np.full(40, losses[frozenset(range(4))] - losses[frozenset()]), abs=1e-12)
+
+
+def test_a_permutation_stops_where_the_model_only_guesses(four_layers: Path) -> None:
+    model, shard = opened(four_layers), random_shard()
+    seeds = (0, 1, 2)
+    full, cut = (Shapley(shards=(shard,), seeds=seeds, truncation=t)(model, ()) for t in (False, True))
+    losses, _ = enumerated(model, shard)
+    bound = math.log(model.module.config.vocab_size)
+    for index, seed in enumerate(seeds):
+        order = np.random.default_rng(seed).permutation(4).tolist()
+        removed = [frozenset(order[:k]) for k in range(5)]
+        stopped = False
+        for layer, (before, after) in zip(order, pairwise(removed), strict=True):
+            stopped = stopped or losses[before] >= bound
+            assert full[layer].samples[index] == losses[after] - losses[before]
+            assert cut[layer].samples[index] == (0 if stopped else losses[after] - losses[before])
+    assert any(row.samples.tolist() != other.samples.tolist() for row, other in zip(full, cut, strict=True))
+
+
+def test_resumed_or_not_the_contributions_are_the_same(four_layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = opened(four_layers), []
+    ablation._resumes(model)
+    own = type(model.layers[0].module).forward
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self)
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.layers[0].module), "forward", counted)
+    measure = Shapley(shards=(random_shard(), random_shard(rows=3)), seeds=(0, 1, 2), truncation=False)
+    resumed, ran = measure(model, ()), len(calls)
+    calls.clear()
+    monkeypatch.setattr(ablation, "MOST_KEPT", 0)
+    for one, other in zip(resumed, measure(model, ()), strict=True):
+        assert one.layer == other.layer
+        assert np.array_equal(one.samples, other.samples)
+    assert ran < 0.7 * len(calls)
+    (without, *_) = measure(model, (0,))
+    assert without.layer == 1
+
+
+# What is kept
+
+
+def test_the_ablation_and_an_evaluated_plan_agree(tiny_llama: Path, tmp_path: Path, run_avss: Callable) -> None:
+    warehouse, plan = tmp_path / "w", tmp_path / "plan.yaml"
+    run = score(tiny_llama, corpus=TEXT, out=warehouse, **SMALL)
+    text = {"corpus": TEXT, "warehouse": warehouse, "skip_sequences": 6, **SMALL}
+    found = ablate(tiny_llama, gradients=True, shapley=2, **text)
+    assert found.whole is not None
+    for by in ("loss", "shapley", "taylor"):
+        done = run_avss("plan", warehouse, "--run", run.run_id, "--by", by, "--count", 1, "-o", plan)
+        assert done.returncode == 0, done.stderr
+        (evaluated,) = evaluate(
+            [str(plan)], tasks=[f"perplexity:{TEXT}"], warehouse=warehouse, skip_sequences=6, **SMALL
+        )
+        (dropped,) = evaluated.subject.drop
+        values = {
+            "loss": [layer.increase for layer in found.layers],
+            "shapley": [layer.shapley for layer in found.layers],
+            "taylor": [layer.gradients["taylor"] for layer in found.layers],
+        }[by]
+        assert dropped == int(np.argmin([result.value for result in values if result]))
+        assert np.array_equal(evaluated.result.samples, found.layers[dropped].loss.samples)  # type: ignore[union-attr]
+    layer = found.layers[1]
+    assert layer.loss is not None and layer.increase is not None
+    assert layer.increase.value == pytest.approx(layer.loss.value - found.whole.value)
+    difference = layer.loss.samples / layer.loss.weights - found.whole.samples / found.whole.weights
+    assert layer.increase.stderr == pytest.approx(difference.std(ddof=1) / math.sqrt(len(difference)))
+    tasks = {row["task"] for row in Warehouse(warehouse).table("evaluations").to_pylist()}
+    assert {f"ablation:{TEXT}", f"shapley:{TEXT}", f"gradients:{TEXT}"} <= tasks
+
+
+def test_what_was_measured_is_not_measured_again(tiny_llama: Path, tmp_path: Path) -> None:
+    warehouse = tmp_path / "w"
+    options = {"corpus": TEXT, "warehouse": warehouse, "shapley": 6, "gradients": True, **SMALL}
+
+    def samples() -> list[Any]:
+        rows = Warehouse(warehouse).table("cells").to_pylist()
+        names = ("run_id", "task", "metric", "drop", "layer", "part", "samples", "weights")
+        return sorted([str(row[name]) for name in names] for row in rows)
+
+    first = ablate(tiny_llama, **options)
+    kept = samples()
+    files = {path: path.stat().st_mtime_ns for path in (warehouse / "cells").rglob("*.parquet")}
+    assert len(files) == 2 + 2 + 2  # shards, shards, chunks of permutations
+    lost = sorted(files)[::2]
+    for path in lost:
+        path.unlink()
+    again = ablate(tiny_llama, **options)
+    assert samples() == kept
+    after = {path: path.stat().st_mtime_ns for path in (warehouse / "cells").rglob("*.parquet")}
+    assert {path for path in files if after[path] == files[path]} == set(files) - set(lost)
+    assert [layer.loss.value for layer in first.layers if layer.loss] == [
+        layer.loss.value for layer in again.layers if layer.loss
+    ]
+
+
+@pytest.mark.slow
+def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path, run_avss: Callable) -> None:
+    found = {}
+    for name, options in {"one": ["--executor", "local"], "two": ["--replicas", "2"]}.items():
+        done = run_avss(
+            *("ablate", tiny_llama, "--corpus", TEXT, "--warehouse", tmp_path / name, "--max-sequences", 6),
+            *("--sequence-length", 32, "--sequences-per-shard", 2, "--shapley", 8, "--gradients"),
+            *("--format", "csv", *options),
+        )
+        assert done.returncode == 0, done.stderr
+        found[name] = done.stdout
+    assert found["one"] == found["two"]
+
+
+# The command line
+
+
+def test_ablate_shows_a_table(tiny_llama: Path, tmp_path: Path, run_avss: Callable) -> None:
+    sizes = {"max_sequences": 4, "sequence_length": 32}
+    text = {"corpus": TEXT, "warehouse": tmp_path / "w", "shapley": 3, **sizes}
+    options = [word for name, value in text.items() for word in (f"--{name.replace('_', '-')}", value)]
+    done = run_avss("ablate", tiny_llama, *options)
+    assert done.returncode == 0, done.stderr
+    for words in ("loss without", "increase", "Shapley", "95% interval", "Loss of the whole model"):
+        assert words in done.stdout
+    assert "Taylor" not in done.stdout
+    rows = ablation_rows(ablate(tiny_llama, **text)).to_pylist()
+    assert [row["layer"] for row in rows] == [0, 1, 2]
+    assert all(row["shapley_low"] <= row["shapley"] <= row["shapley_high"] for row in rows)
+    assert all(f"{row['loss']:.4f}" in done.stdout and f"{row['shapley']:.4f}" in done.stdout for row in rows)
+    assert rows[0]["taylor"] is None
+
+
+def test_numbers_that_cannot_be_had_are_shown(tiny_llama: Path, tmp_path: Path) -> None:
+    """One sequence has no standard error, one permutation no interval."""
+    found = ablate(tiny_llama, corpus=TEXT, warehouse=tmp_path / "w", shapley=1, **SMALL | {"max_sequences": 1})
+    console = Console(width=132)
+    with console.capture() as shown:
+        console.print(ablation_table(found))
+    assert "nan" not in shown.get()
+    assert ablation_rows(found).to_pylist()[0]["shapley_low"] is None
+
+
+def test_score_takes_gradients_of_the_same_text(tiny_llama: Path, tmp_path: Path, run_avss: Callable) -> None:
+    warehouse, plan = tmp_path / "w", tmp_path / "plan.yaml"
+    sizes = ("--max-sequences", 4, "--sequence-length", 32)
+    done = run_avss("score", tiny_llama, "--corpus", TEXT, "--out", warehouse, *sizes, "--gradients")
+    assert done.returncode == 0, done.stderr
+    assert "gradients of 3 layers" in done.stdout
+    rows = Warehouse(warehouse).table("evaluations").to_pylist()
+    assert {row["metric"] for row in rows} == {"taylor", "gradient_l1", "gradient_l2", "weight_frobenius"}
+    assert {row["num_samples"] for row in rows if row["metric"] == "taylor"} == {4}
+    done = run_avss("plan", warehouse, "--by", "taylor", "--count", 2, "--contiguous", "-o", plan)
+    assert done.returncode == 0, done.stderr
+    assert f"task: gradients:{TEXT}" in plan.read_text()
+
+
+def test_a_plan_by_what_was_not_measured_is_refused(tiny_llama: Path, tmp_path: Path, run_avss: Callable) -> None:
+    warehouse = tmp_path / "w"
+    score(tiny_llama, corpus=TEXT, out=warehouse, **SMALL)
+    done = run_avss("plan", warehouse, "--by", "shapley", "-o", tmp_path / "plan.yaml")
+    assert done.returncode == 2
+    assert f"avss ablate {tiny_llama} --corpus CORPUS --warehouse {warehouse}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_mistakes(tiny_llama: Path, tmp_path: Path) -> None:
+    text = {"corpus": TEXT, "warehouse": tmp_path / "w", **SMALL}
+    with pytest.raises(ConfigError, match="Nothing is asked for"):
+        ablate(tiny_llama, leave_one_out=False, **text)
+    with pytest.raises(ConfigError, match="negative"):
+        ablate(tiny_llama, shapley=-1, **text)
+    with pytest.raises(ConfigError, match="max_sequences"):
+        ablate(tiny_llama, **text | {"max_sequence": 3})
+    with pytest.raises(AvssError, match="no-such-folder"):
+        ablate(tmp_path / "no-such-folder", **text)

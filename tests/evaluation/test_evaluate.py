@@ -1,0 +1,117 @@
+"""Evaluation: losses against plain transformers, cells once each, held-out text, retention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.checkpoints import one_thread
+
+from avss_dist.errors import ConfigError
+from avss_dist.evaluation.evaluate import evaluate
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.checkpoints import resolve
+from avss_dist.runs.api import score
+from avss_dist.settings import Settings
+from avss_dist.tasks.base import TextLoss
+from avss_dist.warehouse.reader import Warehouse
+
+TEXT = "perplexity:builtin:pydoc"
+SMALL = {"max_sequences": 12, "sequence_length": 32, "batch_size": 4, "sequences_per_shard": 6, "device": "cpu"}
+
+
+def test_the_loss_is_that_of_transformers(tiny_llama: Path) -> None:
+    from avss_dist.evaluation.evaluate import plan_text
+
+    settings = Settings(**SMALL)
+    checkpoint = resolve(str(tiny_llama))
+    model = LanguageModel(checkpoint, settings)
+    for shard in plan_text(checkpoint, "builtin:pydoc", settings).shards:
+        (row,) = TextLoss(shard)(model, ())
+        ids = torch.from_numpy(shard.input_ids).long()
+        for sample, weight, one in zip(row.samples, row.weights, ids, strict=True):
+            with torch.no_grad():
+                loss = model.module(input_ids=one[None], labels=one[None]).loss.item()
+            assert weight == 31
+            assert sample / weight == pytest.approx(loss, rel=1e-6)
+
+
+def test_padding_counts_for_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "two.jsonl"
+    text.write_text('{"text": "a rather long line of words, and more words"}\n{"text": "short one"}\n')
+    padded = {"layout": "padded", "sequence_length": 64}
+    together = evaluate([str(tiny_llama)], tasks=[f"perplexity:{text}"], warehouse=tmp_path / "w", **padded)
+    rows = Warehouse(tmp_path / "w").table("cells").to_pylist()
+    alone = evaluate(
+        [str(tiny_llama)],
+        tasks=[f"perplexity:{text}"],
+        warehouse=tmp_path / "v",
+        **padded,
+        skip_sequences=1,
+    )
+    assert together[0].result.samples[1] == pytest.approx(alone[0].result.samples[0], rel=1e-6)
+    assert rows[0]["weights"][1] < rows[0]["weights"][0]
+
+
+def test_a_plan_is_compared_with_its_whole_model_and_no_cell_is_measured_twice(
+    tiny_llama: Path, tmp_path: Path, run_avss: Callable
+) -> None:
+    warehouse = tmp_path / "w"
+    with one_thread():
+        run = score(tiny_llama, corpus="builtin:pydoc", out=warehouse, **SMALL)
+        plan = tmp_path / "plan.yaml"
+        assert run_avss("plan", warehouse, "--run", run.run_id, "--count", 1, "-o", plan).returncode == 0
+        with pytest.raises(ConfigError, match="--skip-sequences 12"):
+            evaluate([str(plan)], tasks=[TEXT], warehouse=warehouse, **SMALL)
+        (found,) = evaluate([str(plan)], tasks=[TEXT], warehouse=warehouse, skip_sequences=12, **SMALL)
+    assert found.retained is not None
+    store = Warehouse(warehouse)
+    rows = store.table("evaluations").to_pylist()
+    assert sorted((row["metric"], len(row["drop"])) for row in rows) == [
+        *(("loss", 0), ("loss", 1), ("perplexity", 0), ("perplexity", 1))
+    ]
+    value = {(row["metric"], len(row["drop"])): row["value"] for row in rows}
+    assert found.retained.value == pytest.approx(value["perplexity", 0] / value["perplexity", 1])
+    assert found.retained.low <= found.retained.value <= found.retained.high
+    before = {path: path.stat().st_mtime_ns for path in (warehouse / "cells").rglob("*.parquet")}
+    assert len(before) == 4  # two shards, whole and without a layer
+    evaluate([str(plan)], tasks=[TEXT], warehouse=warehouse, skip_sequences=12, **SMALL)
+    assert {path: path.stat().st_mtime_ns for path in (warehouse / "cells").rglob("*.parquet")} == before
+
+
+def test_skipped_layers_are_those_of_the_pruned_checkpoint(
+    tiny_llama: Path, tmp_path: Path, run_avss: Callable
+) -> None:
+    warehouse, plan, pruned = tmp_path / "w", tmp_path / "plan.yaml", tmp_path / "pruned"
+    run = score(tiny_llama, corpus="builtin:pydoc", out=warehouse, **SMALL)
+    assert run_avss("plan", warehouse, "--run", run.run_id, "--count", 1, "-o", plan).returncode == 0
+    assert run_avss("prune", tiny_llama, plan, "--out", pruned).returncode == 0
+    skipped, cut = (
+        evaluate([str(subject)], tasks=[TEXT], warehouse=warehouse, skip_sequences=12, **SMALL)[0].result
+        for subject in (plan, pruned)
+    )
+    assert np.array_equal(skipped.samples, cut.samples)
+
+
+@pytest.mark.slow
+def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path, run_avss: Callable) -> None:
+    found = {}
+    with one_thread():
+        for name, options in {"one": ["--executor", "local"], "two": ["--replicas", "2"]}.items():
+            done = run_avss(
+                *("evaluate", tiny_llama, "--task", TEXT, "--warehouse", tmp_path / name, "--max-sequences", 12),
+                *("--sequence-length", 32, "--sequences-per-shard", 3, "--format", "csv", *options),
+            )
+            assert done.returncode == 0, done.stderr
+            found[name] = done.stdout
+    assert found["one"] == found["two"]
+
+
+def test_a_model_without_a_head_is_refused(tiny_bert: Path, tmp_path: Path, run_avss: Callable) -> None:
+    done = run_avss("evaluate", tiny_bert, "--task", TEXT, "--warehouse", tmp_path / "w", "--sequence-length", 64)
+    assert done.returncode == 2
+    assert "predicts the next token" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,264 @@
+"""The experiment: methods and controls, each cell once, the verdict in words, the score card."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.checkpoints import one_thread
+
+from avss_dist.analysis.scorecard import best_readings, score_cards
+from avss_dist.analysis.verdict import judgement, verdicts
+from avss_dist.errors import ConfigError
+from avss_dist.evaluation.experiment import run_experiment
+from avss_dist.pruning.methods import Experiment, Method, methods, parse_score
+from avss_dist.runs.job_file import JobError, read_job
+from avss_dist.warehouse.reader import Warehouse
+
+TASK = "perplexity:builtin:pydoc"
+JOB = """
+warehouse: {warehouse}
+models: [{model}]
+corpora: ["builtin:pydoc"]
+settings: {{max_sequences: 12, sequence_length: 32, batch_size: 4, sequences_per_shard: 4, device: cpu}}
+experiment:
+  tasks: ["perplexity:builtin:pydoc"]
+  shares: [0.25, 0.5]
+  random: 2
+  max_sequences: 12
+  skip_sequences: 12
+"""
+
+
+@pytest.fixture(scope="module")
+def deep_llama(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[Any, Path], Path]) -> Path:
+    from support.checkpoints import llama
+
+    return save_checkpoint(llama(num_hidden_layers=6), tmp_path_factory.mktemp("models") / "deep-llama")
+
+
+@pytest.fixture(scope="module")
+def done(deep_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """A warehouse, and the rows of its experiment."""
+    folder = tmp_path_factory.mktemp("experiment")
+    job = folder / "job.yaml"
+    job.write_text(JOB.format(warehouse=folder / "w", model=deep_llama))
+    with one_thread():
+        _, rows = run_experiment(read_job(job))
+    return job, rows
+
+
+def test_every_method_is_compared_with_the_whole_model(done: tuple[Path, list[dict[str, Any]]]) -> None:
+    _, rows = done
+    of = {(row["method"], row["share"]): row for row in rows}
+    whole = of["whole model", 0.0]
+    assert whole["metric"] == "loss" and whole["retention"] == 1.0
+    expected = {"avss", "block influence", "angular distance", "relative magnitude", "update variance ratio"}
+    expected |= {"leave one out"}
+    controls = {f"{name}, {control}" for name in expected for control in ("reversed", "ends kept")}
+    chances = {f"random {seed}{control}" for seed in (0, 1) for control in ("", ", ends kept")}
+    assert {method for method, _ in of} == {"whole model"} | expected | controls | chances
+    for (method, share), row in of.items():
+        if share:
+            assert len(row["drop"]) == round(6 * share), method
+            assert row["retention"] == pytest.approx(np.exp(whole["value"] - row["value"]))
+            assert row["retention_low"] <= row["retention"] <= row["retention_high"]
+        if "ends kept" in method:
+            assert not {0, 5} & set(row["drop"])
+    up, down = (set(of[method, 0.5]["drop"]) for method in ("avss", "avss, reversed"))
+    assert up | down == set(range(6))
+
+
+def test_leave_one_out_drops_the_layers_without_which_the_loss_is_least(
+    done: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    job, rows = done
+    store = Warehouse(read_job(job).warehouse)
+    losses = {
+        row["drop"][0]: row["value"]
+        for row in store.table("evaluations").to_pylist()
+        if row["task"] == "ablation:builtin:pydoc" and len(row["drop"]) == 1 and row["metric"] == "loss"
+    }
+    (row,) = (row for row in rows if row["method"] == "leave one out" and row["share"] == 0.5)
+    assert set(row["drop"]) == set(sorted(losses, key=lambda layer: losses[layer])[:3])
+
+
+def test_what_is_lost_is_measured_again_and_each_cell_is_measured_once(
+    done: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    job, rows = done
+    cells = Path(read_job(job).warehouse) / "cells"
+    files = sorted(cells.rglob("*.parquet"))
+    times = {file: file.stat().st_mtime_ns for file in files}
+    lost = files[:: len(files) // 3]
+    for file in lost:
+        file.unlink()
+    with one_thread():
+        _, again = run_experiment(read_job(job))
+    assert sorted(cells.rglob("*.parquet")) == files
+    assert {file for file in files if file.stat().st_mtime_ns != times[file]} == set(lost)
+    shown = [[{k: v for k, v in row.items() if k != "created_at"} for row in some] for some in (rows, again)]
+    assert json.dumps(shown[0]) == json.dumps(shown[1])
+
+
+@pytest.mark.slow
+def test_a_killed_experiment_goes_on_where_it_was(done: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    whole, rows = done
+    job = tmp_path / "job.yaml"
+    job.write_text(whole.read_text().replace(read_job(whole).warehouse, str(tmp_path / "w")))
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "avss_dist", "experiment", str(job)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    cells = tmp_path / "w" / "cells"
+    deadline = time.monotonic() + 120
+    while len(list(cells.rglob("*.parquet"))) < 8 and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    before = {file: file.stat().st_mtime_ns for file in cells.rglob("*.parquet")}
+    assert len(before) >= 8
+    with one_thread():
+        _, resumed = run_experiment(read_job(job))
+    after = {file: file.stat().st_mtime_ns for file in cells.rglob("*.parquet")}
+    assert len(after) == len(list((Path(read_job(whole).warehouse) / "cells").rglob("*.parquet"))) > len(before)
+    assert {file: after[file] for file in before} == before
+    shown = [[{k: v for k, v in row.items() if k != "created_at"} for row in some] for some in (rows, resumed)]
+    assert json.dumps(shown[0]) == json.dumps(shown[1])
+
+
+def test_the_score_card_has_the_truth_and_what_was_kept(done: tuple[Path, list[dict[str, Any]]]) -> None:
+    job, rows = done
+    store = Warehouse(read_job(job).warehouse)
+    cards = score_cards(store, store.runs().to_pylist())
+    (own,) = (row for row in cards.to_pylist() if row["score"] == "loss")
+    assert own["spearman_loss"] == pytest.approx(1.0)
+    (published,) = (
+        row
+        for row in cards.to_pylist()
+        if (row["score"], row["site"], row["recipe"], row["threshold"]) == ("avss", "block", "pooled", 1e-5)
+    )
+    (tried,) = (row for row in rows if row["method"] == "avss" and row["share"] == 0.25)
+    assert published["retention_25"] == pytest.approx(tried["retention"])
+    assert published["task"] == TASK
+    best = best_readings(cards).to_pylist()
+    for site in ("update", "mlp"):
+        mine = [row["spearman_loss"] for row in cards.to_pylist() if row["site"] == site and row["spearman_loss"]]
+        assert [row["spearman_loss"] for row in best if row["site"] == site] == [max(mine)]
+
+
+def test_the_command_line_tells_the_verdict(done: tuple[Path, list[dict[str, Any]]], run_avss: Callable) -> None:
+    job, _ = done
+    told = run_avss("experiment", job, env={"OMP_NUM_THREADS": "1"})
+    assert told.returncode == 0, told.stderr
+    words = " ".join(told.stdout.split())
+    assert "without the 2 layers of the lowest AVSS (25%)" in words
+    assert "Of 2 random choices" in words
+    card = run_avss("scorecard", read_job(job).warehouse, "--format", "csv")
+    assert card.returncode == 0 and "spearman_loss" in card.stdout
+
+
+def test_calibration_text_is_refused(done: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    job, _ = done
+    same = tmp_path / "same.yaml"
+    same.write_text(job.read_text().replace("skip_sequences: 12", "skip_sequences: 0"))
+    with pytest.raises(ConfigError, match="--skip-sequences 12"):
+        run_experiment(read_job(same))
+
+
+def row(method: str, retention: float, low: float, high: float, **more: Any) -> dict[str, Any]:
+    score = more.pop("score", method.replace(" ", "_"))
+    common = {"task": "t", "metric": "acc", "share": 0.25, "drop": [1], "value": 0.5, "control": None}
+    interval = {"retention": retention, "retention_low": low, "retention_high": high}
+    return {**common, "method": method, "score": score, **interval, **more}
+
+
+def test_the_claim_holds_or_not_or_is_undecided() -> None:
+    assert judgement(row("avss", 0.95, 0.92, 0.99)) == "the claim holds"
+    assert judgement(row("avss", 0.5, 0.4, 0.6)) == "the claim does not hold"
+    assert "undecided" in judgement(row("avss", 0.9, 0.8, 1.0))
+    assert judgement(row("avss", 0.95, float("nan"), float("nan"))) == "the claim holds"
+
+
+def test_a_verdict_speaks_of_chance_and_of_rivals() -> None:
+    rows = [
+        row("whole model", 1.0, 1.0, 1.0, share=0.0, value=0.8),
+        row("avss", 0.95, 0.92, 0.99),
+        row("random 0", 0.97, 0.9, 1.0, score="random"),
+        row("random 1", 0.6, 0.5, 0.7, score="random"),
+        row("block influence", 0.98, 0.9, 1.0),
+        row("avss, reversed", 0.3, 0.2, 0.4, score="avss", control="reversed"),
+    ]
+    (text,) = verdicts(rows)
+    assert "the claim holds" in text
+    assert "Of 2 random choices of as many layers, 1 keeps as much or more (the best 97.0%)." in text
+    assert "Block influence keeps 98.0%." in text and "The reverse, the highest AVSS, keeps 30.0%." in text
+    assert verdicts([r for r in rows if r["method"] != "avss"]) == []
+
+
+@pytest.mark.parametrize(
+    ("chance", "told"), [(0.5, "the claim holds. A guess keeps 62.5%."), (0.76, "cannot tell, for a guess keeps 95.0%")]
+)
+def test_a_verdict_knows_what_a_guess_keeps(chance: float, told: str) -> None:
+    of_choice = row("whole model", 1.0, 1.0, 1.0, share=0.0, value=0.8)
+    guess = {**of_choice, "metric": "chance", "value": chance}
+    (text,) = verdicts([of_choice, guess, row("avss", 0.95, 0.92, 0.99)])
+    assert told in text
+
+
+def test_methods_of_every_reading() -> None:
+    scores = [
+        {"layer": layer, "site": site, "recipe": "pooled", "threshold": 1e-5, "threshold_kind": "absolute"}
+        for site in ("block", "update")
+        for layer in range(3)
+    ]
+    wanted = Experiment(tasks=("x",), scores=("avss:all",), random=0, leave_one_out=False, reversed=False, keep_ends=0)
+    assert [method.label for method in methods(wanted, scores)] == ["avss", "avss (update, pooled, 1e-05)"]
+    assert parse_score("avss:update:unit:0.1rms")[1] == ("update", "unit", 0.1, "rms")
+
+
+def test_random_choices_are_seeded_and_differ() -> None:
+    scores = [{"layer": layer} for layer in range(12)]
+    drops = [
+        Method(score="random", seed=seed).drop(Method(score="random", seed=seed).scores(scores, {}), 0.25)
+        for seed in (0, 0, 1)
+    ]
+    assert drops[0] == drops[1] != drops[2]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("{}", "the key 'tasks' is missing"),
+        ("{tasks: [], shares: [0.5]}", "tasks are none"),
+        ("{tasks: [x], shares: [1.5]}", "between 0 and 1"),
+        ("{tasks: [x], scores: [avs]}", "Did you mean 'avss'"),
+        ("{tasks: [x], scores: ['avss:blok:pooled:1e-5']}", "Did you mean 'block'"),
+        ("{tasks: [x], randoms: 3}", "Did you mean 'random'"),
+        ("{tasks: [x], random: many}", "random must be a whole number"),
+    ],
+)
+def test_mistakes_in_a_section_are_told_with_their_line(tmp_path: Path, section: str, message: str) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(f"warehouse: w\nmodels: [m]\ncorpora: ['builtin:pydoc']\nexperiment: {section}\n")
+    with pytest.raises(JobError, match=message) as error:
+        read_job(job)
+    assert ":4:" in str(error.value)
+
+
+def test_a_job_without_an_experiment_is_a_mistake(tmp_path: Path, run_avss: Callable) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text("warehouse: w\nmodels: [m]\ncorpora: ['builtin:pydoc']\n")
+    told = run_avss("experiment", job)
+    assert told.returncode == 2 and "has no section 'experiment'" in told.stderr

@@ -1,0 +1,524 @@
+"""ZeRO-3 and tensor parallel, in real processes over gloo: the same statistics as one process, or a refusal."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.checkpoints import llama
+from support.families import tiny_model
+from support.oracle import assert_close
+
+from avss_dist.corpus.shards import Shard
+from avss_dist.errors import ConfigError, ModelError
+from avss_dist.measure.shard import analyze_shard, follow
+from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.partition.base import Placement
+from avss_dist.partition.group import join, leave
+from avss_dist.partition.open import open_replica
+from avss_dist.partition.tensor_parallel import difference, inference_config, require_heads
+from avss_dist.partition.zero3 import Zero3Replica, deepspeed_config, resident_parameter_bytes
+from avss_dist.settings import Settings
+from avss_dist.stats.histogram import merge_values
+from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
+
+pytestmark = pytest.mark.timeout(300)
+
+SETTINGS = Settings(batch_size=2, dtype="float32", device="cpu")
+SECONDS = 60.0
+CONFIGS = Path(__file__).parents[2] / "cluster" / "deepspeed"
+
+
+# Processes that live as long as the tests of this file.
+
+
+class Gang:
+    """Processes in one torch.distributed group, which run functions of this file together."""
+
+    def __init__(self, world: int, folder: Path) -> None:
+        self.stdout = [folder / f"stdout-{world}-{rank}" for rank in range(world)]
+        context = multiprocessing.get_context("spawn")
+        pipes = [context.Pipe() for _ in range(world)]
+        self._pipes: list[Connection] = [ours for ours, _ in pipes]
+        port = free_port()
+        self._processes = [
+            context.Process(target=member, args=(rank, world, port, theirs, self.stdout[rank]), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What the function returned on each rank, or the exception that it raised there."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        deadline = time.monotonic() + SECONDS
+        answers: dict[Any, Any] = {}
+        while len(answers) < len(self._pipes):
+            waiting = [pipe for pipe in self._pipes if pipe not in answers]
+            ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self.stop()
+                pytest.fail(f"{len(waiting)} ranks gave no answer in {SECONDS:.0f} seconds")
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                answers[pipe] = pipe.recv()
+        return [answers[pipe] for pipe in self._pipes]
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What the function returned on each rank."""
+        outcomes = self.outcomes(function, *args)
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+        return outcomes
+
+    def lose(self, rank: int) -> None:
+        """Kill the process of a rank; the other ranks go on."""
+        self._processes[rank].kill()
+        self._processes[rank].join()
+        del self._pipes[rank]
+
+    def freeze(self, rank: int) -> None:
+        """Stop the process of a rank where it is; the other ranks go on."""
+        os.kill(self._processes[rank].pid, signal.SIGSTOP)
+        del self._pipes[rank]
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def member(rank: int, world: int, port: int, pipe: Connection, stdout: Path) -> None:
+    """The main function of a gang's process."""
+    os.dup2(os.open(stdout, os.O_WRONLY | os.O_CREAT), 1)
+    torch.set_num_threads(1)
+    join(rank, world, "127.0.0.1", port, device=torch.device("cpu"), timeout_seconds=SECONDS)
+    while True:
+        function, args = pipe.recv()
+        try:
+            answer = function(*args)
+        except Exception as error:
+            answer = error
+        pipe.send(answer)
+
+
+@pytest.fixture(scope="module")
+def gang(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Gang]]:
+    """The gang of so many ranks, started when it is first asked for."""
+    gangs: dict[int, Gang] = {}
+
+    def of(world: int) -> Gang:
+        if world not in gangs:
+            gangs[world] = Gang(world, tmp_path_factory.mktemp("gang"))
+        return gangs[world]
+
+    yield of
+    for started in gangs.values():
+        started.stop()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the ranks have: sums are then added up in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# What the ranks do.
+
+
+def opened(partition: str, folder: Path, settings: Settings) -> Any:
+    world = torch.distributed.get_world_size()
+    return open_replica(resolve(str(folder)), settings, Placement(partition=partition, ranks=world))
+
+
+def measure(
+    partition: str, folder: Path, shards: Sequence[Shard], settings: Settings
+) -> tuple[list[ShardResult], Mapping[str, Any], int]:
+    """The results of this rank's shards, what the replica says of itself, and the parameter bytes that it keeps."""
+    replica = opened(partition, folder, settings)
+    results = []
+    for start in range(0, len(shards), replica.data_world):
+        now = shards[start : start + replica.data_world]
+        forwards = max(math.ceil(shard.num_sequences / settings.batch_size) for shard in now)
+        if replica.data_rank < len(now):
+            results.append(analyze_shard(replica, now[replica.data_rank], settings, forwards=forwards))
+        else:
+            follow(replica, forwards)
+    module = replica._module if isinstance(replica, Zero3Replica) else replica._model
+    held = resident_parameter_bytes(module)
+    model = {**replica.model, "data": (replica.data_rank, replica.data_world), "reports_stats": replica.reports_stats}
+    replica.close()
+    return results, model, held
+
+
+def bytes_after_close(folder: Path) -> tuple[int, int]:
+    replica = opened("zero3", folder, SETTINGS)
+    module = replica._module
+    before = resident_parameter_bytes(module)
+    replica.close()
+    return before, resident_parameter_bytes(module)
+
+
+def rejoin(port: int, seconds: float = SECONDS) -> None:
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    leave()
+    assert not torch.distributed.is_initialized()
+    join(rank, world, "127.0.0.1", port, device=torch.device("cpu"), timeout_seconds=seconds)
+
+
+# What they are given, and what is expected.
+
+
+def make_shards(number: int, rows: Sequence[int] = (4,)) -> list[Shard]:
+    """Shards of 16 tokens a row, some of them padding; ``rows`` are repeated."""
+    random = np.random.default_rng(0)
+    shards = []
+    for index in range(number):
+        count = rows[index % len(rows)]
+        shards.append(
+            Shard(
+                shard_id=index,
+                input_ids=random.integers(3, 120, (count, 16)).astype(np.int32),
+                lengths=random.integers(9, 17, count).astype(np.int32),
+                skip_first_tokens=0,
+                content_hash=f"shard {index}",
+            )
+        )
+    return shards
+
+
+def grouped_llama() -> Any:
+    """Three key/value heads for six heads, and 50 units: neither two nor three ranks share them evenly."""
+    return llama(hidden_size=48, intermediate_size=50, num_attention_heads=6, num_key_value_heads=3, head_dim=8)
+
+
+def build(family: str) -> Any:
+    if family == "grouped llama":
+        return grouped_llama()
+    kind = "masked" if family == "bert" else "causal"
+    return tiny_model(kind, family)
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's tiny checkpoint."""
+    parent = tmp_path_factory.mktemp("families")
+
+    def saved(family: str) -> Path:
+        folder = parent / family.replace(" ", "-")
+        if not folder.exists():
+            build(family).save_pretrained(folder)
+        return folder
+
+    return saved
+
+
+def single(folder: Path, shards: Sequence[Shard], settings: Settings = SETTINGS) -> tuple[list[ShardResult], Any]:
+    replica = open_replica(resolve(str(folder)), settings, Placement())
+    results = [analyze_shard(replica, shard, settings) for shard in shards]
+    model = replica.model
+    replica.close()
+    return results, model
+
+
+def merged(per_rank: Sequence[tuple[list[ShardResult], Any, int]]) -> list[ShardResult]:
+    return sorted((r for results, _, _ in per_rank for r in results), key=lambda result: result.shard_id)
+
+
+def assert_equal(actual: Sequence[ShardResult], expected: Sequence[ShardResult]) -> None:
+    """Equal to the last bit."""
+    assert [r.shard_id for r in actual] == [r.shard_id for r in expected]
+    for got, want in zip(actual, expected, strict=True):
+        assert (got.layers, got.num_tokens, got.stats.keys()) == (want.layers, want.num_tokens, want.stats.keys())
+        assert all(got.stats[key].equals(want.stats[key]) for key in want.stats)
+
+
+def assert_near(actual: Mapping[LayerKey, LayerStats], expected: Mapping[LayerKey, LayerStats], rtol: float) -> None:
+    """Equal but for rounding, of which sums over ranks have another one.
+
+    Float32 elements are then off by some 1e-7 of the RMS. Of a shard's 10,000, by the density of values around an edge,
+    0.01 should be counted on its other side: two may. Of the thousands of cuts, one is crossed by about one element:
+    eight may. Every other count is exact.
+    """
+    assert actual.keys() == expected.keys()
+    for key, want in expected.items():
+        got = actual[key]
+        assert np.abs(got.near_zero - want.near_zero).max() <= 2, key
+        assert np.abs(got.histogram - want.histogram).sum() <= 4, key
+        moved = merge_values(got.values, (want.abs_value, -want.abs_value_count))[1]
+        assert np.abs(moved).sum() <= 16, key
+        for name in ("min", "max", "max_abs"):
+            assert abs(getattr(got, name) - getattr(want, name)) <= rtol * want.max_abs, (key, name)
+        moving = ("near_zero", "histogram", "abs_value", "abs_value_count", "min", "max", "max_abs")
+        counted = {name: getattr(want, name) for name in moving}
+        assert_close(replace(got, **counted), want, rtol=rtol, angle_atol=1e-4)
+
+
+def partitioned(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What a replica says of itself that must not depend on the partition."""
+    return {k: v for k, v in model.items() if k not in ("partition", "data", "reports_stats")}
+
+
+# ZeRO-3.
+
+ZERO3_FAMILIES = (
+    *("grouped llama", "gpt2", "opt", "gpt_neox", "qwen2", "gemma3_text", "bloom", "falcon", "phi", "mixtral"),
+    *("qwen3_moe", "mamba", "bert"),
+)
+
+
+@pytest.mark.parametrize("family", ZERO3_FAMILIES)
+@pytest.mark.parametrize("world", [2, 3])
+def test_zero3_gives_the_bytes_of_one_process(
+    gang: Callable[[int], Gang], folder_of: Callable[[str], Path], family: str, world: int
+) -> None:
+    """Seven shards of unequal sizes: in every round some rank runs fillers, in the last one most have nothing."""
+    folder, shards = folder_of(family), make_shards(7, rows=(4, 1, 3))
+    per_rank = gang(world).run(measure, "zero3", folder, shards, SETTINGS)
+    expected, model = single(folder, shards)
+    assert_equal(merged(per_rank), expected)
+    for rank, (results, of_rank, held) in enumerate(per_rank):
+        assert [r.shard_id for r in results] == list(range(rank, 7, world))
+        assert (of_rank["data"], of_rank["reports_stats"], of_rank["partition"]) == ((rank, world), True, "zero3")
+        assert partitioned(of_rank) == partitioned(model)
+        padding = 4 * world * len(list(build(family).parameters()))
+        assert held <= 4 * model["num_parameters"] / world + padding
+
+
+def test_zero3_in_bfloat16(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
+    settings, shards = replace(SETTINGS, dtype="bfloat16"), make_shards(3)
+    for family in ("grouped llama", "gemma3_text", "mixtral"):
+        folder = folder_of(family)
+        per_rank = gang(2).run(measure, "zero3", folder, shards, settings)
+        expected, model = single(folder, shards, settings)
+        assert_equal(merged(per_rank), expected)
+        assert per_rank[0][1]["dtype"] == model["dtype"] == "bfloat16"
+
+
+def test_zero3_frees_its_part(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
+    for before, after in gang(2).run(bytes_after_close, folder_of("gpt2")):
+        assert before > 0
+        assert after == 0
+
+
+def test_other_partitions_are_not_disturbed(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
+    """A process that has left ZeRO-3 loads the next model whole."""
+    folder, shards = folder_of("grouped llama"), make_shards(1)
+    gang(2).run(measure, "zero3", folder, shards, SETTINGS)
+    expected, _ = single(folder, shards)
+    for results in gang(2).run(single_stats, folder, shards):
+        assert all(results[key].equals(expected[0].stats[key]) for key in expected[0].stats)
+
+
+@pytest.mark.parametrize("partition", ["zero3", "tensor_parallel"])
+def test_a_lost_rank_is_no_mistake_of_the_user(
+    tmp_path: Path, folder_of: Callable[[str], Path], partition: str
+) -> None:
+    """The other one fails, instead of waiting for ever, in a way that can be tried again."""
+    gang = Gang(2, tmp_path)
+    gang.run(os.getpid)
+    gang.lose(1)
+    (error,) = gang.outcomes(measure, partition, folder_of("grouped llama"), make_shards(1), SETTINGS)
+    gang.stop()
+    assert isinstance(error, RuntimeError)
+    assert "gloo/" in str(error)
+
+
+def test_a_frozen_rank_is_waited_for_no_longer_than_said(tmp_path: Path, folder_of: Callable[[str], Path]) -> None:
+    """The first failure names the time; later ones only say that gloo gave up, and are no mistakes either."""
+    gang = Gang(2, tmp_path)
+    gang.run(rejoin, free_port(), 10.0)
+    gang.freeze(1)
+    for message in ("Timed out waiting 10000ms", "pair closure"):
+        (error,) = gang.outcomes(measure, "tensor_parallel", folder_of("grouped llama"), make_shards(1), SETTINGS)
+        assert isinstance(error, RuntimeError)
+        assert message in str(error)
+    gang.stop()
+
+
+def single_stats(folder: Path, shards: Sequence[Shard]) -> Mapping[LayerKey, LayerStats]:
+    assert torch.nn.functional.linear is torch._C._nn.linear
+    return single(folder, shards)[0][0].stats
+
+
+@pytest.mark.slow
+def test_two_ranks_hold_half_of_smollm2_each(gang: Callable[[int], Gang], smollm2: Path) -> None:
+    settings, shards = replace(SETTINGS, dtype="bfloat16"), make_shards(2)
+    per_rank = gang(2).run(measure, "zero3", smollm2, shards, settings)
+    expected, model = single(smollm2, shards, settings)
+    for _, of_rank, held in per_rank:
+        assert of_rank["num_parameters"] == model["num_parameters"]
+        assert 0.5 <= held / (2 * model["num_parameters"]) <= 0.55
+    assert_equal(merged(per_rank), expected)
+
+
+def test_zero3_refuses_gguf() -> None:
+    checkpoint = Checkpoint(name="tiny.gguf", source="gguf", path="/tiny.gguf", revision="0")
+    with pytest.raises(ConfigError, match=r"'tiny.gguf' is a .gguf file.*whole in every process"):
+        Zero3Replica(checkpoint, SETTINGS, Placement(partition="zero3", ranks=2))
+
+
+# Tensor parallel.
+
+CUT_FAMILIES = ("grouped llama", "qwen2", "gemma3_text", "gpt_neox", "phi", "mixtral", "cohere", "gptj", "bert")
+
+
+@pytest.mark.parametrize("family", CUT_FAMILIES)
+def test_tensor_parallel_gives_the_numbers_of_one_process(
+    gang: Callable[[int], Gang], folder_of: Callable[[str], Path], family: str
+) -> None:
+    folder, shards = folder_of(family), make_shards(2, rows=(4, 3))
+    first, second = gang(2).run(measure, "tensor_parallel", folder, shards, SETTINGS)
+    expected, model = single(folder, shards)
+    for got, want in zip(first[0], expected, strict=True):
+        assert_near(got.stats, want.stats, rtol=1e-4)
+    assert all(not result.stats for result in second[0])
+    assert [first[1]["reports_stats"], second[1]["reports_stats"]] == [True, False]
+    assert first[1]["data"] == second[1]["data"] == (0, 1)
+    assert partitioned(first[1]) == partitioned(model)
+
+
+def test_three_ranks_share_fifty_units(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
+    """17, 17 and 16 units of the site ``neuron``: gathered, they are all there."""
+    folder, shards = folder_of("grouped llama"), make_shards(1)
+    per_rank = gang(3).run(measure, "tensor_parallel", folder, shards, SETTINGS)
+    expected, model = single(folder, shards)
+    ((result,), _, held), *others = per_rank
+    assert_near(result.stats, expected[0].stats, rtol=1e-4)
+    assert result.stats[0, "neuron"].count == 50 * shards[0].num_tokens
+    assert all(bytes_held < 4 * model["num_parameters"] for bytes_held in (held, *(h for _, _, h in others)))
+
+
+def test_tensor_parallel_in_bfloat16(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
+    """Sums of 8 significant bits; but rotary frequencies stay in float32, for positions far apart need more."""
+    settings, shards = replace(SETTINGS, dtype="bfloat16"), make_shards(1)
+    folder = folder_of("grouped llama")
+    (((result,), _, _), _) = gang(2).run(measure, "tensor_parallel", folder, shards, settings)
+    (want,), _ = single(folder, shards, settings)
+    assert result.stats.keys() == want.stats.keys()
+    for key, stats in want.stats.items():
+        assert result.stats[key].count == stats.count
+        assert result.stats[key].rms == pytest.approx(stats.rms, rel=0.02)
+    buffers = [b for b in build("grouped llama").buffers() if b.is_floating_point()]
+    for found in gang(2).run(floating_buffers, folder, settings):
+        assert len(found) == len(buffers) > 0
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, buffers, strict=True))
+
+
+def floating_buffers(folder: Path, settings: Settings) -> list[torch.Tensor]:
+    replica = opened("tensor_parallel", folder, settings)
+    found = [buffer.clone() for buffer in replica._model.buffers() if buffer.is_floating_point()]
+    replica.close()
+    return found
+
+
+def test_a_family_that_is_cut_wrongly_is_refused(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
+    """DeepSpeed takes Persimmon, whose keys, queries and values lie head by head, and mixes them up."""
+    outcomes = gang(2).outcomes(measure, "tensor_parallel", folder_of("persimmon"), make_shards(1), SETTINGS)
+    for error in outcomes:
+        assert isinstance(error, ModelError)
+        assert "cannot cut a persimmon model (PersimmonForCausalLM)" in error.message
+        assert "of layer 0 is off by 0." in error.message
+        assert "zero3" in str(error.hint)
+
+
+def test_a_family_that_deepspeed_does_not_know_is_refused(
+    gang: Callable[[int], Gang], folder_of: Callable[[str], Path]
+) -> None:
+    for error in gang(2).outcomes(measure, "tensor_parallel", folder_of("gpt2"), make_shards(1), SETTINGS):
+        assert isinstance(error, ModelError)
+        assert "cannot cut a gpt2 model" in error.message
+
+
+def test_more_ranks_than_heads_are_refused(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
+    for error in gang(3).outcomes(measure, "tensor_parallel", folder_of("llama"), make_shards(1), SETTINGS):
+        assert isinstance(error, ConfigError)
+        assert error.message == "3 ranks cannot share 2 heads (num_key_value_heads of the llama configuration)."
+        assert error.hint == "Use --ranks 2 at most, or --partition device_map, zero3 or streaming."
+
+
+def test_heads_are_counted_by_what_the_configuration_calls_them() -> None:
+    for family, heads in {"gpt2": 4, "falcon": 2, "llama": 2}.items():
+        config = build(family).config
+        require_heads(config, heads)
+        with pytest.raises(ConfigError, match=f"{heads + 1} ranks cannot share"):
+            require_heads(config, heads + 1)
+
+
+def test_flash_attention_cannot_be_checked(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
+    settings = replace(SETTINGS, attention="flash_attention_2")
+    for error in gang(2).outcomes(measure, "tensor_parallel", folder_of("llama"), make_shards(1), settings):
+        assert isinstance(error, ConfigError)
+        assert error.hint == "Use --attention sdpa."
+
+
+def test_difference_is_of_the_median_token() -> None:
+    expected = torch.tensor([[3.0, 4.0], [0.0, 0.0], [torch.nan, 1.0], [30.0, 40.0], [1.0, 0.0]])
+    assert difference(expected, expected) == 0.0
+    assert difference(expected, expected * 1.5) == pytest.approx(0.5)
+    assert difference(expected, torch.full_like(expected, torch.nan)) == torch.inf
+    one_token_elsewhere = expected.clone()
+    one_token_elsewhere[3] = -7.0
+    assert difference(expected, one_token_elsewhere) == 0.0
+    assert difference(torch.full((2, 2), torch.nan), torch.zeros(2, 2)) == 0.0
+
+
+# Both.
+
+
+def test_a_process_can_join_another_group(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
+    folder, shards = folder_of("grouped llama"), make_shards(2)
+    gang(2).run(measure, "tensor_parallel", folder, shards, SETTINGS)
+    gang(2).run(rejoin, free_port())
+    expected, _ = single(folder, shards)
+    assert_equal(merged(gang(2).run(measure, "zero3", folder, shards, SETTINGS)), expected)
+    first, _ = gang(2).run(measure, "tensor_parallel", folder, shards, SETTINGS)
+    assert_near(first[0][1].stats, expected[1].stats, rtol=1e-4)
+
+
+@pytest.mark.parametrize("partition", ["zero3", "tensor_parallel"])
+def test_nothing_is_printed_on_stdout(
+    gang: Callable[[int], Gang], folder_of: Callable[[str], Path], partition: str
+) -> None:
+    """Joining the group, which starts the gang, is part of it."""
+    gang(2).run(measure, partition, folder_of("grouped llama"), make_shards(1), SETTINGS)
+    gang(2).outcomes(measure, "tensor_parallel", folder_of("gpt2"), make_shards(1), SETTINGS)
+    assert [path.read_text() for path in gang(2).stdout] == ["", ""]
+
+
+@pytest.mark.parametrize("partition", ["zero3", "tensor_parallel"])
+def test_the_group_must_be_there(folder_of: Callable[[str], Path], partition: str) -> None:
+    checkpoint = resolve(str(folder_of("llama")))
+    with pytest.raises(ConfigError, match=f"--partition {partition} needs a group of 2 processes; this is one of 1"):
+        open_replica(checkpoint, SETTINGS, Placement(partition=partition, ranks=2))
+    with pytest.raises(ConfigError, match=f"--partition {partition} with one rank spreads nothing"):
+        open_replica(checkpoint, SETTINGS, Placement(partition=partition))
+
+
+def test_the_documented_configurations_are_those_in_use() -> None:
+    assert json.loads((CONFIGS / "zero3.json").read_text()) == deepspeed_config(torch.bfloat16, torch.device("cuda"))
+    assert json.loads((CONFIGS / "tensor_parallel.json").read_text()) == inference_config(torch.bfloat16, 2)

@@ -1,0 +1,248 @@
+"""A real Ray cluster on this machine: the same bytes as in one process, whatever dies on the way."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from support.checkpoints import one_thread
+from support.tables import assert_same_tables
+
+import avss_dist
+from avss_dist.errors import BatchTooLarge, RunFailed
+from avss_dist.executors.ray import gang
+from avss_dist.runs.api import Silent
+from avss_dist.warehouse.reader import Warehouse
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+OPTIONS: dict[str, Any] = {
+    "max_sequences": 160,
+    "sequence_length": 64,
+    "batch_size": 2,
+    "sequences_per_shard": 8,
+    "partition": "single",
+}
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """One private Ray for the tests that do not start or lose their own."""
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    yield
+    ray.shutdown()
+
+
+shared_cluster = pytest.mark.usefixtures("cluster")
+
+
+def score(model: Path, out: Path, **changes: Any) -> avss_dist.Run:
+    return avss_dist.score(model, out=out, corpus="builtin:pydoc", **{**OPTIONS, **changes})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed")
+    with one_thread():
+        assert score(tiny_llama, out, executor="local").num_shards == 20
+    return out
+
+
+def workers() -> list[psutil.Process]:
+    """The actor processes of Ray clusters that this test (or a child of it) started."""
+    children = psutil.Process().children(recursive=True)
+    return [p for p in children if p.is_running() and p.name().startswith("ray::Worker")]
+
+
+@shared_cluster
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_any_number_of_workers_gives_the_same_bytes(
+    replicas: int, tiny_llama: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = score(tiny_llama, tmp_path, executor="ray", replicas=replicas)
+    assert run.status == "done"
+    assert_same_tables(tmp_path, undisturbed)
+    (row,) = Warehouse(tmp_path).runs().to_pylist()
+    assert (row["replicas"], row["threads"]) == (replicas, 1)
+
+
+class Harming(Silent):
+    """Sends signals to workers: each when so many shards have arrived."""
+
+    def __init__(self, signals: dict[int, signal.Signals]) -> None:
+        self.arrived = 0
+        self.signals = signals
+        self.victims: list[psutil.Process] = []
+
+    def advanced(self, name: str, num_tokens: int) -> None:
+        self.arrived += 1
+        if self.arrived in self.signals:
+            victim = next(p for p in workers() if p not in self.victims)
+            victim.send_signal(self.signals[self.arrived])
+            self.victims.append(victim)
+
+
+@shared_cluster
+@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
+def test_a_lost_worker_is_replaced_and_nothing_counts_twice(
+    harm: signal.Signals, tiny_llama: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Killed, or stopped, which the watchdog sees: it begins no layer."""
+    reporter = Harming({3: harm})
+    run = score(tiny_llama, tmp_path, executor="ray", replicas=2, hang_seconds=4, reporter=reporter)
+    assert len(reporter.victims) == 1 and run.status == "done"
+    assert reporter.arrived == 20
+    assert_same_tables(tmp_path, undisturbed)
+    deadline = time.monotonic() + 20
+    while reporter.victims[0].is_running() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not reporter.victims[0].is_running(), "a worker that hangs is killed, not left behind"
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_stopped_driver_is_resumed(
+    how: signal.Signals, code: int, tiny_llama: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C, or the driver killed: the partials are kept, the same command finishes what is missing."""
+    arguments = ["--max-sequences", "160", "--sequence-length", "64", "--batch-size", "2", "--sequences-per-shard", "8"]
+    command = [sys.executable, "-m", "avss_dist", "score", str(tiny_llama), "--corpus", "builtin:pydoc"]
+    command += ["--out", str(tmp_path), "--executor", "ray", "--replicas", "2", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    partials = tmp_path / "shard_stats"
+    deadline = time.monotonic() + 90
+    while len(list(partials.rglob("*.parquet"))) < 2 and driver.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    driver.send_signal(how)
+    _, said = driver.communicate(timeout=60)
+    assert driver.returncode == code, said
+    assert "Traceback" not in said
+    if how == signal.SIGINT:
+        assert "run the same command again" in said
+    kept = len(list(partials.rglob("*.parquet")))
+    assert 2 <= kept < 20 and not list((tmp_path / "scores").rglob("*.parquet"))
+    run = score(tiny_llama, tmp_path, executor="local")
+    assert (run.status, run.resumed_shards) == ("done", kept)
+    assert_same_tables(tmp_path, undisturbed)
+
+
+class DiesOnShardTwo(gang.Worker):
+    """A poisonous shard: whoever measures it dies."""
+
+    def analyze(self, task: gang.Task) -> Any:
+        if task.shard and task.shard.shard_id == 2:
+            os._exit(1)
+        return super().analyze(task)
+
+
+MARK: list[Path] = []  # travels to the worker with the class below
+
+
+class FailsOnceOnShardTwo(gang.Worker):
+    """A passing fault: the first attempt at a shard raises, whichever worker has it."""
+
+    def analyze(self, task: gang.Task) -> Any:
+        if task.shard and task.shard.shard_id == 2 and not MARK[0].exists():
+            MARK[0].touch()
+            raise OSError("a passing fault")
+        return super().analyze(task)
+
+
+class HasRoomForOneRow(gang.Worker):
+    """A rank that cannot halve a batch alone says so; all ranks then take fewer rows."""
+
+    def analyze(self, task: gang.Task) -> Any:
+        if task.rows > 1:
+            raise BatchTooLarge("2 x 64 tokens do not fit in memory")
+        return super().analyze(task)
+
+
+class HasRoomForNone(gang.Worker):
+    """Not even one row fits."""
+
+    def analyze(self, task: gang.Task) -> Any:
+        raise BatchTooLarge(f"{task.rows} x 64 tokens do not fit in memory")
+
+
+@pytest.fixture
+def this_module_travels() -> Iterator[None]:
+    """Workers cannot import a test module: its classes go to them by value."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.mark.usefixtures("cluster", "this_module_travels")
+def test_a_shard_that_kills_its_workers_fails_the_run_and_keeps_the_rest(
+    tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gang, "Worker", DiesOnShardTwo)
+    with pytest.raises(RunFailed, match="Shard 2 failed 3 times"):
+        score(tiny_llama, tmp_path, executor="ray", replicas=2)
+    (row,) = Warehouse(tmp_path).runs().to_pylist()
+    assert row["status"] == "failed" and "Shard 2" in row["error"]
+    monkeypatch.undo()
+    run = score(tiny_llama, tmp_path, executor="local")
+    assert run.status == "done" and run.resumed_shards >= 2
+    assert_same_tables(tmp_path, undisturbed)
+
+
+@pytest.mark.usefixtures("cluster", "this_module_travels")
+def test_a_passing_fault_is_retried(
+    tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MARK[:] = [tmp_path / "mark"]
+    monkeypatch.setattr(gang, "Worker", FailsOnceOnShardTwo)
+    assert score(tiny_llama, tmp_path / "w", executor="ray", replicas=2).status == "done"
+    assert MARK[0].exists()
+    assert_same_tables(tmp_path / "w", undisturbed)
+
+
+@pytest.mark.usefixtures("cluster", "this_module_travels")
+def test_batches_are_halved_for_all_ranks_until_they_fit(
+    tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gang, "Worker", HasRoomForOneRow)
+    score(tiny_llama, tmp_path / "one", executor="ray", replicas=2)
+    sql = "SELECT layer, site, count, nonfinite_count, sequence_count FROM layer_stats ORDER BY layer, site"
+    assert Warehouse(tmp_path / "one").sql(sql).equals(Warehouse(undisturbed).sql(sql))
+    (row,) = Warehouse(tmp_path / "one").runs().to_pylist()
+    assert row["notes"] == ["2 rows did not fit in memory at once; some batches had 1"]
+    monkeypatch.setattr(gang, "Worker", HasRoomForNone)
+    with pytest.raises(BatchTooLarge, match="1 x 64 tokens"):
+        score(tiny_llama, tmp_path / "none", executor="ray", replicas=1)
+
+
+@shared_cluster
+def test_a_model_that_cannot_be_opened_fails_with_its_reason(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(avss_dist.errors.AvssError, match=r"no layer list 'model\.layer'"):
+        score(tiny_llama, tmp_path, executor="ray", replicas=2, layers="model.layer")
+
+
+def test_models_share_the_workers_and_no_process_is_left(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    ray.shutdown()
+    options = {**OPTIONS, "max_sequences": 32, "executor": "ray", "replicas": 2}
+    runs = avss_dist.score_all([str(tiny_llama), str(tiny_bert)], corpus="builtin:pydoc", out=tmp_path, **options)
+    assert [run.status for run in runs] == ["done", "done"]
+    deadline = time.monotonic() + 20
+    while workers() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert workers() == []

@@ -1,0 +1,434 @@
+"""The fused reductions: both backends, three dtypes, against plain float64 numpy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numba import cfunc, types
+from support.oracle import FLOAT_FIELDS, Float64, assert_close, counted_by, oracle_stats
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from avss_dist.measure.kernels import cpu, generic
+from avss_dist.measure.kernels import threads as team_threads
+from avss_dist.measure.kernels.base import Accumulator, Kernels, float32_limits, to_stats
+from avss_dist.measure.kernels.choose import kernels_for
+from avss_dist.measure.kernels.cpu import CpuKernels
+from avss_dist.measure.kernels.generic import TorchKernels
+from avss_dist.measure.kernels.intrinsics import take
+from avss_dist.settings import THRESHOLDS
+from avss_dist.stats.layer_stats import LayerStats
+
+GRID = np.array(THRESHOLDS)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MASKS = ("full", "random", "left padded", "one sequence empty", "all empty")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none")
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # signalling NaN patterns
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A block's output and input, [sequences, tokens, units], and which tokens count."""
+
+    x: torch.Tensor
+    before: torch.Tensor
+    mask: torch.Tensor
+
+    @property
+    def update(self) -> torch.Tensor:
+        return self.x - self.before
+
+
+@pytest.fixture(params=[CpuKernels, TorchKernels])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    return request.param()
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[int]:
+    """How many threads torch uses; restored afterwards."""
+    before = torch.get_num_threads()
+    yield before
+    torch.set_num_threads(before)
+
+
+def accumulate(kernels: Kernels, batches: Sequence[Batch], thresholds: Float64, device: str = "cpu") -> Accumulator:
+    into = Accumulator(batches[0].x.to(device), thresholds, units=True, geometry=True)
+    for batch in batches:
+        x, before, update, mask = (t.to(device) for t in (batch.x, batch.before, batch.update, batch.mask))
+        kernels.add(into, x, mask, before, update)
+    return into
+
+
+def measured(kernels: Kernels, *batches: Batch, thresholds: Float64 = GRID, device: str = "cpu") -> LayerStats:
+    into = accumulate(kernels, batches, thresholds, device)
+    return to_stats({name: t.cpu().numpy() for name, t in into.tensors.items()}, into.dtype, thresholds)
+
+
+def expected(batch: Batch, thresholds: Float64 = GRID) -> LayerStats:
+    x, before, update = (t.double().numpy() for t in (batch.x, batch.before, batch.update))
+    mask = batch.mask.numpy()
+    return oracle_stats(x, mask, thresholds, units=True, by=counted_by(batch.x.dtype), before=before, update=update)
+
+
+def from_patterns(patterns: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    signed = np.int32 if dtype == torch.float32 else np.int16
+    return torch.from_numpy(np.ascontiguousarray(patterns).astype(signed)).view(dtype)
+
+
+def patterns_of(values: torch.Tensor) -> np.ndarray:
+    return values.view(torch.int32 if values.dtype == torch.float32 else torch.int16).numpy().astype(np.int64)
+
+
+def any_values(rng: np.random.Generator, shape: tuple[int, ...], dtype: torch.dtype, oddities: float) -> torch.Tensor:
+    """Values of many sizes, with a share of oddities: any bit pattern, and those around zero, thresholds and inf."""
+    values = torch.from_numpy(rng.normal(size=shape) * 10.0 ** rng.integers(-7, 4, shape)).to(dtype)
+    special = patterns_of(torch.tensor([0.0, -0.0, np.inf, -np.inf, *THRESHOLDS], dtype=dtype))
+    odd = rng.choice(special, shape) + rng.integers(-1, 2, shape)
+    odd = np.where(rng.random(shape) < 0.3, rng.integers(0, 1 << 32, shape), odd)
+    return from_patterns(np.where(rng.random(shape) < oddities, odd, patterns_of(values)), dtype)
+
+
+def any_mask(rng: np.random.Generator, kind: str, sequences: int, tokens: int) -> torch.Tensor:
+    mask = np.ones((sequences, tokens), bool)
+    if kind == "random":
+        mask = rng.random(mask.shape) < 0.6
+    elif kind == "left padded":
+        mask = np.arange(tokens) >= rng.integers(0, tokens, sequences)[:, None]
+    elif kind == "one sequence empty":
+        mask[rng.integers(sequences)] = False
+    elif kind == "all empty":
+        mask[:] = False
+    return torch.from_numpy(mask)
+
+
+def any_batch(
+    seed: int, shape: tuple[int, int, int], dtype: torch.dtype, mask: str = "random", oddities: float = 0.02
+) -> Batch:
+    rng = np.random.default_rng(seed)
+    x, before = (any_values(rng, shape, dtype, oddities) for _ in range(2))
+    return Batch(x, before, any_mask(rng, mask, *shape[:2]))
+
+
+def plain_batch(x: torch.Tensor, seed: int = 0) -> Batch:
+    """All tokens count; the block's input is another random tensor of about the same size."""
+    noise = torch.from_numpy(np.random.default_rng(seed).normal(size=x.shape)).to(x.dtype)
+    return Batch(x, x * 0.5 + noise, torch.ones(x.shape[:2], dtype=torch.bool))
+
+
+shapes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), shapes, st.sampled_from(DTYPES), st.sampled_from(MASKS), st.sampled_from([0, 0.02, 0.5]))
+def test_both_backends_equal_the_oracle_on_anything(
+    seed: int, shape: tuple[int, int, int], dtype: torch.dtype, mask: str, oddities: float
+) -> None:
+    batch = any_batch(seed, shape, dtype, mask, oddities)
+    for kernels in (CpuKernels(), TorchKernels()):
+        assert_close(measured(kernels, batch), expected(batch), angle_atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 96), (5, 1, 257), (1, 33, 1), (3, 7, 2)], ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+def test_fixed_shapes_equal_the_oracle(
+    kernels: Kernels, dtype: torch.dtype, shape: tuple[int, int, int], mask: str
+) -> None:
+    batch = any_batch(1, shape, dtype, mask, oddities=0.002)
+    assert_close(measured(kernels, batch), expected(batch), angle_atol=1e-8)
+
+
+def test_the_two_backends_agree(dtype: torch.dtype) -> None:
+    batch = any_batch(2, (4, 16, 64), dtype, oddities=0.001)
+    assert_close(measured(CpuKernels(), batch), measured(TorchKernels(), batch))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_nonfinite_element_is_left_out_with_its_token_and_sequence(
+    kernels: Kernels, dtype: torch.dtype, value: float
+) -> None:
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 3, 8))).to(dtype)
+    before = x * 0.5
+    x[0, 1, 2] = value
+    stats = measured(kernels, Batch(x, before, torch.ones(2, 3, dtype=torch.bool)))
+    assert (stats.count, stats.nonfinite_count) == (47, 1)
+    assert (stats.sequence_count, stats.unit_count, stats.token_count, stats.input_count) == (1, 5, 5, 40)
+    assert all(np.isfinite(getattr(stats, name)).all() for name in FLOAT_FIELDS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_an_update_that_overflows_does_not_poison_the_sums(kernels: Kernels, dtype: torch.dtype) -> None:
+    x = torch.ones(1, 3, 4, dtype=dtype)
+    before = 2 * x
+    x[0, 1], before[0, 1] = torch.finfo(dtype).max, torch.finfo(dtype).min
+    stats = measured(kernels, Batch(x, before, torch.ones(1, 3, dtype=torch.bool)))
+    assert (stats.token_count, stats.input_count) == (2, 12)
+    assert (stats.cosine_sum, stats.relative_magnitude_sum) == (2.0, 1.0)
+
+
+def test_tokens_without_an_angle_count_only_in_the_input_moments(kernels: Kernels, dtype: torch.dtype) -> None:
+    x, before = torch.ones(1, 3, 4, dtype=dtype), torch.ones(1, 3, 4, dtype=dtype)
+    x[0, 0] = before[0, 1] = 0
+    stats = measured(kernels, Batch(x, before, torch.ones(1, 3, dtype=torch.bool)))
+    assert (stats.token_count, stats.cosine_sum, stats.angular_sum, stats.relative_magnitude_sum) == (1, 1.0, 0.0, 0.0)
+    assert stats.input_count == 12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor", [1.5, -1.5])
+def test_parallel_tokens_have_an_angle_whatever_rounds(kernels: Kernels, dtype: torch.dtype, factor: float) -> None:
+    rng = np.random.default_rng(3)
+    shape = (1, 200, 33)
+    before = torch.from_numpy(rng.integers(1, 64, shape) * 2.0 ** rng.integers(-30, 1, shape)).to(dtype)
+    stats = measured(kernels, Batch(before * factor, before, torch.ones(shape[:2], dtype=torch.bool)))
+    assert stats.cosine_sum == pytest.approx(math.copysign(200, factor), rel=1e-15)
+    assert stats.angular_sum == pytest.approx(0 if factor > 0 else 200, abs=200 * 1e-8)
+
+
+@pytest.mark.parametrize("spread", [math.sqrt(0.03), math.sqrt(40_000)], ids=["first layers", "last layers"])
+def test_massive_activations_keep_their_digits(kernels: Kernels, dtype: torch.dtype, spread: float) -> None:
+    values = np.random.default_rng(3).normal(0, spread, (2, 48, 96))
+    values[:, ::16, 5] = 1e4
+    batch = plain_batch(torch.from_numpy(values).to(dtype))
+    assert_close(measured(kernels, batch), expected(batch))
+
+
+def test_outliers_among_small_values_keep_their_digits(kernels: Kernels, dtype: torch.dtype) -> None:
+    values = np.random.default_rng(4).normal(0, 1e-2, (2, 48, 96))
+    values[0, 0, :3] = (1e4, -1e4, 1e4)
+    batch = plain_batch(torch.from_numpy(values).to(dtype))
+    assert_close(measured(kernels, batch), expected(batch))
+
+
+def test_a_large_offset_does_not_cancel(kernels: Kernels, dtype: torch.dtype) -> None:
+    x = torch.from_numpy(np.random.default_rng(5).normal(1e4, 1.0, (4, 64, 128))).to(dtype)
+    exact = x.double().flatten().tolist()
+    mean = math.fsum(exact) / len(exact)
+    m2 = math.fsum((v - mean) ** 2 for v in exact)
+    batch = Batch(x, x, torch.ones(4, 64, dtype=torch.bool))
+    stats = measured(kernels, Batch(x[:1], x[:1], batch.mask[:1]), Batch(x[1:], x[1:], batch.mask[1:]))
+    assert (stats.mean, stats.m2) == (pytest.approx(mean, rel=1e-14), pytest.approx(m2, rel=1e-9))
+    assert stats.input_m2 == pytest.approx(m2, rel=1e-9)
+    pooled = expected(batch).pooled_variance_sum
+    assert stats.pooled_variance_sum == pytest.approx(pooled, rel=1e-9)
+
+
+def around(values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+    """Each value as the dtype rounds it, with its two neighbours on both sides."""
+    centers = patterns_of(torch.tensor(values, dtype=dtype))
+    return from_patterns(np.unique(centers[:, None] + np.arange(-2, 3)), dtype)
+
+
+def test_near_zero_is_strict_and_exact_at_the_threshold(kernels: Kernels, dtype: torch.dtype) -> None:
+    representable = torch.tensor(THRESHOLDS, dtype=dtype).double().numpy()
+    thresholds = np.unique(np.concatenate([GRID, representable, np.nextafter(representable, 1)]))
+    values = around(THRESHOLDS, dtype)
+    x = torch.cat([values, -values])[None, None]
+    stats = measured(kernels, plain_batch(x), thresholds=thresholds)
+    sizes = x.double().abs()
+    assert stats.near_zero.tolist() == [int((sizes < t).sum()) for t in thresholds]
+    assert len(set(stats.near_zero.tolist())) > len(THRESHOLDS)  # the thresholds tell neighbours apart
+
+
+def test_zeros_of_both_signs_and_subnormals(kernels: Kernels, dtype: torch.dtype) -> None:
+    smallest = from_patterns(np.array([1]), dtype)
+    largest_subnormal = torch.nextafter(
+        torch.tensor([torch.finfo(dtype).tiny], dtype=dtype), torch.zeros_like(smallest)
+    )
+    x = torch.cat([smallest * 0, -smallest * 0, smallest, -smallest, largest_subnormal])[None, None]
+    thresholds = np.array([smallest.item() / 2, smallest.item(), smallest.item() * 1.5, 1.0])
+    stats = measured(kernels, plain_batch(x), thresholds=thresholds)
+    assert stats.near_zero.tolist() == [2, 2, 4, 5]
+    assert (stats.zero_count, stats.count) == (2, 5)
+    assert stats.m2 == pytest.approx(((x.double() - x.double().mean()) ** 2).sum().item(), rel=1e-12)
+    assert stats.m2 > 0
+
+
+def test_one_element(kernels: Kernels, dtype: torch.dtype) -> None:
+    x = torch.full((1, 1, 1), -0.5, dtype=dtype)
+    stats = measured(kernels, Batch(x, -x, torch.ones(1, 1, dtype=torch.bool)))
+    assert (stats.count, stats.mean, stats.m2, stats.min, stats.max, stats.max_abs) == (1, -0.5, 0.0, -0.5, -0.5, 0.5)
+    assert (stats.sequence_count, stats.pooled_variance_sum) == (1, 0.0)
+    assert (stats.cosine_sum, stats.angular_sum, stats.relative_magnitude_sum) == (-1.0, 1.0, 2.0)
+
+
+def test_several_batches_equal_one(kernels: Kernels, dtype: torch.dtype) -> None:
+    whole = any_batch(6, (6, 8, 16), dtype, oddities=0.005)
+    parts = [Batch(whole.x[i:j], whole.before[i:j], whole.mask[i:j]) for i, j in ((0, 1), (1, 4), (4, 6))]
+    assert_close(measured(kernels, *parts), measured(kernels, whole))
+
+
+def test_a_fully_masked_batch_adds_nothing(kernels: Kernels, dtype: torch.dtype) -> None:
+    batch = any_batch(7, (3, 8, 16), dtype)
+    filler = any_batch(8, (3, 8, 16), dtype, "all empty")
+    assert measured(kernels, filler, batch, filler).equals(measured(kernels, batch))
+
+
+def test_what_stands_in_padding_does_not_matter(kernels: Kernels, dtype: torch.dtype) -> None:
+    batch = any_batch(9, (4, 8, 16), dtype, "left padded")
+    padding = ~batch.mask[..., None]
+    assert padding.any()
+    filled = [
+        Batch(batch.x.masked_fill(padding, value), batch.before.masked_fill(padding, value), batch.mask)
+        for value in (0.0, np.nan, np.inf, 3.0)
+    ]
+    first, *others = (measured(kernels, b) for b in filled)
+    assert all(first.equals(other) for other in others)
+
+
+def test_what_an_accumulator_does_not_keep_is_absent(kernels: Kernels, dtype: torch.dtype) -> None:
+    batch = any_batch(10, (2, 8, 16), dtype)
+    into = Accumulator(batch.x, GRID, units=False, geometry=False)
+    kernels.add(into, batch.x, batch.mask)
+    stats = to_stats({name: t.numpy() for name, t in into.tensors.items()}, dtype, GRID)
+    x, mask = batch.x.double().numpy(), batch.mask.numpy()
+    assert_close(stats, oracle_stats(x, mask, GRID, by=counted_by(dtype)))
+
+
+def test_cpu_results_do_not_depend_on_threads(threads: int, dtype: torch.dtype) -> None:
+    batches = [any_batch(seed, (5, 32, 64), dtype, oddities=0.001) for seed in (11, 12)]
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        tensors = accumulate(CpuKernels(), batches, GRID).tensors
+        results.append({name: t.numpy().tobytes() for name, t in tensors.items()})
+    assert results[0] == results[1] == results[2]
+
+
+def test_counts_are_flushed_before_they_overflow(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    batch = any_batch(13, (5, 8, 16), dtype, oddities=0.002)
+    whole = measured(CpuKernels(), batch)
+    monkeypatch.setattr(cpu, "MOST_ELEMENTS", 2 * 8 * 16 + 1)
+    assert_close(measured(CpuKernels(), batch), whole)
+
+
+def test_counts_move_to_64_bits_before_they_overflow(
+    kernels: Kernels, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = [any_batch(seed, (3, 8, 16), dtype) for seed in (21, 22, 23)]
+    whole = measured(kernels, *batches)
+    monkeypatch.setattr("avss_dist.measure.kernels.base.MOST_32_BIT", 2 * 3 * 8 * 16)
+    into = accumulate(kernels, batches, GRID)
+    if dtype != torch.float32:
+        assert into.tensors["patterns"].dtype == torch.int64
+    assert to_stats({name: t.numpy() for name, t in into.tensors.items()}, dtype, GRID).equals(whole)
+
+
+def test_small_chunks_change_no_count(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    batch = any_batch(13, (3, 8, 16), dtype, oddities=0.002)
+    monkeypatch.setattr(generic, "CHUNK", 40)
+    assert_close(measured(TorchKernels(), batch), expected(batch))
+
+
+class ForbidTransfers(TorchDispatchMode):
+    """Fails on operations that make a device wait for the host, or the host for the device."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "index.Tensor", "equal.default", "unique")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not any(f"aten.{name}" in f"aten.{func.name().removeprefix('aten::')}" for name in self.FORBIDDEN), func
+        return func(*args, **kwargs or {})
+
+
+TRANSFERS = {"item": torch.Tensor.item, "nonzero": torch.nonzero, "mask": lambda t: t[t > 0], "bool": bool}
+
+
+@pytest.mark.parametrize("transfer", TRANSFERS.values(), ids=TRANSFERS)
+def test_the_guard_sees_a_transfer(transfer: Any) -> None:
+    with ForbidTransfers(), pytest.raises(AssertionError):
+        transfer(torch.ones(1))
+
+
+def test_torch_kernels_never_wait_for_the_device(dtype: torch.dtype) -> None:
+    batch = any_batch(14, (2, 8, 16), dtype)
+    with ForbidTransfers():
+        accumulate(TorchKernels(), [batch, batch], GRID)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("mask", MASKS)
+def test_cuda_equals_the_oracle(dtype: torch.dtype, mask: str) -> None:
+    batch = any_batch(15, (4, 64, 300), dtype, mask, oddities=0.001)
+    assert_close(measured(TorchKernels(), batch, device="cuda"), expected(batch), angle_atol=1e-8)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_cuda_repeats_to_the_bit(dtype: torch.dtype) -> None:
+    batch = any_batch(16, (4, 64, 300), dtype, oddities=0.001)
+    first, second = (measured(TorchKernels(), batch, device="cuda") for _ in range(2))
+    assert first.equals(second)
+
+
+def test_each_device_gets_its_backend() -> None:
+    assert isinstance(kernels_for(torch.device("cpu")), CpuKernels)
+    assert isinstance(kernels_for(torch.device("cuda")), TorchKernels)
+
+
+def float32_cases() -> Float64:
+    rng = np.random.default_rng(0)
+    spread = 10.0 ** rng.uniform(-46, 38, 300)
+    exact = spread.astype(np.float32).astype(np.float64)
+    edges = np.array([1e-46, 2.0**-149, 2.0**-149 * 1.5, 2.0**-126, float(np.finfo(np.float32).max), 1e39])
+    cases = np.concatenate([GRID, spread, exact, np.nextafter(exact, 0), np.nextafter(exact, np.inf), edges])
+    return np.unique(cases[cases > 0])
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_float32_limits_part_neighbours_as_float64_does() -> None:
+    thresholds = float32_cases()
+    limits = float32_limits(thresholds).astype(np.int64)
+    for offset in range(-3, 4):
+        patterns = np.clip(limits + offset, 0, 0x7F7FFFFF).astype(np.uint32)
+        values = patterns.view(np.float32).astype(np.float64)
+        assert np.array_equal(patterns < limits, values < thresholds), offset
+
+
+@cfunc(types.void(types.CPointer(types.int64)))
+def count_a_call(numbers: Any) -> None:
+    """Each thread that comes in takes places until all of ``numbers[1]`` are taken; adds up what it took."""
+    place = take(numbers, 0)
+    while place < numbers[1]:
+        take(numbers, 2 + place)
+        place = take(numbers, 0)
+
+
+@pytest.mark.parametrize("kind", ["openmp", "pool"])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_team_takes_every_place_once(kind: str, count: int) -> None:
+    library = team_threads._libgomp()
+    if kind == "openmp" and library is None:
+        pytest.skip("this torch does not use GNU OpenMP")
+    team = team_threads.OpenMP(library) if kind == "openmp" else team_threads.Pool()
+    numbers = np.zeros(10_002, np.int64)
+    numbers[1] = 10_000
+    team.run(count_a_call.address, numbers.ctypes.data, count)
+    assert 10_001 <= numbers[0] <= 10_000 + count, "every thread that came in leaves when nothing is left"
+    assert (numbers[2:] == 1).all()
+
+
+@pytest.mark.parametrize("kind", ["openmp", "pool"])
+def test_both_teams_measure_the_same(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = any_batch(17, (5, 16, 40), dtype, oddities=0.01)
+    whole = measured(CpuKernels(), batch)
+    if kind == "pool":
+        monkeypatch.setattr(team_threads, "_libgomp", lambda: None)
+        team_threads.team.cache_clear()
+    try:
+        assert measured(CpuKernels(), batch).equals(whole)
+    finally:
+        team_threads.team.cache_clear()

@@ -1,0 +1,343 @@
+"""Observation: every field against numpy over captured activations; no trace left; masked tokens count for nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.checkpoints import VOCABULARY, llama
+from support.oracle import assert_close, counted_by, oracle_stats
+from torch import nn
+
+from avss_dist.errors import ModelError
+from avss_dist.measure.hooks import observe
+from avss_dist.models.layers import Layer
+from avss_dist.models.loading import Backbone, forward_function, open_module
+from avss_dist.settings import SITES, THRESHOLDS
+from avss_dist.stats.layer_stats import LayerKey, LayerStats
+
+GRID = np.array(THRESHOLDS)
+ROWS, TOKENS = 3, 11
+
+
+def gpt2() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(2)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64))
+
+
+def bert() -> Any:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(3)
+    return BertModel(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+        )
+    )
+
+
+def bloom() -> Any:
+    """Its sublayers add the residual themselves."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(4)
+    return BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4))
+
+
+def opt() -> Any:
+    """Its MLP is two linear maps of the layer, on flattened tokens."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(5)
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+        )
+    )
+
+
+# By family: the model, its layers, and inside a layer which module's output is the attention's and the MLP's update.
+FAMILIES = {
+    "llama": (llama, "layers", "self_attn", "mlp", "mlp.down_proj"),
+    "gpt2": (gpt2, "h", "attn", "mlp", "mlp.c_proj"),
+    "bert": (bert, "encoder.layer", "attention.output.dense", "output.dense", "output.dense"),
+    "bloom": (bloom, "h", "self_attention.dense", "mlp.dense_4h_to_h", "mlp.dense_4h_to_h"),
+    "opt": (opt, "decoder.layers", "self_attn", "fc2", "fc2"),
+}
+
+
+def token_ids(seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (ROWS, TOKENS), generator=torch.Generator().manual_seed(seed))
+
+
+def opened(model: Any, dtype: torch.dtype = torch.float32) -> Backbone:
+    return open_module(model.eval().to(dtype))
+
+
+def observed(
+    backbone: Backbone, batches: Sequence[tuple[torch.Tensor, torch.Tensor]], sites: Sequence[str] = SITES
+) -> dict[LayerKey, LayerStats]:
+    """Statistics of (token ids, mask) batches."""
+    run = forward_function(backbone.module)
+    with observe(backbone.structure.layers, sites, THRESHOLDS) as observer, torch.no_grad():
+        for ids, mask in batches:
+            with observer.batch(mask.numpy()):
+                run(ids, mask.long())
+    return observer.result()
+
+
+def captured(backbone: Backbone, ids: torch.Tensor, mask: torch.Tensor, *paths: str) -> dict[LayerKey, dict[str, Any]]:
+    """The raw activations of one pass as oracle arguments, taken with hooks of the test's own."""
+    list_path, attention, mlp, down = paths
+    layers = backbone.module.get_submodule(list_path)
+    taken: dict[LayerKey, dict[str, torch.Tensor]] = {}
+    handles = []
+
+    def first(value: Any) -> torch.Tensor:
+        return value if isinstance(value, torch.Tensor) else value[0]
+
+    def take(key: LayerKey, part: str, which: str) -> Any:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            given = first(args) if args else kwargs["hidden_states"]
+            value = (given if which == "input" else first(output)).detach().clone()
+            taken.setdefault(key, {})[part] = value.reshape(ROWS, TOKENS, -1)
+
+        return hook
+
+    for i, layer in enumerate(layers):
+        for module, site, part, which in (
+            (layer, "block", "before", "input"),
+            (layer, "block", "x", "output"),
+            (layer.get_submodule(attention), "attention", "x", "output"),
+            (layer.get_submodule(mlp), "mlp", "x", "output"),
+            (layer.get_submodule(down), "neuron", "x", "input"),
+        ):
+            handles.append(module.register_forward_hook(take((i, site), part, which), with_kwargs=True))
+    with torch.no_grad():
+        forward_function(backbone.module)(ids, mask.long())
+    for handle in handles:
+        handle.remove()
+    for i in range(len(layers)):
+        update = taken[i, "block"]["x"] - taken[i, "block"]["before"]
+        taken[i, "block"]["update"] = update
+        taken[i, "update"] = {"x": update}
+    return {key: {name: t.double().numpy() for name, t in parts.items()} for key, parts in taken.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_field_of_every_site_equals_numpy(family: str, dtype: torch.dtype) -> None:
+    build, *paths = FAMILIES[family]
+    backbone = opened(build(), dtype)
+    ids, mask = token_ids(), torch.ones(ROWS, TOKENS, dtype=torch.bool)
+    stats = observed(backbone, [(ids, mask)])
+    raw = captured(backbone, ids, mask, *paths)
+    assert stats.keys() == raw.keys()
+    for (layer, site), activations in raw.items():
+        units = site in ("block", "update")
+        expected = oracle_stats(mask=mask.numpy(), thresholds=GRID, units=units, by=counted_by(dtype), **activations)
+        assert_close(stats[layer, site], expected, rtol=1e-9, angle_atol=1e-7)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_counts_for_nothing(side: str) -> None:
+    """Whatever stands in the padding, the statistics are those of the tokens that are real, on either side."""
+    backbone = opened(llama())
+    mask = torch.ones(ROWS, TOKENS, dtype=torch.bool)
+    mask[1, : TOKENS // 2] = mask[2, : TOKENS - 2] = False
+    mask = mask if side == "left" else mask.flip(1)
+    first, second = token_ids(), torch.where(mask, token_ids(), token_ids(1))
+    stats = observed(backbone, [(first, mask)])
+    assert all(stats[key].equals(s) for key, s in observed(backbone, [(second, mask)]).items())
+    assert stats[0, "block"].count == int(mask.sum()) * 32
+    raw = captured(backbone, first, mask, *FAMILIES["llama"][1:])
+    expected = oracle_stats(mask=mask.numpy(), thresholds=GRID, units=True, **raw[1, "block"])
+    assert_close(stats[1, "block"], expected, rtol=1e-9, angle_atol=1e-7)
+
+
+def test_right_padding_equals_no_padding() -> None:
+    """A causal model's real tokens do not see what follows: padded statistics are those of the shorter batch."""
+    backbone = opened(llama())
+    ids, mask = token_ids(), torch.zeros(ROWS, TOKENS, dtype=torch.bool)
+    mask[:, :7] = True
+    padded = observed(backbone, [(ids, mask)])
+    short = observed(backbone, [(ids[:, :7], mask[:, :7])])
+    for key, stats in short.items():
+        assert padded[key].count == stats.count
+        np.testing.assert_allclose(padded[key].m2, stats.m2, rtol=1e-5)
+
+
+def test_a_fully_masked_batch_and_passes_outside_add_nothing() -> None:
+    backbone = opened(llama())
+    full, empty = torch.ones(ROWS, TOKENS, dtype=torch.bool), torch.zeros(ROWS, TOKENS, dtype=torch.bool)
+    once = observed(backbone, [(token_ids(), full)])
+    with observe(backbone.structure.layers, SITES, THRESHOLDS) as observer, torch.no_grad():
+        run = forward_function(backbone.module)
+        run(token_ids(2), None)
+        with observer.batch(empty.numpy()):
+            run(token_ids(1), None)
+        with observer.batch(full.numpy()):
+            run(token_ids(), full.long())
+        run(token_ids(3), None)
+    assert all(once[key].equals(stats) for key, stats in observer.result().items())
+    assert observed(backbone, [(token_ids(), empty)]) == {}
+
+
+def test_batches_add_up() -> None:
+    """Two batches in one observation are the two observations merged."""
+    backbone = opened(llama(), torch.bfloat16)
+    full = torch.ones(ROWS, TOKENS, dtype=torch.bool)
+    both = observed(backbone, [(token_ids(0), full), (token_ids(1), full)])
+    first, second = (observed(backbone, [(token_ids(i), full)]) for i in (0, 1))
+    for key, stats in both.items():
+        assert_close(stats, first[key].merge(second[key]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hooks_leave_no_trace(family: str) -> None:
+    """Logits are bit-identical; no hook, no gradient and no changed weight is left, after a failure neither."""
+    model = FAMILIES[family][0]().eval()
+    weights = copy.deepcopy(model.state_dict())
+    ids = token_ids()
+
+    def output() -> torch.Tensor:
+        with torch.no_grad():
+            return model(ids)[0]
+
+    before = output()
+    backbone = open_module(model)
+    with observe(backbone.structure.layers, SITES, THRESHOLDS) as observer, observer.batch(np.ones(ids.shape, bool)):
+        assert torch.equal(output(), before)
+    with (
+        pytest.raises(RuntimeError, match="on purpose"),
+        observe(backbone.structure.layers, SITES, THRESHOLDS) as failing,
+        failing.batch(np.ones(ids.shape, bool)),
+    ):
+        output()
+        raise RuntimeError("on purpose")
+    assert torch.equal(output(), before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_hooks_of_others_stay() -> None:
+    backbone = opened(llama())
+    calls: list[str] = []
+    layer = backbone.structure.layers[0].module
+    layer.register_forward_hook(lambda *_: calls.append("theirs"))
+    observed(backbone, [(token_ids(), torch.ones(ROWS, TOKENS, dtype=torch.bool))])
+    assert calls == ["theirs"] and len(layer._forward_hooks) == 1
+
+
+def test_observers_nest() -> None:
+    backbone = opened(llama())
+    full = torch.ones(ROWS, TOKENS, dtype=torch.bool)
+    alone = observed(backbone, [(token_ids(), full)])
+    with observe(backbone.structure.layers, SITES, THRESHOLDS) as outer, outer.batch(full.numpy()):
+        inner = observed(backbone, [(token_ids(), full)])
+    assert all(stats.equals(inner[key]) for key, stats in alone.items())
+    assert all(stats.equals(outer.result()[key]) for key, stats in alone.items())
+
+
+def test_a_layer_is_concluded_after_its_last_pass() -> None:
+    """Its accumulators are given up when no pass is to come, and its statistics are what they are without."""
+    backbone = opened(llama())
+    full = torch.ones(ROWS, TOKENS, dtype=torch.bool)
+    run = forward_function(backbone.module)
+    kept = []
+    with observe(backbone.structure.layers, SITES, THRESHOLDS, passes=2) as observer, torch.no_grad():
+        for seed in range(2):
+            with observer.batch(full.numpy()):
+                run(token_ids(seed), full.long())
+            kept.append(len(observer._accumulators))
+    assert kept == [3 * len(SITES), 0]
+    expected = observed(backbone, [(token_ids(seed), full) for seed in range(2)])
+    got = observer.result()
+    assert list(got) == list(expected) and all(got[key].equals(expected[key]) for key in expected)
+
+
+def test_only_the_wanted_sites_are_measured() -> None:
+    backbone = opened(llama())
+    full = torch.ones(ROWS, TOKENS, dtype=torch.bool)
+    everything = observed(backbone, [(token_ids(), full)])
+    for site in SITES:
+        alone = observed(backbone, [(token_ids(), full)], [site])
+        assert set(alone) == {(layer, site) for layer in range(3)}
+        assert all(stats.equals(everything[key]) for key, stats in alone.items())
+
+
+class Tampering(nn.Module):
+    """A stand-in backbone whose one layer misbehaves in a chosen way."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Misbehaving(how)])
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        return self.layers[0](
+            torch.ones(*input_ids.shape, 4, dtype=torch.float64 if self.layers[0].how == "float64" else None)
+        )
+
+
+class Misbehaving(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if self.how == "in place":
+            x.add_(1)
+        return {"pads": torch.cat([x, x], 1), "nothing": "text"}.get(self.how, x + 1)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("in place", "changes its input in place"),
+        ("pads", "pads, pools or extends its rows"),
+        ("nothing", "returns a str, no hidden states"),
+        ("float64", "computes in torch.float64"),
+    ],
+)
+def test_a_layer_that_cannot_be_counted_is_named(how: str, said: str) -> None:
+    model = Tampering(how)
+    layer = Layer(0, "layers.0", model.layers[0], 0, "rows", {})
+    with (
+        pytest.raises(ModelError, match=said) as raised,
+        observe([layer], SITES, THRESHOLDS) as observer,
+        observer.batch(np.ones((2, 3), bool)),
+    ):
+        model(torch.ones(2, 3, dtype=torch.long))
+    assert "layers.0" in str(raised.value)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_nonfinite_activations_are_counted_apart() -> None:
+    """One weight of a late layer is NaN: its outputs count as non-finite, and in nothing else."""
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[5, 3] = torch.nan
+    stats = observed(opened(model), [(token_ids(), torch.ones(ROWS, TOKENS, dtype=torch.bool))])
+    assert stats[0, "block"].nonfinite_count == 0
+    broken = stats[1, "mlp"]
+    assert broken.nonfinite_count == ROWS * TOKENS and broken.count == ROWS * TOKENS * 31
+    assert broken.sequence_count == 0 and np.isfinite([broken.mean, broken.m2, broken.max_abs]).all()
+    assert stats[1, "block"].token_count == 0 and stats[2, "neuron"].count == 0

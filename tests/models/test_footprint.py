@@ -1,0 +1,212 @@
+"""The footprint of a checkpoint: what single loads, told from config.json and headers alone."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.families import tiny_model
+from support.ggufs import write_gguf
+from torch.utils.flop_counter import FlopCounterMode
+
+from avss_dist.errors import ModelError
+from avss_dist.models.checkpoints import resolve
+from avss_dist.models.loading import load
+from avss_dist.models.size import Footprint, footprint, stored_tensors
+from avss_dist.partition.single import SingleReplica
+from avss_dist.settings import Settings
+
+pytestmark = pytest.mark.timeout(120)
+
+SETTINGS = Settings(device="cpu")
+CPU = torch.device("cpu")
+FAMILIES = [("causal", name) for name in ("llama", "qwen2", "gemma3_text", "gpt2", "gpt_neox", "opt", "phi", "bloom")]
+FAMILIES += [("causal", "mixtral"), ("causal", "qwen2_moe"), ("causal", "mamba"), ("masked", "bert")]
+Save = Callable[[Any, Path], Path]
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Save) -> Callable[[str, str], Path]:
+    root = tmp_path_factory.mktemp("families")
+
+    def folder(kind: str, family: str) -> Path:
+        if not (root / family).exists():
+            save_checkpoint(tiny_model(kind, family), root / family)
+        return root / family
+
+    return folder
+
+
+def loaded_bytes(module: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize(("kind", "family"), FAMILIES)
+def test_it_is_what_single_loads(kind: str, family: str, dtype: str, folder_of: Callable[[str, str], Path]) -> None:
+    folder = folder_of(kind, family)
+    settings = Settings(device="cpu", dtype=dtype)
+    size, checkpoint = footprint(str(folder), settings), resolve(str(folder))
+    replica = SingleReplica(checkpoint, settings)
+    backbone = load(checkpoint, settings, CPU)
+    assert size.num_parameters == replica.model["num_parameters"]
+    assert size.hidden_size == replica.model["hidden_size"] and size.dtype == replica.model["dtype"]
+    assert size.attention == replica.model["attention_implementation"]
+    assert size.num_layers == len(replica.layers) == len(size.layer_bytes)
+    assert size.layer_bytes == tuple(loaded_bytes(layer.module) for layer in replica.layers)
+    assert size.other_bytes + sum(size.layer_bytes) == loaded_bytes(backbone.module)
+    assert size.weight_bytes == size.num_parameters * size.element_bytes
+    stored = sum(tensor.nbytes for tensor in load_file(folder).values())
+    assert size.stored_bytes == stored
+
+
+def load_file(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(("kind", "family"), FAMILIES)
+def test_operations_are_those_that_torch_counts(kind: str, family: str, folder_of: Callable[[str, str], Path]) -> None:
+    """In the layers, and with an attention that the counter sees."""
+    folder = folder_of(kind, family)
+    settings = Settings(device="cpu", attention=None if family == "mamba" else "eager")
+    size, backbone = footprint(str(folder), settings), load(resolve(str(folder)), settings, CPU)
+    backbone.module.config._experts_implementation = "eager"  # the counter knows no grouped multiplication
+    rows, tokens = 2, 32
+    ids = torch.arange(rows * tokens).reshape(rows, tokens)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone.module(input_ids=ids)
+    layers = {f"{type(backbone.module).__name__}.{layer.name}" for layer in backbone.structure.layers}
+    counted = sum(sum(flops.values()) for name, flops in counter.get_flop_counts().items() if name in layers)
+    assert counted > 0
+    scan = 0.08  # of a state space, which is small but in a model as tiny as this
+    assert size.forward_flops(rows, tokens) == pytest.approx(counted, rel=scan if family == "mamba" else 0.03)
+
+
+def test_an_untied_head_counts_as_weights_and_not_as_what_runs(tmp_path: Path, save_checkpoint: Save) -> None:
+    from support.checkpoints import VOCABULARY, llama
+
+    tied = footprint(str(save_checkpoint(llama(tie_word_embeddings=True), tmp_path / "tied")), SETTINGS)
+    free = footprint(str(save_checkpoint(llama(tie_word_embeddings=False), tmp_path / "free")), SETTINGS)
+    head = VOCABULARY * 32
+    assert free.num_parameters - tied.num_parameters == head
+    assert free.weight_bytes - tied.weight_bytes == 4 * head == free.stored_bytes - tied.stored_bytes
+    assert free.other_bytes == tied.other_bytes and free.layer_bytes == tied.layer_bytes
+
+
+def test_only_headers_are_read(tiny_llama: Path, tmp_path: Path) -> None:
+    """The file ends after its header; a whole file of zeros after the header gives the same."""
+    whole = (tiny_llama / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    (tmp_path / "model.safetensors").write_bytes(whole[: 8 + length])
+    (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    assert footprint(str(tmp_path), SETTINGS) == footprint(str(tiny_llama), SETTINGS)
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    from support.checkpoints import llama
+
+    file = write_gguf(llama(), tmp_path / "tiny.gguf")
+    size = footprint(str(file), SETTINGS)
+    assert size.num_parameters == SingleReplica(resolve(str(file)), SETTINGS).model["num_parameters"]
+    assert size.stored_bytes == 4 * size.num_parameters and not size.mapped
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"bad\.gguf"):
+        footprint(str(tmp_path / "bad.gguf"), SETTINGS)
+
+
+def test_shards_are_those_of_the_index(tiny_llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    (tmp_path / "consolidated.safetensors").write_bytes(b"another copy, which transformers does not load")
+    assert footprint(str(tmp_path), SETTINGS) == footprint(str(tiny_llama), SETTINGS)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x10\0\0\0\0\0\0\0not json at all!", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]"])
+def test_a_bad_header_is_named(content: bytes, tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    with pytest.raises(ModelError, match=r"model\.safetensors has no header of a safetensors file") as raised:
+        footprint(str(tmp_path), SETTINGS)
+    assert raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"), [("./nowhere", "There is no folder"), ("nowhere.gguf", "There is no file"), ("a b", "no folder")]
+)
+def test_a_checkpoint_that_is_not_there(spec: str, said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        footprint(spec, SETTINGS)
+
+
+def test_a_hub_checkpoint_that_cannot_be_reached() -> None:
+    with pytest.raises(ModelError, match="the hub cannot be reached"):
+        footprint("nobody/nothing-at-all", SETTINGS)
+
+
+def test_a_hub_checkpoint_is_its_configuration_and_headers(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is played by a folder: only config.json and the headers of the weight files are asked of it."""
+    import huggingface_hub
+    from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata
+    from huggingface_hub.utils._safetensors import TensorInfo
+
+    asked: list[Any] = []
+
+    def snapshot(name: str, revision: str | None = None, allow_patterns: Any = None) -> str:
+        asked.append((name, revision, allow_patterns))
+        (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+        return str(tmp_path)
+
+    def headers(name: str, revision: str | None = None) -> SafetensorsRepoMetadata:
+        asked.append((name, revision))
+        whole = (tiny_llama / "model.safetensors").read_bytes()
+        header = json.loads(whole[8 : 8 + struct.unpack("<Q", whole[:8])[0]])
+        tensors = {
+            key: TensorInfo(dtype=t["dtype"], shape=t["shape"], data_offsets=tuple(t["data_offsets"]))
+            for key, t in header.items()
+            if key != "__metadata__"
+        }
+        file = SafetensorsFileMetadata(metadata={}, tensors=tensors)
+        return SafetensorsRepoMetadata(
+            metadata=None, sharded=False, weight_map={}, files_metadata={"model.safetensors": file}
+        )
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", headers)
+    assert footprint("org/name@v1", SETTINGS) == footprint(str(tiny_llama), SETTINGS)
+    assert asked == [("org/name", "v1", ["config.json"]), ("org/name", tmp_path.name)]
+
+
+def test_eager_attention_holds_scores(tiny_llama: Path) -> None:
+    fused, eager = (footprint(str(tiny_llama), Settings(attention=name)) for name in ("sdpa", "eager"))
+    assert eager.activation_bytes(2, 512) - fused.activation_bytes(2, 512) >= 2 * 4 * 512 * 512 * 4
+    assert fused.activation_bytes(4, 64) == 2 * fused.activation_bytes(2, 64)
+    assert fused.hidden_bytes(2, 8) == 2 * 8 * 32 * 4
+
+
+def real(name: str) -> Path:
+    folder = Path.home() / ".cache" / "avss-models" / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not here")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm2", "gemma3", "minilm"])
+def test_real_checkpoints(name: str) -> None:
+    size: Footprint = footprint(str(real(name)), SETTINGS)
+    replica = SingleReplica(resolve(str(real(name))), SETTINGS)
+    assert size.num_parameters == replica.model["num_parameters"]
+    assert size.layer_bytes == tuple(loaded_bytes(layer.module) for layer in replica.layers)
+    assert size.stored_bytes == sum(tensor.size for tensor in stored_tensors(resolve(str(real(name)))))

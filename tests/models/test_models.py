@@ -1,0 +1,371 @@
+"""Checkpoints: found and pinned to their content, loaded without a head, and their layers and sites found."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+import transformers
+from support.checkpoints import LAYERS, llama
+
+from avss_dist.errors import ModelError
+from avss_dist.models import checkpoints
+from avss_dist.models.checkpoints import resolve, slug
+from avss_dist.models.loading import Backbone, forward_function, load, load_tokenizer, open_module
+from avss_dist.settings import Settings
+
+CPU = torch.device("cpu")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+Save = Callable[[Any, Path], Path]
+
+
+@pytest.fixture
+def folder(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny Llama, to change."""
+    return Path(shutil.copytree(tiny_llama, tmp_path / "copy"))
+
+
+@pytest.fixture
+def hub(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A local hub cache with ``org/tiny``: a branch ``main``, a tag ``v1``, one commit."""
+    repository = tmp_path / "hub" / "models--org--tiny"
+    shutil.copytree(tiny_llama, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    for name in ("main", "v1"):
+        (repository / "refs" / name).write_text(COMMIT)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    return repository
+
+
+def test_a_folder_is_found_and_hashed(folder: Path) -> None:
+    checkpoint = resolve(str(folder))
+    assert (checkpoint.name, checkpoint.source, checkpoint.path) == (str(folder), "folder", str(folder))
+    assert len(checkpoint.revision) == 64
+    assert checkpoint.folder == folder
+    assert checkpoint.gguf == {}
+
+
+def test_a_folder_is_found_by_a_relative_path_and_by_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    absolute = resolve(str(folder))
+    for spec in ("copy", "./copy", "copy/", "~/copy"):
+        checkpoint = resolve(spec)
+        assert (checkpoint.name, checkpoint.path) == (spec, str(folder))
+        assert (checkpoint.revision, checkpoint.slug) == (absolute.revision, "copy")
+
+
+@pytest.mark.parametrize("spec", ["org/tiny", "org/tiny@main", "org/tiny@v1", f"org/tiny@{COMMIT}"])
+def test_a_hub_id_is_found_in_the_cache_and_pinned_to_its_commit(hub: Path, spec: str) -> None:
+    checkpoint = resolve(spec)
+    assert (checkpoint.name, checkpoint.source, checkpoint.revision) == ("org/tiny", "hub", COMMIT)
+    assert Path(checkpoint.path) == hub / "snapshots" / COMMIT
+    assert checkpoint.slug == "org-tiny"
+    assert len(load_tokenizer(checkpoint)) == 320
+
+
+def test_a_folder_goes_before_a_hub_id(hub: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    (folder.parent / "org").mkdir()
+    folder.rename(folder.parent / "org" / "tiny")
+    assert resolve("org/tiny").source == "folder"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("missing.gguf", "There is no file 'missing.gguf'"),
+        ("/missing/folder", "There is no folder '/missing/folder'"),
+        ("./missing", "There is no folder './missing'"),
+        ("two words", "There is no folder 'two words'"),
+        ("org/absent", "'org/absent' is no folder here, is not in the local hub cache"),
+        ("org/tiny@v2", "'org/tiny@v2' is no folder here, is not in the local hub cache"),
+    ],
+)
+def test_what_is_missing_is_named(hub: Path, spec: str, message: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        resolve(spec)
+    assert caught.value.message.startswith(message)
+    assert caught.value.hint and caught.value.hint.startswith("Check the")
+
+
+def _change_weights(folder: Path) -> None:
+    llama(seed=7).save_pretrained(folder)
+
+
+def _change_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+
+
+@pytest.mark.parametrize("change", [_change_weights, _change_config])
+def test_the_revision_changes_with_the_content(folder: Path, change: Callable[[Path], None]) -> None:
+    before = resolve(str(folder)).revision
+    change(folder)
+    assert resolve(str(folder)).revision != before
+
+
+def test_the_revision_changes_with_shipped_code_only_where_it_runs(folder: Path) -> None:
+    before = resolve(str(folder)).revision
+    (folder / "modeling.py").write_text("layers = 3\n")
+    assert resolve(str(folder)).revision == before
+    trusted = resolve(str(folder), trust_remote_code=True).revision
+    (folder / "modeling.py").write_text("layers = 4\n")
+    assert resolve(str(folder), trust_remote_code=True).revision != trusted
+
+
+def test_the_revision_does_not_change_with_the_path_or_an_unrelated_file(folder: Path, tiny_llama: Path) -> None:
+    (folder / "README.md").write_text("Changed.")
+    (folder / "logs").mkdir()
+    (folder / "logs" / "training.json").write_text("{}")
+    moved = folder.rename(folder.parent / "moved")
+    assert resolve(str(moved)).revision == resolve(str(tiny_llama)).revision
+
+
+def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    digest = checkpoints.hashlib.file_digest
+    monkeypatch.setattr(checkpoints.hashlib, "file_digest", lambda f, kind: reads.append(f.name) or digest(f, kind))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(2 << 20))
+    first = checkpoints.content_hash([file])
+    assert checkpoints.content_hash([file]) == first
+    assert reads == [str(file)]
+    file.write_bytes(bytes([1]) * (2 << 20))
+    os.utime(file, ns=(1, 1))
+    second = checkpoints.content_hash([file])
+    assert second != first
+    assert reads == [str(file)] * 2
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing")
+    assert checkpoints.content_hash([file]) == second  # a cache that cannot be written costs time, nothing else
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Qwen/Qwen3-0.6B", "Qwen-Qwen3-0.6B"),
+        ("<script>alert(1)<", "script-alert-1"),
+        ("été 模型", "t"),
+        ("模型", "model"),
+        ("..", "model"),
+        ("", "model"),
+        ("a_b.c-d", "a_b.c-d"),
+    ],
+)
+def test_a_slug_is_a_plain_file_name(name: str, expected: str) -> None:
+    assert slug(name) == expected
+
+
+def test_the_slug_of_a_gguf_file_is_its_stem(tmp_path: Path) -> None:
+    (tmp_path / "tiny-Q8_0.gguf").write_bytes(b"GGUF")
+    checkpoint = resolve(str(tmp_path / "tiny-Q8_0.gguf"))
+    assert (checkpoint.source, checkpoint.slug, checkpoint.folder) == ("gguf", "tiny-Q8_0", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fixture", "module", "architecture", "family"),
+    [
+        ("tiny_llama", "LlamaModel", "LlamaForCausalLM", "llama"),
+        ("tiny_bert", "BertModel", "BertModel", "bert"),
+    ],
+)
+def test_a_decoder_and_an_encoder_load_as_backbones(
+    fixture: str, module: str, architecture: str, family: str, request: pytest.FixtureRequest
+) -> None:
+    backbone = load(resolve(str(request.getfixturevalue(fixture))), Settings(), CPU)
+    assert type(backbone.module).__name__ == module
+    assert (backbone.architecture, backbone.family, backbone.hidden_size) == (architecture, family, 32)
+    assert (backbone.dtype, backbone.attention_implementation) == ("float32", "sdpa")
+    assert len(backbone.structure.layers) == LAYERS
+    assert not backbone.module.training
+
+
+def test_a_checkpoint_for_sequence_classification_loads_as_a_backbone(tmp_path: Path, save_checkpoint: Save) -> None:
+    """The demonstration of the AVSS authors: DistilBERT fine-tuned to classify."""
+    torch.manual_seed(0)
+    config = transformers.DistilBertConfig(vocab_size=320, dim=32, n_layers=2, n_heads=2, hidden_dim=48)
+    model = transformers.DistilBertForSequenceClassification(config).eval()
+    backbone = load(resolve(str(save_checkpoint(model, tmp_path / "classifier"))), Settings(), CPU)
+    assert (type(backbone.module).__name__, backbone.family) == ("DistilBertModel", "distilbert")
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        ours = forward_function(backbone.module)(ids, None)[0]
+        theirs = model.distilbert(input_ids=ids)[0]
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "computed"),
+    [
+        ("float32", "auto", "float32"),
+        ("bfloat16", "auto", "bfloat16"),
+        ("bfloat16", "float32", "float32"),
+        ("float32", "bfloat16", "bfloat16"),
+        ("float32", "float16", "float16"),
+    ],
+)
+def test_the_dtype_is_the_checkpoints_unless_asked(
+    stored: str, asked: str, computed: str, tmp_path: Path, save_checkpoint: Save
+) -> None:
+    folder = save_checkpoint(llama().to(getattr(torch, stored)), tmp_path / "model")
+    backbone = load(resolve(str(folder)), Settings(dtype=asked), CPU)
+    assert backbone.dtype == computed
+    assert {p.dtype for p in backbone.module.parameters()} == {getattr(torch, computed)}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_attention_implementation_is_the_one_asked_for(tiny_llama: Path, attention: str) -> None:
+    backbone = load(resolve(str(tiny_llama)), Settings(attention=attention), CPU)
+    assert backbone.attention_implementation == attention
+
+
+def test_the_head_never_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    monkeypatch.setattr(model.lm_head, "forward", lambda *_: pytest.fail("the head ran"))
+    backbone = open_module(model)
+    output = forward_function(backbone.module)(torch.arange(24).reshape(2, 12), None)
+    assert output[0].shape == (2, 12, 32)
+    assert "lm_head" not in dict(backbone.module.named_modules())
+
+
+@pytest.mark.parametrize("rows_padded", [False, True])
+def test_no_cache_is_kept(rows_padded: bool) -> None:
+    backbone = open_module(llama())
+    mask = torch.ones(2, 12, dtype=torch.int64) if rows_padded else None
+    output = forward_function(backbone.module)(torch.arange(24).reshape(2, 12), mask)
+    assert output.past_key_values is None
+
+
+def test_opening_a_module_leaves_no_hook_and_changes_no_weight() -> None:
+    model = llama()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    open_module(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_parameters_are_those_of_the_whole_checkpoint() -> None:
+    model = llama()
+    assert open_module(model).num_parameters == sum(p.numel() for p in model.parameters())
+
+
+_T = transformers
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+FAMILIES: dict[str, tuple[Callable[[Any], Any], Any]] = {
+    "llama": (_T.LlamaForCausalLM, lambda: _T.LlamaConfig(**SIZES, intermediate_size=48)),
+    "gpt2": (_T.GPT2LMHeadModel, lambda: _T.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64)),
+    "bert": (_T.BertModel, lambda: _T.BertConfig(**SIZES, intermediate_size=48)),
+    "opt": (_T.OPTForCausalLM, lambda: _T.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32)),
+    "mixtral": (
+        _T.MixtralForCausalLM,
+        lambda: _T.MixtralConfig(**SIZES, num_key_value_heads=2, intermediate_size=48, num_local_experts=2),
+    ),
+    "mamba": (_T.MambaForCausalLM, lambda: _T.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)),
+}
+
+
+def _open(family: str) -> Backbone:
+    torch.manual_seed(0)
+    build, config = FAMILIES[family]
+    return open_module(build(config()).eval())
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "attention", "mlp", "neuron"),
+    [
+        ("llama", "layers", "self_attn.output", "mlp.output", "mlp.down_proj.input"),
+        ("gpt2", "h", "attn.output", "mlp.output", "mlp.c_proj.input"),
+        # These add the residual inside the sublayer, so what it adds is its last linear map's output.
+        ("bert", "encoder.layer", "attention.output.dense.output", "output.dense.output", "output.dense.input"),
+        ("opt", "decoder.layers", "self_attn.output", "fc2.output", "fc2.input"),
+        ("mixtral", "layers", "self_attn.output", "mlp.output", None),
+        ("mamba", "layers", "mixer.output", None, None),
+    ],
+)
+def test_the_sites_of_a_family(
+    family: str, layers: str, attention: str | None, mlp: str | None, neuron: str | None
+) -> None:
+    backbone = _open(family)
+    names = {module: name for name, module in backbone.module.named_modules()}
+    assert [layer.name for layer in backbone.structure.layers] == [f"{layers}.0", f"{layers}.1"]
+    for index, layer in enumerate(backbone.structure.layers):
+        assert (layer.index, names[layer.module], layer.call) == (index, layer.name, 0)
+        found = {site: f"{names[p.module].removeprefix(layer.name)[1:]}.{p.reads}" for site, p in layer.points.items()}
+        wanted = {"attention": attention, "mlp": mlp, "neuron": neuron}
+        assert found == {site: point for site, point in wanted.items() if point}
+
+
+@pytest.mark.parametrize(
+    ("family", "absent"), [("llama", []), ("gpt2", []), ("mixtral", ["neuron"]), ("mamba", ["mlp", "neuron"])]
+)
+def test_a_site_that_a_family_lacks_is_noted(family: str, absent: list[str]) -> None:
+    notes = _open(family).structure.notes
+    assert [note.split("'")[1] for note in notes] == absent
+    assert all("is absent" in note for note in notes)
+
+
+def test_each_call_of_a_shared_layer_is_a_layer() -> None:
+    config = transformers.AlbertConfig(
+        vocab_size=64,
+        embedding_size=16,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=48,
+    )
+    structure = open_module(transformers.AlbertModel(config).eval()).structure
+    name = "encoder.albert_layer_groups.0"
+    assert [layer.name for layer in structure.layers] == [name, f"{name}#1", f"{name}#2"]
+    assert [layer.call for layer in structure.layers] == [0, 1, 2]
+    assert len({layer.module for layer in structure.layers}) == 1
+    assert structure.notes == ("layers share modules: 3 calls of 1 modules, each call is a layer",)
+
+
+def test_a_named_layer_list_is_taken() -> None:
+    backbone = open_module(llama(), layers="layers")
+    assert [layer.name for layer in backbone.structure.layers] == ["layers.0", "layers.1", "layers.2"]
+
+
+def test_a_named_layer_list_is_taken_where_none_is_found() -> None:
+    torch.manual_seed(0)
+    model = transformers.XLMModel(transformers.XLMConfig(vocab_size=64, emb_dim=32, n_layers=2, n_heads=2)).eval()
+    with pytest.raises(ModelError, match="could not be found") as caught:
+        open_module(model)
+    assert caught.value.hint is not None
+    assert "attentions (2 x MultiHeadAttention), ffns (2 x TransformerFFN)" in caught.value.hint
+    assert "--layers PATH" in caught.value.hint
+    assert [layer.name for layer in open_module(model, layers="ffns").structure.layers] == ["ffns.0", "ffns.1"]
+
+
+@pytest.mark.parametrize("wrong", ["layer", "Layers", "model.layers"])
+def test_a_wrong_layer_list_names_the_nearest(wrong: str) -> None:
+    with pytest.raises(ModelError, match=f"LlamaModel has no layer list '{wrong}'") as caught:
+        open_module(llama(), layers=wrong)
+    assert caught.value.hint == "Did you mean 'layers'? Valid: layers."
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    config = transformers.T5Config(vocab_size=64, d_model=32, num_layers=2, num_heads=2, d_kv=16, d_ff=48)
+    with pytest.raises(ModelError, match="is an encoder-decoder"):
+        open_module(transformers.T5ForConditionalGeneration(config))
+
+
+def test_a_model_that_does_not_read_tokens_is_refused() -> None:
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=32,
+    )
+    with pytest.raises(ModelError, match="ViTModel does not run on token ids alone"):
+        open_module(transformers.ViTModel(config).eval())

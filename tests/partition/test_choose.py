@@ -1,0 +1,164 @@
+"""Which partition a checkpoint gets: the simplest that holds it, and what cannot be had is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from avss_dist.errors import ConfigError
+from avss_dist.models.size import Footprint
+from avss_dist.partition.choose import choose
+from avss_dist.settings import Execution, Settings
+from avss_dist.system.devices import Devices, devices_here
+from avss_dist.text import parse_bytes
+
+GB = 10**9
+SETTINGS = Settings()
+
+
+def llama_like(billions: float, layers: int = 32, hidden: int = 4096) -> Footprint:
+    """A bfloat16 decoder of so many parameters."""
+    parameters = int(billions * 1e9)
+    layer = int(parameters * 2 * 0.95) // layers
+    return Footprint(
+        num_parameters=parameters,
+        stored_bytes=parameters * 2,
+        weight_bytes=parameters * 2,
+        layer_bytes=(layer,) * layers,
+        other_bytes=parameters * 2 - layer * layers,
+        num_layers=layers,
+        hidden_size=hidden,
+        dtype="bfloat16",
+        attention="sdpa",
+        num_heads=32,
+        attention_width=hidden,
+        attention_layers=layers,
+        matmul_parameters=int(parameters * 0.95),
+        mlp_width=4 * hidden,
+    )
+
+
+def cpus(memory: int) -> Devices:
+    return Devices(
+        kind="cpu",
+        count=1,
+        count_of_largest_node=1,
+        device_bytes=memory,
+        host_bytes=memory,
+        cpus=8,
+        cpus_of_largest_node=8,
+    )
+
+
+def gpus(count: int, memory: int, on_one_node: int = 8) -> Devices:
+    return Devices(
+        kind="cuda",
+        count=count,
+        count_of_largest_node=min(count, on_one_node),
+        device_bytes=memory,
+        host_bytes=512 * GB,
+        cpus=64,
+        cpus_of_largest_node=64,
+    )
+
+
+@pytest.mark.parametrize(
+    ("billions", "devices", "partition", "count"),
+    [
+        (0.135, cpus(24 * GB), "single", 0),
+        (8, cpus(24 * GB), "single", 0),
+        (70, cpus(24 * GB), "streaming", 0),
+        (8, gpus(1, 80 * GB), "single", 1),
+        (8, gpus(8, 24 * GB), "single", 1),
+        (13, gpus(8, 24 * GB), "device_map", 2),
+        (70, gpus(8, 80 * GB), "device_map", 2),
+        (70, gpus(1, 80 * GB), "streaming", 1),
+        (405, gpus(8, 80 * GB), "streaming", 1),
+        (405, gpus(16, 80 * GB, on_one_node=16), "device_map", 12),
+        (70, gpus(64, 80 * GB, on_one_node=1), "streaming", 1),
+    ],
+)
+def test_auto_takes_the_simplest_that_fits(billions: float, devices: Devices, partition: str, count: int) -> None:
+    placement = choose(llama_like(billions), SETTINGS, Execution(), devices)
+    assert (placement.partition, placement.gpus, placement.ranks) == (partition, count, 1)
+    assert "of weights" in placement.why and ("GPU" in placement.why) == (devices.kind == "cuda")
+
+
+def test_auto_counts_activations_replicas_and_limits() -> None:
+    size = llama_like(8)
+    long = Settings(sequence_length=65536, batch_size=64)
+    assert choose(size, long, Execution(), gpus(1, 80 * GB)).partition == "streaming"
+    assert choose(size, SETTINGS, Execution(replicas=2), cpus(24 * GB)).partition == "streaming"
+    assert choose(size, SETTINGS, Execution(max_memory={"cpu": 8 * GB}), cpus(24 * GB)).partition == "streaming"
+
+
+def test_gpus_of_a_replica_may_be_asked_for() -> None:
+    placement = choose(llama_like(8), SETTINGS, Execution(gpus_per_replica=4), gpus(8, 80 * GB))
+    assert (placement.partition, placement.gpus) == ("device_map", 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "devices", "ranks", "count"),
+    [
+        ({"partition": "zero3"}, cpus(24 * GB), 2, 0),
+        ({"partition": "zero3", "ranks": 3}, cpus(24 * GB), 3, 0),
+        ({"partition": "zero3"}, gpus(8, 80 * GB), 8, 8),
+        ({"partition": "tensor_parallel", "ranks": 4}, gpus(8, 80 * GB), 4, 4),
+        ({"partition": "tensor_parallel", "gpus_per_replica": 2}, gpus(8, 80 * GB), 2, 2),
+        ({"partition": "device_map"}, gpus(8, 80 * GB, on_one_node=4), 1, 4),
+        ({"partition": "streaming"}, gpus(8, 80 * GB), 1, 1),
+        ({"partition": "single"}, cpus(1), 1, 0),
+    ],
+)
+def test_what_was_asked_for_is_taken(options: dict[str, Any], devices: Devices, ranks: int, count: int) -> None:
+    placement = choose(None, SETTINGS, Execution(**options), devices)
+    assert (placement.partition, placement.ranks, placement.gpus) == (options["partition"], ranks, count)
+
+
+@pytest.mark.parametrize(
+    ("options", "devices", "message"),
+    [
+        ({"partition": "single", "gpus_per_replica": 2}, gpus(8, GB), "uses one GPU"),
+        ({"partition": "zero3", "gpus_per_replica": 2, "ranks": 4}, gpus(8, GB), "every rank has one GPU"),
+        ({"gpus_per_replica": 2}, cpus(GB), "there is no GPU"),
+    ],
+)
+def test_contradictions_are_refused(options: dict[str, Any], devices: Devices, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose(llama_like(8), SETTINGS, Execution(**options), devices)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"partition": "zero"}, "Did you mean 'zero3'"),
+        ({"ranks": 2}, "--ranks is for zero3 and tensor_parallel"),
+        ({"partition": "zero3", "executor": "local"}, "several processes"),
+        ({"partition": "zero3", "ranks": 0}, "ranks must be at least 1"),
+        ({"max_memory": {"gpu0": 1}}, "'gpu0', which is no device"),
+        ({"hang_seconds": 0}, "hang_seconds must be positive"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Execution(**options)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("200MB", 200_000_000), ("1.5GiB", 3 << 29), ("7", 7), ("40 GB", 40 * GB), ("2k", 2000), ("1TB", 10**12)],
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "ten", "1XB", "1.2.3GB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a size"):
+        parse_bytes(text)
+
+
+def test_this_machine_has_devices() -> None:
+    here = devices_here("cpu")
+    assert here.cpus >= 1 and 10**8 < here.host_bytes == here.device_bytes

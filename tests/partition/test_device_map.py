@@ -1,0 +1,232 @@
+"""The device_map partition: weights in memory, half on disk or all on disk, the same bytes come out."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.checkpoints import llama
+from support.families import tiny_model
+from support.ggufs import write_gguf
+
+from avss_dist.corpus.shards import Shard, plan
+from avss_dist.errors import ConfigError, ModelError
+from avss_dist.measure.shard import analyze_shard
+from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.loading import load_tokenizer
+from avss_dist.models.size import footprint
+from avss_dist.partition.base import Placement
+from avss_dist.partition.device_map import DeviceMapReplica, require_complete
+from avss_dist.partition.open import open_replica
+from avss_dist.partition.single import SingleReplica
+from avss_dist.settings import Settings
+from avss_dist.stats.layer_stats import ShardResult
+
+pytestmark = pytest.mark.timeout(120)
+
+SETTINGS = Settings(
+    max_sequences=5, sequence_length=24, batch_size=2, sequences_per_shard=5, dtype="float32", device="cpu"
+)
+FAMILIES = (
+    *(("causal", family) for family in ("llama", "qwen2", "gemma3_text", "gpt2", "gpt_neox", "opt", "phi", "bloom")),
+    *(("causal", "mixtral"), ("causal", "mamba"), ("masked", "bert")),
+)
+Save = Callable[[Any, Path], Path]
+
+
+@pytest.fixture(scope="module")
+def family_folder(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Save) -> Callable[[str, str], Path]:
+    """The folder of a tiny model of a family, whose vocabulary the tokenizer's tokens fit into; saved once."""
+    root = tmp_path_factory.mktemp("families")
+
+    def folder(kind: str, family: str) -> Path:
+        if not (root / family).exists():
+            model = tiny_model(kind, family)
+            model.resize_token_embeddings(320)
+            save_checkpoint(model, root / family)
+        return root / family
+
+    return folder
+
+
+def shard_of(checkpoint: Checkpoint, settings: Settings) -> Shard:
+    return plan("builtin:pydoc", load_tokenizer(checkpoint), settings).shards[0]
+
+
+def placed(checkpoint: Checkpoint, cpu: int, folder: Path | None = None, settings: Settings = SETTINGS) -> Any:
+    """A replica whose weights may take ``cpu`` bytes of memory."""
+    placement = Placement(
+        partition="device_map", max_memory={"cpu": cpu}, offload_folder=str(folder) if folder else None
+    )
+    return open_replica(checkpoint, settings, placement)
+
+
+def measured(replica: Any, shard: Shard, settings: Settings = SETTINGS) -> ShardResult:
+    result = analyze_shard(replica, shard, settings)
+    replica.close()
+    return result
+
+
+def assert_same(result: ShardResult, expected: ShardResult) -> None:
+    """Every statistic to the last bit, and everything said of the model but the partition."""
+    assert result.stats.keys() == expected.stats.keys()
+    for key, stats in expected.stats.items():
+        assert result.stats[key].equals(stats), key
+    assert {**result.model, "partition": "single"} == dict(expected.model)
+    assert result.layers == expected.layers
+
+
+def room_for(checkpoint: Checkpoint) -> int:
+    """Bytes into which everything fits but half of a layer."""
+    size = footprint(checkpoint, SETTINGS)
+    return size.weight_bytes - min(size.layer_bytes) // 2
+
+
+def on_disk(replica: Any) -> list[bool]:
+    """Of each layer, whether its weights are not in memory."""
+    return [all(p.is_meta for p in layer.module.parameters()) for layer in replica.layers]
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize(("kind", "family"), FAMILIES)
+def test_statistics_are_those_of_single(
+    kind: str, family: str, layout: str, family_folder: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    checkpoint, settings = resolve(str(family_folder(kind, family))), replace(SETTINGS, layout=layout)
+    shard = shard_of(checkpoint, settings)
+    expected = measured(SingleReplica(checkpoint, settings), shard, settings)
+    for cpu, first, last in ((1 << 40, False, False), (room_for(checkpoint), False, True), (1, True, True)):
+        replica = placed(checkpoint, cpu, tmp_path, settings)
+        assert (on_disk(replica)[0], on_disk(replica)[-1]) == (first, last)
+        assert_same(measured(replica, shard, settings), expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bfloat16_and_a_dtype_that_is_not_stored(tiny_llama: Path) -> None:
+    checkpoint, settings = resolve(str(tiny_llama)), replace(SETTINGS, dtype="bfloat16")
+    shard = shard_of(checkpoint, settings)
+    expected = measured(SingleReplica(checkpoint, settings), shard, settings)
+    assert_same(measured(placed(checkpoint, 1, settings=settings), shard, settings), expected)
+
+
+def test_layers_are_not_split(tiny_llama: Path) -> None:
+    checkpoint = resolve(str(tiny_llama))
+    replica = placed(checkpoint, room_for(checkpoint))
+    layers = {name: device for name, device in replica.device_map.items() if name.startswith("model.layers.")}
+    assert layers.keys() == {f"model.layers.{i}" for i in range(3)}
+    assert layers["model.layers.0"] == "cpu" and layers["model.layers.2"] == "disk"
+    replica.close()
+
+
+def test_weights_on_disk_stay_there_and_activations_do_not(tiny_llama: Path) -> None:
+    """Between batches nothing of an offloaded layer is in memory; its output is where the model computes."""
+    checkpoint = resolve(str(tiny_llama))
+    replica = placed(checkpoint, 1)
+    layer = replica.layers[1].module
+    seen: list[torch.Tensor] = []
+    layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    for _ in range(2):
+        replica.forward(list(shard_of(checkpoint, SETTINGS).batches(2)), lambda batch: torch.no_grad())
+        assert all(p.device.type == "meta" for p in layer.parameters())
+    assert len(seen) == 6 and all(t.device == replica.device and t.isfinite().all() for t in seen)
+    replica.close()
+
+
+def test_what_must_be_rewritten_is_and_is_removed(
+    family_folder: Callable[[str, str], Path], tmp_path: Path, tiny_llama: Path
+) -> None:
+    """Experts that are fused when they are loaded go into a folder of the replica's own; Llama needs none."""
+    replica = placed(resolve(str(family_folder("causal", "mixtral"))), 1, tmp_path)
+    written = [file.name for file in tmp_path.rglob("*.safetensors")]
+    assert written and all("experts" in name for name in written)
+    replica.close()
+    assert list(tmp_path.iterdir()) == []
+    replica = placed(resolve(str(tiny_llama)), 1, tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    replica.close()
+
+
+def test_close_frees_the_weights(tiny_llama: Path) -> None:
+    import gc
+    import weakref
+
+    checkpoint = resolve(str(tiny_llama))
+    replica = placed(checkpoint, room_for(checkpoint))
+    module = weakref.ref(replica.layers[0].module)
+    assert module() is not None
+    replica.close()
+    gc.collect()
+    assert module() is None
+
+
+def test_a_model_that_does_not_open_leaves_nothing(tmp_path: Path, tiny_llama: Path) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "broken")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-200])
+    with pytest.raises(ModelError):
+        placed(resolve(str(folder)), 1, tmp_path / "offload")
+    assert list((tmp_path / "offload").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "hint"),
+    [
+        ("cup", "names 'cup', which is no device", "Did you mean 'cpu'"),
+        ("0", "names GPU 0; this replica has no GPUs", "Valid: cpu"),
+        ("-1", "names '-1', which is no device", "Valid: cpu"),
+    ],
+)
+def test_a_device_that_is_not_here_is_refused(name: str, said: str, hint: str, tiny_llama: Path) -> None:
+    placement = Placement(partition="device_map", max_memory={name: 1000})
+    with pytest.raises(ConfigError) as raised:
+        DeviceMapReplica(resolve(str(tiny_llama)), SETTINGS, placement)
+    assert said in raised.value.message and hint in (raised.value.hint or "")
+
+
+def test_a_full_offload_folder_is_refused(
+    family_folder: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is said to be nearly full; the fused experts of Mixtral need more than that."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2000, 1000, 1000))
+    checkpoint = resolve(str(family_folder("causal", "mixtral")))
+    with pytest.raises(ConfigError, match=r"needs 1\.18 MB and has 1 kB free: 1\.18 MB of weights have no place"):
+        placed(checkpoint, 1, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    placed(checkpoint, 1 << 40, tmp_path).close()  # all in memory: the disk does not matter
+
+
+def test_a_gguf_file_stays_in_memory(tiny_llama: Path, tmp_path: Path) -> None:
+    checkpoint = resolve(str(write_gguf(llama(), tmp_path / "tiny.gguf")))
+    shard = shard_of(resolve(str(tiny_llama)), SETTINGS)
+    expected = measured(SingleReplica(checkpoint, SETTINGS), shard)
+    assert_same(measured(placed(checkpoint, 1 << 40), shard), expected)
+    with pytest.raises(ConfigError, match=r"134 kB of weights have no place: those of a \.gguf file"):
+        placed(checkpoint, 1, tmp_path / "offload")
+    assert not (tmp_path / "offload").exists()
+
+
+def test_an_offload_folder_that_cannot_be_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        placed(resolve(str(tiny_llama)), 1, tmp_path / "file" / "folder")
+
+
+def test_an_incomplete_map_is_refused() -> None:
+    model = llama()
+    require_complete(model, {"model": "cpu", "lm_head": "disk"})
+    with pytest.raises(ConfigError, match=r"no place for 41 kB of weights, lm_head\.weight first"):
+        require_complete(model, {"model": "cpu"})
+
+
+def test_padding_and_rows_left_over(tiny_bert: Path) -> None:
+    checkpoint, settings = resolve(str(tiny_bert)), replace(SETTINGS, layout="padded", batch_size=3)
+    shard = shard_of(checkpoint, settings)
+    expected = measured(SingleReplica(checkpoint, settings), shard, settings)
+    assert_same(measured(placed(checkpoint, 1, settings=settings), shard, settings), expected)

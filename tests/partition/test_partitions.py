@@ -1,0 +1,178 @@
+"""Every partition against `single`, end to end: real models, a real Ray cluster, real processes, the same numbers."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+from support.families import tiny_model
+from support.tables import measured_files
+
+import avss_dist
+from avss_dist.errors import AvssError, ConfigError, RunFailed
+from avss_dist.runs.api import Silent
+from avss_dist.warehouse.reader import Warehouse
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+FAMILIES = ("llama", "gemma3_text", "mixtral", "gpt2")  # more in test_gangs, test_device_map and test_streaming
+OPTIONS: dict[str, Any] = {"max_sequences": 26, "sequence_length": 32, "batch_size": 2, "sequences_per_shard": 4}
+SHARDS = 7
+MOMENTS = ("mean", "m2", "pooled_variance_sum", "unit_sum_sq", "cosine_sum", "relative_magnitude_sum", "input_m2")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """A private Ray with four CPUs, whatever this machine has: gangs of two and three, and two gangs of two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+        yield
+        ray.shutdown()
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[Any, Path], Path]) -> list[str]:
+    """A tiny random checkpoint of each family, float32."""
+    folder = tmp_path_factory.mktemp("families")
+    saved = []
+    for family in FAMILIES:
+        model = tiny_model("causal", family)
+        model.resize_token_embeddings(320)  # the tokenizer's
+        saved.append(str(save_checkpoint(model, folder / family)))
+    return saved
+
+
+@pytest.fixture(scope="module")
+def single(models: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one device measures."""
+    out = tmp_path_factory.mktemp("single")
+    runs = score(models, out, partition="single", executor="local")
+    assert {run.num_shards for run in runs} == {SHARDS}
+    return out
+
+
+def score(models: list[str], out: Path, **options: Any) -> list[avss_dist.Run]:
+    runs = avss_dist.score_all(models, corpus="builtin:pydoc", out=out, **{**OPTIONS, **options})
+    assert [(run.model, run.error) for run in runs if run.status != "done"] == []
+    return runs
+
+
+@pytest.mark.parametrize("partition", ["device_map", "streaming"])
+def test_offloaded_partitions_give_the_same_bytes(
+    partition: str, models: list[str], single: Path, tmp_path: Path
+) -> None:
+    """Two replicas, most of the weights on disk."""
+    score(models[:2], tmp_path, partition=partition, executor="ray", replicas=2, max_memory={"cpu": 200_000})
+    got, wanted = measured_files(tmp_path), measured_files(single)
+    assert got == {path: wanted[path] for path in got} and len(got) == 4
+    assert set(Warehouse(tmp_path).runs()["partition"].to_pylist()) == {partition}
+
+
+@pytest.mark.parametrize(("ranks", "replicas"), [(3, 1), (2, 2)])
+def test_zero3_gives_the_same_numbers(
+    ranks: int, replicas: int, models: list[str], single: Path, tmp_path: Path
+) -> None:
+    """Seven shards over two and three ranks, and over two gangs of two: the ends are uneven."""
+    chosen = models if (ranks, replicas) == (2, 1) else models[:2]
+    score(chosen, tmp_path, partition="zero3", ranks=ranks, replicas=replicas)
+    got, wanted = measured_files(tmp_path), measured_files(single)
+    assert got == {path: wanted[path] for path in got} and len(got) == 2 * len(chosen)
+    assert set(Warehouse(tmp_path).runs()["replicas"].to_pylist()) == {replicas}
+
+
+@pytest.mark.parametrize(("ranks", "replicas"), [(2, 1), (2, 2)])
+def test_tensor_parallel_gives_the_same_numbers(
+    ranks: int, replicas: int, models: list[str], single: Path, tmp_path: Path
+) -> None:
+    """To 1e-4: the sums of a split linear map are added up in another order. Families that cannot be split say so."""
+    runs = avss_dist.score_all(
+        models if replicas == 1 else models[:2],
+        corpus="builtin:pydoc",
+        out=tmp_path,
+        **OPTIONS,
+        partition="tensor_parallel",
+        ranks=ranks,
+        replicas=replicas,
+    )
+    done = [run for run in runs if run.status == "done"]
+    assert all(run.error and "tensor" in run.error.lower() for run in runs if run.status != "done")
+    assert len(done) >= (3 if replicas == 1 else 2), [run.error for run in runs]
+    rows = {(r["model"], r["layer"], r["site"]): r for r in Warehouse(tmp_path).layer_stats().to_pylist()}
+    wanted = {(r["model"], r["layer"], r["site"]): r for r in Warehouse(single).layer_stats().to_pylist()}
+    assert {key[0] for key in rows} == {run.model for run in done}
+    for key, row in rows.items():
+        for name in ("count", "sequence_count", "token_count", "unit_count", "nonfinite_count"):
+            assert row[name] == wanted[key][name], (key, name)
+        near = np.abs(np.subtract(row["near_zero"], wanted[key]["near_zero"]))
+        assert near.max() <= 2 + 1e-4 * row["count"], key
+        for name in MOMENTS:
+            if row[name] is not None:
+                size = float(np.max(np.abs(wanted[key][name]), initial=0.0))
+                np.testing.assert_allclose(
+                    row[name], wanted[key][name], rtol=1e-4, atol=1e-4 * size + 1e-9, err_msg=f"{key} {name}"
+                )
+
+
+def ranks_alive() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [p for p in children if p.is_running() and p.name().startswith("ray::Worker")]
+
+
+class Harming(Silent):
+    """SIGKILLs one rank after the first shard, SIGSTOPs another after the third."""
+
+    def __init__(self) -> None:
+        self.arrived = 0
+        self.victims: list[psutil.Process] = []
+
+    def advanced(self, name: str, num_tokens: int) -> None:
+        self.arrived += 1
+        if self.arrived in (1, 3):
+            victim = next(p for p in ranks_alive() if p not in self.victims)
+            victim.send_signal(signal.SIGKILL if self.arrived == 1 else signal.SIGSTOP)
+            self.victims.append(victim)
+
+
+def test_a_gang_that_loses_ranks_is_replaced_as_one(models: list[str], single: Path, tmp_path: Path) -> None:
+    """One rank killed in mid-shard, another stopped, which is a hang: the run still ends, each shard counts once."""
+    harming = Harming()
+    options = {**OPTIONS, "partition": "zero3", "ranks": 2, "hang_seconds": 8}
+    run = avss_dist.score(models[0], corpus="builtin:pydoc", out=tmp_path, reporter=harming, **options)
+    assert (run.status, harming.arrived, len(harming.victims)) == ("done", SHARDS, 2)
+    got, wanted = measured_files(tmp_path), measured_files(single)
+    assert got == {path: wanted[path] for path in got}
+    assert not any(victim.is_running() for victim in harming.victims)
+
+
+def test_a_gang_that_cannot_be_placed_says_what_there_is(models: list[str], tmp_path: Path) -> None:
+    options = {**OPTIONS, "partition": "zero3", "ranks": 5, "placement_seconds": 3}
+    with pytest.raises(RunFailed, match=r"(?s)in 3 seconds.*5 workers of 1 CPUs.*of 4 CPUs.*--ranks"):
+        avss_dist.score(models[0], corpus="builtin:pydoc", out=tmp_path, **options)
+
+
+def test_more_ranks_than_devices_are_refused(
+    models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(ConfigError, match=r"1 replicas of 4096 ranks were asked for, and there are \d+ CPUs"):
+        avss_dist.score(models[0], corpus="builtin:pydoc", out=tmp_path, **OPTIONS, partition="zero3", ranks=4096)
+
+
+def test_heads_that_cannot_be_split_are_refused(models: list[str], tmp_path: Path) -> None:
+    with pytest.raises(AvssError, match="heads"):
+        avss_dist.score(
+            models[0], corpus="builtin:pydoc", out=tmp_path, **OPTIONS, partition="tensor_parallel", ranks=3
+        )

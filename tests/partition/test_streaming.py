@@ -1,0 +1,464 @@
+"""The partition `streaming`: the bytes of `single`, each weight read once, two layers in memory, nothing left."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import greenlet
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support.checkpoints import llama
+from support.families import tiny_model
+
+from avss_dist.corpus.shards import Shard, plan
+from avss_dist.errors import ConfigError, ModelError
+from avss_dist.measure.shard import analyze_shard
+from avss_dist.models.checkpoints import resolve
+from avss_dist.models.layers import Layer
+from avss_dist.models.loading import load_tokenizer
+from avss_dist.partition.base import Placement, unwatched
+from avss_dist.partition.single import SingleReplica
+from avss_dist.partition.streaming.buffers import AnyShelf
+from avss_dist.partition.streaming.replica import StreamingReplica
+from avss_dist.partition.streaming.window import Window
+from avss_dist.settings import SITES, Settings
+from avss_dist.stats.layer_stats import ShardResult
+
+pytestmark = pytest.mark.timeout(120)
+
+ROWS, TOKENS = 5, 12
+SETTINGS = Settings(batch_size=2, sequence_length=TOKENS, device="cpu")
+CAUSAL = (
+    *("llama", "qwen2", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "opt", "phi", "falcon", "bloom", "mamba"),
+    *("mixtral", "qwen3_moe", "deepseek_v3"),  # experts that transformers fuses
+    *("jamba", "gemma3n_text", "qwen3_next"),  # layers of several kinds; layers that are given more than hidden states
+    "zamba",  # layers that share tensors
+)
+ENCODERS = ("bert", "yoso", "albert")  # yoso: NaN where queries equal keys; albert: one layer, used three times
+FAMILIES = [*(("causal", name) for name in CAUSAL), *(("masked", name) for name in ENCODERS)]
+
+
+def shard(*, padded: bool = False, rows: int = ROWS, tokens: int = TOKENS) -> Shard:
+    """Rows of token ids under 120, of 2 and more real tokens."""
+    rng = np.random.default_rng(0)
+    lengths = np.full(rows, tokens, np.int32)
+    if padded:
+        lengths[1:] = rng.integers(2, tokens, rows - 1)
+    ids = rng.integers(10, 120, (rows, tokens)).astype(np.int32)
+    return Shard(shard_id=0, input_ids=ids, lengths=lengths, skip_first_tokens=0, content_hash="")
+
+
+def streaming(folder: Path, settings: Settings = SETTINGS, **placement: Any) -> StreamingReplica:
+    return StreamingReplica(resolve(str(folder)), settings, Placement(partition="streaming", **placement))
+
+
+def single(folder: Path, settings: Settings = SETTINGS) -> SingleReplica:
+    return SingleReplica(resolve(str(folder)), settings)
+
+
+def assert_equal(got: ShardResult, wanted: ShardResult) -> None:
+    assert got.layers == wanted.layers and got.stats.keys() == wanted.stats.keys()
+    assert [key for key, stats in wanted.stats.items() if not got.stats[key].equals(stats)] == []
+    assert {k: v for k, v in got.model.items() if k != "partition"} == {
+        k: v for k, v in wanted.model.items() if k != "partition"
+    }
+
+
+def assert_same(
+    folder: Path, settings: Settings = SETTINGS, **placement: Any
+) -> tuple[StreamingReplica, SingleReplica]:
+    """Packed and padded, a shard after the other through the same two replicas."""
+    got, wanted = streaming(folder, settings, **placement), single(folder, settings)
+    for padded in (False, True):
+        one = shard(padded=padded)
+        assert_equal(analyze_shard(got, one, settings), analyze_shard(wanted, one, settings))
+    return got, wanted
+
+
+def without_numbers(layer: Layer) -> bool:
+    return all(p.is_meta for p in layer.module.parameters())
+
+
+def points(layer: Layer) -> dict[str, tuple[str, str, str]]:
+    """By site: the module's path in the layer, what is read of it, its layout."""
+    paths = {module: path for path, module in layer.module.named_modules()}
+    return {site: (paths[point.module], point.reads, point.layout) for site, point in layer.points.items()}
+
+
+def stored_bytes(folder: Path, *names: str) -> int:
+    """Bytes of the tensors in a checkpoint's files whose name contains one of ``names``."""
+    size = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            keys = [key for key in tensors.keys() if any(name in key for name in names)]  # noqa: SIM118
+            size += sum(tensors.get_tensor(key).nbytes for key in keys)
+    return size
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    llama().save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.fixture(scope="module")
+def save_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    folder = tmp_path_factory.mktemp("families")
+
+    def save(kind: str, family: str) -> Path:
+        if not (folder / family).exists():
+            tiny_model(kind, family).save_pretrained(folder / family)
+        return folder / family
+
+    return save
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("kind", "family"), FAMILIES)
+def test_the_bytes_of_single(kind: str, family: str, dtype: str, save_family: Callable[[str, str], Path]) -> None:
+    """Batches of 2, 2 and 1 rows; layers, sites and layouts too, though they were found without a weight."""
+    folder = save_family(kind, family)
+    mixed = family == "mamba" and dtype == "bfloat16"  # its first layer is given bfloat16 and returns float32
+    settings = replace(SETTINGS, dtype=dtype, sites=SITES[1:] if mixed else SITES)
+    got, wanted = assert_same(folder, settings)
+    for ours, theirs in zip(got.layers, wanted.layers, strict=True):
+        assert all(getattr(ours, name) == getattr(theirs, name) for name in ("index", "name", "call", "layout"))
+        assert type(ours.module).__qualname__ == type(theirs.module).__qualname__
+        assert points(ours) == points(theirs)
+        wants = [[p.requires_grad for p in layer.module.parameters()] for layer in (ours, theirs)]
+        assert wants[0] == wants[1]  # it decides how torch multiplies, and so the last digits
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16", "auto"])
+def test_half_precision_files(compute: str, tmp_path: Path) -> None:
+    llama().to(torch.bfloat16).save_pretrained(tmp_path)
+    replica, _ = assert_same(tmp_path, replace(SETTINGS, dtype=compute))
+    assert replica.model["dtype"] == ("float32" if compute == "float32" else "bfloat16")
+
+
+@pytest.mark.parametrize("ties", ["untied", "tied", "stored twice", "stored twice, unequal"])
+def test_heads(ties: str, tmp_path: Path) -> None:
+    """The head is not read where it is no embedding; it counts as a parameter as `single` counts it."""
+    llama(tie_word_embeddings=ties != "untied").save_pretrained(tmp_path)
+    if ties.startswith("stored twice"):
+        tensors = load_file(tmp_path / "model.safetensors")
+        head = tensors["model.embed_tokens.weight"].clone()
+        tensors["lm_head.weight"] = head * 2 if ties.endswith("unequal") else head
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    replica, _ = assert_same(tmp_path)
+    head = replica._weights.model.lm_head.weight
+    assert head.is_meta == (ties in ("untied", "stored twice, unequal"))
+
+
+def test_several_files_and_a_backbone_without_prefix(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "several", max_shard_size="20KB")
+    assert len(list((tmp_path / "several").glob("*.safetensors"))) > 3
+    replica, _ = assert_same(tmp_path / "several")
+    llama().model.save_pretrained(tmp_path / "backbone")
+    other, _ = assert_same(tmp_path / "backbone")
+    assert [layer.name for layer in other.layers] == [layer.name for layer in replica.layers]
+
+
+def test_each_weight_is_read_once(tmp_path: Path) -> None:
+    """Opening reads what is no layer; a shard reads every layer once, however many batches it has."""
+    llama(hidden_size=256, intermediate_size=512).save_pretrained(tmp_path)
+    replica = streaming(tmp_path)
+    assert replica.bytes_read == stored_bytes(tmp_path, "embed_tokens", "model.norm")
+    layers = stored_bytes(tmp_path, "model.layers.")
+    for batches in (1, 3):
+        before = replica.bytes_read
+        replica.forward(list(shard().batches(ROWS // batches)), unwatched)
+        assert replica.bytes_read - before == layers
+    before = replica.bytes_read
+    replica.forward([], unwatched)
+    assert replica.bytes_read == before
+
+
+def test_weights_are_where_the_system_has_the_files(tmp_path: Path) -> None:
+    """On a CPU, none of a layer is copied; it is in memory while the layer runs, and mapped only then."""
+    llama(hidden_size=256, intermediate_size=512).save_pretrained(tmp_path)
+    replica = streaming(tmp_path)
+    resident: list[int] = []
+
+    def look(*_: Any) -> None:
+        lines = iter(Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines())
+        sizes = [next(x for x in lines if x.startswith("Rss:")) for line in lines if str(tmp_path) in line]
+        resident.append(sum(int(size.split()[1]) * 1024 for size in sizes))
+
+    for layer in replica.layers:
+        layer.module.register_forward_pre_hook(look)
+    replica.forward(list(shard().batches(ROWS)), unwatched)
+    look()
+    one = stored_bytes(tmp_path, "model.layers.0.")
+    assert len(resident) == 4 and all(one <= size < 1.5 * one for size in resident[:3]) and resident[3] == 0
+
+
+def test_what_a_model_writes_into_its_weights_does_not_reach_the_file(tiny: Path) -> None:
+    replica = streaming(tiny)
+    before = (tiny / "model.safetensors").read_bytes()
+
+    def scribble(module: Any, *_: Any) -> None:
+        with torch.no_grad():
+            next(module.parameters()).zero_()
+
+    handle = replica.layers[1].module.register_forward_pre_hook(scribble)
+    replica.forward(list(shard().batches(ROWS)), unwatched)
+    handle.remove()
+    assert (tiny / "model.safetensors").read_bytes() == before
+    assert_equal(analyze_shard(replica, shard(), SETTINGS), analyze_shard(single(tiny), shard(), SETTINGS))
+
+
+def test_layers_in_another_order_than_expected(tiny: Path) -> None:
+    """What was read ahead for nothing is taken away; memory to read into is used again."""
+    replica = streaming(tiny)
+    stored = load_file(tiny / "model.safetensors")
+    shelves: list[AnyShelf] = []
+    with Window(replica._weights, replica._parts, [0, 1, 2], replica.device, shelves) as window:
+        for index in (2, 0, 1, 1, 0):
+            window.bring(index)
+            weights = replica.layers[index].module.state_dict()
+            assert all(torch.equal(weights[name], stored[f"model.layers.{index}.{name}"]) for name in weights)
+    assert all(map(without_numbers, replica.layers)) and len(shelves) <= 2
+
+
+def test_code_of_the_checkpoint_itself(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model class that comes with the checkpoint is built and filled as transformers would."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (tiny / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n",
+        encoding="utf-8",
+    )
+    config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": code}
+    (tiny / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    checkpoint = resolve(str(tiny), trust_remote_code=True)
+    settings = replace(SETTINGS, trust_remote_code=True)
+    got = StreamingReplica(checkpoint, settings, Placement(partition="streaming"))
+    assert got.model["architecture"] == "OwnForCausalLM"
+    wanted = SingleReplica(checkpoint, settings)
+    assert_equal(analyze_shard(got, shard(), settings), analyze_shard(wanted, shard(), settings))
+
+
+def test_two_layers_at_most(tmp_path: Path) -> None:
+    """Weights of the layer that runs, and perhaps of the next; after the shard of none. No gradient anywhere."""
+    llama(num_hidden_layers=6).save_pretrained(tmp_path)
+    replica = streaming(tmp_path)
+    seen: list[tuple[int, list[int], bool]] = []
+    for layer in replica.layers:
+
+        def look(*_: Any, index: int = layer.index) -> None:
+            there = [other.index for other in replica.layers if not without_numbers(other)]
+            seen.append((index, there, torch.is_grad_enabled()))
+
+        layer.module.register_forward_pre_hook(look)
+    replica.forward(list(shard().batches(2)), unwatched)
+    assert [index for index, _, _ in seen] == [i for i in range(6) for _ in range(3)]
+    assert all(set(there) <= {index, index + 1} and index in there for index, there, _ in seen)
+    assert not any(grad for _, _, grad in seen) and torch.is_grad_enabled()
+    assert all(map(without_numbers, replica.layers))
+
+
+def test_batches_are_watched_in_their_own_context(tiny: Path) -> None:
+    """``watch`` is around all of a batch and nothing of another, though they take turns."""
+    from contextlib import contextmanager
+    from contextvars import ContextVar
+
+    number: ContextVar[int] = ContextVar("number", default=-1)
+    outer: ContextVar[str] = ContextVar("outer", default="")
+    replica = streaming(tiny)
+    batches = list(shard().batches(2))
+    seen: list[tuple[int, int, str]] = []
+
+    @contextmanager
+    def watch(batch: Any) -> Iterator[None]:
+        before = number.set(next(i for i, other in enumerate(batches) if other is batch))
+        yield
+        number.reset(before)
+
+    for layer in replica.layers:
+        layer.module.register_forward_hook(
+            lambda *_, index=layer.index: seen.append((index, number.get(), outer.get()))
+        )
+    outer.set("inherited")
+    replica.forward(batches, watch)
+    assert seen == [(layer, batch, "inherited") for layer in range(3) for batch in range(3)]
+    assert number.get() == -1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma3n_text"])
+@pytest.mark.parametrize("limit", ["none of them", "some of them"])
+def test_hidden_states_wait_in_files(
+    family: str, limit: str, tmp_path: Path, save_family: Callable[[str, str], Path]
+) -> None:
+    """What has no room beside the weights is written, and nothing stays."""
+    folder = save_family("causal", family)
+    roomy = streaming(folder, max_memory={"cpu": 1 << 40})
+    most = (1 << 40) - roomy._room + (5000 if limit == "some of them" else 0)
+    replica, _ = assert_same(folder, offload_folder=str(tmp_path / "offload"), max_memory={"cpu": most})
+    most_files: list[int] = []
+    for layer in replica.layers:
+        layer.module.register_forward_hook(lambda *_: most_files.append(len(list(tmp_path.rglob("avss-offload-*/*")))))
+    replica.forward(list(shard().batches(1)), unwatched)
+    assert max(most_files) >= (ROWS - 1 if limit == "none of them" else 1)
+    assert list((tmp_path / "offload").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    replica = streaming(tiny, offload_folder=str(tmp_path / "file" / "below"), max_memory={"cpu": 1})
+    with pytest.raises(ConfigError, match="--offload-folder"):
+        replica.forward(list(shard().batches(2)), unwatched)
+    assert all(map(without_numbers, replica.layers))
+
+
+@pytest.mark.parametrize("error", [ModelError("on purpose"), torch.OutOfMemoryError("on purpose"), KeyboardInterrupt()])
+@pytest.mark.parametrize("place", [(0, 0), (1, 1), (2, 2)])
+def test_after_an_error_the_replica_is_as_before(
+    error: BaseException, place: tuple[int, int], tiny: Path, tmp_path: Path
+) -> None:
+    """In whatever layer of whatever batch: batches are unwound, and no thread, file, weight or hook stays."""
+    replica = streaming(tiny, offload_folder=str(tmp_path / "offload"), max_memory={"cpu": 1})
+    calls: list[None] = []
+    left: list[int] = []
+
+    def fail(*_: Any) -> None:
+        calls.append(None)
+        if len(calls) == place[1] + 1:
+            raise error
+
+    def watch(batch: Any) -> Any:
+        from contextlib import ExitStack
+
+        stack = ExitStack()
+        stack.callback(left.append, len(batch.input_ids))
+        return stack
+
+    handle = replica.layers[place[0]].module.register_forward_pre_hook(fail)
+    with pytest.raises(type(error)):
+        replica.forward(list(shard().batches(2)), watch)
+    handle.remove()
+    assert sorted(left) == [1, 2, 2]
+    assert list((tmp_path / "offload").iterdir()) == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("avss-weights")]
+    assert all(map(without_numbers, replica.layers)) and torch.is_grad_enabled()
+    assert greenlet.getcurrent().parent is None
+    assert_equal(analyze_shard(replica, shard(), SETTINGS), analyze_shard(single(tiny), shard(), SETTINGS))
+
+
+@pytest.mark.parametrize(("harm", "told"), [("shrinks", "ends before its tensor"), ("goes", "cannot be read")])
+def test_a_file_that_changes(harm: str, told: str, tiny: Path) -> None:
+    """It is told which; when the file is as it was, the replica works."""
+    replica = streaming(tiny)
+    file = tiny / "model.safetensors"
+    whole = file.read_bytes()
+    if harm == "goes":
+        file.unlink()
+    else:
+        file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match=f"{file.name} {told}"):
+        analyze_shard(replica, shard(), SETTINGS)
+    assert all(map(without_numbers, replica.layers))
+    file.write_bytes(whole)
+    assert_equal(analyze_shard(replica, shard(), SETTINGS), analyze_shard(single(tiny), shard(), SETTINGS))
+
+
+def test_a_batch_that_is_too_large_is_halved(tiny: Path) -> None:
+    replica, wanted = streaming(tiny), single(tiny)
+
+    def refuse(_module: Any, args: Any, kwargs: Any) -> None:
+        if len(next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))) > 1:
+            raise torch.OutOfMemoryError("on purpose")
+
+    replica.layers[1].module.register_forward_pre_hook(refuse, with_kwargs=True)
+    got = analyze_shard(replica, shard(), SETTINGS)
+    assert got.model["notes"] and not wanted.model["notes"]
+    for key, stats in analyze_shard(wanted, shard(), SETTINGS, rows=1).stats.items():
+        assert got.stats[key].equals(stats), key
+
+
+def test_what_cannot_be_streamed(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"is a \.gguf file") as refusal:
+        streaming(tmp_path / "model.gguf")
+    assert "--partition device_map" in str(refusal.value)
+
+    config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
+    (tiny / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(ModelError, match="is quantized") as refusal:
+        streaming(tiny)
+    assert "--partition device_map" in str(refusal.value)
+
+    (tiny / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tiny / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, tiny / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"holds 'model\.norm\.weight' as F8_E4M3"):
+        streaming(tiny)
+
+
+def test_experts_of_another_layer_are_refused(save_family: Callable[[str, str], Path], tmp_path: Path) -> None:
+    """A layer whose experts are missing is not filled with noise."""
+    folder = save_family("causal", "mixtral")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    tensors = {
+        name: tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+        if not (name.startswith("model.layers.1.") and name.endswith("experts.3.w2.weight"))
+    }
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError):
+        replica = streaming(tmp_path)
+        analyze_shard(replica, shard(), SETTINGS)
+
+
+def test_closing_gives_the_layers_their_classes_back(tiny: Path) -> None:
+    replica = streaming(tiny)
+    modules = [layer.module for layer in replica.layers]
+    kinds = {type(module).__mro__[1] for module in modules}
+    replica.close()
+    assert {type(module) for module in modules} == kinds and not hasattr(replica, "layers")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_smollm2(smollm2: Path) -> None:
+    settings = Settings(max_sequences=10, batch_size=4, sequence_length=64, device="cpu")
+    one = plan("builtin:pydoc", load_tokenizer(resolve(str(smollm2))), settings).shards[0]
+    got, wanted = streaming(smollm2, settings), single(smollm2, settings)
+    assert_equal(analyze_shard(got, one, settings), analyze_shard(wanted, one, settings))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("limit", [{}, {"cpu": 1}])
+def test_on_a_gpu(limit: dict[str, int], tmp_path: Path) -> None:
+    """The bytes of `single` on the same GPU; a waiting batch's hidden states are not on it."""
+    llama(hidden_size=512, intermediate_size=1024, num_hidden_layers=6).save_pretrained(tmp_path)
+    settings = replace(SETTINGS, device="cuda", sequence_length=128, batch_size=8)
+    replica = streaming(tmp_path, settings, max_memory=limit)
+    one = shard(rows=64, tokens=128)
+    assert_equal(analyze_shard(replica, one, settings), analyze_shard(single(tmp_path, settings), one, settings))
+    used: list[int] = []
+    replica.layers[3].module.register_forward_pre_hook(lambda *_: used.append(torch.cuda.memory_allocated()))
+    for batches in (1, 8):
+        replica.forward(list(shard(rows=8 * batches, tokens=128).batches(8)), unwatched)
+    assert max(used[1:]) < used[0] + 2 * 8 * 128 * 512 * 4

@@ -1,0 +1,109 @@
+"""Tables for papers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.warehouses import activations, avss, stats_of, write_measured, write_scores
+
+from avss_dist.report.export import COLUMNS, PLACE, escape_latex, escape_markdown
+from avss_dist.warehouse.reader import Warehouse
+
+HOSTILE = r"org/a_b&c%$#{}~^\ <b>|`x`*"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("warehouse")
+    x = activations()
+    write_measured(root, "tiny-1", stats_of(x, before=0.7 * x), 8, model=HOSTILE)
+    write_measured(root, "tiny-2", stats_of(activations(1)), 8, model="/home/me/models/tiny")
+    return root
+
+
+def exported(root: Path, kind: str, *args: object) -> str:
+    result = avss("export", root, "--to", kind, *args)
+    assert (result.exit_code, result.stderr) == (0, "")
+    return str(result.stdout)
+
+
+def rounded(value: Any) -> Any:
+    return float(f"{value:.3g}") if isinstance(value, float) else value
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_data_is_the_scores_to_three_digits(root: Path, kind: str) -> None:
+    text = exported(root, kind, "--run", "tiny-*", "--recipe", "element", "--threshold", "0.1rms")
+    scores = Warehouse(root).scores(site="block", recipe="element", threshold=0.1, threshold_kind="rms").to_pylist()
+    want = [{name: rounded(s[name]) for name in (*PLACE, *COLUMNS)} for s in scores]
+    want.sort(key=lambda row: (row["run_id"], row["layer"]))
+    assert len(want) == 16
+    if kind == "json":
+        assert json.loads(text) == want
+    else:
+        rows = list(csv.DictReader(io.StringIO(text)))
+        assert rows == [{k: "" if v is None else str(v) for k, v in row.items()} for row in want]
+
+
+def test_latex(root: Path) -> None:
+    text = exported(root, "latex", "--run", "tiny-*")
+    assert text.count(r"\begin{tabular}{rrrrrrrrrr}") == text.count(r"\end{tabular}") == 2
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 2 * 9
+    assert all(row.count(" & ") == len(COLUMNS) - 1 for row in rows)
+    assert sum(row.startswith(r"\textbf{") for row in rows) == 4
+    assert (
+        r"org/a\_b\&c\%\$\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{} \textless{}b\textgreater{}" in text
+    )
+    assert "Layer scores of tiny (" in text and "/home/me" not in text
+    assert r"P(lowest)" in text and r"2.5\%" in text
+
+
+def test_small_numbers_are_powers_of_ten_in_latex(tmp_path: Path) -> None:
+    write_scores(tmp_path, "a", [1.234e-7, 2.0, 3.0, 4.0], rivals={"block_influence": [-1.5, 0.1, 0.2, 0.3]})
+    text = exported(tmp_path, "latex")
+    assert r"$1.23 \times 10^{-7}$" in text
+    assert "$-1.5$" in text
+    assert " -- & " in text
+
+
+def test_markdown(root: Path) -> None:
+    text = exported(root, "markdown", "--run", "tiny-1")
+    assert text.startswith(r"Layer scores of org/a\_b\&c%$\#\{\}\~^\\ \<b\>\|\`x\`\*")
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 8
+    assert all(line.count("|") == len(COLUMNS) + 1 for line in table)
+    assert sum("**" in line for line in table) == 2
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "latex", "markdown"])
+def test_to_a_file(root: Path, kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "table.txt"
+    assert exported(root, kind, "-o", file, "--run", "tiny-1").split() == [str(file)]
+    assert file.read_text(encoding="utf-8") == exported(root, kind, "--run", "tiny-1")
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["--to", "latx"], "Unknown --to 'latx'.\nDid you mean 'latex'?"),
+        (["--to", "csv", "--run", "tiny-9"], "Unknown run 'tiny-9'.\nDid you mean 'tiny-2'?"),
+        (["--to", "csv", "--run", "x*"], "No run matches 'x*'."),
+        (["--to", "csv", "--threshold", "0.123"], "No scores at threshold 0.123."),
+        (["--to", "csv", "-o", "/nowhere/x.csv"], "/nowhere/x.csv cannot be written"),
+    ],
+)
+def test_mistakes(root: Path, args: list[str], text: str) -> None:
+    result = avss("export", root, *args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert text.partition("\n")[0] in result.stderr
+
+
+def test_escapes() -> None:
+    assert escape_latex("a\nb_c") == r"a b\_c"
+    assert escape_markdown("a\n|b|") == r"a \|b\|"

@@ -1,0 +1,310 @@
+"""The report's page as a file: whole, small, true to the warehouse, and harmless whatever a name says."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.pages import write_failed, write_many, write_run
+from typer.testing import CliRunner
+
+from avss_dist.analysis.compare import correlate
+from avss_dist.analysis.findings import findings
+from avss_dist.cli import app
+from avss_dist.report.page.data import run_labels
+from avss_dist.report.page.page import report_page
+from avss_dist.text import describe_threshold
+from avss_dist.warehouse.reader import Warehouse
+
+HOSTILE = "org/\"'><script>window.hacked = 1; alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}&amp;"
+EVERY_CHART = {
+    *("avss", "block_influence", "angular_distance", "relative_magnitude", "update_variance_ratio"),
+    *("heat", "correlation", "scatter"),
+}
+
+
+class Page(HTMLParser):
+    """Elements of a page, and the text of its scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.raw: dict[str, list[str]] = {"script": [], "style": []}
+        self.words: list[str] = []
+        self._inside: str | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag if tag in self.raw else None
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = None
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.raw[self._inside].append(data)
+        else:
+            self.words.append(data)
+
+    @property
+    def policy(self) -> str:
+        return next(a["content"] or "" for t, a in self.elements if a.get("http-equiv") == "Content-Security-Policy")
+
+    @property
+    def data(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(gzip.decompress(base64.b64decode(self.raw["script"][0])))
+        return found
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
+    """Two models of different depth, one of them twice, and a run that failed."""
+    store = Warehouse(tmp_path_factory.mktemp("warehouse"))
+    write_run(store, "alpha", layers=6)
+    write_run(store, "alpha-wiki", layers=6, seed=1, model="org/alpha", corpus="texts/wiki.txt")
+    write_run(store, "beta", layers=9, seed=2, family="gemma")
+    write_failed(store, "gone", "out of memory")
+    return store
+
+
+@pytest.fixture(scope="module")
+def page(store: Warehouse) -> Page:
+    return Page(report_page(store))
+
+
+def test_nothing_is_loaded_from_anywhere(page: Page) -> None:
+    links = [a.get(name) for _, a in page.elements for name in ("src", "href", "srcset", "action", "data") if name in a]
+    assert links
+    assert all(link is not None and (link.startswith("#") or link == "data:,") for link in links)
+    assert not any("@import" in style or "url(" in style for style in page.raw["style"])
+
+
+def test_the_policy_allows_this_page_and_no_more(page: Page) -> None:
+    policy = dict(part.strip().split(" ", 1) for part in page.policy.split(";"))
+    assert policy["default-src"] == "'none'"
+    assert "unsafe" not in page.policy
+    _, *scripts = page.raw["script"]  # the first is data
+    for name, texts in (("script-src", scripts), ("style-src", page.raw["style"])):
+        digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+        assert sorted(policy[name].split()) == sorted(f"'sha256-{digest}'" for digest in digests)
+    assert not any(name.startswith("on") or name == "style" for _, a in page.elements for name in a)
+
+
+def test_the_scores_are_the_warehouses(page: Page, store: Warehouse) -> None:
+    data = page.data
+    done = [row for row in store.runs().to_pylist(maps_as_pydicts="lossy") if row["status"] == "done"]
+    ids = {label.partition(". ")[2]: run["run_id"] for run in done for label in [_label(data, run)]}
+    assert len(ids) == 3
+    expected = {
+        (
+            *(row[name] for name in ("run_id", "site", "recipe", "layer")),
+            describe_threshold(row["threshold"], row["threshold_kind"]),
+        ): row
+        for row in store.table("scores").to_pylist()
+    }
+    names = {
+        "avss": "avss_smoothed",
+        "low": "avss_low",
+        "high": "avss_high",
+        "rank": "rank",
+        "near_zero": "near_zero_count",
+    }
+    seen = 0
+    for run, choice, start, end, lowest in data["blocks"]:
+        about, at = data["runs"][run], data["choices"][choice]
+        assert lowest == max(1, round((end - start) / 4))
+        for i in range(start, end):
+            layer = data["columns"]["layer"][i]
+            key = (ids[about["label"].partition(". ")[2]], at["site"], at["recipe"], layer, at["threshold"])
+            row = expected[key]
+            for ours, theirs in names.items():
+                digits = 3 if ours in ("low", "high") else 4
+                assert data["columns"][ours][i] == pytest.approx(row[theirs], rel=6 * 0.1**digits), (key, ours)
+            assert about["layer_name"][layer] == row["layer_name"]
+            assert about["block_influence"][layer] == pytest.approx(row["block_influence"], rel=1e-3)
+            seen += 1
+    assert seen == len(expected)
+
+
+def _label(data: dict[str, Any], run: dict[str, Any]) -> str:
+    """The label of a run, found by its number of layers and what tells it apart."""
+    labels = [r["label"] for r in data["runs"] if len(r["layer_name"]) == run["num_layers"]]
+    return next(label for label in labels if len(labels) == 1 or run["corpus"].rpartition("/")[2] in label)
+
+
+def test_it_begins_with_the_published_reading(page: Page) -> None:
+    data = page.data
+    assert data["choices"][data["first"]] == {"site": "block", "recipe": "pooled", "threshold": "1e-05"}
+
+
+def test_charts_are_vega_lite_with_names_for_people(page: Page) -> None:
+    assert {name.partition(":")[0] for name in page.data["charts"]} == EVERY_CHART
+    for name, spec in page.data["charts"].items():
+        assert spec["$schema"].startswith("https://vega.github.io/schema/vega-lite/")
+        assert "config" not in spec, name
+    figures = {a["data-chart"] for _, a in page.elements if "data-chart" in a}
+    assert figures == EVERY_CHART
+
+
+def test_findings_come_first_and_in_words(page: Page, store: Warehouse) -> None:
+    rows = findings(store).to_pylist()
+    text = re.sub(r"\s+", " ", " ".join(page.words))
+    kinds = [kind.replace("_", " ").capitalize() for kind in dict.fromkeys(row["kind"] for row in rows)]
+    places = [text.index(f" {kind} ") for kind in kinds]
+    assert len(kinds) > 2
+    assert places == sorted(places)
+    assert places[-1] < text.index("Each run, failed ones too")
+    told = {(row["run_id"], row["kind"]): row["message"] for row in reversed(rows)}
+    for message in told.values():  # of each run and kind, the first
+        assert message in text
+
+
+def test_every_run_is_in_the_overview_and_failures_say_why(page: Page) -> None:
+    text = " ".join(page.words)
+    for word in ("org/alpha", "beta", "gone", "out of memory", "3 runs and 1 that failed", "1,234"):
+        assert word in text or any(a.get("title") == word for _, a in page.elements)
+
+
+def test_correlations_are_those_of_compare(page: Page, store: Warehouse) -> None:
+    data = page.data
+    runs = [row for row in store.runs().to_pylist(maps_as_pydicts="lossy") if row["status"] == "done"]
+    ids = [next(r["run_id"] for r in runs if _label(data, r) == run["label"]) for run in data["runs"]]
+    tables = {run_id: store.table("scores", run_ids=[run_id]).to_pylist() for run_id in ids}
+    interpolated = 0
+    for choice, pairs in zip(data["choices"], data["correlations"], strict=True):
+        assert sorted(pair[:2] for pair in pairs) == [[0, 1], [0, 2], [1, 2]]
+        for i, j, spearman in pairs:
+            agreed = correlate(_profile(tables[ids[i]], choice), _profile(tables[ids[j]], choice))
+            assert spearman == pytest.approx(agreed["spearman"], abs=6e-4)
+            interpolated += agreed["interpolated"]
+    assert interpolated == 2 * len(data["choices"])
+
+
+def test_a_correlation_across_conditions_says_so(page: Page) -> None:
+    assert "These runs differ in corpus: a low coefficient need not be the models'." in " ".join(page.words)
+
+
+def _profile(rows: list[dict[str, Any]], choice: dict[str, str]) -> tuple[Any, Any]:
+    """Depth and AVSS of a run's layers at a choice."""
+    scored = sorted(
+        (row["depth"], row["avss_smoothed"])
+        for row in rows
+        if (row["site"], row["recipe"]) == (choice["site"], choice["recipe"])
+        and describe_threshold(row["threshold"], row["threshold_kind"]) == choice["threshold"]
+    )
+    depth, avss = np.array(scored).T
+    return depth, avss
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> str:
+    store = Warehouse(tmp_path_factory.mktemp(HOSTILE.replace("/", "")))
+    names = dict.fromkeys(("model", "family", "dtype", "corpus", "revision", "device"), HOSTILE)
+    write_run(store, "hostile", layers=4, **names)
+    write_failed(store, "failed", HOSTILE)
+    return report_page(store)
+
+
+def test_names_are_text_and_nothing_else(hostile: str) -> None:
+    page = Page(hostile)
+    assert [tag for tag, _ in page.elements].count("script") == 3
+    assert not [tag for tag, a in page.elements if tag == "img" or "onerror" in a]
+    assert "<script>window" not in hostile
+    assert "49" not in "".join(word for word in page.words if "7 * 7" in word)
+    assert any(HOSTILE in (a.get("title") or "") for _, a in page.elements)  # whole, as text
+    assert page.data["runs"][0]["label"].startswith(f"1. {HOSTILE.rpartition('/')[2]}")
+
+
+def test_forty_runs_are_under_five_megabytes(tmp_path: Path) -> None:
+    page = report_page(write_many(tmp_path / "warehouse", runs=40, layers=80))
+    assert len(Page(page).data["runs"]) == 40
+    assert len(page.encode()) < 5_000_000
+
+
+def test_of_more_runs_than_a_page_can_draw_the_newest_are_drawn(
+    store: Warehouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("avss_dist.report.page.page.MOST", 2)
+    page = Page(report_page(store))
+    text = " ".join(page.words)
+    assert "the 2 newest runs; 1 more are in the table of runs" in text
+    assert [run["label"] for run in page.data["runs"]] == ["1. beta", "2. alpha"]
+    assert len([a for tag, a in page.elements if tag == "td" and a.get("class") == "run_id"]) == 4
+
+
+def test_runs_that_all_failed_are_still_a_page(tmp_path: Path) -> None:
+    store = Warehouse(tmp_path)
+    write_failed(store, "gone", "out of memory")
+    page = Page(report_page(store))
+    assert "out of memory" in " ".join(page.words)
+    assert "0 runs and 1 that failed" in " ".join(page.words)
+    assert len(page.raw["script"]) == 1  # no data, nothing to draw with
+    assert not [a for tag, a in page.elements if tag == "figure"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "labels"),
+    [
+        ([{}, {"model": "org/b/"}], ["a", "b"]),
+        ([{}, {"dtype": "bfloat16"}], ["a · float32", "a · bfloat16"]),
+        ([{}, {"corpus": "x/wiki.txt"}, {"model": "b"}], ["a · builtin:pydoc", "a · wiki.txt", "b"]),
+        ([{}, {"settings": '{"skip_first_tokens": 1}'}], ["a", "a · skip_first_tokens=1"]),
+        ([{}, {"run_id": "a-9876543210"}], ["a · 0123456789", "a · 9876543210"]),
+    ],
+)
+def test_labels_tell_runs_apart_with_as_little_as_will_do(changes: list[dict[str, str]], labels: list[str]) -> None:
+    run = {"run_id": "a-0123456789", "model": "org/a", "dtype": "float32", "corpus": "builtin:pydoc", "revision": None}
+    assert run_labels([{**run, "settings": '{"skip_first_tokens": 0}', **change} for change in changes]) == labels
+
+
+# The command.
+
+
+def command(*args: object) -> subprocess.CompletedProcess[str]:
+    code = "import sys\nfrom avss_dist.cli import app\ntry:\n    app(sys.argv[1:])\nfinally:\n    print(*sys.modules)"
+    return subprocess.run(
+        [sys.executable, "-c", code, "report", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_the_command_writes_the_runs_that_are_named_and_loads_nothing_heavy(store: Warehouse, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    done = command(store.root, "-o", file, "--run", "alpha*", "--run", "gone-0123456789")
+    assert (done.returncode, done.stderr) == (0, "")
+    said, modules = done.stdout.splitlines()
+    assert said == str(file)
+    assert not {"torch", "ray", "transformers", "deepspeed"} & set(modules.split())
+    page = Page(file.read_text(encoding="utf-8"))
+    assert [len(run["layer_name"]) for run in page.data["runs"]] == [6, 6]
+    assert "2 runs and 1 that failed" in " ".join(page.words)
+
+
+def refused(*args: object) -> str:
+    """What the command says on standard error when it refuses."""
+    result = CliRunner().invoke(app, ["report", *map(str, args)])
+    assert (result.exit_code, result.stdout) == (2, "")
+    return result.stderr
+
+
+def test_the_command_refuses_what_is_not_there(store: Warehouse, tmp_path: Path) -> None:
+    unknown = refused(store.root, "-o", tmp_path / "page.html", "--run", "alfa-0123456789")
+    assert unknown.startswith("Error: Unknown run 'alfa-0123456789'.\nDid you mean 'alpha-0123456789'?")
+    assert "is not a warehouse" in refused(tmp_path / "nothing")
+    (tmp_path / "runs").mkdir()
+    assert "has no runs yet" in refused(tmp_path)
+    assert "cannot be written" in refused(store.root, "-o", tmp_path / "no" / "page.html")

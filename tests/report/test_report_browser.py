@@ -1,0 +1,373 @@
+"""The report's page in a real browser: every control, what it draws, and what it leaves alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.pages import write_failed, write_run
+
+from avss_dist.report.page.page import save_report
+from avss_dist.text import describe_threshold
+from avss_dist.warehouse.reader import Warehouse
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'avss_dist[test]'")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium (or google-chrome)"),
+]
+ARGUMENTS = (
+    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+HOSTILE = "org/<script>window.hacked = 1; alert(1)</script>\"'><img src=x onerror='window.hacked=1'>=cmd&amp;"
+CHARTS = (
+    *("avss", "block_influence", "angular_distance", "relative_magnitude", "update_variance_ratio"),
+    *("heat", "correlation", "scatter"),
+)
+IDLE = "html:not([data-drawing])"
+ALPHA, BETA, NOISE = "2. alpha", "1. beta", "3. noise"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
+    """Three runs, one of another depth, and one that failed."""
+    store = Warehouse(tmp_path_factory.mktemp("warehouse"))
+    write_run(store, "alpha", layers=8)
+    write_run(store, "beta", layers=12, seed=1, family="gemma")
+    write_run(store, "noise", layers=8, seed=2)
+    write_failed(store, "gone", "out of memory")
+    return store
+
+
+@pytest.fixture(scope="module")
+def file(store: Warehouse, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("page") / "report.html"
+    save_report(store, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Open a file in a new profile; in the end, nothing was complained of, asked for or run that should not be."""
+    opened, troubles = [], []
+
+    def visit(file: Path, width: int = 1280, **options: Any) -> Any:
+        context = browser.new_context(viewport={"width": width, "height": 900}, **options)
+        opened.append(context)
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        page.on("console", lambda message: troubles.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("dialog", lambda dialog: (troubles.append(f"dialog {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: request.url == file.as_uri() or troubles.append(f"request {request.url}"))
+        page.goto(file.as_uri())
+        if options.get("java_script_enabled", True):
+            page.wait_for_selector("#status:not(:empty)", state="attached")
+            page.wait_for_selector(IDLE)
+        return page
+
+    yield visit
+    for context in opened:
+        context.close()
+    assert troubles == []
+
+
+def drawn(page: Any, chart: str) -> list[dict[str, Any]]:
+    """The rows that a chart's view holds."""
+    page.wait_for_selector(IDLE)
+    rows = page.evaluate(
+        "name => JSON.stringify(document.querySelector(`[data-chart=${name}]`).view.data('rows'))", chart
+    )
+    found: list[dict[str, Any]] = json.loads(rows)
+    return found
+
+
+def table(page: Any) -> list[dict[str, str]]:
+    """The table of scores, as it is ordered, by heading."""
+    page.wait_for_selector(IDLE)
+    headings = page.locator("#table thead button").all_inner_texts()
+    rows = page.evaluate(
+        "[...document.querySelectorAll('#table tbody tr')].map(r => [...r.cells].map(c => c.dataset.value))"
+    )
+    return [dict(zip(headings, row, strict=True)) for row in rows]
+
+
+def choose(page: Any, *, site: str | None = None, recipe: str | None = None, threshold: int | None = None) -> None:
+    for name, value in (("site", site), ("recipe", recipe)):
+        if value is not None:
+            page.locator(f"input[name={name}][value={value}]").check(force=True)
+    if threshold is not None:
+        page.locator("#threshold").fill(str(threshold))
+    page.wait_for_selector(IDLE)
+
+
+def close(actual: list[Any], expected: list[Any], digits: int = 4) -> None:
+    assert actual == pytest.approx(expected, rel=6 * 0.1**digits, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("site", "recipe", "position"),
+    [
+        ("block", "pooled", 1),
+        ("block", "unit", 5),
+        ("update", "element", 7),
+        ("neuron", "pooled", 0),
+        ("mlp", "element", 6),
+    ],
+)
+def test_site_recipe_and_threshold_drive_every_chart_and_the_table(
+    visit: Callable[..., Any], file: Path, store: Warehouse, site: str, recipe: str, position: int
+) -> None:
+    page = visit(file)
+    page.select_option("#run", label=ALPHA)
+    choose(page, site=site, recipe=recipe, threshold=position)
+    rows = [r for r in store.table("scores").to_pylist() if (r["site"], r["recipe"]) == (site, recipe)]
+    thresholds = sorted({(r["threshold_kind"], r["threshold"]) for r in rows})
+    kind, value = thresholds[position]
+    rows = [r for r in rows if (r["threshold_kind"], r["threshold"]) == (kind, value)]
+    mine = sorted((r for r in rows if r["model"] == "org/alpha"), key=lambda r: r["layer"])
+    written = f"{site} site, {recipe} recipe, |x| < {describe_threshold(value, kind)}"
+    assert page.locator("#threshold-text").inner_text() == f"|x| < {describe_threshold(value, kind)}"
+    assert page.locator("#threshold").get_attribute("aria-valuetext") == f"below {describe_threshold(value, kind)}"
+    assert page.locator("#status").inner_text() == f"{written}: scored in 3 of 3 runs."
+
+    shown = drawn(page, "avss")
+    for ours, theirs in (("avss", "avss_smoothed"), ("low", "avss_low"), ("high", "avss_high"), ("rank", "rank")):
+        close([row[ours] for row in shown], [row[theirs] for row in mine], 3 if ours in ("low", "high") else 4)
+    assert all(row["low"] <= row["avss"] <= row["high"] for row in shown)
+    assert [row["lowest"] for row in shown] == [row["rank"] <= 2 for row in mine]
+    heat = drawn(page, "heat")
+    assert len(heat) == 8 + 12 + 8
+    close([r["share"] for r in heat if r["run"] == ALPHA], [(row["rank"] - 1) / 7 for row in mine])
+    scatter = {row["layer"]: row for row in drawn(page, "scatter") if row["run"] == ALPHA}
+    for row in mine:
+        if row["sparsity"] > 0:
+            close([scatter[row["layer"]][n] for n in ("sparsity", "variance")], [row["sparsity"], row["variance"]])
+    close([float(row["AVSS"]) for row in table(page)], [row["avss_smoothed"] for row in mine])
+    assert written in page.locator("#table caption").inner_text()
+    assert {row["correlation"] for row in drawn(page, "correlation") if row["run"] == row["other"]} == {1}
+    for chart in CHARTS:
+        assert written in str(page.locator(f"[data-chart={chart}] .view").get_attribute("aria-label"))
+        assert written in page.locator(f"[data-chart={chart}] svg").inner_html().replace("&lt;", "<")
+
+
+def test_a_recipe_that_a_site_lacks_cannot_be_chosen(visit: Callable[..., Any], file: Path) -> None:
+    page = visit(file)
+    choose(page, recipe="unit", threshold=3)
+    choose(page, site="mlp")
+    assert page.locator("input[name=recipe]:checked").get_attribute("value") == "pooled"
+    assert page.locator("input[name=recipe][value=unit]").is_disabled()
+    assert page.locator("#threshold-text").inner_text() == "|x| < 0.001"
+
+
+def test_another_run_and_two_runs_side_by_side(visit: Callable[..., Any], file: Path, store: Warehouse) -> None:
+    page = visit(file)
+    assert {row["run"] for row in drawn(page, "avss")} == {BETA}
+    page.select_option("#run", label=ALPHA)
+    assert {row["run"] for row in drawn(page, "avss")} == {ALPHA}
+    assert "layer (from 0)" in page.locator("[data-chart=avss] svg").inner_html()
+    page.select_option("#other", label=BETA)
+    assert {(row["run"], row["which"]) for row in drawn(page, "avss")} == {(ALPHA, 0), (BETA, 1)}
+    svg = page.locator("[data-chart=avss] svg").inner_html()
+    assert "relative depth" in svg
+    assert ALPHA in svg
+    assert BETA in svg
+    assert [row["run"] for row in table(page)] == [ALPHA] * 8 + [BETA] * 12
+    influence = [r["block_influence"] for r in store.scores(model="org/beta", site="block").to_pylist()[:1]]
+    close([row["block_influence"] for row in drawn(page, "block_influence") if row["run"] == BETA][:1], influence)
+
+
+def test_a_heading_sorts_up_and_down_with_the_keyboard(visit: Callable[..., Any], file: Path) -> None:
+    page = visit(file)
+    heading = page.locator("#table thead th", has_text="AVSS")
+    heading.locator("button").focus()
+    for order in ("ascending", "descending"):
+        page.keyboard.press("Enter")
+        assert heading.get_attribute("aria-sort") == order
+        values = [float(row["AVSS"]) for row in table(page)]
+        assert values == sorted(values, reverse=order == "descending")
+    choose(page, threshold=4)  # the order outlives a change
+    values = [float(row["AVSS"]) for row in table(page)]
+    assert values == sorted(values, reverse=True)
+    assert page.locator("#table [aria-sort]").count() == 1
+
+    page.locator("#runs thead button", has_text="layers").click()
+    layers = page.locator("#runs tbody tr").evaluate_all(
+        "rows => rows.map(r => r.querySelectorAll('.number')[1].dataset.value)"
+    )
+    assert layers == ["8", "8", "12", ""]
+
+
+def test_the_keyboard_reaches_and_moves_the_controls(visit: Callable[..., Any], file: Path) -> None:
+    page = visit(file)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the report"
+    assert page.locator(".skip").bounding_box()["x"] >= 0
+    reached = set()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.id || document.activeElement.name || ''"))
+        if page.evaluate("document.activeElement.id") == "threshold":
+            break
+    assert {"theme", "run", "other", "site", "recipe", "threshold"} <= reached
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector(IDLE)
+    assert page.locator("#threshold-text").inner_text() == "|x| < 0.0001"
+    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"
+
+
+def test_dark_and_light_follow_the_system_the_button_and_the_memory(visit: Callable[..., Any], file: Path) -> None:
+    def background() -> str:
+        return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+
+    def chart() -> str:
+        page.wait_for_selector(IDLE)
+        return str(page.evaluate("document.querySelector('[data-chart=avss]').view.background()"))
+
+    page = visit(file, color_scheme="dark")
+    dark = background(), chart()
+    assert page.locator("#theme").get_attribute("aria-pressed") == "true"
+    page.locator("#theme").click()
+    assert page.locator("#theme").get_attribute("aria-pressed") == "false"
+    light = background(), chart()
+    assert light[0] != dark[0]
+    assert (light[1], dark[1]) == ("#ffffff", "#161b22")
+    page.reload()
+    page.wait_for_selector(IDLE)
+    assert background() == light[0]
+
+
+@pytest.mark.parametrize("chart", CHARTS)
+def test_every_chart_downloads(visit: Callable[..., Any], file: Path, chart: str, tmp_path: Path) -> None:
+    page = visit(file)
+    for kind, start in (("png", b"\x89PNG\r\n\x1a\n"), ("svg", b"<svg"), ("csv", b"site,recipe,threshold,run,")):
+        with page.expect_download() as waiting:
+            page.locator(f"[data-chart={chart}] [data-save={kind}]").click()
+        assert waiting.value.suggested_filename == f"{chart}.{kind}"
+        waiting.value.save_as(tmp_path / "saved")
+        assert (tmp_path / "saved").read_bytes().startswith(start)
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "saved").read_text(encoding="utf-8"))))
+    assert len(rows) == len(drawn(page, chart))
+    assert {(row["site"], row["recipe"], row["threshold"]) for row in rows} == {("block", "pooled", "1e-05")}
+    for row, other in zip(rows, drawn(page, chart), strict=True):
+        assert row["run"] == other["run"]
+
+
+@pytest.mark.parametrize("name", ["runs", "scores"])
+def test_every_table_downloads(visit: Callable[..., Any], file: Path, name: str, tmp_path: Path) -> None:
+    page = visit(file)
+    with page.expect_download() as waiting:
+        page.locator(f"[data-csv={name}]").click()
+    waiting.value.save_as(tmp_path / "saved.csv")
+    rows = list(csv.DictReader((tmp_path / "saved.csv").open(encoding="utf-8")))
+    assert len(rows) == {"runs": 4, "scores": 12}[name]
+    assert rows[0][{"runs": "model", "scores": "layer"}[name]] == {"runs": "org/beta", "scores": "0"}[name]
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 360), ("dark", 360)])
+def test_axe_finds_nothing_serious(visit: Callable[..., Any], file: Path, scheme: str, width: int) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    page = visit(file, width, color_scheme=scheme)
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    found = axe.run(page).response["violations"]
+    assert [(v["id"], [n["html"] for n in v["nodes"]]) for v in found] == []
+
+
+def test_a_phone_shows_all_of_it_without_scrolling_sideways(visit: Callable[..., Any], file: Path) -> None:
+    page = visit(file, 360)
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    for chart in CHARTS:
+        box = page.locator(f"[data-chart={chart}] svg").bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 360
+        assert box["width"] > 280
+
+
+def test_a_hostile_name_does_nothing(visit: Callable[..., Any], tmp_path: Path) -> None:
+    store = Warehouse(tmp_path / "warehouse")
+    names = dict.fromkeys(("model", "family", "dtype", "corpus", "revision"), HOSTILE)
+    write_run(store, "hostile", layers=4, **names)
+    write_run(store, "other", layers=4, seed=1, model="=SUM(1, 2)")
+    write_failed(store, "failed", HOSTILE)
+    save_report(store, tmp_path / "report.html")
+    page = visit(tmp_path / "report.html")
+    assert page.evaluate("window.hacked") is None
+    page.select_option("#other", index=2)
+    page.wait_for_selector(IDLE)
+    page.locator("[data-chart=avss] svg .mark-symbol path[aria-label*=hacked]").last.hover(force=True)
+    page.wait_for_selector("#vg-tooltip-element.visible")
+    assert page.locator("#vg-tooltip-element img, #vg-tooltip-element script").count() == 0
+    with page.expect_download() as waiting:
+        page.locator("[data-csv=runs]").click()
+    waiting.value.save_as(tmp_path / "runs.csv")
+    models = [row["model"] for row in csv.DictReader((tmp_path / "runs.csv").open(encoding="utf-8"))]
+    assert HOSTILE in models
+    assert "'=SUM(1, 2)" in models  # no formula to a spreadsheet
+    with page.expect_download() as waiting:
+        page.locator("[data-chart=heat] [data-save=svg]").click()
+    waiting.value.save_as(tmp_path / "heat.svg")
+    assert "<img" not in (tmp_path / "heat.svg").read_text(encoding="utf-8")
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("script").count() == 3
+
+
+def test_odd_runs_are_drawn_as_far_as_they_go(visit: Callable[..., Any], tmp_path: Path) -> None:
+    store = Warehouse(tmp_path / "warehouse")
+    write_run(store, "a" * 120, layers=4, shards=1, revision="r" * 200)  # no intervals
+    write_run(store, "b-still", layers=5, still=2)  # a layer that adds nothing
+    write_run(store, "c-partial", layers=3, sites=("mlp",))  # no block, no rivals
+    write_run(store, "d-single", layers=1)
+    save_report(store, tmp_path / "report.html")
+    page = visit(tmp_path / "report.html", 360)
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    assert [row["low"] for row in page.evaluate("document.querySelector('[data-chart=avss]').rows")] == [None] * 4
+    page.select_option("#run", index=1)
+    assert drawn(page, "relative_magnitude")[2]["relative_magnitude"] == 0
+    assert "relative magnitude (log)" not in page.locator("[data-chart=relative_magnitude] svg").inner_html()
+    page.select_option("#run", index=2)
+    page.wait_for_selector(IDLE)
+    for chart in ("avss", "block_influence"):
+        figure = page.locator(f"[data-chart={chart}]")
+        assert "not measured at this choice" in figure.locator(".said").inner_text()
+        assert figure.locator(".view").is_hidden()
+        assert figure.locator("[data-save=png]").is_disabled()
+    assert table(page) == []
+    assert page.locator("#status").inner_text().endswith("scored in 3 of 4 runs.")
+    choose(page, site="mlp")
+    assert len(drawn(page, "avss")) == 3
+    page.select_option("#run", index=3)
+    assert len(drawn(page, "avss")) == 1
+
+
+def test_one_run_has_nothing_to_correlate_with(visit: Callable[..., Any], tmp_path: Path) -> None:
+    store = Warehouse(tmp_path / "warehouse")
+    write_run(store, "alone", layers=4)
+    save_report(store, tmp_path / "report.html")
+    page = visit(tmp_path / "report.html")
+    assert "It takes two runs" in page.locator("[data-chart=correlation] .said").inner_text()
+    assert len(drawn(page, "heat")) == 4
+
+
+def test_without_scripts_findings_and_runs_are_there(visit: Callable[..., Any], file: Path) -> None:
+    page = visit(file, java_script_enabled=False)
+    text = page.locator("main").inner_text()
+    assert "Tracks depth" in text
+    assert "out of memory" in text
+    assert "need JavaScript" in text

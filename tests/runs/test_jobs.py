@@ -1,0 +1,345 @@
+"""Job files: every mistake at once with its line, what they expand to, the plan, one model that fails; no Ray here."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tables import assert_same_tables
+from typer.testing import CliRunner
+
+import avss_dist
+from avss_dist.cli import app
+from avss_dist.report.terminal.progress import Log
+from avss_dist.runs.api import preview_job, run_job
+from avss_dist.runs.job_file import JobError, JobFile, read_job
+from avss_dist.runs.run import Run
+from avss_dist.settings import Settings
+from avss_dist.warehouse.reader import Warehouse
+
+JOBS = Path(__file__).parents[2] / "jobs"
+SHIPPED = sorted(JOBS.glob("*.yaml"))
+SETTINGS = "settings: {max_sequences: 12, sequence_length: 32, sequences_per_shard: 4, batch_size: 2}\n"
+LOCAL = "execution: {executor: local}\n"
+
+
+def job_file(folder: Path, text: str) -> Path:
+    file = folder / "job.yaml"
+    file.write_text(text)
+    return file
+
+
+def read(folder: Path, text: str, **options: Any) -> JobFile:
+    return read_job(job_file(folder, text), **options)
+
+
+def mistakes(folder: Path, text: str) -> list[str]:
+    """What is told of a job file, without its name."""
+    with pytest.raises(JobError) as caught:
+        read(folder, text)
+    assert caught.value.exit_code == 2
+    first, *lines = caught.value.message.splitlines()
+    assert first == f"{folder}/job.yaml has {len(lines)} mistake{'s' * (len(lines) > 1)}; nothing was run."
+    return [line.removeprefix(f"{folder}/job.yaml:") for line in lines]
+
+
+def avss(*args: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    return result.exit_code, result.output
+
+
+def test_every_mistake_is_told_at_once_with_its_line(tmp_path: Path) -> None:
+    text = """\
+warehouse: w
+models:
+  - model: org/name
+    revisions: {prefix: step, from: 10}
+    partitions: single
+  - /nowhere/checkpoint-*
+corpra:
+  - builtin:pydoc
+settings:
+  dtype: bfloat17
+  sequence_length: long
+execution:
+  replicas: 0
+  fresh: true
+"""
+    assert mistakes(tmp_path, text) == [
+        "4: a range of revisions needs 'to'",
+        "5: unknown key 'partitions'. Did you mean 'partition'?",
+        f"6: no folder matches '/nowhere/checkpoint-*' (relative paths are those of {Path.cwd()})",
+        "7: unknown key 'corpra'. Did you mean 'corpora'?",
+        "10: Unknown dtype 'bfloat17'. Did you mean 'bfloat16'? Valid: auto, float32, bfloat16, float16.",
+        "11: sequence_length must be a whole number, not 'long'",
+        "13: replicas must be at least 1, not 0.",
+        "14: unknown key 'fresh'. Pass --fresh to avss run.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", ["1: a job file has the keys warehouse, models, corpora, settings, execution"]),
+        ("- a\n", ["1: a job file has the keys warehouse, models, corpora, settings, execution"]),
+        ("models: [a]\n", ["1: the key 'corpora' is missing", "1: the key 'warehouse' is missing"]),
+        (
+            "warehouse: w\nmodels: []\ncorpora: [builtin:pydoc]\n",
+            ["2: models must be a list with at least one entry: - one"],
+        ),
+        ("warehouse: [w]\nmodels: [a]\ncorpora: [builtin:pydoc]\n", ["1: this must be one name"]),
+        ("warehouse: w\nmodels: [a]\ncorpora: [builtin:pydoc]\nmodels: [b]\n", ["4: the key 'models' is there twice"]),
+        (
+            "warehouse: w\nmodels:\n- a\n- b\n- model: a\ncorpora: [builtin:pydoc]\n",
+            ["5: 'a' is there twice with the same settings, first in line 3"],
+        ),
+        (
+            "warehouse: w\nmodels: [a]\ncorpora: [builtin:pydok, absent.txt]\n",
+            [
+                "3: Unknown builtin corpus 'pydok'. Did you mean 'pydoc'? Valid: pydoc.",
+                "3: absent.txt: no such file. Check the name; a relative one starts in the working directory.",
+            ],
+        ),
+        (
+            "warehouse: w\ncorpora: [builtin:pydoc]\n"
+            "models:\n- {model: a, max_memory: {cpu: much}, trust_remote_code: 'yes'}\n",
+            [
+                "4: max_memory must be sizes by device, such as {cpu: 20GB}: 'much' is not a size.",
+                "4: trust_remote_code must be true or false, not 'yes'",
+            ],
+        ),
+        (
+            "warehouse: w\nmodels:\n- {model: a, device: cpu}\ncorpora: [builtin:pydoc]\n",
+            ["3: unknown key 'device'. Valid"],
+        ),
+        (
+            "warehouse: w\nmodels:\n- {model: /tmp, revisions: [a]}\ncorpora: [builtin:pydoc]\n",
+            ["3: '/tmp' is a folder or a file; only a hub id has revisions"],
+        ),
+        (
+            "warehouse: w\nmodels:\n- {model: a, revisions: {from: 0, to: 1000000000}}\ncorpora: [builtin:pydoc]\n",
+            ["3: a range goes up from 'from' to 'to' in at most 10,000 steps of 1 or more"],
+        ),
+        (
+            "warehouse: w\nmodels:\n- model: a\n  ranks: 2\ncorpora: [builtin:pydoc]\n",
+            ["4: --ranks is for zero3 and tensor_parallel, not for --partition auto. Leave it out."],
+        ),
+    ],
+    ids=lambda value: value.replace("\n", " ")[:40] if isinstance(value, str) else "",
+)
+def test_mistakes(text: str, says: list[str], tmp_path: Path) -> None:
+    found = mistakes(tmp_path, text)
+    assert len(found) == len(says)
+    for line, said in zip(found, says, strict=True):
+        assert line.startswith(said)
+
+
+@pytest.mark.parametrize("text", ["a: [1\n", "a: b: c\n", "a: !!python/object:os.system {}\n"])
+def test_what_is_no_plain_yaml_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"job.yaml:?\d?"):
+        read(tmp_path, text)
+    with pytest.raises(JobError, match="cannot be read: No such file"):
+        read_job(tmp_path / "absent.yaml")
+
+
+def test_settings_are_checked_together(tmp_path: Path) -> None:
+    """300 skipped tokens are too many for the default length, and fine for the one that stands beside it."""
+    job = "warehouse: w\nmodels: [a]\ncorpora: [builtin:pydoc]\n"
+    together = read(tmp_path, job + "settings:\n  skip_first_tokens: 300\n  sequence_length: 512\n")
+    assert together.settings == Settings(skip_first_tokens=300, sequence_length=512)
+    (said,) = mistakes(tmp_path, job + "settings:\n  skip_first_tokens: 300\n  sequence_length: 200\n")
+    assert said.startswith("5: --skip-first-tokens 300 leaves nothing of 200 tokens.")
+
+
+def test_models_by_corpora_with_their_own_settings(tmp_path: Path) -> None:
+    for name in ("step-2", "step-10", "step-1"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-notes.txt").write_text("no model")
+    (tmp_path / "text.txt").write_text("some text")
+    text = f"""\
+warehouse: w
+models:
+  - {tmp_path}/step-*
+  - model: org/name
+    revisions: [main, {{prefix: step, from: 0, to: 7, step: 3}}]
+    partition: streaming
+    max_memory: {{cpu: 2GB}}
+    dtype: bfloat16
+    thresholds: [1e-3]
+corpora:
+  - builtin:pydoc
+  - {tmp_path}/text.txt
+settings:
+  dtype: float32
+execution:
+  replicas: 3
+"""
+    job = read(tmp_path, text)
+    specs = job.specs[::2]
+    revisions = ["main", "step0", "step3", "step6"]
+    folders = [f"{tmp_path}/{name}" for name in ("step-1", "step-10", "step-2")]
+    assert [spec.model for spec in specs] == [*folders, *(f"org/name@{r}" for r in revisions)]
+    assert [spec.corpus for spec in job.specs[:2]] == ["builtin:pydoc", f"{tmp_path}/text.txt"]
+    assert job.specs[1].name == f"{tmp_path}/step-1 on {tmp_path}/text.txt"
+    first, last = specs[0], specs[-1]
+    assert (first.settings.dtype, first.execution.partition, first.execution.replicas) == ("float32", "auto", 3)
+    assert (last.settings.dtype, last.settings.thresholds) == ("bfloat16", (1e-5, 1e-3))
+    assert (last.execution.partition, last.execution.max_memory) == ("streaming", {"cpu": 2_000_000_000})
+    elsewhere = read(tmp_path, text, expand=False)
+    assert elsewhere.specs[0].model == f"{tmp_path}/step-*"
+
+
+# The jobs that the project ships.
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_shipped_jobs_are_valid(file: Path) -> None:
+    job = read_job(file)
+    assert len(job.specs) >= 3
+    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", spec.model) for spec in job.specs)
+
+
+@pytest.mark.parametrize("name", ["family_comparison", "training_checkpoints", "dtype_audit", "paper_claim"])
+def test_shipped_jobs_can_be_planned(
+    name: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a network: their models are replaced by folders, their rows by shorter ones."""
+    monkeypatch.chdir(tmp_path)
+    text = (JOBS / f"{name}.yaml").read_text()
+    text = re.sub(r"revisions: .*", "trust_remote_code: false", text)
+    ids = dict.fromkeys(re.findall(r"(?:^  - \{?(?:model: )?)([\w.-]+/[\w.-]+)", text, re.MULTILINE))
+    for model in ids:
+        shutil.copytree(tiny_llama, tmp_path / model)
+    text = re.sub(r"max_sequences: .*", "max_sequences: 8", text)
+    text = re.sub(r"  sequence_length: .*\n", "", text).replace("settings:\n", "settings:\n  sequence_length: 64\n")
+    code, output = avss("run", job_file(tmp_path, text), "--dry-run")
+    assert code == 0, output
+    runs = len(read(tmp_path, text).specs)
+    assert f"{runs} missing. About " in output
+    assert not (tmp_path / "results").exists()
+
+
+# Running them in this process.
+
+
+def test_a_job_is_run_once_and_a_model_that_fails_does_not_stop_it(
+    tiny_llama: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    text = f"warehouse: {tmp_path}/w\nmodels: [{tiny_llama}, {tmp_path}/absent, {tiny_bert}]\n"
+    file = job_file(tmp_path, text + "corpora: [builtin:pydoc]\n" + SETTINGS + LOCAL)
+    code, output = avss("run", file)
+    assert code == 1
+    assert "3 runs: 2 done, 1 failed." in output and "There is no folder" in output
+    options: dict[str, Any] = {"max_sequences": 12, "sequence_length": 32, "sequences_per_shard": 4, "batch_size": 2}
+    for model in (tiny_llama, tiny_bert):
+        avss_dist.score(model, corpus="builtin:pydoc", out=tmp_path / "alone", executor="local", **options)
+    assert_same_tables(tmp_path / "w", tmp_path / "alone")
+    code, output = avss("run", file)
+    assert code == 1
+    assert "3 runs: 2 skipped, 1 failed." in output
+    code, output = avss("run", file, "--dry-run")
+    assert code == 1
+    assert "2 done, 1 refused." in output
+
+
+def test_runs_that_differ_in_a_setting_have_names_of_their_own(tiny_llama: Path, tmp_path: Path) -> None:
+    """As in jobs/dtype_audit.yaml: one model in two dtypes, on two corpora, told apart in the plan and in the log."""
+    (tmp_path / "text.txt").write_text("One word after the other, and another one. " * 200)
+    models = ", ".join(f"{{model: {tiny_llama}, dtype: {dtype}}}" for dtype in ("float32", "bfloat16"))
+    text = f"warehouse: {tmp_path}/w\nmodels: [{models}]\ncorpora: [builtin:pydoc, {tmp_path}/text.txt]\n"
+    file = job_file(tmp_path, text + SETTINGS + LOCAL)
+    names = {f"{tiny_llama} (dtype {dtype})" for dtype in ("float32", "bfloat16")}
+    assert {spec.title for spec in read_job(file).specs} == names
+    assert len({spec.name for spec in read_job(file).specs}) == 4
+    assert {preview.model for preview in preview_job(read_job(file))} == names
+    code, output = avss("run", file)
+    assert code == 0 and "4 runs: 4 done." in output
+    assert all(f"{name} on builtin:pydoc done" in output for name in names)
+
+
+def test_a_model_that_is_named_twice_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    code, output = avss("score", tiny_llama, tiny_llama, "--corpus", "builtin:pydoc", "--out", tmp_path / "w")
+    assert code == 2 and "is there twice." in output and not (tmp_path / "w").exists()
+
+
+def test_the_plan_says_what_is_partial(tiny_llama: Path, tmp_path: Path) -> None:
+    text = f"warehouse: {tmp_path}/w\nmodels: [{tiny_llama}]\ncorpora: [builtin:pydoc]\n" + SETTINGS + LOCAL
+    job = read(tmp_path, text)
+    (run,) = run_job(job)
+    assert (run.status, run.num_shards) == ("done", 3)
+    (tmp_path / "w" / "runs" / f"run_id={run.run_id}" / "run.parquet").unlink()
+    next((tmp_path / "w" / "shard_stats").rglob("shard-00001.parquet")).unlink()
+    code, output = avss("run", tmp_path / "job.yaml", "--dry-run")
+    assert code == 0
+    assert "partial 2/3" in output
+    (run,) = run_job(job)
+    assert (run.status, run.resumed_shards) == ("done", 2)
+
+
+def test_one_tokenizer_is_run_once_over_a_corpus(
+    tiny_llama: Path, tmp_path: Path, save_checkpoint: Callable[[Any, Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from support.checkpoints import llama
+
+    from avss_dist.runs import planner
+
+    planned: list[str] = []
+    plan = planner.plan
+
+    def counted(source: str, *args: Any) -> Any:
+        planned.append(source)
+        return plan(source, *args)
+
+    monkeypatch.setattr(planner, "plan", counted)
+    (tmp_path / "text.txt").write_text("In the beginning was the word. " * 100)
+    for seed in (1, 2):
+        save_checkpoint(llama(seed), tmp_path / f"seed-{seed}")
+    other = shutil.copytree(tmp_path / "seed-2", tmp_path / "other-tokens")
+    (other / "tokenizer_config.json").write_text((other / "tokenizer_config.json").read_text() + " ")
+    text = f"warehouse: {tmp_path}/w\nmodels: [{tmp_path}/seed-*, {other}]\n"
+    text += f"corpora: [builtin:pydoc, {tmp_path}/text.txt]\n"
+    runs = run_job(read(tmp_path, text + SETTINGS + LOCAL))
+    assert [run.status for run in runs] == ["done"] * 6
+    assert planned == ["builtin:pydoc", f"{tmp_path}/text.txt"] * 2
+
+
+def test_the_same_checkpoint_by_two_names_is_measured_once(tiny_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "copy" / tiny_llama.name)
+    text = f"warehouse: {tmp_path}/w\nmodels: [{tiny_llama}, {tmp_path}/copy/{tiny_llama.name}]\n"
+    runs = run_job(read(tmp_path, text + "corpora: [builtin:pydoc]\n" + SETTINGS + LOCAL))
+    assert [run.status for run in runs] == ["done", "skipped"]
+    assert runs[0].run_id == runs[1].run_id
+    assert Warehouse(tmp_path / "w").runs().num_rows == 1
+
+
+def test_a_log_has_a_line_for_each_run_and_now_and_then_one_between() -> None:
+    file = io.StringIO()
+    log = Log(2, seconds=0.0, file=file)
+    for name in ("one", "two"):
+        log.planning(name)
+        log.started(name, 1000, 200)
+    log.advanced("one", 300)
+    log.finished("one", Run(run_id="one-0", model="one", warehouse="w", status="done"))
+    log.finished("two", Run(run_id="two-0", model="two", warehouse="w", status="failed", error="no\nmore"))
+    lines = [line.partition(" ")[2] for line in file.getvalue().splitlines()]
+    assert re.fullmatch(r"one: 50% of 1,000 tokens, [\d,]+ tokens/s, .* left", lines[0])
+    assert lines[1:] == ["1 of 2 runs: one done", "2 of 2 runs: two failed: no"]
+    quiet = io.StringIO()
+    log = Log(1, seconds=1000.0, file=quiet)
+    log.started("one", 1000, 0)
+    log.advanced("one", 300)
+    assert quiet.getvalue() == ""
+
+
+def test_mistakes_in_a_job_end_with_two_and_load_nothing_heavy(
+    tmp_path: Path, run_avss: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    done = run_avss("run", job_file(tmp_path, "warehouse: w\nmodel: a\n"))
+    assert done.returncode == 2
+    assert "Did you mean 'models'?" in done.stderr and "Traceback" not in done.stderr

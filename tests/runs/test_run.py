@@ -1,0 +1,296 @@
+"""The driver: exactly once, the same bytes however the work is done, nothing lost, golden scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from support.tables import assert_same_tables, measured_files
+
+import avss_dist
+from avss_dist.errors import AvssError, ConfigError, RunFailed
+from avss_dist.executors import local
+from avss_dist.executors.base import Outcome, Work
+from avss_dist.executors.local import LocalExecutor
+from avss_dist.runs.api import Silent
+from avss_dist.runs.driver import Driver
+from avss_dist.runs.job_file import RunSpec
+from avss_dist.settings import SCHEMA_VERSION, Execution, Settings
+from avss_dist.warehouse.reader import Warehouse
+
+SMALL: dict[str, Any] = {
+    "corpus": "builtin:pydoc",
+    "max_sequences": 22,
+    "sequence_length": 16,
+    "batch_size": 3,
+    "sequences_per_shard": 4,
+    "executor": "local",
+}
+
+
+def score(model: Path, out: Path, **changes: Any) -> avss_dist.Run:
+    return avss_dist.score(model, out=out, **{**SMALL, **changes})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed")
+    run = score(tiny_llama, out)
+    assert (run.status, run.num_shards, run.resumed_shards, run.num_tokens) == ("done", 6, 0, 22 * 16)
+    return out
+
+
+def drive(model: Path, out: Path, executor: Any, **changes: Any) -> avss_dist.Run:
+    """A run with an executor of the test's own."""
+    options = {k: v for k, v in {**SMALL, **changes}.items() if k in Settings.__dataclass_fields__}
+    store = Warehouse(out)
+    store.create()
+    spec = RunSpec(
+        model=str(model),
+        corpus=SMALL["corpus"],
+        settings=Settings(**options),
+        execution=Execution(),
+        title=str(model),
+        name=str(model),
+    )
+    with closing(executor):
+        ((_, ending),) = Driver(store, executor, Silent()).run([spec])
+    assert isinstance(ending, avss_dist.Run), ending
+    return ending
+
+
+class Interfering(LocalExecutor):
+    """Real results, delivered in a strange way."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(Settings())
+        self.how = how
+        self.asked: list[int] = []
+
+    def run(self, works: Iterator[Work]) -> Iterator[Outcome]:  # type: ignore[override]
+        for work in works:
+            self.asked = [shard.shard_id for shard in work.shards]
+            results = list(super().run(iter([work])))
+            if self.how == "backwards":
+                yield from reversed(results)
+            elif self.how == "twice":
+                for result in results:
+                    yield result
+                    yield results[0]
+                    yield result
+            elif self.how == "crash":
+                yield from results[1:4]
+                raise RuntimeError("the machine is on fire")
+            elif self.how == "interrupt":
+                yield from results[2:5]
+                raise KeyboardInterrupt
+            else:
+                yield from results
+
+
+@pytest.mark.parametrize("how", ["backwards", "twice"])
+def test_order_and_duplicates_do_not_matter(how: str, tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
+    drive(tiny_llama, tmp_path, Interfering(how))
+    assert_same_tables(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "missing"), [("crash", RunFailed, [0, 4, 5]), ("interrupt", KeyboardInterrupt, [0, 1, 5])]
+)
+def test_a_broken_run_goes_on_where_it_stopped(
+    how: str, error: type[BaseException], missing: list[int], tiny_llama: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error):
+        drive(tiny_llama, tmp_path, Interfering(how))
+    rows = Warehouse(tmp_path).runs().to_pylist() if how == "crash" else []
+    assert [row["status"] for row in rows] == (["failed"] if how == "crash" else [])
+    assert all("on fire" in row["error"] for row in rows)
+    executor = Interfering("plain")
+    run = drive(tiny_llama, tmp_path, executor)
+    assert (run.resumed_shards, executor.asked) == (3, missing)
+    assert_same_tables(tmp_path, undisturbed)
+    assert [row["status"] for row in Warehouse(tmp_path).runs().to_pylist()] == ["done"]
+
+
+def test_a_done_run_is_not_repeated(tiny_llama: Path, undisturbed: Path) -> None:
+    before = measured_files(undisturbed)
+    executor = Interfering("plain")
+    assert drive(tiny_llama, undisturbed, executor).status == "skipped"
+    assert executor.asked == [] and measured_files(undisturbed) == before
+
+
+def test_fresh_measures_everything_again(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
+    score(tiny_llama, tmp_path)
+    run = score(tiny_llama, tmp_path, fresh=True)
+    assert (run.status, run.resumed_shards) == ("done", 0)
+    assert_same_tables(tmp_path, undisturbed)
+
+
+def test_all_measured_but_not_committed_needs_no_model(
+    tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that died after the last shard: the partials alone make the run."""
+    score(tiny_llama, tmp_path)
+    for name in ("runs", "scores", "layer_stats"):
+        next((tmp_path / name).rglob("*.parquet")).unlink()
+    monkeypatch.setattr(local, "open_replica", lambda *_: pytest.fail("the model was opened"))
+    assert score(tiny_llama, tmp_path).resumed_shards == 6
+    assert_same_tables(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sequence_length": 17},
+        {"batch_size": 4},
+        {"sequences_per_shard": 5},
+        {"max_sequences": 21},
+        {"layout": "padded"},
+        {"skip_first_tokens": 1},
+        {"dtype": "bfloat16"},
+        {"sites": ("block",)},
+        {"thresholds": (1e-3,)},
+        {"attention": "eager"},
+        {"layers": "layers"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_changes_a_number_is_another_run(
+    change: dict[str, Any], tiny_llama: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = score(tiny_llama, tmp_path, **change)
+    assert run.run_id not in {row["run_id"] for row in Warehouse(undisturbed).runs().to_pylist()}
+
+
+def test_what_cannot_change_a_number_is_the_same_run(
+    tiny_llama: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert score(tiny_llama, undisturbed, dtype="float32", device="cpu").status == "skipped"
+    assert score(tiny_llama, undisturbed, executor="auto", replicas=1).status == "skipped"
+    monkeypatch.chdir(tiny_llama.parent)
+    assert score(Path(tiny_llama.name), undisturbed).status == "skipped"
+
+
+def test_the_same_tokens_from_another_file_name_are_the_same_run(tiny_llama: Path, tmp_path: Path) -> None:
+    text = "In the beginning was the word. " * 200
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text(text)
+    out = tmp_path / "warehouse"
+    assert score(tiny_llama, out, corpus=str(tmp_path / "one.txt")).status == "done"
+    assert score(tiny_llama, out, corpus=str(tmp_path / "two.txt")).status == "skipped"
+
+
+def test_shards_are_merged_in_blocks_when_there_are_many(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More shards than bootstrap blocks: the totals stay, only the resampling is coarser."""
+    score(tiny_llama, tmp_path / "fine", sequences_per_shard=1)
+    monkeypatch.setattr("avss_dist.runs.run.BOOTSTRAP_BLOCKS", 4)
+    score(tiny_llama, tmp_path / "coarse", sequences_per_shard=1)
+    fine, coarse = (Warehouse(tmp_path / name).scores().to_pydict() for name in ("fine", "coarse"))
+    assert fine["count"] == coarse["count"] and fine["rank"] == coarse["rank"]
+    for name in ("near_zero_count", "variance", "avss_smoothed"):
+        np.testing.assert_allclose(np.array(fine[name], float), np.array(coarse[name], float), rtol=1e-12)
+    assert fine["avss_low"] != coarse["avss_low"]
+
+
+def test_the_run_row_says_what_ran(tiny_llama: Path, undisturbed: Path) -> None:
+    (row,) = Warehouse(undisturbed).runs().to_pylist(maps_as_pydicts="strict")
+    told = {
+        "status": "done",
+        "model": str(tiny_llama),
+        "family": "llama",
+        "architecture": "LlamaForCausalLM",
+        "num_layers": 3,
+        "hidden_size": 32,
+        "dtype": "float32",
+        "attention_implementation": "sdpa",
+        "partition": "single",
+        "replicas": 1,
+        "corpus": "builtin:pydoc",
+        "num_sequences": 22,
+        "num_tokens": 352,
+        "num_shards": 6,
+        "sites": ["block", "update", "attention", "mlp", "neuron"],
+        "device": "cpu",
+        "notes": [],
+    }
+    assert {name: row[name] for name in told} == told
+    assert row["versions"]["avss_dist"] == avss_dist.__version__ and row["versions"]["torch"]
+    assert row["tokens_per_second"] > 0 and row["peak_memory_bytes"] > 1e8 and row["threads"] >= 1
+    assert row["fingerprint"].startswith(row["run_id"][-10:])
+
+
+def test_several_models_share_one_call_and_failures_do_not_spread(
+    tiny_llama: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    models = [str(tiny_llama), str(tmp_path / "missing"), str(tiny_bert)]
+    options = {k: v for k, v in SMALL.items() if k != "corpus"}
+    runs = avss_dist.score_all(models, corpus=SMALL["corpus"], out=tmp_path / "w", **options)
+    assert [run.status for run in runs] == ["done", "failed", "done"]
+    warehouse = Warehouse(tmp_path / "w")
+    assert warehouse.sql("SELECT count(DISTINCT run_id) AS n FROM scores").to_pylist() == [{"n": 2}]
+    (failed,) = warehouse.sql("SELECT model, error FROM runs WHERE status = 'failed'").to_pylist()
+    assert failed["model"] == models[1] and "no folder" in failed["error"]
+
+
+def test_a_mistake_that_concerns_all_models_stops_at_once(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    options = {k: v for k, v in SMALL.items() if k != "corpus"}
+    with pytest.raises(AvssError, match="no such file"):
+        avss_dist.score_all([str(tiny_llama), str(tiny_bert)], corpus="nothing.txt", out=tmp_path / "w", **options)
+    with pytest.raises(ConfigError, match="max_sequences"):
+        avss_dist.score(tiny_llama, out=tmp_path, corpus="builtin:pydoc", max_sequence=3)
+
+
+def test_padded_layout_leaves_padding_out(tiny_llama: Path, tmp_path: Path) -> None:
+    texts = ["a short one", "a somewhat longer one, but not much", "x"]
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
+    run = score(tiny_llama, tmp_path / "w", corpus=str(file), layout="padded", sequence_length=64)
+    (stats,) = (
+        Warehouse(tmp_path / "w")
+        .sql("SELECT count, sequence_count FROM layer_stats WHERE layer = 0 AND site = 'block'")
+        .to_pylist()
+    )
+    assert stats == {"count": run.num_tokens * 32, "sequence_count": 3}
+
+
+# The seeded tiny Llama in float32 at |x| < 0.1: pooled variance, near-zero count, smoothed AVSS.
+GOLDEN = [(1.245596e-04, 11264, 0.714326), (1.558122e-04, 11264, 0.893554), (2.426562e-04, 11258, 1.392329)]
+
+
+def test_golden_scores(tiny_llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"{i * i % 1009}" for i in range(400)), encoding="utf-8")
+    score(tiny_llama, tmp_path / "w", corpus=str(text))
+    rows = Warehouse(tmp_path / "w").sql(
+        "SELECT variance, near_zero_count, avss_smoothed FROM scores WHERE site = 'block' AND recipe = 'pooled'"
+        " AND threshold = 0.1 AND threshold_kind = 'absolute' ORDER BY layer"
+    )
+    np.testing.assert_allclose(np.array(rows), GOLDEN, rtol=1e-3)
+
+
+def test_pooled_scores_follow_the_formula(undisturbed: Path) -> None:
+    """The paper's formula over layer_stats, transcribed once more."""
+    warehouse = Warehouse(undisturbed)
+    stats = warehouse.sql("SELECT * FROM layer_stats WHERE site = 'block' ORDER BY layer").to_pylist()
+    variance = np.array([s["pooled_variance_sum"] / s["sequence_count"] for s in stats])
+    threshold = stats[0]["thresholds"].index(1e-3)
+    sparsity = np.array([s["near_zero"][threshold] / s["count"] for s in stats])
+    expected = (variance / variance.sum()) / (sparsity / sparsity.sum())
+    rows = warehouse.sql(
+        "SELECT avss, rank FROM scores WHERE site = 'block' AND recipe = 'pooled' AND threshold = 1e-3"
+        " AND threshold_kind = 'absolute' ORDER BY layer"
+    ).to_pydict()
+    np.testing.assert_allclose(rows["avss"], expected, rtol=1e-12)
+    assert rows["rank"] == [1, 2, 3]
+
+
+def test_files_carry_their_schema_version(undisturbed: Path) -> None:
+    for file in undisturbed.rglob("*.parquet"):
+        assert pq.read_metadata(file).metadata[b"avss_schema_version"] == str(SCHEMA_VERSION).encode()

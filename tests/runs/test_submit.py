@@ -1,0 +1,259 @@
+"""Jobs on a real Ray cluster with token authentication: submitted, followed, stopped, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+from support.checkpoints import llama
+from support.tables import assert_same_tables
+
+import avss_dist
+from avss_dist.runs.api import run_job
+from avss_dist.runs.job_file import read_job
+from avss_dist.runs.submission import _local_files
+from avss_dist.warehouse.reader import Warehouse
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+
+LOCAL_CLUSTER = Path(__file__).parents[2] / "cluster" / "local.sh"
+SETTINGS = {"max_sequences": 24, "sequence_length": 64, "batch_size": 2, "sequences_per_shard": 8}
+Avss = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def start_cluster(state: Path, **environment: str) -> dict[str, str]:
+    """A cluster of one node that starts with this environment; what its users export."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    started = subprocess.run(
+        [LOCAL_CLUSTER, "1", "--cpus", "2"],
+        env={**ours, "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(state), **environment},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert started.returncode == 0, started.stderr
+    return dict(re.findall(r"export (\w+)='?([^'\n]+)'?", started.stdout))
+
+
+def stop_cluster(state: Path) -> None:
+    subprocess.run([LOCAL_CLUSTER, "stop"], env={**os.environ, "XDG_STATE_HOME": str(state)}, timeout=60, check=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    state = tmp_path_factory.mktemp("state")
+    yield start_cluster(state)
+    stop_cluster(state)
+
+
+@pytest.fixture(scope="module")
+def models(save_checkpoint: Callable[[Any, Path], Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("training")
+    return [save_checkpoint(llama(seed), folder / f"step-{seed}") for seed in (1, 2)]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def job_file(folder: Path, models: list[Any], corpus: str = "builtin:pydoc", warehouse: str = "{}/w") -> str:
+    lines = [f"warehouse: {warehouse.format(folder)}", f"corpora: [{corpus}]", "models:", *(f"- {m}" for m in models)]
+    lines += ["settings:", *(f"  {name}: {value}" for name, value in SETTINGS.items())]
+    (folder / "job.yaml").write_text("\n".join(lines))
+    return "job.yaml"
+
+
+def refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("Error: ") and "Traceback" not in done.stderr
+    for part in says:
+        assert part in done.stderr
+
+
+def test_a_submitted_job_gives_the_tables_of_one_by_one(
+    cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path
+) -> None:
+    """A text with a relative path travels with it; a model that does not exist fails alone; twice is skipped once."""
+    import torch
+
+    (tmp_path / "texts").mkdir()
+    text = tmp_path / "texts" / "mine.txt"
+    text.write_text("In the beginning was the word, and the word was with the tokenizer. " * 200)
+    job = job_file(tmp_path, [*models, "/absent"], corpus="texts/mine.txt")
+    done = run_avss("submit", job, "--follow", "--replicas", "2", env=cluster, timeout=200)
+    assert done.returncode == 1, done.stderr
+    assert "3 runs: 2 done, 1 failed." in done.stdout and "There is no folder '/absent'" in done.stdout
+    assert re.search(r"\d of 3 runs: .*step-1 done", done.stdout)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for model in models:
+        avss_dist.score(model, corpus=str(text), out=tmp_path / "alone", executor="local", **SETTINGS)
+    torch.set_num_threads(threads)
+    assert_same_tables(tmp_path / "w", tmp_path / "alone")
+    assert {row["status"] for row in Warehouse(tmp_path / "w").runs().to_pylist()} == {"done", "failed"}
+
+    job = job_file(tmp_path, models, corpus="texts/mine.txt")
+    again = run_avss("submit", job, env=cluster)
+    assert again.returncode == 0
+    job_id = again.stdout.strip()
+    assert re.fullmatch(r"avss-job-[0-9a-f]{6}", job_id)
+    followed = run_avss("logs", job_id, "--follow", env=cluster)
+    assert followed.returncode == 0 and "2 runs: 2 skipped." in followed.stdout
+    assert "2 runs: 2 skipped." in run_avss("logs", job_id, env=cluster).stdout
+    listed = run_avss("status", env=cluster).stdout
+    assert listed.count("avss-job-") == 2 and "SUCCEEDED" in listed and "FAILED" in listed
+    stopped = run_avss("stop", job_id, env=cluster)
+    assert (stopped.returncode, stopped.stdout) == (0, f"{job_id}: it has ended already (succeeded).\n")
+
+
+def test_a_job_is_stopped_and_goes_on_when_it_is_submitted_again(
+    cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path
+) -> None:
+    """Its metrics are in the cluster's, for the dashboard."""
+    job = job_file(tmp_path, models[:1])
+    text = (tmp_path / job).read_text().replace("max_sequences: 24", "max_sequences: 320")
+    (tmp_path / job).write_text(text.replace("sequences_per_shard: 8", "sequences_per_shard: 2"))
+    job_id = run_avss("submit", job, env=cluster).stdout.strip()
+    partials, deadline = tmp_path / "w" / "shard_stats", time.monotonic() + 120
+    while len(list(partials.rglob("*.parquet"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    stopped = run_avss("stop", job_id, env=cluster)
+    assert (stopped.returncode, stopped.stdout) == (0, f"{job_id}: stopped.\n")
+    assert run_avss("logs", job_id, "--follow", env=cluster).returncode == 1
+    kept = len(list(partials.rglob("*.parquet")))
+    assert kept >= 3 and not list((tmp_path / "w" / "runs").rglob("*.parquet"))
+    (run,) = run_job(read_job(job), executor="local")
+    assert (run.status, run.num_shards, run.resumed_shards) == ("done", 160, kept)
+    assert "ray_avss_tokens_total" in metrics(cluster)
+
+
+def metrics(cluster: dict[str, str]) -> str:
+    """What the cluster's nodes export, waited for as long as Prometheus would."""
+    temp = (Path(cluster["RAY_AUTH_TOKEN_PATH"]).parent / "temp").read_text().strip()
+    text, deadline = "", time.monotonic() + 60
+    while "ray_avss" not in text and time.monotonic() < deadline:
+        (file,) = Path(temp).glob("0/prom_metrics_service_discovery.json")
+        for target in (t for entry in json.loads(file.read_text()) for t in entry["targets"]):
+            with suppress(OSError), urlopen(f"http://{target}/metrics", timeout=10) as answer:
+                text += answer.read().decode()
+        time.sleep(1)
+    return text
+
+
+EXPERIMENT = """
+experiment:
+  tasks: ["perplexity:texts/held_out.txt", tasks/capitals.yaml]
+  scores: [block_influence]
+  shares: [0.34]
+  random: 1
+  reversed: false
+  keep_ends: 0
+  leave_one_out: false
+"""
+
+
+def test_a_submitted_experiment_takes_its_files_along(
+    cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path
+) -> None:
+    """Texts, a task file, what that includes, and its data; nothing else of the folder."""
+    for name in ("texts", "tasks", "more"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "texts" / "held_out.txt").write_text("It was the best of times, it was the worst of times. " * 100)
+    (tmp_path / "tasks" / "common.yaml").write_text(
+        "dataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+    )
+    data = {"question": "Which?", "choices": ["this", "that"], "answer": 1}
+    (tmp_path / "more" / "questions.jsonl").write_text("\n".join([json.dumps(data)] * 4))
+    (tmp_path / "more" / "private.txt").write_text("private")
+    task = {"include": "common.yaml", "task": "capitals", "doc_to_text": "{{question}}", "doc_to_choice": "choices"}
+    task |= {"doc_to_target": "answer", "dataset_kwargs": {"data_files": {"test": "more/questions.jsonl"}}}
+    (tmp_path / "tasks" / "capitals.yaml").write_text(json.dumps(task))
+    job = job_file(tmp_path, models[:1])
+    refused(run_avss("submit", job, "--experiment", env=cluster), "job.yaml has no section 'experiment'.")
+    with (tmp_path / job).open("a") as file:
+        file.write(EXPERIMENT)
+    travelling = ["more/questions.jsonl", "tasks/capitals.yaml", "tasks/common.yaml", "texts/held_out.txt"]
+    read = read_job(job)
+    assert read.experiment is not None
+    assert [str(file) for file in _local_files(read, read.experiment.tasks)] == travelling
+    done = run_avss("submit", job, "--experiment", "--follow", env=cluster, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = Warehouse(tmp_path / "w").table("experiments").to_pylist()
+    assert {row["method"] for row in rows} == {"whole model", "block influence", "random 0"}
+    assert {row["task"] for row in rows} == {"perplexity:texts/held_out.txt", "tasks/capitals.yaml"}
+    assert "block influence" in done.stdout
+    (tmp_path / "more" / "questions.jsonl").unlink()
+    refused(run_avss("submit", job, "--experiment", env=cluster), "The data of task 'capitals' is not there")
+
+
+@pytest.mark.parametrize("command", [["status"], ["logs"], ["logs", "--follow"], ["stop"]], ids=" ".join)
+def test_an_unknown_job_is_named(command: list[str], cluster: dict[str, str], run_avss: Avss) -> None:
+    done = run_avss(*command, "avss-expired-000000", env=cluster)
+    address = cluster["RAY_API_SERVER_ADDRESS"]
+    refused(done, f"{address} has no job 'avss-expired-000000'", f"avss status --address {address} lists")
+
+
+def test_a_wrong_token_is_refused(cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path) -> None:
+    job, wrong = job_file(tmp_path, models), tmp_path / "token"
+    wrong.write_text("0" * 64)
+    done = run_avss("submit", job, env={**cluster, "RAY_AUTH_TOKEN_PATH": str(wrong)})
+    refused(done, "takes another token", "RAY_AUTH_TOKEN")
+    assert "0" * 64 not in done.stderr
+    without = {k: v for k, v in cluster.items() if k == "RAY_API_SERVER_ADDRESS"} | {"HOME": str(tmp_path)}
+    refused(run_avss("status", env={**without, "RAY_AUTH_TOKEN_PATH": ""}), "wants a token")
+
+
+def test_an_unreachable_address_is_named(models: list[Path], run_avss: Avss, tmp_path: Path) -> None:
+    job = job_file(tmp_path, models)
+    refused(run_avss("submit", job, "--address", "http://127.0.0.1:9"), "No job server answers at http://127.0.0.1:9")
+    refused(run_avss("submit", job, "--address", "127.0.0.1:9"), "Write http://HEAD:8265")
+    refused(run_avss("run", job, "--address", "127.0.0.1:9"), "Ray at 127.0.0.1:9 cannot be reached")
+
+
+def test_a_job_that_means_this_machine_is_refused(
+    cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path
+) -> None:
+    (tmp_path / "here").mkdir()
+    done = run_avss("submit", job_file(tmp_path, ["here", "other/step-*"], warehouse="w"), env=cluster)
+    refused(done, "the warehouse 'w' would be lost", "'here' is a relative path", "'other/step-*' is a relative path")
+
+
+def test_mistakes_are_told_before_a_job_is_sent(models: list[Path], run_avss: Avss, tmp_path: Path) -> None:
+    job = job_file(tmp_path, models)
+    (tmp_path / job).write_text(
+        "warehouse: w\nmodel: a\ncorpora: [1, [2], 1]\nsettings: {dtype: half}\nexecution: no\n"
+    )
+    done = run_avss("submit", job, "--address", "http://127.0.0.1:9")
+    refused(done, "job.yaml has 5 mistakes", *(f"job.yaml:{line}: " for line in (2, 3, 4, 5)))
+
+
+def test_workers_without_the_package_are_told_of(
+    models: list[Path], run_avss: Avss, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The cluster's Python cannot import avss_dist, as in an image that lacks it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'avss_dist':\n"
+        "            raise ModuleNotFoundError(f\"No module named '{name}'\", name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+    )
+    state = tmp_path_factory.mktemp("state")
+    environment = start_cluster(state, PYTHONPATH=str(tmp_path))
+    try:
+        done = run_avss("run", job_file(tmp_path, models), "--replicas", "2", env=environment)
+        refused(done, "The cluster's workers have no avss_dist", "Install this version in the image")
+    finally:
+        stop_cluster(state)

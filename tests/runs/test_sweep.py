@@ -1,0 +1,262 @@
+"""Many checkpoints over one pool of Ray workers: the tables of one by one, whatever dies or dawdles on the way."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from support.checkpoints import llama, one_thread
+from support.tables import assert_same_tables, measured_files
+
+import avss_dist
+from avss_dist.errors import ModelError
+from avss_dist.executors.prefetch import Ahead
+from avss_dist.executors.ray import gang
+from avss_dist.executors.ray import queue as effort
+from avss_dist.executors.ray.executor import RayExecutor
+from avss_dist.runs.api import Run, Silent, run_job
+from avss_dist.runs.job_file import read_job
+from avss_dist.system.devices import devices_here
+from avss_dist.warehouse.reader import Warehouse
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+SETTINGS = {"max_sequences": 48, "sequence_length": 64, "batch_size": 2, "sequences_per_shard": 8}
+SHARDS = 6
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """One private Ray whose CPUs one replica can fill."""
+    cpus = devices_here("cpu").cpus
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def models(
+    tiny_bert: Path, save_checkpoint: Callable[[Any, Path], Path], tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
+    """Three checkpoints of one training, and a model of another family."""
+    folder = tmp_path_factory.mktemp("training")
+    return [*(save_checkpoint(llama(seed), folder / f"step-{seed}") for seed in (1, 2, 3)), tiny_bert]
+
+
+@pytest.fixture(scope="module")
+def alone(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `avss score` makes of each, one after the other in one process."""
+    out = tmp_path_factory.mktemp("alone")
+    with one_thread():
+        for model in models:
+            avss_dist.score(model, corpus="builtin:pydoc", out=out, executor="local", **SETTINGS)
+    return out
+
+
+def job_file(folder: Path, models: list[Any], **execution: Any) -> Path:
+    """A job of these models with two replicas."""
+    options = {"executor": "ray", "replicas": 2, **execution}
+    file = folder / "job.yaml"
+    lines = [f"warehouse: {folder}/w", "corpora: [builtin:pydoc]", "models:", *(f"- {model}" for model in models)]
+    lines += ["settings:", *(f"  {name}: {value}" for name, value in SETTINGS.items())]
+    lines += ["execution:", *(f"  {name}: {value}" for name, value in options.items())]
+    file.write_text("\n".join(lines))
+    return file
+
+
+def workers() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [p for p in children if p.is_running() and p.name().startswith("ray::Worker")]
+
+
+class Watching(Silent):
+    """Notes what happens, and at a given shard sends a signal to a worker."""
+
+    def __init__(self, at: int = 0, harm: signal.Signals = signal.SIGKILL) -> None:
+        self.at, self.harm = at, harm
+        self.told: list[tuple[str, str]] = []
+        self.victims: list[psutil.Process] = []
+
+    @property
+    def arrived(self) -> int:
+        return sum(what == "advanced" for what, _ in self.told)
+
+    def planning(self, name: str) -> None:
+        self.told.append(("planning", name))
+
+    def advanced(self, name: str, num_tokens: int) -> None:
+        self.told.append(("advanced", name))
+        if self.arrived == self.at:
+            self.victims = workers()[:1]
+            self.victims[0].send_signal(self.harm)
+
+    def finished(self, name: str, run: Run) -> None:
+        self.told.append(("finished", name))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_sweep_gives_the_tables_of_one_by_one_with_two_processes(
+    models: list[Path], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that does not exist and one that cannot be opened are recorded; the workers outlive them."""
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in models[0].iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-400])
+    hired: list[Any] = []
+    hire = RayExecutor._hire
+    monkeypatch.setattr(RayExecutor, "_hire", lambda *args: hired.append(args) or hire(*args))
+    reporter = Watching()
+    every = [models[0], tmp_path / "absent", models[1], broken, *models[2:]]
+    runs = run_job(read_job(job_file(tmp_path, every)), reporter=reporter)
+    assert [run.status for run in runs] == ["done", "failed", "done", "failed", "done", "done"]
+    assert [run.model for run in runs] == [str(model) for model in every]
+    assert_same_tables(tmp_path / "w", alone)
+    assert len(hired) == 2
+    failed = Warehouse(tmp_path / "w").sql("SELECT model, error FROM runs WHERE status = 'failed'").to_pylist()
+    errors = {Path(row["model"]).name: row["error"] for row in failed}
+    assert "There is no folder" in errors["absent"] and "are damaged" in errors["broken"]
+    told = reporter.told
+    assert told.index(("planning", str(models[1]))) < told.index(("finished", str(models[0])))
+    again = run_job(read_job(job_file(tmp_path, models)))
+    assert [run.status for run in again] == ["skipped"] * 4
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_worker_that_is_killed_in_a_sweep_is_replaced(models: list[Path], alone: Path, tmp_path: Path) -> None:
+    reporter = Watching(at=SHARDS + 2)
+    runs = run_job(read_job(job_file(tmp_path, models)), reporter=reporter)
+    assert [run.status for run in runs] == ["done"] * 4
+    assert len(reporter.victims) == 1 and reporter.arrived == 4 * SHARDS
+    assert_same_tables(tmp_path / "w", alone)
+
+
+class DawdlesOnShardFour(gang.Worker):
+    """Whoever measures that shard first takes a minute for it."""
+
+    def analyze(self, task: gang.Task) -> Any:
+        if task.shard and task.shard.shard_id == 4:
+            try:
+                os.close(os.open(MARK[0], os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                pass
+            else:
+                time.sleep(60)
+        return super().analyze(task)
+
+
+MARK: list[Path] = []  # travels to the worker with the class above
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_last_shards_of_a_slow_worker_are_issued_twice_and_count_once(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray import cloudpickle
+
+    MARK[:] = [tmp_path / "mark"]
+    monkeypatch.setattr(gang, "Worker", DawdlesOnShardFour)
+    monkeypatch.setattr(effort, "LATE_SECONDS", 1.0)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    reporter, start = Watching(), time.monotonic()
+    try:
+        (run,) = run_job(read_job(job_file(tmp_path, models[:1])), reporter=reporter)
+    finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    assert MARK[0].exists() and time.monotonic() - start < 60
+    assert (run.status, reporter.arrived) == ("done", SHARDS)
+    avss_dist.score(models[0], corpus="builtin:pydoc", out=tmp_path / "alone", executor="local", **SETTINGS)
+    assert_same_tables(tmp_path / "w", tmp_path / "alone")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_gangs_and_single_workers_take_turns(models: list[Path], alone: Path, tmp_path: Path) -> None:
+    """Each is stopped for the room that the other needs, and the next begins when it is there."""
+    gang_of_two = f"{{model: {models[1]}, partition: zero3, ranks: 2}}"
+    file = job_file(tmp_path, [models[0], gang_of_two, models[2]], replicas=1, partition="single")
+    runs = run_job(read_job(file))
+    assert [run.status for run in runs] == ["done"] * 3
+    got, wanted = measured_files(tmp_path / "w"), measured_files(alone)
+    assert len(got) == 6 and got == {path: wanted[path] for path in got}
+
+
+def test_a_driver_that_is_killed_in_a_sweep_is_resumed(models: list[Path], alone: Path, tmp_path: Path) -> None:
+    """The same command finishes what is missing, with the same tables."""
+    file = job_file(tmp_path, models)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "avss_dist", "run", str(file)]
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    partials, deadline = tmp_path / "w" / "shard_stats", time.monotonic() + 120
+    while len(list(partials.rglob("*.parquet"))) < SHARDS + 2 and driver.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    driver.kill()
+    _, said = driver.communicate(timeout=60)
+    assert driver.returncode == -signal.SIGKILL, said
+    kept = len(list(partials.rglob("*.parquet")))
+    assert SHARDS + 2 <= kept < 4 * SHARDS
+    runs = run_job(read_job(file), executor="local", replicas=1)
+    assert {run.status for run in runs} <= {"done", "skipped"}
+    assert sum(run.resumed_shards for run in runs if run.status == "done") > 0
+    assert_same_tables(tmp_path / "w", alone)
+
+
+def test_ahead_prepares_one_item_while_another_is_used() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(5):
+            made.append(number)
+            yield number
+        raise KeyError("the end")
+
+    ahead = Ahead(items())
+    assert ahead.take(wait=True) == 0
+    deadline = time.monotonic() + 10
+    while len(made) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert made == [0, 1, 2]  # one is ready, one waits for its place
+    assert [ahead.take(wait=True) for _ in range(4)] == [1, 2, 3, 4]
+    with pytest.raises(KeyError, match="the end"):
+        ahead.take(wait=True)
+    assert ahead.exhausted and ahead.take(wait=True) is None
+
+
+def test_a_node_fetches_what_only_the_head_has(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub checkpoint is found in the node's own cache; a folder must be on a disk that the node sees."""
+    from huggingface_hub import constants
+
+    from avss_dist.models.checkpoints import Checkpoint
+
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--org--tiny" / "snapshots" / revision
+    shutil.copytree(models[0], cached)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    of_the_head = Checkpoint(name="org/tiny", source="hub", path="/head/cache/org--tiny", revision=revision)
+    here = gang.at_hand(of_the_head)
+    assert (here.path, here.revision) == (str(cached), revision)
+    assert gang.at_hand(here) is here
+    with pytest.raises(ModelError, match=r"'/head/tiny' is not on the node .*, which has a worker"):
+        gang.at_hand(Checkpoint(name="tiny", source="folder", path="/head/tiny", revision="0"))

@@ -1,0 +1,430 @@
+"""Scores: AVSS by recipe, ranks, relative thresholds, bootstrap intervals and rivals, against the raw activations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.oracle import Float64, oracle_stats
+
+from avss_dist.settings import RELATIVE_THRESHOLDS
+from avss_dist.stats import scores as scoring
+from avss_dist.stats.histogram import HISTOGRAM_EDGES
+from avss_dist.stats.layer_stats import LayerKey, LayerStats, merge_stats
+from avss_dist.stats.scores import SiteTable, Threshold, count_lowest, depth_correlation, rank_lowest, score_run
+from avss_dist.warehouse.store import SCHEMAS
+
+GRID = np.array([1e-5, 1e-2, 1e-1])
+LAYERS = tuple(f"model.layers.{i}" for i in range(4))
+Rows = list[dict[str, Any]]
+Stats = dict[LayerKey, LayerStats]
+IDENTITY = {"run_id", "model", "revision", "family"}
+PLACE = {"layer", "layer_name", "depth", "site", "recipe", "threshold", "threshold_kind"}
+
+
+def activations(seed: int = 0, shards: int = 6, layers: int = 4, offset: float = 0.0, last: float = 2.0) -> Float64:
+    """float32 values x[shards, layers, sequences, tokens, units]; later layers are wider, up to a scale of ``last``."""
+    rng = np.random.default_rng(seed)
+    scale = np.linspace(0.5, last, layers)[:, None, None, None]
+    centers = rng.normal(0, 0.15, (layers, 1, 1, 24)) * scale**2
+    values = offset + centers + scale * rng.normal(size=(shards, layers, 4, 8, 24))
+    return values.astype(np.float32).astype(np.float64)
+
+
+def stats_of(x: Float64, site: str = "block", units: bool = True) -> list[Stats]:
+    """One mapping a shard."""
+    mask = np.ones(x.shape[2:4], bool)
+    return [
+        {(i, site): oracle_stats(x[s, i], mask, GRID, units=units) for i in range(x.shape[1])} for s in range(len(x))
+    ]
+
+
+def column(
+    rows: Rows, name: str, recipe: str = "pooled", threshold: float = 1e-1, kind: str = "absolute", site: str = "block"
+) -> list[Any]:
+    """One column over layers."""
+    key = {"site": site, "recipe": recipe, "threshold": threshold, "threshold_kind": kind}
+    found = [row[name] for row in rows if key.items() <= row.items()]
+    assert found
+    return found
+
+
+def table_of(
+    near_zero: Sequence[int], count: int | Sequence[int] = 1000, variance: float | Sequence[float] = 1.0
+) -> SiteTable:
+    """A table of layers with nothing but these counts at a threshold of 1e-5."""
+    layers = np.broadcast_arrays(near_zero, count, variance)
+    zero = LayerStats.zero((1e-5,))
+    return SiteTable(
+        [replace(zero, near_zero=np.array([k]), count=int(n), m2=float(n * v)) for k, n, v in zip(*layers, strict=True)]
+    )
+
+
+ABSOLUTE = Threshold(value=1e-5, kind="absolute")
+
+
+def paper_avss(variance: Float64, sparsity: Float64) -> dict[str, Float64]:
+    """arXiv 2411.02117, section 3."""
+    nav, nas = variance / variance.sum(), sparsity / sparsity.sum()
+    return {"variance": variance, "sparsity": sparsity, "nav": nav, "nas": nas, "avss": nav / nas}
+
+
+def measure_pooled(x: Float64, threshold: float) -> tuple[float, float]:
+    return x.mean(1).var(1, ddof=1).mean(), (np.abs(x) < threshold).mean()
+
+
+def measure_element(x: Float64, threshold: float) -> tuple[float, float]:
+    return x.var(), (np.abs(x) < threshold).mean()
+
+
+def measure_unit(x: Float64, threshold: float) -> tuple[float, float]:
+    means = x.mean((0, 1))
+    return means.var(), (np.abs(means) < threshold).mean()
+
+
+MEASURES = {"pooled": measure_pooled, "element": measure_element, "unit": measure_unit}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("recipe", MEASURES)
+def test_avss_is_the_papers_formula_on_the_activations(recipe: str, seed: int) -> None:
+    x = activations(seed)
+    rows = score_run(merge_stats(stats_of(x)), LAYERS)
+    sequences = x.swapaxes(0, 1).reshape(4, -1, *x.shape[3:])
+    variance, sparsity = np.array([MEASURES[recipe](layer, 1e-1) for layer in sequences]).T
+    for name, want in paper_avss(variance, sparsity).items():
+        np.testing.assert_allclose(column(rows, name, recipe), want, rtol=1e-10, err_msg=name)
+
+
+def test_literal_avss_is_undefined_exactly_where_nothing_is_near_zero() -> None:
+    columns = table_of([0, 5, 10, 0, 5]).score("element", ABSOLUTE)
+    assert np.isnan(columns["avss"]).tolist() == [True, False, False, True, False]
+    assert np.array(columns["avss"])[[1, 2, 4]].tolist() == pytest.approx([0.8, 0.4, 0.8])  # 0.2 / (5, 10 of 20)
+    assert not np.isnan(columns["avss_smoothed"]).any()
+
+
+def test_smoothed_avss_adds_half_a_count() -> None:
+    columns = table_of([0, 5, 10], [9, 99, 999], [1.0, 2.0, 5.0]).score("element", ABSOLUTE)
+    want = paper_avss(np.array([1.0, 2.0, 5.0]), np.array([0.5 / 10, 5.5 / 100, 10.5 / 1000]))["avss"]
+    assert columns["avss_smoothed"] == pytest.approx(want.tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("k", "quality"), [(0, "zero_sparsity"), (1, "noisy_sparsity"), (99, "noisy_sparsity"), (100, "ok")]
+)
+def test_quality_says_how_many_were_near_zero(k: int, quality: str) -> None:
+    assert table_of([k, 500]).score("element", ABSOLUTE)["quality"] == [quality, "ok"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "ranks"),
+    [
+        ([3.0, 1.0, 2.0], [3, 1, 2]),
+        ([1.0, 1.0, 0.5, 1.0], [2, 3, 1, 4]),
+        ([1.0, 0.0] * 20, [*(n for i in range(20) for n in (21 + i, 1 + i))]),
+        ([math.nan, 2.0, math.nan, 1.0], [math.nan, 2, math.nan, 1]),
+    ],
+    ids=["plain", "ties to the earlier layer", "many ties", "undefined is unranked"],
+)
+def test_rank_one_is_the_lowest(scores: list[float], ranks: list[float]) -> None:
+    np.testing.assert_array_equal(rank_lowest(np.array(scores)), ranks)
+    np.testing.assert_array_equal(rank_lowest(np.array([scores, scores])), [ranks, ranks])
+
+
+def test_ranks_follow_the_smoothed_score_and_are_integers() -> None:
+    columns = table_of([0, 5, 10], variance=[1.0, 2.0, 0.1]).score("element", ABSOLUTE)
+    assert columns["rank"] == [3, 2, 1]
+    assert all(type(rank) is int for rank in columns["rank"])
+
+
+@pytest.mark.parametrize(("layers", "lowest"), [(30, 8), (18, 4), (4, 1), (1, 1), (32, 8), (22, 6)])
+def test_the_lowest_quarter_is_rounded_half_to_even_and_never_nothing(layers: int, lowest: int) -> None:
+    assert count_lowest(layers) == lowest
+
+
+@pytest.mark.parametrize("recipe", MEASURES)
+def test_normalized_scores_sum_to_one_and_cumulate(recipe: str) -> None:
+    rows = score_run(merge_stats(stats_of(activations())), LAYERS)
+    scores, normalized, cumulative = (
+        np.array(column(rows, name, recipe)) for name in ("avss", "avss_normalized", "avss_cumulative")
+    )
+    np.testing.assert_allclose(normalized, scores / scores.sum(), rtol=1e-12)
+    np.testing.assert_allclose(cumulative, [normalized[: i + 1].sum() for i in range(4)], rtol=1e-12)
+    assert cumulative[-1] == pytest.approx(1.0, rel=1e-12)
+
+
+def test_rows_have_the_columns_of_the_scores_table() -> None:
+    shards = stats_of(activations())
+    rows = score_run(merge_stats(shards), LAYERS, shards)
+    schema = pa.schema([field for field in SCHEMAS["scores"] if field.name not in IDENTITY])
+    assert all(row.keys() == set(schema.names) for row in rows)
+    assert pa.Table.from_pylist(rows, schema).num_rows == len(rows)
+
+
+def test_one_row_for_each_layer_site_recipe_and_threshold() -> None:
+    x = activations()
+    rows = score_run(merge_stats([*stats_of(x), *stats_of(x, "mlp", units=False)]), LAYERS)
+    thresholds = [(t, "absolute") for t in GRID] + [(t, "rms") for t in RELATIVE_THRESHOLDS]
+    recipes = [("block", "pooled"), ("block", "element"), ("block", "unit"), ("mlp", "pooled"), ("mlp", "element")]
+    want = [(i, site, recipe, *t) for site, recipe in recipes for t in thresholds for i in range(4)]
+    got = [tuple(row[n] for n in ("layer", "site", "recipe", "threshold", "threshold_kind")) for row in rows]
+    assert sorted(got) == sorted(want)
+    assert [row["depth"] for row in rows[:4]] == [0.125, 0.375, 0.625, 0.875]
+    assert [row["layer_name"] for row in rows[:4]] == list(LAYERS)
+
+
+@pytest.mark.parametrize("multiple", RELATIVE_THRESHOLDS)
+def test_relative_thresholds_count_within_a_percent(multiple: float) -> None:
+    x = np.random.default_rng(0).normal(0.5, 1.0, (1, 3, 16, 128, 128)) * np.array([0.01, 1, 300])[:, None, None, None]
+    x = x.astype(np.float32).astype(np.float64)
+    rows = score_run(stats_of(x)[0], LAYERS[:3])
+    direct = [(np.abs(v) < multiple * np.sqrt((v**2).mean())).mean() for v in x[0]]
+    assert column(rows, "sparsity", threshold=multiple, kind="rms") == pytest.approx(direct, rel=0.01)
+
+
+@pytest.mark.parametrize("edge", [2.0**-6, 0.6875, 1.0, 2.5])
+def test_a_relative_threshold_at_a_bin_edge_is_exact(edge: float) -> None:
+    assert edge in HISTOGRAM_EDGES
+    x = activations(1)[0, 0]
+    stats = oracle_stats(x, np.ones(x.shape[:2], bool), GRID)
+    of_rms_one = replace(stats, mean=0.0, m2=float(stats.count))
+    columns = SiteTable([of_rms_one]).score("element", Threshold(value=edge, kind="rms"))
+    assert columns["near_zero_count"] == [(np.abs(x) < edge).sum()]
+
+
+def test_scores_and_intervals_repeat_to_the_bit() -> None:
+    shards = stats_of(activations())
+    merged = merge_stats(shards)
+    assert repr(score_run(merged, LAYERS, shards)) == repr(score_run(merged, LAYERS, shards))
+
+
+@pytest.mark.parametrize("recipe", MEASURES)
+@pytest.mark.parametrize(("threshold", "kind"), [(1e-1, "absolute"), (0.1, "rms")])
+def test_intervals_of_alike_shards_hold_the_estimate(recipe: str, threshold: float, kind: str) -> None:
+    shards = stats_of(activations(2, shards=20))
+    rows = score_run(merge_stats(shards), LAYERS, shards)
+    low, score, high = (
+        np.array(column(rows, name, recipe, threshold, kind)) for name in ("avss_low", "avss_smoothed", "avss_high")
+    )
+    assert (low < score).all() and (score < high).all()
+
+
+@pytest.mark.parametrize("recipe", MEASURES)
+def test_lowest_set_probabilities_sum_to_the_size_of_the_set(recipe: str) -> None:
+    shards = stats_of(activations(3, layers=9, last=0.55))
+    rows = score_run(merge_stats(shards), [str(i) for i in range(9)], shards)
+    probabilities = column(rows, "lowest_set_probability", recipe)
+    assert sum(probabilities) == pytest.approx(count_lowest(9), rel=1e-12)
+    assert 0 <= min(probabilities) < max(probabilities) <= 1 and any(0 < p < 1 for p in probabilities)
+
+
+@pytest.mark.parametrize("shards", [0, 1])
+def test_fewer_than_two_shards_have_no_interval(shards: int) -> None:
+    parts = stats_of(activations(shards=2))
+    rows = score_run(merge_stats(parts), LAYERS, parts[:shards])
+    for name in ("avss_low", "avss_high", "lowest_set_probability"):
+        assert np.isnan([row[name] for row in rows]).all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4], ids=["centered", "large offset"])
+@pytest.mark.parametrize("recipe", MEASURES)
+def test_resamples_equal_merging_the_drawn_shards(monkeypatch: pytest.MonkeyPatch, recipe: str, offset: float) -> None:
+    monkeypatch.setattr(scoring, "BOOTSTRAP_RESAMPLES", 6)
+    shards = stats_of(activations(4, shards=5, offset=offset, last=0.5))
+    by_layer = [list(shard.values()) for shard in shards]
+    table = SiteTable(list(merge_stats(shards).values()), by_layer)
+    assert table.weights is not None and (table.weights.sum(1) == 5).all()
+    threshold = Threshold(value=1e-1, kind="absolute")
+    columns = table.score(recipe, threshold)
+    drawn = [[s for s, times in enumerate(weights) for _ in range(int(times))] for weights in table.weights]
+    merged = [SiteTable(list(merge_stats(shards[s] for s in sample).values())) for sample in drawn]
+    scores = np.array([m.score(recipe, threshold)["avss_smoothed"] for m in merged])
+    low, high = np.quantile(scores, [0.025, 0.975], axis=0)
+    np.testing.assert_allclose(columns["avss_low"], low, rtol=1e-9)
+    np.testing.assert_allclose(columns["avss_high"], high, rtol=1e-9)
+    lowest = [(scores.argmin(1) == layer).mean() for layer in range(4)]
+    assert columns["lowest_set_probability"] == pytest.approx(lowest)
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    variance, sparsity, count = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.1, 0.2, 0.15, 0.3]), 400
+    truth = paper_avss(variance, sparsity)["avss"]
+    zero = LayerStats.zero((1e-5,))
+    covered = []
+    for _ in range(40):
+        near_zero = rng.binomial(count, sparsity, (30, 4))
+        m2 = variance * rng.chisquare(count, (30, 4))
+        shards = [
+            [replace(zero, near_zero=np.array([k]), count=count, m2=float(m)) for k, m in zip(ks, ms, strict=True)]
+            for ks, ms in zip(near_zero, m2, strict=True)
+        ]
+        merged = [reduce(LayerStats.merge, parts) for parts in zip(*shards, strict=True)]
+        columns = SiteTable(merged, shards).score("element", ABSOLUTE)
+        covered += [
+            low < t < high for low, t, high in zip(columns["avss_low"], truth, columns["avss_high"], strict=True)
+        ]
+    assert 0.88 <= np.mean(covered) <= 0.99
+
+
+def without_place(rows: Rows, layer: int) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in PLACE} for row in rows if row["layer"] == layer]
+
+
+def test_a_site_that_only_some_layers_have_is_scored_over_those() -> None:
+    shards = stats_of(activations(5, layers=2), "neuron", units=False)
+    sparse = [{(1, "neuron"): shard[0, "neuron"], (3, "neuron"): shard[1, "neuron"]} for shard in shards]
+    dense_rows = score_run(merge_stats(shards), LAYERS[:2], shards)
+    sparse_rows = score_run(merge_stats(sparse), LAYERS, sparse)
+    assert {(r["layer"], r["layer_name"], r["depth"]) for r in sparse_rows} == {
+        (1, LAYERS[1], 0.375),
+        (3, LAYERS[3], 0.875),
+    }
+    for sparse_layer, dense_layer in ((1, 0), (3, 1)):
+        assert repr(without_place(sparse_rows, sparse_layer)) == repr(without_place(dense_rows, dense_layer))
+
+
+def test_a_layer_that_some_shards_lack_counts_in_the_others() -> None:
+    shards: list[Mapping[LayerKey, LayerStats]] = list(stats_of(activations(6, shards=12)))
+    zero = LayerStats.zero(GRID)
+    holes = [{k: s for k, s in shard.items() if k[0] != 2 or i % 2} for i, shard in enumerate(shards)]
+    zeros = [{k: s if k[0] != 2 or i % 2 else zero for k, s in shard.items()} for i, shard in enumerate(shards)]
+    merged = merge_stats(holes)
+    rows = score_run(merged, LAYERS, holes)
+    assert repr(rows) == repr(score_run(merged, LAYERS, zeros))
+    assert np.isfinite([[row["avss_low"], row["avss_high"]] for row in rows if row["threshold"] == 1e-1]).all()
+
+
+def empty_layer(kind: str) -> LayerStats:
+    """Nothing at all, or nothing but NaN (an overflow), as a kernel reports it."""
+    if kind == "zero":
+        return LayerStats.zero(GRID)
+    return oracle_stats(np.full((4, 8, 24), np.nan), np.ones((4, 8), bool), GRID, units=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipes"), [("zero", ["pooled", "element"]), ("overflow", ["pooled", "element", "unit"])]
+)
+def test_an_empty_layer_is_unscored_and_leaves_the_others_alone(kind: str, recipes: list[str]) -> None:
+    alone = stats_of(activations(7, layers=3))
+    beside = [shard | {(3, "block"): empty_layer(kind)} for shard in alone]
+    want = score_run(merge_stats(alone), LAYERS[:3], alone)
+    rows = score_run(merge_stats(beside), LAYERS, beside)
+    assert list(dict.fromkeys(row["recipe"] for row in rows)) == recipes
+    kept = set(want[0]) - PLACE - {"lowest_set_probability"}
+    for recipe in recipes:
+        for name in kept:
+            *others, empty = column(rows, name, recipe)
+            assert repr(others) == repr(column(want, name, recipe)), (recipe, name)
+            if name.startswith(("avss", "na")):
+                assert math.isnan(empty), (recipe, name)
+        assert column(rows, "rank", recipe)[3] is None
+        assert column(rows, "quality", recipe)[3] == "zero_sparsity"
+        assert column(rows, "lowest_set_probability", recipe)[3] == 0
+
+
+def test_a_layer_with_no_whole_sequence_leaves_normalized_scores_to_the_others() -> None:
+    x = activations(8)[0]
+    x[1, :, 0, 0] = np.nan
+    rows = score_run(stats_of(x[None])[0], LAYERS)
+    assert np.isnan(column(rows, "avss_normalized")).tolist() == [False, True, False, False]
+    assert np.isnan(column(rows, "avss_cumulative")).tolist() == [False, True, False, False]
+    assert np.nansum(column(rows, "avss_normalized")) == pytest.approx(1.0)
+    assert column(rows, "avss_cumulative")[3] == pytest.approx(1.0)
+    assert sum(column(rows, "avss_normalized", "element")) == pytest.approx(1.0)
+
+
+def test_normalized_scores_are_undefined_beside_a_layer_with_nothing_near_zero() -> None:
+    columns = table_of([0, 5, 10]).score("element", ABSOLUTE)
+    assert np.isnan([columns["avss_normalized"], columns["avss_cumulative"]]).all()
+
+
+def test_a_site_without_unit_sums_has_no_unit_recipe() -> None:
+    rows = score_run(stats_of(activations(), "mlp", units=False)[0], LAYERS)
+    assert {row["recipe"] for row in rows} == {"pooled", "element"}
+
+
+def compared(seed: int = 0) -> tuple[Float64, Float64, Stats]:
+    """A block's input and output, and the statistics of its block and update sites."""
+    rng = np.random.default_rng(seed)
+    before = rng.normal(size=(2, 5, 8))
+    update = 0.3 * rng.normal(size=(2, 5, 8))
+    after, mask = before + update, np.ones((2, 5), bool)
+    block = oracle_stats(after, mask, GRID, units=True, before=before, update=update)
+    return before, after, {(0, "block"): block, (0, "update"): oracle_stats(update, mask, GRID, units=True)}
+
+
+RIVALS = ("block_influence", "angular_distance", "relative_magnitude", "update_variance_ratio")
+
+
+def test_rivals_are_their_papers_formulas() -> None:
+    before, after, stats = compared()
+    pairs = [(a, b) for rows in zip(before, after, strict=True) for a, b in zip(*rows, strict=True)]
+    cosines = [float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)) for a, b in pairs]
+    want = {
+        "block_influence": 1 - np.mean(cosines),
+        "angular_distance": np.mean([math.acos(c) / math.pi for c in cosines]),
+        "relative_magnitude": np.mean([np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in pairs]),
+        "update_variance_ratio": (after - before).var() / before.var(),
+    }
+    for row in score_run(stats, LAYERS[:1]):
+        assert {name: row[name] for name in RIVALS} == pytest.approx(want, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("drop", "undefined"), [("update", {"update_variance_ratio"}), ("block", set(RIVALS)), ("comparison", set(RIVALS))]
+)
+def test_rivals_are_undefined_without_their_site(drop: str, undefined: set[str]) -> None:
+    _, _, stats = compared()
+    if drop == "comparison":
+        stats[0, "block"] = replace(stats[0, "block"], token_count=0, input_count=0)
+    stats.pop((0, drop), None)
+    for row in score_run(stats, LAYERS[:1]):
+        assert {name for name in RIVALS if math.isnan(row[name])} == undefined
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 200), st.floats(0, 1e12)), min_size=1, max_size=6))
+def test_whatever_the_counts_columns_are_finite_or_nan_and_ranks_a_permutation(layers: list[tuple[int, float]]) -> None:
+    near_zero, variance = zip(*layers, strict=True)
+    columns = table_of(near_zero, 200, variance).score("element", ABSOLUTE)
+    assert not any(math.isinf(v) for name, values in columns.items() if name.startswith("avss") for v in values)
+    ranked = sorted(rank for rank in columns["rank"] if rank is not None)
+    assert ranked == list(range(1, len(ranked) + 1))
+
+
+GOLDEN = {
+    "pooled": [0.05455306679859585, 0.4423660333422407, 1.8543661397193358, 4.617395521564944],
+    "element": [0.06874624404147867, 0.5740813443798124, 1.8064170415849918, 4.382707206312738],
+    "unit": [0.016824505165165017, 0.19177246656878727, 1.6287145548480588, 10.514681490155645],
+}
+GOLDEN_INTERVALS = {  # of layers 0 and 3: a change of seed, resamples or interval shows here
+    "pooled": [(0.04886601600573596, 0.060760112250086325), (4.279022585143143, 5.065176502669521)],
+    "element": [(0.06623808161900291, 0.07122802842993736), (3.997408663585929, 4.873435102581207)],
+    "unit": [(0.01204351228406702, 0.029202337196779685), (5.182108245917705, 19.077707368917615)],
+}
+
+
+@pytest.mark.parametrize("recipe", MEASURES)
+def test_golden_scores(recipe: str) -> None:
+    shards = stats_of(activations(2024, shards=8))
+    rows = score_run(merge_stats(shards), LAYERS, shards)
+    assert column(rows, "avss", recipe) == pytest.approx(GOLDEN[recipe], rel=1e-10)
+    low, high = (column(rows, name, recipe) for name in ("avss_low", "avss_high"))
+    for layer, interval in zip((0, 3), GOLDEN_INTERVALS[recipe], strict=True):
+        assert (low[layer], high[layer]) == pytest.approx(interval, rel=1e-10)
+
+
+def test_a_score_that_tracks_depth_is_told() -> None:
+    assert depth_correlation([1, 2, 3, 4]) == pytest.approx(1)
+    assert depth_correlation([4, 3, None, 2, 1]) == pytest.approx(-1)
+    assert depth_correlation([2, 4, 1, 3]) == pytest.approx(0)
+    assert np.isnan(depth_correlation([1, 2]))

@@ -1,0 +1,389 @@
+"""LayerStats: the merge laws, the histogram, counts of 16-bit patterns, and blocks of shards."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.oracle import By, Float64, assert_close, oracle_bins, oracle_cuts, oracle_stats
+
+from avss_dist.settings import THRESHOLDS
+from avss_dist.stats.histogram import (
+    CUTS,
+    HISTOGRAM_BINS,
+    HISTOGRAM_EDGES,
+    histogram_below,
+    histogram_bin,
+    next_cut,
+    values_of_cuts,
+)
+from avss_dist.stats.layer_stats import (
+    LayerStats,
+    ShardResult,
+    merge_blocks,
+    merge_moments,
+    merge_stats,
+    stats_from_pattern_counts,
+)
+
+GRID = np.array(THRESHOLDS)
+UNITS = 3
+TINIEST, LARGEST = np.float32(1e-45), np.finfo(np.float32).max
+ODDITIES = np.array([0.0, -0.0, np.nan, np.inf, -np.inf, 1e-5, 1e4, TINIEST, -LARGEST])
+
+laws = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+class Sample:
+    """Activations x[sequences, tokens, units] with a mask, a block input, and NaN, inf and outliers in both.
+
+    Every other one is counted by value, as 16-bit activations are, the others as float32 ones.
+    """
+
+    def __init__(self, seed: int, sequences: int = 6, tokens: int = 4, oddities: float = 0.05) -> None:
+        rng = np.random.default_rng(seed)
+        self.by: By = "cut" if seed % 2 else "value"
+        shape = (sequences, tokens, UNITS)
+        self.before, self.x = (self._values(rng, shape, oddities) for _ in range(2))
+        self.mask = rng.random(shape[:2]) < 0.8
+        with np.errstate(invalid="ignore", over="ignore"):
+            self.update = (self.x - self.before).astype(np.float32)
+
+    @staticmethod
+    def _values(rng: np.random.Generator, shape: tuple[int, ...], oddities: float) -> np.ndarray:
+        values = rng.normal(size=shape) * 10.0 ** rng.integers(-6, 4, shape)
+        return np.where(rng.random(shape) < oddities, rng.choice(ODDITIES, shape), values).astype(np.float32)
+
+    def stats(self, rows: Sequence[int] | slice = slice(None)) -> LayerStats:
+        x, before, update = (a[rows].astype(np.float64) for a in (self.x, self.before, self.update))
+        return oracle_stats(x, self.mask[rows], GRID, units=True, by=self.by, before=before, update=update)
+
+
+def sampled(seed: int) -> LayerStats:
+    return Sample(seed, sequences=seed % 4, tokens=1 + seed % 3).stats()
+
+
+any_stats = st.integers(0, 10**6).map(sampled)
+
+
+def without_values(stats: LayerStats) -> LayerStats:
+    return replace(stats, abs_value=np.zeros(0, np.float32), abs_value_count=np.zeros(0, np.int64))
+
+
+def make_shard(shard_id: int, stats: LayerStats | None = None) -> ShardResult:
+    stats = stats or sampled(1001 + 3 * shard_id)
+    return ShardResult(shard_id=shard_id, content_hash="", layers=("a",), stats={(0, "block"): stats})
+
+
+@laws
+@given(any_stats)
+def test_zero_is_the_identity_to_the_last_bit(stats: LayerStats) -> None:
+    zero = LayerStats.zero(THRESHOLDS)
+    assert stats.merge(zero).equals(stats)
+    assert zero.merge(stats).equals(stats)
+    assert zero.merge(zero).equals(zero)
+
+
+@laws
+@given(any_stats, any_stats)
+def test_merge_is_commutative(a: LayerStats, b: LayerStats) -> None:
+    assert_close(a.merge(b), b.merge(a))
+
+
+@laws
+@given(any_stats, any_stats, any_stats)
+def test_merge_is_associative(a: LayerStats, b: LayerStats, c: LayerStats) -> None:
+    assert_close(a.merge(b).merge(c), a.merge(b.merge(c)))
+
+
+@laws
+@given(any_stats, any_stats)
+def test_merge_leaves_its_inputs_alone(a: LayerStats, b: LayerStats) -> None:
+    kept = pickle.loads(pickle.dumps((a, b)))
+    merged = a.merge(b)
+    merged.near_zero[:] += 1
+    merged.histogram[:] += 1
+    assert a.equals(kept[0]) and b.equals(kept[1])
+
+
+@laws
+@given(st.integers(0, 10**6), st.permutations(range(6)), st.integers(1, 6))
+def test_any_split_and_shuffle_equals_the_whole(seed: int, order: list[int], parts: int) -> None:
+    sample = Sample(seed)
+    merged = LayerStats.zero(THRESHOLDS)
+    for part in range(parts):
+        merged = merged.merge(sample.stats(order[part::parts]))
+    assert_close(merged, sample.stats(), angle_atol=1e-8)
+
+
+def test_merge_refuses_other_thresholds() -> None:
+    with pytest.raises(ValueError, match="thresholds differ"):
+        LayerStats.zero((1e-5,)).merge(LayerStats.zero((1e-4,)))
+
+
+def test_merge_refuses_another_number_of_units() -> None:
+    two, three = (replace(LayerStats.zero(THRESHOLDS), unit_sum=np.ones(n), unit_sum_sq=np.ones(n)) for n in (2, 3))
+    with pytest.raises(ValueError, match="unit counts differ: 2 and 3"):
+        two.merge(three)
+
+
+def test_merge_counts_exactly_beyond_float_and_int32() -> None:
+    huge = 2**60 + 1
+    stats = replace(LayerStats.zero(THRESHOLDS), count=huge, mean=1.0, m2=2.0, near_zero=np.full(len(GRID), huge))
+    merged = stats.merge(replace(stats, mean=3.0))
+    assert merged.count == 2 * huge and (merged.near_zero == 2 * huge).all()
+    assert merged.mean == 2.0 and merged.m2 == pytest.approx(2.0 * huge, rel=1e-12)
+
+
+def test_moments_of_a_trillion_elements_stay_exact() -> None:
+    count, mean, m2 = merge_moments((2**40, 5.0, 2.0**40), (2**40, 7.0, 3 * 2.0**40))
+    assert (count, mean, m2) == (2**41, 6.0, 6 * 2.0**40)
+
+
+def test_equals_sees_every_field() -> None:
+    stats = Sample(8).stats()
+    for name, value in vars(stats).items():
+        assert not replace(stats, **{name: value + 1}).equals(stats), name
+
+
+def test_statistics_of_nothing_have_no_variance() -> None:
+    zero = LayerStats.zero(THRESHOLDS)
+    assert np.isnan(zero.variance) and np.isnan(zero.rms)
+
+
+def test_variance_and_rms_are_those_of_the_elements() -> None:
+    sample = Sample(3, oddities=0)
+    elements = sample.x[sample.mask].astype(np.float64)
+    assert sample.stats().variance == pytest.approx(elements.var(), rel=1e-12)
+    assert sample.stats().rms == pytest.approx(np.sqrt((elements**2).mean()), rel=1e-12)
+
+
+def test_bins_change_exactly_at_their_edges() -> None:
+    edges = HISTOGRAM_EDGES[:-1].astype(np.float32)
+    assert np.array_equal(edges.astype(np.float64), HISTOGRAM_EDGES[:-1])
+    assert np.array_equal(histogram_bin(edges), np.arange(len(edges)))
+    assert np.array_equal(histogram_bin(-edges), np.arange(len(edges)))
+    assert np.array_equal(histogram_bin(np.nextafter(edges[1:], np.float32(0))), np.arange(len(edges) - 1))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0.0, 0), (TINIEST, 0), (2.0**-129, 1), (2.0**-126, 8), (1.0, 1016), (LARGEST, 2039)]
+)
+def test_bins_of_zero_subnormals_one_and_the_largest(value: float, expected: int) -> None:
+    assert histogram_bin(np.array([value, -value])).tolist() == [expected, expected]
+
+
+def test_bins_equal_eight_an_octave() -> None:
+    patterns = np.random.default_rng(0).integers(0, 0x7F800000, 10_000, dtype=np.uint32)
+    values = patterns.view(np.float32)
+    assert np.array_equal(histogram_bin(values), oracle_bins(values.astype(np.float64)))
+
+
+def random_histogram(*shape: int) -> np.ndarray:
+    histogram = np.zeros((*shape, HISTOGRAM_BINS), np.int64)
+    histogram[..., : len(HISTOGRAM_EDGES) - 1] = np.random.default_rng(0).integers(1, 1000, (*shape, 2040))
+    return histogram
+
+
+def test_histogram_below_is_exact_at_every_edge() -> None:
+    histogram = random_histogram()
+    below = np.array([histogram_below(histogram, edge) for edge in HISTOGRAM_EDGES])
+    assert np.array_equal(below, np.append(0, histogram[:2040].cumsum()))
+
+
+@pytest.mark.parametrize("share", [0.125, 0.5, 0.75])
+@pytest.mark.parametrize("position", [0, 7, 8, 1016, 2038])
+def test_histogram_below_is_linear_inside_a_bin(position: int, share: float) -> None:
+    histogram = random_histogram()
+    low, high = HISTOGRAM_EDGES[position : position + 2]
+    expected = histogram[:position].sum() + share * histogram[position]
+    assert histogram_below(histogram, low + share * (high - low)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, np.nan])
+def test_nothing_is_below_a_threshold_that_is_not_positive(threshold: float) -> None:
+    assert histogram_below(random_histogram(), threshold) == 0
+
+
+def test_histogram_below_takes_arrays_of_histograms() -> None:
+    histograms = random_histogram(2, 3)
+    below = histogram_below(histograms, 0.3)
+    assert below.shape == (2, 3)
+    assert below[1, 2] == histogram_below(histograms[1, 2], 0.3) != below[0, 0]
+
+
+def test_near_zero_below_an_edge_is_the_count_on_the_data() -> None:
+    sample = Sample(5, sequences=40)
+    sizes = np.abs(sample.x[sample.mask].astype(np.float64))
+    for threshold in (2.0**-20, 2.0**-7 * 1.125, 1.0, np.inf):
+        assert histogram_below(sample.stats().histogram, threshold) == (sizes < threshold).sum()
+
+
+def of_values(values: Float64, by: By, thresholds: Float64 = GRID) -> LayerStats:
+    return oracle_stats(values[None, :, None], np.ones((1, len(values)), bool), thresholds, by=by)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e-45, 1e-3, 0.0301, 0.6875, 0.7, 40.0, 1e300, np.inf, np.nan, -1.0])
+def test_below_any_threshold_is_exact_where_values_are_counted(threshold: float) -> None:
+    """Sums on a coarse grid, as those of 16-bit numbers are, 0.03125 apart: bins of 0.0301 and 0.7 hold little else."""
+    values = np.round(np.random.default_rng(0).normal(size=5000) * 32) / 32
+    exact = (np.abs(values) < threshold).sum()
+    assert of_values(values, "value").below(threshold) == (exact, exact, exact)
+    found = of_values(values, "bin").below(threshold)
+    assert found.low <= exact <= found.high and found.low <= found.near_zero <= found.high
+    assert found.low == found.high or threshold in (0.0301, 0.7, 1e-45, 1e-3)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e-45, 1e-3, 0.03011, 0.6875, 0.69921875, 0.7, 40.0, 1e300, np.inf, np.nan])
+def test_below_a_threshold_is_exact_at_cuts_and_close_in_between(threshold: float) -> None:
+    values = np.random.default_rng(0).normal(size=50_000).astype(np.float32).astype(np.float64)
+    values[:9] = 0.0
+    exact = (np.abs(values) < threshold).sum()
+    found = of_values(values, "cut").below(threshold)
+    assert found.low <= exact <= found.high and found.low <= found.near_zero <= found.high
+    assert found.low == found.high or threshold in (0.03011, 0.7, 1e-45, 1e-3)
+    assert threshold < 0.01 or found.high - found.low <= 0.01 * exact
+    assert threshold < 0.01 or found.near_zero == pytest.approx(exact, rel=0.005)
+    coarse = of_values(values, "bin").below(threshold)
+    assert coarse.low <= found.low and found.high <= coarse.high
+
+
+def test_cuts_are_eight_significant_bits_of_every_size() -> None:
+    counts = np.zeros(CUTS, np.int64)
+    patterns = np.random.default_rng(0).integers(0, 0x7F800000, 10_000, dtype=np.uint32)
+    patterns[:3] = 0, 1, 0x7F7FFFFF
+    np.add.at(counts, patterns >> 16, 1)
+    values, often = values_of_cuts(counts)
+    want, wanted_often = np.unique(oracle_cuts(patterns.view(np.float32).astype(np.float64)), return_counts=True)
+    assert values.dtype == np.float32 and np.array_equal(values, want) and np.array_equal(often, wanted_often)
+    assert (next_cut(values)[:-1] <= values[1:]).all() and next_cut(values)[-1] == np.inf
+    widths = np.unique(
+        np.log2(next_cut(values[:-1]) - values[:-1]) - np.floor(np.log2(np.maximum(values[:-1], 2.0**-126)))
+    )
+    assert widths.tolist() == [-7]
+
+
+def test_below_a_counted_threshold_is_what_was_counted() -> None:
+    values = np.random.default_rng(0).normal(size=5000)
+    counted = of_values(values, "cut", thresholds=np.array([0.0301, 0.7]))
+    for threshold in (0.0301, 0.7):
+        exact = (np.abs(values) < threshold).sum()
+        assert counted.below(threshold) == (exact, exact, exact)
+
+
+@pytest.mark.parametrize("by", ["value", "cut", "bin"])
+def test_shares_below_a_cut_add_up_to_the_whole(by: By) -> None:
+    values = np.round(np.random.default_rng(0).normal(size=5000) * 32) / 32
+    stats = of_values(values, by)
+    for threshold in (1e-3, 0.0301, 0.6875, 0.7, 100.0):
+        below = histogram_below(stats.histogram, threshold, stats.share_below(threshold))
+        assert below == pytest.approx(stats.below(threshold).near_zero, rel=1e-12)
+    assert LayerStats.zero(THRESHOLDS).share_below(0.3) == 0
+
+
+def test_half_counted_by_value_is_not_counted_by_value() -> None:
+    """Should statistics with and without counts by value meet, none is made up."""
+    values = np.random.default_rng(0).normal(size=(2, 500))
+    merged = of_values(values[0], "value").merge(of_values(values[1], "bin"))
+    assert not merged.has_every_value
+    assert merged.below(0.0301) == of_values(values.ravel(), "bin").below(0.0301)
+
+
+def float16_values() -> Float64:
+    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
+
+
+def bfloat16_values() -> Float64:
+    return (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # signalling NaN patterns
+@pytest.mark.parametrize("table", [float16_values, bfloat16_values])
+@pytest.mark.parametrize("size", [0, 1, 50_000])
+def test_pattern_counts_suffice_for_every_elementwise_field(table: Callable[[], Float64], size: int) -> None:
+    values = table()
+    patterns = np.random.default_rng(0).integers(0, 1 << 16, size)
+    patterns[: size // 4] = 0x8000  # -0.0
+    counts = np.bincount(patterns, minlength=1 << 16)
+    actual = LayerStats(thresholds=GRID, **stats_from_pattern_counts(counts, values, GRID))  # type: ignore[arg-type]
+    expected = oracle_stats(values[patterns][None, :, None], np.ones((1, size), bool), GRID, by="value")
+    assert size < 50_000 or (actual.nonfinite_count > 0 and actual.zero_count >= size // 4)
+    assert_close(actual, replace(expected, sequence_count=0))
+
+
+def test_pattern_counts_of_nonfinite_values_alone_are_empty_statistics() -> None:
+    values = float16_values()
+    counts = np.where(np.isfinite(values), 0, 3)
+    fields = stats_from_pattern_counts(counts, values, GRID)
+    expected = replace(LayerStats.zero(THRESHOLDS), nonfinite_count=3 * 2048)
+    assert LayerStats(thresholds=GRID, **fields).equals(expected)  # type: ignore[arg-type]
+
+
+def test_pattern_counts_may_exceed_int32_and_thresholds_are_strict() -> None:
+    fields = stats_from_pattern_counts(
+        np.array([0, 2**40, 2**40, 0]), np.array([1.0, 3.0, -1.0, -3.0]), np.array([1.0, 3.0])
+    )
+    assert (fields["count"], fields["mean"], fields["m2"]) == (2**41, 1.0, 4.0 * 2**41)
+    assert fields["near_zero"].tolist() == [0, 2**40]  # type: ignore[attr-defined]
+
+
+def test_merge_stats_merges_in_the_order_given() -> None:
+    parts = [sampled(seed) for seed in (1001, 1005, 1009)]
+    merged = merge_stats({(0, "block"): part} for part in parts)
+    assert merged[0, "block"].equals(parts[0].merge(parts[1]).merge(parts[2]))
+
+
+def test_merge_stats_sorts_keys_and_takes_a_key_that_some_parts_lack() -> None:
+    a, b = sampled(1001), sampled(1005)
+    merged = merge_stats([{(2, "mlp"): a}, {(0, "mlp"): b, (2, "mlp"): b}, {}])
+    assert list(merged) == [(0, "mlp"), (2, "mlp")]
+    assert merged[0, "mlp"].equals(b) and merged[2, "mlp"].equals(a.merge(b))
+
+
+@laws
+@given(st.integers(1, 40), st.integers(1, 12))
+def test_blocks_are_bounded_and_merge_into_the_run(num_shards: int, most: int) -> None:
+    shards = [make_shard(i) for i in range(num_shards)]
+    merged, blocks = merge_blocks(iter(shards), num_shards, most)
+    size = -(-num_shards // most)
+    assert len(blocks) <= most
+    for i, block in enumerate(blocks):
+        expected = merge_stats(shard.stats for shard in shards[i * size : (i + 1) * size])
+        assert block[0, "block"].equals(without_values(expected[0, "block"]))
+    run = merge_stats(shard.stats for shard in shards)
+    assert_close(merged[0, "block"], run[0, "block"])
+    assert without_values(merged[0, "block"]).equals(merge_stats(blocks)[0, "block"])
+
+
+def test_few_shards_are_a_block_each() -> None:
+    shards = [make_shard(i) for i in range(5)]
+    _, blocks = merge_blocks(shards, 5, 5)
+    assert len(blocks) == 5
+    for block, shard in zip(blocks, shards, strict=True):
+        assert block[0, "block"].equals(without_values(shard.stats[0, "block"]))
+
+
+def test_no_shards_are_no_blocks() -> None:
+    assert merge_blocks([], 0, 5) == ({}, [])
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([1, 0, 2], "shard 1 where shard 0 belongs"),
+        ([0, 1, 1], "shard 1 where shard 2 belongs"),
+        ([0, 2], "shard 2 where shard 1 belongs"),
+        ([0, 1], "2 shards where 3 belong"),
+        ([0, 1, 2, 3], "4 shards where 3 belong"),
+        ([], "0 shards where 3 belong"),
+    ],
+    ids=["disordered", "duplicate", "gap", "too few", "too many", "none"],
+)
+def test_blocks_take_every_shard_once_and_in_order(ids: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        merge_blocks([make_shard(i) for i in ids], 3, 2)

@@ -1,0 +1,30 @@
+"""Small causal models, open, and random rows for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from avss_dist.corpus.shards import Shard
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.checkpoints import resolve
+from avss_dist.settings import Settings
+
+SMALL = {"max_sequences": 6, "sequence_length": 32, "batch_size": 4, "sequences_per_shard": 3, "device": "cpu"}
+
+
+def random_shard(rows: int = 5, tokens: int = 24, high: int = 120) -> Shard:
+    rng = np.random.default_rng(0)
+    return Shard(
+        shard_id=0,
+        input_ids=rng.integers(10, high, (rows, tokens)).astype(np.int32),
+        lengths=np.array([tokens, tokens, 9, tokens, 17][:rows], np.int32),
+        skip_first_tokens=0,
+        content_hash="",
+    )
+
+
+def opened(folder: Path, **changes: Any) -> LanguageModel:
+    return LanguageModel(resolve(str(folder)), Settings(**SMALL | {"batch_size": 2} | changes))

@@ -1,0 +1,128 @@
+"""The definitions in the docstring of LayerStats, written down again in plain float64 numpy, and how to compare."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avss_dist.stats.histogram import HISTOGRAM_BINS
+from avss_dist.stats.layer_stats import LayerStats
+
+Float64 = NDArray[np.float64]
+Bool = NDArray[np.bool_]
+By = Literal["bin", "value", "cut"]
+
+FLOAT_FIELDS = (
+    *("mean", "m2", "pooled_variance_sum", "unit_sum", "unit_sum_sq"),
+    *("cosine_sum", "angular_sum", "relative_magnitude_sum", "input_mean", "input_m2"),
+)
+EXACT_FIELDS = tuple(f.name for f in fields(LayerStats) if f.name not in FLOAT_FIELDS)
+
+
+def counted_by(dtype: Any) -> By:
+    """How activations of a torch dtype are counted."""
+    return "cut" if str(dtype).endswith("float32") else "value"
+
+
+def oracle_bins(sizes: Float64) -> NDArray[np.int64]:
+    """Eight bins an octave from 2**-126 up, and eight of equal width below (float32 subnormals)."""
+    mantissa, exponent = np.frexp(sizes)
+    normal = (exponent + 126) * 8 + np.floor((2 * mantissa - 1) * 8)
+    return np.where(sizes < 2.0**-126, np.floor(sizes * 2.0**129), normal).astype(np.int64)
+
+
+def oracle_cuts(sizes: Float64) -> Float64:
+    """Eight significant bits of each, rounded down, or a multiple of 2**-133 (float32 subnormals)."""
+    mantissa, exponent = np.frexp(sizes)
+    return np.where(
+        sizes < 2.0**-126, np.floor(sizes * 2.0**133) / 2.0**133, np.ldexp(np.floor(mantissa * 256), exponent - 8)
+    )
+
+
+def oracle_stats(
+    x: Float64,
+    mask: Bool,
+    thresholds: Float64,
+    *,
+    units: bool = False,
+    by: By = "cut",
+    before: Float64 | None = None,
+    update: Float64 | None = None,
+) -> LayerStats:
+    """LayerStats of x[sequences, tokens, units] where mask[sequences, tokens].
+
+    Counted ``by`` cut as float32 activations are, or by value as those of 16 bits, or by bin alone as in schema 1.
+    ``before`` is the block's input, and ``update`` is x - before as the activation dtype rounds it.
+    """
+    elements = x[mask].ravel()
+    finite = elements[np.isfinite(elements)]
+    sizes = np.abs(finite)
+    found: dict[str, Any] = {
+        "near_zero": np.array([(sizes < t).sum() for t in thresholds], np.int64),
+        "count": finite.size,
+        "zero_count": int((finite == 0).sum()),
+        "nonfinite_count": elements.size - finite.size,
+        "histogram": np.bincount(oracle_bins(sizes), minlength=HISTOGRAM_BINS),
+    }
+    if by != "bin":
+        values, found["abs_value_count"] = np.unique(sizes if by == "value" else oracle_cuts(sizes), return_counts=True)
+        found |= {"abs_value": values.astype(np.float32), "abs_value_cut": by == "cut"}
+    if finite.size:
+        found |= {"mean": finite.mean(), "m2": ((finite - finite.mean()) ** 2).sum()}
+        found |= {"min": finite.min(), "max": finite.max(), "max_abs": sizes.max()}
+    whole = [rows[valid] for rows, valid in zip(x, mask, strict=True) if valid.any() and np.isfinite(rows[valid]).all()]
+    found["sequence_count"] = len(whole)
+    if x.shape[2] > 1:  # one unit has no variance over units
+        found["pooled_variance_sum"] = sum(float(rows.mean(0).var(ddof=1)) for rows in whole)
+    if units:
+        tokens = x[mask & np.isfinite(x).all(-1)]
+        found |= {"unit_count": len(tokens), "unit_sum": tokens.sum(0), "unit_sum_sq": (tokens**2).sum(0)}
+    if before is not None and update is not None:
+        kept = mask & np.isfinite(before).all(-1) & np.isfinite(x).all(-1)
+        found |= _oracle_geometry(before[kept], x[kept], update[kept])
+    return LayerStats(thresholds=thresholds, **found)
+
+
+def _oracle_geometry(before: Float64, after: Float64, update: Float64) -> dict[str, Any]:
+    sizes = np.linalg.norm(before, axis=1), np.linalg.norm(after, axis=1)
+    kept = (sizes[0] > 0) & (sizes[1] > 0) & np.isfinite(update).all(1)
+    before_size, after_size = sizes[0][kept], sizes[1][kept]
+    cosine = np.clip((before[kept] * after[kept]).sum(1) / (before_size * after_size), -1, 1)
+    return {
+        "token_count": int(kept.sum()),
+        "cosine_sum": cosine.sum(),
+        "angular_sum": (np.arccos(cosine) / np.pi).sum(),
+        "relative_magnitude_sum": (np.linalg.norm(update[kept], axis=1) / before_size).sum(),
+        "input_count": before.size,
+        "input_mean": before.mean() if before.size else 0.0,
+        "input_m2": ((before - before.mean()) ** 2).sum() if before.size else 0.0,
+    }
+
+
+def assert_close(actual: LayerStats, expected: LayerStats, rtol: float = 1e-12, angle_atol: float = 1e-12) -> None:
+    """Counts, histograms and extremes are equal; sums differ by ``rtol`` of what was added up.
+
+    ``angle_atol`` is for one token: acos is ill-conditioned near 1, where 1 - 1e-16 is an angle of 1e-8.
+    """
+    for name in EXACT_FIELDS:
+        assert np.array_equal(getattr(actual, name), getattr(expected, name)), name
+    rms = np.sqrt(expected.m2 / max(expected.count, 1) + expected.mean**2)
+    input_rms = np.sqrt(expected.input_m2 / max(expected.input_count, 1) + expected.input_mean**2)
+    slack: dict[str, Any] = {
+        "mean": rtol * rms,
+        "input_mean": rtol * input_rms,
+        "unit_sum": rtol * np.sqrt(expected.unit_sum_sq * expected.unit_count),
+        "cosine_sum": 1e-12 * expected.token_count,
+        "angular_sum": angle_atol * expected.token_count,
+    }
+    roots = {"m2": rms, "input_m2": input_rms, "pooled_variance_sum": expected.max_abs}
+    for name in FLOAT_FIELDS:
+        got, want = np.asarray(getattr(actual, name)), np.asarray(getattr(expected, name))
+        if name in roots:  # sums of squares of differences: as deviations, beside the size of what was subtracted
+            got, want = np.sqrt(got), np.sqrt(want)
+            slack[name] = 1e-14 * roots[name] * np.sqrt(max(expected.count, expected.input_count, 1))
+        assert got.shape == want.shape, name
+        assert (np.abs(got - want) <= rtol * np.abs(want) + slack.get(name, 0.0)).all(), (name, got, want)

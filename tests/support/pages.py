@@ -1,0 +1,123 @@
+"""Warehouses for the report's page, written without a model: real statistics of random activations, really scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from avss_dist.report.chart import RIVALS
+from avss_dist.settings import SITES, THRESHOLDS
+from avss_dist.stats.layer_stats import LayerStats
+from avss_dist.stats.scores import score_run
+from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.store import RunIdentity
+from support.oracle import oracle_stats
+
+UNITS, SHARDS, SHAPE = 16, 4, (2, 8)  # sequences and tokens of a shard
+
+
+def measured(
+    layers: int, seed: int, shards: int, sites: Sequence[str], still: int | None
+) -> list[dict[tuple[int, str], LayerStats]]:
+    """Statistics by shard of a residual stream that grows with depth, jumps in one layer, and rests in ``still``."""
+    rng = np.random.default_rng(seed)
+    mask = np.ones(SHAPE, bool)
+    grid = np.array(THRESHOLDS)
+    found = []
+    for _ in range(shards):
+        x = rng.normal(size=(*SHAPE, UNITS))
+        stats = {}
+        for layer in range(layers):
+            update = rng.normal(scale=0.1 + 0.1 * rng.random() + (layer == layers // 2), size=x.shape) * (
+                layer != still
+            )
+            before, x = x, x + update
+            stats[layer, "block"] = oracle_stats(x, mask, grid, units=True, before=before, update=update)
+            stats[layer, "update"] = oracle_stats(update, mask, grid, units=True)
+            stats[layer, "attention"] = oracle_stats(update * rng.random(x.shape), mask, grid)
+            stats[layer, "mlp"] = oracle_stats(update * rng.random(x.shape) ** 3, mask, grid)
+            stats[layer, "neuron"] = oracle_stats(np.maximum(update, 0), mask, grid)
+        found.append({key: state for key, state in stats.items() if key[1] in sites})
+    return found
+
+
+def write_run(
+    store: Warehouse,
+    name: str,
+    layers: int,
+    seed: int = 0,
+    *,
+    shards: int = SHARDS,
+    sites: Sequence[str] = SITES,
+    still: int | None = None,
+    **row: Any,
+) -> str:
+    """Measure, score and commit a run; its id."""
+    partials = measured(layers, seed, shards, sites, still)
+    merged = {key: reduce(LayerStats.merge, (shard[key] for shard in partials)) for key in partials[0]}
+    names = [f"model.layers.{i}" for i in range(layers)]
+    return commit(
+        store,
+        name,
+        score_run(merged, names, partials),
+        layers,
+        row,
+        lambda run: store.write_layer_stats(run, names, merged),
+    )
+
+
+def commit(
+    store: Warehouse,
+    name: str,
+    scores: list[dict[str, Any]],
+    layers: int,
+    row: dict[str, Any],
+    before: Callable[[RunIdentity], None] = lambda run: None,
+) -> str:
+    """Write the rows of a run; its id."""
+    values = {"model": f"org/{name}", "family": "llama", "dtype": "bfloat16", "corpus": "builtin:pydoc", **row}
+    run = RunIdentity(run_id=f"{name}-0123456789", model=values["model"], revision=None, family=values["family"])
+    store.write_scores(run, scores)
+    before(run)
+    about = {
+        "status": "done",
+        "created_at": datetime(2026, 1, 2, tzinfo=UTC),
+        "num_layers": layers,
+        "num_tokens": 64,
+        "tokens_per_second": 1234.5,
+        "settings": "{}",
+    }
+    store.write_run({**about, **values, "run_id": run.run_id})
+    return run.run_id
+
+
+def write_failed(store: Warehouse, name: str, error: str) -> str:
+    """Write a run that failed before it measured anything; its id."""
+    run_id = f"{name}-0123456789"
+    failed = {"run_id": run_id, "status": "failed", "error": error, "model": f"org/{name}"}
+    store.write_run({**failed, "created_at": datetime(2026, 1, 1, tzinfo=UTC) + timedelta(days=1)})
+    return run_id
+
+
+def write_many(root: Path, runs: int, layers: int) -> Warehouse:
+    """A warehouse of many runs: one that is measured, and others like it, each with numbers of its own by layer."""
+    store = Warehouse(root)
+    write_run(store, "measured", layers)
+    rows = store.table("scores").drop_columns(["run_id", "model", "revision", "family"]).to_pylist()
+    scaled = ("variance", "near_zero_count", "sparsity", "avss_smoothed", "avss_low", "avss_high", *RIVALS)
+    rng = np.random.default_rng(0)
+    for run in range(1, runs):
+        factors = rng.lognormal(size=(layers, len(SITES), len(scaled)))
+        scores = []
+        for row in rows:
+            scale = factors[row["layer"], SITES.index(row["site"])]
+            scores.append(
+                row | {name: row[name] and row[name] * f for name, f in zip(scaled, scale.tolist(), strict=True)}
+            )
+        commit(store, f"model-{run:02d}", scores, layers, {})
+    return store

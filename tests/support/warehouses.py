@@ -1,0 +1,140 @@
+"""Synthetic warehouses: runs whose activations, or whose scores, the tests choose."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from typer.testing import CliRunner
+
+from avss_dist.cli import app
+from avss_dist.settings import PUBLISHED_THRESHOLD
+from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, merge_stats
+from avss_dist.stats.scores import rank_lowest, score_run
+from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.store import RunIdentity
+from support.oracle import By, Float64, oracle_stats
+
+GRID = np.array([1e-5, 1e-2, 1e-1])
+Stats = dict[LayerKey, LayerStats]
+
+
+def avss(*args: object) -> Any:
+    """The command line in this process; an unexpected exception is raised, not hidden in the result."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def run_row(run_id: str, **columns: Any) -> dict[str, Any]:
+    """A row of ``runs``: done, a Llama, on the same text as every other."""
+    settings = {name: columns.pop(name) for name in ("skip_first_tokens", "layout") if name in columns}
+    number = sum(run_id.encode())
+    return {
+        "run_id": run_id,
+        "status": "done",
+        "created_at": datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=number),
+        "model": f"org/{run_id}",
+        "revision": "main",
+        "family": "llama",
+        "dtype": "float32",
+        "corpus": "text.txt",
+        "corpus_fingerprint": columns.get("corpus", "text.txt"),
+        "sequence_length": 8,
+        "num_sequences": 16,
+        "num_tokens": 128,
+        "num_shards": 4,
+        "device": "cpu",
+        "wall_seconds": 2.0,
+        "tokens_per_second": 64.0,
+        "peak_memory_bytes": 10**9,
+        "settings": json.dumps(settings),
+        **columns,
+    }
+
+
+def _identity(row: Mapping[str, Any]) -> RunIdentity:
+    return RunIdentity(**{name: row[name] for name in ("run_id", "model", "revision", "family")})
+
+
+def write_scores(root: Path, run_id: str, scores: Sequence[float], **columns: Any) -> None:
+    """A run of given AVSS by layer: block site, pooled recipe, 1e-5."""
+    write_profiles(root, run_id, {("block", "pooled", PUBLISHED_THRESHOLD): scores}, **columns)
+
+
+def write_profiles(
+    root: Path, run_id: str, profiles: Mapping[tuple[str, str, float], Sequence[float]], **columns: Any
+) -> None:
+    """A run of given AVSS by layer, for several sites, recipes and absolute thresholds."""
+    rivals = columns.pop("rivals", {})
+    row = run_row(run_id, **columns)
+    rows = []
+    for (site, recipe, threshold), scores in profiles.items():
+        ranks = rank_lowest(np.asarray(scores, float))
+        for i, score in enumerate(scores):
+            place = {"layer": i, "layer_name": f"layers.{i}", "depth": (i + 0.5) / len(scores), "site": site}
+            at = {"recipe": recipe, "threshold": threshold, "threshold_kind": "absolute", "quality": "ok"}
+            found = {name: values[i] for name, values in rivals.items()}
+            rank = None if np.isnan(ranks[i]) else int(ranks[i])
+            rows.append({**place, **at, "avss_smoothed": score, "rank": rank, "near_zero_count": 500.0, **found})
+    store = Warehouse(root)
+    store.write_scores(_identity(row), rows)
+    store.write_run({"num_layers": len(scores), **row})
+
+
+def write_measured(root: Path, run_id: str, shards: Sequence[Stats], layers: int, **columns: Any) -> None:
+    """A run as the driver leaves it: partials, merged statistics, scores, and its row."""
+    row = run_row(run_id, num_layers=layers, num_shards=len(shards), **columns)
+    names = tuple(f"layers.{i}" for i in range(layers))
+    store, identity, merged = Warehouse(root), _identity(row), merge_stats(shards)
+    for i, shard in enumerate(shards):
+        store.write_shard(identity, ShardResult(shard_id=i, content_hash=f"hash{i}", layers=names, stats=shard))
+    store.write_layer_stats(identity, names, merged)
+    store.write_scores(identity, score_run(merged, names, shards))
+    store.write_run(row)
+
+
+SCALES = np.array([1.0, 2.2, 0.6, 3.3, 1.5, 0.4, 5.0, 2.8])  # of layers, in no order
+
+
+def activations(seed: int = 0, shards: int = 4, scales: Float64 = SCALES) -> Float64:
+    """Healthy ones, x[shards, layers, sequences, tokens, units]: every unit has a mean and a noise of its layer's
+    scale, and a tenth of the elements, the same ones in each layer, are as small as 1e-7.
+    """
+    rng = np.random.default_rng(seed)
+    shape = (shards, 1, 4, 8, 24)
+    alike = rng.normal(size=24) + 0.3 * rng.normal(size=shape)
+    x = scales[:, None, None, None] * alike
+    small = rng.random(shape) < 0.1
+    return np.where(small, 1e-7 * rng.choice([-1, 1], shape), x).astype(np.float32).astype(np.float64)
+
+
+def stats_of(x: Float64, site: str = "block", before: Float64 | None = None, *, by: By = "cut") -> list[Stats]:
+    """Statistics by shard of x[shards, layers, sequences, tokens, units], and with ``before`` of the updates too.
+
+    Counted ``by``: see `oracle_stats`.
+    """
+    mask = np.ones(x.shape[2:4], bool)
+    found: list[Stats] = []
+    for s, shard in enumerate(x):
+        stats: Stats = {}
+        for i, values in enumerate(shard):
+            if before is None:
+                stats[i, site] = oracle_stats(values, mask, GRID, units=True, by=by)
+            else:
+                update = values - before[s, i]
+                stats[i, site] = oracle_stats(values, mask, GRID, units=True, before=before[s, i], update=update)
+                stats[i, "update"] = oracle_stats(update, mask, GRID, units=True)
+        found.append(stats)
+    return found

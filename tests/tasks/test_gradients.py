@@ -1,0 +1,154 @@
+"""Gradients: removal estimates and norms against plain autograd and finite differences; no trace left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.causal_lm import SMALL, opened, random_shard
+from support.families import tiny_model
+
+from avss_dist.corpus.shards import Shard
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.tasks.base import Row
+from avss_dist.tasks.gradients import Gradients, matrices
+
+Save = Callable[[Any, Path], Path]
+FAMILIES = ("llama", "gemma3_text", "qwen2_moe", "gpt2", "falcon", "opt", "mamba")
+
+
+def by_metric(rows: list[Row]) -> dict[tuple[str, int | None], Row]:
+    return {(row.metric, row.layer): row for row in rows}
+
+
+def traced(model: LanguageModel, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The summed loss of one row, with autograd's graph, and the hidden states between layers."""
+    hidden = model.module(input_ids=ids[None], output_hidden_states=True).hidden_states
+    states: list[torch.Tensor] = [hidden[0]]
+    hooks = [
+        layer.module.register_forward_hook(lambda module, args, output: states.append(output)) for layer in model.layers
+    ]
+    logits = model.module(input_ids=ids[None], use_cache=False).logits[0]
+    for hook in hooks:
+        hook.remove()
+    loss = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum")
+    return loss, states
+
+
+def test_the_estimate_is_that_of_plain_autograd(tiny_llama: Path) -> None:
+    model, shard = opened(tiny_llama), random_shard()
+    found = by_metric(Gradients(shard)(model, ()))
+    for row, length in enumerate(shard.lengths):
+        loss, states = traced(model, torch.from_numpy(shard.input_ids[row, :length]).long())
+        gradients = torch.autograd.grad(loss, states[1:])
+        for layer, gradient in enumerate(gradients):
+            update = states[layer + 1] - states[layer]
+            expected = (gradient * update).sum(dim=-1).abs().sum().item()
+            assert found["taylor", layer].samples[row] == pytest.approx(expected, rel=1e-4)
+            assert found["taylor", layer].weights[row] == length - 1
+
+
+def test_the_gradient_is_what_a_small_step_towards_the_input_does(tiny_llama: Path) -> None:
+    """On one token, moving the output a little back to the input changes the loss by the estimate, but for its sign."""
+    model, layer = opened(tiny_llama, dtype="float32"), 1
+    model.module.double()
+    shard = Shard(
+        shard_id=0,
+        input_ids=np.array([[7, 11]], np.int32),
+        lengths=np.array([2], np.int32),
+        skip_first_tokens=0,
+        content_hash="",
+    )
+    found = by_metric(Gradients(shard)(model, ()))["taylor", layer].samples[0]
+    (batch,) = shard.batches(1)
+    given: list[torch.Tensor] = []
+
+    def losses(step: float) -> float:
+        def back(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+            moved = output - step * (output - given[-1])
+            moved[:, 1:] = output[:, 1:]  # the last token predicts nothing
+            return moved
+
+        module = model.layers[layer].module
+        hooks = [
+            module.register_forward_pre_hook(lambda module, args: given.append(args[0].clone())),
+            module.register_forward_hook(back),
+        ]
+        try:
+            return float(model.losses(batch)[0])
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    step = 1e-2  # losses are taken of float32 logits
+    change = (losses(step) - losses(-step)) / (2 * step)
+    assert found == pytest.approx(abs(change), rel=2e-2)
+
+
+def test_norms_are_those_of_the_mean_loss(tiny_llama: Path) -> None:
+    model, shard = opened(tiny_llama), random_shard(rows=2)
+    found = by_metric(Gradients(shard)(model, ()))
+    ids = torch.from_numpy(shard.input_ids).long()
+    model.module(input_ids=ids, labels=ids).loss.backward()
+    for layer in model.layers:
+        weights = [weight for weight in layer.module.parameters() if weight.dim() == 2]
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        assert len(gradients) == len(weights) == len(matrices(layer.module)) == 7
+        for metric, values in {
+            "gradient_l1": [gradient.abs().sum() for gradient in gradients],
+            "gradient_l2": [gradient.square().sum().sqrt() for gradient in gradients],
+            "weight_frobenius": [torch.linalg.matrix_norm(weight) for weight in weights],
+        }.items():
+            row = found[metric, layer.index]
+            assert row.samples == pytest.approx([sum(value.item() for value in values)], rel=1e-4)
+            assert row.weights.tolist() == [1]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_family_and_no_trace(name: str, save_checkpoint: Save, tmp_path: Path) -> None:
+    model, shard = opened(save_checkpoint(tiny_model("causal", name), tmp_path / name)), random_shard()
+    parameters = dict(model.module.named_parameters())
+    frozen = next(iter(parameters.values())).requires_grad_(False)
+    required = {key: parameter.requires_grad for key, parameter in parameters.items()}
+    weights = {key: parameter.clone() for key, parameter in parameters.items()}
+    (batch, *_) = shard.batches(2)
+    before = model.losses(batch)
+    rows = Gradients(shard)(model, ())
+    assert len(rows) == 4 * len(model.layers)
+    assert all(np.isfinite(row.samples).all() and (row.samples > 0).all() for row in rows)
+    assert np.array_equal(model.losses(batch), before)
+    assert not frozen.requires_grad
+    for key, parameter in parameters.items():
+        assert parameter.grad is None
+        assert parameter.requires_grad == required[key]
+        assert torch.equal(parameter, weights[key])
+        assert not parameter._post_accumulate_grad_hooks
+    for module in model.module.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_half_precision_is_near(tiny_llama: Path) -> None:
+    shard = random_shard()
+    exact, half = (by_metric(Gradients(shard)(opened(tiny_llama, dtype=d), ())) for d in ("float32", "bfloat16"))
+    for key, row in exact.items():
+        assert half[key].samples == pytest.approx(row.samples, rel=0.1)
+
+
+def test_batches_do_not_change_the_estimate(tiny_llama: Path) -> None:
+    shard = random_shard()
+    two, three = (by_metric(Gradients(shard)(opened(tiny_llama, batch_size=b), ())) for b in (2, 3))
+    for layer in range(3):
+        assert two["taylor", layer].samples == pytest.approx(three["taylor", layer].samples, rel=1e-4)
+    assert len(two["gradient_l1", 0].samples) == 3
+    assert len(three["gradient_l1", 0].samples) == 2
+
+
+def test_a_layer_left_out_has_no_rows(tiny_llama: Path) -> None:
+    rows = Gradients(random_shard())(opened(tiny_llama), (1,))
+    assert {row.layer for row in rows} == {0, 2}
+    assert SMALL["device"] == "cpu"

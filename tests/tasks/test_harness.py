@@ -1,0 +1,401 @@
+"""Tasks of lm-evaluation-harness: what is asked, sample by sample; layers left out; what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from support.checkpoints import llama
+
+from avss_dist.errors import AvssError, ConfigError, TaskError
+from avss_dist.evaluation.evaluate import evaluate
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.checkpoints import resolve
+from avss_dist.pruning.checkpoint import prune
+from avss_dist.pruning.plan import Plan
+from avss_dist.settings import Settings
+from avss_dist.tasks import harness
+from avss_dist.tasks.base import Row
+from avss_dist.tasks.harness import HarnessPart, harness_task
+from avss_dist.warehouse.reader import Warehouse
+
+DROP = (0,)  # of which transformers asks how long its cache is
+CHOICE = {
+    "task": "capitals",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "questions.jsonl"}},
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "Question: {{question}}\nAnswer:",
+    "doc_to_choice": "choices",
+    "doc_to_target": "answer",
+    "metric_list": [
+        {"metric": name, "aggregation": aggregation, "higher_is_better": better}
+        for name, aggregation, better in [
+            ("acc", "mean", True),
+            ("acc_norm", "mean", True),
+            ("brier_score", "brier_score", False),
+        ]
+    ],
+}
+GENERATE = {
+    "task": "go_on",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "questions.jsonl"}},
+    "test_split": "test",
+    "output_type": "generate_until",
+    "doc_to_text": "{{question}}",
+    "doc_to_target": "target",
+    "generation_kwargs": {"until": [], "max_gen_toks": 12, "do_sample": False},
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}
+QUESTIONS = [
+    {
+        "question": f"What is the {what} of {country}?",
+        "choices": [what, country, f"the {what} {country}", "nothing"],
+        "answer": number % 4,
+    }
+    for number, (what, country) in enumerate(
+        (what, country) for what in ("capital", "river", "coast") for country in ("France", "Peru", "Mali", "Chad")
+    )
+]
+
+
+def write_task(folder: Path, config: dict[str, Any], documents: list[dict[str, Any]], **changes: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "questions.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    file = folder / f"{config['task']}.yaml"
+    file.write_text(yaml.safe_dump(config | changes))
+    return file
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable) -> Path:
+    """A checkpoint whose layers all matter."""
+    return save_checkpoint(llama(5, initializer_range=0.4), tmp_path_factory.mktemp("models") / "whole")
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> LanguageModel:
+    return open_model(folder)
+
+
+@pytest.fixture(scope="module")
+def pruned(folder: Path) -> LanguageModel:
+    plan = Plan(model=str(folder), revision=None, num_layers=3, layers="layers", drop=DROP, why={})
+    out = folder.parent / "pruned"
+    prune(str(folder), plan, out)
+    return open_model(out)
+
+
+def open_model(folder: Path) -> LanguageModel:
+    return LanguageModel(resolve(str(folder)), Settings(batch_size=4, device="cpu"))
+
+
+def ask(task: Path, model: LanguageModel, drop: tuple[int, ...] = (), **options: Any) -> dict[str, Row]:
+    (part,) = harness_task(str(task), **options).parts
+    rows = pickle.loads(pickle.dumps(part))(model, drop)  # as a worker is asked
+    return {row.metric: row for row in rows}
+
+
+def likelihoods(model: LanguageModel, document: dict[str, Any]) -> np.ndarray:
+    """float64[choices]: the log-likelihood of each answer, by plain transformers."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model.checkpoint.folder)
+    prompt = f"Question: {document['question']}\nAnswer:"
+    start = len(tokenizer(prompt).input_ids)
+    found = []
+    for choice in document["choices"]:
+        ids = torch.tensor([tokenizer(f"{prompt} {choice}").input_ids])
+        with torch.no_grad():
+            tokens = model.module(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+        found.append(tokens.gather(1, ids[0, 1:, None])[start - 1 :].double().sum().item())
+    return np.array(found)
+
+
+def test_samples_of_multiple_choice_are_those_of_plain_transformers(whole: LanguageModel, tmp_path: Path) -> None:
+    rows = ask(write_task(tmp_path, CHOICE, QUESTIONS), whole)
+    found = [likelihoods(whole, document) for document in QUESTIONS]
+    answers = [document["answer"] for document in QUESTIONS]
+    lengths = [np.array([len(choice) for choice in document["choices"]]) for document in QUESTIONS]
+    right = [float(np.argmax(f) == a) for f, a in zip(found, answers, strict=True)]
+    right_for_length = [float(np.argmax(f / n) == a) for f, n, a in zip(found, lengths, answers, strict=True)]
+    assert list(rows) == ["acc", "acc_norm", "brier_score", "chance"]
+    assert rows["chance"].samples.tolist() == [1 / len(choices) for choices in (q["choices"] for q in QUESTIONS)]
+    assert rows["acc"].samples.tolist() == right
+    assert 0 < sum(right) < len(right)
+    assert rows["acc_norm"].samples.tolist() == right_for_length
+    assert rows["acc"].weights.tolist() == [1.0] * len(QUESTIONS)
+    shares = [np.exp(f - f.max()) / np.exp(f - f.max()).sum() for f in found]
+    brier = np.mean([np.square(np.eye(4)[a] - s).sum() for s, a in zip(shares, answers, strict=True)])
+    assert rows["brier_score"].samples == pytest.approx([brier], rel=1e-5)  # of all documents: one sample
+
+
+def test_a_limit_asks_the_first_questions(whole: LanguageModel, tmp_path: Path) -> None:
+    task = write_task(tmp_path, CHOICE, QUESTIONS)
+    assert np.array_equal(ask(task, whole, limit=5)["acc"].samples, ask(task, whole)["acc"].samples[:5])
+
+
+def test_layers_left_out_are_those_that_a_pruned_checkpoint_lacks(
+    whole: LanguageModel, pruned: LanguageModel, tmp_path: Path
+) -> None:
+    task = write_task(tmp_path, CHOICE, QUESTIONS)
+    before, skipped, cut = ask(task, whole), ask(task, whole, DROP), ask(task, pruned)
+    assert abs(before["brier_score"].samples - skipped["brier_score"].samples) > 1e-3
+    for metric, row in skipped.items():
+        assert row.samples == pytest.approx(cut[metric].samples, abs=1e-6)
+
+
+def test_generation_without_layers_is_that_of_a_pruned_checkpoint_with_its_cache(
+    whole: LanguageModel, pruned: LanguageModel, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(pruned.checkpoint.folder)
+    documents = []
+    for document in QUESTIONS:
+        ids = tokenizer(document["question"], return_tensors="pt").input_ids
+        after = pruned.module.generate(ids, max_new_tokens=12, do_sample=False, use_cache=True)[0, ids.shape[1] :]
+        documents.append({**document, "target": tokenizer.decode(after, skip_special_tokens=True)})
+    task = write_task(tmp_path, GENERATE, documents)
+    assert ask(task, whole, DROP)["exact_match"].samples.tolist() == [1.0] * len(QUESTIONS)
+    assert ask(task, pruned)["exact_match"].samples.tolist() == [1.0] * len(QUESTIONS)
+    assert ask(task, whole)["exact_match"].samples.sum() < len(QUESTIONS) / 2
+
+
+def test_examples_are_asked_for_and_the_same_each_time(whole: LanguageModel, tmp_path: Path) -> None:
+    task = write_task(tmp_path, CHOICE, QUESTIONS)
+    none, two, again = (ask(task, whole, num_fewshot=n)["brier_score"].samples for n in (0, 2, 2))
+    assert none != two
+    assert two == again
+
+
+def test_the_key_tells_what_is_asked(tmp_path: Path) -> None:
+    def key(config: dict[str, Any] = CHOICE, documents: list = QUESTIONS, place: str = "a", **options: Any) -> str:
+        return harness_task(str(write_task(tmp_path / place, config, documents)), **options).key
+
+    same = key()
+    assert key(place="b") == same
+    keys = [
+        *(same, key(limit=3), key(num_fewshot=2)),
+        key(CHOICE | {"doc_to_text": "{{question}}"}),
+        key(documents=[*QUESTIONS[:-1], {**QUESTIONS[-1], "answer": 0}]),
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_group_has_rows_of_its_own_and_of_its_tasks(
+    whole: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    def add(name: str, config: dict[str, Any], documents: list[dict[str, Any]], **changes: Any) -> None:
+        data = write_task(tmp_path / name, config, documents).with_name("questions.jsonl")
+        changes["dataset_kwargs"] = {"data_files": {"test": str(data)}}
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump(config | {"task": name} | changes))
+
+    (tmp_path / "tasks").mkdir()
+    add("one", CHOICE, QUESTIONS[:6])
+    add("two", CHOICE, QUESTIONS[6:])
+    strict = {"name": "strict", "filter": [{"function": "take_first"}]}
+    add("three", GENERATE, [{**document, "target": ""} for document in QUESTIONS], filter_list=[strict])
+    metrics = [{"metric": "acc", "weight_by_size": True}]
+    group = {"group": "all", "task": ["one", "two", "three"], "aggregate_metric_list": metrics}
+    (tmp_path / "tasks" / "all.yaml").write_text(yaml.safe_dump(group))
+    catalogue = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    monkeypatch.setattr(harness, "_catalogue", lambda: catalogue)
+    rows = {metric: row.samples.tolist() for metric, row in ask(Path("all"), whole).items()}
+    assert set(rows) == {
+        *(f"{task}/{metric}" for task in ("one", "two") for metric in ("acc", "acc_norm", "brier_score", "chance")),
+        *("three/exact_match,strict", "acc"),
+    }
+    assert rows["acc"] == rows["one/acc"] + rows["two/acc"]
+    assert rows["acc"] == ask(write_task(tmp_path, CHOICE, QUESTIONS), whole)["acc"].samples.tolist()
+
+
+def test_what_was_asked_is_not_asked_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = str(write_task(tmp_path, CHOICE, QUESTIONS))
+    plan = tmp_path / "plan.yaml"
+    Plan(model=str(folder), revision=None, num_layers=3, layers="layers", drop=DROP, why={}).write(plan)
+    options: dict[str, Any] = {"tasks": [task], "warehouse": tmp_path / "w", "sequence_length": 64, "limit": 8}
+    found = {one.result.metric: one for one in evaluate([str(plan)], **options)}
+    worse, before, after = found["brier_score"].retained, *brier_scores(tmp_path / "w")
+    assert worse is not None
+    assert worse.value == pytest.approx(before / after)  # less is better
+    assert len(found["acc"].result.samples) == 8
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(HarnessPart, "__call__", refuse)
+    again = {one.result.metric: one for one in evaluate([str(plan)], **options)}
+    assert {metric: one.result.value for metric, one in again.items()} == {
+        metric: one.result.value for metric, one in found.items()
+    }
+
+
+def brier_scores(warehouse: Path) -> tuple[float, float]:
+    rows = Warehouse(warehouse).table("evaluations").to_pylist()
+    assert {json.loads(row["settings"])["limit"] for row in rows} == {8}
+    found = {len(row["drop"]): row["value"] for row in rows if row["metric"] == "brier_score"}
+    return found[0], found[1]
+
+
+def test_the_command_says_nothing_but_results_and_needs_no_network(folder: Path, tmp_path: Path) -> None:
+    task = write_task(tmp_path, CHOICE, QUESTIONS)
+    script = (
+        "import sys\n"
+        "def watch(event, args):\n"
+        "    if event == 'socket.getaddrinfo' or event == 'socket.connect' and isinstance(args[1], tuple):\n"
+        "        print('NETWORK', event, args[1:], file=sys.stderr)\n"
+        "sys.addaudithook(watch)\n"
+        "from avss_dist.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", script, "evaluate", str(folder), "--task", str(task)),
+            *("--warehouse", str(tmp_path / "w"), "--executor", "local", "--sequence-length", "64", "--format", "csv"),
+        ],
+        env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert [line.split(",")[3] for line in done.stdout.splitlines()] == [
+        "metric",
+        "acc",
+        "acc_norm",
+        "brier_score",
+        "chance",
+    ]
+
+
+def test_the_example_of_the_documentation_can_be_asked(whole: LanguageModel, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "jobs" / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(task: .*?)```", text, re.DOTALL)
+    (tmp_path / "reviews.yaml").write_text(example)
+    (tmp_path / "reviews.jsonl").write_text('{"text": "a gem", "label": 1}\n{"text": "a bore", "label": 0}\n')
+    assert len(ask(tmp_path / "reviews.yaml", whole)["acc"].samples) == 2
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("hellaswagg", "Did you mean 'hellaswag'"),
+        ("perplexty:builtin:pydoc", "Did you mean 'perplexity:CORPUS'"),
+        ("/nowhere/task.yaml", "There is no task file /nowhere/task.yaml"),
+    ],
+)
+def test_unknown_tasks(name: str, told: str) -> None:
+    with pytest.raises(TaskError, match=told) as caught:
+        harness_task(name)
+    assert caught.value.exit_code == 2
+
+
+def test_data_that_cannot_be_had() -> None:
+    with pytest.raises(TaskError, match=r"The data of task 'arc_easy' cannot be had.*\n.*HF_HOME"):
+        harness_task("arc_easy")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"dataset_kwargs": {"data_files": {"test": "others.jsonl"}}}, r"task 'capitals' is not there: .*others.jsonl"),
+        ({"test_split": "tset"}, "Task '.*' cannot be made: .*tset"),
+        ({"doc_to_text": "{{quesion}}"}, "Task '.*' cannot be made: 'quesion' is undefined"),
+        ({"metric_list": [{"metric": "accc"}]}, "Unknown metric 'accc'.*\nDid you mean 'acc'"),
+        ({"task": ["a", "b"], "group": "both"}, "names no single task"),
+        ({"include": "capitals.yaml"}, "includes itself"),
+        ({"dataset_kwargs": "questions.jsonl"}, "cannot be made"),
+        ({"metric_list": [{}]}, "cannot be made: 'metric'"),
+        ({"output_type": "guess"}, "cannot be made: .*guess"),
+        ({"unsafe_code": True}, "runs the code that a model writes"),
+        ({"doc_to_text": "{{''.__class__.__mro__}}"}, "cannot be made: access to attribute '__class__'"),
+        ({"dataset_kwargs": {"trust_remote_code": True}}, "runs code: trust_remote_code: True.\n.*--trust-remote-code"),
+    ],
+)
+def test_task_files_with_mistakes(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+    write_task(tmp_path, CHOICE, QUESTIONS)
+    (tmp_path / "capitals.yaml").write_text(yaml.safe_dump(CHOICE | changes))
+    with pytest.raises(TaskError, match=told):
+        harness_task(str(tmp_path / "capitals.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "The data of task 'capitals' are empty: .*questions.jsonl"),
+        ("\n", "The data|cannot be made"),
+        ('{"question": "what?"}\n{"questi', "The data of task '.*' cannot be had: .*JSON"),
+        ('{"question": "what?"}\n', "cannot be made: .*\nDo its fields name columns"),
+    ],
+)
+def test_data_files_that_are_broken(text: str, told: str, tmp_path: Path) -> None:
+    task = write_task(tmp_path, CHOICE, QUESTIONS)
+    (tmp_path / "questions.jsonl").write_text(text)
+    with pytest.raises(TaskError, match=told):
+        harness_task(str(task))
+
+
+@pytest.mark.parametrize("tag", ["!function", "!%66unction"])
+def test_functions_run_only_where_they_are_trusted(tag: str, whole: LanguageModel, tmp_path: Path) -> None:
+    task = write_task(tmp_path, CHOICE, QUESTIONS)
+    kept = {key: value for key, value in CHOICE.items() if key not in ("task", "metric_list", "dataset_kwargs")}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(kept) + f"process_results: {tag} odd.long_answer\n")
+    data = {"data_files": {"test": str(tmp_path / "questions.jsonl")}}
+    metrics = [{"metric": "long", "aggregation": "mean", "higher_is_better": True}]
+    task.write_text(
+        yaml.safe_dump({"task": "odd", "include": "base.yaml", "dataset_kwargs": data, "metric_list": metrics})
+    )
+    (tmp_path / "odd.py").write_text(
+        "from pathlib import Path\n"
+        "Path(__file__).with_suffix('.ran').touch()\n"
+        "def long_answer(document, results):\n"
+        "    return {'long': len(document['choices'][2])}\n"
+    )
+    with pytest.raises(TaskError, match=r"runs code: !function odd.long_answer"):
+        harness_task(str(task))
+    assert not (tmp_path / "odd.ran").exists()
+    rows = ask(task, whole, trust_remote_code=True)
+    assert rows["long"].samples.tolist() == [len(document["choices"][2]) for document in QUESTIONS]
+
+
+def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(TaskError, match=r"not installed.*\n.*avss_dist\[eval\]"):
+        harness_task("hellaswag")
+
+
+@pytest.mark.parametrize("option", [{"limit": 0}, {"num_fewshot": -1}])
+def test_numbers_that_cannot_be(option: dict[str, int], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="must be at least") as caught:
+        harness_task(str(write_task(tmp_path, CHOICE, QUESTIONS)), **option)
+    assert isinstance(caught.value, AvssError)

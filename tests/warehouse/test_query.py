@@ -1,0 +1,470 @@
+"""SQL over the warehouse: it reads every table, and reaches nothing else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.warehouses import Terminal, activations, avss, stats_of, write_measured, write_scores
+
+from avss_dist.errors import QueryError, WarehouseError
+from avss_dist.warehouse import cache as digest
+from avss_dist.warehouse.columns import COLUMNS, TABLES_MEAN
+from avss_dist.warehouse.reader import FUNCTIONS, Warehouse, ready_queries
+from avss_dist.warehouse.store import SCHEMAS, TABLES, RunIdentity
+
+ROWS = [
+    {"layer": i, "site": site, "recipe": "pooled", "threshold": 1e-5, "avss_smoothed": i + 0.5, "rank": i + 1}
+    for i in range(3)
+    for site in ("block", "mlp")
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("warehouse")
+    store = Warehouse(root)
+    for run_id, status in [("tiny-1", "done"), ("tiny-2", "done"), ("tiny-3", "failed")]:
+        run = RunIdentity(run_id=run_id, model=f"org/{run_id}", revision=None, family="llama")
+        store.write_scores(run, ROWS)
+        store.write_run({"run_id": run_id, "status": status, "model": run.model, "versions": {"torch": "2"}})
+    return root
+
+
+@pytest.fixture
+def warehouse(root: Path) -> Warehouse:
+    return Warehouse(root)
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("SELECT count(*) FROM scores", [12]),
+        ("select count(*) from scores;", [12]),
+        ("-- a note\nSELECT count(*) FROM runs", [3]),
+        ("SELECT DISTINCT run_id FROM scores ORDER BY 1", ["tiny-1", "tiny-2"]),
+        ("WITH s AS (FROM scores WHERE site = 'mlp') SELECT max(rank) FROM s", [3]),
+        ("SELECT count(*) FROM scores WHERE run_id = 'tiny-2' AND avss_smoothed > 1 AND avss IS NULL", [4]),
+        ("SELECT r.status FROM scores s JOIN runs r USING (run_id) GROUP BY ALL", ["done"]),
+        ("SELECT versions['torch'] FROM runs WHERE run_id = 'tiny-1'", ["2"]),
+        ("VALUES (1)", [1]),
+        ("SELECT count(*) FROM evaluations", [0]),
+        ("SELECT count(*) FROM layer_stats", [0]),
+        ("SELECT count(*) FROM (PIVOT scores ON site IN ('block', 'mlp') USING sum(rank) GROUP BY layer)", [3]),
+    ],
+)
+def test_reads(warehouse: Warehouse, query: str, expected: list[object]) -> None:
+    result = warehouse.sql(query)
+    assert isinstance(result, pa.Table)
+    assert result.column(0).to_pylist() == expected
+
+
+@pytest.mark.parametrize(
+    "query", ["DESCRIBE scores", "SHOW TABLES", "SUMMARIZE scores", "EXPLAIN FROM runs", "explain analyze FROM runs"]
+)
+def test_looks_around(warehouse: Warehouse, query: str) -> None:
+    assert warehouse.sql(query).num_rows > 0
+
+
+def test_views_are_the_tables(warehouse: Warehouse) -> None:
+    assert sorted(warehouse.sql("SHOW TABLES").column(0).to_pylist()) == sorted(TABLES)
+    for name in TABLES:
+        assert warehouse.sql(f"FROM {name} LIMIT 0").schema.names == SCHEMAS[name].names
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "CREATE TABLE t (i INT)",
+        "CREATE TABLE t AS PIVOT scores ON site USING sum(rank)",
+        "INSERT INTO runs VALUES (1)",
+        "UPDATE runs SET status = 'done'",
+        "DELETE FROM runs",
+        "DROP VIEW runs",
+        "COPY scores TO 'out.csv'",
+        "COPY (FROM scores) TO 'out.parquet'",
+        "EXPORT DATABASE 'out'",
+        "IMPORT DATABASE 'out'",
+        "ATTACH 'out.db'",
+        "USE memory",
+        "INSTALL httpfs",
+        "LOAD httpfs",
+        "PRAGMA version",
+        "CALL pragma_version()",
+        "SET threads = 1",
+        "SET enable_external_access = true",
+        "RESET lock_configuration",
+        "SET VARIABLE x = 1",
+        "PREPARE p AS SELECT 1",
+        "BEGIN",
+        "VACUUM",
+        "EXPLAIN ANALYZE CREATE TABLE t AS SELECT 1",
+        "EXPLAIN ANALYZE COPY (SELECT 1) TO 'out.csv'",
+        "/* */ EXPLAIN (ANALYZE) COPY (SELECT 1) TO 'out.csv'",
+        "SELECT 1; SELECT 2",
+        "SELECT 1; DROP VIEW runs",
+        "WITH x AS (INSERT INTO runs VALUES (1)) SELECT 1",
+        "",
+        ";",
+        "-- nothing",
+    ],
+)
+def test_everything_else_is_refused(
+    warehouse: Warehouse, query: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(QueryError):
+        warehouse.sql(query)
+    assert list(tmp_path.iterdir()) == []
+    assert warehouse.sql("SELECT count(*) FROM runs").column(0).to_pylist() == [3]
+
+
+def test_the_refusal_says_what_is_allowed(warehouse: Warehouse) -> None:
+    with pytest.raises(QueryError, match=r"COPY is not allowed in a query.\nA query only reads: SELECT, WITH"):
+        warehouse.sql("COPY scores TO 'out.csv'")
+    with pytest.raises(QueryError, match="There are 2 statements; a query is one"):
+        warehouse.sql("SELECT 1; SELECT 2")
+    with pytest.raises(QueryError, match=r"PIVOT must name its columns"):
+        warehouse.sql("PIVOT scores ON site USING sum(rank)")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "read_csv('/etc/passwd')",
+        "read_text('/etc/passwd')",
+        "read_blob('/etc/passwd')",
+        "read_parquet('{root}/scores/**/*.parquet')",
+        "sniff_csv('/etc/passwd')",
+        "glob('/*')",
+        "'/etc/passwd'",
+        "'{root}/scores/run_id=tiny-1/scores.parquet'",
+        "read_csv('https://example.org/x.csv')",
+        "'s3://bucket/x.parquet'",
+        "query('FROM read_text(''/etc/passwd'')')",
+    ],
+)
+def test_files_are_out_of_reach(warehouse: Warehouse, root: Path, source: str) -> None:
+    with pytest.raises(QueryError):
+        warehouse.sql(f"FROM {source.replace('{root}', str(root))}")
+
+
+def test_python_variables_are_out_of_reach(warehouse: Warehouse) -> None:
+    secret = pa.table({"x": [1]})
+    assert duckdb.execute("FROM secret").fetchall() == [(1,)]
+    assert secret.num_rows == 1
+    with pytest.raises(QueryError, match="secret does not exist"):
+        warehouse.sql("FROM secret")
+
+
+@pytest.mark.parametrize(
+    ("query", "text"),
+    [
+        ("SELECT avs FROM scores", r"(?s)\"avs\" not found.*Candidate bindings: .*avss.*\^"),
+        ("SELECT 1 FROM score", r"(?s)score does not exist!.*Did you mean \"scores\".*\^"),
+        ("SELEC 1", r"(?s)syntax error at or near \"SELEC\".*\^"),
+        ("SELECT CAST('x' AS INT)", "Could not convert string 'x' to INT32"),
+    ],
+)
+def test_a_mistake_shows_the_databases_own_message(warehouse: Warehouse, query: str, text: str) -> None:
+    with pytest.raises(QueryError, match=text) as caught:
+        warehouse.sql(query)
+    assert caught.value.hint == f"Tables: {', '.join(TABLES)}. 'DESCRIBE scores' lists the columns of one."
+    assert caught.value.__suppress_context__
+
+
+def test_no_warehouse(tmp_path: Path) -> None:
+    with pytest.raises(WarehouseError, match="is not a warehouse"):
+        Warehouse(tmp_path).sql("FROM runs")
+
+
+def test_scores_by_column(warehouse: Warehouse) -> None:
+    assert warehouse.runs().num_rows == 3
+    assert warehouse.layer_stats().num_rows == 0
+    assert warehouse.scores().num_rows == 12
+    assert warehouse.scores(site="block", run_id="tiny-1").num_rows == 3
+    assert warehouse.scores(layer=[0, 2], threshold=1e-5, avss=None).num_rows == 8
+    assert warehouse.scores(layer=99).num_rows == 0
+    with pytest.raises(QueryError, match=r"Unknown column 'sit'.\nDid you mean 'site'"):
+        warehouse.scores(sit="block")
+    with pytest.raises(QueryError, match=r"Unknown site 'blok'.\nDid you mean 'block'"):
+        warehouse.scores(site="blok")
+
+
+def test_a_query_loads_nothing_heavy(root: Path) -> None:
+    program = (
+        "import sys; from avss_dist.warehouse.reader import Warehouse\n"
+        f"assert Warehouse({str(root)!r}).sql('FROM scores').num_rows == 12\n"
+        "heavy = {'torch', 'ray', 'transformers', 'deepspeed', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2], timeout=60)
+
+
+# What the columns mean.
+
+
+def test_every_column_is_described_and_none_besides() -> None:
+    assert COLUMNS.keys() == TABLES_MEAN.keys() == SCHEMAS.keys()
+    for name, schema in SCHEMAS.items():
+        assert COLUMNS[name].keys() == set(schema.names), name
+        assert all(
+            text and "\n" not in text and text.rstrip(".") in (text, text[:-3]) for text in COLUMNS[name].values()
+        )
+
+
+def test_the_schema_needs_no_warehouse() -> None:
+    result = avss("query", "--schema")
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    for columns in COLUMNS.values():
+        for column, meaning in columns.items():
+            assert any(line.split()[:1] == [column] and meaning[:40] in line for line in lines), column
+    assert all(f"@{name}" in result.stdout for name in ready_queries())
+    assert all(name in result.stdout for name in FUNCTIONS)
+    rows = avss("query", "--schema", "--format", "csv").stdout.splitlines()
+    assert rows[0] == "table,column,type,meaning"
+    assert len(rows) == 1 + sum(map(len, SCHEMAS.values()))
+
+
+def test_a_query_needs_a_warehouse_and_a_query(root: Path) -> None:
+    for args in ([], [root]):
+        result = avss("query", *args)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "avss query needs a" in result.stderr
+
+
+# Ready queries.
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three revisions of a model, and another family."""
+    root = tmp_path_factory.mktemp("scored")
+    for seed in range(3):
+        x = activations(seed, scales=np.roll([1.0, 2.2, 0.6, 3.3, 1.5, 0.4, 5.0, 2.8], seed))
+        columns = {"model": "org/llama", "revision": f"step{seed}", "num_parameters": 10, "partition": "single"}
+        write_measured(root, f"llama-{seed}", stats_of(x), 8, **columns)
+    write_measured(root, "bert-0", stats_of(activations(9)[:, :4]), 4, family="bert")
+    return root
+
+
+def test_the_ready_queries_are_these() -> None:
+    assert list(ready_queries()) == ["cost", "drift", "lowest_quartile", "recipe_disagreement", "stability"]
+    folder = Path(__file__).parents[2] / "jobs" / "queries"
+    assert {file.stem: file.read_text() for file in folder.glob("*.sql")} == ready_queries()
+    for text in ready_queries().values():
+        assert text.startswith("-- ") and text.splitlines()[0].count("?") == 1
+
+
+@pytest.mark.parametrize("name", ["cost", "drift", "lowest_quartile", "recipe_disagreement", "stability"])
+def test_ready_queries_run_on_any_warehouse(warehouse: Warehouse, scored: Path, name: str) -> None:
+    warehouse.sql(f"@{name}")
+    table = Warehouse(scored).sql(f"@{name}")
+    assert table.num_rows and all(column.null_count < table.num_rows for column in table.columns)
+    result = avss("query", scored, f"@{name}", "--format", "csv")
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_the_lowest_quartile_by_family(scored: Path) -> None:
+    rows = {row["family"]: row for row in Warehouse(scored).sql("@lowest_quartile").to_pylist()}
+    scores = Warehouse(scored).scores(site="block", recipe="pooled", threshold=1e-5, family="llama").to_pylist()
+    depths = np.array([s["depth"] for s in scores if s["rank"] <= 2])
+    assert rows["llama"]["runs"] == 3 and rows["bert"]["runs"] == 1
+    assert rows["llama"]["mean_depth"] == pytest.approx(depths.mean(), abs=1e-3)
+    assert rows["llama"]["early"] == pytest.approx((depths < 1 / 3).mean(), abs=1e-3)
+    assert all(row["early"] + row["middle"] + row["late"] == pytest.approx(1, abs=2e-3) for row in rows.values())
+
+
+def test_drift_follows_the_revisions_in_order(scored: Path) -> None:
+    rows = Warehouse(scored).sql("@drift").to_pylist()
+    assert {row["model"] for row in rows} == {"org/llama"}
+    for layer in range(8):
+        found = [row for row in rows if row["layer"] == layer]
+        assert [row["revision"] for row in found] == ["step0", "step1", "step2"]
+        assert found[0]["rank_change"] is None
+        assert [row["rank_change"] for row in found[1:]] == [b["rank"] - a["rank"] for a, b in pairwise(found)]
+
+
+def test_recipes_of_each_run_and_site(scored: Path) -> None:
+    rows = Warehouse(scored).sql("@recipe_disagreement").to_pylist()
+    assert {row["run_id"] for row in rows} == {"llama-0", "llama-1", "llama-2", "bert-0"}
+    assert all(row["pooled_element"] == 1 for row in rows)
+
+
+def test_the_cost_of_each_model(scored: Path) -> None:
+    rows = {row["model"]: row for row in Warehouse(scored).sql("@cost").to_pylist()}
+    assert (rows["org/llama"]["runs"], rows["org/llama"]["wall_seconds"], rows["org/llama"]["num_tokens"]) == (
+        3,
+        6,
+        384,
+    )
+
+
+def test_an_unknown_ready_query(scored: Path) -> None:
+    result = avss("query", scored, "@drft")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Unknown query 'drft'.\nDid you mean 'drift'?" in result.stderr
+
+
+def test_only_what_a_query_mentions_is_opened(scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    listed = Warehouse._listed
+
+    def spy(self: Warehouse, name: str) -> dict[str, tuple[str, str]]:
+        opened.append(name)
+        return listed(self, name)
+
+    monkeypatch.setattr(Warehouse, "_listed", spy)
+    for query, tables in [
+        ("SELECT count(*) FROM runs", ["runs"]),
+        ("SELECT count(*) FROM scores JOIN runs USING (run_id)", ["runs", "scores"]),
+        ('SELECT count(*) FROM "SCORES"', ["runs", "scores"]),
+        ("FROM scores_at(0.3)", ["layer_stats", "runs"]),
+        ("FROM query('FROM sco' || 'res')", sorted(TABLES)),
+    ]:
+        opened.clear()
+        assert Warehouse(scored).sql(query).num_rows
+        assert sorted(opened) == tables
+
+
+# Many runs: copies in the cache.
+
+
+@pytest.fixture
+def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Ten runs, copied in parts of three, at least two."""
+    monkeypatch.setattr(digest, "FEWEST", 2)
+    monkeypatch.setattr(digest, "MOST", 3)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for i in range(10):
+        write_scores(tmp_path / "many", f"run-{i}", [1.0 + i, 2.0, 3.0, 4.0])
+    return tmp_path / "many"
+
+
+SUMS = "SELECT count(*), count(DISTINCT run_id), sum(avss_smoothed) FROM scores JOIN runs USING (run_id)"
+
+
+def sums(root: Path) -> tuple[int, int, float]:
+    (row,) = Warehouse(root).sql(SUMS).to_pylist()
+    return tuple(row.values())  # type: ignore[return-value]
+
+
+def parts(root: Path) -> list[Path]:
+    return sorted((root.parent / "cache").rglob("*.parquet"))
+
+
+def test_copies_hold_the_same_rows(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = sums(many)
+    assert first == (40, 10, 45 + 10 + 90) == sums(many)
+    assert len(parts(many)) == 2 * 3  # of runs and of scores: 3 + 3 + 3, and one run that is read where it is
+    copied = {name: Warehouse(many).table(name).sort_by("run_id") for name in TABLES}
+    monkeypatch.setattr(digest, "FEWEST", 1000)
+    for name, table in copied.items():
+        order = [("run_id", "ascending"), *([("layer", "ascending")] if "layer" in table.column_names else [])]
+        assert table.sort_by(order).equals(Warehouse(many).table(name).sort_by(order)), name
+
+
+def test_copying_is_shown_where_somebody_looks(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for shown in (True, False):  # what is copied is not copied again
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", terminal := Terminal())
+            sums(many)
+        assert ("Copying the scores of 10 runs, once" in terminal.getvalue()) == shown
+        assert shown or not terminal.getvalue()
+
+
+def test_a_copy_spares_reading_the_files(many: Path) -> None:
+    before = sums(many)
+    for file in many.glob("scores/run_id=run-[0-8]/*.parquet"):
+        stat = file.stat()
+        file.write_bytes(b"x" * stat.st_size)
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert sums(many) == before
+
+
+def test_runs_that_come_change_and_go_are_seen(many: Path) -> None:
+    sums(many)
+    write_scores(many, "run-1", [100.0, 2.0, 3.0, 4.0])
+    assert sums(many) == (40, 10, 45 + 10 + 90 + 98)
+    write_scores(many, "run-x", [1.0] * 4)
+    assert sums(many) == (44, 11, 45 + 10 + 90 + 98 + 4)
+    for name in ("runs", "scores"):
+        for file in (many / name / "run_id=run-5").iterdir():
+            file.unlink()
+    assert sums(many) == (40, 10, 45 + 10 + 90 + 98 + 4 - 15)
+    assert sums(many) == (40, 10, 45 + 10 + 90 + 98 + 4 - 15)
+
+
+def test_a_half_written_run_is_in_no_copy(many: Path) -> None:
+    (many / "runs/run_id=run-3/run.parquet").unlink()
+    assert sums(many)[:2] == (36, 9)
+
+
+def test_a_damaged_copy_is_made_again(many: Path) -> None:
+    before = sums(many)
+    for part in parts(many):
+        part.write_bytes(b"damaged")
+    assert sums(many) == before == sums(many)
+
+
+def test_without_a_cache_it_works_all_the_same(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert sums(many) == (40, 10, 145)
+
+
+def test_a_newer_run_among_many_is_refused(many: Path) -> None:
+    path = many / "runs/run_id=run-7/run.parquet"
+    table = pq.ParquetFile(path).read()
+    pq.write_table(table.replace_schema_metadata({b"avss_schema_version": b"99"}), path)
+    for _ in range(2):
+        with pytest.raises(WarehouseError, match="newer avss_dist: schema 99"):
+            sums(many)
+
+
+# Bad input, as the command tells it.
+
+
+@pytest.mark.parametrize(
+    ("query", "text"),
+    [
+        ("DROP VIEW runs", "DROP is not allowed in a query."),
+        ("FROM read_text('/etc/passwd')", "disabled by configuration"),
+        ("ATTACH 'x.db'", "ATTACH is not allowed in a query."),
+        ("SELECT avs FROM scores", 'Referenced column "avs" not found'),
+        ("SELECT 1; SELECT 2", "There are 2 statements"),
+    ],
+)
+def test_mistakes_are_told_without_a_traceback(root: Path, query: str, text: str) -> None:
+    result = avss("query", root, query)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert text in result.stderr and "Traceback" not in result.stderr
+
+
+def test_other_readers_give_the_same_answer(scored: Path) -> None:
+    """Plain DuckDB, Polars and pandas, without this package."""
+    query = (
+        "SELECT run_id, layer, rank FROM {} WHERE site = 'block' AND recipe = 'unit' AND threshold = 0.1 ORDER BY ALL"
+    )
+    want = Warehouse(scored).sql(query.format("scores")).to_pylist()
+    files = f"read_parquet('{scored}/scores/*/*.parquet', hive_partitioning = true)"
+    assert duckdb.sql(query.format(files)).to_arrow_table().to_pylist() == want
+    polars = pl.scan_parquet(scored / "scores", hive_partitioning=True).filter(
+        (pl.col("site") == "block") & (pl.col("recipe") == "unit") & (pl.col("threshold") == 0.1)
+    )
+    assert polars.select("run_id", "layer", "rank").collect().sort("run_id", "layer", "rank").to_dicts() == want
+    pandas = pd.read_parquet(scored / "scores").query("site == 'block' and recipe == 'unit' and threshold == 0.1")
+    pandas = pandas[["run_id", "layer", "rank"]].astype({"run_id": str}).sort_values(["run_id", "layer", "rank"])
+    assert pandas.to_dict("records") == want

@@ -1,0 +1,285 @@
+"""The warehouse in an object store: a real S3 server on the loopback, cut connections, keys that stay secret."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+from urllib.request import Request, urlopen
+
+import pytest
+from support.tables import measured_files
+
+import avss_dist
+from avss_dist.errors import WarehouseError, without_secrets
+from avss_dist.warehouse.reader import Warehouse
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+SIZES: dict[str, Any] = {"max_sequences": 64, "sequence_length": 64, "batch_size": 2, "sequences_per_shard": 8}
+OPTIONS = [part for name, value in SIZES.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+ARGUMENTS = ["--corpus", "builtin:pydoc", "--executor", "local", *OPTIONS]
+
+
+class Server:
+    """moto's S3 server, a process of its own, and a user whose keys it can be told to ask for."""
+
+    def __init__(self) -> None:
+        import boto3
+
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while True:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+                break
+            assert self._process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        known: dict[str, Any] = {"endpoint_url": f"http://127.0.0.1:{self.port}", "region_name": "us-east-1"}
+        known |= {"aws_access_key_id": "nobody", "aws_secret_access_key": "nothing"}
+        iam, self.client = boto3.client("iam", **known), boto3.client("s3", **known)
+        self.client.create_bucket(Bucket="lab")
+        allowed = {"Version": "2012-10-17", "Statement": {"Effect": "Allow", "Action": "s3:*", "Resource": "*"}}
+        iam.create_user(UserName="avss")
+        iam.put_user_policy(UserName="avss", PolicyName="s3", PolicyDocument=json.dumps(allowed))
+        key = iam.create_access_key(UserName="avss")["AccessKey"]
+        self.key, self.secret = key["AccessKeyId"], key["SecretAccessKey"]
+
+    @contextmanager
+    def asking_for_keys(self) -> Iterator[None]:
+        """Whoever has not the user's keys is refused; else nobody is asked."""
+        self._reset("0")
+        yield
+        self._reset("inf")
+
+    def _reset(self, unasked: str) -> None:
+        url, plain = f"http://127.0.0.1:{self.port}/moto-api/reset-auth", {"Content-Type": "text/plain"}
+        urlopen(Request(url, data=unasked.encode(), headers=plain, method="POST")).read()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def uri(self, folder: str, *, bucket: str = "lab", user: str = "", port: int | None = None) -> str:
+        return (
+            f"s3://{user}{bucket}/{folder}?scheme=http&endpoint_override=127.0.0.1:{port or self.port}&region=us-east-1"
+        )
+
+    def paths(self, folder: str) -> list[str]:
+        """The objects of a folder, by their paths below it."""
+        listed = self.client.list_objects_v2(Bucket="lab", Prefix=f"{folder}/").get("Contents", [])
+        return [o["Key"].removeprefix(f"{folder}/") for o in listed if not o["Key"].endswith("/")]
+
+    def objects(self, folder: str) -> dict[str, bytes]:
+        """What is in them."""
+        key = f"{folder}/{{}}".format
+        return {p: self.client.get_object(Bucket="lab", Key=key(p))["Body"].read() for p in self.paths(folder)}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(autouse=True)
+def environment(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys as people give them; nothing of who runs the tests."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.secret)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def score(model: Path, out: object, **changes: Any) -> avss_dist.Run:
+    options = {**SIZES, "corpus": "builtin:pydoc", "executor": "local", "partition": "single", **changes}
+    return avss_dist.score(model, out=str(out), **options)
+
+
+@pytest.fixture(scope="module")
+def local(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The measured files of the same run in a folder."""
+    out = tmp_path_factory.mktemp("local")
+    assert score(tiny_llama, out).status == "done"
+    return measured_files(out)
+
+
+def measured(objects: dict[str, bytes]) -> dict[str, bytes]:
+    return {path: data for path, data in objects.items() if path.startswith(("scores/", "layer_stats/"))}
+
+
+def test_scores_in_a_bucket_are_the_same_bytes_and_every_command_reads_them(
+    server: Server, tiny_llama: Path, local: dict[str, bytes], tmp_path: Path, run_avss: Callable
+) -> None:
+    uri = server.uri("whole")
+    assert score(tiny_llama, uri).status == "done"
+    objects = server.objects("whole")
+    assert measured(objects) == local
+    assert len([path for path in objects if path.startswith("shard_stats/")]) == 8
+    assert score(tiny_llama, uri).status == "skipped"
+
+    shown = run_avss("show", uri)
+    assert shown.returncode == 0 and "tiny-llama" in shown.stdout, shown.stderr
+    asked = run_avss("query", uri, "SELECT count(DISTINCT layer) AS layers FROM scores", "--format", "csv")
+    assert asked.stdout.split() == ["layers", "3"], asked.stderr
+    drawn = run_avss("plot", uri, "-o", tmp_path / "layers.svg")
+    assert drawn.returncode == 0 and (tmp_path / "layers.svg").read_text().startswith("<svg"), drawn.stderr
+
+
+def test_a_killed_driver_leaves_no_half_run_and_is_resumed(
+    server: Server, tiny_llama: Path, local: dict[str, bytes]
+) -> None:
+    uri = server.uri("killed")
+    command = [sys.executable, "-m", "avss_dist", "score", str(tiny_llama), *ARGUMENTS, "--out", uri]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while sum(path.startswith("shard_stats/") for path in server.paths("killed")) < 2:
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    kept = server.paths("killed")
+    assert all(path.startswith("shard_stats/") for path in kept) and len(kept) < 8
+    assert not server.client.list_multipart_uploads(Bucket="lab").get("Uploads")
+    with pytest.raises(WarehouseError, match=r"has no runs yet|is not a warehouse"):
+        Warehouse(uri).runs()
+
+    run = score(tiny_llama, uri)
+    assert (run.status, run.resumed_shards) == ("done", len(kept))
+    assert measured(server.objects("killed")) == local
+
+
+class CuttingProxy:
+    """Passes bytes on to a server; ends a connection when ``share`` of an upload is through whose path has ``cut``."""
+
+    def __init__(self, port: int, cut: bytes, share: float) -> None:
+        self._to, self.cut, self._share, self.cuts = port, cut, share, 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                upstream = socket.create_connection(("127.0.0.1", self._to))
+                threading.Thread(target=self._pass_on, args=(upstream, client, False), daemon=True).start()
+                threading.Thread(target=self._pass_on, args=(client, upstream, True), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket, is_request: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                line = data.split(b"\r\n", 1)[0]
+                if is_request and self.cut and line.startswith((b"PUT ", b"POST ")) and self.cut in line:
+                    self.cuts += 1
+                    sink.sendall(data[: int(len(data) * self._share)])
+                    break
+                sink.sendall(data)
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.mark.parametrize(("table", "share"), [("shard_stats", 0.9), ("runs/run_id", 0.0)])
+def test_a_connection_cut_during_an_upload_leaves_no_half_run(
+    table: str, share: float, server: Server, tiny_llama: Path, local: dict[str, bytes]
+) -> None:
+    """Readers see nothing of the run, and the next attempt makes it whole, also where a server keeps part of a file."""
+    folder = f"cut-{table[:4]}-{share}"
+    proxy = CuttingProxy(server.port, f"/{table}".encode(), share)
+    uri = server.uri(folder, port=proxy.port)
+    start = time.monotonic()
+    with pytest.raises(WarehouseError, match="Cannot write s3://lab/"):
+        score(tiny_llama, uri)
+    assert proxy.cuts >= 1 and time.monotonic() - start < 60
+    with suppress(WarehouseError):  # it may have no runs at all
+        assert Warehouse(uri).runs()["status"].to_pylist() == ["failed"]
+        assert Warehouse(uri).sql("SELECT 1 FROM scores, layer_stats, shard_stats").num_rows == 0
+    proxy.cut = b""
+    run = score(tiny_llama, uri)
+    assert (run.status, run.resumed_shards) == ("done", 0 if table == "shard_stats" else 8)
+    assert measured(server.objects(folder)) == local
+    proxy.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"bucket": "no-such"}, "NO_SUCH_BUCKET"),
+        ({"port": 1}, "Could not connect"),
+        ({"user": "AKIAIOSFODNN7EXAMPLE:no%2Fsecret%2Fof+ours@"}, "ACCESS_DENIED|INVALID_ACCESS_KEY_ID|Access Key Id"),
+    ],
+    ids=["no bucket", "no server", "wrong keys"],
+)
+def test_storage_that_cannot_be_used_is_a_mistake_told_at_once(
+    changes: dict[str, Any], says: str, server: Server, tiny_llama: Path, run_avss: Callable
+) -> None:
+    uri, start = server.uri("w", **changes), time.monotonic()
+    with server.asking_for_keys():
+        done = run_avss("score", tiny_llama, "--corpus", "builtin:pydoc", "--out", uri)
+        assert time.monotonic() - start < 60
+        with pytest.raises(WarehouseError) as caught:
+            Warehouse(uri).create()
+    assert done.returncode == 2 and "Cannot write s3://" in done.stderr, done.stderr
+    assert any(word in done.stderr for word in says.split("|")), done.stderr
+    assert "Traceback" not in done.stderr and "secret" not in done.stderr + str(caught.value)
+
+
+def test_keys_in_a_uri_are_used_and_never_told(
+    server: Server, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    secret = quote(server.secret, safe="")
+    uri = server.uri("keys", user=f"{server.key}:{secret}@")
+    with server.asking_for_keys():
+        run = score(tiny_llama, uri, max_sequences=16)
+    told = [repr(run), *map(repr, Warehouse(uri).runs().to_pylist()), *capfd.readouterr()]
+    assert run.warehouse == server.uri("keys")
+    with server.asking_for_keys():
+        assert run.scores(site="block").num_rows > 0, "the same process opens it by its name"
+    with pytest.raises(WarehouseError) as caught:
+        Warehouse(f"s3://{server.key}:{server.secret} @lab/keys?bogus=1").runs()
+    told.append(str(caught.value))
+    objects = server.objects("keys")
+    for text in (server.secret, secret, server.key):
+        assert not any(text in line for line in told)
+        assert not any(text.encode() in data for data in objects.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s3://KEY:SEC/RET@lab/w?region=x", "s3://lab/w?region=x"),
+        ("at 's3://K:S@lab' and s3://K:S@lab/w", "at 's3://lab' and s3://lab/w"),
+        ("https://host/a.jsonl?X-Amz-Signature=abc&part=1", "https://host/a.jsonl?X-Amz-Signature=***&part=1"),
+        ("Cannot parse 's3://K:S E C@lab'", "Cannot parse 's3://lab'"),
+        ("Cannot read s3://lab: ask me@host", "Cannot read s3://lab: ask me@host"),
+        ("hdfs://host:8020/w@x", "hdfs://host:8020/w@x"),
+        ("/folder/a@b:c", "/folder/a@b:c"),
+        ("org/model@main", "org/model@main"),
+    ],
+)
+def test_only_what_is_secret_is_left_out(text: str, shown: str) -> None:
+    assert without_secrets(text) == shown
+    assert str(WarehouseError(text)) == shown

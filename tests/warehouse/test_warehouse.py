@@ -1,0 +1,537 @@
+"""The warehouse: lossless, atomic, whole runs only, readable by anything that reads Parquet."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import pickle
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from avss_dist.errors import WarehouseError
+from avss_dist.settings import SCHEMA_VERSION, SITES
+from avss_dist.stats.histogram import HISTOGRAM_BINS
+from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, merge_stats
+from avss_dist.warehouse.schema import encode_shard
+from avss_dist.warehouse.store import SCHEMAS, TABLES, RunIdentity, Store
+
+RUN = RunIdentity(run_id="tiny-0123456789", model="org/tiny", revision=None, family="llama")
+LAYERS = ("model.layers.0", "model.layers.1", "model.layers.2")
+THRESHOLDS = np.array([1e-5, 1e-2])
+
+
+def make_stats(seed: int = 0, units: int = 6) -> LayerStats:
+    rng = np.random.default_rng(seed)
+    histogram = np.zeros(HISTOGRAM_BINS, np.int64)
+    histogram[rng.choice(HISTOGRAM_BINS, 200, replace=False)] = rng.integers(1, 2**40, 200)
+    scalars: dict[str, Any] = {"mean": rng.normal(), "m2": rng.random(), "min": -3.0, "max": 4.0, "max_abs": 4.0}
+    return LayerStats(
+        thresholds=THRESHOLDS,
+        near_zero=rng.integers(0, 99, 2),
+        count=int(histogram.sum()),
+        histogram=histogram,
+        unit_count=7,
+        unit_sum=rng.normal(size=units),
+        unit_sum_sq=rng.random(units),
+        **scalars,
+    )
+
+
+def make_shard(shard_id: int, layers: tuple[str, ...] = LAYERS, units: int = 6) -> ShardResult:
+    stats = {(i, site): make_stats(shard_id * 100 + i, units) for i in range(len(layers)) for site in SITES}
+    return ShardResult(
+        shard_id=shard_id,
+        content_hash=f"hash{shard_id}",
+        layers=layers,
+        stats=stats,
+        num_tokens=64,
+        seconds=0.1 + shard_id,
+    )
+
+
+def run_row(status: str = "done", run_id: str = RUN.run_id, **more: Any) -> dict[str, Any]:
+    return {
+        "run_id": run_id,
+        "status": status,
+        "created_at": datetime(2025, 1, 2, tzinfo=UTC),
+        "model": RUN.model,
+        "family": RUN.family,
+        "thresholds": (1e-5, 1e-2),
+        "sites": SITES,
+        "versions": {"torch": "2.0", "numpy": "2.1"},
+        "notes": [],
+        **more,
+    }
+
+
+def score_rows() -> list[dict[str, Any]]:
+    return [
+        {
+            "layer": i,
+            "site": "block",
+            "recipe": "pooled",
+            "threshold": 1e-5,
+            "avss": float("nan"),
+            "avss_smoothed": i + 0.5,
+        }
+        | {"nav": None, "rank": np.int64(i + 1), "quality": "ok", "count": 2**40, "variance": np.float64(i)}
+        for i in range(3)
+    ]
+
+
+def whole_run(store: Store, run_id: str = RUN.run_id, **more: Any) -> None:
+    run = replace(RUN, run_id=run_id)
+    shard = make_shard(0)
+    store.create()
+    store.write_shard(run, shard)
+    store.write_layer_stats(run, LAYERS, shard.stats)
+    store.write_scores(run, score_rows())
+    store.write_run(run_row(run_id=run_id, **more))
+
+
+def assert_same(a: ShardResult, b: ShardResult) -> None:
+    for f in fields(ShardResult):
+        if f.name != "stats":
+            assert getattr(a, f.name) == getattr(b, f.name)
+    assert_same_stats(dict(a.stats), dict(b.stats))
+
+
+def assert_same_stats(a: dict[LayerKey, LayerStats], b: dict[LayerKey, LayerStats]) -> None:
+    assert a.keys() == b.keys()
+    for key, stats in a.items():
+        for f in fields(LayerStats):
+            x, y = np.asarray(getattr(stats, f.name)), np.asarray(getattr(b[key], f.name))
+            assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()), f.name
+
+
+def shard_path(root: Path, shard_id: int) -> Path:
+    return root / f"shard_stats/run_id={RUN.run_id}/shard-{shard_id:05d}.parquet"
+
+
+def temporaries(root: Path) -> list[Path]:
+    return [path for path in root.rglob(".*") if path.is_file()]
+
+
+FLOATS = st.floats(allow_nan=True, allow_infinity=True).map(lambda x: float("nan") if np.isnan(x) else x)
+COUNTS = st.integers(0, 2**40)
+
+
+@st.composite
+def layer_stats(draw: st.DrawFn) -> LayerStats:
+    if draw(st.booleans()):
+        return LayerStats.zero(THRESHOLDS)
+    values: dict[str, Any] = {}
+    for f in fields(LayerStats):
+        if f.type in ("int", "float"):
+            values[f.name] = draw(COUNTS if f.type == "int" else FLOATS)
+    sizes = draw(st.sets(st.floats(0, width=32, allow_infinity=False), max_size=4))
+    values["abs_value"] = np.array(sorted(sizes), np.float32)
+    values["abs_value_count"] = np.array([draw(COUNTS) for _ in sizes], np.int64)
+    values["abs_value_cut"] = draw(st.booleans())
+    units = draw(st.sampled_from([0, 3]))
+    for name in ("unit_sum", "unit_sum_sq"):
+        values[name] = np.array(draw(st.lists(FLOATS, min_size=units, max_size=units)), np.float64)
+    histogram = np.zeros(HISTOGRAM_BINS, np.int64)
+    for index, count in draw(st.dictionaries(st.sampled_from([0, 1, 1000, 2047]), COUNTS)).items():
+        histogram[index] = count
+    near_zero = np.array(draw(st.lists(COUNTS, min_size=2, max_size=2)), np.int64)
+    return LayerStats(thresholds=THRESHOLDS, near_zero=near_zero, histogram=histogram, **values)
+
+
+KEYS = st.tuples(st.integers(0, 2), st.sampled_from(SITES))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(stats=st.dictionaries(KEYS, layer_stats(), max_size=3), seconds=st.floats(0, 1e9), tokens=COUNTS)
+def test_round_trip_is_lossless_and_merges_again(
+    tmp_path: Path, stats: dict[LayerKey, LayerStats], seconds: float, tokens: int
+) -> None:
+    store = Store(tmp_path)
+    shards = [
+        ShardResult(shard_id=i, content_hash="h", layers=LAYERS, stats=stats, num_tokens=tokens, seconds=seconds)
+        for i in range(2)
+    ]
+    for shard in shards:
+        store.write_shard(RUN, shard)
+    store.write_layer_stats(RUN, LAYERS, stats)
+    back = store.read_shards(RUN.run_id, {0: "h", 1: "h"})
+    for shard, read in zip(shards, back, strict=True):
+        assert_same(shard, read)
+        assert_same(shard, pickle.loads(pickle.dumps(read)))
+    assert_same_stats(stats, store.read_layer_stats(RUN.run_id))
+    with np.errstate(all="ignore"):
+        assert_same_stats(merge_stats([s.stats for s in shards]), merge_stats([s.stats for s in back]))
+
+
+def test_a_result_that_was_encoded_by_its_worker_is_kept_as_the_same_bytes(tmp_path: Path) -> None:
+    """It travels without a copy, reads as statistics, and one of another run is not passed for this one's."""
+    plain = make_shard(3)
+    buffers: list[pickle.PickleBuffer] = []
+    sent = pickle.dumps(replace(plain, stats=encode_shard(RUN, plain)), 5, buffer_callback=buffers.append)
+    result = pickle.loads(sent, buffers=buffers)
+    assert len(sent) < 1000 and len(buffers) == 1
+    assert_same(result, plain)
+
+    here, there, other = (Store(tmp_path / name) for name in ("here", "there", "other"))
+    here.write_shard(RUN, plain)
+    there.write_shard(RUN, result)
+    assert shard_path(tmp_path / "here", 3).read_bytes() == shard_path(tmp_path / "there", 3).read_bytes()
+    moved = replace(RUN, run_id="tiny-9876543210")
+    other.write_shard(moved, result)
+    (back,) = other.read_shards(moved.run_id, {3: plain.content_hash})
+    assert_same(back, plain)
+    assert encode_shard(moved, result).run == moved
+
+
+def test_schemas_are_the_contract() -> None:
+    assert tuple(SCHEMAS) == TABLES
+    stats = {f.name for f in fields(LayerStats)} - {"histogram"} | {"histogram_bin", "histogram_count"}
+    identity = ["run_id", "model", "revision", "family"]
+    place = ["layer", "layer_name", "depth", "site"]
+    assert SCHEMAS["layer_stats"].names[:9] == [*identity, *place, "thresholds"]
+    assert set(SCHEMAS["layer_stats"].names[8:]) == stats
+    assert SCHEMAS["shard_stats"].names[:10] == [*identity, "shard_id", "content_hash", *place]
+    assert " ".join(SCHEMAS["scores"].names) == (
+        "run_id model revision family layer layer_name depth site recipe threshold threshold_kind count "
+        "near_zero_count variance sparsity nav nas avss avss_smoothed avss_normalized avss_cumulative rank "
+        "avss_low avss_high lowest_set_probability quality block_influence angular_distance relative_magnitude "
+        "update_variance_ratio"
+    )
+    assert SCHEMAS["runs"].field("versions").type == pa.map_(pa.string(), pa.string())
+    assert SCHEMAS["runs"].field("created_at").type == pa.timestamp("us", "UTC")
+    assert SCHEMAS["scores"].field("rank").type == pa.int32()
+    assert all(schema.field("run_id").type == pa.string() for schema in SCHEMAS.values())
+
+
+@pytest.mark.parametrize("name", TABLES[:4])
+def test_tables_have_their_schema(tmp_path: Path, name: str) -> None:
+    store = Store(tmp_path)
+    whole_run(store)
+    table = store.table(name)
+    assert table.schema.equals(SCHEMAS[name])
+    assert set(table["run_id"].to_pylist()) == {RUN.run_id}
+    assert store.table("evaluations").num_rows == 0
+    assert store.dataset("evaluations") is None
+    assert store.table(name, run_ids=["other"], columns=["model", "run_id"]).schema.names == ["model", "run_id"]
+    (file,) = (tmp_path / name).rglob("*.parquet")
+    metadata = pq.read_metadata(file)
+    assert metadata.num_row_groups == 1
+    assert metadata.row_group(0).column(0).compression == "ZSTD"
+    assert metadata.metadata[b"avss_schema_version"] == str(SCHEMA_VERSION).encode()
+    assert "run_id" not in pq.ParquetFile(file).schema_arrow.names
+
+
+def test_scores_turn_nan_and_none_into_null(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    whole_run(store)
+    row = store.table("scores").to_pylist()[2]
+    assert (row["avss"], row["nav"], row["avss_low"]) == (None, None, None)
+    assert (row["avss_smoothed"], row["rank"], row["count"], row["model"]) == (2.5, 3, 2**40, "org/tiny")
+    with pytest.raises(WarehouseError, match=r"Unknown column 'avs'.\nDid you mean 'avss'"):
+        store.write_scores(RUN, [{"avs": 1.0}])
+
+
+def test_run_row_comes_back(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.run(RUN.run_id) is None
+    store.write_run(run_row(num_tokens=5))
+    row = store.run(RUN.run_id)
+    assert row is not None
+    assert row["versions"] == {"torch": "2.0", "numpy": "2.1"}
+    assert row["thresholds"] == [1e-5, 1e-2]
+    assert row["schema_version"] == SCHEMA_VERSION
+    assert row["created_at"] == datetime(2025, 1, 2, tzinfo=UTC)
+    assert row["error"] is None
+    assert set(row) == set(SCHEMAS["runs"].names)
+    with pytest.raises(ValueError, match="status"):
+        store.write_run(run_row("finished"))
+
+
+def test_numeric_run_ids_stay_strings(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for run_id in ("123", "0456", "2024-01-01"):
+        whole_run(store, run_id)
+    assert sorted(store.table("scores")["run_id"].unique().to_pylist()) == ["0456", "123", "2024-01-01"]
+    assert store.table("runs", run_ids=["0456"]).num_rows == 1
+    assert store.table("scores", run_ids=["0456", "123"]).num_rows == 6
+
+
+@pytest.mark.parametrize("run_id", ["../x", "a/b", "", "a b", "a%2Fb", "é"])
+def test_run_ids_are_slugs(tmp_path: Path, run_id: str) -> None:
+    with pytest.raises(ValueError, match="a run id is made of"):
+        Store(tmp_path).write_scores(replace(RUN, run_id=run_id), [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def damage_truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage_empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def damage_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 0x10
+    path.write_bytes(data)
+
+
+def damage_foreign(path: Path) -> None:
+    pq.write_table(pa.table({"x": [1]}), path)
+
+
+def damage_swap(path: Path) -> None:
+    path.write_bytes(path.with_name("shard-00000.parquet").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_truncate, damage_empty, damage_bit, damage_foreign, damage_swap, Path.unlink]
+)
+def test_a_damaged_partial_is_left_out(tmp_path: Path, damage: Any) -> None:
+    store = Store(tmp_path)
+    for i in range(3):
+        store.write_shard(RUN, make_shard(i))
+    damage(shard_path(tmp_path, 1))
+    back = store.read_shards(RUN.run_id, {i: f"hash{i}" for i in range(3)})
+    assert [shard.shard_id for shard in back] == [0, 2]
+    assert_same(back[1], make_shard(2))
+
+
+def test_a_partial_of_another_plan_or_run_is_left_out(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write_shard(RUN, make_shard(0))
+    assert store.read_shards(RUN.run_id, {0: "changed"}) == []
+    assert store.read_shards("another", {0: "hash0"}) == []
+    folder = tmp_path / "shard_stats/run_id=another"
+    folder.mkdir()
+    (folder / "shard-00000.parquet").write_bytes(shard_path(tmp_path, 0).read_bytes())
+    assert store.read_shards("another", {0: "hash0"}) == []
+
+
+def test_leftovers_of_a_crash_are_never_read(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    whole_run(store)
+    for name in TABLES[:4]:
+        folder = tmp_path / name / f"run_id={RUN.run_id}"
+        (folder / ".scores.parquet.99-abcd.tmp").write_bytes(b"half")
+        (folder / ".hidden.parquet").write_bytes(b"half")
+    assert [store.table(name).num_rows for name in TABLES] == [1, 3, 15, 15] + [0] * len(TABLES[4:])
+
+
+def test_only_whole_runs_are_seen(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    whole_run(store, "whole")
+    for run_id in ("no-row", "failed"):
+        run = replace(RUN, run_id=run_id)
+        store.write_shard(run, make_shard(0))
+        store.write_layer_stats(run, LAYERS, make_shard(0).stats)
+        store.write_scores(run, score_rows())
+    store.write_run(run_row("failed", "failed", error="out of memory"))
+    for name in ("scores", "layer_stats", "shard_stats"):
+        assert set(store.table(name)["run_id"].to_pylist()) == {"whole"}
+    assert store.table("runs")["run_id"].to_pylist() == ["failed", "whole"]
+
+
+def test_failed_never_replaces_done(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for status, expected in [("failed", "failed"), ("done", "done"), ("failed", "done")]:
+        store.write_run(run_row(status))
+        assert (store.run(RUN.run_id) or {})["status"] == expected
+
+
+def rewrite(path: Path, drop: list[str], version: str, **columns: Any) -> None:
+    table = pq.ParquetFile(path).read().drop_columns(drop)
+    for name, value in columns.items():
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array([value], pa.int32()))
+    metadata = {**(table.schema.metadata or {}), b"avss_schema_version": version.encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+
+
+@pytest.mark.parametrize("by", ["metadata", "column"])
+def test_a_newer_schema_is_refused(tmp_path: Path, by: str) -> None:
+    store = Store(tmp_path)
+    whole_run(store)
+    for path in tmp_path.rglob("*.parquet"):
+        newer = {"schema_version": SCHEMA_VERSION + 1} if by == "column" and path.name == "run.parquet" else {}
+        rewrite(path, [], str(SCHEMA_VERSION + (by == "metadata")), **newer)
+    versions = f"schema {SCHEMA_VERSION + 1}, this one reads up to {SCHEMA_VERSION}"
+    text = rf"newer avss_dist: {versions}.\npip install -U avss_dist"
+    for name in TABLES:
+        with pytest.raises(WarehouseError, match=text):
+            store.table(name)
+    if by == "metadata":
+        for read in (store.run, store.read_layer_stats, lambda run_id: store.read_shards(run_id, {0: "hash0"})):
+            with pytest.raises(WarehouseError, match=text):
+                read(RUN.run_id)
+
+
+def test_an_older_schema_reads_as_null(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    whole_run(store, "new")
+    whole_run(store, "old")
+    folder = "run_id=old"
+    rewrite(tmp_path / "scores" / folder / "scores.parquet", ["quality", "rank"], "0")
+    rewrite(tmp_path / "runs" / folder / "run.parquet", ["notes", "schema_version"], "0")
+    rewrite(tmp_path / "layer_stats" / folder / "layer_stats.parquet", ["input_mean"], "0")
+    assert store.table("scores", run_ids=["old"])["quality"].null_count == 3
+    assert store.table("scores", run_ids=["new"])["quality"].null_count == 0
+    assert store.table("scores").num_rows == 6
+    assert (store.run("old") or {})["notes"] is None
+    assert store.read_layer_stats("old")[0, "block"].input_mean == 0.0
+
+
+def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(WarehouseError, match="is not a warehouse: it has no runs folder"):
+        Store(tmp_path).table("runs")
+    store = Store(tmp_path)
+    store.create()
+    assert temporaries(tmp_path) == []
+    with pytest.raises(WarehouseError, match="has no runs yet"):
+        store.table("scores")
+    whole_run(store)
+    with pytest.raises(WarehouseError, match="Did you mean 'scores'"):
+        store.table("score")
+    with pytest.raises(WarehouseError, match="Did you mean 'quality'"):
+        store.table("scores", columns=["qualty"])
+    with pytest.raises(WarehouseError, match=f"Did you mean '{RUN.run_id}'"):
+        store.read_layer_stats("tiny-0123456780")
+    damage_truncate(tmp_path / "runs" / f"run_id={RUN.run_id}" / "run.parquet")
+    with pytest.raises(WarehouseError, match=r"Cannot read .*run\.parquet"):
+        store.table("runs")
+
+
+@pytest.mark.parametrize("uri", ["foo://x/y", "s3:/bucket/x"])
+def test_a_bad_uri_is_refused(uri: str) -> None:
+    with pytest.raises(WarehouseError, match=r"Cannot open s3:|Cannot open foo:"):
+        Store(uri)
+
+
+def test_opening_touches_nothing(tmp_path: Path) -> None:
+    Store(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_place_is_refused_before_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file/below", Path("/proc/avss")):
+        with pytest.raises(WarehouseError, match="Cannot write"):
+            Store(place).create()
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "percent%20", "é"])
+def test_folders_and_file_uris_are_the_same_place(tmp_path: Path, name: str) -> None:
+    root = tmp_path / name
+    whole_run(Store(root.as_uri()))
+    assert root.is_dir()
+    assert Store(str(root)).table("scores").num_rows == 3
+
+
+def test_store_is_pickled(tmp_path: Path) -> None:
+    whole_run(Store(tmp_path))
+    assert pickle.loads(pickle.dumps(Store(tmp_path))).table("scores").num_rows == 3
+
+
+def can_mount() -> bool:
+    if os.getuid() != 0:
+        return False
+    cap_sys_admin = 21
+    return bool(ctypes.CDLL(None).prctl(23, cap_sys_admin, 0, 0, 0) == 1)  # 23: PR_CAPBSET_READ
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.skipif(not can_mount(), reason="mounting a full disk takes root with CAP_SYS_ADMIN")
+def test_a_full_disk_keeps_what_is_done(small_disk: Path) -> None:
+    store = Store(small_disk)
+    store.create()
+    store.write_shard(RUN, make_shard(0))
+    store.write_shard(RUN, make_shard(1))
+    with pytest.raises(OSError, match="No space"):
+        (small_disk / "filler").write_bytes(b"0" * 2**20)
+    text = f"No space left on {small_disk}.\nFree some and run the same command again: 2 shards are kept."
+    with pytest.raises(WarehouseError) as caught:
+        store.write_shard(RUN, make_shard(2, units=2000))
+    assert str(caught.value) == text
+    with pytest.raises(WarehouseError, match="No space left"):
+        store.create()
+    assert temporaries(small_disk) == []
+    assert not shard_path(small_disk, 2).exists()
+    (small_disk / "filler").unlink()
+    store.write_shard(RUN, make_shard(2))
+    back = store.read_shards(RUN.run_id, {i: f"hash{i}" for i in range(3)})
+    for i in range(3):
+        assert_same(back[i], make_shard(i))
+
+
+def write_repeatedly(root: str) -> None:
+    for _ in range(5):
+        whole_run(Store(root))
+
+
+def test_two_drivers_write_the_same_run(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    drivers = [context.Process(target=write_repeatedly, args=(str(tmp_path),)) for _ in range(2)]
+    for driver in drivers:
+        driver.start()
+    store = Store(tmp_path)
+    while any(driver.is_alive() for driver in drivers):
+        if store.run(RUN.run_id):
+            assert store.table("scores").num_rows == 3
+        time.sleep(0.02)
+    for driver in drivers:
+        driver.join()
+        assert driver.exitcode == 0
+    assert temporaries(tmp_path) == []
+    assert_same(store.read_shards(RUN.run_id, {0: "hash0"})[0], make_shard(0))
+
+
+def test_other_readers_open_the_files(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    whole_run(store, "a-1")
+    whole_run(store, "b-2")
+    for name, rows in [("runs", 2), ("scores", 6), ("layer_stats", 30), ("shard_stats", 30)]:
+        folder = tmp_path / name
+        scan = f"read_parquet('{folder}/**/*.parquet', hive_partitioning = true)"
+        found = duckdb.execute(f"SELECT count(*), min(run_id), max(run_id) FROM {scan}").fetchall()
+        assert found == [(rows, "a-1", "b-2")]
+        for frame in (pl.read_parquet(folder), pl.read_parquet(folder / "**/*.parquet", hive_partitioning=True)):
+            assert frame.height == rows
+            assert frame["run_id"].unique().sort().to_list() == ["a-1", "b-2"]
+        pandas = pd.read_parquet(folder)
+        assert (len(pandas), sorted(pandas["run_id"].unique())) == (rows, ["a-1", "b-2"])
+
+
+def test_a_shard_is_written_and_read_fast(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    shard = make_shard(0, tuple(f"model.layers.{i}" for i in range(30)), units=576)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        store.write_shard(RUN, shard)
+        store.read_shards(RUN.run_id, {0: "hash0"})
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5  # about 0.03 on an idle machine
