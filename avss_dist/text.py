@@ -24,9 +24,14 @@ def parse_bytes(text: str) -> int:
     return int(number * (1024 if match[3] else 1000) ** ("kmgt".find(match[2]) + 1 if match[2] else 0))
 
 
-def last_part(path: object) -> str:
+def basename(path: object) -> str:
     """The end of a path, which people know it by."""
     return str(path).rstrip("/").rpartition("/")[2]
+
+
+def escape_markdown(text: object) -> str:
+    """Text that Markdown and the HTML in it show as it is, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", " ".join(str(text).split()))
 
 
 def describe_bytes(size: float) -> str:

@@ -192,6 +192,7 @@ def export(
     """Write scores by layer as a table for a paper."""
     require_known("--to", to, KINDS)
     from avss_dist.report.export import export_text
+    from avss_dist.report.output import write_file
     from avss_dist.warehouse.reader import Warehouse
 
     opened = Warehouse(warehouse)
@@ -200,10 +201,7 @@ def export(
     if output is None:
         print(text, end="")
         return
-    try:
-        output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise QueryError(f"{output} cannot be written: {error.strerror}.", "Choose another place with -o.") from error
+    write_file(output, text.encode())
     print(output)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.errors import ModelError
+from avss_dist.system.folders import cache_folder
+from avss_dist.system.staging import staged_file
 
 WEIGHTS = "*.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -210,7 +211,7 @@ def content_hash(files: list[Path]) -> str:
 def _file_hash(file: Path) -> str:
     stat = file.stat()
     key = hashlib.sha256(f"{file}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}".encode()).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "avss_dist" / "sha256" / key
+    cache = cache_folder("sha256", key)
     if stat.st_size > 1 << 20 and cache.is_file():
         return cache.read_text(encoding="ascii")
     with file.open("rb") as stream:
@@ -223,8 +224,7 @@ def _file_hash(file: Path) -> str:
 def _remember(cache: Path, value: str) -> None:
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_suffix(f".{os.getpid()}")
-        temporary.write_text(value, encoding="ascii")
-        temporary.replace(cache)
+        with staged_file(cache) as staged:
+            staged.write_text(value, encoding="ascii")
     except OSError:
         return  # only a convenience: without it the file is hashed again

@@ -27,6 +27,7 @@ from avss_dist.models.skipping import skipping
 from avss_dist.pruning.plan import Plan, PlanError
 from avss_dist.settings import Settings
 from avss_dist.system.devices import available_memory
+from avss_dist.text import escape_markdown
 
 COUNTS = ("first_k_dense_replace", "max_window_layers", "num_dense_layers", "first_num_dense_layers")
 _NO_LAYERS = re.compile(r"token|architectures|rope|section|words|factor|label|kernel|size", re.IGNORECASE)
@@ -238,15 +239,10 @@ def model_card(checkpoint: Checkpoint, plan: Plan) -> str:
     head = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items())
     source = f", of run {plan.run_id}" if plan.run_id else ""
     return (
-        f"---\n{head}\n---\n\n# {_plain(name)} without {len(plan.drop)} of its {plan.num_layers} layers\n\n"
+        f"---\n{head}\n---\n\n# {escape_markdown(name)} without {len(plan.drop)} of its {plan.num_layers} layers\n\n"
         f"Removed, counted from 0: {', '.join(map(str, plan.drop))}. The others are unchanged.\n\n"
-        f"Chosen {_plain(why)}{source}. Base model at {checkpoint.revision}. Written by avss_dist.\n"
+        f"Chosen {escape_markdown(why)}{source}. Base model at {checkpoint.revision}. Written by avss_dist.\n"
     )
-
-
-def _plain(text: str) -> str:
-    """A text that Markdown and HTML take for one."""
-    return re.sub(r"([\\`*_\[\]<>#&|])", r"\\\1", " ".join(text.split()))
 
 
 def _difference(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Settings) -> float | None:

@@ -11,6 +11,7 @@ import altair as alt
 import vl_convert
 
 from avss_dist.errors import AvssError, nearest
+from avss_dist.report.output import write_file
 from avss_dist.stats.scores import count_lowest
 from avss_dist.text import describe_threshold
 
@@ -116,10 +117,7 @@ def save_chart(chart: Any, path: Path) -> None:
         data = _page(spec).encode()
     else:
         raise AvssError(f"'{path}' does not say what to draw.", nearest(kind, FORMATS))
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise AvssError(f"{path} cannot be written: {error.strerror}.", "Choose another place with -o.") from error
+    write_file(path, data)
 
 
 def _page(spec: Mapping[str, Any]) -> str:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from avss_dist.report.terminal.compare import short_name
 from avss_dist.settings import LOWEST_SHARE
 from avss_dist.stats.scores import count_lowest
-from avss_dist.text import describe_threshold
+from avss_dist.text import describe_threshold, escape_markdown
 
 DIGITS = 3
 COLUMNS = {
@@ -28,6 +27,7 @@ COLUMNS = {
     "relative_magnitude": "Relative magnitude",
 }
 PLACE = ("run_id", "model", "revision", "family", "site", "recipe", "threshold", "threshold_kind")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a formula begins with
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -56,7 +56,7 @@ def export_text(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str,
         text = io.StringIO()
         writer = csv.DictWriter(text, [*PLACE, *COLUMNS], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: _csv_cell(value) for name, value in row.items()} for row in rows)
         return text.getvalue()
     write = latex_table if kind == "latex" else markdown_table
     return "\n".join(write(run, [s for s in scores if s["run_id"] == run["run_id"]]) for run in runs)
@@ -111,11 +111,6 @@ def escape_latex(text: str) -> str:
     return "".join(_LATEX.get(c, c) for c in text)
 
 
-def escape_markdown(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", text.replace("\n", " "))
-
-
 def _body(
     scores: Sequence[Mapping[str, Any]], write: Callable[[Any], str], bold: Callable[[str], str]
 ) -> list[list[str]]:
@@ -125,6 +120,11 @@ def _body(
         cells = [write(s[name]) for name in COLUMNS]
         rows.append([bold(cell) for cell in cells] if s["rank"] is not None and s["rank"] <= lowest else cells)
     return rows
+
+
+def _csv_cell(value: Any) -> Any:
+    """A text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 def _round(value: Any) -> Any:

@@ -1,16 +1,33 @@
-"""A query's result, printed."""
+"""Results on their way out: a table printed, a file written."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from avss_dist.errors import AvssError
+from avss_dist.system.staging import staged_file
+
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file whole, or leave what was there before.
+
+    Raises:
+        AvssError: it cannot be written.
+    """
+    try:
+        with staged_file(path) as staged:
+            staged.write_bytes(data)
+    except OSError as error:
+        raise AvssError(f"{path} cannot be written: {error.strerror}.", "Choose another `output`.") from error
 
 
 def write_table(table: pa.Table, kind: str, console: Console) -> None:

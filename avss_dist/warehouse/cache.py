@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from itertools import pairwise
@@ -23,7 +21,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from avss_dist.settings import SCHEMA_VERSION
+from avss_dist.system.folders import cache_folder
 from avss_dist.system.progress_bar import tracked
+from avss_dist.system.staging import remove_leftovers, staged_file
 
 PICKED_BY = {"runs": [], "scores": ["site", "recipe", "threshold_kind", "threshold"]}
 """The tables that are copied, and what queries pick from them by: rows alike in that are a row group of their own."""
@@ -49,7 +49,7 @@ def digest(
     if name not in PICKED_BY or len(files) < FEWEST:
         return None, files
     key = hashlib.sha256(f"{root}\n{SCHEMA_VERSION}\n{schema}".encode()).hexdigest()[:32]
-    folder = _cache() / key / name
+    folder = cache_folder("tables", key, name)
     parts: list[Path] = []
     copied: set[str] = set()
     for part, holds in _parts(folder):
@@ -72,10 +72,6 @@ def digest(
     return dataset, {path: files[path] for path in left}
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "avss_dist" / "tables"
-
-
 def _parts(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
     """Every part of the cache that can be read, and the files that it copies."""
     for part in sorted(folder.glob("*.parquet")):
@@ -90,16 +86,13 @@ def _write(folder: Path, name: str, dataset: ds.Dataset, holds: Files) -> Path |
     listed = json.dumps(dict(holds))
     table = table.replace_schema_metadata({_FILES: listed.encode(), b"avss_schema_version": str(SCHEMA_VERSION)})
     part = folder / f"{hashlib.sha256(listed.encode()).hexdigest()[:32]}.parquet"
-    staged = part.with_name(f".{part.name}.{secrets.token_hex(4)}.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with pq.ParquetWriter(staged, table.schema, compression="zstd") as writer:
+        remove_leftovers(folder)
+        with staged_file(part) as staged, pq.ParquetWriter(staged, table.schema, compression="zstd") as writer:
             for group in _groups(table, PICKED_BY[name]):
                 writer.write_table(group)
-        staged.replace(part)
     except OSError:
-        with suppress(OSError):
-            staged.unlink(missing_ok=True)
         return None
     return part
 

@@ -21,6 +21,7 @@ import pyarrow.fs as pafs
 from avss_dist.errors import StorageFull, WarehouseError, nearest, require_known, without_secrets
 from avss_dist.settings import SCHEMA_VERSION
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
+from avss_dist.system.staging import remove_leftovers, staged_file
 from avss_dist.warehouse.schema import (
     SCHEMAS,
     TABLES,
@@ -63,6 +64,8 @@ class Store:
         probe = f"{self._base}/runs/.probe-{os.getpid()}-{secrets.token_hex(4)}"
         self._commit(probe, b"avss")
         self._fs.delete_file(probe)
+        if self._fs.type_name == "local":
+            remove_leftovers(Path(self._base))
 
     def write_shard(self, run: RunIdentity, result: ShardResult) -> None:
         """Keep one shard's result, lossless to the last bit, so that a resumed run need not compute it again."""
@@ -271,15 +274,8 @@ def _reason(error: Exception) -> str:
 def _replace(path: Path, data: pa.Buffer | bytes, staging: Path) -> None:
     """Write a local file aside, in ``staging`` (Polars reads every file of a table's folder), and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = staging / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    try:
-        with staged.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    with staged_file(path, folder=staging, durable=True) as staged:
+        staged.write_bytes(data)
 
 
 @contextmanager

@@ -325,7 +325,7 @@ def test_a_missing_option_is_named(missing: str, warehouse: Path) -> None:
         (["show", "--threshold", "x"], ["'x' is not a threshold"]),
         (["show", "--threshold", "2e-5"], ["No scores at threshold 2e-5", "Scored: 1e-06, 1e-05", "0.1rms"]),
         (["plot", "-o", "a.pdf"], ["'a.pdf' does not say what to draw", ".png, .svg, .html"]),
-        (["plot", "-o", "/no/such/folder/a.svg"], ["/no/such/folder/a.svg cannot be written", "with -o"]),
+        (["plot", "-o", "/no/such/folder/a.svg"], ["/no/such/folder/a.svg cannot be written", "output"]),
         (["query", "DROP TABLE scores"], ["DROP is not allowed in a query", "A query only reads"]),
         (["query", "COPY scores TO 'a.csv'"], ["COPY is not allowed in a query"]),
         (["query", "INSERT INTO runs SELECT * FROM runs"], ["INSERT is not allowed in a query"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 from support.warehouses import activations, avss, stats_of, write_measured, write_scores
 
-from avss_dist.report.export import COLUMNS, PLACE, escape_latex, escape_markdown
+from avss_dist.report.export import COLUMNS, PLACE, escape_latex
+from avss_dist.text import escape_markdown
 from avss_dist.warehouse.reader import Warehouse
 
 HOSTILE = r"org/a_b&c%$#{}~^\ <b>|`x`*"
@@ -102,6 +104,32 @@ def test_mistakes(root: Path, args: list[str], text: str) -> None:
     result = avss("export", root, *args)
     assert (result.exit_code, result.stdout) == (2, "")
     assert text.partition("\n")[0] in result.stderr
+
+
+def test_names_are_no_formulas_in_a_spreadsheet(tmp_path: Path) -> None:
+    write_scores(tmp_path, "a", [1.0, 2.0, 3.0, 4.0], model="=HYPERLINK(0)", family="@x", revision="-1+1")
+    (first, *_) = csv.DictReader(io.StringIO(exported(tmp_path, "csv")))
+    assert (first["model"], first["family"], first["revision"]) == ("'=HYPERLINK(0)", "'@x", "'-1+1")
+
+
+def test_an_old_file_outlives_a_write_that_fails(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk, a page or a picture is not lost to half of another."""
+    write = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        write(path, data[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "write_text", lambda path, text, **_: full(path, text.encode()))
+    for name, args in (("old.html", ["report", root]), ("old.svg", ["plot", root]), ("old.csv", ["export", root])):
+        file = tmp_path / name
+        with file.open("w") as stream:
+            stream.write("old")
+        to = ["--to", "csv"] if name == "old.csv" else []
+        result = avss(*args, "-o", file, *to, "--run", "tiny-1")
+        assert result.exit_code == 2 and "cannot be written: No space left on device" in result.stderr
+        assert file.read_text() == "old" and list(tmp_path.glob(".*")) == []
 
 
 def test_escapes() -> None:

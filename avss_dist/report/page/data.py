@@ -14,7 +14,7 @@ import pyarrow as pa
 from avss_dist.report.chart import RIVALS
 from avss_dist.settings import PUBLISHED_THRESHOLD, RECIPES, SITES
 from avss_dist.stats.scores import count_lowest
-from avss_dist.text import describe_threshold, last_part
+from avss_dist.text import basename, describe_threshold
 
 if TYPE_CHECKING:
     from avss_dist.warehouse.reader import Warehouse
@@ -104,10 +104,10 @@ def _described(runs: Sequence[Mapping[str, Any]], table: pa.Table) -> list[dict[
 
 def run_labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Short names that differ: the model's, and of what tells runs of one model apart as little as will do."""
-    labels = [last_part(run["model"] or run["run_id"]) for run in runs]
+    labels = [basename(run["model"] or run["run_id"]) for run in runs]
     settings = [json.loads(run["settings"] or "{}") for run in runs]
     keys = [key for key in dict.fromkeys(key for one in settings for key in one) if key not in _TELLING]
-    details = [[None if run[name] is None else last_part(run[name]) for run in runs] for name in _TELLING]
+    details = [[None if run[name] is None else basename(run[name]) for run in runs] for name in _TELLING]
     details += [[f"{key}={one[key]}" if one.get(key) else None for one in settings] for key in keys]
     details += [[run["run_id"][-10:] for run in runs]]
     for detail in details:

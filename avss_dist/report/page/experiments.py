@@ -12,7 +12,7 @@ import vl_convert
 
 from avss_dist.analysis.verdict import CLAIMED_KEPT, WHOLE, kept_by_guess, primary_metric, shown_value, verdicts
 from avss_dist.settings import LOSS
-from avss_dist.text import last_part
+from avss_dist.text import basename
 
 if TYPE_CHECKING:
     from avss_dist.warehouse.reader import Warehouse
@@ -123,4 +123,4 @@ def _image(rows: Sequence[Row], guesses: Mapping[str, float | None]) -> str:
 
 def _short(task: str) -> str:
     name, colon, rest = task.partition(":")
-    return f"{name}: {last_part(rest)}" if colon else last_part(task)
+    return f"{name}: {basename(rest)}" if colon else basename(task)

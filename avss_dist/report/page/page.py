@@ -20,11 +20,11 @@ from markupsafe import Markup
 from avss_dist import __version__
 from avss_dist.analysis.compare import CONDITIONS
 from avss_dist.analysis.findings import findings
-from avss_dist.errors import AvssError
+from avss_dist.report.output import write_file
 from avss_dist.report.page.charts import page_charts
 from avss_dist.report.page.data import page_data
 from avss_dist.report.page.experiments import experiments
-from avss_dist.text import last_part
+from avss_dist.text import basename
 
 if TYPE_CHECKING:
     from avss_dist.warehouse.reader import Warehouse
@@ -55,11 +55,7 @@ def save_report(warehouse: Warehouse, path: Path, run_ids: Collection[str] | Non
         AvssError: the file cannot be written.
         WarehouseError: as `Store.table`.
     """
-    page = report_page(warehouse, run_ids)
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise AvssError(f"{path} cannot be written: {error.strerror}.", "Choose another place with -o.") from error
+    write_file(path, report_page(warehouse, run_ids).encode())
 
 
 def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) -> str:
@@ -168,7 +164,7 @@ def _cell(name: str, value: Any) -> dict[str, Any]:
         "class": "number" if name == "#" or name in _NUMBERS else name,
         "value": "" if value is None else value,
         "title": text,
-        "text": last_part(text) if name in ("model", "corpus") else text,
+        "text": basename(text) if name in ("model", "corpus") else text,
     }
 
 

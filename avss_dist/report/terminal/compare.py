@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from avss_dist.text import last_part
+from avss_dist.text import basename
 
 MOST_PAIRS = 40  # shown on a terminal
 FEW = 3  # runs that a finding names, and messages of one kind, before they are only counted
@@ -49,7 +49,7 @@ def _labels(row: Mapping[str, Any], within: bool) -> list[str]:
 
 def short_name(text: str) -> str:
     """A local path as its last part; anything else, such as a hub id, as it is."""
-    return last_part(text) if text.startswith(("/", "./", "../", "~")) else text
+    return basename(text) if text.startswith(("/", "./", "../", "~")) else text
 
 
 def _numbers(row: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from avss_dist.report.terminal.estimate import describe_seconds
-from avss_dist.text import last_part
+from avss_dist.text import basename
 
 if TYPE_CHECKING:
     from avss_dist.partition.base import Placement
@@ -184,4 +184,4 @@ class Log:
 
 def _short(name: str) -> str:
     """The ends of the paths of a model and of a corpus."""
-    return " on ".join(last_part(path) for path in name.split(" on "))[:60]
+    return " on ".join(basename(path) for path in name.split(" on "))[:60]
