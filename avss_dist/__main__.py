@@ -1,5 +1,6 @@
-"""``python -m avss_dist``."""
+"""``python -m avss_dist``: the command line."""
 
 from avss_dist.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

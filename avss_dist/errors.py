@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 _USERINFO = re.compile(r"(?<=://)[^\s/?#@:]*:(?=\S)(?!\d+[/?#])[^@'\"\n]*@")
 _PARAMETER = re.compile(r"([?&][\w.-]*(?:key|secret|token|password|credential|sig)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE)
+_FIELD = re.compile(r"`([a-z][a-z0-9_]*)`")
 
 
 def without_secrets(text: str) -> str:
@@ -15,8 +16,24 @@ def without_secrets(text: str) -> str:
     return _PARAMETER.sub(r"\1***", _USERINFO.sub("", text))
 
 
+def spell_fields(text: str, spelling: Mapping[str, str]) -> str:
+    """A text with the fields that it names in backticks (```ranks```) as a front end spells them (``--ranks``).
+
+    Args:
+        spelling: by field; one that is missing stays as it is.
+    """
+    return _FIELD.sub(lambda match: spelling.get(match[1], match[0]), text)
+
+
+def named_fields(text: str) -> list[str]:
+    """The fields that a text names in backticks, in order."""
+    return _FIELD.findall(text)
+
+
 class AvssError(Exception):
-    """A mistake that the user can mend; shown without a traceback.
+    """An error that the user can fix; shown without a traceback.
+
+    Fields of settings and arguments of functions stand in backticks (```ranks```): front ends spell them their way.
 
     Args:
         message: what is wrong, and where.
@@ -24,7 +41,7 @@ class AvssError(Exception):
     """
 
     exit_code = 2
-    run_id: str | None = None  # the run that it ended, if it got so far
+    run_id: str | None = None  # of the run that it ended, where that had one already
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         self.message = without_secrets(message)
@@ -36,7 +53,25 @@ class AvssError(Exception):
 
 
 class ConfigError(AvssError):
-    """A setting has a value that it cannot have."""
+    """A setting has a value that it cannot have.
+
+    Attributes:
+        problems: the errors, where one stands for several of them; else the error itself.
+    """
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message, hint)
+        self.problems: tuple[ConfigError, ...] = (self,)
+
+    @classmethod
+    def of(cls, problems: Sequence[ConfigError]) -> ConfigError:
+        """One error for all problems: itself where there is one, else a line for each."""
+        if len(problems) == 1:
+            return problems[0]
+        lines = [" ".join(filter(None, (p.message, p.hint))) for p in problems]
+        made = cls("\n".join([f"{len(lines)} problems:", *lines]))
+        made.problems = tuple(problems)
+        return made
 
 
 class CorpusError(AvssError):
@@ -60,11 +95,11 @@ class QueryError(AvssError):
 
 
 class TaskError(AvssError):
-    """A task is unknown, or cannot be asked: its data are not to be had, or it runs code."""
+    """A task is unknown, its data cannot be loaded, or it runs code."""
 
 
 class RunFailed(AvssError):
-    """The work was asked for correctly and failed while it ran."""
+    """The request was valid; the work failed while it ran."""
 
     exit_code = 1
 
@@ -74,7 +109,7 @@ class BatchTooLarge(RunFailed):
 
 
 def as_failure(error: Exception) -> AvssError:
-    """An error as a run's end: a model's own code can raise anything, and must not stop the other models."""
+    """Any exception as the end of a run: a model's own code can raise anything, and must not stop the other models."""
     if isinstance(error, AvssError):
         return error
     failure = RunFailed(f"{type(error).__name__}: {error}")
@@ -82,23 +117,26 @@ def as_failure(error: Exception) -> AvssError:
     return failure
 
 
-FEW, MANY = 10, 40  # names that are told where there are many
+MAX_SUGGESTED, SHORTEN_ABOVE = 10, 40  # of more names than 40, an error lists 10
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Say which names are valid, the most similar one first: ``did you mean 'block'?``."""
+    """A hint that lists the valid names, the most similar one first: ``Did you mean 'block'? Valid: block, mlp.``"""
     names = [str(v) for v in valid]
     match = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
-    more = f" and {len(names) - FEW:,} more" if len(names) > MANY else ""
-    told = f"Valid: {', '.join(names[:FEW] if more else names)}{more}."
-    return f"Did you mean '{match[0]}'? {told}" if match else told
+    more = f" and {len(names) - MAX_SUGGESTED:,} more" if len(names) > SHORTEN_ABOVE else ""
+    valid_names = f"Valid: {', '.join(names[:MAX_SUGGESTED] if more else names)}{more}."
+    return f"Did you mean '{match[0]}'? {valid_names}" if match else valid_names
 
 
 def require_known(kind: str, name: str, valid: Iterable[str], error: type[AvssError] = ConfigError) -> str:
     """Return ``name`` if it is valid.
 
+    Args:
+        kind: what it is the name of; a field in backticks, or a noun.
+
     Raises:
-        AvssError: of the type ``error``, naming the nearest valid one.
+        AvssError: of the type ``error``; its hint names the nearest valid one.
     """
     names = list(valid)
     if name not in names:

@@ -1,15 +1,19 @@
-"""Frozen settings: the one home of every default, and what a fingerprint hashes."""
+"""Frozen settings: the one home of every default, and what a fingerprint hashes. Checked classes are made here."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
-from avss_dist.errors import ConfigError, require_known
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic_core import PydanticCustomError, core_schema
+
+from avss_dist.errors import AvssError, ConfigError, nearest, require_known
 
 SCHEMA_VERSION = 2
 SITES = ("block", "update", "attention", "mlp", "neuron")
@@ -38,6 +42,120 @@ BOOTSTRAP_SEED = 0
 BOOTSTRAP_BLOCKS = 100  # shards beyond this are resampled in blocks of consecutive ones
 INTERVAL = 0.95
 LOWEST_SHARE = 0.25
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Check:
+    """Metadata of a field: what its values must pass. ``Annotated[float, Check(require_share)]``.
+
+    Args:
+        check: raises an `AvssError`, or returns the value.
+        before: check what was passed, before its type is; ``check`` may then return a value of another type.
+    """
+
+    check: Callable[[Any], Any]
+    before: bool = False
+
+    def _run(self, value: Any) -> Any:
+        try:
+            return self.check(value)
+        except AvssError as error:  # pydantic collects its own errors only
+            raise PydanticCustomError("problem", "{message}", {"message": error.message, "hint": error.hint}) from None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        if self.before:
+            return core_schema.no_info_before_validator_function(self._run, handler(source))
+        return core_schema.no_info_after_validator_function(self._run, handler(source))
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Metadata of a field whose values are names: ``Annotated[str, OneOf(DTYPES)]``. Front ends list them."""
+
+    names: tuple[str, ...]
+
+    def _run(self, value: str) -> str:
+        if value not in self.names:
+            hint = nearest(value, self.names)
+            raise PydanticCustomError("unknown_name", "{value}", {"value": value, "hint": hint})
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_after_validator_function(self._run, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
+        return {**handler(schema), "enum": list(self.names)}
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def checked(cls: type[T]) -> type[T]:
+    """Make a class a frozen, keyword-only dataclass that checks its values: all fields, then ``__post_init__``.
+
+    It is a pydantic dataclass: `dataclasses.replace`, ``fields`` and ``asdict`` work, and ``Annotated`` types carry
+    ranges, descriptions, `OneOf` and `Check`. A wrong value, an unknown or a missing field is a `ConfigError` that
+    lists every problem, each with its field in backticks.
+    """
+    config = ConfigDict(strict=True, extra="forbid")
+    made: Any = pydantic_dataclass(cls, frozen=True, kw_only=True, config=config)
+    initialize = made.__init__
+
+    def initialize_or_explain(self: Any, **values: Any) -> None:
+        try:
+            initialize(self, **values)
+        except ValidationError as error:
+            raise ConfigError.of(list(problems_by_field(made, error).values())) from None
+
+    made.__init__ = initialize_or_explain
+    return made
+
+
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "string": "a text",
+    "bool": "true or false",
+    "tuple": "a list",
+    "list": "a list",
+    "dict": "a mapping",
+    "mapping": "a mapping",
+}
+"""What a field must be, by the first word of the type of pydantic's error."""
+_BOUNDS = {
+    "greater_than": ("greater than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+
+
+def problems_by_field(cls: Any, error: ValidationError) -> dict[tuple[int | str, ...], ConfigError]:
+    """What pydantic found wrong with the values of a class, in this package's words, by the path of the value."""
+    return {tuple(one["loc"]): _problem(cls, one) for one in error.errors(include_url=False)}
+
+
+def _problem(cls: Any, error: Any) -> ConfigError:
+    kind, value, context = error["type"], error["input"], error.get("ctx") or {}
+    name = next((part for part in reversed(error["loc"]) if isinstance(part, str)), "")
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        return ConfigError(f"Unknown option '{name}'.", nearest(name, sorted(f.name for f in fields(cls))))
+    if kind.startswith("missing"):
+        return ConfigError(f"`{name}` is missing.")
+    if kind == "unknown_name":
+        return ConfigError(f"Unknown `{name}` '{value}'.", context["hint"])
+    if kind == "problem":
+        return ConfigError(f"`{name}`: {context['message']}", context["hint"])
+    if kind in ("too_short", "string_too_short"):
+        return ConfigError(f"`{name}` must not be empty.")
+    if kind in _BOUNDS:
+        bound, key = _BOUNDS[kind]
+        return ConfigError(f"`{name}` must be {bound} {context[key]:g}, not {value!r}.")
+    if expected := _EXPECTED.get(kind.partition("_")[0]):
+        return ConfigError(f"`{name}` must be {expected}, not {value!r}.")
+    return ConfigError(f"`{name}`: {error['msg']}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from avss_dist.cli.base import console, explained
+from avss_dist.cli.base import console
 from avss_dist.cli.options import (
     AddressOption,
     AttentionOption,
@@ -30,7 +30,6 @@ from avss_dist.settings import Execution, Settings
 DEFAULTS, EXECUTION = Settings(), Execution()
 
 
-@explained
 def ablate(
     model: Annotated[str, typer.Argument(help="Hub id (org/name@revision), folder, or .gguf file.")],
     corpus: CorpusOption,

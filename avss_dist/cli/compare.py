@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from avss_dist.cli.base import console, explained
+from avss_dist.cli.base import console
 from avss_dist.cli.choose import choose_runs, choose_scores, choose_threshold, require_place
 from avss_dist.cli.options import EveryRunOption, RecipeOption, RunsOption, SiteOption, ThresholdOption, WarehousePath
 from avss_dist.errors import ConfigError, QueryError, require_known
@@ -21,7 +21,6 @@ PUBLISHED = f"{PUBLISHED_THRESHOLD:g}"
 FormatOption = Annotated[str, typer.Option("--format", help=f"{', '.join(FORMATS)}.")]
 
 
-@explained
 def compare(
     warehouse: WarehousePath,
     run: EveryRunOption = None,
@@ -75,7 +74,6 @@ def compare(
     return None
 
 
-@explained
 def findings(
     warehouse: WarehousePath,
     run: EveryRunOption = None,
@@ -105,7 +103,6 @@ def findings(
     return None
 
 
-@explained
 def scores(
     warehouse: WarehousePath,
     threshold: ThresholdOption = PUBLISHED,
@@ -141,7 +138,6 @@ def scores(
     return None
 
 
-@explained
 def quantiles(
     warehouse: WarehousePath,
     q: Annotated[list[float] | None, typer.Option("--q", help="Quantile of |x|, 0 to 1; repeatable.")] = None,
@@ -179,7 +175,6 @@ def quantiles(
     return None
 
 
-@explained
 def export(
     warehouse: WarehousePath,
     to: Annotated[str, typer.Option("--to", help=f"{', '.join(KINDS)}.")],

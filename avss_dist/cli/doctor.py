@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from avss_dist.cli.base import console, explained
+from avss_dist.cli.base import console
 
 
-@explained
 def doctor() -> int:
     """Say what works here: devices, Ray, DeepSpeed, versions."""
     from avss_dist.system.doctor import findings

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from avss_dist.cli.base import console, explained
+from avss_dist.cli.base import console
 from avss_dist.cli.options import (
     AddressOption,
     AttentionOption,
@@ -29,7 +29,6 @@ from avss_dist.settings import Execution, Settings
 DEFAULTS, EXECUTION = Settings(), Execution()
 
 
-@explained
 def evaluate(
     subjects: Annotated[list[str], typer.Argument(help="Models, or plans by avss plan: PLAN.yaml.")],
     task: Annotated[

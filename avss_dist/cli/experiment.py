@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from avss_dist.cli.base import console, explained
+from avss_dist.cli.base import console
 from avss_dist.cli.choose import choose_runs
 from avss_dist.cli.jobs import JobPath, require_experiment
 from avss_dist.cli.options import EveryRunOption, FreshOption, ReplicasOption, WarehousePath
@@ -17,7 +17,6 @@ from avss_dist.settings import EXECUTORS
 FORMATS = ("table", "csv", "json")
 
 
-@explained
 def experiment(
     job: JobPath,
     executor: Annotated[str | None, typer.Option(help="auto, local (this process), ray.")] = None,
@@ -62,7 +61,6 @@ def experiment(
     return 1 if failed else 0
 
 
-@explained
 def scorecard(
     warehouse: WarehousePath,
     run: EveryRunOption = None,

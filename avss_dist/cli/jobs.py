@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avss_dist.cli.base import console, explained, say
+from avss_dist.cli.base import console, say, spelled
 from avss_dist.errors import ConfigError, require_known
 from avss_dist.settings import EXECUTORS
 
@@ -23,7 +23,6 @@ FreshOption = Annotated[bool, typer.Option("--fresh", help="Measure again what i
 FollowOption = Annotated[bool, typer.Option("--follow", "-f", help="Print the log until the job ends.")]
 
 
-@explained
 def run(
     job: JobPath,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
@@ -61,7 +60,7 @@ def _run(job: JobFile, options: dict[str, Any]) -> int:
         runs = run_job(job, reporter=reporter, **options)
     failed = [run for run in runs if run.status == "failed"]
     for run in failed:
-        print(f"{run.run_id}: failed. {run.error}")
+        print(f"{run.run_id}: failed. {spelled(str(run.error))}")
     print(_summary(runs))
     return 1 if failed else 0
 
@@ -79,7 +78,6 @@ def require_experiment(job: JobFile) -> None:
         raise ConfigError(f"{job.path} has no section 'experiment'.", "jobs/README.md shows one.")
 
 
-@explained
 def submit(
     job: JobPath,
     address: Head,
@@ -106,7 +104,6 @@ def submit(
     return _follow(cluster, job_id, address)
 
 
-@explained
 def status(
     address: Head, job_id: Annotated[str | None, typer.Argument(help="One job; all of them if left out.")] = None
 ) -> int:
@@ -121,7 +118,6 @@ def status(
     return 0
 
 
-@explained
 def logs(job_id: JobId, address: Head, follow: FollowOption = False) -> int:
     """Print the log of a submitted job."""
     from avss_dist.runs.submission import Cluster
@@ -133,7 +129,6 @@ def logs(job_id: JobId, address: Head, follow: FollowOption = False) -> int:
     return 0
 
 
-@explained
 def stop(job_id: JobId, address: Head) -> int:
     """Stop a submitted job; what it measured is kept, and submitting it again goes on from there."""
     from avss_dist.runs.submission import Cluster

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from avss_dist.cli.base import explained
 from avss_dist.cli.choose import choose_runs, choose_scores
 from avss_dist.cli.options import CodeOption, RecipeOption, RunOption, SiteOption, ThresholdOption, WarehousePath
 from avss_dist.errors import ConfigError, require_known
@@ -17,7 +16,6 @@ from avss_dist.text import describe_bytes
 FORMATS = ("plan", "mergekit")
 
 
-@explained
 def plan(
     warehouse: WarehousePath,
     output: Annotated[Path, typer.Option("--output", "-o", help="PLAN.yaml.")],
@@ -58,7 +56,6 @@ def plan(
     print(f"{output}: drops {len(made.drop)} of {made.num_layers} layers: {', '.join(map(str, made.drop))}")
 
 
-@explained
 def prune(
     model: Annotated[str, typer.Argument(help="Hub id (org/name@revision), or folder: the one that was scored.")],
     plan: Annotated[Path, typer.Argument(help="PLAN.yaml, by avss plan or by hand.")],

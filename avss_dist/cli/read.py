@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from avss_dist.cli.base import console, explained
+from avss_dist.cli.base import console
 from avss_dist.cli.choose import choose_runs, choose_scores
 from avss_dist.cli.options import RecipeOption, RunOption, RunsOption, SiteOption, ThresholdOption, WarehousePath
 from avss_dist.errors import QueryError, require_known
@@ -18,7 +18,6 @@ from avss_dist.settings import PUBLISHED_THRESHOLD, RECIPES, SITES
 FORMATS = ("table", "csv", "json", "parquet")
 
 
-@explained
 def show(
     warehouse: WarehousePath,
     run: RunOption = None,
@@ -38,7 +37,6 @@ def show(
         print(f"{others} more in {opened.root}: avss query {opened.root} 'SELECT run_id, model, status FROM runs'")
 
 
-@explained
 def plot(
     warehouse: WarehousePath,
     output: Annotated[Path, typer.Option("--output", "-o", help="FILE.png, .svg or .html.")],
@@ -57,7 +55,6 @@ def plot(
     print(output)
 
 
-@explained
 def query(
     warehouse: Annotated[
         str | None, typer.Argument(help="Warehouse: a folder, or an s3://, gs://, hdfs:// URI.")

@@ -8,12 +8,10 @@ from typing import Annotated
 
 import typer
 
-from avss_dist.cli.base import explained
 from avss_dist.cli.options import EveryRunOption, WarehousePath
 from avss_dist.errors import QueryError, require_known
 
 
-@explained
 def report(
     warehouse: WarehousePath,
     output: Annotated[Path, typer.Option("--output", "-o", help="FILE.html.")] = Path("report.html"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avss_dist.cli.base import console, explained
+from avss_dist.cli.base import console, spelled
 from avss_dist.cli.options import (
     AddressOption,
     AttentionOption,
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 DEFAULTS, EXECUTION = Settings(), Execution()
 
 
-@explained
 def score(
     models: Annotated[list[str], typer.Argument(help="Hub id (org/name@revision), folder, or .gguf file.")],
     corpus: CorpusOption,
@@ -112,7 +111,6 @@ def score(
     return 0 if len(done) == len(runs) else 1
 
 
-@explained
 def estimate(
     model: Annotated[str, typer.Argument(help="Hub id (org/name@revision), folder, or .gguf file.")],
     corpus: CorpusOption,
@@ -164,7 +162,7 @@ def _take_gradients(models: Sequence[str], corpus: str, out: str, options: dict[
 
 def _outcome(run: Run) -> str:
     if run.status == "failed":
-        return f"{run.run_id}: failed. {run.error}"
+        return f"{run.run_id}: failed. {spelled(str(run.error))}"
     if run.status == "skipped":
         return f"{run.run_id}: done before, nothing to do (--fresh measures again)."
     kept = f", {run.resumed_shards} of {run.num_shards} shards from before" if run.resumed_shards else ""

@@ -1,0 +1,68 @@
+"""Settings and the classes that check their values: every problem at once, fields named."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields, replace
+from typing import Annotated, Any
+
+import pytest
+from pydantic import Field
+
+from avss_dist.errors import ConfigError, spell_fields
+from avss_dist.settings import Check, OneOf, checked
+from avss_dist.text import parse_bytes
+
+
+@checked
+class Example:
+    count: Annotated[int, Field(ge=1)] = 3
+    shares: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False, min_length=1)] = (0.25,)
+    name: Annotated[str, OneOf(("block", "mlp"))] = "block"
+    size: Annotated[int, Check(lambda text: parse_bytes(text) if isinstance(text, str) else text, before=True)] = 0
+
+    def __post_init__(self) -> None:
+        if self.count == 7:
+            raise ConfigError("`count` 7 is for nobody.", "Use 8.")
+
+
+def problems(**values: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        Example(**values)
+    return [str(problem).replace("\n", " ") for problem in caught.value.problems]
+
+
+def test_a_checked_class_is_a_dataclass() -> None:
+    made = Example(shares=[0.5], size="2kB")
+    assert (made.shares, made.size, made) == ((0.5,), 2000, Example(shares=(0.5,), size=2000))
+    assert replace(made, count=4).count == 4 and asdict(made)["count"] == 3
+    assert [f.name for f in fields(Example)] == ["count", "shares", "name", "size"]
+    with pytest.raises(ConfigError):
+        replace(made, count=0)
+
+
+def test_every_problem_is_reported_at_once_and_names_its_field() -> None:
+    assert problems(count=True, shares=(0.5, 2), name="blok", size="big", nam="x") == [
+        "`count` must be a whole number, not True.",
+        "`shares` must be less than 1, not 2.",
+        "Unknown `name` 'blok'. Did you mean 'block'? Valid: block, mlp.",
+        "`size`: 'big' is not a size. Write 200MB (10^6 bytes), or 20GiB (2^30 bytes).",
+        "Unknown option 'nam'. Did you mean 'name'? Valid: count, name, shares, size.",
+    ]
+    assert problems(shares=()) == ["`shares` must not be empty."]
+    assert problems(count=7) == ["`count` 7 is for nobody. Use 8."]
+
+
+def test_one_problem_is_itself_and_several_are_lines() -> None:
+    with pytest.raises(ConfigError) as one:
+        Example(name="blok")
+    assert (one.value.message, one.value.hint) == ("Unknown `name` 'blok'.", "Did you mean 'block'? Valid: block, mlp.")
+    with pytest.raises(ConfigError) as two:
+        Example(name="blok", count=0)
+    assert two.value.message.splitlines()[:2] == ["2 problems:", "`count` must be at least 1, not 0."]
+
+
+def test_front_ends_spell_fields() -> None:
+    text = "`ranks` is for zero3, not for `partition` single. Run `avss doctor`."
+    assert spell_fields(text, {"ranks": "--ranks"}) == (
+        "--ranks is for zero3, not for `partition` single. Run `avss doctor`."
+    )
