@@ -26,7 +26,7 @@ from avss_dist.runs.planner import pin
 from avss_dist.settings import LOSS, PERPLEXITY, SCHEMA_VERSION, Settings, fingerprint, split_options
 from avss_dist.system.versions import package_versions
 from avss_dist.tasks.base import Result, Task, TextLoss, combine
-from avss_dist.tasks.cells import Cell, Measured
+from avss_dist.tasks.cells import Cell, CellResult
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import RunIdentity
 
@@ -337,7 +337,7 @@ def _identity(cell: Cell, family: str) -> RunIdentity:
     return RunIdentity(run_id=cell.run_id, model=of.name, revision=of.revision, family=family)
 
 
-def _rows(cell: Cell, measured: Measured) -> list[Mapping[str, Any]]:
+def _rows(cell: Cell, measured: CellResult) -> list[Mapping[str, Any]]:
     share = measured.seconds / max(1, len(measured.rows))
     return [
         {

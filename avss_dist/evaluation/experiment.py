@@ -34,7 +34,7 @@ from avss_dist.pruning.ground_truth import layer_truth
 from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, Method, methods
 from avss_dist.runs.api import executor_for, run_job, with_options
 from avss_dist.runs.job_file import JobFile, RunSpec
-from avss_dist.runs.reporter import Reporter, Silent
+from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
 from avss_dist.settings import GROUND_TRUTH, LOSS, Settings, fingerprint
 from avss_dist.stats.layer_stats import Float64
@@ -96,7 +96,7 @@ def run_experiment(
     """
     experiment = job.experiment
     assert experiment is not None
-    runs = run_job(job, reporter=reporter or Silent(), **options)
+    runs = run_job(job, reporter=reporter or Reporter(), **options)
     specs, execution = with_options(job, options)
     store = Warehouse(job.warehouse)
     with closing(executor_for(specs, job.settings, execution)) as executor:

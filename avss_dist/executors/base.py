@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from avss_dist.corpus.shards import Shard
@@ -19,33 +19,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What every worker needs to know: which model to open, how to measure it, how to spread it.
-
-    Attributes:
-        run_id: the run that its shards are of, which makes no other job of it.
-    """
+class ReplicaSpec:
+    """What a worker needs to know to open its rank of a replica: which model, computed how, spread how."""
 
     checkpoint: Checkpoint
     settings: Settings
     placement: Placement
-    run_id: str = field(default="", compare=False)
 
 
 @dataclass(eq=False, kw_only=True)
-class Work:
+class RunShards:
     """The shards of one run that are still to be measured.
 
     Attributes:
         dropped: set by the driver when it has no use for further results.
     """
 
-    job: Job
+    run_id: str
+    replica_spec: ReplicaSpec
     shards: Sequence[Shard]
     dropped: bool = False
 
 
-Outcome = tuple[Work, ShardResult | AvssError]
+Outcome = tuple[RunShards, ShardResult | AvssError]
 
 
 class Executor(Protocol):
@@ -66,7 +62,7 @@ class Executor(Protocol):
             ConfigError: there are too few devices.
         """
 
-    def run(self, works: Iterator[Work]) -> Generator[Outcome, None, None]:
+    def run(self, works: Iterator[RunShards]) -> Generator[Outcome, None, None]:
         """Yield a result for every shard of every work, in any order; a shard may come twice, and is equal then.
 
         The next work may be taken, in another thread, while one is measured. An AvssError in place of a result ends

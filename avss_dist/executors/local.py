@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator, Sequence
 from itertools import groupby
 
 from avss_dist.errors import ConfigError, as_failure
-from avss_dist.executors.base import Outcome, Work
+from avss_dist.executors.base import Outcome, RunShards
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.partition.base import Placement, Replica
 from avss_dist.partition.open import open_replica
@@ -31,9 +31,9 @@ class LocalExecutor:
             )
         return 1
 
-    def run(self, works: Iterator[Work]) -> Generator[Outcome, None, None]:
+    def run(self, works: Iterator[RunShards]) -> Generator[Outcome, None, None]:
         """One work after the other: open the model, measure the shards in order, close it."""
-        for job, same in groupby(works, key=lambda work: work.job):
+        for job, same in groupby(works, key=lambda work: work.replica_spec):
             try:
                 replica = open_replica(job.checkpoint, job.settings, job.placement)
             except Exception as error:
@@ -46,12 +46,12 @@ class LocalExecutor:
                 replica.close()
 
     @staticmethod
-    def _measure(work: Work, replica: Replica) -> Iterator[Outcome]:
+    def _measure(work: RunShards, replica: Replica) -> Iterator[Outcome]:
         for shard in work.shards:
             if work.dropped:
                 return
             try:
-                result = analyze_shard(replica, shard, work.job.settings)
+                result = analyze_shard(replica, shard, work.replica_spec.settings)
             except Exception as error:
                 yield work, as_failure(error)
                 return

@@ -1,4 +1,4 @@
-"""An iterator that is advanced in a thread of its own, one item ahead of who takes them."""
+"""An iterator that is advanced in a thread of its own, one item ahead of its consumer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 _END = object()
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """Items of an iterator, the next one prepared while the last one is used."""
 
     def __init__(self, items: Iterator[T]) -> None:
@@ -21,7 +21,7 @@ class Ahead(Generic[T]):
         self._items = items
         threading.Thread(target=self._fill, daemon=True).start()
 
-    def take(self, *, wait: bool) -> T | None:
+    def next(self, *, wait: bool) -> T | None:
         """The next item; None where there is none any more, or, without waiting, none yet.
 
         Raises:

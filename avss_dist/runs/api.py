@@ -16,12 +16,12 @@ from avss_dist.executors.open import open_executor
 from avss_dist.runs.driver import Driver, Ending, record_failure
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.preview import Preview, preview
-from avss_dist.runs.reporter import Reporter, Silent
+from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
 from avss_dist.settings import GANGS, Execution, Settings, split_options
 from avss_dist.warehouse.reader import Warehouse
 
-__all__ = ["Reporter", "Run", "Silent", "preview_job", "run_job", "score", "score_all", "split_options"]
+__all__ = ["Reporter", "Run", "preview_job", "run_job", "score", "score_all", "split_options"]
 
 
 def score(model: str | Path, *, corpus: str, out: str | Path, reporter: Reporter | None = None, **options: Any) -> Run:
@@ -41,7 +41,7 @@ def score(model: str | Path, *, corpus: str, out: str | Path, reporter: Reporter
     _require_readable(corpus)
     name = str(model)
     spec = RunSpec(model=name, corpus=corpus, settings=settings, execution=execution, title=name, name=name)
-    ((_, ending),) = _drive([spec], Warehouse(out), settings, execution, reporter or Silent())
+    ((_, ending),) = _drive([spec], Warehouse(out), settings, execution, reporter or Reporter())
     if isinstance(ending, AvssError):
         raise ending
     return ending
@@ -63,7 +63,7 @@ def score_all(
         RunSpec(model=model, corpus=corpus, settings=settings, execution=execution, title=model, name=model)
         for model in models
     ]
-    return _all(specs, Warehouse(out), settings, execution, reporter or Silent())
+    return _all(specs, Warehouse(out), settings, execution, reporter or Reporter())
 
 
 def preview_job(job: JobFile, **options: Any) -> list[Preview]:
@@ -84,7 +84,7 @@ def run_job(job: JobFile, *, reporter: Reporter | None = None, **options: Any) -
         AvssError: a mistake that concerns all runs, such as an unwritable warehouse or too few devices.
     """
     specs, execution = with_options(job, options)
-    return _all(specs, Warehouse(job.warehouse), job.settings, execution, reporter or Silent())
+    return _all(specs, Warehouse(job.warehouse), job.settings, execution, reporter or Reporter())
 
 
 def with_options(job: JobFile, options: dict[str, Any]) -> tuple[list[RunSpec], Execution]:

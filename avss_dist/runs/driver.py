@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.errors import AvssError, StorageFull, as_failure
-from avss_dist.executors.base import Executor, Work
+from avss_dist.executors.base import Executor, RunShards
 from avss_dist.models.checkpoints import slug
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.reporter import Reporter
-from avss_dist.runs.run import Attempt, Run
+from avss_dist.runs.run import Run, RunInProgress
 from avss_dist.settings import fingerprint
 from avss_dist.warehouse.reader import Warehouse
 
@@ -38,7 +38,7 @@ class Driver:
     def __init__(self, store: Warehouse, executor: Executor, reporter: Reporter, *, fresh: bool = False) -> None:
         self._store, self._executor, self._reporter, self._fresh = store, executor, reporter, fresh
         self._planner = Planner(executor, store)
-        self._attempts: dict[Work, tuple[RunSpec, Attempt]] = {}
+        self._attempts: dict[RunShards, tuple[RunSpec, RunInProgress]] = {}
         self._run_ids: set[str] = set()
         self._ended: deque[Ending] = deque()
         self._full = False
@@ -66,13 +66,13 @@ class Driver:
         while self._ended:
             yield self._ended.popleft()
 
-    def _works(self, specs: Sequence[RunSpec]) -> Iterator[Work]:
+    def _works(self, specs: Sequence[RunSpec]) -> Iterator[RunShards]:
         """What there is to measure, one run after the other; without space for results, no run is begun."""
         for spec in specs:
             try:
                 self._reporter.planning(spec.name)
-                prepared = self._planner.prepare(spec)
-                run = prepared.run
+                planned = self._planner.prepare(spec)
+                run = planned.run
                 if run.run_id in self._run_ids or self._is_done(run):
                     self._end(spec, run)
                     continue
@@ -80,8 +80,8 @@ class Driver:
                     self._ended.append((spec, self._not_begun(run)))
                     continue
                 self._run_ids.add(run.run_id)
-                self._reporter.placed(spec.name, prepared.job.placement)
-                attempt = Attempt(prepared, self._store, fresh=self._fresh)
+                self._reporter.placed(spec.name, planned.replica_spec.placement)
+                attempt = RunInProgress(planned, self._store, fresh=self._fresh)
             except Exception as error:
                 self._ended.append((spec, as_failure(error)))
                 continue
@@ -102,7 +102,7 @@ class Driver:
     def _is_done(self, run: Run) -> bool:
         return not self._fresh and (self._store.run(run.run_id) or {}).get("status") == "done"
 
-    def _take(self, work: Work, outcome: Any) -> None:
+    def _take(self, work: RunShards, outcome: Any) -> None:
         """A result or the end of a work; what follows from it is done by the committer."""
         _, attempt = self._attempts.get(work, (None, None))
         if attempt is None:
@@ -118,7 +118,7 @@ class Driver:
         self._room.acquire()
         self._committer.submit(step).add_done_callback(lambda _: self._room.release())
 
-    def _keep(self, work: Work, result: Any) -> None:
+    def _keep(self, work: RunShards, result: Any) -> None:
         if work not in self._attempts:
             return  # it has failed
         spec, attempt = self._attempts[work]
@@ -129,7 +129,7 @@ class Driver:
         else:
             self._reporter.advanced(spec.name, result.num_tokens)
 
-    def _finish(self, work: Work) -> None:
+    def _finish(self, work: RunShards) -> None:
         if work not in self._attempts:
             return
         spec, attempt = self._attempts[work]
@@ -141,7 +141,7 @@ class Driver:
             del self._attempts[work]
             self._end(spec, run)
 
-    def _fail(self, work: Work, error: AvssError) -> None:
+    def _fail(self, work: RunShards, error: AvssError) -> None:
         if work not in self._attempts:
             return
         spec, attempt = self._attempts.pop(work)

@@ -11,14 +11,14 @@ import numpy as np
 
 from avss_dist.corpus.shards import CorpusPlan, plan
 from avss_dist.errors import ModelError
-from avss_dist.executors.base import Executor, Job
+from avss_dist.executors.base import Executor, ReplicaSpec
 from avss_dist.models.checkpoints import Checkpoint, content_hash, fetch_files, locate, resolve
 from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.base import Placement
 from avss_dist.partition.choose import choose
 from avss_dist.runs.job_file import RunSpec
-from avss_dist.runs.run import Prepared, Run
+from avss_dist.runs.run import PlannedRun, Run
 from avss_dist.settings import DTYPES, SCHEMA_VERSION, Settings, fingerprint
 from avss_dist.warehouse.reader import Warehouse
 
@@ -41,7 +41,7 @@ class Planner:
     _opened: tuple[Any, ...] = ()
     _plans: OrderedDict[tuple[Any, ...], tuple[CorpusPlan, int]] = field(default_factory=OrderedDict)
 
-    def prepare(self, spec: RunSpec) -> Prepared:
+    def prepare(self, spec: RunSpec) -> PlannedRun:
         """Plan a run.
 
         Raises:
@@ -58,9 +58,9 @@ class Planner:
             num_shards=len(corpus.shards),
             num_tokens=corpus.num_tokens,
         )
-        return Prepared(
+        return PlannedRun(
             name=spec.name,
-            job=Job(checkpoint=checkpoint, settings=settings, placement=placement, run_id=run.run_id),
+            replica_spec=ReplicaSpec(checkpoint=checkpoint, settings=settings, placement=placement),
             corpus=corpus,
             fingerprint=print_,
             run=run,

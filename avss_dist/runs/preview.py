@@ -14,7 +14,7 @@ from avss_dist.errors import AvssError, as_failure
 from avss_dist.executors.base import Executor
 from avss_dist.models.size import Footprint
 from avss_dist.runs.job_file import RunSpec
-from avss_dist.runs.planner import Planner, Prepared
+from avss_dist.runs.planner import PlannedRun, Planner
 from avss_dist.settings import GANGS
 from avss_dist.warehouse.reader import Warehouse
 
@@ -61,36 +61,36 @@ def preview(specs: Sequence[RunSpec], store: Warehouse, executor: Executor) -> I
     speed = _Speed(store, executor)
     for spec in specs:
         try:
-            prepared = planner.prepare(spec)
-            size = planner.size(spec, prepared.job.checkpoint, prepared.job.settings)
-            kept = _kept(store, prepared)
+            planned = planner.prepare(spec)
+            size = planner.size(spec, planned.replica_spec.checkpoint, planned.replica_spec.settings)
+            kept = _kept(store, planned)
         except Exception as error:
             message = as_failure(error).message
             yield Preview(model=spec.title, corpus=spec.corpus, status="refused", error=message)
             continue
-        shards, corpus = prepared.corpus.shards, prepared.corpus
+        shards, corpus = planned.corpus.shards, planned.corpus
         status = "done" if kept is None else "partial" if kept else "missing"
         left = 0.0 if kept is None else 1 - kept / len(shards)
         yield Preview(
             model=spec.title,
             corpus=spec.corpus,
             status=status,
-            revision=prepared.job.checkpoint.revision,
-            partition=prepared.job.placement.partition,
+            revision=planned.replica_spec.checkpoint.revision,
+            partition=planned.replica_spec.placement.partition,
             weight_bytes=size.weight_bytes if size else None,
             num_tokens=corpus.num_tokens,
             num_shards=len(shards),
             kept_shards=kept or 0,
-            seconds=left * speed.seconds(prepared, size) if left and size else None,
+            seconds=left * speed.seconds(planned, size) if left and size else None,
             basis=speed.basis,
         )
 
 
-def _kept(store: Warehouse, prepared: Prepared) -> int | None:
+def _kept(store: Warehouse, planned: PlannedRun) -> int | None:
     """Shards that are measured; None where the run is done."""
-    if (store.run(prepared.run.run_id) or {}).get("status") == "done":
+    if (store.run(planned.run.run_id) or {}).get("status") == "done":
         return None
-    return sum(1 for _ in store.each_shard(prepared.run.run_id, prepared.expected))
+    return sum(1 for _ in store.each_shard(planned.run.run_id, planned.expected))
 
 
 class _Speed:
@@ -112,13 +112,13 @@ class _Speed:
             else "at least: at the speed of a matrix multiplication on this machine"
         )
 
-    def seconds(self, prepared: Prepared, size: Footprint) -> float:
+    def seconds(self, planned: PlannedRun, size: Footprint) -> float:
         """Of the whole run, by all replicas."""
-        replicas = prepared.replicas
+        replicas = planned.replicas
         if self._measured is not None:
-            return 2 * size.num_parameters * prepared.corpus.num_tokens / (self._measured * replicas)
-        flops = size.forward_flops(prepared.corpus.num_sequences, prepared.job.settings.sequence_length)
-        ranks = prepared.job.placement.ranks if prepared.job.placement.partition in GANGS else 1
+            return 2 * size.num_parameters * planned.corpus.num_tokens / (self._measured * replicas)
+        flops = size.forward_flops(planned.corpus.num_sequences, planned.replica_spec.settings.sequence_length)
+        ranks = planned.replica_spec.placement.ranks if planned.replica_spec.placement.partition in GANGS else 1
         shared = replicas * ranks if self._executor.device == "cpu" else 1  # CPUs of one machine are shared
         return flops * shared / (self._of_matrices(size.dtype) * replicas * ranks)
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.errors import AvssError
-from avss_dist.executors.base import Job, Work
+from avss_dist.executors.base import ReplicaSpec, RunShards
 from avss_dist.settings import BOOTSTRAP_BLOCKS
 from avss_dist.stats.layer_stats import ShardResult, merge_blocks
 from avss_dist.stats.scores import score_run
@@ -53,7 +53,7 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class PlannedRun:
     """A run that is planned: all that is known of it before a weight is loaded.
 
     Attributes:
@@ -62,7 +62,7 @@ class Prepared:
     """
 
     name: str
-    job: Job
+    replica_spec: ReplicaSpec
     corpus: CorpusPlan
     fingerprint: str
     run: Run
@@ -74,31 +74,31 @@ class Prepared:
         return {shard.shard_id: shard.content_hash for shard in self.corpus.shards}
 
 
-class Attempt:
-    """A prepared run, and what of it is measured.
+class RunInProgress:
+    """A planned run, and what of it is measured.
 
     Attributes:
         work: the shards that no earlier attempt has measured.
         failure: why it ended, or None.
     """
 
-    def __init__(self, prepared: Prepared, store: Warehouse, *, fresh: bool) -> None:
-        self.name = prepared.name
+    def __init__(self, planned: PlannedRun, store: Warehouse, *, fresh: bool) -> None:
+        self.name = planned.name
         self.failure: AvssError | None = None
-        self._prepared, self._store = prepared, store
+        self._planned, self._store = planned, store
         self._start = time.perf_counter()
         self._begun: float | None = None
-        expected = prepared.expected
+        expected = planned.expected
         kept = set() if fresh else {shard.shard_id for shard in self._partials(expected)}
-        missing = [shard for shard in prepared.corpus.shards if shard.shard_id not in kept]
-        self.work = Work(job=prepared.job, shards=missing)
-        self.run = replace(prepared.run, resumed_shards=len(kept))
+        missing = [shard for shard in planned.corpus.shards if shard.shard_id not in kept]
+        self.work = RunShards(run_id=planned.run.run_id, replica_spec=planned.replica_spec, shards=missing)
+        self.run = replace(planned.run, resumed_shards=len(kept))
         self.left = {shard.shard_id for shard in missing}
 
     @property
     def done_tokens(self) -> int:
         """Tokens that an earlier attempt has measured."""
-        return self._prepared.corpus.num_tokens - sum(shard.num_tokens for shard in self.work.shards)
+        return self._planned.corpus.num_tokens - sum(shard.num_tokens for shard in self.work.shards)
 
     def counts(self, result: ShardResult) -> bool:
         """Whether a result is the first of its shard; each counts once."""
@@ -115,9 +115,9 @@ class Attempt:
 
     def finish(self) -> Run:
         """Merge, score and commit; every shard is in the warehouse."""
-        expected, corpus = self._prepared.expected, self._prepared.corpus
+        expected, corpus = self._planned.expected, self._planned.corpus
         measured = time.perf_counter()
-        shards = _Facts(self._partials(expected))
+        shards = _RunMetadata(self._partials(expected))
         stats, blocks = merge_blocks(shards, len(expected), BOOTSTRAP_BLOCKS)
         layers = shards.layers
         identity = self._identity(shards.model["family"])
@@ -147,25 +147,25 @@ class Attempt:
         self.record(status="failed", error=str(error))
 
     def _partials(self, expected: dict[int, str]) -> Iterator[ShardResult]:
-        return self._store.each_shard(self._prepared.run.run_id, expected)
+        return self._store.each_shard(self._planned.run.run_id, expected)
 
     def _identity(self, family: str) -> RunIdentity:
-        checkpoint = self._prepared.job.checkpoint
+        checkpoint = self._planned.replica_spec.checkpoint
         return RunIdentity(run_id=self.run.run_id, model=checkpoint.name, revision=checkpoint.revision, family=family)
 
     def record(self, *, status: str, **columns: Any) -> None:
         """Write the run's row."""
-        settings, corpus = self._prepared.job.settings, self._prepared.corpus
-        checkpoint = self._prepared.job.checkpoint
+        settings, corpus = self._planned.replica_spec.settings, self._planned.corpus
+        checkpoint = self._planned.replica_spec.checkpoint
         self._store.write_run(
             {
                 "run_id": self.run.run_id,
-                "fingerprint": self._prepared.fingerprint,
+                "fingerprint": self._planned.fingerprint,
                 "status": status,
                 "created_at": datetime.now(UTC),
                 "model": checkpoint.name,
                 "revision": checkpoint.revision,
-                "replicas": self._prepared.replicas,
+                "replicas": self._planned.replicas,
                 "corpus": corpus.source,
                 "corpus_fingerprint": corpus.corpus_fingerprint,
                 "tokens_fingerprint": corpus.tokens_fingerprint,
@@ -184,7 +184,7 @@ class Attempt:
         )
 
 
-class _Facts:
+class _RunMetadata:
     """Passes shards on, and keeps what the run's row says of them."""
 
     def __init__(self, shards: Iterator[ShardResult]) -> None:

@@ -39,7 +39,7 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class CellResult:
     """What a cell gave, and how long it took."""
 
     rows: Sequence[Row]
@@ -48,7 +48,7 @@ class Measured:
     seconds: float
 
 
-CellOutcome = tuple[Cell, Measured | AvssError]
+CellOutcome = tuple[Cell, CellResult | AvssError]
 
 
 class CellRunner:
@@ -57,7 +57,7 @@ class CellRunner:
     def __init__(self) -> None:
         self._opened: tuple[Any, LanguageModel] | None = None
 
-    def run(self, cell: Cell) -> Measured:
+    def run(self, cell: Cell) -> CellResult:
         """Measure a cell.
 
         Raises:
@@ -67,7 +67,7 @@ class CellRunner:
         start = time.perf_counter()
         rows = cell.measure(model, cell.drop)
         seconds = time.perf_counter() - start
-        return Measured(rows=rows, family=model.family, device=str(model.device), seconds=seconds)
+        return CellResult(rows=rows, family=model.family, device=str(model.device), seconds=seconds)
 
     def _open(self, cell: Cell) -> LanguageModel:
         key = cell.checkpoint, cell.settings
@@ -89,7 +89,7 @@ def run_here(cells: Iterable[Cell]) -> Generator[CellOutcome, None, None]:
     try:
         for cell in cells:
             try:
-                outcome: Measured | AvssError = runner.run(cell)
+                outcome: CellResult | AvssError = runner.run(cell)
             except Exception as error:
                 outcome = as_failure(error)
             yield cell, outcome

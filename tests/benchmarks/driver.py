@@ -31,13 +31,13 @@ import ray
 from ray import cloudpickle
 
 from avss_dist.corpus.shards import CorpusPlan, Shard
-from avss_dist.executors.base import Work
+from avss_dist.executors.base import RunShards
 from avss_dist.executors.ray import gang, pool
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.partition.base import Placement
 from avss_dist.runs.driver import Driver
-from avss_dist.runs.reporter import Silent
-from avss_dist.runs.run import Attempt, Prepared, Run
+from avss_dist.runs.reporter import Reporter
+from avss_dist.runs.run import PlannedRun, Run, RunInProgress
 from avss_dist.settings import SITES, THRESHOLDS, Execution, Settings
 from avss_dist.stats.histogram import HISTOGRAM_BINS, histogram_bin
 from avss_dist.stats.layer_stats import LayerStats, ShardResult
@@ -126,7 +126,6 @@ class Job(NamedTuple):
 
     placement: Placement
     settings: Settings
-    run_id: str
     checkpoint: Any = None
 
     def __reduce__(self) -> Any:
@@ -172,31 +171,31 @@ class Committing(Driver):
     """The driver with one planned run, again and again; the clock starts when every worker has given a result."""
 
     def __init__(self, store: Warehouse, executor: VirtualExecutor, *, workers: int, seconds: float) -> None:
-        super().__init__(store, executor, Silent(), fresh=True)
+        super().__init__(store, executor, Reporter(), fresh=True)
         self._workers, self._seconds, self._seen = workers, seconds, set[str]()
         self.times: list[tuple[float, float]] = []  # wall clock and CPU time of this process, at every commit
 
-    def _works(self, specs: Any) -> Iterator[Work]:
-        (prepared,) = specs
+    def _works(self, specs: Any) -> Iterator[RunShards]:
+        (planned,) = specs
         while not self.times or self.times[-1][0] - self.times[0][0] < self._seconds:
-            attempt = Attempt(prepared, self._store, fresh=True)
-            self._attempts[attempt.work] = prepared, attempt
+            attempt = RunInProgress(planned, self._store, fresh=True)
+            self._attempts[attempt.work] = planned, attempt
             yield attempt.work
 
-    def _keep(self, work: Work, result: ShardResult) -> None:
+    def _keep(self, work: RunShards, result: ShardResult) -> None:
         super()._keep(work, result)
         self._seen.add(result.device)
         if len(self._seen) == self._workers:
             self.times.append((time.perf_counter(), time.process_time()))
 
-    def _finish(self, work: Work) -> None:
+    def _finish(self, work: RunShards) -> None:
         self._attempts.pop(work, None)
 
 
 def drive(out: Path, workers: int, shards: list[Shard], seconds: float) -> list[tuple[float, float]]:
     """Hand out all shards for so long; the clock and the driver's CPU time at every commit."""
     settings = Settings(device="cpu")
-    job: Any = Job(Placement(), settings, RUN.run_id)
+    job: Any = Job(Placement(), settings)
     tokens = sum(shard.num_tokens for shard in shards)
     corpus = CorpusPlan(
         source="virtual",
@@ -209,18 +208,20 @@ def drive(out: Path, workers: int, shards: list[Shard], seconds: float) -> list[
     )
     job = job._replace(checkpoint=RUN_CHECKPOINT)
     run = Run(run_id=RUN.run_id, model=RUN.model, warehouse=str(out), status="skipped")
-    prepared = Prepared(name="virtual", job=job, corpus=corpus, fingerprint="0" * 64, run=run, replicas=workers)
+    planned = PlannedRun(
+        name="virtual", replica_spec=job, corpus=corpus, fingerprint="0" * 64, run=run, replicas=workers
+    )
     store = Warehouse(out)
     store.create()
     with closing(VirtualExecutor(Execution(executor="ray", replicas=workers), settings)) as executor:
         driver = Committing(store, executor, workers=workers, seconds=seconds)
-        for _ in driver.run([prepared]):  # type: ignore[list-item]
+        for _ in driver.run([planned]):  # type: ignore[list-item]
             pass
     return driver.times
 
 
 class RUN_CHECKPOINT:  # noqa: N801
-    """What `Attempt` reads of a checkpoint."""
+    """What `RunInProgress` reads of a checkpoint."""
 
     name, revision = RUN.model, RUN.revision
 
@@ -245,10 +246,10 @@ def main() -> None:
     cloudpickle.register_pickle_by_value(__import__("__main__"))
     gang.Worker = VirtualWorker  # type: ignore[misc,assignment]
     pool.Task = SimpleNamespace  # type: ignore[misc,assignment]  # the real one brings torch into 64 processes
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as prepared, tempfile.TemporaryDirectory(dir=arguments.out) as out:
-        VirtualWorker.folder, VirtualWorker.plain = Path(prepared), arguments.plain
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as planned, tempfile.TemporaryDirectory(dir=arguments.out) as out:
+        VirtualWorker.folder, VirtualWorker.plain = Path(planned), arguments.plain
         work = shards(arguments.shards)
-        result, on_disk = prepare(Path(prepared), work, arguments.layers, arguments.units)
+        result, on_disk = prepare(Path(planned), work, arguments.layers, arguments.units)
         buffers: list[Any] = []
         sent = result if arguments.plain else None
         in_transit = on_disk if sent is None else len(pickle.dumps(sent, 5, buffer_callback=buffers.append))

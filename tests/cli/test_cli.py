@@ -553,7 +553,7 @@ def test_reading_loads_nothing_heavy(command: list[str], scored: Path) -> None:
 
 @pytest.mark.parametrize("what", ["avss_dist; avss_dist.Warehouse", "avss_dist.executors.ray.heartbeats"])
 def test_importing_loads_nothing_heavy(what: str) -> None:
-    """The package; and what the process of the actor `Beats` imports."""
+    """The package; and what the process of the actor `HeartbeatMonitor` imports."""
     code = f"import sys, {what}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert not {*HEAVY, "altair", "datasets"} & set(done.stdout.split())

@@ -95,9 +95,9 @@ def test_two_nodes_measure_the_same_bytes_as_one_process(
 
 LOSES_A_NODE = """
 import subprocess, sys
-from avss_dist.run import Silent, score
+from avss_dist.runs.api import Reporter, score
 
-class Harming(Silent):
+class Harming(Reporter):
     arrived = 0
     def advanced(self, *_):
         self.arrived += 1

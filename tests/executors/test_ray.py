@@ -21,7 +21,7 @@ from support.tables import assert_same_tables
 import avss_dist
 from avss_dist.errors import BatchTooLarge, RunFailed
 from avss_dist.executors.ray import gang
-from avss_dist.runs.api import Silent
+from avss_dist.runs.api import Reporter
 from avss_dist.warehouse.reader import Warehouse
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -82,7 +82,7 @@ def test_any_number_of_workers_gives_the_same_bytes(
     assert (row["replicas"], row["threads"]) == (replicas, 1)
 
 
-class Harming(Silent):
+class Harming(Reporter):
     """Sends signals to workers: each when so many shards have arrived."""
 
     def __init__(self, signals: dict[int, signal.Signals]) -> None:

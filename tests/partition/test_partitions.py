@@ -18,7 +18,7 @@ from support.tables import measured_files
 
 import avss_dist
 from avss_dist.errors import AvssError, ConfigError, RunFailed
-from avss_dist.runs.api import Silent
+from avss_dist.runs.api import Reporter
 from avss_dist.warehouse.reader import Warehouse
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -131,7 +131,7 @@ def ranks_alive() -> list[psutil.Process]:
     return [p for p in children if p.is_running() and p.name().startswith("ray::Worker")]
 
 
-class Harming(Silent):
+class Harming(Reporter):
     """SIGKILLs one rank after the first shard, SIGSTOPs another after the third."""
 
     def __init__(self) -> None:

@@ -15,9 +15,9 @@ from support.tables import assert_same_tables, measured_files
 import avss_dist
 from avss_dist.errors import AvssError, ConfigError, RunFailed
 from avss_dist.executors import local
-from avss_dist.executors.base import Outcome, Work
+from avss_dist.executors.base import Outcome, RunShards
 from avss_dist.executors.local import LocalExecutor
-from avss_dist.runs.api import Silent
+from avss_dist.runs.api import Reporter
 from avss_dist.runs.driver import Driver
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.settings import SCHEMA_VERSION, Execution, Settings
@@ -59,7 +59,7 @@ def drive(model: Path, out: Path, executor: Any, **changes: Any) -> avss_dist.Ru
         name=str(model),
     )
     with closing(executor):
-        ((_, ending),) = Driver(store, executor, Silent()).run([spec])
+        ((_, ending),) = Driver(store, executor, Reporter()).run([spec])
     assert isinstance(ending, avss_dist.Run), ending
     return ending
 
@@ -72,7 +72,7 @@ class Interfering(LocalExecutor):
         self.how = how
         self.asked: list[int] = []
 
-    def run(self, works: Iterator[Work]) -> Iterator[Outcome]:  # type: ignore[override]
+    def run(self, works: Iterator[RunShards]) -> Iterator[Outcome]:  # type: ignore[override]
         for work in works:
             self.asked = [shard.shard_id for shard in work.shards]
             results = list(super().run(iter([work])))

@@ -21,11 +21,11 @@ from support.tables import assert_same_tables, measured_files
 
 import avss_dist
 from avss_dist.errors import ModelError
-from avss_dist.executors.prefetch import Ahead
+from avss_dist.executors.prefetch import Prefetcher
 from avss_dist.executors.ray import gang
 from avss_dist.executors.ray import queue as effort
 from avss_dist.executors.ray.executor import RayExecutor
-from avss_dist.runs.api import Run, Silent, run_job
+from avss_dist.runs.api import Reporter, Run, run_job
 from avss_dist.runs.job_file import read_job
 from avss_dist.system.devices import devices_here
 from avss_dist.warehouse.reader import Warehouse
@@ -86,7 +86,7 @@ def workers() -> list[psutil.Process]:
     return [p for p in children if p.is_running() and p.name().startswith("ray::Worker")]
 
 
-class Watching(Silent):
+class Watching(Reporter):
     """Notes what happens, and at a given shard sends a signal to a worker."""
 
     def __init__(self, at: int = 0, harm: signal.Signals = signal.SIGKILL) -> None:
@@ -220,7 +220,7 @@ def test_a_driver_that_is_killed_in_a_sweep_is_resumed(models: list[Path], alone
     assert_same_tables(tmp_path / "w", alone)
 
 
-def test_ahead_prepares_one_item_while_another_is_used() -> None:
+def test_prefetcher_prepares_one_item_while_another_is_used() -> None:
     made: list[int] = []
 
     def items() -> Iterator[int]:
@@ -229,17 +229,17 @@ def test_ahead_prepares_one_item_while_another_is_used() -> None:
             yield number
         raise KeyError("the end")
 
-    ahead = Ahead(items())
-    assert ahead.take(wait=True) == 0
+    prefetcher = Prefetcher(items())
+    assert prefetcher.next(wait=True) == 0
     deadline = time.monotonic() + 10
     while len(made) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.05)
     assert made == [0, 1, 2]  # one is ready, one waits for its place
-    assert [ahead.take(wait=True) for _ in range(4)] == [1, 2, 3, 4]
+    assert [prefetcher.next(wait=True) for _ in range(4)] == [1, 2, 3, 4]
     with pytest.raises(KeyError, match="the end"):
-        ahead.take(wait=True)
-    assert ahead.exhausted and ahead.take(wait=True) is None
+        prefetcher.next(wait=True)
+    assert prefetcher.exhausted and prefetcher.next(wait=True) is None
 
 
 def test_a_node_fetches_what_only_the_head_has(
@@ -255,8 +255,8 @@ def test_a_node_fetches_what_only_the_head_has(
     shutil.copytree(models[0], cached)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     of_the_head = Checkpoint(name="org/tiny", source="hub", path="/head/cache/org--tiny", revision=revision)
-    here = gang.at_hand(of_the_head)
+    here = gang.resolve_on_node(of_the_head)
     assert (here.path, here.revision) == (str(cached), revision)
-    assert gang.at_hand(here) is here
+    assert gang.resolve_on_node(here) is here
     with pytest.raises(ModelError, match=r"'/head/tiny' is not on the node .*, which has a worker"):
-        gang.at_hand(Checkpoint(name="tiny", source="folder", path="/head/tiny", revision="0"))
+        gang.resolve_on_node(Checkpoint(name="tiny", source="folder", path="/head/tiny", revision="0"))

@@ -13,9 +13,9 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 
 from avss_dist.errors import AvssError, RunFailed
-from avss_dist.executors.ray.gang import at_hand, missing_package
+from avss_dist.executors.ray.gang import missing_package, resolve_on_node
 from avss_dist.executors.ray.queue import ATTEMPTS
-from avss_dist.tasks.cells import Cell, CellOutcome, CellRunner, Measured
+from avss_dist.tasks.cells import Cell, CellOutcome, CellResult, CellRunner
 
 
 class CellWorker:
@@ -25,9 +25,9 @@ class CellWorker:
         torch.set_num_threads(threads)
         self._runner = CellRunner()
 
-    def run(self, cell: Cell) -> Measured:
+    def run(self, cell: Cell) -> CellResult:
         """Measure a cell."""
-        checkpoint = at_hand(cell.checkpoint, trust_remote_code=cell.settings.trust_remote_code)
+        checkpoint = resolve_on_node(cell.checkpoint, trust_remote_code=cell.settings.trust_remote_code)
         return self._runner.run(replace(cell, checkpoint=checkpoint))
 
 

@@ -13,11 +13,11 @@ import ray
 from ray.exceptions import RayError
 
 from avss_dist.errors import ConfigError, RunFailed
-from avss_dist.executors.base import Outcome, Work
-from avss_dist.executors.prefetch import Ahead
+from avss_dist.executors.base import Outcome, RunShards
+from avss_dist.executors.prefetch import Prefetcher
 from avss_dist.executors.ray.cells import run_on_ray
 from avss_dist.executors.ray.gang import Gang, missing_package
-from avss_dist.executors.ray.heartbeats import Beats
+from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
 from avss_dist.executors.ray.pool import Pool
 from avss_dist.partition.base import Placement
 from avss_dist.settings import Execution, Settings
@@ -63,15 +63,15 @@ class RayExecutor:
             )
         return replicas
 
-    def run(self, works: Iterator[Work]) -> Generator[Outcome, None, None]:
-        """Yield results as workers finish them; the next work is prepared meanwhile. Works share the workers."""
+    def run(self, works: Iterator[RunShards]) -> Generator[Outcome, None, None]:
+        """Yield results as workers finish them; the next work is planned meanwhile. Works share the workers."""
         first = next(works, None)
         if first is None:
             return
         self.connect()
-        ahead = Ahead(chain([first], works))
+        prefetcher = Prefetcher(chain([first], works))
         pool = Pool(
-            ahead,
+            prefetcher,
             hire=self._hire,
             replicas=self.replicas,
             beats=self._beats,
@@ -82,7 +82,7 @@ class RayExecutor:
         try:
             yield from pool.outcomes()
         finally:
-            ahead.close()
+            prefetcher.close()
             pool.close()
 
     def run_cells(self, cells: Sequence[Cell]) -> Generator[CellOutcome, None, None]:
@@ -121,7 +121,7 @@ class RayExecutor:
                 ) from error
             self._started = True
         if self._beats is None:
-            self._beats = ray.remote(Beats).options(num_cpus=0, max_restarts=-1).remote()
+            self._beats = ray.remote(HeartbeatMonitor).options(num_cpus=0, max_restarts=-1).remote()
 
     def cpus(self, placement: Placement) -> int:
         """CPUs of one rank: an even share."""

@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import ConfigError, ModelError
-from avss_dist.executors.base import Job
+from avss_dist.executors.base import ReplicaSpec
 from avss_dist.executors.ray.queue import shape
 from avss_dist.measure.shard import analyze_shard, follow
 from avss_dist.models.checkpoints import Checkpoint, resolve
@@ -48,16 +48,16 @@ class Task:
 
 
 class Worker:
-    """The actor: one rank of a replica. Opens the job's model once, measures the shards that it is given.
+    """The actor: one rank of a replica. Opens the replica_spec's model once, measures the shards that it is given.
 
-    A thread tells `beats.Beats` how far it is: layers begun while it measures, the seconds while it opens a model.
+    A thread tells `HeartbeatMonitor` how far it is: layers begun while it measures, seconds while it opens.
     """
 
     def __init__(self, name: str, threads: int, beats: Any) -> None:
         torch.set_num_threads(threads)
         self._name, self._beats = name, beats
         self._count, self._opening = 0, True
-        self._job: Job | None = None
+        self._replica_spec: ReplicaSpec | None = None
         self._replica: Replica | None = None
         self._joined = False
         threading.Thread(target=self._report, daemon=True).start()
@@ -79,31 +79,33 @@ class Worker:
             port = free.getsockname()[1]
         return get_node_ip_address(), port, ray.get_runtime_context().get_node_id(), os.getpid()
 
-    def open(self, job: Job, rank: int, first: tuple[str, int, str, int]) -> None:
-        """Open the job's model, in place of the last one, together with the other ranks.
+    def open(self, replica_spec: ReplicaSpec, rank: int, first: tuple[str, int, str, int]) -> None:
+        """Open the replica_spec's model, in place of the last one, together with the other ranks.
 
         Args:
             first: the `address` of rank 0.
         """
         self._opening = True
-        if job.placement.ranks > 1 and not self._joined:
+        if replica_spec.placement.ranks > 1 and not self._joined:
             from avss_dist.partition.group import join
 
-            device = pick_device(job.settings.device)
-            join(rank, job.placement.ranks, first[0], first[1], device=device)
+            device = pick_device(replica_spec.settings.device)
+            join(rank, replica_spec.placement.ranks, first[0], first[1], device=device)
             self._joined = True
-        if job != self._job:
+        if replica_spec != self._replica_spec:
             if self._replica is not None:
                 self._replica.close()
-            self._job, self._replica = None, None
-            checkpoint = at_hand(job.checkpoint, trust_remote_code=job.settings.trust_remote_code)
-            self._replica = open_replica(checkpoint, job.settings, job.placement)
-            self._job = job
+            self._replica_spec, self._replica = None, None
+            checkpoint = resolve_on_node(
+                replica_spec.checkpoint, trust_remote_code=replica_spec.settings.trust_remote_code
+            )
+            self._replica = open_replica(checkpoint, replica_spec.settings, replica_spec.placement)
+            self._replica_spec = replica_spec
         self._opening = False
 
     def analyze(self, task: Task) -> ShardResult | None:
         """Measure a shard; None where this rank has none to report."""
-        assert self._replica is not None and self._job is not None
+        assert self._replica is not None and self._replica_spec is not None
         self._beat()
         if task.shard is None:
             follow(self._replica, task.forwards)
@@ -111,7 +113,7 @@ class Worker:
         result = analyze_shard(
             self._replica,
             task.shard,
-            self._job.settings,
+            self._replica_spec.settings,
             rows=task.rows,
             forwards=task.forwards,
             beat=self._beat,
@@ -120,8 +122,8 @@ class Worker:
 
     def _encoded(self, result: ShardResult, run_id: str) -> ShardResult:
         """The result with its partial made here, for there are more workers than drivers."""
-        assert self._job is not None
-        of = self._job.checkpoint
+        assert self._replica_spec is not None
+        of = self._replica_spec.checkpoint
         family = result.model["family"]
         run = RunIdentity(run_id=run_id, model=of.name, revision=of.revision, family=family)
         return replace(result, stats=encode_shard(run, result))
@@ -132,7 +134,7 @@ class Gang:
 
     def __init__(self, name: str, placement: Placement, *, cpus: int, threads: int, beats: Any) -> None:
         self.shape = shape(placement)
-        self.job: Job | None = None  # whose model every rank has open
+        self.replica_spec: ReplicaSpec | None = None  # whose model every rank has open
         self.names = [f"{name}.{rank}" for rank in range(placement.ranks)]
         resources = {"num_cpus": cpus, "num_gpus": placement.gpus // placement.ranks}
         self._group: Any = None
@@ -145,9 +147,9 @@ class Gang:
         self._workers: list[Any] = [actor.remote(worker, threads, beats) for worker in self.names]
         self.placed: list[Any] = [worker.address.remote() for worker in self._workers]
 
-    def open(self, job: Job) -> list[Any]:
-        """Open a job's model on every rank; one reference for each."""
-        return [worker.open.remote(job, rank, self.placed[0]) for rank, worker in enumerate(self._workers)]
+    def open(self, replica_spec: ReplicaSpec) -> list[Any]:
+        """Open a replica_spec's model on every rank; one reference for each."""
+        return [worker.open.remote(replica_spec, rank, self.placed[0]) for rank, worker in enumerate(self._workers)]
 
     def analyze(self, tasks: Sequence[Task]) -> list[Any]:
         """Give each rank its task; one reference for each."""
@@ -173,7 +175,7 @@ def _kill(process: int) -> None:
         os.kill(process, signal.SIGKILL)
 
 
-def at_hand(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Checkpoint:
+def resolve_on_node(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Checkpoint:
     """The driver's checkpoint as this node has it; what comes from the hub is fetched where it is not here yet.
 
     Raises:

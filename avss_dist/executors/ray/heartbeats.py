@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 
-class Beats:
+class HeartbeatMonitor:
     """The actor that knows when each worker was last seen to get on."""
 
     def __init__(self) -> None:

@@ -17,15 +17,15 @@ from ray.exceptions import RayError, RayTaskError
 
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import AvssError, BatchTooLarge, RunFailed
-from avss_dist.executors.base import Outcome, Work
-from avss_dist.executors.prefetch import Ahead
+from avss_dist.executors.base import Outcome, RunShards
+from avss_dist.executors.prefetch import Prefetcher
 from avss_dist.executors.ray.gang import Gang, Task, missing_package
 from avss_dist.executors.ray.metrics import Metrics
 from avss_dist.executors.ray.queue import Effort
 from avss_dist.partition.base import Placement
 
 POLL_SECONDS = 2.0
-SOON_SECONDS = 0.02  # to look again, while a gang is idle and the next work is being prepared
+SOON_SECONDS = 0.02  # to look again, while a gang is idle and the next work is being planned
 
 
 @dataclass(eq=False)
@@ -46,7 +46,7 @@ class Pool:
     Args:
         hire: gives a new gang for a placement.
         replicas: how many gangs of a placement work at once.
-        beats: the `beats.Beats` actor.
+        beats: the `beats.HeartbeatMonitor` actor.
         placement_seconds: how long to wait for a gang to be placed, while none works.
         hang_seconds: how long a rank may begin no layer before its gang is stopped.
         shortage: says what a placement asks of the cluster, and what it has.
@@ -54,7 +54,7 @@ class Pool:
 
     def __init__(
         self,
-        works: Ahead[Work],
+        works: Prefetcher[RunShards],
         *,
         hire: Callable[[Placement], Gang],
         replicas: Callable[[Placement], int],
@@ -103,7 +103,7 @@ class Pool:
         """Take the next work as soon as no shard waits; False when all is done."""
         self._efforts = [effort for effort in self._efforts if effort.open]
         while not any(effort.waiting for effort in self._efforts):
-            work = self._works.take(wait=not self._efforts)
+            work = self._works.next(wait=not self._efforts)
             if work is None:
                 break
             self._efforts.append(Effort(work))
@@ -124,7 +124,7 @@ class Pool:
             there = sum(gang.shape == effort.shape for gang in self._gangs())
             for _ in range(min(effort.rounds_waiting - coming, self._replicas(effort.placement) - there)):
                 gang = self._hire_gang(effort.placement)
-                self._begin(_Round(gang, effort, [], effort.rows), gang.open(effort.work.job))
+                self._begin(_Round(gang, effort, [], effort.rows), gang.open(effort.work.replica_spec))
         if self._idle:
             self._make_room()
 
@@ -154,15 +154,15 @@ class Pool:
 
     def _give(self, gang: Gang, effort: Effort) -> None:
         """Begin a round: open the effort's model, or measure the next of its shards."""
-        if gang.job != effort.work.job:
-            self._begin(_Round(gang, effort, [], effort.rows), gang.open(effort.work.job))
+        if gang.replica_spec != effort.work.replica_spec:
+            self._begin(_Round(gang, effort, [], effort.rows), gang.open(effort.work.replica_spec))
             return
         shards = effort.next_shards()
         forwards = max(-(-shard.num_sequences // effort.rows) for shard in shards)
         of_ranks: list[Shard | None] = [*shards, *[None] * (effort.shards_a_round - len(shards))]
         if effort.shards_a_round == 1:
             of_ranks *= len(gang.names)
-        run_id = effort.work.job.run_id
+        run_id = effort.work.run_id
         tasks = [Task(shard=shard, rows=effort.rows, forwards=forwards, run_id=run_id) for shard in of_ranks]
         self._begin(_Round(gang, effort, shards, effort.rows), gang.analyze(tasks))
 
@@ -210,7 +210,7 @@ class Pool:
             if round_.shards:
                 effort.seconds.append(time.monotonic() - round_.begun)
             else:
-                round_.gang.job = effort.work.job
+                round_.gang.replica_spec = effort.work.replica_spec
             self._free(round_.gang, effort)
 
     def _free(self, gang: Gang, effort: Effort) -> None:
@@ -233,7 +233,7 @@ class Pool:
                 self._replace(round_, None)
                 return
             del self._rounds[reference]
-            round_.gang.job = None
+            round_.gang.replica_spec = None
             self._idle.append(round_.gang)
 
     def _end(self, effort: Effort, error: AvssError) -> None:

@@ -8,7 +8,7 @@ from statistics import median
 
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import RunFailed
-from avss_dist.executors.base import Work
+from avss_dist.executors.base import RunShards
 from avss_dist.partition.base import Placement
 
 ATTEMPTS = 3  # of a shard, and of opening a model, before the run fails
@@ -24,13 +24,13 @@ def shape(placement: Placement) -> tuple[int, int]:
 class Effort:
     """See above. Shards leave ``waiting`` when a gang takes them, and ``left`` when their first result has come."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: RunShards) -> None:
         self.work = work
-        self.placement = work.job.placement
+        self.placement = work.replica_spec.placement
         self.shape = shape(self.placement)
         self.waiting = deque(work.shards)
         self.left = {shard.shard_id for shard in work.shards}
-        self.rows = work.job.settings.batch_size
+        self.rows = work.replica_spec.settings.batch_size
         self.seconds: list[float] = []  # of rounds that are done
         self.helped: set[int] = set()  # shards that two gangs were given
         self._failures: Counter[int | None] = Counter()

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from avss_dist.report.terminal.estimate import describe_seconds
+from avss_dist.runs.reporter import Reporter
 from avss_dist.text import basename
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ class _Speed(rich_progress.ProgressColumn):
         return Text(f"{speed:,.0f} tokens/s" if speed else "", style="cyan")
 
 
-class Progress:
-    """A `run.Reporter`: a bar for each run, with tokens/s and the time that is left."""
+class Progress(Reporter):
+    """A bar for each run, with tokens/s and the time that is left."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
@@ -121,8 +122,8 @@ class CellProgress:
         self._progress.update(self._task, advance=1, description=f"{_short(cell.checkpoint.name)}{without}")
 
 
-class Log:
-    """A `run.Reporter` for a file or a job's log: a line for each run, and one now and then while it is measured.
+class Log(Reporter):
+    """For a file or a job's log: a line for each run, and one now and then while it is measured.
 
     Args:
         num_runs: how many there will be.
@@ -141,9 +142,6 @@ class Log:
         return self
 
     def __exit__(self, *_: object) -> None: ...
-
-    def planning(self, name: str) -> None:
-        """Nothing is said."""
 
     def placed(self, name: str, placement: Placement) -> None:
         """How a replica is spread; said where it is not the plain way."""
