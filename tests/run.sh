@@ -14,4 +14,5 @@ fi
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"
 "$VENV/bin/lint-imports"
+"$VENV/bin/python" tests/architecture.py
 "$VENV/bin/python" -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"
