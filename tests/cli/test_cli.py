@@ -29,7 +29,6 @@ from avss_dist.settings import LOWEST_SHARE, PUBLISHED_THRESHOLD, RECIPES, SITES
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import RunIdentity
 
-README = Path(__file__).parents[2] / "README.md"
 COMMANDS: dict[str, dict[str, Any]] = {
     "score": {
         "models": None,
@@ -247,11 +246,6 @@ def test_every_command_and_option_has_help(command: str) -> None:
         assert parameter.help
     group: Any = typer.main.get_command(app)
     assert group.commands[command].help
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_stands_in_the_readme(command: str) -> None:
-    assert re.search(rf"\bavss {command}\b", README.read_text(encoding="utf-8"))
 
 
 def test_help_names_every_command() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.documentation import DOCS, read
 from support.families import model_types, tiny_batch, tiny_model
 
 from avss_dist.errors import ModelError
@@ -132,8 +132,8 @@ def test_common_families_have_every_site(outcomes: list[Outcome]) -> None:
         assert sites["masked", family] == SITES, family
 
 
-def test_the_readme_says_the_number(outcomes: list[Outcome]) -> None:
+def test_the_documentation_says_the_number(outcomes: list[Outcome]) -> None:
     causal = [o for o in outcomes if o.kind == "causal"]
     built = [o for o in causal if o.built]
     said = f"{sum(not o.refused for o in built)} of the {len(built)}"
-    assert said in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert said in read(DOCS / "cli.md")

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from support.checkpoints import llama
+from support.documentation import DOCS, read
 
 from avss_dist.errors import AvssError, ConfigError, TaskError
 from avss_dist.evaluation.evaluate import evaluate
@@ -296,7 +297,7 @@ def test_the_command_says_nothing_but_results_and_needs_no_network(folder: Path,
 
 
 def test_the_example_of_the_documentation_can_be_asked(whole: LanguageModel, tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "jobs" / "README.md").read_text(encoding="utf-8")
+    text = read(DOCS / "pruning.md")
     (example,) = re.findall(r"```yaml\n(task: .*?)```", text, re.DOTALL)
     (tmp_path / "reviews.yaml").write_text(example)
     (tmp_path / "reviews.jsonl").write_text('{"text": "a gem", "label": 1}\n{"text": "a bore", "label": 0}\n')

@@ -1,0 +1,154 @@
+"""The documentation is true: links lead somewhere, commands and options exist, queries run, named code is there."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from support.documentation import DOCS, ROOT, read
+
+from avss_dist.cli import app
+from avss_dist.warehouse.reader import Warehouse
+
+OWN = sorted([*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "jobs" / "README.md"])
+PAGES = sorted(
+    [*DOCS.glob("*.md"), ROOT / "README.md", *(ROOT / "jobs").glob("*.md"), *(ROOT / "cluster").rglob("*.md")]
+)
+GROUP: Any = typer.main.get_command(app)
+OPTIONS = {name: {o for p in command.params for o in p.opts} for name, command in GROUP.commands.items()}
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def code_blocks(text: str, *languages: str) -> list[str]:
+    """The fenced blocks of a page in these languages, and its indented ones where a shell is among them."""
+    fenced = [code for language, code in re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL) if language in languages]
+    indented = re.findall(r"(?:^|\n\n)((?:    .*\n)+)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    return fenced + (indented if "bash" in languages else [])
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of every ``avss`` command in the shell blocks of a page."""
+    for block in code_blocks(text, "bash", "sh", ""):
+        for words in _lines(block):
+            starts = [i for i, word in enumerate(words) if word == "avss"]
+            if starts and (starts[0] == 0 or words[starts[0] - 1] == "--" or "=" in words[starts[0] - 1]):
+                yield words[starts[0] + 1 :]
+
+
+def _lines(block: str) -> Iterator[list[str]]:
+    line = ""
+    for part in block.splitlines():
+        line += part.rstrip("\\") + "\n"
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:  # an open quotation goes on in the next line
+            continue
+        if not part.endswith("\\"):
+            yield words
+            line = ""
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", read(page)):
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), target
+        if anchor:
+            assert anchor in anchors(read(there)), target
+
+
+@each_page
+def test_every_command_and_option_exists(page: Path) -> None:
+    for words in commands(read(page)):
+        name, *rest = words
+        if name in ("--help", "--version", "--install-completion"):
+            continue
+        assert name in OPTIONS, words
+        for word in rest:
+            if word.startswith("-") and not re.match(r"-\d", word):
+                assert word.partition("=")[0] in OPTIONS[name], (name, word)
+
+
+@pytest.mark.parametrize("page", OWN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_option_in_a_sentence_exists(page: Path) -> None:
+    known = set().union(*OPTIONS.values()) | {"--install-completion", "--help"}
+    prose = re.sub(r"```.*?```|^    .*$", "", read(page), flags=re.DOTALL | re.MULTILINE)
+    for code in re.findall(r"`([^`\n]+)`", prose):
+        if code.split()[0] in ("pip", "ray", "python"):
+            continue
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", code):
+            assert option in known, (option, code)
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_every_command_is_documented(command: str) -> None:
+    assert re.search(rf"^\| `avss {command}` \|", read(DOCS / "cli.md"), re.MULTILINE)
+
+
+def test_every_page_is_in_the_index() -> None:
+    linked = set(re.findall(r"\]\((\w[\w-]*\.md)\)", read(DOCS / "index.md")))
+    assert linked == {page.name for page in DOCS.glob("*.md")} - {"index.md"}
+
+
+@each_page
+def test_every_query_runs(page: Path) -> None:
+    warehouse = Warehouse(str(ROOT / "tests" / "warehouse" / "schema_2"))
+    for words in commands(read(page)):
+        if words[0] == "query" and len(words) > 2 and not words[2].startswith(("@", "-")):
+            warehouse.sql(words[2])
+
+
+@each_page
+def test_every_block_of_yaml_and_python_is_one(page: Path) -> None:
+    for block in code_blocks(read(page), "yaml"):
+        yaml.safe_load(block)
+    for block in code_blocks(read(page), "python"):
+        ast.parse(block)
+
+
+def _named_code(text: str) -> set[str]:
+    return set(re.findall(r"`(avss_dist(?:\.\w+)+)`", text))
+
+
+@each_page
+def test_code_that_is_named_is_there(page: Path) -> None:
+    for name in sorted(_named_code(read(page))):
+        _resolve(name)
+
+
+def _resolve(name: str) -> Any:
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            found = getattr(found, part)
+        return found
+    raise ModuleNotFoundError(name)
+
+
+def test_the_walks_name_their_functions_in_full() -> None:
+    walks = re.findall(r"^## Walk .*?(?=^## |\Z)", read(DOCS / "architecture.md"), re.DOTALL | re.MULTILINE)
+    assert len(walks) == 2
+    for walk in walks:
+        assert len(_named_code(walk)) >= 10
