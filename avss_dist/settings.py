@@ -18,7 +18,13 @@ from avss_dist.errors import AvssError, ConfigError, nearest, require_known
 SCHEMA_VERSION = 2
 SITES = ("block", "update", "attention", "mlp", "neuron")
 RECIPES = ("pooled", "element", "unit")
-RIVALS = ("block_influence", "angular_distance", "relative_magnitude", "update_variance_ratio")
+RIVALS = {
+    "block_influence": "block influence",
+    "angular_distance": "angular distance",
+    "relative_magnitude": "relative magnitude",
+    "update_variance_ratio": "update / input variance",
+}
+"""Scores that AVSS competes with, by column; and their titles."""
 SCORES = ("avss", *RIVALS)  # what layers are ranked by: low is unimportant
 GROUND_TRUTH = {"loss": "ablation:", "shapley": "shapley:", "taylor": "gradients:"}
 """What dropping a layer does to the loss: measured, sampled, linearized; and the task of each, before its corpus."""

@@ -13,25 +13,23 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from avss_dist.analysis.thresholds import scores_at
 from avss_dist.errors import QueryError, require_known
 from avss_dist.settings import LOWEST_SHARE, RIVALS, SCORES
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.scores import NOTHING, Threshold, count_lowest, score_column
+from avss_dist.stats.rankings import FEWEST, align, count_lowest, rank_biased_overlap, spearman
+from avss_dist.stats.scores import Threshold, score_column
 from avss_dist.system.progress_bar import tracked
 from avss_dist.text import describe_threshold
 from avss_dist.warehouse.reader import Warehouse
 
-Ints = NDArray[np.integer[Any]]
 CONDITIONS = ("corpus", "dtype", "sequence_length", "layout", "skip_first_tokens", "schema_version")
 """What two runs must share, the models apart, for their scores to be comparable."""
 BETWEEN = ("run", "family", "revision", "corpus", "dtype")
 WITHIN = ("recipe", "threshold", "site", "score")
 BY = (*BETWEEN, *WITHIN)
 
-PERSISTENCE = 0.9  # of rank-biased overlap: the first 10 ranks have 86% of the weight
 SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("by", "a", "b", "a_run_id", "b_run_id")),
@@ -174,15 +172,15 @@ def correlate(
 
     Where the depths differ, the profile with more layers is interpolated, linear in depth, at those of the other.
 
-    Spearman's rho and Kendall's tau-b by scipy; rank-biased overlap, extrapolated, from the lowest layer up (Webber,
-    Moffat and Zobel 2010, eq. 32, p = 0.9). NaN for fewer than three layers, or where a profile is constant.
+    Spearman's rho with average ranks, Kendall's tau-b by scipy, and rank-biased overlap from the lowest layer up
+    (`rank_biased_overlap`). NaN for fewer than three layers, or where a profile is constant.
     """
     from scipy import stats  # a second to import
 
     x, y, interpolated = align(a, b)
     n = len(x)
     size = min(k or count_lowest(n, share), n)
-    defined = n >= 3 and np.ptp(x) > 0 and np.ptp(y) > 0
+    defined = n >= FEWEST and np.ptp(x) > 0 and np.ptp(y) > 0
     order_x, order_y = np.argsort(x, kind="stable"), np.argsort(y, kind="stable")
     shared = len(set(order_x[:size]) & set(order_y[:size]))
     jaccard_by_chance, at_least = _by_chance(n, size)
@@ -191,9 +189,9 @@ def correlate(
         "interpolated": interpolated,
         "k": size,
         "shared": shared,
-        "spearman": float(stats.spearmanr(x, y).statistic) if defined else NOTHING,
-        "kendall": float(stats.kendalltau(x, y).statistic) if defined else NOTHING,
-        "rbo": rank_biased_overlap(order_x, order_y) if defined else NOTHING,
+        "spearman": spearman(x, y),
+        "kendall": float(stats.kendalltau(x, y).statistic) if defined else np.nan,
+        "rbo": rank_biased_overlap(order_x, order_y) if defined else np.nan,
         "jaccard": shared / (2 * size - shared),
         "jaccard_by_chance": jaccard_by_chance,
         "p_by_chance": float(at_least[shared]),
@@ -207,26 +205,6 @@ def _by_chance(layers: int, size: int) -> tuple[float, Float64]:
 
     overlaps, chance = np.arange(size + 1), hypergeom(layers, size, size)
     return float((chance.pmf(overlaps) * overlaps / (2 * size - overlaps)).sum()), chance.sf(overlaps - 1)
-
-
-def align(a: tuple[Float64, Float64], b: tuple[Float64, Float64]) -> tuple[Float64, Float64, bool]:
-    """The values of two profiles at the same depths, those of the shallower one; and whether one was interpolated."""
-    (depth_a, x), (depth_b, y) = a, b
-    if np.array_equal(depth_a, depth_b):
-        return x, y, False
-    if len(x) <= len(y):
-        return x, np.interp(depth_a, depth_b, y), True
-    return np.interp(depth_b, depth_a, x), y, True
-
-
-def rank_biased_overlap(a: Ints, b: Ints, p: float = PERSISTENCE) -> float:
-    """Extrapolated RBO of two orders of the same items, 0 (reversed, long) to 1 (the same)."""
-    depth = np.arange(1, len(a) + 1)
-    position = np.empty(len(a), int)
-    position[b] = depth
-    later = np.maximum(position[a], depth)  # the depth from which an item is in both
-    overlap = np.searchsorted(np.sort(later), depth, side="right") / depth
-    return float(overlap[-1] * p ** len(a) + (1 - p) / p * (overlap * p**depth).sum())
 
 
 def _compared(a: Profile, b: Profile, by: str, k: int | None, share: float) -> dict[str, Any]:

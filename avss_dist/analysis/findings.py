@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 
 from avss_dist.settings import PUBLISHED_THRESHOLD, RECIPES, SITES
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.scores import NOISY_BELOW, Threshold, count_lowest, rank_lowest
+from avss_dist.stats.rankings import count_lowest, spearman
+from avss_dist.stats.scores import NOISY_BELOW, Threshold
 from avss_dist.system.progress_bar import tracked
 from avss_dist.text import describe_threshold
 from avss_dist.warehouse.reader import Warehouse
@@ -136,17 +137,6 @@ def _of_scores(scores: Rows, threshold: Threshold) -> Iterator[Row]:
 
 
 Check = Iterator[tuple[str, str, float, str]]
-
-
-def spearman(a: Float64, b: Float64) -> float:
-    """Spearman correlation of two scores over layers that have both; NaN for fewer than three, or a constant.
-
-    Ties rank in the order of layers, as they do in ``scores``.
-    """
-    both = np.isfinite(a) & np.isfinite(b)
-    if both.sum() < 3 or np.ptp(a[both]) == 0 or np.ptp(b[both]) == 0:
-        return np.nan
-    return float(np.corrcoef(rank_lowest(a[both]), rank_lowest(b[both]))[0, 1])
 
 
 def _tracks_depth(rows: Rows, _: Threshold) -> Check:

@@ -21,6 +21,7 @@ from avss_dist.pruning.methods import PUBLISHED, Method, Reading, reading_of
 from avss_dist.pruning.plan import PlanError
 from avss_dist.settings import GROUND_TRUTH, LOSS, PERPLEXITY, RIVALS
 from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.rankings import spearman
 from avss_dist.warehouse.reader import Warehouse
 
 SHARES = (0.1, 0.25, 0.33)
@@ -77,7 +78,7 @@ def _card(store: Warehouse, run: Mapping[str, Any], truth: Mapping[str, Float64]
             continue  # a site that some layers lack
         place = dict(zip(_PLACE, method.reading, strict=True)) if method.reading else {}
         card = {"run_id": run["run_id"], "model": run["model"], "score": method.score, "task": task, **place}
-        card |= {SPEARMAN[name]: _spearman(values, known) for name, known in truth.items()}
+        card |= {SPEARMAN[name]: _known(spearman(values, known)) for name, known in truth.items()}
         for share, column in RETENTION.items():
             with suppress(PlanError):  # a layer without a score
                 card[column] = kept.get(method.drop(values, share))
@@ -85,13 +86,8 @@ def _card(store: Warehouse, run: Mapping[str, Any], truth: Mapping[str, Float64]
     return cards
 
 
-def _spearman(values: Float64, known: Float64) -> float | None:
-    from scipy.stats import spearmanr  # a second to import
-
-    both = np.isfinite(values) & np.isfinite(known)
-    if both.sum() < 3 or min(np.ptp(values[both]), np.ptp(known[both])) == 0:
-        return None
-    return float(spearmanr(values[both], known[both]).statistic)
+def _known(rho: float) -> float | None:
+    return None if np.isnan(rho) else rho
 
 
 def _retentions(store: Warehouse, run: Mapping[str, Any]) -> tuple[str | None, dict[tuple[int, ...], float]]:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from avss_dist.settings import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, INTERVAL, LOSS
+from avss_dist.settings import LOSS
 from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.rankings import bootstrap_interval, bootstrap_weights
 from avss_dist.tasks.base import LOWER_IS_BETTER, Result
 
 
@@ -32,13 +33,12 @@ def retained(before: Result, after: Result) -> Retained:
     number = len(before.samples)
     if number < 2 or len(after.samples) != number:
         return Retained(value=value, low=float("nan"), high=float("nan"))
-    picked = np.random.default_rng(BOOTSTRAP_SEED).multinomial(
-        number, np.full(number, 1 / number), size=BOOTSTRAP_RESAMPLES
-    )
-    ratios = _ratio(before.metric, *(picked @ r.samples / (picked @ r.weights) for r in (before, after)))
-    tail = (1 - INTERVAL) / 2
+    drawn = bootstrap_weights(number)
+    ratios = _ratio(before.metric, *(drawn @ r.samples / (drawn @ r.weights) for r in (before, after)))
+    if not np.isfinite(ratios).any():
+        return Retained(value=value, low=float("nan"), high=float("nan"))
     with np.errstate(invalid="ignore"):  # between infinities
-        low, high = np.nanquantile(ratios, [tail, 1 - tail]) if np.isfinite(ratios).any() else (np.nan, np.nan)
+        low, high = bootstrap_interval(ratios[~np.isnan(ratios)])
     return Retained(value=value, low=float(low), high=float(high))
 
 

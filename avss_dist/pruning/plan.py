@@ -15,7 +15,8 @@ import yaml
 
 from avss_dist.errors import AvssError, ConfigError, require_known
 from avss_dist.settings import GROUND_TRUTH, LOWEST_SHARE, SCORES
-from avss_dist.stats.scores import count_lowest, rank_lowest, score_column
+from avss_dist.stats.rankings import count_lowest, rank_lowest
+from avss_dist.stats.scores import score_column
 
 RANDOM = "random"
 

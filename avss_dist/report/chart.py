@@ -12,16 +12,11 @@ import vl_convert
 
 from avss_dist.errors import AvssError, nearest
 from avss_dist.report.output import write_file
-from avss_dist.stats.scores import count_lowest
+from avss_dist.settings import RIVALS
+from avss_dist.stats.rankings import count_lowest
 from avss_dist.text import describe_threshold
 
 FORMATS = (".png", ".svg", ".html")
-RIVALS = {
-    "block_influence": "block influence",
-    "relative_magnitude": "relative magnitude",
-    "angular_distance": "angular distance",
-    "update_variance_ratio": "update / input variance",
-}
 PANEL = {"width": 300, "height": 210}
 COLORS = alt.Scale(scheme="tableau10")
 LOWEST_COLOR = "#d62728"

@@ -10,7 +10,7 @@ from typing import Any
 
 from avss_dist.report.terminal.compare import short_name
 from avss_dist.settings import LOWEST_SHARE
-from avss_dist.stats.scores import count_lowest
+from avss_dist.stats.rankings import count_lowest
 from avss_dist.text import describe_threshold, escape_markdown
 
 DIGITS = 3

@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.settings import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, INTERVAL, LOWEST_SHARE, RECIPES, RELATIVE_THRESHOLDS
+from avss_dist.settings import RECIPES, RELATIVE_THRESHOLDS
 from avss_dist.stats.histogram import histogram_below
 from avss_dist.stats.layer_stats import Float64, LayerKey, LayerStats
+from avss_dist.stats.rankings import bootstrap_interval, bootstrap_weights, count_lowest, rank_lowest
 
 NOISY_BELOW = 100
-NOTHING = np.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +46,6 @@ def score_column(score: str) -> str:
     return "avss_smoothed" if score == "avss" else score
 
 
-def count_lowest(layers: int, share: float = LOWEST_SHARE) -> int:
-    """How many layers the lowest ``share`` is: rounded half to even, at least 1."""
-    return max(1, round(share * layers))
-
-
 def avss(variance: Float64, near_zero: Float64, count: Float64, *, smoothed: bool) -> Float64:
     """AVSS of layers along the last axis; NaN where it is not defined.
 
@@ -60,27 +55,13 @@ def avss(variance: Float64, near_zero: Float64, count: Float64, *, smoothed: boo
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         sparsity = (near_zero + 0.5) / (count + 1) if smoothed else near_zero / count
-        score = _share(variance) / _share(np.where(count > 0, sparsity, NOTHING))
-    return np.where(np.isfinite(score), score, NOTHING)
+        score = _share(variance) / _share(np.where(count > 0, sparsity, np.nan))
+    return np.where(np.isfinite(score), score, np.nan)
 
 
 def _share(values: Float64) -> Float64:
     """Each value over the sum of those that are defined."""
     return _ratio(values, np.nansum(values, axis=-1, keepdims=True))
-
-
-def rank_lowest(scores: Float64) -> Float64:
-    """Ranks along the last axis, 1 the lowest (least important); ties go to the earlier layer, NaN stays NaN."""
-    ranks = np.argsort(np.argsort(scores, axis=-1, kind="stable"), axis=-1, kind="stable") + 1.0
-    return np.where(np.isnan(scores), NOTHING, ranks)
-
-
-def depth_correlation(ranks: Sequence[int | None]) -> float:
-    """Spearman correlation of ranks, in layer order, with depth; NaN for fewer than three ranked layers."""
-    ranked = np.array([rank for rank in ranks if rank is not None], float)
-    if len(ranked) < 3:
-        return NOTHING
-    return float(np.corrcoef(rank_lowest(ranked), np.arange(len(ranked)))[0, 1])
 
 
 def score_run(
@@ -143,15 +124,15 @@ def layer_rivals(stats: Mapping[LayerKey, LayerStats], layer: int) -> dict[str, 
     block, update = stats.get((layer, "block")), stats.get((layer, "update"))
     tokens = block.token_count if block else 0
     mean = {
-        name: getattr(block, f"{name}_sum") / tokens if tokens else NOTHING
+        name: getattr(block, f"{name}_sum") / tokens if tokens else np.nan
         for name in ("cosine", "angular", "relative_magnitude")
     }
-    input_variance = block.input_m2 / block.input_count if block and block.input_count else NOTHING
+    input_variance = block.input_m2 / block.input_count if block and block.input_count else np.nan
     return {
         "block_influence": 1 - mean["cosine"],
         "angular_distance": mean["angular"],
         "relative_magnitude": mean["relative_magnitude"],
-        "update_variance_ratio": update.variance / input_variance if update and input_variance > 0 else NOTHING,
+        "update_variance_ratio": update.variance / input_variance if update and input_variance > 0 else np.nan,
     }
 
 
@@ -166,9 +147,7 @@ class SiteTable:
     def __init__(self, merged: Sequence[LayerStats], shards: Sequence[Sequence[LayerStats]] = ()) -> None:
         self.merged = merged
         self.shards = shards if len(shards) > 1 else ()
-        rng = np.random.default_rng(BOOTSTRAP_SEED)
-        size = len(self.shards)
-        self.weights = rng.multinomial(size, [1 / size] * size, BOOTSTRAP_RESAMPLES).astype(float) if size else None
+        self.weights = bootstrap_weights(len(self.shards)) if self.shards else None
         self._variances: dict[str, tuple[Float64, Float64 | None]] = {}
 
     def recipes(self) -> tuple[str, ...]:
@@ -186,12 +165,12 @@ class SiteTable:
             self._variances[recipe] = _VARIANCE[recipe](self)
         variance, variances = self._variances[recipe]
         near_zero, count, near_zeros, counts = _SPARSITY[recipe](self, threshold)
-        literal = np.where(near_zero > 0, avss(variance, near_zero, count, smoothed=False), NOTHING)
+        literal = np.where(near_zero > 0, avss(variance, near_zero, count, smoothed=False), np.nan)
         score = avss(variance, near_zero, count, smoothed=True)
-        low = high = lowest = np.full(len(score), NOTHING)
+        low = high = lowest = np.full(len(score), np.nan)
         if variances is not None and near_zeros is not None and counts is not None:
             resampled = avss(variances, near_zeros, counts, smoothed=True)
-            low, high = np.quantile(resampled, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2], axis=0)
+            low, high = bootstrap_interval(resampled)
             lowest = (rank_lowest(resampled) <= count_lowest(len(score))).mean(axis=0)
         sparsity = _ratio(near_zero, count)
         # A layer without data takes no part in the sum; one with data but nothing near zero leaves no sum.
@@ -204,7 +183,7 @@ class SiteTable:
             "avss": literal,
             "avss_smoothed": score,
             "avss_normalized": normalized,
-            "avss_cumulative": np.where(np.isnan(normalized), NOTHING, np.nancumsum(normalized)),
+            "avss_cumulative": np.where(np.isnan(normalized), np.nan, np.nancumsum(normalized)),
             "avss_low": low,
             "avss_high": high,
             "lowest_set_probability": lowest,
@@ -235,7 +214,7 @@ class SiteTable:
         return [self._unit_means(layer, merged) for layer, merged in enumerate(self.merged)]
 
     def _unit_means(self, layer: int, merged: LayerStats) -> tuple[Float64, Float64 | None]:
-        means = merged.unit_sum / (merged.unit_count or NOTHING)
+        means = merged.unit_sum / (merged.unit_count or np.nan)
         if self.weights is None:
             return means, None
         partials = [shard[layer] for shard in self.shards]
@@ -251,7 +230,7 @@ def _quality(near_zero: float) -> str:
 
 
 def _ratio(numerator: Float64, denominator: Float64) -> Float64:
-    return numerator / np.where(denominator > 0, denominator, NOTHING)
+    return numerator / np.where(denominator > 0, denominator, np.nan)
 
 
 def _pooled_variance(table: SiteTable) -> tuple[Float64, Float64 | None]:

@@ -26,7 +26,7 @@ from support.warehouses import (
     write_scores,
 )
 
-from avss_dist.analysis.compare import SCHEMA, align, compare, correlate, rank_biased_overlap
+from avss_dist.analysis.compare import SCHEMA, compare, correlate
 from avss_dist.analysis.findings import findings
 from avss_dist.errors import QueryError
 from avss_dist.report.terminal.compare import summary
@@ -51,22 +51,6 @@ def layers(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
 
 
 # Pure functions.
-
-
-def slow_rbo(a: Sequence[int], b: Sequence[int], p: float) -> float:
-    """Webber, Moffat and Zobel 2010, equation 32, from sets."""
-    shares = [len(set(a[:d]) & set(b[:d])) / d for d in range(1, len(a) + 1)]
-    return shares[-1] * p ** len(a) + (1 - p) / p * sum(x * p**d for d, x in enumerate(shares, 1))
-
-
-@pytest.mark.parametrize("p", [0.5, 0.9])
-@pytest.mark.parametrize("n", [1, 2, 7, 30])
-def test_rank_biased_overlap_is_the_papers(n: int, p: float) -> None:
-    rng = np.random.default_rng(n)
-    for _ in range(5):
-        a, b = rng.permutation(n), rng.permutation(n)
-        assert rank_biased_overlap(a, b, p) == pytest.approx(slow_rbo(list(a), list(b), p), rel=1e-12)
-    assert rank_biased_overlap(a, a, p) == pytest.approx(1)
 
 
 def test_correlations_of_hand_made_rankings() -> None:
@@ -102,17 +86,6 @@ def test_a_constant_score_or_two_layers_have_no_correlation() -> None:
         found = correlate(layers(a), layers(b))
         assert np.isnan([found["spearman"], found["kendall"], found["rbo"]]).all()
         assert 0 <= found["jaccard"] <= 1
-
-
-def test_models_of_other_depth_meet_at_relative_depths() -> None:
-    depth, values = layers(np.arange(40.0) ** 2)
-    shallow = layers([5.0, 1.0, 3.0, 2.0])
-    x, y, interpolated = align((depth, values), shallow)
-    assert interpolated and y.tolist() == [5, 1, 3, 2]
-    assert x == pytest.approx([np.interp(d, depth, values) for d in (0.125, 0.375, 0.625, 0.875)])
-    y, x, interpolated = align(shallow, (depth, values))
-    assert interpolated and len(x) == len(y) == 4
-    assert align(shallow, shallow)[2] is False
 
 
 def test_a_curve_agrees_with_itself_at_another_resolution() -> None:

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from support.oracle import Float64, oracle_stats
 
 from avss_dist.settings import RELATIVE_THRESHOLDS
-from avss_dist.stats import scores as scoring
+from avss_dist.stats import rankings
 from avss_dist.stats.histogram import HISTOGRAM_EDGES
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, merge_stats
-from avss_dist.stats.scores import SiteTable, Threshold, count_lowest, depth_correlation, rank_lowest, score_run
+from avss_dist.stats.rankings import count_lowest, rank_lowest
+from avss_dist.stats.scores import SiteTable, Threshold, score_run
 from avss_dist.warehouse.store import SCHEMAS
 
 GRID = np.array([1e-5, 1e-2, 1e-1])
@@ -237,7 +238,7 @@ def test_fewer_than_two_shards_have_no_interval(shards: int) -> None:
 @pytest.mark.parametrize("offset", [0.0, 1e4], ids=["centered", "large offset"])
 @pytest.mark.parametrize("recipe", MEASURES)
 def test_resamples_equal_merging_the_drawn_shards(monkeypatch: pytest.MonkeyPatch, recipe: str, offset: float) -> None:
-    monkeypatch.setattr(scoring, "BOOTSTRAP_RESAMPLES", 6)
+    monkeypatch.setattr(rankings, "BOOTSTRAP_RESAMPLES", 6)
     shards = stats_of(activations(4, shards=5, offset=offset, last=0.5))
     by_layer = [list(shard.values()) for shard in shards]
     table = SiteTable(list(merge_stats(shards).values()), by_layer)
@@ -421,10 +422,3 @@ def test_golden_scores(recipe: str) -> None:
     low, high = (column(rows, name, recipe) for name in ("avss_low", "avss_high"))
     for layer, interval in zip((0, 3), GOLDEN_INTERVALS[recipe], strict=True):
         assert (low[layer], high[layer]) == pytest.approx(interval, rel=1e-10)
-
-
-def test_a_score_that_tracks_depth_is_told() -> None:
-    assert depth_correlation([1, 2, 3, 4]) == pytest.approx(1)
-    assert depth_correlation([4, 3, None, 2, 1]) == pytest.approx(-1)
-    assert depth_correlation([2, 4, 1, 3]) == pytest.approx(0)
-    assert np.isnan(depth_correlation([1, 2]))

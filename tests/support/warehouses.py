@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from avss_dist.cli import app
 from avss_dist.settings import PUBLISHED_THRESHOLD
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, merge_stats
-from avss_dist.stats.scores import rank_lowest, score_run
+from avss_dist.stats.rankings import rank_lowest
+from avss_dist.stats.scores import score_run
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import RunIdentity
 from support.oracle import By, Float64, oracle_stats

@@ -7,7 +7,8 @@ from typing import Any
 
 import altair as alt
 
-from avss_dist.report.chart import LOWEST_COLOR, RIVALS
+from avss_dist.report.chart import LOWEST_COLOR
+from avss_dist.settings import RIVALS
 
 ROWS = alt.NamedData(name="rows")
 TITLE = alt.TitleParams(text=alt.ExprRef("choice"), limit=alt.ExprRef("limit"), anchor="start", frame="bounds")

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from avss_dist.report.chart import RIVALS
-from avss_dist.settings import PUBLISHED_THRESHOLD, RECIPES, SITES
-from avss_dist.stats.scores import count_lowest
+from avss_dist.settings import PUBLISHED_THRESHOLD, RECIPES, RIVALS, SITES
+from avss_dist.stats.rankings import count_lowest
 from avss_dist.text import basename, describe_threshold
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from avss_dist.report.terminal.scores import BAR_WIDTH, LOWEST
-from avss_dist.stats.scores import count_lowest
+from avss_dist.stats.rankings import count_lowest
 
 if TYPE_CHECKING:
     from avss_dist.evaluation.ablate import Ablation, LayerAblation

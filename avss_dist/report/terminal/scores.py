@@ -12,7 +12,7 @@ from rich.text import Text
 
 from avss_dist.analysis.findings import TRACKS_DEPTH
 from avss_dist.settings import LOWEST_SHARE
-from avss_dist.stats.scores import count_lowest, depth_correlation
+from avss_dist.stats.rankings import count_lowest, depth_correlation
 from avss_dist.text import describe_threshold
 
 BAR_WIDTH = 18
@@ -68,7 +68,7 @@ def _caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], lowest
     )
     if noisy:
         text += f"\n{noisy} of {len(scores)} layers have fewer than 100 near-zero elements: their sparsity is noise."
-    depth = depth_correlation([s["rank"] for s in scores])
+    depth = depth_correlation([s["avss_smoothed"] for s in scores])
     if abs(depth) > TRACKS_DEPTH:
         text += f"\nThis score tracks depth (Spearman {depth:.3f}): it says little that the layer's number does not."
     return Text(text)

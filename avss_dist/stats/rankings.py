@@ -1,0 +1,95 @@
+"""Rankings of layers: ranks, the lowest layers, correlations, and the bootstrap. Pure numpy.
+
+Two kinds of ranks serve two purposes. Which layers are lowest needs an order, so `rank_lowest` breaks ties by layer.
+A correlation must not invent an order that scores do not have, so `spearman` gives tied values their average rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avss_dist.settings import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, INTERVAL, LOWEST_SHARE
+from avss_dist.stats.layer_stats import Float64
+
+Ints = NDArray[np.integer[Any]]
+PERSISTENCE = 0.9  # of rank-biased overlap: the first 10 ranks have 86% of the weight
+FEWEST = 3  # values that a correlation needs
+
+
+def count_lowest(layers: int, share: float = LOWEST_SHARE) -> int:
+    """How many layers the lowest ``share`` is: rounded half to even, at least 1."""
+    return max(1, round(share * layers))
+
+
+def rank_lowest(scores: Float64) -> Float64:
+    """Ranks along the last axis, 1 the lowest (least important); ties go to the earlier layer, NaN stays NaN."""
+    ranks = np.argsort(np.argsort(scores, axis=-1, kind="stable"), axis=-1, kind="stable") + 1.0
+    return np.where(np.isnan(scores), np.nan, ranks)
+
+
+def average_ranks(values: Float64) -> Float64:
+    """Ranks of finite values, float64[n], from 1; tied values share the mean of theirs."""
+    _, position, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: Float64 = (np.cumsum(counts) - (counts - 1) / 2)[position]
+    return ranks
+
+
+def spearman(a: Float64, b: Float64) -> float:
+    """Spearman's rho of two scores, float64[n] each, over the places where both are finite, by average ranks.
+
+    NaN for fewer than three such places, or where one of the scores is constant there.
+    """
+    both = np.isfinite(a) & np.isfinite(b)
+    a, b = a[both], b[both]
+    if len(a) < FEWEST or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return np.nan
+    return float(np.corrcoef(average_ranks(a), average_ranks(b))[0, 1])
+
+
+def depth_correlation(scores: Sequence[float | None]) -> float:
+    """`spearman` of scores, in layer order, with depth; None and NaN are layers without a score."""
+    values = np.array([np.nan if score is None else score for score in scores], np.float64)
+    return spearman(values, np.arange(len(values), dtype=np.float64))
+
+
+def rank_biased_overlap(a: Ints, b: Ints, p: float = PERSISTENCE) -> float:
+    """Extrapolated RBO of two orders of the same items, 0 (reversed, long) to 1 (the same).
+
+    Webber, Moffat and Zobel, A similarity measure for indefinite rankings, 2010, equation 32.
+    """
+    depth = np.arange(1, len(a) + 1)
+    position = np.empty(len(a), int)
+    position[b] = depth
+    later = np.maximum(position[a], depth)  # the depth from which an item is in both
+    overlap = np.searchsorted(np.sort(later), depth, side="right") / depth
+    return float(overlap[-1] * p ** len(a) + (1 - p) / p * (overlap * p**depth).sum())
+
+
+def align(a: tuple[Float64, Float64], b: tuple[Float64, Float64]) -> tuple[Float64, Float64, bool]:
+    """Two profiles, each (depth, values), at the same depths: those of the one with fewer layers.
+
+    Returns:
+        The values of both, and whether one was interpolated (linear in depth).
+    """
+    (depth_a, x), (depth_b, y) = a, b
+    if np.array_equal(depth_a, depth_b):
+        return x, y, False
+    if len(x) <= len(y):
+        return x, np.interp(depth_a, depth_b, y), True
+    return np.interp(depth_b, depth_a, x), y, True
+
+
+def bootstrap_weights(size: int) -> Float64:
+    """How often each of ``size`` samples is drawn in each resample, float64[resamples, size]; the same every time."""
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    return rng.multinomial(size, np.full(size, 1 / size), BOOTSTRAP_RESAMPLES).astype(np.float64)
+
+
+def bootstrap_interval(resampled: Float64) -> Float64:
+    """The percentile interval, float64[2, ...], of values computed from each resample, float64[resamples, ...]."""
+    bounds: Float64 = np.quantile(resampled, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2], axis=0)
+    return bounds

@@ -1,0 +1,116 @@
+"""Rankings: ties, orders, correlations, profiles of other depths; every reader of a warehouse says the same of ties."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies
+from scipy import stats
+from support.warehouses import avss, write_profiles, write_scores
+
+from avss_dist.analysis.compare import compare
+from avss_dist.analysis.findings import findings
+from avss_dist.settings import PUBLISHED_THRESHOLD
+from avss_dist.stats.rankings import (
+    align,
+    average_ranks,
+    bootstrap_interval,
+    bootstrap_weights,
+    depth_correlation,
+    rank_biased_overlap,
+    spearman,
+)
+from avss_dist.stats.scores import Threshold
+from avss_dist.warehouse.reader import Warehouse
+
+TIED = [1.0] * 7 + [2.0]  # in layer order their ranks are 1 to 8, as depth's
+AT = Threshold(value=PUBLISHED_THRESHOLD, kind="absolute")
+
+
+def layers(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    return (np.arange(len(values)) + 0.5) / len(values), np.array(values)
+
+
+@given(strategies.lists(strategies.integers(0, 5).map(float), min_size=1, max_size=30))
+def test_average_ranks_are_those_of_scipy(values: list[float]) -> None:
+    np.testing.assert_array_equal(average_ranks(np.array(values)), stats.rankdata(values))
+
+
+def test_ties_have_no_order() -> None:
+    depth = np.arange(8.0)
+    assert spearman(np.array(TIED), depth) == pytest.approx(stats.spearmanr(TIED, depth).statistic)
+    assert spearman(np.array(TIED), depth) == pytest.approx(0.577, abs=1e-3)
+
+
+def test_a_correlation_needs_three_layers_that_differ() -> None:
+    missing = np.array([1.0, np.nan, 3.0, 2.0])
+    assert spearman(missing, np.arange(4.0)) == pytest.approx(0.5)
+    assert np.isnan(spearman(missing[:3], np.arange(3.0)))
+    assert np.isnan(spearman(np.ones(5), np.arange(5.0)))
+
+
+def test_the_correlation_with_depth() -> None:
+    assert depth_correlation([1, 2, 3, 4]) == pytest.approx(1)
+    assert depth_correlation([4, 3, None, 2, 1]) == pytest.approx(-1)
+    assert depth_correlation([2, 4, 1, 3]) == pytest.approx(0)
+    assert np.isnan(depth_correlation([1, 2]))
+
+
+def test_compare_and_findings_and_show_agree_about_ties(tmp_path: Path) -> None:
+    """Ranked in the order of layers, these scores would track depth; their correlation with it is 0.577."""
+    write_scores(tmp_path, "tied", TIED)
+    write_scores(tmp_path, "rising", np.arange(8.0) + 1)
+    store = Warehouse(tmp_path)
+    (pair,) = compare(store, ["tied", "rising"], threshold=AT).to_pylist()
+    assert pair["spearman"] == pytest.approx(0.577, abs=1e-3)
+    depth = [row for row in findings(store).to_pylist() if row["kind"] == "tracks_depth"]
+    assert [row["run_id"] for row in depth] == ["rising"]
+    assert "tracks depth" in avss("show", tmp_path, "--run", "rising").stdout
+    assert "tracks depth" not in avss("show", tmp_path, "--run", "tied").stdout
+
+
+def test_recipes_and_runs_are_compared_by_one_rule(tmp_path: Path) -> None:
+    shared = {("block", "pooled", 1e-5): TIED, ("block", "element", 1e-5): [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]}
+    write_profiles(tmp_path, "apart", shared)
+    store = Warehouse(tmp_path)
+    (pair,) = compare(store, ["apart"], by="recipe", threshold=AT).to_pylist()
+    (row,) = (row for row in findings(store).to_pylist() if row["kind"] == "recipes_disagree")
+    assert row["value"] == pytest.approx(pair["spearman"]) == pytest.approx(-0.577, abs=1e-3)
+
+
+def test_a_bootstrap_draws_as_many_as_there_are_and_the_same_every_time() -> None:
+    weights = bootstrap_weights(7)
+    assert weights.shape == (1000, 7) and (weights.sum(axis=1) == 7).all()
+    np.testing.assert_array_equal(weights, bootstrap_weights(7))
+    low, high = bootstrap_interval(weights.mean(axis=1, keepdims=True) + np.linspace(-1, 1, 1000)[:, None])
+    assert (low, high) == (pytest.approx(0.05, abs=2e-3), pytest.approx(1.95, abs=2e-3))
+
+
+def slow_rbo(a: Sequence[int], b: Sequence[int], p: float) -> float:
+    """Webber, Moffat and Zobel 2010, equation 32, from sets."""
+    shares = [len(set(a[:d]) & set(b[:d])) / d for d in range(1, len(a) + 1)]
+    return shares[-1] * p ** len(a) + (1 - p) / p * sum(x * p**d for d, x in enumerate(shares, 1))
+
+
+@pytest.mark.parametrize("p", [0.5, 0.9])
+@pytest.mark.parametrize("n", [1, 2, 7, 30])
+def test_rank_biased_overlap_is_the_papers(n: int, p: float) -> None:
+    rng = np.random.default_rng(n)
+    for _ in range(5):
+        a, b = rng.permutation(n), rng.permutation(n)
+        assert rank_biased_overlap(a, b, p) == pytest.approx(slow_rbo(list(a), list(b), p), rel=1e-12)
+    assert rank_biased_overlap(a, a, p) == pytest.approx(1)
+
+
+def test_models_of_other_depth_meet_at_relative_depths() -> None:
+    depth, values = layers(np.arange(40.0) ** 2)
+    shallow = layers([5.0, 1.0, 3.0, 2.0])
+    x, y, interpolated = align((depth, values), shallow)
+    assert interpolated and y.tolist() == [5, 1, 3, 2]
+    assert x == pytest.approx([np.interp(d, depth, values) for d in (0.125, 0.375, 0.625, 0.875)])
+    y, x, interpolated = align(shallow, (depth, values))
+    assert interpolated and len(x) == len(y) == 4
+    assert align(shallow, shallow)[2] is False
