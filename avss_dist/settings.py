@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import PydanticCustomError, core_schema
 
-from avss_dist.errors import AvssError, ConfigError, nearest, require_known
+from avss_dist.errors import AvssError, ConfigError, nearest
+from avss_dist.text import parse_bytes
 
 SCHEMA_VERSION = 2
 SITES = ("block", "update", "attention", "mlp", "neuron")
@@ -100,11 +100,11 @@ class OneOf:
 def checked(cls: type[T]) -> type[T]:
     """Make a class a frozen, keyword-only dataclass that checks its values: all fields, then ``__post_init__``.
 
-    It is a pydantic dataclass: `dataclasses.replace`, ``fields`` and ``asdict`` work, and ``Annotated`` types carry
-    ranges, descriptions, `OneOf` and `Check`. A wrong value, an unknown or a missing field is a `ConfigError` that
-    lists every problem, each with its field in backticks.
+    It is a pydantic dataclass: `dataclasses.replace`, ``fields`` and ``asdict`` work; ``Annotated`` types carry ranges,
+    `OneOf` and `Check`, and the docstring below a field is its description, which front ends show. A wrong value, an
+    unknown or a missing field is a `ConfigError` that lists every problem, each with its field in backticks.
     """
-    config = ConfigDict(strict=True, extra="forbid")
+    config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True)
     made: Any = pydantic_dataclass(cls, frozen=True, kw_only=True, config=config)
     initialize = made.__init__
 
@@ -140,12 +140,14 @@ _BOUNDS = {
 
 def problems_by_field(cls: Any, error: ValidationError) -> dict[tuple[int | str, ...], ConfigError]:
     """What pydantic found wrong with the values of a class, in this package's words, by the path of the value."""
-    return {tuple(one["loc"]): _problem(cls, one) for one in error.errors(include_url=False)}
+    problems = error.errors(include_url=False)
+    return {tuple(one["loc"]): _problem(cls, one) for one in problems if one["type"] != "too_short" or not one["input"]}
 
 
 def _problem(cls: Any, error: Any) -> ConfigError:
     kind, value, context = error["type"], error["input"], error.get("ctx") or {}
-    name = next((part for part in reversed(error["loc"]) if isinstance(part, str)), "")
+    names = [part for part in reversed(error["loc"]) if isinstance(part, str)]
+    name = next((part for part in names if part in cls.__dataclass_fields__), names[0] if names else "")
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         return ConfigError(f"Unknown option '{name}'.", nearest(name, sorted(f.name for f in fields(cls))))
     if kind.startswith("missing"):
@@ -164,153 +166,151 @@ def _problem(cls: Any, error: Any) -> ConfigError:
     return ConfigError(f"`{name}`: {error['msg']}.")
 
 
-@dataclass(frozen=True, kw_only=True)
+def _in_order(sites: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(site for site in SITES if site in sites)
+
+
+def _with_published(thresholds: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(sorted({*thresholds, PUBLISHED_THRESHOLD}))
+
+
+def _device_name(name: str) -> str:
+    if name != "cpu" and not (name.isascii() and name.isdecimal()):
+        raise ConfigError(f"'{name}' is not a device.", "Write cpu=20GB, or 0=40GiB for the first GPU.")
+    return name
+
+
+def _bytes(size: Any) -> Any:
+    return parse_bytes(size) if isinstance(size, str) else size
+
+
+Positive = Annotated[int, Field(ge=1)]
+Sites = Annotated[tuple[Annotated[str, OneOf(SITES)], ...], Field(strict=False, min_length=1), Check(_in_order)]
+Threshold = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Thresholds = Annotated[tuple[Threshold, ...], Field(strict=False), Check(_with_published)]
+Sizes = Mapping[Annotated[str, Check(_device_name)], Annotated[int, Check(_bytes, before=True), Field(ge=1)]]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@checked
 class Settings:
     """What is measured, and how. Every field can change a number, so every field is fingerprinted.
 
-    Attributes:
-        max_sequences: rows of tokens to read at most; None reads the whole corpus.
-        sequence_length: tokens in a row.
-        batch_size: rows in one forward pass.
-        sequences_per_shard: rows in a shard, the unit of work, retry and resampling.
-        layout: ``packed`` (no padding exists) or ``padded`` (one document a row).
-        skip_first_tokens: leading tokens of every row that are left out of the statistics.
-        dtype: compute dtype; ``auto`` is the checkpoint's own.
-        sites: where in a layer to measure.
-        thresholds: near-zero thresholds, absolute, ascending; the published 1e-5 is always among them.
-        layers: module path of the layer list; None finds it by structure.
-        attention: attention implementation; None leaves it to transformers.
-        device: ``cpu`` or ``cuda``; ``auto`` is ``cuda`` where there is one.
-        trust_remote_code: run Python code that the checkpoint ships.
-
     Raises:
-        ConfigError: a value is out of its range; the message names the nearest valid one.
+        ConfigError: values out of their range; the message names all of them, and the nearest valid ones.
     """
 
-    max_sequences: int | None = None
-    sequence_length: int = 256
-    batch_size: int = 8
-    sequences_per_shard: int = 32
-    layout: str = "packed"
-    skip_first_tokens: int = 0
-    dtype: str = "auto"
-    sites: tuple[str, ...] = SITES
-    thresholds: tuple[float, ...] = THRESHOLDS
+    max_sequences: Positive | None = None
+    """Rows of tokens to read at most; without it, the whole corpus."""
+    sequence_length: Positive = 256
+    """Tokens in a row."""
+    batch_size: Positive = 8
+    """Rows in a forward pass."""
+    sequences_per_shard: Positive = 32
+    """Rows in a shard, the unit of work, retry and resampling."""
+    layout: Annotated[str, OneOf(LAYOUTS)] = "packed"
+    """Rows of equal length without padding (packed), or one document a row (padded)."""
+    skip_first_tokens: Annotated[int, Field(ge=0)] = 0
+    """Leading tokens of every row that are left out of the statistics."""
+    dtype: Annotated[str, OneOf(DTYPES)] = "auto"
+    """Compute dtype; auto is the checkpoint's own."""
+    sites: Sites = SITES
+    """Where in a layer to measure."""
+    thresholds: Thresholds = THRESHOLDS
+    """Near-zero thresholds, absolute; the published 1e-5 is always among them."""
     layers: str | None = None
-    attention: str | None = None
-    device: str = "auto"
+    """Module path of the layer list, if its structure does not show it."""
+    attention: Annotated[str, OneOf(ATTENTIONS)] | None = None
+    """Attention implementation; transformers chooses by default."""
+    device: Annotated[str, OneOf(DEVICES)] = "auto"
+    """Kind of device; auto is cuda where there is one."""
     trust_remote_code: bool = False
+    """Run Python code that the checkpoint ships."""
 
     def __post_init__(self) -> None:
-        require_known("layout", self.layout, LAYOUTS)
-        require_known("dtype", self.dtype, DTYPES)
-        require_known("device", self.device, DEVICES)
-        if self.attention is not None:
-            require_known("attention", self.attention, ATTENTIONS)
-        for site in self.sites:
-            require_known("site", site, SITES)
-        if not self.sites:
-            raise ConfigError("No site was named.", f"Valid: {', '.join(SITES)}.")
-        for name in ("sequence_length", "batch_size", "sequences_per_shard"):
-            _require_at_least(name, getattr(self, name), 1)
-        if self.max_sequences is not None:
-            _require_at_least("max_sequences", self.max_sequences, 1)
-        _require_at_least("skip_first_tokens", self.skip_first_tokens, 0)
         if self.skip_first_tokens >= self.sequence_length:
             raise ConfigError(
-                f"--skip-first-tokens {self.skip_first_tokens} leaves nothing of {self.sequence_length} tokens.",
-                "Make it smaller than --sequence-length.",
+                f"`skip_first_tokens` {self.skip_first_tokens} leaves nothing of {self.sequence_length} tokens.",
+                "Make it smaller than `sequence_length`.",
             )
-        for threshold in self.thresholds:
-            if not (math.isfinite(threshold) and threshold > 0):
-                raise ConfigError(f"A threshold must be a positive number, not {threshold!r}.")
-        object.__setattr__(self, "sites", tuple(s for s in SITES if s in self.sites))
-        object.__setattr__(self, "thresholds", tuple(sorted({*self.thresholds, PUBLISHED_THRESHOLD})))
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked
 class Execution:
     """Where and how wide the work runs. Nothing here can change a number, so nothing here is fingerprinted.
 
-    Attributes:
-        executor: ``local`` (in this process), ``ray``, or ``auto`` (Ray for several replicas or a cluster).
-        replicas: model copies that work in parallel; None is one for every GPU, or one on a CPU.
-        address: a running Ray cluster; None starts a private one.
-        fresh: measure again what is done already.
-        partition: how one replica is spread over devices; ``auto`` chooses by the checkpoint and the devices.
-        ranks: processes of one replica (``zero3``, ``tensor_parallel``); None is one for each of its GPUs, or 2.
-        gpus_per_replica: GPUs of one replica; None is one, or what the partition needs.
-        max_memory: bytes to use at most on a device, by name: ``cpu``, ``0`` (the first GPU), ``1``, ...
-        offload_folder: where weights and hidden states go that have no room; None is a temporary folder.
-        placement_seconds: how long to wait until a cluster has room for the first replica.
-        hang_seconds: a worker that begins no layer for this long is taken to hang, and is replaced.
+    Raises:
+        ConfigError: values out of their range, or that exclude each other.
     """
 
-    executor: str = "auto"
-    replicas: int | None = None
+    executor: Annotated[str, OneOf(EXECUTORS)] = "auto"
+    """Who works: this process (local), or Ray workers; auto is Ray for several replicas or a cluster."""
+    replicas: Positive | None = None
+    """Model copies that work in parallel; one for every GPU, or one on a CPU, by default."""
     address: str | None = None
+    """A running Ray cluster; a private one is started by default."""
     fresh: bool = False
-    partition: str = "auto"
-    ranks: int | None = None
-    gpus_per_replica: int | None = None
-    max_memory: Mapping[str, int] = field(default_factory=dict)
+    """Measure again what is done already."""
+    partition: Annotated[str, OneOf(PARTITIONS)] = "auto"
+    """How one replica is spread over devices; auto chooses by the checkpoint and the devices."""
+    ranks: Positive | None = None
+    """Processes of one replica (zero3, tensor_parallel); one for each of its GPUs, or 2, by default."""
+    gpus_per_replica: Positive | None = None
+    """GPUs of one replica; one, or what the partition needs, by default."""
+    max_memory: Sizes = field(default_factory=dict)
+    """What to use of a device at most, by name: cpu, 0 (the first GPU), 1, ..."""
     offload_folder: str | None = None
-    placement_seconds: float = 300.0
-    hang_seconds: float = 600.0
+    """Where weights and hidden states go that have no room in memory; a temporary folder by default."""
+    placement_seconds: Seconds = 300.0
+    """How long to wait until a cluster has room for the first replica."""
+    hang_seconds: Seconds = 600.0
+    """A worker that begins no layer for this long is taken to hang, and is replaced."""
 
     def __post_init__(self) -> None:
-        require_known("executor", self.executor, EXECUTORS)
-        require_known("partition", self.partition, PARTITIONS)
-        for name in ("replicas", "ranks", "gpus_per_replica"):
-            value = getattr(self, name)
-            if value is not None:
-                _require_at_least(name, value, 1)
-        for name in ("placement_seconds", "hang_seconds"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive, not {getattr(self, name):g}.")
+        problems = []
         if self.ranks and self.partition not in GANGS:
-            raise ConfigError(
-                f"--ranks is for {' and '.join(GANGS)}, not for --partition {self.partition}.", "Leave it out."
+            used = " and ".join(GANGS)
+            problems.append(
+                ConfigError(f"`ranks` is for {used}, not for `partition` {self.partition}.", "Leave it out.")
             )
         if self.executor == "local" and self.partition in GANGS:
-            raise ConfigError(
-                f"--partition {self.partition} is several processes; --executor local is one.", "Use --executor ray."
-            )
-        for device in self.max_memory:
-            if device != "cpu" and not device.isdecimal():
-                raise ConfigError(
-                    f"--max-memory names '{device}', which is no device.",
-                    "Write cpu=20GB, or 0=40GiB for the first GPU.",
-                )
+            said = f"`partition` {self.partition} is several processes; `executor` local is one."
+            problems.append(ConfigError(said, "Use `executor` ray."))
         if self.executor == "local" and (self.address or (self.replicas or 1) > 1):
-            raise ConfigError(
-                "--executor local is one replica in this process; it takes neither --address nor --replicas above 1.",
-                "Use --executor ray.",
-            )
+            said = "`executor` local is one replica in this process; "
+            said += "it takes neither `address` nor `replicas` above 1."
+            problems.append(ConfigError(said, "Use `executor` ray."))
+        if problems:
+            raise ConfigError.of(problems)
 
 
 def split_options(options: dict[str, Any]) -> tuple[Settings, Execution]:
     """Keyword options as Settings and Execution.
 
     Raises:
-        ConfigError: an option does not exist (the nearest one is named), or has a value that it cannot have.
+        ConfigError: options that do not exist (the nearest ones are named), or have values that they cannot have.
     """
-    settings, execution = set(Settings.__dataclass_fields__), set(Execution.__dataclass_fields__)
-    for name in options:
-        require_known("option", name, sorted(settings | execution), ConfigError)
-    return (
-        Settings(**{name: value for name, value in options.items() if name in settings}),
-        Execution(**{name: value for name, value in options.items() if name in execution}),
-    )
+    valid = sorted({*Settings.__dataclass_fields__, *Execution.__dataclass_fields__})
+    problems = [ConfigError(f"Unknown option '{name}'.", nearest(name, valid)) for name in options if name not in valid]
+    settings = _from_options(Settings, options, problems)
+    execution = _from_options(Execution, options, problems)
+    if settings is None or execution is None or problems:
+        raise ConfigError.of(problems)
+    return settings, execution
 
 
-def _require_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ConfigError(f"{name} must be at least {least}, not {value}.")
+def _from_options(cls: type[T], options: Mapping[str, Any], problems: list[ConfigError]) -> T | None:
+    """A checked class from those of the options that it has; its problems join the others."""
+    names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    try:
+        return cls(**{name: value for name, value in options.items() if name in names})
+    except ConfigError as error:
+        problems += error.problems
+        return None
 
 
 def fingerprint(**parts: Any) -> str:

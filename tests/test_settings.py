@@ -9,8 +9,24 @@ import pytest
 from pydantic import Field
 
 from avss_dist.errors import ConfigError, spell_fields
-from avss_dist.settings import Check, OneOf, checked
+from avss_dist.settings import Check, Execution, OneOf, Settings, checked, fingerprint, split_options
 from avss_dist.text import parse_bytes
+
+FIRST_FIELDS = (
+    "max_sequences",
+    "sequence_length",
+    "batch_size",
+    "sequences_per_shard",
+    "layout",
+    "skip_first_tokens",
+    "dtype",
+    "sites",
+    "thresholds",
+    "layers",
+    "attention",
+    "device",
+    "trust_remote_code",
+)
 
 
 @checked
@@ -66,3 +82,36 @@ def test_front_ends_spell_fields() -> None:
     assert spell_fields(text, {"ranks": "--ranks"}) == (
         "--ranks is for zero3, not for `partition` single. Run `avss doctor`."
     )
+
+
+def test_every_problem_of_the_settings_is_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        split_options({"sites": ["blok"], "batch_size": 0, "replicas": 0, "max_memory": {"cpu": "big"}, "rank": 2})
+    assert [str(problem).partition(".")[0] for problem in caught.value.problems] == [
+        "Unknown option 'rank'",
+        "`batch_size` must be at least 1, not 0",
+        "Unknown `sites` 'blok'",
+        "`replicas` must be at least 1, not 0",
+        "`max_memory`: 'big' is not a size",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        Execution(executor="local", partition="zero3", address="auto")
+    assert len(caught.value.problems) == 2 and "--" not in str(caught.value)
+
+
+def test_lists_and_sizes_in_words_make_the_same_settings() -> None:
+    assert Settings(sites=["mlp", "block"], thresholds=[1e-3, 1]) == Settings(
+        sites=("block", "mlp"), thresholds=(1e-3, 1.0)
+    )
+    assert Execution(max_memory={"cpu": "20GB", "0": 3}).max_memory == {"cpu": 20_000_000_000, "0": 3}
+
+
+def test_a_fingerprint_of_settings_is_what_it_was() -> None:
+    """Checked classes came after runs were stored under these fingerprints."""
+    values = {name: value for name, value in Settings().as_dict().items() if name in FIRST_FIELDS}
+    assert fingerprint(**values) == "9d35f22952a8849c888b46d998dc90d05ae220f19a19ccd0cd3270d99d136498"
+
+
+def test_every_field_is_described() -> None:
+    for cls in (Settings, Execution):
+        assert [name for name, info in cls.__pydantic_fields__.items() if not info.description] == []

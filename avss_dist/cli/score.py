@@ -55,9 +55,10 @@ def score(
         int, typer.Option(help="Leading tokens of each row that are not counted.")
     ] = DEFAULTS.skip_first_tokens,
     dtype: DtypeOption = DEFAULTS.dtype,
-    site: SitesOption = None,
-    threshold: Annotated[
-        list[str] | None, typer.Option(help="Absolute near-zero threshold, instead of the grid; repeatable.")
+    sites: SitesOption = None,
+    thresholds: Annotated[
+        list[str] | None,
+        typer.Option("--threshold", help="Absolute near-zero threshold, instead of the grid; repeatable."),
     ] = None,
     layers: LayersOption = None,
     attention: AttentionOption = None,
@@ -86,11 +87,11 @@ def score(
     options: dict[str, Any] = {
         name: value
         for name, value in locals().items()
-        if name not in ("models", "corpus", "out", "site", "threshold", "gradients")
+        if name not in ("models", "corpus", "out", "sites", "thresholds", "gradients")
     }
     options["max_memory"] = sizes(max_memory or [])
-    options["sites"] = tuple(site or SITES)
-    options["thresholds"] = absolute(threshold) if threshold else DEFAULTS.thresholds
+    options["sites"] = tuple(sites or SITES)
+    options["thresholds"] = absolute(thresholds) if thresholds else DEFAULTS.thresholds
 
     from avss_dist.report.terminal.progress import Progress
     from avss_dist.runs.api import score as score_one
@@ -120,7 +121,7 @@ def estimate(
     sequences_per_shard: ShardOption = DEFAULTS.sequences_per_shard,
     layout: LayoutOption = DEFAULTS.layout,
     dtype: DtypeOption = DEFAULTS.dtype,
-    site: SitesOption = None,
+    sites: SitesOption = None,
     layers: LayersOption = None,
     attention: AttentionOption = None,
     device: DeviceOption = DEFAULTS.device,
@@ -133,7 +134,7 @@ def estimate(
     require_known("format", format, ("table", "json"))
     names = Settings.__dataclass_fields__
     given = {name: value for name, value in locals().items() if name in names}
-    settings = Settings(**given, sites=tuple(site or SITES))
+    settings = Settings(**{**given, "sites": tuple(sites or SITES)})
     execution = Execution(partition="zero3" if ranks else "auto", ranks=ranks, max_memory=sizes(max_memory or []))
 
     from avss_dist.estimate.estimate import estimate as estimate_run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,7 +30,16 @@ OF_A_MODEL = (
 TELLING = tuple(name for name in OF_A_MODEL if name in (*SETTINGS, "partition", "ranks"))
 MODEL_KEYS = ("model", "revisions", *OF_A_MODEL)
 MOST_RUNS = 10_000
-_TYPES = {f.name: str(f.type) for f in (*fields(Settings), *fields(Execution), *fields(Experiment))}
+_PLAIN = {"Positive": "int", "Seconds": "float", "Sites": "tuple[str, ...]", "Thresholds": "tuple[float, ...]"}
+_PLAIN |= {"Sizes": "Mapping[str, int]"}
+
+
+def _plain(annotation: str) -> str:
+    bare, _, optional = re.sub(r"Annotated\[(\w+), .*\]", r"\1", annotation).partition(" | ")
+    return _PLAIN.get(bare, bare) + (optional and f" | {optional}")
+
+
+_TYPES = {f.name: _plain(str(f.type)) for f in (*fields(Settings), *fields(Execution), *fields(Experiment))}
 _ELSEWHERE = {"address": "Pass --address to avss run.", "fresh": "Pass --fresh to avss run."}
 
 

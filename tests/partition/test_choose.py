@@ -133,11 +133,11 @@ def test_contradictions_are_refused(options: dict[str, Any], devices: Devices, m
     ("options", "message"),
     [
         ({"partition": "zero"}, "Did you mean 'zero3'"),
-        ({"ranks": 2}, "--ranks is for zero3 and tensor_parallel"),
+        ({"ranks": 2}, "`ranks` is for zero3 and tensor_parallel"),
         ({"partition": "zero3", "executor": "local"}, "several processes"),
-        ({"partition": "zero3", "ranks": 0}, "ranks must be at least 1"),
-        ({"max_memory": {"gpu0": 1}}, "'gpu0', which is no device"),
-        ({"hang_seconds": 0}, "hang_seconds must be positive"),
+        ({"partition": "zero3", "ranks": 0}, "`ranks` must be at least 1"),
+        ({"max_memory": {"gpu0": 1}}, "'gpu0' is not a device"),
+        ({"hang_seconds": 0}, "`hang_seconds` must be greater than 0"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:

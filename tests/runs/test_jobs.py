@@ -76,9 +76,9 @@ execution:
         "5: unknown key 'partitions'. Did you mean 'partition'?",
         f"6: no folder matches '/nowhere/checkpoint-*' (relative paths are those of {Path.cwd()})",
         "7: unknown key 'corpra'. Did you mean 'corpora'?",
-        "10: Unknown dtype 'bfloat17'. Did you mean 'bfloat16'? Valid: auto, float32, bfloat16, float16.",
+        "10: Unknown `dtype` 'bfloat17'. Did you mean 'bfloat16'? Valid: auto, float32, bfloat16, float16.",
         "11: sequence_length must be a whole number, not 'long'",
-        "13: replicas must be at least 1, not 0.",
+        "13: `replicas` must be at least 1, not 0.",
         "14: unknown key 'fresh'. Pass --fresh to avss run.",
     ]
 
@@ -128,7 +128,7 @@ execution:
         ),
         (
             "warehouse: w\nmodels:\n- model: a\n  ranks: 2\ncorpora: [builtin:pydoc]\n",
-            ["4: --ranks is for zero3 and tensor_parallel, not for --partition auto. Leave it out."],
+            ["4: `ranks` is for zero3 and tensor_parallel, not for `partition` auto. Leave it out."],
         ),
     ],
     ids=lambda value: value.replace("\n", " ")[:40] if isinstance(value, str) else "",
@@ -154,7 +154,7 @@ def test_settings_are_checked_together(tmp_path: Path) -> None:
     together = read(tmp_path, job + "settings:\n  skip_first_tokens: 300\n  sequence_length: 512\n")
     assert together.settings == Settings(skip_first_tokens=300, sequence_length=512)
     (said,) = mistakes(tmp_path, job + "settings:\n  skip_first_tokens: 300\n  sequence_length: 200\n")
-    assert said.startswith("5: --skip-first-tokens 300 leaves nothing of 200 tokens.")
+    assert said.startswith("5: `skip_first_tokens` 300 leaves nothing of 200 tokens.")
 
 
 def test_models_by_corpora_with_their_own_settings(tmp_path: Path) -> None:
