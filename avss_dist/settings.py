@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError, core_schema
 from avss_dist.errors import AvssError, ConfigError, nearest
 from avss_dist.text import parse_bytes
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SITES = ("block", "update", "attention", "mlp", "neuron")
 RECIPES = ("pooled", "element", "unit")
 RIVALS = {

@@ -12,7 +12,7 @@ from avss_dist.settings import BOOTSTRAP_BLOCKS
 from avss_dist.stats.layer_stats import Float64, LayerKey, LayerStats, merge_blocks
 from avss_dist.stats.scores import Threshold, score_run
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.store import SCHEMAS
+from avss_dist.warehouse.schema import SCHEMAS
 
 EXACT, INTERPOLATED = "exact", "interpolated"
 SCORES = pa.schema(

@@ -28,7 +28,7 @@ from avss_dist.system.versions import package_versions
 from avss_dist.tasks.base import Result, Task, TextLoss, combine
 from avss_dist.tasks.cells import Cell, CellResult
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.store import RunIdentity
+from avss_dist.warehouse.schema import RunIdentity
 
 NOT_NUMBERS = ("max_sequences", "sequences_per_shard", "sites", "thresholds", "layout", "trust_remote_code")
 

@@ -41,7 +41,7 @@ from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.layer_removal import LeaveOneOut
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.store import RunIdentity
+from avss_dist.warehouse.schema import RunIdentity
 
 Chosen = tuple[Method, float, tuple[int, ...]]  # a method, the share of layers, and the layers
 
@@ -203,6 +203,7 @@ def _rows(chosen: Sequence[Chosen], task: str, found: Sequence[Result]) -> Itera
                 "method": method.label,
                 "share": share,
                 "score": method.score,
+                **dict(zip(_READING, method.reading or [None] * len(_READING), strict=True)),
                 "control": method.control,
                 "seed": method.seed,
                 "retention": kept.value,
@@ -211,7 +212,8 @@ def _rows(chosen: Sequence[Chosen], task: str, found: Sequence[Result]) -> Itera
             }
 
 
-_NO_METHOD = dict.fromkeys(("score", "control", "seed", "retention_low", "retention_high"))
+_READING = ("site", "recipe", "threshold", "threshold_kind")
+_NO_METHOD = dict.fromkeys(("score", *_READING, "control", "seed", "retention_low", "retention_high"))
 
 
 def _measured(result: Result) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from avss_dist.stats.layer_stats import ShardResult, merge_blocks
 from avss_dist.stats.scores import score_run
 from avss_dist.system.versions import package_versions
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.store import RunIdentity
+from avss_dist.warehouse.schema import RunIdentity
 
 
 @dataclass(frozen=True, kw_only=True)

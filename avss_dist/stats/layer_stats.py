@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,57 +63,46 @@ class Below(NamedTuple):
 class LayerStats:
     """Sufficient statistics of one (layer, site). ``LayerStats.zero(thresholds)`` is the identity of `merge`.
 
-    Attributes:
-        thresholds: float64[k], ascending, absolute.
-        count: finite valid elements.
-        mean, m2: Welford/Chan moments over elements (Chan, Golub and LeVeque 1979).
-        near_zero: int64[k], elements with abs(x) < threshold, strict, exact.
-        zero_count: elements that are exactly zero.
-        nonfinite_count: NaN and infinite elements, which no other field counts.
-        min, max, max_abs: extremes; inf, -inf and 0 when count is 0.
-        histogram: int64[2048] of abs(x), see `histogram_bin`.
-        abs_value, abs_value_count: every distinct abs(x), float32[values], ascending, and the elements that have it,
-            int64[values]; empty in files of schema 1.
-        abs_value_cut: whether these are float32 activations cut to the upper half of their pattern, 128 values an
-            octave; those of 16 bits are whole.
-        sequence_count, pooled_variance_sum: sum over sequences of the unbiased variance, over units, of the
-            token-mean (the reading of the AVSS authors' released code).
-        unit_count: tokens in the per-unit sums (block and update sites; else 0).
-        unit_sum, unit_sum_sq: float64[units], or empty, as above.
-        token_count: tokens with a defined angle, block input against output, whose difference did not overflow (block
-            site; else 0).
-        cosine_sum, angular_sum, relative_magnitude_sum: sums over tokens of cos(in, out), acos(cos) / pi and
-            |out - in| / |in|.
-        input_count, input_mean, input_m2: moments over elements of the block's input, for tokens that are finite in
-            input and output (block site; else 0).
+    Each field is a column of ``layer_stats``, where its annotation is its meaning. Lists by threshold have k entries,
+    by unit as many as the site has, or none; ``histogram`` has 2048 bins, see `histogram_bin`. ``mean`` and ``m2`` are
+    merged by Chan, Golub and LeVeque (1979). The sums over tokens leave out those without a defined angle, and those
+    whose difference overflows; the moments of the block's input are of tokens that are finite in input and output.
     """
 
-    thresholds: Float64
-    near_zero: Int64
-    count: int = 0
-    mean: float = 0.0
-    m2: float = 0.0
-    zero_count: int = 0
-    nonfinite_count: int = 0
-    min: float = np.inf
-    max: float = -np.inf
-    max_abs: float = 0.0
-    histogram: Int64 = field(default_factory=_empty_histogram)
-    abs_value: Float32 = field(default_factory=_empty_values)
-    abs_value_count: Int64 = field(default_factory=_empty_int)
-    abs_value_cut: bool = False
-    sequence_count: int = 0
-    pooled_variance_sum: float = 0.0
-    unit_count: int = 0
-    unit_sum: Float64 = field(default_factory=_empty_float)
-    unit_sum_sq: Float64 = field(default_factory=_empty_float)
-    token_count: int = 0
-    cosine_sum: float = 0.0
-    angular_sum: float = 0.0
-    relative_magnitude_sum: float = 0.0
-    input_count: int = 0
-    input_mean: float = 0.0
-    input_m2: float = 0.0
+    thresholds: Annotated[Float64, "absolute near-zero thresholds, ascending"]
+    near_zero: Annotated[Int64, "elements with abs(x) < threshold, for each threshold, exact"]
+    count: Annotated[int, "finite elements (tokens x units), padding excluded"] = 0
+    mean: Annotated[float, "mean over elements"] = 0.0
+    m2: Annotated[float, "sum over elements of (x - mean)^2; m2 / count is the variance"] = 0.0
+    zero_count: Annotated[int, "elements that are exactly zero"] = 0
+    nonfinite_count: Annotated[int, "NaN and infinite elements, which no other column counts"] = 0
+    min: Annotated[float, "smallest element; inf without elements"] = np.inf
+    max: Annotated[float, "largest element; -inf without elements"] = -np.inf
+    max_abs: Annotated[float, "largest abs(x)"] = 0.0
+    histogram: Annotated[Int64, "elements by bin of abs(x)"] = field(default_factory=_empty_histogram)
+    abs_value: Annotated[Float32, "every distinct abs(x), ascending; empty in files of schema 1"] = field(
+        default_factory=_empty_values
+    )
+    abs_value_count: Annotated[Int64, "elements with each of those values"] = field(default_factory=_empty_int)
+    abs_value_cut: Annotated[bool, "whether those are float32 truncated to 16 bits: 128 values an octave"] = False
+    sequence_count: Annotated[int, "sequences in pooled_variance_sum"] = 0
+    pooled_variance_sum: Annotated[
+        float, "sum over sequences of the unbiased variance, over units, of the mean over tokens"
+    ] = 0.0
+    unit_count: Annotated[int, "tokens in unit_sum and unit_sum_sq (block and update sites)"] = 0
+    unit_sum: Annotated[Float64, "sum over tokens, by unit (block and update sites)"] = field(
+        default_factory=_empty_float
+    )
+    unit_sum_sq: Annotated[Float64, "sum of squares over tokens, by unit (block and update sites)"] = field(
+        default_factory=_empty_float
+    )
+    token_count: Annotated[int, "tokens in the three sums that follow (block site)"] = 0
+    cosine_sum: Annotated[float, "sum over tokens of the cosine of the block's input and output"] = 0.0
+    angular_sum: Annotated[float, "sum over tokens of the angle of the block's input and output", "pi radians"] = 0.0
+    relative_magnitude_sum: Annotated[float, "sum over tokens of |output - input| / |input|"] = 0.0
+    input_count: Annotated[int, "elements of the block's input (block site)"] = 0
+    input_mean: Annotated[float, "mean over elements of the block's input"] = 0.0
+    input_m2: Annotated[float, "sum over elements of the block's input of (x - input_mean)^2"] = 0.0
 
     @classmethod
     def zero(cls, thresholds: Iterable[float]) -> LayerStats:

@@ -16,7 +16,8 @@ import pyarrow.dataset as ds
 
 from avss_dist.errors import QueryError, require_known
 from avss_dist.warehouse.cache import digest
-from avss_dist.warehouse.store import SCHEMAS, TABLES, Store, refuse_newer
+from avss_dist.warehouse.schema import SCHEMAS, TABLES
+from avss_dist.warehouse.store import Store, refuse_newer
 
 _SEALED: dict[str, str | bool | int | float | list[str]] = {
     "enable_external_access": False,

@@ -1,90 +1,59 @@
-"""The tables: their schemas, and statistics as Parquet bytes and back."""
+"""The tables: every column's name, type, unit and meaning, in one place.
+
+The schemas of the Parquet files, ``avss query --schema`` and the tables of the documentation are made of it.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import get_type_hints
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from avss_dist.errors import WarehouseError
-from avss_dist.settings import SCHEMA_VERSION
-from avss_dist.stats.histogram import HISTOGRAM_BINS
-from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
+from avss_dist.stats.layer_stats import Float32, Float64, Int64, LayerStats
 
-if TYPE_CHECKING:
-    import pyarrow.dataset as ds  # which brings pandas, where that is installed: too much for every worker
-
-_VERSION, _HEADER = b"avss_schema_version", b"avss_header"
-_ARROW = {"string": pa.string(), "bool": pa.bool_(), "int32": pa.int32(), "int": pa.int64(), "float": pa.float64()}
-_ARROW |= {"strings": pa.list_(pa.string()), "Int16": pa.list_(pa.int16()), "time": pa.timestamp("us", "UTC")}
-_ARROW |= {"Int32": pa.list_(pa.int32()), "Int64": pa.list_(pa.int64())}
-_ARROW |= {"Float32": pa.list_(pa.float32()), "Float64": pa.list_(pa.float64())}
-_ARROW |= {"map": pa.map_(pa.string(), pa.string())}
-_STATE = [f.name for f in fields(LayerStats) if f.name != "histogram"]
-
-
-def _schema(*groups: str) -> pa.Schema:
-    """A schema from groups such as ``"string: run_id model"``."""
-    split = (group.split(": ") for group in groups)
-    return pa.schema([(name, _ARROW[kind]) for kind, names in split for name in names.split()])
-
-
-_RUN, _CREATED = "string: run_id model revision family", "time: created_at"
-_PLACE = ("int32: layer", "string: layer_name", "float: depth", "string: site")
-_STATS = [f"{f.type}: {f.name}" for f in fields(LayerStats) if f.name in _STATE]
-_STATS += ["Int16: histogram_bin", "Int64: histogram_count"]
-SCHEMAS: dict[str, pa.Schema] = {
-    "runs": _schema(
-        *("string: run_id fingerprint status error", _CREATED, "string: model revision family architecture"),
-        *("int: num_layers hidden_size num_parameters", "string: dtype attention_implementation partition"),
-        *("int: replicas", "string: corpus corpus_fingerprint tokens_fingerprint", "int: num_sequences num_tokens"),
-        *("int: sequence_length batch_size", "Float64: thresholds", "strings: sites", "int: num_shards"),
-        *("string: device", "int32: threads", "float: wall_seconds tokens_per_second", "int: peak_memory_bytes"),
-        *("string: settings", "strings: notes", "map: versions", "int32: schema_version"),
-    ),
-    "scores": _schema(
-        *(_RUN, *_PLACE, "string: recipe", "float: threshold", "string: threshold_kind", "int: count"),
-        "float: near_zero_count variance sparsity nav nas avss avss_smoothed avss_normalized avss_cumulative",
-        *("int32: rank", "float: avss_low avss_high lowest_set_probability", "string: quality"),
-        "float: block_influence angular_distance relative_magnitude update_variance_ratio",
-    ),
-    "layer_stats": _schema(_RUN, *_PLACE, *_STATS),
-    "shard_stats": _schema(_RUN, "int: shard_id", "string: content_hash", *_PLACE, *_STATS),
-    "evaluations": _schema(
-        *(_RUN, "string: task metric", "Int32: drop", "int32: layer", "float: value stderr", "int: num_samples"),
-        *("string: settings", "map: versions", "float: seconds", _CREATED),
-    ),
-    "cells": _schema(
-        *(_RUN, "string: task metric", "Int32: drop", "int32: layer part", "Float64: samples weights"),
-        *("string: device", "float: seconds", _CREATED),
-    ),
-    "experiments": _schema(
-        *(_RUN, "string: method score control", "float: share", "int32: seed", "Int32: drop", "string: task metric"),
-        *("float: value stderr retention retention_low retention_high", _CREATED),
-    ),
+STRING, BOOL = pa.string(), pa.bool_()
+INT32, INT64, FLOAT64 = pa.int32(), pa.int64(), pa.float64()
+INT16_LIST, INT32_LIST, INT64_LIST = pa.list_(pa.int16()), pa.list_(INT32), pa.list_(INT64)
+FLOAT32_LIST, FLOAT64_LIST, STRING_LIST = pa.list_(pa.float32()), pa.list_(FLOAT64), pa.list_(STRING)
+MAP, TIME = pa.map_(STRING, STRING), pa.timestamp("us", "UTC")
+_ARROW = {
+    int: INT64,
+    float: FLOAT64,
+    bool: BOOL,
+    Int64: INT64_LIST,
+    Float32: FLOAT32_LIST,
+    Float64: FLOAT64_LIST,
 }
-TABLES = ("runs", "scores", "layer_stats", "shard_stats", "evaluations", "cells", "experiments")
 
 
-def _leaves(kind: str) -> list[str]:
-    """The columns of statistics whose values are of a kind, by their paths in Parquet."""
-    paths = {f.name: (f.type, f.name) for f in SCHEMAS["shard_stats"]}
-    paths |= {n: (t.value_type, f"{n}.list.element") for n, (t, _) in paths.items() if pa.types.is_list(t)}
-    return [path for value, path in paths.values() if str(value) == kind]
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        type: of its values; each may be null.
+        meaning: one line.
+        unit: of a number that has one.
+    """
+
+    name: str
+    type: pa.DataType
+    meaning: str
+    unit: str = ""
 
 
-# Floats seldom repeat, so a dictionary of them only costs time; their bytes, split by significance, shrink well.
-_STATS_OPTIONS = {
-    "use_dictionary": _leaves("string"),
-    "column_encoding": dict.fromkeys(_leaves("double") + _leaves("float"), "BYTE_STREAM_SPLIT"),
-}
+@dataclass(frozen=True)
+class Table:
+    """A table of the warehouse: what a row is, and its columns in order."""
+
+    meaning: str
+    columns: tuple[Column, ...]
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of its rows; ``run_id`` is in the path of a file alone."""
+        return pa.schema([(column.name, column.type) for column in self.columns])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,119 +66,193 @@ class RunIdentity:
     family: str
 
 
-def encode(name: str, run_id: str, columns: Mapping[str, Any], shard: Mapping[str, Any] = {}) -> pa.Buffer:
-    """A file of a table, as bytes; ``shard`` is what a partial says of itself beside its rows."""
-    header = {_VERSION: str(SCHEMA_VERSION), _HEADER: json.dumps({"run_id": run_id, **shard})}
-    schema = SCHEMAS[name].remove(0).with_metadata(header)
-    table = pa.table({f.name: columns[f.name] for f in schema}, schema=schema)
-    sink, options = pa.BufferOutputStream(), _STATS_OPTIONS if name in ("layer_stats", "shard_stats") else {}
-    pq.write_table(table, sink, compression="zstd", row_group_size=1_000_000, write_page_checksum=True, **options)
-    return sink.getvalue()
+def _columns_of_stats() -> tuple[Column, ...]:
+    """A column for each field of LayerStats, but two lists for the histogram, at the end."""
+    hints = get_type_hints(LayerStats, include_extras=True)
+    return (
+        *(
+            Column(name, _ARROW[hint.__origin__], *hint.__metadata__)
+            for name, hint in hints.items()
+            if name != "histogram"
+        ),
+        Column("histogram_bin", INT16_LIST, "bins of abs(x) that hold elements: 8 exponent and top 3 mantissa bits"),
+        Column("histogram_count", INT64_LIST, "elements in each of those bins"),
+    )
 
 
-def refuse_newer(dataset: ds.Dataset) -> None:
-    """Raise WarehouseError where a newer avss_dist wrote a file of the dataset."""
+_MODEL = (
+    Column("model", STRING, "the checkpoint as it was named: hub id, folder or .gguf file"),
+    Column("revision", STRING, "commit of a hub id, or hash of the files' content"),
+    Column("family", STRING, "model_type of the checkpoint's configuration: llama, gemma3_text, bert, ..."),
+)
+_RUN_ID = Column("run_id", STRING, "name of the run: the model's, and the first 10 digits of the fingerprint")
+_EVALUATION_ID = Column("run_id", STRING, "name of the evaluation: the model's, and 10 digits of the fingerprint")
+_PLACE = (
+    Column("layer", INT32, "index of the layer, from 0"),
+    Column("layer_name", STRING, "module path of the layer"),
+    Column("depth", FLOAT64, "(layer + 0.5) / number of layers: 0 at the input, 1 at the output"),
+    Column("site", STRING, "where in the layer: block, update, attention, mlp, neuron"),
+)
+_STATS = _columns_of_stats()
+_TASK = Column("task", STRING, "perplexity:TEXT, ablation:TEXT, shapley:TEXT, gradients:TEXT, or a task of lm-eval")
+_METRIC = Column("metric", STRING, "what is measured: loss, perplexity, acc, shapley, ...")
+_DROP = Column("drop", INT32_LIST, "layers that were left out, ascending, from 0; empty for the whole model")
+_OF_LAYER = Column("layer", INT32, "the layer that the value is about; null where it is about the whole")
+_VALUE = Column("value", FLOAT64, "the result")
+_STDERR = Column("stderr", FLOAT64, "standard error of the value")
+_SETTINGS = Column("settings", STRING, "every setting that can change a number, as JSON")
+_VERSIONS = Column("versions", MAP, "versions of Python and of the packages")
+_DEVICE = Column("device", STRING, "where it ran: cpu, or the name of a GPU")
 
-    def check(fragment: ds.ParquetFileFragment) -> None:
-        refuse_newer_version((fragment.metadata.metadata or {}).get(_VERSION))
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(check, dataset.get_fragments()))
-
-
-def refuse_newer_version(version: bytes | int | None) -> None:
-    if (number := int(version or 0)) > SCHEMA_VERSION:
-        message = f"Written by a newer avss_dist: schema {number}, this one reads up to {SCHEMA_VERSION}."
-        raise WarehouseError(message, "pip install -U avss_dist")
-
-
-def parse(data: pa.Buffer) -> pa.Table:
-    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-    refuse_newer_version((file.schema_arrow.metadata or {}).get(_VERSION))
-    return file.read(use_threads=False)
-
-
-class EncodedStats(Mapping[LayerKey, LayerStats]):
-    """A shard's statistics as the bytes of its partial: encoded by who measured them, kept by the driver as they are.
-
-    It reads as any other mapping does; the bytes are decoded when first asked.
-    """
-
-    def __init__(self, run: RunIdentity, data: pa.Buffer) -> None:
-        self.run, self.data = run, data
-
-    @cached_property
-    def _stats(self) -> dict[LayerKey, LayerStats]:
-        return to_stats(parse(self.data))
-
-    def __getitem__(self, key: LayerKey) -> LayerStats:
-        return self._stats[key]
-
-    def __iter__(self) -> Iterator[LayerKey]:
-        return iter(self._stats)
-
-    def __len__(self) -> int:
-        return len(self._stats)
-
-    def __reduce__(self) -> tuple[type[EncodedStats], tuple[RunIdentity, pa.Buffer]]:
-        return EncodedStats, (self.run, self.data)
-
-
-def encode_shard(run: RunIdentity, result: ShardResult) -> EncodedStats:
-    """The partial of a shard, which is lossless to the last bit."""
-    if isinstance(result.stats, EncodedStats) and result.stats.run == run:
-        return result.stats
-    header = {f.name: getattr(result, f.name) for f in fields(ShardResult) if f.name != "stats"}
-    shard = {name: [getattr(result, name)] * len(result.stats) for name in ("shard_id", "content_hash")}
-    columns = to_columns(run, result.layers, result.stats) | shard
-    return EncodedStats(run, encode("shard_stats", run.run_id, columns, header))
-
-
-def to_columns(run: RunIdentity, layers: Sequence[str], stats: Mapping[LayerKey, LayerStats]) -> dict[str, Any]:
-    """A row for each (layer, site) in order, by column; lists as one run of numbers and where each begins."""
-    keys = sorted(stats)
-    states = [stats[key] for key in keys]
-    bins = [np.flatnonzero(state.histogram) for state in states]
-    counts = [state.histogram[seen] for state, seen in zip(states, bins, strict=True)]
-    columns: dict[str, Any] = {name: [value] * len(keys) for name, value in asdict(run).items()}
-    columns |= {"layer": [layer for layer, _ in keys], "site": [site for _, site in keys]}
-    columns["layer_name"] = [layers[layer] for layer, _ in keys]
-    columns["depth"] = [(layer + 0.5) / len(layers) for layer, _ in keys]
-    columns |= {"histogram_bin": bins, "histogram_count": counts}
-    columns |= {name: [getattr(state, name) for state in states] for name in _STATE}
-    for field in SCHEMAS["layer_stats"]:
-        if pa.types.is_list(field.type):
-            columns[field.name] = _to_lists(columns[field.name], field.type)
-    return columns
-
-
-def _to_lists(cells: Sequence[np.ndarray], kind: pa.ListType) -> pa.Array:
-    offsets = np.cumsum([0, *map(len, cells)], dtype=np.int32)
-    values = np.concatenate(cells) if cells else np.zeros(0)
-    return pa.ListArray.from_arrays(offsets, pa.array(values.astype(kind.value_type.to_pandas_dtype())), type=kind)
-
-
-def to_stats(table: pa.Table) -> dict[LayerKey, LayerStats]:
-    """The inverse of `to_columns`; a field that an older file lacks keeps its default."""
-    cells = {
-        name: [cell.values.to_numpy() for cell in column] if pa.types.is_list(column.type) else column.to_pylist()
-        for name, column in zip(table.column_names, table.columns, strict=True)
-    }
-    stats = {}
-    for i, key in enumerate(zip(cells["layer"], cells["site"], strict=True)):
-        histogram = np.zeros(HISTOGRAM_BINS, np.int64)
-        histogram[cells["histogram_bin"][i]] = cells["histogram_count"][i]
-        stats[key] = LayerStats(histogram=histogram, **{name: cells[name][i] for name in _STATE if name in cells})
-    return stats
-
-
-def decode_shard(data: pa.Buffer, run_id: str) -> ShardResult | None:
-    """A partial, or None when it is damaged or not of this run."""
-    try:
-        table = parse(data)
-    except (OSError, pa.ArrowException):
-        return None
-    header = json.loads((table.schema.metadata or {}).get(_HEADER, b"{}"))
-    if header.pop("run_id", None) != run_id or "layers" not in header:
-        return None
-    return ShardResult(**header | {"layers": tuple(header["layers"]), "stats": to_stats(table)})
+TABLES: dict[str, Table] = {
+    "runs": Table(
+        "one row for each run: what ran, on what, with what, how fast",
+        (
+            _RUN_ID,
+            Column("fingerprint", STRING, "SHA-256 of everything that can change a number: equal means the same run"),
+            Column("status", STRING, "done or failed"),
+            Column("error", STRING, "why the run failed"),
+            Column("created_at", TIME, "when the run ended", "UTC"),
+            *_MODEL,
+            Column("architecture", STRING, "class of the model"),
+            Column("num_layers", INT64, "layers of the model"),
+            Column("hidden_size", INT64, "width of the residual stream", "channels"),
+            Column("num_parameters", INT64, "parameters of the model"),
+            Column("dtype", STRING, "compute dtype: float32, bfloat16, float16"),
+            Column("attention_implementation", STRING, "sdpa, eager, flash_attention_2"),
+            Column("partition", STRING, "how one replica was spread: single, device_map, streaming, zero3, ..."),
+            Column("replicas", INT64, "copies of the model that worked in parallel"),
+            Column("corpus", STRING, "the text as it was named, without keys"),
+            Column("corpus_fingerprint", STRING, "hash of the text: equal means the same text"),
+            Column("tokens_fingerprint", STRING, "hash of the tokens and their order"),
+            Column("num_sequences", INT64, "rows of tokens"),
+            Column("num_tokens", INT64, "tokens that were measured", "tokens"),
+            Column("sequence_length", INT64, "length of a row", "tokens"),
+            Column("batch_size", INT64, "rows in a forward pass"),
+            Column("thresholds", FLOAT64_LIST, "absolute near-zero thresholds that were counted"),
+            Column("sites", STRING_LIST, "sites that were measured"),
+            Column("num_shards", INT64, "shards: units of work and of resampling"),
+            _DEVICE,
+            Column("threads", INT32, "CPU threads of a worker"),
+            Column("wall_seconds", FLOAT64, "from start to end of the last attempt", "seconds"),
+            Column("tokens_per_second", FLOAT64, "speed of all replicas together", "tokens / second"),
+            Column("peak_memory_bytes", INT64, "peak of a worker: of its GPU, or of its process on a CPU", "bytes"),
+            _SETTINGS,
+            Column("notes", STRING_LIST, "remarks for readers: sites that are absent, batches that were halved, ..."),
+            _VERSIONS,
+            Column("schema_version", INT32, "version of these tables"),
+        ),
+    ),
+    "scores": Table(
+        "one row for each layer, site, recipe and threshold of a run",
+        (
+            _RUN_ID,
+            *_MODEL,
+            *_PLACE,
+            Column("recipe", STRING, "reading of AVSS: pooled, element, unit"),
+            Column("threshold", FLOAT64, "near zero means abs(x) below this"),
+            Column("threshold_kind", STRING, "absolute, or rms: a multiple of the RMS of the layer and site"),
+            Column("count", INT64, "elements (recipe unit: channels) that could be near zero"),
+            Column("near_zero_count", FLOAT64, "elements that are near zero; a fraction where it is interpolated"),
+            Column("variance", FLOAT64, "variance of the activations, by recipe"),
+            Column("sparsity", FLOAT64, "near_zero_count / count"),
+            Column("nav", FLOAT64, "variance / sum of it over layers"),
+            Column("nas", FLOAT64, "sparsity / sum of it over layers"),
+            Column("avss", FLOAT64, "nav / nas, as published; null where nothing was near zero"),
+            Column(
+                "avss_smoothed", FLOAT64, "as avss, with sparsity (near_zero_count + 0.5) / (count + 1); rank is of it"
+            ),
+            Column("avss_normalized", FLOAT64, "avss / sum of it over layers"),
+            Column("avss_cumulative", FLOAT64, "running sum of avss_normalized, in the order of layers"),
+            Column("rank", INT32, "1 is the lowest avss_smoothed: the least important layer"),
+            Column("avss_low", FLOAT64, "lower end of the 95% bootstrap interval of avss_smoothed, over shards"),
+            Column("avss_high", FLOAT64, "upper end of the interval of avss_smoothed"),
+            Column("lowest_set_probability", FLOAT64, "share of resamples with the layer among the lowest 25%"),
+            Column("quality", STRING, "ok, noisy_sparsity (fewer than 100 near zero) or zero_sparsity (none)"),
+            Column("block_influence", FLOAT64, "1 - mean cosine of the block's input and output (ShortGPT)"),
+            Column("angular_distance", FLOAT64, "mean angle of block input and output (Gromov et al.)", "pi radians"),
+            Column("relative_magnitude", FLOAT64, "mean |output - input| / |input|"),
+            Column("update_variance_ratio", FLOAT64, "variance of the update / variance of the block's input"),
+        ),
+    ),
+    "layer_stats": Table(
+        "one row for each layer and site of a run: the statistics that scores are computed from",
+        (_RUN_ID, *_MODEL, *_PLACE, *_STATS),
+    ),
+    "shard_stats": Table(
+        "the same for each shard, to resume and to resample",
+        (
+            _RUN_ID,
+            *_MODEL,
+            Column("shard_id", INT64, "index of the shard in the corpus"),
+            Column("content_hash", STRING, "hash of the shard's tokens"),
+            *_PLACE,
+            *_STATS,
+        ),
+    ),
+    "evaluations": Table(
+        "one row for each metric of a task and a model, whole or without layers",
+        (
+            _EVALUATION_ID,
+            *_MODEL,
+            _TASK,
+            _METRIC,
+            _DROP,
+            _OF_LAYER,
+            _VALUE,
+            _STDERR,
+            Column("num_samples", INT64, "samples that the value is of"),
+            _SETTINGS,
+            _VERSIONS,
+            Column("seconds", FLOAT64, "time of measuring, of all workers together", "seconds"),
+            Column("created_at", TIME, "when it was written", "UTC"),
+        ),
+    ),
+    "cells": Table(
+        "what evaluations are combined from: one row for each part of a task",
+        (
+            _EVALUATION_ID,
+            *_MODEL,
+            _TASK,
+            _METRIC,
+            _DROP,
+            _OF_LAYER,
+            Column("part", INT32, "which part of the task, from 0"),
+            Column("samples", FLOAT64_LIST, "a value for each sample: a sequence, a question, a permutation, a batch"),
+            Column("weights", FLOAT64_LIST, "weight of each sample: predicted tokens, or 1"),
+            _DEVICE,
+            Column("seconds", FLOAT64, "time of measuring", "seconds"),
+            Column("created_at", TIME, "when it was measured", "UTC"),
+        ),
+    ),
+    "experiments": Table(
+        "one row for each metric of a model without the layers that a method chose",
+        (
+            Column("run_id", STRING, "the run whose scores chose the layers"),
+            *_MODEL,
+            Column("method", STRING, "how the layers were chosen, for people: avss, random 3, whole model, ..."),
+            Column("score", STRING, "the score that chose the layers; random; null for the whole model"),
+            Column("site", STRING, "of the reading of AVSS that chose; null for other scores and in files of schema 2"),
+            Column("recipe", STRING, "recipe of that reading"),
+            Column("threshold", FLOAT64, "threshold of that reading"),
+            Column("threshold_kind", STRING, "kind of that threshold: absolute or rms"),
+            Column("control", STRING, "reversed (drops the highest), ends kept (the first and last stay), or null"),
+            Column("share", FLOAT64, "share of the layers that was dropped"),
+            Column("seed", INT32, "of a random choice"),
+            _DROP,
+            _TASK,
+            _METRIC,
+            _VALUE,
+            _STDERR,
+            Column("retention", FLOAT64, "metric / that of the whole model; of a loss, perplexity before / after"),
+            Column(
+                "retention_low",
+                FLOAT64,
+                "lower end of its 95% interval: paired bootstrap over samples",
+            ),
+            Column("retention_high", FLOAT64, "upper end of the interval of retention"),
+            Column("created_at", TIME, "when it was written", "UTC"),
+        ),
+    ),
+}
+SCHEMAS: dict[str, pa.Schema] = {name: table.schema for name, table in TABLES.items()}

@@ -22,10 +22,7 @@ from avss_dist.errors import StorageFull, WarehouseError, nearest, require_known
 from avss_dist.settings import SCHEMA_VERSION
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
 from avss_dist.system.staging import remove_leftovers, staged_file
-from avss_dist.warehouse.schema import (
-    SCHEMAS,
-    TABLES,
-    RunIdentity,
+from avss_dist.warehouse.encoding import (
     decode_shard,
     encode,
     encode_shard,
@@ -35,6 +32,7 @@ from avss_dist.warehouse.schema import (
     to_columns,
     to_stats,
 )
+from avss_dist.warehouse.schema import SCHEMAS, TABLES, RunIdentity
 
 AT_ONCE = 8  # partials that are read together
 _WITH_SECRETS: dict[str, str] = {}  # by root: a warehouse is opened again by its name while the process lives

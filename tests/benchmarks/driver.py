@@ -41,8 +41,9 @@ from avss_dist.runs.run import PlannedRun, Run, RunInProgress
 from avss_dist.settings import SITES, THRESHOLDS, Execution, Settings
 from avss_dist.stats.histogram import HISTOGRAM_BINS, histogram_bin
 from avss_dist.stats.layer_stats import LayerStats, ShardResult
+from avss_dist.warehouse.encoding import EncodedStats, encode_shard
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.schema import EncodedStats, RunIdentity, encode_shard
+from avss_dist.warehouse.schema import RunIdentity
 
 ROWS, LENGTH = 32, 2048
 RUN = RunIdentity(run_id="virtual-0000000000", model="virtual", revision="0", family="virtual")

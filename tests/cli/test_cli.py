@@ -27,7 +27,7 @@ from avss_dist.errors import ConfigError, QueryError
 from avss_dist.partition.base import Placement
 from avss_dist.settings import LOWEST_SHARE, PUBLISHED_THRESHOLD, RECIPES, SITES, Execution, Settings
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.store import RunIdentity
+from avss_dist.warehouse.schema import RunIdentity
 
 COMMANDS: dict[str, dict[str, Any]] = {
     "score": {

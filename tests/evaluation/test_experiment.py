@@ -78,6 +78,16 @@ def test_every_method_is_compared_with_the_whole_model(done: tuple[Path, list[di
     assert up | down == set(range(6))
 
 
+def test_the_reading_of_avss_has_columns_of_its_own(done: tuple[Path, list[dict[str, Any]]]) -> None:
+    job, _ = done
+    rows = Warehouse(read_job(job).warehouse).table("experiments").to_pylist()
+    readings = {
+        (row["score"], *(row[name] for name in ("site", "recipe", "threshold", "threshold_kind"))) for row in rows
+    }
+    assert ("avss", "block", "pooled", 1e-5, "absolute") in readings
+    assert {reading[1:] for reading in readings if reading[0] != "avss"} == {(None, None, None, None)}
+
+
 def test_leave_one_out_drops_the_layers_without_which_the_loss_is_least(
     done: tuple[Path, list[dict[str, Any]]],
 ) -> None:

@@ -21,7 +21,7 @@ from avss_dist.stats.histogram import HISTOGRAM_EDGES
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, merge_stats
 from avss_dist.stats.rankings import count_lowest, rank_lowest
 from avss_dist.stats.scores import SiteTable, Threshold, score_run
-from avss_dist.warehouse.store import SCHEMAS
+from avss_dist.warehouse.schema import SCHEMAS
 
 GRID = np.array([1e-5, 1e-2, 1e-1])
 LAYERS = tuple(f"model.layers.{i}" for i in range(4))

@@ -15,7 +15,7 @@ from avss_dist.settings import SITES, THRESHOLDS
 from avss_dist.stats.layer_stats import LayerStats
 from avss_dist.stats.scores import score_run
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.store import RunIdentity
+from avss_dist.warehouse.schema import RunIdentity
 from support.oracle import oracle_stats
 
 UNITS, SHARDS, SHAPE = 16, 4, (2, 8)  # sequences and tokens of a shard

@@ -18,7 +18,7 @@ from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, merge
 from avss_dist.stats.rankings import rank_lowest
 from avss_dist.stats.scores import score_run
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.store import RunIdentity
+from avss_dist.warehouse.schema import RunIdentity
 from support.oracle import By, Float64, oracle_stats
 
 GRID = np.array([1e-5, 1e-2, 1e-1])

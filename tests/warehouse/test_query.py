@@ -19,9 +19,8 @@ from support.warehouses import Terminal, activations, avss, stats_of, write_meas
 
 from avss_dist.errors import QueryError, WarehouseError
 from avss_dist.warehouse import cache as digest
-from avss_dist.warehouse.columns import COLUMNS, TABLES_MEAN
 from avss_dist.warehouse.reader import FUNCTIONS, Warehouse, ready_queries
-from avss_dist.warehouse.store import SCHEMAS, TABLES, RunIdentity
+from avss_dist.warehouse.schema import SCHEMAS, TABLES, RunIdentity
 
 ROWS = [
     {"layer": i, "site": site, "recipe": "pooled", "threshold": 1e-5, "avss_smoothed": i + 0.5, "rank": i + 1}
@@ -214,26 +213,29 @@ def test_a_query_loads_nothing_heavy(root: Path) -> None:
 # What the columns mean.
 
 
-def test_every_column_is_described_and_none_besides() -> None:
-    assert COLUMNS.keys() == TABLES_MEAN.keys() == SCHEMAS.keys()
-    for name, schema in SCHEMAS.items():
-        assert COLUMNS[name].keys() == set(schema.names), name
-        assert all(
-            text and "\n" not in text and text.rstrip(".") in (text, text[:-3]) for text in COLUMNS[name].values()
-        )
+def test_every_column_is_described_once() -> None:
+    meanings: dict[str, set[str]] = {}
+    for name, table in TABLES.items():
+        names = [column.name for column in table.columns]
+        assert len(set(names)) == len(names), name
+        for column in table.columns:
+            text = column.meaning
+            assert text and "\n" not in text and text.rstrip(".") in (text, text[:-3]), column
+            meanings.setdefault(text, set()).add(column.name)
+    assert {text: names for text, names in meanings.items() if len(names) > 1} == {}
 
 
 def test_the_schema_needs_no_warehouse() -> None:
     result = avss("query", "--schema")
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
-    for columns in COLUMNS.values():
-        for column, meaning in columns.items():
-            assert any(line.split()[:1] == [column] and meaning[:40] in line for line in lines), column
+    for table in TABLES.values():
+        for column in table.columns:
+            assert any(line.split()[:1] == [column.name] and column.meaning[:40] in line for line in lines), column
     assert all(f"@{name}" in result.stdout for name in ready_queries())
     assert all(name in result.stdout for name in FUNCTIONS)
     rows = avss("query", "--schema", "--format", "csv").stdout.splitlines()
-    assert rows[0] == "table,column,type,meaning"
+    assert rows[0] == "table,column,type,unit,meaning"
     assert len(rows) == 1 + sum(map(len, SCHEMAS.values()))
 
 

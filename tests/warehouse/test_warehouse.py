@@ -28,8 +28,10 @@ from avss_dist.errors import WarehouseError
 from avss_dist.settings import SCHEMA_VERSION, SITES
 from avss_dist.stats.histogram import HISTOGRAM_BINS
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, merge_stats
-from avss_dist.warehouse.schema import encode_shard
-from avss_dist.warehouse.store import SCHEMAS, TABLES, RunIdentity, Store
+from avss_dist.warehouse.encoding import encode_shard
+from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import SCHEMAS, TABLES, RunIdentity
+from avss_dist.warehouse.store import Store
 
 RUN = RunIdentity(run_id="tiny-0123456789", model="org/tiny", revision=None, family="llama")
 LAYERS = ("model.layers.0", "model.layers.1", "model.layers.2")
@@ -200,7 +202,7 @@ def test_a_result_that_was_encoded_by_its_worker_is_kept_as_the_same_bytes(tmp_p
 
 
 def test_schemas_are_the_contract() -> None:
-    assert tuple(SCHEMAS) == TABLES
+    assert list(SCHEMAS) == list(TABLES)
     stats = {f.name for f in fields(LayerStats)} - {"histogram"} | {"histogram_bin", "histogram_count"}
     identity = ["run_id", "model", "revision", "family"]
     place = ["layer", "layer_name", "depth", "site"]
@@ -219,7 +221,7 @@ def test_schemas_are_the_contract() -> None:
     assert all(schema.field("run_id").type == pa.string() for schema in SCHEMAS.values())
 
 
-@pytest.mark.parametrize("name", TABLES[:4])
+@pytest.mark.parametrize("name", list(TABLES)[:4])
 def test_tables_have_their_schema(tmp_path: Path, name: str) -> None:
     store = Store(tmp_path)
     whole_run(store)
@@ -328,11 +330,11 @@ def test_a_partial_of_another_plan_or_run_is_left_out(tmp_path: Path) -> None:
 def test_leftovers_of_a_crash_are_never_read(tmp_path: Path) -> None:
     store = Store(tmp_path)
     whole_run(store)
-    for name in TABLES[:4]:
+    for name in list(TABLES)[:4]:
         folder = tmp_path / name / f"run_id={RUN.run_id}"
         (folder / ".scores.parquet.99-abcd.tmp").write_bytes(b"half")
         (folder / ".hidden.parquet").write_bytes(b"half")
-    assert [store.table(name).num_rows for name in TABLES] == [1, 3, 15, 15] + [0] * len(TABLES[4:])
+    assert [store.table(name).num_rows for name in TABLES] == [1, 3, 15, 15] + [0] * (len(TABLES) - 4)
 
 
 def test_only_whole_runs_are_seen(tmp_path: Path) -> None:
@@ -395,6 +397,18 @@ def test_an_older_schema_reads_as_null(tmp_path: Path) -> None:
     assert store.table("scores").num_rows == 6
     assert (store.run("old") or {})["notes"] is None
     assert store.read_layer_stats("old")[0, "block"].input_mean == 0.0
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_warehouses_of_earlier_schemas_are_read(version: int) -> None:
+    warehouse = Warehouse(Path(__file__).parent / f"schema_{version}")
+    assert warehouse.runs()["schema_version"].to_pylist() == [version]
+    assert warehouse.scores().num_rows and warehouse.layer_stats().num_rows
+    for name in TABLES:
+        assert warehouse.table(name).schema.equals(SCHEMAS[name])
+    experiments = warehouse.table("experiments")
+    assert (experiments.num_rows > 0) == (version == 2)
+    assert experiments["recipe"].null_count == experiments["threshold"].null_count == experiments.num_rows
 
 
 def test_errors_say_what_is_wrong(tmp_path: Path) -> None:

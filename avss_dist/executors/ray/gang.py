@@ -32,7 +32,8 @@ from avss_dist.partition.base import Placement, Replica
 from avss_dist.partition.open import open_replica
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.system.devices import pick_device
-from avss_dist.warehouse.schema import RunIdentity, encode_shard
+from avss_dist.warehouse.encoding import encode_shard
+from avss_dist.warehouse.schema import RunIdentity
 
 BEAT_SECONDS = 1.0
 

@@ -1,4 +1,4 @@
-"""What every table, column, function and ready query of the warehouse means, printed."""
+"""What every table, column, function and ready query of the warehouse means."""
 
 from __future__ import annotations
 
@@ -10,36 +10,54 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from avss_dist.warehouse.columns import COLUMNS, TABLES_MEAN
+from avss_dist.text import escape_markdown
 from avss_dist.warehouse.reader import FUNCTIONS, ready_queries
-from avss_dist.warehouse.store import SCHEMAS
+from avss_dist.warehouse.schema import SCHEMAS, TABLES
 
 
 def schema_table() -> pa.Table:
-    """A row for each column: ``table``, ``column``, ``type`` in SQL, ``meaning``."""
+    """A row for each column: ``table``, ``column``, ``type`` in SQL, ``unit``, ``meaning``."""
     rows = []
     with duckdb.connect(":memory:") as connection:
-        for name, schema in SCHEMAS.items():
-            connection.register(name, schema.empty_table())
-            kinds = {column: kind for column, kind, *_ in connection.execute(f"DESCRIBE {name}").fetchall()}
+        for name, table in TABLES.items():
+            connection.register(name, SCHEMAS[name].empty_table())
+            types = {column: kind for column, kind, *_ in connection.execute(f"DESCRIBE {name}").fetchall()}
             rows += [
-                {"table": name, "column": column, "type": kinds[column], "meaning": COLUMNS[name][column]}
-                for column in schema.names
+                {"table": name, "column": c.name, "type": types[c.name], "unit": c.unit, "meaning": c.meaning}
+                for c in table.columns
             ]
     return pa.Table.from_pylist(rows)
 
 
 def schema_page() -> RenderableType:
     """The same for the terminal, and the functions and ready queries."""
-    rows = schema_table().to_pylist()
     parts: list[RenderableType] = []
-    for name, meaning in TABLES_MEAN.items():
-        columns = [(r["column"], r["type"], r["meaning"]) for r in rows if r["table"] == name]
-        parts += [_titled(name, meaning), _grid(columns), ""]
+    for name, rows in _by_table().items():
+        parts += [_titled(name, TABLES[name].meaning), _grid((r["column"], r["type"], _meaning(r)) for r in rows), ""]
     parts += [_titled("functions", "of SQL, beside DuckDB's own"), _grid(FUNCTIONS.items()), ""]
     answers = [(f"@{name}", query.splitlines()[0].removeprefix("-- ")) for name, query in ready_queries().items()]
     parts += [_titled("ready queries", "avss query WAREHOUSE @name"), _grid(answers)]
     return Group(*parts)
+
+
+def schema_markdown() -> str:
+    """The same tables as Markdown, a heading for each: the documentation has them as they are printed here."""
+    lines: list[str] = []
+    for name, rows in _by_table().items():
+        lines += [f"### `{name}`", "", f"{TABLES[name].meaning.capitalize()}.", ""]
+        lines += ["| Column | Type | Meaning |", "|---|---|---|"]
+        lines += [f"| `{r['column']}` | {r['type']} | {escape_markdown(_meaning(r))} |" for r in rows]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _by_table() -> dict[str, list[dict[str, str]]]:
+    rows = schema_table().to_pylist()
+    return {name: [row for row in rows if row["table"] == name] for name in TABLES}
+
+
+def _meaning(row: dict[str, str]) -> str:
+    return f"{row['meaning']} [{row['unit']}]" if row["unit"] else row["meaning"]
 
 
 def _titled(name: str, meaning: str) -> Text:

@@ -1,0 +1,158 @@
+"""Rows and statistics as Parquet bytes, and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from avss_dist.errors import WarehouseError
+from avss_dist.settings import SCHEMA_VERSION
+from avss_dist.stats.histogram import HISTOGRAM_BINS
+from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
+from avss_dist.warehouse.schema import SCHEMAS, RunIdentity
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as ds  # which brings pandas, where that is installed: too much for every worker
+
+_VERSION, _HEADER = b"avss_schema_version", b"avss_header"
+_STATE = [f.name for f in fields(LayerStats) if f.name != "histogram"]
+
+
+def _leaves(kind: str) -> list[str]:
+    """The columns of statistics whose values are of a kind, by their paths in Parquet."""
+    paths = {f.name: (f.type, f.name) for f in SCHEMAS["shard_stats"]}
+    paths |= {n: (t.value_type, f"{n}.list.element") for n, (t, _) in paths.items() if pa.types.is_list(t)}
+    return [path for value, path in paths.values() if str(value) == kind]
+
+
+# Floats seldom repeat, so a dictionary of them only costs time; their bytes, split by significance, shrink well.
+_STATS_OPTIONS = {
+    "use_dictionary": _leaves("string"),
+    "column_encoding": dict.fromkeys(_leaves("double") + _leaves("float"), "BYTE_STREAM_SPLIT"),
+}
+
+
+def encode(name: str, run_id: str, columns: Mapping[str, Any], shard: Mapping[str, Any] = {}) -> pa.Buffer:
+    """A file of a table, as bytes; ``shard`` is what a partial says of itself beside its rows."""
+    header = {_VERSION: str(SCHEMA_VERSION), _HEADER: json.dumps({"run_id": run_id, **shard})}
+    schema = SCHEMAS[name].remove(0).with_metadata(header)
+    table = pa.table({f.name: columns[f.name] for f in schema}, schema=schema)
+    sink, options = pa.BufferOutputStream(), _STATS_OPTIONS if name in ("layer_stats", "shard_stats") else {}
+    pq.write_table(table, sink, compression="zstd", row_group_size=1_000_000, write_page_checksum=True, **options)
+    return sink.getvalue()
+
+
+def refuse_newer(dataset: ds.Dataset) -> None:
+    """Raise WarehouseError where a newer avss_dist wrote a file of the dataset."""
+
+    def check(fragment: ds.ParquetFileFragment) -> None:
+        refuse_newer_version((fragment.metadata.metadata or {}).get(_VERSION))
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(check, dataset.get_fragments()))
+
+
+def refuse_newer_version(version: bytes | int | None) -> None:
+    if (number := int(version or 0)) > SCHEMA_VERSION:
+        message = f"Written by a newer avss_dist: schema {number}, this one reads up to {SCHEMA_VERSION}."
+        raise WarehouseError(message, "pip install -U avss_dist")
+
+
+def parse(data: pa.Buffer) -> pa.Table:
+    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+    refuse_newer_version((file.schema_arrow.metadata or {}).get(_VERSION))
+    return file.read(use_threads=False)
+
+
+class EncodedStats(Mapping[LayerKey, LayerStats]):
+    """A shard's statistics as the bytes of its partial: encoded by who measured them, kept by the driver as they are.
+
+    It reads as any other mapping does; the bytes are decoded when first asked.
+    """
+
+    def __init__(self, run: RunIdentity, data: pa.Buffer) -> None:
+        self.run, self.data = run, data
+
+    @cached_property
+    def _stats(self) -> dict[LayerKey, LayerStats]:
+        return to_stats(parse(self.data))
+
+    def __getitem__(self, key: LayerKey) -> LayerStats:
+        return self._stats[key]
+
+    def __iter__(self) -> Iterator[LayerKey]:
+        return iter(self._stats)
+
+    def __len__(self) -> int:
+        return len(self._stats)
+
+    def __reduce__(self) -> tuple[type[EncodedStats], tuple[RunIdentity, pa.Buffer]]:
+        return EncodedStats, (self.run, self.data)
+
+
+def encode_shard(run: RunIdentity, result: ShardResult) -> EncodedStats:
+    """The partial of a shard, which is lossless to the last bit."""
+    if isinstance(result.stats, EncodedStats) and result.stats.run == run:
+        return result.stats
+    header = {f.name: getattr(result, f.name) for f in fields(ShardResult) if f.name != "stats"}
+    shard = {name: [getattr(result, name)] * len(result.stats) for name in ("shard_id", "content_hash")}
+    columns = to_columns(run, result.layers, result.stats) | shard
+    return EncodedStats(run, encode("shard_stats", run.run_id, columns, header))
+
+
+def to_columns(run: RunIdentity, layers: Sequence[str], stats: Mapping[LayerKey, LayerStats]) -> dict[str, Any]:
+    """A row for each (layer, site) in order, by column; lists as one run of numbers and where each begins."""
+    keys = sorted(stats)
+    states = [stats[key] for key in keys]
+    bins = [np.flatnonzero(state.histogram) for state in states]
+    counts = [state.histogram[seen] for state, seen in zip(states, bins, strict=True)]
+    columns: dict[str, Any] = {name: [value] * len(keys) for name, value in asdict(run).items()}
+    columns |= {"layer": [layer for layer, _ in keys], "site": [site for _, site in keys]}
+    columns["layer_name"] = [layers[layer] for layer, _ in keys]
+    columns["depth"] = [(layer + 0.5) / len(layers) for layer, _ in keys]
+    columns |= {"histogram_bin": bins, "histogram_count": counts}
+    columns |= {name: [getattr(state, name) for state in states] for name in _STATE}
+    for field in SCHEMAS["layer_stats"]:
+        if pa.types.is_list(field.type):
+            columns[field.name] = _to_lists(columns[field.name], field.type)
+    return columns
+
+
+def _to_lists(cells: Sequence[np.ndarray], kind: pa.ListType) -> pa.Array:
+    offsets = np.cumsum([0, *map(len, cells)], dtype=np.int32)
+    values = np.concatenate(cells) if cells else np.zeros(0)
+    return pa.ListArray.from_arrays(offsets, pa.array(values.astype(kind.value_type.to_pandas_dtype())), type=kind)
+
+
+def to_stats(table: pa.Table) -> dict[LayerKey, LayerStats]:
+    """The inverse of `to_columns`; a field that an older file lacks keeps its default."""
+    cells = {
+        name: [cell.values.to_numpy() for cell in column] if pa.types.is_list(column.type) else column.to_pylist()
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    }
+    stats = {}
+    for i, key in enumerate(zip(cells["layer"], cells["site"], strict=True)):
+        histogram = np.zeros(HISTOGRAM_BINS, np.int64)
+        histogram[cells["histogram_bin"][i]] = cells["histogram_count"][i]
+        stats[key] = LayerStats(histogram=histogram, **{name: cells[name][i] for name in _STATE if name in cells})
+    return stats
+
+
+def decode_shard(data: pa.Buffer, run_id: str) -> ShardResult | None:
+    """A partial, or None when it is damaged or not of this run."""
+    try:
+        table = parse(data)
+    except (OSError, pa.ArrowException):
+        return None
+    header = json.loads((table.schema.metadata or {}).get(_HEADER, b"{}"))
+    if header.pop("run_id", None) != run_id or "layers" not in header:
+        return None
+    return ShardResult(**header | {"layers": tuple(header["layers"]), "stats": to_stats(table)})
