@@ -29,7 +29,8 @@ from avss_dist.errors import AvssError, RunFailed
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import build, load_tokenizer, quiet, text_config
-from avss_dist.models.size import Footprint, footprint, weight_files
+from avss_dist.models.safetensors import weight_files
+from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.base import Placement
 from avss_dist.partition.open import open_replica
 from avss_dist.settings import Settings

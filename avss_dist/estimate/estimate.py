@@ -230,7 +230,7 @@ class Arithmetic:
         Args:
             table: the token embeddings are among them.
         """
-        if self.here.device == "cuda" or not self.size.mapped or not table:
+        if self.here.device == "cuda" or not self.size.zero_copy or not table:
             return weights
         unread = max(0, self.size.embedding_bytes - self.measured.touched_bytes)
         return min(weights, sum(self.size.layer_bytes) + self.size.other_bytes) - unread
@@ -259,7 +259,7 @@ class Arithmetic:
         rows = min(self.settings.sequences_per_shard, self.measured.num_sequences)
         waiting = self.size.hidden_bytes(rows, self.settings.sequence_length)
         cuda = self.here.device == "cuda"
-        held = 2 if cuda or not self.size.mapped else 1  # a mapped layer is where its file is; another comes by itself
+        held = 2 if cuda or not self.size.zero_copy else 1  # a mapped layer lies in its file; the next comes by itself
         layers = sum(sorted(self.size.layer_bytes)[-held:])
         weights = self.size.other_bytes + layers
         memory = self._memory(weights, host_weights=layers + waiting) if cuda else self._memory(weights, more=waiting)

@@ -41,7 +41,7 @@ class LanguageModel:
         self.checkpoint, self.settings = checkpoint, settings
         self.device = pick_device(settings.device)
         keep_freed_memory()
-        self.module = load_model(checkpoint, settings)
+        self.module = load_model(checkpoint, settings, head=True)
         if self.module.get_output_embeddings() is None:
             raise ModelError(
                 f"'{checkpoint.name}' ({type(self.module).__name__}) has no head that predicts the next token.",

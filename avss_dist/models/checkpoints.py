@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.errors import ModelError
+from avss_dist.models.safetensors import WEIGHTS, weight_files
 from avss_dist.system.folders import cache_folder
 from avss_dist.system.staging import staged_file
 
-WEIGHTS = "*.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _READ = {".json", ".safetensors", ".model", ".txt"}  # suffixes of the files that can change a number
 
@@ -74,8 +74,10 @@ def resolve(spec: str, *, trust_remote_code: bool = False) -> Checkpoint:
         return _fetch(spec, trust_remote_code)
     suffixes = _READ | {".py"} if trust_remote_code else _READ
     path = Path(here.path)
-    files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix in suffixes) if path.is_dir() else [path]
-    return replace(here, revision=content_hash(files))
+    if not path.is_dir():
+        return replace(here, revision=content_hash(path.parent, [path]))
+    files = {file for file in path.iterdir() if file.is_file() and file.suffix in suffixes}
+    return replace(here, revision=content_hash(path, {*files, *weight_files(path)}))
 
 
 def locate(spec: str, *, trust_remote_code: bool = False) -> Checkpoint | None:
@@ -151,8 +153,16 @@ def hub_mistakes(spec: str) -> Iterator[None]:
 
 
 def _check_folder(folder: Path, spec: str, trust_remote_code: bool) -> None:
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"'{spec}' is an adapter, or has one beside its weights.",
+            "Merge it into its base model (peft's merge_and_unload), save that, and name that folder.",
+        )
     config = read_config(folder, spec)
-    if not any(folder.glob(WEIGHTS)):
+    files = weight_files(folder)
+    if lost := [file for file in files if not file.is_file()]:
+        raise ModelError(f"'{spec}' lacks the file {lost[0].relative_to(folder)}.", "Is the download complete?")
+    if not files:
         pickled = sorted(f.name for pattern in PICKLED for f in folder.glob(pattern))
         if pickled:
             raise ModelError(
@@ -200,17 +210,25 @@ def _known(model_type: str | None) -> bool:
     return model_type in CONFIG_MAPPING
 
 
-def content_hash(files: list[Path]) -> str:
-    """SHA-256 over names and bytes of files; remembered by path, size and time, so a checkpoint is read once."""
+def content_hash(folder: Path, files: Iterable[Path]) -> str:
+    """SHA-256 over the bytes of files and their paths in a folder; a large file is read again only when it changes.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name}\0{_file_hash(file.resolve())}\n".encode())
+    for file in sorted(files):
+        try:
+            digest.update(f"{file.relative_to(folder).as_posix()}\0{_file_hash(file.resolve())}\n".encode())
+        except OSError as error:
+            raise ModelError(f"{file} cannot be read: {error.strerror}.", "Check its permissions.") from error
     return digest.hexdigest()
 
 
 def _file_hash(file: Path) -> str:
     stat = file.stat()
-    key = hashlib.sha256(f"{file}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}".encode()).hexdigest()
+    state = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino  # ctime: who writes cannot set it back
+    key = hashlib.sha256(f"{file}|{state}".encode()).hexdigest()
     cache = cache_folder("sha256", key)
     if stat.st_size > 1 << 20 and cache.is_file():
         return cache.read_text(encoding="ascii")

@@ -7,9 +7,9 @@ import inspect
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,11 @@ from torch import nn
 
 from avss_dist.errors import ModelError
 from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.complete import require_complete
 from avss_dist.models.layers import Structure, count_parameters, find_structure
-from avss_dist.settings import Settings
+from avss_dist.models.safetensors import TensorInfo, weight_files
+from avss_dist.models.stored import floating_dtype, hub_tensors, stored_tensors
+from avss_dist.settings import DTYPES, Settings
 
 Forward = Callable[[torch.Tensor, torch.Tensor | None], Any]  # of (token ids, attention mask or None)
 
@@ -89,6 +92,47 @@ def text_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
     return config
 
 
+def pin(settings: Settings, checkpoint: Checkpoint, config: Any, device: str, *, spec: str | None = None) -> Settings:
+    """Settings with every ``auto`` that changes numbers decided.
+
+    Args:
+        config: of `text_config`.
+        spec: what the user named, where the checkpoint is on the hub and its weights may not be here.
+
+    Raises:
+        ModelError: rows are longer than the model can read, or the weight files have no header.
+    """
+    text = config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    if isinstance(longest, int) and 0 < longest < settings.sequence_length:
+        raise ModelError(
+            f"'{checkpoint.name}' reads at most {longest} tokens, not the {settings.sequence_length} of "
+            "`sequence_length`.",
+            f"Make `sequence_length` {longest} or less.",
+        )
+    tensors = hub_tensors(spec, checkpoint) if spec and not weight_files(checkpoint.folder) else None
+    dtype = str(compute_dtype(checkpoint, config, settings, tensors)).removeprefix("torch.")
+    return replace(settings, device=device, dtype=dtype if dtype in DTYPES else settings.dtype)
+
+
+def compute_dtype(
+    checkpoint: Checkpoint, config: Any, settings: Settings, tensors: Iterable[TensorInfo] | None = None
+) -> torch.dtype:
+    """What the layers compute in: the dtype of the settings, that of the configuration, or that of the files.
+
+    Args:
+        tensors: of the files; None reads their headers, if they are needed.
+    """
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    named = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    if named is not None:
+        return named if isinstance(named, torch.dtype) else getattr(torch, named)
+    if checkpoint.gguf:
+        return torch.float32  # which transformers unpacks it to
+    return floating_dtype(stored_tensors(checkpoint) if tensors is None else tensors)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
     """A model without its head on a device, with its layers found.
@@ -126,18 +170,24 @@ def load(checkpoint: Checkpoint, settings: Settings, device: torch.device, **pla
         return open_module(model if placing else model.to(device=device), layers=settings.layers, device=device)
 
 
-def load_model(checkpoint: Checkpoint, settings: Settings, **placing: Any) -> Any:
+def load_model(checkpoint: Checkpoint, settings: Settings, *, head: bool = False, **placing: Any) -> Any:
     """The checkpoint as a transformers model in evaluation mode, head and all, where ``placing`` says or on the CPU.
 
+    Args:
+        head: the head is used, so its weights must be in the files too.
+
     Raises:
-        ModelError: it cannot be loaded; the message names the reason.
+        ModelError: it cannot be loaded, or its files lack weights; the message names the reason.
     """
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     options = _options(settings)
     if not checkpoint.gguf:
         options |= {"use_safetensors": True, "config": config}
     with quiet(), _mistakes(checkpoint):
-        model = _auto_class(config).from_pretrained(checkpoint.folder, **checkpoint.gguf, **options, **placing)
+        model, report = _auto_class(config).from_pretrained(
+            checkpoint.folder, **checkpoint.gguf, **options, **placing, output_loading_info=True
+        )
+    require_complete(checkpoint, model, without_head(model), report, settings.layers, head=head)
     return model.eval()
 
 
@@ -151,11 +201,14 @@ def build_model(checkpoint: Checkpoint, settings: Settings, tensors: Mapping[str
         ModelError: it cannot be built of them; the message names the reason.
     """
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
-    outline = skeleton(copy.deepcopy(config), settings, torch.float32)  # which it changes
-    if not isinstance(config, type(outline.config)):
+    empty = skeleton(copy.deepcopy(config), settings, torch.float32)  # which changes the configuration
+    if not isinstance(config, type(empty.config)):
         config = config.get_text_config()
     with quiet(), _mistakes(checkpoint):
-        model = type(outline).from_pretrained(None, config=config, state_dict=tensors, **_options(settings))
+        model, report = type(empty).from_pretrained(
+            None, config=config, state_dict=tensors, **_options(settings), output_loading_info=True
+        )
+    require_complete(checkpoint, model, without_head(model), report, settings.layers)
     return model.eval()
 
 

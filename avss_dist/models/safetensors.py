@@ -1,4 +1,4 @@
-"""Copying tensors from one safetensors file to another: the system moves the bytes, and no memory is taken."""
+"""safetensors files: which of them a checkpoint has, what their headers say, and tensors copied from one to another."""
 
 from __future__ import annotations
 
@@ -7,59 +7,163 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
 
 from avss_dist.errors import ModelError
-from avss_dist.models.size import read_header
 
-CHUNK_BYTES = 64 << 20
-_ALIGNMENT = 8  # of the data in a file: the header is filled up with spaces
+WEIGHTS = "*.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""torch's dtypes by the names that headers have for them."""
+COPIED_AT_ONCE = 64 << 20  # bytes
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_ALIGNMENT = 8  # of the data in a file: the header is padded with spaces
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as a header describes it: its dtype as it is written there, and its bytes."""
+
+    name: str
+    dtype: str
+    size: int
+
+
+@dataclass(frozen=True)
+class StoredTensor(TensorInfo):
+    """A tensor of a safetensors file: ``size`` bytes from ``start`` on."""
+
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers loads: one, or those that the index names.
+
+    Raises:
+        ModelError: the index cannot be read, or names a file outside of the folder.
+    """
+    single, index = folder / "model.safetensors", folder / INDEX
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        return [folder / name for name in _indexed(index)]
+    return sorted(folder.glob(WEIGHTS))
+
+
+def _indexed(index: Path) -> list[str]:
+    """The names of the files in an index, each once, sorted."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        paths = [PurePosixPath(name) for name in names]
+    except KeyError:
+        raise ModelError(f"{index} has no weight_map.", "Download or copy it again.") from None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{index} cannot be read: {error}.", "Download or copy it again.") from error
+    for name, path in zip(names, paths, strict=True):
+        if path.is_absolute() or ".." in path.parts:
+            raise ModelError(
+                f"{index} names the file '{name}', which is outside of its folder.",
+                "Put all weights into the folder, and name them by their paths in it.",
+            )
+    return names
+
+
+def tensors_of(file: Path) -> list[StoredTensor]:
+    """The tensors of a file in the order of its header. Eight bytes hold the header's length; the header is JSON.
+
+    Raises:
+        ModelError: the file has no such header.
+    """
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > _MAX_HEADER_BYTES:
+                raise ValueError(f"its header would be {length} bytes long")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        return [_tensor(name, file, 8 + length, entry) for name, entry in header.items()]
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}.", "Is the download complete?") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        raise ModelError(
+            f"{file} has no header of a safetensors file: {error}.", "Download or copy it again."
+        ) from error
+
+
+def _tensor(name: str, file: Path, data: int, entry: Any) -> StoredTensor:
+    """One entry of a header; ``data`` is where in the file the tensors begin."""
+    first, last = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if not isinstance(entry["dtype"], str) or not all(type(n) is int and n >= 0 for n in (first, last, *shape)):
+        raise ValueError(f"'{name}' has no dtype, shape and offsets")
+    if last < first:
+        raise ValueError(f"'{name}' ends before it begins")
+    return StoredTensor(name, entry["dtype"], last - first, shape, file, data + first)
 
 
 def copy_tensors(source: Path, target: Path, names: Mapping[str, str], copied: Callable[[int], None]) -> int:
     """Write a safetensors file of some tensors of another, under new names, in their order; returns their bytes.
 
+    The system moves the bytes where it can, and no memory is taken.
+
     Args:
         names: the new name by the old one.
-        copied: told the bytes of every piece.
+        copied: called with the bytes of every piece.
 
     Raises:
         ModelError: the source ends before its header says.
         OSError: the target cannot be written.
     """
-    header, data = read_header(source)
-    kept = sorted(names, key=lambda name: header[name]["data_offsets"][0])
-    told: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    kept = sorted((tensor for tensor in tensors_of(source) if tensor.name in names), key=lambda tensor: tensor.start)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name in kept:
-        first, last = header[name]["data_offsets"]
-        told[names[name]] = header[name] | {"data_offsets": [end, end + last - first]}
-        end += last - first
-    text = json.dumps(told, separators=(",", ":"), ensure_ascii=False).encode()
+    for tensor in kept:
+        offsets = [end, end + tensor.size]
+        header[names[tensor.name]] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
+        end += tensor.size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     with source.open("rb", buffering=0) as file, target.open("xb", buffering=0) as out:
         out.write(struct.pack("<Q", len(text)) + text)
-        for first, last in _joined([tuple(header[name]["data_offsets"]) for name in kept]):
-            for start in range(first, last, CHUNK_BYTES):
-                size = min(CHUNK_BYTES, last - start)
-                if not _copy(file.fileno(), out.fileno(), data + start, size):
+        for first, last in _joined(kept):
+            for start in range(first, last, COPIED_AT_ONCE):
+                size = min(COPIED_AT_ONCE, last - start)
+                if not _copy(file.fileno(), out.fileno(), start, size):
                     raise ModelError(f"{source} ends before its tensors do.", "Copy it again.")
                 copied(size)
         os.fsync(out.fileno())
     return end
 
 
-def _joined(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Ranges of bytes, those that touch as one."""
-    start, end = 0, 0
-    for first, last in ranges:
-        if first != end:
-            if end > start:
-                yield start, end
-            start = first
-        end = last
-    if end > start:
-        yield start, end
+def _joined(tensors: list[StoredTensor]) -> Iterator[tuple[int, int]]:
+    """The ranges of bytes of tensors, in their order; those that touch as one."""
+    ends = [tensor.start + tensor.size for tensor in tensors]
+    breaks = [i for i, (tensor, end) in enumerate(zip(tensors[1:], ends, strict=False), 1) if tensor.start != end]
+    for first, last in pairwise([0, *breaks, len(tensors)] if tensors else []):
+        yield tensors[first].start, ends[last - 1]
 
 
 def _copy(source: int, target: int, start: int, size: int) -> bool:

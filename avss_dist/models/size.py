@@ -1,4 +1,4 @@
-"""How large a checkpoint is and what a forward pass of it costs, told before any weight is read.
+"""How large a checkpoint is and what a forward pass of it costs, known before any weight is read.
 
 Names, shapes and ties of the parameters follow from the configuration alone: the model is built on the meta device. The
 headers of the weight files add what is stored. Of a hub checkpoint only these are fetched.
@@ -6,38 +6,24 @@ headers of the weight files add what is stored. Of a hub checkpoint only these a
 
 from __future__ import annotations
 
-import json
 import re
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from avss_dist.errors import ModelError
-from avss_dist.models.checkpoints import WEIGHTS, Checkpoint, fetch_files, hub_mistakes, locate
+from avss_dist.models.checkpoints import Checkpoint, fetch_files, locate
 from avss_dist.models.layers import layer_lists
-from avss_dist.models.loading import skeleton, text_config, without_head
+from avss_dist.models.loading import compute_dtype, skeleton, text_config, without_head
+from avss_dist.models.safetensors import DTYPES, TensorInfo
+from avss_dist.models.stored import hub_tensors, stored_tensors
 from avss_dist.settings import Settings
 
-# The names that headers have for dtypes that models compute in.
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SCORES = {"eager": 2}  # copies of the attention scores that exist at once, beside one in float32; others have none
 _EXPERT = re.compile(r"(^|\.)experts(\.|$)")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_MOST_HEADER_BYTES = 100_000_000  # that the safetensors library takes
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """What a header says of a tensor: its dtype, as the header writes it, and its bytes in the file."""
-
-    name: str
-    dtype: str
-    size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +31,7 @@ class Footprint:
     """What a checkpoint takes in files, in memory and in arithmetic.
 
     Attributes:
-        num_parameters: of the model as it is loaded; tied ones count once. All bytes but the stored ones are in the
-            compute dtype.
-        stored_bytes: all tensors of the weight files.
+        num_parameters: of the model as it is loaded; tied ones count once. All bytes are in the compute dtype.
         weight_bytes: the whole model with its language-model head, as the partition ``single`` holds it.
         layer_bytes: each transformer layer, in order.
         other_bytes: what is no layer and runs: embeddings, norms, but no untied language-model head.
@@ -59,11 +43,10 @@ class Footprint:
         matmul_parameters: parameters of the layers that multiply a token: of experts, as many as are chosen for it.
         mlp_width: units of an MLP's intermediate results that exist at once.
         embedding_bytes: the table of token embeddings, of which only the rows of tokens that occur are read.
-        mapped: all weights are computed with as they are stored, so that on a CPU they stay in the mapped file.
+        zero_copy: all weights are computed with as they are stored, so that on a CPU they stay in the mapped file.
     """
 
     num_parameters: int
-    stored_bytes: int
     weight_bytes: int
     layer_bytes: tuple[int, ...]
     other_bytes: int
@@ -77,7 +60,7 @@ class Footprint:
     matmul_parameters: int
     mlp_width: int
     embedding_bytes: int = 0
-    mapped: bool = False
+    zero_copy: bool = False
 
     @property
     def element_bytes(self) -> int:
@@ -113,8 +96,8 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
     Raises:
         ModelError: there is no such checkpoint, or it cannot be read or built.
     """
-    found, model, tensors = outline(checkpoint, settings)
-    config, dtype = model.config, compute_dtype(model.config, settings, tensors)
+    found, model, tensors = load_skeleton(checkpoint, settings)
+    config, dtype = model.config, compute_dtype(found, model.config, settings, tensors)
     backbone, text = without_head(model), config.get_text_config()
     layers = find_layers(backbone, text, settings)
     stored, whole = sum(t.size for t in tensors), _bytes(model)
@@ -125,7 +108,6 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
     chosen = _chosen_experts(text)
     return Footprint(
         num_parameters=sum(p.numel() for p in model.parameters()),
-        stored_bytes=stored,
         weight_bytes=int(whole * scale),
         layer_bytes=layer_bytes,
         other_bytes=int(_bytes(backbone) * scale) - sum(layer_bytes),
@@ -139,11 +121,11 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
         matmul_parameters=sum(_multiplied(layer, chosen) for layer in layers),
         mlp_width=max(_mlp_width(layer, chosen) for layer in layers),
         embedding_bytes=_bytes(embeddings) if (embeddings := token_embeddings(model)) else 0,
-        mapped=not found.gguf and {_DTYPES.get(t.dtype) for t in tensors} == {str(dtype).removeprefix("torch.")},
+        zero_copy=not found.gguf and {DTYPES.get(tensor.dtype) for tensor in tensors} == {dtype},
     )
 
 
-def outline(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Checkpoint, Any, list[Tensor]]:
+def load_skeleton(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Checkpoint, Any, list[TensorInfo]]:
     """A checkpoint, its model on the meta device in the dtype that it computes in, and what its headers say.
 
     Args:
@@ -154,17 +136,7 @@ def outline(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Checkpoin
     """
     found, tensors = _open(checkpoint, settings)
     config = text_config(found, trust_remote_code=settings.trust_remote_code)
-    return found, skeleton(config, settings, compute_dtype(config, settings, tensors)), tensors
-
-
-def compute_dtype(config: Any, settings: Settings, tensors: Iterable[Tensor]) -> torch.dtype:
-    """What the layers compute in: the dtype that was asked for, that of the configuration, or the stored one."""
-    if settings.dtype != "auto":
-        return getattr(torch, settings.dtype)
-    named = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
-    if named is not None:
-        return named if isinstance(named, torch.dtype) else getattr(torch, named)
-    return next((getattr(torch, _DTYPES[t.dtype]) for t in tensors if t.dtype in _DTYPES), torch.float32)
+    return found, skeleton(config, settings, compute_dtype(found, config, settings, tensors)), tensors
 
 
 def find_layers(backbone: nn.Module, config: Any, settings: Settings) -> nn.ModuleList:
@@ -240,89 +212,13 @@ def _mlp_width(layer: nn.Module, chosen: float) -> int:
     return int(width)
 
 
-def _open(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Checkpoint, list[Tensor]]:
+def _open(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Checkpoint, list[TensorInfo]]:
     """A checkpoint with its configuration on this machine, and what its headers say."""
     if isinstance(checkpoint, str):
         spec, code = checkpoint, settings.trust_remote_code
         here = locate(spec, trust_remote_code=code)
         if here is None:
             found = fetch_files(spec, ["config.json", *(["*.py"] if code else [])])
-            return found, list(_hub_tensors(spec, found))
+            return found, list(hub_tensors(spec, found))
         checkpoint = here
     return checkpoint, list(stored_tensors(checkpoint))
-
-
-def stored_tensors(checkpoint: Checkpoint) -> Iterator[Tensor]:
-    """The tensors of the weight files that are loaded, from their headers.
-
-    Raises:
-        ModelError: a file has no header that can be read.
-    """
-    if checkpoint.gguf:
-        yield from _gguf_tensors(Path(checkpoint.path))
-        return
-    for file in weight_files(checkpoint.folder):
-        yield from _safetensors(file)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers loads: one, or those of the index."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
-    return sorted(folder.glob(WEIGHTS))
-
-
-def _safetensors(file: Path) -> Iterator[Tensor]:
-    for name, tensor in read_header(file)[0].items():
-        first, last = tensor["data_offsets"]
-        yield Tensor(name, tensor["dtype"], last - first)
-
-
-def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of its tensors (dtype, shape, data_offsets), and where in it their data starts.
-
-    Eight bytes say how long the header is, which is JSON.
-
-    Raises:
-        ModelError: there is no such header.
-    """
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > _MOST_HEADER_BYTES:
-                raise ValueError(f"its header would be {length} bytes long")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise ModelError(
-            f"{file} has no header of a safetensors file: {error}.", "Download or copy it again."
-        ) from error
-    return header, 8 + length
-
-
-def _hub_tensors(spec: str, found: Checkpoint) -> Iterator[Tensor]:
-    from huggingface_hub import errors, get_safetensors_metadata
-
-    with hub_mistakes(spec):
-        try:
-            metadata = get_safetensors_metadata(found.name, revision=found.revision)
-        except (errors.NotASafetensorsRepoError, errors.SafetensorsParsingError) as error:
-            raise ModelError(f"'{spec}' has no weights (*.safetensors) with a header: {error}") from error
-    for file in metadata.files_metadata.values():
-        for name, tensor in file.tensors.items():
-            yield Tensor(name, tensor.dtype, tensor.data_offsets[1] - tensor.data_offsets[0])
-
-
-def _gguf_tensors(file: Path) -> Iterator[Tensor]:
-    from gguf import GGUFReader
-
-    try:
-        tensors = GGUFReader(file).tensors
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ModelError(f"{file} has no header of a .gguf file: {error}.", "Download or copy it again.") from error
-    for tensor in tensors:
-        yield Tensor(tensor.name, tensor.tensor_type.name, int(tensor.n_bytes))

@@ -21,7 +21,7 @@ from avss_dist.errors import ConfigError, nearest
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer
 from avss_dist.models.loading import forward_function, load, without_head
-from avss_dist.models.size import find_layers, footprint, outline, token_embeddings
+from avss_dist.models.size import find_layers, footprint, load_skeleton, token_embeddings
 from avss_dist.partition.base import Placement, Watch
 from avss_dist.partition.single import describe, run_batch
 from avss_dist.settings import Settings
@@ -49,7 +49,7 @@ class DeviceMapReplica:
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement) -> None:
         self.device = pick_device(settings.device)
         keep_freed_memory()
-        _, model, tensors = outline(checkpoint, settings)
+        _, model, tensors = load_skeleton(checkpoint, settings)
         stored = [tensor.name for tensor in tensors]
         limits = memory_limits(self.device, checkpoint, settings, placement)
         self.device_map = plan_map(model, stored, limits, settings)
@@ -69,7 +69,7 @@ class DeviceMapReplica:
         self.layers: tuple[Layer, ...] = self._backbone.structure.layers
         several = len(set(self.device_map.values()) - {"cpu", "disk"}) > 1
         self._handles = [_bring_inputs(layer.module) for layer in self.layers] if several else []
-        # Weights on disk are untied while they are there; the outline still knows.
+        # Weights on disk are untied while they are there; the skeleton still knows.
         tied_once = sum(p.numel() for p in model.parameters())
         self.model: Mapping[str, Any] = describe(self._backbone, "device_map") | {"num_parameters": tied_once}
 
@@ -202,7 +202,7 @@ class Spread:
 
 def spread(checkpoint: Checkpoint | str, settings: Settings, limits: Mapping[Device, int]) -> Spread:
     """What `plan_map` would do, from headers alone; ``limits`` as it takes them."""
-    _, model, tensors = outline(checkpoint, settings)
+    _, model, tensors = load_skeleton(checkpoint, settings)
     device_map = plan_map(model, [tensor.name for tensor in tensors], limits, settings)
     places = {id(p): _place(name, device_map)[1] for name, p in model.named_parameters()}
     held: Counter[Device] = Counter()

@@ -17,8 +17,7 @@ from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ConfigError, ModelError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer, layer_lists
-from avss_dist.models.loading import forward_function, load_model, open_module, text_config, without_head
-from avss_dist.models.size import compute_dtype, stored_tensors
+from avss_dist.models.loading import compute_dtype, forward_function, load_model, open_module, text_config, without_head
 from avss_dist.partition.base import Placement, Watch
 from avss_dist.partition.group import lost_ranks_are_no_mistakes, quiet_deepspeed, require_group
 from avss_dist.partition.single import describe, run_batch
@@ -51,7 +50,7 @@ class Zero3Replica:
         self.device = pick_device(settings.device)
         keep_freed_memory()
         text = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
-        config = deepspeed_config(compute_dtype(text, settings, stored_tensors(checkpoint)), self.device)
+        config = deepspeed_config(compute_dtype(checkpoint, text, settings), self.device)
         with quiet_deepspeed(), lost_ranks_are_no_mistakes():
             model = _load_in_parts(checkpoint, settings, config)
             self._module = model

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from avss_dist.errors import ModelError
-from avss_dist.models.checkpoints import PICKLED, WEIGHTS, Checkpoint, resolve
+from avss_dist.models.checkpoints import PICKLED, Checkpoint, resolve
 from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import forward_function, load_model, open_module, skeleton, text_config, without_head
-from avss_dist.models.safetensors import copy_tensors
-from avss_dist.models.size import footprint, read_header, weight_files
+from avss_dist.models.safetensors import WEIGHTS, copy_tensors, tensors_of, weight_files
+from avss_dist.models.size import footprint
 from avss_dist.models.skipping import skipping
 from avss_dist.pruning.plan import Plan, PlanError
 from avss_dist.settings import Settings
@@ -191,15 +191,17 @@ def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
 
 def _copy_weights(checkpoint: Checkpoint, plan: Plan, folder: Path, copied: Callable[[int], None]) -> int:
     """The weights that stay; returns their bytes."""
-    files = {file: list(read_header(file)[0]) for file in weight_files(checkpoint.folder)}
+    files = {file: [tensor.name for tensor in tensors_of(file)] for file in weight_files(checkpoint.folder)}
     rename = _renaming([name for stored in files.values() for name in stored], plan, checkpoint)
     places: dict[str, str] = {}
     size = 0
     for file, stored in files.items():
         names = {name: new for name in stored if (new := rename(name)) is not None}
         if names:
-            size += copy_tensors(file, folder / file.name, names, copied)
-            places |= dict.fromkeys(names.values(), file.name)
+            place = file.relative_to(checkpoint.folder)
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            size += copy_tensors(file, folder / place, names, copied)
+            places |= dict.fromkeys(names.values(), place.as_posix())
     if [file.name for file in files] != ["model.safetensors"]:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

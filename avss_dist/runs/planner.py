@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,13 @@ from avss_dist.corpus.shards import CorpusPlan, plan
 from avss_dist.errors import ModelError
 from avss_dist.executors.base import Executor, ReplicaSpec
 from avss_dist.models.checkpoints import Checkpoint, content_hash, fetch_files, locate, resolve
-from avss_dist.models.loading import load_tokenizer, text_config
+from avss_dist.models.loading import load_tokenizer, pin, text_config
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.base import Placement
 from avss_dist.partition.choose import choose
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.run import PlannedRun, Run
-from avss_dist.settings import DTYPES, SCHEMA_VERSION, Settings, fingerprint
+from avss_dist.settings import SCHEMA_VERSION, Settings, fingerprint
 from avss_dist.warehouse.reader import Warehouse
 
 KEPT_PLANS = 4  # tokenized corpora that are remembered
@@ -74,7 +74,8 @@ class Planner:
             code = spec.settings.trust_remote_code
             checkpoint = resolve(spec.model, trust_remote_code=code) if self.fetch else self._find(spec.model, code)
             config = text_config(checkpoint, trust_remote_code=code)
-            settings = pin(spec.settings, checkpoint, config, self.executor.device)
+            named = None if self.fetch or checkpoint.source != "hub" else spec.model
+            settings = pin(spec.settings, checkpoint, config, self.executor.device, spec=named)
             self._opened = key, (checkpoint, config, settings, self._place(spec, checkpoint, settings))
         opened: tuple[Checkpoint, Any, Settings, Placement] = self._opened[1]
         return opened
@@ -126,7 +127,7 @@ class Planner:
             tokenizer = checkpoint.revision
         else:
             files = sorted(f for f in checkpoint.folder.iterdir() if f.suffix in _TOKENIZER_FILES)
-            tokenizer = content_hash([f for f in files if f.name not in _NO_TOKENIZER_FILES])
+            tokenizer = content_hash(checkpoint.folder, [f for f in files if f.name not in _NO_TOKENIZER_FILES])
         family = config.model_type, getattr(config, "tokenizer_class", None)
         cut = settings.sequence_length, settings.sequences_per_shard, settings.max_sequences
         return corpus, tokenizer, family, cut, settings.layout, settings.skip_first_tokens
@@ -142,21 +143,3 @@ def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settin
     numbers = {k: v for k, v in settings.as_dict().items() if k not in ("max_sequences", "trust_remote_code", "layout")}
     tokens = corpus.tokens_fingerprint
     return fingerprint(schema=SCHEMA_VERSION, checkpoint=checkpoint.revision, tokens=tokens, settings=numbers, **split)
-
-
-def pin(settings: Settings, checkpoint: Checkpoint, config: Any, device: str) -> Settings:
-    """Settings with every ``auto`` that changes numbers decided.
-
-    Raises:
-        ModelError: rows are longer than the model can read.
-    """
-    text = config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None)
-    if isinstance(longest, int) and 0 < longest < settings.sequence_length:
-        raise ModelError(
-            f"'{checkpoint.name}' reads at most {longest} tokens of the {settings.sequence_length} asked for.",
-            f"Pass --sequence-length {longest} or less.",
-        )
-    stored = str(getattr(text, "dtype", None) or getattr(config, "dtype", None)).removeprefix("torch.")
-    dtype = stored if settings.dtype == "auto" and stored in DTYPES else settings.dtype
-    return replace(settings, device=device, dtype=dtype)

@@ -183,7 +183,7 @@ def test_embeddings_that_no_token_needs_stay_in_the_file(tiny_llama: Path) -> No
     whole, part = (rows(tiny_llama, machine, calibration=c)["single"].device_bytes for c in (CALIBRATION, half))
     assert whole - part == VOCABULARY * 32 * 4 // 2
     other = footprint(str(tiny_llama), replace(SETTINGS, dtype="bfloat16"))
-    assert not other.mapped and footprint(str(tiny_llama), SETTINGS).mapped
+    assert not other.zero_copy and footprint(str(tiny_llama), SETTINGS).zero_copy
 
 
 def test_what_fits_is_what_is_free(tiny_llama: Path) -> None:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from avss_dist.errors import ModelError
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load
-from avss_dist.models.size import Footprint, footprint, stored_tensors
+from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.single import SingleReplica
 from avss_dist.settings import Settings
 
@@ -61,14 +61,6 @@ def test_it_is_what_single_loads(kind: str, family: str, dtype: str, folder_of: 
     assert size.layer_bytes == tuple(loaded_bytes(layer.module) for layer in replica.layers)
     assert size.other_bytes + sum(size.layer_bytes) == loaded_bytes(backbone.module)
     assert size.weight_bytes == size.num_parameters * size.element_bytes
-    stored = sum(tensor.nbytes for tensor in load_file(folder).values())
-    assert size.stored_bytes == stored
-
-
-def load_file(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model.safetensors")
 
 
 @pytest.mark.parametrize(("kind", "family"), FAMILIES)
@@ -96,7 +88,7 @@ def test_an_untied_head_counts_as_weights_and_not_as_what_runs(tmp_path: Path, s
     free = footprint(str(save_checkpoint(llama(tie_word_embeddings=False), tmp_path / "free")), SETTINGS)
     head = VOCABULARY * 32
     assert free.num_parameters - tied.num_parameters == head
-    assert free.weight_bytes - tied.weight_bytes == 4 * head == free.stored_bytes - tied.stored_bytes
+    assert free.weight_bytes - tied.weight_bytes == 4 * head
     assert free.other_bytes == tied.other_bytes and free.layer_bytes == tied.layer_bytes
 
 
@@ -115,7 +107,7 @@ def test_a_gguf_file(tmp_path: Path) -> None:
     file = write_gguf(llama(), tmp_path / "tiny.gguf")
     size = footprint(str(file), SETTINGS)
     assert size.num_parameters == SingleReplica(resolve(str(file)), SETTINGS).model["num_parameters"]
-    assert size.stored_bytes == 4 * size.num_parameters and not size.mapped
+    assert size.weight_bytes == 4 * size.num_parameters and not size.zero_copy
     (tmp_path / "bad.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match=r"bad\.gguf"):
         footprint(str(tmp_path / "bad.gguf"), SETTINGS)
@@ -209,4 +201,3 @@ def test_real_checkpoints(name: str) -> None:
     replica = SingleReplica(resolve(str(real(name))), SETTINGS)
     assert size.num_parameters == replica.model["num_parameters"]
     assert size.layer_bytes == tuple(loaded_bytes(layer.module) for layer in replica.layers)
-    assert size.stored_bytes == sum(tensor.size for tensor in stored_tensors(resolve(str(real(name)))))

@@ -137,16 +137,18 @@ def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path: Path, m
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(2 << 20))
-    first = checkpoints.content_hash([file])
-    assert checkpoints.content_hash([file]) == first
+    first = checkpoints.content_hash(tmp_path, [file])
+    assert checkpoints.content_hash(tmp_path, [file]) == first
     assert reads == [str(file)]
     file.write_bytes(bytes([1]) * (2 << 20))
     os.utime(file, ns=(1, 1))
-    second = checkpoints.content_hash([file])
+    second = checkpoints.content_hash(tmp_path, [file])
     assert second != first
     assert reads == [str(file)] * 2
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing")
-    assert checkpoints.content_hash([file]) == second  # a cache that cannot be written costs time, nothing else
+    assert (
+        checkpoints.content_hash(tmp_path, [file]) == second
+    )  # a cache that cannot be written costs time, nothing else
 
 
 @pytest.mark.parametrize(

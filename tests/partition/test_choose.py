@@ -23,7 +23,6 @@ def llama_like(billions: float, layers: int = 32, hidden: int = 4096) -> Footpri
     layer = int(parameters * 2 * 0.95) // layers
     return Footprint(
         num_parameters=parameters,
-        stored_bytes=parameters * 2,
         weight_bytes=parameters * 2,
         layer_bytes=(layer,) * layers,
         other_bytes=parameters * 2 - layer * layers,

@@ -411,7 +411,7 @@ def test_what_cannot_be_streamed(tiny: Path, tmp_path: Path) -> None:
     tensors = load_file(tiny / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
     save_file(tensors, tiny / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"holds 'model\.norm\.weight' as F8_E4M3"):
+    with pytest.raises(ModelError, match=r"stores 'model\.norm\.weight' as F8_E4M3"):
         streaming(tiny)
 
 

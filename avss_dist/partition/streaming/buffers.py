@@ -6,69 +6,39 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from avss_dist.errors import ModelError
-from avss_dist.models.size import read_header, weight_files
+from avss_dist.models.safetensors import DTYPES, StoredTensor, tensors_of, weight_files
 from avss_dist.system.memory import populate
 
 ELSEWHERE = "Use --partition device_map, which has transformers load the whole model."  # where this cannot be done
 _ALIGNMENT = 64  # of what torch allocates
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # of the headers
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of a safetensors file: ``size`` bytes from ``start`` on."""
-
-    name: str
-    file: Path
-    start: int
-    size: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-def stored_in(folder: Path) -> Iterator[Stored]:
+def stored_in(folder: Path) -> Iterator[StoredTensor]:
     """The tensors of a checkpoint's weight files, from their headers.
 
     Raises:
         ModelError: a header cannot be read, or names a dtype that torch does not compute with.
     """
-    for file in weight_files(folder):
-        header, data = read_header(file)
-        for name, tensor in header.items():
-            first, last = tensor["data_offsets"]
-            if tensor["dtype"] not in _DTYPES:
-                raise ModelError(
-                    f"{file} holds '{name}' as {tensor['dtype']}, which cannot be read layer by layer.", ELSEWHERE
-                )
-            yield Stored(name, file, data + first, last - first, _DTYPES[tensor["dtype"]], tuple(tensor["shape"]))
+    for tensor in (tensor for file in weight_files(folder) for tensor in tensors_of(file)):
+        if tensor.dtype not in DTYPES:
+            raise ModelError(
+                f"{tensor.file} holds '{tensor.name}' as {tensor.dtype}, which cannot be read layer by layer.",
+                ELSEWHERE,
+            )
+        yield tensor
 
 
-def room_for(stored: Iterable[Stored]) -> int:
+def room_for(stored: Iterable[StoredTensor]) -> int:
     """Bytes of a shelf that holds these tensors."""
     return sum(tensor.size + _ALIGNMENT for tensor in stored)
 
 
-def will_need(stored: Stored) -> None:
+def will_need(stored: StoredTensor) -> None:
     """Have the system read a tensor's part of its file; it may wait for room in the queue of the disk."""
     with suppress(OSError), stored.file.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), stored.start, stored.size, os.POSIX_FADV_WILLNEED)
@@ -92,19 +62,19 @@ class Shelf:
         """Start again; what was read will be overwritten."""
         self._used = 0
 
-    def read(self, stored: Stored) -> torch.Tensor:
+    def read(self, stored: StoredTensor) -> torch.Tensor:
         """A stored tensor, as it is in its file, in this memory. Other threads run meanwhile.
 
         Raises:
             ModelError: the file is gone, or ends before it does.
         """
-        residue = stored.start % _ALIGNMENT if stored.start % stored.dtype.itemsize == 0 else 0
+        residue = stored.start % _ALIGNMENT if stored.start % DTYPES[stored.dtype].itemsize == 0 else 0
         begin = self._used + (residue - self._memory.data_ptr() - self._used) % _ALIGNMENT
         self._used = begin + stored.size
         here = self._memory[begin : self._used]
         with _reading(stored):
             _fill(memoryview(here.numpy().data), stored)
-        return here.view(stored.dtype).view(stored.shape)
+        return here.view(DTYPES[stored.dtype]).view(stored.shape)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies here."""
@@ -124,7 +94,7 @@ class MappedShelf:
         """Forget what was read."""
         self._tensors.clear()
 
-    def read(self, stored: Stored) -> torch.Tensor:
+    def read(self, stored: StoredTensor) -> torch.Tensor:
         """A stored tensor, as it is in its file, all of which is now in memory. Other threads run meanwhile.
 
         Raises:
@@ -134,9 +104,9 @@ class MappedShelf:
             tensor = _map(stored)
             populate(tensor.data_ptr(), stored.size)
         self._tensors.append(tensor)
-        if stored.start % stored.dtype.itemsize:
-            return tensor.clone().view(stored.dtype).view(stored.shape)
-        return tensor.view(stored.dtype).view(stored.shape)
+        if stored.start % DTYPES[stored.dtype].itemsize:
+            return tensor.clone().view(DTYPES[stored.dtype]).view(stored.shape)
+        return tensor.view(DTYPES[stored.dtype]).view(stored.shape)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies here."""
@@ -147,7 +117,7 @@ AnyShelf = Shelf | MappedShelf
 
 
 @contextmanager
-def _reading(stored: Stored) -> Iterator[None]:
+def _reading(stored: StoredTensor) -> Iterator[None]:
     try:
         yield
     except EOFError as error:
@@ -156,7 +126,7 @@ def _reading(stored: Stored) -> Iterator[None]:
         raise ModelError(f"{stored.file} cannot be read: {error.strerror}.", "Is it where it was?") from error
 
 
-def _fill(rest: memoryview, stored: Stored) -> None:
+def _fill(rest: memoryview, stored: StoredTensor) -> None:
     at = stored.start
     with stored.file.open("rb", buffering=0) as file:
         while rest:
@@ -166,7 +136,7 @@ def _fill(rest: memoryview, stored: Stored) -> None:
             rest, at = rest[count:], at + count
 
 
-def _map(stored: Stored) -> torch.Tensor:
+def _map(stored: StoredTensor) -> torch.Tensor:
     """uint8[size], a mapping of its own."""
     before = stored.start % mmap.ALLOCATIONGRANULARITY
     with stored.file.open("rb", buffering=0) as file:

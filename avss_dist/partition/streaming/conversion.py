@@ -10,7 +10,8 @@ import torch
 
 from avss_dist.errors import ModelError
 from avss_dist.models.loading import quiet
-from avss_dist.partition.streaming.buffers import ELSEWHERE, Stored
+from avss_dist.models.safetensors import StoredTensor
+from avss_dist.partition.streaming.buffers import ELSEWHERE
 
 
 class Conversion:
@@ -21,13 +22,13 @@ class Conversion:
         stored: such tensors. Some of them may be of no use.
     """
 
-    def __init__(self, model: Any, stored: Sequence[Stored]) -> None:
+    def __init__(self, model: Any, stored: Sequence[StoredTensor]) -> None:
         self._model = model
         self._stored = stored
         self._targets: dict[str, int] | None = None
         self._mapping: list[Any] = []
 
-    def sources(self, keys: set[int]) -> tuple[Stored, ...]:
+    def sources(self, keys: set[int]) -> tuple[StoredTensor, ...]:
         """The stored tensors that weights, by id, are made of.
 
         Raises:

@@ -19,7 +19,8 @@ from torch import nn
 from avss_dist.errors import ModelError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import build_model, text_config
-from avss_dist.partition.streaming.buffers import ELSEWHERE, AnyShelf, Shelf, Stored, room_for, stored_in
+from avss_dist.models.safetensors import DTYPES, StoredTensor
+from avss_dist.partition.streaming.buffers import ELSEWHERE, AnyShelf, Shelf, room_for, stored_in
 from avss_dist.partition.streaming.conversion import Conversion
 from avss_dist.settings import Settings
 
@@ -36,7 +37,7 @@ class Weight:
 
     meta: torch.Tensor
     places: tuple[tuple[nn.Module, str], ...]
-    stored: Stored | None
+    stored: StoredTensor | None
 
     def put(self, tensor: torch.Tensor) -> None:
         """Set the same tensor in every place."""
@@ -64,10 +65,10 @@ class Part:
     """Weights that come and go together; ``sources`` are the stored tensors that transformers makes some of them of."""
 
     weights: tuple[Weight, ...]
-    sources: tuple[Stored, ...]
+    sources: tuple[StoredTensor, ...]
 
     @property
-    def stored(self) -> tuple[Stored, ...]:
+    def stored(self) -> tuple[StoredTensor, ...]:
         """Everything that is read."""
         return (*(weight.stored for weight in self.weights if weight.stored), *self.sources)
 
@@ -147,7 +148,7 @@ class Weights:
             if not weight.stored:
                 weight.put(_require_numbers(weight).detach().to(device))
 
-    def _read(self, stored: Stored, shelf: AnyShelf | None) -> torch.Tensor:
+    def _read(self, stored: StoredTensor, shelf: AnyShelf | None) -> torch.Tensor:
         self.bytes_read += stored.size
         return (shelf or Shelf(room_for([stored]))).read(stored)
 
@@ -203,9 +204,9 @@ def _refuse(checkpoint: Checkpoint, settings: Settings) -> None:
 class _Unread:
     """A stored tensor as transformers sees it while it loads: wherever it is to go, it is on the meta device."""
 
-    def __init__(self, stored: Stored) -> None:
+    def __init__(self, stored: StoredTensor) -> None:
         self.stored = stored
-        self.dtype = stored.dtype
+        self.dtype = DTYPES[stored.dtype]
         self.shape = torch.Size(stored.shape)
         self.placed: torch.Tensor | None = None
 

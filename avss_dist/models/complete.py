@@ -1,0 +1,94 @@
+"""Whether a checkpoint's files have what its configuration describes: transformers would go on with random weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from avss_dist.errors import ModelError
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.layers import layer_lists
+from avss_dist.models.safetensors import DTYPES
+from avss_dist.models.stored import stored_tensors
+
+MAX_NAMED = 3  # tensors in a message
+_AFTER_LAYERS = re.compile(r"(^|\.)pooler\.")  # of encoders: many files lack it, and no layer sees it
+
+
+def require_complete(
+    checkpoint: Checkpoint,
+    model: Any,
+    backbone: nn.Module,
+    report: Mapping[str, Collection[Any]],
+    layers: str | None,
+    *,
+    head: bool = False,
+) -> None:
+    """Refuse a model of which weights were missing in the files, or whose layers are not all that the files hold.
+
+    What the family declares as optional, ties or makes of other weights is not missing.
+
+    Args:
+        model, backbone: as loaded; the backbone is the model without its head.
+        report: transformers' loading info, its names those of ``model``.
+        layers: module path of the layer list in the backbone; None finds it.
+        head: weights of the head must be there too.
+
+    Raises:
+        ModelError: weights are missing, or there are some that the layers do not use.
+    """
+    missing = [name for name in sorted(report["missing_keys"]) if not _AFTER_LAYERS.search(name)]
+    if not head:
+        needed = {id(tensor) for tensor in (*backbone.parameters(), *backbone.buffers())}
+        values = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
+        missing = [name for name in missing if name not in values or id(values[name]) in needed]
+    unused = sorted(report["unexpected_keys"])
+    if missing:
+        instead = f" They have {_some(unused)}, which the model does not." if unused else ""
+        raise ModelError(
+            f"The files of '{checkpoint.name}' lack weights of the {type(model).__name__} that config.json describes: "
+            f"{_some(missing)}.{instead}",
+            "Download or copy the checkpoint again, or correct its config.json.",
+        )
+    if strange := _of_layers(unused, model, backbone, layers):
+        raise ModelError(
+            f"The files of '{checkpoint.name}' have tensors in its layers that the {type(model).__name__} of "
+            f"config.json does not use: {_some(strange)}.",
+            "Does config.json have the right number of layers, and the quantization_config of packed weights?",
+        )
+    _require_numbers(checkpoint, model)
+
+
+def _of_layers(names: Sequence[str], model: Any, backbone: nn.Module, layers: str | None) -> list[str]:
+    """The tensors that are inside of the layer list, whatever their layer's index."""
+    try:
+        lists = layer_lists(backbone, getattr(model.config.get_text_config(), "num_hidden_layers", None), layers)
+    except ModelError:  # opening the model says so
+        return []
+    prefix = next((f"{path}." for path, module in model.named_modules() if module is backbone and path), "")
+    inside = re.compile("|".join(rf"({re.escape(prefix)})?{re.escape(path)}\.\d+\." for path in lists))
+    return [name for name in names if inside.match(name)]
+
+
+def _require_numbers(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Refuse files that hold a weight in a packed form and do not say how it is unpacked."""
+    if checkpoint.gguf or getattr(model.config, "quantization_config", None):
+        return
+    floating = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    for tensor in stored_tensors(checkpoint):
+        dtype = DTYPES.get(tensor.dtype)
+        if tensor.name in floating and (dtype is None or not dtype.is_floating_point or dtype.itemsize < 2):
+            raise ModelError(
+                f"'{checkpoint.name}' stores '{tensor.name}' as {tensor.dtype}, and its config.json has no "
+                "quantization_config that says how to unpack it.",
+                "Copy config.json again from where the weights come from.",
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
