@@ -1,21 +1,21 @@
-"""One interface to whatever runs shards: give it works, take one pure result for each shard."""
+"""One interface to whatever measures shards and cells: each of them gives one pure result."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import AvssError
+from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.base import Placement
+from avss_dist.partition.open import open_replica
 from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.system.devices import Devices
-
-if TYPE_CHECKING:
-    from avss_dist.tasks.cells import Cell, CellOutcome
+from avss_dist.tasks.cells import Cell, CellOutcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,33 @@ class ReplicaSpec:
     checkpoint: Checkpoint
     settings: Settings
     placement: Placement
+
+    def open(self) -> Any:
+        """This process's rank, a `partition.base.Replica`.
+
+        Raises:
+            AvssError: it cannot be opened or observed.
+        """
+        return open_replica(self.checkpoint, self.settings, self.placement)
+
+
+class LanguageModelSpec(ReplicaSpec):
+    """The same of a model that is asked: it has its head, and is whole on one device."""
+
+    def open(self) -> LanguageModel:
+        """See `ReplicaSpec.open`."""
+        return LanguageModel(self.checkpoint, self.settings)
+
+
+def by_model(cells: Iterable[Cell], placement: Placement) -> list[tuple[LanguageModelSpec, list[Cell]]]:
+    """Cells, those of one model together; models in the order in which they come first."""
+    models: dict[tuple[Checkpoint, Settings], list[Cell]] = {}
+    for cell in cells:
+        models.setdefault((cell.checkpoint, cell.settings), []).append(cell)
+    return [
+        (LanguageModelSpec(checkpoint=checkpoint, settings=settings, placement=placement), of_model)
+        for (checkpoint, settings), of_model in models.items()
+    ]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -45,7 +72,7 @@ Outcome = tuple[RunShards, ShardResult | AvssError]
 
 
 class Executor(Protocol):
-    """Runs shards.
+    """Measures shards and cells.
 
     Attributes:
         devices: what there is to work with.
@@ -62,15 +89,15 @@ class Executor(Protocol):
             ConfigError: there are too few devices.
         """
 
-    def run(self, works: Iterator[RunShards]) -> Generator[Outcome, None, None]:
-        """Yield a result for every shard of every work, in any order; a shard may come twice, and is equal then.
+    def run(self, runs: Iterator[RunShards]) -> Generator[Outcome, None, None]:
+        """Yield a result for every shard of every run, in any order; a shard may come twice, and is equal then.
 
-        The next work may be taken, in another thread, while one is measured. An AvssError in place of a result ends
-        its work alone: the model cannot be opened or observed, or a shard failed more often than it is retried.
+        The next run may be taken, in another thread, while one is measured. An AvssError in place of a result ends
+        its run alone: the model cannot be opened or observed, or a shard failed more often than it is retried.
         """
 
     def run_cells(self, cells: Sequence[Cell]) -> Generator[CellOutcome, None, None]:
-        """Yield what every cell gives, in any order; an AvssError in its place is of that cell alone."""
+        """Yield the result of every cell, in any order; an AvssError in its place is of that cell alone."""
 
     def close(self) -> None:
         """Stop workers and free devices."""

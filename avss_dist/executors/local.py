@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from itertools import groupby
 
-from avss_dist.errors import ConfigError, as_failure
-from avss_dist.executors.base import Outcome, RunShards
+from avss_dist.errors import AvssError, ConfigError, as_failure
+from avss_dist.executors.base import Outcome, RunShards, by_model
 from avss_dist.measure.shard import analyze_shard
+from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.partition.base import Placement, Replica
 from avss_dist.partition.open import open_replica
 from avss_dist.settings import Settings
 from avss_dist.system.devices import devices_here, pick_device
-from avss_dist.tasks.cells import Cell, CellOutcome, run_here
+from avss_dist.tasks.cells import Cell, CellOutcome, CellResult, measure_cell
 
 
 class LocalExecutor:
@@ -32,7 +33,7 @@ class LocalExecutor:
         return 1
 
     def run(self, works: Iterator[RunShards]) -> Generator[Outcome, None, None]:
-        """One work after the other: open the model, measure the shards in order, close it."""
+        """One run after the other: open the model, measure the shards in order, close it."""
         for job, same in groupby(works, key=lambda work: work.replica_spec):
             try:
                 replica = open_replica(job.checkpoint, job.settings, job.placement)
@@ -59,7 +60,24 @@ class LocalExecutor:
 
     def run_cells(self, cells: Sequence[Cell]) -> Generator[CellOutcome, None, None]:
         """See `executors.base.Executor`."""
-        return run_here(cells)
+        for spec, of_model in by_model(cells, Placement()):
+            try:
+                model = spec.open()
+            except Exception as error:
+                yield from ((cell, as_failure(error)) for cell in of_model)
+                continue
+            try:
+                for cell in of_model:
+                    yield cell, self._ask(model, cell)
+            finally:
+                model.close()
+
+    @staticmethod
+    def _ask(model: LanguageModel, cell: Cell) -> CellResult | AvssError:
+        try:
+            return measure_cell(model, cell)
+        except Exception as error:
+            return as_failure(error)
 
     def close(self) -> None:
         """Nothing outlives `run`."""

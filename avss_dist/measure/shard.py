@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ from avss_dist.partition.base import Replica, filler, unwatched
 from avss_dist.settings import GANGS, Settings
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
 from avss_dist.system.memory import peak_memory
+from avss_dist.system.out_of_memory import halve_until_it_fits
 
 Beat = Callable[[], None]
 
@@ -47,19 +47,12 @@ def analyze_shard(
     if replica.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(replica.device)
     rows = rows or settings.batch_size
-    while True:
-        try:
-            stats = _measure(replica, list(shard.batches(rows)), forwards, settings, beat)
-            break
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            if rows == 1 or replica.model["partition"] in GANGS:
-                raise _too_large(replica, rows, settings) from None
-        rows = (rows + 1) // 2
-        gc.collect()
-        if replica.device.type == "cuda":
-            torch.cuda.empty_cache()
+    stats, rows = halve_until_it_fits(
+        lambda rows: _measure(replica, list(shard.batches(rows)), forwards, settings, beat),
+        rows,
+        lambda rows: _too_large(replica, rows, settings),
+        least=rows if replica.model["partition"] in GANGS else 1,
+    )
     if not stats and replica.reports_stats:
         raise ModelError(
             f"The model has none of the sites {', '.join(settings.sites)}.", "; ".join(replica.model["notes"]) or None
@@ -93,10 +86,6 @@ def _measure(
     ) as observer:
         replica.forward(batches, lambda batch: observer.batch(batch.observed))
         return observer.result()
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)
 
 
 def _too_large(replica: Replica, rows: int, settings: Settings) -> BatchTooLarge:

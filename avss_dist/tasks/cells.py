@@ -1,17 +1,21 @@
-"""Cells: one part of a task, asked of one model without some layers. Run here, or by Ray workers."""
+"""Cells: one part of a task, asked of one model without some layers."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-from avss_dist.errors import AvssError, as_failure
+from avss_dist.errors import AvssError, BatchTooLarge
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.settings import Settings, fingerprint
+from avss_dist.system.out_of_memory import halve_until_it_fits
 from avss_dist.tasks.base import Measure, Row
+
+Beat = Callable[[], None]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -51,47 +55,47 @@ class CellResult:
 CellOutcome = tuple[Cell, CellResult | AvssError]
 
 
-class CellRunner:
-    """Measures cells in this process; the model of the last one stays open."""
+def measure_cell(model: LanguageModel, cell: Cell, *, rows: int | None = None, beat: Beat | None = None) -> CellResult:
+    """Measure a cell. Where a batch does not fit in memory, the cell is measured again with half the rows a batch.
 
-    def __init__(self) -> None:
-        self._opened: tuple[Any, LanguageModel] | None = None
+    Args:
+        model: the cell's.
+        rows: rows in a batch; None is what the model's settings say.
+        beat: called whenever a layer begins.
 
-    def run(self, cell: Cell) -> CellResult:
-        """Measure a cell.
+    Raises:
+        AvssError: the model cannot be asked this.
+        BatchTooLarge: one row does not fit.
+    """
+    start, settings = time.perf_counter(), model.settings
 
-        Raises:
-            AvssError: the model cannot be opened, or not asked this.
-        """
-        model = self._open(cell)
-        start = time.perf_counter()
-        rows = cell.measure(model, cell.drop)
-        seconds = time.perf_counter() - start
-        return CellResult(rows=rows, family=model.family, device=str(model.device), seconds=seconds)
+    def ask(rows: int) -> list[Row]:
+        model.settings = replace(settings, batch_size=rows)
+        return cell.measure(model, cell.drop)
 
-    def _open(self, cell: Cell) -> LanguageModel:
-        key = cell.checkpoint, cell.settings
-        if self._opened is None or self._opened[0] != key:
-            self.close()
-            self._opened = key, LanguageModel(cell.checkpoint, cell.settings)
-        return self._opened[1]
+    def too_large(rows: int) -> BatchTooLarge:
+        return BatchTooLarge(
+            f"{rows} x {settings.sequence_length} tokens do not fit in memory.", "Use a smaller `sequence_length`."
+        )
 
-    def close(self) -> None:
-        """Free the device."""
-        if self._opened is not None:
-            self._opened[1].close()
-        self._opened = None
-
-
-def run_here(cells: Iterable[Cell]) -> Generator[CellOutcome, None, None]:
-    """See `executors.base.Executor.run_cells`: one after the other, in this process."""
-    runner = CellRunner()
     try:
-        for cell in cells:
-            try:
-                outcome: CellResult | AvssError = runner.run(cell)
-            except Exception as error:
-                outcome = as_failure(error)
-            yield cell, outcome
+        with _beating(model, beat):
+            found, _ = halve_until_it_fits(ask, rows or settings.batch_size, too_large)
     finally:
-        runner.close()
+        model.settings = settings
+    seconds = time.perf_counter() - start
+    return CellResult(rows=found, family=model.family, device=str(model.device), seconds=seconds)
+
+
+@contextmanager
+def _beating(model: LanguageModel, beat: Beat | None) -> Iterator[None]:
+    """Inside, ``beat`` is called whenever a layer of the model begins."""
+    with ExitStack() as stack:
+        if beat is not None:
+            for module in {layer.module for layer in model.layers}:
+                stack.callback(module.register_forward_pre_hook(partial(_call, beat)).remove)
+        yield
+
+
+def _call(beat: Beat, *_: object) -> None:
+    beat()

@@ -32,7 +32,7 @@ from ray import cloudpickle
 
 from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.executors.base import RunShards
-from avss_dist.executors.ray import gang, pool
+from avss_dist.executors.ray import gang, queue
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.partition.base import Placement
 from avss_dist.runs.driver import Driver
@@ -139,22 +139,22 @@ class VirtualWorker:
     folder: Path
     plain: bool
 
-    def __init__(self, name: str, threads: int, beats: Any) -> None:
-        self._name, self._beats = name, beats
+    def __init__(self, name: str, threads: int, monitor: Any) -> None:
+        self._name, self._monitor = name, monitor
         self._result: ShardResult = pickle.loads((self.folder / "result").read_bytes())
 
     def address(self) -> tuple[str, int, str, int]:
         return "127.0.0.1", 0, ray.get_runtime_context().get_node_id(), os.getpid()
 
     def open(self, job: Any, rank: int, first: Any) -> None:
-        self._beats.report.remote(self._name, 1)
+        self._monitor.report.remote(self._name, 1)
 
-    def analyze(self, task: Any) -> ShardResult:
-        which: dict[str, Any] = {"shard_id": task.shard.shard_id, "content_hash": task.shard.content_hash}
+    def measure(self, assignment: Any) -> ShardResult:
+        which: dict[str, Any] = {"shard_id": assignment.shard.shard_id, "content_hash": assignment.shard.content_hash}
         which["device"] = self._name
         if self.plain:
             return replace(self._result, **which)
-        data = pa.memory_map(str(self.folder / str(task.shard.shard_id))).read_buffer()
+        data = pa.memory_map(str(self.folder / str(assignment.shard.shard_id))).read_buffer()
         return replace(self._result, stats=EncodedStats(RUN, data), **which)
 
 
@@ -246,7 +246,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cloudpickle.register_pickle_by_value(__import__("__main__"))
     gang.Worker = VirtualWorker  # type: ignore[misc,assignment]
-    pool.Task = SimpleNamespace  # type: ignore[misc,assignment]  # the real one brings torch into 64 processes
+    queue.ShardAssignment = SimpleNamespace  # type: ignore[misc,assignment]  # the real one brings torch into 64 processes
     with tempfile.TemporaryDirectory(dir="/dev/shm") as planned, tempfile.TemporaryDirectory(dir=arguments.out) as out:
         VirtualWorker.folder, VirtualWorker.plain = Path(planned), arguments.plain
         work = shards(arguments.shards)

@@ -21,6 +21,7 @@ from support.tables import assert_same_tables
 import avss_dist
 from avss_dist.errors import BatchTooLarge, RunFailed
 from avss_dist.executors.ray import gang
+from avss_dist.executors.ray.worker import ShardAssignment, Worker
 from avss_dist.runs.api import Reporter
 from avss_dist.warehouse.reader import Warehouse
 
@@ -142,42 +143,42 @@ def test_a_stopped_driver_is_resumed(
     assert_same_tables(tmp_path, undisturbed)
 
 
-class DiesOnShardTwo(gang.Worker):
+class DiesOnShardTwo(Worker):
     """A poisonous shard: whoever measures it dies."""
 
-    def analyze(self, task: gang.Task) -> Any:
-        if task.shard and task.shard.shard_id == 2:
+    def measure(self, assignment: ShardAssignment) -> Any:
+        if assignment.shard and assignment.shard.shard_id == 2:
             os._exit(1)
-        return super().analyze(task)
+        return super().measure(assignment)
 
 
 MARK: list[Path] = []  # travels to the worker with the class below
 
 
-class FailsOnceOnShardTwo(gang.Worker):
+class FailsOnceOnShardTwo(Worker):
     """A passing fault: the first attempt at a shard raises, whichever worker has it."""
 
-    def analyze(self, task: gang.Task) -> Any:
-        if task.shard and task.shard.shard_id == 2 and not MARK[0].exists():
+    def measure(self, assignment: ShardAssignment) -> Any:
+        if assignment.shard and assignment.shard.shard_id == 2 and not MARK[0].exists():
             MARK[0].touch()
             raise OSError("a passing fault")
-        return super().analyze(task)
+        return super().measure(assignment)
 
 
-class HasRoomForOneRow(gang.Worker):
+class HasRoomForOneRow(Worker):
     """A rank that cannot halve a batch alone says so; all ranks then take fewer rows."""
 
-    def analyze(self, task: gang.Task) -> Any:
-        if task.rows > 1:
+    def measure(self, assignment: ShardAssignment) -> Any:
+        if assignment.rows > 1:
             raise BatchTooLarge("2 x 64 tokens do not fit in memory")
-        return super().analyze(task)
+        return super().measure(assignment)
 
 
-class HasRoomForNone(gang.Worker):
+class HasRoomForNone(Worker):
     """Not even one row fits."""
 
-    def analyze(self, task: gang.Task) -> Any:
-        raise BatchTooLarge(f"{task.rows} x 64 tokens do not fit in memory")
+    def measure(self, assignment: ShardAssignment) -> Any:
+        raise BatchTooLarge(f"{assignment.rows} x 64 tokens do not fit in memory")
 
 
 @pytest.fixture

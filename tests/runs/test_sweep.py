@@ -22,9 +22,9 @@ from support.tables import assert_same_tables, measured_files
 import avss_dist
 from avss_dist.errors import ModelError
 from avss_dist.executors.prefetch import Prefetcher
-from avss_dist.executors.ray import gang
-from avss_dist.executors.ray import queue as effort
+from avss_dist.executors.ray import gang, queue
 from avss_dist.executors.ray.executor import RayExecutor
+from avss_dist.executors.ray.worker import ShardAssignment, Worker, resolve_on_node
 from avss_dist.runs.api import Reporter, Run, run_job
 from avss_dist.runs.job_file import read_job
 from avss_dist.system.devices import devices_here
@@ -150,18 +150,18 @@ def test_a_worker_that_is_killed_in_a_sweep_is_replaced(models: list[Path], alon
     assert_same_tables(tmp_path / "w", alone)
 
 
-class DawdlesOnShardFour(gang.Worker):
+class DawdlesOnShardFour(Worker):
     """Whoever measures that shard first takes a minute for it."""
 
-    def analyze(self, task: gang.Task) -> Any:
-        if task.shard and task.shard.shard_id == 4:
+    def measure(self, assignment: ShardAssignment) -> Any:
+        if assignment.shard and assignment.shard.shard_id == 4:
             try:
                 os.close(os.open(MARK[0], os.O_CREAT | os.O_EXCL))
             except FileExistsError:
                 pass
             else:
                 time.sleep(60)
-        return super().analyze(task)
+        return super().measure(assignment)
 
 
 MARK: list[Path] = []  # travels to the worker with the class above
@@ -175,7 +175,7 @@ def test_the_last_shards_of_a_slow_worker_are_issued_twice_and_count_once(
 
     MARK[:] = [tmp_path / "mark"]
     monkeypatch.setattr(gang, "Worker", DawdlesOnShardFour)
-    monkeypatch.setattr(effort, "LATE_SECONDS", 1.0)
+    monkeypatch.setattr(queue, "LATE_SECONDS", 1.0)
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     reporter, start = Watching(), time.monotonic()
     try:
@@ -255,8 +255,8 @@ def test_a_node_fetches_what_only_the_head_has(
     shutil.copytree(models[0], cached)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     of_the_head = Checkpoint(name="org/tiny", source="hub", path="/head/cache/org--tiny", revision=revision)
-    here = gang.resolve_on_node(of_the_head)
+    here = resolve_on_node(of_the_head)
     assert (here.path, here.revision) == (str(cached), revision)
-    assert gang.resolve_on_node(here) is here
+    assert resolve_on_node(here) is here
     with pytest.raises(ModelError, match=r"'/head/tiny' is not on the node .*, which has a worker"):
-        gang.resolve_on_node(Checkpoint(name="tiny", source="folder", path="/head/tiny", revision="0"))
+        resolve_on_node(Checkpoint(name="tiny", source="folder", path="/head/tiny", revision="0"))

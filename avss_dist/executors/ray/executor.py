@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import chain, count
 from typing import Any
 
@@ -13,12 +13,12 @@ import ray
 from ray.exceptions import RayError
 
 from avss_dist.errors import ConfigError, RunFailed
-from avss_dist.executors.base import Outcome, RunShards
+from avss_dist.executors.base import Outcome, RunShards, by_model
 from avss_dist.executors.prefetch import Prefetcher
-from avss_dist.executors.ray.cells import run_on_ray
 from avss_dist.executors.ray.gang import Gang, missing_package
 from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
 from avss_dist.executors.ray.pool import Pool
+from avss_dist.executors.ray.queue import CellQueue, ShardQueue, UnitQueue
 from avss_dist.partition.base import Placement
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices, devices_here, pick_device
@@ -35,7 +35,7 @@ class RayExecutor:
         self._address = execution.address or os.environ.get("RAY_ADDRESS")
         self._started = False
         self._names = count()
-        self._beats: Any = None
+        self._monitor: Any = None
         if self._address:
             self.connect()
             self.devices = _devices_of_cluster(settings.device)
@@ -63,18 +63,26 @@ class RayExecutor:
             )
         return replicas
 
-    def run(self, works: Iterator[RunShards]) -> Generator[Outcome, None, None]:
-        """Yield results as workers finish them; the next work is planned meanwhile. Works share the workers."""
-        first = next(works, None)
-        if first is None:
-            return
+    def run(self, runs: Iterator[RunShards]) -> Generator[Outcome, None, None]:
+        """Yield results as workers finish them; the next run is planned meanwhile. Runs share the workers."""
+        first = next(runs, None)
+        if first is not None:
+            yield from self._measure(ShardQueue(run) for run in chain([first], runs))
+
+    def run_cells(self, cells: Sequence[Cell]) -> Generator[CellOutcome, None, None]:
+        """See `executors.base.Executor`."""
+        if cells:
+            one = Placement(gpus=1 if self.device == "cuda" else 0)
+            yield from self._measure(CellQueue(spec, of_model) for spec, of_model in by_model(cells, one))
+
+    def _measure(self, queues: Iterable[UnitQueue[Any]]) -> Generator[tuple[Any, Any], None, None]:
         self.connect()
-        prefetcher = Prefetcher(chain([first], works))
+        prefetcher = Prefetcher(iter(queues))
         pool = Pool(
             prefetcher,
             hire=self._hire,
             replicas=self.replicas,
-            beats=self._beats,
+            monitor=self._monitor,
             placement_seconds=self._execution.placement_seconds,
             hang_seconds=self._execution.hang_seconds,
             shortage=lambda placement: _shortage(placement, self.cpus(placement)),
@@ -85,19 +93,12 @@ class RayExecutor:
             prefetcher.close()
             pool.close()
 
-    def run_cells(self, cells: Sequence[Cell]) -> Generator[CellOutcome, None, None]:
-        """See `executors.base.Executor`."""
-        if cells:
-            self.connect()
-            one = Placement(gpus=1 if self.device == "cuda" else 0)
-            yield from run_on_ray(cells, self.replicas(one), self.cpus(one), one.gpus, self.threads(one))
-
     def close(self) -> None:
         """Stop the workers, and Ray if it was started here."""
         if not ray.is_initialized():
             return
-        if self._beats is not None:
-            ray.kill(self._beats)
+        if self._monitor is not None:
+            ray.kill(self._monitor)
         if self._started:
             ray.shutdown()
 
@@ -120,8 +121,8 @@ class RayExecutor:
                     "Check --address (or RAY_ADDRESS), and that this machine has the cluster's token.",
                 ) from error
             self._started = True
-        if self._beats is None:
-            self._beats = ray.remote(HeartbeatMonitor).options(num_cpus=0, max_restarts=-1).remote()
+        if self._monitor is None:
+            self._monitor = ray.remote(HeartbeatMonitor).options(num_cpus=0, max_restarts=-1).remote()
 
     def cpus(self, placement: Placement) -> int:
         """CPUs of one rank: an even share."""
@@ -135,7 +136,7 @@ class RayExecutor:
     def _hire(self, placement: Placement) -> Gang:
         cpus, threads = self.cpus(placement), self.threads(placement)
         name = f"{os.getpid()}-{next(self._names)}"
-        return Gang(name, placement, cpus=cpus, threads=threads, beats=self._beats)
+        return Gang(name, placement, cpus=cpus, threads=threads, monitor=self._monitor)
 
 
 def _require_listening(address: str) -> None:

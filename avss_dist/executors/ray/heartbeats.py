@@ -6,7 +6,7 @@ import time
 
 
 class HeartbeatMonitor:
-    """The actor that knows when each worker was last seen to get on."""
+    """The actor that knows when each worker last made progress."""
 
     def __init__(self) -> None:
         self._last: dict[str, tuple[int, float]] = {}
@@ -17,6 +17,6 @@ class HeartbeatMonitor:
             self._last[worker] = (count, time.monotonic())
 
     def ages(self) -> dict[str, float]:
-        """Seconds since each worker last got on."""
+        """Seconds since each worker last made progress."""
         now = time.monotonic()
         return {worker: now - seen for worker, (_, seen) in self._last.items()}

@@ -1,26 +1,40 @@
-"""What the work has done so far, as Ray metrics: the dashboard and Prometheus show them."""
+"""What has been measured so far, as Ray metrics: the dashboard and Prometheus show them."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from ray.util.metrics import Counter
+
+from avss_dist.errors import AvssError
+from avss_dist.stats.layer_stats import ShardResult
+from avss_dist.tasks.cells import Cell
 
 
 class Metrics:
-    """Counters of tokens, shards and runs; the rate of ``avss_tokens`` is tokens/s."""
+    """Counters of tokens, shards, cells and runs; the rate of ``avss_tokens`` is tokens/s."""
 
     def __init__(self) -> None:
         self._tokens = Counter("avss_tokens", description="Tokens measured, each once.")
         self._shards = Counter("avss_shards", description="Shards measured, each once.")
         self._runs = Counter("avss_runs", description="Runs that ended.", tag_keys=("status",))
+        self._cells = Counter("avss_cells", description="Cells of evaluations that ended.", tag_keys=("status",))
 
-    def measured(self, num_tokens: int, *, is_last: bool) -> None:
-        """A shard's first result; ``is_last`` where it was the last of its run."""
-        if num_tokens:
-            self._tokens.inc(num_tokens)
-        self._shards.inc()
+    def count(self, source: Any, result: Any, *, is_last: bool) -> None:
+        """Count an outcome.
+
+        Args:
+            source: the run, or the cell, that it is of.
+            result: a result, or the error that ended the source.
+            is_last: whether nothing is left to measure of its queue.
+        """
+        status = {"status": "failed" if isinstance(result, AvssError) else "done"}
+        if isinstance(source, Cell):
+            self._cells.inc(tags=status)
+            return
+        if isinstance(result, ShardResult):
+            if result.num_tokens:
+                self._tokens.inc(result.num_tokens)
+            self._shards.inc()
         if is_last:
-            self._runs.inc(tags={"status": "done"})
-
-    def failed(self) -> None:
-        """A run that cannot go on."""
-        self._runs.inc(tags={"status": "failed"})
+            self._runs.inc(tags=status)

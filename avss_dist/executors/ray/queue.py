@@ -1,19 +1,28 @@
-"""One work on its way through a pool: which of its shards wait, which are left, what failed how often."""
+"""Units of work on their way through a pool: which are pending, which are unfinished, what failed how often.
+
+A unit is a shard of a run, or a cell of an evaluation. Each gives one pure result, and the first one counts.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Sequence
 from statistics import median
+from typing import Any, Generic, TypeVar
 
 from avss_dist.corpus.shards import Shard
-from avss_dist.errors import RunFailed
-from avss_dist.executors.base import RunShards
+from avss_dist.errors import AvssError, RunFailed
+from avss_dist.executors.base import LanguageModelSpec, ReplicaSpec, RunShards
+from avss_dist.executors.ray.worker import Assignment, CellAssignment, ShardAssignment
 from avss_dist.partition.base import Placement
+from avss_dist.tasks.cells import Cell
 
-ATTEMPTS = 3  # of a shard, and of opening a model, before the run fails
-LATE_FACTOR = 2.0  # times the median round, after which an idle gang may measure the same shard
+ATTEMPTS = 3  # at a unit, and at opening a model, before it has failed
+LATE_FACTOR = 2.0  # times the median of units of its kind, after which an idle gang may measure the same unit
 LATE_SECONDS = 2.0  # and at least this
+
+Unit = TypeVar("Unit", bound=Shard | Cell)
 
 
 def shape(placement: Placement) -> tuple[int, int]:
@@ -21,76 +30,188 @@ def shape(placement: Placement) -> tuple[int, int]:
     return placement.ranks, placement.gpus
 
 
-class Effort:
-    """See above. Shards leave ``waiting`` when a gang takes them, and ``left`` when their first result has come."""
+class UnitQueue(ABC, Generic[Unit]):
+    """Units that are measured with one model; a unit's id is its index.
 
-    def __init__(self, work: RunShards) -> None:
-        self.work = work
-        self.placement = work.replica_spec.placement
-        self.shape = shape(self.placement)
-        self.waiting = deque(work.shards)
-        self.left = {shard.shard_id for shard in work.shards}
-        self.rows = work.replica_spec.settings.batch_size
-        self.seconds: list[float] = []  # of rounds that are done
-        self.helped: set[int] = set()  # shards that two gangs were given
+    Attributes:
+        spec: what a gang opens for them.
+        pending: units that no gang has; in order.
+        unfinished: units of which no result has come.
+        rows: rows of a batch; fewer once that many did not fit in memory.
+    """
+
+    def __init__(self, spec: ReplicaSpec, units: Sequence[Unit]) -> None:
+        self.spec = spec
+        self.shape = shape(spec.placement)
+        self.units: Sequence[Unit] = units
+        self.pending: deque[int] = deque(range(len(units)))
+        self.unfinished: set[int] = set(self.pending)
+        self.rows = spec.settings.batch_size
+        self._seconds: dict[str, list[float]] = {}  # of rounds that are done, by kind of unit
+        self._speculated: set[int] = set()
         self._failures: Counter[int | None] = Counter()
 
+    @abstractmethod
+    def describe(self, unit: int) -> str:
+        """What people call a unit."""
+
+    @abstractmethod
+    def kind(self, unit: int) -> str:
+        """Units of one kind take about the same time."""
+
+    @abstractmethod
+    def assignments(self, units: Sequence[int]) -> Sequence[Assignment]:
+        """What each rank does in a round of these units."""
+
+    @abstractmethod
+    def _outcome(self, unit: int, result: Any) -> tuple[Any, Any]:
+        """A result, beside what it is the result of."""
+
+    @abstractmethod
+    def fail(self, units: Sequence[int], error: AvssError) -> list[tuple[Any, AvssError]]:
+        """End what an error of these units ends; none is a model that cannot be opened. Returns the outcomes."""
+
     @property
-    def open(self) -> bool:
+    def is_active(self) -> bool:
         """Whether a result of it is still of use."""
-        if self.work.dropped:
-            self.drop()
-        return bool(self.left)
+        return bool(self.unfinished)
 
     @property
-    def shards_a_round(self) -> int:
+    def units_a_round(self) -> int:
         """One for each rank, where ranks take different ones."""
-        return self.placement.ranks if self.placement.partition == "zero3" else 1
+        return self.spec.placement.ranks if self.spec.placement.partition == "zero3" else 1
 
     @property
-    def rounds_waiting(self) -> int:
+    def pending_rounds(self) -> int:
         """Rounds that no gang has begun."""
-        return -(-len(self.waiting) // self.shards_a_round)
+        return -(-len(self.pending) // self.units_a_round)
 
-    def next_shards(self) -> list[Shard]:
-        """The shards of one round."""
-        return [self.waiting.popleft() for _ in range(min(self.shards_a_round, len(self.waiting)))]
+    def next_units(self) -> list[int]:
+        """The units of one round."""
+        return [self.pending.popleft() for _ in range(min(self.units_a_round, len(self.pending)))]
 
-    def counts(self, shard_id: int) -> bool:
-        """Whether a result is the first of its shard; each counts once."""
-        if shard_id not in self.left:
+    def by_rank(self, units: Sequence[int]) -> list[int | None]:
+        """The unit of each rank in a round: one of its own or none, or the same for all."""
+        ranks = self.spec.placement.ranks
+        if self.units_a_round == 1:
+            return [*units] * ranks
+        return [*units, *[None] * (ranks - len(units))]
+
+    def finish(self, unit: int, result: Any) -> list[tuple[Any, Any]]:
+        """The outcome of a unit's first result; of a later one, none."""
+        if unit not in self.unfinished:
+            return []
+        self._remove([unit])
+        return [self._outcome(unit, result)]
+
+    def note_duration(self, units: Sequence[int], seconds: float) -> None:
+        """Remember how long a round of these units took."""
+        self._seconds.setdefault(self.kind(units[0]), []).append(seconds)
+
+    def is_late(self, units: Sequence[int], seconds: float) -> bool:
+        """Whether a round takes so much longer than others that its unit may be measured twice."""
+        if self.units_a_round > 1 or not units or not (others := self._seconds.get(self.kind(units[0]))):
             return False
-        self.left.discard(shard_id)
-        self.waiting = deque(shard for shard in self.waiting if shard.shard_id != shard_id)
-        return True
+        late = seconds > max(LATE_SECONDS, LATE_FACTOR * median(others))
+        return late and units[0] in self.unfinished and units[0] not in self._speculated
 
-    def is_late(self, shards: Sequence[Shard], seconds: float) -> bool:
-        """Whether a round takes so much longer than others that its shard may be measured twice."""
-        if self.shards_a_round > 1 or not self.seconds or not shards:
-            return False
-        shard_id = shards[0].shard_id
-        late = seconds > max(LATE_SECONDS, LATE_FACTOR * median(self.seconds))
-        return late and shard_id in self.left and shard_id not in self.helped
+    def speculate(self, unit: int) -> None:
+        """Let a unit be taken a second time, while its first gang goes on."""
+        self._speculated.add(unit)
+        self.pending.appendleft(unit)
 
-    def take_back(self, shards: Sequence[Shard], why: str | None) -> None:
-        """Let shards wait again that a gang did not finish; none is a model that it did not open.
+    def put_back(self, units: Sequence[int], why: str | None) -> list[tuple[Any, AvssError]]:
+        """Let units be taken again that a gang did not finish; none is a model that it did not open.
 
-        Raises:
-            RunFailed: one has failed `ATTEMPTS` times; ``why`` None is no failure.
+        Args:
+            why: the failure, of which there may be `ATTEMPTS`; None is no failure of theirs.
+
+        Returns:
+            The outcomes of what has failed for good.
         """
-        unfinished = [shard for shard in shards if shard.shard_id in self.left]
-        waiting = {shard.shard_id for shard in self.waiting}
-        self.waiting.extendleft(reversed([shard for shard in unfinished if shard.shard_id not in waiting]))
-        failed: list[int | None] = [shard.shard_id for shard in unfinished] if shards else [None]
-        for key in failed if why else []:
-            self._failures[key] += 1
-            if self._failures[key] >= ATTEMPTS:
-                what = "Opening the model" if key is None else f"Shard {key}"
-                raise RunFailed(
+        unfinished = [unit for unit in units if unit in self.unfinished]
+        self.pending.extendleft(reversed([unit for unit in unfinished if unit not in self.pending]))
+        outcomes = []
+        failed: list[int | None] = [*unfinished] if units else [None]
+        for unit in failed if why else []:
+            self._failures[unit] += 1
+            if self._failures[unit] >= ATTEMPTS:
+                what = "Opening the model" if unit is None else self.describe(unit)
+                error = RunFailed(
                     f"{what} failed {ATTEMPTS} times; the last time: {why}", "Everything measured so far is kept."
                 )
+                outcomes += self.fail([] if unit is None else [unit], error)
+        return outcomes
 
-    def drop(self) -> None:
-        """No result of it is of use any more."""
-        self.left.clear()
-        self.waiting.clear()
+    def _remove(self, units: Sequence[int]) -> None:
+        self.unfinished.difference_update(units)
+        self.pending = deque(unit for unit in self.pending if unit in self.unfinished)
+
+
+class ShardQueue(UnitQueue[Shard]):
+    """The shards of one run; an error of one of them ends the run."""
+
+    def __init__(self, run: RunShards) -> None:
+        super().__init__(run.replica_spec, run.shards)
+        self._run = run
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a result of it is still of use."""
+        if self._run.dropped:
+            self._remove([*self.unfinished])
+        return super().is_active
+
+    def describe(self, unit: int) -> str:
+        """``Shard 3``."""
+        return f"Shard {self.units[unit].shard_id}"
+
+    def kind(self, unit: int) -> str:
+        """Shards of a run are of one size, but for the last."""
+        return "shard"
+
+    def assignments(self, units: Sequence[int]) -> list[ShardAssignment]:
+        """A shard for each rank, or the same one for all; ranks that have none run along."""
+        forwards = max(-(-self.units[unit].num_sequences // self.rows) for unit in units)
+        shards = [None if unit is None else self.units[unit] for unit in self.by_rank(units)]
+        return [
+            ShardAssignment(shard=shard, rows=self.rows, forwards=forwards, run_id=self._run.run_id) for shard in shards
+        ]
+
+    def _outcome(self, unit: int, result: Any) -> tuple[RunShards, Any]:
+        return self._run, result
+
+    def fail(self, units: Sequence[int], error: AvssError) -> list[tuple[RunShards, AvssError]]:
+        """The run ends with its first error."""
+        if not self.is_active:
+            return []
+        self._remove([*self.unfinished])
+        return [(self._run, error)]
+
+
+class CellQueue(UnitQueue[Cell]):
+    """The cells that ask one model; an error ends its cell alone, unless the model cannot be opened."""
+
+    def __init__(self, spec: LanguageModelSpec, cells: Sequence[Cell]) -> None:
+        super().__init__(spec, cells)
+
+    def describe(self, unit: int) -> str:
+        """The task, and which part of it."""
+        return f"Part {self.units[unit].part} of {self.units[unit].task}"
+
+    def kind(self, unit: int) -> str:
+        """Parts of a task are of one size, but for the last."""
+        return self.units[unit].task
+
+    def assignments(self, units: Sequence[int]) -> list[CellAssignment]:
+        """The one cell."""
+        return [CellAssignment(cell=self.units[unit], rows=self.rows) for unit in units]
+
+    def _outcome(self, unit: int, result: Any) -> tuple[Cell, Any]:
+        return self.units[unit], result
+
+    def fail(self, units: Sequence[int], error: AvssError) -> list[tuple[Cell, AvssError]]:
+        """Each of these cells, or all, have the error."""
+        failed = sorted(self.unfinished.intersection(units or self.unfinished))
+        self._remove(failed)
+        return [(self.units[unit], error) for unit in failed]

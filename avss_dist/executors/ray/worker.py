@@ -1,0 +1,159 @@
+"""The Ray actor that is one rank of a replica, and what it is given to do."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+import torch
+from ray.util import get_node_ip_address
+
+from avss_dist.corpus.shards import Shard
+from avss_dist.errors import ModelError
+from avss_dist.executors.base import ReplicaSpec
+from avss_dist.measure.shard import analyze_shard, follow
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.partition.base import Replica
+from avss_dist.stats.layer_stats import ShardResult
+from avss_dist.system.devices import pick_device
+from avss_dist.tasks.cells import Beat, Cell, CellResult, measure_cell
+from avss_dist.warehouse.encoding import encode_shard
+from avss_dist.warehouse.schema import RunIdentity
+
+BEAT_SECONDS = 1.0
+
+
+class Assignment(Protocol):
+    """What one rank does in a round; pickled."""
+
+    def run(self, spec: ReplicaSpec, model: Any, beat: Beat) -> ShardResult | CellResult | None:
+        """The result, or None where this rank reports none.
+
+        Args:
+            model: what ``spec.open`` gave.
+            beat: to be called whenever a layer begins.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardAssignment:
+    """Measure a shard, or only run along with the ranks that do.
+
+    Attributes:
+        shard: None for a rank that has none in this round.
+        rows: rows of a batch.
+        forwards: forward passes of every rank in this round.
+    """
+
+    shard: Shard | None
+    rows: int
+    forwards: int
+    run_id: str
+
+    def run(self, spec: ReplicaSpec, model: Replica, beat: Beat) -> ShardResult | None:
+        """See `Assignment`. The partial is encoded here, for there are more workers than drivers."""
+        if self.shard is None:
+            follow(model, self.forwards)
+            return None
+        result = analyze_shard(model, self.shard, spec.settings, rows=self.rows, forwards=self.forwards, beat=beat)
+        if not model.reports_stats:
+            return None
+        of, family = spec.checkpoint, result.model["family"]
+        run = RunIdentity(run_id=self.run_id, model=of.name, revision=of.revision, family=family)
+        return replace(result, stats=encode_shard(run, result))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellAssignment:
+    """Measure a cell, with batches of so many rows."""
+
+    cell: Cell
+    rows: int
+
+    def run(self, spec: ReplicaSpec, model: LanguageModel, beat: Beat) -> CellResult:
+        """See `Assignment`."""
+        return measure_cell(model, self.cell, rows=self.rows, beat=beat)
+
+
+class Worker:
+    """The actor: one rank of a replica. Opens a model once, and measures the units that it is given.
+
+    A thread reports to `HeartbeatMonitor` how far it is: layers begun while it measures, seconds while it opens.
+    """
+
+    def __init__(self, name: str, threads: int, monitor: Any) -> None:
+        torch.set_num_threads(threads)
+        self._name, self._monitor = name, monitor
+        self._count, self._opening = 0, True
+        self._spec: ReplicaSpec | None = None
+        self._model: Any = None
+        self._joined = False
+        threading.Thread(target=self._report, daemon=True).start()
+
+    def _report(self) -> None:
+        while True:
+            self._count += self._opening
+            with suppress(Exception):  # a lost report only makes the worker look slower
+                self._monitor.report.remote(self._name, self._count)
+            time.sleep(BEAT_SECONDS)
+
+    def _beat(self) -> None:
+        self._count += 1
+
+    def address(self) -> tuple[str, int, str, int]:
+        """This process: its node's address, a free port there, the node's id, the process id."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        return get_node_ip_address(), port, ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def open(self, spec: ReplicaSpec, rank: int, first: tuple[str, int, str, int]) -> None:
+        """Open a model, in place of the last one, together with the other ranks.
+
+        Args:
+            first: the `address` of rank 0.
+        """
+        self._opening = True
+        if spec.placement.ranks > 1 and not self._joined:
+            from avss_dist.partition.group import join
+
+            join(rank, spec.placement.ranks, first[0], first[1], device=pick_device(spec.settings.device))
+            self._joined = True
+        if spec != self._spec:
+            if self._model is not None:
+                self._model.close()
+            self._spec, self._model = None, None
+            here = resolve_on_node(spec.checkpoint, trust_remote_code=spec.settings.trust_remote_code)
+            self._model = replace(spec, checkpoint=here).open()
+            self._spec = spec
+        self._opening = False
+
+    def measure(self, assignment: Assignment) -> ShardResult | CellResult | None:
+        """Do this rank's part of a round, with the model that is open."""
+        assert self._spec is not None
+        self._beat()
+        return assignment.run(self._spec, self._model, self._beat)
+
+
+def resolve_on_node(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Checkpoint:
+    """The driver's checkpoint as this node has it; what comes from the hub is fetched where it is not here yet.
+
+    Raises:
+        ModelError: a folder or file that this node does not see, or a hub that it cannot reach.
+    """
+    if Path(checkpoint.path).exists():
+        return checkpoint
+    if checkpoint.source != "hub":
+        raise ModelError(
+            f"'{checkpoint.path}' is not on the node {socket.gethostname()}, which has a worker.",
+            "Put checkpoints on a disk that all nodes see, under the same path.",
+        )
+    return resolve(f"{checkpoint.name}@{checkpoint.revision}", trust_remote_code=trust_remote_code)
