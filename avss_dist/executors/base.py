@@ -72,15 +72,15 @@ Outcome = tuple[RunShards, ShardResult | AvssError]
 
 
 class Executor(Protocol):
-    """Measures shards and cells.
+    """Measures shards and cells."""
 
-    Attributes:
-        devices: what there is to work with.
-        device: ``cpu`` or ``cuda``, where they work.
-    """
+    @property
+    def devices(self) -> Devices:
+        """What there is to work with."""
 
-    devices: Devices
-    device: str
+    @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda``, where models compute."""
 
     def replicas(self, placement: Placement) -> int:
         """How many model copies of this placement work in parallel.

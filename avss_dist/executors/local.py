@@ -10,7 +10,6 @@ from avss_dist.executors.base import Outcome, RunShards, by_model
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.partition.base import Placement, Replica
-from avss_dist.partition.open import open_replica
 from avss_dist.settings import Settings
 from avss_dist.system.devices import devices_here, pick_device
 from avss_dist.tasks.cells import Cell, CellOutcome, CellResult, measure_cell
@@ -27,36 +26,36 @@ class LocalExecutor:
         """One."""
         if placement.gpus > self.devices.count:
             raise ConfigError(
-                f"{placement.gpus} GPUs a replica were asked for, and there are {self.devices.count}.",
-                "Lower --gpus-per-replica.",
+                f"A replica of {placement.gpus} GPUs needs more than the {self.devices.count} that there are.",
+                "Lower `gpus_per_replica`.",
             )
         return 1
 
-    def run(self, works: Iterator[RunShards]) -> Generator[Outcome, None, None]:
+    def run(self, runs: Iterator[RunShards]) -> Generator[Outcome, None, None]:
         """One run after the other: open the model, measure the shards in order, close it."""
-        for job, same in groupby(works, key=lambda work: work.replica_spec):
+        for spec, same in groupby(runs, key=lambda run: run.replica_spec):
             try:
-                replica = open_replica(job.checkpoint, job.settings, job.placement)
+                replica = spec.open()
             except Exception as error:
-                yield from ((work, as_failure(error)) for work in same)
+                yield from ((run, as_failure(error)) for run in same)
                 continue
             try:
-                for work in same:
-                    yield from self._measure(work, replica)
+                for run in same:
+                    yield from self._measure(run, replica)
             finally:
                 replica.close()
 
     @staticmethod
-    def _measure(work: RunShards, replica: Replica) -> Iterator[Outcome]:
-        for shard in work.shards:
-            if work.dropped:
+    def _measure(run: RunShards, replica: Replica) -> Iterator[Outcome]:
+        for shard in run.shards:
+            if run.dropped:
                 return
             try:
-                result = analyze_shard(replica, shard, work.replica_spec.settings)
+                result = analyze_shard(replica, shard, run.replica_spec.settings)
             except Exception as error:
-                yield work, as_failure(error)
+                yield run, as_failure(error)
                 return
-            yield work, result
+            yield run, result
 
     def run_cells(self, cells: Sequence[Cell]) -> Generator[CellOutcome, None, None]:
         """See `executors.base.Executor`."""

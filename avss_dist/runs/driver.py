@@ -38,7 +38,7 @@ class Driver:
     def __init__(self, store: Warehouse, executor: Executor, reporter: Reporter, *, fresh: bool = False) -> None:
         self._store, self._executor, self._reporter, self._fresh = store, executor, reporter, fresh
         self._planner = Planner(executor, store)
-        self._attempts: dict[RunShards, tuple[RunSpec, RunInProgress]] = {}
+        self._in_progress: dict[RunShards, tuple[RunSpec, RunInProgress]] = {}
         self._run_ids: set[str] = set()
         self._ended: deque[Ending] = deque()
         self._full = False
@@ -52,13 +52,13 @@ class Driver:
         """
         with ThreadPoolExecutor(1, "commit") as self._committer:
             try:
-                with closing(self._executor.run(self._works(specs))) as outcomes:
-                    for work, outcome in outcomes:
-                        self._take(work, outcome)
+                with closing(self._executor.run(self._plan_runs(specs))) as outcomes:
+                    for shards, outcome in outcomes:
+                        self._receive(shards, outcome)
                         yield from self._endings()
-            except Exception as error:  # of the executor itself: what it was on has failed
-                for work in list(self._attempts):
-                    self._take(work, as_failure(error))
+            except Exception as error:  # of the executor itself: every run in progress has failed
+                for shards in list(self._in_progress):
+                    self._receive(shards, as_failure(error))
                 raise as_failure(error) from error
         yield from self._endings()
 
@@ -66,8 +66,8 @@ class Driver:
         while self._ended:
             yield self._ended.popleft()
 
-    def _works(self, specs: Sequence[RunSpec]) -> Iterator[RunShards]:
-        """What there is to measure, one run after the other; without space for results, no run is begun."""
+    def _plan_runs(self, specs: Sequence[RunSpec]) -> Iterator[RunShards]:
+        """Yield the shards to measure, run by run; without space for results, no run is begun."""
         for spec in specs:
             try:
                 self._reporter.planning(spec.name)
@@ -81,16 +81,16 @@ class Driver:
                     continue
                 self._run_ids.add(run.run_id)
                 self._reporter.placed(spec.name, planned.replica_spec.placement)
-                attempt = RunInProgress(planned, self._store, fresh=self._fresh)
+                running = RunInProgress(planned, self._store, fresh=self._fresh)
             except Exception as error:
                 self._ended.append((spec, as_failure(error)))
                 continue
-            self._reporter.started(spec.name, run.num_tokens, attempt.done_tokens)
-            self._attempts[attempt.work] = spec, attempt
-            if attempt.left:
-                yield attempt.work
+            self._reporter.started(spec.name, run.num_tokens, running.done_tokens)
+            self._in_progress[running.shards] = spec, running
+            if running.left:
+                yield running.shards
             else:
-                self._commit(partial(self._finish, attempt.work))
+                self._commit(partial(self._finish, running.shards))
 
     def _not_begun(self, run: Run) -> StorageFull:
         error = StorageFull(
@@ -102,52 +102,52 @@ class Driver:
     def _is_done(self, run: Run) -> bool:
         return not self._fresh and (self._store.run(run.run_id) or {}).get("status") == "done"
 
-    def _take(self, work: RunShards, outcome: Any) -> None:
-        """A result or the end of a work; what follows from it is done by the committer."""
-        _, attempt = self._attempts.get(work, (None, None))
-        if attempt is None:
+    def _receive(self, shards: RunShards, outcome: Any) -> None:
+        """A result of a run, or the error that ends it; the committer does what follows from it."""
+        _, running = self._in_progress.get(shards, (None, None))
+        if running is None:
             return
         if isinstance(outcome, AvssError):
-            self._commit(partial(self._fail, work, outcome))
-        elif attempt.counts(outcome):
-            self._commit(partial(self._keep, work, outcome))
-            if not attempt.left:
-                self._commit(partial(self._finish, work))
+            self._commit(partial(self._fail, shards, outcome))
+        elif running.counts(outcome):
+            self._commit(partial(self._keep, shards, outcome))
+            if not running.left:
+                self._commit(partial(self._finish, shards))
 
     def _commit(self, step: Callable[[], None]) -> None:
         self._room.acquire()
         self._committer.submit(step).add_done_callback(lambda _: self._room.release())
 
-    def _keep(self, work: RunShards, result: Any) -> None:
-        if work not in self._attempts:
+    def _keep(self, shards: RunShards, result: Any) -> None:
+        if shards not in self._in_progress:
             return  # it has failed
-        spec, attempt = self._attempts[work]
+        spec, running = self._in_progress[shards]
         try:
-            attempt.keep(result)
+            running.keep(result)
         except Exception as error:
-            self._fail(work, as_failure(error))
+            self._fail(shards, as_failure(error))
         else:
             self._reporter.advanced(spec.name, result.num_tokens)
 
-    def _finish(self, work: RunShards) -> None:
-        if work not in self._attempts:
+    def _finish(self, shards: RunShards) -> None:
+        if shards not in self._in_progress:
             return
-        spec, attempt = self._attempts[work]
+        spec, running = self._in_progress[shards]
         try:
-            run = attempt.finish()
+            run = running.finish()
         except Exception as error:
-            self._fail(work, as_failure(error))
+            self._fail(shards, as_failure(error))
         else:
-            del self._attempts[work]
+            del self._in_progress[shards]
             self._end(spec, run)
 
-    def _fail(self, work: RunShards, error: AvssError) -> None:
-        if work not in self._attempts:
+    def _fail(self, shards: RunShards, error: AvssError) -> None:
+        if shards not in self._in_progress:
             return
-        spec, attempt = self._attempts.pop(work)
+        spec, running = self._in_progress.pop(shards)
         self._full |= isinstance(error, StorageFull)
         with suppress(AvssError):  # storage that fails; the first error says why
-            attempt.fail(error)
+            running.fail(error)
         self._ended.append((spec, error))
 
     def _end(self, spec: RunSpec, run: Run) -> None:

@@ -57,7 +57,7 @@ class PlannedRun:
     """A run that is planned: all that is known of it before a weight is loaded.
 
     Attributes:
-        name: what the reporter is told.
+        name: what the reporter calls it.
         replicas: model copies that work in parallel.
     """
 
@@ -78,7 +78,7 @@ class RunInProgress:
     """A planned run, and what of it is measured.
 
     Attributes:
-        work: the shards that no earlier attempt has measured.
+        shards: those that no earlier attempt has measured.
         failure: why it ended, or None.
     """
 
@@ -91,14 +91,14 @@ class RunInProgress:
         expected = planned.expected
         kept = set() if fresh else {shard.shard_id for shard in self._partials(expected)}
         missing = [shard for shard in planned.corpus.shards if shard.shard_id not in kept]
-        self.work = RunShards(run_id=planned.run.run_id, replica_spec=planned.replica_spec, shards=missing)
+        self.shards = RunShards(run_id=planned.run.run_id, replica_spec=planned.replica_spec, shards=missing)
         self.run = replace(planned.run, resumed_shards=len(kept))
         self.left = {shard.shard_id for shard in missing}
 
     @property
     def done_tokens(self) -> int:
         """Tokens that an earlier attempt has measured."""
-        return self._planned.corpus.num_tokens - sum(shard.num_tokens for shard in self.work.shards)
+        return self._planned.corpus.num_tokens - sum(shard.num_tokens for shard in self.shards.shards)
 
     def counts(self, result: ShardResult) -> bool:
         """Whether a result is the first of its shard; each counts once."""
@@ -140,7 +140,7 @@ class RunInProgress:
 
     def fail(self, error: AvssError) -> None:
         """End the run with an error, and record it."""
-        self.failure, self.work.dropped = error, True
+        self.failure, self.shards.dropped = error, True
         self.left.clear()
         self.run = replace(self.run, status="failed", error=str(error))
         error.run_id = self.run.run_id

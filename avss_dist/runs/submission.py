@@ -72,16 +72,12 @@ class Cluster:
     def __init__(self, address: str) -> None:
         if not address.startswith(("http://", "https://")):
             raise ConfigError(f"'{address}' is no address of a job server.", "Write http://HEAD:8265.")
-        if _has_token():
-            os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it once, when it is imported
-        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # they would win over what the user says
-            os.environ.pop(name, None)
-        from ray.job_submission import JobSubmissionClient
-
+        with _environment_of_client():
+            from ray.job_submission import JobSubmissionClient
         for name in [name for name in logging.root.manager.loggerDict if name.startswith("ray")]:
             logging.getLogger(name).setLevel(logging.ERROR)
         self.address = address
-        with self._mistakes():
+        with self._mistakes(), _environment_of_client():
             self._client = JobSubmissionClient(address)
 
     def submit(self, job: JobFile, options: Sequence[str] = (), *, experiment: bool = False) -> str:
@@ -177,6 +173,24 @@ class Cluster:
             raise RunFailed(f"The job server at {self.address} failed: {text}") from error
 
 
+@contextmanager
+def _environment_of_client() -> Iterator[None]:
+    """Inside, no variable wins over the user's address, and a token is used where there is one."""
+    before = dict(os.environ)
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        os.environ.pop(name, None)
+    if _has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it once, when it is imported
+    try:
+        yield
+    finally:
+        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE"):
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                os.environ.pop(name, None)
+
+
 async def _next(texts: Any) -> str | None:
     async for text in texts:
         return str(text)
@@ -193,7 +207,9 @@ def _submitted(details: Any) -> Submitted:
     start, end = (details.start_time or 0) / 1000, (details.end_time or 0) / 1000
     code = getattr(details, "driver_exit_code", None)
     failed = code if code in (1, 2) else 1
-    no_command = "The cluster's image has no avss_dist: install it on every node, pip install avss_dist."
+    no_command = (
+        "The cluster's image has no avss_dist: install it on every node, from a clone or a wheel of the repository."
+    )
     return Submitted(
         job_id=details.submission_id or details.job_id,
         status=str(details.status.value),

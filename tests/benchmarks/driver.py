@@ -176,21 +176,21 @@ class Committing(Driver):
         self._workers, self._seconds, self._seen = workers, seconds, set[str]()
         self.times: list[tuple[float, float]] = []  # wall clock and CPU time of this process, at every commit
 
-    def _works(self, specs: Any) -> Iterator[RunShards]:
+    def _plan_runs(self, specs: Any) -> Iterator[RunShards]:
         (planned,) = specs
         while not self.times or self.times[-1][0] - self.times[0][0] < self._seconds:
-            attempt = RunInProgress(planned, self._store, fresh=True)
-            self._attempts[attempt.work] = planned, attempt
-            yield attempt.work
+            running = RunInProgress(planned, self._store, fresh=True)
+            self._in_progress[running.shards] = planned, running
+            yield running.shards
 
-    def _keep(self, work: RunShards, result: ShardResult) -> None:
-        super()._keep(work, result)
+    def _keep(self, shards: RunShards, result: ShardResult) -> None:
+        super()._keep(shards, result)
         self._seen.add(result.device)
         if len(self._seen) == self._workers:
             self.times.append((time.perf_counter(), time.process_time()))
 
-    def _finish(self, work: RunShards) -> None:
-        self._attempts.pop(work, None)
+    def _finish(self, shards: RunShards) -> None:
+        self._in_progress.pop(shards, None)
 
 
 def drive(out: Path, workers: int, shards: list[Shard], seconds: float) -> list[tuple[float, float]]:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import psutil
 import pytest
 import ray
 from support.checkpoints import one_thread
+from support.processes import ray_processes, wait_until
 from support.tables import assert_same_tables
 
 import avss_dist
@@ -25,7 +25,7 @@ from avss_dist.executors.ray.worker import ShardAssignment, Worker
 from avss_dist.runs.api import Reporter
 from avss_dist.warehouse.reader import Warehouse
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 OPTIONS: dict[str, Any] = {
     "max_sequences": 160,
@@ -65,12 +65,6 @@ def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-def workers() -> list[psutil.Process]:
-    """The actor processes of Ray clusters that this test (or a child of it) started."""
-    children = psutil.Process().children(recursive=True)
-    return [p for p in children if p.is_running() and p.name().startswith("ray::Worker")]
-
-
 @shared_cluster
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_any_number_of_workers_gives_the_same_bytes(
@@ -94,7 +88,7 @@ class Harming(Reporter):
     def advanced(self, name: str, num_tokens: int) -> None:
         self.arrived += 1
         if self.arrived in self.signals:
-            victim = next(p for p in workers() if p not in self.victims)
+            victim = next(p for p in ray_processes() if p not in self.victims)
             victim.send_signal(self.signals[self.arrived])
             self.victims.append(victim)
 
@@ -110,10 +104,7 @@ def test_a_lost_worker_is_replaced_and_nothing_counts_twice(
     assert len(reporter.victims) == 1 and run.status == "done"
     assert reporter.arrived == 20
     assert_same_tables(tmp_path, undisturbed)
-    deadline = time.monotonic() + 20
-    while reporter.victims[0].is_running() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not reporter.victims[0].is_running(), "a worker that hangs is killed, not left behind"
+    wait_until(lambda: not reporter.victims[0].is_running())  # one that hangs is killed, not left behind
 
 
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
@@ -127,11 +118,9 @@ def test_a_stopped_driver_is_resumed(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     partials = tmp_path / "shard_stats"
-    deadline = time.monotonic() + 90
-    while len(list(partials.rglob("*.parquet"))) < 2 and driver.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_until(lambda: len(list(partials.rglob("*.parquet"))) >= 2 or driver.poll() is not None)
     driver.send_signal(how)
-    _, said = driver.communicate(timeout=60)
+    _, said = driver.communicate()
     assert driver.returncode == code, said
     assert "Traceback" not in said
     if how == signal.SIGINT:
@@ -243,7 +232,22 @@ def test_models_share_the_workers_and_no_process_is_left(tiny_llama: Path, tiny_
     options = {**OPTIONS, "max_sequences": 32, "executor": "ray", "replicas": 2}
     runs = avss_dist.score_all([str(tiny_llama), str(tiny_bert)], corpus="builtin:pydoc", out=tmp_path, **options)
     assert [run.status for run in runs] == ["done", "done"]
-    deadline = time.monotonic() + 20
-    while workers() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert workers() == []
+    wait_until(lambda: not ray_processes())
+
+
+def test_a_lost_node_ends_the_run_at_once_and_says_so(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Without its dashboard agent, Ray takes a node down; no worker could ever be placed on it again."""
+    ray.shutdown()
+
+    class KillsAgent(Reporter):
+        def advanced(self, name: str, num_tokens: int) -> None:
+            for agent in ray_processes("ray::DashboardAgent"):
+                agent.kill()
+
+    with pytest.raises(RunFailed, match=r"(?s)The Ray node of this process has died.*dashboard_agent.log"):
+        score(tiny_llama, tmp_path, executor="ray", replicas=2, placement_seconds=3600, reporter=KillsAgent())
+    (row,) = Warehouse(tmp_path).runs().to_pylist()
+    assert row["status"] == "failed" and "has died" in row["error"]
+    run = score(tiny_llama, tmp_path, executor="local")
+    assert run.status == "done" and run.resumed_shards >= 1
+    assert_same_tables(tmp_path, undisturbed)

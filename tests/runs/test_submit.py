@@ -18,9 +18,10 @@ from support.checkpoints import llama
 from support.tables import assert_same_tables
 
 import avss_dist
+from avss_dist.errors import ConfigError
 from avss_dist.runs.api import run_job
 from avss_dist.runs.job_file import read_job
-from avss_dist.runs.submission import _local_files
+from avss_dist.runs.submission import Cluster, _local_files
 from avss_dist.warehouse.reader import Warehouse
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
@@ -219,6 +220,17 @@ def test_an_unreachable_address_is_named(models: list[Path], run_avss: Avss, tmp
     refused(run_avss("submit", job, "--address", "http://127.0.0.1:9"), "No job server answers at http://127.0.0.1:9")
     refused(run_avss("submit", job, "--address", "127.0.0.1:9"), "Write http://HEAD:8265")
     refused(run_avss("run", job, "--address", "127.0.0.1:9"), "Ray at 127.0.0.1:9 cannot be reached")
+
+
+def test_a_refused_address_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What others of this process read there is not the job client's to change."""
+    given = {"RAY_ADDRESS": "127.0.0.1:7", "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:8", "RAY_AUTH_TOKEN": "0" * 64}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with pytest.raises(ConfigError, match="No job server answers"):
+        Cluster("http://127.0.0.1:9")
+    assert {name: os.environ.get(name) for name in given} == given and "RAY_AUTH_MODE" not in os.environ
 
 
 def test_a_job_that_means_this_machine_is_refused(

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import ray
 from support.checkpoints import llama, one_thread
+from support.processes import ray_processes, wait_until
 from support.tables import assert_same_tables, measured_files
 
 import avss_dist
@@ -30,7 +31,7 @@ from avss_dist.runs.job_file import read_job
 from avss_dist.system.devices import devices_here
 from avss_dist.warehouse.reader import Warehouse
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SETTINGS = {"max_sequences": 48, "sequence_length": 64, "batch_size": 2, "sequences_per_shard": 8}
 SHARDS = 6
@@ -81,11 +82,6 @@ def job_file(folder: Path, models: list[Any], **execution: Any) -> Path:
     return file
 
 
-def workers() -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
-    return [p for p in children if p.is_running() and p.name().startswith("ray::Worker")]
-
-
 class Watching(Reporter):
     """Notes what happens, and at a given shard sends a signal to a worker."""
 
@@ -104,7 +100,7 @@ class Watching(Reporter):
     def advanced(self, name: str, num_tokens: int) -> None:
         self.told.append(("advanced", name))
         if self.arrived == self.at:
-            self.victims = workers()[:1]
+            self.victims = ray_processes()[:1]
             self.victims[0].send_signal(self.harm)
 
     def finished(self, name: str, run: Run) -> None:
@@ -151,7 +147,7 @@ def test_a_worker_that_is_killed_in_a_sweep_is_replaced(models: list[Path], alon
 
 
 class DawdlesOnShardFour(Worker):
-    """Whoever measures that shard first takes a minute for it."""
+    """Whoever measures that shard first does not get to its end."""
 
     def measure(self, assignment: ShardAssignment) -> Any:
         if assignment.shard and assignment.shard.shard_id == 4:
@@ -160,7 +156,7 @@ class DawdlesOnShardFour(Worker):
             except FileExistsError:
                 pass
             else:
-                time.sleep(60)
+                time.sleep(3600)
         return super().measure(assignment)
 
 
@@ -177,12 +173,12 @@ def test_the_last_shards_of_a_slow_worker_are_issued_twice_and_count_once(
     monkeypatch.setattr(gang, "Worker", DawdlesOnShardFour)
     monkeypatch.setattr(queue, "LATE_SECONDS", 1.0)
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    reporter, start = Watching(), time.monotonic()
+    reporter = Watching()
     try:
         (run,) = run_job(read_job(job_file(tmp_path, models[:1])), reporter=reporter)
     finally:
         cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-    assert MARK[0].exists() and time.monotonic() - start < 60
+    assert MARK[0].exists()
     assert (run.status, reporter.arrived) == ("done", SHARDS)
     avss_dist.score(models[0], corpus="builtin:pydoc", out=tmp_path / "alone", executor="local", **SETTINGS)
     assert_same_tables(tmp_path / "w", tmp_path / "alone")
@@ -205,12 +201,10 @@ def test_a_driver_that_is_killed_in_a_sweep_is_resumed(models: list[Path], alone
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "avss_dist", "run", str(file)]
     driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    partials, deadline = tmp_path / "w" / "shard_stats", time.monotonic() + 120
-    while len(list(partials.rglob("*.parquet"))) < SHARDS + 2 and driver.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    partials = tmp_path / "w" / "shard_stats"
+    wait_until(lambda: len(list(partials.rglob("*.parquet"))) >= SHARDS + 2 or driver.poll() is not None)
     driver.kill()
-    _, said = driver.communicate(timeout=60)
+    _, said = driver.communicate()
     assert driver.returncode == -signal.SIGKILL, said
     kept = len(list(partials.rglob("*.parquet")))
     assert SHARDS + 2 <= kept < 4 * SHARDS
@@ -231,9 +225,7 @@ def test_prefetcher_prepares_one_item_while_another_is_used() -> None:
 
     prefetcher = Prefetcher(items())
     assert prefetcher.next(wait=True) == 0
-    deadline = time.monotonic() + 10
-    while len(made) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: len(made) >= 3)
     time.sleep(0.05)
     assert made == [0, 1, 2]  # one is ready, one waits for its place
     assert [prefetcher.next(wait=True) for _ in range(4)] == [1, 2, 3, 4]

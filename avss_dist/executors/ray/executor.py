@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain, count
 from typing import Any
 
@@ -31,35 +32,43 @@ class RayExecutor:
     """See `executors.base.Executor`. Ray starts when it is first needed, and is stopped if it was started here."""
 
     def __init__(self, execution: Execution, settings: Settings) -> None:
-        self._execution = execution
+        self._execution, self._settings = execution, settings
         self._address = execution.address or os.environ.get("RAY_ADDRESS")
         self._started = False
         self._names = count()
         self._monitor: Any = None
-        if self._address:
-            self.connect()
-            self.devices = _devices_of_cluster(settings.device)
-        else:
-            self.devices = devices_here(pick_device(settings.device).type)
-        self.device = self.devices.kind
+
+    @cached_property
+    def devices(self) -> Devices:
+        """Those of the cluster, or of this machine."""
+        if not self._address:
+            return devices_here(pick_device(self._settings.device).type)
+        self.connect()
+        return _devices_of_cluster(self._settings.device)
+
+    @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda``."""
+        return self.devices.kind
 
     def replicas(self, placement: Placement) -> int:
         """See `executors.base.Executor`."""
-        asked, has = self._execution.replicas, self.devices
+        requested, has = self._execution.replicas, self.devices
         if self.device == "cuda":
-            replicas = asked or max(1, has.count // max(1, placement.gpus))
+            replicas = requested or max(1, has.count // max(1, placement.gpus))
             if replicas * placement.gpus > has.count:
                 raise ConfigError(
-                    f"{replicas} replicas of {placement.gpus} GPUs were asked for, and there are {has.count} GPUs.",
-                    "Lower --replicas, --ranks or --gpus-per-replica.",
+                    f"{replicas} replicas of {placement.gpus} GPUs need {replicas * placement.gpus} GPUs; "
+                    f"there are {has.count}.",
+                    "Lower `replicas`, `ranks` or `gpus_per_replica`.",
                 )
             return replicas
-        replicas = asked or 1
+        replicas = requested or 1
         if not self._address and replicas * placement.ranks > has.cpus:
             what = f"{replicas} replicas" + (f" of {placement.ranks} ranks" if placement.ranks > 1 else "")
             raise ConfigError(
-                f"{what} were asked for, and there are {has.cpus} CPUs.",
-                "Lower --replicas" + (" or --ranks." if placement.ranks > 1 else "."),
+                f"{what} need {replicas * placement.ranks} CPUs; there are {has.cpus}.",
+                "Lower `replicas`" + (" or `ranks`." if placement.ranks > 1 else "."),
             )
         return replicas
 
@@ -86,6 +95,7 @@ class RayExecutor:
             placement_seconds=self._execution.placement_seconds,
             hang_seconds=self._execution.hang_seconds,
             shortage=lambda placement: _shortage(placement, self.cpus(placement)),
+            require_node=_require_node,
         )
         try:
             yield from pool.outcomes()
@@ -118,7 +128,7 @@ class RayExecutor:
                 kind = ConfigError if self._address else RunFailed
                 raise kind(
                     f"{where} cannot be reached: {str(error).splitlines()[0]}",
-                    "Check --address (or RAY_ADDRESS), and that this machine has the cluster's token.",
+                    "Check `address` (or RAY_ADDRESS), and that this machine has the cluster's token.",
                 ) from error
             self._started = True
         if self._monitor is None:
@@ -155,14 +165,31 @@ def _require_listening(address: str) -> None:
                 raise
 
 
+def _require_node() -> None:
+    """Raise RunFailed where the Ray node of this process is lost: no worker that it starts can live then."""
+    nodes = {node["NodeID"]: node["Alive"] for node in ray.nodes()}
+    if not nodes.get(ray.get_runtime_context().get_node_id()):
+        raise RunFailed(
+            "The Ray node of this process has died: its raylet or its dashboard agent crashed, or was killed.",
+            "raylet.out and dashboard_agent.log in /tmp/ray/session_latest/logs say why. Run the same command again: "
+            "everything measured so far is kept.",
+        )
+
+
 def _shortage(placement: Placement, cpus: int) -> str:
-    """What was asked of the cluster, and what it has."""
-    gpus = placement.gpus // placement.ranks
+    """What a placement needs of the cluster, and why that is not there."""
+    need = {"CPU": float(cpus), "GPU": float(placement.gpus // placement.ranks)}
     who = f"A replica needs {placement.ranks} workers of" if placement.ranks > 1 else "A worker needs"
-    asked = f"{who} {cpus} CPUs" + (f" and {gpus} GPUs" if gpus else "")
+    needs = f"{who} {' and '.join(f'{number:g} {name}s' for name, number in need.items() if number)}"
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(node.get(name, 0.0) >= number for name, number in need.items()) for node in nodes):
+        largest = " and ".join(
+            f"{max(node.get(name, 0.0) for node in nodes):g} {name}s" for name, number in need.items() if number
+        )
+        return f"{needs}; no node has that many: the largest has {largest}."
     free, every = ray.available_resources(), ray.cluster_resources()
-    has = ", ".join(f"{free.get(name, 0):g} of {every[name]:g} {name}s" for name in ("CPU", "GPU") if every.get(name))
-    return f"{asked}; the cluster has {has or 'nothing'} free."
+    has = ", ".join(f"{free.get(name, 0):g} of {every[name]:g} {name}s" for name in need if every.get(name))
+    return f"{needs}; {has} are free in the cluster."
 
 
 def _devices_of_cluster(device: str) -> Devices:

@@ -51,7 +51,8 @@ class Pool:
         monitor: the `HeartbeatMonitor` actor.
         placement_seconds: how long to wait for a gang to be placed, while none works.
         hang_seconds: how long a rank may begin no layer before its gang is stopped.
-        shortage: says what a placement needs of the cluster, and what it has.
+        shortage: says what a placement needs of the cluster, and why that is not there.
+        require_node: raises RunFailed where no worker can live any more.
     """
 
     def __init__(
@@ -64,10 +65,11 @@ class Pool:
         placement_seconds: float,
         hang_seconds: float,
         shortage: Callable[[Placement], str],
+        require_node: Callable[[], None],
     ) -> None:
         self._coming = queues
         self._hire_gang, self._replicas, self._shortage = hire, replicas, shortage
-        self._monitor = monitor
+        self._monitor, self._require_node = monitor, require_node
         self._placement_seconds, self._hang_seconds = placement_seconds, hang_seconds
         self._queues: list[UnitQueue[Any]] = []  # in the order in which they came
         self._rounds: dict[Any, _Round] = {}  # by the references that they wait for
@@ -81,6 +83,9 @@ class Pool:
 
         An error among them is an AvssError of a model or a unit, or RunFailed: no gang was placed in time; a unit, or
         opening the model, failed too often.
+
+        Raises:
+            RunFailed: no worker can live any more.
         """
         while self._take_queues():
             self._assign()
@@ -182,6 +187,7 @@ class Pool:
             self._finish(reference)
         if time.monotonic() - self._polled > poll:
             self._polled = time.monotonic()
+            self._require_node()
             self._stop_hanging()
 
     def _finish(self, reference: Any) -> None:
@@ -197,6 +203,7 @@ class Pool:
         except RayError as error:  # the worker, its node or the result was lost
             if missing := missing_package(error):
                 self._record(queue, queue.fail([], missing))
+            self._require_node()
             self._replace(round_, str(error).splitlines()[0])
             return
         del self._rounds[reference]
@@ -247,7 +254,7 @@ class Pool:
             return
         queue = self._queues[0]
         why = f"No worker was placed in {self._placement_seconds:.0f} seconds. {self._shortage(queue.spec.placement)}"
-        hint = "Free some of it, ask for fewer --replicas, --ranks or --gpus-per-replica, or use another cluster."
+        hint = "Free some of it, lower `replicas`, `ranks` or `gpus_per_replica`, or use another cluster."
         self._record(queue, queue.fail([], RunFailed(why, hint)))
         for round_ in {r for r in self._rounds.values() if r.queue is queue}:
             self._stop(round_)
