@@ -31,7 +31,7 @@ from avss_dist.system.devices import devices_here
 from avss_dist.tasks.base import Measure, Row, TextLoss
 from avss_dist.tasks.cells import Cell, measure_cell
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 PARTS = 6
 SETTINGS = Settings(**SMALL)
@@ -109,7 +109,7 @@ def cells(folder: Path, measures: Sequence[Measure], drop: tuple[int, ...] = ())
     return [Cell(**shared, part=part, measure=measure, drop=drop) for part, measure in enumerate(measures)]
 
 
-def losses(number: int = PARTS) -> list[Measure]:
+def losses(number: int = PARTS) -> list[Loss]:
     return [Loss(random_shard(rows=1 + part % 5)) for part in range(number)]
 
 
@@ -135,30 +135,33 @@ def undisturbed(tiny_llama: Path) -> dict[int, bytes]:
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("how", ["die", "freeze", "dawdle"])
+@pytest.mark.parametrize("how", [{1: "die", 4: "freeze"}, {4: "dawdle"}], ids=["lost", "late"])
 def test_a_disturbed_worker_changes_nothing(
-    how: str, tiny_llama: Path, undisturbed: dict[int, bytes], tmp_path: Path
+    how: dict[int, str], tiny_llama: Path, undisturbed: dict[int, bytes], tmp_path: Path
 ) -> None:
     """Who is lost or hangs is replaced, and the cell measured again; the cell of who is late is measured twice."""
     measures = losses()
-    measures[4] = DisturbedOnce(random_shard(rows=5), tmp_path / "mark", how)
-    patience = 3600.0 if how == "dawdle" else 5.0
+    for part, what in how.items():
+        measures[part] = DisturbedOnce(measures[part].shard, tmp_path / what, what)
+    patience = 3600.0 if "dawdle" in how.values() else 5.0
     assert outcomes(on_ray(hang_seconds=patience), cells(tiny_llama, measures)) == undisturbed
-    assert (tmp_path / "mark").exists()
+    assert {mark.name for mark in tmp_path.iterdir()} == set(how.values())
 
 
 @pytest.mark.usefixtures("cluster")
 def test_a_cell_that_kills_its_workers_fails_alone(tiny_llama: Path, undisturbed: dict[int, bytes]) -> None:
     measures = losses()
     measures[2] = Poison(random_shard())
-    found = outcomes(on_ray(), cells(tiny_llama, measures))
+    found = outcomes(on_ray(replicas=1), cells(tiny_llama, measures))
     error = found.pop(2)
     assert isinstance(error, RunFailed) and f"Part 2 of loss failed {queue.ATTEMPTS} times" in str(error)
     assert found == {part: rows for part, rows in undisturbed.items() if part != 2}
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("executor", [lambda: LocalExecutor(SETTINGS), on_ray], ids=["local", "ray"])
+@pytest.mark.parametrize(
+    "executor", [lambda: LocalExecutor(SETTINGS), lambda: on_ray(replicas=1)], ids=["local", "ray"]
+)
 def test_a_cell_that_does_not_fit_is_measured_with_half_the_rows(
     executor: Callable[[], Executor], tiny_llama: Path
 ) -> None:
@@ -180,7 +183,7 @@ def test_an_error_is_of_its_cell_or_of_its_model(tiny_llama: Path, tmp_path: Pat
         Cell(run_id="e", checkpoint=absent, settings=SETTINGS, task="loss", part=i, measure=bad.measure) for i in (1, 2)
     ]
     (good,) = (cell for cell in cells(tiny_llama, losses(4)) if cell.part == 3)
-    found = outcomes(on_ray(), [bad, *gone, good])
+    found = outcomes(on_ray(replicas=1), [bad, *gone, good])
     assert isinstance(found[0], ModelError) and "There is no layer 99" in str(found[0])
     assert all(isinstance(found[part], ModelError) and "is not on the node" in str(found[part]) for part in (1, 2))
     assert isinstance(found[3], bytes)

@@ -14,7 +14,7 @@ from support.tables import assert_same_tables, measured_files
 
 import avss_dist
 from avss_dist.errors import AvssError, ConfigError, RunFailed
-from avss_dist.executors import local
+from avss_dist.executors import base
 from avss_dist.executors.base import Outcome, RunShards
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.runs.api import Reporter
@@ -72,10 +72,10 @@ class Interfering(LocalExecutor):
         self.how = how
         self.asked: list[int] = []
 
-    def run(self, works: Iterator[RunShards]) -> Iterator[Outcome]:  # type: ignore[override]
-        for work in works:
-            self.asked = [shard.shard_id for shard in work.shards]
-            results = list(super().run(iter([work])))
+    def run(self, runs: Iterator[RunShards]) -> Iterator[Outcome]:  # type: ignore[override]
+        for run in runs:
+            self.asked = [shard.shard_id for shard in run.shards]
+            results = list(super().run(iter([run])))
             if self.how == "backwards":
                 yield from reversed(results)
             elif self.how == "twice":
@@ -138,7 +138,7 @@ def test_all_measured_but_not_committed_needs_no_model(
     score(tiny_llama, tmp_path)
     for name in ("runs", "scores", "layer_stats"):
         next((tmp_path / name).rglob("*.parquet")).unlink()
-    monkeypatch.setattr(local, "open_replica", lambda *_: pytest.fail("the model was opened"))
+    monkeypatch.setattr(base, "open_replica", lambda *_: pytest.fail("the model was opened"))
     assert score(tiny_llama, tmp_path).resumed_shards == 6
     assert_same_tables(tmp_path, undisturbed)
 
