@@ -119,8 +119,8 @@ def test_a_sweep_gives_the_tables_of_one_by_one_with_two_processes(
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-400])
     hired: list[Any] = []
-    hire = RayExecutor._hire
-    monkeypatch.setattr(RayExecutor, "_hire", lambda *args: hired.append(args) or hire(*args))
+    hire = RayExecutor._new_gang
+    monkeypatch.setattr(RayExecutor, "_new_gang", lambda *args: hired.append(args) or hire(*args))
     reporter = Watching()
     every = [models[0], tmp_path / "absent", models[1], broken, *models[2:]]
     runs = run_job(read_job(job_file(tmp_path, every)), reporter=reporter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain, count
 from typing import Any
@@ -89,7 +89,7 @@ class RayExecutor:
         prefetcher = Prefetcher(iter(queues))
         pool = Pool(
             prefetcher,
-            hire=self._hire,
+            new_gang=self._new_gang,
             replicas=self.replicas,
             monitor=self._monitor,
             placement_seconds=self._execution.placement_seconds,
@@ -143,7 +143,7 @@ class RayExecutor:
         """Threads of one rank: one for each of its CPUs, or ``OMP_NUM_THREADS``."""
         return int(os.environ.get("OMP_NUM_THREADS", 0)) or self.cpus(placement)
 
-    def _hire(self, placement: Placement) -> Gang:
+    def _new_gang(self, placement: Placement) -> Gang:
         cpus, threads = self.cpus(placement), self.threads(placement)
         name = f"{os.getpid()}-{next(self._names)}"
         return Gang(name, placement, cpus=cpus, threads=threads, monitor=self._monitor)
@@ -178,18 +178,21 @@ def _require_node() -> None:
 
 def _shortage(placement: Placement, cpus: int) -> str:
     """What a placement needs of the cluster, and why that is not there."""
-    need = {"CPU": float(cpus), "GPU": float(placement.gpus // placement.ranks)}
+    need = {"CPU": cpus, "GPU": placement.gpus // placement.ranks}
+    need = {name: number for name, number in need.items() if number}
     who = f"A replica needs {placement.ranks} workers of" if placement.ranks > 1 else "A worker needs"
-    needs = f"{who} {' and '.join(f'{number:g} {name}s' for name, number in need.items() if number)}"
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(all(node.get(name, 0.0) >= number for name, number in need.items()) for node in nodes):
-        largest = " and ".join(
-            f"{max(node.get(name, 0.0) for node in nodes):g} {name}s" for name, number in need.items() if number
-        )
-        return f"{needs}; no node has that many: the largest has {largest}."
+    needs = f"{who} {_numbers(need)}"
+    nodes = [{name: node["Resources"].get(name, 0.0) for name in need} for node in ray.nodes() if node["Alive"]]
+    if not any(all(node[name] >= need[name] for name in need) for node in nodes):
+        most = {name: max((node[name] for node in nodes), default=0) for name in need}
+        return f"{needs}; no node has that many: the most that one has is {_numbers(most)}."
     free, every = ray.available_resources(), ray.cluster_resources()
-    has = ", ".join(f"{free.get(name, 0):g} of {every[name]:g} {name}s" for name in need if every.get(name))
+    has = ", ".join(f"{free.get(name, 0):g} of {every[name]:g} {name}s" for name in need)
     return f"{needs}; {has} are free in the cluster."
+
+
+def _numbers(resources: Mapping[str, float]) -> str:
+    return " and ".join(f"{number:g} {name}s" for name, number in resources.items())
 
 
 def _devices_of_cluster(device: str) -> Devices:
@@ -197,20 +200,27 @@ def _devices_of_cluster(device: str) -> Devices:
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
     kind = ("cuda" if gpus else "cpu") if device == "auto" else device
+    on_gpus = kind == "cuda"
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    probe = ray.remote(devices_here).options(num_cpus=0, num_gpus=1 if kind == "cuda" and gpus else 0)
+    seen = _devices_of_node(kind, gpus=1 if on_gpus and gpus else 0)
+    return Devices(
+        kind=kind,
+        count=gpus if on_gpus else 1,
+        count_of_largest_node=int(max((node.get("GPU", 0) for node in nodes), default=1)) if on_gpus else 1,
+        device_bytes=seen.device_bytes,
+        host_bytes=seen.host_bytes,
+        cpus=int(resources.get("CPU", 1)),
+        cpus_of_largest_node=int(max((node.get("CPU", 0) for node in nodes), default=1)),
+    )
+
+
+def _devices_of_node(kind: str, *, gpus: int) -> Devices:
+    """What a node with so many free GPUs says that it has."""
+    probe: Any = ray.remote(devices_here).options(num_cpus=0, num_gpus=gpus)
     try:
         seen: Devices = ray.get(probe.remote(kind))
     except RayError as error:
         if missing := missing_package(error):
             raise missing from error
         raise
-    return Devices(
-        kind=kind,
-        count=gpus if kind == "cuda" else 1,
-        count_of_largest_node=max((int(node.get("GPU", 0)) for node in nodes), default=0) if kind == "cuda" else 1,
-        device_bytes=seen.device_bytes,
-        host_bytes=seen.host_bytes,
-        cpus=int(resources.get("CPU", 1)),
-        cpus_of_largest_node=max((int(node.get("CPU", 0)) for node in nodes), default=1),
-    )
+    return seen

@@ -46,7 +46,7 @@ class Pool:
     """The gangs of one executor, and the queues that they work on.
 
     Args:
-        hire: gives a new gang for a placement.
+        new_gang: starts a gang for a placement.
         replicas: how many gangs of a placement work at once.
         monitor: the `HeartbeatMonitor` actor.
         placement_seconds: how long to wait for a gang to be placed, while none works.
@@ -59,7 +59,7 @@ class Pool:
         self,
         queues: Prefetcher[UnitQueue[Any]],
         *,
-        hire: Callable[[Placement], Gang],
+        new_gang: Callable[[Placement], Gang],
         replicas: Callable[[Placement], int],
         monitor: Any,
         placement_seconds: float,
@@ -68,7 +68,7 @@ class Pool:
         require_node: Callable[[], None],
     ) -> None:
         self._coming = queues
-        self._hire_gang, self._replicas, self._shortage = hire, replicas, shortage
+        self._new_gang, self._replicas, self._shortage = new_gang, replicas, shortage
         self._monitor, self._require_node = monitor, require_node
         self._placement_seconds, self._hang_seconds = placement_seconds, hang_seconds
         self._queues: list[UnitQueue[Any]] = []  # in the order in which they came
@@ -89,6 +89,8 @@ class Pool:
         """
         while self._take_queues():
             self._assign()
+            self._hire()
+            self._preempt()
             yield from self._arrived()  # now that no gang waits for who takes them
             self._wait()
         yield from self._arrived()
@@ -118,7 +120,7 @@ class Pool:
         return bool(self._queues)
 
     def _assign(self) -> None:
-        """Give idle gangs units, and hire others where units are pending that no gang is there for."""
+        """Give idle gangs units."""
         for gang in list(self._idle):
             queue = next((q for q in self._queues if q.pending and q.shape == gang.shape), None)
             if queue is None:
@@ -126,17 +128,20 @@ class Pool:
             else:
                 self._idle.remove(gang)
                 self._dispatch(gang, queue)
+
+    def _hire(self) -> None:
+        """Hire gangs where units are pending that no gang is there for."""
         for queue in self._queues:
             placement = queue.spec.placement
             coming = sum(r.queue is queue and not r.units for r in set(self._rounds.values()))
             there = sum(gang.shape == queue.shape for gang in self._gangs())
             for _ in range(min(queue.pending_rounds - coming, self._replicas(placement) - there)):
-                self._open(self._hire_gang(placement), queue)
-        if self._idle:
-            self._preempt()
+                self._open(self._new_gang(placement), queue)
 
     def _preempt(self) -> None:
         """Stop idle gangs where one of another shape waits for what they hold."""
+        if not self._idle:
+            return
         opening = {r.gang for r in self._rounds.values() if not r.units}
         wanted = {gang.shape for gang in opening if not gang.is_placed}
         for gang in [gang for gang in self._idle if wanted - {gang.shape}]:

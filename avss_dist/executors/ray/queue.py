@@ -131,17 +131,21 @@ class UnitQueue(ABC, Generic[Unit]):
         """
         unfinished = [unit for unit in units if unit in self.unfinished]
         self.pending.extendleft(reversed([unit for unit in unfinished if unit not in self.pending]))
-        outcomes = []
+        if why is None:
+            return []
         failed: list[int | None] = [*unfinished] if units else [None]
-        for unit in failed if why else []:
-            self._failures[unit] += 1
-            if self._failures[unit] >= ATTEMPTS:
-                what = "Opening the model" if unit is None else self.describe(unit)
-                error = RunFailed(
-                    f"{what} failed {ATTEMPTS} times; the last time: {why}", "Everything measured so far is kept."
-                )
-                outcomes += self.fail([] if unit is None else [unit], error)
-        return outcomes
+        return [outcome for unit in failed for outcome in self._count_failure(unit, why)]
+
+    def _count_failure(self, unit: int | None, why: str) -> list[tuple[Any, AvssError]]:
+        """The outcomes of one more failure of a unit, or of opening the model (None)."""
+        self._failures[unit] += 1
+        if self._failures[unit] < ATTEMPTS:
+            return []
+        what = "Opening the model" if unit is None else self.describe(unit)
+        error = RunFailed(
+            f"{what} failed {ATTEMPTS} times; the last time: {why}", "Everything measured so far is kept."
+        )
+        return self.fail([] if unit is None else [unit], error)
 
     def _remove(self, units: Sequence[int]) -> None:
         self.unfinished.difference_update(units)
