@@ -1,0 +1,108 @@
+"""Units on their way through a pool: each counts once, failures are counted, errors end what they should end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.causal_lm import SMALL, random_shard
+
+from avss_dist.errors import ModelError, RunFailed
+from avss_dist.executors.base import LanguageModelSpec, ReplicaSpec, RunShards
+from avss_dist.executors.ray.queue import ATTEMPTS, LATE_SECONDS, CellQueue, ShardQueue
+from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.partition.base import Placement
+from avss_dist.settings import Settings
+from avss_dist.tasks.base import TextLoss
+from avss_dist.tasks.cells import Cell
+
+SETTINGS = Settings(**SMALL)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_llama: Path) -> Checkpoint:
+    return resolve(str(tiny_llama))
+
+
+def shard_queue(checkpoint: Checkpoint, number: int = 5, **placement: Any) -> tuple[ShardQueue, RunShards]:
+    spec = ReplicaSpec(checkpoint=checkpoint, settings=SETTINGS, placement=Placement(**placement))
+    run = RunShards(run_id="r", replica_spec=spec, shards=[random_shard(1 + i % 5) for i in range(number)])
+    return ShardQueue(run), run
+
+
+def cell_queue(checkpoint: Checkpoint, tasks: Sequence[str]) -> tuple[CellQueue, list[Cell]]:
+    shared: dict[str, Any] = {"run_id": "e", "checkpoint": checkpoint, "settings": SETTINGS}
+    cells = [Cell(**shared, task=task, part=i, measure=TextLoss(random_shard())) for i, task in enumerate(tasks)]
+    spec = LanguageModelSpec(checkpoint=checkpoint, settings=SETTINGS, placement=Placement())
+    return CellQueue(spec, cells), cells
+
+
+def test_a_result_counts_once(checkpoint: Checkpoint) -> None:
+    queue, run = shard_queue(checkpoint, 2)
+    (first,) = queue.next_units()
+    queue.speculate(first)
+    assert list(queue.pending) == [0, 1]
+    assert queue.finish(first, "a result") == [(run, "a result")]
+    assert list(queue.pending) == [1], "who is late need not begin any more"
+    assert queue.finish(first, "the same result") == []
+    assert queue.unfinished == {1}
+
+
+def test_units_of_a_lost_gang_come_first_and_fail_after_some_attempts(checkpoint: Checkpoint) -> None:
+    queue, run = shard_queue(checkpoint, 3)
+    for _ in range(ATTEMPTS - 1):
+        assert queue.next_units() == [0]
+        assert queue.put_back([0], "it died") == []
+    assert queue.next_units() == [0] and queue.put_back([0], None) == [], "no failure of the shard"
+    ((source, error),) = queue.put_back(queue.next_units(), "it died again")
+    assert source is run and isinstance(error, RunFailed)
+    assert f"Shard 0 failed {ATTEMPTS} times; the last time: it died again" in str(error)
+    assert not queue.is_active and not queue.pending, "the run ends with it"
+    assert queue.fail([], ModelError("later")) == []
+
+
+def test_a_cell_fails_alone_and_a_model_with_all_of_its_cells(checkpoint: Checkpoint) -> None:
+    queue, cells = cell_queue(checkpoint, ["loss"] * 4)
+    error = ModelError("no such layer")
+    assert queue.fail(queue.next_units(), error) == [(cells[0], error)]
+    queue.finish(2, "a result")
+    for _ in range(ATTEMPTS - 1):
+        assert queue.put_back([], "out of reach") == []
+    outcomes = queue.put_back([], "out of reach")
+    assert [cell for cell, _ in outcomes] == [cells[1], cells[3]]
+    assert all("Opening the model failed" in str(failure) for _, failure in outcomes)
+    assert not queue.is_active
+
+
+def test_only_units_of_one_kind_say_what_is_late(checkpoint: Checkpoint) -> None:
+    queue, _ = cell_queue(checkpoint, ["loss", "loss", "shapley"])
+    assert not queue.is_late([1], 1e9), "nothing to compare it with"
+    queue.note_duration([0], 1.0)
+    assert queue.is_late([1], 3.0) and not queue.is_late([1], LATE_SECONDS)
+    assert not queue.is_late([2], 1e9), "of another task"
+    assert not queue.is_late([], 1e9), "a model that is being opened"
+    queue.speculate(1)
+    assert not queue.is_late([1], 1e9), "no third time"
+
+
+def test_ranks_share_a_shard_or_take_one_each(checkpoint: Checkpoint) -> None:
+    """ZeRO-3 ranks take different shards, and run equal numbers of forward passes; tensor-parallel ones share."""
+    queue, run = shard_queue(checkpoint, 5, partition="zero3", ranks=3)
+    assert queue.pending_rounds == 2
+    queue.next_units()
+    last = queue.next_units()
+    assert last == [3, 4] and queue.by_rank(last) == [3, 4, None]
+    parts = queue.assignments(last)
+    assert [part.shard for part in parts] == [run.shards[3], run.shards[4], None]
+    assert {part.forwards for part in parts} == {2}  # 5 rows, 4 in a batch
+    queue, run = shard_queue(checkpoint, 2, partition="tensor_parallel", ranks=2)
+    assert queue.by_rank(queue.next_units()) == [0, 0]
+    assert [part.shard for part in queue.assignments([1])] == [run.shards[1]] * 2
+
+
+def test_a_dropped_run_has_nothing_left(checkpoint: Checkpoint) -> None:
+    queue, run = shard_queue(checkpoint)
+    run.dropped = True
+    assert not queue.is_active and not queue.pending
