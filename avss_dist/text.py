@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 from avss_dist.errors import ConfigError
 
@@ -64,3 +65,14 @@ def parse_threshold(text: str) -> tuple[float, str]:
 def describe_threshold(value: float, kind: str) -> str:
     """The inverse of `parse_threshold`, for people: ``1e-05``, or ``0.1 x RMS``."""
     return f"{value:g}{' x RMS' if kind == 'rms' else ''}"
+
+
+def describe_layers(layers: Sequence[int]) -> str:
+    """Ascending numbers in words: ``0-3, 7``."""
+    spans: list[list[int]] = []
+    for layer in layers:
+        if spans and spans[-1][-1] == layer - 1:
+            spans[-1].append(layer)
+        else:
+            spans.append([layer])
+    return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)

@@ -15,7 +15,7 @@ from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, spearman
 from avss_dist.stats.scores import NOISY_BELOW, Threshold
 from avss_dist.system.progress_bar import tracked
-from avss_dist.text import describe_threshold
+from avss_dist.text import describe_layers, describe_threshold
 from avss_dist.warehouse.reader import Warehouse
 
 SCHEMA = pa.schema(
@@ -139,14 +139,20 @@ def _of_scores(scores: Rows, threshold: Threshold) -> Iterator[Row]:
 Check = Iterator[tuple[str, str, float, str]]
 
 
+def describe_depth(score: str, rho: float, layers: int) -> str | None:
+    """What a correlation of a score with depth says, where it is so strong that a reader must know; else None."""
+    if not abs(rho) > TRACKS_DEPTH:
+        return None
+    return (
+        f"{score} {'rises' if rho > 0 else 'falls'} with depth (Spearman {rho:.3f} over {layers} layers): "
+        "it says little that the layer's number does not."
+    )
+
+
 def _tracks_depth(rows: Rows, _: Threshold) -> Check:
     rho = spearman(_column(rows, "avss_smoothed"), _column(rows, "depth"))
-    if abs(rho) > TRACKS_DEPTH:
-        yield (
-            *("tracks_depth", "warning", rho),
-            f"AVSS {'rises' if rho > 0 else 'falls'} with depth (Spearman {rho:.3f} over {len(rows)} layers): "
-            "it says little that the layer's number does not.",
-        )
+    if message := describe_depth("AVSS", rho, len(rows)):
+        yield "tracks_depth", "warning", rho, message
 
 
 def _noisy_sparsity(rows: Rows, threshold: Threshold) -> Check:
@@ -322,11 +328,4 @@ def _describe(threshold: Threshold) -> str:
 
 def _layers(layers: Sequence[int]) -> str:
     """``layers 0-3, 7``."""
-    spans: list[list[int]] = []
-    for layer in layers:
-        if spans and spans[-1][-1] == layer - 1:
-            spans[-1].append(layer)
-        else:
-            spans.append([layer])
-    text = ", ".join(str(s[0]) if len(s) == 1 else f"{s[0]}-{s[-1]}" for s in spans)
-    return f"layer{'s' if len(layers) != 1 else ''} {text}"
+    return f"layer{'s' if len(layers) != 1 else ''} {describe_layers(layers)}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,7 @@ import pyarrow.compute as pc
 
 from avss_dist.errors import QueryError
 from avss_dist.pruning.ground_truth import layer_truth
-from avss_dist.pruning.methods import PUBLISHED, Method, Reading, reading_of
-from avss_dist.pruning.plan import PlanError
+from avss_dist.pruning.selection import PUBLISHED, Choice, PlanError, Reading, reading_of
 from avss_dist.settings import GROUND_TRUTH, LOSS, PERPLEXITY, RIVALS
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import spearman
@@ -52,8 +52,7 @@ def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]]) -> pa.Table
         truth: dict[str, Float64] = {}
         for name in GROUND_TRUTH:
             try:
-                values = layer_truth(store, run, name).values
-                truth[name] = np.array([values.get(layer, np.nan) for layer in range(run["num_layers"])])
+                truth[name] = layer_truth(store, run, name).by_layer(run["num_layers"])
             except QueryError as error:
                 missing = missing or error
         if truth:
@@ -69,19 +68,17 @@ def _card(store: Warehouse, run: Mapping[str, Any], truth: Mapping[str, Float64]
     by_reading: dict[Reading, list[Mapping[str, Any]]] = {}
     for row in scored:
         by_reading.setdefault(reading_of(row), []).append(row)
-    of_avss = [(Method(score="avss", reading=reading), rows) for reading, rows in by_reading.items()]
-    others = [(Method(score=name), scored) for name in (*RIVALS, *truth)]
+    of_avss = [(Choice(by="avss", reading=reading), rows) for reading, rows in by_reading.items()]
+    others = [(Choice(by=name), scored) for name in (*RIVALS, *truth)]
     cards = []
-    for method, rows in (*of_avss, *others):
-        values = method.scores(rows, truth)
-        if len(values) != run["num_layers"]:
-            continue  # a site that some layers lack
-        place = dict(zip(_PLACE, method.reading, strict=True)) if method.reading else {}
-        card = {"run_id": run["run_id"], "model": run["model"], "score": method.score, "task": task, **place}
+    for choice, rows in (*of_avss, *others):
+        values = choice.scores(rows, truth)
+        place = dict(zip(_PLACE, choice.reading, strict=True)) if choice.reading else {}
+        card = {"run_id": run["run_id"], "model": run["model"], "score": choice.by, "task": task, **place}
         card |= {SPEARMAN[name]: _known(spearman(values, known)) for name, known in truth.items()}
         for share, column in RETENTION.items():
             with suppress(PlanError):  # a layer without a score
-                card[column] = kept.get(method.drop(values, share))
+                card[column] = kept.get(replace(choice, fraction=share).drop(values))
         cards.append(card)
     return cards
 

@@ -10,7 +10,7 @@ from math import exp
 from typing import Any
 
 from avss_dist.pruning.methods import ENDS_KEPT, LEAVE_ONE_OUT, REVERSED
-from avss_dist.pruning.plan import RANDOM
+from avss_dist.pruning.selection import RANDOM
 from avss_dist.settings import CHANCE, LOSS
 
 CLAIMED_SHARE, CLAIMED_KEPT = 0.25, 0.9

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from avss_dist.cli.choose import choose_runs, choose_scores
+from avss_dist.cli.choose import choose_runs, require_place
 from avss_dist.cli.options import CodeOption, RecipeOption, RunOption, SiteOption, ThresholdOption, WarehousePath
 from avss_dist.errors import ConfigError, require_known
 from avss_dist.settings import GROUND_TRUTH, PUBLISHED_THRESHOLD, RECIPES, SCORES, SITES
-from avss_dist.text import describe_bytes
+from avss_dist.text import describe_bytes, parse_threshold
 
 FORMATS = ("plan", "mergekit")
 
@@ -21,39 +21,58 @@ def plan(
     output: Annotated[Path, typer.Option("--output", "-o", help="PLAN.yaml.")],
     run: RunOption = None,
     by: Annotated[
-        str,
-        typer.Option(help=f"{', '.join(SCORES)}; {', '.join(GROUND_TRUTH)} (by avss ablate); random."),
-    ] = "avss",
+        str | None,
+        typer.Option(
+            help=f"{', '.join(GROUND_TRUTH)} (by avss ablate); {', '.join(SCORES)}; random. "
+            "The measured loss by default, where there is one."
+        ),
+    ] = None,
     fraction: Annotated[float | None, typer.Option(help="Drop this share of the layers; 0.25 by default.")] = None,
     count: Annotated[int | None, typer.Option(help="Drop so many layers.")] = None,
     mass: Annotated[float | None, typer.Option(help="Drop the lowest that hold this share of the score.")] = None,
     protect: Annotated[str, typer.Option(help="Layers that stay: first=1,last=1.")] = "",
     contiguous: Annotated[bool, typer.Option("--contiguous", help="Drop neighbours.")] = False,
-    seed: Annotated[int, typer.Option(help="Of --by random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for --by random.")] = 0,
     recipe: RecipeOption = RECIPES[0],
     site: SiteOption = SITES[0],
     threshold: ThresholdOption = f"{PUBLISHED_THRESHOLD:g}",
     format: Annotated[str, typer.Option("--format", help="plan, or mergekit (slices to merge).")] = FORMATS[0],
 ) -> None:
-    """Choose the layers to drop from a run's scores, and write them down with the reason."""
+    """Choose the layers to drop, and write them down with the reason and what speaks against it."""
     require_known("format", format, FORMATS)
-    from avss_dist.pruning.ground_truth import layer_truth
-    from avss_dist.pruning.plan import Choice, make_plan, mergekit_slices, write_text
+    require_place(site, recipe)
+    from avss_dist.analysis.plans import plan_layers
+    from avss_dist.pruning.plan import mergekit_slices, write_text
     from avss_dist.warehouse.reader import Warehouse
 
     first, last = _protected(protect)
-    choice = Choice(
-        by=by, fraction=fraction, count=count, mass=mass, first=first, last=last, contiguous=contiguous, seed=seed
-    )
     opened = Warehouse(warehouse)
-    runs = choose_runs(opened, [run] if run else [])
-    truth = layer_truth(opened, runs[0], by) if by in GROUND_TRUTH else None
-    made = make_plan(choose_scores(opened, runs, site, recipe, threshold), runs[0], choice, truth)
+    (chosen,) = choose_runs(opened, [run] if run else [])
+    made = plan_layers(
+        opened,
+        chosen,
+        by=by,
+        reading=(site, recipe, *parse_threshold(threshold)),
+        fraction=fraction,
+        count=count,
+        mass=mass,
+        first=first,
+        last=last,
+        contiguous=contiguous,
+        seed=seed,
+    )
     if format == "mergekit":
         write_text(output, mergekit_slices(made))
     else:
         made.write(output)
-    print(f"{output}: drops {len(made.drop)} of {made.num_layers} layers: {', '.join(map(str, made.drop))}")
+    print(f"{output}:", *made.describe(), sep="\n  ")
+    if by is None:
+        print(f"  No --by was given: {made.why['by']} is measured in {opened.root}.")
+    others = opened.runs().num_rows - 1
+    if others and not run:
+        print(f"  This is the newest of {others + 1} runs; --run names another.")
+    if not made.evaluated and format == FORMATS[0]:
+        print(f"  Not evaluated yet: avss evaluate {output} --task perplexity:CORPUS --warehouse {opened.root}")
 
 
 def prune(
@@ -67,6 +86,7 @@ def prune(
     from avss_dist.pruning.plan import read_plan
 
     made = read_plan(plan)
+    print(f"{plan}:", *made.describe(), sep="\n  ")
     done = prune_checkpoint(model, made, out, trust_remote_code=trust_remote_code)
     print(f"{out}: {len(made.keep)} of {made.num_layers} layers, {describe_bytes(done['bytes'])} of weights.")
     if done["difference"] is None:
@@ -81,7 +101,7 @@ def _protected(text: str) -> tuple[int, int]:
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, number = part.partition("=")
         require_known("end in --protect", name, found)
-        if not number.isdecimal():
-            raise ConfigError(f"--protect {part} names no number.", "Write --protect first=1,last=1.")
+        if not (number.isascii() and number.isdecimal() and len(number) < 10):
+            raise ConfigError(f"--protect {part} names no number of layers.", "Write --protect first=1,last=1.")
         found[name] = int(number)
     return found["first"], found["last"]

@@ -21,7 +21,8 @@ from avss_dist.executors.base import Executor
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import load_tokenizer, pin, text_config
-from avss_dist.pruning.plan import PlanError, read_plan
+from avss_dist.pruning.plan import read_plan
+from avss_dist.pruning.selection import PlanError
 from avss_dist.settings import LOSS, PERPLEXITY, SCHEMA_VERSION, Settings, fingerprint, split_options
 from avss_dist.system.versions import package_versions
 from avss_dist.tasks.base import Result, Task, TextLoss, combine

@@ -32,6 +32,7 @@ from avss_dist.executors.base import Executor
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.pruning.ground_truth import layer_truth
 from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, Method, methods
+from avss_dist.pruning.selection import count_layers
 from avss_dist.runs.api import executor_for, run_job, with_options
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.reporter import Reporter
@@ -60,14 +61,15 @@ class Trial:
     @property
     def num_layers(self) -> int:
         """Of the model."""
-        return 1 + max(row["layer"] for row in self.rows)
+        return count_layers(self.rows)
 
     def chosen(self, experiment: Experiment) -> list[Chosen]:
         """What every method drops of every share."""
         return [
-            (method, share, method.drop(method.scores(self.rows, self.truth), share))
+            (method, share, choice.drop(choice.scores(self.rows, self.truth)))
             for method in methods(experiment, self.rows)
             for share in experiment.shares
+            for choice in [method.choice(share)]
         ]
 
 
@@ -180,8 +182,7 @@ def _known(trial: Trial, store: Warehouse, score: str) -> Float64:
     """What `avss ablate` has measured of every layer."""
     run = store.run(trial.run.run_id)
     assert run is not None
-    values = layer_truth(store, run, score).values
-    return np.array([values.get(layer, np.nan) for layer in range(trial.num_layers)])
+    return layer_truth(store, run, score).by_layer(trial.num_layers)
 
 
 def _rows(chosen: Sequence[Chosen], task: str, found: Sequence[Result]) -> Iterator[dict[str, Any]]:

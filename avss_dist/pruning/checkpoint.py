@@ -24,7 +24,8 @@ from avss_dist.models.loading import forward_function, load_model, open_module, 
 from avss_dist.models.safetensors import WEIGHTS, copy_tensors, tensors_of, weight_files
 from avss_dist.models.size import footprint
 from avss_dist.models.skipping import skipping
-from avss_dist.pruning.plan import Plan, PlanError
+from avss_dist.pruning.plan import Plan, describe_reason
+from avss_dist.pruning.selection import PlanError
 from avss_dist.settings import Settings
 from avss_dist.system.devices import available_memory
 from avss_dist.text import escape_markdown
@@ -236,7 +237,7 @@ def _renaming(names: Sequence[str], plan: Plan, checkpoint: Checkpoint) -> Calla
 def model_card(checkpoint: Checkpoint, plan: Plan) -> str:
     """What was removed, and why, in the form of a model card."""
     name = checkpoint.name if checkpoint.source == "hub" else Path(checkpoint.path).name
-    why = ", ".join(f"{key} {value}" for key, value in plan.why.items()) or "by hand"
+    why = describe_reason(plan.why)
     fields = {"base_model": name, "library_name": "transformers", "tags": ["pruned", "layer-pruning"]}
     head = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items())
     source = f", of run {plan.run_id}" if plan.run_id else ""

@@ -6,20 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from avss_dist.errors import ConfigError, require_known
-from avss_dist.pruning.plan import RANDOM, Choice
-from avss_dist.settings import GROUND_TRUTH, PUBLISHED_THRESHOLD, RECIPES, SCORES, SITES
-from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.scores import score_column
+from avss_dist.pruning.selection import PUBLISHED, RANDOM, Choice, Reading, reading_of
+from avss_dist.settings import GROUND_TRUTH, RECIPES, SCORES, SITES
 from avss_dist.text import describe_threshold, parse_threshold
 
 LEAVE_ONE_OUT = "loss"
 REVERSED, ENDS_KEPT = "reversed", "ends kept"
 EVERY_READING = "avss:all"
-Reading = tuple[str, str, float, str]  # site, recipe, threshold and its kind
-PUBLISHED: Reading = (SITES[0], RECIPES[0], PUBLISHED_THRESHOLD, "absolute")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,37 +94,17 @@ class Method:
             name += f" {self.seed}"
         return f"{name}, {self.control}" if self.control else name
 
-    def drop(self, scores: Float64, share: float) -> tuple[int, ...]:
-        """The layers to drop of those with these scores (low is unimportant).
-
-        Raises:
-            PlanError: a score is missing, or no layer would be left.
-        """
-        values = -scores if self.control == REVERSED else scores
-        choice = Choice(fraction=share, first=self.ends, last=self.ends)
-        return tuple(choice.drop(values.tolist()))
-
-    def scores(self, rows: Sequence[Mapping[str, Any]], truth: Mapping[str, Float64]) -> Float64:
-        """The score of every layer.
-
-        Args:
-            rows: of the ``scores`` table, of one run.
-            truth: by one of ``config.GROUND_TRUTH``, of every layer.
-        """
-        if self.score == RANDOM:
-            layers = 1 + max(row["layer"] for row in rows)
-            return np.random.default_rng(self.seed).permutation(layers).astype(np.float64)
-        if self.score in GROUND_TRUTH:
-            return truth[self.score]
-        column = score_column(self.score)
-        wanted = [row for row in rows if reading_of(row) == (self.reading or reading_of(rows[0]))]
-        ordered = sorted(wanted, key=lambda row: row["layer"])
-        return np.array([np.nan if row[column] is None else row[column] for row in ordered], np.float64)
-
-
-def reading_of(row: Mapping[str, Any]) -> Reading:
-    """Site, recipe and threshold of a row of ``scores``."""
-    return row["site"], row["recipe"], row["threshold"], row["threshold_kind"]
+    def choice(self, share: float) -> Choice:
+        """What it drops of a share of the layers."""
+        return Choice(
+            by=self.score,
+            reading=self.reading,
+            fraction=share,
+            first=self.ends,
+            last=self.ends,
+            highest=self.control == REVERSED,
+            seed=self.seed or 0,
+        )
 
 
 def parse_score(text: str) -> tuple[str, Reading | None]:

@@ -5,123 +5,45 @@ Layers count from 0, as everywhere.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import numpy as np
 import yaml
+from pydantic import Field
 
-from avss_dist.errors import AvssError, ConfigError, require_known
-from avss_dist.settings import GROUND_TRUTH, LOWEST_SHARE, SCORES
-from avss_dist.stats.rankings import count_lowest, rank_lowest
-from avss_dist.stats.scores import score_column
+from avss_dist.errors import ConfigError, nearest
+from avss_dist.pruning.ground_truth import LayerTruth
+from avss_dist.pruning.selection import RANDOM, SCORE_MEANINGS, Choice, PlanError, Rows
+from avss_dist.settings import LOWEST_SHARE, Check, checked
+from avss_dist.system.staging import staged_file
+from avss_dist.text import describe_layers
 
-RANDOM = "random"
-
-
-class PlanError(AvssError):
-    """A plan cannot be made, read, or carried out on a model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """How layers are chosen.
-
-    Attributes:
-        by: one of ``config.SCORES`` or ``config.GROUND_TRUTH``, or ``random``.
-        fraction, count, mass: at most one: the lowest share of the layers, so many of them, or the lowest layers that
-            hold at most this share of the summed score. The lowest quarter if there is none.
-        first, last: layers at the start and at the end that are never dropped.
-        contiguous: drop neighbours: those whose scores add up to the least.
-        seed: of ``random``.
-
-    Raises:
-        ConfigError: a value is out of its range.
-    """
-
-    by: str = "avss"
-    fraction: float | None = None
-    count: int | None = None
-    mass: float | None = None
-    first: int = 0
-    last: int = 0
-    contiguous: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require_known("score", self.by, (*SCORES, *GROUND_TRUTH, RANDOM))
-        given = [n for n in ("fraction", "count", "mass") if getattr(self, n) is not None]
-        if len(given) > 1:
-            raise ConfigError(f"{' and '.join(given)} were given; they say the same thing twice.", "Keep one of them.")
-        for name in ("fraction", "mass"):
-            share = getattr(self, name)
-            if share is not None and not 0 < share < 1:
-                raise ConfigError(f"{name} must be between 0 and 1, not {share:g}.")
-        if self.count is not None and self.count < 1:
-            raise ConfigError(f"count must be at least 1, not {self.count}.")
-        if min(self.first, self.last) < 0:
-            raise ConfigError("Protected layers cannot be fewer than 0.", "Write --protect first=1,last=1.")
-        if self.mass is not None and (self.contiguous or self.by == RANDOM):
-            raise ConfigError("mass is a share of a score that is summed in its order.", "Use a fraction or a count.")
-
-    def drop(self, scores: Sequence[float]) -> list[int]:
-        """The layers to drop, ascending, by the score of each (low is unimportant; ties go to the earlier layer).
-
-        Raises:
-            PlanError: no layer would be left, or none dropped, or a score is missing.
-        """
-        values = np.asarray(scores, np.float64)
-        if not np.isfinite(values).all():
-            missing = ", ".join(map(str, np.flatnonzero(~np.isfinite(values))))
-            raise PlanError(f"Layers {missing} have no score '{self.by}'.", "Choose by another score or recipe.")
-        open_ = np.arange(self.first, len(values) - self.last)
-        number = self._number(values, open_)
-        if number >= len(values):
-            raise PlanError(f"{number} of {len(values)} layers would be dropped.", "Leave one at least.")
-        if number > len(open_):
-            raise PlanError(
-                f"{number} layers are to be dropped, and {max(0, len(open_))} of {len(values)} are not protected.",
-                "Protect fewer, or drop fewer.",
-            )
-        if self.contiguous:
-            sums = np.convolve(values[open_], np.ones(number), "valid")
-            start = int(open_[0]) + int(np.argmin(sums))
-            return list(range(start, start + number))
-        ranks = rank_lowest(values[open_])
-        return sorted(int(layer) for layer in open_[ranks <= number])
-
-    def _number(self, values: np.ndarray, open_: np.ndarray) -> int:
-        if self.count is not None:
-            return self.count
-        if self.mass is None:
-            return count_lowest(len(values), LOWEST_SHARE if self.fraction is None else self.fraction)
-        held = np.cumsum(np.sort(values[open_])) / values.sum()
-        number = int(np.searchsorted(held, self.mass, "right"))
-        if not number:
-            raise PlanError(
-                f"No layer holds as little as {self.mass:g} of the summed score: the least holds {held[0]:.3g}.",
-                "Allow more, or use a fraction or a count.",
-            )
-        return number
+LARGEST_FILE = 1 << 20  # characters; a plan of a thousand layers has ten thousand
+_RUN_ID = re.compile(r"[A-Za-z0-9._-]+")
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerTruth:
-    """What an evaluation says of each layer: see `ground_truth`.
-
-    Attributes:
-        values: by layer; low is unimportant.
-        run_id, task: the evaluation.
-    """
-
-    values: Mapping[int, float]
-    run_id: str
-    task: str
+def _run_id(text: str) -> str:
+    if not _RUN_ID.fullmatch(text):
+        raise PlanError(f"'{text}' is not the id of a run.", "It has letters, digits, dots, hyphens and underscores.")
+    return text
 
 
-@dataclass(frozen=True, kw_only=True)
+def _reason(value: Any) -> Any:
+    if not isinstance(value, str | int | float | bool | None):
+        raise PlanError("A reason is a text or a number.")
+    return value
+
+
+Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
+Lines = Annotated[tuple[str, ...], Field(strict=False)]
+Name = Annotated[str, Field(min_length=1)]
+Reason = Annotated[Any, Check(_reason)]
+
+
+@checked
 class Plan:
     """Layers to drop from a model.
 
@@ -132,18 +54,37 @@ class Plan:
         drop: ascending, from 0.
         why: what they were chosen by.
         run_id: the run whose scores were read; None for a plan by hand.
+        findings: what to know before believing that choice.
+        evaluated: what the warehouse knew of the model without these layers when the plan was made.
+
+    Raises:
+        ConfigError: values that are no plan; every problem is named.
     """
 
-    model: str
-    revision: str | None
-    num_layers: int
-    layers: str
-    drop: tuple[int, ...]
-    why: Mapping[str, Any]
-    run_id: str | None = None
+    model: Name
+    revision: Name | None = None
+    num_layers: Annotated[int, Field(ge=1)]
+    layers: Name
+    drop: Layers
+    why: Mapping[str, Reason] = Field(default_factory=dict)
+    run_id: Annotated[str, Check(_run_id)] | None = None
+    findings: Lines = ()
+    evaluated: Lines = ()
 
     def __post_init__(self) -> None:
-        _check(self.drop, self.num_layers)
+        dropped, number = sorted(set(self.drop)), self.num_layers
+        problems = []
+        if len(dropped) != len(self.drop):
+            problems.append(PlanError("`drop` names a layer twice.", f"drop: {dropped}"))
+        if not dropped:
+            problems.append(PlanError("The plan drops no layer.", "List at least one in `drop`."))
+        elif dropped[-1] >= number:
+            problems.append(PlanError(f"There is no layer {dropped[-1]}: the model has {number}, from 0."))
+        elif len(dropped) == number:
+            problems.append(PlanError(f"The plan drops all {number} layers.", "Leave at least one."))
+        if problems:
+            raise ConfigError.of(problems)
+        object.__setattr__(self, "drop", tuple(dropped))
 
     @property
     def keep(self) -> tuple[int, ...]:
@@ -156,88 +97,135 @@ class Plan:
         Raises:
             PlanError: it cannot be written.
         """
-        fields = asdict(self) | {"drop": list(self.drop), "keep": list(self.keep), "why": dict(self.why)}
-        write_text(path, "# Layers count from 0.\n" + yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
+        values = asdict(self) | {"why": dict(self.why)}
+        lists = {"drop": list(self.drop), "keep": list(self.keep)}
+        lines = {name: list(values.pop(name)) for name in ("findings", "evaluated")}
+        del values["drop"]
+        write_text(path, f"# Layers count from 0.\n{_yaml(values)}{_yaml(lists, flow=True)}{_yaml(lines)}")
+
+    def describe(self) -> list[str]:
+        """What a plan is, why, and what is known of it: lines for people."""
+        at = f" at {self.revision[:12]}" if self.revision else ""
+        return [
+            f"Drops {len(self.drop)} of {self.num_layers} layers: {describe_layers(self.drop)}.",
+            f"Model: {self.model}{at}. " + (f"Run: {self.run_id}." if self.run_id else "By hand, of no run."),
+            f"Chosen {describe_reason(self.why)}.",
+            *(f"Finding: {line}" for line in self.findings),
+            *(f"Evaluated: {line}" for line in self.evaluated or ["not yet, when the plan was made."]),
+        ]
+
+
+def describe_reason(why: Mapping[str, Any]) -> str:
+    """``by loss (what the loss rises by ...): fraction 0.25, last 1``."""
+    if not why:
+        return "by hand"
+    by = str(why.get("by", "hand"))
+    rest = ", ".join(f"{key} {value}" for key, value in why.items() if key != "by")
+    meaning = f" ({SCORE_MEANINGS[by]})" if by in SCORE_MEANINGS else ""
+    return f"by {by}{meaning}" + (f": {rest}" if rest else "")
 
 
 def make_plan(
-    scores: Sequence[Mapping[str, Any]], run: Mapping[str, Any], choice: Choice, truth: LayerTruth | None = None
+    rows: Rows,
+    run: Mapping[str, Any],
+    choice: Choice,
+    truth: LayerTruth | None = None,
+    *,
+    findings: Sequence[str] = (),
+    evaluated: Sequence[str] = (),
 ) -> Plan:
-    """A plan from the rows of the scores table of one run, site, recipe and threshold.
+    """A plan from rows of ``scores``, of one run.
 
     Args:
-        truth: what is known of the run's checkpoint, where layers are chosen by one of ``config.GROUND_TRUTH``.
+        truth: what is known of the run's checkpoint, where layers are chosen by one of ``settings.GROUND_TRUTH``.
+        findings, evaluated: as of `Plan`.
 
     Raises:
         PlanError: as `Choice.drop`, or the run's layers are not one list of the model.
     """
-    rows = sorted(scores, key=lambda row: row["layer"])
-    paths = {row["layer_name"].rpartition(".")[0] for row in rows}
-    if len(paths) != 1 or [row["layer_name"].rpartition(".")[2] for row in rows] != [str(i) for i in range(len(rows))]:
-        raise PlanError(
-            f"The layers of {run['model']} are not one list of modules, each used once: none can be taken out.",
-            f"They are {', '.join(row['layer_name'] for row in rows[:6])} ...",
-        )
-    if choice.by == RANDOM:
-        values = np.random.default_rng(choice.seed).permutation(len(rows)).astype(np.float64)
-    elif choice.by in GROUND_TRUTH:
-        assert truth is not None
-        values = np.array([truth.values.get(layer, np.nan) for layer in range(len(rows))], np.float64)
-    else:
-        column = score_column(choice.by)
-        values = np.array([np.nan if row[column] is None else row[column] for row in rows], np.float64)
-    why: dict[str, Any] = {name: value for name, value in asdict(choice).items() if value not in (None, False)}
-    if choice.by == RANDOM:
-        why["seed"] = choice.seed
-    else:
-        why.pop("seed", None)
-    if truth is not None:
-        why |= {"evaluation": truth.run_id, "task": truth.task}
-    if choice.by == "avss":
-        why |= {name: rows[0][name] for name in ("site", "recipe", "threshold", "threshold_kind")}
-    if not {"fraction", "count", "mass"} & set(why):
-        why["fraction"] = LOWEST_SHARE
+    path, number = layer_list(rows, str(run["model"]))
+    known = {choice.by: truth.by_layer(number)} if truth else {}
     return Plan(
         model=run["model"],
         revision=run["revision"],
-        num_layers=len(rows),
-        layers=paths.pop(),
-        drop=tuple(choice.drop(values.tolist())),
-        why=why,
+        num_layers=number,
+        layers=path,
+        drop=choice.drop(choice.scores(rows, known)),
+        why=_why(choice, truth),
         run_id=run["run_id"],
+        findings=tuple(findings),
+        evaluated=tuple(evaluated),
     )
+
+
+def layer_list(rows: Rows, model: str) -> tuple[str, int]:
+    """Module path and length of the list that the layers of a run are.
+
+    Raises:
+        PlanError: they are not one list, each module used once.
+    """
+    names = [name for _, name in sorted({row["layer"]: row["layer_name"] for row in rows}.items())]
+    paths = {name.rpartition(".")[0] for name in names}
+    if len(paths) != 1 or [name.rpartition(".")[2] for name in names] != [str(i) for i in range(len(names))]:
+        raise PlanError(
+            f"The layers of {model} are not one list of modules, each used once: none can be taken out.",
+            f"They are {', '.join(names[:6])} ...",
+        )
+    return paths.pop(), len(names)
+
+
+def _why(choice: Choice, truth: LayerTruth | None) -> dict[str, Any]:
+    values = asdict(choice)
+    reading, seed = values.pop("reading"), values.pop("seed")
+    why = {name: value for name, value in values.items() if value not in (None, False, 0)}
+    if choice.by == RANDOM:
+        why["seed"] = seed
+    if not {"fraction", "count", "mass"} & set(why):
+        why["fraction"] = LOWEST_SHARE
+    if truth is not None:
+        why |= {"evaluation": truth.run_id, "task": truth.task}
+    if choice.by == "avss" and reading is not None:
+        why |= dict(zip(("site", "recipe", "threshold", "threshold_kind"), reading, strict=True))
+    return why
 
 
 def read_plan(path: str | Path) -> Plan:
     """A plan from its file.
 
     Raises:
-        PlanError: there is none, it is no plan, or its layers are out of range, repeated, or all of them.
+        PlanError: there is none, or it is no plan; every problem is named.
     """
+    values = _read_mapping(path)
+    names = [f.name for f in fields(Plan)]
+    unknown = [name for name in values if name not in [*names, "keep"]]
+    problems = [ConfigError(f"Unknown key '{name}'.", nearest(str(name), [*names, "keep"])) for name in unknown]
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        plan = Plan(**{name: value for name, value in values.items() if name in names})
+        if values.get("keep") not in (None, list(plan.keep)):
+            problems.append(ConfigError("`keep` is not what `drop` leaves.", f"keep: {list(plan.keep)}, or none."))
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise PlanError(f"{path}: {ConfigError.of(problems)}", "avss plan makes one.")
+    return plan
+
+
+def _read_mapping(path: str | Path) -> dict[Any, Any]:
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(LARGEST_FILE + 1)
+        if len(text) > LARGEST_FILE:
+            raise PlanError(f"{path} is no plan: it has over {LARGEST_FILE:,} characters.", "avss plan makes one.")
+        values = yaml.safe_load(text)
     except OSError as error:
         raise PlanError(f"{path} cannot be read: {error.strerror}.", "avss plan makes one.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise PlanError(f"{path} is no plan: it is nested too deeply.", "avss plan makes one.") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, dates that do not exist
         raise PlanError(f"{path} is not YAML: {' '.join(str(error).split())}", "avss plan makes one.") from error
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         raise PlanError(f"{path} is no plan: it has no keys.", "avss plan makes one.")
-    names = [*Plan.__dataclass_fields__, "keep"]
-    for name in found:
-        require_known(f"key of {path}", str(name), names, PlanError)
-    if missing := [name for name in ("model", "num_layers", "layers", "drop") if name not in found]:
-        raise PlanError(f"{path} has no '{missing[0]}'.", f"A plan has {', '.join(names)}.")
-    keep = found.pop("keep", None)
-    drop, number = found["drop"], found["num_layers"]
-    if not isinstance(number, int) or not (isinstance(drop, list) and all(type(layer) is int for layer in drop)):
-        raise PlanError(f"{path}: drop is a list of layers, num_layers a number.", "For example: drop: [3, 7]")
-    if len(set(drop)) != len(drop):
-        raise PlanError(f"{path} drops a layer twice.", f"drop: {sorted(set(drop))}")
-    fields: dict[str, Any] = {"revision": None, "why": {}} | found | {"drop": tuple(sorted(drop))}
-    plan = Plan(**fields)
-    if keep is not None and tuple(keep) != plan.keep:
-        raise PlanError(f"{path}: keep is not what drop leaves.", f"keep: {list(plan.keep)}, or leave it out.")
-    return plan
+    return values
 
 
 def write_text(path: Path, text: str) -> None:
@@ -247,9 +235,10 @@ def write_text(path: Path, text: str) -> None:
         PlanError: it cannot be written.
     """
     try:
-        path.write_text(text, encoding="utf-8")
+        with staged_file(path) as staged:
+            staged.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise PlanError(f"{path} cannot be written: {error.strerror}.", "Name another file with -o.") from error
+        raise PlanError(f"{path} cannot be written: {error.strerror}.", "Name another file with `output`.") from error
 
 
 def mergekit_slices(plan: Plan) -> str:
@@ -261,14 +250,10 @@ def mergekit_slices(plan: Plan) -> str:
         else:
             slices.append([layer, layer + 1])
     sources = [{"sources": [{"model": plan.model, "layer_range": bounds}]} for bounds in slices]
-    return yaml.safe_dump({"slices": sources, "merge_method": "passthrough"}, sort_keys=False)
+    return _yaml({"slices": sources, "merge_method": "passthrough"})
 
 
-def _check(drop: Sequence[int], number: int) -> None:
-    wrong = [layer for layer in drop if not 0 <= layer < number]
-    if wrong:
-        raise PlanError(f"There is no layer {wrong[0]}: the model has {number}, from 0.", "Mend the list 'drop'.")
-    if not drop:
-        raise PlanError("The plan drops no layer.", "List one at least under 'drop'.")
-    if len(drop) >= number:
-        raise PlanError(f"The plan drops all {number} layers.", "Leave one at least.")
+def _yaml(values: Mapping[str, Any], *, flow: bool = False) -> str:
+    return yaml.safe_dump(
+        values, sort_keys=False, allow_unicode=True, default_flow_style=None if flow else False, width=120
+    )

@@ -112,7 +112,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "warehouse": None,
         "--output": None,
         "--run": None,
-        "--by": "avss",
+        "--by": None,
         "--fraction": None,
         "--count": None,
         "--mass": None,

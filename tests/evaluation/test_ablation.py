@@ -357,7 +357,7 @@ def test_a_plan_by_what_was_not_measured_is_refused(tiny_llama: Path, tmp_path: 
     score(tiny_llama, corpus=TEXT, out=warehouse, **SMALL)
     done = run_avss("plan", warehouse, "--by", "shapley", "-o", tmp_path / "plan.yaml")
     assert done.returncode == 2
-    assert f"avss ablate {tiny_llama} --corpus CORPUS --warehouse {warehouse}" in done.stderr
+    assert f"avss ablate {tiny_llama} --corpus {TEXT} --warehouse {warehouse}" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -61,9 +61,9 @@ def test_a_plan_is_compared_with_its_whole_model_and_no_cell_is_measured_twice(
 ) -> None:
     warehouse = tmp_path / "w"
     with one_thread():
-        run = score(tiny_llama, corpus="builtin:pydoc", out=warehouse, **SMALL)
+        score(tiny_llama, corpus="builtin:pydoc", out=warehouse, **SMALL)
         plan = tmp_path / "plan.yaml"
-        assert run_avss("plan", warehouse, "--run", run.run_id, "--count", 1, "-o", plan).returncode == 0
+        assert run_avss("plan", warehouse, "--by", "avss", "--count", 1, "-o", plan).returncode == 0
         with pytest.raises(ConfigError, match="--skip-sequences 12"):
             evaluate([str(plan)], tasks=[TEXT], warehouse=warehouse, **SMALL)
         (found,) = evaluate([str(plan)], tasks=[TEXT], warehouse=warehouse, skip_sequences=12, **SMALL)
@@ -86,8 +86,8 @@ def test_skipped_layers_are_those_of_the_pruned_checkpoint(
     tiny_llama: Path, tmp_path: Path, run_avss: Callable
 ) -> None:
     warehouse, plan, pruned = tmp_path / "w", tmp_path / "plan.yaml", tmp_path / "pruned"
-    run = score(tiny_llama, corpus="builtin:pydoc", out=warehouse, **SMALL)
-    assert run_avss("plan", warehouse, "--run", run.run_id, "--count", 1, "-o", plan).returncode == 0
+    score(tiny_llama, corpus="builtin:pydoc", out=warehouse, **SMALL)
+    assert run_avss("plan", warehouse, "--by", "avss", "--count", 1, "-o", plan).returncode == 0
     assert run_avss("prune", tiny_llama, plan, "--out", pruned).returncode == 0
     skipped, cut = (
         evaluate([str(subject)], tasks=[TEXT], warehouse=warehouse, skip_sequences=12, **SMALL)[0].result

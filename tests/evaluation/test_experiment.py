@@ -241,8 +241,8 @@ def test_methods_of_every_reading() -> None:
 def test_random_choices_are_seeded_and_differ() -> None:
     scores = [{"layer": layer} for layer in range(12)]
     drops = [
-        Method(score="random", seed=seed).drop(Method(score="random", seed=seed).scores(scores, {}), 0.25)
-        for seed in (0, 0, 1)
+        choice.drop(choice.scores(scores, {}))
+        for choice in [Method(score="random", seed=seed).choice(0.25) for seed in (0, 0, 1)]
     ]
     assert drops[0] == drops[1] != drops[2]
 

@@ -11,18 +11,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import given, strategies
 from safetensors.torch import load_file
 from support.checkpoints import llama
 from support.families import tiny_model
 
 import avss_dist
-from avss_dist.errors import ConfigError
 from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import forward_function, open_module
 from avss_dist.models.skipping import skipping
 from avss_dist.pruning.checkpoint import model_card, prune
-from avss_dist.pruning.plan import Choice, Plan, PlanError, make_plan, mergekit_slices, read_plan
+from avss_dist.pruning.plan import Plan, read_plan
+from avss_dist.pruning.selection import PlanError
 from avss_dist.warehouse.reader import Warehouse
 
 Save = Callable[[Any, Path], Path]
@@ -35,119 +34,6 @@ FAMILIES = (
 
 def plan_of(folder: Path, *drop: int, number: int = 3, layers: str = "layers", **fields: Any) -> Plan:
     return Plan(model=str(folder), revision=None, num_layers=number, layers=layers, drop=drop, why={}, **fields)
-
-
-# Choosing
-
-
-SCORES = [5.0, 1.0, 4.0, 2.0, 3.0, 0.5, 6.0, 7.0]
-
-
-@pytest.mark.parametrize(
-    ("options", "dropped"),
-    [
-        ({}, [1, 5]),
-        ({"fraction": 0.5}, [1, 3, 4, 5]),
-        ({"count": 1}, [5]),
-        ({"count": 3, "first": 2}, [3, 4, 5]),
-        ({"count": 2, "last": 3}, [1, 3]),
-        ({"count": 2, "contiguous": True}, [4, 5]),
-        ({"count": 3, "contiguous": True, "last": 3}, [1, 2, 3]),
-        ({"mass": 0.13}, [1, 3, 5]),
-    ],
-)
-def test_what_is_dropped(options: dict[str, Any], dropped: list[int]) -> None:
-    assert Choice(**options).drop(SCORES) == dropped
-
-
-@given(
-    strategies.lists(strategies.integers(0, 9).map(float), min_size=2, max_size=40),
-    strategies.floats(0.01, 0.99),
-    strategies.integers(0, 3),
-    strategies.integers(0, 3),
-)
-def test_the_lowest_that_are_not_protected(scores: list[float], share: float, first: int, last: int) -> None:
-    choice = Choice(fraction=share, first=first, last=last)
-    try:
-        dropped = choice.drop(scores)
-    except PlanError:
-        assert (
-            max(1, round(share * len(scores))) > max(0, len(scores) - first - last)
-            or len(scores) == 1
-            or (round(share * len(scores)) >= len(scores))
-        )
-        return
-    free = range(first, len(scores) - last)
-    kept = [scores[layer] for layer in free if layer not in dropped]
-    assert set(dropped) <= set(free) and len(dropped) == max(1, round(share * len(scores)))
-    assert not kept or max(scores[layer] for layer in dropped) <= min(kept)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "told"),
-    [
-        ({"by": "avs"}, ConfigError, "Did you mean 'avss'"),
-        ({"fraction": 1.0}, ConfigError, "between 0 and 1"),
-        ({"fraction": 0.5, "count": 2}, ConfigError, "fraction and count were given"),
-        ({"count": 0}, ConfigError, "at least 1"),
-        ({"mass": 0.5, "contiguous": True}, ConfigError, "mass"),
-        ({"first": -1}, ConfigError, "fewer than 0"),
-        ({"count": 8}, PlanError, "8 of 8 layers would be dropped"),
-        ({"count": 7, "first": 2}, PlanError, "6 of 8 are not protected"),
-        ({"mass": 0.001}, PlanError, "No layer holds as little"),
-    ],
-)
-def test_choices_that_cannot_be(options: dict[str, Any], error: type[Exception], told: str) -> None:
-    with pytest.raises(error, match=told):
-        Choice(**options).drop(SCORES)
-
-
-def test_a_missing_score() -> None:
-    with pytest.raises(PlanError, match="Layers 1 have no score"):
-        Choice().drop([1.0, float("nan"), 2.0])
-
-
-# Plan files
-
-
-def test_a_plan_through_its_file(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, 1, 4, number=6, run_id="r-1")
-    plan.write(tmp_path / "plan.yaml")
-    assert read_plan(tmp_path / "plan.yaml") == plan
-    assert plan.keep == (0, 2, 3, 5)
-    slices = yaml.safe_load(mergekit_slices(plan))["slices"]
-    assert [part["sources"][0]["layer_range"] for part in slices] == [[0, 1], [2, 4], [5, 6]]
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"drop": [7]}, "no layer 7: the model has 6, from 0"),
-        ({"drop": [-1]}, "no layer -1"),
-        ({"drop": [1, 1]}, "drops a layer twice"),
-        ({"drop": []}, "drops no layer"),
-        ({"drop": [0, 1, 2, 3, 4, 5]}, "drops all 6 layers"),
-        ({"drop": "1, 2"}, "drop is a list of layers"),
-        ({"drop": [True]}, "drop is a list of layers"),
-        ({"keep": [0]}, "keep is not what drop leaves"),
-        ({"dropp": [1]}, "Did you mean 'drop'"),
-    ],
-)
-def test_plans_that_cannot_be(change: dict[str, Any], told: str, tmp_path: Path) -> None:
-    file = tmp_path / "plan.yaml"
-    plain = {"model": "m", "num_layers": 6, "layers": "layers", "drop": [1]}
-    file.write_text(yaml.safe_dump(plain | change))
-    with pytest.raises(PlanError, match=told):
-        read_plan(file)
-
-
-def test_files_that_are_no_plans(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="cannot be read"):
-        read_plan(tmp_path / "none.yaml")
-    for text, told in (("[1", "is not YAML"), ("words", "has no keys"), ("drop: [1]", "has no 'model'")):
-        (tmp_path / "plan.yaml").write_text(text)
-        with pytest.raises(PlanError, match=told):
-            read_plan(tmp_path / "plan.yaml")
 
 
 # Skipping
@@ -293,16 +179,3 @@ def test_from_scores_to_a_checkpoint(tiny_llama: Path, tmp_path: Path, run_avss:
     assert done.returncode == 2 and "not empty" in done.stderr and "Traceback" not in done.stderr
     done = run_avss("plan", out, "--by", "block_influense", "-o", plan)
     assert done.returncode == 2 and "Did you mean 'block_influence'" in done.stderr
-
-
-def test_random_plans_differ_by_seed(tiny_llama: Path) -> None:
-    rows = [{"layer": i, "layer_name": f"layers.{i}", "avss_smoothed": float(i)} for i in range(30)]
-    run = {"model": "m", "revision": "r", "run_id": "m-1"}
-    plans = [make_plan(rows, run, Choice(by="random", seed=seed)) for seed in (0, 0, 1)]
-    assert plans[0] == plans[1] and plans[0].drop != plans[2].drop and len(plans[0].drop) == 8
-
-
-def test_layers_that_are_not_one_list() -> None:
-    rows = [{"layer": i, "layer_name": name} for i, name in enumerate(("a.0", "shared", "a.1"))]
-    with pytest.raises(PlanError, match="not one list of modules"):
-        make_plan(rows, {"model": "m", "revision": "r", "run_id": "m-1"}, Choice())

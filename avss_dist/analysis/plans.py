@@ -1,0 +1,121 @@
+"""From a warehouse to a plan: the score to choose by, and what to know before believing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pyarrow.compute as pc
+
+from avss_dist.analysis.findings import describe_depth, findings
+from avss_dist.analysis.verdict import primary_metric, shown_value, verdicts
+from avss_dist.errors import QueryError
+from avss_dist.pruning.ground_truth import ablate_command, find_layer_truth, layer_truth
+from avss_dist.pruning.plan import Plan, make_plan
+from avss_dist.pruning.selection import PUBLISHED, RANDOM, SCORE_MEANINGS, Choice, Reading, Rows, reading_of
+from avss_dist.settings import GROUND_TRUTH, LOSS
+from avss_dist.stats.rankings import depth_correlation
+from avss_dist.stats.scores import Threshold
+from avss_dist.text import describe_threshold
+from avss_dist.warehouse.reader import Warehouse
+
+
+def plan_layers(
+    warehouse: Warehouse, run: Mapping[str, Any], *, by: str | None = None, reading: Reading = PUBLISHED, **how: Any
+) -> Plan:
+    """A plan for the checkpoint of a run, with what the warehouse knows of that choice.
+
+    Args:
+        run: a row of ``runs``.
+        by: a name of `SCORE_MEANINGS`; None takes the measured loss, and refuses where there is none.
+        reading: site, recipe, threshold and its kind, of AVSS.
+        how: the other fields of `Choice`: ``fraction``, ``count``, ``mass``, ``first``, ``last``, and so on.
+
+    Raises:
+        QueryError: no score was named and no loss is measured, or the warehouse lacks the score that was named.
+        ConfigError: a value is out of its range.
+        PlanError: no plan can be made of it; see `Choice.drop` and `make_plan`.
+    """
+    choice = Choice(by=by or default_score(warehouse, run), reading=reading if by == "avss" else None, **how)
+    rows = warehouse.table("scores", run_ids=[run["run_id"]]).to_pylist()
+    if choice.by == "avss":
+        rows = _of_reading(rows, reading)
+    truth = layer_truth(warehouse, run, choice.by) if choice.by in GROUND_TRUTH else None
+    made = make_plan(rows, run, choice, truth)
+    values = choice.scores(rows, {choice.by: truth.by_layer(made.num_layers)} if truth else {})
+    return replace(
+        made,
+        findings=tuple(_findings(warehouse, run, choice, values.tolist())),
+        evaluated=tuple(_evaluated(warehouse, run, made.drop)),
+    )
+
+
+def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:
+    """The score that layers are chosen by where none is named: the measured loss.
+
+    No score from activations is a default: an experiment may refute it for this very model.
+
+    Raises:
+        QueryError: the loss without each layer is not measured; the message has the command, and what else there is.
+    """
+    if find_layer_truth(warehouse, run, LOSS):
+        return LOSS
+    names = [f"  {name}: {meaning}" for name, meaning in SCORE_MEANINGS.items()]
+    raise QueryError(
+        f"No score was named, and the loss without each layer of {run['model']} is not measured.",
+        "\n".join(
+            [
+                f"Measure it: {ablate_command(warehouse, run)}",
+                "Or name the score to choose by with `by`, and evaluate the plan before you believe it:",
+                *names,
+            ]
+        ),
+    )
+
+
+def _of_reading(rows: Rows, reading: Reading) -> Rows:
+    """The rows of ``scores`` of one reading of AVSS.
+
+    Raises:
+        QueryError: there are none; the message says what there is.
+    """
+    wanted = [row for row in rows if reading_of(row) == reading]
+    if not wanted:
+        scored = sorted({_describe(reading_of(row)) for row in rows})
+        raise QueryError(f"No scores of {_describe(reading)}.", f"There are: {'; '.join(scored) or 'none'}.")
+    return wanted
+
+
+def _describe(reading: Reading) -> str:
+    site, recipe, threshold, kind = reading
+    return f"site {site}, recipe {recipe}, threshold {describe_threshold(threshold, kind)}"
+
+
+def _findings(warehouse: Warehouse, run: Mapping[str, Any], choice: Choice, values: Sequence[float]) -> Iterator[str]:
+    """What speaks against a choice: of the score itself, of the run, and what experiments said of AVSS."""
+    if choice.by == RANDOM:
+        return
+    if depth := describe_depth(choice.by, depth_correlation(values), len(values)):
+        yield depth
+    if choice.by in GROUND_TRUTH:
+        return
+    site, recipe, value, kind = choice.reading or PUBLISHED
+    places = {(None, None), (site, None), (None, recipe), (site, recipe)} if choice.by == "avss" else {(None, None)}
+    for row in findings(warehouse, [run["run_id"]], threshold=Threshold(value=value, kind=kind)).to_pylist():
+        if row["kind"] != "tracks_depth" and (row["site"], row["recipe"]) in places:
+            yield row["message"]
+    if choice.by == "avss":
+        yield from verdicts(warehouse.table("experiments", run_ids=[run["run_id"]]).to_pylist())
+
+
+def _evaluated(warehouse: Warehouse, run: Mapping[str, Any], drop: tuple[int, ...]) -> Iterator[str]:
+    """What each task says of the model without these layers, beside the whole model."""
+    rows = warehouse.table("evaluations", where=pc.field("revision") == run["revision"]).to_pylist()
+    rows = [row for row in rows if row["layer"] is None]
+    for key in dict.fromkeys((row["run_id"], row["task"]) for row in rows if tuple(row["drop"]) == drop):
+        mine = [row for row in rows if (row["run_id"], row["task"]) == key]
+        metric = primary_metric(mine)
+        of = {tuple(row["drop"]): shown_value(row) for row in mine if row["metric"] == metric}
+        whole = f", {of[()]} of the whole model" if () in of else ""
+        yield f"{key[1]}: {'perplexity' if metric == LOSS else metric} {of[drop]}{whole}."

@@ -1,0 +1,144 @@
+"""Which layers to drop, by a score of each: the one selector, of plans and of experiments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from avss_dist.errors import ConfigError
+from avss_dist.settings import GROUND_TRUTH, LOWEST_SHARE, PUBLISHED_THRESHOLD, RECIPES, SITES, OneOf, checked
+from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.rankings import count_lowest, rank_lowest
+from avss_dist.stats.scores import score_column
+
+RANDOM = "random"
+SCORE_MEANINGS = {
+    "loss": "what the loss rises by without the layer, measured",
+    "shapley": "the same on average over sets of other layers that are missing too, sampled",
+    "taylor": "the same estimated from gradients, to first order",
+    "avss": "variance of the activations over their sparsity, as published",
+    "block_influence": "1 - mean cosine of the layer's input and output",
+    "angular_distance": "mean angle between the layer's input and output",
+    "relative_magnitude": "mean size of what the layer adds, over the size of its input",
+    "update_variance_ratio": "variance of what the layer adds, over that of its input",
+    RANDOM: "chance, the control",
+}
+"""What layers can be chosen by, and what it means; of all but chance, low is unimportant."""
+
+Reading = tuple[str, str, float, str]  # of AVSS: site, recipe, threshold and its kind
+PUBLISHED: Reading = (SITES[0], RECIPES[0], PUBLISHED_THRESHOLD, "absolute")
+Rows = Sequence[Mapping[str, Any]]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Ends = Annotated[int, Field(ge=0)]
+
+
+class PlanError(ConfigError):
+    """A plan cannot be made, read, or carried out on a model."""
+
+
+@checked
+class Choice:
+    """How layers are chosen.
+
+    Attributes:
+        by: a name of `SCORE_MEANINGS`. There is no default: which score to trust is the user's decision.
+        reading: of AVSS; None takes the first that there is.
+        fraction, count, mass: at most one: the lowest fraction of the layers, so many of them, or the lowest layers
+            that hold at most this share of the summed score. The lowest quarter if there is none.
+        first, last: layers at the start and at the end that are never dropped.
+        contiguous: drop neighbours: those whose scores add up to the least.
+        highest: drop the highest instead of the lowest.
+        seed: of ``random``.
+
+    Raises:
+        ConfigError: values out of their range, or that exclude each other.
+    """
+
+    by: Annotated[str, OneOf(tuple(SCORE_MEANINGS))]
+    reading: Reading | None = None
+    fraction: Share | None = None
+    count: Annotated[int, Field(ge=1)] | None = None
+    mass: Share | None = None
+    first: Ends = 0
+    last: Ends = 0
+    contiguous: bool = False
+    highest: bool = False
+    seed: Ends = 0
+
+    def __post_init__(self) -> None:
+        given = [f"`{name}`" for name in ("fraction", "count", "mass") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} were given; they say the same thing twice.", "Keep one of them.")
+        if self.mass is not None and (self.contiguous or self.highest or self.by == RANDOM):
+            raise ConfigError(
+                "`mass` is a share of a score that is summed from the lowest on.", "Use `fraction` or `count` here."
+            )
+
+    def scores(self, rows: Rows, truth: Mapping[str, Float64]) -> Float64:
+        """The score of every layer, float64[layers], NaN where it has none.
+
+        Args:
+            rows: of the table ``scores``, of one run.
+            truth: by one of ``settings.GROUND_TRUTH``, of every layer: float64[layers].
+        """
+        if self.by == RANDOM:
+            return np.random.default_rng(self.seed).permutation(count_layers(rows)).astype(np.float64)
+        if self.by in GROUND_TRUTH:
+            return truth[self.by]
+        column = score_column(self.by)
+        reading = self.reading or reading_of(rows[0])
+        values = {row["layer"]: row[column] for row in rows if reading_of(row) == reading}
+        return np.array([np.nan if value is None else value for _, value in sorted(values.items())], np.float64)
+
+    def drop(self, scores: Sequence[float] | Float64) -> tuple[int, ...]:
+        """The layers to drop, ascending, by the score of each (ties go to the earlier layer).
+
+        Raises:
+            PlanError: no layer would be left, or none dropped, or a score is missing.
+        """
+        values = np.asarray(scores, np.float64) * (-1.0 if self.highest else 1.0)
+        if not np.isfinite(values).all():
+            missing = ", ".join(map(str, np.flatnonzero(~np.isfinite(values))))
+            raise PlanError(f"Layers {missing} have no score '{self.by}'.", "Choose by another score or recipe.")
+        candidates = np.arange(len(values))[self.first : max(0, len(values) - self.last)]
+        number = self._number(values, candidates)
+        if number >= len(values):
+            raise PlanError(f"{number} of {len(values)} layers would be dropped.", "Leave one at least.")
+        if number > len(candidates):
+            raise PlanError(
+                f"{number} layers are to be dropped, and {len(candidates)} of {len(values)} are not protected.",
+                "Protect fewer, or drop fewer.",
+            )
+        if self.contiguous:
+            sums = np.convolve(values[candidates], np.ones(number), "valid")
+            start = int(candidates[0]) + int(np.argmin(sums))
+            return tuple(range(start, start + number))
+        ranks = rank_lowest(values[candidates])
+        return tuple(int(layer) for layer in candidates[ranks <= number])
+
+    def _number(self, values: Float64, candidates: np.ndarray) -> int:
+        if self.count is not None:
+            return self.count
+        if self.mass is None:
+            return count_lowest(len(values), LOWEST_SHARE if self.fraction is None else self.fraction)
+        held = np.cumsum(np.sort(values[candidates])) / values.sum()
+        number = int(np.searchsorted(held, self.mass, "right"))
+        if not number:
+            raise PlanError(
+                f"No layer holds as little as {self.mass:g} of the summed score: the least holds {held[0]:.3g}.",
+                "Allow more, or use `fraction` or `count`.",
+            )
+        return number
+
+
+def reading_of(row: Mapping[str, Any]) -> Reading:
+    """Site, recipe and threshold of a row of ``scores``."""
+    return row["site"], row["recipe"], row["threshold"], row["threshold_kind"]
+
+
+def count_layers(rows: Rows) -> int:
+    """Layers of the model that these rows of ``scores`` are of."""
+    return 1 + max(row["layer"] for row in rows)

@@ -1,0 +1,305 @@
+"""Plans: which layers a choice drops, what a plan file may say, and the score that is chosen by."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, strategies
+from support.warehouses import avss, run_row, write_scores
+
+from avss_dist.analysis.plans import plan_layers
+from avss_dist.errors import ConfigError, QueryError
+from avss_dist.pruning.methods import REVERSED, Method
+from avss_dist.pruning.plan import Plan, make_plan, mergekit_slices, read_plan
+from avss_dist.pruning.selection import PUBLISHED, RANDOM, SCORE_MEANINGS, Choice, PlanError
+from avss_dist.settings import GROUND_TRUTH, SCORES
+from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import RunIdentity
+
+# Choosing
+
+LAYERS = [5.0, 1.0, 4.0, 2.0, 3.0, 0.5, 6.0, 7.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "dropped"),
+    [
+        ({}, (1, 5)),
+        ({"fraction": 0.5}, (1, 3, 4, 5)),
+        ({"count": 1}, (5,)),
+        ({"count": 3, "first": 2}, (3, 4, 5)),
+        ({"count": 2, "last": 3}, (1, 3)),
+        ({"count": 2, "contiguous": True}, (4, 5)),
+        ({"count": 3, "contiguous": True, "last": 3}, (1, 2, 3)),
+        ({"mass": 0.13}, (1, 3, 5)),
+        ({"highest": True}, (6, 7)),
+    ],
+)
+def test_what_is_dropped(options: dict[str, Any], dropped: tuple[int, ...]) -> None:
+    assert Choice(by="avss", **options).drop(LAYERS) == dropped
+
+
+@given(
+    strategies.lists(strategies.integers(0, 9).map(float), min_size=2, max_size=40),
+    strategies.floats(0.01, 0.99),
+    strategies.integers(0, 3),
+    strategies.integers(0, 3),
+)
+def test_the_lowest_that_are_not_protected(scores: list[float], share: float, first: int, last: int) -> None:
+    choice = Choice(by="avss", fraction=share, first=first, last=last)
+    try:
+        dropped = choice.drop(scores)
+    except PlanError:
+        assert (
+            max(1, round(share * len(scores))) > max(0, len(scores) - first - last)
+            or len(scores) == 1
+            or (round(share * len(scores)) >= len(scores))
+        )
+        return
+    free = range(first, len(scores) - last)
+    kept = [scores[layer] for layer in free if layer not in dropped]
+    assert set(dropped) <= set(free) and len(dropped) == max(1, round(share * len(scores)))
+    assert not kept or max(scores[layer] for layer in dropped) <= min(kept)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"by": "avs"}, ConfigError, "Did you mean 'avss'"),
+        ({"fraction": 1.0}, ConfigError, "`fraction` must be less than 1"),
+        ({"fraction": 0.5, "count": 2}, ConfigError, "`fraction` and `count` were given"),
+        ({"count": 0}, ConfigError, "`count` must be at least 1"),
+        ({"mass": 0.5, "contiguous": True}, ConfigError, "`mass` is a share"),
+        ({"first": -1}, ConfigError, "`first` must be at least 0"),
+        ({"seed": -1, "count": 0}, ConfigError, "2 problems"),
+        ({"count": 8}, PlanError, "8 of 8 layers would be dropped"),
+        ({"count": 7, "first": 2}, PlanError, "6 of 8 are not protected"),
+        ({"first": 10**20}, PlanError, "0 of 8 are not protected"),
+        ({"mass": 0.001}, PlanError, "No layer holds as little"),
+    ],
+)
+def test_choices_that_cannot_be(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Choice(**{"by": "avss"} | options).drop(LAYERS)
+
+
+def test_a_missing_score() -> None:
+    with pytest.raises(PlanError, match="Layers 1 have no score"):
+        Choice(by="avss").drop([1.0, float("nan"), 2.0])
+
+
+def test_every_score_has_a_meaning() -> None:
+    assert set(SCORE_MEANINGS) == {*SCORES, *GROUND_TRUTH, RANDOM}
+
+
+def score_rows(values: list[float]) -> list[dict[str, Any]]:
+    place = dict(zip(("site", "recipe", "threshold", "threshold_kind"), PUBLISHED, strict=True))
+    return [
+        {"layer": i, "layer_name": f"layers.{i}", "avss_smoothed": value, "block_influence": -value, **place}
+        for i, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize("score", ["avss", "block_influence", "random", "loss"])
+@pytest.mark.parametrize("control", [None, REVERSED])
+def test_plans_and_experiments_choose_alike(score: str, control: str | None) -> None:
+    rows, truth = score_rows(LAYERS), {"loss": np.array(LAYERS[::-1])}
+    tried = Method(score=score, seed=3, control=control).choice(0.25)
+    planned = Choice(by=score, fraction=0.25, seed=3, highest=control == REVERSED)
+    assert tried.drop(tried.scores(rows, truth)) == planned.drop(planned.scores(rows, truth))
+
+
+def test_random_plans_differ_by_seed() -> None:
+    rows = score_rows([float(i) for i in range(30)])
+    run = {"model": "m", "revision": "r", "run_id": "m-1"}
+    plans = [make_plan(rows, run, Choice(by="random", seed=seed)) for seed in (0, 0, 1)]
+    assert plans[0] == plans[1] and plans[0].drop != plans[2].drop and len(plans[0].drop) == 8
+
+
+def test_layers_that_are_not_one_list() -> None:
+    rows = [{"layer": i, "layer_name": name} for i, name in enumerate(("a.0", "shared", "a.1"))]
+    with pytest.raises(PlanError, match="not one list of modules"):
+        make_plan(rows, {"model": "m", "revision": "r", "run_id": "m-1"}, Choice(by="avss"))
+
+
+# Plan files
+
+PLAIN = {"model": "m", "num_layers": 6, "layers": "layers", "drop": [1]}
+
+
+def test_a_plan_through_its_file(tmp_path: Path) -> None:
+    plan = Plan(
+        model="m",
+        revision="r",
+        num_layers=6,
+        layers="layers",
+        drop=(1, 4),
+        why={"by": "loss", "fraction": 0.25, "contiguous": True},
+        run_id="r-1",
+        findings=("it rises: with depth", "#2"),
+        evaluated=("perplexity 3.2",),
+    )
+    plan.write(tmp_path / "plan.yaml")
+    assert read_plan(tmp_path / "plan.yaml") == plan
+    assert "drop: [1, 4]\nkeep: [0, 2, 3, 5]\n" in (tmp_path / "plan.yaml").read_text()
+    assert plan.keep == (0, 2, 3, 5)
+    slices = yaml.safe_load(mergekit_slices(plan))["slices"]
+    assert [part["sources"][0]["layer_range"] for part in slices] == [[0, 1], [2, 4], [5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"drop": [7]}, "no layer 7: the model has 6, from 0"),
+        ({"drop": [-1]}, "`drop` must be at least 0, not -1"),
+        ({"drop": [1, 1]}, "names a layer twice"),
+        ({"drop": []}, "drops no layer"),
+        ({"drop": [0, 1, 2, 3, 4, 5]}, "drops all 6 layers"),
+        ({"drop": "1, 2"}, "`drop` must be a list"),
+        ({"drop": [True]}, "`drop` must be a whole number, not True"),
+        ({"keep": [0]}, "`keep` is not what `drop` leaves"),
+        ({"keep": 5}, "`keep` is not what `drop` leaves"),
+        ({"dropp": [1]}, "Did you mean 'drop'"),
+        ({5: [1]}, "Unknown key '5'"),
+        ({"revision": 5}, "`revision` must be a text, not 5"),
+        ({"model": None}, "`model` must be a text, not None"),
+        ({"why": "because"}, "`why` must be a mapping"),
+        ({"why": {"by": [1]}}, "`by`: A reason is a text or a number."),
+        ({"run_id": "../../x"}, "not the id of a run"),
+        ({"num_layers": "six"}, "`num_layers` must be a whole number"),
+        ({"revision": 5, "model": "", "num_layers": 0}, "3 problems"),
+    ],
+)
+def test_plans_that_cannot_be(change: dict[Any, Any], message: str, tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump(PLAIN | change))
+    with pytest.raises(PlanError, match=message):
+        read_plan(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1", "is not YAML"),
+        ("words", "has no keys"),
+        ("drop: [1]", "`model` is missing"),
+        ("model: 2026-13-45", "is not YAML"),
+        (f"why: {'[' * 5000}{']' * 5000}", "nested too deeply"),
+        (f"# {'x' * 2_000_000}", "characters"),
+        ("model: \x00", "is not YAML"),
+    ],
+)
+def test_files_that_are_no_plans(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(PlanError, match=message):
+        read_plan(tmp_path / "plan.yaml")
+
+
+def test_paths_that_are_no_plans(tmp_path: Path) -> None:
+    for path, message in ((tmp_path / "none.yaml", "cannot be read"), (tmp_path, "cannot be read")):
+        with pytest.raises(PlanError, match=message):
+            read_plan(path)
+    with pytest.raises(PlanError, match="characters"):
+        read_plan("/dev/zero")
+    (tmp_path / "plan.yaml").write_bytes(os.urandom(8) + b"\xff")
+    with pytest.raises(PlanError, match="is not YAML"):
+        read_plan(tmp_path / "plan.yaml")
+
+
+# The score that is chosen by
+
+
+@pytest.fixture
+def scored(tmp_path: Path) -> Warehouse:
+    """Two runs; the later one's AVSS rises with depth."""
+    write_scores(tmp_path, "a-1", LAYERS)
+    write_scores(tmp_path, "b-1", sorted(LAYERS), corpus="my text.txt")
+    return Warehouse(tmp_path)
+
+
+def write_losses(store: Warehouse, run_id: str, losses: list[float], whole: float = 3.0) -> None:
+    """What `avss ablate` leaves: the loss of the whole model and without each layer."""
+    row = run_row(run_id)
+    identity = {name: row[name] for name in ("model", "revision", "family")}
+    drops = [((), whole), *(((i,), loss) for i, loss in enumerate(losses))]
+    store.write_evaluations(
+        RunIdentity(run_id=f"{run_id}-loss", **identity),
+        [
+            {"task": "ablation:text.txt", "metric": "loss", "drop": list(drop), "value": loss, "created_at": CREATED}
+            for drop, loss in drops
+        ],
+    )
+
+
+CREATED = datetime(2026, 2, 1, tzinfo=UTC)
+
+
+def test_no_score_is_a_default(scored: Warehouse, tmp_path: Path) -> None:
+    """Without `--by` and without a measured loss: no plan, the scores with their meanings, the command to measure."""
+    plan = tmp_path / "plan.yaml"
+    result = avss("plan", scored.root, "--run", "b-1", "-o", plan)
+    assert (result.exit_code, result.stdout, plan.exists()) == (2, "", False)
+    assert f"avss ablate org/b-1 --corpus 'my text.txt' --warehouse {scored.root}" in result.stderr
+    for name, meaning in SCORE_MEANINGS.items():
+        assert f"  {name}: {meaning}" in result.stderr
+    assert "with --by" in result.stderr
+    with pytest.raises(QueryError, match="not measured"):
+        plan_layers(scored, scored.runs().to_pylist()[0])
+
+
+def test_the_measured_loss_is_taken_where_there_is_one(scored: Warehouse, tmp_path: Path) -> None:
+    write_losses(scored, "b-1", [9.0, 8.0, 3.1, 7.0, 3.2, 6.0, 5.0, 4.0])
+    result = avss("plan", scored.root, "--run", "b-1", "-o", tmp_path / "plan.yaml")
+    assert result.exit_code == 0, result.stderr
+    made = read_plan(tmp_path / "plan.yaml")
+    assert made.drop == (2, 4) and made.why["by"] == "loss" and made.why["evaluation"] == "b-1-loss"
+    assert "No --by was given: loss is measured" in result.stdout
+    assert "Not evaluated yet" in result.stdout and "Finding" not in result.stdout
+    for line in ("Drops 2 of 8 layers: 2, 4.", "Model: org/b-1 at main. Run: b-1."):
+        assert line in result.stdout
+    (run,) = (row for row in scored.runs().to_pylist() if row["run_id"] == "b-1")
+    assert plan_layers(scored, run) == made
+
+
+def test_a_plan_says_what_speaks_against_it(scored: Warehouse, tmp_path: Path) -> None:
+    """Scores that track depth, what experiments said of them, and what the model without these layers is worth."""
+    row = run_row("b-1")
+    identity = RunIdentity(**{name: row[name] for name in ("run_id", "model", "revision", "family")})
+    common = {"task": "t", "metric": "acc", "drop": [0, 1], "created_at": CREATED, "score": "avss", "value": 0.4}
+    kept = {"retention": 0.5, "retention_low": 0.4, "retention_high": 0.6}
+    scored.write_experiment(identity, "x", [{**common, **kept, "method": "avss", "share": 0.25}])
+    evaluation = RunIdentity(run_id="b-1-text", model=row["model"], revision=row["revision"], family=row["family"])
+    rows = [
+        {"task": "perplexity:x", "metric": "loss", "drop": drop, "value": value, "created_at": CREATED}
+        for drop, value in (([], np.log(20.0)), ([0, 1], np.log(49020.0)))
+    ]
+    scored.write_evaluations(evaluation, rows)
+    result = avss("plan", scored.root, "--run", "b-1", "--by", "avss", "-o", tmp_path / "plan.yaml")
+    assert result.exit_code == 0, result.stderr
+    made = read_plan(tmp_path / "plan.yaml")
+    assert any("rises with depth" in line for line in made.findings)
+    assert any("the claim does not hold" in line for line in made.findings)
+    assert made.evaluated == ("perplexity:x: perplexity 4.902e+04, 20 of the whole model.",)
+    for line in (*made.findings, *made.evaluated):
+        assert line in result.stdout
+    assert "Not evaluated yet" not in result.stdout
+
+
+def test_a_reading_that_was_not_scored_is_refused_with_what_was(scored: Warehouse, tmp_path: Path) -> None:
+    result = avss("plan", scored.root, "--by", "avss", "--site", "mlp", "-o", tmp_path / "plan.yaml")
+    assert result.exit_code == 2
+    assert "No scores of site mlp, recipe pooled, threshold 1e-05." in result.stderr
+    assert "There are: site block, recipe pooled, threshold 1e-05." in result.stderr
+
+
+def test_of_several_runs_the_newest_is_named(scored: Warehouse, tmp_path: Path) -> None:
+    result = avss("plan", scored.root, "--by", "random", "-o", tmp_path / "plan.yaml")
+    assert "This is the newest of 2 runs" in result.stdout
+    result = avss("plan", scored.root, "--by", "random", "--protect", f"first={10**20}", "-o", tmp_path / "plan.yaml")
+    assert result.exit_code == 2 and "names no number of layers" in result.stderr
