@@ -37,8 +37,15 @@ DISAGREE = 0.5  # Spearman correlation of two recipes below which they tell diff
 IDENTITY = 1e-4  # mean |out - in| / |in| of a layer that does nothing
 
 KINDS = (
-    *("identity_layer", "exact_zeros", "noisy_sparsity", "tracks_depth"),
-    *("first_token", "dominant_unit", "unstable_ranking", "recipes_disagree"),
+    "nonfinite",
+    "identity_layer",
+    "exact_zeros",
+    "noisy_sparsity",
+    "tracks_depth",
+    "first_token",
+    "dominant_unit",
+    "unstable_ranking",
+    "recipes_disagree",
 )
 """Every kind, in the order in which a reader should hear of them."""
 
@@ -88,12 +95,38 @@ def findings(
 
 
 SCORES = (
-    *("run_id", "layer", "site", "recipe", "threshold", "threshold_kind", "depth", "near_zero_count", "variance"),
-    *("avss_smoothed", "rank", "avss_low", "avss_high", "lowest_set_probability"),
+    "run_id",
+    "layer",
+    "site",
+    "recipe",
+    "threshold",
+    "threshold_kind",
+    "depth",
+    "near_zero_count",
+    "variance",
+    "avss_smoothed",
+    "rank",
+    "avss_low",
+    "avss_high",
+    "lowest_set_probability",
 )
 STATS = (
-    *("run_id", "layer", "site", "count", "mean", "m2", "thresholds", "near_zero", "zero_count", "max_abs"),
-    *("unit_count", "unit_sum", "unit_sum_sq", "token_count", "relative_magnitude_sum"),
+    "run_id",
+    "layer",
+    "site",
+    "count",
+    "mean",
+    "m2",
+    "thresholds",
+    "near_zero",
+    "zero_count",
+    "nonfinite_count",
+    "max_abs",
+    "unit_count",
+    "unit_sum",
+    "unit_sum_sq",
+    "token_count",
+    "relative_magnitude_sum",
 )
 
 
@@ -204,9 +237,28 @@ def _recipes_disagree(rows: Rows, _: Threshold) -> Check:
 def _of_stats(stats: Rows, threshold: Threshold) -> Iterator[Row]:
     """Findings of one run that its statistics tell."""
     for (site,), rows in _grouped(stats, "site").items():
-        for finding in (*_exact_zeros(site, rows, threshold), *_dominant_units(rows)):
+        for finding in (*_nonfinite(rows), *_exact_zeros(site, rows, threshold), *_dominant_units(rows)):
             yield {"site": site, **finding}
     yield from _identity_layers(stats)
+
+
+def _nonfinite(rows: Rows) -> Iterator[Row]:
+    """Layers with NaN or infinite elements, which every other statistic leaves out."""
+    shares = {
+        row["layer"]: row["nonfinite_count"] / (row["count"] + row["nonfinite_count"])
+        for row in rows
+        if row["nonfinite_count"]
+    }
+    if shares:
+        largest = max(shares.values())
+        have = "has" if len(shares) == 1 else "have"
+        yield _finding(
+            "nonfinite",
+            "warning",
+            largest,
+            f"{_layers(list(shares)).capitalize()} {have} NaN or infinite activations (up to {largest:.2g} of the "
+            "elements): AVSS ranks no such layer. Is the dtype wide enough?",
+        )
 
 
 def _exact_zeros(site: str, rows: Rows, threshold: Threshold) -> Iterator[Row]:

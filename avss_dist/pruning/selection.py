@@ -90,7 +90,8 @@ class Choice:
             return truth[self.by]
         column = score_column(self.by)
         reading = self.reading or reading_of(rows[0])
-        values = {row["layer"]: row[column] for row in rows if reading_of(row) == reading}
+        wanted = [row for row in rows if reading_of(row) == reading]
+        values = {row["layer"]: row[column] if _is_ranked(row, self.by) else None for row in wanted}
         return np.array([np.nan if value is None else value for _, value in sorted(values.items())], np.float64)
 
     def drop(self, scores: Sequence[float] | Float64) -> tuple[int, ...]:
@@ -137,6 +138,11 @@ class Choice:
 def reading_of(row: Mapping[str, Any]) -> Reading:
     """Site, recipe and threshold of a row of ``scores``."""
     return row["site"], row["recipe"], row["threshold"], row["threshold_kind"]
+
+
+def _is_ranked(row: Mapping[str, Any], by: str) -> bool:
+    """Whether AVSS is a measure of a layer: it has no rank where activations were NaN or infinite."""
+    return by != "avss" or row["rank"] is not None
 
 
 def count_layers(rows: Rows) -> int:

@@ -160,18 +160,19 @@ class SiteTable:
         yield from (Threshold(value=t, kind="rms") for t in RELATIVE_THRESHOLDS)
 
     def score(self, recipe: str, threshold: Threshold) -> dict[str, list[Any]]:
-        """Columns of the ``scores`` table, each a list over layers."""
+        """Columns of the ``scores`` table, each a list over layers; one with NaN or infinite elements has no rank."""
         if recipe not in self._variances:
             self._variances[recipe] = _VARIANCE[recipe](self)
         variance, variances = self._variances[recipe]
         near_zero, count, near_zeros, counts = _SPARSITY[recipe](self, threshold)
         literal = np.where(near_zero > 0, avss(variance, near_zero, count, smoothed=False), np.nan)
         score = avss(variance, near_zero, count, smoothed=True)
+        finite = self.column("nonfinite_count") == 0  # what is left of a layer that overflows is no measure of it
         low = high = lowest = np.full(len(score), np.nan)
         if variances is not None and near_zeros is not None and counts is not None:
             resampled = avss(variances, near_zeros, counts, smoothed=True)
             low, high = bootstrap_interval(resampled)
-            lowest = (rank_lowest(resampled) <= count_lowest(len(score))).mean(axis=0)
+            lowest = (rank_lowest(np.where(finite, resampled, np.nan)) <= count_lowest(len(score))).mean(axis=0)
         sparsity = _ratio(near_zero, count)
         # A layer without data takes no part in the sum; one with data but nothing near zero leaves no sum.
         normalized = literal / literal[~np.isnan(score)].sum()
@@ -191,7 +192,7 @@ class SiteTable:
         return {
             "count": [int(c) for c in count],
             "near_zero_count": near_zero.tolist(),
-            "rank": [None if np.isnan(r) else int(r) for r in rank_lowest(score)],
+            "rank": [None if np.isnan(r) else int(r) for r in rank_lowest(np.where(finite, score, np.nan))],
             "quality": [_quality(k) for k in near_zero],
             **{name: column.tolist() for name, column in columns.items()},
         }

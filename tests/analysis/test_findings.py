@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from support.oracle import Float64
-from support.warehouses import SCALES, activations, stats_of, write_measured, write_profiles, write_scores
+from support.warehouses import SCALES, activations, avss, stats_of, write_measured, write_profiles, write_scores
 
 from avss_dist.analysis.findings import KINDS, SCHEMA, findings
 from avss_dist.report.terminal.compare import findings_table
@@ -209,3 +209,25 @@ def in_words(root: Path) -> str:
     with console.capture() as capture:
         console.print(findings_table(findings(Warehouse(root))))
     return capture.get()
+
+
+def test_activations_that_are_no_numbers(tmp_path: Path) -> None:
+    """Every other statistic leaves them out: a layer of which little is left must not be ranked by that."""
+    x = activations()
+    x[:, 3, :, 1:] = np.nan
+    x[0, 5, 0, 0, 0] = np.inf
+    (row,) = of(tmp_path, x, "nonfinite")
+    assert (row["severity"], row["site"], row["recipe"]) == ("warning", "block", None)
+    assert row["value"] == pytest.approx(7 / 8)
+    assert row["message"].startswith("Layers 3, 5 have NaN or infinite activations")
+    store = Warehouse(tmp_path)
+    for recipe in ("pooled", "element", "unit"):
+        scores = store.scores(recipe=recipe, threshold=1e-5).to_pylist()
+        assert sorted(s["rank"] for s in scores if s["rank"]) == [1, 2, 3, 4, 5, 6]
+        assert [s["layer"] for s in scores if s["rank"] is None] == [3, 5]
+        assert [s["lowest_set_probability"] for s in scores if s["rank"] is None] == [0.0, 0.0]
+    sql = store.sql("SELECT layer, recipe, rank FROM scores_at(1e-5)").to_pylist()
+    assert [s["layer"] for s in sql if s["rank"] is None] == [3, 5] * 3
+    assert "layers 3, 5: they have no rank" in avss("show", tmp_path, "--recipe", "element").stdout
+    refused = avss("plan", tmp_path, "--by", "avss", "--recipe", "element", "-o", tmp_path / "plan.yaml")
+    assert refused.exit_code == 2 and "Layers 3, 5 have no score 'avss'" in refused.stderr

@@ -101,7 +101,7 @@ def test_every_score_has_a_meaning() -> None:
 def score_rows(values: list[float]) -> list[dict[str, Any]]:
     place = dict(zip(("site", "recipe", "threshold", "threshold_kind"), PUBLISHED, strict=True))
     return [
-        {"layer": i, "layer_name": f"layers.{i}", "avss_smoothed": value, "block_influence": -value, **place}
+        {"layer": i, "layer_name": f"layers.{i}", "avss_smoothed": value, "rank": 1, "block_influence": -value, **place}
         for i, value in enumerate(values)
     ]
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from avss_dist.analysis.findings import TRACKS_DEPTH
 from avss_dist.settings import LOWEST_SHARE
 from avss_dist.stats.rankings import count_lowest, depth_correlation
-from avss_dist.text import describe_threshold
+from avss_dist.text import describe_layers, describe_threshold
 
 BAR_WIDTH = 18
 LOWEST = "bold red"
@@ -66,6 +66,8 @@ def _caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], lowest
         f"{LOWEST_SHARE:.0%} of {len(scores)}; "
         "'lowest 25%' is how often a layer is among them when shards are resampled."
     )
+    if unranked := [s["layer"] for s in scores if s["rank"] is None and s["avss_smoothed"] is not None]:
+        text += f"\nNaN or infinite activations in layers {describe_layers(unranked)}: they have no rank."
     if noisy:
         text += f"\n{noisy} of {len(scores)} layers have fewer than 100 near-zero elements: their sparsity is noise."
     depth = depth_correlation([s["avss_smoothed"] for s in scores])

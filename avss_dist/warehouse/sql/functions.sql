@@ -43,7 +43,7 @@ FROM bounded;
 
 CREATE TEMP MACRO scores_at(value, kind := 'absolute') AS TABLE
 WITH measured AS (
-    SELECT a.*, l.m2, l.pooled_variance_sum, l.sequence_count, l.unit_sum, l.unit_count,
+    SELECT a.*, l.m2, l.nonfinite_count, l.pooled_variance_sum, l.sequence_count, l.unit_sum, l.unit_count,
         min(len(l.unit_sum)) OVER (PARTITION BY l.run_id, l.site) AS units
     FROM sparsity_at(value, kind := kind) AS a
     JOIN layer_stats AS l ON (l.run_id, l.layer, l.site) = (a.run_id, a.layer, a.site)
@@ -71,7 +71,8 @@ smoothed AS (
         CASE WHEN count > 0 THEN (near_zero_count + 0.5) / (count + 1) END AS smoothed_sparsity,
         variance / nullif(sum(variance) OVER layers, 0) AS nav,
         sparsity / nullif(sum(sparsity) OVER layers, 0) AS nas,
-        nav / (smoothed_sparsity / sum(smoothed_sparsity) OVER layers) AS avss_smoothed
+        nav / (smoothed_sparsity / sum(smoothed_sparsity) OVER layers) AS avss_smoothed,
+        CASE WHEN coalesce(nonfinite_count, 0) = 0 THEN avss_smoothed END AS ranked_score
     FROM recipes
     WINDOW layers AS (PARTITION BY run_id, site, recipe)
 )
@@ -80,8 +81,8 @@ SELECT
     near_zero_count, exactness, near_zero_low, near_zero_high, variance, sparsity, nav, nas,
     CASE WHEN near_zero_count > 0 THEN nav / nas END AS avss,
     avss_smoothed,
-    CASE WHEN avss_smoothed IS NOT NULL THEN
-        row_number() OVER (PARTITION BY run_id, site, recipe ORDER BY avss_smoothed NULLS LAST, layer) END AS rank,
+    CASE WHEN ranked_score IS NOT NULL THEN
+        row_number() OVER (PARTITION BY run_id, site, recipe ORDER BY ranked_score NULLS LAST, layer) END AS rank,
     CASE WHEN near_zero_count = 0 THEN 'zero_sparsity' WHEN near_zero_count < 100 THEN 'noisy_sparsity' ELSE 'ok' END
         AS quality
 FROM smoothed
