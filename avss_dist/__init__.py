@@ -18,7 +18,8 @@ Rooms, from the top down; each package's own docstring says what is in it, and i
     corpus       documents -> token rows -> shards
     stats        LayerStats and its merge, scores, rankings
     system       devices, memory, versions, doctor
-    settings     every default; text: sizes and thresholds in words; errors: errors for people
+    settings     every default; validation: classes that check their values
+    text         sizes and thresholds in words; errors: errors for people
 """
 
 from __future__ import annotations
@@ -42,3 +43,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f"avss_dist.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,19 +1,20 @@
-"""Frozen settings: the one home of every default, and what a fingerprint hashes. Checked classes are made here."""
+"""Frozen settings: the one home of every default, and what a fingerprint hashes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from collections.abc import Mapping
+from dataclasses import field, fields
+from typing import Annotated, Any, TypeVar
 
-from pydantic import ConfigDict, Field, ValidationError
-from pydantic.dataclasses import dataclass as pydantic_dataclass
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic import Field, WithJsonSchema
 
-from avss_dist.errors import AvssError, ConfigError, nearest
+from avss_dist.errors import ConfigError, nearest
 from avss_dist.text import parse_bytes
+from avss_dist.validation import Check, OneOf, checked
+
+T = TypeVar("T")
 
 SCHEMA_VERSION = 3
 SITES = ("block", "update", "attention", "mlp", "neuron")
@@ -50,122 +51,6 @@ INTERVAL = 0.95
 LOWEST_SHARE = 0.25
 
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Check:
-    """Metadata of a field: what its values must pass. ``Annotated[float, Check(require_share)]``.
-
-    Args:
-        check: raises an `AvssError`, or returns the value.
-        before: check what was passed, before its type is; ``check`` may then return a value of another type.
-    """
-
-    check: Callable[[Any], Any]
-    before: bool = False
-
-    def _run(self, value: Any) -> Any:
-        try:
-            return self.check(value)
-        except AvssError as error:  # pydantic collects its own errors only
-            raise PydanticCustomError("problem", "{message}", {"message": error.message, "hint": error.hint}) from None
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        if self.before:
-            return core_schema.no_info_before_validator_function(self._run, handler(source))
-        return core_schema.no_info_after_validator_function(self._run, handler(source))
-
-
-@dataclass(frozen=True)
-class OneOf:
-    """Metadata of a field whose values are names: ``Annotated[str, OneOf(DTYPES)]``. Front ends list them."""
-
-    names: tuple[str, ...]
-
-    def _run(self, value: str) -> str:
-        if value not in self.names:
-            hint = nearest(value, self.names)
-            raise PydanticCustomError("unknown_name", "{value}", {"value": value, "hint": hint})
-        return value
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return core_schema.no_info_after_validator_function(self._run, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
-        return {**handler(schema), "enum": list(self.names)}
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True)
-def checked(cls: type[T]) -> type[T]:
-    """Make a class a frozen, keyword-only dataclass that checks its values: all fields, then ``__post_init__``.
-
-    It is a pydantic dataclass: `dataclasses.replace`, ``fields`` and ``asdict`` work; ``Annotated`` types carry ranges,
-    `OneOf` and `Check`, and the docstring below a field is its description, which front ends show. A wrong value, an
-    unknown or a missing field is a `ConfigError` that lists every problem, each with its field in backticks.
-    """
-    config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True)
-    made: Any = pydantic_dataclass(cls, frozen=True, kw_only=True, config=config)
-    initialize = made.__init__
-
-    def initialize_or_explain(self: Any, **values: Any) -> None:
-        try:
-            initialize(self, **values)
-        except ValidationError as error:
-            raise ConfigError.of(list(problems_by_field(made, error).values())) from None
-
-    made.__init__ = initialize_or_explain
-    return made
-
-
-_EXPECTED = {
-    "int": "a whole number",
-    "float": "a number",
-    "finite": "a finite number",
-    "string": "a text",
-    "bool": "true or false",
-    "tuple": "a list",
-    "list": "a list",
-    "dict": "a mapping",
-    "mapping": "a mapping",
-}
-"""What a field must be, by the first word of the type of pydantic's error."""
-_BOUNDS = {
-    "greater_than": ("greater than", "gt"),
-    "greater_than_equal": ("at least", "ge"),
-    "less_than": ("less than", "lt"),
-    "less_than_equal": ("at most", "le"),
-}
-
-
-def problems_by_field(cls: Any, error: ValidationError) -> dict[tuple[int | str, ...], ConfigError]:
-    """What pydantic found wrong with the values of a class, in this package's words, by the path of the value."""
-    problems = error.errors(include_url=False)
-    return {tuple(one["loc"]): _problem(cls, one) for one in problems if one["type"] != "too_short" or not one["input"]}
-
-
-def _problem(cls: Any, error: Any) -> ConfigError:
-    kind, value, context = error["type"], error["input"], error.get("ctx") or {}
-    names = [part for part in reversed(error["loc"]) if isinstance(part, str)]
-    name = next((part for part in names if part in cls.__dataclass_fields__), names[0] if names else "")
-    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        return ConfigError(f"Unknown option '{name}'.", nearest(name, sorted(f.name for f in fields(cls))))
-    if kind.startswith("missing"):
-        return ConfigError(f"`{name}` is missing.")
-    if kind == "unknown_name":
-        return ConfigError(f"Unknown `{name}` '{value}'.", context["hint"])
-    if kind == "problem":
-        return ConfigError(f"`{name}`: {context['message']}", context["hint"])
-    if kind in ("too_short", "string_too_short"):
-        return ConfigError(f"`{name}` must not be empty.")
-    if kind in _BOUNDS:
-        bound, key = _BOUNDS[kind]
-        return ConfigError(f"`{name}` must be {bound} {context[key]:g}, not {value!r}.")
-    if expected := _EXPECTED.get(kind.partition("_")[0]):
-        return ConfigError(f"`{name}` must be {expected}, not {value!r}.")
-    return ConfigError(f"`{name}`: {error['msg']}.")
-
-
 def _in_order(sites: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(site for site in SITES if site in sites)
 
@@ -188,7 +73,10 @@ Positive = Annotated[int, Field(ge=1)]
 Sites = Annotated[tuple[Annotated[str, OneOf(SITES)], ...], Field(strict=False, min_length=1), Check(_in_order)]
 Threshold = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Thresholds = Annotated[tuple[Threshold, ...], Field(strict=False), Check(_with_published)]
-Sizes = Mapping[Annotated[str, Check(_device_name)], Annotated[int, Check(_bytes, before=True), Field(ge=1)]]
+Bytes = Annotated[
+    int, Check(_bytes, before=True), Field(ge=1), WithJsonSchema({"type": ["string", "integer"], "examples": ["20GB"]})
+]
+Sizes = Mapping[Annotated[str, Check(_device_name)], Bytes]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 

@@ -6,7 +6,11 @@ import math
 import re
 from collections.abc import Sequence
 
+from humanize import naturalsize
+
 from avss_dist.errors import ConfigError
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def parse_bytes(text: str) -> int:
@@ -30,6 +34,11 @@ def basename(path: object) -> str:
     return str(path).rstrip("/").rpartition("/")[2]
 
 
+def printable(text: str) -> str:
+    """Text without what a terminal would obey: control characters, and those that reverse the direction of a line."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 def escape_markdown(text: object) -> str:
     """Text that Markdown and the HTML in it show as it is, on one line."""
     return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", " ".join(str(text).split()))
@@ -37,10 +46,7 @@ def escape_markdown(text: object) -> str:
 
 def describe_bytes(size: float) -> str:
     """The inverse of `parse_bytes`, for people: ``269 MB``."""
-    for unit, power in (("TB", 12), ("GB", 9), ("MB", 6)):
-        if size >= 10**power:
-            return f"{size / 10**power:.3g} {unit}"
-    return f"{size / 1e3:.3g} kB"
+    return naturalsize(size, format="%.3g")
 
 
 def parse_threshold(text: str) -> tuple[float, str]:

@@ -9,8 +9,9 @@ import pytest
 from pydantic import Field
 
 from avss_dist.errors import ConfigError, spell_fields
-from avss_dist.settings import Check, Execution, OneOf, Settings, checked, fingerprint, split_options
+from avss_dist.settings import Execution, Settings, fingerprint, split_options
 from avss_dist.text import parse_bytes
+from avss_dist.validation import Check, OneOf, checked
 
 FIRST_FIELDS = (
     "max_sequences",

@@ -83,7 +83,7 @@ def compare(
     score: str = "avss",
     k: int | None = None,
     share: float = LOWEST_SHARE,
-    anyway: bool = False,
+    allow_mismatch: bool = False,
 ) -> pa.Table:
     """Correlations of every two profiles that differ in ``by`` and, but for the models, in nothing else.
 
@@ -95,7 +95,7 @@ def compare(
             within a run, and ``score`` AVSS with each of its rivals.
         site, recipe, threshold, score: which profile, unless ``by`` says that it varies.
         k: how many of the lowest layers to compare; ``share`` of the layers by default.
-        anyway: compare runs under different conditions too.
+        allow_mismatch: compare runs under different conditions too.
 
     Returns:
         A table of `SCHEMA`, most alike first.
@@ -108,8 +108,8 @@ def compare(
     runs = _runs(warehouse, run_ids)
     fixed: dict[str, Any] = {"site": site, "recipe": recipe, "threshold": threshold, "score": score}
     found = profiles(warehouse, runs, **{name: None if name == by else value for name, value in fixed.items()})
-    pairs = [(a, b) for a, b in combinations(found, 2) if _is_pair(a, b, by, anyway)]
-    if by in ("run", "family", "revision") and not anyway:
+    pairs = [(a, b) for a, b in combinations(found, 2) if _is_pair(a, b, by, allow_mismatch)]
+    if by in ("run", "family", "revision") and not allow_mismatch:
         _require_comparable([profile.run for profile in found])
     if not pairs:
         raise QueryError(f"No two profiles differ in {by} alone.", _what_there_is(found, by))
@@ -230,7 +230,7 @@ def _condition(run: Mapping[str, Any], name: str) -> Any:
     return (run["corpus_fingerprint"] or run["corpus"]) if name == "corpus" else run[name]
 
 
-def _is_pair(a: Profile, b: Profile, by: str, anyway: bool) -> bool:
+def _is_pair(a: Profile, b: Profile, by: str, allow_mismatch: bool) -> bool:
     one, other = a.run, b.run
     if by in WITHIN:
         rivals = by != "score" or SCORES[0] in (a.score, b.score)
@@ -238,7 +238,7 @@ def _is_pair(a: Profile, b: Profile, by: str, anyway: bool) -> bool:
     if one["run_id"] == other["run_id"]:
         return False
     if by in ("corpus", "dtype"):
-        same = anyway or all(_condition(one, c) == _condition(other, c) for c in CONDITIONS if c != by)
+        same = allow_mismatch or all(_condition(one, c) == _condition(other, c) for c in CONDITIONS if c != by)
         alike = (one["model"], one["revision"]) == (other["model"], other["revision"])
         return bool(same and alike and _condition(one, by) != _condition(other, by))
     if by == "revision":
@@ -251,7 +251,7 @@ def _require_comparable(runs: Sequence[Mapping[str, Any]]) -> None:
     if differ:
         raise QueryError(
             f"These runs are not comparable: they differ in {'; '.join(differ)}.",
-            "Choose alike ones with --run, name what they differ in (--by corpus, --by dtype), or pass --anyway.",
+            "Choose alike ones, name what they differ in (`by` corpus, `by` dtype), or pass `allow_mismatch`.",
         )
 
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
+import io
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
 
 from avss_dist import __version__
 from avss_dist.errors import AvssError, spell_fields
+from avss_dist.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.segment import Segment
 
+T = TypeVar("T")
 
 _spelling: ContextVar[Mapping[str, str] | None] = ContextVar("_spelling", default=None)  # of the command that runs
 
@@ -38,11 +45,24 @@ class Commands(TyperGroup):
             say(f"Error: {spelled(str(error))}")
         except KeyboardInterrupt:
             code = 130
-            say("Stopped. Everything measured so far is kept; run the same command again to finish.")
+            resumes = "fresh" in (_spelling.get() or {})
+            kept = " Everything measured so far is kept; run the same command again to finish."
+            say(f"Stopped.{kept if resumes else ''}")
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+            _discard_output()
             code = 0
+        except OSError as error:
+            if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT):
+                raise
+            _discard_output()
+            code = 1
+            say(f"Error: standard output cannot be written: {error.strerror}.")
         raise typer.Exit(code or 0)
+
+
+def _discard_output() -> None:
+    """Send what is still to be flushed nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def spelling(command: Any) -> Mapping[str, str]:
@@ -50,8 +70,7 @@ def spelling(command: Any) -> Mapping[str, str]:
 
     A command's parameters have the names of the fields; their options may have others.
     """
-    options = [p for p in getattr(command, "params", ()) if p.param_type_name == "option"]
-    return {p.name: max(p.opts, key=len) for p in options}
+    return {p.name: max(p.opts, key=len) for p in getattr(command, "params", ())}
 
 
 def spelled(text: str) -> str:
@@ -70,26 +89,59 @@ app = typer.Typer(
 
 def main() -> None:
     """The console script ``avss``."""
+    _prepare_streams()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     app()
 
 
+def _prepare_streams() -> None:
+    """Have the standard streams, and print whatever a text holds: paths that are not UTF-8, characters they lack."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # it is closed; else the next file that is opened would take its place
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            utf8 = codecs.lookup(stream.encoding).name == "utf-8"
+            stream.reconfigure(errors="surrogateescape" if utf8 else "replace")
+
+
 def say(message: str) -> None:
     """Print to standard error."""
-    print(message, file=sys.stderr)
+    print(printable(message), file=sys.stderr)
+
+
+def interruptible(work: Callable[[], T]) -> T:
+    """The result of work that does not see Ctrl-C itself: it goes on in a thread, and the command ends at once."""
+    with ThreadPoolExecutor(1) as threads:
+        result = threads.submit(work)
+        try:
+            while not result.done():
+                wait([result], timeout=0.2)
+        except KeyboardInterrupt:
+            say("Stopped.")
+            os._exit(130)
+        return result.result()
 
 
 def console() -> Console:
     """Standard output; wide enough for a whole table where it is no terminal."""
     from rich.console import Console
 
-    class Piped(Console):
+    class Output(Console):
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError  # to `Commands.invoke`
 
-    terminal = Piped(highlight=False)
-    return terminal if terminal.is_terminal else Piped(highlight=False, width=132)
+        def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+    terminal = Output(highlight=False)
+    return terminal if terminal.is_terminal else Output(highlight=False, width=132)
 
 
 def _version(wanted: bool) -> None:

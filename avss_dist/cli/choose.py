@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from avss_dist.cli.base import say
 from avss_dist.errors import QueryError, nearest, require_known
-from avss_dist.settings import RECIPES, SITES
 from avss_dist.text import parse_threshold
 
 if TYPE_CHECKING:
@@ -14,42 +15,69 @@ if TYPE_CHECKING:
     from avss_dist.warehouse.reader import Warehouse
 
 
-def choose_runs(warehouse: Warehouse, names: list[str], *, every: bool = False) -> list[dict[str, Any]]:
+def choose_runs(
+    warehouse: Warehouse, names: list[str], *, every: bool = False, failed: bool = False
+) -> list[dict[str, Any]]:
     """The ``runs`` rows of the named runs, in the order in which they are named.
 
     Args:
-        names: ids, or globs of them such as ``smollm2-*``, which choose runs that are done.
-        every: without names, take every run that is done, by id; else the newest one.
+        names: ids, parts of an id that no other has, or globs such as ``smollm2-*``, which choose all that match.
+        every: without names, take every run, by id; else the newest one.
+        failed: choose among runs that failed, too; they have no scores.
 
     Raises:
-        QueryError: a name that no run has (the nearest is named), a glob that matches none, a run that failed.
+        QueryError: a name that no run has (the nearest is named) or that several have, a glob that matches none, a run
+            that failed.
     """
-    rows = warehouse.runs().to_pylist(maps_as_pydicts="strict")
-    done = {row["run_id"]: row for row in sorted(rows, key=lambda row: row["run_id"]) if row["status"] == "done"}
-    failed = {row["run_id"]: row for row in rows if row["status"] != "done"}
-    if not done and not failed.keys() & set(names):
+    rows = sorted(warehouse.runs().to_pylist(maps_as_pydicts="strict"), key=lambda row: row["run_id"])
+    valid = {row["run_id"]: row for row in rows if failed or row["status"] == "done"}
+    errors = {row["run_id"]: row["error"] for row in rows if row["run_id"] not in valid}
+    if not valid and not errors.keys() & set(names):
         raise QueryError(f"{warehouse.root} has no finished run.", "avss score makes one.")
     if not names:
-        return list(done.values()) if every else [max(done.values(), key=lambda row: row["created_at"])]
+        return list(valid.values()) if every else [max(valid.values(), key=lambda row: row["created_at"])]
     chosen: dict[str, dict[str, Any]] = {}
     for name in names:
-        if set(name) & set("*?["):
-            matches = [run_id for run_id in done if fnmatchcase(run_id, name)]
-            if not matches:
-                raise QueryError(f"No run matches '{name}'.", nearest(name, done))
-        else:
-            if name in failed:
-                raise QueryError(f"Run '{name}' failed: {failed[name]['error']}", "Mend that and run avss score again.")
-            matches = [require_known("run", name, done, QueryError)]
-        chosen |= {run_id: done[run_id] for run_id in matches}
+        if name in errors:
+            raise QueryError(f"Run '{name}' failed: {errors[name]}", "Fix that, then run avss score again.")
+        chosen |= {run_id: valid[run_id] for run_id in _matching(name, valid)}
     return list(chosen.values())
+
+
+def choose_run(warehouse: Warehouse, name: str | None) -> dict[str, Any]:
+    """The ``runs`` row of the one run of that name; the newest one without a name.
+
+    Raises:
+        QueryError: no run that is done has the name, or several have.
+    """
+    chosen = choose_runs(warehouse, [name] if name else [])
+    if len(chosen) > 1:
+        names = [row["run_id"] for row in chosen]
+        raise QueryError(f"'{name}' matches {len(chosen)} runs.", f"Name one. {nearest(str(name), names)}")
+    return chosen[0]
+
+
+def _matching(name: str, run_ids: Mapping[str, Any]) -> list[str]:
+    """The ids that a name stands for."""
+    if name in run_ids:
+        return [name]
+    if set(name) & set("*?["):
+        if matches := [run_id for run_id in run_ids if fnmatchcase(run_id, name)]:
+            return matches
+        raise QueryError(f"No run matches '{name}'.", nearest(name, run_ids))
+    parts = [run_id for run_id in run_ids if name and name in run_id]
+    if len(parts) > 1:
+        raise QueryError(f"'{name}' is part of {len(parts)} runs.", f"{nearest(name, parts)} For all: '*{name}*'.")
+    if not parts:
+        require_known("run", name, run_ids, QueryError)
+    say(f"Run {parts[0]} is the one with '{name}' in its id.")
+    return parts
 
 
 def choose_scores(
     warehouse: Warehouse, runs: list[dict[str, Any]], site: str, recipe: str, threshold: str
 ) -> list[dict[str, Any]]:
     """The stored scores of runs at one site, recipe and threshold, by run and layer."""
-    require_place(site, recipe)
     value, kind = parse_threshold(threshold)
     rows = warehouse.table("scores", run_ids=[run["run_id"] for run in runs]).to_pylist()
     scored = sorted({f"{row['site']} {row['recipe']}" for row in rows})
@@ -62,12 +90,6 @@ def choose_scores(
         names = ", ".join(f"{t:g}{'rms' if k == 'rms' else ''}" for k, t in seen)
         raise QueryError(f"No scores at threshold {threshold}.", f"Scored: {names}. avss scores computes any other.")
     return sorted(wanted, key=lambda row: (row["run_id"], row["layer"]))
-
-
-def require_place(site: str, recipe: str) -> None:
-    """Refuse a site or a recipe that does not exist, and name the nearest."""
-    require_known("site", site, SITES)
-    require_known("recipe", recipe, RECIPES)
 
 
 def choose_threshold(text: str) -> Threshold:

@@ -8,43 +8,48 @@ from typing import Annotated, Any
 import typer
 
 from avss_dist.cli.base import console
-from avss_dist.cli.choose import choose_runs, choose_scores, choose_threshold, require_place
-from avss_dist.cli.options import EveryRunOption, RecipeOption, RunsOption, SiteOption, ThresholdOption, WarehousePath
-from avss_dist.errors import ConfigError, QueryError, require_known
+from avss_dist.cli.choose import choose_runs, choose_scores, choose_threshold
+from avss_dist.cli.options import (
+    EveryRunOption,
+    RecipeOption,
+    RunsOption,
+    SiteOption,
+    ThresholdOption,
+    WarehousePath,
+    choice,
+    format_option,
+)
+from avss_dist.errors import ConfigError, QueryError
 from avss_dist.settings import LOWEST_SHARE, PUBLISHED_THRESHOLD, RECIPES, SCORES, SITES
 from avss_dist.text import describe_threshold
 
 FORMATS = ("table", "csv", "json")
 KINDS = ("csv", "json", "latex", "markdown")
+COMPARED = ("run", "family", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
 PUBLISHED = f"{PUBLISHED_THRESHOLD:g}"
 
-FormatOption = Annotated[str, typer.Option("--format", help=f"{', '.join(FORMATS)}.")]
+FormatOption = Annotated[str, format_option(*FORMATS)]
 
 
 def compare(
     warehouse: WarehousePath,
     run: EveryRunOption = None,
-    by: Annotated[
-        str,
-        typer.Option(
-            help="What a pair differs in: run, family, revision, corpus, dtype; recipe, threshold, site, score."
-        ),
-    ] = "run",
+    by: Annotated[str, choice(COMPARED, "What the two of a pair differ in.")] = "run",
     site: SiteOption = SITES[0],
     recipe: RecipeOption = RECIPES[0],
     threshold: ThresholdOption = PUBLISHED,
     score: Annotated[
         str,
-        typer.Option(help=f"{', '.join(SCORES)}."),
+        choice(SCORES, "What layers are ranked by."),
     ] = "avss",
     k: Annotated[int | None, typer.Option("--k", help="How many of the lowest layers to compare.", min=1)] = None,
     share: Annotated[float, typer.Option(help="The same as a share of the layers.", min=0, max=1)] = LOWEST_SHARE,
-    anyway: Annotated[bool, typer.Option("--anyway", help="Compare runs of other corpora, dtypes and so on.")] = False,
+    allow_mismatch: Annotated[
+        bool, typer.Option("--allow-mismatch", help="Compare runs of different corpora, dtypes and so on, too.")
+    ] = False,
     format: FormatOption = FORMATS[0],
 ) -> None:
     """Say how far the rankings of layers agree, and what to know before believing them."""
-    require_known("format", format, FORMATS)
-    require_place(site, recipe)
     from avss_dist.analysis.compare import compare as compare_runs
     from avss_dist.analysis.findings import findings as find
     from avss_dist.report.output import write_table
@@ -55,7 +60,16 @@ def compare(
     names = [row["run_id"] for row in choose_runs(opened, run or [], every=True)]
     at = choose_threshold(threshold)
     pairs = compare_runs(
-        opened, names, by=by, site=site, recipe=recipe, threshold=at, score=score, k=k, share=share, anyway=anyway
+        opened,
+        names,
+        by=by,
+        site=site,
+        recipe=recipe,
+        threshold=at,
+        score=score,
+        k=k,
+        share=share,
+        allow_mismatch=allow_mismatch,
     )
     if format != FORMATS[0]:
         return write_table(pairs, format, console())
@@ -84,8 +98,6 @@ def findings(
     format: FormatOption = FORMATS[0],
 ) -> None:
     """Say what a careful reader would warn of: scores that track depth, noise, rounding, single units, and so on."""
-    require_known("format", format, FORMATS)
-    require_place(site, recipe)
     from avss_dist.analysis.findings import findings as find
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.compare import findings_table
@@ -112,8 +124,6 @@ def scores(
     format: FormatOption = FORMATS[0],
 ) -> None:
     """Score runs at any threshold, absolute or relative, from what they stored: no model runs again."""
-    require_known("format", format, FORMATS)
-    require_place(site, recipe)
     import pyarrow.compute as pc
 
     from avss_dist.analysis.thresholds import scores_at
@@ -150,8 +160,6 @@ def quantiles(
     format: FormatOption = FORMATS[0],
 ) -> None:
     """Say how large activations are, by layer: quantiles of |x|, or the threshold for a wanted sparsity."""
-    require_known("format", format, FORMATS)
-    require_known("site", site, SITES)
     shares = [*(q or []), *(sparsity or [])] or [0.5, 0.9, 0.99]
     for share in shares:
         if not 0 <= share <= 1:
@@ -177,7 +185,7 @@ def quantiles(
 
 def export(
     warehouse: WarehousePath,
-    to: Annotated[str, typer.Option("--to", help=f"{', '.join(KINDS)}.")],
+    to: Annotated[str, choice(KINDS, "What to write.", "--to")],
     run: RunsOption = None,
     site: SiteOption = SITES[0],
     recipe: RecipeOption = RECIPES[0],
@@ -185,7 +193,6 @@ def export(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="FILE; else standard output.")] = None,
 ) -> None:
     """Write scores by layer as a table for a paper."""
-    require_known("--to", to, KINDS)
     from avss_dist.report.export import export_text
     from avss_dist.report.output import write_file
     from avss_dist.warehouse.reader import Warehouse

@@ -1,40 +1,28 @@
-"""`avss experiment` and `avss scorecard`: does it hold, and which score would have told."""
+"""`avss experiment` and `avss scorecard`: does the claim hold, and which score predicts the loss."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from avss_dist.cli.base import console
+from avss_dist.cli.base import console, say, spelled
 from avss_dist.cli.choose import choose_runs
 from avss_dist.cli.jobs import JobPath, require_experiment
-from avss_dist.cli.options import EveryRunOption, FreshOption, ReplicasOption, WarehousePath
-from avss_dist.errors import require_known
-from avss_dist.settings import EXECUTORS
+from avss_dist.cli.options import WORKERS, EveryRunOption, OverlapOption, WarehousePath, format_option, takes_settings
 
 FORMATS = ("table", "csv", "json")
 
 
+@takes_settings(*WORKERS, overrides=True)
 def experiment(
     job: JobPath,
-    executor: Annotated[str | None, typer.Option(help="auto, local (this process), ray.")] = None,
-    replicas: ReplicasOption = None,
-    address: Annotated[str | None, typer.Option(help="A running Ray cluster; RAY_ADDRESS otherwise.")] = None,
-    allow_overlap: Annotated[
-        bool, typer.Option("--allow-overlap", help="Evaluate on text that layers were scored on.")
-    ] = False,
-    fresh: FreshOption = False,
-    format: Annotated[str, typer.Option("--format", help=f"{', '.join(FORMATS)}.")] = FORMATS[0],
+    allow_overlap: OverlapOption = False,
+    format: Annotated[str, format_option(*FORMATS)] = FORMATS[0],
+    **options: Any,
 ) -> int:
     """Score the models of a job file, drop layers by every method of its section experiment, and evaluate each."""
-    require_known("format", format, FORMATS)
-    if executor is not None:
-        require_known("executor", executor, EXECUTORS)
-    given = {"executor": executor, "replicas": replicas, "address": address, "fresh": fresh or None}
-    options = {name: value for name, value in given.items() if value is not None}
-
     from avss_dist.runs.job_file import read_job
 
     read = read_job(job)
@@ -57,7 +45,7 @@ def experiment(
         write_table(pa.Table.from_pylist(rows), format, console())
     failed = [run for run in runs if run.status == "failed"]
     for run in failed:
-        print(f"{run.run_id}: failed. {run.error}", file=sys.stderr)
+        say(f"{run.run_id}: failed. {spelled(str(run.error))}")
     return 1 if failed else 0
 
 
@@ -65,10 +53,9 @@ def scorecard(
     warehouse: WarehousePath,
     run: EveryRunOption = None,
     every: Annotated[bool, typer.Option("--all", help="Every reading of AVSS; else the best of each site.")] = False,
-    format: Annotated[str, typer.Option("--format", help=f"{', '.join(FORMATS)}.")] = FORMATS[0],
+    format: Annotated[str, format_option(*FORMATS)] = FORMATS[0],
 ) -> None:
-    """Compare every score of runs with the ground truth: which would have told which layers can go."""
-    require_known("format", format, FORMATS)
+    """Compare every score of runs with the ground truth: which of them finds the layers that can go."""
     from avss_dist.analysis.scorecard import best_readings, score_cards
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.scorecard import scorecard_tables

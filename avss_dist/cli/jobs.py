@@ -2,41 +2,48 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from avss_dist.cli.base import console, say, spelled
-from avss_dist.errors import ConfigError, require_known
-from avss_dist.settings import EXECUTORS
+from avss_dist.cli.options import WORKERS, takes_settings
+from avss_dist.errors import ConfigError
+from avss_dist.text import printable
 
 if TYPE_CHECKING:
     from avss_dist.runs.api import Run
     from avss_dist.runs.job_file import JobFile
 
-JobPath = Annotated[str, typer.Argument(metavar="JOB.yaml", help="A job file; jobs/README.md explains its keys.")]
+JobPath = Annotated[str, typer.Argument(metavar="JOB.yaml", help="A job file; docs/job-files.md explains its keys.")]
 JobId = Annotated[str, typer.Argument(help="What avss submit printed, and avss status lists.")]
 Head = Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's job server: http://HEAD:8265.")]
-ReplicasOption = Annotated[int | None, typer.Option(help="Model copies that work in parallel.")]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="Measure again what is done already.")]
 FollowOption = Annotated[bool, typer.Option("--follow", "-f", help="Print the log until the job ends.")]
 
 
+def _print_schema(wanted: bool) -> None:
+    if wanted:
+        from avss_dist.runs.job_file import job_schema
+
+        print(json.dumps(job_schema(), indent=2))
+        raise typer.Exit
+
+
+@takes_settings(*WORKERS, overrides=True)
 def run(
     job: JobPath,
+    _schema: Annotated[
+        bool,
+        typer.Option(
+            "--schema", callback=_print_schema, is_eager=True, help="Print the JSON Schema of job files, for editors."
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
-    executor: Annotated[str | None, typer.Option(help="auto, local (this process), ray.")] = None,
-    replicas: ReplicasOption = None,
-    address: Annotated[str | None, typer.Option(help="A running Ray cluster; RAY_ADDRESS otherwise.")] = None,
-    fresh: FreshOption = False,
+    **options: Any,
 ) -> int:
     """Run what a job file asks for: what is done is skipped, what broke off is resumed, what fails is recorded."""
-    if executor is not None:
-        require_known("executor", executor, EXECUTORS)
-    given = {"executor": executor, "replicas": replicas, "address": address, "fresh": fresh or None}
-    options = {name: value for name, value in given.items() if value is not None}
-
     from avss_dist.runs.job_file import read_job
 
     read = read_job(job)
@@ -44,8 +51,8 @@ def run(
 
 
 def _preview(job: JobFile, options: dict[str, Any]) -> int:
+    from avss_dist.estimate.preview import preview_job
     from avss_dist.report.terminal.plan import plan_table
-    from avss_dist.runs.api import preview_job
 
     previews = preview_job(job, **options)
     console().print(plan_table(previews, job.warehouse))
@@ -67,24 +74,24 @@ def _run(job: JobFile, options: dict[str, Any]) -> int:
 
 def _summary(runs: list[Run]) -> str:
     count = {status: sum(run.status == status for run in runs) for status in ("done", "skipped", "failed")}
-    told = ", ".join(f"{number} {status}" for status, number in count.items() if number)
+    counts = ", ".join(f"{number} {status}" for status, number in count.items() if number)
     warehouse = runs[0].warehouse
-    return f"{len(runs)} runs: {told}. Look at them: avss query {warehouse} 'SELECT run_id, model, status FROM runs'"
+    return f"{len(runs)} runs: {counts}. Look at them: avss query {warehouse} 'SELECT run_id, model, status FROM runs'"
 
 
 def require_experiment(job: JobFile) -> None:
     """Refuse a job file without a section for an experiment."""
     if job.experiment is None:
-        raise ConfigError(f"{job.path} has no section 'experiment'.", "jobs/README.md shows one.")
+        raise ConfigError(f"{job.path} has no section 'experiment'.", "docs/job-files.md shows one.")
 
 
+@takes_settings("replicas", "fresh", overrides=True)
 def submit(
     job: JobPath,
     address: Head,
-    replicas: ReplicasOption = None,
     experiment: Annotated[bool, typer.Option("--experiment", help="Have avss experiment take it.")] = False,
-    fresh: FreshOption = False,
     follow: FollowOption = False,
+    **options: Any,
 ) -> int:
     """Submit a job file to a Ray cluster, where avss run takes it; the cluster needs avss_dist and the models."""
     from avss_dist.runs.job_file import read_job
@@ -93,9 +100,9 @@ def submit(
     read = read_job(job, expand=False)
     if experiment:
         require_experiment(read)
-    options = ([f"--replicas={replicas}"] if replicas else []) + (["--fresh"] if fresh else [])
+    taken = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
     cluster = Cluster(address)
-    job_id = cluster.submit(read, options, experiment=experiment)
+    job_id = cluster.submit(read, taken, experiment=experiment)
     if not follow:
         print(job_id)
         say(f"Follow it: avss logs {job_id} --address {address} --follow")
@@ -125,7 +132,7 @@ def logs(job_id: JobId, address: Head, follow: FollowOption = False) -> int:
     cluster = Cluster(address)
     if follow:
         return _follow(cluster, job_id, address)
-    print(cluster.logs(job_id), end="")
+    print(printable(cluster.logs(job_id)), end="")
     return 0
 
 
@@ -133,7 +140,7 @@ def stop(job_id: JobId, address: Head) -> int:
     """Stop a submitted job; what it measured is kept, and submitting it again goes on from there."""
     from avss_dist.runs.submission import Cluster
 
-    print(f"{job_id}: {Cluster(address).stop(job_id)}")
+    print(printable(f"{job_id}: {Cluster(address).stop(job_id)}"))
     return 0
 
 
@@ -141,7 +148,7 @@ def _follow(cluster: Any, job_id: str, address: str) -> int:
     """Print the log until the job ends; its exit code."""
     try:
         for text in cluster.follow(job_id):
-            print(text, end="", flush=True)
+            print(printable(text), end="", flush=True)
         job = cluster.wait(job_id)
     except KeyboardInterrupt:
         say(f"The job goes on. Stop it: avss stop {job_id} --address {address}")

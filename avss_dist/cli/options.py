@@ -1,64 +1,163 @@
-"""Options that several commands take, and how their texts are read."""
+"""Options that several commands take; those of settings are made from the fields of the settings classes."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
-from avss_dist.errors import AvssError, ConfigError
-from avss_dist.settings import RECIPES, SITES
-from avss_dist.text import parse_bytes, parse_threshold
+from avss_dist.errors import ConfigError, require_known
+from avss_dist.settings import RECIPES, SITES, Execution, Settings
+from avss_dist.text import parse_threshold
+from avss_dist.validation import OneOf
 
-WarehousePath = Annotated[str, typer.Argument(help="Warehouse: a folder, or an s3://, gs://, hdfs:// URI.")]
+MODEL = "Hub id (org/name@revision), folder, or .gguf file."
+WAREHOUSE = "Warehouse: a folder, or an s3://, gs://, hdfs:// URI."
+SPELLING = {
+    "sites": "--site",
+    "thresholds": "--threshold",
+    "layers": "--layers-path",
+    "attention": "--attn-implementation",
+}
+"""Options whose names are not those of their fields."""
+PANELS = {Settings: "What is measured", Execution: "Where it runs"}
+WORKERS = ("executor", "replicas", "address", "fresh")
+
+
+def choice(names: Sequence[str], help: str, *spelling: str, checked: bool = True) -> Any:
+    """An option whose value is one of some names, or several: help lists them, completion too.
+
+    Args:
+        checked: refuse other names here; else what takes the value does.
+    """
+
+    def check(parameter: typer.CallbackParam, value: Any) -> Any:
+        for name in value if isinstance(value, (list, tuple)) else [value]:
+            if name is not None:
+                require_known(f"`{parameter.name}`", name, names)
+        return value
+
+    return typer.Option(
+        *spelling,
+        help=help,
+        metavar=f"[{'|'.join(names)}]",
+        autocompletion=lambda incomplete: [name for name in names if name.startswith(incomplete)],
+        callback=check if checked else None,
+    )
+
+
+def format_option(*names: str) -> Any:
+    """How a command prints its result."""
+    return choice(names, "How to print it.", "--format")
+
+
+def takes_settings(*names: str, overrides: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command options for fields of Settings and Execution; it gets those with a value as keywords.
+
+    Args:
+        overrides: no option has a default: the values that are given replace others.
+    """
+    parameters = {name: _parameter(name, overrides) for name in names}
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(command, eval_str=True)
+
+        @wraps(command)
+        def run(**values: Any) -> Any:
+            given = {name: values.pop(name) for name in names}
+            return command(**values, **_read(given, overrides))
+
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        run.__signature__ = signature.replace(parameters=[*own, *parameters.values()])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in (*own, *parameters.values())}
+        return run
+
+    return decorate
+
+
+def _parameter(name: str, overrides: bool) -> inspect.Parameter:
+    cls: Any = Settings if name in Settings.__dataclass_fields__ else Execution
+    info, field = cls.__pydantic_fields__[name], cls.__dataclass_fields__[name]
+    kind = get_type_hints(cls)[name]
+    spelling = SPELLING.get(name, f"--{name.replace('_', '-')}")
+    several = get_origin(kind) in (tuple, Mapping)
+    default = None if several or (overrides and kind is not bool) else field.default
+    help = info.description + (" Repeatable." if several else "")
+    names = next((meta.names for meta in _metadata(get_type_hints(cls, include_extras=True)[name])), ())
+    option = choice(names, help, spelling, checked=False) if names else typer.Option(spelling, help=help)
+    option.rich_help_panel = PANELS[cls]
+    annotation = list[str] | None if several else kind | None if default is None else kind
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
+    )
+
+
+def _metadata(annotation: Any) -> list[OneOf]:
+    """Every `OneOf` in an annotation."""
+    own = [meta for meta in getattr(annotation, "__metadata__", ()) if isinstance(meta, OneOf)]
+    parts = [*getattr(annotation, "__args__", ()), getattr(annotation, "__origin__", None)]
+    return own + [meta for part in parts if part is not None and part is not annotation for meta in _metadata(part)]
+
+
+def _read(given: Mapping[str, Any], overrides: bool) -> dict[str, Any]:
+    """Values of options as the settings classes take them."""
+    unset: tuple[Any, ...] = (None, [], False) if overrides else (None, [])
+    options = {name: value for name, value in given.items() if value not in unset}
+    if "thresholds" in options:
+        options["thresholds"] = _absolute(options["thresholds"])
+    if "max_memory" in options:
+        options["max_memory"] = _by_device(options["max_memory"])
+    return options
+
+
+def _by_device(texts: Sequence[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    if wrong := [text for text, (_, equals, _) in zip(texts, pairs, strict=True) if not equals]:
+        raise ConfigError(f"`max_memory` {wrong[0]} names no device.", "Write cpu=20GB, or 0=40GiB for the first GPU.")
+    return {device: size for device, _, size in pairs}
+
+
+def _absolute(thresholds: Sequence[str]) -> tuple[float, ...]:
+    parsed = [parse_threshold(text) for text in thresholds]
+    if any(kind != "absolute" for _, kind in parsed):
+        raise ConfigError(
+            "`thresholds` are absolute; multiples of the RMS are always scored.", "Write 1e-4, for example."
+        )
+    return tuple(value for value, _ in parsed)
+
+
+def _require_named(parameter: typer.CallbackParam, value: str | None) -> str | None:
+    if value == "":
+        raise ConfigError(f"`{parameter.name}` is empty.", "Name a folder, or an s3://, gs://, hdfs:// URI.")
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"`{parameter.name}` is not UTF-8 text.", "Rename the folder.") from None
+    return value
+
+
+def warehouse_option(*spelling: str) -> Any:
+    """Where a command writes its results."""
+    return typer.Option(*spelling, help=WAREHOUSE, callback=_require_named)
+
+
+WarehousePath = Annotated[str, typer.Argument(help=WAREHOUSE, callback=_require_named)]
+ModelArgument = Annotated[str, typer.Argument(help=MODEL)]
 CorpusOption = Annotated[
     str, typer.Option(help="file.txt, file.jsonl[:field], file.parquet[:column], hf:NAME..., builtin:pydoc.")
 ]
-MaxSequencesOption = Annotated[int | None, typer.Option(help="Rows of tokens to read at most.")]
-SequenceLengthOption = Annotated[int, typer.Option(help="Tokens in a row.")]
-BatchSizeOption = Annotated[int, typer.Option(help="Rows in a forward pass.")]
-ShardOption = Annotated[int, typer.Option(help="Rows in a shard, the unit of work and retry.")]
-LayoutOption = Annotated[str, typer.Option(help="packed, or padded (one document a row).")]
-DtypeOption = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
-SitesOption = Annotated[
-    list[str] | None, typer.Option("--site", help=f"{', '.join(SITES)}; repeatable. All of them by default.")
-]
-LayersOption = Annotated[str | None, typer.Option(help="Module path of the layer list, if it is not found.")]
-AttentionOption = Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda.")]
-RanksOption = Annotated[int | None, typer.Option(help="Processes of one replica: zero3, tensor_parallel.")]
-MaxMemoryOption = Annotated[
-    list[str] | None, typer.Option(help="What to use of a device at most: cpu=200MB, 0=40GiB; repeatable.")
-]
+SkipSequencesOption = Annotated[int, typer.Option(help="Rows at the start of a corpus that are not read.", min=0)]
 CodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint ships.")]
-ExecutorOption = Annotated[str, typer.Option(help="auto, local (this process), ray.")]
-ReplicasOption = Annotated[int | None, typer.Option(help="Model copies that work in parallel.")]
-AddressOption = Annotated[str | None, typer.Option(help="A running Ray cluster.")]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="Measure again what is done already.")]
-RunOption = Annotated[str | None, typer.Option("--run", help="Which run; the newest by default.")]
-EveryRunOption = Annotated[
-    list[str] | None,
-    typer.Option("--run", help="Which run, or a glob such as 'smollm2-*'; repeatable. All by default."),
+OverlapOption = Annotated[
+    bool, typer.Option("--allow-overlap", help="Evaluate on text that layers were scored on, too.")
 ]
-RunsOption = Annotated[
-    list[str] | None, typer.Option("--run", help="Which run, or a glob; repeatable. The newest by default.")
-]
-RecipeOption = Annotated[str, typer.Option(help=f"{', '.join(RECIPES)}.")]
-SiteOption = Annotated[str, typer.Option(help=f"{', '.join(SITES)}.")]
+_RUN = "A run, by its id, a part that only it has, or a glob such as 'smollm2-*'"
+RunOption = Annotated[str | None, typer.Option("--run", help=f"{_RUN}; the newest by default.")]
+RunsOption = Annotated[list[str] | None, typer.Option("--run", help=f"{_RUN}; repeatable. The newest by default.")]
+EveryRunOption = Annotated[list[str] | None, typer.Option("--run", help=f"{_RUN}; repeatable. All by default.")]
+RecipeOption = Annotated[str, choice(RECIPES, "How AVSS is defined.")]
+SiteOption = Annotated[str, choice(SITES, "Where in a layer.")]
 ThresholdOption = Annotated[str, typer.Option(help="Near zero means below this: 1e-5, or 0.1rms.")]
-
-
-def sizes(texts: list[str]) -> dict[str, int]:
-    pairs = [text.partition("=") for text in texts]
-    if wrong := [text for text, (_, equals, _) in zip(texts, pairs, strict=True) if not equals]:
-        raise ConfigError(f"--max-memory {wrong[0]} names no device.", "Write cpu=20GB, or 0=40GiB for the first GPU.")
-    return {device: parse_bytes(size) for device, _, size in pairs}
-
-
-def absolute(thresholds: list[str]) -> tuple[float, ...]:
-    parsed = [parse_threshold(text) for text in thresholds]
-    if any(kind != "absolute" for _, kind in parsed):
-        raise AvssError(
-            "--threshold counts absolute values; multiples of the RMS are always scored.", "Write 1e-4, say."
-        )
-    return tuple(value for value, _ in parsed)

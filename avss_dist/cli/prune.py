@@ -7,13 +7,24 @@ from typing import Annotated
 
 import typer
 
-from avss_dist.cli.choose import choose_runs, require_place
-from avss_dist.cli.options import CodeOption, RecipeOption, RunOption, SiteOption, ThresholdOption, WarehousePath
+from avss_dist.cli.choose import choose_run
+from avss_dist.cli.options import (
+    CodeOption,
+    ModelArgument,
+    RecipeOption,
+    RunOption,
+    SiteOption,
+    ThresholdOption,
+    WarehousePath,
+    choice,
+    format_option,
+)
 from avss_dist.errors import ConfigError, require_known
 from avss_dist.settings import GROUND_TRUTH, PUBLISHED_THRESHOLD, RECIPES, SCORES, SITES
 from avss_dist.text import describe_bytes, parse_threshold
 
-FORMATS = ("plan", "mergekit")
+FORMATS = ("plan", "mergekit")  # of mergekit: the slices to merge
+CHOSEN_BY = (*GROUND_TRUTH, *SCORES, "random")
 
 
 def plan(
@@ -22,9 +33,8 @@ def plan(
     run: RunOption = None,
     by: Annotated[
         str | None,
-        typer.Option(
-            help=f"{', '.join(GROUND_TRUTH)} (by avss ablate); {', '.join(SCORES)}; random. "
-            "The measured loss by default, where there is one."
+        choice(
+            CHOSEN_BY, "What layers are chosen by: what avss ablate measures, a score, or chance. The loss by default."
         ),
     ] = None,
     fraction: Annotated[float | None, typer.Option(help="Drop this share of the layers; 0.25 by default.")] = None,
@@ -36,18 +46,16 @@ def plan(
     recipe: RecipeOption = RECIPES[0],
     site: SiteOption = SITES[0],
     threshold: ThresholdOption = f"{PUBLISHED_THRESHOLD:g}",
-    format: Annotated[str, typer.Option("--format", help="plan, or mergekit (slices to merge).")] = FORMATS[0],
+    format: Annotated[str, format_option(*FORMATS)] = FORMATS[0],
 ) -> None:
     """Choose the layers to drop, and write them down with the reason and what speaks against it."""
-    require_known("format", format, FORMATS)
-    require_place(site, recipe)
     from avss_dist.analysis.plans import plan_layers
     from avss_dist.pruning.plan import mergekit_slices, write_text
     from avss_dist.warehouse.reader import Warehouse
 
     first, last = _protected(protect)
     opened = Warehouse(warehouse)
-    (chosen,) = choose_runs(opened, [run] if run else [])
+    chosen = choose_run(opened, run)
     made = plan_layers(
         opened,
         chosen,
@@ -76,7 +84,7 @@ def plan(
 
 
 def prune(
-    model: Annotated[str, typer.Argument(help="Hub id (org/name@revision), or folder: the one that was scored.")],
+    model: ModelArgument,
     plan: Annotated[Path, typer.Argument(help="PLAN.yaml, by avss plan or by hand.")],
     out: Annotated[Path, typer.Option(help="Folder of the new checkpoint.")],
     trust_remote_code: CodeOption = False,

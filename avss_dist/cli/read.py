@@ -9,10 +9,19 @@ from typing import Annotated
 
 import typer
 
-from avss_dist.cli.base import console
-from avss_dist.cli.choose import choose_runs, choose_scores
-from avss_dist.cli.options import RecipeOption, RunOption, RunsOption, SiteOption, ThresholdOption, WarehousePath
-from avss_dist.errors import QueryError, require_known
+from avss_dist.cli.base import console, interruptible
+from avss_dist.cli.choose import choose_run, choose_runs, choose_scores
+from avss_dist.cli.options import (
+    WAREHOUSE,
+    RecipeOption,
+    RunOption,
+    RunsOption,
+    SiteOption,
+    ThresholdOption,
+    WarehousePath,
+    format_option,
+)
+from avss_dist.errors import QueryError
 from avss_dist.settings import PUBLISHED_THRESHOLD, RECIPES, SITES
 
 FORMATS = ("table", "csv", "json", "parquet")
@@ -30,8 +39,8 @@ def show(
     from avss_dist.warehouse.reader import Warehouse
 
     opened = Warehouse(warehouse)
-    runs = choose_runs(opened, [run] if run else [])
-    console().print(layer_table(runs[0], choose_scores(opened, runs, site, recipe, threshold)))
+    chosen = choose_run(opened, run)
+    console().print(layer_table(chosen, choose_scores(opened, [chosen], site, recipe, threshold)))
     others = opened.runs().num_rows - 1
     if others and not run:
         print(f"{others} more in {opened.root}: avss query {opened.root} 'SELECT run_id, model, status FROM runs'")
@@ -56,22 +65,17 @@ def plot(
 
 
 def query(
-    warehouse: Annotated[
-        str | None, typer.Argument(help="Warehouse: a folder, or an s3://, gs://, hdfs:// URI.")
-    ] = None,
+    warehouse: Annotated[str | None, typer.Argument(help=WAREHOUSE)] = None,
     sql: Annotated[
         str | None,
-        typer.Argument(
-            help="One SELECT over runs, scores, layer_stats, shard_stats, evaluations, cells; or @name, a ready query."
-        ),
+        typer.Argument(help="One SELECT over the tables (--schema lists them), or @name, a ready query."),
     ] = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="Say what every table, column and ready query means.")
     ] = False,
-    format: Annotated[str, typer.Option("--format", help=f"{', '.join(FORMATS)}.")] = FORMATS[0],
+    format: Annotated[str, format_option(*FORMATS)] = FORMATS[0],
 ) -> None:
     """Query a warehouse with SQL (DuckDB). It only reads, and only the warehouse."""
-    require_known("format", format, FORMATS)
     from avss_dist.report.output import write_table
     from avss_dist.warehouse.reader import Warehouse
 
@@ -91,5 +95,5 @@ def query(
         missing = "a query" if warehouse else "a warehouse and a query"
         raise QueryError(f"avss query needs {missing}.", "avss query WAREHOUSE 'FROM runs'; avss query --schema.")
     with console().status("Reading ...") if sys.stdout.isatty() else nullcontext():  # thousands of runs, the first time
-        table = Warehouse(warehouse).sql(sql)
+        table = interruptible(lambda: Warehouse(warehouse).sql(sql))
     write_table(table, format, console())

@@ -10,89 +10,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avss_dist.cli.base import console, spelled
-from avss_dist.cli.options import (
-    AddressOption,
-    AttentionOption,
-    BatchSizeOption,
-    CodeOption,
-    CorpusOption,
-    DeviceOption,
-    DtypeOption,
-    ExecutorOption,
-    FreshOption,
-    LayersOption,
-    LayoutOption,
-    MaxMemoryOption,
-    MaxSequencesOption,
-    RanksOption,
-    ReplicasOption,
-    SequenceLengthOption,
-    ShardOption,
-    SitesOption,
-    absolute,
-    sizes,
-)
-from avss_dist.errors import require_known
-from avss_dist.settings import PARTITIONS, SITES, Execution, Settings
+from avss_dist.cli.base import console, say, spelled
+from avss_dist.cli.options import MODEL, CorpusOption, ModelArgument, format_option, takes_settings, warehouse_option
+from avss_dist.settings import Execution, Settings, split_options
 
 if TYPE_CHECKING:
     from avss_dist.runs.api import Run
 
-DEFAULTS, EXECUTION = Settings(), Execution()
+ESTIMATED = tuple(name for name in Settings.__dataclass_fields__ if name not in ("skip_first_tokens", "thresholds"))
 
 
+@takes_settings(*Settings.__dataclass_fields__, *Execution.__dataclass_fields__)
 def score(
-    models: Annotated[list[str], typer.Argument(help="Hub id (org/name@revision), folder, or .gguf file.")],
+    models: Annotated[list[str], typer.Argument(help=MODEL)],
     corpus: CorpusOption,
-    out: Annotated[str, typer.Option(help="Warehouse: a folder, or an s3://, gs://, hdfs:// URI.")],
-    max_sequences: MaxSequencesOption = None,
-    sequence_length: SequenceLengthOption = DEFAULTS.sequence_length,
-    batch_size: BatchSizeOption = DEFAULTS.batch_size,
-    sequences_per_shard: ShardOption = DEFAULTS.sequences_per_shard,
-    layout: LayoutOption = DEFAULTS.layout,
-    skip_first_tokens: Annotated[
-        int, typer.Option(help="Leading tokens of each row that are not counted.")
-    ] = DEFAULTS.skip_first_tokens,
-    dtype: DtypeOption = DEFAULTS.dtype,
-    sites: SitesOption = None,
-    thresholds: Annotated[
-        list[str] | None,
-        typer.Option("--threshold", help="Absolute near-zero threshold, instead of the grid; repeatable."),
-    ] = None,
-    layers: LayersOption = None,
-    attention: AttentionOption = None,
-    executor: ExecutorOption = EXECUTION.executor,
-    replicas: ReplicasOption = None,
-    address: AddressOption = None,
-    device: DeviceOption = DEFAULTS.device,
-    partition: Annotated[str, typer.Option(help=f"{', '.join(PARTITIONS)}.")] = EXECUTION.partition,
-    ranks: RanksOption = None,
-    gpus_per_replica: Annotated[int | None, typer.Option(help="GPUs of one replica.")] = None,
-    max_memory: MaxMemoryOption = None,
-    offload_folder: Annotated[str | None, typer.Option(help="For what has no room in memory.")] = None,
-    placement_seconds: Annotated[
-        float, typer.Option(help="How long to wait for room on a cluster.")
-    ] = EXECUTION.placement_seconds,
-    hang_seconds: Annotated[
-        float, typer.Option(help="A worker that begins no layer for this long is replaced.")
-    ] = EXECUTION.hang_seconds,
-    trust_remote_code: CodeOption = False,
-    fresh: FreshOption = False,
+    out: Annotated[str, warehouse_option()],
     gradients: Annotated[
-        bool, typer.Option("--gradients", help="Then a backward pass on the same text: what avss ablate can tell too.")
+        bool, typer.Option("--gradients", help="Then a backward pass on the same text, as avss ablate does.")
     ] = False,
+    **options: Any,
 ) -> int:
     """Score every layer of one or more models on a corpus, and keep the result as Parquet."""
-    options: dict[str, Any] = {
-        name: value
-        for name, value in locals().items()
-        if name not in ("models", "corpus", "out", "sites", "thresholds", "gradients")
-    }
-    options["max_memory"] = sizes(max_memory or [])
-    options["sites"] = tuple(sites or SITES)
-    options["thresholds"] = absolute(thresholds) if thresholds else DEFAULTS.thresholds
-
     from avss_dist.report.terminal.progress import Progress
     from avss_dist.runs.api import score as score_one
     from avss_dist.runs.api import score_all
@@ -112,35 +50,23 @@ def score(
     return 0 if len(done) == len(runs) else 1
 
 
+@takes_settings(*ESTIMATED, "ranks", "max_memory")
 def estimate(
-    model: Annotated[str, typer.Argument(help="Hub id (org/name@revision), folder, or .gguf file.")],
+    model: ModelArgument,
     corpus: CorpusOption,
-    max_sequences: MaxSequencesOption = None,
-    sequence_length: SequenceLengthOption = DEFAULTS.sequence_length,
-    batch_size: BatchSizeOption = DEFAULTS.batch_size,
-    sequences_per_shard: ShardOption = DEFAULTS.sequences_per_shard,
-    layout: LayoutOption = DEFAULTS.layout,
-    dtype: DtypeOption = DEFAULTS.dtype,
-    sites: SitesOption = None,
-    layers: LayersOption = None,
-    attention: AttentionOption = None,
-    device: DeviceOption = DEFAULTS.device,
-    ranks: RanksOption = None,
-    max_memory: MaxMemoryOption = None,
-    trust_remote_code: CodeOption = False,
-    format: Annotated[str, typer.Option("--format", help="table, json.")] = "table",
+    format: Annotated[str, format_option("table", "json")] = "table",
+    **options: Any,
 ) -> None:
-    """Say what a run will take in memory and time, for every partition, before any weight is loaded."""
-    require_known("format", format, ("table", "json"))
-    names = Settings.__dataclass_fields__
-    given = {name: value for name, value in locals().items() if name in names}
-    settings = Settings(**{**given, "sites": tuple(sites or SITES)})
-    execution = Execution(partition="zero3" if ranks else "auto", ranks=ranks, max_memory=sizes(max_memory or []))
+    """Estimate the memory and time of a run, for every partition, before any weight is loaded."""
+    settings, execution = split_options({**options, "partition": "zero3" if "ranks" in options else "auto"})
 
     from avss_dist.estimate.estimate import estimate as estimate_run
     from avss_dist.report.terminal.estimate import estimate_table
 
-    with console().status("Measuring a few layers on this device ...") if sys.stdout.isatty() else nullcontext():
+    doing = "Measuring a few layers on this device ..."
+    if not sys.stdout.isatty():
+        say(doing)
+    with console().status(doing) if sys.stdout.isatty() else nullcontext():
         made = estimate_run(model, corpus, settings, execution)
     if format == "json":
         print(json.dumps(made.as_dict(), indent=2))

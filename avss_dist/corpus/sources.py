@@ -177,7 +177,8 @@ def _hub(source: str) -> Source:
     try:
         from datasets import load_dataset_builder
     except ImportError as error:
-        raise CorpusError(f"{source} needs the package datasets.", "pip install 'avss_dist[hf]'") from error
+        hint = "In a clone of avss_dist: pip install -e '.[hf]'"
+        raise CorpusError(f"{source} needs the package datasets.", hint) from error
     with _explained(source, (Exception,), _HUB_HINT):
         builder = load_dataset_builder(name, config or None)
 

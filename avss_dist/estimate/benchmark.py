@@ -7,16 +7,14 @@ what a layer adds.
 
 from __future__ import annotations
 
-import copy
-import pickle
-import subprocess
-import sys
+import multiprocessing
+import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,10 +23,12 @@ import numpy as np
 import torch
 
 from avss_dist.corpus.shards import CorpusPlan, Shard, plan
-from avss_dist.errors import AvssError, RunFailed
+from avss_dist.errors import RunFailed
+from avss_dist.estimate.small_models import VOCABULARY, save_layers
+from avss_dist.estimate.transfers import copy_rate, gather_rate, sum_seconds
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.loading import build, load_tokenizer, quiet, text_config
+from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.safetensors import weight_files
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.base import Placement
@@ -37,12 +37,9 @@ from avss_dist.settings import Settings
 from avss_dist.system.memory import mapped_around_a_byte, peak_memory, reset_peak_memory, resident_memory
 
 FEW_LAYERS = 3
-VOCABULARY = 1024  # an embedding is only looked up: a small one costs the same
 SECONDS = 2.5  # for the rounds of one partition; there are three at least
 MOST_ROUNDS = 9
 MAPPED_AT_ONCE = 64 << 10  # bytes that Linux brings of a mapped file around one that is read, if it cannot be tried
-EXCHANGES = 6  # of which the fastest counts
-GATHERED = 32 << 20  # bytes, at most, of one that is put together
 ON_DISK = {"cpu": 1}  # max_memory that leaves no weight in memory
 
 
@@ -109,33 +106,25 @@ def calibrate(
     Raises:
         AvssError: the corpus or the tokenizer cannot be read, or the model cannot be built or observed.
     """
-    with tempfile.TemporaryDirectory(prefix="avss-estimate-") as folder:
-        question, answer = Path(folder, "question"), Path(folder, "answer")
-        question.write_bytes(pickle.dumps((checkpoint, corpus, settings, size, tuple(partitions), folder)))
-        code = "from avss_dist.estimate.benchmark import main; main()"
-        command = [sys.executable, "-c", code, str(question), str(answer)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        if not answer.is_file():
-            last = next(reversed(done.stdout.strip().splitlines()), f"exit code {done.returncode}")
-            raise RunFailed(f"The calibration's process ended without a result: {last}")
-        result = pickle.loads(answer.read_bytes())
-    if isinstance(result, AvssError):
-        raise result
-    assert isinstance(result, Calibration)
-    return result
+    with (
+        tempfile.TemporaryDirectory(prefix="avss-estimate-") as folder,
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_be_like_a_run) as process,
+    ):
+        try:
+            return process.submit(_measure, checkpoint, corpus, settings, size, tuple(partitions), folder).result()
+        except BrokenProcessPool as error:
+            raise RunFailed(
+                "The process that measures a few layers ended without a result.",
+                "It may have had too little memory. In a script, call this under: if __name__ == '__main__'.",
+            ) from error
 
 
-def main() -> None:
-    """Answer the question of `calibrate`: read it from the first file, write the result or the error to the second."""
-    import avss_dist.runs.api  # noqa: F401 (a run's process has it in memory)
+def _be_like_a_run() -> None:
+    """Have in memory what a run's process has, and print nothing."""
+    import avss_dist.runs.api  # noqa: F401
 
-    question, answer = map(Path, sys.argv[1:])
-    result: Calibration | AvssError
-    try:
-        result = _measure(*pickle.loads(question.read_bytes()))
-    except AvssError as error:
-        result = error
-    answer.write_bytes(pickle.dumps(result))
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 def _measure(
@@ -148,7 +137,7 @@ def _measure(
     reset_peak_memory()
     few = min(FEW_LAYERS, size.num_layers)
     dtype = getattr(torch, size.dtype)
-    models = {n: _save(config, n, settings, dtype, Path(folder, f"layers-{n}")) for n in sorted({1, few})}
+    models = {n: save_layers(config, n, settings, dtype, Path(folder, f"layers-{n}")) for n in sorted({1, few})}
     sizes = {n: footprint(model, settings) for n, model in models.items()}
     shard = _timed_part(planned.shards[0], models[1], settings)
     costs, peak, device_peak = {}, 0, 0
@@ -168,11 +157,11 @@ def _measure(
         plan_peak_bytes=plan_peak,
         working_bytes=max(0, peak - planned_bytes - (0 if on_gpu else counters + weights)),
         device_working_bytes=max(0, device_peak - counters - weights) if on_gpu else 0,
-        copy_bytes_per_second=_copy_rate(),
+        copy_bytes_per_second=copy_rate(),
         touched_bytes=touched_bytes(planned, size.hidden_size * size.element_bytes, _mapped_at_once(checkpoint)),
         sublayer_share=_sublayer_share(models[few], shard, settings),
-        sum_seconds=0.0 if on_gpu else _sum_seconds(size.hidden_bytes(settings.batch_size, settings.sequence_length)),
-        gather_bytes_per_second=0.0 if on_gpu else _gather_rate(max(*size.layer_bytes, size.embedding_bytes)),
+        sum_seconds=0.0 if on_gpu else sum_seconds(size.hidden_bytes(settings.batch_size, settings.sequence_length)),
+        gather_bytes_per_second=0.0 if on_gpu else gather_rate(max(*size.layer_bytes, size.embedding_bytes)),
     )
 
 
@@ -208,31 +197,6 @@ def counter_bytes(size: Footprint, settings: Settings) -> int:
     counts = PATTERNS * 4  # float32: half as many, of 8 bytes
     units = 16 * size.hidden_size * len({"block", "update"} & set(settings.sites))
     return size.num_layers * (len(settings.sites) * counts + units)
-
-
-def _save(config: Any, layers: int, settings: Settings, dtype: torch.dtype, folder: Path) -> Checkpoint:
-    """A checkpoint of the first layers of a model, with random weights."""
-    torch.manual_seed(0)
-    model = build(shortened(config, layers), settings, dtype, torch.device("cpu"))
-    with quiet():
-        model.save_pretrained(folder)
-    return Checkpoint(name=str(folder), source="folder", path=str(folder), revision="")
-
-
-def shortened(config: Any, layers: int) -> Any:
-    """The configuration of the part that reads text, with fewer layers and a small vocabulary."""
-    short = copy.deepcopy(config.get_text_config())
-    whole = short.num_hidden_layers
-    for name, value in list(vars(short).items()):
-        if isinstance(value, (list, tuple)) and len(value) == whole:
-            setattr(short, name, value[:layers])
-        elif name.endswith("_token_id"):
-            setattr(short, name, None)
-    short.num_hidden_layers = layers
-    short.vocab_size = min(VOCABULARY, short.vocab_size)
-    if hasattr(short, "quantization_config"):
-        del short.quantization_config
-    return short
 
 
 def _timed_part(shard: Shard, smallest: Checkpoint, settings: Settings) -> Shard:
@@ -284,16 +248,6 @@ def _time(
     return Cost(layer=layer * likeness, rest=rest), peak, device
 
 
-def _copy_rate() -> float:
-    source = torch.ones(1 << 25, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    target.copy_(source)
-    start = time.perf_counter()
-    for _ in range(4):
-        target.copy_(source)
-    return 4 * source.numel() / (time.perf_counter() - start)
-
-
 def _sublayer_share(model: Checkpoint, shard: Shard, settings: Settings) -> float:
     """How much of a shard's time passes in the attention and MLP of layers."""
     replica = open_replica(model, settings, Placement())
@@ -321,35 +275,3 @@ def _sublayer_share(model: Checkpoint, shard: Shard, settings: Settings) -> floa
         handle.remove()
     replica.close()
     return min(1.0, max(0.0, inside / seconds))
-
-
-def _sum_seconds(size: int) -> float:
-    """Seconds for two ranks to add up bfloat16 tensors of ``size`` bytes over gloo."""
-    return _exchange_seconds(lambda group, hidden: group.allreduce([hidden]), size)
-
-
-def _gather_rate(size: int) -> float:
-    """Bytes per second at which two ranks put together tensors of ``size`` bytes, of which each has half, over gloo."""
-
-    def gather(group: Any, half: torch.Tensor) -> Any:
-        return group._allgather_base(half.new_empty(2 * half.numel()), half)
-
-    size = min(size, GATHERED)
-    return size / _exchange_seconds(gather, size // 2)
-
-
-def _exchange_seconds(exchange: Callable[[Any, torch.Tensor], Any], size: int) -> float:
-    """Seconds of an exchange of ``size`` bytes between two ranks, as two threads of this process."""
-    store, seconds = torch.distributed.HashStore(), []
-
-    def rank(number: int) -> None:
-        group: Any = torch.distributed.ProcessGroupGloo(store, number, 2, timedelta(seconds=60))
-        tensor = torch.zeros(size // 2, dtype=torch.bfloat16)
-        for _ in range(EXCHANGES):
-            start = time.perf_counter()
-            exchange(group, tensor).wait()
-            seconds.append(time.perf_counter() - start)
-
-    with ThreadPoolExecutor(2) as threads:
-        list(threads.map(rank, range(2)))
-    return min(seconds)

@@ -1,8 +1,8 @@
-"""What a run will take, told before any weight is loaded: memory and time of each partition on this machine."""
+"""What a run will take, before any weight is loaded: memory and time of each partition on this machine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,7 +17,8 @@ from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import available_memory, devices_here, pick_device
 from avss_dist.text import describe_bytes
 
-ORDER = ("single", "device_map", "streaming", "zero3", "tensor_parallel")
+SIMPLEST_FIRST = ("single", "device_map", "streaming", "zero3", "tensor_parallel")
+ABOUT_AS_FAST = 1.25  # times the seconds of the fastest
 DEEPSPEED_BYTES = 150 << 20  # that a process has more once it has loaded DeepSpeed
 LINK_SHARE = 0.25  # of the rate of a copy in memory, that ranks on one host exchange tensors at
 _TOKENIZER_FILES = ["config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model"]
@@ -28,7 +29,7 @@ class Row:
     """A partition.
 
     Attributes:
-        partition: one of ``config.PARTITIONS``.
+        partition: one of ``settings.PARTITIONS``.
         ranks: processes of one replica.
         device_bytes: the most memory of each device: of each GPU, or, on a CPU, of each process.
         host_bytes: the most memory of the host, all ranks together.
@@ -53,7 +54,7 @@ class Estimate:
     Attributes:
         model, corpus: as they were named.
         num_sequences, num_tokens, num_shards: of the plan.
-        num_parameters, num_layers, weight_bytes, dtype: of the model, see `footprint.Footprint`.
+        num_parameters, num_layers, weight_bytes, dtype: of the model, see `models.size.Footprint`.
         flops: floating-point operations of all forward passes; the language-model head does not run.
         device: ``cpu`` or ``cuda``; device_free_bytes of the fullest GPU, host_free_bytes of the host.
         rows: one for each partition, the simplest first.
@@ -76,8 +77,10 @@ class Estimate:
 
     @property
     def best(self) -> Row | None:
-        """The simplest partition that fits; None where none does."""
-        return next((row for row in self.rows if row.fits), None)
+        """The simplest partition that fits and is about as fast as the fastest; None where none fits."""
+        fitting = [row for row in self.rows if row.fits]
+        fastest = min((row.seconds for row in fitting), default=0.0)
+        return next((row for row in fitting if row.seconds <= ABOUT_AS_FAST * fastest), None)
 
     def as_dict(self) -> dict[str, Any]:
         """The estimate as JSON-ready values."""
@@ -85,11 +88,11 @@ class Estimate:
 
 
 def estimate(model: str, corpus: str, settings: Settings, execution: Execution | None = None) -> Estimate:
-    """Estimate a run from the checkpoint's configuration and headers, the corpus, and a calibration of some seconds.
+    """Estimate a run from the checkpoint's configuration and headers, the corpus, and a benchmark of some seconds.
 
     Args:
         model: hub id, folder or ``.gguf`` file; weights are neither fetched nor read.
-        corpus: as for `run.score`; it is planned, as far as ``settings.max_sequences`` goes.
+        corpus: as for `runs.api.score`; it is planned, as far as ``settings.max_sequences`` goes.
         execution: ``ranks`` for the partitions of several processes (2 if None) and ``max_memory``; the estimate is of
             one replica.
 
@@ -99,29 +102,51 @@ def estimate(model: str, corpus: str, settings: Settings, execution: Execution |
     execution = execution or Execution()
     checkpoint = locate(model, trust_remote_code=settings.trust_remote_code)
     size = footprint(checkpoint or model, settings)
-    settings = replace(settings, dtype=size.dtype, device=pick_device(settings.device).type)
-    here = Machine.look(settings.device)
-    placed = _spread(checkpoint or model, size, settings, execution, here)
-    measured = ["single", *(["device_map"] if placed.layers_on_disk else []), "streaming"]
     source = checkpoint or _fetch_tokenizer(model, settings)
-    calibration = calibrate(source, corpus, settings, size, measured)
-    made = Arithmetic(size, settings, execution, here, calibration, placed)
+    made = measure(source, checkpoint or model, size, corpus, settings, execution)
     return Estimate(
         model=model,
         corpus=corpus,
-        num_sequences=calibration.num_sequences,
-        num_tokens=calibration.num_tokens,
-        num_shards=calibration.num_shards,
+        num_sequences=made.measured.num_sequences,
+        num_tokens=made.measured.num_tokens,
+        num_shards=made.measured.num_shards,
         num_parameters=size.num_parameters,
         num_layers=size.num_layers,
         weight_bytes=size.weight_bytes,
         dtype=size.dtype,
-        flops=size.forward_flops(calibration.num_sequences, settings.sequence_length),
-        device=settings.device,
-        device_free_bytes=here.device_free,
-        host_free_bytes=here.host_free,
-        rows=tuple(made.rows()),
+        flops=size.forward_flops(made.measured.num_sequences, settings.sequence_length),
+        device=made.here.device,
+        device_free_bytes=made.here.device_free,
+        host_free_bytes=made.here.host_free,
+        rows=tuple(made.row(partition) for partition in SIMPLEST_FIRST),
     )
+
+
+def measure(
+    source: Checkpoint,
+    weights: Checkpoint | str,
+    size: Footprint,
+    corpus: str,
+    settings: Settings,
+    execution: Execution,
+    partition: str | None = None,
+) -> Arithmetic:
+    """Measure a few layers of a model here; what it returns makes a row of any partition, or of one.
+
+    Args:
+        source: has the configuration and the tokenizer.
+        weights: where the headers of the weights are: the same, or a hub id.
+        partition: the only one that will be needed.
+
+    Raises:
+        AvssError: the corpus or the tokenizer cannot be read, or the model cannot be built or observed.
+    """
+    settings = replace(settings, dtype=size.dtype, device=pick_device(settings.device).type)
+    here = Machine.look(settings.device, execution.max_memory)
+    placed = _spread(weights, size, settings, execution, here)
+    timed = ["single", *(["device_map"] if placed.layers_on_disk else []), "streaming"]
+    wanted = [name for name in timed if name == "single" or partition in (None, name)]
+    return Arithmetic(size, settings, execution, here, calibrate(source, corpus, settings, size, wanted), placed)
 
 
 def _fetch_tokenizer(model: str, settings: Settings) -> Checkpoint:
@@ -130,11 +155,12 @@ def _fetch_tokenizer(model: str, settings: Settings) -> Checkpoint:
 
 @dataclass(frozen=True)
 class Machine:
-    """What is free.
+    """What may be used.
 
     Attributes:
         device: ``cpu`` or ``cuda``; gpus: how many.
-        device_free: bytes of the fullest GPU, or of the host; host_free: of the host.
+        device_free: bytes of the fullest GPU, or of the host; host_free: of the host. What is free, or what is allowed
+            where that is less.
     """
 
     device: str
@@ -143,13 +169,14 @@ class Machine:
     host_free: int
 
     @classmethod
-    def look(cls, device: str) -> Machine:
-        """This machine."""
-        devices, host = devices_here(device), available_memory()
+    def look(cls, device: str, max_memory: Mapping[str, int]) -> Machine:
+        """This machine, within limits by the name of a device."""
+        devices, free = devices_here(device), available_memory()
+        host = min(free, max_memory.get("cpu", free))
         if device == "cpu":
             return cls(device, 0, host, host)
-        free = [torch.cuda.mem_get_info(gpu)[0] for gpu in range(devices.count)]
-        return cls(device, devices.count, min(free), host)
+        gpus = {str(gpu): torch.cuda.mem_get_info(gpu)[0] for gpu in range(devices.count)}
+        return cls(device, devices.count, min(min(free, max_memory.get(gpu, free)) for gpu, free in gpus.items()), host)
 
 
 def _spread(
@@ -174,13 +201,16 @@ class Arithmetic:
     measured: Calibration
     spread: Spread
 
-    def rows(self) -> Iterator[Row]:
-        """One for each partition."""
-        yield self._single()
-        yield self._device_map()
-        yield self._streaming()
-        yield self._zero3()
-        yield self._tensor_parallel()
+    def row(self, partition: str) -> Row:
+        """What the run takes with a partition."""
+        make = {
+            "single": self._single,
+            "device_map": self._device_map,
+            "streaming": self._streaming,
+            "zero3": self._zero3,
+            "tensor_parallel": self._tensor_parallel,
+        }
+        return make[partition]()
 
     def _seconds(self, cost: Cost, layers: int | None = None) -> float:
         return self.measured.share * cost.seconds(self.size.num_layers if layers is None else layers)

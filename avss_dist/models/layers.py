@@ -66,7 +66,7 @@ def layer_lists(model: nn.Module, num_layers: int | None, path: str | None = Non
     """Module lists that may be the layers, by path: the one at ``path``, or the shallowest of the config's layer count.
 
     Raises:
-        ModelError: there is none; the message names what was seen and ``--layers``.
+        ModelError: there is none; the message names what was seen.
     """
     lists = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
@@ -86,7 +86,7 @@ def _not_found(model: nn.Module, num_layers: int | None, lists: Mapping[str, nn.
     seen = ", ".join(f"{name} ({len(module)} x {type(module[0]).__name__})" for name, module in lists.items())
     return ModelError(
         f"The {num_layers or ''} layers of {type(model).__name__} could not be found: {why}.".replace("  ", " "),
-        f"Seen: {seen or 'no module list'}. Name one with --layers PATH.",
+        f"Seen: {seen or 'no module list'}. Name one with `layers`.",
     )
 
 

@@ -67,7 +67,7 @@ class TensorParallelReplica:
         if settings.attention == "flash_attention_2":
             raise ConfigError(
                 "--partition tensor_parallel checks the model on the CPU, where flash_attention_2 cannot run.",
-                "Use --attention sdpa.",
+                "Use `attention` sdpa.",
             )
         keep_freed_memory()
         model = load_model(checkpoint, settings)

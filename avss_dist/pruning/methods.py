@@ -4,65 +4,64 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from avss_dist.errors import ConfigError, require_known
 from avss_dist.pruning.selection import PUBLISHED, RANDOM, Choice, Reading, reading_of
 from avss_dist.settings import GROUND_TRUTH, RECIPES, SCORES, SITES
 from avss_dist.text import describe_threshold, parse_threshold
+from avss_dist.validation import Check, checked
 
 LEAVE_ONE_OUT = "loss"
 REVERSED, ENDS_KEPT = "reversed", "ends kept"
 EVERY_READING = "avss:all"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """What is asked of every run of a job.
+def _known_score(text: str) -> str:
+    if text != EVERY_READING:
+        parse_score(text)
+    return text
 
-    Attributes:
-        tasks: as `avss evaluate --task` takes them.
-        scores: what layers are chosen by: ``config.SCORES``; AVSS as it is read elsewhere, such as
-            ``avss:update:unit:0.1rms`` (site, recipe, threshold), or ``avss:all``; ``taylor`` and ``shapley`` where
-            `avss ablate` has measured them.
-        shares: shares of the layers to drop.
-        random: how many random choices of each share.
-        reversed: drop the highest too.
-        keep_ends: choose once more with so many layers at each end kept; 0 does not.
-        leave_one_out: choose by the loss without each layer, on the text of the run.
-        max_sequences, skip_sequences: rows of each text that is evaluated on, and those before them.
-        limit, num_fewshot: of the harness: questions of a task at most, and examples before each.
+
+Count = Annotated[int, Field(ge=0)]
+AtLeastOne = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Score = Annotated[str, Check(_known_score)]
+
+
+@checked
+class Experiment:
+    """What is done with every run of a job.
 
     Raises:
-        ConfigError: a value is out of its range, or names no score.
+        ConfigError: values out of their range, or that name no score.
     """
 
-    tasks: tuple[str, ...]
-    scores: tuple[str, ...] = SCORES
-    shares: tuple[float, ...] = (0.25,)
-    random: int = 5
+    tasks: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    """As avss evaluate --task takes them."""
+    scores: Annotated[tuple[Score, ...], Field(strict=False, min_length=1)] = SCORES
+    """What layers are chosen by: a score; AVSS as it is read elsewhere, such as avss:update:unit:0.1rms (site, recipe,
+    threshold), or avss:all; taylor and shapley where avss ablate has measured them."""
+    shares: Annotated[tuple[Share, ...], Field(strict=False, min_length=1)] = (0.25,)
+    """Shares of the layers to drop."""
+    random: Count = 5
+    """How many random choices of each share."""
     reversed: bool = True
-    keep_ends: int = 1
+    """Drop the highest too."""
+    keep_ends: Count = 1
+    """Choose once more with so many layers at each end kept; 0 does not."""
     leave_one_out: bool = True
-    max_sequences: int | None = None
-    skip_sequences: int = 0
-    limit: int | None = None
-    num_fewshot: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("tasks", "scores", "shares"):
-            if not getattr(self, name):
-                raise ConfigError(f"{name} are none.", "Name one at least.")
-        for share in self.shares:
-            if not 0 < share < 1:
-                raise ConfigError(f"A share of the layers is between 0 and 1, not {share:g}.")
-        for name, least in (("random", 0), ("keep_ends", 0), ("skip_sequences", 0), ("limit", 1), ("max_sequences", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be at least {least}, not {value}.")
-        for score in self.scores:
-            if score != EVERY_READING:
-                parse_score(score)
+    """Choose by the loss without each layer, on the text of the run."""
+    max_sequences: AtLeastOne | None = None
+    """Rows of each text that is evaluated on, at most."""
+    skip_sequences: Count = 0
+    """Rows of each text before those."""
+    limit: AtLeastOne | None = None
+    """Questions of a harness task at most."""
+    num_fewshot: Count | None = None
+    """Examples before each question of a harness task."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,12 @@ from avss_dist.executors.base import Executor
 from avss_dist.executors.open import open_executor
 from avss_dist.runs.driver import Driver, Ending, record_failure
 from avss_dist.runs.job_file import JobFile, RunSpec
-from avss_dist.runs.preview import Preview, preview
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
 from avss_dist.settings import GANGS, Execution, Settings, split_options
 from avss_dist.warehouse.reader import Warehouse
 
-__all__ = ["Reporter", "Run", "preview_job", "run_job", "score", "score_all", "split_options"]
+__all__ = ["Reporter", "Run", "run_job", "score", "score_all", "split_options"]
 
 
 def score(model: str | Path, *, corpus: str, out: str | Path, reporter: Reporter | None = None, **options: Any) -> Run:
@@ -31,8 +30,8 @@ def score(model: str | Path, *, corpus: str, out: str | Path, reporter: Reporter
         model: hub id (``org/name@revision``), folder, or ``.gguf`` file.
         corpus: ``file.txt``, ``file.jsonl[:field]``, ``file.parquet[:column]``, ``hf:...`` or ``builtin:pydoc``.
         out: the warehouse, a folder or URI.
-        reporter: told how the work goes.
-        options: the fields of ``config.Settings`` and ``config.Execution``.
+        reporter: notified as the work goes on.
+        options: the fields of ``settings.Settings`` and ``settings.Execution``.
 
     Raises:
         AvssError: a mistake, or a failed run (`RunFailed`); what was measured is kept.
@@ -56,8 +55,8 @@ def score_all(
         AvssError: a mistake that concerns all of them, such as an unknown setting or an unwritable warehouse.
     """
     settings, execution = split_options(options)
-    if twins := [model for model, times in Counter(models).items() if times > 1]:
-        raise ConfigError(f"'{twins[0]}' is there twice.", "Name each model once.")
+    if repeated := [model for model, times in Counter(models).items() if times > 1]:
+        raise ConfigError(f"'{repeated[0]}' is there twice.", "Name each model once.")
     _require_readable(corpus)
     specs = [
         RunSpec(model=model, corpus=corpus, settings=settings, execution=execution, title=model, name=model)
@@ -66,19 +65,12 @@ def score_all(
     return _all(specs, Warehouse(out), settings, execution, reporter or Reporter())
 
 
-def preview_job(job: JobFile, **options: Any) -> list[Preview]:
-    """What `run_job` would do, from configurations and headers; nothing is written, and no weight is loaded."""
-    specs, execution = with_options(job, options)
-    with closing(executor_for(specs, job.settings, execution)) as executor:
-        return list(preview(specs, Warehouse(job.warehouse), executor))
-
-
 def run_job(job: JobFile, *, reporter: Reporter | None = None, **options: Any) -> list[Run]:
     """Run what a job file asks for and is not done yet; a run that fails is recorded and does not stop the others.
 
     Args:
-        reporter: told how the work goes.
-        options: fields of ``config.Execution`` in place of the job's: ``address``, ``replicas``, ``fresh``, ...
+        reporter: notified as the work goes on.
+        options: fields of ``settings.Execution`` in place of the job's: ``address``, ``replicas``, ``fresh``, ...
 
     Raises:
         AvssError: a mistake that concerns all runs, such as an unwritable warehouse or too few devices.
@@ -116,7 +108,7 @@ def _drive(
 
 
 def executor_for(specs: Sequence[RunSpec], settings: Settings, execution: Execution) -> Executor:
-    """The executor that was asked for; a gang among the runs needs one of several processes."""
+    """The requested executor; a gang among the runs needs one of several processes."""
     gang = next((spec.execution for spec in specs if spec.execution.partition in GANGS), execution)
     return open_executor(gang, settings)
 

@@ -171,6 +171,6 @@ def record_failure(store: Warehouse, spec: RunSpec, error: AvssError) -> Run:
             "corpus": spec.corpus,
             "settings": json.dumps(settings),
         }
-        with suppress(StorageFull):  # the error is told all the same
+        with suppress(StorageFull):  # the error is reported all the same
             store.write_run(row)
     return Run(run_id=run_id, model=spec.model, warehouse=store.root, status="failed", error=str(error))

@@ -1,55 +1,52 @@
-"""Job files: many checkpoints, some corpora, one warehouse; read whole, every mistake told at once with its line."""
+"""Job files: many checkpoints, some corpora, one warehouse; read whole, every problem reported with its line."""
 
 from __future__ import annotations
 
 import difflib
 import glob
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import yaml
+from pydantic import BaseModel, ValidationError
 
 from avss_dist.corpus.sources import documents
-from avss_dist.errors import AvssError, ConfigError
+from avss_dist.errors import AvssError, ConfigError, named_fields, spell_fields
 from avss_dist.pruning.methods import Experiment
-from avss_dist.runs.job_yaml import WRONG, JobError, NodeReader, line_of
-from avss_dist.settings import Execution, Settings
-
-KEYS = ("warehouse", "models", "corpora", "settings", "execution", "experiment")
-EXPERIMENT = tuple(f.name for f in fields(Experiment))
-RANGE_KEYS = ("prefix", "from", "to", "step")
-SETTINGS = tuple(f.name for f in fields(Settings))
-EXECUTION = tuple(f.name for f in fields(Execution) if f.name not in ("address", "fresh"))
-OF_A_MODEL = (
-    *(name for name in SETTINGS if name != "device"),
-    *("partition", "ranks", "gpus_per_replica", "max_memory", "offload_folder"),
+from avss_dist.runs.job_schema import (
+    EXECUTION_FIELDS,
+    MODEL_FIELDS,
+    SETTINGS_FIELDS,
+    ExecutionSection,
+    ExperimentSection,
+    Job,
+    ModelEntry,
+    ModelKeys,
+    RevisionRange,
+    SettingsSection,
 )
-TELLING = tuple(name for name in OF_A_MODEL if name in (*SETTINGS, "partition", "ranks"))
-MODEL_KEYS = ("model", "revisions", *OF_A_MODEL)
-MOST_RUNS = 10_000
-_PLAIN = {"Positive": "int", "Seconds": "float", "Sites": "tuple[str, ...]", "Thresholds": "tuple[float, ...]"}
-_PLAIN |= {"Sizes": "Mapping[str, int]"}
+from avss_dist.runs.job_yaml import Document, JobError, Location, read_yaml
+from avss_dist.settings import Execution, Settings
+from avss_dist.validation import problems_by_field
 
+__all__ = ["JobError", "JobFile", "RunSpec", "job_schema", "read_job"]
 
-def _plain(annotation: str) -> str:
-    bare, _, optional = re.sub(r"Annotated\[(\w+), .*\]", r"\1", annotation).partition(" | ")
-    return _PLAIN.get(bare, bare) + (optional and f" | {optional}")
+MAX_RUNS = 10_000
+DISTINGUISHING = tuple(name for name in MODEL_FIELDS if name in (*SETTINGS_FIELDS, "partition", "ranks"))
+"""Fields that tell two runs of one model apart."""
+OPTIONS_ONLY = {"address": "avss run --address takes it.", "fresh": "avss run --fresh takes it."}
 
-
-_TYPES = {f.name: _plain(str(f.type)) for f in (*fields(Settings), *fields(Execution), *fields(Experiment))}
-_ELSEWHERE = {"address": "Pass --address to avss run.", "fresh": "Pass --fresh to avss run."}
+T = TypeVar("T", bound=BaseModel)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """A run that is asked for: one checkpoint, one corpus, how to measure, how to spread it.
+    """A run to make: one checkpoint, one corpus, how to measure, how to spread it.
 
     Attributes:
         title: the model, with the settings that it alone has.
-        name: what people call it, each another: the title, with the corpus where a job has several.
+        name: what people call it, unique in a job: the title, with the corpus where a job has several.
         line: where the job file says so.
     """
 
@@ -72,7 +69,7 @@ class JobFile:
         models, corpora: as the file says them, and their lines.
         settings, execution: what holds for all models that say nothing else.
         specs: the runs, model by model.
-        experiment: what `avss experiment` asks of every run; None where the file has no such section.
+        experiment: what `avss experiment` does with every run; None where the file has no such section.
     """
 
     path: Path
@@ -85,6 +82,11 @@ class JobFile:
     experiment: Experiment | None = None
 
 
+def job_schema() -> dict[str, Any]:
+    """The JSON Schema of job files, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Job.model_json_schema()}
+
+
 def read_job(path: str | Path, *, expand: bool = True) -> JobFile:
     """Read a job file.
 
@@ -92,229 +94,241 @@ def read_job(path: str | Path, *, expand: bool = True) -> JobFile:
         expand: replace globs of folders by what they match here; a job for another machine is read without.
 
     Raises:
-        JobError: it has mistakes; all of them are told.
+        JobError: it has problems; all of them are reported.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise JobError(f"The job file {path} cannot be read: {reason}.", "jobs/README.md shows one.") from None
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise JobError(f"{where}: this is not YAML: {getattr(error, 'problem', None) or error}.") from None
-    reader = _Reader(path, _ELSEWHERE, expand=expand)
-    job = reader.job(root)
-    reader.refuse_mistakes()
-    assert job is not None
-    return job
+    return _Reader(read_yaml(Path(path)), expand=expand).job()
 
 
 @dataclass
-class _Reader(NodeReader):
-    """Reads what a job file has. ``expand``: see `read_job`."""
+class _Reader:
+    """Reads a document as a job, and collects problems, each with its line, instead of stopping at the first."""
 
-    expand: bool = True
+    document: Document
+    expand: bool
+    problems: list[tuple[int, str]] = field(default_factory=list)
 
-    def job(self, root: Any) -> JobFile | None:
-        """The whole file; None, or a part of it, where there are mistakes."""
-        if not isinstance(root, yaml.MappingNode):
-            self.mistakes.append((1, f"a job file has the keys {', '.join(KEYS)}"))
-            return None
-        parts = self.mapping(root, KEYS)
-        for name in ("warehouse", "models", "corpora"):
-            if name not in parts:
-                near = [key.value for key, _ in root.value if key.value not in KEYS]
-                if not difflib.get_close_matches(name, near, 1, 0.6):  # else that is the mistake
-                    self.wrong(root, f"the key '{name}' is missing")
-        warehouse = self.text(parts["warehouse"]) if "warehouse" in parts else None
-        corpora = {text: line_of(node) for node, text in self.texts(parts.get("corpora"), "corpora")}
-        settings = self.options(parts.get("settings"), SETTINGS, {})
-        execution = self.options(parts.get("execution"), EXECUTION, {})
-        experiment = self.experiment(parts["experiment"]) if "experiment" in parts else None
-        models: dict[str, int] = {}
-        specs: list[RunSpec] = []
-        for node in self.items(parts.get("models"), "models"):
-            specs += self.model(node, corpora, {**settings, **execution}, models)
-        self.refuse_twins(specs)
+    def job(self) -> JobFile:
+        """The job.
+
+        Raises:
+            JobError: there are problems.
+        """
+        raw = self.document.value
+        if not isinstance(raw, dict):
+            self.report((), f"a job file is a mapping with the keys {', '.join(Job.model_fields)}")
+            raise self.error()
+        self.check_fields(raw)
+        corpora = _texts(raw.get("corpora"))
+        seen: set[str] = set()
+        for index, text in corpora:
+            if text in seen:
+                self.report(("corpora", index), f"'{text}' is there twice")
+            seen.add(text)
         if self.expand:
             self.require_readable(corpora)
-        if len(specs) > MOST_RUNS:
-            self.wrong(root, f"{len(specs):,} runs are more than {MOST_RUNS:,}; make several jobs of them")
-        if self.mistakes or warehouse is None:
-            return None
+        settings = self.section(SettingsSection, "settings")
+        execution = self.section(ExecutionSection, "execution")
+        defaults = None if settings is None or execution is None else {**settings, **execution}
+        made = None if defaults is None else self.together(defaults, {}, ("settings",), ("execution",))
+        experiment = self.experiment()
+        specs = [*self.specs(raw.get("models"), corpora, defaults if made else None)]
+        self.reject_duplicates(specs)
+        if len(specs) > MAX_RUNS:
+            self.report((), f"{len(specs):,} runs are more than {MAX_RUNS:,}; make several jobs of them")
+        if self.problems or self.document.repeated or made is None:
+            raise self.error()
+        models: dict[str, int] = {}
+        for index, entry in enumerate(raw["models"]):
+            models.setdefault(str(_name(entry)), self.document.line(("models", index)))
         return JobFile(
-            path=self.path,
-            warehouse=warehouse,
+            path=self.document.path,
+            warehouse=raw["warehouse"],
             models=models,
-            corpora=corpora,
-            settings=Settings(**settings),
-            execution=Execution(**execution),
+            corpora={text: self.document.line(("corpora", index)) for index, text in corpora},
+            settings=made[0],
+            execution=made[1],
             specs=tuple(specs),
             experiment=experiment,
         )
 
-    def experiment(self, node: Any) -> Experiment | None:
-        """The section ``experiment``; None where it has mistakes."""
-        parts = self.mapping(node, EXPERIMENT)
-        if isinstance(node, yaml.MappingNode) and "tasks" not in parts:
-            self.wrong(node, "the key 'tasks' is missing")
-        values = {name: self.value(part, _TYPES[name], name) for name, part in parts.items()}
-        if "tasks" not in parts or WRONG in values.values():
+    def report(self, location: Location, problem: str) -> None:
+        """Note a problem once, on one line, with keys in place of fields."""
+        plain = spell_fields(problem, {name: name for name in named_fields(problem)}).replace("\n", " ")
+        noted = self.document.line(location), plain
+        if noted not in self.problems:
+            self.problems.append(noted)
+
+    def error(self) -> JobError:
+        """All problems, in the order of their lines."""
+        path = self.document.path
+        lines = [f"{path}:{line}: {what}" for line, what in sorted([*self.problems, *self.document.repeated])]
+        count = f"{path} has {len(lines)} problem{'s' if len(lines) > 1 else ''}; nothing was run."
+        return JobError("\n".join([count, *lines]), "The keys are explained in docs/job-files.md.")
+
+    def check_fields(self, raw: dict[str, Any]) -> None:
+        """Report every key and value that is wrong on its own."""
+        try:
+            Job.model_validate(raw)
+        except ValidationError as error:
+            found = problems_by_field(Job, error, noun="key")
+            unknown = [str(location[-1]) for location, problem in found.items() if "Unknown key" in problem.message]
+            for location, problem in found.items():
+                missing = problem.message.endswith(" is missing.")
+                if missing and difflib.get_close_matches(str(location[-1]), unknown, 1, 0.6):
+                    continue  # the key is there, misspelled
+                self.report(location, f"{problem.message} {_hint(location, problem)}".strip())
+
+    def section(self, cls: type[BaseModel], name: str) -> dict[str, Any] | None:
+        """The fields that a section sets; None where it has problems, which `check_fields` reports."""
+        made = _valid(cls, self.document.value.get(name) or {})
+        return None if made is None else _given(made)
+
+    def together(
+        self, values: Mapping[str, Any], defaults: Mapping[str, Any], *locations: Location
+    ) -> tuple[Settings, Execution] | None:
+        """Values that are right on their own as Settings and Execution; None, and a report, if they exclude each other.
+
+        Args:
+            defaults: whose own problems are reported already.
+            locations: of the mappings that have the values.
+        """
+        merged = {**defaults, **values}
+        made: list[Any] = []
+        for cls, names in ((Settings, SETTINGS_FIELDS), (Execution, EXECUTION_FIELDS)):
+            try:
+                made.append(cls(**{name: merged[name] for name in names if name in merged}))
+            except ConfigError as error:
+                for problem in error.problems:
+                    keys = [(*at, name) for name in named_fields(problem.message) for at in locations if name in values]
+                    known = [key for key in keys if key in self.document.lines]
+                    self.report([*known, *locations][0], str(problem))
+        return (made[0], made[1]) if len(made) == 2 else None
+
+    def experiment(self) -> Experiment | None:
+        """The section ``experiment``; None where there is none, or one with problems."""
+        raw = self.document.value.get("experiment")
+        made = _valid(ExperimentSection, raw) if raw is not None else None
+        if made is None:
             return None
         try:
-            return Experiment(**values)
+            return Experiment(**_given(made))
         except ConfigError as error:
-            self.wrong(node, str(error).replace("\n", " "))
+            for problem in error.problems:
+                self.report(("experiment",), str(problem))
         return None
 
-    def refuse_twins(self, specs: Iterable[RunSpec]) -> None:
-        """The same run twice is a mistake."""
-        lines: dict[Any, int] = {}
-        for spec in specs:
-            cut = (spec.execution.partition, spec.execution.ranks) if spec.execution.ranks else None
-            first = lines.setdefault((spec.model, spec.corpus, spec.settings, cut), spec.line)
-            if first != spec.line:
-                what = f"'{spec.model}' is there twice with the same settings, first in line {first}"
-                if (spec.line, what) not in self.mistakes:
-                    self.mistakes.append((spec.line, what))
-
-    def require_readable(self, corpora: Mapping[str, int]) -> None:
+    def require_readable(self, corpora: Iterable[tuple[int, str]]) -> None:
         """A corpus that cannot be read concerns all runs."""
-        for corpus, line in corpora.items():
+        for index, corpus in corpora:
             try:
                 next(iter(documents(corpus)), None)
             except AvssError as error:
-                self.mistakes.append((line, str(error).replace("\n", " ")))
+                self.report(("corpora", index), str(error))
 
-    def model(
-        self, node: Any, corpora: Iterable[str], defaults: dict[str, Any], models: dict[str, int]
+    def specs(
+        self, models: Any, corpora: Sequence[tuple[int, str]], defaults: dict[str, Any] | None
     ) -> Iterator[RunSpec]:
-        """The runs of one entry of ``models``."""
-        own: dict[str, Any] = {}
-        parts: dict[str, Any] = {"model": node}
-        if isinstance(node, yaml.MappingNode):
-            parts = self.mapping(node, MODEL_KEYS)
-            own = self.options(node, OF_A_MODEL, defaults, others=("model", "revisions"))
-        name = self.text(parts["model"]) if "model" in parts else None
-        if name is None:
-            if "model" not in parts:
-                self.wrong(node, "the key 'model' is missing")
-            return
-        models.setdefault(name, line_of(node))
-        found = self.found(node, name)
-        if "revisions" in parts:
-            if Path(name).expanduser().exists() or glob.has_magic(name):
-                self.wrong(parts["revisions"], f"'{name}' is a folder or a file; only a hub id has revisions")
-            found = [f"{name}@{revision}" for revision in self.revisions(parts["revisions"])]
-        try:
-            values = {**defaults, **own}
-            settings = Settings(**{k: v for k, v in values.items() if k in SETTINGS})
-            execution = Execution(**{k: v for k, v in values.items() if k in EXECUTION})
-        except AvssError:  # told already
-            return
-        several = len(list(corpora)) > 1
-        alone = _told({k: v for k, v in own.items() if k in TELLING and v != defaults.get(k)})
-        for model in found:
-            title = f"{model} ({alone})" if alone else model
-            for corpus in corpora:
-                yield RunSpec(
-                    model=model,
-                    corpus=corpus,
-                    settings=settings,
-                    execution=execution,
-                    title=title,
-                    name=f"{title} on {corpus}" if several else title,
-                    line=line_of(node),
-                )
+        """The runs of every entry of ``models`` that is right, with the defaults of the file.
 
-    def found(self, node: Any, name: str) -> list[str]:
-        """The checkpoints that a name stands for: those that a glob matches here, sorted; or itself."""
+        Args:
+            defaults: the values of ``settings`` and ``execution``; None where they have problems.
+        """
+        for index, raw in enumerate(models if isinstance(models, list) else []):
+            at: Location = ("models", index)
+            entry = _valid(ModelEntry, {"model": raw} if isinstance(raw, str) else raw)
+            names = self.checkpoints(raw, entry, at)
+            if entry is None or defaults is None:
+                continue
+            own = {name: value for name, value in _given(entry).items() if name in MODEL_FIELDS}
+            if made := self.together(own, defaults, at):
+                alone = _describe({k: v for k, v in own.items() if k in DISTINGUISHING and v != defaults.get(k)})
+                titles = {name: f"{name} ({alone})" if alone else name for name in names}
+                yield from _each(titles, [text for _, text in corpora], *made, self.document.line(at))
+
+    def checkpoints(self, raw: Any, entry: ModelKeys | None, at: Location) -> list[str]:
+        """What an entry of ``models`` stands for: revisions, the folders that a glob matches here, or its name."""
+        name = _name(raw)
+        if name is None:
+            return []
+        if isinstance(raw, dict) and "revisions" in raw:
+            if Path(name).expanduser().exists() or glob.has_magic(name):
+                where: Location = (*at, "revisions")
+                self.report(where, f"'{name}' is a folder or a file; only a hub id has revisions")
+            return [f"{name}@{revision}" for revision in _revisions(entry)]
         if not (self.expand and glob.has_magic(name)):
             return [name]
         matches = glob.glob(str(Path(name).expanduser()), recursive=True)
         folders = sorted(m for m in matches if Path(m).is_dir() or m.endswith(".gguf"))
         if not folders:
-            self.wrong(node, f"no folder matches '{name}' (relative paths are those of {Path.cwd()})")
+            self.report(at, f"no folder matches '{name}' (relative paths start in {Path.cwd()})")
         return folders
 
-    def revisions(self, node: Any) -> Iterator[str]:
-        """Names of revisions: a list of names and ranges, or one range."""
-        parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        if not parts:
-            self.wrong(node, "revisions: there are none")
-        for part in parts:
-            if isinstance(part, yaml.MappingNode):
-                yield from self.range(part)
-            elif (text := self.text(part)) is not None:
-                yield text
-
-    def range(self, node: Any) -> list[str]:
-        """``{prefix: step, from: 0, to: 3000, step: 1000}`` is step0, step1000, step2000, step3000."""
-        parts = self.mapping(node, RANGE_KEYS)
-        if missing := [key for key in ("from", "to") if key not in parts]:
-            self.wrong(node, f"a range of revisions needs '{missing[0]}'")
-            return []
-        numbers = {key: self.value(parts[key], "int", key) for key in ("from", "to", "step") if key in parts}
-        if WRONG in numbers.values():
-            return []
-        first, last, step = numbers["from"], numbers["to"], numbers.get("step", 1)
-        if step < 1 or last < first or (last - first) // step >= MOST_RUNS:
-            self.wrong(node, f"a range goes up from 'from' to 'to' in at most {MOST_RUNS:,} steps of 1 or more")
-            return []
-        prefix = (self.text(parts["prefix"]) or "") if "prefix" in parts else ""
-        return [f"{prefix}{number}" for number in range(first, last + 1, step)]
-
-    def options(
-        self, node: Any, names: Sequence[str], defaults: dict[str, Any], others: Sequence[str] = ()
-    ) -> dict[str, Any]:
-        """Fields of Settings and Execution with their values; those that are wrong are noted and left out.
-
-        Args:
-            defaults: what else is set; values are checked together.
-            others: keys that are no options.
-        """
-        if node is None:
-            return {}
-        if not isinstance(node, yaml.MappingNode):
-            self.wrong(node, "this must be a mapping: key: value")
-            return {}
-        nodes = {key.value: (key, value) for key, value in node.value if key.value in names}
-        if not others:
-            self.mapping(node, names)
-        values = {name: self.value(value, _TYPES[name], name) for name, (_, value) in nodes.items()}
-        values = {name: value for name, value in values.items() if value is not WRONG}
-        for options in (Settings, Execution):
-            own = [name for name in values if name in options.__dataclass_fields__]
-            base = {k: v for k, v in defaults.items() if k in options.__dataclass_fields__}
-            while error := _error(options, base | {name: values[name] for name in own}):
-                culprit = _culprit(options, base, {name: values[name] for name in own})
-                self.wrong(nodes[culprit][0], f"{error}".replace("\n", " "))
-                own.remove(culprit)
-                del values[culprit]
-        return values
+    def reject_duplicates(self, specs: Iterable[RunSpec]) -> None:
+        """The same run twice is a problem."""
+        lines: dict[Any, int] = {}
+        for spec in specs:
+            ranks = (spec.execution.partition, spec.execution.ranks) if spec.execution.ranks else None
+            first = lines.setdefault((spec.model, spec.corpus, spec.settings, ranks), spec.line)
+            what = spec.line, f"'{spec.model}' is there twice with the same settings, first in line {first}"
+            if first != spec.line and what not in self.problems:
+                self.problems.append(what)
 
 
-def _told(options: Mapping[str, Any]) -> str:
+def _hint(location: Location, problem: ConfigError) -> str:
+    if location[0] == "execution" and location[-1] in OPTIONS_ONLY:
+        return OPTIONS_ONLY[str(location[-1])]
+    hint = problem.hint or ""
+    return hint.partition(" Valid:")[0] if "Unknown key" in problem.message else hint
+
+
+def _each(
+    titles: Mapping[str, str], corpora: Sequence[str], settings: Settings, execution: Execution, line: int
+) -> Iterator[RunSpec]:
+    """The runs of models, by name with their titles, on every corpus."""
+    for model, title in titles.items():
+        for corpus in corpora:
+            yield RunSpec(
+                model=model,
+                corpus=corpus,
+                settings=settings,
+                execution=execution,
+                title=title,
+                name=f"{title} on {corpus}" if len(corpora) > 1 else title,
+                line=line,
+            )
+
+
+def _valid(cls: type[T], raw: Any) -> T | None:
+    try:
+        return cls.model_validate(raw)
+    except ValidationError:
+        return None
+
+
+def _given(made: BaseModel) -> dict[str, Any]:
+    """The fields that were set, by name, in the order of the class."""
+    return {name: getattr(made, name) for name in type(made).model_fields if name in made.model_fields_set}
+
+
+def _texts(raw: Any) -> list[tuple[int, str]]:
+    """The texts of a list, and their indices."""
+    return [(index, text) for index, text in enumerate(raw if isinstance(raw, list) else []) if isinstance(text, str)]
+
+
+def _name(raw: Any) -> str | None:
+    name = raw.get("model") if isinstance(raw, dict) else raw
+    return name if isinstance(name, str) else None
+
+
+def _revisions(entry: ModelKeys | None) -> Iterator[str]:
+    for revision in (entry.revisions or ()) if entry else ():
+        if isinstance(revision, RevisionRange):
+            yield from revision.names()
+        else:
+            yield revision
+
+
+def _describe(options: Mapping[str, Any]) -> str:
     """Options for people: ``dtype float32, sites block mlp``."""
     words = {name: " ".join(map(str, value)) if isinstance(value, tuple) else value for name, value in options.items()}
     return ", ".join(f"{name} {value}" for name, value in words.items())
-
-
-def _error(options: type[Settings] | type[Execution], values: Mapping[str, Any]) -> ConfigError | None:
-    try:
-        options(**values)
-    except ConfigError as error:
-        return error
-    return None
-
-
-def _culprit(options: type[Settings] | type[Execution], base: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """The option that is wrong: the last without which all is well, or without which another error comes first."""
-    told = str(_error(options, {**base, **own}))
-    without = {name: _error(options, {**base, **{k: v for k, v in own.items() if k != name}}) for name in own}
-    well = [name for name, error in without.items() if error is None]
-    return (well or [name for name, error in without.items() if str(error) != told] or list(own))[-1]

@@ -1,173 +1,121 @@
-"""The nodes of a YAML file, which know their lines: values by the type that they must have, and mistakes."""
+"""YAML as plain values, and the line of each: small files only, no tags, and aliases that stay small."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from avss_dist.errors import ConfigError, nearest
-from avss_dist.text import parse_bytes
+from avss_dist.errors import ConfigError
 
-WRONG = object()  # in place of a value that was a mistake
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 20
+MAX_VALUES = 100_000  # with aliases, a few lines can stand for any number of values
+TAGS = ("null", "bool", "int", "float", "str", "seq", "map", "timestamp", "merge", "value")
+_PREFIX = "tag:yaml.org,2002:"
+
+Location = tuple[int | str, ...]
+"""The keys and indices on the way to a value: ``("models", 0, "dtype")``."""
 
 
 class JobError(ConfigError):
-    """A job file has mistakes; the message has a line for each."""
-
-
-def line_of(node: Any) -> int:
-    """The line that a node begins in, from 1."""
-    return int(node.start_mark.line) + 1
-
-
-def say_value(node: Any) -> str:
-    """What stands there, for people."""
-    return repr(node.value) if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
-
-
-def _scalar(node: Any) -> str:
-    if not isinstance(node, yaml.ScalarNode):
-        raise ValueError
-    return str(node.value)
-
-
-def _text(node: Any) -> str:
-    if not (text := _scalar(node)) or node.tag.endswith(":null"):
-        raise ValueError
-    return text
-
-
-def _bool(node: Any) -> bool:
-    if _scalar(node) not in ("true", "false"):
-        raise ValueError
-    return _scalar(node) == "true"
-
-
-def _number(node: Any) -> float:
-    return float(_scalar(node))
-
-
-def _integer(node: Any) -> int:
-    return int(_scalar(node))
-
-
-def _list(node: Any) -> list[Any]:
-    if not isinstance(node, yaml.SequenceNode):
-        raise ValueError
-    return list(node.value)
-
-
-def _sizes(node: Any) -> dict[str, int]:
-    if not isinstance(node, yaml.MappingNode):
-        raise ValueError
-    return {str(key.value): parse_bytes(_scalar(value)) for key, value in node.value}
-
-
-def _optional(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda node: None if node.tag.endswith(":null") else read(node)
-
-
-# By the type of a field: how it is read, and what to call it.
-READERS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "int": (_integer, "a whole number"),
-    "int | None": (_optional(_integer), "a whole number"),
-    "float": (_number, "a number"),
-    "str": (_text, "a name"),
-    "str | None": (_optional(_text), "a name"),
-    "bool": (_bool, "true or false"),
-    "tuple[str, ...]": (lambda node: tuple(_text(item) for item in _list(node)), "a list of names"),
-    "tuple[float, ...]": (lambda node: tuple(_number(item) for item in _list(node)), "a list of numbers"),
-    "Mapping[str, int]": (_sizes, "sizes by device, such as {cpu: 20GB}"),
-}
+    """A job file has problems; the message has a line for each."""
 
 
 @dataclass
-class NodeReader:
-    """Reads nodes and collects mistakes, each with its line, instead of stopping at the first.
+class Document:
+    """A YAML file.
 
     Attributes:
         path: the file.
-        elsewhere: keys that people look for in it, and where they are.
-        mistakes: line and text.
+        value: mappings, lists, and scalars as the file writes them (texts); None for null.
+        lines: of every key and list item, from 1.
+        repeated: keys that a mapping has twice, with the line of the second.
     """
 
     path: Path
-    elsewhere: Mapping[str, str] = field(default_factory=dict)
-    mistakes: list[tuple[int, str]] = field(default_factory=list)
+    value: Any = None
+    lines: dict[Location, int] = field(default_factory=lambda: {(): 1})
+    repeated: list[tuple[int, str]] = field(default_factory=list)
 
-    def refuse_mistakes(self) -> None:
-        """Raise what was collected, in the order of the lines.
+    def line(self, location: Location) -> int:
+        """The line of a value or, where the file does not have it, of the nearest one that it would be in."""
+        known: Location = ()
+        for part in location:
+            if (*known, part) in self.lines:
+                known = (*known, part)
+        return self.lines[known]
 
-        Raises:
-            JobError: there is something.
-        """
-        if not self.mistakes:
-            return
-        lines = [f"{self.path}:{line}: {what}" for line, what in sorted(self.mistakes)]
-        count = f"{self.path} has {len(lines)} mistake{'s' if len(lines) > 1 else ''}; nothing was run."
-        raise JobError("\n".join([count, *lines]), "The keys are explained in jobs/README.md.")
 
-    def wrong(self, node: Any, what: str) -> None:
-        """Note a mistake."""
-        self.mistakes.append((line_of(node), what))
+def read_yaml(path: Path) -> Document:
+    """Read a YAML file.
 
-    def mapping(self, node: Any, names: Sequence[str]) -> dict[str, Any]:
-        """The known keys of a mapping and the nodes of their values; others, and repeated ones, are mistakes."""
-        if not isinstance(node, yaml.MappingNode):
-            self.wrong(node, f"this must be a mapping with the keys {', '.join(names)}")
-            return {}
-        parts: dict[str, Any] = {}
+    Raises:
+        JobError: it cannot be read, is too large or nested too deeply, or is more than plain YAML.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        text = data.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise JobError(f"The job file {path} cannot be read: {reason}.", "docs/job-files.md explains them.") from None
+    if len(data) > MAX_BYTES:
+        raise JobError(
+            f"{path} is no job file: it has more than {MAX_BYTES:,} bytes.", "docs/job-files.md explains them."
+        )
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise JobError(f"{where}: this is not YAML: {getattr(error, 'problem', None) or error}.") from None
+    except RecursionError:
+        raise JobError(f"{path} is nested too deeply.", f"A job file has at most {MAX_DEPTH} levels.") from None
+    document = Document(path)
+    document.value = _Values(document).plain(root, ()) if root else None
+    return document
+
+
+@dataclass
+class _Values:
+    """Turns the nodes of a document into values, and notes their lines."""
+
+    document: Document
+    count: int = 0
+
+    def plain(self, node: Any, location: Location) -> Any:
+        self._require_plain(node, location)
+        self.document.lines.setdefault(location, _line(node))
+        if isinstance(node, yaml.SequenceNode):
+            return [self.plain(item, (*location, index)) for index, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, location)
+        return None if node.tag == f"{_PREFIX}null" else str(node.value)
+
+    def _mapping(self, node: Any, location: Location) -> dict[str, Any]:
+        values: dict[str, Any] = {}
         for key, value in node.value:
-            if key.value not in names:
-                self.wrong(key, f"unknown key {say_value(key)}. {self.nearest_key(str(key.value), names)}")
-            elif key.value in parts:
-                self.wrong(key, f"the key '{key.value}' is there twice")
-            else:
-                parts[key.value] = value
-        return parts
+            name = str(key.value) if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
+            if name in values:
+                self.document.repeated.append((_line(key), f"the key '{name}' is there twice"))
+                continue
+            self.document.lines[(*location, name)] = _line(key)
+            values[name] = self.plain(value, (*location, name))
+        return values
 
-    def items(self, node: Any, name: str) -> list[Any]:
-        """The nodes of a list that must not be empty."""
-        if node is None:
-            return []
-        if not isinstance(node, yaml.SequenceNode) or not node.value:
-            self.wrong(node, f"{name} must be a list with at least one entry: - one")
-            return []
-        return list(node.value)
+    def _require_plain(self, node: Any, location: Location) -> None:
+        self.count += 1
+        where = f"{self.document.path}:{_line(node)}"
+        if len(location) > MAX_DEPTH:
+            raise JobError(f"{where}: nested too deeply.", f"A job file has at most {MAX_DEPTH} levels.")
+        if self.count > MAX_VALUES:
+            raise JobError(f"{where}: more than {MAX_VALUES:,} values.", "Make several jobs; use fewer aliases.")
+        if node.tag.removeprefix(_PREFIX) not in TAGS:
+            raise JobError(f"{where}: the tag {node.tag.replace(_PREFIX, '!!')} is not plain YAML.", "Leave it out.")
 
-    def texts(self, node: Any, name: str) -> Iterator[tuple[Any, str]]:
-        """The texts of a list, each once."""
-        seen: set[str] = set()
-        for item in self.items(node, name):
-            text = self.text(item)
-            if text in seen:
-                self.wrong(item, f"'{text}' is there twice")
-            elif text is not None:
-                seen.add(text)
-                yield item, text
 
-    def text(self, node: Any) -> str | None:
-        """A scalar as the file writes it; None, and a mistake, where it is none."""
-        if isinstance(node, yaml.ScalarNode) and node.value and not node.tag.endswith(":null"):
-            return str(node.value)
-        self.wrong(node, "this must be one name")
-        return None
-
-    def value(self, node: Any, kind: str, name: str) -> Any:
-        """A value of the type that an option has; `WRONG`, and a mistake, where it is another."""
-        read, what = READERS[kind]
-        try:
-            return read(node)
-        except ConfigError as error:
-            self.wrong(node, f"{name} must be {what}: {error.message}")
-        except ValueError:
-            self.wrong(node, f"{name} must be {what}, not {say_value(node)}")
-        return WRONG
-
-    def nearest_key(self, key: str, names: Sequence[str]) -> str:
-        """The nearest valid key; where none is near, all of them."""
-        return self.elsewhere.get(key) or nearest(key, names).partition(" Valid:")[0]
+def _line(node: Any) -> int:
+    return int(node.start_mark.line) + 1

@@ -95,7 +95,7 @@ class Planner:
         return placement
 
     def size(self, spec: RunSpec, checkpoint: Checkpoint, settings: Settings) -> Footprint | None:
-        """The checkpoint's size; None where it has none that can be told."""
+        """The checkpoint's size; None where it is not known."""
         with suppress(ModelError):  # what cannot be sized is opened as `single`, which says what is wrong with it
             return footprint(checkpoint if self.fetch else spec.model, settings)
         return None

@@ -19,7 +19,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from avss_dist.errors import AvssError, ConfigError, RunFailed
+from avss_dist.errors import AvssError, ConfigError, RunFailed, without_secrets
 from avss_dist.runs.job_file import JobFile
 from avss_dist.settings import PERPLEXITY
 from avss_dist.tasks.harness_files import files_of, is_task_file
@@ -71,13 +71,13 @@ class Cluster:
 
     def __init__(self, address: str) -> None:
         if not address.startswith(("http://", "https://")):
-            raise ConfigError(f"'{address}' is no address of a job server.", "Write http://HEAD:8265.")
+            raise ConfigError(f"'{address}' is not the address of a job server.", "Write http://HEAD:8265.")
         with _environment_of_client():
             from ray.job_submission import JobSubmissionClient
         for name in [name for name in logging.root.manager.loggerDict if name.startswith("ray")]:
             logging.getLogger(name).setLevel(logging.ERROR)
         self.address = address
-        with self._mistakes(), _environment_of_client():
+        with self._explained(), _environment_of_client():
             self._client = JobSubmissionClient(address)
 
     def submit(self, job: JobFile, options: Sequence[str] = (), *, experiment: bool = False) -> str:
@@ -91,11 +91,11 @@ class Cluster:
             TaskError: a task file, or its data, cannot be read.
         """
         _require_reachable(job)
-        asked = job.experiment.tasks if experiment and job.experiment else ()
+        tasks = job.experiment.tasks if experiment and job.experiment else ()
         job_id = f"avss-{job.path.stem}-{secrets.token_hex(3)}"
-        with tempfile.TemporaryDirectory() as folder, self._mistakes():
+        with tempfile.TemporaryDirectory() as folder, self._explained():
             shutil.copy(job.path, Path(folder) / job.path.name)
-            for file in _local_files(job, asked):
+            for file in _local_files(job, tasks):
                 (Path(folder) / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, Path(folder) / file)
             return str(
@@ -103,29 +103,29 @@ class Cluster:
                     entrypoint=shlex.join(["avss", "experiment" if experiment else "run", job.path.name, *options]),
                     submission_id=job_id,
                     runtime_env={"working_dir": folder},
-                    metadata={"avss_warehouse": job.warehouse, "avss_runs": str(len(job.specs))},
+                    metadata={"avss_warehouse": without_secrets(job.warehouse), "avss_runs": str(len(job.specs))},
                 )
             )
 
     def job(self, job_id: str) -> Submitted:
         """One job."""
-        with self._mistakes(job_id):
+        with self._explained(job_id):
             return _submitted(self._client.get_job_info(job_id))
 
     def jobs(self) -> list[Submitted]:
         """Every job that was submitted, the oldest first."""
-        with self._mistakes():
+        with self._explained():
             jobs = [_submitted(details) for details in self._client.list_jobs() if details.submission_id]
         return sorted(jobs, key=lambda job: job.started or datetime.now(UTC))
 
     def logs(self, job_id: str) -> str:
         """All that a job has printed."""
-        with self._mistakes(job_id):
+        with self._explained(job_id):
             return str(self._client.get_job_logs(job_id))
 
     def follow(self, job_id: str) -> Iterator[str]:
         """What a job prints, as it does, until it ends."""
-        with self._mistakes(job_id):
+        with self._explained(job_id):
             self._client.get_job_info(job_id)
             texts = self._client.tail_job_logs(job_id)
             with asyncio.Runner() as runner:
@@ -140,15 +140,14 @@ class Cluster:
 
     def stop(self, job_id: str) -> str:
         """Stop a job; how it stands then."""
-        with self._mistakes(job_id):
+        with self._explained(job_id):
             if self._client.stop_job(job_id):
                 return f"{self.wait(job_id).status.lower()}."
             return f"it has ended already ({self.job(job_id).status.lower()})."
 
     @contextmanager
-    def _mistakes(self, job_id: str = "") -> Iterator[None]:
-        """Raise what Ray answers as an AvssError that says what to do."""
-        from aiohttp import ClientError
+    def _explained(self, job_id: str = "") -> Iterator[None]:
+        """Raise what Ray raises as an AvssError that says what to do."""
         from ray.exceptions import AuthenticationError
 
         try:
@@ -163,14 +162,17 @@ class Cluster:
                 f"No job server answers at {self.address}.",
                 "Check the address (the dashboard's, port 8265), and that the cluster is up: ray status on its head.",
             ) from error
-        except (RuntimeError, ValueError, OSError, ClientError) as error:
+        except Exception as error:  # whatever answers there may be no job server, or one of another version
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             if job_id and ("404" in text or "does not exist" in str(error)):
                 raise ConfigError(
                     f"{self.address} has no job '{job_id}'.",
                     f"avss status --address {self.address} lists those that it remembers.",
                 ) from error
-            raise RunFailed(f"The job server at {self.address} failed: {text}") from error
+            raise RunFailed(
+                f"The job server at {self.address} failed: {text}",
+                "If it goes on, see whether it is a Ray cluster of this version of Ray.",
+            ) from error
 
 
 @contextmanager
@@ -224,16 +226,16 @@ def _submitted(details: Any) -> Submitted:
 
 def _require_reachable(job: JobFile) -> None:
     """Refuse paths that mean something here, and nothing in the working directory that the cluster makes."""
-    mistakes = []
+    problems = []
     if "://" not in job.warehouse and not Path(job.warehouse).expanduser().is_absolute():
-        mistakes.append(f"the warehouse '{job.warehouse}' would be lost with the job's working directory")
+        problems.append(f"the warehouse '{job.warehouse}' would be lost with the job's working directory")
     for model, line in job.models.items():
         path = Path(model)
         if not path.is_absolute() and (path.is_dir() or path.is_file() or model.startswith(".") or "*" in model):
-            mistakes.append(f"line {line}: the model '{model}' is a relative path")
-    if mistakes:
+            problems.append(f"line {line}: the model '{model}' is a relative path")
+    if problems:
         raise ConfigError(
-            f"{job.path} cannot be submitted: {'; '.join(mistakes)}.",
+            f"{job.path} cannot be submitted: {'; '.join(problems)}.",
             "Write absolute paths that exist on the cluster (a shared disk), hub ids, or an s3:// or gs:// warehouse.",
         )
 

@@ -115,7 +115,8 @@ def harness_task(
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise TaskError(
-            f"Task '{name}' is for lm-evaluation-harness, which is not installed.", "pip install 'avss_dist[eval]'"
+            f"Task '{name}' is for lm-evaluation-harness, which is not installed.",
+            "pip install -e '.[eval]' in a clone",
         ) from error
     for option, value, least in (("--limit", limit, 1), ("--num-fewshot", num_fewshot, 0)):
         if value is not None and value < least:

@@ -63,7 +63,7 @@ def refuse_newer(dataset: ds.Dataset) -> None:
 def refuse_newer_version(version: bytes | int | None) -> None:
     if (number := int(version or 0)) > SCHEMA_VERSION:
         message = f"Written by a newer avss_dist: schema {number}, this one reads up to {SCHEMA_VERSION}."
-        raise WarehouseError(message, "pip install -U avss_dist")
+        raise WarehouseError(message, "Update avss_dist where you installed it: git pull, pip install .")
 
 
 def parse(data: pa.Buffer) -> pa.Table:

@@ -134,16 +134,16 @@ def test_what_is_not_comparable_is_refused_by_name(tmp_path: Path, columns: dict
     write_scores(tmp_path, "a", UP)
     write_scores(tmp_path, "b", DOWN, **columns)
     for by in ("run", "family", "revision"):
-        with pytest.raises(QueryError, match=rf"not comparable: they differ in {text}\.\n.*--anyway"):
+        with pytest.raises(QueryError, match=rf"not comparable: they differ in {text}\.\n.*`allow_mismatch`"):
             pairs(tmp_path, by=by)
-    (pair,) = pairs(tmp_path, anyway=True)
+    (pair,) = pairs(tmp_path, allow_mismatch=True)
     assert pair["spearman"] == pytest.approx(-1)
 
 
 def test_every_difference_is_named(root: Path) -> None:
     with pytest.raises(QueryError, match=r"corpus \(other.txt, text.txt\); dtype \(bfloat16, float32\)"):
         pairs(root)
-    assert len(pairs(root, anyway=True)) == 6
+    assert len(pairs(root, allow_mismatch=True)) == 6
 
 
 def test_the_same_text_under_another_name_is_comparable(tmp_path: Path) -> None:
@@ -252,10 +252,10 @@ def test_pairs_as_data(root: Path, kind: str) -> None:
         (["--run", "lama-1"], "Unknown run 'lama-1'.\nDid you mean 'llama-1'?"),
         (["--run", "gpt*"], "No run matches 'gpt*'."),
         (["--by", "dtyp"], "Unknown --by 'dtyp'.\nDid you mean 'dtype'?"),
-        (["--site", "blok"], "Unknown site 'blok'.\nDid you mean 'block'?"),
-        (["--recipe", "pool"], "Unknown recipe 'pool'.\nDid you mean 'pooled'?"),
+        (["--site", "blok"], "Unknown --site 'blok'.\nDid you mean 'block'?"),
+        (["--recipe", "pool"], "Unknown --recipe 'pool'.\nDid you mean 'pooled'?"),
         (["--threshold", "x"], "'x' is not a threshold."),
-        (["--format", "xls"], "Unknown format 'xls'."),
+        (["--format", "xls"], "Unknown --format 'xls'."),
     ],
 )
 def test_mistakes(root: Path, args: list[str], text: str) -> None:

@@ -273,7 +273,7 @@ def test_quantiles_command(root: Path) -> None:
     [
         (["scores", "--threshold", "-1"], "'-1' is not a threshold."),
         (["scores", "--site", "mlp"], "No statistics for site 'mlp'"),
-        (["scores", "--recipe", "units"], "Unknown recipe 'units'.\nDid you mean 'unit'?"),
+        (["scores", "--recipe", "units"], "Unknown --recipe 'units'.\nDid you mean 'unit'?"),
         (["quantiles", "--q", "1.5"], "1.5 is not a share."),
         (["quantiles", "--site", "mlp"], "No statistics of site 'mlp'."),
         (["quantiles", "--run", "tiny-3"], "Unknown run 'tiny-3'."),

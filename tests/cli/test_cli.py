@@ -25,7 +25,18 @@ import avss_dist
 from avss_dist.cli import app
 from avss_dist.errors import ConfigError, QueryError
 from avss_dist.partition.base import Placement
-from avss_dist.settings import LOWEST_SHARE, PUBLISHED_THRESHOLD, RECIPES, SITES, Execution, Settings
+from avss_dist.settings import (
+    ATTENTIONS,
+    DTYPES,
+    EXECUTORS,
+    LOWEST_SHARE,
+    PUBLISHED_THRESHOLD,
+    RECIPES,
+    SCORES,
+    SITES,
+    Execution,
+    Settings,
+)
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 
@@ -70,7 +81,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--score": "avss",
         "--k": None,
         "--share": LOWEST_SHARE,
-        "--anyway": False,
+        "--allow-mismatch": False,
         "--format": "table",
     },
     "findings": {
@@ -163,6 +174,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "scorecard": {"warehouse": None, "--run": None, "--all": False, "--format": "table"},
     "run": {
         "job": None,
+        "--schema": False,
         "--dry-run": False,
         "--executor": None,
         "--replicas": None,
@@ -178,6 +190,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
 }
 for _command in ("score", "estimate", "ablate", "evaluate"):
     del COMMANDS[_command]["--sites"], COMMANDS[_command]["--thresholds"]
+    for _field, _option in (("--layers", "--layers-path"), ("--attention", "--attn-implementation")):
+        COMMANDS[_command][_option] = COMMANDS[_command].pop(_field)
     if _command != "score":
         del COMMANDS[_command]["--skip-first-tokens"]
 TEXT = {"--corpus": "builtin:pydoc", "--max-sequences": 12, "--sequence-length": 32, "--sequences-per-shard": 4}
@@ -252,6 +266,43 @@ def test_help_names_every_command() -> None:
     for args in (["--help"], ["-h"], []):
         result = avss(*args)
         assert all(f" {command} " in result.output for command in COMMANDS)
+
+
+def test_a_run_is_named_by_a_part_that_only_it_has(scored: Path) -> None:
+    run_id = run_ids(scored)["llama"]
+    result = avss("show", scored, "--run", "*")
+    assert result.exit_code == 2 and "'*' matches 2 runs." in result.stderr
+    for name in ("llama", run_id[-6:], "*llama*", run_id):
+        result = avss("show", scored, "--run", name)
+        assert result.exit_code == 0 and run_id in result.stdout
+        assert (f"Run {run_id} is the one" in result.stderr) is (name in ("llama", run_id[-6:]))
+    result = avss("show", scored, "--run", "tiny")
+    assert result.exit_code == 2 and "'tiny' is part of 2 runs." in result.stderr
+    result = avss("report", scored, "--run", "nothing", "-o", scored.parent / "r.html")
+    assert result.exit_code == 2 and "Unknown run 'nothing'" in result.stderr
+
+
+def test_names_are_listed_in_help_and_completed() -> None:
+    from avss_dist.analysis.compare import BY
+    from avss_dist.cli.compare import COMPARED
+
+    assert COMPARED == BY
+    for command, option, names in (
+        ("score", "--dtype", DTYPES),
+        ("score", "--site", SITES),
+        ("score", "--attn-implementation", ATTENTIONS),
+        ("run", "--executor", EXECUTORS),
+        ("compare", "--score", SCORES),
+        ("query", "--format", ("table", "csv", "json", "parquet")),
+    ):
+        parameter = _parameters(command)[option]
+        assert parameter.metavar == f"[{'|'.join(names)}]"
+        completed = parameter.shell_complete(None, names[-1][:3])  # type: ignore[arg-type]
+        assert names[-1] in [item.value for item in completed]
+
+
+def test_public_names_are_shown() -> None:
+    assert {"score", "score_all", "Run", "Warehouse"} <= set(dir(avss_dist))
 
 
 def test_the_defaults_of_a_picture_are_the_published_ones() -> None:
@@ -461,7 +512,8 @@ def test_what_is_done_is_skipped_unless_fresh(warehouse: Path, tiny_llama: Path)
 
 def test_the_options_of_score_reach_the_run(tiny_llama: Path, tmp_path: Path) -> None:
     options = ["--site", "mlp", "--site", "block", "--threshold", "0.5", "--dtype", "bfloat16", "--batch-size", "3"]
-    options += ["--layout", "padded", "--skip-first-tokens", "2", "--attention", "eager", "--layers", "layers"]
+    options += ["--layout", "padded", "--skip-first-tokens", "2", "--attn-implementation", "eager"]
+    options += ["--layers-path", "layers"]
     result = avss("score", tiny_llama, *SCORE, *options, "--device", "cpu", "--out", tmp_path)
     assert result.exit_code == 0
     (run,) = rows(tmp_path, "FROM runs")

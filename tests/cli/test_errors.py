@@ -265,7 +265,7 @@ def test_a_missing_column_is_named_with_the_nearest(tiny_llama: Path, warehouse:
         (["--dtype", "bfloat"], ["Unknown --dtype 'bfloat'", "Did you mean 'bfloat16'?"]),
         (["--layout", "pack"], ["Unknown --layout 'pack'", "Did you mean 'packed'?"]),
         (["--executor", "rey"], ["Unknown --executor 'rey'", "Did you mean 'ray'?"]),
-        (["--attention", "eagr"], ["Unknown --attention 'eagr'", "Did you mean 'eager'?"]),
+        (["--attn-implementation", "eagr"], ["Unknown --attn-implementation 'eagr'", "Did you mean 'eager'?"]),
         (["--device", "cuda:0"], ["Unknown --device 'cuda:0'", "Did you mean 'cuda'?"]),
         (["--sit", "block"], ["No such option: --sit", "--site"]),
         (["--threshold", "small"], ["'small' is not a threshold", "Write an absolute one like 1e-5"]),
@@ -282,13 +282,13 @@ def test_a_missing_column_is_named_with_the_nearest(tiny_llama: Path, warehouse:
         (["--replicas", "2"], ["--executor local is one replica", "Use --executor ray"]),
         (["--replicas", "0"], ["--replicas must be at least 1"]),
         (["--address", "auto"], ["--executor local is one replica", "Use --executor ray"]),
-        (["--layers", "layer"], ["LlamaModel has no layer list 'layer'", "Did you mean 'layers'?"]),
+        (["--layers-path", "layer"], ["LlamaModel has no layer list 'layer'", "Did you mean 'layers'?"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
 )
 def test_a_wrong_option_is_refused(options: list[str], says: list[str], tiny_llama: Path, warehouse: Path) -> None:
     args = ["score", tiny_llama, *SCORE, *options, "--out", warehouse]
-    refused(warehouse, *args, says=says, failed_row=options[0] == "--layers")
+    refused(warehouse, *args, says=says, failed_row=options[0] == "--layers-path")
 
 
 def test_documents_shorter_than_what_is_skipped_are_refused(tiny_llama: Path, warehouse: Path, tmp_path: Path) -> None:
@@ -319,8 +319,8 @@ def test_a_missing_option_is_named(missing: str, warehouse: Path) -> None:
     [
         (["show", "--run", "tiny-lama"], ["Unknown run 'tiny-lama'", "Did you mean 'tiny-llama-"]),
         (["plot", "--run", "tiny-lama", "-o", "a.png"], ["Unknown run 'tiny-lama'", "Did you mean 'tiny-llama-"]),
-        (["show", "--site", "mpl"], ["Unknown site 'mpl'", "Did you mean 'mlp'?"]),
-        (["show", "--recipe", "pool"], ["Unknown recipe 'pool'", "Did you mean 'pooled'?"]),
+        (["show", "--site", "mpl"], ["Unknown --site 'mpl'", "Did you mean 'mlp'?"]),
+        (["show", "--recipe", "pool"], ["Unknown --recipe 'pool'", "Did you mean 'pooled'?"]),
         (["show", "--recipe", "unit", "--site", "mlp"], ["No scores of site 'mlp' with recipe 'unit'", "Scored: "]),
         (["show", "--threshold", "x"], ["'x' is not a threshold"]),
         (["show", "--threshold", "2e-5"], ["No scores at threshold 2e-5", "Scored: 1e-06, 1e-05", "0.1rms"]),
@@ -331,7 +331,7 @@ def test_a_missing_option_is_named(missing: str, warehouse: Path) -> None:
         (["query", "INSERT INTO runs SELECT * FROM runs"], ["INSERT is not allowed in a query"]),
         (["query", "SELEC 1"], ['syntax error at or near "SELEC"', "Tables: runs, scores"]),
         (["query", "SELECT layr FROM scores"], ['"layr" not found', "layer"]),
-        (["query", "FROM runs", "--format", "jsn"], ["Unknown format 'jsn'", "Did you mean 'json'?"]),
+        (["query", "FROM runs", "--format", "jsn"], ["Unknown --format 'jsn'", "Did you mean 'json'?"]),
     ],
     ids=lambda value: " ".join(value) if value[0] in ("show", "plot", "query") else "",
 )
@@ -357,7 +357,7 @@ def test_a_newer_schema_is_refused(args: list[str], tiny_llama: Path, warehouse:
     table = pq.read_table(file, partitioning=None)
     metadata = {**(table.schema.metadata or {}), b"avss_schema_version": str(SCHEMA_VERSION + 1).encode()}
     pq.write_table(table.replace_schema_metadata(metadata), file)
-    says = [f"Written by a newer avss_dist: schema {SCHEMA_VERSION + 1}", "pip install -U avss_dist"]
+    says = [f"Written by a newer avss_dist: schema {SCHEMA_VERSION + 1}", "Update avss_dist where you installed it"]
     if args == ["score"]:
         refused(warehouse, "score", tiny_llama, *SCORE, "--out", warehouse, says=says)
     else:

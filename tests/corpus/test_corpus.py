@@ -372,7 +372,7 @@ def test_hf_errors(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.load_dataset_builder", offline)
     fails(lambda: corpus_fingerprint("hf:name"), "hf:name cannot be read: no network", "hf auth login")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    fails(lambda: documents("hf:name"), "hf:name needs the package datasets.", "pip install 'avss_dist[hf]'")
+    fails(lambda: documents("hf:name"), "hf:name needs the package datasets.", "pip install -e '.[hf]'")
 
 
 # Fingerprints

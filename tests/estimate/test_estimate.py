@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,10 +16,12 @@ import pytest
 from rich.console import Console
 from support.checkpoints import VOCABULARY, llama
 
+import avss_dist.estimate.benchmark
 import avss_dist.estimate.estimate
-from avss_dist.errors import AvssError, ConfigError, CorpusError, ModelError
-from avss_dist.estimate.benchmark import Calibration, Cost, shortened
-from avss_dist.estimate.estimate import ORDER, Arithmetic, Estimate, Machine, Row, estimate
+from avss_dist.errors import AvssError, ConfigError, CorpusError, ModelError, RunFailed
+from avss_dist.estimate.benchmark import Calibration, Cost
+from avss_dist.estimate.estimate import SIMPLEST_FIRST, Arithmetic, Estimate, Machine, Row, estimate
+from avss_dist.estimate.small_models import shortened
 from avss_dist.models.size import footprint
 from avss_dist.report.terminal.estimate import describe_seconds, estimate_table, summary
 from avss_dist.settings import Execution, Settings
@@ -48,7 +51,7 @@ def guess(header_only: Path) -> Estimate:
 def test_no_weight_is_read(guess: Estimate) -> None:
     """`guess` is of a checkpoint that has none."""
     assert guess.num_parameters == sum(p.numel() for p in llama().parameters())
-    assert [row.partition for row in guess.rows] == list(ORDER)
+    assert [row.partition for row in guess.rows] == list(SIMPLEST_FIRST)
     assert [row.ranks for row in guess.rows] == [1, 1, 1, 2, 2]
 
 
@@ -90,12 +93,13 @@ def test_seconds_in_words(seconds: float, said: str) -> None:
 MEASURE = """
 import sys, json, resource
 import avss_dist.runs.api
-from avss_dist.checkpoints import resolve
-from avss_dist.config import Settings
-from avss_dist.corpus import plan
-from avss_dist.models import load_tokenizer
-from avss_dist.partition.base import Placement, open_replica
-from avss_dist.worker import analyze_shard
+from avss_dist.models.checkpoints import resolve
+from avss_dist.settings import Settings
+from avss_dist.corpus.shards import plan
+from avss_dist.models.loading import load_tokenizer
+from avss_dist.partition.base import Placement
+from avss_dist.partition.open import open_replica
+from avss_dist.measure.shard import analyze_shard
 folder, partition, settings = sys.argv[1], sys.argv[2], Settings(**json.loads(sys.argv[3]))
 checkpoint = resolve(folder)
 shards = plan("builtin:pydoc", load_tokenizer(checkpoint), settings).shards
@@ -159,8 +163,8 @@ def rows(
     size = replace(footprint(str(folder), settings), **sizes)  # type: ignore[arg-type]
     execution = execution or Execution()
     placed = avss_dist.estimate.estimate._spread(str(folder), size, settings, execution, machine)
-    made = Arithmetic(size, settings, execution, machine, calibration, placed).rows()
-    return {row.partition: row for row in made}
+    made = Arithmetic(size, settings, execution, machine, calibration, placed)
+    return {name: made.row(name) for name in SIMPLEST_FIRST}
 
 
 def test_seconds_are_layers_and_the_rest_of_every_shard(tiny_llama: Path) -> None:
@@ -227,10 +231,15 @@ def test_ranks_are_those_that_were_asked_for(tiny_llama: Path) -> None:
     assert rows(tiny_llama, Machine("cpu", 0, GB, GB), execution)["zero3"].ranks == 3
 
 
-def test_the_simplest_that_fits_is_the_best(guess: Estimate) -> None:
-    assert guess.best == guess.rows[0]
-    tight = replace(guess, rows=(replace(guess.rows[0], fits=False), *guess.rows[1:]))
-    assert tight.best == guess.rows[1] and summary(tight).startswith("device_map fits: about")
+def test_the_simplest_that_is_about_as_fast_as_the_fastest_is_the_best(guess: Estimate) -> None:
+    single, device_map, streaming, *others = (replace(row, seconds=10.0) for row in guess.rows)
+    equal = replace(guess, rows=(single, device_map, streaming, *others))
+    assert equal.best == single
+    tight = (replace(single, fits=False), device_map, replace(streaming, seconds=5.0), *others)
+    assert replace(guess, rows=tight).best == tight[2]
+    near = replace(guess, rows=(*tight[:2], replace(streaming, seconds=9.0), *others))
+    assert near.best == device_map
+    assert summary(replace(guess, rows=tight)).startswith("streaming fits: about 5.0 s")
     none = replace(guess, rows=tuple(replace(row, fits=False) for row in guess.rows))
     assert none.best is None and summary(none).endswith("fits no partition here.")
 
@@ -239,6 +248,27 @@ def test_free_memory_is_looked_up(header_only: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(avss_dist.estimate.estimate, "available_memory", lambda: 50_000_000)
     found = estimate(str(header_only), "builtin:pydoc", SETTINGS)
     assert found.host_free_bytes == 50_000_000 and found.best is None
+
+
+def test_no_more_than_allowed_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(avss_dist.estimate.estimate, "available_memory", lambda: 50_000_000)
+    assert Machine.look("cpu", {"cpu": 20_000_000}) == Machine("cpu", 0, 20_000_000, 20_000_000)
+    assert Machine.look("cpu", {"cpu": 90_000_000, "0": 1}).host_free == 50_000_000
+
+
+def test_a_limit_that_no_process_keeps_fits_nothing(header_only: Path) -> None:
+    found = estimate(str(header_only), "builtin:pydoc", SETTINGS, Execution(max_memory={"cpu": "20MB"}))
+    assert found.host_free_bytes == 20_000_000 and found.best is None
+
+
+def test_a_benchmark_that_is_killed_is_an_error(header_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(avss_dist.estimate.benchmark, "_be_like_a_run", _end_at_once)
+    with pytest.raises(RunFailed, match="ended without a result"):
+        estimate(str(header_only), "builtin:pydoc", SETTINGS)
+
+
+def _end_at_once() -> None:
+    os._exit(9)
 
 
 def test_a_short_model_keeps_what_belongs_to_its_layers() -> None:

@@ -250,9 +250,9 @@ def test_random_choices_are_seeded_and_differ() -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ("{}", "the key 'tasks' is missing"),
-        ("{tasks: [], shares: [0.5]}", "tasks are none"),
-        ("{tasks: [x], shares: [1.5]}", "between 0 and 1"),
+        ("{}", "tasks is missing"),
+        ("{tasks: [], shares: [0.5]}", "tasks must not be empty"),
+        ("{tasks: [x], shares: [1.5]}", "shares must be less than 1, not 1.5"),
         ("{tasks: [x], scores: [avs]}", "Did you mean 'avss'"),
         ("{tasks: [x], scores: ['avss:blok:pooled:1e-5']}", "Did you mean 'block'"),
         ("{tasks: [x], randoms: 3}", "Did you mean 'random'"),

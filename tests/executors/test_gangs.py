@@ -473,7 +473,7 @@ def test_flash_attention_cannot_be_checked(gang: Callable[[int], Gang], folder_o
     settings = replace(SETTINGS, attention="flash_attention_2")
     for error in gang(2).outcomes(measure, "tensor_parallel", folder_of("llama"), make_shards(1), settings):
         assert isinstance(error, ConfigError)
-        assert error.hint == "Use --attention sdpa."
+        assert error.hint == "Use `attention` sdpa."
 
 
 def test_difference_is_of_the_median_token() -> None:

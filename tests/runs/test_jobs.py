@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -10,15 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
+import yaml
 from support.tables import assert_same_tables
 from typer.testing import CliRunner
 
 import avss_dist
 from avss_dist.cli import app
+from avss_dist.estimate.preview import preview_job
 from avss_dist.report.terminal.progress import Log
-from avss_dist.runs.api import preview_job, run_job
-from avss_dist.runs.job_file import JobError, JobFile, read_job
+from avss_dist.runs.api import run_job
+from avss_dist.runs.job_file import JobError, JobFile, job_schema, read_job
 from avss_dist.runs.run import Run
 from avss_dist.settings import Settings
 from avss_dist.warehouse.reader import Warehouse
@@ -39,13 +43,13 @@ def read(folder: Path, text: str, **options: Any) -> JobFile:
     return read_job(job_file(folder, text), **options)
 
 
-def mistakes(folder: Path, text: str) -> list[str]:
-    """What is told of a job file, without its name."""
+def problems(folder: Path, text: str) -> list[str]:
+    """What is reported of a job file, without its name."""
     with pytest.raises(JobError) as caught:
         read(folder, text)
     assert caught.value.exit_code == 2
     first, *lines = caught.value.message.splitlines()
-    assert first == f"{folder}/job.yaml has {len(lines)} mistake{'s' * (len(lines) > 1)}; nothing was run."
+    assert first == f"{folder}/job.yaml has {len(lines)} problem{'s' * (len(lines) > 1)}; nothing was run."
     return [line.removeprefix(f"{folder}/job.yaml:") for line in lines]
 
 
@@ -54,7 +58,7 @@ def avss(*args: object) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def test_every_mistake_is_told_at_once_with_its_line(tmp_path: Path) -> None:
+def test_every_problem_is_reported_at_once_with_its_line(tmp_path: Path) -> None:
     text = """\
 warehouse: w
 models:
@@ -71,29 +75,29 @@ execution:
   replicas: 0
   fresh: true
 """
-    assert mistakes(tmp_path, text) == [
-        "4: a range of revisions needs 'to'",
-        "5: unknown key 'partitions'. Did you mean 'partition'?",
-        f"6: no folder matches '/nowhere/checkpoint-*' (relative paths are those of {Path.cwd()})",
-        "7: unknown key 'corpra'. Did you mean 'corpora'?",
-        "10: Unknown `dtype` 'bfloat17'. Did you mean 'bfloat16'? Valid: auto, float32, bfloat16, float16.",
-        "11: sequence_length must be a whole number, not 'long'",
-        "13: `replicas` must be at least 1, not 0.",
-        "14: unknown key 'fresh'. Pass --fresh to avss run.",
+    assert problems(tmp_path, text) == [
+        "4: to is missing.",
+        "5: Unknown key 'partitions'. Did you mean 'partition'?",
+        f"6: no folder matches '/nowhere/checkpoint-*' (relative paths start in {Path.cwd()})",
+        "7: Unknown key 'corpra'. Did you mean 'corpora'?",
+        "10: Unknown dtype 'bfloat17'. Did you mean 'bfloat16'? Valid: auto, float32, bfloat16, float16.",
+        "11: sequence_length must be a whole number, not 'long'.",
+        "13: replicas must be at least 1, not 0.",
+        "14: Unknown key 'fresh'. avss run --fresh takes it.",
     ]
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", ["1: a job file has the keys warehouse, models, corpora, settings, execution"]),
-        ("- a\n", ["1: a job file has the keys warehouse, models, corpora, settings, execution"]),
-        ("models: [a]\n", ["1: the key 'corpora' is missing", "1: the key 'warehouse' is missing"]),
+        ("", ["1: a job file is a mapping with the keys warehouse, models, corpora, settings, execution"]),
+        ("- a\n", ["1: a job file is a mapping with the keys warehouse, models, corpora, settings, execution"]),
+        ("models: [a]\n", ["1: corpora is missing.", "1: warehouse is missing."]),
         (
             "warehouse: w\nmodels: []\ncorpora: [builtin:pydoc]\n",
-            ["2: models must be a list with at least one entry: - one"],
+            ["2: models must not be empty."],
         ),
-        ("warehouse: [w]\nmodels: [a]\ncorpora: [builtin:pydoc]\n", ["1: this must be one name"]),
+        ("warehouse: [w]\nmodels: [a]\ncorpora: [builtin:pydoc]\n", ["1: warehouse must be a text, not ['w']."]),
         ("warehouse: w\nmodels: [a]\ncorpora: [builtin:pydoc]\nmodels: [b]\n", ["4: the key 'models' is there twice"]),
         (
             "warehouse: w\nmodels:\n- a\n- b\n- model: a\ncorpora: [builtin:pydoc]\n",
@@ -108,15 +112,15 @@ execution:
         ),
         (
             "warehouse: w\ncorpora: [builtin:pydoc]\n"
-            "models:\n- {model: a, max_memory: {cpu: much}, trust_remote_code: 'yes'}\n",
+            "models:\n- {model: a, max_memory: {cpu: much}, trust_remote_code: 'perhaps'}\n",
             [
-                "4: max_memory must be sizes by device, such as {cpu: 20GB}: 'much' is not a size.",
-                "4: trust_remote_code must be true or false, not 'yes'",
+                "4: max_memory: 'much' is not a size. Write 200MB (10^6 bytes), or 20GiB (2^30 bytes).",
+                "4: trust_remote_code must be true or false, not 'perhaps'.",
             ],
         ),
         (
             "warehouse: w\nmodels:\n- {model: a, device: cpu}\ncorpora: [builtin:pydoc]\n",
-            ["3: unknown key 'device'. Valid"],
+            ["3: Unknown key 'device'. Valid"],
         ),
         (
             "warehouse: w\nmodels:\n- {model: /tmp, revisions: [a]}\ncorpora: [builtin:pydoc]\n",
@@ -124,17 +128,17 @@ execution:
         ),
         (
             "warehouse: w\nmodels:\n- {model: a, revisions: {from: 0, to: 1000000000}}\ncorpora: [builtin:pydoc]\n",
-            ["3: a range goes up from 'from' to 'to' in at most 10,000 steps of 1 or more"],
+            ["3: revisions: a range goes up from 'from' to 'to' in at most 10,000 steps."],
         ),
         (
             "warehouse: w\nmodels:\n- model: a\n  ranks: 2\ncorpora: [builtin:pydoc]\n",
-            ["4: `ranks` is for zero3 and tensor_parallel, not for `partition` auto. Leave it out."],
+            ["4: ranks is for zero3 and tensor_parallel, not for partition auto. Leave it out."],
         ),
     ],
     ids=lambda value: value.replace("\n", " ")[:40] if isinstance(value, str) else "",
 )
 def test_mistakes(text: str, says: list[str], tmp_path: Path) -> None:
-    found = mistakes(tmp_path, text)
+    found = problems(tmp_path, text)
     assert len(found) == len(says)
     for line, said in zip(found, says, strict=True):
         assert line.startswith(said)
@@ -148,13 +152,93 @@ def test_what_is_no_plain_yaml_is_refused(text: str, tmp_path: Path) -> None:
         read_job(tmp_path / "absent.yaml")
 
 
+HEAD = "warehouse: w\nmodels: [a]\ncorpora: [builtin:pydoc]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("a: " + "[" * 30 + "]" * 30, r"job.yaml:1: nested too deeply"),
+        ("a: &a [*a]\n", r"job.yaml:1: nested too deeply"),
+        (
+            "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+            + "".join(f"a{n}: &a{n} [{', '.join(f'*a{n - 1}' for _ in range(10))}]\n" for n in range(1, 9)),
+            r"job.yaml:\d: more than 100,000 values",
+        ),
+        (HEAD + "# " + "x" * 1_000_000, "it has more than 1,000,000 bytes"),
+        ("a: !!python/object/apply:os.getcwd []\n", "the tag !!python/object/apply:os.getcwd is not plain YAML"),
+    ],
+    ids=["deep", "nested", "recursive", "aliases", "large", "tag"],
+)
+def test_a_hostile_file_is_refused_at_once(text: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=says):
+        read(tmp_path, text)
+
+
+def test_a_device_without_end_is_no_job_file() -> None:
+    with pytest.raises(JobError, match="/dev/zero is no job file: it has more than"):
+        read_job("/dev/zero")
+
+
+def test_aliases_and_texts_stay_what_the_file_says(tmp_path: Path) -> None:
+    text = "models: [{model: no, max_memory: &sizes {0: 1kB}}, {model: 1e5, max_memory: *sizes, dtype: null}]\n"
+    (problem,) = problems(tmp_path, "warehouse: 2026-11-25\ncorpora: [builtin:pydoc]\n" + text)
+    assert problem == "3: dtype must be a text, not nothing."
+    job = read(tmp_path, "warehouse: 2026-11-25\ncorpora: [builtin:pydoc]\n" + text.replace(", dtype: null", ""))
+    assert (job.warehouse, [*job.models]) == ("2026-11-25", ["no", "1e5"])
+    assert [spec.execution.max_memory for spec in job.specs] == [{"0": 1000}] * 2
+
+
+def test_wrong_settings_do_not_make_models_wrong(tmp_path: Path) -> None:
+    text = "warehouse: w\ncorpora: [builtin:pydoc]\nmodels: [{model: a, skip_first_tokens: 300}]\n"
+    (problem,) = problems(tmp_path, text + "settings: {sequence_length: 512, dtype: float}\n")
+    assert problem.startswith("4: Unknown dtype 'float'.")
+
+
+# The schema for editors.
+
+
+def test_the_shipped_schema_is_that_of_job_files() -> None:
+    code, output = avss("run", "--schema")
+    assert code == 0 and json.loads(output) == json.loads((JOBS / "job.schema.json").read_text())
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_shipped_jobs_name_the_schema_and_meet_it(file: Path) -> None:
+    text = file.read_text()
+    assert "# yaml-language-server: $schema=job.schema.json\n" in text
+    jsonschema.validate(yaml.safe_load(text.replace("1e-5", "0.00001")), job_schema())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"models": []},
+        {"settings": {"dtype": "bfloat17"}},
+        {"settings": {"sequence_lenght": 3}},
+        {"execution": {"replicas": 0}},
+        {"models": [{"revisions": ["main"]}]},
+        {"experiment": {}},
+    ],
+    ids=str,
+)
+def test_the_schema_refuses_what_reading_refuses(change: dict[str, Any], tmp_path: Path) -> None:
+    job = {"warehouse": "w", "models": ["a"], "corpora": ["builtin:pydoc"]}
+    jsonschema.validate(job, job_schema())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(job | change, job_schema())
+    with pytest.raises(JobError):
+        read(tmp_path, json.dumps(job | change))
+
+
 def test_settings_are_checked_together(tmp_path: Path) -> None:
     """300 skipped tokens are too many for the default length, and fine for the one that stands beside it."""
     job = "warehouse: w\nmodels: [a]\ncorpora: [builtin:pydoc]\n"
     together = read(tmp_path, job + "settings:\n  skip_first_tokens: 300\n  sequence_length: 512\n")
     assert together.settings == Settings(skip_first_tokens=300, sequence_length=512)
-    (said,) = mistakes(tmp_path, job + "settings:\n  skip_first_tokens: 300\n  sequence_length: 200\n")
-    assert said.startswith("5: `skip_first_tokens` 300 leaves nothing of 200 tokens.")
+    (said,) = problems(tmp_path, job + "settings:\n  skip_first_tokens: 300\n  sequence_length: 200\n")
+    assert said.startswith("5: skip_first_tokens 300 leaves nothing of 200 tokens.")
 
 
 def test_models_by_corpora_with_their_own_settings(tmp_path: Path) -> None:
@@ -202,7 +286,7 @@ execution:
 def test_shipped_jobs_are_valid(file: Path) -> None:
     job = read_job(file)
     assert len(job.specs) >= 3
-    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", spec.model) for spec in job.specs)
+    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w-]+)?", spec.model) for spec in job.specs)
 
 
 @pytest.mark.parametrize("name", ["family_comparison", "training_checkpoints", "dtype_audit", "paper_claim"])

@@ -241,13 +241,13 @@ def test_a_job_that_means_this_machine_is_refused(
     refused(done, "the warehouse 'w' would be lost", "'here' is a relative path", "'other/step-*' is a relative path")
 
 
-def test_mistakes_are_told_before_a_job_is_sent(models: list[Path], run_avss: Avss, tmp_path: Path) -> None:
+def test_problems_are_reported_before_a_job_is_sent(models: list[Path], run_avss: Avss, tmp_path: Path) -> None:
     job = job_file(tmp_path, models)
     (tmp_path / job).write_text(
         "warehouse: w\nmodel: a\ncorpora: [1, [2], 1]\nsettings: {dtype: half}\nexecution: no\n"
     )
     done = run_avss("submit", job, "--address", "http://127.0.0.1:9")
-    refused(done, "job.yaml has 5 mistakes", *(f"job.yaml:{line}: " for line in (2, 3, 4, 5)))
+    refused(done, "job.yaml has 5 problems", *(f"job.yaml:{line}: " for line in (2, 3, 4, 5)))
 
 
 def test_workers_without_the_package_are_told_of(

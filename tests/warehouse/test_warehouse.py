@@ -374,7 +374,7 @@ def test_a_newer_schema_is_refused(tmp_path: Path, by: str) -> None:
         newer = {"schema_version": SCHEMA_VERSION + 1} if by == "column" and path.name == "run.parquet" else {}
         rewrite(path, [], str(SCHEMA_VERSION + (by == "metadata")), **newer)
     versions = f"schema {SCHEMA_VERSION + 1}, this one reads up to {SCHEMA_VERSION}"
-    text = rf"newer avss_dist: {versions}.\npip install -U avss_dist"
+    text = rf"newer avss_dist: {versions}.\nUpdate avss_dist where you installed it"
     for name in TABLES:
         with pytest.raises(WarehouseError, match=text):
             store.table(name)

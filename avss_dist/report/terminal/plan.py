@@ -13,7 +13,7 @@ from avss_dist.report.terminal.estimate import describe_seconds
 from avss_dist.text import describe_bytes
 
 if TYPE_CHECKING:
-    from avss_dist.runs.preview import Preview
+    from avss_dist.estimate.preview import Preview
 
 STYLES = {"done": "green", "partial": "yellow", "missing": "", "refused": "bold red"}
 
@@ -38,7 +38,10 @@ def plan_table(previews: Sequence[Preview], warehouse: str) -> RenderableType:
             describe_seconds(preview.seconds) if preview.seconds is not None else "-",
         )
     errors = [Text(f"{p.model}: {p.error}", style="red") for p in previews if p.error]
-    return Group(table, *errors, Text(summary(previews), style="bold"))
+    warnings = dict.fromkeys(f"{p.model}: {p.warning}" for p in previews if p.warning)
+    return Group(
+        table, *errors, *(Text(warning, style="yellow") for warning in warnings), Text(summary(previews), style="bold")
+    )
 
 
 def summary(previews: Sequence[Preview]) -> str:
@@ -48,7 +51,7 @@ def summary(previews: Sequence[Preview]) -> str:
     parts = [f"{number} {status}" for status, number in count.items() if number]
     text = f"{', '.join(parts)}."
     if known:
-        text += f" About {describe_seconds(sum(known))} of measuring ({previews[0].basis})."
+        text += f" About {describe_seconds(sum(known))} of measuring."
     if count["refused"]:
         text += " The refused ones will be recorded as failed; the others run."
     return text

@@ -1,0 +1,165 @@
+"""Checked classes: frozen dataclasses that report every problem with their values at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, dataclass_transform, get_args
+
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic_core import PydanticCustomError, core_schema
+
+from avss_dist.errors import AvssError, ConfigError, nearest
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Check:
+    """Metadata of a field: what its values must pass. ``Annotated[float, Check(require_share)]``.
+
+    Args:
+        check: raises an `AvssError`, or returns the value.
+        before: check what was passed, before its type is; ``check`` may then return a value of another type.
+    """
+
+    check: Callable[[Any], Any]
+    before: bool = False
+
+    def _run(self, value: Any) -> Any:
+        try:
+            return self.check(value)
+        except AvssError as error:  # pydantic collects its own errors only
+            raise PydanticCustomError("problem", "{message}", {"message": error.message, "hint": error.hint}) from None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        if self.before:
+            return core_schema.no_info_before_validator_function(self._run, handler(source))
+        return core_schema.no_info_after_validator_function(self._run, handler(source))
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Metadata of a field whose values are names: ``Annotated[str, OneOf(DTYPES)]``. Front ends list them."""
+
+    names: tuple[str, ...]
+
+    def _run(self, value: str) -> str:
+        if value not in self.names:
+            hint = nearest(value, self.names)
+            raise PydanticCustomError("unknown_name", "{value}", {"value": value, "hint": hint})
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_after_validator_function(self._run, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
+        return {**handler(schema), "enum": list(self.names)}
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def checked(cls: type[T]) -> type[T]:
+    """Make a class a frozen, keyword-only dataclass that checks its values: all fields, then ``__post_init__``.
+
+    It is a pydantic dataclass: `dataclasses.replace`, ``fields`` and ``asdict`` work; ``Annotated`` types carry ranges,
+    `OneOf` and `Check`, and the docstring below a field is its description, which front ends show. A wrong value, an
+    unknown or a missing field is a `ConfigError` that lists every problem, each with its field in backticks.
+    """
+    config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True)
+    made: Any = pydantic_dataclass(cls, frozen=True, kw_only=True, config=config)
+    initialize = made.__init__
+
+    def initialize_or_explain(self: Any, **values: Any) -> None:
+        try:
+            initialize(self, **values)
+        except ValidationError as error:
+            raise ConfigError.of(list(problems_by_field(made, error).values())) from None
+
+    made.__init__ = initialize_or_explain
+    return made
+
+
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "string": "a text",
+    "bool": "true or false",
+    "tuple": "a list",
+    "list": "a list",
+    "dict": "a mapping",
+    "mapping": "a mapping",
+    "model": "a mapping",
+}
+"""What a field must be, by the first word of the type of pydantic's error."""
+_BOUNDS = {
+    "greater_than": ("greater than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+
+
+def problems_by_field(
+    cls: Any, error: ValidationError, *, noun: str = "option"
+) -> dict[tuple[int | str, ...], ConfigError]:
+    """What pydantic found wrong with the values of a class, in this package's words, by the path of the value.
+
+    Args:
+        cls: a checked class, or a pydantic model, whose fields may be others.
+        noun: what its fields are to those who set them.
+    """
+    problems = error.errors(include_url=False)
+    return {
+        tuple(one["loc"]): _problem(cls, one, noun)
+        for one in problems
+        if one["type"] != "too_short" or not one["input"]
+    }
+
+
+def _problem(cls: Any, error: Any, noun: str) -> ConfigError:
+    kind, value, context = error["type"], error["input"], error.get("ctx") or {}
+    name, inner = _field_at(cls, error["loc"])
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        return ConfigError(f"Unknown {noun} '{error['loc'][-1]}'.", nearest(error["loc"][-1], sorted(_fields(inner))))
+    if kind == "unknown_name":
+        return ConfigError(f"Unknown `{name}` '{value}'.", context["hint"])
+    if kind == "problem":
+        return ConfigError(f"`{name}`: {context['message']}", context["hint"])
+    return ConfigError(f"`{name}`{_complaint(kind, value, context) or ': ' + error['msg']}.")
+
+
+def _field_at(cls: Any, path: Sequence[int | str]) -> tuple[str, Any]:
+    """The last field that a path names, and the class of its value or, where that has none, the one that has it."""
+    name = ""
+    for part in path:
+        if part in _fields(cls):
+            name = str(part)
+            cls = next(_classes_in(_fields(cls)[name].annotation), cls)
+    return name, cls
+
+
+def _fields(cls: Any) -> dict[str, Any]:
+    return {info.alias or name: info for name, info in cls.__pydantic_fields__.items()}
+
+
+def _classes_in(annotation: Any) -> Iterator[Any]:
+    if hasattr(annotation, "__pydantic_fields__"):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _classes_in(part)
+
+
+def _complaint(kind: str, value: Any, context: dict[str, Any]) -> str | None:
+    """What pydantic's own types of errors say of a field; None of one that is not expected here."""
+    if kind.startswith("missing"):
+        return " is missing"
+    if kind in ("too_short", "string_too_short"):
+        return " must not be empty"
+    if kind in _BOUNDS:
+        bound, key = _BOUNDS[kind]
+        return f" must be {bound} {context[key]:g}, not {value}"
+    if expected := _EXPECTED.get(kind.partition("_")[0]):
+        return f" must be {expected}, not {'nothing' if value is None else repr(value)}"
+    return None

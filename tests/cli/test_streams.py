@@ -1,0 +1,99 @@
+"""The command line and its streams: closed, full, of another encoding; Ctrl-C; text that a terminal would obey."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+from rich.text import Text
+from support.warehouses import write_scores
+
+from avss_dist.cli import base
+from avss_dist.text import printable
+
+COMMAND = [sys.executable, "-m", "avss_dist"]
+CROSS_JOIN = "SELECT count(*) FROM range(10000000) a, range(10000000) b, range(100) c WHERE a.range + b.range = c.range"
+Avss = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def shell(line: str, **env: str) -> subprocess.CompletedProcess[bytes]:
+    line = line.replace("AVSS", f"{sys.executable} -m avss_dist")
+    return subprocess.run(["bash", "-c", line], capture_output=True, env={**os.environ, **env}, check=False)
+
+
+def test_a_full_output_is_an_error_without_a_traceback() -> None:
+    done = shell("AVSS query --schema > /dev/full")
+    assert done.returncode == 1
+    assert done.stderr == b"Error: standard output cannot be written: No space left on device.\n"
+
+
+def test_closed_streams_are_no_error() -> None:
+    assert shell("AVSS query --schema >&-").returncode == 0
+    assert shell("AVSS query --schema >&- 2>&- <&-").returncode == 0
+    assert shell("AVSS show '' 2>&-").returncode == 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_an_encoding_lacks_is_replaced(encoding: str, tmp_path: Path) -> None:
+    write_scores(tmp_path / "w", "a-0123456789", [1.0, 2.0, 3.0])
+    for command in (f"AVSS show {tmp_path}/w", f"AVSS query {tmp_path}/w \"SELECT 'é─█' AS a\""):
+        done = shell(command, PYTHONIOENCODING=encoding)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert b"?" in done.stdout
+
+
+def test_a_path_that_is_not_utf8(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/a\xffb"
+    os.mkdir(folder)
+    done = subprocess.run([*COMMAND, "show", folder], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (2, b"Error: warehouse is not UTF-8 text.\nRename the folder.\n")
+
+
+def test_ctrl_c_ends_a_query_at_once(tmp_path: Path) -> None:
+    write_scores(tmp_path / "w", "a-0123456789", [1.0, 2.0, 3.0])
+    process = subprocess.Popen(
+        [*COMMAND, "query", str(tmp_path / "w"), CROSS_JOIN],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
+    while "duckdb" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.1)
+    time.sleep(2)  # the query itself has no sign that it has begun
+    process.send_signal(signal.SIGINT)
+    try:
+        output, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert (process.returncode, output, errors) == (130, "", "Stopped.\n")
+
+
+def test_no_warehouse_has_an_empty_name(run_avss: Avss) -> None:
+    for args in (["show", ""], ["score", "m", "--corpus", "builtin:pydoc", "--out", ""]):
+        done = run_avss(*args)
+        assert done.returncode == 2 and " is empty.\nName a folder" in done.stderr
+
+
+def test_a_terminal_obeys_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    hostile = "m\x1b]0;owned\x07\x1b[31m\u202eabc\n"
+    assert (
+        printable(hostile)
+        == "m\N{REPLACEMENT CHARACTER}]0;owned" + "\N{REPLACEMENT CHARACTER}" * 2 + "[31m\N{REPLACEMENT CHARACTER}abc\n"
+    )
+    file = io.StringIO()
+    console = base.console()
+    console.file = file
+    table = Table(title=Text(hostile))
+    table.add_column(Text(hostile))
+    table.add_row(Text(hostile))
+    console.print(table)
+    assert not set("\x1b\x07\u202e") & set(file.getvalue()) and "owned" in file.getvalue()
