@@ -40,7 +40,7 @@ def score(model: str | Path, *, corpus: str, out: str | Path, reporter: Reporter
     _require_readable(corpus)
     name = str(model)
     spec = RunSpec(model=name, corpus=corpus, settings=settings, execution=execution, title=name, name=name)
-    ((_, ending),) = _drive([spec], Warehouse(out), settings, execution, reporter or Reporter())
+    ((_, ending),) = _drive([spec], _warehouse(out), settings, execution, reporter or Reporter())
     if isinstance(ending, AvssError):
         raise ending
     return ending
@@ -62,7 +62,7 @@ def score_all(
         RunSpec(model=model, corpus=corpus, settings=settings, execution=execution, title=model, name=model)
         for model in models
     ]
-    return _all(specs, Warehouse(out), settings, execution, reporter or Reporter())
+    return _all(specs, _warehouse(out), settings, execution, reporter or Reporter())
 
 
 def run_job(job: JobFile, *, reporter: Reporter | None = None, **options: Any) -> list[Run]:
@@ -111,6 +111,12 @@ def executor_for(specs: Sequence[RunSpec], settings: Settings, execution: Execut
     """The requested executor; a gang among the runs needs one of several processes."""
     gang = next((spec.execution for spec in specs if spec.execution.partition in GANGS), execution)
     return open_executor(gang, settings)
+
+
+def _warehouse(out: str | Path) -> Warehouse:
+    if not str(out):
+        raise ConfigError("`out` is empty.", "Name a folder, or an s3://, gs://, hdfs:// URI.")
+    return Warehouse(out)
 
 
 def _require_readable(corpus: str) -> None:

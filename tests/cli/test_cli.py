@@ -690,6 +690,14 @@ def test_an_unknown_keyword_names_the_nearest(name: str, tmp_path: Path) -> None
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("name", ["score", "score_all"])
+def test_no_warehouse_has_an_empty_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="`out` is empty"):
+        getattr(avss_dist, name)("any" if name == "score" else ["any"], corpus="builtin:pydoc", out="")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_api_scores_several_models_and_reports(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
     told: dict[str, list[str]] = {}
 
