@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, WithJsonSchema
 
 from avss_dist.errors import ConfigError, nearest
+from avss_dist.registry import GANGS, PARTITIONS
 from avss_dist.text import parse_bytes
 from avss_dist.validation import Check, OneOf, checked
 
@@ -36,8 +37,7 @@ LAYOUTS = ("packed", "padded")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 EXECUTORS = ("auto", "local", "ray")
-PARTITIONS = ("auto", "single", "device_map", "zero3", "tensor_parallel", "streaming")
-GANGS = ("zero3", "tensor_parallel")  # partitions whose replicas are several processes
+PARTITION_CHOICES = ("auto", *PARTITIONS)
 DEVICES = ("auto", "cpu", "cuda")
 
 PUBLISHED_THRESHOLD = 1e-5
@@ -143,7 +143,7 @@ class Execution:
     """A running Ray cluster; a private one is started by default."""
     fresh: bool = False
     """Measure again what is done already."""
-    partition: Annotated[str, OneOf(PARTITIONS)] = "auto"
+    partition: Annotated[str, OneOf(PARTITION_CHOICES)] = "auto"
     """How one replica is spread over devices; auto chooses by the checkpoint and the devices."""
     ranks: Positive | None = None
     """Processes of one replica (zero3, tensor_parallel); one for each of its GPUs, or 2, by default."""

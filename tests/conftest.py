@@ -14,6 +14,7 @@ import pytest
 from support.checkpoints import LAYERS, VOCABULARY, llama, save_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: in tiny models, threads wait for each other
 os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112  (processes that no test uses)
 
 

@@ -7,7 +7,8 @@ import os
 import torch
 
 from avss_dist.executors.base import Executor
-from avss_dist.settings import GANGS, Execution, Settings
+from avss_dist.registry import GANGS
+from avss_dist.settings import Execution, Settings
 
 
 def open_executor(execution: Execution, settings: Settings) -> Executor:

@@ -11,8 +11,9 @@ import torch
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.errors import BatchTooLarge, ModelError
 from avss_dist.measure.hooks import observe
-from avss_dist.partition.base import Replica, filler, unwatched
-from avss_dist.settings import GANGS, Settings
+from avss_dist.partition.base import Replica, dummy_batch, no_observation
+from avss_dist.registry import GANGS
+from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
 from avss_dist.system.memory import peak_memory
 from avss_dist.system.out_of_memory import halve_until_it_fits
@@ -36,7 +37,7 @@ def analyze_shard(
 
     Args:
         rows: rows in a batch; None is what the settings say.
-        forwards: forward passes that other ranks need of this one; fillers, which count for nothing, make them up.
+        forwards: forward passes that other ranks need of this one; dummy batches make them up, and count for nothing.
         beat: called whenever a layer begins.
 
     Raises:
@@ -71,14 +72,14 @@ def analyze_shard(
 
 
 def follow(replica: Replica, forwards: int) -> None:
-    """Run fillers, for a rank that has no shard while others have."""
-    replica.forward([filler()] * forwards, unwatched)
+    """Run dummy batches, for a rank that has no shard while others have."""
+    replica.forward([dummy_batch()] * forwards, no_observation)
 
 
 def _measure(
     replica: Replica, batches: list[Batch], forwards: int, settings: Settings, beat: Beat | None
 ) -> dict[LayerKey, LayerStats]:
-    batches = [*batches, *[filler()] * (forwards - len(batches))]
+    batches = [*batches, *[dummy_batch()] * (forwards - len(batches))]
     counts = replica.reports_stats
     passes = sum(bool(batch.observed.any()) for batch in batches)
     with observe(

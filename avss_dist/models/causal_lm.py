@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -18,7 +17,7 @@ from avss_dist.models.loading import load_model, open_module, quiet
 from avss_dist.models.skipping import recording, skipping
 from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.system.devices import pick_device
+from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 
 WIDENED_BYTES = 16 << 20  # of logits: larger pieces would be taken from the system anew each time
@@ -97,9 +96,7 @@ class LanguageModel:
     def close(self) -> None:
         """Drop the weights."""
         del self.module, self.layers
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_device(self.device)
 
 
 def predicted(batch: Batch) -> np.ndarray:

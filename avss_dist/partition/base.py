@@ -13,15 +13,16 @@ import torch
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.layers import Layer
 
-Watch = Callable[[Batch], AbstractContextManager[None]]
+BatchContext = Callable[[Batch], AbstractContextManager[None]]
+"""``with context(batch):`` is around everything that runs for a batch, in its thread or greenlet."""
 
 
-def unwatched(_batch: Batch) -> AbstractContextManager[None]:
-    """A Watch that does nothing."""
+def no_observation(_batch: Batch) -> AbstractContextManager[None]:
+    """A `BatchContext` that does nothing."""
     return nullcontext()
 
 
-def filler() -> Batch:
+def dummy_batch() -> Batch:
     """A batch of 1 x 2 tokens in which nothing counts, for a rank whose partners have more batches."""
     real = np.ones((1, 2), np.bool_)
     return Batch(input_ids=np.zeros((1, 2), np.int32), attention_mask=real, observed=~real)
@@ -32,7 +33,7 @@ class Placement:
     """How one replica is spread over devices; decided, so never ``auto``.
 
     Attributes:
-        partition: one of ``config.PARTITIONS``.
+        partition: a name of ``registry.PARTITIONS``.
         ranks: processes of the replica.
         gpus: GPUs of the replica, over all its ranks; 0 on a CPU.
         max_memory: bytes to use at most, by device: ``cpu``, ``0``, ``1``, ...
@@ -45,7 +46,7 @@ class Placement:
     gpus: int = 0
     max_memory: Mapping[str, int] = field(default_factory=dict)
     offload_folder: str | None = None
-    why: str = "it was asked for"
+    why: str = "it was requested"
 
 
 class Replica(Protocol):
@@ -55,25 +56,20 @@ class Replica(Protocol):
         layers: the transformer blocks, in order.
         model: what was opened, JSON-ready; goes into the run's row.
         device: where this rank computes; of several, the first.
-        data_rank, data_world: which part of the data this rank takes; 0 of 1 where one rank takes all.
-        lockstep: ranks need equal forward counts (fill up with fully masked batches).
         reports_stats: whether this rank's statistics count.
     """
 
     layers: tuple[Layer, ...]
     model: Mapping[str, Any]
     device: torch.device
-    data_rank: int
-    data_world: int
-    lockstep: bool
     reports_stats: bool
 
-    def forward(self, batches: Sequence[Batch], watch: Watch) -> None:
+    def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
         """Run the backbone over every batch. Nothing is returned: hooks see it.
 
         Args:
             batches: rows; each is one forward pass of every layer.
-            watch: ``with watch(batch):`` is around everything that runs for that batch, in its thread or greenlet.
+            context: is around all that runs for a batch.
         """
 
     def close(self) -> None:

@@ -1,11 +1,12 @@
-"""Which partition a checkpoint gets on the devices that there are, and why."""
+"""Which partition a checkpoint gets on these devices, and why."""
 
 from __future__ import annotations
 
 from avss_dist.errors import ConfigError
 from avss_dist.models.size import Footprint
 from avss_dist.partition.base import Placement
-from avss_dist.settings import GANGS, Execution, Settings
+from avss_dist.registry import GANGS, PARTITIONS
+from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices
 from avss_dist.text import describe_bytes
 
@@ -14,35 +15,32 @@ PROCESS_BYTES = 1 << 30  # interpreter, libraries and counters of a process, bes
 
 
 def choose(size: Footprint | None, settings: Settings, execution: Execution, devices: Devices) -> Placement:
-    """The placement that was asked for, or the simplest into which the model fits.
+    """The requested placement, or the simplest into which the model fits.
 
     ``auto``: `single` if one device holds weights and activations; else `device_map` over the fewest GPUs of one host
-    that do; else `streaming`. Gangs are for those who ask: `zero3` and `tensor_parallel` need fast links to pay.
+    that do; else `streaming`. Gangs are never chosen: they need fast links to pay.
 
     Args:
-        size: of the checkpoint, for ``auto``; where it is not known, that is `single`.
+        size: of the checkpoint, where `needs_size`. If it is not known, ``auto`` is `single`.
 
     Raises:
-        ConfigError: the partition cannot have what was asked for.
+        ConfigError: the partition cannot have what was requested.
     """
     cuda = devices.kind == "cuda"
     if execution.gpus_per_replica and not cuda:
-        raise ConfigError("--gpus-per-replica was given, and there is no GPU.", "Leave it out, or pass --device cuda.")
-    if execution.partition == "auto":
-        unknown = "single", int(cuda), "the checkpoint's size is not known"
-        partition, gpus, why = _fitting(size, settings, execution, devices) if size else unknown
+        raise ConfigError("`gpus_per_replica` needs GPUs, and there is none.", "Leave it out, or set `device` to cuda.")
+    if execution.partition != "auto":
+        partition, gpus, why = _requested(execution, devices)
+    elif size:
+        partition, gpus, why = _fitting(size, settings, execution, devices)
     else:
-        partition, why = execution.partition, "it was asked for"
-        gpus = (execution.gpus_per_replica or _usual_gpus(partition, execution, devices)) if cuda else 0
-    ranks = _ranks(partition, execution, gpus)
-    if partition in ("single", "streaming") and gpus > 1:
-        raise ConfigError(
-            f"--partition {partition} uses one GPU, and --gpus-per-replica asks for {gpus}.",
-            "Use --partition device_map, zero3 or tensor_parallel, or leave --gpus-per-replica out.",
-        )
+        partition, gpus, why = "single", int(cuda), "the checkpoint's size is not known"
+    if partition == "streaming" and size:
+        host = max(size.layer_bytes, default=0) + (0 if cuda else size.other_bytes)
+        require_room_for_a_layer(host, execution.max_memory.get("cpu"))
     return Placement(
         partition=partition,
-        ranks=ranks,
+        ranks=_ranks(partition, execution, gpus),
         gpus=gpus,
         max_memory=dict(execution.max_memory),
         offload_folder=execution.offload_folder,
@@ -50,10 +48,64 @@ def choose(size: Footprint | None, settings: Settings, execution: Execution, dev
     )
 
 
+def needs_size(execution: Execution) -> bool:
+    """Whether `choose` depends on the size of the checkpoint."""
+    limited = execution.partition == "streaming" and "cpu" in execution.max_memory
+    return execution.partition == "auto" or limited
+
+
+def require_room_for_a_layer(needed: int, limit: int | None) -> None:
+    """Refuse to stream within less host memory than the weights that must be there at once.
+
+    Args:
+        needed: bytes of the largest layer, and of what stays in host memory beside the layers.
+        limit: ``max_memory["cpu"]``.
+
+    Raises:
+        ConfigError: the limit is lower.
+    """
+    if limit is not None and limit < needed:
+        raise ConfigError(
+            f"`max_memory` allows {describe_bytes(limit)} of host memory; streaming needs {describe_bytes(needed)} for "
+            "one layer and what stays beside it.",
+            f"Allow cpu={needed // 10**6 + 1}MB or more.",
+        )
+
+
+def _require_effect(execution: Execution) -> None:
+    """Refuse limits that the requested partition does not honour."""
+    if PARTITIONS[execution.partition].offloads:
+        return
+    for name in ("max_memory", "offload_folder"):
+        if getattr(execution, name):
+            offloading = " or ".join(partition for partition, info in PARTITIONS.items() if info.offloads)
+            raise ConfigError(
+                f"`{name}` has no effect on `partition` {execution.partition}, which keeps all weights on its devices.",
+                f"Leave it out, or use {offloading}.",
+            )
+
+
+def _requested(execution: Execution, devices: Devices) -> tuple[str, int, str]:
+    """Partition, GPUs, reason."""
+    partition = execution.partition
+    info = PARTITIONS[partition]
+    _require_effect(execution)
+    gpus = 0
+    if devices.kind == "cuda":
+        gpus = execution.gpus_per_replica or _usual_gpus(partition, execution, devices)
+    if gpus > 1 and not (info.gang or info.several_gpus):
+        others = ", ".join(name for name, other in PARTITIONS.items() if other.gang or other.several_gpus)
+        raise ConfigError(
+            f"`partition` {partition} uses one GPU, not {gpus}.",
+            f"Leave `gpus_per_replica` out, or use another `partition`: {others}.",
+        )
+    return partition, gpus, "it was requested"
+
+
 def _usual_gpus(partition: str, execution: Execution, devices: Devices) -> int:
     if partition in GANGS:
         return execution.ranks or max(2, devices.count_of_largest_node)
-    return max(1, devices.count_of_largest_node) if partition == "device_map" else 1
+    return max(1, devices.count_of_largest_node) if PARTITIONS[partition].several_gpus else 1
 
 
 def _ranks(partition: str, execution: Execution, gpus: int) -> int:
@@ -62,7 +114,7 @@ def _ranks(partition: str, execution: Execution, gpus: int) -> int:
     ranks = execution.ranks or gpus or 2
     if gpus and gpus != ranks:
         raise ConfigError(
-            f"--ranks {ranks} with --gpus-per-replica {gpus}: every rank has one GPU.", "Give one of the two."
+            f"`ranks` is {ranks} and `gpus_per_replica` {gpus}, but every rank has one GPU.", "Set one of the two."
         )
     return ranks
 

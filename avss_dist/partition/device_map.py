@@ -2,49 +2,40 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ConfigError, nearest
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer
 from avss_dist.models.loading import forward_function, load, without_head
 from avss_dist.models.size import find_layers, footprint, load_skeleton, token_embeddings
-from avss_dist.partition.base import Placement, Watch
-from avss_dist.partition.single import describe, run_batch
+from avss_dist.partition.base import Placement
+from avss_dist.partition.batchwise import BatchwiseReplica, describe
+from avss_dist.partition.offload import OffloadFolder
 from avss_dist.settings import Settings
-from avss_dist.system.devices import available_memory, pick_device
+from avss_dist.system.devices import available_memory, free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 from avss_dist.text import describe_bytes
 
-SPARE_SHARE = 0.9  # of free memory that weights may take where nothing was said
+SPARE_SHARE = 0.9  # of free memory that weights may take where there is no limit
 
 Device = int | str  # a GPU's index, "cpu" or "disk"
 
 
-class DeviceMapReplica:
+class DeviceMapReplica(BatchwiseReplica):
     """See `partition.base.Replica`. ``device_map`` says where each module's weights are.
 
     ``placement.max_memory`` bounds weights; activations come on top. Weights on disk are read for every batch, from the
     checkpoint's own files where these hold them as they are computed with, else from the offload folder.
     """
-
-    data_rank = 0
-    data_world = 1
-    lockstep = False
-    reports_stats = True
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement) -> None:
         self.device = pick_device(settings.device)
@@ -68,16 +59,10 @@ class DeviceMapReplica:
         self._run = forward_function(self._backbone.module)
         self.layers: tuple[Layer, ...] = self._backbone.structure.layers
         several = len(set(self.device_map.values()) - {"cpu", "disk"}) > 1
-        self._handles = [_bring_inputs(layer.module) for layer in self.layers] if several else []
+        self._handles = [_move_inputs(layer.module) for layer in self.layers] if several else []
         # Weights on disk are untied while they are there; the skeleton still knows.
         tied_once = sum(p.numel() for p in model.parameters())
         self.model: Mapping[str, Any] = describe(self._backbone, "device_map") | {"num_parameters": tied_once}
-
-    def forward(self, batches: Sequence[Batch], watch: Watch) -> None:
-        """See `partition.base.Replica`."""
-        for batch in batches:
-            with watch(batch):
-                run_batch(self._run, batch, self.device)
 
     def close(self) -> None:
         """Drop the weights, Accelerate's hooks and what was written to the offload folder."""
@@ -88,45 +73,7 @@ class DeviceMapReplica:
         remove_hook_from_module(self._backbone.module, recurse=True)
         del self._backbone, self._run, self.layers, self._handles
         self._folder.remove()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-class OffloadFolder:
-    """A folder of a replica's own, in the one that was named or among the system's temporary ones.
-
-    Args:
-        parent: the folder that was named; it is created if need be, and stays.
-        needed: bytes that will be written.
-
-    Raises:
-        ConfigError: the folder cannot be written, or has not enough room.
-    """
-
-    def __init__(self, parent: str | None, needed: int) -> None:
-        try:
-            if parent is not None:
-                Path(parent).mkdir(parents=True, exist_ok=True)
-            self._folder = tempfile.TemporaryDirectory(prefix="avss-offload-", dir=parent, ignore_cleanup_errors=True)
-        except OSError as error:
-            raise ConfigError(
-                f"The offload folder '{parent or tempfile.gettempdir()}' cannot be written: {error.strerror}.",
-                "Name another with --offload-folder.",
-            ) from error
-        self.path = self._folder.name
-        free = shutil.disk_usage(self.path).free
-        if free < needed:
-            self.remove()
-            raise ConfigError(
-                f"The offload folder '{Path(self.path).parent}' needs {describe_bytes(needed)} and has "
-                f"{describe_bytes(free)} free: {describe_bytes(needed - free)} of weights have no place.",
-                "Name a larger one with --offload-folder, or allow more with --max-memory.",
-            )
-
-    def remove(self) -> None:
-        """Delete the folder with what is in it."""
-        self._folder.cleanup()
+        free_device(self.device)
 
 
 def memory_limits(
@@ -144,10 +91,10 @@ def memory_limits(
     here = [*map(str, gpus), "cpu"]
     for name in placement.max_memory:
         if name != "cpu" and not name.isdecimal():
-            raise ConfigError(f"--max-memory names '{name}', which is no device.", nearest(name, here))
+            raise ConfigError(f"`max_memory` names '{name}', which is no device.", nearest(name, here))
         if name not in here:
             raise ConfigError(
-                f"--max-memory names GPU {name}; this replica has {len(gpus) or 'no'} GPU{'s' * (len(gpus) != 1)}.",
+                f"`max_memory` names GPU {name}; this replica has {len(gpus) or 'no'} GPU{'s' * (len(gpus) != 1)}.",
                 f"Valid: {', '.join(here)}.",
             )
     batch = footprint(checkpoint, settings).activation_bytes(settings.batch_size, settings.sequence_length)
@@ -226,7 +173,7 @@ def require_complete(model: nn.Module, device_map: Mapping[str, Device]) -> None
         raise ConfigError(
             f"The device map has no place for {describe_bytes(_bytes(placeless.values()))} of weights, "
             f"{next(iter(placeless))} first.",
-            "Allow more with --max-memory.",
+            "Allow more `max_memory`.",
         )
 
 
@@ -236,7 +183,7 @@ def _refuse_disk(model: nn.Module, device_map: Mapping[str, Device]) -> None:
     if left:
         raise ConfigError(
             f"{describe_bytes(_bytes(left))} of weights have no place: those of a .gguf file cannot be on disk.",
-            "Allow more with --max-memory, or convert it to safetensors.",
+            "Allow more `max_memory`, or convert it to safetensors.",
         )
 
 
@@ -264,20 +211,20 @@ def _bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def _bring_inputs(layer: nn.Module) -> Any:
+def _move_inputs(layer: nn.Module) -> Any:
     """Move a layer's inputs to its device before any other hook sees them: it then observes both on one device."""
     from accelerate.utils import send_to_device
 
-    def bring(module: Any, args: Any, kwargs: Any) -> Any:
+    def move(module: Any, args: Any, kwargs: Any) -> Any:
         device = module._hf_hook.execution_device
         return send_to_device(args, device), send_to_device(kwargs, device)
 
-    return layer.register_forward_pre_hook(bring, with_kwargs=True)
+    return layer.register_forward_pre_hook(move, with_kwargs=True)
 
 
 @contextmanager
 def _quiet_accelerate() -> Iterator[None]:
-    """Without its warning that some weights are elsewhere, which is what was asked for."""
+    """Without its warning that some weights are offloaded, which is intended."""
     logger = logging.getLogger("accelerate")
     level = logger.level
     logger.setLevel(logging.ERROR)

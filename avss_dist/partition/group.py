@@ -78,17 +78,17 @@ def require_group(placement: Placement) -> tuple[int, int]:
     """This process's rank, and how many there are.
 
     Raises:
-        ConfigError: it is in no group, or in one of another size than was asked for.
+        ConfigError: it is in no group, or in one of another size.
     """
     if placement.ranks < 2:
         raise ConfigError(
-            f"--partition {placement.partition} with one rank spreads nothing.", "Use --partition single, or --ranks 2."
+            f"`partition` {placement.partition} with one rank spreads nothing.", "Use single, or set `ranks` to 2."
         )
     here = distributed.get_world_size() if distributed.is_initialized() else 1
     if here != placement.ranks:
         raise ConfigError(
-            f"--partition {placement.partition} needs a group of {placement.ranks} processes; this is one of {here}.",
-            "Use --executor ray; in Python, call avss_dist.partition.group.join in every process first.",
+            f"`partition` {placement.partition} needs a group of {placement.ranks} processes; this is one of {here}.",
+            "Set `executor` to ray; in Python, call avss_dist.partition.group.join in every process first.",
         )
     return distributed.get_rank(), here
 
@@ -117,18 +117,18 @@ def from_every_rank(number: float, device: torch.device) -> list[float]:
 
 
 @contextmanager
-def lost_ranks_are_no_mistakes() -> Iterator[None]:
-    """Raise the cause of an `AvssError` where it tells of a rank that went away or kept the others waiting.
+def reraise_lost_ranks() -> Iterator[None]:
+    """Raise the cause of an `AvssError` where that is a rank that went away or kept the others waiting.
 
-    Such work can be tried again; a mistake of the user's cannot.
+    Such work is tried again, which a mistake of the user's is not.
     """
     try:
         yield
     except AvssError as error:
         cause = error.__cause__
         while cause is not None:
-            told = isinstance(cause, RuntimeError) and any(words in str(cause) for words in _LOSSES)
-            if told or isinstance(cause, distributed.DistError):
+            is_lost = isinstance(cause, RuntimeError) and any(words in str(cause) for words in _LOSSES)
+            if is_lost or isinstance(cause, distributed.DistError):
                 raise cause from None
             cause = cause.__cause__
         raise

@@ -1,9 +1,13 @@
-"""Open a replica: one place that knows every partition."""
+"""Open a replica of any partition, by the class that the registry names."""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import cast
+
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.base import Placement, Replica
+from avss_dist.registry import PARTITIONS
 from avss_dist.settings import Settings
 
 
@@ -14,24 +18,7 @@ def open_replica(checkpoint: Checkpoint, settings: Settings, placement: Placemen
 
     Raises:
         ModelError: it cannot be opened or observed.
-        ConfigError: it cannot be spread this way over what is here.
+        ConfigError: it cannot be spread this way over the devices of this machine.
     """
-    if placement.partition == "streaming":
-        from avss_dist.partition.streaming.replica import StreamingReplica
-
-        return StreamingReplica(checkpoint, settings, placement)
-    if placement.partition == "device_map":
-        from avss_dist.partition.device_map import DeviceMapReplica
-
-        return DeviceMapReplica(checkpoint, settings, placement)
-    if placement.partition == "zero3":
-        from avss_dist.partition.zero3 import Zero3Replica
-
-        return Zero3Replica(checkpoint, settings, placement)
-    if placement.partition == "tensor_parallel":
-        from avss_dist.partition.tensor_parallel import TensorParallelReplica
-
-        return TensorParallelReplica(checkpoint, settings, placement)
-    from avss_dist.partition.single import SingleReplica
-
-    return SingleReplica(checkpoint, settings)
+    module, _, name = PARTITIONS[placement.partition].opens.partition(":")
+    return cast(Replica, getattr(import_module(module), name)(checkpoint, settings, placement))

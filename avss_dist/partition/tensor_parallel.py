@@ -1,12 +1,11 @@
-"""One model whose matrices are cut over the ranks (DeepSpeed AutoTP); all ranks take the same data, rank 0 reports.
+"""One model whose matrices are split over the ranks (DeepSpeed AutoTP); all ranks take the same data, rank 0 reports.
 
-AutoTP knows how to cut a model by the names of its modules. Of a family that it does not know it computes wrong numbers
-without a word, so each replica is checked as it is opened: every site of every layer, before the cut and after.
+AutoTP splits a model by the names of its modules. Of a family that it does not know it computes wrong numbers silently,
+so each replica is checked as it is opened: every site of every layer, before the split and after.
 """
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,50 +14,45 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ConfigError, ModelError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import PROBE_SHAPE, Layer, Point, first_tensor
 from avss_dist.models.loading import forward_function, load_model, open_module, quiet, without_head
-from avss_dist.partition.base import Placement, Watch
+from avss_dist.partition.base import Placement
+from avss_dist.partition.batchwise import BatchwiseReplica, describe
 from avss_dist.partition.group import (
     from_every_rank,
-    lost_ranks_are_no_mistakes,
     quiet_deepspeed,
     require_group,
+    reraise_lost_ranks,
     whole_units,
 )
-from avss_dist.partition.single import describe, run_batch
 from avss_dist.settings import Settings
-from avss_dist.system.devices import pick_device
+from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
-"""By how much the tensors of a whole and of a cut model may differ, see `difference`.
+"""By how much the tensors of a whole and of a split model may differ, see `difference`.
 
-Of SmolLM2-135M they differ by 2e-6, 5e-3 and 5e-2; Persimmon, which is cut wrongly, is off by 0.7.
+Of SmolLM2-135M they differ by 2e-6, 5e-3 and 5e-2; Persimmon, which is split wrongly, is off by 0.7.
 """
 
 _REFUSALS = (AssertionError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 _HEADS = ("num_key_value_heads", "num_kv_heads", "num_attention_heads")
 _Probe = dict[tuple[int, str], torch.Tensor]  # by layer and site
 Gather = Callable[[torch.Tensor], torch.Tensor]
-_ELSEWHERE = "Use --partition single, device_map, zero3 or streaming."
+_ELSEWHERE = "Use `partition` single, device_map, zero3 or streaming."
 
 
-class TensorParallelReplica:
+class TensorParallelReplica(BatchwiseReplica):
     """See `partition.base.Replica`. Every rank opens it inside one group (`partition.group.join`).
 
     Every rank first loads the whole model into host memory.
 
     Raises:
         ConfigError: there is no group, or it has more ranks than the model has heads.
-        ModelError: the model cannot be opened or observed, or DeepSpeed cannot cut it correctly.
+        ModelError: the model cannot be opened or observed, or DeepSpeed cannot split it correctly.
     """
-
-    data_rank = 0
-    data_world = 1
-    lockstep = False  # all ranks have the same batches anyway
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement) -> None:
         rank, world = require_group(placement)
@@ -66,39 +60,31 @@ class TensorParallelReplica:
         self.device = pick_device(settings.device)
         if settings.attention == "flash_attention_2":
             raise ConfigError(
-                "--partition tensor_parallel checks the model on the CPU, where flash_attention_2 cannot run.",
-                "Use `attention` sdpa.",
+                "`partition` tensor_parallel checks the model on the CPU, where flash_attention_2 cannot run.",
+                "Set `attention` to sdpa.",
             )
         keep_freed_memory()
         model = load_model(checkpoint, settings)
-        with quiet(), quiet_deepspeed(), lost_ranks_are_no_mistakes():
+        with quiet(), quiet_deepspeed(), reraise_lost_ranks():
             whole = open_module(model, layers=settings.layers)
             require_heads(model.config.get_text_config(), world)
             run = forward_function(whole.module)
             expected = _probe(run, whole.structure.layers, torch.device("cpu"))
             names = {module: name for name, module in model.named_modules()}
-            cut(model, world, self.device)
+            apply_autotp(model, world, self.device)
             layers = _find_again(whole.structure.layers, names, model)
             try:
                 found = _probe(run, layers, self.device)
             except _REFUSALS as error:
-                raise _cannot_cut(model, f"the cut model does not run: {error}") from error
+                raise _cannot_split(model, f"the split model does not run: {error}") from error
             self.layers: tuple[Layer, ...] = _check(model, layers, expected, found)
         self._model, self._run = model, run
         self.model: Mapping[str, Any] = describe(whole, "tensor_parallel")
 
-    def forward(self, batches: Sequence[Batch], watch: Watch) -> None:
-        """See `partition.base.Replica`. The other ranks must run the same batches."""
-        for batch in batches:
-            with watch(batch):
-                run_batch(self._run, batch, self.device)
-
     def close(self) -> None:
         """Drop this rank's part of the weights."""
         del self._model, self._run, self.layers
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_device(self.device)
 
 
 def inference_config(dtype: torch.dtype, world: int) -> dict[str, Any]:
@@ -111,7 +97,7 @@ def inference_config(dtype: torch.dtype, world: int) -> dict[str, Any]:
 
 
 def require_heads(config: Any, world: int) -> None:
-    """Refuse more ranks than heads: a head's keys and values are not cut.
+    """Refuse more ranks than heads: a head's keys and values are not split.
 
     Raises:
         ConfigError: there are; the message has the numbers.
@@ -120,7 +106,7 @@ def require_heads(config: Any, world: int) -> None:
     if world > heads:
         raise ConfigError(
             f"{world} ranks cannot share {heads} heads ({name} of the {config.model_type} configuration).",
-            f"Use --ranks {heads} at most, or --partition device_map, zero3 or streaming." if heads > 1 else _ELSEWHERE,
+            f"Set `ranks` to {heads} at most. {_ELSEWHERE}" if heads > 1 else _ELSEWHERE,
         )
 
 
@@ -131,14 +117,14 @@ def _attribute(config: Any, name: str) -> Any:
         return None
 
 
-def cut(model: Any, world: int, device: torch.device) -> None:
+def apply_autotp(model: Any, world: int, device: torch.device) -> None:
     """Replace the linear maps of the layers by this rank's part of them, and move the model to the device.
 
-    The head, which never runs, is dropped. What is kept in another dtype than the rest (as rotary frequencies are, in
-    float32) stays so; DeepSpeed would convert it.
+    The head, which never runs, is dropped. What has another dtype than the rest (such as rotary frequencies, in
+    float32) keeps it; DeepSpeed would convert it.
 
     Raises:
-        ModelError: DeepSpeed does not know how.
+        ModelError: DeepSpeed cannot.
     """
     import deepspeed
 
@@ -156,7 +142,7 @@ def cut(model: Any, world: int, device: torch.device) -> None:
     try:
         deepspeed.init_inference(model, config=inference_config(dtype, world))
     except _REFUSALS as error:
-        raise _cannot_cut(model, str(error)) from error
+        raise _cannot_split(model, str(error)) from error
     for tensors, name, value in others:
         tensors[name].data = value.to(device)
 
@@ -164,7 +150,7 @@ def cut(model: Any, world: int, device: torch.device) -> None:
 def difference(expected: torch.Tensor, found: torch.Tensor) -> float:
     """How much two tensors of shape [..., units] differ: |found - expected| / |expected| of the median token.
 
-    A model cut wrongly is wrong for nearly every token; a token that rounding sent to another expert is one of many.
+    A model that is split wrongly is wrong for nearly every token; few tokens go to another expert by rounding.
     """
     expected, found = (x.double().reshape(-1, x.shape[-1]) for x in (expected, found))
     sizes = expected.norm(dim=-1)
@@ -220,7 +206,7 @@ def _check(model: Any, layers: Sequence[Layer], expected: _Probe, found: _Probe)
     """The layers, with points that gather what the ranks have parts of; all ranks come to the same.
 
     Raises:
-        ModelError: a tensor is not what it was before the cut.
+        ModelError: a tensor is not what it was before the split.
     """
     tolerance = max(TOLERANCES.get(tensor.dtype, 0.0) for tensor in expected.values())
     checked: list[Layer] = []
@@ -233,8 +219,8 @@ def _check(model: Any, layers: Sequence[Layer], expected: _Probe, found: _Probe)
             error = difference(want, got.cpu()) if got.shape == want.shape else float("inf")
             error = max(from_every_rank(error, part.device))
             if error > tolerance or (site == "block" and gather):
-                raise _cannot_cut(
-                    model, f"site '{site}' of layer {layer.index} is off by {error:.2g} of its size after the cut"
+                raise _cannot_split(
+                    model, f"site '{site}' of layer {layer.index} is off by {error:.2g} of its size after the split"
                 )
         points = {site: replace(point, gather=gathers[site]) for site, point in layer.points.items()}
         checked.append(replace(layer, points=points))
@@ -242,15 +228,15 @@ def _check(model: Any, layers: Sequence[Layer], expected: _Probe, found: _Probe)
 
 
 def _gather_for(part: torch.Tensor, width: int) -> Gather | None:
-    """How a rank's part of ``width`` units becomes whole; None where it is whole already."""
+    """How a rank's part of ``width`` units is gathered; None where it is whole already."""
     widths = [int(n) for n in from_every_rank(part.shape[-1], part.device)]
     if sum(widths) != width or len(widths) == 1:
         return None
     return partial(whole_units, widths=widths)
 
 
-def _cannot_cut(model: Any, why: str) -> ModelError:
+def _cannot_split(model: Any, why: str) -> ModelError:
     return ModelError(
-        f"DeepSpeed cannot cut a {model.config.model_type} model ({type(model).__name__}) for tensor_parallel: {why}.",
+        f"DeepSpeed cannot split a {model.config.model_type} model ({type(model).__name__}): {why}.",
         _ELSEWHERE,
     )

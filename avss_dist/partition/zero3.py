@@ -6,29 +6,26 @@ many forward passes.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
-from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ConfigError, ModelError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer, layer_lists
 from avss_dist.models.loading import compute_dtype, forward_function, load_model, open_module, text_config, without_head
-from avss_dist.partition.base import Placement, Watch
-from avss_dist.partition.group import lost_ranks_are_no_mistakes, quiet_deepspeed, require_group
-from avss_dist.partition.single import describe, run_batch
+from avss_dist.partition.base import Placement
+from avss_dist.partition.batchwise import BatchwiseReplica, describe
+from avss_dist.partition.group import quiet_deepspeed, require_group, reraise_lost_ranks
 from avss_dist.settings import Settings
-from avss_dist.system.devices import pick_device
+from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 
 PREFETCHED = 50_000_000  # parameters that are gathered ahead, on GPUs, beside the arithmetic; DeepSpeed's own default
 
 
-class Zero3Replica:
+class Zero3Replica(BatchwiseReplica):
     """See `partition.base.Replica`. Every rank opens it inside one group (`partition.group.join`).
 
     Raises:
@@ -36,22 +33,19 @@ class Zero3Replica:
         ModelError: the model cannot be opened or observed.
     """
 
-    lockstep = True
-    reports_stats = True
-
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement) -> None:
         if checkpoint.gguf:
             raise ConfigError(
                 f"'{checkpoint.name}' is a .gguf file: transformers unpacks it whole in every process, which is what "
                 "zero3 is there to avoid.",
-                "Use --partition single, device_map or tensor_parallel, or convert it to safetensors.",
+                "Use `partition` single, device_map or tensor_parallel, or convert it to safetensors.",
             )
-        self.data_rank, self.data_world = require_group(placement)
+        require_group(placement)
         self.device = pick_device(settings.device)
         keep_freed_memory()
         text = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
         config = deepspeed_config(compute_dtype(checkpoint, text, settings), self.device)
-        with quiet_deepspeed(), lost_ranks_are_no_mistakes():
+        with quiet_deepspeed(), reraise_lost_ranks():
             model = _load_in_parts(checkpoint, settings, config)
             self._module = model
             self._engine = _partition(model, settings, config)
@@ -59,12 +53,6 @@ class Zero3Replica:
         self._run = forward_function(backbone.module)
         self.layers: tuple[Layer, ...] = backbone.structure.layers
         self.model: Mapping[str, Any] = describe(backbone, "zero3")
-
-    def forward(self, batches: Sequence[Batch], watch: Watch) -> None:
-        """See `partition.base.Replica`. The other ranks must run as many batches."""
-        for batch in batches:
-            with watch(batch):
-                run_batch(self._run, batch, self.device)
 
     def close(self) -> None:
         """Drop this rank's part of the weights, and DeepSpeed's hooks."""
@@ -75,9 +63,7 @@ class Zero3Replica:
         for parameter in self._module.parameters():  # DeepSpeed keeps references to the modules
             parameter.ds_tensor.data = parameter.data = parameter.data.new_empty(0)
         del self._engine, self._module, self._run, self.layers
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_device(self.device)
 
 
 def deepspeed_config(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -98,12 +84,6 @@ def deepspeed_config(dtype: torch.dtype, device: torch.device) -> dict[str, Any]
     }
 
 
-def resident_parameter_bytes(module: nn.Module) -> int:
-    """Bytes of parameters that this process holds now: its part, and what is gathered."""
-    held = [tensor for p in module.parameters() for tensor in (p.data, getattr(p, "ds_tensor", None))]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
-
-
 def _load_in_parts(checkpoint: Checkpoint, settings: Settings, config: dict[str, Any]) -> Any:
     """The model, of which a process never holds more than its part and one module; rank 0 maps the files."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -112,7 +92,7 @@ def _load_in_parts(checkpoint: Checkpoint, settings: Settings, config: dict[str,
     try:
         return load_model(checkpoint, settings)
     except ModelError as error:
-        hint = error.hint or "If another --partition opens it, transformers cannot load this family in parts."
+        hint = error.hint or "If another `partition` opens it, transformers cannot load this family in parts."
         raise ModelError(f"{error.message} (It was loaded in parts, for zero3.)", hint) from error
     finally:
         unset_hf_deepspeed_config()
@@ -137,6 +117,6 @@ def _partition(model: Any, settings: Settings, config: dict[str, Any]) -> Any:
         engine, *_ = deepspeed.initialize(model=backbone, config=config)
     except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
-            f"DeepSpeed cannot partition {type(model).__name__}: {error}", "Use another --partition."
+            f"DeepSpeed cannot partition {type(model).__name__}: {error}", "Use another `partition`."
         ) from error
     return engine

@@ -13,11 +13,12 @@ from avss_dist.corpus.sources import documents
 from avss_dist.errors import AvssError, ConfigError
 from avss_dist.executors.base import Executor
 from avss_dist.executors.open import open_executor
+from avss_dist.registry import GANGS
 from avss_dist.runs.driver import Driver, Ending, record_failure
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
-from avss_dist.settings import GANGS, Execution, Settings, split_options
+from avss_dist.settings import Execution, Settings, split_options
 from avss_dist.warehouse.reader import Warehouse
 
 __all__ = ["Reporter", "Run", "run_job", "score", "score_all", "split_options"]

@@ -16,7 +16,8 @@ from avss_dist.models.checkpoints import Checkpoint, content_hash, fetch_files, 
 from avss_dist.models.loading import load_tokenizer, pin, text_config
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.base import Placement
-from avss_dist.partition.choose import choose
+from avss_dist.partition.choose import choose, needs_size
+from avss_dist.registry import PARTITIONS
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.run import PlannedRun, Run
 from avss_dist.settings import SCHEMA_VERSION, Settings, fingerprint
@@ -89,7 +90,7 @@ class Planner:
 
     def _place(self, spec: RunSpec, checkpoint: Checkpoint, settings: Settings) -> Placement:
         """How a replica is spread; refuses more than there is before anything is loaded."""
-        size = self.size(spec, checkpoint, settings) if spec.execution.partition == "auto" else None
+        size = self.size(spec, checkpoint, settings) if needs_size(spec.execution) else None
         placement = choose(size, settings, spec.execution, self.executor.devices)
         self.executor.replicas(placement)
         return placement
@@ -139,7 +140,7 @@ def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settin
     The tokenizer and the packing count through the tokens that they give. Of the partitions only tensor parallel
     counts, which alone adds up in another order.
     """
-    split = {"tensor_parallel": placement.ranks} if placement.partition == "tensor_parallel" else {}
+    split = {placement.partition: placement.ranks} if PARTITIONS[placement.partition].changes_numbers else {}
     numbers = {k: v for k, v in settings.as_dict().items() if k not in ("max_sequences", "trust_remote_code", "layout")}
     tokens = corpus.tokens_fingerprint
     return fingerprint(schema=SCHEMA_VERSION, checkpoint=checkpoint.revision, tokens=tokens, settings=numbers, **split)

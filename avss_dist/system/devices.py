@@ -1,14 +1,16 @@
-"""What there is to compute with."""
+"""The devices that there are to compute with."""
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
+import psutil
 import torch
 
 from avss_dist.errors import ConfigError
+from avss_dist.system.cgroups import memory_left
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,28 +52,25 @@ def devices_here(kind: str) -> Devices:
 
 
 def available_memory() -> int:
-    """Bytes that a new process can have: what the system says, and what the control group leaves."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    try:
-        group = Path("/sys/fs/cgroup")
-        most = (group / "memory.max").read_text(encoding="ascii").strip()
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        return available if most == "max" else min(available, max(0, int(most) - used))
-    except (OSError, ValueError):
-        return available
+    """Bytes of memory that a new process can have: what the system has, within what control groups allow."""
+    available, left = int(psutil.virtual_memory().available), memory_left()
+    return available if left is None else min(available, left)
+
+
+def free_device(device: torch.device) -> None:
+    """Give a device's memory back that nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def pick_device(name: str) -> torch.device:
     """``cuda`` or ``cpu``; ``auto`` is ``cuda`` where torch sees one.
 
     Raises:
-        ConfigError: ``cuda`` was asked for and torch sees none.
+        ConfigError: ``cuda`` was requested and torch sees none.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no GPU here.", "Run `avss doctor`, or pass --device cpu.")
+        raise ConfigError("`device` cuda: torch sees no GPU here.", "Run `avss doctor`, or set `device` to cpu.")
     use_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if use_cuda else "cpu")

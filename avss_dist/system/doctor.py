@@ -1,84 +1,164 @@
-"""What works on this machine, found out by trying it."""
+"""What works on this machine, by trying it, in other processes: no import and no crash reaches this one."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing import get_context
 from platform import platform, python_version
 
-PACKAGES = (
-    *("avss_dist", "torch", "transformers", "accelerate", "deepspeed", "ray", "numba", "numpy", "pyarrow", "duckdb"),
-    *("altair", "vl-convert-python", "datasets"),
-)
-Finding = tuple[str, bool, str]
-
-_CHECKS = {
-    "torch computes bfloat16": """
-import torch
-x = torch.ones(64, 64, dtype=torch.bfloat16)
-print(float((x @ x).sum()) == 64**3 and f"yes, {torch.get_num_threads()} threads")
-""",
-    "CUDA devices": """
-import torch
-devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-print("; ".join(f"{d.name}, {d.total_memory / 2**30:.0f} GiB" for d in devices) or "none: models run on the CPU")
-""",
-    "CPU kernels compile": """
 import numpy as np
-from avss_dist.kernels import loops
-total = np.zeros(65536, np.int64)
-loops.flush_patterns(np.full(65536, 7, np.uint32), total)
-assert (total == 7).all()
-print("yes")
-""",
-    "Ray starts a worker": """
-import logging, ray
-ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-print(f"yes, {ray.get(ray.remote(lambda: ray.__version__).remote())}")
-ray.shutdown()
-""",
-    "DeepSpeed imports": """
-import os
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if __import__("torch").cuda.is_available() else "cpu")
-import deepspeed
-print(f"yes, {deepspeed.__version__}")
-""",
-    "torch.distributed": """
-import torch.distributed as d
-print(", ".join(name for name, there in (("gloo", d.is_gloo_available()), ("nccl", d.is_nccl_available())) if there))
-""",
-    "pictures": """
-import vl_convert
-spec = {"data": {"values": [{"a": 1}]}, "mark": "point", "encoding": {"x": {"field": "a"}}}
-print(f"yes, {len(vl_convert.vegalite_to_png(spec))} bytes of PNG")
-""",
-}
+import psutil
+
+from avss_dist.system.folders import cache_folder
+from avss_dist.system.versions import PACKAGES, installed_version
+
+EXTRAS = {"datasets": "hf", "lm_eval": "eval"}  # packages that only some need, and the extra that brings each
+NEEDED = (*(name for name in PACKAGES if name not in EXTRAS), "duckdb", "altair", "vl-convert-python")
+TIMEOUT_SECONDS = 180.0
+
+Check = Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was tried, whether it works, and what was seen."""
+
+    what: str
+    works: bool
+    detail: str
 
 
 def findings() -> Iterator[Finding]:
-    """(what, whether it works, what was seen), one after the other as they are found."""
-    yield "Python", True, f"{python_version()} on {platform()}, {len(os.sched_getaffinity(0))} CPUs"
-    for name in PACKAGES:
-        try:
-            yield name, True, version(name)
-        except PackageNotFoundError:
-            yield (
-                name,
-                name == "datasets",
-                "not installed" + (" (only hf: sources need it)" if name == "datasets" else ""),
-            )
-    for what, code in _CHECKS.items():
-        yield what, *_try(code)
+    """Everything that is checked, in a fixed order, each as soon as it is known."""
+    yield Finding("Python", True, f"{python_version()} on {platform()}, {len(os.sched_getaffinity(0))} CPUs")
+    for name in NEEDED:
+        found = installed_version(name)
+        yield Finding(name, found is not None, found or "not installed")
+    for name, extra in EXTRAS.items():
+        missing = f"not installed; in a clone, pip install -e '.[{extra}]' brings it"
+        yield Finding(name, True, installed_version(name) or missing)
+    yield _try("cache folder", _cache_folder)
+    with ThreadPoolExecutor(len(CHECKS)) as threads:
+        for group in [threads.submit(run_checks, checks) for checks in CHECKS]:
+            yield from group.result()
 
 
-def _try(code: str) -> tuple[bool, str]:
-    """Run a check in a process of its own, so that no import or crash reaches this one."""
+def run_checks(checks: Mapping[str, Check], timeout_seconds: float = TIMEOUT_SECONDS) -> list[Finding]:
+    """Run checks one after the other in one other process, and in a new one after a check that ended it."""
+    left, made = list(checks.items()), []
+    while left:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_silence) as pool:
+            process, alive = pool.submit(os.getpid).result(), True
+            while left and alive:
+                what, check = left.pop(0)
+                try:
+                    made.append(pool.submit(_try, what, check).result(timeout_seconds))
+                except TimeoutError:
+                    alive = False
+                    _kill(process)
+                    made.append(Finding(what, False, f"no answer in {timeout_seconds:g} seconds"))
+                except BrokenProcessPool:
+                    alive = False
+                    made.append(Finding(what, False, "the process that tried it died"))
+    return made
+
+
+def _kill(process: int) -> None:
+    """End a process and all that it started."""
+    with suppress(psutil.NoSuchProcess):
+        worker = psutil.Process(process)
+        for one in (*worker.children(recursive=True), worker):
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+def _silence() -> None:
+    """Send what libraries print to nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+
+
+def _try(what: str, check: Check) -> Finding:
     try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=False)
-    except subprocess.TimeoutExpired:
-        return False, "no answer in 180 seconds"
-    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
-    return done.returncode == 0, lines[-1] if lines else f"exit code {done.returncode}"
+        return Finding(what, True, check())
+    except (Exception, SystemExit) as error:
+        return Finding(what, False, f"{type(error).__name__}: {str(error).strip()}".splitlines()[0])
+
+
+# The checks. Packages are imported by name, for this one must import neither heavy ones nor those above it.
+
+
+def _cache_folder() -> str:
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        return str(folder)
+
+
+def _bfloat16() -> str:
+    torch = import_module("torch")
+    x = torch.ones(64, 64, dtype=torch.bfloat16)
+    if float((x @ x).sum()) != 64**3:
+        raise ArithmeticError("a product of matrices is wrong")
+    return f"yes, {torch.get_num_threads()} threads"
+
+
+def _cuda_devices() -> str:
+    cuda = import_module("torch").cuda
+    devices = [cuda.get_device_properties(i) for i in range(cuda.device_count())]
+    names = [f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in devices]
+    return "; ".join(names) or "none: models run on the CPU"
+
+
+def _backends() -> str:
+    distributed = import_module("torch.distributed")
+    available = {"gloo": distributed.is_gloo_available(), "nccl": distributed.is_nccl_available()}
+    return ", ".join(name for name, there in available.items() if there)
+
+
+def _deepspeed() -> str:
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if import_module("torch").cuda.is_available() else "cpu")
+    return f"yes, {import_module('deepspeed').__version__}"
+
+
+def _kernels() -> str:
+    loops = import_module("avss_dist.measure.kernels.loops")
+    total = np.zeros(65536, np.int64)
+    loops.flush_patterns(np.full(65536, 7, np.uint32), total)
+    if not (total == 7).all():
+        raise ArithmeticError("a count is wrong")
+    return "yes"
+
+
+def _ray() -> str:
+    ray = import_module("ray")
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        return f"yes, {ray.get(ray.remote(lambda: ray.__version__).remote())}"
+    finally:
+        ray.shutdown()
+
+
+def _pictures() -> str:
+    spec = {"data": {"values": [{"a": 1}]}, "mark": "point", "encoding": {"x": {"field": "a"}}}
+    return f"yes, {len(import_module('vl_convert').vegalite_to_png(spec))} bytes of PNG"
+
+
+CHECKS: tuple[Mapping[str, Check], ...] = (  # those of a group share a process; groups run at the same time
+    {
+        "torch computes bfloat16": _bfloat16,
+        "CUDA devices": _cuda_devices,
+        "torch.distributed": _backends,
+        "DeepSpeed imports": _deepspeed,
+    },
+    {"CPU kernels compile": _kernels, "pictures": _pictures},
+    {"Ray starts a worker": _ray},
+)

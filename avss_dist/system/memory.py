@@ -11,6 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _MADV_POPULATE_READ = 22  # of madvise(2)
 KEPT_BYTES = 256 << 20
@@ -64,31 +66,27 @@ def mapped_around_a_byte(file: Path) -> int:
     By default Linux brings 64 KiB; where the page cache holds larger pieces, all of a piece.
     """
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        before = _status("RssFile")
+        before = psutil.Process().memory_info().shared
         for place in range(0, len(mapped), max(1, len(mapped) // PROBES)):
             mapped[place]
-        return max(mmap.PAGESIZE, (_status("RssFile") - before) // PROBES)
+        return max(mmap.PAGESIZE, (psutil.Process().memory_info().shared - before) // PROBES)
 
 
 def resident_memory() -> int:
     """Bytes of memory that this process has now."""
-    return _status("VmRSS")
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory() -> int:
-    """The most bytes that it had since it began, or since `reset_peak_memory`.
+    """The most bytes that this process had since it began, or since `reset_peak_memory`.
 
-    Not getrusage(2), whose ru_maxrss starts at that of the process which started this one.
+    Not getrusage(2), whose ru_maxrss starts at that of the process which started this one; psutil does not have it.
     """
-    return _status("VmHWM")
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def reset_peak_memory() -> None:
     """Forget the most memory that this process had, where the system lets it."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

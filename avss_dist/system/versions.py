@@ -19,12 +19,15 @@ PACKAGES = (
 )
 
 
+def installed_version(package: str) -> str | None:
+    """The version of an installed package; None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a number or a file."""
-    versions = {"python": python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
+    found = {name: installed_version(name) for name in PACKAGES}
+    return {"python": python_version()} | {name: seen for name, seen in found.items() if seen}

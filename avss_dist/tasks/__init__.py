@@ -1,1 +1,1 @@
-"""What a model can be asked: text loss, harness tasks, the loss without layers, gradients."""
+"""Questions to a model: text loss, harness tasks, the loss without layers, gradients; each gives rows of samples."""

@@ -1,7 +1,7 @@
-"""What a language model is asked: tasks, cut into parts; what a part gives, and what parts say together.
+"""Tasks of a language model, split into parts; the rows that a part gives, and the results of all parts together.
 
-A part is measured by a `Measure`, which travels to a worker and comes back as rows of samples. Samples are kept, so
-that means, errors and paired intervals are computed afterwards.
+A part is measured by a `Measure`, which is sent to a worker and gives rows of samples. Samples are kept, so that means,
+errors and paired intervals are computed afterwards.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Row:
-    """What one part of a task gives of one metric.
+    """One metric of one part of a task.
 
     Attributes:
         metric: its name.
@@ -44,15 +44,15 @@ class Measure(Protocol):
 
     @property
     def key(self) -> str:
-        """SHA-256, in hex, of all that it asks."""
+        """SHA-256, in hex, of all that can change what it gives."""
 
     def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
-        """Ask a model, with layers left out."""
+        """Measure a model, with layers left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A task: its name, its parts in order, and the options that made them, to be told beside its results."""
+    """A task: its name, its parts in order, and the options that made them, which are stored with its results."""
 
     name: str
     parts: tuple[Measure, ...]

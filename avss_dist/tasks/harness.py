@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, asked of a model that is open already. The only module that imports lm_eval."""
+"""Tasks of lm-evaluation-harness, run on a model that is open already. The only module that imports lm_eval."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json
 import logging
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -29,10 +29,10 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.loading import load_tokenizer, quiet
 from avss_dist.settings import CHANCE, fingerprint
 from avss_dist.tasks.base import Row, Task
-from avss_dist.tasks.harness_files import code, is_task_file, needs_no_hub, read_task_file, with_data
+from avss_dist.tasks.harness_files import code_in, is_task_file, needs_no_hub, read_task_file, with_data
 
 SEED, OTHER_SEED = 0, 1234  # the harness's own: of `random`; of numpy, torch and the choice of examples
-_MISTAKES: tuple[type[Exception], ...] = (  # what the harness raises over a bad task
+_BAD_TASK: tuple[type[Exception], ...] = (  # what the harness raises over a bad task
     *(ValueError, KeyError, TypeError, AttributeError, ImportError, AssertionError, IndexError, RuntimeError),
     *(StopIteration, TemplateError),  # datasets: a file without rows; a template that cannot be filled
 )
@@ -43,9 +43,9 @@ class HarnessPart:
     """A task of the harness, or a group of them: all questions of it, a sample for each.
 
     Attributes:
-        name: as the user gave it.
+        name: as the user wrote it.
         config: the task file, its data by absolute paths; None of a task that the harness finds by its name, and of a
-            file with functions, which is read where it is asked.
+            file with functions, which is read where it runs.
         limit: questions of each task at most; num_fewshot: examples before each, unless the task has none at all.
         key: see `tasks.Measure`.
     """
@@ -64,7 +64,7 @@ class HarnessPart:
 
         settings = model.settings
         with _silence(), model.without(drop):
-            asked = HFLM(
+            wrapped = HFLM(
                 pretrained=_Uncached(model.module, generate=bool(drop)),
                 tokenizer=load_tokenizer(model.checkpoint, trust_remote_code=settings.trust_remote_code),
                 backend="causal",
@@ -72,7 +72,7 @@ class HarnessPart:
                 softmax_dtype="float32",
             )
             _seed(loaded["tasks"].values())
-            found = evaluate(asked, loaded, limit=self.limit, bootstrap_iters=0, log_samples=True)
+            found = evaluate(wrapped, loaded, limit=self.limit, bootstrap_iters=0, log_samples=True)
         return list(_rows(found, loaded))
 
 
@@ -109,7 +109,7 @@ def harness_task(
         trust_remote_code: run Python code that a task file names.
 
     Raises:
-        TaskError: there is no such task, it runs code, or its data cannot be had; or the harness is not installed.
+        TaskError: there is no such task, it runs code, its data could not be loaded, or the harness is not installed.
     """
     try:
         import lm_eval  # noqa: F401
@@ -118,10 +118,10 @@ def harness_task(
             f"Task '{name}' is for lm-evaluation-harness, which is not installed.",
             "pip install -e '.[eval]' in a clone",
         ) from error
-    for option, value, least in (("--limit", limit, 1), ("--num-fewshot", num_fewshot, 0)):
+    for field, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0)):
         if value is not None and value < least:
-            raise ConfigError(f"{option} must be at least {least}, not {value}.")
-    with _silence(), _mistakes(name):
+            raise ConfigError(f"`{field}` must be at least {least}, not {value}.")
+    with _silence(), _bad_task(name):
         found, config = _find(name, trust_remote_code=trust_remote_code)
         part = HarnessPart(name=found, config=config, limit=limit, num_fewshot=num_fewshot)
         part = replace(part, key=_key(part, _load(part)))
@@ -136,10 +136,10 @@ def _find(name: str, *, trust_remote_code: bool) -> tuple[str, str | None]:
         return name, None
     path = Path(name).absolute()
     config = read_task_file(path)
-    named = code(config)
+    named = code_in(config)
     if named and not trust_remote_code:
         raise TaskError(
-            f"{name} runs code: {', '.join(named)}.", "Read that code, then pass --trust-remote-code to run it."
+            f"{name} runs code: {', '.join(named)}.", "Read that code, then set `trust_remote_code` to run it."
         )
     if named:  # the harness reads the file itself, and finds data where the process is
         with_data(config, Path.cwd())
@@ -165,7 +165,7 @@ def _nearest(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def _catalogue() -> Any:
-    """The tasks that the harness brings along; seconds to make."""
+    """The tasks that the harness ships; seconds to make."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
@@ -173,14 +173,14 @@ def _catalogue() -> Any:
 
 @lru_cache(maxsize=4)
 def _loaded(part: HarnessPart) -> Any:
-    """See `_load`; kept, for a part is asked again and again."""
-    with _silence(), _mistakes(part.name):
+    """See `_load`; kept, for a part runs again and again."""
+    with _silence(), _bad_task(part.name):
         return _load(part)
 
 
 @contextmanager
-def _mistakes(task: str) -> Iterator[None]:
-    """Tell in a `TaskError` what the harness and `datasets` raise over a bad task, or over data that are not there."""
+def _bad_task(task: str) -> Iterator[None]:
+    """Turn into a `TaskError` what the harness and `datasets` raise over a bad task or missing data."""
     from datasets.exceptions import DatasetGenerationError, DatasetsError
 
     try:
@@ -188,16 +188,16 @@ def _mistakes(task: str) -> Iterator[None]:
     except (OSError, DatasetsError) as error:
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         raise TaskError(
-            f"The data of task '{task}' cannot be had: {_first_line(reason or error)}",
-            "Data of a hub are fetched where there is a network, and stay in HF_HOME; files must be on every node.",
+            f"The data of task '{task}' could not be loaded: {_first_line(reason or error)}",
+            "Data of a hub need a network once, and stay in HF_HOME; files must be on every node.",
         ) from error
-    except _MISTAKES as error:
+    except _BAD_TASK as error:
         hint = "Do its fields name columns of its data?" if is_task_file(task) else None
-        raise TaskError(f"Task '{task}' cannot be made: {_first_line(error)}", hint) from error
+        raise TaskError(f"Task '{task}' could not be made: {_first_line(error)}", hint) from error
 
 
 def _load(part: HarnessPart) -> Any:
-    """The tasks of a part and their data, ready to ask: ``{"tasks": {name: ...}, "groups": {name: ...}}``."""
+    """The tasks of a part and their data, ready to run: ``{"tasks": {name: ...}, "groups": {name: ...}}``."""
     import datasets
     from lm_eval.tasks import TaskManager
 
@@ -236,8 +236,8 @@ def _seed(tasks: Iterable[Any]) -> None:
 
 
 def _key(part: HarnessPart, loaded: Any) -> str:
-    """SHA-256, in hex, of the tasks as they are made, and of the documents that they ask about."""
-    asked = {}
+    """SHA-256, in hex, of the tasks as they are made, and of their documents."""
+    described = {}
     for name, task in loaded["tasks"].items():
         config = task.dump_config()
         metadata = {key: value for key, value in (config.get("metadata") or {}).items() if key != "config_source"}
@@ -246,13 +246,13 @@ def _key(part: HarnessPart, loaded: Any) -> str:
         for document in (*islice(task.eval_docs, part.limit), None, *shots):
             documents.update(_text(document))
         config = {key: value for key, value in config.items() if key != "dataset_kwargs"} | {"metadata": metadata}
-        asked[name] = [_text(config).decode(), str(task.VERSION), documents.hexdigest()]
+        described[name] = [_text(config).decode(), str(task.VERSION), documents.hexdigest()]
     return fingerprint(
         measure="lm-evaluation-harness",
         version=version("lm_eval"),
         seeds=[SEED, OTHER_SEED],
         limit=part.limit,
-        tasks=asked,
+        tasks=described,
     )
 
 
@@ -279,20 +279,27 @@ def _rows(found: Any, loaded: Any) -> Iterator[Row]:
         tasks = [task.task_name for task in groups[name].get_all_tasks()] if name in groups else [name]
         prefix = "" if [name] == outer else f"{name}/"
         documents = [document for task in tasks for document in found["samples"][task]]
-        for key, value in results.items():
-            metric, comma, filtered = key.rpartition(",")
-            if not comma or metric.endswith("_stderr"):
-                continue
-            samples = _samples(documents, metric, filtered, float(value))
-            label = metric if filtered == "none" else key
-            yield Row(metric=f"{prefix}{label}", samples=samples, weights=np.ones(len(samples)))
-        if all(loaded["tasks"][task].OUTPUT_TYPE == "multiple_choice" for task in tasks):
-            samples = 1 / np.array([_choices(one) for one in documents if one["filter"] == documents[0]["filter"]])
-            yield Row(metric=f"{prefix}{CHANCE}", samples=samples, weights=np.ones(len(samples)))
+        chosen = all(loaded["tasks"][task].OUTPUT_TYPE == "multiple_choice" for task in tasks)
+        for metric, samples in (*_metrics(results, documents), *(_chance(documents) if chosen else ())):
+            yield Row(metric=f"{prefix}{metric}", samples=samples, weights=np.ones(len(samples)))
+
+
+def _metrics(results: Mapping[str, Any], documents: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
+    """(metric, samples) of a task; a metric is named with its filter, unless that is ``none``."""
+    for key, value in results.items():
+        metric, comma, filtered = key.rpartition(",")
+        if comma and not metric.endswith("_stderr"):
+            yield metric if filtered == "none" else key, _samples(documents, metric, filtered, float(value))
+
+
+def _chance(documents: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
+    """(`CHANCE`, samples): the accuracy of a guess at each question."""
+    first = documents[0]["filter"]
+    yield CHANCE, 1 / np.array([_choices(one) for one in documents if one["filter"] == first])
 
 
 def _choices(document: Mapping[str, Any]) -> int:
-    """How many answers a question of multiple choice has; each is asked twice for mutual information."""
+    """How many answers a question of multiple choice has; each stands twice for mutual information."""
     return len(document["arguments"]) // (2 if "acc_mutual_info" in document else 1)
 
 

@@ -1,4 +1,4 @@
-"""Task files: YAML that tells lm-evaluation-harness what to ask, read without running anything that it names."""
+"""Task files: YAML that describes a task to lm-evaluation-harness, read without running anything that it names."""
 
 from __future__ import annotations
 
@@ -31,19 +31,23 @@ def is_task_file(name: str) -> bool:
 
 
 def read_task_file(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """What a task file says, over what the files say that it includes.
+    """What a task file says, on top of the files that it includes.
 
     Raises:
         TaskError: it, or one of those, cannot be read; or it is a group.
     """
+    if path.exists() and not path.is_file():
+        raise TaskError(f"{path} is no file.", "Name a task file, which ends in .yaml.")
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except RecursionError:
+        raise TaskError(f"{path} cannot be read: it is nested too deeply.") from None
     except FileNotFoundError:
         raise TaskError(f"There is no task file {path}.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise TaskError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
-        raise TaskError(f"{path} is no task file.", "It is a mapping: task, dataset_path, output_type, ...")
+        raise TaskError(f"{path} is no task file.", "A task file is a mapping: task, dataset_path, output_type, ...")
     merged: dict[str, Any] = {}
     for file in _included(found):
         included = path.parent / file
@@ -80,7 +84,7 @@ def _included(found: dict[str, Any]) -> list[str]:
     return [files] if isinstance(files, str) else files
 
 
-def code(config: Mapping[str, Any]) -> list[str]:
+def code_in(config: Mapping[str, Any]) -> list[str]:
     """What in a task file runs Python code of its author, or of a hub."""
     named = []
     for key, value in _walk(config):
@@ -126,7 +130,7 @@ def _placed(files: Any, folders: tuple[Path, ...], task: str) -> Any:
         if file.exists() or glob.glob(str(file)):
             return str(file)
     raise TaskError(
-        f"The data of task '{task}' is not there: {folders[-1] / files}.",
+        f"The data of task '{task}' does not exist: {folders[-1] / files}.",
         "Put the file there, or name it by an absolute path under dataset_kwargs: data_files.",
     )
 

@@ -23,13 +23,12 @@ from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.partition.base import Placement
 from avss_dist.partition.open import open_replica
+from avss_dist.registry import GANGS, PARTITIONS
 from avss_dist.runs.api import score
 from avss_dist.settings import Execution, Settings
 from avss_dist.text import describe_bytes, parse_bytes
 from avss_dist.warehouse.reader import Warehouse
 
-GANGS = ("zero3", "tensor_parallel")
-PARTITIONS = ("single", "device_map", "streaming", *GANGS)
 RANKS = 2
 
 

@@ -28,7 +28,7 @@ from avss_dist.corpus.shards import plan
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.partition.base import unwatched
+from avss_dist.partition.base import no_observation
 from avss_dist.partition.single import SingleReplica
 from avss_dist.settings import SITES, Settings
 
@@ -100,7 +100,7 @@ def main() -> None:
     exact_layers = [exact.get_submodule(f"{exact.base_model_prefix}.{layer.name}") for layer in replica.layers]
 
     def bare() -> None:
-        replica.forward(batches, unwatched)
+        replica.forward(batches, no_observation)
 
     def plain() -> None:
         with torch.no_grad():
@@ -159,7 +159,7 @@ def print_peak_memory(model: str, corpus: str, what: str) -> None:
         if what == "observed":
             analyze_shard(replica, shard, settings)
         else:
-            replica.forward(list(shard.batches(settings.batch_size)), unwatched)
+            replica.forward(list(shard.batches(settings.batch_size)), no_observation)
     print(memory.peak)
 
 

@@ -186,7 +186,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "status": {"--address": None, "job_id": None},
     "logs": {"job_id": None, "--address": None, "--follow": False},
     "stop": {"job_id": None, "--address": None},
-    "doctor": {},
+    "doctor": {"--json": False},
 }
 for _command in ("score", "estimate", "ablate", "evaluate"):
     del COMMANDS[_command]["--sites"], COMMANDS[_command]["--thresholds"]

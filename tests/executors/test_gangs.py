@@ -30,7 +30,8 @@ from avss_dist.partition.base import Placement
 from avss_dist.partition.group import join, leave
 from avss_dist.partition.open import open_replica
 from avss_dist.partition.tensor_parallel import difference, inference_config, require_heads
-from avss_dist.partition.zero3 import Zero3Replica, deepspeed_config, resident_parameter_bytes
+from avss_dist.partition.zero3 import Zero3Replica, deepspeed_config
+from avss_dist.registry import PARTITIONS
 from avss_dist.settings import Settings
 from avss_dist.stats.histogram import merge_values
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
@@ -160,19 +161,30 @@ def measure(
 ) -> tuple[list[ShardResult], Mapping[str, Any], int]:
     """The results of this rank's shards, what the replica says of itself, and the parameter bytes that it keeps."""
     replica = opened(partition, folder, settings)
+    rank, step = (
+        (torch.distributed.get_rank(), torch.distributed.get_world_size())
+        if PARTITIONS[partition].splits_data
+        else (0, 1)
+    )
     results = []
-    for start in range(0, len(shards), replica.data_world):
-        now = shards[start : start + replica.data_world]
+    for start in range(0, len(shards), step):
+        now = shards[start : start + step]
         forwards = max(math.ceil(shard.num_sequences / settings.batch_size) for shard in now)
-        if replica.data_rank < len(now):
-            results.append(analyze_shard(replica, now[replica.data_rank], settings, forwards=forwards))
+        if rank < len(now):
+            results.append(analyze_shard(replica, now[rank], settings, forwards=forwards))
         else:
             follow(replica, forwards)
     module = replica._module if isinstance(replica, Zero3Replica) else replica._model
     held = resident_parameter_bytes(module)
-    model = {**replica.model, "data": (replica.data_rank, replica.data_world), "reports_stats": replica.reports_stats}
+    model = {**replica.model, "data": (rank, step), "reports_stats": replica.reports_stats}
     replica.close()
     return results, model, held
+
+
+def resident_parameter_bytes(module: torch.nn.Module) -> int:
+    """Bytes of parameters that this process holds now: its part, and what is gathered."""
+    held = [tensor for p in module.parameters() for tensor in (p.data, getattr(p, "ds_tensor", None))]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
 
 
 def bytes_after_close(folder: Path) -> tuple[int, int]:
@@ -296,7 +308,7 @@ ZERO3_FAMILIES = (
 def test_zero3_gives_the_bytes_of_one_process(
     gang: Callable[[int], Gang], folder_of: Callable[[str], Path], family: str, world: int
 ) -> None:
-    """Seven shards of unequal sizes: in every round some rank runs fillers, in the last one most have nothing."""
+    """Seven shards of unequal sizes: in every round some rank runs dummy batches, in the last one most have nothing."""
     folder, shards = folder_of(family), make_shards(7, rows=(4, 1, 3))
     per_rank = gang(world).run(measure, "zero3", folder, shards, SETTINGS)
     expected, model = single(folder, shards)
@@ -441,7 +453,7 @@ def test_a_family_that_is_cut_wrongly_is_refused(gang: Callable[[int], Gang], fo
     outcomes = gang(2).outcomes(measure, "tensor_parallel", folder_of("persimmon"), make_shards(1), SETTINGS)
     for error in outcomes:
         assert isinstance(error, ModelError)
-        assert "cannot cut a persimmon model (PersimmonForCausalLM)" in error.message
+        assert "cannot split a persimmon model (PersimmonForCausalLM)" in error.message
         assert "of layer 0 is off by 0." in error.message
         assert "zero3" in str(error.hint)
 
@@ -451,14 +463,14 @@ def test_a_family_that_deepspeed_does_not_know_is_refused(
 ) -> None:
     for error in gang(2).outcomes(measure, "tensor_parallel", folder_of("gpt2"), make_shards(1), SETTINGS):
         assert isinstance(error, ModelError)
-        assert "cannot cut a gpt2 model" in error.message
+        assert "cannot split a gpt2 model" in error.message
 
 
 def test_more_ranks_than_heads_are_refused(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
     for error in gang(3).outcomes(measure, "tensor_parallel", folder_of("llama"), make_shards(1), SETTINGS):
         assert isinstance(error, ConfigError)
         assert error.message == "3 ranks cannot share 2 heads (num_key_value_heads of the llama configuration)."
-        assert error.hint == "Use --ranks 2 at most, or --partition device_map, zero3 or streaming."
+        assert error.hint == "Set `ranks` to 2 at most. Use `partition` single, device_map, zero3 or streaming."
 
 
 def test_heads_are_counted_by_what_the_configuration_calls_them() -> None:
@@ -473,7 +485,7 @@ def test_flash_attention_cannot_be_checked(gang: Callable[[int], Gang], folder_o
     settings = replace(SETTINGS, attention="flash_attention_2")
     for error in gang(2).outcomes(measure, "tensor_parallel", folder_of("llama"), make_shards(1), settings):
         assert isinstance(error, ConfigError)
-        assert error.hint == "Use `attention` sdpa."
+        assert error.hint == "Set `attention` to sdpa."
 
 
 def test_difference_is_of_the_median_token() -> None:
@@ -513,9 +525,9 @@ def test_nothing_is_printed_on_stdout(
 @pytest.mark.parametrize("partition", ["zero3", "tensor_parallel"])
 def test_the_group_must_be_there(folder_of: Callable[[str], Path], partition: str) -> None:
     checkpoint = resolve(str(folder_of("llama")))
-    with pytest.raises(ConfigError, match=f"--partition {partition} needs a group of 2 processes; this is one of 1"):
+    with pytest.raises(ConfigError, match=f"`partition` {partition} needs a group of 2 processes; this is one of 1"):
         open_replica(checkpoint, SETTINGS, Placement(partition=partition, ranks=2))
-    with pytest.raises(ConfigError, match=f"--partition {partition} with one rank spreads nothing"):
+    with pytest.raises(ConfigError, match=f"`partition` {partition} with one rank spreads nothing"):
         open_replica(checkpoint, SETTINGS, Placement(partition=partition))
 
 

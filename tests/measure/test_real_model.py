@@ -16,7 +16,7 @@ from avss_dist.corpus.shards import plan
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.partition.base import unwatched
+from avss_dist.partition.base import no_observation
 from avss_dist.partition.single import SingleReplica
 from avss_dist.settings import THRESHOLDS, Settings
 from avss_dist.stats.scores import score_run
@@ -45,7 +45,7 @@ def captured(replica: SingleReplica, batch: Any, layers: Sequence[int]) -> dict[
         places += [(layer.get_submodule(path), site, site == "neuron") for site, path in MODULES.items()]
         for module, name, of_input in places:
             handles.append(module.register_forward_hook(keep(index, name, of_input), with_kwargs=True))
-    replica.forward([batch], unwatched)
+    replica.forward([batch], no_observation)
     for handle in handles:
         handle.remove()
     return {index: _sites(tensors) for index, tensors in taken.items()}

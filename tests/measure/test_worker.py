@@ -15,7 +15,7 @@ from avss_dist.errors import BatchTooLarge
 from avss_dist.measure.shard import analyze_shard, follow
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.partition.base import Watch, filler
+from avss_dist.partition.base import BatchContext, dummy_batch
 from avss_dist.partition.single import SingleReplica
 from avss_dist.settings import Settings
 
@@ -29,15 +29,15 @@ class SmallDevice(SingleReplica):
 
     most = 8
 
-    def forward(self, batches: Sequence[Batch], watch: Watch) -> None:
+    def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
         for batch in batches:
             if len(batch.input_ids) > self.most:
                 handle = self.layers[1].module.register_forward_pre_hook(self._fail)
                 try:
-                    super().forward([batch], watch)
+                    super().forward([batch], context)
                 finally:
                     handle.remove()
-            super().forward([batch], watch)
+            super().forward([batch], context)
 
     def _fail(self, *_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
@@ -97,6 +97,6 @@ def test_fillers_count_for_nothing(replica: SmallDevice, shard: Shard) -> None:
     beats: list[int] = []
     filled = analyze_shard(replica, shard, SETTINGS, forwards=5, beat=lambda: beats.append(1))
     assert all(filled.stats[key].equals(stats) for key, stats in alone.stats.items())
-    assert len(beats) == 5 * len(replica.layers), "two batches and three fillers, each through every layer"
+    assert len(beats) == 5 * len(replica.layers), "two batches and three dummy batches, each through every layer"
     follow(replica, 2)
-    assert not filler().observed.any() and filler().attention_mask.all()
+    assert not dummy_batch().observed.any() and dummy_batch().attention_mask.all()

@@ -120,7 +120,24 @@ def test_what_was_asked_for_is_taken(options: dict[str, Any], devices: Devices, 
     [
         ({"partition": "single", "gpus_per_replica": 2}, gpus(8, GB), "uses one GPU"),
         ({"partition": "zero3", "gpus_per_replica": 2, "ranks": 4}, gpus(8, GB), "every rank has one GPU"),
-        ({"gpus_per_replica": 2}, cpus(GB), "there is no GPU"),
+        ({"gpus_per_replica": 2}, cpus(GB), "needs GPUs, and there is none"),
+        (
+            {"partition": "single", "max_memory": {"cpu": GB}},
+            cpus(GB),
+            "`max_memory` has no effect on `partition` single",
+        ),
+        (
+            {"partition": "zero3", "offload_folder": "x"},
+            cpus(GB),
+            "`offload_folder` has no effect on `partition` zero3",
+        ),
+        (
+            {"partition": "streaming", "max_memory": {"cpu": 1}},
+            cpus(GB),
+            "allows 1 Byte .* needs 1.27 GB for one layer",
+        ),
+        ({"partition": "streaming", "max_memory": {"cpu": GB // 4}}, gpus(1, GB), "allows 250 MB .* needs 475 MB"),
+        ({"max_memory": {"cpu": 10**6}}, cpus(GB), "allows 1 MB .* needs 1.27 GB for one layer"),
     ],
 )
 def test_contradictions_are_refused(options: dict[str, Any], devices: Devices, message: str) -> None:

@@ -93,18 +93,21 @@ def on_disk(replica: Any) -> list[bool]:
     return [all(p.is_meta for p in layer.module.parameters()) for layer in replica.layers]
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize(("kind", "family"), FAMILIES)
 def test_statistics_are_those_of_single(
-    kind: str, family: str, layout: str, family_folder: Callable[[str, str], Path], tmp_path: Path
+    kind: str, family: str, family_folder: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
-    checkpoint, settings = resolve(str(family_folder(kind, family))), replace(SETTINGS, layout=layout)
-    shard = shard_of(checkpoint, settings)
-    expected = measured(SingleReplica(checkpoint, settings), shard, settings)
+    """A packed and a padded shard through the same replica."""
+    checkpoint = resolve(str(family_folder(kind, family)))
+    shards = [shard_of(checkpoint, replace(SETTINGS, layout=layout)) for layout in ("packed", "padded")]
+    single = SingleReplica(checkpoint, SETTINGS)
+    expected = [analyze_shard(single, shard, SETTINGS) for shard in shards]
     for cpu, first, last in ((1 << 40, False, False), (room_for(checkpoint), False, True), (1, True, True)):
-        replica = placed(checkpoint, cpu, tmp_path, settings)
+        replica = placed(checkpoint, cpu, tmp_path)
         assert (on_disk(replica)[0], on_disk(replica)[-1]) == (first, last)
-        assert_same(measured(replica, shard, settings), expected)
+        for shard, wanted in zip(shards, expected, strict=True):
+            assert_same(analyze_shard(replica, shard, SETTINGS), wanted)
+        replica.close()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -24,9 +24,9 @@ from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.layers import Layer
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.partition.base import Placement, unwatched
+from avss_dist.partition.base import Placement, no_observation
 from avss_dist.partition.single import SingleReplica
-from avss_dist.partition.streaming.buffers import AnyShelf
+from avss_dist.partition.streaming.buffers import AnyBuffer
 from avss_dist.partition.streaming.replica import StreamingReplica
 from avss_dist.partition.streaming.window import Window
 from avss_dist.settings import SITES, Settings
@@ -81,6 +81,13 @@ def assert_same(
         one = shard(padded=padded)
         assert_equal(analyze_shard(got, one, settings), analyze_shard(wanted, one, settings))
     return got, wanted
+
+
+def weights_of_two_layers(folder: Path) -> int:
+    """The limit for host memory at which nothing is left for hidden states."""
+    left = streaming(folder, max_memory={"cpu": 1 << 40})._host_bytes
+    assert left is not None
+    return (1 << 40) - left
 
 
 def without_numbers(layer: Layer) -> bool:
@@ -183,10 +190,10 @@ def test_each_weight_is_read_once(tmp_path: Path) -> None:
     layers = stored_bytes(tmp_path, "model.layers.")
     for batches in (1, 3):
         before = replica.bytes_read
-        replica.forward(list(shard().batches(ROWS // batches)), unwatched)
+        replica.forward(list(shard().batches(ROWS // batches)), no_observation)
         assert replica.bytes_read - before == layers
     before = replica.bytes_read
-    replica.forward([], unwatched)
+    replica.forward([], no_observation)
     assert replica.bytes_read == before
 
 
@@ -203,7 +210,7 @@ def test_weights_are_where_the_system_has_the_files(tmp_path: Path) -> None:
 
     for layer in replica.layers:
         layer.module.register_forward_pre_hook(look)
-    replica.forward(list(shard().batches(ROWS)), unwatched)
+    replica.forward(list(shard().batches(ROWS)), no_observation)
     look()
     one = stored_bytes(tmp_path, "model.layers.0.")
     assert len(resident) == 4 and all(one <= size < 1.5 * one for size in resident[:3]) and resident[3] == 0
@@ -218,7 +225,7 @@ def test_what_a_model_writes_into_its_weights_does_not_reach_the_file(tiny: Path
             next(module.parameters()).zero_()
 
     handle = replica.layers[1].module.register_forward_pre_hook(scribble)
-    replica.forward(list(shard().batches(ROWS)), unwatched)
+    replica.forward(list(shard().batches(ROWS)), no_observation)
     handle.remove()
     assert (tiny / "model.safetensors").read_bytes() == before
     assert_equal(analyze_shard(replica, shard(), SETTINGS), analyze_shard(single(tiny), shard(), SETTINGS))
@@ -228,13 +235,13 @@ def test_layers_in_another_order_than_expected(tiny: Path) -> None:
     """What was read ahead for nothing is taken away; memory to read into is used again."""
     replica = streaming(tiny)
     stored = load_file(tiny / "model.safetensors")
-    shelves: list[AnyShelf] = []
-    with Window(replica._weights, replica._parts, [0, 1, 2], replica.device, shelves) as window:
+    buffers: list[AnyBuffer] = []
+    with Window(replica._weights, replica._parts, [0, 1, 2], replica.device, buffers) as window:
         for index in (2, 0, 1, 1, 0):
-            window.bring(index)
+            window.load(index)
             weights = replica.layers[index].module.state_dict()
             assert all(torch.equal(weights[name], stored[f"model.layers.{index}.{name}"]) for name in weights)
-    assert all(map(without_numbers, replica.layers)) and len(shelves) <= 2
+    assert all(map(without_numbers, replica.layers)) and len(buffers) <= 2
 
 
 def test_code_of_the_checkpoint_itself(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,15 +277,15 @@ def test_two_layers_at_most(tmp_path: Path) -> None:
             seen.append((index, there, torch.is_grad_enabled()))
 
         layer.module.register_forward_pre_hook(look)
-    replica.forward(list(shard().batches(2)), unwatched)
+    replica.forward(list(shard().batches(2)), no_observation)
     assert [index for index, _, _ in seen] == [i for i in range(6) for _ in range(3)]
     assert all(set(there) <= {index, index + 1} and index in there for index, there, _ in seen)
     assert not any(grad for _, _, grad in seen) and torch.is_grad_enabled()
     assert all(map(without_numbers, replica.layers))
 
 
-def test_batches_are_watched_in_their_own_context(tiny: Path) -> None:
-    """``watch`` is around all of a batch and nothing of another, though they take turns."""
+def test_each_batch_runs_in_its_own_context(tiny: Path) -> None:
+    """The context is around all of a batch and nothing of another, though they take turns."""
     from contextlib import contextmanager
     from contextvars import ContextVar
 
@@ -289,7 +296,7 @@ def test_batches_are_watched_in_their_own_context(tiny: Path) -> None:
     seen: list[tuple[int, int, str]] = []
 
     @contextmanager
-    def watch(batch: Any) -> Iterator[None]:
+    def context(batch: Any) -> Iterator[None]:
         before = number.set(next(i for i, other in enumerate(batches) if other is batch))
         yield
         number.reset(before)
@@ -299,7 +306,7 @@ def test_batches_are_watched_in_their_own_context(tiny: Path) -> None:
             lambda *_, index=layer.index: seen.append((index, number.get(), outer.get()))
         )
     outer.set("inherited")
-    replica.forward(batches, watch)
+    replica.forward(batches, context)
     assert seen == [(layer, batch, "inherited") for layer in range(3) for batch in range(3)]
     assert number.get() == -1
 
@@ -311,22 +318,28 @@ def test_hidden_states_wait_in_files(
 ) -> None:
     """What has no room beside the weights is written, and nothing stays."""
     folder = save_family("causal", family)
-    roomy = streaming(folder, max_memory={"cpu": 1 << 40})
-    most = (1 << 40) - roomy._room + (5000 if limit == "some of them" else 0)
+    most = weights_of_two_layers(folder) + (5000 if limit == "some of them" else 0)
     replica, _ = assert_same(folder, offload_folder=str(tmp_path / "offload"), max_memory={"cpu": most})
     most_files: list[int] = []
     for layer in replica.layers:
         layer.module.register_forward_hook(lambda *_: most_files.append(len(list(tmp_path.rglob("avss-offload-*/*")))))
-    replica.forward(list(shard().batches(1)), unwatched)
+    replica.forward(list(shard().batches(1)), no_observation)
     assert max(most_files) >= (ROWS - 1 if limit == "none of them" else 1)
     assert list((tmp_path / "offload").iterdir()) == []
 
 
+def test_a_limit_without_room_for_a_layer_is_refused(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match=r"`max_memory` allows 1 Byte .* streaming needs [\d.]+ kB for one layer"):
+        streaming(tiny, max_memory={"cpu": 1})
+
+
 def test_a_folder_that_cannot_be_written(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    replica = streaming(tiny, offload_folder=str(tmp_path / "file" / "below"), max_memory={"cpu": 1})
-    with pytest.raises(ConfigError, match="--offload-folder"):
-        replica.forward(list(shard().batches(2)), unwatched)
+    replica = streaming(
+        tiny, offload_folder=str(tmp_path / "file" / "below"), max_memory={"cpu": weights_of_two_layers(tiny)}
+    )
+    with pytest.raises(ConfigError, match="`offload_folder`"):
+        replica.forward(list(shard().batches(2)), no_observation)
     assert all(map(without_numbers, replica.layers))
 
 
@@ -336,7 +349,7 @@ def test_after_an_error_the_replica_is_as_before(
     error: BaseException, place: tuple[int, int], tiny: Path, tmp_path: Path
 ) -> None:
     """In whatever layer of whatever batch: batches are unwound, and no thread, file, weight or hook stays."""
-    replica = streaming(tiny, offload_folder=str(tmp_path / "offload"), max_memory={"cpu": 1})
+    replica = streaming(tiny, offload_folder=str(tmp_path / "offload"), max_memory={"cpu": weights_of_two_layers(tiny)})
     calls: list[None] = []
     left: list[int] = []
 
@@ -345,7 +358,7 @@ def test_after_an_error_the_replica_is_as_before(
         if len(calls) == place[1] + 1:
             raise error
 
-    def watch(batch: Any) -> Any:
+    def context(batch: Any) -> Any:
         from contextlib import ExitStack
 
         stack = ExitStack()
@@ -354,7 +367,7 @@ def test_after_an_error_the_replica_is_as_before(
 
     handle = replica.layers[place[0]].module.register_forward_pre_hook(fail)
     with pytest.raises(type(error)):
-        replica.forward(list(shard().batches(2)), watch)
+        replica.forward(list(shard().batches(2)), context)
     handle.remove()
     assert sorted(left) == [1, 2, 2]
     assert list((tmp_path / "offload").iterdir()) == []
@@ -399,13 +412,13 @@ def test_what_cannot_be_streamed(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match=r"is a \.gguf file") as refusal:
         streaming(tmp_path / "model.gguf")
-    assert "--partition device_map" in str(refusal.value)
+    assert "`partition` device_map" in str(refusal.value)
 
     config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
     (tiny / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
     with pytest.raises(ModelError, match="is quantized") as refusal:
         streaming(tiny)
-    assert "--partition device_map" in str(refusal.value)
+    assert "`partition` device_map" in str(refusal.value)
 
     (tiny / "config.json").write_text(json.dumps(config))
     tensors = load_file(tiny / "model.safetensors")
@@ -460,5 +473,5 @@ def test_on_a_gpu(limit: dict[str, int], tmp_path: Path) -> None:
     used: list[int] = []
     replica.layers[3].module.register_forward_pre_hook(lambda *_: used.append(torch.cuda.memory_allocated()))
     for batches in (1, 8):
-        replica.forward(list(shard(rows=8 * batches, tokens=128).batches(8)), unwatched)
+        replica.forward(list(shard(rows=8 * batches, tokens=128).batches(8)), no_observation)
     assert max(used[1:]) < used[0] + 2 * 8 * 128 * 512 * 4

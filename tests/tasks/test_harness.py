@@ -322,7 +322,7 @@ def test_unknown_tasks(name: str, told: str) -> None:
 
 
 def test_data_that_cannot_be_had() -> None:
-    with pytest.raises(TaskError, match=r"The data of task 'arc_easy' cannot be had.*\n.*HF_HOME"):
+    with pytest.raises(TaskError, match=r"The data of task 'arc_easy' could not be loaded.*\n.*HF_HOME"):
         harness_task("arc_easy")
 
 
@@ -330,17 +330,17 @@ def test_data_that_cannot_be_had() -> None:
     ("changes", "told"),
     [
         ({"dataset_kwargs": {"data_files": {"test": "others.jsonl"}}}, r"task 'capitals' is not there: .*others.jsonl"),
-        ({"test_split": "tset"}, "Task '.*' cannot be made: .*tset"),
-        ({"doc_to_text": "{{quesion}}"}, "Task '.*' cannot be made: 'quesion' is undefined"),
+        ({"test_split": "tset"}, "Task '.*' could not be made: .*tset"),
+        ({"doc_to_text": "{{quesion}}"}, "Task '.*' could not be made: 'quesion' is undefined"),
         ({"metric_list": [{"metric": "accc"}]}, "Unknown metric 'accc'.*\nDid you mean 'acc'"),
         ({"task": ["a", "b"], "group": "both"}, "names no single task"),
         ({"include": "capitals.yaml"}, "includes itself"),
-        ({"dataset_kwargs": "questions.jsonl"}, "cannot be made"),
-        ({"metric_list": [{}]}, "cannot be made: 'metric'"),
-        ({"output_type": "guess"}, "cannot be made: .*guess"),
+        ({"dataset_kwargs": "questions.jsonl"}, "could not be made"),
+        ({"metric_list": [{}]}, "could not be made: 'metric'"),
+        ({"output_type": "guess"}, "could not be made: .*guess"),
         ({"unsafe_code": True}, "runs the code that a model writes"),
-        ({"doc_to_text": "{{''.__class__.__mro__}}"}, "cannot be made: access to attribute '__class__'"),
-        ({"dataset_kwargs": {"trust_remote_code": True}}, "runs code: trust_remote_code: True.\n.*--trust-remote-code"),
+        ({"doc_to_text": "{{''.__class__.__mro__}}"}, "could not be made: access to attribute '__class__'"),
+        ({"dataset_kwargs": {"trust_remote_code": True}}, "runs code: trust_remote_code: True.\n.*`trust_remote_code`"),
     ],
 )
 def test_task_files_with_mistakes(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
@@ -350,13 +350,25 @@ def test_task_files_with_mistakes(changes: dict[str, Any], told: str, tmp_path: 
         harness_task(str(tmp_path / "capitals.yaml"))
 
 
+def test_what_is_no_task_file(tmp_path: Path) -> None:
+    """A pipe would be read for ever, and a deep file ends in Python's own error."""
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    for name in ("pipe.yaml", "folder.yaml"):
+        with pytest.raises(TaskError, match=f"{name} is no file"):
+            harness_task(str(tmp_path / name))
+    (tmp_path / "deep.yaml").write_text("task: " + "[" * 5000)
+    with pytest.raises(TaskError, match=r"deep\.yaml cannot be read: it is nested too deeply"):
+        harness_task(str(tmp_path / "deep.yaml"))
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
         ("", "The data of task 'capitals' are empty: .*questions.jsonl"),
-        ("\n", "The data|cannot be made"),
-        ('{"question": "what?"}\n{"questi', "The data of task '.*' cannot be had: .*JSON"),
-        ('{"question": "what?"}\n', "cannot be made: .*\nDo its fields name columns"),
+        ("\n", "The data|could not be made"),
+        ('{"question": "what?"}\n{"questi', "The data of task '.*' could not be loaded: .*JSON"),
+        ('{"question": "what?"}\n', "could not be made: .*\nDo its fields name columns"),
     ],
 )
 def test_data_files_that_are_broken(text: str, told: str, tmp_path: Path) -> None:
@@ -391,7 +403,7 @@ def test_functions_run_only_where_they_are_trusted(tag: str, whole: LanguageMode
 
 def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(TaskError, match=r"not installed.*\n.*avss_dist\[eval\]"):
+    with pytest.raises(TaskError, match=r"not installed.*\n.*pip install -e"):
         harness_task("hellaswag")
 
 

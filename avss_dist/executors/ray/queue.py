@@ -16,6 +16,7 @@ from avss_dist.errors import AvssError, RunFailed
 from avss_dist.executors.base import LanguageModelSpec, ReplicaSpec, RunShards
 from avss_dist.executors.ray.worker import Assignment, CellAssignment, ShardAssignment
 from avss_dist.partition.base import Placement
+from avss_dist.registry import PARTITIONS
 from avss_dist.tasks.cells import Cell
 
 ATTEMPTS = 3  # at a unit, and at opening a model, before it has failed
@@ -79,7 +80,8 @@ class UnitQueue(ABC, Generic[Unit]):
     @property
     def units_a_round(self) -> int:
         """One for each rank, where ranks take different ones."""
-        return self.spec.placement.ranks if self.spec.placement.partition == "zero3" else 1
+        placement = self.spec.placement
+        return placement.ranks if PARTITIONS[placement.partition].splits_data else 1
 
     @property
     def pending_rounds(self) -> int:

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, and having them in memory: as copies, or where the system keeps the files."""
+"""Tensors of safetensors files in memory: copied into a buffer, or used where the page cache has them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from avss_dist.errors import ModelError
 from avss_dist.models.safetensors import DTYPES, StoredTensor, tensors_of, weight_files
 from avss_dist.system.memory import populate
 
-ELSEWHERE = "Use --partition device_map, which has transformers load the whole model."  # where this cannot be done
+ELSEWHERE = "Use `partition` device_map, which has transformers load the whole model."  # where this cannot be done
 _ALIGNMENT = 64  # of what torch allocates
 
 
@@ -33,24 +33,24 @@ def stored_in(folder: Path) -> Iterator[StoredTensor]:
         yield tensor
 
 
-def room_for(stored: Iterable[StoredTensor]) -> int:
-    """Bytes of a shelf that holds these tensors."""
+def buffer_bytes(stored: Iterable[StoredTensor]) -> int:
+    """The size of a buffer that holds these tensors, in bytes."""
     return sum(tensor.size + _ALIGNMENT for tensor in stored)
 
 
-def will_need(stored: StoredTensor) -> None:
-    """Have the system read a tensor's part of its file; it may wait for room in the queue of the disk."""
+def readahead(stored: StoredTensor) -> None:
+    """Have the system read a tensor's part of its file ahead of its use; waits where the disk's queue is full."""
     with suppress(OSError), stored.file.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), stored.start, stored.size, os.POSIX_FADV_WILLNEED)
 
 
-class Shelf:
-    """Memory for stored tensors, which lie in it one after the other.
+class ReadBuffer:
+    """Memory into which stored tensors are copied, one after the other.
 
-    Each lies as it does in its file, to the residue of its address: kernels then see what they see of a mapped file.
+    Each gets the alignment that it has in its file, so that kernels compute as they do with a mapped file.
 
     Args:
-        size: in bytes, from `room_for`.
+        size: in bytes, from `buffer_bytes`.
         pinned: a GPU can copy from it by itself.
     """
 
@@ -59,11 +59,11 @@ class Shelf:
         self._used = 0
 
     def clear(self) -> None:
-        """Start again; what was read will be overwritten."""
+        """Start again; later reads overwrite earlier ones."""
         self._used = 0
 
     def read(self, stored: StoredTensor) -> torch.Tensor:
-        """A stored tensor, as it is in its file, in this memory. Other threads run meanwhile.
+        """Copy a stored tensor into this memory. Other threads run meanwhile.
 
         Raises:
             ModelError: the file is gone, or ends before it does.
@@ -71,18 +71,18 @@ class Shelf:
         residue = stored.start % _ALIGNMENT if stored.start % DTYPES[stored.dtype].itemsize == 0 else 0
         begin = self._used + (residue - self._memory.data_ptr() - self._used) % _ALIGNMENT
         self._used = begin + stored.size
-        here = self._memory[begin : self._used]
+        part = self._memory[begin : self._used]
         with _reading(stored):
-            _fill(memoryview(here.numpy().data), stored)
-        return here.view(DTYPES[stored.dtype]).view(stored.shape)
+            _fill(memoryview(part.numpy().data), stored)
+        return part.view(DTYPES[stored.dtype]).view(stored.shape)
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor lies here."""
+        """Whether a tensor is in this memory."""
         return tensor.untyped_storage().data_ptr() == self._memory.untyped_storage().data_ptr()
 
 
-class MappedShelf:
-    """Stored tensors as the system has them in memory: nothing is copied, and no GPU reads them.
+class ZeroCopyBuffer:
+    """Stored tensors mapped from their files: nothing is copied, and no GPU can read them.
 
     What a model writes into them stays in this process.
     """
@@ -95,7 +95,7 @@ class MappedShelf:
         self._tensors.clear()
 
     def read(self, stored: StoredTensor) -> torch.Tensor:
-        """A stored tensor, as it is in its file, all of which is now in memory. Other threads run meanwhile.
+        """Map a stored tensor, and have all of it read into memory. Other threads run meanwhile.
 
         Raises:
             ModelError: the file is gone, or ends before it does.
@@ -109,11 +109,11 @@ class MappedShelf:
         return tensor.view(DTYPES[stored.dtype]).view(stored.shape)
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor lies here."""
+        """Whether a tensor is in this memory."""
         return any(one.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for one in self._tensors)
 
 
-AnyShelf = Shelf | MappedShelf
+AnyBuffer = ReadBuffer | ZeroCopyBuffer
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def _reading(stored: StoredTensor) -> Iterator[None]:
     except EOFError as error:
         raise ModelError(f"{stored.file} ends before its tensor '{stored.name}' does.", "Copy it again.") from error
     except OSError as error:
-        raise ModelError(f"{stored.file} cannot be read: {error.strerror}.", "Is it where it was?") from error
+        raise ModelError(f"{stored.file} cannot be read: {error.strerror}.", "Does it still exist?") from error
 
 
 def _fill(rest: memoryview, stored: StoredTensor) -> None:

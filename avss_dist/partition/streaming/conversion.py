@@ -19,7 +19,7 @@ class Conversion:
 
     Args:
         model: on the meta device.
-        stored: such tensors. Some of them may be of no use.
+        stored: such tensors. Some of them may not be used.
     """
 
     def __init__(self, model: Any, stored: Sequence[StoredTensor]) -> None:
@@ -58,7 +58,7 @@ class Conversion:
                 yield name, id(target)
 
     def make(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Make weights of the tensors that `sources` told, by name, and set them in the model, on the CPU.
+        """Make weights of the tensors that `sources` named, by name, and set them in the model, on the CPU.
 
         Raises:
             ModelError: transformers does not.

@@ -1,4 +1,4 @@
-"""Where hidden states are while their batch waits: not on a GPU, and beyond a limit not in memory either."""
+"""Hidden states leave the GPU while their batch waits, and beyond a limit leave memory for files."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from avss_dist.errors import RunFailed
-from avss_dist.partition.device_map import OffloadFolder
+from avss_dist.partition.offload import OffloadFolder
 
 
 @dataclass
-class _Away:
-    """A storage that was emptied, and where its bytes are: in host memory or in a file."""
+class _Offloaded:
+    """An emptied storage, and where its bytes are: in host memory or in a file."""
 
     storage: torch.UntypedStorage
     size: int
@@ -25,35 +25,35 @@ class _Away:
     file: Path | None
 
 
-class WaitingRoom:
-    """Empties the storages of waiting tensors, which other frames hold too, and fills them again.
+class HiddenStateOffloader:
+    """Moves the bytes of waiting tensors, to which other frames refer too, out of their storages and back.
 
-    A batch may have several: the inputs of earlier layers that the model still holds.
+    A batch may have several: the inputs of earlier layers that the model still refers to.
 
     Args:
-        device: where the tensors are.
-        room: bytes of host memory that they may take all together; None is no limit.
-        folder: where the others go, a temporary folder if None.
+        device: where the tensors are computed with.
+        host_bytes: host memory that all of them may take together; None is no limit.
+        folder: for the files of the others; None is a temporary folder.
     """
 
-    def __init__(self, device: torch.device, room: int | None, folder: str | None) -> None:
-        self._device, self._room, self._parent = device, room, folder
-        self._idle = device.type == "cpu" and room is None
+    def __init__(self, device: torch.device, host_bytes: int | None, folder: str | None) -> None:
+        self._device, self._limit, self._parent = device, host_bytes, folder
+        self._idle = device.type == "cpu" and host_bytes is None
         self._folder: OffloadFolder | None = None
         self._numbers = count()
         self._seen: dict[Hashable, list[weakref.ref[torch.Tensor]]] = {}
-        self._away: dict[Hashable, list[_Away]] = {}
+        self._offloaded: dict[Hashable, list[_Offloaded]] = {}
         self._held: dict[Hashable, int] = {}
 
-    def __enter__(self) -> WaitingRoom:
+    def __enter__(self) -> HiddenStateOffloader:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._folder:
             self._folder.remove()
 
-    def enter(self, batch: Hashable, tensor: torch.Tensor | None) -> None:
-        """A batch begins to wait; ``tensor`` is its hidden state. It must not be used before `leave`.
+    def offload(self, batch: Hashable, tensor: torch.Tensor | None) -> None:
+        """Move the hidden states of a batch out; ``tensor`` is its newest. They must not be used before `restore`.
 
         Raises:
             RunFailed: it does not fit in memory, and cannot be written.
@@ -67,23 +67,24 @@ class WaitingRoom:
         owned = [t for ref in seen if (t := ref()) is not None and _owns_its_storage(t)]
         storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in owned}
         self._held[batch] = 0
-        self._away[batch] = [away for storage in storages.values() if (away := self._put_away(batch, storage))]
+        moved = (self._offload_storage(batch, storage) for storage in storages.values())
+        self._offloaded[batch] = [one for one in moved if one]
 
-    def leave(self, batch: Hashable) -> None:
-        """A batch goes on: its tensors are what they were."""
-        for away in self._away.pop(batch, []):
-            away.storage.resize_(away.size)
-            if away.file:
-                _read(away.file, away.storage)
-                away.file.unlink()
-            elif away.host is not None:
-                _as_tensor(away.storage).copy_(away.host, non_blocking=True)
+    def restore(self, batch: Hashable) -> None:
+        """Move the hidden states of a batch back: its tensors are what they were."""
+        for one in self._offloaded.pop(batch, []):
+            one.storage.resize_(one.size)
+            if one.file:
+                _read(one.file, one.storage)
+                one.file.unlink()
+            elif one.host is not None:
+                _as_tensor(one.storage).copy_(one.host, non_blocking=True)
         self._held.pop(batch, None)
 
-    def _put_away(self, batch: Hashable, storage: torch.UntypedStorage) -> _Away | None:
-        """None where it stays as it is."""
+    def _offload_storage(self, batch: Hashable, storage: torch.UntypedStorage) -> _Offloaded | None:
+        """Move the bytes of a storage out; None where it stays as it is."""
         size = storage.nbytes()
-        fits = self._room is None or sum(self._held.values()) + size <= self._room
+        fits = self._limit is None or sum(self._held.values()) + size <= self._limit
         if fits:
             self._held[batch] += size
         if fits and self._device.type == "cpu":
@@ -91,11 +92,11 @@ class WaitingRoom:
         if fits:
             host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
             host.copy_(_as_tensor(storage), non_blocking=True)
-            away = _Away(storage, size, host, None)
+            offloaded = _Offloaded(storage, size, host, None)
         else:
-            away = _Away(storage, size, None, self._write(storage))
+            offloaded = _Offloaded(storage, size, None, self._write(storage))
         storage.resize_(0)
-        return away
+        return offloaded
 
     def _write(self, storage: torch.UntypedStorage) -> Path:
         self._folder = self._folder or OffloadFolder(self._parent, storage.nbytes())
@@ -109,8 +110,7 @@ class WaitingRoom:
         except OSError as error:
             raise RunFailed(
                 f"Hidden states cannot be written to {file.parent.parent}: {error.strerror}.",
-                "Name a larger folder with --offload-folder, allow more with --max-memory, or use a smaller "
-                "--sequences-per-shard.",
+                "Set `offload_folder` to a larger folder, allow more `max_memory`, or use fewer `sequences_per_shard`.",
             ) from error
         return file
 

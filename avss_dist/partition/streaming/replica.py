@@ -7,7 +7,6 @@ until that layer's weights are there. So a checkpoint larger than memory costs o
 from __future__ import annotations
 
 import contextvars
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
@@ -21,30 +20,29 @@ from avss_dist.corpus.shards import Batch
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer, input_tensor, layer_lists
 from avss_dist.models.loading import forward_function, open_module, quiet, without_head
-from avss_dist.partition.base import Placement, Watch
-from avss_dist.partition.single import describe, run_batch
-from avss_dist.partition.streaming.buffers import AnyShelf, room_for
-from avss_dist.partition.streaming.hidden_states import WaitingRoom
+from avss_dist.partition.base import BatchContext, Placement
+from avss_dist.partition.batchwise import describe, run_batch
+from avss_dist.partition.choose import require_room_for_a_layer
+from avss_dist.partition.streaming.buffers import AnyBuffer, buffer_bytes
+from avss_dist.partition.streaming.hidden_states import HiddenStateOffloader
 from avss_dist.partition.streaming.weights import Weights
 from avss_dist.partition.streaming.window import Window
 from avss_dist.settings import Settings
-from avss_dist.system.devices import pick_device
+from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 
 
 class StreamingReplica:
     """See `partition.base.Replica`.
 
-    ``placement.max_memory["cpu"]`` bounds weights and waiting hidden states in host memory. Weights take what they
-    must; hidden states that find no room beside them wait in files in ``placement.offload_folder``.
+    ``placement.max_memory["cpu"]`` limits weights and waiting hidden states in host memory. Weights take up to two
+    layers of it; hidden states for which they leave no room wait in files in ``placement.offload_folder``.
 
     Raises:
+        ConfigError: the limit has no room for one layer.
         ModelError: the weights cannot be read layer by layer; the message says why.
     """
 
-    data_rank = 0
-    data_world = 1
-    lockstep = False
     reports_stats = True
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement) -> None:
@@ -56,18 +54,18 @@ class StreamingReplica:
         lists = layer_lists(backbone, getattr(config, "num_hidden_layers", None), settings.layers)
         modules = [module for layers in lists.values() for module in layers]
         self._parts, rest = self._weights.split(modules, backbone)
-        self._weights.bring(rest, self.device)
-        self._weights.bring_ties(backbone)
+        self._weights.load(rest, self.device)
+        self._weights.resolve_ties(backbone)
         model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.device))
-        with quiet(), self._weights.noise(self._parts, self.device):
+        with quiet(), self._weights.fill_random(self._parts, self.device):
             opened = open_module(model, layers=settings.layers, device=self.device)
         self.layers: tuple[Layer, ...] = opened.structure.layers
         self.model: Mapping[str, Any] = describe(opened, "streaming")
         self._run = forward_function(opened.module)
         self._order = [index for index, _ in groupby(modules.index(layer.module) for layer in self.layers)]
-        self._shelves: list[AnyShelf] = []
+        self._buffers: list[AnyBuffer] = []
         self._folder = placement.offload_folder
-        self._room = self._left_for_hidden_states(placement.max_memory.get("cpu"))
+        self._host_bytes = self._left_for_hidden_states(placement.max_memory.get("cpu"))
         self._stops = [_Stop(module, index) for index, module in enumerate(modules)]
 
     @property
@@ -75,57 +73,56 @@ class StreamingReplica:
         """Bytes of weights that were read, so far."""
         return self._weights.bytes_read
 
-    def forward(self, batches: Sequence[Batch], watch: Watch) -> None:
+    def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
         """See `partition.base.Replica`."""
 
         def run(batch: Batch) -> None:
-            with watch(batch):
+            with context(batch):
                 run_batch(self._run, batch, self.device)
 
         if not batches:
             return
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())  # of the thread, so for all greenlets
-            window = Window(self._weights, self._parts, self._order, self.device, self._shelves)
+            window = Window(self._weights, self._parts, self._order, self.device, self._buffers)
             stack.enter_context(window)
-            room = stack.enter_context(WaitingRoom(self.device, self._room, self._folder))
+            hidden = stack.enter_context(HiddenStateOffloader(self.device, self._host_bytes, self._folder))
             passes = stack.enter_context(_passes(len(batches), run))
             waiting: dict[greenlet, int] = {}
             for one, batch in zip(passes, batches, strict=True):
-                self._resume(one, batch, room, waiting)
+                self._resume(one, batch, hidden, waiting)
             while waiting:
                 index = next(iter(waiting.values()))
-                window.bring(index)
+                window.load(index)
                 for one in [one for one in passes if waiting.get(one) == index]:
                     del waiting[one]
-                    room.leave(one)
-                    self._resume(one, None, room, waiting)
+                    hidden.restore(one)
+                    self._resume(one, None, hidden, waiting)
 
     @staticmethod
-    def _resume(one: greenlet, value: Any, room: WaitingRoom, waiting: dict[greenlet, int]) -> None:
+    def _resume(one: greenlet, value: Any, hidden: HiddenStateOffloader, waiting: dict[greenlet, int]) -> None:
         """Run a pass until its next layer, or to its end."""
-        asked = one.switch(value)
+        stopped_at = one.switch(value)
         if not one.dead:
-            waiting[one], hidden = asked
-            room.enter(one, hidden)
+            waiting[one], state = stopped_at
+            hidden.offload(one, state)
 
     def _left_for_hidden_states(self, most: int | None) -> int | None:
-        """Bytes of host memory that weights leave of ``most``."""
+        """Bytes of host memory that weights leave of ``most``; None is no limit."""
         if most is None:
             return None
-        shelves = 2 * max(room_for(part.stored) for part in self._parts)
+        layer = max(buffer_bytes(part.stored) for part in self._parts)
         tensors = (*self._weights.model.parameters(), *self._weights.model.buffers())
-        here = sum(t.nbytes for t in tensors if t.device.type == "cpu")
-        return max(0, most - shelves - here)
+        rest = sum(t.nbytes for t in tensors if t.device.type == "cpu")
+        require_room_for_a_layer(layer + rest, most)
+        return max(0, most - 2 * layer - rest)
 
     def close(self) -> None:
         """Drop the weights."""
         for stop in self._stops:
             stop.remove()
-        del self._weights, self._run, self.layers, self._parts, self._stops, self._shelves
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        del self._weights, self._run, self.layers, self._parts, self._stops, self._buffers
+        free_device(self.device)
 
 
 class _Stop:

@@ -1,4 +1,4 @@
-"""A model whose weights stay in the checkpoint's files, and on the meta device, until a part of them is brought.
+"""A model whose weights stay in the checkpoint's files, and on the meta device, until a part of them is loaded.
 
 transformers builds the model and says what goes where: it is given tensors with a name, a shape and a dtype, and no
 numbers. What it only renamed is read straight into its place; what it rearranged (experts that it fuses, say) goes
@@ -20,12 +20,12 @@ from avss_dist.errors import ModelError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import build_model, text_config
 from avss_dist.models.safetensors import DTYPES, StoredTensor
-from avss_dist.partition.streaming.buffers import ELSEWHERE, AnyShelf, Shelf, room_for, stored_in
+from avss_dist.partition.streaming.buffers import ELSEWHERE, AnyBuffer, ReadBuffer, buffer_bytes, stored_in
 from avss_dist.partition.streaming.conversion import Conversion
 from avss_dist.settings import Settings
 
-NOISE_SCALE = 0.02
-_NOISE_BLOCK, _NOISE_OFFSETS, _NOISE_STEP = 1 << 20, 1 << 16, 997
+RANDOM_SCALE = 0.02
+_RANDOM_BLOCK, _RANDOM_OFFSETS, _RANDOM_STEP = 1 << 20, 1 << 16, 997
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Weight:
     places: tuple[tuple[nn.Module, str], ...]
     stored: StoredTensor | None
 
-    def put(self, tensor: torch.Tensor) -> None:
+    def assign(self, tensor: torch.Tensor) -> None:
         """Set the same tensor in every place."""
         # As `single` has it: by weights that want no gradient, torch multiplies in another way.
         wants = tensor.is_floating_point()
@@ -50,11 +50,11 @@ class Weight:
             else:
                 module._parameters[name] = parameter
 
-    def drop(self) -> None:
+    def unload(self) -> None:
         """Leave shape and dtype in its places, and no numbers."""
-        self.put(self.meta)
+        self.assign(self.meta)
 
-    def now(self) -> torch.Tensor:
+    def current(self) -> torch.Tensor:
         """What its places hold: numbers, if one of them has any."""
         held = [module._buffers.get(name, module._parameters.get(name)) for module, name in self.places]
         return next((tensor for tensor in held if tensor is not None and not tensor.is_meta), self.meta)
@@ -72,14 +72,14 @@ class Part:
         """Everything that is read."""
         return (*(weight.stored for weight in self.weights if weight.stored), *self.sources)
 
-    def lies_on(self, shelf: AnyShelf) -> bool:
-        """Whether some of its weights lie where they were read."""
-        return any(shelf.holds(weight.now()) for weight in self.weights)
+    def uses(self, buffer: AnyBuffer) -> bool:
+        """Whether some of its weights are in a buffer."""
+        return any(buffer.holds(weight.current()) for weight in self.weights)
 
-    def drop(self) -> None:
+    def unload(self) -> None:
         """Leave no numbers of it in the model."""
         for weight in self.weights:
-            weight.drop()
+            weight.unload()
 
 
 class Weights:
@@ -129,30 +129,30 @@ class Weights:
         made = any(weight.stored is None for weight in weights)
         return Part(weights, self._conversion.sources(keys) if made else ())
 
-    def bring(self, part: Part, device: torch.device, shelf: AnyShelf | None = None) -> None:
+    def load(self, part: Part, device: torch.device, buffer: AnyBuffer | None = None) -> None:
         """Read a part's weights and set them in the model, on a device.
 
         Args:
-            shelf: read into this; weights that are computed with as they are stored then lie there.
+            buffer: read into this; weights that need no conversion then stay there.
 
         Raises:
             ModelError: a file has changed, or transformers does not make of its tensors what it made before.
         """
         for weight in part.weights:
             if weight.stored:
-                tensor = self._read(weight.stored, shelf)
-                weight.put(tensor.to(device, weight.meta.dtype, non_blocking=True))
+                tensor = self._read(weight.stored, buffer)
+                weight.assign(tensor.to(device, weight.meta.dtype, non_blocking=True))
         if part.sources:
-            self._conversion.make({stored.name: self._read(stored, shelf) for stored in part.sources})
+            self._conversion.make({stored.name: self._read(stored, buffer) for stored in part.sources})
         for weight in part.weights:
             if not weight.stored:
-                weight.put(_require_numbers(weight).detach().to(device))
+                weight.assign(_require_numbers(weight).detach().to(device))
 
-    def _read(self, stored: StoredTensor, shelf: AnyShelf | None) -> torch.Tensor:
+    def _read(self, stored: StoredTensor, buffer: AnyBuffer | None) -> torch.Tensor:
         self.bytes_read += stored.size
-        return (shelf or Shelf(room_for([stored]))).read(stored)
+        return (buffer or ReadBuffer(buffer_bytes([stored]))).read(stored)
 
-    def bring_ties(self, backbone: nn.Module) -> None:
+    def resolve_ties(self, backbone: nn.Module) -> None:
         """Tie what the configuration ties and the files hold twice, if it is equal; keep what the backbone needs."""
         unclear = self._unclear_ties()
         if not unclear:
@@ -160,8 +160,8 @@ class Weights:
         self.model.tie_weights(missing_keys=set(), recompute_mapping=False)
         used = {id(tensor) for tensor in backbone.parameters()}
         for key in unclear:
-            if id(self._weights[key].now()) not in used:
-                self._weights[key].drop()
+            if id(self._weights[key].current()) not in used:
+                self._weights[key].unload()
 
     def _unclear_ties(self) -> set[int]:
         """Weights that the configuration ties to others, and that are tensors of their own in the files."""
@@ -171,29 +171,29 @@ class Weights:
         return {key for a, b in pairs if a is not None and b is not None and a != b for key in (a, b)}
 
     @contextmanager
-    def noise(self, parts: Sequence[Part], device: torch.device) -> Iterator[None]:
+    def fill_random(self, parts: Sequence[Part], device: torch.device) -> Iterator[None]:
         """Fill parts with small random numbers: views of shared memory. Nothing is read, and nothing is left."""
         weights = [weight for part in parts for weight in part.weights]
         sizes: dict[torch.dtype, int] = {}
         for meta in (weight.meta for weight in weights):
             sizes[meta.dtype] = max(sizes.get(meta.dtype, 0), meta.numel())
-        noise = {dtype: _noise(size + _NOISE_OFFSETS, dtype).to(device) for dtype, size in sizes.items()}
+        numbers = {dtype: _random(size + _RANDOM_OFFSETS, dtype).to(device) for dtype, size in sizes.items()}
         try:
             for i, weight in enumerate(weights):
-                start = i * _NOISE_STEP % _NOISE_OFFSETS  # equal weights would make queries equal to keys
-                numbers = noise[weight.meta.dtype][start : start + weight.meta.numel()]
-                weight.put(numbers.view(weight.meta.shape))
+                start = i * _RANDOM_STEP % _RANDOM_OFFSETS  # equal weights would make queries equal to keys
+                part = numbers[weight.meta.dtype][start : start + weight.meta.numel()]
+                weight.assign(part.view(weight.meta.shape))
             yield
         finally:
             for weight in weights:
-                weight.drop()
+                weight.unload()
 
 
 def _refuse(checkpoint: Checkpoint, settings: Settings) -> None:
     if checkpoint.gguf:
         raise ModelError(
             f"'{checkpoint.name}' is a .gguf file, whose weights cannot be read layer by layer.",
-            "Use --partition device_map, or a checkpoint in safetensors.",
+            "Use `partition` device_map, or a checkpoint in safetensors.",
         )
     if getattr(text_config(checkpoint, trust_remote_code=settings.trust_remote_code), "quantization_config", None):
         raise ModelError(
@@ -245,7 +245,7 @@ def _weights(model: nn.Module, unread: Iterable[_Unread]) -> dict[int, Weight]:
 
 
 def _require_numbers(weight: Weight) -> torch.Tensor:
-    tensor = weight.now()
+    tensor = weight.current()
     if tensor.is_meta:
         module, name = weight.places[0]
         raise ModelError(
@@ -256,8 +256,8 @@ def _require_numbers(weight: Weight) -> torch.Tensor:
     return tensor
 
 
-def _noise(size: int, dtype: torch.dtype) -> torch.Tensor:
+def _random(size: int, dtype: torch.dtype) -> torch.Tensor:
     if not dtype.is_floating_point:
         return torch.zeros(size, dtype=dtype)
-    block = torch.randn(min(size, _NOISE_BLOCK), generator=torch.Generator().manual_seed(0)) * NOISE_SCALE
+    block = torch.randn(min(size, _RANDOM_BLOCK), generator=torch.Generator().manual_seed(0)) * RANDOM_SCALE
     return block.to(dtype).repeat(-(-size // max(1, len(block))))[:size]

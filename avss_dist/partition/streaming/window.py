@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from avss_dist.partition.streaming.buffers import AnyShelf, MappedShelf, Shelf, room_for, will_need
+from avss_dist.partition.streaming.buffers import AnyBuffer, ReadBuffer, ZeroCopyBuffer, buffer_bytes, readahead
 from avss_dist.partition.streaming.weights import Part, Weights
 from avss_dist.system.memory import give_back_freed_memory
 
@@ -21,8 +21,8 @@ class Window:
 
     Args:
         parts: of the layers, by index.
-        order: layers in the order in which they will be asked for, as far as it is known; it tells what to read ahead.
-        shelves: memory to read into, kept from pass to pass; empty at first.
+        order: layers in the order in which they will run, as far as it is known: what to read ahead.
+        buffers: memory to read into, kept from pass to pass; empty at first.
     """
 
     def __init__(
@@ -31,15 +31,15 @@ class Window:
         parts: Sequence[Part],
         order: Sequence[int],
         device: torch.device,
-        shelves: list[AnyShelf],
+        buffers: list[AnyBuffer],
     ) -> None:
-        self._weights, self._parts, self._device, self._shelves = weights, parts, device, shelves
+        self._weights, self._parts, self._device, self._buffers = weights, parts, device, buffers
         self._coming = list(order)
-        self._here: int | None = None
-        self._reading: tuple[int, Future[AnyShelf | None]] | None = None
-        self._shelf: AnyShelf | None = None
+        self._loaded: int | None = None
+        self._reading: tuple[int, Future[AnyBuffer | None]] | None = None
+        self._buffer: AnyBuffer | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._largest = max(room_for(part.stored) for part in parts)
+        self._largest = max(buffer_bytes(part.stored) for part in parts)
 
     def __enter__(self) -> Window:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="avss-weights")
@@ -51,50 +51,50 @@ class Window:
         if self._reading:
             index, future = self._reading
             failed = future.cancelled() or future.exception() is not None
-            self._take_away(index, None if failed else future.result())
-        self._leave()
+            self._release(index, None if failed else future.result())
+        self._unload()
 
-    def bring(self, index: int) -> None:
-        """Return when a layer's weights are in place: another's are gone, and the next one's are being read."""
-        if index == self._here:
+    def load(self, index: int) -> None:
+        """Return when a layer's weights are in place: another's are unloaded, and the next one's are being read."""
+        if index == self._loaded:
             return
-        self._leave()
+        self._unload()
         if self._stream is None and self._largest >= LARGE_BYTES:
             give_back_freed_memory()
         if self._reading and self._reading[0] != index:
-            self._take_away(self._reading[0], self._reading[1].result())
+            self._release(self._reading[0], self._reading[1].result())
             self._reading = None
-        self._shelf = self._shelf_of(index)
-        self._here, self._reading = index, None
+        self._buffer = self._buffer_of(index)
+        self._loaded, self._reading = index, None
         if index in self._coming:
             del self._coming[: self._coming.index(index) + 1]
         self._read_ahead()
 
-    def _shelf_of(self, index: int) -> AnyShelf | None:
+    def _buffer_of(self, index: int) -> AnyBuffer | None:
         if not self._stream:
             return self._read(index, None)
         _, future = self._reading or self._start_reading(index)
         return future.result()
 
-    def _leave(self) -> None:
-        if self._here is not None:
-            self._take_away(self._here, self._shelf)
-            self._here = self._shelf = None
+    def _unload(self) -> None:
+        if self._loaded is not None:
+            self._release(self._loaded, self._buffer)
+            self._loaded = self._buffer = None
 
-    def _take_away(self, index: int, shelf: AnyShelf | None) -> None:
-        self._parts[index].drop()
-        if shelf:
-            shelf.clear()
-            self._shelves.append(shelf)
+    def _release(self, index: int, buffer: AnyBuffer | None) -> None:
+        self._parts[index].unload()
+        if buffer:
+            buffer.clear()
+            self._buffers.append(buffer)
 
     def _read_ahead(self) -> None:
         """For a GPU, weights are copied to it. For a CPU it is enough that the system has them in memory."""
         if self._coming and self._stream:
             self._start_reading(self._coming[0])
         elif self._coming:
-            self._thread.submit(_will_need, self._parts[self._coming[0]])
+            self._thread.submit(_readahead, self._parts[self._coming[0]])
 
-    def _start_reading(self, index: int) -> tuple[int, Future[AnyShelf | None]]:
+    def _start_reading(self, index: int) -> tuple[int, Future[AnyBuffer | None]]:
         self._reading = (index, self._thread.submit(self._read, index, self._mark()))
         return self._reading
 
@@ -102,26 +102,26 @@ class Window:
         """The work on the device until now: it may still use memory that the next weights will take."""
         return torch.cuda.current_stream(self._device).record_event() if self._stream else None
 
-    def _read(self, index: int, mark: Any) -> AnyShelf | None:
-        """Bring a layer's weights; the shelf on which they lie, if they do not lie elsewhere."""
+    def _read(self, index: int, mark: Any) -> AnyBuffer | None:
+        """Load a layer's weights; the buffer that holds some of them, if one does."""
         part = self._parts[index]
-        shelf = self._shelves.pop() if self._shelves else self._new_shelf()
+        buffer = self._buffers.pop() if self._buffers else self._new_buffer()
         with torch.no_grad(), torch.cuda.stream(self._stream) if self._stream else nullcontext():
             if self._stream:
                 self._stream.wait_event(mark)
-            self._weights.bring(part, self._device, shelf)
+            self._weights.load(part, self._device, buffer)
             if self._stream:
                 self._stream.synchronize()
-        if part.lies_on(shelf):
-            return shelf
-        shelf.clear()
-        self._shelves.append(shelf)
+        if part.uses(buffer):
+            return buffer
+        buffer.clear()
+        self._buffers.append(buffer)
         return None
 
-    def _new_shelf(self) -> AnyShelf:
-        return Shelf(self._largest, pinned=True) if self._stream else MappedShelf()
+    def _new_buffer(self) -> AnyBuffer:
+        return ReadBuffer(self._largest, pinned=True) if self._stream else ZeroCopyBuffer()
 
 
-def _will_need(part: Part) -> None:
+def _readahead(part: Part) -> None:
     for stored in part.stored:
-        will_need(stored)
+        readahead(stored)

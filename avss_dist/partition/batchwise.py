@@ -1,0 +1,49 @@
+"""What partitions share that run one batch after the other through the whole backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from avss_dist.corpus.shards import Batch
+from avss_dist.models.loading import Backbone, Forward
+from avss_dist.partition.base import BatchContext
+
+
+class BatchwiseReplica:
+    """The common part of such replicas; see `partition.base.Replica`."""
+
+    device: torch.device
+    reports_stats = True
+    _run: Forward
+
+    def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
+        """See `partition.base.Replica`. The other ranks, if there are any, must run as many batches."""
+        for batch in batches:
+            with context(batch):
+                run_batch(self._run, batch, self.device)
+
+
+def run_batch(run: Forward, batch: Batch, device: torch.device) -> None:
+    """Run a backbone over a batch; the attention mask is passed only where there is padding."""
+    input_ids = torch.from_numpy(batch.input_ids).to(device, torch.int64)
+    mask = None if batch.attention_mask.all() else torch.from_numpy(batch.attention_mask).to(device, torch.int64)
+    with torch.no_grad():
+        run(input_ids, mask)
+
+
+def describe(backbone: Backbone, partition: str) -> dict[str, Any]:
+    """The columns of the run's row that only an opened model knows."""
+    return {
+        "family": backbone.family,
+        "architecture": backbone.architecture,
+        "hidden_size": backbone.hidden_size,
+        "num_parameters": backbone.num_parameters,
+        "dtype": backbone.dtype,
+        "attention_implementation": backbone.attention_implementation,
+        "partition": partition,
+        "threads": torch.get_num_threads(),
+        "notes": list(backbone.structure.notes),
+    }

@@ -1,0 +1,46 @@
+"""A replica's own folder on disk, for what has no room in memory."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from avss_dist.errors import ConfigError
+from avss_dist.text import describe_bytes
+
+
+class OffloadFolder:
+    """A folder of a replica's own, for weights and hidden states that have no room in memory.
+
+    Args:
+        parent: where it is made: a folder that is created if need be, and stays; None is the system's temporary one.
+        needed: bytes that will be written.
+
+    Raises:
+        ConfigError: the folder cannot be written, or has too little free space.
+    """
+
+    def __init__(self, parent: str | None, needed: int) -> None:
+        try:
+            if parent is not None:
+                Path(parent).mkdir(parents=True, exist_ok=True)
+            self._folder = tempfile.TemporaryDirectory(prefix="avss-offload-", dir=parent, ignore_cleanup_errors=True)
+        except OSError as error:
+            raise ConfigError(
+                f"The offload folder '{parent or tempfile.gettempdir()}' cannot be written: {error.strerror}.",
+                "Set `offload_folder` to another.",
+            ) from error
+        self.path = self._folder.name
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            self.remove()
+            raise ConfigError(
+                f"The offload folder '{Path(self.path).parent}' needs {describe_bytes(needed)} and has "
+                f"{describe_bytes(free)} free: {describe_bytes(needed - free)} of weights have no place.",
+                "Set `offload_folder` to a larger one, or allow more `max_memory`.",
+            )
+
+    def remove(self) -> None:
+        """Delete the folder with what is in it."""
+        self._folder.cleanup()

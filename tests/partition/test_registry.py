@@ -1,0 +1,63 @@
+"""The registry's claims about partitions hold for the classes that it names."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import avss_dist
+from avss_dist.errors import ConfigError
+from avss_dist.models.checkpoints import resolve
+from avss_dist.partition.base import Placement
+from avss_dist.partition.open import open_replica
+from avss_dist.registry import PARTITIONS
+from avss_dist.settings import Execution, Settings
+
+
+def class_of(partition: str) -> Any:
+    module, _, name = PARTITIONS[partition].opens.partition(":")
+    return getattr(import_module(module), name)
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_every_partition_has_a_class_that_opens_replicas(partition: str) -> None:
+    opened = class_of(partition)
+    assert list(inspect.signature(opened.forward).parameters) == ["self", "batches", "context"]
+    assert len(inspect.signature(opened).parameters) == 3
+    assert callable(opened.close) and opened.__doc__
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_every_partition_is_documented(partition: str) -> None:
+    page = Path(avss_dist.__file__).parent / "docs" / "partitions.md"
+    assert f"\n| `{partition}` | " in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_a_replica_is_opened_by_its_name(partition: str, tiny_llama: Path) -> None:
+    """In one process; a gang says that it has to be several."""
+    placement = Placement(partition=partition, ranks=2 if PARTITIONS[partition].gang else 1)
+    if PARTITIONS[partition].gang:
+        with pytest.raises(ConfigError, match=f"`partition` {partition} needs a group of 2 processes"):
+            open_replica(resolve(str(tiny_llama)), Settings(device="cpu"), placement)
+        return
+    replica = open_replica(resolve(str(tiny_llama)), Settings(device="cpu"), placement)
+    assert type(replica) is class_of(partition)
+    assert replica.model["partition"] == partition and len(replica.layers) == 3
+    replica.close()
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_gangs_alone_take_ranks_and_need_several_processes(partition: str) -> None:
+    if PARTITIONS[partition].gang:
+        assert Execution(partition=partition, ranks=3).ranks == 3
+        with pytest.raises(ConfigError, match="several processes"):
+            Execution(partition=partition, executor="local")
+    else:
+        with pytest.raises(ConfigError, match="`ranks` is for zero3 and tensor_parallel"):
+            Execution(partition=partition, ranks=3)
+        assert Execution(partition=partition, executor="local").partition == partition

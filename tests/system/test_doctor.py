@@ -1,0 +1,94 @@
+"""What `avss doctor` says of checks that work, fail, die and hang; and of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from avss_dist.system.doctor import CHECKS, EXTRAS, NEEDED, Finding, findings, run_checks
+
+Avss = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def works() -> str:
+    print("not for people")
+    return f"yes, in {os.getpid()}"
+
+
+def fails() -> str:
+    raise OSError("no such thing\nand more")
+
+
+def leaves() -> str:
+    sys.exit("never mind")
+
+
+def dies() -> str:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return "survived"
+
+
+def hangs() -> str:
+    subprocess.Popen(["sleep", "1000"])
+    time.sleep(1000)
+    return "woke up"
+
+
+@pytest.mark.timeout(120)
+def test_checks_reach_neither_this_process_nor_each_other(capfd: pytest.CaptureFixture[str]) -> None:
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    checks = {
+        "works": works,
+        "fails": fails,
+        "leaves": leaves,
+        "dies": dies,
+        "again": works,
+        "hangs": hangs,
+        "last": works,
+    }
+    found = {finding.what: finding for finding in run_checks(checks, timeout_seconds=5)}
+    assert list(found) == list(checks)
+    assert found["fails"] == Finding("fails", False, "OSError: no such thing")
+    assert found["leaves"] == Finding("leaves", False, "SystemExit: never mind")
+    assert found["dies"] == Finding("dies", False, "the process that tried it died")
+    assert found["hangs"] == Finding("hangs", False, "no answer in 5 seconds")
+    processes = [re.fullmatch(r"yes, in (\d+)", found[name].detail) for name in ("works", "again", "last")]
+    assert all(processes) and len({match[1] for match in processes if match}) == 3
+    assert str(os.getpid()) not in {match[1] for match in processes if match}
+    assert capfd.readouterr() == ("", "")
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    assert [
+        child.cmdline() for child in left if child.status() != psutil.STATUS_ZOMBIE and "sleep" in child.name()
+    ] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_this_machine() -> None:
+    """All that is checked works where these tests run."""
+    found = list(findings())
+    checks = [what for group in CHECKS for what in group]
+    assert [finding.what for finding in found] == ["Python", *NEEDED, *EXTRAS, "cache folder", *checks]
+    assert [finding for finding in found if not finding.works] == []
+    details = {finding.what: finding.detail for finding in found}
+    assert details["CPU kernels compile"] == "yes" and "gloo" in details["torch.distributed"]
+    assert re.fullmatch(r"yes, \d+ bytes of PNG", details["pictures"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_machine_without_a_home_for_the_cache(run_avss: Avss) -> None:
+    done = run_avss("doctor", "--json", timeout=280, env={"XDG_CACHE_HOME": "/proc/nothing"})
+    assert done.returncode == 1
+    found = {finding.pop("what"): finding for finding in json.loads(done.stdout)}
+    assert not found["cache folder"]["works"] and "/proc/nothing" in found["cache folder"]["detail"]
+    assert found["torch"]["works"]
