@@ -60,7 +60,8 @@ def picture(arrows: Arrows, layers: Iterable[str]) -> Iterator[str]:
     floors = [[name.strip() for name in layer.split("|")] for layer in layers]
     for number, floor in enumerate(floors):
         for name in floor:
-            uses = ", ".join(f"{used} {count}" for used, count in arrows.get(name, Counter()).most_common())
+            counts = sorted(arrows.get(name, Counter()).items(), key=lambda use: (-use[1], use[0]))
+            uses = ", ".join(f"{used} {count}" for used, count in counts)
             yield f"{len(floors) - number:>3}  {name:<12} {f'-> {uses}' if uses else ''}".rstrip()
     total = sum(sum(uses.values()) for uses in arrows.values())
     yield (
