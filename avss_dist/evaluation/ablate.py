@@ -16,7 +16,7 @@ from avss_dist.evaluation.evaluate import CellReporter, ask, commit, failure, me
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import resolve
 from avss_dist.settings import GROUND_TRUTH, INTERVAL, LOSS, split_options
-from avss_dist.tasks.base import Result, Task
+from avss_dist.tasks.base import Result, Task, require_whole_model
 from avss_dist.tasks.gradients import Gradients
 from avss_dist.tasks.layer_removal import SHAPLEY, LeaveOneOut, Shapley
 from avss_dist.warehouse.reader import Warehouse
@@ -95,6 +95,7 @@ def ablate(
         AvssError: a mistake, or a cell that failed (`RunFailed`); what was measured is kept.
     """
     settings, execution = split_options(options)
+    require_whole_model(execution)
     if min(shapley, seed) < 0:
         raise ConfigError(f"shapley and seed cannot be negative: {min(shapley, seed)}.")
     if not (leave_one_out or shapley or gradients):

@@ -25,7 +25,7 @@ from avss_dist.pruning.plan import read_plan
 from avss_dist.pruning.selection import PlanError
 from avss_dist.settings import LOSS, PERPLEXITY, SCHEMA_VERSION, Settings, fingerprint, split_options
 from avss_dist.system.versions import package_versions
-from avss_dist.tasks.base import Result, Task, TextLoss, combine
+from avss_dist.tasks.base import Result, Task, TextLoss, combine, require_whole_model
 from avss_dist.tasks.cells import Cell, CellResult
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
@@ -134,6 +134,7 @@ def evaluate(
         AvssError: a mistake, or a cell that failed (`RunFailed`); what was measured is kept.
     """
     settings, execution = split_options(options)
+    require_whole_model(execution)
     store = Warehouse(warehouse)
     store.create()
     found = [read_subject(text, trust_remote_code=settings.trust_remote_code) for text in subjects]

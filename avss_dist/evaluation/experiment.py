@@ -39,7 +39,7 @@ from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
 from avss_dist.settings import GROUND_TRUTH, LOSS, Settings, fingerprint
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.tasks.base import Result, Task
+from avss_dist.tasks.base import Result, Task, require_evaluates
 from avss_dist.tasks.layer_removal import LeaveOneOut
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
@@ -98,8 +98,10 @@ def run_experiment(
     """
     experiment = job.experiment
     assert experiment is not None
-    runs = run_job(job, reporter=reporter or Reporter(), **options)
     specs, execution = with_options(job, options)
+    for spec in specs:
+        require_evaluates(spec.execution.partition)
+    runs = run_job(job, reporter=reporter or Reporter(), **options)
     store = Warehouse(job.warehouse)
     with closing(executor_for(specs, job.settings, execution)) as executor:
         trials = [

@@ -13,8 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from avss_dist.corpus.shards import Shard
+from avss_dist.errors import ConfigError
 from avss_dist.models.causal_lm import LanguageModel, predicted
-from avss_dist.settings import LOSS, fingerprint
+from avss_dist.registry import PARTITIONS
+from avss_dist.settings import LOSS, Execution, fingerprint
 from avss_dist.stats.layer_stats import Float64
 
 LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
@@ -62,6 +64,32 @@ class Task:
     def key(self) -> str:
         """SHA-256, in hex, of its parts."""
         return fingerprint(parts=[part.key for part in self.parts])
+
+
+def require_evaluates(partition: str) -> None:
+    """Refuse a partition that cannot run tasks.
+
+    Raises:
+        ConfigError: it gives hidden states alone.
+    """
+    able = [name for name, info in PARTITIONS.items() if info.evaluates]
+    if partition not in ("auto", *able):
+        raise ConfigError(
+            f"`partition` {partition} gives hidden states alone; tasks need a whole model on one device.",
+            f"Leave it out, or use {' or '.join(able)}.",
+        )
+
+
+def require_whole_model(execution: Execution) -> None:
+    """Refuse options of partitions that have no effect on tasks, which run on a whole model on one device.
+
+    Raises:
+        ConfigError: such an option is set.
+    """
+    require_evaluates(execution.partition)
+    for name in ("gpus_per_replica", "max_memory", "offload_folder"):
+        if getattr(execution, name):
+            raise ConfigError(f"`{name}` has no effect: tasks open a whole model on one device.", "Leave it out.")
 
 
 @dataclass(frozen=True, eq=False)
