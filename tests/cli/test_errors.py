@@ -300,7 +300,7 @@ def test_documents_shorter_than_what_is_skipped_are_refused(tiny_llama: Path, wa
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_is_refused(tiny_llama: Path, warehouse: Path) -> None:
-    says = ["--device cuda: torch sees no GPU here", "avss doctor", "--device cpu"]
+    says = ["--device cuda: torch sees no GPU here", "avss doctor", "set --device to cpu"]
     refused(warehouse, "score", tiny_llama, *SCORE, "--device", "cuda", "--out", warehouse, says=says)
 
 
