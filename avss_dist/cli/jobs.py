@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -100,6 +101,7 @@ def submit(
     read = read_job(job, expand=False)
     if experiment:
         require_experiment(read)
+    replace(read.execution, **options)  # refuses here what the cluster would
     taken = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
     cluster = Cluster(address)
     job_id = cluster.submit(read, taken, experiment=experiment)

@@ -104,8 +104,9 @@ def _metadata(annotation: Any) -> list[OneOf]:
 
 def _read(given: Mapping[str, Any], overrides: bool) -> dict[str, Any]:
     """Values of options as the settings classes take them."""
-    unset: tuple[Any, ...] = (None, [], False) if overrides else (None, [])
-    options = {name: value for name, value in given.items() if value not in unset}
+    options = {name: value for name, value in given.items() if value not in (None, [])}
+    if overrides:  # a flag that is not given replaces nothing
+        options = {name: value for name, value in options.items() if value is not False}
     if "thresholds" in options:
         options["thresholds"] = _absolute(options["thresholds"])
     if "max_memory" in options:

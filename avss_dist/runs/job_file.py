@@ -6,6 +6,7 @@ import difflib
 import glob
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -105,7 +106,7 @@ class _Reader:
 
     document: Document
     expand: bool
-    problems: list[tuple[int, str]] = field(default_factory=list)
+    problems: set[tuple[int, str]] = field(default_factory=set)
 
     def job(self) -> JobFile:
         """The job.
@@ -131,10 +132,10 @@ class _Reader:
         defaults = None if settings is None or execution is None else {**settings, **execution}
         made = None if defaults is None else self.together(defaults, {}, ("settings",), ("execution",))
         experiment = self.experiment()
-        specs = [*self.specs(raw.get("models"), corpora, defaults if made else None)]
+        specs = [*islice(self.specs(raw.get("models"), corpora, defaults if made else None), MAX_RUNS + 1)]
         self.reject_duplicates(specs)
         if len(specs) > MAX_RUNS:
-            self.report((), f"{len(specs):,} runs are more than {MAX_RUNS:,}; make several jobs of them")
+            self.report((), f"these are more than {MAX_RUNS:,} runs; make several jobs of them")
         if self.problems or self.document.repeated or made is None:
             raise self.error()
         models: dict[str, int] = {}
@@ -154,9 +155,7 @@ class _Reader:
     def report(self, location: Location, problem: str) -> None:
         """Note a problem once, on one line, with keys in place of fields."""
         plain = spell_fields(problem, {name: name for name in named_fields(problem)}).replace("\n", " ")
-        noted = self.document.line(location), plain
-        if noted not in self.problems:
-            self.problems.append(noted)
+        self.problems.add((self.document.line(location), plain))
 
     def error(self) -> JobError:
         """All problems, in the order of their lines."""
@@ -269,9 +268,9 @@ class _Reader:
         for spec in specs:
             ranks = (spec.execution.partition, spec.execution.ranks) if spec.execution.ranks else None
             first = lines.setdefault((spec.model, spec.corpus, spec.settings, ranks), spec.line)
-            what = spec.line, f"'{spec.model}' is there twice with the same settings, first in line {first}"
-            if first != spec.line and what not in self.problems:
-                self.problems.append(what)
+            if first != spec.line:
+                what = f"'{spec.model}' is there twice with the same settings, first in line {first}"
+                self.problems.add((spec.line, what))
 
 
 def _hint(location: Location, problem: ConfigError) -> str:

@@ -176,6 +176,19 @@ def test_a_hostile_file_is_refused_at_once(text: str, says: str, tmp_path: Path)
         read(tmp_path, text)
 
 
+def test_too_many_runs_are_refused_before_they_are_made(tmp_path: Path) -> None:
+    """10,000 revisions of each of 1,000 models."""
+    models = "".join(f"- {{model: org/m{n}, revisions: {{from: 0, to: 9999}}}}\n" for n in range(1000))
+    (problem,) = problems(tmp_path, f"warehouse: w\ncorpora: [builtin:pydoc]\nmodels:\n{models}")
+    assert problem == "1: these are more than 10,000 runs; make several jobs of them"
+
+
+def test_options_of_submit_are_checked_here(tmp_path: Path) -> None:
+    job = job_file(tmp_path, "warehouse: /w\nmodels: [org/a]\ncorpora: [builtin:pydoc]\n")
+    code, output = avss("submit", job, "--address", "http://127.0.0.1:9", "--replicas", 0)
+    assert code == 2 and "--replicas must be at least 1, not 0." in output
+
+
 def test_a_device_without_end_is_no_job_file() -> None:
     with pytest.raises(JobError, match="/dev/zero is no job file: it has more than"):
         read_job("/dev/zero")
