@@ -54,8 +54,13 @@ def run(
 def _preview(job: JobFile, options: dict[str, Any]) -> int:
     from avss_dist.estimate.preview import preview_job
     from avss_dist.report.terminal.plan import plan_table
+    from avss_dist.runs.reporter import Reporter
 
-    previews = preview_job(job, **options)
+    class Announcer(Reporter):
+        def planning(self, name: str) -> None:
+            say(f"Planning {name} ...")
+
+    previews = preview_job(job, reporter=Announcer(), **options)
     console().print(plan_table(previews, job.warehouse))
     return 1 if any(preview.status == "refused" for preview in previews) else 0
 

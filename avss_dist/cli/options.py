@@ -122,12 +122,12 @@ def _by_device(texts: Sequence[str]) -> dict[str, str]:
 
 
 def _absolute(thresholds: Sequence[str]) -> tuple[float, ...]:
-    parsed = [parse_threshold(text) for text in thresholds]
-    if any(kind != "absolute" for _, kind in parsed):
+    parsed = {text: parse_threshold(text) for text in thresholds}
+    if relative := [text for text, (_, kind) in parsed.items() if kind != "absolute"]:
         raise ConfigError(
-            "`thresholds` are absolute; multiples of the RMS are always scored.", "Write 1e-4, for example."
+            f"`thresholds` {relative[0]} is a multiple of the RMS, which is always scored.", "Write 1e-4, for example."
         )
-    return tuple(value for value, _ in parsed)
+    return tuple(value for value, _ in parsed.values())
 
 
 def _require_named(parameter: typer.CallbackParam, value: str | None) -> str | None:

@@ -13,6 +13,7 @@ from avss_dist.models.size import Footprint
 from avss_dist.runs.api import executor_for, with_options
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.planner import Planner
+from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import PlannedRun
 from avss_dist.warehouse.reader import Warehouse
 
@@ -46,10 +47,11 @@ class Preview:
     error: str | None = None
 
 
-def preview_job(job: JobFile, **options: Any) -> list[Preview]:
+def preview_job(job: JobFile, *, reporter: Reporter | None = None, **options: Any) -> list[Preview]:
     """What `run_job` would do, from configurations, headers and a benchmark of a few layers; nothing is written.
 
     Args:
+        reporter: notified of each run as its planning begins; a model that is benchmarked takes some seconds.
         options: as for `run_job`.
 
     Raises:
@@ -59,7 +61,7 @@ def preview_job(job: JobFile, **options: Any) -> list[Preview]:
     store = Warehouse(job.warehouse)
     with closing(executor_for(specs, job.settings, execution)) as executor:
         previewer = _Previewer(Planner(executor, store, fetch=False), store)
-        return [previewer.preview(spec) for spec in specs]
+        return [previewer.preview(spec, reporter or Reporter()) for spec in specs]
 
 
 @dataclass
@@ -70,8 +72,9 @@ class _Previewer:
     store: Warehouse
     _measured: dict[Any, Arithmetic] = field(default_factory=dict)
 
-    def preview(self, spec: RunSpec) -> Preview:
+    def preview(self, spec: RunSpec, reporter: Reporter) -> Preview:
         """One run."""
+        reporter.planning(spec.name)
         try:
             planned = self.planner.prepare(spec)
             size = self.planner.size(spec, planned.replica_spec.checkpoint, planned.replica_spec.settings)
