@@ -29,7 +29,7 @@ class Row:
     """A partition.
 
     Attributes:
-        partition: one of ``settings.PARTITIONS``.
+        partition: one of ``registry.PARTITIONS``.
         ranks: processes of one replica.
         device_bytes: the most memory of each device: of each GPU, or, on a CPU, of each process.
         host_bytes: the most memory of the host, all ranks together.
