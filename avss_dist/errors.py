@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 _USERINFO = re.compile(r"(?<=://)[^\s/?#@:]*:(?=\S)(?!\d+[/?#])[^@'\"\n]*@")
 _PARAMETER = re.compile(r"([?&][\w.-]*(?:key|secret|token|password|credential|sig)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE)
+_URI = re.compile(r"[A-Za-z][\w+.-]*:/\S+")
 _FIELD = re.compile(r"`([a-z][a-z0-9_]*)`")
 
 
 def without_secrets(text: str) -> str:
     """A text whose URIs name no secret: ``s3://KEY:SECRET@bucket`` becomes ``s3://bucket``."""
-    return _PARAMETER.sub(r"\1***", _USERINFO.sub("", text))
+    return _URI.sub(lambda uri: _PARAMETER.sub(r"\1***", uri[0]), _USERINFO.sub("", text))
 
 
 def spell_fields(text: str, spelling: Mapping[str, str]) -> str:

@@ -8,7 +8,26 @@ from collections.abc import Sequence
 
 from humanize import naturalsize
 
-from avss_dist.errors import ConfigError
+from avss_dist.errors import ConfigError, without_secrets
+
+
+class RedactedURI(str):
+    """A text with URIs that may hold keys: it reads as the text without them. ``full`` has them, to open it with.
+
+    What is made of it (slices, f-strings, JSON) has no keys either.
+    """
+
+    full: str
+
+    def __new__(cls, text: object) -> RedactedURI:
+        full = getattr(text, "full", None) or str(text)
+        made = super().__new__(cls, without_secrets(full))
+        made.full = full
+        return made
+
+    def __getnewargs__(self) -> tuple[str]:
+        return (self.full,)
+
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 

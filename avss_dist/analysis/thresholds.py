@@ -51,7 +51,7 @@ def scores_at(
         A table of `SCORES`.
 
     Raises:
-        WarehouseError: as `Store.read_layer_stats`.
+        WarehouseError: as `Warehouse.read_layer_stats`.
     """
     rows: list[dict[str, Any]] = []
     for run in runs:
@@ -83,7 +83,7 @@ def quantiles(
 
     Raises:
         ValueError: a share is not between 0 and 1.
-        WarehouseError: as `Store.read_layer_stats`.
+        WarehouseError: as `Warehouse.read_layer_stats`.
     """
     if wrong := [share for share in shares if not 0 <= share <= 1]:
         raise ValueError(f"a share is between 0 and 1, not {wrong[0]}")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avss_dist.corpus.sources import open_source
-from avss_dist.errors import CorpusError
+from avss_dist.errors import CorpusError, without_secrets
 from avss_dist.settings import Settings, fingerprint
 
 Ids = NDArray[np.int32]
@@ -116,7 +116,7 @@ def plan(
             progress(num_sequences)
     _require_enough(source, num_sequences, num_tokens, tally, settings)
     return CorpusPlan(
-        source=source,
+        source=without_secrets(source),
         corpus_fingerprint=opened.fingerprint(),
         tokens_fingerprint=fingerprint(shards=[shard.content_hash for shard in shards], sequence_length=length),
         shards=tuple(shards),

@@ -23,6 +23,7 @@ from pyarrow import ArrowException, fs, parquet
 
 from avss_dist.errors import CorpusError, nearest, require_known
 from avss_dist.settings import fingerprint
+from avss_dist.text import RedactedURI
 
 TEXT_PIECE_BYTES = 4 << 20  # tokenizers need over 100 bytes of memory for each byte of a document
 FORMS = "file.txt, file.jsonl[:field], file.parquet[:column], hf:NAME[:config][:split][:column], builtin:pydoc"
@@ -66,6 +67,7 @@ class Source:
 
 
 def open_source(source: str) -> Source:
+    source = RedactedURI(source).full
     kind, _, name = source.partition(":")
     return _builtin(name) if kind == "builtin" else _hub(source) if kind == "hf" else _files(source)
 

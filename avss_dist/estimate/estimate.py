@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from avss_dist.errors import without_secrets
 from avss_dist.estimate.benchmark import Calibration, Cost, calibrate, counter_bytes
 from avss_dist.models.checkpoints import Checkpoint, fetch_files, locate
 from avss_dist.models.size import Footprint, footprint
@@ -106,7 +107,7 @@ def estimate(model: str, corpus: str, settings: Settings, execution: Execution |
     made = measure(source, checkpoint or model, size, corpus, settings, execution)
     return Estimate(
         model=model,
-        corpus=corpus,
+        corpus=without_secrets(corpus),
         num_sequences=made.measured.num_sequences,
         num_tokens=made.measured.num_tokens,
         num_shards=made.measured.num_shards,

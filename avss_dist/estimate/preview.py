@@ -15,7 +15,7 @@ from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import PlannedRun
-from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def preview_job(job: JobFile, *, reporter: Reporter | None = None, **options: An
         AvssError: a mistake that concerns all runs, such as too few devices.
     """
     specs, execution = with_options(job, options)
-    store = Warehouse(job.warehouse)
+    store = Store(job.warehouse)
     with closing(executor_for(specs, job.settings, execution)) as executor:
         previewer = _Previewer(Planner(executor, store, fetch=False), store)
         return [previewer.preview(spec, reporter or Reporter()) for spec in specs]
@@ -69,7 +69,7 @@ class _Previewer:
     """Previews runs; those of models with the same configuration and tokens are benchmarked once."""
 
     planner: Planner
-    store: Warehouse
+    store: Store
     _measured: dict[Any, Arithmetic] = field(default_factory=dict)
 
     def preview(self, spec: RunSpec, reporter: Reporter) -> Preview:
@@ -118,7 +118,7 @@ class _Previewer:
         return self._measured[key].row(partition)
 
 
-def _kept(store: Warehouse, planned: PlannedRun) -> int | None:
+def _kept(store: Store, planned: PlannedRun) -> int | None:
     """Shards that are measured; None where the run is done."""
     if (store.run(planned.run.run_id) or {}).get("status") == "done":
         return None

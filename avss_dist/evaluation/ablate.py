@@ -19,7 +19,8 @@ from avss_dist.settings import GROUND_TRUTH, INTERVAL, LOSS, split_options
 from avss_dist.tasks.base import Result, Task, require_whole_model
 from avss_dist.tasks.gradients import Gradients
 from avss_dist.tasks.layer_removal import SHAPLEY, LeaveOneOut, Shapley
-from avss_dist.warehouse.reader import Warehouse
+from avss_dist.text import RedactedURI
+from avss_dist.warehouse.store import Store
 
 CHUNK = 4  # permutations in a cell
 
@@ -100,7 +101,8 @@ def ablate(
         raise ConfigError(f"shapley and seed cannot be negative: {min(shapley, seed)}.")
     if not (leave_one_out or shapley or gradients):
         raise ConfigError("Nothing is asked for.", "Leave out --no-leave-one-out, or pass --shapley 32 or --gradients.")
-    store = Warehouse(warehouse)
+    corpus = RedactedURI(corpus)
+    store = Store(warehouse)
     store.create()
     checkpoint = resolve(str(model), trust_remote_code=settings.trust_remote_code)
     with closing(open_executor(execution, settings)) as executor:

@@ -27,8 +27,10 @@ from avss_dist.settings import LOSS, PERPLEXITY, SCHEMA_VERSION, Settings, finge
 from avss_dist.system.versions import package_versions
 from avss_dist.tasks.base import Result, Task, TextLoss, combine, require_whole_model
 from avss_dist.tasks.cells import Cell, CellResult
+from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.store import Store
 
 NOT_NUMBERS = ("max_sequences", "sequences_per_shard", "sites", "thresholds", "layout", "trust_remote_code")
 
@@ -135,7 +137,8 @@ def evaluate(
     """
     settings, execution = split_options(options)
     require_whole_model(execution)
-    store = Warehouse(warehouse)
+    tasks = [RedactedURI(task) for task in tasks]
+    store, scored = Store(warehouse), Warehouse(warehouse)
     store.create()
     found = [read_subject(text, trust_remote_code=settings.trust_remote_code) for text in subjects]
     with closing(open_executor(execution, settings)) as executor:
@@ -150,7 +153,7 @@ def evaluate(
                     )
                     asked[checkpoint.revision, name] = ask(checkpoint, task, fixed)
                 if subject.run_id and not allow_overlap:
-                    refuse_overlap(asked[checkpoint.revision, name].task, subject.run_id, store, checkpoint)
+                    refuse_overlap(asked[checkpoint.revision, name].task, subject.run_id, scored, checkpoint)
         drops = {revision: [(), *(s.drop for s in found if s.checkpoint.revision == revision)] for revision, _ in asked}
         cells = [cell for (revision, _), one in asked.items() for cell in one.cells(drops[revision])]
         failed = measure(cells, store, executor, reporter, fresh=execution.fresh)
@@ -198,7 +201,8 @@ def make_task(
         AvssError: there is none such, or its data cannot be had.
     """
     if name.startswith(PERPLEXITY):
-        return text_task(checkpoint, name.removeprefix(PERPLEXITY), settings, skip_sequences=skip_sequences)
+        corpus = RedactedURI(name).full.removeprefix(PERPLEXITY)
+        return text_task(checkpoint, corpus, settings, skip_sequences=skip_sequences)
     from avss_dist.tasks.harness import harness_task
 
     return harness_task(name, limit=limit, num_fewshot=num_fewshot, trust_remote_code=settings.trust_remote_code)
@@ -248,7 +252,7 @@ def text_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_s
         CorpusError: it cannot be read, or is too short.
     """
     text = plan_text(checkpoint, corpus, settings, skip_sequences=skip_sequences)
-    return Task(name=f"{PERPLEXITY}{corpus}", parts=tuple(TextLoss(shard) for shard in text.shards))
+    return Task(name=f"{PERPLEXITY}{RedactedURI(corpus)}", parts=tuple(TextLoss(shard) for shard in text.shards))
 
 
 def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_sequences: int = 0) -> CorpusPlan:
@@ -259,7 +263,7 @@ def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_s
 
 def measure(
     cells: Sequence[Cell],
-    store: Warehouse,
+    store: Store,
     executor: Executor,
     reporter: CellReporter | None = None,
     *,
@@ -286,7 +290,7 @@ def measure(
     return failed
 
 
-def commit(asked: Asked, store: Warehouse) -> list[Result]:
+def commit(asked: Asked, store: Store) -> list[Result]:
     """Write what all cells of an evaluation say to ``evaluations``; of a loss, its perplexity too."""
     if not store.cell_ids(asked.run_id):
         return []

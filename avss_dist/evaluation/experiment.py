@@ -41,8 +41,10 @@ from avss_dist.settings import GROUND_TRUTH, LOSS, Settings, fingerprint
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Result, Task, require_evaluates
 from avss_dist.tasks.layer_removal import LeaveOneOut
+from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.store import Store
 
 Chosen = tuple[Method, float, tuple[int, ...]]  # a method, the share of layers, and the layers
 
@@ -101,21 +103,24 @@ def run_experiment(
     specs, execution = with_options(job, options)
     for spec in specs:
         require_evaluates(spec.execution.partition)
+    tasks = [RedactedURI(task) for task in experiment.tasks]
     runs = run_job(job, reporter=reporter or Reporter(), **options)
-    store = Warehouse(job.warehouse)
+    store, warehouse = Store(job.warehouse), Warehouse(job.warehouse)
     with closing(executor_for(specs, job.settings, execution)) as executor:
         trials = [
-            _trial(run, spec, store, executor) for run, spec in zip(runs, specs, strict=True) if run.status != "failed"
+            _trial(run, spec, warehouse, executor)
+            for run, spec in zip(runs, specs, strict=True)
+            if run.status != "failed"
         ]
         if experiment.leave_one_out:
             _leave_one_out(trials, store, executor, cells, fresh=execution.fresh)
         for trial in trials:
             for score in set(experiment.scores) & set(GROUND_TRUTH) - set(trial.truth):
-                trial.truth[score] = _known(trial, store, score)
+                trial.truth[score] = _known(trial, warehouse, score)
         asked = {}
         for trial in trials:
-            for name in experiment.tasks:
-                asked[trial.run.run_id, name] = _ask(trial, name, experiment, store, allow_overlap=allow_overlap)
+            for name in tasks:
+                asked[trial.run.run_id, name] = _ask(trial, name, experiment, warehouse, allow_overlap=allow_overlap)
         chosen = {trial.run.run_id: trial.chosen(experiment) for trial in trials}
         wanted = [
             cell
@@ -130,22 +135,22 @@ def run_experiment(
     for trial in trials:
         mine = [
             row
-            for name in experiment.tasks
+            for name in tasks
             for row in _rows(chosen[trial.run.run_id], name, found[asked[trial.run.run_id, name].run_id])
         ]
-        store.write_experiment(_identity(trial), fingerprint(**asdict(experiment))[:20], mine)
+        store.write_experiment(_identity(trial), fingerprint(**asdict(experiment) | {"tasks": tasks})[:20], mine)
         rows += [{**row, "run_id": trial.run.run_id, "model": trial.checkpoint.name} for row in mine]
     return runs, rows
 
 
-def _trial(run: Run, spec: RunSpec, store: Warehouse, executor: Executor) -> Trial:
+def _trial(run: Run, spec: RunSpec, warehouse: Warehouse, executor: Executor) -> Trial:
     checkpoint = resolve(spec.model, trust_remote_code=spec.settings.trust_remote_code)
-    rows = store.table("scores", run_ids=[run.run_id]).to_pylist()
+    rows = warehouse.table("scores", run_ids=[run.run_id]).to_pylist()
     settings = pinned(spec.settings, checkpoint, executor.device)
     return Trial(run=run, checkpoint=checkpoint, settings=settings, rows=rows, corpus=spec.corpus)
 
 
-def _ask(trial: Trial, name: str, experiment: Experiment, store: Warehouse, *, allow_overlap: bool) -> Asked:
+def _ask(trial: Trial, name: str, experiment: Experiment, warehouse: Warehouse, *, allow_overlap: bool) -> Asked:
     settings = replace(trial.settings, max_sequences=experiment.max_sequences)
     task = make_task(
         trial.checkpoint,
@@ -156,12 +161,12 @@ def _ask(trial: Trial, name: str, experiment: Experiment, store: Warehouse, *, a
         num_fewshot=experiment.num_fewshot,
     )
     if not allow_overlap:
-        refuse_overlap(task, trial.run.run_id, store, trial.checkpoint)
+        refuse_overlap(task, trial.run.run_id, warehouse, trial.checkpoint)
     return ask(trial.checkpoint, task, settings)
 
 
 def _leave_one_out(
-    trials: Sequence[Trial], store: Warehouse, executor: Executor, reporter: CellReporter | None, *, fresh: bool
+    trials: Sequence[Trial], store: Store, executor: Executor, reporter: CellReporter | None, *, fresh: bool
 ) -> None:
     """The loss of every trial without each of its layers, on the text that its scores were measured on."""
     asked = []
@@ -180,11 +185,11 @@ def _leave_one_out(
         trial.truth[LEAVE_ONE_OUT] = np.array([values.get((layer,), np.nan) for layer in range(trial.num_layers)])
 
 
-def _known(trial: Trial, store: Warehouse, score: str) -> Float64:
+def _known(trial: Trial, warehouse: Warehouse, score: str) -> Float64:
     """What `avss ablate` has measured of every layer."""
-    run = store.run(trial.run.run_id)
+    run = warehouse.run(trial.run.run_id)
     assert run is not None
-    return layer_truth(store, run, score).by_layer(trial.num_layers)
+    return layer_truth(warehouse, run, score).by_layer(trial.num_layers)
 
 
 def _rows(chosen: Sequence[Chosen], task: str, found: Sequence[Result]) -> Iterator[dict[str, Any]]:

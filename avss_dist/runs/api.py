@@ -19,7 +19,7 @@ from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
 from avss_dist.settings import Execution, Settings, split_options
-from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.store import Store
 
 __all__ = ["Reporter", "Run", "run_job", "score", "score_all", "split_options"]
 
@@ -77,7 +77,7 @@ def run_job(job: JobFile, *, reporter: Reporter | None = None, **options: Any) -
         AvssError: a mistake that concerns all runs, such as an unwritable warehouse or too few devices.
     """
     specs, execution = with_options(job, options)
-    return _all(specs, Warehouse(job.warehouse), job.settings, execution, reporter or Reporter())
+    return _all(specs, Store(job.warehouse), job.settings, execution, reporter or Reporter())
 
 
 def with_options(job: JobFile, options: dict[str, Any]) -> tuple[list[RunSpec], Execution]:
@@ -87,7 +87,7 @@ def with_options(job: JobFile, options: dict[str, Any]) -> tuple[list[RunSpec], 
 
 
 def _all(
-    specs: Sequence[RunSpec], store: Warehouse, settings: Settings, execution: Execution, reporter: Reporter
+    specs: Sequence[RunSpec], store: Store, settings: Settings, execution: Execution, reporter: Reporter
 ) -> list[Run]:
     """Every run in the order of its spec; one that fails is recorded."""
     runs: dict[int, Run] = {}
@@ -100,7 +100,7 @@ def _all(
 
 
 def _drive(
-    specs: Sequence[RunSpec], store: Warehouse, settings: Settings, execution: Execution, reporter: Reporter
+    specs: Sequence[RunSpec], store: Store, settings: Settings, execution: Execution, reporter: Reporter
 ) -> Iterator[Ending]:
     """What all runs share, checked before any work: the warehouse, the workers, who are closed after it."""
     store.create()
@@ -114,10 +114,10 @@ def executor_for(specs: Sequence[RunSpec], settings: Settings, execution: Execut
     return open_executor(gang, settings)
 
 
-def _warehouse(out: str | Path) -> Warehouse:
+def _warehouse(out: str | Path) -> Store:
     if not str(out):
         raise ConfigError("`out` is empty.", "Name a folder, or an s3://, gs://, hdfs:// URI.")
-    return Warehouse(out)
+    return Store(out)
 
 
 def _require_readable(corpus: str) -> None:

@@ -21,7 +21,7 @@ from avss_dist.runs.planner import Planner
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run, RunInProgress
 from avss_dist.settings import fingerprint
-from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.store import Store
 
 UNCOMMITTED = 8  # results that may wait for the storage before the workers do
 
@@ -35,7 +35,7 @@ class Driver:
     thread of the driver's, in the order in which they came).
     """
 
-    def __init__(self, store: Warehouse, executor: Executor, reporter: Reporter, *, fresh: bool = False) -> None:
+    def __init__(self, store: Store, executor: Executor, reporter: Reporter, *, fresh: bool = False) -> None:
         self._store, self._executor, self._reporter, self._fresh = store, executor, reporter, fresh
         self._planner = Planner(executor, store)
         self._in_progress: dict[RunShards, tuple[RunSpec, RunInProgress]] = {}
@@ -155,7 +155,7 @@ class Driver:
         self._ended.append((spec, run))
 
 
-def record_failure(store: Warehouse, spec: RunSpec, error: AvssError) -> Run:
+def record_failure(store: Store, spec: RunSpec, error: AvssError) -> Run:
     """A run that failed, as its row; one that got as far as a fingerprint is recorded already."""
     settings = spec.settings.as_dict()
     print_ = fingerprint(model=spec.model, corpus=spec.corpus, settings=settings)

@@ -29,6 +29,7 @@ from avss_dist.runs.job_schema import (
 )
 from avss_dist.runs.job_yaml import Document, JobError, Location, read_yaml
 from avss_dist.settings import Execution, Settings
+from avss_dist.text import RedactedURI
 from avss_dist.validation import problems_by_field
 
 __all__ = ["JobError", "JobFile", "RunSpec", "job_schema", "read_job"]
@@ -58,6 +59,9 @@ class RunSpec:
     title: str
     name: str
     line: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "corpus", RedactedURI(self.corpus))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +147,9 @@ class _Reader:
             models.setdefault(str(_name(entry)), self.document.line(("models", index)))
         return JobFile(
             path=self.document.path,
-            warehouse=raw["warehouse"],
+            warehouse=RedactedURI(raw["warehouse"]),
             models=models,
-            corpora={text: self.document.line(("corpora", index)) for index, text in corpora},
+            corpora={RedactedURI(text): self.document.line(("corpora", index)) for index, text in corpora},
             settings=made[0],
             execution=made[1],
             specs=tuple(specs),
@@ -292,7 +296,7 @@ def _each(
                 settings=settings,
                 execution=execution,
                 title=title,
-                name=f"{title} on {corpus}" if len(corpora) > 1 else title,
+                name=f"{title} on {RedactedURI(corpus)}" if len(corpora) > 1 else title,
                 line=line,
             )
 

@@ -21,7 +21,7 @@ from avss_dist.registry import PARTITIONS
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.run import PlannedRun, Run
 from avss_dist.settings import SCHEMA_VERSION, Settings, fingerprint
-from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.store import Store
 
 KEPT_PLANS = 4  # tokenized corpora that are remembered
 _TOKENIZER_FILES = (".json", ".model", ".txt")
@@ -37,7 +37,7 @@ class Planner:
     """
 
     executor: Executor
-    store: Warehouse
+    store: Store
     fetch: bool = True
     _opened: tuple[Any, ...] = ()
     _plans: OrderedDict[tuple[Any, ...], tuple[CorpusPlan, int]] = field(default_factory=OrderedDict)

@@ -20,6 +20,7 @@ from avss_dist.stats.scores import score_run
 from avss_dist.system.versions import package_versions
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class RunInProgress:
         failure: why it ended, or None.
     """
 
-    def __init__(self, planned: PlannedRun, store: Warehouse, *, fresh: bool) -> None:
+    def __init__(self, planned: PlannedRun, store: Store, *, fresh: bool) -> None:
         self.name = planned.name
         self.failure: AvssError | None = None
         self._planned, self._store = planned, store

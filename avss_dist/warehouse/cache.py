@@ -34,7 +34,7 @@ _FILES = b"avss_files"
 Files = Mapping[str, str]  # by path: what tells whether the file has changed
 
 
-def digest(
+def copied_rows(
     name: str, root: str, files: Files, schema: pa.Schema, read: Callable[[str, Files], ds.Dataset]
 ) -> tuple[ds.Dataset | None, Files]:
     """The copied rows of a table, and the files that still have to be read where they are.
@@ -50,26 +50,31 @@ def digest(
         return None, files
     key = hashlib.sha256(f"{root}\n{SCHEMA_VERSION}\n{schema}".encode()).hexdigest()[:32]
     folder = cache_folder("tables", key, name)
-    parts: list[Path] = []
-    copied: set[str] = set()
-    for part, holds in _parts(folder):
-        if holds.items() <= files.items() and not copied & holds.keys():
-            parts.append(part)
-            copied |= holds.keys()
-        elif not holds.items() <= files.items():
-            part.unlink(missing_ok=True)
-    missing = sorted(files.keys() - copied)
+    parts = _current_parts(folder, files)
+    missing = sorted(files.keys() - {path for holds in parts.values() for path in holds})
     chunks = [missing[i : i + MOST] for i in range(0, len(missing), MOST) if len(missing) - i >= FEWEST]
     for chunk in tracked(chunks, f"Copying the {name} of {len(missing):,} runs, once"):
         holds = {path: files[path] for path in chunk}
         written = _write(folder, name, read(name, holds), holds)
         if written is None:
             break
-        parts.append(written)
-        copied |= holds.keys()
-    left = sorted(files.keys() - copied)
+        parts[written] = holds
+    left = sorted(files.keys() - {path for holds in parts.values() for path in holds})
     dataset = ds.dataset([str(part) for part in parts], schema, "parquet", pafs.LocalFileSystem()) if parts else None
     return dataset, {path: files[path] for path in left}
+
+
+def _current_parts(folder: Path, files: Files) -> dict[Path, Files]:
+    """The parts of the cache whose files are as they were copied, each in one part; other parts are deleted."""
+    parts: dict[Path, Files] = {}
+    copied: set[str] = set()
+    for part, holds in _parts(folder):
+        if not holds.items() <= files.items():
+            part.unlink(missing_ok=True)
+        elif not copied & holds.keys():
+            parts[part] = holds
+            copied |= holds.keys()
+    return parts
 
 
 def _parts(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:

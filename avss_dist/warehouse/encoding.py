@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,10 @@ from avss_dist.warehouse.schema import SCHEMAS, RunIdentity
 if TYPE_CHECKING:
     import pyarrow.dataset as ds  # which brings pandas, where that is installed: too much for every worker
 
-_VERSION, _HEADER = b"avss_schema_version", b"avss_header"
+_VERSION, _HEADER, _CHECKSUM = b"avss_schema_version", b"avss_header", b"avss_checksum"
+_FIRST_WITH_CHECKSUM = 3  # schema
+_PREFIX = b"sha256:"
+_UNSIGNED = _PREFIX + b"0" * 64
 _STATE = [f.name for f in fields(LayerStats) if f.name != "histogram"]
 
 
@@ -42,12 +46,15 @@ _STATS_OPTIONS = {
 
 def encode(name: str, run_id: str, columns: Mapping[str, Any], shard: Mapping[str, Any] = {}) -> pa.Buffer:
     """A file of a table, as bytes; ``shard`` is what a partial says of itself beside its rows."""
-    header = {_VERSION: str(SCHEMA_VERSION), _HEADER: json.dumps({"run_id": run_id, **shard})}
+    header = {_VERSION: str(SCHEMA_VERSION), _HEADER: json.dumps({"run_id": run_id, **shard}), _CHECKSUM: _UNSIGNED}
     schema = SCHEMAS[name].remove(0).with_metadata(header)
     table = pa.table({f.name: columns[f.name] for f in schema}, schema=schema)
     sink, options = pa.BufferOutputStream(), _STATS_OPTIONS if name in ("layer_stats", "shard_stats") else {}
     pq.write_table(table, sink, compression="zstd", row_group_size=1_000_000, write_page_checksum=True, **options)
-    return sink.getvalue()
+    data = bytearray(sink.getvalue())
+    at = data.rindex(_UNSIGNED)
+    data[at : at + len(_UNSIGNED)] = _PREFIX + hashlib.sha256(data).hexdigest().encode()
+    return pa.py_buffer(data)
 
 
 def refuse_newer(dataset: ds.Dataset) -> None:
@@ -61,15 +68,39 @@ def refuse_newer(dataset: ds.Dataset) -> None:
 
 
 def refuse_newer_version(version: bytes | int | None) -> None:
-    if (number := int(version or 0)) > SCHEMA_VERSION:
+    try:
+        number = int(version or 0)
+    except ValueError:
+        raise pa.ArrowInvalid(f"its schema version is {version!r}, not a number") from None
+    if number > SCHEMA_VERSION:
         message = f"Written by a newer avss_dist: schema {number}, this one reads up to {SCHEMA_VERSION}."
         raise WarehouseError(message, "Update avss_dist where you installed it: git pull, pip install .")
 
 
 def parse(data: pa.Buffer) -> pa.Table:
+    """The rows of a file, with its metadata.
+
+    Raises:
+        WarehouseError: a newer avss_dist wrote it.
+        OSError, pa.ArrowException: it is damaged.
+    """
     file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-    refuse_newer_version((file.schema_arrow.metadata or {}).get(_VERSION))
+    metadata = file.metadata.metadata or {}  # as stored; that of the Arrow schema is a second copy
+    if (checksum := metadata.get(_CHECKSUM)) is not None:
+        _verify(data, checksum)
+    refuse_newer_version(version := metadata.get(_VERSION))
+    if checksum is None and int(version or 0) >= _FIRST_WITH_CHECKSUM:
+        raise pa.ArrowInvalid("it has no checksum")
     return file.read(use_threads=False)
+
+
+def _verify(data: pa.Buffer, checksum: bytes) -> None:
+    """Compare a file with its checksum, which is of the file with zeros in the checksum's place."""
+    unsigned = bytearray(data)
+    at = unsigned.rfind(checksum)
+    unsigned[at : at + len(checksum)] = _UNSIGNED
+    if at < 0 or checksum != _PREFIX + hashlib.sha256(unsigned).hexdigest().encode():
+        raise pa.ArrowInvalid("its content does not match its checksum")
 
 
 class EncodedStats(Mapping[LayerKey, LayerStats]):
@@ -150,9 +181,9 @@ def decode_shard(data: pa.Buffer, run_id: str) -> ShardResult | None:
     """A partial, or None when it is damaged or not of this run."""
     try:
         table = parse(data)
-    except (OSError, pa.ArrowException):
-        return None
-    header = json.loads((table.schema.metadata or {}).get(_HEADER, b"{}"))
-    if header.pop("run_id", None) != run_id or "layers" not in header:
-        return None
-    return ShardResult(**header | {"layers": tuple(header["layers"]), "stats": to_stats(table)})
+        header = json.loads((table.schema.metadata or {}).get(_HEADER, b"{}"))
+        if header.pop("run_id", None) != run_id or "layers" not in header:
+            return None
+        return ShardResult(**header | {"layers": tuple(header["layers"]), "stats": to_stats(table)})
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return None  # files of schema 1 and 2 have no checksum over their metadata

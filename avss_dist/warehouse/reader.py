@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -15,9 +16,10 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from avss_dist.errors import QueryError, require_known
-from avss_dist.warehouse.cache import digest
+from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
+from avss_dist.text import RedactedURI
 from avss_dist.warehouse.schema import SCHEMAS, TABLES
-from avss_dist.warehouse.store import Store, refuse_newer
+from avss_dist.warehouse.store import Store
 
 _SEALED: dict[str, str | bool | int | float | list[str]] = {
     "enable_external_access": False,
@@ -27,6 +29,7 @@ _SEALED: dict[str, str | bool | int | float | list[str]] = {
     "allow_community_extensions": False,
     "lock_configuration": True,
 }
+_READ_LAYER_STATS = {"sparsity_at", "scores_at"}
 _READS = "A query only reads: SELECT, WITH, FROM, VALUES, DESCRIBE, SHOW, SUMMARIZE or EXPLAIN of one of them."
 FUNCTIONS = {
     "sparsity_at(value, kind := 'absolute')": "near-zero counts of layer_stats at any threshold; kind 'rms' takes "
@@ -37,11 +40,71 @@ FUNCTIONS = {
 """Functions of SQL beside DuckDB's own, and what they give."""
 
 
-class Warehouse(Store):
+class Warehouse:
     """Every checkpoint's scores and statistics, to read. Runs that have not finished are not seen.
 
     ``Warehouse("results").sql("SELECT layer, avss_smoothed FROM scores ORDER BY rank")``
+
+    Args:
+        root: a folder, or an ``s3://``, ``gs://``, ``hdfs://`` or ``file://`` URI. Opening it reads nothing.
+
+    Raises:
+        WarehouseError: there is no such kind of storage. Every method raises it where the storage fails, a file is
+            damaged or a newer avss_dist wrote it.
     """
+
+    def __init__(self, root: str | Path) -> None:
+        self._store = Store(root, cached=True)
+
+    def __repr__(self) -> str:
+        return f"Warehouse({str(self.root)!r})"
+
+    @property
+    def root(self) -> RedactedURI:
+        """The name of the warehouse: what it was opened by, without the keys of a URI."""
+        return self._store.root
+
+    def run(self, run_id: str) -> dict[str, Any] | None:
+        """The ``runs`` row of a run by column, ``versions`` as a dict; None when it has none."""
+        return self._store.run(run_id)
+
+    def table(
+        self,
+        name: str,
+        *,
+        run_ids: Collection[str] | None = None,
+        columns: Sequence[str] | None = None,
+        where: pc.Expression | None = None,
+    ) -> pa.Table:
+        """Rows of a table: of whole runs; every row of ``runs``, evaluations, cells and experiments.
+
+        Args:
+            name: one of ``TABLES``.
+            run_ids: of these runs only; an unknown one adds none.
+            columns: those columns, in that order.
+            where: true of each row, such as ``pc.field("site") == "block"``.
+        """
+        return self._store.table(name, run_ids=run_ids, columns=columns, where=where)
+
+    def dataset(self, name: str) -> ds.Dataset | None:
+        """The rows of `table`, not read yet; None where the table has no file."""
+        return self._store.dataset(name)
+
+    def read_layer_stats(self, run_id: str) -> dict[LayerKey, LayerStats]:
+        """The merged statistics of a run by (layer, site).
+
+        Raises:
+            WarehouseError: it has none.
+        """
+        return self._store.read_layer_stats(run_id)
+
+    def read_shards(self, run_id: str, expected: Mapping[int, str]) -> list[ShardResult]:
+        """The partials of a run in the order of ``expected`` (content hash by shard id), less those not whole."""
+        return self._store.read_shards(run_id, expected)
+
+    def stats_by_run(self, run_ids: Iterable[str], columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
+        """Rows of ``layer_stats`` as `table` gives them, run after run: one of them is in memory at a time."""
+        return self._store.stats_by_run(run_ids, columns)
 
     def runs(self) -> pa.Table:
         """One row for each run, failed ones too; the columns of ``SCHEMAS["runs"]``."""
@@ -55,7 +118,7 @@ class Warehouse(Store):
 
         Raises:
             QueryError: a column does not exist, or no score has that name in it (run, model, site, recipe and so on).
-            WarehouseError: as `Store.table`.
+            WarehouseError: as `table`.
         """
         wanted = {}
         where = pc.scalar(True)
@@ -98,30 +161,15 @@ class Warehouse(Store):
         with duckdb.connect(":memory:", config=_SEALED) as connection:
             try:
                 _require_reading(connection, query)
-                runs, done = self._runs()
-                mentioned = _mentioned(query)
-                for name in TABLES:
-                    rows = None
-                    if name in mentioned:
-                        rows = runs if name == "runs" else self._dataset(name, done)
-                    connection.register(name, SCHEMAS[name].empty_table() if rows is None else rows)
+                rows = self._store.datasets(_mentioned(query))
+                for name, schema in SCHEMAS.items():
+                    opened = rows.get(name)
+                    connection.register(name, schema.empty_table() if opened is None else opened)
                 connection.execute(_functions())
                 return _fetch(connection, query)
             except duckdb.Error as error:
                 hint = f"Tables: {', '.join(TABLES)}. 'DESCRIBE scores' lists the columns of one."
                 raise QueryError(str(error).strip(), hint) from None
-
-    def _open(self, name: str, files: Mapping[str, str]) -> ds.Dataset:
-        """As `Store._open`, from copies where there are many files."""
-        copied, left = digest(name, f"{self._fs.type_name}:{self._base}", files, SCHEMAS[name], self._open_checked)
-        parts = [] if copied is None else [copied]
-        return ds.dataset(parts + ([super()._open(name, left)] if left else []))
-
-    def _open_checked(self, name: str, files: Mapping[str, str]) -> ds.Dataset:
-        dataset = super()._open(name, files)
-        if name == "runs":
-            refuse_newer(dataset)
-        return dataset
 
 
 @cache
@@ -139,11 +187,14 @@ def _functions() -> str:
 
 
 def _mentioned(query: str) -> Collection[str]:
-    """The tables that a query may read: those whose name is in it; all where a name may be put together."""
+    """The tables that a query may read: those whose name is in it; all where a name may be put together.
+
+    DuckDB's own `get_table_names` refuses ``JOIN ... USING`` and the functions of SQL that are defined here.
+    """
     words = set(re.findall(r"\w+", query.lower()))
     if words & {"query", "query_table"}:
         return TABLES
-    return words | ({"layer_stats"} if words & {"sparsity_at", "scores_at"} else set())
+    return [name for name in TABLES if name in words or (name == "layer_stats" and words & _READ_LAYER_STATS)]
 
 
 def _fetch(connection: duckdb.DuckDBPyConnection, query: str) -> pa.Table:

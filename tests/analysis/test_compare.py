@@ -33,6 +33,7 @@ from avss_dist.report.terminal.compare import summary
 from avss_dist.settings import PUBLISHED_THRESHOLD
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.store import Store
 
 AT = Threshold(value=PUBLISHED_THRESHOLD, kind="absolute")
 UP, DOWN = [float(i) for i in range(1, 9)], [float(9 - i) for i in range(1, 9)]
@@ -268,7 +269,7 @@ def test_mistakes(root: Path, args: list[str], text: str) -> None:
 @pytest.mark.parametrize("command", ["compare", "findings", "scores", "quantiles"])
 def test_a_warehouse_without_finished_runs(tmp_path: Path, command: str) -> None:
     assert "is not a warehouse" in avss(command, tmp_path).stderr
-    Warehouse(tmp_path).write_run({**run_row("broken"), "status": "failed", "error": "no memory"})
+    Store(tmp_path).write_run({**run_row("broken"), "status": "failed", "error": "no memory"})
     result = avss(command, tmp_path)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "has no finished run" in result.stderr

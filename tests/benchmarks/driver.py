@@ -42,8 +42,8 @@ from avss_dist.settings import SITES, THRESHOLDS, Execution, Settings
 from avss_dist.stats.histogram import HISTOGRAM_BINS, histogram_bin
 from avss_dist.stats.layer_stats import LayerStats, ShardResult
 from avss_dist.warehouse.encoding import EncodedStats, encode_shard
-from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.store import Store
 
 ROWS, LENGTH = 32, 2048
 RUN = RunIdentity(run_id="virtual-0000000000", model="virtual", revision="0", family="virtual")
@@ -171,7 +171,7 @@ class VirtualExecutor(RayExecutor):
 class Committing(Driver):
     """The driver with one planned run, again and again; the clock starts when every worker has given a result."""
 
-    def __init__(self, store: Warehouse, executor: VirtualExecutor, *, workers: int, seconds: float) -> None:
+    def __init__(self, store: Store, executor: VirtualExecutor, *, workers: int, seconds: float) -> None:
         super().__init__(store, executor, Reporter(), fresh=True)
         self._workers, self._seconds, self._seen = workers, seconds, set[str]()
         self.times: list[tuple[float, float]] = []  # wall clock and CPU time of this process, at every commit
@@ -212,7 +212,7 @@ def drive(out: Path, workers: int, shards: list[Shard], seconds: float) -> list[
     planned = PlannedRun(
         name="virtual", replica_spec=job, corpus=corpus, fingerprint="0" * 64, run=run, replicas=workers
     )
-    store = Warehouse(out)
+    store = Store(out)
     store.create()
     with closing(VirtualExecutor(Execution(executor="ray", replicas=workers), settings)) as executor:
         driver = Committing(store, executor, workers=workers, seconds=seconds)

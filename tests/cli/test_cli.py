@@ -39,6 +39,7 @@ from avss_dist.settings import (
 )
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.store import Store
 
 COMMANDS: dict[str, dict[str, Any]] = {
     "score": {
@@ -534,7 +535,7 @@ def hostile(tiny_llama: Path, tmp_path: Path) -> tuple[Path, str]:
     folder = Path(shutil.copytree(tiny_llama, tmp_path / name))
     out = tmp_path / "warehouse"
     assert avss("score", folder, *SCORE, "--out", out).exit_code == 0
-    store = Warehouse(out)
+    store = Store(out)
     run = store.table("runs").to_pylist(maps_as_pydicts="strict")[0]
     scores = store.table("scores").to_pylist()
     identity = RunIdentity(run_id="hostile-1", model=f"org/{name}", revision=None, family="[bold]<script>")

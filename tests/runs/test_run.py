@@ -22,6 +22,7 @@ from avss_dist.runs.driver import Driver
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.settings import SCHEMA_VERSION, Execution, Settings
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.store import Store
 
 SMALL: dict[str, Any] = {
     "corpus": "builtin:pydoc",
@@ -48,7 +49,7 @@ def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def drive(model: Path, out: Path, executor: Any, **changes: Any) -> avss_dist.Run:
     """A run with an executor of the test's own."""
     options = {k: v for k, v in {**SMALL, **changes}.items() if k in Settings.__dataclass_fields__}
-    store = Warehouse(out)
+    store = Store(out)
     store.create()
     spec = RunSpec(
         model=str(model),

@@ -16,6 +16,7 @@ from avss_dist.stats.layer_stats import LayerStats
 from avss_dist.stats.scores import score_run
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.store import Store
 from support.oracle import oracle_stats
 
 UNITS, SHARDS, SHAPE = 16, 4, (2, 8)  # sequences and tokens of a shard
@@ -47,7 +48,7 @@ def measured(
 
 
 def write_run(
-    store: Warehouse,
+    warehouse: Warehouse,
     name: str,
     layers: int,
     seed: int = 0,
@@ -62,17 +63,17 @@ def write_run(
     merged = {key: reduce(LayerStats.merge, (shard[key] for shard in partials)) for key in partials[0]}
     names = [f"model.layers.{i}" for i in range(layers)]
     return commit(
-        store,
+        warehouse,
         name,
         score_run(merged, names, partials),
         layers,
         row,
-        lambda run: store.write_layer_stats(run, names, merged),
+        lambda run: Store(warehouse.root).write_layer_stats(run, names, merged),
     )
 
 
 def commit(
-    store: Warehouse,
+    warehouse: Warehouse,
     name: str,
     scores: list[dict[str, Any]],
     layers: int,
@@ -82,6 +83,7 @@ def commit(
     """Write the rows of a run; its id."""
     values = {"model": f"org/{name}", "family": "llama", "dtype": "bfloat16", "corpus": "builtin:pydoc", **row}
     run = RunIdentity(run_id=f"{name}-0123456789", model=values["model"], revision=None, family=values["family"])
+    store = Store(warehouse.root)
     store.write_scores(run, scores)
     before(run)
     about = {
@@ -96,19 +98,19 @@ def commit(
     return run.run_id
 
 
-def write_failed(store: Warehouse, name: str, error: str) -> str:
+def write_failed(warehouse: Warehouse, name: str, error: str) -> str:
     """Write a run that failed before it measured anything; its id."""
     run_id = f"{name}-0123456789"
     failed = {"run_id": run_id, "status": "failed", "error": error, "model": f"org/{name}"}
-    store.write_run({**failed, "created_at": datetime(2026, 1, 1, tzinfo=UTC) + timedelta(days=1)})
+    Store(warehouse.root).write_run({**failed, "created_at": datetime(2026, 1, 1, tzinfo=UTC) + timedelta(days=1)})
     return run_id
 
 
 def write_many(root: Path, runs: int, layers: int) -> Warehouse:
     """A warehouse of many runs: one that is measured, and others like it, each with numbers of its own by layer."""
-    store = Warehouse(root)
-    write_run(store, "measured", layers)
-    rows = store.table("scores").drop_columns(["run_id", "model", "revision", "family"]).to_pylist()
+    warehouse = Warehouse(root)
+    write_run(warehouse, "measured", layers)
+    rows = warehouse.table("scores").drop_columns(["run_id", "model", "revision", "family"]).to_pylist()
     scaled = ("variance", "near_zero_count", "sparsity", "avss_smoothed", "avss_low", "avss_high", *RIVALS)
     rng = np.random.default_rng(0)
     for run in range(1, runs):
@@ -119,5 +121,5 @@ def write_many(root: Path, runs: int, layers: int) -> Warehouse:
             scores.append(
                 row | {name: row[name] and row[name] * f for name, f in zip(scaled, scale.tolist(), strict=True)}
             )
-        commit(store, f"model-{run:02d}", scores, layers, {})
-    return store
+        commit(warehouse, f"model-{run:02d}", scores, layers, {})
+    return warehouse

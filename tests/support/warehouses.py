@@ -17,8 +17,8 @@ from avss_dist.settings import PUBLISHED_THRESHOLD
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, merge_stats
 from avss_dist.stats.rankings import rank_lowest
 from avss_dist.stats.scores import score_run
-from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.store import Store
 from support.oracle import By, Float64, oracle_stats
 
 GRID = np.array([1e-5, 1e-2, 1e-1])
@@ -89,7 +89,7 @@ def write_profiles(
             found = {name: values[i] for name, values in rivals.items()}
             rank = None if np.isnan(ranks[i]) else int(ranks[i])
             rows.append({**place, **at, "avss_smoothed": score, "rank": rank, "near_zero_count": 500.0, **found})
-    store = Warehouse(root)
+    store = Store(root)
     store.write_scores(_identity(row), rows)
     store.write_run({"num_layers": len(scores), **row})
 
@@ -98,7 +98,7 @@ def write_measured(root: Path, run_id: str, shards: Sequence[Stats], layers: int
     """A run as the driver leaves it: partials, merged statistics, scores, and its row."""
     row = run_row(run_id, num_layers=layers, num_shards=len(shards), **columns)
     names = tuple(f"layers.{i}" for i in range(layers))
-    store, identity, merged = Warehouse(root), _identity(row), merge_stats(shards)
+    store, identity, merged = Store(root), _identity(row), merge_stats(shards)
     for i, shard in enumerate(shards):
         store.write_shard(identity, ShardResult(shard_id=i, content_hash=f"hash{i}", layers=names, stats=shard))
     store.write_layer_stats(identity, names, merged)

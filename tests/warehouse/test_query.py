@@ -18,9 +18,11 @@ import pytest
 from support.warehouses import Terminal, activations, avss, stats_of, write_measured, write_scores
 
 from avss_dist.errors import QueryError, WarehouseError
-from avss_dist.warehouse import cache as digest
+from avss_dist.warehouse import cache
 from avss_dist.warehouse.reader import FUNCTIONS, Warehouse, ready_queries
 from avss_dist.warehouse.schema import SCHEMAS, TABLES, RunIdentity
+from avss_dist.warehouse.storage import Storage
+from avss_dist.warehouse.store import Store
 
 ROWS = [
     {"layer": i, "site": site, "recipe": "pooled", "threshold": 1e-5, "avss_smoothed": i + 0.5, "rank": i + 1}
@@ -32,7 +34,7 @@ ROWS = [
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("warehouse")
-    store = Warehouse(root)
+    store = Store(root)
     for run_id, status in [("tiny-1", "done"), ("tiny-2", "done"), ("tiny-3", "failed")]:
         run = RunIdentity(run_id=run_id, model=f"org/{run_id}", revision=None, family="llama")
         store.write_scores(run, ROWS)
@@ -321,13 +323,13 @@ def test_an_unknown_ready_query(scored: Path) -> None:
 
 def test_only_what_a_query_mentions_is_opened(scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    listed = Warehouse._listed
+    listed = Storage.files
 
-    def spy(self: Warehouse, name: str) -> dict[str, tuple[str, str]]:
-        opened.append(name)
-        return listed(self, name)
+    def spy(self: Storage, table: str) -> dict[str, tuple[str, str]]:
+        opened.append(table)
+        return listed(self, table)
 
-    monkeypatch.setattr(Warehouse, "_listed", spy)
+    monkeypatch.setattr(Storage, "files", spy)
     for query, tables in [
         ("SELECT count(*) FROM runs", ["runs"]),
         ("SELECT count(*) FROM scores JOIN runs USING (run_id)", ["runs", "scores"]),
@@ -346,8 +348,8 @@ def test_only_what_a_query_mentions_is_opened(scored: Path, monkeypatch: pytest.
 @pytest.fixture
 def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Ten runs, copied in parts of three, at least two."""
-    monkeypatch.setattr(digest, "FEWEST", 2)
-    monkeypatch.setattr(digest, "MOST", 3)
+    monkeypatch.setattr(cache, "FEWEST", 2)
+    monkeypatch.setattr(cache, "MOST", 3)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for i in range(10):
         write_scores(tmp_path / "many", f"run-{i}", [1.0 + i, 2.0, 3.0, 4.0])
@@ -371,7 +373,7 @@ def test_copies_hold_the_same_rows(many: Path, monkeypatch: pytest.MonkeyPatch) 
     assert first == (40, 10, 45 + 10 + 90) == sums(many)
     assert len(parts(many)) == 2 * 3  # of runs and of scores: 3 + 3 + 3, and one run that is read where it is
     copied = {name: Warehouse(many).table(name).sort_by("run_id") for name in TABLES}
-    monkeypatch.setattr(digest, "FEWEST", 1000)
+    monkeypatch.setattr(cache, "FEWEST", 1000)
     for name, table in copied.items():
         order = [("run_id", "ascending"), *([("layer", "ascending")] if "layer" in table.column_names else [])]
         assert table.sort_by(order).equals(Warehouse(many).table(name).sort_by(order)), name

@@ -23,6 +23,8 @@ from support.tables import measured_files
 import avss_dist
 from avss_dist.errors import WarehouseError, without_secrets
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import TABLES
+from avss_dist.warehouse.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -239,7 +241,7 @@ def test_storage_that_cannot_be_used_is_a_mistake_told_at_once(
         done = run_avss("score", tiny_llama, "--corpus", "builtin:pydoc", "--out", uri)
         assert time.monotonic() - start < 60
         with pytest.raises(WarehouseError) as caught:
-            Warehouse(uri).create()
+            Store(uri).create()
     assert done.returncode == 2 and "Cannot write s3://" in done.stderr, done.stderr
     assert any(word in done.stderr for word in says.split("|")), done.stderr
     assert "Traceback" not in done.stderr and "secret" not in done.stderr + str(caught.value)
@@ -267,6 +269,50 @@ def test_keys_in_a_uri_are_used_and_never_told(
         assert not any(text.encode() in data for data in objects.values())
 
 
+def test_keys_of_a_corpus_reach_no_table_and_no_screen(
+    server: Server, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_avss: Callable
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    server.client.put_object(Bucket="lab", Key="a.txt", Body=" ".join(f"word{i}" for i in range(3000)).encode())
+    server.client.put_object(Bucket="lab", Key="b.txt", Body=" ".join(f"other{i}" for i in range(3000)).encode())
+    user = f"{server.key}:{quote(server.secret, safe='')}@"
+    seen, unseen, out = f"s3://{user}lab/a.txt", f"s3://{user}lab/b.txt", tmp_path / "w"
+    small = {**SIZES, "max_sequences": 8, "sequences_per_shard": 4}
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        json.dumps(
+            {
+                "warehouse": str(out),
+                "models": [str(tiny_llama)],
+                "corpora": [seen],
+                "settings": small,
+                "experiment": {"tasks": [f"perplexity:{unseen}"], "random": 1, "max_sequences": 8},
+            }
+        )
+    )
+    with server.asking_for_keys():
+        options = [part for name, value in small.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        commands = [
+            ["experiment", job],
+            ["evaluate", tiny_llama, "--task", f"perplexity:{unseen}", "--warehouse", out, *options],
+            ["ablate", tiny_llama, "--corpus", seen, "--warehouse", out, *options],
+            ["report", out, "-o", tmp_path / "report.html"],
+            ["run", job, "--dry-run"],
+        ]
+        done = [run_avss(*map(str, command)) for command in commands]
+    assert [one.returncode for one in done] == [0] * len(done), [one.stderr for one in done]
+    written = [path.read_bytes() for path in (*out.rglob("*.parquet"), tmp_path / "report.html")]
+    tasks = set(Warehouse(out).sql("SELECT DISTINCT task FROM evaluations").column(0).to_pylist())
+    assert {"perplexity:s3://lab/b.txt", "ablation:s3://lab/a.txt"} <= tasks
+    for secret in (server.secret, quote(server.secret, safe=""), server.key):
+        assert not any(secret in one.stdout + one.stderr for one in done)
+        assert not any(secret.encode() in data for data in written)
+        assert not any(secret in str(Warehouse(out).table(name).to_pylist()) for name in TABLES)
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
@@ -277,6 +323,7 @@ def test_keys_in_a_uri_are_used_and_never_told(
         ("Cannot read s3://lab: ask me@host", "Cannot read s3://lab: ask me@host"),
         ("hdfs://host:8020/w@x", "hdfs://host:8020/w@x"),
         ("/folder/a@b:c", "/folder/a@b:c"),
+        ("/folder/a?key=x", "/folder/a?key=x"),
         ("org/model@main", "org/model@main"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import multiprocessing
 import os
 import pickle
@@ -31,6 +32,7 @@ from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, merge
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMAS, TABLES, RunIdentity
+from avss_dist.warehouse.storage import Storage
 from avss_dist.warehouse.store import Store
 
 RUN = RunIdentity(run_id="tiny-0123456789", model="org/tiny", revision=None, family="llama")
@@ -327,6 +329,81 @@ def test_a_partial_of_another_plan_or_run_is_left_out(tmp_path: Path) -> None:
     assert store.read_shards("another", {0: "hash0"}) == []
 
 
+def test_any_flipped_bit_of_a_partial_is_seen(tmp_path: Path) -> None:
+    """In the footer too: without a checksum of the whole file, a column that is lost there takes its default."""
+    store = Store(tmp_path)
+    store.write_shard(RUN, make_shard(0))
+    path = shard_path(tmp_path, 0)
+    data = path.read_bytes()
+    footer = int.from_bytes(data[-8:-4], "little") + 8
+    rng = np.random.default_rng(0)
+    for byte in [*rng.integers(len(data), size=100), *rng.integers(len(data) - footer, len(data), size=300)]:
+        flipped = bytearray(data)
+        flipped[byte] ^= 1 << rng.integers(8)
+        path.write_bytes(flipped)
+        assert store.read_shards(RUN.run_id, {0: "hash0"}) == [], byte
+    path.write_bytes(data)
+    assert_same(store.read_shards(RUN.run_id, {0: "hash0"})[0], make_shard(0))
+
+
+def test_partials_without_a_checksum_are_read_where_their_schema_had_none() -> None:
+    store = Store(Path(__file__).parent / "schema_2")
+    (run_id,) = store.table("runs")["run_id"].to_pylist()
+    rows = store.table("shard_stats", columns=["shard_id", "content_hash"]).to_pylist()
+    expected = {row["shard_id"]: row["content_hash"] for row in rows}
+    assert [shard.shard_id for shard in store.read_shards(run_id, expected)] == sorted(expected)
+
+
+def test_a_new_file_without_its_checksum_is_damaged(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    whole_run(store)
+    path = tmp_path / "runs" / f"run_id={RUN.run_id}" / "run.parquet"
+    table = pq.ParquetFile(path).read()
+    metadata = {key: value for key, value in table.schema.metadata.items() if key != b"avss_checksum"}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    with pytest.raises(WarehouseError, match=r"it has no checksum\navss score --fresh"):
+        store.run(RUN.run_id)
+
+
+def test_files_of_other_names_do_not_count(tmp_path: Path) -> None:
+    """A tool that synchronizes folders leaves copies beside the files, and people make backups."""
+    store = Store(tmp_path)
+    whole_run(store)
+    rows = {name: store.table(name).num_rows for name in TABLES}
+    for name in list(TABLES)[:4]:
+        for file in list((tmp_path / name).rglob("*.parquet")):
+            for copy in (f"{file.stem} (1)", f"{file.stem}.sync-conflict-20260101", f"Copy of {file.stem}"):
+                file.with_name(f"{copy}.parquet").write_bytes(file.read_bytes())
+            backup = tmp_path / name / "backup" / file.parent.name
+            backup.mkdir(parents=True, exist_ok=True)
+            (backup / file.name).write_bytes(file.read_bytes())
+    assert {name: store.table(name).num_rows for name in TABLES} == rows
+    assert Warehouse(tmp_path).sql("SELECT count(*) FROM scores").column(0).to_pylist() == [rows["scores"]]
+
+
+def test_runs_without_a_row_are_damaged(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    whole_run(store)
+    path = tmp_path / "runs" / f"run_id={RUN.run_id}" / "run.parquet"
+    rewrite(path, [], "2")
+    empty = pq.ParquetFile(path).read().slice(0, 0)
+    pq.write_table(empty, path)
+    assert store.table("runs").num_rows == store.table("scores").num_rows == 0
+    with pytest.raises(WarehouseError, match=r"Cannot read .*run\.parquet: it has 0 rows; a run has one"):
+        store.run(RUN.run_id)
+
+
+def test_a_schema_version_that_is_no_number_is_damage(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    whole_run(store)
+    rewrite(tmp_path / "runs" / f"run_id={RUN.run_id}" / "run.parquet", [], "two")
+    for read in (store.table, Warehouse(tmp_path).table):
+        with pytest.raises(WarehouseError, match=r"its schema version is b'two', not a number"):
+            read("runs")
+    with pytest.raises(WarehouseError, match="not a number"):
+        store.run(RUN.run_id)
+
+
 def test_leftovers_of_a_crash_are_never_read(tmp_path: Path) -> None:
     store = Store(tmp_path)
     whole_run(store)
@@ -363,6 +440,7 @@ def rewrite(path: Path, drop: list[str], version: str, **columns: Any) -> None:
     for name, value in columns.items():
         table = table.set_column(table.schema.get_field_index(name), name, pa.array([value], pa.int32()))
     metadata = {**(table.schema.metadata or {}), b"avss_schema_version": version.encode()}
+    metadata.pop(b"avss_checksum", None)  # of what it was before
     pq.write_table(table.replace_schema_metadata(metadata), path)
 
 
@@ -431,10 +509,44 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
         store.table("runs")
 
 
-@pytest.mark.parametrize("uri", ["foo://x/y", "s3:/bucket/x"])
+@pytest.mark.parametrize("uri", ["foo://x/y", "s3:/bucket/x", "hf://datasets/org/name", "mock://x", "https://x/y"])
 def test_a_bad_uri_is_refused(uri: str) -> None:
-    with pytest.raises(WarehouseError, match=r"Cannot open s3:|Cannot open foo:"):
+    with pytest.raises(WarehouseError, match=rf"Cannot open {uri[:5]}.*\nGive a folder, or an s3://"):
         Store(uri)
+
+
+def test_only_a_damaged_file_is_to_be_measured_again(tmp_path: Path) -> None:
+    remote = Storage("abfss://container@account.dfs.core.windows.net/w")
+    refused = OSError("ListBlobsByHierarchy failed: not authorized")
+    damaged = pa.ArrowInvalid("Parquet magic bytes not found")
+    for storage, error, hint in [
+        (remote, refused, "Check the address, and who may read there."),
+        (remote, damaged, "avss score --fresh replaces a damaged file."),
+        (Storage(tmp_path), PermissionError(13, "Permission denied"), "Check the address, and who may read there."),
+        (Storage(tmp_path), OSError("Corrupt snappy data"), "avss score --fresh replaces a damaged file."),
+    ]:
+        with pytest.raises(WarehouseError) as caught, storage.reading("w/runs"):
+            raise error
+        assert caught.value.hint == hint
+
+
+def test_a_warehouse_only_reads_and_says_what_it_is(tmp_path: Path) -> None:
+    public = {name for name in dir(Warehouse(tmp_path)) if not name.startswith("_")}
+    reads = {"runs", "scores", "layer_stats", "sql", "table", "dataset", "run", "stats_by_run"}
+    assert public == reads | {"root", "read_shards", "read_layer_stats"}
+    assert repr(Warehouse("w")) == "Warehouse('w')"
+    assert repr(Warehouse("s3://KEY:SECRET@bucket/w?region=x")) == "Warehouse('s3://bucket/w?region=x')"
+
+
+def test_keys_belong_to_a_warehouse_not_to_its_name() -> None:
+    """Two users of one bucket in one process: neither takes the other's keys, and one without keys takes none."""
+    first, second, none = (Storage(f"s3://{keys}bucket/w?region=x") for keys in ("ONE:1@", "TWO:2@", ""))
+    assert first.root == second.root == none.root == "s3://bucket/w?region=x"
+    assert not first.filesystem.equals(second.filesystem)
+    assert not first.filesystem.equals(none.filesystem)
+    again = Storage(pickle.loads(pickle.dumps(first.root)))
+    assert again.filesystem.equals(first.filesystem)
+    assert f"{first.root}" == json.loads(json.dumps({"w": first.root}))["w"] == str(none.root)
 
 
 def test_opening_touches_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,157 @@
+"""Where a warehouse is kept: its files, listed, read whole, written in one step."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from avss_dist.errors import StorageFull, WarehouseError
+from avss_dist.system.staging import remove_leftovers, staged_file
+from avss_dist.text import RedactedURI
+
+SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
+_SCHEME = re.compile(r"([A-Za-z][\w+.-]+):/")
+_OPEN_HINT = "Give a folder, or an s3://, gs://, hdfs:// or file:// URI."
+_ADDRESS_HINT = "Check the address, and who may {} there."
+_ONE_FILE = r"[0-9a-f]{20}"  # of a cell or an experiment: a part of its fingerprint
+_FILE_NAMES = {
+    "runs": "run",
+    "scores": "scores",
+    "layer_stats": "layer_stats",
+    "shard_stats": r"shard-\d{5,}",
+    "evaluations": "evaluations",
+    "cells": _ONE_FILE,
+    "experiments": _ONE_FILE,
+}
+"""The files of a run's folder, by table. Others do not count, such as copies that a synchronizing tool makes."""
+
+
+class Storage:
+    """The files under a folder or an ``s3://``, ``gs://``, ``hdfs://`` or ``file://`` URI. Opening it touches nothing.
+
+    Attributes:
+        root: its name, which shows no key.
+
+    Raises:
+        WarehouseError: there is no such kind of storage.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = RedactedURI(root)
+        scheme = _SCHEME.match(self.root)
+        try:
+            if scheme and scheme[1].lower() not in SCHEMES:
+                raise pa.ArrowInvalid(f"a warehouse cannot be kept at {scheme[1]}://")
+            self.filesystem, path = pafs.FileSystem.from_uri(_uri(self.root.full))
+        except (OSError, pa.ArrowException) as error:
+            hint = _ADDRESS_HINT.format("read") if isinstance(error, OSError) else _OPEN_HINT
+            raise WarehouseError(f"Cannot open {self.root}: {_reason(error)}.", hint) from None
+        self.base = path.rstrip("/")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the files are on this machine's disks."""
+        return bool(self.filesystem.type_name == "local")
+
+    def create(self) -> None:
+        """Make the warehouse, and prove with a small file that it can be written."""
+        probe = f"{self.base}/runs/.probe-{os.getpid()}-{secrets.token_hex(4)}"
+        self.write(probe, b"avss")
+        self.filesystem.delete_file(probe)
+        if self.is_local:
+            remove_leftovers(Path(self.base))
+
+    def path(self, table: str, run_id: str, name: str) -> str:
+        """The path of a file.
+
+        Raises:
+            ValueError: ``run_id`` is not one, or ``name`` not one of a file of this table.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", run_id):
+            raise ValueError(f"a run id is made of letters, digits, dots, hyphens and underscores, not {run_id!r}")
+        if not re.fullmatch(_FILE_NAMES[table], name):
+            raise ValueError(f"'{name}' is not the name of a file of {table}")
+        return f"{self.base}/{table}/run_id={run_id}/{name}.parquet"
+
+    def files(self, table: str) -> dict[str, tuple[str, str]]:
+        """Run id, and size and time of change, by path, of every file of a table."""
+        folder = f"{self.base}/{table}"
+        selector = pafs.FileSelector(folder, recursive=True, allow_not_found=True)
+        with self.reading(f"{self.root}/{table}"):
+            infos = self.filesystem.get_file_info(selector)
+        name = re.compile(rf"/run_id=([\w.-]+)/{_FILE_NAMES[table]}\.parquet")
+        matches = ((info, name.fullmatch(info.path, len(folder))) for info in infos)
+        return {info.path: (match[1], f"{info.size} {info.mtime_ns}") for info, match in matches if match}
+
+    def has_folder(self, name: str) -> bool:
+        """Whether a folder of a table exists."""
+        return bool(self.filesystem.get_file_info(f"{self.base}/{name}").type == pafs.FileType.Directory)
+
+    def read(self, path: str) -> pa.Buffer | None:
+        """A whole file; None when there is none."""
+        with self.reading(path), suppress(FileNotFoundError), self.filesystem.open_input_file(path) as file:
+            return file.read_buffer()
+        return None
+
+    def write(self, path: str, data: pa.Buffer | bytes) -> None:
+        """Write a file in one step. An object of an object store appears whole, when its stream is closed.
+
+        Raises:
+            StorageFull: there is no space left.
+            WarehouseError: it cannot be written.
+        """
+        try:
+            if self.is_local:
+                return _replace(Path(path), data, Path(self.base))
+            with self.filesystem.open_output_stream(path) as stream:
+                stream.write(data)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise self._full(path) from error
+            message = f"Cannot write {self.root}: {_reason(error)}."
+            raise WarehouseError(message, _ADDRESS_HINT.format("write")) from error
+
+    def _full(self, path: str) -> StorageFull:
+        kept = sum(f"/shard_stats/{path.split('/')[-2]}/" in file for file in self.files("shard_stats"))
+        hint = f"Free some and run the same command again: {kept} shard{'s are' if kept != 1 else ' is'} kept."
+        return StorageFull(f"No space left on {self.root}.", hint)
+
+    @contextmanager
+    def reading(self, path: str) -> Iterator[None]:
+        """Raise what goes wrong while a file is read as a WarehouseError that names it."""
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            refused = isinstance(error, OSError) and (error.errno is not None or not self.is_local)
+            hint = _ADDRESS_HINT.format("read") if refused else "avss score --fresh replaces a damaged file."
+            raise WarehouseError(f"Cannot read {path}: {_reason(error)}", hint) from error
+
+
+def _uri(root: str) -> str:
+    """A folder as a URI. To an object store a small file goes in one request, which leaves nothing half done."""
+    if not _SCHEME.match(root):
+        return Path(root).expanduser().absolute().as_uri()
+    if not root.startswith("s3:") or "allow_delayed_open=" in root:
+        return root
+    return f"{root}{'&' if '?' in root else '?'}allow_delayed_open=true"
+
+
+def _reason(error: Exception) -> str:
+    """Why storage failed; of what an object store says, the part that tells people something."""
+    text = getattr(error, "strerror", None) or str(error)
+    return re.sub(r"^.*AWS Error | \(Request ID: .*\)$", "", text, flags=re.DOTALL).rstrip(".")
+
+
+def _replace(path: Path, data: pa.Buffer | bytes, staging: Path) -> None:
+    """Write a local file aside, in ``staging`` (Polars reads every file of a table's folder), and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with staged_file(path, folder=staging, durable=True) as staged:
+        staged.write_bytes(data)
