@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from avss_dist.stats.scores import Threshold, score_column
 from avss_dist.system.progress_bar import tracked
 from avss_dist.text import describe_threshold
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import settings_of
 
 CONDITIONS = ("corpus", "dtype", "sequence_length", "layout", "skip_first_tokens", "schema_version")
 """What two runs must share, the models apart, for their scores to be comparable."""
@@ -220,7 +220,7 @@ def _compared(a: Profile, b: Profile, by: str, k: int | None, share: float) -> d
 def _runs(warehouse: Warehouse, run_ids: Sequence[str]) -> list[dict[str, Any]]:
     rows = {row["run_id"]: row for row in warehouse.runs().to_pylist(maps_as_pydicts="lossy")}
     for row in rows.values():
-        settings = json.loads(row["settings"] or "{}")
+        settings = settings_of(row)
         row |= {"skip_first_tokens": settings.get("skip_first_tokens", 0), "layout": settings.get("layout", "packed")}
     return [rows[require_known("run", run_id, sorted(rows), QueryError)] for run_id in run_ids]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from avss_dist.stats.scores import NOISY_BELOW, Threshold
 from avss_dist.system.progress_bar import tracked
 from avss_dist.text import describe_layers, describe_threshold
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import settings_of
 
 SCHEMA = pa.schema(
     [
@@ -344,7 +344,7 @@ def _first_tokens(runs: Rows, scores: Mapping[str, Rows]) -> Iterator[Row]:
     """Runs that differ in ``--skip-first-tokens`` alone: how much of the variance the skipped tokens carried."""
 
     def skipped(run: Mapping[str, Any]) -> int:
-        return int(json.loads(run["settings"] or "{}").get("skip_first_tokens") or 0)
+        return int(settings_of(run).get("skip_first_tokens") or 0)
 
     same = ("model", "revision", "corpus_fingerprint", "dtype", "sequence_length", "num_sequences", "device")
     for alike in _grouped(runs, *same).values():

@@ -89,6 +89,7 @@ def choose_scores(
         seen = sorted({(r["threshold_kind"], r["threshold"]) for r in rows})
         names = ", ".join(f"{t:g}{'rms' if k == 'rms' else ''}" for k, t in seen)
         raise QueryError(f"No scores at threshold {threshold}.", f"Scored: {names}. avss scores computes any other.")
+    wanted = [{name: None if value != value else value for name, value in row.items()} for row in wanted]  # NaN
     return sorted(wanted, key=lambda row: (row["run_id"], row["layer"]))
 
 

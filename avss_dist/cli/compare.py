@@ -10,25 +10,23 @@ import typer
 from avss_dist.cli.base import console
 from avss_dist.cli.choose import choose_runs, choose_scores, choose_threshold
 from avss_dist.cli.options import (
+    FORMATS,
     EveryRunOption,
+    FormatOption,
     RecipeOption,
     RunsOption,
     SiteOption,
     ThresholdOption,
     WarehousePath,
     choice,
-    format_option,
 )
 from avss_dist.errors import ConfigError, QueryError
 from avss_dist.settings import LOWEST_SHARE, PUBLISHED_THRESHOLD, RECIPES, SCORES, SITES
 from avss_dist.text import describe_threshold
 
-FORMATS = ("table", "csv", "json")
 KINDS = ("csv", "json", "latex", "markdown")
 COMPARED = ("run", "family", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
 PUBLISHED = f"{PUBLISHED_THRESHOLD:g}"
-
-FormatOption = Annotated[str, format_option(*FORMATS)]
 
 
 def compare(

@@ -10,16 +10,22 @@ import typer
 from avss_dist.cli.base import console, say, spelled
 from avss_dist.cli.choose import choose_runs
 from avss_dist.cli.jobs import JobPath, require_experiment
-from avss_dist.cli.options import WORKERS, EveryRunOption, OverlapOption, WarehousePath, format_option, takes_settings
-
-FORMATS = ("table", "csv", "json")
+from avss_dist.cli.options import (
+    FORMATS,
+    WORKERS,
+    EveryRunOption,
+    FormatOption,
+    OverlapOption,
+    WarehousePath,
+    takes_settings,
+)
 
 
 @takes_settings(*WORKERS, overrides=True)
 def experiment(
     job: JobPath,
     allow_overlap: OverlapOption = False,
-    format: Annotated[str, format_option(*FORMATS)] = FORMATS[0],
+    format: FormatOption = FORMATS[0],
     **options: Any,
 ) -> int:
     """Score the models of a job file, drop layers by every method of its section experiment, and evaluate each."""
@@ -53,7 +59,7 @@ def scorecard(
     warehouse: WarehousePath,
     run: EveryRunOption = None,
     every: Annotated[bool, typer.Option("--all", help="Every reading of AVSS; else the best of each site.")] = False,
-    format: Annotated[str, format_option(*FORMATS)] = FORMATS[0],
+    format: FormatOption = FORMATS[0],
 ) -> None:
     """Compare every score of runs with the ground truth: which of them finds the layers that can go."""
     from avss_dist.analysis.scorecard import best_readings, score_cards

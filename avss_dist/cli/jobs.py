@@ -73,7 +73,7 @@ def _run(job: JobFile, options: dict[str, Any]) -> int:
         runs = run_job(job, reporter=reporter, **options)
     failed = [run for run in runs if run.status == "failed"]
     for run in failed:
-        print(f"{run.run_id}: failed. {spelled(str(run.error))}")
+        print(printable(f"{run.run_id}: failed. {spelled(str(run.error))}"))
     print(_summary(runs))
     return 1 if failed else 0
 
@@ -122,7 +122,7 @@ def status(
     address: Head, job_id: Annotated[str | None, typer.Argument(help="One job; all of them if left out.")] = None
 ) -> int:
     """Say how submitted jobs stand."""
-    from avss_dist.report.terminal.scores import plain_table
+    from avss_dist.report.terminal.tables import plain_table
     from avss_dist.runs.submission import Cluster
 
     cluster = Cluster(address)

@@ -54,6 +54,10 @@ def format_option(*names: str) -> Any:
     return choice(names, "How to print it.", "--format")
 
 
+FORMATS = ("table", "csv", "json")  # the first is the default
+FormatOption = Annotated[str, format_option(*FORMATS)]
+
+
 def takes_settings(*names: str, overrides: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command options for fields of Settings and Execution; it gets those with a value as keywords.
 

@@ -12,6 +12,7 @@ import typer
 from avss_dist.cli.base import console, interruptible
 from avss_dist.cli.choose import choose_run, choose_runs, choose_scores
 from avss_dist.cli.options import (
+    FORMATS,
     WAREHOUSE,
     RecipeOption,
     RunOption,
@@ -24,7 +25,7 @@ from avss_dist.cli.options import (
 from avss_dist.errors import QueryError
 from avss_dist.settings import PUBLISHED_THRESHOLD, RECIPES, SITES
 
-FORMATS = ("table", "csv", "json", "parquet")
+QUERY_FORMATS = (*FORMATS, "parquet", "markdown")
 
 
 def show(
@@ -73,7 +74,7 @@ def query(
     schema: Annotated[
         bool, typer.Option("--schema", help="Say what every table, column and ready query means.")
     ] = False,
-    format: Annotated[str, format_option(*FORMATS)] = FORMATS[0],
+    format: Annotated[str, format_option(*QUERY_FORMATS)] = FORMATS[0],
 ) -> None:
     """Query a warehouse with SQL (DuckDB). It only reads, and only the warehouse."""
     from avss_dist.report.output import write_table
@@ -84,16 +85,23 @@ def query(
             "Parquet is not for a terminal.", "Redirect it: avss query ... --format parquet > result.parquet"
         )
     if schema:
-        from avss_dist.report.terminal.schema import schema_page, schema_table
-
-        if format == FORMATS[0]:
-            console().print(schema_page())
-        else:
-            write_table(schema_table(), format, console())
-        return
+        return _print_schema(format)
     if not warehouse or not sql:
         missing = "a query" if warehouse else "a warehouse and a query"
         raise QueryError(f"avss query needs {missing}.", "avss query WAREHOUSE 'FROM runs'; avss query --schema.")
     with console().status("Reading ...") if sys.stdout.isatty() else nullcontext():  # thousands of runs, the first time
         table = interruptible(lambda: Warehouse(warehouse).sql(sql))
     write_table(table, format, console())
+    return None
+
+
+def _print_schema(format: str) -> None:
+    from avss_dist.report.output import write_table
+    from avss_dist.report.terminal.schema import schema_markdown, schema_page, schema_table
+
+    if format == "table":
+        console().print(schema_page())
+    elif format == "markdown":
+        print(schema_markdown())
+    else:
+        write_table(schema_table(), format, console())

@@ -41,7 +41,7 @@ def score(
         else:
             runs = score_all(models, corpus=corpus, out=out, reporter=progress, **options)
     for run in runs:
-        print(_outcome(run))
+        print(printable(_outcome(run)))
     done = [run for run in runs if run.status != "failed"]
     if gradients:
         _take_gradients([run.model for run in done], corpus, out, options)
@@ -84,7 +84,7 @@ def _take_gradients(models: Sequence[str], corpus: str, out: str, options: dict[
             found = ablate(
                 model, corpus=corpus, warehouse=out, leave_one_out=False, gradients=True, reporter=progress, **options
             )
-        print(f"{model}: gradients of {len(found.layers)} layers, in the table evaluations.")
+        print(printable(f"{model}: gradients of {len(found.layers)} layers, in the table evaluations."))
 
 
 def _outcome(run: Run) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 
 import numpy as np
@@ -15,6 +14,7 @@ from avss_dist.models.loading import load_tokenizer
 from avss_dist.settings import Settings
 from avss_dist.tasks.base import Task, TextLoss
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import settings_of
 
 WINDOW = 32  # tokens that two texts have in common, in a row, before they are the same text
 MOST_SHARED = 0.01  # of the windows of a text; phrases that every text has are fewer
@@ -30,7 +30,7 @@ def refuse_overlap(task: Task, run_id: str, store: Warehouse, checkpoint: Checkp
     run = store.run(run_id)
     if not shards or run is None:
         return
-    settings = Settings(**json.loads(run["settings"]))
+    settings = Settings(**settings_of(run))
     try:
         seen = plan(run["corpus"], load_tokenizer(checkpoint), settings)
     except AvssError as error:

@@ -11,12 +11,12 @@ import altair as alt
 import vl_convert
 
 from avss_dist.errors import AvssError, nearest
-from avss_dist.report.output import write_file
+from avss_dist.report.output import map_leaves, write_file
 from avss_dist.settings import RIVALS
 from avss_dist.stats.rankings import count_lowest
-from avss_dist.text import describe_threshold
+from avss_dist.text import describe_threshold, printable
 
-FORMATS = (".png", ".svg", ".html")
+ENDINGS = (".png", ".svg", ".html")
 PANEL = {"width": 300, "height": 210}
 COLORS = alt.Scale(scheme="tableau10")
 LOWEST_COLOR = "#d62728"
@@ -103,7 +103,7 @@ def save_chart(chart: Any, path: Path) -> None:
         AvssError: the ending is another one, or the file cannot be written.
     """
     kind = path.suffix.lower()
-    spec = chart.to_dict()
+    spec = specification(chart)
     if kind == ".png":
         data = vl_convert.vegalite_to_png(spec, scale=2)
     elif kind == ".svg":
@@ -111,8 +111,18 @@ def save_chart(chart: Any, path: Path) -> None:
     elif kind == ".html":
         data = _page(spec).encode()
     else:
-        raise AvssError(f"'{path}' does not say what to draw.", nearest(kind, FORMATS))
+        raise AvssError(f"'{path}' does not say what to draw.", nearest(kind, ENDINGS))
     write_file(path, data)
+
+
+def specification(chart: Any) -> dict[str, Any]:
+    """A chart as Vega-Lite, its texts `printable`: the library that draws aborts the process at others."""
+    spec: dict[str, Any] = map_leaves(chart.to_dict(), _drawable)
+    return spec
+
+
+def _drawable(leaf: Any) -> Any:
+    return printable(leaf).encode(errors="replace").decode() if isinstance(leaf, str) else leaf
 
 
 def _page(spec: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from avss_dist.report.terminal.compare import short_name
 from avss_dist.settings import LOWEST_SHARE
 from avss_dist.stats.rankings import count_lowest
-from avss_dist.text import describe_threshold, escape_markdown
+from avss_dist.text import describe_threshold, escape_markdown, printable
 
 DIGITS = 3
 COLUMNS = {
@@ -100,7 +100,7 @@ def caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> str:
     threshold = describe_threshold(first["threshold"], first["threshold_kind"])
     what = f"{first['site']} site, {first['recipe']} recipe, |x| < {threshold}"
     corpus = f"{run['num_tokens']:,} tokens of {short_name(run['corpus'])}, {run['dtype']}"
-    return (
+    return printable(
         f"Layer scores of {short_name(run['model'])} ({what}; {corpus}). Layers count from 0; rank 1 is the least "
         f"important; bold: the {LOWEST_SHARE:.0%} with the lowest AVSS; 95% interval over {run['num_shards']} shards."
     )
@@ -124,7 +124,10 @@ def _body(
 
 def _csv_cell(value: Any) -> Any:
     """A text that a spreadsheet would take for a formula gets an apostrophe before it."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if value.startswith(_FORMULA) or text.lstrip().startswith(_FORMULA) else text
 
 
 def _round(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 
 from avss_dist.errors import AvssError
 from avss_dist.system.staging import staged_file
+from avss_dist.text import escape_markdown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,15 +33,17 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def write_table(table: pa.Table, kind: str, console: Console) -> None:
-    """Write a table to standard output as ``table``, ``csv``, ``json`` (one object a line) or ``parquet``."""
+    """Write a table to standard output: ``table``, ``csv``, ``json`` (an object a line), ``markdown``, ``parquet``."""
     table = table.rename_columns(_distinct(table.column_names))
     if kind == "table":
-        from avss_dist.report.terminal.scores import plain_table
+        from avss_dist.report.terminal.tables import plain_table
 
         console.print(plain_table(table.column_names, [tuple(row.values()) for row in _rows(table)]))
     elif kind == "json":
         for row in _rows(table):
-            print(json.dumps(_finite(row), default=str))
+            print(json.dumps(map_leaves(row, _finite), default=str))
+    elif kind == "markdown":
+        print(_markdown(table))
     elif kind == "csv":
         import csv
 
@@ -50,6 +54,14 @@ def write_table(table: pa.Table, kind: str, console: Console) -> None:
         import pyarrow.parquet as pq
 
         pq.write_table(table, sys.stdout.buffer, compression="zstd")
+
+
+def _markdown(table: pa.Table) -> str:
+    from avss_dist.report.terminal.tables import shown
+
+    lines = [table.column_names, ["---"] * table.num_columns]
+    lines += [[escape_markdown(shown(value)) for value in row.values()] for row in _rows(table)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _distinct(names: list[str]) -> list[str]:
@@ -63,12 +75,17 @@ def _distinct(names: list[str]) -> list[str]:
     return given
 
 
+def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A value of dicts and lists, with ``change`` of all that is in them."""
+    if isinstance(value, dict):
+        return {key: map_leaves(part, change) for key, part in value.items()}
+    if isinstance(value, list):
+        return [map_leaves(part, change) for part in value]
+    return change(value)
+
+
 def _finite(value: Any) -> Any:
     """A value as JSON can hold it: NaN and infinities are null."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import duckdb
 import pyarrow as pa
@@ -19,7 +19,7 @@ from avss_dist.errors import QueryError, require_known
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.schema import SCHEMAS, TABLES
-from avss_dist.warehouse.store import Store
+from avss_dist.warehouse.store import Selection, Store
 
 _SEALED: dict[str, str | bool | int | float | list[str]] = {
     "enable_external_access": False,
@@ -68,23 +68,14 @@ class Warehouse:
         """The ``runs`` row of a run by column, ``versions`` as a dict; None when it has none."""
         return self._store.run(run_id)
 
-    def table(
-        self,
-        name: str,
-        *,
-        run_ids: Collection[str] | None = None,
-        columns: Sequence[str] | None = None,
-        where: pc.Expression | None = None,
-    ) -> pa.Table:
+    def table(self, name: str, **selection: Unpack[Selection]) -> pa.Table:
         """Rows of a table: of whole runs; every row of ``runs``, evaluations, cells and experiments.
 
         Args:
             name: one of ``TABLES``.
-            run_ids: of these runs only; an unknown one adds none.
-            columns: those columns, in that order.
-            where: true of each row, such as ``pc.field("site") == "block"``.
+            selection: ``run_ids``, ``columns`` and ``where``, see `store.Selection`.
         """
-        return self._store.table(name, run_ids=run_ids, columns=columns, where=where)
+        return self._store.table(name, **selection)
 
     def dataset(self, name: str) -> ds.Dataset | None:
         """The rows of `table`, not read yet; None where the table has no file."""

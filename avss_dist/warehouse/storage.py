@@ -16,6 +16,7 @@ import pyarrow.fs as pafs
 from avss_dist.errors import StorageFull, WarehouseError
 from avss_dist.system.staging import remove_leftovers, staged_file
 from avss_dist.text import RedactedURI
+from avss_dist.warehouse.schema import DAMAGED
 
 SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
 _SCHEME = re.compile(r"([A-Za-z][\w+.-]+):/")
@@ -131,7 +132,7 @@ class Storage:
             yield
         except (OSError, pa.ArrowException) as error:
             refused = isinstance(error, OSError) and (error.errno is not None or not self.is_local)
-            hint = _ADDRESS_HINT.format("read") if refused else "avss score --fresh replaces a damaged file."
+            hint = _ADDRESS_HINT.format("read") if refused else DAMAGED
             raise WarehouseError(f"Cannot read {path}: {_reason(error)}", hint) from error
 
 

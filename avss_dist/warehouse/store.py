@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -31,6 +31,20 @@ from avss_dist.warehouse.schema import SCHEMAS, TABLES, RunIdentity
 from avss_dist.warehouse.storage import Storage
 
 AT_ONCE = 8  # partials that are read together
+
+
+class Selection(TypedDict, total=False):
+    """Which rows and columns of a table.
+
+    Attributes:
+        run_ids: of these runs only; an unknown one adds none.
+        columns: those columns, in that order.
+        where: true of each row, such as ``pc.field("site") == "block"``.
+    """
+
+    run_ids: Collection[str] | None
+    columns: Sequence[str] | None
+    where: pc.Expression | None
 
 
 class Store:
@@ -130,18 +144,9 @@ class Store:
                 raise pa.ArrowInvalid(f"it has {len(rows)} rows; a run has one")
         return {**dict.fromkeys(SCHEMAS["runs"].names), **rows[0], "run_id": run_id}
 
-    def table(
-        self,
-        name: str,
-        *,
-        run_ids: Collection[str] | None = None,
-        columns: Sequence[str] | None = None,
-        where: pc.Expression | None = None,
-    ) -> pa.Table:
-        """The rows of `dataset`: of the runs ``run_ids`` (an unknown one adds none), with ``columns`` in that order.
-
-        ``where`` is true of each, such as ``pc.field("site") == "block"``.
-        """
+    def table(self, name: str, **selection: Unpack[Selection]) -> pa.Table:
+        """The rows of `dataset`; see `Selection`."""
+        columns, run_ids, where = selection.get("columns"), selection.get("run_ids"), selection.get("where")
         dataset, schema = self.dataset(name), SCHEMAS[name]
         wanted = [require_known("column", c, schema.names, WarehouseError) for c in columns or schema.names]
         if dataset is None:

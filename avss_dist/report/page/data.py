@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, groupby
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,8 @@ import pyarrow as pa
 
 from avss_dist.settings import PUBLISHED_THRESHOLD, RECIPES, RIVALS, SITES
 from avss_dist.stats.rankings import count_lowest
-from avss_dist.text import basename, describe_threshold
+from avss_dist.text import basename, describe_threshold, printable
+from avss_dist.warehouse.schema import settings_of
 
 if TYPE_CHECKING:
     from avss_dist.warehouse.reader import Warehouse
@@ -104,25 +104,38 @@ def _described(runs: Sequence[Mapping[str, Any]], table: pa.Table) -> list[dict[
 def run_labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Short names that differ: the model's, and of what tells runs of one model apart as little as will do."""
     labels = [basename(run["model"] or run["run_id"]) for run in runs]
-    settings = [json.loads(run["settings"] or "{}") for run in runs]
-    keys = [key for key in dict.fromkeys(key for one in settings for key in one) if key not in _TELLING]
-    details = [[None if run[name] is None else basename(run[name]) for run in runs] for name in _TELLING]
-    details += [[f"{key}={one[key]}" if one.get(key) else None for one in settings] for key in keys]
-    details += [[run["run_id"][-10:] for run in runs]]
-    for detail in details:
-        told: dict[str, set[str | None]] = {}
-        for label, value in zip(labels, detail, strict=True):
-            told.setdefault(label, set()).add(value)
-        labels = [
-            f"{label} · {value}" if value is not None and len(told[label]) > 1 else label
-            for label, value in zip(labels, detail, strict=True)
-        ]
-    return labels
+    for detail in _details(runs):
+        labels = _told_apart(labels, detail)
+    return [printable(label) for label in labels]
+
+
+def _details(runs: Sequence[Mapping[str, Any]]) -> Iterator[list[str | None]]:
+    """What tells runs apart, for each of them: dtype, corpus, revision, then settings, last the run's own number."""
+    for name in _TELLING:
+        yield [None if run[name] is None else basename(run[name]) for run in runs]
+    settings = [settings_of(run) for run in runs]
+    for key in dict.fromkeys(key for one in settings for key in one if key not in _TELLING):
+        yield [f"{key}={one[key]}" if one.get(key) else None for one in settings]
+    yield [run["run_id"][-10:] for run in runs]
+
+
+def _told_apart(labels: Sequence[str], detail: Sequence[str | None]) -> list[str]:
+    """Labels with the detail behind those that are alike and differ in it."""
+    values: dict[str, set[str | None]] = {}
+    for label, value in zip(labels, detail, strict=True):
+        values.setdefault(label, set()).add(value)
+    return [
+        f"{label} · {value}" if value is not None and len(values[label]) > 1 else label
+        for label, value in zip(labels, detail, strict=True)
+    ]
 
 
 def rounded(column: pa.ChunkedArray, digits: int = DIGITS) -> list[Any]:
     """The values, floats with so many significant digits; None where nothing finite is."""
-    return [_round(value, digits) if isinstance(value, float) else value for value in column.to_pylist()]
+    return [
+        _round(value, digits) if isinstance(value, float) else printable(value) if isinstance(value, str) else value
+        for value in column.to_pylist()
+    ]
 
 
 def _round(value: float, digits: int) -> float | None:

@@ -11,6 +11,7 @@ import altair as alt
 import vl_convert
 
 from avss_dist.analysis.verdict import CLAIMED_KEPT, WHOLE, kept_by_guess, primary_metric, shown_value, verdicts
+from avss_dist.report.chart import specification
 from avss_dist.settings import LOSS
 from avss_dist.text import basename
 
@@ -44,7 +45,8 @@ def _experiment(label: str, rows: Sequence[Row]) -> dict[str, Any]:
         "name": "experiment-" + label.partition(".")[0],
         "label": label,
         "verdicts": verdicts(rows) or ["No share of 25% by AVSS was tried."],
-        "image": _image(shown, guesses),
+        "wide": _image(shown, guesses, columns=3, width=230, labels=230),
+        "narrow": _image(shown, guesses, columns=1, width=130, labels=140),
         "columns": list(_columns(tasks, speaks)),
         "rows": [list(_cells(of, tasks)) for of in _by_method(shown)],
     }
@@ -83,8 +85,10 @@ def _cells(of: Mapping[str, Row], tasks: Sequence[str]) -> Iterator[dict[str, An
         yield {"text": f"{low:.1%} to {high:.1%}" if known else "", "value": low if known else ""}
 
 
-def _image(rows: Sequence[Row], guesses: Mapping[str, float | None]) -> str:
-    """A dot for each method and task, with its interval, as a data URI of an SVG.
+def _image(rows: Sequence[Row], guesses: Mapping[str, float | None], *, columns: int, width: int, labels: int) -> str:
+    """A dot for each method and task, with its interval, as a data URI of an SVG: ``columns`` tasks beside each other.
+
+    ``width`` and ``labels`` are the pixels of a task's plot and of the methods' names.
 
     Lines are at what the claim says (dashed), and at what a guess keeps (dotted).
     """
@@ -111,13 +115,20 @@ def _image(rows: Sequence[Row], guesses: Mapping[str, float | None]) -> str:
     guess = alt.Chart().mark_rule(color=GRAY, strokeDash=[1, 3]).encode(alt.X("guess:Q", aggregate="max"))
     chart: Any = (
         alt.layer(claim, guess, interval, dot, data=alt.InlineData(values=points))
-        .properties(width=230, height=alt.Step(15))
-        .facet(alt.Facet("task:N", title=None, header=alt.Header(labelColor=GRAY, labelLimit=230)), columns=3)
+        .properties(width=width, height=alt.Step(15))
+        .facet(
+            alt.Facet(
+                "task:N",
+                title=None,
+                header=alt.Header(labelColor=GRAY, labelLimit=width),
+            ),
+            columns=columns,
+        )
         .configure(background="transparent", padding={"left": 30, "right": 5, "top": 5, "bottom": 5})
-        .configure_axis(labelColor=GRAY, titleColor=GRAY, domainColor=GRAY, tickColor=GRAY, labelLimit=230)
+        .configure_axis(labelColor=GRAY, titleColor=GRAY, domainColor=GRAY, tickColor=GRAY, labelLimit=labels)
         .configure_view(stroke=None)
     )
-    svg = vl_convert.vegalite_to_svg(chart.to_dict())
+    svg = vl_convert.vegalite_to_svg(specification(chart))
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
 
 

@@ -24,7 +24,7 @@ from avss_dist.report.output import write_file
 from avss_dist.report.page.charts import page_charts
 from avss_dist.report.page.data import page_data
 from avss_dist.report.page.experiments import experiments
-from avss_dist.text import basename
+from avss_dist.text import basename, printable
 
 if TYPE_CHECKING:
     from avss_dist.warehouse.reader import Warehouse
@@ -67,8 +67,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
     rows = warehouse.runs().to_pylist(maps_as_pydicts="lossy")
     rows = sorted((r for r in rows if run_ids is None or r["run_id"] in run_ids), key=_by_model)
     done = [row for row in rows if row["status"] == "done"]
-    newest = sorted((str(row["created_at"]), row["run_id"]) for row in done)[-MOST:]
-    drawn = [row for row in done if (str(row["created_at"]), row["run_id"]) in newest]
+    drawn = _newest(done)
     data = page_data(warehouse, drawn)
     labels = [run["label"] for run in data["runs"]]
     of_run = {row["run_id"]: label for row, label in zip(drawn, labels, strict=True)}
@@ -92,6 +91,12 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
     )
 
 
+def _newest(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The newest `MOST`, in their order."""
+    newest = sorted((str(row["created_at"]), row["run_id"]) for row in runs)[-MOST:]
+    return [row for row in runs if (str(row["created_at"]), row["run_id"]) in newest]
+
+
 def _by_model(run: Mapping[str, Any]) -> tuple[str, ...]:
     """Failed runs last; the others by family, model and time."""
     return (str(run["status"] != "done"), *(str(run[name]) for name in ("family", "model", "created_at", "run_id")))
@@ -104,8 +109,13 @@ def _summary(done: int, failed: int) -> str:
 
 @cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_shown)
     return environment.from_string(_part("page.html"))
+
+
+def _shown(value: Any) -> Any:
+    """A text as the page shows it: no name turns the direction of what follows."""
+    return value if isinstance(value, Markup) or not isinstance(value, str) else printable(value)
 
 
 @cache

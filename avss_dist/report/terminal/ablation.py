@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from rich.bar import Bar
-from rich.table import Table
 from rich.text import Text
 
-from avss_dist.report.terminal.scores import BAR_WIDTH, LOWEST
+from avss_dist.report.terminal.scores import BAR_WIDTH, LOWEST, bar_cells, layer_cells
+from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.stats.rankings import count_lowest
 
 if TYPE_CHECKING:
@@ -39,37 +39,41 @@ def _row(one: LayerAblation) -> dict[str, Any]:
     }
 
 
-def ablation_table(found: Ablation) -> Table:
+_COLUMNS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
+    ("loss without", "loss", 4, lambda row: f"{row['loss']:.4f}"),
+    ("increase", "increase", 0, lambda row: _with_error(row["increase"], row["increase_stderr"])),
+    ("Shapley", "shapley", 1, lambda row: f"{row['shapley']:.4f}"),
+    ("95% interval", "shapley_low", 3, lambda row: f"{row['shapley_low']:.4f} .. {row['shapley_high']:.4f}"),
+    ("Taylor", "taylor", 2, lambda row: f"{row['taylor']:.4g}"),
+    ("gradient L1", "gradient_l1", 6, lambda row: f"{row['gradient_l1']:.4g}"),
+    ("gradient L2", "gradient_l2", 7, lambda row: f"{row['gradient_l2']:.4g}"),
+    ("weight norm", "weight_frobenius", 8, lambda row: f"{row['weight_frobenius']:.4g}"),
+)
+"""Title, column of `ablation_rows`, priority and text of each column."""
+
+
+def ablation_table(found: Ablation) -> FittedTable:
     """The same for the terminal, with a bar of the first measure that there is; the least important are marked."""
     rows = ablation_rows(found).to_pylist()
     first = next(name for name in ("increase", "shapley", "taylor") if rows[0][name] is not None)
     lowest = sorted(rows, key=lambda row: row[first])[: count_lowest(len(rows))]
-    largest = max(row[first] for row in rows)
-    table = Table(title=Text(f"{found.model}  {found.corpus}"), caption=_caption(found, first), caption_justify="left")
-    table.add_column("layer", justify="right")
-    table.add_column(first, width=BAR_WIDTH)
-    shown = [
-        (title, cell)
-        for title, name, cell in (
-            ("loss without", "loss", lambda row: f"{row['loss']:.4f}"),
-            ("increase", "increase", lambda row: _with_error(row["increase"], row["increase_stderr"])),
-            ("Shapley", "shapley", lambda row: f"{row['shapley']:.4f}"),
-            ("95% interval", "shapley_low", lambda row: f"{row['shapley_low']:.4f} .. {row['shapley_high']:.4f}"),
-            ("Taylor", "taylor", lambda row: f"{row['taylor']:.4g}"),
-            ("gradient L1", "gradient_l1", lambda row: f"{row['gradient_l1']:.4g}"),
-            ("gradient L2", "gradient_l2", lambda row: f"{row['gradient_l2']:.4g}"),
-            ("weight norm", "weight_frobenius", lambda row: f"{row['weight_frobenius']:.4g}"),
-        )
-        if rows[0][name] is not None
+    marked = [row in lowest for row in rows]
+    bars = bar_cells([row[first] for row in rows], marked)
+    columns = [
+        Column(title="layer", cells=layer_cells([row["layer"] for row in rows], marked)),
+        Column(title=first, cells=bars, number=False, width=BAR_WIDTH, priority=1),
+        *(
+            Column(title=title, cells=[cell(row) for row in rows], priority=0 if name == first else priority)
+            for title, name, priority, cell in _COLUMNS
+            if rows[0][name] is not None
+        ),
     ]
-    for title, _ in shown:
-        table.add_column(title, justify="right")
-    for row in rows:
-        is_lowest = row in lowest
-        bar = Bar(largest or 1.0, 0, max(0.0, row[first]), width=BAR_WIDTH, color="red" if is_lowest else "cyan")
-        cells = [cell(row) for _, cell in shown]
-        table.add_row(f"{row['layer']}{' *' if is_lowest else '  '}", bar, *cells, style=LOWEST if is_lowest else None)
-    return table
+    return FittedTable(
+        columns,
+        title=f"{found.model}  {found.corpus}",
+        caption=_caption(found, first),
+        styles=[LOWEST if red else "" for red in marked],
+    )
 
 
 def _caption(found: Ablation, first: str) -> Text:

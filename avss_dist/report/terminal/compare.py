@@ -11,9 +11,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.text import basename
 
 MOST_PAIRS = 40  # shown on a terminal
+WIDEST_LABELS = 36  # beside each other; longer ones are one below the other
 FEW = 3  # runs that a finding names, and messages of one kind, before they are only counted
 COLOR = {"warning": "yellow", "note": "dim"}
 
@@ -21,22 +23,31 @@ COLOR = {"warning": "yellow", "note": "dim"}
 def pairs_table(pairs: pa.Table, title: str) -> RenderableType:
     """Pairs of `compare.SCHEMA`, the most and the least alike where there are many, and what they say."""
     rows = pairs.to_pylist()
-    within = all(row["a_run_id"] == row["b_run_id"] for row in rows)
-    table = Table(title=Text(title), title_style="bold")
-    for name in ("run", "a", "b") if within else ("a", "b"):
-        table.add_column(name, overflow="fold")
-    for name in ("layers", "Spearman", "Kendall", "RBO", "shared lowest", "Jaccard", "by chance", "p"):
-        table.add_column(name, justify="right")
     half = MOST_PAIRS // 2
     left_out = max(0, len(rows) - MOST_PAIRS)
-    for row in rows if not left_out else rows[:half] + rows[-half:]:
-        table.add_row(*(Text(cell) for cell in (*_labels(row, within), *_numbers(row))))
+    chosen = rows if not left_out else rows[:half] + rows[-half:]
+    numbers = list(zip(*(_numbers(row) for row in chosen), strict=True)) or [()] * len(_NUMBERS)
+    columns = [
+        Column(title=name, cells=cells, priority=priority)
+        for (name, priority), cells in zip(_NUMBERS.items(), numbers, strict=True)
+    ]
+    table = FittedTable([*_label_columns(chosen), *columns], title=title)
     notes = [Text(summary(pairs))]
     if left_out:
         notes.append(Text(f"{left_out} pairs between the most and the least alike are not shown: --format csv."))
     if any(row["interpolated"] for row in rows):
         notes.append(Text("~ models of different depth, compared at the relative depths of the one with fewer layers."))
     return Group(table, *notes)
+
+
+def _label_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """What is compared: in columns, or in one, with a line for each, where they would be wide."""
+    within = all(row["a_run_id"] == row["b_run_id"] for row in rows)
+    names = ["run", "a", "b"] if within else ["a", "b"]
+    labels = [_labels(row, within) for row in rows]
+    if max((sum(map(len, label)) for label in labels), default=0) > WIDEST_LABELS:
+        names, labels = [", ".join(names)], [["\n".join(label)] for label in labels]
+    return [Column(title=name, cells=[label[i] for label in labels], number=False) for i, name in enumerate(names)]
 
 
 def _labels(row: Mapping[str, Any], within: bool) -> list[str]:
@@ -50,6 +61,19 @@ def _labels(row: Mapping[str, Any], within: bool) -> list[str]:
 def short_name(text: str) -> str:
     """A local path as its last part; anything else, such as a hub id, as it is."""
     return basename(text) if text.startswith(("/", "./", "../", "~")) else text
+
+
+_NUMBERS = {
+    "layers": 5,
+    "Spearman": 0,
+    "Kendall": 4,
+    "RBO": 6,
+    "shared lowest": 1,
+    "Jaccard": 3,
+    "by chance": 7,
+    "p": 2,
+}
+"""Columns of numbers, and their priorities."""
 
 
 def _numbers(row: Mapping[str, Any]) -> list[str]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from avss_dist.analysis.verdict import WHOLE, primary_metric, shown_value, verdicts
+from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.settings import LOSS
 
 Row = Mapping[str, Any]  # of the table `experiments`
@@ -28,35 +28,40 @@ def experiment_tables(rows: Sequence[Row]) -> RenderableType:
     return Group(*parts)
 
 
-def _table(rows: Sequence[Row], share: float) -> Table:
+def _table(rows: Sequence[Row], share: float) -> FittedTable:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     speaks = {task: primary_metric([row for row in rows if row["task"] == task]) for task in tasks}
     shown = [row for row in rows if row["share"] in (0.0, share) and row["metric"] == speaks[row["task"]]]
-    table = Table(
-        title=Text(f"{rows[0]['model']} without {share:.0%} of its layers  ({rows[0]['run_id']})"),
-        title_style="bold",
-        caption="Retention over that of the whole model (of a perplexity: under it), and its 95% interval.",
-        caption_justify="left",
-    )
-    table.add_column("layers chosen by")
-    table.add_column("dropped", overflow="fold", max_width=28)
+    by_method: dict[str, dict[str, Row]] = {}
+    for row in shown:
+        by_method.setdefault(row["method"], {})[row["task"]] = row
+    dropped = [", ".join(map(str, next(iter(of.values()))["drop"])) or "-" for of in by_method.values()]
+    columns = [
+        Column(title="layers chosen by", cells=list(by_method), number=False),
+        Column(
+            title="dropped",
+            cells=[", ".join(map(str, drop)) or "-" for drop in dropped],
+            number=False,
+            wraps=True,
+            priority=2,
+        ),
+    ]
     for task in tasks:
-        table.add_column(Text(f"{task}\n{'perplexity' if speaks[task] == LOSS else speaks[task]}"), justify="right")
-        table.add_column("kept", justify="right")
-    for method in dict.fromkeys(row["method"] for row in shown):
-        of = {row["task"]: row for row in shown if row["method"] == method}
-        first = next(iter(of.values()))
-        cells = [cell for task in tasks for cell in _cells(of.get(task))]
-        table.add_row(Text(method), ", ".join(map(str, first["drop"])) or "-", *cells)
-    return table
+        metric = "perplexity" if speaks[task] == LOSS else speaks[task]
+        values, kept = zip(*(_cells(of.get(task)) for of in by_method.values()), strict=True)
+        columns += [Column(title=f"{task}\n{metric}", cells=values, priority=1), Column(title="kept", cells=kept)]
+    return FittedTable(
+        columns,
+        title=f"{rows[0]['model']} without {share:.0%} of its layers  ({rows[0]['run_id']})",
+        caption=Text("Retention over that of the whole model (of a perplexity: under it), and its 95% interval."),
+    )
 
 
-def _cells(row: Row | None) -> Iterator[str]:
+def _cells(row: Row | None) -> tuple[str, str]:
+    """The metric, and what is kept of it."""
     if row is None:
-        yield from ("-", "-")
-        return
-    yield shown_value(row)
+        return "-", "-"
     low, high = row.get("retention_low"), row.get("retention_high")
     known = low is not None and high is not None and isfinite(low)
     interval = f" [{low:.1%}, {high:.1%}]" if known else ""
-    yield "" if row["method"] == WHOLE else f"{row['retention']:.1%}{interval}"
+    return shown_value(row), "" if row["method"] == WHOLE else f"{row['retention']:.1%}{interval}"

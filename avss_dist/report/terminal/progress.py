@@ -16,7 +16,7 @@ from rich.text import Text
 
 from avss_dist.report.terminal.estimate import describe_seconds
 from avss_dist.runs.reporter import Reporter
-from avss_dist.text import basename
+from avss_dist.text import basename, printable
 
 if TYPE_CHECKING:
     from avss_dist.partition.base import Placement
@@ -33,20 +33,24 @@ class _Speed(rich_progress.ProgressColumn):
         return Text(f"{speed:,.0f} tokens/s" if speed else "", style="cyan")
 
 
+def _bars(*columns: rich_progress.ProgressColumn) -> rich_progress.Progress:
+    """A description, a bar, ``columns`` and the time that is left, on standard error where somebody looks."""
+    console = Console(stderr=True)
+    return rich_progress.Progress(
+        rich_progress.TextColumn("{task.description}", markup=False),
+        rich_progress.BarColumn(),
+        *columns,
+        rich_progress.TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
 class Progress(Reporter):
     """A bar for each run, with tokens/s and the time that is left."""
 
     def __init__(self) -> None:
-        console = Console(stderr=True)
-        self._progress = rich_progress.Progress(
-            rich_progress.TextColumn("{task.description}", markup=False),
-            rich_progress.BarColumn(),
-            rich_progress.TaskProgressColumn(),
-            _Speed(),
-            rich_progress.TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._progress = _bars(rich_progress.TaskProgressColumn(), _Speed())
         self._tasks: dict[str, rich_progress.TaskID] = {}
         self._ended: deque[rich_progress.TaskID] = deque()
 
@@ -93,15 +97,7 @@ class CellProgress:
     """An `evaluate.CellReporter`: one bar over all cells, with the rate and the time that is left."""
 
     def __init__(self) -> None:
-        console = Console(stderr=True)
-        self._progress = rich_progress.Progress(
-            rich_progress.TextColumn("{task.description}", markup=False),
-            rich_progress.BarColumn(),
-            rich_progress.MofNCompleteColumn(),
-            rich_progress.TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._progress = _bars(rich_progress.MofNCompleteColumn())
         self._task: rich_progress.TaskID | None = None
 
     def __enter__(self) -> CellProgress:
@@ -177,7 +173,7 @@ class Log(Reporter):
         self._say(f"{self._ended} of {self._num_runs} runs: {name} {run.status}{error}")
 
     def _say(self, what: str) -> None:
-        print(f"{datetime.now(UTC):%H:%M:%S} {what}", file=self._file, flush=True)
+        print(f"{datetime.now(UTC):%H:%M:%S} {printable(what)}", file=self._file, flush=True)
 
 
 def _short(name: str) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import isnan
 from typing import Any
 
 from rich.bar import Bar
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from avss_dist.analysis.findings import TRACKS_DEPTH
+from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.settings import LOWEST_SHARE
 from avss_dist.stats.rankings import count_lowest, depth_correlation
 from avss_dist.text import describe_layers, describe_threshold
@@ -26,36 +27,49 @@ def layer_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> 
         run: a row of ``runs``.
         scores: rows of ``scores`` of one site, recipe and threshold.
     """
-    first = scores[0]
-    lowest = count_lowest(len(scores))
-    largest = max((s["avss_smoothed"] or 0.0 for s in scores), default=0.0) or 1.0
+    first, count = scores[0], count_lowest(len(scores))
+    lowest = [s["rank"] is not None and s["rank"] <= count for s in scores]
     threshold = describe_threshold(first["threshold"], first["threshold_kind"])
-    table = Table(
-        title=Text(f"{run['model']}  {first['site']} / {first['recipe']} / |x| < {threshold}"),
-        caption=_caption(run, scores, lowest),
-        caption_justify="left",
-        title_style="bold",
+    table = FittedTable(
+        _layer_columns(scores, lowest),
+        title=f"{run['model']}  {first['site']} / {first['recipe']} / |x| < {threshold}",
+        caption=_caption(run, scores, count),
+        styles=[LOWEST if marked else "" for marked in lowest],
     )
-    table.add_column("layer", justify="right")
-    table.add_column("AVSS", width=BAR_WIDTH)
-    for name in ("", "95% interval", "rank", "lowest 25%", "variance", "near zero", "block influence"):
-        table.add_column(name, justify="right")
-    for s in scores:
-        is_lowest = s["rank"] is not None and s["rank"] <= lowest
-        table.add_row(
-            f"{s['layer']}{' *' if is_lowest else '  '}",
-            Bar(largest, 0, s["avss_smoothed"] or 0.0, width=BAR_WIDTH, color="red" if is_lowest else "cyan"),
-            _number(s["avss_smoothed"]),
-            f"{_number(s['avss_low'])} .. {_number(s['avss_high'])}" if s["avss_low"] is not None else "-",
-            str(s["rank"] or "-"),
-            _percent(s["lowest_set_probability"]),
-            _number(s["variance"]),
-            f"{s['near_zero_count']:,.0f}",
-            _number(s["block_influence"]),
-            style=LOWEST if is_lowest else None,
-        )
     notes = [Text(f"note: {note}", style="yellow") for note in run["notes"] or []]
     return Group(table, *notes)
+
+
+def _layer_columns(scores: Sequence[Mapping[str, Any]], lowest: Sequence[bool]) -> list[Column]:
+    texts: list[tuple[str, int, Callable[[Mapping[str, Any]], str]]] = [
+        ("AVSS", 0, lambda s: _number(s["avss_smoothed"])),
+        ("95% interval", 4, _interval),
+        ("rank", 0, lambda s: str(s["rank"] or "-")),
+        ("lowest 25%", 3, lambda s: _percent(s["lowest_set_probability"])),
+        ("variance", 6, lambda s: _number(s["variance"])),
+        ("near zero", 5, lambda s: _count(s["near_zero_count"])),
+        ("block influence", 2, lambda s: _number(s["block_influence"])),
+    ]
+    return [
+        Column(title="layer", cells=layer_cells([s["layer"] for s in scores], lowest)),
+        Column(title="", cells=bar_cells([s["avss_smoothed"] for s in scores], lowest), width=BAR_WIDTH, priority=1),
+        *(Column(title=title, cells=[text(s) for s in scores], priority=priority) for title, priority, text in texts),
+    ]
+
+
+def layer_cells(layers: Sequence[int], marked: Sequence[bool]) -> list[str]:
+    """Layers by number, a star behind those that are marked."""
+    return [f"{layer}{' *' if star else '  '}" for layer, star in zip(layers, marked, strict=True)]
+
+
+def bar_cells(values: Sequence[float | None], marked: Sequence[bool]) -> list[Bar]:
+    """A bar for each value of a column, red where it is marked."""
+    largest = max((value or 0.0 for value in values), default=0.0)
+    size = largest if largest > 0 else 1.0
+    return [
+        Bar(size, 0, max(0.0, value or 0.0), width=BAR_WIDTH, color="red" if red else "cyan")
+        for value, red in zip(values, marked, strict=True)
+    ]
 
 
 def _caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], lowest: int) -> Text:
@@ -77,18 +91,16 @@ def _caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], lowest
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    return "-" if value is None or isnan(value) else f"{value:.4g}"
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
 
-def plain_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """Any query's result; values are shown as they are, never as markup."""
-    table = Table()
-    for name in columns:
-        table.add_column(Text(str(name)), overflow="fold")
-    for row in rows:
-        table.add_row(*(Text("" if value is None else str(value)) for value in row))
-    return table
+def _interval(score: Mapping[str, Any]) -> str:
+    return "-" if score["avss_low"] is None else f"{_number(score['avss_low'])} .. {_number(score['avss_high'])}"
+
+
+def _count(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"

@@ -1,0 +1,186 @@
+"""Tables in a terminal: they fit, no number or id is cut, and no name steers the screen, a page or a picture."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from rich.console import Console
+from support.warehouses import activations, avss, stats_of, write_measured, write_scores
+
+from avss_dist.analysis.compare import compare
+from avss_dist.errors import WarehouseError
+from avss_dist.report.page.page import report_page
+from avss_dist.report.terminal.compare import pairs_table
+from avss_dist.report.terminal.scores import layer_table
+from avss_dist.report.terminal.tables import plain_table
+from avss_dist.stats.scores import Threshold
+from avss_dist.text import printable
+from avss_dist.warehouse.reader import Warehouse
+
+RUNS = [f"SmolLM2-{size}M-Instruct-0123456789" for size in (135, 360)]
+STEERING = "\x1b[31m\x00\u202eevil\u2066\x9b2J"
+
+
+@pytest.fixture(scope="module")
+def warehouse(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
+    root = tmp_path_factory.mktemp("warehouse")
+    for seed, run_id in enumerate(RUNS):
+        write_measured(root, run_id, stats_of(activations(seed)), 8)
+    return Warehouse(root)
+
+
+def drawn(renderable: Any, width: int) -> list[str]:
+    file = io.StringIO()
+    Console(file=file, width=width).print(renderable)
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    return lines
+
+
+def scores(warehouse: Warehouse) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    rows = warehouse.scores(run_id=RUNS[0], site="block", recipe="pooled", threshold=1e-5).sort_by("layer").to_pylist()
+    return next(row for row in warehouse.runs().to_pylist() if row["run_id"] == RUNS[0]), rows
+
+
+@pytest.mark.parametrize("width", [50, 80, 100, 132])
+def test_the_layers_fit_and_every_number_is_whole(warehouse: Warehouse, width: int) -> None:
+    run, rows = scores(warehouse)
+    lines = drawn(layer_table(run, rows), width)
+    for row in rows:
+        (line,) = [line for line in lines if re.match(rf"│ +{row['layer']} ", line)]
+        assert f" {row['avss_smoothed']:.4g} " in line
+        assert f" {row['rank']} " in line
+    hidden = " ".join(lines).partition("No room for: ")[2]
+    assert ("variance" in hidden) == (width <= 100)
+    assert ("rank" in hidden) is False
+
+
+@pytest.mark.parametrize("width", [60, 80, 132])
+def test_pairs_show_whole_ids_at_any_width(warehouse: Warehouse, width: int) -> None:
+    pairs = compare(warehouse, RUNS, threshold=Threshold(value=1e-5, kind="absolute"))
+    lines = drawn(pairs_table(pairs, "by run"), width)
+    assert all(any(f" {run} " in line for line in lines) for run in RUNS)
+    assert any(f" {pairs['spearman'][0].as_py():.3f} " in line for line in lines)
+
+
+def test_a_wide_query_is_a_block_for_each_record(warehouse: Warehouse) -> None:
+    table = warehouse.sql("FROM runs")
+    lines = drawn(plain_table(table.column_names, [tuple(row.values()) for row in table.to_pylist()]), 80)
+    for run in RUNS:
+        assert f"run_id {run}" in [" ".join(line.split()) for line in lines]
+    assert sum(line.startswith("tokens_per_second") for line in lines) == len(RUNS)
+
+
+def test_a_narrow_query_is_a_table_of_rounded_numbers_to_the_right() -> None:
+    rows = [("a", 1 / 3, 2), ("bb", 1234567.0, 10), (None, None, None)]
+    lines = drawn(plain_table(["name", "share", "n"], rows), 80)
+    assert [line[1:-1].split("│") for line in lines[3:6]] == [
+        [" a    ", "    0.333333 ", "  2 "],
+        [" bb   ", " 1.23457e+06 ", " 10 "],
+        ["      ", "             ", "    "],
+    ]
+
+
+def test_query_as_markdown(warehouse: Warehouse) -> None:
+    done = avss("query", warehouse.root, "SELECT 'a|b' AS x, 1/3 AS y", "--format", "markdown")
+    assert done.stdout == "| x | y |\n| --- | --- |\n| a\\|b | 0.333333 |\n"
+
+
+def test_the_schema_as_markdown_has_every_column() -> None:
+    done = avss("query", "--schema", "--format", "markdown")
+    names = re.findall(r"^\| `(\w+)` \|", done.stdout, re.MULTILINE)
+    assert len(names) == len(avss("query", "--schema", "--format", "csv").stdout.splitlines()) - 1
+    assert re.findall(r"^### `(\w+)`", done.stdout, re.MULTILINE)[:2] == ["runs", "scores"]
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    values = [1.0, 2.0, 3.0, 4.0]
+    write_scores(tmp_path, "hostile", values, model=f"org/{STEERING}", corpus=f"{STEERING}.txt", notes=[STEERING])
+    write_scores(tmp_path, "other", values, family=STEERING)
+    return tmp_path
+
+
+def steers(text: str) -> bool:
+    return any(c in text for c in STEERING if not c.isascii() or not c.isprintable())
+
+
+def test_no_name_steers_a_terminal(hostile: Path) -> None:
+    for args in (
+        ["show", hostile, "--run", "hostile"],
+        ["query", hostile, "FROM runs"],
+        ["scores", hostile, "--run", "hostile", "--threshold", "1e-5"],
+        ["findings", hostile],
+        ["compare", hostile, "--allow-mismatch"],
+        ["export", hostile, "--to", "csv"],
+        ["export", hostile, "--to", "markdown"],
+        ["show", hostile, "--run", STEERING],
+    ):
+        done = avss(*args)
+        assert not steers(done.stdout + done.stderr), args
+    assert "\ufffd[31m\ufffd\ufffdevil" in avss("show", hostile, "--run", "hostile").stdout
+
+
+@pytest.mark.parametrize("ending", ["svg", "png", "html"])
+def test_no_name_aborts_a_picture(hostile: Path, ending: str) -> None:
+    file = hostile / f"layers.{ending}"
+    done = avss("plot", hostile, "--run", "hostile", "--run", "other", "-o", file)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert file.stat().st_size > 1000
+    if ending == "svg":
+        assert not steers(file.read_text())
+
+
+def test_no_name_turns_the_text_of_a_page(hostile: Path) -> None:
+    page = report_page(Warehouse(hostile))
+    shown = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert not steers(shown)
+    assert "\ufffdevil" in shown
+
+
+def test_an_indented_formula_is_none_in_a_spreadsheet(tmp_path: Path) -> None:
+    write_scores(tmp_path, "a", [1.0, 2.0, 3.0, 4.0], model=" =1+1", family="\n=1+1", revision="\x1b=1")
+    first = avss("export", tmp_path, "--to", "json").stdout
+    assert json.loads(first)[0]["model"] == " =1+1"
+    csv = avss("export", tmp_path, "--to", "csv").stdout
+    assert "' =1+1" in csv and '"\'\n=1+1"' in csv and "\ufffd=1" in csv
+
+
+def test_printable_keeps_every_other_character() -> None:
+    assert printable("naïve 模型 🙂 a\tb\nc · עברית") == "naïve 模型 🙂 a\tb\nc · עברית"
+
+
+@pytest.mark.parametrize("settings", ["{", "[1]", '"text"', "NaN"])
+def test_damaged_settings_are_a_clear_error(tmp_path: Path, settings: str) -> None:
+    write_scores(tmp_path, "a", [1.0, 2.0, 3.0, 4.0])
+    from avss_dist.warehouse.store import Store
+
+    store = Store(tmp_path)
+    row = store.run("a")
+    assert row is not None
+    store.write_run({**row, "settings": settings})
+    with pytest.raises(
+        WarehouseError, match=r"The settings of run 'a' are damaged: no JSON object.\navss score --fresh"
+    ):
+        report_page(Warehouse(tmp_path))
+
+
+def test_scores_that_are_not_a_number_are_shown_as_none(tmp_path: Path) -> None:
+    """This version writes null for them; another tool's file may not."""
+    import pyarrow.parquet as pq
+
+    write_scores(tmp_path, "a", [1.0, 2.0, 3.0, 4.0])
+    (file,) = (tmp_path / "scores").rglob("*.parquet")
+    table = pq.ParquetFile(file).read()
+    values = pa.array(np.array([np.nan, 2.0, 3.0, 4.0]))
+    pq.write_table(table.set_column(table.schema.get_field_index("avss_smoothed"), "avss_smoothed", values), file)
+    done = avss("show", tmp_path)
+    assert done.exit_code == 0 and "nan" not in done.stdout
+    assert avss("plot", tmp_path, "-o", tmp_path / "a.svg").exit_code == 0
