@@ -13,6 +13,7 @@ import typer
 from avss_dist.cli.base import console, say, spelled
 from avss_dist.cli.options import MODEL, CorpusOption, ModelArgument, format_option, takes_settings, warehouse_option
 from avss_dist.settings import Execution, Settings, split_options
+from avss_dist.text import printable
 
 if TYPE_CHECKING:
     from avss_dist.runs.api import Run
