@@ -61,7 +61,7 @@ def ablation_table(found: Ablation) -> FittedTable:
     bars = bar_cells([row[first] for row in rows], marked)
     columns = [
         Column(title="layer", cells=layer_cells([row["layer"] for row in rows], marked)),
-        Column(title=first, cells=bars, number=False, width=BAR_WIDTH, priority=1),
+        Column(title="", cells=bars, number=False, width=BAR_WIDTH, priority=1),
         *(
             Column(title=title, cells=[cell(row) for row in rows], priority=0 if name == first else priority)
             for title, name, priority, cell in _COLUMNS
