@@ -102,6 +102,7 @@ _TASK = Column("task", STRING, "perplexity:TEXT, ablation:TEXT, shapley:TEXT, gr
 _METRIC = Column("metric", STRING, "what is measured: loss, perplexity, acc, shapley, ...")
 _DROP = Column("drop", INT32_LIST, "layers that were left out, ascending, from 0; empty for the whole model")
 _OF_LAYER = Column("layer", INT32, "the layer that the value is about; null where it is about the whole")
+_EVALUATION = (_EVALUATION_ID, *_MODEL, _TASK, _METRIC, _DROP, _OF_LAYER)
 _VALUE = Column("value", FLOAT64, "the result")
 _STDERR = Column("stderr", FLOAT64, "standard error of the value")
 _SETTINGS = Column("settings", STRING, "every setting that can change a number, as JSON")
@@ -197,12 +198,7 @@ TABLES: dict[str, Table] = {
     "evaluations": Table(
         "one row for each metric of a task and a model, whole or without layers",
         (
-            _EVALUATION_ID,
-            *_MODEL,
-            _TASK,
-            _METRIC,
-            _DROP,
-            _OF_LAYER,
+            *_EVALUATION,
             _VALUE,
             _STDERR,
             Column("num_samples", INT64, "samples that the value is of"),
@@ -215,12 +211,7 @@ TABLES: dict[str, Table] = {
     "cells": Table(
         "what evaluations are combined from: one row for each part of a task",
         (
-            _EVALUATION_ID,
-            *_MODEL,
-            _TASK,
-            _METRIC,
-            _DROP,
-            _OF_LAYER,
+            *_EVALUATION,
             Column("part", INT32, "which part of the task, from 0"),
             Column("samples", FLOAT64_LIST, "a value for each sample: a sequence, a question, a permutation, a batch"),
             Column("weights", FLOAT64_LIST, "weight of each sample: predicted tokens, or 1"),

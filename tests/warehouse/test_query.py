@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from support.warehouses import Terminal, activations, avss, stats_of, write_measured, write_scores
 
+import avss_dist
 from avss_dist.errors import QueryError, WarehouseError
+from avss_dist.report.terminal.schema import schema_markdown
 from avss_dist.warehouse import cache
 from avss_dist.warehouse.reader import FUNCTIONS, Warehouse, ready_queries
 from avss_dist.warehouse.schema import SCHEMAS, TABLES, RunIdentity
@@ -225,6 +227,11 @@ def test_every_column_is_described_once() -> None:
             assert text and "\n" not in text and text.rstrip(".") in (text, text[:-3]), column
             meanings.setdefault(text, set()).add(column.name)
     assert {text: names for text, names in meanings.items() if len(names) > 1} == {}
+
+
+def test_the_documentation_has_every_column_as_it_is_declared() -> None:
+    page = (Path(avss_dist.__file__).parent / "docs" / "warehouse.md").read_text(encoding="utf-8")
+    assert page.partition("\n## Columns\n")[2].partition("\n### ")[2] == schema_markdown().partition("### ")[2]
 
 
 def test_the_schema_needs_no_warehouse() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -31,30 +31,30 @@ def experiment_tables(rows: Sequence[Row]) -> RenderableType:
 def _table(rows: Sequence[Row], share: float) -> FittedTable:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     speaks = {task: primary_metric([row for row in rows if row["task"] == task]) for task in tasks}
-    shown = [row for row in rows if row["share"] in (0.0, share) and row["metric"] == speaks[row["task"]]]
     by_method: dict[str, dict[str, Row]] = {}
-    for row in shown:
-        by_method.setdefault(row["method"], {})[row["task"]] = row
-    dropped = [", ".join(map(str, next(iter(of.values()))["drop"])) or "-" for of in by_method.values()]
-    columns = [
-        Column(title="layers chosen by", cells=list(by_method), number=False),
-        Column(
-            title="dropped",
-            cells=[", ".join(map(str, drop)) or "-" for drop in dropped],
-            number=False,
-            wraps=True,
-            priority=2,
-        ),
-    ]
-    for task in tasks:
-        metric = "perplexity" if speaks[task] == LOSS else speaks[task]
-        values, kept = zip(*(_cells(of.get(task)) for of in by_method.values()), strict=True)
-        columns += [Column(title=f"{task}\n{metric}", cells=values, priority=1), Column(title="kept", cells=kept)]
+    for row in rows:
+        if row["share"] in (0.0, share) and row["metric"] == speaks[row["task"]]:
+            by_method.setdefault(row["method"], {})[row["task"]] = row
     return FittedTable(
-        columns,
+        [
+            Column(title="layers chosen by", cells=list(by_method), number=False),
+            Column(title="dropped", cells=_dropped(by_method.values()), number=False, wraps=True, priority=2),
+            *(column for task in tasks for column in _of_task(task, speaks[task], by_method.values())),
+        ],
         title=f"{rows[0]['model']} without {share:.0%} of its layers  ({rows[0]['run_id']})",
         caption=Text("Retention over that of the whole model (of a perplexity: under it), and its 95% interval."),
     )
+
+
+def _dropped(methods: Iterable[Mapping[str, Row]]) -> list[str]:
+    drops = (next(iter(of.values()))["drop"] for of in methods)
+    return [", ".join(map(str, drop)) or "-" for drop in drops]
+
+
+def _of_task(task: str, metric: str, methods: Iterable[Mapping[str, Row]]) -> Iterator[Column]:
+    values, kept = zip(*(_cells(of.get(task)) for of in methods), strict=True)
+    yield Column(title=f"{task}\n{'perplexity' if metric == LOSS else metric}", cells=values, priority=1)
+    yield Column(title="kept", cells=kept)
 
 
 def _cells(row: Row | None) -> tuple[str, str]:
