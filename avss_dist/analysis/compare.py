@@ -103,7 +103,7 @@ def compare(
     Raises:
         QueryError: the runs are not comparable (the columns in which they differ are named), or nothing is to compare.
     """
-    require_known("--by", by, BY, QueryError)
+    require_known("`by`", by, BY, QueryError)
     require_known("score", score, SCORES, QueryError)
     runs = _runs(warehouse, run_ids)
     fixed: dict[str, Any] = {"site": site, "recipe": recipe, "threshold": threshold, "score": score}
@@ -134,19 +134,8 @@ def profiles(
     Args:
         runs: rows of ``runs``.
     """
-    names = [run["run_id"] for run in runs]
-    columns = [*("run_id", "site", "recipe", "threshold", "threshold_kind", "depth", "avss_smoothed"), *RIVALS]
-    where = at = pc.scalar(True)
-    if threshold is not None:
-        at = (pc.field("threshold") == threshold.value) & (pc.field("threshold_kind") == threshold.kind)
-    for name, value in (("site", site), ("recipe", recipe)):
-        where = where if value is None else where & (pc.field(name) == value)
-    table = warehouse.table("scores", run_ids=names, columns=columns, where=where & at)
-    scored = table.num_rows or warehouse.table("scores", run_ids=names, columns=["layer"], where=at).num_rows
-    if threshold is not None and not scored:
-        table = scores_at(warehouse, runs, threshold, sites=site and [site]).select(columns).filter(where)
-    rows: dict[str, dict[Hashable, list[Mapping[str, Any]]]] = {name: {} for name in names}
-    for row in table.to_pylist():
+    rows: dict[str, dict[Hashable, list[Mapping[str, Any]]]] = {run["run_id"]: {} for run in runs}
+    for row in _score_table(warehouse, runs, site, recipe, threshold).to_pylist():
         key = (row["site"], row["recipe"], Threshold(value=row["threshold"], kind=row["threshold_kind"]))
         rows[row["run_id"]].setdefault(key, []).append(row)
     return [
@@ -156,6 +145,29 @@ def profiles(
         for name in (SCORES if score is None else (score,))
         if (profile := _profile(run, key, name, found)).values.size
     ]
+
+
+def _score_table(
+    warehouse: Warehouse,
+    runs: Sequence[Mapping[str, Any]],
+    site: str | None,
+    recipe: str | None,
+    threshold: Threshold | None,
+) -> pa.Table:
+    """The scores of runs, computed where a threshold was not scored; None is any."""
+    names = [run["run_id"] for run in runs]
+    place = ["run_id", "site", "recipe", "threshold", "threshold_kind", "depth"]
+    columns = [*place, "avss_smoothed", *RIVALS]
+    where = at = pc.scalar(True)
+    if threshold is not None:
+        at = (pc.field("threshold") == threshold.value) & (pc.field("threshold_kind") == threshold.kind)
+    for name, value in (("site", site), ("recipe", recipe)):
+        where = where if value is None else where & (pc.field(name) == value)
+    table = warehouse.table("scores", run_ids=names, columns=columns, where=where & at)
+    scored = table.num_rows or warehouse.table("scores", run_ids=names, columns=["layer"], where=at).num_rows
+    if threshold is not None and not scored:
+        table = scores_at(warehouse, runs, threshold, sites=site and [site]).select(columns).filter(where)
+    return table
 
 
 def _profile(run: Mapping[str, Any], key: Any, score: str, rows: Sequence[Mapping[str, Any]]) -> Profile:

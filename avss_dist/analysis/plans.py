@@ -47,7 +47,7 @@ def plan_layers(
     return replace(
         made,
         findings=tuple(_findings(warehouse, run, choice, values.tolist())),
-        evaluated=tuple(_evaluated(warehouse, run, made.drop)),
+        evaluated=tuple(dict.fromkeys(_evaluated(warehouse, run, made.drop))),
     )
 
 

@@ -10,10 +10,11 @@ from math import exp
 from typing import Any
 
 from avss_dist.pruning.methods import ENDS_KEPT, LEAVE_ONE_OUT, REVERSED
-from avss_dist.pruning.selection import RANDOM
+from avss_dist.pruning.selection import PUBLISHED, RANDOM
 from avss_dist.settings import CHANCE, LOSS
 
 CLAIMED_SHARE, CLAIMED_KEPT = 0.25, 0.9
+MENTIONED = 0.01  # a guess that keeps less is not worth a word
 PRIMARY = (LOSS, "mc2", "acc_norm", "acc", "exact_match", "f1")  # of a task's metrics, the first that it has
 WHOLE = "whole model"
 
@@ -29,7 +30,7 @@ def primary_metric(rows: Sequence[Row]) -> str:
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
     """A paragraph for each task, of the rows of one run; none for a task on which the claim was not tried."""
-    told = []
+    paragraphs = []
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
         metric = primary_metric(of_task)
@@ -37,29 +38,33 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         of_task = [row for row in of_task if row["metric"] == metric and row["share"] in (0.0, CLAIMED_SHARE)]
         claim = _one(of_task, "avss")
         if claim is not None:
-            told.append(f"{task}: {' '.join(_sentences(claim, of_task, guess))}")
-    return told
+            paragraphs.append(f"{task}: {' '.join(_sentences(claim, of_task, guess))}")
+    return paragraphs
 
 
 def kept_by_guess(rows: Sequence[Row], metric: str) -> float | None:
-    """The retention of one who guesses; None where a guess has no accuracy, or nothing is known of it."""
+    """The retention of one who guesses; None where a guess has no accuracy and no loss, or nothing is known of it."""
     prefix, slash, name = metric.rpartition("/")
-    of_whole = {row["metric"]: row["value"] for row in rows if row["method"] == WHOLE}
+    of_whole = {row["metric"]: row["value"] for row in rows if _is_whole(row)}
     chance, whole = of_whole.get(f"{prefix}{slash}{CHANCE}"), of_whole.get(metric)
-    return chance / whole if chance and whole and name.startswith("acc") else None
+    if not chance or not whole:
+        return None
+    if name == LOSS:
+        return exp(min(whole - chance, 700))
+    return chance / whole if name.startswith("acc") else None
 
 
 def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str]:
-    told = [
+    sentences = [
         f"without the {len(claim['drop'])} layers of the lowest AVSS ({CLAIMED_SHARE:.0%}), {_kept(claim)} "
         f"{_before_and_after(claim, rows)}: {judgement(claim, guess)}."
     ]
-    if guess is not None and guess <= CLAIMED_KEPT:
-        told.append(f"A guess keeps {_percent(guess)}.")
+    if guess is not None and MENTIONED <= guess <= CLAIMED_KEPT:
+        sentences.append(f"A guess keeps {_percent(guess)}.")
     chances = [row["retention"] for row in rows if row["score"] == RANDOM and not row["control"]]
     if chances:
         better = sum(chance >= claim["retention"] for chance in chances)
-        told.append(
+        sentences.append(
             f"Of {len(chances)} random choices of as many layers, {better or 'none'} "
             f"keep{'s' if better == 1 else ''} as much or more (the best {_percent(max(chances))})."
         )
@@ -69,8 +74,8 @@ def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str
         "Block influence": _one(rows, "block_influence"),
         "Leaving out by the loss without each layer": _one(rows, LEAVE_ONE_OUT),
     }
-    told += [f"{name} keeps {_percent(row['retention'])}." for name, row in others.items() if row is not None]
-    return told
+    sentences += [f"{name} keeps {_percent(row['retention'])}." for name, row in others.items() if row is not None]
+    return sentences
 
 
 def judgement(row: Row, guess: float | None = None) -> str:
@@ -87,9 +92,18 @@ def judgement(row: Row, guess: float | None = None) -> str:
 
 def _one(rows: Sequence[Row], score: str, control: str | None = None) -> Row | None:
     """The row of a score as it is published, with a control or without."""
-    names = {score.replace("_", " "), "leave one out" if score == LEAVE_ONE_OUT else score}
-    wanted = {f"{name}, {control}" if control else name for name in names}
-    return next((row for row in rows if row["method"] in wanted), None)
+    wanted = (row for row in rows if (row["score"], row["control"]) == (score, control) and _is_published(row))
+    return next(wanted, None)
+
+
+def _is_published(row: Row) -> bool:
+    """Whether a row is of AVSS as published, or of another score; schema 2 has the reading in the label alone."""
+    reading = tuple(row.get(name) for name in ("site", "recipe", "threshold", "threshold_kind"))
+    return "(" not in row["method"] if None in reading else reading == PUBLISHED
+
+
+def _is_whole(row: Row) -> bool:
+    return row["score"] is None
 
 
 def _kept(row: Row) -> str:
@@ -100,7 +114,7 @@ def _kept(row: Row) -> str:
 
 
 def _before_and_after(row: Row, rows: Sequence[Row]) -> str:
-    whole = next((r for r in rows if r["method"] == WHOLE), None)
+    whole = next(filter(_is_whole, rows), None)
     if whole is None:
         return ""
     name = "perplexity" if row["metric"] == LOSS else row["metric"]

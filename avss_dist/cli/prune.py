@@ -80,7 +80,7 @@ def plan(
     if others and not run:
         print(f"  This is the newest of {others + 1} runs; --run names another.")
     if not made.evaluated and format == FORMATS[0]:
-        print(f"  Not evaluated yet: avss evaluate {output} --task perplexity:CORPUS --warehouse {opened.root}")
+        print(f"  Evaluate it: avss evaluate {output} --task perplexity:CORPUS --warehouse {opened.root}")
 
 
 def prune(
@@ -101,6 +101,8 @@ def prune(
         print("Layers have the shapes and settings that they had; no room to compare the outputs of both models.")
     else:
         print(f"Outputs are those of the original with the layers skipped (largest difference {done['difference']:g}).")
+    for note in done["notes"]:
+        print(note)
 
 
 def _protected(text: str) -> tuple[int, int]:

@@ -32,6 +32,11 @@ def score(
     **options: Any,
 ) -> int:
     """Score every layer of one or more models on a corpus, and keep the result as Parquet."""
+    if gradients:
+        from avss_dist.tasks.base import require_whole_model
+
+        require_whole_model(split_options(options)[1])
+
     from avss_dist.report.terminal.progress import Progress
     from avss_dist.runs.api import score as score_one
     from avss_dist.runs.api import score_all
@@ -80,6 +85,7 @@ def _take_gradients(models: Sequence[str], corpus: str, out: str, options: dict[
     from avss_dist.evaluation.ablate import ablate
     from avss_dist.report.terminal.progress import CellProgress
 
+    options = {name: value for name, value in options.items() if name not in ("sites", "thresholds")}
     for model in models:
         with CellProgress() as progress:
             found = ablate(

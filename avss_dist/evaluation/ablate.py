@@ -12,7 +12,16 @@ import numpy as np
 
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.errors import ConfigError
-from avss_dist.evaluation.evaluate import CellReporter, ask, commit, failure, measure, pinned, plan_text
+from avss_dist.evaluation.engine import (
+    CellReporter,
+    commit,
+    failure,
+    measure,
+    pinned,
+    plan_evaluation,
+    plan_text,
+    refuse_scoring,
+)
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import resolve
 from avss_dist.settings import GROUND_TRUTH, INTERVAL, LOSS, split_options
@@ -97,10 +106,11 @@ def ablate(
     """
     settings, execution = split_options(options)
     require_whole_model(execution)
+    refuse_scoring(settings)
     if min(shapley, seed) < 0:
-        raise ConfigError(f"shapley and seed cannot be negative: {min(shapley, seed)}.")
+        raise ConfigError(f"`shapley` and `seed` cannot be negative: {min(shapley, seed)}.")
     if not (leave_one_out or shapley or gradients):
-        raise ConfigError("Nothing is asked for.", "Leave out --no-leave-one-out, or pass --shapley 32 or --gradients.")
+        raise ConfigError("Nothing would be measured.", "Choose `leave_one_out`, `shapley` or `gradients`.")
     corpus = RedactedURI(corpus)
     store = Store(warehouse)
     store.create()
@@ -110,10 +120,10 @@ def ablate(
         text = plan_text(checkpoint, corpus, fixed, skip_sequences=skip_sequences)
         seeds = np.random.SeedSequence(seed).generate_state(shapley).tolist()
         tasks = _tasks(corpus, text, leave_one_out, gradients, seeds, truncation)
-        asked = [ask(checkpoint, task, fixed) for task in tasks]
-        cells = [cell for one in asked for cell in one.cells([()])]
+        planned = [plan_evaluation(checkpoint, task, fixed) for task in tasks]
+        cells = [cell for one in planned for cell in one.cells([()])]
         failed = measure(cells, store, executor, reporter, fresh=execution.fresh)
-    found = [result for one in asked for result in commit(one, store)]
+    found = [result for one in planned for result in commit(one, store)]
     if failed:
         raise failure(failed)
     return _ablation(str(model), corpus, found)

@@ -15,21 +15,22 @@ from typing import Any
 import numpy as np
 
 from avss_dist.analysis.verdict import WHOLE
-from avss_dist.evaluation.evaluate import (
-    Asked,
+from avss_dist.evaluation.engine import (
     CellReporter,
-    ask,
+    PlannedEvaluation,
     commit,
     failure,
-    make_task,
     measure,
     pinned,
+    plan_evaluation,
     plan_text,
 )
+from avss_dist.evaluation.evaluate import make_task
 from avss_dist.evaluation.held_out import refuse_overlap
 from avss_dist.evaluation.retention import retained
 from avss_dist.executors.base import Executor
 from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.loading import text_config
 from avss_dist.pruning.ground_truth import layer_truth
 from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, Method, methods
 from avss_dist.pruning.selection import count_layers
@@ -37,9 +38,10 @@ from avss_dist.runs.api import executor_for, run_job, with_options
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
-from avss_dist.settings import GROUND_TRUTH, LOSS, Settings, fingerprint
+from avss_dist.settings import CHANCE, GROUND_TRUTH, LOSS, Settings, fingerprint
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.tasks.base import Result, Task, require_evaluates
+from avss_dist.tasks.base import Result, Task, require_whole_model
+from avss_dist.tasks.cells import Cell
 from avss_dist.tasks.layer_removal import LeaveOneOut
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
@@ -51,21 +53,35 @@ Chosen = tuple[Method, float, tuple[int, ...]]  # a method, the share of layers,
 
 @dataclass
 class Trial:
-    """A scored run on its way through an experiment."""
+    """A scored run on its way through an experiment.
+
+    Attributes:
+        rows: of the table ``scores``.
+        truth: float64[layers], by one of ``settings.GROUND_TRUTH``.
+        planned: the evaluation of each task.
+        choices: what every method drops of every share.
+    """
 
     run: Run
     checkpoint: Checkpoint
     settings: Settings
     rows: Sequence[Mapping[str, Any]]
     corpus: str
-    truth: dict[str, Float64] = field(default_factory=dict)  # float64[layers], by one of `config.GROUND_TRUTH`
+    truth: dict[str, Float64] = field(default_factory=dict)
+    planned: dict[str, PlannedEvaluation] = field(default_factory=dict)
+    choices: list[Chosen] = field(default_factory=list)
 
     @property
     def num_layers(self) -> int:
         """Of the model."""
         return count_layers(self.rows)
 
-    def chosen(self, experiment: Experiment) -> list[Chosen]:
+    def cells(self) -> list[Cell]:
+        """Every task on the whole model, and without every set of layers that is dropped."""
+        drops = [(), *(drop for _, _, drop in self.choices)]
+        return [cell for one in self.planned.values() for cell in one.cells(drops)]
+
+    def choose(self, experiment: Experiment) -> list[Chosen]:
         """What every method drops of every share."""
         return [
             (method, share, choice.drop(choice.scores(self.rows, self.truth)))
@@ -87,7 +103,7 @@ def run_experiment(
 
     Args:
         job: with a section ``experiment``.
-        reporter, cells: told how scoring and evaluating go.
+        reporter, cells: hear how scoring and evaluating go.
         allow_overlap: evaluate on text that layers were scored on, all the same.
         options: as for `run.run_job`.
 
@@ -102,9 +118,9 @@ def run_experiment(
     assert experiment is not None
     specs, execution = with_options(job, options)
     for spec in specs:
-        require_evaluates(spec.execution.partition)
-    tasks = [RedactedURI(task) for task in experiment.tasks]
+        require_whole_model(spec.execution)
     runs = run_job(job, reporter=reporter or Reporter(), **options)
+    tasks = [RedactedURI(task) for task in experiment.tasks]
     store, warehouse = Store(job.warehouse), Warehouse(job.warehouse)
     with closing(executor_for(specs, job.settings, execution)) as executor:
         trials = [
@@ -115,32 +131,29 @@ def run_experiment(
         if experiment.leave_one_out:
             _leave_one_out(trials, store, executor, cells, fresh=execution.fresh)
         for trial in trials:
-            for score in set(experiment.scores) & set(GROUND_TRUTH) - set(trial.truth):
-                trial.truth[score] = _known(trial, warehouse, score)
-        asked = {}
-        for trial in trials:
-            for name in tasks:
-                asked[trial.run.run_id, name] = _ask(trial, name, experiment, warehouse, allow_overlap=allow_overlap)
-        chosen = {trial.run.run_id: trial.chosen(experiment) for trial in trials}
-        wanted = [
-            cell
-            for (run_id, _), one in asked.items()
-            for cell in one.cells([(), *(drop for _, _, drop in chosen[run_id])])
-        ]
+            _prepare(trial, experiment, tasks, warehouse, allow_overlap=allow_overlap)
+        wanted = [cell for trial in trials for cell in trial.cells()]
         failed = measure(wanted, store, executor, cells, fresh=execution.fresh)
-    found = {one.run_id: commit(one, store) for one in asked.values()}
+    results = {one.run_id: commit(one, store) for trial in trials for one in trial.planned.values()}
     if failed:
         raise failure(failed)
     rows = []
     for trial in trials:
-        mine = [
-            row
-            for name in tasks
-            for row in _rows(chosen[trial.run.run_id], name, found[asked[trial.run.run_id, name].run_id])
-        ]
+        mine = list(_rows_of_trial(trial, results))
         store.write_experiment(_identity(trial), fingerprint(**asdict(experiment) | {"tasks": tasks})[:20], mine)
         rows += [{**row, "run_id": trial.run.run_id, "model": trial.checkpoint.name} for row in mine]
     return runs, rows
+
+
+def _prepare(
+    trial: Trial, experiment: Experiment, tasks: Sequence[str], warehouse: Warehouse, *, allow_overlap: bool
+) -> None:
+    """Plan the evaluations of a trial, and choose the layers that each method drops."""
+    for score in set(experiment.scores) & set(GROUND_TRUTH) - set(trial.truth):
+        trial.truth[score] = _known(trial, warehouse, score)
+    for name in tasks:
+        trial.planned[name] = _plan(trial, name, experiment, warehouse, allow_overlap=allow_overlap)
+    trial.choices = trial.choose(experiment)
 
 
 def _trial(run: Run, spec: RunSpec, warehouse: Warehouse, executor: Executor) -> Trial:
@@ -150,7 +163,9 @@ def _trial(run: Run, spec: RunSpec, warehouse: Warehouse, executor: Executor) ->
     return Trial(run=run, checkpoint=checkpoint, settings=settings, rows=rows, corpus=spec.corpus)
 
 
-def _ask(trial: Trial, name: str, experiment: Experiment, warehouse: Warehouse, *, allow_overlap: bool) -> Asked:
+def _plan(
+    trial: Trial, name: str, experiment: Experiment, warehouse: Warehouse, *, allow_overlap: bool
+) -> PlannedEvaluation:
     settings = replace(trial.settings, max_sequences=experiment.max_sequences)
     task = make_task(
         trial.checkpoint,
@@ -162,25 +177,25 @@ def _ask(trial: Trial, name: str, experiment: Experiment, warehouse: Warehouse, 
     )
     if not allow_overlap:
         refuse_overlap(task, trial.run.run_id, warehouse, trial.checkpoint)
-    return ask(trial.checkpoint, task, settings)
+    return plan_evaluation(trial.checkpoint, task, settings)
 
 
 def _leave_one_out(
     trials: Sequence[Trial], store: Store, executor: Executor, reporter: CellReporter | None, *, fresh: bool
 ) -> None:
     """The loss of every trial without each of its layers, on the text that its scores were measured on."""
-    asked = []
+    planned = []
     for trial in trials:
         text = plan_text(trial.checkpoint, trial.corpus, trial.settings)
         task = Task(
             name=f"{GROUND_TRUTH[LEAVE_ONE_OUT]}{trial.corpus}",
             parts=tuple(LeaveOneOut(shard) for shard in text.shards),
         )
-        asked.append(ask(trial.checkpoint, task, trial.settings))
-    failed = measure([cell for one in asked for cell in one.cells([()])], store, executor, reporter, fresh=fresh)
+        planned.append(plan_evaluation(trial.checkpoint, task, trial.settings))
+    failed = measure([cell for one in planned for cell in one.cells([()])], store, executor, reporter, fresh=fresh)
     if failed:
         raise failure(failed)
-    for trial, one in zip(trials, asked, strict=True):
+    for trial, one in zip(trials, planned, strict=True):
         values = {result.drop: result.value for result in commit(one, store) if result.metric == LOSS}
         trial.truth[LEAVE_ONE_OUT] = np.array([values.get((layer,), np.nan) for layer in range(trial.num_layers)])
 
@@ -192,21 +207,41 @@ def _known(trial: Trial, warehouse: Warehouse, score: str) -> Float64:
     return layer_truth(warehouse, run, score).by_layer(trial.num_layers)
 
 
-def _rows(chosen: Sequence[Chosen], task: str, found: Sequence[Result]) -> Iterator[dict[str, Any]]:
-    """Rows of ``experiments`` for one task: the whole model, then every method at every share."""
-    whole = {result.metric: result for result in found if result.drop == () and result.layer is None}
+def guessed_loss(trial: Trial) -> float | None:
+    """The loss of a guess among all tokens, in nats per token; None where the vocabulary's size is not known."""
+    config = text_config(trial.checkpoint, trust_remote_code=trial.settings.trust_remote_code)
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    return float(np.log(size)) if size else None
+
+
+def _rows_of_trial(trial: Trial, results: Mapping[str, Sequence[Result]]) -> Iterator[dict[str, Any]]:
+    """Rows of ``experiments``, task by task."""
+    guess = guessed_loss(trial)
+    for task, one in trial.planned.items():
+        mine = [result for result in results[one.run_id] if result.layer is None]
+        for row in (*_whole_rows(mine, guess), *_choice_rows(trial.choices, mine)):
+            yield {"task": task, "created_at": datetime.now(UTC), **row}
+
+
+def _whole_rows(results: Sequence[Result], guess: float | None) -> Iterator[dict[str, Any]]:
+    """The whole model, and of a loss what a guess makes of it."""
+    whole = [_measured(result) for result in results if result.drop == ()]
+    if guess is not None and any(row["metric"] == LOSS for row in whole):
+        whole.append({"drop": [], "metric": CHANCE, "value": guess, "stderr": None})
+    for row in whole:
+        yield {**row, "method": WHOLE, "share": 0.0, **_NO_METHOD, "retention": 1.0}
+
+
+def _choice_rows(choices: Sequence[Chosen], results: Sequence[Result]) -> Iterator[dict[str, Any]]:
+    """Every method at every share, beside the whole model."""
+    whole = {result.metric: result for result in results if result.drop == ()}
     by_drop: dict[tuple[int, ...], list[Result]] = {}
-    for result in found:
-        if result.layer is None:
-            by_drop.setdefault(result.drop, []).append(result)
-    common = {"task": task, "created_at": datetime.now(UTC)}
-    for result in whole.values():
-        yield {**common, **_measured(result), "method": WHOLE, "share": 0.0, **_NO_METHOD, "retention": 1.0}
-    for method, share, drop in chosen:
+    for result in results:
+        by_drop.setdefault(result.drop, []).append(result)
+    for method, share, drop in choices:
         for result in by_drop[drop]:
             kept = retained(whole[result.metric], result)
             yield {
-                **common,
                 **_measured(result),
                 "method": method.label,
                 "share": share,

@@ -36,21 +36,21 @@ def refuse_overlap(task: Task, run_id: str, store: Warehouse, checkpoint: Checkp
     except AvssError as error:
         raise ConfigError(
             f"The text of run {run_id} cannot be read again: {error.message}",
-            "Put it back, or pass --allow-overlap and know that the layers may have been chosen on this very text.",
+            "Put it back, or set `allow_overlap` and know that the layers may have been chosen on this very text.",
         ) from error
     shared = shared_text(seen.shards, shards)
     if shared > MOST_SHARED:
         raise ConfigError(
             f"{shared:.0%} of {task.name} is text that the scores of {run_id} were measured on ({run['corpus']}).",
-            f"Evaluate on other text: another corpus, or --skip-sequences {run['num_sequences']}.",
+            f"Evaluate on other text: another corpus, or `skip_sequences` {run['num_sequences']}.",
         )
 
 
 def shared_text(seen: Iterable[Shard], read: Iterable[Shard]) -> float:
     """The share of the windows of ``WINDOW`` tokens in ``read`` that ``seen`` has too, wherever they begin."""
     known = _windows(seen)
-    asked = _windows(read)
-    return float(np.isin(asked, known).mean()) if len(asked) else 0.0
+    windows = _windows(read)
+    return float(np.isin(windows, known).mean()) if len(windows) else 0.0
 
 
 def _windows(shards: Iterable[Shard]) -> NDArray[np.uint64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,10 +43,7 @@ class LanguageModel:
         keep_freed_memory()
         self.module = load_model(checkpoint, settings, head=True)
         if self.module.get_output_embeddings() is None:
-            raise ModelError(
-                f"'{checkpoint.name}' ({type(self.module).__name__}) has no head that predicts the next token.",
-                "Evaluate a causal language model.",
-            )
+            raise _no_head(checkpoint, self.module)
         with quiet():
             self.module.to(self.device)
             backbone = open_module(self.module, layers=settings.layers, device=self.device)
@@ -97,6 +95,18 @@ class LanguageModel:
         """Drop the weights."""
         del self.module, self.layers
         free_device(self.device)
+
+
+def _no_head(checkpoint: Checkpoint, module: Any) -> ModelError:
+    name, config = type(module).__name__, module.config
+    if config.get_text_config() is not config:
+        return ModelError(
+            f"'{checkpoint.name}' ({name}) is multimodal: only models of text alone can be evaluated.",
+            "Save its language model, head and all, as a checkpoint of its own, and evaluate that.",
+        )
+    return ModelError(
+        f"'{checkpoint.name}' ({name}) has no head that predicts the next token.", "Evaluate a causal language model."
+    )
 
 
 def predicted(batch: Batch) -> np.ndarray:

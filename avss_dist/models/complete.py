@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from avss_dist.errors import ModelError
-from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.checkpoints import Checkpoint, read_config
 from avss_dist.models.layers import layer_lists
 from avss_dist.models.safetensors import DTYPES
 from avss_dist.models.stored import stored_tensors
@@ -77,6 +77,8 @@ def _require_numbers(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Refuse files that hold a weight in a packed form and do not say how it is unpacked."""
     if checkpoint.gguf or getattr(model.config, "quantization_config", None):
         return
+    if read_config(checkpoint.folder, checkpoint.name).get("quantization_config"):
+        return  # unpacked as it was loaded: the model's own configuration says so no more
     floating = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
     for tensor in stored_tensors(checkpoint):
         dtype = DTYPES.get(tensor.dtype)

@@ -18,17 +18,19 @@ import torch
 from torch import nn
 
 from avss_dist.errors import ModelError
-from avss_dist.models.checkpoints import PICKLED, Checkpoint, resolve
+from avss_dist.models.checkpoints import PICKLED, Checkpoint, read_config, resolve
 from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import forward_function, load_model, open_module, skeleton, text_config, without_head
 from avss_dist.models.safetensors import WEIGHTS, copy_tensors, tensors_of, weight_files
 from avss_dist.models.size import footprint
 from avss_dist.models.skipping import skipping
-from avss_dist.pruning.plan import Plan, describe_reason
+from avss_dist.pruning.model_card import model_card
+from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.quantization import FILES, KEYS, quantization_note, renumber_quantization
 from avss_dist.pruning.selection import PlanError
 from avss_dist.settings import Settings
 from avss_dist.system.devices import available_memory
-from avss_dist.text import escape_markdown
+from avss_dist.system.staging import staged_folder
 
 COUNTS = ("first_k_dense_replace", "max_window_layers", "num_dense_layers", "first_num_dense_layers")
 _NO_LAYERS = re.compile(r"token|architectures|rope|section|words|factor|label|kernel|size", re.IGNORECASE)
@@ -52,11 +54,12 @@ def prune(
     Args:
         model: hub id, folder: that of the plan, whatever its name.
         out: a folder that does not exist, or is empty; it appears when it is whole.
-        copied: told the bytes of weights that were copied, now and then.
+        copied: called with the bytes of weights that were copied, now and then.
 
     Returns:
         ``folder``; ``bytes`` of weights; ``difference``: the largest between outputs of the last layer, of the pruned
-        checkpoint and of the original with the layers skipped, in float32; None where both do not fit in memory.
+        checkpoint and of the original with the layers skipped, in float32; None where both do not fit in memory;
+        ``notes``: what that comparison cannot see.
 
     Raises:
         PlanError: the plan is of another model, the family cannot be pruned (the message says why), or the folder is
@@ -65,8 +68,7 @@ def prune(
     """
     settings = Settings(dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PlanError(f"{out} exists already, and is not empty.", "Name another folder with --out.")
+    _require_free(out)
     checkpoint = resolve(model, trust_remote_code=trust_remote_code)
     if checkpoint.gguf:
         raise PlanError(f"'{model}' is a .gguf file.", "Prune the checkpoint in safetensors that it was made of.")
@@ -75,22 +77,25 @@ def prune(
             f"The plan is for {plan.model} at {plan.revision[:12]}; '{model}' is at {checkpoint.revision[:12]}.",
             "Score this checkpoint, and make a plan of its own.",
         )
-    staged = out.with_name(f".{out.name}.part")
-    shutil.rmtree(staged, ignore_errors=True)
+    note = quantization_note(read_config(checkpoint.folder, model))
+    notes = [note] if note else []
     try:
-        staged.mkdir(parents=True)
-        _copy_files(checkpoint, plan, staged)
-        _write_config(checkpoint, plan, staged, settings)
-        size = _copy_weights(checkpoint, plan, staged, copied)
-        difference = _difference(checkpoint, plan, staged, settings)
-        if out.exists():
-            out.rmdir()
-        staged.rename(out)
+        with staged_folder(out) as staged:
+            _copy_files(checkpoint, plan, staged, notes)
+            _write_config(checkpoint, plan, staged, settings)
+            size = _copy_weights(checkpoint, plan, staged, settings, copied)
+            difference = _difference(checkpoint, plan, staged, settings)
     except OSError as error:
-        raise PlanError(f"{out} cannot be written: {error.strerror}.", "Name another folder with --out.") from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    return {"folder": str(out), "bytes": size, "difference": difference}
+        raise PlanError(f"{out} cannot be written: {error.strerror}.", "Name another folder with `out`.") from error
+    return {"folder": str(out), "bytes": size, "difference": difference, "notes": notes}
+
+
+def _require_free(out: Path) -> None:
+    """Refuse a folder that holds something, or that somebody stands in."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PlanError(f"{out} exists already, and is not empty.", "Name another folder with `out`.")
+    if out.resolve() == Path.cwd():
+        raise PlanError(f"{out} is the folder that you are in; it would be replaced.", "Name a new folder with `out`.")
 
 
 def _write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Settings) -> None:
@@ -104,8 +109,10 @@ def _write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Se
     _refuse(text, plan)
     raw = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     part = next((raw[n] for n in ("text_config", "llm_config", "decoder") if text is not whole and n in raw), raw)
-    part |= _cut(text.to_dict(), plan)
+    part |= _settings_by_layer(text.to_dict(), plan)
     part[text.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(plan.keep)
+    for settings_of in [raw] if part is raw else [raw, part]:
+        settings_of |= {key: renumber_quantization(settings_of[key], plan) for key in KEYS if key in settings_of}
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     try:
         less = text_config(replace(checkpoint, path=str(folder)), trust_remote_code=settings.trust_remote_code)
@@ -126,19 +133,23 @@ def _refuse(text: Any, plan: Plan) -> None:
             raise PlanError(f"A {text.model_type} with {name} cannot be pruned: {why}.")
 
 
-def _cut(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """What of a configuration is told by layer, for the layers that stay."""
+def _settings_by_layer(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """The settings by layer of a configuration, for the layers that stay."""
     place = {layer: i for i, layer in enumerate(plan.keep)}
-    cut: dict[str, Any] = {}
+    shortened: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, list) and not _NO_LAYERS.search(name):
             if len(value) == plan.num_layers:
-                cut[name] = [value[layer] for layer in plan.keep]
-            elif _INDICES.search(name) and value and all(type(v) is int and 0 <= v < plan.num_layers for v in value):
-                cut[name] = [place[v] for v in value if v in place]
+                shortened[name] = [value[layer] for layer in plan.keep]
+            elif _INDICES.search(name) and _are_layers(value, plan.num_layers):
+                shortened[name] = [place[v] for v in value if v in place]
         elif name in COUNTS and isinstance(value, int):
-            cut[name] = sum(layer < value for layer in plan.keep)
-    return cut
+            shortened[name] = sum(layer < value for layer in plan.keep)
+    return shortened
+
+
+def _are_layers(values: list[Any], num_layers: int) -> bool:
+    return bool(values) and all(type(value) is int and 0 <= value < num_layers for value in values)
 
 
 def _require_same_layers(whole: Any, less: Any, plan: Plan, settings: Settings) -> None:
@@ -182,18 +193,24 @@ def _described(layer: nn.Module, index: int) -> Iterator[tuple[str, str, Any]]:
                 yield path, name, value
 
 
-def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
+def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path, notes: list[str]) -> None:
     """Everything but configuration and weights; with a model card."""
     for file in checkpoint.folder.iterdir():
         if file.is_file() and not any(file.match(pattern) for pattern in _NOT_COPIED) and not file.name.startswith("."):
             shutil.copyfile(file, folder / file.name)
-    (folder / "README.md").write_text(model_card(checkpoint, plan), encoding="utf-8")
+    for name in FILES:
+        if (folder / name).is_file():
+            quantization = json.loads((folder / name).read_text(encoding="utf-8"))
+            (folder / name).write_text(json.dumps(renumber_quantization(quantization, plan), indent=2) + "\n")
+    (folder / "README.md").write_text(model_card(checkpoint, plan, notes), encoding="utf-8")
 
 
-def _copy_weights(checkpoint: Checkpoint, plan: Plan, folder: Path, copied: Callable[[int], None]) -> int:
+def _copy_weights(
+    checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Settings, copied: Callable[[int], None]
+) -> int:
     """The weights that stay; returns their bytes."""
     files = {file: [tensor.name for tensor in tensors_of(file)] for file in weight_files(checkpoint.folder)}
-    rename = _renaming([name for stored in files.values() for name in stored], plan, checkpoint)
+    rename = _renaming([name for stored in files.values() for name in stored], plan, checkpoint, settings)
     places: dict[str, str] = {}
     size = 0
     for file, stored in files.items():
@@ -209,7 +226,9 @@ def _copy_weights(checkpoint: Checkpoint, plan: Plan, folder: Path, copied: Call
     return size
 
 
-def _renaming(names: Sequence[str], plan: Plan, checkpoint: Checkpoint) -> Callable[[str], str | None]:
+def _renaming(
+    names: Sequence[str], plan: Plan, checkpoint: Checkpoint, settings: Settings
+) -> Callable[[str], str | None]:
     """How a stored tensor is called in the pruned checkpoint; None if it is of a layer that is dropped."""
     inside = re.compile(rf"((?:.*\.)?{re.escape(plan.layers)})\.(\d+)\.(.*)")
     found: dict[str, set[int]] = {}
@@ -217,9 +236,16 @@ def _renaming(names: Sequence[str], plan: Plan, checkpoint: Checkpoint) -> Calla
         found.setdefault(match[1], set()).add(int(match[2]))
     prefixes = [prefix for prefix, seen in found.items() if seen == set(range(plan.num_layers))]
     if len(prefixes) != 1:
+        config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+        if config.get_text_config() is not config:
+            raise PlanError(
+                f"'{checkpoint.name}' is multimodal ({config.model_type}): its tensors are stored under other names "
+                f"than '{plan.layers}', where transformers puts its layers.",
+                "Save its language model, head and all, as a checkpoint of its own, and prune that.",
+            )
         raise PlanError(
-            f"Which stored tensors of '{checkpoint.name}' are layers of '{plan.layers}' cannot be "
-            f"told: {', '.join(prefixes) or 'no names'} would fit.",
+            f"It is unclear which stored tensors of '{checkpoint.name}' are layers of '{plan.layers}': "
+            f"{', '.join(prefixes) or 'no names'} would fit.",
             "Save the checkpoint again with transformers' save_pretrained, and prune that.",
         )
     place = {layer: i for i, layer in enumerate(plan.keep)}
@@ -232,20 +258,6 @@ def _renaming(names: Sequence[str], plan: Plan, checkpoint: Checkpoint) -> Calla
         return f"{match[1]}.{place[layer]}.{match[3]}" if layer in place else None
 
     return rename
-
-
-def model_card(checkpoint: Checkpoint, plan: Plan) -> str:
-    """What was removed, and why, in the form of a model card."""
-    name = checkpoint.name if checkpoint.source == "hub" else Path(checkpoint.path).name
-    why = describe_reason(plan.why)
-    fields = {"base_model": name, "library_name": "transformers", "tags": ["pruned", "layer-pruning"]}
-    head = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items())
-    source = f", of run {plan.run_id}" if plan.run_id else ""
-    return (
-        f"---\n{head}\n---\n\n# {escape_markdown(name)} without {len(plan.drop)} of its {plan.num_layers} layers\n\n"
-        f"Removed, counted from 0: {', '.join(map(str, plan.drop))}. The others are unchanged.\n\n"
-        f"Chosen {escape_markdown(why)}{source}. Base model at {checkpoint.revision}. Written by avss_dist.\n"
-    )
 
 
 def _difference(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Settings) -> float | None:

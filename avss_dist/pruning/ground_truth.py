@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from avss_dist.errors import QueryError
 from avss_dist.settings import GROUND_TRUTH, Settings
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import settings_of
 
 _OPTIONS = {"loss": "", "shapley": " --no-leave-one-out --shapley 32", "taylor": " --no-leave-one-out --gradients"}
 _REPEATED = ("max_sequences", "sequence_length", "batch_size", "sequences_per_shard", "layout", "dtype")
@@ -70,7 +70,7 @@ def ablate_command(store: Warehouse, run: Mapping[str, Any], by: str = "loss") -
     """The command that measures one of ``settings.GROUND_TRUTH`` for a run's checkpoint, on the run's text."""
     hub_commit = len(run["revision"] or "") == 40
     model = f"{run['model']}@{run['revision']}" if hub_commit else run["model"]
-    settings, defaults = json.loads(run["settings"] or "{}"), Settings().as_dict()
+    settings, defaults = settings_of(run), Settings().as_dict()
     changed = [
         f"--{name.replace('_', '-')} {settings[name]}"
         for name in _REPEATED

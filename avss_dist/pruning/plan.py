@@ -47,29 +47,28 @@ Reason = Annotated[Any, Check(_reason)]
 class Plan:
     """Layers to drop from a model.
 
-    Attributes:
-        model, revision: of the checkpoint; revision is its content hash or the hub's commit.
-        num_layers: of the whole model.
-        layers: module path of the layer list, below the model's head.
-        drop: ascending, from 0.
-        why: what they were chosen by.
-        run_id: the run whose scores were read; None for a plan by hand.
-        findings: what to know before believing that choice.
-        evaluated: what the warehouse knew of the model without these layers when the plan was made.
-
     Raises:
         ConfigError: values that are no plan; every problem is named.
     """
 
     model: Name
+    """Hub id or folder of the checkpoint."""
     revision: Name | None = None
+    """The hub's commit, or the hash of the checkpoint's content; any by default."""
     num_layers: Annotated[int, Field(ge=1)]
+    """Layers of the whole model."""
     layers: Name
+    """Module path of the layer list, below the model's head."""
     drop: Layers
+    """Layers to drop, from 0."""
     why: Mapping[str, Reason] = Field(default_factory=dict)
+    """What they were chosen by."""
     run_id: Annotated[str, Check(_run_id)] | None = None
+    """The run whose scores were read; none for a plan by hand."""
     findings: Lines = ()
+    """What to know before believing that choice."""
     evaluated: Lines = ()
+    """What the warehouse knew of the model without these layers when the plan was made."""
 
     def __post_init__(self) -> None:
         dropped, number = sorted(set(self.drop)), self.num_layers
@@ -111,7 +110,7 @@ class Plan:
             f"Model: {self.model}{at}. " + (f"Run: {self.run_id}." if self.run_id else "By hand, of no run."),
             f"Chosen {describe_reason(self.why)}.",
             *(f"Finding: {line}" for line in self.findings),
-            *(f"Evaluated: {line}" for line in self.evaluated or ["not yet, when the plan was made."]),
+            *([f"Evaluated: {line}" for line in self.evaluated] or ["Not evaluated yet when the plan was made."]),
         ]
 
 

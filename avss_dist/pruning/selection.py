@@ -43,30 +43,30 @@ class PlanError(ConfigError):
 class Choice:
     """How layers are chosen.
 
-    Attributes:
-        by: a name of `SCORE_MEANINGS`. There is no default: which score to trust is the user's decision.
-        reading: of AVSS; None takes the first that there is.
-        fraction, count, mass: at most one: the lowest fraction of the layers, so many of them, or the lowest layers
-            that hold at most this share of the summed score. The lowest quarter if there is none.
-        first, last: layers at the start and at the end that are never dropped.
-        contiguous: drop neighbours: those whose scores add up to the least.
-        highest: drop the highest instead of the lowest.
-        seed: of ``random``.
-
     Raises:
         ConfigError: values out of their range, or that exclude each other.
     """
 
     by: Annotated[str, OneOf(tuple(SCORE_MEANINGS))]
+    """The score. There is no default: which one to trust is the user's decision."""
     reading: Reading | None = None
+    """Of AVSS: site, recipe, threshold and its kind; the first that there is by default."""
     fraction: Share | None = None
+    """Drop the lowest fraction of the layers; a quarter by default."""
     count: Annotated[int, Field(ge=1)] | None = None
+    """Drop so many layers, in place of a fraction."""
     mass: Share | None = None
+    """Drop the lowest layers that hold at most this share of the summed score, in place of a fraction."""
     first: Ends = 0
+    """Layers at the start that are never dropped."""
     last: Ends = 0
+    """Layers at the end that are never dropped."""
     contiguous: bool = False
+    """Drop neighbours: those whose scores add up to the least."""
     highest: bool = False
+    """Drop the highest instead of the lowest."""
     seed: Ends = 0
+    """Seed of a random choice."""
 
     def __post_init__(self) -> None:
         given = [f"`{name}`" for name in ("fraction", "count", "mass") if getattr(self, name) is not None]

@@ -191,7 +191,7 @@ def test_nothing_to_compare(root: Path) -> None:
         pairs(root, by="site")
     with pytest.raises(QueryError, match=r"No two profiles differ in run alone.\nThere are no scores"):
         pairs(root, "llama-1", "bert-1", site="neuron")
-    with pytest.raises(QueryError, match=r"Unknown --by 'famly'.\nDid you mean 'family'"):
+    with pytest.raises(QueryError, match=r"Unknown `by` 'famly'.\nDid you mean 'family'"):
         pairs(root, by="famly")
     with pytest.raises(QueryError, match=r"Unknown score 'block'.\nDid you mean 'block_influence'"):
         pairs(root, score="block")

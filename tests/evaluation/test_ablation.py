@@ -19,7 +19,8 @@ from support.families import tiny_model
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import AvssError, ConfigError
 from avss_dist.evaluation.ablate import ablate
-from avss_dist.evaluation.evaluate import evaluate, plan_text
+from avss_dist.evaluation.engine import plan_text
+from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.skipping import recording, resuming
 from avss_dist.report.terminal.ablation import ablation_rows, ablation_table

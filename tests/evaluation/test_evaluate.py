@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import one_thread
+from support.warehouses import avss
 
-from avss_dist.errors import ConfigError
+from avss_dist.errors import ConfigError, CorpusError
+from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
@@ -24,7 +26,7 @@ SMALL = {"max_sequences": 12, "sequence_length": 32, "batch_size": 4, "sequences
 
 
 def test_the_loss_is_that_of_transformers(tiny_llama: Path) -> None:
-    from avss_dist.evaluation.evaluate import plan_text
+    from avss_dist.evaluation.engine import plan_text
 
     settings = Settings(**SMALL)
     checkpoint = resolve(str(tiny_llama))
@@ -64,7 +66,7 @@ def test_a_plan_is_compared_with_its_whole_model_and_no_cell_is_measured_twice(
         score(tiny_llama, corpus="builtin:pydoc", out=warehouse, **SMALL)
         plan = tmp_path / "plan.yaml"
         assert run_avss("plan", warehouse, "--by", "avss", "--count", 1, "-o", plan).returncode == 0
-        with pytest.raises(ConfigError, match="--skip-sequences 12"):
+        with pytest.raises(ConfigError, match="`skip_sequences` 12"):
             evaluate([str(plan)], tasks=[TEXT], warehouse=warehouse, **SMALL)
         (found,) = evaluate([str(plan)], tasks=[TEXT], warehouse=warehouse, skip_sequences=12, **SMALL)
     assert found.retained is not None
@@ -115,3 +117,39 @@ def test_a_model_without_a_head_is_refused(tiny_bert: Path, tmp_path: Path, run_
     assert done.returncode == 2
     assert "predicts the next token" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+IGNORED = {
+    "partition": "streaming",
+    "gpus_per_replica": 2,
+    "max_memory": {"cpu": 10**9},
+    "offload_folder": "here",
+    "sites": ("mlp",),
+    "thresholds": (0.5,),
+}
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_what_would_be_ignored_is_refused(name: str, tmp_path: Path) -> None:
+    options = {"warehouse": tmp_path / "w", name: IGNORED[name]}
+    with pytest.raises(ConfigError, match=f"`{name}`"):
+        evaluate(["nowhere"], tasks=[TEXT], **options)
+    with pytest.raises(ConfigError, match=f"`{name}`"):
+        ablate("nowhere", corpus="builtin:pydoc", **options)
+    assert not (tmp_path / "w").exists()
+
+
+def test_gradients_are_refused_before_anything_is_scored(tmp_path: Path) -> None:
+    for given in (("--partition", "zero3", "--ranks", 2), ("--partition", "streaming"), ("--max-memory", "cpu=1GB")):
+        result = avss("score", "nowhere", "--corpus", "builtin:pydoc", "--out", tmp_path / "w", "--gradients", *given)
+        assert result.exit_code == 2 and given[0] in result.stderr
+    assert not (tmp_path / "w").exists()
+
+
+def test_rows_without_a_token_to_predict_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    """Their loss would be zero over zero."""
+    for sizes in ({"sequence_length": 1}, {"sequence_length": 1, "layout": "padded"}):
+        with pytest.raises(CorpusError, match="has a token that is predicted"):
+            evaluate([str(tiny_llama)], tasks=[TEXT], warehouse=tmp_path / "w", **SMALL | sizes)
+        with pytest.raises(CorpusError, match="has a token that is predicted"):
+            ablate(tiny_llama, corpus="builtin:pydoc", warehouse=tmp_path / "w", **SMALL | sizes)

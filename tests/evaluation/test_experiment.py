@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.checkpoints import one_thread
+from support.checkpoints import VOCABULARY, one_thread
 
 from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.analysis.verdict import judgement, verdicts
@@ -59,7 +59,9 @@ def done(deep_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 def test_every_method_is_compared_with_the_whole_model(done: tuple[Path, list[dict[str, Any]]]) -> None:
     _, rows = done
-    of = {(row["method"], row["share"]): row for row in rows}
+    (guess,) = (row for row in rows if row["metric"] == "chance")
+    assert guess["value"] == pytest.approx(np.log(VOCABULARY)) and guess["drop"] == []
+    of = {(row["method"], row["share"]): row for row in rows if row is not guess}
     whole = of["whole model", 0.0]
     assert whole["metric"] == "loss" and whole["retention"] == 1.0
     expected = {"avss", "block influence", "angular distance", "relative magnitude", "update variance ratio"}
@@ -183,7 +185,7 @@ def test_calibration_text_is_refused(done: tuple[Path, list[dict[str, Any]]], tm
     job, _ = done
     same = tmp_path / "same.yaml"
     same.write_text(job.read_text().replace("skip_sequences: 12", "skip_sequences: 0"))
-    with pytest.raises(ConfigError, match="--skip-sequences 12"):
+    with pytest.raises(ConfigError, match="`skip_sequences` 12"):
         run_experiment(read_job(same))
 
 
@@ -203,7 +205,7 @@ def test_the_claim_holds_or_not_or_is_undecided() -> None:
 
 def test_a_verdict_speaks_of_chance_and_of_rivals() -> None:
     rows = [
-        row("whole model", 1.0, 1.0, 1.0, share=0.0, value=0.8),
+        row("whole model", 1.0, 1.0, 1.0, share=0.0, value=0.8, score=None),
         row("avss", 0.95, 0.92, 0.99),
         row("random 0", 0.97, 0.9, 1.0, score="random"),
         row("random 1", 0.6, 0.5, 0.7, score="random"),
@@ -221,7 +223,7 @@ def test_a_verdict_speaks_of_chance_and_of_rivals() -> None:
     ("chance", "told"), [(0.5, "the claim holds. A guess keeps 62.5%."), (0.76, "cannot tell, for a guess keeps 95.0%")]
 )
 def test_a_verdict_knows_what_a_guess_keeps(chance: float, told: str) -> None:
-    of_choice = row("whole model", 1.0, 1.0, 1.0, share=0.0, value=0.8)
+    of_choice = row("whole model", 1.0, 1.0, 1.0, share=0.0, value=0.8, score=None)
     guess = {**of_choice, "metric": "chance", "value": chance}
     (text,) = verdicts([of_choice, guess, row("avss", 0.95, 0.92, 0.99)])
     assert told in text
@@ -272,3 +274,45 @@ def test_a_job_without_an_experiment_is_a_mistake(tmp_path: Path, run_avss: Call
     job.write_text("warehouse: w\nmodels: [m]\ncorpora: ['builtin:pydoc']\n")
     told = run_avss("experiment", job)
     assert told.returncode == 2 and "has no section 'experiment'" in told.stderr
+
+
+PUBLISHED = {"site": "block", "recipe": "pooled", "threshold": 1e-5, "threshold_kind": "absolute"}
+
+
+def test_a_verdict_finds_rows_by_columns_whatever_they_are_called() -> None:
+    """And by the label where an older file has no columns of the reading."""
+    elsewhere = row("AVSS", 0.1, 0.0, 0.2, score="avss", **PUBLISHED | {"site": "mlp"})
+    published = row("AVSS as published", 0.95, 0.92, 0.99, score="avss", **PUBLISHED)
+    assert "the claim holds" in verdicts([elsewhere, published])[0]
+    assert verdicts([elsewhere]) == []
+    older = [
+        row("avss (mlp, pooled, 1e-05)", 0.1, 0.0, 0.2, score="avss"),
+        row("avss", 0.95, 0.92, 0.99, score="avss"),
+    ]
+    assert "the claim holds" in verdicts(older)[0]
+    assert verdicts(older[:1]) == []
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "message"), [(1000.0, "cannot tell, for a guess keeps 100.0%"), (20.0, "the claim holds")]
+)
+def test_a_perplexity_as_large_as_the_vocabulary_is_a_guess_too(perplexity: float, message: str) -> None:
+    common = {"share": 0.0, "score": None}
+    rows = [
+        {**row("whole model", 1.0, 1.0, 1.0, **common), "metric": "loss", "value": np.log(perplexity)},
+        {**row("whole model", 1.0, 1.0, 1.0, **common), "metric": "chance", "value": np.log(1000.0)},
+        {**row("avss", 0.99, 0.98, 1.0), "metric": "loss", "value": np.log(perplexity)},
+    ]
+    (text,) = verdicts(rows)
+    assert message in text
+    assert ("A guess keeps 2.0%." in text) == (perplexity == 20.0)
+
+
+def test_an_experiment_refuses_what_its_evaluations_would_ignore(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    text = JOB.format(warehouse=tmp_path / "w", model="nowhere")
+    for name, value in (("partition", "streaming"), ("max_memory", "{cpu: 1GB}")):
+        job.write_text(text + f"execution: {{{name}: {value}, hang_seconds: 5}}\n")
+        with pytest.raises(ConfigError, match=f"`{name}`"):
+            run_experiment(read_job(job))
+    assert not (tmp_path / "w").exists()

@@ -7,10 +7,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import yaml
 from hypothesis import given, strategies
+from pydantic import TypeAdapter
 from support.warehouses import avss, run_row, write_scores
 
 from avss_dist.analysis.plans import plan_layers
@@ -210,6 +212,18 @@ def test_paths_that_are_no_plans(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_bytes(os.urandom(8) + b"\xff")
     with pytest.raises(PlanError, match="is not YAML"):
         read_plan(tmp_path / "plan.yaml")
+
+
+def test_a_plan_has_a_schema_for_editors(tmp_path: Path) -> None:
+    schema = TypeAdapter(Plan).json_schema()
+    assert all(part["description"] for part in schema["properties"].values())
+    made = Plan(**PLAIN | {"why": {"by": "loss"}})
+    made.write(tmp_path / "plan.yaml")
+    written = yaml.safe_load((tmp_path / "plan.yaml").read_text())
+    written.pop("keep")
+    jsonschema.validate(written, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(written | {"drop": ["one"]}, schema)
 
 
 # The score that is chosen by

@@ -1,0 +1,176 @@
+"""Findings that the statistics of a run tell, whatever AVSS makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.scores import NOISY_BELOW, Threshold
+from avss_dist.text import describe_layers, describe_threshold
+
+DOMINANT = 0.5  # share of the variance that one unit, or the first tokens, carry
+EXACT = 0.5  # share of exact zeros among near zeros
+IDENTITY = 1e-4  # mean |out - in| / |in| of a layer that does nothing
+
+Row = dict[str, Any]
+Rows = Sequence[Mapping[str, Any]]
+
+STATS = (
+    "run_id",
+    "layer",
+    "site",
+    "count",
+    "mean",
+    "m2",
+    "thresholds",
+    "near_zero",
+    "zero_count",
+    "nonfinite_count",
+    "max_abs",
+    "unit_count",
+    "unit_sum",
+    "unit_sum_sq",
+    "token_count",
+    "relative_magnitude_sum",
+)
+
+
+def read_stats(table: pa.Table) -> list[Row]:
+    """Rows of ``layer_stats`` by layer, lists as arrays: there may be thousands of units."""
+    table = table.sort_by("layer")
+    lists = {f.name for f in table.schema if pa.types.is_list(f.type)}
+    rows: list[Row] = table.drop_columns(list(lists)).to_pylist()
+    for name in lists:
+        for row, cell in zip(rows, table[name], strict=True):
+            row[name] = cell.values.to_numpy() if cell.is_valid else np.empty(0)
+    return rows
+
+
+def grouped(rows: Rows, *names: str) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
+def finding(kind: str, severity: str, value: float, message: str, **place: Any) -> Row:
+    return {"kind": kind, "severity": severity, "value": float(value), "message": message, **place}
+
+
+def of_stats(stats: Rows, threshold: Threshold) -> Iterator[Row]:
+    """Findings of one run that its statistics tell."""
+    for (site,), rows in grouped(stats, "site").items():
+        for one in (*_nonfinite(rows), *_exact_zeros(site, rows, threshold), *_dominant_units(rows)):
+            yield {"site": site, **one}
+    yield from _identity_layers(stats)
+
+
+def _nonfinite(rows: Rows) -> Iterator[Row]:
+    """Layers with NaN or infinite elements, which every other statistic leaves out."""
+    shares = {
+        row["layer"]: row["nonfinite_count"] / (row["count"] + row["nonfinite_count"])
+        for row in rows
+        if row["nonfinite_count"]
+    }
+    if shares:
+        largest = max(shares.values())
+        have = "has" if len(shares) == 1 else "have"
+        yield finding(
+            "nonfinite",
+            "warning",
+            largest,
+            f"{layers_in_words(list(shares)).capitalize()} {have} NaN or infinite activations (up to {largest:.2g} of "
+            "the elements): AVSS ranks no such layer. Is the dtype wide enough?",
+        )
+
+
+def _exact_zeros(site: str, rows: Rows, threshold: Threshold) -> Iterator[Row]:
+    if threshold.kind != "absolute":
+        return
+    near_zero = sum(int(row["near_zero"][row["thresholds"] == threshold.value].sum()) for row in rows)
+    zeros = sum(row["zero_count"] or 0 for row in rows)
+    if near_zero < NOISY_BELOW or zeros <= EXACT * near_zero:
+        return
+    share = zeros / near_zero
+    message = f"{share:.0%} of the elements with |x| < {describe(threshold)} are exactly zero: "
+    if site == "neuron":
+        severity, message = "note", message + "the activation function cuts them off, and the threshold hardly matters."
+    else:
+        severity, message = "warning", message + "the count tells of the dtype's rounding, not of the layer."
+    at = {"threshold": threshold.value, "threshold_kind": threshold.kind}
+    yield from (finding("exact_zeros", severity, share, message, recipe=r, **at) for r in ("pooled", "element"))
+
+
+def _dominant_units(rows: Rows) -> Iterator[Row]:
+    """Sums over units of (x - mean)^2, and of (unit mean - mean)^2, that one unit carries more than half of."""
+    rows = [row for row in rows if row["unit_sum"].size and row["unit_count"]]
+    of_means, of_elements = _largest_shares(rows, _shares_of_means), _largest_shares(rows, _shares_of_elements)
+    for recipe, largest in (("pooled", of_means), ("element", of_elements), ("unit", of_means)):
+        over = [found for found in largest if found[0] > DOMINANT]
+        if not over:
+            continue
+        share, unit, layer = max(over)
+        units = sorted({u for _, u, _ in over})
+        message = (
+            f"One unit carries more than half of the variance in {len(over)} of {len(largest)} layers "
+            f"(unit {unit} carries {share:.0%} in layer {layer}"
+            + (
+                f"; units {', '.join(map(str, units[:5]))}{', ...' if len(units) > 5 else ''})"
+                if len(units) > 1
+                else ")"
+            )
+            + ": the score is that unit's."
+        )
+        severity = "warning" if len(over) > len(largest) / 2 else "note"
+        yield finding("dominant_unit", severity, share, message, recipe=recipe)
+
+
+def _largest_shares(rows: Rows, shares_of: Callable[[Mapping[str, Any]], Float64]) -> list[tuple[float, int, int]]:
+    """Share, unit and layer, where shares are defined."""
+    shares = [(shares_of(row), row["layer"]) for row in rows]
+    return [(float(np.max(s)), int(np.argmax(s)), layer) for s, layer in shares if np.isfinite(s).all()]
+
+
+def _shares_of_elements(row: Mapping[str, Any]) -> Float64:
+    total, squares, n = row["unit_sum"], row["unit_sum_sq"], row["unit_count"]
+    mean = total.sum() / (n * total.size)
+    return _share(np.maximum(squares - 2 * mean * total + n * mean**2, 0))
+
+
+def _shares_of_means(row: Mapping[str, Any]) -> Float64:
+    means = row["unit_sum"] / row["unit_count"]
+    return _share((means - means.mean()) ** 2)
+
+
+def _share(values: Float64) -> Float64:
+    total = values.sum()
+    return values / total if total > 0 else np.full(values.shape, np.nan)
+
+
+def _identity_layers(stats: Rows) -> Iterator[Row]:
+    """Layers whose update is zero throughout, or (without that site) next to nothing beside their input."""
+    still = {row["layer"] for row in stats if row["site"] == "update" and row["count"] and row["max_abs"] == 0}
+    known = [row for row in stats if row["token_count"] and row["relative_magnitude_sum"] is not None]
+    moved = {row["layer"]: row["relative_magnitude_sum"] / row["token_count"] for row in known}
+    still |= {layer for layer, size in moved.items() if size < IDENTITY}
+    if still:
+        value = max((moved.get(layer, 0.0) for layer in still), default=0.0)
+        are = "gives out what it takes" if len(still) == 1 else "give out what they take"
+        yield finding(
+            *("identity_layer", "warning", value),
+            f"{layers_in_words(sorted(still)).capitalize()} {are} in (|out - in| / |in| is at most {value:.1g}): "
+            "removing them would change nothing.",
+        )
+
+
+def describe(threshold: Threshold) -> str:
+    return describe_threshold(threshold.value, threshold.kind)
+
+
+def layers_in_words(layers: Sequence[int]) -> str:
+    """``layers 0-3, 7``."""
+    return f"layer{'s' if len(layers) != 1 else ''} {describe_layers(layers)}"

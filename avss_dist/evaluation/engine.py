@@ -1,0 +1,222 @@
+"""Plan cells, measure those that are missing, keep each as it comes, and combine them into results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow.compute as pc
+
+from avss_dist.corpus.shards import CorpusPlan, plan
+from avss_dist.errors import AvssError, ConfigError, CorpusError, RunFailed
+from avss_dist.executors.base import Executor
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.loading import load_tokenizer, pin, text_config
+from avss_dist.settings import LOSS, SCHEMA_VERSION, Settings, fingerprint
+from avss_dist.system.versions import package_versions
+from avss_dist.tasks.base import Result, Task, combine
+from avss_dist.tasks.cells import Cell, CellResult
+from avss_dist.text import RedactedURI
+from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.store import Store
+
+NOT_NUMBERS = ("max_sequences", "sequences_per_shard", "sites", "thresholds", "layout", "trust_remote_code")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedEvaluation:
+    """A task of one checkpoint: which evaluation it is, and how it is measured."""
+
+    run_id: str
+    checkpoint: Checkpoint
+    settings: Settings
+    task: Task
+
+    def cells(self, drops: Iterable[tuple[int, ...]]) -> list[Cell]:
+        """A cell for each part of the task and each set of layers to leave out; each once."""
+        return [
+            Cell(
+                run_id=self.run_id,
+                checkpoint=self.checkpoint,
+                settings=self.settings,
+                task=self.task.name,
+                part=part,
+                measure=measure,
+                drop=drop,
+            )
+            for drop in dict.fromkeys(drops)
+            for part, measure in enumerate(self.task.parts)
+        ]
+
+
+class CellReporter(Protocol):
+    """Hears how an evaluation goes."""
+
+    def started(self, cells: int, done: int) -> None: ...
+    def advanced(self, cell: Cell) -> None: ...
+
+
+class SilentCells:
+    """Says nothing."""
+
+    def started(self, cells: int, done: int) -> None: ...
+    def advanced(self, cell: Cell) -> None: ...
+
+
+def failure(failed: Sequence[tuple[Cell, AvssError]]) -> AvssError:
+    """One error that tells of all cells that failed: the first mistake, else that they failed."""
+    cell, error = next(((c, e) for c, e in failed if not isinstance(e, RunFailed)), failed[0])
+    what = f"{cell.task} of {cell.checkpoint.name}" + (f" without layers {list(cell.drop)}" if cell.drop else "")
+    others = f" {len(failed) - 1} more failed." if len(failed) > 1 else ""
+    return type(error)(f"{what}: {error.message}{others}", error.hint or "Run the same command again.")
+
+
+def refuse_scoring(settings: Settings) -> None:
+    """Refuse settings of what is measured inside of layers, which no evaluation is.
+
+    Raises:
+        ConfigError: every one that would have no effect is named.
+    """
+    default = Settings()
+    problems = [
+        ConfigError(f"`{name}` has no effect: tasks measure nothing inside of layers.", "Leave it out.")
+        for name in ("sites", "thresholds")
+        if getattr(settings, name) != getattr(default, name)
+    ]
+    if problems:
+        raise ConfigError.of(problems)
+
+
+def plan_evaluation(checkpoint: Checkpoint, task: Task, settings: Settings) -> PlannedEvaluation:
+    """A task of a checkpoint; ``settings`` are `pinned`. The same id is the same evaluation."""
+    numbers = {name: value for name, value in settings.as_dict().items() if name not in NOT_NUMBERS}
+    print_ = fingerprint(schema=SCHEMA_VERSION, checkpoint=checkpoint.revision, task=task.key, settings=numbers)
+    run_id = f"{checkpoint.slug}-{print_[:10]}"
+    return PlannedEvaluation(run_id=run_id, checkpoint=checkpoint, settings=settings, task=task)
+
+
+def pinned(settings: Settings, checkpoint: Checkpoint, device: str) -> Settings:
+    """Settings with every ``auto`` decided; refuses rows that the model cannot read."""
+    config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+    return pin(settings, checkpoint, config, device)
+
+
+def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_sequences: int = 0) -> CorpusPlan:
+    """The rows of a corpus after the first ``skip_sequences``, in the checkpoint's tokens.
+
+    Raises:
+        CorpusError: it cannot be read, is too short, or has nothing to predict.
+    """
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
+    made = plan(corpus, tokenizer, settings, skip_sequences=skip_sequences)
+    if max(int(shard.lengths.max()) for shard in made.shards) <= max(1, settings.skip_first_tokens):
+        raise CorpusError(
+            f"No row of {RedactedURI(corpus)} has a token that is predicted from others before it and counts.",
+            "Make `sequence_length` at least 2, and larger than `skip_first_tokens`; or take longer documents.",
+        )
+    return made
+
+
+def measure(
+    cells: Sequence[Cell],
+    store: Store,
+    executor: Executor,
+    reporter: CellReporter | None = None,
+    *,
+    fresh: bool = False,
+) -> list[tuple[Cell, AvssError]]:
+    """Measure the cells that are not in the warehouse yet, and keep each as it comes; returns those that failed.
+
+    Raises:
+        AvssError: the workers or the warehouse failed; what was measured is kept.
+    """
+    reporter = reporter or SilentCells()
+    wanted = {(cell.run_id, cell.cell_id): cell for cell in cells}
+    done = set() if fresh else {(run, cell) for run in {run for run, _ in wanted} for cell in store.cell_ids(run)}
+    missing = [cell for key, cell in wanted.items() if key not in done]
+    reporter.started(len(wanted), len(wanted) - len(missing))
+    failed: list[tuple[Cell, AvssError]] = []
+    with closing(executor.run_cells(missing)) as outcomes:
+        for cell, outcome in outcomes:
+            if isinstance(outcome, AvssError):
+                failed.append((cell, outcome))
+            else:
+                store.write_cell(_identity(cell, outcome.family), cell.cell_id, _rows(cell, outcome))
+            reporter.advanced(cell)
+    return failed
+
+
+def commit(planned: PlannedEvaluation, store: Store) -> list[Result]:
+    """Write what all cells of an evaluation say to ``evaluations``; of a loss, its perplexity too."""
+    if not store.cell_ids(planned.run_id):
+        return []
+    rows = store.table("cells", where=pc.field("run_id") == planned.run_id).to_pylist()
+    found = combine(rows, len(planned.task.parts))
+    if found:
+        seconds = {(tuple(r["drop"]), r["layer"]): 0.0 for r in rows}
+        for row in rows:
+            seconds[tuple(row["drop"]), row["layer"]] += row["seconds"] or 0.0
+        common = {
+            "task": planned.task.name,
+            "settings": json.dumps({**planned.settings.as_dict(), **planned.task.options}),
+            "versions": package_versions(),
+            "created_at": datetime.now(UTC),
+        }
+        of = RunIdentity(
+            run_id=planned.run_id,
+            model=planned.checkpoint.name,
+            revision=planned.checkpoint.revision,
+            family=rows[0]["family"],
+        )
+        store.write_evaluations(
+            of,
+            [
+                {**common, **row, "seconds": seconds[result.drop, result.layer]}
+                for result in found
+                for row in _metric_rows(result)
+            ],
+        )
+    return found
+
+
+def metrics(result: Result) -> Iterator[tuple[str, float, float]]:
+    """Name, value and standard error of a result; of a loss, of its perplexity too (by the delta method)."""
+    yield result.metric, result.value, result.stderr
+    if result.metric == LOSS:
+        perplexity = float(np.exp(result.value))
+        yield "perplexity", perplexity, perplexity * result.stderr
+
+
+def _metric_rows(result: Result) -> Iterator[dict[str, Any]]:
+    fields = {"drop": list(result.drop), "layer": result.layer, "num_samples": len(result.samples)}
+    for metric, value, stderr in metrics(result):
+        yield {**fields, "metric": metric, "value": value, "stderr": stderr}
+
+
+def _identity(cell: Cell, family: str) -> RunIdentity:
+    of = cell.checkpoint
+    return RunIdentity(run_id=cell.run_id, model=of.name, revision=of.revision, family=family)
+
+
+def _rows(cell: Cell, measured: CellResult) -> list[Mapping[str, Any]]:
+    share = measured.seconds / max(1, len(measured.rows))
+    return [
+        {
+            "task": cell.task,
+            "metric": row.metric,
+            "drop": list(cell.drop if row.drop is None else row.drop),
+            "layer": row.layer,
+            "part": cell.part,
+            "samples": row.samples.tolist(),
+            "weights": row.weights.tolist(),
+            "device": measured.device,
+            "seconds": share,
+            "created_at": datetime.now(UTC),
+        }
+        for row in measured.rows
+    ]

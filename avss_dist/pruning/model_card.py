@@ -1,0 +1,57 @@
+"""The model card of a pruned checkpoint."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.pruning.plan import Plan, describe_reason
+from avss_dist.text import escape_markdown
+
+LICENSE = ("license", "license_name", "license_link")
+
+
+def model_card(checkpoint: Checkpoint, plan: Plan, notes: list[str] | None = None) -> str:
+    """What was removed and why, under which license, in the form of a model card."""
+    name = checkpoint.name if checkpoint.source == "hub" else Path(checkpoint.path).name
+    fields = {
+        "base_model": name,
+        **source_license(checkpoint.folder),
+        "library_name": "transformers",
+        "tags": ["pruned", "layer-pruning"],
+    }
+    head = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items())
+    source = f", of run {plan.run_id}" if plan.run_id else ""
+    known = [*(f"Finding: {line}" for line in plan.findings), *(notes or [])]
+    known.append(f"Evaluated: {' '.join(plan.evaluated) or 'not when it was planned.'}")
+    return (
+        f"---\n{head}\n---\n\n# {escape_markdown(name)} without {len(plan.drop)} of its {plan.num_layers} layers\n\n"
+        f"Removed, counted from 0: {', '.join(map(str, plan.drop))}. The others are unchanged.\n\n"
+        f"Chosen {escape_markdown(describe_reason(plan.why))}{source}. Base model at {checkpoint.revision}.\n\n"
+        + "".join(f"- {escape_markdown(line)}\n" for line in known)
+        + "\nWritten by avss_dist.\n"
+    )
+
+
+def source_license(folder: Path) -> dict[str, Any]:
+    """The license that a checkpoint's model card names, else its configuration; empty where neither does."""
+    for read in (_front_matter, _config):
+        with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
+            values = read(folder)
+            if isinstance(values, dict) and values.get("license"):
+                return {key: str(values[key]) for key in LICENSE if values.get(key)}
+    return {}
+
+
+def _front_matter(folder: Path) -> Any:
+    begin, head, _ = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    return None if begin.strip() else yaml.safe_load(head)
+
+
+def _config(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
