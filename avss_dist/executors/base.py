@@ -1,4 +1,4 @@
-"""One interface to whatever measures shards and cells: each of them gives one pure result."""
+"""The interface of executors: they measure shards and cells, each of which gives one pure result."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ReplicaSpec:
 
 
 class LanguageModelSpec(ReplicaSpec):
-    """The same of a model that is asked: it has its head, and is whole on one device."""
+    """The same for the cells of evaluations: a causal language model with its head, whole on one device."""
 
     def open(self) -> LanguageModel:
         """See `ReplicaSpec.open`."""
@@ -83,7 +83,7 @@ class Executor(Protocol):
         """``cpu`` or ``cuda``, where models compute."""
 
     def replicas(self, placement: Placement) -> int:
-        """How many model copies of this placement work in parallel.
+        """How many model copies of this placement run in parallel.
 
         Raises:
             ConfigError: there are too few devices.

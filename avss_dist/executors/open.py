@@ -12,7 +12,7 @@ from avss_dist.settings import Execution, Settings
 
 
 def open_executor(execution: Execution, settings: Settings) -> Executor:
-    """The executor that was asked for; ``auto`` is Ray where there is more than one process to run, or a cluster."""
+    """The requested executor; ``auto`` is Ray where there is more than one process to run, or a cluster."""
     from avss_dist.executors.local import LocalExecutor
 
     gpus = torch.cuda.device_count() if settings.device != "cpu" else 0

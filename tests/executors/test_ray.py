@@ -186,12 +186,12 @@ def test_a_shard_that_kills_its_workers_fails_the_run_and_keeps_the_rest(
 ) -> None:
     monkeypatch.setattr(gang, "Worker", DiesOnShardTwo)
     with pytest.raises(RunFailed, match="Shard 2 failed 3 times"):
-        score(tiny_llama, tmp_path, executor="ray", replicas=2)
+        score(tiny_llama, tmp_path, executor="ray", replicas=1)
     (row,) = Warehouse(tmp_path).runs().to_pylist()
     assert row["status"] == "failed" and "Shard 2" in row["error"]
     monkeypatch.undo()
     run = score(tiny_llama, tmp_path, executor="local")
-    assert run.status == "done" and run.resumed_shards >= 2
+    assert run.status == "done" and run.resumed_shards == 2
     assert_same_tables(tmp_path, undisturbed)
 
 
@@ -201,7 +201,7 @@ def test_a_passing_fault_is_retried(
 ) -> None:
     MARK[:] = [tmp_path / "mark"]
     monkeypatch.setattr(gang, "Worker", FailsOnceOnShardTwo)
-    assert score(tiny_llama, tmp_path / "w", executor="ray", replicas=2).status == "done"
+    assert score(tiny_llama, tmp_path / "w", executor="ray", replicas=1).status == "done"
     assert MARK[0].exists()
     assert_same_tables(tmp_path / "w", undisturbed)
 
@@ -211,7 +211,7 @@ def test_batches_are_halved_for_all_ranks_until_they_fit(
     tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gang, "Worker", HasRoomForOneRow)
-    score(tiny_llama, tmp_path / "one", executor="ray", replicas=2)
+    score(tiny_llama, tmp_path / "one", executor="ray", replicas=1)
     sql = "SELECT layer, site, count, nonfinite_count, sequence_count FROM layer_stats ORDER BY layer, site"
     assert Warehouse(tmp_path / "one").sql(sql).equals(Warehouse(undisturbed).sql(sql))
     (row,) = Warehouse(tmp_path / "one").runs().to_pylist()
@@ -224,7 +224,7 @@ def test_batches_are_halved_for_all_ranks_until_they_fit(
 @shared_cluster
 def test_a_model_that_cannot_be_opened_fails_with_its_reason(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(avss_dist.errors.AvssError, match=r"no layer list 'model\.layer'"):
-        score(tiny_llama, tmp_path, executor="ray", replicas=2, layers="model.layer")
+        score(tiny_llama, tmp_path, executor="ray", replicas=1, layers="model.layer")
 
 
 def test_models_share_the_workers_and_no_process_is_left(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
