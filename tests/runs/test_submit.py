@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 from support.checkpoints import llama
@@ -196,6 +196,20 @@ def test_a_submitted_experiment_takes_its_files_along(
     assert "block influence" in done.stdout
     (tmp_path / "more" / "questions.jsonl").unlink()
     refused(run_avss("submit", job, "--experiment", env=cluster), "The data of task 'capitals' is not there")
+
+
+def test_what_the_job_server_remembers_names_no_key(
+    cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path
+) -> None:
+    job = job_file(tmp_path, models, warehouse="s3://SOMEKEY:SOMESECRET@bucket/w")
+    done = run_avss("submit", job, env=cluster)
+    assert done.returncode == 0, done.stderr
+    token = Path(cluster["RAY_AUTH_TOKEN_PATH"]).read_text()
+    url = f"{cluster['RAY_API_SERVER_ADDRESS']}/api/jobs/{done.stdout.strip()}"
+    with urlopen(Request(url, headers={"Authorization": f"Bearer {token}"})) as response:
+        details = json.load(response)
+    assert details["metadata"]["avss_warehouse"] == "s3://bucket/w"
+    assert "SOMESECRET" not in json.dumps(details)
 
 
 @pytest.mark.parametrize("command", [["status"], ["logs"], ["logs", "--follow"], ["stop"]], ids=" ".join)
