@@ -67,12 +67,12 @@ class LocalExecutor:
                 continue
             try:
                 for cell in of_model:
-                    yield cell, self._ask(model, cell)
+                    yield cell, self._measure_cell(model, cell)
             finally:
                 model.close()
 
     @staticmethod
-    def _ask(model: LanguageModel, cell: Cell) -> CellResult | AvssError:
+    def _measure_cell(model: LanguageModel, cell: Cell) -> CellResult | AvssError:
         try:
             return measure_cell(model, cell)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Cells: one part of a task, asked of one model without some layers."""
+"""Cells: one part of a task, measured on one model without some of its layers."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def measure_cell(model: LanguageModel, cell: Cell, *, rows: int | None = None, b
         beat: called whenever a layer begins.
 
     Raises:
-        AvssError: the model cannot be asked this.
+        AvssError: the task does not fit the model.
         BatchTooLarge: one row does not fit.
     """
     start, settings = time.perf_counter(), model.settings
 
-    def ask(rows: int) -> list[Row]:
+    def run(rows: int) -> list[Row]:
         model.settings = replace(settings, batch_size=rows)
         return cell.measure(model, cell.drop)
 
@@ -80,11 +80,11 @@ def measure_cell(model: LanguageModel, cell: Cell, *, rows: int | None = None, b
 
     try:
         with _beating(model, beat):
-            found, _ = halve_until_it_fits(ask, rows or settings.batch_size, too_large)
+            result, _ = halve_until_it_fits(run, rows or settings.batch_size, too_large)
     finally:
         model.settings = settings
     seconds = time.perf_counter() - start
-    return CellResult(rows=found, family=model.family, device=str(model.device), seconds=seconds)
+    return CellResult(rows=result, family=model.family, device=str(model.device), seconds=seconds)
 
 
 @contextmanager

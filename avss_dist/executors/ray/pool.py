@@ -1,8 +1,8 @@
 """Which gang measures which units, and what becomes of gangs that fail or hang.
 
-A gang has one round at a time: a unit for each of its ranks, or one for all where they share a batch. It asks for the
-next when it is done, so a slow one never holds the rest; where its queue has none left, it opens the model of the next.
-The pool keeps no statistics: what dies with a gang is measured again.
+A gang has one round at a time: a unit for each of its ranks, or one for all where they share a batch. It gets the next
+when it is done, so a slow one never delays the rest; where its queue is empty, it opens the model of the next queue.
+The pool keeps no statistics: what is lost with a gang is measured again.
 """
 
 from __future__ import annotations

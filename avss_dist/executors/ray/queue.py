@@ -196,7 +196,7 @@ class ShardQueue(UnitQueue[Shard]):
 
 
 class CellQueue(UnitQueue[Cell]):
-    """The cells that ask one model; an error ends its cell alone, unless the model cannot be opened."""
+    """The cells of one model; an error ends its cell alone, unless the model cannot be opened."""
 
     def __init__(self, spec: LanguageModelSpec, cells: Sequence[Cell]) -> None:
         super().__init__(spec, cells)
