@@ -112,6 +112,8 @@ class Settings:
     """Attention implementation; transformers chooses by default."""
     device: Annotated[str, OneOf(DEVICES)] = "auto"
     """Kind of device; auto is cuda where there is one."""
+    threads: Positive = 1
+    """Threads that compute one shard, or one part of a task, on a CPU; free cores take several at once."""
     trust_remote_code: bool = False
     """Run Python code that the checkpoint ships."""
 

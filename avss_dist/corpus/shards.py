@@ -71,7 +71,7 @@ class Shard:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CorpusPlan:
-    """A corpus cut into shards, ``shards[i].shard_id == i``; two sums over them; and how many documents they took."""
+    """A corpus cut into shards, ``shards[i].shard_id == i``, and two sums over them."""
 
     source: str  # as the user named it
     corpus_fingerprint: str
@@ -79,7 +79,6 @@ class CorpusPlan:
     shards: tuple[Shard, ...]
     num_sequences: int
     num_tokens: int
-    num_documents: int
 
 
 def plan(
@@ -122,7 +121,6 @@ def plan(
         shards=tuple(shards),
         num_sequences=num_sequences,
         num_tokens=num_tokens,
-        num_documents=tally.documents,
     )
 
 
@@ -192,10 +190,10 @@ def _require_enough(source: str, num_sequences: int, num_tokens: int, tally: _Ta
         raise CorpusError(f"{source} holds no text (documents read: {tally.documents}).", "Name one that holds some.")
     if not num_sequences and tally.tokens >= length:
         message = f"{source} has no sequence left after those that are skipped."
-        raise CorpusError(message, "Lower --skip-sequences, or name a longer text.")
+        raise CorpusError(message, "Lower `skip_sequences`, or name a longer text.")
     if not num_sequences and settings.layout == "packed":
         message = f"{source} is {tally.tokens} tokens long, too short for one sequence of {length}."
-        raise CorpusError(message, "Choose a smaller --sequence-length, or --layout padded.")
+        raise CorpusError(message, "Choose a smaller `sequence_length`, or `layout` padded.")
     if not num_tokens:
-        message = f"No document of {source} is longer than --skip-first-tokens {skip} (tokens in all: {tally.tokens})."
-        raise CorpusError(message, "Lower --skip-first-tokens, or choose --layout packed.")
+        message = f"No document of {source} is longer than `skip_first_tokens`, {skip} (tokens in all: {tally.tokens})."
+        raise CorpusError(message, "Lower `skip_first_tokens`, or choose `layout` packed.")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import has_magic
-from itertools import zip_longest
+from itertools import count, zip_longest
 from typing import Any
 from urllib.parse import unquote
 
@@ -23,16 +23,17 @@ from pyarrow import ArrowException, fs, parquet
 
 from avss_dist.errors import CorpusError, nearest, require_known
 from avss_dist.settings import fingerprint
-from avss_dist.text import RedactedURI
+from avss_dist.text import RedactedURI, describe_bytes
 
 TEXT_PIECE_BYTES = 4 << 20  # tokenizers need over 100 bytes of memory for each byte of a document
+MAX_LINE_BYTES = 16 << 20  # of a line of a file; as many characters of a text
 FORMS = "file.txt, file.jsonl[:field], file.parquet[:column], hf:NAME[:config][:split][:column], builtin:pydoc"
 
 _FILE = re.compile(r"(?P<path>.+?\.(?P<suffix>txt|jsonl|parquet))(?::(?P<field>.*))?", re.IGNORECASE)
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _READ_BYTES = 8 << 20
 _FILE_ERRORS = (OSError, ArrowException, UnicodeDecodeError)
-_FILE_HINT = "Check that the file is there, whole, and yours to read."
+_FILE_HINT = "Check that the file exists, is complete and readable."
 _HUB_HINT = "Check the name, configuration, split and network; a private dataset needs `hf auth login`."
 
 
@@ -43,30 +44,34 @@ def documents(source: str) -> Iterator[str]:
     ends, each a document. Memory is bounded by such a piece, the longest line, or a Parquet row group's column.
 
     Raises:
-        CorpusError: the source is unknown, missing, unreadable, malformed or not UTF-8; names file and line.
+        CorpusError: the source is unknown, missing, unreadable, malformed or not UTF-8, or has a line or a text above
+            16 MiB; names file and line.
     """
     return open_source(source).documents()
 
 
-def corpus_fingerprint(source: str) -> str:
-    """Identity of a source's content in 64 hex digits, whatever the tokenizer and however much of it is read.
-
-    Local files count by their bytes, wherever they lie; remote ones by path, size and time of change; Hub datasets by
-    name and revision (a local dataset folder by the times of its files). Field, column, config and split count too.
-
-    Raises:
-        CorpusError: the source is unknown, missing or unreadable.
-    """
-    return open_source(source).fingerprint()
-
-
 @dataclass(frozen=True)
 class Source:
+    """A source that was found.
+
+    Attributes:
+        documents: streams its texts.
+        fingerprint: identity of its content in 64 hex digits, whatever the tokenizer and however much of it is read.
+            Local files count by their bytes, wherever they lie; remote ones by path, size and time of change; Hub
+            datasets by name and revision (a local dataset folder by the times of its files). Field, column, config and
+            split count too.
+    """
+
     documents: Callable[[], Iterator[str]]
     fingerprint: Callable[[], str]
 
 
 def open_source(source: str) -> Source:
+    """Find a source.
+
+    Raises:
+        CorpusError: it is unknown, missing or unreadable.
+    """
     source = RedactedURI(source).full
     kind, _, name = source.partition(":")
     return _builtin(name) if kind == "builtin" else _hub(source) if kind == "hf" else _files(source)
@@ -139,13 +144,18 @@ def _read(filesystem: fs.FileSystem, paths: list[str], suffix: str, field: str) 
 
 def _read_txt(file: Any, path: str, _field: str) -> Iterator[str]:
     stream = io.BufferedReader(file, _READ_BYTES)
-    while data := stream.read(TEXT_PIECE_BYTES) + stream.readline():
+    while piece := stream.read(TEXT_PIECE_BYTES):
+        data = piece + _read_line(stream, f"{path}, byte {stream.tell()}")
         yield _decode(data, path, stream.tell() - len(data))
 
 
 def _read_jsonl(file: Any, path: str, field: str) -> Iterator[str]:
-    for number, line in enumerate(io.BufferedReader(file, _READ_BYTES), 1):
+    stream = io.BufferedReader(file, _READ_BYTES)
+    for number in count(1):
         where = f"{path}, line {number}"
+        line = _read_line(stream, where)
+        if not line:
+            return
         if not line.strip():
             continue
         try:
@@ -156,6 +166,19 @@ def _read_jsonl(file: Any, path: str, field: str) -> Iterator[str]:
         if not isinstance(record, dict):
             raise CorpusError(f"{where} is not a JSON object.", f'Write it as {{"{field}": "..."}}.')
         yield _text(record, field, where)
+
+
+def _read_line(stream: io.BufferedReader, where: str) -> bytes:
+    """The rest of a line, with its end; nothing at the end of the file."""
+    line = stream.readline(MAX_LINE_BYTES + 1)
+    if len(line) > MAX_LINE_BYTES:
+        raise _too_long(where)
+    return line
+
+
+def _too_long(where: str) -> CorpusError:
+    most = describe_bytes(MAX_LINE_BYTES)
+    return CorpusError(f"{where}: a text or line is longer than {most}.", "Split it into several documents.")
 
 
 def _read_parquet(file: Any, path: str, column: str) -> Iterator[str]:
@@ -207,7 +230,9 @@ def _text(record: Mapping[str, Any], field: str, where: str) -> str:
         raise CorpusError(f"{where}: no field '{field}'.", nearest(field, record))
     value = record[field]
     if not isinstance(value, str) or _HALF_CHARACTER.search(value):
-        raise CorpusError(f"{where}: '{field}' is not text but {value!r:.60}.", "Mend the line, or name another field.")
+        raise CorpusError(f"{where}: '{field}' is not text but {value!r:.60}.", "Fix the line, or name another field.")
+    if len(value) > MAX_LINE_BYTES:
+        raise _too_long(where)
     return value
 
 

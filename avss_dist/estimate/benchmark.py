@@ -26,7 +26,7 @@ from avss_dist.corpus.shards import CorpusPlan, Shard, plan
 from avss_dist.errors import RunFailed
 from avss_dist.estimate.small_models import VOCABULARY, save_layers
 from avss_dist.estimate.transfers import copy_rate, gather_rate, sum_seconds
-from avss_dist.measure.shard import analyze_shard
+from avss_dist.measure.shard import analyze_shard, counter_bytes
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.safetensors import weight_files
@@ -190,15 +190,6 @@ def _mapped_at_once(checkpoint: Checkpoint) -> int:
     return mapped_around_a_byte(max(files, key=lambda file: file.stat().st_size)) if files else MAPPED_AT_ONCE
 
 
-def counter_bytes(size: Footprint, settings: Settings) -> int:
-    """Bytes of the counters of all layers and sites; see `kernels.Accumulator`."""
-    from avss_dist.measure.kernels.base import PATTERNS
-
-    counts = PATTERNS * 4  # float32: half as many, of 8 bytes
-    units = 16 * size.hidden_size * len({"block", "update"} & set(settings.sites))
-    return size.num_layers * (len(settings.sites) * counts + units)
-
-
 def _timed_part(shard: Shard, smallest: Checkpoint, settings: Settings) -> Shard:
     """The first batches of a shard, as many as the time allows, in tokens that the small vocabulary has."""
 
@@ -268,7 +259,7 @@ def _sublayer_share(model: Checkpoint, shard: Shard, settings: Settings) -> floa
 
     handles = []
     for layer in replica.layers:
-        for module in dict.fromkeys(layer.points[s].module for s in ("attention", "mlp") if s in layer.points):
+        for module in dict.fromkeys(layer.taps[s].module for s in ("attention", "mlp") if s in layer.taps):
             handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, prepend=True)]
     seconds = analyze_shard(replica, shard, settings).seconds
     for handle in handles:

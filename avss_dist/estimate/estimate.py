@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from avss_dist.errors import without_secrets
-from avss_dist.estimate.benchmark import Calibration, Cost, calibrate, counter_bytes
+from avss_dist.estimate.benchmark import Calibration, Cost, calibrate
+from avss_dist.measure.shard import counter_bytes
 from avss_dist.models.checkpoints import Checkpoint, fetch_files, locate
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.device_map import SPARE_SHARE, Device, Spread, spread

@@ -16,7 +16,8 @@ from avss_dist.corpus.shards import CorpusPlan, plan
 from avss_dist.errors import AvssError, ConfigError, CorpusError, RunFailed
 from avss_dist.executors.base import Executor
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.loading import load_tokenizer, pin, text_config
+from avss_dist.models.loading import load_tokenizer, text_config
+from avss_dist.models.pinning import pin
 from avss_dist.settings import LOSS, SCHEMA_VERSION, Settings, fingerprint
 from avss_dist.system.versions import package_versions
 from avss_dist.tasks.base import Result, Task, combine

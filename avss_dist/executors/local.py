@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from itertools import groupby
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import groupby, islice
+from threading import Event
 
-from avss_dist.errors import AvssError, ConfigError, as_failure
-from avss_dist.executors.base import Outcome, RunShards, by_model
-from avss_dist.measure.shard import analyze_shard
+from avss_dist.corpus.shards import Shard
+from avss_dist.errors import AvssError, ConfigError, ModelError, as_failure
+from avss_dist.executors.base import Outcome, ReplicaSpec, RunShards, by_model
+from avss_dist.measure.hooks import Hooks, attached
+from avss_dist.measure.shard import analyze_shard, counter_bytes
 from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.size import footprint
 from avss_dist.partition.base import Placement, Replica
 from avss_dist.settings import Settings
-from avss_dist.system.devices import devices_here, pick_device
+from avss_dist.stats.layer_stats import ShardResult
+from avss_dist.system.cores import computing_threads, free_cores
+from avss_dist.system.devices import available_memory, devices_here, pick_device
 from avss_dist.tasks.cells import Cell, CellOutcome, CellResult, measure_cell
+
+SPARE_SHARE = 0.9  # of the available memory that shards which are measured at once may take
 
 
 class LocalExecutor:
-    """See `executors.base.Executor`."""
+    """See `executors.base.Executor`. Shards are measured at once on free cores, each with the threads of the settings.
+
+    How many changes no number: each is a pure function of its tokens.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.device = pick_device(settings.device).type
@@ -32,44 +45,36 @@ class LocalExecutor:
         return 1
 
     def run(self, runs: Iterator[RunShards]) -> Generator[Outcome, None, None]:
-        """One run after the other: open the model, measure the shards in order, close it."""
+        """One run after the other: open the model, measure the shards, yield their results in order, close it."""
         for spec, same in groupby(runs, key=lambda run: run.replica_spec):
-            try:
-                replica = spec.open()
-            except Exception as error:
-                yield from ((run, as_failure(error)) for run in same)
-                continue
-            try:
-                for run in same:
-                    yield from self._measure(run, replica)
-            finally:
-                replica.close()
-
-    @staticmethod
-    def _measure(run: RunShards, replica: Replica) -> Iterator[Outcome]:
-        for shard in run.shards:
-            if run.dropped:
-                return
-            try:
-                result = analyze_shard(replica, shard, run.replica_spec.settings)
-            except Exception as error:
-                yield run, as_failure(error)
-                return
-            yield run, result
+            with computing_threads(spec.settings.threads):
+                try:
+                    replica = spec.open()
+                except Exception as error:
+                    yield from ((run, as_failure(error)) for run in same)
+                    continue
+                try:
+                    at_once = shards_at_once(replica, spec)
+                    with attached(replica.layers, spec.settings.sites) as hooks, ThreadPoolExecutor(at_once) as pool:
+                        for run in same:
+                            yield from _measure(run, replica, hooks, pool, at_once)
+                finally:
+                    replica.close()
 
     def run_cells(self, cells: Sequence[Cell]) -> Generator[CellOutcome, None, None]:
         """See `executors.base.Executor`."""
         for spec, of_model in by_model(cells, Placement()):
-            try:
-                model = spec.open()
-            except Exception as error:
-                yield from ((cell, as_failure(error)) for cell in of_model)
-                continue
-            try:
-                for cell in of_model:
-                    yield cell, self._measure_cell(model, cell)
-            finally:
-                model.close()
+            with computing_threads(spec.settings.threads):
+                try:
+                    model = spec.open()
+                except Exception as error:
+                    yield from ((cell, as_failure(error)) for cell in of_model)
+                    continue
+                try:
+                    for cell in of_model:
+                        yield cell, self._measure_cell(model, cell)
+                finally:
+                    model.close()
 
     @staticmethod
     def _measure_cell(model: LanguageModel, cell: Cell) -> CellResult | AvssError:
@@ -80,3 +85,57 @@ class LocalExecutor:
 
     def close(self) -> None:
         """Nothing outlives `run`."""
+
+
+def shards_at_once(replica: Replica, spec: ReplicaSpec) -> int:
+    """How many shards a replica measures at once: as many as there are free cores, and memory for their activations."""
+    if replica.model["partition"] != "single" or replica.device.type != "cpu":
+        return 1
+    settings = spec.settings
+    cores = free_cores() // settings.threads
+    if cores < 2:
+        return 1
+    try:
+        size = footprint(spec.checkpoint, settings)
+    except ModelError:  # what cannot be sized is measured with care
+        return 1
+    available = int(available_memory() * SPARE_SHARE)
+    if "cpu" in spec.placement.max_memory:
+        available = min(available, spec.placement.max_memory["cpu"] - size.weight_bytes)
+    shard = size.activation_bytes(settings.batch_size, settings.sequence_length) + counter_bytes(size, settings)
+    return max(1, min(cores, available // shard))
+
+
+def _measure(
+    run: RunShards, replica: Replica, hooks: Hooks, pool: ThreadPoolExecutor, at_once: int
+) -> Iterator[Outcome]:
+    """Results of a run's shards, in order; its first error is the last outcome."""
+    stopped = Event()
+
+    def beat() -> None:
+        if stopped.is_set():
+            raise _Stopped
+
+    def analyze(shard: Shard) -> ShardResult:
+        return analyze_shard(replica, shard, run.replica_spec.settings, beat=beat, hooks=hooks)
+
+    shards = iter(run.shards)
+    running: deque[Future[ShardResult]] = deque()
+    try:
+        while not run.dropped:
+            running.extend(pool.submit(analyze, shard) for shard in islice(shards, 2 * at_once - len(running)))
+            if not running:
+                return
+            try:
+                result = running.popleft().result()
+            except Exception as error:
+                yield run, as_failure(error)
+                return
+            yield run, result
+    finally:
+        stopped.set()
+        wait(running)
+
+
+class _Stopped(Exception):
+    """Nobody wants the shard that is being measured any more."""

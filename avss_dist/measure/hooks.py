@@ -1,13 +1,12 @@
-"""Watch a backbone's forward passes: hooks that only read, reductions on the device that holds the activation."""
+"""Observe forward passes of a backbone: hooks that only read, reductions on the device that holds the activation."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -35,37 +34,109 @@ class _Entered:
 
 @dataclass
 class _Pass:
-    """A forward pass that is under way: what counts in it, and where it is."""
+    """A forward pass that is under way: whose it is, what counts in it, and where it is."""
 
-    mask: torch.Tensor
+    observer: Observer
+    mask: torch.Tensor | None  # None: nothing counts
     masks: dict[torch.device, torch.Tensor] = field(default_factory=dict)  # copies of it
     calls: dict[nn.Module, int] = field(default_factory=dict)
     entered: _Entered | None = None
 
 
-_passes: ContextVar[Mapping[int, _Pass]] = ContextVar("passes", default=MappingProxyType({}))  # by id of their observer
+_passes: ContextVar[tuple[_Pass, ...]] = ContextVar("passes", default=())  # of this thread or greenlet
+
+
+class Hooks:
+    """Hooks on layers, which hand what they see to the `Observer` whose forward pass runs in their context.
+
+    Passes may run at once, each in a thread, a greenlet or a context of its own. Attach hooks before they begin, and
+    remove them after they end.
+    """
+
+    def __init__(self, layers: Sequence[Layer], sites: Sequence[str]) -> None:
+        self.layers, self.sites = layers, sites
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        """Register every hook."""
+        handles = self._handles
+        for module in dict.fromkeys(layer.module for layer in self.layers):
+            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave))
+        for site in self.sites:
+            taps = [layer.taps[site] for layer in self.layers if site in layer.taps]
+            for module, reads in dict.fromkeys((tap.module, tap.reads) for tap in taps):
+                if reads == "input":
+                    hook = self._reader_of_input(site)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                else:
+                    handles.append(module.register_forward_hook(self._reader_of_output(site)))
+
+    def remove(self) -> None:
+        """Leave no hook on the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _pass(self) -> _Pass | None:
+        """The pass that runs in this context, if it is one that these hooks serve."""
+        return next((now for now in reversed(_passes.get()) if now.observer.hooks is self), None)
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if now := self._pass():
+            now.observer.enter(now, module, input_tensor(args, kwargs))
+
+    def _leave(self, module: nn.Module, _args: Any, output: Any) -> None:
+        if (now := self._pass()) and now.entered:
+            now.observer.leave(now, module, output)
+
+    def _reader_of_output(self, site: str) -> Callable[[nn.Module, Any, Any], None]:
+        def read(module: nn.Module, _args: Any, output: Any) -> None:
+            if (now := self._pass()) and now.entered:
+                now.observer.read(now, site, module, first_tensor(output))
+
+        return read
+
+    def _reader_of_input(self, site: str) -> Callable[[nn.Module, Any, Any], None]:
+        def read(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if (now := self._pass()) and now.entered:
+                now.observer.read(now, site, module, first_tensor((*args, *kwargs.values())))
+
+        return read
+
+
+@contextmanager
+def attached(layers: Sequence[Layer], sites: Sequence[str]) -> Iterator[Hooks]:
+    """Hooks for any number of observers; whatever happens inside, no hook is left afterwards.
+
+    Args:
+        layers: of `layers.find_structure`.
+        sites: which of ``settings.SITES`` to measure.
+    """
+    hooks = Hooks(layers, sites)
+    try:
+        hooks.attach()
+        yield hooks
+    finally:
+        hooks.remove()
 
 
 class Observer:
-    """Accumulates LayerStats while forward passes run inside `observe`."""
+    """Accumulates LayerStats while forward passes run inside `batch`; see `observe` for its arguments."""
 
     def __init__(
         self,
-        layers: Sequence[Layer],
-        sites: Sequence[str],
+        hooks: Hooks,
         thresholds: Sequence[float],
         *,
         counts: bool = True,
         passes: int | None = None,
         beat: Callable[[], None] | None = None,
     ) -> None:
-        self.layers = layers
-        self.counts = counts
-        self.passes = passes
-        self.beat = beat
-        self.sites = sites
-        self.thresholds = np.asarray(thresholds, np.float64)
-        self._by_call = {(layer.module, layer.call): layer for layer in layers}
+        self.hooks = hooks
+        self._counts, self._passes, self._beat = counts, passes, beat
+        self._thresholds = np.asarray(thresholds, np.float64)
+        self._by_call = {(layer.module, layer.call): layer for layer in hooks.layers}
         self._accumulators: dict[LayerKey, Accumulator] = {}
         self._stats: dict[LayerKey, LayerStats] = {}
         self._left: Counter[int] = Counter()
@@ -76,22 +147,15 @@ class Observer:
     def batch(self, observed: np.ndarray) -> Iterator[None]:
         """Count the forward pass inside: ``observed`` is bool[rows, tokens], True where a token counts.
 
-        A batch in which nothing counts adds nothing, and neither does a forward pass outside of `batch`. Passes may be
-        interleaved where each runs in a thread, a greenlet or a context of its own.
+        A batch in which nothing counts adds nothing, and neither does a forward pass outside of `batch`. Passes of one
+        observer may take turns, as in greenlets, but not run at once.
         """
-        if not observed.any():
-            yield
-            return
-        mask = torch.from_numpy(np.ascontiguousarray(observed))
-        before = _passes.set({**_passes.get(), id(self): _Pass(mask)})
+        mask = torch.from_numpy(np.ascontiguousarray(observed)) if observed.any() else None
+        before = _passes.set((*_passes.get(), _Pass(self, mask)))
         try:
             yield
         finally:
             _passes.reset(before)
-
-    @property
-    def _pass(self) -> _Pass | None:
-        return _passes.get().get(id(self))
 
     def result(self) -> dict[LayerKey, LayerStats]:
         """Everything counted so far, by (layer index, site). One transfer from each device."""
@@ -101,56 +165,49 @@ class Observer:
     def _conclude(self, keys: Sequence[LayerKey]) -> None:
         accumulators = [self._accumulators.pop(key) for key in keys]
         for key, accumulator, tensors in zip(keys, accumulators, _to_host(accumulators), strict=True):
-            self._stats[key] = to_stats(tensors, accumulator.dtype, self.thresholds)
+            self._stats[key] = to_stats(tensors, accumulator.dtype, self._thresholds)
 
-    def attach(self, handles: list[Any]) -> None:
-        """Register every hook, adding its handle to ``handles`` at once."""
-        for module in dict.fromkeys(layer.module for layer in self.layers):
-            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(self._leave))
-        for site in self.sites:
-            points = [layer.points[site] for layer in self.layers if site in layer.points]
-            for module, reads in dict.fromkeys((point.module, point.reads) for point in points):
-                if reads == "input":
-                    hook = self._reader_of_input(site)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-                else:
-                    handles.append(module.register_forward_hook(self._reader_of_output(site)))
-
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.beat:
-            self.beat()
-        now = self._pass
-        if now is None:
+    def enter(self, now: _Pass, module: nn.Module, hidden: torch.Tensor | None) -> None:
+        """A layer begins."""
+        if self._beat:
+            self._beat()
+        if now.mask is None:
             return
         call = now.calls.get(module, 0)
         now.calls[module] = call + 1
         layer = self._by_call.get((module, call))
         if layer is None:
             raise ModelError(f"A layer ran more often than when the model was opened ({call + 1} times in one pass).")
-        hidden = input_tensor(args, kwargs)
         now.entered = _Entered(layer, hidden, hidden._version if hidden is not None else 0)
 
-    def _leave(self, module: nn.Module, _args: Any, output: Any) -> None:
-        now = self._pass
-        if now is None or now.entered is None:
-            return
+    def leave(self, now: _Pass, module: nn.Module, output: Any) -> None:
+        """A layer ends."""
         entered, now.entered = now.entered, None
-        if entered.layer.module is not module:
+        if entered is None or entered.layer.module is not module:
             return
-        if {"block", "update"} & set(self.sites):
-            self._add_block(entered, output)
+        if {"block", "update"} & set(self.hooks.sites):
+            self._add_block(now, entered, output)
         self._count_pass(entered.layer)
+
+    def read(self, now: _Pass, site: str, module: nn.Module, tensor: torch.Tensor | None) -> None:
+        """A module inside of a layer has run, or begins."""
+        layer = now.entered.layer if now.entered else None
+        tap = layer.taps.get(site) if layer else None
+        if layer is None or tap is None or tap.module is not module or tensor is None:
+            return
+        if tap.gather:
+            tensor = tap.gather(tensor)
+        self._add(now, layer, site, self._rows(now, layer, tap.axes, tensor))
 
     def _count_pass(self, layer: Layer) -> None:
         """After its last pass, conclude a layer whose accumulators, ten times its results, are in host memory."""
         self._left[layer.index] += 1
-        if self._left[layer.index] == self.passes:
+        if self._left[layer.index] == self._passes:
             keys = [key for key in self._accumulators if key[0] == layer.index]
             if all(self._accumulators[key].is_on_host for key in keys):
                 self._conclude(keys)
 
-    def _add_block(self, entered: _Entered, output: Any) -> None:
+    def _add_block(self, now: _Pass, entered: _Entered, output: Any) -> None:
         layer, before = entered.layer, entered.hidden
         after = first_tensor(output)
         if after is None:
@@ -158,70 +215,48 @@ class Observer:
         if before is not None and before._version != entered.version:
             raise ModelError(f"Layer {layer.index} ({layer.name}) changes its input in place; it cannot be observed.")
         comparable = before is not None and before.shape == after.shape
-        after = self._rows(layer, layer.layout, after)
-        if not comparable:
-            self._add(layer, "block", after)
+        after = self._rows(now, layer, layer.axes, after)
+        if before is None or not comparable:
+            self._add(now, layer, "block", after)
             return
-        before = self._rows(layer, layer.layout, before)
+        before = self._rows(now, layer, layer.axes, before)
         update = self._subtract(after, before)
-        self._add(layer, "block", after, before, update)
-        self._add(layer, "update", update)
+        self._add(now, layer, "block", after, before, update)
+        self._add(now, layer, "update", update)
 
-    def _reader_of_output(self, site: str) -> Callable[[nn.Module, Any, Any], None]:
-        def read(module: nn.Module, _args: Any, output: Any) -> None:
-            self._read(site, module, first_tensor(output))
-
-        return read
-
-    def _reader_of_input(self, site: str) -> Callable[[nn.Module, Any, Any], None]:
-        def read(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._read(site, module, first_tensor((*args, *kwargs.values())))
-
-        return read
-
-    def _read(self, site: str, module: nn.Module, tensor: torch.Tensor | None) -> None:
-        now = self._pass
-        layer = now.entered.layer if now and now.entered else None
-        point = layer.points.get(site) if layer else None
-        if layer is None or point is None or point.module is not module or tensor is None:
-            return
-        if point.gather:
-            tensor = point.gather(tensor)
-        self._add(layer, site, self._rows(layer, point.layout, tensor))
-
-    def _rows(self, layer: Layer, layout: str, tensor: torch.Tensor | None) -> torch.Tensor:
-        now = self._pass
-        assert now is not None and tensor is not None
+    def _rows(self, now: _Pass, layer: Layer, axes: str, tensor: torch.Tensor) -> torch.Tensor:
+        assert now.mask is not None
         rows, tokens = now.mask.shape
-        x = as_rows(tensor.detach(), layout, rows, tokens)
+        x = as_rows(tensor.detach(), axes, rows, tokens)
         if x is None:
             raise ModelError(
                 f"Layer {layer.index} ({layer.name}) sees {list(tensor.shape)} in a batch of {rows} x {tokens} tokens: "
                 "the model pads, pools or extends its rows.",
-                "If it pads rows to a multiple, make --sequence-length one.",
+                "If it pads rows to a multiple, make `sequence_length` one.",
             )
         if x.dtype not in DTYPES:
-            raise ModelError(f"Layer {layer.index} ({layer.name}) computes in {x.dtype}.", "Pass --dtype float32.")
+            raise ModelError(f"Layer {layer.index} ({layer.name}) computes in {x.dtype}.", "Use `dtype` float32.")
         return x
 
     def _add(
         self,
+        now: _Pass,
         layer: Layer,
         site: str,
         x: torch.Tensor,
         before: torch.Tensor | None = None,
         update: torch.Tensor | None = None,
     ) -> None:
-        if site not in self.sites or not self.counts:
+        if site not in self.hooks.sites or not self._counts:
             return
         key = (layer.index, site)
         if key not in self._accumulators:
             self._accumulators[key] = Accumulator(
-                x, self.thresholds, units=site in UNIT_SITES, geometry=before is not None
+                x, self._thresholds, units=site in UNIT_SITES, geometry=before is not None
             )
         if x.device not in self._kernels:
             self._kernels[x.device] = kernels_for(x.device)
-        self._kernels[x.device].add(self._accumulators[key], x, self._mask_on(x.device), before, update)
+        self._kernels[x.device].add(self._accumulators[key], x, _mask_on(now, x.device), before, update)
 
     def _subtract(self, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """``after - before``, in memory that is kept from layer to layer: fresh pages cost as much as the numbers."""
@@ -232,12 +267,12 @@ class Observer:
             kept = self._updates[after.device] = torch.empty_like(after)
         return torch.sub(after, before, out=kept)
 
-    def _mask_on(self, device: torch.device) -> torch.Tensor:
-        now = self._pass
-        assert now is not None
-        if device not in now.masks:
-            now.masks[device] = now.mask.to(device, non_blocking=True)
-        return now.masks[device]
+
+def _mask_on(now: _Pass, device: torch.device) -> torch.Tensor:
+    assert now.mask is not None
+    if device not in now.masks:
+        now.masks[device] = now.mask.to(device, non_blocking=True)
+    return now.masks[device]
 
 
 @contextmanager
@@ -253,8 +288,8 @@ def observe(
     """Hook the layers; whatever happens inside, no hook is left afterwards. Observers may be nested.
 
     Args:
-        layers: from `structure.find_structure`.
-        sites: which of ``config.SITES`` to measure.
+        layers: of `layers.find_structure`.
+        sites: which of ``settings.SITES`` to measure.
         thresholds: absolute near-zero thresholds, ascending.
         counts: False where another rank counts the same activations; then only what ranks do together is done.
         passes: how many will be counted, if that is known: after the last, a layer's accumulators are given up.
@@ -263,14 +298,8 @@ def observe(
     Raises:
         ModelError: (from the forward pass) a layer gives tensors that cannot be counted; the message names it.
     """
-    observer = Observer(layers, sites, thresholds, counts=counts, passes=passes, beat=beat)
-    handles: list[Any] = []
-    try:
-        observer.attach(handles)
-        yield observer
-    finally:
-        for handle in handles:
-            handle.remove()
+    with attached(layers, sites) as hooks:
+        yield Observer(hooks, thresholds, counts=counts, passes=passes, beat=beat)
 
 
 def _to_host(accumulators: Sequence[Accumulator]) -> list[dict[str, np.ndarray]]:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.errors import BatchTooLarge, ModelError
-from avss_dist.measure.hooks import observe
+from avss_dist.measure.hooks import Hooks, Observer, attached
+from avss_dist.measure.kernels.base import PATTERNS
+from avss_dist.models.size import Footprint
 from avss_dist.partition.base import Replica, dummy_batch, no_observation
 from avss_dist.registry import GANGS
 from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
+from avss_dist.system.cores import use_threads
 from avss_dist.system.memory import peak_memory
 from avss_dist.system.out_of_memory import halve_until_it_fits
 
@@ -29,6 +33,7 @@ def analyze_shard(
     rows: int | None = None,
     forwards: int = 0,
     beat: Beat | None = None,
+    hooks: Hooks | None = None,
 ) -> ShardResult:
     """Measure a shard. Nothing is kept between calls, and nothing is left on the model.
 
@@ -39,21 +44,25 @@ def analyze_shard(
         rows: rows in a batch; None is what the settings say.
         forwards: forward passes that other ranks need of this one; dummy batches make them up, and count for nothing.
         beat: called whenever a layer begins.
+        hooks: those of the replica's layers, where several shards are measured at once, each in a thread of its own.
 
     Raises:
-        ModelError: a layer cannot be observed, or a site was asked for that no layer has.
+        ModelError: a layer cannot be observed, or no layer has any of the sites.
         BatchTooLarge: one row does not fit; or several do not, and other ranks must halve them too.
     """
     start = time.perf_counter()
+    use_threads(settings.threads)
     if replica.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(replica.device)
     rows = rows or settings.batch_size
-    stats, rows = halve_until_it_fits(
-        lambda rows: _measure(replica, list(shard.batches(rows)), forwards, settings, beat),
-        rows,
-        lambda rows: _too_large(replica, rows, settings),
-        least=rows if replica.model["partition"] in GANGS else 1,
-    )
+    kept = nullcontext(hooks) if hooks is not None else attached(replica.layers, settings.sites)
+    with kept as on_layers:
+        stats, rows = halve_until_it_fits(
+            lambda rows: _measure(replica, on_layers, list(shard.batches(rows)), forwards, settings, beat),
+            rows,
+            lambda rows: _too_large(replica, rows, settings),
+            least=rows if replica.model["partition"] in GANGS else 1,
+        )
     if not stats and replica.reports_stats:
         raise ModelError(
             f"The model has none of the sites {', '.join(settings.sites)}.", "; ".join(replica.model["notes"]) or None
@@ -77,23 +86,28 @@ def follow(replica: Replica, forwards: int) -> None:
 
 
 def _measure(
-    replica: Replica, batches: list[Batch], forwards: int, settings: Settings, beat: Beat | None
+    replica: Replica, hooks: Hooks, batches: list[Batch], forwards: int, settings: Settings, beat: Beat | None
 ) -> dict[LayerKey, LayerStats]:
     batches = [*batches, *[dummy_batch()] * (forwards - len(batches))]
     counts = replica.reports_stats
     passes = sum(bool(batch.observed.any()) for batch in batches)
-    with observe(
-        replica.layers, settings.sites, settings.thresholds, counts=counts, passes=passes, beat=beat
-    ) as observer:
-        replica.forward(batches, lambda batch: observer.batch(batch.observed))
-        return observer.result()
+    observer = Observer(hooks, settings.thresholds, counts=counts, passes=passes, beat=beat)
+    replica.forward(batches, lambda batch: observer.batch(batch.observed))
+    return observer.result()
+
+
+def counter_bytes(size: Footprint, settings: Settings) -> int:
+    """Bytes of the counters of all layers and sites; see `kernels.base.Accumulator`."""
+    counts = PATTERNS * 4  # float32: half as many, of 8 bytes
+    units = 16 * size.hidden_size * len({"block", "update"} & set(settings.sites))
+    return size.num_layers * (len(settings.sites) * counts + units)
 
 
 def _too_large(replica: Replica, rows: int, settings: Settings) -> BatchTooLarge:
     return BatchTooLarge(
         f"{rows} x {settings.sequence_length} tokens do not fit in memory with the partition "
         f"'{replica.model['partition']}'.",
-        "Use a smaller --sequence-length, or a --partition that holds less: device_map, zero3, streaming.",
+        "Use a smaller `sequence_length`, or a `partition` that holds less: device_map, zero3, streaming.",
     )
 
 

@@ -176,7 +176,7 @@ def _check_folder(folder: Path, spec: str, trust_remote_code: bool) -> None:
     if config.get("auto_map"):
         raise ModelError(
             f"'{spec}' needs Python code of its own (model_type '{kind}').",
-            "Read that code, then pass --trust-remote-code.",
+            "Read that code, then set `trust_remote_code`.",
         )
     if kind is None:
         raise ModelError(f"'{spec}' has a config.json without a model_type.", "Add the family's name: llama, say.")

@@ -16,7 +16,8 @@ from torch import nn
 
 from avss_dist.models.checkpoints import Checkpoint, fetch_files, locate
 from avss_dist.models.layers import layer_lists
-from avss_dist.models.loading import compute_dtype, skeleton, text_config, without_head
+from avss_dist.models.loading import skeleton, text_config, without_head
+from avss_dist.models.pinning import compute_dtype
 from avss_dist.models.safetensors import DTYPES, TensorInfo
 from avss_dist.models.stored import hub_tensors, stored_tensors
 from avss_dist.settings import Settings

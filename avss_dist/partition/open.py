@@ -9,6 +9,7 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.base import Placement, Replica
 from avss_dist.registry import PARTITIONS
 from avss_dist.settings import Settings
+from avss_dist.system.cores import use_threads
 
 
 def open_replica(checkpoint: Checkpoint, settings: Settings, placement: Placement) -> Replica:
@@ -20,5 +21,6 @@ def open_replica(checkpoint: Checkpoint, settings: Settings, placement: Placemen
         ModelError: it cannot be opened or observed.
         ConfigError: it cannot be spread this way over the devices of this machine.
     """
+    use_threads(settings.threads)
     module, _, name = PARTITIONS[placement.partition].opens.partition(":")
     return cast(Replica, getattr(import_module(module), name)(checkpoint, settings, placement))

@@ -16,7 +16,7 @@ from torch import nn
 
 from avss_dist.errors import ConfigError, ModelError
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.layers import PROBE_SHAPE, Layer, Point, first_tensor
+from avss_dist.models.layers import PROBE_SHAPE, Layer, Tap, first_tensor
 from avss_dist.models.loading import forward_function, load_model, open_module, quiet, without_head
 from avss_dist.partition.base import Placement
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
@@ -171,13 +171,13 @@ def _probe(run: Callable[..., Any], layers: Sequence[Layer], device: torch.devic
     handles: list[Any] = []
     try:
         for layer in layers:
-            for site, point in {"block": Point(layer.module, "output", layer.layout), **layer.points}.items():
+            for site, tap in {"block": Tap(layer.module, "output", layer.axes), **layer.taps}.items():
                 key = layer.index, site
-                if point.reads == "input":
+                if tap.reads == "input":
                     hook = lambda _m, args, kwargs, key=key: keep(key, (*args, *kwargs.values()))  # noqa: E731
-                    handles.append(point.module.register_forward_pre_hook(hook, with_kwargs=True))
+                    handles.append(tap.module.register_forward_pre_hook(hook, with_kwargs=True))
                 else:
-                    handles.append(point.module.register_forward_hook(lambda _m, _a, out, key=key: keep(key, out)))
+                    handles.append(tap.module.register_forward_hook(lambda _m, _a, out, key=key: keep(key, out)))
         with torch.no_grad():
             run(torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1]).reshape(PROBE_SHAPE).to(device), None)
     finally:
@@ -187,7 +187,7 @@ def _probe(run: Callable[..., Any], layers: Sequence[Layer], device: torch.devic
 
 
 def _find_again(layers: Sequence[Layer], names: Mapping[nn.Module, str], model: nn.Module) -> list[Layer]:
-    """The same layers and points in a model of which modules were replaced."""
+    """The same layers and taps in a model of which modules were replaced."""
 
     def again(module: nn.Module) -> nn.Module:
         return model.get_submodule(names[module])
@@ -196,14 +196,14 @@ def _find_again(layers: Sequence[Layer], names: Mapping[nn.Module, str], model: 
         replace(
             layer,
             module=again(layer.module),
-            points={site: replace(point, module=again(point.module)) for site, point in layer.points.items()},
+            taps={site: replace(tap, module=again(tap.module)) for site, tap in layer.taps.items()},
         )
         for layer in layers
     ]
 
 
 def _check(model: Any, layers: Sequence[Layer], expected: _Probe, found: _Probe) -> tuple[Layer, ...]:
-    """The layers, with points that gather what the ranks have parts of; all ranks come to the same.
+    """The layers, with taps that gather what the ranks have parts of; all ranks come to the same.
 
     Raises:
         ModelError: a tensor is not what it was before the split.
@@ -212,7 +212,7 @@ def _check(model: Any, layers: Sequence[Layer], expected: _Probe, found: _Probe)
     checked: list[Layer] = []
     for layer in layers:
         gathers: dict[str, Gather | None] = {}
-        for site in ("block", *layer.points):
+        for site in ("block", *layer.taps):
             want, part = expected[layer.index, site], found[layer.index, site]
             gathers[site] = gather = _gather_for(part, want.shape[-1])
             got = gather(part) if gather else part
@@ -222,8 +222,8 @@ def _check(model: Any, layers: Sequence[Layer], expected: _Probe, found: _Probe)
                 raise _cannot_split(
                     model, f"site '{site}' of layer {layer.index} is off by {error:.2g} of its size after the split"
                 )
-        points = {site: replace(point, gather=gathers[site]) for site, point in layer.points.items()}
-        checked.append(replace(layer, points=points))
+        taps = {site: replace(tap, gather=gathers[site]) for site, tap in layer.taps.items()}
+        checked.append(replace(layer, taps=taps))
     return tuple(checked)
 
 

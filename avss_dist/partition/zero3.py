@@ -14,7 +14,8 @@ import torch
 from avss_dist.errors import ConfigError, ModelError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer, layer_lists
-from avss_dist.models.loading import compute_dtype, forward_function, load_model, open_module, text_config, without_head
+from avss_dist.models.loading import forward_function, load_model, open_module, text_config, without_head
+from avss_dist.models.pinning import compute_dtype
 from avss_dist.partition.base import Placement
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
 from avss_dist.partition.group import quiet_deepspeed, require_group, reraise_lost_ranks

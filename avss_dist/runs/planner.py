@@ -13,7 +13,8 @@ from avss_dist.corpus.shards import CorpusPlan, plan
 from avss_dist.errors import ModelError
 from avss_dist.executors.base import Executor, ReplicaSpec
 from avss_dist.models.checkpoints import Checkpoint, content_hash, fetch_files, locate, resolve
-from avss_dist.models.loading import load_tokenizer, pin, text_config
+from avss_dist.models.loading import load_tokenizer, text_config
+from avss_dist.models.pinning import pin
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.base import Placement
 from avss_dist.partition.choose import choose, needs_size

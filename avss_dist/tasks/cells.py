@@ -12,6 +12,7 @@ from avss_dist.errors import AvssError, BatchTooLarge
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.settings import Settings, fingerprint
+from avss_dist.system.cores import use_threads
 from avss_dist.system.out_of_memory import halve_until_it_fits
 from avss_dist.tasks.base import Measure, Row
 
@@ -68,6 +69,7 @@ def measure_cell(model: LanguageModel, cell: Cell, *, rows: int | None = None, b
         BatchTooLarge: one row does not fit.
     """
     start, settings = time.perf_counter(), model.settings
+    use_threads(settings.threads)
 
     def run(rows: int) -> list[Row]:
         model.settings = replace(settings, batch_size=rows)

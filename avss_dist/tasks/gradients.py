@@ -91,7 +91,7 @@ class _Pass:
 
     def _remove(self, layer: Layer, update: torch.Tensor, gradient: torch.Tensor) -> None:
         rows, tokens = self.real.shape
-        product = as_rows(gradient.double() * update, layer.layout, rows, tokens)
+        product = as_rows(gradient.double() * update, layer.axes, rows, tokens)
         if product is None:
             raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep rows and tokens apart.")
         changes = product.sum(dim=2).abs().where(self.real, 0)

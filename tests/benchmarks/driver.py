@@ -205,7 +205,6 @@ def drive(out: Path, workers: int, shards: list[Shard], seconds: float) -> list[
         shards=tuple(shards),
         num_sequences=ROWS * len(shards),
         num_tokens=tokens,
-        num_documents=1,
     )
     job = job._replace(checkpoint=RUN_CHECKPOINT)
     run = Run(run_id=RUN.run_id, model=RUN.model, warehouse=str(out), status="skipped")

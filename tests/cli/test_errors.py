@@ -225,7 +225,7 @@ def test_a_site_that_no_layer_has_is_told(warehouse: Path, tmp_path: Path, save_
         ("number.jsonl", '{"text": 3}', "", ["number.jsonl, line 1: 'text' is not text but 3"]),
         ("table.csv", "text\na\n", "", ["table.csv' is not a corpus source", ".txt, .jsonl, .parquet"]),
         ("lines.json", "{}", "", ["lines.json' is not a corpus source", "Did you mean '.jsonl'?"]),
-        ("broken.parquet", "PAR1", "", ["broken.parquet cannot be read", "Check that the file is there, whole"]),
+        ("broken.parquet", "PAR1", "", ["broken.parquet cannot be read", "Check that the file exists, is complete"]),
     ],
 )
 def test_unusable_text_is_named(

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from avss_dist.corpus import shards as corpus
 from avss_dist.corpus import sources
 from avss_dist.corpus.shards import CorpusPlan, Shard, plan
-from avss_dist.corpus.sources import Source, corpus_fingerprint, documents
+from avss_dist.corpus.sources import Source, documents, open_source
 from avss_dist.errors import CorpusError
 from avss_dist.settings import Settings
 
@@ -97,7 +97,7 @@ def test_packed_rows_equal_the_oracle(jsonl: str) -> None:
     planned = plan(jsonl, TOKENIZER, SMALL)
     assert rows_of(planned) == packed_oracle(TEXTS, 4)
     assert [s.shard_id for s in planned.shards] == list(range(len(planned.shards)))
-    assert (planned.num_sequences, planned.num_tokens, planned.num_documents) == (4, 16, 4)
+    assert (planned.num_sequences, planned.num_tokens) == (4, 16)
     assert {len(s.lengths) for s in planned.shards} == {2}
     assert all(s.input_ids.dtype == s.lengths.dtype == np.int32 for s in planned.shards)
 
@@ -193,7 +193,6 @@ def test_an_empty_document_is_an_eos_when_packed_and_nothing_when_padded(tmp_pat
     assert rows_of(plan(source, TOKENIZER, Settings(sequence_length=5))) == [[4, EOS, EOS, 5, EOS]]
     padded = plan(source, TOKENIZER, Settings(sequence_length=5, layout="padded"))
     assert rows_of(padded) == [[4], [5]]
-    assert padded.num_documents == 3
 
 
 @pytest.mark.parametrize(("options", "pad"), [({}, PAD), ({"pad": False}, EOS), ({"pad": False, "eos": False}, 0)])
@@ -217,8 +216,12 @@ def test_content_hash_ignores_padding_and_sees_tokens_lengths_and_skip(jsonl: st
 # Determinism
 
 
+def corpus_fingerprint(source: str) -> str:
+    return open_source(source).fingerprint()
+
+
 def signature(planned: CorpusPlan) -> tuple[Any, ...]:
-    return planned.tokens_fingerprint, planned.corpus_fingerprint, rows_of(planned), planned.num_documents
+    return planned.tokens_fingerprint, planned.corpus_fingerprint, rows_of(planned)
 
 
 def test_plans_are_deterministic_and_independent_of_grouping(jsonl: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,7 +471,7 @@ def test_reading_stops_when_there_are_rows_enough(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(corpus, "open_source", lambda _: Source(endless, lambda: "f"))
     planned = plan("endless.txt", TOKENIZER, Settings(sequence_length=8, max_sequences=100))
-    assert (planned.num_sequences, planned.num_documents) == (100, 200)
+    assert planned.num_sequences == 100
     assert read <= 200 + corpus.GROUP_DOCUMENTS
 
 
@@ -476,9 +479,10 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
     """200 MB of text are streamed and fingerprinted in a process that may grow by less than a third of it."""
     (tmp_path / "c.jsonl").write_bytes((json.dumps({"text": "x" * 9980}).encode() + b"\n") * 20_000)
     code = (
-        "import sys; from avss_dist.corpus.sources import documents, corpus_fingerprint as f\n"
+        "import sys; from avss_dist.corpus.sources import open_source\n"
         "from avss_dist.system.memory import peak_memory as peak\n"
-        "next(documents(sys.argv[1])); before = peak(); n = sum(1 for _ in documents(sys.argv[1])); f(sys.argv[1])\n"
+        "source = open_source(sys.argv[1]); next(source.documents()); before = peak()\n"
+        "n = sum(1 for _ in source.documents()); source.fingerprint()\n"
         "print(n, peak() - before)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "c.jsonl")]
@@ -517,7 +521,7 @@ def test_bad_parquet(tmp_path: Path) -> None:
     fails(lambda: list(documents(source)), f"{source}, row 2: 'text' is not text but None.")
     fails(lambda: list(documents(f"{source}:n")), f"{source}, row 1: 'n' is not text but 0.")
     Path(source).write_bytes(b"not parquet at all")
-    fails(lambda: list(documents(source)), f"{source} cannot be read: ", "Check that the file is there, whole")
+    fails(lambda: list(documents(source)), f"{source} cannot be read: ", "Check that the file exists, is complete")
 
 
 @pytest.mark.parametrize(
@@ -556,15 +560,15 @@ def test_a_forbidden_file(jsonl: str) -> None:
     os.chmod(jsonl, 0)
     if os.access(jsonl, os.R_OK):
         pytest.skip("this user may read everything")
-    fails(lambda: list(documents(jsonl)), f"{jsonl} cannot be read: ", "Permission denied", "yours to read")
+    fails(lambda: list(documents(jsonl)), f"{jsonl} cannot be read: ", "Permission denied", "readable")
 
 
 def test_too_little_text(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "c.jsonl", ["w0 w1", "w2"])
     message = f"{source} is 5 tokens long, too short for one sequence of 6."
-    fails(lambda: plan(source, TOKENIZER, Settings(sequence_length=6)), message, "smaller --sequence-length", "padded")
+    fails(lambda: plan(source, TOKENIZER, Settings(sequence_length=6)), message, "smaller `sequence_length`", "padded")
     settings = Settings(sequence_length=6, layout="padded", skip_first_tokens=2)
-    fails(lambda: plan(source, TOKENIZER, settings), f"No document of {source} is longer than --skip-first-tokens 2")
+    fails(lambda: plan(source, TOKENIZER, settings), f"No document of {source} is longer than `skip_first_tokens`, 2")
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
@@ -584,3 +588,20 @@ def test_a_shard_of_rows_within_the_skip_counts_nothing() -> None:
     ids, lengths = np.zeros((2, 4), np.int32), np.array([1, 4], np.int32)
     shard = Shard(shard_id=0, input_ids=ids, lengths=lengths, skip_first_tokens=2, content_hash="")
     assert (shard.num_tokens, shard.num_sequences) == (2, 2)
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.txt", "c.parquet"])
+def test_a_line_without_an_end_is_refused_before_it_takes_the_memory(name: str, tmp_path: Path) -> None:
+    """A line, or a text, of 100 MB."""
+    file, size = tmp_path / name, 100 << 20
+    if name == "c.parquet":
+        parquet.write_table(pa.table({"text": ["short", "x" * size]}), file)
+    else:
+        first, rest = (b'{"text": "short"}\n{"text": "', b'"}\n') if name == "c.jsonl" else (b"short\n", b"")
+        file.write_bytes(first + b"x" * size + rest)
+    with pytest.raises(CorpusError, match=f"{name}, .*is longer than") as caught:
+        list(documents(str(file)))
+    assert caught.value.hint == "Split it into several documents."
+    if name == "c.jsonl":
+        assert next(documents(str(file))) == "short"
+        assert "line 2" in caught.value.message

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +13,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numba import cfunc, types
+from numba import njit
+from numba.core.caching import CompileResultCacheImpl
 from support.oracle import FLOAT_FIELDS, Float64, assert_close, counted_by, oracle_stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avss_dist.measure.kernels import cpu, generic
-from avss_dist.measure.kernels import threads as team_threads
 from avss_dist.measure.kernels.base import Accumulator, Kernels, float32_limits, to_stats
 from avss_dist.measure.kernels.choose import kernels_for
+from avss_dist.measure.kernels.compiling import compiled
 from avss_dist.measure.kernels.cpu import CpuKernels
 from avss_dist.measure.kernels.generic import TorchKernels
-from avss_dist.measure.kernels.intrinsics import take
 from avss_dist.settings import THRESHOLDS
 from avss_dist.stats.layer_stats import LayerStats
 
@@ -55,14 +56,6 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
 @pytest.fixture(params=DTYPES, ids=str)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
-
-
-@pytest.fixture
-def threads() -> Iterator[int]:
-    """How many threads torch uses; restored afterwards."""
-    before = torch.get_num_threads()
-    yield before
-    torch.set_num_threads(before)
 
 
 def accumulate(kernels: Kernels, batches: Sequence[Batch], thresholds: Float64, device: str = "cpu") -> Accumulator:
@@ -298,14 +291,15 @@ def test_what_an_accumulator_does_not_keep_is_absent(kernels: Kernels, dtype: to
     assert_close(stats, oracle_stats(x, mask, GRID, by=counted_by(dtype)))
 
 
-def test_cpu_results_do_not_depend_on_threads(threads: int, dtype: torch.dtype) -> None:
+def test_shards_in_threads_of_their_own_give_the_same_bytes(dtype: torch.dtype) -> None:
     batches = [any_batch(seed, (5, 32, 64), dtype, oddities=0.001) for seed in (11, 12)]
-    results = []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        tensors = accumulate(CpuKernels(), batches, GRID).tensors
-        results.append({name: t.numpy().tobytes() for name, t in tensors.items()})
-    assert results[0] == results[1] == results[2]
+
+    def bytes_of(_: int) -> dict[str, bytes]:
+        return {name: t.numpy().tobytes() for name, t in accumulate(CpuKernels(), batches, GRID).tensors.items()}
+
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(bytes_of, range(8))
+    assert all(other == first for other in others)
 
 
 def test_counts_are_flushed_before_they_overflow(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
@@ -398,37 +392,13 @@ def test_float32_limits_part_neighbours_as_float64_does() -> None:
         assert np.array_equal(patterns < limits, values < thresholds), offset
 
 
-@cfunc(types.void(types.CPointer(types.int64)))
-def count_a_call(numbers: Any) -> None:
-    """Each thread that comes in takes places until all of ``numbers[1]`` are taken; adds up what it took."""
-    place = take(numbers, 0)
-    while place < numbers[1]:
-        take(numbers, 2 + place)
-        place = take(numbers, 0)
+def test_kernels_compile_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only installation, without a home that can be written: numba finds no place for its cache."""
+    monkeypatch.setattr(CompileResultCacheImpl, "_locator_classes", [])
+    with pytest.raises(RuntimeError, match="cannot cache function"):
+        njit(cache=True)(_twice)
+    assert compiled()(_twice)(21) == 42
 
 
-@pytest.mark.parametrize("kind", ["openmp", "pool"])
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_a_team_takes_every_place_once(kind: str, count: int) -> None:
-    library = team_threads._libgomp()
-    if kind == "openmp" and library is None:
-        pytest.skip("this torch does not use GNU OpenMP")
-    team = team_threads.OpenMP(library) if kind == "openmp" else team_threads.Pool()
-    numbers = np.zeros(10_002, np.int64)
-    numbers[1] = 10_000
-    team.run(count_a_call.address, numbers.ctypes.data, count)
-    assert 10_001 <= numbers[0] <= 10_000 + count, "every thread that came in leaves when nothing is left"
-    assert (numbers[2:] == 1).all()
-
-
-@pytest.mark.parametrize("kind", ["openmp", "pool"])
-def test_both_teams_measure_the_same(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = any_batch(17, (5, 16, 40), dtype, oddities=0.01)
-    whole = measured(CpuKernels(), batch)
-    if kind == "pool":
-        monkeypatch.setattr(team_threads, "_libgomp", lambda: None)
-        team_threads.team.cache_clear()
-    try:
-        assert measured(CpuKernels(), batch).equals(whole)
-    finally:
-        team_threads.team.cache_clear()
+def _twice(number: int) -> int:
+    return 2 * number

@@ -18,7 +18,8 @@ from support.families import tiny_model
 from avss_dist.errors import ModelError
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
-from avss_dist.models.loading import load
+from avss_dist.models.loading import load, text_config
+from avss_dist.models.pinning import pin
 from avss_dist.partition.base import Placement
 from avss_dist.partition.open import open_replica
 from avss_dist.settings import Settings
@@ -148,8 +149,6 @@ def _mixed(tensors: Tensors) -> Tensors:
 
 
 def test_mixed_weights_without_a_dtype_compute_alike_in_every_partition(tiny_llama: Path, tmp_path: Path) -> None:
-    from avss_dist.models.loading import pin, text_config
-
     folder = change(Path(shutil.copytree(tiny_llama, tmp_path / "copy")), _mixed)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if "dtype" not in k}))

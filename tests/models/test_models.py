@@ -301,7 +301,7 @@ def test_the_sites_of_a_family(
     assert [layer.name for layer in backbone.structure.layers] == [f"{layers}.0", f"{layers}.1"]
     for index, layer in enumerate(backbone.structure.layers):
         assert (layer.index, names[layer.module], layer.call) == (index, layer.name, 0)
-        found = {site: f"{names[p.module].removeprefix(layer.name)[1:]}.{p.reads}" for site, p in layer.points.items()}
+        found = {site: f"{names[p.module].removeprefix(layer.name)[1:]}.{p.reads}" for site, p in layer.taps.items()}
         wanted = {"attention": attention, "mlp": mlp, "neuron": neuron}
         assert found == {site: point for site, point in wanted.items() if point}
 
@@ -344,7 +344,7 @@ def test_a_named_layer_list_is_taken_where_none_is_found() -> None:
         open_module(model)
     assert caught.value.hint is not None
     assert "attentions (2 x MultiHeadAttention), ffns (2 x TransformerFFN)" in caught.value.hint
-    assert "--layers PATH" in caught.value.hint
+    assert "`layers`" in caught.value.hint
     assert [layer.name for layer in open_module(model, layers="ffns").structure.layers] == ["ffns.0", "ffns.1"]
 
 

@@ -95,9 +95,9 @@ def without_numbers(layer: Layer) -> bool:
 
 
 def points(layer: Layer) -> dict[str, tuple[str, str, str]]:
-    """By site: the module's path in the layer, what is read of it, its layout."""
+    """By site: the module's path in the layer, what is read of it, its axes."""
     paths = {module: path for path, module in layer.module.named_modules()}
-    return {site: (paths[point.module], point.reads, point.layout) for site, point in layer.points.items()}
+    return {site: (paths[point.module], point.reads, point.axes) for site, point in layer.taps.items()}
 
 
 def stored_bytes(folder: Path, *names: str) -> int:
@@ -139,13 +139,13 @@ def save_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str]
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("kind", "family"), FAMILIES)
 def test_the_bytes_of_single(kind: str, family: str, dtype: str, save_family: Callable[[str, str], Path]) -> None:
-    """Batches of 2, 2 and 1 rows; layers, sites and layouts too, though they were found without a weight."""
+    """Batches of 2, 2 and 1 rows; layers, sites and axes too, though they were found without a weight."""
     folder = save_family(kind, family)
     mixed = family == "mamba" and dtype == "bfloat16"  # its first layer is given bfloat16 and returns float32
     settings = replace(SETTINGS, dtype=dtype, sites=SITES[1:] if mixed else SITES)
     got, wanted = assert_same(folder, settings)
     for ours, theirs in zip(got.layers, wanted.layers, strict=True):
-        assert all(getattr(ours, name) == getattr(theirs, name) for name in ("index", "name", "call", "layout"))
+        assert all(getattr(ours, name) == getattr(theirs, name) for name in ("index", "name", "call", "axes"))
         assert type(ours.module).__qualname__ == type(theirs.module).__qualname__
         assert points(ours) == points(theirs)
         wants = [[p.requires_grad for p in layer.module.parameters()] for layer in (ours, theirs)]

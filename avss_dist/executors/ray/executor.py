@@ -64,10 +64,10 @@ class RayExecutor:
                 )
             return replicas
         replicas = requested or 1
-        if not self._address and replicas * placement.ranks > has.cpus:
+        if not self._address and replicas * placement.ranks * self._settings.threads > has.cpus:
             what = f"{replicas} replicas" + (f" of {placement.ranks} ranks" if placement.ranks > 1 else "")
             raise ConfigError(
-                f"{what} need {replicas * placement.ranks} CPUs; there are {has.cpus}.",
+                f"{what} need {replicas * placement.ranks * self._settings.threads} CPUs; there are {has.cpus}.",
                 "Lower `replicas`" + (" or `ranks`." if placement.ranks > 1 else "."),
             )
         return replicas
@@ -135,13 +135,12 @@ class RayExecutor:
             self._monitor = ray.remote(HeartbeatMonitor).options(num_cpus=0, max_restarts=-1).remote()
 
     def cpus(self, placement: Placement) -> int:
-        """CPUs of one rank: an even share."""
-        ranks = self.replicas(placement) * placement.ranks
-        return max(1, min(self.devices.cpus // ranks, self.devices.cpus_of_largest_node))
+        """CPUs of one rank: one for each of the threads that it computes with."""
+        return self._settings.threads
 
     def threads(self, placement: Placement) -> int:
-        """Threads of one rank: one for each of its CPUs, or ``OMP_NUM_THREADS``."""
-        return int(os.environ.get("OMP_NUM_THREADS", 0)) or self.cpus(placement)
+        """Threads of one rank."""
+        return self._settings.threads
 
     def _new_gang(self, placement: Placement) -> Gang:
         cpus, threads = self.cpus(placement), self.threads(placement)

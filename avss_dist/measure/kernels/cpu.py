@@ -1,32 +1,27 @@
-"""The kernels on a CPU: compiled loops, whole sequences to a thread, so that no result depends on the thread count."""
+"""The kernels on a CPU: compiled loops in the thread that calls them; sequences one after the other, sums in order.
+
+Several shards at a time, each in a thread of its own, use more cores: the loops do not hold Python's lock.
+"""
 
 from __future__ import annotations
 
-import ctypes
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 
-from avss_dist.measure.kernels import regions
 from avss_dist.measure.kernels.base import PATTERNS, Accumulator, float32_limits
-from avss_dist.measure.kernels.threads import team
+from avss_dist.measure.kernels.loops import measure_float32, measure_patterns
+from avss_dist.measure.kernels.merging import merge_elements, merge_geometry, merge_patterns, merge_units
 
-MOST_ELEMENTS = 1 << 32  # that one thread counts in 32 bits before its counts are flushed
-
-_REGIONS: dict[torch.dtype, tuple[Any, Any]] = {
-    torch.bfloat16: (regions.measure_bfloat16, regions.finish_patterns),
-    torch.float16: (regions.measure_float16, regions.finish_patterns),
-    torch.float32: (regions.measure_wide, regions.finish_wide),
-}
+MOST_ELEMENTS = 1 << 32  # that are counted in 32 bits before the counts are flushed
 
 
 class CpuKernels:
-    """See `kernels.Kernels`. Keeps its scratch memory from call to call; not for two callers at once."""
+    """See `kernels.base.Kernels`. Keeps its scratch memory from call to call; not for two callers at once."""
 
     def __init__(self) -> None:
-        self._counts = np.zeros((torch.get_num_threads(), PATTERNS), np.uint32)
+        self._counts = np.zeros(PATTERNS, np.uint32)
         self._scratch: dict[tuple[int, ...], _Scratch] = {}
 
     def add(
@@ -37,63 +32,65 @@ class CpuKernels:
         before: torch.Tensor | None = None,
         update: torch.Tensor | None = None,
     ) -> None:
-        """See `kernels.Kernels`."""
+        """See `kernels.base.Kernels`."""
         most = max(1, (MOST_ELEMENTS - 1) // (x.shape[1] * x.shape[2]))
-        whole = {"x": x, "mask": mask} | (
-            {} if before is None or update is None else {"before": before, "update": update}
-        )
-        for start in range(0, len(x), most):
-            part = whole if len(x) <= most else {name: t[start : start + most] for name, t in whole.items()}
-            self._add(into, **part)
+        if before is None or update is None:
+            for some, counts in zip(x.split(most), mask.split(most), strict=True):
+                self._add(into, some, counts)
+            return
+        for parts in zip(*(tensor.split(most) for tensor in (x, mask, before, update)), strict=True):
+            self._add(into, *parts)
 
-    def _add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, **compared: torch.Tensor) -> None:
+    def _add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, *compared: torch.Tensor) -> None:
         into.reserve(x.numel())
-        mask = mask.contiguous()
-        rows, tokens, units = x.shape
-        shape = (rows, units, len(into.thresholds))
-        if shape not in self._scratch:
-            self._scratch[shape] = _Scratch(*shape, self._counts)
-        scratch = self._scratch[shape]
-        limits = _limits(into.thresholds.tobytes())
-        read = {name: _as_loops_read(tensor) for name, tensor in {"x": x, **compared}.items()}
-        totals = into.tensors
-        fields = scratch.addresses | {
-            "rows": rows,
-            "tokens": tokens,
-            "units": units,
-            "squared": units if "unit_sums" in totals else 0,
-            "compared": bool(compared),
-            "num_limits": len(limits),
-            "count_bytes": totals["patterns"].element_size() if "patterns" in totals else 0,
-            "raw": x.data_ptr(),
-            "mask": mask.data_ptr(),
-            "limits": _address(limits),
-        }
-        fields |= {name: tensor.data_ptr() for name, tensor in read.items()}
-        fields |= {f"all_{name}": tensor.data_ptr() for name, tensor in totals.items()}
-        call = np.array([fields.get(name, 0) for name in regions.FIELDS], np.int64)
-        measure, finish = _REGIONS[x.dtype]
-        team().run(measure.address, _address(call), min(rows, len(self._counts)))
-        _c_function(finish.address)(_address(call))
+        totals = {name: tensor.numpy() for name, tensor in into.tensors.items()}
+        scratch = self._scratch_for(x, into)
+        values = _as_loops_read(x)
+        before, update = map(_as_loops_read, compared) if compared else (values, values)
+        comparison = bool(compared), before, update, scratch.angles, scratch.geometry
+        summed = scratch.sums, scratch.squares, scratch.seen, scratch.pooled
+        if x.dtype == torch.float32:
+            elements = scratch.near_zero, scratch.elements, scratch.moments
+            limits = _limits(into.thresholds.tobytes())
+            measure_float32(values, mask.contiguous().numpy(), limits, self._counts, *elements, *summed, *comparison)
+            merge_patterns(self._counts, totals["cuts"])
+            merge_elements(*elements, *(totals[name] for name in ("near_zero", "elements", "moments", "extremes")))
+        else:
+            measure_patterns(_patterns(x), values, mask.contiguous().numpy(), self._counts, *summed, *comparison)
+            merge_patterns(self._counts, totals["patterns"])
+        counted = scratch.pooled, totals["sequences"], totals["pooled"]
+        if "unit_sums" in totals:
+            merge_units(*counted, *summed[:3], totals["unit_count"], totals["unit_sums"])
+        else:
+            merge_units(*counted, *summed[:3], _NO_COUNT, _NO_SUMS)
+        if compared:
+            all_compared = totals["tokens"], totals["geometry"], totals["input_moments"]
+            merge_geometry(scratch.angles, scratch.geometry, *all_compared)
+
+    def _scratch_for(self, x: torch.Tensor, into: Accumulator) -> _Scratch:
+        squares = x.shape[2] if "unit_sums" in into.tensors else 0
+        key = (x.shape[0], x.shape[2], squares, len(into.thresholds))
+        if key not in self._scratch:
+            self._scratch[key] = _Scratch(*key)
+        return self._scratch[key]
 
 
 class _Scratch:
-    """Memory for what a region measures by sequence, and where it lies."""
+    """What the loops measure of each sequence; see `loops.measure_patterns`, `loops.measure_float32`."""
 
-    def __init__(self, rows: int, units: int, thresholds: int, counts: np.ndarray) -> None:
-        self._arrays = {
-            "counts": counts,
-            "sums": np.empty((rows, units)),
-            "squares": np.empty((rows, units)),
-            "seen": np.empty((rows, 2), np.int64),
-            "pooled": np.empty((rows, 1)),
-            "angles": np.empty((rows, 2), np.int64),
-            "geometry": np.empty((rows, 5)),
-            "near_zeros": np.empty((rows, thresholds), np.int64),
-            "elements": np.empty((rows, 3), np.int64),
-            "moments": np.empty((rows, 4)),
-        }
-        self.addresses = {name: _address(array) for name, array in self._arrays.items()}
+    def __init__(self, rows: int, units: int, squared: int, thresholds: int) -> None:
+        self.sums = np.empty((rows, units))
+        self.squares = np.empty((rows, squared))
+        self.seen = np.empty((rows, 2), np.int64)
+        self.pooled = np.empty((rows, 1))
+        self.angles = np.empty((rows, 2), np.int64)
+        self.geometry = np.empty((rows, 5))
+        self.near_zero = np.empty((rows, thresholds), np.int64)
+        self.elements = np.empty((rows, 3), np.int64)
+        self.moments = np.empty((rows, 4))
+
+
+_NO_COUNT, _NO_SUMS = np.zeros(1, np.int64), np.empty((2, 0))
 
 
 @lru_cache(maxsize=8)
@@ -101,15 +98,16 @@ def _limits(thresholds: bytes) -> np.ndarray:
     return float32_limits(np.frombuffer(thresholds, np.float64))
 
 
-@lru_cache(maxsize=8)
-def _c_function(address: int) -> Any:
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+def _patterns(x: torch.Tensor) -> np.ndarray:
+    """The bits of a 16-bit tensor, uint16."""
+    return _array(x.view(torch.int16)).view(np.uint16)
 
 
-def _address(array: np.ndarray) -> int:
-    return int(array.__array_interface__["data"][0])
+def _as_loops_read(x: torch.Tensor) -> np.ndarray:
+    """bfloat16 as its patterns, float32 as it is; float16 is widened, which is exact."""
+    return _patterns(x) if x.dtype == torch.bfloat16 else _array(x.float())
 
 
-def _as_loops_read(x: torch.Tensor) -> torch.Tensor:
-    """bfloat16 and float32 as they are; float16 is widened, which is exact."""
-    return x.float() if x.dtype == torch.float16 else x
+def _array(x: torch.Tensor) -> np.ndarray:
+    """A tensor's memory. Of one that had gone through `Tensor.numpy`, streaming could not free the memory any more."""
+    return np.from_dlpack(x)

@@ -1,7 +1,6 @@
 """The loops of the CPU kernels: compiled, one sequence ``x[tokens, units]`` a call, tokens outside the mask skipped.
 
-A tensor arrives as float32, or as the uint16 patterns of bfloat16. Sums are float64, counts are integers, and no
-result depends on how sequences are spread over threads.
+A tensor arrives as float32, or as the uint16 patterns of bfloat16. Sums are float64, counts are integers.
 """
 
 from __future__ import annotations
@@ -10,21 +9,20 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from avss_dist.measure.kernels.intrinsics import pattern, prefetch, value
+from avss_dist.measure.kernels.bits import pattern, value
+from avss_dist.measure.kernels.compiling import compiled
 from avss_dist.stats.histogram import CUT_SHIFT
 
 _ABS32 = np.uint32(0x7FFFFFFF)
 _INF32 = np.uint32(0x7F800000)
 _SHIFT = np.uint32(CUT_SHIFT)
-_LINE, _AHEAD = 32, 1024  # elements: at most a cache line; how far ahead of its use memory is asked for
 
-_compiled = njit(nogil=True, cache=True, fastmath={"reassoc", "contract"}, error_model="numpy")
+_compiled = compiled(fastmath={"reassoc", "contract"})
 
 
 @_compiled
-def _is_finite(row: Any) -> bool:
+def _is_finite(row: Any) -> Any:
     largest = np.uint32(0)
     for j in range(row.shape[0]):
         largest = max(largest, pattern(row[j]) & _ABS32)
@@ -36,15 +34,18 @@ def measure_patterns(
     raw: Any,
     values: Any,
     mask: Any,
-    start: int,
-    stop: int,
     counts: Any,
     sums: Any,
     squares: Any,
     tokens: Any,
     pooled: Any,
+    compared: bool,
+    before: Any,
+    update: Any,
+    angles: Any,
+    geometry: Any,
 ) -> None:
-    """Measure sequences ``start`` to ``stop`` of a 16-bit tensor: pattern counts and unit sums.
+    """Measure the sequences of a 16-bit tensor: pattern counts and unit sums; compare them with a block's input.
 
     Args:
         raw: uint16[sequences, tokens, units], its patterns.
@@ -52,24 +53,24 @@ def measure_patterns(
         mask: bool[sequences, tokens].
         counts: uint32[65536], added to.
         sums, squares, tokens, pooled: see `_sum_sequence`, one row a sequence.
+        compared: whether there is an input to compare with; the rest is of `_compare_sequence`, one row a sequence.
+        before, update: as ``values``.
     """
-    for b in range(start, stop):
+    for b in range(raw.shape[0]):
+        sums[b], squares[b] = 0.0, 0.0
         nonfinite = _count_nonfinite(counts, values)
         for t in range(raw.shape[1]):
             if mask[b, t]:
                 _count_row(raw[b, t], counts)
         all_finite = _count_nonfinite(counts, values) == nonfinite
         _sum_sequence(values[b], mask[b], all_finite, sums[b], squares[b], tokens[b], pooled[b])
+        if compared:
+            _compare_sequence(before[b], values[b], update[b], mask[b], angles[b], geometry[b])
 
 
 @_compiled
 def _count_row(row: Any, counts: Any) -> None:
-    whole = row.shape[0] // _LINE * _LINE
-    for first in range(0, whole, _LINE):
-        prefetch(row, first + _AHEAD)
-        for j in range(first, first + _LINE):
-            counts[row[j]] += 1
-    for j in range(whole, row.shape[0]):
+    for j in range(row.shape[0]):
         counts[row[j]] += 1
 
 
@@ -77,8 +78,6 @@ def _count_row(row: Any, counts: Any) -> None:
 def measure_float32(
     x: Any,
     mask: Any,
-    start: int,
-    stop: int,
     limits: Any,
     counts: Any,
     near_zero: Any,
@@ -88,19 +87,27 @@ def measure_float32(
     squares: Any,
     tokens: Any,
     pooled: Any,
+    compared: bool,
+    before: Any,
+    update: Any,
+    angles: Any,
+    geometry: Any,
 ) -> None:
-    """Measure sequences ``start`` to ``stop`` of float32[sequences, tokens, units].
+    """Measure the sequences of float32[sequences, tokens, units]; compare them with a block's input.
 
     Args:
         mask: bool[sequences, tokens].
         limits: uint32[k], pattern of the smallest float32 that is not below each threshold.
         counts: uint32[65536], added to: by the upper half of the pattern of abs(x).
         near_zero, elements, moments: see `_count_float32`, one row a sequence.
-        sums, squares, tokens, pooled: as in `measure_patterns`.
+        sums, squares, tokens, pooled, compared, before, update, angles, geometry: as in `measure_patterns`.
     """
-    for b in range(start, stop):
+    for b in range(x.shape[0]):
+        near_zero[b], sums[b], squares[b] = 0, 0.0, 0.0
         _count_float32(x[b], mask[b], limits, counts, near_zero[b], elements[b], moments[b])
         _sum_sequence(x[b], mask[b], elements[b, 2] == 0, sums[b], squares[b], tokens[b], pooled[b])
+        if compared:
+            _compare_sequence(before[b], x[b], update[b], mask[b], angles[b], geometry[b])
 
 
 @_compiled
@@ -111,20 +118,6 @@ def _count_nonfinite(counts: Any, values: Any) -> int:
     for i in range(first, 0x8000):
         total += counts[i] + counts[i + 0x8000]
     return total
-
-
-@_compiled
-def flush_patterns(counts: Any, total: Any) -> None:
-    """Add uint32 ``counts`` to int32 or int64 ``total``, which may be shorter, and clear them."""
-    for first in range(0, total.shape[0], 64):
-        here, all_here = counts[first : first + 64], total[first : first + 64]
-        seen = np.uint32(0)
-        for i in range(64):
-            seen |= here[i]
-        if seen:
-            for i in range(64):
-                all_here[i] += here[i]
-            here[:] = 0
 
 
 @_compiled
@@ -142,8 +135,6 @@ def _count_float32(x: Any, mask: Any, limits: Any, counts: Any, near_zero: Any, 
         if not mask[t]:
             continue
         row = x[t]
-        for j in range(0, units, _LINE // 2):
-            prefetch(row, j + 2 * units)
         finite = 0
         total = 0.0
         for j in range(units):
@@ -224,24 +215,13 @@ def _variance(sums: Any, tokens: int) -> float:
 
 
 @_compiled
-def compare_tokens(
-    before: Any, after: Any, update: Any, mask: Any, start: int, stop: int, counts: Any, sums: Any
-) -> None:
-    """Compare a block's input with its output, token by token, in sequences ``start`` to ``stop``.
-
-    Args:
-        before, after, update: [sequences, tokens, units].
-        counts: int64[sequences, 2], written: tokens that are finite and nonzero in input and output; input elements of
-            tokens that are finite in both.
-        sums: float64[sequences, 5], written: over the former, cos(in, out), acos(cos) / pi and |update| / |in|; of the
-            latter, mean and m2.
-    """
-    for b in range(start, stop):
-        _compare_sequence(before[b], after[b], update[b], mask[b], counts[b], sums[b])
-
-
-@_compiled
 def _compare_sequence(before: Any, after: Any, update: Any, mask: Any, counts: Any, sums: Any) -> None:
+    """Compare one sequence of a block's input with its output, [tokens, units], token by token.
+
+    Written: counts int64[2], the tokens that are finite and nonzero in input and output, and the input elements of
+    tokens that are finite in both; sums float64[5]: over the former cos(in, out), acos(cos) / pi and |update| / |in|,
+    of the latter mean and m2.
+    """
     angles = count = 0
     cosine_sum = angular_sum = relative_sum = mean = m2 = 0.0
     units = before.shape[1]
@@ -249,10 +229,6 @@ def _compare_sequence(before: Any, after: Any, update: Any, mask: Any, counts: A
         if not mask[t]:
             continue
         old, new, change = before[t], after[t], update[t]
-        for j in range(0, units, _LINE // 2):
-            prefetch(old, j + 2 * units)
-            prefetch(new, j + 2 * units)
-            prefetch(change, j + 2 * units)
         total = dot = old_sq = new_sq = change_sq = 0.0
         for j in range(units):
             a, b, c = value(old[j]), value(new[j]), value(change[j])

@@ -1,0 +1,56 @@
+"""Every ``auto`` of the settings that changes numbers, decided once, before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from avss_dist.errors import ModelError
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.safetensors import TensorInfo, weight_files
+from avss_dist.models.stored import floating_dtype, hub_tensors, stored_tensors
+from avss_dist.settings import DTYPES, Settings
+
+
+def pin(settings: Settings, checkpoint: Checkpoint, config: Any, device: str, *, spec: str | None = None) -> Settings:
+    """Settings with every ``auto`` that changes numbers decided.
+
+    Args:
+        config: of `text_config`.
+        spec: what the user named, where the checkpoint is on the hub and its weights may not be here.
+
+    Raises:
+        ModelError: rows are longer than the model can read, or the weight files have no header.
+    """
+    text = config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    if isinstance(longest, int) and 0 < longest < settings.sequence_length:
+        raise ModelError(
+            f"'{checkpoint.name}' reads at most {longest} tokens, not the {settings.sequence_length} of "
+            "`sequence_length`.",
+            f"Make `sequence_length` {longest} or less.",
+        )
+    tensors = hub_tensors(spec, checkpoint) if spec and not weight_files(checkpoint.folder) else None
+    dtype = str(compute_dtype(checkpoint, config, settings, tensors)).removeprefix("torch.")
+    return replace(settings, device=device, dtype=dtype if dtype in DTYPES else settings.dtype)
+
+
+def compute_dtype(
+    checkpoint: Checkpoint, config: Any, settings: Settings, tensors: Iterable[TensorInfo] | None = None
+) -> torch.dtype:
+    """What the layers compute in: the dtype of the settings, that of the configuration, or that of the files.
+
+    Args:
+        tensors: of the files; None reads their headers, if they are needed.
+    """
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    named = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    if named is not None:
+        return named if isinstance(named, torch.dtype) else getattr(torch, named)
+    if checkpoint.gguf:
+        return torch.float32  # which transformers unpacks it to
+    return floating_dtype(stored_tensors(checkpoint) if tensors is None else tensors)

@@ -1,0 +1,138 @@
+"""Find the sites inside a layer by what its modules did in one forward pass.
+
+What a sublayer adds to the residual stream is the output of its last linear map.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import torch
+from torch import nn
+
+from avss_dist.models.layers import PROBE_SHAPE, Tap, axes_of, count_parameters, is_linear
+from avss_dist.settings import SITES
+
+_ATTENTION = re.compile(
+    r"attention|attn|mixer|mamba|ssm|deltanet|recurrent|retention|fourier|conv|mlstm|temporal_block|^mla$",
+    re.IGNORECASE,
+)
+_MLP = re.compile(r"mlp|moe|ffn|feed_?forward|\bff\b|expert", re.IGNORECASE)
+_NOT_A_SUBLAYER = re.compile(
+    r"norm|dropout|\bln\b|ln_?\d|act_fn|activation|rotary|hyperconnection|scal|DecoderLayer$", re.IGNORECASE
+)
+_EXPERTS = re.compile(r"experts|moe", re.IGNORECASE)
+
+
+@dataclass
+class Call:
+    """One module's call inside a layer."""
+
+    path: str
+    module: nn.Module
+    inputs: list[torch.Tensor]
+    output: torch.Tensor
+
+
+def find_taps(calls: Sequence[Call], layer_class: str) -> dict[str, Tap]:
+    """The sublayer sites of one layer, from its modules' calls."""
+    kinds = {id(c): _kind(c, layer_class) for c in calls}
+    attention = _largest([c for c in calls if kinds[id(c)] == "attention"])
+    mlp = _largest([c for c in calls if kinds[id(c)] == "mlp"])
+    taps: dict[str, Tap | None] = {}
+    if attention:
+        taps["attention"] = _output_tap(attention, _inside(calls, attention))
+    if mlp:
+        inside = _inside(calls, mlp)
+        routed = any(
+            _EXPERTS.search(f"{c.path.rpartition('.')[2]} {_own_name(c.module, layer_class)}") for c in (mlp, *inside)
+        )
+        taps["mlp"] = _tap(mlp, "output") if routed else _output_tap(mlp, inside)
+        last = None if routed else _last_linear(inside, mlp.output.shape[-1])
+    else:
+        outside = [c for c in calls if not (attention and _within(c, attention)) and kinds[id(c)] != "attention"]
+        last = _last_linear(outside, calls[-1].output.shape[-1] if calls else 0)
+        last = None if last and last.inputs[0].shape[-1] == last.output.shape[-1] else last
+        taps["mlp"] = _tap(last, "output") if last else None
+    taps["neuron"] = _tap(last, "input") if last else None
+    return {site: tap for site in SITES if (tap := taps.get(site))}
+
+
+def _own_name(module: nn.Module, layer_class: str) -> str:
+    """A class name without the family's prefix: ``Attention`` of ``Qwen3MoeAttention`` in ``Qwen3MoeDecoderLayer``."""
+    kind = type(module).__name__
+    prefix = "".join(a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(kind, layer_class, strict=False)))
+    own = kind[len(prefix) :]
+    while prefix and not own[:1].isupper():
+        own, prefix = prefix[-1] + own, prefix[:-1]
+    return own
+
+
+def _kind(call: Call, layer_class: str) -> str | None:
+    """``mlp`` or ``attention`` by what a sublayer's class, else its name, says it is."""
+    if is_linear(call.module):
+        return None
+    for label in (_own_name(call.module, layer_class), call.path.rpartition(".")[2]):
+        if _NOT_A_SUBLAYER.search(label):
+            return None
+        if _MLP.search(label):
+            return "mlp"
+        if _ATTENTION.search(label):
+            return "attention"
+    return None
+
+
+def _largest(calls: Sequence[Call]) -> Call | None:
+    """The call with the most parameters among the shallowest."""
+    depth = min((c.path.count(".") for c in calls), default=0)
+    shallow = [c for c in calls if c.path.count(".") == depth]
+    return max(shallow, key=lambda c: count_parameters(c.module), default=None)
+
+
+def _within(call: Call, sublayer: Call) -> bool:
+    return call.path.startswith(sublayer.path + ".")
+
+
+def _inside(calls: Sequence[Call], sublayer: Call) -> list[Call]:
+    return [c for c in calls if _within(c, sublayer)]
+
+
+def _last_linear(calls: Sequence[Call], width: int) -> Call | None:
+    """The last linear map that ends at ``width`` units, one from another width first (a down projection)."""
+    linears = [c for c in calls if is_linear(c.module) and c.output.shape[-1] == width and c.inputs]
+    down = [c for c in linears if c.inputs[0].shape[-1] != width]
+    return next(reversed(down or linears), None)
+
+
+def _output_tap(sublayer: Call, inside: Sequence[Call]) -> Tap | None:
+    """What the sublayer adds: its output, or its last linear map's where it adds the residual or a norm itself."""
+    linears = [c for c in inside if is_linear(c.module) and c.output.shape[-1] == sublayer.output.shape[-1]]
+    last = linears[-1] if linears else None
+    norms = [i for i, c in enumerate(inside) if "norm" in type(c.module).__name__.lower()]
+    ends_in_norm = bool(norms) and norms[-1] > (inside.index(last) if last else -1)
+    ends_in_norm = ends_in_norm and inside[norms[-1]].output.shape == sublayer.output.shape
+    if ends_in_norm and torch.equal(inside[norms[-1]].output, sublayer.output):
+        return _tap(last, "output") if last else None
+    if last and _adds_an_input(sublayer, last):
+        return _tap(last, "output")
+    return _tap(sublayer, "output")
+
+
+def _adds_an_input(sublayer: Call, last: Call) -> bool:
+    if last.output.numel() != sublayer.output.numel():
+        return False
+    added = sublayer.output - last.output.reshape(sublayer.output.shape)
+    return any(
+        t.shape == added.shape
+        and t.is_floating_point()
+        and float((added - t).abs().max()) < 1e-2 * float(t.abs().max())
+        for t in sublayer.inputs
+    )
+
+
+def _tap(call: Call, reads: str) -> Tap:
+    tensor = call.output if reads == "output" else call.inputs[0]
+    return Tap(call.module, reads, axes_of(tensor.shape, *PROBE_SHAPE))

@@ -1,0 +1,117 @@
+"""Find the layers of any model, and the sites inside them, by watching one tiny forward pass.
+
+Names differ between families, structure does not: the layers are the shallowest module list as long as the config
+says, and their order is the order of calls. The pass shows which modules run, how often, in which order and with which
+axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from avss_dist.models.layers import PROBE_SHAPE, Layer, Structure, Tap, axes_of, first_tensor, layer_lists, not_found
+from avss_dist.models.sites import Call, find_taps
+
+_Found = tuple[nn.Module, str, Mapping[str, Tap]]
+
+
+@dataclass
+class _Trace:
+    """Watches a forward pass; holds the tensors of one layer at a time."""
+
+    found: list[_Found] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+
+    def enter(self, _module: nn.Module, _args: Any) -> None:
+        self.calls = []
+
+    def record(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            tensor = first_tensor(output)
+            if tensor is not None:
+                inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+                self.calls.append(Call(path, module, inputs, tensor.clone()))
+
+        return hook
+
+    def leave(self, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        tensor = first_tensor(output)
+        if tensor is not None:
+            self.found.append(
+                (module, axes_of(tensor.shape, *PROBE_SHAPE), find_taps(self.calls, type(module).__name__))
+            )
+        self.calls = []
+
+
+def find_structure(
+    model: nn.Module, forward: Callable[[torch.Tensor], Any], num_layers: int | None, path: str | None = None
+) -> Structure:
+    """Find layers and sites by one forward pass over ``PROBE_SHAPE`` tokens; no hook is left behind.
+
+    Args:
+        model: the backbone, without its head.
+        forward: runs the backbone on int64[rows, tokens] token ids.
+        num_layers: the config's layer count.
+        path: module path of the layer list, or None to find it.
+
+    Raises:
+        ModelError: the layers cannot be found, or do not run. What the model itself raises passes through.
+    """
+    lists = layer_lists(model, num_layers, path)
+    names = {
+        module: f"{name}.{i}" for name, modules in lists.items() for i, module in reversed(list(enumerate(modules)))
+    }
+    trace = _Trace()
+    handles: list[Any] = []
+    try:
+        for module in names:
+            for child_path, child in module.named_modules():
+                if child is not module:
+                    handles.append(child.register_forward_hook(trace.record(child_path), with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(trace.enter))
+            handles.append(module.register_forward_hook(trace.leave, with_kwargs=True))
+        forward(torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1]).reshape(PROBE_SHAPE))
+    finally:
+        for handle in handles:
+            handle.remove()
+    ran = {module for module, _, _ in trace.found}
+    used = {name: modules for name, modules in lists.items() if any(module in ran for module in modules)}
+    if len(used) != 1:
+        raise not_found(model, num_layers, used or lists, "several module lists run" if used else "none of them runs")
+    (list_path, modules) = next(iter(used.items()))
+    if not all(module in ran for module in modules):
+        raise not_found(model, num_layers, used, f"not every module of '{list_path}' runs as a layer")
+    order = {module: f"{list_path}.{i}" for i, module in reversed(list(enumerate(modules)))}
+    return _structure(trace.found, dict(reversed(order.items())))
+
+
+def _structure(found: list[_Found], names: Mapping[nn.Module, str]) -> Structure:
+    """Layers in list order, or in the order of calls where modules are shared."""
+    if len(found) == len(names):
+        order = list(names)
+        found = sorted(found, key=lambda item: order.index(item[0]))
+    layers: list[Layer] = []
+    uses: dict[nn.Module, int] = {}
+    for index, (module, axes, taps) in enumerate(found):
+        call = uses.get(module, 0)
+        uses[module] = call + 1
+        name = names[module] if call == 0 else f"{names[module]}#{call}"
+        layers.append(Layer(index, name, module, call, axes, taps))
+    return Structure(tuple(layers), tuple(_notes(layers)))
+
+
+def _notes(layers: Sequence[Layer]) -> Iterator[str]:
+    for site in ("attention", "mlp", "neuron"):
+        without = [layer.index for layer in layers if site not in layer.taps]
+        if len(without) == len(layers):
+            yield f"site '{site}' is absent: no layer of this family has it as a module of its own"
+        elif without:
+            yield f"site '{site}' is absent in layers {', '.join(map(str, without))}"
+    shared = [layer for layer in layers if layer.call]
+    if shared:
+        yield f"layers share modules: {len(layers)} calls of {len(layers) - len(shared)} modules, each call is a layer"

@@ -1,0 +1,250 @@
+"""Shards measured at once in one process, and the threads that compute: neither changes a number."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from support.tables import assert_same_tables
+
+import avss_dist
+from avss_dist.errors import AvssError
+from avss_dist.executors import local
+from avss_dist.executors.base import ReplicaSpec, RunShards
+from avss_dist.measure import shard as measuring
+from avss_dist.models.checkpoints import resolve
+from avss_dist.partition.base import Placement
+from avss_dist.settings import Settings
+from avss_dist.system import cores
+from avss_dist.tasks import cells
+from avss_dist.warehouse.reader import Warehouse
+
+pytestmark = pytest.mark.timeout(600)
+
+OPTIONS: dict[str, Any] = {
+    "corpus": "builtin:pydoc",
+    "max_sequences": 24,
+    "sequence_length": 32,
+    "batch_size": 2,
+    "sequences_per_shard": 4,
+    "device": "cpu",
+}
+
+
+def score(model: Path, out: Path, **changes: Any) -> avss_dist.Run:
+    return avss_dist.score(model, out=out, **{**OPTIONS, "executor": "local", "partition": "single", **changes})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One shard at a time."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "free_cores", lambda: 1)
+        assert score(tiny_llama, out).num_shards == 6
+    return out
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """torch computes with two threads where nobody says otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """(threads that torch computes with, name of Python's thread) of every shard that is measured."""
+    seen: list[tuple[int, str]] = []
+    measure = measuring._measure
+
+    def spy(*args: Any) -> Any:
+        seen.append((torch.get_num_threads(), threading.current_thread().name))
+        return measure(*args)
+
+    monkeypatch.setattr(measuring, "_measure", spy)
+    return seen
+
+
+@pytest.mark.parametrize("at_once", [2, 3])
+def test_any_number_of_shards_at_once_gives_the_same_bytes(
+    at_once: int, tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many run at once as there are cores: the first ones wait for each other."""
+    monkeypatch.setattr(local, "free_cores", lambda: at_once)
+    together, analyze = threading.Barrier(at_once), local.analyze_shard
+
+    def meet(replica: Any, shard: Any, *args: Any, **options: Any) -> Any:
+        if shard.shard_id < at_once:
+            together.wait(timeout=120)
+        return analyze(replica, shard, *args, **options)
+
+    monkeypatch.setattr(local, "analyze_shard", meet)
+    score(tiny_llama, tmp_path)
+    assert_same_tables(tmp_path, undisturbed)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("cores_free", "threads"), [(1, 1), (2, 1), (4, 2)])
+def test_every_shard_computes_with_the_threads_of_the_settings(
+    cores_free: int,
+    threads: int,
+    seen: list[tuple[int, str]],
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local, "free_cores", lambda: cores_free)
+    run = score(tiny_llama, tmp_path, threads=threads)
+    assert len(seen) == 6 and {count for count, _ in seen} == {threads}
+    assert len({name for _, name in seen}) <= cores_free // threads
+    (row,) = Warehouse(tmp_path).runs().to_pylist()
+    assert (row["run_id"], row["threads"]) == (run.run_id, threads)
+    assert torch.get_num_threads() == 2, "the caller's number is as it was"
+
+
+def test_the_threads_are_part_of_a_run(tiny_llama: Path, tmp_path: Path) -> None:
+    assert score(tiny_llama, tmp_path, threads=2).run_id != score(tiny_llama, tmp_path).run_id
+
+
+@pytest.mark.parametrize("variable", ["1", "2"])
+def test_the_environment_changes_no_byte(
+    variable: str, tiny_llama: Path, undisturbed: Path, tmp_path: Path, run_avss: Callable[..., Any]
+) -> None:
+    """`OMP_NUM_THREADS` is what torch would compute with; NumPy's and numba's are set to the same."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+    given = ["--executor", "local", "--partition", "single"]
+    done = run_avss(
+        "score", tiny_llama, "--out", tmp_path, *options, *given, env=dict.fromkeys(names, variable), timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same_tables(tmp_path, undisturbed)
+
+
+def test_ray_workers_compute_with_the_threads_of_the_settings(
+    tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cores.usable_cores() < 2:
+        pytest.skip("two workers need two cores")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    run = score(tiny_llama, tmp_path, executor="ray", replicas=2)
+    (row,) = Warehouse(tmp_path).runs().to_pylist()
+    assert (row["run_id"], row["threads"]) == (run.run_id, 1)
+    assert_same_tables(tmp_path, undisturbed)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_tasks_compute_with_the_threads_of_the_settings(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    losses = cells.LanguageModel.losses
+
+    def spy(self: Any, batch: Any) -> Any:
+        counts.append(torch.get_num_threads())
+        return losses(self, batch)
+
+    monkeypatch.setattr(cells.LanguageModel, "losses", spy)
+    from avss_dist.evaluation.evaluate import evaluate
+
+    options = {name: value for name, value in OPTIONS.items() if name != "corpus"}
+    evaluate([str(tiny_llama)], tasks=["perplexity:builtin:pydoc"], warehouse=tmp_path, executor="local", **options)
+    assert counts and set(counts) == {1}
+    assert torch.get_num_threads() == 2
+
+
+def run_one(model: Path, analyze: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The outcomes of one run on three cores, with another `analyze_shard`."""
+    from avss_dist.corpus.shards import plan
+    from avss_dist.models.loading import load_tokenizer
+
+    checkpoint = resolve(str(model))
+    settings = Settings(**{name: value for name, value in OPTIONS.items() if name != "corpus"})
+    shards = plan("builtin:pydoc", load_tokenizer(checkpoint), settings).shards
+    monkeypatch.setattr(local, "free_cores", lambda: 3)
+    monkeypatch.setattr(local, "analyze_shard", analyze)
+    spec = ReplicaSpec(checkpoint=checkpoint, settings=settings, placement=Placement())
+    with closing(local.LocalExecutor(settings)) as executor:
+        return list(executor.run(iter([RunShards(run_id="run", replica_spec=spec, shards=shards)])))
+
+
+def test_an_error_of_one_shard_ends_the_others(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that run meanwhile are stopped at their next layer, and do not keep the process waiting."""
+    analyze, begun = local.analyze_shard, threading.Event()
+
+    def go_wrong(replica: Any, shard: Any, settings: Any, *, beat: Callable[[], None], hooks: Any) -> Any:
+        if shard.shard_id == 0:
+            begun.wait(timeout=60)
+            raise RuntimeError("the first shard is broken")
+        begun.set()
+        while True:  # until it is stopped
+            analyze(replica, shard, settings, beat=beat, hooks=hooks)
+
+    ((work, error),) = run_one(tiny_llama, go_wrong, monkeypatch)
+    assert work.run_id == "run" and isinstance(error, AvssError) and "the first shard is broken" in str(error)
+
+
+def test_results_come_in_the_order_of_the_shards(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = run_one(tiny_llama, local.analyze_shard, monkeypatch)
+    assert [result.shard_id for _, result in outcomes] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("available", "expected"), [(1, 1), (lambda shard: shard * 3, 2), (lambda shard: shard * 100, 8)]
+)
+def test_shards_at_once_fit_into_memory(
+    available: Any, expected: int, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from avss_dist.models.size import footprint
+    from avss_dist.partition.open import open_replica
+
+    settings = Settings(device="cpu", sequence_length=64)
+    spec = ReplicaSpec(checkpoint=resolve(str(tiny_llama)), settings=settings, placement=Placement())
+    size = footprint(spec.checkpoint, settings)
+    shard = size.activation_bytes(settings.batch_size, 64) + local.counter_bytes(size, settings)
+    monkeypatch.setattr(local, "free_cores", lambda: 8)
+    monkeypatch.setattr(local, "available_memory", lambda: available(shard) if callable(available) else available)
+    replica = open_replica(spec.checkpoint, settings, spec.placement)
+    assert local.shards_at_once(replica, spec) == expected
+    replica.close()
+
+
+@pytest.mark.parametrize(
+    ("affinity", "quota", "percent", "usable", "free"),
+    [
+        (8, "max 100000", 0.0, 8, 8),
+        (8, "max 100000", 50.0, 8, 4),
+        (8, "max 100000", 100.0, 8, 1),
+        (4, "max 100000", 50.0, 4, 4),
+        (8, "250000 100000", 0.0, 2, 2),
+        (8, "50000 100000", 0.0, 1, 1),
+        (2, None, 0.0, 2, 2),
+    ],
+)
+def test_free_cores_are_those_that_this_process_may_use_and_nobody_does(
+    affinity: int,
+    quota: str | None,
+    percent: float,
+    usable: int,
+    free: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a machine of eight cores."""
+    if quota:
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+    monkeypatch.setattr(cores, "_CGROUP", tmp_path)
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: set(range(affinity)))
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 8)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: percent)
+    assert cores.usable_cores() == usable
+    assert cores.free_cores() == free
