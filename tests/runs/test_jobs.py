@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -252,6 +253,20 @@ def test_settings_are_checked_together(tmp_path: Path) -> None:
     assert together.settings == Settings(skip_first_tokens=300, sequence_length=512)
     (said,) = problems(tmp_path, job + "settings:\n  skip_first_tokens: 300\n  sequence_length: 200\n")
     assert said.startswith("5: skip_first_tokens 300 leaves nothing of 200 tokens.")
+
+
+def test_keys_of_addresses_are_kept_to_open_them_and_shown_nowhere(tmp_path: Path) -> None:
+    text = """
+        warehouse: "s3://KEY:SECRET@bucket/w"
+        models: [org/a]
+        corpora: ["s3://KEY:SECRET@bucket/a.txt", builtin:pydoc]
+    """
+    job = read(tmp_path, text, expand=False)
+    assert (job.warehouse, job.specs[0].corpus) == ("s3://bucket/w", "s3://bucket/a.txt")
+    assert job.specs[0].name == "org/a on s3://bucket/a.txt"
+    assert "SECRET" not in repr(job)
+    assert getattr(job.warehouse, "full", "") == "s3://KEY:SECRET@bucket/w"
+    assert getattr(pickle.loads(pickle.dumps(job.specs[0].corpus)), "full", "") == "s3://KEY:SECRET@bucket/a.txt"
 
 
 def test_models_by_corpora_with_their_own_settings(tmp_path: Path) -> None:
