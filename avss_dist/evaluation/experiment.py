@@ -176,7 +176,7 @@ def _plan(
         num_fewshot=experiment.num_fewshot,
     )
     if not allow_overlap:
-        refuse_overlap(task, trial.run.run_id, warehouse, trial.checkpoint)
+        refuse_overlap(task, trial.run.run_id, warehouse, trial.checkpoint, corpus=trial.corpus)
     return plan_evaluation(trial.checkpoint, task, settings)
 
 

@@ -20,8 +20,11 @@ WINDOW = 32  # tokens that two texts have in common, in a row, before they are t
 MOST_SHARED = 0.01  # of the windows of a text; phrases that every text has are fewer
 
 
-def refuse_overlap(task: Task, run_id: str, store: Warehouse, checkpoint: Checkpoint) -> None:
+def refuse_overlap(task: Task, run_id: str, store: Warehouse, checkpoint: Checkpoint, *, corpus: str = "") -> None:
     """Refuse a task on text that a run's scores were measured on; tasks without a corpus pass.
+
+    Args:
+        corpus: the text of the run, with the keys that reading it takes; by default as its row names it, without.
 
     Raises:
         ConfigError: they share text, or the run's text cannot be read again.
@@ -32,7 +35,7 @@ def refuse_overlap(task: Task, run_id: str, store: Warehouse, checkpoint: Checkp
         return
     settings = Settings(**settings_of(run))
     try:
-        seen = plan(run["corpus"], load_tokenizer(checkpoint), settings)
+        seen = plan(corpus or run["corpus"], load_tokenizer(checkpoint), settings)
     except AvssError as error:
         raise ConfigError(
             f"The text of run {run_id} cannot be read again: {error.message}",
