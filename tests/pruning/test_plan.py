@@ -23,6 +23,7 @@ from avss_dist.pruning.selection import PUBLISHED, RANDOM, SCORE_MEANINGS, Choic
 from avss_dist.settings import GROUND_TRUTH, SCORES
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.store import Store
 
 # Choosing
 
@@ -170,9 +171,9 @@ def test_a_plan_through_its_file(tmp_path: Path) -> None:
         ({"dropp": [1]}, "Did you mean 'drop'"),
         ({5: [1]}, "Unknown key '5'"),
         ({"revision": 5}, "`revision` must be a text, not 5"),
-        ({"model": None}, "`model` must be a text, not None"),
+        ({"model": None}, "`model` must be a text, not nothing"),
         ({"why": "because"}, "`why` must be a mapping"),
-        ({"why": {"by": [1]}}, "`by`: A reason is a text or a number."),
+        ({"why": {"by": [1]}}, "`why`: A reason is a text or a number."),
         ({"run_id": "../../x"}, "not the id of a run"),
         ({"num_layers": "six"}, "`num_layers` must be a whole number"),
         ({"revision": 5, "model": "", "num_layers": 0}, "3 problems"),
@@ -242,7 +243,7 @@ def write_losses(store: Warehouse, run_id: str, losses: list[float], whole: floa
     row = run_row(run_id)
     identity = {name: row[name] for name in ("model", "revision", "family")}
     drops = [((), whole), *(((i,), loss) for i, loss in enumerate(losses))]
-    store.write_evaluations(
+    Store(store.root).write_evaluations(
         RunIdentity(run_id=f"{run_id}-loss", **identity),
         [
             {"task": "ablation:text.txt", "metric": "loss", "drop": list(drop), "value": loss, "created_at": CREATED}
@@ -287,13 +288,13 @@ def test_a_plan_says_what_speaks_against_it(scored: Warehouse, tmp_path: Path) -
     identity = RunIdentity(**{name: row[name] for name in ("run_id", "model", "revision", "family")})
     common = {"task": "t", "metric": "acc", "drop": [0, 1], "created_at": CREATED, "score": "avss", "value": 0.4}
     kept = {"retention": 0.5, "retention_low": 0.4, "retention_high": 0.6}
-    scored.write_experiment(identity, "x", [{**common, **kept, "method": "avss", "share": 0.25}])
+    Store(scored.root).write_experiment(identity, "0" * 20, [{**common, **kept, "method": "avss", "share": 0.25}])
     evaluation = RunIdentity(run_id="b-1-text", model=row["model"], revision=row["revision"], family=row["family"])
     rows = [
         {"task": "perplexity:x", "metric": "loss", "drop": drop, "value": value, "created_at": CREATED}
         for drop, value in (([], np.log(20.0)), ([0, 1], np.log(49020.0)))
     ]
-    scored.write_evaluations(evaluation, rows)
+    Store(scored.root).write_evaluations(evaluation, rows)
     result = avss("plan", scored.root, "--run", "b-1", "--by", "avss", "-o", tmp_path / "plan.yaml")
     assert result.exit_code == 0, result.stderr
     made = read_plan(tmp_path / "plan.yaml")
