@@ -122,21 +122,28 @@ def _ranks(partition: str, execution: Execution, gpus: int) -> int:
 def _fitting(size: Footprint, settings: Settings, execution: Execution, devices: Devices) -> tuple[str, int, str]:
     """Partition, GPUs, reason."""
     batch = size.activation_bytes(settings.batch_size, settings.sequence_length)
-    need = size.weight_bytes + batch
     what = f"{describe_bytes(size.weight_bytes)} of weights and {describe_bytes(batch)} of activations"
-    if devices.kind == "cpu":
-        room = execution.max_memory.get("cpu", devices.host_bytes)
-        room = int(room * SPARE_SHARE) // (execution.replicas or 1) - PROCESS_BYTES
-        where = f"{describe_bytes(max(room, 0))} of memory for each replica"
-        if need <= room:
-            return "single", 0, f"{what} fit into {where}"
-        return "streaming", 0, f"{what} do not fit into {where}"
-    room = int(devices.device_bytes * SPARE_SHARE)
-    asked, most = execution.gpus_per_replica, devices.count_of_largest_node
-    a_gpu = f"GPU of {describe_bytes(devices.device_bytes)}"
-    if need <= room and (asked or 1) == 1:
-        return "single", 1, f"{what} fit into one {a_gpu}"
-    fewest = max(2, -(-size.weight_bytes // (room - batch))) if room > batch else most + 1
-    if fewest <= (asked or most):
-        return "device_map", asked or fewest, f"{what} need {fewest} times one {a_gpu}"
-    return "streaming", 1, f"{what} do not fit into {asked or most} times one {a_gpu}"
+    if devices.kind == "cuda":
+        partition, gpus, where = _fitting_gpus(size.weight_bytes, batch, execution, devices)
+        return partition, gpus, f"{what} {where}"
+    limit = execution.max_memory.get("cpu", devices.host_bytes)
+    room = int(limit * SPARE_SHARE) // (execution.replicas or 1) - PROCESS_BYTES
+    where = f"{describe_bytes(max(room, 0))} of memory for each replica"
+    if size.weight_bytes + batch <= room:
+        return "single", 0, f"{what} fit into {where}"
+    return "streaming", 0, f"{what} do not fit into {where}"
+
+
+def _fitting_gpus(weights: int, batch: int, execution: Execution, devices: Devices) -> tuple[str, int, str]:
+    """Partition, GPUs, what that is to so many bytes of weights and of a batch's activations."""
+    limits = [limit for device, limit in execution.max_memory.items() if device.isdecimal()]
+    gpu = min([devices.device_bytes, *limits])
+    room = int(gpu * SPARE_SHARE)
+    requested, most = execution.gpus_per_replica, devices.count_of_largest_node
+    name = f"GPU of {describe_bytes(gpu)}"
+    if weights + batch <= room and (requested or 1) == 1:
+        return "single", 1, f"fit into one {name}"
+    fewest = max(2, -(-weights // (room - batch))) if room > batch else most + 1
+    if fewest <= (requested or most):
+        return "device_map", requested or fewest, f"need {fewest} times one {name}"
+    return "streaming", 1, f"do not fit into {requested or most} times one {name}"

@@ -6,7 +6,7 @@ so each replica is checked as it is opened: every site of every layer, before th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -132,19 +132,22 @@ def apply_autotp(model: Any, world: int, device: torch.device) -> None:
         if child is model.get_output_embeddings() and child is not without_head(model):
             setattr(model, name, nn.Identity())
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    others = [
-        (tensors, name, tensor.data)
-        for module in model.modules()
-        for tensors in (module._buffers, module._parameters)
-        for name, tensor in tensors.items()
-        if tensor is not None and tensor.is_floating_point() and tensor.dtype != dtype
-    ]
+    others = list(_in_another_dtype(model, dtype))
     try:
         deepspeed.init_inference(model, config=inference_config(dtype, world))
     except _REFUSALS as error:
         raise _cannot_split(model, str(error)) from error
     for tensors, name, value in others:
         tensors[name].data = value.to(device)
+
+
+def _in_another_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
+    """(tensors of a module, name, value) of what a model computes with in another dtype."""
+    for module in model.modules():
+        for tensors in (module._buffers, module._parameters):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_floating_point() and tensor.dtype != dtype:
+                    yield tensors, name, tensor.data
 
 
 def difference(expected: torch.Tensor, found: torch.Tensor) -> float:

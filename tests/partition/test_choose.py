@@ -90,6 +90,9 @@ def test_auto_counts_activations_replicas_and_limits() -> None:
     assert choose(size, long, Execution(), gpus(1, 80 * GB)).partition == "streaming"
     assert choose(size, SETTINGS, Execution(replicas=2), cpus(24 * GB)).partition == "streaming"
     assert choose(size, SETTINGS, Execution(max_memory={"cpu": 8 * GB}), cpus(24 * GB)).partition == "streaming"
+    assert choose(size, SETTINGS, Execution(max_memory={"0": 10 * GB}), gpus(1, 80 * GB)).partition == "streaming"
+    placement = choose(size, SETTINGS, Execution(max_memory={"0": 10 * GB, "1": 20 * GB}), gpus(4, 80 * GB))
+    assert (placement.partition, placement.gpus) == ("device_map", 2)
 
 
 def test_gpus_of_a_replica_may_be_asked_for() -> None:

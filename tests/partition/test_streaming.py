@@ -83,9 +83,9 @@ def assert_same(
     return got, wanted
 
 
-def weights_of_two_layers(folder: Path) -> int:
+def weights_of_two_layers(folder: Path, settings: Settings = SETTINGS) -> int:
     """The limit for host memory at which nothing is left for hidden states."""
-    left = streaming(folder, max_memory={"cpu": 1 << 40})._host_bytes
+    left = streaming(folder, settings, max_memory={"cpu": 1 << 40})._host_bytes
     assert left is not None
     return (1 << 40) - left
 
@@ -462,11 +462,12 @@ def test_smollm2(smollm2: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("limit", [{}, {"cpu": 1}])
-def test_on_a_gpu(limit: dict[str, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("limited", [False, True])
+def test_on_a_gpu(limited: bool, tmp_path: Path) -> None:
     """The bytes of `single` on the same GPU; a waiting batch's hidden states are not on it."""
     llama(hidden_size=512, intermediate_size=1024, num_hidden_layers=6).save_pretrained(tmp_path)
     settings = replace(SETTINGS, device="cuda", sequence_length=128, batch_size=8)
+    limit = {"cpu": weights_of_two_layers(tmp_path, settings)} if limited else {}
     replica = streaming(tmp_path, settings, max_memory=limit)
     one = shard(rows=64, tokens=128)
     assert_equal(analyze_shard(replica, one, settings), analyze_shard(single(tmp_path, settings), one, settings))

@@ -60,15 +60,19 @@ class HiddenStateOffloader:
         """
         if self._idle:
             return
-        seen = [ref for ref in self._seen.get(batch, []) if ref() is not None]
-        if tensor is not None and all(ref() is not tensor for ref in seen):
-            seen.append(weakref.ref(tensor))
-        self._seen[batch] = seen
-        owned = [t for ref in seen if (t := ref()) is not None and _owns_its_storage(t)]
-        storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in owned}
+        waiting = self._remember(batch, tensor)
+        storages = {s._cdata: s for one in waiting if _owns_its_storage(one) for s in [one.untyped_storage()]}
         self._held[batch] = 0
         moved = (self._offload_storage(batch, storage) for storage in storages.values())
         self._offloaded[batch] = [one for one in moved if one]
+
+    def _remember(self, batch: Hashable, tensor: torch.Tensor | None) -> list[torch.Tensor]:
+        """All hidden states of a batch that something still refers to, the newest too."""
+        waiting = [one for ref in self._seen.get(batch, []) if (one := ref()) is not None]
+        if tensor is not None and all(one is not tensor for one in waiting):
+            waiting.append(tensor)
+        self._seen[batch] = [weakref.ref(one) for one in waiting]
+        return waiting
 
     def restore(self, batch: Hashable) -> None:
         """Move the hidden states of a batch back: its tensors are what they were."""
