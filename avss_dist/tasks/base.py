@@ -66,27 +66,18 @@ class Task:
         return fingerprint(parts=[part.key for part in self.parts])
 
 
-def require_evaluates(partition: str) -> None:
-    """Refuse a partition that cannot run tasks.
-
-    Raises:
-        ConfigError: it gives hidden states alone.
-    """
-    able = [name for name, info in PARTITIONS.items() if info.evaluates]
-    if partition not in ("auto", *able):
-        raise ConfigError(
-            f"`partition` {partition} gives hidden states alone; tasks need a whole model on one device.",
-            f"Leave it out, or use {' or '.join(able)}.",
-        )
-
-
 def require_whole_model(execution: Execution) -> None:
     """Refuse options of partitions that have no effect on tasks, which run on a whole model on one device.
 
     Raises:
         ConfigError: such an option is set.
     """
-    require_evaluates(execution.partition)
+    able = [name for name, info in PARTITIONS.items() if info.evaluates]
+    if execution.partition not in ("auto", *able):
+        raise ConfigError(
+            f"`partition` {execution.partition} gives hidden states alone; tasks need a whole model on one device.",
+            f"Leave it out, or use {' or '.join(able)}.",
+        )
     for name in ("gpus_per_replica", "max_memory", "offload_folder"):
         if getattr(execution, name):
             raise ConfigError(f"`{name}` has no effect: tasks open a whole model on one device.", "Leave it out.")

@@ -130,7 +130,7 @@ def _placed(files: Any, folders: tuple[Path, ...], task: str) -> Any:
         if file.exists() or glob.glob(str(file)):
             return str(file)
     raise TaskError(
-        f"The data of task '{task}' does not exist: {folders[-1] / files}.",
+        f"The data of task '{task}' do not exist: {folders[-1] / files}.",
         "Put the file there, or name it by an absolute path under dataset_kwargs: data_files.",
     )
 

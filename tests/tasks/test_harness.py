@@ -329,7 +329,7 @@ def test_data_that_cannot_be_had() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"dataset_kwargs": {"data_files": {"test": "others.jsonl"}}}, r"task 'capitals' is not there: .*others.jsonl"),
+        ({"dataset_kwargs": {"data_files": {"test": "others.jsonl"}}}, r"task 'capitals' do not exist: .*others.jsonl"),
         ({"test_split": "tset"}, "Task '.*' could not be made: .*tset"),
         ({"doc_to_text": "{{quesion}}"}, "Task '.*' could not be made: 'quesion' is undefined"),
         ({"metric_list": [{"metric": "accc"}]}, "Unknown metric 'accc'.*\nDid you mean 'acc'"),
