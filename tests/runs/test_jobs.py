@@ -225,6 +225,10 @@ def test_shipped_jobs_name_the_schema_and_meet_it(file: Path) -> None:
     jsonschema.validate(yaml.safe_load(text.replace("1e-5", "0.00001")), job_schema())
 
 
+def test_the_shipped_schema_is_that_of_this_version() -> None:
+    assert json.loads((JOBS / "job.schema.json").read_text()) == json.loads(json.dumps(job_schema()))
+
+
 @pytest.mark.parametrize(
     "change",
     [
