@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,8 @@ def _matching(name: str, run_ids: Mapping[str, Any]) -> list[str]:
         if matches := [run_id for run_id in run_ids if fnmatchcase(run_id, name)]:
             return matches
         raise QueryError(f"No run matches '{name}'.", nearest(name, run_ids))
-    parts = [run_id for run_id in run_ids if name and name in run_id]
+    begins_a_word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(name)}")
+    parts = [run_id for run_id in run_ids if name and begins_a_word.search(run_id)]
     if len(parts) > 1:
         raise QueryError(f"'{name}' is part of {len(parts)} runs.", f"{nearest(name, parts)} For all: '*{name}*'.")
     if not parts:

@@ -273,10 +273,11 @@ def test_a_run_is_named_by_a_part_that_only_it_has(scored: Path) -> None:
     run_id = run_ids(scored)["llama"]
     result = avss("show", scored, "--run", "*")
     assert result.exit_code == 2 and "'*' matches 2 runs." in result.stderr
-    for name in ("llama", run_id[-6:], "*llama*", run_id):
+    for name in ("llama", run_id[-10:], "*llama*", run_id):
         result = avss("show", scored, "--run", name)
         assert result.exit_code == 0 and run_id in result.stdout
-        assert (f"Run {run_id} is the one" in result.stderr) is (name in ("llama", run_id[-6:]))
+        assert (f"Run {run_id} is the one" in result.stderr) is (name in ("llama", run_id[-10:]))
+    assert "Unknown run 'lama'" in avss("show", scored, "--run", "lama").stderr  # no word begins there
     result = avss("show", scored, "--run", "tiny")
     assert result.exit_code == 2 and "'tiny' is part of 2 runs." in result.stderr
     result = avss("report", scored, "--run", "nothing", "-o", scored.parent / "r.html")
