@@ -137,12 +137,24 @@ def run_experiment(
     results = {one.run_id: commit(one, store) for trial in trials for one in trial.planned.values()}
     if failed:
         raise failure(failed)
+    return runs, _commit_rows(trials, results, experiment, tasks, store)
+
+
+def _commit_rows(
+    trials: Sequence[Trial],
+    results: Mapping[str, list[Result]],
+    experiment: Experiment,
+    tasks: Sequence[str],
+    store: Store,
+) -> list[dict[str, Any]]:
+    """Write what every choice kept; the rows of all trials."""
+    name = fingerprint(**asdict(experiment) | {"tasks": tasks})[:20]
     rows = []
     for trial in trials:
         mine = list(_rows_of_trial(trial, results))
-        store.write_experiment(_identity(trial), fingerprint(**asdict(experiment) | {"tasks": tasks})[:20], mine)
+        store.write_experiment(_identity(trial), name, mine)
         rows += [{**row, "run_id": trial.run.run_id, "model": trial.checkpoint.name} for row in mine]
-    return runs, rows
+    return rows
 
 
 def _prepare(

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from avss_dist.errors import ModelError
-from avss_dist.measure.kernels.base import Accumulator, Kernels, to_stats
+from avss_dist.measure.kernels.base import Accumulator, Compared, Kernels, to_stats
 from avss_dist.measure.kernels.choose import kernels_for
 from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
 from avss_dist.stats.layer_stats import LayerKey, LayerStats
@@ -221,7 +221,7 @@ class Observer:
             return
         before = self._rows(now, layer, layer.axes, before)
         update = self._subtract(after, before)
-        self._add(now, layer, "block", after, before, update)
+        self._add(now, layer, "block", after, (before, update))
         self._add(now, layer, "update", update)
 
     def _rows(self, now: _Pass, layer: Layer, axes: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -238,25 +238,17 @@ class Observer:
             raise ModelError(f"Layer {layer.index} ({layer.name}) computes in {x.dtype}.", "Use `dtype` float32.")
         return x
 
-    def _add(
-        self,
-        now: _Pass,
-        layer: Layer,
-        site: str,
-        x: torch.Tensor,
-        before: torch.Tensor | None = None,
-        update: torch.Tensor | None = None,
-    ) -> None:
+    def _add(self, now: _Pass, layer: Layer, site: str, x: torch.Tensor, compared: Compared | None = None) -> None:
         if site not in self.hooks.sites or not self._counts:
             return
         key = (layer.index, site)
         if key not in self._accumulators:
             self._accumulators[key] = Accumulator(
-                x, self._thresholds, units=site in UNIT_SITES, geometry=before is not None
+                x, self._thresholds, units=site in UNIT_SITES, geometry=compared is not None
             )
         if x.device not in self._kernels:
             self._kernels[x.device] = kernels_for(x.device)
-        self._kernels[x.device].add(self._accumulators[key], x, _mask_on(now, x.device), before, update)
+        self._kernels[x.device].add(self._accumulators[key], x, _mask_on(now, x.device), compared)
 
     def _subtract(self, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """``after - before``, in memory that is kept from layer to layer: fresh pages cost as much as the numbers."""

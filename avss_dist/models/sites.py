@@ -6,6 +6,7 @@ What a sublayer adds to the residual stream is the output of its last linear map
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -39,26 +40,35 @@ class Call:
 
 def find_taps(calls: Sequence[Call], layer_class: str) -> dict[str, Tap]:
     """The sublayer sites of one layer, from its modules' calls."""
-    kinds = {id(c): _kind(c, layer_class) for c in calls}
-    attention = _largest([c for c in calls if kinds[id(c)] == "attention"])
-    mlp = _largest([c for c in calls if kinds[id(c)] == "mlp"])
-    taps: dict[str, Tap | None] = {}
-    if attention:
-        taps["attention"] = _output_tap(attention, _inside(calls, attention))
+    of_kind: dict[str | None, list[Call]] = defaultdict(list)
+    for call in calls:
+        of_kind[_kind(call, layer_class)].append(call)
+    attention, mlp = _largest(of_kind["attention"]), _largest(of_kind["mlp"])
+    taps = {"attention": _output_tap(attention, _inside(calls, attention)) if attention else None}
     if mlp:
-        inside = _inside(calls, mlp)
-        routed = any(
-            _EXPERTS.search(f"{c.path.rpartition('.')[2]} {_own_name(c.module, layer_class)}") for c in (mlp, *inside)
-        )
-        taps["mlp"] = _tap(mlp, "output") if routed else _output_tap(mlp, inside)
-        last = None if routed else _last_linear(inside, mlp.output.shape[-1])
+        taps |= _taps_of_mlp(mlp, _inside(calls, mlp), layer_class)
     else:
-        outside = [c for c in calls if not (attention and _within(c, attention)) and kinds[id(c)] != "attention"]
-        last = _last_linear(outside, calls[-1].output.shape[-1] if calls else 0)
-        last = None if last and last.inputs[0].shape[-1] == last.output.shape[-1] else last
-        taps["mlp"] = _tap(last, "output") if last else None
-    taps["neuron"] = _tap(last, "input") if last else None
+        inside = _inside(calls, attention) if attention else []
+        of_attention = {id(call) for call in (*of_kind["attention"], *inside)}
+        taps |= _taps_without_mlp([call for call in calls if id(call) not in of_attention], calls)
     return {site: tap for site in SITES if (tap := taps.get(site))}
+
+
+def _taps_of_mlp(mlp: Call, inside: Sequence[Call], layer_class: str) -> dict[str, Tap | None]:
+    """Of a sublayer that is a module; where experts are routed, only what they add together."""
+    names = (f"{call.path.rpartition('.')[2]} {_own_name(call.module, layer_class)}" for call in (mlp, *inside))
+    if any(_EXPERTS.search(name) for name in names):
+        return {"mlp": _tap(mlp, "output")}
+    last = _last_linear(inside, mlp.output.shape[-1])
+    return {"mlp": _output_tap(mlp, inside), "neuron": _tap(last, "input") if last else None}
+
+
+def _taps_without_mlp(outside: Sequence[Call], calls: Sequence[Call]) -> dict[str, Tap | None]:
+    """Of linear maps that stand in the layer itself, ``outside`` of attention: the last one, if it is a projection."""
+    last = _last_linear(outside, calls[-1].output.shape[-1]) if calls else None
+    if last is None or last.inputs[0].shape[-1] == last.output.shape[-1]:
+        return {}
+    return {"mlp": _tap(last, "output"), "neuron": _tap(last, "input")}
 
 
 def _own_name(module: nn.Module, layer_class: str) -> str:

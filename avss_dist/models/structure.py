@@ -7,7 +7,7 @@ axes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,23 +63,8 @@ def find_structure(
         ModelError: the layers cannot be found, or do not run. What the model itself raises passes through.
     """
     lists = layer_lists(model, num_layers, path)
-    names = {
-        module: f"{name}.{i}" for name, modules in lists.items() for i, module in reversed(list(enumerate(modules)))
-    }
-    trace = _Trace()
-    handles: list[Any] = []
-    try:
-        for module in names:
-            for child_path, child in module.named_modules():
-                if child is not module:
-                    handles.append(child.register_forward_hook(trace.record(child_path), with_kwargs=True))
-            handles.append(module.register_forward_pre_hook(trace.enter))
-            handles.append(module.register_forward_hook(trace.leave, with_kwargs=True))
-        forward(torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1]).reshape(PROBE_SHAPE))
-    finally:
-        for handle in handles:
-            handle.remove()
-    ran = {module for module, _, _ in trace.found}
+    found = _watch([module for modules in lists.values() for module in modules], forward)
+    ran = {module for module, _, _ in found}
     used = {name: modules for name, modules in lists.items() if any(module in ran for module in modules)}
     if len(used) != 1:
         raise not_found(model, num_layers, used or lists, "several module lists run" if used else "none of them runs")
@@ -87,7 +72,25 @@ def find_structure(
     if not all(module in ran for module in modules):
         raise not_found(model, num_layers, used, f"not every module of '{list_path}' runs as a layer")
     order = {module: f"{list_path}.{i}" for i, module in reversed(list(enumerate(modules)))}
-    return _structure(trace.found, dict(reversed(order.items())))
+    return _structure(found, dict(reversed(order.items())))
+
+
+def _watch(modules: Iterable[nn.Module], forward: Callable[[torch.Tensor], Any]) -> list[_Found]:
+    """Each call of these modules in one forward pass, in order: module, axes of its output, sites inside."""
+    trace = _Trace()
+    handles: list[Any] = []
+    try:
+        for module in dict.fromkeys(modules):
+            for path, child in module.named_modules():
+                if child is not module:
+                    handles.append(child.register_forward_hook(trace.record(path), with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(trace.enter))
+            handles.append(module.register_forward_hook(trace.leave, with_kwargs=True))
+        forward(torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1]).reshape(PROBE_SHAPE))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return trace.found
 
 
 def _structure(found: list[_Found], names: Mapping[nn.Module, str]) -> Structure:

@@ -62,7 +62,7 @@ def accumulate(kernels: Kernels, batches: Sequence[Batch], thresholds: Float64, 
     into = Accumulator(batches[0].x.to(device), thresholds, units=True, geometry=True)
     for batch in batches:
         x, before, update, mask = (t.to(device) for t in (batch.x, batch.before, batch.update, batch.mask))
-        kernels.add(into, x, mask, before, update)
+        kernels.add(into, x, mask, (before, update))
     return into
 
 

@@ -77,23 +77,19 @@ class Accumulator:
             self.tensors["patterns"] = self.tensors["patterns"].to(torch.int64)
 
 
+Compared = tuple[torch.Tensor, torch.Tensor]  # a block's input, and its update: output minus input
+
+
 class Kernels(Protocol):
     """A backend."""
 
-    def add(
-        self,
-        into: Accumulator,
-        x: torch.Tensor,
-        mask: torch.Tensor,
-        before: torch.Tensor | None = None,
-        update: torch.Tensor | None = None,
-    ) -> None:
+    def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, compared: Compared | None = None) -> None:
         """Add a batch: elementwise statistics, pooled variances, unit sums where the accumulator keeps them.
 
         Args:
             x: [sequences, tokens, units], contiguous, float32 or bfloat16 or float16.
             mask: bool[sequences, tokens] on the device of ``x``, True where a token counts.
-            before, update: for a block's output ``x``, its input and ``x - before``, of the shape of ``x``; then each
+            compared: for a block's output ``x``, its input and ``x`` minus its input, of the shape of ``x``; then each
                 token's angle and relative update and the moments of the input are added too.
         """
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from avss_dist.measure.kernels.base import PATTERNS, Accumulator, float32_limits
+from avss_dist.measure.kernels.base import PATTERNS, Accumulator, Compared, float32_limits
 from avss_dist.measure.kernels.loops import measure_float32, measure_patterns
 from avss_dist.measure.kernels.merging import merge_elements, merge_geometry, merge_patterns, merge_units
 
@@ -24,21 +24,10 @@ class CpuKernels:
         self._counts = np.zeros(PATTERNS, np.uint32)
         self._scratch: dict[tuple[int, ...], _Scratch] = {}
 
-    def add(
-        self,
-        into: Accumulator,
-        x: torch.Tensor,
-        mask: torch.Tensor,
-        before: torch.Tensor | None = None,
-        update: torch.Tensor | None = None,
-    ) -> None:
+    def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, compared: Compared | None = None) -> None:
         """See `kernels.base.Kernels`."""
         most = max(1, (MOST_ELEMENTS - 1) // (x.shape[1] * x.shape[2]))
-        if before is None or update is None:
-            for some, counts in zip(x.split(most), mask.split(most), strict=True):
-                self._add(into, some, counts)
-            return
-        for parts in zip(*(tensor.split(most) for tensor in (x, mask, before, update)), strict=True):
+        for parts in zip(*(tensor.split(most) for tensor in (x, mask, *(compared or ()))), strict=True):
             self._add(into, *parts)
 
     def _add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, *compared: torch.Tensor) -> None:
@@ -52,11 +41,11 @@ class CpuKernels:
         if x.dtype == torch.float32:
             elements = scratch.near_zero, scratch.elements, scratch.moments
             limits = _limits(into.thresholds.tobytes())
-            measure_float32(values, mask.contiguous().numpy(), limits, self._counts, *elements, *summed, *comparison)
+            measure_float32(values, mask.contiguous().numpy(), limits, self._counts, elements, summed, comparison)
             merge_patterns(self._counts, totals["cuts"])
             merge_elements(*elements, *(totals[name] for name in ("near_zero", "elements", "moments", "extremes")))
         else:
-            measure_patterns(_patterns(x), values, mask.contiguous().numpy(), self._counts, *summed, *comparison)
+            measure_patterns(_patterns(x), values, mask.contiguous().numpy(), self._counts, summed, comparison)
             merge_patterns(self._counts, totals["patterns"])
         counted = scratch.pooled, totals["sequences"], totals["pooled"]
         if "unit_sums" in totals:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from avss_dist.measure.kernels.base import Accumulator, Tensors, float32_limits
+from avss_dist.measure.kernels.base import Accumulator, Compared, Tensors, float32_limits
 from avss_dist.stats.histogram import CUT_SHIFT
 from avss_dist.stats.layer_stats import Float64
 
@@ -18,19 +18,13 @@ CHUNK = 1 << 24  # elements that a temporary may hold
 class TorchKernels:
     """Plain torch operations: deterministic, without a host transfer, temporaries bounded by `CHUNK` elements."""
 
-    def add(
-        self,
-        into: Accumulator,
-        x: torch.Tensor,
-        mask: torch.Tensor,
-        before: torch.Tensor | None = None,
-        update: torch.Tensor | None = None,
-    ) -> None:
-        """See `kernels.Kernels`."""
+    def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, compared: Compared | None = None) -> None:
+        """See `kernels.base.Kernels`."""
         into.reserve(x.numel())
         self._elements(into, x, mask)
         self._units(into.tensors, x, mask)
-        if before is not None and update is not None:
+        if compared is not None:
+            before, update = compared
             self._geometry(into.tensors, before, x, update, mask)
 
     def _elements(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor) -> None:

@@ -30,21 +30,7 @@ def _is_finite(row: Any) -> Any:
 
 
 @_compiled
-def measure_patterns(
-    raw: Any,
-    values: Any,
-    mask: Any,
-    counts: Any,
-    sums: Any,
-    squares: Any,
-    tokens: Any,
-    pooled: Any,
-    compared: bool,
-    before: Any,
-    update: Any,
-    angles: Any,
-    geometry: Any,
-) -> None:
+def measure_patterns(raw: Any, values: Any, mask: Any, counts: Any, summed: Any, comparison: Any) -> None:
     """Measure the sequences of a 16-bit tensor: pattern counts and unit sums; compare them with a block's input.
 
     Args:
@@ -52,10 +38,12 @@ def measure_patterns(
         values: the same as it is summed: ``raw`` for bfloat16, float32 for float16.
         mask: bool[sequences, tokens].
         counts: uint32[65536], added to.
-        sums, squares, tokens, pooled: see `_sum_sequence`, one row a sequence.
-        compared: whether there is an input to compare with; the rest is of `_compare_sequence`, one row a sequence.
-        before, update: as ``values``.
+        summed: sums, squares, tokens, pooled; see `_sum_sequence`, one row a sequence.
+        comparison: whether there is an input to compare with; before and update, as ``values``; angles and geometry,
+            see `_compare_sequence`, one row a sequence.
     """
+    sums, squares, tokens, pooled = summed
+    compared, before, update, angles, geometry = comparison
     for b in range(raw.shape[0]):
         sums[b], squares[b] = 0.0, 0.0
         nonfinite = _count_nonfinite(counts, values)
@@ -76,22 +64,7 @@ def _count_row(row: Any, counts: Any) -> None:
 
 @_compiled
 def measure_float32(
-    x: Any,
-    mask: Any,
-    limits: Any,
-    counts: Any,
-    near_zero: Any,
-    elements: Any,
-    moments: Any,
-    sums: Any,
-    squares: Any,
-    tokens: Any,
-    pooled: Any,
-    compared: bool,
-    before: Any,
-    update: Any,
-    angles: Any,
-    geometry: Any,
+    x: Any, mask: Any, limits: Any, counts: Any, elementwise: Any, summed: Any, comparison: Any
 ) -> None:
     """Measure the sequences of float32[sequences, tokens, units]; compare them with a block's input.
 
@@ -99,9 +72,12 @@ def measure_float32(
         mask: bool[sequences, tokens].
         limits: uint32[k], pattern of the smallest float32 that is not below each threshold.
         counts: uint32[65536], added to: by the upper half of the pattern of abs(x).
-        near_zero, elements, moments: see `_count_float32`, one row a sequence.
-        sums, squares, tokens, pooled, compared, before, update, angles, geometry: as in `measure_patterns`.
+        elementwise: near_zero, elements, moments; see `_count_float32`, one row a sequence.
+        summed, comparison: as in `measure_patterns`.
     """
+    near_zero, elements, moments = elementwise
+    sums, squares, tokens, pooled = summed
+    compared, before, update, angles, geometry = comparison
     for b in range(x.shape[0]):
         near_zero[b], sums[b], squares[b] = 0, 0.0, 0.0
         _count_float32(x[b], mask[b], limits, counts, near_zero[b], elements[b], moments[b])
