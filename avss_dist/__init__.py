@@ -11,7 +11,7 @@ Rooms, from the top down; each package's own docstring says what is in it, and i
     measure      one shard: hooks -> kernels -> LayerStats
     analysis     compare, findings, thresholds, score card, verdict
     partition    how one replica is spread over devices
-    tasks        what a model can be asked
+    tasks        what a model is evaluated on
     pruning      plans, methods that choose layers, the pruned checkpoint
     models       checkpoints, loading, layers and sites, sizes, skipped layers
     warehouse    the Parquet contract: schema, store, reader (SQL), cache

@@ -171,7 +171,7 @@ def make_task(
     """A task by its name.
 
     Raises:
-        AvssError: there is none such, or its data cannot be had.
+        AvssError: there is none such, or its data could not be loaded.
     """
     if name.startswith(PERPLEXITY):
         corpus = RedactedURI(name).full.removeprefix(PERPLEXITY)

@@ -50,7 +50,7 @@ class Checkpoint:
 
     @property
     def gguf(self) -> dict[str, str]:
-        """What transformers must be told to read a ``.gguf`` file."""
+        """Options with which transformers reads a ``.gguf`` file."""
         return {"gguf_file": Path(self.path).name} if self.source == "gguf" else {}
 
 
@@ -119,13 +119,13 @@ def fetch_files(spec: str, patterns: list[str]) -> Checkpoint:
     from huggingface_hub import snapshot_download
 
     name, _, revision = spec.partition("@")
-    with hub_mistakes(spec):
+    with explain_hub_errors(spec):
         folder = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
     return Checkpoint(name=name, source="hub", path=folder, revision=Path(folder).name)
 
 
 @contextmanager
-def hub_mistakes(spec: str) -> Iterator[None]:
+def explain_hub_errors(spec: str) -> Iterator[None]:
     """Raise what the hub answers as a ModelError that says what to do."""
     from huggingface_hub import errors
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from avss_dist.errors import ModelError, nearest
 
-PROBE_SHAPE = (2, 12)  # rows and tokens differ, so that axess can be told apart
+PROBE_SHAPE = (2, 12)  # rows and tokens differ, so that axes can be distinguished
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def input_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor
 
 
 def axes_of(shape: Sequence[int], rows: int, tokens: int) -> str:
-    """How the axes of a tensor lie, told by its shape; ``rows`` where it cannot be told."""
+    """How the axes of a tensor lie, by its shape; ``rows`` where it does not say."""
     if len(shape) == 2 and shape[0] == rows * tokens:
         return "flat"
     if len(shape) == 3 and tuple(shape[:2]) == (tokens, rows):

@@ -141,7 +141,7 @@ def load_model(checkpoint: Checkpoint, settings: Settings, *, head: bool = False
     options = _options(settings)
     if not checkpoint.gguf:
         options |= {"use_safetensors": True, "config": config}
-    with quiet(), _mistakes(checkpoint):
+    with quiet(), _explain_errors(checkpoint):
         model, report = _auto_class(config).from_pretrained(
             checkpoint.folder, **checkpoint.gguf, **options, **placing, output_loading_info=True
         )
@@ -162,7 +162,7 @@ def build_model(checkpoint: Checkpoint, settings: Settings, tensors: Mapping[str
     empty = skeleton(copy.deepcopy(config), settings, torch.float32)  # which changes the configuration
     if not isinstance(config, type(empty.config)):
         config = config.get_text_config()
-    with quiet(), _mistakes(checkpoint):
+    with quiet(), _explain_errors(checkpoint):
         model, report = type(empty).from_pretrained(
             None, config=config, state_dict=tensors, **_options(settings), output_loading_info=True
         )
@@ -171,7 +171,7 @@ def build_model(checkpoint: Checkpoint, settings: Settings, tensors: Mapping[str
 
 
 def _options(settings: Settings) -> dict[str, Any]:
-    """What `from_pretrained` is told of the settings."""
+    """The settings as options of `from_pretrained`."""
     return {
         "dtype": "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype),
         "trust_remote_code": settings.trust_remote_code,
@@ -180,7 +180,7 @@ def _options(settings: Settings) -> dict[str, Any]:
 
 
 @contextmanager
-def _mistakes(checkpoint: Checkpoint) -> Iterator[None]:
+def _explain_errors(checkpoint: Checkpoint) -> Iterator[None]:
     """Raise what transformers raises over a bad checkpoint as a ModelError."""
     try:
         yield

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from avss_dist.errors import ModelError
-from avss_dist.models.checkpoints import Checkpoint, hub_mistakes
+from avss_dist.models.checkpoints import Checkpoint, explain_hub_errors
 from avss_dist.models.safetensors import DTYPES, TensorInfo, tensors_of, weight_files
 
 
@@ -34,7 +34,7 @@ def hub_tensors(spec: str, checkpoint: Checkpoint) -> Iterator[TensorInfo]:
     """
     from huggingface_hub import errors, get_safetensors_metadata
 
-    with hub_mistakes(spec):
+    with explain_hub_errors(spec):
         try:
             metadata = get_safetensors_metadata(checkpoint.name, revision=checkpoint.revision)
         except (errors.NotASafetensorsRepoError, errors.SafetensorsParsingError) as error:

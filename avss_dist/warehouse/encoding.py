@@ -106,7 +106,7 @@ def _verify(data: pa.Buffer, checksum: bytes) -> None:
 class EncodedStats(Mapping[LayerKey, LayerStats]):
     """A shard's statistics as the bytes of its partial: encoded by who measured them, kept by the driver as they are.
 
-    It reads as any other mapping does; the bytes are decoded when first asked.
+    It reads as any other mapping does; the bytes are decoded when first read.
     """
 
     def __init__(self, run: RunIdentity, data: pa.Buffer) -> None:

@@ -107,7 +107,7 @@ class Weights:
         """A part for each layer, and one for all else that the backbone needs, tensors that layers share included.
 
         Raises:
-            ModelError: it cannot be told which stored tensors a weight is made of.
+            ModelError: it is unknown which stored tensors a weight is made of.
         """
         inside = [set(layer.modules()) for layer in layers]
         uses = Counter(module for modules in inside for module in modules)

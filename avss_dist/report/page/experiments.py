@@ -27,7 +27,7 @@ def experiments(warehouse: Warehouse, labels: Mapping[str, str]) -> list[dict[st
     """For the template: one entry for each run that has an experiment, in the order of ``labels`` (by run id)."""
     rows = warehouse.table("experiments", run_ids=list(labels)).to_pylist()
     found: dict[str, dict[tuple[Any, ...], Row]] = {}
-    for row in sorted(rows, key=lambda row: row["created_at"]):  # of what was asked twice, the last counts
+    for row in sorted(rows, key=lambda row: row["created_at"]):  # of what was evaluated twice, the last counts
         key = row["method"], row["share"], row["task"], row["metric"]
         found.setdefault(row["run_id"], {})[key] = row
     return [_experiment(label, list(found[run_id].values())) for run_id, label in labels.items() if run_id in found]

@@ -179,7 +179,7 @@ def _cell(name: str, value: Any) -> dict[str, Any]:
 
 
 def _findings(warehouse: Warehouse, labels: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Findings by kind, in their order; of each run, the first of a kind is told, and where else it holds."""
+    """Findings by kind, in their order; of each run, the first of a kind is shown, and where else it holds."""
     kinds: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in findings(warehouse, run_ids=list(labels)).to_pylist():
         kinds.setdefault(row["kind"], {}).setdefault(row["run_id"], []).append(row)

@@ -138,15 +138,15 @@ def findings_table(findings: pa.Table) -> RenderableType:
 
 
 def _by_place(findings: pa.Table) -> dict[tuple[str, ...], dict[str, list[str]]]:
-    """Runs by message, by severity, kind, site and recipes; what is the same for several recipes is told once."""
-    told: dict[tuple[str, ...], tuple[list[str], list[str]]] = {}
+    """Runs by message, by severity, kind, site and recipes; what is the same for several recipes is said once."""
+    merged: dict[tuple[str, ...], tuple[list[str], list[str]]] = {}
     for row in findings.to_pylist():
         key = (row["severity"], row["kind"], row["site"] or "", row["message"])
-        for names, name in zip(told.setdefault(key, ([], [])), (row["run_id"], row["recipe"]), strict=True):
+        for names, name in zip(merged.setdefault(key, ([], [])), (row["run_id"], row["recipe"]), strict=True):
             if name and name not in names:
                 names.append(name)
     places: dict[tuple[str, ...], dict[str, list[str]]] = {}
-    for (*place, message), (runs, recipes) in told.items():
+    for (*place, message), (runs, recipes) in merged.items():
         places.setdefault((*place, ", ".join(recipes)), {})[message] = runs
     return places
 
