@@ -12,7 +12,11 @@ from avss_dist.settings import Execution, Settings
 
 
 def open_executor(execution: Execution, settings: Settings) -> Executor:
-    """The requested executor; ``auto`` is Ray where there is more than one process to run, or a cluster."""
+    """The requested executor; ``auto`` is Ray where there is more than one process to run, or a cluster.
+
+    Raises:
+        ConfigError: the cluster cannot be reached, or its workers lack this package.
+    """
     from avss_dist.executors.local import LocalExecutor
 
     gpus = torch.cuda.device_count() if settings.device != "cpu" else 0
@@ -22,4 +26,10 @@ def open_executor(execution: Execution, settings: Settings) -> Executor:
         return LocalExecutor(settings)
     from avss_dist.executors.ray.executor import RayExecutor
 
-    return RayExecutor(execution, settings)
+    executor = RayExecutor(execution, settings)
+    try:
+        executor.reach()
+    except BaseException:
+        executor.close()
+        raise
+    return executor

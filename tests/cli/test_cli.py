@@ -295,7 +295,7 @@ def test_names_are_listed_in_help_and_completed() -> None:
         ("score", "--attn-implementation", ATTENTIONS),
         ("run", "--executor", EXECUTORS),
         ("compare", "--score", SCORES),
-        ("query", "--format", ("table", "csv", "json", "parquet")),
+        ("query", "--format", ("table", "csv", "json", "parquet", "markdown")),
     ):
         parameter = _parameters(command)[option]
         assert parameter.metavar == f"[{'|'.join(names)}]"

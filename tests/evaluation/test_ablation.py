@@ -364,7 +364,7 @@ def test_a_plan_by_what_was_not_measured_is_refused(tiny_llama: Path, tmp_path: 
 
 def test_mistakes(tiny_llama: Path, tmp_path: Path) -> None:
     text = {"corpus": TEXT, "warehouse": tmp_path / "w", **SMALL}
-    with pytest.raises(ConfigError, match="Nothing is asked for"):
+    with pytest.raises(ConfigError, match="Nothing would be measured"):
         ablate(tiny_llama, leave_one_out=False, **text)
     with pytest.raises(ConfigError, match="negative"):
         ablate(tiny_llama, shapley=-1, **text)

@@ -46,6 +46,14 @@ class RayExecutor:
         self.connect()
         return _devices_of_cluster(self._settings.device)
 
+    def reach(self) -> None:
+        """Connect to the cluster, where there is one, and see what it has; what is wrong with it concerns every run.
+
+        Raises:
+            ConfigError: it cannot be reached, or its workers lack this package.
+        """
+        _ = self.devices
+
     @property
     def device(self) -> str:
         """``cpu`` or ``cuda``."""
