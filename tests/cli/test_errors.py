@@ -137,7 +137,7 @@ UNKNOWN = {"model_type": "lama", "architectures": ["LamaForCausalLM"]}
         (configured(**UNKNOWN), ["is of model_type 'lama'", "does not know", "pip install -U transformers"], False),
         (
             configured(**UNKNOWN, auto_map={"AutoConfig": "modeling.Config"}),
-            ["needs Python code of its own (model_type 'lama')", "pass --trust-remote-code"],
+            ["needs Python code of its own (model_type 'lama')", "set --trust-remote-code"],
             False,
         ),
         (
@@ -194,7 +194,7 @@ def test_a_model_without_a_layer_list_is_told_what_was_seen(
     torch.manual_seed(0)
     config = transformers.XLMConfig(vocab_size=320, emb_dim=32, n_layers=2, n_heads=2)
     folder = save_checkpoint(transformers.XLMModel(config), tmp_path / "xlm")
-    says = ["The 2 layers of XLMModel could not be found", "attentions (2 x MultiHeadAttention)", "--layers PATH"]
+    says = ["The 2 layers of XLMModel could not be found", "attentions (2 x MultiHeadAttention)", "--layers-path"]
     refused(warehouse, "score", folder, *SCORE, "--out", warehouse, says=says, failed_row=True)
 
 
@@ -273,7 +273,7 @@ def test_a_missing_column_is_named_with_the_nearest(tiny_llama: Path, warehouse:
         (["--threshold", "0"], ["'0' is not a threshold"]),
         (["--threshold", "nan"], ["'nan' is not a threshold"]),
         (["--threshold", "0.1rms"], ["--threshold 0.1rms is a multiple of the RMS", "Write 1e-4, for example"]),
-        (["--sequence-length", "129"], ["128 tokens", "129", "Pass --sequence-length 128 or less"]),
+        (["--sequence-length", "129"], ["128 tokens", "129", "Make --sequence-length 128 or less"]),
         (["--sequence-length", "0"], ["--sequence-length must be at least 1, not 0"]),
         (["--sequence-length", "many"], ["Invalid value for '--sequence-length'"]),
         (["--max-sequences", "0"], ["--max-sequences must be at least 1"]),
@@ -294,7 +294,7 @@ def test_a_wrong_option_is_refused(options: list[str], says: list[str], tiny_lla
 def test_documents_shorter_than_what_is_skipped_are_refused(tiny_llama: Path, warehouse: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Hello.")
     options = ["--corpus", tmp_path / "short.txt", "--layout", "padded", "--skip-first-tokens", "20"]
-    says = ["No document of ", "is longer than --skip-first-tokens 20", "Lower --skip-first-tokens"]
+    says = ["No document of ", "is longer than --skip-first-tokens, 20", "Lower --skip-first-tokens"]
     refused(warehouse, "score", tiny_llama, *SCORE, *options, "--out", warehouse, says=says)
 
 

@@ -553,7 +553,7 @@ def test_a_directory_and_a_field_of_a_text(tmp_path: Path) -> None:
 def test_a_file_that_goes_away(jsonl: str) -> None:
     reading = documents(jsonl)
     os.remove(jsonl)
-    fails(lambda: next(reading), f"{jsonl} cannot be read: ", "Check that the file is there")
+    fails(lambda: next(reading), f"{jsonl} cannot be read: ", "Check that the file exists")
 
 
 def test_a_forbidden_file(jsonl: str) -> None:
