@@ -10,7 +10,8 @@ model="$("$VENV/bin/python" jobs/fetch_smollm2.py)"
 cpus="$("$VENV/bin/python" -c 'import os; print(min(2, len(os.sched_getaffinity(0))))')"
 
 echo "Scoring its layers on 65,536 tokens of Python's help texts, with $cpus Ray workers ..." >&2
-"$VENV/bin/avss" score "$model" --corpus builtin:pydoc --max-sequences 256 --out warehouse --executor ray --replicas "$cpus"
+"$VENV/bin/avss" score "$model" --corpus builtin:pydoc --max-sequences 256 --dtype float32 \
+  --out warehouse --executor ray --replicas "$cpus"
 "$VENV/bin/avss" show warehouse
 "$VENV/bin/avss" plot warehouse -o layers.png
 
