@@ -76,6 +76,16 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callabl
     return save_checkpoint(BertModel(config), tmp_path_factory.mktemp("models") / "tiny-bert")
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB; mounting it takes root."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The quickstart's checkpoint, from the user's cache or through pip."""

@@ -15,17 +15,17 @@ from avss_dist.errors import ConfigError
 from avss_dist.evaluation.engine import (
     CellReporter,
     commit,
+    evaluation_options,
     failure,
     measure,
     pinned,
     plan_evaluation,
     plan_text,
-    refuse_scoring,
 )
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import resolve
-from avss_dist.settings import GROUND_TRUTH, INTERVAL, LOSS, split_options
-from avss_dist.tasks.base import Result, Task, require_whole_model
+from avss_dist.settings import GROUND_TRUTH, INTERVAL, LOSS
+from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.gradients import Gradients
 from avss_dist.tasks.layer_removal import SHAPLEY, LeaveOneOut, Shapley
 from avss_dist.text import RedactedURI
@@ -99,14 +99,12 @@ def ablate(
         truncation, seed: of the permutations.
         gradients: a backward pass too (`gradients.Gradients`).
         skip_sequences: rows at the start of the corpus that are not read.
-        options: the fields of ``config.Settings`` and ``config.Execution``.
+        options: the fields of ``settings.Settings`` and ``settings.Execution``.
 
     Raises:
         AvssError: a mistake, or a cell that failed (`RunFailed`); what was measured is kept.
     """
-    settings, execution = split_options(options)
-    require_whole_model(execution)
-    refuse_scoring(settings)
+    settings, execution = evaluation_options(options)
     if min(shapley, seed) < 0:
         raise ConfigError(f"`shapley` and `seed` cannot be negative: {min(shapley, seed)}.")
     if not (leave_one_out or shapley or gradients):

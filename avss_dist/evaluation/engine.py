@@ -18,9 +18,9 @@ from avss_dist.executors.base import Executor
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.pinning import pin
-from avss_dist.settings import LOSS, SCHEMA_VERSION, Settings, fingerprint
+from avss_dist.settings import LOSS, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
 from avss_dist.system.versions import package_versions
-from avss_dist.tasks.base import Result, Task, combine
+from avss_dist.tasks.base import Result, Task, combine, require_whole_model
 from avss_dist.tasks.cells import Cell, CellResult
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.schema import RunIdentity
@@ -77,7 +77,19 @@ def failure(failed: Sequence[tuple[Cell, AvssError]]) -> AvssError:
     return type(error)(f"{what}: {error.message}{others}", error.hint or "Run the same command again.")
 
 
-def refuse_scoring(settings: Settings) -> None:
+def evaluation_options(options: dict[str, Any]) -> tuple[Settings, Execution]:
+    """Keyword options of an evaluation as Settings and Execution.
+
+    Raises:
+        ConfigError: an option is unknown, has a wrong value, or has no effect on an evaluation.
+    """
+    settings, execution = split_options(options)
+    require_whole_model(execution)
+    _refuse_scoring(settings)
+    return settings, execution
+
+
+def _refuse_scoring(settings: Settings) -> None:
     """Refuse settings of what is measured inside of layers, which no evaluation is.
 
     Raises:

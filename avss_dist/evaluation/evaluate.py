@@ -12,13 +12,13 @@ from avss_dist.evaluation.engine import (
     CellReporter,
     PlannedEvaluation,
     commit,
+    evaluation_options,
     failure,
     measure,
     metrics,
     pinned,
     plan_evaluation,
     plan_text,
-    refuse_scoring,
 )
 from avss_dist.evaluation.held_out import refuse_overlap
 from avss_dist.evaluation.retention import Retained, retained
@@ -26,8 +26,8 @@ from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.pruning.plan import read_plan
 from avss_dist.pruning.selection import PlanError
-from avss_dist.settings import PERPLEXITY, Settings, split_options
-from avss_dist.tasks.base import Result, Task, TextLoss, require_whole_model
+from avss_dist.settings import PERPLEXITY, Settings
+from avss_dist.tasks.base import Result, Task, TextLoss
 from avss_dist.tasks.cells import Cell
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
@@ -89,14 +89,12 @@ def evaluate(
         skip_sequences: rows at the start of each corpus that are not read.
         limit, num_fewshot: of lm-evaluation-harness: documents at most, and examples before each.
         allow_overlap: evaluate on text that a plan's scores were measured on, all the same.
-        options: the fields of ``config.Settings`` and ``config.Execution``.
+        options: the fields of ``settings.Settings`` and ``settings.Execution``.
 
     Raises:
         AvssError: a mistake, or a cell that failed (`RunFailed`); what was measured is kept.
     """
-    settings, execution = split_options(options)
-    require_whole_model(execution)
-    refuse_scoring(settings)
+    settings, execution = evaluation_options(options)
     tasks = [RedactedURI(task) for task in tasks]
     store = Store(warehouse)
     store.create()

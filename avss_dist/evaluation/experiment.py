@@ -105,7 +105,7 @@ def run_experiment(
         job: with a section ``experiment``.
         reporter, cells: hear how scoring and evaluating go.
         allow_overlap: evaluate on text that layers were scored on, all the same.
-        options: as for `run.run_job`.
+        options: as for `runs.api.run_job`.
 
     Returns:
         The scored runs, and the rows of ``experiments``, less the columns of RunIdentity but with ``run_id`` and

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -383,15 +383,6 @@ def test_an_unwritable_output_is_told_before_any_work(
     file.write_text("kept")
     args = ["score", "any", *SCORE, "--out", out.format(file=file)]
     refused(tmp_path, *args, says=[part.format(file=file) for part in says])
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=True)
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 @AS_ROOT

@@ -17,7 +17,6 @@ import pytest
 import ray
 import torch
 from support.causal_lm import SMALL, opened, random_shard
-from support.checkpoints import one_thread
 
 from avss_dist.errors import AvssError, BatchTooLarge, ModelError, RunFailed
 from avss_dist.executors.base import Executor
@@ -35,12 +34,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 PARTS = 6
 SETTINGS = Settings(**SMALL)
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +123,7 @@ def on_ray(**execution: Any) -> RayExecutor:
 @pytest.fixture(scope="module")
 def undisturbed(tiny_llama: Path) -> dict[int, bytes]:
     """What one process measures."""
-    with one_thread():
-        return outcomes(LocalExecutor(SETTINGS), cells(tiny_llama, losses()))
+    return outcomes(LocalExecutor(SETTINGS), cells(tiny_llama, losses()))
 
 
 @pytest.mark.usefixtures("cluster")

@@ -14,7 +14,6 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from support.checkpoints import one_thread
 from support.processes import ray_processes, wait_until
 from support.tables import assert_same_tables
 
@@ -36,12 +35,6 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """One private Ray for the tests that do not start or lose their own."""
@@ -60,8 +53,7 @@ def score(model: Path, out: Path, **changes: Any) -> avss_dist.Run:
 @pytest.fixture(scope="module")
 def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed")
-    with one_thread():
-        assert score(tiny_llama, out, executor="local").num_shards == 20
+    assert score(tiny_llama, out, executor="local").num_shards == 20
     return out
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from support.checkpoints import llama, one_thread
+from support.checkpoints import llama
 from support.processes import ray_processes, wait_until
 from support.tables import assert_same_tables, measured_files
 
@@ -35,12 +35,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SETTINGS = {"max_sequences": 48, "sequence_length": 64, "batch_size": 2, "sequences_per_shard": 8}
 SHARDS = 6
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +59,8 @@ def models(
 def alone(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `avss score` makes of each, one after the other in one process."""
     out = tmp_path_factory.mktemp("alone")
-    with one_thread():
-        for model in models:
-            avss_dist.score(model, corpus="builtin:pydoc", out=out, executor="local", **SETTINGS)
+    for model in models:
+        avss_dist.score(model, corpus="builtin:pydoc", out=out, executor="local", **SETTINGS)
     return out
 
 

@@ -43,11 +43,10 @@ class Server:
             self.port = free.getsockname()[1]
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
         while True:
             with suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
                 break
-            assert self._process.poll() is None and time.monotonic() < deadline
+            assert self._process.poll() is None
             time.sleep(0.1)
         known: dict[str, Any] = {"endpoint_url": f"http://127.0.0.1:{self.port}", "region_name": "us-east-1"}
         known |= {"aws_access_key_id": "nobody", "aws_secret_access_key": "nothing"}
@@ -151,9 +150,8 @@ def test_a_killed_driver_leaves_no_half_run_and_is_resumed(
     uri = server.uri("killed")
     command = [sys.executable, "-m", "avss_dist", "score", str(tiny_llama), *ARGUMENTS, "--out", uri]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 90
     while sum(path.startswith("shard_stats/") for path in server.paths("killed")) < 2:
-        assert driver.poll() is None and time.monotonic() < deadline
+        assert driver.poll() is None
         time.sleep(0.01)
     driver.send_signal(signal.SIGKILL)
     driver.wait()

@@ -7,9 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
-import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -579,15 +577,6 @@ def can_mount() -> bool:
         return False
     cap_sys_admin = 21
     return bool(ctypes.CDLL(None).prctl(23, cap_sys_admin, 0, 0, 0) == 1)  # 23: PR_CAPBSET_READ
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=True)
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 @pytest.mark.skipif(not can_mount(), reason="mounting a full disk takes root with CAP_SYS_ADMIN")

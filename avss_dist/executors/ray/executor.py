@@ -102,7 +102,7 @@ class RayExecutor:
             monitor=self._monitor,
             placement_seconds=self._execution.placement_seconds,
             hang_seconds=self._execution.hang_seconds,
-            shortage=lambda placement: _shortage(placement, self.cpus(placement)),
+            shortage=lambda placement: _shortage(placement, self._settings.threads),
             require_node=_require_node,
         )
         try:
@@ -142,18 +142,9 @@ class RayExecutor:
         if self._monitor is None:
             self._monitor = ray.remote(HeartbeatMonitor).options(num_cpus=0, max_restarts=-1).remote()
 
-    def cpus(self, placement: Placement) -> int:
-        """CPUs of one rank: one for each of the threads that it computes with."""
-        return self._settings.threads
-
-    def threads(self, placement: Placement) -> int:
-        """Threads of one rank."""
-        return self._settings.threads
-
     def _new_gang(self, placement: Placement) -> Gang:
-        cpus, threads = self.cpus(placement), self.threads(placement)
         name = f"{os.getpid()}-{next(self._names)}"
-        return Gang(name, placement, cpus=cpus, threads=threads, monitor=self._monitor)
+        return Gang(name, placement, threads=self._settings.threads, monitor=self._monitor)
 
 
 def _require_listening(address: str) -> None:

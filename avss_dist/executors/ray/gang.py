@@ -23,21 +23,21 @@ from avss_dist.partition.base import Placement
 
 
 class Gang:
-    """The workers of one replica, and the resources that are held for them.
+    """The workers of one replica, and the resources that are held for them: a CPU for each thread that computes.
 
     Attributes:
         spec: whose model every rank has open; None where that is not known.
     """
 
-    def __init__(self, name: str, placement: Placement, *, cpus: int, threads: int, monitor: Any) -> None:
+    def __init__(self, name: str, placement: Placement, *, threads: int, monitor: Any) -> None:
         self.shape = shape(placement)
         self.spec: ReplicaSpec | None = None
         self.names = [f"{name}.{rank}" for rank in range(placement.ranks)]
-        resources = {"num_cpus": cpus, "num_gpus": placement.gpus // placement.ranks}
+        resources = {"num_cpus": threads, "num_gpus": placement.gpus // placement.ranks}
         self._group: Any = None
         options: dict[str, Any] = {}
         if placement.ranks > 1:
-            bundle = {"CPU": cpus, **({"GPU": resources["num_gpus"]} if placement.gpus else {})}
+            bundle = {"CPU": threads, **({"GPU": resources["num_gpus"]} if placement.gpus else {})}
             self._group = placement_group([bundle] * placement.ranks, strategy="PACK")
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group)
         actor: Any = ray.remote(Worker).options(max_restarts=0, **resources, **options)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import ray
-import torch
 from ray.util import get_node_ip_address
 
 from avss_dist.corpus.shards import Shard
@@ -23,6 +22,7 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.partition.base import Replica
 from avss_dist.stats.layer_stats import ShardResult
+from avss_dist.system.cores import use_threads
 from avss_dist.system.devices import pick_device
 from avss_dist.tasks.cells import Beat, Cell, CellResult, measure_cell
 from avss_dist.warehouse.encoding import encode_shard
@@ -90,7 +90,7 @@ class Worker:
     """
 
     def __init__(self, name: str, threads: int, monitor: Any) -> None:
-        torch.set_num_threads(threads)
+        use_threads(threads)
         self._name, self._monitor = name, monitor
         self._count, self._opening = 0, True
         self._spec: ReplicaSpec | None = None
