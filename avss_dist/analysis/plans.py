@@ -30,7 +30,7 @@ def plan_layers(
         run: a row of ``runs``.
         by: a name of `SCORE_MEANINGS`; None takes the measured loss, and refuses where there is none.
         reading: site, recipe, threshold and its kind, of AVSS.
-        how: the other fields of `Choice`: ``fraction``, ``count``, ``mass``, ``first``, ``last``, and so on.
+        how: the other fields of `Choice`: ``share``, ``count``, ``mass``, ``first``, ``last``, and so on.
 
     Raises:
         QueryError: no score was named and no loss is measured, or the warehouse lacks the score that was named.

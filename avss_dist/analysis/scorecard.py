@@ -78,7 +78,7 @@ def _card(store: Warehouse, run: Mapping[str, Any], truth: Mapping[str, Float64]
         card |= {SPEARMAN[name]: _known(spearman(values, known)) for name, known in truth.items()}
         for share, column in RETENTION.items():
             with suppress(PlanError):  # a layer without a score
-                card[column] = kept.get(replace(choice, fraction=share).drop(values))
+                card[column] = kept.get(replace(choice, share=share).drop(values))
         cards.append(card)
     return cards
 

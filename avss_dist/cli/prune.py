@@ -37,7 +37,7 @@ def plan(
             CHOSEN_BY, "What layers are chosen by: what avss ablate measures, a score, or chance. The loss by default."
         ),
     ] = None,
-    fraction: Annotated[float | None, typer.Option(help="Drop this share of the layers; 0.25 by default.")] = None,
+    share: Annotated[float | None, typer.Option(help="Drop this share of the layers; 0.25 by default.")] = None,
     count: Annotated[int | None, typer.Option(help="Drop so many layers.")] = None,
     mass: Annotated[float | None, typer.Option(help="Drop the lowest that hold this share of the score.")] = None,
     protect: Annotated[str, typer.Option(help="Layers that stay: first=1,last=1.")] = "",
@@ -61,7 +61,7 @@ def plan(
         chosen,
         by=by,
         reading=(site, recipe, *parse_threshold(threshold)),
-        fraction=fraction,
+        share=share,
         count=count,
         mass=mass,
         first=first,

@@ -98,7 +98,7 @@ class Method:
         return Choice(
             by=self.score,
             reading=self.reading,
-            fraction=share,
+            share=share,
             first=self.ends,
             last=self.ends,
             highest=self.control == REVERSED,

@@ -115,7 +115,7 @@ class Plan:
 
 
 def describe_reason(why: Mapping[str, Any]) -> str:
-    """``by loss (what the loss rises by ...): fraction 0.25, last 1``."""
+    """``by loss (what the loss rises by ...): share 0.25, last 1``."""
     if not why:
         return "by hand"
     by = str(why.get("by", "hand"))
@@ -179,8 +179,8 @@ def _why(choice: Choice, truth: LayerTruth | None) -> dict[str, Any]:
     why = {name: value for name, value in values.items() if value not in (None, False, 0)}
     if choice.by == RANDOM:
         why["seed"] = seed
-    if not {"fraction", "count", "mass"} & set(why):
-        why["fraction"] = LOWEST_SHARE
+    if not {"share", "count", "mass"} & set(why):
+        why["share"] = LOWEST_SHARE
     if truth is not None:
         why |= {"evaluation": truth.run_id, "task": truth.task}
     if choice.by == "avss" and reading is not None:

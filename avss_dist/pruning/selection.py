@@ -51,12 +51,12 @@ class Choice:
     """The score. There is no default: which one to trust is the user's decision."""
     reading: Reading | None = None
     """Of AVSS: site, recipe, threshold and its kind; the first that there is by default."""
-    fraction: Share | None = None
-    """Drop the lowest fraction of the layers; a quarter by default."""
+    share: Share | None = None
+    """Drop the lowest share of the layers; a quarter by default."""
     count: Annotated[int, Field(ge=1)] | None = None
-    """Drop so many layers, in place of a fraction."""
+    """Drop so many layers, in place of a share."""
     mass: Share | None = None
-    """Drop the lowest layers that hold at most this share of the summed score, in place of a fraction."""
+    """Drop the lowest layers that hold at most this share of the summed score, in place of a share."""
     first: Ends = 0
     """Layers at the start that are never dropped."""
     last: Ends = 0
@@ -69,12 +69,12 @@ class Choice:
     """Seed of a random choice."""
 
     def __post_init__(self) -> None:
-        given = [f"`{name}`" for name in ("fraction", "count", "mass") if getattr(self, name) is not None]
+        given = [f"`{name}`" for name in ("share", "count", "mass") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} were given; they say the same thing twice.", "Keep one of them.")
         if self.mass is not None and (self.contiguous or self.highest or self.by == RANDOM):
             raise ConfigError(
-                "`mass` is a share of a score that is summed from the lowest on.", "Use `fraction` or `count` here."
+                "`mass` is a share of a score that is summed from the lowest on.", "Use `share` or `count` here."
             )
 
     def scores(self, rows: Rows, truth: Mapping[str, Float64]) -> Float64:
@@ -124,13 +124,13 @@ class Choice:
         if self.count is not None:
             return self.count
         if self.mass is None:
-            return count_lowest(len(values), LOWEST_SHARE if self.fraction is None else self.fraction)
+            return count_lowest(len(values), LOWEST_SHARE if self.share is None else self.share)
         held = np.cumsum(np.sort(values[candidates])) / values.sum()
         number = int(np.searchsorted(held, self.mass, "right"))
         if not number:
             raise PlanError(
                 f"No layer holds as little as {self.mass:g} of the summed score: the least holds {held[0]:.3g}.",
-                "Allow more, or use `fraction` or `count`.",
+                "Allow more, or use `share` or `count`.",
             )
         return number
 

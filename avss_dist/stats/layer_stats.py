@@ -50,7 +50,7 @@ class Below(NamedTuple):
     """How many elements are below a threshold.
 
     Attributes:
-        near_zero: how many; a fraction where it is interpolated.
+        near_zero: how many; not a whole number where it is interpolated.
         low, high: the least and the most that it can be; the same where it is exact.
     """
 

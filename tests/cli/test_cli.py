@@ -125,7 +125,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--output": None,
         "--run": None,
         "--by": None,
-        "--fraction": None,
+        "--share": None,
         "--count": None,
         "--mass": None,
         "--protect": "",

@@ -34,7 +34,7 @@ LAYERS = [5.0, 1.0, 4.0, 2.0, 3.0, 0.5, 6.0, 7.0]
     ("options", "dropped"),
     [
         ({}, (1, 5)),
-        ({"fraction": 0.5}, (1, 3, 4, 5)),
+        ({"share": 0.5}, (1, 3, 4, 5)),
         ({"count": 1}, (5,)),
         ({"count": 3, "first": 2}, (3, 4, 5)),
         ({"count": 2, "last": 3}, (1, 3)),
@@ -55,7 +55,7 @@ def test_what_is_dropped(options: dict[str, Any], dropped: tuple[int, ...]) -> N
     strategies.integers(0, 3),
 )
 def test_the_lowest_that_are_not_protected(scores: list[float], share: float, first: int, last: int) -> None:
-    choice = Choice(by="avss", fraction=share, first=first, last=last)
+    choice = Choice(by="avss", share=share, first=first, last=last)
     try:
         dropped = choice.drop(scores)
     except PlanError:
@@ -75,8 +75,8 @@ def test_the_lowest_that_are_not_protected(scores: list[float], share: float, fi
     ("options", "error", "message"),
     [
         ({"by": "avs"}, ConfigError, "Did you mean 'avss'"),
-        ({"fraction": 1.0}, ConfigError, "`fraction` must be less than 1"),
-        ({"fraction": 0.5, "count": 2}, ConfigError, "`fraction` and `count` were given"),
+        ({"share": 1.0}, ConfigError, "`share` must be less than 1"),
+        ({"share": 0.5, "count": 2}, ConfigError, "`share` and `count` were given"),
         ({"count": 0}, ConfigError, "`count` must be at least 1"),
         ({"mass": 0.5, "contiguous": True}, ConfigError, "`mass` is a share"),
         ({"first": -1}, ConfigError, "`first` must be at least 0"),
@@ -114,7 +114,7 @@ def score_rows(values: list[float]) -> list[dict[str, Any]]:
 def test_plans_and_experiments_choose_alike(score: str, control: str | None) -> None:
     rows, truth = score_rows(LAYERS), {"loss": np.array(LAYERS[::-1])}
     tried = Method(score=score, seed=3, control=control).choice(0.25)
-    planned = Choice(by=score, fraction=0.25, seed=3, highest=control == REVERSED)
+    planned = Choice(by=score, share=0.25, seed=3, highest=control == REVERSED)
     assert tried.drop(tried.scores(rows, truth)) == planned.drop(planned.scores(rows, truth))
 
 
@@ -143,7 +143,7 @@ def test_a_plan_through_its_file(tmp_path: Path) -> None:
         num_layers=6,
         layers="layers",
         drop=(1, 4),
-        why={"by": "loss", "fraction": 0.25, "contiguous": True},
+        why={"by": "loss", "share": 0.25, "contiguous": True},
         run_id="r-1",
         findings=("it rises: with depth", "#2"),
         evaluated=("perplexity 3.2",),
