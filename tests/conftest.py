@@ -16,6 +16,7 @@ from support.checkpoints import LAYERS, VOCABULARY, llama, save_tokenizer
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: in tiny models, threads wait for each other
 os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112  (processes that no test uses)
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (at Ray's 15, workers wait while other tests compute)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -97,10 +98,13 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def run_avss() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """The command line in a process of its own: ``run_avss("show", folder, env={...}, timeout=60)``."""
+    """The command line in a process of its own: ``run_avss("show", folder, env={...})``.
+
+    Its time is bounded by the test's own timeout, which ends the process too.
+    """
 
     def run(
-        *args: object, env: dict[str, str] | None = None, timeout: float = 120, **options: Any
+        *args: object, env: dict[str, str] | None = None, timeout: float | None = None, **options: Any
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "avss_dist", *map(str, args)],

@@ -581,9 +581,7 @@ except SystemExit as end:
     code = end.code
 print(code or 0, *sys.modules)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=120, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=True)
     *lines, last = done.stdout.splitlines()
     exit_code, *modules = last.split()
     return int(exit_code), {name for name in HEAVY if name in modules}, lines, done.stderr
@@ -603,7 +601,7 @@ def test_reading_loads_nothing_heavy(command: list[str], scored: Path) -> None:
 def test_importing_loads_nothing_heavy(what: str) -> None:
     """The package; and what the process of the actor `HeartbeatMonitor` imports."""
     code = f"import sys, {what}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {*HEAVY, "altair", "datasets"} & set(done.stdout.split())
 
 
@@ -638,16 +636,14 @@ def test_stopping_says_that_the_work_is_kept(tmp_path: Path, monkeypatch: pytest
 def test_a_closed_pipe_is_no_error(scored: Path, command: str, reader: str, lines: int) -> None:
     line = f"{sys.executable} -m avss_dist {command.format(scored)} | {reader}"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", line], capture_output=True, timeout=60, check=False, env=environment
-    )
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, check=False, env=environment)
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.count(b"\n") == lines
 
 
 @pytest.mark.slow
 def test_doctor_says_what_works(run_avss: Avss) -> None:
-    done = run_avss("doctor", timeout=280)
+    done = run_avss("doctor")
     assert done.returncode == (1 if re.search(r"^NO ", done.stdout, re.MULTILINE) else 0)
     for what in ("Python", "torch", "ray", "deepspeed", "CUDA devices", "Ray starts a worker", "pictures"):
         assert re.search(rf"^(ok|NO)  {re.escape(what)} ", done.stdout, re.MULTILINE), what

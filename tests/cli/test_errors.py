@@ -464,7 +464,7 @@ def test_two_drivers_on_one_warehouse_agree(tiny_llama: Path, undisturbed: Path,
     ]
     try:
         for driver in drivers:
-            _, errors = driver.communicate(timeout=120)
+            _, errors = driver.communicate()
             assert (driver.returncode, errors) == (0, "")
     finally:
         for driver in drivers:

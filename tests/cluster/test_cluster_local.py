@@ -20,7 +20,7 @@ from support.tables import assert_same_tables
 import avss_dist
 from avss_dist.warehouse.reader import Warehouse
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parents[2] / "cluster" / "local.sh"
 SIZES: dict[str, Any] = {"max_sequences": 160, "sequence_length": 64, "batch_size": 2, "sequences_per_shard": 8}

@@ -207,7 +207,6 @@ def alone(*command: str, env: dict[str, str]) -> subprocess.CompletedProcess[str
         env=env,
         capture_output=True,
         text=True,
-        timeout=150,
     )
 
 

@@ -26,8 +26,6 @@ from avss_dist.models.size import footprint
 from avss_dist.report.terminal.estimate import describe_seconds, estimate_table, summary
 from avss_dist.settings import Execution, Settings
 
-pytestmark = pytest.mark.timeout(240)
-
 SETTINGS = Settings(max_sequences=6, sequence_length=32, batch_size=2, sequences_per_shard=4, device="cpu")
 Save = Callable[[Any, Path], Path]
 

@@ -24,7 +24,7 @@ from avss_dist.executors.ray.worker import ShardAssignment, Worker
 from avss_dist.runs.api import Reporter
 from avss_dist.warehouse.reader import Warehouse
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 OPTIONS: dict[str, Any] = {
     "max_sequences": 160,

@@ -21,7 +21,7 @@ from avss_dist.partition.single import SingleReplica
 from avss_dist.settings import THRESHOLDS, Settings
 from avss_dist.stats.scores import score_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 CORPUS = os.environ.get("AVSS_TEST_CORPUS", "builtin:pydoc")
 MODULES = {"attention": "self_attn", "mlp": "mlp", "neuron": "mlp.down_proj"}

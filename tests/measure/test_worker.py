@@ -19,8 +19,6 @@ from avss_dist.partition.base import BatchContext, dummy_batch
 from avss_dist.partition.single import SingleReplica
 from avss_dist.settings import Settings
 
-pytestmark = pytest.mark.timeout(120)
-
 SETTINGS = Settings(max_sequences=13, sequence_length=32, batch_size=8, sequences_per_shard=13, device="cpu")
 
 

@@ -18,7 +18,7 @@ from avss_dist.models.loading import Backbone, forward_function, open_module
 from avss_dist.settings import SITES, THRESHOLDS
 from avss_dist.stats.scores import score_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 # Families that are built and cannot be scored, with the reason that the user is told.
 REFUSED = {

@@ -21,8 +21,6 @@ from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.single import SingleReplica
 from avss_dist.settings import Settings
 
-pytestmark = pytest.mark.timeout(120)
-
 SETTINGS = Settings(device="cpu")
 CPU = torch.device("cpu")
 FAMILIES = [("causal", name) for name in ("llama", "qwen2", "gemma3_text", "gpt2", "gpt_neox", "opt", "phi", "bloom")]

@@ -28,8 +28,6 @@ from avss_dist.partition.single import SingleReplica
 from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import ShardResult
 
-pytestmark = pytest.mark.timeout(120)
-
 SETTINGS = Settings(
     max_sequences=5, sequence_length=24, batch_size=2, sequences_per_shard=5, dtype="float32", device="cpu"
 )

@@ -22,7 +22,7 @@ from avss_dist.errors import AvssError, ConfigError, RunFailed
 from avss_dist.runs.api import Reporter
 from avss_dist.warehouse.reader import Warehouse
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 FAMILIES = ("llama", "gemma3_text", "mixtral", "gpt2")  # more in test_gangs, test_device_map and test_streaming
 OPTIONS: dict[str, Any] = {"max_sequences": 26, "sequence_length": 32, "batch_size": 2, "sequences_per_shard": 4}

@@ -32,8 +32,6 @@ from avss_dist.partition.streaming.window import Window
 from avss_dist.settings import SITES, Settings
 from avss_dist.stats.layer_stats import ShardResult
 
-pytestmark = pytest.mark.timeout(120)
-
 ROWS, TOKENS = 5, 12
 SETTINGS = Settings(batch_size=2, sequence_length=TOKENS, device="cpu")
 CAUSAL = (
@@ -452,7 +450,6 @@ def test_closing_gives_the_layers_their_classes_back(tiny: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_smollm2(smollm2: Path) -> None:
     settings = Settings(max_sequences=10, batch_size=4, sequence_length=64, device="cpu")
     one = plan("builtin:pydoc", load_tokenizer(resolve(str(smollm2))), settings).shards[0]

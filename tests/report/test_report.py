@@ -277,7 +277,6 @@ def command(*args: object) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", code, "report", *map(str, args)],
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
 

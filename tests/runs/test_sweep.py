@@ -31,7 +31,7 @@ from avss_dist.runs.job_file import read_job
 from avss_dist.system.devices import devices_here
 from avss_dist.warehouse.reader import Warehouse
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 SETTINGS = {"max_sequences": 48, "sequence_length": 64, "batch_size": 2, "sequences_per_shard": 8}
 SHARDS = 6

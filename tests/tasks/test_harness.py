@@ -282,7 +282,6 @@ def test_the_command_says_nothing_but_results_and_needs_no_network(folder: Path,
         env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")},
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -211,7 +211,7 @@ def test_a_query_loads_nothing_heavy(root: Path) -> None:
         "heavy = {'torch', 'ray', 'transformers', 'deepspeed', 'scipy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2], timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
 
 
 # What the columns mean.

@@ -58,9 +58,9 @@ class Gang:
         """Give each rank its part of a round; one reference for each."""
         return [worker.measure.remote(part) for worker, part in zip(self._workers, assignments, strict=True)]
 
-    def stop(self) -> None:
-        """Stop every worker, those that hang too, and give the resources back."""
-        addresses = ray.wait(self._addresses, num_returns=len(self._addresses), timeout=0)[0]
+    def stop(self, *, hangs: bool = False) -> None:
+        """Stop every worker and give the resources back; those of a gang that hangs by a signal too."""
+        addresses = ray.wait(self._addresses, num_returns=len(self._addresses), timeout=0)[0] if hangs else []
         for worker in self._workers:
             ray.kill(worker)
         for reference in addresses:

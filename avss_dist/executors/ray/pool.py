@@ -277,14 +277,15 @@ class Pool:
         for round_ in set(self._rounds.values()):
             late = [name for name in round_.gang.names if ages.get(name, 0.0) > self._hang_seconds]
             if late and now - round_.begun > self._hang_seconds:  # before that it may have had nothing to do
-                self._replace(round_, f"rank {late[0]} made no progress in {self._hang_seconds:g} seconds")
+                why = f"rank {late[0]} made no progress in {self._hang_seconds:g} seconds"
+                self._replace(round_, why, hangs=True)
 
-    def _replace(self, round_: _Round, why: str | None) -> None:
+    def _replace(self, round_: _Round, why: str | None, *, hangs: bool = False) -> None:
         """Stop a gang; its unfinished units are pending again, for another. ``why`` None is no failure of theirs."""
-        self._stop(round_)
+        self._stop(round_, hangs=hangs)
         self._record(round_.queue, round_.queue.put_back(round_.units, why))
 
-    def _stop(self, round_: _Round) -> None:
-        round_.gang.stop()
+    def _stop(self, round_: _Round, *, hangs: bool = False) -> None:
+        round_.gang.stop(hangs=hangs)
         for reference in round_.awaited:
             self._rounds.pop(reference, None)
