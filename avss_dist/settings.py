@@ -39,6 +39,7 @@ ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 EXECUTORS = ("auto", "local", "ray")
 PARTITION_CHOICES = ("auto", *PARTITIONS)
 DEVICES = ("auto", "cpu", "cuda")
+CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0  # for a cluster's server to accept a connection, and to send something
 
 PUBLISHED_THRESHOLD = 1e-5
 THRESHOLDS = (1e-6, PUBLISHED_THRESHOLD, 1e-4, 1e-3, 1e-2, 1e-1)

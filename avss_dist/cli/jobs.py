@@ -12,15 +12,19 @@ import typer
 from avss_dist.cli.base import console, say, spelled
 from avss_dist.cli.options import WORKERS, takes_settings
 from avss_dist.errors import ConfigError
+from avss_dist.settings import ANSWER_SECONDS, CONNECT_SECONDS
 from avss_dist.text import printable
 
 if TYPE_CHECKING:
     from avss_dist.runs.api import Run
     from avss_dist.runs.job_file import JobFile
+    from avss_dist.runs.submission import Cluster
 
 JobPath = Annotated[str, typer.Argument(metavar="JOB.yaml", help="A job file; docs/job-files.md explains its keys.")]
 JobId = Annotated[str, typer.Argument(help="What avss submit printed, and avss status lists.")]
 Head = Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's job server: http://HEAD:8265.")]
+ConnectOption = Annotated[float, typer.Option(help="How long the job server may take to connect.", min=0.01)]
+AnswerOption = Annotated[float, typer.Option(help="How long it may send nothing while it answers.", min=0.01)]
 FollowOption = Annotated[bool, typer.Option("--follow", "-f", help="Print the log until the job ends.")]
 
 
@@ -97,18 +101,19 @@ def submit(
     address: Head,
     experiment: Annotated[bool, typer.Option("--experiment", help="Have avss experiment take it.")] = False,
     follow: FollowOption = False,
+    connect_seconds: ConnectOption = CONNECT_SECONDS,
+    answer_seconds: AnswerOption = ANSWER_SECONDS,
     **options: Any,
 ) -> int:
     """Submit a job file to a Ray cluster, where avss run takes it; the cluster needs avss_dist and the models."""
     from avss_dist.runs.job_file import read_job
-    from avss_dist.runs.submission import Cluster
 
     read = read_job(job, expand=False)
     if experiment:
         require_experiment(read)
     replace(read.execution, **options)  # refuses here what the cluster would
     taken = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
-    cluster = Cluster(address)
+    cluster = _cluster(address, connect_seconds, answer_seconds)
     job_id = cluster.submit(read, taken, experiment=experiment)
     if not follow:
         print(job_id)
@@ -119,36 +124,52 @@ def submit(
 
 
 def status(
-    address: Head, job_id: Annotated[str | None, typer.Argument(help="One job; all of them if left out.")] = None
+    address: Head,
+    job_id: Annotated[str | None, typer.Argument(help="One job; all of them if left out.")] = None,
+    connect_seconds: ConnectOption = CONNECT_SECONDS,
+    answer_seconds: AnswerOption = ANSWER_SECONDS,
 ) -> int:
     """Say how submitted jobs stand."""
     from avss_dist.report.terminal.tables import plain_table
-    from avss_dist.runs.submission import Cluster
 
-    cluster = Cluster(address)
+    cluster = _cluster(address, connect_seconds, answer_seconds)
     jobs = [cluster.job(job_id)] if job_id else cluster.jobs()
     columns = ("job", "status", "started (UTC)", "seconds", "entrypoint", "message")
     console().print(plain_table(columns, [job.row() for job in jobs]))
     return 0
 
 
-def logs(job_id: JobId, address: Head, follow: FollowOption = False) -> int:
+def logs(
+    job_id: JobId,
+    address: Head,
+    follow: FollowOption = False,
+    connect_seconds: ConnectOption = CONNECT_SECONDS,
+    answer_seconds: AnswerOption = ANSWER_SECONDS,
+) -> int:
     """Print the log of a submitted job."""
-    from avss_dist.runs.submission import Cluster
-
-    cluster = Cluster(address)
+    cluster = _cluster(address, connect_seconds, answer_seconds)
     if follow:
         return _follow(cluster, job_id, address)
     print(printable(cluster.logs(job_id)), end="")
     return 0
 
 
-def stop(job_id: JobId, address: Head) -> int:
+def stop(
+    job_id: JobId,
+    address: Head,
+    connect_seconds: ConnectOption = CONNECT_SECONDS,
+    answer_seconds: AnswerOption = ANSWER_SECONDS,
+) -> int:
     """Stop a submitted job; what it measured is kept, and submitting it again goes on from there."""
+    cluster = _cluster(address, connect_seconds, answer_seconds)
+    print(printable(f"{job_id}: {cluster.stop(job_id)}"))
+    return 0
+
+
+def _cluster(address: str, connect_seconds: float, answer_seconds: float) -> Cluster:
     from avss_dist.runs.submission import Cluster
 
-    print(printable(f"{job_id}: {Cluster(address).stop(job_id)}"))
-    return 0
+    return Cluster(address, connect_seconds=connect_seconds, answer_seconds=answer_seconds)
 
 
 def _follow(cluster: Any, job_id: str, address: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import re
 import secrets
@@ -21,13 +22,14 @@ from typing import Any
 
 from avss_dist.errors import AvssError, ConfigError, RunFailed, without_secrets
 from avss_dist.runs.job_file import JobFile
-from avss_dist.settings import PERPLEXITY
+from avss_dist.settings import ANSWER_SECONDS, CONNECT_SECONDS, PERPLEXITY
 from avss_dist.tasks.harness_files import files_of, is_task_file
 
 TOKEN_HINT = (
     "Give this machine the cluster's token: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token; "
     "`ray get-auth-token` on the head prints it."
 )
+STOP_SECONDS = 60.0  # for a job to end after it was stopped: Ray kills it after a few
 MOST_BYTES = 50_000_000  # of local files that travel with a job
 _TEXT = re.compile(r"(?!hf:|builtin:)(?P<path>.+?\.(txt|jsonl|parquet))(:.*)?", re.IGNORECASE)
 _NOT_FOUND = 127  # exit code of a shell that has no such command
@@ -64,21 +66,27 @@ class Cluster:
 
     Args:
         address: ``http://HEAD:8265``.
+        connect_seconds: how long it may take to accept a connection.
+        answer_seconds: how long it may send nothing while it answers.
 
     Raises:
-        ConfigError: nothing answers there, or it wants another token.
+        ConfigError: nothing answers there, it leads to another address, or it wants another token.
+        RunFailed: it does not answer in time. So do all methods.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(
+        self, address: str, *, connect_seconds: float = CONNECT_SECONDS, answer_seconds: float = ANSWER_SECONDS
+    ) -> None:
         if not address.startswith(("http://", "https://")):
             raise ConfigError(f"'{address}' is not the address of a job server.", "Write http://HEAD:8265.")
         with _environment_of_client():
-            from ray.job_submission import JobSubmissionClient
+            from avss_dist.runs.job_client import Client
         for name in [name for name in logging.root.manager.loggerDict if name.startswith("ray")]:
             logging.getLogger(name).setLevel(logging.ERROR)
         self.address = address
+        self._answer_seconds = answer_seconds
         with self._explained(), _environment_of_client():
-            self._client = JobSubmissionClient(address)
+            self._client = Client(address, (connect_seconds, answer_seconds))
 
     def submit(self, job: JobFile, options: Sequence[str] = (), *, experiment: bool = False) -> str:
         """Start ``avss run``, or ``avss experiment``, on the cluster with a copy of the job file; its job id.
@@ -129,31 +137,50 @@ class Cluster:
             self._client.get_job_info(job_id)
             texts = self._client.tail_job_logs(job_id)
             with asyncio.Runner() as runner:
-                while (text := runner.run(_next(texts))) is not None:
-                    yield text
+                awaited = runner.get_loop().create_task(_next(texts))
+                while True:
+                    runner.run(asyncio.wait([awaited], timeout=self._answer_seconds))
+                    if awaited.done():
+                        if (text := awaited.result()) is None:
+                            return
+                        yield text
+                        awaited = runner.get_loop().create_task(_next(texts))
+                    elif self.job(job_id).exit_code is not None:  # a job may print nothing for hours
+                        return
 
-    def wait(self, job_id: str) -> Submitted:
-        """A job at its end."""
-        while (job := self.job(job_id)).exit_code is None:
+    def wait(self, job_id: str, seconds: float = math.inf) -> Submitted:
+        """A job at its end, or as it is after ``seconds``."""
+        end = time.monotonic() + seconds
+        while (job := self.job(job_id)).exit_code is None and time.monotonic() < end:
             time.sleep(0.5)
         return job
 
     def stop(self, job_id: str) -> str:
-        """Stop a job; how it stands then."""
+        """Stop a job; how it stands when it has ended, or a minute later."""
         with self._explained(job_id):
             if self._client.stop_job(job_id):
-                return f"{self.wait(job_id).status.lower()}."
+                job = self.wait(job_id, STOP_SECONDS)
+                return f"{job.status.lower()}." if job.exit_code is not None else "it was signalled, and has not ended."
             return f"it has ended already ({self.job(job_id).status.lower()})."
 
     @contextmanager
     def _explained(self, job_id: str = "") -> Iterator[None]:
         """Raise what Ray raises as an AvssError that says what to do."""
-        from ray.exceptions import AuthenticationError
+        from avss_dist.runs.job_client import NO_ANSWER, AuthenticationError, Redirected
 
         try:
             yield
         except AvssError:
             raise
+        except Redirected as error:
+            raise ConfigError(
+                f"{self.address} leads to another address: {error}", "Name that one, if it is your cluster's."
+            ) from error
+        except NO_ANSWER as error:
+            raise RunFailed(
+                f"The job server at {self.address} broke off, or did not answer in time.",
+                "Check the address. A slow one needs larger `connect_seconds` or `answer_seconds`.",
+            ) from error
         except AuthenticationError as error:
             refused = "takes another token" if _has_token() else "wants a token"
             raise ConfigError(f"The job server at {self.address} {refused}.", TOKEN_HINT) from error
