@@ -193,11 +193,11 @@ def read_config(folder: Path, spec: str) -> dict[str, Any]:
         ModelError: it is missing or is not JSON.
     """
     file = folder / "config.json"
+    if not file.is_file():  # nothing else is opened: a pipe would be waited for
+        raise ModelError(f"'{spec}' has no file config.json.", "Name the folder that save_pretrained() wrote.")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"'{spec}' has no config.json.", "Name the folder that save_pretrained() wrote.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} cannot be read: {error}.") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} is not a model's configuration.")

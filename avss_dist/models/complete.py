@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,11 +11,46 @@ from torch import nn
 from avss_dist.errors import ModelError
 from avss_dist.models.checkpoints import Checkpoint, read_config
 from avss_dist.models.layers import layer_lists
-from avss_dist.models.safetensors import DTYPES
+from avss_dist.models.safetensors import DTYPES, TensorInfo
 from avss_dist.models.stored import stored_tensors
 
 MAX_NAMED = 3  # tensors in a message
+ALWAYS_BUILT = 200  # layers: so many are built without a look at the files
+MAX_SHARED = 100  # layers beside those with weights of their own: ALBERT, for one, has one block that it runs 12 times
+_NUM_LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?")  # n_layer, num_hidden_layers, ...
 _AFTER_LAYERS = re.compile(r"(^|\.)pooler\.")  # of encoders: many files lack it, and no layer sees it
+
+
+def require_layers(name: str, config: Mapping[str, Any], tensors: Callable[[], Iterable[TensorInfo]]) -> None:
+    """Refuse a configuration of far more layers than the files have, before anything of that size is made.
+
+    Args:
+        name: of the checkpoint.
+        config: its ``config.json``.
+        tensors: gives the headers of its weight files; called where the number of layers is unusual.
+
+    Raises:
+        ModelError: the configuration has too many layers for these files.
+    """
+    field, number = max(_layer_counts(config), key=lambda count: count[1], default=("", 0))
+    if number <= ALWAYS_BUILT:
+        return
+    stored = len({part for tensor in tensors() for part in tensor.name.split(".") if part.isdigit()})
+    if number > stored + MAX_SHARED:
+        raise ModelError(
+            f"The config.json of '{name}' describes {number:,} layers (\"{field}\"), and its files have weights of "
+            f"{stored:,} at most.",
+            "Download or copy the checkpoint again, or correct its config.json.",
+        )
+
+
+def _layer_counts(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Every number of layers in a configuration and in the configurations of its parts."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _layer_counts(value)
+        elif isinstance(value, int) and _NUM_LAYERS.fullmatch(key):
+            yield key, value
 
 
 def require_complete(

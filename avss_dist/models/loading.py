@@ -7,7 +7,7 @@ import inspect
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from avss_dist.errors import ModelError
-from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.complete import require_complete
+from avss_dist.models.checkpoints import Checkpoint, read_config
+from avss_dist.models.complete import require_complete, require_layers
 from avss_dist.models.layers import Structure, count_parameters
+from avss_dist.models.safetensors import TensorInfo, weight_files
+from avss_dist.models.stored import stored_tensors
 from avss_dist.models.structure import find_structure
 from avss_dist.settings import Settings
 
@@ -29,7 +31,7 @@ Forward = Callable[[torch.Tensor, torch.Tensor | None], Any]  # of (token ids, a
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
 _REFUSALS: tuple[type[Exception], ...] = (  # what libraries raise over a bad checkpoint
     *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, IndexError),
-    *(struct.error, SafetensorError, StrictDataclassError),
+    *(ArithmeticError, AssertionError, struct.error, SafetensorError, StrictDataclassError),
 )
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|DoubleHeadsModel)$")
 
@@ -67,16 +69,27 @@ def _first_line(error: BaseException) -> str:
         error = error.__cause__ or error
     if "ignore_mismatched_sizes" in str(error):
         return "its weights have other shapes than its config.json says."
+    if isinstance(error, ZeroDivisionError):
+        return "a size in its config.json is 0."
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def text_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+def text_config(
+    checkpoint: Checkpoint, *, trust_remote_code: bool = False, tensors: Iterable[TensorInfo] | None = None
+) -> Any:
     """The configuration of the part that reads text.
 
+    Args:
+        tensors: of the weight files; None reads their headers, if they are needed.
+
     Raises:
-        ModelError: transformers does not know the architecture, or the model is an encoder-decoder.
+        ModelError: transformers does not know the architecture, or it has more layers than the files.
     """
     from transformers import AutoConfig
+
+    if tensors is not None or (not checkpoint.gguf and weight_files(checkpoint.folder)):  # a hub's may not be here
+        config = read_config(checkpoint.folder, checkpoint.name)
+        require_layers(checkpoint.name, config, lambda: stored_tensors(checkpoint) if tensors is None else tensors)
 
     with quiet():
         try:
@@ -253,7 +266,7 @@ def open_module(model: Any, *, layers: str | None = None, device: torch.device |
     ):
         raise ModelError(
             f"{type(model).__name__} is an encoder-decoder; only decoders and encoders can be scored.",
-            "Load its encoder or its decoder as a checkpoint of its own.",
+            "Name a model of another family.",
         )
     backbone = without_head(model)
     run = forward_function(backbone)
@@ -263,7 +276,7 @@ def open_module(model: Any, *, layers: str | None = None, device: torch.device |
             structure = find_structure(
                 backbone, lambda ids: run(ids.to(device), None), getattr(text, "num_hidden_layers", None), layers
             )
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError) as error:
+    except _REFUSALS as error:
         raise ModelError(f"{type(model).__name__} does not run on token ids alone: {_first_line(error)}") from error
     return Backbone(
         module=backbone,

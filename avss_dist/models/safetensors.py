@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -108,8 +109,9 @@ def tensors_of(file: Path) -> list[StoredTensor]:
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}.", "Is the download complete?") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ModelError(
-            f"{file} has no header of a safetensors file: {error}.", "Download or copy it again."
+            f"{file} has no header of a safetensors file: {reason}.", "Download or copy it again."
         ) from error
 
 
@@ -121,6 +123,9 @@ def _tensor(name: str, file: Path, data: int, entry: Any) -> StoredTensor:
         raise ValueError(f"'{name}' has no dtype, shape and offsets")
     if last < first:
         raise ValueError(f"'{name}' ends before it begins")
+    dtype = DTYPES.get(entry["dtype"])
+    if dtype is not None and last - first != (size := math.prod(shape) * dtype.itemsize):
+        raise ValueError(f"'{name}' has {last - first:,} bytes, and its shape wants {size:,}")
     return StoredTensor(name, entry["dtype"], last - first, shape, file, data + first)
 
 

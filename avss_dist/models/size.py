@@ -136,7 +136,7 @@ def load_skeleton(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Che
         ModelError: as `footprint`.
     """
     found, tensors = _open(checkpoint, settings)
-    config = text_config(found, trust_remote_code=settings.trust_remote_code)
+    config = text_config(found, trust_remote_code=settings.trust_remote_code, tensors=None if found.gguf else tensors)
     return found, skeleton(config, settings, compute_dtype(found, config, settings, tensors)), tensors
 
 
