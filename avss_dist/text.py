@@ -70,6 +70,11 @@ def describe_bytes(size: float) -> str:
     return naturalsize(size, format="%.3g")
 
 
+def describe_count(number: int | None) -> str:
+    """``1,234``; a question mark where it is not known."""
+    return "?" if number is None else f"{number:,}"
+
+
 def parse_threshold(text: str) -> tuple[float, str]:
     """Read ``1e-5`` as ``(1e-5, "absolute")`` and ``0.1rms`` as ``(0.1, "rms")``.
 

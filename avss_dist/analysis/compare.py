@@ -21,8 +21,8 @@ from avss_dist.stats.rankings import FEWEST, align, count_lowest, rank_biased_ov
 from avss_dist.stats.scores import Threshold, score_column
 from avss_dist.system.progress_bar import tracked
 from avss_dist.text import describe_threshold
+from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.schema import settings_of
 
 CONDITIONS = ("corpus", "dtype", "sequence_length", "layout", "skip_first_tokens", "schema_version")
 """What two runs must share, the models apart, for their scores to be comparable."""

@@ -26,8 +26,8 @@ from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, spearman
 from avss_dist.stats.scores import NOISY_BELOW, Threshold
 from avss_dist.system.progress_bar import tracked
+from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.schema import settings_of
 
 SCHEMA = pa.schema(
     [
@@ -45,6 +45,7 @@ CHANGING = (0.1, 0.25)  # share of the lowest set that resampling changes: worth
 DISAGREE = 0.5  # Spearman correlation of two recipes below which they tell different stories
 
 KINDS = (
+    "unreadable",
     "nonfinite",
     "identity_layer",
     "exact_zeros",
@@ -86,8 +87,15 @@ def findings(
     for name, table in warehouse.stats_by_run(tracked(names, f"Findings of {len(names):,} runs"), STATS):
         found += [{"run_id": name, **one} for one in of_stats(read_stats(table), threshold)]
     found += _first_tokens(runs, scores)
+    found += _unreadable(warehouse.damaged, run_ids)
     found.sort(key=_urgency)
     return pa.Table.from_pylist(found, SCHEMA)
+
+
+def _unreadable(damaged: Mapping[str, str], run_ids: Sequence[str] | None) -> Iterator[Row]:
+    for run_id, reason in damaged.items():
+        if run_ids is None or run_id in run_ids:
+            yield {"run_id": run_id, **finding("unreadable", "warning", np.nan, f"This run cannot be read: {reason}.")}
 
 
 def _urgency(found: Row) -> tuple[bool, bool, int, int, int]:

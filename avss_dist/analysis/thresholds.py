@@ -56,7 +56,9 @@ def scores_at(
     rows: list[dict[str, Any]] = []
     for run in runs:
         identity = {name: run[name] for name in ("run_id", "model", "revision", "family")}
-        stats, shards = warehouse.read_layer_stats(run["run_id"]), _blocks(warehouse, run)
+        stats, shards = warehouse.readable_layer_stats(run["run_id"]), _blocks(warehouse, run)
+        if not stats:
+            continue
         for row in score_run(stats, _layer_names(warehouse, run), shards, [threshold], sites):
             measured = stats[row["layer"], row["site"]]
             below = measured.below(threshold.at(measured))
@@ -93,8 +95,9 @@ def quantiles(
 def _quantiles(
     warehouse: Warehouse, run: Mapping[str, Any], shares: Sequence[float], sites: Sequence[str] | None
 ) -> Iterator[dict[str, Any]]:
+    measured = warehouse.readable_layer_stats(run["run_id"])
     names = _layer_names(warehouse, run)
-    for (layer, site), stats in warehouse.read_layer_stats(run["run_id"]).items():
+    for (layer, site), stats in measured.items():
         if sites is not None and site not in sites:
             continue
         for share, value, low, high in zip(shares, *quantiles_of(stats, shares), strict=True):
@@ -136,7 +139,7 @@ def _layer_names(warehouse: Warehouse, run: Mapping[str, Any]) -> list[str]:
     """Module path of every layer of the model; empty for one that was not measured."""
     rows = warehouse.table("layer_stats", run_ids=[run["run_id"]], columns=["layer", "layer_name"]).to_pylist()
     names = {row["layer"]: row["layer_name"] for row in rows}
-    return [names.get(i, "") for i in range(max(run["num_layers"] or 0, *(i + 1 for i in names)))]
+    return [names.get(i, "") for i in range(max([run["num_layers"] or 0, *(i + 1 for i in names)]))]
 
 
 def _blocks(warehouse: Warehouse, run: Mapping[str, Any]) -> list[dict[LayerKey, LayerStats]]:

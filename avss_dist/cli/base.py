@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _spelling: ContextVar[Mapping[str, str] | None] = ContextVar("_spelling", default=None)  # of the command that runs
+_at_end: ContextVar[list[Callable[[], None]] | None] = ContextVar("_at_end", default=None)  # of the command that runs
 
 
 class Commands(TyperGroup):
@@ -37,6 +38,7 @@ class Commands(TyperGroup):
         return name, command, rest
 
     def invoke(self, ctx: Any) -> None:
+        _at_end.set([])
         try:
             code = super().invoke(ctx)
             sys.stdout.flush()
@@ -57,7 +59,15 @@ class Commands(TyperGroup):
             _discard_output()
             code = 1
             say(f"Error: standard output cannot be written: {error.strerror}.")
+        for work in _at_end.get() or ():
+            work()
         raise typer.Exit(code or 0)
+
+
+def at_end(work: Callable[[], None]) -> None:
+    """Have something done when the running command has ended, however it did."""
+    if (running := _at_end.get()) is not None:
+        running.append(work)
 
 
 def _discard_output() -> None:

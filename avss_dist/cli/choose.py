@@ -7,13 +7,33 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from avss_dist.cli.base import say
+from avss_dist.cli.base import at_end, say
 from avss_dist.errors import QueryError, nearest, require_known
 from avss_dist.text import parse_threshold
+
+MOST_NAMED = 5  # runs that cannot be read
 
 if TYPE_CHECKING:
     from avss_dist.stats.scores import Threshold
     from avss_dist.warehouse.reader import Warehouse
+
+
+def open_warehouse(root: str) -> Warehouse:
+    """A warehouse; when the command ends, it says which runs could not be read."""
+    from avss_dist.warehouse.reader import Warehouse
+
+    opened = Warehouse(root)
+    at_end(lambda: _say_damaged(opened.damaged))
+    return opened
+
+
+def _say_damaged(runs: Mapping[str, str]) -> None:
+    if runs:
+        from avss_dist.warehouse.schema import DAMAGED
+
+        first = "; ".join(f"{run_id} ({reason})" for run_id, reason in [*sorted(runs.items())][:MOST_NAMED])
+        more = f" and {len(runs) - MOST_NAMED} more" if len(runs) > MOST_NAMED else ""
+        say(f"{len(runs)} run{'s' if len(runs) > 1 else ''} cannot be read: {first}{more}. {DAMAGED}")
 
 
 def choose_runs(
@@ -30,13 +50,13 @@ def choose_runs(
         QueryError: a name that no run has (the nearest is named) or that several have, a glob that matches none, a run
             that failed.
     """
-    rows = sorted(warehouse.runs().to_pylist(maps_as_pydicts="strict"), key=lambda row: row["run_id"])
+    rows = sorted(warehouse.runs().to_pylist(maps_as_pydicts="lossy"), key=lambda row: row["run_id"])
     valid = {row["run_id"]: row for row in rows if failed or row["status"] == "done"}
     errors = {row["run_id"]: row["error"] for row in rows if row["run_id"] not in valid}
     if not valid and not errors.keys() & set(names):
         raise QueryError(f"{warehouse.root} has no finished run.", "avss score makes one.")
     if not names:
-        return list(valid.values()) if every else [max(valid.values(), key=lambda row: row["created_at"])]
+        return list(valid.values()) if every else [max(valid.values(), key=lambda row: str(row["created_at"]))]
     chosen: dict[str, dict[str, Any]] = {}
     for name in names:
         if name in errors:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from avss_dist.cli.base import console
-from avss_dist.cli.choose import choose_runs, choose_scores, choose_threshold
+from avss_dist.cli.choose import choose_runs, choose_scores, choose_threshold, open_warehouse
 from avss_dist.cli.options import (
     FORMATS,
     EveryRunOption,
@@ -52,9 +52,8 @@ def compare(
     from avss_dist.analysis.findings import findings as find
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.compare import findings_table, pairs_table
-    from avss_dist.warehouse.reader import Warehouse
 
-    opened = Warehouse(warehouse)
+    opened = open_warehouse(warehouse)
     names = [row["run_id"] for row in choose_runs(opened, run or [], every=True)]
     at = choose_threshold(threshold)
     pairs = compare_runs(
@@ -99,11 +98,10 @@ def findings(
     from avss_dist.analysis.findings import findings as find
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.compare import findings_table
-    from avss_dist.warehouse.reader import Warehouse
 
-    opened = Warehouse(warehouse)
+    opened = open_warehouse(warehouse)
     names = [row["run_id"] for row in choose_runs(opened, run or [], every=True)]
-    found = find(opened, names, threshold=choose_threshold(threshold))
+    found = find(opened, names if run else None, threshold=choose_threshold(threshold))
     shown = found if every else _at(found, site, recipe)
     if format != FORMATS[0]:
         return write_table(shown, format, console())
@@ -127,9 +125,8 @@ def scores(
     from avss_dist.analysis.thresholds import scores_at
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.scores import layer_table
-    from avss_dist.warehouse.reader import Warehouse
 
-    opened = Warehouse(warehouse)
+    opened = open_warehouse(warehouse)
     runs = choose_runs(opened, run or [])
     at = choose_threshold(threshold)
     table = scores_at(opened, runs, at, sites=[site])
@@ -165,9 +162,8 @@ def quantiles(
     from avss_dist.analysis.thresholds import quantiles as find
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.compare import quantiles_table
-    from avss_dist.warehouse.reader import Warehouse
 
-    opened = Warehouse(warehouse)
+    opened = open_warehouse(warehouse)
     runs = choose_runs(opened, run or [])
     table = find(opened, runs, shares, [site])
     if not table.num_rows:
@@ -193,9 +189,8 @@ def export(
     """Write scores by layer as a table for a paper."""
     from avss_dist.report.export import export_text
     from avss_dist.report.output import write_file
-    from avss_dist.warehouse.reader import Warehouse
 
-    opened = Warehouse(warehouse)
+    opened = open_warehouse(warehouse)
     runs = choose_runs(opened, run or [])
     text = export_text(runs, choose_scores(opened, runs, site, recipe, threshold), to)
     if output is None:

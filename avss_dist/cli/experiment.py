@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from avss_dist.cli.base import console, say, spelled
-from avss_dist.cli.choose import choose_runs
+from avss_dist.cli.choose import choose_runs, open_warehouse
 from avss_dist.cli.jobs import JobPath, require_experiment
 from avss_dist.cli.options import (
     FORMATS,
@@ -65,9 +65,8 @@ def scorecard(
     from avss_dist.analysis.scorecard import best_readings, score_cards
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.scorecard import scorecard_tables
-    from avss_dist.warehouse.reader import Warehouse
 
-    opened = Warehouse(warehouse)
+    opened = open_warehouse(warehouse)
     cards = score_cards(opened, choose_runs(opened, run or [], every=True))
     shown = cards if every else best_readings(cards)
     if format == "table":

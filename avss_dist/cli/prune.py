@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from avss_dist.cli.choose import choose_run
+from avss_dist.cli.choose import choose_run, open_warehouse
 from avss_dist.cli.options import (
     CodeOption,
     ModelArgument,
@@ -51,10 +51,9 @@ def plan(
     """Choose the layers to drop, and write them down with the reason and what speaks against it."""
     from avss_dist.analysis.plans import plan_layers
     from avss_dist.pruning.plan import mergekit_slices, write_text
-    from avss_dist.warehouse.reader import Warehouse
 
     first, last = _protected(protect)
-    opened = Warehouse(warehouse)
+    opened = open_warehouse(warehouse)
     chosen = choose_run(opened, run)
     made = plan_layers(
         opened,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from avss_dist.cli.base import console, interruptible
-from avss_dist.cli.choose import choose_run, choose_runs, choose_scores
+from avss_dist.cli.choose import choose_run, choose_runs, choose_scores, open_warehouse
 from avss_dist.cli.options import (
     FORMATS,
     WAREHOUSE,
@@ -37,9 +37,8 @@ def show(
 ) -> None:
     """Show a run's layers as a table with bars; the lowest 25% are marked."""
     from avss_dist.report.terminal.scores import layer_table
-    from avss_dist.warehouse.reader import Warehouse
 
-    opened = Warehouse(warehouse)
+    opened = open_warehouse(warehouse)
     chosen = choose_run(opened, run)
     console().print(layer_table(chosen, choose_scores(opened, [chosen], site, recipe, threshold)))
     others = opened.runs().num_rows - 1
@@ -57,9 +56,8 @@ def plot(
 ) -> None:
     """Draw scores by depth, the rivals beside them."""
     from avss_dist.report.chart import layers_chart, save_chart
-    from avss_dist.warehouse.reader import Warehouse
 
-    opened = Warehouse(warehouse)
+    opened = open_warehouse(warehouse)
     runs = choose_runs(opened, run or [])
     save_chart(layers_chart(runs, choose_scores(opened, runs, site, recipe, threshold)), output)
     print(output)
@@ -78,7 +76,6 @@ def query(
 ) -> None:
     """Query a warehouse with SQL (DuckDB). It only reads, and only the warehouse."""
     from avss_dist.report.output import write_table
-    from avss_dist.warehouse.reader import Warehouse
 
     if format == "parquet" and sys.stdout.isatty():
         raise QueryError(
@@ -89,8 +86,9 @@ def query(
     if not warehouse or not sql:
         missing = "a query" if warehouse else "a warehouse and a query"
         raise QueryError(f"avss query needs {missing}.", "avss query WAREHOUSE 'FROM runs'; avss query --schema.")
+    opened = open_warehouse(warehouse)
     with console().status("Reading ...") if sys.stdout.isatty() else nullcontext():  # thousands of runs, the first time
-        table = interruptible(lambda: Warehouse(warehouse).sql(sql))
+        table = interruptible(lambda: opened.sql(sql))
     write_table(table, format, console())
     return None
 

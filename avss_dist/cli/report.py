@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from avss_dist.cli.choose import choose_runs
+from avss_dist.cli.choose import choose_runs, open_warehouse
 from avss_dist.cli.options import EveryRunOption, WarehousePath
 
 
@@ -18,9 +18,8 @@ def report(
 ) -> None:
     """Write a page that needs no network: findings, runs, charts with controls, a table of scores."""
     from avss_dist.report.page.page import save_report
-    from avss_dist.warehouse.reader import Warehouse
 
-    opened = Warehouse(warehouse)
+    opened = open_warehouse(warehouse)
     run_ids = {row["run_id"] for row in choose_runs(opened, run, failed=True)} if run else None
     save_report(opened, output, run_ids)
     print(output)

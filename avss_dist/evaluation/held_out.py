@@ -13,8 +13,8 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.settings import Settings
 from avss_dist.tasks.base import Task, TextLoss
+from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.schema import settings_of
 
 WINDOW = 32  # tokens that two texts have in common, in a row, before they are the same text
 MOST_SHARED = 0.01  # of the windows of a text; phrases that every text has are fewer

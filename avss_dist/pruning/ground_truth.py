@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 from avss_dist.errors import QueryError
 from avss_dist.settings import GROUND_TRUTH, Settings
 from avss_dist.stats.layer_stats import Float64
+from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.schema import settings_of
 
 _OPTIONS = {"loss": "", "shapley": " --no-leave-one-out --shapley 32", "taylor": " --no-leave-one-out --gradients"}
 _REPEATED = ("max_sequences", "sequence_length", "batch_size", "sequences_per_shard", "layout", "dtype")

@@ -14,7 +14,7 @@ from avss_dist.errors import AvssError, nearest
 from avss_dist.report.output import map_leaves, write_file
 from avss_dist.settings import RIVALS
 from avss_dist.stats.rankings import count_lowest
-from avss_dist.text import describe_threshold, printable
+from avss_dist.text import describe_count, describe_threshold, printable
 
 ENDINGS = (".png", ".svg", ".html")
 PANEL = {"width": 300, "height": 210}
@@ -52,7 +52,7 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
         f"Layer scores of {labels[runs[0]['run_id']] if not several else f'{len(runs)} runs'}",
         subtitle=[
             f"AVSS: {first['site']} site, {first['recipe']} recipe, |x| < {threshold}; "
-            f"{runs[0]['num_tokens']:,} tokens, {runs[0]['dtype']}. "
+            f"{describe_count(runs[0]['num_tokens'])} tokens, {runs[0]['dtype']}. "
             "Red: the 25% of layers with the lowest AVSS. Band: 95% interval over shards.",
         ],
         anchor="start",

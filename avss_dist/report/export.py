@@ -11,7 +11,7 @@ from typing import Any
 from avss_dist.report.terminal.compare import short_name
 from avss_dist.settings import LOWEST_SHARE
 from avss_dist.stats.rankings import count_lowest
-from avss_dist.text import describe_threshold, escape_markdown, printable
+from avss_dist.text import describe_count, describe_threshold, escape_markdown, printable
 
 DIGITS = 3
 COLUMNS = {
@@ -99,7 +99,7 @@ def caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> str:
     first = scores[0]
     threshold = describe_threshold(first["threshold"], first["threshold_kind"])
     what = f"{first['site']} site, {first['recipe']} recipe, |x| < {threshold}"
-    corpus = f"{run['num_tokens']:,} tokens of {short_name(run['corpus'])}, {run['dtype']}"
+    corpus = f"{describe_count(run['num_tokens'])} tokens of {short_name(str(run['corpus']))}, {run['dtype']}"
     return printable(
         f"Layer scores of {short_name(run['model'])} ({what}; {corpus}). Layers count from 0; rank 1 is the least "
         f"important; bold: the {LOWEST_SHARE:.0%} with the lowest AVSS; 95% interval over {run['num_shards']} shards."

@@ -55,10 +55,11 @@ def copied_rows(
     chunks = [missing[i : i + MOST] for i in range(0, len(missing), MOST) if len(missing) - i >= FEWEST]
     for chunk in tracked(chunks, f"Copying the {name} of {len(missing):,} runs, once"):
         holds = {path: files[path] for path in chunk}
-        written = _write(folder, name, read(name, holds), holds)
-        if written is None:
-            break
-        parts[written] = holds
+        with suppress(OSError, pa.ArrowException):  # where a file is damaged, all of the chunk are read where they are
+            written = _write(folder, name, read(name, holds), holds)
+            if written is None:
+                break
+            parts[written] = holds
     left = sorted(files.keys() - {path for holds in parts.values() for path in holds})
     dataset = ds.dataset([str(part) for part in parts], schema, "parquet", pafs.LocalFileSystem()) if parts else None
     return dataset, {path: files[path] for path in left}

@@ -164,7 +164,18 @@ def _to_lists(cells: Sequence[np.ndarray], kind: pa.ListType) -> pa.Array:
 
 
 def to_stats(table: pa.Table) -> dict[LayerKey, LayerStats]:
-    """The inverse of `to_columns`; a field that an older file lacks keeps its default."""
+    """The inverse of `to_columns`; a field that an older file lacks keeps its default.
+
+    Raises:
+        pa.ArrowInvalid: they are no statistics.
+    """
+    try:
+        return _to_stats(table)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise pa.ArrowInvalid(f"they are no statistics: {error}") from error
+
+
+def _to_stats(table: pa.Table) -> dict[LayerKey, LayerStats]:
     cells = {
         name: [cell.values.to_numpy() for cell in column] if pa.types.is_list(column.type) else column.to_pylist()
         for name, column in zip(table.column_names, table.columns, strict=True)

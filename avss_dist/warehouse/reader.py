@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Unpack
@@ -64,6 +64,11 @@ class Warehouse:
         """The name of the warehouse: what it was opened by, without the keys of a URI."""
         return self._store.root
 
+    @property
+    def damaged(self) -> Mapping[str, str]:
+        """Runs of which a file or a row could not be read, by id, and why: whatever was read so far is without them."""
+        return self._store.damaged
+
     def run(self, run_id: str) -> dict[str, Any] | None:
         """The ``runs`` row of a run by column, ``versions`` as a dict; None when it has none."""
         return self._store.run(run_id)
@@ -88,6 +93,10 @@ class Warehouse:
             WarehouseError: it has none.
         """
         return self._store.read_layer_stats(run_id)
+
+    def readable_layer_stats(self, run_id: str) -> dict[LayerKey, LayerStats]:
+        """As `read_layer_stats`; nothing where they are damaged, which `damaged` notes."""
+        return self._store.readable_layer_stats(run_id)
 
     def read_shards(self, run_id: str, expected: Mapping[int, str]) -> list[ShardResult]:
         """The partials of a run in the order of ``expected`` (content hash by shard id), less those not whole."""
@@ -149,18 +158,14 @@ class Warehouse:
         if query.startswith("@"):
             ready = ready_queries()
             query = ready[require_known("query", query[1:].strip(), ready, QueryError)]
-        with duckdb.connect(":memory:", config=_SEALED) as connection:
-            try:
+        try:
+            with duckdb.connect(":memory:", config=_SEALED) as connection:
                 _require_reading(connection, query)
-                rows = self._store.datasets(_mentioned(query))
-                for name, schema in SCHEMAS.items():
-                    opened = rows.get(name)
-                    connection.register(name, schema.empty_table() if opened is None else opened)
-                connection.execute(_functions())
-                return _fetch(connection, query)
-            except duckdb.Error as error:
-                hint = f"Tables: {', '.join(TABLES)}. 'DESCRIBE scores' lists the columns of one."
-                raise QueryError(str(error).strip(), hint) from None
+            answer = partial(_answer, query)
+            return self._store.read(_mentioned(query), answer, failures=(duckdb.InvalidInputException,))
+        except duckdb.Error as error:
+            hint = f"Tables: {', '.join(TABLES)}. 'DESCRIBE scores' lists the columns of one."
+            raise QueryError(str(error).strip(), hint) from None
 
 
 @cache
@@ -186,6 +191,16 @@ def _mentioned(query: str) -> Collection[str]:
     if words & {"query", "query_table"}:
         return TABLES
     return [name for name in TABLES if name in words or (name == "layer_stats" and words & _READ_LAYER_STATS)]
+
+
+def _answer(query: str, rows: Mapping[str, ds.Dataset | None]) -> pa.Table:
+    """The result of a query over datasets of tables."""
+    with duckdb.connect(":memory:", config=_SEALED) as connection:
+        for name, schema in SCHEMAS.items():
+            opened = rows.get(name)
+            connection.register(name, schema.empty_table() if opened is None else opened)
+        connection.execute(_functions())
+        return _fetch(connection, query)
 
 
 def _fetch(connection: duckdb.DuckDBPyConnection, query: str) -> pa.Table:

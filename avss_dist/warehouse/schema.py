@@ -5,14 +5,11 @@ The schemas of the Parquet files, ``avss query --schema`` and the tables of the 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import pyarrow as pa
 
-from avss_dist.errors import WarehouseError
 from avss_dist.stats.layer_stats import Float32, Float64, Int64, LayerStats
 
 DAMAGED = "avss score --fresh replaces a damaged file."
@@ -251,18 +248,3 @@ TABLES: dict[str, Table] = {
     ),
 }
 SCHEMAS: dict[str, pa.Schema] = {name: table.schema for name, table in TABLES.items()}
-
-
-def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a row of ``runs``, by name; none where it has none.
-
-    Raises:
-        WarehouseError: they are not a JSON object.
-    """
-    try:
-        settings = json.loads(run["settings"] or "{}")
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
-        raise WarehouseError(f"The settings of run '{run['run_id']}' are damaged: no JSON object.", DAMAGED)
-    return settings

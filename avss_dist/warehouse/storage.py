@@ -125,15 +125,28 @@ class Storage:
         hint = f"Free some and run the same command again: {kept} shard{'s are' if kept != 1 else ' is'} kept."
         return StorageFull(f"No space left on {self.root}.", hint)
 
+    def run_id(self, path: str) -> str:
+        """The run that a file is of."""
+        return path.split("/")[-2].removeprefix("run_id=")
+
+    def damage(self, path: str, error: Exception) -> str:
+        """What is wrong with a file that cannot be read.
+
+        Raises:
+            WarehouseError: it is not the file, but the storage that failed.
+        """
+        if isinstance(error, OSError) and (error.errno is not None or not self.is_local):
+            message = f"Cannot read {path}: {_reason(error)}"
+            raise WarehouseError(message, _ADDRESS_HINT.format("read")) from error
+        return _reason(error)
+
     @contextmanager
     def reading(self, path: str) -> Iterator[None]:
         """Raise what goes wrong while a file is read as a WarehouseError that names it."""
         try:
             yield
         except (OSError, pa.ArrowException) as error:
-            refused = isinstance(error, OSError) and (error.errno is not None or not self.is_local)
-            hint = _ADDRESS_HINT.format("read") if refused else DAMAGED
-            raise WarehouseError(f"Cannot read {path}: {_reason(error)}", hint) from error
+            raise WarehouseError(f"Cannot read {path}: {self.damage(path, error)}", DAMAGED) from error
 
 
 def _uri(root: str) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, NoReturn, TypedDict, TypeVar, Unpack
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,6 +17,7 @@ from avss_dist.settings import SCHEMA_VERSION
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.cache import Files, copied_rows
+from avss_dist.warehouse.checks import RUN_COLUMNS, checked_rows, damaged_runs
 from avss_dist.warehouse.encoding import (
     decode_shard,
     encode,
@@ -27,8 +28,10 @@ from avss_dist.warehouse.encoding import (
     to_columns,
     to_stats,
 )
-from avss_dist.warehouse.schema import SCHEMAS, TABLES, RunIdentity
+from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, RunIdentity
 from avss_dist.warehouse.storage import Storage
+
+T = TypeVar("T")
 
 AT_ONCE = 8  # partials that are read together
 
@@ -60,11 +63,18 @@ class Store:
 
     def __init__(self, root: str | Path, *, cached: bool = False) -> None:
         self._storage, self._cached = Storage(root), cached
+        self._unreadable: dict[tuple[str, str], str] = {}  # the reason by path and time of change
+        self._damaged: dict[str, str] = {}
 
     @property
     def root(self) -> RedactedURI:
         """The name of the warehouse: what it was opened by, without the keys of a URI."""
         return self._storage.root
+
+    @property
+    def damaged(self) -> Mapping[str, str]:
+        """Runs of which a file or a row could not be read, and was left out, by id; and why."""
+        return self._damaged
 
     def create(self) -> None:
         """Make the warehouse, and prove with a small file that it can be written."""
@@ -103,7 +113,9 @@ class Store:
             known = sorted({run for run, _ in self._storage.files("layer_stats").values()}) or ["none yet"]
             raise WarehouseError(f"{self.root} has no layer statistics of run '{run_id}'.", nearest(run_id, known))
         with self._storage.reading(path):
-            return to_stats(parse(data))
+            stored = parse(data)
+            checked_rows("layer_stats", run_id, stored)
+            return to_stats(stored)
 
     def write_scores(self, run: RunIdentity, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the scores of a run. Rows lack the columns of RunIdentity; None, NaN and missing become null."""
@@ -139,26 +151,43 @@ class Store:
         if (data := self._storage.read(path := self._storage.path("runs", run_id, "run"))) is None:
             return None
         with self._storage.reading(path):
-            rows = parse(data).to_pylist(maps_as_pydicts="strict")
-            if len(rows) != 1:
-                raise pa.ArrowInvalid(f"it has {len(rows)} rows; a run has one")
-        return {**dict.fromkeys(SCHEMAS["runs"].names), **rows[0], "run_id": run_id}
+            stored = parse(data)
+            if len(stored) != 1:
+                raise pa.ArrowInvalid(f"it has {len(stored)} rows; a run has one")
+            return dict(checked_rows("runs", run_id, stored).to_pylist(maps_as_pydicts="lossy")[0])
+
+    def readable_layer_stats(self, run_id: str) -> dict[LayerKey, LayerStats]:
+        """As `read_layer_stats`; nothing where they are damaged, which `damaged` notes."""
+        try:
+            return self.read_layer_stats(run_id)
+        except WarehouseError as error:
+            if error.hint != DAMAGED:
+                raise
+            self._note(run_id, error.message)
+            return {}
 
     def table(self, name: str, **selection: Unpack[Selection]) -> pa.Table:
-        """The rows of `dataset`; see `Selection`."""
+        """The rows of `dataset`, less those of runs with a damaged one; see `Selection`."""
         columns, run_ids, where = selection.get("columns"), selection.get("run_ids"), selection.get("where")
-        dataset, schema = self.dataset(name), SCHEMAS[name]
+        schema = SCHEMAS[require_known("table", name, TABLES, WarehouseError)]
         wanted = [require_known("column", c, schema.names, WarehouseError) for c in columns or schema.names]
-        if dataset is None:
-            return schema.empty_table().select(wanted)
         if run_ids is not None:
             chosen = pc.field("run_id").isin(pa.array(run_ids, pa.string()))
             where = chosen if where is None else chosen & where
-        with self._storage.reading(f"{self.root}/{name}"):
-            return dataset.to_table(wanted, filter=where)
+        read = list(dict.fromkeys(["run_id", *wanted]))
+
+        def rows(datasets: Mapping[str, ds.Dataset | None]) -> pa.Table:
+            dataset = datasets[name]
+            return schema.empty_table().select(read) if dataset is None else dataset.to_table(read, filter=where)
+
+        return self._whole(name, self.read([name], rows)).select(wanted)
 
     def stats_by_run(self, run_ids: Iterable[str], columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
-        """Rows of ``layer_stats`` as `table` gives them, run after run: one of them is in memory at a time."""
+        """Rows of ``layer_stats`` as `table` gives them, run after run: one of them is in memory at a time.
+
+        Args:
+            columns: ``run_id`` among them.
+        """
         dataset = self.dataset("layer_stats")
         if dataset is None:
             return
@@ -166,20 +195,43 @@ class Store:
         for file in dataset.get_fragments():
             files.setdefault(ds.get_partition_keys(file.partition_expression)["run_id"], []).append(file)
         for run_id in run_ids:
-            with self._storage.reading(f"{self.root}/layer_stats"):
+            try:
                 rows = [file.to_table(dataset.schema, list(columns)) for file in files.get(run_id, ())]
-            if rows:
-                yield run_id, pa.concat_tables(rows)
+            except (OSError, pa.ArrowException) as error:
+                self._note(run_id, self._storage.damage(f"{self.root}/layer_stats", error))
+                continue
+            if rows and (table := self._whole("layer_stats", pa.concat_tables(rows))):
+                yield run_id, table
 
     def dataset(self, name: str) -> ds.Dataset | None:
         """Rows of whole runs in ``SCHEMAS[name]``, or None; every row of ``runs`` and of evaluations."""
-        return self.datasets([name])[name]
+        return self.read([name], lambda datasets: datasets[name])
 
-    def datasets(self, names: Iterable[str]) -> dict[str, ds.Dataset | None]:
-        """As `dataset`, of several tables at one moment."""
+    def read(
+        self,
+        names: Iterable[str],
+        work: Callable[[dict[str, ds.Dataset | None]], T],
+        failures: tuple[type[Exception], ...] = (),
+    ) -> T:
+        """The result of work on datasets of tables at one moment. What a damaged file ends begins again without it.
+
+        Args:
+            failures: what ``work`` raises where a file cannot be read, besides what pyarrow does.
+        """
         known = [require_known("table", name, TABLES, WarehouseError) for name in names]
+        while True:
+            try:
+                return work(self._datasets(known))
+            except (OSError, pa.ArrowException, *failures) as error:
+                if not self._leave_out_unreadable({"runs", *known}):
+                    if isinstance(error, failures):
+                        raise
+                    with self._storage.reading(f"{self.root}/{known[0] if known else 'runs'}"):
+                        raise
+
+    def _datasets(self, names: Sequence[str]) -> dict[str, ds.Dataset | None]:
         runs, done = self._runs()
-        return {name: runs if name == "runs" else self._dataset(name, done) for name in known}
+        return {name: runs if name == "runs" else self._dataset(name, done) for name in names}
 
     def _runs(self) -> tuple[ds.Dataset, set[str]]:
         """The dataset of ``runs``, which this version can read, and the ids of those that are done."""
@@ -187,26 +239,80 @@ class Store:
         if runs is None and self._storage.files("cells"):  # of models that were not scored
             return ds.dataset(SCHEMAS["runs"].empty_table()), set()
         if runs is None:
-            exists = self._storage.has_folder("runs")
-            problem = "has no runs yet" if exists else "is not a warehouse: it has no runs folder"
-            raise WarehouseError(f"{self.root} {problem}.", "avss score makes one; a run counts once it has finished.")
-        with self._storage.reading(f"{self.root}/runs"):
-            refuse_newer(runs)
-            rows = runs.to_table(["run_id", "status", "schema_version"]).to_pylist()
-        refuse_newer_version(max((row["schema_version"] or 0 for row in rows), default=0))
-        return runs, {row["run_id"] for row in rows if row["status"] == "done"}
+            self._refuse_without_runs()
+        refuse_newer(runs)
+        rows = runs.to_table(RUN_COLUMNS)
+        refuse_newer_version(pc.max(rows["schema_version"]).as_py() or 0)
+        if damaged := damaged_runs("runs", rows):
+            self._damaged |= damaged
+            wanted = ~pc.field("run_id").isin(list(damaged))
+            runs, rows = runs.filter(wanted), rows.filter(wanted)
+            if not rows:
+                self._refuse_without_runs()
+        return runs, set(rows["run_id"].filter(pc.equal(rows["status"], "done")).to_pylist())
+
+    def _refuse_without_runs(self) -> NoReturn:
+        for run_id, reason in self._damaged.items():
+            raise WarehouseError(f"Cannot read run {run_id} of {self.root}: {reason}.", DAMAGED)
+        exists = self._storage.has_folder("runs")
+        problem = "has no runs yet" if exists else "is not a warehouse: it has no runs folder"
+        raise WarehouseError(f"{self.root} {problem}.", "avss score makes one; a run counts once it has finished.")
 
     def _dataset(self, name: str, done: Collection[str]) -> ds.Dataset | None:
-        every = name in ("runs", "evaluations", "cells", "experiments")
-        files = {path: stamp for path, (run, stamp) in self._storage.files(name).items() if every or run in done}
-        if not files:
-            return None
+        copied, left = self._parts(name, done)
+        parts = [*([] if copied is None else [copied]), *([self._open(name, left)] if left else [])]
+        return None if not parts else parts[0] if len(parts) == 1 else ds.dataset(parts)
+
+    def _parts(self, name: str, done: Collection[str] | None) -> tuple[ds.Dataset | None, Files]:
+        """The copied rows of a table, and the files of it that are to be read, less those that cannot be."""
+        chosen = None if name in ("runs", "evaluations", "cells", "experiments") else done
+        files = {
+            path: stamp
+            for path, (run, stamp) in self._storage.files(name).items()
+            if (chosen is None or run in chosen) and (path, stamp) not in self._unreadable
+        }
         if not self._cached:
-            return self._open(name, files)
+            return None, files
         where = f"{self._storage.filesystem.type_name}:{self._storage.base}"
-        copied, left = copied_rows(name, where, files, SCHEMAS[name], self._open_checked)
-        parts = [] if copied is None else [copied]
-        return ds.dataset(parts + ([self._open(name, left)] if left else []))
+        return copied_rows(name, where, files, SCHEMAS[name], self._open_checked)
+
+    def _leave_out_unreadable(self, names: Iterable[str]) -> bool:
+        """Find the files of tables that cannot be read, to leave them out from now on; whether there are any.
+
+        Raises:
+            WarehouseError: the storage fails.
+        """
+        before = len(self._unreadable)
+        for name in names:
+            _, files = self._parts(name, None)
+            with ThreadPoolExecutor() as pool:
+                reasons = pool.map(lambda path, name=name: self._why_unreadable(name, path), files)
+                for (path, stamp), reason in zip(files.items(), reasons, strict=True):
+                    if reason:
+                        self._unreadable[path, stamp] = reason
+                        self._note(self._storage.run_id(path), reason)
+        return len(self._unreadable) > before
+
+    def _why_unreadable(self, name: str, path: str) -> str | None:
+        try:
+            dataset = self._open(name, {path: ""})
+            refuse_newer(dataset)
+            dataset.to_table()
+        except FileNotFoundError:
+            return "it is gone"
+        except (OSError, pa.ArrowException) as error:
+            return self._storage.damage(path, error)
+        return None
+
+    def _whole(self, name: str, table: pa.Table) -> pa.Table:
+        """A table without the rows of runs of which one is damaged."""
+        damaged = damaged_runs(name, table)
+        for run_id, reason in damaged.items():
+            self._note(run_id, f"{name}: {reason}")
+        return table.filter(~pc.field("run_id").isin(list(damaged))) if damaged else table
+
+    def _note(self, run_id: str, reason: str) -> None:
+        self._damaged.setdefault(run_id, reason)
 
     def _open(self, name: str, files: Files) -> ds.Dataset:
         """The rows of some files of a table; ``files`` holds size and time by path."""
@@ -216,8 +322,7 @@ class Store:
     def _open_checked(self, name: str, files: Files) -> ds.Dataset:
         dataset = self._open(name, files)
         if name == "runs":
-            with self._storage.reading(f"{self.root}/runs"):
-                refuse_newer(dataset)
+            refuse_newer(dataset)
         return dataset
 
     def _shard_path(self, run_id: str, shard_id: int) -> str:

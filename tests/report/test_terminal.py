@@ -182,7 +182,8 @@ def test_damaged_settings_are_a_clear_error(tmp_path: Path, settings: str) -> No
     assert row is not None
     store.write_run({**row, "settings": settings})
     with pytest.raises(
-        WarehouseError, match=r"The settings of run 'a' are damaged: no JSON object.\navss score --fresh"
+        WarehouseError,
+        match=r"Cannot read run a of .*: 'settings' has a value that it cannot have.\navss score --fresh",
     ):
         report_page(Warehouse(tmp_path))
 

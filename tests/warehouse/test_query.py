@@ -27,7 +27,17 @@ from avss_dist.warehouse.storage import Storage
 from avss_dist.warehouse.store import Store
 
 ROWS = [
-    {"layer": i, "site": site, "recipe": "pooled", "threshold": 1e-5, "avss_smoothed": i + 0.5, "rank": i + 1}
+    {
+        "layer": i,
+        "layer_name": f"layers.{i}",
+        "depth": (i + 0.5) / 3,
+        "site": site,
+        "recipe": "pooled",
+        "threshold": 1e-5,
+        "threshold_kind": "absolute",
+        "avss_smoothed": i + 0.5,
+        "rank": i + 1,
+    }
     for i in range(3)
     for site in ("block", "mlp")
 ]

@@ -86,9 +86,12 @@ def score_rows() -> list[dict[str, Any]]:
     return [
         {
             "layer": i,
+            "layer_name": f"layers.{i}",
+            "depth": (i + 0.5) / 3,
             "site": "block",
             "recipe": "pooled",
             "threshold": 1e-5,
+            "threshold_kind": "absolute",
             "avss": float("nan"),
             "avss_smoothed": i + 0.5,
         }
@@ -531,7 +534,7 @@ def test_only_a_damaged_file_is_to_be_measured_again(tmp_path: Path) -> None:
 def test_a_warehouse_only_reads_and_says_what_it_is(tmp_path: Path) -> None:
     public = {name for name in dir(Warehouse(tmp_path)) if not name.startswith("_")}
     reads = {"runs", "scores", "layer_stats", "sql", "table", "dataset", "run", "stats_by_run"}
-    assert public == reads | {"root", "read_shards", "read_layer_stats"}
+    assert public == reads | {"root", "damaged", "read_shards", "read_layer_stats", "readable_layer_stats"}
     assert repr(Warehouse("w")) == "Warehouse('w')"
     assert repr(Warehouse("s3://KEY:SECRET@bucket/w?region=x")) == "Warehouse('s3://bucket/w?region=x')"
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from avss_dist.settings import PUBLISHED_THRESHOLD, RECIPES, RIVALS, SITES
 from avss_dist.stats.rankings import count_lowest
 from avss_dist.text import basename, describe_threshold, printable
-from avss_dist.warehouse.schema import settings_of
+from avss_dist.warehouse.checks import settings_of
 
 if TYPE_CHECKING:
     from avss_dist.warehouse.reader import Warehouse

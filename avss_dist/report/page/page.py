@@ -71,6 +71,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
     data = page_data(warehouse, drawn)
     labels = [run["label"] for run in data["runs"]]
     of_run = {row["run_id"]: label for row, label in zip(drawn, labels, strict=True)}
+    about = _findings(warehouse, of_run), experiments(warehouse, of_run)
     style, script, library = _part("page.css"), _part("page.js"), _library() if data["choices"] else Markup("")
     return _template().render(
         policy=_policy(style, script, library),
@@ -82,13 +83,25 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
         warehouse=warehouse.root,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         summary=_summary(len(done), len(rows) - len(done)),
-        findings=_findings(warehouse, of_run),
-        experiments=experiments(warehouse, of_run),
-        overview=_overview(rows, of_run),
+        findings=about[0],
+        experiments=about[1],
+        overview=_overview(_with_unreadable(rows, warehouse.damaged, run_ids), of_run),
         labels=labels,
         not_drawn=len(done) - len(drawn),
         differing=[name for name in CONDITIONS if len({str(run.get(name)) for run in drawn}) > 1],
     )
+
+
+def _with_unreadable(
+    rows: Sequence[Mapping[str, Any]], damaged: Mapping[str, str], run_ids: Collection[str] | None
+) -> list[Mapping[str, Any]]:
+    """The rows of the overview, those of runs that cannot be read last."""
+    reasons = {run_id: damaged[run_id] for run_id in sorted(damaged) if run_ids is None or run_id in run_ids}
+    empty = dict.fromkeys(OVERVIEW)
+    return [
+        *(row for row in rows if row["run_id"] not in reasons),
+        *({**empty, "run_id": run_id, "status": "unreadable", "error": why} for run_id, why in reasons.items()),
+    ]
 
 
 def _newest(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -14,7 +14,7 @@ from avss_dist.analysis.findings import TRACKS_DEPTH
 from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.settings import LOWEST_SHARE
 from avss_dist.stats.rankings import count_lowest, depth_correlation
-from avss_dist.text import describe_layers, describe_threshold
+from avss_dist.text import describe_count, describe_layers, describe_threshold
 
 BAR_WIDTH = 18
 LOWEST = "bold red"
@@ -75,7 +75,8 @@ def bar_cells(values: Sequence[float | None], marked: Sequence[bool]) -> list[Ba
 def _caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], lowest: int) -> Text:
     noisy = sum(s["quality"] != "ok" for s in scores)
     text = (
-        f"{run['run_id']}: {run['num_tokens']:,} tokens of {run['corpus']}, {run['dtype']} on {run['device']}.\n"
+        f"{run['run_id']}: {describe_count(run['num_tokens'])} tokens of {run['corpus']}, "
+        f"{run['dtype']} on {run['device']}.\n"
         f"* the {'layer' if lowest == 1 else f'{lowest} layers'} with the lowest AVSS, "
         f"{LOWEST_SHARE:.0%} of {len(scores)}; "
         "'lowest 25%' is how often a layer is among them when shards are resampled."

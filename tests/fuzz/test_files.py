@@ -1,0 +1,140 @@
+"""Plans, job files, and the headers of weight files: mutated real ones are read, or refused in order."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from support.checkpoints import llama
+from support.fuzzing import damaged_bytes, files, fuzzed, hold, mutated
+from support.ggufs import write_gguf
+
+from avss_dist.errors import AvssError
+from avss_dist.models.checkpoints import locate
+from avss_dist.models.stored import stored_tensors
+from avss_dist.pruning.plan import read_plan
+
+PLAN: dict[str, Any] = {
+    "model": "/no/such/model",
+    "revision": "0" * 40,
+    "num_layers": 8,
+    "layers": "model.layers",
+    "why": {"by": "avss", "share": 0.25, "site": "block", "recipe": "pooled", "threshold": 1e-5},
+    "run_id": "tiny-0123456789",
+    "drop": [2, 5],
+    "keep": [0, 1, 3, 4, 6, 7],
+    "findings": ["AVSS rises with depth."],
+    "evaluated": [],
+}
+JOB: dict[str, Any] = {
+    "warehouse": "w",
+    "models": [
+        "/no/such/model",
+        {"model": "org/absent", "dtype": "float32", "revisions": ["main", {"prefix": "step", "from": 0, "to": 2}]},
+    ],
+    "corpora": ["builtin:pydoc"],
+    "settings": {"max_sequences": 4, "sequence_length": 32, "sites": ["block"], "thresholds": [1e-4]},
+    "execution": {"replicas": 1, "executor": "local", "max_memory": {"cpu": "1GB"}},
+    "experiment": {"shares": [0.25], "methods": ["avss", "random"], "tasks": ["perplexity:builtin:pydoc"]},
+}
+
+
+def dumped(draw: Any, value: Any) -> bytes:
+    """A value as YAML, now and then with its bytes damaged."""
+    data = yaml.safe_dump(value, allow_unicode=True).encode("utf-8", "surrogatepass")
+    return damaged_bytes(draw, data) if draw(st.integers(0, 3)) == 0 else data
+
+
+@fuzzed(150)
+@given(data=st.data())
+def test_a_plan_is_read_or_refused(data: Any, tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_bytes(dumped(data.draw, data.draw(mutated(PLAN))))
+    try:
+        read_plan(file).describe()
+    except AvssError as error:
+        assert str(error).startswith(str(file))
+    assert hold("prune", "/no/such/model", file, "--out", tmp_path / "out")[0] == 2
+    assert sorted(files(tmp_path)) == ["plan.yaml"]
+
+
+@fuzzed(100)
+@given(data=st.data())
+def test_a_job_is_planned_or_refused(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "job.yaml"
+    file.write_bytes(dumped(data.draw, data.draw(mutated(JOB))))
+    hold("run", file, "--dry-run")
+    assert sorted(files(tmp_path)) == ["job.yaml"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint as safetensors, with an index, and as a .gguf file."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    llama().save_pretrained(folder / "one")
+    llama().save_pretrained(folder / "several", max_shard_size="30KB")
+    write_gguf(llama(), folder / "model.gguf")
+    return folder
+
+
+def headers_are_read_or_refused(model: Path) -> None:
+    try:
+        checkpoint = locate(str(model))
+        assert checkpoint is not None
+        for tensor in stored_tensors(checkpoint):
+            assert isinstance(tensor.name, str) and isinstance(tensor.dtype, str) and tensor.size >= 0
+    except AvssError as error:
+        assert str(model) in str(error)
+
+
+@fuzzed(200)
+@given(data=st.data())
+def test_a_safetensors_header_is_read_or_refused(data: Any, checkpoints: Path, tmp_path: Path) -> None:
+    whole = (checkpoints / "one" / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    if data.draw(st.booleans()):
+        header = json.dumps(data.draw(mutated(json.loads(whole[8 : 8 + length]))), default=str).encode()
+        damaged = struct.pack("<Q", len(header)) + header + whole[8 + length :]
+    else:
+        damaged = damaged_bytes(data.draw, whole)
+    (tmp_path / "config.json").write_bytes((checkpoints / "one" / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(damaged)
+    headers_are_read_or_refused(tmp_path)
+
+
+@fuzzed(100)
+@given(data=st.data())
+def test_an_index_is_read_or_refused(data: Any, checkpoints: Path, tmp_path: Path) -> None:
+    for file in (checkpoints / "several").iterdir():
+        if not (tmp_path / file.name).exists():
+            (tmp_path / file.name).symlink_to(file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.unlink()
+    value = data.draw(mutated(json.loads((checkpoints / "several" / index.name).read_text())))
+    index.write_text(json.dumps(value, default=str))
+    headers_are_read_or_refused(tmp_path)
+
+
+@fuzzed(100)
+@given(data=st.data())
+def test_a_configuration_is_read_or_refused(data: Any, checkpoints: Path, tmp_path: Path) -> None:
+    value = data.draw(mutated(json.loads((checkpoints / "one" / "config.json").read_text())))
+    (tmp_path / "config.json").write_text(json.dumps(value, default=str))
+    (tmp_path / "model.safetensors").write_bytes((checkpoints / "one" / "model.safetensors").read_bytes())
+    headers_are_read_or_refused(tmp_path)
+    hold("estimate", tmp_path, "--corpus", "builtin:pydoc", "--max-sequences", "1")
+
+
+@fuzzed(100)
+@given(data=st.data())
+def test_a_gguf_header_is_read_or_refused(data: Any, checkpoints: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(damaged_bytes(data.draw, (checkpoints / "model.gguf").read_bytes()[:6000] + bytes(200_000)))
+    headers_are_read_or_refused(model)

@@ -1,0 +1,208 @@
+"""Fuzzing: what must hold of every command whatever it is given, how much is tried, and mutations of real files."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from avss_dist.cli import app
+
+TIMES = int(os.environ.get("AVSS_FUZZ", "0"))
+"""Examples of each test, in hundreds, new ones each time; by default a few, and the same ones."""
+CODES = {0, 1, 2, 130}
+HOSTILE = (
+    "",
+    " ",
+    "\x1b]0;owned\x07\x1b[31m",
+    "\u202eabc\u2066",
+    "=HYPERLINK(0)",
+    "-1+1",
+    "<script>alert(1)</script>",
+    "a'b\"c`d${x}",
+    "[red]x[/red]",
+    "../../x",
+    "\x00",
+    "\ud800",
+    "x" * 5000,
+    "𝔸é漢",
+    "nan",
+    "{{ 7 * 7 }}",
+    "%s%n{0}",
+    "a\nb\tc\rd",
+)
+NUMBERS = (0, 1, -1, 2**31, 2**63 - 1, -(2**63), 0.0, -0.0, 1e308, -1e308, 5e-324, float("nan"), float("inf"))
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def fuzzed(few: int) -> Callable[[Any], Any]:
+    """Settings of a test: ``few`` examples, or as many as the environment variable ``AVSS_FUZZ`` says."""
+    return settings(
+        max_examples=100 * TIMES or few,
+        deadline=None,
+        derandomize=not TIMES,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def hold(*args: object) -> tuple[int, str]:
+    """Run a command in this process: it ends with one of `CODES`, without a traceback and control characters."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    text = result.stdout + result.stderr
+    assert result.exit_code in CODES, (args, result.exit_code, text)
+    assert "Traceback" not in text, (args, text)
+    assert not _OBEYED.search(text), (args, text)
+    return result.exit_code, text
+
+
+def files(root: Path) -> dict[str, bytes]:
+    """Every file below a folder, by path."""
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def texts() -> st.SearchStrategy[str]:
+    """Texts, hostile ones among them."""
+    return st.sampled_from(HOSTILE) | st.text(max_size=20)
+
+
+def values() -> st.SearchStrategy[Any]:
+    """Whatever a YAML or JSON file can hold."""
+    leaves = st.none() | st.booleans() | st.sampled_from(NUMBERS) | texts() | st.integers(-10, 10) | st.dates()
+    return st.recursive(
+        leaves, lambda v: st.lists(v, max_size=3) | st.dictionaries(texts(), v, max_size=3), max_leaves=5
+    )
+
+
+def mutated(value: Any) -> st.SearchStrategy[Any]:
+    """A value of dicts and lists with a part of it changed, left out, or another beside it."""
+
+    @st.composite
+    def change(draw: Any) -> Any:
+        return _changed(draw, value)
+
+    return change()
+
+
+def _changed(draw: Any, value: Any) -> Any:
+    if isinstance(value, dict) and value and draw(st.booleans()):
+        key, kind = (
+            draw(st.sampled_from(sorted(value, key=str))),
+            draw(st.sampled_from(["deeper", "drop", "add", "rename"])),
+        )
+        if kind == "drop":
+            return {k: v for k, v in value.items() if k != key}
+        if kind == "add":
+            return value | {draw(texts()): draw(values())}
+        if kind == "rename":
+            return {(draw(texts()) if k == key else k): v for k, v in value.items()}
+        return value | {key: _changed(draw, value[key])}
+    if isinstance(value, list) and value and draw(st.booleans()):
+        i, kind = draw(st.integers(0, len(value) - 1)), draw(st.sampled_from(["deeper", "drop", "twice"]))
+        if kind == "drop":
+            return value[:i] + value[i + 1 :]
+        return [*value[:i], _changed(draw, value[i]), *value[i + (kind == "deeper") :]]
+    return draw(values())
+
+
+def damaged_bytes(draw: Any, data: bytes) -> bytes:
+    """Bytes with a few flipped, cut off, repeated or inserted, most often near the beginning."""
+    changed = bytearray(data)
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, max(0, len(changed) - 1)) | st.integers(0, min(400, max(0, len(changed) - 1))))
+        kind = draw(st.sampled_from(["flip", "byte", "cut", "insert", "number"]))
+        if kind == "cut":
+            del changed[at:]
+        elif kind == "insert":
+            changed[at:at] = draw(st.binary(max_size=16))
+        elif kind == "number":
+            changed[at : at + 8] = draw(st.sampled_from([0, 1, 2**31, 2**32, 2**63, 2**64 - 1])).to_bytes(8, "little")
+        elif changed[at:]:
+            changed[at] = changed[at] ^ (1 << draw(st.integers(0, 7))) if kind == "flip" else draw(st.integers(0, 255))
+    return bytes(changed)
+
+
+def damaged_table(draw: Any, table: pa.Table) -> pa.Table:
+    """A table with a column or a value changed: its type, null, NaN, hostile text, none, one more."""
+    for _ in range(draw(st.integers(1, 3))):
+        table = draw(st.sampled_from(_DAMAGES))(draw, table)
+    return table
+
+
+def _drop_column(draw: Any, table: pa.Table) -> pa.Table:
+    return table.drop_columns([draw(st.sampled_from(table.column_names))]) if table.num_columns > 1 else table
+
+
+def _add_column(draw: Any, table: pa.Table) -> pa.Table:
+    name = draw(st.sampled_from(["extra", "run_id", table.column_names[0]]))
+    return table.append_column(name, pa.array([draw(texts()).encode(errors="replace").decode()] * len(table)))
+
+
+def _rows(draw: Any, table: pa.Table) -> pa.Table:
+    chosen = draw(st.lists(st.integers(0, len(table) - 1), max_size=3)) if len(table) else []
+    return table.take(pa.array(chosen, pa.int64()))
+
+
+def _retype(draw: Any, table: pa.Table) -> pa.Table:
+    name = draw(st.sampled_from(table.column_names))
+    made = draw(st.sampled_from(_OTHER_TYPES))
+    return _with(table, name, [made] * len(table))
+
+
+def _value(draw: Any, table: pa.Table) -> pa.Table:
+    name = draw(st.sampled_from(table.column_names))
+    kind = table.schema.field(name).type
+    cells = table[name].to_pylist()
+    if not cells:
+        return table
+    new = draw(st.none() | _of_type(kind))
+    for i in range(len(cells)) if draw(st.booleans()) else [draw(st.integers(0, len(cells) - 1))]:
+        cells[i] = new
+    try:
+        return _with(table, name, pa.array(cells, kind))
+    except (pa.ArrowException, OverflowError, TypeError, ValueError):
+        return table
+
+
+def _of_type(kind: pa.DataType) -> st.SearchStrategy[Any]:
+    if pa.types.is_string(kind):
+        return texts().filter(lambda text: "\ud800" not in text)
+    if pa.types.is_integer(kind):
+        return st.sampled_from([number for number in NUMBERS if isinstance(number, int)])
+    if pa.types.is_floating(kind):
+        return st.sampled_from(NUMBERS).map(float)
+    if pa.types.is_list(kind):
+        return st.lists(st.none() | _of_type(kind.value_type), max_size=3)
+    if pa.types.is_timestamp(kind):
+        return st.sampled_from([0, -(2**62), 2**62])
+    return st.just(None)
+
+
+def _with(table: pa.Table, name: str, cells: Any) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, pa.array(cells) if isinstance(cells, list) else cells)
+
+
+_OTHER_TYPES: Sequence[Any] = ("text", 7, 1.5, True, None, b"\xff", [1], [["a"]], {"a": 1})
+_DAMAGES = (_drop_column, _add_column, _rows, _retype, _value, _value, _value)
+
+
+def write_damaged(draw: Any, file: Path) -> None:
+    """Damage a Parquet file: its bytes, or its table."""
+    if draw(st.integers(0, 3)) == 0:
+        file.write_bytes(damaged_bytes(draw, file.read_bytes()))
+        return
+    table = pq.ParquetFile(file).read()
+    version = draw(st.sampled_from([b"2", b"2", b"2", b"9", b"x", b""]))  # files of 2 have no checksum
+    metadata = {**(table.schema.metadata or {}), b"avss_schema_version": version}
+    metadata.pop(b"avss_checksum", None)
+    pq.write_table(damaged_table(draw, table).replace_schema_metadata(metadata), file)

@@ -1,0 +1,181 @@
+"""Files and rows that are damaged: the others are read, and what is left out is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.warehouses import activations, avss, stats_of, write_measured
+
+from avss_dist.analysis.findings import findings
+from avss_dist.errors import WarehouseError
+from avss_dist.report.page.page import report_page
+from avss_dist.warehouse import cache
+from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import SCHEMAS
+
+NAMES = ("alpha-1", "beta-2", "gamma-3")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for seed, name in enumerate(NAMES):
+        write_measured(tmp_path / "w", name, stats_of(activations(seed)), 8, num_tokens=128)
+    return tmp_path / "w"
+
+
+def file_of(root: Path, table: str) -> Path:
+    return next((root / table / "run_id=beta-2").glob("*.parquet"))
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def changed(column: str, *cells: Any, kind: pa.DataType | None = None) -> Callable[[Path], None]:
+    """Put cells into a column, the last one in all other rows too."""
+
+    def change(file: Path) -> None:
+        table = pq.ParquetFile(file).read()
+        filled = [*cells, *[cells[-1]] * (len(table) - len(cells))]
+        made = pa.array(filled, kind or table.schema.field(column).type)
+        table = table.set_column(table.column_names.index(column), column, made)
+        pq.write_table(table.replace_schema_metadata({b"avss_schema_version": b"2"}), file)
+
+    return change
+
+
+def twice(file: Path) -> None:
+    table = pq.ParquetFile(file).read()
+    pq.write_table(pa.concat_tables([table, table]).replace_schema_metadata({b"avss_schema_version": b"2"}), file)
+
+
+DAMAGES = [
+    ("runs", truncate),
+    ("runs", empty),
+    ("runs", twice),
+    ("runs", changed("status", "dancing")),
+    ("runs", changed("model", None)),
+    ("runs", changed("num_layers", 2**60)),
+    ("runs", changed("num_layers", "many", kind=pa.string())),
+    ("runs", changed("created_at", 2**62)),
+    ("runs", changed("settings", "[1]")),
+    ("runs", changed("settings", json.dumps({"dtype": "int3"}))),
+    ("scores", truncate),
+    ("scores", changed("layer", None)),
+    ("scores", changed("layer", -1)),
+    ("scores", changed("site", "attic")),
+    ("scores", changed("depth", float("nan"))),
+    ("scores", changed("threshold", "x", kind=pa.string())),
+    ("layer_stats", empty),
+    ("layer_stats", changed("site", None)),
+    ("layer_stats", changed("near_zero", [1])),
+]
+
+
+@pytest.mark.parametrize(("table", "damage"), DAMAGES)
+def test_one_damaged_run_stops_no_other(table: str, damage: Callable[[Path], None], root: Path) -> None:
+    damage(file_of(root, table))
+    warehouse = Warehouse(root)
+    assert set(warehouse.table(table)["run_id"].to_pylist()) == {"alpha-1", "gamma-3"}
+    assert list(warehouse.damaged) == ["beta-2"]
+    if table == "scores":
+        warehouse.sql(f"SELECT count(*), max(avss_smoothed) FROM {table}")
+    found = [row for row in findings(Warehouse(root)).to_pylist() if row["kind"] == "unreadable"]
+    assert [row["run_id"] for row in found] == ["beta-2"]
+    assert found[0]["message"].startswith("This run cannot be read: ")
+
+
+@pytest.mark.parametrize("table", ["runs", "scores"])
+def test_every_command_names_what_it_left_out(table: str, root: Path, tmp_path: Path) -> None:
+    truncate(file_of(root, table))
+    for args in (
+        ["show", root, "--run", "alpha"] if table == "runs" else ["show", root, "--run", "beta"],
+        ["plot", root, "-o", tmp_path / "x.svg", "--run", "*"],
+        ["query", root, f"SELECT DISTINCT run_id FROM {table}"],
+        ["compare", root, "--allow-mismatch"],
+        ["findings", root],
+        ["export", root, "--to", "csv", "--run", "*"],
+        ["report", root, "-o", tmp_path / "x.html"],
+    ):
+        done = avss(*args)
+        assert "1 run cannot be read: beta-2 (" in done.stderr, args
+        assert done.exit_code == (2 if args[-1] == "beta" else 0), (args, done.stderr)
+    assert "unreadable" in report_page(Warehouse(root))
+
+
+def test_statistics_that_are_damaged_leave_the_others_to_be_scored(root: Path) -> None:
+    changed("histogram_bin", [5000])(file_of(root, "layer_stats"))
+    for command in (["scores", root, "--threshold", "0.2"], ["quantiles", root]):
+        done = avss(*command, "--run", "*", "--format", "csv")
+        assert done.exit_code == 0 and "1 run cannot be read: beta-2 (" in done.stderr
+        assert "alpha-1," in done.stdout and "gamma-3," in done.stdout and "beta-2," not in done.stdout
+
+
+def test_a_file_that_is_mended_is_read_again(root: Path) -> None:
+    file = file_of(root, "runs")
+    whole = file.read_bytes()
+    truncate(file)
+    warehouse = Warehouse(root)
+    assert warehouse.runs().num_rows == 2
+    file.write_bytes(whole)
+    assert warehouse.runs().num_rows == 3
+
+
+def test_without_a_run_that_can_be_read_it_is_an_error(root: Path) -> None:
+    for file in (root / "runs").rglob("*.parquet"):
+        truncate(file)
+    with pytest.raises(WarehouseError, match=r"Cannot read run .*-\d of .*\navss score --fresh replaces"):
+        Warehouse(root).runs()
+
+
+def test_damage_among_many_runs_is_not_copied(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cache, "FEWEST", 2)
+    monkeypatch.setattr(cache, "MOST", 8)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    truncate(file_of(root, "scores"))
+    for _ in range(2):
+        warehouse = Warehouse(root)
+        assert set(warehouse.scores()["run_id"].to_pylist()) == {"alpha-1", "gamma-3"}
+        assert warehouse.sql("SELECT count(DISTINCT run_id) FROM scores").column(0).to_pylist() == [2]
+        assert list(warehouse.damaged) == ["beta-2"]
+
+
+def test_storage_that_fails_is_no_damage(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Any, *_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("avss_dist.warehouse.store.Store._open", refused)
+    with pytest.raises(WarehouseError, match="Permission denied") as caught:
+        Warehouse(root).runs()
+    assert caught.value.hint == "Check the address, and who may read there."
+
+
+def test_every_column_of_every_table_may_be_null_where_it_is_not_required(tmp_path: Path) -> None:
+    """Rows of earlier versions lack columns; commands show what there is."""
+    write_measured(tmp_path, "old", stats_of(activations()), 8, created_at=datetime(2026, 1, 1, tzinfo=UTC))
+    file = next((tmp_path / "runs").rglob("*.parquet"))
+    table = pq.ParquetFile(file).read().select(["status", "model"])
+    pq.write_table(table.replace_schema_metadata({b"avss_schema_version": b"1"}), file)
+    assert Warehouse(tmp_path).runs().schema.equals(SCHEMAS["runs"])
+    for args in (
+        ["show", tmp_path],
+        ["plot", tmp_path, "-o", tmp_path / "x.svg"],
+        ["findings", tmp_path],
+        ["scores", tmp_path, "--threshold", "0.2"],
+        ["export", tmp_path, "--to", "latex"],
+        ["report", tmp_path, "-o", tmp_path / "x.html"],
+        ["plan", tmp_path, "--by", "avss", "-o", tmp_path / "plan.yaml"],
+    ):
+        done = avss(*args)
+        assert (done.exit_code, done.stderr) == (0, ""), args
