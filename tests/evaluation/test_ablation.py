@@ -242,14 +242,14 @@ def test_resumed_or_not_the_contributions_are_the_same(four_layers: Path, monkey
 # What is kept
 
 
-def test_the_ablation_and_an_evaluated_plan_agree(tiny_llama: Path, tmp_path: Path, run_avss: Callable) -> None:
+def test_the_ablation_and_an_evaluated_plan_agree(tiny_llama: Path, tmp_path: Path, avss: Callable) -> None:
     warehouse, plan = tmp_path / "w", tmp_path / "plan.yaml"
     run = score(tiny_llama, corpus=TEXT, out=warehouse, **SMALL)
     text = {"corpus": TEXT, "warehouse": warehouse, "skip_sequences": 6, **SMALL}
     found = ablate(tiny_llama, gradients=True, shapley=2, **text)
     assert found.whole is not None
     for by in ("loss", "shapley", "taylor"):
-        done = run_avss("plan", warehouse, "--run", run.run_id, "--by", by, "--count", 1, "-o", plan)
+        done = avss("plan", warehouse, "--run", run.run_id, "--by", by, "--count", 1, "-o", plan)
         assert done.returncode == 0, done.stderr
         (evaluated,) = evaluate(
             [str(plan)], tasks=[f"perplexity:{TEXT}"], warehouse=warehouse, skip_sequences=6, **SMALL
@@ -297,10 +297,10 @@ def test_what_was_measured_is_not_measured_again(tiny_llama: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path, run_avss: Callable) -> None:
+def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path, avss: Callable) -> None:
     found = {}
     for name, options in {"one": ["--executor", "local"], "two": ["--replicas", "2"]}.items():
-        done = run_avss(
+        done = avss(
             *("ablate", tiny_llama, "--corpus", TEXT, "--warehouse", tmp_path / name, "--max-sequences", 6),
             *("--sequence-length", 32, "--sequences-per-shard", 2, "--shapley", 8, "--gradients"),
             *("--format", "csv", *options),
@@ -313,11 +313,11 @@ def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path, r
 # The command line
 
 
-def test_ablate_shows_a_table(tiny_llama: Path, tmp_path: Path, run_avss: Callable) -> None:
+def test_ablate_shows_a_table(tiny_llama: Path, tmp_path: Path, avss: Callable) -> None:
     sizes = {"max_sequences": 4, "sequence_length": 32}
     text = {"corpus": TEXT, "warehouse": tmp_path / "w", "shapley": 3, **sizes}
     options = [word for name, value in text.items() for word in (f"--{name.replace('_', '-')}", value)]
-    done = run_avss("ablate", tiny_llama, *options)
+    done = avss("ablate", tiny_llama, *options)
     assert done.returncode == 0, done.stderr
     for words in ("loss without", "increase", "Shapley", "95% interval", "Loss of the whole model"):
         assert words in done.stdout
@@ -339,24 +339,24 @@ def test_numbers_that_cannot_be_had_are_shown(tiny_llama: Path, tmp_path: Path) 
     assert ablation_rows(found).to_pylist()[0]["shapley_low"] is None
 
 
-def test_score_takes_gradients_of_the_same_text(tiny_llama: Path, tmp_path: Path, run_avss: Callable) -> None:
+def test_score_takes_gradients_of_the_same_text(tiny_llama: Path, tmp_path: Path, avss: Callable) -> None:
     warehouse, plan = tmp_path / "w", tmp_path / "plan.yaml"
     sizes = ("--max-sequences", 4, "--sequence-length", 32)
-    done = run_avss("score", tiny_llama, "--corpus", TEXT, "--out", warehouse, *sizes, "--gradients")
+    done = avss("score", tiny_llama, "--corpus", TEXT, "--out", warehouse, *sizes, "--gradients")
     assert done.returncode == 0, done.stderr
     assert "gradients of 3 layers" in done.stdout
     rows = Warehouse(warehouse).table("evaluations").to_pylist()
     assert {row["metric"] for row in rows} == {"taylor", "gradient_l1", "gradient_l2", "weight_frobenius"}
     assert {row["num_samples"] for row in rows if row["metric"] == "taylor"} == {4}
-    done = run_avss("plan", warehouse, "--by", "taylor", "--count", 2, "--contiguous", "-o", plan)
+    done = avss("plan", warehouse, "--by", "taylor", "--count", 2, "--contiguous", "-o", plan)
     assert done.returncode == 0, done.stderr
     assert f"task: gradients:{TEXT}" in plan.read_text()
 
 
-def test_a_plan_by_what_was_not_measured_is_refused(tiny_llama: Path, tmp_path: Path, run_avss: Callable) -> None:
+def test_a_plan_by_what_was_not_measured_is_refused(tiny_llama: Path, tmp_path: Path, avss: Callable) -> None:
     warehouse = tmp_path / "w"
     score(tiny_llama, corpus=TEXT, out=warehouse, **SMALL)
-    done = run_avss("plan", warehouse, "--by", "shapley", "-o", tmp_path / "plan.yaml")
+    done = avss("plan", warehouse, "--by", "shapley", "-o", tmp_path / "plan.yaml")
     assert done.returncode == 2
     assert f"avss ablate {tiny_llama} --corpus {TEXT} --warehouse {warehouse}" in done.stderr
     assert "Traceback" not in done.stderr

@@ -170,14 +170,14 @@ def test_the_score_card_has_the_truth_and_what_was_kept(done: tuple[Path, list[d
         assert [row["spearman_loss"] for row in best if row["site"] == site] == [max(mine)]
 
 
-def test_the_command_line_tells_the_verdict(done: tuple[Path, list[dict[str, Any]]], run_avss: Callable) -> None:
+def test_the_command_line_tells_the_verdict(done: tuple[Path, list[dict[str, Any]]], avss: Callable) -> None:
     job, _ = done
-    told = run_avss("experiment", job, env={"OMP_NUM_THREADS": "1"})
+    told = avss("experiment", job)
     assert told.returncode == 0, told.stderr
     words = " ".join(told.stdout.split())
     assert "without the 2 layers of the lowest AVSS (25%)" in words
     assert "Of 2 random choices" in words
-    card = run_avss("scorecard", read_job(job).warehouse, "--format", "csv")
+    card = avss("scorecard", read_job(job).warehouse, "--format", "csv")
     assert card.returncode == 0 and "spearman_loss" in card.stdout
 
 
@@ -269,10 +269,10 @@ def test_mistakes_in_a_section_are_told_with_their_line(tmp_path: Path, section:
     assert ":4:" in str(error.value)
 
 
-def test_a_job_without_an_experiment_is_a_mistake(tmp_path: Path, run_avss: Callable) -> None:
+def test_a_job_without_an_experiment_is_a_mistake(tmp_path: Path, avss: Callable) -> None:
     job = tmp_path / "job.yaml"
     job.write_text("warehouse: w\nmodels: [m]\ncorpora: ['builtin:pydoc']\n")
-    told = run_avss("experiment", job)
+    told = avss("experiment", job)
     assert told.returncode == 2 and "has no section 'experiment'" in told.stderr
 
 

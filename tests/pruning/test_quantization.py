@@ -50,11 +50,11 @@ def fp8(tiny_llama: Path, tmp_path: Path) -> Path:
 
 
 def test_a_skip_list_is_renumbered_and_the_check_says_what_it_cannot_see(
-    fp8: Path, tmp_path: Path, run_avss: Callable[..., Any]
+    fp8: Path, tmp_path: Path, avss: Callable[..., Any]
 ) -> None:
     plan, less = tmp_path / "plan.yaml", tmp_path / "less"
     PLAN.write(plan)
-    done = run_avss("prune", fp8, plan, "--out", less)
+    done = avss("prune", fp8, plan, "--out", less)
     assert done.returncode == 0, done.stderr
     config = json.loads((less / "config.json").read_text())
     assert config["quantization_config"]["modules_to_not_convert"] == [

@@ -127,7 +127,7 @@ def measured(objects: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def test_scores_in_a_bucket_are_the_same_bytes_and_every_command_reads_them(
-    server: Server, tiny_llama: Path, local: dict[str, bytes], tmp_path: Path, run_avss: Callable
+    server: Server, tiny_llama: Path, local: dict[str, bytes], tmp_path: Path, avss: Callable
 ) -> None:
     uri = server.uri("whole")
     assert score(tiny_llama, uri).status == "done"
@@ -136,11 +136,11 @@ def test_scores_in_a_bucket_are_the_same_bytes_and_every_command_reads_them(
     assert len([path for path in objects if path.startswith("shard_stats/")]) == 8
     assert score(tiny_llama, uri).status == "skipped"
 
-    shown = run_avss("show", uri)
+    shown = avss("show", uri)
     assert shown.returncode == 0 and "tiny-llama" in shown.stdout, shown.stderr
-    asked = run_avss("query", uri, "SELECT count(DISTINCT layer) AS layers FROM scores", "--format", "csv")
+    asked = avss("query", uri, "SELECT count(DISTINCT layer) AS layers FROM scores", "--format", "csv")
     assert asked.stdout.split() == ["layers", "3"], asked.stderr
-    drawn = run_avss("plot", uri, "-o", tmp_path / "layers.svg")
+    drawn = avss("plot", uri, "-o", tmp_path / "layers.svg")
     assert drawn.returncode == 0 and (tmp_path / "layers.svg").read_text().startswith("<svg"), drawn.stderr
 
 
@@ -208,10 +208,9 @@ def test_a_connection_cut_during_an_upload_leaves_no_half_run(
     folder = f"cut-{table[:4]}-{share}"
     proxy = CuttingProxy(server.port, f"/{table}".encode(), share)
     uri = server.uri(folder, port=proxy.port)
-    start = time.monotonic()
     with pytest.raises(WarehouseError, match="Cannot write s3://lab/"):
         score(tiny_llama, uri)
-    assert proxy.cuts >= 1 and time.monotonic() - start < 60
+    assert proxy.cuts >= 1
     with suppress(WarehouseError):  # it may have no runs at all
         assert Warehouse(uri).runs()["status"].to_pylist() == ["failed"]
         assert Warehouse(uri).sql("SELECT 1 FROM scores, layer_stats, shard_stats").num_rows == 0
@@ -232,12 +231,11 @@ def test_a_connection_cut_during_an_upload_leaves_no_half_run(
     ids=["no bucket", "no server", "wrong keys"],
 )
 def test_storage_that_cannot_be_used_is_a_mistake_told_at_once(
-    changes: dict[str, Any], says: str, server: Server, tiny_llama: Path, run_avss: Callable
+    changes: dict[str, Any], says: str, server: Server, tiny_llama: Path, avss: Callable
 ) -> None:
-    uri, start = server.uri("w", **changes), time.monotonic()
+    uri = server.uri("w", **changes)
     with server.asking_for_keys():
-        done = run_avss("score", tiny_llama, "--corpus", "builtin:pydoc", "--out", uri)
-        assert time.monotonic() - start < 60
+        done = avss("score", tiny_llama, "--corpus", "builtin:pydoc", "--out", uri)
         with pytest.raises(WarehouseError) as caught:
             Store(uri).create()
     assert done.returncode == 2 and "Cannot write s3://" in done.stderr, done.stderr
@@ -268,7 +266,7 @@ def test_keys_in_a_uri_are_used_and_never_told(
 
 
 def test_keys_of_a_corpus_reach_no_table_and_no_screen(
-    server: Server, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_avss: Callable
+    server: Server, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, avss: Callable
 ) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
@@ -300,7 +298,7 @@ def test_keys_of_a_corpus_reach_no_table_and_no_screen(
             ["report", out, "-o", tmp_path / "report.html"],
             ["run", job, "--dry-run"],
         ]
-        done = [run_avss(*map(str, command)) for command in commands]
+        done = [avss(*map(str, command)) for command in commands]
     assert [one.returncode for one in done] == [0] * len(done), [one.stderr for one in done]
     written = [path.read_bytes() for path in (*out.rglob("*.parquet"), tmp_path / "report.html")]
     tasks = set(Warehouse(out).sql("SELECT DISTINCT task FROM evaluations").column(0).to_pylist())
