@@ -49,7 +49,8 @@ class Gang:
 
     def __init__(self, world: int, folder: Path) -> None:
         self.stdout = [folder / f"stdout-{world}-{rank}" for rank in range(world)]
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["deepspeed", "avss_dist.partition.open", "avss_dist.measure.shard"])
         pipes = [context.Pipe() for _ in range(world)]
         self._pipes: list[Connection] = [ours for ours, _ in pipes]
         port = free_port()
