@@ -99,11 +99,8 @@ def test_a_lost_worker_is_replaced_and_nothing_counts_twice(
     wait_until(lambda: not reporter.victims[0].is_running())  # one that hangs is killed, not left behind
 
 
-@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_a_stopped_driver_is_resumed(
-    how: signal.Signals, code: int, tiny_llama: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    """Ctrl-C, or the driver killed: the partials are kept, the same command finishes what is missing."""
+def test_a_stopped_driver_is_resumed(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Ctrl-C: the partials are kept, the same command finishes what is missing."""
     arguments = ["--max-sequences", "160", "--sequence-length", "64", "--batch-size", "2", "--sequences-per-shard", "8"]
     command = [sys.executable, "-m", "avss_dist", "score", str(tiny_llama), "--corpus", "builtin:pydoc"]
     command += ["--out", str(tmp_path), "--executor", "ray", "--replicas", "2", *arguments]
@@ -111,12 +108,10 @@ def test_a_stopped_driver_is_resumed(
     driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     partials = tmp_path / "shard_stats"
     wait_until(lambda: len(list(partials.rglob("*.parquet"))) >= 2 or driver.poll() is not None)
-    driver.send_signal(how)
+    driver.send_signal(signal.SIGINT)
     _, said = driver.communicate()
-    assert driver.returncode == code, said
-    assert "Traceback" not in said
-    if how == signal.SIGINT:
-        assert "run the same command again" in said
+    assert driver.returncode == 130, said
+    assert "run the same command again" in said and "Traceback" not in said
     kept = len(list(partials.rglob("*.parquet")))
     assert 2 <= kept < 20 and not list((tmp_path / "scores").rglob("*.parquet"))
     run = score(tiny_llama, tmp_path, executor="local")
@@ -221,7 +216,7 @@ def test_a_model_that_cannot_be_opened_fails_with_its_reason(tiny_llama: Path, t
 
 def test_models_share_the_workers_and_no_process_is_left(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
     ray.shutdown()
-    options = {**OPTIONS, "max_sequences": 32, "executor": "ray", "replicas": 2}
+    options = {**OPTIONS, "max_sequences": 32, "executor": "ray", "replicas": 1}
     runs = avss_dist.score_all([str(tiny_llama), str(tiny_bert)], corpus="builtin:pydoc", out=tmp_path, **options)
     assert [run.status for run in runs] == ["done", "done"]
     wait_until(lambda: not ray_processes())

@@ -92,7 +92,7 @@ def test_a_submitted_job_gives_the_tables_of_one_by_one(
     text = tmp_path / "texts" / "mine.txt"
     text.write_text("In the beginning was the word, and the word was with the tokenizer. " * 200)
     job = job_file(tmp_path, [*models, "/absent"], corpus="texts/mine.txt")
-    done = run_avss("submit", job, "--follow", "--replicas", "2", env=cluster)
+    done = run_avss("submit", job, "--follow", "--replicas", "1", env=cluster)
     assert done.returncode == 1, done.stderr
     assert "3 runs: 2 done, 1 failed." in done.stdout and "There is no folder '/absent'" in done.stdout
     assert re.search(r"\d of 3 runs: .*step-1 done", done.stdout)

@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 from support.checkpoints import llama
-from support.processes import ray_processes, wait_until
+from support.processes import wait_until
 from support.tables import assert_same_tables, measured_files
 
 import avss_dist
@@ -76,12 +75,10 @@ def job_file(folder: Path, models: list[Any], **execution: Any) -> Path:
 
 
 class Watching(Reporter):
-    """Notes what happens, and at a given shard sends a signal to a worker."""
+    """Notes what happens."""
 
-    def __init__(self, at: int = 0, harm: signal.Signals = signal.SIGKILL) -> None:
-        self.at, self.harm = at, harm
+    def __init__(self) -> None:
         self.told: list[tuple[str, str]] = []
-        self.victims: list[psutil.Process] = []
 
     @property
     def arrived(self) -> int:
@@ -92,9 +89,6 @@ class Watching(Reporter):
 
     def advanced(self, name: str, num_tokens: int) -> None:
         self.told.append(("advanced", name))
-        if self.arrived == self.at:
-            self.victims = ray_processes()[:1]
-            self.victims[0].send_signal(self.harm)
 
     def finished(self, name: str, run: Run) -> None:
         self.told.append(("finished", name))
@@ -128,15 +122,6 @@ def test_a_sweep_gives_the_tables_of_one_by_one_with_two_processes(
     assert told.index(("planning", str(models[1]))) < told.index(("finished", str(models[0])))
     again = run_job(read_job(job_file(tmp_path, models)))
     assert [run.status for run in again] == ["skipped"] * 4
-
-
-@pytest.mark.usefixtures("cluster")
-def test_a_worker_that_is_killed_in_a_sweep_is_replaced(models: list[Path], alone: Path, tmp_path: Path) -> None:
-    reporter = Watching(at=SHARDS + 2)
-    runs = run_job(read_job(job_file(tmp_path, models)), reporter=reporter)
-    assert [run.status for run in runs] == ["done"] * 4
-    assert len(reporter.victims) == 1 and reporter.arrived == 4 * SHARDS
-    assert_same_tables(tmp_path / "w", alone)
 
 
 class DawdlesOnShardFour(Worker):
