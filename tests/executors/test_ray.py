@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from support.tables import assert_same_tables
 
 import avss_dist
 from avss_dist.errors import BatchTooLarge, RunFailed
-from avss_dist.executors.ray import gang
+from avss_dist.executors.ray import gang, liveness
 from avss_dist.executors.ray.worker import ShardAssignment, Worker
 from avss_dist.runs.api import Reporter
 from avss_dist.warehouse.reader import Warehouse
@@ -222,19 +223,30 @@ def test_models_share_the_workers_and_no_process_is_left(tiny_llama: Path, tiny_
     wait_until(lambda: not ray_processes())
 
 
-def test_a_lost_node_ends_the_run_at_once_and_says_so(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Without its dashboard agent, Ray takes a node down; no worker could ever be placed on it again."""
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("ray::DashboardAgent", r"(?s)The Ray node of this process has died.*dashboard_agent.log"),
+        ("gcs_server", r"(?s)The Ray cluster is lost: its head.*Run the same command again"),
+    ],
+)
+def test_a_run_ends_with_its_cluster_and_says_so(
+    part: str, message: str, tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its dashboard agent, Ray takes a node down; without the GCS, it would end this process after a minute."""
     ray.shutdown()
+    monkeypatch.setattr(liveness, "HEAD_SECONDS", 1.0)
 
-    class KillsAgent(Reporter):
+    class Kills(Reporter):
         def advanced(self, name: str, num_tokens: int) -> None:
-            for agent in ray_processes("ray::DashboardAgent"):
-                agent.kill()
+            for process in ray_processes(part):
+                process.kill()
 
-    with pytest.raises(RunFailed, match=r"(?s)The Ray node of this process has died.*dashboard_agent.log"):
-        score(tiny_llama, tmp_path, executor="ray", replicas=2, placement_seconds=3600, reporter=KillsAgent())
+    with pytest.raises(RunFailed, match=message):
+        score(tiny_llama, tmp_path, executor="ray", replicas=2, placement_seconds=3600, reporter=Kills())
+    assert not ray.is_initialized()
     (row,) = Warehouse(tmp_path).runs().to_pylist()
-    assert row["status"] == "failed" and "has died" in row["error"]
+    assert row["status"] == "failed" and re.search(message, row["error"])
     run = score(tiny_llama, tmp_path, executor="local")
     assert run.status == "done" and run.resumed_shards >= 1
     assert_same_tables(tmp_path, undisturbed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain, count
@@ -18,6 +17,7 @@ from avss_dist.executors.base import Outcome, RunShards, by_model
 from avss_dist.executors.prefetch import Prefetcher
 from avss_dist.executors.ray.gang import Gang, missing_package
 from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
+from avss_dist.executors.ray.liveness import HeadLost, require_head, require_listening, require_node
 from avss_dist.executors.ray.pool import Pool
 from avss_dist.executors.ray.queue import CellQueue, ShardQueue, UnitQueue
 from avss_dist.partition.base import Placement
@@ -101,10 +101,13 @@ class RayExecutor:
             placement_seconds=self._execution.placement_seconds,
             hang_seconds=self._execution.hang_seconds,
             shortage=lambda placement: _shortage(placement, self._settings.threads),
-            require_node=_require_node,
+            require_node=require_node,
         )
         try:
             yield from pool.outcomes()
+        except HeadLost:
+            pool.abandon()
+            raise
         finally:
             prefetcher.close()
             pool.close()
@@ -122,7 +125,7 @@ class RayExecutor:
         """Start Ray, or reach the cluster, if that is not done yet."""
         if not ray.is_initialized():
             try:
-                _require_listening(self._address or "local")
+                require_listening(self._address or "local")
                 ray.init(
                     address=self._address or "local",
                     include_dashboard=None if self._address else False,
@@ -141,39 +144,14 @@ class RayExecutor:
             self._monitor = ray.remote(HeartbeatMonitor).options(num_cpus=0, max_restarts=-1).remote()
 
     def _new_gang(self, placement: Placement) -> Gang:
+        require_head()
         name = f"{os.getpid()}-{next(self._names)}"
         return Gang(name, placement, threads=self._settings.threads, monitor=self._monitor)
 
 
-def _require_listening(address: str) -> None:
-    """Raise OSError soon where nobody listens at ``HOST:PORT``; Ray would try for minutes."""
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")  # of IPv6
-    if not host or not port.isdecimal() or "/" in host:
-        return
-    hosts = [host, ray.util.get_node_ip_address()] if host in ("127.0.0.1", "localhost") else [host]
-    for i, name in enumerate(hosts):  # Ray takes the loopback address for the one that others see
-        try:
-            socket.create_connection((name, int(port)), timeout=CONNECT_SECONDS).close()
-            return
-        except OSError:
-            if i == len(hosts) - 1:
-                raise
-
-
-def _require_node() -> None:
-    """Raise RunFailed where the Ray node of this process is lost: no worker that it starts can live then."""
-    nodes = {node["NodeID"]: node["Alive"] for node in ray.nodes()}
-    if not nodes.get(ray.get_runtime_context().get_node_id()):
-        raise RunFailed(
-            "The Ray node of this process has died: its raylet or its dashboard agent crashed, or was killed.",
-            "raylet.out and dashboard_agent.log in /tmp/ray/session_latest/logs say why. Run the same command again: "
-            "everything measured so far is kept.",
-        )
-
-
 def _shortage(placement: Placement, cpus: int) -> str:
     """What a placement needs of the cluster, and why that is not there."""
+    require_head()
     need = {"CPU": cpus, "GPU": placement.gpus // placement.ranks}
     need = {name: number for name, number in need.items() if number}
     who = f"A replica needs {placement.ranks} workers of" if placement.ranks > 1 else "A worker needs"

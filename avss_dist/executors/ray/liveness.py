@@ -1,0 +1,66 @@
+"""What of a Ray cluster must live: its head, which knows where everything is, and the node of this process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+import ray
+
+from avss_dist.errors import RunFailed
+
+CONNECT_SECONDS = 10.0
+HEAD_SECONDS = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", 60)) / 2  # noqa: SIM112
+"""For how long the head may be away, which can be restarted. Ray ends this process without a word after twice that."""
+RETRY_SECONDS = 0.5
+KEPT = "Run the same command again: everything measured so far is kept."
+
+
+class HeadLost(RunFailed):
+    """No call that needs the head of the cluster returns any more."""
+
+
+def require_listening(address: str) -> None:
+    """Raise OSError soon where nobody listens at ``HOST:PORT``; Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")  # of IPv6
+    if not host or not port.isdecimal() or "/" in host:
+        return
+    hosts = [host, ray.util.get_node_ip_address()] if host in ("127.0.0.1", "localhost") else [host]
+    for i, name in enumerate(hosts):  # Ray takes the loopback address for the one that others see
+        try:
+            socket.create_connection((name, int(port)), timeout=CONNECT_SECONDS).close()
+            return
+        except OSError:
+            if i == len(hosts) - 1:
+                raise
+
+
+def require_head() -> None:
+    """Wait for the head where it is away, as calls that need it would without end.
+
+    Raises:
+        HeadLost: it did not come back.
+    """
+    address = ray.get_runtime_context().gcs_address
+    deadline = time.monotonic() + HEAD_SECONDS
+    while True:
+        try:
+            return require_listening(address)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                message = f"The Ray cluster is lost: its head (the GCS at {address}) has crashed, or was killed."
+                raise HeadLost(message, f"Start it again. {KEPT}") from error
+        time.sleep(RETRY_SECONDS)
+
+
+def require_node() -> None:
+    """Raise RunFailed where the Ray node of this process is lost: no worker that it starts can live then."""
+    require_head()
+    nodes = {node["NodeID"]: node["Alive"] for node in ray.nodes()}
+    if not nodes.get(ray.get_runtime_context().get_node_id()):
+        raise RunFailed(
+            "The Ray node of this process has died: its raylet or its dashboard agent crashed, or was killed.",
+            f"raylet.out and dashboard_agent.log in /tmp/ray/session_latest/logs say why. {KEPT}",
+        )
