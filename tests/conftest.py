@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from support.checkpoints import LAYERS, VOCABULARY, llama, save_tokenizer
+from support.disks import SmallDisk
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: in tiny models, threads wait for each other
@@ -80,11 +81,8 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callabl
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MB; mounting it takes root."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=True)
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with SmallDisk(tmp_path / "small", megabytes=1) as disk:
+        yield disk.folder
 
 
 @pytest.fixture(scope="session")

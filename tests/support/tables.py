@@ -7,21 +7,39 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 MEASURED = ("layer_stats", "scores")
+UNITS = ("shard_stats", "cells")
+EVALUATED = ("cells", "evaluations", "experiments")
+CIRCUMSTANCES = {"created_at", "seconds", "device", "versions"}  # of a measurement; no values
 
 
 def measured_files(warehouse: Path) -> dict[str, bytes]:
     """The bytes of every file that holds measured columns, by path below the warehouse."""
-    return {
-        str(file.relative_to(warehouse)): file.read_bytes()
-        for name in MEASURED
-        for file in sorted((warehouse / name).rglob("*.parquet"))
-    }
+    return {name: (warehouse / name).read_bytes() for name in _files(warehouse, *MEASURED)}
+
+
+def unit_times(warehouse: Path) -> dict[str, int]:
+    """When the file of each measured unit was written, in nanoseconds, by path below the warehouse."""
+    return {name: (warehouse / name).stat().st_mtime_ns for name in _files(warehouse, *UNITS)}
 
 
 def assert_same_tables(actual: Path, expected: Path) -> None:
     """``layer_stats`` and ``scores`` are the same bytes, and the partials the same values."""
     assert measured_files(actual) == measured_files(expected)
-    files = sorted(file.relative_to(expected) for file in (expected / "shard_stats").rglob("*.parquet"))
-    assert files == sorted(file.relative_to(actual) for file in (actual / "shard_stats").rglob("*.parquet"))
+    files = _files(expected, "shard_stats")
+    assert files == _files(actual, "shard_stats")
     for file in files:
         assert pq.read_table(actual / file).equals(pq.read_table(expected / file)), file
+
+
+def assert_same_evaluations(actual: Path, expected: Path) -> None:
+    """``cells``, ``evaluations`` and ``experiments`` have the same values; when and where may differ."""
+    files = _files(expected, *EVALUATED)
+    assert files == _files(actual, *EVALUATED)
+    for file in files:
+        tables = [pq.ParquetFile(warehouse / file).read() for warehouse in (actual, expected)]
+        ours, theirs = (table.drop_columns(sorted(CIRCUMSTANCES.intersection(table.schema.names))) for table in tables)
+        assert ours.equals(theirs), file
+
+
+def _files(warehouse: Path, *tables: str) -> list[str]:
+    return sorted(str(file.relative_to(warehouse)) for name in tables for file in (warehouse / name).rglob("*.parquet"))

@@ -1,0 +1,118 @@
+"""A Ray cluster of three nodes on this machine: every process of it can be killed, and what was lost is replaced."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+from ray.cluster_utils import Cluster as RayCluster
+
+NODES = 3
+SIZE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80_000_000}
+HEAD: dict[str, Any] = {**SIZE, "include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+
+
+class Cluster:
+    """Nodes of one CPU, for a ``with`` block. The first one is the head, and the node of every driver here."""
+
+    def __init__(self, nodes: int = NODES) -> None:
+        self._nodes = nodes
+        self._ray = RayCluster(shutdown_at_exit=False)  # this process has its own way to end
+
+    def __enter__(self) -> Cluster:
+        self.restore()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def address(self) -> str:
+        """``HOST:PORT`` of the head."""
+        return str(self._ray.address)
+
+    @property
+    def logs(self) -> Path:
+        """The folder of all logs."""
+        return Path(self._ray.head_node.get_logs_dir_path())
+
+    def restore(self) -> None:
+        """Replace the nodes that were lost, and all where the head was."""
+        if not self.has_head or not _has_agent(self.nodes[0]):
+            self.stop()
+            objects = {"max_direct_call_object_size": 0}  # every result is one
+            self._ray.add_node(**HEAD, _system_config=objects)
+        for node in [node for node in self.nodes[1:] if not _has_agent(node)]:
+            self.kill_node(node)
+        self.replace_nodes()
+
+    def replace_nodes(self) -> None:
+        """Replace the nodes whose raylet has ended, while the head lives."""
+        if not self.has_head:
+            return
+        for node in [node for node in self.nodes[1:] if not _running(node, "raylet")]:
+            self.kill_node(node)
+        for _ in range(self._nodes - len(self.nodes)):
+            self._ray.add_node(**SIZE)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the GCS and the raylet beside it run."""
+        head = self._ray.head_node
+        return head is not None and bool(_running(head, "gcs_server") and _running(head, "raylet"))
+
+    @property
+    def nodes(self) -> list[Any]:
+        """The head, and the others in the order of their ports."""
+        return [self._ray.head_node, *sorted(self._ray.worker_nodes, key=lambda node: node.node_manager_port)]
+
+    def kill_node(self, node: Any) -> None:
+        """A node with all that runs on it."""
+        _kill(children(node, ""))
+        self._ray.remove_node(node, allow_graceful=False)
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes of all `executors.ray.worker.Worker`."""
+        return [process for node in self.nodes for process in children(node, "ray::Worker")]
+
+    def services(self, name: str) -> list[psutil.Process]:
+        """Every ``raylet``, or the ``gcs_server``, that runs."""
+        return [process for node in self.nodes for process in _running(node, name)]
+
+    def stop(self) -> None:
+        """Kill all of it."""
+        for node in self._ray.list_all_nodes():
+            _kill(children(node, ""))
+        if self._ray.list_all_nodes():
+            self._ray.shutdown()
+
+
+def _running(node: Any, name: str) -> list[psutil.Process]:
+    infos = node.all_processes.get(name, ())
+    return [psutil.Process(info.process.pid) for info in infos if info.process.poll() is None]
+
+
+def children(node: Any, name: str) -> list[psutil.Process]:
+    """The processes that a node's raylet started, by the beginning of their names; the oldest first."""
+    found = []
+    with suppress(psutil.NoSuchProcess):
+        for child in [child for raylet in _running(node, "raylet") for child in raylet.children()]:
+            with suppress(psutil.NoSuchProcess):
+                if child.name().startswith(name) and child.status() != psutil.STATUS_ZOMBIE:
+                    found.append(child)
+    return sorted(found, key=lambda child: child.pid)
+
+
+def _has_agent(node: Any) -> bool:
+    return len(children(node, "ray::DashboardAgent")) == 1
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            os.kill(process.pid, signal.SIGKILL)
