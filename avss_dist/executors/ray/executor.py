@@ -21,7 +21,7 @@ from avss_dist.executors.ray.liveness import HeadLost, require_head, require_lis
 from avss_dist.executors.ray.pool import Pool
 from avss_dist.executors.ray.queue import CellQueue, ShardQueue, UnitQueue
 from avss_dist.partition.base import Placement
-from avss_dist.settings import CONNECT_SECONDS, Execution, Settings
+from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices, devices_here, pick_device
 from avss_dist.tasks.cells import Cell, CellOutcome
 
