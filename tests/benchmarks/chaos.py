@@ -31,6 +31,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # of drivers and workers
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_prestart_worker_first_driver": "0"}
 os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
