@@ -190,6 +190,7 @@ class Campaign:
         return replace(job, num_units=len(unit_times(job.expected)))
 
     def _start(self, arguments: list[str], log: Path) -> Any:
+        log.touch()
         driver = self._processes.Process(target=avss, args=(arguments, log))
         driver.start()
         return driver
@@ -208,7 +209,7 @@ class Campaign:
             self._until_done(outcome, deque(faults), warehouse, folder, dice)
             assert_same_tables(warehouse, job.expected)
             assert_same_evaluations(warehouse, job.expected)
-        except (Lost, AssertionError) as problem:
+        except Exception as problem:  # of the campaign too: the next jobs are played all the same
             outcome.lost = f"{type(problem).__name__}: {problem}".splitlines()[0][:300]
             self._save(folder, number, outcome)
         shutil.rmtree(warehouse, ignore_errors=True)
