@@ -254,34 +254,32 @@ def test_dark_and_light_follow_the_system_the_button_and_the_memory(visit: Calla
     assert background() == light[0]
 
 
-@pytest.mark.parametrize("chart", CHARTS)
-def test_every_chart_downloads(visit: Callable[..., Any], file: Path, chart: str, tmp_path: Path) -> None:
+def test_every_chart_downloads(visit: Callable[..., Any], file: Path, tmp_path: Path) -> None:
+    page: Any = None
+    for number, chart in enumerate(CHARTS):
+        page = page if number % 3 else visit(file)  # chromium asks before a page saves more than ten files
+        for kind, start in (("png", b"\x89PNG\r\n\x1a\n"), ("svg", b"<svg"), ("csv", b"site,recipe,threshold,run,")):
+            with page.expect_download() as waiting:
+                page.locator(f"[data-chart={chart}] [data-save={kind}]").click()
+            assert waiting.value.suggested_filename == f"{chart}.{kind}"
+            waiting.value.save_as(tmp_path / "saved")
+            assert (tmp_path / "saved").read_bytes().startswith(start)
+        rows = list(csv.DictReader(io.StringIO((tmp_path / "saved").read_text(encoding="utf-8"))))
+        assert {(row["site"], row["recipe"], row["threshold"]) for row in rows} == {("block", "pooled", "1e-05")}
+        assert [row["run"] for row in rows] == [row["run"] for row in drawn(page, chart)]
+
+
+def test_every_table_downloads(visit: Callable[..., Any], file: Path, tmp_path: Path) -> None:
     page = visit(file)
-    for kind, start in (("png", b"\x89PNG\r\n\x1a\n"), ("svg", b"<svg"), ("csv", b"site,recipe,threshold,run,")):
+    for name, number, column, first in (("runs", 4, "model", "org/beta"), ("scores", 12, "layer", "0")):
         with page.expect_download() as waiting:
-            page.locator(f"[data-chart={chart}] [data-save={kind}]").click()
-        assert waiting.value.suggested_filename == f"{chart}.{kind}"
-        waiting.value.save_as(tmp_path / "saved")
-        assert (tmp_path / "saved").read_bytes().startswith(start)
-    rows = list(csv.DictReader(io.StringIO((tmp_path / "saved").read_text(encoding="utf-8"))))
-    assert len(rows) == len(drawn(page, chart))
-    assert {(row["site"], row["recipe"], row["threshold"]) for row in rows} == {("block", "pooled", "1e-05")}
-    for row, other in zip(rows, drawn(page, chart), strict=True):
-        assert row["run"] == other["run"]
+            page.locator(f"[data-csv={name}]").click()
+        waiting.value.save_as(tmp_path / "saved.csv")
+        rows = list(csv.DictReader((tmp_path / "saved.csv").open(encoding="utf-8")))
+        assert (len(rows), rows[0][column]) == (number, first)
 
 
-@pytest.mark.parametrize("name", ["runs", "scores"])
-def test_every_table_downloads(visit: Callable[..., Any], file: Path, name: str, tmp_path: Path) -> None:
-    page = visit(file)
-    with page.expect_download() as waiting:
-        page.locator(f"[data-csv={name}]").click()
-    waiting.value.save_as(tmp_path / "saved.csv")
-    rows = list(csv.DictReader((tmp_path / "saved.csv").open(encoding="utf-8")))
-    assert len(rows) == {"runs": 4, "scores": 12}[name]
-    assert rows[0][{"runs": "model", "scores": "layer"}[name]] == {"runs": "org/beta", "scores": "0"}[name]
-
-
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 360), ("dark", 360)])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 360)])
 def test_axe_finds_nothing_serious(visit: Callable[..., Any], file: Path, scheme: str, width: int) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     page = visit(file, width, color_scheme=scheme)
