@@ -30,7 +30,8 @@ class RedactedURI(str):
 
 
 _CONTROL = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufffe\uffff]"
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufffe\uffff"
+    r"\ud800-\udc7f\udd00-\udfff]"  # halves of characters; those between are bytes of paths that are not UTF-8
 )
 
 
@@ -62,7 +63,7 @@ def printable(text: str) -> str:
 
 def escape_markdown(text: object) -> str:
     """Text that Markdown and the HTML in it show as it is, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", " ".join(printable(str(text)).split()))
 
 
 def describe_bytes(size: float) -> str:

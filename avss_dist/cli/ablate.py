@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from avss_dist.cli.base import console
 from avss_dist.cli.evaluate import EVALUATED
 from avss_dist.cli.options import (
     WORKERS,
@@ -17,6 +16,7 @@ from avss_dist.cli.options import (
     takes_settings,
     warehouse_option,
 )
+from avss_dist.system.streams import console
 
 
 @takes_settings(*EVALUATED, *WORKERS)

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import codecs
-import errno
-import io
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
 
 from avss_dist import __version__
 from avss_dist.errors import AvssError, spell_fields
-from avss_dist.text import printable
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.segment import Segment
+from avss_dist.system.streams import complete_output, emit, prepare, say
 
 T = TypeVar("T")
 
@@ -40,8 +33,8 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> None:
         _at_end.set([])
         try:
-            code = super().invoke(ctx)
-            sys.stdout.flush()
+            with complete_output():
+                code = super().invoke(ctx)
         except AvssError as error:
             code = error.exit_code
             say(f"Error: {spelled(str(error))}")
@@ -50,15 +43,6 @@ class Commands(TyperGroup):
             resumes = "fresh" in (_spelling.get() or {})
             kept = " Everything measured so far is kept; run the same command again to finish."
             say(f"Stopped.{kept if resumes else ''}")
-        except BrokenPipeError:
-            _discard_output()
-            code = 0
-        except OSError as error:
-            if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT):
-                raise
-            _discard_output()
-            code = 1
-            say(f"Error: standard output cannot be written: {error.strerror}.")
         for work in _at_end.get() or ():
             work()
         raise typer.Exit(code or 0)
@@ -68,11 +52,6 @@ def at_end(work: Callable[[], None]) -> None:
     """Have something done when the running command has ended, however it did."""
     if (running := _at_end.get()) is not None:
         running.append(work)
-
-
-def _discard_output() -> None:
-    """Send what is still to be flushed nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def spelling(command: Any) -> Mapping[str, str]:
@@ -99,30 +78,11 @@ app = typer.Typer(
 
 def main() -> None:
     """The console script ``avss``."""
-    _prepare_streams()
+    prepare()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
-    app()
-
-
-def _prepare_streams() -> None:
-    """Have the standard streams, and print whatever a text holds: paths that are not UTF-8, characters they lack."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:  # it is closed; else the next file that is opened would take its place
-            os.open(os.devnull, os.O_RDWR)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            utf8 = codecs.lookup(stream.encoding).name == "utf-8"
-            stream.reconfigure(errors="surrogateescape" if utf8 else "replace")
-
-
-def say(message: str) -> None:
-    """Print to standard error."""
-    print(printable(message), file=sys.stderr)
+    with complete_output():  # of --help and the like, which end before a command runs
+        app()
 
 
 def interruptible(work: Callable[[], T]) -> T:
@@ -138,25 +98,9 @@ def interruptible(work: Callable[[], T]) -> T:
         return result.result()
 
 
-def console() -> Console:
-    """Standard output; wide enough for a whole table where it is no terminal."""
-    from rich.console import Console
-
-    class Output(Console):
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # to `Commands.invoke`
-
-        def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
-            for segment in super().render(renderable, options):
-                yield segment if segment.control else segment._replace(text=printable(segment.text))
-
-    terminal = Output(highlight=False)
-    return terminal if terminal.is_terminal else Output(highlight=False, width=132)
-
-
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"avss_dist {__version__}")
+        emit(f"avss_dist {__version__}")
         raise typer.Exit
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from avss_dist.cli.base import at_end, say
+from avss_dist.cli.base import at_end
 from avss_dist.errors import QueryError, nearest, require_known
+from avss_dist.system.streams import say
 from avss_dist.text import parse_threshold
 
 MOST_NAMED = 5  # runs that cannot be read

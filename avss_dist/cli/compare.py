@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from avss_dist.cli.base import console
 from avss_dist.cli.choose import choose_runs, choose_scores, choose_threshold, open_warehouse
 from avss_dist.cli.options import (
     FORMATS,
@@ -22,6 +21,7 @@ from avss_dist.cli.options import (
 )
 from avss_dist.errors import ConfigError, QueryError
 from avss_dist.settings import LOWEST_SHARE, PUBLISHED_THRESHOLD, RECIPES, SCORES, SITES
+from avss_dist.system.streams import console, emit
 from avss_dist.text import describe_threshold
 
 KINDS = ("csv", "json", "latex", "markdown")
@@ -107,7 +107,7 @@ def findings(
         return write_table(shown, format, console())
     console().print(findings_table(shown))
     if len(shown) < len(found):
-        print(f"{len(found) - len(shown)} more at other sites and recipes: --all.")
+        emit(f"{len(found) - len(shown)} more at other sites and recipes: --all.")
     return None
 
 
@@ -139,7 +139,7 @@ def scores(
     for row in runs:
         found = [s for s in table.to_pylist() if s["run_id"] == row["run_id"]]
         console().print(layer_table(row, found))
-        print(f"From stored counts: {_exactness(found, at.value if at.kind == 'absolute' else None)}")
+        emit(f"From stored counts: {_exactness(found, at.value if at.kind == 'absolute' else None)}")
     return None
 
 
@@ -194,10 +194,10 @@ def export(
     runs = choose_runs(opened, run or [])
     text = export_text(runs, choose_scores(opened, runs, site, recipe, threshold), to)
     if output is None:
-        print(text, end="")
+        emit(text, end="")
         return
     write_file(output, text.encode())
-    print(output)
+    emit(output)
 
 
 def _exactness(scores: list[dict[str, Any]], threshold: float | None) -> str:

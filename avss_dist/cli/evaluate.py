@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from avss_dist.cli.base import console
 from avss_dist.cli.options import (
     WORKERS,
     OverlapOption,
@@ -16,6 +15,7 @@ from avss_dist.cli.options import (
     warehouse_option,
 )
 from avss_dist.settings import Settings
+from avss_dist.system.streams import console
 
 EVALUATED = tuple(
     name for name in Settings.__dataclass_fields__ if name not in ("skip_first_tokens", "sites", "thresholds")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from avss_dist.cli.base import console, say, spelled
+from avss_dist.cli.base import spelled
 from avss_dist.cli.choose import choose_runs, open_warehouse
 from avss_dist.cli.jobs import JobPath, require_experiment
 from avss_dist.cli.options import (
@@ -19,6 +19,7 @@ from avss_dist.cli.options import (
     WarehousePath,
     takes_settings,
 )
+from avss_dist.system.streams import console, say
 
 
 @takes_settings(*WORKERS, overrides=True)

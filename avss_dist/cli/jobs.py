@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avss_dist.cli.base import console, say, spelled
+from avss_dist.cli.base import spelled
 from avss_dist.cli.options import WORKERS, takes_settings
 from avss_dist.errors import ConfigError
 from avss_dist.settings import ANSWER_SECONDS, CONNECT_SECONDS
-from avss_dist.text import printable
+from avss_dist.system.streams import console, emit, emit_json, say
 
 if TYPE_CHECKING:
     from avss_dist.runs.api import Run
@@ -32,7 +31,7 @@ def _print_schema(wanted: bool) -> None:
     if wanted:
         from avss_dist.runs.job_file import job_schema
 
-        print(json.dumps(job_schema(), indent=2))
+        emit_json(job_schema(), indent=2)
         raise typer.Exit
 
 
@@ -77,8 +76,8 @@ def _run(job: JobFile, options: dict[str, Any]) -> int:
         runs = run_job(job, reporter=reporter, **options)
     failed = [run for run in runs if run.status == "failed"]
     for run in failed:
-        print(printable(f"{run.run_id}: failed. {spelled(str(run.error))}"))
-    print(_summary(runs))
+        emit(f"{run.run_id}: failed. {spelled(str(run.error))}")
+    emit(_summary(runs))
     return 1 if failed else 0
 
 
@@ -116,7 +115,7 @@ def submit(
     cluster = _cluster(address, connect_seconds, answer_seconds)
     job_id = cluster.submit(read, taken, experiment=experiment)
     if not follow:
-        print(job_id)
+        emit(job_id)
         say(f"Follow it: avss logs {job_id} --address {address} --follow")
         return 0
     say(f"Submitted {job_id}.")
@@ -150,7 +149,7 @@ def logs(
     cluster = _cluster(address, connect_seconds, answer_seconds)
     if follow:
         return _follow(cluster, job_id, address)
-    print(printable(cluster.logs(job_id)), end="")
+    emit(cluster.logs(job_id), end="")
     return 0
 
 
@@ -162,7 +161,7 @@ def stop(
 ) -> int:
     """Stop a submitted job; what it measured is kept, and submitting it again goes on from there."""
     cluster = _cluster(address, connect_seconds, answer_seconds)
-    print(printable(f"{job_id}: {cluster.stop(job_id)}"))
+    emit(f"{job_id}: {cluster.stop(job_id)}")
     return 0
 
 
@@ -176,7 +175,7 @@ def _follow(cluster: Any, job_id: str, address: str) -> int:
     """Print the log until the job ends; its exit code."""
     try:
         for text in cluster.follow(job_id):
-            print(printable(text), end="", flush=True)
+            emit(text, end="", flush=True)
         job = cluster.wait(job_id)
     except KeyboardInterrupt:
         say(f"The job goes on. Stop it: avss stop {job_id} --address {address}")

@@ -21,6 +21,7 @@ from avss_dist.cli.options import (
 )
 from avss_dist.errors import ConfigError, require_known
 from avss_dist.settings import GROUND_TRUTH, PUBLISHED_THRESHOLD, RECIPES, SCORES, SITES
+from avss_dist.system.streams import emit
 from avss_dist.text import describe_bytes, parse_threshold
 
 FORMATS = ("plan", "mergekit")  # of mergekit: the slices to merge
@@ -72,14 +73,14 @@ def plan(
         write_text(output, mergekit_slices(made))
     else:
         made.write(output)
-    print(f"{output}:", *made.describe(), sep="\n  ")
+    emit("\n  ".join([f"{output}:", *made.describe()]))
     if by is None:
-        print(f"  No --by was given: {made.why['by']} is measured in {opened.root}.")
+        emit(f"  No --by was given: {made.why['by']} is measured in {opened.root}.")
     others = opened.runs().num_rows - 1
     if others and not run:
-        print(f"  This is the newest of {others + 1} runs; --run names another.")
+        emit(f"  This is the newest of {others + 1} runs; --run names another.")
     if not made.evaluated and format == FORMATS[0]:
-        print(f"  Evaluate it: avss evaluate {output} --task perplexity:CORPUS --warehouse {opened.root}")
+        emit(f"  Evaluate it: avss evaluate {output} --task perplexity:CORPUS --warehouse {opened.root}")
 
 
 def prune(
@@ -93,15 +94,15 @@ def prune(
     from avss_dist.pruning.plan import read_plan
 
     made = read_plan(plan)
-    print(f"{plan}:", *made.describe(), sep="\n  ")
+    emit("\n  ".join([f"{plan}:", *made.describe()]))
     done = prune_checkpoint(model, made, out, trust_remote_code=trust_remote_code)
-    print(f"{out}: {len(made.keep)} of {made.num_layers} layers, {describe_bytes(done['bytes'])} of weights.")
+    emit(f"{out}: {len(made.keep)} of {made.num_layers} layers, {describe_bytes(done['bytes'])} of weights.")
     if done["difference"] is None:
-        print("Layers have the shapes and settings that they had; no room to compare the outputs of both models.")
+        emit("Layers have the shapes and settings that they had; no room to compare the outputs of both models.")
     else:
-        print(f"Outputs are those of the original with the layers skipped (largest difference {done['difference']:g}).")
+        emit(f"Outputs are those of the original with the layers skipped (largest difference {done['difference']:g}).")
     for note in done["notes"]:
-        print(note)
+        emit(note)
 
 
 def _protected(text: str) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from avss_dist.cli.base import console, interruptible
+from avss_dist.cli.base import interruptible
 from avss_dist.cli.choose import choose_run, choose_runs, choose_scores, open_warehouse
 from avss_dist.cli.options import (
     FORMATS,
@@ -24,6 +24,7 @@ from avss_dist.cli.options import (
 )
 from avss_dist.errors import QueryError
 from avss_dist.settings import PUBLISHED_THRESHOLD, RECIPES, SITES
+from avss_dist.system.streams import console, emit
 
 QUERY_FORMATS = (*FORMATS, "parquet", "markdown")
 
@@ -43,7 +44,7 @@ def show(
     console().print(layer_table(chosen, choose_scores(opened, [chosen], site, recipe, threshold)))
     others = opened.runs().num_rows - 1
     if others and not run:
-        print(f"{others} more in {opened.root}: avss query {opened.root} 'SELECT run_id, model, status FROM runs'")
+        emit(f"{others} more in {opened.root}: avss query {opened.root} 'SELECT run_id, model, status FROM runs'")
 
 
 def plot(
@@ -60,7 +61,7 @@ def plot(
     opened = open_warehouse(warehouse)
     runs = choose_runs(opened, run or [])
     save_chart(layers_chart(runs, choose_scores(opened, runs, site, recipe, threshold)), output)
-    print(output)
+    emit(output)
 
 
 def query(
@@ -100,6 +101,6 @@ def _print_schema(format: str) -> None:
     if format == "table":
         console().print(schema_page())
     elif format == "markdown":
-        print(schema_markdown())
+        emit(schema_markdown())
     else:
         write_table(schema_table(), format, console())

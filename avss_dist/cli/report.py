@@ -9,6 +9,7 @@ import typer
 
 from avss_dist.cli.choose import choose_runs, open_warehouse
 from avss_dist.cli.options import EveryRunOption, WarehousePath
+from avss_dist.system.streams import emit
 
 
 def report(
@@ -22,4 +23,4 @@ def report(
     opened = open_warehouse(warehouse)
     run_ids = {row["run_id"] for row in choose_runs(opened, run, failed=True)} if run else None
     save_report(opened, output, run_ids)
-    print(output)
+    emit(output)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avss_dist.cli.base import console, say, spelled
+from avss_dist.cli.base import spelled
 from avss_dist.cli.options import MODEL, CorpusOption, ModelArgument, format_option, takes_settings, warehouse_option
 from avss_dist.settings import Execution, Settings, split_options
-from avss_dist.text import printable
+from avss_dist.system.streams import console, emit, emit_json, say
 
 if TYPE_CHECKING:
     from avss_dist.runs.api import Run
@@ -47,12 +46,12 @@ def score(
         else:
             runs = score_all(models, corpus=corpus, out=out, reporter=progress, **options)
     for run in runs:
-        print(printable(_outcome(run)))
+        emit(_outcome(run))
     done = [run for run in runs if run.status != "failed"]
     if gradients:
         _take_gradients([run.model for run in done], corpus, out, options)
     if done:
-        print(f"Look at it: avss show {done[-1].warehouse} --run {done[-1].run_id}")
+        emit(f"Look at it: avss show {done[-1].warehouse} --run {done[-1].run_id}")
     return 0 if len(done) == len(runs) else 1
 
 
@@ -75,7 +74,7 @@ def estimate(
     with console().status(doing) if sys.stdout.isatty() else nullcontext():
         made = estimate_run(model, corpus, settings, execution)
     if format == "json":
-        print(json.dumps(made.as_dict(), indent=2))
+        emit_json(made.as_dict(), indent=2)
     else:
         console().print(estimate_table(made))
 
@@ -91,7 +90,7 @@ def _take_gradients(models: Sequence[str], corpus: str, out: str, options: dict[
             found = ablate(
                 model, corpus=corpus, warehouse=out, leave_one_out=False, gradients=True, reporter=progress, **options
             )
-        print(printable(f"{model}: gradients of {len(found.layers)} layers, in the table evaluations."))
+        emit(f"{model}: gradients of {len(found.layers)} layers, in the table evaluations.")
 
 
 def _outcome(run: Run) -> str:

@@ -50,7 +50,22 @@ def compute_dtype(
         return getattr(torch, settings.dtype)
     named = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
     if named is not None:
-        return named if isinstance(named, torch.dtype) else getattr(torch, named)
+        return _known_dtype(named, checkpoint)
     if checkpoint.gguf:
         return torch.float32  # which transformers unpacks it to
     return floating_dtype(stored_tensors(checkpoint) if tensors is None else tensors)
+
+
+def _known_dtype(named: Any, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that a configuration names.
+
+    Raises:
+        ModelError: torch has none of that name.
+    """
+    dtype = named if isinstance(named, torch.dtype) else getattr(torch, str(named).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ModelError(
+            f"The config.json of '{checkpoint.name}' names the dtype {named!r}, which torch does not have.",
+            "Set `dtype`, or mend that file.",
+        )
+    return dtype

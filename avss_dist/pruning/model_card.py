@@ -11,7 +11,7 @@ import yaml
 
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.pruning.plan import Plan, describe_reason
-from avss_dist.text import escape_markdown
+from avss_dist.text import escape_markdown, printable
 
 LICENSE = ("license", "license_name", "license_link")
 
@@ -25,7 +25,7 @@ def model_card(checkpoint: Checkpoint, plan: Plan, notes: list[str] | None = Non
         "library_name": "transformers",
         "tags": ["pruned", "layer-pruning"],
     }
-    head = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items())
+    head = printable("\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()))
     source = f", of run {plan.run_id}" if plan.run_id else ""
     known = [*(f"Finding: {line}" for line in plan.findings), *(notes or [])]
     known.append(f"Evaluated: {' '.join(plan.evaluated) or 'not when it was planned.'}")

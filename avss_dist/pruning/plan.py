@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from avss_dist.pruning.ground_truth import LayerTruth
 from avss_dist.pruning.selection import RANDOM, SCORE_MEANINGS, Choice, PlanError, Rows
 from avss_dist.settings import LOWEST_SHARE, Check, checked
 from avss_dist.system.staging import staged_file
-from avss_dist.text import describe_layers
+from avss_dist.text import describe_layers, printable
 
 LARGEST_FILE = 1 << 20  # characters; a plan of a thousand layers has ten thousand
 _RUN_ID = re.compile(r"[A-Za-z0-9._-]+")
@@ -253,6 +254,6 @@ def mergekit_slices(plan: Plan) -> str:
 
 
 def _yaml(values: Mapping[str, Any], *, flow: bool = False) -> str:
-    return yaml.safe_dump(
-        values, sort_keys=False, allow_unicode=True, default_flow_style=None if flow else False, width=120
-    )
+    dump = partial(yaml.safe_dump, values, sort_keys=False, default_flow_style=None if flow else False, width=120)
+    text = str(dump(allow_unicode=True))
+    return text if printable(text) == text else str(dump())  # which escapes what a terminal obeys

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from avss_dist.report.output import csv_cell
 from avss_dist.report.terminal.compare import short_name
 from avss_dist.settings import LOWEST_SHARE
 from avss_dist.stats.rankings import count_lowest
@@ -27,7 +28,6 @@ COLUMNS = {
     "relative_magnitude": "Relative magnitude",
 }
 PLACE = ("run_id", "model", "revision", "family", "site", "recipe", "threshold", "threshold_kind")
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a formula begins with
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -56,7 +56,7 @@ def export_text(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str,
         text = io.StringIO()
         writer = csv.DictWriter(text, [*PLACE, *COLUMNS], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({name: _csv_cell(value) for name, value in row.items()} for row in rows)
+        writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
         return text.getvalue()
     write = latex_table if kind == "latex" else markdown_table
     return "\n".join(write(run, [s for s in scores if s["run_id"] == run["run_id"]]) for run in runs)
@@ -120,14 +120,6 @@ def _body(
         cells = [write(s[name]) for name in COLUMNS]
         rows.append([bold(cell) for cell in cells] if s["rank"] is not None and s["rank"] <= lowest else cells)
     return rows
-
-
-def _csv_cell(value: Any) -> Any:
-    """A text that a spreadsheet would take for a formula gets an apostrophe before it."""
-    if not isinstance(value, str):
-        return value
-    text = printable(value)
-    return f"'{text}" if value.startswith(_FORMULA) or text.lstrip().startswith(_FORMULA) else text
 
 
 def _round(value: Any) -> Any:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from avss_dist.errors import AvssError
 from avss_dist.system.staging import staged_file
-from avss_dist.text import escape_markdown
+from avss_dist.system.streams import binary_output, emit, emit_json
+from avss_dist.text import escape_markdown, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,25 +42,36 @@ def write_table(table: pa.Table, kind: str, console: Console) -> None:
         console.print(plain_table(table.column_names, [tuple(row.values()) for row in _rows(table)]))
     elif kind == "json":
         for row in _rows(table):
-            print(json.dumps(map_leaves(row, _finite), default=str))
+            emit_json(map_leaves(row, _finite))
     elif kind == "markdown":
-        print(_markdown(table))
+        emit(_markdown(table))
     elif kind == "csv":
         import csv
 
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(table.column_names)
-        writer.writerows(row.values() for row in _rows(table))
+        writer = csv.writer(SimpleNamespace(write=partial(emit, end="")), lineterminator="\n")
+        for cells in (table.column_names, *(row.values() for row in _rows(table))):
+            writer.writerow(map(csv_cell, cells))
     else:
         import pyarrow.parquet as pq
 
-        pq.write_table(table, sys.stdout.buffer, compression="zstd")
+        pq.write_table(table, binary_output(), compression="zstd")
+
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a formula begins with
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell of CSV; a text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if value.startswith(_FORMULA) or text.lstrip().startswith(_FORMULA) else text
 
 
 def _markdown(table: pa.Table) -> str:
     from avss_dist.report.terminal.tables import shown
 
-    lines = [table.column_names, ["---"] * table.num_columns]
+    lines = [[escape_markdown(name) for name in table.column_names], ["---"] * table.num_columns]
     lines += [[escape_markdown(shown(value)) for value in row.values()] for row in _rows(table)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ MAX_DEPTH = 20
 MAX_VALUES = 100_000  # with aliases, a few lines can stand for any number of values
 TAGS = ("null", "bool", "int", "float", "str", "seq", "map", "timestamp", "merge", "value")
 _PREFIX = "tag:yaml.org,2002:"
+_HALF = re.compile("[\ud800-\udfff]")
 
 Location = tuple[int | str, ...]
 """The keys and indices on the way to a value: ``("models", 0, "dtype")``."""
@@ -98,6 +100,7 @@ class _Values:
     def _mapping(self, node: Any, location: Location) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for key, value in node.value:
+            self._require_plain(key, location)
             name = str(key.value) if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
             if name in values:
                 self.document.repeated.append((_line(key), f"the key '{name}' is there twice"))
@@ -113,6 +116,8 @@ class _Values:
             raise JobError(f"{where}: nested too deeply.", f"A job file has at most {MAX_DEPTH} levels.")
         if self.count > MAX_VALUES:
             raise JobError(f"{where}: more than {MAX_VALUES:,} values.", "Make several jobs; use fewer aliases.")
+        if isinstance(node.value, str) and _HALF.search(node.value):
+            raise JobError(f"{where}: a text with half of a character.", "Write it in UTF-8.")
         if node.tag.removeprefix(_PREFIX) not in TAGS:
             raise JobError(f"{where}: the tag {node.tag.replace(_PREFIX, '!!')} is not plain YAML.", "Leave it out.")
 

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
+from avss_dist.system.streams import console
+
 Item = TypeVar("Item")
 
 
@@ -13,7 +15,6 @@ def tracked(items: Sequence[Item], what: str) -> Iterable[Item]:
     """The items, with a bar on standard error where that is a terminal; it goes when they are done."""
     if not items or not sys.stderr.isatty():
         return items
-    from rich.console import Console
     from rich.progress import track
 
-    return track(items, what, console=Console(stderr=True), transient=True)
+    return track(items, what, console=console(stderr=True), transient=True)

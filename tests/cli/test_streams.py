@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 from support.warehouses import write_scores
 
-from avss_dist.cli import base
+import avss_dist
+from avss_dist.system import streams
 from avss_dist.text import printable
 
 COMMAND = [sys.executable, "-m", "avss_dist"]
@@ -35,10 +37,35 @@ def test_a_full_output_is_an_error_without_a_traceback() -> None:
     assert done.stderr == b"Error: standard output cannot be written: No space left on device.\n"
 
 
-def test_closed_streams_are_no_error() -> None:
-    assert shell("AVSS query --schema >&-").returncode == 0
-    assert shell("AVSS query --schema >&- 2>&- <&-").returncode == 0
-    assert shell("AVSS show '' 2>&-").returncode == 2
+@pytest.mark.parametrize("command", ["--help", "--version", "run --schema", "show --help"])
+def test_what_ends_before_a_command_runs_needs_an_output_too(command: str) -> None:
+    done = shell(f"AVSS {command} > /dev/full")
+    assert done.returncode == 1
+    assert done.stderr == b"Error: standard output cannot be written: No space left on device.\n"
+
+
+def test_a_closed_output_is_an_error_where_something_is_to_be_written() -> None:
+    done = shell("AVSS query --schema >&-")
+    assert (done.returncode, done.stderr) == (1, b"Error: standard output cannot be written: it is closed.\n")
+    assert shell("AVSS query --schema >&- 2>&- <&-").returncode == 1
+    assert shell("AVSS show '' >&- 2>&-").returncode == 2
+
+
+def test_errors_that_cannot_be_written_change_no_exit_code() -> None:
+    assert shell("AVSS show '' 2>/dev/full").returncode == 2
+    assert shell("AVSS query --schema | true; exit ${PIPESTATUS[0]}").returncode == 0
+
+
+def test_one_place_writes_what_people_see() -> None:
+    """No other file of the package prints, or has a stream or a console of its own."""
+    package = Path(avss_dist.__file__).parent
+    writes = re.compile(r"(?<![\w.])print\(|sys\.(stdout|stderr)(?!\.isatty\(\))|\bConsole\(|\.echo\(|sys\.__std")
+    found = {
+        str(file.relative_to(package))
+        for file in package.rglob("*.py")
+        if any(writes.search(line.partition("#")[0]) for line in file.read_text().splitlines() if '"""' not in line)
+    }
+    assert found == {"system/streams.py", "partition/group.py"}  # which sends what libraries log to standard error
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
@@ -90,7 +117,7 @@ def test_a_terminal_obeys_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
         == "m\N{REPLACEMENT CHARACTER}]0;owned" + "\N{REPLACEMENT CHARACTER}" * 2 + "[31m\N{REPLACEMENT CHARACTER}abc\n"
     )
     file = io.StringIO()
-    console = base.console()
+    console = streams.console()
     console.file = file
     table = Table(title=Text(hostile))
     table.add_column(Text(hostile))

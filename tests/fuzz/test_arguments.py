@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,12 @@ def command_lines(draw: Any) -> list[str]:
 @fuzzed(80)
 @given(line=command_lines())
 def test_every_command_line_ends_in_order(
-    line: list[str], place: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    line: list[str], place: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = Path(shutil.copytree(place, tmp_path_factory.mktemp("arguments") / "place"))
-    monkeypatch.chdir(folder)
     before = files(folder)
-    hold(*line)
+    with chdir(folder):
+        hold(*line)
     after = files(folder)
     written = {name for name in set(before) | set(after) if before.get(name) != after.get(name)}
     assert not {name for name in written if name.startswith("w/")}, line

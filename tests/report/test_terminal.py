@@ -170,6 +170,7 @@ def test_an_indented_formula_is_none_in_a_spreadsheet(tmp_path: Path) -> None:
 
 def test_printable_keeps_every_other_character() -> None:
     assert printable("naïve 模型 🙂 a\tb\nc · עברית") == "naïve 模型 🙂 a\tb\nc · עברית"
+    assert printable("a\ud800b\udcff") == "a\ufffdb\udcff"  # half of a character; a byte of a path
 
 
 @pytest.mark.parametrize("settings", ["{", "[1]", '"text"', "NaN"])

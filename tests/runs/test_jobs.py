@@ -169,8 +169,9 @@ HEAD = "warehouse: w\nmodels: [a]\ncorpora: [builtin:pydoc]\n"
         ),
         (HEAD + "# " + "x" * 1_000_000, "it has more than 1,000,000 bytes"),
         ("a: !!python/object/apply:os.getcwd []\n", "the tag !!python/object/apply:os.getcwd is not plain YAML"),
+        ('a: 1\n"\\ud800": 1\n', "job.yaml:2: a text with half of a character"),
     ],
-    ids=["deep", "nested", "recursive", "aliases", "large", "tag"],
+    ids=["deep", "nested", "recursive", "aliases", "large", "tag", "surrogate"],
 )
 def test_a_hostile_file_is_refused_at_once(text: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(JobError, match=says):

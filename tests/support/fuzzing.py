@@ -144,8 +144,11 @@ def _drop_column(draw: Any, table: pa.Table) -> pa.Table:
 
 
 def _add_column(draw: Any, table: pa.Table) -> pa.Table:
-    name = draw(st.sampled_from(["extra", "run_id", table.column_names[0]]))
-    return table.append_column(name, pa.array([draw(texts()).encode(errors="replace").decode()] * len(table)))
+    name = draw(st.sampled_from(["extra", "run_id"]))
+    if name in table.column_names:
+        return table
+    text = draw(texts()).encode(errors="replace").decode()
+    return table.append_column(name, pa.array([text] * len(table)))
 
 
 def _rows(draw: Any, table: pa.Table) -> pa.Table:

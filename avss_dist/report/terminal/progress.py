@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections import deque
@@ -11,12 +10,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from rich import progress as rich_progress
-from rich.console import Console
 from rich.text import Text
 
 from avss_dist.report.terminal.estimate import describe_seconds
 from avss_dist.runs.reporter import Reporter
-from avss_dist.text import basename, printable
+from avss_dist.system.streams import console, say
+from avss_dist.text import basename
 
 if TYPE_CHECKING:
     from avss_dist.partition.base import Placement
@@ -35,14 +34,14 @@ class _Speed(rich_progress.ProgressColumn):
 
 def _bars(*columns: rich_progress.ProgressColumn) -> rich_progress.Progress:
     """A description, a bar, ``columns`` and the time that is left, on standard error where somebody looks."""
-    console = Console(stderr=True)
+    terminal = console(stderr=True)
     return rich_progress.Progress(
         rich_progress.TextColumn("{task.description}", markup=False),
         rich_progress.BarColumn(),
         *columns,
         rich_progress.TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
+        console=terminal,
+        disable=not terminal.is_terminal,
     )
 
 
@@ -127,7 +126,7 @@ class Log(Reporter):
     """
 
     def __init__(self, num_runs: int, *, seconds: float = 10.0, file: TextIO | None = None) -> None:
-        self._num_runs, self._seconds, self._file = num_runs, seconds, file or sys.stderr
+        self._num_runs, self._seconds, self._file = num_runs, seconds, file
         self._ended = 0
         self._said = time.monotonic()
         self._measured = 0  # tokens, of all runs together, since the last line
@@ -173,7 +172,7 @@ class Log(Reporter):
         self._say(f"{self._ended} of {self._num_runs} runs: {name} {run.status}{error}")
 
     def _say(self, what: str) -> None:
-        print(f"{datetime.now(UTC):%H:%M:%S} {printable(what)}", file=self._file, flush=True)
+        say(f"{datetime.now(UTC):%H:%M:%S} {what}", self._file)
 
 
 def _short(name: str) -> str:

@@ -1,0 +1,107 @@
+"""The one writer of what people see: it knows what the streams can carry, what a terminal obeys, and how writing fails.
+
+Everything else in this package returns texts. `emit` and `console` write to standard output, `say` to standard error.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, TYPE_CHECKING, Any, TextIO
+
+from avss_dist.text import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.segment import Segment
+
+_UNWRITABLE = (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT, errno.EBADF)
+WIDTH = 132  # of tables where standard output is no terminal: wide enough for a whole one
+
+
+def prepare() -> None:
+    """Have the standard streams, and print whatever a text holds: paths that are not UTF-8, characters they lack.
+
+    Standard output stays unwritable where it is closed, and no file that is opened later takes its place.
+    """
+    for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, mode)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            utf8 = codecs.lookup(stream.encoding).name == "utf-8"
+            stream.reconfigure(errors="surrogateescape" if utf8 else "replace")
+
+
+@contextmanager
+def complete_output() -> Iterator[None]:
+    """Have everything that was printed written at the end.
+
+    Raises:
+        SystemExit: it cannot be: 1, and a line says why; 0 where whoever reads it has had enough.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+        raise SystemExit(0) from None
+    except OSError as error:
+        if error.filename is not None or error.errno not in _UNWRITABLE:
+            raise
+        _discard_output()
+        reason = "it is closed" if error.errno == errno.EBADF else error.strerror
+        say(f"Error: standard output cannot be written: {reason}.")
+        raise SystemExit(1) from None
+
+
+def _discard_output() -> None:
+    """Send what is still to be flushed nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def emit(text: object, *, end: str = "\n", flush: bool = False) -> None:
+    """Print to standard output."""
+    print(printable(str(text)), end=end, flush=flush)
+
+
+def emit_json(value: Any, *, indent: int | None = None) -> None:
+    """Print a value as JSON; every character that is not ASCII, or that a terminal obeys, as JSON escapes it."""
+    emit(json.dumps(value, default=str, indent=indent).replace("\x7f", "\\u007f"))
+
+
+def binary_output() -> IO[bytes]:
+    """Standard output, for bytes that no person reads."""
+    return sys.stdout.buffer
+
+
+def say(message: str, file: TextIO | None = None) -> None:
+    """Print to standard error, or a file like it; what cannot be written there is lost."""
+    with suppress(OSError):
+        print(printable(message), file=file or sys.stderr, flush=True)
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Standard output, or standard error, for tables and bars."""
+    from rich.console import Console
+
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # to `complete_output`
+
+        def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+    terminal = Output(highlight=False, stderr=stderr)
+    return terminal if terminal.is_terminal else Output(highlight=False, stderr=stderr, width=WIDTH)
