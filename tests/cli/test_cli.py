@@ -41,6 +41,7 @@ from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
+LIMITS = {"--connect-seconds": 10.0, "--answer-seconds": 60.0}
 COMMANDS: dict[str, dict[str, Any]] = {
     "score": {
         "models": None,
@@ -182,11 +183,11 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--address": None,
         "--fresh": False,
     },
-    "submit": {"job": None, "--address": None, "--replicas": None}
+    "submit": {"job": None, "--address": None, **LIMITS, "--replicas": None}
     | {"--experiment": False, "--fresh": False, "--follow": False},
-    "status": {"--address": None, "job_id": None},
-    "logs": {"job_id": None, "--address": None, "--follow": False},
-    "stop": {"job_id": None, "--address": None},
+    "status": {"--address": None, "job_id": None, **LIMITS},
+    "logs": {"job_id": None, "--address": None, "--follow": False, **LIMITS},
+    "stop": {"job_id": None, "--address": None, **LIMITS},
     "doctor": {"--json": False},
 }
 for _command in ("score", "estimate", "ablate", "evaluate"):
