@@ -17,12 +17,13 @@ from avss_dist.executors.base import Outcome, RunShards, by_model
 from avss_dist.executors.prefetch import Prefetcher
 from avss_dist.executors.ray.gang import Gang, missing_package
 from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
-from avss_dist.executors.ray.liveness import HeadLost, require_head, require_listening, require_node
+from avss_dist.executors.ray.liveness import ENDED, has_head, require_head, require_listening, require_node
 from avss_dist.executors.ray.pool import Pool
 from avss_dist.executors.ray.queue import CellQueue, ShardQueue, UnitQueue
 from avss_dist.partition.base import Placement
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices, devices_here, pick_device
+from avss_dist.system.last_words import LastWords
 from avss_dist.tasks.cells import Cell, CellOutcome
 
 
@@ -35,6 +36,7 @@ class RayExecutor:
         self._started = False
         self._names = count()
         self._monitor: Any = None
+        self._last_words: LastWords | None = None
 
     @cached_property
     def devices(self) -> Devices:
@@ -105,24 +107,24 @@ class RayExecutor:
         )
         try:
             yield from pool.outcomes()
-        except HeadLost:
-            pool.abandon()
-            raise
         finally:
             prefetcher.close()
-            pool.close()
+            if has_head():  # else the cluster ends its workers itself
+                pool.close()
 
     def close(self) -> None:
         """Stop the workers, and Ray if it was started here."""
-        if not ray.is_initialized():
-            return
-        if self._monitor is not None:
+        if ray.is_initialized() and self._monitor is not None:
             ray.kill(self._monitor)
-        if self._started:
+        if ray.is_initialized() and self._started:
             ray.shutdown()
+        if self._last_words is not None:
+            self._last_words.close()
 
     def connect(self) -> None:
         """Start Ray, or reach the cluster, if that is not done yet."""
+        if self._last_words is None:
+            self._last_words = LastWords(ENDED)
         if not ray.is_initialized():
             try:
                 require_listening(self._address or "local")

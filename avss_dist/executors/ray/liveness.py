@@ -15,10 +15,7 @@ HEAD_SECONDS = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", 60
 """For how long the head may be away, which can be restarted. Ray ends this process without a word after twice that."""
 RETRY_SECONDS = 0.5
 KEPT = "Run the same command again: everything measured so far is kept."
-
-
-class HeadLost(RunFailed):
-    """No call that needs the head of the cluster returns any more."""
+ENDED = f"Error: this process was killed, or Ray ended it because its node or the head of the cluster was lost. {KEPT}"
 
 
 def require_listening(address: str) -> None:
@@ -37,21 +34,29 @@ def require_listening(address: str) -> None:
                 raise
 
 
+def has_head() -> bool:
+    """Whether the head of the cluster, the GCS, can be reached."""
+    try:
+        require_listening(ray.get_runtime_context().gcs_address)
+    except OSError:
+        return False
+    return True
+
+
 def require_head() -> None:
     """Wait for the head where it is away, as calls that need it would without end.
 
     Raises:
-        HeadLost: it did not come back.
+        RunFailed: it did not come back.
     """
-    address = ray.get_runtime_context().gcs_address
     deadline = time.monotonic() + HEAD_SECONDS
-    while True:
-        try:
-            return require_listening(address)
-        except OSError as error:
-            if time.monotonic() > deadline:
-                message = f"The Ray cluster is lost: its head (the GCS at {address}) has crashed, or was killed."
-                raise HeadLost(message, f"Start it again. {KEPT}") from error
+    while not has_head():
+        if time.monotonic() > deadline:
+            where = ray.get_runtime_context().gcs_address
+            raise RunFailed(
+                f"The Ray cluster is lost: its head (the GCS at {where}) has crashed, or was killed.",
+                f"Start it again. {KEPT}",
+            )
         time.sleep(RETRY_SECONDS)
 
 

@@ -99,10 +99,6 @@ class Pool:
         """Stop every gang."""
         for gang in self._gangs():
             gang.stop()
-        self.abandon()
-
-    def abandon(self) -> None:
-        """Forget every gang: without its head, a cluster ends them itself."""
         self._rounds, self._idle = {}, []
 
     def _arrived(self) -> list[tuple[Any, Any]]:
