@@ -46,6 +46,7 @@ from support.faults import FAULTS, GANGS, Scene  # noqa: E402
 from support.ray_cluster import Cluster  # noqa: E402
 from support.tables import assert_same_evaluations, assert_same_tables, unit_times  # noqa: E402
 
+ENDED_BY = {-signal.SIGKILL: "driver killed", 130: "driver interrupted"}
 COMMAND_SECONDS = 240.0  # before a command is taken to hang
 MOST_COMMANDS = 8
 JOBS = {"score": 6, "ablate": 5, "experiment": 3, "zero3": 1, "tensor_parallel": 1}  # how often each comes
@@ -106,7 +107,7 @@ def avss(arguments: list[str], log: Path) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.argv = ["avss", *arguments]
-    from avss_dist.cli import main
+    from avss_dist.__main__ import main
 
     main()
 
@@ -267,7 +268,8 @@ class Campaign:
                 process.join()
         code = int(scene.driver.exitcode)
         if code and len(outcome.rounds) > first:
-            last = outcome.rounds[-1]
+            cause = ENDED_BY.get(code)
+            last = next((r for r in reversed(outcome.rounds) if r.fault == cause), outcome.rounds[-1])
             last.code, last.seconds = code, time.monotonic() - last.begun
         return code
 

@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from rich.table import Table
@@ -18,6 +20,7 @@ from rich.text import Text
 from support.warehouses import write_scores
 
 import avss_dist
+from avss_dist.__main__ import main
 from avss_dist.system import streams
 from avss_dist.text import printable
 
@@ -124,3 +127,19 @@ def test_a_terminal_obeys_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
     table.add_row(Text(hostile))
     console.print(table)
     assert not set("\x1b\x07\u202e") & set(file.getvalue()) and "owned" in file.getvalue()
+
+
+class Interrupted(ModuleType):
+    """A module during whose import Ctrl-C comes."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_before_there_are_commands_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "avss_dist.cli", Interrupted("avss_dist.cli"))
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert (end.value.code, capsys.readouterr().err) == (130, "Stopped.\n")
