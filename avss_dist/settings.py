@@ -45,6 +45,9 @@ PUBLISHED_THRESHOLD = 1e-5
 THRESHOLDS = (1e-6, PUBLISHED_THRESHOLD, 1e-4, 1e-3, 1e-2, 1e-1)
 RELATIVE_THRESHOLDS = (0.01, 0.1)  # multiples of the RMS of the layer and site; scored from stored counts
 
+MOST_EVALUATIONS = 10_000  # of a model without some of its layers, on a task: what an experiment does unasked
+MOST_PASSES = 100_000  # of a batch through a model: what an ablation does unasked
+
 BOOTSTRAP_RESAMPLES = 1000
 BOOTSTRAP_SEED = 0
 BOOTSTRAP_BLOCKS = 100  # shards beyond this are resampled in blocks of consecutive ones

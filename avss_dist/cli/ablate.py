@@ -10,6 +10,7 @@ from avss_dist.cli.evaluate import EVALUATED
 from avss_dist.cli.options import (
     WORKERS,
     CorpusOption,
+    ManyOption,
     ModelArgument,
     SkipSequencesOption,
     format_option,
@@ -36,6 +37,7 @@ def ablate(
         bool, typer.Option("--gradients", help="A backward pass: first-order removal estimate, norms.")
     ] = False,
     skip_sequences: SkipSequencesOption = 0,
+    allow_many: ManyOption = False,
     format: Annotated[str, format_option("table", "json", "csv")] = "table",
     **options: Any,
 ) -> None:
@@ -56,6 +58,7 @@ def ablate(
             seed=seed,
             gradients=gradients,
             skip_sequences=skip_sequences,
+            allow_many=allow_many,
             reporter=progress,
             **options,
         )

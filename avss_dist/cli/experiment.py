@@ -15,6 +15,7 @@ from avss_dist.cli.options import (
     WORKERS,
     EveryRunOption,
     FormatOption,
+    ManyOption,
     OverlapOption,
     WarehousePath,
     takes_settings,
@@ -26,6 +27,7 @@ from avss_dist.system.streams import console, say
 def experiment(
     job: JobPath,
     allow_overlap: OverlapOption = False,
+    allow_many: ManyOption = False,
     format: FormatOption = FORMATS[0],
     **options: Any,
 ) -> int:
@@ -44,7 +46,12 @@ def experiment(
 
     with Progress() if sys.stderr.isatty() else Log(len(read.specs)) as reporter:
         runs, rows = run_experiment(
-            read, reporter=reporter, cells=CellProgress(), allow_overlap=allow_overlap, **options
+            read,
+            reporter=reporter,
+            cells=CellProgress(),
+            allow_overlap=allow_overlap,
+            allow_many=allow_many,
+            **options,
         )
     if format == "table":
         console().print(experiment_tables(rows))

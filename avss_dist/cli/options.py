@@ -159,6 +159,7 @@ CodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Pytho
 OverlapOption = Annotated[
     bool, typer.Option("--allow-overlap", help="Evaluate on text that layers were scored on, too.")
 ]
+ManyOption = Annotated[bool, typer.Option("--yes", help="Go on, however much work it is.")]
 _RUN = "A run, by its id, a part that only it has, or a glob such as 'smollm2-*'"
 RunOption = Annotated[str | None, typer.Option("--run", help=f"{_RUN}; the newest by default.")]
 RunsOption = Annotated[list[str] | None, typer.Option("--run", help=f"{_RUN}; repeatable. The newest by default.")]

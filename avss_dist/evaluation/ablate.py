@@ -21,10 +21,12 @@ from avss_dist.evaluation.engine import (
     pinned,
     plan_evaluation,
     plan_text,
+    require_intended,
 )
 from avss_dist.executors.open import open_executor
-from avss_dist.models.checkpoints import resolve
-from avss_dist.settings import GROUND_TRUTH, INTERVAL, LOSS
+from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.loading import text_config
+from avss_dist.settings import GROUND_TRUTH, INTERVAL, LOSS, MOST_PASSES, Settings
 from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.gradients import Gradients
 from avss_dist.tasks.layer_removal import SHAPLEY, LeaveOneOut, Shapley
@@ -87,6 +89,7 @@ def ablate(
     seed: int = 0,
     gradients: bool = False,
     skip_sequences: int = 0,
+    allow_many: bool = False,
     reporter: CellReporter | None = None,
     **options: Any,
 ) -> Ablation:
@@ -99,6 +102,7 @@ def ablate(
         truncation, seed: of the permutations.
         gradients: a backward pass too (`gradients.Gradients`).
         skip_sequences: rows at the start of the corpus that are not read.
+        allow_many: go on with more than ``settings.MOST_PASSES``.
         options: the fields of ``settings.Settings`` and ``settings.Execution``.
 
     Raises:
@@ -116,6 +120,7 @@ def ablate(
     with closing(open_executor(execution, settings)) as executor:
         fixed = pinned(settings, checkpoint, executor.device)
         text = plan_text(checkpoint, corpus, fixed, skip_sequences=skip_sequences)
+        _require_intended(checkpoint, text, fixed, leave_one_out + shapley, allow_many=allow_many)
         seeds = np.random.SeedSequence(seed).generate_state(shapley).tolist()
         tasks = _tasks(corpus, text, leave_one_out, gradients, seeds, truncation)
         planned = [plan_evaluation(checkpoint, task, fixed) for task in tasks]
@@ -125,6 +130,27 @@ def ablate(
     if failed:
         raise failure(failed)
     return _ablation(str(model), corpus, found)
+
+
+def _require_intended(
+    checkpoint: Checkpoint, text: CorpusPlan, settings: Settings, removals: int, *, allow_many: bool
+) -> None:
+    """Refuse more forward passes than are made unasked.
+
+    Args:
+        removals: how often every layer is left out.
+    """
+    config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code).get_text_config()
+    layers = getattr(config, "num_hidden_layers", None) or 1
+    batches = sum(-(-shard.num_sequences // settings.batch_size) for shard in text.shards)
+    require_intended(
+        removals * layers * batches,
+        MOST_PASSES,
+        f"Up to {{}} forward passes would be made (batches: {batches:,}, layers: {layers:,}, times that each is left "
+        f"out: {removals:,})",
+        "Lower `shapley` or `max_sequences`.",
+        allow_many=allow_many,
+    )
 
 
 def _tasks(

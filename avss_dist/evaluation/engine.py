@@ -89,6 +89,20 @@ def evaluation_options(options: dict[str, Any]) -> tuple[Settings, Execution]:
     return settings, execution
 
 
+def require_intended(number: int, most: int, what: str, hint: str, *, allow_many: bool) -> None:
+    """Refuse more work than ``most``, unless the user wants so much; nothing of that size has been made yet.
+
+    Args:
+        what: a sentence's begin, and its noun after the number: ``"{} passes would be made"``.
+        hint: what makes it less.
+
+    Raises:
+        ConfigError: it is more, and ``allow_many`` is not set.
+    """
+    if number > most and not allow_many:
+        raise ConfigError(f"{what.format(f'{number:,}')}.", f"{hint} More than {most:,} need `allow_many`.")
+
+
 def _refuse_scoring(settings: Settings) -> None:
     """Refuse settings of what is measured inside of layers, which no evaluation is.
 

@@ -24,6 +24,7 @@ from avss_dist.evaluation.engine import (
     pinned,
     plan_evaluation,
     plan_text,
+    require_intended,
 )
 from avss_dist.evaluation.evaluate import make_task
 from avss_dist.evaluation.held_out import refuse_overlap
@@ -38,7 +39,16 @@ from avss_dist.runs.api import executor_for, run_job, with_options
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
-from avss_dist.settings import CHANCE, GROUND_TRUTH, LOSS, Settings, fingerprint
+from avss_dist.settings import (
+    CHANCE,
+    GROUND_TRUTH,
+    LOSS,
+    MOST_EVALUATIONS,
+    RECIPES,
+    RELATIVE_THRESHOLDS,
+    Settings,
+    fingerprint,
+)
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Result, Task, require_whole_model
 from avss_dist.tasks.cells import Cell
@@ -97,6 +107,7 @@ def run_experiment(
     reporter: Reporter | None = None,
     cells: CellReporter | None = None,
     allow_overlap: bool = False,
+    allow_many: bool = False,
     **options: Any,
 ) -> tuple[list[Run], list[dict[str, Any]]]:
     """Score the runs of a job, choose, evaluate, compare; what is done is not repeated.
@@ -105,6 +116,7 @@ def run_experiment(
         job: with a section ``experiment``.
         reporter, cells: hear how scoring and evaluating go.
         allow_overlap: evaluate on text that layers were scored on, all the same.
+        allow_many: go on with more than ``settings.MOST_EVALUATIONS``.
         options: as for `runs.api.run_job`.
 
     Returns:
@@ -119,6 +131,7 @@ def run_experiment(
     specs, execution = with_options(job, options)
     for spec in specs:
         require_whole_model(spec.execution)
+    _require_intended(specs, experiment, allow_many=allow_many or experiment.allow_many)
     runs = run_job(job, reporter=reporter or Reporter(), **options)
     tasks = [RedactedURI(task) for task in experiment.tasks]
     store, warehouse = Store(job.warehouse), Warehouse(job.warehouse)
@@ -140,6 +153,25 @@ def run_experiment(
     return runs, _commit_rows(trials, results, experiment, tasks, store)
 
 
+def _require_intended(specs: Sequence[RunSpec], experiment: Experiment, *, allow_many: bool) -> None:
+    """Refuse more evaluations than are made unasked, before anything is scored."""
+    tasks = len(experiment.tasks)
+    choices = [experiment.count_choices(_count_readings(spec.settings)) for spec in specs]
+    require_intended(
+        sum(1 + choice for choice in choices) * tasks,
+        MOST_EVALUATIONS,
+        f"The experiment makes up to {{}} evaluations (models: {len(specs):,}, sets of layers to drop: "
+        f"{max(choices, default=0):,}, tasks: {tasks:,})",
+        "Lower `random`, or name fewer `scores`, `shares` or `tasks`.",
+        allow_many=allow_many,
+    )
+
+
+def _count_readings(settings: Settings) -> int:
+    """Readings of AVSS that a run with these settings may score."""
+    return len(settings.sites) * len(RECIPES) * (len(settings.thresholds) + len(RELATIVE_THRESHOLDS))
+
+
 def _commit_rows(
     trials: Sequence[Trial],
     results: Mapping[str, list[Result]],
@@ -148,7 +180,8 @@ def _commit_rows(
     store: Store,
 ) -> list[dict[str, Any]]:
     """Write what every choice kept; the rows of all trials."""
-    name = fingerprint(**asdict(experiment) | {"tasks": tasks})[:20]
+    asked = {key: value for key, value in asdict(experiment).items() if key != "allow_many"}
+    name = fingerprint(**asked | {"tasks": tasks})[:20]
     rows = []
     for trial in trials:
         mine = list(_rows_of_trial(trial, results))

@@ -62,6 +62,20 @@ class Experiment:
     """Questions of a harness task at most."""
     num_fewshot: Count | None = None
     """Examples before each question of a harness task."""
+    allow_many: bool = False
+    """Go on where there are more than 10,000 evaluations."""
+
+    def count_choices(self, readings: int) -> int:
+        """Choices of layers for a model, at most.
+
+        Args:
+            readings: of AVSS, that ``avss:all`` stands for.
+        """
+        controls = self.reversed + bool(self.keep_ends)
+        several = EVERY_READING in self.scores
+        scores = len(self.scores) - several + self.leave_one_out
+        methods = scores * (1 + controls) + several * (readings + controls) + self.random * (1 + bool(self.keep_ends))
+        return methods * len(self.shares)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -372,3 +372,23 @@ def test_mistakes(tiny_llama: Path, tmp_path: Path) -> None:
         ablate(tiny_llama, **text | {"max_sequence": 3})
     with pytest.raises(AvssError, match="no-such-folder"):
         ablate(tmp_path / "no-such-folder", **text)
+
+
+def test_very_many_permutations_say_their_work_first(tiny_llama: Path, tmp_path: Path) -> None:
+    """Of 10^9 permutations, the seeds alone would fill the memory."""
+    text = {"corpus": TEXT, "warehouse": tmp_path / "w", **SMALL}
+    with pytest.raises(
+        ConfigError, match=r"Up to [\d,]+ forward passes .*layers: 3, times that each is left out: 1,000,000,001"
+    ) as caught:
+        ablate(tiny_llama, shapley=10**9, **text)
+    assert caught.value.hint == "Lower `shapley` or `max_sequences`. More than 100,000 need `allow_many`."
+
+
+def test_much_work_is_done_where_it_is_wanted(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("avss_dist.evaluation.ablate.MOST_PASSES", 0)
+    text = {"corpus": TEXT, "warehouse": tmp_path / "w", **SMALL}
+    with pytest.raises(ConfigError, match="forward passes"):
+        ablate(tiny_llama, **text)
+    assert len(ablate(tiny_llama, allow_many=True, **text).layers) == 3

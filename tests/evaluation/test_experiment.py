@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from support.checkpoints import VOCABULARY, one_thread
+from typer.testing import CliRunner
 
 from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.analysis.verdict import judgement, verdicts
+from avss_dist.cli import app
 from avss_dist.errors import ConfigError
 from avss_dist.evaluation.experiment import run_experiment
 from avss_dist.pruning.methods import Experiment, Method, methods, parse_score
@@ -316,3 +318,28 @@ def test_an_experiment_refuses_what_its_evaluations_would_ignore(tmp_path: Path)
         with pytest.raises(ConfigError, match=f"`{name}`"):
             run_experiment(read_job(job))
     assert not (tmp_path / "w").exists()
+
+
+def test_a_huge_experiment_says_its_size_first(tmp_path: Path) -> None:
+    """10^8 random choices are neither made nor counted one by one; scoring has not begun."""
+    job = tmp_path / "job.yaml"
+    text = JOB.format(warehouse=tmp_path / "w", model="nowhere").replace("random: 2", "random: 100000000")
+    job.write_text(text)
+    done = CliRunner().invoke(app, ["experiment", str(job)])
+    assert done.exit_code == 2
+    assert "makes up to 400,000,037 evaluations (models: 1, sets of layers to drop: 400,000,036" in done.stderr
+    assert "Lower `random`" in done.stderr and "More than 10,000 need --yes." in done.stderr
+    assert not (tmp_path / "w").exists()
+    job.write_text(text.replace("100000000", "3000") + "  allow_many: true\n")
+    runs, rows = run_experiment(read_job(job))
+    assert [run.status for run in runs] == ["failed"] and not rows
+
+
+@pytest.mark.parametrize("scores", [("avss", "block_influence"), ("avss:all",), ("avss:all", "avss")])
+@pytest.mark.parametrize("keep_ends", [0, 1])
+def test_choices_are_counted_as_methods_make_them(scores: tuple[str, ...], keep_ends: int) -> None:
+    row = {"layer": 0, "site": "block", "recipe": "pooled", "threshold_kind": "absolute"}
+    rows = [{**row, "threshold": threshold} for threshold in (1e-5, 1e-4, 1e-3)]
+    experiment = Experiment(tasks=(TASK,), scores=scores, shares=(0.25, 0.5), random=3, keep_ends=keep_ends)
+    made = len(list(methods(experiment, rows))) * 2
+    assert made <= experiment.count_choices(3) <= made + 2 * 3  # a reading that is named twice counts once
