@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
+from avss_dist.analysis.agreement import correlate_pairs
 from avss_dist.analysis.thresholds import scores_at
 from avss_dist.errors import QueryError, require_known
 from avss_dist.settings import LOWEST_SHARE, RIVALS, SCORES
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.rankings import FEWEST, align, count_lowest, rank_biased_overlap, spearman
 from avss_dist.stats.scores import Threshold, score_column
-from avss_dist.system.progress_bar import tracked
 from avss_dist.text import describe_threshold
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
@@ -29,6 +27,7 @@ CONDITIONS = ("corpus", "dtype", "sequence_length", "layout", "skip_first_tokens
 BETWEEN = ("run", "family", "revision", "corpus", "dtype")
 WITHIN = ("recipe", "threshold", "site", "score")
 BY = (*BETWEEN, *WITHIN)
+MOST_PAIRS = 1_000_000  # of one comparison: those of 1,400 runs
 
 SCHEMA = pa.schema(
     [
@@ -108,14 +107,32 @@ def compare(
     runs = _runs(warehouse, run_ids)
     fixed: dict[str, Any] = {"site": site, "recipe": recipe, "threshold": threshold, "score": score}
     found = profiles(warehouse, runs, **{name: None if name == by else value for name, value in fixed.items()})
-    pairs = [(a, b) for a, b in combinations(found, 2) if _is_pair(a, b, by, allow_mismatch)]
     if by in ("run", "family", "revision") and not allow_mismatch:
         _require_comparable([profile.run for profile in found])
+    pairs = list(islice(_pairs(found, by, allow_mismatch), MOST_PAIRS + 1))
     if not pairs:
         raise QueryError(f"No two profiles differ in {by} alone.", _what_there_is(found, by))
-    rows = [{"by": by, **_compared(a, b, by, k, share)} for a, b in tracked(pairs, f"Comparing {len(pairs):,} pairs")]
-    rows.sort(key=lambda row: -math.inf if math.isnan(row["spearman"]) else row["spearman"], reverse=True)
-    return pa.Table.from_pylist(rows, SCHEMA)
+    if len(pairs) > MOST_PAIRS:
+        raise QueryError(
+            f"{len(runs):,} runs make more than {MOST_PAIRS:,} pairs that differ in {by}.",
+            f"Compare fewer: avss compare {warehouse.root} --run 'smollm2-*', for example.",
+        )
+    return _table(found, np.array(sorted(pairs), np.int64).T, by, k, share)
+
+
+def _table(found: Sequence[Profile], pairs: NDArray[np.int64], by: str, k: int | None, share: float) -> pa.Table:
+    """Pairs of profiles, by index int64[2, pairs], with their agreement: most alike first."""
+    agreement = correlate_pairs([(profile.depth, profile.values) for profile in found], *pairs, k=k, share=share)
+    labels = pa.array([profile.label(by) for profile in found], pa.string())
+    run_ids = pa.array([profile.run["run_id"] for profile in found], pa.string())
+    columns = {
+        "by": pa.repeat(by, pairs.shape[1]),
+        **{side: labels.take(pa.array(index)) for side, index in zip("ab", pairs, strict=True)},
+        **{f"{side}_run_id": run_ids.take(pa.array(index)) for side, index in zip("ab", pairs, strict=True)},
+        **agreement,
+    }
+    order = np.argsort(-np.nan_to_num(agreement["spearman"], nan=-2.0), kind="stable")
+    return pa.table({name: columns[name] for name in SCHEMA.names}, SCHEMA).take(pa.array(order))
 
 
 def profiles(
@@ -177,64 +194,15 @@ def _profile(run: Mapping[str, Any], key: Any, score: str, rows: Sequence[Mappin
     return Profile(run=run, site=key[0], recipe=key[1], threshold=key[2], score=score, depth=depth, values=values)
 
 
-def correlate(
-    a: tuple[Float64, Float64], b: tuple[Float64, Float64], *, k: int | None = None, share: float = LOWEST_SHARE
-) -> dict[str, Any]:
-    """Agreement of two profiles, each (depth, values): the columns of `SCHEMA` from ``layers`` on.
-
-    Where the depths differ, the profile with more layers is interpolated, linear in depth, at those of the other.
-
-    Spearman's rho with average ranks, Kendall's tau-b by scipy, and rank-biased overlap from the lowest layer up
-    (`rank_biased_overlap`). NaN for fewer than three layers, or where a profile is constant.
-    """
-    from scipy import stats  # a second to import
-
-    x, y, interpolated = align(a, b)
-    n = len(x)
-    size = min(k or count_lowest(n, share), n)
-    defined = n >= FEWEST and np.ptp(x) > 0 and np.ptp(y) > 0
-    order_x, order_y = np.argsort(x, kind="stable"), np.argsort(y, kind="stable")
-    shared = len(set(order_x[:size]) & set(order_y[:size]))
-    jaccard_by_chance, at_least = _by_chance(n, size)
-    return {
-        "layers": n,
-        "interpolated": interpolated,
-        "k": size,
-        "shared": shared,
-        "spearman": spearman(x, y),
-        "kendall": float(stats.kendalltau(x, y).statistic) if defined else np.nan,
-        "rbo": rank_biased_overlap(order_x, order_y) if defined else np.nan,
-        "jaccard": shared / (2 * size - shared),
-        "jaccard_by_chance": jaccard_by_chance,
-        "p_by_chance": float(at_least[shared]),
-    }
-
-
-@cache
-def _by_chance(layers: int, size: int) -> tuple[float, Float64]:
-    """Of two random sets of ``size`` layers: the expected Jaccard index, and how often 0, 1, ... or more are shared."""
-    from scipy.stats import hypergeom
-
-    overlaps, chance = np.arange(size + 1), hypergeom(layers, size, size)
-    return float((chance.pmf(overlaps) * overlaps / (2 * size - overlaps)).sum()), chance.sf(overlaps - 1)
-
-
-def _compared(a: Profile, b: Profile, by: str, k: int | None, share: float) -> dict[str, Any]:
-    return {
-        "a": a.label(by),
-        "b": b.label(by),
-        "a_run_id": a.run["run_id"],
-        "b_run_id": b.run["run_id"],
-        **correlate((a.depth, a.values), (b.depth, b.values), k=k, share=share),
-    }
-
-
 def _runs(warehouse: Warehouse, run_ids: Sequence[str]) -> list[dict[str, Any]]:
     rows = {row["run_id"]: row for row in warehouse.runs().to_pylist(maps_as_pydicts="lossy")}
     for row in rows.values():
         settings = settings_of(row)
         row |= {"skip_first_tokens": settings.get("skip_first_tokens", 0), "layout": settings.get("layout", "packed")}
-    return [rows[require_known("run", run_id, sorted(rows), QueryError)] for run_id in run_ids]
+    for run_id in run_ids:
+        if run_id not in rows:
+            require_known("run", run_id, sorted(rows), QueryError)
+    return [rows[run_id] for run_id in run_ids]
 
 
 def _condition(run: Mapping[str, Any], name: str) -> Any:
@@ -242,20 +210,35 @@ def _condition(run: Mapping[str, Any], name: str) -> Any:
     return (run["corpus_fingerprint"] or run["corpus"]) if name == "corpus" else run[name]
 
 
-def _is_pair(a: Profile, b: Profile, by: str, allow_mismatch: bool) -> bool:
-    one, other = a.run, b.run
+def _pairs(found: Sequence[Profile], by: str, allow_mismatch: bool) -> Iterator[tuple[int, int]]:
+    """The indices of two profiles that differ in ``by`` and, but for the models, in nothing else."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, profile in enumerate(found):
+        groups.setdefault(_shared(profile, by, allow_mismatch), []).append(index)
+    for members in groups.values():
+        values = [_value(found[index], by) for index in members]
+        if len(set(values)) > 1:
+            for (a, one), (b, other) in combinations(zip(members, values, strict=True), 2):
+                if one != other and (by != "score" or SCORES[0] in (one, other)):
+                    yield a, b
+
+
+def _shared(profile: Profile, by: str, allow_mismatch: bool) -> Hashable:
+    """What the profiles of a pair have in common."""
+    run = profile.run
     if by in WITHIN:
-        rivals = by != "score" or SCORES[0] in (a.score, b.score)
-        return bool(one["run_id"] == other["run_id"] and rivals and a.label(by) != b.label(by))
-    if one["run_id"] == other["run_id"]:
-        return False
+        return run["run_id"]
     if by in ("corpus", "dtype"):
-        same = allow_mismatch or all(_condition(one, c) == _condition(other, c) for c in CONDITIONS if c != by)
-        alike = (one["model"], one["revision"]) == (other["model"], other["revision"])
-        return bool(same and alike and _condition(one, by) != _condition(other, by))
-    if by == "revision":
-        return bool(one["model"] == other["model"] and one["revision"] != other["revision"])
-    return bool(by == "run" or one[by] != other[by])
+        conditions = () if allow_mismatch else tuple(_condition(run, name) for name in CONDITIONS if name != by)
+        return (run["model"], run["revision"], *conditions)
+    return run["model"] if by == "revision" else None
+
+
+def _value(profile: Profile, by: str) -> Any:
+    """What the profiles of a pair differ in."""
+    if by in WITHIN:
+        return profile.label(by)
+    return profile.run["run_id"] if by == "run" else _condition(profile.run, by)
 
 
 def _require_comparable(runs: Sequence[Mapping[str, Any]]) -> None:

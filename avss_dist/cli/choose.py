@@ -15,6 +15,8 @@ from avss_dist.text import parse_threshold
 MOST_NAMED = 5  # runs that cannot be read
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from avss_dist.stats.scores import Threshold
     from avss_dist.warehouse.reader import Warehouse
 
@@ -101,19 +103,32 @@ def choose_scores(
     warehouse: Warehouse, runs: list[dict[str, Any]], site: str, recipe: str, threshold: str
 ) -> list[dict[str, Any]]:
     """The stored scores of runs at one site, recipe and threshold, by run and layer."""
+    import pyarrow.compute as pc
+
     value, kind = parse_threshold(threshold)
-    rows = warehouse.table("scores", run_ids=[run["run_id"] for run in runs]).to_pylist()
-    scored = sorted({f"{row['site']} {row['recipe']}" for row in rows})
-    rows = [row for row in rows if (row["site"], row["recipe"]) == (site, recipe)]
-    if not rows:
-        raise QueryError(f"No scores of site '{site}' with recipe '{recipe}'.", f"Scored: {', '.join(scored)}.")
-    wanted = [row for row in rows if (row["threshold"], row["threshold_kind"]) == (value, kind)]
-    if not wanted:
-        seen = sorted({(r["threshold_kind"], r["threshold"]) for r in rows})
-        names = ", ".join(f"{t:g}{'rms' if k == 'rms' else ''}" for k, t in seen)
-        raise QueryError(f"No scores at threshold {threshold}.", f"Scored: {names}. avss scores computes any other.")
-    wanted = [{name: None if value != value else value for name, value in row.items()} for row in wanted]  # NaN
-    return sorted(wanted, key=lambda row: (row["run_id"], row["layer"]))
+    run_ids = [run["run_id"] for run in runs]
+    at = {"site": site, "recipe": recipe, "threshold": value, "threshold_kind": kind}
+    where = pc.scalar(True)
+    for name, wanted in at.items():
+        where &= pc.field(name) == wanted
+    rows = warehouse.table("scores", run_ids=run_ids, where=where).sort_by(
+        [("run_id", "ascending"), ("layer", "ascending")]
+    )
+    if not rows.num_rows:
+        raise _not_scored(warehouse.table("scores", run_ids=run_ids, columns=list(at)), site, recipe, threshold)
+    return [{name: None if value != value else value for name, value in row.items()} for row in rows.to_pylist()]  # NaN
+
+
+def _not_scored(table: pa.Table, site: str, recipe: str, threshold: str) -> QueryError:
+    """What to say where there are no scores of a site, recipe and threshold: which there are."""
+    rows = table.group_by(table.column_names).aggregate([]).to_pylist()
+    here = [row for row in rows if (row["site"], row["recipe"]) == (site, recipe)]
+    if not here:
+        scored = sorted({f"{row['site']} {row['recipe']}" for row in rows})
+        return QueryError(f"No scores of site '{site}' with recipe '{recipe}'.", f"Scored: {', '.join(scored)}.")
+    seen = sorted({(row["threshold_kind"], row["threshold"]) for row in here})
+    names = ", ".join(f"{t:g}{'rms' if k == 'rms' else ''}" for k, t in seen)
+    return QueryError(f"No scores at threshold {threshold}.", f"Scored: {names}. avss scores computes any other.")
 
 
 def choose_threshold(text: str) -> Threshold:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,7 +79,7 @@ def compare(
     }
     title = f"by {by}  " + " / ".join(text for name, text in fixed.items() if name != by)
     console().print(pairs_table(pairs, title))
-    compared = {*pairs["a_run_id"].to_pylist(), *pairs["b_run_id"].to_pylist()}
+    compared = {name for side in ("a_run_id", "b_run_id") for name in pairs[side].unique().to_pylist()}
     found = find(opened, [name for name in names if name in compared], threshold=at)
     shown = _at(found, None if by == "site" else site, None if by == "recipe" else recipe)
     console().print(findings_table(shown))
@@ -122,6 +123,7 @@ def scores(
     """Score runs at any threshold, absolute or relative, from what they stored: no model runs again."""
     import pyarrow.compute as pc
 
+    from avss_dist.analysis.stats_findings import grouped
     from avss_dist.analysis.thresholds import scores_at
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.scores import layer_table
@@ -136,8 +138,9 @@ def scores(
         raise QueryError(f"No statistics for site '{site}' and recipe '{recipe}'.", f"Recipes: {', '.join(recipes)}.")
     if format != FORMATS[0]:
         return write_table(table, format, console())
+    by_run = grouped(table.to_pylist(), "run_id")
     for row in runs:
-        found = [s for s in table.to_pylist() if s["run_id"] == row["run_id"]]
+        found = by_run.get((row["run_id"],), [])
         console().print(layer_table(row, found))
         emit(f"From stored counts: {_exactness(found, at.value if at.kind == 'absolute' else None)}")
     return None
@@ -159,6 +162,7 @@ def quantiles(
     for share in shares:
         if not 0 <= share <= 1:
             raise ConfigError(f"{share:g} is not a share.", "Write a number from 0 to 1.")
+    from avss_dist.analysis.stats_findings import grouped
     from avss_dist.analysis.thresholds import quantiles as find
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.compare import quantiles_table
@@ -170,10 +174,8 @@ def quantiles(
         raise QueryError(f"No statistics of site '{site}'.", "avss query WAREHOUSE 'SELECT run_id, sites FROM runs'")
     if format != FORMATS[0]:
         return write_table(table, format, console())
-    for row in runs:
-        found = [r for r in table.to_pylist() if r["run_id"] == row["run_id"]]
-        if found:
-            console().print(quantiles_table(found))
+    for found in grouped(table.to_pylist(), "run_id").values():
+        console().print(quantiles_table(found))
     return None
 
 
@@ -200,7 +202,7 @@ def export(
     emit(output)
 
 
-def _exactness(scores: list[dict[str, Any]], threshold: float | None) -> str:
+def _exactness(scores: Sequence[Mapping[str, Any]], threshold: float | None) -> str:
     """How far near-zero counts are known, and where they would be exact."""
     from avss_dist.analysis.thresholds import INTERPOLATED
     from avss_dist.stats.histogram import bin_edges

@@ -56,10 +56,15 @@ def plot(
     threshold: ThresholdOption = f"{PUBLISHED_THRESHOLD:g}",
 ) -> None:
     """Draw scores by depth, the rivals beside them."""
-    from avss_dist.report.chart import layers_chart, save_chart
+    from avss_dist.report.chart import MOST_RUNS, layers_chart, save_chart
 
     opened = open_warehouse(warehouse)
     runs = choose_runs(opened, run or [])
+    if len(runs) > MOST_RUNS:
+        raise QueryError(
+            f"{len(runs):,} runs are too many for one chart; it holds {MOST_RUNS} at most.",
+            "Name fewer with `run`; avss report draws the runs of a whole warehouse.",
+        )
     save_chart(layers_chart(runs, choose_scores(opened, runs, site, recipe, threshold)), output)
     emit(output)
 

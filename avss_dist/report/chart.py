@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from avss_dist.stats.rankings import count_lowest
 from avss_dist.text import describe_count, describe_threshold, printable
 
 ENDINGS = (".png", ".svg", ".html")
+MOST_RUNS = 100  # in a chart: its ten colors repeat long before, and the library that draws holds every point
 PANEL = {"width": 300, "height": 210}
 COLORS = alt.Scale(scheme="tableau10")
 LOWEST_COLOR = "#d62728"
@@ -30,7 +32,7 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
         scores: rows of ``scores`` of these runs, of one site, recipe and threshold.
     """
     labels = {r["run_id"]: f"{r['model'].rstrip('/').rpartition('/')[2]} ({r['run_id'][-10:]})" for r in runs}
-    sizes = {run_id: sum(s["run_id"] == run_id for s in scores) for run_id in labels}
+    sizes = Counter(s["run_id"] for s in scores)
     rows = [
         {
             **{k: s[k] for k in ("layer", "layer_name", "depth", "rank", "avss_low", "avss_high", *RIVALS)},

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from avss_dist.analysis.stats_findings import grouped
 from avss_dist.report.output import csv_cell
 from avss_dist.report.terminal.compare import short_name
 from avss_dist.settings import LOWEST_SHARE
@@ -59,7 +60,8 @@ def export_text(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str,
         writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
         return text.getvalue()
     write = latex_table if kind == "latex" else markdown_table
-    return "\n".join(write(run, [s for s in scores if s["run_id"] == run["run_id"]]) for run in runs)
+    by_run = grouped(scores, "run_id")
+    return "\n".join(write(run, by_run[run["run_id"],]) for run in runs)
 
 
 def latex_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,8 @@ from avss_dist.text import escape_markdown, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+ROWS_AT_ONCE = 10_000  # of a table, as Python objects
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -101,5 +103,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _rows(table: pa.Table) -> list[dict[str, object]]:
-    return table.to_pylist(maps_as_pydicts="lossy")
+def _rows(table: pa.Table) -> Iterator[dict[str, object]]:
+    for batch in table.to_batches(ROWS_AT_ONCE):
+        yield from batch.to_pylist(maps_as_pydicts="lossy")

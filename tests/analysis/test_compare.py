@@ -26,11 +26,13 @@ from support.warehouses import (
     write_scores,
 )
 
-from avss_dist.analysis.compare import SCHEMA, compare, correlate
+from avss_dist.analysis.agreement import correlate, correlate_pairs
+from avss_dist.analysis.compare import SCHEMA, compare
 from avss_dist.analysis.findings import findings
 from avss_dist.errors import QueryError
 from avss_dist.report.terminal.compare import summary
 from avss_dist.settings import PUBLISHED_THRESHOLD
+from avss_dist.stats.rankings import align, count_lowest, rank_biased_overlap, spearman
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
@@ -99,6 +101,31 @@ def test_a_curve_agrees_with_itself_at_another_resolution() -> None:
     assert found["spearman"] > 0.99 and found["jaccard"] > 0.6
 
 
+def test_pairs_at_once_are_what_one_by_one_gives() -> None:
+    """Against scipy, and the definition of rank-biased overlap: ties, constants, other depths, NaN, infinities."""
+    rng = np.random.default_rng(0)
+    scores = [layers(rng.integers(0, 9, size).astype(float)) for size in (8, 8, 8, 8, 12, 12, 30, 2, 1)]
+    scores += [layers([1.0] * 8), layers([*UP[:7], np.nan]), layers([*UP[:7], np.inf])]
+    a, b = np.array(list(combinations(range(len(scores)), 2))).T
+    found = correlate_pairs(scores, a, b)
+    for pair, (i, j) in enumerate(zip(a, b, strict=True)):
+        x, y, interpolated = align(scores[i], scores[j])
+        defined = len(x) >= 3 and np.ptp(x) > 0 and np.ptp(y) > 0
+        order_x, order_y = np.argsort(x, kind="stable"), np.argsort(y, kind="stable")
+        k = count_lowest(len(x))
+        expected = {
+            "layers": len(x),
+            "interpolated": interpolated,
+            "spearman": spearman(x, y),
+            "kendall": stats.kendalltau(x, y).statistic if defined else np.nan,
+            "rbo": rank_biased_overlap(order_x, order_y) if defined else np.nan,
+            "k": k,
+            "shared": len(set(order_x[:k]) & set(order_y[:k])),
+        }
+        for name, value in expected.items():
+            assert found[name][pair] == pytest.approx(value, nan_ok=True, rel=1e-12), (name, i, j)
+
+
 # Which pairs.
 
 
@@ -139,6 +166,13 @@ def test_what_is_not_comparable_is_refused_by_name(tmp_path: Path, columns: dict
             pairs(tmp_path, by=by)
     (pair,) = pairs(tmp_path, allow_mismatch=True)
     assert pair["spearman"] == pytest.approx(-1)
+
+
+def test_more_pairs_than_a_comparison_takes_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("avss_dist.analysis.compare.MOST_PAIRS", 5)
+    with pytest.raises(QueryError, match="4 runs make more than 5 pairs that differ in run") as caught:
+        pairs(root, allow_mismatch=True)
+    assert caught.value.hint == f"Compare fewer: avss compare {root} --run 'smollm2-*', for example."
 
 
 def test_every_difference_is_named(root: Path) -> None:

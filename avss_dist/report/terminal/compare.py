@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -22,10 +23,10 @@ COLOR = {"warning": "yellow", "note": "dim"}
 
 def pairs_table(pairs: pa.Table, title: str) -> RenderableType:
     """Pairs of `compare.SCHEMA`, the most and the least alike where there are many, and what they say."""
-    rows = pairs.to_pylist()
     half = MOST_PAIRS // 2
-    left_out = max(0, len(rows) - MOST_PAIRS)
-    chosen = rows if not left_out else rows[:half] + rows[-half:]
+    left_out = max(0, len(pairs) - MOST_PAIRS)
+    ends = pairs if not left_out else pa.concat_tables([pairs[:half], pairs[-half:]])
+    chosen = ends.to_pylist()
     numbers = list(zip(*(_numbers(row) for row in chosen), strict=True)) or [()] * len(_NUMBERS)
     columns = [
         Column(title=name, cells=cells, priority=priority)
@@ -34,8 +35,8 @@ def pairs_table(pairs: pa.Table, title: str) -> RenderableType:
     table = FittedTable([*_label_columns(chosen), *columns], title=title)
     notes = [Text(summary(pairs))]
     if left_out:
-        notes.append(Text(f"{left_out} pairs between the most and the least alike are not shown: --format csv."))
-    if any(row["interpolated"] for row in rows):
+        notes.append(Text(f"{left_out:,} pairs between the most and the least alike are not shown: --format csv."))
+    if pc.any(pairs["interpolated"]).as_py():
         notes.append(Text("~ models of different depth, compared at the relative depths of the one with fewer layers."))
     return Group(table, *notes)
 
@@ -92,7 +93,7 @@ def summary(pairs: pa.Table) -> str:
     rho = pairs["spearman"].to_numpy()
     rho = rho[~np.isnan(rho)]
     layers, k, shared = (pairs[name].to_numpy() for name in ("layers", "k", "shared"))
-    count = f"{len(pairs)} pairs" if len(pairs) > 1 else "One pair"
+    count = f"{len(pairs):,} pairs" if len(pairs) > 1 else "One pair"
     said = "no Spearman correlation is defined."
     if rho.size:
         span = f", from {rho.min():.3f} to {rho.max():.3f}" if rho.size > 1 else ""

@@ -1,0 +1,149 @@
+"""How far two scores of layers agree, or every pair of many: correlations, and the lowest layers that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avss_dist.settings import LOWEST_SHARE
+from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.rankings import FEWEST, PERSISTENCE, align, count_lowest, spearman
+from avss_dist.system.progress_bar import tracked
+
+Scores = tuple[Float64, Float64]  # depth and values of layers, float64[layers] each, ascending in depth
+Indices = NDArray[np.int64]
+Signs = NDArray[np.int8]
+COLUMNS = (
+    "layers",
+    "interpolated",
+    "spearman",
+    "kendall",
+    "rbo",
+    "k",
+    "shared",
+    "jaccard",
+    "jaccard_by_chance",
+    "p_by_chance",
+)
+AT_ONCE = 1024  # pairs, whose signs are a few MB
+
+
+def correlate(a: Scores, b: Scores, *, k: int | None = None, share: float = LOWEST_SHARE) -> dict[str, Any]:
+    """Agreement of two scores, each (depth, values): `COLUMNS`; as `correlate_pairs` of one pair."""
+    found = correlate_pairs([a, b], np.array([0]), np.array([1]), k=k, share=share)
+    return {name: column[0].item() for name, column in found.items()}
+
+
+def correlate_pairs(
+    scores: Sequence[Scores], a: Indices, b: Indices, *, k: int | None = None, share: float = LOWEST_SHARE
+) -> Mapping[str, NDArray[Any]]:
+    """Agreement of pairs of scores.
+
+    Where depths differ, the one with more layers is interpolated, linear in depth, at those of the other.
+
+    Args:
+        a, b: of each pair, the indices in ``scores``: int64[pairs].
+        k: how many of the lowest layers to compare; ``share`` of the layers by default.
+
+    Returns:
+        `COLUMNS`, each of [pairs]: Spearman's rho with average ranks over the layers where both are finite; Kendall's
+        tau-b; rank-biased overlap from the lowest layer up (`stats.rankings.rank_biased_overlap`). NaN for fewer than
+        three layers, or where a score is constant.
+    """
+    found = {name: np.full(len(a), np.nan) for name in COLUMNS}
+    for chunk in tracked(list(_chunks(scores, a, b)), f"Comparing {len(a):,} pairs"):
+        for name, values in _agreement(scores, a[chunk], b[chunk], k, share).items():
+            found[name][chunk] = values
+    kinds = {"layers": np.int64, "k": np.int64, "shared": np.int64, "interpolated": np.bool_}
+    return {name: values.astype(kinds.get(name, np.float64)) for name, values in found.items()}
+
+
+def _chunks(scores: Sequence[Scores], a: Indices, b: Indices) -> Iterator[Indices]:
+    """Pairs that are compared at the same number of layers, some at once: they are one array."""
+    sizes = np.array([len(values) for _, values in scores])
+    common = np.minimum(sizes[a], sizes[b])
+    for size in np.unique(common):
+        members = np.flatnonzero(common == size)
+        yield from (members[start : start + AT_ONCE] for start in range(0, len(members), AT_ONCE))
+
+
+def _agreement(
+    scores: Sequence[Scores], a: Indices, b: Indices, k: int | None, share: float
+) -> Mapping[str, NDArray[Any]]:
+    aligned = [align(scores[i], scores[j]) for i, j in zip(a, b, strict=True)]
+    x, y = np.array([one[0] for one in aligned]), np.array([one[1] for one in aligned])
+    n = x.shape[1]
+    size = min(k or count_lowest(n, share), n)
+    places_x, places_y = _places(x), _places(y)
+    shared = ((places_x <= size) & (places_y <= size)).sum(axis=1)
+    by_chance, at_least = _by_chance(n, size)
+    signs_x, signs_y = _signs(x), _signs(y)
+    defined = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0) & (n >= FEWEST)
+    return {
+        "layers": np.full(len(x), n),
+        "interpolated": np.array([one[2] for one in aligned]),
+        "k": np.full(len(x), size),
+        "shared": shared,
+        "spearman": _spearman(x, y, signs_x, signs_y),
+        "kendall": np.where(defined, _kendall(signs_x, signs_y), np.nan),
+        "rbo": np.where(defined, _rank_biased_overlap(places_x, places_y), np.nan),
+        "jaccard": shared / (2 * size - shared),
+        "jaccard_by_chance": np.full(len(x), by_chance),
+        "p_by_chance": at_least[shared],
+    }
+
+
+def _places(values: Float64) -> Indices:
+    """The place of each layer, 1 the lowest; ties go to the earlier layer."""
+    order = np.argsort(values, axis=1, kind="stable")
+    return np.argsort(order, axis=1, kind="stable") + 1
+
+
+def _signs(values: Float64) -> Signs:
+    """Of every two layers i and j, the sign of value i less value j: int8[pairs, layers, layers]."""
+    one, other = values[:, :, None], values[:, None, :]
+    return (one > other).astype(np.int8) - (one < other).astype(np.int8)
+
+
+def _spearman(x: Float64, y: Float64, signs_x: Signs, signs_y: Signs) -> Float64:
+    """The sum of a layer's signs is twice its average rank, less a constant; so the correlation is of whole numbers."""
+    ranks_x, ranks_y = (signs.sum(axis=2, dtype=np.int64) for signs in (signs_x, signs_y))
+    with np.errstate(invalid="ignore"):
+        rho = (ranks_x * ranks_y).sum(axis=1) / np.sqrt(
+            (ranks_x**2).sum(axis=1, dtype=np.float64) * (ranks_y**2).sum(axis=1)
+        )
+    if x.shape[1] < FEWEST:
+        rho[:] = np.nan
+    for row in np.flatnonzero(~np.isfinite(x + y).all(axis=1)):
+        rho[row] = spearman(x[row], y[row])
+    return rho
+
+
+def _kendall(signs_x: Signs, signs_y: Signs) -> Float64:
+    """Kendall's tau-b: concordant less discordant pairs of layers, over those that are no ties."""
+    agree = (signs_x * signs_y).sum(axis=(1, 2), dtype=np.int64)
+    ordered = (np.abs(signs_x).sum(axis=(1, 2), dtype=np.int64), np.abs(signs_y).sum(axis=(1, 2), dtype=np.int64))
+    with np.errstate(invalid="ignore"):
+        return agree / np.sqrt(ordered[0] * ordered[1].astype(np.float64))
+
+
+def _rank_biased_overlap(places_x: Indices, places_y: Indices) -> Float64:
+    """`stats.rankings.rank_biased_overlap`, layer by layer: one is in both orders from the later of its places on."""
+    n = places_x.shape[1]
+    depth = np.arange(1, n + 1)
+    weights = np.cumsum((PERSISTENCE**depth / depth)[::-1])[::-1]  # of an overlap from a depth to the last
+    later = np.maximum(places_x, places_y)
+    return PERSISTENCE**n + (1 - PERSISTENCE) / PERSISTENCE * weights[later - 1].sum(axis=1)
+
+
+@cache
+def _by_chance(layers: int, size: int) -> tuple[float, Float64]:
+    """Of two random sets of ``size`` layers: the expected Jaccard index, and how often 0, 1, ... or more are shared."""
+    from scipy.stats import hypergeom  # a second to import
+
+    overlaps, chance = np.arange(size + 1), hypergeom(layers, size, size)
+    return float((chance.pmf(overlaps) * overlaps / (2 * size - overlaps)).sum()), chance.sf(overlaps - 1)
