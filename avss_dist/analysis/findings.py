@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,17 +73,16 @@ def findings(
         A table of `SCHEMA`, warnings before notes, then in the order of `KINDS` and of the default site and recipe.
     """
     threshold = threshold or Threshold(value=PUBLISHED_THRESHOLD, kind="absolute")
+    wanted = None if run_ids is None else set(run_ids)
     runs = [
         row
         for row in warehouse.runs().to_pylist(maps_as_pydicts="lossy")
-        if row["status"] == "done" and (run_ids is None or row["run_id"] in run_ids)
+        if row["status"] == "done" and (wanted is None or row["run_id"] in wanted)
     ]
     names = [run["run_id"] for run in runs]
     where = (pc.field("threshold") == threshold.value) & (pc.field("threshold_kind") == threshold.kind)
-    scores: dict[str, list[Row]] = {name: [] for name in names}
-    for row in warehouse.table("scores", run_ids=names, columns=SCORES, where=where).sort_by("layer").to_pylist():
-        scores[row["run_id"]].append(row)
-    found = [{"run_id": name, **one} for name in names for one in _of_scores(scores[name], threshold)]
+    scores = _by_run(warehouse.table("scores", run_ids=names, columns=SCORES, where=where))
+    found = [{"run_id": name, **one} for name in names for one in _of_scores(scores(name), threshold)]
     for name, table in warehouse.stats_by_run(tracked(names, f"Findings of {len(names):,} runs"), STATS):
         found += [{"run_id": name, **one} for one in of_stats(read_stats(table), threshold)]
     found += _first_tokens(runs, scores)
@@ -96,6 +95,14 @@ def _unreadable(damaged: Mapping[str, str], run_ids: Sequence[str] | None) -> It
     for run_id, reason in damaged.items():
         if run_ids is None or run_id in run_ids:
             yield {"run_id": run_id, **finding("unreadable", "warning", np.nan, f"This run cannot be read: {reason}.")}
+
+
+def _by_run(table: pa.Table) -> Callable[[str], list[Row]]:
+    """The rows of a run, by layer; of thousands of runs, those of one at a time are Python objects."""
+    table = table.sort_by([("run_id", "ascending"), ("layer", "ascending")])
+    names, first, counts = np.unique(table["run_id"].to_numpy(), return_index=True, return_counts=True)
+    place = dict(zip(names, zip(first.tolist(), counts.tolist(), strict=True), strict=True))
+    return lambda name: table.slice(*place.get(name, (0, 0))).to_pylist()
 
 
 def _urgency(found: Row) -> tuple[bool, bool, int, int, int]:
@@ -206,7 +213,7 @@ def _recipes_disagree(rows: Rows, _: Threshold) -> Check:
         )
 
 
-def _first_tokens(runs: Rows, scores: Mapping[str, Rows]) -> Iterator[Row]:
+def _first_tokens(runs: Rows, scores: Callable[[str], Rows]) -> Iterator[Row]:
     """Runs that differ in ``skip_first_tokens`` alone: how much of the variance the skipped tokens carried."""
 
     def skipped(run: Mapping[str, Any]) -> int:
@@ -217,7 +224,7 @@ def _first_tokens(runs: Rows, scores: Mapping[str, Rows]) -> Iterator[Row]:
         whole = [run for run in alike if not skipped(run)]
         for run in whole:
             for cut in sorted((run for run in alike if skipped(run)), key=skipped):
-                yield from _carried(run["run_id"], scores[run["run_id"]], scores[cut["run_id"]], skipped(cut))
+                yield from _carried(run["run_id"], scores(run["run_id"]), scores(cut["run_id"]), skipped(cut))
 
 
 def _carried(run_id: str, whole: Rows, cut: Rows, tokens: int) -> Iterator[Row]:

@@ -129,26 +129,32 @@ def _dominant_units(rows: Rows) -> Iterator[Row]:
         yield finding("dominant_unit", severity, share, message, recipe=recipe)
 
 
-def _largest_shares(rows: Rows, shares_of: Callable[[Mapping[str, Any]], Float64]) -> list[tuple[float, int, int]]:
+def _largest_shares(rows: Rows, shares_of: Callable[..., Float64]) -> list[tuple[float, int, int]]:
     """Share, unit and layer, where shares are defined."""
-    shares = [(shares_of(row), row["layer"]) for row in rows]
-    return [(float(np.max(s)), int(np.argmax(s)), layer) for s, layer in shares if np.isfinite(s).all()]
+    found = []
+    for size in sorted({row["unit_sum"].size for row in rows}):
+        alike = [row for row in rows if row["unit_sum"].size == size]
+        sums, squares = (np.stack([row[name] for row in alike]) for name in ("unit_sum", "unit_sum_sq"))
+        shares = shares_of(sums, squares, np.array([[row["unit_count"]] for row in alike]))
+        largest = zip(shares.max(axis=1).tolist(), shares.argmax(axis=1).tolist(), alike, strict=True)
+        found += [(share, unit, row["layer"]) for share, unit, row in largest if np.isfinite(share)]
+    return found
 
 
-def _shares_of_elements(row: Mapping[str, Any]) -> Float64:
-    total, squares, n = row["unit_sum"], row["unit_sum_sq"], row["unit_count"]
-    mean = total.sum() / (n * total.size)
-    return _share(np.maximum(squares - 2 * mean * total + n * mean**2, 0))
+def _shares_of_elements(sums: Float64, squares: Float64, count: Float64) -> Float64:
+    """Of every layer and unit, float64[layers, units]; ``count`` is [layers, 1]."""
+    mean = sums.sum(axis=1, keepdims=True) / (count * sums.shape[1])
+    return _shares(np.maximum(squares - 2 * mean * sums + count * mean**2, 0))
 
 
-def _shares_of_means(row: Mapping[str, Any]) -> Float64:
-    means = row["unit_sum"] / row["unit_count"]
-    return _share((means - means.mean()) ** 2)
+def _shares_of_means(sums: Float64, _squares: Float64, count: Float64) -> Float64:
+    means = sums / count
+    return _shares((means - means.mean(axis=1, keepdims=True)) ** 2)
 
 
-def _share(values: Float64) -> Float64:
-    total = values.sum()
-    return values / total if total > 0 else np.full(values.shape, np.nan)
+def _shares(values: Float64) -> Float64:
+    total = values.sum(axis=1, keepdims=True)
+    return np.divide(values, total, out=np.full(values.shape, np.nan), where=total > 0)
 
 
 def _identity_layers(stats: Rows) -> Iterator[Row]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from avss_dist.errors import AvssError
+from avss_dist.errors import AvssError, QueryError
 from avss_dist.system.staging import staged_file
 from avss_dist.system.streams import binary_output, emit, emit_json
 from avss_dist.text import escape_markdown, printable
@@ -44,19 +47,17 @@ def write_table(table: pa.Table, kind: str, console: Console) -> None:
         console.print(plain_table(table.column_names, [tuple(row.values()) for row in _rows(table)]))
     elif kind == "json":
         for row in _rows(table):
-            emit_json(map_leaves(row, _finite))
+            emit_json(map_leaves(row, _as_json))
     elif kind == "markdown":
         emit(_markdown(table))
     elif kind == "csv":
         import csv
 
         writer = csv.writer(SimpleNamespace(write=partial(emit, end="")), lineterminator="\n")
-        for cells in (table.column_names, *(row.values() for row in _rows(table))):
+        for cells in chain([table.column_names], (row.values() for row in _rows(table))):
             writer.writerow(map(csv_cell, cells))
     else:
-        import pyarrow.parquet as pq
-
-        pq.write_table(table, binary_output(), compression="zstd")
+        _write_parquet(table)
 
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a formula begins with
@@ -98,11 +99,38 @@ def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value)
 
 
-def _finite(value: Any) -> Any:
-    """A value as JSON can hold it: NaN and infinities are null."""
+def _as_json(value: Any) -> Any:
+    """A value as JSON can hold it: NaN and infinities are null; what SQL makes of a sum is a number, not a text."""
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rows(table: pa.Table) -> Iterator[dict[str, object]]:
+    """Rows as Python objects.
+
+    Raises:
+        QueryError: a time is outside of the years that Python has.
+    """
     for batch in table.to_batches(ROWS_AT_ONCE):
-        yield from batch.to_pylist(maps_as_pydicts="lossy")
+        try:
+            yield from batch.to_pylist(maps_as_pydicts="lossy")
+        except (OverflowError, ValueError) as error:
+            raise QueryError(
+                f"A date or time of the result is outside of the years 1 to 9999, or not finite: {error}.",
+                "Write it as text: SELECT column::VARCHAR, or use `format` parquet.",
+            ) from error
+
+
+def _write_parquet(table: pa.Table) -> None:
+    import pyarrow.parquet as pq
+
+    for column in table.schema:
+        try:  # nothing is written where a type cannot be
+            pq.write_table(pa.schema([column]).empty_table(), io.BytesIO())
+        except pa.ArrowNotImplementedError as error:
+            raise QueryError(
+                f"Parquet has no type for column '{column.name}' ({column.type}).",
+                "Write it as text: SELECT column::VARCHAR.",
+            ) from error
+    pq.write_table(table, binary_output(), compression="zstd")

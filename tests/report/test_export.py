@@ -135,3 +135,11 @@ def test_an_old_file_outlives_a_write_that_fails(root: Path, tmp_path: Path, mon
 def test_escapes() -> None:
     assert escape_latex("a\nb_c") == r"a b\_c"
     assert escape_markdown("a\n|b|") == r"a \|b\|"
+
+
+def test_a_chart_of_very_many_runs_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 10,000 runs, the library that draws takes all memory and ends the process."""
+    monkeypatch.setattr("avss_dist.report.chart.MOST_RUNS", 1)
+    result = avss("plot", root, "--run", "*", "-o", root / "chart.svg")
+    assert result.exit_code == 2 and "are too many for one chart; it holds 1 at most" in result.stderr
+    assert "Name fewer with --run" in result.stderr and not (root / "chart.svg").exists()

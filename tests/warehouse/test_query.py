@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -489,3 +490,37 @@ def test_other_readers_give_the_same_answer(scored: Path) -> None:
     pandas = pd.read_parquet(scored / "scores").query("site == 'block' and recipe == 'unit' and threshold == 0.1")
     pandas = pandas[["run_id", "layer", "rank"]].astype({"run_id": str}).sort_values(["run_id", "layer", "rank"])
     assert pandas.to_dict("records") == want
+
+
+@pytest.mark.parametrize("value", ["INTERVAL 1 DAY", "[INTERVAL 1 DAY]", "union_value(a := 1)"])
+def test_what_parquet_cannot_hold_is_named(value: str, tmp_path: Path) -> None:
+    write_scores(tmp_path, "one", [1.0, 2.0])
+    result = avss("query", tmp_path, f"SELECT 1 AS a, {value} AS waited", "--format", "parquet")
+    assert (result.exit_code, result.stdout_bytes) == (2, b"")
+    assert result.stderr.startswith("Error: Parquet has no type for column 'waited' (")
+    assert "SELECT column::VARCHAR" in result.stderr
+
+
+@pytest.mark.parametrize("value", ["DATE '10000-01-01'", "TIMESTAMP 'infinity'", "[DATE '4000-01-01 (BC)']"])
+def test_a_time_that_python_does_not_have_is_an_error(value: str, tmp_path: Path) -> None:
+    write_scores(tmp_path, "one", [1.0, 2.0])
+    for kind in ("table", "csv", "json", "markdown"):
+        result = avss("query", tmp_path, f"SELECT {value} AS a", "--format", kind)
+        assert result.exit_code == 2
+        assert result.stderr.startswith("Error: A date or time of the result is outside of the years 1 to 9999")
+        assert "use --format parquet" in result.stderr
+    assert avss("query", tmp_path, f"SELECT {value} AS a", "--format", "parquet").exit_code == 0
+
+
+def test_a_sum_is_a_number_in_json(tmp_path: Path) -> None:
+    write_scores(tmp_path, "one", [1.0, 2.0])
+    sql = "SELECT sum(layer) AS s, sum(layer)::HUGEINT * 10::HUGEINT ** 20 AS big, 1.5 AS half, [2.0] AS l FROM scores"
+    (row,) = map(json.loads, avss("query", tmp_path, sql, "--format", "json").stdout.splitlines())
+    assert row["s"] == sum(Warehouse(tmp_path).table("scores")["layer"].to_pylist())
+    assert (row["half"], row["l"]) == (1.5, [2]) and isinstance(row["big"], (int, float))
+
+
+def test_rows_are_written_whatever_their_number(tmp_path: Path) -> None:
+    write_scores(tmp_path, "one", [1.0, 2.0])
+    lines = avss("query", tmp_path, "FROM range(25000)", "--format", "csv").stdout.split()
+    assert lines[1:] == [str(number) for number in range(25_000)]
