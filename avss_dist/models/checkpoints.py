@@ -194,7 +194,7 @@ def read_config(folder: Path, spec: str) -> dict[str, Any]:
     """
     file = folder / "config.json"
     if not file.is_file():  # nothing else is opened: a pipe would be waited for
-        raise ModelError(f"'{spec}' has no file config.json.", "Name the folder that save_pretrained() wrote.")
+        raise ModelError(f"'{spec}' has no config.json.", "Name the folder that save_pretrained() wrote.")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
