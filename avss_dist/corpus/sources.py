@@ -26,6 +26,7 @@ from avss_dist.settings import fingerprint
 from avss_dist.text import RedactedURI, describe_bytes
 
 TEXT_PIECE_BYTES = 4 << 20  # tokenizers need over 100 bytes of memory for each byte of a document
+MAX_REST_BYTES = 1 << 20  # of a line that goes on at the end of a piece; a longer one is cut at whitespace
 MAX_LINE_BYTES = 16 << 20  # of a line of a file; as many characters of a text
 FORMS = "file.txt, file.jsonl[:field], file.parquet[:column], hf:NAME[:config][:split][:column], builtin:pydoc"
 
@@ -40,8 +41,9 @@ _HUB_HINT = "Check the name, configuration, split and network; a private dataset
 def documents(source: str) -> Iterator[str]:
     """Stream the texts of a source in order, the files of a glob by sorted path.
 
-    A ``.txt`` file is one document (none if empty); above 4 MiB it is read in pieces of about that size, cut at line
-    ends, each a document. Memory is bounded by such a piece, the longest line, or a Parquet row group's column.
+    A ``.txt`` file is one document (none if empty); above 4 MiB it is read in pieces of about that size, each a
+    document: cut at line ends, or before a word where a line is longer. Memory is bounded by such a piece, the longest
+    line, or a Parquet row group's column.
 
     Raises:
         CorpusError: the source is unknown, missing, unreadable, malformed or not UTF-8, or has a line or a text above
@@ -144,9 +146,25 @@ def _read(filesystem: fs.FileSystem, paths: list[str], suffix: str, field: str) 
 
 def _read_txt(file: Any, path: str, _field: str) -> Iterator[str]:
     stream = io.BufferedReader(file, _READ_BYTES)
-    while piece := stream.read(TEXT_PIECE_BYTES):
-        data = piece + _read_line(stream, f"{path}, byte {stream.tell()}")
-        yield _decode(data, path, stream.tell() - len(data))
+    rest, offset = b"", 0
+    while data := rest + stream.read(max(0, TEXT_PIECE_BYTES - len(rest))):
+        data += stream.readline(MAX_REST_BYTES)
+        end = len(data)
+        if not data.endswith(b"\n") and stream.peek(1):
+            end = _last_word(data)
+        if end <= 0:
+            data += _read_line(stream, f"{path}, byte {offset}")
+            end = len(data)
+        yield _decode(data[:end], path, offset)
+        rest, offset = data[end:], offset + end
+
+
+def _last_word(data: bytes) -> int:
+    """Where the last word begins, with the one space before it: most tokenizers make the same tokens of such parts."""
+    start = data.rfind(b" ", 0, -1)
+    while start > 0 and data[start + 1 : start + 2].isspace():
+        start = data.rfind(b" ", 0, start)
+    return start
 
 
 def _read_jsonl(file: Any, path: str, field: str) -> Iterator[str]:

@@ -310,6 +310,32 @@ def test_a_long_text_is_read_in_pieces_at_line_ends(tmp_path: Path, monkeypatch:
     fails(lambda: list(documents(str(path))), f"{path}: byte 18 is not UTF-8.")
 
 
+def test_a_long_line_is_read_in_pieces_at_whitespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "TEXT_PIECE_BYTES", 7)
+    monkeypatch.setattr(sources, "MAX_REST_BYTES", 3)
+    path = tmp_path / "c.txt"
+    for text, expected in {
+        "one two three four\tfive\nsix": ["one two", " three", " four\tfive\n", "six"],
+        "\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9 b": ["\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9 b"],
+        "a 0123456789012345 b\n": ["a", " 0123456789012345 b\n"],
+    }.items():
+        path.write_text(text)
+        assert list(documents(str(path))) == expected
+    path.write_bytes(b"word one two bad\xff two")
+    fails(lambda: list(documents(str(path))), f"{path}: byte 16 is not UTF-8.")
+
+
+def test_one_line_of_100_mb_is_never_whole_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "c.txt"
+    word = b"twelve bytes"
+    with path.open("wb") as file:
+        for _ in range(100):
+            file.write(word * ((1 << 20) // len(word)))
+    pieces = [len(text) for text in documents(str(path))]
+    assert sum(pieces) == path.stat().st_size > 100_000_000
+    assert max(pieces) <= sources.TEXT_PIECE_BYTES + sources.MAX_REST_BYTES
+
+
 def test_jsonl_lines(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     path.write_bytes(
