@@ -131,7 +131,7 @@ UNKNOWN = {"model_type": "lama", "architectures": ["LamaForCausalLM"]}
 @pytest.mark.parametrize(
     ("break_it", "says", "failed_row"),
     [
-        (no_config, ["has no file config.json", "save_pretrained()"], False),
+        (no_config, ["has no config.json", "save_pretrained()"], False),
         (broken_config, ["config.json cannot be read: Expecting value: line 1 column 16"], False),
         (configured(model_type=None), ["a config.json without a model_type", "Add the family's name"], False),
         (configured(**UNKNOWN), ["is of model_type 'lama'", "does not know", "pip install -U transformers"], False),
