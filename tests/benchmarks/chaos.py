@@ -308,7 +308,11 @@ def require_plain(code: int, output: str) -> None:
     if code not in (0, 1, 2, 130, -signal.SIGKILL):
         raise Lost(f"a command ended with {code}")
     errors = output.count("Error: ") + output.count(": failed. ")  # the latter of runs
-    if "Traceback" in output or not (code in (1, 2)) <= errors <= (code in (1, 2, -signal.SIGKILL)):
+    if (
+        "Traceback" in output
+        or "(raylet)" in output
+        or not (code in (1, 2)) <= errors <= (code in (1, 2, -signal.SIGKILL))
+    ):
         raise Lost(f"a command ended with {code} and said: {output[-200:]}")
 
 

@@ -231,7 +231,13 @@ def test_models_share_the_workers_and_no_process_is_left(tiny_llama: Path, tiny_
     ],
 )
 def test_a_run_ends_with_its_cluster_and_says_so(
-    part: str, message: str, tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    part: str,
+    message: str,
+    tiny_llama: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Without its dashboard agent, Ray takes a node down; without the GCS, it would end this process after a minute."""
     ray.shutdown()
@@ -244,7 +250,7 @@ def test_a_run_ends_with_its_cluster_and_says_so(
 
     with pytest.raises(RunFailed, match=message):
         score(tiny_llama, tmp_path, executor="ray", replicas=2, placement_seconds=3600, reporter=Kills())
-    assert not ray.is_initialized()
+    assert not ray.is_initialized() and "(raylet)" not in capsys.readouterr().out
     (row,) = Warehouse(tmp_path).runs().to_pylist()
     assert row["status"] == "failed" and re.search(message, row["error"])
     run = score(tiny_llama, tmp_path, executor="local")

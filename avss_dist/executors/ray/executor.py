@@ -114,12 +114,14 @@ class RayExecutor:
 
     def close(self) -> None:
         """Stop the workers, and Ray if it was started here."""
-        if ray.is_initialized() and self._monitor is not None:
-            ray.kill(self._monitor)
-        if ray.is_initialized() and self._started:
-            ray.shutdown()
-        if self._last_words is not None:
-            self._last_words.close()
+        try:
+            if ray.is_initialized() and self._monitor is not None:
+                ray.kill(self._monitor)
+            if ray.is_initialized() and self._started:
+                ray.shutdown()
+        finally:  # Ctrl-C comes twice
+            if self._last_words is not None:
+                self._last_words.close()
 
     def connect(self) -> None:
         """Start Ray, or reach the cluster, if that is not done yet."""
@@ -142,6 +144,7 @@ class RayExecutor:
                     "Check `address` (or RAY_ADDRESS), and that this machine has the cluster's token.",
                 ) from error
             self._started = True
+            ray._private.worker._worker_logs_enabled = False  # of lost workers and nodes, on standard output
         if self._monitor is None:
             self._monitor = ray.remote(HeartbeatMonitor).options(num_cpus=0, max_restarts=-1).remote()
 
