@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Annotated, Any, TypeVar
 
@@ -15,8 +16,11 @@ from typer.core import TyperGroup
 from avss_dist import __version__
 from avss_dist.errors import AvssError, spell_fields
 from avss_dist.system.streams import complete_output, emit, prepare, say
+from avss_dist.text import printable
 
 T = TypeVar("T")
+
+_UsageError: Any = typer.BadParameter.__base__
 
 _spelling: ContextVar[Mapping[str, str] | None] = ContextVar("_spelling", default=None)  # of the command that runs
 _at_end: ContextVar[list[Callable[[], None]] | None] = ContextVar("_at_end", default=None)  # of the command that runs
@@ -24,6 +28,10 @@ _at_end: ContextVar[list[Callable[[], None]] | None] = ContextVar("_at_end", def
 
 class Commands(TyperGroup):
     """The commands. One that returns a number ends with it as exit code; an error is a message and its exit code."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with _printable_mistakes():
+            return super().make_context(*args, **options)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
@@ -33,7 +41,7 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> None:
         _at_end.set([])
         try:
-            with complete_output():
+            with complete_output(), _printable_mistakes():
                 code = super().invoke(ctx)
         except AvssError as error:
             code = error.exit_code
@@ -46,6 +54,16 @@ class Commands(TyperGroup):
         for work in _at_end.get() or ():
             work()
         raise typer.Exit(code or 0)
+
+
+@contextmanager
+def _printable_mistakes() -> Iterator[None]:
+    """What is wrong with a command line, which the framework prints, as a text that no terminal obeys."""
+    try:
+        yield
+    except _UsageError as error:
+        error.message = printable(error.message)
+        raise
 
 
 def at_end(work: Callable[[], None]) -> None:

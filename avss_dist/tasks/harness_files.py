@@ -44,7 +44,7 @@ def read_task_file(path: Path, including: tuple[Path, ...] = ()) -> dict[str, An
         raise TaskError(f"{path} cannot be read: it is nested too deeply.") from None
     except FileNotFoundError:
         raise TaskError(f"There is no task file {path}.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no text, dates that do not exist
         raise TaskError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise TaskError(f"{path} is no task file.", "A task file is a mapping: task, dataset_path, output_type, ...")

@@ -22,7 +22,7 @@ EVIL = "\x1b]0;owned\x07\x1b[31m\u202eevil\u2066\x85\x7f\r"
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 TEXT = ["--corpus", "text.txt", "--max-sequences", "4", "--sequence-length", "16", "--executor", "local"]
 READS = {
-    "show": [["W", "--run", "a"]],
+    "show": [["W", "--run", "a"], ["W", "x", EVIL], ["W", f"--{EVIL}"], ["W", "--site", EVIL]],
     "plot": [["W", "-o", "O/x.svg"], ["W", "-o", "O/x.html", "--run", "*"]],
     "query": [
         *(["W", "FROM runs", "--format", kind] for kind in ("table", "csv", "json", "markdown")),
@@ -60,6 +60,12 @@ WORKS = {
 
 def test_every_command_is_here() -> None:
     assert sorted({**READS, **WORKS}) == sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("args", [[EVIL], [f"--{EVIL}"], ["show", f"--{EVIL}"]])
+def test_no_mistake_of_a_command_line_steers(args: list[str]) -> None:
+    done = avss(*args)
+    assert done.exit_code == 2 and done.stderr and not OBEYED.search(done.stderr)
 
 
 @pytest.fixture(scope="module")

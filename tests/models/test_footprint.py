@@ -111,6 +111,15 @@ def test_a_gguf_file(tmp_path: Path) -> None:
         footprint(str(tmp_path / "bad.gguf"), SETTINGS)
 
 
+@pytest.mark.parametrize("dtype", ["float99", {"a": 1}, ["float32"], "nn", 7])
+def test_a_dtype_that_torch_lacks_is_an_error(dtype: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
+    (tmp_path / "model.safetensors").symlink_to(tiny_llama / "model.safetensors")
+    with pytest.raises(ModelError):
+        footprint(str(tmp_path), SETTINGS)
+
+
 def test_shards_are_those_of_the_index(tiny_llama: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -359,6 +359,9 @@ def test_what_is_no_task_file(tmp_path: Path) -> None:
     (tmp_path / "deep.yaml").write_text("task: " + "[" * 5000)
     with pytest.raises(TaskError, match=r"deep\.yaml cannot be read: it is nested too deeply"):
         harness_task(str(tmp_path / "deep.yaml"))
+    (tmp_path / "date.yaml").write_text("task: 2026-99-99")
+    with pytest.raises(TaskError, match=r"date\.yaml cannot be read: month must be in 1"):
+        harness_task(str(tmp_path / "date.yaml"))
 
 
 @pytest.mark.parametrize(

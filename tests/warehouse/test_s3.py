@@ -274,7 +274,11 @@ def test_keys_of_a_corpus_reach_no_table_and_no_screen(
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     server.client.put_object(Bucket="lab", Key="a.txt", Body=" ".join(f"word{i}" for i in range(3000)).encode())
     server.client.put_object(Bucket="lab", Key="b.txt", Body=" ".join(f"other{i}" for i in range(3000)).encode())
+    tokens = {name: f"planted-{name}" for name in ("HF_TOKEN", "RAY_AUTH_TOKEN", "HF_HUB_TOKEN", "WANDB_API_KEY")}
+    for name, token in tokens.items():
+        monkeypatch.setenv(name, token)
     user = f"{server.key}:{quote(server.secret, safe='')}@"
+    there = server.uri("keys-of-all", user=user)
     seen, unseen, out = f"s3://{user}lab/a.txt", f"s3://{user}lab/b.txt", tmp_path / "w"
     small = {**SIZES, "max_sequences": 8, "sequences_per_shard": 4}
     job = tmp_path / "job.yaml"
@@ -297,13 +301,33 @@ def test_keys_of_a_corpus_reach_no_table_and_no_screen(
             ["ablate", tiny_llama, "--corpus", seen, "--warehouse", out, *options],
             ["report", out, "-o", tmp_path / "report.html"],
             ["run", job, "--dry-run"],
+            ["score", tiny_llama, "--corpus", seen, "--out", there, *options],
+            ["show", there],
+            ["query", there, "FROM runs", "--format", "json"],
+            ["plan", there, "--by", "avss", "-o", tmp_path / "plan.yaml"],
+            [
+                "evaluate",
+                tmp_path / "plan.yaml",
+                "--task",
+                f"perplexity:{unseen}",
+                "--warehouse",
+                there,
+                "--allow-overlap",
+                *options,
+            ],
+            ["prune", tiny_llama, tmp_path / "plan.yaml", "--out", tmp_path / "pruned"],
+            ["report", there, "-o", tmp_path / "there.html"],
+            ["plot", there, "-o", tmp_path / "there.svg"],
+            ["export", there, "--to", "latex", "-o", tmp_path / "there.tex"],
         ]
         done = [avss(*map(str, command)) for command in commands]
     assert [one.returncode for one in done] == [0] * len(done), [one.stderr for one in done]
-    written = [path.read_bytes() for path in (*out.rglob("*.parquet"), tmp_path / "report.html")]
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path != job]
+    written += server.objects("keys-of-all").values()
+    assert (tmp_path / "pruned" / "README.md").is_file() and len(written) > 20
     tasks = set(Warehouse(out).sql("SELECT DISTINCT task FROM evaluations").column(0).to_pylist())
     assert {"perplexity:s3://lab/b.txt", "ablation:s3://lab/a.txt"} <= tasks
-    for secret in (server.secret, quote(server.secret, safe=""), server.key):
+    for secret in (server.secret, quote(server.secret, safe=""), server.key, *tokens.values()):
         assert not any(secret in one.stdout + one.stderr for one in done)
         assert not any(secret.encode() in data for data in written)
         assert not any(secret in str(Warehouse(out).table(name).to_pylist()) for name in TABLES)

@@ -1,0 +1,234 @@
+"""What must hold whoever wrote the names, the files and the queries: nothing is reached, run or given away."""
+
+from __future__ import annotations
+
+import ast
+import json
+import pickle
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+import yaml
+from support.warehouses import avss, write_scores
+
+import avss_dist
+from avss_dist.errors import ModelError, QueryError
+from avss_dist.models.checkpoints import resolve
+from avss_dist.tasks import harness_files
+from avss_dist.warehouse import reader
+from avss_dist.warehouse.reader import Warehouse
+
+SMALL = ("--max-sequences", 2, "--sequence-length", 16, "--executor", "local")
+SECRET = "s3cr3t-of-this-test"
+PACKAGE = Path(avss_dist.__file__).parent
+
+
+class _Counting(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)  # type: ignore[attr-defined]
+        self.send_response(404)
+        self.end_headers()
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of what a query must not reach: files, a server, a variable; in the working directory, too."""
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    for ending in ("csv", "txt", "json", "parquet", "sql", "db"):
+        Path(f"secret.{ending}").write_text(SECRET)
+    monkeypatch.setenv("AVSS_SECRET", SECRET)
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Counting)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    here = f"http://127.0.0.1:{server.server_port}"
+    yield [
+        *("secret.csv", str(Path("secret.txt").absolute()), "*.json", "AVSS_SECRET", "/proc/self/environ"),
+        *(Path("secret.parquet").absolute().as_uri(), f"{here}/x.csv", f"s3://bucket/x?s3_endpoint={here}"),
+    ]
+    server.shutdown()
+    server.server_close()
+    assert server.asked == []
+
+
+@pytest.fixture
+def warehouse(tmp_path: Path) -> Warehouse:
+    write_scores(tmp_path / "w", "a-0123456789", [1.0, 2.0, 3.0])
+    return Warehouse(tmp_path / "w")
+
+
+def sample(kind: str | None, name: str) -> str:
+    """A value of a type of DuckDB, as SQL: where it takes a text, the name."""
+    base = (kind or "ANY").upper()
+    if base.endswith("[]"):
+        return f"[{sample(base[:-2], name)}]"
+    numbers = ("DOUBLE", "FLOAT", "DECIMAL", "BOOL", "BIT", "BIGNUM")
+    return "1" if base.startswith(numbers) or "INT" in base else f"'{name}'"
+
+
+def statements(name: str) -> Iterator[str]:
+    """Every way in which a query can name something: as a table, and to each function that DuckDB itself lists."""
+    nested = f"FROM ''{name}''"
+    yield from (f"FROM '{name}'", f'FROM "{name}"', f"FROM query_table('{name}')", f"FROM query('{nested}')")
+    with duckdb.connect(":memory:", config=reader._SEALED) as connection:
+        listed = connection.execute("SELECT function_type, function_name, parameter_types FROM duckdb_functions()")
+        functions = {(kind, name, tuple(types)) for kind, name, types in listed.fetchall()}
+    for kind, function, types in sorted(functions, key=str):
+        values = [sample(one, name) for one in types]
+        if f"'{name}'" not in ", ".join(values):
+            continue
+        if kind in ("table", "table_macro", "pragma"):
+            yield from (f'FROM "{function}"({", ".join(values)})', f"FROM \"{function}\"(['{name}'])")
+        else:
+            yield f'SELECT "{function}"({", ".join(values)})'
+
+
+def test_no_function_of_sql_reaches_outside(outside: list[str]) -> None:
+    before, answered = sorted(Path().iterdir()), 0
+    with duckdb.connect(":memory:", config=reader._SEALED) as connection:
+        ways = {name: dict.fromkeys(statements(name)) for name in outside}
+        values = ("secret.csv", "AVSS_SECRET")  # for functions of values; those that give tables get every name
+        tried = [way for name in outside for way in ways[name] if name in values or way.startswith("FROM")]
+        for statement in tried:
+            with suppress(duckdb.Error, ValueError, OverflowError):
+                rows = connection.execute(statement).fetchmany(100)
+                answered += 1
+                assert SECRET not in repr(rows), statement
+    assert 0 < answered < len(tried) and len(tried) > 1000
+    assert sorted(Path().iterdir()) == before
+
+
+def test_no_function_that_reads_reaches_outside_through_the_reader(outside: list[str], warehouse: Warehouse) -> None:
+    reads = [s for s in dict.fromkeys(statements(outside[0])) if re.match(r'FROM "\w+"\(\[', s)]
+    reads = [
+        s for s in reads if re.match(r'FROM "(read|glob|sniff|parquet_scan)', s) and s.endswith("(['secret.csv'])")
+    ]
+    assert len(reads) > 6
+    for statement in reads:
+        with suppress(QueryError):
+            assert SECRET not in str(warehouse.sql(statement).to_pylist()), statement
+
+
+def test_no_setting_can_be_changed_and_none_tells_a_secret(outside: list[str], warehouse: Warehouse) -> None:
+    with duckdb.connect(":memory:", config=reader._SEALED) as connection:
+        settings = connection.execute("SELECT name, value FROM duckdb_settings()").fetchall()
+        assert len(settings) > 50 and SECRET not in str(settings)
+        for name, _ in settings:
+            for statement in (f"SET {name} = '{outside[0]}'", f"RESET {name}", f"PRAGMA {name}='x'"):
+                with pytest.raises((QueryError, duckdb.Error)):
+                    reader._require_reading(connection, statement)
+    for query in ("SELECT getenv('AVSS_SECRET')", "SELECT current_setting('AVSS_SECRET')", "FROM duckdb_secrets()"):
+        with suppress(QueryError):
+            assert SECRET not in str(warehouse.sql(query).to_pylist())
+
+
+STATEMENTS = {
+    "ALTER": "ALTER TABLE runs RENAME TO x",
+    "ANALYZE": "ANALYZE",
+    "ATTACH": "ATTACH 'x.db'",
+    "CALL": "CALL pragma_version()",
+    "COPY": "COPY (SELECT 1) TO 'x.csv'",
+    "CREATE": "CREATE TABLE t (i INT)",
+    "CREATE_FUNC": "CREATE FUNCTION f(x) AS x",
+    "COPY_DATABASE": "COPY FROM DATABASE memory TO x",
+    "DELETE": "DELETE FROM runs",
+    "DETACH": "DETACH x",
+    "DROP": "DROP VIEW runs",
+    "EXECUTE": "EXECUTE p",
+    "EXPORT": "EXPORT DATABASE 'x'",
+    "INSERT": "INSERT INTO runs VALUES (1)",
+    "LOAD": "LOAD httpfs",
+    "MERGE_INTO": "MERGE INTO runs USING scores USING (run_id) WHEN MATCHED THEN DELETE",
+    "PRAGMA": "PRAGMA version",
+    "PREPARE": "PREPARE p AS SELECT 1",
+    "SET": "SET threads = 1",
+    "TRANSACTION": "BEGIN",
+    "UPDATE": "UPDATE runs SET status = 'x'",
+    "UPDATE_EXTENSIONS": "UPDATE EXTENSIONS",
+    "VACUUM": "VACUUM",
+    "VARIABLE_SET": "SET VARIABLE x = 1",
+}
+MADE_BY_PROGRAMS = {"RELATION", "EXTENSION", "LOGICAL_PLAN"}
+
+
+def test_only_statements_that_read_are_run(warehouse: Warehouse) -> None:
+    kinds = set(duckdb.StatementType.__members__) - {"INVALID", "SELECT", "EXPLAIN", "MULTI"} - MADE_BY_PROGRAMS
+    assert kinds <= set(STATEMENTS)
+    for statement in STATEMENTS.values():
+        with pytest.raises(QueryError):
+            warehouse.sql(statement)
+
+
+# Code and pickles.
+
+
+class _Boom:
+    def __reduce__(self) -> Any:
+        return Path.write_text, (Path("ran"), "code ran")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"])
+def test_no_pickle_is_opened(name: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    (model / "model.safetensors").unlink()
+    (model / name).write_bytes(pickle.dumps(_Boom()))
+    done = avss("score", model, "--corpus", "builtin:pydoc", "--out", "w", "--executor", "local")
+    assert done.exit_code == 2 and "has pickled weights only" in done.stderr
+    assert not Path("ran").exists()
+
+
+def test_the_package_has_no_call_that_unpickles_or_evaluates() -> None:
+    """`torch.load` and the like; arrays of objects; YAML that makes objects; code from texts."""
+    forbidden = {
+        *("torch.load", "pickle.load", "pickle.loads", "cloudpickle.load", "cloudpickle.loads", "joblib.load"),
+        *("pd.read_pickle", "marshal.loads", "yaml.unsafe_load", "yaml.full_load", "eval", "exec"),
+        *("os.system", "compile"),
+    }
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in forbidden, f"{file}:{node.lineno}"
+                assert called != "yaml.load" or file.name == "harness_files.py", f"{file}:{node.lineno}"
+                shell = [word for word in node.keywords if word.arg in ("shell", "allow_pickle", "weights_only")]
+                assert not [word for word in shell if ast.unparse(word.value) != "False"], f"{file}:{node.lineno}"
+    assert issubclass(harness_files._Loader, yaml.SafeLoader)
+
+
+def test_no_code_of_a_checkpoint_runs_unless_asked(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    code = "from pathlib import Path\nPath('ran').write_text('code ran')\n"
+    code += "from transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
+    (model / "modeling.py").write_text(code)
+    config = json.loads((model / "config.json").read_text())
+    shipped = {"auto_map": {"AutoConfig": "modeling.Config", "AutoModel": "modeling.Model"}}
+    for changes in (shipped, {**shipped, "model_type": "its_own"}):
+        (model / "config.json").write_text(json.dumps(config | changes))
+        done = avss("score", model, "--corpus", "builtin:pydoc", "--out", "w", *SMALL)
+        assert done.exit_code == (2 if "model_type" in changes else 0), done.stderr
+        assert not Path("ran").exists()
+    with pytest.raises(ModelError, match="needs Python code of its own"):
+        resolve(str(model))
+
+
+def test_no_call_asks_for_remote_code_on_its_own() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert ast.unparse(node.value) != "True", f"{file}:{node.value.lineno}"
