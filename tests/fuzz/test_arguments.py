@@ -81,7 +81,7 @@ def command_lines(draw: Any) -> list[str]:
     return line
 
 
-@fuzzed(80)
+@fuzzed(15)
 @given(line=command_lines())
 def test_every_command_line_ends_in_order(
     line: list[str], place: Path, tmp_path_factory: pytest.TempPathFactory

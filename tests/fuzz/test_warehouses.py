@@ -81,7 +81,7 @@ def test_a_whole_warehouse_is_read(command: list[str], whole: Path, tmp_path: Pa
     assert hold(*_filled(command, whole, tmp_path))[0] == 0
 
 
-@fuzzed(60)
+@fuzzed(20)
 @given(data=st.data())
 def test_no_damage_is_a_traceback(data: Any, whole: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("damaged")
