@@ -17,6 +17,7 @@ import argparse
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -307,7 +308,7 @@ def require_plain(code: int, output: str) -> None:
     """
     if code not in (0, 1, 2, 130, -signal.SIGKILL):
         raise Lost(f"a command ended with {code}")
-    errors = output.count("Error: ") + output.count(": failed. ")  # the latter of runs
+    errors = len(re.findall("^Error: ", output, re.MULTILINE)) + output.count(": failed. ")  # the latter of runs
     if (
         "Traceback" in output
         or "(raylet)" in output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -207,6 +208,21 @@ def test_batches_are_halved_for_all_ranks_until_they_fit(
     monkeypatch.setattr(gang, "Worker", HasRoomForNone)
     with pytest.raises(BatchTooLarge, match="1 x 64 tokens"):
         score(tiny_llama, tmp_path / "none", executor="ray", replicas=1)
+
+
+@shared_cluster
+def test_a_raylet_that_does_not_answer_is_a_lost_node(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ray says it where the raylet of this process was killed."""
+
+    def wait(*_: object, **__: object) -> None:
+        monkeypatch.undo()
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(ray, "wait", wait)
+    with pytest.raises(RunFailed, match=r"(?s)The Ray node of this process has died.*Run the same command again"):
+        score(tiny_llama, tmp_path, executor="ray", replicas=1)
 
 
 @shared_cluster

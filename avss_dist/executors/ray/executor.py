@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import chain, count
 from typing import Any
@@ -17,7 +18,7 @@ from avss_dist.executors.base import Outcome, RunShards, by_model
 from avss_dist.executors.prefetch import Prefetcher
 from avss_dist.executors.ray.gang import Gang, missing_package
 from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
-from avss_dist.executors.ray.liveness import ENDED, has_head, require_head, require_listening, require_node
+from avss_dist.executors.ray.liveness import ENDED, has_head, node_lost, require_head, require_listening, require_node
 from avss_dist.executors.ray.pool import Pool
 from avss_dist.executors.ray.queue import CellQueue, ShardQueue, UnitQueue
 from avss_dist.partition.base import Placement
@@ -107,10 +108,13 @@ class RayExecutor:
         )
         try:
             yield from pool.outcomes()
+        except OSError as error:  # the raylet does not answer
+            raise node_lost() from error
         finally:
             prefetcher.close()
-            if has_head():  # else the cluster ends its workers itself
-                pool.close()
+            with suppress(OSError):
+                if has_head():  # else the cluster ends its workers itself
+                    pool.close()
 
     def close(self) -> None:
         """Stop the workers, and Ray if it was started here."""

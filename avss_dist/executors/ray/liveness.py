@@ -60,12 +60,17 @@ def require_head() -> None:
         time.sleep(RETRY_SECONDS)
 
 
+def node_lost() -> RunFailed:
+    """The node of this process is lost: no worker that it starts can live then."""
+    return RunFailed(
+        "The Ray node of this process has died: its raylet or its dashboard agent crashed, or was killed.",
+        f"raylet.out and dashboard_agent.log in /tmp/ray/session_latest/logs say why. {KEPT}",
+    )
+
+
 def require_node() -> None:
-    """Raise RunFailed where the Ray node of this process is lost: no worker that it starts can live then."""
+    """Raise RunFailed where the head of the cluster or the node of this process is lost."""
     require_head()
     nodes = {node["NodeID"]: node["Alive"] for node in ray.nodes()}
     if not nodes.get(ray.get_runtime_context().get_node_id()):
-        raise RunFailed(
-            "The Ray node of this process has died: its raylet or its dashboard agent crashed, or was killed.",
-            f"raylet.out and dashboard_agent.log in /tmp/ray/session_latest/logs say why. {KEPT}",
-        )
+        raise node_lost()
