@@ -8,7 +8,7 @@ The pool keeps no statistics: what is lost with a gang is measured again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from avss_dist.executors.ray.queue import UnitQueue
 from avss_dist.partition.base import Placement
 
 POLL_SECONDS = 2.0
+START_SECONDS = 60.0  # for a rank to report for the first time, more than to make progress
 SOON_SECONDS = 0.02  # to look again, while a gang is idle and the next queue is being planned
 
 
@@ -273,11 +274,10 @@ class Pool:
             ages = ray.get(ready[0]) if ready else {}
         except RayError:  # lost with its node; Ray starts it elsewhere
             return
-        now = time.monotonic()
         for round_ in set(self._rounds.values()):
-            late = [name for name in round_.gang.names if ages.get(name, 0.0) > self._hang_seconds]
-            if late and now - round_.begun > self._hang_seconds:  # before that it may have had nothing to do
-                why = f"rank {late[0]} made no progress in {self._hang_seconds:g} seconds"
+            silent = late(round_.gang, ages, time.monotonic() - round_.begun, self._hang_seconds)
+            if silent:
+                why = f"rank {silent[0]} made no progress in {self._hang_seconds:g} seconds"
                 self._replace(round_, why, hangs=True)
 
     def _replace(self, round_: _Round, why: str | None, *, hangs: bool = False) -> None:
@@ -289,3 +289,19 @@ class Pool:
         round_.gang.stop(hangs=hangs)
         for reference in round_.awaited:
             self._rounds.pop(reference, None)
+
+
+def late(gang: Gang, ages: Mapping[str, float], elapsed: float, hang_seconds: float) -> list[str]:
+    """The ranks of a gang that made no progress for too long, though they have had something to do.
+
+    A rank that never reported, of a gang whose first one runs, hangs where it begins.
+
+    Args:
+        ages: seconds since each rank last made progress.
+        elapsed: seconds since the gang's round began.
+    """
+    unheard = hang_seconds + START_SECONDS
+    limits = {name: hang_seconds if name in ages else unheard for name in gang.names}
+    if elapsed <= hang_seconds or not (ages.keys() & limits.keys()):
+        return []
+    return [name for name in gang.names if ages.get(name, elapsed) > limits[name]]
