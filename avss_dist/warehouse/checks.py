@@ -22,7 +22,7 @@ _REQUIRED: dict[str, set[str]] = {
     "runs": {"status", "model"},
     "scores": {"layer", "layer_name", "depth", "site", "recipe", "threshold", "threshold_kind"},
     "layer_stats": {
-        *("layer", "layer_name", "depth", "site", "count", "mean", "m2", "thresholds", "near_zero", "zero_count"),
+        *("layer", "layer_name", "depth", "site", "count", "mean", "m2", "thresholds", "near_zero"),
         *("nonfinite_count", "max_abs", "histogram_bin", "histogram_count"),
     },
     "shard_stats": {"shard_id", "content_hash"},
