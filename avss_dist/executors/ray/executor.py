@@ -205,5 +205,6 @@ def _devices_of_node(kind: str, *, gpus: int) -> Devices:
     except RayError as error:
         if missing := missing_package(error):
             raise missing from error
-        raise
+        what = str(error).splitlines()[0]
+        raise RunFailed(f"The Ray cluster failed before any work was begun: {what}", "Run it again.") from error
     return seen
