@@ -150,6 +150,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--skip-sequences": 0,
         **{f"--{name.replace('_', '-')}": value for name, value in Settings().as_dict().items()},
         **{f"--{name}": getattr(Execution(), name) for name in ("executor", "replicas", "address", "fresh")},
+        "--yes": False,
         "--format": "table",
     },
     "evaluate": {
@@ -171,6 +172,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--address": None,
         "--allow-overlap": False,
         "--fresh": False,
+        "--yes": False,
         "--format": "table",
     },
     "scorecard": {"warehouse": None, "--run": None, "--all": False, "--format": "table"},

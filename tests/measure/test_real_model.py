@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def _sites(taken: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_field_equals_numpy(smollm2: Path, dtype: str) -> None:
-    settings = Settings(max_sequences=2, batch_size=2, dtype=dtype)
+    settings = Settings(max_sequences=2, sequence_length=128, batch_size=2, dtype=dtype)
     checkpoint = resolve(str(smollm2))
     shard = plan(CORPUS, load_tokenizer(checkpoint), settings).shards[0]
     replica = SingleReplica(checkpoint, settings)
@@ -79,7 +80,7 @@ def test_every_field_equals_numpy(smollm2: Path, dtype: str) -> None:
 
 def test_the_released_reading_of_avss(smollm2: Path) -> None:
     """``pooled`` at 1e-5 against the formula over hidden states, in a few lines of torch."""
-    settings = Settings(max_sequences=4, batch_size=2, dtype="bfloat16", sites=("block",))
+    settings = Settings(max_sequences=4, sequence_length=128, batch_size=2, dtype="bfloat16", sites=("block",))
     checkpoint = resolve(str(smollm2))
     shard = plan(CORPUS, load_tokenizer(checkpoint), settings).shards[0]
     replica = SingleReplica(checkpoint, settings)
@@ -102,8 +103,8 @@ def test_the_released_reading_of_avss(smollm2: Path) -> None:
 def test_a_threshold_without_a_rerun_equals_a_rerun(smollm2: Path, dtype: str) -> None:
     """At 40 others: to the element in bfloat16; in float32 within 1%, and to the element at the edge of a bin."""
     drawn = np.exp(np.random.default_rng(0).uniform(np.log(1e-4), np.log(3.0), 40))
-    kept = Settings(max_sequences=4, batch_size=2, dtype=dtype)
-    rerun = Settings(max_sequences=4, batch_size=2, dtype=dtype, thresholds=(*drawn, 0.6875))
+    kept = Settings(max_sequences=4, sequence_length=128, batch_size=2, dtype=dtype)
+    rerun = replace(kept, thresholds=(*drawn, 0.6875))
     checkpoint = resolve(str(smollm2))
     shard = plan(CORPUS, load_tokenizer(checkpoint), kept).shards[0]
     replica = SingleReplica(checkpoint, kept)

@@ -134,7 +134,7 @@ class Harming(Reporter):
 def test_a_gang_that_loses_ranks_is_replaced_as_one(models: list[str], single: Path, tmp_path: Path) -> None:
     """One rank killed in mid-shard, another stopped, which is a hang: the run still ends, each shard counts once."""
     harming = Harming()
-    options = {**OPTIONS, "partition": "zero3", "ranks": 2, "hang_seconds": 30}
+    options = {**OPTIONS, "partition": "zero3", "ranks": 2, "hang_seconds": 12}
     run = avss_dist.score(models[0], corpus="builtin:pydoc", out=tmp_path, reporter=harming, **options)
     assert (run.status, harming.arrived, len(harming.victims)) == ("done", SHARDS, 2)
     got, wanted = measured_files(tmp_path), measured_files(single)
