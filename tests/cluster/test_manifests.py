@@ -236,6 +236,7 @@ def test_a_slurm_node_starts_ray_runs_the_job_and_stops(tiny_llama: Path, tmp_pa
         "SLURM_CPUS_PER_TASK": "1",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_worker_niceness": "0",
     }
     done = alone("bash", str(CLUSTER / "slurm" / "node.sh"), env=env)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -114,10 +114,10 @@ def test_peak_memory_is_within_15_percent(tmp_path: Path, save_checkpoint: Save)
     """
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16}
     folder = save_checkpoint(llama(**sizes, num_key_value_heads=4, max_position_embeddings=256), tmp_path / "model")
-    settings = Settings(max_sequences=8, sequence_length=128, batch_size=4, sequences_per_shard=4, device="cpu")
+    settings = Settings(max_sequences=4, sequence_length=128, batch_size=4, device="cpu")
     guess = estimate(str(folder), "builtin:pydoc", settings)
     assert guess.weight_bytes > 300e6
-    for row in guess.rows[:3]:
+    for row in (row for row in guess.rows if row.partition in ("single", "streaming")):
         command = [sys.executable, "-c", MEASURE, str(folder), row.partition, json.dumps(settings.as_dict())]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peak = int(done.stdout.split()[-1])
@@ -244,6 +244,7 @@ def test_the_simplest_that_is_about_as_fast_as_the_fastest_is_the_best(guess: Es
 
 def test_free_memory_is_looked_up(header_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(avss_dist.estimate.estimate, "available_memory", lambda: 50_000_000)
+    monkeypatch.setattr(avss_dist.estimate.estimate, "calibrate", lambda *_: CALIBRATION)
     found = estimate(str(header_only), "builtin:pydoc", SETTINGS)
     assert found.host_free_bytes == 50_000_000 and found.best is None
 
@@ -254,7 +255,8 @@ def test_no_more_than_allowed_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Machine.look("cpu", {"cpu": 90_000_000, "0": 1}).host_free == 50_000_000
 
 
-def test_a_limit_that_no_process_keeps_fits_nothing(header_only: Path) -> None:
+def test_a_limit_that_no_process_keeps_fits_nothing(header_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(avss_dist.estimate.estimate, "calibrate", lambda *_: CALIBRATION)
     found = estimate(str(header_only), "builtin:pydoc", SETTINGS, Execution(max_memory={"cpu": "20MB"}))
     assert found.host_free_bytes == 20_000_000 and found.best is None
 
