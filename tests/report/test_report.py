@@ -18,7 +18,7 @@ import pytest
 from support.pages import write_failed, write_many, write_run
 from typer.testing import CliRunner
 
-from avss_dist.analysis.compare import correlate
+from avss_dist.analysis.agreement import correlate
 from avss_dist.analysis.findings import findings
 from avss_dist.cli import app
 from avss_dist.report.page.data import run_labels

@@ -148,7 +148,7 @@ def _round(value: float, digits: int) -> float | None:
 def _correlations(table: pa.Table, blocks: Sequence[tuple[int, ...]], choices: int) -> list[list[Any]]:
     """By choice: first run, second run and Spearman's coefficient, of each pair that was scored there.
 
-    As `compare.correlate` has it, all pairs of a choice at once: at the depths of the shallower of the two models.
+    As `agreement.correlate` has it, all pairs of a choice at once: at the depths of the shallower of the two models.
     """
     depth, avss = table["depth"].to_numpy(), table["avss_smoothed"].to_numpy()
     profiles: list[dict[int, Any]] = [{} for _ in range(choices)]
