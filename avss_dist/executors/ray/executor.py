@@ -133,7 +133,7 @@ class RayExecutor:
             self._last_words = LastWords(ENDED)
         if not ray.is_initialized():
             try:
-                require_listening(self._address or "local")
+                require_listening(self._address or "local", greet=True)
                 ray.init(
                     address=self._address or "local",
                     include_dashboard=None if self._address else False,

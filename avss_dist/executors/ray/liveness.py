@@ -14,12 +14,18 @@ from avss_dist.settings import CONNECT_SECONDS
 HEAD_SECONDS = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", 60)) / 2  # noqa: SIM112
 """For how long the head may be away, which can be restarted. Ray ends this process without a word after twice that."""
 RETRY_SECONDS = 0.5
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+"""How a client of HTTP/2, which gRPC is built on, begins: the preface, and empty settings (RFC 9113, 3.4)."""
 KEPT = "Run the same command again: everything measured so far is kept."
 ENDED = f"Error: this process was killed, or Ray ended it because its node or the head of the cluster was lost. {KEPT}"
 
 
-def require_listening(address: str) -> None:
-    """Raise OSError soon where nobody listens at ``HOST:PORT``; Ray would try for minutes."""
+def require_listening(address: str, *, greet: bool = False) -> None:
+    """Raise OSError soon where nobody listens at ``HOST:PORT``; Ray would try for minutes.
+
+    Args:
+        greet: whoever listens must answer, too, as every gRPC server does at once.
+    """
     host, _, port = address.rpartition(":")
     host = host.strip("[]")  # of IPv6
     if not host or not port.isdecimal() or "/" in host:
@@ -27,7 +33,11 @@ def require_listening(address: str) -> None:
     hosts = [host, ray.util.get_node_ip_address()] if host in ("127.0.0.1", "localhost") else [host]
     for i, name in enumerate(hosts):  # Ray takes the loopback address for the one that others see
         try:
-            socket.create_connection((name, int(port)), timeout=CONNECT_SECONDS).close()
+            with socket.create_connection((name, int(port)), timeout=CONNECT_SECONDS) as server:
+                if greet and os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+                    server.sendall(_HELLO)
+                    if not server.recv(1):
+                        raise ConnectionError("the connection was closed without an answer")
             return
         except OSError:
             if i == len(hosts) - 1:
