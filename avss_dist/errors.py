@@ -87,6 +87,10 @@ class WarehouseError(AvssError):
     """The Parquet warehouse cannot be read or written."""
 
 
+class DamagedFile(WarehouseError):
+    """A file of the warehouse was read, and does not hold what it should."""
+
+
 class StorageFull(WarehouseError):
     """There is no space left for the warehouse."""
 

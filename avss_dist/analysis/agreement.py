@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from avss_dist.settings import LOWEST_SHARE
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.rankings import FEWEST, PERSISTENCE, align, count_lowest, spearman
+from avss_dist.stats.rankings import FEWEST, align, count_lowest, rank_biased_overlap, spearman
 from avss_dist.system.progress_bar import tracked
 
 Scores = tuple[Float64, Float64]  # depth and values of layers, float64[layers] each, ascending in depth
@@ -51,7 +51,7 @@ def correlate_pairs(
 
     Returns:
         `COLUMNS`, each of [pairs]: Spearman's rho with average ranks over the layers where both are finite; Kendall's
-        tau-b; rank-biased overlap from the lowest layer up (`stats.rankings.rank_biased_overlap`). NaN for fewer than
+        tau-b; rank-biased overlap from the lowest layer up (`rank_biased_overlap`). NaN for fewer than
         three layers, or where a score is constant.
     """
     found = {name: np.full(len(a), np.nan) for name in COLUMNS}
@@ -78,8 +78,8 @@ def _agreement(
     x, y = np.array([one[0] for one in aligned]), np.array([one[1] for one in aligned])
     n = x.shape[1]
     size = min(k or count_lowest(n, share), n)
-    places_x, places_y = _places(x), _places(y)
-    shared = ((places_x <= size) & (places_y <= size)).sum(axis=1)
+    order_x, order_y = (np.argsort(values, axis=1, kind="stable") for values in (x, y))  # ties: the earlier layer
+    shared = ((np.argsort(order_x) < size) & (np.argsort(order_y) < size)).sum(axis=1)
     by_chance, at_least = _by_chance(n, size)
     signs_x, signs_y = _signs(x), _signs(y)
     defined = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0) & (n >= FEWEST)
@@ -90,17 +90,11 @@ def _agreement(
         "shared": shared,
         "spearman": _spearman(x, y, signs_x, signs_y),
         "kendall": np.where(defined, _kendall(signs_x, signs_y), np.nan),
-        "rbo": np.where(defined, _rank_biased_overlap(places_x, places_y), np.nan),
+        "rbo": np.where(defined, rank_biased_overlap(order_x, order_y), np.nan),
         "jaccard": shared / (2 * size - shared),
         "jaccard_by_chance": np.full(len(x), by_chance),
         "p_by_chance": at_least[shared],
     }
-
-
-def _places(values: Float64) -> Indices:
-    """The place of each layer, 1 the lowest; ties go to the earlier layer."""
-    order = np.argsort(values, axis=1, kind="stable")
-    return np.argsort(order, axis=1, kind="stable") + 1
 
 
 def _signs(values: Float64) -> Signs:
@@ -129,15 +123,6 @@ def _kendall(signs_x: Signs, signs_y: Signs) -> Float64:
     ordered = (np.abs(signs_x).sum(axis=(1, 2), dtype=np.int64), np.abs(signs_y).sum(axis=(1, 2), dtype=np.int64))
     with np.errstate(invalid="ignore"):
         return agree / np.sqrt(ordered[0] * ordered[1].astype(np.float64))
-
-
-def _rank_biased_overlap(places_x: Indices, places_y: Indices) -> Float64:
-    """`stats.rankings.rank_biased_overlap`, layer by layer: one is in both orders from the later of its places on."""
-    n = places_x.shape[1]
-    depth = np.arange(1, n + 1)
-    weights = np.cumsum((PERSISTENCE**depth / depth)[::-1])[::-1]  # of an overlap from a depth to the last
-    later = np.maximum(places_x, places_y)
-    return PERSISTENCE**n + (1 - PERSISTENCE) / PERSISTENCE * weights[later - 1].sum(axis=1)
 
 
 @cache

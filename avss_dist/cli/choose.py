@@ -12,13 +12,13 @@ from avss_dist.errors import QueryError, nearest, require_known
 from avss_dist.system.streams import say
 from avss_dist.text import parse_threshold
 
-MOST_NAMED = 5  # runs that cannot be read
-
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from avss_dist.stats.scores import Threshold
     from avss_dist.warehouse.reader import Warehouse
+
+MOST_NAMED = 5  # runs that cannot be read
 
 
 def open_warehouse(root: str) -> Warehouse:

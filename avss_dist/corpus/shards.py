@@ -80,6 +80,10 @@ class CorpusPlan:
     num_sequences: int
     num_tokens: int
 
+    def num_batches(self, batch_size: int) -> int:
+        """Forward passes over all shards, each of so many rows or, at the end of a shard, fewer."""
+        return sum(-(-shard.num_sequences // batch_size) for shard in self.shards)
+
 
 def plan(
     source: str,

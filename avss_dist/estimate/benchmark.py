@@ -170,7 +170,7 @@ def _totals(planned: CorpusPlan, settings: Settings) -> dict[str, int]:
         "num_sequences": planned.num_sequences,
         "num_tokens": planned.num_tokens,
         "num_shards": len(planned.shards),
-        "num_batches": sum(-(-shard.num_sequences // settings.batch_size) for shard in planned.shards),
+        "num_batches": planned.num_batches(settings.batch_size),
     }
 
 

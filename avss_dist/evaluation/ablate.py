@@ -142,7 +142,7 @@ def _require_intended(
     """
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code).get_text_config()
     layers = getattr(config, "num_hidden_layers", None) or 1
-    batches = sum(-(-shard.num_sequences // settings.batch_size) for shard in text.shards)
+    batches = text.num_batches(settings.batch_size)
     require_intended(
         removals * layers * batches,
         MOST_PASSES,

@@ -180,8 +180,8 @@ def _commit_rows(
     store: Store,
 ) -> list[dict[str, Any]]:
     """Write what every choice kept; the rows of all trials."""
-    asked = {key: value for key, value in asdict(experiment).items() if key != "allow_many"}
-    name = fingerprint(**asked | {"tasks": tasks})[:20]
+    numbers = {key: value for key, value in asdict(experiment).items() if key != "allow_many"}
+    name = fingerprint(**numbers | {"tasks": tasks})[:20]
     rows = []
     for trial in trials:
         mine = list(_rows_of_trial(trial, results))

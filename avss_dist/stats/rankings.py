@@ -56,17 +56,17 @@ def depth_correlation(scores: Sequence[float | None]) -> float:
     return spearman(values, np.arange(len(values), dtype=np.float64))
 
 
-def rank_biased_overlap(a: Ints, b: Ints, p: float = PERSISTENCE) -> float:
-    """Extrapolated RBO of two orders of the same items, 0 (reversed, long) to 1 (the same).
+def rank_biased_overlap(a: Ints, b: Ints, p: float = PERSISTENCE) -> Float64:
+    """Extrapolated RBO of orders of the same items, int[..., items]: 0 (reversed, long) to 1 (the same).
 
     Webber, Moffat and Zobel, A similarity measure for indefinite rankings, 2010, equation 32.
     """
-    depth = np.arange(1, len(a) + 1)
-    position = np.empty(len(a), int)
-    position[b] = depth
-    later = np.maximum(position[a], depth)  # the depth from which an item is in both
-    overlap = np.searchsorted(np.sort(later), depth, side="right") / depth
-    return float(overlap[-1] * p ** len(a) + (1 - p) / p * (overlap * p**depth).sum())
+    items = a.shape[-1]
+    depth = np.arange(1, items + 1)
+    weights = np.cumsum((p**depth / depth)[::-1])[::-1]  # of an overlap from a depth to the last
+    later = np.maximum(np.argsort(a, axis=-1), np.argsort(b, axis=-1))  # from where on an item is in both
+    overlap: Float64 = p**items + (1 - p) / p * weights[later].sum(axis=-1)
+    return overlap
 
 
 def align(a: tuple[Float64, Float64], b: tuple[Float64, Float64]) -> tuple[Float64, Float64, bool]:

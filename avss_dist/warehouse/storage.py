@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from avss_dist.errors import StorageFull, WarehouseError
+from avss_dist.errors import DamagedFile, StorageFull, WarehouseError
 from avss_dist.system.staging import remove_leftovers, staged_file
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.schema import DAMAGED
@@ -146,7 +146,7 @@ class Storage:
         try:
             yield
         except (OSError, pa.ArrowException) as error:
-            raise WarehouseError(f"Cannot read {path}: {self.damage(path, error)}", DAMAGED) from error
+            raise DamagedFile(f"Cannot read {path}: {self.damage(path, error)}", DAMAGED) from error
 
 
 def _uri(root: str) -> str:

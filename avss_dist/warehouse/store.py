@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from avss_dist.errors import WarehouseError, nearest, require_known, without_secrets
+from avss_dist.errors import DamagedFile, WarehouseError, nearest, require_known, without_secrets
 from avss_dist.settings import SCHEMA_VERSION
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
 from avss_dist.text import RedactedURI
@@ -160,9 +160,7 @@ class Store:
         """As `read_layer_stats`; nothing where they are damaged, which `damaged` notes."""
         try:
             return self.read_layer_stats(run_id)
-        except WarehouseError as error:
-            if error.hint != DAMAGED:
-                raise
+        except DamagedFile as error:
             self._note(run_id, error.message)
             return {}
 

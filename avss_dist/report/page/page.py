@@ -71,7 +71,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
     data = page_data(warehouse, drawn)
     labels = [run["label"] for run in data["runs"]]
     of_run = {row["run_id"]: label for row, label in zip(drawn, labels, strict=True)}
-    about = _findings(warehouse, of_run), experiments(warehouse, of_run)
+    found, trials = _findings(warehouse, of_run), experiments(warehouse, of_run)  # which complete `damaged`
     style, script, library = _part("page.css"), _part("page.js"), _library() if data["choices"] else Markup("")
     return _template().render(
         policy=_policy(style, script, library),
@@ -83,8 +83,8 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
         warehouse=warehouse.root,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         summary=_summary(len(done), len(rows) - len(done)),
-        findings=about[0],
-        experiments=about[1],
+        findings=found,
+        experiments=trials,
         overview=_overview(_with_unreadable(rows, warehouse.damaged, run_ids), of_run),
         labels=labels,
         not_drawn=len(done) - len(drawn),
