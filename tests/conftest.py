@@ -95,24 +95,6 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
-def avss() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """The command line in this process: ``avss("show", folder)``."""
-
-    def run(*args: object) -> subprocess.CompletedProcess[str]:
-        from typer.testing import CliRunner
-
-        from avss_dist.cli import app
-
-        words = [str(arg) for arg in args]
-        done = CliRunner().invoke(app, words)
-        if done.exception is not None and not isinstance(done.exception, SystemExit):
-            raise done.exception
-        return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
-
-    return run
-
-
-@pytest.fixture(scope="session")
 def run_avss() -> Callable[..., subprocess.CompletedProcess[str]]:
     """The command line in a process of its own: ``run_avss("show", folder, env={...})``.
 

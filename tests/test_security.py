@@ -17,7 +17,8 @@ from typing import Any
 import duckdb
 import pytest
 import yaml
-from support.warehouses import avss, write_scores
+from support.command_line import avss
+from support.warehouses import write_scores
 
 import avss_dist
 from avss_dist.errors import ModelError, QueryError

@@ -15,16 +15,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from scipy import stats
-from support.warehouses import (
-    Terminal,
-    activations,
-    avss,
-    run_row,
-    stats_of,
-    write_measured,
-    write_profiles,
-    write_scores,
-)
+from support.command_line import avss
+from support.warehouses import Terminal, activations, run_row, stats_of, write_measured, write_profiles, write_scores
 
 from avss_dist.analysis.agreement import correlate, correlate_pairs
 from avss_dist.analysis.compare import SCHEMA, compare

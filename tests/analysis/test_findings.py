@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from support.command_line import avss
 from support.oracle import Float64
-from support.warehouses import SCALES, activations, avss, stats_of, write_measured, write_profiles, write_scores
+from support.warehouses import SCALES, activations, stats_of, write_measured, write_profiles, write_scores
 
 from avss_dist.analysis.findings import KINDS, SCHEMA, findings
 from avss_dist.report.terminal.compare import findings_table

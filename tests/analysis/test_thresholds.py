@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.command_line import avss
 from support.oracle import Float64
-from support.warehouses import GRID, activations, avss, stats_of, write_measured
+from support.warehouses import GRID, activations, stats_of, write_measured
 
 from avss_dist.analysis.thresholds import SCORES, quantiles, quantiles_of, scores_at
 from avss_dist.errors import QueryError

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 from support.checkpoints import LAYERS
-from typer.testing import CliRunner
+from support.command_line import avss
 
 import avss_dist
 from avss_dist.cli import app
@@ -202,14 +202,6 @@ TEXT = {"--corpus": "builtin:pydoc", "--max-sequences": 12, "--sequence-length":
 SCORE = [str(part) for option in TEXT.items() for part in option] + ["--executor", "local"]
 HEAVY = ("torch", "ray", "transformers", "deepspeed")
 Avss = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def avss(*args: object) -> Any:
-    """The command line in this process; an unexpected exception is raised, not hidden in the result."""
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 def rows(warehouse: Path, query: str) -> list[dict[str, Any]]:

@@ -17,11 +17,11 @@ import pytest
 import torch
 import transformers
 import yaml
+from support import command_line
 from support.checkpoints import llama
+from support.command_line import files
 from support.tables import assert_same_tables
-from typer.testing import CliRunner
 
-from avss_dist.cli import app
 from avss_dist.settings import SCHEMA_VERSION
 from avss_dist.warehouse.reader import Warehouse
 
@@ -33,15 +33,9 @@ Save = Callable[[Any, Path], Path]
 
 
 def avss(*args: object) -> tuple[int, str]:
-    """Exit code and everything printed; an unexpected exception is raised."""
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
+    """Exit code and everything printed."""
+    result = command_line.avss(*args)
     return result.exit_code, result.output
-
-
-def files(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import typer.main
 import yaml
-from support.warehouses import activations, avss, stats_of, write_measured
+from support.command_line import avss
+from support.warehouses import activations, stats_of, write_measured
 
 from avss_dist.cli import app
 from avss_dist.warehouse.schema import RunIdentity

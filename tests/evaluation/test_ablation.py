@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from support.causal_lm import SMALL, opened, random_shard
 from support.checkpoints import llama, one_thread
+from support.command_line import avss
 from support.families import tiny_model
 
 from avss_dist.corpus.shards import Shard
@@ -242,7 +243,7 @@ def test_resumed_or_not_the_contributions_are_the_same(four_layers: Path, monkey
 # What is kept
 
 
-def test_the_ablation_and_an_evaluated_plan_agree(tiny_llama: Path, tmp_path: Path, avss: Callable) -> None:
+def test_the_ablation_and_an_evaluated_plan_agree(tiny_llama: Path, tmp_path: Path) -> None:
     warehouse, plan = tmp_path / "w", tmp_path / "plan.yaml"
     run = score(tiny_llama, corpus=TEXT, out=warehouse, **SMALL)
     text = {"corpus": TEXT, "warehouse": warehouse, "skip_sequences": 6, **SMALL}
@@ -250,7 +251,7 @@ def test_the_ablation_and_an_evaluated_plan_agree(tiny_llama: Path, tmp_path: Pa
     assert found.whole is not None
     for by in ("loss", "shapley", "taylor"):
         done = avss("plan", warehouse, "--run", run.run_id, "--by", by, "--count", 1, "-o", plan)
-        assert done.returncode == 0, done.stderr
+        assert done.exit_code == 0, done.stderr
         (evaluated,) = evaluate(
             [str(plan)], tasks=[f"perplexity:{TEXT}"], warehouse=warehouse, skip_sequences=6, **SMALL
         )
@@ -297,7 +298,7 @@ def test_what_was_measured_is_not_measured_again(tiny_llama: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path, avss: Callable) -> None:
+def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path) -> None:
     found = {}
     for name, options in {"one": ["--executor", "local"], "two": ["--replicas", "2"]}.items():
         done = avss(
@@ -305,7 +306,7 @@ def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path, a
             *("--sequence-length", 32, "--sequences-per-shard", 2, "--shapley", 8, "--gradients"),
             *("--format", "csv", *options),
         )
-        assert done.returncode == 0, done.stderr
+        assert done.exit_code == 0, done.stderr
         found[name] = done.stdout
     assert found["one"] == found["two"]
 
@@ -313,12 +314,12 @@ def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path, a
 # The command line
 
 
-def test_ablate_shows_a_table(tiny_llama: Path, tmp_path: Path, avss: Callable) -> None:
+def test_ablate_shows_a_table(tiny_llama: Path, tmp_path: Path) -> None:
     sizes = {"max_sequences": 4, "sequence_length": 32}
     text = {"corpus": TEXT, "warehouse": tmp_path / "w", "shapley": 3, **sizes}
     options = [word for name, value in text.items() for word in (f"--{name.replace('_', '-')}", value)]
     done = avss("ablate", tiny_llama, *options)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     for words in ("loss without", "increase", "Shapley", "95% interval", "Loss of the whole model"):
         assert words in done.stdout
     assert "Taylor" not in done.stdout
@@ -339,25 +340,25 @@ def test_numbers_that_cannot_be_had_are_shown(tiny_llama: Path, tmp_path: Path) 
     assert ablation_rows(found).to_pylist()[0]["shapley_low"] is None
 
 
-def test_score_takes_gradients_of_the_same_text(tiny_llama: Path, tmp_path: Path, avss: Callable) -> None:
+def test_score_takes_gradients_of_the_same_text(tiny_llama: Path, tmp_path: Path) -> None:
     warehouse, plan = tmp_path / "w", tmp_path / "plan.yaml"
     sizes = ("--max-sequences", 4, "--sequence-length", 32)
     done = avss("score", tiny_llama, "--corpus", TEXT, "--out", warehouse, *sizes, "--gradients")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert "gradients of 3 layers" in done.stdout
     rows = Warehouse(warehouse).table("evaluations").to_pylist()
     assert {row["metric"] for row in rows} == {"taylor", "gradient_l1", "gradient_l2", "weight_frobenius"}
     assert {row["num_samples"] for row in rows if row["metric"] == "taylor"} == {4}
     done = avss("plan", warehouse, "--by", "taylor", "--count", 2, "--contiguous", "-o", plan)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert f"task: gradients:{TEXT}" in plan.read_text()
 
 
-def test_a_plan_by_what_was_not_measured_is_refused(tiny_llama: Path, tmp_path: Path, avss: Callable) -> None:
+def test_a_plan_by_what_was_not_measured_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     warehouse = tmp_path / "w"
     score(tiny_llama, corpus=TEXT, out=warehouse, **SMALL)
     done = avss("plan", warehouse, "--by", "shapley", "-o", tmp_path / "plan.yaml")
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert f"avss ablate {tiny_llama} --corpus {TEXT} --warehouse {warehouse}" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from support.checkpoints import one_thread
-from support.warehouses import avss
+from support.command_line import avss
 
 from avss_dist.errors import ConfigError, CorpusError
 from avss_dist.evaluation.ablate import ablate
@@ -59,13 +58,13 @@ def test_padding_counts_for_nothing(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 def test_a_plan_is_compared_with_its_whole_model_and_no_cell_is_measured_twice(
-    tiny_llama: Path, tmp_path: Path, avss: Callable
+    tiny_llama: Path, tmp_path: Path
 ) -> None:
     warehouse = tmp_path / "w"
     with one_thread():
         score(tiny_llama, corpus="builtin:pydoc", out=warehouse, **SMALL)
         plan = tmp_path / "plan.yaml"
-        assert avss("plan", warehouse, "--by", "avss", "--count", 1, "-o", plan).returncode == 0
+        assert avss("plan", warehouse, "--by", "avss", "--count", 1, "-o", plan).exit_code == 0
         with pytest.raises(ConfigError, match="`skip_sequences` 12"):
             evaluate([str(plan)], tasks=[TEXT], warehouse=warehouse, **SMALL)
         (found,) = evaluate([str(plan)], tasks=[TEXT], warehouse=warehouse, skip_sequences=12, **SMALL)
@@ -84,11 +83,11 @@ def test_a_plan_is_compared_with_its_whole_model_and_no_cell_is_measured_twice(
     assert {path: path.stat().st_mtime_ns for path in (warehouse / "cells").rglob("*.parquet")} == before
 
 
-def test_skipped_layers_are_those_of_the_pruned_checkpoint(tiny_llama: Path, tmp_path: Path, avss: Callable) -> None:
+def test_skipped_layers_are_those_of_the_pruned_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
     warehouse, plan, pruned = tmp_path / "w", tmp_path / "plan.yaml", tmp_path / "pruned"
     score(tiny_llama, corpus="builtin:pydoc", out=warehouse, **SMALL)
-    assert avss("plan", warehouse, "--by", "avss", "--count", 1, "-o", plan).returncode == 0
-    assert avss("prune", tiny_llama, plan, "--out", pruned).returncode == 0
+    assert avss("plan", warehouse, "--by", "avss", "--count", 1, "-o", plan).exit_code == 0
+    assert avss("prune", tiny_llama, plan, "--out", pruned).exit_code == 0
     skipped, cut = (
         evaluate([str(subject)], tasks=[TEXT], warehouse=warehouse, skip_sequences=12, **SMALL)[0].result
         for subject in (plan, pruned)
@@ -97,7 +96,7 @@ def test_skipped_layers_are_those_of_the_pruned_checkpoint(tiny_llama: Path, tmp
 
 
 @pytest.mark.slow
-def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path, avss: Callable) -> None:
+def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path) -> None:
     found = {}
     with one_thread():
         for name, options in {"one": ["--executor", "local"], "two": ["--replicas", "2"]}.items():
@@ -105,14 +104,14 @@ def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path, a
                 *("evaluate", tiny_llama, "--task", TEXT, "--warehouse", tmp_path / name, "--max-sequences", 12),
                 *("--sequence-length", 32, "--sequences-per-shard", 3, "--format", "csv", *options),
             )
-            assert done.returncode == 0, done.stderr
+            assert done.exit_code == 0, done.stderr
             found[name] = done.stdout
     assert found["one"] == found["two"]
 
 
-def test_a_model_without_a_head_is_refused(tiny_bert: Path, tmp_path: Path, avss: Callable) -> None:
+def test_a_model_without_a_head_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
     done = avss("evaluate", tiny_bert, "--task", TEXT, "--warehouse", tmp_path / "w", "--sequence-length", 64)
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert "predicts the next token" in done.stderr
     assert "Traceback" not in done.stderr
 

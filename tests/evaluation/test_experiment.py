@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 from support.checkpoints import VOCABULARY, one_thread
-from typer.testing import CliRunner
+from support.command_line import avss
 
 from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.analysis.verdict import judgement, verdicts
-from avss_dist.cli import app
 from avss_dist.errors import ConfigError
 from avss_dist.evaluation.experiment import run_experiment
 from avss_dist.pruning.methods import Experiment, Method, methods, parse_score
@@ -172,15 +171,15 @@ def test_the_score_card_has_the_truth_and_what_was_kept(done: tuple[Path, list[d
         assert [row["spearman_loss"] for row in best if row["site"] == site] == [max(mine)]
 
 
-def test_the_command_line_tells_the_verdict(done: tuple[Path, list[dict[str, Any]]], avss: Callable) -> None:
+def test_the_command_line_tells_the_verdict(done: tuple[Path, list[dict[str, Any]]]) -> None:
     job, _ = done
     told = avss("experiment", job)
-    assert told.returncode == 0, told.stderr
+    assert told.exit_code == 0, told.stderr
     words = " ".join(told.stdout.split())
     assert "without the 2 layers of the lowest AVSS (25%)" in words
     assert "Of 2 random choices" in words
     card = avss("scorecard", read_job(job).warehouse, "--format", "csv")
-    assert card.returncode == 0 and "spearman_loss" in card.stdout
+    assert card.exit_code == 0 and "spearman_loss" in card.stdout
 
 
 def test_calibration_text_is_refused(done: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
@@ -271,11 +270,11 @@ def test_mistakes_in_a_section_are_told_with_their_line(tmp_path: Path, section:
     assert ":4:" in str(error.value)
 
 
-def test_a_job_without_an_experiment_is_a_mistake(tmp_path: Path, avss: Callable) -> None:
+def test_a_job_without_an_experiment_is_a_mistake(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text("warehouse: w\nmodels: [m]\ncorpora: ['builtin:pydoc']\n")
     told = avss("experiment", job)
-    assert told.returncode == 2 and "has no section 'experiment'" in told.stderr
+    assert told.exit_code == 2 and "has no section 'experiment'" in told.stderr
 
 
 PUBLISHED = {"site": "block", "recipe": "pooled", "threshold": 1e-5, "threshold_kind": "absolute"}
@@ -325,7 +324,7 @@ def test_a_huge_experiment_says_its_size_first(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     text = JOB.format(warehouse=tmp_path / "w", model="nowhere").replace("random: 2", "random: 100000000")
     job.write_text(text)
-    done = CliRunner().invoke(app, ["experiment", str(job)])
+    done = avss("experiment", job)
     assert done.exit_code == 2
     assert "makes up to 400,000,037 evaluations (models: 1, sets of layers to drop: 400,000,036" in done.stderr
     assert "Lower `random`" in done.stderr and "More than 10,000 need --yes." in done.stderr

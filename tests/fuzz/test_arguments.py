@@ -11,7 +11,8 @@ import pytest
 import typer.main
 from hypothesis import given
 from hypothesis import strategies as st
-from support.fuzzing import HOSTILE, NUMBERS, files, fuzzed, hold
+from support.command_line import files
+from support.fuzzing import HOSTILE, NUMBERS, fuzzed, hold
 from support.warehouses import activations, stats_of, write_measured
 
 from avss_dist.cli import app

@@ -13,7 +13,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from support.checkpoints import llama
-from support.fuzzing import damaged_bytes, files, fuzzed, hold, mutated
+from support.command_line import files
+from support.fuzzing import damaged_bytes, fuzzed, hold, mutated
 from support.ggufs import write_gguf
 
 from avss_dist.errors import AvssError

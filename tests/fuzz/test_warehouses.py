@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.fuzzing import files, fuzzed, hold, write_damaged
+from support.command_line import files
+from support.fuzzing import fuzzed, hold, write_damaged
 from support.warehouses import activations, stats_of, write_measured, write_scores
 
 from avss_dist.warehouse.schema import RunIdentity

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import llama
+from support.command_line import avss
 from support.families import tiny_model
 
 from avss_dist.errors import ModelError
@@ -132,14 +133,12 @@ def test_a_pooler_need_not_be_stored_and_other_heads_are_left_alone(tmp_path: Pa
     open_streaming(folder)
 
 
-def test_a_command_that_cannot_trust_the_weights_fails(
-    tiny_llama: Path, tmp_path: Path, avss: Callable[..., Any]
-) -> None:
+def test_a_command_that_cannot_trust_the_weights_fails(tiny_llama: Path, tmp_path: Path) -> None:
     folder = change(Path(shutil.copytree(tiny_llama, tmp_path / "copy")), without(r"layers\.1\."))
     small = ("--sequence-length", "16", "--max-sequences", "4", "--sequences-per-shard", "4")
     out = tmp_path / "warehouse"
     done = avss("score", folder, "--corpus", "builtin:pydoc", "--out", out, *small, "--executor", "local")
-    assert done.returncode != 0 and "lack weights" in done.stderr, done.stderr
+    assert done.exit_code != 0 and "lack weights" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -13,7 +13,8 @@ import pytest
 import yaml
 from hypothesis import given, strategies
 from pydantic import TypeAdapter
-from support.warehouses import avss, run_row, write_scores
+from support.command_line import avss
+from support.warehouses import run_row, write_scores
 
 from avss_dist.analysis.plans import plan_layers
 from avss_dist.errors import ConfigError, QueryError

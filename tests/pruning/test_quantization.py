@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from support.checkpoints import LAYERS, VOCABULARY
+from support.command_line import avss
 
 from avss_dist.errors import ModelError
 from avss_dist.models.causal_lm import LanguageModel
@@ -49,13 +50,11 @@ def fp8(tiny_llama: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_skip_list_is_renumbered_and_the_check_says_what_it_cannot_see(
-    fp8: Path, tmp_path: Path, avss: Callable[..., Any]
-) -> None:
+def test_a_skip_list_is_renumbered_and_the_check_says_what_it_cannot_see(fp8: Path, tmp_path: Path) -> None:
     plan, less = tmp_path / "plan.yaml", tmp_path / "less"
     PLAN.write(plan)
     done = avss("prune", fp8, plan, "--out", less)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     config = json.loads((less / "config.json").read_text())
     assert config["quantization_config"]["modules_to_not_convert"] == [
         "model.layers.0.mlp.down_proj",

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.warehouses import activations, avss, stats_of, write_measured, write_scores
+from support.command_line import avss
+from support.warehouses import activations, stats_of, write_measured, write_scores
 
 from avss_dist.report.export import COLUMNS, PLACE, escape_latex
 from avss_dist.text import escape_markdown

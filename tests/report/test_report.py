@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.command_line import avss
 from support.pages import write_failed, write_many, write_run
-from typer.testing import CliRunner
 
 from avss_dist.analysis.agreement import correlate
 from avss_dist.analysis.findings import findings
-from avss_dist.cli import app
 from avss_dist.report.page.data import run_labels
 from avss_dist.report.page.page import report_page
 from avss_dist.text import describe_threshold
@@ -295,7 +294,7 @@ def test_the_command_writes_the_runs_that_are_named_and_loads_nothing_heavy(stor
 
 def refused(*args: object) -> str:
     """What the command says on standard error when it refuses."""
-    result = CliRunner().invoke(app, ["report", *map(str, args)])
+    result = avss("report", *args)
     assert (result.exit_code, result.stdout) == (2, "")
     return result.stderr
 

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from rich.console import Console
-from support.warehouses import activations, avss, stats_of, write_measured, write_scores
+from support.command_line import avss
+from support.warehouses import activations, stats_of, write_measured, write_scores
 
 from avss_dist.analysis.compare import compare
 from avss_dist.errors import WarehouseError

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from support.command_line import avss
 
-from avss_dist.cli import app
 from avss_dist.errors import ConfigError, RunFailed
 from avss_dist.runs import submission
 from avss_dist.runs.job_file import read_job
@@ -93,7 +92,7 @@ def silent() -> Iterator[str]:
 
 @pytest.mark.parametrize("command", [["status"], ["logs", "a"], ["logs", "a", "--follow"], ["stop", "a"]], ids=" ".join)
 def test_a_server_that_never_answers_ends_a_command(command: list[str], silent: str) -> None:
-    done = CliRunner().invoke(app, [*command, "--address", silent, "--answer-seconds", "0.2"])
+    done = avss(*command, "--address", silent, "--answer-seconds", "0.2")
     assert done.exit_code == 1
     assert done.stderr.startswith(f"Error: The job server at {silent} broke off, or did not answer in time.\n")
     assert "larger --connect-seconds or --answer-seconds" in done.stderr

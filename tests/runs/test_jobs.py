@@ -15,11 +15,10 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from support import command_line
 from support.tables import assert_same_tables
-from typer.testing import CliRunner
 
 import avss_dist
-from avss_dist.cli import app
 from avss_dist.estimate.preview import preview_job
 from avss_dist.report.terminal.progress import Log
 from avss_dist.runs.api import run_job
@@ -55,7 +54,7 @@ def problems(folder: Path, text: str) -> list[str]:
 
 
 def avss(*args: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    result = command_line.avss(*args)
     return result.exit_code, result.output
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies
 from scipy import stats
-from support.warehouses import avss, write_profiles, write_scores
+from support.command_line import avss
+from support.warehouses import write_profiles, write_scores
 
 from avss_dist.analysis.compare import compare
 from avss_dist.analysis.findings import findings

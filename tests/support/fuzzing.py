@@ -12,9 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
-from avss_dist.cli import app
+from support.command_line import avss
 
 TIMES = int(os.environ.get("AVSS_FUZZ", "0"))
 """Examples of each test, in hundreds, new ones each time; by default a few, and the same ones."""
@@ -56,19 +55,12 @@ def fuzzed(few: int) -> Callable[[Any], Any]:
 
 def hold(*args: object) -> tuple[int, str]:
     """Run a command in this process: it ends with one of `CODES`, without a traceback and control characters."""
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
+    result = avss(*args)
     text = result.stdout + result.stderr
     assert result.exit_code in CODES, (args, result.exit_code, text)
     assert "Traceback" not in text, (args, text)
     assert not _OBEYED.search(text), (args, text)
     return result.exit_code, text
-
-
-def files(root: Path) -> dict[str, bytes]:
-    """Every file below a folder, by path."""
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
 def texts() -> st.SearchStrategy[str]:

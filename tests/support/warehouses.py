@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from typer.testing import CliRunner
 
-from avss_dist.cli import app
 from avss_dist.settings import PUBLISHED_THRESHOLD
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, merge_stats
 from avss_dist.stats.rankings import rank_lowest
@@ -23,14 +21,6 @@ from support.oracle import By, Float64, oracle_stats
 
 GRID = np.array([1e-5, 1e-2, 1e-1])
 Stats = dict[LayerKey, LayerStats]
-
-
-def avss(*args: object) -> Any:
-    """The command line in this process; an unexpected exception is raised, not hidden in the result."""
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 class Terminal(io.StringIO):

@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.warehouses import activations, avss, stats_of, write_measured
+from support.command_line import avss
+from support.warehouses import activations, stats_of, write_measured
 
 from avss_dist.analysis.findings import findings
 from avss_dist.errors import WarehouseError

@@ -16,7 +16,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.warehouses import Terminal, activations, avss, stats_of, write_measured, write_scores
+from support.command_line import avss
+from support.warehouses import Terminal, activations, stats_of, write_measured, write_scores
 
 import avss_dist
 from avss_dist.errors import QueryError, WarehouseError

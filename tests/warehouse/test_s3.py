@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 import pytest
+from support.command_line import avss
 from support.tables import measured_files
 
 import avss_dist
@@ -127,7 +128,7 @@ def measured(objects: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def test_scores_in_a_bucket_are_the_same_bytes_and_every_command_reads_them(
-    server: Server, tiny_llama: Path, local: dict[str, bytes], tmp_path: Path, avss: Callable
+    server: Server, tiny_llama: Path, local: dict[str, bytes], tmp_path: Path
 ) -> None:
     uri = server.uri("whole")
     assert score(tiny_llama, uri).status == "done"
@@ -137,11 +138,11 @@ def test_scores_in_a_bucket_are_the_same_bytes_and_every_command_reads_them(
     assert score(tiny_llama, uri).status == "skipped"
 
     shown = avss("show", uri)
-    assert shown.returncode == 0 and "tiny-llama" in shown.stdout, shown.stderr
+    assert shown.exit_code == 0 and "tiny-llama" in shown.stdout, shown.stderr
     asked = avss("query", uri, "SELECT count(DISTINCT layer) AS layers FROM scores", "--format", "csv")
     assert asked.stdout.split() == ["layers", "3"], asked.stderr
     drawn = avss("plot", uri, "-o", tmp_path / "layers.svg")
-    assert drawn.returncode == 0 and (tmp_path / "layers.svg").read_text().startswith("<svg"), drawn.stderr
+    assert drawn.exit_code == 0 and (tmp_path / "layers.svg").read_text().startswith("<svg"), drawn.stderr
 
 
 def test_a_killed_driver_leaves_no_half_run_and_is_resumed(
@@ -231,14 +232,14 @@ def test_a_connection_cut_during_an_upload_leaves_no_half_run(
     ids=["no bucket", "no server", "wrong keys"],
 )
 def test_storage_that_cannot_be_used_is_a_mistake_told_at_once(
-    changes: dict[str, Any], says: str, server: Server, tiny_llama: Path, avss: Callable
+    changes: dict[str, Any], says: str, server: Server, tiny_llama: Path
 ) -> None:
     uri = server.uri("w", **changes)
     with server.asking_for_keys():
         done = avss("score", tiny_llama, "--corpus", "builtin:pydoc", "--out", uri)
         with pytest.raises(WarehouseError) as caught:
             Store(uri).create()
-    assert done.returncode == 2 and "Cannot write s3://" in done.stderr, done.stderr
+    assert done.exit_code == 2 and "Cannot write s3://" in done.stderr, done.stderr
     assert any(word in done.stderr for word in says.split("|")), done.stderr
     assert "Traceback" not in done.stderr and "secret" not in done.stderr + str(caught.value)
 
@@ -266,7 +267,7 @@ def test_keys_in_a_uri_are_used_and_never_told(
 
 
 def test_keys_of_a_corpus_reach_no_table_and_no_screen(
-    server: Server, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, avss: Callable
+    server: Server, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
@@ -321,7 +322,7 @@ def test_keys_of_a_corpus_reach_no_table_and_no_screen(
             ["export", there, "--to", "latex", "-o", tmp_path / "there.tex"],
         ]
         done = [avss(*map(str, command)) for command in commands]
-    assert [one.returncode for one in done] == [0] * len(done), [one.stderr for one in done]
+    assert [one.exit_code for one in done] == [0] * len(done), [one.stderr for one in done]
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path != job]
     written += server.objects("keys-of-all").values()
     assert (tmp_path / "pruned" / "README.md").is_file() and len(written) > 20

@@ -1,0 +1,23 @@
+"""The command line in this process, and the files that it leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from avss_dist.cli import app
+
+
+def avss(*args: object) -> Any:
+    """Run a command; an unexpected exception is raised, not hidden in the result."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def files(root: Path) -> dict[str, bytes]:
+    """The bytes of every file below a folder, by path."""
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
