@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -91,10 +92,6 @@ class DamagedFile(WarehouseError):
     """A file of the warehouse was read, and does not hold what it should."""
 
 
-class StorageFull(WarehouseError):
-    """There is no space left for the warehouse."""
-
-
 class QueryError(AvssError):
     """A query is wrong, or reaches beyond the warehouse."""
 
@@ -111,6 +108,27 @@ class RunFailed(AvssError):
 
 class BatchTooLarge(RunFailed):
     """A batch does not fit in memory."""
+
+
+class StorageFull(RunFailed):
+    """There is no space left on a disk, or for this user."""
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a file could not be written because there is no space left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def unwritable(path: object, error: OSError, hint: str, kind: type[AvssError] = AvssError) -> AvssError:
+    """What to raise where a file or a folder cannot be written: a full disk is a failure, all else is a mistake.
+
+    Args:
+        path: what people call it.
+        hint: where else it could be written.
+        kind: of the mistake.
+    """
+    kind = StorageFull if is_full(error) else kind
+    return kind(f"{path} cannot be written: {error.strerror}.", hint)
 
 
 def as_failure(error: Exception) -> AvssError:

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from avss_dist import __version__
-from avss_dist.errors import AvssError, spell_fields
+from avss_dist.errors import AvssError, RunFailed, is_full, spell_fields, unwritable
 from avss_dist.system.streams import complete_output, emit, prepare, say
 from avss_dist.text import printable
 
@@ -46,6 +46,11 @@ class Commands(TyperGroup):
         except AvssError as error:
             code = error.exit_code
             say(f"Error: {spelled(str(error))}")
+        except OSError as error:
+            if not is_full(error):
+                raise
+            code = RunFailed.exit_code
+            say(f"Error: {unwritable(error.filename or 'A file', error, 'Free some space.')}")
         except KeyboardInterrupt:
             code = 130
             resumes = "fresh" in (_spelling.get() or {})

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from avss_dist.errors import ModelError
+from avss_dist.errors import ModelError, is_full, unwritable
 from avss_dist.models.safetensors import WEIGHTS, weight_files
 from avss_dist.system.folders import cache_folder
 from avss_dist.system.staging import staged_file
@@ -146,6 +146,8 @@ def explain_hub_errors(spec: str) -> Iterator[None]:
             "Check the name; a private model needs `hf auth login`.",
         ) from error
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        if is_full(error):
+            raise unwritable(f"The hub's cache on this machine, with '{spec}',", error, "Free some space.") from error
         raise ModelError(
             f"'{spec}' is no folder here, is not in the local hub cache, and the hub cannot be reached.",
             "Check the name and the network, or give the path of a downloaded folder.",

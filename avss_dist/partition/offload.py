@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from avss_dist.errors import ConfigError
+from avss_dist.errors import ConfigError, unwritable
 from avss_dist.text import describe_bytes
 
 
@@ -27,10 +27,8 @@ class OffloadFolder:
                 Path(parent).mkdir(parents=True, exist_ok=True)
             self._folder = tempfile.TemporaryDirectory(prefix="avss-offload-", dir=parent, ignore_cleanup_errors=True)
         except OSError as error:
-            raise ConfigError(
-                f"The offload folder '{parent or tempfile.gettempdir()}' cannot be written: {error.strerror}.",
-                "Set `offload_folder` to another.",
-            ) from error
+            folder = f"The offload folder '{parent or tempfile.gettempdir()}'"
+            raise unwritable(folder, error, "Set `offload_folder` to another.", ConfigError) from error
         self.path = self._folder.name
         free = shutil.disk_usage(self.path).free
         if free < needed:

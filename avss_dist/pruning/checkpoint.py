@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.errors import ModelError
+from avss_dist.errors import ModelError, unwritable
 from avss_dist.models.checkpoints import PICKLED, Checkpoint, read_config, resolve
 from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import forward_function, load_model, open_module, skeleton, text_config, without_head
@@ -65,6 +65,7 @@ def prune(
         PlanError: the plan is of another model, the family cannot be pruned (the message says why), or the folder is
             not empty.
         ModelError: the checkpoint cannot be read.
+        StorageFull: there is no space left.
     """
     settings = Settings(dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
     out = Path(out)
@@ -86,7 +87,7 @@ def prune(
             size = _copy_weights(checkpoint, plan, staged, settings, copied)
             difference = _difference(checkpoint, plan, staged, settings)
     except OSError as error:
-        raise PlanError(f"{out} cannot be written: {error.strerror}.", "Name another folder with `out`.") from error
+        raise unwritable(out, error, "Name another folder with `out`.", PlanError) from error
     return {"folder": str(out), "bytes": size, "difference": difference, "notes": notes}
 
 

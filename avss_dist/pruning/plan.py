@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field
 
-from avss_dist.errors import ConfigError, nearest
+from avss_dist.errors import ConfigError, nearest, unwritable
 from avss_dist.pruning.ground_truth import LayerTruth
 from avss_dist.pruning.selection import RANDOM, SCORE_MEANINGS, Choice, PlanError, Rows
 from avss_dist.settings import LOWEST_SHARE, Check, checked
@@ -96,6 +96,7 @@ class Plan:
 
         Raises:
             PlanError: it cannot be written.
+        StorageFull: there is no space left.
         """
         values = asdict(self) | {"why": dict(self.why)}
         lists = {"drop": list(self.drop), "keep": list(self.keep)}
@@ -233,12 +234,13 @@ def write_text(path: Path, text: str) -> None:
 
     Raises:
         PlanError: it cannot be written.
+        StorageFull: there is no space left.
     """
     try:
         with staged_file(path) as staged:
             staged.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise PlanError(f"{path} cannot be written: {error.strerror}.", "Name another file with `output`.") from error
+        raise unwritable(path, error, "Name another file with `output`.", PlanError) from error
 
 
 def mergekit_slices(plan: Plan) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from avss_dist.errors import AvssError, QueryError
+from avss_dist.errors import QueryError, unwritable
 from avss_dist.system.staging import staged_file
 from avss_dist.system.streams import binary_output, emit, emit_json
 from avss_dist.text import escape_markdown, printable
@@ -30,12 +30,13 @@ def write_file(path: Path, data: bytes) -> None:
 
     Raises:
         AvssError: it cannot be written.
+        StorageFull: there is no space left.
     """
     try:
         with staged_file(path) as staged:
             staged.write_bytes(data)
     except OSError as error:
-        raise AvssError(f"{path} cannot be written: {error.strerror}.", "Choose another `output`.") from error
+        raise unwritable(path, error, "Choose another `output`.") from error
 
 
 def write_table(table: pa.Table, kind: str, console: Console) -> None:

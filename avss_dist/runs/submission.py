@@ -101,19 +101,20 @@ class Cluster:
         _require_reachable(job)
         tasks = job.experiment.tasks if experiment and job.experiment else ()
         job_id = f"avss-{job.path.stem}-{secrets.token_hex(3)}"
-        with tempfile.TemporaryDirectory() as folder, self._explained():
+        with tempfile.TemporaryDirectory() as folder:
             shutil.copy(job.path, Path(folder) / job.path.name)
             for file in _local_files(job, tasks):
                 (Path(folder) / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, Path(folder) / file)
-            return str(
-                self._client.submit_job(
-                    entrypoint=shlex.join(["avss", "experiment" if experiment else "run", job.path.name, *options]),
-                    submission_id=job_id,
-                    runtime_env={"working_dir": folder},
-                    metadata={"avss_warehouse": without_secrets(job.warehouse), "avss_runs": str(len(job.specs))},
+            with self._explained():
+                return str(
+                    self._client.submit_job(
+                        entrypoint=shlex.join(["avss", "experiment" if experiment else "run", job.path.name, *options]),
+                        submission_id=job_id,
+                        runtime_env={"working_dir": folder},
+                        metadata={"avss_warehouse": without_secrets(job.warehouse), "avss_runs": str(len(job.specs))},
+                    )
                 )
-            )
 
     def job(self, job_id: str) -> Submitted:
         """One job."""

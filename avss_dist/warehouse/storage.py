@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import secrets
@@ -13,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from avss_dist.errors import DamagedFile, StorageFull, WarehouseError
+from avss_dist.errors import DamagedFile, StorageFull, WarehouseError, is_full
 from avss_dist.system.staging import remove_leftovers, staged_file
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.schema import DAMAGED
@@ -115,7 +114,7 @@ class Storage:
             with self.filesystem.open_output_stream(path) as stream:
                 stream.write(data)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_full(error):
                 raise self._full(path) from error
             message = f"Cannot write {self.root}: {_reason(error)}."
             raise WarehouseError(message, _ADDRESS_HINT.format("write")) from error

@@ -53,8 +53,8 @@ class Selection(TypedDict, total=False):
 class Store:
     """The tables of a warehouse, to write and to read.
 
-    Every method raises WarehouseError when the storage fails, a file is damaged or a newer avss_dist wrote it, and
-    ValueError for a run id that is not made of ``[A-Za-z0-9._-]``.
+    Every method raises WarehouseError when the storage fails, a file is damaged or a newer avss_dist wrote it,
+    StorageFull where there is no space left, and ValueError for a run id that is not made of ``[A-Za-z0-9._-]``.
 
     Args:
         root: a folder, or an ``s3://``, ``gs://``, ``hdfs://`` or ``file://`` URI. Opening it reads and writes nothing.

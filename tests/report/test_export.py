@@ -129,7 +129,7 @@ def test_an_old_file_outlives_a_write_that_fails(root: Path, tmp_path: Path, mon
             stream.write("old")
         to = ["--to", "csv"] if name == "old.csv" else []
         result = avss(*args, "-o", file, *to, "--run", "tiny-1")
-        assert result.exit_code == 2 and "cannot be written: No space left on device" in result.stderr
+        assert result.exit_code == 1 and "cannot be written: No space left on device" in result.stderr
         assert file.read_text() == "old" and list(tmp_path.glob(".*")) == []
 
 

@@ -23,7 +23,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from avss_dist.errors import WarehouseError
+from avss_dist.errors import StorageFull, WarehouseError
 from avss_dist.settings import SCHEMA_VERSION, SITES
 from avss_dist.stats.histogram import HISTOGRAM_BINS
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, merge_stats
@@ -591,10 +591,10 @@ def test_a_full_disk_keeps_what_is_done(small_disk: Path) -> None:
     with pytest.raises(OSError, match="No space"):
         (small_disk / "filler").write_bytes(b"0" * 2**20)
     text = f"No space left on {small_disk}.\nFree some and run the same command again: 2 shards are kept."
-    with pytest.raises(WarehouseError) as caught:
+    with pytest.raises(StorageFull) as caught:
         store.write_shard(RUN, make_shard(2, units=2000))
     assert str(caught.value) == text
-    with pytest.raises(WarehouseError, match="No space left"):
+    with pytest.raises(StorageFull, match="No space left"):
         store.create()
     assert temporaries(small_disk) == []
     assert not shard_path(small_disk, 2).exists()
