@@ -47,6 +47,7 @@ RELATIVE_THRESHOLDS = (0.01, 0.1)  # multiples of the RMS of the layer and site;
 
 MOST_EVALUATIONS = 10_000  # of a model without some of its layers, on a task: what an experiment does unasked
 MOST_PASSES = 100_000  # of a batch through a model: what an ablation does unasked
+MOST_LISTED = 1_000_000  # evaluations, or permutations: all are listed before the first is measured
 
 BOOTSTRAP_RESAMPLES = 1000
 BOOTSTRAP_SEED = 0

@@ -22,6 +22,7 @@ from avss_dist.evaluation.engine import (
     plan_evaluation,
     plan_text,
     require_intended,
+    require_listable,
 )
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint, resolve
@@ -113,6 +114,7 @@ def ablate(
         raise ConfigError(f"`shapley` and `seed` cannot be negative: {min(shapley, seed)}.")
     if not (leave_one_out or shapley or gradients):
         raise ConfigError("Nothing would be measured.", "Choose `leave_one_out`, `shapley` or `gradients`.")
+    require_listable(shapley, "permutations", "Lower `shapley`.")
     corpus = RedactedURI(corpus)
     store = Store(warehouse)
     store.create()

@@ -18,7 +18,7 @@ from avss_dist.executors.base import Executor
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.pinning import pin
-from avss_dist.settings import LOSS, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
+from avss_dist.settings import LOSS, MOST_LISTED, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
 from avss_dist.system.versions import package_versions
 from avss_dist.tasks.base import Result, Task, combine, require_whole_model
 from avss_dist.tasks.cells import Cell, CellResult
@@ -101,6 +101,20 @@ def require_intended(number: int, most: int, what: str, hint: str, *, allow_many
     """
     if number > most and not allow_many:
         raise ConfigError(f"{what.format(f'{number:,}')}.", f"{hint} More than {most:,} need `allow_many`.")
+
+
+def require_listable(number: int, what: str, hint: str) -> None:
+    """Refuse more pieces of work than can be listed, whether the user wants so many or not.
+
+    Args:
+        what: a plural noun.
+        hint: what makes it fewer.
+
+    Raises:
+        ConfigError: it is more than ``settings.MOST_LISTED``.
+    """
+    if number > MOST_LISTED:
+        raise ConfigError(f"{number:,} {what} are more than one command takes: {MOST_LISTED:,}.", hint)
 
 
 def _refuse_scoring(settings: Settings) -> None:

@@ -25,6 +25,7 @@ from avss_dist.evaluation.engine import (
     plan_evaluation,
     plan_text,
     require_intended,
+    require_listable,
 )
 from avss_dist.evaluation.evaluate import make_task
 from avss_dist.evaluation.held_out import refuse_overlap
@@ -157,12 +158,15 @@ def _require_intended(specs: Sequence[RunSpec], experiment: Experiment, *, allow
     """Refuse more evaluations than are made unasked, before anything is scored."""
     tasks = len(experiment.tasks)
     choices = [experiment.count_choices(_count_readings(spec.settings)) for spec in specs]
+    number = sum(1 + choice for choice in choices) * tasks
+    fewer = "Lower `random`, or name fewer `scores`, `shares` or `tasks`."
+    require_listable(number, "evaluations", fewer)
     require_intended(
-        sum(1 + choice for choice in choices) * tasks,
+        number,
         MOST_EVALUATIONS,
         f"The experiment makes up to {{}} evaluations (models: {len(specs):,}, sets of layers to drop: "
         f"{max(choices, default=0):,}, tasks: {tasks:,})",
-        "Lower `random`, or name fewer `scores`, `shares` or `tasks`.",
+        fewer,
         allow_many=allow_many,
     )
 

@@ -376,13 +376,27 @@ def test_mistakes(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 def test_very_many_permutations_say_their_work_first(tiny_llama: Path, tmp_path: Path) -> None:
-    """Of 10^9 permutations, the seeds alone would fill the memory."""
     text = {"corpus": TEXT, "warehouse": tmp_path / "w", **SMALL}
     with pytest.raises(
-        ConfigError, match=r"Up to [\d,]+ forward passes .*layers: 3, times that each is left out: 1,000,000,001"
+        ConfigError, match=r"Up to [\d,]+ forward passes .*layers: 3, times that each is left out: 1,000,001"
     ) as caught:
-        ablate(tiny_llama, shapley=10**9, **text)
+        ablate(tiny_llama, shapley=10**6, **text)
     assert caught.value.hint == "Lower `shapley` or `max_sequences`. More than 100,000 need `allow_many`."
+
+
+def test_more_permutations_than_can_be_listed_are_refused(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 10^9, the seeds alone would fill the memory."""
+    monkeypatch.setattr(np.random, "SeedSequence", lambda *_: pytest.fail("seeds were made"))
+    options = ["--corpus", TEXT, "--warehouse", tmp_path / "w", "--shapley", 10**9]
+    for more in ([], ["--yes"]):
+        done = avss("ablate", tiny_llama, *options, *more)
+        said = "Error: 1,000,000,000 permutations are more than one command takes: 1,000,000.\nLower --shapley.\n"
+        assert (done.exit_code, done.stderr) == (2, said)
+    with pytest.raises(ConfigError, match="1,000,000,000 permutations"):
+        ablate(tiny_llama, corpus=TEXT, warehouse=tmp_path / "w", shapley=10**9, allow_many=True)
+    assert not (tmp_path / "w").exists()
 
 
 def test_much_work_is_done_where_it_is_wanted(

@@ -320,18 +320,26 @@ def test_an_experiment_refuses_what_its_evaluations_would_ignore(tmp_path: Path)
 
 
 def test_a_huge_experiment_says_its_size_first(tmp_path: Path) -> None:
-    """10^8 random choices are neither made nor counted one by one; scoring has not begun."""
+    """The choices are neither made nor counted one by one; scoring has not begun."""
     job = tmp_path / "job.yaml"
-    text = JOB.format(warehouse=tmp_path / "w", model="nowhere").replace("random: 2", "random: 100000000")
+    text = JOB.format(warehouse=tmp_path / "w", model="nowhere").replace("random: 2", "random: 100000")
     job.write_text(text)
     done = avss("experiment", job)
     assert done.exit_code == 2
-    assert "makes up to 400,000,037 evaluations (models: 1, sets of layers to drop: 400,000,036" in done.stderr
+    assert "makes up to 400,037 evaluations (models: 1, sets of layers to drop: 400,036" in done.stderr
     assert "Lower `random`" in done.stderr and "More than 10,000 need --yes." in done.stderr
     assert not (tmp_path / "w").exists()
-    job.write_text(text.replace("100000000", "3000") + "  allow_many: true\n")
+    job.write_text(text.replace("100000", "3000") + "  allow_many: true\n")
     runs, rows = run_experiment(read_job(job))
     assert [run.status for run in runs] == ["failed"] and not rows
+
+
+def test_more_evaluations_than_can_be_listed_are_refused(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(JOB.format(warehouse=tmp_path / "w", model="nowhere").replace("random: 2", "random: 100000000"))
+    done = avss("experiment", job, "--yes")
+    assert done.exit_code == 2 and done.stderr.startswith("Error: 400,000,037 evaluations are more than one command")
+    assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize("scores", [("avss", "block_influence"), ("avss:all",), ("avss:all", "avss")])
