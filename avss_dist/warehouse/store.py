@@ -229,11 +229,12 @@ class Store:
 
     def _datasets(self, names: Sequence[str]) -> dict[str, ds.Dataset | None]:
         runs, done = self._runs()
-        return {name: runs if name == "runs" else self._dataset(name, done) for name in names}
+        return {name: runs if name == "runs" else self._dataset(name, self._files(name, done)) for name in names}
 
     def _runs(self) -> tuple[ds.Dataset, set[str]]:
         """The dataset of ``runs``, which this version can read, and the ids of those that are done."""
-        runs = self._dataset("runs", ())
+        files = self._files("runs", None)
+        runs = self._dataset("runs", files)
         if runs is None and self._storage.files("cells"):  # of models that were not scored
             return ds.dataset(SCHEMAS["runs"].empty_table()), set()
         if runs is None:
@@ -241,12 +242,14 @@ class Store:
         refuse_newer(runs)
         rows = runs.to_table(RUN_COLUMNS)
         refuse_newer_version(pc.max(rows["schema_version"]).as_py() or 0)
+        without_row = {self._storage.run_id(path) for path in files}.difference(rows["run_id"].to_pylist())
+        self._damaged |= dict.fromkeys(without_row, "it has no row; a run has one")
         if damaged := damaged_runs("runs", rows):
             self._damaged |= damaged
             wanted = ~pc.field("run_id").isin(list(damaged))
             runs, rows = runs.filter(wanted), rows.filter(wanted)
-            if not rows:
-                self._refuse_without_runs()
+        if not rows:
+            self._refuse_without_runs()
         return runs, set(rows["run_id"].filter(pc.equal(rows["status"], "done")).to_pylist())
 
     def _refuse_without_runs(self) -> NoReturn:
@@ -256,19 +259,22 @@ class Store:
         problem = "has no runs yet" if exists else "is not a warehouse: it has no runs folder"
         raise WarehouseError(f"{self.root} {problem}.", "avss score makes one; a run counts once it has finished.")
 
-    def _dataset(self, name: str, done: Collection[str]) -> ds.Dataset | None:
-        copied, left = self._parts(name, done)
+    def _dataset(self, name: str, files: Files) -> ds.Dataset | None:
+        copied, left = self._parts(name, files)
         parts = [*([] if copied is None else [copied]), *([self._open(name, left)] if left else [])]
         return None if not parts else parts[0] if len(parts) == 1 else ds.dataset(parts)
 
-    def _parts(self, name: str, done: Collection[str] | None) -> tuple[ds.Dataset | None, Files]:
-        """The copied rows of a table, and the files of it that are to be read, less those that cannot be."""
+    def _files(self, name: str, done: Collection[str] | None) -> Files:
+        """The files of a table that can be read, where it has rows of whole runs alone only those of ``done``."""
         chosen = None if name in ("runs", "evaluations", "cells", "experiments") else done
-        files = {
+        return {
             path: stamp
             for path, (run, stamp) in self._storage.files(name).items()
             if (chosen is None or run in chosen) and (path, stamp) not in self._unreadable
         }
+
+    def _parts(self, name: str, files: Files) -> tuple[ds.Dataset | None, Files]:
+        """The copied rows of files of a table, and the files that are still to be read."""
         if not self._cached:
             return None, files
         where = f"{self._storage.filesystem.type_name}:{self._storage.base}"
@@ -282,7 +288,7 @@ class Store:
         """
         before = len(self._unreadable)
         for name in names:
-            _, files = self._parts(name, None)
+            _, files = self._parts(name, self._files(name, None))
             with ThreadPoolExecutor() as pool:
                 reasons = pool.map(lambda path, name=name: self._why_unreadable(name, path), files)
                 for (path, stamp), reason in zip(files.items(), reasons, strict=True):

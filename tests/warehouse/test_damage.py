@@ -61,7 +61,13 @@ def twice(file: Path) -> None:
     pq.write_table(pa.concat_tables([table, table]).replace_schema_metadata({b"avss_schema_version": b"2"}), file)
 
 
+def without_row(file: Path) -> None:
+    schema = pq.read_schema(file).with_metadata({b"avss_schema_version": b"2"})
+    pq.write_table(schema.empty_table(), file)
+
+
 DAMAGES = [
+    ("runs", without_row),
     ("runs", truncate),
     ("runs", empty),
     ("runs", twice),
