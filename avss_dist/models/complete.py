@@ -21,12 +21,13 @@ _NUM_LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?")  # n_
 _AFTER_LAYERS = re.compile(r"(^|\.)pooler\.")  # of encoders: many files lack it, and no layer sees it
 
 
-def require_layers(name: str, config: Mapping[str, Any], tensors: Callable[[], Iterable[TensorInfo]]) -> None:
+def require_layers(
+    checkpoint: Checkpoint, config: Mapping[str, Any], tensors: Callable[[], Iterable[TensorInfo]]
+) -> None:
     """Refuse a configuration of far more layers than the files have, before anything of that size is made.
 
     Args:
-        name: of the checkpoint.
-        config: its ``config.json``.
+        config: its ``config.json``, or what transformers makes of the metadata of its ``.gguf`` file.
         tensors: gives the headers of its weight files; called where the number of layers is unusual.
 
     Raises:
@@ -37,10 +38,11 @@ def require_layers(name: str, config: Mapping[str, Any], tensors: Callable[[], I
         return
     stored = len({part for tensor in tensors() for part in tensor.name.split(".") if part.isdigit()})
     if number > stored + MAX_SHARED:
+        where, correct = ("metadata", "") if checkpoint.gguf else ("config.json", ", or correct its config.json")
         raise ModelError(
-            f"The config.json of '{name}' describes {number:,} layers (\"{field}\"), and its files have weights of "
-            f"{stored:,} at most.",
-            "Download or copy the checkpoint again, or correct its config.json.",
+            f"The {where} of '{checkpoint.name}' describes {number:,} layers (\"{field}\"), and its files have weights "
+            f"of {stored:,} at most.",
+            f"Download or copy the checkpoint again{correct}.",
         )
 
 

@@ -85,23 +85,25 @@ def text_config(
     Raises:
         ModelError: transformers does not know the architecture, or it has more layers than the files.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
-    if tensors is not None or (not checkpoint.gguf and weight_files(checkpoint.folder)):  # a hub's may not be here
-        config = read_config(checkpoint.folder, checkpoint.name)
-        require_layers(checkpoint.name, config, lambda: stored_tensors(checkpoint) if tensors is None else tensors)
+    def headers() -> Iterable[TensorInfo]:
+        return stored_tensors(checkpoint) if tensors is None else tensors
 
     with quiet():
         try:
-            config = AutoConfig.from_pretrained(
-                checkpoint.folder, trust_remote_code=trust_remote_code, **checkpoint.gguf
-            )
+            if checkpoint.gguf:
+                values, _ = PreTrainedConfig.get_config_dict(checkpoint.folder, **checkpoint.gguf)
+                require_layers(checkpoint, values, headers)
+                return AutoConfig.for_model(**values)
+            if tensors is not None or weight_files(checkpoint.folder):  # a hub's may not be here
+                require_layers(checkpoint, read_config(checkpoint.folder, checkpoint.name), headers)
+            return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
         except _REFUSALS as error:
             raise ModelError(
                 f"The configuration of '{checkpoint.name}' cannot be read: {_first_line(error)}",
                 "Is the download complete? A newer model needs a newer transformers: pip install -U transformers.",
             ) from error
-    return config
 
 
 @dataclass(frozen=True, kw_only=True)

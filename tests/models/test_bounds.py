@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.checkpoints import llama
+from support.ggufs import write_gguf
+from transformers import AutoConfig
 
 from avss_dist.errors import ModelError
 from avss_dist.models.checkpoints import resolve
@@ -42,6 +45,23 @@ def test_more_layers_than_the_files_have_are_refused(layers: int, way: Callable[
     message = rf'copy\' describes {layers:,} layers \("num_hidden_layers"\), and its files have weights of 3 at most'
     with pytest.raises(ModelError, match=message):
         way(checkpoint)
+
+
+@pytest.mark.parametrize("way", [lambda c: footprint(c, SETTINGS), lambda c: load_model(c, SETTINGS), text_config])
+@pytest.mark.parametrize("layers", [1_000, 2**32 - 1])
+def test_more_layers_than_a_gguf_file_has_are_refused(
+    layers: int, way: Callable[[Any], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AutoConfig, "for_model", lambda **_: pytest.fail("a configuration of that size was made"))
+    checkpoint = resolve(str(write_gguf(llama(), tmp_path / "model.gguf", block_count=layers)))
+    with pytest.raises(ModelError, match=rf"The metadata of .*\.gguf' describes {layers:,} layers .* of 3 at most"):
+        way(checkpoint)
+
+
+def test_a_gguf_file_is_configured_as_transformers_does(tmp_path: Path) -> None:
+    checkpoint = resolve(str(write_gguf(llama(), tmp_path / "model.gguf")))
+    config = AutoConfig.from_pretrained(checkpoint.folder, **checkpoint.gguf)
+    assert text_config(checkpoint).to_dict() | {"_name_or_path": config.name_or_path} == config.to_dict()
 
 
 def test_a_part_of_too_many_layers_is_refused(copy: Path) -> None:

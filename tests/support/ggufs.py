@@ -17,10 +17,14 @@ _INSIDE = {
 }
 
 
-def write_gguf(model: Any, file: Path) -> Path:
-    """The file, which is created."""
+def write_gguf(model: Any, file: Path, *, block_count: int | None = None) -> Path:
+    """The file, which is created.
+
+    Args:
+        block_count: what its metadata say of the number of layers; None is the truth.
+    """
     config, writer = model.config, GGUFWriter(file, "llama")
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(config.num_hidden_layers if block_count is None else block_count)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
