@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +20,9 @@ Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
 
 GROUP_DOCUMENTS, GROUP_CHARACTERS = 64, 1 << 20
+PIECE_CHARACTERS = 4 << 20  # of a document that are tokenized at once: that takes over 100 bytes for each
+_WORD = re.compile(r"(?= \S)|(?<=\S\n)(?=\S)")
+"""Where a word begins: byte-level tokenizers take the one space before it with it, and a line end alone."""
 
 
 class Tokenizer(Protocol):
@@ -136,14 +140,40 @@ class _Tally:
 
 
 def _tokenize(texts: Iterator[str], tokenizer: Tokenizer, tally: _Tally) -> Iterator[Ids]:
-    options = {"add_special_tokens": True, "truncation": False, "padding": False, "verbose": False}
     for group in _groups(texts):
-        encoded = tokenizer(group, return_attention_mask=False, return_token_type_ids=False, **options)
-        for text, ids in zip(group, encoded["input_ids"], strict=True):
+        short = group if len(group[-1]) <= PIECE_CHARACTERS else group[:-1]  # a long one ends its group
+        encoded: list[Any] = _encode(short, tokenizer) if short else []
+        encoded += [_encode_long(text, tokenizer) for text in group[len(short) :]]
+        for text, ids in zip(group, encoded, strict=True):
             tally.documents += 1
             tally.tokens += len(ids)
             tally.has_text |= bool(text) and not text.isspace()
             yield np.asarray(ids, np.int32)
+
+
+def _encode(texts: list[str], tokenizer: Tokenizer, *, special: bool = True) -> list[list[int]]:
+    options = {"truncation": False, "padding": False, "verbose": False}
+    options |= {"return_attention_mask": False, "return_token_type_ids": False}
+    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=special, **options)["input_ids"]
+    return encoded
+
+
+def _encode_long(text: str, tokenizer: Tokenizer) -> Ids:
+    """Tokens of a document that would take too much memory at once: those of its pieces, with its special tokens."""
+    (probe,), (bare,) = (_encode(["a"], tokenizer, special=special) for special in (True, False))
+    start = next((i for i in range(len(probe)) if probe[i : i + len(bare)] == bare), 0)
+    parts = [probe[:start], *(_encode([piece], tokenizer, special=False)[0] for piece in _pieces(text))]
+    return np.concatenate([np.asarray(ids, np.int32) for ids in (*parts, probe[start + len(bare) :])])
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text cut before words; where no word begins, it is not cut."""
+    start = 0
+    while start < len(text):
+        word = _WORD.search(text, start + PIECE_CHARACTERS)
+        end = word.start() if word else len(text)
+        yield text[start:end]
+        start = end
 
 
 def _groups(texts: Iterator[str]) -> Iterator[list[str]]:

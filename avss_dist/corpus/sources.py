@@ -25,7 +25,7 @@ from avss_dist.errors import CorpusError, nearest, require_known
 from avss_dist.settings import fingerprint
 from avss_dist.text import RedactedURI, describe_bytes
 
-TEXT_PIECE_BYTES = 4 << 20  # tokenizers need over 100 bytes of memory for each byte of a document
+TEXT_PIECE_BYTES = 4 << 20  # of a text file: whole, it would not fit in memory
 MAX_REST_BYTES = 1 << 20  # of a line that goes on at the end of a piece; a longer one is cut at whitespace
 MAX_LINE_BYTES = 16 << 20  # of a line of a file; as many characters of a text
 FORMS = "file.txt, file.jsonl[:field], file.parquet[:column], hf:NAME[:config][:split][:column], builtin:pydoc"

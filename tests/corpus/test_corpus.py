@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pyarrow import fs, parquet
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from avss_dist.corpus import shards as corpus
@@ -334,6 +334,73 @@ def test_one_line_of_100_mb_is_never_whole_in_memory(tmp_path: Path) -> None:
     pieces = [len(text) for text in documents(str(path))]
     assert sum(pieces) == path.stat().st_size > 100_000_000
     assert max(pieces) <= sources.TEXT_PIECE_BYTES + sources.MAX_REST_BYTES
+
+
+GPT_2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+LLAMA_3 = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Split(
+            Regex(
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+                r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            ),
+            "isolated",
+        ),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+)
+
+
+def byte_tokenizer(words: Any) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that merges whatever comes twice, with a token before and one behind a document."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = words
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(["a b  a b\n\n a 12 a b.  a\n b\t\n  a.b (a\r\n b) 'a b's\n"] * 9, trainer)
+    inner.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 0), ("<eos>", 1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(GPT_2), byte_tokenizer(LLAMA_3)], ids=["GPT-2", "Llama 3"])
+@given(text=st.text("ab12.'( \t\r\n\u00e9\u6f22\u2028", min_size=3, max_size=80), size=st.integers(1, 30))
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_a_long_document_has_the_tokens_of_the_whole(tokenizer: PreTrainedTokenizerFast, text: str, size: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "PIECE_CHARACTERS", size)
+        pieces, encoded = list(corpus._pieces(text)), corpus._encode_long(text, tokenizer).tolist()
+    assert "".join(pieces) == text and all(len(piece) >= size for piece in pieces[:-1])
+    assert encoded == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+def test_no_tokenizer_gets_more_than_a_piece(
+    write: Any, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 16 MB at once, it takes over 2 GB of memory. Documents no longer than a piece are given whole."""
+    texts = ["w0 w1", " ".join(WORDS * 4), "w2 w3 w4 w5", "w6"]
+    settings = replace(SMALL, layout=layout)
+    whole = signature(plan(write(tmp_path / f"c.{write.__name__[6:]}", texts), TOKENIZER, settings))
+    given: list[str] = []
+
+    class Watched:
+        eos_token_id, pad_token_id = EOS, PAD
+
+        def __call__(self, text: list[str], **options: Any) -> Any:
+            given.extend(text)
+            return TOKENIZER(text, **options)
+
+    monkeypatch.setattr(corpus, "PIECE_CHARACTERS", 11)
+    monkeypatch.setattr(corpus, "GROUP_CHARACTERS", 8)
+    assert signature(plan(str(next(tmp_path.iterdir())), Watched(), settings)) == whole
+    assert max(map(len, given)) <= 11 + len(" w10") and {"w0 w1", "w2 w3 w4 w5", "w6"} <= set(given)
 
 
 def test_jsonl_lines(tmp_path: Path) -> None:
