@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 
 from avss_dist.executors.ray.pool import START_SECONDS, late
 
-GANG: Any = SimpleNamespace(names=["g.0", "g.1"])
-
 
 @pytest.mark.parametrize(
-    ("ages", "elapsed", "names"),
+    ("silence", "heard", "elapsed", "names"),
     [
-        ({"g.0": 1.0, "g.1": 11.0}, 20.0, ["g.1"]),
-        ({"g.0": 1.0, "g.1": 11.0}, 9.0, []),  # before this round it may have had nothing to do
-        ({"g.0": 1.0}, 11.0, []),  # it may still be starting
-        ({"g.0": 1.0}, 11.0 + START_SECONDS, ["g.1"]),
-        ({"h.0": 1.0}, 1000.0, []),  # the gang has no place yet
+        ({"g.0": 1.0, "g.1": 11.0}, ["g.0", "g.1"], 20.0, ["g.1"]),
+        ({"g.0": 1.0, "g.1": 11.0}, ["g.0", "g.1"], 9.0, []),  # before this round it may have had nothing to do
+        ({"g.0": 1.0, "g.1": 11.0}, ["g.0"], 20.0, []),  # it may still be starting
+        ({"g.0": 1.0, "g.1": START_SECONDS + 1}, ["g.0"], 100.0, ["g.1"]),
+        ({"g.0": START_SECONDS + 1}, [], 100.0, ["g.0"]),  # nothing was ever heard of this gang
+        ({}, ["h.0"], 1000.0, []),  # the gang has no place yet
     ],
 )
-def test_a_rank_that_never_reported_hangs_too(ages: dict[str, float], elapsed: float, names: list[str]) -> None:
-    assert late(GANG, ages, elapsed, hang_seconds=10.0) == names
+def test_a_rank_that_never_reported_hangs_too(
+    silence: dict[str, float], heard: list[str], elapsed: float, names: list[str]
+) -> None:
+    assert late(silence, heard, elapsed, hang_seconds=10.0) == names

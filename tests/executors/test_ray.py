@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from support.processes import ray_processes, wait_until
+from support.processes import FreezesAtStart, ray_processes, wait_until
 from support.tables import assert_same_tables
 
 import avss_dist
@@ -99,6 +99,18 @@ def test_a_lost_worker_is_replaced_and_nothing_counts_twice(
     assert reporter.arrived == 20
     assert_same_tables(tmp_path, undisturbed)
     wait_until(lambda: not reporter.victims[0].is_running())  # one that hangs is killed, not left behind
+
+
+@shared_cluster
+def test_a_worker_that_freezes_before_it_reports_is_replaced(
+    tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is waited for no longer than `hang_seconds`, and not as long as for a place in the cluster."""
+    frozen = FreezesAtStart(1, monkeypatch)
+    run = score(tiny_llama, tmp_path, executor="ray", replicas=1, hang_seconds=4, placement_seconds=3600)
+    frozen.join()
+    assert frozen.were_starting and run.status == "done"
+    assert_same_tables(tmp_path, undisturbed)
 
 
 def test_a_stopped_driver_is_resumed(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import ray
 import torch
 from support.families import tiny_model
-from support.processes import ray_processes, wait_until
+from support.processes import FreezesAtStart, ray_processes, wait_until
 from support.tables import measured_files
 
 import avss_dist
@@ -140,6 +140,20 @@ def test_a_gang_that_loses_ranks_is_replaced_as_one(models: list[str], single: P
     got, wanted = measured_files(tmp_path), measured_files(single)
     assert got == {path: wanted[path] for path in got}
     wait_until(lambda: not any(victim.is_running() for victim in harming.victims))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_gang_whose_ranks_freeze_before_they_report_is_replaced(
+    number: int, models: list[str], single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two, or both."""
+    frozen = FreezesAtStart(number, monkeypatch)
+    options = {**OPTIONS, "partition": "zero3", "ranks": 2, "hang_seconds": 12, "placement_seconds": 3600}
+    run = avss_dist.score(models[0], corpus="builtin:pydoc", out=tmp_path, **options)
+    frozen.join()
+    assert frozen.were_starting and run.status == "done"
+    got, wanted = measured_files(tmp_path), measured_files(single)
+    assert got == {path: wanted[path] for path in got}
 
 
 def test_a_gang_that_cannot_be_placed_says_what_there_is(models: list[str], tmp_path: Path) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Callable
 
 import psutil
+import pytest
+import ray
+
+from avss_dist.executors.ray import pool
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -18,3 +24,31 @@ def ray_processes(name: str = "ray::Worker") -> list[psutil.Process]:
     """The processes of Ray clusters that this process, or a child of it, started; by default those of workers."""
     children = psutil.Process().children(recursive=True)
     return [p for p in children if p.is_running() and p.name().startswith(name)]
+
+
+class FreezesAtStart(threading.Thread):
+    """Stops the processes of the next workers, so many, as soon as they have one: none has reported then.
+
+    Until they are dead, no worker is given longer to start than to make progress.
+    """
+
+    def __init__(self, number: int, patch: pytest.MonkeyPatch) -> None:
+        super().__init__(daemon=True)
+        self._number, self._patch = number, patch
+        self._before = set(ray._private.state.actors())
+        self.victims: list[psutil.Process] = []
+        self.start()
+
+    def run(self) -> None:
+        while len(self.victims) < self._number:
+            for name, actor in ray._private.state.actors().items():
+                if name not in self._before and actor["ActorClassName"].endswith("Worker") and actor["Pid"]:
+                    self._before.add(name)
+                    self.victims.append(psutil.Process(actor["Pid"]))
+                    self.victims[-1].send_signal(signal.SIGSTOP)
+                    self.were_starting = ray._private.state.actors(name)["State"] == "PENDING_CREATION"
+                    if len(self.victims) == self._number:
+                        break
+        self._patch.setattr(pool, "START_SECONDS", 0.0)
+        wait_until(lambda: not any(victim.is_running() for victim in self.victims))
+        self._patch.undo()

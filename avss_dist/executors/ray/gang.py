@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -42,17 +42,26 @@ class Gang:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group)
         actor: Any = ray.remote(Worker).options(max_restarts=0, **resources, **options)
         self._workers: list[Any] = [actor.remote(worker, threads, monitor) for worker in self.names]
-        self._addresses: list[Any] = [worker.address.remote() for worker in self._workers]
+        self._first: Any = self._workers[0].address.remote()
+        self._processes: dict[str, tuple[str, int]] = {}  # the node's and the process's id, by rank
 
     @property
     def is_placed(self) -> bool:
-        """Whether its first worker runs."""
-        return bool(ray.wait([self._addresses[0]], timeout=0)[0])
+        """Whether its first worker has a process, as far as is known."""
+        return self.names[0] in self._processes or bool(ray.wait([self._first], timeout=0)[0])
+
+    def find_processes(self) -> Collection[str]:
+        """The ranks that have a process by now, whether it answers or not."""
+        for name, worker in zip(self.names, self._workers, strict=True):
+            if name not in self._processes:
+                known = ray._private.state.actors(worker._actor_id.hex())
+                if known.get("Pid"):  # the only ones who know of a process that does not answer yet
+                    self._processes[name] = known["Address"]["NodeID"], known["Pid"]
+        return self._processes.keys()
 
     def open(self, spec: ReplicaSpec) -> list[Any]:
         """Open a model on every rank; one reference for each."""
-        first = self._addresses[0]
-        return [worker.open.remote(spec, rank, first) for rank, worker in enumerate(self._workers)]
+        return [worker.open.remote(spec, rank, self._first) for rank, worker in enumerate(self._workers)]
 
     def measure(self, assignments: Sequence[Assignment]) -> list[Any]:
         """Give each rank its part of a round; one reference for each."""
@@ -60,14 +69,11 @@ class Gang:
 
     def stop(self, *, hangs: bool = False) -> None:
         """Stop every worker and give the resources back; those of a gang that hangs by a signal too."""
-        addresses = ray.wait(self._addresses, num_returns=len(self._addresses), timeout=0)[0] if hangs else []
         for worker in self._workers:
             ray.kill(worker)
-        for reference in addresses:
-            with suppress(ray.exceptions.RayError):
-                _, _, node, process = ray.get(reference)
-                there = NodeAffinitySchedulingStrategy(node, soft=False)
-                ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there).remote(process)
+        for node, process in self._processes.values() if hangs else ():
+            there = NodeAffinitySchedulingStrategy(node, soft=False)
+            ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there).remote(process)
         if self._group is not None:
             remove_placement_group(self._group)
 

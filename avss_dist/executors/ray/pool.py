@@ -8,7 +8,7 @@ The pool keeps no statistics: what is lost with a gang is measured again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from avss_dist.executors.ray.queue import UnitQueue
 from avss_dist.partition.base import Placement
 
 POLL_SECONDS = 2.0
-START_SECONDS = 60.0  # for a rank to report for the first time, more than to make progress
+START_SECONDS = 60.0  # at least, for a process to report for the first time
 SOON_SECONDS = 0.02  # to look again, while a gang is idle and the next queue is being planned
 
 
@@ -78,6 +78,7 @@ class Pool:
         self._outcomes: list[tuple[Any, Any]] = []
         self._metrics = Metrics()
         self._moved = self._polled = time.monotonic()
+        self._signs: dict[str, float] = {}  # when each rank last made progress, or was seen to have a process
 
     def outcomes(self) -> Iterator[tuple[Any, Any]]:
         """Yield the outcomes of every queue as units are finished.
@@ -274,10 +275,14 @@ class Pool:
             ages = ray.get(ready[0]) if ready else {}
         except RayError:  # lost with its node; Ray starts it elsewhere
             return
+        now = time.monotonic()
+        self._signs |= {name: now - age for name, age in ages.items()}
         for round_ in set(self._rounds.values()):
-            silent = late(round_.gang, ages, time.monotonic() - round_.begun, self._hang_seconds)
-            if silent:
-                why = f"rank {silent[0]} made no progress in {self._hang_seconds:g} seconds"
+            for name in round_.gang.find_processes():
+                self._signs.setdefault(name, now)
+            silence = {name: now - self._signs[name] for name in round_.gang.names if name in self._signs}
+            if hanging := late(silence, ages, now - round_.begun, self._hang_seconds):
+                why = f"rank {hanging[0]} made no progress in {silence[hanging[0]]:.0f} seconds"
                 self._replace(round_, why, hangs=True)
 
     def _replace(self, round_: _Round, why: str | None, *, hangs: bool = False) -> None:
@@ -291,17 +296,13 @@ class Pool:
             self._rounds.pop(reference, None)
 
 
-def late(gang: Gang, ages: Mapping[str, float], elapsed: float, hang_seconds: float) -> list[str]:
+def late(silence: Mapping[str, float], heard: Collection[str], elapsed: float, hang_seconds: float) -> list[str]:
     """The ranks of a gang that made no progress for too long, though they have had something to do.
 
-    A rank that never reported, of a gang whose first one runs, hangs where it begins.
-
     Args:
-        ages: seconds since each rank last made progress.
+        silence: of the ranks that have a process, seconds since each last made progress, or was first seen.
+        heard: the ranks that report; others may still be starting.
         elapsed: seconds since the gang's round began.
     """
-    unheard = hang_seconds + START_SECONDS
-    limits = {name: hang_seconds if name in ages else unheard for name in gang.names}
-    if elapsed <= hang_seconds or not (ages.keys() & limits.keys()):
-        return []
-    return [name for name in gang.names if ages.get(name, elapsed) > limits[name]]
+    limits = {name: hang_seconds if name in heard else max(hang_seconds, START_SECONDS) for name in silence}
+    return [name for name in silence if elapsed > hang_seconds and silence[name] > limits[name]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 import time
@@ -11,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import ray
 from ray.util import get_node_ip_address
 
 from avss_dist.corpus.shards import Shard
@@ -108,14 +106,13 @@ class Worker:
     def _beat(self) -> None:
         self._count += 1
 
-    def address(self) -> tuple[str, int, str, int]:
-        """This process: its node's address, a free port there, the node's id, the process id."""
+    def address(self) -> tuple[str, int]:
+        """Its node's address, and a free port there."""
         with socket.socket() as free:
             free.bind(("", 0))
-            port = free.getsockname()[1]
-        return get_node_ip_address(), port, ray.get_runtime_context().get_node_id(), os.getpid()
+            return get_node_ip_address(), int(free.getsockname()[1])
 
-    def open(self, spec: ReplicaSpec, rank: int, first: tuple[str, int, str, int]) -> None:
+    def open(self, spec: ReplicaSpec, rank: int, first: tuple[str, int]) -> None:
         """Open a model, in place of the last one, together with the other ranks.
 
         Args:
