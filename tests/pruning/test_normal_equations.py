@@ -1,0 +1,99 @@
+"""Least squares from sums: the laws of merging, and numpy as an oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from avss_dist.pruning.repair.normal_equations import RIDGES, FitError, NormalEquations, fit
+
+SIZES = st.tuples(st.integers(1, 40), st.integers(1, 6), st.integers(1, 5), st.integers(0, 2**31))
+
+
+def data(tokens: int, inputs: int, outputs: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(rng.normal(size=(tokens, inputs))), torch.from_numpy(rng.normal(size=(tokens, outputs)))
+
+
+def close(a: NormalEquations, b: NormalEquations) -> bool:
+    pairs = zip((a.gram, a.cross, a.target), (b.gram, b.cross, b.target), strict=True)
+    return a.count == b.count and all(torch.allclose(x, y, rtol=1e-9, atol=1e-9) for x, y in pairs)
+
+
+@given(SIZES, st.integers(0, 40), st.integers(0, 40))
+@settings(deadline=None)
+def test_sums_of_parts_are_those_of_the_whole(sizes: tuple[int, int, int, int], first: int, second: int) -> None:
+    """Addition is associative and commutative, nothing is its zero, and how tokens are cut does not matter."""
+    x, y = data(*sizes)
+    low, high = sorted((first, second))
+    a, b, c = (NormalEquations.of(x[part], y[part]) for part in (slice(low), slice(low, high), slice(high, None)))
+    whole = NormalEquations.of(x, y)
+    assert close((a + b) + c, whole) and close(a + (b + c), whole) and close(c + b + a, whole)
+    assert close(whole + NormalEquations.zero(x.shape[1], y.shape[1]), whole)
+
+
+@given(SIZES, st.integers(1, 4))
+@settings(deadline=None)
+def test_a_weight_counts_tokens_so_often(sizes: tuple[int, int, int, int], weight: int) -> None:
+    x, y = data(*sizes)
+    weighted, repeated = NormalEquations.of(x, y, weight), NormalEquations.of(x.repeat(weight, 1), y.repeat(weight, 1))
+    assert torch.allclose(weighted.gram, repeated.gram) and torch.allclose(weighted.cross, repeated.cross)
+    assert torch.allclose(weighted.target, repeated.target) and weighted.count == len(x)
+
+
+@given(SIZES, st.sampled_from(RIDGES))
+@settings(deadline=None)
+def test_numpy_finds_the_same(sizes: tuple[int, int, int, int], ridge: float) -> None:
+    """A ridge is as many more rows, of its square root, whose targets are zero."""
+    x, y = data(*sizes)
+    sums = NormalEquations.of(x, y)
+    more = np.sqrt(ridge * float(sums.gram.diagonal().mean())) * np.eye(x.shape[1])
+    rows, targets = np.vstack([x.numpy(), more]), np.vstack([y.numpy(), np.zeros((x.shape[1], y.shape[1]))])
+    weights = sums.solve("full", ridge)
+    np.testing.assert_allclose(weights.numpy(), np.linalg.lstsq(rows, targets)[0], rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(sums.error(weights), float((y - x @ weights).square().sum()), rtol=1e-6, atol=1e-9)
+
+
+@given(st.integers(2, 40), st.integers(1, 5), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_diagonal_forms(tokens: int, width: int, seed: int) -> None:
+    """Each channel by itself, and all by one number, as numpy fits them."""
+    x, y = data(tokens, width, width, seed)
+    sums = NormalEquations.of(x, y)
+    each = [np.linalg.lstsq(x[:, i : i + 1].numpy(), y[:, i].numpy())[0].item() for i in range(width)]
+    np.testing.assert_allclose(sums.solve("channel", 0.0).numpy(), np.diag(each), atol=1e-9)
+    one = np.linalg.lstsq(x.reshape(-1, 1).numpy(), y.reshape(-1).numpy())[0].item()
+    np.testing.assert_allclose(sums.solve("scale", 0.0).numpy(), one * np.eye(width), atol=1e-9)
+
+
+def test_the_ridge_is_the_one_that_unseen_tokens_like() -> None:
+    """Of noise, the most; of an exact map, the least; and nothing at all where nothing helps."""
+    x, noise = data(30, 20, 3, 0)
+    unseen = NormalEquations.of(*data(500, 20, 3, 1))
+    noisy = fit(NormalEquations.of(x, noise), unseen, "full")
+    assert noisy.ridge in (None, RIDGES[-1])
+    exact = data(20, 3, 1, 2)[0].double()
+    clean = fit(
+        NormalEquations.of(x, x @ exact),
+        NormalEquations.of(unseen_x := data(50, 20, 3, 3)[0], unseen_x @ exact),
+        "full",
+    )
+    assert clean.ridge == RIDGES[0] and clean.after < 1e-3 * clean.before
+    opposite = fit(NormalEquations.of(x, x @ exact), NormalEquations.of(unseen_x, -(unseen_x @ exact)), "full")
+    assert opposite.ridge is None and not opposite.weights.any() and opposite.after == opposite.before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+@pytest.mark.parametrize("form", ["scale", "channel", "full"])
+def test_equations_without_a_solution(value: float, form: str) -> None:
+    x = torch.full((8, 3), value)
+    with pytest.raises(FitError, match="NaN or infinite" if value else "inputs of the fit are zero"):
+        NormalEquations.of(x, torch.ones(8, 3)).solve(form, 0.01)
+
+
+def test_singular_equations() -> None:
+    with pytest.raises(FitError, match="singular"):
+        NormalEquations.of(torch.ones(8, 3), torch.ones(8, 3)).solve("full", 0.0)
