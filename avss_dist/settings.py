@@ -34,6 +34,7 @@ LOSS = "loss"  # a metric of a model: nats per token; higher is worse
 CHANCE = "chance"  # a metric of multiple choice: the accuracy of a guess
 PERPLEXITY = "perplexity:"  # before a corpus: the task of predicting it
 LAYOUTS = ("packed", "padded")
+REPAIRS = ("scale", "channel", "map", "refit")  # how a pruned model is repaired: what is fitted at each cut
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 EXECUTORS = ("auto", "local", "ray")

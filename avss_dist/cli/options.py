@@ -157,7 +157,7 @@ CorpusOption = Annotated[
 SkipSequencesOption = Annotated[int, typer.Option(help="Rows at the start of a corpus that are not read.", min=0)]
 CodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint ships.")]
 OverlapOption = Annotated[
-    bool, typer.Option("--allow-overlap", help="Evaluate on text that layers were scored on, too.")
+    bool, typer.Option("--allow-overlap", help="Evaluate on text that layers were scored on, or repaired on, too.")
 ]
 ManyOption = Annotated[bool, typer.Option("--yes", help="Go on, however much work it is.")]
 _RUN = "A run, by its id, a part that only it has, or a glob such as 'smollm2-*'"

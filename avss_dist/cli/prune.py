@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,16 +15,22 @@ from avss_dist.cli.options import (
     RecipeOption,
     RunOption,
     SiteOption,
+    SkipSequencesOption,
     ThresholdOption,
     WarehousePath,
     choice,
     format_option,
+    takes_settings,
 )
 from avss_dist.errors import ConfigError, require_known
-from avss_dist.settings import GROUND_TRUTH, PUBLISHED_THRESHOLD, RECIPES, SCORES, SITES
+from avss_dist.settings import GROUND_TRUTH, PUBLISHED_THRESHOLD, RECIPES, REPAIRS, SCORES, SITES, Settings
 from avss_dist.system.streams import emit
 from avss_dist.text import describe_bytes, parse_threshold
 
+if TYPE_CHECKING:
+    from avss_dist.pruning.repair.repair import Repair
+
+NO_REPAIR = "none"
 FORMATS = ("plan", "mergekit")  # of mergekit: the slices to merge
 CHOSEN_BY = (*GROUND_TRUTH, *SCORES, "random")
 
@@ -83,26 +90,64 @@ def plan(
         emit(f"  Evaluate it: avss evaluate {output} --task perplexity:CORPUS --warehouse {opened.root}")
 
 
+@takes_settings("max_sequences", "sequence_length", "batch_size", "layout", "dtype", "attention", "device")
 def prune(
     model: ModelArgument,
     plan: Annotated[Path, typer.Argument(help="PLAN.yaml, by avss plan or by hand.")],
     out: Annotated[Path, typer.Option(help="Folder of the new checkpoint.")],
+    repair: Annotated[
+        str | None,
+        choice(
+            (NO_REPAIR, *REPAIRS),
+            "What is fitted at each cut, to give back what the removed layers did; map by default where there is text.",
+        ),
+    ] = None,
+    repair_corpus: Annotated[
+        list[str] | None, typer.Option(help="Text that the repair is fitted on; repeatable, each counts alike.")
+    ] = None,
+    skip_sequences: SkipSequencesOption = 0,
     trust_remote_code: CodeOption = False,
+    **options: Any,
 ) -> None:
-    """Write a checkpoint without the layers that a plan drops; any size, in little memory."""
+    """Write a checkpoint without the layers that a plan drops, in little memory; on request, a repaired one."""
     from avss_dist.pruning.checkpoint import prune as prune_checkpoint
     from avss_dist.pruning.plan import read_plan
 
     made = read_plan(plan)
+    settings = Settings(**options, trust_remote_code=trust_remote_code)
+    wanted = _repair(repair, repair_corpus or [], skip_sequences, settings)
     emit("\n  ".join([f"{plan}:", *made.describe()]))
-    done = prune_checkpoint(model, made, out, trust_remote_code=trust_remote_code)
+    done = prune_checkpoint(model, made, out, repair=wanted, trust_remote_code=trust_remote_code)
     emit(f"{out}: {len(made.keep)} of {made.num_layers} layers, {describe_bytes(done['bytes'])} of weights.")
+    for line in done["repair"].describe() if done["repair"] else ():
+        emit(line)
     if done["difference"] is None:
         emit("Layers have the shapes and settings that they had; no room to compare the outputs of both models.")
     else:
-        emit(f"Outputs are those of the original with the layers skipped (largest difference {done['difference']:g}).")
+        repaired = " and the repaired weights" if wanted else ""
+        emit(
+            f"Outputs are those of the original with the layers skipped{repaired} "
+            f"(largest difference {done['difference']:g})."
+        )
     for note in done["notes"]:
         emit(note)
+
+
+def _repair(by: str | None, corpora: Sequence[str], skip_sequences: int, settings: Settings) -> Repair | None:
+    """What was asked for; options of a repair without one are refused."""
+    from avss_dist.pruning.repair.repair import Repair
+
+    by = by or ("map" if corpora else NO_REPAIR)
+    if by != NO_REPAIR and not corpora:
+        raise ConfigError(f"`repair` {by} is fitted on text, and there is none.", "Name it with `repair_corpus`.")
+    if by != NO_REPAIR:
+        return Repair(by=by, corpora=tuple(corpora), skip_sequences=skip_sequences, settings=settings)
+    default = Settings(trust_remote_code=settings.trust_remote_code)
+    given = [name for name, value in settings.as_dict().items() if value != getattr(default, name)]
+    given += [name for name, value in (("skip_sequences", skip_sequences), ("repair_corpus", corpora)) if value]
+    if given:
+        raise ConfigError(f"`{given[0]}` has no effect without a repair.", "Leave it out, or name a `repair`.")
+    return None
 
 
 def _protected(text: str) -> tuple[int, int]:

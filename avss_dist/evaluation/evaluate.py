@@ -20,7 +20,7 @@ from avss_dist.evaluation.engine import (
     plan_evaluation,
     plan_text,
 )
-from avss_dist.evaluation.held_out import refuse_overlap
+from avss_dist.evaluation.held_out import refuse_overlap, refuse_repair_text
 from avss_dist.evaluation.retention import Retained, retained
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint, resolve
@@ -88,7 +88,7 @@ def evaluate(
         tasks: ``perplexity:CORPUS``; else a task of lm-evaluation-harness, by its name or its YAML file.
         skip_sequences: rows at the start of each corpus that are not read.
         limit, num_fewshot: of lm-evaluation-harness: documents at most, and examples before each.
-        allow_overlap: evaluate on text that a plan's scores were measured on, all the same.
+        allow_overlap: evaluate on text that a plan's scores were measured on, or a repair was fitted on, all the same.
         options: the fields of ``settings.Settings`` and ``settings.Execution``.
 
     Raises:
@@ -126,7 +126,9 @@ def evaluate(
 def _refuse_overlaps(
     subjects: Sequence[Subject], planned: Mapping[tuple[str, str], PlannedEvaluation], warehouse: Warehouse
 ) -> None:
-    """Refuse text that the scores of a plan were measured on."""
+    """Refuse text that the scores of a plan were measured on, or a repaired checkpoint was fitted on."""
+    for one in planned.values():
+        refuse_repair_text(one.task, one.checkpoint)
     for subject in subjects:
         for (revision, _), one in planned.items():
             if subject.run_id and subject.checkpoint.revision == revision:

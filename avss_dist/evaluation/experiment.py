@@ -28,7 +28,7 @@ from avss_dist.evaluation.engine import (
     require_listable,
 )
 from avss_dist.evaluation.evaluate import make_task
-from avss_dist.evaluation.held_out import refuse_overlap
+from avss_dist.evaluation.held_out import refuse_overlap, refuse_repair_text
 from avss_dist.evaluation.retention import retained
 from avss_dist.executors.base import Executor
 from avss_dist.models.checkpoints import Checkpoint, resolve
@@ -225,6 +225,7 @@ def _plan(
         num_fewshot=experiment.num_fewshot,
     )
     if not allow_overlap:
+        refuse_repair_text(task, trial.checkpoint)
         refuse_overlap(task, trial.run.run_id, warehouse, trial.checkpoint, corpus=trial.corpus)
     return plan_evaluation(trial.checkpoint, task, settings)
 

@@ -1,4 +1,4 @@
-"""Held-out text: whether what is evaluated on is what the scores of a plan were measured on."""
+"""Held-out text: whether what is evaluated on is what the scores of a plan, or a repair, have seen."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from avss_dist.corpus.shards import Ids, Shard, plan
 from avss_dist.errors import AvssError, ConfigError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
+from avss_dist.pruning.repair.record import read_repairs
 from avss_dist.settings import Settings
 from avss_dist.tasks.base import Task, TextLoss
 from avss_dist.warehouse.checks import settings_of
@@ -29,24 +30,52 @@ def refuse_overlap(task: Task, run_id: str, store: Warehouse, checkpoint: Checkp
     Raises:
         ConfigError: they share text, or the run's text cannot be read again.
     """
-    shards = [part.shard for part in task.parts if isinstance(part, TextLoss)]
     run = store.run(run_id)
-    if not shards or run is None:
+    if not _shards(task) or run is None:
         return
     settings = Settings(**settings_of(run))
-    try:
-        seen = plan(corpus or run["corpus"], load_tokenizer(checkpoint), settings)
-    except AvssError as error:
-        raise ConfigError(
-            f"The text of run {run_id} cannot be read again: {error.message}",
-            "Put it back, or set `allow_overlap` and know that the layers may have been chosen on this very text.",
-        ) from error
-    shared = shared_text(seen.shards, shards)
+    shared = _shared(task, checkpoint, corpus or run["corpus"], settings, 0, f"run {run_id}", "layers may be chosen on")
     if shared > MOST_SHARED:
         raise ConfigError(
             f"{shared:.0%} of {task.name} is text that the scores of {run_id} were measured on ({run['corpus']}).",
             f"Evaluate on other text: another corpus, or `skip_sequences` {run['num_sequences']}.",
         )
+
+
+def refuse_repair_text(task: Task, checkpoint: Checkpoint) -> None:
+    """Refuse a task on text that a checkpoint's repair was fitted on; tasks without a corpus pass.
+
+    Raises:
+        ConfigError: they share text, or the repair's text cannot be read again.
+        ModelError: the record of the repair is damaged.
+    """
+    for repair in read_repairs(checkpoint.folder) if _shards(task) else ():
+        of, skip = f"the repair of '{checkpoint.name}'", repair.skip_sequences
+        for text in repair.texts:
+            shared = _shared(task, checkpoint, text.corpus, repair.reading(), skip, of, "it may be fitted to")
+            if shared > MOST_SHARED:
+                raise ConfigError(
+                    f"{shared:.0%} of {task.name} is text that {of} was fitted on ({text.corpus}).",
+                    f"Evaluate on other text: another corpus, or `skip_sequences` {skip + text.rows}.",
+                )
+
+
+def _shards(task: Task) -> list[Shard]:
+    return [part.shard for part in task.parts if isinstance(part, TextLoss)]
+
+
+def _shared(
+    task: Task, checkpoint: Checkpoint, corpus: str, settings: Settings, skip_sequences: int, of: str, risk: str
+) -> float:
+    """The share of a task's text that is in the text ``of`` something, which is read again."""
+    try:
+        seen = plan(corpus, load_tokenizer(checkpoint), settings, skip_sequences=skip_sequences)
+    except AvssError as error:
+        raise ConfigError(
+            f"The text of {of} cannot be read again: {error.message}",
+            f"Put it back, or set `allow_overlap` and know that {risk} this very text.",
+        ) from error
+    return shared_text(seen.shards, _shards(task))
 
 
 def shared_text(seen: Iterable[Shard], read: Iterable[Shard]) -> float:

@@ -129,6 +129,43 @@ def _tensor(name: str, file: Path, data: int, entry: Any) -> StoredTensor:
     return StoredTensor(name, entry["dtype"], last - first, shape, file, data + first)
 
 
+def read_tensor(stored: StoredTensor) -> torch.Tensor:
+    """A tensor of a file, in memory of its own.
+
+    Raises:
+        ModelError: torch has no such dtype, or the file cannot be read to the tensor's end.
+    """
+    if stored.dtype not in DTYPES:
+        raise ModelError(f"'{stored.name}' of {stored.file} is of dtype {stored.dtype}, which torch does not have.")
+    try:
+        with stored.file.open("rb") as file:
+            file.seek(stored.start)
+            data = bytearray(file.read(stored.size))
+    except OSError as error:
+        raise ModelError(f"{stored.file} cannot be read: {error.strerror}.", "Does it still exist?") from error
+    if len(data) < stored.size:
+        raise ModelError(f"{stored.file} ends before its tensor '{stored.name}' does.", "Copy it again.")
+    return torch.frombuffer(data, dtype=DTYPES[stored.dtype]).reshape(stored.shape)
+
+
+def overwrite_tensor(stored: StoredTensor, tensor: torch.Tensor) -> None:
+    """Put other values into a file, in place of a tensor's.
+
+    Args:
+        tensor: of the stored dtype and shape, on the CPU.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    assert len(data) == stored.size and tensor.dtype == DTYPES[stored.dtype]
+    with stored.file.open("rb+") as file:
+        file.seek(stored.start)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def copy_tensors(source: Path, target: Path, names: Mapping[str, str], copied: Callable[[int], None]) -> int:
     """Write a safetensors file of some tensors of another, under new names, in their order; returns their bytes.
 

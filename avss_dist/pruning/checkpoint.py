@@ -19,15 +19,18 @@ from torch import nn
 
 from avss_dist.errors import ModelError, unwritable
 from avss_dist.models.checkpoints import PICKLED, Checkpoint, read_config, resolve
-from avss_dist.models.layers import first_tensor
+from avss_dist.models.layers import Layer, first_tensor
 from avss_dist.models.loading import forward_function, load_model, open_module, skeleton, text_config, without_head
-from avss_dist.models.safetensors import WEIGHTS, copy_tensors, tensors_of, weight_files
+from avss_dist.models.safetensors import WEIGHTS
 from avss_dist.models.size import footprint
 from avss_dist.models.skipping import skipping
 from avss_dist.pruning.model_card import model_card
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.quantization import FILES, KEYS, quantization_note, renumber_quantization
+from avss_dist.pruning.repair.record import read_repairs, write_repairs
+from avss_dist.pruning.repair.repair import Repair, Repaired, repair_layers
 from avss_dist.pruning.selection import PlanError
+from avss_dist.pruning.weights import Parameter, StoredWeights, copy_weights
 from avss_dist.settings import Settings
 from avss_dist.system.devices import available_memory
 from avss_dist.system.staging import staged_folder
@@ -46,6 +49,7 @@ def prune(
     plan: Plan,
     out: str | Path,
     *,
+    repair: Repair | None = None,
     trust_remote_code: bool = False,
     copied: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -54,17 +58,20 @@ def prune(
     Args:
         model: hub id, folder: that of the plan, whatever its name.
         out: a folder that does not exist, or is empty; it appears when it is whole.
+        repair: how what the layers did is given back by those that stay; not at all by default.
         copied: called with the bytes of weights that were copied, now and then.
 
     Returns:
         ``folder``; ``bytes`` of weights; ``difference``: the largest between outputs of the last layer, of the pruned
-        checkpoint and of the original with the layers skipped, in float32; None where both do not fit in memory;
-        ``notes``: what that comparison cannot see.
+        checkpoint and of the original with the layers skipped and the weights repaired, in float32; None where both do
+        not fit in memory; ``notes``: what that comparison cannot see; ``repair``: what the checkpoint says of its
+        repair, a `RepairRecord` or None.
 
     Raises:
-        PlanError: the plan is of another model, the family cannot be pruned (the message says why), or the folder is
-            not empty.
+        PlanError: the plan is of another model, the family cannot be pruned or repaired (the message says why), or the
+            folder is not empty.
         ModelError: the checkpoint cannot be read.
+        CorpusError: the text of the repair cannot be read, or is too short.
         StorageFull: there is no space left.
     """
     settings = Settings(dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
@@ -82,13 +89,18 @@ def prune(
     notes = [note] if note else []
     try:
         with staged_folder(out) as staged:
-            _copy_files(checkpoint, plan, staged, notes)
             _write_config(checkpoint, plan, staged, settings)
-            size = _copy_weights(checkpoint, plan, staged, settings, copied)
-            difference = _difference(checkpoint, plan, staged, settings)
+            weights = StoredWeights.of(checkpoint, plan, settings)
+            repaired = repair_layers(checkpoint, plan, repair, weights.read) if repair else None
+            notes += repaired.notes if repaired else []
+            _copy_files(checkpoint, plan, staged, notes, repaired)
+            replaced = repaired.tensors if repaired else {}
+            size = copy_weights(checkpoint, weights, replaced, staged, copied)
+            difference = _difference(checkpoint, plan, replaced, staged, settings)
     except OSError as error:
         raise unwritable(out, error, "Name another folder with `out`.", PlanError) from error
-    return {"folder": str(out), "bytes": size, "difference": difference, "notes": notes}
+    record = repaired.record if repaired else None
+    return {"folder": str(out), "bytes": size, "difference": difference, "notes": notes, "repair": record}
 
 
 def _require_free(out: Path) -> None:
@@ -194,8 +206,8 @@ def _described(layer: nn.Module, index: int) -> Iterator[tuple[str, str, Any]]:
                 yield path, name, value
 
 
-def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path, notes: list[str]) -> None:
-    """Everything but configuration and weights; with a model card."""
+def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path, notes: list[str], repaired: Repaired | None) -> None:
+    """Everything but configuration and weights; with a model card, and what is to be known of all repairs."""
     for file in checkpoint.folder.iterdir():
         if file.is_file() and not any(file.match(pattern) for pattern in _NOT_COPIED) and not file.name.startswith("."):
             shutil.copyfile(file, folder / file.name)
@@ -203,65 +215,15 @@ def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path, notes: list[st
         if (folder / name).is_file():
             quantization = json.loads((folder / name).read_text(encoding="utf-8"))
             (folder / name).write_text(json.dumps(renumber_quantization(quantization, plan), indent=2) + "\n")
-    (folder / "README.md").write_text(model_card(checkpoint, plan, notes), encoding="utf-8")
+    record = repaired.record if repaired else None
+    (folder / "README.md").write_text(model_card(checkpoint, plan, notes, record), encoding="utf-8")
+    if record:
+        write_repairs(folder, [*read_repairs(checkpoint.folder), record])
 
 
-def _copy_weights(
-    checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Settings, copied: Callable[[int], None]
-) -> int:
-    """The weights that stay; returns their bytes."""
-    files = {file: [tensor.name for tensor in tensors_of(file)] for file in weight_files(checkpoint.folder)}
-    rename = _renaming([name for stored in files.values() for name in stored], plan, checkpoint, settings)
-    places: dict[str, str] = {}
-    size = 0
-    for file, stored in files.items():
-        names = {name: new for name in stored if (new := rename(name)) is not None}
-        if names:
-            place = file.relative_to(checkpoint.folder)
-            (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            size += copy_tensors(file, folder / place, names, copied)
-            places |= dict.fromkeys(names.values(), place.as_posix())
-    if [file.name for file in files] != ["model.safetensors"]:
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return size
-
-
-def _renaming(
-    names: Sequence[str], plan: Plan, checkpoint: Checkpoint, settings: Settings
-) -> Callable[[str], str | None]:
-    """How a stored tensor is called in the pruned checkpoint; None if it is of a layer that is dropped."""
-    inside = re.compile(rf"((?:.*\.)?{re.escape(plan.layers)})\.(\d+)\.(.*)")
-    found: dict[str, set[int]] = {}
-    for match in filter(None, map(inside.fullmatch, names)):
-        found.setdefault(match[1], set()).add(int(match[2]))
-    prefixes = [prefix for prefix, seen in found.items() if seen == set(range(plan.num_layers))]
-    if len(prefixes) != 1:
-        config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
-        if config.get_text_config() is not config:
-            raise PlanError(
-                f"'{checkpoint.name}' is multimodal ({config.model_type}): its tensors are stored under other names "
-                f"than '{plan.layers}', where transformers puts its layers.",
-                "Save its language model, head and all, as a checkpoint of its own, and prune that.",
-            )
-        raise PlanError(
-            f"It is unclear which stored tensors of '{checkpoint.name}' are layers of '{plan.layers}': "
-            f"{', '.join(prefixes) or 'no names'} would fit.",
-            "Save the checkpoint again with transformers' save_pretrained, and prune that.",
-        )
-    place = {layer: i for i, layer in enumerate(plan.keep)}
-
-    def rename(name: str) -> str | None:
-        match = inside.fullmatch(name)
-        if not match or match[1] != prefixes[0]:
-            return name
-        layer = int(match[2])
-        return f"{match[1]}.{place[layer]}.{match[3]}" if layer in place else None
-
-    return rename
-
-
-def _difference(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Settings) -> float | None:
+def _difference(
+    checkpoint: Checkpoint, plan: Plan, replaced: Mapping[Parameter, torch.Tensor], folder: Path, settings: Settings
+) -> float | None:
     """The largest difference of the backbones' outputs on some tokens; None where there is no room for both."""
     size = footprint(checkpoint, settings)
     if 2 * size.weight_bytes > available_memory() // 2:
@@ -270,6 +232,8 @@ def _difference(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Sett
     outputs = []
     for one, drop in ((checkpoint, plan.drop), (pruned, ())):
         backbone = open_module(load_model(one, settings), layers=plan.layers)
+        if one is checkpoint:
+            _replace(backbone.structure.layers, replaced)
         ids = torch.arange(CHECKED_SHAPE[0] * CHECKED_SHAPE[1]).reshape(CHECKED_SHAPE) + 5
         with torch.no_grad(), skipping(backbone.structure.layers, drop):
             output = first_tensor(forward_function(backbone.module)(ids, torch.ones_like(ids)))
@@ -284,3 +248,10 @@ def _difference(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Sett
             "Layers of this family depend on each other; evaluate the plan without a checkpoint.",
         )
     return difference
+
+
+def _replace(layers: Sequence[Layer], replaced: Mapping[Parameter, torch.Tensor]) -> None:
+    """Put the values of a repair into a loaded model."""
+    for (layer, path), value in replaced.items():
+        parameter = layers[layer].module.get_parameter(path)
+        parameter.data = value.to(parameter.device, parameter.dtype)

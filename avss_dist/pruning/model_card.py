@@ -11,12 +11,15 @@ import yaml
 
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.pruning.plan import Plan, describe_reason
-from avss_dist.text import escape_markdown, printable
+from avss_dist.pruning.repair.record import RepairRecord
+from avss_dist.text import describe_layers, escape_markdown, printable
 
 LICENSE = ("license", "license_name", "license_link")
 
 
-def model_card(checkpoint: Checkpoint, plan: Plan, notes: list[str] | None = None) -> str:
+def model_card(
+    checkpoint: Checkpoint, plan: Plan, notes: list[str] | None = None, repair: RepairRecord | None = None
+) -> str:
     """What was removed and why, under which license, in the form of a model card."""
     name = checkpoint.name if checkpoint.source == "hub" else Path(checkpoint.path).name
     fields = {
@@ -27,11 +30,13 @@ def model_card(checkpoint: Checkpoint, plan: Plan, notes: list[str] | None = Non
     }
     head = printable("\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()))
     source = f", of run {plan.run_id}" if plan.run_id else ""
-    known = [*(f"Finding: {line}" for line in plan.findings), *(notes or [])]
+    known = [*(f"Finding: {line}" for line in plan.findings), *(notes or []), *(repair.describe() if repair else [])]
     known.append(f"Evaluated: {' '.join(plan.evaluated) or 'not when it was planned.'}")
+    changed = describe_layers([cut.after for cut in repair.cuts]) if repair else ""
+    others = f"Of the others, the MLP's last map is changed in {changed}" if repair else "The others are unchanged"
     return (
         f"---\n{head}\n---\n\n# {escape_markdown(name)} without {len(plan.drop)} of its {plan.num_layers} layers\n\n"
-        f"Removed, counted from 0: {', '.join(map(str, plan.drop))}. The others are unchanged.\n\n"
+        f"Removed, counted from 0: {', '.join(map(str, plan.drop))}. {others}.\n\n"
         f"Chosen {escape_markdown(describe_reason(plan.why))}{source}. Base model at {checkpoint.revision}.\n\n"
         + "".join(f"- {escape_markdown(line)}\n" for line in known)
         + "\nWritten by avss_dist.\n"

@@ -1,0 +1,271 @@
+"""Repair: what is missing in the stream where layers were removed, given back by the last layer before them.
+
+At each cut, in order of depth: X is the stream after the last layer before it, in the pruned model with the repairs so
+far; Y is the whole model's stream after the last layer that is removed there; R = Y - X is fitted from what the MLP
+before the cut adds, or from its hidden units (`fold`). The first token of each row takes no part. One row of ten is
+held back: it chooses the ridge, and says what the fit is worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from avss_dist.corpus.shards import CorpusPlan, plan
+from avss_dist.errors import CorpusError
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.loading import load, load_tokenizer, text_config
+from avss_dist.models.pinning import pin
+from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.repair.fold import Step, Weights, features, fold, num_unknowns, parameters, steps
+from avss_dist.pruning.repair.normal_equations import Fit, NormalEquations, fit
+from avss_dist.pruning.repair.outlet import Outlet, RepairError, is_transposed
+from avss_dist.pruning.repair.record import RepairedCut, RepairRecord, RepairText
+from avss_dist.pruning.repair.streams import Streams
+from avss_dist.pruning.repair.text import Portion, count_tokens, portions
+from avss_dist.pruning.weights import Parameter
+from avss_dist.settings import REPAIRS, OneOf, Settings, checked
+from avss_dist.system.devices import free_device, pick_device
+from avss_dist.system.progress_bar import tracked
+from avss_dist.text import describe_layers
+
+TOKENS_PER_UNKNOWN = 4  # at least; with fewer, a fit follows its text's noise
+
+ReadStored = Callable[[Parameter], torch.Tensor | None]  # a parameter as the checkpoint's files have it, if they do
+
+
+@checked
+class Repair:
+    """How a pruned model is repaired.
+
+    Raises:
+        ConfigError: values out of their range.
+    """
+
+    by: Annotated[str, OneOf(REPAIRS)] = "map"
+    """What is fitted."""
+    corpora: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    """The texts that it is fitted on; each counts alike, however long."""
+    skip_sequences: Annotated[int, Field(ge=0)] = 0
+    """Rows at the start of each text that are not read."""
+    settings: Settings = Field(default_factory=Settings)
+    """How texts are read, and how the model computes."""
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """Weights to write in place of the checkpoint's, in their dtypes, and what is to be said of them."""
+
+    tensors: Mapping[Parameter, torch.Tensor]
+    record: RepairRecord
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A run of removed layers, and the layer before it."""
+
+    after: int
+    removed: tuple[int, ...]
+
+    @property
+    def last(self) -> int:
+        """The last layer that is removed here."""
+        return self.removed[-1]
+
+
+def find_cuts(made: Plan) -> list[Cut]:
+    """The cuts of a plan, in order; that before the first layer has no layer before it, and is none."""
+    runs: list[list[int]] = []
+    for layer in made.drop:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return [Cut(run[0] - 1, tuple(run)) for run in runs if run[0] > 0]
+
+
+def repair_layers(checkpoint: Checkpoint, made: Plan, repair: Repair, stored: ReadStored) -> Repaired:
+    """Fit the repair of a plan's cuts.
+
+    Args:
+        stored: reads a parameter from the checkpoint's files; its dtype is the one that is written.
+
+    Raises:
+        RepairError: a cut cannot be repaired; the message says why.
+        CorpusError: a text cannot be read, or has too few tokens.
+        FitError: hidden states are not finite.
+    """
+    cuts = find_cuts(made)
+    if not cuts:
+        raise RepairError(
+            f"Layers {describe_layers(made.drop)} are the first: no layer before them can give back what they did.",
+            "Prune with `repair` none, or keep the first layer.",
+        )
+    device = pick_device(repair.settings.device)
+    config = text_config(checkpoint, trust_remote_code=repair.settings.trust_remote_code)
+    settings = pin(repair.settings, checkpoint, config, device.type)
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
+    texts = [plan(corpus, tokenizer, settings, skip_sequences=repair.skip_sequences) for corpus in repair.corpora]
+    read = portions(texts, settings.batch_size)
+    backbone = load(checkpoint, replace(settings, layers=made.layers), device)
+    starts = [cut.last for cut in cuts[:-1]]
+    streams = Streams(backbone, [portion.batch for portion in read], made.drop, starts, device)
+    mender = _Mender(streams, stored, read)
+    outlets = [streams.outlet(cut.after) for cut in cuts]
+    for outlet in outlets:
+        mender.require_tokens(outlet, repair.by)
+    done = []
+    for number, (cut, outlet) in enumerate(zip(cuts, outlets, strict=True), 1):
+        done.append(mender.mend(cut, outlet, repair.by, f"Repairing cut {number} of {len(cuts)}"))
+    del streams, backbone
+    free_device(device)
+    return Repaired(mender.tensors, _record(checkpoint, made, repair, settings, texts, read, done), _notes(made))
+
+
+class _Mender:
+    """Mends cuts one after the other; each sees what was changed before it.
+
+    Attributes:
+        tensors: what was changed so far, in the dtypes of the checkpoint's files.
+    """
+
+    def __init__(self, streams: Streams, stored: ReadStored, read: Sequence[Portion]) -> None:
+        self.tensors: dict[Parameter, torch.Tensor] = {}
+        self._streams, self._stored, self._read = streams, stored, read
+
+    def require_tokens(self, outlet: Outlet, by: str) -> None:
+        """Refuse a fit to too few tokens."""
+        inputs, outputs = _shape(outlet, self._streams.value(outlet.layer.index, f"{outlet.linear}.weight"))
+        given = sum(int(portion.fitted.sum()) for portion in self._read)
+        for step in steps(by, outlet):
+            needed = TOKENS_PER_UNKNOWN * num_unknowns(step, inputs if step.reads == "inputs" else outputs)
+            if given < needed:
+                raise CorpusError(
+                    f"The repair {by} of this model needs {needed:,} tokens to fit to at least; {given:,} are given.",
+                    "Give more text, raise `max_sequences`, or choose a `repair` of fewer unknowns (channel, scale).",
+                )
+
+    def mend(self, cut: Cut, outlet: Outlet, by: str, what: str) -> RepairedCut:
+        """Fit and fold every step of a cut."""
+        fits, missing = [], []
+        for step in steps(by, outlet):
+            seen, held_back, size = self._sums(cut, outlet, step, what)
+            found = fit(seen, held_back, step.form)
+            if found.ridge is not None:
+                self._fold(outlet, step, found, seen)
+            fits.append(found)
+            missing.append((found.before / size) ** 0.5)
+        return RepairedCut(
+            after=cut.after,
+            removed=cut.removed,
+            ridges=tuple(found.ridge for found in fits),
+            error_before=missing[0],
+            error_after=(fits[-1].after / size) ** 0.5,
+        )
+
+    def _sums(self, cut: Cut, outlet: Outlet, step: Step, what: str) -> tuple[NormalEquations, NormalEquations, float]:
+        """The equations of a step on the tokens to fit to, and on those held back; and the sum of |Y|^2 of these."""
+        sums: list[NormalEquations] = []
+        size = 0.0
+        for number, portion in enumerate(tracked(self._read, what)):
+            wanted = self._streams.whole(number, cut.last)
+            now = self._streams.pruned(number, outlet)
+            x, y = features(step, outlet, now.linear, now.last), wanted.float() - now.stream.float()
+            masks = [torch.from_numpy(mask).to(x.device) for mask in (portion.fitted, portion.held_back)]
+            if not sums:
+                sums = [NormalEquations.zero(x.shape[-1], y.shape[-1], x.device)] * 2
+            sums = [
+                one + NormalEquations.of(x[mask], y[mask], portion.weight) if mask.any() else one
+                for one, mask in zip(sums, masks, strict=True)
+            ]
+            size += portion.weight * float(wanted[masks[1]].double().square().sum())
+        seen, held_back = sums
+        return seen, held_back, size
+
+    def _fold(self, outlet: Outlet, step: Step, found: Fit, seen: NormalEquations) -> None:
+        """Change the weights of an outlet, in the model and in what is written."""
+        layer = outlet.layer.index
+        names = parameters(outlet, bias=self._streams.has(layer, f"{outlet.linear}.bias"))
+        old = {field: self._parameter(layer, path) for field, path in names.items()}
+        device = found.weights.device
+        values = {field: tensor.to(device, torch.float64) for field, tensor in old.items()}
+        transposed = is_transposed(outlet.layer.module.get_submodule(outlet.linear))
+        linear = values["linear"] if transposed else values["linear"].T
+        gain = values["gain"] + outlet.offset if "gain" in values else None
+        new = fold(
+            step, Weights(linear, values.get("bias"), gain), found.weights, seen.gram / seen.count, outlet.factor
+        )
+        folded = {
+            "linear": new.linear if transposed else new.linear.T,
+            "bias": new.bias,
+            "gain": None if new.gain is None else new.gain - outlet.offset,
+        }
+        for field, path in names.items():
+            value = folded[field]
+            assert value is not None
+            written = value.to(old[field].dtype).cpu().contiguous()
+            if not torch.isfinite(written).all():
+                raise RepairError(
+                    f"The repair of layer {layer} does not fit into {written.dtype}.", "Use another `repair`."
+                )
+            self.tensors[layer, path] = written
+            self._streams.change(layer, path, written)
+
+    def _parameter(self, layer: int, path: str) -> torch.Tensor:
+        """A parameter as it is to be written so far."""
+        if (changed := self.tensors.get((layer, path))) is not None:
+            return changed
+        stored, loaded = self._stored((layer, path)), self._streams.value(layer, path)
+        if stored is None or stored.shape != loaded.shape or not torch.equal(stored.to(loaded.dtype), loaded.cpu()):
+            raise RepairError(
+                f"The files hold '{path}' of layer {layer} in another form than the model does.", _UNFUSED
+            )
+        return stored
+
+
+_UNFUSED = "Save the checkpoint again with transformers' save_pretrained, and repair that."
+
+
+def _shape(outlet: Outlet, weight: torch.Tensor) -> tuple[int, int]:
+    """Inputs and outputs of an outlet's linear map."""
+    rows, columns = weight.shape
+    return (rows, columns) if is_transposed(outlet.layer.module.get_submodule(outlet.linear)) else (columns, rows)
+
+
+def _record(
+    checkpoint: Checkpoint,
+    made: Plan,
+    repair: Repair,
+    settings: Settings,
+    texts: Sequence[CorpusPlan],
+    read: Sequence[Portion],
+    done: Sequence[RepairedCut],
+) -> RepairRecord:
+    return RepairRecord(
+        repair=repair.by,
+        model=checkpoint.name,
+        revision=checkpoint.revision,
+        removed=made.drop,
+        texts=tuple(
+            RepairText(corpus=text.source, fingerprint=text.corpus_fingerprint, rows=text.num_sequences, tokens=count)
+            for text, count in zip(texts, count_tokens(read, len(texts)), strict=True)
+        ),
+        cuts=tuple(done),
+        sequence_length=settings.sequence_length,
+        layout=settings.layout,
+        skip_sequences=repair.skip_sequences,
+        max_sequences=settings.max_sequences,
+        dtype=settings.dtype,
+    )
+
+
+def _notes(made: Plan) -> list[str]:
+    if 0 not in made.drop:
+        return []
+    first = describe_layers([layer for layer in made.drop if set(range(layer)) <= set(made.drop)])
+    return [f"Nothing stands before layers {first}: what they did is not given back."]

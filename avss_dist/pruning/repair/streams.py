@@ -1,0 +1,190 @@
+"""The whole model and the pruned one in the same weights: what each computes at a cut, and the weights that change."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from avss_dist.corpus.shards import Batch
+from avss_dist.models.layers import PROBE_SHAPE, as_rows, first_tensor
+from avss_dist.models.loading import Backbone, forward_function
+from avss_dist.models.skipping import Recorded, recording, resuming, skipping
+from avss_dist.pruning.repair.outlet import Outlet, RepairError, Seen, captured, find_outlet
+from avss_dist.system.devices import available_memory
+
+ROOM = 4  # one part in so many of the memory that is free holds streams
+
+
+@dataclass(frozen=True)
+class AtCut:
+    """What the pruned model computes for a batch after the last layer before a cut.
+
+    Attributes:
+        stream: [rows, tokens, units] after it.
+        linear, last: what the outlet's linear map, and its last module, took and gave: [rows, tokens, units].
+    """
+
+    stream: torch.Tensor
+    linear: Seen
+    last: Seen
+
+
+class _Kept:
+    """Where passes can begin again: for each batch, what one layer gave; of as many batches as there is room for."""
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._found: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(self, batch: int, layer: int, stream: torch.Tensor) -> None:
+        """Keep what a layer gave, in place of what an earlier one did."""
+        _, old = self._found.pop(batch, (0, None))
+        self._room += 0 if old is None else old.nbytes
+        if layer >= 0 and stream.nbytes <= self._room:
+            self._room -= stream.nbytes
+            self._found[batch] = layer, stream.cpu()
+
+    def get(self, batch: int) -> tuple[int, torch.Tensor] | None:
+        """The layer, and what it gave."""
+        return self._found.get(batch)
+
+
+class Streams:
+    """A backbone on some batches, with layers left out or not, with changed weights or not.
+
+    A pass begins where an earlier one over the same batch was, if the family allows it, and nothing before that has
+    changed since: cuts are visited in order of depth.
+
+    Args:
+        drop: the layers that the pruned model is without.
+        starts: layers behind which passes of the whole model will begin again.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        batches: Sequence[Batch],
+        drop: Collection[int],
+        starts: Collection[int],
+        device: torch.device,
+    ) -> None:
+        self._layers, self._drop, self._device = backbone.structure.layers, set(drop), device
+        self._batches = batches
+        self._forward = forward_function(backbone.module)
+        self._changed: dict[nn.Parameter, torch.Tensor] = {}
+        with torch.no_grad(), recording(self._layers) as recorded:
+            whole = first_tensor(self._probe())
+            self._forms = dict(recorded.forms)
+            room = available_memory() // ROOM if self._resumes(recorded, whole, starts) else 0
+        self._of_whole, self._of_pruned = _Kept(room // 2), _Kept(room // 2)
+
+    def outlet(self, layer: int) -> Outlet:
+        """That of a layer.
+
+        Raises:
+            RepairError: it has none.
+        """
+        with torch.no_grad(), skipping(self._layers, self._after(layer), self._forms):
+            return find_outlet(self._layers[layer], self._probe)
+
+    def change(self, layer: int, path: str, value: torch.Tensor) -> None:
+        """Give a parameter of a layer another value in the pruned model; the whole one keeps its own."""
+        parameter = self._layers[layer].module.get_parameter(path)
+        self._changed[parameter] = value.to(parameter.device, parameter.dtype)
+
+    def value(self, layer: int, path: str) -> torch.Tensor:
+        """A parameter as the whole model has it."""
+        return self._layers[layer].module.get_parameter(path).detach()
+
+    def has(self, layer: int, path: str) -> bool:
+        """Whether a layer has a parameter of this path."""
+        return path in dict(self._layers[layer].module.named_parameters())
+
+    def whole(self, number: int, layer: int) -> torch.Tensor:
+        """[rows, tokens, units] after a layer of the whole model, for a batch."""
+        kept = self._of_whole.get(number)
+        if kept is not None and kept[0] == layer:
+            stream = kept[1].to(self._device)
+        else:
+            with captured({"layer": self._layers[layer].module}) as seen:
+                self._run(number, self._after(layer), kept)
+            stream = seen["layer"].output
+            self._of_whole.keep(number, layer, stream)
+        return self._rows(stream, self._layers[layer].axes, number)
+
+    def pruned(self, number: int, outlet: Outlet) -> AtCut:
+        """What the pruned model computes at an outlet for a batch, with all weights that were changed so far."""
+        layer = outlet.layer
+        paths = (outlet.linear, outlet.last)
+        modules = {"layer": layer.module} | {path: layer.module.get_submodule(path) for path in paths}
+        with self._with_changes(), captured(modules) as seen:
+            self._run(number, self._drop | self._after(layer.index), self._of_pruned.get(number))
+        self._of_pruned.keep(number, layer.index - 1, seen["layer"].input)
+        found = {
+            path: Seen(*(self._rows(tensor, "rows", number) for tensor in (seen[path].input, seen[path].output)))
+            for path in paths
+        }
+        stream = self._rows(seen["layer"].output, layer.axes, number)
+        return AtCut(stream, found[outlet.linear], found[outlet.last])
+
+    def _after(self, layer: int) -> set[int]:
+        """The layers after one: none of them need run."""
+        return set(range(layer + 1, len(self._layers)))
+
+    @contextmanager
+    def _with_changes(self) -> Iterator[None]:
+        own = {parameter: parameter.data for parameter in self._changed}
+        try:
+            for parameter, value in self._changed.items():
+                parameter.data = value
+            yield
+        finally:
+            for parameter, value in own.items():
+                parameter.data = value
+
+    def _run(self, number: int, skipped: Collection[int], start: tuple[int, torch.Tensor] | None) -> None:
+        """A pass over a batch without some layers, from the beginning or from what a layer gave."""
+        batch = self._batches[number]
+        input_ids = torch.from_numpy(batch.input_ids).to(self._device, torch.int64)
+        mask = None if batch.attention_mask.all() else np.ascontiguousarray(batch.attention_mask)
+        with torch.no_grad(), skipping(self._layers, skipped, self._forms), self._from(start):
+            self._forward(input_ids, None if mask is None else torch.from_numpy(mask).to(self._device))
+
+    def _from(self, start: tuple[int, torch.Tensor] | None) -> AbstractContextManager[None]:
+        if start is None:
+            return nullcontext()
+        layer, stream = start
+        return resuming(self._layers, layer, Recorded({layer: stream.to(self._device)}, self._forms))
+
+    def _probe(self) -> Any:
+        ids = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=self._device).reshape(PROBE_SHAPE)
+        return self._forward(ids, None)
+
+    def _resumes(self, recorded: Recorded, whole: torch.Tensor | None, starts: Collection[int]) -> bool:
+        """Whether passes that begin behind these layers give exactly what whole ones do; tried on a few tokens."""
+        if whole is None or len(recorded.forms) < len(self._layers):
+            return False
+        streams = {start: recorded.inputs[start + 1] for start in starts}
+        try:
+            for start in streams.items():
+                with self._from(start):
+                    resumed = first_tensor(self._probe())
+                if resumed is None or not torch.equal(resumed, whole):
+                    return False
+        except Exception:  # a model's own code can raise anything where layers did not run
+            return False
+        return True
+
+    def _rows(self, tensor: torch.Tensor, axes: str, number: int) -> torch.Tensor:
+        rows = as_rows(tensor, axes, *self._batches[number].input_ids.shape)
+        if rows is None:
+            raise RepairError(
+                f"Hidden states have the shape {tuple(tensor.shape)}, which is not rows x tokens x units."
+            )
+        return rows

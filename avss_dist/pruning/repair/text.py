@@ -1,0 +1,66 @@
+"""The text that a repair is fitted on, in batches: the tokens to fit to, and those held back to judge the fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from avss_dist.corpus.shards import Batch, CorpusPlan, Mask
+from avss_dist.errors import CorpusError
+
+HELD_BACK = 10  # one row of so many, the last ones of each text
+SINK = 1  # leading tokens of every row that take no part: the first draws attention, and its stream is like no other
+
+
+@dataclass(frozen=True, eq=False)
+class Portion:
+    """A batch of a text.
+
+    Attributes:
+        text: which text it is of, from 0.
+        fitted, held_back: bool[rows, width], tokens that are fitted to, and others that are not.
+        weight: how often each token counts, so that every text counts alike, however long.
+    """
+
+    text: int
+    batch: Batch
+    fitted: Mask
+    held_back: Mask
+    weight: float
+
+
+def portions(texts: Sequence[CorpusPlan], batch_size: int) -> list[Portion]:
+    """The batches of texts, in order.
+
+    Raises:
+        CorpusError: a text has one row only, or no token to fit to.
+    """
+    read = [one for number, text in enumerate(texts) for one in _portions(number, text, batch_size)]
+    counts = count_tokens(read, len(texts))
+    for text, count in zip(texts, counts, strict=True):
+        if not count:
+            raise CorpusError(
+                f"{text.source} has no token to fit to after the first of each row (rows: {text.num_sequences}).",
+                "Name a longer text, or raise `max_sequences`.",
+            )
+    mean = sum(counts) / len(counts)
+    return [replace(one, weight=mean / counts[one.text]) for one in read]
+
+
+def count_tokens(read: Sequence[Portion], texts: int) -> list[int]:
+    """Tokens to fit to, of each text."""
+    return [sum(int(one.fitted.sum()) for one in read if one.text == text) for text in range(texts)]
+
+
+def _portions(number: int, text: CorpusPlan, batch_size: int) -> Iterator[Portion]:
+    last = text.num_sequences - -(-text.num_sequences // HELD_BACK)  # the first row that is held back
+    row = 0
+    for shard in text.shards:
+        for batch in shard.batches(batch_size):
+            counted = batch.observed.copy()
+            counted[:, :SINK] = False
+            held = np.arange(row, row + len(counted))[:, None] >= last
+            yield Portion(number, batch, counted & ~held, counted & held, 1.0)
+            row += len(counted)

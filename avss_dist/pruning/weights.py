@@ -1,0 +1,123 @@
+"""The weights of a pruned checkpoint: tensors copied from file to file, renumbered, and a few of them replaced."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.loading import text_config
+from avss_dist.models.safetensors import (
+    StoredTensor,
+    copy_tensors,
+    overwrite_tensor,
+    read_tensor,
+    tensors_of,
+    weight_files,
+)
+from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.selection import PlanError
+from avss_dist.settings import Settings
+
+Parameter = tuple[int, str]  # a layer of the whole model, and a path below it
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """The tensors of a checkpoint's files, and which of them are layers: ``{prefix}.{layer}.{path}``.
+
+    Attributes:
+        files: tensors by file; layers: what the plan calls the layer list.
+    """
+
+    files: Mapping[Path, Mapping[str, StoredTensor]]
+    prefix: str
+    plan: Plan
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, plan: Plan, settings: Settings) -> StoredWeights:
+        """Those of a checkpoint.
+
+        Raises:
+            PlanError: it is unclear which tensors are the plan's layers.
+            ModelError: a file cannot be read.
+        """
+        files = {file: {tensor.name: tensor for tensor in tensors_of(file)} for file in weight_files(checkpoint.folder)}
+        inside = re.compile(rf"((?:.*\.)?{re.escape(plan.layers)})\.(\d+)\.(.*)")
+        found: dict[str, set[int]] = {}
+        for match in filter(None, (inside.fullmatch(name) for stored in files.values() for name in stored)):
+            found.setdefault(match[1], set()).add(int(match[2]))
+        prefixes = [prefix for prefix, seen in found.items() if seen == set(range(plan.num_layers))]
+        if len(prefixes) != 1:
+            raise _unclear(checkpoint, plan, prefixes, settings)
+        return cls(files, prefixes[0], plan)
+
+    def name(self, parameter: Parameter) -> str:
+        """What a parameter of a layer is called in the files."""
+        return f"{self.prefix}.{parameter[0]}.{parameter[1]}"
+
+    def renamed(self, name: str) -> str | None:
+        """What a stored tensor is called in the pruned checkpoint; None if it is of a layer that is dropped."""
+        match = re.fullmatch(rf"{re.escape(self.prefix)}\.(\d+)\.(.*)", name)
+        if not match:
+            return name
+        layer = int(match[1])
+        return f"{self.prefix}.{self.plan.keep.index(layer)}.{match[2]}" if layer in self.plan.keep else None
+
+    def read(self, parameter: Parameter) -> torch.Tensor | None:
+        """A parameter of a layer as it is stored; None where the files have none of its name."""
+        name = self.name(parameter)
+        stored = next((tensors[name] for tensors in self.files.values() if name in tensors), None)
+        return None if stored is None else read_tensor(stored)
+
+
+def _unclear(checkpoint: Checkpoint, plan: Plan, prefixes: list[str], settings: Settings) -> PlanError:
+    config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+    if config.get_text_config() is not config:
+        return PlanError(
+            f"'{checkpoint.name}' is multimodal ({config.model_type}): its tensors are stored under other names "
+            f"than '{plan.layers}', where transformers puts its layers.",
+            "Save its language model, head and all, as a checkpoint of its own, and prune that.",
+        )
+    return PlanError(
+        f"It is unclear which stored tensors of '{checkpoint.name}' are layers of '{plan.layers}': "
+        f"{', '.join(prefixes) or 'no names'} would fit.",
+        "Save the checkpoint again with transformers' save_pretrained, and prune that.",
+    )
+
+
+def copy_weights(
+    checkpoint: Checkpoint,
+    weights: StoredWeights,
+    replaced: Mapping[Parameter, torch.Tensor],
+    folder: Path,
+    copied: Callable[[int], None],
+) -> int:
+    """Write the weights that stay; returns their bytes.
+
+    Args:
+        replaced: values in place of the checkpoint's, of the same shapes and dtypes.
+        copied: called with the bytes of weights that were copied, now and then.
+    """
+    values = {weights.renamed(weights.name(parameter)): tensor for parameter, tensor in replaced.items()}
+    places: dict[str, str] = {}
+    size = 0
+    for file, stored in weights.files.items():
+        names = {name: new for name in stored if (new := weights.renamed(name)) is not None}
+        if names:
+            place = file.relative_to(checkpoint.folder)
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            size += copy_tensors(file, folder / place, names, copied)
+            places |= dict.fromkeys(names.values(), place.as_posix())
+            for tensor in tensors_of(folder / place):
+                if tensor.name in values:
+                    overwrite_tensor(tensor, values[tensor.name])
+    if [file.name for file in weights.files] != ["model.safetensors"]:
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return size

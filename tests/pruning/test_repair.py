@@ -1,0 +1,346 @@
+"""Repair: what is fitted at a cut and folded into weights, on families, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.checkpoints import VOCABULARY, llama
+from support.command_line import avss
+from support.families import tiny_model
+
+from avss_dist.corpus.shards import plan as read_text
+from avss_dist.errors import ConfigError, CorpusError, ModelError
+from avss_dist.evaluation.evaluate import evaluate
+from avss_dist.models.checkpoints import resolve
+from avss_dist.models.loading import load_tokenizer, open_module
+from avss_dist.models.skipping import skipping
+from avss_dist.pruning.checkpoint import prune
+from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.repair.fold import Step, Weights, fold, steps
+from avss_dist.pruning.repair.normal_equations import NormalEquations, fit
+from avss_dist.pruning.repair.outlet import Outlet, RepairError
+from avss_dist.pruning.repair.record import FILE, read_repairs
+from avss_dist.pruning.repair.repair import Repair, find_cuts
+from avss_dist.pruning.repair.streams import ROOM
+from avss_dist.settings import REPAIRS, Settings
+
+Save = Callable[[Any, Path], Path]
+TEXT = "builtin:pydoc"
+READ = {"max_sequences": 60, "sequence_length": 48, "batch_size": 8, "device": "cpu"}
+IDS = torch.arange(16).reshape(2, 8) + 3
+FAMILIES = (
+    *("llama", "gemma3_text", "qwen3", "gpt2", "opt", "phi3", "olmo2", "granite", "gpt_neox", "cohere2"),
+    *("exaone4", "gemma2", "glm4"),
+)
+
+
+def repair_of(by: str = "map", *corpora: str, **options: Any) -> Repair:
+    return Repair(by=by, corpora=corpora or (TEXT,), settings=Settings(**READ | options))
+
+
+def lively(model: Any) -> Any:
+    """A tiny model whose layers do something: random weights are small, and layers that add nothing need no repair."""
+    generator = torch.Generator().manual_seed(0)
+    model.resize_token_embeddings(VOCABULARY)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "embed" not in name and "wte" not in name:
+                parameter *= 8
+            elif parameter.dim() == 1 and "norm" in name and "weight" in name:
+                parameter += 0.3 * torch.rand(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def whole_of(model: Any, folder: Path, save: Save) -> tuple[Path, Plan]:
+    """A saved model, and a plan without its second layer."""
+    layers = open_module(model).structure.layers
+    path = layers[0].name.rpartition(".")[0]
+    plan = Plan(model=str(folder), num_layers=len(layers), layers=path, drop=(1,), why={})
+    return save(model, folder), plan
+
+
+# Families
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("by", ["channel", "map", "refit"])
+def test_a_repaired_checkpoint_is_the_model_repaired_in_place(
+    family: str, by: str, tmp_path: Path, save_checkpoint: Save
+) -> None:
+    """Reloaded: the logits are those of the original with the layer skipped and the same weights changed."""
+    from transformers import AutoModelForCausalLM
+
+    whole = lively(tiny_model("causal", family))
+    folder, plan = whole_of(whole, tmp_path / "whole", save_checkpoint)
+    done = prune(str(folder), plan, tmp_path / "less", repair=repair_of(by))
+    (cut,) = done["repair"].cuts
+    assert (cut.after, cut.removed) == (0, (1,))
+    assert cut.error_after < cut.error_before and cut.ridges[0] is not None
+    less = AutoModelForCausalLM.from_pretrained(tmp_path / "less").eval()
+    stored, before = load_file(tmp_path / "less" / "model.safetensors"), load_file(folder / "model.safetensors")
+    changed = [n for n, t in stored.items() if ".2." not in n and ".1." not in n and not torch.equal(t, before[n])]
+    assert changed and all(".0." in name for name in changed)
+    assert ("lm_head.weight" in stored) == ("lm_head.weight" in before)
+    parameters = dict(whole.named_parameters())
+    with torch.no_grad(), skipping(open_module(whole).structure.layers, {1}):
+        unrepaired = whole(IDS, use_cache=False).logits
+        for name in changed:
+            parameters[next(n for n in parameters if n.endswith(name))].copy_(stored[name])
+        expected = whole(IDS, use_cache=False).logits
+    with torch.no_grad():
+        repaired = less(IDS, use_cache=False).logits
+    assert torch.equal(repaired, expected) and not torch.equal(repaired, unrepaired)
+
+
+@pytest.mark.parametrize("by", REPAIRS)
+def test_more_freedom_leaves_less_error(by: str, tmp_path: Path, save_checkpoint: Save) -> None:
+    folder, plan = whole_of(lively(llama()), tmp_path / "whole", save_checkpoint)
+    errors = {}
+    for one in ("scale", by):
+        done = prune(str(folder), plan, tmp_path / one, repair=repair_of(one)) if one not in errors else None
+        errors |= {one: done["repair"].cuts[0].error_after} if done else {}
+    assert errors[by] <= errors["scale"]
+
+
+# What is fitted, and folded
+
+DATA = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.from_numpy(DATA.normal(size=shape))
+
+
+def outlet(norm: str | None = None, factor: float = 1.0) -> Outlet:
+    layer = open_module(llama()).structure.layers[0]
+    return Outlet(layer, "mlp.down_proj", norm, factor)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+@pytest.mark.parametrize("by", ["map", "refit"])
+def test_an_exact_map_is_recovered(by: str, factor: float) -> None:
+    """Where what is missing is a linear map of what the MLP adds, the folded weights add it."""
+    hidden, linear, bias, missing = normal(200, 9), normal(9, 6), normal(6), normal(6, 6)
+    added = hidden @ linear + (bias if by == "map" else 0)
+    (step,) = steps(by, outlet(factor=factor))
+    read = factor * (hidden if by == "refit" else added)
+    sums = NormalEquations.of(read, factor * added @ missing)
+    found = fit(sums, sums, "full", [1e-12])
+    weights = Weights(linear, bias if by == "map" else None, None)
+    new = fold(step, weights, found.weights, sums.gram / sums.count, factor)
+    again = hidden @ new.linear + (0 if new.bias is None else new.bias)
+    torch.testing.assert_close(again, added + added @ missing)
+
+
+@pytest.mark.parametrize("by", ["map", "refit"])
+def test_behind_a_norm_every_token_gets_its_direction(by: str) -> None:
+    """The new gain and weights give each token the direction that is wanted, and on average its size."""
+    hidden, linear, gain, factor = normal(400, 9), normal(9, 6), normal(6).abs() + 0.5, 0.5
+    first, second = steps(by, outlet("post_norm", factor))
+    assert (first.changes, second) == ("linear", Step("output", "norm", "channel"))
+
+    def norm(m: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return gain * m / m.square().mean(-1, keepdim=True).sqrt()
+
+    m = hidden @ linear
+    scaled = hidden / m.square().mean(-1, keepdim=True).sqrt()
+    read = factor * (scaled if by == "refit" else norm(m, gain))
+    fitted = 0.3 * normal(read.shape[1], 6)
+    wanted = norm(m, gain) + read @ fitted / factor
+    new = fold(first, Weights(linear, None, gain), fitted, read.T @ read / len(read), factor)
+    assert new.gain is not None
+    given = norm(hidden @ new.linear, new.gain)
+    cosines = torch.nn.functional.cosine_similarity(given, wanted)
+    torch.testing.assert_close(cosines, torch.ones_like(cosines))
+    assert float((wanted / new.gain).square().mean()) == pytest.approx(1.0)
+
+
+def test_cuts_are_runs_of_removed_layers() -> None:
+    plan = Plan(model="m", num_layers=12, layers="layers", drop=(0, 1, 4, 6, 7, 11), why={})
+    assert [(cut.after, cut.removed) for cut in find_cuts(plan)] == [(3, (4,)), (5, (6, 7)), (10, (11,))]
+
+
+def test_each_cut_sees_the_repairs_before_it(tmp_path: Path, save_checkpoint: Save) -> None:
+    """The errors of the second cut are those of plain transformers with the first repair alone, and with both."""
+    from transformers import AutoModelForCausalLM
+
+    whole = lively(llama(num_hidden_layers=6))
+    folder = save_checkpoint(whole, tmp_path / "whole")
+    drops = Plan(model=str(folder), num_layers=6, layers="layers", drop=(1, 4), why={})
+    second = prune(str(folder), drops, tmp_path / "less", repair=repair_of("refit"))["repair"].cuts[1]
+    text = read_text(TEXT, load_tokenizer(resolve(str(folder))), Settings(**READ))
+    ids = torch.from_numpy(np.concatenate([shard.input_ids for shard in text.shards])).long()[-6:]  # a tenth of 60 rows
+    both = AutoModelForCausalLM.from_pretrained(tmp_path / "less")
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "less")
+    first.model.layers[2].mlp.down_proj.weight.data = whole.model.layers[3].mlp.down_proj.weight.data
+    with torch.no_grad():
+        wanted, before, after = (
+            model(ids, output_hidden_states=True).hidden_states[layer + 1][:, 1:]
+            for model, layer in ((whole, 4), (first, 2), (both, 2))
+        )
+    assert second.error_before == pytest.approx(float((wanted - before).norm() / wanted.norm()), rel=1e-4)
+    assert second.error_after == pytest.approx(float((wanted - after).norm() / wanted.norm()), rel=1e-4)
+
+
+def test_passes_that_begin_at_the_last_cut_change_nothing(
+    tmp_path: Path, save_checkpoint: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for the streams of all batches, of some, or of none: the same weights to the bit."""
+    folder = save_checkpoint(lively(llama(num_hidden_layers=8)), tmp_path / "whole")
+    plan = Plan(model=str(folder), num_layers=8, layers="layers", drop=(1, 3, 6, 7), why={})
+    some = 2 * ROOM * 3 * 8 * 48 * 32 * 4  # three batches of each model
+    written = []
+    for name, room in (("all", 1 << 30), ("some", some), ("none", 0)):
+        monkeypatch.setattr("avss_dist.pruning.repair.streams.available_memory", lambda room=room: room)
+        prune(str(folder), plan, tmp_path / name, repair=repair_of("refit"))
+        written.append(load_file(tmp_path / name / "model.safetensors"))
+    for others in written[1:]:
+        assert all(torch.equal(tensor, others[name]) for name, tensor in written[0].items())
+
+
+def test_the_ends(tmp_path: Path, save_checkpoint: Save) -> None:
+    """The last layers are given back before the final norm; before the first layer nothing can give anything back."""
+    model = lively(llama(num_hidden_layers=5))
+    folder = save_checkpoint(model, tmp_path / "whole")
+    plan = Plan(model=str(folder), num_layers=5, layers="layers", drop=(0, 1, 3, 4), why={})
+    done = prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit"))
+    (cut,) = done["repair"].cuts
+    assert (cut.after, cut.removed) == (2, (3, 4)) and cut.error_after < cut.error_before
+    assert done["notes"] == ["Nothing stands before layers 0-1: what they did is not given back."]
+    first = Plan(model=str(folder), num_layers=5, layers="layers", drop=(0, 1), why={})
+    with pytest.raises(RepairError, match="Layers 0-1 are the first"):
+        prune(str(folder), first, tmp_path / "first", repair=repair_of())
+
+
+def test_tokens_that_are_padding_take_no_part(tmp_path: Path, save_checkpoint: Save) -> None:
+    """Rows of one document each, in batches of any size: the same repair."""
+    folder, plan = whole_of(lively(llama()), tmp_path / "whole", save_checkpoint)
+    cuts = []
+    for batch_size in (1, 8):
+        repair = repair_of("map", layout="padded", batch_size=batch_size)
+        cuts.append(prune(str(folder), plan, tmp_path / str(batch_size), repair=repair)["repair"].cuts[0])
+    one, many = cuts
+    assert one.ridges == many.ridges and one.error_after == pytest.approx(many.error_after, rel=1e-4)
+
+
+def test_the_checkpoint_keeps_its_dtype(tmp_path: Path, save_checkpoint: Save) -> None:
+    folder, plan = whole_of(lively(llama()).to(torch.bfloat16), tmp_path / "whole", save_checkpoint)
+    done = prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit", dtype="float32"))
+    assert {tensor.dtype for tensor in load_file(tmp_path / "less" / "model.safetensors").values()} == {torch.bfloat16}
+    assert done["repair"].cuts[0].error_after < done["repair"].cuts[0].error_before
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [("mixtral", "has no MLP that ends in one linear map"), ("mamba", "has no MLP that ends in one linear map")],
+)
+def test_families_that_are_refused(family: str, told: str, tmp_path: Path, save_checkpoint: Save) -> None:
+    folder, plan = whole_of(lively(tiny_model("causal", family)), tmp_path / "whole", save_checkpoint)
+    with pytest.raises(RepairError, match=told):
+        prune(str(folder), plan, tmp_path / "less", repair=repair_of())
+    assert not (tmp_path / "less").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_stream_that_is_normalized_after_the_mlp_is_refused(tmp_path: Path, save_checkpoint: Save) -> None:
+    """As in the first transformers: what the MLP gives is not simply added."""
+    model = lively(tiny_model("masked", "bert"))
+    layers = open_module(model).structure.layers
+    plan = Plan(model="m", num_layers=3, layers=layers[0].name.rpartition(".")[0], drop=(1,), why={})
+    folder = save_checkpoint(model, tmp_path / "whole")
+    with pytest.raises(RepairError, match="does not simply add what its MLP gives"):
+        prune(str(folder), plan, tmp_path / "less", repair=repair_of())
+
+
+def test_too_little_text(tiny_llama: Path, tmp_path: Path) -> None:
+    """What is needed and what is given: four tokens for each unknown of an output."""
+    plan = Plan(model="m", num_layers=3, layers="layers", drop=(1,), why={})
+    few = {"max_sequences": 5, "sequence_length": 32}
+    with pytest.raises(CorpusError, match="refit of this model needs 192 tokens to fit to at least; 124 are given"):
+        prune(str(tiny_llama), plan, tmp_path / "less", repair=repair_of("refit", **few))
+    with pytest.raises(CorpusError, match="map of this model needs 128 tokens"):
+        prune(str(tiny_llama), plan, tmp_path / "less", repair=repair_of("map", **few))
+    with pytest.raises(CorpusError, match="has no token to fit to"):
+        prune(str(tiny_llama), plan, tmp_path / "less", repair=repair_of("scale", max_sequences=1))
+    with pytest.raises(ConfigError, match="`corpora` must not be empty"):
+        Repair(corpora=())
+
+
+# The record
+
+
+def test_every_text_counts_alike(tiny_llama: Path, tmp_path: Path) -> None:
+    """The record names each text; a text given twice changes nothing."""
+    plan = Plan(model="m", num_layers=3, layers="layers", drop=(1,), why={})
+    other = tmp_path / "other.txt"
+    other.write_text("words of another kind, and again other words " * 400)
+    cuts = {}
+    for name, corpora in (("one", (TEXT,)), ("twice", (TEXT, TEXT)), ("mixed", (TEXT, str(other)))):
+        done = prune(str(tiny_llama), plan, tmp_path / name, repair=repair_of("map", *corpora))
+        cuts[name] = done["repair"].cuts[0]
+        assert [text.corpus for text in done["repair"].texts] == list(corpora)
+    assert cuts["twice"].error_after == pytest.approx(cuts["one"].error_after, rel=1e-6)
+    assert cuts["mixed"].error_after != pytest.approx(cuts["one"].error_after, rel=1e-3)
+
+
+def test_a_repaired_checkpoint_is_not_evaluated_on_its_text(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = Plan(model=str(tiny_llama), num_layers=3, layers="layers", drop=(1,), why={})
+    less, text = tmp_path / "less", tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {i} of a text that has {i * i} words and {i % 7} ideas" for i in range(400)))
+    prune(str(tiny_llama), plan, less, repair=repair_of("map", str(text), max_sequences=20))
+    (record,) = read_repairs(less)
+    assert record.texts[0].rows == 20 and record.removed == (1,) and record.repair == "map"
+    options: dict[str, Any] = {"warehouse": tmp_path / "w", **READ | {"max_sequences": 8}}
+    with pytest.raises(ConfigError, match=r"is text that the repair of .* was fitted on") as refused:
+        evaluate([str(less)], tasks=[f"perplexity:{text}"], **options)
+    assert "`skip_sequences` 20" in str(refused.value)
+    evaluate([str(less)], tasks=[f"perplexity:{text}"], skip_sequences=20, **options)
+    evaluate([str(less)], tasks=[f"perplexity:{text}"], allow_overlap=True, **options)
+    text.unlink()
+    with pytest.raises(ConfigError, match=r"text of the repair of .* cannot be read again"):
+        evaluate([str(less)], tasks=["perplexity:builtin:pydoc"], **options)
+    (less / FILE).write_text('{"repairs": [{"repair": "magic"}]}')
+    with pytest.raises(ModelError, match="is no record of a repair"):
+        evaluate([str(less)], tasks=["perplexity:builtin:pydoc"], **options)
+
+
+def test_a_second_repair_keeps_the_record_of_the_first(tmp_path: Path, save_checkpoint: Save) -> None:
+    folder = save_checkpoint(lively(llama(num_hidden_layers=4)), tmp_path / "whole")
+    for number, name in ((4, "once"), (3, "twice")):
+        plan = Plan(model="m", num_layers=number, layers="layers", drop=(2,), why={})
+        prune(str(folder), plan, tmp_path / name, repair=repair_of("channel"))
+        folder = tmp_path / name
+    assert [record.removed for record in read_repairs(folder)] == [(2,), (2,)]
+    card = (folder / "README.md").read_text()
+    assert "last map is changed in 1" in card and "fitted on builtin:pydoc" in card
+
+
+# The command
+
+
+def test_the_command(tiny_llama: Path, tmp_path: Path) -> None:
+    plan, less = tmp_path / "plan.yaml", tmp_path / "less"
+    Plan(model=str(tiny_llama), num_layers=3, layers="layers", drop=(1,), why={}).write(plan)
+    read = ["--max-sequences", 40, "--sequence-length", 48]
+    done = avss("prune", tiny_llama, plan, "--out", less, "--repair-corpus", TEXT, *read)
+    assert done.exit_code == 0, done.stderr
+    assert "Repaired by map, fitted on builtin:pydoc (1,692 tokens)" in done.stdout
+    assert "Repaired without 1, after 0: error" in done.stdout and "and the repaired weights (largest" in done.stdout
+    assert json.loads((less / FILE).read_text())["repairs"][0]["repair"] == "map"
+    for arguments, told in (
+        (["--repair", "map"], "--repair map is fitted on text, and there is none"),
+        (["--repair", "mapp", "--repair-corpus", TEXT], "Did you mean 'map'"),
+        (["--repair", "none", "--repair-corpus", TEXT], "--repair-corpus has no effect"),
+        (["--sequence-length", 9], "--sequence-length has no effect"),
+    ):
+        refused = avss("prune", tiny_llama, plan, "--out", tmp_path / "no", *arguments)
+        assert refused.exit_code == 2 and told in refused.stderr and "Traceback" not in refused.stderr
