@@ -18,8 +18,7 @@ class PartitionInfo:
             ``offload_folder`` where the rest goes.
         splits_data: its ranks take different shards; otherwise all take the same, and rank 0 reports.
         changes_numbers: it adds up in another order than one device does, so the number of ranks is fingerprinted.
-        evaluates: beside hidden states it gives losses of the head, also without layers or from recorded hidden
-            states, and one backward pass: what evaluation and gradients need.
+        backward: it has gradients too.
     """
 
     opens: str
@@ -29,14 +28,13 @@ class PartitionInfo:
     offloads: bool = False
     splits_data: bool = False
     changes_numbers: bool = False
-    evaluates: bool = False
+    backward: bool = True
 
 
 PARTITIONS = {
     "single": PartitionInfo(
         opens="avss_dist.partition.single:SingleReplica",
         summary="the whole model on one device",
-        evaluates=True,
     ),
     "device_map": PartitionInfo(
         opens="avss_dist.partition.device_map:DeviceMapReplica",
@@ -60,6 +58,7 @@ PARTITIONS = {
         summary="each rank computes a part of every matrix product (DeepSpeed AutoTP)",
         gang=True,
         changes_numbers=True,
+        backward=False,
     ),
 }
 GANGS = tuple(name for name, info in PARTITIONS.items() if info.gang)

@@ -32,9 +32,9 @@ def score(
 ) -> int:
     """Score every layer of one or more models on a corpus, and keep the result as Parquet."""
     if gradients:
-        from avss_dist.tasks.base import require_whole_model
+        from avss_dist.evaluation.ablate import require_gradients
 
-        require_whole_model(split_options(options)[1])
+        require_gradients(split_options(options)[1])
 
     from avss_dist.report.terminal.progress import Progress
     from avss_dist.runs.api import score as score_one

@@ -19,6 +19,7 @@ from avss_dist.evaluation.engine import (
     failure,
     measure,
     pinned,
+    placed,
     plan_evaluation,
     plan_text,
     require_intended,
@@ -27,7 +28,8 @@ from avss_dist.evaluation.engine import (
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
-from avss_dist.settings import GROUND_TRUTH, INTERVAL, LOSS, MOST_PASSES, Settings
+from avss_dist.registry import PARTITIONS
+from avss_dist.settings import GROUND_TRUTH, INTERVAL, LOSS, MOST_PASSES, Execution, Settings
 from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.gradients import Gradients
 from avss_dist.tasks.layer_removal import SHAPLEY, LeaveOneOut, Shapley
@@ -112,6 +114,8 @@ def ablate(
     settings, execution = evaluation_options(options)
     if min(shapley, seed) < 0:
         raise ConfigError(f"`shapley` and `seed` cannot be negative: {min(shapley, seed)}.")
+    if gradients:
+        require_gradients(execution)
     if not (leave_one_out or shapley or gradients):
         raise ConfigError("Nothing would be measured.", "Choose `leave_one_out`, `shapley` or `gradients`.")
     require_listable(shapley, "permutations", "Lower `shapley`.")
@@ -121,17 +125,30 @@ def ablate(
     checkpoint = resolve(str(model), trust_remote_code=settings.trust_remote_code)
     with closing(open_executor(execution, settings)) as executor:
         fixed = pinned(settings, checkpoint, executor.device)
+        placement = placed(checkpoint, fixed, execution, executor)
         text = plan_text(checkpoint, corpus, fixed, skip_sequences=skip_sequences)
         _require_intended(checkpoint, text, fixed, leave_one_out + shapley, allow_many=allow_many)
         seeds = np.random.SeedSequence(seed).generate_state(shapley).tolist()
         tasks = _tasks(corpus, text, leave_one_out, gradients, seeds, truncation)
-        planned = [plan_evaluation(checkpoint, task, fixed) for task in tasks]
+        planned = [plan_evaluation(checkpoint, task, fixed, placement) for task in tasks]
         cells = [cell for one in planned for cell in one.cells([()])]
         failed = measure(cells, store, executor, reporter, fresh=execution.fresh)
     found = [result for one in planned for result in commit(one, store)]
     if failed:
         raise failure(failed)
     return _ablation(str(model), corpus, found)
+
+
+def require_gradients(execution: Execution) -> None:
+    """Refuse a partition that has no backward pass.
+
+    Raises:
+        ConfigError: the message names those that have one.
+    """
+    partition = execution.partition
+    if partition != "auto" and not PARTITIONS[partition].backward:
+        able = [name for name, info in PARTITIONS.items() if info.backward]
+        raise ConfigError(f"`partition` {partition} has no gradients.", f"Use {', '.join(able)}.")
 
 
 def _require_intended(

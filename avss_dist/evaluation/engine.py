@@ -18,9 +18,11 @@ from avss_dist.executors.base import Executor
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.pinning import pin
+from avss_dist.partition.base import Placement, numbers_of
+from avss_dist.partition.choose import place
 from avss_dist.settings import LOSS, MOST_LISTED, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
 from avss_dist.system.versions import package_versions
-from avss_dist.tasks.base import Result, Task, combine, require_whole_model
+from avss_dist.tasks.base import Result, Task, combine
 from avss_dist.tasks.cells import Cell, CellResult
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.schema import RunIdentity
@@ -37,6 +39,7 @@ class PlannedEvaluation:
     checkpoint: Checkpoint
     settings: Settings
     task: Task
+    placement: Placement
 
     def cells(self, drops: Iterable[tuple[int, ...]]) -> list[Cell]:
         """A cell for each part of the task and each set of layers to leave out; each once."""
@@ -49,6 +52,7 @@ class PlannedEvaluation:
                 part=part,
                 measure=measure,
                 drop=drop,
+                placement=self.placement,
             )
             for drop in dict.fromkeys(drops)
             for part, measure in enumerate(self.task.parts)
@@ -84,7 +88,6 @@ def evaluation_options(options: dict[str, Any]) -> tuple[Settings, Execution]:
         ConfigError: an option is unknown, has a wrong value, or has no effect on an evaluation.
     """
     settings, execution = split_options(options)
-    require_whole_model(execution)
     _refuse_scoring(settings)
     return settings, execution
 
@@ -133,12 +136,29 @@ def _refuse_scoring(settings: Settings) -> None:
         raise ConfigError.of(problems)
 
 
-def plan_evaluation(checkpoint: Checkpoint, task: Task, settings: Settings) -> PlannedEvaluation:
+def plan_evaluation(checkpoint: Checkpoint, task: Task, settings: Settings, placement: Placement) -> PlannedEvaluation:
     """A task of a checkpoint; ``settings`` are `pinned`. The same id is the same evaluation."""
     numbers = {name: value for name, value in settings.as_dict().items() if name not in NOT_NUMBERS}
-    print_ = fingerprint(schema=SCHEMA_VERSION, checkpoint=checkpoint.revision, task=task.key, settings=numbers)
+    print_ = fingerprint(
+        schema=SCHEMA_VERSION,
+        checkpoint=checkpoint.revision,
+        task=task.key,
+        settings=numbers,
+        **numbers_of(placement),
+    )
     run_id = f"{checkpoint.slug}-{print_[:10]}"
-    return PlannedEvaluation(run_id=run_id, checkpoint=checkpoint, settings=settings, task=task)
+    return PlannedEvaluation(run_id=run_id, checkpoint=checkpoint, settings=settings, task=task, placement=placement)
+
+
+def placed(checkpoint: Checkpoint, settings: Settings, execution: Execution, executor: Executor) -> Placement:
+    """How the replicas of an evaluation are spread; ``settings`` are `pinned`.
+
+    Raises:
+        ConfigError: there is not what the partition needs.
+    """
+    placement = place(checkpoint, settings, execution, executor.devices, head=True)
+    executor.replicas(placement)
+    return placement
 
 
 def pinned(settings: Settings, checkpoint: Checkpoint, device: str) -> Settings:

@@ -17,6 +17,7 @@ from avss_dist.evaluation.engine import (
     measure,
     metrics,
     pinned,
+    placed,
     plan_evaluation,
     plan_text,
 )
@@ -103,11 +104,12 @@ def evaluate(
         planned: dict[tuple[str, str], PlannedEvaluation] = {}
         for checkpoint in {subject.checkpoint.revision: subject.checkpoint for subject in found}.values():
             fixed = pinned(settings, checkpoint, executor.device)
+            placement = placed(checkpoint, fixed, execution, executor)
             for name in tasks:
                 task = make_task(
                     checkpoint, name, fixed, skip_sequences=skip_sequences, limit=limit, num_fewshot=num_fewshot
                 )
-                planned[checkpoint.revision, name] = plan_evaluation(checkpoint, task, fixed)
+                planned[checkpoint.revision, name] = plan_evaluation(checkpoint, task, fixed, placement)
         if not allow_overlap:
             _refuse_overlaps(found, planned, Warehouse(warehouse))
         cells = list(_cells(found, planned))

@@ -22,6 +22,7 @@ from avss_dist.evaluation.engine import (
     failure,
     measure,
     pinned,
+    placed,
     plan_evaluation,
     plan_text,
     require_intended,
@@ -33,6 +34,7 @@ from avss_dist.evaluation.retention import retained
 from avss_dist.executors.base import Executor
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
+from avss_dist.partition.base import Placement
 from avss_dist.pruning.ground_truth import layer_truth
 from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, Method, methods
 from avss_dist.pruning.selection import count_layers
@@ -51,7 +53,7 @@ from avss_dist.settings import (
     fingerprint,
 )
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.tasks.base import Result, Task, require_whole_model
+from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.cells import Cell
 from avss_dist.tasks.layer_removal import LeaveOneOut
 from avss_dist.text import RedactedURI
@@ -76,6 +78,7 @@ class Trial:
     run: Run
     checkpoint: Checkpoint
     settings: Settings
+    placement: Placement
     rows: Sequence[Mapping[str, Any]]
     corpus: str
     truth: dict[str, Float64] = field(default_factory=dict)
@@ -130,8 +133,6 @@ def run_experiment(
     experiment = job.experiment
     assert experiment is not None
     specs, execution = with_options(job, options)
-    for spec in specs:
-        require_whole_model(spec.execution)
     _require_intended(specs, experiment, allow_many=allow_many or experiment.allow_many)
     runs = run_job(job, reporter=reporter or Reporter(), **options)
     tasks = [RedactedURI(task) for task in experiment.tasks]
@@ -209,7 +210,8 @@ def _trial(run: Run, spec: RunSpec, warehouse: Warehouse, executor: Executor) ->
     checkpoint = resolve(spec.model, trust_remote_code=spec.settings.trust_remote_code)
     rows = warehouse.table("scores", run_ids=[run.run_id]).to_pylist()
     settings = pinned(spec.settings, checkpoint, executor.device)
-    return Trial(run=run, checkpoint=checkpoint, settings=settings, rows=rows, corpus=spec.corpus)
+    placement = placed(checkpoint, settings, spec.execution, executor)
+    return Trial(run=run, checkpoint=checkpoint, settings=settings, placement=placement, rows=rows, corpus=spec.corpus)
 
 
 def _plan(
@@ -227,7 +229,7 @@ def _plan(
     if not allow_overlap:
         refuse_repair_text(task, trial.checkpoint)
         refuse_overlap(task, trial.run.run_id, warehouse, trial.checkpoint, corpus=trial.corpus)
-    return plan_evaluation(trial.checkpoint, task, settings)
+    return plan_evaluation(trial.checkpoint, task, settings, trial.placement)
 
 
 def _leave_one_out(
@@ -241,7 +243,7 @@ def _leave_one_out(
             name=f"{GROUND_TRUTH[LEAVE_ONE_OUT]}{trial.corpus}",
             parts=tuple(LeaveOneOut(shard) for shard in text.shards),
         )
-        planned.append(plan_evaluation(trial.checkpoint, task, trial.settings))
+        planned.append(plan_evaluation(trial.checkpoint, task, trial.settings, trial.placement))
     failed = measure([cell for one in planned for cell in one.cells([()])], store, executor, reporter, fresh=fresh)
     if failed:
         raise failure(failed)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import AvssError
-from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.partition.base import Placement
+from avss_dist.partition.base import Placement, Replica
 from avss_dist.partition.open import open_replica
-from avss_dist.settings import Settings
+from avss_dist.settings import Settings, fingerprint
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.system.devices import Devices
 from avss_dist.tasks.cells import Cell, CellOutcome
@@ -20,37 +19,35 @@ from avss_dist.tasks.cells import Cell, CellOutcome
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaSpec:
-    """What a worker needs to know to open its rank of a replica: which model, computed how, spread how."""
+    """What a worker needs to know to open its rank of a replica: which model, computed how, spread how.
+
+    Attributes:
+        head: its head too, as the cells of evaluations need it.
+    """
 
     checkpoint: Checkpoint
     settings: Settings
     placement: Placement
+    head: bool = False
 
-    def open(self) -> Any:
-        """This process's rank, a `partition.base.Replica`.
+    def open(self) -> Replica:
+        """This process's rank.
 
         Raises:
             AvssError: it cannot be opened or observed.
         """
-        return open_replica(self.checkpoint, self.settings, self.placement)
+        return open_replica(self.checkpoint, self.settings, self.placement, head=self.head)
 
 
-class LanguageModelSpec(ReplicaSpec):
-    """The same for the cells of evaluations: a causal language model with its head, whole on one device."""
-
-    def open(self) -> LanguageModel:
-        """See `ReplicaSpec.open`."""
-        return LanguageModel(self.checkpoint, self.settings)
-
-
-def by_model(cells: Iterable[Cell], placement: Placement) -> list[tuple[LanguageModelSpec, list[Cell]]]:
-    """Cells, those of one model together; models in the order in which they come first."""
-    models: dict[tuple[Checkpoint, Settings], list[Cell]] = {}
+def by_model(cells: Iterable[Cell]) -> list[tuple[ReplicaSpec, list[Cell]]]:
+    """Cells, those of one replica together; in the order in which they come first."""
+    models: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
-        models.setdefault((cell.checkpoint, cell.settings), []).append(cell)
+        models.setdefault((cell.checkpoint, cell.settings, fingerprint(**asdict(cell.placement))), []).append(cell)
     return [
-        (LanguageModelSpec(checkpoint=checkpoint, settings=settings, placement=placement), of_model)
-        for (checkpoint, settings), of_model in models.items()
+        (ReplicaSpec(checkpoint=one.checkpoint, settings=one.settings, placement=one.placement, head=True), of_model)
+        for of_model in models.values()
+        for one in of_model[:1]
     ]
 
 

@@ -13,7 +13,6 @@ from avss_dist.errors import AvssError, ConfigError, ModelError, as_failure
 from avss_dist.executors.base import Outcome, ReplicaSpec, RunShards, by_model
 from avss_dist.measure.hooks import Hooks, attached
 from avss_dist.measure.shard import analyze_shard, counter_bytes
-from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.size import footprint
 from avss_dist.partition.base import Placement, Replica
 from avss_dist.settings import Settings
@@ -63,23 +62,24 @@ class LocalExecutor:
 
     def run_cells(self, cells: Sequence[Cell]) -> Generator[CellOutcome, None, None]:
         """See `executors.base.Executor`."""
-        for spec, of_model in by_model(cells, Placement()):
+        for spec, of_model in by_model(cells):
             with computing_threads(spec.settings.threads):
                 try:
-                    model = spec.open()
+                    replica = spec.open()
                 except Exception as error:
                     yield from ((cell, as_failure(error)) for cell in of_model)
                     continue
                 try:
                     for cell in of_model:
-                        yield cell, self._measure_cell(model, cell)
+                        yield cell, self._measure_cell(replica, cell)
                 finally:
-                    model.close()
+                    replica.close()
 
     @staticmethod
-    def _measure_cell(model: LanguageModel, cell: Cell) -> CellResult | AvssError:
+    def _measure_cell(replica: Replica, cell: Cell) -> CellResult | AvssError:
+        assert replica.language_model is not None
         try:
-            return measure_cell(model, cell)
+            return measure_cell(replica.language_model, cell)
         except Exception as error:
             return as_failure(error)
 

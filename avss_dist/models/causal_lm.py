@@ -1,10 +1,11 @@
-"""A causal language model with its head, whole on one device: what it predicts, with any of its layers left out."""
+"""A causal language model with its head: what it predicts, with any of its layers left out."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property, partial
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -14,63 +15,147 @@ from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ModelError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import PROBE_SHAPE, Layer
-from avss_dist.models.loading import load_model, open_module, quiet
-from avss_dist.models.skipping import recording, skipping
+from avss_dist.models.loading import Backbone, load, quiet
+from avss_dist.models.skipping import Recorded, recording, resuming, skipping
 from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 
+PROBE_TOKENS = 16
 WIDENED_BYTES = 16 << 20  # of logits: larger pieces would be taken from the system anew each time
+
+T = TypeVar("T")
+Drop = tuple[int, ...]
+"""Indices of layers that are left out, ascending."""
+
+
+class Watching(Protocol):
+    """Sees the hidden states and the gradients of one batch, by hooks, while it is entered."""
+
+    def watch(self) -> AbstractContextManager[None]:
+        """May be entered several times for one batch."""
+
+
+Watcher = TypeVar("Watcher", bound=Watching)
 
 
 class LanguageModel:
     """Opened once, asked often; nothing that is asked leaves a trace.
 
+    This class asks a model whose layers are all in reach of this process. Partitions of which that is not true have
+    classes of their own, which give the same answers.
+
+    Args:
+        backbone: the model, opened with its head.
+        device: where it takes token ids.
+
     Attributes:
-        module: the transformers model, head and all, in evaluation mode.
         layers: its transformer blocks, in order.
         family: ``config.model_type``.
         device: where it computes.
+        reports: whether the answers of this process count; of several that give the same, one's do.
+        keeps_hidden_states: `skipping.recording` and `resuming` work on its layers, and cost less than whole passes.
 
     Raises:
-        ModelError: the checkpoint cannot be opened, or predicts no next token.
+        ModelError: the model predicts no next token.
     """
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
-        self.checkpoint, self.settings = checkpoint, settings
-        self.device = pick_device(settings.device)
-        keep_freed_memory()
-        self.module = load_model(checkpoint, settings, head=True)
+    reports = True
+    keeps_hidden_states = True
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, backbone: Backbone, device: torch.device) -> None:
+        self.checkpoint, self.settings, self.device = checkpoint, settings, device
+        self.module: Any = backbone.model
         if self.module.get_output_embeddings() is None:
             raise _no_head(checkpoint, self.module)
-        with quiet():
-            self.module.to(self.device)
-            backbone = open_module(self.module, layers=settings.layers, device=self.device)
         self.layers: tuple[Layer, ...] = backbone.structure.layers
         self.family = backbone.family
-        self._forms = self._find_forms()
+        with quiet():
+            self.forms = self._find_forms()
+
+    @classmethod
+    def open(cls, checkpoint: Checkpoint, settings: Settings) -> Self:
+        """Open a checkpoint whole on one device.
+
+        Raises:
+            ModelError: it cannot be opened, or predicts no next token.
+        """
+        device = pick_device(settings.device)
+        keep_freed_memory()
+        return cls(checkpoint, settings, load(checkpoint, settings, device, head=True), device)
 
     def _find_forms(self) -> dict[int, type]:
-        """How layers return hidden states (`skip.Recorded`): what is known of a layer is no reason to run it."""
+        """How layers return hidden states (`skipping.Recorded`): what is known of a layer is no reason to run it."""
         input_ids = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=self.device).reshape(PROBE_SHAPE)
         with torch.no_grad(), recording(self.layers) as recorded:
             self.module(input_ids=input_ids, use_cache=False)
         return recorded.forms
 
+    @cached_property
+    def resumes(self) -> bool:
+        """Whether a pass that begins at a layer, from recorded hidden states, gives exactly what skipping it gives.
+
+        It is tried on a few tokens, with each layer.
+        """
+        try:
+            with torch.no_grad():
+                return self._resumes_exactly()
+        except Exception:  # a model's own code can raise anything where layers did not run
+            return False
+
+    def _resumes_exactly(self) -> bool:
+        if len(self.forms) < len(self.layers):
+            return False
+        real = np.ones((1, PROBE_TOKENS), np.bool_)
+        batch = Batch(input_ids=np.arange(PROBE_TOKENS, dtype=np.int32)[None], attention_mask=real, observed=real)
+        with recording(self.layers) as recorded:
+            self.logits(batch)
+        for layer in self.layers:
+            with resuming(self.layers, layer.index, recorded):
+                resumed = self.logits(batch)
+            with LanguageModel.without(self, (layer.index,)):
+                if not torch.equal(resumed, self.logits(batch)):
+                    return False
+        return True
+
+    def require_layers(self, drop: Collection[int]) -> None:
+        """Refuse indices of layers that the model does not have.
+
+        Raises:
+            ModelError: the message names the first.
+        """
+        if wrong := [layer for layer in drop if not 0 <= layer < len(self.layers)]:
+            raise ModelError(f"There is no layer {wrong[0]}: '{self.checkpoint.name}' has {len(self.layers)}, from 0.")
+
     @contextmanager
     def without(self, drop: Collection[int]) -> Iterator[None]:
         """Inside, the model computes without the layers of these indices."""
-        if wrong := [layer for layer in drop if not 0 <= layer < len(self.layers)]:
-            raise ModelError(f"There is no layer {wrong[0]}: '{self.checkpoint.name}' has {len(self.layers)}, from 0.")
-        with skipping(self.layers, drop, self._forms):
+        self.require_layers(drop)
+        with skipping(self.layers, drop, self.forms):
             yield
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        return self.module(*args, **kwargs)
+
+    def generate(self, **kwargs: Any) -> Any:
+        """Call the module's ``generate``."""
+        return self.module.generate(**kwargs)
+
+    def each(self, function: Callable[[Batch], T], batches: Sequence[Batch]) -> list[T]:
+        """The function of every batch. It asks the model, and may run elsewhere, or interleaved with the others."""
+        return [function(batch) for batch in batches]
+
+    def together(self, functions: Sequence[Callable[[], T]]) -> list[T]:
+        """What functions give that ask the model, each on its own; they may run interleaved."""
+        return [function() for function in functions]
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """[rows, tokens, vocabulary], on the model's device and in its dtype; gradients follow the caller's mode."""
         input_ids = torch.from_numpy(batch.input_ids).to(self.device, torch.int64)
         padded = {} if batch.attention_mask.all() else {"attention_mask": self._place(batch.attention_mask)}
-        logits: torch.Tensor = self.module(input_ids=input_ids, use_cache=False, **padded).logits
+        logits: torch.Tensor = self.call(input_ids=input_ids, use_cache=False, **padded).logits
         return logits
 
     def losses(self, batch: Batch) -> Float64:
@@ -87,6 +172,55 @@ class LanguageModel:
             pieces = zip(row[:-1].split(some), target.split(some), strict=True)
             tokens = torch.cat([cross_entropy(piece.float(), of, reduction="none") for piece, of in pieces])
             yield tokens.double().where(counts, 0).sum()
+
+    def losses_without(self, batches: Sequence[Batch], drops: Sequence[Drop]) -> list[Float64]:
+        """For each set of layers, float64[rows]: `losses` of all batches without them.
+
+        Sets that have the first one's layers and more are cheaper: their passes begin where they differ.
+        """
+        found = self.each(partial(self._losses_of_batch, drops), batches)
+        return [np.concatenate(of_batches) for of_batches in zip(*found, strict=True)]
+
+    def _losses_of_batch(self, drops: Sequence[Drop], batch: Batch) -> list[Float64]:
+        first, branches = drops[0], self.branches(drops)
+        with self.without(first), recording([self.layers[layer] for layer in set(branches.values())]) as recorded:
+            losses = [self.losses(batch)]
+        for drop in drops[1:]:
+            with self.without(drop):
+                if drop not in branches:
+                    losses.append(self.losses(batch))
+                    continue
+                layer = branches[drop]
+                with resuming(self.layers, layer, Recorded({layer: recorded.inputs[layer]}, self.forms)):
+                    losses.append(self.losses(batch))
+        return losses
+
+    def branches(self, drops: Sequence[Drop]) -> dict[Drop, int]:
+        """Sets of layers whose passes can begin from the first set's, and the layer where each does."""
+        first = set(drops[0])
+        if len(drops) == 1 or not self.resumes:
+            return {}
+        return {drop: min(set(drop) - first) for drop in drops[1:] if first < set(drop)}
+
+    def backpropagate(self, batches: Sequence[Batch], watchers: Sequence[Watcher]) -> list[Watcher]:
+        """A forward and a backward pass of each batch's summed losses, each within its watcher; the watchers.
+
+        Hooks must tell passes apart by whether gradients are enabled: a layer may run more than once.
+
+        Raises:
+            ModelError: gradients cannot be had of this replica.
+        """
+        for batch, watcher in zip(batches, watchers, strict=True):
+            with watcher.watch(), torch.enable_grad():
+                logits = self.logits(batch)
+                logits.backward(self.logit_gradients(logits, batch))
+        return list(watchers)
+
+    def logit_gradients(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Of the summed losses, [rows, tokens, vocabulary]; one row's logits are in float32 at a time."""
+        rows = [row.detach().requires_grad_() for row in logits]
+        losses = self.row_losses(rows, batch)
+        return torch.stack([torch.autograd.grad(loss, row)[0] for loss, row in zip(losses, rows, strict=True)])
 
     def _place(self, mask: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(mask)).to(self.device)

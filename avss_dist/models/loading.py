@@ -111,13 +111,15 @@ class Backbone:
     """A model without its head on a device, with its layers found.
 
     Attributes:
-        module: the backbone; calling it never runs a language-model head.
+        model: the transformers model, head and all.
+        module: its backbone; calling it never runs a language-model head.
         structure: its layers and sites.
         family: ``config.model_type``; architecture: the class; hidden_size: units of the residual stream.
         num_parameters: of the whole checkpoint, as loaded.
         dtype, attention_implementation: what computes.
     """
 
+    model: Any
     module: nn.Module
     structure: Structure
     family: str
@@ -128,17 +130,20 @@ class Backbone:
     attention_implementation: str
 
 
-def load(checkpoint: Checkpoint, settings: Settings, device: torch.device, **placing: Any) -> Backbone:
+def load(
+    checkpoint: Checkpoint, settings: Settings, device: torch.device, *, head: bool = False, **placing: Any
+) -> Backbone:
     """Load the weights (safetensors or gguf only) and find the layers.
 
     Args:
         device: where the model computes.
+        head: see `load_model`.
         placing: options of ``from_pretrained`` that say where weights go; without any, all go to ``device``.
 
     Raises:
         ModelError: the model cannot be loaded or observed; the message names the reason.
     """
-    model = load_model(checkpoint, settings, **placing)
+    model = load_model(checkpoint, settings, head=head, **placing)
     with quiet():
         return open_module(model if placing else model.to(device=device), layers=settings.layers, device=device)
 
@@ -164,10 +169,11 @@ def load_model(checkpoint: Checkpoint, settings: Settings, *, head: bool = False
     return model.eval()
 
 
-def build_model(checkpoint: Checkpoint, settings: Settings, tensors: Mapping[str, Any]) -> Any:
+def build_model(checkpoint: Checkpoint, settings: Settings, tensors: Mapping[str, Any], *, head: bool = False) -> Any:
     """The model that `load_model` gives, with other tensors under the names of the checkpoint's.
 
     Args:
+        head: see `load_model`.
         tensors: what transformers indexes with ``...``, and places by calling ``to(device, dtype)``.
 
     Raises:
@@ -181,7 +187,7 @@ def build_model(checkpoint: Checkpoint, settings: Settings, tensors: Mapping[str
         model, report = type(empty).from_pretrained(
             None, config=config, state_dict=tensors, **_options(settings), output_loading_info=True
         )
-    require_complete(checkpoint, model, without_head(model), report, settings.layers)
+    require_complete(checkpoint, model, without_head(model), report, settings.layers, head=head)
     return model.eval()
 
 
@@ -281,6 +287,7 @@ def open_module(model: Any, *, layers: str | None = None, device: torch.device |
     except _REFUSALS as error:
         raise ModelError(f"{type(model).__name__} does not run on token ids alone: {_first_line(error)}") from error
     return Backbone(
+        model=model,
         module=backbone,
         structure=structure,
         family=config.model_type,

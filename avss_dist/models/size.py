@@ -43,6 +43,7 @@ class Footprint:
         attention_layers: layers that compare every token with every other.
         matmul_parameters: parameters of the layers that multiply a token: of experts, as many as are chosen for it.
         mlp_width: units of an MLP's intermediate results that exist at once.
+        vocabulary: tokens that the head predicts among.
         embedding_bytes: the table of token embeddings, of which only the rows of tokens that occur are read.
         zero_copy: all weights are computed with as they are stored, so that on a CPU they stay in the mapped file.
     """
@@ -60,6 +61,7 @@ class Footprint:
     attention_layers: int
     matmul_parameters: int
     mlp_width: int
+    vocabulary: int = 0
     embedding_bytes: int = 0
     zero_copy: bool = False
 
@@ -71,6 +73,10 @@ class Footprint:
     def hidden_bytes(self, rows: int, tokens: int) -> int:
         """Bytes of the hidden states between two layers."""
         return rows * tokens * self.hidden_size * self.element_bytes
+
+    def logit_bytes(self, rows: int, tokens: int) -> int:
+        """Bytes of what the head gives of one batch."""
+        return rows * tokens * self.vocabulary * self.element_bytes
 
     def activation_bytes(self, rows: int, tokens: int) -> int:
         """Bytes that one forward pass over one batch takes at its peak, with what observation keeps."""
@@ -121,6 +127,7 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
         attention_layers=sum(_attends(layer) for layer in layers) if width else 0,
         matmul_parameters=sum(_multiplied(layer, chosen) for layer in layers),
         mlp_width=max(_mlp_width(layer, chosen) for layer in layers),
+        vocabulary=_number(text, "vocab_size"),
         embedding_bytes=_bytes(embeddings) if (embeddings := token_embeddings(model)) else 0,
         zero_copy=not found.gguf and {DTYPES.get(tensor.dtype) for tensor in tensors} == {dtype},
     )

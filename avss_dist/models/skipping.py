@@ -30,13 +30,23 @@ def skipping(layers: Sequence[Layer], drop: Collection[int], forms: Mapping[int,
     Raises:
         ModelError: a layer is used more than once in a pass, or (from the forward pass) does not keep the shape.
     """
-    skipped = [layer for layer in layers if layer.index in drop]
+    skipped = require_skippable(layers, drop)
+    with _forwards({layer.module: Skip(layer, layer.module.forward, forms.get(layer.index)) for layer in skipped}):
+        yield
+
+
+def require_skippable(layers: Sequence[Layer], drop: Collection[int]) -> list[Layer]:
+    """The layers of these indices.
+
+    Raises:
+        ModelError: one of them is used more than once in a pass.
+    """
     uses = [layer.module for layer in layers]
+    skipped = [layer for layer in layers if layer.index in drop]
     for layer in skipped:
         if uses.count(layer.module) > 1:
             raise ModelError(f"Layer {layer.index} ({layer.name}) is used more than once; it cannot be left out.")
-    with _forwards({layer.module: _Skip(layer, forms.get(layer.index)) for layer in skipped}):
-        yield
+    return skipped
 
 
 @dataclass(frozen=True)
@@ -86,13 +96,13 @@ def resuming(layers: Sequence[Layer], index: int, recorded: Recorded) -> Iterato
     states may go from them to the later ones.
     """
     hidden = recorded.inputs.pop(index).clone()  # which later layers may change
-    forwards = {layer.module: partial(_give, recorded.forms[layer.index], None) for layer in layers[:index]}
-    forwards[layers[index].module] = partial(_give, recorded.forms[index], hidden)
+    forwards = {layer.module: partial(give, recorded.forms[layer.index], None) for layer in layers[:index]}
+    forwards[layers[index].module] = partial(give, recorded.forms[index], hidden)
     with _forwards(forwards):
         yield
 
 
-def _give(form: type, instead: torch.Tensor | None, *args: Any, **kwargs: Any) -> Any:
+def give(form: type, instead: torch.Tensor | None, *args: Any, **kwargs: Any) -> Any:
     """The ``forward`` of a layer that returns what it is given, or something instead of it."""
     hidden = input_tensor(args, kwargs) if instead is None else instead
     return hidden if form is torch.Tensor else (hidden,)
@@ -114,26 +124,30 @@ def _forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None
                 module.forward = own
 
 
-class _Skip:
-    """The ``forward`` of a layer that is left out."""
+class Skip:
+    """The ``forward`` of a layer that is left out; one whose ``form`` is not known runs, to see what it returns.
 
-    def __init__(self, layer: Layer, form: type | None) -> None:
-        self._layer, self._forward = layer, layer.module.forward
-        self._form = form
+    Args:
+        forward: the layer's own.
+        form: see `Recorded`.
+    """
+
+    def __init__(self, layer: Layer, forward: Callable[..., Any], form: type | None) -> None:
+        self._layer, self._forward, self.form = layer, forward, form
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hidden = input_tensor(args, kwargs)
         if hidden is None:
             raise ModelError(f"Layer {self._layer.index} ({self._layer.name}) is given no hidden states.")
-        if self._form is not None:
-            return _give(self._form, hidden)
+        if self.form is not None:
+            return give(self.form, hidden)
         before = hidden.clone()  # which a layer may change
         output = self._forward(*args, **kwargs)
         after = first_tensor(output)
         if after is None or after.shape != before.shape:
             raise ModelError(f"Layer {self._layer.index} ({self._layer.name}) does not keep the shape of its input.")
         if _is_alone(output):
-            self._form = type(output)
+            self.form = type(output)
         return _replaced(output, after, before)
 
 

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from avss_dist.corpus.shards import Batch
+from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer
+from avss_dist.registry import PARTITIONS
 
 BatchContext = Callable[[Batch], AbstractContextManager[None]]
 """``with context(batch):`` is around everything that runs for a batch, in its thread or greenlet."""
@@ -49,6 +51,11 @@ class Placement:
     why: str = "it was requested"
 
 
+def numbers_of(placement: Placement) -> dict[str, int]:
+    """What of a placement can change a number, for a fingerprint: of a partition that adds up otherwise, its ranks."""
+    return {placement.partition: placement.ranks} if PARTITIONS[placement.partition].changes_numbers else {}
+
+
 class Replica(Protocol):
     """One rank of a model copy; the whole copy where it has one rank.
 
@@ -57,12 +64,14 @@ class Replica(Protocol):
         model: what was opened, JSON-ready; goes into the run's row.
         device: where this rank computes; of several, the first.
         reports_stats: whether this rank's statistics count.
+        language_model: what predicts; there where the replica was opened with its head.
     """
 
     layers: tuple[Layer, ...]
     model: Mapping[str, Any]
     device: torch.device
     reports_stats: bool
+    language_model: LanguageModel | None
 
     def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
         """Run the backbone over every batch. Nothing is returned: hooks see it.

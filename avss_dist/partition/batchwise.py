@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from avss_dist.corpus.shards import Batch
+from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.loading import Backbone, Forward
 from avss_dist.partition.base import BatchContext
 
@@ -17,6 +18,7 @@ class BatchwiseReplica:
 
     device: torch.device
     reports_stats = True
+    language_model: LanguageModel | None = None
     _run: Forward
 
     def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from avss_dist.errors import ConfigError
-from avss_dist.models.size import Footprint
+from contextlib import suppress
+
+from avss_dist.errors import ConfigError, ModelError
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.base import Placement
 from avss_dist.registry import GANGS, PARTITIONS
 from avss_dist.settings import Execution, Settings
@@ -14,7 +17,24 @@ SPARE_SHARE = 0.9  # of a device's memory that weights and activations may take
 PROCESS_BYTES = 1 << 30  # interpreter, libraries and counters of a process, beside weights and activations
 
 
-def choose(size: Footprint | None, settings: Settings, execution: Execution, devices: Devices) -> Placement:
+def place(
+    checkpoint: Checkpoint | str, settings: Settings, execution: Execution, devices: Devices, *, head: bool = False
+) -> Placement:
+    """`choose` for a checkpoint, or what a user names; its headers are read where its size matters."""
+    size = size_of(checkpoint, settings) if needs_size(execution) else None
+    return choose(size, settings, execution, devices, head=head)
+
+
+def size_of(checkpoint: Checkpoint | str, settings: Settings) -> Footprint | None:
+    """A checkpoint's size; None where it is not known."""
+    with suppress(ModelError):  # what cannot be sized is opened as `single`, which says what is wrong with it
+        return footprint(checkpoint, settings)
+    return None
+
+
+def choose(
+    size: Footprint | None, settings: Settings, execution: Execution, devices: Devices, *, head: bool = False
+) -> Placement:
     """The requested placement, or the simplest into which the model fits.
 
     ``auto``: `single` if one device holds weights and activations; else `device_map` over the fewest GPUs of one host
@@ -22,6 +42,7 @@ def choose(size: Footprint | None, settings: Settings, execution: Execution, dev
 
     Args:
         size: of the checkpoint, where `needs_size`. If it is not known, ``auto`` is `single`.
+        head: it runs too.
 
     Raises:
         ConfigError: the partition cannot have what was requested.
@@ -32,11 +53,12 @@ def choose(size: Footprint | None, settings: Settings, execution: Execution, dev
     if execution.partition != "auto":
         partition, gpus, why = _requested(execution, devices)
     elif size:
-        partition, gpus, why = _fitting(size, settings, execution, devices)
+        partition, gpus, why = _fitting(size, settings, execution, devices, head=head)
     else:
         partition, gpus, why = "single", int(cuda), "the checkpoint's size is not known"
     if partition == "streaming" and size:
-        host = max(size.layer_bytes, default=0) + (0 if cuda else size.other_bytes)
+        rest = size.weight_bytes - sum(size.layer_bytes) if head else size.other_bytes
+        host = max(size.layer_bytes, default=0) + (0 if cuda else rest)
         require_room_for_a_layer(host, execution.max_memory.get("cpu"))
     return Placement(
         partition=partition,
@@ -119,9 +141,13 @@ def _ranks(partition: str, execution: Execution, gpus: int) -> int:
     return ranks
 
 
-def _fitting(size: Footprint, settings: Settings, execution: Execution, devices: Devices) -> tuple[str, int, str]:
+def _fitting(
+    size: Footprint, settings: Settings, execution: Execution, devices: Devices, *, head: bool
+) -> tuple[str, int, str]:
     """Partition, GPUs, reason."""
     batch = size.activation_bytes(settings.batch_size, settings.sequence_length)
+    if head:
+        batch += size.logit_bytes(settings.batch_size, settings.sequence_length)
     what = f"{describe_bytes(size.weight_bytes)} of weights and {describe_bytes(batch)} of activations"
     if devices.kind == "cuda":
         partition, gpus, where = _fitting_gpus(size.weight_bytes, batch, execution, devices)

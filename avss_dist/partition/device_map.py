@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.errors import ConfigError, nearest
+from avss_dist.corpus.shards import Batch
+from avss_dist.errors import ConfigError, ModelError, nearest
+from avss_dist.models.causal_lm import LanguageModel, Watcher
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer
 from avss_dist.models.loading import forward_function, load, without_head
@@ -37,7 +39,7 @@ class DeviceMapReplica(BatchwiseReplica):
     checkpoint's own files where these hold them as they are computed with, else from the offload folder.
     """
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement) -> None:
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
         self.device = pick_device(settings.device)
         keep_freed_memory()
         _, model, tensors = load_skeleton(checkpoint, settings)
@@ -50,9 +52,8 @@ class DeviceMapReplica(BatchwiseReplica):
         self._folder = OffloadFolder(placement.offload_folder, _bytes(rewritten))
         try:
             with _quiet_accelerate():
-                self._backbone = load(
-                    checkpoint, settings, self.device, device_map=self.device_map, offload_folder=self._folder.path
-                )
+                placing = {"device_map": self.device_map, "offload_folder": self._folder.path}
+                self._backbone = load(checkpoint, settings, self.device, head=head, **placing)
         except BaseException:
             self._folder.remove()
             raise
@@ -63,6 +64,11 @@ class DeviceMapReplica(BatchwiseReplica):
         # Weights on disk are untied while they are there; the skeleton still knows.
         tied_once = sum(p.numel() for p in model.parameters())
         self.model: Mapping[str, Any] = describe(self._backbone, "device_map") | {"num_parameters": tied_once}
+        if head:
+            offloaded = bool({"cpu", "disk"} & set(self.device_map.values()) - {self.device.type})
+            self.language_model = DeviceMapLanguageModel(
+                checkpoint, settings, self._backbone, self.device, offloaded=offloaded
+            )
 
     def close(self) -> None:
         """Drop the weights, Accelerate's hooks and what was written to the offload folder."""
@@ -70,10 +76,29 @@ class DeviceMapReplica(BatchwiseReplica):
 
         for handle in self._handles:
             handle.remove()
-        remove_hook_from_module(self._backbone.module, recurse=True)
+        remove_hook_from_module(self._backbone.model, recurse=True)
+        self.language_model = None
         del self._backbone, self._run, self.layers, self._handles
         self._folder.remove()
         free_device(self.device)
+
+
+class DeviceMapLanguageModel(LanguageModel):
+    """See `causal_lm.LanguageModel`. Where weights are kept elsewhere, they are gone when gradients would need them."""
+
+    def __init__(self, *args: Any, offloaded: bool) -> None:
+        super().__init__(*args)
+        self._offloaded = offloaded
+
+    def backpropagate(self, batches: Sequence[Batch], watchers: Sequence[Watcher]) -> list[Watcher]:
+        """See `causal_lm.LanguageModel`."""
+        if self._offloaded:
+            raise ModelError(
+                "`partition` device_map keeps some of the weights off the devices that compute, and has no gradients "
+                "then.",
+                "Use `partition` streaming, or give it more memory.",
+            )
+        return super().backpropagate(batches, watchers)
 
 
 def memory_limits(

@@ -12,15 +12,18 @@ from avss_dist.settings import Settings
 from avss_dist.system.cores import use_threads
 
 
-def open_replica(checkpoint: Checkpoint, settings: Settings, placement: Placement) -> Replica:
+def open_replica(checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> Replica:
     """Open a checkpoint as one replica, or, where it has several ranks, as this process's rank of it.
 
     Several ranks: every one of them calls this, inside one torch.distributed group (`partition.group.join`).
 
+    Args:
+        head: its head too, so that it has a `language_model`.
+
     Raises:
-        ModelError: it cannot be opened or observed.
+        ModelError: it cannot be opened or observed, or has no head that predicts the next token.
         ConfigError: it cannot be spread this way over the devices of this machine.
     """
     use_threads(settings.threads)
     module, _, name = PARTITIONS[placement.partition].opens.partition(":")
-    return cast(Replica, getattr(import_module(module), name)(checkpoint, settings, placement))
+    return cast(Replica, getattr(import_module(module), name)(checkpoint, settings, placement, head=head))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer
 from avss_dist.models.loading import forward_function, load
@@ -18,15 +19,20 @@ from avss_dist.system.memory import keep_freed_memory
 class SingleReplica(BatchwiseReplica):
     """See `partition.base.Replica`."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, _placement: Placement | None = None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, settings: Settings, _placement: Placement | None = None, *, head: bool = False
+    ) -> None:
         self.device = pick_device(settings.device)
         keep_freed_memory()
-        self._backbone = load(checkpoint, settings, self.device)
+        self._backbone = load(checkpoint, settings, self.device, head=head)
         self._run = forward_function(self._backbone.module)
         self.layers: tuple[Layer, ...] = self._backbone.structure.layers
         self.model: Mapping[str, Any] = describe(self._backbone, "single")
+        if head:
+            self.language_model = LanguageModel(checkpoint, settings, self._backbone, self.device)
 
     def close(self) -> None:
         """Drop the weights."""
+        self.language_model = None
         del self._backbone, self._run, self.layers
         free_device(self.device)

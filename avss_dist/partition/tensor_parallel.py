@@ -7,6 +7,7 @@ so each replica is checked as it is opened: every site of every layer, before th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ConfigError, ModelError
+from avss_dist.models.causal_lm import LanguageModel, Watcher
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import PROBE_SHAPE, Layer, Tap, first_tensor
 from avss_dist.models.loading import forward_function, load_model, open_module, quiet, without_head
@@ -54,7 +57,7 @@ class TensorParallelReplica(BatchwiseReplica):
         ModelError: the model cannot be opened or observed, or DeepSpeed cannot split it correctly.
     """
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement) -> None:
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
         rank, world = require_group(placement)
         self.reports_stats = rank == 0
         self.device = pick_device(settings.device)
@@ -64,27 +67,43 @@ class TensorParallelReplica(BatchwiseReplica):
                 "Set `attention` to sdpa.",
             )
         keep_freed_memory()
-        model = load_model(checkpoint, settings)
+        model = load_model(checkpoint, settings, head=head)
         with quiet(), quiet_deepspeed(), reraise_lost_ranks():
             whole = open_module(model, layers=settings.layers)
             require_heads(model.config.get_text_config(), world)
             run = forward_function(whole.module)
+            logits = _logits(model, torch.device("cpu")) if head else None
             expected = _probe(run, whole.structure.layers, torch.device("cpu"))
             names = {module: name for name, module in model.named_modules()}
-            apply_autotp(model, world, self.device)
+            with without_output_embeddings(model, keep=head):
+                apply_autotp(model, world, self.device)
             layers = _find_again(whole.structure.layers, names, model)
             try:
                 found = _probe(run, layers, self.device)
             except _REFUSALS as error:
                 raise _cannot_split(model, f"the split model does not run: {error}") from error
             self.layers: tuple[Layer, ...] = _check(model, layers, expected, found)
+            if logits is not None:
+                _check_logits(model, logits, self.device)
+                opened = replace(whole, structure=replace(whole.structure, layers=self.layers))
+                self.language_model = TensorParallelLanguageModel(checkpoint, settings, opened, self.device)
+                self.language_model.reports = self.reports_stats
         self._model, self._run = model, run
         self.model: Mapping[str, Any] = describe(whole, "tensor_parallel")
 
     def close(self) -> None:
         """Drop this rank's part of the weights."""
+        self.language_model = None
         del self._model, self._run, self.layers
         free_device(self.device)
+
+
+class TensorParallelLanguageModel(LanguageModel):
+    """See `causal_lm.LanguageModel`. All ranks are asked the same, and all have the whole head."""
+
+    def backpropagate(self, batches: Sequence[Batch], watchers: Sequence[Watcher]) -> list[Watcher]:
+        """See `causal_lm.LanguageModel`."""
+        raise ModelError("`partition` tensor_parallel has no gradients: DeepSpeed splits models for inference alone.")
 
 
 def inference_config(dtype: torch.dtype, world: int) -> dict[str, Any]:
@@ -120,7 +139,7 @@ def _attribute(config: Any, name: str) -> Any:
 def apply_autotp(model: Any, world: int, device: torch.device) -> None:
     """Replace the linear maps of the layers by this rank's part of them, and move the model to the device.
 
-    The head, which never runs, is dropped. What has another dtype than the rest (such as rotary frequencies, in
+    What has another dtype than the rest (such as rotary frequencies, in
     float32) keeps it; DeepSpeed would convert it.
 
     Raises:
@@ -128,9 +147,6 @@ def apply_autotp(model: Any, world: int, device: torch.device) -> None:
     """
     import deepspeed
 
-    for name, child in model.named_children():
-        if child is model.get_output_embeddings() and child is not without_head(model):
-            setattr(model, name, nn.Identity())
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     others = list(_in_another_dtype(model, dtype))
     try:
@@ -139,6 +155,43 @@ def apply_autotp(model: Any, world: int, device: torch.device) -> None:
         raise _cannot_split(model, str(error)) from error
     for tensors, name, value in others:
         tensors[name].data = value.to(device)
+
+
+@contextmanager
+def without_output_embeddings(model: Any, *, keep: bool) -> Iterator[None]:
+    """Inside, the model has no head, for AutoTP to split; afterwards it has it again, whole, if it is to be kept."""
+    heads = {
+        name: child
+        for name, child in model.named_children()
+        if child is model.get_output_embeddings() and child is not without_head(model)
+    }
+    for name in heads:
+        setattr(model, name, nn.Identity())
+    yield
+    if keep:
+        device = next(model.parameters()).device
+        for name, head in heads.items():
+            setattr(model, name, head.to(device))
+
+
+def _logits(model: Any, device: torch.device) -> torch.Tensor:
+    """[rows, tokens, vocabulary] of ``PROBE_SHAPE`` tokens, on the CPU."""
+    ids = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=device).reshape(PROBE_SHAPE)
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.cpu()
+
+
+def _check_logits(model: Any, expected: torch.Tensor, device: torch.device) -> None:
+    """Refuse a head that gives other logits after the split than before; all ranks come to the same."""
+    try:
+        found = _logits(model, device)
+    except _REFUSALS as error:
+        raise _cannot_split(model, f"the split model does not run: {error}") from error
+    mine = difference(expected, found) if found.shape == expected.shape else float("inf")
+    most = max(from_every_rank(mine, device))
+    if most > TOLERANCES.get(expected.dtype, 0.0):
+        raise _cannot_split(model, f"its logits are off by {most:.2g} of their size after the split")
 
 
 def _in_another_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:

@@ -6,23 +6,29 @@ many forward passes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
+from torch import distributed
 
+from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ConfigError, ModelError
+from avss_dist.models.causal_lm import LanguageModel, Watcher
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer, layer_lists
 from avss_dist.models.loading import forward_function, load_model, open_module, text_config, without_head
 from avss_dist.models.pinning import compute_dtype
-from avss_dist.partition.base import Placement
+from avss_dist.partition.base import Placement, dummy_batch
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
 from avss_dist.partition.group import quiet_deepspeed, require_group, reraise_lost_ranks
 from avss_dist.settings import Settings
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 
+S = TypeVar("S")
+T = TypeVar("T")
 PREFETCHED = 50_000_000  # parameters that are gathered ahead, on GPUs, beside the arithmetic; DeepSpeed's own default
 
 
@@ -34,7 +40,7 @@ class Zero3Replica(BatchwiseReplica):
         ModelError: the model cannot be opened or observed.
     """
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement) -> None:
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
         if checkpoint.gguf:
             raise ConfigError(
                 f"'{checkpoint.name}' is a .gguf file: transformers unpacks it whole in every process, which is what "
@@ -47,10 +53,12 @@ class Zero3Replica(BatchwiseReplica):
         text = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
         config = deepspeed_config(compute_dtype(checkpoint, text, settings), self.device)
         with quiet_deepspeed(), reraise_lost_ranks():
-            model = _load_in_parts(checkpoint, settings, config)
+            model = _load_in_parts(checkpoint, settings, config, head=head)
             self._module = model
-            self._engine = _partition(model, settings, config)
+            self._engine = _partition(model, settings, config, head=head)
             backbone = open_module(model, layers=settings.layers, device=self.device)
+            if head:
+                self.language_model = Zero3LanguageModel(checkpoint, settings, backbone, self.device)
         self._run = forward_function(backbone.module)
         self.layers: tuple[Layer, ...] = backbone.structure.layers
         self.model: Mapping[str, Any] = describe(backbone, "zero3")
@@ -63,8 +71,49 @@ class Zero3Replica(BatchwiseReplica):
         parameter_offload.FWD_MODULE_STACK.clear()
         for parameter in self._module.parameters():  # DeepSpeed keeps references to the modules
             parameter.ds_tensor.data = parameter.data = parameter.data.new_empty(0)
+        self.language_model = None
         del self._engine, self._module, self._run, self.layers
         free_device(self.device)
+
+
+class Zero3LanguageModel(LanguageModel):
+    """See `causal_lm.LanguageModel`. All ranks are asked the same, share the batches, and all have all answers.
+
+    A rank that has no batch left while others have one runs a dummy: collective operations wait for all.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._rank, self._world = distributed.get_rank(), distributed.get_world_size()
+        self.reports = self._rank == 0
+
+    def each(self, function: Callable[[Batch], T], batches: Sequence[Batch]) -> list[T]:
+        """See `causal_lm.LanguageModel`."""
+        return self._share(batches, function, lambda: function(dummy_batch()))
+
+    def together(self, functions: Sequence[Callable[[], T]]) -> list[T]:
+        """See `causal_lm.LanguageModel`."""
+        with torch.no_grad():
+            return self._share(functions, lambda function: function(), lambda: self.logits(dummy_batch()))
+
+    def backpropagate(self, batches: Sequence[Batch], watchers: Sequence[Watcher]) -> list[Watcher]:
+        """See `causal_lm.LanguageModel`."""
+        spare = copy.deepcopy(watchers[0])  # what is seen of a batch once more is thrown away
+        run = super().backpropagate
+        pairs = list(zip(batches, watchers, strict=True))
+        return self._share(pairs, lambda pair: run([pair[0]], [pair[1]])[0], lambda: run([batches[0]], [spare]))
+
+    def _share(self, items: Sequence[S], function: Callable[[S], T], dummy: Callable[[], object]) -> list[T]:
+        """The function of every item, each computed by one rank, in the order of the items; all ranks call this."""
+        mine = []
+        for start in range(0, len(items), self._world):
+            if start + self._rank < len(items):
+                mine.append(function(items[start + self._rank]))
+            else:
+                dummy()
+        parts: list[Any] = [None] * self._world
+        distributed.all_gather_object(parts, mine)
+        return [parts[i % self._world][i // self._world] for i in range(len(items))]
 
 
 def deepspeed_config(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -85,13 +134,13 @@ def deepspeed_config(dtype: torch.dtype, device: torch.device) -> dict[str, Any]
     }
 
 
-def _load_in_parts(checkpoint: Checkpoint, settings: Settings, config: dict[str, Any]) -> Any:
+def _load_in_parts(checkpoint: Checkpoint, settings: Settings, config: dict[str, Any], *, head: bool) -> Any:
     """The model, of which a process never holds more than its part and one module; rank 0 maps the files."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     kept = HfDeepSpeedConfig(config)  # transformers refers to it weakly; while it lives, models are built in parts
     try:
-        return load_model(checkpoint, settings)
+        return load_model(checkpoint, settings, head=head)
     except ModelError as error:
         hint = error.hint or "If another `partition` opens it, transformers cannot load this family in parts."
         raise ModelError(f"{error.message} (It was loaded in parts, for zero3.)", hint) from error
@@ -100,8 +149,8 @@ def _load_in_parts(checkpoint: Checkpoint, settings: Settings, config: dict[str,
         del kept
 
 
-def _partition(model: Any, settings: Settings, config: dict[str, Any]) -> Any:
-    """Hook the backbone so that its parameters are gathered when they are needed; the engine that does it.
+def _partition(model: Any, settings: Settings, config: dict[str, Any], *, head: bool) -> Any:
+    """Hook the backbone, or all of the model, so that parameters are gathered when they are needed; the engine.
 
     A layer is gathered as one, for ranks must gather the same in the same order: which experts run depends on the data.
     """
@@ -115,7 +164,7 @@ def _partition(model: Any, settings: Settings, config: dict[str, Any]) -> Any:
         backbone, [f"{path}.{i}" for path, modules in lists.items() for i in range(len(modules))]
     )
     try:
-        engine, *_ = deepspeed.initialize(model=backbone, config=config)
+        engine, *_ = deepspeed.initialize(model=model if head else backbone, config=config)
     except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
             f"DeepSpeed cannot partition {type(model).__name__}: {error}", "Use another `partition`."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +14,9 @@ from avss_dist.executors.base import Executor, ReplicaSpec
 from avss_dist.models.checkpoints import Checkpoint, content_hash, fetch_files, locate, resolve
 from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.pinning import pin
-from avss_dist.models.size import Footprint, footprint
-from avss_dist.partition.base import Placement
-from avss_dist.partition.choose import choose, needs_size
-from avss_dist.registry import PARTITIONS
+from avss_dist.models.size import Footprint
+from avss_dist.partition.base import Placement, numbers_of
+from avss_dist.partition.choose import place, size_of
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.run import PlannedRun, Run
 from avss_dist.settings import SCHEMA_VERSION, Settings, fingerprint
@@ -91,16 +89,14 @@ class Planner:
 
     def _place(self, spec: RunSpec, checkpoint: Checkpoint, settings: Settings) -> Placement:
         """How a replica is spread; refuses more than there is before anything is loaded."""
-        size = self.size(spec, checkpoint, settings) if needs_size(spec.execution) else None
-        placement = choose(size, settings, spec.execution, self.executor.devices)
+        named = checkpoint if self.fetch else spec.model
+        placement = place(named, settings, spec.execution, self.executor.devices)
         self.executor.replicas(placement)
         return placement
 
     def size(self, spec: RunSpec, checkpoint: Checkpoint, settings: Settings) -> Footprint | None:
         """The checkpoint's size; None where it is not known."""
-        with suppress(ModelError):  # what cannot be sized is opened as `single`, which says what is wrong with it
-            return footprint(checkpoint if self.fetch else spec.model, settings)
-        return None
+        return size_of(checkpoint if self.fetch else spec.model, settings)
 
     def _plan(self, spec: RunSpec, checkpoint: Checkpoint, config: Any, settings: Settings) -> CorpusPlan:
         """The corpus in the checkpoint's tokens; refuses tokens that the model does not have."""
@@ -141,7 +137,8 @@ def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settin
     The tokenizer and the packing count through the tokens that they give. Of the partitions only tensor parallel
     counts, which alone adds up in another order.
     """
-    split = {placement.partition: placement.ranks} if PARTITIONS[placement.partition].changes_numbers else {}
     numbers = {k: v for k, v in settings.as_dict().items() if k not in ("max_sequences", "trust_remote_code", "layout")}
     tokens = corpus.tokens_fingerprint
-    return fingerprint(schema=SCHEMA_VERSION, checkpoint=checkpoint.revision, tokens=tokens, settings=numbers, **split)
+    return fingerprint(
+        schema=SCHEMA_VERSION, checkpoint=checkpoint.revision, tokens=tokens, settings=numbers, **numbers_of(placement)
+    )

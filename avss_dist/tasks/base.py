@@ -13,10 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from avss_dist.corpus.shards import Shard
-from avss_dist.errors import ConfigError
 from avss_dist.models.causal_lm import LanguageModel, predicted
-from avss_dist.registry import PARTITIONS
-from avss_dist.settings import LOSS, Execution, fingerprint
+from avss_dist.settings import LOSS, fingerprint
 from avss_dist.stats.layer_stats import Float64
 
 LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
@@ -66,23 +64,6 @@ class Task:
         return fingerprint(parts=[part.key for part in self.parts])
 
 
-def require_whole_model(execution: Execution) -> None:
-    """Refuse options of partitions that have no effect on tasks, which run on a whole model on one device.
-
-    Raises:
-        ConfigError: such an option is set.
-    """
-    able = [name for name, info in PARTITIONS.items() if info.evaluates]
-    if execution.partition not in ("auto", *able):
-        raise ConfigError(
-            f"`partition` {execution.partition} gives hidden states alone; tasks need a whole model on one device.",
-            f"Leave it out, or use {' or '.join(able)}.",
-        )
-    for name in ("gpus_per_replica", "max_memory", "offload_folder"):
-        if getattr(execution, name):
-            raise ConfigError(f"`{name}` has no effect: tasks open a whole model on one device.", "Leave it out.")
-
-
 @dataclass(frozen=True, eq=False)
 class TextLoss:
     """The loss on a shard of text, a sample for each sequence."""
@@ -96,9 +77,9 @@ class TextLoss:
 
     def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
         """See `Measure`."""
-        with model.without(drop):
-            losses = [model.losses(batch) for batch in self.shard.batches(model.settings.batch_size)]
-        return [Row(metric=LOSS, samples=np.concatenate(losses), weights=predicted_tokens(self.shard, model))]
+        batches = list(self.shard.batches(model.settings.batch_size))
+        (losses,) = model.losses_without(batches, [drop])
+        return [Row(metric=LOSS, samples=losses, weights=predicted_tokens(self.shard, model))]
 
 
 def predicted_tokens(shard: Shard, model: LanguageModel) -> Float64:

@@ -11,6 +11,7 @@ from functools import partial
 from avss_dist.errors import AvssError, BatchTooLarge
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.partition.base import Placement
 from avss_dist.settings import Settings, fingerprint
 from avss_dist.system.cores import use_threads
 from avss_dist.system.out_of_memory import halve_until_it_fits
@@ -27,6 +28,7 @@ class Cell:
         run_id: the evaluation that it belongs to.
         task: its name.
         part: which part of the task ``measure`` is.
+        placement: of the replica that measures it; changes no number, or ``run_id`` says so.
     """
 
     run_id: str
@@ -36,6 +38,7 @@ class Cell:
     part: int
     measure: Measure = field(repr=False)
     drop: tuple[int, ...] = ()
+    placement: Placement = field(default_factory=Placement)
 
     @property
     def cell_id(self) -> str:
@@ -82,7 +85,9 @@ def measure_cell(model: LanguageModel, cell: Cell, *, rows: int | None = None, b
 
     try:
         with _beating(model, beat):
-            result, _ = halve_until_it_fits(run, rows or settings.batch_size, too_large)
+            rows = rows or settings.batch_size
+            least = rows if cell.placement.ranks > 1 else 1  # all ranks must halve them together
+            result, _ = halve_until_it_fits(run, rows, too_large, least=least)
     finally:
         model.settings = settings
     seconds = time.perf_counter() - start

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.errors import ModelError
@@ -47,8 +49,10 @@ class Gradients:
     def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
         """See `tasks.Measure`."""
         layers = [layer for layer in model.layers if layer.index not in drop]
-        with model.without(drop), _trainable(model.module, layers):
-            passes = [_pass(model, batch, layers) for batch in self.shard.batches(model.settings.batch_size)]
+        batches = list(self.shard.batches(model.settings.batch_size))
+        passes = [_Pass.of(batch, model.device) for batch in batches]
+        with model.without(drop), _trainable(model.module, layers), _hooked(layers):
+            passes = model.backpropagate(batches, passes)
         weights = predicted_tokens(self.shard, model)
         return [row for layer in layers for row in _rows(layer, passes, weights)]
 
@@ -60,9 +64,15 @@ def matrices(module: nn.Module) -> list[nn.Parameter]:
         for child in module.modules()
         if not isinstance(child, nn.Conv1d)
         for parameter in child.parameters(recurse=False)
-        if parameter.dim() in (2, 3) and parameter.is_floating_point()
+        if len(_shape(parameter)) in (2, 3) and parameter.is_floating_point()
     }
     return list(found.values())
+
+
+def _shape(parameter: nn.Parameter) -> Sequence[int]:
+    """Of the whole parameter, of which DeepSpeed ZeRO-3 may have left a part."""
+    shape: Sequence[int] = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 @dataclass
@@ -70,20 +80,37 @@ class _Pass:
     """What the hooks of one forward and backward pass gather, by layer."""
 
     real: torch.Tensor  # bool[rows, tokens]
-    scale: float = 1.0  # of the norms of gradients
+    scale: float  # of the norms of gradients
     removal: dict[int, Float64] = field(default_factory=dict)  # float64[rows]
-    norms: defaultdict[tuple[int, int], float] = field(default_factory=lambda: defaultdict(float))  # and by order
-    _calls: Counter[nn.Module] = field(default_factory=Counter)
+    norms: defaultdict[tuple[int, int], float] = field(default_factory=partial(defaultdict, float))  # and by order
+    sizes: dict[int, float] = field(default_factory=dict)  # of the weights
+    _calls: Counter[int] = field(default_factory=Counter)
     _given: torch.Tensor | None = None
 
-    def enter(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
+    @staticmethod
+    def of(batch: Batch, device: torch.device) -> _Pass:
+        real = torch.from_numpy(batch.attention_mask).to(device)
+        return _Pass(real=real, scale=max(1.0, float(predicted(batch).sum())))
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """See `causal_lm.Watching`."""
+        token = _WATCHING.set(self)
+        try:
+            yield
+        finally:
+            _WATCHING.reset(token)
+
+    def enter(self, uses: Sequence[Layer], module: nn.Module, args: Any, kwargs: Any) -> None:
+        if uses[0].index not in self.sizes:  # weights may be gone when the layer has run
+            self.sizes |= dict.fromkeys([use.index for use in uses], sum(_norms(w, 2) for w in matrices(module)))
         given = input_tensor(args, kwargs)
         self._given = None if given is None else given.detach().clone()  # which a layer may change
 
-    def leave(self, uses: Sequence[Layer], module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-        layer = uses[self._calls[module]]
-        self._calls[module] += 1
-        out, given = first_tensor(output), self._given
+    def leave(self, uses: Sequence[Layer], output: Any) -> None:
+        layer = uses[self._calls[uses[0].index] % len(uses)]
+        self._calls[uses[0].index] += 1
+        out, given, self._given = first_tensor(output), self._given, None
         if out is None or given is None or out.shape != given.shape:
             raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep the shape of its input.")
         update = out.detach().float() - given.float()
@@ -94,7 +121,7 @@ class _Pass:
         product = as_rows(gradient.double() * update, layer.axes, rows, tokens)
         if product is None:
             raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep rows and tokens apart.")
-        changes = product.sum(dim=2).abs().where(self.real, 0)
+        changes = product.sum(dim=2).abs().where(self.real.to(product.device), 0)
         self.removal[layer.index] = changes.sum(dim=1).cpu().numpy()
 
     def accumulate(self, uses: Sequence[Layer], weight: torch.Tensor) -> None:
@@ -107,33 +134,43 @@ class _Pass:
         weight.grad = None
 
 
-def _pass(model: LanguageModel, batch: Batch, layers: Sequence[Layer]) -> _Pass:
-    found = _Pass(real=torch.from_numpy(batch.attention_mask).to(model.device))
-    found.scale = max(1.0, float(predicted(batch).sum()))
-    with torch.enable_grad(), ExitStack() as stack:
-        for hook in _hooks(layers, found):
-            stack.callback(hook.remove)
-        logits = model.logits(batch)
-        logits.backward(_logit_gradients(model, logits, batch))
-    return found
+_WATCHING: ContextVar[_Pass] = ContextVar("watching")
 
 
-def _hooks(layers: Sequence[Layer], found: _Pass) -> Iterator[Any]:
+@contextmanager
+def _hooked(layers: Sequence[Layer]) -> Iterator[None]:
+    """Inside, the pass that is watched hears of its layers, where gradients are enabled.
+
+    Hooks of weights are set as their layer begins: where weights come and go, these are the ones that compute.
+    """
     uses: defaultdict[nn.Module, list[Layer]] = defaultdict(list)
     for layer in layers:
         uses[layer.module].append(layer)
-    for module, of in uses.items():
-        yield module.register_forward_pre_hook(found.enter, with_kwargs=True)
-        yield module.register_forward_hook(partial(found.leave, of), with_kwargs=True)
-        for weight in matrices(module):
-            yield weight.register_post_accumulate_grad_hook(partial(found.accumulate, of))
+    with ExitStack() as stack:
+        hooked = WeakIdKeyDictionary()
+
+        def enter(of: Sequence[Layer], module: nn.Module, args: Any, kwargs: Any) -> None:
+            if not torch.is_grad_enabled():
+                return
+            _WATCHING.get().enter(of, module, args, kwargs)
+            for weight in matrices(module):
+                if weight not in hooked:
+                    hooked[weight] = True
+                    hear = partial(_accumulate, of)
+                    stack.callback(weight.register_post_accumulate_grad_hook(hear).remove)
+
+        def leave(of: Sequence[Layer], _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+            if torch.is_grad_enabled():
+                _WATCHING.get().leave(of, output)
+
+        for module, of in uses.items():
+            stack.callback(module.register_forward_pre_hook(partial(enter, of), with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(partial(leave, of), with_kwargs=True).remove)
+        yield
 
 
-def _logit_gradients(model: LanguageModel, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Of the summed loss; one row's logits are in float32 at a time."""
-    rows = [row.detach().requires_grad_() for row in logits]
-    losses = model.row_losses(rows, batch)
-    return torch.stack([torch.autograd.grad(loss, row)[0] for loss, row in zip(losses, rows, strict=True)])
+def _accumulate(uses: Sequence[Layer], weight: torch.Tensor) -> None:
+    _WATCHING.get().accumulate(uses, weight)
 
 
 @contextmanager
@@ -163,5 +200,5 @@ def _rows(layer: Layer, passes: Sequence[_Pass], weights: Float64) -> Iterator[R
     for metric, order in ((L1, 1), (L2, 2)):
         samples = np.array([found.norms[layer.index, order] for found in passes])
         yield Row(metric=metric, samples=samples, weights=ones, layer=layer.index)
-    size = sum(_norms(weight, 2) for weight in matrices(layer.module))
+    size = next(found.sizes[layer.index] for found in passes)
     yield Row(metric=FROBENIUS, samples=np.array([size]), weights=np.ones(1), layer=layer.index)

@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +60,49 @@ class HarnessPart:
         """See `tasks.Measure`. Likelihoods are float32; the prompt is the task's own, without a chat template."""
         loaded = _loaded(self)
         from lm_eval.evaluator import evaluate
-        from lm_eval.models.huggingface import HFLM
 
-        settings = model.settings
         with _silence(), model.without(drop):
-            wrapped = HFLM(
-                pretrained=_Uncached(model.module, generate=bool(drop)),
-                tokenizer=load_tokenizer(model.checkpoint, trust_remote_code=settings.trust_remote_code),
-                backend="causal",
-                batch_size=settings.batch_size,
-                softmax_dtype="float32",
-            )
+            wrapped = _harness_model(model, generate=bool(drop))
             _seed(loaded["tasks"].values())
             found = evaluate(wrapped, loaded, limit=self.limit, bootstrap_iters=0, log_samples=True)
         return list(_rows(found, loaded))
+
+
+def _harness_model(model: LanguageModel, *, generate: bool) -> Any:
+    """A model as the harness wants it; ``generate`` as in `_Uncached`."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Model(HFLM):
+        """The harness's own, which asks for all of a task's batches together."""
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
+            groups = _batches(requests, self.batch_size)
+            ask = super()._loglikelihood_tokens
+            found = model.together([partial(ask, [requests[i] for i in group], disable_tqdm=True) for group in groups])
+            answers = dict(zip(chain(*groups), chain(*found), strict=True))
+            return [answers[i] for i in range(len(requests))]
+
+    settings = model.settings
+    return Model(
+        pretrained=_Uncached(model, generate=generate),
+        tokenizer=load_tokenizer(model.checkpoint, trust_remote_code=settings.trust_remote_code),
+        backend="causal",
+        batch_size=settings.batch_size,
+        softmax_dtype="float32",
+    )
+
+
+def _batches(requests: Sequence[Any], rows: int) -> list[list[int]]:
+    """Indices of requests, those together that the harness puts into one batch.
+
+    It sorts them by their length, then by their tokens; those of the same tokens but for the last share a row.
+    """
+    tokens = [(*context, *continuation) for _, context, continuation in requests]
+    shared: dict[tuple[int, ...], list[int]] = {}
+    for i in sorted(range(len(requests)), key=lambda i: (-len(tokens[i]), tokens[i])):
+        shared.setdefault(tokens[i][:-1], []).append(i)
+    groups = [*shared.values()]
+    return [sorted(i for group in groups[at : at + rows] for i in group) for at in range(0, len(groups), rows)]
 
 
 class _Uncached:
@@ -83,17 +112,17 @@ class _Uncached:
         generate: keep none when it generates, too; the harness asks for them.
     """
 
-    def __init__(self, module: Any, *, generate: bool) -> None:
-        self._module, self._generate = module, generate
+    def __init__(self, model: LanguageModel, *, generate: bool) -> None:
+        self._model, self._generate = model, generate
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+        return getattr(self._model.module, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._module(*args, **{**kwargs, "use_cache": False})
+        return self._model.call(*args, **{**kwargs, "use_cache": False})
 
     def generate(self, **kwargs: Any) -> Any:
-        return self._module.generate(**({**kwargs, "use_cache": False} if self._generate else kwargs))
+        return self._model.generate(**({**kwargs, "use_cache": False} if self._generate else kwargs))
 
 
 def harness_task(

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.skipping import Recorded, recording, resuming
 from avss_dist.settings import LOSS, fingerprint
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.tasks.base import Row, TextLoss, predicted_tokens
+from avss_dist.tasks.base import Row, predicted_tokens
 
 SHAPLEY = "shapley"  # nats per token; low is unimportant
-PROBE_TOKENS = 16
 MOST_KEPT = 2 << 30  # bytes of hidden states
 
 
@@ -41,55 +38,12 @@ class LeaveOneOut:
         """See `tasks.Measure`: layers of ``drop`` are left out of all."""
         others = [layer.index for layer in model.layers if layer.index not in drop]
         drops = [tuple(sorted({*drop, *more})) for more in ((), *((layer,) for layer in others))]
-        if not _resumes(model):
-            return [replace(row, drop=each) for each in drops for row in TextLoss(self.shard)(model, each)]
-        with model.without(drop):
-            batches = self.shard.batches(model.settings.batch_size)
-            losses = zip(*(list(_losses(model, batch, others)) for batch in batches), strict=True)
-            weights = predicted_tokens(self.shard, model)
-            return [
-                Row(metric=LOSS, samples=np.concatenate(parts), weights=weights, drop=each)
-                for each, parts in zip(drops, losses, strict=True)
-            ]
-
-
-def _losses(model: LanguageModel, batch: Batch, others: Sequence[int]) -> Iterator[Float64]:
-    """The losses of a batch as the model is now, and without each other layer."""
-    with recording(model.layers) as recorded:
-        yield model.losses(batch)
-    for layer in others:
-        with resuming(model.layers, layer, recorded):
-            yield model.losses(batch)
-
-
-_RESUMED: WeakKeyDictionary[LanguageModel, bool] = WeakKeyDictionary()
-
-
-def _resumes(model: LanguageModel) -> bool:
-    """Whether a resumed pass gives, for each layer, exactly what skipping it gives; tried once, on a few tokens."""
-    if model not in _RESUMED:
-        try:
-            with torch.no_grad():
-                _RESUMED[model] = _is_same(model)
-        except Exception:  # a model's own code can raise anything where layers did not run
-            _RESUMED[model] = False
-    return _RESUMED[model]
-
-
-def _is_same(model: LanguageModel) -> bool:
-    real = np.ones((1, PROBE_TOKENS), np.bool_)
-    batch = Batch(input_ids=np.arange(PROBE_TOKENS, dtype=np.int32)[None], attention_mask=real, observed=real)
-    with recording(model.layers) as recorded:
-        model.logits(batch)
-    if len(recorded.forms) < len(model.layers):
-        return False
-    for layer in model.layers:
-        with resuming(model.layers, layer.index, recorded):
-            resumed = model.logits(batch)
-        with model.without((layer.index,)):
-            if not torch.equal(resumed, model.logits(batch)):
-                return False
-    return True
+        losses = model.losses_without(list(self.shard.batches(model.settings.batch_size)), drops)
+        weights = predicted_tokens(self.shard, model)
+        return [
+            Row(metric=LOSS, samples=samples, weights=weights, drop=each)
+            for each, samples in zip(drops, losses, strict=True)
+        ]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -162,13 +116,16 @@ class _Text:
                 if kept:
                     found = [self._resumed(*one, layer) for one in zip(self._batches, recorded, strict=True)]
                 else:
-                    found = [self._model.losses(batch) for batch in self._batches]
+                    found = self._model.each(self._model.losses, self._batches)
             yield self._mean(found)
 
     def _record(self) -> tuple[float, list[Recorded]]:
         """The loss with all layers, and what each was given; nothing of that where passes cannot be resumed."""
         losses, kept = [], []
-        keeps = _resumes(self._model)
+        if not self._model.keeps_hidden_states:
+            with self._model.without(self._drop):
+                return self._mean(self._model.each(self._model.losses, self._batches)), []
+        keeps = self._model.resumes
         with self._model.without(self._drop):
             for batch in self._batches:
                 with recording(self._model.layers if keeps else ()) as recorded:

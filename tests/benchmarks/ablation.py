@@ -42,7 +42,7 @@ def main() -> None:
     checkpoint = resolve(options.model)
     (shard,) = plan(options.corpus, load_tokenizer(checkpoint), settings).shards
     batches = list(shard.batches(settings.batch_size))
-    model = LanguageModel(checkpoint, settings)
+    model = LanguageModel.open(checkpoint, settings)
     layers = len(model.layers)
     measure = LeaveOneOut(shard)
 

@@ -74,7 +74,7 @@ def test_each_loss_is_that_of_the_plan(name: str, save_checkpoint: Save, tmp_pat
         assert name in NOT_RESUMED
         return
     same_rows(LeaveOneOut(shard)(model, ()), expected, [(), (0,), (1,), (2,)])
-    assert ablation._resumes(model) == (name in RESUMED)
+    assert model.resumes == (name in RESUMED)
     assert not math.isclose(expected[0].samples[0], expected[1].samples[0], rel_tol=1e-9)
 
 
@@ -83,7 +83,7 @@ def test_half_precision_resumes_too(dtype: str, tiny_llama: Path) -> None:
     model, shard = opened(tiny_llama, dtype=dtype), random_shard()
     expected = [TextLoss(shard)(model, drop)[0] for drop in ((), (0,), (1,), (2,))]
     same_rows(LeaveOneOut(shard)(model, ()), expected, [(), (0,), (1,), (2,)])
-    assert ablation._resumes(model)
+    assert model.resumes
 
 
 def test_one_more_layer_left_out(four_layers: Path) -> None:
@@ -95,7 +95,7 @@ def test_one_more_layer_left_out(four_layers: Path) -> None:
 
 def test_half_of_the_layers_run(four_layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, shard, calls = opened(four_layers), random_shard(rows=2), []
-    ablation._resumes(model)  # which tries every layer
+    assert model.resumes  # which tries every layer
     own = type(model.layers[0].module).forward
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +122,7 @@ def test_a_family_that_hands_more_than_hidden_states_on_falls_back(tiny_llama: P
     monkeypatch.setattr(kind, "forward", shares)
     expected = [TextLoss(shard)(model, drop)[0] for drop in ((), (0,), (1,), (2,))]
     same_rows(LeaveOneOut(shard)(model, ()), expected, [(), (0,), (1,), (2,)])
-    assert not ablation._resumes(model)
+    assert not model.resumes
 
 
 def test_a_layer_may_change_its_input(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_a_layer_may_change_its_input(tiny_llama: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(kind, "forward", in_place)
     expected = [TextLoss(shard)(model, drop)[0] for drop in ((), (0,), (1,), (2,))]
     same_rows(LeaveOneOut(shard)(model, ()), expected, [(), (0,), (1,), (2,)])
-    assert ablation._resumes(model)
+    assert model.resumes
 
 
 def test_resuming_leaves_no_trace_and_frees_what_it_used(tiny_llama: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_permutation_stops_where_the_model_only_guesses(four_layers: Path) -> 
 
 def test_resumed_or_not_the_contributions_are_the_same(four_layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = opened(four_layers), []
-    ablation._resumes(model)
+    assert model.resumes
     own = type(model.layers[0].module).forward
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -29,7 +29,7 @@ def test_the_loss_is_that_of_transformers(tiny_llama: Path) -> None:
 
     settings = Settings(**SMALL)
     checkpoint = resolve(str(tiny_llama))
-    model = LanguageModel(checkpoint, settings)
+    model = LanguageModel.open(checkpoint, settings)
     for shard in plan_text(checkpoint, "builtin:pydoc", settings).shards:
         (row,) = TextLoss(shard)(model, ())
         ids = torch.from_numpy(shard.input_ids).long()
@@ -116,14 +116,7 @@ def test_a_model_without_a_head_is_refused(tiny_bert: Path, tmp_path: Path) -> N
     assert "Traceback" not in done.stderr
 
 
-IGNORED = {
-    "partition": "streaming",
-    "gpus_per_replica": 2,
-    "max_memory": {"cpu": 10**9},
-    "offload_folder": "here",
-    "sites": ("mlp",),
-    "thresholds": (0.5,),
-}
+IGNORED = {"sites": ("mlp",), "thresholds": (0.5,)}
 
 
 @pytest.mark.parametrize("name", IGNORED)
@@ -136,11 +129,47 @@ def test_what_would_be_ignored_is_refused(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ({"partition": "zero3", "ranks": 2, "max_memory": {"cpu": 10**9}}, "`max_memory` has no effect"),
+        ({"partition": "single", "offload_folder": "x"}, "`offload_folder` has no effect"),
+        ({"partition": "streaming", "max_memory": {"cpu": 1000}}, "one layer and what stays beside it"),
+        ({"gpus_per_replica": 2}, "`gpus_per_replica` needs GPUs"),
+    ],
+)
+def test_partitions_refuse_what_they_would_not_honour(
+    option: dict[str, Any], says: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    options = {**SMALL, **option, "warehouse": tmp_path}
+    with pytest.raises(ConfigError, match=says):
+        evaluate([str(tiny_llama)], tasks=[TEXT], **options)
+    with pytest.raises(ConfigError, match=says):
+        ablate(tiny_llama, corpus="builtin:pydoc", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_gradients_are_refused_before_anything_is_scored(tmp_path: Path) -> None:
-    for given in (("--partition", "zero3", "--ranks", 2), ("--partition", "streaming"), ("--max-memory", "cpu=1GB")):
-        result = avss("score", "nowhere", "--corpus", "builtin:pydoc", "--out", tmp_path / "w", "--gradients", *given)
-        assert result.exit_code == 2 and given[0] in result.stderr
+    """Of the partition that has none."""
+    given = ("--corpus", "builtin:pydoc", "--partition", "tensor_parallel", "--ranks", 2, "--executor", "ray")
+    result = avss("score", "nowhere", "--out", tmp_path / "w", "--gradients", *given)
+    assert result.exit_code == 2 and "--partition tensor_parallel has no gradients" in result.stderr
+    result = avss("ablate", "nowhere", "--warehouse", tmp_path / "w", "--gradients", *given)
+    assert result.exit_code == 2 and "--partition tensor_parallel has no gradients" in result.stderr
     assert not (tmp_path / "w").exists()
+
+
+def test_streaming_evaluates_what_has_no_room(tiny_llama: Path, tmp_path: Path) -> None:
+    """The same rows as of a whole model; `auto` chooses it where memory is limited."""
+    folders = {"whole": {}, "streamed": {"partition": "streaming", "max_memory": {"cpu": 200_000}}}
+    folders["chosen"] = {"max_memory": {"cpu": 200_000}}
+    with one_thread():
+        for name, options in folders.items():
+            common = {**SMALL, **options, "executor": "local", "warehouse": tmp_path / name}
+            evaluate([str(tiny_llama)], tasks=[TEXT], **common)
+            ablate(tiny_llama, corpus="builtin:pydoc", shapley=1, gradients=True, **common)
+    assert_same_evaluations(tmp_path / "streamed", tmp_path / "whole")
+    assert_same_evaluations(tmp_path / "chosen", tmp_path / "whole")
 
 
 def test_rows_without_a_token_to_predict_are_refused(tiny_llama: Path, tmp_path: Path) -> None:

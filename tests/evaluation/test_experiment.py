@@ -309,16 +309,6 @@ def test_a_perplexity_as_large_as_the_vocabulary_is_a_guess_too(perplexity: floa
     assert ("A guess keeps 2.0%." in text) == (perplexity == 20.0)
 
 
-def test_an_experiment_refuses_what_its_evaluations_would_ignore(tmp_path: Path) -> None:
-    job = tmp_path / "job.yaml"
-    text = JOB.format(warehouse=tmp_path / "w", model="nowhere")
-    for name, value in (("partition", "streaming"), ("max_memory", "{cpu: 1GB}")):
-        job.write_text(text + f"execution: {{{name}: {value}, hang_seconds: 5}}\n")
-        with pytest.raises(ConfigError, match=f"`{name}`"):
-            run_experiment(read_job(job))
-    assert not (tmp_path / "w").exists()
-
-
 def test_a_huge_experiment_says_its_size_first(tmp_path: Path) -> None:
     """The choices are neither made nor counted one by one; scoring has not begun."""
     job = tmp_path / "job.yaml"

@@ -21,6 +21,7 @@ import torch
 from support.checkpoints import llama
 from support.families import tiny_model
 from support.oracle import assert_close
+from support.questions import answers, assert_same
 
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import ConfigError, ModelError
@@ -150,9 +151,9 @@ def one_thread() -> Iterator[None]:
 # What the ranks do.
 
 
-def opened(partition: str, folder: Path, settings: Settings) -> Any:
+def opened(partition: str, folder: Path, settings: Settings, *, head: bool = False) -> Any:
     world = torch.distributed.get_world_size()
-    return open_replica(resolve(str(folder)), settings, Placement(partition=partition, ranks=world))
+    return open_replica(resolve(str(folder)), settings, Placement(partition=partition, ranks=world), head=head)
 
 
 def measure(
@@ -317,6 +318,43 @@ def test_zero3_gives_the_bytes_of_one_process(
         assert partitioned(of_rank) == partitioned(model)
         padding = 4 * world * len(list(build(family).parameters()))
         assert held <= 4 * model["num_parameters"] / world + padding
+
+
+def ask(partition: str, folder: Path, skip: tuple[str, ...] = ()) -> tuple[Any, bool]:
+    """What this rank of a replica answers, and whether that counts."""
+    replica = opened(partition, folder, SETTINGS, head=True)
+    model = replica.language_model
+    found = answers(model, skip), model.reports
+    replica.close()
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "opt", "qwen3_moe"])
+def test_zero3_answers_as_one_process_does(
+    family: str, gang: Callable[[int], Gang], folder_of: Callable[[str], Path]
+) -> None:
+    """Two ranks share three batches, so that one has a dummy; both have all answers, to the bit, gradients too."""
+    single = open_replica(resolve(str(folder_of(family))), SETTINGS, Placement(), head=True)
+    assert single.language_model is not None
+    expected = answers(single.language_model)
+    (first, counts), (second, other) = gang(2).run(ask, "zero3", folder_of(family))
+    assert (counts, other) == (True, False)
+    assert_same(first, expected)
+    assert_same(second, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
+def test_tensor_parallel_answers_as_one_process_does(
+    family: str, gang: Callable[[int], Gang], folder_of: Callable[[str], Path]
+) -> None:
+    single = open_replica(resolve(str(folder_of(family))), SETTINGS, Placement(), head=True)
+    assert single.language_model is not None
+    expected = answers(single.language_model, ("gradients",))
+    (found, counts), (_, other) = gang(2).run(ask, "tensor_parallel", folder_of(family), ("gradients",))
+    assert (counts, other) == (True, False)
+    assert_same(found, expected, rtol=1e-4)
+    with pytest.raises(ModelError, match="tensor_parallel has no gradients"):
+        gang(2).run(ask, "tensor_parallel", folder_of(family), ("loss", "leave", "shapley"))
 
 
 def test_zero3_in_bfloat16(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from support.causal_lm import SMALL, random_shard
 
 from avss_dist.errors import ModelError, RunFailed
-from avss_dist.executors.base import LanguageModelSpec, ReplicaSpec, RunShards
+from avss_dist.executors.base import ReplicaSpec, RunShards
 from avss_dist.executors.ray.queue import ATTEMPTS, LATE_SECONDS, CellQueue, ShardQueue
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.partition.base import Placement
@@ -35,7 +35,7 @@ def shard_queue(checkpoint: Checkpoint, number: int = 5, **placement: Any) -> tu
 def cell_queue(checkpoint: Checkpoint, tasks: Sequence[str]) -> tuple[CellQueue, list[Cell]]:
     shared: dict[str, Any] = {"run_id": "e", "checkpoint": checkpoint, "settings": SETTINGS}
     cells = [Cell(**shared, task=task, part=i, measure=TextLoss(random_shard())) for i, task in enumerate(tasks)]
-    spec = LanguageModelSpec(checkpoint=checkpoint, settings=SETTINGS, placement=Placement())
+    spec = ReplicaSpec(checkpoint=checkpoint, settings=SETTINGS, placement=Placement(), head=True)
     return CellQueue(spec, cells), cells
 
 

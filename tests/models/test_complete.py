@@ -52,7 +52,7 @@ def open_device_map(folder: Path) -> None:
 
 
 def open_to_evaluate(folder: Path) -> None:
-    LanguageModel(resolve(str(folder)), SETTINGS)
+    LanguageModel.open(resolve(str(folder)), SETTINGS)
 
 
 EVERY_WAY = [open_single, open_streaming, open_device_map, open_to_evaluate]

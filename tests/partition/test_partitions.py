@@ -15,10 +15,12 @@ import ray
 import torch
 from support.families import tiny_model
 from support.processes import FreezesAtStart, ray_processes, wait_until
-from support.tables import measured_files
+from support.tables import assert_same_evaluations, measured_files
 
 import avss_dist
 from avss_dist.errors import ConfigError, RunFailed
+from avss_dist.evaluation.ablate import ablate
+from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.runs.api import Reporter
 from avss_dist.warehouse.reader import Warehouse
 
@@ -114,6 +116,33 @@ def test_tensor_parallel_gives_the_same_numbers(models: list[str], single: Path,
                 np.testing.assert_allclose(
                     row[name], wanted[key][name], rtol=1e-4, atol=1e-4 * size + 1e-9, err_msg=f"{key} {name}"
                 )
+
+
+@pytest.mark.parametrize("partition", ["zero3", "tensor_parallel", "streaming"])
+def test_every_partition_evaluates(partition: str, models: list[str], tmp_path: Path) -> None:
+    """Losses, leave one out and Shapley values through workers; gradients where there are some: the rows of `single`."""
+    ranks = {} if partition == "streaming" else {"ranks": 2}
+    backward = partition != "tensor_parallel"
+    sizes = {**OPTIONS, "max_sequences": 10}
+    for name, options in {"one": {"executor": "local"}, "spread": {"partition": partition, **ranks}}.items():
+        common = {**sizes, **options, "executor": options.get("executor", "ray"), "warehouse": tmp_path / name}
+        evaluate([models[0]], tasks=["perplexity:builtin:pydoc"], **common)
+        ablate(models[0], corpus="builtin:pydoc", shapley=1, gradients=backward, **common)
+    if backward:
+        assert_same_evaluations(tmp_path / "spread", tmp_path / "one")
+        return
+    near, wanted = ({key(r): r["value"] for r in values(tmp_path / name)} for name in ("spread", "one"))
+    assert near.keys() == wanted.keys()
+    assert all(abs(near[k] - wanted[k]) <= 1e-4 * max(1.0, abs(wanted[k])) for k in wanted)
+
+
+def values(warehouse: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = Warehouse(warehouse).table("evaluations").to_pylist()
+    return rows
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["task"], row["metric"], tuple(row["drop"]), row["layer"]
 
 
 class Harming(Reporter):

@@ -83,7 +83,7 @@ def assert_same(
 
 def weights_of_two_layers(folder: Path, settings: Settings = SETTINGS) -> int:
     """The limit for host memory at which nothing is left for hidden states."""
-    left = streaming(folder, settings, max_memory={"cpu": 1 << 40})._host_bytes
+    left = streaming(folder, settings, max_memory={"cpu": 1 << 40})._passes.host_bytes
     assert left is not None
     return (1 << 40) - left
 

@@ -110,7 +110,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[A
 
 def test_a_multimodal_checkpoint_is_refused_for_what_it_is(llava: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is multimodal: only models of text alone can be evaluated"):
-        LanguageModel(resolve(str(llava)), Settings())
+        LanguageModel.open(resolve(str(llava)), Settings())
     plan = Plan(model=str(llava), num_layers=LAYERS, layers="language_model.layers", drop=(1,))
     with pytest.raises(PlanError, match="is multimodal") as refused:
         prune(str(llava), plan, tmp_path / "less")

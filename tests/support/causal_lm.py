@@ -27,4 +27,4 @@ def random_shard(rows: int = 5, tokens: int = 24, high: int = 120) -> Shard:
 
 
 def opened(folder: Path, **changes: Any) -> LanguageModel:
-    return LanguageModel(resolve(str(folder)), Settings(**SMALL | {"batch_size": 2} | changes))
+    return LanguageModel.open(resolve(str(folder)), Settings(**SMALL | {"batch_size": 2} | changes))

@@ -110,7 +110,7 @@ def pruned(folder: Path) -> LanguageModel:
 
 
 def open_model(folder: Path) -> LanguageModel:
-    return LanguageModel(resolve(str(folder)), Settings(batch_size=4, device="cpu"))
+    return LanguageModel.open(resolve(str(folder)), Settings(batch_size=4, device="cpu"))
 
 
 def ask(task: Path, model: LanguageModel, drop: tuple[int, ...] = (), **options: Any) -> dict[str, Row]:

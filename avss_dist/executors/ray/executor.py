@@ -90,8 +90,7 @@ class RayExecutor:
     def run_cells(self, cells: Sequence[Cell]) -> Generator[CellOutcome, None, None]:
         """See `executors.base.Executor`."""
         if cells:
-            one = Placement(gpus=1 if self.device == "cuda" else 0)
-            yield from self._measure(CellQueue(spec, of_model) for spec, of_model in by_model(cells, one))
+            yield from self._measure(CellQueue(spec, of_model) for spec, of_model in by_model(cells))
 
     def _measure(self, queues: Iterable[UnitQueue[Any]]) -> Generator[tuple[Any, Any], None, None]:
         self.connect()

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import AvssError, RunFailed
-from avss_dist.executors.base import LanguageModelSpec, ReplicaSpec, RunShards
+from avss_dist.executors.base import ReplicaSpec, RunShards
 from avss_dist.executors.ray.worker import Assignment, CellAssignment, ShardAssignment
 from avss_dist.partition.base import Placement
 from avss_dist.registry import PARTITIONS
@@ -198,8 +198,10 @@ class ShardQueue(UnitQueue[Shard]):
 class CellQueue(UnitQueue[Cell]):
     """The cells of one model; an error ends its cell alone, unless the model cannot be opened."""
 
-    def __init__(self, spec: LanguageModelSpec, cells: Sequence[Cell]) -> None:
-        super().__init__(spec, cells)
+    @property
+    def units_a_round(self) -> int:
+        """All ranks take the same cell, and share what is in it."""
+        return 1
 
     def describe(self, unit: int) -> str:
         """The task, and which part of it."""
@@ -210,8 +212,10 @@ class CellQueue(UnitQueue[Cell]):
         return self.units[unit].task
 
     def assignments(self, units: Sequence[int]) -> list[CellAssignment]:
-        """The one cell."""
-        return [CellAssignment(cell=self.units[unit], rows=self.rows) for unit in units]
+        """The same cell for every rank."""
+        return [
+            CellAssignment(cell=self.units[unit], rows=self.rows) for unit in self.by_rank(units) if unit is not None
+        ]
 
     def _outcome(self, unit: int, result: Any) -> tuple[Cell, Any]:
         return self.units[unit], result

@@ -16,7 +16,6 @@ from avss_dist.corpus.shards import Shard
 from avss_dist.errors import ModelError
 from avss_dist.executors.base import ReplicaSpec
 from avss_dist.measure.shard import analyze_shard, follow
-from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.partition.base import Replica
 from avss_dist.stats.layer_stats import ShardResult
@@ -32,7 +31,7 @@ BEAT_SECONDS = 1.0
 class Assignment(Protocol):
     """What one rank does in a round; pickled."""
 
-    def run(self, spec: ReplicaSpec, model: Any, beat: Beat) -> ShardResult | CellResult | None:
+    def run(self, spec: ReplicaSpec, model: Replica, beat: Beat) -> ShardResult | CellResult | None:
         """The result, or None where this rank reports none.
 
         Args:
@@ -76,9 +75,11 @@ class CellAssignment:
     cell: Cell
     rows: int
 
-    def run(self, spec: ReplicaSpec, model: LanguageModel, beat: Beat) -> CellResult:
-        """See `Assignment`."""
-        return measure_cell(model, self.cell, rows=self.rows, beat=beat)
+    def run(self, spec: ReplicaSpec, model: Replica, beat: Beat) -> CellResult | None:
+        """See `Assignment`. Every rank of a replica takes the cell, and one reports."""
+        assert model.language_model is not None
+        result = measure_cell(model.language_model, self.cell, rows=self.rows, beat=beat)
+        return result if model.language_model.reports else None
 
 
 class Worker:

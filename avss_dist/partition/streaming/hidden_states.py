@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -41,7 +40,6 @@ class HiddenStateOffloader:
         self._idle = device.type == "cpu" and host_bytes is None
         self._folder: OffloadFolder | None = None
         self._numbers = count()
-        self._seen: dict[Hashable, list[weakref.ref[torch.Tensor]]] = {}
         self._offloaded: dict[Hashable, list[_Offloaded]] = {}
         self._held: dict[Hashable, int] = {}
 
@@ -52,27 +50,18 @@ class HiddenStateOffloader:
         if self._folder:
             self._folder.remove()
 
-    def offload(self, batch: Hashable, tensor: torch.Tensor | None) -> None:
-        """Move the hidden states of a batch out; ``tensor`` is its newest. They must not be used before `restore`.
+    def offload(self, batch: Hashable, tensors: Sequence[torch.Tensor]) -> None:
+        """Move the hidden states of a batch out. They must not be used before `restore`.
 
         Raises:
             RunFailed: it does not fit in memory, and cannot be written.
         """
         if self._idle:
             return
-        waiting = self._remember(batch, tensor)
-        storages = {s._cdata: s for one in waiting if _owns_its_storage(one) for s in [one.untyped_storage()]}
+        storages = {s._cdata: s for one in tensors if _owns_its_storage(one) for s in [one.untyped_storage()]}
         self._held[batch] = 0
         moved = (self._offload_storage(batch, storage) for storage in storages.values())
         self._offloaded[batch] = [one for one in moved if one]
-
-    def _remember(self, batch: Hashable, tensor: torch.Tensor | None) -> list[torch.Tensor]:
-        """All hidden states of a batch that something still refers to, the newest too."""
-        waiting = [one for ref in self._seen.get(batch, []) if (one := ref()) is not None]
-        if tensor is not None and all(one is not tensor for one in waiting):
-            waiting.append(tensor)
-        self._seen[batch] = [weakref.ref(one) for one in waiting]
-        return waiting
 
     def restore(self, batch: Hashable) -> None:
         """Move the hidden states of a batch back: its tensors are what they were."""

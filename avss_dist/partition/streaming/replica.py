@@ -1,32 +1,26 @@
 """One layer resident at a time: every batch of a shard runs through a layer before the next layer's weights come.
 
-Each batch has a greenlet of its own, in which the model's forward runs unchanged. Where it calls a layer it is paused
-until that layer's weights are there. So a checkpoint larger than memory costs one read of its files a shard.
+So a checkpoint larger than memory costs one read of its files a shard. See `streaming.passes` for how.
 """
 
 from __future__ import annotations
 
-import contextvars
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
-import torch
-from greenlet import getcurrent, greenlet
-from torch import nn
-
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.layers import Layer, input_tensor, layer_lists
+from avss_dist.models.layers import Layer, layer_lists
 from avss_dist.models.loading import forward_function, open_module, quiet, without_head
 from avss_dist.partition.base import BatchContext, Placement
 from avss_dist.partition.batchwise import describe, run_batch
 from avss_dist.partition.choose import require_room_for_a_layer
-from avss_dist.partition.streaming.buffers import AnyBuffer, buffer_bytes
-from avss_dist.partition.streaming.hidden_states import HiddenStateOffloader
+from avss_dist.partition.streaming.buffers import buffer_bytes
+from avss_dist.partition.streaming.language_model import StreamingLanguageModel
+from avss_dist.partition.streaming.passes import Passes
 from avss_dist.partition.streaming.weights import Weights
-from avss_dist.partition.streaming.window import Window
 from avss_dist.settings import Settings
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
@@ -44,29 +38,35 @@ class StreamingReplica:
     """
 
     reports_stats = True
+    language_model: StreamingLanguageModel | None = None
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement) -> None:
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
         self.device = pick_device(settings.device)
         keep_freed_memory()
-        self._weights = Weights(checkpoint, settings)
+        self._weights = Weights(checkpoint, settings, head=head)
         model = self._weights.model
         backbone, config = without_head(model), model.config.get_text_config()
         lists = layer_lists(backbone, getattr(config, "num_hidden_layers", None), settings.layers)
         modules = [module for layers in lists.values() for module in layers]
-        self._parts, rest = self._weights.split(modules, backbone)
+        used = model if head else backbone
+        self._parts, rest = self._weights.split(modules, used)
         self._weights.load(rest, self.device)
-        self._weights.resolve_ties(backbone)
+        self._weights.resolve_ties(used)
         model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.device))
         with quiet(), self._weights.fill_random(self._parts, self.device):
             opened = open_module(model, layers=settings.layers, device=self.device)
+            if head:
+                self.language_model = StreamingLanguageModel(checkpoint, settings, opened, self.device)
         self.layers: tuple[Layer, ...] = opened.structure.layers
         self.model: Mapping[str, Any] = describe(opened, "streaming")
         self._run = forward_function(opened.module)
-        self._order = [index for index, _ in groupby(modules.index(layer.module) for layer in self.layers)]
-        self._buffers: list[AnyBuffer] = []
-        self._folder = placement.offload_folder
-        self._host_bytes = self._left_for_hidden_states(placement.max_memory.get("cpu"))
-        self._stops = [_Stop(module, index) for index, module in enumerate(modules)]
+        order = [index for index, _ in groupby(modules.index(layer.module) for layer in self.layers)]
+        host_bytes = self._left_for_hidden_states(placement.max_memory.get("cpu"))
+        self._passes = Passes(
+            modules, self._weights, self._parts, order, self.device, host_bytes, placement.offload_folder
+        )
+        if self.language_model:
+            self.language_model.passes = self._passes
 
     @property
     def bytes_read(self) -> int:
@@ -80,32 +80,7 @@ class StreamingReplica:
             with context(batch):
                 run_batch(self._run, batch, self.device)
 
-        if not batches:
-            return
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())  # of the thread, so for all greenlets
-            window = Window(self._weights, self._parts, self._order, self.device, self._buffers)
-            stack.enter_context(window)
-            hidden = stack.enter_context(HiddenStateOffloader(self.device, self._host_bytes, self._folder))
-            passes = stack.enter_context(_passes(len(batches), run))
-            waiting: dict[greenlet, int] = {}
-            for one, batch in zip(passes, batches, strict=True):
-                self._resume(one, batch, hidden, waiting)
-            while waiting:
-                index = next(iter(waiting.values()))
-                window.load(index)
-                for one in [one for one in passes if waiting.get(one) == index]:
-                    del waiting[one]
-                    hidden.restore(one)
-                    self._resume(one, None, hidden, waiting)
-
-    @staticmethod
-    def _resume(one: greenlet, value: Any, hidden: HiddenStateOffloader, waiting: dict[greenlet, int]) -> None:
-        """Run a pass until its next layer, or to its end."""
-        stopped_at = one.switch(value)
-        if not one.dead:
-            waiting[one], state = stopped_at
-            hidden.offload(one, state)
+        self._passes.run([partial(run, batch) for batch in batches])
 
     def _left_for_hidden_states(self, most: int | None) -> int | None:
         """Bytes of host memory that weights leave of ``most``; None is no limit."""
@@ -119,43 +94,7 @@ class StreamingReplica:
 
     def close(self) -> None:
         """Drop the weights."""
-        for stop in self._stops:
-            stop.remove()
-        del self._weights, self._run, self.layers, self._parts, self._stops, self._buffers
+        self._passes.close()
+        self.language_model = None
+        del self._weights, self._run, self.layers, self._parts, self._passes
         free_device(self.device)
-
-
-class _Stop:
-    """Makes a layer, when it is called, first switch to the greenlet that schedules, with (index, hidden states).
-
-    The layer stays the module that it is, with its hooks and attributes; only its class's ``__call__`` is extended.
-    """
-
-    def __init__(self, layer: nn.Module, index: int) -> None:
-        self._layer, self._kind = layer, type(layer)
-
-        def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            scheduler = getcurrent().parent
-            assert scheduler is not None, "a layer was called outside of StreamingReplica.forward"
-            scheduler.switch((index, input_tensor(args, kwargs)))
-            return self._kind.__call__(layer, *args, **kwargs)
-
-        names = {name: getattr(self._kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-        layer.__class__ = type(self._kind.__name__, (self._kind,), {**names, "__call__": call})
-
-    def remove(self) -> None:
-        """Give the layer its class back."""
-        self._layer.__class__ = self._kind
-
-
-@contextmanager
-def _passes(number: int, run: Any) -> Iterator[list[greenlet]]:
-    """Greenlets that will run a function, each in a copy of this context; those that have not ended are unwound."""
-    passes = [greenlet(run) for _ in range(number)]
-    for one in passes:
-        one.gr_context = contextvars.copy_context()
-    try:
-        yield passes
-    finally:
-        for one in passes:
-            one.throw()

@@ -94,10 +94,10 @@ class Weights:
         ModelError: the weights cannot be read part by part; the message says why.
     """
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, *, head: bool = False) -> None:
         _refuse(checkpoint, settings)
         unread = [_Unread(stored) for stored in stored_in(checkpoint.folder)]
-        self.model = build_model(checkpoint, settings, {entry.stored.name: entry for entry in unread})
+        self.model = build_model(checkpoint, settings, {entry.stored.name: entry for entry in unread}, head=head)
         self.bytes_read = 0
         self._weights = _weights(self.model, unread)
         taken = {weight.stored for weight in self._weights.values()}

@@ -1,0 +1,149 @@
+"""What a streamed model predicts: every answer in passes that share one reading of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from avss_dist.corpus.shards import Batch
+from avss_dist.errors import ModelError
+from avss_dist.models.causal_lm import Drop, LanguageModel, Watcher
+from avss_dist.models.skipping import Skip, require_skippable
+from avss_dist.partition.streaming.passes import PLAN, Beginning, Passes, Plan, Record, planned
+from avss_dist.stats.layer_stats import Float64
+
+MOST_WAITING = 2 << 30  # bytes of hidden states of passes that wait at once, where no limit is given
+
+T = TypeVar("T")
+
+
+class StreamingLanguageModel(LanguageModel):
+    """See `causal_lm.LanguageModel`. It is made while all layers have some numbers, and gets ``passes`` then."""
+
+    keeps_hidden_states = False
+    passes: Passes | None = None
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.resumes  # noqa: B018  (while the layers have numbers)
+
+    @property
+    def _ready(self) -> Passes:
+        assert self.passes is not None
+        return self.passes
+
+    @cached_property
+    def _hidden_size(self) -> int:
+        return int(self.module.config.get_text_config().hidden_size) * self.module.dtype.itemsize
+
+    def _some(self, batches: Sequence[Batch], passes: int) -> Iterator[range]:
+        """Indices of batches whose hidden states fit, so many times each, one group after the other."""
+        room = MOST_WAITING if self._ready.host_bytes is None else self._ready.host_bytes
+        most = max((batch.input_ids.size for batch in batches), default=1) * self._hidden_size
+        step = max(1, room // (passes * most))
+        return (range(start, min(start + step, len(batches))) for start in range(0, len(batches), step))
+
+    @contextmanager
+    def without(self, drop: Collection[int]) -> Iterator[None]:
+        """See `causal_lm.LanguageModel`."""
+        self.require_layers(drop)
+        skips = {
+            layer.module: Skip(layer, partial(self._ready.call, layer.module), self.forms.get(layer.index))
+            for layer in require_skippable(self.layers, drop)
+        }
+        with planned(replace(PLAN.get(), skips={**PLAN.get().skips, **skips})):
+            yield
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """See `causal_lm.LanguageModel`."""
+        return self._alone(partial(super().call, *args, **kwargs))
+
+    def generate(self, **kwargs: Any) -> Any:
+        """See `causal_lm.LanguageModel`. The weights are read for every token."""
+        return self._alone(partial(super().generate, **kwargs))
+
+    def _alone(self, function: Callable[[], T]) -> T:
+        if self.passes is None or self.passes.running:
+            return function()
+        return self.passes.run([function])[0]
+
+    def each(self, function: Callable[[Batch], T], batches: Sequence[Batch]) -> list[T]:
+        """See `causal_lm.LanguageModel`."""
+        return self.together([partial(function, batch) for batch in batches])
+
+    def together(self, functions: Sequence[Callable[[], T]]) -> list[T]:
+        """See `causal_lm.LanguageModel`."""
+        return self._ready.run(functions)
+
+    def losses_without(self, batches: Sequence[Batch], drops: Sequence[Drop]) -> list[Float64]:
+        """See `causal_lm.LanguageModel`. A pass without more layers forks from the first set's, where they differ."""
+        first, branches = drops[0], self.branches(drops)
+        forms = {layer.module: self.forms[layer.index] for layer in self.layers} if branches else {}
+        found: dict[tuple[Drop, int], Float64] = {}
+
+        def ask(drop: Drop, i: int) -> None:
+            with self.without(drop):
+                found[drop, i] = self.losses(batches[i])
+
+        def fork(drop: Drop, i: int, hidden: torch.Tensor) -> None:
+            with planned(Plan(begins=Beginning(branches[drop], hidden, forms))):
+                ask(drop, i)
+
+        def ask_first(i: int) -> None:
+            forks = {
+                self.layers[layer].module: [partial(fork, drop, i) for drop, at in branches.items() if at == layer]
+                for layer in set(branches.values())
+            }
+            with planned(replace(PLAN.get(), forks=forks)):
+                ask(first, i)
+
+        others = [drop for drop in dict.fromkeys(drops[1:]) if drop not in branches and drop != first]
+        for some in self._some(batches, 2 * len(drops)):
+            self._ready.run(
+                [*(partial(ask_first, i) for i in some), *(partial(ask, d, i) for d in others for i in some)]
+            )
+        return [np.concatenate([found[drop, i] for i in range(len(batches))]) for drop in drops]
+
+    def backpropagate(self, batches: Sequence[Batch], watchers: Sequence[Watcher]) -> list[Watcher]:
+        """See `causal_lm.LanguageModel`. Each layer runs again on the way back, when its weights are there again."""
+        if not self.resumes:
+            raise ModelError(
+                f"`partition` streaming has no gradients of a {self.family} model: more than hidden states goes from "
+                "layer to layer.",
+                "Use `partition` single.",
+            )
+        for some in self._some(batches, len(self.layers)):
+            self._backpropagate([batches[i] for i in some], [watchers[i] for i in some])
+        return list(watchers)
+
+    def _backpropagate(self, batches: Sequence[Batch], watchers: Sequence[Watcher]) -> None:
+        layers = [layer for layer in self.layers if layer.module not in PLAN.get().skips]
+        records = [Record(layers[-1].module, self.forms[layers[-1].index]) for _ in batches]
+
+        def forward(batch: Batch, record: Record) -> torch.Tensor:
+            try:
+                with planned(replace(PLAN.get(), record=record)):
+                    logits = self.logits(batch)
+                logits.backward(self.logit_gradients(logits, batch))
+            finally:
+                torch.set_grad_enabled(False)
+            gradient = record.leaf.pop().grad
+            assert gradient is not None
+            return gradient
+
+        gradients = self._ready.run([partial(forward, *pair) for pair in zip(batches, records, strict=True)])
+        with self._ready.window(backwards=True) as window:
+            for module in [layer.module for layer in reversed(layers)]:
+                window.load(self._ready.index(module))
+                for i, (record, watcher) in enumerate(zip(records, watchers, strict=True)):
+                    with watcher.watch(), torch.enable_grad():
+                        leaf, output = record.calls.pop(module).rerun(partial(self._ready.call, module))
+                        output.backward(gradients[i])
+                    assert leaf.grad is not None
+                    gradients[i] = leaf.grad

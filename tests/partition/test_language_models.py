@@ -1,0 +1,122 @@
+"""Every question to every partition that one process holds: the answers of `single`, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.causal_lm import random_shard
+from support.checkpoints import one_thread
+from support.families import tiny_model
+from support.questions import answers, assert_same, generated, write_questions
+
+from avss_dist.errors import ModelError
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.checkpoints import resolve
+from avss_dist.models.size import footprint
+from avss_dist.partition.base import Placement, Replica
+from avss_dist.partition.open import open_replica
+from avss_dist.partition.streaming.replica import StreamingReplica
+from avss_dist.settings import Settings
+from avss_dist.tasks.harness import harness_task
+from avss_dist.tasks.layer_removal import LeaveOneOut
+
+SETTINGS = Settings(batch_size=2, sequence_length=24, dtype="float32", device="cpu")
+FAMILIES = ("llama", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "opt", "mamba", "qwen3_moe")
+OTHERS = ("falcon", "bloom")  # whose layers give on more than hidden states
+Save = Callable[[Any, Path], Path]
+
+
+@pytest.fixture(autouse=True)
+def same_bytes() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Save) -> Callable[[str], Path]:
+    folders: dict[str, Path] = {}
+
+    def saved(family: str) -> Path:
+        if family not in folders:
+            folders[family] = save_checkpoint(tiny_model("causal", family), tmp_path_factory.mktemp("models") / family)
+        return folders[family]
+
+    return saved
+
+
+def opened(folder: Path, partition: str, settings: Settings = SETTINGS, **placement: Any) -> Replica:
+    return open_replica(resolve(str(folder)), settings, Placement(partition=partition, **placement), head=True)
+
+
+def model_of(replica: Replica) -> LanguageModel:
+    assert replica.language_model is not None
+    return replica.language_model
+
+
+def room(folder: Path, layers: int) -> dict[str, int]:
+    """Memory for what is no layer, and so many layers."""
+    size = footprint(resolve(str(folder)), SETTINGS)
+    return {"cpu": size.weight_bytes - sum(size.layer_bytes) + layers * (max(size.layer_bytes) + 512)}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_streaming_answers_as_one_device_does(family: str, folder_of: Callable[[str], Path]) -> None:
+    """Without limit, and with room for no hidden state, so that those that wait are in files."""
+    single = opened(folder_of(family), "single")
+    skip = ("gradients",) if family in OTHERS else ()
+    expected, text = answers(model_of(single), skip), generated(model_of(single))
+    for limit in ({}, room(folder_of(family), 2)):
+        streaming = opened(folder_of(family), "streaming", max_memory=limit)
+        assert_same(answers(model_of(streaming), skip), expected)
+        if skip:
+            with pytest.raises(ModelError, match=f"streaming has no gradients of a {family} model"):
+                answers(model_of(streaming), ("loss", "leave", "shapley"))
+        assert torch.equal(generated(model_of(streaming)), text)
+        streaming.close()
+    single.close()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_device_map_answers_as_one_device_does(family: str, folder_of: Callable[[str], Path]) -> None:
+    """Two layers are on disk; then nothing is, and there are gradients."""
+    single = opened(folder_of(family), "single")
+    on_disk = opened(folder_of(family), "device_map", max_memory=room(folder_of(family), 1))
+    expected = answers(model_of(single))
+    some = {name: rows for name, rows in expected.items() if not name.startswith("gradients")}
+    assert_same(answers(model_of(on_disk), skip=("gradients",)), some)
+    assert torch.equal(generated(model_of(on_disk)), generated(model_of(single)))
+    with pytest.raises(ModelError, match=r"device_map.*no gradients(?s:.*)streaming"):
+        answers(model_of(on_disk), skip=("loss", "leave", "shapley"))
+    on_disk.close()
+    in_memory = opened(folder_of(family), "device_map")
+    assert_same(answers(model_of(in_memory)), expected)
+
+
+@pytest.mark.parametrize("partition", ["streaming", "device_map"])
+def test_the_harness_is_answered_as_by_one_device(partition: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """All batches of a task are asked together: streaming reads the weights once for them."""
+    (measure,) = harness_task(write_questions(tmp_path)).parts
+    expected = measure(model_of(opened(tiny_llama, "single")), (1,))
+    replica = opened(tiny_llama, partition, max_memory=room(tiny_llama, 2))
+    before = getattr(replica, "bytes_read", 0)
+    found = measure(model_of(replica), (1,))
+    assert [row.samples.tolist() for row in found] == [row.samples.tolist() for row in expected]
+    if isinstance(replica, StreamingReplica):
+        layers = sum(footprint(resolve(str(tiny_llama)), SETTINGS).layer_bytes)
+        assert replica.bytes_read - before == layers * 2 // 3  # of three layers two
+
+
+def test_leave_one_out_reads_each_weight_once(folder_of: Callable[[str], Path]) -> None:
+    """However many layers are left out in turn; and once more for each group of batches that has no room."""
+    folder = folder_of("llama")
+    layers = sum(footprint(resolve(str(folder)), SETTINGS).layer_bytes)
+    for limit, groups in (({}, 1), (room(folder, 2), 3)):
+        replica = opened(folder, "streaming", max_memory=limit)
+        assert isinstance(replica, StreamingReplica)
+        before = replica.bytes_read
+        LeaveOneOut(random_shard())(model_of(replica), ())
+        assert replica.bytes_read - before == groups * layers

@@ -1,0 +1,82 @@
+"""Everything that is asked of a language model, by one small text: what each replica must answer alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.tasks.base import Row, TextLoss
+from avss_dist.tasks.gradients import Gradients
+from avss_dist.tasks.layer_removal import LeaveOneOut, Shapley
+from support.causal_lm import random_shard
+
+HARNESS = """\
+task: questions
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: answer
+"""
+QUESTIONS = [
+    {"question": "The sky is", "choices": [" blue", " a kind of fish"], "answer": 0},
+    {"question": "Two and two are", "choices": [" four", " five", " a"], "answer": 0},
+    {"question": "A list that is sorted has", "choices": [" no end", " an order"], "answer": 1},
+    {"question": "Water", "choices": [" is wet", " is", " is dry and warm"], "answer": 0},
+    {"question": "Yes", "choices": ["!", "?"], "answer": 1},
+]
+
+
+def write_questions(folder: Path) -> str:
+    """A task of multiple choice for the harness: the path of its file."""
+    data = folder / "questions.jsonl"
+    data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    (folder / "questions.yaml").write_text(HARNESS.format(data=data))
+    return str(folder / "questions.yaml")
+
+
+def questions() -> dict[str, Any]:
+    """A measure for each kind of question, and the layers that are left out of it: two rows a batch, five rows."""
+    shard = random_shard()
+    return {
+        "loss": (TextLoss(shard), ()),
+        "loss without a layer": (TextLoss(shard), (1,)),
+        "leave one out": (LeaveOneOut(shard), ()),
+        "leave one out of the rest": (LeaveOneOut(shard), (2,)),
+        "shapley": (Shapley(shards=(shard,), seeds=(0, 1), truncation=False), ()),
+        "gradients": (Gradients(shard), ()),
+        "gradients without the last layer": (Gradients(shard), (2,)),
+    }
+
+
+def answers(model: LanguageModel, skip: tuple[str, ...] = ()) -> dict[str, list[Row]]:
+    """What a model answers to each."""
+    asked = {name: question for name, question in questions().items() if not any(map(name.startswith, skip))}
+    return {name: measure(model, drop) for name, (measure, drop) in asked.items()}
+
+
+def generated(model: LanguageModel) -> torch.Tensor:
+    """[1, tokens]: a greedy continuation without a layer."""
+    ids = torch.arange(10, 16, device=model.device)[None]
+    with model.without((1,)):
+        found: torch.Tensor = model.generate(inputs=ids, max_new_tokens=4, do_sample=False, use_cache=False)
+    return found.cpu()
+
+
+def assert_same(found: dict[str, list[Row]], expected: dict[str, list[Row]], rtol: float = 0.0) -> None:
+    """The same rows, their samples to the bit, or so near relative to the largest."""
+    assert found.keys() == expected.keys()
+    for name, rows in expected.items():
+        key = [(row.metric, row.drop, row.layer) for row in rows]
+        assert [(row.metric, row.drop, row.layer) for row in found[name]] == key, name
+        for row, wanted in zip(found[name], rows, strict=True):
+            assert np.array_equal(row.weights, wanted.weights), name
+            size = float(np.abs(wanted.samples).max(initial=0.0))
+            assert np.abs(row.samples - wanted.samples).max() <= rtol * size, (name, row.metric, row.drop, row.layer)
