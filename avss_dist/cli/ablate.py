@@ -8,7 +8,6 @@ import typer
 
 from avss_dist.cli.evaluate import EVALUATED
 from avss_dist.cli.options import (
-    WORKERS,
     CorpusOption,
     ManyOption,
     ModelArgument,
@@ -17,10 +16,11 @@ from avss_dist.cli.options import (
     takes_settings,
     warehouse_option,
 )
+from avss_dist.settings import Execution
 from avss_dist.system.streams import console
 
 
-@takes_settings(*EVALUATED, *WORKERS)
+@takes_settings(*EVALUATED, *Execution.__dataclass_fields__)
 def ablate(
     model: ModelArgument,
     corpus: CorpusOption,

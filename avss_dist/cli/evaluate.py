@@ -7,14 +7,13 @@ from typing import Annotated, Any
 import typer
 
 from avss_dist.cli.options import (
-    WORKERS,
     OverlapOption,
     SkipSequencesOption,
     format_option,
     takes_settings,
     warehouse_option,
 )
-from avss_dist.settings import Settings
+from avss_dist.settings import Execution, Settings
 from avss_dist.system.streams import console
 
 EVALUATED = tuple(
@@ -23,7 +22,7 @@ EVALUATED = tuple(
 """Settings that matter where nothing is measured inside of layers."""
 
 
-@takes_settings(*EVALUATED, *WORKERS)
+@takes_settings(*EVALUATED, *Execution.__dataclass_fields__)
 def evaluate(
     subjects: Annotated[list[str], typer.Argument(help="Models, or plans by avss plan: PLAN.yaml.")],
     task: Annotated[

@@ -42,6 +42,8 @@ from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
 LIMITS = {"--connect-seconds": 10.0, "--answer-seconds": 60.0}
+EXECUTION = {f"--{f.name.replace('_', '-')}": getattr(Execution(), f.name) for f in fields(Execution)}
+EXECUTION["--max-memory"] = None
 COMMANDS: dict[str, dict[str, Any]] = {
     "score": {
         "models": None,
@@ -50,8 +52,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         **{f"--{name.replace('_', '-')}": value for name, value in Settings().as_dict().items()},
         "--site": None,
         "--threshold": None,
-        **{f"--{f.name.replace('_', '-')}": getattr(Execution(), f.name) for f in fields(Execution)},
-        "--max-memory": None,
+        **EXECUTION,
         "--gradients": False,
     },
     "estimate": {
@@ -164,7 +165,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--gradients": False,
         "--skip-sequences": 0,
         **{f"--{name.replace('_', '-')}": value for name, value in Settings().as_dict().items()},
-        **{f"--{name}": getattr(Execution(), name) for name in ("executor", "replicas", "address", "fresh")},
+        **EXECUTION,
         "--yes": False,
         "--format": "table",
     },
@@ -177,7 +178,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--num-fewshot": None,
         "--allow-overlap": False,
         **{f"--{name.replace('_', '-')}": value for name, value in Settings().as_dict().items()},
-        **{f"--{name}": getattr(Execution(), name) for name in ("executor", "replicas", "address", "fresh")},
+        **EXECUTION,
         "--format": "table",
     },
     "experiment": {

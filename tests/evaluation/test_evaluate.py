@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.checkpoints import one_thread
-from support.command_line import avss
+from support.command_line import avss, files
+from support.tables import assert_same_evaluations
 
 from avss_dist.errors import ConfigError, CorpusError
 from avss_dist.evaluation.ablate import ablate
@@ -146,7 +148,7 @@ def test_partitions_refuse_what_they_would_not_honour(
         evaluate([str(tiny_llama)], tasks=[TEXT], **options)
     with pytest.raises(ConfigError, match=says):
         ablate(tiny_llama, corpus="builtin:pydoc", **options)
-    assert list(tmp_path.iterdir()) == []
+    assert files(tmp_path) == {}
 
 
 def test_gradients_are_refused_before_anything_is_scored(tmp_path: Path) -> None:
@@ -161,7 +163,7 @@ def test_gradients_are_refused_before_anything_is_scored(tmp_path: Path) -> None
 
 def test_streaming_evaluates_what_has_no_room(tiny_llama: Path, tmp_path: Path) -> None:
     """The same rows as of a whole model; `auto` chooses it where memory is limited."""
-    folders = {"whole": {}, "streamed": {"partition": "streaming", "max_memory": {"cpu": 200_000}}}
+    folders: dict[str, Any] = {"whole": {}, "streamed": {"partition": "streaming", "max_memory": {"cpu": 200_000}}}
     folders["chosen"] = {"max_memory": {"cpu": 200_000}}
     with one_thread():
         for name, options in folders.items():

@@ -120,7 +120,7 @@ def test_tensor_parallel_gives_the_same_numbers(models: list[str], single: Path,
 
 @pytest.mark.parametrize("partition", ["zero3", "tensor_parallel", "streaming"])
 def test_every_partition_evaluates(partition: str, models: list[str], tmp_path: Path) -> None:
-    """Losses, leave one out and Shapley values through workers; gradients where there are some: the rows of `single`."""
+    """Losses, leave one out, Shapley values and, where there are some, gradients by workers: the rows of `single`."""
     ranks = {} if partition == "streaming" else {"ranks": 2}
     backward = partition != "tensor_parallel"
     sizes = {**OPTIONS, "max_sequences": 10}
