@@ -1,4 +1,4 @@
-"""Ray's client of a job server, with a limit on every wait for it. Imported late: it loads Ray."""
+"""Ray's client of a job server, with limits on what it waits for and takes. Imported late: it loads Ray."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from typing import Any
 
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
-from requests.exceptions import ConnectionError, Timeout
+from requests import Response
+from requests.exceptions import ConnectionError, RequestException, Timeout
+
+from avss_dist.text import describe_bytes
+
+MOST_BYTES = 64 << 20  # of one answer
 
 NO_ANSWER = (ConnectionError, Timeout)  # requests raises either where a server says nothing more
 __all__ = ["NO_ANSWER", "AuthenticationError", "Client", "Redirected"]
@@ -18,7 +23,7 @@ class Redirected(Exception):
 
 
 class Client(JobSubmissionClient):
-    """A client that waits ``limits`` (connect, answer) seconds at most, and follows no redirect.
+    """A client that waits ``limits`` (connect, answer) seconds at most, takes `MOST_BYTES`, and follows no redirect.
 
     Raises:
         Redirected: the server answers with another address.
@@ -31,9 +36,29 @@ class Client(JobSubmissionClient):
 
     def _do_request(self, method: str, endpoint: str, *, data: Any = None, **options: Any) -> Any:
         body: Any = data and io.BytesIO(data)  # sent in blocks: the limit is for each of them, not for the whole file
-        answer = super()._do_request(
-            method, endpoint, data=body, timeout=self._limits, allow_redirects=False, **options
-        )
+        limits: dict[str, Any] = {
+            "timeout": self._limits,
+            "allow_redirects": False,
+            "stream": True,
+            "hooks": {"response": _read},
+        }
+        answer = super()._do_request(method, endpoint, data=body, **limits, **options)
         if answer.is_redirect:
             raise Redirected(answer.headers["location"])
         return answer
+
+
+def _read(answer: Response, **_: Any) -> None:
+    """Read an answer whole, as far as it may be long; what says no encoding is UTF-8, and no other one is looked for.
+
+    Raises:
+        RequestException: it is longer than `MOST_BYTES`.
+    """
+    data = bytearray()
+    for part in answer.iter_content(1 << 16):
+        data += part
+        if len(data) > MOST_BYTES:
+            answer.close()
+            raise RequestException(f"an answer is longer than {describe_bytes(MOST_BYTES)}")
+    answer._content = bytes(data)
+    answer.encoding = answer.encoding or "utf-8"

@@ -1,0 +1,110 @@
+"""What answers at the address of a job server: whatever a test wants."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+SILENCE = b"the server keeps the connection and says nothing"
+VERSION = {"version": "4", "ray_version": "2.52.0", "ray_commit": "0" * 40, "session_name": "session"}
+VERSION_ANSWER = json.dumps(VERSION).encode()
+JOB = {"type": "SUBMISSION", "submission_id": "avss-a", "status": "RUNNING", "entrypoint": "avss run"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """An answer.
+
+    Attributes:
+        body: sent as it is; a web address is a redirect, `SILENCE` is none.
+        length: what the header says of the body; None is the truth.
+        frames: sent after the handshake of a WebSocket; None has none.
+        repeat: how often the body is sent.
+    """
+
+    body: bytes = b""
+    status: int = 200
+    kind: str = "application/json"
+    length: int | None = None
+    frames: bytes | None = None
+    repeat: int = 1
+
+
+@dataclass
+class JobServer:
+    """Its address, and its answers by path; ``*`` answers all others."""
+
+    port: int
+    answers: dict[str, bytes | Answer] = field(default_factory=dict)
+    over: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def address(self) -> str:
+        """``http://HOST:PORT``."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def answer(self, path: str) -> Answer:
+        """The answer to a request."""
+        given = self.answers.get(path.rstrip("/"), self.answers.get("*", b"{}"))
+        return given if isinstance(given, Answer) else Answer(body=given)
+
+
+@contextmanager
+def job_server() -> Iterator[JobServer]:
+    """A server in a thread."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            with suppress(ConnectionError):  # the client has had enough
+                self._answer(server.answer(self.path))
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.do_GET()
+
+        def do_PUT(self) -> None:
+            self.do_POST()
+
+        def _answer(self, answer: Answer) -> None:
+            if answer.body is SILENCE:
+                server.over.wait()
+                return
+            if answer.frames is not None and "Sec-WebSocket-Key" in self.headers:
+                self._shake_hands()
+                self.wfile.write(answer.frames)
+                return
+            self.send_response(302 if answer.body.startswith(b"http") else answer.status)
+            self.send_header("Location", answer.body.decode("latin-1").partition("\n")[0].partition("\r")[0])
+            self.send_header("Content-Type", answer.kind)
+            length = len(answer.body) * answer.repeat if answer.length is None else answer.length
+            self.send_header("Content-Length", str(length))
+            self.end_headers()
+            for _ in range(answer.repeat):
+                self.wfile.write(answer.body)
+
+        def _shake_hands(self) -> None:
+            key = self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
+            self.send_response(101)
+            self.send_header("Upgrade", "websocket")
+            self.send_header("Connection", "Upgrade")
+            self.send_header("Sec-WebSocket-Accept", base64.b64encode(hashlib.sha1(key.encode()).digest()).decode())
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = JobServer(http.server_port)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.over.set()
+        http.shutdown()
+        http.server_close()
