@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -52,6 +53,7 @@ class Commands(TyperGroup):
             code = RunFailed.exit_code
             say(f"Error: {unwritable(error.filename or 'A file', error, 'Free some space.')}")
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is short, and would end in a traceback
             code = 130
             resumes = "fresh" in (_spelling.get() or {})
             kept = " Everything measured so far is kept; run the same command again to finish."

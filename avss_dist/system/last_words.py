@@ -17,4 +17,7 @@ class LastWords:
 
     def close(self) -> None:
         """Nothing is to be said."""
-        self._shell.communicate(b"\n")
+        try:
+            self._shell.communicate(b"\n")
+        finally:  # Ctrl-C comes twice
+            self._shell.kill()

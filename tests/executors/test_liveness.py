@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
+from support.processes import wait_until
+from support.ray_cluster import Cluster, children
 
 from avss_dist.errors import ConfigError
 from avss_dist.executors.ray import liveness
@@ -32,3 +41,50 @@ def test_who_listens_and_does_not_speak_grpc_is_not_waited_for(
         with pytest.raises(ConfigError, match=f"Ray at {address} cannot be reached: .*{says}"):
             executor.reach()
         executor.close()
+
+
+def score(model: Path, out: Path, executor: str, *options: str) -> subprocess.Popen[str]:
+    command = ["score", model, "--corpus", "builtin:pydoc", "--out", out, "--executor", executor, *options]
+    return subprocess.Popen(
+        [sys.executable, "-m", "avss_dist", *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_raylet_that_dies_while_devices_are_counted_ends_a_command(tiny_llama: Path, tmp_path: Path) -> None:
+    """A worker counts them; it is stopped, so that it is still at it."""
+    with Cluster(nodes=1) as cluster:
+        driver = score(tiny_llama, tmp_path, "ray", "--address", cluster.address)
+        (node,) = cluster.nodes
+        counting: list[psutil.Process] = []
+        while not counting and driver.poll() is None:
+            counting = children(node, "ray::devices_here") + children(node, "ray::_devices")
+        counting[0].suspend()
+        (raylet,) = cluster.services("raylet")
+        raylet.kill()
+        printed, said = driver.communicate()
+        counting[0].kill()
+    assert (driver.returncode, printed) == (1, ""), said
+    assert said.startswith("Error: ") and said.count("Error") == 1 and len(said.splitlines()) <= 2
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["ray", "local"])
+def test_ctrl_c_that_goes_on_and_on_ends_a_command_in_order(executor: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """Every 20 ms, from the first shard on: no traceback, no last words."""
+    many = ["--max-sequences", "2000", "--sequence-length", "64", "--sequences-per-shard", "4"]
+    driver = score(tiny_llama, tmp_path, executor, *many)
+    wait_until(lambda: list((tmp_path / "shard_stats").rglob("*.parquet")) or driver.poll() is not None)
+    ended: Any = threading.Thread(target=driver.wait)
+    ended.start()
+    while ended.is_alive():
+        driver.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    printed, said = driver.communicate()
+    assert (driver.returncode, printed) == (130, ""), said
+    assert said.count("Stopped. Everything measured so far is kept") == 1
+    assert "Traceback" not in said and "Error" not in said and "Exception" not in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from avss_dist.cli import app
 def avss(*args: object) -> Any:
     """Run a command; an unexpected exception is raised, not hidden in the result."""
     result = CliRunner().invoke(app, [str(arg) for arg in args])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a command that was stopped hears it no more
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
