@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from support.checkpoints import llama
+from support.checkpoints import VOCABULARY, llama
 from support.command_line import files
-from support.fuzzing import damaged_bytes, fuzzed, hold, mutated
+from support.families import tiny_model
+from support.fuzzing import damaged_bytes, fuzzed, hold, mutated, values
 from support.ggufs import write_gguf
 
 from avss_dist.errors import AvssError
@@ -135,6 +138,57 @@ def test_a_configuration_is_read_or_refused(data: Any, checkpoints: Path, tmp_pa
     headers_are_read_or_refused(tmp_path)
     with suppress(AvssError):
         footprint(str(tmp_path), Settings())
+
+
+FAMILIES = ("llama", "gpt2", "mixtral", "gemma3_text")
+COMMANDS = [
+    ["run", "job.yaml", "--dry-run", "--max-memory", "cpu=1KB"],  # no layer fits, so nothing is benchmarked
+    ["ablate", "model", "--corpus", "text.txt", "--warehouse", "w", "--shapley", "1000000"],  # which wants --yes
+    ["prune", "model", "plan.yaml", "--out", "pruned"],
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[Any, Path], Path]) -> Path:
+    """A folder with a tiny checkpoint of each family, and what the commands read. Not to be changed."""
+    root = tmp_path_factory.mktemp("families")
+    for family in FAMILIES:
+        model = tiny_model("causal", family)
+        model.resize_token_embeddings(VOCABULARY)
+        save_checkpoint(model, root / family)
+    (root / "text.txt").write_text("It was the best of times, it was the worst of times. " * 40)
+    (root / "plan.yaml").write_text("{model: model, num_layers: 3, layers: model.layers, drop: [1]}")
+    (root / "job.yaml").write_text("{warehouse: w, models: [model], corpora: [text.txt]}")
+    return root
+
+
+@st.composite
+def configurations(draw: Any, whole: dict[str, Any]) -> Any:
+    """A configuration with a few values that are none, of other types or sizes, or missing."""
+    if draw(st.integers(0, 3)) == 0:
+        return draw(mutated(whole))
+    sizes = [0, 1, 2, 7, -1, 1.5, "4", None, True, [4], {}, 2**31, 2**63 - 1, 10**30]
+    changed = dict(whole)
+    for key in draw(st.lists(st.sampled_from(sorted(whole)), min_size=1, max_size=2)):
+        changed[key] = draw(st.sampled_from(sizes) | values())
+        if draw(st.integers(0, 3)) == 0:
+            del changed[key]
+    return changed
+
+
+@fuzzed(16)
+@given(data=st.data())
+def test_a_command_takes_or_refuses_a_configuration(
+    data: Any, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(tmp_path)
+    shutil.copytree(place, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path(data.draw(st.sampled_from(FAMILIES))).rename("model")
+    config = Path("model/config.json")
+    config.write_text(json.dumps(data.draw(configurations(json.loads(config.read_text()))), default=str))
+    code, text = hold(*data.draw(st.sampled_from(COMMANDS)))
+    assert code in (0, 1, 2) and text.count("Error: ") <= 1
 
 
 @fuzzed(40)

@@ -80,8 +80,10 @@ def job_server() -> Iterator[JobServer]:
                 self._shake_hands()
                 self.wfile.write(answer.frames)
                 return
-            self.send_response(302 if answer.body.startswith(b"http") else answer.status)
-            self.send_header("Location", answer.body.decode("latin-1").partition("\n")[0].partition("\r")[0])
+            leads_elsewhere = answer.body.startswith(b"http")
+            self.send_response(302 if leads_elsewhere else answer.status)
+            if leads_elsewhere:
+                self.send_header("Location", answer.body.decode("latin-1"))
             self.send_header("Content-Type", answer.kind)
             length = len(answer.body) * answer.repeat if answer.length is None else answer.length
             self.send_header("Content-Length", str(length))
