@@ -162,8 +162,8 @@ def _encode_long(text: str, tokenizer: Tokenizer) -> Ids:
     """Tokens of a document that would take too much memory at once: those of its pieces, with its special tokens."""
     (probe,), (bare,) = (_encode(["a"], tokenizer, special=special) for special in (True, False))
     start = next((i for i in range(len(probe)) if probe[i : i + len(bare)] == bare), 0)
-    parts = [probe[:start], *(_encode([piece], tokenizer, special=False)[0] for piece in _pieces(text))]
-    return np.concatenate([np.asarray(ids, np.int32) for ids in (*parts, probe[start + len(bare) :])])
+    parts = [np.asarray(_encode([piece], tokenizer, special=False)[0], np.int32) for piece in _pieces(text)]
+    return np.concatenate([np.array(probe[:start], np.int32), *parts, np.array(probe[start + len(bare) :], np.int32)])
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -180,7 +180,7 @@ def _check_folder(folder: Path, spec: str, trust_remote_code: bool) -> None:
             f"'{spec}' needs Python code of its own (model_type '{kind}').",
             "Read that code, then set `trust_remote_code`.",
         )
-    if kind is None:
+    if not isinstance(kind, str):
         raise ModelError(f"'{spec}' has a config.json without a model_type.", "Add the family's name: llama, say.")
     raise ModelError(
         f"'{spec}' is of model_type '{kind}', which transformers {version('transformers')} does not know.",
@@ -206,10 +206,10 @@ def read_config(folder: Path, spec: str) -> dict[str, Any]:
     return config
 
 
-def _known(model_type: str | None) -> bool:
+def _known(model_type: Any) -> bool:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return model_type in CONFIG_MAPPING
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING
 
 
 def content_hash(folder: Path, files: Iterable[Path]) -> str:

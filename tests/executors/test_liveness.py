@@ -70,8 +70,8 @@ def test_a_raylet_that_dies_while_devices_are_counted_ends_a_command(tiny_llama:
         with suppress(psutil.NoSuchProcess):
             counting[0].kill()
     assert (driver.returncode, printed) == (1, ""), said
-    assert said.startswith("Error: ") and said.count("Error") == 1 and len(said.splitlines()) <= 2
-    assert "Traceback" not in said
+    ours = [line for line in said.splitlines() if not line.startswith("[20")]  # Ray's own code logs what it lost
+    assert ours[0].startswith("Error: ") and len(ours) <= 2 and "Traceback" not in said, said
 
 
 @pytest.mark.slow
