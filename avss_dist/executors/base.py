@@ -15,6 +15,7 @@ from avss_dist.settings import Settings, fingerprint
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.system.devices import Devices
 from avss_dist.tasks.cells import Cell, CellOutcome
+from avss_dist.warehouse.sharing import Receipt, SharedWarehouse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +57,18 @@ class RunShards:
     """The shards of one run that are still to be measured.
 
     Attributes:
+        warehouse: where workers may write partials themselves.
         dropped: set by the driver when it has no use for further results.
     """
 
     run_id: str
     replica_spec: ReplicaSpec
     shards: Sequence[Shard]
+    warehouse: SharedWarehouse | None = None
     dropped: bool = False
 
 
-Outcome = tuple[RunShards, ShardResult | AvssError]
+Outcome = tuple[RunShards, ShardResult | Receipt | AvssError]
 
 
 class Executor(Protocol):

@@ -21,6 +21,7 @@ from avss_dist.runs.planner import Planner
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run, RunInProgress
 from avss_dist.settings import fingerprint
+from avss_dist.warehouse.sharing import SharedWarehouse, shared
 from avss_dist.warehouse.store import Store
 
 UNCOMMITTED = 8  # results that may wait for the storage before the workers do
@@ -42,6 +43,7 @@ class Driver:
         self._run_ids: set[str] = set()
         self._ended: deque[Ending] = deque()
         self._full = False
+        self._shared: SharedWarehouse | None = None
         self._room = threading.BoundedSemaphore(UNCOMMITTED)
 
     def run(self, specs: Sequence[RunSpec]) -> Iterator[Ending]:
@@ -50,7 +52,7 @@ class Driver:
         Raises:
             AvssError: the executor itself failed.
         """
-        with ThreadPoolExecutor(1, "commit") as self._committer:
+        with shared(self._store) as self._shared, ThreadPoolExecutor(1, "commit") as self._committer:
             try:
                 with closing(self._executor.run(self._plan_runs(specs))) as outcomes:
                     for shards, outcome in outcomes:
@@ -81,7 +83,7 @@ class Driver:
                     continue
                 self._run_ids.add(run.run_id)
                 self._reporter.placed(spec.name, planned.replica_spec.placement)
-                running = RunInProgress(planned, self._store, fresh=self._fresh)
+                running = RunInProgress(planned, self._store, fresh=self._fresh, shared=self._shared)
             except Exception as error:
                 self._ended.append((spec, as_failure(error)))
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.errors import AvssError
+from avss_dist.errors import AvssError, RunFailed
 from avss_dist.executors.base import ReplicaSpec, RunShards
 from avss_dist.settings import BOOTSTRAP_BLOCKS
 from avss_dist.stats.layer_stats import ShardResult, merge_blocks
@@ -20,6 +20,7 @@ from avss_dist.stats.scores import score_run
 from avss_dist.system.versions import package_versions
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.sharing import Receipt, SharedWarehouse
 from avss_dist.warehouse.store import Store
 
 
@@ -83,7 +84,9 @@ class RunInProgress:
         failure: why it ended, or None.
     """
 
-    def __init__(self, planned: PlannedRun, store: Store, *, fresh: bool) -> None:
+    def __init__(
+        self, planned: PlannedRun, store: Store, *, fresh: bool, shared: SharedWarehouse | None = None
+    ) -> None:
         self.name = planned.name
         self.failure: AvssError | None = None
         self._planned, self._store = planned, store
@@ -92,7 +95,9 @@ class RunInProgress:
         expected = planned.expected
         kept = set() if fresh else {shard.shard_id for shard in self._partials(expected)}
         missing = [shard for shard in planned.corpus.shards if shard.shard_id not in kept]
-        self.shards = RunShards(run_id=planned.run.run_id, replica_spec=planned.replica_spec, shards=missing)
+        self.shards = RunShards(
+            run_id=planned.run.run_id, replica_spec=planned.replica_spec, shards=missing, warehouse=shared
+        )
         self.run = replace(planned.run, resumed_shards=len(kept))
         self.left = {shard.shard_id for shard in missing}
 
@@ -101,7 +106,7 @@ class RunInProgress:
         """Tokens that an earlier attempt has measured."""
         return self._planned.corpus.num_tokens - sum(shard.num_tokens for shard in self.shards.shards)
 
-    def counts(self, result: ShardResult) -> bool:
+    def counts(self, result: ShardResult | Receipt) -> bool:
         """Whether a result is the first of its shard; each counts once."""
         if result.shard_id not in self.left:
             return False
@@ -110,16 +115,17 @@ class RunInProgress:
             self._begun = time.perf_counter() - result.seconds
         return True
 
-    def keep(self, result: ShardResult) -> None:
-        """Commit one shard's result."""
-        self._store.write_shard(self._identity(result.model["family"]), result)
+    def keep(self, result: ShardResult | Receipt) -> None:
+        """Commit one shard's result, if its worker has not."""
+        if isinstance(result, ShardResult):
+            self._store.write_shard(self._identity(result.model["family"]), result)
 
     def finish(self) -> Run:
         """Merge, score and commit; every shard is in the warehouse."""
         expected, corpus = self._planned.expected, self._planned.corpus
         measured = time.perf_counter()
         shards = _RunMetadata(self._partials(expected))
-        stats, blocks = merge_blocks(shards, len(expected), BOOTSTRAP_BLOCKS)
+        stats, blocks = merge_blocks(self._whole(shards), len(expected), BOOTSTRAP_BLOCKS)
         layers = shards.layers
         identity = self._identity(shards.model["family"])
         self._store.write_layer_stats(identity, layers, stats)
@@ -146,6 +152,22 @@ class RunInProgress:
         self.run = replace(self.run, status="failed", error=str(error))
         error.run_id = self.run.run_id
         self.record(status="failed", error=str(error))
+
+    def _whole(self, shards: Iterable[ShardResult]) -> Iterator[ShardResult]:
+        """All shards, in the order of their ids.
+
+        Raises:
+            RunFailed: a partial was damaged after it had been written.
+        """
+        found = iter(shards)
+        for shard_id in sorted(self._planned.expected):
+            shard = next(found, None)
+            if shard is None or shard.shard_id != shard_id:
+                raise RunFailed(
+                    f"The partial of shard {shard_id} was written, and is damaged now.",
+                    "Run the same command again: it measures that shard again, and keeps the others.",
+                )
+            yield shard
 
     def _partials(self, expected: dict[int, str]) -> Iterator[ShardResult]:
         return self._store.each_shard(self._planned.run.run_id, expected)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +21,7 @@ SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
 _SCHEME = re.compile(r"([A-Za-z][\w+.-]+):/")
 _OPEN_HINT = "Give a folder, or an s3://, gs://, hdfs:// or file:// URI."
 _ADDRESS_HINT = "Check the address, and who may {} there."
+MARK_SECONDS = 7 * 86_400.0  # that a driver may run at most, for its workers to find its mark
 _ONE_FILE = r"[0-9a-f]{20}"  # of a cell or an experiment: a part of its fingerprint
 _FILE_NAMES = {
     "runs": "run",
@@ -63,11 +64,33 @@ class Storage:
 
     def create(self) -> None:
         """Make the warehouse, and prove with a small file that it can be written."""
-        probe = f"{self.base}/runs/.probe-{os.getpid()}-{secrets.token_hex(4)}"
-        self.write(probe, b"avss")
-        self.filesystem.delete_file(probe)
+        self.remove_mark(self.write_mark())
+        self._remove_old_marks()
         if self.is_local:
             remove_leftovers(Path(self.base))
+
+    def write_mark(self) -> str:
+        """Write a small file of a name that no other has; the name."""
+        mark = f".mark-{secrets.token_hex(8)}"
+        self.write(f"{self.base}/runs/{mark}", b"avss")
+        return mark
+
+    def has_mark(self, mark: str) -> bool:
+        """Whether a file of `write_mark` is there."""
+        with self.reading(f"{self.root}/runs"):
+            return bool(self.filesystem.get_file_info(f"{self.base}/runs/{mark}").type == pafs.FileType.File)
+
+    def remove_mark(self, mark: str) -> None:
+        """Delete a file of `write_mark`; one that cannot be deleted does no harm."""
+        with suppress(OSError, pa.ArrowException):
+            self.filesystem.delete_file(f"{self.base}/runs/{mark}")
+
+    def _remove_old_marks(self) -> None:
+        """Delete the marks of drivers that were killed, a week ago or more."""
+        with suppress(OSError, pa.ArrowException):
+            for info in self.filesystem.get_file_info(pafs.FileSelector(f"{self.base}/runs")):
+                if info.base_name.startswith(".mark-") and time.time() - info.mtime_ns / 1e9 > MARK_SECONDS:
+                    self.remove_mark(info.base_name)
 
     def path(self, table: str, run_id: str, name: str) -> str:
         """The path of a file.

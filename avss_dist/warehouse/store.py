@@ -80,9 +80,32 @@ class Store:
         """Make the warehouse, and prove with a small file that it can be written."""
         self._storage.create()
 
-    def write_shard(self, run: RunIdentity, result: ShardResult) -> None:
-        """Keep one shard's result, lossless to the last bit, so that a resumed run need not compute it again."""
-        self._storage.write(self._shard_path(run.run_id, result.shard_id), encode_shard(run, result).data)
+    @property
+    def address(self) -> RedactedURI:
+        """The warehouse as other processes can open it."""
+        return RedactedURI(self._storage.base) if self._storage.is_local else self.root
+
+    def write_mark(self) -> str:
+        """Write a small file by which other processes can tell that they see this warehouse; its name."""
+        return self._storage.write_mark()
+
+    def has_mark(self, mark: str) -> bool:
+        """Whether there is such a file."""
+        return self._storage.has_mark(mark)
+
+    def remove_mark(self, mark: str) -> None:
+        """Delete it, if that can be done."""
+        self._storage.remove_mark(mark)
+
+    def write_shard(self, run: RunIdentity, result: ShardResult) -> int:
+        """Keep one shard's result, lossless to the last bit, so that a resumed run need not compute it again.
+
+        Returns:
+            The bytes of its file.
+        """
+        data = encode_shard(run, result).data
+        self._storage.write(self._shard_path(run.run_id, result.shard_id), data)
+        return data.size
 
     def read_shards(self, run_id: str, expected: Mapping[int, str]) -> list[ShardResult]:
         """The partials of a run, in the order of ``expected`` (content hash by shard id), less those not whole."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import pickle
 import re
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,21 @@ import psutil
 import pytest
 import ray
 from support.processes import FreezesAtStart, ray_processes, wait_until
-from support.tables import assert_same_tables
+from support.tables import assert_same_tables, measured_files
 
 import avss_dist
 from avss_dist.errors import BatchTooLarge, RunFailed
+from avss_dist.executors.open import open_executor
 from avss_dist.executors.ray import gang, liveness
 from avss_dist.executors.ray.worker import ShardAssignment, Worker
 from avss_dist.runs.api import Reporter
+from avss_dist.runs.job_file import RunSpec
+from avss_dist.runs.planner import Planner
+from avss_dist.runs.run import RunInProgress
+from avss_dist.settings import split_options
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.sharing import Receipt, shared
+from avss_dist.warehouse.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -133,6 +143,75 @@ def test_a_stopped_driver_is_resumed(tiny_llama: Path, undisturbed: Path, tmp_pa
     assert_same_tables(tmp_path, undisturbed)
 
 
+@shared_cluster
+def test_workers_write_and_say_little(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """A partial goes to the warehouse from where it is measured; the driver hears a receipt of it."""
+    settings, execution = split_options({**OPTIONS, "executor": "ray", "replicas": 1})
+    with closing(open_executor(execution, settings)) as executor:
+        store = Store(tmp_path)
+        store.create()
+        spec = RunSpec(
+            model=str(tiny_llama), corpus="builtin:pydoc", settings=settings, execution=execution, title="", name=""
+        )
+        planned = Planner(executor, store).prepare(spec)
+        with shared(store) as warehouse:
+            running = RunInProgress(planned, store, fresh=False, shared=warehouse)
+            outcomes = [outcome for _, outcome in executor.run(iter([running.shards]))]
+    assert sorted(outcome.shard_id for outcome in outcomes if isinstance(outcome, Receipt)) == list(range(20))
+    assert max(len(pickle.dumps(outcome)) for outcome in outcomes) < 2000
+    sizes = {file.stat().st_size for file in (tmp_path / "shard_stats").rglob("*.parquet")}
+    assert {outcome.size for outcome in outcomes if isinstance(outcome, Receipt)} == sizes
+    assert list((tmp_path / "runs").iterdir()) == []  # the mark is gone
+    run = score(tiny_llama, tmp_path, executor="local")
+    assert run.resumed_shards == 20
+    assert_same_tables(tmp_path, undisturbed)
+
+
+@shared_cluster
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system takes root")
+def test_a_warehouse_that_workers_do_not_see_is_written_by_the_driver(
+    tiny_llama: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """The folder is a file system that the driver alone has; the workers live outside, and the run's notes say so."""
+    folder = tmp_path / "warehouse"
+    folder.mkdir()
+    arguments = ["--max-sequences", "160", "--sequence-length", "64", "--batch-size", "2", "--sequences-per-shard", "8"]
+    command = [sys.executable, "-m", "avss_dist", "score", str(tiny_llama), "--corpus", "builtin:pydoc", *arguments]
+    command += ["--out", str(folder), "--partition", "single", "--address", ray.get_runtime_context().gcs_address]
+    inside = f"mount -t tmpfs none {folder} && {shlex.join(command)} && cp -r {folder} {tmp_path}/copy"
+    subprocess.run(["unshare", "--mount", "sh", "-c", inside], check=True)
+    assert list(folder.iterdir()) == []
+    (run,) = Warehouse(tmp_path / "copy").runs().to_pylist()
+    assert "some workers do not reach the warehouse: the driver wrote for them" in run["notes"]
+    assert measured_files(tmp_path / "copy") == measured_files(undisturbed)
+
+
+class Damaging(Reporter):
+    """Flips a bit of a partial after its receipt has come."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._arrived = folder, 0
+
+    def advanced(self, name: str, num_tokens: int) -> None:
+        self._arrived += 1
+        if self._arrived == 3:
+            file = sorted((self._folder / "shard_stats").rglob("*.parquet"))[0]
+            data = bytearray(file.read_bytes())
+            data[len(data) // 2] ^= 1
+            file.write_bytes(data)
+
+
+@shared_cluster
+def test_a_partial_that_is_damaged_after_its_receipt_is_measured_again(
+    tiny_llama: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RunFailed, match=r"partial of shard \d+ was written, and is damaged(?s:.*)same command again"):
+        score(tiny_llama, tmp_path, executor="ray", replicas=2, reporter=Damaging(tmp_path))
+    run = score(tiny_llama, tmp_path, executor="ray", replicas=2)
+    assert (run.status, run.resumed_shards) == ("done", 19)
+    assert_same_tables(tmp_path, undisturbed)
+
+
 class DiesOnShardTwo(Worker):
     """A poisonous shard: whoever measures it dies."""
 
@@ -143,6 +222,17 @@ class DiesOnShardTwo(Worker):
 
 
 MARK: list[Path] = []  # travels to the worker with the class below
+
+
+class DiesOnceAfterWriting(Worker):
+    """The partial of shard 2 is there, and no receipt comes."""
+
+    def measure(self, assignment: ShardAssignment) -> Any:
+        done = super().measure(assignment)
+        if isinstance(done, Receipt) and done.shard_id == 2 and not MARK[0].exists():
+            MARK[0].touch()
+            os._exit(1)
+        return done
 
 
 class FailsOnceOnShardTwo(Worker):
@@ -196,12 +286,13 @@ def test_a_shard_that_kills_its_workers_fails_the_run_and_keeps_the_rest(
     assert_same_tables(tmp_path, undisturbed)
 
 
+@pytest.mark.parametrize("fails", [FailsOnceOnShardTwo, DiesOnceAfterWriting])
 @pytest.mark.usefixtures("cluster", "this_module_travels")
 def test_a_passing_fault_is_retried(
-    tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fails: type[Worker], tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     MARK[:] = [tmp_path / "mark"]
-    monkeypatch.setattr(gang, "Worker", FailsOnceOnShardTwo)
+    monkeypatch.setattr(gang, "Worker", fails)
     assert score(tiny_llama, tmp_path / "w", executor="ray", replicas=1).status == "done"
     assert MARK[0].exists()
     assert_same_tables(tmp_path / "w", undisturbed)

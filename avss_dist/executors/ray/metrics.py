@@ -9,6 +9,7 @@ from ray.util.metrics import Counter
 from avss_dist.errors import AvssError
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.tasks.cells import Cell
+from avss_dist.warehouse.sharing import Receipt
 
 
 class Metrics:
@@ -32,7 +33,7 @@ class Metrics:
         if isinstance(source, Cell):
             self._cells.inc(tags=status)
             return
-        if isinstance(result, ShardResult):
+        if isinstance(result, ShardResult | Receipt):
             if result.num_tokens:
                 self._tokens.inc(result.num_tokens)
             self._shards.inc()

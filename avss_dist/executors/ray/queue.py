@@ -181,7 +181,14 @@ class ShardQueue(UnitQueue[Shard]):
         forwards = max(-(-self.units[unit].num_sequences // self.rows) for unit in units)
         shards = [None if unit is None else self.units[unit] for unit in self.by_rank(units)]
         return [
-            ShardAssignment(shard=shard, rows=self.rows, forwards=forwards, run_id=self._run.run_id) for shard in shards
+            ShardAssignment(
+                shard=shard,
+                rows=self.rows,
+                forwards=forwards,
+                run_id=self._run.run_id,
+                warehouse=self._run.warehouse,
+            )
+            for shard in shards
         ]
 
     def _outcome(self, unit: int, result: Any) -> tuple[RunShards, Any]:

@@ -24,14 +24,16 @@ from avss_dist.system.devices import pick_device
 from avss_dist.tasks.cells import Beat, Cell, CellResult, measure_cell
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.sharing import Receipt, SharedWarehouse
 
 BEAT_SECONDS = 1.0
+UnitResult = ShardResult | Receipt | CellResult
 
 
 class Assignment(Protocol):
     """What one rank does in a round; pickled."""
 
-    def run(self, spec: ReplicaSpec, model: Replica, beat: Beat) -> ShardResult | CellResult | None:
+    def run(self, spec: ReplicaSpec, model: Replica, beat: Beat) -> UnitResult | None:
         """The result, or None where this rank reports none.
 
         Args:
@@ -48,15 +50,17 @@ class ShardAssignment:
         shard: None for a rank that has none in this round.
         rows: rows of a batch.
         forwards: forward passes of every rank in this round.
+        warehouse: where the partial is written, if this worker reaches it.
     """
 
     shard: Shard | None
     rows: int
     forwards: int
     run_id: str
+    warehouse: SharedWarehouse | None = None
 
-    def run(self, spec: ReplicaSpec, model: Replica, beat: Beat) -> ShardResult | None:
-        """See `Assignment`. The partial is encoded here, for there are more workers than drivers."""
+    def run(self, spec: ReplicaSpec, model: Replica, beat: Beat) -> ShardResult | Receipt | None:
+        """See `Assignment`. The partial is encoded and written here, for there are more workers than drivers."""
         if self.shard is None:
             follow(model, self.forwards)
             return None
@@ -65,6 +69,12 @@ class ShardAssignment:
             return None
         of, family = spec.checkpoint, result.model["family"]
         run = RunIdentity(run_id=self.run_id, model=of.name, revision=of.revision, family=family)
+        store = self.warehouse and self.warehouse.store()
+        if store:
+            return Receipt.of(result, store.write_shard(run, result))
+        if self.warehouse:
+            notes = [*result.model["notes"], "some workers do not reach the warehouse: the driver wrote for them"]
+            result = replace(result, model={**result.model, "notes": notes})
         return replace(result, stats=encode_shard(run, result))
 
 
@@ -134,7 +144,7 @@ class Worker:
             self._spec = spec
         self._opening = False
 
-    def measure(self, assignment: Assignment) -> ShardResult | CellResult | None:
+    def measure(self, assignment: Assignment) -> UnitResult | None:
         """Do this rank's part of a round, with the model that is open."""
         assert self._spec is not None
         self._beat()

@@ -1,0 +1,80 @@
+"""A warehouse that several processes write: the driver's, where its workers find it too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+from avss_dist.errors import AvssError
+from avss_dist.stats.layer_stats import ShardResult
+from avss_dist.text import RedactedURI
+from avss_dist.warehouse.store import Store
+
+
+@dataclass(frozen=True)
+class SharedWarehouse:
+    """A warehouse as a driver names it to its workers; pickled.
+
+    Attributes:
+        root: where it is, from anywhere.
+        mark: the name of a file in it, which the driver has written.
+    """
+
+    root: RedactedURI
+    mark: str
+
+    def store(self) -> Store | None:
+        """The warehouse; None where this process does not find the driver's mark, so that it is another, or none."""
+        return _seen(self)
+
+
+@lru_cache(maxsize=8)
+def _seen(shared: SharedWarehouse) -> Store | None:
+    try:
+        store = Store(shared.root)
+        return store if store.has_mark(shared.mark) else None
+    except AvssError:
+        return None
+
+
+@contextmanager
+def shared(store: Store) -> Iterator[SharedWarehouse | None]:
+    """Inside, workers may write the warehouse; None where it takes no mark, as on a full disk."""
+    try:
+        mark = store.write_mark()
+    except AvssError:
+        yield None
+        return
+    try:
+        yield SharedWarehouse(store.address, mark)
+    finally:
+        store.remove_mark(mark)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What a worker says of a shard whose partial it has written: little, for one driver hears many workers.
+
+    Attributes:
+        shard_id, content_hash, num_tokens, seconds: see `ShardResult`.
+        size: bytes of the partial.
+    """
+
+    shard_id: int
+    content_hash: str
+    num_tokens: int
+    seconds: float
+    size: int
+
+    @staticmethod
+    def of(result: ShardResult, size: int) -> Receipt:
+        """That of a result."""
+        return Receipt(
+            shard_id=result.shard_id,
+            content_hash=result.content_hash,
+            num_tokens=result.num_tokens,
+            seconds=result.seconds,
+            size=size,
+        )
