@@ -34,7 +34,7 @@ class SharedWarehouse:
 def _seen(shared: SharedWarehouse) -> Store | None:
     try:
         store = Store(shared.root)
-        return store if store.has_mark(shared.mark) else None
+        return store if store.storage.has_mark(shared.mark) else None
     except AvssError:
         return None
 
@@ -43,14 +43,14 @@ def _seen(shared: SharedWarehouse) -> Store | None:
 def shared(store: Store) -> Iterator[SharedWarehouse | None]:
     """Inside, workers may write the warehouse; None where it takes no mark, as on a full disk."""
     try:
-        mark = store.write_mark()
+        mark = store.storage.write_mark()
     except AvssError:
         yield None
         return
     try:
-        yield SharedWarehouse(store.address, mark)
+        yield SharedWarehouse(store.storage.address, mark)
     finally:
-        store.remove_mark(mark)
+        store.storage.remove_mark(mark)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,6 +69,11 @@ class Storage:
         if self.is_local:
             remove_leftovers(Path(self.base))
 
+    @property
+    def address(self) -> RedactedURI:
+        """The warehouse as other processes can open it."""
+        return RedactedURI(self.base) if self.is_local else self.root
+
     def write_mark(self) -> str:
         """Write a small file of a name that no other has; the name."""
         mark = f".mark-{secrets.token_hex(8)}"

@@ -59,17 +59,20 @@ class Store:
     Args:
         root: a folder, or an ``s3://``, ``gs://``, ``hdfs://`` or ``file://`` URI. Opening it reads and writes nothing.
         cached: read tables of many files from copies in the user's cache, see `cache`.
+
+    Attributes:
+        storage: where its files are.
     """
 
     def __init__(self, root: str | Path, *, cached: bool = False) -> None:
-        self._storage, self._cached = Storage(root), cached
+        self.storage, self._cached = Storage(root), cached
         self._unreadable: dict[tuple[str, str], str] = {}  # the reason by path and time of change
         self._damaged: dict[str, str] = {}
 
     @property
     def root(self) -> RedactedURI:
         """The name of the warehouse: what it was opened by, without the keys of a URI."""
-        return self._storage.root
+        return self.storage.root
 
     @property
     def damaged(self) -> Mapping[str, str]:
@@ -78,40 +81,17 @@ class Store:
 
     def create(self) -> None:
         """Make the warehouse, and prove with a small file that it can be written."""
-        self._storage.create()
+        self.storage.create()
 
-    @property
-    def address(self) -> RedactedURI:
-        """The warehouse as other processes can open it."""
-        return RedactedURI(self._storage.base) if self._storage.is_local else self.root
-
-    def write_mark(self) -> str:
-        """Write a small file by which other processes can tell that they see this warehouse; its name."""
-        return self._storage.write_mark()
-
-    def has_mark(self, mark: str) -> bool:
-        """Whether there is such a file."""
-        return self._storage.has_mark(mark)
-
-    def remove_mark(self, mark: str) -> None:
-        """Delete it, if that can be done."""
-        self._storage.remove_mark(mark)
-
-    def write_shard(self, run: RunIdentity, result: ShardResult) -> int:
-        """Keep one shard's result, lossless to the last bit, so that a resumed run need not compute it again.
-
-        Returns:
-            The bytes of its file.
-        """
-        data = encode_shard(run, result).data
-        self._storage.write(self._shard_path(run.run_id, result.shard_id), data)
-        return data.size
+    def write_shard(self, run: RunIdentity, result: ShardResult) -> None:
+        """Keep one shard's result, lossless to the last bit, so that a resumed run need not compute it again."""
+        self.storage.write(self._shard_path(run.run_id, result.shard_id), encode_shard(run, result).data)
 
     def read_shards(self, run_id: str, expected: Mapping[int, str]) -> list[ShardResult]:
         """The partials of a run, in the order of ``expected`` (content hash by shard id), less those not whole."""
 
         def read(shard_id: int) -> ShardResult | None:
-            data = self._storage.read(self._shard_path(run_id, shard_id))
+            data = self.storage.read(self._shard_path(run_id, shard_id))
             shard = data and decode_shard(data, run_id)
             return shard if shard and (shard.shard_id, shard.content_hash) == (shard_id, expected[shard_id]) else None
 
@@ -127,15 +107,15 @@ class Store:
     def write_layer_stats(self, run: RunIdentity, layers: Sequence[str], stats: Mapping[LayerKey, LayerStats]) -> None:
         """Write the merged statistics of a run; ``layers`` are the module paths of all its layers, in order."""
         data = encode("layer_stats", run.run_id, to_columns(run, layers, stats))
-        self._storage.write(self._storage.path("layer_stats", run.run_id, "layer_stats"), data)
+        self.storage.write(self.storage.path("layer_stats", run.run_id, "layer_stats"), data)
 
     def read_layer_stats(self, run_id: str) -> dict[LayerKey, LayerStats]:
         """The merged statistics of a run, as written; WarehouseError when it has none."""
-        data = self._storage.read(path := self._storage.path("layer_stats", run_id, "layer_stats"))
+        data = self.storage.read(path := self.storage.path("layer_stats", run_id, "layer_stats"))
         if data is None:
-            known = sorted({run for run, _ in self._storage.files("layer_stats").values()}) or ["none yet"]
+            known = sorted({run for run, _ in self.storage.files("layer_stats").values()}) or ["none yet"]
             raise WarehouseError(f"{self.root} has no layer statistics of run '{run_id}'.", nearest(run_id, known))
-        with self._storage.reading(path):
+        with self.storage.reading(path):
             stored = parse(data)
             checked_rows("layer_stats", run_id, stored)
             return to_stats(stored)
@@ -159,7 +139,7 @@ class Store:
 
     def cell_ids(self, run_id: str) -> set[str]:
         """The cells of an evaluation that are measured."""
-        return {Path(path).stem for path, (run, _) in self._storage.files("cells").items() if run == run_id}
+        return {Path(path).stem for path, (run, _) in self.storage.files("cells").items() if run == run_id}
 
     def write_evaluations(self, run: RunIdentity, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write what the cells of an evaluation say together; rows lack the columns of RunIdentity."""
@@ -171,9 +151,9 @@ class Store:
 
     def run(self, run_id: str) -> dict[str, Any] | None:
         """The ``runs`` row of a run by column, ``versions`` as a dict; None when it has none."""
-        if (data := self._storage.read(path := self._storage.path("runs", run_id, "run"))) is None:
+        if (data := self.storage.read(path := self.storage.path("runs", run_id, "run"))) is None:
             return None
-        with self._storage.reading(path):
+        with self.storage.reading(path):
             stored = parse(data)
             if len(stored) != 1:
                 raise pa.ArrowInvalid(f"it has {len(stored)} rows; a run has one")
@@ -219,7 +199,7 @@ class Store:
             try:
                 rows = [file.to_table(dataset.schema, list(columns)) for file in files.get(run_id, ())]
             except (OSError, pa.ArrowException) as error:
-                self._note(run_id, self._storage.damage(f"{self.root}/layer_stats", error))
+                self._note(run_id, self.storage.damage(f"{self.root}/layer_stats", error))
                 continue
             if rows and (table := self._whole("layer_stats", pa.concat_tables(rows))):
                 yield run_id, table
@@ -247,7 +227,7 @@ class Store:
                 if not self._leave_out_unreadable({"runs", *known}):
                     if isinstance(error, failures):
                         raise
-                    with self._storage.reading(f"{self.root}/{known[0] if known else 'runs'}"):
+                    with self.storage.reading(f"{self.root}/{known[0] if known else 'runs'}"):
                         raise
 
     def _datasets(self, names: Sequence[str]) -> dict[str, ds.Dataset | None]:
@@ -258,14 +238,14 @@ class Store:
         """The dataset of ``runs``, which this version can read, and the ids of those that are done."""
         files = self._files("runs", None)
         runs = self._dataset("runs", files)
-        if runs is None and self._storage.files("cells"):  # of models that were not scored
+        if runs is None and self.storage.files("cells"):  # of models that were not scored
             return ds.dataset(SCHEMAS["runs"].empty_table()), set()
         if runs is None:
             self._refuse_without_runs()
         refuse_newer(runs)
         rows = runs.to_table(RUN_COLUMNS)
         refuse_newer_version(pc.max(rows["schema_version"]).as_py() or 0)
-        without_row = {self._storage.run_id(path) for path in files}.difference(rows["run_id"].to_pylist())
+        without_row = {self.storage.run_id(path) for path in files}.difference(rows["run_id"].to_pylist())
         self._damaged |= dict.fromkeys(without_row, "it has no row; a run has one")
         if damaged := damaged_runs("runs", rows):
             self._damaged |= damaged
@@ -278,7 +258,7 @@ class Store:
     def _refuse_without_runs(self) -> NoReturn:
         for run_id, reason in self._damaged.items():
             raise WarehouseError(f"Cannot read run {run_id} of {self.root}: {reason}.", DAMAGED)
-        exists = self._storage.has_folder("runs")
+        exists = self.storage.has_folder("runs")
         problem = "has no runs yet" if exists else "is not a warehouse: it has no runs folder"
         raise WarehouseError(f"{self.root} {problem}.", "avss score makes one; a run counts once it has finished.")
 
@@ -292,7 +272,7 @@ class Store:
         chosen = None if name in ("runs", "evaluations", "cells", "experiments") else done
         return {
             path: stamp
-            for path, (run, stamp) in self._storage.files(name).items()
+            for path, (run, stamp) in self.storage.files(name).items()
             if (chosen is None or run in chosen) and (path, stamp) not in self._unreadable
         }
 
@@ -300,7 +280,7 @@ class Store:
         """The copied rows of files of a table, and the files that are still to be read."""
         if not self._cached:
             return None, files
-        where = f"{self._storage.filesystem.type_name}:{self._storage.base}"
+        where = f"{self.storage.filesystem.type_name}:{self.storage.base}"
         return copied_rows(name, where, files, SCHEMAS[name], self._open_checked)
 
     def _leave_out_unreadable(self, names: Iterable[str]) -> bool:
@@ -317,7 +297,7 @@ class Store:
                 for (path, stamp), reason in zip(files.items(), reasons, strict=True):
                     if reason:
                         self._unreadable[path, stamp] = reason
-                        self._note(self._storage.run_id(path), reason)
+                        self._note(self.storage.run_id(path), reason)
         return len(self._unreadable) > before
 
     def _why_unreadable(self, name: str, path: str) -> str | None:
@@ -328,7 +308,7 @@ class Store:
         except FileNotFoundError:
             return "it is gone"
         except (OSError, pa.ArrowException) as error:
-            return self._storage.damage(path, error)
+            return self.storage.damage(path, error)
         return None
 
     def _whole(self, name: str, table: pa.Table) -> pa.Table:
@@ -344,7 +324,7 @@ class Store:
     def _open(self, name: str, files: Files) -> ds.Dataset:
         """The rows of some files of a table; ``files`` holds size and time by path."""
         hive = ds.partitioning(pa.schema([("run_id", pa.string())]), flavor="hive")
-        return ds.dataset(sorted(files), SCHEMAS[name], "parquet", self._storage.filesystem, hive)
+        return ds.dataset(sorted(files), SCHEMAS[name], "parquet", self.storage.filesystem, hive)
 
     def _open_checked(self, name: str, files: Files) -> ds.Dataset:
         dataset = self._open(name, files)
@@ -353,7 +333,7 @@ class Store:
         return dataset
 
     def _shard_path(self, run_id: str, shard_id: int) -> str:
-        return self._storage.path("shard_stats", run_id, f"shard-{shard_id:05d}")
+        return self.storage.path("shard_stats", run_id, f"shard-{shard_id:05d}")
 
     def _write_rows(
         self, table: str, run_id: str, rows: Sequence[Mapping[str, Any]], *, name: str | None = None
@@ -362,7 +342,7 @@ class Store:
         for column in {column for row in rows for column in row}:
             require_known("column", column, SCHEMAS[table].names, WarehouseError)
         columns = {f.name: pa.array([r.get(f.name) for r in rows], f.type, from_pandas=True) for f in SCHEMAS[table]}
-        self._storage.write(self._storage.path(table, run_id, name or table), encode(table, run_id, columns))
+        self.storage.write(self.storage.path(table, run_id, name or table), encode(table, run_id, columns))
 
 
 def _with_identity(run: RunIdentity, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -70,12 +70,15 @@ class ShardAssignment:
         of, family = spec.checkpoint, result.model["family"]
         run = RunIdentity(run_id=self.run_id, model=of.name, revision=of.revision, family=family)
         store = self.warehouse and self.warehouse.store()
-        if store:
-            return Receipt.of(result, store.write_shard(run, result))
-        if self.warehouse:
+        if self.warehouse and not store:
             notes = [*result.model["notes"], "some workers do not reach the warehouse: the driver wrote for them"]
             result = replace(result, model={**result.model, "notes": notes})
-        return replace(result, stats=encode_shard(run, result))
+        encoded = encode_shard(run, result)
+        result = replace(result, stats=encoded)
+        if not store:
+            return result
+        store.write_shard(run, result)
+        return Receipt.of(result, encoded.data.size)
 
 
 @dataclass(frozen=True, kw_only=True)
