@@ -32,7 +32,9 @@ class StoredWeights:
     """The tensors of a checkpoint's files, and which of them are layers: ``{prefix}.{layer}.{path}``.
 
     Attributes:
-        files: tensors by file; layers: what the plan calls the layer list.
+        files: tensors by file.
+        prefix: what the files call the layer list.
+        plan: whose layers are dropped.
     """
 
     files: Mapping[Path, Mapping[str, StoredTensor]]

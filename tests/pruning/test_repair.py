@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,22 @@ def test_the_checkpoint_keeps_its_dtype(tmp_path: Path, save_checkpoint: Save) -
     done = prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit", dtype="float32"))
     assert {tensor.dtype for tensor in load_file(tmp_path / "less" / "model.safetensors").values()} == {torch.bfloat16}
     assert done["repair"].cuts[0].error_after < done["repair"].cuts[0].error_before
+
+
+def test_weights_in_several_files(tmp_path: Path, save_checkpoint: Save) -> None:
+    """The same tensors as in one file, each in the file that it was in."""
+    model = lively(llama())
+    folder, plan = whole_of(model, tmp_path / "whole", save_checkpoint)
+    shutil.copytree(folder, tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path / "cut", max_shard_size="20KB")
+    for name in ("whole", "cut"):
+        prune(str(tmp_path / name), plan, tmp_path / f"less-{name}", repair=repair_of("refit"))
+    one = load_file(tmp_path / "less-whole" / "model.safetensors")
+    several = {file.name: load_file(file) for file in (tmp_path / "less-cut").glob("*.safetensors")}
+    index = json.loads((tmp_path / "less-cut" / "model.safetensors.index.json").read_text())
+    assert len(several) > 2 and set(index["weight_map"]) == set(one)
+    assert all(torch.equal(several[file][name], one[name]) for name, file in index["weight_map"].items())
 
 
 # Refusals
