@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from avss_dist.settings import BOOTSTRAP_BLOCKS
-from avss_dist.stats.layer_stats import Float64, LayerKey, LayerStats, merge_blocks
+from avss_dist.stats.layer_stats import Float64, LayerKey, LayerStats
+from avss_dist.stats.merging import merge_blocks
 from avss_dist.stats.scores import Threshold, score_run
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMAS
@@ -142,7 +143,7 @@ def _layer_names(warehouse: Warehouse, run: Mapping[str, Any]) -> list[str]:
     return [names.get(i, "") for i in range(max([run["num_layers"] or 0, *(i + 1 for i in names)]))]
 
 
-def _blocks(warehouse: Warehouse, run: Mapping[str, Any]) -> list[dict[LayerKey, LayerStats]]:
+def _blocks(warehouse: Warehouse, run: Mapping[str, Any]) -> list[Mapping[LayerKey, LayerStats]]:
     """The run's partials as they were resampled when it was scored; none where some are gone."""
     columns = ["shard_id", "content_hash"]
     kept = warehouse.table("shard_stats", run_ids=[run["run_id"]], columns=columns).to_pylist()
@@ -150,4 +151,4 @@ def _blocks(warehouse: Warehouse, run: Mapping[str, Any]) -> list[dict[LayerKey,
     shards = warehouse.read_shards(run["run_id"], expected)
     if not shards or [shard.shard_id for shard in shards] != list(range(run["num_shards"] or 0)):
         return []
-    return merge_blocks(shards, len(shards), BOOTSTRAP_BLOCKS)[1]
+    return merge_blocks(shards, BOOTSTRAP_BLOCKS)[1]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import AvssError
@@ -16,6 +16,9 @@ from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.system.devices import Devices
 from avss_dist.tasks.cells import Cell, CellOutcome
 from avss_dist.warehouse.sharing import Receipt, SharedWarehouse
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +101,16 @@ class Executor(Protocol):
 
     def run_cells(self, cells: Sequence[Cell]) -> Generator[CellOutcome, None, None]:
         """Yield the result of every cell, in any order; an AvssError in its place is of that cell alone."""
+
+    def apply(self, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
+        """Yield the function of every item, in their order, computed side by side where there are machines for it.
+
+        Args:
+            function, items: pickled.
+
+        Raises:
+            AvssError: the function did.
+        """
 
     def close(self) -> None:
         """Stop workers and free devices."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import groupby, islice
 from threading import Event
+from typing import TypeVar
 
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import AvssError, ConfigError, ModelError, as_failure
@@ -21,6 +22,8 @@ from avss_dist.system.cores import computing_threads, free_cores
 from avss_dist.system.devices import available_memory, devices_here, pick_device
 from avss_dist.tasks.cells import Cell, CellOutcome, CellResult, measure_cell
 
+S = TypeVar("S")
+T = TypeVar("T")
 SPARE_SHARE = 0.9  # of the available memory that shards which are measured at once may take
 
 
@@ -82,6 +85,10 @@ class LocalExecutor:
             return measure_cell(replica.language_model, cell)
         except Exception as error:
             return as_failure(error)
+
+    def apply(self, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
+        """One after the other."""
+        return map(function, items)
 
     def close(self) -> None:
         """Nothing outlives `run`."""

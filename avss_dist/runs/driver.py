@@ -136,7 +136,7 @@ class Driver:
             return
         spec, running = self._in_progress[shards]
         try:
-            run = running.finish()
+            run = running.finish(self._executor.apply)
         except Exception as error:
             self._fail(shards, as_failure(error))
         else:

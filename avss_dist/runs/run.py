@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow as pa
 
 from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.errors import AvssError, RunFailed
+from avss_dist.errors import AvssError
 from avss_dist.executors.base import ReplicaSpec, RunShards
-from avss_dist.settings import BOOTSTRAP_BLOCKS
-from avss_dist.stats.layer_stats import ShardResult, merge_blocks
+from avss_dist.runs.partials import Apply, merge_partials
+from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.scores import score_run
 from avss_dist.system.versions import package_versions
 from avss_dist.warehouse.reader import Warehouse
@@ -89,7 +89,7 @@ class RunInProgress:
     ) -> None:
         self.name = planned.name
         self.failure: AvssError | None = None
-        self._planned, self._store = planned, store
+        self._planned, self._store, self._shared = planned, store, shared
         self._start = time.perf_counter()
         self._begun: float | None = None
         expected = planned.expected
@@ -120,12 +120,15 @@ class RunInProgress:
         if isinstance(result, ShardResult):
             self._store.write_shard(self._identity(result.model["family"]), result)
 
-    def finish(self) -> Run:
-        """Merge, score and commit; every shard is in the warehouse."""
+    def finish(self, apply: Apply | None = None) -> Run:
+        """Merge, score and commit; every shard is in the warehouse.
+
+        Args:
+            apply: see `merge_partials`.
+        """
         expected, corpus = self._planned.expected, self._planned.corpus
         measured = time.perf_counter()
-        shards = _RunMetadata(self._partials(expected))
-        stats, blocks = merge_blocks(self._whole(shards), len(expected), BOOTSTRAP_BLOCKS)
+        stats, blocks, shards = merge_partials(self._store, self._shared, self.run.run_id, expected, apply)
         layers = shards.layers
         identity = self._identity(shards.model["family"])
         self._store.write_layer_stats(identity, layers, stats)
@@ -152,22 +155,6 @@ class RunInProgress:
         self.run = replace(self.run, status="failed", error=str(error))
         error.run_id = self.run.run_id
         self.record(status="failed", error=str(error))
-
-    def _whole(self, shards: Iterable[ShardResult]) -> Iterator[ShardResult]:
-        """All shards, in the order of their ids.
-
-        Raises:
-            RunFailed: a partial was damaged after it had been written.
-        """
-        found = iter(shards)
-        for shard_id in sorted(self._planned.expected):
-            shard = next(found, None)
-            if shard is None or shard.shard_id != shard_id:
-                raise RunFailed(
-                    f"The partial of shard {shard_id} was written, and is damaged now.",
-                    "Run the same command again: it measures that shard again, and keeps the others.",
-                )
-            yield shard
 
     def _partials(self, expected: dict[int, str]) -> Iterator[ShardResult]:
         return self._store.each_shard(self._planned.run.run_id, expected)
@@ -205,23 +192,3 @@ class RunInProgress:
                 **columns,
             }
         )
-
-
-class _RunMetadata:
-    """Passes shards on, and keeps what the run's row says of them."""
-
-    def __init__(self, shards: Iterator[ShardResult]) -> None:
-        self._shards = shards
-        self.layers: tuple[str, ...] = ()
-        self.model: dict[str, Any] = {}
-        self.device = ""
-        self.peak_memory_bytes = 0
-        self.seconds = 0.0
-
-    def __iter__(self) -> Iterator[ShardResult]:
-        for shard in self._shards:
-            notes = list(dict.fromkeys([*self.model.get("notes", ()), *shard.model["notes"]]))
-            self.layers, self.model, self.device = shard.layers, {**shard.model, "notes": notes}, shard.device
-            self.peak_memory_bytes = max(self.peak_memory_bytes, shard.peak_memory_bytes)
-            self.seconds += shard.seconds
-            yield shard

@@ -298,45 +298,6 @@ class ShardResult:
     peak_memory_bytes: int = 0
 
 
-def merge_stats(parts: Iterable[Mapping[LayerKey, LayerStats]]) -> dict[LayerKey, LayerStats]:
-    """Merge statistics by key, in the order given; a key may be missing from some parts."""
-    merged: dict[LayerKey, LayerStats] = {}
-    for part in parts:
-        for key, stats in part.items():
-            merged[key] = merged[key].merge(stats) if key in merged else stats
-    return {key: merged[key] for key in sorted(merged)}
-
-
-def merge_blocks(
-    shards: Iterable[ShardResult], num_shards: int, most: int
-) -> tuple[dict[LayerKey, LayerStats], list[dict[LayerKey, LayerStats]]]:
-    """Merge shards, given in the order of their ids: the run, and at most ``most`` blocks of consecutive ones.
-
-    The number of blocks bounds memory, whatever the size of the corpus, and so does that only the run keeps the counts
-    by value. Blocks depend on ``num_shards`` alone, so the result does not depend on who measured what.
-
-    Raises:
-        ValueError: the ids are not exactly 0, 1, ..., num_shards - 1.
-    """
-    size = -(-num_shards // most)
-    blocks: list[dict[LayerKey, LayerStats]] = []
-    values: dict[LayerKey, Values] = {}
-    seen = -1
-    for seen, shard in enumerate(shards):
-        if shard.shard_id != seen:
-            raise ValueError(f"shard {shard.shard_id} where shard {seen} belongs")
-        if seen % size == 0:
-            blocks.append({})
-        for key, stats in shard.stats.items():
-            values[key] = merge_values(values[key], stats.values) if key in values else stats.values
-        blocks[-1] = merge_stats((blocks[-1], {key: _without_values(s) for key, s in shard.stats.items()}))
-    if seen + 1 != num_shards:
-        raise ValueError(f"{seen + 1} shards where {num_shards} belong")
-    merged = merge_stats(blocks)
-    for key, (abs_value, abs_value_count) in values.items():
-        merged[key] = replace(merged[key], abs_value=abs_value, abs_value_count=abs_value_count)
-    return merged, blocks
-
-
-def _without_values(stats: LayerStats) -> LayerStats:
+def without_values(stats: LayerStats) -> LayerStats:
+    """Statistics without the counts by value, which are most of what they take."""
     return replace(stats, abs_value=_empty_values(), abs_value_count=_empty_int())

@@ -2,11 +2,13 @@
 
     python tests/benchmarks/streaming.py write FOLDER [--gigabytes 6]     a random Llama-shaped checkpoint, bfloat16
     python tests/benchmarks/streaming.py run FOLDER                       a shard of it, in a process of its own
+    python tests/benchmarks/streaming.py ablate FOLDER [--memory 2e9]     leave-one-out of it, in a process of its own
     python tests/benchmarks/streaming.py compare MODEL_FOLDER             against `single`, in one process
 
 `run` prints tokens/s, the peak of anonymous memory (RssAnon) against a budget of embedding + two layers + the shard's
-hidden states + 600 MB, and bytes read a shard against the checkpoint's. `compare` takes medians of rounds in which both
-take turns, on a default shard of 32 x 256 tokens in batches of 8.
+hidden states + 600 MB, and bytes read a shard against the checkpoint's. `ablate` does the same of the losses without
+each layer of 2 x 128 tokens, within a limit, and gives their time in passes of the whole model. `compare` takes medians
+of rounds in which both take turns, on a default shard of 32 x 256 tokens in batches of 8.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ from avss_dist.partition.single import SingleReplica
 from avss_dist.partition.streaming.buffers import stored_in
 from avss_dist.partition.streaming.replica import StreamingReplica
 from avss_dist.settings import Settings
+from avss_dist.tasks.base import TextLoss
+from avss_dist.tasks.layer_removal import LeaveOneOut
 
 VOCABULARY, HIDDEN, MLP, HEADS, KEYS = 32_000, 2048, 8192, 16, 4
 ALLOWANCE = 600_000_000
@@ -150,6 +154,31 @@ def measure(folder: Path) -> None:
     print(f"read for a shard       {', '.join(f'{ours / size:.3f}' for ours in read)} of the checkpoint")
 
 
+def ablate(folder: Path, memory_bytes: int) -> None:
+    """`ablate`, in this process."""
+    settings = Settings(device="cpu", batch_size=1, sequence_length=128, sequences_per_shard=2)
+    placement = Placement(partition="streaming", max_memory={"cpu": memory_bytes})
+    with PeakAnonymous() as memory:
+        replica = StreamingReplica(opened(folder), settings, placement, head=True)
+        model, shard = replica.language_model, random_shard(settings, VOCABULARY)
+        assert model is not None
+        opened_bytes = replica.bytes_read
+        seconds, read = [], []
+        for measure in (TextLoss(shard), TextLoss(shard), LeaveOneOut(shard)):
+            start, before = time.perf_counter(), replica.bytes_read
+            rows = measure(model, ())
+            seconds.append(time.perf_counter() - start)
+            read.append(replica.bytes_read - before)
+    parts = [sum(stored.size for stored in part.stored) for part in replica._parts]
+    hidden = 2 * len(rows) * shard.input_ids.size * HIDDEN * torch.bfloat16.itemsize
+    budget = opened_bytes + sum(sorted(parts)[-2:]) + hidden + ALLOWANCE
+    size, passes = checkpoint_bytes(folder), seconds[2] / seconds[1]
+    print(f"{folder.name}: {size / 1e9:.2f} GB, {memory_bytes / 1e9:g} GB allowed, {len(rows) - 1} layers left out")
+    print(f"the whole model        {seconds[1]:.1f} s, {read[1] / size:.3f} of the checkpoint read")
+    print(f"and without each       {seconds[2]:.1f} s, {read[2] / size:.3f} of it read: {passes:.1f} passes")
+    print(f"peak RssAnon           {memory.peak / 1e6:,.0f} MB; budget {budget / 1e6:,.0f} MB")
+
+
 def compare(folder: Path, rounds: int) -> None:
     settings = Settings(device="cpu", dtype="bfloat16")
     replicas = {
@@ -178,9 +207,10 @@ def in_turn(replicas: dict[str, SingleReplica | StreamingReplica], round_: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("write", "run", "measure", "compare"), help="measure: run in this process")
+    parser.add_argument("command", choices=("write", "run", "measure", "ablate", "ablate-here", "compare"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=6.0)
+    parser.add_argument("--memory", type=float, default=2e9, help="bytes that `ablate` may take for weights")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     if options.command == "write":
@@ -189,6 +219,10 @@ def main() -> None:
         subprocess.run([sys.executable, __file__, "measure", str(options.folder)], check=True)
     elif options.command == "measure":
         measure(options.folder)
+    elif options.command == "ablate":
+        subprocess.run([sys.executable, __file__, "ablate-here", *sys.argv[2:]], check=True)
+    elif options.command == "ablate-here":
+        ablate(options.folder, int(options.memory))
     else:
         compare(options.folder, options.rounds)
 

@@ -26,7 +26,9 @@ import avss_dist
 from avss_dist.errors import BatchTooLarge, RunFailed
 from avss_dist.executors.open import open_executor
 from avss_dist.executors.ray import gang, liveness
+from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.executors.ray.worker import ShardAssignment, Worker
+from avss_dist.runs import partials
 from avss_dist.runs.api import Reporter
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.planner import Planner
@@ -184,6 +186,27 @@ def test_a_warehouse_that_workers_do_not_see_is_written_by_the_driver(
     (run,) = Warehouse(tmp_path / "copy").runs().to_pylist()
     assert "some workers do not reach the warehouse: the driver wrote for them" in run["notes"]
     assert measured_files(tmp_path / "copy") == measured_files(undisturbed)
+
+
+@shared_cluster
+def test_tasks_merge_to_the_same_bytes(
+    tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks are merged on the cluster, while a worker of the next run holds its CPU; damage is told from there too."""
+    monkeypatch.setattr(partials, "MERGED_HERE", 0)
+    applied: list[range] = []
+    own = RayExecutor.apply
+
+    def spy(self: RayExecutor, function: Any, items: Any) -> Iterator[Any]:
+        applied.extend(items)
+        return own(self, function, items)
+
+    monkeypatch.setattr(RayExecutor, "apply", spy)
+    score(tiny_llama, tmp_path / "whole", executor="ray", replicas=1)
+    assert len(applied) == 20
+    assert_same_tables(tmp_path / "whole", undisturbed)
+    with pytest.raises(RunFailed, match="is damaged now"):
+        score(tiny_llama, tmp_path / "damaged", executor="ray", reporter=Damaging(tmp_path / "damaged"))
 
 
 class Damaging(Reporter):

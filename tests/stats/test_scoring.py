@@ -18,7 +18,8 @@ from support.oracle import Float64, oracle_stats
 from avss_dist.settings import RELATIVE_THRESHOLDS
 from avss_dist.stats import rankings
 from avss_dist.stats.histogram import HISTOGRAM_EDGES
-from avss_dist.stats.layer_stats import LayerKey, LayerStats, merge_stats
+from avss_dist.stats.layer_stats import LayerKey, LayerStats
+from avss_dist.stats.merging import merge_stats
 from avss_dist.stats.rankings import count_lowest, rank_lowest
 from avss_dist.stats.scores import SiteTable, Threshold, score_run
 from avss_dist.warehouse.schema import SCHEMAS

@@ -25,11 +25,11 @@ from avss_dist.stats.histogram import (
 from avss_dist.stats.layer_stats import (
     LayerStats,
     ShardResult,
-    merge_blocks,
     merge_moments,
-    merge_stats,
     stats_from_pattern_counts,
+    without_values,
 )
+from avss_dist.stats.merging import combine_blocks, merge_block, merge_blocks, merge_stats, split_into_blocks
 
 GRID = np.array(THRESHOLDS)
 UNITS = 3
@@ -69,10 +69,6 @@ def sampled(seed: int) -> LayerStats:
 
 
 any_stats = st.integers(0, 10**6).map(sampled)
-
-
-def without_values(stats: LayerStats) -> LayerStats:
-    return replace(stats, abs_value=np.zeros(0, np.float32), abs_value_count=np.zeros(0, np.int64))
 
 
 def make_shard(shard_id: int, stats: LayerStats | None = None) -> ShardResult:
@@ -349,7 +345,7 @@ def test_merge_stats_sorts_keys_and_takes_a_key_that_some_parts_lack() -> None:
 @given(st.integers(1, 40), st.integers(1, 12))
 def test_blocks_are_bounded_and_merge_into_the_run(num_shards: int, most: int) -> None:
     shards = [make_shard(i) for i in range(num_shards)]
-    merged, blocks = merge_blocks(iter(shards), num_shards, most)
+    merged, blocks = merge_blocks(shards, most)
     size = -(-num_shards // most)
     assert len(blocks) <= most
     for i, block in enumerate(blocks):
@@ -362,14 +358,29 @@ def test_blocks_are_bounded_and_merge_into_the_run(num_shards: int, most: int) -
 
 def test_few_shards_are_a_block_each() -> None:
     shards = [make_shard(i) for i in range(5)]
-    _, blocks = merge_blocks(shards, 5, 5)
+    _, blocks = merge_blocks(shards, 5)
     assert len(blocks) == 5
     for block, shard in zip(blocks, shards, strict=True):
         assert block[0, "block"].equals(without_values(shard.stats[0, "block"]))
 
 
+@laws
+@given(st.integers(1, 40), st.integers(1, 12))
+def test_who_merges_a_block_changes_nothing(num_shards: int, most: int) -> None:
+    """Blocks that were merged elsewhere, and pickled on their way, give the same as all that were merged here."""
+    shards = [make_shard(i) for i in range(num_shards)]
+    blocks = [merge_block(shards[ids.start : ids.stop], ids) for ids in split_into_blocks(num_shards, most)]
+    assert [i for ids in split_into_blocks(num_shards, most) for i in ids] == list(range(num_shards))
+    merged, kept = combine_blocks(pickle.loads(pickle.dumps(blocks)))
+    expected, expected_blocks = merge_blocks(shards, most)
+    assert merged.keys() == expected.keys() and all(merged[key].equals(expected[key]) for key in expected)
+    assert len(kept) == len(expected_blocks) <= most
+    for one, other in zip(kept, expected_blocks, strict=True):
+        assert one.keys() == other.keys() and all(one[key].equals(other[key]) for key in other)
+
+
 def test_no_shards_are_no_blocks() -> None:
-    assert merge_blocks([], 0, 5) == ({}, [])
+    assert merge_blocks([], 5) == ({}, [])
 
 
 @pytest.mark.parametrize(
@@ -386,4 +397,4 @@ def test_no_shards_are_no_blocks() -> None:
 )
 def test_blocks_take_every_shard_once_and_in_order(ids: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        merge_blocks([make_shard(i) for i in ids], 3, 2)
+        merge_block([make_shard(i) for i in ids], range(3))

@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from avss_dist.errors import StorageFull, WarehouseError
 from avss_dist.settings import SCHEMA_VERSION, SITES
 from avss_dist.stats.histogram import HISTOGRAM_BINS
-from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, merge_stats
+from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
+from avss_dist.stats.merging import merge_stats
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMAS, TABLES, RunIdentity

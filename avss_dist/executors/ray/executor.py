@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from itertools import chain, count
-from typing import Any
+from itertools import chain, count, islice
+from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
-from avss_dist.errors import ConfigError, RunFailed
+from avss_dist.errors import AvssError, ConfigError, RunFailed
 from avss_dist.executors.base import Outcome, RunShards, by_model
 from avss_dist.executors.prefetch import Prefetcher
 from avss_dist.executors.ray.gang import Gang, missing_package
@@ -26,6 +27,9 @@ from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices, devices_here, pick_device
 from avss_dist.system.last_words import LastWords
 from avss_dist.tasks.cells import Cell, CellOutcome
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 class RayExecutor:
@@ -115,6 +119,21 @@ class RayExecutor:
                 if has_head():  # else the cluster ends its workers itself
                     pool.close()
 
+    def apply(self, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
+        """See `executors.base.Executor`. Tasks take no CPU, for workers may hold all; what is lost is done here."""
+        if not ray.is_initialized():
+            yield from map(function, items)
+            return
+        task: Any = ray.remote(_call).options(num_cpus=0, scheduling_strategy="SPREAD")
+        left, running = iter(items), deque[tuple[S, Any]]()
+        at_once = max(1, self.devices.cpus // 2)
+        while True:
+            running.extend((item, task.remote(function, item)) for item in islice(left, at_once - len(running)))
+            if not running:
+                return
+            item, reference = running.popleft()
+            yield _result(function, item, reference)
+
     def close(self) -> None:
         """Stop the workers, and Ray if it was started here."""
         try:
@@ -155,6 +174,23 @@ class RayExecutor:
         require_head()
         name = f"{os.getpid()}-{next(self._names)}"
         return Gang(name, placement, threads=self._settings.threads, monitor=self._monitor)
+
+
+def _call(function: Callable[[S], T], item: S) -> T:
+    return function(item)
+
+
+def _result(function: Callable[[S], T], item: S, reference: Any) -> T:
+    """What a task gives; where it was lost, the function is called here."""
+    try:
+        found: T = ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, AvssError):
+            raise error.cause from None
+        raise
+    except RayError:
+        return function(item)
+    return found
 
 
 def _shortage(placement: Placement, cpus: int) -> str:
