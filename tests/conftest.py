@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from support.checkpoints import LAYERS, VOCABULARY, llama, save_tokenizer
 from support.disks import SmallDisk
+from support.warm_workers import forking_workers
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: in tiny models, threads wait for each other
@@ -33,6 +34,13 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
         yield cache
+
+
+@pytest.fixture(scope="session")
+def warm_workers() -> Iterator[None]:
+    """Ray that this process starts has workers that need not import everything; see `support.warm_workers`."""
+    with forking_workers():
+        yield
 
 
 @pytest.fixture(scope="session")

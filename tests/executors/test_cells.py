@@ -30,7 +30,7 @@ from avss_dist.system.devices import devices_here
 from avss_dist.tasks.base import Measure, Row, TextLoss
 from avss_dist.tasks.cells import Cell, measure_cell
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_workers")]
 
 PARTS = 6
 SETTINGS = Settings(**SMALL)

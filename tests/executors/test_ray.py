@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -38,7 +39,7 @@ from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.sharing import Receipt, shared
 from avss_dist.warehouse.store import Store
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_workers")]
 
 OPTIONS: dict[str, Any] = {
     "max_sequences": 160,
@@ -106,7 +107,7 @@ def test_a_lost_worker_is_replaced_and_nothing_counts_twice(
 ) -> None:
     """Killed, or stopped, which the watchdog sees: it begins no layer."""
     reporter = Harming({3: harm})
-    run = score(tiny_llama, tmp_path, executor="ray", replicas=2, hang_seconds=4, reporter=reporter)
+    run = score(tiny_llama, tmp_path, executor="ray", replicas=2, hang_seconds=8, reporter=reporter)
     assert len(reporter.victims) == 1 and run.status == "done"
     assert reporter.arrived == 20
     assert_same_tables(tmp_path, undisturbed)
@@ -268,6 +269,15 @@ class FailsOnceOnShardTwo(Worker):
         return super().measure(assignment)
 
 
+class WaitsBeforeShardTen(Worker):
+    """A run that does not end before what happens to it is seen."""
+
+    def measure(self, assignment: ShardAssignment) -> Any:
+        if assignment.shard and assignment.shard.shard_id >= 10:
+            time.sleep(3600)
+        return super().measure(assignment)
+
+
 class HasRoomForOneRow(Worker):
     """A rank that cannot halve a batch alone says so; all ranks then take fewer rows."""
 
@@ -365,6 +375,7 @@ def test_models_share_the_workers_and_no_process_is_left(tiny_llama: Path, tiny_
     wait_until(lambda: not ray_processes())
 
 
+@pytest.mark.usefixtures("this_module_travels")
 @pytest.mark.parametrize(
     ("part", "message"),
     [
@@ -384,6 +395,7 @@ def test_a_run_ends_with_its_cluster_and_says_so(
     """Without its dashboard agent, Ray takes a node down; without the GCS, it would end this process after a minute."""
     ray.shutdown()
     monkeypatch.setattr(liveness, "HEAD_SECONDS", 1.0)
+    monkeypatch.setattr(gang, "Worker", WaitsBeforeShardTen)
 
     class Kills(Reporter):
         def advanced(self, name: str, num_tokens: int) -> None:

@@ -24,7 +24,7 @@ from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.runs.api import Reporter
 from avss_dist.warehouse.reader import Warehouse
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_workers")]
 
 FAMILIES = ("llama", "gemma3_text", "mixtral", "gpt2")  # more in test_gangs, test_device_map and test_streaming
 OPTIONS: dict[str, Any] = {"max_sequences": 26, "sequence_length": 32, "batch_size": 2, "sequences_per_shard": 4}

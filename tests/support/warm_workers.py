@@ -1,0 +1,132 @@
+"""Ray workers that need not import torch and transformers, which costs more than most of what they do in tests.
+
+A process that has imported them forks a worker when a raylet asks. The child runs Ray's ``default_worker.py`` with the
+arguments, the environment and the files that the raylet gave. Clusters that are started by other programs
+(`cluster/local.sh`, ``ray start``, the command line, fault campaigns) have Ray's own workers.
+
+    python warm_workers.py SOCKET        until standard input ends
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+# What a worker imports, but ray: it reads its configuration from the environment as soon as it is imported.
+MODULES = (
+    "accelerate",
+    "avss_dist.measure.kernels.cpu",
+    "avss_dist.measure.shard",
+    "avss_dist.models.causal_lm",
+    "avss_dist.partition.open",
+    "avss_dist.tasks.cells",
+    "avss_dist.warehouse.encoding",
+    "deepspeed",
+    "requests",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.llama.modeling_llama",
+)
+
+
+@contextmanager
+def forking_workers() -> Iterator[None]:
+    """Clusters that this process starts meanwhile have such workers."""
+    from ray._private import ray_constants
+
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        path = Path(folder) / "socket"
+        command = [sys.executable, __file__, str(path)]
+        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        assert server.stdin is not None and server.stdout is not None
+        assert server.stdout.readline(), "it ended"
+        patch.setenv("AVSS_TEST_WORKERS", str(path))
+        patch.setattr(ray_constants, "SETUP_WORKER_FILENAME", str(Path(__file__).with_name("launch_worker.py")))
+        yield
+        server.stdin.close()
+        server.wait()
+
+
+def serve(path: str) -> None:
+    """Fork a worker for each connection; returns in those processes, and when standard input ends."""
+    from numba import njit
+
+    for module in MODULES:
+        importlib.import_module(module)
+    njit(lambda: None)()  # the first use of its compiler imports the rest
+    assert "ray" not in sys.modules
+    with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
+        listener.bind(path)
+        listener.listen()
+        selector.register(listener, selectors.EVENT_READ)
+        selector.register(sys.stdin, selectors.EVENT_READ)
+        print("ready", flush=True)
+        while (key := selector.select()[0][0]).fileobj is not sys.stdin:
+            if key.fileobj is not listener:
+                key.data()
+                continue
+            launcher, _ = listener.accept()
+            size, descriptors, _, _ = socket.recv_fds(launcher, 8, 3)
+            asked = launcher.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
+            if (worker := os.fork()) == 0:
+                become_worker(descriptors, **json.loads(asked))
+                return
+            for descriptor in descriptors:
+                os.close(descriptor)
+            watch(selector, worker, launcher)
+
+
+def watch(selector: selectors.BaseSelector, worker: int, launcher: socket.socket) -> None:
+    """Have the worker and what the raylet started in its place end together, whoever of them is killed."""
+    process = os.pidfd_open(worker)
+
+    def launcher_ended() -> None:
+        selector.unregister(launcher)
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+
+    def worker_ended() -> None:
+        os.waitpid(worker, 0)
+        selector.unregister(process)
+        os.close(process)
+        if launcher in selector.get_map():
+            selector.unregister(launcher)
+            launcher.shutdown(socket.SHUT_RDWR)  # workers that were forked since have it open too
+        launcher.close()
+
+    selector.register(launcher, selectors.EVENT_READ, launcher_ended)
+    selector.register(process, selectors.EVENT_READ, worker_ended)
+
+
+def become_worker(descriptors: list[int], *, arguments: list[str], environment: dict[str, str], folder: str) -> None:
+    """Run Ray's program as if the raylet had started this process."""
+    os.setpgrp()  # the raylet ends the whole group of a worker
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    from ray._private.runtime_env.context import RuntimeEnvContext
+    from ray._private.utils import update_envs
+    from ray._private.workers.setup_worker import parser
+
+    own, program = parser.parse_known_args(arguments)
+    update_envs(RuntimeEnvContext.deserialize(own.serialized_runtime_env_context or "{}").env_vars)
+    sys.argv, sys.path[0] = program, str(Path(program[0]).parent)
+    runpy.run_path(program[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
