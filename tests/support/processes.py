@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import psutil
 import pytest
 import ray
+from ray import cloudpickle
 
-from avss_dist.executors.ray import pool
+from avss_dist.executors.ray import gang, pool
+from avss_dist.executors.ray.worker import Worker
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -26,6 +30,14 @@ def ray_processes(name: str = "ray::Worker") -> list[psutil.Process]:
     return [p for p in children if p.is_running() and p.name().startswith(name)]
 
 
+class SlowWorker(Worker):
+    """As one does that must import torch first."""
+
+    def __init__(self, *args: Any) -> None:
+        time.sleep(2)
+        super().__init__(*args)
+
+
 class FreezesAtStart(threading.Thread):
     """Stops the processes of the next workers, so many, as soon as they have one: none has reported then.
 
@@ -37,10 +49,13 @@ class FreezesAtStart(threading.Thread):
         self._number, self._patch = number, patch
         self._before = set(ray._private.state.actors())
         self.victims: list[psutil.Process] = []
+        patch.setattr(gang, "Worker", SlowWorker)
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import it
         self.start()
 
     def run(self) -> None:
         while len(self.victims) < self._number:
+            time.sleep(0.01)
             for name, actor in ray._private.state.actors().items():
                 if name not in self._before and actor["ActorClassName"].endswith("Worker") and actor["Pid"]:
                     self._before.add(name)
@@ -52,3 +67,4 @@ class FreezesAtStart(threading.Thread):
         self._patch.setattr(pool, "START_SECONDS", 0.0)
         wait_until(lambda: not any(victim.is_running() for victim in self.victims))
         self._patch.undo()
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
