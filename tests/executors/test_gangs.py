@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import warm_workers
 from support.checkpoints import llama
 from support.families import tiny_model
 from support.oracle import assert_close
@@ -51,7 +52,9 @@ class Gang:
     def __init__(self, world: int, folder: Path) -> None:
         self.stdout = [folder / f"stdout-{world}-{rank}" for rank in range(world)]
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["deepspeed", "avss_dist.partition.open", "avss_dist.measure.shard"])
+        context.set_forkserver_preload(
+            [*warm_workers.MODULES, "support.families", "support.oracle", "support.questions"]
+        )
         pipes = [context.Pipe() for _ in range(world)]
         self._pipes: list[Connection] = [ours for ours, _ in pipes]
         port = free_port()

@@ -173,10 +173,12 @@ def test_gangs_and_single_workers_take_turns(models: list[Path], alone: Path, tm
     assert len(got) == 6 and got == {path: wanted[path] for path in got}
 
 
+@pytest.mark.usefixtures("cluster")
 def test_a_driver_that_is_killed_in_a_sweep_is_resumed(models: list[Path], alone: Path, tmp_path: Path) -> None:
     """The same command finishes what is missing, with the same tables."""
     file = job_file(tmp_path, models)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    address = ray.get_runtime_context().gcs_address
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": address}
     command = [sys.executable, "-m", "avss_dist", "run", str(file)]
     driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     partials = tmp_path / "w" / "shard_stats"
