@@ -12,7 +12,7 @@ from itertools import chain, count, islice
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import LocalRayletDiedError, RayError, RayTaskError
 
 from avss_dist.errors import AvssError, ConfigError, RunFailed
 from avss_dist.executors.base import Outcome, RunShards, by_model
@@ -21,7 +21,7 @@ from avss_dist.executors.ray.gang import Gang, missing_package
 from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
 from avss_dist.executors.ray.liveness import ENDED, has_head, node_lost, require_head, require_listening, require_node
 from avss_dist.executors.ray.pool import Pool
-from avss_dist.executors.ray.queue import CellQueue, ShardQueue, UnitQueue
+from avss_dist.executors.ray.queue import ATTEMPTS, CellQueue, ShardQueue, UnitQueue
 from avss_dist.partition.base import Placement
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices, devices_here, pick_device
@@ -234,12 +234,17 @@ def _devices_of_cluster(device: str) -> Devices:
 
 def _devices_of_node(kind: str, *, gpus: int) -> Devices:
     """What a node with so many free GPUs says that it has."""
-    probe: Any = ray.remote(devices_here).options(num_cpus=0, num_gpus=gpus)
-    try:
-        seen: Devices = ray.get(probe.remote(kind))
-    except RayError as error:
-        if missing := missing_package(error):
-            raise missing from error
-        what = str(error).splitlines()[0]
-        raise RunFailed(f"The Ray cluster failed before any work was begun: {what}", "Run it again.") from error
+    probe: Any = ray.remote(devices_here).options(num_cpus=0, num_gpus=gpus, max_retries=0)  # Ray prints its retries
+    for attempt in count(1):
+        try:
+            seen: Devices = ray.get(probe.remote(kind))
+            break
+        except RayError as error:
+            if missing := missing_package(error):
+                raise missing from error
+            if isinstance(error, LocalRayletDiedError):
+                raise node_lost() from error
+            if attempt == ATTEMPTS:
+                what = str(error).splitlines()[0]
+                raise RunFailed(f"The Ray cluster failed before any work was begun: {what}", "Run it again.") from error
     return seen
