@@ -29,11 +29,14 @@ Text = Annotated[str, Field(min_length=1)]
 class _Section(BaseModel):
     """Keys of a job file. Its values are texts as YAML has them, so numbers and sizes are read from texts."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    # Sections made of fields have their meanings; to look for docstrings would go through every imported module.
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class RevisionRange(_Section):
     """Revisions with numbers: ``{prefix: step, from: 0, to: 2000, step: 1000}`` is step0, step1000, step2000."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     prefix: str = ""
     """What stands before the number."""
@@ -80,6 +83,8 @@ Revision = Annotated[
 
 class ModelKeys(_Section):
     """A model: what it is called. What is different for it is added below."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     model: Text
     """Hub id (org/name@revision), folder, .gguf file, or a glob of folders."""
