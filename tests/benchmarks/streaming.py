@@ -7,7 +7,7 @@
 
 `run` prints tokens/s, the peak of anonymous memory (RssAnon) against a budget of embedding + two layers + the shard's
 hidden states + 600 MB, and bytes read a shard against the checkpoint's. `ablate` does the same of the losses without
-each layer of 2 x 128 tokens, within a limit, and gives their time in passes of the whole model. `compare` takes medians
+each layer of 2 x 32 tokens, within a limit, and gives their time in passes of the whole model. `compare` takes medians
 of rounds in which both take turns, on a default shard of 32 x 256 tokens in batches of 8.
 """
 
@@ -156,7 +156,7 @@ def measure(folder: Path) -> None:
 
 def ablate(folder: Path, memory_bytes: int) -> None:
     """`ablate`, in this process."""
-    settings = Settings(device="cpu", batch_size=1, sequence_length=128, sequences_per_shard=2)
+    settings = Settings(device="cpu", batch_size=1, sequence_length=32, sequences_per_shard=2)
     placement = Placement(partition="streaming", max_memory={"cpu": memory_bytes})
     with PeakAnonymous() as memory:
         replica = StreamingReplica(opened(folder), settings, placement, head=True)
