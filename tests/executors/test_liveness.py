@@ -16,6 +16,7 @@ import psutil
 import pytest
 from support.processes import wait_until
 from support.ray_cluster import Cluster, children
+from support.warm_workers import own_workers
 
 from avss_dist.errors import ConfigError
 from avss_dist.executors.ray import liveness
@@ -57,7 +58,7 @@ def score(model: Path, out: Path, executor: str, *options: str) -> subprocess.Po
 @pytest.mark.slow
 def test_a_raylet_that_dies_while_devices_are_counted_ends_a_command(tiny_llama: Path, tmp_path: Path) -> None:
     """A worker counts them; it is stopped, so that it is still at it."""
-    with Cluster(nodes=1) as cluster:
+    with own_workers(), Cluster(nodes=1) as cluster:
         driver = score(tiny_llama, tmp_path, "ray", "--address", cluster.address)
         (node,) = cluster.nodes
         counting: list[psutil.Process] = []

@@ -232,9 +232,11 @@ def test_a_job_tells_no_key_and_no_token(
                 done = run_avss("submit", job, "--follow", env={**environment, **planted})
                 assert says in done.stdout, done.stderr
                 (job_id,) = set(re.findall(r"avss-job-[0-9a-f]{6}", done.stderr))
-                for command in (["logs", job_id], ["logs", job_id, "--follow"], ["status"], ["status", job_id]):
+                told += [done.stdout, done.stderr]
+                others = [["logs", job_id, "--follow"], ["status"], ["status", job_id]] if name == "absent.txt" else []
+                for command in (["logs", job_id], *others):
                     shown = run_avss(*command, env=environment)
-                    told += [done.stdout, done.stderr, shown.stdout, shown.stderr]
+                    told += [shown.stdout, shown.stderr]
         token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
         url = f"{environment['RAY_API_SERVER_ADDRESS']}/api/jobs/"
         with urlopen(Request(url, headers={"Authorization": f"Bearer {token}"})) as response:

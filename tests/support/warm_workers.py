@@ -59,6 +59,16 @@ def forking_workers() -> Iterator[None]:
         server.wait()
 
 
+@contextmanager
+def own_workers() -> Iterator[None]:
+    """Clusters that this process starts inside have Ray's own workers, which are children of their raylets."""
+    from ray._private import ray_constants
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_constants, "SETUP_WORKER_FILENAME", "setup_worker.py")
+        yield
+
+
 def serve(path: str) -> None:
     """Fork a worker for each connection; returns in those processes, and when standard input ends."""
     from numba import njit
