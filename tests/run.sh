@@ -15,4 +15,4 @@ fi
 "$VENV/bin/mypy"
 "$VENV/bin/lint-imports"
 "$VENV/bin/python" tests/architecture.py
-"$VENV/bin/python" -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+"$VENV/bin/python" -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from functools import partial
+from threading import Thread
+from typing import Any, TypeVar
 
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
@@ -13,6 +18,9 @@ from requests.exceptions import ConnectionError, RequestException, Timeout
 from avss_dist.text import describe_bytes
 
 MOST_BYTES = 64 << 20  # of one answer
+PATIENCE = 5.0  # times the limits until an answer must be whole
+
+T = TypeVar("T")
 
 NO_ANSWER = (ConnectionError, Timeout)  # requests raises either where a server says nothing more
 __all__ = ["NO_ANSWER", "AuthenticationError", "Client", "Redirected"]
@@ -27,7 +35,8 @@ class Client(JobSubmissionClient):
 
     Raises:
         Redirected: the server answers with another address.
-        NO_ANSWER: one of them: it does not accept a connection, breaks it off, or sends nothing in time.
+        NO_ANSWER: one of them: it does not accept a connection, breaks it off, or sends nothing, or not
+            all, in time.
     """
 
     def __init__(self, address: str, limits: tuple[float, float]) -> None:
@@ -42,10 +51,34 @@ class Client(JobSubmissionClient):
             "stream": True,
             "hooks": {"response": _read},
         }
-        answer = super()._do_request(method, endpoint, data=body, **limits, **options)
+        ask = partial(super()._do_request, method, endpoint, data=body, **limits, **options)
+        answer = ask() if data else _within(sum(self._limits) * PATIENCE, ask)
         if answer.is_redirect:
             raise Redirected(answer.headers["location"])
         return answer
+
+
+def _within(seconds: float, ask: Callable[[], T]) -> T:
+    """What a request gives; the limits of `requests` are for each piece of an answer, which may come bit by bit.
+
+    Raises:
+        Timeout: it is not there in time.
+    """
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(ask())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    try:
+        return answer.result(seconds)
+    except FutureTimeout as error:
+        if answer.done():
+            raise
+        raise Timeout(f"no whole answer in {seconds:g} seconds") from error
 
 
 def _read(answer: Response, **_: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import subprocess
@@ -71,8 +72,9 @@ def test_a_raylet_that_dies_while_devices_are_counted_ends_a_command(tiny_llama:
         with suppress(psutil.NoSuchProcess):
             counting[0].kill()
     assert (driver.returncode, printed) == (1, ""), said
-    assert said.startswith(("Error: The Ray node of this process has died", "Error: this process was killed, or Ray"))
-    assert len(said.splitlines()) <= 2 and "Traceback" not in said
+    ours = [line for line in said.splitlines() if "core_worker.cc" not in line]  # Ray's library may say something first
+    assert re.match("Error: (The Ray node of this process has died|this process was killed, or Ray)", ours[0]), said
+    assert len(ours) <= 2 and "Traceback" not in said
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,36 @@ def test_a_server_that_never_answers_ends_a_command(command: list[str], silent: 
     assert done.exit_code == 1
     assert done.stderr.startswith(f"Error: The job server at {silent} broke off, or did not answer in time.\n")
     assert "larger --connect-seconds or --answer-seconds" in done.stderr
+
+
+@pytest.fixture
+def dripping() -> Iterator[str]:
+    """The address of a server whose answer comes byte by byte, and has no end."""
+    over = threading.Event()
+
+    def drip(client: socket.socket) -> None:
+        with client, suppress(OSError):
+            client.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n")
+            while not over.wait(0.05):
+                client.sendall(b"[")
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=drip, args=[server.accept()[0]], daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        over.set()
+
+
+@pytest.mark.parametrize("command", [["status"], ["logs", "a"], ["stop", "a"]], ids=" ".join)
+def test_an_answer_must_be_whole_in_time(command: list[str], dripping: str) -> None:
+    """Each byte comes sooner than the limit."""
+    done = avss(*command, "--address", dripping, "--connect-seconds", "0.3", "--answer-seconds", "0.3")
+    assert done.exit_code == 1
+    assert done.stderr.startswith(f"Error: The job server at {dripping} broke off, or did not answer in time.\n")
 
 
 @pytest.mark.parametrize("call", ["jobs", "job", "logs", "follow", "stop", "submit"])
