@@ -39,13 +39,15 @@ class StreamingLanguageModel(LanguageModel):
         return self.passes
 
     @cached_property
-    def _hidden_size(self) -> int:
-        return int(self.module.config.get_text_config().hidden_size) * self.module.dtype.itemsize
+    def _token_bytes(self) -> int:
+        """Bytes of the hidden states of a token."""
+        units = getattr(self.module.config.get_text_config(), "hidden_size", None) or 1
+        return int(units) * int(self.module.dtype.itemsize)
 
     def _some(self, batches: Sequence[Batch], passes: int) -> Iterator[range]:
         """Indices of batches whose hidden states fit, so many times each, one group after the other."""
         room = MOST_WAITING if self._ready.host_bytes is None else self._ready.host_bytes
-        most = max((batch.input_ids.size for batch in batches), default=1) * self._hidden_size
+        most = max((batch.input_ids.size for batch in batches), default=1) * self._token_bytes
         step = max(1, room // (passes * most))
         return (range(start, min(start + step, len(batches))) for start in range(0, len(batches), step))
 
