@@ -45,14 +45,12 @@ class ReplicaSpec:
 
 def by_model(cells: Iterable[Cell]) -> list[tuple[ReplicaSpec, list[Cell]]]:
     """Cells, those of one replica together; in the order in which they come first."""
-    models: dict[tuple[Any, ...], list[Cell]] = {}
+    models: dict[tuple[Any, ...], tuple[ReplicaSpec, list[Cell]]] = {}
     for cell in cells:
-        models.setdefault((cell.checkpoint, cell.settings, fingerprint(**asdict(cell.placement))), []).append(cell)
-    return [
-        (ReplicaSpec(checkpoint=one.checkpoint, settings=one.settings, placement=one.placement, head=True), of_model)
-        for of_model in models.values()
-        for one in of_model[:1]
-    ]
+        of, settings, placement = cell.checkpoint, cell.settings, cell.placement
+        spec = ReplicaSpec(checkpoint=of, settings=settings, placement=placement, head=True)
+        models.setdefault((of, settings, fingerprint(**asdict(placement))), (spec, []))[1].append(cell)
+    return [*models.values()]
 
 
 @dataclass(eq=False, kw_only=True)

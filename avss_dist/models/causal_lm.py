@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,12 +15,10 @@ from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ModelError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import PROBE_SHAPE, Layer
-from avss_dist.models.loading import Backbone, load, quiet
+from avss_dist.models.loading import Backbone, quiet
 from avss_dist.models.skipping import Recorded, recording, resuming, skipping
 from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.system.devices import free_device, pick_device
-from avss_dist.system.memory import keep_freed_memory
 
 PROBE_TOKENS = 16
 WIDENED_BYTES = 16 << 20  # of logits: larger pieces would be taken from the system anew each time
@@ -74,17 +72,6 @@ class LanguageModel:
         with quiet():
             self.forms = self._find_forms()
 
-    @classmethod
-    def open(cls, checkpoint: Checkpoint, settings: Settings) -> Self:
-        """Open a checkpoint whole on one device.
-
-        Raises:
-            ModelError: it cannot be opened, or predicts no next token.
-        """
-        device = pick_device(settings.device)
-        keep_freed_memory()
-        return cls(checkpoint, settings, load(checkpoint, settings, device, head=True), device)
-
     def _find_forms(self) -> dict[int, type]:
         """How layers return hidden states (`skipping.Recorded`): what is known of a layer is no reason to run it."""
         input_ids = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=self.device).reshape(PROBE_SHAPE)
@@ -111,7 +98,7 @@ class LanguageModel:
         batch = Batch(input_ids=np.arange(PROBE_TOKENS, dtype=np.int32)[None], attention_mask=real, observed=real)
         with recording(self.layers) as recorded:
             self.logits(batch)
-        for layer in self.layers:
+        for layer in self.layers:  # left out as this class does it, for a subclass may not be ready to
             with resuming(self.layers, layer.index, recorded):
                 resumed = self.logits(batch)
             with LanguageModel.without(self, (layer.index,)):
@@ -224,11 +211,6 @@ class LanguageModel:
 
     def _place(self, mask: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(mask)).to(self.device)
-
-    def close(self) -> None:
-        """Drop the weights."""
-        del self.module, self.layers
-        free_device(self.device)
 
 
 def _no_head(checkpoint: Checkpoint, module: Any) -> ModelError:

@@ -78,10 +78,8 @@ class TensorParallelReplica(BatchwiseReplica):
             with without_output_embeddings(model, keep=head):
                 apply_autotp(model, world, self.device)
             layers = _find_again(whole.structure.layers, names, model)
-            try:
+            with _running(model):
                 found = _probe(run, layers, self.device)
-            except _REFUSALS as error:
-                raise _cannot_split(model, f"the split model does not run: {error}") from error
             self.layers: tuple[Layer, ...] = _check(model, layers, expected, found)
             if logits is not None:
                 _check_logits(model, logits, self.device)
@@ -139,8 +137,7 @@ def _attribute(config: Any, name: str) -> Any:
 def apply_autotp(model: Any, world: int, device: torch.device) -> None:
     """Replace the linear maps of the layers by this rank's part of them, and move the model to the device.
 
-    What has another dtype than the rest (such as rotary frequencies, in
-    float32) keeps it; DeepSpeed would convert it.
+    What has another dtype than the rest (such as rotary frequencies, in float32) keeps it; DeepSpeed would convert it.
 
     Raises:
         ModelError: DeepSpeed cannot.
@@ -182,12 +179,19 @@ def _logits(model: Any, device: torch.device) -> torch.Tensor:
     return logits.cpu()
 
 
-def _check_logits(model: Any, expected: torch.Tensor, device: torch.device) -> None:
-    """Refuse a head that gives other logits after the split than before; all ranks come to the same."""
+@contextmanager
+def _running(model: Any) -> Iterator[None]:
+    """Inside, the split model runs, or is refused."""
     try:
-        found = _logits(model, device)
+        yield
     except _REFUSALS as error:
         raise _cannot_split(model, f"the split model does not run: {error}") from error
+
+
+def _check_logits(model: Any, expected: torch.Tensor, device: torch.device) -> None:
+    """Refuse a head that gives other logits after the split than before; all ranks come to the same."""
+    with _running(model):
+        found = _logits(model, device)
     mine = difference(expected, found) if found.shape == expected.shape else float("inf")
     most = max(from_every_rank(mine, device))
     if most > TOLERANCES.get(expected.dtype, 0.0):

@@ -16,7 +16,9 @@ from avss_dist.warehouse.store import Store
 
 MERGED_HERE = 400  # shards: more are worth the start of tasks
 
-Apply = Callable[[Callable[[range], Any], Sequence[range]], Iterable[Any]]
+Expected = Mapping[int, str]
+"""The content hash of shards, by their ids, in order."""
+Apply = Callable[[Callable[[Expected], Any], Sequence[Expected]], Iterable[Any]]
 """The function of every item, in their order; see `executors.base.Executor.apply`."""
 
 
@@ -52,27 +54,27 @@ class MergedPartials:
 
 
 def merge_partials(
-    store: Store, shared: SharedWarehouse | None, run_id: str, expected: Mapping[int, str], apply: Apply | None
+    store: Store, shared: SharedWarehouse | None, run_id: str, expected: Expected, apply: Apply | None
 ) -> tuple[dict[LayerKey, LayerStats], list[Mapping[LayerKey, LayerStats]], Circumstances]:
     """The statistics of a run, those of its blocks, and what its row says of its shards.
 
     Args:
-        expected: the content hash of every shard, by its id, from 0.
+        expected: of every shard, from 0.
         apply: does a part of the work elsewhere; None where it is done here.
 
     Raises:
         RunFailed: a partial is not there, or damaged.
     """
-    here = partial(_read_block, store, run_id, expected)
-    blocks = split_into_blocks(len(expected), BOOTSTRAP_BLOCKS)
+    here = partial(_read_block, store, run_id)
+    blocks = [{i: expected[i] for i in ids} for ids in split_into_blocks(len(expected), BOOTSTRAP_BLOCKS)]
     circumstances = Circumstances()
 
     def each() -> Iterator[Block]:
         found: Iterable[MergedPartials | None] = map(here, blocks)
         if apply and shared and len(expected) > MERGED_HERE:
-            found = apply(partial(_read_shared_block, shared, run_id, expected), blocks)
-        for ids, merged in zip(blocks, found, strict=True):
-            one = merged or here(ids)
+            found = apply(partial(_read_shared_block, shared, run_id), blocks)
+        for block, merged in zip(blocks, found, strict=True):
+            one = merged or here(block)
             circumstances.add(one.circumstances)
             yield one.block
 
@@ -80,20 +82,18 @@ def merge_partials(
     return stats, kept, circumstances
 
 
-def _read_shared_block(
-    shared: SharedWarehouse, run_id: str, expected: Mapping[int, str], ids: range
-) -> MergedPartials | None:
+def _read_shared_block(shared: SharedWarehouse, run_id: str, expected: Expected) -> MergedPartials | None:
     """As `_read_block`, in any process; None where it does not see the warehouse."""
     store = shared.store()
-    return _read_block(store, run_id, expected, ids) if store else None
+    return _read_block(store, run_id, expected) if store else None
 
 
-def _read_block(store: Store, run_id: str, expected: Mapping[int, str], ids: range) -> MergedPartials:
+def _read_block(store: Store, run_id: str, expected: Expected) -> MergedPartials:
     circumstances = Circumstances()
 
     def each() -> Iterator[ShardResult]:
-        found = store.each_shard(run_id, {shard_id: expected[shard_id] for shard_id in ids})
-        for shard_id in ids:
+        found = store.each_shard(run_id, expected)
+        for shard_id in expected:
             shard = next(found, None)
             if shard is None or shard.shard_id != shard_id:
                 raise RunFailed(
@@ -103,4 +103,4 @@ def _read_block(store: Store, run_id: str, expected: Mapping[int, str], ids: ran
             circumstances.add(shard)
             yield shard
 
-    return MergedPartials(merge_block(each(), ids), circumstances)
+    return MergedPartials(merge_block(each(), range(min(expected), max(expected) + 1)), circumstances)

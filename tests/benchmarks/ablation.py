@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from avss_dist.corpus.shards import plan
-from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import forward_function, load_tokenizer, without_head
 from avss_dist.models.skipping import recording
+from avss_dist.partition.single import SingleReplica
 from avss_dist.settings import Settings
 from avss_dist.tasks.layer_removal import LeaveOneOut
 
@@ -42,7 +42,8 @@ def main() -> None:
     checkpoint = resolve(options.model)
     (shard,) = plan(options.corpus, load_tokenizer(checkpoint), settings).shards
     batches = list(shard.batches(settings.batch_size))
-    model = LanguageModel.open(checkpoint, settings)
+    model = SingleReplica(checkpoint, settings, head=True).language_model
+    assert model is not None
     layers = len(model.layers)
     measure = LeaveOneOut(shard)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.causal_lm import open_whole
 from support.checkpoints import one_thread
 from support.command_line import avss, files
 from support.tables import assert_same_evaluations
@@ -15,7 +16,6 @@ from support.tables import assert_same_evaluations
 from avss_dist.errors import ConfigError, CorpusError
 from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.evaluate import evaluate
-from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.runs.api import score
 from avss_dist.settings import Settings
@@ -31,7 +31,7 @@ def test_the_loss_is_that_of_transformers(tiny_llama: Path) -> None:
 
     settings = Settings(**SMALL)
     checkpoint = resolve(str(tiny_llama))
-    model = LanguageModel.open(checkpoint, settings)
+    model = open_whole(checkpoint, settings)
     for shard in plan_text(checkpoint, "builtin:pydoc", settings).shards:
         (row,) = TextLoss(shard)(model, ())
         ids = torch.from_numpy(shard.input_ids).long()

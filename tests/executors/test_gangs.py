@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from support import warm_workers
+from support.causal_lm import open_whole
 from support.checkpoints import llama
 from support.families import tiny_model
 from support.oracle import assert_close
@@ -337,9 +338,7 @@ def test_zero3_answers_as_one_process_does(
     family: str, gang: Callable[[int], Gang], folder_of: Callable[[str], Path]
 ) -> None:
     """Two ranks share three batches, so that one has a dummy; both have all answers, to the bit, gradients too."""
-    single = open_replica(resolve(str(folder_of(family))), SETTINGS, Placement(), head=True)
-    assert single.language_model is not None
-    expected = answers(single.language_model)
+    expected = answers(open_whole(resolve(str(folder_of(family))), SETTINGS))
     (first, counts), (second, other) = gang(2).run(ask, "zero3", folder_of(family))
     assert (counts, other) == (True, False)
     assert_same(first, expected)
@@ -350,9 +349,7 @@ def test_zero3_answers_as_one_process_does(
 def test_tensor_parallel_answers_as_one_process_does(
     family: str, gang: Callable[[int], Gang], folder_of: Callable[[str], Path]
 ) -> None:
-    single = open_replica(resolve(str(folder_of(family))), SETTINGS, Placement(), head=True)
-    assert single.language_model is not None
-    expected = answers(single.language_model, ("gradients",))
+    expected = answers(open_whole(resolve(str(folder_of(family))), SETTINGS), ("gradients",))
     (found, counts), (_, other) = gang(2).run(ask, "tensor_parallel", folder_of(family), ("gradients",))
     assert (counts, other) == (True, False)
     assert_same(found, expected, rtol=1e-4)

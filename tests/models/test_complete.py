@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.causal_lm import open_whole
 from support.checkpoints import llama
 from support.command_line import avss
 from support.families import tiny_model
 
 from avss_dist.errors import ModelError
-from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load, text_config
 from avss_dist.models.pinning import pin
@@ -52,7 +52,7 @@ def open_device_map(folder: Path) -> None:
 
 
 def open_to_evaluate(folder: Path) -> None:
-    LanguageModel.open(resolve(str(folder)), SETTINGS)
+    open_whole(resolve(str(folder)), SETTINGS)
 
 
 EVERY_WAY = [open_single, open_streaming, open_device_map, open_to_evaluate]

@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from support.causal_lm import open_whole
 from support.checkpoints import LAYERS, VOCABULARY
 from support.command_line import avss
 
 from avss_dist.errors import ModelError
-from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.model_card import source_license
@@ -110,7 +110,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[A
 
 def test_a_multimodal_checkpoint_is_refused_for_what_it_is(llava: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is multimodal: only models of text alone can be evaluated"):
-        LanguageModel.open(resolve(str(llava)), Settings())
+        open_whole(resolve(str(llava)), Settings())
     plan = Plan(model=str(llava), num_layers=LAYERS, layers="language_model.layers", drop=(1,))
     with pytest.raises(PlanError, match="is multimodal") as refused:
         prune(str(llava), plan, tmp_path / "less")

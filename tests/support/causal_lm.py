@@ -9,7 +9,8 @@ import numpy as np
 
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.checkpoints import resolve
+from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.partition.single import SingleReplica
 from avss_dist.settings import Settings
 
 SMALL = {"max_sequences": 6, "sequence_length": 32, "batch_size": 4, "sequences_per_shard": 3, "device": "cpu"}
@@ -26,5 +27,12 @@ def random_shard(rows: int = 5, tokens: int = 24, high: int = 120) -> Shard:
     )
 
 
+def open_whole(checkpoint: Checkpoint, settings: Settings) -> LanguageModel:
+    """A checkpoint with its head on one device."""
+    model = SingleReplica(checkpoint, settings, head=True).language_model
+    assert model is not None
+    return model
+
+
 def opened(folder: Path, **changes: Any) -> LanguageModel:
-    return LanguageModel.open(resolve(str(folder)), Settings(**SMALL | {"batch_size": 2} | changes))
+    return open_whole(resolve(str(folder)), Settings(**SMALL | {"batch_size": 2} | changes))

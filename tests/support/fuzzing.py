@@ -63,6 +63,12 @@ def hold(*args: object) -> tuple[int, str]:
     return result.exit_code, text
 
 
+def hold_with_one_error(*args: object) -> None:
+    """As `hold`, of a command that nobody interrupts: it says one error at most."""
+    code, text = hold(*args)
+    assert code in (0, 1, 2) and sum(line.startswith("Error: ") for line in text.splitlines()) <= 1, text
+
+
 def texts() -> st.SearchStrategy[str]:
     """Texts, hostile ones among them."""
     return st.sampled_from(HOSTILE) | st.text(max_size=20)

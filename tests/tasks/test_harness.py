@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from support.causal_lm import open_whole
 from support.checkpoints import llama
 from support.documentation import DOCS, read
 
@@ -110,7 +111,7 @@ def pruned(folder: Path) -> LanguageModel:
 
 
 def open_model(folder: Path) -> LanguageModel:
-    return LanguageModel.open(resolve(str(folder)), Settings(batch_size=4, device="cpu"))
+    return open_whole(resolve(str(folder)), Settings(batch_size=4, device="cpu"))
 
 
 def ask(task: Path, model: LanguageModel, drop: tuple[int, ...] = (), **options: Any) -> dict[str, Row]:

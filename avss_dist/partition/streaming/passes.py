@@ -60,13 +60,8 @@ class Record:
 
     def keep(self, layer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Keep what a layer is called with; its hidden states as they are now."""
-        hidden = input_tensor(args, kwargs)
-        assert hidden is not None
-        own = hidden.clone()
-        self.calls[layer] = LayerCall(
-            tuple(own if value is hidden else value for value in args),
-            {name: own if value is hidden else value for name, value in kwargs.items()},
-        )
+        call = LayerCall(args, kwargs)
+        self.calls[layer] = call.given(call.hidden.clone())
 
     def cut(self, output: Any) -> Any:
         """What the last layer gives on in place of its output."""
@@ -81,17 +76,29 @@ class Record:
 class LayerCall:
     """What a layer was called with."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The hidden states."""
+        hidden = input_tensor(self.args, self.kwargs)
+        assert hidden is not None
+        return hidden
+
+    def given(self, instead: torch.Tensor) -> LayerCall:
+        """The same call with other hidden states."""
+        hidden = self.hidden
+        return LayerCall(
+            [instead if value is hidden else value for value in self.args],
+            {name: instead if value is hidden else value for name, value in self.kwargs.items()},
+        )
 
     def rerun(self, layer: Callable[..., Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Call the layer again: its input, a leaf, and its output."""
-        hidden = input_tensor(self.args, self.kwargs)
-        assert hidden is not None
-        leaf = hidden.detach().requires_grad_()
-        args = [leaf if value is hidden else value for value in self.args]
-        kwargs = {name: leaf if value is hidden else value for name, value in self.kwargs.items()}
-        output = first_tensor(layer(*args, **kwargs))
+        leaf = self.hidden.detach().requires_grad_()
+        call = self.given(leaf)
+        output = first_tensor(layer(*call.args, **call.kwargs))
         assert output is not None
         return leaf, output
 
