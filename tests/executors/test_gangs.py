@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import multiprocessing
@@ -118,6 +119,7 @@ def member(rank: int, world: int, port: int, pipe: Connection, stdout: Path) -> 
     """The main function of a gang's process."""
     os.dup2(os.open(stdout, os.O_WRONLY | os.O_CREAT), 1)
     torch.set_num_threads(1)
+    gc.freeze()  # as in `warm_workers`
     join(rank, world, "127.0.0.1", port, device=torch.device("cpu"), timeout_seconds=SECONDS)
     while True:
         function, args = pipe.recv()

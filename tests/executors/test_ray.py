@@ -17,10 +17,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
-from support.processes import FreezesAtStart, ray_processes, wait_until
+from support.processes import FreezesAtStart, Harming, ray_processes, wait_until
 from support.tables import assert_same_tables, measured_files
 
 import avss_dist
@@ -82,22 +81,6 @@ def test_any_number_of_workers_gives_the_same_bytes(
     assert_same_tables(tmp_path, undisturbed)
     (row,) = Warehouse(tmp_path).runs().to_pylist()
     assert (row["replicas"], row["threads"]) == (replicas, 1)
-
-
-class Harming(Reporter):
-    """Sends signals to workers: each when so many shards have arrived."""
-
-    def __init__(self, signals: dict[int, signal.Signals]) -> None:
-        self.arrived = 0
-        self.signals = signals
-        self.victims: list[psutil.Process] = []
-
-    def advanced(self, name: str, num_tokens: int) -> None:
-        self.arrived += 1
-        if self.arrived in self.signals:
-            victim = next(p for p in ray_processes() if p not in self.victims)
-            victim.send_signal(self.signals[self.arrived])
-            self.victims.append(victim)
 
 
 @shared_cluster

@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import ray
 import torch
 from support.families import tiny_model
-from support.processes import FreezesAtStart, ray_processes, wait_until
+from support.processes import FreezesAtStart, Harming, wait_until
 from support.tables import assert_same_evaluations, measured_files
 
 import avss_dist
 from avss_dist.errors import ConfigError, RunFailed
 from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.evaluate import evaluate
-from avss_dist.runs.api import Reporter
 from avss_dist.warehouse.reader import Warehouse
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_workers")]
@@ -145,24 +143,9 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["task"], row["metric"], tuple(row["drop"]), row["layer"]
 
 
-class Harming(Reporter):
-    """SIGKILLs one rank after the first shard, SIGSTOPs another after the third."""
-
-    def __init__(self) -> None:
-        self.arrived = 0
-        self.victims: list[psutil.Process] = []
-
-    def advanced(self, name: str, num_tokens: int) -> None:
-        self.arrived += 1
-        if self.arrived in (1, 3):
-            victim = next(p for p in ray_processes() if p not in self.victims)
-            victim.send_signal(signal.SIGKILL if self.arrived == 1 else signal.SIGSTOP)
-            self.victims.append(victim)
-
-
 def test_a_gang_that_loses_ranks_is_replaced_as_one(models: list[str], single: Path, tmp_path: Path) -> None:
     """One rank killed in mid-shard, another stopped, which is a hang: the run still ends, each shard counts once."""
-    harming = Harming()
+    harming = Harming({1: signal.SIGKILL, 3: signal.SIGSTOP})
     options = {**OPTIONS, "partition": "zero3", "ranks": 2, "hang_seconds": 12}
     run = avss_dist.score(models[0], corpus="builtin:pydoc", out=tmp_path, reporter=harming, **options)
     assert (run.status, harming.arrived, len(harming.victims)) == ("done", SHARDS, 2)

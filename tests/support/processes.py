@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import psutil
@@ -16,6 +16,7 @@ from ray import cloudpickle
 
 from avss_dist.executors.ray import gang, pool
 from avss_dist.executors.ray.worker import Worker
+from avss_dist.runs.api import Reporter
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -28,6 +29,23 @@ def ray_processes(name: str = "ray::Worker") -> list[psutil.Process]:
     """The processes of Ray clusters that this process, or a child of it, started; by default those of workers."""
     children = psutil.Process().children(recursive=True)
     return [p for p in children if p.is_running() and p.name().startswith(name)]
+
+
+class Harming(Reporter):
+    """Sends signals to workers of the next run, each to another one: when so many shards have arrived."""
+
+    def __init__(self, signals: Mapping[int, signal.Signals]) -> None:
+        self.arrived = 0
+        self.signals = signals
+        self.victims: list[psutil.Process] = []
+        self._earlier = ray_processes()  # those of the last run may be about to end
+
+    def advanced(self, name: str, num_tokens: int) -> None:
+        self.arrived += 1
+        if self.arrived in self.signals:
+            victim = next(p for p in ray_processes() if p not in self._earlier + self.victims)
+            victim.send_signal(self.signals[self.arrived])
+            self.victims.append(victim)
 
 
 class SlowWorker(Worker):

@@ -9,6 +9,7 @@ arguments, the environment and the files that the raylet gave. Clusters that are
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -77,6 +78,7 @@ def serve(path: str) -> None:
         importlib.import_module(module)
     njit(lambda: None)()  # the first use of its compiler imports the rest
     assert "ray" not in sys.modules
+    gc.freeze()  # workers' collections leave alone what they share
     with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
         listener.bind(path)
         listener.listen()
