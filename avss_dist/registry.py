@@ -19,6 +19,7 @@ class PartitionInfo:
         splits_data: its ranks take different shards; otherwise all take the same, and rank 0 reports.
         changes_numbers: it adds up in another order than one device does, so the number of ranks is fingerprinted.
         backward: it has gradients too.
+        changes_weights: a weight of an open replica can be changed, so that repairs are fitted and evaluated in place.
     """
 
     opens: str
@@ -29,18 +30,21 @@ class PartitionInfo:
     splits_data: bool = False
     changes_numbers: bool = False
     backward: bool = True
+    changes_weights: bool = False
 
 
 PARTITIONS = {
     "single": PartitionInfo(
         opens="avss_dist.partition.single:SingleReplica",
         summary="the whole model on one device",
+        changes_weights=True,
     ),
     "device_map": PartitionInfo(
         opens="avss_dist.partition.device_map:DeviceMapReplica",
         summary="layers over the GPUs of one process, the rest in host memory and on disk",
         several_gpus=True,
         offloads=True,
+        changes_weights=True,
     ),
     "streaming": PartitionInfo(
         opens="avss_dist.partition.streaming.replica:StreamingReplica",

@@ -13,7 +13,7 @@ from avss_dist.analysis.verdict import primary_metric, shown_value, verdicts
 from avss_dist.errors import QueryError
 from avss_dist.pruning.ground_truth import ablate_command, find_layer_truth, layer_truth
 from avss_dist.pruning.plan import Plan, make_plan
-from avss_dist.pruning.selection import PUBLISHED, RANDOM, SCORE_MEANINGS, Choice, Reading, Rows, reading_of
+from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, SCORE_MEANINGS, Choice, Reading, Rows, reading_of
 from avss_dist.settings import GROUND_TRUTH, LOSS
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Threshold
@@ -94,7 +94,7 @@ def _describe(reading: Reading) -> str:
 
 def _findings(warehouse: Warehouse, run: Mapping[str, Any], choice: Choice, values: Sequence[float]) -> Iterator[str]:
     """What speaks against a choice: of the score itself, of the run, and what experiments said of AVSS."""
-    if choice.by == RANDOM:
+    if choice.by in (LAST, RANDOM):
         return
     if depth := describe_depth(choice.by, depth_correlation(values), len(values)):
         yield depth
@@ -112,7 +112,7 @@ def _findings(warehouse: Warehouse, run: Mapping[str, Any], choice: Choice, valu
 def _evaluated(warehouse: Warehouse, run: Mapping[str, Any], drop: tuple[int, ...]) -> Iterator[str]:
     """What each task says of the model without these layers, beside the whole model."""
     rows = warehouse.table("evaluations", where=pc.field("revision") == run["revision"]).to_pylist()
-    rows = [row for row in rows if row["layer"] is None]
+    rows = [row for row in rows if row["layer"] is None and row["patch"] is None]
     for key in dict.fromkeys((row["run_id"], row["task"]) for row in rows if tuple(row["drop"]) == drop):
         mine = [row for row in rows if (row["run_id"], row["task"]) == key]
         metric = primary_metric(mine)

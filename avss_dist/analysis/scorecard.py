@@ -90,7 +90,7 @@ def _known(rho: float) -> float | None:
 def _retentions(store: Warehouse, run: Mapping[str, Any]) -> tuple[str | None, dict[tuple[int, ...], float]]:
     """The text that most sets of layers were evaluated on, and what each set keeps of its perplexity."""
     where = (pc.field("revision") == run["revision"]) & (pc.field("metric") == LOSS)
-    where &= pc.starts_with(pc.field("task"), PERPLEXITY)
+    where &= pc.starts_with(pc.field("task"), PERPLEXITY) & pc.is_null(pc.field("patch"))
     losses: dict[tuple[str, str], dict[tuple[int, ...], float]] = {}
     for row in store.table("evaluations", where=where).to_pylist():
         losses.setdefault((row["run_id"], row["task"]), {})[tuple(row["drop"])] = row["value"]

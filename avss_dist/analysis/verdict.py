@@ -10,7 +10,7 @@ from math import exp
 from typing import Any
 
 from avss_dist.pruning.methods import ENDS_KEPT, LEAVE_ONE_OUT, REVERSED
-from avss_dist.pruning.selection import PUBLISHED, RANDOM
+from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM
 from avss_dist.settings import CHANCE, LOSS
 
 CLAIMED_SHARE, CLAIMED_KEPT = 0.25, 0.9
@@ -29,16 +29,18 @@ def primary_metric(rows: Sequence[Row]) -> str:
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
-    """A paragraph for each task, of the rows of one run; none for a task on which the claim was not tried."""
+    """A paragraph for each task and each repair, of the rows of one run; none where the claim was not tried."""
     paragraphs = []
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
         metric = primary_metric(of_task)
         guess = kept_by_guess(of_task, metric)
         of_task = [row for row in of_task if row["metric"] == metric and row["share"] in (0.0, CLAIMED_SHARE)]
-        claim = _one(of_task, "avss")
-        if claim is not None:
-            paragraphs.append(f"{task}: {' '.join(_sentences(claim, of_task, guess))}")
+        for repair in dict.fromkeys(row.get("repair") for row in of_task if not _is_whole(row)):
+            alike = [row for row in of_task if _is_whole(row) or row.get("repair") == repair]
+            claim = _one(alike, "avss")
+            if claim is not None:
+                paragraphs.append(f"{task}: {' '.join(_sentences(claim, alike, guess))}")
     return paragraphs
 
 
@@ -55,8 +57,9 @@ def kept_by_guess(rows: Sequence[Row], metric: str) -> float | None:
 
 
 def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str]:
+    repaired = f", repaired by {claim['repair']}" if claim.get("repair") else ""
     sentences = [
-        f"without the {len(claim['drop'])} layers of the lowest AVSS ({CLAIMED_SHARE:.0%}), {_kept(claim)} "
+        f"without the {len(claim['drop'])} layers of the lowest AVSS ({CLAIMED_SHARE:.0%}){repaired}, {_kept(claim)} "
         f"{_before_and_after(claim, rows)}: {judgement(claim, guess)}."
     ]
     if guess is not None and MENTIONED <= guess <= CLAIMED_KEPT:
@@ -65,7 +68,7 @@ def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str
     if chances:
         better = sum(chance >= claim["retention"] for chance in chances)
         sentences.append(
-            f"Of {len(chances)} random choices of as many layers, {better or 'none'} "
+            f"Of {len(chances)} random choices of as many layers{repaired}, {better or 'none'} "
             f"keep{'s' if better == 1 else ''} as much or more (the best {_percent(max(chances))})."
         )
     others = {
@@ -73,6 +76,7 @@ def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str
         "AVSS with the ends kept": _one(rows, "avss", ENDS_KEPT),
         "Block influence": _one(rows, "block_influence"),
         "Leaving out by the loss without each layer": _one(rows, LEAVE_ONE_OUT),
+        "Leaving out the last before the final one": _one(rows, LAST),
     }
     sentences += [f"{name} keeps {_percent(row['retention'])}." for name, row in others.items() if row is not None]
     return sentences
@@ -119,6 +123,11 @@ def _before_and_after(row: Row, rows: Sequence[Row]) -> str:
         return ""
     name = "perplexity" if row["metric"] == LOSS else row["metric"]
     return f"({name} {shown_value(whole)}, then {shown_value(row)})"
+
+
+def shown_method(row: Row) -> str:
+    """How layers were chosen, and what gives back what they did, as people read it."""
+    return f"{row['method']} + {row['repair']}" if row.get("repair") else str(row["method"])
 
 
 def shown_value(row: Row) -> str:

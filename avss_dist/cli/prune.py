@@ -23,16 +23,15 @@ from avss_dist.cli.options import (
     takes_settings,
 )
 from avss_dist.errors import ConfigError, require_known
-from avss_dist.settings import GROUND_TRUTH, PUBLISHED_THRESHOLD, RECIPES, REPAIRS, SCORES, SITES, Settings
+from avss_dist.settings import GROUND_TRUTH, NO_REPAIR, PUBLISHED_THRESHOLD, RECIPES, REPAIRS, SCORES, SITES, Settings
 from avss_dist.system.streams import emit
 from avss_dist.text import describe_bytes, parse_threshold
 
 if TYPE_CHECKING:
     from avss_dist.pruning.repair.repair import Repair
 
-NO_REPAIR = "none"
 FORMATS = ("plan", "mergekit")  # of mergekit: the slices to merge
-CHOSEN_BY = (*GROUND_TRUTH, *SCORES, "random")
+CHOSEN_BY = (*GROUND_TRUTH, *SCORES, "last", "random")
 
 
 def plan(

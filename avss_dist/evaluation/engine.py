@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ from avss_dist.partition.choose import place
 from avss_dist.settings import LOSS, MOST_LISTED, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
 from avss_dist.system.versions import package_versions
 from avss_dist.tasks.base import Result, Task, combine
-from avss_dist.tasks.cells import Cell, CellResult
+from avss_dist.tasks.cells import Cell, CellResult, KeptPatch
 from avss_dist.text import RedactedURI
+from avss_dist.warehouse.patches import Patches
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
@@ -41,8 +43,12 @@ class PlannedEvaluation:
     task: Task
     placement: Placement
 
-    def cells(self, drops: Iterable[tuple[int, ...]]) -> list[Cell]:
-        """A cell for each part of the task and each set of layers to leave out; each once."""
+    def cells(self, drops: Iterable[tuple[int, ...]], patch: KeptPatch | None = None) -> list[Cell]:
+        """A cell for each part of the task and each set of layers to leave out; each once.
+
+        Args:
+            patch: the weights that the model is repaired with.
+        """
         return [
             Cell(
                 run_id=self.run_id,
@@ -53,6 +59,7 @@ class PlannedEvaluation:
                 measure=measure,
                 drop=drop,
                 placement=self.placement,
+                patch=patch,
             )
             for drop in dict.fromkeys(drops)
             for part, measure in enumerate(self.task.parts)
@@ -207,7 +214,9 @@ def measure(
             if isinstance(outcome, AvssError):
                 failed.append((cell, outcome))
             else:
-                store.write_cell(_identity(cell, outcome.family), cell.cell_id, _rows(cell, outcome))
+                kept = Patches(store.storage)
+                patches = [None if row.patch is None else kept.write(row.patch) for row in outcome.rows]
+                store.write_cell(_identity(cell, outcome.family), cell.cell_id, _rows(cell, outcome, patches))
             reporter.advanced(cell)
     return failed
 
@@ -219,9 +228,9 @@ def commit(planned: PlannedEvaluation, store: Store) -> list[Result]:
     rows = store.table("cells", where=pc.field("run_id") == planned.run_id).to_pylist()
     found = combine(rows, len(planned.task.parts))
     if found:
-        seconds = {(tuple(r["drop"]), r["layer"]): 0.0 for r in rows}
+        seconds: defaultdict[tuple[Any, ...], float] = defaultdict(float)
         for row in rows:
-            seconds[tuple(row["drop"]), row["layer"]] += row["seconds"] or 0.0
+            seconds[tuple(row["drop"]), row["layer"], row["patch"]] += row["seconds"] or 0.0
         common = {
             "task": planned.task.name,
             "settings": json.dumps({**planned.settings.as_dict(), **planned.task.options}),
@@ -237,7 +246,7 @@ def commit(planned: PlannedEvaluation, store: Store) -> list[Result]:
         store.write_evaluations(
             of,
             [
-                {**common, **row, "seconds": seconds[result.drop, result.layer]}
+                {**common, **row, "seconds": seconds[result.drop, result.layer, result.patch]}
                 for result in found
                 for row in _metric_rows(result)
             ],
@@ -254,7 +263,8 @@ def metrics(result: Result) -> Iterator[tuple[str, float, float]]:
 
 
 def _metric_rows(result: Result) -> Iterator[dict[str, Any]]:
-    fields = {"drop": list(result.drop), "layer": result.layer, "num_samples": len(result.samples)}
+    fields = {"drop": list(result.drop), "patch": result.patch, "layer": result.layer}
+    fields |= {"num_samples": len(result.samples)}
     for metric, value, stderr in metrics(result):
         yield {**fields, "metric": metric, "value": value, "stderr": stderr}
 
@@ -264,13 +274,14 @@ def _identity(cell: Cell, family: str) -> RunIdentity:
     return RunIdentity(run_id=cell.run_id, model=of.name, revision=of.revision, family=family)
 
 
-def _rows(cell: Cell, measured: CellResult) -> list[Mapping[str, Any]]:
+def _rows(cell: Cell, measured: CellResult, patches: Sequence[str | None]) -> list[Mapping[str, Any]]:
     share = measured.seconds / max(1, len(measured.rows))
     return [
         {
             "task": cell.task,
             "metric": row.metric,
             "drop": list(cell.drop if row.drop is None else row.drop),
+            "patch": patch or (cell.patch and cell.patch.key),
             "layer": row.layer,
             "part": cell.part,
             "samples": row.samples.tolist(),
@@ -279,5 +290,5 @@ def _rows(cell: Cell, measured: CellResult) -> list[Mapping[str, Any]]:
             "seconds": share,
             "created_at": datetime.now(UTC),
         }
-        for row in measured.rows
+        for row, patch in zip(measured.rows, patches, strict=True)
     ]

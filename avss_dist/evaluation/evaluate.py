@@ -185,7 +185,8 @@ def make_task(
 
 def against_whole(subject: Subject, task: str, found: Sequence[Result]) -> list[Evaluation]:
     """The metrics of a task about a subject as a whole, each beside that of the whole model."""
-    whole = {result.metric: result for result in found if result.drop == () and result.layer is None}
+    found = [result for result in found if result.layer is None and result.patch is None]
+    whole = {result.metric: result for result in found if result.drop == ()}
     return [
         Evaluation(
             subject=subject,
@@ -194,7 +195,7 @@ def against_whole(subject: Subject, task: str, found: Sequence[Result]) -> list[
             retained=retained(whole[result.metric], result) if subject.drop and result.metric in whole else None,
         )
         for result in found
-        if result.drop == subject.drop and result.layer is None
+        if result.drop == subject.drop
     ]
 
 

@@ -6,15 +6,14 @@ task, on the cells of `evaluate`, and compared with the whole model on the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from avss_dist.analysis.verdict import WHOLE
 from avss_dist.evaluation.engine import (
     CellReporter,
     PlannedEvaluation,
@@ -29,24 +28,24 @@ from avss_dist.evaluation.engine import (
     require_listable,
 )
 from avss_dist.evaluation.evaluate import make_task
-from avss_dist.evaluation.held_out import refuse_overlap, refuse_repair_text
-from avss_dist.evaluation.retention import retained
+from avss_dist.evaluation.held_out import refuse_overlap, refuse_repair_text, refuse_text
+from avss_dist.evaluation.repairs import fit_repairs, plan_fits, repair_texts, require_changeable
+from avss_dist.evaluation.trial import Trial, rows_of
 from avss_dist.executors.base import Executor
-from avss_dist.models.checkpoints import Checkpoint, resolve
-from avss_dist.models.loading import text_config
-from avss_dist.partition.base import Placement
+from avss_dist.models.checkpoints import resolve
 from avss_dist.pruning.ground_truth import layer_truth
-from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, Method, methods
-from avss_dist.pruning.selection import count_layers
+from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment
+from avss_dist.pruning.plan import layer_list
+from avss_dist.pruning.repair.repair import Repair
 from avss_dist.runs.api import executor_for, run_job, with_options
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
 from avss_dist.settings import (
-    CHANCE,
     GROUND_TRUTH,
     LOSS,
     MOST_EVALUATIONS,
+    NO_REPAIR,
     RECIPES,
     RELATIVE_THRESHOLDS,
     Settings,
@@ -54,55 +53,10 @@ from avss_dist.settings import (
 )
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Result, Task
-from avss_dist.tasks.cells import Cell
 from avss_dist.tasks.layer_removal import LeaveOneOut
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
-
-Chosen = tuple[Method, float, tuple[int, ...]]  # a method, the share of layers, and the layers
-
-
-@dataclass
-class Trial:
-    """A scored run on its way through an experiment.
-
-    Attributes:
-        rows: of the table ``scores``.
-        truth: float64[layers], by one of ``settings.GROUND_TRUTH``.
-        planned: the evaluation of each task.
-        choices: what every method drops of every share.
-    """
-
-    run: Run
-    checkpoint: Checkpoint
-    settings: Settings
-    placement: Placement
-    rows: Sequence[Mapping[str, Any]]
-    corpus: str
-    truth: dict[str, Float64] = field(default_factory=dict)
-    planned: dict[str, PlannedEvaluation] = field(default_factory=dict)
-    choices: list[Chosen] = field(default_factory=list)
-
-    @property
-    def num_layers(self) -> int:
-        """Of the model."""
-        return count_layers(self.rows)
-
-    def cells(self) -> list[Cell]:
-        """Every task on the whole model, and without every set of layers that is dropped."""
-        drops = [(), *(drop for _, _, drop in self.choices)]
-        return [cell for one in self.planned.values() for cell in one.cells(drops)]
-
-    def choose(self, experiment: Experiment) -> list[Chosen]:
-        """What every method drops of every share."""
-        return [
-            (method, share, choice.drop(choice.scores(self.rows, self.truth)))
-            for method in methods(experiment, self.rows)
-            for share in experiment.shares
-            for choice in [method.choice(share)]
-        ]
 
 
 def run_experiment(
@@ -134,6 +88,9 @@ def run_experiment(
     assert experiment is not None
     specs, execution = with_options(job, options)
     _require_intended(specs, experiment, allow_many=allow_many or experiment.allow_many)
+    if _fitted(experiment):
+        for spec in specs:
+            require_changeable(spec.execution.partition)
     runs = run_job(job, reporter=reporter or Reporter(), **options)
     tasks = [RedactedURI(task) for task in experiment.tasks]
     store, warehouse = Store(job.warehouse), Warehouse(job.warehouse)
@@ -143,11 +100,14 @@ def run_experiment(
             for run, spec in zip(runs, specs, strict=True)
             if run.status != "failed"
         ]
+        for trial in trials:
+            _plan_work(trial, experiment, tasks, warehouse, allow_overlap=allow_overlap)
         if experiment.leave_one_out:
             _leave_one_out(trials, store, executor, cells, fresh=execution.fresh)
         for trial in trials:
-            _prepare(trial, experiment, tasks, warehouse, allow_overlap=allow_overlap)
-        wanted = [cell for trial in trials for cell in trial.cells()]
+            _choose(trial, experiment, warehouse)
+        _fit_repairs(trials, store, executor, cells, fresh=execution.fresh)
+        wanted = [cell for trial in trials for cell in trial.cells(experiment.repairs)]
         failed = measure(wanted, store, executor, cells, fresh=execution.fresh)
     results = {one.run_id: commit(one, store) for trial in trials for one in trial.planned.values()}
     if failed:
@@ -159,14 +119,15 @@ def _require_intended(specs: Sequence[RunSpec], experiment: Experiment, *, allow
     """Refuse more evaluations than are made unasked, before anything is scored."""
     tasks = len(experiment.tasks)
     choices = [experiment.count_choices(_count_readings(spec.settings)) for spec in specs]
-    number = sum(1 + choice for choice in choices) * tasks
-    fewer = "Lower `random`, or name fewer `scores`, `shares` or `tasks`."
+    repairs = len(experiment.repairs)
+    number = sum(1 + choice * repairs for choice in choices) * tasks
+    fewer = "Lower `random`, or name fewer `scores`, `shares`, `repairs` or `tasks`."
     require_listable(number, "evaluations", fewer)
     require_intended(
         number,
         MOST_EVALUATIONS,
         f"The experiment makes up to {{}} evaluations (models: {len(specs):,}, sets of layers to drop: "
-        f"{max(choices, default=0):,}, tasks: {tasks:,})",
+        f"{max(choices, default=0):,}, repairs: {repairs:,}, tasks: {tasks:,})",
         fewer,
         allow_many=allow_many,
     )
@@ -189,21 +150,63 @@ def _commit_rows(
     name = fingerprint(**numbers | {"tasks": tasks})[:20]
     rows = []
     for trial in trials:
-        mine = list(_rows_of_trial(trial, results))
-        store.write_experiment(_identity(trial), name, mine)
+        mine = list(rows_of(trial, experiment.repairs, results))
+        store.write_experiment(trial.identity, name, mine)
         rows += [{**row, "run_id": trial.run.run_id, "model": trial.checkpoint.name} for row in mine]
     return rows
 
 
-def _prepare(
+def _plan_work(
     trial: Trial, experiment: Experiment, tasks: Sequence[str], warehouse: Warehouse, *, allow_overlap: bool
 ) -> None:
-    """Plan the evaluations of a trial, and choose the layers that each method drops."""
+    """Plan the evaluations and the fits of a trial; the texts of both and of its scores are refused if they overlap."""
+    for name in tasks:
+        trial.planned[name] = _plan(trial, name, experiment)
+    if repairs := _fitted(experiment):
+        layers, _ = layer_list(trial.rows, trial.checkpoint.name)
+        settings = replace(trial.settings, max_sequences=experiment.repair_max_sequences)
+        texts, skip = experiment.repair_corpora, experiment.repair_skip_sequences
+        wanted = [Repair(by=by, corpora=texts, skip_sequences=skip, settings=settings) for by in repairs]
+        trial.fits = plan_fits(trial.checkpoint, layers, wanted, trial.placement)
+    if not allow_overlap:
+        _refuse_overlaps(trial, experiment, warehouse)
+
+
+def _fitted(experiment: Experiment) -> list[str]:
+    return [repair for repair in dict.fromkeys(experiment.repairs) if repair != NO_REPAIR]
+
+
+def _refuse_overlaps(trial: Trial, experiment: Experiment, warehouse: Warehouse) -> None:
+    """Refuse tasks on text that was scored on or is fitted on, and to fit on text that was scored on."""
+    texts = [text for fit in [*trial.fits.values()][:1] for text in repair_texts(fit)]
+    refuse_scored = partial(
+        refuse_overlap, run_id=trial.run.run_id, store=warehouse, checkpoint=trial.checkpoint, corpus=trial.corpus
+    )
+    for planned in trial.planned.values():
+        refuse_repair_text(planned.task, trial.checkpoint)
+        refuse_scored(planned.task)
+        for text in texts:
+            refuse_text(planned.task, text, "the repair", experiment.repair_skip_sequences)
+    for text in texts:
+        refuse_scored(text, skips="repair_skip_sequences")
+
+
+def _choose(trial: Trial, experiment: Experiment, warehouse: Warehouse) -> None:
+    """The layers that each method drops."""
     for score in set(experiment.scores) & set(GROUND_TRUTH) - set(trial.truth):
         trial.truth[score] = _known(trial, warehouse, score)
-    for name in tasks:
-        trial.planned[name] = _plan(trial, name, experiment, warehouse, allow_overlap=allow_overlap)
     trial.choices = trial.choose(experiment)
+
+
+def _fit_repairs(
+    trials: Sequence[Trial], store: Store, executor: Executor, reporter: CellReporter | None, *, fresh: bool
+) -> None:
+    """Fit every repair of every trial without each set of layers."""
+    wanted = [(fit, trial.drops) for trial in trials for fit in trial.fits.values()]
+    if wanted:
+        found = fit_repairs(wanted, store, executor, reporter, fresh=fresh)
+        for trial in trials:
+            trial.patches = found
 
 
 def _trial(run: Run, spec: RunSpec, warehouse: Warehouse, executor: Executor) -> Trial:
@@ -214,9 +217,7 @@ def _trial(run: Run, spec: RunSpec, warehouse: Warehouse, executor: Executor) ->
     return Trial(run=run, checkpoint=checkpoint, settings=settings, placement=placement, rows=rows, corpus=spec.corpus)
 
 
-def _plan(
-    trial: Trial, name: str, experiment: Experiment, warehouse: Warehouse, *, allow_overlap: bool
-) -> PlannedEvaluation:
+def _plan(trial: Trial, name: str, experiment: Experiment) -> PlannedEvaluation:
     settings = replace(trial.settings, max_sequences=experiment.max_sequences)
     task = make_task(
         trial.checkpoint,
@@ -226,9 +227,6 @@ def _plan(
         limit=experiment.limit,
         num_fewshot=experiment.num_fewshot,
     )
-    if not allow_overlap:
-        refuse_repair_text(task, trial.checkpoint)
-        refuse_overlap(task, trial.run.run_id, warehouse, trial.checkpoint, corpus=trial.corpus)
     return plan_evaluation(trial.checkpoint, task, settings, trial.placement)
 
 
@@ -257,69 +255,3 @@ def _known(trial: Trial, warehouse: Warehouse, score: str) -> Float64:
     run = warehouse.run(trial.run.run_id)
     assert run is not None
     return layer_truth(warehouse, run, score).by_layer(trial.num_layers)
-
-
-def guessed_loss(trial: Trial) -> float | None:
-    """The loss of a guess among all tokens, in nats per token; None where the vocabulary's size is not known."""
-    config = text_config(trial.checkpoint, trust_remote_code=trial.settings.trust_remote_code)
-    size = getattr(config.get_text_config(), "vocab_size", None)
-    return float(np.log(size)) if size else None
-
-
-def _rows_of_trial(trial: Trial, results: Mapping[str, Sequence[Result]]) -> Iterator[dict[str, Any]]:
-    """Rows of ``experiments``, task by task."""
-    guess = guessed_loss(trial)
-    for task, one in trial.planned.items():
-        mine = [result for result in results[one.run_id] if result.layer is None]
-        for row in (*_whole_rows(mine, guess), *_choice_rows(trial.choices, mine)):
-            yield {"task": task, "created_at": datetime.now(UTC), **row}
-
-
-def _whole_rows(results: Sequence[Result], guess: float | None) -> Iterator[dict[str, Any]]:
-    """The whole model, and of a loss what a guess makes of it."""
-    whole = [_measured(result) for result in results if result.drop == ()]
-    if guess is not None and any(row["metric"] == LOSS for row in whole):
-        whole.append({"drop": [], "metric": CHANCE, "value": guess, "stderr": None})
-    for row in whole:
-        yield {**row, "method": WHOLE, "share": 0.0, **_NO_METHOD, "retention": 1.0}
-
-
-def _choice_rows(choices: Sequence[Chosen], results: Sequence[Result]) -> Iterator[dict[str, Any]]:
-    """Every method at every share, beside the whole model."""
-    whole = {result.metric: result for result in results if result.drop == ()}
-    by_drop: dict[tuple[int, ...], list[Result]] = {}
-    for result in results:
-        by_drop.setdefault(result.drop, []).append(result)
-    for method, share, drop in choices:
-        for result in by_drop[drop]:
-            kept = retained(whole[result.metric], result)
-            yield {
-                **_measured(result),
-                "method": method.label,
-                "share": share,
-                "score": method.score,
-                **dict(zip(_READING, method.reading or [None] * len(_READING), strict=True)),
-                "control": method.control,
-                "seed": method.seed,
-                "retention": kept.value,
-                "retention_low": kept.low,
-                "retention_high": kept.high,
-            }
-
-
-_READING = ("site", "recipe", "threshold", "threshold_kind")
-_NO_METHOD = dict.fromkeys(("score", *_READING, "control", "seed", "retention_low", "retention_high"))
-
-
-def _measured(result: Result) -> dict[str, Any]:
-    return {
-        "drop": list(result.drop),
-        "metric": result.metric,
-        "value": result.value,
-        "stderr": result.stderr,
-    }
-
-
-def _identity(trial: Trial) -> RunIdentity:
-    of = trial.checkpoint
-    return RunIdentity(run_id=trial.run.run_id, model=of.name, revision=of.revision, family=trial.rows[0]["family"])

@@ -21,11 +21,20 @@ WINDOW = 32  # tokens that two texts have in common, in a row, before they are t
 MOST_SHARED = 0.01  # of the windows of a text; phrases that every text has are fewer
 
 
-def refuse_overlap(task: Task, run_id: str, store: Warehouse, checkpoint: Checkpoint, *, corpus: str = "") -> None:
+def refuse_overlap(
+    task: Task,
+    run_id: str,
+    store: Warehouse,
+    checkpoint: Checkpoint,
+    *,
+    corpus: str = "",
+    skips: str = "skip_sequences",
+) -> None:
     """Refuse a task on text that a run's scores were measured on; tasks without a corpus pass.
 
     Args:
         corpus: the text of the run, with the keys that reading it takes; by default as its row names it, without.
+        skips: the field that says which rows of the task's text are not read.
 
     Raises:
         ConfigError: they share text, or the run's text cannot be read again.
@@ -38,7 +47,26 @@ def refuse_overlap(task: Task, run_id: str, store: Warehouse, checkpoint: Checkp
     if shared > MOST_SHARED:
         raise ConfigError(
             f"{shared:.0%} of {task.name} is text that the scores of {run_id} were measured on ({run['corpus']}).",
-            f"Evaluate on other text: another corpus, or `skip_sequences` {run['num_sequences']}.",
+            f"Use other text: another corpus, or `{skips}` {run['num_sequences']}.",
+        )
+
+
+def refuse_text(task: Task, text: Task, what: str, skip_sequences: int) -> None:
+    """Refuse a task on text that ``what`` is fitted on; tasks without a corpus pass.
+
+    Args:
+        text: that text, as a task.
+        skip_sequences: rows before it.
+
+    Raises:
+        ConfigError: they share text.
+    """
+    shared = shared_text(_shards(text), _shards(task)) if _shards(task) else 0.0
+    if shared > MOST_SHARED:
+        rows = sum(shard.num_sequences for shard in _shards(text))
+        raise ConfigError(
+            f"{shared:.0%} of {task.name} is text that {what} is fitted on ({text.name}).",
+            f"Use other text: another corpus, or `skip_sequences` {skip_sequences + rows}.",
         )
 
 
@@ -56,7 +84,7 @@ def refuse_repair_text(task: Task, checkpoint: Checkpoint) -> None:
             if shared > MOST_SHARED:
                 raise ConfigError(
                     f"{shared:.0%} of {task.name} is text that {of} was fitted on ({text.corpus}).",
-                    f"Evaluate on other text: another corpus, or `skip_sequences` {skip + text.rows}.",
+                    f"Use other text: another corpus, or `skip_sequences` {skip + text.rows}.",
                 )
 
 

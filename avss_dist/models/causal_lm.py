@@ -16,6 +16,7 @@ from avss_dist.errors import ModelError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import PROBE_SHAPE, Layer
 from avss_dist.models.loading import Backbone, quiet
+from avss_dist.models.patching import Patch, patched
 from avss_dist.models.skipping import Recorded, recording, resuming, skipping
 from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import Float64
@@ -49,6 +50,7 @@ class LanguageModel:
         device: where it takes token ids.
 
     Attributes:
+        backbone: the model as it was opened.
         layers: its transformer blocks, in order.
         family: ``config.model_type``.
         device: where it computes.
@@ -64,6 +66,7 @@ class LanguageModel:
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, backbone: Backbone, device: torch.device) -> None:
         self.checkpoint, self.settings, self.device = checkpoint, settings, device
+        self.backbone = backbone
         self.module: Any = backbone.model
         if self.module.get_output_embeddings() is None:
             raise _no_head(checkpoint, self.module)
@@ -120,6 +123,12 @@ class LanguageModel:
         """Inside, the model computes without the layers of these indices."""
         self.require_layers(drop)
         with skipping(self.layers, drop, self.forms):
+            yield
+
+    @contextmanager
+    def patched(self, patch: Patch) -> Iterator[None]:
+        """Inside, the model computes with other values of some parameters; see `patching.patched`."""
+        with patched(self.layers, patch):
             yield
 
     def call(self, *args: Any, **kwargs: Any) -> Any:

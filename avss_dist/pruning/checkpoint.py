@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from torch import nn
 
 from avss_dist.errors import ModelError, unwritable
 from avss_dist.models.checkpoints import PICKLED, Checkpoint, read_config, resolve
-from avss_dist.models.layers import Layer, first_tensor
+from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import forward_function, load_model, open_module, skeleton, text_config, without_head
+from avss_dist.models.patching import Patch, patched
 from avss_dist.models.safetensors import WEIGHTS
 from avss_dist.models.size import footprint
 from avss_dist.models.skipping import skipping
@@ -30,7 +32,7 @@ from avss_dist.pruning.quantization import FILES, KEYS, quantization_note, renum
 from avss_dist.pruning.repair.record import read_repairs, write_repairs
 from avss_dist.pruning.repair.repair import Repair, Repaired, repair_layers
 from avss_dist.pruning.selection import PlanError
-from avss_dist.pruning.weights import Parameter, StoredWeights, copy_weights
+from avss_dist.pruning.weights import StoredWeights, copy_weights
 from avss_dist.settings import Settings
 from avss_dist.system.devices import available_memory
 from avss_dist.system.staging import staged_folder
@@ -49,7 +51,7 @@ def prune(
     plan: Plan,
     out: str | Path,
     *,
-    repair: Repair | None = None,
+    repair: Repair | Repaired | None = None,
     trust_remote_code: bool = False,
     copied: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -58,7 +60,8 @@ def prune(
     Args:
         model: hub id, folder: that of the plan, whatever its name.
         out: a folder that does not exist, or is empty; it appears when it is whole.
-        repair: how what the layers did is given back by those that stay; not at all by default.
+        repair: how what the layers did is given back by those that stay, or the weights that were fitted for that; not
+            at all by default.
         copied: called with the bytes of weights that were copied, now and then.
 
     Returns:
@@ -76,10 +79,9 @@ def prune(
     """
     settings = Settings(dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
     out = Path(out)
-    _require_free(out)
+    require_free(out)
     checkpoint = resolve(model, trust_remote_code=trust_remote_code)
-    if checkpoint.gguf:
-        raise PlanError(f"'{model}' is a .gguf file.", "Prune the checkpoint in safetensors that it was made of.")
+    _require_safetensors(checkpoint)
     if plan.revision is not None and plan.revision != checkpoint.revision:
         raise PlanError(
             f"The plan is for {plan.model} at {plan.revision[:12]}; '{model}' is at {checkpoint.revision[:12]}.",
@@ -91,7 +93,7 @@ def prune(
         with staged_folder(out) as staged:
             _write_config(checkpoint, plan, staged, settings)
             weights = StoredWeights.of(checkpoint, plan, settings)
-            repaired = repair_layers(checkpoint, plan, repair, weights.read) if repair else None
+            repaired = repair_layers(checkpoint, plan, repair, weights.read) if isinstance(repair, Repair) else repair
             notes += repaired.notes if repaired else []
             _copy_files(checkpoint, plan, staged, notes, repaired)
             replaced = repaired.tensors if repaired else {}
@@ -103,12 +105,35 @@ def prune(
     return {"folder": str(out), "bytes": size, "difference": difference, "notes": notes, "repair": record}
 
 
-def _require_free(out: Path) -> None:
-    """Refuse a folder that holds something, or that somebody stands in."""
+def require_free(out: Path) -> None:
+    """Refuse a folder that holds something, or that somebody stands in.
+
+    Raises:
+        PlanError: it is one.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PlanError(f"{out} exists already, and is not empty.", "Name another folder with `out`.")
     if out.resolve() == Path.cwd():
         raise PlanError(f"{out} is the folder that you are in; it would be replaced.", "Name a new folder with `out`.")
+
+
+def _require_safetensors(checkpoint: Checkpoint) -> None:
+    if checkpoint.gguf:
+        raise PlanError(
+            f"'{checkpoint.name}' is a .gguf file.", "Prune the checkpoint in safetensors that it was made of."
+        )
+
+
+def require_prunable(checkpoint: Checkpoint, plan: Plan, settings: Settings) -> None:
+    """Refuse a checkpoint that cannot be without a plan's layers, as far as its headers tell; nothing is left of it.
+
+    Raises:
+        PlanError: it cannot; the message says why.
+    """
+    _require_safetensors(checkpoint)
+    with TemporaryDirectory() as folder:
+        _write_config(checkpoint, plan, Path(folder), settings)
+    StoredWeights.of(checkpoint, plan, settings)
 
 
 def _write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Settings) -> None:
@@ -221,9 +246,7 @@ def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path, notes: list[st
         write_repairs(folder, [*read_repairs(checkpoint.folder), record])
 
 
-def _difference(
-    checkpoint: Checkpoint, plan: Plan, replaced: Mapping[Parameter, torch.Tensor], folder: Path, settings: Settings
-) -> float | None:
+def _difference(checkpoint: Checkpoint, plan: Plan, replaced: Patch, folder: Path, settings: Settings) -> float | None:
     """The largest difference of the backbones' outputs on some tokens; None where there is no room for both."""
     size = footprint(checkpoint, settings)
     if 2 * size.weight_bytes > available_memory() // 2:
@@ -232,10 +255,9 @@ def _difference(
     outputs = []
     for one, drop in ((checkpoint, plan.drop), (pruned, ())):
         backbone = open_module(load_model(one, settings), layers=plan.layers)
-        if one is checkpoint:
-            _replace(backbone.structure.layers, replaced)
+        layers, patch = backbone.structure.layers, replaced if one is checkpoint else {}
         ids = torch.arange(CHECKED_SHAPE[0] * CHECKED_SHAPE[1]).reshape(CHECKED_SHAPE) + 5
-        with torch.no_grad(), skipping(backbone.structure.layers, drop):
+        with torch.no_grad(), patched(layers, patch), skipping(layers, drop):
             output = first_tensor(forward_function(backbone.module)(ids, torch.ones_like(ids)))
         if output is None:
             raise ModelError(f"'{one.name}' returns no hidden states.")
@@ -248,10 +270,3 @@ def _difference(
             "Layers of this family depend on each other; evaluate the plan without a checkpoint.",
         )
     return difference
-
-
-def _replace(layers: Sequence[Layer], replaced: Mapping[Parameter, torch.Tensor]) -> None:
-    """Put the values of a repair into a loaded model."""
-    for (layer, path), value in replaced.items():
-        parameter = layers[layer].module.get_parameter(path)
-        parameter.data = value.to(parameter.device, parameter.dtype)

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from avss_dist.errors import ConfigError, require_known
-from avss_dist.pruning.selection import PUBLISHED, RANDOM, Choice, Reading, reading_of
-from avss_dist.settings import GROUND_TRUTH, RECIPES, SCORES, SITES
+from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
+from avss_dist.settings import GROUND_TRUTH, NO_REPAIR, RECIPES, REPAIRS, SCORES, SITES
 from avss_dist.text import describe_threshold, parse_threshold
-from avss_dist.validation import Check, checked
+from avss_dist.validation import Check, OneOf, checked
 
 LEAVE_ONE_OUT = "loss"
 REVERSED, ENDS_KEPT = "reversed", "ends kept"
@@ -52,8 +52,20 @@ class Experiment:
     """Drop the highest too."""
     keep_ends: Count = 1
     """Choose once more with so many layers at each end kept; 0 does not."""
+    last: bool = True
+    """Drop the last layers before the final one too (arXiv 2411.15558)."""
     leave_one_out: bool = True
     """Choose by the loss without each layer, on the text of the run."""
+    repairs: Annotated[tuple[Annotated[str, OneOf((NO_REPAIR, *REPAIRS))], ...], Field(strict=False, min_length=1)] = (
+        NO_REPAIR,
+    )
+    """What gives back what the removed layers did; every choice is evaluated with each."""
+    repair_corpora: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """The texts that repairs are fitted on; each counts alike, however long."""
+    repair_max_sequences: AtLeastOne | None = None
+    """Rows of each text that repairs are fitted on, at most."""
+    repair_skip_sequences: Count = 0
+    """Rows of each text before those."""
     max_sequences: AtLeastOne | None = None
     """Rows of each text that is evaluated on, at most."""
     skip_sequences: Count = 0
@@ -65,6 +77,15 @@ class Experiment:
     allow_many: bool = False
     """Go on where there are more than 10,000 evaluations."""
 
+    def __post_init__(self) -> None:
+        fitted = [repair for repair in self.repairs if repair != NO_REPAIR]
+        if fitted and not self.repair_corpora:
+            raise ConfigError(
+                f"`repairs` {fitted[0]} is fitted on text, and there is none.", "Name it with `repair_corpora`."
+            )
+        if self.repair_corpora and not fitted:
+            raise ConfigError("`repair_corpora` has no effect without a repair.", "Name some in `repairs`.")
+
     def count_choices(self, readings: int) -> int:
         """Choices of layers for a model, at most.
 
@@ -75,7 +96,7 @@ class Experiment:
         several = EVERY_READING in self.scores
         scores = len(self.scores) - several + self.leave_one_out
         methods = scores * (1 + controls) + several * (readings + controls) + self.random * (1 + bool(self.keep_ends))
-        return methods * len(self.shares)
+        return (methods + self.last) * len(self.shares)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +104,7 @@ class Method:
     """One way to choose layers.
 
     Attributes:
-        score: one of ``config.SCORES`` or ``config.GROUND_TRUTH``, or ``random``.
+        score: one of ``config.SCORES`` or ``config.GROUND_TRUTH``, or ``random`` or ``last``.
         reading: of AVSS.
         control: `REVERSED`, `ENDS_KEPT` or None.
         seed: of ``random``.
@@ -161,6 +182,8 @@ def methods(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> Iterat
                 yield Method(score=score, reading=reading, control=REVERSED)
             if experiment.keep_ends:
                 yield Method(score=score, reading=reading, control=ENDS_KEPT, ends=experiment.keep_ends)
+    if experiment.last:
+        yield Method(score=LAST)
     for seed in range(experiment.random):
         yield Method(score=RANDOM, seed=seed)
         if experiment.keep_ends:

@@ -14,7 +14,7 @@ from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, rank_lowest
 from avss_dist.stats.scores import score_column
 
-RANDOM = "random"
+RANDOM, LAST = "random", "last"
 SCORE_MEANINGS = {
     "loss": "what the loss rises by without the layer, measured",
     "shapley": "the same on average over sets of other layers that are missing too, sampled",
@@ -24,9 +24,10 @@ SCORE_MEANINGS = {
     "angular_distance": "mean angle between the layer's input and output",
     "relative_magnitude": "mean size of what the layer adds, over the size of its input",
     "update_variance_ratio": "variance of what the layer adds, over that of its input",
-    RANDOM: "chance, the control",
+    LAST: "the place: those before the final one go first, a control",
+    RANDOM: "chance, a control",
 }
-"""What layers can be chosen by, and what it means; of all but chance, low is unimportant."""
+"""What layers can be chosen by, and what it means; of all but the controls, low is unimportant."""
 
 Reading = tuple[str, str, float, str]  # of AVSS: site, recipe, threshold and its kind
 PUBLISHED: Reading = (SITES[0], RECIPES[0], PUBLISHED_THRESHOLD, "absolute")
@@ -72,7 +73,7 @@ class Choice:
         given = [f"`{name}`" for name in ("share", "count", "mass") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} were given; they say the same thing twice.", "Keep one of them.")
-        if self.mass is not None and (self.contiguous or self.highest or self.by == RANDOM):
+        if self.mass is not None and (self.contiguous or self.highest or self.by in (LAST, RANDOM)):
             raise ConfigError(
                 "`mass` is a share of a score that is summed from the lowest on.", "Use `share` or `count` here."
             )
@@ -86,6 +87,8 @@ class Choice:
         """
         if self.by == RANDOM:
             return np.random.default_rng(self.seed).permutation(count_layers(rows)).astype(np.float64)
+        if self.by == LAST:
+            return _from_the_end(count_layers(rows))
         if self.by in GROUND_TRUTH:
             return truth[self.by]
         column = score_column(self.by)
@@ -133,6 +136,13 @@ class Choice:
                 "Allow more, or use `share` or `count`.",
             )
         return number
+
+
+def _from_the_end(num_layers: int) -> Float64:
+    """Low for the last layers, but for the final one, which is the highest."""
+    places = np.arange(num_layers, 0, -1, dtype=np.float64)
+    places[-1] = num_layers + 1
+    return places
 
 
 def reading_of(row: Mapping[str, Any]) -> Reading:

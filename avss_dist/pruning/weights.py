@@ -12,6 +12,7 @@ import torch
 
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import text_config
+from avss_dist.models.patching import Parameter, Patch
 from avss_dist.models.safetensors import (
     StoredTensor,
     copy_tensors,
@@ -23,8 +24,6 @@ from avss_dist.models.safetensors import (
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import PlanError
 from avss_dist.settings import Settings
-
-Parameter = tuple[int, str]  # a layer of the whole model, and a path below it
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def _unclear(checkpoint: Checkpoint, plan: Plan, prefixes: list[str], settings: 
 def copy_weights(
     checkpoint: Checkpoint,
     weights: StoredWeights,
-    replaced: Mapping[Parameter, torch.Tensor],
+    replaced: Patch,
     folder: Path,
     copied: Callable[[int], None],
 ) -> int:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.errors import AvssError, ConfigError, RunFailed, without_secrets
+from avss_dist.pruning.methods import Experiment
 from avss_dist.runs.job_file import JobFile
 from avss_dist.settings import ANSWER_SECONDS, CONNECT_SECONDS, PERPLEXITY
 from avss_dist.tasks.harness_files import files_of, is_task_file
@@ -99,11 +100,10 @@ class Cluster:
             TaskError: a task file, or its data, cannot be read.
         """
         _require_reachable(job)
-        tasks = job.experiment.tasks if experiment and job.experiment else ()
         job_id = f"avss-{job.path.stem}-{secrets.token_hex(3)}"
         with tempfile.TemporaryDirectory() as folder:
             shutil.copy(job.path, Path(folder) / job.path.name)
-            for file in _local_files(job, tasks):
+            for file in _local_files(job, job.experiment if experiment else None):
                 (Path(folder) / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, Path(folder) / file)
             with self._explained():
@@ -268,9 +268,10 @@ def _require_reachable(job: JobFile) -> None:
         )
 
 
-def _local_files(job: JobFile, tasks: Sequence[str]) -> list[Path]:
+def _local_files(job: JobFile, experiment: Experiment | None) -> list[Path]:
     """Files that the job names and that are here, with a relative path: texts, globs of them, task files with data."""
-    sources = [*job.corpora, *(task.removeprefix(PERPLEXITY) for task in tasks)]
+    tasks, repaired_on = (experiment.tasks, experiment.repair_corpora) if experiment else ((), ())
+    sources = [*job.corpora, *(task.removeprefix(PERPLEXITY) for task in tasks), *repaired_on]
     texts = [match["path"] for source in sources if (match := _TEXT.fullmatch(source)) and "://" not in match["path"]]
     named = [Path(file) for text in texts for file in {text, *glob(text)} if Path(file).is_file()]
     for task in tasks:

@@ -30,6 +30,7 @@ class Row:
         weights: float64[n], what each counts: the value is ``sum(samples) / sum(weights)``.
         drop: the layers left out; None is those of the cell.
         layer: the layer that it is about; None where it is about the whole.
+        patch: weights that were fitted, as `patching.encode_patch` has them; None where nothing is fitted.
     """
 
     metric: str
@@ -37,6 +38,7 @@ class Row:
     weights: Float64
     drop: tuple[int, ...] | None = None
     layer: int | None = None
+    patch: bytes | None = field(default=None, repr=False)
 
 
 class Measure(Protocol):
@@ -95,6 +97,7 @@ class Result:
     Attributes:
         value, stderr: the weighted mean of the samples, and its standard error.
         samples, weights: of all parts, in their order.
+        patch: the key of the weights that the model was repaired with, or of those that were fitted; None for neither.
     """
 
     metric: str
@@ -102,6 +105,7 @@ class Result:
     layer: int | None
     samples: Float64 = field(repr=False)
     weights: Float64 = field(repr=False)
+    patch: str | None = None
 
     @property
     def value(self) -> float:
@@ -125,13 +129,14 @@ def combine(rows: Iterable[Mapping[str, Any]], num_parts: int) -> list[Result]:
     """
     parts: dict[tuple[Any, ...], dict[int, Mapping[str, Any]]] = {}
     for row in rows:
-        parts.setdefault((tuple(row["drop"]), row["layer"], row["metric"]), {})[row["part"]] = row
+        key = tuple(row["drop"]), row["layer"], row["metric"], row.get("patch")
+        parts.setdefault(key, {})[row["part"]] = row
     results = []
-    for (drop, layer, metric), found in parts.items():
+    for (drop, layer, metric, patch), found in parts.items():
         if len(found) < num_parts:
             continue
         samples, weights = (_joined([found[part][name] for part in sorted(found)]) for name in ("samples", "weights"))
-        results.append(Result(metric=metric, drop=drop, layer=layer, samples=samples, weights=weights))
+        results.append(Result(metric=metric, drop=drop, layer=layer, samples=samples, weights=weights, patch=patch))
     return results
 
 

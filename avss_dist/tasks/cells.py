@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Protocol
 
 from avss_dist.errors import AvssError, BatchTooLarge
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.patching import decode_patch
 from avss_dist.partition.base import Placement
 from avss_dist.settings import Settings, fingerprint
 from avss_dist.system.cores import use_threads
@@ -18,6 +20,29 @@ from avss_dist.system.out_of_memory import halve_until_it_fits
 from avss_dist.tasks.base import Measure, Row
 
 Beat = Callable[[], None]
+
+
+class KeptPatch(Protocol):
+    """Weights that repair a model, wherever they are kept."""
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of them, in hex."""
+
+    def read(self) -> bytes:
+        """As `patching.encode_patch` has them."""
+
+
+@dataclass(frozen=True)
+class SentPatch:
+    """See `KeptPatch`: on its way to a worker."""
+
+    key: str
+    data: bytes = field(repr=False)
+
+    def read(self) -> bytes:
+        """See `KeptPatch`."""
+        return self.data
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -29,6 +54,7 @@ class Cell:
         task: its name.
         part: which part of the task ``measure`` is.
         placement: of the replica that measures it; changes no number, or ``run_id`` says so.
+        patch: the weights that the model is repaired with; None is the model as it is.
     """
 
     run_id: str
@@ -39,11 +65,17 @@ class Cell:
     measure: Measure = field(repr=False)
     drop: tuple[int, ...] = ()
     placement: Placement = field(default_factory=Placement)
+    patch: KeptPatch | None = None
 
     @property
     def cell_id(self) -> str:
         """Equal where the same is measured within an evaluation: names its file."""
-        return fingerprint(measure=self.measure.key, part=self.part, drop=list(self.drop))[:20]
+        repair = {"patch": self.patch.key} if self.patch else {}
+        return fingerprint(measure=self.measure.key, part=self.part, drop=list(self.drop), **repair)[:20]
+
+    def sent(self) -> Cell:
+        """The same with its patch in it, for a worker that may not reach where that is kept."""
+        return replace(self, patch=SentPatch(self.patch.key, self.patch.read())) if self.patch else self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +116,7 @@ def measure_cell(model: LanguageModel, cell: Cell, *, rows: int | None = None, b
         )
 
     try:
-        with _beating(model, beat):
+        with _beating(model, beat), _repaired(model, cell.patch):
             rows = rows or settings.batch_size
             least = rows if cell.placement.ranks > 1 else 1  # all ranks must halve them together
             result, _ = halve_until_it_fits(run, rows, too_large, least=least)
@@ -92,6 +124,13 @@ def measure_cell(model: LanguageModel, cell: Cell, *, rows: int | None = None, b
         model.settings = settings
     seconds = time.perf_counter() - start
     return CellResult(rows=result, family=model.family, device=str(model.device), seconds=seconds)
+
+
+@contextmanager
+def _repaired(model: LanguageModel, patch: KeptPatch | None) -> Iterator[None]:
+    """Inside, the model computes with the weights of a patch."""
+    with model.patched(decode_patch(patch.read())[0]) if patch else nullcontext():
+        yield
 
 
 @contextmanager

@@ -95,11 +95,14 @@ _PLACE = (
     Column("site", STRING, "where in the layer: block, update, attention, mlp, neuron"),
 )
 _STATS = _columns_of_stats()
-_TASK = Column("task", STRING, "perplexity:TEXT, ablation:TEXT, shapley:TEXT, gradients:TEXT, or a task of lm-eval")
+_TASK = Column(
+    "task", STRING, "perplexity:TEXT, ablation:TEXT, shapley:TEXT, gradients:TEXT, repair:..., or of lm-eval"
+)
 _METRIC = Column("metric", STRING, "what is measured: loss, perplexity, acc, shapley, ...")
 _DROP = Column("drop", INT32_LIST, "layers that were left out, ascending, from 0; empty for the whole model")
+_PATCH = Column("patch", STRING, "the weights that repair the model: SHA-256, which names a file of patches; or null")
 _OF_LAYER = Column("layer", INT32, "the layer that the value is about; null where it is about the whole")
-_EVALUATION = (_EVALUATION_ID, *_MODEL, _TASK, _METRIC, _DROP, _OF_LAYER)
+_EVALUATION = (_EVALUATION_ID, *_MODEL, _TASK, _METRIC, _DROP, _PATCH, _OF_LAYER)
 _VALUE = Column("value", FLOAT64, "the result")
 _STDERR = Column("stderr", FLOAT64, "standard error of the value")
 _SETTINGS = Column("settings", STRING, "every setting that can change a number, as JSON")
@@ -223,7 +226,7 @@ TABLES: dict[str, Table] = {
             Column("run_id", STRING, "the run whose scores chose the layers"),
             *_MODEL,
             Column("method", STRING, "how the layers were chosen, for people: avss, random 3, whole model, ..."),
-            Column("score", STRING, "the score that chose the layers; random; null for the whole model"),
+            Column("score", STRING, "the score that chose the layers; last; random; null for the whole model"),
             Column("site", STRING, "of the reading of AVSS that chose; null for other scores and in files of schema 2"),
             Column("recipe", STRING, "recipe of that reading"),
             Column("threshold", FLOAT64, "threshold of that reading"),
@@ -232,6 +235,8 @@ TABLES: dict[str, Table] = {
             Column("share", FLOAT64, "share of the layers that was dropped"),
             Column("seed", INT32, "of a random choice"),
             _DROP,
+            Column("repair", STRING, "what gives back what they did: scale, channel, map, refit; null for nothing"),
+            _PATCH,
             _TASK,
             _METRIC,
             _VALUE,

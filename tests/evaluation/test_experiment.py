@@ -69,7 +69,7 @@ def test_every_method_is_compared_with_the_whole_model(done: tuple[Path, list[di
     expected |= {"leave one out"}
     controls = {f"{name}, {control}" for name in expected for control in ("reversed", "ends kept")}
     chances = {f"random {seed}{control}" for seed in (0, 1) for control in ("", ", ends kept")}
-    assert {method for method, _ in of} == {"whole model"} | expected | controls | chances
+    assert {method for method, _ in of} == {"whole model", "last"} | expected | controls | chances
     for (method, share), row in of.items():
         if share:
             assert len(row["drop"]) == round(6 * share), method
@@ -237,7 +237,7 @@ def test_methods_of_every_reading() -> None:
         for layer in range(3)
     ]
     wanted = Experiment(tasks=("x",), scores=("avss:all",), random=0, leave_one_out=False, reversed=False, keep_ends=0)
-    assert [method.label for method in methods(wanted, scores)] == ["avss", "avss (update, pooled, 1e-05)"]
+    assert [method.label for method in methods(wanted, scores)] == ["avss", "avss (update, pooled, 1e-05)", "last"]
     assert parse_score("avss:update:unit:0.1rms")[1] == ("update", "unit", 0.1, "rms")
 
 
@@ -316,7 +316,7 @@ def test_a_huge_experiment_says_its_size_first(tmp_path: Path) -> None:
     job.write_text(text)
     done = avss("experiment", job)
     assert done.exit_code == 2
-    assert "makes up to 400,037 evaluations (models: 1, sets of layers to drop: 400,036" in done.stderr
+    assert "makes up to 400,039 evaluations (models: 1, sets of layers to drop: 400,038, repairs: 1" in done.stderr
     assert "Lower `random`" in done.stderr and "More than 10,000 need --yes." in done.stderr
     assert not (tmp_path / "w").exists()
     job.write_text(text.replace("100000", "3000") + "  allow_many: true\n")
@@ -328,7 +328,7 @@ def test_more_evaluations_than_can_be_listed_are_refused(tmp_path: Path) -> None
     job = tmp_path / "job.yaml"
     job.write_text(JOB.format(warehouse=tmp_path / "w", model="nowhere").replace("random: 2", "random: 100000000"))
     done = avss("experiment", job, "--yes")
-    assert done.exit_code == 2 and done.stderr.startswith("Error: 400,000,037 evaluations are more than one command")
+    assert done.exit_code == 2 and done.stderr.startswith("Error: 400,000,039 evaluations are more than one command")
     assert not (tmp_path / "w").exists()
 
 

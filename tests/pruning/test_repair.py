@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.checkpoints import VOCABULARY, llama
+from support.checkpoints import llama
 from support.command_line import avss
-from support.families import tiny_model
+from support.families import lively, tiny_model
 
 from avss_dist.corpus.shards import plan as read_text
 from avss_dist.errors import ConfigError, CorpusError, ModelError
@@ -44,19 +44,6 @@ FAMILIES = (
 
 def repair_of(by: str = "map", *corpora: str, **options: Any) -> Repair:
     return Repair(by=by, corpora=corpora or (TEXT,), settings=Settings(**READ | options))
-
-
-def lively(model: Any) -> Any:
-    """A tiny model whose layers do something: random weights are small, and layers that add nothing need no repair."""
-    generator = torch.Generator().manual_seed(0)
-    model.resize_token_embeddings(VOCABULARY)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and "embed" not in name and "wte" not in name:
-                parameter *= 8
-            elif parameter.dim() == 1 and "norm" in name and "weight" in name:
-                parameter += 0.3 * torch.rand(parameter.shape, generator=generator)
-    return model.eval()
 
 
 def whole_of(model: Any, folder: Path, save: Save) -> tuple[Path, Plan]:

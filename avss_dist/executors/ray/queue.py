@@ -220,9 +220,8 @@ class CellQueue(UnitQueue[Cell]):
 
     def assignments(self, units: Sequence[int]) -> list[CellAssignment]:
         """The same cell for every rank."""
-        return [
-            CellAssignment(cell=self.units[unit], rows=self.rows) for unit in self.by_rank(units) if unit is not None
-        ]
+        cells = {unit: self.units[unit].sent() for unit in units}
+        return [CellAssignment(cell=cells[unit], rows=self.rows) for unit in self.by_rank(units) if unit is not None]
 
     def _outcome(self, unit: int, result: Any) -> tuple[Cell, Any]:
         return self.units[unit], result

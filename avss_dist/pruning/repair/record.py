@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -105,13 +105,19 @@ def read_repairs(folder: Path) -> list[RepairRecord]:
     if not file.is_file():
         return []
     try:
-        return [_record(values) for values in json.loads(file.read_text(encoding="utf-8"))["repairs"]]
+        return [parse_record(values) for values in json.loads(file.read_text(encoding="utf-8"))["repairs"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         why = error.message if isinstance(error, ConfigError) else str(error)
         raise ModelError(f"{file} is no record of a repair: {why}", "Copy the checkpoint again.") from error
 
 
-def _record(values: dict[str, Any]) -> RepairRecord:
+def parse_record(values: Mapping[str, Any]) -> RepairRecord:
+    """A record from its fields, as ``dataclasses.asdict`` has them.
+
+    Raises:
+        KeyError, TypeError, ConfigError: they are no record.
+    """
+    values = dict(values)
     texts = tuple(RepairText(**text) for text in values.pop("texts"))
     cuts = tuple(RepairedCut(**cut) for cut in values.pop("cuts"))
     return RepairRecord(**values, texts=texts, cuts=cuts)

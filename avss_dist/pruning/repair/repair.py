@@ -8,7 +8,7 @@ held back: it chooses the ridge, and says what the fit is worth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -18,7 +18,8 @@ from pydantic import Field
 from avss_dist.corpus.shards import CorpusPlan, plan
 from avss_dist.errors import CorpusError
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.loading import load, load_tokenizer, text_config
+from avss_dist.models.loading import Backbone, load, load_tokenizer, text_config
+from avss_dist.models.patching import Parameter, Patch
 from avss_dist.models.pinning import pin
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fold import Step, Weights, features, fold, num_unknowns, parameters, steps
@@ -27,7 +28,6 @@ from avss_dist.pruning.repair.outlet import Outlet, RepairError, is_transposed
 from avss_dist.pruning.repair.record import RepairedCut, RepairRecord, RepairText
 from avss_dist.pruning.repair.streams import Streams
 from avss_dist.pruning.repair.text import Portion, count_tokens, portions
-from avss_dist.pruning.weights import Parameter
 from avss_dist.settings import REPAIRS, OneOf, Settings, checked
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.progress_bar import tracked
@@ -36,6 +36,7 @@ from avss_dist.text import describe_layers
 TOKENS_PER_UNKNOWN = 4  # at least; with fewer, a fit follows its text's noise
 
 ReadStored = Callable[[Parameter], torch.Tensor | None]  # a parameter as the checkpoint's files have it, if they do
+Show = Callable[[Sequence[Portion], str], Iterable[Portion]]  # the portions, while somebody sees how far it is
 
 
 @checked
@@ -60,7 +61,7 @@ class Repair:
 class Repaired:
     """Weights to write in place of the checkpoint's, in their dtypes, and what is to be said of them."""
 
-    tensors: Mapping[Parameter, torch.Tensor]
+    tensors: Patch
     record: RepairRecord
     notes: Sequence[str]
 
@@ -100,31 +101,56 @@ def repair_layers(checkpoint: Checkpoint, made: Plan, repair: Repair, stored: Re
         CorpusError: a text cannot be read, or has too few tokens.
         FitError: hidden states are not finite.
     """
-    cuts = find_cuts(made)
-    if not cuts:
-        raise RepairError(
-            f"Layers {describe_layers(made.drop)} are the first: no layer before them can give back what they did.",
-            "Prune with `repair` none, or keep the first layer.",
-        )
+    require_cuts(made)
     device = pick_device(repair.settings.device)
     config = text_config(checkpoint, trust_remote_code=repair.settings.trust_remote_code)
     settings = pin(repair.settings, checkpoint, config, device.type)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
     texts = [plan(corpus, tokenizer, settings, skip_sequences=repair.skip_sequences) for corpus in repair.corpora]
-    read = portions(texts, settings.batch_size)
     backbone = load(checkpoint, replace(settings, layers=made.layers), device)
+    repaired = fit_repair(checkpoint, backbone, device, made, replace(repair, settings=settings), texts, stored)
+    del backbone
+    free_device(device)
+    return repaired
+
+
+def require_cuts(made: Plan) -> list[Cut]:
+    """As `find_cuts`.
+
+    Raises:
+        RepairError: there is none.
+    """
+    if cuts := find_cuts(made):
+        return cuts
+    raise RepairError(
+        f"Layers {describe_layers(made.drop)} are the first: no layer before them can give back what they did.",
+        "Prune with `repair` none, or keep the first layer.",
+    )
+
+
+def fit_repair(
+    checkpoint: Checkpoint,
+    backbone: Backbone,
+    device: torch.device,
+    made: Plan,
+    repair: Repair,
+    texts: Sequence[CorpusPlan],
+    stored: ReadStored,
+    show: Show = tracked,
+) -> Repaired:
+    """As `repair_layers`, with an open model and texts that are read; the settings of ``repair`` are pinned."""
+    cuts = require_cuts(made)
+    read = portions(texts, repair.settings.batch_size)
     starts = [cut.last for cut in cuts[:-1]]
     streams = Streams(backbone, [portion.batch for portion in read], made.drop, starts, device)
-    mender = _Mender(streams, stored, read)
+    mender = _Mender(streams, stored, read, show)
     outlets = [streams.outlet(cut.after) for cut in cuts]
     for outlet in outlets:
         mender.require_tokens(outlet, repair.by)
     done = []
     for number, (cut, outlet) in enumerate(zip(cuts, outlets, strict=True), 1):
         done.append(mender.mend(cut, outlet, repair.by, f"Repairing cut {number} of {len(cuts)}"))
-    del streams, backbone
-    free_device(device)
-    return Repaired(mender.tensors, _record(checkpoint, made, repair, settings, texts, read, done), _notes(made))
+    return Repaired(mender.tensors, _record(checkpoint, made, repair, texts, read, done), _notes(made))
 
 
 class _Mender:
@@ -134,9 +160,9 @@ class _Mender:
         tensors: what was changed so far, in the dtypes of the checkpoint's files.
     """
 
-    def __init__(self, streams: Streams, stored: ReadStored, read: Sequence[Portion]) -> None:
+    def __init__(self, streams: Streams, stored: ReadStored, read: Sequence[Portion], show: Show) -> None:
         self.tensors: dict[Parameter, torch.Tensor] = {}
-        self._streams, self._stored, self._read = streams, stored, read
+        self._streams, self._stored, self._read, self._show = streams, stored, read, show
 
     def require_tokens(self, outlet: Outlet, by: str) -> None:
         """Refuse a fit to too few tokens."""
@@ -172,9 +198,9 @@ class _Mender:
         """The equations of a step on the tokens to fit to, and on those held back; and the sum of |Y|^2 of these."""
         sums: list[NormalEquations] = []
         size = 0.0
-        for number, portion in enumerate(tracked(self._read, what)):
-            wanted = self._streams.whole(number, cut.last)
+        for number, portion in enumerate(self._show(self._read, what)):
             now = self._streams.pruned(number, outlet)
+            wanted = self._streams.whole(number, cut.last).to(now.stream.device)
             x, y = features(step, outlet, now.linear, now.last), wanted.float() - now.stream.float()
             masks = [torch.from_numpy(mask).to(x.device) for mask in (portion.fitted, portion.held_back)]
             if not sums:
@@ -221,6 +247,11 @@ class _Mender:
         if (changed := self.tensors.get((layer, path))) is not None:
             return changed
         stored, loaded = self._stored((layer, path)), self._streams.value(layer, path)
+        if loaded.is_meta:
+            raise RepairError(
+                f"'{path}' of layer {layer} is kept off the devices that compute, and cannot be changed.",
+                "Use `partition` single, or device_map with more `max_memory`.",
+            )
         if stored is None or stored.shape != loaded.shape or not torch.equal(stored.to(loaded.dtype), loaded.cpu()):
             raise RepairError(
                 f"The files hold '{path}' of layer {layer} in another form than the model does.", _UNFUSED
@@ -241,11 +272,11 @@ def _record(
     checkpoint: Checkpoint,
     made: Plan,
     repair: Repair,
-    settings: Settings,
     texts: Sequence[CorpusPlan],
     read: Sequence[Portion],
     done: Sequence[RepairedCut],
 ) -> RepairRecord:
+    settings = repair.settings
     return RepairRecord(
         repair=repair.by,
         model=checkpoint.name,

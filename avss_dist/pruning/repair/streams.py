@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.layers import PROBE_SHAPE, as_rows, first_tensor
 from avss_dist.models.loading import Backbone, forward_function
+from avss_dist.models.patching import Parameter, patched
 from avss_dist.models.skipping import Recorded, recording, resuming, skipping
 from avss_dist.pruning.repair.outlet import Outlet, RepairError, Seen, captured, find_outlet
 from avss_dist.system.devices import available_memory
@@ -77,7 +77,7 @@ class Streams:
         self._layers, self._drop, self._device = backbone.structure.layers, set(drop), device
         self._batches = batches
         self._forward = forward_function(backbone.module)
-        self._changed: dict[nn.Parameter, torch.Tensor] = {}
+        self._changed: dict[Parameter, torch.Tensor] = {}
         with torch.no_grad(), recording(self._layers) as recorded:
             whole = first_tensor(self._probe())
             self._forms = dict(recorded.forms)
@@ -95,8 +95,7 @@ class Streams:
 
     def change(self, layer: int, path: str, value: torch.Tensor) -> None:
         """Give a parameter of a layer another value in the pruned model; the whole one keeps its own."""
-        parameter = self._layers[layer].module.get_parameter(path)
-        self._changed[parameter] = value.to(parameter.device, parameter.dtype)
+        self._changed[layer, path] = value
 
     def value(self, layer: int, path: str) -> torch.Tensor:
         """A parameter as the whole model has it."""
@@ -123,7 +122,7 @@ class Streams:
         layer = outlet.layer
         paths = (outlet.linear, outlet.last)
         modules = {"layer": layer.module} | {path: layer.module.get_submodule(path) for path in paths}
-        with self._with_changes(), captured(modules) as seen:
+        with patched(self._layers, self._changed), captured(modules) as seen:
             self._run(number, self._drop | self._after(layer.index), self._of_pruned.get(number))
         self._of_pruned.keep(number, layer.index - 1, seen["layer"].input)
         found = {
@@ -136,17 +135,6 @@ class Streams:
     def _after(self, layer: int) -> set[int]:
         """The layers after one: none of them need run."""
         return set(range(layer + 1, len(self._layers)))
-
-    @contextmanager
-    def _with_changes(self) -> Iterator[None]:
-        own = {parameter: parameter.data for parameter in self._changed}
-        try:
-            for parameter, value in self._changed.items():
-                parameter.data = value
-            yield
-        finally:
-            for parameter, value in own.items():
-                parameter.data = value
 
     def _run(self, number: int, skipped: Collection[int], start: tuple[int, torch.Tensor] | None) -> None:
         """A pass over a batch without some layers, from the beginning or from what a layer gave."""

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import altair as alt
 import vl_convert
 
-from avss_dist.analysis.verdict import CLAIMED_KEPT, WHOLE, kept_by_guess, primary_metric, shown_value, verdicts
+from avss_dist.analysis.verdict import (
+    CLAIMED_KEPT,
+    WHOLE,
+    kept_by_guess,
+    primary_metric,
+    shown_method,
+    shown_value,
+    verdicts,
+)
 from avss_dist.report.chart import specification
 from avss_dist.settings import LOSS
 from avss_dist.text import basename
@@ -28,7 +36,7 @@ def experiments(warehouse: Warehouse, labels: Mapping[str, str]) -> list[dict[st
     rows = warehouse.table("experiments", run_ids=list(labels)).to_pylist()
     found: dict[str, dict[tuple[Any, ...], Row]] = {}
     for row in sorted(rows, key=lambda row: row["created_at"]):  # of what was evaluated twice, the last counts
-        key = row["method"], row["share"], row["task"], row["metric"]
+        key = shown_method(row), row["share"], row["task"], row["metric"]
         found.setdefault(row["run_id"], {})[key] = row
     return [_experiment(label, list(found[run_id].values())) for run_id, label in labels.items() if run_id in found]
 
@@ -54,8 +62,8 @@ def _experiment(label: str, rows: Sequence[Row]) -> dict[str, Any]:
 
 def _by_method(rows: Sequence[Row]) -> Iterator[dict[str, Row]]:
     """Rows of a method and share, by task."""
-    for key in dict.fromkeys((row["share"], row["method"]) for row in sorted(rows, key=lambda row: row["share"])):
-        yield {row["task"]: row for row in rows if (row["share"], row["method"]) == key}
+    for key in dict.fromkeys((row["share"], shown_method(row)) for row in sorted(rows, key=lambda row: row["share"])):
+        yield {row["task"]: row for row in rows if (row["share"], shown_method(row)) == key}
 
 
 def _columns(tasks: Sequence[str], speaks: Mapping[str, str]) -> Iterator[dict[str, Any]]:
@@ -70,7 +78,7 @@ def _columns(tasks: Sequence[str], speaks: Mapping[str, str]) -> Iterator[dict[s
 
 def _cells(of: Mapping[str, Row], tasks: Sequence[str]) -> Iterator[dict[str, Any]]:
     first = next(iter(of.values()))
-    yield {"text": first["method"], "value": first["method"]}
+    yield {"text": shown_method(first), "value": shown_method(first)}
     yield {"text": f"{first['share']:.0%}", "value": first["share"]}
     yield {"text": ", ".join(map(str, first["drop"])), "value": len(first["drop"])}
     for task in tasks:
@@ -94,7 +102,7 @@ def _image(rows: Sequence[Row], guesses: Mapping[str, float | None], *, columns:
     """
     points = [
         {
-            "method": row["method"],
+            "method": shown_method(row),
             "task": f"{_short(row['task'])}, {row['share']:.0%} dropped",
             "kept": min(row["retention"], MOST_SHOWN),
             "guess": guesses[row["task"]],

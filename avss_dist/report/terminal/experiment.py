@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from avss_dist.analysis.verdict import WHOLE, primary_metric, shown_value, verdicts
+from avss_dist.analysis.verdict import WHOLE, primary_metric, shown_method, shown_value, verdicts
 from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.settings import LOSS
 
@@ -34,7 +34,7 @@ def _table(rows: Sequence[Row], share: float) -> FittedTable:
     by_method: dict[str, dict[str, Row]] = {}
     for row in rows:
         if row["share"] in (0.0, share) and row["metric"] == speaks[row["task"]]:
-            by_method.setdefault(row["method"], {})[row["task"]] = row
+            by_method.setdefault(shown_method(row), {})[row["task"]] = row
     return FittedTable(
         [
             Column(title="layers chosen by", cells=list(by_method), number=False),

@@ -1,0 +1,196 @@
+"""Repairs as work for an executor: each is fitted once for a set of layers, kept in the warehouse, evaluated in place.
+
+A fit is a task like others: its cell gives what is still missing in the stream, and a patch, a file of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from avss_dist.corpus.shards import CorpusPlan
+from avss_dist.errors import ConfigError
+from avss_dist.evaluation.engine import (
+    CellReporter,
+    PlannedEvaluation,
+    commit,
+    failure,
+    measure,
+    plan_evaluation,
+    plan_text,
+)
+from avss_dist.executors.base import Executor
+from avss_dist.models.causal_lm import Drop, LanguageModel
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.patching import decode_patch, encode_patch
+from avss_dist.partition.base import Placement
+from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.repair.record import parse_record
+from avss_dist.pruning.repair.repair import Repair, Repaired, fit_repair
+from avss_dist.pruning.selection import PlanError
+from avss_dist.pruning.weights import StoredWeights
+from avss_dist.registry import PARTITIONS
+from avss_dist.settings import REPAIR, fingerprint
+from avss_dist.tasks.base import Row, Task, TextLoss
+from avss_dist.text import RedactedURI
+from avss_dist.warehouse.patches import Patches
+from avss_dist.warehouse.store import Store
+
+MISSING = "missing"  # metric of a fit: what is missing in the stream after each cut, on held-back text
+
+
+@dataclass(frozen=True)
+class StoredPatch:
+    """See `tasks.cells.KeptPatch`: in a warehouse."""
+
+    key: str
+    patches: Patches = field(compare=False, repr=False)
+
+    def read(self) -> bytes:
+        """See `tasks.cells.KeptPatch`; cells of one patch follow each other."""
+        return _read(self.patches, self.key)
+
+    def repaired(self) -> Repaired:
+        """What was fitted."""
+        tensors, about = decode_patch(self.read())
+        said = json.loads(about)
+        return Repaired(tensors, parse_record(said["record"]), said["notes"])
+
+
+@lru_cache(maxsize=1)
+def _read(patches: Patches, key: str) -> bytes:
+    return patches.read(key)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FitRepair:
+    """Fits the repair of a model without some layers; see `pruning.repair.repair`.
+
+    Attributes:
+        repair: with pinned settings.
+        layers: module path of the layer list.
+        texts: what it is fitted on, read.
+    """
+
+    repair: Repair
+    layers: str
+    texts: tuple[CorpusPlan, ...] = field(repr=False)
+
+    @property
+    def key(self) -> str:
+        """See `tasks.base.Measure`."""
+        texts = [[shard.content_hash for shard in text.shards] for text in self.texts]
+        return fingerprint(measure="repair", by=self.repair.by, texts=texts)
+
+    def __call__(self, model: LanguageModel, drop: Drop) -> list[Row]:
+        """See `tasks.base.Measure`."""
+        settings = replace(self.repair.settings, batch_size=model.settings.batch_size)
+        of = model.checkpoint
+        made = Plan(
+            model=of.name, revision=of.revision, num_layers=len(model.layers), layers=self.layers, drop=tuple(drop)
+        )
+        stored = StoredWeights.of(of, made, settings).read
+        repair = replace(self.repair, settings=settings)
+        found = fit_repair(of, model.backbone, model.device, made, repair, self.texts, stored, lambda read, _: read)
+        about = json.dumps({"record": asdict(found.record), "notes": list(found.notes)})
+        errors = np.array([cut.error_after for cut in found.record.cuts])
+        patch = encode_patch(found.tensors, about)
+        return [Row(metric=MISSING, samples=errors, weights=np.ones(len(errors)), patch=patch)]
+
+
+def require_changeable(partition: str) -> None:
+    """Refuse a partition in which no repair can be fitted or evaluated.
+
+    Raises:
+        ConfigError: the message names those in which one can.
+    """
+    if partition != "auto" and not PARTITIONS[partition].changes_weights:
+        able = [name for name, info in PARTITIONS.items() if info.changes_weights]
+        raise ConfigError(
+            f"`partition` {partition} keeps weights where they cannot be changed, so that nothing is repaired in it.",
+            f"Use {', '.join(able)}, or leave the repairs out.",
+        )
+
+
+def is_repairable(drop: Drop) -> bool:
+    """Whether a layer stands before a removed one, and can give back what that did."""
+    return drop != tuple(range(len(drop)))
+
+
+def plan_fits(
+    checkpoint: Checkpoint, layers: str, repairs: Iterable[Repair], placement: Placement
+) -> dict[str, PlannedEvaluation]:
+    """The task of fitting each of several repairs of a checkpoint, by what they fit.
+
+    Args:
+        layers: module path of the layer list.
+        repairs: that differ in what they fit alone; their settings are pinned.
+
+    Raises:
+        PlanError: the checkpoint cannot be repaired.
+        ConfigError: the partition keeps weights where they cannot be changed.
+        CorpusError: a text cannot be read, or is too short.
+    """
+    if checkpoint.gguf:
+        raise PlanError(f"'{checkpoint.name}' is a .gguf file.", "Repair the checkpoint in safetensors that it is of.")
+    require_changeable(placement.partition)
+    planned: dict[str, PlannedEvaluation] = {}
+    texts: tuple[CorpusPlan, ...] = ()
+    for repair in repairs:
+        texts = texts or tuple(
+            plan_text(checkpoint, corpus, repair.settings, skip_sequences=repair.skip_sequences)
+            for corpus in repair.corpora
+        )
+        name = f"{REPAIR}{repair.by}:{','.join(RedactedURI(corpus) for corpus in repair.corpora)}"
+        task = Task(name=name, parts=(FitRepair(repair=repair, layers=layers, texts=texts),))
+        planned[repair.by] = plan_evaluation(checkpoint, task, repair.settings, placement)
+    return planned
+
+
+def repair_texts(planned: PlannedEvaluation) -> Iterator[Task]:
+    """The texts of a fit, each as a task, which `held_out` compares with others."""
+    for part in planned.task.parts:
+        assert isinstance(part, FitRepair)
+        for text in part.texts:
+            yield Task(name=text.source, parts=tuple(TextLoss(shard) for shard in text.shards))
+
+
+def fit_repairs(
+    wanted: Sequence[tuple[PlannedEvaluation, Iterable[Drop]]],
+    store: Store,
+    executor: Executor,
+    reporter: CellReporter | None = None,
+    *,
+    fresh: bool = False,
+) -> dict[tuple[str, Drop], StoredPatch]:
+    """The patch of each fit without each of its sets of layers, by the fit's id; what was fitted before is found.
+
+    Sets of layers that no layer stands before have none.
+
+    Raises:
+        AvssError: a mistake, or a fit that failed; the others are kept.
+    """
+    cells = [cell for one, drops in wanted for cell in one.cells(filter(is_repairable, drops))]
+    patches, run_ids = Patches(store.storage), [one.run_id for one, _ in wanted]
+    known = {} if fresh else _fitted(store, run_ids, patches.keys())
+    failed = measure([c for c in cells if (c.run_id, c.drop) not in known], store, executor, reporter, fresh=True)
+    for one, _ in wanted:
+        commit(one, store)
+    if failed:
+        raise failure(failed)
+    return {key: StoredPatch(patch, patches) for key, patch in _fitted(store, run_ids, patches.keys()).items()}
+
+
+def _fitted(store: Store, run_ids: Sequence[str], there: set[str]) -> Mapping[tuple[str, Drop], str]:
+    """The keys of patches that cells of these fits gave, and that are there."""
+    if not there:
+        return {}
+    where = pc.field("run_id").isin(pa.array(run_ids, pa.string())) & (pc.field("metric") == MISSING)
+    rows = store.table("cells", columns=["run_id", "drop", "patch"], where=where).to_pylist()
+    return {(row["run_id"], tuple(row["drop"])): row["patch"] for row in rows if row["patch"] in there}

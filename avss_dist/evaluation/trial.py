@@ -1,0 +1,160 @@
+"""A scored run on its way through an experiment: what every method drops of it, and what each choice kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from avss_dist.analysis.verdict import WHOLE
+from avss_dist.evaluation.engine import PlannedEvaluation
+from avss_dist.evaluation.repairs import StoredPatch
+from avss_dist.evaluation.retention import retained
+from avss_dist.models.causal_lm import Drop
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.loading import text_config
+from avss_dist.partition.base import Placement
+from avss_dist.pruning.methods import Experiment, Method, methods
+from avss_dist.pruning.selection import count_layers
+from avss_dist.runs.run import Run
+from avss_dist.settings import CHANCE, LOSS, NO_REPAIR, Settings
+from avss_dist.stats.layer_stats import Float64
+from avss_dist.tasks.base import Result
+from avss_dist.tasks.cells import Cell
+from avss_dist.warehouse.schema import RunIdentity
+
+Chosen = tuple[Method, float, Drop]  # a method, the share of layers, and the layers
+
+
+@dataclass
+class Trial:
+    """A scored run on its way through an experiment.
+
+    Attributes:
+        rows: of the table ``scores``.
+        truth: float64[layers], by one of ``settings.GROUND_TRUTH``.
+        planned: the evaluation of each task.
+        choices: what every method drops of every share.
+        fits: the task of fitting each repair; none of `settings.NO_REPAIR`.
+        patches: what was fitted, by the fit's id and the layers that are dropped.
+    """
+
+    run: Run
+    checkpoint: Checkpoint
+    settings: Settings
+    placement: Placement
+    rows: Sequence[Mapping[str, Any]]
+    corpus: str
+    truth: dict[str, Float64] = field(default_factory=dict)
+    planned: dict[str, PlannedEvaluation] = field(default_factory=dict)
+    choices: list[Chosen] = field(default_factory=list)
+    fits: dict[str, PlannedEvaluation] = field(default_factory=dict)
+    patches: Mapping[tuple[str, Drop], StoredPatch] = field(default_factory=dict)
+
+    @property
+    def num_layers(self) -> int:
+        """Of the model."""
+        return count_layers(self.rows)
+
+    @property
+    def drops(self) -> list[Drop]:
+        """The sets of layers that are dropped, each once."""
+        return list(dict.fromkeys(drop for _, _, drop in self.choices))
+
+    def patch(self, repair: str, drop: Drop) -> StoredPatch | None:
+        """The weights with which a repair is evaluated; None where it changes none."""
+        return self.patches.get((self.fits[repair].run_id, drop)) if repair in self.fits else None
+
+    def cells(self, repairs: Sequence[str]) -> list[Cell]:
+        """Every task on the whole model, and without every set of layers that is dropped, with every repair."""
+        repaired = [(drop, self.patch(repair, drop)) for drop in self.drops for repair in repairs]
+        variants = dict.fromkeys([((), None), *repaired])
+        return [cell for one in self.planned.values() for drop, patch in variants for cell in one.cells([drop], patch)]
+
+    @property
+    def identity(self) -> RunIdentity:
+        """Of the run."""
+        of = self.checkpoint
+        return RunIdentity(run_id=self.run.run_id, model=of.name, revision=of.revision, family=self.rows[0]["family"])
+
+    def choose(self, experiment: Experiment) -> list[Chosen]:
+        """What every method drops of every share."""
+        return [
+            (method, share, choice.drop(choice.scores(self.rows, self.truth)))
+            for method in methods(experiment, self.rows)
+            for share in experiment.shares
+            for choice in [method.choice(share)]
+        ]
+
+
+def guessed_loss(trial: Trial) -> float | None:
+    """The loss of a guess among all tokens, in nats per token; None where the vocabulary's size is not known."""
+    config = text_config(trial.checkpoint, trust_remote_code=trial.settings.trust_remote_code)
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    return float(np.log(size)) if size else None
+
+
+def rows_of(trial: Trial, repairs: Sequence[str], results: Mapping[str, Sequence[Result]]) -> Iterator[dict[str, Any]]:
+    """Rows of ``experiments``, task by task, less the columns of RunIdentity.
+
+    Args:
+        repairs: that every choice was evaluated with.
+        results: by the id of an evaluation.
+    """
+    guess = guessed_loss(trial)
+    for task, one in trial.planned.items():
+        mine = [result for result in results[one.run_id] if result.layer is None]
+        for row in (*_whole_rows(mine, guess), *_choice_rows(trial, repairs, mine)):
+            yield {"task": task, "created_at": datetime.now(UTC), **row}
+
+
+def _whole_rows(results: Sequence[Result], guess: float | None) -> Iterator[dict[str, Any]]:
+    """The whole model, and of a loss what a guess makes of it."""
+    whole = [_measured(result) for result in results if result.drop == ()]
+    if guess is not None and any(row["metric"] == LOSS for row in whole):
+        whole.append({"drop": [], "patch": None, "metric": CHANCE, "value": guess, "stderr": None})
+    for row in whole:
+        yield {**row, "method": WHOLE, "share": 0.0, **_NO_METHOD, "retention": 1.0}
+
+
+def _choice_rows(trial: Trial, repairs: Sequence[str], results: Sequence[Result]) -> Iterator[dict[str, Any]]:
+    """Every method at every share with every repair, beside the whole model."""
+    whole = {result.metric: result for result in results if result.drop == ()}
+    by_variant: dict[tuple[Drop, str | None], list[Result]] = {}
+    for result in results:
+        by_variant.setdefault((result.drop, result.patch), []).append(result)
+    for (method, share, drop), repair in product(trial.choices, repairs):
+        patch = trial.patch(repair, drop)
+        for result in by_variant[drop, patch.key if patch else None]:
+            kept = retained(whole[result.metric], result)
+            yield {
+                **_measured(result),
+                "method": method.label,
+                "share": share,
+                "repair": None if repair == NO_REPAIR else repair,
+                "score": method.score,
+                **dict(zip(_READING, method.reading or [None] * len(_READING), strict=True)),
+                "control": method.control,
+                "seed": method.seed,
+                "retention": kept.value,
+                "retention_low": kept.low,
+                "retention_high": kept.high,
+            }
+
+
+_READING = ("site", "recipe", "threshold", "threshold_kind")
+_NO_METHOD = dict.fromkeys(("score", *_READING, "control", "seed", "repair", "retention_low", "retention_high"))
+
+
+def _measured(result: Result) -> dict[str, Any]:
+    return {
+        "drop": list(result.drop),
+        "patch": result.patch,
+        "metric": result.metric,
+        "value": result.value,
+        "stderr": result.stderr,
+    }

@@ -1,0 +1,368 @@
+"""Repairs in experiments: fitted once and kept, evaluated in place as the checkpoint that `avss prune` would write."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.checkpoints import llama, one_thread
+from support.command_line import avss
+from support.families import lively, tiny_model
+
+from avss_dist.analysis.verdict import verdicts
+from avss_dist.errors import ConfigError, CorpusError, DamagedFile
+from avss_dist.evaluation.engine import plan_evaluation
+from avss_dist.evaluation.evaluate import evaluate, text_task
+from avss_dist.evaluation.experiment import run_experiment
+from avss_dist.evaluation.repairs import fit_repairs, plan_fits
+from avss_dist.executors.local import LocalExecutor
+from avss_dist.models.checkpoints import resolve
+from avss_dist.models.loading import open_module
+from avss_dist.models.patching import decode_patch, encode_patch, patched
+from avss_dist.partition.base import Placement
+from avss_dist.pruning.checkpoint import prune
+from avss_dist.pruning.methods import Experiment, Method, methods
+from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.repair.repair import Repair
+from avss_dist.runs.job_file import JobError, read_job
+from avss_dist.settings import Settings
+from avss_dist.warehouse.patches import Patches
+from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.storage import Storage
+from avss_dist.warehouse.store import Store
+
+Save = Callable[[Any, Path], Path]
+TEXT = "builtin:pydoc"
+READ = {"sequence_length": 32, "batch_size": 4, "sequences_per_shard": 4, "device": "cpu"}
+TASK = f"perplexity:{TEXT}"
+JOB = """
+warehouse: {warehouse}
+models: [{model}]
+corpora: ["builtin:pydoc"]
+settings: {{max_sequences: 12, sequence_length: 32, batch_size: 4, sequences_per_shard: 4, dtype: float32, device: cpu}}
+experiment:
+  tasks: ["perplexity:builtin:pydoc"]
+  scores: [avss, block_influence]
+  random: 2
+  keep_ends: 0
+  reversed: false
+  leave_one_out: false
+  repairs: [none, channel, map]
+  repair_corpora: ["builtin:pydoc"]
+  repair_skip_sequences: 12
+  repair_max_sequences: 60
+  max_sequences: 8
+  skip_sequences: 72
+"""
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Save) -> Path:
+    return save_checkpoint(lively(llama(num_hidden_layers=8)), tmp_path_factory.mktemp("models") / "deep")
+
+
+@pytest.fixture(scope="module")
+def done(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """A job, and the rows of its experiment."""
+    folder = tmp_path_factory.mktemp("experiment")
+    job = folder / "job.yaml"
+    job.write_text(JOB.format(warehouse=folder / "w", model=deep))
+    with one_thread():
+        _, rows = run_experiment(read_job(job))
+    return job, rows
+
+
+def losses_of(folder: Path) -> dict[str, float]:
+    """What a checkpoint loses on the text that the experiment evaluates on."""
+    with one_thread():
+        (found,) = evaluate(
+            [str(folder)],
+            tasks=[TASK],
+            warehouse=folder.parent / "evaluated",
+            skip_sequences=72,
+            max_sequences=8,
+            dtype="float32",
+            **READ,
+        )
+    return {"value": found.result.value, "stderr": found.result.stderr}
+
+
+# In place, and as a checkpoint
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "opt", "olmo2"])
+@pytest.mark.parametrize("partition", ["single", "device_map"])
+def test_a_patch_in_place_is_the_repaired_checkpoint(
+    family: str, partition: str, tmp_path: Path, save_checkpoint: Save
+) -> None:
+    """To the bit: fitted by a cell, kept in the warehouse, evaluated by another; then the model is as it was."""
+    model = lively(tiny_model("causal", family))
+    folder = save_checkpoint(model, tmp_path / "whole")
+    layers = open_module(model).structure.layers[0].name.rpartition(".")[0]
+    checkpoint, settings = resolve(str(folder)), Settings(**READ, max_sequences=60, dtype="float32")
+    store, placement = Store(tmp_path / "w"), Placement(partition=partition)
+    repair = Repair(by="map", corpora=(TEXT,), settings=settings)
+    text = Settings(**READ, max_sequences=8, dtype="float32")
+    task = plan_evaluation(checkpoint, text_task(checkpoint, TEXT, text, skip_sequences=72), text, placement)
+    with one_thread(), closing(LocalExecutor(settings)) as executor:
+        (fit,) = plan_fits(checkpoint, layers, [repair], placement).values()
+        found = fit_repairs([(fit, [(1,)])], store, executor)
+        patch = found[fit.run_id, (1,)]
+        cells = [*task.cells([(1,)]), *task.cells([(1,)], patch), *task.cells([()])]
+        measured: dict[Any, float] = {}
+        for cell, result in executor.run_cells(cells):
+            key = cell.drop, cell.patch and cell.patch.key
+            measured[key] = measured.get(key, 0.0) + float(result.rows[0].samples.sum())
+        plan = Plan(model=str(folder), num_layers=3, layers=layers, drop=(1,))
+        prune(str(folder), plan, tmp_path / "less", repair=repair)
+        less = resolve(str(tmp_path / "less"))
+        again = plan_evaluation(less, text_task(less, TEXT, text, skip_sequences=72), text, Placement())
+        expected = sum(float(r.rows[0].samples.sum()) for _, r in executor.run_cells(again.cells([()])))
+        (whole,) = {float(r.rows[0].samples.sum()) for c, r in executor.run_cells(task.cells([()])) if c.part == 0}
+        after = [float(r.rows[0].samples.sum()) for c, r in executor.run_cells([cells[-2]])]
+    assert measured[(1,), patch.key] == expected
+    assert measured[(1,), None] != expected and after == [whole]
+    assert patch.repaired().record == prune_record(tmp_path / "less")
+
+
+def prune_record(folder: Path) -> Any:
+    from avss_dist.pruning.repair.record import read_repairs
+
+    (record,) = read_repairs(folder)
+    return record
+
+
+def test_a_patch_is_the_same_bytes_and_leaves_no_trace() -> None:
+    import torch
+
+    layers = open_module(llama()).structure.layers
+    path = "mlp.down_proj.weight"
+    before = layers[1].module.get_parameter(path).detach().clone()
+    patch = {(1, path): before + 1, (0, path): before * 2}
+    data = encode_patch(patch, "about")
+    assert data == encode_patch(dict(reversed(patch.items())), "about")
+    back, about = decode_patch(data)
+    assert about == "about" and back.keys() == patch.keys()
+    assert all(torch.equal(back[key], patch[key]) for key in patch)
+    with pytest.raises(KeyError), patched(layers, back):
+        assert torch.equal(layers[1].module.get_parameter(path), before + 1)
+        raise KeyError
+    assert torch.equal(layers[1].module.get_parameter(path), before)
+
+
+# As an axis of an experiment
+
+
+def test_every_choice_is_evaluated_with_every_repair(done: tuple[Path, list[dict[str, Any]]]) -> None:
+    job, rows = done
+    of = {(row["method"], row["repair"]): row for row in rows if row["metric"] == "loss"}
+    chosen = {"avss", "block influence", "last", "random 0", "random 1"}
+    assert of.keys() == {("whole model", None)} | {(m, r) for m in chosen for r in (None, "channel", "map")}
+    for (method, repair), row in of.items():
+        first = row["drop"] == [*range(len(row["drop"]))]
+        assert (row["patch"] is not None) == (repair is not None and not first), method
+        assert row["retention"] == pytest.approx(np.exp(of["whole model", None]["value"] - row["value"]))
+        if first and method != "whole model":
+            assert row["value"] == of[method, None]["value"]
+    assert of["last", None]["drop"] == [5, 6]
+    assert sum(of[m, "map"]["value"] < of[m, None]["value"] for m in chosen) >= 3
+    stored = Warehouse(read_job(job).warehouse).table("experiments").to_pylist()
+    assert {(row["method"], row["repair"], row["patch"]) for row in stored} == {
+        (row["method"], row["repair"], row["patch"]) for row in rows
+    }
+
+
+@pytest.mark.parametrize("repair", ["channel", "map"])
+def test_a_row_is_what_the_pruned_checkpoint_gives(
+    repair: str, done: tuple[Path, list[dict[str, Any]]], deep: Path, tmp_path: Path
+) -> None:
+    """Of `avss prune --repair` with the same text: the same loss to the bit, and the same weights."""
+    job, rows = done
+    (row,) = (r for r in rows if (r["method"], r["repair"], r["metric"]) == ("last", repair, "loss"))
+    plan = tmp_path / "plan.yaml"
+    Plan(model=str(deep), num_layers=8, layers="layers", drop=tuple(row["drop"])).write(plan)
+    with one_thread():
+        out = avss(
+            *("prune", deep, plan, "--out", tmp_path / "less", "--repair", repair, "--repair-corpus", TEXT),
+            *("--skip-sequences", 12, "--max-sequences", 60, "--sequence-length", 32, "--batch-size", 4),
+            *("--dtype", "float32", "--device", "cpu"),
+        )
+    assert out.exit_code == 0, out.stderr
+    assert losses_of(tmp_path / "less") == {"value": row["value"], "stderr": row["stderr"]}
+    tensors, _ = decode_patch(Patches(Storage(read_job(job).warehouse)).read(row["patch"]))
+    assert {layer for layer, _ in tensors} == {4}
+
+
+def test_nothing_is_fitted_twice_and_what_is_lost_is_fitted_again(done: tuple[Path, list[dict[str, Any]]]) -> None:
+    job, rows = done
+    folder = Path(read_job(job).warehouse)
+    files = sorted([*(folder / "cells").rglob("*.parquet"), *(folder / "patches").iterdir()])
+    times = {file: file.stat().st_mtime_ns for file in files}
+    kept = sorted((folder / "patches").iterdir())
+    distinct = {row["patch"] for row in rows if row["patch"]}
+    assert {file.stem for file in kept} == distinct
+    lost = kept[0]
+    lost.unlink()
+    with one_thread():
+        _, again = run_experiment(read_job(job))
+    now = sorted([*(folder / "cells").rglob("*.parquet"), *(folder / "patches").iterdir()])
+    assert now == files
+    changed = {file for file in files if file.stat().st_mtime_ns != times[file]}
+    assert lost in changed and len(changed) == 2  # the patch, and the cell of its fit
+    assert shown(again) == shown(rows)
+
+
+def shown(rows: list[dict[str, Any]]) -> str:
+    return json.dumps([{k: v for k, v in row.items() if k != "created_at"} for row in rows])
+
+
+@pytest.mark.slow
+def test_a_killed_experiment_goes_on_and_workers_are_sent_the_patches(
+    done: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """By SIGKILL while it fits; then two Ray workers do the rest: the same rows as one process gives."""
+    whole, rows = done
+    job = tmp_path / "job.yaml"
+    job.write_text(whole.read_text().replace(read_job(whole).warehouse, str(tmp_path / "w")))
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "avss_dist", "experiment", str(job)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    patches, deadline = tmp_path / "w" / "patches", time.monotonic() + 240
+    while not (patches.is_dir() and any(patches.iterdir())) and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "w" / "cells").rglob("*.parquet")}
+    with one_thread():
+        _, resumed = run_experiment(read_job(job), executor="ray", replicas=2)
+    assert shown(resumed) == shown(rows)
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_a_patch_that_is_damaged_is_no_patch(tmp_path: Path) -> None:
+    patches = Patches(Storage(tmp_path))
+    key = patches.write(b"weights")
+    assert patches.keys() == {key} and patches.read(key) == b"weights"
+    (tmp_path / "patches" / f"{key}.safetensors").write_bytes(b"other")
+    with pytest.raises(DamagedFile, match="not what was written"):
+        patches.read(key)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "hint"),
+    [
+        (("skip_sequences: 72", "skip_sequences: 6"), "the scores of", "`skip_sequences` 12"),
+        (("\n  skip_sequences: 72", "\n  skip_sequences: 40"), "the repair is fitted on", "`skip_sequences` 72"),
+        (("repair_skip_sequences: 12", "repair_skip_sequences: 5"), "the scores of", "`repair_skip_sequences` 12"),
+    ],
+)
+def test_the_three_texts_are_apart(
+    change: tuple[str, str], message: str, hint: str, done: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    job, _ = done
+    same = tmp_path / "same.yaml"
+    same.write_text(job.read_text().replace(*change))
+    with pytest.raises(ConfigError, match=message) as refused:
+        run_experiment(read_job(same))
+    assert hint in str(refused.value)
+
+
+def test_too_little_text_for_a_repair(done: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    job, _ = done
+    little = tmp_path / "little.yaml"
+    little.write_text(job.read_text().replace("repair_max_sequences: 60", "repair_max_sequences: 2"))
+    with pytest.raises(CorpusError, match="The repair map of this model needs"):
+        run_experiment(read_job(little))
+
+
+@pytest.mark.parametrize("partition", ["streaming", "zero3", "tensor_parallel"])
+def test_a_partition_whose_weights_cannot_be_changed_is_refused_first(partition: str, tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(JOB.format(warehouse=tmp_path / "w", model="nowhere") + f"execution: {{partition: {partition}}}\n")
+    with pytest.raises(ConfigError, match="weights where they cannot be changed") as refused:
+        run_experiment(read_job(job))
+    assert "single, device_map" in str(refused.value) and not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("{tasks: [x], repairs: [map]}", "repairs map is fitted on text"),
+        ("{tasks: [x], repairs: []}", "repairs must not be empty"),
+        ("{tasks: [x], repairs: [mapp], repair_corpora: [x]}", "Did you mean 'map'"),
+        ("{tasks: [x], repair_corpora: [x]}", "repair_corpora has no effect"),
+    ],
+)
+def test_mistakes_in_a_section(tmp_path: Path, section: str, message: str) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(f"warehouse: w\nmodels: [m]\ncorpora: ['builtin:pydoc']\nexperiment: {section}\n")
+    with pytest.raises(JobError, match=message):
+        read_job(job)
+
+
+# What it says
+
+
+def test_the_table_and_the_verdict_tell_of_repairs(done: tuple[Path, list[dict[str, Any]]]) -> None:
+    job, _ = done
+    told = avss("experiment", job)
+    assert told.exit_code == 0, told.stderr
+    words = " ".join(told.stdout.split())
+    assert "block influence + map" in words and "last + channel" in words
+    assert "(25%), repaired by map," in words and "(25%), repaired by channel," in words
+    assert "Of 2 random choices of as many layers, repaired by map," in words
+    report = job.parent / "report.html"
+    made = avss("report", read_job(job).warehouse, "-o", report)
+    assert made.exit_code == 0, made.stderr
+    assert "last + map" in report.read_text() and "repaired by map" in report.read_text()
+
+
+def test_a_verdict_compares_what_is_repaired_alike() -> None:
+    common = {"task": "t", "metric": "acc", "share": 0.25, "drop": [1], "value": 0.5, "control": None, "seed": None}
+
+    def row(score: str | None, kept: float, repair: str | None = None, **more: Any) -> dict[str, Any]:
+        interval = {"retention": kept, "retention_low": kept - 0.01, "retention_high": kept + 0.01}
+        return {**common, "method": str(score), "score": score, "repair": repair, **interval, **more}
+
+    rows = [row(None, 1.0, share=0.0, value=0.8)]
+    rows += [row("avss", 0.5), row("random", 0.7), row("avss", 0.95, "map"), row("random", 0.93, "map")]
+    plain, repaired = verdicts([*rows, row("last", 0.97, "map")])
+    assert "the claim does not hold" in plain and "1 keeps as much or more (the best 70.0%)" in plain
+    assert "repaired by map, 95.0%" in repaired and "the claim holds" in repaired
+    assert "none keep as much or more (the best 93.0%)" in repaired
+    assert "the last before the final one keeps 97.0%" in repaired and "97.0%" not in plain
+
+
+def test_the_last_layers_go_before_the_final_one() -> None:
+    scores = [{"layer": layer} for layer in range(8)]
+    choice = Method(score="last").choice(0.25)
+    assert choice.drop(choice.scores(scores, {})) == (5, 6)
+    most = Method(score="last").choice(0.85)
+    assert most.drop(most.scores(scores, {})) == (0, 1, 2, 3, 4, 5, 6)
+    wanted = {"tasks": (TASK,), "scores": ("block_influence",), "random": 0, "leave_one_out": False}
+    rows = [{"site": "block", "recipe": "pooled", "threshold": 1e-5, "threshold_kind": "absolute"}]
+    for last in (True, False):
+        assert (Method(score="last") in methods(Experiment(**wanted, last=last), rows)) == last
+
+
+def test_files_without_the_columns_read_as_unrepaired() -> None:
+    old = Warehouse(Path(__file__).parents[1] / "warehouse" / "schema_2")
+    for table in ("experiments", "evaluations", "cells"):
+        rows = old.table(table)
+        assert rows["patch"].null_count == rows.num_rows
