@@ -88,9 +88,8 @@ def run_experiment(
     assert experiment is not None
     specs, execution = with_options(job, options)
     _require_intended(specs, experiment, allow_many=allow_many or experiment.allow_many)
-    if _fitted(experiment):
-        for spec in specs:
-            require_changeable(spec.execution.partition)
+    for spec in specs if _fitted(experiment) else ():
+        require_changeable(spec.execution.partition)
     runs = run_job(job, reporter=reporter or Reporter(), **options)
     tasks = [RedactedURI(task) for task in experiment.tasks]
     store, warehouse = Store(job.warehouse), Warehouse(job.warehouse)
@@ -100,12 +99,10 @@ def run_experiment(
             for run, spec in zip(runs, specs, strict=True)
             if run.status != "failed"
         ]
-        for trial in trials:
-            _plan_work(trial, experiment, tasks, warehouse, allow_overlap=allow_overlap)
+        _plan_work(trials, experiment, tasks, warehouse, allow_overlap=allow_overlap)
         if experiment.leave_one_out:
             _leave_one_out(trials, store, executor, cells, fresh=execution.fresh)
-        for trial in trials:
-            _choose(trial, experiment, warehouse)
+        _choose(trials, experiment, warehouse)
         _fit_repairs(trials, store, executor, cells, fresh=execution.fresh)
         wanted = [cell for trial in trials for cell in trial.cells(experiment.repairs)]
         failed = measure(wanted, store, executor, cells, fresh=execution.fresh)
@@ -157,19 +154,23 @@ def _commit_rows(
 
 
 def _plan_work(
-    trial: Trial, experiment: Experiment, tasks: Sequence[str], warehouse: Warehouse, *, allow_overlap: bool
+    trials: Sequence[Trial], experiment: Experiment, tasks: Sequence[str], warehouse: Warehouse, *, allow_overlap: bool
 ) -> None:
-    """Plan the evaluations and the fits of a trial; the texts of both and of its scores are refused if they overlap."""
-    for name in tasks:
-        trial.planned[name] = _plan(trial, name, experiment)
-    if repairs := _fitted(experiment):
-        layers, _ = layer_list(trial.rows, trial.checkpoint.name)
-        settings = replace(trial.settings, max_sequences=experiment.repair_max_sequences)
-        texts, skip = experiment.repair_corpora, experiment.repair_skip_sequences
-        wanted = [Repair(by=by, corpora=texts, skip_sequences=skip, settings=settings) for by in repairs]
-        trial.fits = plan_fits(trial.checkpoint, layers, wanted, trial.placement)
-    if not allow_overlap:
-        _refuse_overlaps(trial, experiment, warehouse)
+    """Plan evaluations and fits; the texts of both and of a trial's scores are refused where they overlap."""
+    for trial in trials:
+        trial.planned = {name: _plan(trial, name, experiment) for name in tasks}
+        if repairs := _fitted(experiment):
+            trial.fits = _plan_fits(trial, experiment, repairs)
+        if not allow_overlap:
+            _refuse_overlaps(trial, experiment, warehouse)
+
+
+def _plan_fits(trial: Trial, experiment: Experiment, repairs: Sequence[str]) -> dict[str, PlannedEvaluation]:
+    layers, _ = layer_list(trial.rows, trial.checkpoint.name)
+    settings = replace(trial.settings, max_sequences=experiment.repair_max_sequences)
+    texts, skip = experiment.repair_corpora, experiment.repair_skip_sequences
+    wanted = [Repair(by=by, corpora=texts, skip_sequences=skip, settings=settings) for by in repairs]
+    return plan_fits(trial.checkpoint, layers, wanted, trial.placement)
 
 
 def _fitted(experiment: Experiment) -> list[str]:
@@ -191,11 +192,12 @@ def _refuse_overlaps(trial: Trial, experiment: Experiment, warehouse: Warehouse)
         refuse_scored(text, skips="repair_skip_sequences")
 
 
-def _choose(trial: Trial, experiment: Experiment, warehouse: Warehouse) -> None:
-    """The layers that each method drops."""
-    for score in set(experiment.scores) & set(GROUND_TRUTH) - set(trial.truth):
-        trial.truth[score] = _known(trial, warehouse, score)
-    trial.choices = trial.choose(experiment)
+def _choose(trials: Sequence[Trial], experiment: Experiment, warehouse: Warehouse) -> None:
+    """The layers of every trial that each method drops."""
+    for trial in trials:
+        for score in set(experiment.scores) & set(GROUND_TRUTH) - set(trial.truth):
+            trial.truth[score] = _known(trial, warehouse, score)
+        trial.choices = trial.choose(experiment)
 
 
 def _fit_repairs(

@@ -270,11 +270,8 @@ def _require_reachable(job: JobFile) -> None:
 
 def _local_files(job: JobFile, experiment: Experiment | None) -> list[Path]:
     """Files that the job names and that are here, with a relative path: texts, globs of them, task files with data."""
-    tasks, repaired_on = (experiment.tasks, experiment.repair_corpora) if experiment else ((), ())
-    sources = [*job.corpora, *(task.removeprefix(PERPLEXITY) for task in tasks), *repaired_on]
-    texts = [match["path"] for source in sources if (match := _TEXT.fullmatch(source)) and "://" not in match["path"]]
-    named = [Path(file) for text in texts for file in {text, *glob(text)} if Path(file).is_file()]
-    for task in tasks:
+    named = [Path(file) for text in _texts(job, experiment) for file in {text, *glob(text)} if Path(file).is_file()]
+    for task in experiment.tasks if experiment else ():
         if is_task_file(task) and _travels(Path(task)):
             named += files_of(Path(task))
     files = sorted({file for file in named if _travels(file)})
@@ -284,6 +281,14 @@ def _local_files(job: JobFile, experiment: Experiment | None) -> list[Path]:
             "Put them where the cluster can read them, and give the absolute path or the URI.",
         )
     return files
+
+
+def _texts(job: JobFile, experiment: Experiment | None) -> list[str]:
+    """The paths of texts that the job names, but for those of URIs."""
+    sources = [*job.corpora]
+    if experiment:
+        sources += [*experiment.repair_corpora, *(task.removeprefix(PERPLEXITY) for task in experiment.tasks)]
+    return [match["path"] for source in sources if (match := _TEXT.fullmatch(source)) and "://" not in match["path"]]
 
 
 def _travels(path: Path) -> bool:

@@ -20,7 +20,7 @@ from avss_dist.analysis.plans import plan_layers
 from avss_dist.errors import ConfigError, QueryError
 from avss_dist.pruning.methods import REVERSED, Method
 from avss_dist.pruning.plan import Plan, make_plan, mergekit_slices, read_plan
-from avss_dist.pruning.selection import PUBLISHED, RANDOM, SCORE_MEANINGS, Choice, PlanError
+from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, SCORE_MEANINGS, Choice, PlanError
 from avss_dist.settings import GROUND_TRUTH, SCORES
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
@@ -99,7 +99,7 @@ def test_a_missing_score() -> None:
 
 
 def test_every_score_has_a_meaning() -> None:
-    assert set(SCORE_MEANINGS) == {*SCORES, *GROUND_TRUTH, RANDOM}
+    assert set(SCORE_MEANINGS) == {*SCORES, *GROUND_TRUTH, LAST, RANDOM}
 
 
 def score_rows(values: list[float]) -> list[dict[str, Any]]:

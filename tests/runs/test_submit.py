@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -188,11 +189,13 @@ def test_a_submitted_experiment_takes_its_files_along(
     travelling = ["more/questions.jsonl", "tasks/capitals.yaml", "tasks/common.yaml", "texts/held_out.txt"]
     read = read_job(job)
     assert read.experiment is not None
-    assert [str(file) for file in _local_files(read, read.experiment.tasks)] == travelling
+    assert [str(file) for file in _local_files(read, read.experiment)] == travelling
+    repaired = replace(read.experiment, repairs=("map",), repair_corpora=("more/private.txt",))
+    assert {str(file) for file in _local_files(read, repaired)} == {*travelling, "more/private.txt"}
     done = run_avss("submit", job, "--experiment", "--follow", env=cluster)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = Warehouse(tmp_path / "w").table("experiments").to_pylist()
-    assert {row["method"] for row in rows} == {"whole model", "block influence", "random 0"}
+    assert {row["method"] for row in rows} == {"whole model", "block influence", "last", "random 0"}
     assert {row["task"] for row in rows} == {"perplexity:texts/held_out.txt", "tasks/capitals.yaml"}
     assert "block influence" in done.stdout
     (tmp_path / "more" / "questions.jsonl").unlink()
