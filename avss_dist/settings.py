@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, WithJsonSchema
+from pydantic_core import PydanticKnownError
 
 from avss_dist.errors import ConfigError, nearest
 from avss_dist.registry import GANGS, PARTITIONS
@@ -77,12 +79,56 @@ def _bytes(size: Any) -> Any:
     return parse_bytes(size) if isinstance(size, str) else size
 
 
+_REPLICAS = re.compile(r"(?:(\d{1,9})\.\.)?(\d{1,9})", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Model copies that work in parallel: how many of them a run waits for, and how many it may have.
+
+    It is written ``8`` (begin with the first, up to 8) or ``4..64``.
+    """
+
+    fewest: int
+    most: int
+
+    def __str__(self) -> str:
+        return str(self.most) if self.fewest == 1 else f"{self.fewest}..{self.most}"
+
+
+def _replicas(value: Any) -> Any:
+    """Replicas from a number, or from a text as people write it."""
+    if isinstance(value, Replicas):
+        made = value
+    elif isinstance(value, int) and not isinstance(value, bool):
+        made = Replicas(1, value)
+    elif isinstance(value, str) and (found := _REPLICAS.fullmatch(value.strip())):
+        made = Replicas(int(found[1] or 1), int(found[2]))
+    else:
+        raise ConfigError(
+            f"'{value}' is no number of replicas.",
+            "Write 8, or 4..64: begin with 4, and have up to 64 as there is room for them.",
+        )
+    if min(made.fewest, made.most) < 1:
+        raise PydanticKnownError("greater_than_equal", {"ge": 1})
+    if made.fewest > made.most:
+        raise ConfigError(f"{value} goes down.", f"Write {made.most}..{made.fewest}.")
+    return made
+
+
 Positive = Annotated[int, Field(ge=1)]
 Sites = Annotated[tuple[Annotated[str, OneOf(SITES)], ...], Field(strict=False, min_length=1), Check(_in_order)]
 Threshold = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Thresholds = Annotated[tuple[Threshold, ...], Field(strict=False), Check(_with_published)]
 Bytes = Annotated[
     int, Check(_bytes, before=True), Field(ge=1), WithJsonSchema({"type": ["string", "integer"], "examples": ["20GB"]})
+]
+ReplicaRange = Annotated[
+    Replicas,
+    Check(_replicas, before=True),
+    WithJsonSchema(
+        {"type": ["integer", "string"], "minimum": 1, "pattern": r"^([1-9]\d*\.\.)?[1-9]\d*$", "examples": [8, "4..64"]}
+    ),
 ]
 Sizes = Mapping[Annotated[str, Check(_device_name)], Bytes]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -147,8 +193,8 @@ class Execution:
 
     executor: Annotated[str, OneOf(EXECUTORS)] = "auto"
     """Who works: this process (local), or Ray workers; auto is Ray for several replicas or a cluster."""
-    replicas: Positive | None = None
-    """Model copies that work in parallel; one for every GPU, or one on a CPU, by default."""
+    replicas: ReplicaRange | None = None
+    """Model copies in parallel: 8, or 4..64 (at least, at most); one for every GPU, or one on a CPU, by default."""
     address: str | None = None
     """A running Ray cluster; a private one is started by default."""
     fresh: bool = False
@@ -164,7 +210,7 @@ class Execution:
     offload_folder: str | None = None
     """Where weights and hidden states go that have no room in memory; a temporary folder by default."""
     placement_seconds: Seconds = 300.0
-    """How long to wait until a cluster has room for the first replica."""
+    """How long to wait until a cluster has room for the first replica, or for the fewest that are wanted."""
     hang_seconds: Seconds = 600.0
     """A worker that begins no layer for this long is taken to hang, and is replaced."""
 
@@ -178,7 +224,7 @@ class Execution:
         if self.executor == "local" and self.partition in GANGS:
             said = f"`partition` {self.partition} is several processes; `executor` local is one."
             problems.append(ConfigError(said, "Use `executor` ray."))
-        if self.executor == "local" and (self.address or (self.replicas or 1) > 1):
+        if self.executor == "local" and (self.address or (self.replicas and self.replicas.most > 1)):
             said = "`executor` local is one replica in this process; "
             said += "it takes neither `address` nor `replicas` above 1."
             problems.append(ConfigError(said, "Use `executor` ray."))

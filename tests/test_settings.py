@@ -9,7 +9,7 @@ import pytest
 from pydantic import Field
 
 from avss_dist.errors import ConfigError, spell_fields
-from avss_dist.settings import Execution, Settings, fingerprint, split_options
+from avss_dist.settings import Execution, Replicas, Settings, fingerprint, split_options
 from avss_dist.text import parse_bytes
 from avss_dist.validation import Check, OneOf, checked
 
@@ -105,6 +105,44 @@ def test_lists_and_sizes_in_words_make_the_same_settings() -> None:
         sites=("block", "mlp"), thresholds=(1e-3, 1.0)
     )
     assert Execution(max_memory={"cpu": "20GB", "0": 3}).max_memory == {"cpu": 20_000_000_000, "0": 3}
+
+
+@pytest.mark.parametrize(
+    ("written", "replicas", "text"),
+    [
+        (8, Replicas(1, 8), "8"),
+        ("8", Replicas(1, 8), "8"),
+        ("1..8", Replicas(1, 8), "8"),
+        ("4..64", Replicas(4, 64), "4..64"),
+        (Replicas(4, 4), Replicas(4, 4), "4..4"),
+    ],
+)
+def test_replicas_are_a_number_or_a_range(written: Any, replicas: Replicas, text: str) -> None:
+    made = Execution(replicas=written)
+    assert made.replicas == replicas and str(made.replicas) == text
+    assert Execution(replicas=text) == made
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("64..4", "`replicas`: 64..4 goes down. Write 4..64."),
+        (Replicas(2, 1), "`replicas`: 2..1 goes down. Write 1..2."),
+        ("0..3", "`replicas` must be at least 1, not 0..3."),
+        ("3..0", "`replicas` must be at least 1, not 3..0."),
+        *[
+            (text, f"`replicas`: '{text}' is no number of replicas.")
+            for text in ("a..b", "3..", "-1", "", "1e3", "2...3")
+        ],
+        *[(value, f"`replicas`: '{value}' is no number of replicas.") for value in (True, 2.0, [2, 3])],
+    ],
+)
+def test_replicas_that_nobody_can_mean_are_refused(written: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Execution(replicas=written)
+    assert str(caught.value).replace("\n", " ").startswith(message)
+    with pytest.raises(ConfigError, match="`executor` local is one replica"):
+        Execution(executor="local", replicas="1..2")
 
 
 def test_a_fingerprint_of_settings_is_what_it_was() -> None:

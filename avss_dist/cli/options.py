@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import Annotated, Any, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
 from avss_dist.errors import ConfigError, require_known
-from avss_dist.settings import RECIPES, SITES, Execution, Settings
+from avss_dist.settings import RECIPES, SITES, Execution, Replicas, Settings
 from avss_dist.text import parse_threshold
 from avss_dist.validation import OneOf
 
@@ -87,6 +87,8 @@ def _parameter(name: str, overrides: bool) -> inspect.Parameter:
     info, field = cls.__pydantic_fields__[name], cls.__dataclass_fields__[name]
     kind = get_type_hints(cls)[name]
     spelling = SPELLING.get(name, f"--{name.replace('_', '-')}")
+    if Replicas in get_args(kind):  # it reads texts itself
+        kind = str
     several = get_origin(kind) in (tuple, Mapping)
     default = None if several or (overrides and kind is not bool) else field.default
     help = info.description + (" Repeatable." if several else "")

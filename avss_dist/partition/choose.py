@@ -153,7 +153,9 @@ def _fitting(
         partition, gpus, where = _fitting_gpus(size.weight_bytes, batch, execution, devices)
         return partition, gpus, f"{what} {where}"
     limit = execution.max_memory.get("cpu", devices.host_bytes)
-    room = int(limit * SPARE_SHARE) // (execution.replicas or 1) - PROCESS_BYTES
+    most = execution.replicas.most if execution.replicas else 1
+    beside = min(most, max(1, devices.cpus_of_largest_node // settings.threads))  # replicas on one node
+    room = int(limit * SPARE_SHARE) // beside - PROCESS_BYTES
     where = f"{describe_bytes(max(room, 0))} of memory for each replica"
     if size.weight_bytes + batch <= room:
         return "single", 0, f"{what} fit into {where}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,21 @@ def test_a_cell_fails_alone_and_a_model_with_all_of_its_cells(checkpoint: Checkp
     assert [cell for cell, _ in outcomes] == [cells[1], cells[3]]
     assert all("Opening the model failed" in str(failure) for _, failure in outcomes)
     assert not queue.is_active
+
+
+def test_gangs_that_open_a_model_at_once_fail_at_once(checkpoint: Checkpoint) -> None:
+    """Half of the nodes may be lost while all of them open it; what counts is how often one after the other failed."""
+    queue, run = shard_queue(checkpoint, 3)
+    together = time.monotonic()
+    for _ in range(5):
+        assert queue.put_back([], "its node was lost", together) == []
+    assert queue.put_back([], "again", time.monotonic()) == []
+    queue.note_opened()
+    for _ in range(ATTEMPTS - 1):
+        assert queue.put_back([], "it died", time.monotonic()) == [], "it can be opened: what was before counts no more"
+    assert queue.put_back([], None) == [], "no failure of the model"
+    ((source, error),) = queue.put_back([], "it died", time.monotonic())
+    assert source is run and "Opening the model failed 3 times; the last time: it died" in str(error)
 
 
 def test_only_units_of_one_kind_say_what_is_late(checkpoint: Checkpoint) -> None:

@@ -24,7 +24,7 @@ from avss_dist.report.terminal.progress import Log
 from avss_dist.runs.api import run_job
 from avss_dist.runs.job_file import JobError, JobFile, job_schema, read_job
 from avss_dist.runs.run import Run
-from avss_dist.settings import Settings
+from avss_dist.settings import Replicas, Settings
 from avss_dist.warehouse.reader import Warehouse
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -294,7 +294,7 @@ corpora:
 settings:
   dtype: float32
 execution:
-  replicas: 3
+  replicas: 2..3
 """
     job = read(tmp_path, text)
     specs = job.specs[::2]
@@ -304,7 +304,8 @@ execution:
     assert [spec.corpus for spec in job.specs[:2]] == ["builtin:pydoc", f"{tmp_path}/text.txt"]
     assert job.specs[1].name == f"{tmp_path}/step-1 on {tmp_path}/text.txt"
     first, last = specs[0], specs[-1]
-    assert (first.settings.dtype, first.execution.partition, first.execution.replicas) == ("float32", "auto", 3)
+    assert (first.settings.dtype, first.execution.partition) == ("float32", "auto")
+    assert first.execution.replicas == Replicas(2, 3)
     assert (last.settings.dtype, last.settings.thresholds) == ("bfloat16", (1e-5, 1e-3))
     assert (last.execution.partition, last.execution.max_memory) == ("streaming", {"cpu": 2_000_000_000})
     elsewhere = read(tmp_path, text, expand=False)

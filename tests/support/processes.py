@@ -14,7 +14,7 @@ import pytest
 import ray
 from ray import cloudpickle
 
-from avss_dist.executors.ray import gang, pool
+from avss_dist.executors.ray import gang, watch
 from avss_dist.executors.ray.worker import Worker
 from avss_dist.runs.api import Reporter
 
@@ -82,7 +82,7 @@ class FreezesAtStart(threading.Thread):
                     self.were_starting = ray._private.state.actors(name)["State"] == "PENDING_CREATION"
                     if len(self.victims) == self._number:
                         break
-        self._patch.setattr(pool, "START_SECONDS", 0.0)
+        self._patch.setattr(watch, "START_SECONDS", 0.0)
         wait_until(lambda: not any(victim.is_running() for victim in self.victims))
         self._patch.undo()
         cloudpickle.unregister_pickle_by_value(sys.modules[__name__])

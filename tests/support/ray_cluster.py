@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster as RayCluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 NODES = 3
+PREEMPTION = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
 SIZE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80_000_000}
 HEAD: dict[str, Any] = {**SIZE, "include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
 
@@ -59,6 +62,23 @@ class Cluster:
             self.kill_node(node)
         for _ in range(self._nodes - len(self.nodes)):
             self._ray.add_node(**SIZE)
+
+    def grow(self) -> Any:
+        """Another node, as an autoscaler or a person brings one."""
+        self._nodes += 1
+        return self._ray.add_node(**SIZE)
+
+    def shrink(self, node: Any) -> None:
+        """A node that is lost for good, with all that runs on it."""
+        self._nodes -= 1
+        self.kill_node(node)
+
+    def drain(self, node: Any) -> None:
+        """Give a node notice, as a cloud does that takes a spot machine back; it ends when nothing runs on it."""
+        gcs: Any = GcsClient(address=self.address)
+        accepted, why = gcs.drain_node(node.node_id, PREEMPTION, "a notice of preemption", 0)
+        assert accepted, why
+        self._nodes -= 1
 
     @property
     def has_head(self) -> bool:

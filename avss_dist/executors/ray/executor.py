@@ -13,13 +13,20 @@ from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import LocalRayletDiedError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from avss_dist.errors import AvssError, ConfigError, RunFailed
 from avss_dist.executors.base import Outcome, RunShards, by_model
 from avss_dist.executors.prefetch import Prefetcher
 from avss_dist.executors.ray.gang import Gang, missing_package
 from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
-from avss_dist.executors.ray.liveness import ENDED, has_head, node_lost, require_head, require_listening, require_node
+from avss_dist.executors.ray.liveness import (
+    ENDED,
+    has_head,
+    node_lost,
+    require_head,
+    require_listening,
+)
 from avss_dist.executors.ray.pool import Pool
 from avss_dist.executors.ray.queue import ATTEMPTS, CellQueue, ShardQueue, UnitQueue
 from avss_dist.partition.base import Placement
@@ -65,25 +72,28 @@ class RayExecutor:
         return self.devices.kind
 
     def replicas(self, placement: Placement) -> int:
-        """See `executors.base.Executor`."""
-        requested, has = self._execution.replicas, self.devices
-        if self.device == "cuda":
-            replicas = requested or max(1, has.count // max(1, placement.gpus))
-            if replicas * placement.gpus > has.count:
-                raise ConfigError(
-                    f"{replicas} replicas of {placement.gpus} GPUs need {replicas * placement.gpus} GPUs; "
-                    f"there are {has.count}.",
-                    "Lower `replicas`, `ranks` or `gpus_per_replica`.",
-                )
-            return replicas
-        replicas = requested or 1
-        if not self._address and replicas * placement.ranks * self._settings.threads > has.cpus:
+        """See `executors.base.Executor`. A cluster may have room for fewer now, and for more when nodes come."""
+        has = self.devices
+        usual = max(1, has.count // max(1, placement.gpus)) if self.device == "cuda" else 1
+        replicas = self._execution.replicas.most if self._execution.replicas else usual
+        if not self._address:
+            self._require_room(replicas, placement)
+        return replicas
+
+    def _require_room(self, replicas: int, placement: Placement) -> None:
+        has, each = self.devices, placement.ranks * self._settings.threads
+        if self.device == "cuda" and replicas * placement.gpus > has.count:
+            raise ConfigError(
+                f"{replicas} replicas of {placement.gpus} GPUs need {replicas * placement.gpus} GPUs; "
+                f"there are {has.count}.",
+                "Lower `replicas`, `ranks` or `gpus_per_replica`.",
+            )
+        if self.device == "cpu" and replicas * each > has.cpus:
             what = f"{replicas} replicas" + (f" of {placement.ranks} ranks" if placement.ranks > 1 else "")
             raise ConfigError(
-                f"{what} need {replicas * placement.ranks * self._settings.threads} CPUs; there are {has.cpus}.",
+                f"{what} need {replicas * each} CPUs; there are {has.cpus}.",
                 "Lower `replicas`" + (" or `ranks`." if placement.ranks > 1 else "."),
             )
-        return replicas
 
     def run(self, runs: Iterator[RunShards]) -> Generator[Outcome, None, None]:
         """Yield results as workers finish them; the next run is planned meanwhile. Runs share the workers."""
@@ -103,11 +113,11 @@ class RayExecutor:
             prefetcher,
             new_gang=self._new_gang,
             replicas=self.replicas,
+            fewest=self._execution.replicas.fewest if self._execution.replicas else 1,
             monitor=self._monitor,
             placement_seconds=self._execution.placement_seconds,
             hang_seconds=self._execution.hang_seconds,
             shortage=lambda placement: _shortage(placement, self._settings.threads),
-            require_node=require_node,
         )
         try:
             yield from pool.outcomes()
@@ -168,7 +178,9 @@ class RayExecutor:
             self._started = True
             ray._private.worker._worker_logs_enabled = False  # of lost workers and nodes, on standard output
         if self._monitor is None:
-            self._monitor = ray.remote(HeartbeatMonitor).options(num_cpus=0, max_restarts=-1).remote()
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+            monitor: Any = ray.remote(HeartbeatMonitor)  # on a node that drains it would be in the way
+            self._monitor = monitor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
 
     def _new_gang(self, placement: Placement) -> Gang:
         require_head()

@@ -26,12 +26,15 @@ class Gang:
     """The workers of one replica, and the resources that are held for them: a CPU for each thread that computes.
 
     Attributes:
+        placed: a reference that is ready when its first rank has a process that answers.
         spec: whose model every rank has open; None where that is not known.
+        leaves: a node of it is being taken away: it finishes its round, and takes no other.
     """
 
     def __init__(self, name: str, placement: Placement, *, threads: int, monitor: Any) -> None:
         self.shape = shape(placement)
         self.spec: ReplicaSpec | None = None
+        self.leaves = False
         self.names = [f"{name}.{rank}" for rank in range(placement.ranks)]
         resources = {"num_cpus": threads, "num_gpus": placement.gpus // placement.ranks}
         self._group: Any = None
@@ -42,13 +45,19 @@ class Gang:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group)
         actor: Any = ray.remote(Worker).options(max_restarts=0, **resources, **options)
         self._workers: list[Any] = [actor.remote(worker, threads, monitor) for worker in self.names]
-        self._first: Any = self._workers[0].address.remote()
+        self.placed: Any = self._workers[0].address.remote()
         self._processes: dict[str, tuple[str, int]] = {}  # the node's and the process's id, by rank
 
     @property
     def is_placed(self) -> bool:
         """Whether its first worker has a process, as far as is known."""
-        return self.names[0] in self._processes or bool(ray.wait([self._first], timeout=0)[0])
+        return self.names[0] in self._processes or bool(ray.wait([self.placed], timeout=0)[0])
+
+    @property
+    def nodes(self) -> set[str]:
+        """The ids of the nodes where its ranks have processes."""
+        self.find_processes()
+        return {node for node, _ in self._processes.values()}
 
     def find_processes(self) -> Collection[str]:
         """The ranks that have a process by now, whether it answers or not."""
@@ -61,7 +70,7 @@ class Gang:
 
     def open(self, spec: ReplicaSpec) -> list[Any]:
         """Open a model on every rank; one reference for each."""
-        return [worker.open.remote(spec, rank, self._first) for rank, worker in enumerate(self._workers)]
+        return [worker.open.remote(spec, rank, self.placed) for rank, worker in enumerate(self._workers)]
 
     def measure(self, assignments: Sequence[Assignment]) -> list[Any]:
         """Give each rank its part of a round; one reference for each."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Set
 
 import ray
 
@@ -76,6 +77,15 @@ def node_lost() -> RunFailed:
         "The Ray node of this process has died: its raylet or its dashboard agent crashed, or was killed.",
         f"raylet.out and dashboard_agent.log in /tmp/ray/session_latest/logs say why. {KEPT}",
     )
+
+
+def draining_nodes() -> Set[str]:
+    """The ids of nodes that are about to be taken away: they are given nothing new, and end when they are idle.
+
+    A preemption notice, the autoscaler or ``ray drain-node`` says so. Of Ray's interfaces only this one tells without
+    a dashboard; Ray Train asks it too.
+    """
+    return ray._private.state.state.get_draining_nodes().keys()
 
 
 def require_node() -> None:

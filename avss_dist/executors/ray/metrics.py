@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray.util.metrics import Counter
+from ray.util.metrics import Counter, Gauge
 
 from avss_dist.errors import AvssError
 from avss_dist.stats.layer_stats import ShardResult
@@ -13,13 +13,18 @@ from avss_dist.warehouse.sharing import Receipt
 
 
 class Metrics:
-    """Counters of tokens, shards, cells and runs; the rate of ``avss_tokens`` is tokens/s."""
+    """Counters of tokens, shards, cells and runs, and the replicas; the rate of ``avss_tokens`` is tokens/s."""
 
     def __init__(self) -> None:
         self._tokens = Counter("avss_tokens", description="Tokens measured, each once.")
         self._shards = Counter("avss_shards", description="Shards measured, each once.")
         self._runs = Counter("avss_runs", description="Runs that ended.", tag_keys=("status",))
+        self._replicas = Gauge("avss_replicas", description="Replicas that have a place in the cluster.")
         self._cells = Counter("avss_cells", description="Cells of evaluations that ended.", tag_keys=("status",))
+
+    def replicas(self, number: int) -> None:
+        """So many have a place now."""
+        self._replicas.set(number)
 
     def count(self, source: Any, result: Any, *, is_last: bool) -> None:
         """Count an outcome.

@@ -1,14 +1,17 @@
-"""Which gang measures which units, and what becomes of gangs that fail or hang.
+"""Which gang measures which units, and what becomes of gangs that come, leave, fail or hang.
 
 A gang has one round at a time: a unit for each of its ranks, or one for all where they share a batch. It gets the next
 when it is done, so a slow one never delays the rest; where its queue is empty, it opens the model of the next queue.
-The pool keeps no statistics: what is lost with a gang is measured again.
+Gangs that the cluster has no room for wait for a place while others work, which tells an autoscaler what is wanted;
+those on a node that is about to go finish their round. The pool keeps no statistics: what is lost with a gang is
+measured again.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,20 +21,22 @@ from ray.exceptions import RayError, RayTaskError
 from avss_dist.errors import AvssError, BatchTooLarge, RunFailed
 from avss_dist.executors.prefetch import Prefetcher
 from avss_dist.executors.ray.gang import Gang, missing_package
+from avss_dist.executors.ray.liveness import draining_nodes, require_node
 from avss_dist.executors.ray.metrics import Metrics
 from avss_dist.executors.ray.queue import UnitQueue
+from avss_dist.executors.ray.watch import Watch
 from avss_dist.partition.base import Placement
 
 POLL_SECONDS = 2.0
-START_SECONDS = 60.0  # at least, for a process to report for the first time
 SOON_SECONDS = 0.02  # to look again, while a gang is idle and the next queue is being planned
 
 
 @dataclass(eq=False, kw_only=True)
 class _Round:
-    """What a gang is doing: opening a model (no units), or measuring.
+    """What a gang is doing: waiting for a place, opening a model (both without units), or measuring.
 
     Attributes:
+        queue: whose model it opens or measures with; of one that waits for a place, the one that it was hired for.
         awaited: references, each with the unit that it gives the result of.
     """
 
@@ -42,18 +47,23 @@ class _Round:
     rows: int
     begun: float = field(default_factory=time.monotonic)
 
+    @property
+    def is_coming(self) -> bool:
+        """Whether its gang waits for a place."""
+        return self.gang.placed in self.awaited
+
 
 class Pool:
     """The gangs of one executor, and the queues that they work on.
 
     Args:
         new_gang: starts a gang for a placement.
-        replicas: how many gangs of a placement work at once.
+        replicas: how many gangs of a placement work at once, where there is room.
+        fewest: gangs that the first queue waits for, if it has units for as many.
         monitor: the `HeartbeatMonitor` actor.
-        placement_seconds: how long to wait for a gang to be placed, while none works.
+        placement_seconds: how long to wait for a gang to be placed, while none works, or fewer than are waited for.
         hang_seconds: how long a rank may begin no layer before its gang is stopped.
         shortage: says what a placement needs of the cluster, and why that is not there.
-        require_node: raises RunFailed where no worker can live any more.
     """
 
     def __init__(
@@ -62,23 +72,23 @@ class Pool:
         *,
         new_gang: Callable[[Placement], Gang],
         replicas: Callable[[Placement], int],
+        fewest: int,
         monitor: Any,
         placement_seconds: float,
         hang_seconds: float,
         shortage: Callable[[Placement], str],
-        require_node: Callable[[], None],
     ) -> None:
         self._coming = queues
         self._new_gang, self._replicas, self._shortage = new_gang, replicas, shortage
-        self._monitor, self._require_node = monitor, require_node
-        self._placement_seconds, self._hang_seconds = placement_seconds, hang_seconds
+        self._watch = Watch(monitor, hang_seconds)
+        self._fewest, self._begun = fewest, fewest == 1
+        self._placement_seconds, self._poll = placement_seconds, min(POLL_SECONDS, hang_seconds / 4)
         self._queues: list[UnitQueue[Any]] = []  # in the order in which they came
         self._rounds: dict[Any, _Round] = {}  # by the references that they wait for
         self._idle: list[Gang] = []
         self._outcomes: list[tuple[Any, Any]] = []
         self._metrics = Metrics()
         self._moved = self._polled = time.monotonic()
-        self._signs: dict[str, float] = {}  # when each rank last made progress, or was seen to have a process
 
     def outcomes(self) -> Iterator[tuple[Any, Any]]:
         """Yield the outcomes of every queue as units are finished.
@@ -92,6 +102,7 @@ class Pool:
         while self._take_queues():
             self._assign()
             self._hire()
+            self._dismiss()
             self._preempt()
             yield from self._arrived()  # now that no gang waits for who takes them
             self._wait()
@@ -107,8 +118,12 @@ class Pool:
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
+    def _current(self) -> list[_Round]:
+        """The rounds that gangs are in, in the order in which they began."""
+        return list(dict.fromkeys(self._rounds.values()))
+
     def _gangs(self) -> list[Gang]:
-        return [*self._idle, *{id(r.gang): r.gang for r in self._rounds.values()}.values()]
+        return [*self._idle, *(round_.gang for round_ in self._current())]
 
     def _take_queues(self) -> bool:
         """Take the next queue as soon as no unit is pending; False when all is done."""
@@ -124,27 +139,56 @@ class Pool:
     def _assign(self) -> None:
         """Give idle gangs units."""
         for gang in list(self._idle):
-            queue = next((q for q in self._queues if q.pending and q.shape == gang.shape), None)
+            queue = next((q for q in self._queues if q.shape == gang.shape and self._has_work(q, gang)), None)
             if queue is None:
                 self._speculate(gang)
             else:
                 self._idle.remove(gang)
                 self._dispatch(gang, queue)
 
+    def _has_work(self, queue: UnitQueue[Any], gang: Gang) -> bool:
+        """Whether a gang can take a unit, or open the model first: that need not wait until enough gangs are placed."""
+        return bool(queue.pending) and (gang.spec != queue.spec or self._has_begun())
+
+    def _has_begun(self) -> bool:
+        self._begun = self._begun or self._placed() >= self._needed()
+        return self._begun
+
+    def _placed(self) -> int:
+        return sum(gang.is_placed for gang in self._gangs())
+
+    def _needed(self) -> int:
+        """Gangs without which nothing is measured."""
+        return 1 if self._begun else min(self._fewest, max(1, self._queues[0].pending_rounds))
+
     def _hire(self) -> None:
         """Hire gangs where units are pending that no gang is there for."""
         for queue in self._queues:
             placement = queue.spec.placement
-            coming = sum(r.queue is queue and not r.units for r in set(self._rounds.values()))
-            there = sum(gang.shape == queue.shape for gang in self._gangs())
-            for _ in range(min(queue.pending_rounds - coming, self._replicas(placement) - there)):
-                self._open(self._new_gang(placement), queue)
+            gangs = [gang for gang in self._gangs() if gang.shape == queue.shape and not gang.leaves]
+            ready = sum(gang in gangs for gang in self._idle)
+            ready += sum(r.gang in gangs and not r.units and (r.is_coming or r.queue is queue) for r in self._current())
+            for _ in range(min(queue.pending_rounds - ready, self._replicas(placement) - len(gangs))):
+                gang = self._new_gang(placement)
+                self._begin(gang, queue, [], {gang.placed: None})
+
+    def _dismiss(self) -> None:
+        """Stop gangs that wait for a place and have no unit left to take, lest a node be brought for them."""
+        wanted: Counter[tuple[int, int]] = Counter()
+        for queue in self._queues:
+            wanted[queue.shape] += queue.pending_rounds
+        if not (wanted.total() or self._coming.exhausted):
+            return  # units of the next queue may come
+        for round_ in [r for r in self._current() if not r.units]:
+            if round_.is_coming and wanted[round_.gang.shape] <= 0 and not round_.gang.is_placed:
+                self._stop(round_)
+            wanted[round_.gang.shape] -= 1
 
     def _preempt(self) -> None:
         """Stop idle gangs where one of another shape waits for what they hold."""
         if not self._idle:
             return
-        opening = {r.gang for r in self._rounds.values() if not r.units}
+        opening = {r.gang for r in self._current() if not r.units}
         wanted = {gang.shape for gang in opening if not gang.is_placed}
         for gang in [gang for gang in self._idle if wanted - {gang.shape}]:
             self._idle.remove(gang)
@@ -153,11 +197,7 @@ class Pool:
     def _speculate(self, gang: Gang) -> None:
         """Let an idle gang measure the slowest unit too; whichever result comes first counts."""
         now = time.monotonic()
-        late = [
-            r
-            for r in set(self._rounds.values())
-            if r.queue.shape == gang.shape and r.queue.is_late(r.units, now - r.begun)
-        ]
+        late = [r for r in self._current() if r.queue.shape == gang.shape and r.queue.is_late(r.units, now - r.begun)]
         if late:
             slowest = min(late, key=lambda r: r.begun)
             slowest.queue.speculate(slowest.units[0])
@@ -182,8 +222,7 @@ class Pool:
 
     def _wait(self) -> None:
         """Take what has come, or look after what does not come."""
-        poll = min(POLL_SECONDS, self._hang_seconds / 4)
-        soon = SOON_SECONDS if self._idle and not self._coming.exhausted else poll
+        soon = SOON_SECONDS if self._begun and self._idle and not self._coming.exhausted else self._poll
         references = list(self._rounds)
         if not references:
             return
@@ -192,10 +231,12 @@ class Pool:
         for reference in ray.wait(references, num_returns=len(references), timeout=0)[0]:
             self._moved = time.monotonic()
             self._finish(reference)
-        if time.monotonic() - self._polled > poll:
+        if time.monotonic() - self._polled > self._poll:
             self._polled = time.monotonic()
-            self._require_node()
+            require_node()
             self._stop_hanging()
+            self._let_go()
+            self._metrics.replicas(self._placed())
 
     def _finish(self, reference: Any) -> None:
         round_ = self._rounds.get(reference)
@@ -210,8 +251,8 @@ class Pool:
         except RayError as error:  # the worker, its node or the result was lost
             if missing := missing_package(error):
                 self._record(queue, queue.fail([], missing))
-            self._require_node()
-            self._replace(round_, str(error).splitlines()[0])
+            require_node()
+            self._replace(round_, None if round_.gang.leaves else str(error).splitlines()[0])
             return
         del self._rounds[reference]
         unit = round_.awaited.pop(reference)
@@ -220,8 +261,9 @@ class Pool:
         if not round_.awaited:
             if round_.units:
                 queue.note_duration(round_.units, time.monotonic() - round_.begun)
-            else:
+            elif reference != round_.gang.placed:
                 round_.gang.spec = queue.spec
+                queue.note_opened()
             self._free(round_.gang, queue)
 
     def _record(self, queue: UnitQueue[Any], outcomes: Sequence[tuple[Any, Any]]) -> None:
@@ -231,7 +273,9 @@ class Pool:
 
     def _free(self, gang: Gang, queue: UnitQueue[Any]) -> None:
         """A gang has finished a round: its next one at once, or it is idle."""
-        if queue.is_active and queue.pending:
+        if gang.leaves:
+            gang.stop()
+        elif queue.is_active and self._has_work(queue, gang):
             self._dispatch(gang, queue)
         else:
             self._idle.append(gang)
@@ -251,58 +295,48 @@ class Pool:
             del self._rounds[reference]
             if not round_.units:
                 round_.gang.spec = None
-            self._idle.append(round_.gang)
+            self._free(round_.gang, round_.queue)
 
     def _require_placement(self) -> None:
         """End a queue for whose gangs the cluster has had no room for too long."""
-        if any(gang.is_placed for gang in self._gangs()):
-            return
-        if time.monotonic() - self._moved <= self._placement_seconds:
+        placed, needed = self._placed(), self._needed()
+        if placed >= needed or time.monotonic() - self._moved <= self._placement_seconds:
             return
         queue = self._queues[0]
-        why = f"No worker was placed in {self._placement_seconds:.0f} seconds. {self._shortage(queue.spec.placement)}"
+        who = f"Only {placed} of {needed} replicas were" if placed else "No worker was"
+        why = f"{who} placed in {self._placement_seconds:.0f} seconds. {self._shortage(queue.spec.placement)}"
         hint = "Free some of it, lower `replicas`, `ranks` or `gpus_per_replica`, or use another cluster."
         self._record(queue, queue.fail([], RunFailed(why, hint)))
-        for round_ in {r for r in self._rounds.values() if r.queue is queue}:
+        for round_ in [r for r in self._current() if r.queue is queue]:
             self._stop(round_)
         self._moved = time.monotonic()
 
     def _stop_hanging(self) -> None:
         """Replace the gangs of which a rank has begun no layer for too long."""
-        ages: dict[str, float] = {}
-        try:
-            ready, _ = ray.wait([self._monitor.ages.remote()], timeout=POLL_SECONDS)
-            ages = ray.get(ready[0]) if ready else {}
-        except RayError:  # lost with its node; Ray starts it elsewhere
+        if not self._watch.listen():
             return
-        now = time.monotonic()
-        self._signs |= {name: now - age for name, age in ages.items()}
-        for round_ in set(self._rounds.values()):
-            for name in round_.gang.find_processes():
-                self._signs.setdefault(name, now)
-            silence = {name: now - self._signs[name] for name in round_.gang.names if name in self._signs}
-            if hanging := late(silence, ages, now - round_.begun, self._hang_seconds):
-                why = f"rank {hanging[0]} made no progress in {silence[hanging[0]]:.0f} seconds"
+        for round_ in self._current():
+            if why := self._watch.complaint(round_.gang, round_.begun):
                 self._replace(round_, why, hangs=True)
+
+    def _let_go(self) -> None:
+        """Part with the gangs whose nodes are about to go: at once, or when a round with units is done."""
+        if not (draining := draining_nodes()):
+            return
+        for gang in self._gangs():
+            gang.leaves = gang.leaves or bool(gang.nodes & draining)
+        for gang in [gang for gang in self._idle if gang.leaves]:
+            self._idle.remove(gang)
+            gang.stop()
+        for round_ in [r for r in self._current() if r.gang.leaves and not r.units]:
+            self._stop(round_)
 
     def _replace(self, round_: _Round, why: str | None, *, hangs: bool = False) -> None:
         """Stop a gang; its unfinished units are pending again, for another. ``why`` None is no failure of theirs."""
         self._stop(round_, hangs=hangs)
-        self._record(round_.queue, round_.queue.put_back(round_.units, why))
+        self._record(round_.queue, round_.queue.put_back(round_.units, why, round_.begun))
 
     def _stop(self, round_: _Round, *, hangs: bool = False) -> None:
         round_.gang.stop(hangs=hangs)
         for reference in round_.awaited:
             self._rounds.pop(reference, None)
-
-
-def late(silence: Mapping[str, float], heard: Collection[str], elapsed: float, hang_seconds: float) -> list[str]:
-    """The ranks of a gang that made no progress for too long, though they have had something to do.
-
-    Args:
-        silence: of the ranks that have a process, seconds since each last made progress, or was first seen.
-        heard: the ranks that report; others may still be starting.
-        elapsed: seconds since the gang's round began.
-    """
-    limits = {name: hang_seconds if name in heard else max(hang_seconds, START_SECONDS) for name in silence}
-    return [name for name in silence if elapsed > hang_seconds and silence[name] > limits[name]]

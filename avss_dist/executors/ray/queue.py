@@ -5,6 +5,8 @@ A unit is a shard of a run, or a cell of an evaluation. Each gives one pure resu
 
 from __future__ import annotations
 
+import math
+import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -19,7 +21,7 @@ from avss_dist.partition.base import Placement
 from avss_dist.registry import PARTITIONS
 from avss_dist.tasks.cells import Cell
 
-ATTEMPTS = 3  # at a unit, and at opening a model, before it has failed
+ATTEMPTS = 3  # at a unit, and, one after the other, at opening a model, before it has failed
 LATE_FACTOR = 2.0  # times the median of units of its kind, after which an idle gang may measure the same unit
 LATE_SECONDS = 2.0  # and at least this
 
@@ -51,6 +53,7 @@ class UnitQueue(ABC, Generic[Unit]):
         self._seconds: dict[str, list[float]] = {}  # of rounds that are done, by kind of unit
         self._speculated: set[int] = set()
         self._failures: Counter[int | None] = Counter()
+        self._failed_to_open = -math.inf  # when one of them was one to open the model
 
     @abstractmethod
     def describe(self, unit: int) -> str:
@@ -106,6 +109,10 @@ class UnitQueue(ABC, Generic[Unit]):
         self._remove([unit])
         return [self._outcome(unit, result)]
 
+    def note_opened(self) -> None:
+        """A gang has opened the model, so it can be opened: earlier failures count no more."""
+        del self._failures[None]
+
     def note_duration(self, units: Sequence[int], seconds: float) -> None:
         """Remember how long a round of these units took."""
         self._seconds.setdefault(self.kind(units[0]), []).append(seconds)
@@ -122,24 +129,28 @@ class UnitQueue(ABC, Generic[Unit]):
         self._speculated.add(unit)
         self.pending.appendleft(unit)
 
-    def put_back(self, units: Sequence[int], why: str | None) -> list[tuple[Any, AvssError]]:
+    def put_back(self, units: Sequence[int], why: str | None, begun: float = math.inf) -> list[tuple[Any, AvssError]]:
         """Let units be taken again that a gang did not finish; none is a model that it did not open.
 
         Args:
             why: the failure, of which there may be `ATTEMPTS`; None is no failure of theirs.
+            begun: when they were taken, by the monotonic clock. Many gangs open a model at once, and are lost at once
+                with their nodes: those that began before a failure fail with it.
 
         Returns:
             The outcomes of what has failed for good.
         """
         unfinished = [unit for unit in units if unit in self.unfinished]
         self.pending.extendleft(reversed([unit for unit in unfinished if unit not in self.pending]))
-        if why is None:
+        if why is None or (not units and begun < self._failed_to_open):
             return []
         failed: list[int | None] = [*unfinished] if units else [None]
         return [outcome for unit in failed for outcome in self._count_failure(unit, why)]
 
     def _count_failure(self, unit: int | None, why: str) -> list[tuple[Any, AvssError]]:
         """The outcomes of one more failure of a unit, or of opening the model (None)."""
+        if unit is None:
+            self._failed_to_open = time.monotonic()
         self._failures[unit] += 1
         if self._failures[unit] < ATTEMPTS:
             return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from avss_dist.executors.ray.pool import START_SECONDS, late
+from avss_dist.executors.ray.watch import START_SECONDS, late
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,61 @@
+"""Who hangs: ranks that make no progress, and ranks that never began."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from avss_dist.executors.ray.gang import Gang
+
+ANSWER_SECONDS = 2.0  # for the monitor to answer
+START_SECONDS = 60.0  # at least, for a process to report for the first time
+
+
+class Watch:
+    """What was heard of the ranks, and when.
+
+    Args:
+        monitor: the `HeartbeatMonitor` actor.
+        hang_seconds: how long a rank may begin no layer.
+    """
+
+    def __init__(self, monitor: Any, hang_seconds: float) -> None:
+        self._monitor, self._hang_seconds = monitor, hang_seconds
+        self._ages: dict[str, float] = {}
+        self._signs: dict[str, float] = {}  # when each rank last made progress, or was seen to have a process
+
+    def listen(self) -> bool:
+        """Ask the monitor; False where it is lost with its node, and Ray starts it elsewhere."""
+        try:
+            ready, _ = ray.wait([self._monitor.ages.remote()], timeout=ANSWER_SECONDS)
+            self._ages = ray.get(ready[0]) if ready else {}
+        except RayError:
+            return False
+        now = time.monotonic()
+        self._signs |= {name: now - age for name, age in self._ages.items()}
+        return True
+
+    def complaint(self, gang: Gang, begun: float) -> str:
+        """Why a gang is taken to hang in the round that it began; empty where it does not."""
+        now = time.monotonic()
+        for name in gang.find_processes():
+            self._signs.setdefault(name, now)
+        silence = {name: now - self._signs[name] for name in gang.names if name in self._signs}
+        hanging = late(silence, self._ages, now - begun, self._hang_seconds)
+        return f"rank {hanging[0]} made no progress in {silence[hanging[0]]:.0f} seconds" if hanging else ""
+
+
+def late(silence: Mapping[str, float], heard: Collection[str], elapsed: float, hang_seconds: float) -> list[str]:
+    """The ranks of a gang that made no progress for too long, though they have had something to do.
+
+    Args:
+        silence: of the ranks that have a process, seconds since each last made progress, or was first seen.
+        heard: the ranks that report; others may still be starting.
+        elapsed: seconds since the gang's round began.
+    """
+    limits = {name: hang_seconds if name in heard else max(hang_seconds, START_SECONDS) for name in silence}
+    return [name for name in silence if elapsed > hang_seconds and silence[name] > limits[name]]

@@ -1,0 +1,189 @@
+"""Replicas come and go with the nodes of a real Ray cluster while a run goes on: the bytes are those of one worker."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from support.noting import OPENS, noting
+from support.processes import wait_until
+from support.ray_cluster import Cluster
+from support.tables import assert_same_tables
+
+import avss_dist
+from avss_dist.errors import RunFailed
+from avss_dist.executors.ray import pool, queue
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_workers")]
+
+OPTIONS: dict[str, Any] = {
+    "max_sequences": 160,
+    "sequence_length": 64,
+    "batch_size": 2,
+    "sequences_per_shard": 8,
+    "partition": "single",
+}
+SHARDS = 20
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    ray.shutdown()
+    with Cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """For notes; no worker is helped because it is late."""
+    monkeypatch.setattr(queue, "LATE_SECONDS", 3600.0)
+    (tmp_path / "notes").mkdir()
+    return tmp_path / "notes"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert score(tiny_llama, out, executor="local").num_shards == SHARDS
+    return out
+
+
+def score(model: Path, out: Path, **changes: Any) -> avss_dist.Run:
+    return avss_dist.score(model, out=out, corpus="builtin:pydoc", **{**OPTIONS, **changes})
+
+
+class Meanwhile(threading.Thread):
+    """What happens while a run goes on; it has happened at the end of the block."""
+
+    def __init__(self, happens: Callable[[], None]) -> None:
+        super().__init__(daemon=True)
+        self._happens = happens
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._happens()
+        except BaseException as error:
+            self._error = error
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.join()
+        if self._error is not None:
+            raise self._error
+
+
+def test_three_nodes_grow_to_five_and_lose_two_in_one_run(
+    cluster: Cluster, folder: Path, tiny_llama: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Two replicas join in mid-run, and two are lost without notice: only the shards that they had are done again."""
+    lost: list[str] = []
+    with noting(folder, {8: "grown", 13: "shrunk"}) as notes:
+
+        def happens() -> None:
+            wait_until(lambda: len(notes.shards) >= 3)
+            for _ in range(2):
+                cluster.grow()
+            wait_until(lambda: len({note.node for note in notes.shards}) == 5)
+            notes.open("grown")
+            wait_until(lambda: len(notes.shards) == 18)  # 13 are done, five wait
+            for node in cluster.nodes[1:3]:
+                lost.append(node.node_id)
+                cluster.shrink(node)
+            notes.open("shrunk")
+
+        with Meanwhile(happens):
+            run = score(tiny_llama, tmp_path / "w", executor="ray", address=cluster.address, replicas="2..5")
+    assert (run.status, run.resumed_shards) == ("done", 0)
+    assert_same_tables(tmp_path / "w", undisturbed)
+    begun = Counter(note.what for note in notes.shards)
+    in_flight = {note.what for note in notes.shards if note.node in lost and int(note.what) >= 13}
+    assert len(in_flight) == 2 and len(begun) == SHARDS
+    assert {shard for shard, times in begun.items() if times > 1} == in_flight
+
+
+def test_a_node_that_drains_finishes_its_shard_and_takes_no_other(
+    cluster: Cluster,
+    folder: Path,
+    tiny_llama: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It ends as soon as nothing of the run is left on it."""
+    asked, answers = pool.draining_nodes, []
+
+    def draining_nodes() -> Any:
+        answers.append(asked())
+        return answers[-1]
+
+    monkeypatch.setattr(pool, "draining_nodes", draining_nodes)
+    victim = cluster.nodes[1].node_id
+    with noting(folder, {0: "noticed", SHARDS - 1: "gone"}) as notes:
+
+        def happens() -> None:
+            wait_until(lambda: len(notes.shards) == 3)
+            cluster.drain(cluster.nodes[1])
+            wait_until(lambda: sum(victim in nodes for nodes in answers) >= 2)
+            notes.open("noticed")
+            wait_until(lambda: not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == victim))
+            notes.open("gone")
+
+        with Meanwhile(happens):
+            run = score(tiny_llama, tmp_path / "w", executor="ray", address=cluster.address, replicas=3)
+    assert run.status == "done"
+    assert_same_tables(tmp_path / "w", undisturbed)
+    assert sorted(int(note.what) for note in notes.shards) == list(range(SHARDS)), "each once"
+    assert len([note for note in notes.shards if note.node == victim]) == 1
+
+
+def test_a_run_begins_when_there_are_as_many_as_it_waits_for(
+    folder: Path, tiny_llama: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Models are opened meanwhile; who waits for a place when no shard is left is not waited for any more."""
+    ray.shutdown()
+    with Cluster(nodes=1) as cluster, noting(folder, {SHARDS - 1: "alone"}) as notes:
+
+        def happens() -> None:
+            wait_until(lambda: len(notes.opens) == 1)
+            cluster.grow()
+            wait_until(lambda: len(notes.opens) == 2)
+            assert notes.shards == []
+            cluster.grow()
+            wait_until(lambda: len(notes.shards) == SHARDS)
+            wait_until(lambda: "PENDING_CREATION" not in {a["State"] for a in ray._private.state.actors().values()})
+            notes.open("alone")
+
+        with Meanwhile(happens):
+            run = score(tiny_llama, tmp_path / "w", executor="ray", address=cluster.address, replicas="3..8")
+        assert run.status == "done"
+        assert_same_tables(tmp_path / "w", undisturbed)
+        message = r"(?s)Only 3 of 4 replicas were placed in 3 seconds\. A worker needs 1 CPUs; 0 of 3 CPUs are free"
+        with pytest.raises(RunFailed, match=message):
+            score(tiny_llama, tmp_path / "none", address=cluster.address, replicas="4..8", placement_seconds=3)
+
+
+def test_nodes_that_are_lost_while_models_are_opened_are_no_fault_of_the_model(
+    folder: Path, tiny_llama: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    ray.shutdown()
+    with Cluster(nodes=5) as cluster, noting(folder, {OPENS: "all"}) as notes:
+
+        def happens() -> None:
+            wait_until(lambda: len(notes.opens) == 5)
+            for node in cluster.nodes[1:4]:
+                cluster.shrink(node)
+            notes.open("all")
+
+        with Meanwhile(happens):
+            run = score(tiny_llama, tmp_path / "w", executor="ray", address=cluster.address, replicas=5)
+    assert run.status == "done"
+    assert_same_tables(tmp_path / "w", undisturbed)
