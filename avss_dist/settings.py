@@ -148,8 +148,8 @@ class Settings:
     """Tokens in a row."""
     batch_size: Positive = 8
     """Rows in a forward pass."""
-    sequences_per_shard: Positive = 32
-    """Rows in a shard, the unit of work, retry and resampling."""
+    sequences_per_shard: Positive | None = None
+    """Rows in a shard, the unit of work, retry and resampling; by the model's size by default, 32 in evaluations."""
     layout: Annotated[str, OneOf(LAYOUTS)] = "packed"
     """Rows of equal length without padding (packed), or one document a row (padded)."""
     skip_first_tokens: Annotated[int, Field(ge=0)] = 0

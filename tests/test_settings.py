@@ -147,7 +147,8 @@ def test_replicas_that_nobody_can_mean_are_refused(written: Any, message: str) -
 
 def test_a_fingerprint_of_settings_is_what_it_was() -> None:
     """Checked classes came after runs were stored under these fingerprints."""
-    values = {name: value for name, value in Settings().as_dict().items() if name in FIRST_FIELDS}
+    first = Settings(sequences_per_shard=32).as_dict()
+    values = {name: value for name, value in first.items() if name in FIRST_FIELDS}
     assert fingerprint(**values) == "9d35f22952a8849c888b46d998dc90d05ae220f19a19ccd0cd3270d99d136498"
 
 

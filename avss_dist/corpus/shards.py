@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from avss_dist.settings import Settings, fingerprint
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
 
+USUAL_ROWS = 32  # of a shard where settings do not say how many
 GROUP_DOCUMENTS, GROUP_CHARACTERS = 64, 1 << 20
 PIECE_CHARACTERS = 4 << 20  # of a document that are tokenized at once: that takes over 100 bytes for each
 _WORD = re.compile(r"(?= \S)|(?<=\S\n)(?=\S)")
@@ -84,6 +85,16 @@ class CorpusPlan:
     num_sequences: int
     num_tokens: int
 
+    def recut(self, rows: int) -> CorpusPlan:
+        """The same rows in shards of another size."""
+        ids, lengths = (
+            np.concatenate([getattr(shard, name) for shard in self.shards]) for name in ("input_ids", "lengths")
+        )
+        skip = self.shards[0].skip_first_tokens
+        parts = [slice(start, start + rows) for start in range(0, self.num_sequences, rows)]
+        shards = tuple(_shard(i, ids[part], lengths[part], skip) for i, part in enumerate(parts))
+        return replace(self, shards=shards, tokens_fingerprint=_fingerprint(shards, ids.shape[1]))
+
     def num_batches(self, batch_size: int) -> int:
         """Forward passes over all shards, each of so many rows or, at the end of a shard, fewer."""
         return sum(-(-shard.num_sequences // batch_size) for shard in self.shards)
@@ -115,8 +126,12 @@ def plan(
     pad = next((i for i in (tokenizer.pad_token_id, eos) if i is not None), 0)
     shards: list[Shard] = []
     num_sequences = num_tokens = 0
-    while block := list(islice(rows, settings.sequences_per_shard)):
-        shards.append(_shard(len(shards), block, pad, settings))
+    while block := list(islice(rows, settings.sequences_per_shard or USUAL_ROWS)):
+        lengths = np.array([len(row) for row in block], np.int32)
+        input_ids = np.full((len(block), length), pad, np.int32)
+        for target, row in zip(input_ids, block, strict=True):
+            target[: len(row)] = row
+        shards.append(_shard(len(shards), input_ids, lengths, settings.skip_first_tokens))
         num_sequences += len(block)
         num_tokens += shards[-1].num_tokens
         if progress:
@@ -125,7 +140,7 @@ def plan(
     return CorpusPlan(
         source=without_secrets(source),
         corpus_fingerprint=opened.fingerprint(),
-        tokens_fingerprint=fingerprint(shards=[shard.content_hash for shard in shards], sequence_length=length),
+        tokens_fingerprint=_fingerprint(shards, length),
         shards=tuple(shards),
         num_sequences=num_sequences,
         num_tokens=num_tokens,
@@ -206,16 +221,16 @@ def _truncate(documents: Iterator[Ids], length: int) -> Iterator[Ids]:
     return (ids[:length].copy() for ids in documents if len(ids))
 
 
-def _shard(shard_id: int, rows: list[Ids], pad: int, settings: Settings) -> Shard:
-    skip = settings.skip_first_tokens
-    lengths = np.array([len(row) for row in rows], np.int32)
-    input_ids = np.full((len(rows), settings.sequence_length), pad, np.int32)
-    digest = hashlib.sha256(np.array([skip, len(rows), *lengths], "<i8").tobytes())
-    for target, row in zip(input_ids, rows, strict=True):
-        target[: len(row)] = row
-        digest.update(row.astype("<i4").tobytes())
+def _shard(shard_id: int, input_ids: Ids, lengths: Ids, skip: int) -> Shard:
+    digest = hashlib.sha256(np.array([skip, len(lengths), *lengths], "<i8").tobytes())
+    for row, real in zip(input_ids, lengths, strict=True):
+        digest.update(row[:real].astype("<i4").tobytes())
     hashed = digest.hexdigest()
     return Shard(shard_id=shard_id, input_ids=input_ids, lengths=lengths, skip_first_tokens=skip, content_hash=hashed)
+
+
+def _fingerprint(shards: Sequence[Shard], sequence_length: int) -> str:
+    return fingerprint(shards=[shard.content_hash for shard in shards], sequence_length=sequence_length)
 
 
 def _require_enough(source: str, num_sequences: int, num_tokens: int, tally: _Tally, settings: Settings) -> None:

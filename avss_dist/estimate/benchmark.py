@@ -33,6 +33,7 @@ from avss_dist.models.safetensors import weight_files
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.base import Placement
 from avss_dist.partition.open import open_replica
+from avss_dist.runs.shard_size import cut
 from avss_dist.settings import Settings
 from avss_dist.system.memory import mapped_around_a_byte, peak_memory, reset_peak_memory, resident_memory
 
@@ -61,6 +62,7 @@ class Calibration:
 
     Attributes:
         num_sequences, num_tokens, num_shards, num_batches: of the corpus's plan; batches are forward passes.
+        rows_per_shard: of every shard but the last.
         share: rows of the corpus, in multiples of the shard that was timed.
         costs: by partition. ``device_map`` is that of layers whose weights are on disk.
         library_bytes: resident memory of a process with its libraries; planned_bytes: of one that has planned.
@@ -79,6 +81,7 @@ class Calibration:
     num_tokens: int
     num_shards: int
     num_batches: int
+    rows_per_shard: int
     share: float
     costs: Mapping[str, Cost]
     library_bytes: int
@@ -133,6 +136,7 @@ def _measure(
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     library = resident_memory()
     planned = plan(corpus, load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code), settings)
+    planned, settings = cut(planned, size, settings)
     plan_peak, planned_bytes = peak_memory(), resident_memory()
     reset_peak_memory()
     few = min(FEW_LAYERS, size.num_layers)
@@ -171,6 +175,7 @@ def _totals(planned: CorpusPlan, settings: Settings) -> dict[str, int]:
         "num_tokens": planned.num_tokens,
         "num_shards": len(planned.shards),
         "num_batches": planned.num_batches(settings.batch_size),
+        "rows_per_shard": planned.shards[0].num_sequences,
     }
 
 

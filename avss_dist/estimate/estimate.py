@@ -288,8 +288,7 @@ class Arithmetic:
         return self._row("device_map", 1, memory, seconds, why)
 
     def _streaming(self) -> Row:
-        rows = min(self.settings.sequences_per_shard, self.measured.num_sequences)
-        waiting = self.size.hidden_bytes(rows, self.settings.sequence_length)
+        waiting = self.size.hidden_bytes(self.measured.rows_per_shard, self.settings.sequence_length)
         cuda = self.here.device == "cuda"
         held = 2 if cuda or not self.size.zero_copy else 1  # a mapped layer lies in its file; the next comes by itself
         layers = sum(sorted(self.size.layer_bytes)[-held:])

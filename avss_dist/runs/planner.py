@@ -16,9 +16,10 @@ from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.pinning import pin
 from avss_dist.models.size import Footprint
 from avss_dist.partition.base import Placement, numbers_of
-from avss_dist.partition.choose import place, size_of
+from avss_dist.partition.choose import choose, needs_size, size_of
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.run import PlannedRun, Run
+from avss_dist.runs.shard_size import cut
 from avss_dist.settings import SCHEMA_VERSION, Settings, fingerprint
 from avss_dist.warehouse.store import Store
 
@@ -47,8 +48,8 @@ class Planner:
         Raises:
             AvssError: the model, its tokenizer or its size is not one that can be run here.
         """
-        checkpoint, config, settings, placement = self._open(spec)
-        corpus = self._plan(spec, checkpoint, config, settings)
+        checkpoint, config, settings, placement, size = self._open(spec)
+        corpus, settings = cut(self._plan(spec, checkpoint, config, settings), size, settings)
         print_ = run_fingerprint(checkpoint, corpus, settings, placement)
         run = Run(
             run_id=f"{checkpoint.slug}-{print_[:10]}",
@@ -67,8 +68,8 @@ class Planner:
             replicas=self.executor.replicas(placement),
         )
 
-    def _open(self, spec: RunSpec) -> tuple[Checkpoint, Any, Settings, Placement]:
-        """A model's checkpoint, configuration, settings and placement; remembered for its next corpus."""
+    def _open(self, spec: RunSpec) -> tuple[Checkpoint, Any, Settings, Placement, Footprint | None]:
+        """A model's checkpoint, configuration, settings, placement, and its size where that matters; remembered."""
         key = spec.model, spec.settings, spec.execution
         if not self._opened or self._opened[0] != key:
             code = spec.settings.trust_remote_code
@@ -76,8 +77,12 @@ class Planner:
             config = text_config(checkpoint, trust_remote_code=code)
             named = None if self.fetch or checkpoint.source != "hub" else spec.model
             settings = pin(spec.settings, checkpoint, config, self.executor.device, spec=named)
-            self._opened = key, (checkpoint, config, settings, self._place(spec, checkpoint, settings))
-        opened: tuple[Checkpoint, Any, Settings, Placement] = self._opened[1]
+            matters = settings.sequences_per_shard is None or needs_size(spec.execution)
+            size = self.size(spec, checkpoint, settings) if matters else None
+            placement = choose(size, settings, spec.execution, self.executor.devices)
+            self.executor.replicas(placement)  # refuses more than there is before anything is loaded
+            self._opened = key, (checkpoint, config, settings, placement, size)
+        opened: tuple[Checkpoint, Any, Settings, Placement, Footprint | None] = self._opened[1]
         return opened
 
     @staticmethod
@@ -86,13 +91,6 @@ class Planner:
         if locate(model, trust_remote_code=code):
             return resolve(model, trust_remote_code=code)
         return fetch_files(model, ["*.json", "*.model", "*.txt", "*.jinja", *(["*.py"] if code else [])])
-
-    def _place(self, spec: RunSpec, checkpoint: Checkpoint, settings: Settings) -> Placement:
-        """How a replica is spread; refuses more than there is before anything is loaded."""
-        named = checkpoint if self.fetch else spec.model
-        placement = place(named, settings, spec.execution, self.executor.devices)
-        self.executor.replicas(placement)
-        return placement
 
     def size(self, spec: RunSpec, checkpoint: Checkpoint, settings: Settings) -> Footprint | None:
         """The checkpoint's size; None where it is not known."""
