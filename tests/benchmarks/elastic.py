@@ -83,7 +83,7 @@ class Weather(threading.Thread):
             shards = [note for note in of if note.what != "opens"]
             events.append((of[0].at, f"a replica joins on {self._names[of[0].node]}"))
             if shards:
-                last = f"begins its last shard ({shards[-1].what}), the {len(shards)}th"
+                last = f"begins shard {shards[-1].what}, its last of {len(shards)}"
                 events.append((shards[-1].at, f"the replica on {self._names[of[0].node]} {last}"))
         return sorted(events)
 

@@ -130,6 +130,7 @@ CALIBRATION = Calibration(
     num_tokens=32 * 100,
     num_shards=8,
     num_batches=16,
+    rows_per_shard=4,
     share=8.0,
     costs={
         "single": Cost(layer=2.0, rest=1.0),
