@@ -16,8 +16,12 @@ from support.ray_cluster import Cluster
 from support.tables import assert_same_tables
 
 import avss_dist
-from avss_dist.errors import RunFailed
+from avss_dist.errors import ConfigError, RunFailed
 from avss_dist.executors.ray import pool, queue
+from avss_dist.executors.ray.executor import RayExecutor
+from avss_dist.partition.base import Placement
+from avss_dist.settings import Execution, Settings
+from avss_dist.system.devices import Devices
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_workers")]
 
@@ -55,6 +59,27 @@ def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def score(model: Path, out: Path, **changes: Any) -> avss_dist.Run:
     return avss_dist.score(model, out=out, corpus="builtin:pydoc", **{**OPTIONS, **changes})
+
+
+def test_a_cluster_may_get_more_gpus_and_a_machine_does_not() -> None:
+    gpus = Devices(
+        kind="cuda",
+        count=4,
+        count_of_largest_node=4,
+        device_bytes=80 << 30,
+        host_bytes=80 << 30,
+        cpus=8,
+        cpus_of_largest_node=8,
+    )
+    pair = Placement(partition="zero3", ranks=2, gpus=2)
+    for replicas, address, number in ((None, None, 2), (None, "auto", 2), ("4..64", "auto", 64), (2, None, 2)):
+        executor = RayExecutor(Execution(executor="ray", replicas=replicas, address=address), Settings())
+        executor.devices = gpus
+        assert executor.replicas(pair) == number
+    executor = RayExecutor(Execution(executor="ray", replicas="2..3"), Settings())
+    executor.devices = gpus
+    with pytest.raises(ConfigError, match=r"3 replicas of 2 GPUs need 6 GPUs; there are 4\."):
+        executor.replicas(pair)
 
 
 class Meanwhile(threading.Thread):

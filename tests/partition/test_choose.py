@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -89,6 +90,8 @@ def test_auto_counts_activations_replicas_and_limits() -> None:
     long = Settings(sequence_length=65536, batch_size=64)
     assert choose(size, long, Execution(), gpus(1, 80 * GB)).partition == "streaming"
     assert choose(size, SETTINGS, Execution(replicas=2), cpus(24 * GB)).partition == "streaming"
+    one_cpu_a_node = replace(cpus(24 * GB), cpus=64, cpus_of_largest_node=1)
+    assert choose(size, SETTINGS, Execution(replicas="4..64"), one_cpu_a_node).partition == "single", "one on each node"
     assert choose(size, SETTINGS, Execution(max_memory={"cpu": 8 * GB}), cpus(24 * GB)).partition == "streaming"
     assert choose(size, SETTINGS, Execution(max_memory={"0": 10 * GB}), gpus(1, 80 * GB)).partition == "streaming"
     placement = choose(size, SETTINGS, Execution(max_memory={"0": 10 * GB, "1": 20 * GB}), gpus(4, 80 * GB))
