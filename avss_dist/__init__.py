@@ -5,7 +5,7 @@ Rooms, from the top down; each package's own docstring says what is in it, and i
     cli          the command line: parse, call, print
     report       terminal tables, the page, pictures, exports
     estimate     memory and time before anything is loaded
-    evaluation   what models and plans are worth: evaluate, ablate, experiment
+    evaluation   what models and plans are worth: evaluate, ablate, experiment, shrink
     runs         from a request to the warehouse: job files, planning, driving, submission
     executors    who does the work: this process, or Ray workers
     measure      one shard: hooks -> kernels -> LayerStats
@@ -28,13 +28,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from avss_dist.evaluation.shrink import Shrunk, shrink
     from avss_dist.runs.api import Run, score, score_all
     from avss_dist.warehouse.reader import Warehouse
 
 __version__ = "0.1.0"
-__all__ = ["Run", "Warehouse", "__version__", "score", "score_all"]
+__all__ = ["Run", "Shrunk", "Warehouse", "__version__", "score", "score_all", "shrink"]
 
-_HOMES = {"Run": "runs.run", "Warehouse": "warehouse.reader", "score": "runs.api", "score_all": "runs.api"}
+_HOMES = {
+    "Run": "runs.run",
+    "Shrunk": "evaluation.shrink",
+    "Warehouse": "warehouse.reader",
+    "score": "runs.api",
+    "score_all": "runs.api",
+    "shrink": "evaluation.shrink",
+}
 
 
 def __getattr__(name: str) -> Any:

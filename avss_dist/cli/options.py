@@ -162,6 +162,7 @@ OverlapOption = Annotated[
     bool, typer.Option("--allow-overlap", help="Evaluate on text that layers were scored on, or repaired on, too.")
 ]
 ManyOption = Annotated[bool, typer.Option("--yes", help="Go on, however much work it is.")]
+ProtectOption = Annotated[str, typer.Option(help="Layers that stay: first=1,last=1.")]
 _RUN = "A run, by its id, a part that only it has, or a glob such as 'smollm2-*'"
 RunOption = Annotated[str | None, typer.Option("--run", help=f"{_RUN}; the newest by default.")]
 RunsOption = Annotated[list[str] | None, typer.Option("--run", help=f"{_RUN}; repeatable. The newest by default.")]
@@ -169,3 +170,15 @@ EveryRunOption = Annotated[list[str] | None, typer.Option("--run", help=f"{_RUN}
 RecipeOption = Annotated[str, choice(RECIPES, "How AVSS is defined.")]
 SiteOption = Annotated[str, choice(SITES, "Where in a layer.")]
 ThresholdOption = Annotated[str, typer.Option(help="Near zero means below this: 1e-5, or 0.1rms.")]
+
+
+def protected(text: str) -> tuple[int, int]:
+    """Layers at both ends that stay: ``first=1,last=2``."""
+    found = {"first": 0, "last": 0}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, number = part.partition("=")
+        require_known("end in --protect", name, found)
+        if not (number.isascii() and number.isdecimal() and len(number) < 10):
+            raise ConfigError(f"--protect {part} names no number of layers.", "Write --protect first=1,last=1.")
+        found[name] = int(number)
+    return found["first"], found["last"]

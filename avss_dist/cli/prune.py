@@ -12,6 +12,7 @@ from avss_dist.cli.choose import choose_run, open_warehouse
 from avss_dist.cli.options import (
     CodeOption,
     ModelArgument,
+    ProtectOption,
     RecipeOption,
     RunOption,
     SiteOption,
@@ -20,9 +21,10 @@ from avss_dist.cli.options import (
     WarehousePath,
     choice,
     format_option,
+    protected,
     takes_settings,
 )
-from avss_dist.errors import ConfigError, require_known
+from avss_dist.errors import ConfigError
 from avss_dist.settings import GROUND_TRUTH, NO_REPAIR, PUBLISHED_THRESHOLD, RECIPES, REPAIRS, SCORES, SITES, Settings
 from avss_dist.system.streams import emit
 from avss_dist.text import describe_bytes, parse_threshold
@@ -47,7 +49,7 @@ def plan(
     share: Annotated[float | None, typer.Option(help="Drop this share of the layers; 0.25 by default.")] = None,
     count: Annotated[int | None, typer.Option(help="Drop so many layers.")] = None,
     mass: Annotated[float | None, typer.Option(help="Drop the lowest that hold this share of the score.")] = None,
-    protect: Annotated[str, typer.Option(help="Layers that stay: first=1,last=1.")] = "",
+    protect: ProtectOption = "",
     contiguous: Annotated[bool, typer.Option("--contiguous", help="Drop neighbours.")] = False,
     seed: Annotated[int, typer.Option(help="Seed for --by random.")] = 0,
     recipe: RecipeOption = RECIPES[0],
@@ -59,7 +61,7 @@ def plan(
     from avss_dist.analysis.plans import plan_layers
     from avss_dist.pruning.plan import mergekit_slices, write_text
 
-    first, last = _protected(protect)
+    first, last = protected(protect)
     opened = open_warehouse(warehouse)
     chosen = choose_run(opened, run)
     made = plan_layers(
@@ -147,15 +149,3 @@ def _repair(by: str | None, corpora: Sequence[str], skip_sequences: int, setting
     if given:
         raise ConfigError(f"`{given[0]}` has no effect without a repair.", "Leave it out, or name a `repair`.")
     return None
-
-
-def _protected(text: str) -> tuple[int, int]:
-    """Read ``first=1,last=2``."""
-    found = {"first": 0, "last": 0}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, _, number = part.partition("=")
-        require_known("end in --protect", name, found)
-        if not (number.isascii() and number.isdecimal() and len(number) < 10):
-            raise ConfigError(f"--protect {part} names no number of layers.", "Write --protect first=1,last=1.")
-        found[name] = int(number)
-    return found["first"], found["last"]

@@ -23,6 +23,7 @@ COMMANDS = [
     ["run", "job.yaml"],
     ["experiment", "job.yaml"],
     ["prune", "MODEL", "plan.yaml", "--out", "disk/pruned"],
+    ["shrink", "MODEL", *TEXT, "--warehouse", "disk/w", "--out", "disk/shrunk"],
     ["plan", "w", "--by", "avss", "-o", "disk/plan.yaml"],
     ["report", "w", "-o", "disk/page.html"],
     ["export", "w", "--to", "csv", "-o", "disk/table.csv"],

@@ -51,6 +51,7 @@ WORKS = {
     "experiment": [["J"]],
     "run": [["J"], ["J", "--dry-run"], [f"{EVIL}.yaml"]],
     "prune": [["M", "P", "--out", "O/pruned"], ["M", f"{EVIL}.yaml", "--out", "O/p"]],
+    "shrink": [["M", *TEXT, "--out", "O/s"], ["M", *TEXT, "--out", "O/s", "--task", EVIL]],
     "submit": [["J", "--address", f"http://127.0.0.1:9/{EVIL}"]],
     "status": [["--address", f"http://127.0.0.1:9/{EVIL}"]],
     "logs": [[EVIL, "--address", "http://127.0.0.1:9"]],

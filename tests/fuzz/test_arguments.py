@@ -21,7 +21,20 @@ from avss_dist.settings import RECIPES, SCORES, SITES
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 SAFE = [text for text in HOSTILE if "\x00" not in text and "\ud800" not in text]  # what a shell can hand over
 NEVER = {"address", "gpus_per_replica", "replicas", "executor", "placement_seconds"}  # they start or look for a cluster
-WORKING = {"score", "evaluate", "ablate", "experiment", "estimate", "run", "prune", "submit", "status", "logs", "stop"}
+WORKING = {
+    "score",
+    "evaluate",
+    "ablate",
+    "experiment",
+    "estimate",
+    "run",
+    "prune",
+    "shrink",
+    "submit",
+    "status",
+    "logs",
+    "stop",
+}
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ class _Speed(rich_progress.ProgressColumn):
         return Text(f"{speed:,.0f} tokens/s" if speed else "", style="cyan")
 
 
-def _bars(*columns: rich_progress.ProgressColumn) -> rich_progress.Progress:
+def bars(*columns: rich_progress.ProgressColumn) -> rich_progress.Progress:
     """A description, a bar, ``columns`` and the time that is left, on standard error where somebody looks."""
     terminal = console(stderr=True)
     return rich_progress.Progress(
@@ -49,7 +49,7 @@ class Progress(Reporter):
     """A bar for each run, with tokens/s and the time that is left."""
 
     def __init__(self) -> None:
-        self._progress = _bars(rich_progress.TaskProgressColumn(), _Speed())
+        self._progress = bars(rich_progress.TaskProgressColumn(), _Speed())
         self._tasks: dict[str, rich_progress.TaskID] = {}
         self._ended: deque[rich_progress.TaskID] = deque()
 
@@ -96,7 +96,7 @@ class CellProgress:
     """An `evaluate.CellReporter`: one bar over all cells, with the rate and the time that is left."""
 
     def __init__(self) -> None:
-        self._progress = _bars(rich_progress.MofNCompleteColumn())
+        self._progress = bars(rich_progress.MofNCompleteColumn())
         self._task: rich_progress.TaskID | None = None
 
     def __enter__(self) -> CellProgress:

@@ -1,0 +1,91 @@
+"""`avss shrink`: a smaller checkpoint of a model, in one command."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from avss_dist.cli.evaluate import EVALUATED
+from avss_dist.cli.options import (
+    CorpusOption,
+    ModelArgument,
+    OverlapOption,
+    ProtectOption,
+    choice,
+    protected,
+    takes_settings,
+    warehouse_option,
+)
+from avss_dist.cli.prune import CHOSEN_BY
+from avss_dist.settings import NO_REPAIR, REPAIRS, Execution
+from avss_dist.system.streams import console, emit
+
+
+@takes_settings(*EVALUATED, *Execution.__dataclass_fields__)
+def shrink(
+    model: ModelArgument,
+    corpus: CorpusOption,
+    out: Annotated[str, typer.Option(help="Folder of the new checkpoint.")],
+    share: Annotated[float | None, typer.Option(help="Drop this share of the layers; 0.25 by default.")] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(help="Drop as many layers as can go while every task keeps this share: 0.9, for example."),
+    ] = None,
+    by: Annotated[
+        str, choice(CHOSEN_BY, "What layers are chosen by: what avss ablate measures, a score, or chance.")
+    ] = "block_influence",
+    protect: ProtectOption = "",
+    repair: Annotated[
+        str, choice((NO_REPAIR, *REPAIRS), "What is fitted at each cut, to give back what the removed layers did.")
+    ] = "refit",
+    repair_corpora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--repair-corpus", help="Text that the repair is fitted on, in place of the corpus; repeatable, each alike."
+        ),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            help="What is evaluated, as avss evaluate takes it; repeatable. By default a part of every text.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of a harness task at most.", min=1)] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples before each question of a harness task.", min=0)
+    ] = None,
+    warehouse: Annotated[str | None, warehouse_option()] = None,
+    allow_overlap: OverlapOption = False,
+    **options: Any,
+) -> None:
+    """Score a model, drop layers, repair what is left, evaluate both, and write the checkpoint; stopped, it goes on."""
+    first, last = protected(protect)
+
+    from avss_dist.evaluation.shrink import shrink as run
+    from avss_dist.report.terminal.shrink import ShrinkProgress, shrunk_lines, shrunk_tables
+
+    with ShrinkProgress() as progress:
+        done = run(
+            model,
+            corpus=corpus,
+            out=out,
+            warehouse=warehouse,
+            reporter=progress,
+            share=share,
+            keep=keep,
+            by=by,
+            first=first,
+            last=last,
+            repair=repair,
+            repair_corpora=repair_corpora or (),
+            tasks=tasks or (),
+            limit=limit,
+            num_fewshot=num_fewshot,
+            allow_overlap=allow_overlap,
+            **options,
+        )
+    console().print(shrunk_tables(done))
+    for line in shrunk_lines(done):
+        emit(line)

@@ -1,0 +1,303 @@
+"""Shrink a model: score its layers, choose, repair, evaluate on text that nothing else has seen, write the checkpoint.
+
+Of each text, the first eighth is scored on, the second is evaluated on, and a repair is fitted on the rest. All that is
+measured is kept in a warehouse, so the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from avss_dist.analysis.plans import plan_layers
+from avss_dist.errors import CorpusError
+from avss_dist.evaluation.ablate import ablate
+from avss_dist.evaluation.attempts import Attempt, Bench
+from avss_dist.evaluation.engine import (
+    CellReporter,
+    PlannedEvaluation,
+    SilentCells,
+    evaluation_options,
+    pinned,
+    placed,
+    plan_evaluation,
+    plan_text,
+)
+from avss_dist.evaluation.evaluate import make_task
+from avss_dist.evaluation.held_out import refuse_overlap, refuse_repair_text, refuse_text
+from avss_dist.evaluation.repairs import plan_fits, repair_texts, require_changeable
+from avss_dist.executors.base import Executor
+from avss_dist.executors.open import open_executor
+from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.partition.base import Placement
+from avss_dist.pruning.checkpoint import prune, require_free, require_prunable
+from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.repair.record import RepairRecord
+from avss_dist.pruning.repair.repair import Repair
+from avss_dist.pruning.selection import PlanError
+from avss_dist.pruning.shrinking import Shrinking
+from avss_dist.runs.api import score
+from avss_dist.runs.reporter import Reporter
+from avss_dist.settings import (
+    GROUND_TRUTH,
+    LOWEST_SHARE,
+    NO_REPAIR,
+    PERPLEXITY,
+    Execution,
+    Settings,
+)
+from avss_dist.text import RedactedURI
+from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.store import Store
+
+ROWS = 512  # of each text, where nothing is said
+HELD_OUT = 8  # one row of so many is scored on, and one is evaluated on
+_TRUTH: dict[str, dict[str, Any]] = {  # what `ablate` measures, for each of `settings.GROUND_TRUTH`
+    "loss": {},
+    "shapley": {"leave_one_out": False, "shapley": 32},
+    "taylor": {"leave_one_out": False, "gradients": True},
+}
+
+
+class ShrinkReporter(Protocol):
+    """Hears how it goes."""
+
+    @property
+    def scoring(self) -> Reporter:
+        """Hears of the scores of layers."""
+
+    @property
+    def cells(self) -> CellReporter:
+        """Hears of what is fitted and evaluated."""
+
+    def writing(self, size: int) -> None:
+        """So many bytes of weights were written, after others."""
+
+
+class SilentShrink:
+    """Says nothing."""
+
+    scoring: Reporter = Reporter()
+    cells: CellReporter = SilentCells()
+
+    def writing(self, size: int) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shrunk:
+    """A model that was made smaller.
+
+    Attributes:
+        folder: of the checkpoint; ``bytes`` of its weights.
+        best: the plan that was carried out.
+        curve: every plan that was tried, by the number of layers that it drops.
+        record: what was repaired, if anything was.
+        difference: see `pruning.checkpoint.prune`.
+        notes: what is to be known of the checkpoint.
+    """
+
+    folder: str
+    bytes: int
+    best: Attempt
+    curve: Sequence[Attempt]
+    record: RepairRecord | None
+    difference: float | None
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Rows of each text: those that are scored on, then as many that are evaluated on, then those that are repaired on.
+
+    Attributes:
+        held_out: rows of each of the first two.
+        rows: of all three, at most.
+    """
+
+    held_out: int
+    rows: int
+
+
+def shrink(
+    model: str | Path,
+    *,
+    corpus: str,
+    out: str | Path,
+    warehouse: str | Path | None = None,
+    reporter: ShrinkReporter | None = None,
+    **options: Any,
+) -> Shrunk:
+    """Write a smaller checkpoint of a causal language model, and say what it keeps; what is done is not repeated.
+
+    Args:
+        model: hub id or folder.
+        corpus: see `Shrinking`.
+        out: folder of the checkpoint, which does not exist, or is empty; it appears when it is whole.
+        warehouse: where all that is measured is kept; ``out`` with ``-warehouse`` after it by default.
+        options: the fields of `Shrinking`, ``settings.Settings`` and ``settings.Execution``; ``max_sequences`` is for
+            each text, over all of its parts.
+
+    Raises:
+        AvssError: a mistake, or something that failed; what was measured is kept.
+    """
+    asked = Shrinking(corpus=corpus, **{n: options.pop(n) for n in [*options] if n in Shrinking.__dataclass_fields__})
+    settings, execution = evaluation_options(options)
+    require_free(Path(out))
+    if asked.repair != NO_REPAIR:
+        require_changeable(execution.partition)
+    reporter = reporter or SilentShrink()
+    store = Store(warehouse or f"{out}-warehouse")
+    store.create()
+    checkpoint = resolve(str(model), trust_remote_code=settings.trust_remote_code)
+    parts = cut(checkpoint, asked.texts, settings)
+    made = partial(_scored_plan(str(model), asked, store, parts, options, reporter), first=asked.first, last=asked.last)
+    require_prunable(checkpoint, made(count=1), settings)
+    with closing(open_executor(execution, settings)) as executor:
+        bench = _bench(checkpoint, asked, parts, made(count=1), settings, execution, store, executor)
+        bench.reporter = reporter.cells
+        if asked.keep is None:
+            best = bench.attempt(made(share=asked.share or LOWEST_SHARE))
+            curve = [best]
+        else:
+            best, curve = _most(bench, made, asked.keep)
+    plan = replace(best.plan, evaluated=tuple(task.describe() for task in best.tasks))
+    done = prune(
+        str(model),
+        plan,
+        out,
+        repair=best.patch.repaired() if best.patch else None,
+        trust_remote_code=settings.trust_remote_code,
+        copied=reporter.writing,
+    )
+    return Shrunk(
+        folder=done["folder"],
+        bytes=done["bytes"],
+        best=replace(best, plan=plan),
+        curve=curve,
+        record=done["repair"],
+        difference=done["difference"],
+        notes=done["notes"],
+    )
+
+
+def cut(checkpoint: Checkpoint, texts: Sequence[str], settings: Settings) -> Parts:
+    """The parts of texts; the shortest says how many rows are held out.
+
+    Raises:
+        CorpusError: a text cannot be read, or has too few rows.
+    """
+    rows = settings.max_sequences or ROWS
+    read = replace(settings, max_sequences=rows)
+    found = {text: plan_text(checkpoint, text, read).num_sequences for text in texts}
+    shortest = min(found, key=lambda text: found[text])
+    if found[shortest] < HELD_OUT:
+        raise CorpusError(
+            f"{shortest} has {found[shortest]} rows; a part to score on, one to evaluate on and one to repair on take "
+            f"{HELD_OUT} at least.",
+            "Name a longer text, lower `sequence_length`, or raise `max_sequences`.",
+        )
+    return Parts(found[shortest] // HELD_OUT, rows)
+
+
+def _scored_plan(
+    model: str, asked: Shrinking, store: Store, parts: Parts, options: dict[str, Any], reporter: ShrinkReporter
+) -> Callable[..., Plan]:
+    """Measure what layers are chosen by; returns what makes plans of it."""
+    warehouse, options = store.root.full, options | {"max_sequences": parts.held_out}
+    run = score(model, corpus=asked.corpus, out=warehouse, reporter=reporter.scoring, sites=("block",), **options)
+    if asked.by in GROUND_TRUTH:
+        how = _TRUTH[asked.by] | options
+        ablate(model, corpus=asked.corpus, warehouse=warehouse, reporter=reporter.cells, **how)
+    opened = Warehouse(warehouse)
+    row = opened.run(run.run_id)
+    assert row is not None
+    return partial(plan_layers, opened, row, by=asked.by)
+
+
+def _bench(
+    checkpoint: Checkpoint,
+    asked: Shrinking,
+    parts: Parts,
+    example: Plan,
+    settings: Settings,
+    execution: Execution,
+    store: Store,
+    executor: Executor,
+) -> Bench:
+    """What plans like the example are tried with; texts of two uses that overlap are refused."""
+    fixed = pinned(settings, checkpoint, executor.device)
+    placement = placed(checkpoint, fixed, execution, executor)
+    names = asked.tasks or [f"{PERPLEXITY}{text.full}" for text in asked.texts]
+    tasks = {str(n): _task(checkpoint, n, asked, parts, fixed, placement) for n in map(RedactedURI, names)}
+    fit = None
+    if asked.repair != NO_REPAIR:
+        skip, corpora = 2 * parts.held_out, tuple(text.full for text in asked.repair_texts)
+        read = replace(fixed, max_sequences=parts.rows - skip)
+        repair = Repair(by=asked.repair, corpora=corpora, skip_sequences=skip, settings=read)
+        fit = plan_fits(checkpoint, example.layers, [repair], placement)[asked.repair]
+    if not asked.allow_overlap:
+        _refuse_overlaps(checkpoint, asked, tasks, fit, str(example.run_id), store, parts)
+    return Bench(tasks=tasks, fit=fit, store=store, executor=executor, fresh=execution.fresh)
+
+
+def _task(
+    checkpoint: Checkpoint, name: str, asked: Shrinking, parts: Parts, settings: Settings, placement: Placement
+) -> PlannedEvaluation:
+    read = replace(settings, max_sequences=parts.held_out)
+    task = make_task(
+        checkpoint,
+        name,
+        read,
+        skip_sequences=parts.held_out,
+        limit=asked.limit,
+        num_fewshot=asked.num_fewshot,
+    )
+    return plan_evaluation(checkpoint, task, read, placement)
+
+
+def _refuse_overlaps(
+    checkpoint: Checkpoint,
+    asked: Shrinking,
+    tasks: dict[str, PlannedEvaluation],
+    fit: PlannedEvaluation | None,
+    run_id: str,
+    store: Store,
+    parts: Parts,
+) -> None:
+    """Refuse tasks on text that was scored on or is repaired on, and to repair on text that was scored on."""
+    texts = list(repair_texts(fit)) if fit else []
+    opened = Warehouse(store.root.full)
+    for planned in tasks.values():
+        refuse_repair_text(planned.task, checkpoint)
+        refuse_overlap(planned.task, run_id, opened, checkpoint, corpus=asked.corpus)
+        for text in texts:
+            refuse_text(planned.task, text, "the repair", 2 * parts.held_out)
+    for text in texts:
+        refuse_overlap(text, run_id, opened, checkpoint, corpus=asked.corpus)
+
+
+def _most(bench: Bench, made: Callable[..., Plan], keep: float) -> tuple[Attempt, list[Attempt]]:
+    """The plan of the most layers that keeps so much, by bisection; and all plans that were tried, by their layers.
+
+    Raises:
+        PlanError: not even one layer can go.
+    """
+    tried: dict[int, Attempt] = {}
+    example = made(count=1)
+    low, high = 0, example.num_layers - example.why.get("first", 0) - example.why.get("last", 0)
+    high = min(high, example.num_layers - 1) + 1
+    while high - low > 1:
+        count = (low + high) // 2
+        tried[count] = bench.attempt(made(count=count))
+        low, high = (count, high) if tried[count].kept >= keep else (low, count)
+    curve = [tried[count] for count in sorted(tried)]
+    if not low:
+        raise PlanError(
+            f"Without layer {curve[0].plan.drop[0]}, the first to go, {curve[0].kept:.1%} is kept, under {keep:.1%}.",
+            "Ask for less with `keep`, choose by another score, or repair on more text.",
+        )
+    return tried[low], curve

@@ -1,0 +1,136 @@
+"""A shrunk model: what it keeps beside the whole one, and by how many layers are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import isfinite
+from typing import TYPE_CHECKING
+
+from rich import progress as rich_progress
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from avss_dist.report.terminal.progress import bars
+from avss_dist.report.terminal.tables import Column, FittedTable
+from avss_dist.runs.reporter import Reporter
+from avss_dist.settings import PERPLEXITY, REPAIR
+from avss_dist.text import basename, describe_bytes, describe_layers
+
+if TYPE_CHECKING:
+    from avss_dist.evaluation.attempts import Kept
+    from avss_dist.evaluation.shrink import Shrunk
+    from avss_dist.tasks.cells import Cell
+
+BAR = 40  # cells of what keeps all
+
+
+class ShrinkProgress:
+    """A `shrink.ShrinkReporter`: one bar over all steps of `shrink`; of each step, how far it is."""
+
+    def __init__(self) -> None:
+        self._progress = bars(rich_progress.TaskProgressColumn())
+        self._task = self._progress.add_task("reading", total=None)
+        self.scoring, self.cells = _Scoring(self), _Cells(self)
+
+    def __enter__(self) -> ShrinkProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def begin(self, what: str, total: int | None, done: int = 0) -> None:
+        """A step begins, of which some is done."""
+        self._progress.reset(self._task, total=total, completed=done, description=what)
+
+    def advance(self, by: int, what: str | None = None) -> None:
+        """Some of a step is done."""
+        self._progress.update(self._task, advance=by, description=what)
+
+    def writing(self, size: int) -> None:
+        """A piece of the checkpoint is written."""
+        self._progress.update(self._task, description="writing", total=None, completed=0)
+
+
+class _Scoring(Reporter):
+    def __init__(self, bar: ShrinkProgress) -> None:
+        self._bar = bar
+
+    def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
+        self._bar.begin("scoring layers", num_tokens, done_tokens)
+
+    def advanced(self, name: str, num_tokens: int) -> None:
+        self._bar.advance(num_tokens)
+
+
+class _Cells:
+    def __init__(self, bar: ShrinkProgress) -> None:
+        self._bar = bar
+
+    def started(self, cells: int, done: int) -> None:
+        self._bar.begin("evaluating", cells, done)
+
+    def advanced(self, cell: Cell) -> None:
+        without = f" without {len(cell.drop)} layers" if cell.drop else ""
+        self._bar.advance(1, f"{_step(cell)}{without}")
+
+
+def _step(cell: Cell) -> str:
+    return "fitting the repair" if cell.task.startswith(REPAIR) else "evaluating"
+
+
+def shrunk_tables(done: Shrunk) -> RenderableType:
+    """The whole model, without the layers, and repaired: a column for each task; where plans were tried, the curve."""
+    plan, tasks = done.best.plan, done.best.tasks
+    rows = ["whole model", f"{len(plan.drop)} layers dropped"]
+    rows += [f"repaired by {done.record.repair}"] if done.record else []
+    table = FittedTable(
+        [Column(title="", cells=rows, number=False), *(column for task in tasks for column in _of_task(task))],
+        title=f"{basename(plan.model)} without {len(plan.drop)} of its {plan.num_layers} layers",
+        caption=Text("Kept: of the whole model's metric (of a perplexity: whole over this), and its 95% interval."),
+    )
+    return Group(table, *([_curve(done)] if len(done.curve) > 1 else []))
+
+
+def _of_task(task: Kept) -> Iterator[Column]:
+    from avss_dist.evaluation.attempts import shown
+
+    results = [task.whole, task.pruned, *([task.repaired] if task.repaired else [])]
+    kept = [task.of(result) for result in results[1:]]
+    metric, _ = shown(task.whole)
+    yield Column(
+        title=f"{basename(task.task.removeprefix(PERPLEXITY))}\n{metric}", cells=[shown(r)[1] for r in results]
+    )
+    yield Column(title="kept", cells=["", *(f"{one.value:.1%}" for one in kept)])
+    intervals = [f"{one.low:.1%} to {one.high:.1%}" if isfinite(one.low) else "" for one in kept]
+    yield Column(title="95% interval", cells=["", *intervals], priority=1)
+
+
+def _curve(done: Shrunk) -> FittedTable:
+    """What every plan keeps that was tried, in the task in which it keeps the least."""
+    layers = done.best.plan.num_layers
+    return FittedTable(
+        [
+            Column(title="layers dropped", cells=[str(len(one.plan.drop)) for one in done.curve]),
+            Column(title="share", cells=[f"{len(one.plan.drop) / layers:.0%}" for one in done.curve]),
+            Column(title="kept", cells=[f"{one.kept:.1%}" for one in done.curve]),
+            Column(
+                title="",
+                cells=[Text("█" * round(BAR * min(1.0, one.kept)), style="cyan") for one in done.curve],
+                number=False,
+                width=BAR,
+                priority=1,
+            ),
+        ],
+        title="What is kept, in the task in which the least is",
+    )
+
+
+def shrunk_lines(done: Shrunk) -> Iterator[str]:
+    """What was written, and what is to be known of it."""
+    plan = done.best.plan
+    yield f"{done.folder}: {len(plan.keep)} of {plan.num_layers} layers, {describe_bytes(done.bytes)} of weights."
+    yield f"Dropped {describe_layers(plan.drop)}, chosen by {plan.why['by']}."
+    yield from (f"Finding: {line}" for line in plan.findings)
+    yield from done.record.describe() if done.record else ()
+    yield from done.notes

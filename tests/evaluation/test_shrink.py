@@ -1,0 +1,200 @@
+"""`avss shrink`: a model, scored, cut, repaired, evaluated and written in one go; stopped, it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.checkpoints import llama, one_thread
+from support.command_line import avss
+from support.families import lively
+
+import avss_dist
+from avss_dist.errors import ConfigError, CorpusError
+from avss_dist.evaluation.attempts import Attempt
+from avss_dist.evaluation.evaluate import evaluate
+from avss_dist.evaluation.shrink import Shrunk
+from avss_dist.pruning.repair.record import read_repairs
+from avss_dist.pruning.selection import PlanError
+from avss_dist.warehouse.reader import Warehouse
+
+TEXT = "builtin:pydoc"
+TASK = f"perplexity:{TEXT}"
+ROWS = {"max_sequences": 80, "sequence_length": 32, "batch_size": 4, "sequences_per_shard": 4}
+READ: dict[str, Any] = {**ROWS, "dtype": "float32", "device": "cpu"}
+OPTIONS = [word for name, value in READ.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[Any, Path], Path]) -> Path:
+    return save_checkpoint(lively(llama(num_hidden_layers=8)), tmp_path_factory.mktemp("models") / "deep")
+
+
+def shrunk(model: Path, out: Path, **options: Any) -> Shrunk:
+    with one_thread():
+        return avss_dist.shrink(model, corpus=TEXT, out=out, **READ | options)
+
+
+@pytest.fixture(scope="module")
+def done(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> Shrunk:
+    """A quarter of the layers less, by what are the defaults."""
+    return shrunk(deep, tmp_path_factory.mktemp("shrunk") / "out")
+
+
+def content(folder: str | Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in Path(folder).iterdir()}
+
+
+def test_a_quarter_goes_and_is_repaired(done: Shrunk, deep: Path) -> None:
+    """What is said of the written checkpoint is what evaluating it gives, to the bit."""
+    plan, (task,) = done.best.plan, done.best.tasks
+    assert (len(plan.drop), plan.why["by"], done.record and done.record.repair) == (2, "block_influence", "refit")
+    assert task.task == TASK and task.repaired is not None
+    assert task.whole.value < task.repaired.value < task.pruned.value
+    assert done.best.kept == task.of(task.repaired).value > task.of(task.pruned).value
+    assert list(done.curve) == [done.best] or len(done.curve) == 1
+    read = {**READ, "max_sequences": 10}
+    with one_thread():
+        again = evaluate(
+            [str(deep), done.folder], tasks=[TASK], warehouse=f"{done.folder}-again", skip_sequences=10, **read
+        )
+    assert [one.result.value for one in again] == [task.whole.value, task.repaired.value]
+    assert read_repairs(Path(done.folder)) == [done.record]
+    card = (Path(done.folder) / "README.md").read_text()
+    assert "repaired, " in card and "without these layers, " in card and "Repaired by refit" in card
+
+
+def test_the_parts_of_the_text_are_apart(done: Shrunk) -> None:
+    """An eighth is scored on, the next is evaluated on, and the repair reads what comes after both."""
+    assert done.record is not None
+    (run,) = Warehouse(f"{done.folder}-warehouse").runs().to_pylist()
+    assert run["num_sequences"] == 10
+    assert (done.record.skip_sequences, done.record.max_sequences, done.record.texts[0].rows) == (20, 60, 60)
+    (task,) = done.best.tasks
+    assert len(task.whole.samples) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["scores", "patches", "evaluations"])
+def test_killed_it_goes_on_and_writes_the_same_bytes(when: str, done: Shrunk, deep: Path, tmp_path: Path) -> None:
+    """By SIGKILL as soon as there is a first file of a table."""
+    out, command = tmp_path / "out", [sys.executable, "-m", "avss_dist", "shrink", str(deep), "--corpus", TEXT]
+    killed = subprocess.Popen(
+        [*command, "--out", str(out), *OPTIONS],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    kept, deadline = tmp_path / "out-warehouse" / when, time.monotonic() + 240
+    while not any(kept.rglob("*.*")) and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL and not out.exists()
+    cells = {file: file.stat().st_mtime_ns for file in (tmp_path / "out-warehouse" / "cells").rglob("*.parquet")}
+    again = shrunk(deep, out)
+    assert content(out) == content(done.folder)
+    assert {file: file.stat().st_mtime_ns for file in cells} == cells
+    assert again.best.kept == done.best.kept
+
+
+def test_as_many_layers_go_as_can(deep: Path, tmp_path: Path) -> None:
+    """By bisection: with one more, less is kept than was asked for. What was tried is not tried again."""
+    warehouse = tmp_path / "w"
+    tight = shrunk(deep, tmp_path / "tight", keep=0.9, repair="map", warehouse=warehouse)
+    files = {file: file.stat().st_mtime_ns for file in (warehouse / "cells").rglob("*.parquet")}
+    loose = shrunk(deep, tmp_path / "loose", keep=0.3, repair="map", warehouse=warehouse)
+    assert {file: file.stat().st_mtime_ns for file in files} == files
+
+    def gone(attempt: Attempt) -> int:
+        return len(attempt.plan.drop)
+
+    for made, keep in ((tight, 0.9), (loose, 0.3)):
+        kept = {gone(one): one.kept for one in made.curve}
+        assert list(kept) == sorted(kept) and kept[gone(made.best)] >= keep
+        assert all(share < keep for count, share in kept.items() if count > gone(made.best))
+        assert gone(made.best) + 1 in kept or gone(made.best) == 7
+    assert gone(tight.best) <= gone(loose.best)
+    with pytest.raises(PlanError, match=r"Without layer \d, the first to go, .* is kept, under 99.9%"):
+        shrunk(deep, tmp_path / "none", keep=0.999, repair="none", warehouse=warehouse)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(("by", "repaired"), [("loss", True), ("last", True), ("avss", False)])
+def test_what_layers_are_chosen_by(by: str, repaired: bool, deep: Path, tmp_path: Path) -> None:
+    """Where no layer stands before those that go, nothing is repaired, and that is no mistake."""
+    how = {"last": 6} if by == "avss" else {}
+    made = shrunk(deep, tmp_path / "out", by=by, repair="channel", **how)
+    assert made.best.plan.why["by"] == by
+    assert (made.record is not None) == repaired == (made.best.tasks[0].repaired is not None)
+    assert repaired or made.best.plan.drop == (0, 1)
+
+
+def test_every_domain_is_evaluated(deep: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(f"On day {i} the {i * 7919 % 613} ships of {i * 31 % 97} sailed." for i in range(700)))
+    out = tmp_path / "out"
+    corpora = ("--repair-corpus", TEXT, "--repair-corpus", other)
+    told = avss("shrink", deep, "--corpus", TEXT, "--out", out, *corpora, "--repair", "map", *OPTIONS)
+    assert told.exit_code == 0, told.stderr
+    words = " ".join(told.stdout.split())
+    for text in ("whole model", "2 layers dropped", "repaired by map", "other.txt", "6 of 8 layers", "kept", "%"):
+        assert text in words, text
+    (record,) = read_repairs(out)
+    assert [text.corpus for text in record.texts] == [TEXT, str(other)]
+    only = avss("shrink", deep, "--corpus", TEXT, "--out", tmp_path / "only", "--task", f"perplexity:{other}", *OPTIONS)
+    assert only.exit_code == 0, only.stderr
+    assert "other.txt" in only.stdout and "perplexity:builtin" not in only.stdout
+
+
+def test_the_command_prints_the_curve(deep: Path, tmp_path: Path) -> None:
+    options = ("--keep", "0.4", "--repair", "none", "--protect", "first=1,last=1")
+    told = avss("shrink", deep, "--corpus", TEXT, "--out", tmp_path / "out", *options, *OPTIONS)
+    assert told.exit_code == 0, told.stderr
+    assert "layers dropped" in told.stdout and "█" in told.stdout and "repaired" not in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"share": 0.25, "keep": 0.9}, "`share` and `keep` both say"),
+        ({"share": 1.5}, "`share` must be less than 1"),
+        ({"by": "avs"}, "Did you mean 'avss'"),
+        ({"repair": "none", "repair_corpora": (TEXT,)}, "`repair_corpora` has no effect"),
+        ({"sites": ("block",)}, "`sites` has no effect|Unknown|tasks measure nothing"),
+        ({"partition": "streaming"}, "weights where they cannot be changed"),
+        ({"max_sequences": 7}, "rows; a part to score on"),
+        ({"nonsense": 1}, "Unknown option 'nonsense'"),
+    ],
+)
+def test_mistakes(options: dict[str, Any], told: str, deep: Path, tmp_path: Path) -> None:
+    with pytest.raises((ConfigError, CorpusError), match=told):
+        shrunk(deep, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_that_is_repaired_on_is_not_evaluated_on(deep: Path, tmp_path: Path) -> None:
+    """Under another name too."""
+    sentences = [f"Line {i}: {i * 7919 % 6131} and {i * 104729 % 7001} make a pair of numbers." for i in range(900)]
+    text, same = tmp_path / "text.txt", tmp_path / "same.txt"
+    text.write_text("\n\n".join(sentences))
+    same.write_text("\n\n".join(sentences[200:]))
+    told = avss(
+        *("shrink", deep, "--corpus", text, "--out", tmp_path / "out", "--task", f"perplexity:{same}", *OPTIONS)
+    )
+    assert told.exit_code == 2 and "is text that the repair is fitted on" in told.stderr, told.stderr
+
+
+def test_a_folder_that_is_not_empty_is_refused_first(deep: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    with pytest.raises(PlanError, match="not empty"):
+        shrunk(deep, tmp_path / "out")
+    assert not (tmp_path / "out-warehouse").exists()
