@@ -104,7 +104,8 @@ def prune(
         ),
     ] = None,
     repair_corpus: Annotated[
-        list[str] | None, typer.Option(help="Text that the repair is fitted on; repeatable, each counts alike.")
+        list[str] | None,
+        typer.Option(help="Text that the repair is fitted on, CORPUS or CORPUS=WEIGHT; repeatable."),
     ] = None,
     skip_sequences: SkipSequencesOption = 0,
     trust_remote_code: CodeOption = False,

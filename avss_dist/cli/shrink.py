@@ -42,7 +42,8 @@ def shrink(
     repair_corpora: Annotated[
         list[str] | None,
         typer.Option(
-            "--repair-corpus", help="Text that the repair is fitted on, in place of the corpus; repeatable, each alike."
+            "--repair-corpus",
+            help="Text that the repair is fitted on, in place of the corpus: CORPUS or CORPUS=WEIGHT; repeatable.",
         ),
     ] = None,
     tasks: Annotated[

@@ -86,7 +86,8 @@ class FitRepair:
     def key(self) -> str:
         """See `tasks.base.Measure`."""
         texts = [[shard.content_hash for shard in text.shards] for text in self.texts]
-        return fingerprint(measure="repair", by=self.repair.by, texts=texts)
+        weights = {"weights": self.repair.weights} if len(set(self.repair.weights)) > 1 else {}
+        return fingerprint(measure="repair", by=self.repair.by, texts=texts, **weights)
 
     def __call__(self, model: LanguageModel, drop: Drop) -> list[Row]:
         """See `tasks.base.Measure`."""
@@ -145,7 +146,7 @@ def plan_fits(
     for repair in repairs:
         texts = texts or tuple(
             plan_text(checkpoint, corpus, repair.settings, skip_sequences=repair.skip_sequences)
-            for corpus in repair.corpora
+            for corpus in repair.texts
         )
         name = f"{REPAIR}{repair.by}:{','.join(RedactedURI(corpus) for corpus in repair.corpora)}"
         task = Task(name=name, parts=(FitRepair(repair=repair, layers=layers, texts=texts),))

@@ -235,7 +235,7 @@ def _bench(
     tasks = {str(n): _task(checkpoint, n, asked, parts, fixed, placement) for n in map(RedactedURI, names)}
     fit = None
     if asked.repair != NO_REPAIR:
-        skip, corpora = 2 * parts.held_out, tuple(text.full for text in asked.repair_texts)
+        skip, corpora = 2 * parts.held_out, asked.repair_corpora or (asked.corpus,)
         read = replace(fixed, max_sequences=parts.rows - skip)
         repair = Repair(by=asked.repair, corpora=corpora, skip_sequences=skip, settings=read)
         fit = plan_fits(checkpoint, example.layers, [repair], placement)[asked.repair]

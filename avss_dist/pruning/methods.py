@@ -61,7 +61,7 @@ class Experiment:
     )
     """What gives back what the removed layers did; every choice is evaluated with each."""
     repair_corpora: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """The texts that repairs are fitted on; each counts alike, however long."""
+    """The texts that repairs are fitted on; each counts alike, however long, or by a weight: CORPUS=0.5."""
     repair_max_sequences: AtLeastOne | None = None
     """Rows of each text that repairs are fitted on, at most."""
     repair_skip_sequences: Count = 0

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from avss_dist.errors import ConfigError
+from avss_dist.pruning.repair.weighted import weighted
 from avss_dist.pruning.selection import SCORE_MEANINGS
 from avss_dist.settings import NO_REPAIR, REPAIRS, OneOf, checked
 from avss_dist.text import RedactedURI
@@ -35,7 +36,7 @@ class Shrinking:
     repair: Annotated[str, OneOf((NO_REPAIR, *REPAIRS))] = "refit"
     """What is fitted at each cut. refit gives back the most, on text of other domains too, and wants the most text."""
     repair_corpora: Texts = ()
-    """The texts that the repair is fitted on, each alike; by default the corpus."""
+    """The texts that the repair is fitted on, each alike or by a weight (CORPUS=0.5); by default the corpus."""
     tasks: Texts = ()
     """What is evaluated, as avss evaluate --task takes it; by default the perplexity of a part of every text."""
     first: Ends = 0
@@ -57,8 +58,8 @@ class Shrinking:
 
     @property
     def repair_texts(self) -> list[RedactedURI]:
-        """What a repair is fitted on."""
-        return [RedactedURI(text) for text in self.repair_corpora or (self.corpus,)]
+        """What a repair is fitted on, without weights."""
+        return [weighted(text)[0] for text in self.repair_corpora] or [RedactedURI(self.corpus)]
 
     @property
     def texts(self) -> list[RedactedURI]:

@@ -22,6 +22,7 @@ from typing import Any
 
 from avss_dist.errors import AvssError, ConfigError, RunFailed, without_secrets
 from avss_dist.pruning.methods import Experiment
+from avss_dist.pruning.repair.weighted import weighted
 from avss_dist.runs.job_file import JobFile
 from avss_dist.settings import ANSWER_SECONDS, CONNECT_SECONDS, PERPLEXITY
 from avss_dist.tasks.harness_files import files_of, is_task_file
@@ -287,7 +288,8 @@ def _texts(job: JobFile, experiment: Experiment | None) -> list[str]:
     """The paths of texts that the job names, but for those of URIs."""
     sources = [*job.corpora]
     if experiment:
-        sources += [*experiment.repair_corpora, *(task.removeprefix(PERPLEXITY) for task in experiment.tasks)]
+        sources += [weighted(text)[0].full for text in experiment.repair_corpora]
+        sources += [*(task.removeprefix(PERPLEXITY) for task in experiment.tasks)]
     return [match["path"] for source in sources if (match := _TEXT.fullmatch(source)) and "://" not in match["path"]]
 
 

@@ -226,7 +226,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "stop": {"job_id": None, "--address": None, **LIMITS},
     "doctor": {"--json": False},
 }
-for _command in ("score", "estimate", "ablate", "evaluate"):
+for _command in ("score", "estimate", "ablate", "evaluate", "shrink"):
     del COMMANDS[_command]["--sites"], COMMANDS[_command]["--thresholds"]
     for _field, _option in (("--layers", "--layers-path"), ("--attention", "--attn-implementation")):
         COMMANDS[_command][_option] = COMMANDS[_command].pop(_field)

@@ -30,6 +30,7 @@ from avss_dist.pruning.repair.outlet import Outlet, RepairError
 from avss_dist.pruning.repair.record import FILE, read_repairs
 from avss_dist.pruning.repair.repair import Repair, find_cuts
 from avss_dist.pruning.repair.streams import ROOM
+from avss_dist.pruning.repair.weighted import weighted
 from avss_dist.settings import REPAIRS, Settings
 
 Save = Callable[[Any, Path], Path]
@@ -294,6 +295,44 @@ def test_every_text_counts_alike(tiny_llama: Path, tmp_path: Path) -> None:
         assert [text.corpus for text in done["repair"].texts] == list(corpora)
     assert cuts["twice"].error_after == pytest.approx(cuts["one"].error_after, rel=1e-6)
     assert cuts["mixed"].error_after != pytest.approx(cuts["one"].error_after, rel=1e-3)
+
+
+def test_a_text_counts_by_its_weight(tiny_llama: Path, tmp_path: Path) -> None:
+    """Twice as much is as if it were there twice, and the record says it."""
+    plan = Plan(model="m", num_layers=3, layers="layers", drop=(1,), why={})
+    other = tmp_path / "other.txt"
+    other.write_text("words of another kind, and again other words " * 400)
+    cuts = {}
+    texts = {"alike": (TEXT, other), "twice": (TEXT, TEXT, other), "by": (f"{TEXT}=2", other)}
+    for name, corpora in texts.items():
+        done = prune(str(tiny_llama), plan, tmp_path / name, repair=repair_of("map", *map(str, corpora)))
+        cuts[name] = done["repair"].cuts[0]
+    assert cuts["by"].error_after == pytest.approx(cuts["twice"].error_after, rel=1e-6)
+    assert cuts["by"].error_after != pytest.approx(cuts["alike"].error_after, rel=1e-4)
+    (record,) = read_repairs(tmp_path / "by")
+    assert [(text.corpus, text.weight) for text in record.texts] == [(TEXT, 2.0), (str(other), 1.0)]
+    assert "builtin:pydoc (2,538 tokens, weight 2)" in record.describe()[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "corpus", "weight"),
+    [
+        ("a.txt", "a.txt", 1.0),
+        ("a.txt=0.5", "a.txt", 0.5),
+        ("a.jsonl:text=3", "a.jsonl:text", 3.0),
+        ("s3://bucket/a.txt?region=us-east-1&retries=3", "s3://bucket/a.txt?region=us-east-1&retries=3", 1.0),
+        ("a=b.txt", "a=b.txt", 1.0),
+    ],
+)
+def test_a_weight_stands_at_the_end(text: str, corpus: str, weight: float) -> None:
+    assert weighted(text) == (corpus, weight)
+
+
+def test_a_weight_is_read_of_no_file_and_is_not_zero(tmp_path: Path) -> None:
+    (tmp_path / "step=100").write_text("text")
+    assert weighted(str(tmp_path / "step=100")) == (str(tmp_path / "step=100"), 1.0)
+    with pytest.raises(ConfigError, match="counts nothing"):
+        Repair(corpora=("a.txt=0",))
 
 
 def test_a_repaired_checkpoint_is_not_evaluated_on_its_text(tiny_llama: Path, tmp_path: Path) -> None:

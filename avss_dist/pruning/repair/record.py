@@ -32,6 +32,12 @@ class RepairText:
     """Rows of tokens that were read, those that judged the fit among them."""
     tokens: Count
     """Tokens that were fitted to."""
+    weight: Annotated[float, Field(gt=0, strict=False)] = 1.0
+    """How much it counts beside the others."""
+
+    def describe(self) -> str:
+        """A few words for people."""
+        return f"{self.corpus} ({self.tokens:,} tokens" + (f", weight {self.weight:g})" if self.weight != 1 else ")")
 
 
 @checked
@@ -82,7 +88,7 @@ class RepairRecord:
 
     def describe(self) -> list[str]:
         """Lines for people."""
-        texts = ", ".join(f"{text.corpus} ({text.tokens:,} tokens)" for text in self.texts)
+        texts = ", ".join(text.describe() for text in self.texts)
         return [
             f"Repaired by {self.repair}, fitted on {texts}; it is no text to evaluate on.",
             *(f"Repaired {cut.describe()}." for cut in self.cuts),

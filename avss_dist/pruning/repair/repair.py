@@ -28,10 +28,11 @@ from avss_dist.pruning.repair.outlet import Outlet, RepairError, is_transposed
 from avss_dist.pruning.repair.record import RepairedCut, RepairRecord, RepairText
 from avss_dist.pruning.repair.streams import Streams
 from avss_dist.pruning.repair.text import Portion, count_tokens, portions
+from avss_dist.pruning.repair.weighted import weighted
 from avss_dist.settings import REPAIRS, OneOf, Settings, checked
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.progress_bar import tracked
-from avss_dist.text import describe_layers
+from avss_dist.text import RedactedURI, describe_layers
 
 TOKENS_PER_UNKNOWN = 4  # at least; with fewer, a fit follows its text's noise
 
@@ -50,11 +51,24 @@ class Repair:
     by: Annotated[str, OneOf(REPAIRS)] = "map"
     """What is fitted."""
     corpora: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
-    """The texts that it is fitted on; each counts alike, however long."""
+    """The texts that it is fitted on; each counts alike, however long, or by a weight: CORPUS=0.5."""
     skip_sequences: Annotated[int, Field(ge=0)] = 0
     """Rows at the start of each text that are not read."""
     settings: Settings = Field(default_factory=Settings)
     """How texts are read, and how the model computes."""
+
+    def __post_init__(self) -> None:
+        self.weights  # noqa: B018  (refuses those that are none)
+
+    @property
+    def texts(self) -> list[RedactedURI]:
+        """The corpora without their weights."""
+        return [weighted(corpus)[0] for corpus in self.corpora]
+
+    @property
+    def weights(self) -> list[float]:
+        """Of each text."""
+        return [weighted(corpus)[1] for corpus in self.corpora]
 
 
 @dataclass(frozen=True)
@@ -106,7 +120,7 @@ def repair_layers(checkpoint: Checkpoint, made: Plan, repair: Repair, stored: Re
     config = text_config(checkpoint, trust_remote_code=repair.settings.trust_remote_code)
     settings = pin(repair.settings, checkpoint, config, device.type)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
-    texts = [plan(corpus, tokenizer, settings, skip_sequences=repair.skip_sequences) for corpus in repair.corpora]
+    texts = [plan(corpus, tokenizer, settings, skip_sequences=repair.skip_sequences) for corpus in repair.texts]
     backbone = load(checkpoint, replace(settings, layers=made.layers), device)
     repaired = fit_repair(checkpoint, backbone, device, made, replace(repair, settings=settings), texts, stored)
     del backbone
@@ -140,7 +154,7 @@ def fit_repair(
 ) -> Repaired:
     """As `repair_layers`, with an open model and texts that are read; the settings of ``repair`` are pinned."""
     cuts = require_cuts(made)
-    read = portions(texts, repair.settings.batch_size)
+    read = portions(texts, repair.settings.batch_size, repair.weights)
     starts = [cut.last for cut in cuts[:-1]]
     streams = Streams(backbone, [portion.batch for portion in read], made.drop, starts, device)
     mender = _Mender(streams, stored, read, show)
@@ -283,8 +297,14 @@ def _record(
         revision=checkpoint.revision,
         removed=made.drop,
         texts=tuple(
-            RepairText(corpus=text.source, fingerprint=text.corpus_fingerprint, rows=text.num_sequences, tokens=count)
-            for text, count in zip(texts, count_tokens(read, len(texts)), strict=True)
+            RepairText(
+                corpus=text.source,
+                fingerprint=text.corpus_fingerprint,
+                rows=text.num_sequences,
+                tokens=count,
+                weight=weight,
+            )
+            for text, count, weight in zip(texts, count_tokens(read, len(texts)), repair.weights, strict=True)
         ),
         cuts=tuple(done),
         sequence_length=settings.sequence_length,

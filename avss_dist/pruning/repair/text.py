@@ -21,7 +21,7 @@ class Portion:
     Attributes:
         text: which text it is of, from 0.
         fitted, held_back: bool[rows, width], tokens that are fitted to, and others that are not.
-        weight: how often each token counts, so that every text counts alike, however long.
+        weight: how often each token counts, so that a text counts by its own weight, however long.
     """
 
     text: int
@@ -31,8 +31,11 @@ class Portion:
     weight: float
 
 
-def portions(texts: Sequence[CorpusPlan], batch_size: int) -> list[Portion]:
+def portions(texts: Sequence[CorpusPlan], batch_size: int, weights: Sequence[float] | None = None) -> list[Portion]:
     """The batches of texts, in order.
+
+    Args:
+        weights: how much each text counts; alike by default.
 
     Raises:
         CorpusError: a text has one row only, or no token to fit to.
@@ -45,8 +48,9 @@ def portions(texts: Sequence[CorpusPlan], batch_size: int) -> list[Portion]:
                 f"{text.source} has no token to fit to after the first of each row (rows: {text.num_sequences}).",
                 "Name a longer text, or raise `max_sequences`.",
             )
-    mean = sum(counts) / len(counts)
-    return [replace(one, weight=mean / counts[one.text]) for one in read]
+    mean, weights = sum(counts) / len(counts), weights or [1.0] * len(texts)
+    shares = [weight * len(weights) / sum(weights) for weight in weights]
+    return [replace(one, weight=mean / counts[one.text] * shares[one.text]) for one in read]
 
 
 def count_tokens(read: Sequence[Portion], texts: int) -> list[int]:
