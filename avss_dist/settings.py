@@ -32,6 +32,13 @@ RIVALS = {
 SCORES = ("avss", *RIVALS)  # what layers are ranked by: low is unimportant
 GROUND_TRUTH = {"loss": "ablation:", "shapley": "shapley:", "taylor": "gradients:"}
 """What dropping a layer does to the loss: measured, sampled, linearized; and the task of each, before its corpus."""
+SEARCHES = {
+    "greedy": "removes the layer without which the loss is least, again and again",
+    "beam": "the same, over several sets side by side",
+    "evolve": "exchanges layers of the best sets, as long as the budget lasts",
+}
+"""How sets of layers are searched by their loss on text, and what each does."""
+SEARCH = "search:"  # before a corpus: the task of a search
 LOSS = "loss"  # a metric of a model: nats per token; higher is worse
 CHANCE = "chance"  # a metric of multiple choice: the accuracy of a guess
 PERPLEXITY = "perplexity:"  # before a corpus: the task of predicting it

@@ -14,7 +14,7 @@ from avss_dist.errors import QueryError
 from avss_dist.pruning.ground_truth import ablate_command, find_layer_truth, layer_truth
 from avss_dist.pruning.plan import Plan, make_plan
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, SCORE_MEANINGS, Choice, Reading, Rows, reading_of
-from avss_dist.settings import GROUND_TRUTH, LOSS
+from avss_dist.settings import GROUND_TRUTH, LOSS, SEARCH
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Threshold
 from avss_dist.text import describe_threshold
@@ -47,7 +47,7 @@ def plan_layers(
     return replace(
         made,
         findings=tuple(_findings(warehouse, run, choice, values.tolist())),
-        evaluated=tuple(dict.fromkeys(_evaluated(warehouse, run, made.drop))),
+        evaluated=evaluated_lines(warehouse, run, made.drop),
     )
 
 
@@ -109,10 +109,15 @@ def _findings(warehouse: Warehouse, run: Mapping[str, Any], choice: Choice, valu
         yield from verdicts(warehouse.table("experiments", run_ids=[run["run_id"]]).to_pylist())
 
 
+def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], drop: tuple[int, ...]) -> tuple[str, ...]:
+    """What each task says of the model without these layers, beside the whole model; a line each."""
+    return tuple(dict.fromkeys(_evaluated(warehouse, run, drop)))
+
+
 def _evaluated(warehouse: Warehouse, run: Mapping[str, Any], drop: tuple[int, ...]) -> Iterator[str]:
-    """What each task says of the model without these layers, beside the whole model."""
     rows = warehouse.table("evaluations", where=pc.field("revision") == run["revision"]).to_pylist()
     rows = [row for row in rows if row["layer"] is None and row["patch"] is None]
+    rows = [row for row in rows if not row["task"].startswith(SEARCH)]
     for key in dict.fromkeys((row["run_id"], row["task"]) for row in rows if tuple(row["drop"]) == drop):
         mine = [row for row in rows if (row["run_id"], row["task"]) == key]
         metric = primary_metric(mine)

@@ -1,6 +1,6 @@
 """The command line: parse, call, print. Exit codes: 0 done, 1 a run failed, 2 a mistake, 130 stopped by Ctrl-C."""
 
-from avss_dist.cli import ablate, compare, doctor, evaluate, experiment, jobs, prune, read, report, score, shrink
+from avss_dist.cli import ablate, compare, doctor, evaluate, experiment, jobs, plan, prune, read, report, score, shrink
 from avss_dist.cli.base import app, main
 
 for command in (
@@ -15,7 +15,7 @@ for command in (
     compare.quantiles,
     compare.export,
     report.report,
-    prune.plan,
+    plan.plan,
     prune.prune,
     shrink.shrink,
     evaluate.evaluate,

@@ -1,4 +1,4 @@
-"""`avss plan` and `avss prune`: which layers to drop, and a checkpoint without them."""
+"""`avss prune`: a checkpoint without the layers of a plan."""
 
 from __future__ import annotations
 
@@ -8,87 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avss_dist.cli.choose import choose_run, open_warehouse
 from avss_dist.cli.options import (
     CodeOption,
     ModelArgument,
-    ProtectOption,
-    RecipeOption,
-    RunOption,
-    SiteOption,
     SkipSequencesOption,
-    ThresholdOption,
-    WarehousePath,
     choice,
-    format_option,
-    protected,
     takes_settings,
 )
 from avss_dist.errors import ConfigError
-from avss_dist.settings import GROUND_TRUTH, NO_REPAIR, PUBLISHED_THRESHOLD, RECIPES, REPAIRS, SCORES, SITES, Settings
+from avss_dist.settings import NO_REPAIR, REPAIRS, Settings
 from avss_dist.system.streams import emit
-from avss_dist.text import describe_bytes, parse_threshold
+from avss_dist.text import describe_bytes
 
 if TYPE_CHECKING:
     from avss_dist.pruning.repair.repair import Repair
-
-FORMATS = ("plan", "mergekit")  # of mergekit: the slices to merge
-CHOSEN_BY = (*GROUND_TRUTH, *SCORES, "last", "random")
-
-
-def plan(
-    warehouse: WarehousePath,
-    output: Annotated[Path, typer.Option("--output", "-o", help="PLAN.yaml.")],
-    run: RunOption = None,
-    by: Annotated[
-        str | None,
-        choice(
-            CHOSEN_BY, "What layers are chosen by: what avss ablate measures, a score, or chance. The loss by default."
-        ),
-    ] = None,
-    share: Annotated[float | None, typer.Option(help="Drop this share of the layers; 0.25 by default.")] = None,
-    count: Annotated[int | None, typer.Option(help="Drop so many layers.")] = None,
-    mass: Annotated[float | None, typer.Option(help="Drop the lowest that hold this share of the score.")] = None,
-    protect: ProtectOption = "",
-    contiguous: Annotated[bool, typer.Option("--contiguous", help="Drop neighbours.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed for --by random.")] = 0,
-    recipe: RecipeOption = RECIPES[0],
-    site: SiteOption = SITES[0],
-    threshold: ThresholdOption = f"{PUBLISHED_THRESHOLD:g}",
-    format: Annotated[str, format_option(*FORMATS)] = FORMATS[0],
-) -> None:
-    """Choose the layers to drop, and write them down with the reason and what speaks against it."""
-    from avss_dist.analysis.plans import plan_layers
-    from avss_dist.pruning.plan import mergekit_slices, write_text
-
-    first, last = protected(protect)
-    opened = open_warehouse(warehouse)
-    chosen = choose_run(opened, run)
-    made = plan_layers(
-        opened,
-        chosen,
-        by=by,
-        reading=(site, recipe, *parse_threshold(threshold)),
-        share=share,
-        count=count,
-        mass=mass,
-        first=first,
-        last=last,
-        contiguous=contiguous,
-        seed=seed,
-    )
-    if format == "mergekit":
-        write_text(output, mergekit_slices(made))
-    else:
-        made.write(output)
-    emit("\n  ".join([f"{output}:", *made.describe()]))
-    if by is None:
-        emit(f"  No --by was given: {made.why['by']} is measured in {opened.root}.")
-    others = opened.runs().num_rows - 1
-    if others and not run:
-        emit(f"  This is the newest of {others + 1} runs; --run names another.")
-    if not made.evaluated and format == FORMATS[0]:
-        emit(f"  Evaluate it: avss evaluate {output} --task perplexity:CORPUS --warehouse {opened.root}")
 
 
 @takes_settings("max_sequences", "sequence_length", "batch_size", "layout", "dtype", "attention", "device")

@@ -17,7 +17,7 @@ from avss_dist.cli.options import (
     takes_settings,
     warehouse_option,
 )
-from avss_dist.cli.prune import CHOSEN_BY
+from avss_dist.cli.plan import CHOSEN_BY
 from avss_dist.settings import NO_REPAIR, REPAIRS, Execution
 from avss_dist.system.streams import console, emit
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,8 +25,8 @@ from avss_dist.partition.base import Placement, numbers_of
 from avss_dist.partition.choose import place
 from avss_dist.settings import LOSS, MOST_LISTED, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
 from avss_dist.system.versions import package_versions
-from avss_dist.tasks.base import Result, Task, combine
-from avss_dist.tasks.cells import Cell, CellResult, KeptPatch
+from avss_dist.tasks.base import Measure, Result, Task, combine
+from avss_dist.tasks.cells import Cell, CellOutcome, CellResult, KeptPatch
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.patches import Patches
 from avss_dist.warehouse.schema import RunIdentity
@@ -49,21 +51,22 @@ class PlannedEvaluation:
         Args:
             patch: the weights that the model is repaired with.
         """
-        return [
-            Cell(
-                run_id=self.run_id,
-                checkpoint=self.checkpoint,
-                settings=self.settings,
-                task=self.task.name,
-                part=part,
-                measure=measure,
-                drop=drop,
-                placement=self.placement,
-                patch=patch,
-            )
-            for drop in dict.fromkeys(drops)
-            for part, measure in enumerate(self.task.parts)
-        ]
+        parts = list(enumerate(self.task.parts))
+        return [self.cell(part, measure, drop, patch) for drop in dict.fromkeys(drops) for part, measure in parts]
+
+    def cell(self, part: int, measure: Measure, drop: tuple[int, ...], patch: KeptPatch | None = None) -> Cell:
+        """One part of the task, without these layers."""
+        return Cell(
+            run_id=self.run_id,
+            checkpoint=self.checkpoint,
+            settings=self.settings,
+            task=self.task.name,
+            part=part,
+            measure=measure,
+            drop=drop,
+            placement=self.placement,
+            patch=patch,
+        )
 
 
 class CellReporter(Protocol):
@@ -208,17 +211,44 @@ def measure(
     done = set() if fresh else {(run, cell) for run in {run for run, _ in wanted} for cell in store.cell_ids(run)}
     missing = [cell for key, cell in wanted.items() if key not in done]
     reporter.started(len(wanted), len(wanted) - len(missing))
-    failed: list[tuple[Cell, AvssError]] = []
-    with closing(executor.run_cells(missing)) as outcomes:
-        for cell, outcome in outcomes:
-            if isinstance(outcome, AvssError):
-                failed.append((cell, outcome))
-            else:
-                kept = Patches(store.storage)
-                patches = [None if row.patch is None else kept.write(row.patch) for row in outcome.rows]
-                store.write_cell(_identity(cell, outcome.family), cell.cell_id, _rows(cell, outcome, patches))
-            reporter.advanced(cell)
-    return failed
+    with closing(Rounds(store, executor, reporter)) as rounds:
+        return [(cell, outcome) for cell, outcome in rounds.run(missing) if isinstance(outcome, AvssError)]
+
+
+class Rounds:
+    """Cells that are measured round after round, where the next ones depend on what the last ones gave.
+
+    Workers keep their models open in between. Each cell is kept as it comes.
+    """
+
+    def __init__(self, store: Store, executor: Executor, reporter: CellReporter) -> None:
+        self._store, self._reporter = store, reporter
+        self._asked: SimpleQueue[Sequence[Cell] | None] = SimpleQueue()
+        self._outcomes = executor.run_cells(iter(self._asked.get, None))
+
+    def run(self, cells: Sequence[Cell]) -> Iterator[CellOutcome]:
+        """Yield the result of every cell, in any order; all must be taken before the next round.
+
+        Raises:
+            AvssError: the workers or the warehouse failed; what was measured is kept.
+        """
+        if cells:
+            self._asked.put(cells)
+        for cell, outcome in islice(self._outcomes, len(cells)):
+            if not isinstance(outcome, AvssError):
+                self._keep(cell, outcome)
+            self._reporter.advanced(cell)
+            yield cell, outcome
+
+    def _keep(self, cell: Cell, outcome: CellResult) -> None:
+        kept = Patches(self._store.storage)
+        patches = [None if row.patch is None else kept.write(row.patch) for row in outcome.rows]
+        self._store.write_cell(_identity(cell, outcome.family), cell.cell_id, _rows(cell, outcome, patches))
+
+    def close(self) -> None:
+        """Let the workers go."""
+        self._asked.put(None)
+        self._outcomes.close()
 
 
 def commit(planned: PlannedEvaluation, store: Store) -> list[Result]:

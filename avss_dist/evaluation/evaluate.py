@@ -21,13 +21,13 @@ from avss_dist.evaluation.engine import (
     plan_evaluation,
     plan_text,
 )
-from avss_dist.evaluation.held_out import refuse_overlap, refuse_repair_text
+from avss_dist.evaluation.held_out import refuse_overlap, refuse_repair_text, refuse_search_text
 from avss_dist.evaluation.retention import Retained, retained
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.pruning.plan import read_plan
 from avss_dist.pruning.selection import PlanError
-from avss_dist.settings import PERPLEXITY, Settings
+from avss_dist.settings import PERPLEXITY, SEARCHES, Settings
 from avss_dist.tasks.base import Result, Task, TextLoss
 from avss_dist.tasks.cells import Cell
 from avss_dist.text import RedactedURI
@@ -42,12 +42,14 @@ class Subject:
     Attributes:
         label: what people call it.
         run_id: the run whose scores chose the layers; its text is no text to evaluate on.
+        search: the evaluation that searched them; nor is its text.
     """
 
     checkpoint: Checkpoint
     label: str
     drop: tuple[int, ...] = ()
     run_id: str | None = None
+    search: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,13 +130,15 @@ def evaluate(
 def _refuse_overlaps(
     subjects: Sequence[Subject], planned: Mapping[tuple[str, str], PlannedEvaluation], warehouse: Warehouse
 ) -> None:
-    """Refuse text that the scores of a plan were measured on, or a repaired checkpoint was fitted on."""
+    """Refuse text that layers were scored or searched on, or a repaired checkpoint was fitted on."""
     for one in planned.values():
         refuse_repair_text(one.task, one.checkpoint)
     for subject in subjects:
         for (revision, _), one in planned.items():
             if subject.run_id and subject.checkpoint.revision == revision:
                 refuse_overlap(one.task, subject.run_id, warehouse, subject.checkpoint)
+            if subject.search and subject.checkpoint.revision == revision:
+                refuse_search_text(one.task, subject.search, warehouse, subject.checkpoint)
 
 
 def _cells(subjects: Sequence[Subject], planned: Mapping[tuple[str, str], PlannedEvaluation]) -> Iterator[Cell]:
@@ -158,7 +162,8 @@ def read_subject(text: str, *, trust_remote_code: bool = False) -> Subject:
             f"{text} is for {made.model} at {made.revision[:12]}; it is at {checkpoint.revision[:12]} now.",
             "Score it again, and make a plan of its own.",
         )
-    return Subject(checkpoint=checkpoint, label=text, drop=made.drop, run_id=made.run_id)
+    search = str(made.why.get("evaluation", "")) if made.why.get("by") in SEARCHES else None
+    return Subject(checkpoint=checkpoint, label=text, drop=made.drop, run_id=made.run_id, search=search)
 
 
 def make_task(

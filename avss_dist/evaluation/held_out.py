@@ -12,7 +12,7 @@ from avss_dist.errors import AvssError, ConfigError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.pruning.repair.record import read_repairs
-from avss_dist.settings import Settings
+from avss_dist.settings import SEARCH, Settings
 from avss_dist.tasks.base import Task, TextLoss
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
@@ -67,6 +67,28 @@ def refuse_text(task: Task, text: Task, what: str, skip_sequences: int) -> None:
         raise ConfigError(
             f"{shared:.0%} of {task.name} is text that {what} is fitted on ({text.name}).",
             f"Use other text: another corpus, or `skip_sequences` {skip_sequences + rows}.",
+        )
+
+
+def refuse_search_text(task: Task, evaluation: str, store: Warehouse, checkpoint: Checkpoint) -> None:
+    """Refuse a task on text that a set of layers was searched on; tasks without a corpus pass.
+
+    Args:
+        evaluation: of the search.
+
+    Raises:
+        ConfigError: they share text, or the search's text cannot be read again.
+    """
+    rows = store.table("evaluations", run_ids=[evaluation]).to_pylist() if _shards(task) else []
+    if not rows:
+        return
+    options, corpus = settings_of(rows[0]), rows[0]["task"].removeprefix(SEARCH)
+    skip, of = options.pop("skip_sequences"), "the search of a plan"
+    shared = _shared(task, checkpoint, corpus, Settings(**options), skip, of, "layers may be chosen for")
+    if shared > MOST_SHARED:
+        raise ConfigError(
+            f"{shared:.0%} of {task.name} is text that the layers of a plan were searched on.",
+            f"Use other text: another corpus, or `skip_sequences` {skip + rows[0]['num_samples']}.",
         )
 
 

@@ -97,8 +97,12 @@ class Executor(Protocol):
         its run alone: the model cannot be opened or observed, or a shard failed more often than it is retried.
         """
 
-    def run_cells(self, cells: Sequence[Cell]) -> Generator[CellOutcome, None, None]:
-        """Yield the result of every cell, in any order; an AvssError in its place is of that cell alone."""
+    def run_cells(self, rounds: Iterator[Sequence[Cell]]) -> Generator[CellOutcome, None, None]:
+        """Yield the result of every cell, in any order; an AvssError in its place is of that cell alone.
+
+        The next round may be taken, in another thread, while one is measured, and may wait for its results. Models
+        stay open from round to round.
+        """
 
     def apply(self, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
         """Yield the function of every item, in their order, computed side by side where there are machines for it.

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import groupby, islice
+from operator import itemgetter
 from threading import Event
 from typing import TypeVar
 
@@ -63,17 +64,19 @@ class LocalExecutor:
                 finally:
                     replica.close()
 
-    def run_cells(self, cells: Sequence[Cell]) -> Generator[CellOutcome, None, None]:
+    def run_cells(self, rounds: Iterator[Sequence[Cell]]) -> Generator[CellOutcome, None, None]:
         """See `executors.base.Executor`."""
-        for spec, of_model in by_model(cells):
+        models = (of_model for cells in rounds for of_model in by_model(cells))
+        for spec, same in groupby(models, key=itemgetter(0)):
+            cells = (cell for _, of_model in same for cell in of_model)
             with computing_threads(spec.settings.threads):
                 try:
                     replica = spec.open()
                 except Exception as error:
-                    yield from ((cell, as_failure(error)) for cell in of_model)
+                    yield from ((cell, as_failure(error)) for cell in cells)
                     continue
                 try:
-                    for cell in of_model:
+                    for cell in cells:
                         yield cell, self._measure_cell(replica, cell)
                 finally:
                     replica.close()

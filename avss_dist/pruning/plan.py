@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from pydantic import Field
 from avss_dist.errors import ConfigError, nearest, unwritable
 from avss_dist.pruning.ground_truth import LayerTruth
 from avss_dist.pruning.selection import RANDOM, SCORE_MEANINGS, Choice, PlanError, Rows
-from avss_dist.settings import LOWEST_SHARE, Check, checked
+from avss_dist.settings import LOWEST_SHARE, SEARCHES, Check, checked
 from avss_dist.system.staging import staged_file
 from avss_dist.text import describe_layers, printable
 
@@ -122,7 +122,8 @@ def describe_reason(why: Mapping[str, Any]) -> str:
         return "by hand"
     by = str(why.get("by", "hand"))
     rest = ", ".join(f"{key} {value}" for key, value in why.items() if key != "by")
-    meaning = f" ({SCORE_MEANINGS[by]})" if by in SCORE_MEANINGS else ""
+    meanings = SCORE_MEANINGS | SEARCHES
+    meaning = f" ({meanings[by]})" if by in meanings else ""
     return f"by {by}{meaning}" + (f": {rest}" if rest else "")
 
 
@@ -144,18 +145,28 @@ def make_plan(
     Raises:
         PlanError: as `Choice.drop`, or the run's layers are not one list of the model.
     """
-    path, number = layer_list(rows, str(run["model"]))
+    _, number = layer_list(rows, str(run["model"]))
     known = {choice.by: truth.by_layer(number)} if truth else {}
+    measured = {"evaluation": truth.run_id, "task": truth.task} if truth else {}
+    made = plan_of(rows, run, choice.drop(choice.scores(rows, known)), reasons(choice) | measured)
+    return replace(made, findings=tuple(findings), evaluated=tuple(evaluated))
+
+
+def plan_of(rows: Rows, run: Mapping[str, Any], drop: tuple[int, ...], why: Mapping[str, Any]) -> Plan:
+    """A plan without these layers, for the checkpoint of a run.
+
+    Raises:
+        PlanError: the run's layers are not one list of the model.
+    """
+    path, number = layer_list(rows, str(run["model"]))
     return Plan(
         model=run["model"],
         revision=run["revision"],
         num_layers=number,
         layers=path,
-        drop=choice.drop(choice.scores(rows, known)),
-        why=_why(choice, truth),
+        drop=drop,
+        why=why,
         run_id=run["run_id"],
-        findings=tuple(findings),
-        evaluated=tuple(evaluated),
     )
 
 
@@ -175,16 +186,15 @@ def layer_list(rows: Rows, model: str) -> tuple[str, int]:
     return paths.pop(), len(names)
 
 
-def _why(choice: Choice, truth: LayerTruth | None) -> dict[str, Any]:
+def reasons(choice: Choice) -> dict[str, Any]:
+    """What a plan says of how its layers were chosen."""
     values = asdict(choice)
     reading, seed = values.pop("reading"), values.pop("seed")
     why = {name: value for name, value in values.items() if value not in (None, False, 0)}
-    if choice.by == RANDOM:
+    if choice.by in (RANDOM, "evolve"):
         why["seed"] = seed
     if not {"share", "count", "mass"} & set(why):
         why["share"] = LOWEST_SHARE
-    if truth is not None:
-        why |= {"evaluation": truth.run_id, "task": truth.task}
     if choice.by == "avss" and reading is not None:
         why |= dict(zip(("site", "recipe", "threshold", "threshold_kind"), reading, strict=True))
     return why

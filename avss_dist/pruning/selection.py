@@ -9,7 +9,16 @@ import numpy as np
 from pydantic import Field
 
 from avss_dist.errors import ConfigError
-from avss_dist.settings import GROUND_TRUTH, LOWEST_SHARE, PUBLISHED_THRESHOLD, RECIPES, SITES, OneOf, checked
+from avss_dist.settings import (
+    GROUND_TRUTH,
+    LOWEST_SHARE,
+    PUBLISHED_THRESHOLD,
+    RECIPES,
+    SEARCHES,
+    SITES,
+    OneOf,
+    checked,
+)
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, rank_lowest
 from avss_dist.stats.scores import score_column
@@ -48,8 +57,8 @@ class Choice:
         ConfigError: values out of their range, or that exclude each other.
     """
 
-    by: Annotated[str, OneOf(tuple(SCORE_MEANINGS))]
-    """The score. There is no default: which one to trust is the user's decision."""
+    by: Annotated[str, OneOf((*SCORE_MEANINGS, *SEARCHES))]
+    """The score, or the search. There is no default: which one to trust is the user's decision."""
     reading: Reading | None = None
     """Of AVSS: site, recipe, threshold and its kind; the first that there is by default."""
     share: Share | None = None
@@ -76,6 +85,10 @@ class Choice:
         if self.mass is not None and (self.contiguous or self.highest or self.by in (LAST, RANDOM)):
             raise ConfigError(
                 "`mass` is a share of a score that is summed from the lowest on.", "Use `share` or `count` here."
+            )
+        if self.by in SEARCHES and (self.mass is not None or self.contiguous or self.highest):
+            raise ConfigError(
+                f"`by` {self.by} searches among sets of any layers for the lowest loss.", "Use `share` or `count` here."
             )
 
     def scores(self, rows: Rows, truth: Mapping[str, Float64]) -> Float64:
@@ -107,15 +120,8 @@ class Choice:
         if not np.isfinite(values).all():
             missing = ", ".join(map(str, np.flatnonzero(~np.isfinite(values))))
             raise PlanError(f"Layers {missing} have no score '{self.by}'.", "Choose by another score or recipe.")
-        candidates = np.arange(len(values))[self.first : max(0, len(values) - self.last)]
-        number = self._number(values, candidates)
-        if number >= len(values):
-            raise PlanError(f"{number} of {len(values)} layers would be dropped.", "Leave one at least.")
-        if number > len(candidates):
-            raise PlanError(
-                f"{number} layers are to be dropped, and {len(candidates)} of {len(values)} are not protected.",
-                "Protect fewer, or drop fewer.",
-            )
+        candidates = np.array(self.unprotected(len(values)), np.intp)
+        number = self.number(len(values)) if self.mass is None else self._number_by_mass(values, candidates, self.mass)
         if self.contiguous:
             sums = np.convolve(values[candidates], np.ones(number), "valid")
             start = int(candidates[0]) + int(np.argmin(sums))
@@ -123,18 +129,38 @@ class Choice:
         ranks = rank_lowest(values[candidates])
         return tuple(int(layer) for layer in candidates[ranks <= number])
 
-    def _number(self, values: Float64, candidates: np.ndarray) -> int:
-        if self.count is not None:
-            return self.count
-        if self.mass is None:
-            return count_lowest(len(values), LOWEST_SHARE if self.share is None else self.share)
+    def unprotected(self, layers: int) -> range:
+        """Which of so many layers may be dropped."""
+        return range(self.first, max(self.first, layers - self.last))
+
+    def number(self, layers: int) -> int:
+        """How many of so many layers are dropped, by ``count`` or ``share``.
+
+        Raises:
+            PlanError: no layer would be left, or more are protected.
+        """
+        number = self.count or count_lowest(layers, LOWEST_SHARE if self.share is None else self.share)
+        self._require_droppable(number, layers)
+        return number
+
+    def _require_droppable(self, number: int, layers: int) -> None:
+        if number >= layers:
+            raise PlanError(f"{number} of {layers} layers would be dropped.", "Leave one at least.")
+        if number > (free := len(self.unprotected(layers))):
+            raise PlanError(
+                f"{number} layers are to be dropped, and {free} of {layers} are not protected.",
+                "Protect fewer, or drop fewer.",
+            )
+
+    def _number_by_mass(self, values: Float64, candidates: np.ndarray, mass: float) -> int:
         held = np.cumsum(np.sort(values[candidates])) / values.sum()
-        number = int(np.searchsorted(held, self.mass, "right"))
+        number = int(np.searchsorted(held, mass, "right"))
         if not number:
             raise PlanError(
-                f"No layer holds as little as {self.mass:g} of the summed score: the least holds {held[0]:.3g}.",
+                f"No layer holds as little as {mass:g} of the summed score: the least holds {held[0]:.3g}.",
                 "Allow more, or use `share` or `count`.",
             )
+        self._require_droppable(number, len(values))
         return number
 
 

@@ -25,18 +25,24 @@ class LeaveOneOut:
 
     A pass without a layer begins there, from the hidden states of the whole model's pass: of ``n`` passes, about half
     of what layers compute is left. A family in which that would not give the same is run from its first layer.
+
+    Attributes:
+        layers: those that are left out, one at a time; all by default.
     """
 
     shard: Shard
+    layers: tuple[int, ...] | None = None
 
     @property
     def key(self) -> str:
         """See `tasks.Measure`."""
-        return fingerprint(measure="leave one out", shard=self.shard.content_hash)
+        some = {} if self.layers is None else {"layers": list(self.layers)}
+        return fingerprint(measure="leave one out", shard=self.shard.content_hash, **some)
 
     def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
         """See `tasks.Measure`: layers of ``drop`` are left out of all."""
-        others = [layer.index for layer in model.layers if layer.index not in drop]
+        each = range(len(model.layers)) if self.layers is None else self.layers
+        others = [layer for layer in each if layer not in drop]
         drops = [tuple(sorted({*drop, *more})) for more in ((), *((layer,) for layer in others))]
         losses = model.losses_without(list(self.shard.batches(model.settings.batch_size)), drops)
         weights = predicted_tokens(self.shard, model)

@@ -127,6 +127,10 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--output": None,
         "--run": None,
         "--by": None,
+        "--search": None,
+        "--corpus": None,
+        "--budget": None,
+        "--width": None,
         "--share": None,
         "--count": None,
         "--mass": None,
@@ -136,6 +140,9 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--recipe": "pooled",
         "--site": "block",
         "--threshold": "1e-05",
+        "--skip-sequences": 0,
+        **{f"--{name.replace('_', '-')}": value for name, value in Settings().as_dict().items()},
+        **EXECUTION,
         "--format": "plan",
     },
     "prune": {
@@ -226,7 +233,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "stop": {"job_id": None, "--address": None, **LIMITS},
     "doctor": {"--json": False},
 }
-for _command in ("score", "estimate", "ablate", "evaluate", "shrink"):
+for _command in ("score", "estimate", "ablate", "evaluate", "shrink", "plan"):
     del COMMANDS[_command]["--sites"], COMMANDS[_command]["--thresholds"]
     for _field, _option in (("--layers", "--layers-path"), ("--attention", "--attn-implementation")):
         COMMANDS[_command][_option] = COMMANDS[_command].pop(_field)

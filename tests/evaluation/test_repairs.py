@@ -120,16 +120,18 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
         patch = found[fit.run_id, (1,)]
         cells = [*task.cells([(1,)]), *task.cells([(1,)], patch), *task.cells([()])]
         measured: dict[Any, float] = {}
-        for cell, result in executor.run_cells(cells):
+        for cell, result in executor.run_cells(iter([cells])):
             key = cell.drop, cell.patch and cell.patch.key
             measured[key] = measured.get(key, 0.0) + float(result.rows[0].samples.sum())
         plan = Plan(model=str(folder), num_layers=3, layers=layers, drop=(1,))
         prune(str(folder), plan, tmp_path / "less", repair=repair)
         less = resolve(str(tmp_path / "less"))
         again = plan_evaluation(less, text_task(less, TEXT, text, skip_sequences=72), text, Placement())
-        expected = sum(float(r.rows[0].samples.sum()) for _, r in executor.run_cells(again.cells([()])))
-        (whole,) = {float(r.rows[0].samples.sum()) for c, r in executor.run_cells(task.cells([()])) if c.part == 0}
-        after = [float(r.rows[0].samples.sum()) for c, r in executor.run_cells([cells[-2]])]
+        expected = sum(float(r.rows[0].samples.sum()) for _, r in executor.run_cells(iter([again.cells([()])])))
+        (whole,) = {
+            float(r.rows[0].samples.sum()) for c, r in executor.run_cells(iter([task.cells([()])])) if c.part == 0
+        }
+        after = [float(r.rows[0].samples.sum()) for c, r in executor.run_cells(iter([[cells[-2]]]))]
     assert measured[(1,), patch.key] == expected
     assert measured[(1,), None] != expected and after == [whole]
     assert patch.repaired().record == prune_record(tmp_path / "less")

@@ -101,10 +101,12 @@ class RayExecutor:
         if first is not None:
             yield from self._measure(ShardQueue(run) for run in chain([first], runs))
 
-    def run_cells(self, cells: Sequence[Cell]) -> Generator[CellOutcome, None, None]:
+    def run_cells(self, rounds: Iterator[Sequence[Cell]]) -> Generator[CellOutcome, None, None]:
         """See `executors.base.Executor`."""
-        if cells:
-            yield from self._measure(CellQueue(spec, of_model) for spec, of_model in by_model(cells))
+        first = next(rounds, None)
+        if first is not None:
+            models = (of_model for cells in chain([first], rounds) for of_model in by_model(cells))
+            yield from self._measure(CellQueue(spec, of_model) for spec, of_model in models)
 
     def _measure(self, queues: Iterable[UnitQueue[Any]]) -> Generator[tuple[Any, Any], None, None]:
         self.connect()

@@ -106,6 +106,8 @@ class Pool:
             self._preempt()
             yield from self._arrived()  # now that no gang waits for who takes them
             self._wait()
+            if not any(queue.is_active for queue in self._queues):
+                yield from self._arrived()  # the next queue may wait for them
         yield from self._arrived()
 
     def close(self) -> None:

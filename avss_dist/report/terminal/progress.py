@@ -7,7 +7,7 @@ import time
 from collections import deque
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Self, TextIO
 
 from rich import progress as rich_progress
 from rich.text import Text
@@ -15,9 +15,10 @@ from rich.text import Text
 from avss_dist.report.terminal.estimate import describe_seconds
 from avss_dist.runs.reporter import Reporter
 from avss_dist.system.streams import console, say
-from avss_dist.text import basename
+from avss_dist.text import basename, describe_layers
 
 if TYPE_CHECKING:
+    from avss_dist.evaluation.search import Step
     from avss_dist.partition.base import Placement
     from avss_dist.runs.run import Run
     from avss_dist.tasks.cells import Cell
@@ -99,7 +100,7 @@ class CellProgress:
         self._progress = bars(rich_progress.MofNCompleteColumn())
         self._task: rich_progress.TaskID | None = None
 
-    def __enter__(self) -> CellProgress:
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
@@ -115,6 +116,22 @@ class CellProgress:
         assert self._task is not None
         without = f" without {len(cell.drop)} layers" if cell.drop else ""
         self._progress.update(self._task, advance=1, description=f"{_short(cell.checkpoint.name)}{without}")
+
+
+class SearchProgress(CellProgress):
+    """A `search.SearchReporter`: a bar for each round, and a line for what it found."""
+
+    def started(self, cells: int, done: int) -> None:
+        """A round begins."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        super().started(cells, done)
+
+    def stepped(self, step: Step) -> None:
+        """A round is over."""
+        if self._progress.console.is_terminal:
+            loss = f"loss {step.best.value:.4f} without {describe_layers(step.best.drop)}"
+            self._progress.console.print(f"{step.sets} sets: {loss}", markup=False, highlight=False)
 
 
 class Log(Reporter):

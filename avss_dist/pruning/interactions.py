@@ -1,0 +1,110 @@
+"""Which layers to drop where they are known to matter together: the set of least predicted loss.
+
+To second order, the loss rises by ``b^T x + 1/2 x^T H x`` without the layers where ``x`` is 1: ``b`` is what each layer
+does alone, and ``H`` what pairs do together (with the Fisher information for the curvature: Michel, Levy and Neubig,
+arXiv 1905.10650, for gates; Hassibi and Stork, 1992, for the second order).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from math import comb
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avss_dist.pruning.selection import PlanError
+from avss_dist.stats.layer_stats import Float64
+
+MOST_SETS = 200_000_000  # that are compared, all of them: 15 of 30 layers, seconds
+RESTARTS = 64  # of a local search, where there are more
+AT_ONCE = 1 << 22  # sets whose values are in memory
+
+
+def quadratic(b: Float64, h: Float64, count: int, first: int = 0, last: int = 0) -> tuple[int, ...]:
+    """The ``count`` layers without which the predicted loss is least, ascending.
+
+    Of up to `MOST_SETS` sets it is the least of all; beyond, the least that `RESTARTS` local searches find, the same
+    ones each time.
+
+    Args:
+        b: float64[layers], nats per token.
+        h: float64[layers, layers]; what counts of it is its symmetric part.
+        first, last: layers at the ends that stay.
+
+    Raises:
+        PlanError: values that are not finite or of these shapes, or fewer layers than ``count`` that may go.
+    """
+    n = len(b)
+    if b.shape != (n,) or h.shape != (n, n) or not (np.isfinite(b).all() and np.isfinite(h).all()):
+        raise PlanError(
+            f"Interactions are finite numbers, one for each layer and each pair; here are {b.shape} and {h.shape}.",
+            "Measure them again.",
+        )
+    free = range(first, max(first, n - last))
+    if not 0 < count <= len(free) or count == n:
+        raise PlanError(f"{count} of {n} layers cannot be dropped: {len(free)} are not protected.", "Drop fewer.")
+    b, h = b[free], ((h + h.T) / 2)[np.ix_(free, free)]
+    linear, pairs = b + np.diag(h) / 2, h - np.diag(np.diag(h))
+    exact = comb(len(free), count) <= MOST_SETS
+    found = _least_of_all(linear, pairs, count) if exact else _least_found(linear, pairs, count)
+    return tuple(first + layer for layer in sorted(found))
+
+
+def _least_of_all(linear: Float64, pairs: Float64, count: int) -> Sequence[int]:
+    """Every set is one of the first half of the layers with one of the second: products of matrices compare them."""
+    half = len(linear) // 2
+    best, chosen = np.inf, np.zeros(0, np.intp)
+    for size in range(max(0, count - len(linear) + half), min(half, count) + 1):
+        left = _subsets(range(half), size, len(linear))
+        right = _subsets(range(half, len(linear)), count - size, len(linear))
+        alone, across = _values(right, linear, pairs), pairs @ right.T
+        step = max(1, AT_ONCE // len(right))
+        for start in range(0, len(left), step):
+            some = left[start : start + step]
+            values = _values(some, linear, pairs)[:, None] + alone + some @ across
+            if (least := values.min()) < best:
+                best = least
+                i, j = np.unravel_index(values.argmin(), values.shape)
+                chosen = np.flatnonzero(some[i] + right[j])
+    return chosen.tolist()
+
+
+def _subsets(of: range, size: int, layers: int) -> Float64:
+    """float64[subsets, layers]: 1 where a layer is in the subset; in lexicographic order."""
+    chosen = np.array(list(combinations(of, size)), np.intp).reshape(comb(len(of), size), size)
+    subsets = np.zeros((len(chosen), layers))
+    np.put_along_axis(subsets, chosen, 1.0, axis=1)
+    return subsets
+
+
+def _values(sets: Float64, linear: Float64, pairs: Float64) -> Float64:
+    """float64[sets]"""
+    values: Float64 = sets @ linear + ((sets @ pairs) * sets).sum(axis=1) / 2
+    return values
+
+
+def _least_found(linear: Float64, pairs: Float64, count: int) -> Sequence[int]:
+    """From the layers that are least alone, and from random sets: the best swap, as long as one helps."""
+    rng = np.random.default_rng(0)
+    alone = np.argsort(linear, kind="stable")
+    starts = [alone[:count], *(rng.permutation(len(linear))[:count] for _ in range(RESTARTS))]
+    ends = [_descend(start, linear, pairs) for start in starts]
+    chosen = ends[int(np.argmin(_values(np.array(ends, np.float64), linear, pairs)))]
+    return np.flatnonzero(chosen).tolist()
+
+
+def _descend(start: NDArray[np.intp], linear: Float64, pairs: Float64) -> NDArray[np.bool_]:
+    chosen = np.zeros(len(linear), np.bool_)
+    chosen[start] = True
+    while True:
+        cost = linear + pairs @ chosen  # of having a layer in the set beside the others
+        inside, outside = np.flatnonzero(chosen), np.flatnonzero(~chosen)
+        if not len(outside):
+            return chosen
+        change = cost[outside] - cost[inside][:, None] - pairs[np.ix_(inside, outside)]
+        i, j = np.unravel_index(change.argmin(), change.shape)
+        if change[i, j] > -1e-12 * np.abs(cost).max():  # rounding helps nobody
+            return chosen
+        chosen[inside[i]], chosen[outside[j]] = False, True

@@ -1,0 +1,196 @@
+"""Searches among sets of layers, by the loss of the model without them; it is measured elsewhere.
+
+A search is a generator: it yields the sets that it wants to know the loss of, is sent their losses, and returns the set
+that it chooses. It depends on those losses, its choice and its effort alone: not on who measures, or when.
+
+Greedy: Song et al., SLEB, arXiv 2402.09025. Evolution by exchange: Sieberling et al., EvoPress, arXiv 2410.14649.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from avss_dist.errors import ConfigError
+from avss_dist.pruning.selection import Choice
+from avss_dist.settings import checked
+
+WIDTH = 3  # sets that are gone on from
+SIBLINGS = 8  # exchanges of one layer that are tried at once
+
+Drop = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Sets whose loss is wanted: a set with one layer more, for each of some layers; without any, the set itself."""
+
+    base: Drop
+    layers: tuple[int, ...] = ()
+
+    @property
+    def sets(self) -> list[Drop]:
+        """Each ascending."""
+        return [_with(self.base, layer) for layer in self.layers] or [self.base]
+
+
+Search = Generator[list[Expansion], Mapping[Drop, float], Drop]
+
+
+@checked
+class Effort:
+    """How far is searched.
+
+    Raises:
+        ConfigError: values out of their range.
+    """
+
+    budget: Annotated[int, Field(ge=1)] | None = None
+    """Sets whose loss is measured at most, each counted once, and again by a search that finds it in the warehouse."""
+    width: Annotated[int, Field(ge=1)] | None = None
+    """Sets that are gone on from at each step of beam and evolve; 3 by default."""
+
+
+def search_for(choice: Choice, effort: Effort, num_layers: int, starts: Sequence[Drop] = ()) -> Search:
+    """A search, not begun.
+
+    Args:
+        choice: by one of ``settings.SEARCHES``.
+        starts: sets that evolve begins with, beside those of its greedy steps.
+
+    Raises:
+        ConfigError: the effort is no effort of this search, or does not suffice for its first step.
+        PlanError: see `Choice.number`.
+    """
+    free, count = tuple(choice.unprotected(num_layers)), choice.number(num_layers)
+    if choice.by == "greedy" and effort.width is not None:
+        raise ConfigError("`width` has no effect: a greedy search goes on from one set.", "Use beam, or leave it out.")
+    if choice.by != "evolve" and starts:
+        raise ConfigError(f"A {choice.by} search begins with the whole model, with no other set.", "Use evolve.")
+    least = _least_budget(len(free), count) + (choice.by == "evolve")
+    if effort.budget is not None and effort.budget < least:
+        raise ConfigError(
+            f"`budget` {effort.budget} does not suffice for one step, with {len(free)} layers that may be dropped.",
+            f"{least} is the least.",
+        )
+    width = effort.width or WIDTH
+    if choice.by != "evolve":
+        return _beam(free, count, effort.budget, 1 if choice.by == "greedy" else width)
+    if effort.budget is None:
+        raise ConfigError(
+            "evolve goes on as long as its `budget` lasts, and none is given.",
+            f"At least {least}; a greedy search takes {sum(range(len(free) - count + 1, len(free) + 1))}.",
+        )
+    return _evolve(free, count, effort.budget, width, starts, choice.seed)
+
+
+def _least_budget(free: int, count: int) -> int:
+    """One step, and the set that is chosen after it."""
+    return free + (count > 1)
+
+
+def _beam(free: Drop, count: int, budget: int | None, width: int) -> Search:
+    """Of the sets with one layer more, the ``width`` best are gone on from.
+
+    Where the budget does not suffice for another step, the layers that are lowest in the last one complete the best
+    set, which is measured.
+    """
+    kept: list[Drop] = [()]
+    used = 0
+    losses: Mapping[Drop, float] = {}
+    while len(kept[0]) < count:
+        asked = _expand(kept, free)
+        number = sum(len(one.layers) for one in asked)
+        if budget is not None and used + number + (len(kept[0]) + 1 < count) > budget:
+            break
+        before, losses = kept, (yield asked)
+        used, kept = used + number, best_sets(losses, width)
+    else:
+        return kept[0]
+    base = next(base for base in before if {*base} < {*kept[0]})
+    others = {layer: losses[_with(base, layer)] for layer in free if layer not in kept[0]}
+    more = sorted(others, key=lambda layer: (_comparable(others[layer]), layer))[: count - len(kept[0])]
+    completed = tuple(sorted({*kept[0], *more}))
+    yield [Expansion(completed)]
+    return completed
+
+
+def _evolve(free: Drop, count: int, budget: int, width: int, starts: Sequence[Drop], seed: int) -> Search:
+    """Greedy steps with half of the budget; then, again and again, exchanges of one layer in the ``width`` best sets.
+
+    Ends before the budget does where no exchange in any of them is left to try.
+    """
+    known: dict[Drop, float] = {}
+    yield from _noted(_beam(free, count, max(budget // 2, _least_budget(len(free), count)), 1), known)
+    if new := [Expansion(start) for start in dict.fromkeys(starts) if start not in known]:
+        known |= yield new[: budget - len(known)]
+    rng = np.random.default_rng(seed)
+    while left := budget - len(known):
+        parents = best_sets({drop: loss for drop, loss in known.items() if len(drop) == count}, width)
+        asked = list(_exchanges(parents, free, {*known}, left, rng))
+        if not asked:
+            break
+        known |= yield asked
+    return best_sets({drop: loss for drop, loss in known.items() if len(drop) == count}, 1)[0]
+
+
+def _noted(search: Search, known: dict[Drop, float]) -> Generator[list[Expansion], Mapping[Drop, float], None]:
+    """A search as it is; what it is told is kept."""
+    asked = next(search)
+    while True:
+        losses = yield asked
+        known |= losses
+        try:
+            asked = search.send(losses)
+        except StopIteration:
+            return
+
+
+def _exchanges(
+    parents: Sequence[Drop], free: Drop, known: set[Drop], left: int, rng: np.random.Generator
+) -> Iterator[Expansion]:
+    """Of each set, one layer put back, by chance, and others taken out for it: its neighbours, and some by chance."""
+    for parent in parents:
+        for back in rng.permutation(parent).tolist():
+            base = tuple(layer for layer in parent if layer != back)
+            new = [layer for layer in free if layer not in parent and _with(base, layer) not in known]
+            if not new or not left:
+                continue
+            order = sorted(rng.permutation(new).tolist(), key=lambda layer: abs(layer - back) > 1)
+            made = Expansion(base, tuple(sorted(order[: min(SIBLINGS, left)])))
+            known.update(made.sets)
+            left -= len(made.layers)
+            yield made
+            break
+
+
+def _expand(bases: Sequence[Drop], free: Drop) -> list[Expansion]:
+    """Every set with one layer more, once: from the base to which it adds the deepest layer, which costs least."""
+    origin: dict[Drop, tuple[int, Drop]] = {}
+    for base in bases:
+        for layer in free:
+            if layer not in base:
+                made = _with(base, layer)
+                origin[made] = max(origin.get(made, (-1, base)), (layer, base))
+    added: dict[Drop, list[int]] = {}
+    for layer, base in origin.values():
+        added.setdefault(base, []).append(layer)
+    return [Expansion(base, tuple(sorted(layers))) for base, layers in added.items()]
+
+
+def best_sets(losses: Mapping[Drop, float], number: int) -> list[Drop]:
+    """The sets of least loss; equal ones in the order of their layers."""
+    return sorted(losses, key=lambda drop: (_comparable(losses[drop]), drop))[:number]
+
+
+def _comparable(loss: float) -> float:
+    return math.inf if math.isnan(loss) else loss
+
+
+def _with(base: Drop, layer: int) -> Drop:
+    return tuple(sorted({*base, layer}))

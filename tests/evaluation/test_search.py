@@ -1,0 +1,252 @@
+"""Searching sets of layers of a model: against sets measured one by one, killed, resumed, on workers, as a command."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.causal_lm import SMALL, opened
+from support.checkpoints import llama, one_thread
+from support.command_line import avss
+
+from avss_dist.evaluation.engine import plan_text
+from avss_dist.evaluation.search import Found, search
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.pruning.plan import read_plan
+from avss_dist.pruning.search import Drop, Effort
+from avss_dist.pruning.selection import Choice, PlanError
+from avss_dist.runs.api import score
+from avss_dist.settings import Settings
+from avss_dist.tasks.base import TextLoss
+from avss_dist.warehouse.reader import Warehouse
+
+TEXT = "builtin:pydoc"
+LAYERS = 6
+OPTIONS = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture(autouse=True)
+def same_bytes() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[Any, Path], Path]) -> Path:
+    """Weights so large that layers matter."""
+    folder = tmp_path_factory.mktemp("search") / "six-layers"
+    return save_checkpoint(llama(num_hidden_layers=LAYERS, initializer_range=0.3), folder)
+
+
+@pytest.fixture(scope="module")
+def warehouse(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a run of the model; not to be changed."""
+    folder = tmp_path_factory.mktemp("scored") / "w"
+    score(model, corpus=TEXT, out=folder, **SMALL)
+    return folder
+
+
+@pytest.fixture
+def scored(warehouse: Path, tmp_path: Path) -> tuple[Path, Mapping[str, Any]]:
+    """A copy of the warehouse, to change, and the row of its run."""
+    folder = Path(shutil.copytree(warehouse, tmp_path / "w"))
+    (row,) = Warehouse(folder).runs().to_pylist()
+    return folder, row
+
+
+def found_by(by: str, scored: tuple[Path, Mapping[str, Any]], effort: Effort | None = None, **options: Any) -> Found:
+    choice = Choice(by=by, count=options.pop("count", 3), last=1)
+    return search(*scored, choice, corpus=TEXT, effort=effort, skip_sequences=6, **SMALL | options)
+
+
+def cell_times(warehouse: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (warehouse / "cells").rglob("*.parquet")}
+
+
+class Truth:
+    """The loss of a model without sets of layers, each measured alone."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        text = plan_text(model.checkpoint, TEXT, Settings(**SMALL), skip_sequences=6)
+        self._model, self._parts = model, [TextLoss(shard) for shard in text.shards]
+
+    def __call__(self, drop: Drop) -> float:
+        rows = [part(self._model, drop)[0] for part in self._parts]
+        return float(sum(row.samples.sum() for row in rows) / sum(row.weights.sum() for row in rows))
+
+
+def test_greedy_drops_what_costs_least_at_each_step(scored: tuple[Path, Mapping[str, Any]], model: Path) -> None:
+    truth = Truth(opened(model, batch_size=4))
+    found = found_by("greedy", scored)
+    drop: Drop = ()
+    assert len(found.steps) == 3
+    for number, step in enumerate(found.steps):
+        drop = min(
+            (tuple(sorted({*drop, layer})) for layer in range(LAYERS - 1) if layer not in drop),
+            key=truth,
+        )
+        assert step.best.drop == drop
+        assert step.best.value == truth(drop)
+        assert step.sets == [5, 9, 12][number]
+    assert found.plan.drop == drop and found.chosen.value == truth(drop) and found.whole.value == truth(())
+    assert found.plan.why["by"] == "greedy" and found.plan.why["sets"] == 12
+
+
+def test_the_plan_says_how_it_was_made(scored: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
+    found = found_by("evolve", scored, Effort(budget=20, width=2))
+    found.plan.write(tmp_path / "plan.yaml")
+    why = read_plan(tmp_path / "plan.yaml").why
+    expected = {"by": "evolve", "count": 3, "last": 1, "seed": 0, "budget": 20, "width": 2, "text": TEXT}
+    expected |= {"sequences": 6, "skip_sequences": 6, "sets": found.steps[-1].sets, "task": f"search:{TEXT}"}
+    assert why.items() >= expected.items()
+    assert why["loss"] == pytest.approx(found.chosen.value, abs=1e-6)
+    assert why["whole_model"] == pytest.approx(found.whole.value, abs=1e-6)
+    assert read_plan(tmp_path / "plan.yaml").run_id == scored[1]["run_id"]
+    rows = Warehouse(scored[0]).table("evaluations", run_ids=[str(why["evaluation"])]).to_pylist()
+    assert {tuple(row["drop"]): row["value"] for row in rows if row["metric"] == "loss"}[found.plan.drop] == (
+        found.chosen.value
+    )
+
+
+def test_searches_share_what_they_measure(scored: tuple[Path, Mapping[str, Any]]) -> None:
+    """A larger budget goes on; another search of the same text measures only what is new."""
+    less = found_by("greedy", scored, Effort(budget=6))
+    before = cell_times(scored[0])
+    more = found_by("greedy", scored)
+    after = cell_times(scored[0])
+    assert before.items() < after.items()
+    assert more.steps[0].best.value == less.steps[0].best.value
+    evolved = found_by("evolve", scored, Effort(budget=24))
+    last = cell_times(scored[0])
+    assert after.items() < last.items()
+    assert evolved.chosen.value <= more.chosen.value
+    assert found_by("evolve", scored, Effort(budget=24)).plan == evolved.plan
+    assert cell_times(scored[0]) == last
+    found_by("greedy", scored, fresh=True)
+    assert {path for path, at in cell_times(scored[0]).items() if last[path] == at} < {*last}
+
+
+def test_what_is_lost_is_measured_again(scored: tuple[Path, Mapping[str, Any]]) -> None:
+    first = found_by("beam", scored)
+    times = cell_times(scored[0])
+    lost = sorted(times)[::2]
+    for path in lost:
+        path.unlink()
+    assert found_by("beam", scored).plan == first.plan
+    assert all(at == times[path] for path, at in cell_times(scored[0]).items() if path in {*times} - {*lost})
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on_where_it_was(scored: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
+    warehouse, plan = scored[0], tmp_path / "plan.yaml"
+    command = ["plan", str(warehouse), "--search", "evolve", "--budget", "60", "--count", "3", "--corpus", TEXT]
+    command += ["-o", str(plan), *OPTIONS]
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "avss_dist", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while len(cell_times(warehouse)) < 3 and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL and not plan.exists()
+    kept = cell_times(warehouse)
+    assert len(kept) >= 3
+    assert avss(*command).exit_code == 0
+    assert kept.items() < cell_times(warehouse).items()
+    resumed = plan.read_text()
+    assert avss(*command, "--fresh").exit_code == 0
+    assert plan.read_text() == resumed
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("warm_workers")
+def test_workers_find_what_one_process_finds(scored: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
+    """Round after round on the same workers, whose models stay open."""
+    found = {}
+    for name, options in {"one": ["--executor", "local"], "two": ["--replicas", "2"]}.items():
+        plan = tmp_path / f"{name}.yaml"
+        done = avss(
+            *("plan", scored[0], "--search", "evolve", "--budget", 40, "--count", 3, "--corpus", TEXT, "-o", plan),
+            *(*OPTIONS, "--fresh", *options),
+        )
+        assert done.exit_code == 0, done.stderr
+        found[name] = plan.read_text(), done.stdout.replace(f"{name}.yaml", "")
+    assert found["one"] == found["two"]
+
+
+def test_the_text_of_a_search_is_no_text_to_evaluate_on(scored: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    found_by("greedy", scored).plan.write(plan)
+    command = ["evaluate", plan, "--task", f"perplexity:{TEXT}", "--warehouse", scored[0], *OPTIONS]
+    for skip in (0, 6):  # that of the scores, and that of the search
+        refused = avss(*command, "--skip-sequences", skip)
+        assert refused.exit_code == 2 and "100% of perplexity" in refused.stderr
+    assert "Use other text: another corpus, or --skip-sequences 12." in " ".join(refused.stderr.split())
+    assert avss(*command, "--skip-sequences", 12).exit_code == 0
+    assert avss(*command, "--skip-sequences", 6, "--allow-overlap").exit_code == 0
+
+
+def test_another_checkpoint_is_refused(
+    model: Path, scored: tuple[Path, Mapping[str, Any]], save_checkpoint: Callable[[Any, Path], Path]
+) -> None:
+    changed = {**scored[1], "revision": "0" * 64}
+    with pytest.raises(PlanError, match="now"):
+        search(scored[0], changed, Choice(by="greedy"), corpus=TEXT, **SMALL)
+
+
+# The command line
+
+
+def test_a_search_shows_its_steps_and_its_plan_prunes(
+    scored: tuple[Path, Mapping[str, Any]], model: Path, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    done = avss("plan", scored[0], "--search", "beam", "--count", 2, "--corpus", TEXT, "-o", plan, *OPTIONS)
+    assert done.exit_code == 0, done.stderr
+    for words in ("dropped", "perplexity", "sets", "Chosen by beam (the same, over several sets side by side)"):
+        assert words in done.stdout
+    assert "Finding: The set was chosen for its loss on this very text" in done.stdout
+    assert avss("prune", model, plan, "--out", tmp_path / "pruned").exit_code == 0
+    assert len(opened(tmp_path / "pruned").layers) == LAYERS - 2
+
+
+def test_evolve_begins_with_a_score(scored: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
+    command = ["plan", scored[0], "--search", "evolve", "--budget", 30, "--count", 3, "--corpus", TEXT, *OPTIONS]
+    done = avss(*command, "--by", "block_influence", "-o", tmp_path / "plan.yaml")
+    assert done.exit_code == 0, done.stderr
+    assert read_plan(tmp_path / "plan.yaml").why["starts"] == 1
+    by = avss("plan", scored[0], "--by", "block_influence", "--count", 3, "-o", tmp_path / "by.yaml")
+    assert by.exit_code == 0
+    drop = read_plan(tmp_path / "by.yaml").drop
+    cells = Warehouse(scored[0]).table("cells").to_pylist()
+    assert drop in {tuple(row["drop"]) for row in cells if row["task"] == f"search:{TEXT}"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--search", "greedy"], "A search measures losses on text, and there is none"),
+        (["--search", "gredy", "--corpus", TEXT], "greedy"),
+        (["--search", "greedy", "--corpus", TEXT, "--budget", 5], "--budget 5 does not suffice"),
+        (["--search", "greedy", "--corpus", TEXT, "--by", "block_influence"], "begins with the whole model"),
+        (["--search", "greedy", "--corpus", TEXT, "--contiguous"], "sets of any layers"),
+        (["--by", "block_influence", "--corpus", TEXT], "--corpus has no effect without a search"),
+        (["--by", "block_influence", "--budget", 9], "--budget has no effect without a search"),
+        (["--by", "block_influence", "--replicas", 2], "--replicas has no effect without a search"),
+        (["--by", "block_influence", "--max-sequences", 2], "--max-sequences has no effect without a search"),
+    ],
+)
+def test_a_mistake_is_named(
+    words: list[str], said: str, scored: tuple[Path, Mapping[str, Any]], tmp_path: Path
+) -> None:
+    done = avss("plan", scored[0], "-o", tmp_path / "plan.yaml", *words)
+    assert done.exit_code == 2 and said in done.stderr
+    assert not (tmp_path / "plan.yaml").exists() and not (scored[0] / "cells").exists()
