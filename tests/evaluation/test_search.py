@@ -131,7 +131,7 @@ def test_searches_share_what_they_measure(scored: tuple[Path, Mapping[str, Any]]
     assert found_by("evolve", scored, Effort(budget=24)).plan == evolved.plan
     assert cell_times(scored[0]) == last
     found_by("greedy", scored, fresh=True)
-    assert {path for path, at in cell_times(scored[0]).items() if last[path] == at} < {*last}
+    assert not cell_times(scored[0]).items() >= last.items()
 
 
 def test_what_is_lost_is_measured_again(scored: tuple[Path, Mapping[str, Any]]) -> None:
