@@ -17,7 +17,7 @@ from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
 
 _OPTIONS = {"loss": "", "shapley": " --no-leave-one-out --shapley 32", "taylor": " --no-leave-one-out --gradients"}
-_REPEATED = ("max_sequences", "sequence_length", "batch_size", "sequences_per_shard", "layout", "dtype")
+_REPEATED = ("max_sequences", "sequence_length", "batch_size", "layout", "dtype")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ class Weather(threading.Thread):
         self._after(0.75)
         for node in others[:2]:
             self._say(f"{self._names[node.node_id]} is lost")
-            self._cluster.shrink(node)
+            self._cluster.kill_node(node)
 
     def _after(self, share: float) -> None:
         wait_until(lambda: len({note.what for note in self._notes.shards}) >= share * self._num_shards)

@@ -122,7 +122,7 @@ def test_three_nodes_grow_to_five_and_lose_two_in_one_run(
             wait_until(lambda: len(notes.shards) == 18)  # 13 are done, five wait
             for node in cluster.nodes[1:3]:
                 lost.append(node.node_id)
-                cluster.shrink(node)
+                cluster.kill_node(node)
             notes.open("shrunk")
 
         with Meanwhile(happens):
@@ -135,6 +135,18 @@ def test_three_nodes_grow_to_five_and_lose_two_in_one_run(
     assert {shard for shard, times in begun.items() if times > 1} == in_flight
 
 
+def overheard(patch: pytest.MonkeyPatch) -> list[Any]:
+    """What the pool hears of nodes that drain, as it asks."""
+    asked, answers = pool.draining_nodes, []
+
+    def draining_nodes() -> Any:
+        answers.append(asked())
+        return answers[-1]
+
+    patch.setattr(pool, "draining_nodes", draining_nodes)
+    return answers
+
+
 def test_a_node_that_drains_finishes_its_shard_and_takes_no_other(
     cluster: Cluster,
     folder: Path,
@@ -144,13 +156,7 @@ def test_a_node_that_drains_finishes_its_shard_and_takes_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It ends as soon as nothing of the run is left on it."""
-    asked, answers = pool.draining_nodes, []
-
-    def draining_nodes() -> Any:
-        answers.append(asked())
-        return answers[-1]
-
-    monkeypatch.setattr(pool, "draining_nodes", draining_nodes)
+    answers = overheard(monkeypatch)
     victim = cluster.nodes[1].node_id
     with noting(folder, {0: "noticed", SHARDS - 1: "gone"}) as notes:
 
@@ -170,21 +176,50 @@ def test_a_node_that_drains_finishes_its_shard_and_takes_no_other(
     assert len([note for note in notes.shards if note.node == victim]) == 1
 
 
+def test_a_gang_finishes_its_round_when_one_of_its_nodes_drains(
+    cluster: Cluster,
+    folder: Path,
+    tiny_llama: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next one is on the nodes that stay."""
+    answers = overheard(monkeypatch)
+    victims: list[str] = []
+    with noting(folder, {0: "noticed"}) as notes:
+
+        def happens() -> None:
+            wait_until(lambda: len(notes.shards) == 2)
+            (node, *_) = [n for n in cluster.nodes[1:] if n.node_id in {note.node for note in notes.shards}]
+            victims.append(node.node_id)
+            cluster.drain(node)
+            wait_until(lambda: sum(node.node_id in nodes for nodes in answers) >= 2)
+            notes.open("noticed")
+
+        with Meanwhile(happens):
+            options = {"partition": "zero3", "ranks": 2, "replicas": 1, "address": cluster.address}
+            run = score(tiny_llama, tmp_path / "w", executor="ray", **options)
+    assert run.status == "done"
+    assert_same_tables(tmp_path / "w", undisturbed)
+    assert sorted(int(note.what) for note in notes.shards) == list(range(SHARDS)), "each once"
+    assert [note.what in ("0", "1") for note in notes.shards if note.node in victims] == [True]
+
+
 def test_a_run_begins_when_there_are_as_many_as_it_waits_for(
     folder: Path, tiny_llama: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Models are opened meanwhile; who waits for a place when no shard is left is not waited for any more."""
+    """Models are opened meanwhile. An autoscaler hears of all that are missing, and of none when no shard is left."""
     ray.shutdown()
     with Cluster(nodes=1) as cluster, noting(folder, {SHARDS - 1: "alone"}) as notes:
 
         def happens() -> None:
-            wait_until(lambda: len(notes.opens) == 1)
+            wait_until(lambda: len(notes.opens) == 1 and cluster.wanted() == 7)
             cluster.grow()
-            wait_until(lambda: len(notes.opens) == 2)
+            wait_until(lambda: len(notes.opens) == 2 and cluster.wanted() == 6)
             assert notes.shards == []
             cluster.grow()
-            wait_until(lambda: len(notes.shards) == SHARDS)
-            wait_until(lambda: "PENDING_CREATION" not in {a["State"] for a in ray._private.state.actors().values()})
+            wait_until(lambda: len(notes.shards) == SHARDS and cluster.wanted() == 0)
             notes.open("alone")
 
         with Meanwhile(happens):
@@ -205,7 +240,7 @@ def test_nodes_that_are_lost_while_models_are_opened_are_no_fault_of_the_model(
         def happens() -> None:
             wait_until(lambda: len(notes.opens) == 5)
             for node in cluster.nodes[1:4]:
-                cluster.shrink(node)
+                cluster.kill_node(node)
             notes.open("all")
 
         with Meanwhile(happens):

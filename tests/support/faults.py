@@ -80,6 +80,14 @@ def kill_node(scene: Scene) -> bool:
     return bool(others)
 
 
+def drain_node(scene: Scene) -> bool:
+    """Notice of preemption for a node that is not the driver's, and that has none yet."""
+    others = [node for node in scene.cluster.nodes[1:] if node.node_id not in scene.cluster.draining()]
+    if others:
+        scene.cluster.drain(scene.dice.choice(others))
+    return bool(others)
+
+
 def kill_raylet(scene: Scene) -> bool:
     """Of any node, the driver's too."""
     return _signal(scene.cluster.services("raylet"), signal.SIGKILL, scene.dice)
@@ -150,6 +158,7 @@ FAULTS = {
     "worker frozen": Fault(harm=freeze_worker, jobs=("score", "experiment", *GANGS)),
     "rank killed": Fault(harm=kill_rank, jobs=GANGS, weight=6),
     "node killed": Fault(harm=kill_node),
+    "node drained": Fault(harm=drain_node),
     "raylet killed": Fault(harm=kill_raylet),
     "agent killed": Fault(harm=kill_agent),
     "GCS killed": Fault(harm=kill_gcs),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 from ray._raylet import GcsClient
+from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from ray.cluster_utils import Cluster as RayCluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
@@ -65,20 +66,23 @@ class Cluster:
 
     def grow(self) -> Any:
         """Another node, as an autoscaler or a person brings one."""
-        self._nodes += 1
         return self._ray.add_node(**SIZE)
-
-    def shrink(self, node: Any) -> None:
-        """A node that is lost for good, with all that runs on it."""
-        self._nodes -= 1
-        self.kill_node(node)
 
     def drain(self, node: Any) -> None:
         """Give a node notice, as a cloud does that takes a spot machine back; it ends when nothing runs on it."""
         gcs: Any = GcsClient(address=self.address)
         accepted, why = gcs.drain_node(node.node_id, PREEMPTION, "a notice of preemption", 0)
         assert accepted, why
-        self._nodes -= 1
+
+    def draining(self) -> Set[str]:
+        """The ids of the nodes that were given notice, and live."""
+        gcs: Any = GcsClient(address=self.address)
+        return gcs.get_draining_nodes().keys()
+
+    def wanted(self) -> int:
+        """Actors and groups that wait for a place, as an autoscaler is told of them."""
+        state = get_cluster_resource_state(GcsClient(address=self.address))
+        return sum(one.count for one in state.pending_resource_requests) + len(state.pending_gang_resource_requests)
 
     @property
     def has_head(self) -> bool:

@@ -138,7 +138,7 @@ class RayExecutor:
             return
         task: Any = ray.remote(_call).options(num_cpus=0, scheduling_strategy="SPREAD")
         left, running = iter(items), deque[tuple[S, Any]]()
-        at_once = max(1, self.devices.cpus // 2)
+        at_once = max(2, self.devices.cpus // 2)
         while True:
             running.extend((item, task.remote(function, item)) for item in islice(left, at_once - len(running)))
             if not running:
