@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
@@ -30,7 +31,14 @@ Drop = tuple[int, ...]
 
 
 class Watching(Protocol):
-    """Sees the hidden states and the gradients of one batch, by hooks, while it is entered."""
+    """Sees the hidden states and the gradients of one batch, by hooks, while it is entered.
+
+    Attributes:
+        keeps: hidden states of the batch that it keeps for each layer, at most.
+    """
+
+    @property
+    def keeps(self) -> int: ...
 
     def watch(self) -> AbstractContextManager[None]:
         """May be entered several times for one batch."""
@@ -198,10 +206,17 @@ class LanguageModel:
             return {}
         return {drop: min(set(drop) - first) for drop in drops[1:] if first < set(drop)}
 
-    def backpropagate(self, batches: Sequence[Batch], watchers: Sequence[Watcher]) -> list[Watcher]:
+    def backpropagate(
+        self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
+    ) -> list[Watcher]:
         """A forward and a backward pass of each batch's summed losses, each within its watcher; the watchers.
 
         Hooks must tell passes apart by whether gradients are enabled: a layer may run more than once.
+
+        Args:
+            draws: further backward passes through the same forward pass, each with labels that are drawn from what
+                the model predicts, in place of the text's own.
+            seed: of the draws; they depend on a row's tokens, and not on the batch that it is in.
 
         Raises:
             ModelError: gradients cannot be had of this replica.
@@ -209,14 +224,50 @@ class LanguageModel:
         for batch, watcher in zip(batches, watchers, strict=True):
             with watcher.watch(), torch.enable_grad():
                 logits = self.logits(batch)
-                logits.backward(self.logit_gradients(logits, batch))
+                for number, gradient in enumerate(self.logit_gradients(logits, batch, draws, seed)):
+                    logits.backward(gradient, retain_graph=number < draws)
         return list(watchers)
 
-    def logit_gradients(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Of the summed losses, [rows, tokens, vocabulary]; one row's logits are in float32 at a time."""
-        rows = [row.detach().requires_grad_() for row in logits]
-        losses = self.row_losses(rows, batch)
-        return torch.stack([torch.autograd.grad(loss, row)[0] for loss, row in zip(losses, rows, strict=True)])
+    def logit_gradients(
+        self, logits: torch.Tensor, batch: Batch, draws: int = 0, seed: int = 0
+    ) -> Iterator[torch.Tensor]:
+        """Of the summed losses, [rows, tokens, vocabulary]: of the text's own labels, then of each draw's."""
+        with torch.no_grad():
+            labels = torch.from_numpy(batch.input_ids).to(self.device, torch.int64)[:, 1:]
+            drawn = self._draw_labels(logits.detach(), batch, draws, seed) if draws else ()
+        for of in (labels, *drawn):
+            with torch.no_grad():
+                gradient = self._gradients_of_labels(logits.detach(), batch, of)
+            yield gradient
+
+    def _gradients_of_labels(self, logits: torch.Tensor, batch: Batch, labels: torch.Tensor) -> torch.Tensor:
+        """Of cross entropy: what is predicted, less 1 at the label; `WIDENED_BYTES` are in float32 at a time."""
+        counted, found = self._place(predicted(batch)), torch.zeros_like(logits)
+        some = max(1, WIDENED_BYTES // (4 * logits.shape[-1]))
+        for row, into, targets, counts in zip(logits, found, labels, counted, strict=True):
+            pieces = (row[:-1].split(some), into[:-1].split(some), targets.split(some), counts.split(some))
+            for piece, part, target, count in zip(*pieces, strict=True):
+                probabilities = piece.float().softmax(dim=-1)
+                probabilities.scatter_add_(1, target[:, None], probabilities.new_full((len(target), 1), -1.0))
+                part.copy_(probabilities.masked_fill_(~count[:, None], 0))
+        return found
+
+    def _draw_labels(self, logits: torch.Tensor, batch: Batch, draws: int, seed: int) -> torch.Tensor:
+        """int64[draws, rows, tokens - 1], by inverting the distribution function at uniform numbers."""
+        found = logits.new_zeros((draws, len(logits), logits.shape[1] - 1), dtype=torch.int64)
+        some = max(1, WIDENED_BYTES // (4 * logits.shape[-1]))
+        for number, (row, ids, real) in enumerate(zip(logits, batch.input_ids, batch.attention_mask, strict=True)):
+            uniform = torch.from_numpy(_uniform(ids[real], draws, seed)).to(self.device)  # [tokens - 1, draws]
+            pieces = zip(row[: len(uniform)].split(some), uniform.split(some), strict=True)
+            labels = [
+                torch.searchsorted(piece.double().softmax(dim=-1).cumsum(dim=-1), at, right=True).clamp_max_(
+                    row.shape[-1] - 1
+                )
+                for piece, at in pieces
+            ]
+            if labels:
+                found[:, number, : len(uniform)] = torch.cat(labels).T
+        return found
 
     def _place(self, mask: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(mask)).to(self.device)
@@ -232,6 +283,12 @@ def _no_head(checkpoint: Checkpoint, module: Any) -> ModelError:
     return ModelError(
         f"'{checkpoint.name}' ({name}) has no head that predicts the next token.", "Evaluate a causal language model."
     )
+
+
+def _uniform(ids: np.ndarray, draws: int, seed: int) -> Float64:
+    """float64[tokens - 1, draws] in [0, 1), by the tokens of a row and a seed."""
+    digest = np.frombuffer(hashlib.sha256(ids.astype(np.int32).tobytes()).digest(), np.uint32)
+    return np.random.default_rng([seed, *digest.tolist()]).random((max(0, len(ids) - 1), draws))
 
 
 def predicted(batch: Batch) -> np.ndarray:

@@ -133,3 +133,34 @@ def as_rows(x: torch.Tensor, axes: str, rows: int, tokens: int) -> torch.Tensor 
     if x.dim() < 3 or tuple(x.shape[:2]) != (rows, tokens):
         return None
     return x.reshape(rows, tokens, -1).contiguous()
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What a layer was called with."""
+
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The hidden states."""
+        hidden = input_tensor(self.args, self.kwargs)
+        assert hidden is not None
+        return hidden
+
+    def given(self, instead: torch.Tensor) -> LayerCall:
+        """The same call with other hidden states."""
+        hidden = self.hidden
+        return LayerCall(
+            [instead if value is hidden else value for value in self.args],
+            {name: instead if value is hidden else value for name, value in self.kwargs.items()},
+        )
+
+    def rerun(self, layer: Callable[..., Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Call the layer again: its input, a leaf, and its output."""
+        leaf = self.hidden.detach().requires_grad_()
+        call = self.given(leaf)
+        output = first_tensor(layer(*call.args, **call.kwargs))
+        assert output is not None
+        return leaf, output

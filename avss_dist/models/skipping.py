@@ -31,7 +31,9 @@ def skipping(layers: Sequence[Layer], drop: Collection[int], forms: Mapping[int,
         ModelError: a layer is used more than once in a pass, or (from the forward pass) does not keep the shape.
     """
     skipped = require_skippable(layers, drop)
-    with _forwards({layer.module: Skip(layer, layer.module.forward, forms.get(layer.index)) for layer in skipped}):
+    with replaced_forwards(
+        {layer.module: Skip(layer, layer.module.forward, forms.get(layer.index)) for layer in skipped}
+    ):
         yield
 
 
@@ -98,7 +100,7 @@ def resuming(layers: Sequence[Layer], index: int, recorded: Recorded) -> Iterato
     hidden = recorded.inputs.pop(index).clone()  # which later layers may change
     forwards = {layer.module: partial(give, recorded.forms[layer.index], None) for layer in layers[:index]}
     forwards[layers[index].module] = partial(give, recorded.forms[index], hidden)
-    with _forwards(forwards):
+    with replaced_forwards(forwards):
         yield
 
 
@@ -109,7 +111,7 @@ def give(form: type, instead: torch.Tensor | None, *args: Any, **kwargs: Any) ->
 
 
 @contextmanager
-def _forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Inside, modules compute with other functions."""
     before = {module: vars(module).get("forward") for module in forwards}  # None: the class's own
     for module, forward in forwards.items():

@@ -90,7 +90,9 @@ class DeviceMapLanguageModel(LanguageModel):
         super().__init__(*args)
         self._offloaded = offloaded
 
-    def backpropagate(self, batches: Sequence[Batch], watchers: Sequence[Watcher]) -> list[Watcher]:
+    def backpropagate(
+        self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
+    ) -> list[Watcher]:
         """See `causal_lm.LanguageModel`."""
         if self._offloaded:
             raise ModelError(
@@ -98,7 +100,7 @@ class DeviceMapLanguageModel(LanguageModel):
                 "then.",
                 "Use `partition` streaming, or give it more memory.",
             )
-        return super().backpropagate(batches, watchers)
+        return super().backpropagate(batches, watchers, draws=draws, seed=seed)
 
 
 def memory_limits(

@@ -99,7 +99,9 @@ class TensorParallelReplica(BatchwiseReplica):
 class TensorParallelLanguageModel(LanguageModel):
     """See `causal_lm.LanguageModel`. All ranks are asked the same, and all have the whole head."""
 
-    def backpropagate(self, batches: Sequence[Batch], watchers: Sequence[Watcher]) -> list[Watcher]:
+    def backpropagate(
+        self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
+    ) -> list[Watcher]:
         """See `causal_lm.LanguageModel`."""
         raise ModelError("`partition` tensor_parallel has no gradients: DeepSpeed splits models for inference alone.")
 

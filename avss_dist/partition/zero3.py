@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -96,10 +97,12 @@ class Zero3LanguageModel(LanguageModel):
         with torch.no_grad():
             return self._share(functions, lambda function: function(), lambda: self.logits(dummy_batch()))
 
-    def backpropagate(self, batches: Sequence[Batch], watchers: Sequence[Watcher]) -> list[Watcher]:
+    def backpropagate(
+        self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
+    ) -> list[Watcher]:
         """See `causal_lm.LanguageModel`."""
         spare = copy.deepcopy(watchers[0])  # what is seen of a batch once more is thrown away
-        run = super().backpropagate
+        run = partial(super().backpropagate, draws=draws, seed=seed)
         pairs = list(zip(batches, watchers, strict=True))
         return self._share(pairs, lambda pair: run([pair[0]], [pair[1]])[0], lambda: run([batches[0]], [spare]))
 

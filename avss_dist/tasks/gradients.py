@@ -81,6 +81,7 @@ class _Pass:
 
     real: torch.Tensor  # bool[rows, tokens]
     scale: float  # of the norms of gradients
+    keeps: int = 1
     removal: dict[int, Float64] = field(default_factory=dict)  # float64[rows]
     norms: defaultdict[tuple[int, int], float] = field(default_factory=partial(defaultdict, float))  # and by order
     sizes: dict[int, float] = field(default_factory=dict)  # of the weights

@@ -16,13 +16,13 @@ from avss_dist.settings import Settings
 SMALL = {"max_sequences": 6, "sequence_length": 32, "batch_size": 4, "sequences_per_shard": 3, "device": "cpu"}
 
 
-def random_shard(rows: int = 5, tokens: int = 24, high: int = 120) -> Shard:
+def random_shard(rows: int = 5, tokens: int = 24, high: int = 120, skip: int = 0) -> Shard:
     rng = np.random.default_rng(0)
     return Shard(
         shard_id=0,
         input_ids=rng.integers(10, high, (rows, tokens)).astype(np.int32),
         lengths=np.array([tokens, tokens, 9, tokens, 17][:rows], np.int32),
-        skip_first_tokens=0,
+        skip_first_tokens=skip,
         content_hash="",
     )
 

@@ -11,6 +11,7 @@ import torch
 
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.tasks.base import Row, TextLoss
+from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.gradients import Gradients
 from avss_dist.tasks.layer_removal import LeaveOneOut, Shapley
 from support.causal_lm import random_shard
@@ -53,6 +54,9 @@ def questions() -> dict[str, Any]:
         "shapley": (Shapley(shards=(shard,), seeds=(0, 1), truncation=False), ()),
         "gradients": (Gradients(shard), ()),
         "gradients without the last layer": (Gradients(shard), (2,)),
+        "propagated": (Damage(shard=shard, draws=None), ()),
+        "gradients of what propagates": (Damage(shard=shard, lookahead=1), ()),
+        "gradients of what propagates in the rest": (Damage(shard=shard), (1,)),
     }
 
 

@@ -112,7 +112,9 @@ class StreamingLanguageModel(LanguageModel):
             )
         return [np.concatenate([found[drop, i] for i in range(len(batches))]) for drop in drops]
 
-    def backpropagate(self, batches: Sequence[Batch], watchers: Sequence[Watcher]) -> list[Watcher]:
+    def backpropagate(
+        self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
+    ) -> list[Watcher]:
         """See `causal_lm.LanguageModel`. Each layer runs again on the way back, when its weights are there again."""
         if not self.resumes:
             raise ModelError(
@@ -120,32 +122,44 @@ class StreamingLanguageModel(LanguageModel):
                 "layer to layer.",
                 "Use `partition` single.",
             )
-        for some in self._some(batches, len(self.layers)):
-            self._backpropagate([batches[i] for i in some], [watchers[i] for i in some])
+        keeps = max((watcher.keeps for watcher in watchers), default=0)
+        for some in self._some(batches, len(self.layers) * (1 + keeps) + draws):
+            self._backpropagate([batches[i] for i in some], [watchers[i] for i in some], draws, seed)
         return list(watchers)
 
-    def _backpropagate(self, batches: Sequence[Batch], watchers: Sequence[Watcher]) -> None:
+    def _backpropagate(self, batches: Sequence[Batch], watchers: Sequence[Watcher], draws: int, seed: int) -> None:
         layers = [layer for layer in self.layers if layer.module not in PLAN.get().skips]
         records = [Record(layers[-1].module, self.forms[layers[-1].index]) for _ in batches]
 
-        def forward(batch: Batch, record: Record) -> torch.Tensor:
+        def forward(batch: Batch, record: Record, watcher: Watcher) -> list[torch.Tensor]:
+            """The gradients of what the last layer gives, of the text's labels and of each draw's."""
+            found = []
             try:
-                with planned(replace(PLAN.get(), record=record)):
+                with planned(replace(PLAN.get(), record=record)), watcher.watch():
                     logits = self.logits(batch)
-                logits.backward(self.logit_gradients(logits, batch))
+                leaf = record.leaf.pop()
+                for number, gradient in enumerate(self.logit_gradients(logits, batch, draws, seed)):
+                    logits.backward(gradient, retain_graph=number < draws)
+                    found.append(_taken(leaf))
             finally:
                 torch.set_grad_enabled(False)
-            gradient = record.leaf.pop().grad
-            assert gradient is not None
-            return gradient
+            return found
 
-        gradients = self._ready.run([partial(forward, *pair) for pair in zip(batches, records, strict=True)])
+        passes = [partial(forward, *one) for one in zip(batches, records, watchers, strict=True)]
+        gradients = self._ready.run(passes)
         with self._ready.window(backwards=True) as window:
             for module in [layer.module for layer in reversed(layers)]:
                 window.load(self._ready.index(module))
                 for i, (record, watcher) in enumerate(zip(records, watchers, strict=True)):
                     with watcher.watch(), torch.enable_grad():
                         leaf, output = record.calls.pop(module).rerun(partial(self._ready.call, module))
-                        output.backward(gradients[i])
-                    assert leaf.grad is not None
-                    gradients[i] = leaf.grad
+                        for number, gradient in enumerate(gradients[i]):
+                            output.backward(gradient, retain_graph=number < draws)
+                            gradients[i][number] = _taken(leaf)
+
+
+def _taken(leaf: torch.Tensor) -> torch.Tensor:
+    """The gradient that a leaf has, which it has no more then."""
+    gradient, leaf.grad = leaf.grad, None
+    assert gradient is not None
+    return gradient

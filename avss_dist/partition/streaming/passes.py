@@ -19,7 +19,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
 
-from avss_dist.models.layers import first_tensor, input_tensor
+from avss_dist.models.layers import LayerCall, first_tensor, input_tensor
 from avss_dist.models.skipping import Skip, give
 from avss_dist.partition.streaming.buffers import AnyBuffer
 from avss_dist.partition.streaming.hidden_states import HiddenStateOffloader
@@ -70,37 +70,6 @@ class Record:
         self.leaf.append(hidden.detach().requires_grad_())
         torch.set_grad_enabled(True)  # no pass is paused any more until this one has ended
         return give(self.form, self.leaf[0])
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """What a layer was called with."""
-
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
-
-    @property
-    def hidden(self) -> torch.Tensor:
-        """The hidden states."""
-        hidden = input_tensor(self.args, self.kwargs)
-        assert hidden is not None
-        return hidden
-
-    def given(self, instead: torch.Tensor) -> LayerCall:
-        """The same call with other hidden states."""
-        hidden = self.hidden
-        return LayerCall(
-            [instead if value is hidden else value for value in self.args],
-            {name: instead if value is hidden else value for name, value in self.kwargs.items()},
-        )
-
-    def rerun(self, layer: Callable[..., Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Call the layer again: its input, a leaf, and its output."""
-        leaf = self.hidden.detach().requires_grad_()
-        call = self.given(leaf)
-        output = first_tensor(layer(*call.args, **call.kwargs))
-        assert output is not None
-        return leaf, output
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ class Weight:
     def assign(self, tensor: torch.Tensor) -> None:
         """Set the same tensor in every place."""
         # As `single` has it: by weights that want no gradient, torch multiplies in another way.
-        wants = tensor.is_floating_point()
+        wants = self.meta.requires_grad if isinstance(self.meta, nn.Parameter) else tensor.is_floating_point()
         parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=wants)
         for module, name in self.places:
             if name in module._buffers:

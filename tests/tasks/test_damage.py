@@ -1,0 +1,218 @@
+"""Damage: against plain passes without a layer and plain autograd, label by label; no trace left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.causal_lm import opened, random_shard
+from support.families import tiny_model
+
+from avss_dist.corpus.shards import Batch
+from avss_dist.models.causal_lm import LanguageModel, predicted
+from avss_dist.models.layers import first_tensor, input_tensor
+from avss_dist.tasks.base import Row, TextLoss
+from avss_dist.tasks.damage import Damage
+
+Save = Callable[[Any, Path], Path]
+Found = dict[tuple[Any, ...], Row]
+FAMILIES = ("llama", "gemma3_text", "qwen2_moe", "gpt2", "falcon", "opt", "mamba", "bloom")
+
+
+def by_metric(rows: list[Row]) -> Found:
+    return {(row.metric, row.layer, row.drop): row for row in rows}
+
+
+def traced(model: LanguageModel, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The logits, and the hidden states before the first layer and after each, with autograd's graph."""
+    found: list[torch.Tensor] = []
+
+    def enter(module: Any, args: Any, kwargs: Any) -> None:
+        found.append(input_tensor(args, kwargs))
+
+    def leave(module: Any, args: Any, output: Any) -> None:
+        found.append(first_tensor(output))
+
+    hooks = [model.layers[0].module.register_forward_pre_hook(enter, with_kwargs=True)]
+    hooks += [layer.module.register_forward_hook(leave) for layer in model.layers]
+    logits = model.logits(batch)
+    for hook in hooks:
+        hook.remove()
+    return logits, found
+
+
+@pytest.fixture(scope="module", params=[0, 4], ids=["every token", "skipped tokens"])
+def seen(request: pytest.FixtureRequest, tiny_llama: Path) -> tuple[LanguageModel, Found, list[Batch]]:
+    """What damage says of rows in batches of two, and the same rows one by one."""
+    model, shard = opened(tiny_llama, dtype="float32"), random_shard(skip=request.param)
+    found = by_metric(Damage(shard=shard, lookahead=1, draws=3, seed=5)(model, ()))
+    return model, found, list(shard.batches(1))
+
+
+def without(model: LanguageModel, batch: Batch) -> dict[int, list[torch.Tensor]]:
+    found = {}
+    for layer in range(3):
+        with model.without((layer,)):
+            found[layer] = traced(model, batch)[1]
+    return found
+
+
+@torch.no_grad()
+def test_distances_are_those_of_passes_without_a_layer(seen: tuple[LanguageModel, Found, list[Batch]]) -> None:
+    model, found, batches = seen
+    for row, batch in enumerate(batches):
+        observed = torch.from_numpy(batch.observed[0])
+        whole, changed = traced(model, batch)[1], without(model, batch)
+        for layer in range(3):
+            for m in (0, 1):
+                at = min(layer + m, 2) + 1
+                x, other = whole[at][0], changed[layer][at][0]
+                relative = (other - x).norm(dim=-1) / x.norm(dim=-1)
+                cosine = 1 - torch.cosine_similarity(other, x, dim=-1)
+                for metric, values in {f"propagated_{m}": relative, f"propagated_cosine_{m}": cosine}.items():
+                    one = found[metric, layer, None]
+                    assert one.samples[row] == pytest.approx(values[observed].sum().item(), rel=1e-3)
+                    assert one.weights[row] == observed.sum()
+
+
+@torch.no_grad()
+def test_blocks_are_all_that_layers_can_form(seen: tuple[LanguageModel, Found, list[Batch]]) -> None:
+    model, found, batches = seen
+    blocks = [key for key in found if key[0] == "block_distance"]
+    assert len(blocks) == 6
+    for row, batch in enumerate(batches):
+        whole, observed = traced(model, batch)[1], torch.from_numpy(batch.observed[0])
+        for start, end in combinations(range(4), 2):
+            cosine = torch.cosine_similarity(whole[start][0], whole[end][0], dim=-1)[observed].double()
+            key = start, tuple(range(start, end))
+            assert found["block_cosine", *key].samples[row] == pytest.approx((1 - cosine).sum().item(), abs=1e-4)
+            distance = (cosine.arccos() / torch.pi).sum().item()
+            assert found["block_distance", *key].samples[row] == pytest.approx(distance, rel=1e-3)
+
+
+def test_projections_are_those_of_autograd(seen: tuple[LanguageModel, Found, list[Batch]]) -> None:
+    model, found, batches = seen
+    for row, batch in enumerate(batches):
+        with torch.no_grad():
+            changed = without(model, batch)
+        logits, whole = traced(model, batch)
+        seeds = list(model.logit_gradients(logits, batch, draws=3, seed=5))
+        gradients = [torch.autograd.grad(logits, whole, seed, retain_graph=True) for seed in seeds]
+        for layer in range(3):
+            for m in (0, 1):
+                at = min(layer + m, 2) + 1
+                products = [(of[at] * (changed[layer][at] - whole[at]))[0].sum(dim=-1).double() for of in gradients]
+                second = sum(product.square().sum().item() for product in products[1:]) / 6
+                expected = {
+                    "taylor": products[0].abs().sum().item(),
+                    "taylor_signed": products[0].sum().item(),
+                    "fisher": second,
+                    "predicted": products[0].sum().item() + second,
+                }
+                size = expected["taylor"]
+                for metric, value in expected.items():
+                    one = found[f"{metric}_{m}", layer, None]
+                    assert one.samples[row] == pytest.approx(value, rel=1e-3, abs=1e-3 * size)
+                    assert one.weights[row] == predicted(batch).sum()
+                gates = found[f"gate_{m}", layer, None].samples.reshape(len(batches), 3)[row]
+                assert gates == pytest.approx([product.sum().item() for product in products[1:]], abs=1e-3 * size)
+
+
+def test_the_gradient_of_logits_is_that_of_the_loss(tiny_llama: Path) -> None:
+    model = opened(tiny_llama, dtype="float32")
+    for batch in random_shard(skip=2).batches(2):
+        logits = model.logits(batch).detach().requires_grad_()
+        sum(model.row_losses(logits, batch)).backward()
+        (gradient,) = model.logit_gradients(logits, batch)
+        assert logits.grad is not None
+        torch.testing.assert_close(gradient, logits.grad)
+
+
+def labels(model: LanguageModel, batch: Batch, draws: int, seed: int) -> np.ndarray:
+    """[draws, rows, tokens - 1]: where a gradient is not the prediction itself; -1 where nothing is predicted."""
+    logits = model.logits(batch).detach()
+    _, *drawn = model.logit_gradients(logits, batch, draws, seed)
+    assert len(drawn) == draws
+    picked = [(logits.softmax(dim=-1) - of).argmax(dim=-1).where((of != 0).any(dim=-1), -1) for of in drawn]
+    return torch.stack(picked)[:, :, :-1].numpy()
+
+
+def test_labels_are_drawn_from_the_prediction(tiny_llama: Path) -> None:
+    """With a large temperature they are uniform: here the model's head is made to know two tokens alone."""
+    model = opened(tiny_llama, dtype="float32")
+    logits = torch.full((1, 3, 100), -30.0)
+    logits[0, :, 7], logits[0, :, 50] = np.log(0.25), np.log(0.75)
+    batch = Batch(
+        input_ids=np.array([[1, 2, 3]], np.int32),
+        attention_mask=np.ones((1, 3), np.bool_),
+        observed=np.ones((1, 3), np.bool_),
+    )
+    _, *drawn = model.logit_gradients(logits, batch, draws=2000, seed=0)
+    first = torch.stack([of[0, 0] for of in drawn])
+    assert torch.allclose(first.sum(dim=-1), torch.zeros(2000), atol=1e-5)
+    share = (first[:, 50] < 0).double().mean().item()
+    assert share == pytest.approx(0.75, abs=0.05)  # 5 standard errors
+    assert (first[:, 7] < 0).double().mean().item() == pytest.approx(1 - share)
+
+
+def test_draws_depend_on_the_row_and_the_seed_alone(tiny_llama: Path) -> None:
+    model, shard = opened(tiny_llama, dtype="float32"), random_shard()
+    alone = [labels(model, batch, 2, 9) for batch in shard.batches(1)]
+    (together,) = [labels(model, batch, 2, 9) for batch in shard.batches(5)]
+    for row, one in enumerate(alone):
+        assert np.array_equal(together[:, row, : one.shape[2]], one[:, 0])
+        assert (together[:, row, one.shape[2] :] == -1).all()
+    assert not np.array_equal(together, labels(model, next(shard.batches(5)), 2, 10))
+    assert not np.array_equal(together[0], together[1])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("draws", [None, 1])
+def test_any_family_and_no_trace(name: str, draws: int | None, save_checkpoint: Save, tmp_path: Path) -> None:
+    model, shard = opened(save_checkpoint(tiny_model("causal", name), tmp_path / name)), random_shard()
+    parameters = dict(model.module.named_parameters())
+    required = {key: parameter.requires_grad for key, parameter in parameters.items()}
+    before = TextLoss(shard)(model, ())[0].samples
+    rows = Damage(shard=shard, lookahead=2, draws=draws)(model, ())
+    layers = len(model.layers)
+    assert len(rows) == layers * 3 * (2 + 6 * (draws is not None) - (draws is not None)) + layers * (layers + 1)
+    assert all(np.isfinite(row.samples).all() for row in rows)
+    assert np.array_equal(TextLoss(shard)(model, ())[0].samples, before)
+    assert {key: parameter.requires_grad for key, parameter in parameters.items()} == required
+    assert all(parameter.grad is None for parameter in parameters.values())
+    for module in model.module.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert "forward" not in vars(module)
+
+
+def test_layers_that_are_left_out_take_no_part(tiny_llama: Path) -> None:
+    model, shard = opened(tiny_llama, dtype="float32"), random_shard()
+    found = by_metric(Damage(shard=shard, lookahead=1, draws=1)(model, (1,)))
+    assert {layer for _, layer, _ in found} == {0, 2}
+    assert {block for metric, _, block in found if metric == "block_distance"} == {(0,), (2,), (0, 2)}
+    (batch, *_) = shard.batches(2)
+    with torch.no_grad(), model.without((1,)):
+        whole = traced(model, batch)[1]
+        with model.without((0,)):
+            changed = traced(model, batch)[1]
+    relative = (changed[3] - whole[3]).norm(dim=-1) / whole[3].norm(dim=-1)
+    assert found["propagated_1", 0, None].samples[:2] == pytest.approx(relative.sum(dim=1).tolist(), rel=1e-3)
+
+
+def test_the_prediction_is_the_loss_of_a_small_change(tiny_llama: Path) -> None:
+    """A layer that hardly does anything: its removal is what the first and second order say."""
+    model, shard = opened(tiny_llama, dtype="float32"), random_shard()
+    layer = model.layers[1].module
+    with torch.no_grad():
+        layer.self_attn.o_proj.weight.mul_(1e-2)
+        layer.mlp.down_proj.weight.mul_(1e-2)
+    found = by_metric(Damage(shard=shard, draws=4)(model, ()))
+    whole, left_out = (TextLoss(shard)(model, drop)[0].samples for drop in ((), (1,)))
+    predicted_nats = found["predicted_0", 1, None].samples
+    assert predicted_nats.sum() == pytest.approx((left_out - whole).sum(), rel=0.1, abs=1e-4)
