@@ -39,6 +39,10 @@ SEARCHES = {
 }
 """How sets of layers are searched by their loss on text, and what each does."""
 SEARCH = "search:"  # before a corpus: the task of a search
+ESTIMATES = {"damage": "damage:", "predicted": "damage:", "propagated": "damage:"}
+"""What dropping a layer does, estimated by a few passes: see `tasks.damage.Damage`; and the task of each."""
+OF_LAYERS = {**GROUND_TRUTH, **ESTIMATES}  # what `avss ablate` measures
+BLOCK_DISTANCE = "block_distance"  # of the stream before a run of layers and after it; measured with the estimates
 LOSS = "loss"  # a metric of a model: nats per token; higher is worse
 CHANCE = "chance"  # a metric of multiple choice: the accuracy of a guess
 PERPLEXITY = "perplexity:"  # before a corpus: the task of predicting it

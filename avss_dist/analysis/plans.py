@@ -11,10 +11,10 @@ import pyarrow.compute as pc
 from avss_dist.analysis.findings import describe_depth, findings
 from avss_dist.analysis.verdict import primary_metric, shown_value, verdicts
 from avss_dist.errors import QueryError
-from avss_dist.pruning.ground_truth import ablate_command, find_layer_truth, layer_truth
+from avss_dist.pruning.ground_truth import ablate_command, block_distances, find_layer_truth, layer_truth
 from avss_dist.pruning.plan import Plan, make_plan
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, SCORE_MEANINGS, Choice, Reading, Rows, reading_of
-from avss_dist.settings import GROUND_TRUTH, LOSS, SEARCH
+from avss_dist.settings import BLOCK_DISTANCE, LOSS, OF_LAYERS, SEARCH
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Threshold
 from avss_dist.text import describe_threshold
@@ -28,12 +28,12 @@ def plan_layers(
 
     Args:
         run: a row of ``runs``.
-        by: a name of `SCORE_MEANINGS`; None takes the measured loss, and refuses where there is none.
+        by: a name of `SCORE_MEANINGS`; None is `default_score`.
         reading: site, recipe, threshold and its kind, of AVSS.
         how: the other fields of `Choice`: ``share``, ``count``, ``mass``, ``first``, ``last``, and so on.
 
     Raises:
-        QueryError: no score was named and no loss is measured, or the warehouse lacks the score that was named.
+        QueryError: no score was named and there is no default, or the warehouse lacks the score that was named.
         ConfigError: a value is out of its range.
         PlanError: no plan can be made of it; see `Choice.drop` and `make_plan`.
     """
@@ -41,32 +41,40 @@ def plan_layers(
     rows = warehouse.table("scores", run_ids=[run["run_id"]]).to_pylist()
     if choice.by == "avss":
         rows = _of_reading(rows, reading)
-    truth = layer_truth(warehouse, run, choice.by) if choice.by in GROUND_TRUTH else None
-    made = make_plan(rows, run, choice, truth)
-    values = choice.scores(rows, {choice.by: truth.by_layer(made.num_layers)} if truth else {})
+    if choice.by == BLOCK_DISTANCE:
+        made = make_plan(rows, run, choice, block_distances(warehouse, run))
+        against: Iterator[str] = iter(())
+    else:
+        truth = layer_truth(warehouse, run, choice.by) if choice.by in OF_LAYERS else None
+        made = make_plan(rows, run, choice, truth)
+        values = choice.scores(rows, {choice.by: truth.by_layer(made.num_layers)} if truth else {})
+        against = _findings(warehouse, run, choice, values.tolist())
     return replace(
         made,
-        findings=tuple(_findings(warehouse, run, choice, values.tolist())),
+        findings=tuple(against),
         evaluated=evaluated_lines(warehouse, run, made.drop),
     )
 
 
 def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:
-    """The score that layers are chosen by where none is named: the measured loss.
+    """The score that layers are chosen by where none is named: the measured loss, else its estimate, the damage.
 
-    No score from activations is a default: an experiment may refute it for this very model.
+    No score from activations alone is a default: an experiment may refute it for this very model.
 
     Raises:
-        QueryError: the loss without each layer is not measured; the message has the command, and what else there is.
+        QueryError: neither is measured; the message has the commands, and what else there is.
     """
-    if find_layer_truth(warehouse, run, LOSS):
-        return LOSS
+    for name in (LOSS, "damage"):
+        if find_layer_truth(warehouse, run, name):
+            return name
     names = [f"  {name}: {meaning}" for name, meaning in SCORE_MEANINGS.items()]
     raise QueryError(
-        f"No score was named, and the loss without each layer of {run['model']} is not measured.",
+        f"No score was named, and neither the damage of the layers of {run['model']} nor the loss without each is "
+        "measured.",
         "\n".join(
             [
-                f"Measure it: {ablate_command(warehouse, run)}",
+                f"Measure the damage, for about 8 passes: {ablate_command(warehouse, run, 'damage')}",
+                f"Or the loss: {ablate_command(warehouse, run)}",
                 "Or name the score to choose by with `by`, and evaluate the plan before you believe it:",
                 *names,
             ]
@@ -98,7 +106,7 @@ def _findings(warehouse: Warehouse, run: Mapping[str, Any], choice: Choice, valu
         return
     if depth := describe_depth(choice.by, depth_correlation(values), len(values)):
         yield depth
-    if choice.by in GROUND_TRUTH:
+    if choice.by in OF_LAYERS:
         return
     site, recipe, value, kind = choice.reading or PUBLISHED
     places = {(None, None), (site, None), (None, recipe), (site, recipe)} if choice.by == "avss" else {(None, None)}

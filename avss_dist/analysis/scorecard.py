@@ -2,7 +2,9 @@
 
 For every score, recipe, site and threshold in the warehouse: Spearman's correlation with the loss without each layer,
 with the Shapley value and with the first-order estimate, as `avss ablate` measured them; and the retention without the
-lowest 10%, 25% and 33% of layers, where that set of layers was evaluated.
+lowest 10%, 25% and 33% of layers, where that set of layers was evaluated. Beside the correlation with the loss stand
+its ceiling, which is what the same measurement on other text would reach, the share of pairs of layers that the score
+puts in the wrong order, and how well its sum over a set predicts the loss without the set.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from avss_dist.analysis.reliability import increases, misranked, reliability, sets_correlation
 from avss_dist.errors import QueryError
-from avss_dist.pruning.ground_truth import layer_truth
+from avss_dist.pruning.ground_truth import LayerTruth, find_layer_truth, nothing_measured
 from avss_dist.pruning.selection import PUBLISHED, Choice, PlanError, Reading, reading_of
-from avss_dist.settings import GROUND_TRUTH, LOSS, PERPLEXITY, RIVALS
-from avss_dist.stats.layer_stats import Float64
+from avss_dist.settings import GROUND_TRUTH, LOSS, OF_LAYERS, PERPLEXITY, RIVALS
 from avss_dist.stats.rankings import spearman
 from avss_dist.warehouse.reader import Warehouse
 
@@ -29,10 +31,11 @@ _PLACE = ("site", "recipe", "threshold", "threshold_kind")
 SPEARMAN = {name: f"spearman_{name}" for name in GROUND_TRUTH}
 RETENTION = {share: f"retention_{share * 100:.0f}" for share in SHARES}
 _TEXTS = ("run_id", "model", "score", "site", "recipe", "threshold_kind", "task")
+_OF_LOSS = ("ceiling", "share_of_ceiling", "misranked", "spearman_sets", "sets")
 SCHEMA = pa.schema(
     [
-        (name, pa.string() if name in _TEXTS else pa.float64())
-        for name in ("run_id", "model", "score", *_PLACE, *SPEARMAN.values(), *RETENTION.values(), "task")
+        (name, pa.string() if name in _TEXTS else pa.int64() if name == "sets" else pa.float64())
+        for name in ("run_id", "model", "score", *_PLACE, *SPEARMAN.values(), *_OF_LOSS, *RETENTION.values(), "task")
     ]
 )
 
@@ -49,22 +52,22 @@ def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]]) -> pa.Table
     rows: list[dict[str, Any]] = []
     missing: QueryError | None = None
     for run in runs:
-        truth: dict[str, Float64] = {}
-        for name in GROUND_TRUTH:
-            try:
-                truth[name] = layer_truth(store, run, name).by_layer(run["num_layers"])
-            except QueryError as error:
-                missing = missing or error
-        if truth:
-            rows += _card(store, run, truth)
+        truths = {name: truth for name in OF_LAYERS if (truth := find_layer_truth(store, run, name))}
+        if truths.keys() & GROUND_TRUTH.keys():
+            rows += _card(store, run, truths)
+        else:
+            missing = missing or nothing_measured(store, run, LOSS)
     if not rows and missing:
         raise missing
     return pa.Table.from_pylist(rows, SCHEMA)
 
 
-def _card(store: Warehouse, run: Mapping[str, Any], truth: Mapping[str, Float64]) -> list[dict[str, Any]]:
+def _card(store: Warehouse, run: Mapping[str, Any], truths: Mapping[str, LayerTruth]) -> list[dict[str, Any]]:
     scored = store.table("scores", run_ids=[run["run_id"]]).to_pylist()
-    task, kept = _retentions(store, run)
+    task, rises = _rises(store, run)
+    truth = {name: one.by_layer(run["num_layers"]) for name, one in truths.items()}
+    ceiling = reliability(increases(store, truths[LOSS])) if LOSS in truths else np.nan
+    sets = {drop: rise for drop, rise in rises.items() if len(drop) > 1}
     by_reading: dict[Reading, list[Mapping[str, Any]]] = {}
     for row in scored:
         by_reading.setdefault(reading_of(row), []).append(row)
@@ -75,10 +78,16 @@ def _card(store: Warehouse, run: Mapping[str, Any], truth: Mapping[str, Float64]
         values = choice.scores(rows, truth)
         place = dict(zip(_PLACE, choice.reading, strict=True)) if choice.reading else {}
         card = {"run_id": run["run_id"], "model": run["model"], "score": choice.by, "task": task, **place}
-        card |= {SPEARMAN[name]: _known(spearman(values, known)) for name, known in truth.items()}
+        card |= {column: _known(spearman(values, truth[name])) for name, column in SPEARMAN.items() if name in truth}
+        if LOSS in truth and choice.by != LOSS:
+            rho = spearman(values, truth[LOSS])
+            card |= {"ceiling": _known(ceiling), "share_of_ceiling": _known(rho / ceiling)}
+            card["misranked"] = misranked(values, truth[LOSS])
+        card |= {"spearman_sets": _known(sets_correlation(values, sets)), "sets": len(sets)}
         for share, column in RETENTION.items():
             with suppress(PlanError):  # a layer without a score
-                card[column] = kept.get(replace(choice, share=share).drop(values))
+                rise = rises.get(replace(choice, share=share).drop(values))
+                card[column] = None if rise is None else float(np.exp(-rise))
         cards.append(card)
     return cards
 
@@ -87,16 +96,17 @@ def _known(rho: float) -> float | None:
     return None if np.isnan(rho) else rho
 
 
-def _retentions(store: Warehouse, run: Mapping[str, Any]) -> tuple[str | None, dict[tuple[int, ...], float]]:
-    """The text that most sets of layers were evaluated on, and what each set keeps of its perplexity."""
+def _rises(store: Warehouse, run: Mapping[str, Any]) -> tuple[str | None, dict[tuple[int, ...], float]]:
+    """The text that most sets of layers were evaluated on, and what the loss rises by without each, nats per token."""
     where = (pc.field("revision") == run["revision"]) & (pc.field("metric") == LOSS)
-    where &= pc.starts_with(pc.field("task"), PERPLEXITY) & pc.is_null(pc.field("patch"))
+    where &= pc.field("patch").is_null()
+    where &= pc.starts_with(pc.field("task"), PERPLEXITY)
     losses: dict[tuple[str, str], dict[tuple[int, ...], float]] = {}
     for row in store.table("evaluations", where=where).to_pylist():
         losses.setdefault((row["run_id"], row["task"]), {})[tuple(row["drop"])] = row["value"]
     for (_, task), found in sorted(losses.items(), key=lambda item: -len(item[1])):
         if () in found:
-            return task, {drop: float(np.exp(found[()] - loss)) for drop, loss in found.items()}
+            return task, {drop: loss - found[()] for drop, loss in found.items()}
     return None, {}
 
 

@@ -36,6 +36,10 @@ def ablate(
     gradients: Annotated[
         bool, typer.Option("--gradients", help="A backward pass: first-order removal estimate, norms.")
     ] = False,
+    damage: Annotated[
+        bool, typer.Option("--damage", help="Estimate what leaving layers out does, for about 8 passes.")
+    ] = False,
+    draws: Annotated[int, typer.Option(help="Draws of labels, for --damage.", min=1)] = 2,
     skip_sequences: SkipSequencesOption = 0,
     allow_many: ManyOption = False,
     format: Annotated[str, format_option("table", "json", "csv")] = "table",
@@ -57,6 +61,8 @@ def ablate(
             truncation=not no_truncation,
             seed=seed,
             gradients=gradients,
+            damage=damage,
+            draws=draws,
             skip_sequences=skip_sequences,
             allow_many=allow_many,
             reporter=progress,

@@ -26,7 +26,8 @@ from avss_dist.cli.options import (
 )
 from avss_dist.errors import ConfigError
 from avss_dist.settings import (
-    GROUND_TRUTH,
+    BLOCK_DISTANCE,
+    OF_LAYERS,
     PUBLISHED_THRESHOLD,
     RECIPES,
     SCORES,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from avss_dist.pruning.plan import Plan
 
 FORMATS = ("plan", "mergekit")  # of mergekit: the slices to merge
-CHOSEN_BY = (*GROUND_TRUTH, *SCORES, "last", "random")
+CHOSEN_BY = (*OF_LAYERS, *SCORES, "last", "random")
 
 
 @takes_settings(*EVALUATED, *Execution.__dataclass_fields__)
@@ -53,7 +54,9 @@ def plan(
     by: Annotated[
         str | None,
         choice(
-            CHOSEN_BY, "What layers are chosen by: what avss ablate measures, a score, or chance. The loss by default."
+            (*CHOSEN_BY, BLOCK_DISTANCE),
+            "What layers are chosen by: what avss ablate measures, a score, or chance. The loss, or the damage, by "
+            "default.",
         ),
     ] = None,
     search: Annotated[

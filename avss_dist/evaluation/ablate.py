@@ -28,9 +28,11 @@ from avss_dist.evaluation.engine import (
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
+from avss_dist.pruning.ground_truth import METRICS, mean_ranks
 from avss_dist.registry import PARTITIONS
-from avss_dist.settings import GROUND_TRUTH, INTERVAL, LOSS, MOST_PASSES, Execution, Settings
+from avss_dist.settings import ESTIMATES, GROUND_TRUTH, INTERVAL, LOSS, MOST_PASSES, Execution, Settings
 from avss_dist.tasks.base import Result, Task
+from avss_dist.tasks.damage import DRAWS, Damage
 from avss_dist.tasks.gradients import Gradients
 from avss_dist.tasks.layer_removal import SHAPLEY, LeaveOneOut, Shapley
 from avss_dist.text import RedactedURI
@@ -47,14 +49,16 @@ class LayerAblation:
         loss: without it, in nats per token.
         increase: of the loss over that of the whole model, paired: sequence by sequence.
         shapley: its Shapley value, a sample for each permutation.
-        gradients: what `gradients.Gradients` gives, by metric.
+        estimates: what `gradients.Gradients` and `damage.Damage` give, by metric.
+        damage: the mean of its ranks by two of these (`ground_truth.METRICS`), 1 the least.
     """
 
     layer: int
     loss: Result | None
     increase: Result | None
     shapley: Result | None
-    gradients: Mapping[str, Result]
+    estimates: Mapping[str, Result]
+    damage: float | None = None
 
     def shapley_interval(self) -> tuple[float, float] | None:
         """Of ``config.INTERVAL``, by Student's t over permutations; None of fewer than two."""
@@ -91,6 +95,8 @@ def ablate(
     truncation: bool = True,
     seed: int = 0,
     gradients: bool = False,
+    damage: bool = False,
+    draws: int = DRAWS,
     skip_sequences: int = 0,
     allow_many: bool = False,
     reporter: CellReporter | None = None,
@@ -104,6 +110,8 @@ def ablate(
         shapley: permutations to sample for layer Shapley values (`ablation.Shapley`); 0 for none.
         truncation, seed: of the permutations.
         gradients: a backward pass too (`gradients.Gradients`).
+        damage: what leaving layers out does, estimated by a few passes (`damage.Damage`).
+        draws: of labels, for that.
         skip_sequences: rows at the start of the corpus that are not read.
         allow_many: go on with more than ``settings.MOST_PASSES``.
         options: the fields of ``settings.Settings`` and ``settings.Execution``.
@@ -114,10 +122,12 @@ def ablate(
     settings, execution = evaluation_options(options)
     if min(shapley, seed) < 0:
         raise ConfigError(f"`shapley` and `seed` cannot be negative: {min(shapley, seed)}.")
-    if gradients:
+    if gradients or damage:
         require_gradients(execution)
-    if not (leave_one_out or shapley or gradients):
-        raise ConfigError("Nothing would be measured.", "Choose `leave_one_out`, `shapley` or `gradients`.")
+    if damage and draws < 1:
+        raise ConfigError(f"`draws` must be at least 1: {draws}.")
+    if not (leave_one_out or shapley or gradients or damage):
+        raise ConfigError("Nothing would be measured.", "Choose `leave_one_out`, `shapley`, `gradients` or `damage`.")
     require_listable(shapley, "permutations", "Lower `shapley`.")
     corpus = RedactedURI(corpus)
     store = Store(warehouse)
@@ -129,7 +139,9 @@ def ablate(
         text = plan_text(checkpoint, corpus, fixed, skip_sequences=skip_sequences)
         _require_intended(checkpoint, text, fixed, leave_one_out + shapley, allow_many=allow_many)
         seeds = np.random.SeedSequence(seed).generate_state(shapley).tolist()
-        tasks = _tasks(corpus, text, leave_one_out, gradients, seeds, truncation)
+        tasks = list(_tasks(corpus, text, leave_one_out, gradients, seeds, truncation))
+        if damage:
+            tasks.append(damage_task(corpus, text, draws))
         planned = [plan_evaluation(checkpoint, task, fixed, placement) for task in tasks]
         cells = [cell for one in planned for cell in one.cells([()])]
         failed = measure(cells, store, executor, reporter, fresh=execution.fresh)
@@ -185,20 +197,30 @@ def _tasks(
         yield Task(name=f"{GROUND_TRUTH['shapley']}{corpus}", parts=parts)
 
 
+def damage_task(corpus: str, text: CorpusPlan, draws: int = DRAWS) -> Task:
+    """The damage of every layer, estimated on a text."""
+    parts = tuple(Damage(shard=shard, draws=draws) for shard in text.shards)
+    return Task(name=f"{ESTIMATES['damage']}{corpus}", parts=parts)
+
+
 def _ablation(model: str, corpus: str, found: Sequence[Result]) -> Ablation:
     losses = {result.drop: result for result in found if result.metric == LOSS}
     whole = losses.get(())
     of: dict[int, dict[str, Result]] = {drop[0]: {} for drop in losses if drop}
     for result in found:
-        if result.layer is not None:
+        if result.layer is not None and not result.drop:
             of.setdefault(result.layer, {})[result.metric] = result
+    ranks = mean_ranks(
+        [{layer: of[layer][name].value for layer in of if name in of[layer]} for name in METRICS.values()]
+    )
     layers = [
         LayerAblation(
             layer=layer,
             loss=losses.get((layer,)),
             increase=_increase(whole, losses[layer,]) if whole and (layer,) in losses else None,
             shapley=of[layer].pop(SHAPLEY, None),
-            gradients=of[layer],
+            estimates=of[layer],
+            damage=ranks.get(layer),
         )
         for layer in sorted(of)
     ]

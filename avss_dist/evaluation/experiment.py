@@ -46,6 +46,7 @@ from avss_dist.settings import (
     LOSS,
     MOST_EVALUATIONS,
     NO_REPAIR,
+    OF_LAYERS,
     RECIPES,
     RELATIVE_THRESHOLDS,
     Settings,
@@ -195,7 +196,7 @@ def _refuse_overlaps(trial: Trial, experiment: Experiment, warehouse: Warehouse)
 def _choose(trials: Sequence[Trial], experiment: Experiment, warehouse: Warehouse) -> None:
     """The layers of every trial that each method drops."""
     for trial in trials:
-        for score in set(experiment.scores) & set(GROUND_TRUTH) - set(trial.truth):
+        for score in set(experiment.scores) & set(OF_LAYERS) - set(trial.truth):
             trial.truth[score] = _known(trial, warehouse, score)
         trial.choices = trial.choose(experiment)
 

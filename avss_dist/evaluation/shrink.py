@@ -43,7 +43,7 @@ from avss_dist.pruning.shrinking import Shrinking
 from avss_dist.runs.api import score
 from avss_dist.runs.reporter import Reporter
 from avss_dist.settings import (
-    GROUND_TRUTH,
+    ESTIMATES,
     LOWEST_SHARE,
     NO_REPAIR,
     PERPLEXITY,
@@ -56,10 +56,11 @@ from avss_dist.warehouse.store import Store
 
 ROWS = 512  # of each text, where nothing is said
 HELD_OUT = 8  # one row of so many is scored on, and one is evaluated on
-_TRUTH: dict[str, dict[str, Any]] = {  # what `ablate` measures, for each of `settings.GROUND_TRUTH`
+_TRUTH: dict[str, dict[str, Any]] = {  # what `ablate` measures, for each of `settings.OF_LAYERS`
     "loss": {},
     "shapley": {"leave_one_out": False, "shapley": 32},
     "taylor": {"leave_one_out": False, "gradients": True},
+    **{name: {"leave_one_out": False, "damage": True} for name in ESTIMATES},
 }
 
 
@@ -209,7 +210,7 @@ def _scored_plan(
     """Measure what layers are chosen by; returns what makes plans of it."""
     warehouse, options = store.root.full, options | {"max_sequences": parts.held_out}
     run = score(model, corpus=asked.corpus, out=warehouse, reporter=reporter.scoring, sites=("block",), **options)
-    if asked.by in GROUND_TRUTH:
+    if asked.by in _TRUTH:
         how = _TRUTH[asked.by] | options
         ablate(model, corpus=asked.corpus, warehouse=warehouse, reporter=reporter.cells, **how)
     opened = Warehouse(warehouse)

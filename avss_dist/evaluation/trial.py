@@ -36,7 +36,7 @@ class Trial:
 
     Attributes:
         rows: of the table ``scores``.
-        truth: float64[layers], by one of ``settings.GROUND_TRUTH``.
+        truth: float64[layers], by one of ``settings.OF_LAYERS``.
         planned: the evaluation of each task.
         choices: what every method drops of every share.
         fits: the task of fitting each repair; none of `settings.NO_REPAIR`.

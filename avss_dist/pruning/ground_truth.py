@@ -1,9 +1,9 @@
-"""What evaluations in a warehouse say of the layers of a checkpoint: the truth that scores are to tell."""
+"""What evaluations in a warehouse say of a checkpoint's layers: the truth that scores are to tell, and estimates."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,16 @@ import numpy as np
 import pyarrow.compute as pc
 
 from avss_dist.errors import QueryError
-from avss_dist.settings import GROUND_TRUTH, Settings
+from avss_dist.settings import BLOCK_DISTANCE, ESTIMATES, OF_LAYERS, Settings
 from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.rankings import average_ranks
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
 
 _OPTIONS = {"loss": "", "shapley": " --no-leave-one-out --shapley 32", "taylor": " --no-leave-one-out --gradients"}
+_DAMAGE = " --no-leave-one-out --damage"
+METRICS = {"propagated": "propagated_2", "predicted": "predicted_3"}
+"""Which of `tasks.damage.Damage` are read as scores; `damage` is the mean of both ranks."""
 _REPEATED = ("max_sequences", "sequence_length", "batch_size", "layout", "dtype")
 
 
@@ -39,7 +43,7 @@ class LayerTruth:
 
 
 def layer_truth(store: Warehouse, run: Mapping[str, Any], by: str) -> LayerTruth:
-    """One of ``settings.GROUND_TRUTH`` for every layer of a run's checkpoint, from the newest evaluation that has it.
+    """One of ``settings.OF_LAYERS`` for every layer of a run's checkpoint, from the newest evaluation that has it.
 
     ``loss`` is that without the layer less that of the whole model.
 
@@ -48,26 +52,81 @@ def layer_truth(store: Warehouse, run: Mapping[str, Any], by: str) -> LayerTruth
     """
     found = find_layer_truth(store, run, by)
     if found is None:
-        raise QueryError(f"{store.root} has no '{by}' of the layers of {run['model']}.", ablate_command(store, run, by))
+        raise nothing_measured(store, run, by)
     return found
+
+
+def nothing_measured(store: Warehouse, run: Mapping[str, Any], by: str) -> QueryError:
+    """One of ``settings.OF_LAYERS``, or `BLOCK_DISTANCE`, is not in a warehouse; the hint measures it."""
+    return QueryError(f"{store.root} has no '{by}' of the layers of {run['model']}.", ablate_command(store, run, by))
 
 
 def find_layer_truth(store: Warehouse, run: Mapping[str, Any], by: str) -> LayerTruth | None:
     """As `layer_truth`; None where there is none."""
-    where = (pc.field("revision") == run["revision"]) & pc.starts_with(pc.field("task"), GROUND_TRUTH[by])
-    where &= pc.field("metric") == by
-    rows = store.table("evaluations", where=where).to_pylist()
-    evaluations = {row["run_id"]: row for row in rows}
-    for newest in sorted(evaluations.values(), key=lambda row: row["created_at"], reverse=True):
-        mine = [row for row in rows if row["run_id"] == newest["run_id"]]
-        values = _increases(mine) if by == "loss" else {row["layer"]: row["value"] for row in mine}
-        if values:
-            return LayerTruth(values=values, run_id=newest["run_id"], task=newest["task"])
+    metrics = list(METRICS.values()) if by == "damage" else [METRICS.get(by, by)]
+    for evaluation in _newest_first(store, run, OF_LAYERS[by], metrics):
+        if values := _by_layer(evaluation, by, metrics):
+            return LayerTruth(values=values, run_id=evaluation[0]["run_id"], task=evaluation[0]["task"])
     return None
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockDistances:
+    """How far apart the streams before and after runs of layers are.
+
+    Attributes:
+        values: by layers, ascending; a mean angle over pi.
+        run_id, task: the evaluation.
+    """
+
+    values: Mapping[tuple[int, ...], float]
+    run_id: str
+    task: str
+
+
+def block_distances(store: Warehouse, run: Mapping[str, Any]) -> BlockDistances:
+    """Of every run of layers of a run's checkpoint, from the newest evaluation that has them.
+
+    Raises:
+        QueryError: there is none; the hint is the command that measures them.
+    """
+    for evaluation in _newest_first(store, run, ESTIMATES["damage"], [BLOCK_DISTANCE]):
+        values = {tuple(row["drop"]): row["value"] for row in evaluation}
+        return BlockDistances(values=values, run_id=evaluation[0]["run_id"], task=evaluation[0]["task"])
+    raise nothing_measured(store, run, BLOCK_DISTANCE)
+
+
+def _newest_first(
+    store: Warehouse, run: Mapping[str, Any], task: str, metrics: Sequence[str]
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each evaluation of a run's checkpoint that has these metrics, the newest evaluation first."""
+    where = (pc.field("revision") == run["revision"]) & pc.starts_with(pc.field("task"), task)
+    where &= pc.field("metric").isin(metrics)
+    rows = store.table("evaluations", where=where).to_pylist()
+    evaluations = {row["run_id"]: row for row in rows}
+    for newest in sorted(evaluations.values(), key=lambda row: row["created_at"], reverse=True):
+        yield [row for row in rows if row["run_id"] == newest["run_id"]]
+
+
+def _by_layer(rows: Sequence[Mapping[str, Any]], by: str, metrics: Sequence[str]) -> dict[int, float]:
+    if by == "loss":
+        return _increases(rows)
+    if by != "damage":
+        return {row["layer"]: row["value"] for row in rows}
+    return mean_ranks([{row["layer"]: row["value"] for row in rows if row["metric"] == name} for name in metrics])
+
+
+def mean_ranks(scores: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """Of each layer, the mean of its ranks by several scores, 1 the lowest; nothing where a layer lacks one."""
+    layers = sorted(scores[0])
+    if any(sorted(values) != layers or not np.isfinite([*values.values()]).all() for values in scores):
+        return {}
+    ranks = [average_ranks(np.array([values[layer] for layer in layers])) for values in scores]
+    return dict(zip(layers, np.mean(ranks, axis=0).tolist(), strict=True))
+
+
 def ablate_command(store: Warehouse, run: Mapping[str, Any], by: str = "loss") -> str:
-    """The command that measures one of ``settings.GROUND_TRUTH`` for a run's checkpoint, on the run's text."""
+    """The command that measures one of ``settings.OF_LAYERS`` for a run's checkpoint, on the run's text."""
     hub_commit = len(run["revision"] or "") == 40
     model = f"{run['model']}@{run['revision']}" if hub_commit else run["model"]
     settings, defaults = settings_of(run), Settings().as_dict()
@@ -77,7 +136,7 @@ def ablate_command(store: Warehouse, run: Mapping[str, Any], by: str = "loss") -
         if settings.get(name) not in (None, defaults[name])
     ]
     words = ["avss ablate", model, "--corpus", run["corpus"], "--warehouse", store.root]
-    return " ".join([words[0], *map(shlex.quote, words[1:]), *changed]) + _OPTIONS[by]
+    return " ".join([words[0], *map(shlex.quote, words[1:]), *changed]) + _OPTIONS.get(by, _DAMAGE)
 
 
 def _increases(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:

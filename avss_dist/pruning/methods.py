@@ -10,7 +10,7 @@ from pydantic import Field
 
 from avss_dist.errors import ConfigError, require_known
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
-from avss_dist.settings import GROUND_TRUTH, NO_REPAIR, RECIPES, REPAIRS, SCORES, SITES
+from avss_dist.settings import NO_REPAIR, OF_LAYERS, RECIPES, REPAIRS, SCORES, SITES
 from avss_dist.text import describe_threshold, parse_threshold
 from avss_dist.validation import Check, OneOf, checked
 
@@ -104,7 +104,7 @@ class Method:
     """One way to choose layers.
 
     Attributes:
-        score: one of ``config.SCORES`` or ``config.GROUND_TRUTH``, or ``random`` or ``last``.
+        score: one of ``config.SCORES`` or ``config.OF_LAYERS``, or ``random`` or ``last``.
         reading: of AVSS.
         control: `REVERSED`, `ENDS_KEPT` or None.
         seed: of ``random``.
@@ -148,7 +148,7 @@ def parse_score(text: str) -> tuple[str, Reading | None]:
         ConfigError: it names no score.
     """
     name, *parts = text.split(":")
-    require_known("score", name, (*SCORES, *GROUND_TRUTH))
+    require_known("score", name, (*SCORES, *OF_LAYERS))
     if name != "avss":
         if parts:
             raise ConfigError(f"'{text}': only avss is read in several ways.", f"Write {name}.")

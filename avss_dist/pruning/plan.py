@@ -16,7 +16,7 @@ import yaml
 from pydantic import Field
 
 from avss_dist.errors import ConfigError, nearest, unwritable
-from avss_dist.pruning.ground_truth import LayerTruth
+from avss_dist.pruning.ground_truth import BlockDistances, LayerTruth
 from avss_dist.pruning.selection import RANDOM, SCORE_MEANINGS, Choice, PlanError, Rows
 from avss_dist.settings import LOWEST_SHARE, SEARCHES, Check, checked
 from avss_dist.system.staging import staged_file
@@ -131,7 +131,7 @@ def make_plan(
     rows: Rows,
     run: Mapping[str, Any],
     choice: Choice,
-    truth: LayerTruth | None = None,
+    truth: LayerTruth | BlockDistances | None = None,
     *,
     findings: Sequence[str] = (),
     evaluated: Sequence[str] = (),
@@ -139,16 +139,19 @@ def make_plan(
     """A plan from rows of ``scores``, of one run.
 
     Args:
-        truth: what is known of the run's checkpoint, where layers are chosen by one of ``settings.GROUND_TRUTH``.
+        truth: what is known of the run's checkpoint, where layers are chosen by what `avss ablate` measures.
         findings, evaluated: as of `Plan`.
 
     Raises:
         PlanError: as `Choice.drop`, or the run's layers are not one list of the model.
     """
     _, number = layer_list(rows, str(run["model"]))
-    known = {choice.by: truth.by_layer(number)} if truth else {}
+    if isinstance(truth, BlockDistances):
+        drop = choice.drop_block(truth.values, number)
+    else:
+        drop = choice.drop(choice.scores(rows, {choice.by: truth.by_layer(number)} if truth else {}))
     measured = {"evaluation": truth.run_id, "task": truth.task} if truth else {}
-    made = plan_of(rows, run, choice.drop(choice.scores(rows, known)), reasons(choice) | measured)
+    made = plan_of(rows, run, drop, reasons(choice) | measured)
     return replace(made, findings=tuple(findings), evaluated=tuple(evaluated))
 
 

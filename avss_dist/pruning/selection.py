@@ -10,8 +10,9 @@ from pydantic import Field
 
 from avss_dist.errors import ConfigError
 from avss_dist.settings import (
-    GROUND_TRUTH,
+    BLOCK_DISTANCE,
     LOWEST_SHARE,
+    OF_LAYERS,
     PUBLISHED_THRESHOLD,
     RECIPES,
     SEARCHES,
@@ -28,6 +29,10 @@ SCORE_MEANINGS = {
     "loss": "what the loss rises by without the layer, measured",
     "shapley": "the same on average over sets of other layers that are missing too, sampled",
     "taylor": "the same estimated from gradients, to first order",
+    "damage": "the mean of the ranks by predicted and propagated",
+    "predicted": "what the loss rises by, predicted from gradients and from hidden states three layers later",
+    "propagated": "relative distance of the hidden states two layers later",
+    BLOCK_DISTANCE: "mean angle between hidden states before and after a run of neighbours",
     "avss": "variance of the activations over their sparsity, as published",
     "block_influence": "1 - mean cosine of the layer's input and output",
     "angular_distance": "mean angle between the layer's input and output",
@@ -82,6 +87,8 @@ class Choice:
         given = [f"`{name}`" for name in ("share", "count", "mass") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} were given; they say the same thing twice.", "Keep one of them.")
+        if self.by == BLOCK_DISTANCE and not self.contiguous:
+            raise ConfigError(f"`by` {BLOCK_DISTANCE} is a measure of neighbours.", "Set `contiguous`.")
         if self.mass is not None and (self.contiguous or self.highest or self.by in (LAST, RANDOM)):
             raise ConfigError(
                 "`mass` is a share of a score that is summed from the lowest on.", "Use `share` or `count` here."
@@ -96,19 +103,32 @@ class Choice:
 
         Args:
             rows: of the table ``scores``, of one run.
-            truth: by one of ``settings.GROUND_TRUTH``, of every layer: float64[layers].
+            truth: by one of ``settings.OF_LAYERS``, of every layer: float64[layers].
         """
         if self.by == RANDOM:
             return np.random.default_rng(self.seed).permutation(count_layers(rows)).astype(np.float64)
         if self.by == LAST:
             return _from_the_end(count_layers(rows))
-        if self.by in GROUND_TRUTH:
+        if self.by in OF_LAYERS:
             return truth[self.by]
         column = score_column(self.by)
         reading = self.reading or reading_of(rows[0])
         wanted = [row for row in rows if reading_of(row) == reading]
         values = {row["layer"]: row[column] if _is_ranked(row, self.by) else None for row in wanted}
         return np.array([np.nan if value is None else value for _, value in sorted(values.items())], np.float64)
+
+    def drop_block(self, distances: Mapping[tuple[int, ...], float], layers: int) -> tuple[int, ...]:
+        """The neighbours to drop, by the distance of the streams before and after each run of them.
+
+        Raises:
+            PlanError: as `drop`, or a distance is missing.
+        """
+        number, candidates = self.number(layers), self.unprotected(layers)
+        starts = range(candidates.start, candidates.stop - number + 1)
+        blocks = [tuple(range(start, start + number)) for start in starts]
+        if missing := [block for block in blocks if not np.isfinite(distances.get(block, np.nan))]:
+            raise PlanError(f"Layers {missing[0][0]} to {missing[0][-1]} have no '{self.by}'.", "Measure it again.")
+        return min(blocks, key=distances.__getitem__)
 
     def drop(self, scores: Sequence[float] | Float64) -> tuple[int, ...]:
         """The layers to drop, ascending, by the score of each (ties go to the earlier layer).

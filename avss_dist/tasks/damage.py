@@ -23,7 +23,7 @@ from avss_dist.errors import ModelError
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer, LayerCall, as_rows, first_tensor
 from avss_dist.models.skipping import replaced_forwards
-from avss_dist.settings import fingerprint
+from avss_dist.settings import BLOCK_DISTANCE, fingerprint
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Row, predicted_tokens
 
@@ -31,7 +31,7 @@ LOOKAHEAD = 3  # layers
 DRAWS = 2  # of labels
 PROPAGATED, PROPAGATED_COSINE = "propagated", "propagated_cosine"
 TAYLOR, SIGNED, FISHER, PREDICTED, GATE = "taylor", "taylor_signed", "fisher", "predicted", "gate"
-BLOCK_DISTANCE, BLOCK_COSINE = "block_distance", "block_cosine"
+BLOCK_COSINE = "block_cosine"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -222,7 +222,7 @@ class _Pass:
         if number == self.draws:
             del self._displaced[layer.index]
         for one in displaced:
-            products = (g.double() * one.by.double()).sum(dim=-1).where(self.real.to(g.device), 0)
+            products = (g * one.by.float()).sum(dim=-1).double().where(self.real.to(g.device), 0)
             for m in one.seen_as:
                 self._project(one.of, m, number, products)
 

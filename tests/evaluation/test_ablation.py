@@ -259,7 +259,7 @@ def test_the_ablation_and_an_evaluated_plan_agree(tiny_llama: Path, tmp_path: Pa
         values = {
             "loss": [layer.increase for layer in found.layers],
             "shapley": [layer.shapley for layer in found.layers],
-            "taylor": [layer.gradients["taylor"] for layer in found.layers],
+            "taylor": [layer.estimates["taylor"] for layer in found.layers],
         }[by]
         assert dropped == int(np.argmin([result.value for result in values if result]))
         assert np.array_equal(evaluated.result.samples, found.layers[dropped].loss.samples)  # type: ignore[union-attr]

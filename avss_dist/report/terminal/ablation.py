@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from rich.text import Text
 
+from avss_dist.pruning.ground_truth import METRICS
 from avss_dist.report.terminal.scores import BAR_WIDTH, LOWEST, bar_cells, layer_cells
 from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.stats.rankings import count_lowest
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from avss_dist.evaluation.ablate import Ablation, LayerAblation
     from avss_dist.tasks.base import Result
 
-GRADIENTS = ("taylor", "gradient_l1", "gradient_l2", "weight_frobenius")
+ESTIMATES = ("taylor", "gradient_l1", "gradient_l2", "weight_frobenius", *METRICS.values())
 
 
 def ablation_rows(found: Ablation) -> pa.Table:
@@ -26,6 +27,7 @@ def ablation_rows(found: Ablation) -> pa.Table:
 
 
 def _row(one: LayerAblation) -> dict[str, Any]:
+    predicted = one.estimates.get(METRICS["predicted"])
     low, high = one.shapley_interval() or (None, None)
     return {
         "layer": one.layer,
@@ -35,7 +37,9 @@ def _row(one: LayerAblation) -> dict[str, Any]:
         "shapley": _value(one.shapley),
         "shapley_low": low,
         "shapley_high": high,
-        **{name: _value(one.gradients.get(name)) for name in GRADIENTS},
+        "damage": one.damage,
+        **{name: _value(one.estimates.get(name)) for name in ESTIMATES},
+        "predicted_stderr": None if predicted is None else predicted.stderr,
     }
 
 
@@ -44,6 +48,14 @@ _COLUMNS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
     ("increase", "increase", 0, lambda row: _with_error(row["increase"], row["increase_stderr"])),
     ("Shapley", "shapley", 1, lambda row: f"{row['shapley']:.4f}"),
     ("95% interval", "shapley_low", 3, lambda row: f"{row['shapley_low']:.4f} .. {row['shapley_high']:.4f}"),
+    ("damage", "damage", 1, lambda row: f"{row['damage']:.1f}"),
+    (
+        "predicted",
+        METRICS["predicted"],
+        2,
+        lambda row: _with_error(row[METRICS["predicted"]], row["predicted_stderr"]),
+    ),
+    ("propagated", METRICS["propagated"], 2, lambda row: f"{row[METRICS['propagated']]:.4g}"),
     ("Taylor", "taylor", 2, lambda row: f"{row['taylor']:.4g}"),
     ("gradient L1", "gradient_l1", 6, lambda row: f"{row['gradient_l1']:.4g}"),
     ("gradient L2", "gradient_l2", 7, lambda row: f"{row['gradient_l2']:.4g}"),
@@ -55,7 +67,7 @@ _COLUMNS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
 def ablation_table(found: Ablation) -> FittedTable:
     """The same for the terminal, with a bar of the first measure that there is; the least important are marked."""
     rows = ablation_rows(found).to_pylist()
-    first = next(name for name in ("increase", "shapley", "taylor") if rows[0][name] is not None)
+    first = next(name for name in ("increase", "shapley", "damage", "taylor") if rows[0][name] is not None)
     lowest = sorted(rows, key=lambda row: row[first])[: count_lowest(len(rows))]
     marked = [row in lowest for row in rows]
     bars = bar_cells([row[first] for row in rows], marked)
@@ -78,7 +90,10 @@ def ablation_table(found: Ablation) -> FittedTable:
 
 def _caption(found: Ablation, first: str) -> Text:
     number = count_lowest(len(found.layers))
-    text = f"* the {'layer' if number == 1 else f'{number} layers'} with the lowest {first}. In nats per token."
+    text = f"* the {'layer' if number == 1 else f'{number} layers'} with the lowest {first}. Losses, their increases "
+    text += "and what is predicted of them are in nats per token."
+    if found.layers[0].damage is not None:
+        text += " Damage is the mean of the ranks by predicted and propagated."
     if found.whole is not None:
         text += f" Loss of the whole model: {_with_error(found.whole.value, found.whole.stderr)}; the error of an "
         text += "increase is of the same sequences with and without the layer."

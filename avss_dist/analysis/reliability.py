@@ -1,0 +1,78 @@
+"""How far a measurement of layers can be trusted to order them: no score agrees with it better than it does itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow.compute as pc
+
+from avss_dist.pruning.ground_truth import LayerTruth
+from avss_dist.settings import LOSS
+from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.rankings import spearman
+from avss_dist.warehouse.reader import Warehouse
+
+SPLITS, SEED = 200, 0
+
+
+def increases(store: Warehouse, truth: LayerTruth) -> Float64:
+    """What the loss of each sequence rises by without each layer, float64[sequences, layers], in nats."""
+    where = (pc.field("run_id") == truth.run_id) & (pc.field("task") == truth.task) & (pc.field("metric") == LOSS)
+    rows = store.table("cells", where=where).to_pylist()
+    by_drop: dict[tuple[int, ...], dict[int, list[float]]] = {}
+    for row in rows:
+        by_drop.setdefault(tuple(row["drop"]), {})[row["part"]] = row["samples"]
+    samples = {drop: np.concatenate([parts[part] for part in sorted(parts)]) for drop, parts in by_drop.items()}
+    columns = [samples[layer,] - samples[()] for layer in sorted(truth.values)]
+    return np.stack(columns, axis=1)
+
+
+def reliability(samples: Float64) -> float:
+    """The correlation that a second measurement on other text of the same size would have with this one.
+
+    Spearman's correlation of two random halves of the sequences, a mean over splits, stepped up to the whole by the
+    formula of Spearman and Brown (1910): ``2 r / (1 + r)``. The same every time.
+
+    Args:
+        samples: float64[sequences, layers].
+
+    Returns:
+        NaN of fewer than four sequences.
+    """
+    number = len(samples)
+    if number < 4:
+        return np.nan
+    rng = np.random.default_rng(SEED)
+    found = []
+    for _ in range(SPLITS):
+        order = rng.permutation(number)
+        half, other = samples[order[: number // 2]].sum(axis=0), samples[order[number // 2 :]].sum(axis=0)
+        found.append(spearman(half, other))
+    r = float(np.mean(found))
+    return 2 * r / (1 + r) if r > 0 else np.nan
+
+
+def misranked(score: Float64, truth: Float64) -> float | None:
+    """The share of pairs of layers, ties left out, of which a score puts the more important one first.
+
+    Args:
+        score, truth: float64[layers]; NaN is left out.
+    """
+    both = np.isfinite(score) & np.isfinite(truth)
+    upper = np.triu_indices(int(both.sum()), 1)
+    signs = [np.sign(values[both][:, None] - values[both][None, :])[upper] for values in (score, truth)]
+    product = signs[0] * signs[1]
+    ordered = int(np.count_nonzero(product))
+    return int(np.count_nonzero(product < 0)) / ordered if ordered else None
+
+
+def sets_correlation(score: Float64, sets: Mapping[tuple[int, ...], float]) -> float:
+    """Spearman's correlation, over sets of layers, of the sum of a score with what the loss rises by without the set.
+
+    Args:
+        score: float64[layers].
+        sets: nats per token, by layers; NaN of fewer than three sets.
+    """
+    sums = np.array([score[list(layers)].sum() for layers in sets])
+    return spearman(sums, np.array([*sets.values()]))
