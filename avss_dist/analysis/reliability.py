@@ -17,15 +17,20 @@ SPLITS, SEED = 200, 0
 
 
 def increases(store: Warehouse, truth: LayerTruth) -> Float64:
-    """What the loss of each sequence rises by without each layer, float64[sequences, layers], in nats."""
+    """What the loss of each sequence rises by without each layer, float64[sequences, layers], in nats.
+
+    No sequences where the cells of the evaluation are not in the warehouse.
+    """
     where = (pc.field("run_id") == truth.run_id) & (pc.field("task") == truth.task) & (pc.field("metric") == LOSS)
     rows = store.table("cells", where=where).to_pylist()
     by_drop: dict[tuple[int, ...], dict[int, list[float]]] = {}
     for row in rows:
         by_drop.setdefault(tuple(row["drop"]), {})[row["part"]] = row["samples"]
     samples = {drop: np.concatenate([parts[part] for part in sorted(parts)]) for drop, parts in by_drop.items()}
-    columns = [samples[layer,] - samples[()] for layer in sorted(truth.values)]
-    return np.stack(columns, axis=1)
+    layers = sorted(truth.values)
+    if samples.keys() != {(), *((layer,) for layer in layers)} or len({len(one) for one in samples.values()}) > 1:
+        return np.zeros((0, len(layers)))
+    return np.stack([samples[layer,] - samples[()] for layer in layers], axis=1)
 
 
 def reliability(samples: Float64) -> float:

@@ -9,9 +9,9 @@ puts in the wrong order, and how well its sum over a set predicts the loss witho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from avss_dist.errors import QueryError
 from avss_dist.pruning.ground_truth import LayerTruth, find_layer_truth, nothing_measured
 from avss_dist.pruning.selection import PUBLISHED, Choice, PlanError, Reading, reading_of
 from avss_dist.settings import GROUND_TRUTH, LOSS, OF_LAYERS, PERPLEXITY, RIVALS
+from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import spearman
 from avss_dist.warehouse.reader import Warehouse
 
@@ -54,7 +55,7 @@ def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]]) -> pa.Table
     for run in runs:
         truths = {name: truth for name in OF_LAYERS if (truth := find_layer_truth(store, run, name))}
         if truths.keys() & GROUND_TRUTH.keys():
-            rows += _card(store, run, truths)
+            rows += _cards(store, run, truths)
         else:
             missing = missing or nothing_measured(store, run, LOSS)
     if not rows and missing:
@@ -62,42 +63,60 @@ def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]]) -> pa.Table
     return pa.Table.from_pylist(rows, SCHEMA)
 
 
-def _card(store: Warehouse, run: Mapping[str, Any], truths: Mapping[str, LayerTruth]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Known:
+    """What is known of a run's model beside its scores.
+
+    Attributes:
+        truth: by one of ``settings.OF_LAYERS``, float64[layers].
+        ceiling: `reliability` of the loss without each layer.
+        rises: what the loss rises by without a set of layers, on the text of ``task``.
+    """
+
+    truth: Mapping[str, Float64]
+    ceiling: float
+    rises: Mapping[tuple[int, ...], float]
+    task: str | None
+
+    def compare(self, choice: Choice, values: Float64) -> dict[str, Any]:
+        """How well a score, float64[layers], tells it."""
+        sets = {drop: rise for drop, rise in self.rises.items() if len(drop) > 1}
+        card: dict[str, Any] = {"sets": len(sets), "spearman_sets": _finite(sets_correlation(values, sets))}
+        for name, column in SPEARMAN.items():
+            card[column] = _finite(spearman(values, self.truth[name])) if name in self.truth else None
+        if LOSS in self.truth and choice.by != LOSS:
+            reached = spearman(values, self.truth[LOSS]) / self.ceiling
+            card |= {"ceiling": _finite(self.ceiling), "share_of_ceiling": _finite(reached)}
+            card["misranked"] = misranked(values, self.truth[LOSS])
+        for share, column in RETENTION.items():
+            with suppress(PlanError):  # a layer without a score
+                rise = self.rises.get(replace(choice, share=share).drop(values))
+                card[column] = None if rise is None else float(np.exp(-rise))
+        return card
+
+
+def _cards(store: Warehouse, run: Mapping[str, Any], truths: Mapping[str, LayerTruth]) -> Iterator[dict[str, Any]]:
     scored = store.table("scores", run_ids=[run["run_id"]]).to_pylist()
-    task, rises = _rises(store, run)
     truth = {name: one.by_layer(run["num_layers"]) for name, one in truths.items()}
     ceiling = reliability(increases(store, truths[LOSS])) if LOSS in truths else np.nan
-    sets = {drop: rise for drop, rise in rises.items() if len(drop) > 1}
+    known = _Known(truth, ceiling, *_rises(store, run))
     by_reading: dict[Reading, list[Mapping[str, Any]]] = {}
     for row in scored:
         by_reading.setdefault(reading_of(row), []).append(row)
     of_avss = [(Choice(by="avss", reading=reading), rows) for reading, rows in by_reading.items()]
     others = [(Choice(by=name), scored) for name in (*RIVALS, *truth)]
-    cards = []
     for choice, rows in (*of_avss, *others):
-        values = choice.scores(rows, truth)
         place = dict(zip(_PLACE, choice.reading, strict=True)) if choice.reading else {}
-        card = {"run_id": run["run_id"], "model": run["model"], "score": choice.by, "task": task, **place}
-        card |= {column: _known(spearman(values, truth[name])) for name, column in SPEARMAN.items() if name in truth}
-        if LOSS in truth and choice.by != LOSS:
-            rho = spearman(values, truth[LOSS])
-            card |= {"ceiling": _known(ceiling), "share_of_ceiling": _known(rho / ceiling)}
-            card["misranked"] = misranked(values, truth[LOSS])
-        card |= {"spearman_sets": _known(sets_correlation(values, sets)), "sets": len(sets)}
-        for share, column in RETENTION.items():
-            with suppress(PlanError):  # a layer without a score
-                rise = rises.get(replace(choice, share=share).drop(values))
-                card[column] = None if rise is None else float(np.exp(-rise))
-        cards.append(card)
-    return cards
+        of = {"run_id": run["run_id"], "model": run["model"], "score": choice.by, "task": known.task, **place}
+        yield of | known.compare(choice, choice.scores(rows, truth))
 
 
-def _known(rho: float) -> float | None:
+def _finite(rho: float) -> float | None:
     return None if np.isnan(rho) else rho
 
 
-def _rises(store: Warehouse, run: Mapping[str, Any]) -> tuple[str | None, dict[tuple[int, ...], float]]:
-    """The text that most sets of layers were evaluated on, and what the loss rises by without each, nats per token."""
+def _rises(store: Warehouse, run: Mapping[str, Any]) -> tuple[dict[tuple[int, ...], float], str | None]:
+    """What the loss rises by without each set of layers, nats per token, and the text: that of the most sets."""
     where = (pc.field("revision") == run["revision"]) & (pc.field("metric") == LOSS)
     where &= pc.field("patch").is_null()
     where &= pc.starts_with(pc.field("task"), PERPLEXITY)
@@ -106,8 +125,8 @@ def _rises(store: Warehouse, run: Mapping[str, Any]) -> tuple[str | None, dict[t
         losses.setdefault((row["run_id"], row["task"]), {})[tuple(row["drop"])] = row["value"]
     for (_, task), found in sorted(losses.items(), key=lambda item: -len(item[1])):
         if () in found:
-            return task, {drop: loss - found[()] for drop, loss in found.items()}
-    return None, {}
+            return {drop: loss - found[()] for drop, loss in found.items()}, task
+    return {}, None
 
 
 def best_readings(cards: pa.Table) -> pa.Table:

@@ -120,14 +120,7 @@ def ablate(
         AvssError: a mistake, or a cell that failed (`RunFailed`); what was measured is kept.
     """
     settings, execution = evaluation_options(options)
-    if min(shapley, seed) < 0:
-        raise ConfigError(f"`shapley` and `seed` cannot be negative: {min(shapley, seed)}.")
-    if gradients or damage:
-        require_gradients(execution)
-    if damage and draws < 1:
-        raise ConfigError(f"`draws` must be at least 1: {draws}.")
-    if not (leave_one_out or shapley or gradients or damage):
-        raise ConfigError("Nothing would be measured.", "Choose `leave_one_out`, `shapley`, `gradients` or `damage`.")
+    _require_sensible(execution, leave_one_out, shapley, seed, gradients, draws if damage else None)
     require_listable(shapley, "permutations", "Lower `shapley`.")
     corpus = RedactedURI(corpus)
     store = Store(warehouse)
@@ -149,6 +142,19 @@ def ablate(
     if failed:
         raise failure(failed)
     return _ablation(str(model), corpus, found)
+
+
+def _require_sensible(
+    execution: Execution, leave_one_out: bool, shapley: int, seed: int, gradients: bool, draws: int | None
+) -> None:
+    if min(shapley, seed) < 0:
+        raise ConfigError(f"`shapley` and `seed` cannot be negative: {min(shapley, seed)}.")
+    if gradients or draws is not None:
+        require_gradients(execution)
+    if draws is not None and draws < 1:
+        raise ConfigError(f"`draws` must be at least 1: {draws}.")
+    if not (leave_one_out or shapley or gradients or draws):
+        raise ConfigError("Nothing would be measured.", "Choose `leave_one_out`, `shapley`, `gradients` or `damage`.")
 
 
 def require_gradients(execution: Execution) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,6 +25,7 @@ from avss_dist.models.skipping import replaced_forwards
 from avss_dist.settings import BLOCK_DISTANCE, fingerprint
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Row, predicted_tokens
+from avss_dist.tasks.watching import WATCHED, Watched
 
 LOOKAHEAD = 3  # layers
 DRAWS = 2  # of labels
@@ -93,7 +93,7 @@ Key = tuple[str, int, tuple[int, ...] | None]  # metric, layer, and the layers o
 
 
 @dataclass
-class _Pass:
+class _Pass(Watched):
     """What is gathered of one batch.
 
     Attributes:
@@ -124,15 +124,6 @@ class _Pass:
     def keeps(self) -> int:
         """See `causal_lm.Watching`."""
         return self.lookahead + 2
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """See `causal_lm.Watching`."""
-        token = _WATCHING.set(self)
-        try:
-            yield
-        finally:
-            _WATCHING.reset(token)
 
     def forward(self, model: LanguageModel, batch: Batch) -> _Pass:
         """A pass without gradients."""
@@ -278,9 +269,6 @@ def _hidden(layer: Layer, output: Any, given: torch.Tensor) -> torch.Tensor:
     return out
 
 
-_WATCHING: ContextVar[_Pass | None] = ContextVar("watching", default=None)
-
-
 @contextmanager
 def _watched(layers: Sequence[Layer]) -> Iterator[None]:
     """Inside, the pass that is watched runs the layers."""
@@ -289,7 +277,7 @@ def _watched(layers: Sequence[Layer]) -> Iterator[None]:
         uses[layer.module].append(layer)
 
     def call(of: Sequence[Layer], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        watching = _WATCHING.get()
+        watching = WATCHED.get()
         return forward(*args, **kwargs) if watching is None else watching.call(of, forward, args, kwargs)
 
     with replaced_forwards({module: partial(call, of, module.forward) for module, of in uses.items()}):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
 from avss_dist.settings import fingerprint
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Row, predicted_tokens
+from avss_dist.tasks.watching import WATCHED, Watched
 
 TAYLOR = "taylor"  # nats per predicted token; low is unimportant
 L1, L2, FROBENIUS = "gradient_l1", "gradient_l2", "weight_frobenius"
@@ -76,7 +76,7 @@ def _shape(parameter: nn.Parameter) -> Sequence[int]:
 
 
 @dataclass
-class _Pass:
+class _Pass(Watched):
     """What the hooks of one forward and backward pass gather, by layer."""
 
     real: torch.Tensor  # bool[rows, tokens]
@@ -92,15 +92,6 @@ class _Pass:
     def of(batch: Batch, device: torch.device) -> _Pass:
         real = torch.from_numpy(batch.attention_mask).to(device)
         return _Pass(real=real, scale=max(1.0, float(predicted(batch).sum())))
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """See `causal_lm.Watching`."""
-        token = _WATCHING.set(self)
-        try:
-            yield
-        finally:
-            _WATCHING.reset(token)
 
     def enter(self, uses: Sequence[Layer], module: nn.Module, args: Any, kwargs: Any) -> None:
         if uses[0].index not in self.sizes:  # weights may be gone when the layer has run
@@ -135,9 +126,6 @@ class _Pass:
         weight.grad = None
 
 
-_WATCHING: ContextVar[_Pass] = ContextVar("watching")
-
-
 @contextmanager
 def _hooked(layers: Sequence[Layer]) -> Iterator[None]:
     """Inside, the pass that is watched hears of its layers, where gradients are enabled.
@@ -153,7 +141,7 @@ def _hooked(layers: Sequence[Layer]) -> Iterator[None]:
         def enter(of: Sequence[Layer], module: nn.Module, args: Any, kwargs: Any) -> None:
             if not torch.is_grad_enabled():
                 return
-            _WATCHING.get().enter(of, module, args, kwargs)
+            WATCHED.get().enter(of, module, args, kwargs)
             for weight in matrices(module):
                 if weight not in hooked:
                     hooked[weight] = True
@@ -162,7 +150,7 @@ def _hooked(layers: Sequence[Layer]) -> Iterator[None]:
 
         def leave(of: Sequence[Layer], _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
             if torch.is_grad_enabled():
-                _WATCHING.get().leave(of, output)
+                WATCHED.get().leave(of, output)
 
         for module, of in uses.items():
             stack.callback(module.register_forward_pre_hook(partial(enter, of), with_kwargs=True).remove)
@@ -171,7 +159,7 @@ def _hooked(layers: Sequence[Layer]) -> Iterator[None]:
 
 
 def _accumulate(uses: Sequence[Layer], weight: torch.Tensor) -> None:
-    _WATCHING.get().accumulate(uses, weight)
+    WATCHED.get().accumulate(uses, weight)
 
 
 @contextmanager

@@ -188,6 +188,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--no-truncation": False,
         "--seed": 0,
         "--gradients": False,
+        "--damage": False,
+        "--draws": 2,
         "--skip-sequences": 0,
         **{f"--{name.replace('_', '-')}": value for name, value in Settings().as_dict().items()},
         **EXECUTION,

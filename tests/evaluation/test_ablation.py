@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from itertools import combinations, pairwise
@@ -322,13 +323,41 @@ def test_ablate_shows_a_table(tiny_llama: Path, tmp_path: Path) -> None:
     done = avss("ablate", tiny_llama, *options)
     assert done.exit_code == 0, done.stderr
     for words in ("loss without", "increase", "Shapley", "95% interval", "Loss of the whole model"):
-        assert words in done.stdout
+        assert words in " ".join(done.stdout.split())
     assert "Taylor" not in done.stdout
     rows = ablation_rows(ablate(tiny_llama, **text)).to_pylist()
     assert [row["layer"] for row in rows] == [0, 1, 2]
     assert all(row["shapley_low"] <= row["shapley"] <= row["shapley_high"] for row in rows)
     assert all(f"{row['loss']:.4f}" in done.stdout and f"{row['shapley']:.4f}" in done.stdout for row in rows)
     assert rows[0]["taylor"] is None
+
+
+def test_damage_is_kept_and_shown(tiny_llama: Path, tmp_path: Path) -> None:
+    """Through the command line and the warehouse: every metric, blocks, interactions' samples."""
+    warehouse = tmp_path / "w"
+    sizes = ("--max-sequences", 4, "--sequence-length", 32, "--sequences-per-shard", 2)
+    options = (tiny_llama, "--corpus", TEXT, "--warehouse", warehouse, *sizes, "--no-leave-one-out", "--damage")
+    done = avss("ablate", *options, "--draws", 3)
+    assert done.exit_code == 0, done.stderr
+    for words in ("damage", "predicted", "propagated", "the layer with the lowest damage"):
+        assert words in " ".join(done.stdout.split())
+    rows = [row for row in Warehouse(warehouse).table("evaluations").to_pylist() if row["task"] == f"damage:{TEXT}"]
+    layers = {(row["metric"], row["layer"]): row for row in rows if not row["drop"]}
+    named = {f"{name}_{m}" for name in ("propagated", "propagated_cosine", "taylor", "fisher") for m in range(4)}
+    assert named <= {metric for metric, _ in layers}
+    assert {tuple(row["drop"]) for row in rows if row["metric"] == "block_distance"} == {
+        *((0,), (1,), (2,)),
+        *((0, 1), (1, 2), (0, 1, 2)),
+    }
+    assert layers["gate_0", 1]["num_samples"] == 4 * 3
+    assert layers["predicted_3", 1]["stderr"] > 0
+    table = avss("ablate", *options, "--draws", 3, "--format", "json")
+    shown = [json.loads(line) for line in table.stdout.splitlines()]
+    shown = shown[0] if isinstance(shown[0], list) else shown
+    assert [row["predicted_3"] for row in shown] == [layers["predicted_3", i]["value"] for i in range(3)]
+    assert sum(row["damage"] for row in shown) == 6
+    refused = avss("ablate", *options, "--partition", "tensor_parallel")
+    assert (refused.exit_code, "has no gradients" in refused.stderr) == (2, True)
 
 
 def test_numbers_that_cannot_be_had_are_shown(tiny_llama: Path, tmp_path: Path) -> None:

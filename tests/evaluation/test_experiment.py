@@ -157,6 +157,13 @@ def test_the_score_card_has_the_truth_and_what_was_kept(done: tuple[Path, list[d
     cards = score_cards(store, store.runs().to_pylist())
     (own,) = (row for row in cards.to_pylist() if row["score"] == "loss")
     assert own["spearman_loss"] == pytest.approx(1.0)
+    others = [row for row in cards.to_pylist() if row["score"] != "loss"]
+    assert len({row["ceiling"] for row in others}) == 1
+    for row in others:
+        if row["spearman_loss"] is not None and row["ceiling"] is not None:
+            assert row["share_of_ceiling"] == pytest.approx(row["spearman_loss"] / row["ceiling"])
+            assert 0 <= row["misranked"] <= 1
+        assert row["sets"] == len({tuple(one["drop"]) for one in rows if len(one["drop"]) > 1 and not one["repair"]})
     (published,) = (
         row
         for row in cards.to_pylist()

@@ -21,7 +21,7 @@ from avss_dist.errors import ConfigError, QueryError
 from avss_dist.pruning.methods import REVERSED, Method
 from avss_dist.pruning.plan import Plan, make_plan, mergekit_slices, read_plan
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, SCORE_MEANINGS, Choice, PlanError
-from avss_dist.settings import GROUND_TRUTH, SCORES
+from avss_dist.settings import BLOCK_DISTANCE, OF_LAYERS, SCORES
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
@@ -99,7 +99,7 @@ def test_a_missing_score() -> None:
 
 
 def test_every_score_has_a_meaning() -> None:
-    assert set(SCORE_MEANINGS) == {*SCORES, *GROUND_TRUTH, LAST, RANDOM}
+    assert set(SCORE_MEANINGS) == {*SCORES, *OF_LAYERS, BLOCK_DISTANCE, LAST, RANDOM}
 
 
 def score_rows(values: list[float]) -> list[dict[str, Any]]:
@@ -261,12 +261,68 @@ def test_no_score_is_a_default(scored: Warehouse, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     result = avss("plan", scored.root, "--run", "b-1", "-o", plan)
     assert (result.exit_code, result.stdout, plan.exists()) == (2, "", False)
-    assert f"avss ablate org/b-1 --corpus 'my text.txt' --warehouse {scored.root}" in result.stderr
+    command = f"avss ablate org/b-1 --corpus 'my text.txt' --warehouse {scored.root}"
+    assert f"passes: {command} --no-leave-one-out --damage\n" in result.stderr
+    assert f"loss: {command}\n" in result.stderr
     for name, meaning in SCORE_MEANINGS.items():
         assert f"  {name}: {meaning}" in result.stderr
     assert "with --by" in result.stderr
-    with pytest.raises(QueryError, match="not measured"):
+    with pytest.raises(
+        QueryError, match="neither the damage of the layers of org/a-1 nor"
+    ):
         plan_layers(scored, scored.runs().to_pylist()[0])
+
+
+def write_damage(store: Warehouse, run_id: str, propagated: list[float], predicted: list[float]) -> None:
+    """What `avss ablate --damage` leaves, of what plans read."""
+    row = run_row(run_id)
+    number = len(propagated)
+    blocks = [(i, j) for i in range(number) for j in range(i + 1, number + 1)]
+    rows: list[dict[str, Any]] = [
+        {"metric": metric, "layer": layer, "drop": [], "value": value}
+        for metric, values in (("propagated_2", propagated), ("predicted_3", predicted))
+        for layer, value in enumerate(values)
+    ]
+    rows += [
+        {"metric": "block_distance", "layer": i, "drop": list(range(i, j)), "value": 0.1 if (i, j) == (4, 6) else 0.2}
+        for i, j in blocks
+    ]
+    Store(store.root).write_evaluations(
+        RunIdentity(run_id=f"{run_id}-damage", **{name: row[name] for name in ("model", "revision", "family")}),
+        [{"task": "damage:text.txt", "created_at": CREATED, **one} for one in rows],
+    )
+
+
+def test_damage_is_the_mean_of_two_ranks_and_the_default_without_a_loss(scored: Warehouse, tmp_path: Path) -> None:
+    propagated, predicted = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], [0.8, 0.2, 0.5, -0.1, 0.9, 0.6, 0.7, 0.65]
+    write_damage(scored, "b-1", propagated, predicted)
+    (run,) = (row for row in scored.runs().to_pylist() if row["run_id"] == "b-1")
+    # ranks 8 7 6 5 4 3 2 1 and 7 2 3 1 8 4 6 5: sums 15 9 9 6 12 7 8 6
+    assert plan_layers(scored, run, by="damage", count=2).drop == (3, 7)
+    assert plan_layers(scored, run, by="predicted", count=1).drop == (3,)
+    assert plan_layers(scored, run, by="propagated", count=1).drop == (7,)
+    result = avss("plan", scored.root, "--run", "b-1", "-o", tmp_path / "plan.yaml")
+    assert result.exit_code == 0, result.stderr
+    made = read_plan(tmp_path / "plan.yaml")
+    assert made.drop == (3, 7) and made.why["by"] == "damage" and made.why["evaluation"] == "b-1-damage"
+    write_losses(scored, "b-1", [9.0, 8.0, 3.1, 7.0, 3.2, 6.0, 5.0, 4.0])
+    assert plan_layers(scored, run).why["by"] == "loss"
+
+
+def test_a_block_is_chosen_by_its_own_distance(scored: Warehouse, tmp_path: Path) -> None:
+    options = ("plan", scored.root, "--run", "b-1", "--by", "block_distance", "-o", tmp_path / "plan.yaml")
+    result = avss(*options, "--contiguous", "--count", 2)
+    assert (result.exit_code, "--no-leave-one-out --damage" in result.stderr) == (2, True)
+    write_damage(scored, "b-1", [1.0] * 8, [1.0] * 8)
+    result = avss(*options, "--contiguous", "--count", 2)
+    assert result.exit_code == 0, result.stderr
+    assert read_plan(tmp_path / "plan.yaml").drop == (4, 5)
+    result = avss(*options, "--contiguous", "--count", 2, "--protect", "first=1,last=3")
+    assert read_plan(tmp_path / "plan.yaml").drop == (1, 2)
+    result = avss(*options, "--count", 2)
+    assert (result.exit_code, "Set --contiguous" in result.stderr) == (2, True)
+    result = avss(*options, "--contiguous", "--count", 7, "--protect", "first=1,last=1")
+    assert (result.exit_code, "6 of 8 are not protected" in result.stderr) == (2, True)
 
 
 def test_the_measured_loss_is_taken_where_there_is_one(scored: Warehouse, tmp_path: Path) -> None:

@@ -35,20 +35,41 @@ def _table(rows: list[dict[str, Any]]) -> FittedTable:
                 for i, name in enumerate(truths)
             ),
             *(
+                [Column(title="over sets", cells=[_correlation(row["spearman_sets"]) for row in rows], priority=2)]
+                if any(row["spearman_sets"] is not None for row in rows)
+                else []
+            ),
+            *(
+                Column(title=title, cells=[_share(row[name]) for row in rows], priority=priority)
+                for title, name, priority in _OF_LOSS
+                if any(row[name] is not None for row in rows)
+            ),
+            *(
                 Column(
-                    title=f"kept without {share:.0%}", cells=[_kept(row[RETENTION[share]]) for row in rows], priority=1
+                    title=f"kept without {share:.0%}", cells=[_share(row[RETENTION[share]]) for row in rows], priority=1
                 )
                 for share in shares
             ),
         ],
         title=f"{rows[0]['model']}  ({rows[0]['run_id']})",
-        caption=Text(
-            printable(f"Spearman's correlation of each score, over layers, with what leaving them out does.{task}")
-        ),
+        caption=Text(printable(f"{_caption(rows)}{task}")),
     )
 
 
-def _kept(value: float | None) -> str:
+_OF_LOSS = (("of the ceiling", "share_of_ceiling", 1), ("misranked", "misranked", 3))
+
+
+def _caption(rows: list[dict[str, Any]]) -> str:
+    text = "Spearman's correlation of each score, over layers, with what leaving them out does."
+    if ceiling := next((row["ceiling"] for row in rows if row["ceiling"] is not None), None):
+        text += f" Its ceiling, which the loss of other text of the same size would reach: {ceiling:.2f}. Misranked: "
+        text += "pairs of layers in the wrong order."
+    if any(row["spearman_sets"] is not None for row in rows):
+        text += f" Over {rows[0]['sets']} sets: of the score's sum with what leaving the set out does."
+    return text
+
+
+def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
