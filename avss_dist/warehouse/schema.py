@@ -96,7 +96,9 @@ _PLACE = (
 )
 _STATS = _columns_of_stats()
 _TASK = Column(
-    "task", STRING, "perplexity:TEXT, ablation:TEXT, shapley:TEXT, gradients:TEXT, repair:..., or of lm-eval"
+    "task",
+    STRING,
+    "perplexity:TEXT, ablation:TEXT, shapley:TEXT, gradients:TEXT, damage:TEXT, repair:..., or of lm-eval",
 )
 _METRIC = Column("metric", STRING, "what is measured: loss, perplexity, acc, shapley, ...")
 _DROP = Column("drop", INT32_LIST, "layers that were left out, ascending, from 0; empty for the whole model")

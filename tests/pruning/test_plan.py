@@ -267,9 +267,7 @@ def test_no_score_is_a_default(scored: Warehouse, tmp_path: Path) -> None:
     for name, meaning in SCORE_MEANINGS.items():
         assert f"  {name}: {meaning}" in result.stderr
     assert "with --by" in result.stderr
-    with pytest.raises(
-        QueryError, match="neither the damage of the layers of org/a-1 nor"
-    ):
+    with pytest.raises(QueryError, match="neither the damage of the layers of org/a-1 nor"):
         plan_layers(scored, scored.runs().to_pylist()[0])
 
 

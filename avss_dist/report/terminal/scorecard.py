@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -23,40 +25,40 @@ def scorecard_tables(cards: pa.Table) -> RenderableType:
 
 
 def _table(rows: list[dict[str, Any]]) -> FittedTable:
-    truths = [name for name, column in SPEARMAN.items() if any(row[column] is not None for row in rows)]
-    shares = [share for share, column in RETENTION.items() if any(row[column] is not None for row in rows)]
-    task = f" Kept: the perplexity of {rows[0]['task']} without those layers, under it." if shares else ""
-    rows = sorted(rows, key=lambda row: -_first(row, truths))
+    shown = [column for column in _columns() if any(row[column.name] is not None for row in rows)]
+    if shown:
+        rows = sorted(rows, key=lambda row: -_known(row[shown[0].name]))
     return FittedTable(
         [
             Column(title="score", cells=[_name(row) for row in rows], number=False),
             *(
-                Column(title=f"with {name}", cells=[_correlation(row[SPEARMAN[name]]) for row in rows], priority=i)
-                for i, name in enumerate(truths)
-            ),
-            *(
-                [Column(title="over sets", cells=[_correlation(row["spearman_sets"]) for row in rows], priority=2)]
-                if any(row["spearman_sets"] is not None for row in rows)
-                else []
-            ),
-            *(
-                Column(title=title, cells=[_share(row[name]) for row in rows], priority=priority)
-                for title, name, priority in _OF_LOSS
-                if any(row[name] is not None for row in rows)
-            ),
-            *(
-                Column(
-                    title=f"kept without {share:.0%}", cells=[_share(row[RETENTION[share]]) for row in rows], priority=1
-                )
-                for share in shares
+                Column(title=one.title, cells=[one.cell(row[one.name]) for row in rows], priority=one.priority)
+                for one in shown
             ),
         ],
         title=f"{rows[0]['model']}  ({rows[0]['run_id']})",
-        caption=Text(printable(f"{_caption(rows)}{task}")),
+        caption=Text(printable(_caption(rows))),
     )
 
 
-_OF_LOSS = (("of the ceiling", "share_of_ceiling", 1), ("misranked", "misranked", 3))
+@dataclass(frozen=True)
+class _Shown:
+    """A column of the card, and how it is shown."""
+
+    title: str
+    name: str
+    cell: Callable[[float | None], Text | str]
+    priority: int
+
+
+def _columns() -> list[_Shown]:
+    return [
+        *(_Shown(f"with {name}", column, _correlation, i) for i, (name, column) in enumerate(SPEARMAN.items())),
+        _Shown("of the ceiling", "share_of_ceiling", _share, 1),
+        _Shown("misranked", "misranked", _share, 3),
+        _Shown("over sets", "spearman_sets", _correlation, 2),
+        *(_Shown(f"kept without {share:.0%}", column, _share, 1) for share, column in RETENTION.items()),
+    ]
 
 
 def _caption(rows: list[dict[str, Any]]) -> str:
@@ -66,6 +68,8 @@ def _caption(rows: list[dict[str, Any]]) -> str:
         text += "pairs of layers in the wrong order."
     if any(row["spearman_sets"] is not None for row in rows):
         text += f" Over {rows[0]['sets']} sets: of the score's sum with what leaving the set out does."
+    if any(row[column] is not None for row in rows for column in RETENTION.values()):
+        text += f" Kept: the perplexity of {rows[0]['task']} without those layers, under it."
     return text
 
 
@@ -73,9 +77,8 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def _first(row: dict[str, object], truths: list[str]) -> float:
-    value = row[SPEARMAN[truths[0]]]
-    return value if isinstance(value, float) else -2.0
+def _known(value: float | None) -> float:
+    return -2.0 if value is None else value
 
 
 def _correlation(value: float | None) -> Text:

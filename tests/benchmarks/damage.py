@@ -1,0 +1,79 @@
+"""What `avss ablate --damage` costs and tells: forwards, and its correlation with the loss without each layer.
+
+    python tests/benchmarks/damage.py MODEL CORPUS [--sequences 8] [--draws 2]
+
+The damage is estimated on the first rows of the corpus, and the loss measured on the next ones. Cost is CPU time over
+that of the loss of the same rows, in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+
+from avss_dist.analysis.reliability import misranked, reliability
+from avss_dist.corpus.shards import plan
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.checkpoints import resolve
+from avss_dist.models.loading import load_tokenizer, text_config
+from avss_dist.models.pinning import pin
+from avss_dist.partition.single import SingleReplica
+from avss_dist.pruning.ground_truth import METRICS, mean_ranks
+from avss_dist.settings import Settings
+from avss_dist.stats.rankings import spearman
+from avss_dist.tasks.base import Measure, Row, TextLoss
+from avss_dist.tasks.damage import Damage
+from avss_dist.tasks.layer_removal import LeaveOneOut
+
+
+def timed(measure: Measure, model: LanguageModel) -> tuple[list[Row], float]:
+    start = time.process_time()
+    return measure(model, ()), time.process_time() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("corpus")
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--draws", type=int, default=2)
+    args = parser.parse_args()
+    checkpoint = resolve(args.model if not Path(args.model).exists() else str(Path(args.model).resolve()))
+    rows = args.sequences
+    wanted = Settings(max_sequences=2 * rows, sequences_per_shard=rows, batch_size=min(8, rows))
+    settings = pin(wanted, checkpoint, text_config(checkpoint, trust_remote_code=False), "cpu")
+    text, other = plan(args.corpus, load_tokenizer(checkpoint, trust_remote_code=False), settings).shards
+    model = SingleReplica(checkpoint, settings, head=True).language_model
+    assert model is not None
+    _, once = timed(TextLoss(text), model)
+    forward, cost = timed(Damage(shard=text, draws=None), model)
+    print(f"forward alone: {cost / once:.1f} forwards, {len(forward)} rows")
+    found, cost = timed(Damage(shard=text, draws=args.draws), model)
+    print(f"with gradients and {args.draws} draws: {cost / once:.1f} forwards")
+    whole, *without = LeaveOneOut(other)(model, ())
+    samples = np.stack([row.samples - whole.samples for row in without], axis=1)
+    truth = samples.sum(axis=0) / whole.weights.sum()
+    ceiling = reliability(samples)
+    print(f"ceiling, by split halves of {rows} sequences: {ceiling:.3f}")
+    scores = {row.metric: {} for row in found}
+    for row in found:
+        if row.drop is None:
+            scores[row.metric][row.layer] = row.samples.sum() / row.weights.sum()
+    scores["damage"] = mean_ranks([scores[name] for name in METRICS.values()])
+    for name, values in sorted(scores.items()):
+        if not values or name.startswith("gate"):
+            continue
+        score = np.array([values[layer] for layer in sorted(values)])
+        rho = spearman(score, truth)
+        wrong = misranked(score, truth)
+        print(f"{name:22s} Spearman {rho:6.3f} = {rho / ceiling:6.1%} of the ceiling, misranked {wrong:.1%}")
+    predicted = np.array([scores[METRICS["predicted"]][layer] for layer in range(len(truth))])
+    near = np.mean((predicted / truth > 0.5) & (predicted / truth < 2))
+    print(f"predicted nats within a factor of two of the truth: {near:.0%} of {len(truth)} layers")
+
+
+if __name__ == "__main__":
+    main()
