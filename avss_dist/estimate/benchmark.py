@@ -7,6 +7,7 @@ what a layer adds.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -134,6 +135,7 @@ def _measure(
     checkpoint: Checkpoint, corpus: str, settings: Settings, size: Footprint, partitions: Sequence[str], folder: str
 ) -> Calibration:
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+    gc.freeze()  # the libraries stay: what closes a replica need not look through them
     library = resident_memory()
     planned = plan(corpus, load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code), settings)
     planned, settings = cut(planned, size, settings)
