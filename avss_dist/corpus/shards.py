@@ -20,7 +20,8 @@ Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
 
 USUAL_ROWS = 32  # of a shard where settings do not say how many
-GROUP_DOCUMENTS, GROUP_CHARACTERS = 64, 1 << 20
+GROUP_DOCUMENTS, GROUP_CHARACTERS = 64, 1 << 20  # that are tokenized at once
+FIRST_DOCUMENTS = 4  # as many as a small plan may need; then twice as many each time
 PIECE_CHARACTERS = 4 << 20  # of a document that are tokenized at once: that takes over 100 bytes for each
 _WORD = re.compile(r"(?= \S)|(?<=\S\n)(?=\S)")
 """Where a word begins: byte-level tokenizers take the one space before it with it, and a line end alone."""
@@ -193,15 +194,16 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _groups(texts: Iterator[str]) -> Iterator[list[str]]:
     group: list[str] = []
+    size = min(FIRST_DOCUMENTS, GROUP_DOCUMENTS)
     failure: Exception | None = None
     while not failure:
         try:
             group.append(next(texts))
         except (StopIteration, CorpusError) as error:
             failure = error  # raised below: the texts before a bad line may be all that is wanted
-        if group and (failure or len(group) == GROUP_DOCUMENTS or sum(map(len, group)) >= GROUP_CHARACTERS):
+        if group and (failure or len(group) == size or sum(map(len, group)) >= GROUP_CHARACTERS):
             yield group
-            group = []
+            group, size = [], min(2 * size, GROUP_DOCUMENTS)
     if isinstance(failure, CorpusError):
         raise failure
 

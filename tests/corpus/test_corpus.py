@@ -235,6 +235,25 @@ def test_plans_are_deterministic_and_independent_of_grouping(jsonl: str, monkeyp
         assert signature(plan(jsonl, TOKENIZER, limited)) == part
 
 
+def test_a_small_plan_has_few_documents_tokenized(tmp_path: Path) -> None:
+    """And a large one has many tokenized at once, which is faster."""
+    source = write_jsonl(tmp_path / "many.jsonl", ["w0 w1 w2"] * 500)
+    given: list[int] = []
+
+    class Watched:
+        eos_token_id, pad_token_id = EOS, PAD
+
+        def __call__(self, text: list[str], **options: Any) -> Any:
+            given.append(len(text))
+            return TOKENIZER(text, **options)
+
+    plan(source, Watched(), replace(SMALL, max_sequences=1))
+    assert sum(given) <= 4
+    given.clear()
+    plan(source, Watched(), replace(SMALL, max_sequences=None))
+    assert sum(given) == 500 and max(given) == corpus.GROUP_DOCUMENTS
+
+
 def test_a_tokenizer_left_truncating_and_padding_does_not_matter(jsonl: str) -> None:
     configured = word_tokenizer()
     configured(["w0 w1 w2"], truncation=True, max_length=2, padding="max_length")
