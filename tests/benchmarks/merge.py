@@ -3,17 +3,20 @@
     python tests/benchmarks/merge.py [--partials 10000] [--layers 8] [--units 1024] [--out FOLDER]
 
 Partials are as of `tests/benchmarks/driver.py`: bfloat16, five sites. Their statistics are a few that repeat, each
-under its own shard; files, decoding and merging are the real ones. Prints seconds, and the highest memory of the driver
-and of a task, beside those of one process without tasks, for as many partials as a run merges itself.
+under its own shard; files, decoding and merging are the real ones. Prints seconds and the highest memory of the driver
+and of a task, in which pages of the object store are, beside those of one process without tasks for as many partials as
+a run merges itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -36,6 +39,7 @@ from avss_dist.warehouse.sharing import shared  # noqa: E402
 from avss_dist.warehouse.store import Store  # noqa: E402
 
 DIFFERENT = 4  # results that are made
+WRITERS = 2
 
 
 def results(layers: int, units: int) -> list[ShardResult]:
@@ -55,9 +59,9 @@ def results(layers: int, units: int) -> list[ShardResult]:
     ]
 
 
-def write(made: list[ShardResult], root: str, ids: range) -> None:
-    """Write partials."""
-    store = Store(root)
+def write(layers: int, units: int, root: str, ids: range) -> None:
+    """Write partials, in a process of its own: what it takes is none of the driver's memory."""
+    store, made = Store(root), results(layers, units)
     for i in ids:
         store.write_shard(RUN, replace(made[i % DIFFERENT], shard_id=i, content_hash=f"{i:064x}"))
 
@@ -98,12 +102,10 @@ def main() -> None:
     ):
         store = Store(folder)
         store.create()
+        write_all = partial(write, arguments.layers, arguments.units, folder)
+        with ProcessPoolExecutor(WRITERS, multiprocessing.get_context("spawn")) as processes:
+            list(processes.map(write_all, [range(i, arguments.partials, WRITERS) for i in range(WRITERS)]))
         executor.connect()
-        made = results(arguments.layers, arguments.units)
-        step = 100
-        parts = [range(i, min(i + step, arguments.partials)) for i in range(0, arguments.partials, step)]
-        for _ in executor.apply(partial(write, made, folder), parts):
-            pass
         files = list(Path(folder).rglob("shard_stats/**/*.parquet"))
         print(f"{len(files)} partials of {files[0].stat().st_size / 1e6:.2f} MB, {executor.devices.cpus} CPUs")
         print(f"{'partials':>9}{'by':>13}{'seconds':>9}{'ms each':>12}{'driver MB':>12}{'a task MB':>12}")

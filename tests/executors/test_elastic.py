@@ -12,7 +12,7 @@ import pytest
 import ray
 from support.noting import OPENS, noting
 from support.processes import wait_until
-from support.ray_cluster import Cluster
+from support.ray_cluster import NODES, Cluster
 from support.tables import assert_same_tables
 
 import avss_dist
@@ -35,11 +35,22 @@ OPTIONS: dict[str, Any] = {
 SHARDS = 20
 
 
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
+@pytest.fixture(scope="module")
+def lasting_cluster() -> Iterator[Cluster]:
     ray.shutdown()
     with Cluster() as cluster:
         yield cluster
+
+
+@pytest.fixture
+def cluster(lasting_cluster: Cluster) -> Cluster:
+    """Three nodes, whatever the last test has left."""
+    going = lasting_cluster.draining()
+    for i, node in enumerate(lasting_cluster.nodes):
+        if i >= NODES or node.node_id in going:
+            lasting_cluster.kill_node(node)
+    lasting_cluster.restore()
+    return lasting_cluster
 
 
 @pytest.fixture
@@ -207,35 +218,33 @@ def test_a_gang_finishes_its_round_when_one_of_its_nodes_drains(
 
 
 def test_a_run_begins_when_there_are_as_many_as_it_waits_for(
-    folder: Path, tiny_llama: Path, undisturbed: Path, tmp_path: Path
+    cluster: Cluster, folder: Path, tiny_llama: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     """Models are opened meanwhile. An autoscaler hears of all that are missing, and of none when no shard is left."""
-    ray.shutdown()
-    with Cluster(nodes=1) as cluster, noting(folder, {SHARDS - 1: "alone"}) as notes:
+    with noting(folder, {SHARDS - 1: "alone"}) as notes:
 
         def happens() -> None:
-            wait_until(lambda: len(notes.opens) == 1 and cluster.wanted() == 7)
-            cluster.grow()
-            wait_until(lambda: len(notes.opens) == 2 and cluster.wanted() == 6)
+            wait_until(lambda: len(notes.opens) == 3 and cluster.wanted() == 5)
             assert notes.shards == []
             cluster.grow()
             wait_until(lambda: len(notes.shards) == SHARDS and cluster.wanted() == 0)
             notes.open("alone")
 
         with Meanwhile(happens):
-            run = score(tiny_llama, tmp_path / "w", executor="ray", address=cluster.address, replicas="3..8")
-        assert run.status == "done"
-        assert_same_tables(tmp_path / "w", undisturbed)
-        message = r"(?s)Only 3 of 4 replicas were placed in 3 seconds\. A worker needs 1 CPUs; 0 of 3 CPUs are free"
-        with pytest.raises(RunFailed, match=message):
-            score(tiny_llama, tmp_path / "none", address=cluster.address, replicas="4..8", placement_seconds=3)
+            run = score(tiny_llama, tmp_path / "w", executor="ray", address=cluster.address, replicas="4..8")
+    assert run.status == "done"
+    assert_same_tables(tmp_path / "w", undisturbed)
+    message = r"(?s)Only 4 of 5 replicas were placed in 3 seconds\. A worker needs 1 CPUs; 0 of 4 CPUs are free"
+    with pytest.raises(RunFailed, match=message):
+        score(tiny_llama, tmp_path / "none", address=cluster.address, replicas="5..8", placement_seconds=3)
 
 
 def test_nodes_that_are_lost_while_models_are_opened_are_no_fault_of_the_model(
-    folder: Path, tiny_llama: Path, undisturbed: Path, tmp_path: Path
+    cluster: Cluster, folder: Path, tiny_llama: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    ray.shutdown()
-    with Cluster(nodes=5) as cluster, noting(folder, {OPENS: "all"}) as notes:
+    for _ in range(2):
+        cluster.grow()
+    with noting(folder, {OPENS: "all"}) as notes:
 
         def happens() -> None:
             wait_until(lambda: len(notes.opens) == 5)
