@@ -17,6 +17,8 @@ import numpy as np
 from avss_dist.evaluation.engine import (
     CellReporter,
     PlannedEvaluation,
+    Rounds,
+    SilentCells,
     commit,
     failure,
     measure,
@@ -30,13 +32,15 @@ from avss_dist.evaluation.engine import (
 from avss_dist.evaluation.evaluate import make_task
 from avss_dist.evaluation.held_out import refuse_overlap, refuse_repair_text, refuse_text
 from avss_dist.evaluation.repairs import fit_repairs, plan_fits, repair_texts, require_changeable
+from avss_dist.evaluation.search import Losses, conduct, search_task
 from avss_dist.evaluation.trial import Trial, rows_of
 from avss_dist.executors.base import Executor
 from avss_dist.models.checkpoints import resolve
 from avss_dist.pruning.ground_truth import layer_truth
-from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment
+from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, methods
 from avss_dist.pruning.plan import layer_list
 from avss_dist.pruning.repair.repair import Repair
+from avss_dist.pruning.search import Effort, search_for
 from avss_dist.runs.api import executor_for, run_job, with_options
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.reporter import Reporter
@@ -49,6 +53,7 @@ from avss_dist.settings import (
     OF_LAYERS,
     RECIPES,
     RELATIVE_THRESHOLDS,
+    SEARCHES,
     Settings,
     fingerprint,
 )
@@ -103,6 +108,7 @@ def run_experiment(
         _plan_work(trials, experiment, tasks, warehouse, allow_overlap=allow_overlap)
         if experiment.leave_one_out:
             _leave_one_out(trials, store, executor, cells, fresh=execution.fresh)
+        _search(trials, experiment, store, executor, cells, fresh=execution.fresh)
         _choose(trials, experiment, warehouse)
         _fit_repairs(trials, store, executor, cells, fresh=execution.fresh)
         wanted = [cell for trial in trials for cell in trial.cells(experiment.repairs)]
@@ -251,6 +257,31 @@ def _leave_one_out(
     for trial, one in zip(trials, planned, strict=True):
         values = {result.drop: result.value for result in commit(one, store) if result.metric == LOSS}
         trial.truth[LEAVE_ONE_OUT] = np.array([values.get((layer,), np.nan) for layer in range(trial.num_layers)])
+
+
+def _search(
+    trials: Sequence[Trial],
+    experiment: Experiment,
+    store: Store,
+    executor: Executor,
+    reporter: CellReporter | None,
+    *,
+    fresh: bool,
+) -> None:
+    """The sets that searches find for every trial, on the text that its scores were measured on."""
+    effort, reporter = Effort(budget=experiment.search_budget), reporter or SilentCells()
+    with closing(Rounds(store, executor, reporter)) as rounds:
+        for trial in trials if experiment.search else ():
+            rows = [trial.settings.max_sequences, experiment.search_max_sequences]
+            settings = replace(trial.settings, max_sequences=min((n for n in rows if n), default=None))
+            task = search_task(trial.checkpoint, trial.corpus, settings)
+            planned = plan_evaluation(trial.checkpoint, task, settings, trial.placement)
+            losses = Losses(planned, store, rounds, reporter, fresh=fresh)
+            for method in methods(experiment, trial.rows):
+                for share in experiment.shares if method.score in SEARCHES else ():
+                    searching = search_for(method.choice(share), effort, trial.num_layers)
+                    trial.searched[method, share], _ = conduct(searching, losses)
+            commit(planned, store)
 
 
 def _known(trial: Trial, warehouse: Warehouse, score: str) -> Float64:

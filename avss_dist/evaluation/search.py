@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,7 +123,7 @@ def search(
         hears = reporter or Silent()
         with closing(Rounds(store, executor, hears)) as rounds:
             losses = Losses(planned, store, rounds, hears, fresh=execution.fresh)
-            drop, steps = conduct(searching, losses, hears)
+            drop, steps = conduct(searching, losses, hears.stepped)
     commit(planned, store)
     whole, chosen = losses.of(()), losses.of(drop)
     text = {"text": str(corpus), "sequences": len(whole.samples), "skip_sequences": skip_sequences}
@@ -163,8 +163,14 @@ def search_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip
     return Task(name=f"{SEARCH}{corpus}", parts=parts, options={"skip_sequences": skip_sequences})
 
 
-def conduct(searching: Search, losses: Losses, reporter: SearchReporter) -> tuple[Drop, list[Step]]:
-    """Tell a search what it asks, until it chooses; the set that it chooses, and its rounds."""
+def conduct(
+    searching: Search, losses: Losses, stepped: Callable[[Step], None] | None = None
+) -> tuple[Drop, list[Step]]:
+    """Tell a search what it asks, until it chooses; the set that it chooses, and its rounds.
+
+    Args:
+        stepped: is called after each round.
+    """
     steps: list[Step] = []
     told: set[Drop] = set()
     asked = next(searching)
@@ -173,7 +179,8 @@ def conduct(searching: Search, losses: Losses, reporter: SearchReporter) -> tupl
         told |= {*found}
         values = {drop: result.value for drop, result in found.items()}
         steps.append(Step(best=found[best_sets(values, 1)[0]], sets=len(told)))
-        reporter.stepped(steps[-1])
+        if stepped is not None:
+            stepped(steps[-1])
         try:
             asked = searching.send(values)
         except StopIteration as chosen:

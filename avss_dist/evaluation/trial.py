@@ -37,6 +37,7 @@ class Trial:
     Attributes:
         rows: of the table ``scores``.
         truth: float64[layers], by one of ``settings.OF_LAYERS``.
+        searched: what each method that searches found at each share.
         planned: the evaluation of each task.
         choices: what every method drops of every share.
         fits: the task of fitting each repair; none of `settings.NO_REPAIR`.
@@ -50,6 +51,7 @@ class Trial:
     rows: Sequence[Mapping[str, Any]]
     corpus: str
     truth: dict[str, Float64] = field(default_factory=dict)
+    searched: dict[tuple[Method, float], Drop] = field(default_factory=dict)
     planned: dict[str, PlannedEvaluation] = field(default_factory=dict)
     choices: list[Chosen] = field(default_factory=list)
     fits: dict[str, PlannedEvaluation] = field(default_factory=dict)
@@ -84,11 +86,16 @@ class Trial:
     def choose(self, experiment: Experiment) -> list[Chosen]:
         """What every method drops of every share."""
         return [
-            (method, share, choice.drop(choice.scores(self.rows, self.truth)))
+            (method, share, self._drop(method, share))
             for method in methods(experiment, self.rows)
             for share in experiment.shares
-            for choice in [method.choice(share)]
         ]
+
+    def _drop(self, method: Method, share: float) -> Drop:
+        if (method, share) in self.searched:
+            return self.searched[method, share]
+        choice = method.choice(share)
+        return choice.drop(choice.scores(self.rows, self.truth))
 
 
 def guessed_loss(trial: Trial) -> float | None:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from avss_dist.errors import ConfigError, require_known
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
-from avss_dist.settings import NO_REPAIR, OF_LAYERS, RECIPES, REPAIRS, SCORES, SITES
+from avss_dist.settings import NO_REPAIR, OF_LAYERS, RECIPES, REPAIRS, SCORES, SEARCHES, SITES
 from avss_dist.text import describe_threshold, parse_threshold
 from avss_dist.validation import Check, OneOf, checked
 
@@ -56,6 +56,12 @@ class Experiment:
     """Drop the last layers before the final one too (arXiv 2411.15558)."""
     leave_one_out: bool = True
     """Choose by the loss without each layer, on the text of the run."""
+    search: Annotated[tuple[Annotated[str, OneOf(tuple(SEARCHES))], ...], Field(strict=False)] = ()
+    """Search sets of layers by their loss, on the text of the run."""
+    search_budget: AtLeastOne | None = None
+    """Sets that a search measures at most; evolve needs it."""
+    search_max_sequences: AtLeastOne | None = None
+    """Rows of the text of the run that searches measure the loss on, at most."""
     repairs: Annotated[tuple[Annotated[str, OneOf((NO_REPAIR, *REPAIRS))], ...], Field(strict=False, min_length=1)] = (
         NO_REPAIR,
     )
@@ -85,6 +91,8 @@ class Experiment:
             )
         if self.repair_corpora and not fitted:
             raise ConfigError("`repair_corpora` has no effect without a repair.", "Name some in `repairs`.")
+        if "evolve" in self.search and self.search_budget is None:
+            raise ConfigError("evolve goes on as long as its budget lasts.", "Give it a `search_budget`.")
 
     def count_choices(self, readings: int) -> int:
         """Choices of layers for a model, at most.
@@ -95,7 +103,8 @@ class Experiment:
         controls = self.reversed + bool(self.keep_ends)
         several = EVERY_READING in self.scores
         scores = len(self.scores) - several + self.leave_one_out
-        methods = scores * (1 + controls) + several * (readings + controls) + self.random * (1 + bool(self.keep_ends))
+        methods = scores * (1 + controls) + several * (readings + controls)
+        methods += (self.random + len(self.search)) * (1 + bool(self.keep_ends))
         return (methods + self.last) * len(self.shares)
 
 
@@ -104,7 +113,7 @@ class Method:
     """One way to choose layers.
 
     Attributes:
-        score: one of ``config.SCORES`` or ``config.OF_LAYERS``, or ``random`` or ``last``.
+        score: one of ``config.SCORES`` or ``config.OF_LAYERS``, or ``random`` or ``last``, or of ``SEARCHES``.
         reading: of AVSS.
         control: `REVERSED`, `ENDS_KEPT` or None.
         seed: of ``random``.
@@ -126,6 +135,8 @@ class Method:
             name += f" ({site}, {recipe}, {describe_threshold(threshold, kind)})"
         if self.seed is not None:
             name += f" {self.seed}"
+        if self.score in SEARCHES:
+            name += " search"
         return f"{name}, {self.control}" if self.control else name
 
     def choice(self, share: float) -> Choice:
@@ -182,6 +193,10 @@ def methods(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> Iterat
                 yield Method(score=score, reading=reading, control=REVERSED)
             if experiment.keep_ends:
                 yield Method(score=score, reading=reading, control=ENDS_KEPT, ends=experiment.keep_ends)
+    for search in dict.fromkeys(experiment.search):
+        yield Method(score=search)
+        if experiment.keep_ends:
+            yield Method(score=search, control=ENDS_KEPT, ends=experiment.keep_ends)
     if experiment.last:
         yield Method(score=LAST)
     for seed in range(experiment.random):

@@ -95,12 +95,13 @@ def _least_budget(free: int, count: int) -> int:
 
 
 def _beam(free: Drop, count: int, budget: int | None, width: int) -> Search:
-    """Of the sets with one layer more, the ``width`` best are gone on from.
+    """Of the sets with one layer more, the ``width`` best are gone on from, and always the one that greedy would take.
 
-    Where the budget does not suffice for another step, the layers that are lowest in the last one complete the best
-    set, which is measured.
+    So it finds nothing worse than greedy does. Where the budget does not suffice for another step, the layers that are
+    lowest in the last one complete the best set, which is measured.
     """
     kept: list[Drop] = [()]
+    line: Drop = ()  # the one of kept that greedy would have
     used = 0
     losses: Mapping[Drop, float] = {}
     while len(kept[0]) < count:
@@ -109,7 +110,10 @@ def _beam(free: Drop, count: int, budget: int | None, width: int) -> Search:
         if budget is not None and used + number + (len(kept[0]) + 1 < count) > budget:
             break
         before, losses = kept, (yield asked)
-        used, kept = used + number, best_sets(losses, width)
+        used += number
+        line = best_sets({drop: loss for drop, loss in losses.items() if {*line} < {*drop}}, 1)[0]
+        kept = best_sets(losses, width)
+        kept = kept if line in kept else [*kept[:-1], line]
     else:
         return kept[0]
     base = next(base for base in before if {*base} < {*kept[0]})

@@ -21,7 +21,10 @@ from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.analysis.verdict import judgement, verdicts
 from avss_dist.errors import ConfigError
 from avss_dist.evaluation.experiment import run_experiment
+from avss_dist.evaluation.search import search
 from avss_dist.pruning.methods import Experiment, Method, methods, parse_score
+from avss_dist.pruning.search import Effort
+from avss_dist.pruning.selection import Choice
 from avss_dist.runs.job_file import JobError, read_job
 from avss_dist.warehouse.reader import Warehouse
 
@@ -35,6 +38,9 @@ experiment:
   tasks: ["perplexity:builtin:pydoc"]
   shares: [0.25, 0.5]
   random: 2
+  search: [greedy, evolve]
+  search_budget: 24
+  search_max_sequences: 8
   max_sequences: 12
   skip_sequences: 12
 """
@@ -66,10 +72,11 @@ def test_every_method_is_compared_with_the_whole_model(done: tuple[Path, list[di
     whole = of["whole model", 0.0]
     assert whole["metric"] == "loss" and whole["retention"] == 1.0
     expected = {"avss", "block influence", "angular distance", "relative magnitude", "update variance ratio"}
+    searches = {f"{by} search{control}" for by in ("greedy", "evolve") for control in ("", ", ends kept")}
     expected |= {"leave one out"}
     controls = {f"{name}, {control}" for name in expected for control in ("reversed", "ends kept")}
     chances = {f"random {seed}{control}" for seed in (0, 1) for control in ("", ", ends kept")}
-    assert {method for method, _ in of} == {"whole model", "last"} | expected | controls | chances
+    assert {method for method, _ in of} == {"whole model", "last"} | searches | expected | controls | chances
     for (method, share), row in of.items():
         if share:
             assert len(row["drop"]) == round(6 * share), method
@@ -103,6 +110,24 @@ def test_leave_one_out_drops_the_layers_without_which_the_loss_is_least(
     }
     (row,) = (row for row in rows if row["method"] == "leave one out" and row["share"] == 0.5)
     assert set(row["drop"]) == set(sorted(losses, key=lambda layer: losses[layer])[:3])
+
+
+def test_a_search_finds_what_a_plan_finds(done: tuple[Path, list[dict[str, Any]]]) -> None:
+    """And measures nothing for it: their losses are the same."""
+    job, rows = done
+    warehouse = read_job(job).warehouse
+    (run,) = Warehouse(warehouse).runs().to_pylist()
+    cells = sorted((Path(warehouse) / "cells").rglob("*.parquet"))
+    sizes = {"sequence_length": 32, "batch_size": 4, "sequences_per_shard": 4, "device": "cpu", "max_sequences": 8}
+    for by in ("greedy", "evolve"):
+        for ends in (0, 1):
+            choice = Choice(by=by, share=0.5, first=ends, last=ends)
+            with one_thread():
+                found = search(warehouse, run, choice, corpus=run["corpus"], effort=Effort(budget=24), **sizes)
+            name = f"{by} search, ends kept" if ends else f"{by} search"
+            (row,) = (row for row in rows if (row["method"], row["share"]) == (name, 0.5))
+            assert tuple(row["drop"]) == found.plan.drop
+    assert sorted((Path(warehouse) / "cells").rglob("*.parquet")) == cells
 
 
 def test_what_is_lost_is_measured_again_and_each_cell_is_measured_once(

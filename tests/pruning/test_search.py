@@ -65,6 +65,9 @@ def test_a_beam_is_as_good_as_it_is_wide(seed: int, layers: int, data: st.DataOb
     loss = rugged(seed, layers)
     one, *_ = run(Choice(by="beam", count=count), Effort(width=1), layers, loss)
     assert one == greedy(loss, layers, count)
+    for width in (2, 3):
+        some, *_ = run(Choice(by="beam", count=count), Effort(width=width), layers, loss)
+        assert loss(some) <= loss(one)
     every, _, told = run(Choice(by="beam", count=count), Effort(width=1000), layers, loss)
     assert every == min(combinations(range(layers), count), key=loss)
     assert len(told) == sum(len([*combinations(range(layers), size)]) for size in range(1, count + 1))

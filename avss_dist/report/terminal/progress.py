@@ -94,7 +94,7 @@ class Progress(Reporter):
 
 
 class CellProgress:
-    """An `evaluate.CellReporter`: one bar over all cells, with the rate and the time that is left."""
+    """An `evaluate.CellReporter`: one bar over all cells of a round, with the rate and the time that is left."""
 
     def __init__(self) -> None:
         self._progress = bars(rich_progress.MofNCompleteColumn())
@@ -109,6 +109,8 @@ class CellProgress:
 
     def started(self, cells: int, done: int) -> None:
         """Cells are to be measured; ``done`` were measured before."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
         self._task = self._progress.add_task("evaluating", total=cells, completed=done)
 
     def advanced(self, cell: Cell) -> None:
@@ -119,13 +121,7 @@ class CellProgress:
 
 
 class SearchProgress(CellProgress):
-    """A `search.SearchReporter`: a bar for each round, and a line for what it found."""
-
-    def started(self, cells: int, done: int) -> None:
-        """A round begins."""
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-        super().started(cells, done)
+    """A `search.SearchReporter`: a line for what each round found, too."""
 
     def stepped(self, step: Step) -> None:
         """A round is over."""
