@@ -348,7 +348,7 @@ def test_a_huge_experiment_says_its_size_first(tmp_path: Path) -> None:
     job.write_text(text)
     done = avss("experiment", job)
     assert done.exit_code == 2
-    assert "makes up to 400,039 evaluations (models: 1, sets of layers to drop: 400,038, repairs: 1" in done.stderr
+    assert "makes up to 400,047 evaluations (models: 1, sets of layers to drop: 400,046, repairs: 1" in done.stderr
     assert "Lower `random`" in done.stderr and "More than 10,000 need --yes." in done.stderr
     assert not (tmp_path / "w").exists()
     job.write_text(text.replace("100000", "3000") + "  allow_many: true\n")
@@ -356,11 +356,18 @@ def test_a_huge_experiment_says_its_size_first(tmp_path: Path) -> None:
     assert [run.status for run in runs] == ["failed"] and not rows
 
 
+def test_evolution_needs_a_budget() -> None:
+    with pytest.raises(ConfigError, match="Give it a `search_budget`"):
+        Experiment(tasks=(TASK,), search=("evolve",))
+    with pytest.raises(ConfigError, match="Unknown `search` 'greed'"):
+        Experiment(tasks=(TASK,), search=("greed",))
+
+
 def test_more_evaluations_than_can_be_listed_are_refused(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text(JOB.format(warehouse=tmp_path / "w", model="nowhere").replace("random: 2", "random: 100000000"))
     done = avss("experiment", job, "--yes")
-    assert done.exit_code == 2 and done.stderr.startswith("Error: 400,000,039 evaluations are more than one command")
+    assert done.exit_code == 2 and done.stderr.startswith("Error: 400,000,047 evaluations are more than one command")
     assert not (tmp_path / "w").exists()
 
 
