@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -175,6 +175,24 @@ def parse_score(text: str) -> tuple[str, Reading | None]:
 
 def methods(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> Iterator[Method]:
     """The methods of an experiment for a run with these rows of ``scores``; what was not scored is left out."""
+    for score, reading in _scored(experiment, rows):
+        yield Method(score=score, reading=reading)
+        if reading in (None, PUBLISHED):
+            if experiment.reversed:
+                yield Method(score=score, reading=reading, control=REVERSED)
+            if experiment.keep_ends:
+                yield Method(score=score, reading=reading, control=ENDS_KEPT, ends=experiment.keep_ends)
+    if experiment.last:
+        yield Method(score=LAST)
+    searches = [Method(score=search) for search in dict.fromkeys(experiment.search)]
+    for method in (*searches, *(Method(score=RANDOM, seed=seed) for seed in range(experiment.random))):
+        yield method
+        if experiment.keep_ends:
+            yield replace(method, control=ENDS_KEPT, ends=experiment.keep_ends)
+
+
+def _scored(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Reading | None]]:
+    """The scores of an experiment that a run has, each once; with the reading of AVSS."""
     scored = dict.fromkeys(reading_of(row) for row in rows)
     names: dict[tuple[str, Reading | None], None] = {}
     for text in experiment.scores:
@@ -184,22 +202,4 @@ def methods(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> Iterat
             names[parse_score(text)] = None
     if experiment.leave_one_out:
         names[LEAVE_ONE_OUT, None] = None
-    for score, reading in names:
-        if reading is not None and reading not in scored:
-            continue
-        yield Method(score=score, reading=reading)
-        if reading in (None, PUBLISHED):
-            if experiment.reversed:
-                yield Method(score=score, reading=reading, control=REVERSED)
-            if experiment.keep_ends:
-                yield Method(score=score, reading=reading, control=ENDS_KEPT, ends=experiment.keep_ends)
-    for search in dict.fromkeys(experiment.search):
-        yield Method(score=search)
-        if experiment.keep_ends:
-            yield Method(score=search, control=ENDS_KEPT, ends=experiment.keep_ends)
-    if experiment.last:
-        yield Method(score=LAST)
-    for seed in range(experiment.random):
-        yield Method(score=RANDOM, seed=seed)
-        if experiment.keep_ends:
-            yield Method(score=RANDOM, seed=seed, control=ENDS_KEPT, ends=experiment.keep_ends)
+    return [(score, reading) for score, reading in names if reading is None or reading in scored]
