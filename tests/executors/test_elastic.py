@@ -19,6 +19,7 @@ import avss_dist
 from avss_dist.errors import ConfigError, RunFailed
 from avss_dist.executors.ray import pool, queue
 from avss_dist.executors.ray.executor import RayExecutor
+from avss_dist.executors.ray.queue import ATTEMPTS
 from avss_dist.partition.base import Placement
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices
@@ -237,6 +238,23 @@ def test_a_run_begins_when_there_are_as_many_as_it_waits_for(
     message = r"(?s)Only 4 of 5 replicas were placed in 3 seconds\. A worker needs 1 CPUs; 0 of 4 CPUs are free"
     with pytest.raises(RunFailed, match=message):
         score(tiny_llama, tmp_path / "none", address=cluster.address, replicas="5..8", placement_seconds=3)
+
+
+def test_a_node_on_which_no_model_can_be_opened_ends_no_run(
+    cluster: Cluster, folder: Path, tiny_llama: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """As long as others have it open."""
+    bad = cluster.nodes[1].node_id
+    with noting(folder, {0: "tried"}, deadly=bad) as notes:
+
+        def happens() -> None:
+            wait_until(lambda: sum(note.node == bad for note in notes.opens) > ATTEMPTS)
+            notes.open("tried")
+
+        with Meanwhile(happens):
+            run = score(tiny_llama, tmp_path / "w", executor="ray", address=cluster.address, replicas=3)
+    assert run.status == "done"
+    assert_same_tables(tmp_path / "w", undisturbed)
 
 
 def test_nodes_that_are_lost_while_models_are_opened_are_no_fault_of_the_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,13 +35,17 @@ class NotingWorker(Worker):
     Attributes:
         folder: of the notes and the gates; it travels to the workers with the class.
         gates: the names of gates, by the first shard that waits there.
+        deadly: the id of a node on which no model can be opened.
     """
 
     folder: Path
     gates: Mapping[int, str]
+    deadly: str
 
     def open(self, spec: ReplicaSpec, rank: int, first: Any) -> None:
         self._begin("opens", self.gates.get(OPENS))
+        if ray.get_runtime_context().get_node_id() == self.deadly:
+            os._exit(1)
         super().open(spec, rank, first)
 
     def measure(self, assignment: ShardAssignment) -> Any:
@@ -84,10 +89,10 @@ class Notes:
 
 
 @contextmanager
-def noting(folder: Path, gates: Mapping[int, str] | None = None) -> Iterator[Notes]:
+def noting(folder: Path, gates: Mapping[int, str] | None = None, *, deadly: str = "") -> Iterator[Notes]:
     """All workers that are started meanwhile take notes."""
     module = __import__(__name__, fromlist=["NotingWorker"])
-    NotingWorker.folder, NotingWorker.gates = folder, gates or {}
+    NotingWorker.folder, NotingWorker.gates, NotingWorker.deadly = folder, gates or {}, deadly
     cloudpickle.register_pickle_by_value(module)  # workers cannot import it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gang, "Worker", NotingWorker)

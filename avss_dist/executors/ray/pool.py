@@ -254,7 +254,7 @@ class Pool:
             if missing := missing_package(error):
                 self._record(queue, queue.fail([], missing))
             require_node()
-            self._replace(round_, None if round_.gang.leaves else str(error).splitlines()[0])
+            self._replace(round_, None if self._is_excused(round_) else str(error).splitlines()[0])
             return
         del self._rounds[reference]
         unit = round_.awaited.pop(reference)
@@ -267,6 +267,11 @@ class Pool:
                 round_.gang.spec = queue.spec
                 queue.note_opened()
             self._free(round_.gang, queue)
+
+    def _is_excused(self, round_: _Round) -> bool:
+        """Whether a loss is no failure of what the gang did: its node went with notice, or others have the model open."""
+        opened = any(gang.spec == round_.queue.spec for gang in self._gangs())
+        return round_.gang.leaves or (opened and not round_.units)
 
     def _record(self, queue: UnitQueue[Any], outcomes: Sequence[tuple[Any, Any]]) -> None:
         for source, result in outcomes:
