@@ -58,8 +58,9 @@ def kept_by_guess(rows: Sequence[Row], metric: str) -> float | None:
 
 def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str]:
     repaired = f", repaired by {claim['repair']}" if claim.get("repair") else ""
+    of_claim = repaired if not repaired or claim.get("patch") else f"{repaired} (nothing: no layer stands before them)"
     sentences = [
-        f"without the {len(claim['drop'])} layers of the lowest AVSS ({CLAIMED_SHARE:.0%}){repaired}, {_kept(claim)} "
+        f"without the {len(claim['drop'])} layers of the lowest AVSS ({CLAIMED_SHARE:.0%}){of_claim}, {_kept(claim)} "
         f"{_before_and_after(claim, rows)}: {judgement(claim, guess)}."
     ]
     if guess is not None and MENTIONED <= guess <= CLAIMED_KEPT:

@@ -56,7 +56,7 @@ from avss_dist.warehouse.store import Store
 
 ROWS = 512  # of each text, where nothing is said
 HELD_OUT = 8  # one row of so many is scored on, and one is evaluated on
-_TRUTH: dict[str, dict[str, Any]] = {  # what `ablate` measures, for each of `settings.OF_LAYERS`
+MEASURED: dict[str, dict[str, Any]] = {  # what `ablate` is to measure, by what layers are chosen by
     "loss": {},
     "shapley": {"leave_one_out": False, "shapley": 32},
     "taylor": {"leave_one_out": False, "gradients": True},
@@ -210,8 +210,8 @@ def _scored_plan(
     """Measure what layers are chosen by; returns what makes plans of it."""
     warehouse, options = store.root.full, options | {"max_sequences": parts.held_out}
     run = score(model, corpus=asked.corpus, out=warehouse, reporter=reporter.scoring, sites=("block",), **options)
-    if asked.by in _TRUTH:
-        how = _TRUTH[asked.by] | options
+    if asked.by in MEASURED:
+        how = MEASURED[asked.by] | options
         ablate(model, corpus=asked.corpus, warehouse=warehouse, reporter=reporter.cells, **how)
     opened = Warehouse(warehouse)
     row = opened.run(run.run_id)

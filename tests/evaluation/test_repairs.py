@@ -327,7 +327,7 @@ def test_the_table_and_the_verdict_tell_of_repairs(done: tuple[Path, list[dict[s
     assert told.exit_code == 0, told.stderr
     words = " ".join(told.stdout.split())
     assert "block influence + map" in words and "last + channel" in words
-    assert "(25%), repaired by map," in words and "(25%), repaired by channel," in words
+    assert "(25%), repaired by map" in words and "(25%), repaired by channel" in words
     assert "Of 2 random choices of as many layers, repaired by map," in words
     report = job.parent / "report.html"
     made = avss("report", read_job(job).warehouse, "-o", report)
@@ -340,7 +340,15 @@ def test_a_verdict_compares_what_is_repaired_alike() -> None:
 
     def row(score: str | None, kept: float, repair: str | None = None, **more: Any) -> dict[str, Any]:
         interval = {"retention": kept, "retention_low": kept - 0.01, "retention_high": kept + 0.01}
-        return {**common, "method": str(score), "score": score, "repair": repair, **interval, **more}
+        return {
+            **common,
+            "method": str(score),
+            "score": score,
+            "repair": repair,
+            "patch": repair and "hash",
+            **interval,
+            **more,
+        }
 
     rows = [row(None, 1.0, share=0.0, value=0.8)]
     rows += [row("avss", 0.5), row("random", 0.7), row("avss", 0.95, "map"), row("random", 0.93, "map")]
@@ -348,6 +356,8 @@ def test_a_verdict_compares_what_is_repaired_alike() -> None:
     assert "the claim does not hold" in plain and "1 keeps as much or more (the best 70.0%)" in plain
     assert "repaired by map, 95.0%" in repaired and "the claim holds" in repaired
     assert "none keep as much or more (the best 93.0%)" in repaired
+    (unrepaired,) = verdicts([row(None, 1.0, share=0.0, value=0.8), row("avss", 0.1, "map", patch=None)])
+    assert "repaired by map (nothing: no layer stands before them), 10.0%" in unrepaired
     assert "the last before the final one keeps 97.0%" in repaired and "97.0%" not in plain
 
 

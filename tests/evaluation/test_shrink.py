@@ -21,9 +21,10 @@ import avss_dist
 from avss_dist.errors import ConfigError, CorpusError
 from avss_dist.evaluation.attempts import Attempt
 from avss_dist.evaluation.evaluate import evaluate
-from avss_dist.evaluation.shrink import Shrunk
+from avss_dist.evaluation.shrink import MEASURED, Shrunk
 from avss_dist.pruning.repair.record import read_repairs
-from avss_dist.pruning.selection import PlanError
+from avss_dist.pruning.selection import LAST, RANDOM, SCORE_MEANINGS, PlanError
+from avss_dist.settings import SCORES
 from avss_dist.warehouse.reader import Warehouse
 
 TEXT = "builtin:pydoc"
@@ -60,7 +61,7 @@ def test_a_quarter_goes_and_is_repaired(done: Shrunk, deep: Path) -> None:
     assert task.task == TASK and task.repaired is not None
     assert task.whole.value < task.repaired.value < task.pruned.value
     assert done.best.kept == task.of(task.repaired).value > task.of(task.pruned).value
-    assert list(done.curve) == [done.best] or len(done.curve) == 1
+    assert [len(one.plan.drop) for one in done.curve] == [2]
     read = {**READ, "max_sequences": 10}
     with one_thread():
         again = evaluate(
@@ -70,6 +71,10 @@ def test_a_quarter_goes_and_is_repaired(done: Shrunk, deep: Path) -> None:
     assert read_repairs(Path(done.folder)) == [done.record]
     card = (Path(done.folder) / "README.md").read_text()
     assert "repaired, " in card and "without these layers, " in card and "Repaired by refit" in card
+
+
+def test_whatever_layers_are_chosen_by_is_measured() -> None:
+    assert set(SCORE_MEANINGS) == {*SCORES, *MEASURED, RANDOM, LAST}
 
 
 def test_the_parts_of_the_text_are_apart(done: Shrunk) -> None:
