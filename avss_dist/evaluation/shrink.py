@@ -156,15 +156,17 @@ def shrink(
     checkpoint = resolve(str(model), trust_remote_code=settings.trust_remote_code)
     parts = cut(checkpoint, asked.texts, settings)
     made = partial(_scored_plan(str(model), asked, store, parts, options, reporter), first=asked.first, last=asked.last)
-    require_prunable(checkpoint, made(count=1), settings)
+    example = made(count=1)
+    require_prunable(checkpoint, example, settings)
     with closing(open_executor(execution, settings)) as executor:
-        bench = _bench(checkpoint, asked, parts, made(count=1), settings, execution, store, executor)
+        bench = _bench(checkpoint, asked, parts, example, settings, execution, store, executor)
         bench.reporter = reporter.cells
         if asked.keep is None:
             best = bench.attempt(made(share=asked.share or LOWEST_SHARE))
             curve = [best]
         else:
-            best, curve = _most(bench, made, asked.keep)
+            most = min(example.num_layers - 1, example.num_layers - asked.first - asked.last)
+            best, curve = _most(bench, made, most, asked.keep)
     plan = replace(best.plan, evaluated=tuple(task.describe() for task in best.tasks))
     done = prune(
         str(model),
@@ -281,16 +283,17 @@ def _refuse_overlaps(
         refuse_overlap(text, run_id, opened, checkpoint, corpus=asked.corpus)
 
 
-def _most(bench: Bench, made: Callable[..., Plan], keep: float) -> tuple[Attempt, list[Attempt]]:
+def _most(bench: Bench, made: Callable[..., Plan], most: int, keep: float) -> tuple[Attempt, list[Attempt]]:
     """The plan of the most layers that keeps so much, by bisection; and all plans that were tried, by their layers.
+
+    Args:
+        most: layers that may go.
 
     Raises:
         PlanError: not even one layer can go.
     """
     tried: dict[int, Attempt] = {}
-    example = made(count=1)
-    low, high = 0, example.num_layers - example.why.get("first", 0) - example.why.get("last", 0)
-    high = min(high, example.num_layers - 1) + 1
+    low, high = 0, most + 1
     while high - low > 1:
         count = (low + high) // 2
         tried[count] = bench.attempt(made(count=count))

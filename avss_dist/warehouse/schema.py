@@ -237,7 +237,7 @@ TABLES: dict[str, Table] = {
             Column("share", FLOAT64, "share of the layers that was dropped"),
             Column("seed", INT32, "of a random choice"),
             _DROP,
-            Column("repair", STRING, "what gives back what they did: scale, channel, map, refit; null for nothing"),
+            Column("repair", STRING, "what gives back what they did: scale, channel, rotated, map, refit; or null"),
             _PATCH,
             _TASK,
             _METRIC,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avss_dist.pruning.repair.normal_equations import RIDGES, FitError, NormalEquations, fit
+from avss_dist.pruning.repair.normal_equations import RIDGES, FitError, NormalEquations, fit, hadamard
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 6), st.integers(1, 5), st.integers(0, 2**31))
 
@@ -69,6 +70,17 @@ def test_diagonal_forms(tokens: int, width: int, seed: int) -> None:
     np.testing.assert_allclose(sums.solve("scale", 0.0).numpy(), one * np.eye(width), atol=1e-9)
 
 
+@pytest.mark.parametrize(("width", "block"), [(8, 8), (12, 4), (5, 1), (1, 1)])
+def test_the_rotated_form_is_the_diagonal_one_of_rotated_data(width: int, block: int) -> None:
+    """By scipy's Hadamard matrices, block by block."""
+    x, y = data(40, width, width, 0)
+    basis = torch.from_numpy(np.kron(np.eye(width // block), scipy.linalg.hadamard(block) / np.sqrt(block)))
+    torch.testing.assert_close(hadamard(width), basis)
+    for ridge in (0.0, 0.1):
+        inside = NormalEquations.of(x @ basis, y @ basis).solve("channel", ridge)
+        torch.testing.assert_close(NormalEquations.of(x, y).solve("rotated", ridge), basis @ inside @ basis.T)
+
+
 def test_the_ridge_is_the_one_that_unseen_tokens_like() -> None:
     """Of noise, the most; of an exact map, the least; and nothing at all where nothing helps."""
     x, noise = data(30, 20, 3, 0)
@@ -87,7 +99,7 @@ def test_the_ridge_is_the_one_that_unseen_tokens_like() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
-@pytest.mark.parametrize("form", ["scale", "channel", "full"])
+@pytest.mark.parametrize("form", ["scale", "channel", "rotated", "full"])
 def test_equations_without_a_solution(value: float, form: str) -> None:
     x = torch.full((8, 3), value)
     with pytest.raises(FitError, match="NaN or infinite" if value else "inputs of the fit are zero"):

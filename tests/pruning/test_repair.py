@@ -59,7 +59,7 @@ def whole_of(model: Any, folder: Path, save: Save) -> tuple[Path, Plan]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("by", ["channel", "map", "refit"])
+@pytest.mark.parametrize("by", ["channel", "rotated", "map", "refit"])
 def test_a_repaired_checkpoint_is_the_model_repaired_in_place(
     family: str, by: str, tmp_path: Path, save_checkpoint: Save
 ) -> None:

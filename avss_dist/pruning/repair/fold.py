@@ -8,12 +8,16 @@ repair    fitted          so that R is about           folded
 ========  ==============  ===========================  =========================
 scale     one number s    s m                          A (1 + s)
 channel   a vector s      m diag(s)                    A (I + diag(s))
+rotated   a vector s      m H diag(s) H^T              A (I + H diag(s) H^T)
 map       a matrix W      m W                          A (I + W)
 refit     a matrix D      a D                          A + D
 ========  ==============  ===========================  =========================
 
+H is a fixed rotation, made of Hadamard matrices, which spreads large channels over their neighbours: LinearPatch's
+(arXiv 2505.24680), whose patch is of the whole stream, so that it is a matrix more; of m alone it can be folded.
+
 Where an RMS norm with gain g stands between A and the stream, ``p = m diag(g) / rms(m)`` is added. Scale and channel
-change g, which is exact. A map or a refit is fitted with the rms of every token as it was: ``q = p (I + W)``, or
+change g, which is exact. The others are fitted with the rms of every token as it was: ``q = p (I + W)``, or
 ``q = (a / rms(m)) (A diag(g) + D)``, is wanted. The norm gives ``q / rms(q / g')`` for the new gain g', so g' is the
 root mean square of q over tokens, by channel, for which the mean of ``rms(q / g')^2`` is 1. What is still missing is
 fitted by channel once more.
@@ -51,8 +55,9 @@ def steps(repair: str, outlet: Outlet) -> list[Step]:
     reads, form = {"map": ("output", "full"), "refit": ("inputs", "full")}.get(repair, ("output", repair))
     if outlet.norm is None:
         return [Step(reads, "linear", form)]
-    gain = Step("output", "norm", "channel" if form == "full" else form)
-    return [Step(reads, "linear", form), gain] if form == "full" else [gain]
+    if form in ("scale", "channel"):
+        return [Step("output", "norm", form)]
+    return [Step(reads, "linear", form), Step("output", "norm", "channel")]
 
 
 def features(step: Step, outlet: Outlet, linear: Seen, last: Seen) -> torch.Tensor:

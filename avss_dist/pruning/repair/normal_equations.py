@@ -13,7 +13,8 @@ import torch
 
 from avss_dist.errors import AvssError
 
-FORMS = ("scale", "channel", "full")  # of W: a multiple of the identity, a diagonal, any matrix
+FORMS = ("scale", "channel", "rotated", "full")
+"""Of W: a multiple of the identity, a diagonal, a diagonal in the basis of `hadamard`, any matrix."""
 RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # multiples of the mean diagonal of G
 
 
@@ -66,8 +67,9 @@ class NormalEquations:
         """The best W of a form, float64[inputs, outputs].
 
         Args:
-            form: of `FORMS`; the first two want as many outputs as inputs.
-            ridge: a multiple of the mean diagonal of G: of the mean over all inputs, or for ``channel`` of each alone.
+            form: of `FORMS`; all but the last want as many outputs as inputs.
+            ridge: a multiple of the mean diagonal of G: of the mean over all inputs, or for ``channel`` and ``rotated``
+                of each alone.
 
         Raises:
             FitError: sums are not finite, or all inputs are zero.
@@ -81,6 +83,10 @@ class NormalEquations:
             raise FitError(f"Nothing can be fitted: the inputs of the fit are zero (tokens: {self.count:,}).")
         if form == "full":
             return self._solve_full(ridge * diagonal.mean())
+        if form == "rotated":
+            basis = hadamard(len(diagonal)).to(diagonal.device)
+            gram, cross = (((sums @ basis) * basis).sum(0) for sums in (self.gram, self.cross))
+            return (basis * torch.where(gram > 0, cross / (gram * (1 + ridge)), 0.0)) @ basis.T
         gram, cross = diagonal, self.cross.diagonal()
         if form == "scale":
             gram, cross = gram.mean().expand_as(gram), cross.mean().expand_as(cross)
@@ -97,6 +103,17 @@ class NormalEquations:
         """The sum of |y - x W|^2 over the tokens, for any W, float64[inputs, outputs]."""
         fitted = 2 * (weights * self.cross).sum() - (weights * (self.gram @ weights)).sum()
         return max(0.0, float(self.target - fitted))
+
+
+def hadamard(size: int) -> torch.Tensor:
+    """An orthogonal matrix float64[size, size], each of whose columns mixes a block of neighbours alike.
+
+    Blocks are Sylvester's Hadamard matrices, as large as the powers of two in ``size``.
+    """
+    block = torch.ones((1, 1), dtype=torch.float64)
+    while size % (2 * len(block)) == 0:
+        block = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), block)
+    return torch.kron(torch.eye(size // len(block), dtype=torch.float64), block / len(block) ** 0.5)
 
 
 @dataclass(frozen=True, eq=False)
