@@ -9,9 +9,10 @@ from pydantic import Field
 from avss_dist.errors import ConfigError
 from avss_dist.pruning.repair.weighted import weighted
 from avss_dist.pruning.selection import SCORE_MEANINGS
-from avss_dist.settings import NO_REPAIR, REPAIRS, OneOf, checked
+from avss_dist.settings import BLOCK_DISTANCE, NO_REPAIR, REPAIRS, OneOf, checked
 from avss_dist.text import RedactedURI
 
+CHOSEN_BY = tuple(name for name in SCORE_MEANINGS if name != BLOCK_DISTANCE)  # which is of neighbours alone
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Ends = Annotated[int, Field(ge=0)]
@@ -31,7 +32,7 @@ class Shrinking:
     """Drop this share of the layers; a quarter by default."""
     keep: Share | None = None
     """Drop as many layers as can go while every task keeps this share of the whole model's, in place of a share."""
-    by: Annotated[str, OneOf(tuple(SCORE_MEANINGS))] = "block_influence"
+    by: Annotated[str, OneOf(CHOSEN_BY)] = "block_influence"
     """What layers are chosen by."""
     repair: Annotated[str, OneOf((NO_REPAIR, *REPAIRS))] = "refit"
     """What is fitted at each cut. refit gives back the most, on text of other domains too, and wants the most text."""

@@ -23,7 +23,8 @@ from avss_dist.evaluation.attempts import Attempt
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.evaluation.shrink import MEASURED, Shrunk
 from avss_dist.pruning.repair.record import read_repairs
-from avss_dist.pruning.selection import LAST, RANDOM, SCORE_MEANINGS, PlanError
+from avss_dist.pruning.selection import LAST, RANDOM, PlanError
+from avss_dist.pruning.shrinking import CHOSEN_BY
 from avss_dist.settings import SCORES
 from avss_dist.warehouse.reader import Warehouse
 
@@ -74,7 +75,7 @@ def test_a_quarter_goes_and_is_repaired(done: Shrunk, deep: Path) -> None:
 
 
 def test_whatever_layers_are_chosen_by_is_measured() -> None:
-    assert set(SCORE_MEANINGS) == {*SCORES, *MEASURED, RANDOM, LAST}
+    assert set(CHOSEN_BY) == {*SCORES, *MEASURED, RANDOM, LAST}
 
 
 def test_the_parts_of_the_text_are_apart(done: Shrunk) -> None:
@@ -132,7 +133,7 @@ def test_as_many_layers_go_as_can(deep: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize(("by", "repaired"), [("loss", True), ("last", True), ("avss", False)])
+@pytest.mark.parametrize(("by", "repaired"), [("loss", True), ("damage", True), ("last", True), ("avss", False)])
 def test_what_layers_are_chosen_by(by: str, repaired: bool, deep: Path, tmp_path: Path) -> None:
     """Where no layer stands before those that go, nothing is repaired, and that is no mistake."""
     how = {"last": 6} if by == "avss" else {}
