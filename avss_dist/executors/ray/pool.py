@@ -269,7 +269,7 @@ class Pool:
             self._free(round_.gang, queue)
 
     def _is_excused(self, round_: _Round) -> bool:
-        """Whether a loss is no failure of what the gang did: its node went with notice, or others have the model open."""
+        """Whether a loss is no failure of what the gang did: its node goes, or others have the model open."""
         opened = any(gang.spec == round_.queue.spec for gang in self._gangs())
         return round_.gang.leaves or (opened and not round_.units)
 
