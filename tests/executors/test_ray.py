@@ -109,11 +109,13 @@ def test_a_worker_that_freezes_before_it_reports_is_replaced(
     assert_same_tables(tmp_path, undisturbed)
 
 
+@shared_cluster
 def test_a_stopped_driver_is_resumed(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Ctrl-C: the partials are kept, the same command finishes what is missing."""
     arguments = ["--max-sequences", "160", "--sequence-length", "64", "--batch-size", "2", "--sequences-per-shard", "8"]
     command = [sys.executable, "-m", "avss_dist", "score", str(tiny_llama), "--corpus", "builtin:pydoc"]
-    command += ["--out", str(tmp_path), "--executor", "ray", "--replicas", "2", *arguments]
+    address = ray.get_runtime_context().gcs_address
+    command += ["--out", str(tmp_path), "--address", address, "--replicas", "2", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     partials = tmp_path / "shard_stats"

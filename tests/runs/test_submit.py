@@ -20,6 +20,7 @@ from support.checkpoints import llama
 from support.processes import wait_until
 from support.s3_server import Server
 from support.tables import assert_same_tables
+from support.warm_workers import ray_start_environment
 
 import avss_dist
 from avss_dist.errors import ConfigError
@@ -53,10 +54,22 @@ def stop_cluster(state: Path) -> None:
     subprocess.run([LOCAL_CLUSTER, "stop"], env={**os.environ, "XDG_STATE_HOME": str(state)}, check=True)
 
 
+PLANTED = {name: f"planted-{name}" for name in ("HF_TOKEN", "HF_HUB_TOKEN", "WANDB_API_KEY")}
+
+
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def cluster(server: Server, warm_workers: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Its processes know keys, and where an object store is."""
     state = tmp_path_factory.mktemp("state")
-    yield start_cluster(state)
+    where = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}", "AWS_REGION": "us-east-1"}
+    yield start_cluster(state, **PLANTED, **where, **ray_start_environment(), AWS_EC2_METADATA_DISABLED="true")
     stop_cluster(state)
 
 
@@ -217,38 +230,30 @@ def test_what_the_job_server_remembers_names_no_key(
 
 
 def test_a_job_tells_no_key_and_no_token(
-    models: list[Path], run_avss: Avss, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    cluster: dict[str, str], server: Server, models: list[Path], run_avss: Avss, tmp_path: Path
 ) -> None:
     """Neither in its log nor in what the job server remembers, of a job that is done and of one that fails."""
-    server, state = Server(), tmp_path_factory.mktemp("state")
     text = "It was the best of times, it was the worst of times. " * 200
     server.client.put_object(Bucket="lab", Key="a.txt", Body=text.encode())
-    planted = {name: f"planted-{name}" for name in ("HF_TOKEN", "HF_HUB_TOKEN", "WANDB_API_KEY")}
-    where = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}", "AWS_REGION": "us-east-1"}
-    environment = start_cluster(state, **planted, **where, AWS_EC2_METADATA_DISABLED="true")
     told = []
-    try:
-        with server.asking_for_keys():
-            user = f"s3://{server.key}:{quote(server.secret, safe='')}@lab"
-            for name, says in (("a.txt", "1 runs: 1 done."), ("absent.txt", "s3://lab/absent.txt: no such file")):
-                job = job_file(tmp_path, models[:1], corpus=f'"{user}/{name}"')
-                done = run_avss("submit", job, "--follow", env={**environment, **planted})
-                assert says in done.stdout, done.stderr
-                (job_id,) = set(re.findall(r"avss-job-[0-9a-f]{6}", done.stderr))
-                told += [done.stdout, done.stderr]
-                others = [["logs", job_id, "--follow"], ["status"], ["status", job_id]] if name == "absent.txt" else []
-                for command in (["logs", job_id], *others):
-                    shown = run_avss(*command, env=environment)
-                    told += [shown.stdout, shown.stderr]
-        token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
-        url = f"{environment['RAY_API_SERVER_ADDRESS']}/api/jobs/"
-        with urlopen(Request(url, headers={"Authorization": f"Bearer {token}"})) as response:
-            told.append(response.read().decode())
-    finally:
-        stop_cluster(state)
-        server.close()
+    with server.asking_for_keys():
+        user = f"s3://{server.key}:{quote(server.secret, safe='')}@lab"
+        for name, says in (("a.txt", "1 runs: 1 done."), ("absent.txt", "s3://lab/absent.txt: no such file")):
+            job = job_file(tmp_path, models[:1], corpus=f'"{user}/{name}"')
+            done = run_avss("submit", job, "--follow", env={**cluster, **PLANTED})
+            assert says in done.stdout, done.stderr
+            (job_id,) = set(re.findall(r"avss-job-[0-9a-f]{6}", done.stderr))
+            told += [done.stdout, done.stderr]
+            others = [["logs", job_id, "--follow"], ["status"], ["status", job_id]] if name == "absent.txt" else []
+            for command in (["logs", job_id], *others):
+                shown = run_avss(*command, env=cluster)
+                told += [shown.stdout, shown.stderr]
+    token = Path(cluster["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
+    url = f"{cluster['RAY_API_SERVER_ADDRESS']}/api/jobs/"
+    with urlopen(Request(url, headers={"Authorization": f"Bearer {token}"})) as response:
+        told.append(response.read().decode())
     assert job_id in told[-1]
-    for secret in (server.key, server.secret, quote(server.secret, safe=""), token, *planted.values()):
+    for secret in (server.key, server.secret, quote(server.secret, safe=""), token, *PLANTED.values()):
         assert not any(secret in text for text in told), secret
 
 

@@ -2,7 +2,8 @@
 
 A process that has imported them forks a worker when a raylet asks. The child runs Ray's ``default_worker.py`` with the
 arguments, the environment and the files that the raylet gave. Clusters that are started by other programs
-(`cluster/local.sh`, ``ray start``, the command line, fault campaigns) have Ray's own workers.
+(`cluster/local.sh`, ``ray start``, the command line, fault campaigns) have Ray's own workers, unless they are given
+`ray_start_environment`.
 
     python warm_workers.py SOCKET        until standard input ends
 """
@@ -15,6 +16,7 @@ import json
 import os
 import runpy
 import selectors
+import shlex
 import signal
 import socket
 import subprocess
@@ -68,6 +70,15 @@ def own_workers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray_constants, "SETUP_WORKER_FILENAME", "setup_worker.py")
         yield
+
+
+def ray_start_environment() -> dict[str, str]:
+    """What ``ray start`` must be given for a node with such workers, while `forking_workers` is on."""
+    folder = Path(__file__).with_name("ray_start")
+    return {
+        "AVSS_TEST_WORKERS": os.environ["AVSS_TEST_WORKERS"],
+        "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
 
 
 def serve(path: str) -> None:
@@ -135,8 +146,12 @@ def become_worker(descriptors: list[int], *, arguments: list[str], environment: 
     from ray._private.workers.setup_worker import parser
 
     own, program = parser.parse_known_args(arguments)
-    update_envs(RuntimeEnvContext.deserialize(own.serialized_runtime_env_context or "{}").env_vars)
+    context = RuntimeEnvContext.deserialize(own.serialized_runtime_env_context or "{}")
+    update_envs(context.env_vars)
+    for folder in shlex.split(" ".join(context.command_prefix))[1::3]:  # cd FOLDER &&
+        os.chdir(folder)
     sys.argv, sys.path[0] = program, str(Path(program[0]).parent)
+    sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     runpy.run_path(program[0], run_name="__main__")
 
 
