@@ -43,6 +43,7 @@ ESTIMATES = {"damage": "damage:", "predicted": "damage:", "propagated": "damage:
 """What dropping a layer does, estimated by a few passes: see `tasks.damage.Damage`; and the task of each."""
 OF_LAYERS = {**GROUND_TRUTH, **ESTIMATES}  # what `avss ablate` measures
 BLOCK_DISTANCE = "block_distance"  # of the stream before a run of layers and after it; measured with the estimates
+INTERACTIONS = "interactions"  # of layers, one by one and in pairs; measured with the estimates
 LOSS = "loss"  # a metric of a model: nats per token; higher is worse
 CHANCE = "chance"  # a metric of multiple choice: the accuracy of a guess
 PERPLEXITY = "perplexity:"  # before a corpus: the task of predicting it

@@ -11,10 +11,10 @@ import pyarrow.compute as pc
 from avss_dist.analysis.findings import describe_depth, findings
 from avss_dist.analysis.verdict import primary_metric, shown_value, verdicts
 from avss_dist.errors import QueryError
-from avss_dist.pruning.ground_truth import ablate_command, block_distances, find_layer_truth, layer_truth
+from avss_dist.pruning.ground_truth import ablate_command, block_distances, find_layer_truth, interactions, layer_truth
 from avss_dist.pruning.plan import Plan, make_plan
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, SCORE_MEANINGS, Choice, Reading, Rows, reading_of
-from avss_dist.settings import BLOCK_DISTANCE, LOSS, OF_LAYERS, SEARCH
+from avss_dist.settings import BLOCK_DISTANCE, INTERACTIONS, LOSS, OF_LAYERS, SEARCH
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Threshold
 from avss_dist.text import describe_threshold
@@ -41,9 +41,11 @@ def plan_layers(
     rows = warehouse.table("scores", run_ids=[run["run_id"]]).to_pylist()
     if choice.by == "avss":
         rows = _of_reading(rows, reading)
+    against: Iterator[str] = iter(())
     if choice.by == BLOCK_DISTANCE:
         made = make_plan(rows, run, choice, block_distances(warehouse, run))
-        against: Iterator[str] = iter(())
+    elif choice.by == INTERACTIONS:
+        made = make_plan(rows, run, choice, interactions(warehouse, run))
     else:
         truth = layer_truth(warehouse, run, choice.by) if choice.by in OF_LAYERS else None
         made = make_plan(rows, run, choice, truth)

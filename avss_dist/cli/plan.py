@@ -27,6 +27,7 @@ from avss_dist.cli.options import (
 from avss_dist.errors import ConfigError
 from avss_dist.settings import (
     BLOCK_DISTANCE,
+    INTERACTIONS,
     OF_LAYERS,
     PUBLISHED_THRESHOLD,
     RECIPES,
@@ -54,7 +55,7 @@ def plan(
     by: Annotated[
         str | None,
         choice(
-            (*CHOSEN_BY, BLOCK_DISTANCE),
+            (*CHOSEN_BY, INTERACTIONS, BLOCK_DISTANCE),
             "What layers are chosen by: what avss ablate measures, a score, or chance. The loss, or the damage, by "
             "default.",
         ),

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from avss_dist.errors import QueryError
-from avss_dist.settings import BLOCK_DISTANCE, ESTIMATES, OF_LAYERS, Settings
+from avss_dist.settings import BLOCK_DISTANCE, ESTIMATES, INTERACTIONS, OF_LAYERS, Settings
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import average_ranks
 from avss_dist.warehouse.checks import settings_of
@@ -21,6 +21,7 @@ _OPTIONS = {"loss": "", "shapley": " --no-leave-one-out --shapley 32", "taylor":
 _DAMAGE = " --no-leave-one-out --damage"
 METRICS = {"propagated": "propagated_2", "predicted": "predicted_3"}
 """Which of `tasks.damage.Damage` are read as scores; `damage` is the mean of both ranks."""
+FIRST_ORDER, GATES = "taylor_signed_3", "gate_3"  # of which interactions are made
 _REPEATED = ("max_sequences", "sequence_length", "batch_size", "layout", "dtype")
 
 
@@ -57,7 +58,7 @@ def layer_truth(store: Warehouse, run: Mapping[str, Any], by: str) -> LayerTruth
 
 
 def nothing_measured(store: Warehouse, run: Mapping[str, Any], by: str) -> QueryError:
-    """One of ``settings.OF_LAYERS``, or `BLOCK_DISTANCE`, is not in a warehouse; the hint measures it."""
+    """What `avss ablate` measures is not in a warehouse; the hint measures it."""
     return QueryError(f"{store.root} has no '{by}' of the layers of {run['model']}.", ablate_command(store, run, by))
 
 
@@ -94,6 +95,51 @@ def block_distances(store: Warehouse, run: Mapping[str, Any]) -> BlockDistances:
         values = {tuple(row["drop"]): row["value"] for row in evaluation}
         return BlockDistances(values=values, run_id=evaluation[0]["run_id"], task=evaluation[0]["task"])
     raise nothing_measured(store, run, BLOCK_DISTANCE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interactions:
+    """What leaving out layers does together: ``b^T x + 1/2 x^T H x`` nats per token, without those where x is 1.
+
+    Attributes:
+        b, h: float64[layers], float64[layers, layers].
+        run_id, task: the evaluation.
+    """
+
+    b: Float64
+    h: Float64
+    run_id: str
+    task: str
+
+
+def interactions(store: Warehouse, run: Mapping[str, Any]) -> Interactions:
+    """Of the layers of a run's checkpoint, from the newest evaluation that has them.
+
+    ``b`` is the first order by true labels; ``H`` the Fisher information of gates on the layers, a mean over sequences
+    and sampled labels (see `tasks.damage.Damage`, from which both are).
+
+    Raises:
+        QueryError: there is none; the hint is the command that measures them.
+    """
+    for evaluation in _newest_first(store, run, ESTIMATES["damage"], [FIRST_ORDER]):
+        run_id, task = evaluation[0]["run_id"], evaluation[0]["task"]
+        where = pc.field("metric").isin([FIRST_ORDER, GATES])
+        rows = store.table("cells", run_ids=[run_id], where=where).sort_by([("part", "ascending")]).to_pylist()
+        gates, first_order = (_samples(rows, metric) for metric in (GATES, FIRST_ORDER))
+        if gates.shape[0] and gates.shape[0] == first_order.shape[0]:
+            tokens = sum(sum(row["weights"]) for row in rows if (row["metric"], row["layer"]) == (FIRST_ORDER, 0))
+            h = gates @ gates.T / gates.shape[1] * first_order.shape[1] / tokens
+            return Interactions(b=first_order.sum(axis=1) / tokens, h=h, run_id=run_id, task=task)
+    raise nothing_measured(store, run, INTERACTIONS)
+
+
+def _samples(rows: Sequence[Mapping[str, Any]], metric: str) -> Float64:
+    """float64[layers, samples], of rows of ``cells`` in the order of their parts."""
+    of: dict[int, list[float]] = {}
+    for row in rows:
+        if row["metric"] == metric:
+            of.setdefault(row["layer"], []).extend(row["samples"])
+    return np.array([samples for _, samples in sorted(of.items())], np.float64)
 
 
 def _newest_first(

@@ -52,6 +52,13 @@ def quadratic(b: Float64, h: Float64, count: int, first: int = 0, last: int = 0)
     return tuple(first + layer for layer in sorted(found))
 
 
+def predicted(b: Float64, h: Float64, layers: Sequence[int]) -> float:
+    """What the loss rises by without these layers, in nats per token."""
+    x = np.zeros(len(b))
+    x[[*layers]] = 1.0
+    return float(b @ x + x @ h @ x / 2)
+
+
 def _least_of_all(linear: Float64, pairs: Float64, count: int) -> Sequence[int]:
     """Every set is one of the first half of the layers with one of the second: products of matrices compare them."""
     half = len(linear) // 2

@@ -16,7 +16,8 @@ import yaml
 from pydantic import Field
 
 from avss_dist.errors import ConfigError, nearest, unwritable
-from avss_dist.pruning.ground_truth import BlockDistances, LayerTruth
+from avss_dist.pruning.ground_truth import BlockDistances, Interactions, LayerTruth
+from avss_dist.pruning.interactions import predicted, quadratic
 from avss_dist.pruning.selection import RANDOM, SCORE_MEANINGS, Choice, PlanError, Rows
 from avss_dist.settings import LOWEST_SHARE, SEARCHES, Check, checked
 from avss_dist.system.staging import staged_file
@@ -131,7 +132,7 @@ def make_plan(
     rows: Rows,
     run: Mapping[str, Any],
     choice: Choice,
-    truth: LayerTruth | BlockDistances | None = None,
+    truth: LayerTruth | BlockDistances | Interactions | None = None,
     *,
     findings: Sequence[str] = (),
     evaluated: Sequence[str] = (),
@@ -148,9 +149,13 @@ def make_plan(
     _, number = layer_list(rows, str(run["model"]))
     if isinstance(truth, BlockDistances):
         drop = choice.drop_block(truth.values, number)
+    elif isinstance(truth, Interactions):
+        drop = quadratic(truth.b, truth.h, choice.number(number), choice.first, choice.last)
     else:
         drop = choice.drop(choice.scores(rows, {choice.by: truth.by_layer(number)} if truth else {}))
-    measured = {"evaluation": truth.run_id, "task": truth.task} if truth else {}
+    measured: dict[str, Any] = {"evaluation": truth.run_id, "task": truth.task} if truth else {}
+    if isinstance(truth, Interactions):
+        measured["predicted_increase"] = round(predicted(truth.b, truth.h, drop), 6)
     made = plan_of(rows, run, drop, reasons(choice) | measured)
     return replace(made, findings=tuple(findings), evaluated=tuple(evaluated))
 

@@ -11,6 +11,7 @@ from pydantic import Field
 from avss_dist.errors import ConfigError
 from avss_dist.settings import (
     BLOCK_DISTANCE,
+    INTERACTIONS,
     LOWEST_SHARE,
     OF_LAYERS,
     PUBLISHED_THRESHOLD,
@@ -33,6 +34,7 @@ SCORE_MEANINGS = {
     "predicted": "what the loss rises by, predicted from gradients and from hidden states three layers later",
     "propagated": "relative distance of the hidden states two layers later",
     BLOCK_DISTANCE: "mean angle between hidden states before and after a run of neighbours",
+    INTERACTIONS: "what the loss rises by without the set, predicted from gradients: of layers, and of pairs of them",
     "avss": "variance of the activations over their sparsity, as published",
     "block_influence": "1 - mean cosine of the layer's input and output",
     "angular_distance": "mean angle between the layer's input and output",
@@ -93,9 +95,9 @@ class Choice:
             raise ConfigError(
                 "`mass` is a share of a score that is summed from the lowest on.", "Use `share` or `count` here."
             )
-        if self.by in SEARCHES and (self.mass is not None or self.contiguous or self.highest):
+        if self.by in (*SEARCHES, INTERACTIONS) and (self.mass is not None or self.contiguous or self.highest):
             raise ConfigError(
-                f"`by` {self.by} searches among sets of any layers for the lowest loss.", "Use `share` or `count` here."
+                f"`by` {self.by} chooses among sets of any layers by their loss.", "Use `share` or `count` here."
             )
 
     def scores(self, rows: Rows, truth: Mapping[str, Float64]) -> Float64:

@@ -9,14 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.causal_lm import SMALL, opened
 from support.checkpoints import llama, one_thread
 from support.command_line import avss
 
+from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.engine import plan_text
 from avss_dist.evaluation.search import Found, search
 from avss_dist.models.causal_lm import LanguageModel
@@ -230,6 +233,45 @@ def test_evolve_begins_with_a_score(scored: tuple[Path, Mapping[str, Any]], tmp_
     assert drop in {tuple(row["drop"]) for row in cells if row["task"] == f"search:{TEXT}"}
 
 
+def test_interactions_choose_the_set_of_least_predicted_loss(
+    scored: tuple[Path, Mapping[str, Any]], model: Path, tmp_path: Path
+) -> None:
+    command = (
+        "plan",
+        scored[0],
+        "--by",
+        "interactions",
+        "--count",
+        3,
+        "--protect",
+        "last=1",
+        "-o",
+        tmp_path / "p.yaml",
+    )
+    missing = avss(*command)
+    assert missing.exit_code == 2 and "--no-leave-one-out --damage" in missing.stderr
+    ablate(model, corpus=TEXT, warehouse=scored[0], leave_one_out=False, damage=True, draws=3, **SMALL)
+    done = avss(*command)
+    assert done.exit_code == 0, done.stderr
+    rows = Warehouse(scored[0]).table("cells").to_pylist()
+    parts = {(row["metric"], row["layer"], row["part"]): row for row in rows}
+    tokens = sum(sum(parts["taylor_signed_3", 0, part]["weights"]) for part in (0, 1))
+
+    def increase(drop: Drop) -> float:
+        """To first order, and half the mean square of what the gates of these layers do together to a sequence."""
+        first = sum(sum(parts["taylor_signed_3", layer, part]["samples"]) for layer in drop for part in (0, 1))
+        together = [np.sum([parts["gate_3", layer, part]["samples"] for layer in drop], axis=0) for part in (0, 1)]
+        squares = np.concatenate(together) ** 2
+        assert len(squares) == 3 * SMALL["max_sequences"]
+        return float(first + squares.sum() / 3 / 2) / tokens
+
+    best = min(combinations(range(LAYERS - 1), 3), key=increase)
+    made = read_plan(tmp_path / "p.yaml")
+    assert made.drop == best
+    assert made.why["predicted_increase"] == pytest.approx(increase(best), abs=1e-6)
+    assert avss(*command, "--contiguous").exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -237,7 +279,7 @@ def test_evolve_begins_with_a_score(scored: tuple[Path, Mapping[str, Any]], tmp_
         (["--search", "gredy", "--corpus", TEXT], "greedy"),
         (["--search", "greedy", "--corpus", TEXT, "--budget", 5], "--budget 5 does not suffice"),
         (["--search", "greedy", "--corpus", TEXT, "--by", "block_influence"], "begins with the whole model"),
-        (["--search", "greedy", "--corpus", TEXT, "--contiguous"], "sets of any layers"),
+        (["--search", "greedy", "--corpus", TEXT, "--contiguous"], "among sets of any layers"),
         (["--by", "block_influence", "--corpus", TEXT], "--corpus has no effect without a search"),
         (["--by", "block_influence", "--budget", 9], "--budget has no effect without a search"),
         (["--by", "block_influence", "--replicas", 2], "--replicas has no effect without a search"),

@@ -21,7 +21,7 @@ from avss_dist.errors import ConfigError, QueryError
 from avss_dist.pruning.methods import REVERSED, Method
 from avss_dist.pruning.plan import Plan, make_plan, mergekit_slices, read_plan
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, SCORE_MEANINGS, Choice, PlanError
-from avss_dist.settings import BLOCK_DISTANCE, OF_LAYERS, SCORES
+from avss_dist.settings import BLOCK_DISTANCE, INTERACTIONS, OF_LAYERS, SCORES
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
@@ -99,7 +99,7 @@ def test_a_missing_score() -> None:
 
 
 def test_every_score_has_a_meaning() -> None:
-    assert set(SCORE_MEANINGS) == {*SCORES, *OF_LAYERS, BLOCK_DISTANCE, LAST, RANDOM}
+    assert set(SCORE_MEANINGS) == {*SCORES, *OF_LAYERS, BLOCK_DISTANCE, INTERACTIONS, LAST, RANDOM}
 
 
 def score_rows(values: list[float]) -> list[dict[str, Any]]:

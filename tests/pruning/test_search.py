@@ -157,7 +157,7 @@ def test_what_cannot_make_a_step_is_refused(choice: dict[str, Any], effort: dict
 
 def test_what_is_no_search_is_refused() -> None:
     for wrong in ({"mass": 0.2}, {"contiguous": True}, {"highest": True}):
-        with pytest.raises(ConfigError, match="searches among sets"):
+        with pytest.raises(ConfigError, match="chooses among sets"):
             Choice(by="beam", **wrong)
     with pytest.raises(ConfigError, match="begins with the whole model"):
         search_for(Choice(by="beam"), Effort(), 8, [(1, 2)])
