@@ -119,7 +119,8 @@ def interactions(store: Warehouse, run: Mapping[str, Any]) -> Interactions:
     and sampled labels (see `tasks.damage.Damage`, from which both are).
 
     Raises:
-        QueryError: there is none; the hint is the command that measures them.
+        QueryError: there is none, and the hint is the command that measures them; or of fewer samples than layers, of
+            which some set would seem to cost nothing.
     """
     for evaluation in _newest_first(store, run, ESTIMATES["damage"], [FIRST_ORDER]):
         run_id, task = evaluation[0]["run_id"], evaluation[0]["task"]
@@ -127,10 +128,19 @@ def interactions(store: Warehouse, run: Mapping[str, Any]) -> Interactions:
         rows = store.table("cells", run_ids=[run_id], where=where).sort_by([("part", "ascending")]).to_pylist()
         gates, first_order = (_samples(rows, metric) for metric in (GATES, FIRST_ORDER))
         if gates.shape[0] and gates.shape[0] == first_order.shape[0]:
+            _require_samples(*gates.shape)
             tokens = sum(sum(row["weights"]) for row in rows if (row["metric"], row["layer"]) == (FIRST_ORDER, 0))
             h = gates @ gates.T / gates.shape[1] * first_order.shape[1] / tokens
             return Interactions(b=first_order.sum(axis=1) / tokens, h=h, run_id=run_id, task=task)
     raise nothing_measured(store, run, INTERACTIONS)
+
+
+def _require_samples(layers: int, samples: int) -> None:
+    if samples < layers:
+        raise QueryError(
+            f"The interactions of {layers} layers are known from {samples} samples, a sequence and a draw each.",
+            f"Measure at least {layers}, better many times as many: raise `max_sequences` or `draws` of avss ablate.",
+        )
 
 
 def _samples(rows: Sequence[Mapping[str, Any]], metric: str) -> Float64:

@@ -250,10 +250,15 @@ def test_interactions_choose_the_set_of_least_predicted_loss(
     )
     missing = avss(*command)
     assert missing.exit_code == 2 and "--no-leave-one-out --damage" in missing.stderr
-    ablate(model, corpus=TEXT, warehouse=scored[0], leave_one_out=False, damage=True, draws=3, **SMALL)
+    text = {"corpus": TEXT, "warehouse": scored[0], "leave_one_out": False, "damage": True}
+    ablate(model, **text, draws=1, **SMALL | {"max_sequences": 5})
+    few = avss(*command)
+    assert few.exit_code == 2 and "of 6 layers are known from 5 samples" in few.stderr
+    ablate(model, **text, draws=3, **SMALL)
     done = avss(*command)
     assert done.exit_code == 0, done.stderr
-    rows = Warehouse(scored[0]).table("cells").to_pylist()
+    made = read_plan(tmp_path / "p.yaml")
+    rows = Warehouse(scored[0]).table("cells", run_ids=[str(made.why["evaluation"])]).to_pylist()
     parts = {(row["metric"], row["layer"], row["part"]): row for row in rows}
     tokens = sum(sum(parts["taylor_signed_3", 0, part]["weights"]) for part in (0, 1))
 
@@ -266,7 +271,6 @@ def test_interactions_choose_the_set_of_least_predicted_loss(
         return float(first + squares.sum() / 3 / 2) / tokens
 
     best = min(combinations(range(LAYERS - 1), 3), key=increase)
-    made = read_plan(tmp_path / "p.yaml")
     assert made.drop == best
     assert made.why["predicted_increase"] == pytest.approx(increase(best), abs=1e-6)
     assert avss(*command, "--contiguous").exit_code == 2
