@@ -29,9 +29,10 @@ from avss_dist.tasks.watching import WATCHED, Watched
 
 LOOKAHEAD = 3  # layers
 DRAWS = 2  # of labels
+TOGETHER = 1  # layers later: where products of two layers chose the best sets, of 0 to 3
 PROPAGATED, PROPAGATED_COSINE = "propagated", "propagated_cosine"
 TAYLOR, SIGNED, FISHER, PREDICTED, GATE = "taylor", "taylor_signed", "fisher", "predicted", "gate"
-BLOCK_COSINE = "block_cosine"
+INTERACTION, BLOCK_COSINE = "interaction", "block_cosine"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -49,8 +50,10 @@ class Damage:
     - ``fisher_m``: half the sum over tokens of ``<g, d>^2`` where g is of labels that are drawn from the model's own
       prediction, a mean over draws: the second order, by the Fisher information (Michel et al., arXiv 1905.10650).
     - ``predicted_m``: ``taylor_signed_m + fisher_m``, the predicted increase of the loss in nats per predicted token.
-    - ``gate_m``: the sum over tokens of ``<g, d>``, a sample for each sequence and draw. The mean over samples of
-      products of two layers' is their interaction.
+    - ``gate_m``: the sum over tokens of ``<g, d>``, a sample for each sequence and draw.
+
+    Of every two layers, ``drop``: ``interaction``, the sum over tokens of the product of their ``<g, d>`` at ``m`` =
+    `TOGETHER`, a mean over draws, per predicted token. That of a layer with itself is twice ``fisher_m``.
 
     And of every block of layers, ``drop``, that begins with a layer: ``block_distance`` and ``block_cosine``, the mean
     over tokens of ``acos(cos) / pi`` and of ``1 - cos`` of what it is given and what it gives (Gromov et al., arXiv
@@ -113,6 +116,7 @@ class _Pass(Watched):
     _without: dict[int, torch.Tensor] = field(default_factory=dict)  # hidden states, by the layer that is left out
     _streams: list[torch.Tensor] = field(default_factory=list)  # [rows, tokens, units] before each layer, and the last
     _displaced: dict[int, list[_Displaced]] = field(default_factory=dict)  # by the layer after which it is seen
+    _products: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # [rows, tokens] of each draw, by layer
     _gradients: Counter[int] = field(default_factory=Counter)  # that came to a layer
 
     @staticmethod
@@ -216,6 +220,8 @@ class _Pass(Watched):
             products = (g * one.by.float()).sum(dim=-1).double().where(self.real.to(g.device), 0)
             for m in one.seen_as:
                 self._project(one.of, m, number, products)
+        if self._products and number == self.draws and layer.index == self.order[0]:
+            self._measure_interactions()
 
     def _project(self, of: int, m: int, number: int, products: torch.Tensor) -> None:
         """Take the products <g, d> of all tokens, [rows, tokens], of one set of labels."""
@@ -230,9 +236,21 @@ class _Pass(Watched):
         fisher, gate = (f"{FISHER}_{m}", of, None), (f"{GATE}_{m}", of, None)
         self.found[fisher] = self.found[fisher] + second if number > 1 else second
         self.found[f"{PREDICTED}_{m}", of, None] += second
+        if m == min(TOGETHER, self.lookahead):
+            self._products.setdefault(of, []).append(products)
         if number == 1:
             self.found[gate] = total.new_zeros((len(total), self.draws))
         self.found[gate][:, number - 1] = total
+
+    def _measure_interactions(self) -> None:
+        """Of all draws, when they have come back to the first layer."""
+        by_layer = [torch.cat(self._products[of], dim=1).to(self.real.device) for of in self.order]
+        values = torch.stack(by_layer, dim=1)  # [rows, layers, draws x tokens]
+        products = values @ values.transpose(1, 2) / len(self._products[self.order[0]])
+        for i, one in enumerate(self.order):
+            for j, other in enumerate(self.order[i + 1 :], i + 1):
+                self.found[INTERACTION, one, (one, other)] = products[:, i, j]
+        self._products = {}
 
     def _rows(self, layer: Layer, tensor: torch.Tensor) -> torch.Tensor:
         """[rows, tokens, units]"""

@@ -102,6 +102,7 @@ def test_projections_are_those_of_autograd(seen: tuple[LanguageModel, Found, lis
             changed = without(model, batch)
         logits, whole = traced(model, batch)
         seeds = list(model.logit_gradients(logits, batch, draws=3, seed=5))
+        together: dict[int, torch.Tensor] = {}
         gradients = [torch.autograd.grad(logits, whole, seed, retain_graph=True) for seed in seeds]
         for layer in range(3):
             for m in (0, 1):
@@ -119,8 +120,17 @@ def test_projections_are_those_of_autograd(seen: tuple[LanguageModel, Found, lis
                     one = found[f"{metric}_{m}", layer, None]
                     assert one.samples[row] == pytest.approx(value, rel=1e-3, abs=1e-3 * size)
                     assert one.weights[row] == predicted(batch).sum()
+                if m == 1:
+                    together[layer] = torch.stack(products[1:])
                 gates = found[f"gate_{m}", layer, None].samples.reshape(len(batches), 3)[row]
                 assert gates == pytest.approx([product.sum().item() for product in products[1:]], abs=1e-3 * size)
+
+
+        for pair in combinations(range(3), 2):
+            one, other = (together[layer] for layer in pair)
+            size = (one.abs() * other.abs()).sum().item() / 3
+            product = found["interaction", pair[0], pair].samples[row]
+            assert product == pytest.approx((one * other).sum().item() / 3, abs=2e-3 * size)
 
 
 def test_the_gradient_of_logits_is_that_of_the_loss(tiny_llama: Path) -> None:
@@ -180,7 +190,10 @@ def test_any_family_and_no_trace(name: str, draws: int | None, save_checkpoint: 
     before = TextLoss(shard)(model, ())[0].samples
     rows = Damage(shard=shard, lookahead=2, draws=draws)(model, ())
     layers = len(model.layers)
-    assert len(rows) == layers * 3 * (2 + 6 * (draws is not None) - (draws is not None)) + layers * (layers + 1)
+    of_layers = [row for row in rows if row.drop is None]
+    assert len(of_layers) == layers * 3 * (2 if draws is None else 7)
+    pairs = 0 if draws is None else layers * (layers - 1) // 2
+    assert len(rows) - len(of_layers) == layers * (layers + 1) + pairs  # blocks, twice
     assert all(np.isfinite(row.samples).all() for row in rows)
     assert np.array_equal(TextLoss(shard)(model, ())[0].samples, before)
     assert {key: parameter.requires_grad for key, parameter in parameters.items()} == required
