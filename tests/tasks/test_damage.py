@@ -125,7 +125,6 @@ def test_projections_are_those_of_autograd(seen: tuple[LanguageModel, Found, lis
                 gates = found[f"gate_{m}", layer, None].samples.reshape(len(batches), 3)[row]
                 assert gates == pytest.approx([product.sum().item() for product in products[1:]], abs=1e-3 * size)
 
-
         for pair in combinations(range(3), 2):
             one, other = (together[layer] for layer in pair)
             size = (one.abs() * other.abs()).sum().item() / 3
