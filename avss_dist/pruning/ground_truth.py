@@ -21,7 +21,7 @@ _OPTIONS = {"loss": "", "shapley": " --no-leave-one-out --shapley 32", "taylor":
 _DAMAGE = " --no-leave-one-out --damage"
 METRICS = {"propagated": "propagated_2", "predicted": "predicted_3"}
 """Which of `tasks.damage.Damage` are read as scores; `damage` is the mean of both ranks."""
-FIRST_ORDER, GATES = "taylor_signed_3", "gate_3"  # of which interactions are made
+FIRST_ORDER, SECOND_ORDER, PAIRS = "taylor_signed_1", "fisher_1", "interaction"  # of which interactions are made
 _REPEATED = ("max_sequences", "sequence_length", "batch_size", "layout", "dtype")
 
 
@@ -115,41 +115,26 @@ class Interactions:
 def interactions(store: Warehouse, run: Mapping[str, Any]) -> Interactions:
     """Of the layers of a run's checkpoint, from the newest evaluation that has them.
 
-    ``b`` is the first order by true labels; ``H`` the Fisher information of gates on the layers, a mean over sequences
-    and sampled labels (see `tasks.damage.Damage`, from which both are).
+    ``b`` is the first order by true labels; ``H`` the Fisher information of gates on the layers, token by token, a mean
+    over sampled labels (see `tasks.damage.Damage`, from which both are).
 
     Raises:
-        QueryError: there is none, and the hint is the command that measures them; or of fewer samples than layers, of
-            which some set would seem to cost nothing.
+        QueryError: there is none; the hint is the command that measures them.
     """
-    for evaluation in _newest_first(store, run, ESTIMATES["damage"], [FIRST_ORDER]):
-        run_id, task = evaluation[0]["run_id"], evaluation[0]["task"]
-        where = pc.field("metric").isin([FIRST_ORDER, GATES])
-        rows = store.table("cells", run_ids=[run_id], where=where).sort_by([("part", "ascending")]).to_pylist()
-        gates, first_order = (_samples(rows, metric) for metric in (GATES, FIRST_ORDER))
-        if gates.shape[0] and gates.shape[0] == first_order.shape[0]:
-            _require_samples(*gates.shape)
-            tokens = sum(sum(row["weights"]) for row in rows if (row["metric"], row["layer"]) == (FIRST_ORDER, 0))
-            h = gates @ gates.T / gates.shape[1] * first_order.shape[1] / tokens
-            return Interactions(b=first_order.sum(axis=1) / tokens, h=h, run_id=run_id, task=task)
-    raise nothing_measured(store, run, INTERACTIONS)
-
-
-def _require_samples(layers: int, samples: int) -> None:
-    if samples < layers:
-        raise QueryError(
-            f"The interactions of {layers} layers are known from {samples} samples, a sequence and a draw each.",
-            f"Measure at least {layers}, better many times as many: raise `max_sequences` or `draws` of avss ablate.",
+    for rows in _newest_first(store, run, ESTIMATES["damage"], [FIRST_ORDER, SECOND_ORDER, PAIRS]):
+        first, second = (
+            {row["layer"]: row["value"] for row in rows if row["metric"] == name}
+            for name in (FIRST_ORDER, SECOND_ORDER)
         )
-
-
-def _samples(rows: Sequence[Mapping[str, Any]], metric: str) -> Float64:
-    """float64[layers, samples], of rows of ``cells`` in the order of their parts."""
-    of: dict[int, list[float]] = {}
-    for row in rows:
-        if row["metric"] == metric:
-            of.setdefault(row["layer"], []).extend(row["samples"])
-    return np.array([samples for _, samples in sorted(of.items())], np.float64)
+        pairs = {tuple(row["drop"]): row["value"] for row in rows if row["metric"] == PAIRS}
+        number = len(first)
+        if sorted(first) == sorted(second) == [*range(number)] and len(pairs) == number * (number - 1) // 2:
+            h = np.diag([2 * second[layer] for layer in range(number)])
+            for (one, other), value in pairs.items():
+                h[one, other] = h[other, one] = value
+            b = np.array([first[layer] for layer in range(number)])
+            return Interactions(b=b, h=h, run_id=rows[0]["run_id"], task=rows[0]["task"])
+    raise nothing_measured(store, run, INTERACTIONS)
 
 
 def _newest_first(
