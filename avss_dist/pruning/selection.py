@@ -175,6 +175,7 @@ class Choice:
             )
 
     def _number_by_mass(self, values: Float64, candidates: np.ndarray, mass: float) -> int:
+        self._require_droppable(1, len(values))
         held = np.cumsum(np.sort(values[candidates])) / values.sum()
         number = int(np.searchsorted(held, mass, "right"))
         if not number:

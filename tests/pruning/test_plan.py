@@ -271,6 +271,11 @@ def test_no_score_is_a_default(scored: Warehouse, tmp_path: Path) -> None:
         plan_layers(scored, scored.runs().to_pylist()[0])
 
 
+def test_a_mass_of_protected_layers_is_refused() -> None:
+    with pytest.raises(PlanError, match="0 of 4 are not protected"):
+        Choice(by="avss", mass=0.5, first=2, last=2).drop([1.0, 2.0, 3.0, 4.0])
+
+
 def write_damage(store: Warehouse, run_id: str, propagated: list[float], predicted: list[float]) -> None:
     """What `avss ablate --damage` leaves, of what plans read."""
     row = run_row(run_id)
