@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from avss_dist.analysis.reliability import reliability
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.errors import ConfigError
 from avss_dist.evaluation.engine import (
@@ -77,12 +78,15 @@ class Ablation:
     Attributes:
         whole: the loss of the whole model; None where layers were not left out.
         layers: in order.
+        reliability: how far other text of the same size would order the layers alike (`reliability.reliability`); NaN
+            where layers were not left out, or of fewer than four sequences.
     """
 
     model: str
     corpus: str
     whole: Result | None
     layers: Sequence[LayerAblation]
+    reliability: float = float("nan")
 
 
 def ablate(
@@ -230,7 +234,12 @@ def _ablation(model: str, corpus: str, found: Sequence[Result]) -> Ablation:
         )
         for layer in sorted(of)
     ]
-    return Ablation(model=model, corpus=corpus, whole=whole, layers=layers)
+    return Ablation(model=model, corpus=corpus, whole=whole, layers=layers, reliability=_reliability(layers))
+
+
+def _reliability(layers: Sequence[LayerAblation]) -> float:
+    increases = [layer.increase.samples for layer in layers if layer.increase is not None]
+    return reliability(np.stack(increases, axis=1)) if increases else float("nan")
 
 
 def _increase(whole: Result, without: Result) -> Result:

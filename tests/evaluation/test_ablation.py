@@ -322,6 +322,7 @@ def test_ablate_shows_a_table(tiny_llama: Path, tmp_path: Path) -> None:
     options = [word for name, value in text.items() for word in (f"--{name.replace('_', '-')}", value)]
     done = avss("ablate", tiny_llama, *options)
     assert done.exit_code == 0, done.stderr
+    assert "order the layers as this one does to" in " ".join(done.stdout.split())
     for words in ("loss without", "increase", "Shapley", "95% interval", "Loss of the whole model"):
         assert words in " ".join(done.stdout.split())
     assert "Taylor" not in done.stdout

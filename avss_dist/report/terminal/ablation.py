@@ -97,6 +97,9 @@ def _caption(found: Ablation, first: str) -> Text:
     if found.whole is not None:
         text += f" Loss of the whole model: {_with_error(found.whole.value, found.whole.stderr)}; the error of an "
         text += "increase is of the same sequences with and without the layer."
+    if math.isfinite(found.reliability):
+        text += f" Other text of the same size would order the layers as this one does to {found.reliability:.2f} "
+        text += "(Spearman; split halves)."
     return Text(text)
 
 
