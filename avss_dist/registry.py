@@ -50,6 +50,7 @@ PARTITIONS = {
         opens="avss_dist.partition.streaming.replica:StreamingReplica",
         summary="one layer in memory at a time, read from the files once for each shard",
         offloads=True,
+        changes_weights=True,
     ),
     "zero3": PartitionInfo(
         opens="avss_dist.partition.zero3:Zero3Replica",

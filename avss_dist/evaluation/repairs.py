@@ -33,6 +33,7 @@ from avss_dist.partition.base import Placement
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.record import parse_record
 from avss_dist.pruning.repair.repair import Repair, Repaired, fit_repair
+from avss_dist.pruning.repair.streams import streams_of
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.registry import PARTITIONS
@@ -98,7 +99,7 @@ class FitRepair:
         )
         stored = StoredWeights.of(of, made, settings).read
         repair = replace(self.repair, settings=settings)
-        found = fit_repair(of, model.backbone, model.device, made, repair, self.texts, stored, lambda read, _: read)
+        found = fit_repair(of, streams_of(model), made, repair, self.texts, stored, lambda read, _: read)
         about = json.dumps({"record": asdict(found.record), "notes": list(found.notes)})
         errors = np.array([cut.error_after for cut in found.record.cuts])
         patch = encode_patch(found.tensors, about)

@@ -101,7 +101,7 @@ def losses_of(folder: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "opt", "olmo2"])
-@pytest.mark.parametrize("partition", ["single", "device_map"])
+@pytest.mark.parametrize("partition", ["single", "device_map", "streaming"])
 def test_a_patch_in_place_is_the_repaired_checkpoint(
     family: str, partition: str, tmp_path: Path, save_checkpoint: Save
 ) -> None:
@@ -293,7 +293,7 @@ def test_too_little_text_for_a_repair(done: tuple[Path, list[dict[str, Any]]], t
         run_experiment(read_job(little))
 
 
-@pytest.mark.parametrize("partition", ["streaming", "zero3", "tensor_parallel"])
+@pytest.mark.parametrize("partition", ["zero3", "tensor_parallel"])
 def test_a_partition_whose_weights_cannot_be_changed_is_refused_first(partition: str, tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text(JOB.format(warehouse=tmp_path / "w", model="nowhere") + f"execution: {{partition: {partition}}}\n")

@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ModelError
 from avss_dist.models.causal_lm import Drop, LanguageModel, Watcher
+from avss_dist.models.patching import Patch
 from avss_dist.models.skipping import Skip, require_skippable
-from avss_dist.partition.streaming.passes import PLAN, Beginning, Passes, Plan, Record, planned
+from avss_dist.partition.streaming.passes import PLAN, Beginning, Passes, Record, planned
 from avss_dist.stats.layer_stats import Float64
 
 MOST_WAITING = 2 << 30  # bytes of hidden states of passes that wait at once, where no limit is given
@@ -62,6 +64,21 @@ class StreamingLanguageModel(LanguageModel):
         with planned(replace(PLAN.get(), skips={**PLAN.get().skips, **skips})):
             yield
 
+    @contextmanager
+    def patched(self, patch: Patch) -> Iterator[None]:
+        """See `causal_lm.LanguageModel`. Backward passes take the weights as they were."""
+        changes: dict[nn.Module, dict[str, torch.Tensor]] = {}
+        for (layer, path), value in patch.items():
+            changes.setdefault(self.layers[layer].module, {})[path] = value
+        with planned(replace(PLAN.get(), changes=changes)):
+            yield
+
+    def value(self, layer: int, path: str) -> torch.Tensor:
+        """A parameter of a layer, read."""
+        with self._ready.window() as window:
+            window.load(self._ready.index(self.layers[layer].module))
+            return self.layers[layer].module.get_parameter(path).detach().clone()
+
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """See `causal_lm.LanguageModel`."""
         return self._alone(partial(super().call, *args, **kwargs))
@@ -94,7 +111,7 @@ class StreamingLanguageModel(LanguageModel):
                 found[drop, i] = self.losses(batches[i])
 
         def fork(drop: Drop, i: int, hidden: torch.Tensor) -> None:
-            with planned(Plan(begins=Beginning(branches[drop], hidden, forms))):
+            with planned(replace(PLAN.get(), begins=Beginning(branches[drop], hidden, forms))):
                 ask(drop, i)
 
         def ask_first(i: int) -> None:

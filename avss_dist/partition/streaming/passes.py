@@ -81,12 +81,14 @@ class Plan:
         begins: where the pass begins, if that is not the first layer.
         forks: passes that begin where this one comes to a layer, with a copy of what that is given.
         record: what is kept for a backward pass.
+        changes: values of parameters of a layer, by path, in place of the layer's own.
     """
 
     skips: Mapping[nn.Module, Skip] = field(default_factory=dict)
     begins: Beginning | None = None
     forks: Mapping[nn.Module, Sequence[Fork]] = field(default_factory=dict)
     record: Record | None = None
+    changes: Mapping[nn.Module, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
 
 PLAN: ContextVar[Plan] = ContextVar("plan", default=Plan())  # noqa: B039  (it is frozen)
@@ -239,6 +241,20 @@ class _Schedule:
             self._start(fork)
 
 
+@contextmanager
+def _changed(layer: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Inside, parameters have these values."""
+    parameters = {path: layer.get_parameter(path) for path in values}
+    own = {path: parameter.data for path, parameter in parameters.items()}
+    try:
+        for path, parameter in parameters.items():
+            parameter.data = values[path].to(parameter.device, parameter.dtype)
+        yield
+    finally:
+        for path, parameter in parameters.items():
+            parameter.data = own[path]
+
+
 class _Stop:
     """Makes a layer, when a pass calls it, first switch to the greenlet that schedules, with an `_Arrival`.
 
@@ -255,8 +271,9 @@ class _Stop:
         layer.__class__ = type(self._kind.__name__, (self._kind,), {**names, "__call__": call})
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the layer itself."""
-        return self._kind.__call__(self._layer, *args, **kwargs)
+        """Call the layer itself, whose weights are there."""
+        with _changed(self._layer, PLAN.get().changes.get(self._layer, {})):
+            return self._kind.__call__(self._layer, *args, **kwargs)
 
     def _arrive(self, *args: Any, **kwargs: Any) -> Any:
         now, plan, layer = _PASS.get(), PLAN.get(), self._layer

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,11 +51,12 @@ class Outlet:
         return self.norm or self.linear
 
 
-def find_outlet(layer: Layer, run: Callable[[], Any]) -> Outlet:
+def find_outlet(layer: Layer, run: Callable[[], Any], value: Callable[[str], torch.Tensor]) -> Outlet:
     """Where a layer's MLP meets the stream, seen in a few passes.
 
     Args:
         run: a forward pass of the model over the same ``PROBE_SHAPE`` tokens each time.
+        value: reads a parameter of the layer, by its path.
 
     Raises:
         RepairError: there is no such place, or no weights there that can be changed; the message says why.
@@ -70,7 +72,7 @@ def find_outlet(layer: Layer, run: Callable[[], Any]) -> Outlet:
     still = _output(layer, run)
     if (factor := _factor(layer, linear, run, still)) is not None:
         return Outlet(layer, paths[linear], None, factor)
-    if (found := _norm_after(layer, linear, run)) is not None:
+    if (found := _norm_after(layer, linear, run, value)) is not None:
         norm, offset, eps = found
         if (factor := _factor(layer, norm, run, still)) is not None:
             return Outlet(layer, paths[linear], paths[norm], factor, offset, eps)
@@ -135,19 +137,25 @@ def _output(layer: Layer, run: Callable[[], Any]) -> torch.Tensor:
     return output.float()
 
 
-def _norm_after(layer: Layer, linear: nn.Module, run: Callable[[], Any]) -> tuple[nn.Module, float, float] | None:
+def _norm_after(
+    layer: Layer, linear: nn.Module, run: Callable[[], Any], value: Callable[[str], torch.Tensor]
+) -> tuple[nn.Module, float, float] | None:
     """The RMS norm that takes what the linear map gives, what is added to its weight, and to the mean square."""
-    norms = [m for m in layer.module.modules() if "norm" in type(m).__name__.lower() and not any(m.children())]
+    norms = {
+        module: path
+        for path, module in layer.module.named_modules()
+        if "norm" in type(module).__name__.lower() and not any(module.children())
+    }
     with captured({m: m for m in (linear, *norms)}) as seen:
         run()
     given = seen[linear].output
-    for norm in norms:
-        weight = getattr(norm, "weight", None)
-        if norm not in seen or weight is None or getattr(norm, "bias", None) is not None:
+    for norm, path in norms.items():
+        if norm not in seen or getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is not None:
             continue
         if seen[norm].input.shape != given.shape or not torch.equal(seen[norm].input, given):
             continue
         eps = float(getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None) or 0.0)
+        weight = value(f"{path}.weight").to(given.device)
         unit = given.float() * inverse_rms(given, eps)
         errors = {o: float((unit * (weight.float() + o) - seen[norm].output.float()).norm()) for o in (0.0, 1.0)}
         offset = min(errors, key=lambda o: errors[o])
@@ -166,11 +174,16 @@ class Seen:
 
 @contextmanager
 def captured(modules: Mapping[Any, nn.Module]) -> Iterator[dict[Any, Seen]]:
-    """Inside, the last call of each module is kept, under the key that it has here."""
+    """Inside, the last call of each module is kept, under the key that it has here.
+
+    Of passes that interleave, it sees its own.
+    """
     seen: dict[Any, Seen] = {}
 
     def keep(key: Any) -> Callable[..., None]:
         def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if _CAPTURING.get() is not seen:
+                return
             taken, given = input_tensor(args, kwargs), first_tensor(output)
             if taken is not None and given is not None:
                 seen[key] = Seen(taken.clone(), given.clone())  # which later modules may change
@@ -180,4 +193,8 @@ def captured(modules: Mapping[Any, nn.Module]) -> Iterator[dict[Any, Seen]]:
     with ExitStack() as stack:
         for key, module in modules.items():
             stack.callback(module.register_forward_hook(keep(key), with_kwargs=True).remove)
+        stack.callback(_CAPTURING.reset, _CAPTURING.set(seen))
         yield seen
+
+
+_CAPTURING: ContextVar[dict[Any, Seen] | None] = ContextVar("capturing", default=None)

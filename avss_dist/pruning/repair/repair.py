@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -18,7 +19,7 @@ from pydantic import Field
 from avss_dist.corpus.shards import CorpusPlan, plan
 from avss_dist.errors import CorpusError
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.loading import Backbone, load, load_tokenizer, text_config
+from avss_dist.models.loading import load, load_tokenizer, text_config
 from avss_dist.models.patching import Parameter, Patch
 from avss_dist.models.pinning import pin
 from avss_dist.pruning.plan import Plan
@@ -26,7 +27,7 @@ from avss_dist.pruning.repair.fold import Step, Weights, features, fold, num_unk
 from avss_dist.pruning.repair.normal_equations import Fit, NormalEquations, fit
 from avss_dist.pruning.repair.outlet import Outlet, RepairError, is_transposed
 from avss_dist.pruning.repair.record import RepairedCut, RepairRecord, RepairText
-from avss_dist.pruning.repair.streams import Streams
+from avss_dist.pruning.repair.streams import AtCut, OpenStreams, Streams
 from avss_dist.pruning.repair.text import Portion, count_tokens, portions
 from avss_dist.pruning.repair.weighted import weighted
 from avss_dist.settings import REPAIRS, OneOf, Settings, checked
@@ -37,7 +38,7 @@ from avss_dist.text import RedactedURI, describe_layers
 TOKENS_PER_UNKNOWN = 4  # at least; with fewer, a fit follows its text's noise
 
 ReadStored = Callable[[Parameter], torch.Tensor | None]  # a parameter as the checkpoint's files have it, if they do
-Show = Callable[[Sequence[Portion], str], Iterable[Portion]]  # the portions, while somebody sees how far it is
+Show = Callable[[Sequence[int], str], Iterable[int]]  # numbers of batches, while somebody sees how far it is
 
 
 @checked
@@ -122,7 +123,8 @@ def repair_layers(checkpoint: Checkpoint, made: Plan, repair: Repair, stored: Re
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
     texts = [plan(corpus, tokenizer, settings, skip_sequences=repair.skip_sequences) for corpus in repair.texts]
     backbone = load(checkpoint, replace(settings, layers=made.layers), device)
-    repaired = fit_repair(checkpoint, backbone, device, made, replace(repair, settings=settings), texts, stored)
+    open_streams = partial(Streams, backbone, device)
+    repaired = fit_repair(checkpoint, open_streams, made, replace(repair, settings=settings), texts, stored)
     del backbone
     free_device(device)
     return repaired
@@ -144,8 +146,7 @@ def require_cuts(made: Plan) -> list[Cut]:
 
 def fit_repair(
     checkpoint: Checkpoint,
-    backbone: Backbone,
-    device: torch.device,
+    open_streams: OpenStreams,
     made: Plan,
     repair: Repair,
     texts: Sequence[CorpusPlan],
@@ -156,7 +157,7 @@ def fit_repair(
     cuts = require_cuts(made)
     read = portions(texts, repair.settings.batch_size, repair.weights)
     starts = [cut.last for cut in cuts[:-1]]
-    streams = Streams(backbone, [portion.batch for portion in read], made.drop, starts, device)
+    streams = open_streams([portion.batch for portion in read], made.drop, starts)
     mender = _Mender(streams, stored, read, show)
     outlets = [streams.outlet(cut.after) for cut in cuts]
     for outlet in outlets:
@@ -212,9 +213,10 @@ class _Mender:
         """The equations of a step on the tokens to fit to, and on those held back; and the sum of |Y|^2 of these."""
         sums: list[NormalEquations] = []
         size = 0.0
-        for number, portion in enumerate(self._show(self._read, what)):
-            now = self._streams.pruned(number, outlet)
-            wanted = self._streams.whole(number, cut.last).to(now.stream.device)
+
+        def see(number: int, whole: torch.Tensor, now: AtCut) -> None:
+            nonlocal sums, size
+            portion, wanted = self._read[number], whole.to(now.stream.device)
             x, y = features(step, outlet, now.linear, now.last), wanted.float() - now.stream.float()
             masks = [torch.from_numpy(mask).to(x.device) for mask in (portion.fitted, portion.held_back)]
             if not sums:
@@ -224,6 +226,8 @@ class _Mender:
                 for one, mask in zip(sums, masks, strict=True)
             ]
             size += portion.weight * float(wanted[masks[1]].double().square().sum())
+
+        self._streams.visit(outlet, cut.last, see, self._show(range(len(self._read)), what))
         seen, held_back = sums
         return seen, held_back, size
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from avss_dist.corpus.shards import Batch
+from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import PROBE_SHAPE, as_rows, first_tensor
 from avss_dist.models.loading import Backbone, forward_function
 from avss_dist.models.patching import Parameter, patched
 from avss_dist.models.skipping import Recorded, recording, resuming, skipping
+from avss_dist.partition.streaming.language_model import StreamingLanguageModel
 from avss_dist.pruning.repair.outlet import Outlet, RepairError, Seen, captured, find_outlet
 from avss_dist.system.devices import available_memory
 
+Visit = Callable[[int, torch.Tensor, "AtCut"], None]
+"""Sees of a batch, by number: the whole model's stream, [rows, tokens, units], and the pruned model at the outlet."""
 ROOM = 4  # one part in so many of the memory that is free holds streams
 
 
@@ -69,10 +75,10 @@ class Streams:
     def __init__(
         self,
         backbone: Backbone,
+        device: torch.device,
         batches: Sequence[Batch],
         drop: Collection[int],
         starts: Collection[int],
-        device: torch.device,
     ) -> None:
         self._layers, self._drop, self._device = backbone.structure.layers, set(drop), device
         self._batches = batches
@@ -91,7 +97,7 @@ class Streams:
             RepairError: it has none.
         """
         with torch.no_grad(), skipping(self._layers, self._after(layer), self._forms):
-            return find_outlet(self._layers[layer], self._probe)
+            return find_outlet(self._layers[layer], self._probe, partial(self.value, layer))
 
     def change(self, layer: int, path: str, value: torch.Tensor) -> None:
         """Give a parameter of a layer another value in the pruned model; the whole one keeps its own."""
@@ -105,7 +111,12 @@ class Streams:
         """Whether a layer has a parameter of this path."""
         return path in dict(self._layers[layer].module.named_parameters())
 
-    def whole(self, number: int, layer: int) -> torch.Tensor:
+    def visit(self, outlet: Outlet, last: int, see: Visit, numbers: Iterable[int]) -> None:
+        """Show batches, in order: what the whole model has after a layer, and the pruned one at an outlet before it."""
+        for number in numbers:
+            see(number, self._whole(number, last), self._pruned(number, outlet))
+
+    def _whole(self, number: int, layer: int) -> torch.Tensor:
         """[rows, tokens, units] after a layer of the whole model, for a batch."""
         kept = self._of_whole.get(number)
         if kept is not None and kept[0] == layer:
@@ -117,19 +128,20 @@ class Streams:
             self._of_whole.keep(number, layer, stream)
         return self._rows(stream, self._layers[layer].axes, number)
 
-    def pruned(self, number: int, outlet: Outlet) -> AtCut:
+    def _pruned(self, number: int, outlet: Outlet) -> AtCut:
         """What the pruned model computes at an outlet for a batch, with all weights that were changed so far."""
         layer = outlet.layer
-        paths = (outlet.linear, outlet.last)
-        modules = {"layer": layer.module} | {path: layer.module.get_submodule(path) for path in paths}
-        with patched(self._layers, self._changed), captured(modules) as seen:
+        with patched(self._layers, self._changed), captured(_modules(outlet)) as seen:
             self._run(number, self._drop | self._after(layer.index), self._of_pruned.get(number))
         self._of_pruned.keep(number, layer.index - 1, seen["layer"].input)
+        return self._at_cut(number, outlet, seen)
+
+    def _at_cut(self, number: int, outlet: Outlet, seen: Mapping[Any, Seen]) -> AtCut:
         found = {
             path: Seen(*(self._rows(tensor, "rows", number) for tensor in (seen[path].input, seen[path].output)))
-            for path in paths
+            for path in (outlet.linear, outlet.last)
         }
-        stream = self._rows(seen["layer"].output, layer.axes, number)
+        stream = self._rows(seen["layer"].output, outlet.layer.axes, number)
         return AtCut(stream, found[outlet.linear], found[outlet.last])
 
     def _after(self, layer: int) -> set[int]:
@@ -138,11 +150,14 @@ class Streams:
 
     def _run(self, number: int, skipped: Collection[int], start: tuple[int, torch.Tensor] | None) -> None:
         """A pass over a batch without some layers, from the beginning or from what a layer gave."""
+        with torch.no_grad(), skipping(self._layers, skipped, self._forms), self._from(start):
+            self._pass(number)
+
+    def _pass(self, number: int) -> None:
         batch = self._batches[number]
         input_ids = torch.from_numpy(batch.input_ids).to(self._device, torch.int64)
         mask = None if batch.attention_mask.all() else np.ascontiguousarray(batch.attention_mask)
-        with torch.no_grad(), skipping(self._layers, skipped, self._forms), self._from(start):
-            self._forward(input_ids, None if mask is None else torch.from_numpy(mask).to(self._device))
+        self._forward(input_ids, None if mask is None else torch.from_numpy(mask).to(self._device))
 
     def _from(self, start: tuple[int, torch.Tensor] | None) -> AbstractContextManager[None]:
         if start is None:
@@ -176,3 +191,67 @@ class Streams:
                 f"Hidden states have the shape {tuple(tensor.shape)}, which is not rows x tokens x units."
             )
         return rows
+
+
+class StreamedStreams(Streams):
+    """The same of a model of which one layer has its weights at a time. All batches share two readings for a cut."""
+
+    def __init__(
+        self,
+        model: StreamingLanguageModel,
+        batches: Sequence[Batch],
+        drop: Collection[int],
+        starts: Collection[int] = (),
+    ) -> None:
+        self._model, self._layers, self._drop = model, model.layers, set(drop)
+        self._batches, self._device = batches, model.device
+        self._forward = forward_function(model.backbone.module)
+        self._changed: dict[Parameter, torch.Tensor] = {}
+
+    def outlet(self, layer: int) -> Outlet:
+        """See `Streams`."""
+
+        def run() -> Any:
+            return self._model.together([self._probe])[0]
+
+        with self._model.without(self._after(layer)):
+            return find_outlet(self._layers[layer], run, partial(self.value, layer))
+
+    def value(self, layer: int, path: str) -> torch.Tensor:
+        """See `Streams`."""
+        return self._model.value(layer, path)
+
+    def visit(self, outlet: Outlet, last: int, see: Visit, numbers: Iterable[int]) -> None:
+        """See `Streams`."""
+        layer = self._layers[last]
+
+        def whole(number: int) -> torch.Tensor:
+            with self._model.without(self._after(last)), captured({"layer": layer.module}) as seen:
+                self._pass(number)
+            return self._rows(seen["layer"].output, layer.axes, number).cpu()
+
+        def pruned(number: int) -> None:
+            skipped = self._drop | self._after(outlet.layer.index)
+            with self._model.without(skipped), self._model.patched(self._changed), captured(_modules(outlet)) as seen:
+                self._pass(number)
+            see(number, wanted.pop(number).to(self._device), self._at_cut(number, outlet, seen))
+
+        wanted = dict(enumerate(self._model.together([partial(whole, i) for i in range(len(self._batches))])))
+        self._model.together([partial(pruned, number) for number in numbers])
+
+
+def _modules(outlet: Outlet) -> dict[str, nn.Module]:
+    """What is to be seen at an outlet."""
+    module = outlet.layer.module
+    return {"layer": module} | {path: module.get_submodule(path) for path in (outlet.linear, outlet.last)}
+
+
+OpenStreams = Callable[[Sequence[Batch], Collection[int], Collection[int]], Streams]
+"""`Streams` of an open model, less what it is open as."""
+
+
+def streams_of(model: LanguageModel) -> OpenStreams:
+    """What opens the streams of a model."""
+    if isinstance(model, StreamingLanguageModel):
+        return partial(StreamedStreams, model)
+    return partial(Streams, model.backbone, model.device)
