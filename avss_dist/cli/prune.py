@@ -16,7 +16,7 @@ from avss_dist.cli.options import (
     takes_settings,
 )
 from avss_dist.errors import ConfigError
-from avss_dist.settings import NO_REPAIR, REPAIRS, Settings
+from avss_dist.settings import NO_REPAIR, REPAIRS, Execution, Settings
 from avss_dist.system.streams import emit
 from avss_dist.text import describe_bytes
 
@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from avss_dist.pruning.repair.repair import Repair
 
 
-@takes_settings("max_sequences", "sequence_length", "batch_size", "layout", "dtype", "attention", "device")
+READING = ("max_sequences", "sequence_length", "batch_size", "layout", "dtype", "attention", "device")
+MEMORY = ("partition", "max_memory", "offload_folder")
+
+
+@takes_settings(*READING, *MEMORY)
 def prune(
     model: ModelArgument,
     plan: Annotated[Path, typer.Argument(help="PLAN.yaml, by avss plan or by hand.")],
@@ -49,10 +53,11 @@ def prune(
     from avss_dist.pruning.plan import read_plan
 
     made = read_plan(plan)
+    execution = Execution(**{name: options.pop(name) for name in MEMORY if name in options})
     settings = Settings(**options, trust_remote_code=trust_remote_code)
     wanted = _repair(repair, repair_corpus or [], skip_sequences, settings)
     emit("\n  ".join([f"{plan}:", *made.describe()]))
-    done = prune_checkpoint(model, made, out, repair=wanted, trust_remote_code=trust_remote_code)
+    done = prune_checkpoint(model, made, out, repair=wanted, execution=execution, trust_remote_code=trust_remote_code)
     emit(f"{out}: {len(made.keep)} of {made.num_layers} layers, {describe_bytes(done['bytes'])} of weights.")
     for line in done["repair"].describe() if done["repair"] else ():
         emit(line)

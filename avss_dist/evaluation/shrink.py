@@ -44,6 +44,7 @@ from avss_dist.runs.api import score
 from avss_dist.runs.reporter import Reporter
 from avss_dist.settings import (
     ESTIMATES,
+    INTERACTIONS,
     LOWEST_SHARE,
     NO_REPAIR,
     PERPLEXITY,
@@ -60,7 +61,7 @@ MEASURED: dict[str, dict[str, Any]] = {  # what `ablate` is to measure, by what 
     "loss": {},
     "shapley": {"leave_one_out": False, "shapley": 32},
     "taylor": {"leave_one_out": False, "gradients": True},
-    **{name: {"leave_one_out": False, "damage": True} for name in ESTIMATES},
+    **{name: {"leave_one_out": False, "damage": True} for name in (*ESTIMATES, INTERACTIONS)},
 }
 
 

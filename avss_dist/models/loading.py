@@ -242,10 +242,10 @@ def build(config: Any, settings: Settings, dtype: torch.dtype, device: torch.dev
 def _auto_class(config: Any) -> Any:
     from transformers import AutoModel, AutoModelForCausalLM
 
-    return AutoModelForCausalLM if _is_causal(config) else AutoModel
+    return AutoModelForCausalLM if is_causal(config) else AutoModel
 
 
-def _is_causal(config: Any) -> bool:
+def is_causal(config: Any) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 

@@ -1,7 +1,7 @@
 """Pruned checkpoints: a folder like the original's, without some layers. No weight is loaded: tensors are copied.
 
 That the layers which stay are what they were is proved on skeletons of both models: the same modules, shapes and
-settings, layer by layer. Where weights fit in memory, outputs are compared too.
+settings, layer by layer; and outputs are compared (`comparison`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,9 @@ from torch import nn
 
 from avss_dist.errors import ModelError, unwritable
 from avss_dist.models.checkpoints import PICKLED, Checkpoint, read_config, resolve
-from avss_dist.models.layers import first_tensor
-from avss_dist.models.loading import forward_function, load_model, open_module, skeleton, text_config, without_head
-from avss_dist.models.patching import Patch, patched
+from avss_dist.models.loading import skeleton, text_config, without_head
 from avss_dist.models.safetensors import WEIGHTS
-from avss_dist.models.size import footprint
-from avss_dist.models.skipping import skipping
+from avss_dist.pruning.comparison import largest_difference
 from avss_dist.pruning.model_card import model_card
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.quantization import FILES, KEYS, quantization_note, renumber_quantization
@@ -33,8 +30,7 @@ from avss_dist.pruning.repair.record import read_repairs, write_repairs
 from avss_dist.pruning.repair.repair import Repair, Repaired, repair_layers
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights, copy_weights
-from avss_dist.settings import Settings
-from avss_dist.system.devices import available_memory
+from avss_dist.settings import Execution, Settings
 from avss_dist.system.staging import staged_folder
 
 COUNTS = ("first_k_dense_replace", "max_window_layers", "num_dense_layers", "first_num_dense_layers")
@@ -42,8 +38,6 @@ _NO_LAYERS = re.compile(r"token|architectures|rope|section|words|factor|label|ke
 _INDICES = re.compile(r"layer|idx|indices|index", re.IGNORECASE)
 _OWN_INDEX = re.compile(r"^(layer|block)?_?(idx|index|id|number)$")
 _NOT_COPIED = (WEIGHTS, *PICKLED, "*.gguf", "*.safetensors.index.json", "*.bin.index.json", "config.json", "README.md")
-TOLERANCE = 1e-5  # of the largest output, in float32
-CHECKED_SHAPE = (2, 12)  # rows and tokens of the comparison
 
 
 def prune(
@@ -52,6 +46,7 @@ def prune(
     out: str | Path,
     *,
     repair: Repair | Repaired | None = None,
+    execution: Execution | None = None,
     trust_remote_code: bool = False,
     copied: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -62,13 +57,15 @@ def prune(
         out: a folder that does not exist, or is empty; it appears when it is whole.
         repair: how what the layers did is given back by those that stay, or the weights that were fitted for that; not
             at all by default.
+        execution: with ``partition`` single or streaming, and the memory for it, for the repair and the comparison; it
+            is chosen by default.
         copied: called with the bytes of weights that were copied, now and then.
 
     Returns:
         ``folder``; ``bytes`` of weights; ``difference``: the largest between outputs of the last layer, of the pruned
         checkpoint and of the original with the layers skipped and the weights repaired, in float32; None where both do
-        not fit in memory; ``notes``: what that comparison cannot see; ``repair``: what the checkpoint says of its
-        repair, a `RepairRecord` or None.
+        not fit in memory, and cannot be streamed; ``notes``: what that comparison cannot see; ``repair``: what the
+        checkpoint says of its repair, a `RepairRecord` or None.
 
     Raises:
         PlanError: the plan is of another model, the family cannot be pruned or repaired (the message says why), or the
@@ -93,12 +90,15 @@ def prune(
         with staged_folder(out) as staged:
             _write_config(checkpoint, plan, staged, settings)
             weights = StoredWeights.of(checkpoint, plan, settings)
-            repaired = repair_layers(checkpoint, plan, repair, weights.read) if isinstance(repair, Repair) else repair
+            if isinstance(repair, Repair):
+                repaired: Repaired | None = repair_layers(checkpoint, plan, repair, weights.read, execution)
+            else:
+                repaired = repair
             notes += repaired.notes if repaired else []
             _copy_files(checkpoint, plan, staged, notes, repaired)
             replaced = repaired.tensors if repaired else {}
             size = copy_weights(checkpoint, weights, replaced, staged, copied)
-            difference = _difference(checkpoint, plan, replaced, staged, settings)
+            difference = largest_difference(checkpoint, plan, replaced, staged, settings, execution or Execution())
     except OSError as error:
         raise unwritable(out, error, "Name another folder with `out`.", PlanError) from error
     record = repaired.record if repaired else None
@@ -244,29 +244,3 @@ def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path, notes: list[st
     (folder / "README.md").write_text(model_card(checkpoint, plan, notes, record), encoding="utf-8")
     if record:
         write_repairs(folder, [*read_repairs(checkpoint.folder), record])
-
-
-def _difference(checkpoint: Checkpoint, plan: Plan, replaced: Patch, folder: Path, settings: Settings) -> float | None:
-    """The largest difference of the backbones' outputs on some tokens; None where there is no room for both."""
-    size = footprint(checkpoint, settings)
-    if 2 * size.weight_bytes > available_memory() // 2:
-        return None
-    pruned = resolve(str(folder), trust_remote_code=settings.trust_remote_code)
-    outputs = []
-    for one, drop in ((checkpoint, plan.drop), (pruned, ())):
-        backbone = open_module(load_model(one, settings), layers=plan.layers)
-        layers, patch = backbone.structure.layers, replaced if one is checkpoint else {}
-        ids = torch.arange(CHECKED_SHAPE[0] * CHECKED_SHAPE[1]).reshape(CHECKED_SHAPE) + 5
-        with torch.no_grad(), patched(layers, patch), skipping(layers, drop):
-            output = first_tensor(forward_function(backbone.module)(ids, torch.ones_like(ids)))
-        if output is None:
-            raise ModelError(f"'{one.name}' returns no hidden states.")
-        outputs.append(output)
-    difference = float((outputs[0] - outputs[1]).abs().max())
-    if not difference <= TOLERANCE * float(outputs[0].abs().max()):
-        raise PlanError(
-            f"The pruned checkpoint would compute something else than '{checkpoint.name}' with these layers skipped: "
-            f"outputs differ by {difference:.3g}.",
-            "Layers of this family depend on each other; evaluate the plan without a checkpoint.",
-        )
-    return difference

@@ -160,6 +160,9 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--dtype": "auto",
         "--attn-implementation": None,
         "--device": "auto",
+        "--partition": "auto",
+        "--max-memory": None,
+        "--offload-folder": None,
     },
     "shrink": {
         "model": None,

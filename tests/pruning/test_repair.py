@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.checkpoints import llama
+from support.checkpoints import llama, one_thread
 from support.command_line import avss
 from support.families import lively, tiny_model
 
@@ -21,6 +22,7 @@ from avss_dist.errors import ConfigError, CorpusError, ModelError
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer, open_module
+from avss_dist.models.size import footprint
 from avss_dist.models.skipping import skipping
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
@@ -31,7 +33,7 @@ from avss_dist.pruning.repair.record import FILE, read_repairs
 from avss_dist.pruning.repair.repair import Repair, find_cuts
 from avss_dist.pruning.repair.streams import ROOM
 from avss_dist.pruning.repair.weighted import weighted
-from avss_dist.settings import REPAIRS, Settings
+from avss_dist.settings import REPAIRS, Execution, Settings
 
 Save = Callable[[Any, Path], Path]
 TEXT = "builtin:pydoc"
@@ -192,6 +194,34 @@ def test_passes_that_begin_at_the_last_cut_change_nothing(
         written.append(load_file(tmp_path / name / "model.safetensors"))
     for others in written[1:]:
         assert all(torch.equal(tensor, others[name]) for name, tensor in written[0].items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streaming_writes_the_same_bytes(family: str, tmp_path: Path, save_checkpoint: Save) -> None:
+    """With room for one layer and for no hidden state; and the comparison of both models by streaming too."""
+    model = lively(llama(num_hidden_layers=6)) if family == "llama" else lively(tiny_model("causal", family))
+    folder, plan = whole_of(model, tmp_path / "whole", save_checkpoint)
+    plan = replace(plan, drop=(1, 3, 4)) if family == "llama" else plan
+    size = footprint(resolve(str(folder)), Settings(dtype="float32"))
+    room = size.weight_bytes - sum(size.layer_bytes) + 2 * (max(size.layer_bytes) + 512)
+    streamed = Execution(partition="streaming", max_memory={"cpu": room})
+    with one_thread():
+        done = {
+            name: prune(str(folder), plan, tmp_path / name, repair=repair_of("refit"), execution=how)
+            for name, how in {"whole-in-memory": Execution(partition="single"), "streamed": streamed}.items()
+        }
+    one, other = done.values()
+    assert one["repair"] == other["repair"] and len(one["repair"].cuts) == 1 + (family == "llama")
+    assert other["difference"] is not None and other["difference"] <= 1e-5
+    files = [sorted((tmp_path / name).iterdir()) for name in done]
+    assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
+
+
+def test_a_gang_repairs_nothing_here(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = Plan(model=str(tiny_llama), num_layers=3, layers="layers", drop=(1,))
+    with pytest.raises(ConfigError, match="not fitted here in `partition` zero3"):
+        prune(str(tiny_llama), plan, tmp_path / "o", repair=repair_of("map"), execution=Execution(partition="zero3"))
+    assert not (tmp_path / "o").exists()
 
 
 def test_the_ends(tmp_path: Path, save_checkpoint: Save) -> None:

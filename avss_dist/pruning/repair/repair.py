@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated
 
 import torch
@@ -19,7 +18,7 @@ from pydantic import Field
 from avss_dist.corpus.shards import CorpusPlan, plan
 from avss_dist.errors import CorpusError
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.loading import load, load_tokenizer, text_config
+from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.patching import Parameter, Patch
 from avss_dist.models.pinning import pin
 from avss_dist.pruning.plan import Plan
@@ -27,11 +26,11 @@ from avss_dist.pruning.repair.fold import Step, Weights, features, fold, num_unk
 from avss_dist.pruning.repair.normal_equations import Fit, NormalEquations, fit
 from avss_dist.pruning.repair.outlet import Outlet, RepairError, is_transposed
 from avss_dist.pruning.repair.record import RepairedCut, RepairRecord, RepairText
-from avss_dist.pruning.repair.streams import AtCut, OpenStreams, Streams
+from avss_dist.pruning.repair.streams import AtCut, OpenStreams, Streams, opened_streams
 from avss_dist.pruning.repair.text import Portion, count_tokens, portions
 from avss_dist.pruning.repair.weighted import weighted
-from avss_dist.settings import REPAIRS, OneOf, Settings, checked
-from avss_dist.system.devices import free_device, pick_device
+from avss_dist.settings import REPAIRS, Execution, OneOf, Settings, checked
+from avss_dist.system.devices import pick_device
 from avss_dist.system.progress_bar import tracked
 from avss_dist.text import RedactedURI, describe_layers
 
@@ -105,29 +104,29 @@ def find_cuts(made: Plan) -> list[Cut]:
     return [Cut(run[0] - 1, tuple(run)) for run in runs if run[0] > 0]
 
 
-def repair_layers(checkpoint: Checkpoint, made: Plan, repair: Repair, stored: ReadStored) -> Repaired:
-    """Fit the repair of a plan's cuts.
+def repair_layers(
+    checkpoint: Checkpoint, made: Plan, repair: Repair, stored: ReadStored, execution: Execution | None = None
+) -> Repaired:
+    """Fit the repair of a plan's cuts, on a model whose weights fit in memory, or by streaming.
 
     Args:
         stored: reads a parameter from the checkpoint's files; its dtype is the one that is written.
+        execution: with ``partition`` and the memory for it; it is chosen by default.
 
     Raises:
         RepairError: a cut cannot be repaired; the message says why.
         CorpusError: a text cannot be read, or has too few tokens.
+        ConfigError: the partition is none in which repairs are fitted, or has not the memory that it needs.
         FitError: hidden states are not finite.
     """
     require_cuts(made)
     device = pick_device(repair.settings.device)
     config = text_config(checkpoint, trust_remote_code=repair.settings.trust_remote_code)
-    settings = pin(repair.settings, checkpoint, config, device.type)
+    settings = replace(pin(repair.settings, checkpoint, config, device.type), layers=made.layers)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
     texts = [plan(corpus, tokenizer, settings, skip_sequences=repair.skip_sequences) for corpus in repair.texts]
-    backbone = load(checkpoint, replace(settings, layers=made.layers), device)
-    open_streams = partial(Streams, backbone, device)
-    repaired = fit_repair(checkpoint, open_streams, made, replace(repair, settings=settings), texts, stored)
-    del backbone
-    free_device(device)
-    return repaired
+    with opened_streams(checkpoint, settings, device, execution or Execution()) as open_streams:
+        return fit_repair(checkpoint, open_streams, made, replace(repair, settings=settings), texts, stored)
 
 
 def require_cuts(made: Plan) -> list[Cut]:

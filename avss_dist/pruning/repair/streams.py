@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,14 +13,19 @@ import torch
 from torch import nn
 
 from avss_dist.corpus.shards import Batch
+from avss_dist.errors import ConfigError
 from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import PROBE_SHAPE, as_rows, first_tensor
-from avss_dist.models.loading import Backbone, forward_function
+from avss_dist.models.loading import Backbone, forward_function, load
 from avss_dist.models.patching import Parameter, patched
 from avss_dist.models.skipping import Recorded, recording, resuming, skipping
+from avss_dist.partition.choose import place
+from avss_dist.partition.open import open_replica
 from avss_dist.partition.streaming.language_model import StreamingLanguageModel
 from avss_dist.pruning.repair.outlet import Outlet, RepairError, Seen, captured, find_outlet
-from avss_dist.system.devices import available_memory
+from avss_dist.settings import Execution, Settings
+from avss_dist.system.devices import available_memory, devices_here, free_device
 
 Visit = Callable[[int, torch.Tensor, "AtCut"], None]
 """Sees of a batch, by number: the whole model's stream, [rows, tokens, units], and the pruned model at the outlet."""
@@ -255,3 +260,28 @@ def streams_of(model: LanguageModel) -> OpenStreams:
     if isinstance(model, StreamingLanguageModel):
         return partial(StreamedStreams, model)
     return partial(Streams, model.backbone, model.device)
+
+
+@contextmanager
+def opened_streams(
+    checkpoint: Checkpoint, settings: Settings, device: torch.device, execution: Execution
+) -> Iterator[OpenStreams]:
+    """Inside, a checkpoint is open: whole on a device, or streamed, where it has no room or that is requested.
+
+    Raises:
+        ConfigError: another partition is requested, or the memory of this one does not suffice.
+        ModelError: it cannot be opened, or streamed: it predicts no next token, for example.
+    """
+    if execution.partition not in ("auto", "single", "streaming"):
+        raise ConfigError(
+            f"A repair is not fitted here in `partition` {execution.partition}.", "Use single or streaming."
+        )
+    placement = place(checkpoint, settings, execution, devices_here(device.type), head=True)
+    if placement.partition == "single":
+        yield partial(Streams, load(checkpoint, settings, device), device)
+    else:
+        streamed = replace(placement, partition="streaming")
+        with closing(open_replica(checkpoint, settings, streamed, head=True)) as replica:
+            assert replica.language_model is not None
+            yield streams_of(replica.language_model)
+    free_device(device)

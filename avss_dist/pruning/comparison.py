@@ -1,0 +1,95 @@
+"""What a pruned checkpoint computes beside the original with the same layers skipped and the same weights replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from avss_dist.errors import ModelError
+from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.layers import first_tensor
+from avss_dist.models.loading import forward_function, is_causal, load_model, open_module, text_config
+from avss_dist.models.patching import Patch, patched
+from avss_dist.models.size import footprint
+from avss_dist.models.skipping import skipping
+from avss_dist.partition.base import Placement
+from avss_dist.partition.open import open_replica
+from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.selection import PlanError
+from avss_dist.settings import Execution, Settings
+from avss_dist.system.devices import available_memory
+
+TOLERANCE = 1e-5  # of the largest output, in float32
+CHECKED_SHAPE = (2, 12)  # rows and tokens
+
+
+def largest_difference(
+    checkpoint: Checkpoint, plan: Plan, replaced: Patch, folder: Path, settings: Settings, execution: Execution
+) -> float | None:
+    """The largest difference between the outputs of both backbones' last layers on some tokens.
+
+    Args:
+        plan, replaced: what the original is without, and has in place of its own weights, as it is compared.
+        folder: of the pruned checkpoint.
+        settings: how both compute.
+        execution: models that do not fit in memory twice are streamed within its limits; all are, if it says so.
+
+    Returns:
+        None of a model that has neither room nor a head: such are not streamed here.
+
+    Raises:
+        PlanError: they compute something else.
+        ModelError: one of them cannot be opened, or returns no hidden states.
+    """
+    fits = 2 * footprint(checkpoint, settings).weight_bytes <= available_memory() // 2
+    pruned = resolve(str(folder), trust_remote_code=settings.trust_remote_code)
+    settings, outputs = replace(settings, layers=plan.layers), []
+    for one, drop, patch in ((checkpoint, plan.drop, replaced), (pruned, (), {})):
+        if fits and execution.partition != "streaming":
+            output = _output(one, settings, drop, patch)
+        elif is_causal(text_config(one, trust_remote_code=settings.trust_remote_code)):
+            output = _streamed_output(one, settings, drop, patch, execution)
+        else:
+            return None
+        if output is None:
+            raise ModelError(f"'{one.name}' returns no hidden states.")
+        outputs.append(output)
+    difference = float((outputs[0] - outputs[1]).abs().max())
+    if not difference <= TOLERANCE * float(outputs[0].abs().max()):
+        raise PlanError(
+            f"The pruned checkpoint would compute something else than '{checkpoint.name}' with these layers skipped: "
+            f"outputs differ by {difference:.3g}.",
+            "Layers of this family depend on each other; evaluate the plan without a checkpoint.",
+        )
+    return difference
+
+
+def _output(checkpoint: Checkpoint, settings: Settings, drop: Sequence[int], patch: Patch) -> torch.Tensor | None:
+    backbone = open_module(load_model(checkpoint, settings), layers=settings.layers)
+    layers = backbone.structure.layers
+    with torch.no_grad(), patched(layers, patch), skipping(layers, drop):
+        return first_tensor(forward_function(backbone.module)(*_checked_tokens()))
+
+
+def _streamed_output(
+    checkpoint: Checkpoint, settings: Settings, drop: Sequence[int], patch: Patch, execution: Execution
+) -> torch.Tensor | None:
+    placement = Placement(
+        partition="streaming", max_memory=execution.max_memory, offload_folder=execution.offload_folder
+    )
+    with closing(open_replica(checkpoint, settings, placement, head=True)) as replica:
+        model = replica.language_model
+        assert model is not None
+        forward = forward_function(model.backbone.module)
+        with model.without(drop), model.patched(patch):
+            (output,) = model.together([lambda: first_tensor(forward(*_checked_tokens()))])
+        return output
+
+
+def _checked_tokens() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.arange(CHECKED_SHAPE[0] * CHECKED_SHAPE[1]).reshape(CHECKED_SHAPE) + 5
+    return ids, torch.ones_like(ids)
