@@ -3,12 +3,14 @@
     python tests/benchmarks/streaming.py write FOLDER [--gigabytes 6]     a random Llama-shaped checkpoint, bfloat16
     python tests/benchmarks/streaming.py run FOLDER                       a shard of it, in a process of its own
     python tests/benchmarks/streaming.py ablate FOLDER [--memory 2e9]     leave-one-out of it, in a process of its own
+    python tests/benchmarks/streaming.py repair FOLDER [--memory 2e9]     a quarter of its layers off, repaired
     python tests/benchmarks/streaming.py compare MODEL_FOLDER             against `single`, in one process
 
 `run` prints tokens/s, the peak of anonymous memory (RssAnon) against a budget of embedding + two layers + the shard's
 hidden states + 600 MB, and bytes read a shard against the checkpoint's. `ablate` does the same of the losses without
-each layer of 2 x 32 tokens, within a limit, and gives their time in passes of the whole model. `compare` takes medians
-of rounds in which both take turns, on a default shard of 32 x 256 tokens in batches of 8.
+each layer of 2 x 32 tokens, within a limit, and gives their time in passes of the whole model. `repair` fits channels
+at the cuts that every fourth layer leaves to 16 x 32 tokens. `compare` takes medians of rounds in which both take turns,
+on a default shard of 32 x 256 tokens in batches of 8.
 """
 
 from __future__ import annotations
@@ -27,13 +29,17 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from avss_dist.corpus.shards import Shard
+from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.base import Placement
 from avss_dist.partition.single import SingleReplica
 from avss_dist.partition.streaming.buffers import stored_in
 from avss_dist.partition.streaming.replica import StreamingReplica
+from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.repair.repair import Repair, fit_repair
+from avss_dist.pruning.repair.streams import streams_of
+from avss_dist.pruning.weights import StoredWeights
 from avss_dist.settings import Settings
 from avss_dist.tasks.base import TextLoss
 from avss_dist.tasks.layer_removal import LeaveOneOut
@@ -179,6 +185,39 @@ def ablate(folder: Path, memory_bytes: int) -> None:
     print(f"peak RssAnon           {memory.peak / 1e6:,.0f} MB; budget {budget / 1e6:,.0f} MB")
 
 
+def repair(folder: Path, memory_bytes: int) -> None:
+    """`repair`, in this process."""
+    checkpoint = opened(folder)
+    settings = Settings(device="cpu", dtype="bfloat16", batch_size=4, sequence_length=32, sequences_per_shard=16)
+    shard = random_shard(settings, VOCABULARY)
+    rows, tokens = shard.input_ids.shape
+    text = CorpusPlan(
+        source="random",
+        corpus_fingerprint="",
+        tokens_fingerprint="",
+        shards=(shard,),
+        num_sequences=rows,
+        num_tokens=rows * tokens,
+    )
+    number = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    plan = Plan(model=folder.name, num_layers=number, layers="layers", drop=tuple(range(3, number, 4)))
+    wanted = Repair(by="channel", corpora=("random",), settings=settings)
+    placement = Placement(partition="streaming", max_memory={"cpu": memory_bytes})
+    with PeakAnonymous() as memory:
+        replica = StreamingReplica(checkpoint, settings, placement, head=True)
+        model = replica.language_model
+        assert model is not None
+        stored = StoredWeights.of(checkpoint, plan, settings).read
+        start, before = time.perf_counter(), replica.bytes_read
+        found = fit_repair(checkpoint, streams_of(model), plan, wanted, [text], stored)
+        seconds, read = time.perf_counter() - start, replica.bytes_read - before
+    size = checkpoint_bytes(folder)
+    print(f"{folder.name}: {size / 1e9:.2f} GB, {memory_bytes / 1e9:g} GB allowed, {number} layers")
+    print(f"layers left out        {len(plan.drop)}; {len(found.tensors)} tensors repaired in {seconds:.0f} s")
+    print(f"read                   {read / size:.2f} of the checkpoint")
+    print(f"peak RssAnon           {memory.peak / 1e6:,.0f} MB")
+
+
 def compare(folder: Path, rounds: int) -> None:
     settings = Settings(device="cpu", dtype="bfloat16")
     replicas = {
@@ -207,10 +246,12 @@ def in_turn(replicas: dict[str, SingleReplica | StreamingReplica], round_: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("write", "run", "measure", "ablate", "ablate-here", "compare"))
+    parser.add_argument(
+        "command", choices=("write", "run", "measure", "ablate", "ablate-here", "repair", "repair-here", "compare")
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=6.0)
-    parser.add_argument("--memory", type=float, default=2e9, help="bytes that `ablate` may take for weights")
+    parser.add_argument("--memory", type=float, default=2e9, help="bytes that weights may take")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     if options.command == "write":
@@ -223,6 +264,10 @@ def main() -> None:
         subprocess.run([sys.executable, __file__, "ablate-here", *sys.argv[2:]], check=True)
     elif options.command == "ablate-here":
         ablate(options.folder, int(options.memory))
+    elif options.command == "repair":
+        subprocess.run([sys.executable, __file__, "repair-here", *sys.argv[2:]], check=True)
+    elif options.command == "repair-here":
+        repair(options.folder, int(options.memory))
     else:
         compare(options.folder, options.rounds)
 
