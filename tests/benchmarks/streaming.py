@@ -9,8 +9,8 @@
 `run` prints tokens/s, the peak of anonymous memory (RssAnon) against a budget of embedding + two layers + the shard's
 hidden states + 600 MB, and bytes read a shard against the checkpoint's. `ablate` does the same of the losses without
 each layer of 2 x 32 tokens, within a limit, and gives their time in passes of the whole model. `repair` fits channels
-at the cuts that every fourth layer leaves to 16 x 32 tokens. `compare` takes medians of rounds in which both take turns,
-on a default shard of 32 x 256 tokens in batches of 8.
+at the cuts that every fourth layer leaves to 16 x 32 tokens. `compare` takes medians of rounds in which both take
+turns, on a default shard of 32 x 256 tokens in batches of 8.
 """
 
 from __future__ import annotations

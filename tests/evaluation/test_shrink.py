@@ -175,7 +175,7 @@ def test_the_command_prints_the_curve(deep: Path, tmp_path: Path) -> None:
         ({"by": "avs"}, "Did you mean 'avss'"),
         ({"repair": "none", "repair_corpora": (TEXT,)}, "`repair_corpora` has no effect"),
         ({"sites": ("block",)}, "`sites` has no effect|Unknown|tasks measure nothing"),
-        ({"partition": "streaming"}, "weights where they cannot be changed"),
+        ({"partition": "zero3"}, "weights where they cannot be changed"),
         ({"max_sequences": 7}, "rows; a part to score on"),
         ({"nonsense": 1}, "Unknown option 'nonsense'"),
     ],
