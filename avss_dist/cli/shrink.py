@@ -34,7 +34,7 @@ def shrink(
     ] = None,
     by: Annotated[
         str, choice(CHOSEN_BY, "What layers are chosen by: what avss ablate measures, a score, or chance.")
-    ] = "block_influence",
+    ] = "damage",
     protect: ProtectOption = "",
     repair: Annotated[
         str, choice((NO_REPAIR, *REPAIRS), "What is fitted at each cut, to give back what the removed layers did.")

@@ -32,7 +32,7 @@ class Shrinking:
     """Drop this share of the layers; a quarter by default."""
     keep: Share | None = None
     """Drop as many layers as can go while every task keeps this share of the whole model's, in place of a share."""
-    by: Annotated[str, OneOf(CHOSEN_BY)] = "block_influence"
+    by: Annotated[str, OneOf(CHOSEN_BY)] = "damage"
     """What layers are chosen by."""
     repair: Annotated[str, OneOf((NO_REPAIR, *REPAIRS))] = "refit"
     """What is fitted at each cut. refit gives back the most, on text of other domains too, and wants the most text."""

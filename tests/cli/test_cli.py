@@ -170,7 +170,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--out": None,
         "--share": None,
         "--keep": None,
-        "--by": "block_influence",
+        "--by": "damage",
         "--protect": "",
         "--repair": "refit",
         "--repair-corpus": None,

@@ -58,7 +58,7 @@ def content(folder: str | Path) -> dict[str, str]:
 def test_a_quarter_goes_and_is_repaired(done: Shrunk, deep: Path) -> None:
     """What is said of the written checkpoint is what evaluating it gives, to the bit."""
     plan, (task,) = done.best.plan, done.best.tasks
-    assert (len(plan.drop), plan.why["by"], done.record and done.record.repair) == (2, "block_influence", "refit")
+    assert (len(plan.drop), plan.why["by"], done.record and done.record.repair) == (2, "damage", "refit")
     assert task.task == TASK and task.repaired is not None
     assert task.whole.value < task.repaired.value < task.pruned.value
     assert done.best.kept == task.of(task.repaired).value > task.of(task.pruned).value
