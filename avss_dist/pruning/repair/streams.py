@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from avss_dist.models.skipping import Recorded, recording, resuming, skipping
 from avss_dist.partition.choose import place
 from avss_dist.partition.open import open_replica
 from avss_dist.partition.streaming.language_model import StreamingLanguageModel
+from avss_dist.partition.streaming.passes import PLAN, Beginning, planned
 from avss_dist.pruning.repair.outlet import Outlet, RepairError, Seen, captured, find_outlet
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import available_memory, devices_here, free_device
@@ -216,11 +217,27 @@ class StreamedStreams(Streams):
     def outlet(self, layer: int) -> Outlet:
         """See `Streams`."""
 
+        resumes = layer > 0 and self._model.resumes  # so that no weight before the layer is read again
+
         def run() -> Any:
-            return self._model.together([self._probe])[0]
+            begins = self._beginning(layer) if resumes else None
+            with planned(replace(PLAN.get(), begins=begins)):
+                return self._model.together([self._probe])[0]
 
         with self._model.without(self._after(layer)):
             return find_outlet(self._layers[layer], run, partial(self.value, layer))
+
+    def _beginning(self, layer: int) -> Beginning:
+        """A pass over the probe's tokens that begins at a layer."""
+        forms = {one.module: self._model.forms[one.index] for one in self._layers}
+        return Beginning(layer - 1, self._given[layer].clone(), forms)
+
+    @cached_property
+    def _given(self) -> dict[int, torch.Tensor]:
+        """What each layer of the whole model is given of the probe's tokens."""
+        with recording(self._layers) as recorded:
+            self._model.together([self._probe])
+        return recorded.inputs
 
     def value(self, layer: int, path: str) -> torch.Tensor:
         """See `Streams`."""
