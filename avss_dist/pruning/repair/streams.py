@@ -217,20 +217,16 @@ class StreamedStreams(Streams):
     def outlet(self, layer: int) -> Outlet:
         """See `Streams`."""
 
-        resumes = layer > 0 and self._model.resumes  # so that no weight before the layer is read again
+        given = self._given[layer] if layer > 0 and self._model.resumes else None  # no earlier weight is read again
+        forms = {one.module: self._model.forms.get(one.index, torch.Tensor) for one in self._layers}
 
         def run() -> Any:
-            begins = self._beginning(layer) if resumes else None
+            begins = None if given is None else Beginning(layer - 1, given.clone(), forms)
             with planned(replace(PLAN.get(), begins=begins)):
                 return self._model.together([self._probe])[0]
 
         with self._model.without(self._after(layer)):
             return find_outlet(self._layers[layer], run, partial(self.value, layer))
-
-    def _beginning(self, layer: int) -> Beginning:
-        """A pass over the probe's tokens that begins at a layer."""
-        forms = {one.module: self._model.forms[one.index] for one in self._layers}
-        return Beginning(layer - 1, self._given[layer].clone(), forms)
 
     @cached_property
     def _given(self) -> dict[int, torch.Tensor]:
