@@ -167,18 +167,16 @@ def test_a_node_that_drains_finishes_its_shard_and_takes_no_other(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It ends as soon as nothing of the run is left on it."""
+    """When Ray ends the node is its own affair: it waits until no copy of an object is left there."""
     answers = overheard(monkeypatch)
     victim = cluster.nodes[1].node_id
-    with noting(folder, {0: "noticed", SHARDS - 1: "gone"}) as notes:
+    with noting(folder, {0: "noticed"}) as notes:
 
         def happens() -> None:
             wait_until(lambda: len(notes.shards) == 3)
             cluster.drain(cluster.nodes[1])
             wait_until(lambda: sum(victim in nodes for nodes in answers) >= 2)
             notes.open("noticed")
-            wait_until(lambda: not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == victim))
-            notes.open("gone")
 
         with Meanwhile(happens):
             run = score(tiny_llama, tmp_path / "w", executor="ray", address=cluster.address, replicas=3)
