@@ -42,6 +42,7 @@ SEARCH = "search:"  # before a corpus: the task of a search
 ESTIMATES = {"damage": "damage:", "predicted": "damage:", "propagated": "damage:"}
 """What dropping a layer does, estimated by a few passes: see `tasks.damage.Damage`; and the task of each."""
 OF_LAYERS = {**GROUND_TRUTH, **ESTIMATES}  # what `avss ablate` measures
+DRAWS = 2  # of labels from what the model predicts, for the estimates
 BLOCK_DISTANCE = "block_distance"  # of the stream before a run of layers and after it; measured with the estimates
 INTERACTIONS = "interactions"  # of layers, one by one and in pairs; measured with the estimates
 LOSS = "loss"  # a metric of a model: nats per token; higher is worse

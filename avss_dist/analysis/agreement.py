@@ -62,6 +62,12 @@ def correlate_pairs(
     return {name: values.astype(kinds.get(name, np.float64)) for name, values in found.items()}
 
 
+def signs(values: Float64) -> Signs:
+    """Of every two layers i and j, the sign of value i less value j: int8[pairs, layers, layers]."""
+    one, other = values[:, :, None], values[:, None, :]
+    return (one > other).astype(np.int8) - (one < other).astype(np.int8)
+
+
 def _chunks(scores: Sequence[Scores], a: Indices, b: Indices) -> Iterator[Indices]:
     """Pairs that are compared at the same number of layers, some at once: they are one array."""
     sizes = np.array([len(values) for _, values in scores])
@@ -81,7 +87,7 @@ def _agreement(
     order_x, order_y = (np.argsort(values, axis=1, kind="stable") for values in (x, y))  # ties: the earlier layer
     shared = ((np.argsort(order_x) < size) & (np.argsort(order_y) < size)).sum(axis=1)
     by_chance, at_least = _by_chance(n, size)
-    signs_x, signs_y = _signs(x), _signs(y)
+    signs_x, signs_y = signs(x), signs(y)
     defined = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0) & (n >= FEWEST)
     return {
         "layers": np.full(len(x), n),
@@ -95,12 +101,6 @@ def _agreement(
         "jaccard_by_chance": np.full(len(x), by_chance),
         "p_by_chance": at_least[shared],
     }
-
-
-def _signs(values: Float64) -> Signs:
-    """Of every two layers i and j, the sign of value i less value j: int8[pairs, layers, layers]."""
-    one, other = values[:, :, None], values[:, None, :]
-    return (one > other).astype(np.int8) - (one < other).astype(np.int8)
 
 
 def _spearman(x: Float64, y: Float64, signs_x: Signs, signs_y: Signs) -> Float64:

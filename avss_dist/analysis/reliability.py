@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pyarrow.compute as pc
 
+from avss_dist.analysis.agreement import signs
 from avss_dist.pruning.ground_truth import LayerTruth
 from avss_dist.settings import LOSS
 from avss_dist.stats.layer_stats import Float64
@@ -65,9 +66,7 @@ def misranked(score: Float64, truth: Float64) -> float | None:
         score, truth: float64[layers]; NaN is left out.
     """
     both = np.isfinite(score) & np.isfinite(truth)
-    upper = np.triu_indices(int(both.sum()), 1)
-    signs = [np.sign(values[both][:, None] - values[both][None, :])[upper] for values in (score, truth)]
-    product = signs[0] * signs[1]
+    product = signs(score[None, both]) * signs(truth[None, both])  # every pair twice
     ordered = int(np.count_nonzero(product))
     return int(np.count_nonzero(product < 0)) / ordered if ordered else None
 

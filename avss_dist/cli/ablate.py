@@ -16,7 +16,7 @@ from avss_dist.cli.options import (
     takes_settings,
     warehouse_option,
 )
-from avss_dist.settings import Execution
+from avss_dist.settings import DRAWS, Execution
 from avss_dist.system.streams import console
 
 
@@ -39,7 +39,7 @@ def ablate(
     damage: Annotated[
         bool, typer.Option("--damage", help="Estimate what leaving layers out does, for about 8 passes.")
     ] = False,
-    draws: Annotated[int, typer.Option(help="Draws of labels, for --damage.", min=1)] = 2,
+    draws: Annotated[int, typer.Option(help="Draws of labels, for --damage.", min=1)] = DRAWS,
     skip_sequences: SkipSequencesOption = 0,
     allow_many: ManyOption = False,
     format: Annotated[str, format_option("table", "json", "csv")] = "table",

@@ -31,9 +31,9 @@ from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
 from avss_dist.pruning.ground_truth import METRICS, mean_ranks
 from avss_dist.registry import PARTITIONS
-from avss_dist.settings import ESTIMATES, GROUND_TRUTH, INTERVAL, LOSS, MOST_PASSES, Execution, Settings
+from avss_dist.settings import DRAWS, ESTIMATES, GROUND_TRUTH, INTERVAL, LOSS, MOST_PASSES, Execution, Settings
 from avss_dist.tasks.base import Result, Task
-from avss_dist.tasks.damage import DRAWS, Damage
+from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.gradients import Gradients
 from avss_dist.tasks.layer_removal import SHAPLEY, LeaveOneOut, Shapley
 from avss_dist.text import RedactedURI

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from safetensors.torch import load, save
+from torch import nn
 
 from avss_dist.errors import ModelError
 from avss_dist.models.layers import Layer
@@ -46,9 +47,16 @@ def patched(layers: Sequence[Layer], patch: Patch) -> Iterator[None]:
             "The weights of a layer that is repaired are kept off the devices that compute, and cannot be changed.",
             "Use `partition` single, or device_map with more `max_memory`.",
         )
-    own = {parameter: parameter.data for parameter in changed}
+    with holding(changed):
+        yield
+
+
+@contextmanager
+def holding(values: Mapping[nn.Parameter, torch.Tensor]) -> Iterator[None]:
+    """Inside, parameters hold other values, in the dtypes and on the devices of their own."""
+    own = {parameter: parameter.data for parameter in values}
     try:
-        for parameter, value in changed.items():
+        for parameter, value in values.items():
             parameter.data = value.to(parameter.device, parameter.dtype)
         yield
     finally:

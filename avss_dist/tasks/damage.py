@@ -22,13 +22,13 @@ from avss_dist.errors import ModelError
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer, LayerCall, as_rows, first_tensor
 from avss_dist.models.skipping import replaced_forwards
-from avss_dist.settings import BLOCK_DISTANCE, fingerprint
+from avss_dist.settings import BLOCK_DISTANCE, DRAWS, fingerprint
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Row, predicted_tokens
+from avss_dist.tasks.gradients import trainable
 from avss_dist.tasks.watching import WATCHED, Watched
 
 LOOKAHEAD = 3  # layers
-DRAWS = 2  # of labels
 TOGETHER = 1  # layers later: where products of two layers chose the best sets, of 0 to 3
 PROPAGATED, PROPAGATED_COSINE = "propagated", "propagated_cosine"
 TAYLOR, SIGNED, FISHER, PREDICTED, GATE = "taylor", "taylor_signed", "fisher", "predicted", "gate"
@@ -84,7 +84,7 @@ class Damage:
         def begin(batch: Batch) -> _Pass:
             return _Pass.of(batch, layers, self.lookahead, self.draws, model.device)
 
-        with model.without(drop), _frozen(model.module), _watched(layers):
+        with model.without(drop), trainable(model.module, ()), _watched(layers):
             if self.draws is None:
                 passes = model.each(lambda batch: begin(batch).forward(model, batch), batches)
             else:
@@ -300,18 +300,6 @@ def _watched(layers: Sequence[Layer]) -> Iterator[None]:
 
     with replaced_forwards({module: partial(call, of, module.forward) for module, of in uses.items()}):
         yield
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, no weight has a gradient."""
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.requires_grad_(False)
-        yield
-    finally:
-        for parameter, required in before.items():
-            parameter.requires_grad_(required)
 
 
 def _rows(passes: Sequence[_Pass], predicted: Float64) -> Iterator[Row]:

@@ -51,7 +51,7 @@ class Gradients:
         layers = [layer for layer in model.layers if layer.index not in drop]
         batches = list(self.shard.batches(model.settings.batch_size))
         passes = [_Pass.of(batch, model.device) for batch in batches]
-        with model.without(drop), _trainable(model.module, layers), _hooked(layers):
+        with model.without(drop), trainable(model.module, layers), _hooked(layers):
             passes = model.backpropagate(batches, passes)
         weights = predicted_tokens(self.shard, model)
         return [row for layer in layers for row in _rows(layer, passes, weights)]
@@ -163,7 +163,7 @@ def _accumulate(uses: Sequence[Layer], weight: torch.Tensor) -> None:
 
 
 @contextmanager
-def _trainable(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
+def trainable(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
     """Inside, gradients are of the layers' matrices, and of no other parameter."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     chosen = {id(weight) for layer in layers for weight in matrices(layer.module)}

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from support.checkpoints import VOCABULARY, one_thread
 from support.command_line import avss
+from support.experiments import run_job_in
 
 from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.analysis.verdict import judgement, verdicts
@@ -56,12 +57,7 @@ def deep_llama(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callab
 @pytest.fixture(scope="module")
 def done(deep_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """A warehouse, and the rows of its experiment."""
-    folder = tmp_path_factory.mktemp("experiment")
-    job = folder / "job.yaml"
-    job.write_text(JOB.format(warehouse=folder / "w", model=deep_llama))
-    with one_thread():
-        _, rows = run_experiment(read_job(job))
-    return job, rows
+    return run_job_in(tmp_path_factory.mktemp("experiment"), JOB, deep_llama)
 
 
 def test_every_method_is_compared_with_the_whole_model(done: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from support.checkpoints import llama, one_thread
 from support.command_line import avss
+from support.experiments import run_job_in
 from support.families import lively, tiny_model
 
 from avss_dist.analysis.verdict import verdicts
@@ -74,12 +75,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Save) -> Pat
 @pytest.fixture(scope="module")
 def done(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """A job, and the rows of its experiment."""
-    folder = tmp_path_factory.mktemp("experiment")
-    job = folder / "job.yaml"
-    job.write_text(JOB.format(warehouse=folder / "w", model=deep))
-    with one_thread():
-        _, rows = run_experiment(read_job(job))
-    return job, rows
+    return run_job_in(tmp_path_factory.mktemp("experiment"), JOB, deep)
 
 
 def losses_of(folder: Path) -> dict[str, float]:

@@ -12,7 +12,7 @@ import pytest
 import ray
 from support.noting import OPENS, noting
 from support.processes import wait_until
-from support.ray_cluster import NODES, Cluster
+from support.ray_cluster import NODES, TWENTY_SHARDS, Cluster
 from support.tables import assert_same_tables
 
 import avss_dist
@@ -26,13 +26,6 @@ from avss_dist.system.devices import Devices
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_workers")]
 
-OPTIONS: dict[str, Any] = {
-    "max_sequences": 160,
-    "sequence_length": 64,
-    "batch_size": 2,
-    "sequences_per_shard": 8,
-    "partition": "single",
-}
 SHARDS = 20
 
 
@@ -70,7 +63,7 @@ def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def score(model: Path, out: Path, **changes: Any) -> avss_dist.Run:
-    return avss_dist.score(model, out=out, corpus="builtin:pydoc", **{**OPTIONS, **changes})
+    return avss_dist.score(model, out=out, corpus="builtin:pydoc", **{**TWENTY_SHARDS, **changes})
 
 
 def test_a_cluster_may_get_more_gpus_and_a_machine_does_not() -> None:

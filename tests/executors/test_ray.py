@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import ray
 from support.processes import FreezesAtStart, Harming, ray_processes, wait_until
+from support.ray_cluster import TWENTY_SHARDS
 from support.tables import assert_same_tables, measured_files
 
 import avss_dist
@@ -40,14 +41,6 @@ from avss_dist.warehouse.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_workers")]
 
-OPTIONS: dict[str, Any] = {
-    "max_sequences": 160,
-    "sequence_length": 64,
-    "batch_size": 2,
-    "sequences_per_shard": 8,
-    "partition": "single",
-}
-
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
@@ -61,7 +54,7 @@ shared_cluster = pytest.mark.usefixtures("cluster")
 
 
 def score(model: Path, out: Path, **changes: Any) -> avss_dist.Run:
-    return avss_dist.score(model, out=out, corpus="builtin:pydoc", **{**OPTIONS, **changes})
+    return avss_dist.score(model, out=out, corpus="builtin:pydoc", **{**TWENTY_SHARDS, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +127,7 @@ def test_a_stopped_driver_is_resumed(tiny_llama: Path, undisturbed: Path, tmp_pa
 @shared_cluster
 def test_workers_write_and_say_little(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
     """A partial goes to the warehouse from where it is measured; the driver hears a receipt of it."""
-    settings, execution = split_options({**OPTIONS, "executor": "ray", "replicas": 1})
+    settings, execution = split_options({**TWENTY_SHARDS, "executor": "ray", "replicas": 1})
     with closing(open_executor(execution, settings)) as executor:
         store = Store(tmp_path)
         store.create()
@@ -354,7 +347,7 @@ def test_a_model_that_cannot_be_opened_fails_with_its_reason(tiny_llama: Path, t
 
 def test_models_share_the_workers_and_no_process_is_left(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
     ray.shutdown()
-    options = {**OPTIONS, "max_sequences": 32, "executor": "ray", "replicas": 1}
+    options = {**TWENTY_SHARDS, "max_sequences": 32, "executor": "ray", "replicas": 1}
     runs = avss_dist.score_all([str(tiny_llama), str(tiny_bert)], corpus="builtin:pydoc", out=tmp_path, **options)
     assert [run.status for run in runs] == ["done", "done"]
     wait_until(lambda: not ray_processes())

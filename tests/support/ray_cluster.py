@@ -16,6 +16,13 @@ from ray.cluster_utils import Cluster as RayCluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 NODES = 3
+TWENTY_SHARDS: dict[str, Any] = {
+    "max_sequences": 160,
+    "sequence_length": 64,
+    "batch_size": 2,
+    "sequences_per_shard": 8,
+    "partition": "single",
+}
 PREEMPTION = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
 SIZE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80_000_000}
 HEAD: dict[str, Any] = {**SIZE, "include_dashboard": False, "include_log_monitor": False, "no_monitor": True}

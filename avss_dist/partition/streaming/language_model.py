@@ -65,6 +65,13 @@ class StreamingLanguageModel(LanguageModel):
             yield
 
     @contextmanager
+    def beginning(self, layer: int, hidden: torch.Tensor) -> Iterator[None]:
+        """Inside, passes begin with what a layer gives; `resumes` says whether that may be."""
+        forms = {one.module: self.forms[one.index] for one in self.layers}
+        with planned(replace(PLAN.get(), begins=Beginning(layer, hidden, forms))):
+            yield
+
+    @contextmanager
     def patched(self, patch: Patch) -> Iterator[None]:
         """See `causal_lm.LanguageModel`. Backward passes take the weights as they were."""
         changes: dict[nn.Module, dict[str, torch.Tensor]] = {}
@@ -103,7 +110,6 @@ class StreamingLanguageModel(LanguageModel):
     def losses_without(self, batches: Sequence[Batch], drops: Sequence[Drop]) -> list[Float64]:
         """See `causal_lm.LanguageModel`. A pass without more layers forks from the first set's, where they differ."""
         first, branches = drops[0], self.branches(drops)
-        forms = {layer.module: self.forms[layer.index] for layer in self.layers} if branches else {}
         found: dict[tuple[Drop, int], Float64] = {}
 
         def ask(drop: Drop, i: int) -> None:
@@ -111,7 +117,7 @@ class StreamingLanguageModel(LanguageModel):
                 found[drop, i] = self.losses(batches[i])
 
         def fork(drop: Drop, i: int, hidden: torch.Tensor) -> None:
-            with planned(replace(PLAN.get(), begins=Beginning(branches[drop], hidden, forms))):
+            with self.beginning(branches[drop], hidden):
                 ask(drop, i)
 
         def ask_first(i: int) -> None:

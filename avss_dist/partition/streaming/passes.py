@@ -20,6 +20,7 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 
 from avss_dist.models.layers import LayerCall, first_tensor, input_tensor
+from avss_dist.models.patching import holding
 from avss_dist.models.skipping import Skip, give
 from avss_dist.partition.streaming.buffers import AnyBuffer
 from avss_dist.partition.streaming.hidden_states import HiddenStateOffloader
@@ -241,20 +242,6 @@ class _Schedule:
             self._start(fork)
 
 
-@contextmanager
-def _changed(layer: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Inside, parameters have these values."""
-    parameters = {path: layer.get_parameter(path) for path in values}
-    own = {path: parameter.data for path, parameter in parameters.items()}
-    try:
-        for path, parameter in parameters.items():
-            parameter.data = values[path].to(parameter.device, parameter.dtype)
-        yield
-    finally:
-        for path, parameter in parameters.items():
-            parameter.data = own[path]
-
-
 class _Stop:
     """Makes a layer, when a pass calls it, first switch to the greenlet that schedules, with an `_Arrival`.
 
@@ -272,7 +259,8 @@ class _Stop:
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer itself, whose weights are there."""
-        with _changed(self._layer, PLAN.get().changes.get(self._layer, {})):
+        changes = PLAN.get().changes.get(self._layer, {})
+        with holding({self._layer.get_parameter(path): value for path, value in changes.items()}):
             return self._kind.__call__(self._layer, *args, **kwargs)
 
     def _arrive(self, *args: Any, **kwargs: Any) -> Any:

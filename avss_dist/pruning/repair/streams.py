@@ -23,7 +23,6 @@ from avss_dist.models.skipping import Recorded, recording, resuming, skipping
 from avss_dist.partition.choose import place
 from avss_dist.partition.open import open_replica
 from avss_dist.partition.streaming.language_model import StreamingLanguageModel
-from avss_dist.partition.streaming.passes import PLAN, Beginning, planned
 from avss_dist.pruning.repair.outlet import Outlet, RepairError, Seen, captured, find_outlet
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import available_memory, devices_here, free_device
@@ -207,7 +206,7 @@ class StreamedStreams(Streams):
         model: StreamingLanguageModel,
         batches: Sequence[Batch],
         drop: Collection[int],
-        starts: Collection[int] = (),
+        starts: Collection[int],
     ) -> None:
         self._model, self._layers, self._drop = model, model.layers, set(drop)
         self._batches, self._device = batches, model.device
@@ -216,13 +215,10 @@ class StreamedStreams(Streams):
 
     def outlet(self, layer: int) -> Outlet:
         """See `Streams`."""
-
         given = self._given[layer] if layer > 0 and self._model.resumes else None  # no earlier weight is read again
-        forms = {one.module: self._model.forms.get(one.index, torch.Tensor) for one in self._layers}
 
         def run() -> Any:
-            begins = None if given is None else Beginning(layer - 1, given.clone(), forms)
-            with planned(replace(PLAN.get(), begins=begins)):
+            with nullcontext() if given is None else self._model.beginning(layer - 1, given.clone()):
                 return self._model.together([self._probe])[0]
 
         with self._model.without(self._after(layer)):
@@ -291,7 +287,9 @@ def opened_streams(
         )
     placement = place(checkpoint, settings, execution, devices_here(device.type), head=True)
     if placement.partition == "single":
-        yield partial(Streams, load(checkpoint, settings, device), device)
+        backbone = load(checkpoint, settings, device)
+        yield lambda *text: Streams(backbone, device, *text)
+        del backbone
     else:
         streamed = replace(placement, partition="streaming")
         with closing(open_replica(checkpoint, settings, streamed, head=True)) as replica:
