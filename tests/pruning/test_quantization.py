@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from support.causal_lm import open_whole
-from support.checkpoints import LAYERS, VOCABULARY
+from support.checkpoints import LAYERS, VOCABULARY, block_fp8
 from support.command_line import avss
 
 from avss_dist.errors import ModelError
@@ -30,24 +30,9 @@ PLAN = Plan(model="m", num_layers=LAYERS, layers="layers", drop=(1,))
 
 @pytest.fixture
 def fp8(tiny_llama: Path, tmp_path: Path) -> Path:
-    """Block FP8, as DeepSeek and Qwen are published: layers 0 and 2 keep one matrix in float32, and a list says so."""
-    folder = tmp_path / "fp8"
-    shutil.copytree(tiny_llama, folder)
-    skipped = ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn", "model.layers.2.mlp.down_proj", "lm_head"]
-    tensors = {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        module = name.removesuffix(".weight")
-        if tensor.dim() != 2 or "layers" not in name or any(module.startswith(path) for path in skipped):
-            tensors[name] = tensor
-            continue
-        scale = tensor.abs().max() / 448
-        tensors[name] = (tensor / scale).to(torch.float8_e4m3fn)
-        tensors[f"{name}_scale_inv"] = scale.reshape(1, 1)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": skipped}
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
-    return folder
+    """Layers 0 and 2 keep one matrix in float32."""
+    skipped = ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn", "model.layers.2.mlp.down_proj", "lm_head")
+    return block_fp8(tiny_llama, tmp_path / "fp8", skipped)
 
 
 def test_a_skip_list_is_renumbered_and_the_check_says_what_it_cannot_see(fp8: Path, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ FAMILIES = (
     *("llama", "gemma3_text", "qwen3", "gpt2", "opt", "phi3", "olmo2", "granite", "gpt_neox", "cohere2"),
     *("exaone4", "gemma2", "glm4"),
 )
+TIED = ("gemma3_text", "gpt2", "opt", "cohere2", "gemma2")
 
 
 def repair_of(by: str = "map", *corpora: str, **options: Any) -> Repair:
@@ -65,7 +66,10 @@ def whole_of(model: Any, folder: Path, save: Save) -> tuple[Path, Plan]:
 def test_a_repaired_checkpoint_is_the_model_repaired_in_place(
     family: str, by: str, tmp_path: Path, save_checkpoint: Save
 ) -> None:
-    """Reloaded: the logits are those of the original with the layer skipped and the same weights changed."""
+    """Reloaded: the logits are those of the original with the layer skipped and the same weights changed.
+
+    With the cache it generates what that model predicts token by token; tied weights stay tied.
+    """
     from transformers import AutoModelForCausalLM
 
     whole = lively(tiny_model("causal", family))
@@ -85,9 +89,16 @@ def test_a_repaired_checkpoint_is_the_model_repaired_in_place(
         for name in changed:
             parameters[next(n for n in parameters if n.endswith(name))].copy_(stored[name])
         expected = whole(IDS, use_cache=False).logits
+        ids = IDS
+        for _ in range(3):
+            ids = torch.cat([ids, whole(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
     with torch.no_grad():
         repaired = less(IDS, use_cache=False).logits
+        generated = less.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert torch.equal(repaired, expected) and not torch.equal(repaired, unrepaired)
+    assert less.generation_config.use_cache and torch.equal(generated, ids)
+    tied = [model.get_output_embeddings().weight is model.get_input_embeddings().weight for model in (whole, less)]
+    assert tied == [family in TIED] * 2
 
 
 @pytest.mark.parametrize("by", REPAIRS)

@@ -68,7 +68,11 @@ def find_outlet(layer: Layer, run: Callable[[], Any], value: Callable[[str], tor
     linear = tap.module
     weight = getattr(linear, "weight", None)
     if not _is_plain(linear) or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-        raise _refusal(layer, f"ends its MLP in a {type(linear).__name__}, whose weights are not plain numbers")
+        raise _refusal(
+            layer,
+            f"ends its MLP in a {type(linear).__name__}, whose weights are not plain numbers",
+            "Repair the checkpoint that it was quantized from, or prune with `repair` none.",
+        )
     still = _output(layer, run)
     if (factor := _factor(layer, linear, run, still)) is not None:
         return Outlet(layer, paths[linear], None, factor)
@@ -93,10 +97,9 @@ def _is_plain(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
-def _refusal(layer: Layer, why: str) -> RepairError:
+def _refusal(layer: Layer, why: str, hint: str = "Drop other layers, or prune with `repair` none.") -> RepairError:
     return RepairError(
-        f"Layer {layer.index} ({layer.name}) {why}: what is missing after it cannot be given back.",
-        "Drop other layers, or prune with `repair` none.",
+        f"Layer {layer.index} ({layer.name}) {why}: what is missing after it cannot be given back.", hint
     )
 
 

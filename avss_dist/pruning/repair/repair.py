@@ -161,6 +161,7 @@ def fit_repair(
     outlets = [streams.outlet(cut.after) for cut in cuts]
     for outlet in outlets:
         mender.require_tokens(outlet, repair.by)
+        mender.require_plain(outlet)
     done = []
     for number, (cut, outlet) in enumerate(zip(cuts, outlets, strict=True), 1):
         done.append(mender.mend(cut, outlet, repair.by, f"Repairing cut {number} of {len(cuts)}"))
@@ -189,6 +190,17 @@ class _Mender:
                     f"The repair {by} of this model needs {needed:,} tokens to fit to at least; {given:,} are given.",
                     "Give more text, raise `max_sequences`, or choose a `repair` of fewer unknowns (channel, scale).",
                 )
+
+    def require_plain(self, outlet: Outlet) -> None:
+        """Refuse weights that the files hold in a form into which no repair can be written."""
+        layer, path = outlet.layer.index, f"{outlet.linear}.weight"
+        stored = self._stored((layer, path))
+        if stored is None or not stored.is_floating_point() or stored.dtype.itemsize == 1:
+            form = "under other names" if stored is None else f"as {str(stored.dtype).removeprefix('torch.')}"
+            raise RepairError(
+                f"The files hold '{path}' of layer {layer} {form}, quantized or fused: nothing can be added to it.",
+                _PLAIN,
+            )
 
     def mend(self, cut: Cut, outlet: Outlet, by: str, what: str) -> RepairedCut:
         """Fit and fold every step of a cut."""
@@ -270,13 +282,14 @@ class _Mender:
                 "Use `partition` single, or device_map with more `max_memory`.",
             )
         if stored is None or stored.shape != loaded.shape or not torch.equal(stored.to(loaded.dtype), loaded.cpu()):
-            raise RepairError(
-                f"The files hold '{path}' of layer {layer} in another form than the model does.", _UNFUSED
-            )
+            raise RepairError(f"The files hold '{path}' of layer {layer} in another form than the model does.", _PLAIN)
         return stored
 
 
-_UNFUSED = "Save the checkpoint again with transformers' save_pretrained, and repair that."
+_PLAIN = (
+    "Repair the checkpoint that it was quantized from, and quantize the result; or save it again with transformers' "
+    "save_pretrained, if it is not quantized."
+)
 
 
 def _shape(outlet: Outlet, weight: torch.Tensor) -> tuple[int, int]:
