@@ -32,6 +32,7 @@ RIVALS = {
 SCORES = ("avss", *RIVALS)  # what layers are ranked by: low is unimportant
 GROUND_TRUTH = {"loss": "ablation:", "shapley": "shapley:", "taylor": "gradients:"}
 """What dropping a layer does to the loss: measured, sampled, linearized; and the task of each, before its corpus."""
+SUBLAYER_LOSS = "sublayers:"  # before a corpus: the task of the loss without each sublayer
 SEARCHES = {
     "greedy": "removes the layer without which the loss is least, again and again",
     "beam": "the same, over several sets side by side",

@@ -22,6 +22,7 @@ from avss_dist.analysis.reliability import increases, misranked, reliability, se
 from avss_dist.errors import QueryError
 from avss_dist.pruning.ground_truth import LayerTruth, find_layer_truth, nothing_measured
 from avss_dist.pruning.selection import PUBLISHED, Choice, PlanError, Reading, reading_of
+from avss_dist.removal import is_whole
 from avss_dist.settings import GROUND_TRUTH, LOSS, OF_LAYERS, PERPLEXITY, RIVALS
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import spearman
@@ -125,7 +126,8 @@ def _rises(store: Warehouse, run: Mapping[str, Any]) -> tuple[dict[tuple[int, ..
         losses.setdefault((row["run_id"], row["task"]), {})[tuple(row["drop"])] = row["value"]
     for (_, task), found in sorted(losses.items(), key=lambda item: -len(item[1])):
         if () in found:
-            return {drop: loss - found[()] for drop, loss in found.items()}, task
+            whole = {drop: loss for drop, loss in found.items() if all(map(is_whole, drop))}
+            return {drop: loss - found[()] for drop, loss in whole.items()}, task
     return {}, None
 
 

@@ -28,6 +28,10 @@ def ablate(
     no_leave_one_out: Annotated[
         bool, typer.Option("--no-leave-one-out", help="Do not measure the loss without each layer.")
     ] = False,
+    sublayers: Annotated[
+        bool,
+        typer.Option("--sublayers", help="Measure the loss without each layer's attention, and without its MLP."),
+    ] = False,
     shapley: Annotated[int, typer.Option(help="Permutations to sample for layer Shapley values.", min=0)] = 0,
     no_truncation: Annotated[
         bool, typer.Option("--no-truncation", help="Go on with a permutation where the model only guesses.")
@@ -57,6 +61,7 @@ def ablate(
             corpus=corpus,
             warehouse=warehouse,
             leave_one_out=not no_leave_one_out,
+            sublayers=sublayers,
             shapley=shapley,
             truncation=not no_truncation,
             seed=seed,

@@ -65,6 +65,10 @@ def plan(
     ] = None,
     corpus: Annotated[str | None, typer.Option(help="Text that a search measures the loss on.")] = None,
     budget: Annotated[int | None, typer.Option(help="Sets that a search measures at most.")] = None,
+    sublayers: Annotated[
+        bool,
+        typer.Option("--sublayers", help="Search among sublayers too: attention or MLP alone, half a layer."),
+    ] = False,
     width: Annotated[
         int | None, typer.Option(help="Sets that beam and evolve go on from at each step; 3 by default.")
     ] = None,
@@ -92,14 +96,16 @@ def plan(
     reading = (site, recipe, *parse_threshold(threshold))
     effort = {"budget": budget, "width": width}
     if search is None:
-        _refuse_search_options({"corpus": corpus, **effort, "skip_sequences": skip_sequences, **options})
+        given = {"corpus": corpus, "sublayers": sublayers, **effort, "skip_sequences": skip_sequences, **options}
+        _refuse_search_options(given)
         made = plan_layers(opened, chosen, by=by, reading=reading, **how)
     else:
         if corpus is None:
             raise ConfigError("A search measures losses on text, and there is none.", "Name it with `corpus`.")
         starts = () if by is None else [plan_layers(opened, chosen, by=by, reading=reading, **how).drop]
         text = {"corpus": corpus, "skip_sequences": skip_sequences}
-        made = _search(warehouse, chosen, {"by": search, **how}, effort, starts=starts, **text, **options)
+        wanted = {"by": search, "sublayers": sublayers, **how}
+        made = _search(warehouse, chosen, wanted, effort, starts=starts, **text, **options)
     if format == "mergekit":
         write_text(output, mergekit_slices(made))
     else:

@@ -31,7 +31,18 @@ from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
 from avss_dist.pruning.ground_truth import METRICS, mean_ranks
 from avss_dist.registry import PARTITIONS
-from avss_dist.settings import DRAWS, ESTIMATES, GROUND_TRUTH, INTERVAL, LOSS, MOST_PASSES, Execution, Settings
+from avss_dist.removal import SUBLAYERS, layer_of
+from avss_dist.settings import (
+    DRAWS,
+    ESTIMATES,
+    GROUND_TRUTH,
+    INTERVAL,
+    LOSS,
+    MOST_PASSES,
+    SUBLAYER_LOSS,
+    Execution,
+    Settings,
+)
 from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.gradients import Gradients
@@ -49,6 +60,7 @@ class LayerAblation:
     Attributes:
         loss: without it, in nats per token.
         increase: of the loss over that of the whole model, paired: sequence by sequence.
+        sublayers: the same increase without its ``attention`` alone, and without its ``mlp`` alone.
         shapley: its Shapley value, a sample for each permutation.
         estimates: what `gradients.Gradients` and `damage.Damage` give, by metric.
         damage: the mean of its ranks by two of these (`ground_truth.METRICS`), 1 the least.
@@ -57,6 +69,7 @@ class LayerAblation:
     layer: int
     loss: Result | None
     increase: Result | None
+    sublayers: Mapping[str, Result]
     shapley: Result | None
     estimates: Mapping[str, Result]
     damage: float | None = None
@@ -95,6 +108,7 @@ def ablate(
     corpus: str,
     warehouse: str | Path,
     leave_one_out: bool = True,
+    sublayers: bool = False,
     shapley: int = 0,
     truncation: bool = True,
     seed: int = 0,
@@ -111,6 +125,7 @@ def ablate(
     Args:
         model: hub id, folder, or ``.gguf`` file of a causal language model.
         leave_one_out: the loss without each layer (`ablation.LeaveOneOut`).
+        sublayers: the loss without the attention and without the MLP of each layer.
         shapley: permutations to sample for layer Shapley values (`ablation.Shapley`); 0 for none.
         truncation, seed: of the permutations.
         gradients: a backward pass too (`gradients.Gradients`).
@@ -124,7 +139,7 @@ def ablate(
         AvssError: a mistake, or a cell that failed (`RunFailed`); what was measured is kept.
     """
     settings, execution = evaluation_options(options)
-    _require_sensible(execution, leave_one_out, shapley, seed, gradients, draws if damage else None)
+    _require_sensible(execution, leave_one_out or sublayers, shapley, seed, gradients, draws if damage else None)
     require_listable(shapley, "permutations", "Lower `shapley`.")
     corpus = RedactedURI(corpus)
     store = Store(warehouse)
@@ -134,9 +149,12 @@ def ablate(
         fixed = pinned(settings, checkpoint, executor.device)
         placement = placed(checkpoint, fixed, execution, executor)
         text = plan_text(checkpoint, corpus, fixed, skip_sequences=skip_sequences)
-        _require_intended(checkpoint, text, fixed, leave_one_out + shapley, allow_many=allow_many)
+        removals = leave_one_out + len(SUBLAYERS) * sublayers + shapley
+        _require_intended(checkpoint, text, fixed, removals, allow_many=allow_many)
         seeds = np.random.SeedSequence(seed).generate_state(shapley).tolist()
         tasks = list(_tasks(corpus, text, leave_one_out, gradients, seeds, truncation))
+        if sublayers:
+            tasks.append(sublayers_task(corpus, text))
         if damage:
             tasks.append(damage_task(corpus, text, draws))
         planned = [plan_evaluation(checkpoint, task, fixed, placement) for task in tasks]
@@ -149,7 +167,7 @@ def ablate(
 
 
 def _require_sensible(
-    execution: Execution, leave_one_out: bool, shapley: int, seed: int, gradients: bool, draws: int | None
+    execution: Execution, losses: bool, shapley: int, seed: int, gradients: bool, draws: int | None
 ) -> None:
     if min(shapley, seed) < 0:
         raise ConfigError(f"`shapley` and `seed` cannot be negative: {min(shapley, seed)}.")
@@ -157,8 +175,10 @@ def _require_sensible(
         require_gradients(execution)
     if draws is not None and draws < 1:
         raise ConfigError(f"`draws` must be at least 1: {draws}.")
-    if not (leave_one_out or shapley or gradients or draws):
-        raise ConfigError("Nothing would be measured.", "Choose `leave_one_out`, `shapley`, `gradients` or `damage`.")
+    if not (losses or shapley or gradients or draws):
+        raise ConfigError(
+            "Nothing would be measured.", "Choose `leave_one_out`, `sublayers`, `shapley`, `gradients` or `damage`."
+        )
 
 
 def require_gradients(execution: Execution) -> None:
@@ -207,6 +227,13 @@ def _tasks(
         yield Task(name=f"{GROUND_TRUTH['shapley']}{corpus}", parts=parts)
 
 
+def sublayers_task(corpus: str, text: CorpusPlan) -> Task:
+    """The loss on a text without each sublayer."""
+    return Task(
+        name=f"{SUBLAYER_LOSS}{corpus}", parts=tuple(LeaveOneOut(shard, sublayers=True) for shard in text.shards)
+    )
+
+
 def damage_task(corpus: str, text: CorpusPlan, draws: int = DRAWS) -> Task:
     """The damage of every layer, estimated on a text."""
     parts = tuple(Damage(shard=shard, draws=draws) for shard in text.shards)
@@ -216,7 +243,7 @@ def damage_task(corpus: str, text: CorpusPlan, draws: int = DRAWS) -> Task:
 def _ablation(model: str, corpus: str, found: Sequence[Result]) -> Ablation:
     losses = {result.drop: result for result in found if result.metric == LOSS}
     whole = losses.get(())
-    of: dict[int, dict[str, Result]] = {drop[0]: {} for drop in losses if drop}
+    of: dict[int, dict[str, Result]] = {layer_of(drop[0]): {} for drop in losses if drop}
     for result in found:
         if result.layer is not None and not result.drop:
             of.setdefault(result.layer, {})[result.metric] = result
@@ -228,6 +255,11 @@ def _ablation(model: str, corpus: str, found: Sequence[Result]) -> Ablation:
             layer=layer,
             loss=losses.get((layer,)),
             increase=_increase(whole, losses[layer,]) if whole and (layer,) in losses else None,
+            sublayers={
+                kind: _increase(whole, losses[first + layer,])
+                for kind, first in SUBLAYERS.items()
+                if whole and (first + layer,) in losses
+            },
             shapley=of[layer].pop(SHAPLEY, None),
             estimates=of[layer],
             damage=ranks.get(layer),

@@ -11,8 +11,8 @@ from avss_dist.evaluation.engine import CellReporter, PlannedEvaluation, commit,
 from avss_dist.evaluation.repairs import StoredPatch, fit_repairs
 from avss_dist.evaluation.retention import Retained, retained
 from avss_dist.executors.base import Executor
-from avss_dist.models.causal_lm import Drop
 from avss_dist.pruning.plan import Plan
+from avss_dist.removal import Drop
 from avss_dist.tasks.base import Result
 from avss_dist.warehouse.store import Store
 

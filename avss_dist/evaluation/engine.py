@@ -23,6 +23,7 @@ from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.pinning import pin
 from avss_dist.partition.base import Placement, numbers_of
 from avss_dist.partition.choose import place
+from avss_dist.removal import describe_removed, whole_layers
 from avss_dist.settings import LOSS, MOST_LISTED, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
 from avss_dist.system.versions import package_versions
 from avss_dist.tasks.base import Measure, Result, Task, combine
@@ -86,7 +87,9 @@ class SilentCells:
 def failure(failed: Sequence[tuple[Cell, AvssError]]) -> AvssError:
     """One error that tells of all cells that failed: the first mistake, else that they failed."""
     cell, error = next(((c, e) for c, e in failed if not isinstance(e, RunFailed)), failed[0])
-    what = f"{cell.task} of {cell.checkpoint.name}" + (f" without layers {list(cell.drop)}" if cell.drop else "")
+    what = f"{cell.task} of {cell.checkpoint.name}"
+    if cell.drop:
+        what += f" without {'layers ' if whole_layers(cell.drop) else ''}{describe_removed(cell.drop)}"
     others = f" {len(failed) - 1} more failed." if len(failed) > 1 else ""
     return type(error)(f"{what}: {error.message}{others}", error.hint or "Run the same command again.")
 

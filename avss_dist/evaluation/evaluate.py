@@ -37,7 +37,7 @@ from avss_dist.warehouse.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is evaluated: a model, and the layers that are left out of it.
+    """What is evaluated: a model, and the layers and sublayers that are left out of it.
 
     Attributes:
         label: what people call it.
@@ -163,7 +163,7 @@ def read_subject(text: str, *, trust_remote_code: bool = False) -> Subject:
             "Score it again, and make a plan of its own.",
         )
     search = str(made.why.get("evaluation", "")) if made.why.get("by") in SEARCHES else None
-    return Subject(checkpoint=checkpoint, label=text, drop=made.drop, run_id=made.run_id, search=search)
+    return Subject(checkpoint=checkpoint, label=text, drop=made.removed, run_id=made.run_id, search=search)
 
 
 def make_task(

@@ -26,7 +26,7 @@ from avss_dist.evaluation.engine import (
     plan_text,
 )
 from avss_dist.executors.base import Executor
-from avss_dist.models.causal_lm import Drop, LanguageModel
+from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.patching import decode_patch, encode_patch
 from avss_dist.partition.base import Placement
@@ -37,6 +37,7 @@ from avss_dist.pruning.repair.streams import streams_of
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.registry import PARTITIONS
+from avss_dist.removal import Drop
 from avss_dist.settings import REPAIR, fingerprint
 from avss_dist.tasks.base import Row, Task, TextLoss
 from avss_dist.text import RedactedURI

@@ -14,12 +14,12 @@ from avss_dist.analysis.verdict import WHOLE
 from avss_dist.evaluation.engine import PlannedEvaluation
 from avss_dist.evaluation.repairs import StoredPatch
 from avss_dist.evaluation.retention import retained
-from avss_dist.models.causal_lm import Drop
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import text_config
 from avss_dist.partition.base import Placement
 from avss_dist.pruning.methods import Experiment, Method, methods
 from avss_dist.pruning.selection import count_layers
+from avss_dist.removal import Drop
 from avss_dist.runs.run import Run
 from avss_dist.settings import CHANCE, LOSS, NO_REPAIR, Settings
 from avss_dist.stats.layer_stats import Float64

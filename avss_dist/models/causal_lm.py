@@ -19,6 +19,8 @@ from avss_dist.models.layers import PROBE_SHAPE, Layer
 from avss_dist.models.loading import Backbone, quiet
 from avss_dist.models.patching import Patch, patched
 from avss_dist.models.skipping import Recorded, recording, resuming, skipping
+from avss_dist.models.sublayers import find_obstacles, require_sublayers, without_sublayers
+from avss_dist.removal import Drop, is_whole, layer_of, whole_layers
 from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import Float64
 
@@ -26,8 +28,6 @@ PROBE_TOKENS = 16
 WIDENED_BYTES = 16 << 20  # of logits: larger pieces would be taken from the system anew each time
 
 T = TypeVar("T")
-Drop = tuple[int, ...]
-"""Indices of layers that are left out, ascending."""
 
 
 class Watching(Protocol):
@@ -85,10 +85,23 @@ class LanguageModel:
 
     def _find_forms(self) -> dict[int, type]:
         """How layers return hidden states (`skipping.Recorded`): what is known of a layer is no reason to run it."""
-        input_ids = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=self.device).reshape(PROBE_SHAPE)
-        with torch.no_grad(), recording(self.layers) as recorded:
-            self.module(input_ids=input_ids, use_cache=False)
+        with recording(self.layers) as recorded:
+            self._probe()
         return recorded.forms
+
+    def _probe(self) -> None:
+        """A pass over a few tokens."""
+        input_ids = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=self.device).reshape(PROBE_SHAPE)
+        with torch.no_grad():
+            self.module(input_ids=input_ids, use_cache=False)
+
+    @cached_property
+    def obstacles(self) -> dict[int, str]:
+        """Why the sublayers of a layer cannot be left out alone, by layer; see `sublayers.find_obstacles`."""
+        try:
+            return find_obstacles(self.layers, self._probe)
+        except Exception:  # as below
+            return dict.fromkeys(range(len(self.layers)), "what layers give on is not hidden states alone")
 
     @cached_property
     def resumes(self) -> bool:
@@ -118,19 +131,21 @@ class LanguageModel:
         return True
 
     def require_layers(self, drop: Collection[int]) -> None:
-        """Refuse indices of layers that the model does not have.
+        """Refuse layers that the model does not have, and sublayers that cannot be left out.
 
         Raises:
             ModelError: the message names the first.
         """
-        if wrong := [layer for layer in drop if not 0 <= layer < len(self.layers)]:
+        if wrong := [layer for layer in map(layer_of, drop) if layer >= len(self.layers)]:
             raise ModelError(f"There is no layer {wrong[0]}: '{self.checkpoint.name}' has {len(self.layers)}, from 0.")
+        if not all(map(is_whole, drop)):
+            require_sublayers(self.obstacles, drop)
 
     @contextmanager
     def without(self, drop: Collection[int]) -> Iterator[None]:
-        """Inside, the model computes without the layers of these indices."""
+        """Inside, the model computes without these layers and sublayers."""
         self.require_layers(drop)
-        with skipping(self.layers, drop, self.forms):
+        with skipping(self.layers, whole_layers(drop), self.forms), without_sublayers(self.layers, drop):
             yield
 
     @contextmanager
@@ -195,16 +210,18 @@ class LanguageModel:
                     losses.append(self.losses(batch))
                     continue
                 layer = branches[drop]
-                with resuming(self.layers, layer, Recorded({layer: recorded.inputs[layer]}, self.forms)):
+                behind = begins_behind(drop, layer)
+                with resuming(self.layers, behind, Recorded({behind: recorded.inputs[layer]}, self.forms)):
                     losses.append(self.losses(batch))
         return losses
 
     def branches(self, drops: Sequence[Drop]) -> dict[Drop, int]:
-        """Sets of layers whose passes can begin from the first set's, and the layer where each does."""
+        """Sets of layers whose passes can begin from the first set's, and the layer where they differ."""
         first = set(drops[0])
         if len(drops) == 1 or not self.resumes:
             return {}
-        return {drop: min(set(drop) - first) for drop in drops[1:] if first < set(drop)}
+        differ = {drop: min(map(layer_of, first ^ set(drop)), default=-1) for drop in drops[1:]}
+        return {drop: at for drop, at in differ.items() if at not in first and begins_behind(drop, at) >= 0}
 
     def backpropagate(
         self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
@@ -289,6 +306,11 @@ def _uniform(ids: np.ndarray, draws: int, seed: int) -> Float64:
     """float64[tokens - 1, draws] in [0, 1), by the tokens of a row and a seed."""
     digest = np.frombuffer(hashlib.sha256(ids.astype(np.int32).tobytes()).digest(), np.uint32)
     return np.random.default_rng([seed, *digest.tolist()]).random((max(0, len(ids) - 1), draws))
+
+
+def begins_behind(drop: Drop, layer: int) -> int:
+    """Behind which layer a pass begins with what a layer is given: that layer, if it is left out, or the one before."""
+    return layer if layer in drop else layer - 1
 
 
 def predicted(batch: Batch) -> np.ndarray:

@@ -150,7 +150,7 @@ class Skip:
             raise ModelError(f"Layer {self._layer.index} ({self._layer.name}) does not keep the shape of its input.")
         if _is_alone(output):
             self.form = type(output)
-        return _replaced(output, after, before)
+        return replaced(output, after, before)
 
 
 def _is_alone(output: Any) -> bool:
@@ -158,7 +158,8 @@ def _is_alone(output: Any) -> bool:
     return isinstance(output, torch.Tensor) or (isinstance(output, tuple) and len(output) == 1)
 
 
-def _replaced(output: Any, after: torch.Tensor, before: torch.Tensor) -> Any:
+def replaced(output: Any, after: torch.Tensor, before: torch.Tensor) -> Any:
+    """What a module returns, with a tensor in it in place of another."""
     if output is after:
         return before
     if isinstance(output, Mapping):

@@ -142,6 +142,7 @@ def _write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Se
     Raises:
         PlanError: none does.
     """
+    plan.require_whole_layers("No configuration has layers without one, and zeros in its weights would remove nothing")
     whole = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     text = whole.get_text_config()
     _refuse(text, plan)

@@ -19,9 +19,19 @@ from avss_dist.errors import ConfigError, nearest, unwritable
 from avss_dist.pruning.ground_truth import BlockDistances, Interactions, LayerTruth
 from avss_dist.pruning.interactions import predicted, quadratic
 from avss_dist.pruning.selection import RANDOM, SCORE_MEANINGS, Choice, PlanError, Rows
+from avss_dist.removal import (
+    SUBLAYERS,
+    Drop,
+    count_removed,
+    describe_removed,
+    joined,
+    layer_of,
+    layers_by_sublayer,
+    whole_layers,
+)
 from avss_dist.settings import LOWEST_SHARE, SEARCHES, Check, checked
 from avss_dist.system.staging import staged_file
-from avss_dist.text import describe_layers, printable
+from avss_dist.text import printable
 
 LARGEST_FILE = 1 << 20  # characters; a plan of a thousand layers has ten thousand
 _RUN_ID = re.compile(r"[A-Za-z0-9._-]+")
@@ -61,8 +71,12 @@ class Plan:
     """Layers of the whole model."""
     layers: Name
     """Module path of the layer list, below the model's head."""
-    drop: Layers
+    drop: Layers = ()
     """Layers to drop, from 0."""
+    attention: Layers = ()
+    """Layers of which the attention alone is left out."""
+    mlp: Layers = ()
+    """Layers of which the MLP alone is left out."""
     why: Mapping[str, Reason] = Field(default_factory=dict)
     """What they were chosen by."""
     run_id: Annotated[str, Check(_run_id)] | None = None
@@ -73,24 +87,52 @@ class Plan:
     """What the warehouse knew of the model without these layers when the plan was made."""
 
     def __post_init__(self) -> None:
-        dropped, number = sorted(set(self.drop)), self.num_layers
-        problems = []
-        if len(dropped) != len(self.drop):
-            problems.append(PlanError("`drop` names a layer twice.", f"drop: {dropped}"))
-        if not dropped:
+        given = {"drop": self.drop} | {kind: getattr(self, kind) for kind in SUBLAYERS}
+        removed = joined([*self.drop, *(first + i for kind, first in SUBLAYERS.items() for i in given[kind])])
+        number = self.num_layers
+        problems = [
+            PlanError(f"`{name}` names a layer twice.", f"{name}: {sorted(set(layers))}")
+            for name, layers in given.items()
+            if len(set(layers)) != len(layers)
+        ]
+        if twice := sorted({*self.drop} & {*self.attention, *self.mlp}):
+            problems.append(
+                PlanError(f"Layer {twice[0]} is dropped, and so is a sublayer of it.", "Name it in `drop` alone.")
+            )
+        if not removed:
             problems.append(PlanError("The plan drops no layer.", "List at least one in `drop`."))
-        elif dropped[-1] >= number:
-            problems.append(PlanError(f"There is no layer {dropped[-1]}: the model has {number}, from 0."))
-        elif len(dropped) == number:
+        elif (last := max(map(layer_of, removed))) >= number:
+            problems.append(PlanError(f"There is no layer {last}: the model has {number}, from 0."))
+        elif len(removed) == number == len(whole_layers(removed)):
             problems.append(PlanError(f"The plan drops all {number} layers.", "Leave at least one."))
         if problems:
             raise ConfigError.of(problems)
-        object.__setattr__(self, "drop", tuple(dropped))
+        object.__setattr__(self, "drop", whole_layers(removed))
+        for kind, layers in layers_by_sublayer(removed).items():
+            object.__setattr__(self, kind, layers)
+
+    @property
+    def removed(self) -> Drop:
+        """The layers that are dropped, and the sublayers that are left out."""
+        within = (first + layer for kind, first in SUBLAYERS.items() for layer in getattr(self, kind))
+        return (*self.drop, *within)
 
     @property
     def keep(self) -> tuple[int, ...]:
-        """The other layers."""
+        """The layers that are not dropped."""
         return tuple(layer for layer in range(self.num_layers) if layer not in self.drop)
+
+    def require_whole_layers(self, why: str) -> None:
+        """Refuse a plan that leaves out sublayers.
+
+        Raises:
+            PlanError: the message says which, and why they cannot be.
+        """
+        if self.attention or self.mlp:
+            raise PlanError(
+                f"The plan leaves out {describe_removed(self.removed[len(self.drop) :])} alone. {why}.",
+                "Evaluate the plan as it is, or make one that drops whole layers.",
+            )
 
     def write(self, path: Path) -> None:
         """Write the YAML file.
@@ -100,16 +142,18 @@ class Plan:
         StorageFull: there is no space left.
         """
         values = asdict(self) | {"why": dict(self.why)}
-        lists = {"drop": list(self.drop), "keep": list(self.keep)}
+        lists = {"drop": list(values.pop("drop")), "keep": list(self.keep)}
+        lists |= {kind: list(layers) for kind in SUBLAYERS if (layers := values.pop(kind))}
         lines = {name: list(values.pop(name)) for name in ("findings", "evaluated")}
-        del values["drop"]
         write_text(path, f"# Layers count from 0.\n{_yaml(values)}{_yaml(lists, flow=True)}{_yaml(lines)}")
 
     def describe(self) -> list[str]:
         """What a plan is, why, and what is known of it: lines for people."""
         at = f" at {self.revision[:12]}" if self.revision else ""
         return [
-            f"Drops {len(self.drop)} of {self.num_layers} layers: {describe_layers(self.drop)}.",
+            f"Drops {count_removed(self.removed)} of {self.num_layers}: {describe_removed(self.removed)}."
+            if self.attention or self.mlp
+            else f"Drops {len(self.drop)} of {self.num_layers} layers: {describe_removed(self.drop)}.",
             f"Model: {self.model}{at}. " + (f"Run: {self.run_id}." if self.run_id else "By hand, of no run."),
             f"Chosen {describe_reason(self.why)}.",
             *(f"Finding: {line}" for line in self.findings),
@@ -160,19 +204,22 @@ def make_plan(
     return replace(made, findings=tuple(findings), evaluated=tuple(evaluated))
 
 
-def plan_of(rows: Rows, run: Mapping[str, Any], drop: tuple[int, ...], why: Mapping[str, Any]) -> Plan:
-    """A plan without these layers, for the checkpoint of a run.
+def plan_of(rows: Rows, run: Mapping[str, Any], drop: Drop, why: Mapping[str, Any]) -> Plan:
+    """A plan without these layers and sublayers, for the checkpoint of a run.
 
     Raises:
         PlanError: the run's layers are not one list of the model.
     """
     path, number = layer_list(rows, str(run["model"]))
+    within = layers_by_sublayer(drop)
     return Plan(
         model=run["model"],
         revision=run["revision"],
         num_layers=number,
         layers=path,
-        drop=drop,
+        drop=whole_layers(drop),
+        attention=within["attention"],
+        mlp=within["mlp"],
         why=why,
         run_id=run["run_id"],
     )
@@ -262,7 +309,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def mergekit_slices(plan: Plan) -> str:
-    """The plan as a mergekit configuration: a passthrough merge of the slices of layers that stay, [from, to)."""
+    """The plan as a mergekit configuration: a passthrough merge of the slices of layers that stay, [from, to).
+
+    Raises:
+        PlanError: the plan leaves out sublayers.
+    """
+    plan.require_whole_layers("A mergekit configuration has slices of whole layers")
     slices: list[list[int]] = []
     for layer in plan.keep:
         if slices and slices[-1][1] == layer:

@@ -3,13 +3,14 @@
 A search is a generator: it yields the sets that it wants to know the loss of, is sent their losses, and returns the set
 that it chooses. It depends on those losses, its choice and its effort alone: not on who measures, or when.
 
-Greedy: Song et al., SLEB, arXiv 2402.09025. Evolution by exchange: Sieberling et al., EvoPress, arXiv 2410.14649.
+Greedy: Song et al., SLEB, arXiv 2402.09025; over sublayers: Zhang et al., FinerCut, arXiv 2405.18218. Evolution by
+exchange: Sieberling et al., EvoPress, arXiv 2410.14649.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -18,17 +19,16 @@ from pydantic import Field
 
 from avss_dist.errors import ConfigError
 from avss_dist.pruning.selection import Choice
+from avss_dist.removal import Drop, can_be_added, count_removed, joined, layer_of, sublayers_of
 from avss_dist.settings import checked
 
 WIDTH = 3  # sets that are gone on from
 SIBLINGS = 8  # exchanges of one layer that are tried at once
 
-Drop = tuple[int, ...]
-
 
 @dataclass(frozen=True)
 class Expansion:
-    """Sets whose loss is wanted: a set with one layer more, for each of some layers; without any, the set itself."""
+    """Sets whose loss is wanted: a set and one more of some layers and sublayers; without any, the set itself."""
 
     base: Drop
     layers: tuple[int, ...] = ()
@@ -36,7 +36,7 @@ class Expansion:
     @property
     def sets(self) -> list[Drop]:
         """Each ascending."""
-        return [_with(self.base, layer) for layer in self.layers] or [self.base]
+        return [joined([*self.base, layer]) for layer in self.layers] or [self.base]
 
 
 Search = Generator[list[Expansion], Mapping[Drop, float], Drop]
@@ -72,15 +72,17 @@ def search_for(choice: Choice, effort: Effort, num_layers: int, starts: Sequence
         raise ConfigError("`width` has no effect: a greedy search goes on from one set.", "Use beam, or leave it out.")
     if choice.by != "evolve" and starts:
         raise ConfigError(f"A {choice.by} search begins with the whole model, with no other set.", "Use evolve.")
-    least = _least_budget(len(free), count) + (choice.by == "evolve")
+    steps, size = ([free], count) if not choice.sublayers else ([tuple(sublayers_of(free)), free], 2 * count)
+    least = _least_budget(len(steps[0]), size) + (choice.by == "evolve")
     if effort.budget is not None and effort.budget < least:
         raise ConfigError(
-            f"`budget` {effort.budget} does not suffice for one step, with {len(free)} layers that may be dropped.",
+            f"`budget` {effort.budget} does not suffice for one step, with {count_removed(steps[0])} that may be "
+            "dropped.",
             f"{least} is the least.",
         )
     width = effort.width or WIDTH
     if choice.by != "evolve":
-        return _beam(free, count, effort.budget, 1 if choice.by == "greedy" else width)
+        return _beam(steps, size, effort.budget, 1 if choice.by == "greedy" else width)
     if effort.budget is None:
         raise ConfigError(
             "evolve goes on as long as its `budget` lasts, and none is given.",
@@ -94,34 +96,52 @@ def _least_budget(free: int, count: int) -> int:
     return free + (count > 1)
 
 
-def _beam(free: Drop, count: int, budget: int | None, width: int) -> Search:
-    """Of the sets with one layer more, the ``width`` best are gone on from, and always the one that greedy would take.
+def _beam(steps: Sequence[Drop], size: int, budget: int | None, width: int) -> Search:
+    """Of the sets of each size, the ``width`` best are gone on from, and always the one that greedy would take.
 
-    So it finds nothing worse than greedy does. Where the budget does not suffice for another step, the layers that are
-    lowest in the last one complete the best set, which is measured.
+    So it finds nothing worse than greedy does. Where the budget does not suffice for another step, what is lowest in
+    the last one completes the best set, which is measured.
+
+    Args:
+        steps: what a set may be larger by: by 1, by 2, ...
+        size: of the set that is chosen.
     """
-    kept: list[Drop] = [()]
-    line: Drop = ()  # the one of kept that greedy would have
+    kept: list[list[Drop]] = [[()]]  # by size
+    line: list[Drop] = [()]  # those that greedy would have
     used = 0
     losses: Mapping[Drop, float] = {}
-    while len(kept[0]) < count:
-        asked = _expand(kept, free)
+    while len(kept) <= size:
+        asked = _expand(_pairs(kept, steps))
         number = sum(len(one.layers) for one in asked)
-        if budget is not None and used + number + (len(kept[0]) + 1 < count) > budget:
+        if budget is not None and used + number + (len(kept) < size) > budget:
             break
-        before, losses = kept, (yield asked)
+        losses = yield asked
         used += number
-        line = best_sets({drop: loss for drop, loss in losses.items() if {*line} < {*drop}}, 1)[0]
-        kept = best_sets(losses, width)
-        kept = kept if line in kept else [*kept[:-1], line]
+        reached = {joined([*base, more]) for base, more in _pairs([[one] for one in line], steps)}
+        line.append(best_sets({drop: losses[drop] for drop in reached}, 1)[0])
+        best = best_sets(losses, width)
+        kept.append(best if line[-1] in best else [*best[:-1], line[-1]])
     else:
-        return kept[0]
-    base = next(base for base in before if {*base} < {*kept[0]})
-    others = {layer: losses[_with(base, layer)] for layer in free if layer not in kept[0]}
-    more = sorted(others, key=lambda layer: (_comparable(others[layer]), layer))[: count - len(kept[0])]
-    completed = tuple(sorted({*kept[0], *more}))
+        return kept[-1][0]
+    completed = _completed(kept, steps[0], size, losses)
     yield [Expansion(completed)]
     return completed
+
+
+def _completed(kept: Sequence[Sequence[Drop]], more: Drop, size: int, losses: Mapping[Drop, float]) -> Drop:
+    """The best set, and what was lowest beside the one that it was made of."""
+    best = kept[-1][0]
+    made_of = [base for base in kept[-2] for one in more if joined([*base, one]) == best]
+    base = made_of[0] if made_of else kept[-2][0]
+    others = {one: losses[joined([*base, one])] for one in more if can_be_added(one, base) and can_be_added(one, best)}
+    lowest = sorted(others, key=lambda one: (_comparable(others[one]), one))
+    return joined([*best, *lowest[: size + 1 - len(kept)]])
+
+
+def _pairs(kept: Sequence[Sequence[Drop]], steps: Sequence[Drop]) -> Iterator[tuple[Drop, int]]:
+    """Sets, by size, and what each may be larger by, for the next size."""
+    for by, more in enumerate(steps[: len(kept)], 1):
+        yield from ((base, one) for base in kept[-by] for one in more if can_be_added(one, base))
 
 
 def _evolve(free: Drop, count: int, budget: int, width: int, starts: Sequence[Drop], seed: int) -> Search:
@@ -130,7 +150,7 @@ def _evolve(free: Drop, count: int, budget: int, width: int, starts: Sequence[Dr
     Ends before the budget does where no exchange in any of them is left to try.
     """
     known: dict[Drop, float] = {}
-    yield from _noted(_beam(free, count, max(budget // 2, _least_budget(len(free), count)), 1), known)
+    yield from _noted(_beam([free], count, max(budget // 2, _least_budget(len(free), count)), 1), known)
     if new := [Expansion(start) for start in dict.fromkeys(starts) if start not in known]:
         known |= yield new[: budget - len(known)]
     rng = np.random.default_rng(seed)
@@ -162,7 +182,7 @@ def _exchanges(
     for parent in parents:
         for back in rng.permutation(parent).tolist():
             base = tuple(layer for layer in parent if layer != back)
-            new = [layer for layer in free if layer not in parent and _with(base, layer) not in known]
+            new = [layer for layer in free if layer not in parent and joined([*base, layer]) not in known]
             if not new or not left:
                 continue
             order = sorted(rng.permutation(new).tolist(), key=lambda layer: abs(layer - back) > 1)
@@ -173,17 +193,15 @@ def _exchanges(
             break
 
 
-def _expand(bases: Sequence[Drop], free: Drop) -> list[Expansion]:
-    """Every set with one layer more, once: from the base to which it adds the deepest layer, which costs least."""
-    origin: dict[Drop, tuple[int, Drop]] = {}
-    for base in bases:
-        for layer in free:
-            if layer not in base:
-                made = _with(base, layer)
-                origin[made] = max(origin.get(made, (-1, base)), (layer, base))
+def _expand(pairs: Iterable[tuple[Drop, int]]) -> list[Expansion]:
+    """Every set with one more, once: from the base to which it adds what is deepest, which costs least."""
+    origin: dict[Drop, tuple[int, Drop, int]] = {}
+    for base, more in pairs:
+        made = joined([*base, more])
+        origin[made] = max(origin.get(made, (-1, base, more)), (layer_of(more), base, more))
     added: dict[Drop, list[int]] = {}
-    for layer, base in origin.values():
-        added.setdefault(base, []).append(layer)
+    for _, base, more in origin.values():
+        added.setdefault(base, []).append(more)
     return [Expansion(base, tuple(sorted(layers))) for base, layers in added.items()]
 
 
@@ -194,7 +212,3 @@ def best_sets(losses: Mapping[Drop, float], number: int) -> list[Drop]:
 
 def _comparable(loss: float) -> float:
     return math.inf if math.isnan(loss) else loss
-
-
-def _with(base: Drop, layer: int) -> Drop:
-    return tuple(sorted({*base, layer}))

@@ -45,6 +45,7 @@ SCORE_MEANINGS = {
 }
 """What layers can be chosen by, and what it means; of all but the controls, low is unimportant."""
 
+SUBLAYER_SEARCHES = ("greedy", "beam")
 Reading = tuple[str, str, float, str]  # of AVSS: site, recipe, threshold and its kind
 PUBLISHED: Reading = (SITES[0], RECIPES[0], PUBLISHED_THRESHOLD, "absolute")
 Rows = Sequence[Mapping[str, Any]]
@@ -84,6 +85,8 @@ class Choice:
     """Drop the highest instead of the lowest."""
     seed: Ends = 0
     """Seed of a random choice."""
+    sublayers: bool = False
+    """Of a search: leave out the attention or the MLP of a layer alone, too; each counts as half of a layer."""
 
     def __post_init__(self) -> None:
         given = [f"`{name}`" for name in ("share", "count", "mass") if getattr(self, name) is not None]
@@ -98,6 +101,11 @@ class Choice:
         if self.by in (*SEARCHES, INTERACTIONS) and (self.mass is not None or self.contiguous or self.highest):
             raise ConfigError(
                 f"`by` {self.by} chooses among sets of any layers by their loss.", "Use `share` or `count` here."
+            )
+
+        if self.sublayers and self.by not in SUBLAYER_SEARCHES:
+            raise ConfigError(
+                f"`by` {self.by} chooses whole layers.", f"Search `sublayers` by {' or '.join(SUBLAYER_SEARCHES)}."
             )
 
     def scores(self, rows: Rows, truth: Mapping[str, Float64]) -> Float64:

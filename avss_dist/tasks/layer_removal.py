@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.skipping import Recorded, recording, resuming
+from avss_dist.removal import Drop, can_be_added, joined, sublayers_of
 from avss_dist.settings import LOSS, fingerprint
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Row, predicted_tokens
@@ -27,23 +29,26 @@ class LeaveOneOut:
     of what layers compute is left. A family in which that would not give the same is run from its first layer.
 
     Attributes:
-        layers: those that are left out, one at a time; all by default.
+        layers: layers and sublayers that are left out, one at a time; all layers by default.
+        sublayers: by default all sublayers, in place of the layers.
     """
 
     shard: Shard
-    layers: tuple[int, ...] | None = None
+    layers: Drop | None = None
+    sublayers: bool = False
 
     @property
     def key(self) -> str:
         """See `tasks.Measure`."""
-        some = {} if self.layers is None else {"layers": list(self.layers)}
+        some: dict[str, Any] = {} if self.layers is None else {"layers": list(self.layers)}
+        some |= {"sublayers": True} if self.sublayers else {}
         return fingerprint(measure="leave one out", shard=self.shard.content_hash, **some)
 
     def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
         """See `tasks.Measure`: layers of ``drop`` are left out of all."""
-        each = range(len(model.layers)) if self.layers is None else self.layers
-        others = [layer for layer in each if layer not in drop]
-        drops = [tuple(sorted({*drop, *more})) for more in ((), *((layer,) for layer in others))]
+        layers = range(len(model.layers))
+        each = (sublayers_of(layers) if self.sublayers else layers) if self.layers is None else self.layers
+        drops = [drop, *(joined([*drop, more]) for more in each if can_be_added(more, drop))]
         losses = model.losses_without(list(self.shard.batches(model.settings.batch_size)), drops)
         weights = predicted_tokens(self.shard, model)
         return [

@@ -98,10 +98,15 @@ _STATS = _columns_of_stats()
 _TASK = Column(
     "task",
     STRING,
-    "perplexity:TEXT, ablation:TEXT, shapley:TEXT, gradients:TEXT, damage:TEXT, repair:..., or of lm-eval",
+    "perplexity:TEXT, ablation:TEXT, sublayers:TEXT, shapley:TEXT, gradients:TEXT, damage:TEXT, repair:..., or lm-eval's",
 )
 _METRIC = Column("metric", STRING, "what is measured: loss, perplexity, acc, shapley, ...")
-_DROP = Column("drop", INT32_LIST, "layers that were left out, ascending, from 0; empty for the whole model")
+_DROP = Column(
+    "drop",
+    INT32_LIST,
+    "layers that were left out, ascending, from 0; 10000 + i: the attention of layer i alone, 20000 + i: its MLP; "
+    "empty for the whole model",
+)
 _PATCH = Column("patch", STRING, "the weights that repair the model: SHA-256, which names a file of patches; or null")
 _OF_LAYER = Column("layer", INT32, "the layer that the value is about; null where it is about the whole")
 _EVALUATION = (_EVALUATION_ID, *_MODEL, _TASK, _METRIC, _DROP, _PATCH, _OF_LAYER)

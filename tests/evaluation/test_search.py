@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from avss_dist.evaluation.engine import plan_text
 from avss_dist.evaluation.search import Found, search
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.pruning.plan import read_plan
-from avss_dist.pruning.search import Drop, Effort
+from avss_dist.pruning.search import Effort
 from avss_dist.pruning.selection import Choice, PlanError
+from avss_dist.removal import Drop, size_removed, sublayers_of
 from avss_dist.runs.api import score
 from avss_dist.settings import Settings
 from avss_dist.tasks.base import TextLoss
@@ -267,9 +269,46 @@ def test_interactions_choose_the_set_of_least_predicted_loss(
     assert avss(*command, "--contiguous").exit_code == 2
 
 
+def test_sublayers_are_measured_searched_evaluated_and_not_pruned(
+    scored: tuple[Path, Mapping[str, Any]], model: Path, tmp_path: Path
+) -> None:
+    """One layer's worth: no worse than any layer. A checkpoint cannot be without it, an evaluation can."""
+    warehouse, plan, truth = scored[0], tmp_path / "plan.yaml", Truth(opened(model, batch_size=4))
+    text = ("--corpus", TEXT, "--skip-sequences", 6, *OPTIONS)
+    shown = avss("ablate", model, *text, "--warehouse", warehouse, "--no-leave-one-out", "--sublayers")
+    assert shown.exit_code == 0 and "attention alone" in shown.stdout, shown.stderr
+    read = ablate(model, corpus=TEXT, warehouse=warehouse, sublayers=True, skip_sequences=6, **SMALL)
+    for layer in read.layers:
+        for removed, found in zip(sublayers_of([layer.layer]), layer.sublayers.values(), strict=True):
+            assert found.value == pytest.approx(truth((removed,)) - truth(()), abs=1e-9)
+    words = ("--search", "greedy", "--sublayers", "--count", 1, "--protect", "last=1", *text)
+    made = avss("plan", warehouse, "-o", plan, *words)
+    assert made.exit_code == 0, made.stderr
+    chosen = read_plan(plan)
+    assert size_removed(chosen.removed) == 1 and chosen.why["sublayers"] is True
+    assert chosen.why["loss"] == pytest.approx(truth(chosen.removed), abs=1e-5)
+    assert chosen.why["loss"] <= min(truth((layer,)) for layer in range(LAYERS - 1)) + 1e-6
+    written = replace(chosen, drop=(), attention=(2,), mlp=(0,))
+    written.write(plan)
+    task = ("--task", f"perplexity:{TEXT}", "--skip-sequences", 12, "--warehouse", warehouse, *OPTIONS)
+    evaluated = avss("evaluate", plan, *task, "--format", "json")
+    assert evaluated.exit_code == 0, evaluated.stderr
+    assert {tuple(row["drop"]) for row in rows_of(warehouse, f"perplexity:{TEXT}")} == {(), written.removed}
+    assert "2 sublayers" in avss("evaluate", plan, *task).stdout
+    refused = avss("prune", model, plan, "--out", tmp_path / "less")
+    assert refused.exit_code == 2 and "leaves out attention of 2, MLP of 0 alone" in refused.stderr
+    assert not (tmp_path / "less").exists()
+
+
+def rows_of(warehouse: Path, task: str) -> list[dict[str, Any]]:
+    return [row for row in Warehouse(warehouse).table("evaluations").to_pylist() if row["task"] == task]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--search", "evolve", "--corpus", TEXT, "--sublayers"], "Search --sublayers by greedy or beam"),
+        (["--by", "block_influence", "--sublayers"], "--sublayers has no effect without a search"),
         (["--search", "greedy"], "A search measures losses on text, and there is none"),
         (["--search", "gredy", "--corpus", TEXT], "greedy"),
         (["--search", "greedy", "--corpus", TEXT, "--budget", 5], "--budget 5 does not suffice"),

@@ -21,6 +21,7 @@ from avss_dist.errors import ConfigError, QueryError
 from avss_dist.pruning.methods import REVERSED, Method
 from avss_dist.pruning.plan import Plan, make_plan, mergekit_slices, read_plan
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, SCORE_MEANINGS, Choice, PlanError
+from avss_dist.removal import sublayers_of
 from avss_dist.settings import BLOCK_DISTANCE, INTERACTIONS, OF_LAYERS, SCORES
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
@@ -153,13 +154,33 @@ def test_a_plan_through_its_file(tmp_path: Path) -> None:
     assert read_plan(tmp_path / "plan.yaml") == plan
     assert "drop: [1, 4]\nkeep: [0, 2, 3, 5]\n" in (tmp_path / "plan.yaml").read_text()
     assert plan.keep == (0, 2, 3, 5)
+    assert "attention" not in (tmp_path / "plan.yaml").read_text()
     slices = yaml.safe_load(mergekit_slices(plan))["slices"]
     assert [part["sources"][0]["layer_range"] for part in slices] == [[0, 1], [2, 4], [5, 6]]
+
+
+def test_a_plan_names_sublayers(tmp_path: Path) -> None:
+    """In lists of their own; both of a layer are the layer."""
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump(PLAIN | {"attention": [5, 2, 3], "mlp": [3, 4]}))
+    plan = read_plan(file)
+    assert (plan.drop, plan.attention, plan.mlp) == ((1, 3), (2, 5), (4,)) and plan.keep == (0, 2, 4, 5)
+    assert plan.removed == (1, 3, *(sublayers_of([i])[0] for i in (2, 5)), sublayers_of([4])[1])
+    plan.write(file)
+    assert read_plan(file) == plan and "attention: [2, 5]\nmlp: [4]\n" in file.read_text()
+    assert plan.describe()[0] == "Drops 2 layers, 3 sublayers of 6: 1, 3, attention of 2, 5, MLP of 4."
+    with pytest.raises(PlanError, match=r"leaves out attention of 2, 5, MLP of 4 alone. A mergekit configuration has"):
+        mergekit_slices(plan)
+    assert Plan(model="m", num_layers=1, layers="layers", mlp=(0,)).keep == (0,)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"attention": [7]}, "no layer 7: the model has 6, from 0"),
+        ({"mlp": [2, 2]}, "`mlp` names a layer twice"),
+        ({"attention": [1]}, "Layer 1 is dropped, and so is a sublayer of it"),
+        ({"drop": [0, 1, 2, 3, 4], "attention": [5], "mlp": [5]}, "drops all 6 layers"),
         ({"drop": [7]}, "no layer 7: the model has 6, from 0"),
         ({"drop": [-1]}, "`drop` must be at least 0, not -1"),
         ({"drop": [1, 1]}, "names a layer twice"),

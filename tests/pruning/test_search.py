@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import combinations
 from math import nan
 from typing import Any
@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from avss_dist.errors import ConfigError
-from avss_dist.pruning.search import Drop, Effort, Expansion, search_for
+from avss_dist.pruning.search import Effort, Expansion, search_for
 from avss_dist.pruning.selection import Choice, PlanError
+from avss_dist.removal import Drop, can_be_added, joined, size_removed, sublayers_of
 
 Loss = Callable[[Drop], float]
 
@@ -108,6 +109,34 @@ def test_evolution_is_no_worse_than_greedy_and_more_of_it_no_worse_than_less(see
     if len(told) < 480:  # no exchange was left to try
         swaps = [tuple(sorted({*drop, more} - {out})) for out in drop for more in range(12) if more not in drop]
         assert told.keys() >= {*swaps}
+
+
+@given(st.integers(0, 10**6), st.integers(2, 5), st.data())
+def test_sublayers_are_halves_of_layers(seed: int, layers: int, data: st.DataObject) -> None:
+    """Greedy takes a sublayer or, beside what it had a step before, a layer; enough width finds the best set."""
+    count, rng = data.draw(st.integers(1, layers - 1)), np.random.default_rng(seed)
+    weights = {one: rng.normal() for one in (*range(layers), *sublayers_of(range(layers)))}
+
+    def loss(drop: Drop) -> float:
+        return sum(weights[one] for one in drop) + 0.3 * float(np.sin([sum(drop), max(drop) % 7]).sum())
+
+    def larger(drop: Drop, among: Iterable[int]) -> list[Drop]:
+        return [joined([*drop, one]) for one in among if can_be_added(one, drop)]
+
+    every: list[set[Drop]] = [{()}]
+    line: list[Drop] = [()]
+    for size in range(1, 2 * count + 1):
+        reached = larger(line[-1], sublayers_of(range(layers))) + (larger(line[-2], range(layers)) if size > 1 else [])
+        line.append(min(reached, key=lambda drop: (loss(drop), drop)))
+        every.append({more for drop in every[-1] for more in larger(drop, sublayers_of(range(layers)))})
+    choice = Choice(by="greedy", count=count, sublayers=True)
+    found, *_ = run(choice, Effort(), layers, loss)
+    assert found == line[-1] and size_removed(found) == count
+    best, *_ = run(Choice(by="beam", count=count, sublayers=True), Effort(width=10**6), layers, loss)
+    assert best == min(every[-1], key=loss)
+    budget = data.draw(st.integers(2 * layers + 1, 200))
+    some, _, told = run(choice, Effort(budget=budget), layers, loss)
+    assert len(told) <= budget and size_removed(some) == count and some in told
 
 
 def test_evolution_begins_with_what_it_is_given() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.removal import sublayers_of
 from avss_dist.tasks.base import Row, TextLoss
 from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.gradients import Gradients
@@ -51,6 +52,9 @@ def questions() -> dict[str, Any]:
         "loss without a layer": (TextLoss(shard), (1,)),
         "leave one out": (LeaveOneOut(shard), ()),
         "leave one out of the rest": (LeaveOneOut(shard), (2,)),
+        "sublayers, each": (LeaveOneOut(shard, sublayers=True), ()),
+        "sublayers, each of the rest": (LeaveOneOut(shard, sublayers=True), (0, *sublayers_of([1])[:1])),
+        "gradients without an attention": (Gradients(shard), tuple(sublayers_of([1])[:1])),
         "shapley": (Shapley(shards=(shard,), seeds=(0, 1), truncation=False), ()),
         "gradients": (Gradients(shard), ()),
         "gradients without the last layer": (Gradients(shard), (2,)),
@@ -61,7 +65,8 @@ def questions() -> dict[str, Any]:
 
 
 def answers(model: LanguageModel, skip: tuple[str, ...] = ()) -> dict[str, list[Row]]:
-    """What a model answers to each."""
+    """What a model answers to each; nothing about sublayers where they cannot be left out alone."""
+    skip = (*skip, *(("sublayers", "gradients without an attention") if model.obstacles else ()))
     asked = {name: question for name, question in questions().items() if not any(map(name.startswith, skip))}
     return {name: measure(model, drop) for name, (measure, drop) in asked.items()}
 

@@ -14,10 +14,12 @@ from torch import nn
 
 from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ModelError
-from avss_dist.models.causal_lm import Drop, LanguageModel, Watcher
+from avss_dist.models.causal_lm import LanguageModel, Watcher, begins_behind
 from avss_dist.models.patching import Patch
 from avss_dist.models.skipping import Skip, require_skippable
+from avss_dist.models.sublayers import without_sublayers
 from avss_dist.partition.streaming.passes import PLAN, Beginning, Passes, Record, planned
+from avss_dist.removal import Drop, whole_layers
 from avss_dist.stats.layer_stats import Float64
 
 MOST_WAITING = 2 << 30  # bytes of hidden states of passes that wait at once, where no limit is given
@@ -33,7 +35,7 @@ class StreamingLanguageModel(LanguageModel):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.resumes  # noqa: B018  (while the layers have numbers)
+        self.resumes, self.obstacles  # noqa: B018  (while the layers have numbers)
 
     @property
     def _ready(self) -> Passes:
@@ -59,9 +61,10 @@ class StreamingLanguageModel(LanguageModel):
         self.require_layers(drop)
         skips = {
             layer.module: Skip(layer, partial(self._ready.call, layer.module), self.forms.get(layer.index))
-            for layer in require_skippable(self.layers, drop)
+            for layer in require_skippable(self.layers, whole_layers(drop))
         }
-        with planned(replace(PLAN.get(), skips={**PLAN.get().skips, **skips})):
+        plan = replace(PLAN.get(), skips={**PLAN.get().skips, **skips})
+        with planned(plan), without_sublayers(self.layers, drop):
             yield
 
     @contextmanager
@@ -117,7 +120,7 @@ class StreamingLanguageModel(LanguageModel):
                 found[drop, i] = self.losses(batches[i])
 
         def fork(drop: Drop, i: int, hidden: torch.Tensor) -> None:
-            with self.beginning(branches[drop], hidden):
+            with self.beginning(begins_behind(drop, branches[drop]), hidden):
                 ask(drop, i)
 
         def ask_first(i: int) -> None:

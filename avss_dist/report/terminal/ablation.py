@@ -10,6 +10,7 @@ import pyarrow as pa
 from rich.text import Text
 
 from avss_dist.pruning.ground_truth import METRICS
+from avss_dist.removal import SUBLAYERS
 from avss_dist.report.terminal.scores import BAR_WIDTH, LOWEST, bar_cells, layer_cells
 from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.stats.rankings import count_lowest
@@ -34,6 +35,8 @@ def _row(one: LayerAblation) -> dict[str, Any]:
         "loss": _value(one.loss),
         "increase": _value(one.increase),
         "increase_stderr": None if one.increase is None else one.increase.stderr,
+        **{kind: _value(one.sublayers.get(kind)) for kind in SUBLAYERS},
+        **{f"{kind}_stderr": of.stderr if (of := one.sublayers.get(kind)) else None for kind in SUBLAYERS},
         "shapley": _value(one.shapley),
         "shapley_low": low,
         "shapley_high": high,
@@ -46,6 +49,8 @@ def _row(one: LayerAblation) -> dict[str, Any]:
 _COLUMNS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
     ("loss without", "loss", 4, lambda row: f"{row['loss']:.4f}"),
     ("increase", "increase", 0, lambda row: _with_error(row["increase"], row["increase_stderr"])),
+    ("attention alone", "attention", 1, lambda row: _with_error(row["attention"], row["attention_stderr"])),
+    ("MLP alone", "mlp", 1, lambda row: _with_error(row["mlp"], row["mlp_stderr"])),
     ("Shapley", "shapley", 1, lambda row: f"{row['shapley']:.4f}"),
     ("95% interval", "shapley_low", 3, lambda row: f"{row['shapley_low']:.4f} .. {row['shapley_high']:.4f}"),
     ("damage", "damage", 1, lambda row: f"{row['damage']:.1f}"),
@@ -67,7 +72,7 @@ _COLUMNS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
 def ablation_table(found: Ablation) -> FittedTable:
     """The same for the terminal, with a bar of the first measure that there is; the least important are marked."""
     rows = ablation_rows(found).to_pylist()
-    first = next(name for name in ("increase", "shapley", "damage", "taylor") if rows[0][name] is not None)
+    first = next(name for name in ("increase", "shapley", "attention", "damage", "taylor") if rows[0][name] is not None)
     lowest = sorted(rows, key=lambda row: row[first])[: count_lowest(len(rows))]
     marked = [row in lowest for row in rows]
     bars = bar_cells([row[first] for row in rows], marked)
@@ -92,6 +97,8 @@ def _caption(found: Ablation, first: str) -> Text:
     number = count_lowest(len(found.layers))
     text = f"* the {'layer' if number == 1 else f'{number} layers'} with the lowest {first}. Losses, their increases "
     text += "and what is predicted of them are in nats per token."
+    if found.layers[0].sublayers:
+        text += " Alone: the increase without that sublayer of the layer."
     if found.layers[0].damage is not None:
         text += " Damage is the mean of the ranks by predicted and propagated."
     if found.whole is not None:

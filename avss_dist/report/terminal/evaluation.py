@@ -10,6 +10,8 @@ import pyarrow as pa
 from rich.table import Table
 from rich.text import Text
 
+from avss_dist.removal import count_removed
+
 if TYPE_CHECKING:
     from avss_dist.evaluation.evaluate import Evaluation
 
@@ -44,7 +46,7 @@ def evaluation_table(found: Sequence[Evaluation]) -> Table:
         *_, (metric, value, stderr) = one.metrics()
         table.add_row(
             Text(one.subject.label),
-            f"{len(one.subject.drop)} layers" if one.subject.drop else "-",
+            count_removed(one.subject.drop) if one.subject.drop else "-",
             Text(one.task),
             Text(metric),
             f"{value:.4g}",

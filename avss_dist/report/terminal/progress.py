@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Self, TextIO
 from rich import progress as rich_progress
 from rich.text import Text
 
+from avss_dist.removal import count_removed, describe_removed
 from avss_dist.report.terminal.estimate import describe_seconds
 from avss_dist.runs.reporter import Reporter
 from avss_dist.system.streams import console, say
-from avss_dist.text import basename, describe_layers
+from avss_dist.text import basename
 
 if TYPE_CHECKING:
     from avss_dist.evaluation.search import Step
@@ -116,7 +117,7 @@ class CellProgress:
     def advanced(self, cell: Cell) -> None:
         """A cell is done."""
         assert self._task is not None
-        without = f" without {len(cell.drop)} layers" if cell.drop else ""
+        without = f" without {count_removed(cell.drop)}" if cell.drop else ""
         self._progress.update(self._task, advance=1, description=f"{_short(cell.checkpoint.name)}{without}")
 
 
@@ -126,7 +127,7 @@ class SearchProgress(CellProgress):
     def stepped(self, step: Step) -> None:
         """A round is over."""
         if self._progress.console.is_terminal:
-            loss = f"loss {step.best.value:.4f} without {describe_layers(step.best.drop)}"
+            loss = f"loss {step.best.value:.4f} without {describe_removed(step.best.drop)}"
             self._progress.console.print(f"{step.sets} sets: {loss}", markup=False, highlight=False)
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from avss_dist.removal import describe_removed, size_removed
 from avss_dist.report.terminal.tables import Column, FittedTable
-from avss_dist.text import describe_layers
 
 if TYPE_CHECKING:
     from avss_dist.evaluation.search import Found
@@ -19,16 +19,16 @@ def search_table(found: Found) -> FittedTable:
 
     Of rounds over sets of one size, as evolve has them, those that found no better set have no row.
     """
-    rows = [("-", 0, found.whole, 0)]
+    rows = [("-", 0.0, found.whole, 0)]
     for step in found.steps:
-        dropped = len(step.best.drop)
+        dropped = size_removed(step.best.drop)
         if dropped != rows[-1][1] or step.best.value < rows[-1][2].value:
-            rows.append((describe_layers(step.best.drop), dropped, step.best, step.sets))
+            rows.append((describe_removed(step.best.drop), dropped, step.best, step.sets))
     losses = [loss for *_, loss, _ in rows]
     errors = [f"{loss.stderr:.2g}" if isfinite(loss.stderr) else "-" for loss in losses]
     return FittedTable(
         [
-            Column(title="dropped", cells=[str(dropped) for _, dropped, _, _ in rows]),
+            Column(title="dropped", cells=[f"{dropped:g}" for _, dropped, _, _ in rows]),
             Column(title="layers", cells=[layers for layers, *_ in rows], number=False, wraps=True),
             Column(title="loss", cells=[f"{loss.value:.4f}" for loss in losses]),
             Column(title="+/-", cells=errors, priority=1),

@@ -1,0 +1,91 @@
+"""Leaving out the attention or the MLP of a layer alone: what is computed then, and which families refuse it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.causal_lm import opened, random_shard
+from support.families import lively, tiny_model
+
+from avss_dist.errors import ModelError
+from avss_dist.models.layers import first_tensor
+from avss_dist.removal import joined, sublayers_of
+from avss_dist.tasks.base import TextLoss
+from avss_dist.tasks.layer_removal import LeaveOneOut
+
+Save = Callable[[Any, Path], Path]
+ATTENTION, MLP = sublayers_of([1])
+SEQUENTIAL = {
+    "llama": ("self_attn", "mlp"),
+    "gemma3_text": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "gpt2": ("attn", "mlp"),
+    "opt": ("self_attn", "fc2"),
+    "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "granite": ("self_attn", "mlp"),
+    "qwen3_moe": ("self_attn", "mlp"),
+    "bloom": ("self_attention.dense", "mlp.dense_4h_to_h"),
+}
+"""What a layer adds to the stream, by the path of the module that gives it."""
+
+
+def nothing(_module: Any, _args: Any, output: Any) -> Any:
+    added = first_tensor(output)
+    assert added is not None
+    return torch.zeros_like(added) if output is added else (torch.zeros_like(added), *output[1:])
+
+
+@pytest.mark.parametrize("family", SEQUENTIAL)
+def test_the_branch_adds_nothing(family: str, tmp_path: Path, save_checkpoint: Save) -> None:
+    """As if its last module gave zeros, to the bit; both are the whole layer; and no trace is left."""
+    model, shard = opened(save_checkpoint(lively(tiny_model("causal", family)), tmp_path / family)), random_shard()
+    whole, without_layer = (TextLoss(shard)(model, drop)[0].samples for drop in ((), (1,)))
+    assert not model.obstacles
+    for removed, path in zip((ATTENTION, MLP), SEQUENTIAL[family], strict=True):
+        hook = model.layers[1].module.get_submodule(path).register_forward_hook(nothing)
+        expected = TextLoss(shard)(model, ())[0].samples
+        hook.remove()
+        found = TextLoss(shard)(model, (removed,))[0].samples
+        assert (found == expected).all() and (found != whole).any() and (found != without_layer).any()
+    both = TextLoss(shard)(model, (ATTENTION, MLP))[0].samples
+    assert (both == without_layer).all() and (TextLoss(shard)(model, ())[0].samples == whole).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom"])
+def test_each_in_turn_is_what_leaving_it_out_is(family: str, tmp_path: Path, save_checkpoint: Save) -> None:
+    """From kept hidden states, where the family has no more than them, and beside others that are left out."""
+    model, shard = opened(save_checkpoint(tiny_model("causal", family), tmp_path / family)), random_shard()
+    assert model.resumes == (family != "bloom")
+    for drop in ((), (ATTENTION,), (0, MLP)):
+        for row in LeaveOneOut(shard, sublayers=True)(model, drop):
+            assert row.drop is not None and set(drop) <= {*row.drop, *sublayers_of(row.drop)}
+            assert (row.samples == TextLoss(shard)(model, row.drop)[0].samples).all(), (drop, row.drop)
+    assert joined([ATTENTION, MLP]) in [row.drop for row in LeaveOneOut(shard, sublayers=True)(model, (ATTENTION,))]
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("gptj", "side by side"),
+        ("falcon", "side by side"),
+        ("phi", "side by side"),
+        ("gpt_neox", "side by side"),
+        ("cohere2", "side by side"),
+        ("mamba", "no module of the layer is its mlp"),
+        ("gemma3n_text", "what layers give on|would still change what it is given"),
+    ],
+)
+def test_families_that_are_refused(family: str, why: str, tmp_path: Path, save_checkpoint: Save) -> None:
+    model = opened(save_checkpoint(tiny_model("causal", family), tmp_path / family))
+    for removed, named in ((ATTENTION, "attention of layer 1"), (MLP, "MLP of layer 1")):
+        with pytest.raises(ModelError, match=f"The {named} cannot be left out alone: .*({why})"):
+            TextLoss(random_shard())(model, (removed,))
+
+
+def test_a_layer_that_is_not_there(tmp_path: Path, save_checkpoint: Save) -> None:
+    model = opened(save_checkpoint(tiny_model("causal", "llama"), tmp_path / "llama"))
+    with pytest.raises(ModelError, match="There is no layer 3: "):
+        TextLoss(random_shard())(model, (sublayers_of([3])[0],))
