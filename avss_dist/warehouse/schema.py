@@ -98,7 +98,7 @@ _STATS = _columns_of_stats()
 _TASK = Column(
     "task",
     STRING,
-    "perplexity:TEXT, ablation:TEXT, sublayers:TEXT, shapley:TEXT, gradients:TEXT, damage:TEXT, repair:..., or lm-eval's",
+    "perplexity:TEXT, ablation:TEXT, sublayers:TEXT, shapley:TEXT, gradients:TEXT, damage:TEXT, repair:..., of lm-eval",
 )
 _METRIC = Column("metric", STRING, "what is measured: loss, perplexity, acc, shapley, ...")
 _DROP = Column(
