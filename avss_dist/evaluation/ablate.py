@@ -31,7 +31,7 @@ from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
 from avss_dist.pruning.ground_truth import METRICS, mean_ranks
 from avss_dist.registry import PARTITIONS
-from avss_dist.removal import SUBLAYERS, layer_of
+from avss_dist.removal import SUBLAYERS, Drop, layer_of
 from avss_dist.settings import (
     DRAWS,
     ESTIMATES,
@@ -255,11 +255,7 @@ def _ablation(model: str, corpus: str, found: Sequence[Result]) -> Ablation:
             layer=layer,
             loss=losses.get((layer,)),
             increase=_increase(whole, losses[layer,]) if whole and (layer,) in losses else None,
-            sublayers={
-                kind: _increase(whole, losses[first + layer,])
-                for kind, first in SUBLAYERS.items()
-                if whole and (first + layer,) in losses
-            },
+            sublayers=_of_sublayers(layer, losses),
             shapley=of[layer].pop(SHAPLEY, None),
             estimates=of[layer],
             damage=ranks.get(layer),
@@ -267,6 +263,14 @@ def _ablation(model: str, corpus: str, found: Sequence[Result]) -> Ablation:
         for layer in sorted(of)
     ]
     return Ablation(model=model, corpus=corpus, whole=whole, layers=layers, reliability=_reliability(layers))
+
+
+def _of_sublayers(layer: int, losses: Mapping[Drop, Result]) -> dict[str, Result]:
+    return {
+        kind: _increase(losses[()], losses[first + layer,])
+        for kind, first in SUBLAYERS.items()
+        if (first + layer,) in losses and () in losses
+    }
 
 
 def _reliability(layers: Sequence[LayerAblation]) -> float:

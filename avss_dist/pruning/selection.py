@@ -98,6 +98,9 @@ class Choice:
             raise ConfigError(
                 "`mass` is a share of a score that is summed from the lowest on.", "Use `share` or `count` here."
             )
+        self._require_searchable()
+
+    def _require_searchable(self) -> None:
         if self.by in (*SEARCHES, INTERACTIONS) and (self.mass is not None or self.contiguous or self.highest):
             raise ConfigError(
                 f"`by` {self.by} chooses among sets of any layers by their loss.", "Use `share` or `count` here."
