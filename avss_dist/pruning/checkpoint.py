@@ -28,6 +28,7 @@ from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.quantization import FILES, KEYS, quantization_note, renumber_quantization
 from avss_dist.pruning.repair.record import read_repairs, write_repairs
 from avss_dist.pruning.repair.repair import Repair, Repaired, repair_layers
+from avss_dist.pruning.repair.rivals import require_foldable
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights, copy_weights
 from avss_dist.settings import Execution, Settings
@@ -77,6 +78,8 @@ def prune(
     settings = Settings(dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
     out = Path(out)
     require_free(out)
+    if repair is not None:
+        require_foldable(repair.by if isinstance(repair, Repair) else repair.record.repair)
     checkpoint = resolve(model, trust_remote_code=trust_remote_code)
     _require_safetensors(checkpoint)
     if plan.revision is not None and plan.revision != checkpoint.revision:

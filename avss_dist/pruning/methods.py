@@ -10,7 +10,7 @@ from pydantic import Field
 
 from avss_dist.errors import ConfigError, require_known
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
-from avss_dist.settings import NO_REPAIR, OF_LAYERS, RECIPES, REPAIRS, SCORES, SEARCHES, SITES
+from avss_dist.settings import NO_REPAIR, OF_LAYERS, RECIPES, REPAIRS, RIVAL_PATCHES, SCORES, SEARCHES, SITES
 from avss_dist.text import describe_threshold, parse_threshold
 from avss_dist.validation import Check, OneOf, checked
 
@@ -29,6 +29,8 @@ Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Score = Annotated[str, Check(_known_score)]
+
+RepairName = Annotated[str, OneOf((NO_REPAIR, *REPAIRS, *RIVAL_PATCHES))]
 
 
 @checked
@@ -62,9 +64,7 @@ class Experiment:
     """Sets that a search measures at most; evolve needs it."""
     search_max_sequences: AtLeastOne | None = None
     """Rows of the text of the run that searches measure the loss on, at most."""
-    repairs: Annotated[tuple[Annotated[str, OneOf((NO_REPAIR, *REPAIRS))], ...], Field(strict=False, min_length=1)] = (
-        NO_REPAIR,
-    )
+    repairs: Annotated[tuple[RepairName, ...], Field(strict=False, min_length=1)] = (NO_REPAIR,)
     """What gives back what the removed layers did; every choice is evaluated with each."""
     repair_corpora: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """The texts that repairs are fitted on; each counts alike, however long, or by a weight: CORPUS=0.5."""

@@ -109,3 +109,7 @@ def test_equations_without_a_solution(value: float, form: str) -> None:
 def test_singular_equations() -> None:
     with pytest.raises(FitError, match="singular"):
         NormalEquations.of(torch.ones(8, 3), torch.ones(8, 3)).solve("full", 0.0)
+    x = data(40, 1, 1, 0)[0] @ data(1, 30, 1, 1)[0]  # of rank 1, but for rounding
+    with pytest.raises(FitError, match="singular"):
+        NormalEquations.of(x, x).solve("full", 0.0)
+    assert torch.isfinite(NormalEquations.of(x, x).solve("full", RIDGES[0])).all()

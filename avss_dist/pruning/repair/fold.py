@@ -13,6 +13,9 @@ map       a matrix W      m W                          A (I + W)
 refit     a matrix D      a D                          A + D
 ========  ==============  ===========================  =========================
 
+``replace_me`` is ``map`` without a ridge, whatever held-back text says: ReplaceMe's least squares (Shopkhoev et al.,
+arXiv 2505.02819), whose transform of the MLP's output is I + W.
+
 H is a fixed rotation, made of Hadamard matrices, which spreads large channels over their neighbours: LinearPatch's
 (arXiv 2505.24680), whose patch is of the whole stream, so that it is a matrix more; of m alone it can be folded.
 
@@ -52,7 +55,8 @@ class Step:
 
 def steps(repair: str, outlet: Outlet) -> list[Step]:
     """The fits of a repair at an outlet, one after the other; each sees what the one before it has changed."""
-    reads, form = {"map": ("output", "full"), "refit": ("inputs", "full")}.get(repair, ("output", repair))
+    full = {"map": "output", "replace_me": "output", "refit": "inputs"}
+    reads, form = (full[repair], "full") if repair in full else ("output", repair)
     if outlet.norm is None:
         return [Step(reads, "linear", form)]
     if form in ("scale", "channel"):

@@ -95,7 +95,8 @@ class NormalEquations:
     def _solve_full(self, added: torch.Tensor) -> torch.Tensor:
         ridged = self.gram + added * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
         factor, failed = torch.linalg.cholesky_ex(ridged)
-        if failed:
+        pivots = factor.diagonal().square()
+        if failed or pivots.min() <= len(pivots) * torch.finfo(torch.float64).eps * pivots.max():
             raise FitError(f"The equations of the fit are singular (tokens: {self.count:,}).", "Fit on more text.")
         return torch.cholesky_solve(self.cross, factor)
 
@@ -130,6 +131,16 @@ class Fit:
     ridge: float | None
     before: float
     after: float
+
+
+def fit_plainly(seen: NormalEquations, held_back: NormalEquations, form: str) -> Fit:
+    """The map that is fitted to some tokens without a ridge, whatever it does to others.
+
+    Raises:
+        FitError: as `NormalEquations.solve`.
+    """
+    weights = seen.solve(form, 0.0)
+    return Fit(weights, 0.0, held_back.error(torch.zeros_like(weights)), held_back.error(weights))
 
 
 def fit(seen: NormalEquations, held_back: NormalEquations, form: str, ridges: Sequence[float] = RIDGES) -> Fit:

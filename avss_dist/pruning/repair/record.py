@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from avss_dist.errors import ConfigError, ModelError
-from avss_dist.settings import DTYPES, LAYOUTS, REPAIRS, OneOf, Settings, checked
+from avss_dist.settings import DTYPES, LAYOUTS, REPAIRS, RIVAL_PATCHES, OneOf, Settings, checked
 from avss_dist.text import describe_layers
 
 FILE = "avss_repair.json"
@@ -45,7 +45,7 @@ class RepairedCut:
     """What was done at one cut, judged on held-back text: lengths of vectors over that of the whole model's stream."""
 
     after: Count
-    """The last layer before it, counted in the whole model, whose MLP was changed."""
+    """The last layer before it, counted in the whole model, whose MLP, or the stream after it, was changed."""
     removed: Layers
     """The layers that are missing there."""
     ridges: Annotated[tuple[float | None, ...], Field(strict=False)]
@@ -60,7 +60,7 @@ class RepairedCut:
         ridges = ", ".join("none helps" if ridge is None else f"{ridge:g}" for ridge in self.ridges)
         return (
             f"without {describe_layers(self.removed)}, after {self.after}: error {self.error_before:.3g} -> "
-            f"{self.error_after:.3g} on held-back text (ridge {ridges})"
+            f"{self.error_after:.3g} on held-back text" + (f" (ridge {ridges})" if ridges else "")
         )
 
 
@@ -68,7 +68,7 @@ class RepairedCut:
 class RepairRecord:
     """A repair: of which model, on which text, with what effect."""
 
-    repair: Annotated[str, OneOf(REPAIRS)]
+    repair: Annotated[str, OneOf((*REPAIRS, *RIVAL_PATCHES))]
     model: str
     revision: str
     removed: Layers

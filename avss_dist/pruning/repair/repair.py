@@ -19,17 +19,18 @@ from avss_dist.corpus.shards import CorpusPlan, plan
 from avss_dist.errors import CorpusError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer, text_config
-from avss_dist.models.patching import Parameter, Patch
+from avss_dist.models.patching import STREAM, Parameter, Patch
 from avss_dist.models.pinning import pin
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fold import Step, Weights, features, fold, num_unknowns, parameters, steps
-from avss_dist.pruning.repair.normal_equations import Fit, NormalEquations, fit
+from avss_dist.pruning.repair.normal_equations import Fit, NormalEquations, fit, fit_plainly
 from avss_dist.pruning.repair.outlet import Outlet, RepairError, is_transposed
 from avss_dist.pruning.repair.record import RepairedCut, RepairRecord, RepairText
+from avss_dist.pruning.repair.rivals import fit_stream
 from avss_dist.pruning.repair.streams import AtCut, OpenStreams, Streams, opened_streams
 from avss_dist.pruning.repair.text import Portion, count_tokens, portions
 from avss_dist.pruning.repair.weighted import weighted
-from avss_dist.settings import REPAIRS, Execution, OneOf, Settings, checked
+from avss_dist.settings import REPAIRS, RIVAL_PATCHES, Execution, OneOf, Settings, checked
 from avss_dist.system.devices import pick_device
 from avss_dist.system.progress_bar import tracked
 from avss_dist.text import RedactedURI, describe_layers
@@ -48,7 +49,7 @@ class Repair:
         ConfigError: values out of their range.
     """
 
-    by: Annotated[str, OneOf(REPAIRS)] = "map"
+    by: Annotated[str, OneOf((*REPAIRS, *RIVAL_PATCHES))] = "map"
     """What is fitted."""
     corpora: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
     """The texts that it is fitted on; each counts alike, however long, or by a weight: CORPUS=0.5."""
@@ -158,13 +159,15 @@ def fit_repair(
     starts = [cut.last for cut in cuts[:-1]]
     streams = open_streams([portion.batch for portion in read], made.drop, starts)
     mender = _Mender(streams, stored, read, show)
+    names = [f"Repairing cut {number} of {len(cuts)}" for number in range(1, len(cuts) + 1)]
+    if repair.by in RIVAL_PATCHES:
+        done = [mender.patch(cut, repair.by, name) for cut, name in zip(cuts, names, strict=True)]
+        return Repaired(mender.tensors, _record(checkpoint, made, repair, texts, read, done), _notes(made))
     outlets = [streams.outlet(cut.after) for cut in cuts]
     for outlet in outlets:
         mender.require_tokens(outlet, repair.by)
         mender.require_plain(outlet)
-    done = []
-    for number, (cut, outlet) in enumerate(zip(cuts, outlets, strict=True), 1):
-        done.append(mender.mend(cut, outlet, repair.by, f"Repairing cut {number} of {len(cuts)}"))
+    done = [mender.mend(cut, at, repair.by, name) for cut, at, name in zip(cuts, outlets, names, strict=True)]
     return Repaired(mender.tensors, _record(checkpoint, made, repair, texts, read, done), _notes(made))
 
 
@@ -207,7 +210,8 @@ class _Mender:
         fits, missing = [], []
         for step in steps(by, outlet):
             seen, held_back, size = self._sums(cut, outlet, step, what)
-            found = fit(seen, held_back, step.form)
+            fitted = fit_plainly if by == "replace_me" and step.form == "full" else fit
+            found = fitted(seen, held_back, step.form)
             if found.ridge is not None:
                 self._fold(outlet, step, found, seen)
             fits.append(found)
@@ -219,6 +223,14 @@ class _Mender:
             error_before=missing[0],
             error_after=(fits[-1].after / size) ** 0.5,
         )
+
+    def patch(self, cut: Cut, by: str, what: str) -> RepairedCut:
+        """Patch the stream behind a cut."""
+        numbers = self._show(range(len(self._read)), what)
+        value, done = fit_stream(by, self._streams, cut.after, cut.removed, self._read, numbers)
+        self.tensors[cut.after, STREAM] = value
+        self._streams.change(cut.after, STREAM, value)
+        return done
 
     def _sums(self, cut: Cut, outlet: Outlet, step: Step, what: str) -> tuple[NormalEquations, NormalEquations, float]:
         """The equations of a step on the tokens to fit to, and on those held back; and the sum of |Y|^2 of these."""

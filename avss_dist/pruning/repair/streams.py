@@ -16,7 +16,7 @@ from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ConfigError
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.layers import PROBE_SHAPE, as_rows, first_tensor
+from avss_dist.models.layers import PROBE_SHAPE, Layer, as_rows, first_tensor
 from avss_dist.models.loading import Backbone, forward_function, load
 from avss_dist.models.patching import Parameter, patched
 from avss_dist.models.skipping import Recorded, recording, resuming, skipping
@@ -94,6 +94,10 @@ class Streams:
             self._forms = dict(recorded.forms)
             room = available_memory() // ROOM if self._resumes(recorded, whole, starts) else 0
         self._of_whole, self._of_pruned = _Kept(room // 2), _Kept(room // 2)
+
+    def layer(self, index: int) -> Layer:
+        """One of the model's."""
+        return self._layers[index]
 
     def outlet(self, layer: int) -> Outlet:
         """That of a layer.
