@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from avss_dist.errors import ModelError
-from avss_dist.measure.kernels.base import Accumulator, Compared, Kernels, to_stats
+from avss_dist.measure.kernels.base import Accumulator, Kernels, to_stats
 from avss_dist.measure.kernels.choose import kernels_for
 from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
 from avss_dist.stats.layer_stats import LayerKey, LayerStats
@@ -141,7 +141,6 @@ class Observer:
         self._stats: dict[LayerKey, LayerStats] = {}
         self._left: Counter[int] = Counter()
         self._kernels: dict[torch.device, Kernels] = {}
-        self._updates: dict[torch.device, torch.Tensor] = {}
 
     @contextmanager
     def batch(self, observed: np.ndarray) -> Iterator[None]:
@@ -159,6 +158,7 @@ class Observer:
 
     def result(self) -> dict[LayerKey, LayerStats]:
         """Everything counted so far, by (layer index, site). One transfer from each device."""
+        self._finish()
         self._conclude(list(self._accumulators))
         return dict(sorted(self._stats.items()))
 
@@ -187,6 +187,7 @@ class Observer:
             return
         if {"block", "update"} & set(self.hooks.sites):
             self._add_block(now, entered, output)
+        self._finish()
         self._count_pass(entered.layer)
 
     def read(self, now: _Pass, site: str, module: nn.Module, tensor: torch.Tensor | None) -> None:
@@ -220,9 +221,8 @@ class Observer:
             self._add(now, layer, "block", after)
             return
         before = self._rows(now, layer, layer.axes, before)
-        update = self._subtract(after, before)
-        self._add(now, layer, "block", after, (before, update))
-        self._add(now, layer, "update", update)
+        self._add(now, layer, "block", after, before)
+        self._add_update(now, layer, after, before)
 
     def _rows(self, now: _Pass, layer: Layer, axes: str, tensor: torch.Tensor) -> torch.Tensor:
         assert now.mask is not None
@@ -238,26 +238,35 @@ class Observer:
             raise ModelError(f"Layer {layer.index} ({layer.name}) computes in {x.dtype}.", "Use `dtype` float32.")
         return x
 
-    def _add(self, now: _Pass, layer: Layer, site: str, x: torch.Tensor, compared: Compared | None = None) -> None:
+    def _add(self, now: _Pass, layer: Layer, site: str, x: torch.Tensor, before: torch.Tensor | None = None) -> None:
+        if into := self._accumulator(layer, site, x, geometry=before is not None):
+            self._kernels_of(x.device).add(into, x, _mask_on(now, x.device), before)
+
+    def _add_update(self, now: _Pass, layer: Layer, after: torch.Tensor, before: torch.Tensor) -> None:
+        like = after.new_empty((0, 0, after.shape[2]), dtype=torch.promote_types(after.dtype, before.dtype))
+        if into := self._accumulator(layer, "update", like):
+            self._kernels_of(after.device).add_update(into, after, before, _mask_on(now, after.device))
+
+    def _accumulator(
+        self, layer: Layer, site: str, like: torch.Tensor, *, geometry: bool = False
+    ) -> Accumulator | None:
+        """Where a site of a layer is counted, if it is."""
         if site not in self.hooks.sites or not self._counts:
-            return
+            return None
         key = (layer.index, site)
         if key not in self._accumulators:
-            self._accumulators[key] = Accumulator(
-                x, self._thresholds, units=site in UNIT_SITES, geometry=compared is not None
-            )
-        if x.device not in self._kernels:
-            self._kernels[x.device] = kernels_for(x.device)
-        self._kernels[x.device].add(self._accumulators[key], x, _mask_on(now, x.device), compared)
+            units = site in UNIT_SITES
+            self._accumulators[key] = Accumulator(like, self._thresholds, units=units, geometry=geometry)
+        return self._accumulators[key]
 
-    def _subtract(self, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        """``after - before``, in memory that is kept from layer to layer: fresh pages cost as much as the numbers."""
-        if after.dtype != before.dtype:
-            return after - before
-        kept = self._updates.get(after.device)
-        if kept is None or kept.shape != after.shape or kept.dtype != after.dtype:
-            kept = self._updates[after.device] = torch.empty_like(after)
-        return torch.sub(after, before, out=kept)
+    def _kernels_of(self, device: torch.device) -> Kernels:
+        if device not in self._kernels:
+            self._kernels[device] = kernels_for(device)
+        return self._kernels[device]
+
+    def _finish(self) -> None:
+        for kernels in self._kernels.values():
+            kernels.finish()
 
 
 def _mask_on(now: _Pass, device: torch.device) -> torch.Tensor:

@@ -43,10 +43,6 @@ class Batch:
     before: torch.Tensor
     mask: torch.Tensor
 
-    @property
-    def update(self) -> torch.Tensor:
-        return self.x - self.before
-
 
 @pytest.fixture(params=[CpuKernels, TorchKernels])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
@@ -61,20 +57,23 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 def accumulate(kernels: Kernels, batches: Sequence[Batch], thresholds: Float64, device: str = "cpu") -> Accumulator:
     into = Accumulator(batches[0].x.to(device), thresholds, units=True, geometry=True)
     for batch in batches:
-        x, before, update, mask = (t.to(device) for t in (batch.x, batch.before, batch.update, batch.mask))
-        kernels.add(into, x, mask, (before, update))
+        x, before, mask = (t.to(device) for t in (batch.x, batch.before, batch.mask))
+        kernels.add(into, x, mask, before)
+    kernels.finish()
     return into
 
 
 def measured(kernels: Kernels, *batches: Batch, thresholds: Float64 = GRID, device: str = "cpu") -> LayerStats:
-    into = accumulate(kernels, batches, thresholds, device)
-    return to_stats({name: t.cpu().numpy() for name, t in into.tensors.items()}, into.dtype, thresholds)
+    return stats_of(accumulate(kernels, batches, thresholds, device))
+
+
+def stats_of(into: Accumulator) -> LayerStats:
+    return to_stats({name: t.cpu().numpy() for name, t in into.tensors.items()}, into.dtype, into.thresholds)
 
 
 def expected(batch: Batch, thresholds: Float64 = GRID) -> LayerStats:
-    x, before, update = (t.double().numpy() for t in (batch.x, batch.before, batch.update))
-    mask = batch.mask.numpy()
-    return oracle_stats(x, mask, thresholds, units=True, by=counted_by(batch.x.dtype), before=before, update=update)
+    x, before, mask = batch.x.double().numpy(), batch.before.double().numpy(), batch.mask.numpy()
+    return oracle_stats(x, mask, thresholds, units=True, by=counted_by(batch.x.dtype), before=before)
 
 
 def from_patterns(patterns: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
@@ -163,13 +162,30 @@ def test_a_nonfinite_element_is_left_out_with_its_token_and_sequence(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_an_update_that_overflows_does_not_poison_the_sums(kernels: Kernels, dtype: torch.dtype) -> None:
+def test_an_update_that_its_dtype_cannot_hold_has_a_size(kernels: Kernels, dtype: torch.dtype) -> None:
     x = torch.ones(1, 3, 4, dtype=dtype)
     before = 2 * x
     x[0, 1], before[0, 1] = torch.finfo(dtype).max, torch.finfo(dtype).min
     stats = measured(kernels, Batch(x, before, torch.ones(1, 3, dtype=torch.bool)))
-    assert (stats.token_count, stats.input_count) == (2, 12)
-    assert (stats.cosine_sum, stats.relative_magnitude_sum) == (2.0, 1.0)
+    assert (stats.token_count, stats.input_count) == (3, 12)
+    assert (stats.cosine_sum, stats.relative_magnitude_sum) == (1.0, 3.0)
+
+
+def test_a_small_update_is_that_of_the_values_not_of_their_rounding(kernels: Kernels) -> None:
+    """bfloat16 rounds 1.0078125 - 0.00390625 to 1.0: the update is off by 0.4%, its size is not."""
+    after, before = (torch.full((1, 2, 8), v, dtype=torch.bfloat16) for v in (1.0078125, 0.00390625))
+    stats = measured(kernels, Batch(after, before, torch.ones(1, 2, dtype=torch.bool)))
+    assert (after - before)[0, 0, 0] == 1.0
+    assert stats.relative_magnitude_sum == pytest.approx(2 * (1.0078125 - 0.00390625) / 0.00390625, rel=1e-14)
+
+
+def test_an_update_is_counted_as_its_dtype_rounds_it(kernels: Kernels, dtype: torch.dtype) -> None:
+    batch = any_batch(17, (3, 8, 70), dtype, oddities=0.002)
+    into = Accumulator(batch.x, GRID, units=True, geometry=False)
+    kernels.add_update(into, batch.x, batch.before, batch.mask)
+    kernels.finish()
+    update, mask = (batch.x - batch.before).double().numpy(), batch.mask.numpy()
+    assert_close(stats_of(into), oracle_stats(update, mask, GRID, units=True, by=counted_by(dtype)))
 
 
 def test_tokens_without_an_angle_count_only_in_the_input_moments(kernels: Kernels, dtype: torch.dtype) -> None:
@@ -286,9 +302,9 @@ def test_what_an_accumulator_does_not_keep_is_absent(kernels: Kernels, dtype: to
     batch = any_batch(10, (2, 8, 16), dtype)
     into = Accumulator(batch.x, GRID, units=False, geometry=False)
     kernels.add(into, batch.x, batch.mask)
-    stats = to_stats({name: t.numpy() for name, t in into.tensors.items()}, dtype, GRID)
+    kernels.finish()
     x, mask = batch.x.double().numpy(), batch.mask.numpy()
-    assert_close(stats, oracle_stats(x, mask, GRID, by=counted_by(dtype)))
+    assert_close(stats_of(into), oracle_stats(x, mask, GRID, by=counted_by(dtype)))
 
 
 def test_shards_in_threads_of_their_own_give_the_same_bytes(dtype: torch.dtype) -> None:
@@ -318,7 +334,7 @@ def test_counts_move_to_64_bits_before_they_overflow(
     into = accumulate(kernels, batches, GRID)
     if dtype != torch.float32:
         assert into.tensors["patterns"].dtype == torch.int64
-    assert to_stats({name: t.numpy() for name, t in into.tensors.items()}, dtype, GRID).equals(whole)
+    assert stats_of(into).equals(whole)
 
 
 def test_small_chunks_change_no_count(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:

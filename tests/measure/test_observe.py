@@ -136,7 +136,6 @@ def captured(backbone: Backbone, ids: torch.Tensor, mask: torch.Tensor, *paths: 
         handle.remove()
     for i in range(len(layers)):
         update = taken[i, "block"]["x"] - taken[i, "block"]["before"]
-        taken[i, "block"]["update"] = update
         taken[i, "update"] = {"x": update}
     return {key: {name: t.double().numpy() for name, t in parts.items()} for key, parts in taken.items()}
 

@@ -360,7 +360,7 @@ def compared(seed: int = 0) -> tuple[Float64, Float64, Stats]:
     before = rng.normal(size=(2, 5, 8))
     update = 0.3 * rng.normal(size=(2, 5, 8))
     after, mask = before + update, np.ones((2, 5), bool)
-    block = oracle_stats(after, mask, GRID, units=True, before=before, update=update)
+    block = oracle_stats(after, mask, GRID, units=True, before=before)
     return before, after, {(0, "block"): block, (0, "update"): oracle_stats(update, mask, GRID, units=True)}
 
 

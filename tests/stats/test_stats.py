@@ -51,8 +51,6 @@ class Sample:
         shape = (sequences, tokens, UNITS)
         self.before, self.x = (self._values(rng, shape, oddities) for _ in range(2))
         self.mask = rng.random(shape[:2]) < 0.8
-        with np.errstate(invalid="ignore", over="ignore"):
-            self.update = (self.x - self.before).astype(np.float32)
 
     @staticmethod
     def _values(rng: np.random.Generator, shape: tuple[int, ...], oddities: float) -> np.ndarray:
@@ -60,8 +58,8 @@ class Sample:
         return np.where(rng.random(shape) < oddities, rng.choice(ODDITIES, shape), values).astype(np.float32)
 
     def stats(self, rows: Sequence[int] | slice = slice(None)) -> LayerStats:
-        x, before, update = (a[rows].astype(np.float64) for a in (self.x, self.before, self.update))
-        return oracle_stats(x, self.mask[rows], GRID, units=True, by=self.by, before=before, update=update)
+        x, before = (a[rows].astype(np.float64) for a in (self.x, self.before))
+        return oracle_stats(x, self.mask[rows], GRID, units=True, by=self.by, before=before)
 
 
 def sampled(seed: int) -> LayerStats:

@@ -50,12 +50,11 @@ def oracle_stats(
     units: bool = False,
     by: By = "cut",
     before: Float64 | None = None,
-    update: Float64 | None = None,
 ) -> LayerStats:
     """LayerStats of x[sequences, tokens, units] where mask[sequences, tokens].
 
     Counted ``by`` cut as float32 activations are, or by value as those of 16 bits, or by bin alone as in schema 1.
-    ``before`` is the block's input, and ``update`` is x - before as the activation dtype rounds it.
+    ``before`` is the block's input.
     """
     elements = x[mask].ravel()
     finite = elements[np.isfinite(elements)]
@@ -80,22 +79,22 @@ def oracle_stats(
     if units:
         tokens = x[mask & np.isfinite(x).all(-1)]
         found |= {"unit_count": len(tokens), "unit_sum": tokens.sum(0), "unit_sum_sq": (tokens**2).sum(0)}
-    if before is not None and update is not None:
+    if before is not None:
         kept = mask & np.isfinite(before).all(-1) & np.isfinite(x).all(-1)
-        found |= _oracle_geometry(before[kept], x[kept], update[kept])
+        found |= _oracle_geometry(before[kept], x[kept])
     return LayerStats(thresholds=thresholds, **found)
 
 
-def _oracle_geometry(before: Float64, after: Float64, update: Float64) -> dict[str, Any]:
+def _oracle_geometry(before: Float64, after: Float64) -> dict[str, Any]:
     sizes = np.linalg.norm(before, axis=1), np.linalg.norm(after, axis=1)
-    kept = (sizes[0] > 0) & (sizes[1] > 0) & np.isfinite(update).all(1)
+    kept = (sizes[0] > 0) & (sizes[1] > 0)
     before_size, after_size = sizes[0][kept], sizes[1][kept]
     cosine = np.clip((before[kept] * after[kept]).sum(1) / (before_size * after_size), -1, 1)
     return {
         "token_count": int(kept.sum()),
         "cosine_sum": cosine.sum(),
         "angular_sum": (np.arccos(cosine) / np.pi).sum(),
-        "relative_magnitude_sum": (np.linalg.norm(update[kept], axis=1) / before_size).sum(),
+        "relative_magnitude_sum": (np.linalg.norm((after - before)[kept], axis=1) / before_size).sum(),
         "input_count": before.size,
         "input_mean": before.mean() if before.size else 0.0,
         "input_m2": ((before - before.mean()) ** 2).sum() if before.size else 0.0,

@@ -38,7 +38,7 @@ def measured(
                 layer != still
             )
             before, x = x, x + update
-            stats[layer, "block"] = oracle_stats(x, mask, grid, units=True, before=before, update=update)
+            stats[layer, "block"] = oracle_stats(x, mask, grid, units=True, before=before)
             stats[layer, "update"] = oracle_stats(update, mask, grid, units=True)
             stats[layer, "attention"] = oracle_stats(update * rng.random(x.shape), mask, grid)
             stats[layer, "mlp"] = oracle_stats(update * rng.random(x.shape) ** 3, mask, grid)

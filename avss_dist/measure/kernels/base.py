@@ -56,7 +56,7 @@ class Accumulator:
                 "near_zero": ints(len(thresholds)),
                 "elements": ints(3),
                 "moments": floats(2),
-                "extremes": torch.tensor([np.inf, -np.inf], dtype=torch.float64, device=like.device),
+                "extremes": torch.stack([floats() + torch.inf, floats() - torch.inf]),
             }
         else:
             self.tensors["patterns"] = torch.zeros(PATTERNS, dtype=torch.int32, device=like.device)
@@ -77,21 +77,46 @@ class Accumulator:
             self.tensors["patterns"] = self.tensors["patterns"].to(torch.int64)
 
 
-Compared = tuple[torch.Tensor, torch.Tensor]  # a block's input, and its update: output minus input
-
-
 class Kernels(Protocol):
-    """A backend."""
+    """A backend. One observer's: it may keep memory from call to call."""
 
-    def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, compared: Compared | None = None) -> None:
+    def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
         """Add a batch: elementwise statistics, pooled variances, unit sums where the accumulator keeps them.
 
         Args:
             x: [sequences, tokens, units], contiguous, float32 or bfloat16 or float16.
             mask: bool[sequences, tokens] on the device of ``x``, True where a token counts.
-            compared: for a block's output ``x``, its input and ``x`` minus its input, of the shape of ``x``; then each
-                token's angle and relative update and the moments of the input are added too.
+            before: for a block's output ``x``, its input, of the shape of ``x``; then each token's angle and relative
+                update (of the values as float64) and the moments of the input are added too.
         """
+
+    def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
+        """`add` of ``after - before``, as their dtype rounds it."""
+
+    def finish(self) -> None:
+        """Bring accumulators up to date; what was added last may not be in them before. A layer ends with it."""
+
+
+class Updates:
+    """``after - before``, in memory that is kept from layer to layer: fresh pages cost as much as the numbers."""
+
+    def __init__(self) -> None:
+        self._kept: torch.Tensor | None = None
+
+    def of(self, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """The difference, until the next call; of different dtypes, in the wider one."""
+        if after.dtype != before.dtype:
+            return after - before
+        if self._kept is None or self._kept.shape != after.shape or self._kept.dtype != after.dtype:
+            self._kept = torch.empty_like(after)
+        return torch.sub(after, before, out=self._kept)
+
+
+@lru_cache(maxsize=16)
+def limits_on(thresholds: bytes, device: torch.device) -> torch.Tensor:
+    """int32[k] on a device: `float32_limits` of float64 thresholds, given as bytes. Sent once."""
+    limits = float32_limits(np.frombuffer(thresholds, np.float64))
+    return torch.from_numpy(limits.view(np.int32).copy()).to(device)
 
 
 def float32_limits(thresholds: Float64) -> np.ndarray:

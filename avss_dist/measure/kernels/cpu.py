@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from avss_dist.measure.kernels.base import PATTERNS, Accumulator, Compared, float32_limits
+from avss_dist.measure.kernels.base import PATTERNS, Accumulator, Updates, float32_limits
 from avss_dist.measure.kernels.loops import measure_float32, measure_patterns
 from avss_dist.measure.kernels.merging import merge_elements, merge_geometry, merge_patterns, merge_units
 
@@ -23,20 +23,29 @@ class CpuKernels:
     def __init__(self) -> None:
         self._counts = np.zeros(PATTERNS, np.uint32)
         self._scratch: dict[tuple[int, ...], _Scratch] = {}
+        self._updates = Updates()
 
-    def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, compared: Compared | None = None) -> None:
+    def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
         """See `kernels.base.Kernels`."""
         most = max(1, (MOST_ELEMENTS - 1) // (x.shape[1] * x.shape[2]))
-        for parts in zip(*(tensor.split(most) for tensor in (x, mask, *(compared or ()))), strict=True):
+        tensors = (x, mask) if before is None else (x, mask, before)
+        for parts in zip(*(tensor.split(most) for tensor in tensors), strict=True):
             self._add(into, *parts)
 
-    def _add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, *compared: torch.Tensor) -> None:
+    def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
+        """See `kernels.base.Kernels`."""
+        self.add(into, self._updates.of(after, before), mask)
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def _add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
         into.reserve(x.numel())
         totals = {name: tensor.numpy() for name, tensor in into.tensors.items()}
         scratch = self._scratch_for(x, into)
         values = _as_loops_read(x)
-        before, update = map(_as_loops_read, compared) if compared else (values, values)
-        comparison = bool(compared), before, update, scratch.angles, scratch.geometry
+        inputs = values if before is None else _as_loops_read(before)
+        comparison = before is not None, inputs, scratch.angles, scratch.geometry
         summed = scratch.sums, scratch.squares, scratch.seen, scratch.pooled
         if x.dtype == torch.float32:
             elements = scratch.near_zero, scratch.elements, scratch.moments
@@ -52,7 +61,7 @@ class CpuKernels:
             merge_units(*counted, *summed[:3], totals["unit_count"], totals["unit_sums"])
         else:
             merge_units(*counted, *summed[:3], _NO_COUNT, _NO_SUMS)
-        if compared:
+        if before is not None:
             all_compared = totals["tokens"], totals["geometry"], totals["input_moments"]
             merge_geometry(scratch.angles, scratch.geometry, *all_compared)
 

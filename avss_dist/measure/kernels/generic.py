@@ -5,27 +5,38 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
-from avss_dist.measure.kernels.base import Accumulator, Compared, Tensors, float32_limits
+from avss_dist.measure.kernels.base import Accumulator, Tensors, Updates, limits_on
 from avss_dist.stats.histogram import CUT_SHIFT
 from avss_dist.stats.layer_stats import Float64
 
-CHUNK = 1 << 24  # elements that a temporary may hold
+CHUNK = 1 << 24  # elements that a temporary may hold, or one sequence
 
 
 class TorchKernels:
     """Plain torch operations: deterministic, without a host transfer, temporaries bounded by `CHUNK` elements."""
 
-    def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, compared: Compared | None = None) -> None:
+    def __init__(self) -> None:
+        self._updates = Updates()
+
+    def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
         """See `kernels.base.Kernels`."""
         into.reserve(x.numel())
         self._elements(into, x, mask)
-        self._units(into.tensors, x, mask)
-        if compared is not None:
-            before, update = compared
-            self._geometry(into.tensors, before, x, update, mask)
+        rows = max(1, CHUNK // max(1, x.shape[1] * x.shape[2]))
+        for i in range(0, len(x), rows):
+            here = slice(i, i + rows)
+            self._units(into.tensors, x[here], mask[here])
+            if before is not None:
+                self._geometry(into.tensors, before[here], x[here], mask[here])
+
+    def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
+        """See `kernels.base.Kernels`."""
+        self.add(into, self._updates.of(after, before), mask)
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
 
     def _elements(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor) -> None:
         for rows, tokens in _chunks(x, mask):
@@ -39,7 +50,7 @@ class TorchKernels:
         sizes = x.view(torch.int32) & 0x7FFFFFFF
         finite = (sizes < 0x7F800000) & mask[:, None]
         _count_into(into["cuts"], (sizes >> CUT_SHIFT).to(torch.int64), finite)
-        limits = torch.from_numpy(float32_limits(thresholds).view(np.int32)).to(x.device)
+        limits = limits_on(thresholds.tobytes(), x.device)
         into["near_zero"] += torch.stack([((sizes < limit) & finite).sum() for limit in limits])
         count = finite.sum()
         values = torch.where(finite, x, 0).double()
@@ -54,36 +65,32 @@ class TorchKernels:
         )
 
     def _units(self, into: Tensors, x: torch.Tensor, mask: torch.Tensor) -> None:
-        for b in range(len(x)):
-            finite = mask[b] & torch.isfinite(x[b]).all(dim=1)
-            values = torch.where(finite[:, None], x[b], 0).double()
-            tokens = finite.sum()
-            sums = values.sum(dim=0)
-            whole = (tokens > 0) & (tokens == mask[b].sum())
-            into["sequences"] += whole
-            if x.shape[2] > 1:
-                into["pooled"] += torch.where(whole, (sums / tokens.clamp(min=1)).var(), 0)
-            if "unit_sums" in into:
-                into["unit_count"] += tokens
-                into["unit_sums"] += torch.stack([sums, values.square_().sum(dim=0)])
+        finite = mask & torch.isfinite(x).all(dim=2)
+        values = torch.where(finite[..., None], x, 0).double()
+        tokens = finite.sum(dim=1)
+        sums = values.sum(dim=1)
+        whole = (tokens > 0) & (tokens == mask.sum(dim=1))
+        into["sequences"] += whole.sum()
+        if x.shape[2] > 1:
+            variances = (sums / tokens.clamp(min=1)[:, None]).var(dim=1)
+            into["pooled"] += torch.where(whole, variances, 0).sum()
+        if "unit_sums" in into:
+            into["unit_count"] += tokens.sum()
+            into["unit_sums"] += torch.stack([sums.sum(dim=0), values.square_().sum(dim=(0, 1))])
 
-    def _geometry(
-        self, into: Tensors, before: torch.Tensor, after: torch.Tensor, update: torch.Tensor, mask: torch.Tensor
-    ) -> None:
-        for b in range(len(before)):
-            finite = mask[b] & torch.isfinite(before[b]).all(dim=1) & torch.isfinite(after[b]).all(dim=1)
-            old, new, change = (torch.where(finite[:, None], x[b], 0).double() for x in (before, after, update))
-            old_sq, new_sq, change_sq = (v.square().sum(dim=1) for v in (old, new, change))
-            angles = (old_sq > 0) & (new_sq > 0) & torch.isfinite(change_sq)
-            cosine = ((old * new).sum(dim=1) / (old_sq * new_sq).sqrt()).clamp(-1, 1)
-            relative = (change_sq / old_sq).sqrt()
-            per_token = torch.stack([cosine, torch.acos(cosine) / torch.pi, relative])
-            into["geometry"] += torch.where(angles, per_token, 0).sum(dim=1)
-            count = finite.sum() * before.shape[2]
-            mean = old.sum() / count.clamp(min=1)
-            m2 = torch.where(finite[:, None], old - mean, 0).square().sum()
-            _merge_moments(into["tokens"][1], into["input_moments"], count, mean, m2)
-            into["tokens"] += torch.stack([angles.sum(), count])
+    def _geometry(self, into: Tensors, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor) -> None:
+        finite = mask & torch.isfinite(before).all(dim=2) & torch.isfinite(after).all(dim=2)
+        old, new = (torch.where(finite[..., None], x, 0).double() for x in (before, after))
+        old_sq, new_sq, change_sq = (v.square().sum(dim=2) for v in (old, new, new - old))
+        angles = (old_sq > 0) & (new_sq > 0)
+        cosine = ((old * new).sum(dim=2) / (old_sq * new_sq).sqrt()).clamp(-1, 1)
+        per_token = torch.stack([cosine, torch.acos(cosine) / torch.pi, (change_sq / old_sq).sqrt()])
+        into["geometry"] += torch.where(angles, per_token, 0).sum(dim=(1, 2))
+        count = finite.sum() * before.shape[2]
+        mean = old.sum() / count.clamp(min=1)
+        m2 = torch.where(finite[..., None], old - mean, 0).square().sum()
+        _merge_moments(into["tokens"][1], into["input_moments"], count, mean, m2)
+        into["tokens"] += torch.stack([angles.sum(), count])
 
 
 def _chunks(x: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

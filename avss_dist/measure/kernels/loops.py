@@ -39,11 +39,11 @@ def measure_patterns(raw: Any, values: Any, mask: Any, counts: Any, summed: Any,
         mask: bool[sequences, tokens].
         counts: uint32[65536], added to.
         summed: sums, squares, tokens, pooled; see `_sum_sequence`, one row a sequence.
-        comparison: whether there is an input to compare with; before and update, as ``values``; angles and geometry,
-            see `_compare_sequence`, one row a sequence.
+        comparison: whether there is an input to compare with; the input, as ``values``; angles and geometry, see
+            `_compare_sequence`, one row a sequence.
     """
     sums, squares, tokens, pooled = summed
-    compared, before, update, angles, geometry = comparison
+    compared, before, angles, geometry = comparison
     for b in range(raw.shape[0]):
         sums[b], squares[b] = 0.0, 0.0
         nonfinite = _count_nonfinite(counts, values)
@@ -53,7 +53,7 @@ def measure_patterns(raw: Any, values: Any, mask: Any, counts: Any, summed: Any,
         all_finite = _count_nonfinite(counts, values) == nonfinite
         _sum_sequence(values[b], mask[b], all_finite, sums[b], squares[b], tokens[b], pooled[b])
         if compared:
-            _compare_sequence(before[b], values[b], update[b], mask[b], angles[b], geometry[b])
+            _compare_sequence(before[b], values[b], mask[b], angles[b], geometry[b])
 
 
 @_compiled
@@ -77,13 +77,13 @@ def measure_float32(
     """
     near_zero, elements, moments = elementwise
     sums, squares, tokens, pooled = summed
-    compared, before, update, angles, geometry = comparison
+    compared, before, angles, geometry = comparison
     for b in range(x.shape[0]):
         near_zero[b], sums[b], squares[b] = 0, 0.0, 0.0
         _count_float32(x[b], mask[b], limits, counts, near_zero[b], elements[b], moments[b])
         _sum_sequence(x[b], mask[b], elements[b, 2] == 0, sums[b], squares[b], tokens[b], pooled[b])
         if compared:
-            _compare_sequence(before[b], x[b], update[b], mask[b], angles[b], geometry[b])
+            _compare_sequence(before[b], x[b], mask[b], angles[b], geometry[b])
 
 
 @_compiled
@@ -191,12 +191,12 @@ def _variance(sums: Any, tokens: int) -> float:
 
 
 @_compiled
-def _compare_sequence(before: Any, after: Any, update: Any, mask: Any, counts: Any, sums: Any) -> None:
+def _compare_sequence(before: Any, after: Any, mask: Any, counts: Any, sums: Any) -> None:
     """Compare one sequence of a block's input with its output, [tokens, units], token by token.
 
     Written: counts int64[2], the tokens that are finite and nonzero in input and output, and the input elements of
-    tokens that are finite in both; sums float64[5]: over the former cos(in, out), acos(cos) / pi and |update| / |in|,
-    of the latter mean and m2.
+    tokens that are finite in both; sums float64[5]: over the former cos(in, out), acos(cos) / pi and |out - in| / |in|,
+    of the latter mean and m2. The difference is that of the float64 values, not the update as its dtype rounds it.
     """
     angles = count = 0
     cosine_sum = angular_sum = relative_sum = mean = m2 = 0.0
@@ -204,15 +204,15 @@ def _compare_sequence(before: Any, after: Any, update: Any, mask: Any, counts: A
     for t in range(before.shape[0]):
         if not mask[t]:
             continue
-        old, new, change = before[t], after[t], update[t]
+        old, new = before[t], after[t]
         total = dot = old_sq = new_sq = change_sq = 0.0
         for j in range(units):
-            a, b, c = value(old[j]), value(new[j]), value(change[j])
+            a, b = value(old[j]), value(new[j])
             total += a
             dot += a * b
             old_sq += a * a
             new_sq += b * b
-            change_sq += c * c
+            change_sq += (b - a) * (b - a)
         if not (old_sq < math.inf and new_sq < math.inf):  # float64 sums of float32 squares do not overflow
             continue
         center = total / units
@@ -224,7 +224,7 @@ def _compare_sequence(before: Any, after: Any, update: Any, mask: Any, counts: A
         mean += delta * (units / merged)
         m2 += spread + delta * delta * (count * (units / merged))
         count = merged
-        if old_sq > 0 and new_sq > 0 and change_sq < math.inf:
+        if old_sq > 0 and new_sq > 0:
             cosine = min(1.0, max(-1.0, dot / math.sqrt(old_sq * new_sq)))
             angles += 1
             cosine_sum += cosine
