@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from avss_dist.settings import LOSS
-from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import bootstrap_interval, bootstrap_weights
-from avss_dist.tasks.base import LOWER_IS_BETTER, Result
+from avss_dist.stats.retention import kept
+from avss_dist.tasks.base import Result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,25 +28,14 @@ class Retained:
 
 def retained(before: Result, after: Result) -> Retained:
     """How much of ``before`` is left in ``after``: the same metric of the same task, of the same samples."""
-    value = float(_ratio(before.metric, *(np.array([r.value]) for r in (before, after)))[0])
+    value = float(kept(before.metric, *(np.array([r.value]) for r in (before, after)))[0])
     number = len(before.samples)
     if number < 2 or len(after.samples) != number:
         return Retained(value=value, low=float("nan"), high=float("nan"))
     drawn = bootstrap_weights(number)
-    ratios = _ratio(before.metric, *(drawn @ r.samples / (drawn @ r.weights) for r in (before, after)))
+    ratios = kept(before.metric, *(drawn @ r.samples / (drawn @ r.weights) for r in (before, after)))
     if not np.isfinite(ratios).any():
         return Retained(value=value, low=float("nan"), high=float("nan"))
     with np.errstate(invalid="ignore"):  # between infinities
         low, high = bootstrap_interval(ratios[~np.isnan(ratios)])
     return Retained(value=value, low=float(low), high=float(high))
-
-
-def _ratio(metric: str, before: Float64, after: Float64) -> Float64:
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        if metric == LOSS:
-            ratio: Float64 = np.exp(before - after)
-        elif metric.rpartition("/")[2].partition(",")[0] in LOWER_IS_BETTER:  # SUBTASK/METRIC,FILTER
-            ratio = before / after
-        else:
-            ratio = after / before
-    return ratio

@@ -17,8 +17,6 @@ from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.settings import LOSS, fingerprint
 from avss_dist.stats.layer_stats import Float64
 
-LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Row:

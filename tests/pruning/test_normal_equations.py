@@ -113,3 +113,8 @@ def test_singular_equations() -> None:
     with pytest.raises(FitError, match="singular"):
         NormalEquations.of(x, x).solve("full", 0.0)
     assert torch.isfinite(NormalEquations.of(x, x).solve("full", RIDGES[0])).all()
+    scales = torch.logspace(
+        -9, 3, 20, dtype=torch.float64
+    )  # of units that are large and small, and no less apart for it
+    x = data(100, 20, 1, 2)[0] * scales
+    torch.testing.assert_close(NormalEquations.of(x, x).solve("full", 0.0), torch.eye(20).double(), rtol=0, atol=1e-3)

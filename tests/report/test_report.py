@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.command_line import avss
-from support.pages import write_failed, write_many, write_run
+from support.pages import write_failed, write_many, write_removals, write_run
 
 from avss_dist.analysis.agreement import correlate
 from avss_dist.analysis.findings import findings
@@ -28,7 +28,7 @@ from avss_dist.warehouse.reader import Warehouse
 HOSTILE = "org/\"'><script>window.hacked = 1; alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}&amp;"
 EVERY_CHART = {
     *("avss", "block_influence", "angular_distance", "relative_magnitude", "update_variance_ratio"),
-    *("heat", "correlation", "scatter"),
+    *("heat", "correlation", "scatter", "blocks", "kept"),
 }
 
 
@@ -70,7 +70,7 @@ class Page(HTMLParser):
 def store(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
     """Two models of different depth, one of them twice, and a run that failed."""
     store = Warehouse(tmp_path_factory.mktemp("warehouse"))
-    write_run(store, "alpha", layers=6)
+    write_removals(store, write_run(store, "alpha", layers=6, revision="r1"), "r1", layers=6)
     write_run(store, "alpha-wiki", layers=6, seed=1, model="org/alpha", corpus="texts/wiki.txt")
     write_run(store, "beta", layers=9, seed=2, family="gemma")
     write_failed(store, "gone", "out of memory")
@@ -188,6 +188,27 @@ def test_correlations_are_those_of_compare(page: Page, store: Warehouse) -> None
             assert spearman == pytest.approx(agreed["spearman"], abs=6e-4)
             interpolated += agreed["interpolated"]
     assert interpolated == 2 * len(data["choices"])
+
+
+def test_what_is_known_without_layers_is_the_warehouses(page: Page, store: Warehouse) -> None:
+    """Of the run's own checkpoint: every block, and the best set of each size, by repair."""
+    alpha = next(i for i, run in enumerate(page.data["runs"]) if "alpha" in run["label"] and "wiki" not in run["label"])
+    others = [one for i, one in enumerate(page.data["without"]) if i != alpha]
+    assert others == [{"blocks": [], "kept": []}] * 2
+    known = page.data["without"][alpha]
+    damage = [row for row in store.table("evaluations").to_pylist() if "damage" in row["task"]]
+    rows = {tuple(row["drop"]): row["value"] for row in damage}
+    assert len(rows) == 21
+    for block in known["blocks"]:
+        layers = range(block["start"], block["start"] + block["length"])
+        assert rows.pop(tuple(layers)) == pytest.approx(block["distance"], rel=1e-3)
+    assert not rows
+    plain, repaired = "perplexity: a.txt", "perplexity: a.txt, repaired by refit"
+    assert [(one["series"], one["dropped"], one["share"]) for one in known["kept"]] == [
+        *((plain, "2", 0.1667), (plain, "1-2", 0.3333)),
+        *((repaired, "2", 0.1667), (repaired, "1-2", 0.3333)),
+    ]
+    assert [one["kept"] for one in known["kept"]] == pytest.approx(np.exp([-0.2, -0.5, -0.02, -0.1]), rel=1e-3)
 
 
 def test_a_correlation_across_conditions_says_so(page: Page) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.pages import write_failed, write_run
+from support.pages import write_failed, write_removals, write_run
 
 from avss_dist.report.page.page import save_report
 from avss_dist.text import describe_threshold
@@ -32,6 +32,7 @@ CHARTS = (
     *("avss", "block_influence", "angular_distance", "relative_magnitude", "update_variance_ratio"),
     *("heat", "correlation", "scatter"),
 )
+WITHOUT = ("blocks", "kept")
 IDLE = "html:not([data-drawing])"
 ALPHA, BETA, NOISE = "2. alpha", "1. beta", "3. noise"
 
@@ -40,7 +41,7 @@ ALPHA, BETA, NOISE = "2. alpha", "1. beta", "3. noise"
 def store(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
     """Three runs, one of another depth, and one that failed."""
     store = Warehouse(tmp_path_factory.mktemp("warehouse"))
-    write_run(store, "alpha", layers=8)
+    write_removals(store, write_run(store, "alpha", layers=8, revision="r1"), "r1", layers=8)
     write_run(store, "beta", layers=12, seed=1, family="gemma")
     write_run(store, "noise", layers=8, seed=2)
     write_failed(store, "gone", "out of memory")
@@ -269,6 +270,30 @@ def test_every_chart_downloads(visit: Callable[..., Any], file: Path, tmp_path: 
         assert [row["run"] for row in rows] == [row["run"] for row in drawn(page, chart)]
 
 
+def test_what_is_known_without_layers_follows_the_run(visit: Callable[..., Any], file: Path, tmp_path: Path) -> None:
+    """Drawn and told of a run of which it is known; of the others, how it is measured."""
+    page = visit(file)
+    assert said(page, "blocks") == "Not measured of this run: avss ablate --damage does it."
+    assert said(page, "kept") == "It takes two evaluated sets of different sizes."
+    page.locator("#run").select_option(label=ALPHA)
+    blocks = drawn(page, "blocks")
+    assert len(blocks) == 36 and sum(row["nearest"] for row in blocks) == 8
+    least = min((row for row in blocks if row["length"] == 2), key=lambda row: row["distance"])
+    assert f"Nearest of 2: from layer {least['start']} (" in said(page, "blocks")
+    assert said(page, "kept") == "90% is kept up to 25.0% of the layers (perplexity: a.txt, repaired by refit)."
+    for chart in WITHOUT:
+        with page.expect_download() as waiting:
+            page.locator(f"[data-chart={chart}] [data-save=csv]").click()
+        waiting.value.save_as(tmp_path / "saved")
+        rows = list(csv.DictReader((tmp_path / "saved").open(encoding="utf-8")))
+        assert len(rows) == len(drawn(page, chart)) and rows[0]["run"] == ALPHA
+
+
+def said(page: Any, chart: str) -> str:
+    text: str = page.locator(f"[data-chart={chart}] .said").inner_text()
+    return text
+
+
 def test_every_table_downloads(visit: Callable[..., Any], file: Path, tmp_path: Path) -> None:
     page = visit(file)
     for name, number, column, first in (("runs", 4, "model", "org/beta"), ("scores", 12, "layer", "0")):
@@ -283,6 +308,8 @@ def test_every_table_downloads(visit: Callable[..., Any], file: Path, tmp_path: 
 def test_axe_finds_nothing_serious(visit: Callable[..., Any], file: Path, scheme: str, width: int) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     page = visit(file, width, color_scheme=scheme)
+    page.locator("#run").select_option(label=ALPHA)
+    page.wait_for_selector(IDLE)
     page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
     found = axe.run(page).response["violations"]
     assert [(v["id"], [n["html"] for n in v["nodes"]]) for v in found] == []
@@ -291,7 +318,9 @@ def test_axe_finds_nothing_serious(visit: Callable[..., Any], file: Path, scheme
 def test_a_phone_shows_all_of_it_without_scrolling_sideways(visit: Callable[..., Any], file: Path) -> None:
     page = visit(file, 360)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
-    for chart in CHARTS:
+    page.locator("#run").select_option(label=ALPHA)
+    for chart in (*CHARTS, *WITHOUT):
+        page.wait_for_selector(IDLE)
         box = page.locator(f"[data-chart={chart}] svg").bounding_box()
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= 360

@@ -98,6 +98,32 @@ def commit(
     return run.run_id
 
 
+def write_removals(warehouse: Warehouse, run_id: str, revision: str, layers: int) -> None:
+    """Write what `avss ablate --damage` and `avss shrink --keep` find out about the checkpoint of a run."""
+    store, rng = Store(warehouse.root), np.random.default_rng(5)
+    common = {"created_at": datetime(2026, 1, 3, tzinfo=UTC), "settings": "{}", "num_samples": 4, "stderr": 0.0}
+    common |= {"layer": None, "patch": None, "versions": {}, "seconds": 1.0}
+    blocks = [tuple(range(i, j)) for i in range(layers) for j in range(i + 1, layers + 1)]
+    rows = [
+        {"task": "damage:a.txt", "metric": "block_distance", "drop": [*block], "layer": block[0], "value": value}
+        for block, value in zip(blocks, rng.random(len(blocks)).tolist(), strict=True)
+    ]
+    fits = [
+        {"task": "repair:refit:a.txt", "metric": "missing", "drop": drop, "patch": f"hash{len(drop)}", "value": 0.1}
+        for drop in ([2], [1, 2])
+    ]
+    kept = [
+        {"task": "perplexity:texts/a.txt", "metric": "loss", "drop": drop, "patch": patch, "value": 3.0 + rise}
+        for drop, patch, rise in (
+            *(([], None, 0.0), ([2], None, 0.2), ([1], None, 0.3), ([1, 2], None, 0.5)),
+            *(([2], "hash1", 0.02), ([1, 2], "hash2", 0.1)),
+        )
+    ]
+    for name, some in (("damage", rows), ("fits", fits), ("kept", kept)):
+        of = RunIdentity(run_id=f"{run_id}-{name}", model="org/alpha", revision=revision, family="llama")
+        store.write_evaluations(of, [common | row for row in some])
+
+
 def write_failed(warehouse: Warehouse, name: str, error: str) -> str:
     """Write a run that failed before it measured anything; its id."""
     run_id = f"{name}-0123456789"

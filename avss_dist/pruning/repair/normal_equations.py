@@ -95,8 +95,8 @@ class NormalEquations:
     def _solve_full(self, added: torch.Tensor) -> torch.Tensor:
         ridged = self.gram + added * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
         factor, failed = torch.linalg.cholesky_ex(ridged)
-        pivots = factor.diagonal().square()
-        if failed or pivots.min() <= len(pivots) * torch.finfo(torch.float64).eps * pivots.max():
+        pivots = factor.diagonal().square() / ridged.diagonal()  # what is left of an input beside those before it
+        if failed or pivots.min() <= len(pivots) * torch.finfo(torch.float64).eps:
             raise FitError(f"The equations of the fit are singular (tokens: {self.count:,}).", "Fit on more text.")
         return torch.cholesky_solve(self.cross, factor)
 

@@ -12,7 +12,7 @@ from avss_dist.settings import RIVALS
 
 ROWS = alt.NamedData(name="rows")
 TITLE = alt.TitleParams(text=alt.ExprRef("choice"), limit=alt.ExprRef("limit"), anchor="start", frame="bounds")
-HEIGHTS = {"avss": 280, "scatter": 340}
+HEIGHTS = {"avss": 280, "scatter": 340, "blocks": 340, "kept": 280}
 RIVAL_HEIGHT = 170
 STRONG = 0.6  # a cell of such a correlation is dark enough for light numbers
 COLORED_BY = alt.param(name="names", value=["", ""])  # labels of the run and of the one that it is compared with
@@ -34,6 +34,7 @@ def page_charts() -> dict[str, dict[str, Any]]:
         for scale in ("log", "linear")
     }
     charts |= {"heat": _heat(), "correlation": _correlation(), "scatter": _scatter()}
+    charts |= {"blocks": _blocks(), "kept": _kept()}
     return {name: _finished(chart) for name, chart in charts.items()}
 
 
@@ -172,3 +173,44 @@ def _scatter() -> Any:
         )
         .properties(height=HEIGHTS["scatter"])
     )
+
+
+def _blocks() -> Any:
+    """A cell for each run of neighbours: where it begins, and how long it is; of each length the nearest is marked."""
+    legend = alt.Legend(title="distance: 0 none, 1 opposite", orient="top", direction="horizontal", titleLimit=240)
+    plain: dict[str, Any] = {"ticks": False, "domain": False, "labelSeparation": 4}
+    x = alt.X("start:O", title="first layer (from 0)").axis(labelAngle=0, labelOverlap="greedy", **plain)
+    y = alt.Y("length:O", title="layers", sort="descending").axis(labelOverlap="greedy", **plain)
+    tooltip = [
+        alt.Tooltip("start:Q", title="first layer"),
+        alt.Tooltip("length:Q", title="layers"),
+        alt.Tooltip("distance:Q", format=".4f"),
+    ]
+    base = alt.Chart().encode(x=x, y=y, tooltip=tooltip)
+    cells = base.mark_rect().encode(color=alt.Color("distance:Q", scale=alt.Scale(scheme="viridis"), legend=legend))
+    nearest = base.mark_point(filled=True, color=LOWEST_COLOR, stroke="white", size=24, opacity=1).transform_filter(
+        "datum.nearest"
+    )
+    return alt.layer(cells, nearest, data=ROWS).properties(height=HEIGHTS["blocks"])
+
+
+def _kept() -> Any:
+    """A line for each task and repair: the best set of each size."""
+    legend = alt.Legend(
+        orient="top", columns=1, title=None, labelLimit=alt.ExprRef("limit"), symbolOpacity=1, symbolType="circle"
+    )
+    base = alt.Chart().encode(
+        x=alt.X("share:Q", title="share of the layers that is left out").scale(zero=True).axis(format="%", tickCount=6),
+        y=alt.Y("kept:Q", title="kept", scale=alt.Scale(zero=True)).axis(format="%"),
+        color=alt.Color("series:N", sort=None, legend=legend, scale=alt.Scale(scheme="tableau10")),
+    )
+    points = base.mark_point(filled=True, size=45, opacity=1).encode(
+        shape=alt.Shape("series:N", sort=None, legend=None),
+        tooltip=[
+            alt.Tooltip("series:N", title="task"),
+            alt.Tooltip("dropped:N", title="without"),
+            alt.Tooltip("share:Q", format=".1%"),
+            alt.Tooltip("kept:Q", format=".1%"),
+        ],
+    )
+    return alt.layer(base.mark_line(strokeWidth=1.5), points, data=ROWS).properties(height=HEIGHTS["kept"])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from avss_dist.report.page.removal import without_layers
 from avss_dist.settings import PUBLISHED_THRESHOLD, RECIPES, RIVALS, SITES
 from avss_dist.stats.rankings import count_lowest
 from avss_dist.text import basename, describe_threshold, printable
@@ -47,7 +48,7 @@ def page_data(warehouse: Warehouse, runs: Sequence[Mapping[str, Any]]) -> dict[s
         ``runs``: their labels, and by layer its name and rivals; ``choices``: every site, recipe and threshold that
         was scored, ``first`` the position of the one to begin with; ``columns``: scores by layer; ``blocks``: the rows
         of a run at a choice: run, choice, first row, end, and how many layers are the lowest 25%; ``correlations`` by
-        choice: Spearman's coefficient of every two runs.
+        choice: Spearman's coefficient of every two runs; ``without``: by run, see `removal.without_layers`.
     """
     positions = {run["run_id"]: i for i, run in enumerate(runs)}
     names = ["run_id", *CHOICE, "layer_name", "depth", *COLUMNS.values(), *RIVALS]
@@ -70,6 +71,7 @@ def page_data(warehouse: Warehouse, runs: Sequence[Mapping[str, Any]]) -> dict[s
         },
         "blocks": blocks,
         "correlations": _correlations(table, blocks, len(choices)),
+        "without": without_layers(warehouse, runs),
     }
 
 

@@ -20,8 +20,8 @@ from avss_dist.analysis.verdict import (
     verdicts,
 )
 from avss_dist.report.chart import specification
+from avss_dist.report.page.removal import named_task
 from avss_dist.settings import LOSS
-from avss_dist.text import basename
 
 if TYPE_CHECKING:
     from avss_dist.warehouse.reader import Warehouse
@@ -71,7 +71,7 @@ def _columns(tasks: Sequence[str], speaks: Mapping[str, str]) -> Iterator[dict[s
     yield {"title": "share", "number": True}
     yield {"title": "dropped", "number": False}
     for task in tasks:
-        yield {"title": f"{_short(task)}: {'perplexity' if speaks[task] == LOSS else speaks[task]}", "number": True}
+        yield {"title": f"{named_task(task)}: {'perplexity' if speaks[task] == LOSS else speaks[task]}", "number": True}
         yield {"title": "kept", "number": True}
         yield {"title": "95% interval", "number": True}
 
@@ -103,7 +103,7 @@ def _image(rows: Sequence[Row], guesses: Mapping[str, float | None], *, columns:
     points = [
         {
             "method": shown_method(row),
-            "task": f"{_short(row['task'])}, {row['share']:.0%} dropped",
+            "task": f"{named_task(row['task'])}, {row['share']:.0%} dropped",
             "kept": min(row["retention"], MOST_SHOWN),
             "guess": guesses[row["task"]],
             "low": row["retention_low"],
@@ -138,8 +138,3 @@ def _image(rows: Sequence[Row], guesses: Mapping[str, float | None], *, columns:
     )
     svg = vl_convert.vegalite_to_svg(specification(chart))
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
-
-
-def _short(task: str) -> str:
-    name, colon, rest = task.partition(":")
-    return f"{name}: {basename(rest)}" if colon else basename(task)

@@ -110,6 +110,8 @@ const CSV = {
   heat: ["run", "layer", "layer_name", "from", "to", "rank", "share", "avss"],
   correlation: ["run", "other", "correlation"],
   scatter: ["run", "layer", "layer_name", "depth", "sparsity", "variance", "rank"],
+  blocks: ["run", "start", "length", "distance"],
+  kept: ["run", "series", "dropped", "size", "share", "kept"],
 };
 for (const name of BY_DEPTH) {
   const interval = name === "avss" ? ["low", "high", "chance", "quality"] : [];
@@ -206,7 +208,8 @@ async function draw(name, variant, rows, given, said, nothing = "Nothing to draw
   figure.rows = rows;
   figure.querySelector(".said").textContent = text;
   for (const button of figure.querySelectorAll("[data-save]")) button.disabled = rows.length === 0;
-  place.setAttribute("aria-label", `${title}, ${signals.choice}. ${text} The table of scores has the numbers.`);
+  const numbers = figure.dataset.alone === undefined ? "The table of scores has the numbers." : "The CSV file has the numbers.";
+  place.setAttribute("aria-label", `${title}, ${signals.choice}. ${text} ${numbers}`);
   place.hidden = rows.length === 0;
   if (!rows.length) return;
   const height = figure.dataset.rows === undefined ? undefined : 22 * new Set(rows.map((row) => row.run)).size;
@@ -304,13 +307,35 @@ async function drawScatter(every) {
   await draw("scatter", "scatter", placed, {}, `${placed.length} layers${left ? `; ${left} without a near-zero activation or variance are left out` : ""}.`);
 }
 
+/** What is known of the run without some of its layers, whatever is chosen of AVSS. */
+async function drawWithout() {
+  const label = data.runs[run()].label;
+  const { blocks, kept } = data.without[run()];
+  if (figures.blocks) {
+    const nearest = new Map();
+    for (const block of blocks) if (!(nearest.get(block.length)?.distance <= block.distance)) nearest.set(block.length, block);
+    const rows = blocks.map((block) => ({ run: label, ...block, nearest: nearest.get(block.length) === block }));
+    const few = [...nearest.values()].filter((block) => block.length <= 3);
+    const said = few.map(({ start, length, distance }) => `Nearest of ${length}: from layer ${start} (${number(distance)}).`);
+    await draw("blocks", "blocks", rows, { choice: label }, said.join(" "), "Not measured of this run: avss ablate --damage does it.");
+  }
+  if (figures.kept) {
+    const rows = kept.map((one) => ({ run: label, ...one }));
+    const most = rows.filter((row) => row.kept >= 0.9).sort((a, b) => a.share - b.share).at(-1);
+    const percent = (value) => `${(100 * value).toFixed(1)}%`;
+    const said = most ? `90% is kept up to ${percent(most.share)} of the layers (${most.series}).` : "Nothing keeps 90%.";
+    await draw("kept", "kept", rows, { choice: label }, said, "It takes two evaluated sets of different sizes.");
+  }
+}
+
 for (const figure of Object.values(figures)) {
   figure.addEventListener("click", async (event) => {
     const kind = event.target.closest("[data-save]")?.dataset.save;
     const name = figure.dataset.chart;
     if (kind === "csv") {
-      const chosenNow = CHOSEN.map((c) => data.choices[choice()][c]);
-      saveCsv(name, [...CHOSEN, ...CSV[name]], figure.rows.map((row) => [...chosenNow, ...CSV[name].map((c) => row[c])]));
+      const reading = figure.dataset.alone === undefined ? CHOSEN : [];
+      const chosenNow = reading.map((c) => data.choices[choice()][c]);
+      saveCsv(name, [...reading, ...CSV[name]], figure.rows.map((row) => [...chosenNow, ...CSV[name].map((c) => row[c])]));
     } else if (kind) download(`${name}.${kind}`, await figure.view.toImageURL(kind, 2));
   });
 }
@@ -380,6 +405,7 @@ async function refresh() {
       await drawHeat(every);
       await drawCorrelation();
       await drawScatter(every);
+      await drawWithout();
     }
   } finally {
     drawing = false;

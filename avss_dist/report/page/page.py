@@ -79,6 +79,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
         script=script,
         library=library,
         data=_packed({**data, "charts": page_charts()}) if data["choices"] else "",
+        has={name: any(run[name] for run in data["without"]) for name in ("blocks", "kept")},
         version=__version__,
         warehouse=warehouse.root,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

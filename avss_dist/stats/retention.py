@@ -1,0 +1,22 @@
+"""What is left of a metric: after over before; where less is better, before over after."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from avss_dist.settings import LOSS
+from avss_dist.stats.layer_stats import Float64
+
+LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
+
+
+def kept(metric: str, before: Float64, after: Float64) -> Float64:
+    """The retention of values of a metric: of a loss, of the perplexities."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        if metric == LOSS:
+            ratio: Float64 = np.exp(before - after)
+        elif metric.rpartition("/")[2].partition(",")[0] in LOWER_IS_BETTER:  # SUBTASK/METRIC,FILTER
+            ratio = before / after
+        else:
+            ratio = after / before
+    return ratio
