@@ -74,22 +74,24 @@ def _curves(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
 
 
 def _curve(task: str, rows: Sequence[Row], repairs: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    points = sorted(_points(task, rows, repairs), key=lambda point: float(point["kept"]))
+    best = {(point["series"], point["size"]): point for point in points}
+    for (series, _), point in sorted(best.items()):
+        if sum(other == series for other, _ in best) > 1:
+            yield point
+
+
+def _points(task: str, rows: Sequence[Row], repairs: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Of every set of layers: the task and the repair, its size, and what is kept."""
     metric = primary_metric(rows)
-    whole = next((row["value"] for row in rows if not row["drop"] and row["metric"] == metric), None)
-    best: dict[tuple[str, float], dict[str, Any]] = {}
-    for row in rows if whole is not None else ():
-        if row["metric"] != metric or not row["drop"]:
-            continue
-        share = float(kept(metric, np.array(whole), np.array(row["value"])))
-        repair = f", repaired by {repairs.get(row['patch'], 'a patch')}" if row["patch"] else ""
-        series, size = f"{named_task(task)}{repair}", size_removed(row["drop"])
-        known = best.get((series, size))
-        if isfinite(share) and (known is None or share > known["kept"]):
-            dropped = describe_removed(row["drop"])
-            best[series, size] = {"series": series, "size": size, "kept": _short(share), "dropped": dropped}
-    for one in sorted(best.values(), key=lambda one: (one["series"], one["size"])):
-        if len({size for series, size in best if series == one["series"]}) > 1:
-            yield one
+    rows = [row for row in rows if row["metric"] == metric]
+    for whole in (row["value"] for row in rows if not row["drop"]):
+        for row in (row for row in rows if row["drop"]):
+            share = float(kept(metric, np.array(whole), np.array(row["value"])))
+            repair = f", repaired by {repairs.get(row['patch'], 'a patch')}" if row["patch"] else ""
+            if isfinite(share):
+                of = {"series": f"{named_task(task)}{repair}", "dropped": describe_removed(row["drop"])}
+                yield {**of, "size": size_removed(row["drop"]), "kept": _short(share)}
 
 
 def named_task(task: str) -> str:
