@@ -52,7 +52,8 @@ PERPLEXITY = "perplexity:"  # before a corpus: the task of predicting it
 LAYOUTS = ("packed", "padded")
 NO_REPAIR = "none"
 REPAIR = "repair:"  # before what is fitted and on which corpora: the task of fitting it
-REPAIRS = ("scale", "channel", "rotated", "map", "refit", "replace_me")
+REFIT_ALL = "refit_all"
+REPAIRS = ("scale", "channel", "rotated", "map", "refit", REFIT_ALL, "replace_me")
 """How a pruned model is repaired: what is fitted at each cut, and folded into weights."""
 RIVAL_PATCHES = ("prune_comp", "linear_patch")
 """Repairs that no weight can hold: they change the stream itself behind each cut, and are evaluated alone."""

@@ -38,7 +38,7 @@ from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.registry import PARTITIONS
 from avss_dist.removal import Drop
-from avss_dist.settings import REPAIR, fingerprint
+from avss_dist.settings import REFIT_ALL, REPAIR, fingerprint
 from avss_dist.tasks.base import Row, Task, TextLoss
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.patches import Patches
@@ -121,9 +121,10 @@ def require_changeable(partition: str) -> None:
         )
 
 
-def is_repairable(drop: Drop) -> bool:
-    """Whether a layer stands before a removed one, and can give back what that did."""
-    return drop != tuple(range(len(drop)))
+def _repairable(planned: PlannedEvaluation, drops: Iterable[Drop]) -> list[Drop]:
+    """The sets of layers of which something can be given back: by a layer before a removed one, or by later ones."""
+    by = {part.repair.by for part in planned.task.parts if isinstance(part, FitRepair)}
+    return [drop for drop in drops if drop and (by == {REFIT_ALL} or drop != tuple(range(len(drop))))]
 
 
 def plan_fits(
@@ -174,12 +175,12 @@ def fit_repairs(
 ) -> dict[tuple[str, Drop], StoredPatch]:
     """The patch of each fit without each of its sets of layers, by the fit's id; what was fitted before is found.
 
-    Sets of layers that no layer stands before have none.
+    Sets of layers that no layer stands before have none, but of refit_all.
 
     Raises:
         AvssError: a mistake, or a fit that failed; the others are kept.
     """
-    cells = [cell for one, drops in wanted for cell in one.cells(filter(is_repairable, drops))]
+    cells = [cell for one, drops in wanted for cell in one.cells(_repairable(one, drops))]
     patches, run_ids = Patches(store.storage), [one.run_id for one, _ in wanted]
     known = {} if fresh else _fitted(store, run_ids, patches.keys())
     failed = measure([c for c in cells if (c.run_id, c.drop) not in known], store, executor, reporter, fresh=True)

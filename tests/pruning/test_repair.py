@@ -26,11 +26,12 @@ from avss_dist.models.size import footprint
 from avss_dist.models.skipping import skipping
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.repair.cuts import find_cuts
 from avss_dist.pruning.repair.fold import Step, Weights, fold, steps
 from avss_dist.pruning.repair.normal_equations import NormalEquations, fit
 from avss_dist.pruning.repair.outlet import Outlet, RepairError
 from avss_dist.pruning.repair.record import FILE, read_repairs
-from avss_dist.pruning.repair.repair import Repair, find_cuts
+from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.repair.streams import ROOM
 from avss_dist.pruning.repair.weighted import weighted
 from avss_dist.settings import REPAIRS, Execution, Settings
@@ -169,6 +170,38 @@ def test_cuts_are_runs_of_removed_layers() -> None:
     assert [(cut.after, cut.removed) for cut in find_cuts(plan)] == [(3, (4,)), (5, (6, 7)), (10, (11,))]
 
 
+def test_layers_behind_the_first_cut_are_places_too() -> None:
+    """Each with the run of removed layers after it; before the first cut there is nothing to give back."""
+    plan = Plan(model="m", num_layers=10, layers="layers", drop=(2, 5, 6), why={})
+    found = [(cut.after, cut.removed, cut.last) for cut in find_cuts(plan, every_layer=True)]
+    assert found == [(1, (2,), 2), (3, (), 3), (4, (5, 6), 6), (7, (), 7), (8, (), 8), (9, (), 9)]
+    first = replace(plan, drop=(0, 1, 5))
+    assert [cut.after for cut in find_cuts(first, every_layer=True)] == [2, 3, 4, 6, 7, 8, 9]
+
+
+def test_what_is_still_missing_is_given_back_by_later_layers(tmp_path: Path, save_checkpoint: Save) -> None:
+    """The last layer's stream is nearer to the whole model's than after a repair of the cut alone, on other text."""
+    from transformers import AutoModelForCausalLM
+
+    whole = lively(llama(num_hidden_layers=5))
+    folder = save_checkpoint(whole, tmp_path / "whole")
+    text = read_text(TEXT, load_tokenizer(resolve(str(folder))), Settings(**READ), skip_sequences=60)
+    ids = torch.from_numpy(np.concatenate([shard.input_ids for shard in text.shards])).long()
+    for drop in ((1,), (0, 1)):
+        plan, errors = Plan(model=str(folder), num_layers=5, layers="layers", drop=drop, why={}), []
+        for by in ("refit", "refit_all"):
+            out = tmp_path / f"{by}{drop}"
+            repair = None if drop == (0, 1) and by == "refit" else repair_of(by)
+            done = prune(str(folder), plan, out, repair=repair)
+            less = AutoModelForCausalLM.from_pretrained(out)
+            with torch.no_grad():
+                errors.append(float((whole(ids).logits - less(ids).logits).norm()))
+        assert errors[1] < 0.98 * errors[0]
+        assert not any("not given back" in note for note in done["notes"])
+    assert [cut.after for cut in read_repairs(out)[0].cuts] == [2, 3, 4]
+    assert "Repaired after 2: error" in "\n".join(read_repairs(out)[0].describe())
+
+
 def test_each_cut_sees_the_repairs_before_it(tmp_path: Path, save_checkpoint: Save) -> None:
     """The errors of the second cut are those of plain transformers with the first repair alone, and with both."""
     from transformers import AutoModelForCausalLM
@@ -212,17 +245,17 @@ def test_streaming_writes_the_same_bytes(family: str, tmp_path: Path, save_check
     """With room for one layer and for no hidden state; and the comparison of both models by streaming too."""
     model = lively(llama(num_hidden_layers=6)) if family == "llama" else lively(tiny_model("causal", family))
     folder, plan = whole_of(model, tmp_path / "whole", save_checkpoint)
-    plan = replace(plan, num_layers=6, drop=(2, 4)) if family == "llama" else plan
+    plan, by = (replace(plan, num_layers=6, drop=(2, 4)), "refit_all") if family == "llama" else (plan, "refit")
     size = footprint(resolve(str(folder)), Settings(dtype="float32"))
     room = size.weight_bytes - sum(size.layer_bytes) + 2 * (max(size.layer_bytes) + 512)
     streamed = Execution(partition="streaming", max_memory={"cpu": room})
     with one_thread():
         done = {
-            name: prune(str(folder), plan, tmp_path / name, repair=repair_of("refit"), execution=how)
+            name: prune(str(folder), plan, tmp_path / name, repair=repair_of(by), execution=how)
             for name, how in {"whole-in-memory": Execution(partition="single"), "streamed": streamed}.items()
         }
     one, other = done.values()
-    assert one["repair"] == other["repair"] and len(one["repair"].cuts) == 1 + (family == "llama")
+    assert one["repair"] == other["repair"] and len(one["repair"].cuts) == (3 if family == "llama" else 1)
     assert other["difference"] is not None and other["difference"] <= 1e-5
     files = [sorted((tmp_path / name).iterdir()) for name in done]
     assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]

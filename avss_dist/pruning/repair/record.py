@@ -47,7 +47,7 @@ class RepairedCut:
     after: Count
     """The last layer before it, counted in the whole model, whose MLP, or the stream after it, was changed."""
     removed: Layers
-    """The layers that are missing there."""
+    """The layers that are missing there; none, where what was missing before is given back once more."""
     ridges: Annotated[tuple[float | None, ...], Field(strict=False)]
     """Of each fit, as a multiple of the mean diagonal; None where the fit did not help, and nothing was changed."""
     error_before: Error
@@ -58,9 +58,11 @@ class RepairedCut:
     def describe(self) -> str:
         """One line for people."""
         ridges = ", ".join("none helps" if ridge is None else f"{ridge:g}" for ridge in self.ridges)
-        return (
-            f"without {describe_layers(self.removed)}, after {self.after}: error {self.error_before:.3g} -> "
-            f"{self.error_after:.3g} on held-back text" + (f" (ridge {ridges})" if ridges else "")
+        where = (
+            f"without {describe_layers(self.removed)}, after {self.after}" if self.removed else f"after {self.after}"
+        )
+        return f"{where}: error {self.error_before:.3g} -> {self.error_after:.3g} on held-back text" + (
+            f" (ridge {ridges})" if ridges else ""
         )
 
 

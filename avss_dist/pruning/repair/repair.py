@@ -2,13 +2,14 @@
 
 At each cut, in order of depth: X is the stream after the last layer before it, in the pruned model with the repairs so
 far; Y is the whole model's stream after the last layer that is removed there; R = Y - X is fitted from what the MLP
-before the cut adds, or from its hidden units (`fold`). The first token of each row takes no part. One row of ten is
-held back: it chooses the ridge, and says what the fit is worth.
+before the cut adds, or from its hidden units (`fold`). ``refit_all`` does the same at every layer behind the first cut,
+for what earlier repairs could not give back goes on through them. The first token of each row takes no part. One row
+of ten is held back: it chooses the ridge, and says what the fit is worth; a step that is worth nothing is taken back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -22,6 +23,7 @@ from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.patching import STREAM, Parameter, Patch
 from avss_dist.models.pinning import pin
 from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.repair.cuts import Cut, require_cuts
 from avss_dist.pruning.repair.fold import Step, Weights, features, fold, num_unknowns, parameters, steps
 from avss_dist.pruning.repair.normal_equations import Fit, NormalEquations, fit, fit_plainly
 from avss_dist.pruning.repair.outlet import Outlet, RepairError, is_transposed
@@ -30,7 +32,7 @@ from avss_dist.pruning.repair.rivals import fit_stream
 from avss_dist.pruning.repair.streams import AtCut, OpenStreams, Streams, opened_streams
 from avss_dist.pruning.repair.text import Portion, count_tokens, portions
 from avss_dist.pruning.repair.weighted import weighted
-from avss_dist.settings import REPAIRS, RIVAL_PATCHES, Execution, OneOf, Settings, checked
+from avss_dist.settings import REFIT_ALL, REPAIRS, RIVAL_PATCHES, Execution, OneOf, Settings, checked
 from avss_dist.system.devices import pick_device
 from avss_dist.system.progress_bar import tracked
 from avss_dist.text import RedactedURI, describe_layers
@@ -81,30 +83,6 @@ class Repaired:
     notes: Sequence[str]
 
 
-@dataclass(frozen=True)
-class Cut:
-    """A run of removed layers, and the layer before it."""
-
-    after: int
-    removed: tuple[int, ...]
-
-    @property
-    def last(self) -> int:
-        """The last layer that is removed here."""
-        return self.removed[-1]
-
-
-def find_cuts(made: Plan) -> list[Cut]:
-    """The cuts of a plan, in order; that before the first layer has no layer before it, and is none."""
-    runs: list[list[int]] = []
-    for layer in made.drop:
-        if runs and runs[-1][-1] == layer - 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return [Cut(run[0] - 1, tuple(run)) for run in runs if run[0] > 0]
-
-
 def repair_layers(
     checkpoint: Checkpoint, made: Plan, repair: Repair, stored: ReadStored, execution: Execution | None = None
 ) -> Repaired:
@@ -120,7 +98,7 @@ def repair_layers(
         ConfigError: the partition is none in which repairs are fitted, or has not the memory that it needs.
         FitError: hidden states are not finite.
     """
-    require_cuts(made)
+    require_cuts(made, every_layer=repair.by == REFIT_ALL)
     device = pick_device(repair.settings.device)
     config = text_config(checkpoint, trust_remote_code=repair.settings.trust_remote_code)
     settings = replace(pin(repair.settings, checkpoint, config, device.type), layers=made.layers)
@@ -128,20 +106,6 @@ def repair_layers(
     texts = [plan(corpus, tokenizer, settings, skip_sequences=repair.skip_sequences) for corpus in repair.texts]
     with opened_streams(checkpoint, settings, device, execution or Execution()) as open_streams:
         return fit_repair(checkpoint, open_streams, made, replace(repair, settings=settings), texts, stored)
-
-
-def require_cuts(made: Plan) -> list[Cut]:
-    """As `find_cuts`.
-
-    Raises:
-        RepairError: there is none.
-    """
-    if cuts := find_cuts(made):
-        return cuts
-    raise RepairError(
-        f"Layers {describe_layers(made.drop)} are the first: no layer before them can give back what they did.",
-        "Prune with `repair` none, or keep the first layer.",
-    )
 
 
 def fit_repair(
@@ -154,7 +118,7 @@ def fit_repair(
     show: Show = tracked,
 ) -> Repaired:
     """As `repair_layers`, with an open model and texts that are read; the settings of ``repair`` are pinned."""
-    cuts = require_cuts(made)
+    cuts = require_cuts(made, every_layer=repair.by == REFIT_ALL)
     read = portions(texts, repair.settings.batch_size, repair.weights)
     starts = [cut.last for cut in cuts[:-1]]
     streams = open_streams([portion.batch for portion in read], made.drop, starts)
@@ -162,13 +126,13 @@ def fit_repair(
     names = [f"Repairing cut {number} of {len(cuts)}" for number in range(1, len(cuts) + 1)]
     if repair.by in RIVAL_PATCHES:
         done = [mender.patch(cut, repair.by, name) for cut, name in zip(cuts, names, strict=True)]
-        return Repaired(mender.tensors, _record(checkpoint, made, repair, texts, read, done), _notes(made))
+        return Repaired(mender.tensors, _record(checkpoint, made, repair, texts, read, done), _notes(made, repair.by))
     outlets = [streams.outlet(cut.after) for cut in cuts]
     for outlet in outlets:
         mender.require_tokens(outlet, repair.by)
         mender.require_plain(outlet)
     done = [mender.mend(cut, at, repair.by, name) for cut, at, name in zip(cuts, outlets, names, strict=True)]
-    return Repaired(mender.tensors, _record(checkpoint, made, repair, texts, read, done), _notes(made))
+    return Repaired(mender.tensors, _record(checkpoint, made, repair, texts, read, done), _notes(made, repair.by))
 
 
 class _Mender:
@@ -207,7 +171,8 @@ class _Mender:
 
     def mend(self, cut: Cut, outlet: Outlet, by: str, what: str) -> RepairedCut:
         """Fit and fold every step of a cut."""
-        fits, missing = [], []
+        fits = []
+        old = {path: self._parameter(outlet.layer.index, path) for path in self._names(outlet).values()}
         for step in steps(by, outlet):
             seen, held_back, size = self._sums(cut, outlet, step, what)
             fitted = fit_plainly if by == "replace_me" and step.form == "full" else fit
@@ -215,21 +180,24 @@ class _Mender:
             if found.ridge is not None:
                 self._fold(outlet, step, found, seen)
             fits.append(found)
-            missing.append((found.before / size) ** 0.5)
+        before, after, ridges = fits[0].before, fits[-1].after, tuple(found.ridge for found in fits)
+        if after > before and by != "replace_me":  # behind a norm, a fit is folded approximately
+            after, ridges = before, (None,) * len(fits)
+            for path, value in old.items():
+                self._change(outlet.layer.index, path, value)
         return RepairedCut(
             after=cut.after,
             removed=cut.removed,
-            ridges=tuple(found.ridge for found in fits),
-            error_before=missing[0],
-            error_after=(fits[-1].after / size) ** 0.5,
+            ridges=ridges,
+            error_before=(before / size) ** 0.5,
+            error_after=(after / size) ** 0.5,
         )
 
     def patch(self, cut: Cut, by: str, what: str) -> RepairedCut:
         """Patch the stream behind a cut."""
         numbers = self._show(range(len(self._read)), what)
         value, done = fit_stream(by, self._streams, cut.after, cut.removed, self._read, numbers)
-        self.tensors[cut.after, STREAM] = value
-        self._streams.change(cut.after, STREAM, value)
+        self._change(cut.after, STREAM, value)
         return done
 
     def _sums(self, cut: Cut, outlet: Outlet, step: Step, what: str) -> tuple[NormalEquations, NormalEquations, float]:
@@ -257,7 +225,7 @@ class _Mender:
     def _fold(self, outlet: Outlet, step: Step, found: Fit, seen: NormalEquations) -> None:
         """Change the weights of an outlet, in the model and in what is written."""
         layer = outlet.layer.index
-        names = parameters(outlet, bias=self._streams.has(layer, f"{outlet.linear}.bias"))
+        names = self._names(outlet)
         old = {field: self._parameter(layer, path) for field, path in names.items()}
         device = found.weights.device
         values = {field: tensor.to(device, torch.float64) for field, tensor in old.items()}
@@ -280,8 +248,15 @@ class _Mender:
                 raise RepairError(
                     f"The repair of layer {layer} does not fit into {written.dtype}.", "Use another `repair`."
                 )
-            self.tensors[layer, path] = written
-            self._streams.change(layer, path, written)
+            self._change(layer, path, written)
+
+    def _change(self, layer: int, path: str, value: torch.Tensor) -> None:
+        self.tensors[layer, path] = value
+        self._streams.change(layer, path, value)
+
+    def _names(self, outlet: Outlet) -> Mapping[str, str]:
+        """The parameters of an outlet; see `fold.parameters`."""
+        return parameters(outlet, bias=self._streams.has(outlet.layer.index, f"{outlet.linear}.bias"))
 
     def _parameter(self, layer: int, path: str) -> torch.Tensor:
         """A parameter as it is to be written so far."""
@@ -343,8 +318,8 @@ def _record(
     )
 
 
-def _notes(made: Plan) -> list[str]:
-    if 0 not in made.drop:
+def _notes(made: Plan, by: str) -> list[str]:
+    if 0 not in made.drop or by == REFIT_ALL:
         return []
     first = describe_layers([layer for layer in made.drop if set(range(layer)) <= set(made.drop)])
     return [f"Nothing stands before layers {first}: what they did is not given back."]
