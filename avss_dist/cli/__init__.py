@@ -1,6 +1,20 @@
 """The command line: parse, call, print. Exit codes: 0 done, 1 a run failed, 2 a mistake, 130 stopped by Ctrl-C."""
 
-from avss_dist.cli import ablate, compare, doctor, evaluate, experiment, jobs, plan, prune, read, report, score, shrink
+from avss_dist.cli import (
+    ablate,
+    compare,
+    doctor,
+    evaluate,
+    experiment,
+    jobs,
+    plan,
+    prune,
+    read,
+    report,
+    sample,
+    score,
+    shrink,
+)
 from avss_dist.cli.base import app, main
 
 for command in (
@@ -18,6 +32,7 @@ for command in (
     plan.plan,
     prune.prune,
     shrink.shrink,
+    sample.sample,
     evaluate.evaluate,
     experiment.experiment,
     experiment.scorecard,

@@ -1,0 +1,78 @@
+"""Text that a model writes itself, drawn token by token from what it predicts: of every domain that it has learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from avss_dist.errors import ModelError
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.loading import load_model, load_tokenizer, text_config
+from avss_dist.models.pinning import pin
+from avss_dist.settings import Settings
+from avss_dist.system.devices import pick_device
+from avss_dist.system.progress_bar import tracked
+
+
+def sample(
+    checkpoint: Checkpoint, settings: Settings, *, count: int, prompt: str | None = None, seed: int = 0
+) -> Iterator[str]:
+    """Texts of at most ``sequence_length`` tokens, at temperature 1 from all tokens; each ends where the model ends it.
+
+    The same ones for the same seed, batch size, dtype and device.
+
+    Args:
+        count: texts; those without a word are left out.
+        prompt: what each begins with, and is not a part of it; by default the token that texts begin with.
+
+    Raises:
+        ModelError: the model cannot be loaded, or predicts no next token; or no token is known to begin with.
+    """
+    device = pick_device(settings.device)
+    config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+    settings = pin(settings, checkpoint, config, device.type)
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
+    start = _start(checkpoint, tokenizer, prompt)
+    model = load_model(checkpoint, replace(settings, layers=None), head=True).to(device)
+    if not model.can_generate():
+        raise ModelError(f"'{checkpoint.name}' predicts no next token.", "Name a causal language model.")
+    end = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, start[0]) if i is not None)
+    sizes = [min(settings.batch_size, count - done) for done in range(0, count, settings.batch_size)]
+    for number in tracked(range(len(sizes)), "Sampling"):
+        prompts = torch.tensor([start] * sizes[number], device=device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
+            torch.manual_seed((_APART * seed + number) % 2**32)  # all that the generator of CPUs takes
+            written = model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=settings.sequence_length,
+                pad_token_id=end,
+                **_AS_PREDICTED,
+            )
+        texts = tokenizer.batch_decode(written[:, len(start) :], skip_special_tokens=True)
+        yield from filter(str.strip, texts)
+
+
+_APART = 1_000_003  # seeds of batches, from one seed to the next
+_AS_PREDICTED: dict[str, Any] = {  # whatever the checkpoint's own generation_config.json says
+    "do_sample": True,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "use_cache": True,
+}
+
+
+def _start(checkpoint: Checkpoint, tokenizer: Any, prompt: str | None) -> list[int]:
+    if prompt is not None:
+        found = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    else:
+        found = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None][:1]
+    if not found:
+        raise ModelError(f"The tokenizer of '{checkpoint.name}' has no token to begin with.", "Give a `prompt`.")
+    return list(found)

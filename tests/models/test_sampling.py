@@ -1,0 +1,65 @@
+"""Text that a model writes itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from support.command_line import avss
+
+from avss_dist.errors import ModelError
+from avss_dist.models.checkpoints import resolve
+from avss_dist.models.loading import load_tokenizer
+from avss_dist.models.sampling import sample
+from avss_dist.settings import Settings
+
+SHORT = ["--sequence-length", 12, "--batch-size", 4, "--device", "cpu"]
+
+
+def test_tokens_are_drawn_as_the_model_predicts_them(tiny_llama: Path, tmp_path: Path) -> None:
+    """All of them, whatever its generation_config.json says: as often as softmax of the logits, but for chance."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "greedy"
+    shutil.copytree(tiny_llama, folder)
+    (folder / "generation_config.json").write_text('{"do_sample": true, "top_k": 1, "temperature": 0.01}')
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    tokenizer = load_tokenizer(resolve(str(tiny_llama)))
+    start = tokenizer("the", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        expected = model(torch.tensor([start])).logits[0, -1].softmax(-1)
+    words = [tokenizer.decode([token], skip_special_tokens=True) for token in range(len(expected))]
+    one = Settings(sequence_length=1, batch_size=1000, device="cpu")
+    count = 4000
+    seen = Counter(sample(resolve(str(folder)), one, count=count, prompt="the"))
+    share = {word: sum(float(p) for p, w in zip(expected, words, strict=True) if w == word) for word in set(words)}
+    for word, wanted in share.items():
+        if word.strip():
+            assert abs(seen[word] / count - wanted) < 5 * (wanted / count) ** 0.5 + 1e-3
+    assert len(seen) > 20
+
+
+def test_the_command(tiny_llama: Path, tmp_path: Path) -> None:
+    """The same text for the same seed, other text for another; a corpus like others; no file is overwritten."""
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    for file, seed in zip(files, (3, 3, 4), strict=True):
+        done = avss("sample", tiny_llama, "--out", file, "--count", 6, "--seed", seed, *SHORT)
+        assert done.exit_code == 0, done.stderr
+        assert f"{file}:text" in done.stdout.replace("\n", "")
+    one, same, other = (file.read_bytes() for file in files)
+    assert one == same != other
+    lines = [json.loads(line)["text"] for line in one.decode().splitlines()]
+    assert len(set(lines)) > 1 and all(text.strip() for text in lines)
+    again = avss("sample", tiny_llama, "--out", files[0], *SHORT)
+    assert again.exit_code == 2 and "exists" in again.stderr and files[0].read_bytes() == one
+    scored = avss("score", tiny_llama, "--corpus", f"{files[0]}:text", "--out", tmp_path / "w", "--sequence-length", 8)
+    assert scored.exit_code == 0, scored.stderr
+
+
+def test_an_encoder_writes_nothing(tiny_bert: Path) -> None:
+    with pytest.raises(ModelError, match="predicts no next token"):
+        next(sample(resolve(str(tiny_bert)), Settings(device="cpu", sequence_length=4), count=1))
