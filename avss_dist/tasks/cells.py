@@ -33,18 +33,6 @@ class KeptPatch(Protocol):
         """As `patching.encode_patch` has them."""
 
 
-@dataclass(frozen=True)
-class SentPatch:
-    """See `KeptPatch`: on its way to a worker."""
-
-    key: str
-    data: bytes = field(repr=False)
-
-    def read(self) -> bytes:
-        """See `KeptPatch`."""
-        return self.data
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Cell:
     """The unit of work, of retry and of what is kept.
@@ -72,10 +60,6 @@ class Cell:
         """Equal where the same is measured within an evaluation: names its file."""
         repair = {"patch": self.patch.key} if self.patch else {}
         return fingerprint(measure=self.measure.key, part=self.part, drop=list(self.drop), **repair)[:20]
-
-    def sent(self) -> Cell:
-        """The same with its patch in it, for a worker that may not reach where that is kept."""
-        return replace(self, patch=SentPatch(self.patch.key, self.patch.read())) if self.patch else self
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from support.causal_lm import SMALL, random_shard
 
 from avss_dist.errors import ModelError, RunFailed
 from avss_dist.executors.base import ReplicaSpec, RunShards
+from avss_dist.executors.ray.patches import PatchSharer
 from avss_dist.executors.ray.queue import ATTEMPTS, LATE_SECONDS, CellQueue, ShardQueue
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.partition.base import Placement
@@ -122,3 +124,23 @@ def test_a_dropped_run_has_nothing_left(checkpoint: Checkpoint) -> None:
     queue, run = shard_queue(checkpoint)
     run.dropped = True
     assert not queue.is_active and not queue.pending
+
+
+def test_a_patch_is_shared_once_for_all_of_its_cells() -> None:
+    """However many workers and cells use it; those that are done are let go."""
+
+    @dataclass(frozen=True)
+    class Kept:
+        key: str
+
+        def read(self) -> bytes:
+            return self.key.encode()
+
+    stored: list[bytes] = []
+    sharer = PatchSharer(lambda data: stored.append(data) or data)
+    for key in "aabab":
+        assert sharer.share(Kept(key)).data == key.encode()
+    assert stored == [b"a", b"b"]
+    for key in "cddcab":
+        sharer.share(Kept(key))
+    assert stored == [b"a", b"b", b"c", b"d", b"a", b"b"]

@@ -10,12 +10,14 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any, Generic, TypeVar
 
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import AvssError, RunFailed
 from avss_dist.executors.base import ReplicaSpec, RunShards
+from avss_dist.executors.ray.patches import PatchSharer
 from avss_dist.executors.ray.worker import Assignment, CellAssignment, ShardAssignment
 from avss_dist.partition.base import Placement
 from avss_dist.registry import PARTITIONS
@@ -216,6 +218,10 @@ class ShardQueue(UnitQueue[Shard]):
 class CellQueue(UnitQueue[Cell]):
     """The cells of one model; an error ends its cell alone, unless the model cannot be opened."""
 
+    def __init__(self, spec: ReplicaSpec, units: Sequence[Cell]) -> None:
+        super().__init__(spec, units)
+        self._patches = PatchSharer()
+
     @property
     def units_a_round(self) -> int:
         """All ranks take the same cell, and share what is in it."""
@@ -230,9 +236,12 @@ class CellQueue(UnitQueue[Cell]):
         return self.units[unit].task
 
     def assignments(self, units: Sequence[int]) -> list[CellAssignment]:
-        """The same cell for every rank."""
-        cells = {unit: self.units[unit].sent() for unit in units}
+        """The same cell for every rank, with its patch where workers reach it."""
+        cells = {unit: self._sent(self.units[unit]) for unit in units}
         return [CellAssignment(cell=cells[unit], rows=self.rows) for unit in self.by_rank(units) if unit is not None]
+
+    def _sent(self, cell: Cell) -> Cell:
+        return replace(cell, patch=self._patches.share(cell.patch)) if cell.patch else cell
 
     def _outcome(self, unit: int, result: Any) -> tuple[Cell, Any]:
         return self.units[unit], result
