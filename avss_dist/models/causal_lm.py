@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
 from typing import Any, Protocol, TypeVar
@@ -15,6 +14,8 @@ from torch.nn.functional import cross_entropy
 from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ModelError
 from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.head import Head, find_head
+from avss_dist.models.labels import LOGIT_BYTES, draw_labels, loss_gradient, pieces, uniform_numbers, widened
 from avss_dist.models.layers import PROBE_SHAPE, Layer
 from avss_dist.models.loading import Backbone, quiet
 from avss_dist.models.patching import Patch, patched
@@ -25,7 +26,6 @@ from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import Float64
 
 PROBE_TOKENS = 16
-WIDENED_BYTES = 16 << 20  # of logits: larger pieces would be taken from the system anew each time
 
 T = TypeVar("T")
 
@@ -59,7 +59,9 @@ class LanguageModel:
 
     Attributes:
         backbone: the model as it was opened.
+        head: from what its last layer gives to logits.
         layers: its transformer blocks, in order.
+        forms: how layers return hidden states (`skipping.Recorded`): what is known of a layer is no reason to run it.
         family: ``config.model_type``.
         device: where it computes.
         reports: whether the answers of this process count; of several that give the same, one's do.
@@ -80,14 +82,9 @@ class LanguageModel:
             raise _no_head(checkpoint, self.module)
         self.layers: tuple[Layer, ...] = backbone.structure.layers
         self.family = backbone.family
-        with quiet():
-            self.forms = self._find_forms()
-
-    def _find_forms(self) -> dict[int, type]:
-        """How layers return hidden states (`skipping.Recorded`): what is known of a layer is no reason to run it."""
-        with recording(self.layers) as recorded:
-            self._probe()
-        return recorded.forms
+        with quiet(), torch.no_grad(), recording(self.layers) as recorded:
+            self.head: Head = find_head(self.module, self.layers, device)
+        self.forms = recorded.forms
 
     def _probe(self) -> None:
         """A pass over a few tokens."""
@@ -121,12 +118,12 @@ class LanguageModel:
         real = np.ones((1, PROBE_TOKENS), np.bool_)
         batch = Batch(input_ids=np.arange(PROBE_TOKENS, dtype=np.int32)[None], attention_mask=real, observed=real)
         with recording(self.layers) as recorded:
-            self.logits(batch)
+            self.hidden_states(batch)
         for layer in self.layers:  # left out as this class does it, for a subclass may not be ready to
             with resuming(self.layers, layer.index, recorded):
-                resumed = self.logits(batch)
+                resumed = self.hidden_states(batch)
             with LanguageModel.without(self, (layer.index,)):
-                if not torch.equal(resumed, self.logits(batch)):
+                if not torch.equal(resumed, self.hidden_states(batch)):
                     return False
         return True
 
@@ -170,27 +167,38 @@ class LanguageModel:
         """What functions give that ask the model, each on its own; they may run interleaved."""
         return [function() for function in functions]
 
-    def logits(self, batch: Batch) -> torch.Tensor:
-        """[rows, tokens, vocabulary], on the model's device and in its dtype; gradients follow the caller's mode."""
+    def hidden_states(self, batch: Batch) -> torch.Tensor:
+        """[rows, tokens, units], on the model's device: what its head is given; gradients follow the caller's mode."""
         input_ids = torch.from_numpy(batch.input_ids).to(self.device, torch.int64)
         padded = {} if batch.attention_mask.all() else {"attention_mask": self._place(batch.attention_mask)}
-        logits: torch.Tensor = self.call(input_ids=input_ids, use_cache=False, **padded).logits
-        return logits
+        run = partial(self.call, input_ids=input_ids, use_cache=False, **padded)
+        return self.head.hidden_states(run).to(self.device)
+
+    def pieces(self, number: int) -> list[slice]:
+        """Of so many tokens, those whose logits are there at a time: `LOGIT_BYTES` of them at most, in float32."""
+        return pieces(number, self.head.vocabulary, LOGIT_BYTES)
+
+    def logits(self, hidden: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Which tokens, and their logits, float32[some, vocabulary]; of `hidden_states` of tokens, [tokens, units]."""
+        for piece in self.pieces(len(hidden)):
+            for part, logits in widened(self.head.logits(hidden[piece])):
+                yield slice(piece.start + part.start, piece.start + part.stop), logits
 
     def losses(self, batch: Batch) -> Float64:
         """float64[rows]: the negative log-likelihood, in nats, of each row's counted tokens given those before them."""
         with torch.no_grad():
-            return np.array([row.item() for row in self.row_losses(self.logits(batch), batch)], np.float64)
+            counted, labels = self._predicted(batch)
+            found = torch.zeros(counted.shape, dtype=torch.float64, device=self.device)
+            of_tokens = torch.empty(len(labels), dtype=torch.float64, device=self.device)
+            for some, logits in self.logits(self.hidden_states(batch)[:, :-1][counted]):
+                of_tokens[some] = cross_entropy(logits, labels[some], reduction="none").double()
+            found[counted] = of_tokens
+            return found.sum(dim=1).cpu().numpy()
 
-    def row_losses(self, logits: Iterable[torch.Tensor], batch: Batch) -> Iterator[torch.Tensor]:
-        """The loss of each row, float64[], from `logits`; `WIDENED_BYTES` of them are in float32 at a time."""
-        targets = torch.from_numpy(batch.input_ids).to(self.device, torch.int64)[:, 1:]
+    def _predicted(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """bool[rows, tokens - 1]: tokens after which one is predicted that counts; and int64[n]: which one."""
         counted = self._place(predicted(batch))
-        for row, target, counts in zip(logits, targets, counted, strict=True):
-            some = max(1, WIDENED_BYTES // (4 * row.shape[-1]))
-            pieces = zip(row[:-1].split(some), target.split(some), strict=True)
-            tokens = torch.cat([cross_entropy(piece.float(), of, reduction="none") for piece, of in pieces])
-            yield tokens.double().where(counts, 0).sum()
+        return counted, torch.from_numpy(batch.input_ids).to(self.device, torch.int64)[:, 1:][counted]
 
     def losses_without(self, batches: Sequence[Batch], drops: Sequence[Drop]) -> list[Float64]:
         """For each set of layers, float64[rows]: `losses` of all batches without them.
@@ -240,51 +248,28 @@ class LanguageModel:
         """
         for batch, watcher in zip(batches, watchers, strict=True):
             with watcher.watch(), torch.enable_grad():
-                logits = self.logits(batch)
-                for number, gradient in enumerate(self.logit_gradients(logits, batch, draws, seed)):
-                    logits.backward(gradient, retain_graph=number < draws)
+                hidden = self.hidden_states(batch)
+                for number, gradient in enumerate(self.loss_gradients(hidden.detach(), batch, draws, seed)):
+                    hidden.backward(gradient, retain_graph=number < draws)
         return list(watchers)
 
-    def logit_gradients(
-        self, logits: torch.Tensor, batch: Batch, draws: int = 0, seed: int = 0
-    ) -> Iterator[torch.Tensor]:
-        """Of the summed losses, [rows, tokens, vocabulary]: of the text's own labels, then of each draw's."""
-        with torch.no_grad():
-            labels = torch.from_numpy(batch.input_ids).to(self.device, torch.int64)[:, 1:]
-            drawn = self._draw_labels(logits.detach(), batch, draws, seed) if draws else ()
-        for of in (labels, *drawn):
-            with torch.no_grad():
-                gradient = self._gradients_of_labels(logits.detach(), batch, of)
-            yield gradient
-
-    def _gradients_of_labels(self, logits: torch.Tensor, batch: Batch, labels: torch.Tensor) -> torch.Tensor:
-        """Of cross entropy: what is predicted, less 1 at the label; `WIDENED_BYTES` are in float32 at a time."""
-        counted, found = self._place(predicted(batch)), torch.zeros_like(logits)
-        some = max(1, WIDENED_BYTES // (4 * logits.shape[-1]))
-        for row, into, targets, counts in zip(logits, found, labels, counted, strict=True):
-            pieces = (row[:-1].split(some), into[:-1].split(some), targets.split(some), counts.split(some))
-            for piece, part, target, count in zip(*pieces, strict=True):
-                probabilities = piece.float().softmax(dim=-1)
-                probabilities.scatter_add_(1, target[:, None], probabilities.new_full((len(target), 1), -1.0))
-                part.copy_(probabilities.masked_fill_(~count[:, None], 0))
-        return found
-
-    def _draw_labels(self, logits: torch.Tensor, batch: Batch, draws: int, seed: int) -> torch.Tensor:
-        """int64[draws, rows, tokens - 1], by inverting the distribution function at uniform numbers."""
-        found = logits.new_zeros((draws, len(logits), logits.shape[1] - 1), dtype=torch.int64)
-        some = max(1, WIDENED_BYTES // (4 * logits.shape[-1]))
-        for number, (row, ids, real) in enumerate(zip(logits, batch.input_ids, batch.attention_mask, strict=True)):
-            uniform = torch.from_numpy(_uniform(ids[real], draws, seed)).to(self.device)  # [tokens - 1, draws]
-            pieces = zip(row[: len(uniform)].split(some), uniform.split(some), strict=True)
-            labels = [
-                torch.searchsorted(piece.double().softmax(dim=-1).cumsum(dim=-1), at, right=True).clamp_max_(
-                    row.shape[-1] - 1
-                )
-                for piece, at in pieces
-            ]
-            if labels:
-                found[:, number, : len(uniform)] = torch.cat(labels).T
-        return found
+    def loss_gradients(self, hidden: torch.Tensor, batch: Batch, draws: int = 0, seed: int = 0) -> torch.Tensor:
+        """Of summed losses at `hidden_states`, [1 + draws, *hidden.shape]: of the text's labels, then each draw's."""
+        counted, labels = self._predicted(batch)
+        uniform = torch.from_numpy(uniform_numbers(batch, draws, seed)).to(self.device)[:, counted]
+        given = hidden[:, :-1][counted]
+        found = given.new_empty((1 + draws, *given.shape))
+        for piece in self.pieces(len(given)):
+            with torch.enable_grad():
+                leaf = given[piece].requires_grad_()
+                logits = self.head.logits(leaf)
+            drawn = draw_labels(logits.detach(), uniform[:, piece])
+            for number, of in enumerate((labels[piece], *drawn)):
+                gradient = loss_gradient(logits.detach(), of)
+                (found[number, piece],) = torch.autograd.grad(logits, leaf, gradient, retain_graph=number < draws)
+        every = hidden.new_zeros((1 + draws, *hidden.shape))
+        every[:, :, :-1][:, counted] = found
+        return every
 
     def _place(self, mask: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(mask)).to(self.device)
@@ -300,12 +285,6 @@ def _no_head(checkpoint: Checkpoint, module: Any) -> ModelError:
     return ModelError(
         f"'{checkpoint.name}' ({name}) has no head that predicts the next token.", "Evaluate a causal language model."
     )
-
-
-def _uniform(ids: np.ndarray, draws: int, seed: int) -> Float64:
-    """float64[tokens - 1, draws] in [0, 1), by the tokens of a row and a seed."""
-    digest = np.frombuffer(hashlib.sha256(ids.astype(np.int32).tobytes()).digest(), np.uint32)
-    return np.random.default_rng([seed, *digest.tolist()]).random((max(0, len(ids) - 1), draws))
 
 
 def begins_behind(drop: Drop, layer: int) -> int:

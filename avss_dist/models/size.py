@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from avss_dist.models.checkpoints import Checkpoint, fetch_files, locate
+from avss_dist.models.labels import LOGIT_BYTES
 from avss_dist.models.layers import layer_lists
 from avss_dist.models.loading import skeleton, text_config, without_head
 from avss_dist.models.pinning import compute_dtype
@@ -75,8 +76,8 @@ class Footprint:
         return rows * tokens * self.hidden_size * self.element_bytes
 
     def logit_bytes(self, rows: int, tokens: int) -> int:
-        """Bytes of what the head gives of one batch."""
-        return rows * tokens * self.vocabulary * self.element_bytes
+        """Bytes of the logits of one batch that exist at once."""
+        return min(rows * tokens * self.vocabulary * 4, LOGIT_BYTES)
 
     def activation_bytes(self, rows: int, tokens: int) -> int:
         """Bytes that one forward pass over one batch takes at its peak, with what observation keeps."""

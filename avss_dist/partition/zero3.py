@@ -23,7 +23,7 @@ from avss_dist.models.loading import forward_function, load_model, open_module, 
 from avss_dist.models.pinning import compute_dtype
 from avss_dist.partition.base import Placement, dummy_batch
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
-from avss_dist.partition.group import quiet_deepspeed, require_group, reraise_lost_ranks
+from avss_dist.partition.group import from_every_rank, quiet_deepspeed, require_group, reraise_lost_ranks
 from avss_dist.settings import Settings
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
@@ -88,6 +88,12 @@ class Zero3LanguageModel(LanguageModel):
         self._rank, self._world = distributed.get_rank(), distributed.get_world_size()
         self.reports = self._rank == 0
 
+    def pieces(self, number: int) -> list[slice]:
+        """See `causal_lm.LanguageModel`. As many on all ranks, for each gathers the head: some may be empty."""
+        mine = super().pieces(number)
+        most = max(from_every_rank(len(mine), self.device))
+        return mine + [slice(number, number)] * (int(most) - len(mine))
+
     def each(self, function: Callable[[Batch], T], batches: Sequence[Batch]) -> list[T]:
         """See `causal_lm.LanguageModel`."""
         return self._share(batches, function, lambda: function(dummy_batch()))
@@ -95,7 +101,7 @@ class Zero3LanguageModel(LanguageModel):
     def together(self, functions: Sequence[Callable[[], T]]) -> list[T]:
         """See `causal_lm.LanguageModel`."""
         with torch.no_grad():
-            return self._share(functions, lambda function: function(), lambda: self.logits(dummy_batch()))
+            return self._share(functions, lambda function: function(), lambda: self.losses(dummy_batch()))
 
     def backpropagate(
         self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0

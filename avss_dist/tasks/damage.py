@@ -132,7 +132,7 @@ class _Pass(Watched):
     def forward(self, model: LanguageModel, batch: Batch) -> _Pass:
         """A pass without gradients."""
         with self.watch(), torch.no_grad():
-            model.logits(batch)
+            model.hidden_states(batch)
         return self
 
     def call(self, uses: Sequence[Layer], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:

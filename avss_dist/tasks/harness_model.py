@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
 
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.loading import load_tokenizer
+
+
+@dataclass(frozen=True)
+class _Question:
+    """How likely is a continuation? ``row`` is what a model is given: all tokens but the last."""
+
+    row: tuple[int, ...]
+    continuation: tuple[int, ...]
 
 
 def harness_model(model: LanguageModel, *, generate: bool) -> Any:
@@ -16,12 +30,15 @@ def harness_model(model: LanguageModel, *, generate: bool) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     class Model(HFLM):
-        """The harness's own, which asks for all of a task's batches together."""
+        """The harness's own, but for log-likelihoods: all batches of a task are asked for together."""
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
-            groups = _batches(requests, self.batch_size)
-            ask = super()._loglikelihood_tokens
-            found = model.together([partial(ask, [requests[i] for i in group], disable_tqdm=True) for group in groups])
+            asked = [
+                _Question(tuple((*before, *after)[-(self.max_length + 1) :][:-1]), tuple(after))
+                for _, before, after in requests
+            ]
+            groups = _batches(asked, self.batch_size)
+            found = model.together([partial(_likelihoods, model, [asked[i] for i in group]) for group in groups])
             answers = dict(zip(chain(*groups), chain(*found), strict=True))
             return [answers[i] for i in range(len(requests))]
 
@@ -35,17 +52,38 @@ def harness_model(model: LanguageModel, *, generate: bool) -> Any:
     )
 
 
-def _batches(requests: Sequence[Any], rows: int) -> list[list[int]]:
-    """Indices of requests, those together that the harness puts into one batch.
-
-    It sorts them by their length, then by their tokens; those of the same tokens but for the last share a row.
-    """
-    tokens = [(*context, *continuation) for _, context, continuation in requests]
+def _batches(questions: Sequence[_Question], rows: int) -> list[list[int]]:
+    """Indices of questions, those together that are in one batch of so many rows; the longest come first."""
     shared: dict[tuple[int, ...], list[int]] = {}
-    for i in sorted(range(len(requests)), key=lambda i: (-len(tokens[i]), tokens[i])):
-        shared.setdefault(tokens[i][:-1], []).append(i)
+    for i in sorted(range(len(questions)), key=lambda i: (-len(questions[i].row), questions[i].row)):
+        shared.setdefault(questions[i].row, []).append(i)
     groups = [*shared.values()]
     return [sorted(i for group in groups[at : at + rows] for i in group) for at in range(0, len(groups), rows)]
+
+
+@torch.no_grad()
+def _likelihoods(model: LanguageModel, questions: Sequence[_Question]) -> list[tuple[float, bool]]:
+    """Of each question of a batch the log-likelihood, in nats, and whether no other continuation is likelier.
+
+    The head runs after tokens of continuations alone. What a row is padded with comes after them, where causal models
+    do not look.
+    """
+    rows = {question.row: number for number, question in enumerate({q.row: q for q in questions}.values())}
+    ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for row, number in rows.items():
+        ids[number, : len(row)] = row
+    real = np.ones(ids.shape, np.bool_)
+    hidden = model.hidden_states(Batch(input_ids=ids, attention_mask=real, observed=real))
+    places = [(rows[q.row], at) for q in questions for at in range(len(q.row) - len(q.continuation), len(q.row))]
+    at, after = torch.tensor(places, device=model.device).T
+    labels = torch.tensor([token for q in questions for token in q.continuation], device=model.device)
+    losses, best = torch.empty(len(labels), dtype=torch.float64), torch.empty(len(labels), dtype=torch.bool)
+    for some, logits in model.logits(hidden[at, after]):
+        losses[some] = cross_entropy(logits, labels[some], reduction="none").double().cpu()
+        best[some] = (logits.argmax(dim=-1) == labels[some]).cpu()
+    lengths = [len(question.continuation) for question in questions]
+    parts = zip(losses.split(lengths), best.split(lengths), strict=True)
+    return [(-float(loss.sum()), bool(greedy.all())) for loss, greedy in parts]
 
 
 class _Uncached:

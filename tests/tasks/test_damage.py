@@ -12,9 +12,11 @@ import pytest
 import torch
 from support.causal_lm import opened, random_shard
 from support.families import tiny_model
+from torch.nn.functional import cross_entropy
 
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, predicted
+from avss_dist.models.labels import draw_labels, uniform_numbers
 from avss_dist.models.layers import first_tensor, input_tensor
 from avss_dist.tasks.base import Row, TextLoss
 from avss_dist.tasks.damage import Damage
@@ -29,7 +31,7 @@ def by_metric(rows: list[Row]) -> Found:
 
 
 def traced(model: LanguageModel, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The logits, and the hidden states before the first layer and after each, with autograd's graph."""
+    """What the head is given, and the hidden states before the first layer and after each, with autograd's graph."""
     found: list[torch.Tensor] = []
 
     def enter(module: Any, args: Any, kwargs: Any) -> None:
@@ -40,10 +42,10 @@ def traced(model: LanguageModel, batch: Batch) -> tuple[torch.Tensor, list[torch
 
     hooks = [model.layers[0].module.register_forward_pre_hook(enter, with_kwargs=True)]
     hooks += [layer.module.register_forward_hook(leave) for layer in model.layers]
-    logits = model.logits(batch)
+    last = model.hidden_states(batch)
     for hook in hooks:
         hook.remove()
-    return logits, found
+    return last, found
 
 
 @pytest.fixture(scope="module", params=[0, 4], ids=["every token", "skipped tokens"])
@@ -100,10 +102,10 @@ def test_projections_are_those_of_autograd(seen: tuple[LanguageModel, Found, lis
     for row, batch in enumerate(batches):
         with torch.no_grad():
             changed = without(model, batch)
-        logits, whole = traced(model, batch)
-        seeds = list(model.logit_gradients(logits, batch, draws=3, seed=5))
+        last, whole = traced(model, batch)
+        seeds = model.loss_gradients(last.detach(), batch, draws=3, seed=5)
         together: dict[int, torch.Tensor] = {}
-        gradients = [torch.autograd.grad(logits, whole, seed, retain_graph=True) for seed in seeds]
+        gradients = [torch.autograd.grad(last, whole, seed, retain_graph=True) for seed in seeds]
         for layer in range(3):
             for m in (0, 1):
                 at = min(layer + m, 2) + 1
@@ -132,51 +134,41 @@ def test_projections_are_those_of_autograd(seen: tuple[LanguageModel, Found, lis
             assert product == pytest.approx((one * other).sum().item() / 3, abs=2e-3 * size)
 
 
-def test_the_gradient_of_logits_is_that_of_the_loss(tiny_llama: Path) -> None:
+def test_the_gradients_are_those_of_the_loss(tiny_llama: Path) -> None:
     model = opened(tiny_llama, dtype="float32")
     for batch in random_shard(skip=2).batches(2):
-        logits = model.logits(batch).detach().requires_grad_()
-        sum(model.row_losses(logits, batch)).backward()
-        (gradient,) = model.logit_gradients(logits, batch)
-        assert logits.grad is not None
-        torch.testing.assert_close(gradient, logits.grad)
+        hidden = model.hidden_states(batch).detach().requires_grad_()
+        logits = model.module.lm_head(hidden)[:, :-1].transpose(1, 2)
+        labels, counted = torch.from_numpy(batch.input_ids[:, 1:]).long(), torch.from_numpy(predicted(batch))
+        (cross_entropy(logits, labels, reduction="none") * counted).sum().backward()
+        (gradient,) = model.loss_gradients(hidden.detach(), batch)
+        assert hidden.grad is not None
+        torch.testing.assert_close(gradient, hidden.grad)
 
 
-def labels(model: LanguageModel, batch: Batch, draws: int, seed: int) -> np.ndarray:
-    """[draws, rows, tokens - 1]: where a gradient is not the prediction itself; -1 where nothing is predicted."""
-    logits = model.logits(batch).detach()
-    _, *drawn = model.logit_gradients(logits, batch, draws, seed)
-    assert len(drawn) == draws
-    picked = [(logits.softmax(dim=-1) - of).argmax(dim=-1).where((of != 0).any(dim=-1), -1) for of in drawn]
-    return torch.stack(picked)[:, :, :-1].numpy()
-
-
-def test_labels_are_drawn_from_the_prediction(tiny_llama: Path) -> None:
-    """With a large temperature they are uniform: here the model's head is made to know two tokens alone."""
-    model = opened(tiny_llama, dtype="float32")
-    logits = torch.full((1, 3, 100), -30.0)
-    logits[0, :, 7], logits[0, :, 50] = np.log(0.25), np.log(0.75)
+def test_labels_are_drawn_from_the_prediction() -> None:
+    """Of a model that knows two tokens alone."""
+    logits = torch.full((1, 100), -30.0)
+    logits[0, 7], logits[0, 50] = np.log(0.25), np.log(0.75)
     batch = Batch(
-        input_ids=np.array([[1, 2, 3]], np.int32),
-        attention_mask=np.ones((1, 3), np.bool_),
-        observed=np.ones((1, 3), np.bool_),
+        input_ids=np.array([[1, 2]], np.int32),
+        attention_mask=np.ones((1, 2), np.bool_),
+        observed=np.ones((1, 2), np.bool_),
     )
-    _, *drawn = model.logit_gradients(logits, batch, draws=2000, seed=0)
-    first = torch.stack([of[0, 0] for of in drawn])
-    assert torch.allclose(first.sum(dim=-1), torch.zeros(2000), atol=1e-5)
-    share = (first[:, 50] < 0).double().mean().item()
+    drawn = draw_labels(logits, torch.from_numpy(uniform_numbers(batch, 2000, seed=0))[:, 0])
+    share = (drawn == 50).double().mean().item()
     assert share == pytest.approx(0.75, abs=0.05)  # 5 standard errors
-    assert (first[:, 7] < 0).double().mean().item() == pytest.approx(1 - share)
+    assert (drawn == 7).double().mean().item() == pytest.approx(1 - share)
 
 
-def test_draws_depend_on_the_row_and_the_seed_alone(tiny_llama: Path) -> None:
-    model, shard = opened(tiny_llama, dtype="float32"), random_shard()
-    alone = [labels(model, batch, 2, 9) for batch in shard.batches(1)]
-    (together,) = [labels(model, batch, 2, 9) for batch in shard.batches(5)]
+def test_draws_depend_on_the_row_and_the_seed_alone() -> None:
+    shard = random_shard()
+    alone = [uniform_numbers(batch, 2, 9) for batch in shard.batches(1)]
+    (together,) = [uniform_numbers(batch, 2, 9) for batch in shard.batches(5)]
     for row, one in enumerate(alone):
         assert np.array_equal(together[:, row, : one.shape[2]], one[:, 0])
-        assert (together[:, row, one.shape[2] :] == -1).all()
-    assert not np.array_equal(together, labels(model, next(shard.batches(5)), 2, 10))
+        assert not together[:, row, one.shape[2] :].any()
+    assert not np.array_equal(together, uniform_numbers(next(shard.batches(5)), 2, 10))
     assert not np.array_equal(together[0], together[1])
 
 
@@ -200,7 +192,7 @@ def test_any_family_and_no_trace(name: str, draws: int | None, save_checkpoint: 
     for module in model.module.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
-        assert "forward" not in vars(module)
+        assert module is model.module.get_output_embeddings() or "forward" not in vars(module)
 
 
 def test_layers_that_are_left_out_take_no_part(tiny_llama: Path) -> None:

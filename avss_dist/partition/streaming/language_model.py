@@ -162,10 +162,10 @@ class StreamingLanguageModel(LanguageModel):
             found = []
             try:
                 with planned(replace(PLAN.get(), record=record)), watcher.watch():
-                    logits = self.logits(batch)
+                    hidden = self.hidden_states(batch)
                 leaf = record.leaf.pop()
-                for number, gradient in enumerate(self.logit_gradients(logits, batch, draws, seed)):
-                    logits.backward(gradient, retain_graph=number < draws)
+                for number, gradient in enumerate(self.loss_gradients(hidden.detach(), batch, draws, seed)):
+                    hidden.backward(gradient, retain_graph=number < draws)
                     found.append(_taken(leaf))
             finally:
                 torch.set_grad_enabled(False)
