@@ -1,9 +1,9 @@
-"""The fused reductions: both backends, three dtypes, against plain float64 numpy."""
+"""The fused reductions: every backend, three dtypes, against plain float64 numpy. CUDA is emulated on the CPU."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 from numba.core.caching import CompileResultCacheImpl
+from support.emulated_cuda import COMPILER, Emulator
 from support.oracle import FLOAT_FIELDS, Float64, assert_close, counted_by, oracle_stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +24,7 @@ from avss_dist.measure.kernels.base import Accumulator, Kernels, float32_limits,
 from avss_dist.measure.kernels.choose import kernels_for
 from avss_dist.measure.kernels.compiling import compiled
 from avss_dist.measure.kernels.cpu import CpuKernels
+from avss_dist.measure.kernels.cuda.backend import CudaKernels
 from avss_dist.measure.kernels.generic import TorchKernels
 from avss_dist.settings import THRESHOLDS
 from avss_dist.stats.layer_stats import LayerStats
@@ -44,7 +46,15 @@ class Batch:
     mask: torch.Tensor
 
 
-@pytest.fixture(params=[CpuKernels, TorchKernels])
+def emulated() -> Kernels:
+    return CudaKernels(Emulator(), chunk=3)
+
+
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+BACKENDS = [CpuKernels, TorchKernels, *([emulated] if COMPILER else [])]
+
+
+@pytest.fixture(params=[CpuKernels, TorchKernels, pytest.param(emulated, marks=needs_compiler)])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     return request.param()
 
@@ -126,12 +136,12 @@ shapes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9))
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), shapes, st.sampled_from(DTYPES), st.sampled_from(MASKS), st.sampled_from([0, 0.02, 0.5]))
-def test_both_backends_equal_the_oracle_on_anything(
+def test_every_backend_equals_the_oracle_on_anything(
     seed: int, shape: tuple[int, int, int], dtype: torch.dtype, mask: str, oddities: float
 ) -> None:
     batch = any_batch(seed, shape, dtype, mask, oddities)
-    for kernels in (CpuKernels(), TorchKernels()):
-        assert_close(measured(kernels, batch), expected(batch), angle_atol=1e-8)
+    for backend in BACKENDS:
+        assert_close(measured(backend(), batch), expected(batch), angle_atol=1e-8)
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 96), (5, 1, 257), (1, 33, 1), (3, 7, 2)], ids=str)
@@ -368,25 +378,44 @@ def test_torch_kernels_never_wait_for_the_device(dtype: torch.dtype) -> None:
         accumulate(TorchKernels(), [batch, batch], GRID)
 
 
+BOTH = pytest.mark.parametrize(
+    "backend", [TorchKernels, lambda: kernels_for(torch.device("cuda"))], ids=["torch", "own"]
+)
+
+
 @pytest.mark.gpu
 @needs_cuda
+@BOTH
 @pytest.mark.parametrize("mask", MASKS)
-def test_cuda_equals_the_oracle(dtype: torch.dtype, mask: str) -> None:
+def test_cuda_equals_the_oracle(dtype: torch.dtype, mask: str, backend: Callable[[], Kernels]) -> None:
     batch = any_batch(15, (4, 64, 300), dtype, mask, oddities=0.001)
-    assert_close(measured(TorchKernels(), batch, device="cuda"), expected(batch), angle_atol=1e-8)
+    assert_close(measured(backend(), batch, device="cuda"), expected(batch), angle_atol=1e-8)
 
 
 @pytest.mark.gpu
 @needs_cuda
-def test_cuda_repeats_to_the_bit(dtype: torch.dtype) -> None:
+@BOTH
+def test_cuda_repeats_to_the_bit(dtype: torch.dtype, backend: Callable[[], Kernels]) -> None:
     batch = any_batch(16, (4, 64, 300), dtype, oddities=0.001)
-    first, second = (measured(TorchKernels(), batch, device="cuda") for _ in range(2))
+    first, second = (measured(backend(), batch, device="cuda") for _ in range(2))
     assert first.equals(second)
 
 
-def test_each_device_gets_its_backend() -> None:
+@pytest.mark.gpu
+@needs_cuda
+def test_a_cuda_device_has_its_own_kernels() -> None:
+    assert isinstance(kernels_for(torch.device("cuda")), CudaKernels)
+
+
+def test_a_cpu_has_its_own_kernels_and_an_unknown_device_those_of_torch() -> None:
     assert isinstance(kernels_for(torch.device("cpu")), CpuKernels)
-    assert isinstance(kernels_for(torch.device("cuda")), TorchKernels)
+    assert isinstance(kernels_for(torch.device("xpu")), TorchKernels)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch brings CUDA")
+def test_without_nvrtc_torch_counts_on_cuda_and_says_so() -> None:
+    with pytest.warns(RuntimeWarning, match="torch counts on cuda:0, which is slower: libnvrtc"):
+        assert isinstance(kernels_for(torch.device("cuda:0")), TorchKernels)
 
 
 def float32_cases() -> Float64:

@@ -6,7 +6,8 @@ An activation goes in, and small accumulators on its own device grow (`base`). `
   bit patterns (16 bits) or of the upper halves of patterns (float32), sums over units, and of a block the comparison of
   its input with its output, while its numbers are in the cache. `merging` adds them up in the order of the sequences,
   so that no result depends on what runs beside. `bits` reads bfloat16, which numba does not know, as uint16 patterns.
-- `generic`: torch operations, on any other device.
+- `cuda`: CUDA C++, compiled when it is first needed, on NVIDIA's devices.
+- `generic`: torch operations, on any other device, and on CUDA where the compiler (NVRTC) is missing.
 
 Cores are used by measuring several shards at once (`executors.local`), not by threads inside a kernel: with one thread
 a shard, which is the default, an OpenMP region around the loops, records of addresses that carry arguments into it and

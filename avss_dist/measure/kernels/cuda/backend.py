@@ -1,0 +1,155 @@
+"""The kernels on a CUDA device, behind the seam of all backends. See the package for how they work."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from avss_dist.measure.kernels.base import Accumulator, limits_on
+from avss_dist.measure.kernels.cuda.calls import (
+    MOST_CALLS,
+    UNITS_A_WARP,
+    chunk_of,
+    layout,
+    record,
+    records,
+    shared_bytes,
+)
+from avss_dist.measure.kernels.generic import TorchKernels
+
+
+class NotCompiled(Exception):
+    """The source could not be compiled for a device."""
+
+
+class Launcher(Protocol):
+    """Where kernels run.
+
+    Attributes:
+        blocks: of kernels that take any number of blocks.
+        threads: of their blocks, at most.
+    """
+
+    blocks: int
+    threads: int
+
+    def span(self, dtype: torch.dtype) -> int:
+        """How many patterns have a counter in shared memory.
+
+        Raises:
+            NotCompiled: there is no kernel for the dtype.
+        """
+
+    def launch(self, dtype: torch.dtype, kernel: str, grid: int, block: int, shared: int, arguments: bytes) -> None:
+        """Start a kernel on the current stream, after what was started before."""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A call that is counted but not finished."""
+
+    into: Accumulator
+    dtype: torch.dtype
+    groups: int
+    arguments: bytes
+
+
+class CudaKernels:
+    """See `kernels.base.Kernels`. What `add` was given is in the accumulators after `finish`."""
+
+    def __init__(self, launcher: Launcher, *, chunk: int | None = None) -> None:
+        self._launcher, self._chunk = launcher, chunk
+        self._rooms: dict[int, _Room] = {}
+        self._pending: list[_Pending] = []
+        self._torch = TorchKernels()
+        self._without: set[torch.dtype] = set()
+
+    def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
+        """See `kernels.base.Kernels`."""
+        if self._can(x, before):
+            self._add(into, x, mask, before, "count_squared" if "unit_sums" in into.tensors else "count")
+        else:
+            self._torch.add(into, x, mask, before)
+
+    def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
+        """See `kernels.base.Kernels`. The difference is never in memory."""
+        if self._can(after, before):
+            self._add(into, after, mask, before, "count_update")
+        else:
+            self._torch.add_update(into, after, before, mask)
+
+    def finish(self) -> None:
+        """See `kernels.base.Kernels`."""
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        grid = sum(call.groups for call in pending)
+        arguments = records([call.arguments for call in pending])
+        self._launcher.launch(pending[0].dtype, "finish", grid, UNITS_A_WARP, 0, arguments)
+
+    def _can(self, x: torch.Tensor, before: torch.Tensor | None) -> bool:
+        if not x.numel() or x.dtype in self._without or (before is not None and before.dtype != x.dtype):
+            return False
+        try:
+            self._launcher.span(x.dtype)
+        except NotCompiled as error:
+            warnings.warn(f"torch counts {x.dtype}, which is slower: {error}", RuntimeWarning, stacklevel=2)
+            self._without.add(x.dtype)
+            return False
+        return True
+
+    def _add(
+        self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None, kernel: str
+    ) -> None:
+        if len(self._pending) == MOST_CALLS or any(call.into is into for call in self._pending):
+            self.finish()
+        into.reserve(x.numel())
+        rows, tokens, units = x.shape
+        chunk = self._chunk or chunk_of(rows, tokens, units)
+        compared = before is not None and kernel != "count_update"
+        mask, before = mask.contiguous(), None if before is None else before.contiguous()
+        values = {"rows": rows, "tokens": tokens, "units": units, "chunk": chunk}
+        values |= {"x": x.data_ptr(), "mask": mask.data_ptr()}
+        if before is not None:
+            values["before"] = before.data_ptr()
+        limits = len(into.thresholds) if x.dtype == torch.float32 else 0
+        if limits:
+            values |= {"num_limits": limits, "limits": limits_on(into.thresholds.tobytes(), x.device).data_ptr()}
+        values |= self._room((rows, tokens, units), chunk, x, kernel != "count", compared)
+        for name, tensor in into.tensors.items():
+            values[f"all_{name}"] = tensor.data_ptr()
+        values["wide"] = "patterns" in into.tensors and into.tensors["patterns"].dtype == torch.int64
+        arguments = record(values)
+        shared = shared_bytes(x.dtype, self._launcher.span(x.dtype), limits)
+        self._launcher.launch(x.dtype, kernel, self._launcher.blocks, self._launcher.threads, shared, arguments)
+        if compared:
+            threads = min(256, self._launcher.threads)
+            blocks = self._launcher.blocks * max(1, 2048 // threads)
+            self._launcher.launch(x.dtype, "compare", blocks, threads, 0, arguments)
+        self._pending.append(_Pending(into, x.dtype, -(-units // UNITS_A_WARP), arguments))
+
+    def _room(
+        self, shape: tuple[int, int, int], chunk: int, x: torch.Tensor, squared: bool, compared: bool
+    ) -> dict[str, int]:
+        """Addresses of a call's memory, by field. Calls that wait for `finish` have memory of their own."""
+        offsets, zeros, size = layout(shape, chunk, x.dtype, squared, compared)
+        room = self._rooms.setdefault(len(self._pending), _Room())
+        return room.addresses(offsets, zeros, size, x.device)
+
+
+class _Room:
+    """The memory of one call, kept from layer to layer: what kernels leave as zeros, and the rest."""
+
+    def __init__(self) -> None:
+        self._zeros = self._rest = torch.empty(0, dtype=torch.uint8)
+
+    def addresses(self, offsets: dict[str, int], zeros: int, size: int, device: torch.device) -> dict[str, int]:
+        if self._zeros.numel() < zeros:
+            self._zeros = torch.zeros(zeros, dtype=torch.uint8, device=device)
+        if self._rest.numel() < size - zeros:
+            self._rest = torch.empty(size - zeros, dtype=torch.uint8, device=device)
+        first, second = self._zeros.data_ptr(), self._rest.data_ptr() - zeros
+        return {name: at + (first if at < zeros else second) for name, at in offsets.items()}

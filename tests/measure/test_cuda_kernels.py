@@ -1,0 +1,408 @@
+"""The CUDA kernels: any schedule, planted mistakes, what NVRTC makes of them, launches and bytes of a layer.
+
+They run emulated (`support.emulated_cuda`). Only tests marked ``gpu`` run on a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.checkpoints import llama
+from support.emulated_cuda import COMPILER, SHARED, Emulator, Libraries, libraries
+
+from avss_dist.measure import hooks
+from avss_dist.measure.hooks import observe
+from avss_dist.measure.kernels.base import Accumulator
+from avss_dist.measure.kernels.cpu import CpuKernels
+from avss_dist.measure.kernels.cuda import device as cuda_device
+from avss_dist.measure.kernels.cuda.backend import CudaKernels, NotCompiled
+from avss_dist.measure.kernels.cuda.calls import NUMBERS, chunk_of, layout, shared_bytes, source, window
+from avss_dist.measure.kernels.cuda.nvrtc import compile_for, library
+from avss_dist.measure.kernels.generic import TorchKernels
+from avss_dist.models.loading import forward_function, open_module
+from avss_dist.settings import SITES, THRESHOLDS
+
+GRID = np.array(THRESHOLDS)
+SCHEDULES = ((3, 64, 0), (1, 32, 5), (7, 128, 9))  # blocks, threads, seed of the order
+NAN = float("nan")
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def memory_that_is_not_empty() -> Iterator[None]:
+    """New memory is full of NaN, so that what is read before it is written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # output, input, mask
+
+
+def batch_of(kind: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Batch:
+    rng = np.random.default_rng(sum(shape))
+    x, before = (torch.from_numpy(rng.normal(size=shape)).to(dtype) for _ in range(2))
+    signed = torch.int32 if dtype == torch.float32 else torch.int16
+    if kind == "sizes":
+        x *= torch.from_numpy(10.0 ** rng.integers(-12, 6, shape)).to(dtype)
+    elif kind == "patterns":
+        step = 65537 if dtype == torch.float32 else 1
+        x = (torch.arange(x.numel()) * step).to(signed).view(dtype).reshape(shape)
+    elif kind == "edges":
+        low, span = window(dtype, SHARED)
+        edges = [low - 1, low, low + 1, low + span - 1, low + span, 0, 1]
+        patterns = np.array([*edges, *(edge + (1 << 15) for edge in edges)]) << (16 if dtype == torch.float32 else 0)
+        x = torch.from_numpy(rng.choice(patterns, shape)).to(signed).view(dtype)
+    elif kind == "nonfinite":
+        x[0, 2, shape[2] // 2], before[-1, 5, 0], x[-1, :3, -1] = torch.nan, torch.inf, -torch.inf
+    mask = torch.from_numpy(rng.random(shape[:2]) < 0.9)
+    mask[-1, : shape[1] // 2] = False
+    return x, before, mask
+
+
+BATCHES = (
+    ("sizes", (3, 70, 512)),
+    ("nonfinite", (2, 45, 257)),
+    ("patterns", (2, 64, 514)),
+    ("edges", (2, 20, 260)),
+    ("sizes", (1, 9, 1)),
+    ("nonfinite", (5, 7, 130)),
+)
+
+
+def counted(kernels: Any, batch: Batch, times: int = 2) -> dict[str, np.ndarray]:
+    """Every tensor of the accumulators of three sites, to which a layer is added some times."""
+    x, before, mask = batch
+    block, update, plain = (Accumulator(x, GRID, units=i < 2, geometry=i == 0) for i in range(3))
+    for _ in range(times):
+        kernels.add(plain, x, mask)
+        kernels.add(block, x, mask, before)
+        kernels.add_update(update, x, before, mask)
+        kernels.finish()
+    sites = {"block": block, "update": update, "plain": plain}
+    return {f"{site} {name}": t.numpy() for site, into in sites.items() for name, t in into.tensors.items()}
+
+
+def without_payloads(patterns: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Counts of patterns with all NaNs as one: subtracting may give any."""
+    nan = (np.arange(1 << 16) & 0x7FFF) > (0x7F80 if dtype == torch.bfloat16 else 0x7C00)
+    return np.append(np.where(nan, 0, patterns), patterns[nan].sum())
+
+
+def differences(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], dtype: torch.dtype) -> list[str]:
+    """The tensors whose integers differ, or whose floats differ by more than 1e-12."""
+    wrong = []
+    for name, want in expected.items():
+        ours, theirs = got[name], want
+        if name.endswith("patterns"):
+            ours, theirs = without_payloads(ours, dtype), without_payloads(theirs, dtype)
+        if theirs.dtype.kind == "i":
+            same = np.array_equal(ours, theirs)
+        else:
+            largest = np.abs(theirs[np.isfinite(theirs)]).max(initial=0)
+            same = np.allclose(ours, theirs, rtol=1e-12, atol=1e-12 * largest)
+        if not same:
+            wrong.append(name)
+    return wrong
+
+
+@pytest.mark.parametrize("dtype", NUMBERS, ids=str)
+@pytest.mark.parametrize(("kind", "shape"), BATCHES, ids=str)
+def test_whatever_the_schedule_counts_are_equal_and_floats_the_same_bits(
+    dtype: torch.dtype, kind: str, shape: tuple[int, int, int]
+) -> None:
+    batch = batch_of(kind, shape, dtype)
+    first, *others = (counted(CudaKernels(Emulator(*schedule), chunk=16), batch) for schedule in SCHEDULES)
+    assert differences(first, counted(CpuKernels(), batch), dtype) == []
+    for other in others:
+        assert [name for name in first if first[name].tobytes() != other[name].tobytes()] == []
+
+
+def test_layers_of_other_shapes_leave_nothing_behind() -> None:
+    kernels = CudaKernels(Emulator())
+    batches = [batch_of(kind, shape, torch.bfloat16) for kind, shape in BATCHES]
+    for batch in [*batches, *batches[::-1]]:
+        assert differences(counted(kernels, batch, 1), counted(CpuKernels(), batch, 1), torch.bfloat16) == []
+
+
+def test_calls_for_one_accumulator_do_not_meet() -> None:
+    """A shared layer, or more sites than one launch finishes: what waits is finished first."""
+    x, before, mask = batch_of("sizes", (2, 9, 70), torch.bfloat16)
+    ours, theirs = (Accumulator(x, GRID, units=True, geometry=True) for _ in range(2))
+    emulator = Emulator()
+    kernels = CudaKernels(emulator)
+    for _ in range(3):
+        kernels.add(ours, x, mask, before)
+        CpuKernels().add(theirs, x, mask, before)
+    others = [Accumulator(x, GRID, units=False, geometry=False) for _ in range(10)]
+    for other in others:
+        kernels.add(other, x, mask)
+    kernels.finish()
+    kernels.finish()
+    assert emulator.launches.count("finish") == 4
+    for name, tensor in theirs.tensors.items():
+        np.testing.assert_allclose(ours.tensors[name], tensor, rtol=1e-12, err_msg=name)
+    assert len({other.tensors["pooled"].item() for other in others}) == 1
+
+
+def test_an_input_of_another_dtype_is_compared_by_torch() -> None:
+    x, before, mask = batch_of("sizes", (2, 9, 70), torch.bfloat16)
+    emulator = Emulator()
+    kernels = CudaKernels(emulator)
+    into = Accumulator(x, GRID, units=True, geometry=True)
+    kernels.add(into, x, mask, before.float())
+    assert emulator.launches == [] and into.tensors["tokens"][0] > 0
+
+
+# What stands in the source, and what stands there where the mistake is made (`{M}` is 1) or not (0).
+MISTAKES = {
+    "no barrier after clearing": ("= 0;\n    __syncthreads();", "= 0;\n    if (!{M}) __syncthreads();"),
+    "no barrier before counts are read": ("    }\n    __syncthreads();\n", "    }\n    if (!{M}) __syncthreads();\n"),
+    "zeros beyond the last unit stay": ("counters.add(ZERO, tokens *", "counters.add(ZERO, !{M} * tokens *"),
+    "rare ones are zeros, too": ("EACH_SIGN, -1u);", "EACH_SIGN, {M} ? 0u : -1u);"),
+    "a window one too long": ("largest < LOW + SPAN &&", "largest < LOW + SPAN + {M} &&"),
+    "a window that begins one too low": ("smallest >= LOW - 1)", "smallest >= LOW - 1 - {M})"),
+    "the mask of another token": ("call.mask[tile + lane])", "call.mask[tile + !{M} * lane])"),
+    "no sign": ("add_one(counter_of(size) + (pattern", "add_one(counter_of(size) + !{M} * (pattern"),
+    "a part is settled too early": ("(u32)groups_of(call) - 1) return", "(u32)groups_of(call) - 1 - {M}) return"),
+    "arrivals are not forgotten": ("call.arrived[item.part] = 0;", "if (!{M}) call.arrived[item.part] = 0;"),
+    "tokens stay bad": ("call.bad[token] = 0;", "call.bad[token] = {M};"),
+    "other warps do not hear of bad tokens": ("bad_item ? A_BAD_ITEM", "bad_item && !{M} ? A_BAD_ITEM"),
+    "half of a warp's sum": (
+        "x) {  // in lane 0\n    for (int step = WARP / 2;",
+        "x) {\n    for (int step = WARP / 2 >> {M};",
+    ),
+    "an update that is not one": ("T::value(after) - T::value(before)", "T::value(after) - !{M} * T::value(before)"),
+    "the first block is the last": ("== (u32)groups_of(call) - 1;", "== !{M} * ((u32)groups_of(call) - 1);"),
+    "no barrier before rows are added": (
+        "moments(call);\n    __syncthreads();",
+        "moments(call);\n    if (!{M}) __syncthreads();",
+    ),
+    "blocks are not forgotten": ("*call.ticket = 0;", "*call.ticket = {M};"),
+    "a run is one short": ("tokens - start : RUN;", "tokens - start : RUN - {M};"),
+}
+SMALL = (("sizes", (2, 18, 260)), ("nonfinite", (2, 20, 257)), ("edges", (2, 20, 132)))
+
+
+@pytest.fixture(scope="module")
+def mistaken() -> Libraries:
+    """Kernels that can make every mistake, all in one library."""
+    text = source()
+    for number, (right, either) in enumerate(MISTAKES.values(), 1):
+        assert right in text, right
+        text = text.replace(right, either.replace("{M}", f"(emulated::mistake == {number})"))
+    return libraries((torch.bfloat16,), text)
+
+
+def what_is_wrong(mistake: int, of: Libraries) -> bool:
+    for blocks, threads, seed in SCHEDULES[::2]:
+        for kind, shape in SMALL:
+            batch = batch_of(kind, shape, torch.bfloat16)
+            kernels = CudaKernels(Emulator(blocks, threads, seed, of, mistake), chunk=16)
+            if differences(counted(kernels, batch), counted(CpuKernels(), batch), torch.bfloat16):
+                return True
+    return False
+
+
+def test_without_a_mistake_nothing_is_wrong(mistaken: Libraries) -> None:
+    assert not what_is_wrong(0, mistaken)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_is_caught(mistake: str, mistaken: Libraries) -> None:
+    assert what_is_wrong(1 + list(MISTAKES).index(mistake), mistaken)
+
+
+ARCHITECTURES = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KB of shared memory of a block
+
+
+def has_nvrtc() -> bool:
+    try:
+        return bool(library(13))
+    except NotCompiled:
+        return False
+
+
+@pytest.mark.skipif(not has_nvrtc(), reason="needs NVRTC (nvidia-cuda-nvrtc, of the test extra)")
+def test_nvrtc_compiles_for_every_architecture_without_spills(capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [*((architecture, torch.bfloat16) for architecture in ARCHITECTURES), ("sm_90", torch.float32)]
+
+    def compiled(case: tuple[str, torch.dtype]) -> str:
+        return compile_for(case[1], case[0], ARCHITECTURES[case[0]] << 10, 13, "--ptxas-options=-v")[1]
+
+    with ThreadPoolExecutor(2) as pool:
+        logs = dict(zip(cases, pool.map(compiled, cases), strict=True))
+    lines = []
+    for (architecture, dtype), log in logs.items():
+        found = re.findall(r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", log, re.DOTALL)
+        span = window(dtype, ARCHITECTURES[architecture] << 10)[1]
+        shared = shared_bytes(dtype, span, len(THRESHOLDS))
+        registers = ", ".join(f"{name} {used}" for name, _, used in sorted(found))
+        lines.append(f"{architecture:6} {str(dtype)[6:]:8} {shared:6} B shared; registers: {registers}")
+        assert {name for name, _, _ in found} == {"count", "count_squared", "count_update", "compare", "finish"}
+        assert {spilled for _, spilled, _ in found} == {"0"}, (architecture, dtype)
+        assert all(int(used) <= (64 if name.startswith("count") else 128) for name, _, used in found)
+        assert shared <= ARCHITECTURES[architecture] << 10
+    with capsys.disabled():
+        print("", *lines, sep="\n")
+
+
+def test_what_is_not_cuda_does_not_compile() -> None:
+    if not has_nvrtc():
+        pytest.skip("needs NVRTC")
+    with pytest.raises(NotCompiled, match="NVRTC 13 fails for sm_1"):
+        compile_for(torch.bfloat16, "sm_1", SHARED, 13)
+    with pytest.raises(NotCompiled, match=r"libnvrtc\.so\.7 is neither"):
+        library(7)
+
+
+@pytest.mark.parametrize("dtype", NUMBERS, ids=str)
+def test_windows_fit_into_every_card(dtype: torch.dtype) -> None:
+    for shared in (64, 99, 163, 227):
+        low, span = window(dtype, shared << 10)
+        assert shared_bytes(dtype, span, 14) <= shared << 10
+        assert low > 0 and low + span <= 1 << 15
+
+
+def moved(shape: tuple[int, int, int], size: int, squared: bool, inputs: int = 1) -> int:
+    """Bytes that counting one site moves: what is read, and sums that are written and read again."""
+    rows, tokens, units = shape
+    parts = rows * -(-tokens // chunk_of(*shape))
+    return rows * tokens * units * size * inputs + 2 * parts * units * 8 * (1 + squared)
+
+
+def layer_moved(rows: int, tokens: int, hidden: int, inner: int, size: int) -> tuple[int, int]:
+    """Bytes that a layer moves at five sites, and the bytes of the five tensors."""
+    block, neuron = (rows, tokens, hidden), (rows, tokens, inner)
+    comparison = 2 * rows * tokens * hidden * size + rows * -(-tokens // 8) * 7 * 8
+    sites = 2 * moved(block, size, False) + moved(neuron, size, False) + moved(block, size, True)
+    return sites + moved(block, size, True, 2) + comparison, rows * tokens * (4 * hidden + inner) * size
+
+
+def test_launches_and_bytes_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    emulator = Emulator()
+    monkeypatch.setattr(hooks, "kernels_for", lambda device: CudaKernels(emulator))
+    backbone = open_module(llama().eval().to(torch.bfloat16))
+    layers = backbone.structure.layers
+    ids, everything = torch.arange(3 * 24).reshape(3, 24) % 32, np.ones((3, 24), bool)
+
+    def run() -> Any:
+        with observe(layers, SITES, THRESHOLDS) as observer, torch.no_grad(), observer.batch(everything):
+            forward_function(backbone.module)(ids, None)
+        return observer.result()
+
+    ours = run()
+    assert len(emulator.launches) == 7 * len(layers)
+    expected = ["compare", *["count"] * 3, "count_squared", "count_update", "finish"]
+    assert sorted(emulator.launches[:7]) == expected
+    hidden, inner = backbone.hidden_size, backbone.model.config.intermediate_size
+    assert emulator.traffic == len(layers) * layer_moved(3, 24, hidden, inner, 2)[0]
+    monkeypatch.undo()
+    theirs = run()
+    for key, stats in ours.items():
+        for name in ("near_zero", "abs_value_count", "count", "sequence_count", "token_count"):
+            assert np.array_equal(getattr(stats, name), getattr(theirs[key], name)), (key, name)
+        assert stats.pooled_variance_sum == pytest.approx(theirs[key].pooled_variance_sum, rel=1e-12)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(8, 2048), (8, 256), (1, 2048)])
+def test_a_layer_of_8b_moves_little_and_needs_little_memory(rows: int, tokens: int) -> None:
+    bytes_moved, tensors = layer_moved(rows, tokens, 4096, 14336, 2)
+    assert bytes_moved < 2.5 * tensors
+    sites = ((4096, False, False), (4096, False, False), (14336, False, False), (4096, True, True), (4096, True, False))
+    room = 0
+    for units, squared, compared in sites:
+        shape = rows, tokens, units
+        room += layout(shape, chunk_of(*shape), torch.bfloat16, squared, compared)[2]
+    assert room < 30 << 20
+
+
+KERNELS = ("count", "count_squared", "count_update", "compare", "finish")
+
+
+class EmulatedDriver:
+    """The calls of libcuda that `cuda.device` makes, on the emulator."""
+
+    def __init__(self) -> None:
+        self.emulator = Emulator()
+        self.allowed: dict[str, int] = {}
+
+    def cuModuleLoadData(self, module: Any, image: bytes) -> int:  # noqa: N802
+        module._obj.value = 1
+        return 0 if image.startswith(b"\x7fELF") else 200
+
+    def cuModuleGetFunction(self, function: Any, _module: Any, name: bytes) -> int:  # noqa: N802
+        function._obj.value = 1 + KERNELS.index(name.decode())
+        return 0
+
+    def cuFuncSetAttribute(self, function: Any, attribute: int, value: int) -> int:  # noqa: N802
+        self.allowed[KERNELS[function.value - 1]] = value
+        return 0 if attribute == 8 and value <= 232_448 else 1
+
+    def cuLaunchKernel(self, function: Any, *given: Any) -> int:  # noqa: N802
+        grid, grid_y, grid_z, block, block_y, block_z, shared, stream, parameters, extra = given
+        kernel = KERNELS[function.value - 1]
+        if (grid_y, grid_z, block_y, block_z, stream.value, extra) != (1, 1, 1, 1, 7, None) or block > 1024:
+            return 1
+        if shared > self.allowed.get(kernel, 48 << 10):
+            return 1
+        size = libraries()[torch.bfloat16].sizes(kernel == "finish")
+        arguments = ctypes.string_at(parameters[0], size)
+        self.emulator.launch(torch.bfloat16, kernel, grid, block, shared, arguments)
+        return 0
+
+    def cuGetErrorString(self, _code: int, text: Any) -> int:  # noqa: N802
+        text._obj.value = b"invalid argument"
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> EmulatedDriver:
+    """A card of two multiprocessors, whose driver is the emulator."""
+    assert not has_nvrtc() or library(13)
+    driver = EmulatedDriver()
+    card = SimpleNamespace(major=9, minor=0, multi_processor_count=2, shared_memory_per_block=SHARED)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cuda_device.ctypes, "CDLL", lambda name: driver)
+    return driver
+
+
+@pytest.mark.skipif(not has_nvrtc(), reason="needs NVRTC (nvidia-cuda-nvrtc, of the test extra)")
+def test_the_launcher_gives_the_driver_what_the_kernels_need(driver: EmulatedDriver) -> None:
+    launcher = cuda_device.Device(torch.device("cpu"))
+    launcher.threads = 64
+    batch = batch_of("nonfinite", (2, 20, 257), torch.bfloat16)
+    assert differences(counted(CudaKernels(launcher), batch), counted(CpuKernels(), batch), torch.bfloat16) == []
+    assert {*driver.emulator.launches} == set(KERNELS)
+    driver.allowed.clear()
+    with pytest.raises(RuntimeError, match=r"CUDA error: invalid argument: the driver could not launch count on cpu"):
+        counted(CudaKernels(launcher), batch)
+
+
+def test_without_a_compiler_torch_counts_and_says_so_once() -> None:
+    class WithoutKernels(Emulator):
+        def span(self, dtype: torch.dtype) -> int:
+            raise NotCompiled("the architecture is not known")
+
+    batch = batch_of("sizes", (2, 9, 70), torch.bfloat16)
+    with pytest.warns(RuntimeWarning, match=r"torch counts torch\.bfloat16, which is slower: the arch") as warned:
+        got = counted(CudaKernels(WithoutKernels()), batch)
+    assert len(warned) == 1
+    expected = counted(TorchKernels(), batch)
+    assert all(got[name].tobytes() == expected[name].tobytes() for name in expected)
