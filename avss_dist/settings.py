@@ -174,6 +174,8 @@ class Settings:
     """Leading tokens of every row that are left out of the statistics."""
     dtype: Annotated[str, OneOf(DTYPES)] = "auto"
     """Compute dtype; auto is the checkpoint's own."""
+    dequantize: bool = False
+    """Unpack quantized weights to the compute dtype, instead of computing with them as they are stored."""
     sites: Sites = SITES
     """Where in a layer to measure."""
     thresholds: Thresholds = THRESHOLDS

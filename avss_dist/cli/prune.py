@@ -62,7 +62,7 @@ def prune(
     for line in done["repair"].describe() if done["repair"] else ():
         emit(line)
     if done["difference"] is None:
-        emit("Layers have the shapes and settings that they had; no room to compare the outputs of both models.")
+        emit("Layers have the shapes and settings that they had.")
     else:
         repaired = " and the repaired weights" if wanted else ""
         emit(

@@ -21,6 +21,7 @@ from avss_dist.errors import ModelError
 from avss_dist.models.checkpoints import Checkpoint, read_config
 from avss_dist.models.complete import require_complete, require_layers
 from avss_dist.models.layers import Structure, count_parameters
+from avss_dist.models.quantization import with_quantization
 from avss_dist.models.safetensors import TensorInfo, weight_files
 from avss_dist.models.stored import stored_tensors
 from avss_dist.models.structure import find_structure
@@ -159,9 +160,10 @@ def load_model(checkpoint: Checkpoint, settings: Settings, *, head: bool = False
     """
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     options = _options(settings)
-    if not checkpoint.gguf:
-        options |= {"use_safetensors": True, "config": config}
     with quiet(), _explain_errors(checkpoint):
+        if not checkpoint.gguf:
+            quantized = with_quantization(checkpoint, config, settings, placing)
+            options |= {"use_safetensors": True, "config": quantized}
         model, report = _auto_class(config).from_pretrained(
             checkpoint.folder, **checkpoint.gguf, **options, **placing, output_loading_info=True
         )

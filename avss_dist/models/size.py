@@ -19,6 +19,7 @@ from avss_dist.models.labels import LOGIT_BYTES
 from avss_dist.models.layers import layer_lists
 from avss_dist.models.loading import skeleton, text_config, without_head
 from avss_dist.models.pinning import compute_dtype
+from avss_dist.models.quantization import quantization_method
 from avss_dist.models.safetensors import DTYPES, TensorInfo
 from avss_dist.models.stored import hub_tensors, stored_tensors
 from avss_dist.settings import Settings
@@ -109,8 +110,9 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
     backbone, text = without_head(model), config.get_text_config()
     layers = find_layers(backbone, text, settings)
     stored, whole = sum(t.size for t in tensors), _bytes(model)
-    # A quantized checkpoint stays quantized in memory, a .gguf does not; its bytes are taken to be spread like numbers.
-    scale = stored / whole if getattr(config, "quantization_config", None) and not found.gguf else 1.0
+    # What stays quantized in memory, which a .gguf does not, has its bytes spread like numbers.
+    packed = quantization_method(config) is not None and not found.gguf and not settings.dequantize
+    scale = stored / whole if packed else 1.0
     layer_bytes = tuple(int(_bytes(layer) * scale) for layer in layers)
     width = _attention_width(text)
     chosen = _chosen_experts(text)

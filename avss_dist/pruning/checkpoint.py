@@ -6,6 +6,7 @@ settings, layer by layer; and outputs are compared (`comparison`).
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -19,13 +20,15 @@ import torch
 from torch import nn
 
 from avss_dist.errors import ModelError, unwritable
-from avss_dist.models.checkpoints import PICKLED, Checkpoint, read_config, resolve
-from avss_dist.models.loading import skeleton, text_config, without_head
+from avss_dist.models.checkpoints import PICKLED, Checkpoint, resolve
+from avss_dist.models.loading import quiet, skeleton, text_config, without_head
+from avss_dist.models.patching import Patch
+from avss_dist.models.quantization import KEYS, comparable, quantization_method
 from avss_dist.models.safetensors import WEIGHTS
 from avss_dist.pruning.comparison import largest_difference
 from avss_dist.pruning.model_card import model_card
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.quantization import FILES, KEYS, quantization_note, renumber_quantization
+from avss_dist.pruning.quantization import FILES, renumber_quantization, require_same_modules
 from avss_dist.pruning.repair.record import read_repairs, write_repairs
 from avss_dist.pruning.repair.repair import Repair, Repaired, repair_layers
 from avss_dist.pruning.repair.rivals import require_foldable
@@ -87,8 +90,7 @@ def prune(
             f"The plan is for {plan.model} at {plan.revision[:12]}; '{model}' is at {checkpoint.revision[:12]}.",
             "Score this checkpoint, and make a plan of its own.",
         )
-    note = quantization_note(read_config(checkpoint.folder, model))
-    notes = [note] if note else []
+    notes: list[str] = []
     try:
         with staged_folder(out) as staged:
             _write_config(checkpoint, plan, staged, settings)
@@ -98,10 +100,12 @@ def prune(
             else:
                 repaired = repair
             notes += repaired.notes if repaired else []
-            _copy_files(checkpoint, plan, staged, notes, repaired)
             replaced = repaired.tensors if repaired else {}
             size = copy_weights(checkpoint, weights, replaced, staged, copied)
-            difference = largest_difference(checkpoint, plan, replaced, staged, settings, execution or Execution())
+            _copy_files(checkpoint, plan, staged)
+            difference, seen = _compare(checkpoint, plan, replaced, staged, settings, execution or Execution())
+            notes += seen
+            _write_card(checkpoint, plan, staged, notes, repaired)
     except OSError as error:
         raise unwritable(out, error, "Name another folder with `out`.", PlanError) from error
     record = repaired.record if repaired else None
@@ -153,8 +157,11 @@ def _write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Se
     part = next((raw[n] for n in ("text_config", "llm_config", "decoder") if text is not whole and n in raw), raw)
     part |= _settings_by_layer(text.to_dict(), plan)
     part[text.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(plan.keep)
+    modules = _modules(whole, settings) if quantization_method(whole) else []
     for settings_of in [raw] if part is raw else [raw, part]:
-        settings_of |= {key: renumber_quantization(settings_of[key], plan) for key in KEYS if key in settings_of}
+        settings_of |= {
+            key: renumber_quantization(settings_of[key], plan, modules) for key in KEYS if key in settings_of
+        }
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     try:
         less = text_config(replace(checkpoint, path=str(folder)), trust_remote_code=settings.trust_remote_code)
@@ -235,15 +242,46 @@ def _described(layer: nn.Module, index: int) -> Iterator[tuple[str, str, Any]]:
                 yield path, name, value
 
 
-def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path, notes: list[str], repaired: Repaired | None) -> None:
-    """Everything but configuration and weights; with a model card, and what is to be known of all repairs."""
+def _modules(config: Any, settings: Settings) -> list[str]:
+    """Paths of the model's modules."""
+    return [name for name, _ in skeleton(copy.deepcopy(config), settings, torch.float32).named_modules() if name]
+
+
+def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
+    """Everything but configuration, weights and model card."""
     for file in checkpoint.folder.iterdir():
         if file.is_file() and not any(file.match(pattern) for pattern in _NOT_COPIED) and not file.name.startswith("."):
             shutil.copyfile(file, folder / file.name)
-    for name in FILES:
-        if (folder / name).is_file():
-            quantization = json.loads((folder / name).read_text(encoding="utf-8"))
-            (folder / name).write_text(json.dumps(renumber_quantization(quantization, plan), indent=2) + "\n")
+    found = [name for name in FILES if (folder / name).is_file()]
+    if not found:
+        return
+    modules = _modules(text_config(checkpoint), Settings())
+    for name in found:
+        quantization = json.loads((folder / name).read_text(encoding="utf-8"))
+        (folder / name).write_text(json.dumps(renumber_quantization(quantization, plan, modules), indent=2) + "\n")
+
+
+def _compare(
+    checkpoint: Checkpoint, plan: Plan, replaced: Patch, folder: Path, settings: Settings, execution: Execution
+) -> tuple[float | None, list[str]]:
+    """The largest difference of outputs, see `prune`, and what is to be known of the comparison."""
+    config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+    notes = [require_same_modules(checkpoint, plan, folder)] if quantization_method(config) else []
+    try:
+        with quiet():
+            settings = comparable(checkpoint, config, settings)
+    except ModelError as error:
+        return None, [*notes, f"Outputs could not be compared here: {error}"]
+    difference = largest_difference(checkpoint, plan, replaced, folder, settings, execution)
+    if difference is None:
+        notes.append("There was no room to compare the outputs of both models.")
+    elif settings.dequantize:
+        notes.append("Outputs were compared with the weights dequantized.")
+    return difference, notes
+
+
+def _write_card(checkpoint: Checkpoint, plan: Plan, folder: Path, notes: list[str], repaired: Repaired | None) -> None:
+    """The model card, and what is to be known of all repairs."""
     record = repaired.record if repaired else None
     (folder / "README.md").write_text(model_card(checkpoint, plan, notes, record), encoding="utf-8")
     if record:

@@ -1,74 +1,130 @@
 """Quantization settings that name layers by number: what they say of the layers that stay.
 
-Such as ``modules_to_not_convert: [model.layers.0.mlp.gate]`` or ``ignored_layers``: after pruning, another layer has
-that number, and its weights would be read as what they are not.
+Such as ``modules_to_not_convert: [model.layers.0.mlp.gate]`` or ``ignore: [re:model.layers.[0-1].mlp]``: after pruning,
+another layer has that number, and its weights would be read as what they are not. That each module is quantized as it
+was is proved on skeletons of both models with quantized modules, and on the tensors of the files.
 """
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from avss_dist.errors import ModelError
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.loading import quiet, skeleton, text_config
+from avss_dist.models.quantization import describe_quantization, quantize_skeleton
+from avss_dist.models.safetensors import tensors_of, weight_files
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import PlanError
+from avss_dist.settings import Settings
 
-KEYS = ("quantization_config", "compression_config")  # of config.json
-FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # beside it
+FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # beside config.json
+MAX_NAMED = 3  # tensors in a message
 _PATTERN = re.compile(r"[\\^$*+?{}\[\]|()]")
 _NUMBER = re.compile(r"(?<![A-Za-z0-9_])\d")
+_MARK = re.compile(r"(re:|[+-]:)?(.*)", re.DOTALL)  # of a pattern: compressed-tensors', GPTQModel's
 
-Rename = Callable[[str], str | None]  # of a module's path; None where its layer is dropped
+Tensors = frozenset[tuple[str, tuple[int, ...]]]  # (name, shape)
 
 
-def renumber_quantization(config: Any, plan: Plan) -> Any:
+def renumber_quantization(config: Any, plan: Plan, modules: Sequence[str]) -> Any:
     """Quantization settings, JSON values, with the layers that stay under their new numbers.
 
+    A pattern that has numbers in it becomes the names of the modules that it matches. Patterns match from the start of
+    a name, as those of transformers, compressed-tensors and GPTQModel do.
+
+    Args:
+        modules: paths of the whole model's modules.
+
     Raises:
-        PlanError: a pattern names layers by number; which ones it means is unclear.
+        PlanError: a pattern with numbers is none that can be read.
     """
-    return _renumbered(config, _renaming(plan))
+    if isinstance(config, dict):
+        return {
+            name: renumber_quantization(part, plan, modules)
+            for key, part in config.items()
+            for name in _new_names(key, plan, modules)
+        }
+    if isinstance(config, list):
+        parts = (
+            _new_names(part, plan, modules) if isinstance(part, str) else [renumber_quantization(part, plan, modules)]
+            for part in config
+        )
+        return [new for part in parts for new in part]
+    return config
 
 
-def quantization_note(config: dict[str, Any]) -> str | None:
-    """What the check of a pruned checkpoint cannot see of quantized weights; None where they are not quantized."""
-    method = next((found.get("quant_method", key) for key, found in _settings(config)), None)
-    if method is None:
-        return None
-    return (
-        f"The weights are quantized ({method}). The check compares outputs on this machine's CPU, where weights may be "
-        "dequantized first: it cannot see whether a device computes with them as before. Evaluate it where it will run."
-    )
+def _new_names(text: str, plan: Plan, modules: Sequence[str]) -> list[str]:
+    """What a text of the settings becomes: a module's path or a pattern of such; none where the layers are dropped."""
+    found = _MARK.fullmatch(text)
+    assert found
+    mark, body = found.groups()
+    if not (_PATTERN.search(body) and _NUMBER.search(body)):
+        return _kept([body], plan, mark or "")
+    try:
+        pattern = re.compile(body)
+    except re.error as error:
+        raise PlanError(
+            f"The quantization settings name layers by '{text}', which is no pattern that can be read: {error}.",
+            "Prune the checkpoint before it is quantized, or evaluate the plan without a checkpoint.",
+        ) from None
+    names = _kept(filter(pattern.match, modules), plan)
+    return [f"{mark}{re.escape(name)}$" for name in names] if mark in ("+:", "-:") else names
 
 
-def _settings(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
-    yield from ((key, part[key]) for part in parts for key in KEYS if isinstance(part.get(key), dict))
+def _kept(names: Iterable[str], plan: Plan, mark: str = "") -> list[str]:
+    """The new names of modules and tensors, without those of layers that are dropped."""
+    return [f"{mark}{new}" for name in names if (new := _renumbered(name, plan)) is not None]
 
 
-def _renaming(plan: Plan) -> Rename:
-    inside = re.compile(rf"((?:.*?\.)?{re.escape(plan.layers)}\.)(\d+)((?:\..*)?)")
-    place = {layer: i for i, layer in enumerate(plan.keep)}
-
-    def rename(name: str) -> str | None:
-        if match := inside.fullmatch(name):
-            layer = int(match[2])
-            return f"{match[1]}{place[layer]}{match[3]}" if layer in place else None
-        if _PATTERN.search(name) and _NUMBER.search(name):
-            raise PlanError(
-                f"The quantization settings name layers by a pattern, '{name}': which ones it means is unclear.",
-                "Prune the checkpoint before it is quantized, or evaluate the plan without a checkpoint.",
-            )
+def _renumbered(name: str, plan: Plan) -> str | None:
+    match = re.fullmatch(rf"((?:.*?\.)?{re.escape(plan.layers)}\.)(\d+)((?:\..*)?)", name)
+    if not match:
         return name
+    layer = int(match[2])
+    return f"{match[1]}{plan.keep.index(layer)}{match[3]}" if layer in plan.keep else None
 
-    return rename
+
+def require_same_modules(checkpoint: Checkpoint, plan: Plan, folder: Path) -> str:
+    """Compare both checkpoints with the modules that hold quantized weights as they are stored, built of the settings.
+
+    Args:
+        folder: of the pruned checkpoint.
+
+    Returns:
+        What was seen, or why nothing could be: a note for people.
+
+    Raises:
+        PlanError: a weight that stays would be read as something else than it was.
+    """
+    how = f"The weights are quantized ({describe_quantization(checkpoint, Settings())}), and copied as they are"
+    try:
+        before, after = _strangers(checkpoint), _strangers(replace(checkpoint, path=str(folder)))
+    except ModelError as error:
+        return f"{how}. Whether the settings read each of them as before could not be seen here: {error}"
+    expected = {(new, shape) for name, shape in before if (new := _renumbered(name, plan)) is not None}
+    if strange := sorted(name for name, _ in after ^ expected):
+        more = f" and {len(strange) - MAX_NAMED} more" if len(strange) > MAX_NAMED else ""
+        raise PlanError(
+            f"The quantization settings of '{checkpoint.name}' would read weights as what they are not once layers are "
+            f"dropped: {', '.join(strange[:MAX_NAMED])}{more}.",
+            "Prune the checkpoint before it is quantized, or evaluate the plan without a checkpoint.",
+        )
+    return f"{how}. Built as quantized modules, they have the names and shapes of the tensors in the files, as before."
 
 
-def _renumbered(value: Any, rename: Rename) -> Any:
-    if isinstance(value, dict):
-        named = {rename(key): part for key, part in value.items()}
-        return {key: _renumbered(part, rename) for key, part in named.items() if key is not None}
-    if isinstance(value, list):
-        names = [rename(part) if isinstance(part, str) else _renumbered(part, rename) for part in value]
-        return [part for part in names if part is not None]
-    return value
+def _strangers(checkpoint: Checkpoint) -> Tensors:
+    """Tensors of the files that no quantized module holds in that shape, and those of modules that no file holds."""
+    config = text_config(checkpoint)
+    with quiet():
+        model = quantize_skeleton(checkpoint, config, skeleton(copy.deepcopy(config), Settings(), torch.bfloat16))
+    held = frozenset((name, tuple(value.shape)) for name, value in model.state_dict().items())
+    files = weight_files(checkpoint.folder)
+    return held ^ frozenset((tensor.name, tensor.shape) for file in files for tensor in tensors_of(file))

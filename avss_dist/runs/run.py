@@ -14,6 +14,7 @@ import pyarrow as pa
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.errors import AvssError
 from avss_dist.executors.base import ReplicaSpec, RunShards
+from avss_dist.models.quantization import describe_quantization
 from avss_dist.runs.partials import Apply, merge_partials
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.scores import score_run
@@ -187,6 +188,7 @@ class RunInProgress:
                 "sites": list(settings.sites),
                 "num_shards": len(corpus.shards),
                 "wall_seconds": time.perf_counter() - self._start,
+                "quantization": describe_quantization(checkpoint, settings),
                 "settings": json.dumps(settings.as_dict()),
                 "versions": package_versions(),
                 **columns,

@@ -131,6 +131,9 @@ TABLES: dict[str, Table] = {
             Column("hidden_size", INT64, "width of the residual stream", "channels"),
             Column("num_parameters", INT64, "parameters of the model"),
             Column("dtype", STRING, "compute dtype: float32, bfloat16, float16"),
+            Column(
+                "quantization", STRING, "of the weights as stored: fp8, gguf Q4_K, ...; and if they were dequantized"
+            ),
             Column("attention_implementation", STRING, "sdpa, eager, flash_attention_2"),
             Column("partition", STRING, "how one replica was spread: single, device_map, streaming, zero3, ..."),
             Column("replicas", INT64, "copies of the model that worked in parallel"),
