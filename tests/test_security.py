@@ -204,8 +204,12 @@ def test_the_package_has_no_call_that_unpickles_or_evaluates() -> None:
                 called = ast.unparse(node.func)
                 assert called not in forbidden, f"{file}:{node.lineno}"
                 assert called != "yaml.load" or file.name == "harness_files.py", f"{file}:{node.lineno}"
-                shell = [word for word in node.keywords if word.arg in ("shell", "allow_pickle", "weights_only")]
-                assert not [word for word in shell if ast.unparse(word.value) != "False"], f"{file}:{node.lineno}"
+                given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                assert {given.get("shell", "False"), given.get("allow_pickle", "False")} == {"False"}, (
+                    file,
+                    node.lineno,
+                )
+                assert given.get("weights_only", "True") == "True", f"{file}:{node.lineno}"
     assert issubclass(harness_files._Loader, yaml.SafeLoader)
 
 

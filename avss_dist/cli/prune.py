@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from avss_dist.pruning.repair.repair import Repair
 
 
-READING = ("max_sequences", "sequence_length", "batch_size", "layout", "dtype", "attention", "device")
+READING = ("max_sequences", "sequence_length", "batch_size", "layout", "dtype", "dequantize", "attention", "device")
 MEMORY = ("partition", "max_memory", "offload_folder")
 
 

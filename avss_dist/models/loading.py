@@ -21,7 +21,7 @@ from avss_dist.errors import ModelError
 from avss_dist.models.checkpoints import Checkpoint, read_config
 from avss_dist.models.complete import require_complete, require_layers
 from avss_dist.models.layers import Structure, count_parameters
-from avss_dist.models.quantization import with_quantization
+from avss_dist.models.quantization import unpacked_gguf, with_quantization
 from avss_dist.models.safetensors import TensorInfo, weight_files
 from avss_dist.models.stored import stored_tensors
 from avss_dist.models.structure import find_structure
@@ -164,6 +164,8 @@ def load_model(checkpoint: Checkpoint, settings: Settings, *, head: bool = False
         if not checkpoint.gguf:
             quantized = with_quantization(checkpoint, config, settings, placing)
             options |= {"use_safetensors": True, "config": quantized}
+        else:
+            options |= {"quantization_config": unpacked_gguf()}
         model, report = _auto_class(config).from_pretrained(
             checkpoint.folder, **checkpoint.gguf, **options, **placing, output_loading_info=True
         )

@@ -99,6 +99,13 @@ def with_quantization(checkpoint: Checkpoint, config: Any, settings: Settings, p
     return config
 
 
+def unpacked_gguf() -> Any:
+    """With it transformers unpacks a .gguf file, whatever other packages are here; None where it always does."""
+    import transformers
+
+    return transformers.GgufConfig(dequantize=True) if hasattr(transformers, "GgufConfig") else None
+
+
 def comparable(checkpoint: Checkpoint, config: Any, settings: Settings) -> Settings:
     """Settings by which this machine computes with a checkpoint's weights: dequantized, where that can be done.
 

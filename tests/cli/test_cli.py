@@ -159,6 +159,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--batch-size": 8,
         "--layout": "packed",
         "--dtype": "auto",
+        "--dequantize": False,
         "--attn-implementation": None,
         "--device": "auto",
         "--partition": "auto",

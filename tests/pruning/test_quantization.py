@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.causal_lm import open_whole
 from support.checkpoints import LAYERS, VOCABULARY, block_fp8
 from support.command_line import avss

@@ -25,8 +25,8 @@ Save = Callable[[Any, Path], Path]
 PLAN = Plan(model="m", num_layers=3, layers="layers", drop=(1,))
 
 
-def repair_of(by: str, corpus: Path | str) -> Repair:
-    settings = Settings(max_sequences=20, sequence_length=32, batch_size=8, device="cpu")
+def repair_of(by: str, corpus: Path | str, **options: Any) -> Repair:
+    settings = Settings(max_sequences=20, sequence_length=32, batch_size=8, device="cpu", **options)
     return Repair(by=by, corpora=(str(corpus),), settings=settings)
 
 
@@ -73,10 +73,11 @@ def test_quantized_weights_are_refused_before_a_text_is_seen(
 ) -> None:
     """Of the layer before a cut: where it keeps its down projection in plain numbers, others may be quantized."""
     folder = block_fp8(tiny_llama, tmp_path / "fp8", ["model.layers.0.mlp.down_proj", "lm_head"])
-    done = prune(str(folder), PLAN, tmp_path / "less", repair=repair_of("map", "builtin:pydoc"))
+    repair = repair_of("map", "builtin:pydoc", dequantize=True)
+    done = prune(str(folder), PLAN, tmp_path / "less", repair=repair)
     assert done["repair"].cuts[0].error_after < done["repair"].cuts[0].error_before
     monkeypatch.setattr(Streams, "visit", lambda *_: pytest.fail("text was read"))
     with pytest.raises(RepairError, match=r"'mlp.down_proj.weight' of layer 1 as float8_e4m3fn, quantized") as refused:
-        prune(str(folder), replace(PLAN, drop=(2,)), tmp_path / "no", repair=repair_of("map", "builtin:pydoc"))
+        prune(str(folder), replace(PLAN, drop=(2,)), tmp_path / "no", repair=repair)
     assert "Repair the checkpoint that it was quantized from" in str(refused.value)
     assert not (tmp_path / "no").exists()

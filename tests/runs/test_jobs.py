@@ -120,7 +120,7 @@ execution:
         ),
         (
             "warehouse: w\nmodels:\n- {model: a, device: cpu}\ncorpora: [builtin:pydoc]\n",
-            ["3: Unknown key 'device'. Valid"],
+            ["3: Unknown key 'device'. Did"],
         ),
         (
             "warehouse: w\nmodels:\n- {model: /tmp, revisions: [a]}\ncorpora: [builtin:pydoc]\n",
