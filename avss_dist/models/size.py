@@ -110,9 +110,7 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
     backbone, text = without_head(model), config.get_text_config()
     layers = find_layers(backbone, text, settings)
     stored, whole = sum(t.size for t in tensors), _bytes(model)
-    # What stays quantized in memory, which a .gguf does not, has its bytes spread like numbers.
-    packed = quantization_method(config) is not None and not found.gguf and not settings.dequantize
-    scale = stored / whole if packed else 1.0
+    scale = stored / whole if _stays_quantized(found, config, settings) else 1.0  # its bytes are spread like numbers
     layer_bytes = tuple(int(_bytes(layer) * scale) for layer in layers)
     width = _attention_width(text)
     chosen = _chosen_experts(text)
@@ -134,6 +132,11 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
         embedding_bytes=_bytes(embeddings) if (embeddings := token_embeddings(model)) else 0,
         zero_copy=not found.gguf and {DTYPES.get(tensor.dtype) for tensor in tensors} == {dtype},
     )
+
+
+def _stays_quantized(checkpoint: Checkpoint, config: Any, settings: Settings) -> bool:
+    """Whether the weights are in memory as they are stored; those of a .gguf file never are."""
+    return quantization_method(config) is not None and not checkpoint.gguf and not settings.dequantize
 
 
 def load_skeleton(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Checkpoint, Any, list[TensorInfo]]:
