@@ -38,6 +38,7 @@ def prune(
         choice(
             (NO_REPAIR, *REPAIRS),
             "What is fitted at each cut, to give back what the removed layers did; map by default where there is text.",
+            checked=False,  # a repair that no checkpoint can hold is refused with the reason
         ),
     ] = None,
     repair_corpus: Annotated[

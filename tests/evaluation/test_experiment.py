@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,10 +25,13 @@ from avss_dist.errors import ConfigError
 from avss_dist.evaluation.experiment import run_experiment
 from avss_dist.evaluation.search import search
 from avss_dist.pruning.methods import Experiment, Method, methods, parse_score
+from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.search import Effort
 from avss_dist.pruning.selection import Choice
 from avss_dist.runs.job_file import JobError, read_job
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.store import Store
 
 TASK = "perplexity:builtin:pydoc"
 JOB = """
@@ -170,6 +174,29 @@ def test_a_killed_experiment_goes_on_where_it_was(done: tuple[Path, list[dict[st
     assert {file: after[file] for file in before} == before
     shown = [[{k: v for k, v in row.items() if k != "created_at"} for row in some] for some in (rows, resumed)]
     assert json.dumps(shown[0]) == json.dumps(shown[1])
+
+
+def test_sets_with_sublayers_are_beside_the_point_of_a_score_card(
+    done: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """Scores are of layers: the same card, with such a set in the very evaluation that it reads."""
+    store = Warehouse(read_job(done[0]).warehouse)
+    (run,) = store.runs().to_pylist()
+    copy = Warehouse(shutil.copytree(store.root.full, tmp_path / "w"))
+    (of,) = {row["run_id"] for row in store.table("evaluations").to_pylist() if row["task"] == TASK}
+    plan = Plan(model=run["model"], num_layers=run["num_layers"], layers="layers", drop=(1,), attention=(0,))
+    rows = [row for row in copy.table("evaluations").to_pylist() if row["run_id"] == of]
+    identity = {name: rows[0][name] for name in ("run_id", "model", "revision", "family")}
+    whole = next(row for row in rows if not row["drop"] and row["metric"] == "loss")
+    another = _row(whole) | {"drop": [*plan.removed]}
+    Store(copy.root).write_evaluations(RunIdentity(**identity), [*map(_row, rows), another])
+    assert (of,) == tuple({row["run_id"] for row in copy.table("evaluations").to_pylist() if 10_000 in row["drop"]})
+    cards = [score_cards(one, one.runs().to_pylist()).to_pylist() for one in (store, copy)]
+    assert json.dumps(cards[0]) == json.dumps(cards[1])
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in ("run_id", "model", "revision", "family")}
 
 
 def test_the_score_card_has_the_truth_and_what_was_kept(done: tuple[Path, list[dict[str, Any]]]) -> None:
