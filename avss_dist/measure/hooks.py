@@ -18,6 +18,7 @@ from avss_dist.measure.kernels.base import Accumulator, Kernels, to_stats
 from avss_dist.measure.kernels.choose import kernels_for
 from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
 from avss_dist.stats.layer_stats import LayerKey, LayerStats
+from avss_dist.system.devices import sent
 
 UNIT_SITES = ("block", "update")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -272,7 +273,7 @@ class Observer:
 def _mask_on(now: _Pass, device: torch.device) -> torch.Tensor:
     assert now.mask is not None
     if device not in now.masks:
-        now.masks[device] = now.mask.to(device, non_blocking=True)
+        now.masks[device] = sent(now.mask.numpy(), device)
     return now.masks[device]
 
 

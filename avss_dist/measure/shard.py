@@ -19,6 +19,7 @@ from avss_dist.registry import GANGS
 from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
 from avss_dist.system.cores import use_threads
+from avss_dist.system.devices import peak_device_memory, reset_peak_device_memory
 from avss_dist.system.memory import peak_memory
 from avss_dist.system.out_of_memory import halve_until_it_fits
 
@@ -53,7 +54,7 @@ def analyze_shard(
     start = time.perf_counter()
     use_threads(settings.threads)
     if replica.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(replica.device)
+        reset_peak_device_memory()
     rows = rows or settings.batch_size
     kept = nullcontext(hooks) if hooks is not None else attached(replica.layers, settings.sites)
     with kept as on_layers:
@@ -125,5 +126,5 @@ def _device_name(device: torch.device) -> str:
 
 def _peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return peak_device_memory()
     return peak_memory()

@@ -11,6 +11,7 @@ from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.loading import Backbone, Forward
 from avss_dist.partition.base import BatchContext
+from avss_dist.system.devices import sent
 
 
 class BatchwiseReplica:
@@ -30,8 +31,8 @@ class BatchwiseReplica:
 
 def run_batch(run: Forward, batch: Batch, device: torch.device) -> None:
     """Run a backbone over a batch; the attention mask is passed only where there is padding."""
-    input_ids = torch.from_numpy(batch.input_ids).to(device, torch.int64)
-    mask = None if batch.attention_mask.all() else torch.from_numpy(batch.attention_mask).to(device, torch.int64)
+    input_ids = sent(batch.input_ids, device, torch.int64)
+    mask = None if batch.attention_mask.all() else sent(batch.attention_mask, device, torch.int64)
     with torch.no_grad():
         run(input_ids, mask)
 

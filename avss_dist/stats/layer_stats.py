@@ -284,7 +284,7 @@ class ShardResult:
         seconds: wall time of the pass.
         device: where it ran, such as ``cpu`` or ``NVIDIA H100``.
         model: what ran, JSON-ready: family, architecture, hidden_size, num_parameters, dtype, and so on.
-        peak_memory_bytes: peak memory of the device (of the process on a CPU).
+        peak_memory_bytes: peak memory of its devices together (of the process on a CPU).
     """
 
     shard_id: int

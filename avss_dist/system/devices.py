@@ -6,11 +6,14 @@ import gc
 import os
 from dataclasses import dataclass
 
+import numpy as np
 import psutil
 import torch
 
 from avss_dist.errors import ConfigError
 from avss_dist.system.cgroups import memory_left
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # since torch 2.9, and before; the older one still works
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,25 @@ def available_memory() -> int:
     return available if left is None else min(available, left)
 
 
+def sent(array: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An array on a device, of another dtype if need be. A GPU is not waited for: pinned memory is sent."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True).to(dtype or tensor.dtype)
+
+
+def reset_peak_device_memory() -> None:
+    """Let `peak_device_memory` begin anew."""
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(index)
+
+
+def peak_device_memory() -> int:
+    """The most bytes that torch had on each GPU of this process, added up."""
+    return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+
+
 def free_device(device: torch.device) -> None:
     """Give a device's memory back that nothing refers to any more."""
     gc.collect()
@@ -67,10 +89,15 @@ def free_device(device: torch.device) -> None:
 def pick_device(name: str) -> torch.device:
     """``cuda`` or ``cpu``; ``auto`` is ``cuda`` where torch sees one.
 
+    Torch's allocator is told to grow its segments, unless the environment tells it anything: batches of several sizes,
+    as where rows are halved, would leave memory that no batch fits into.
+
     Raises:
         ConfigError: ``cuda`` was requested and torch sees none.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("`device` cuda: torch sees no GPU here.", "Run `avss doctor`, or set `device` to cpu.")
     use_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    if use_cuda and not any(os.environ.get(variable) for variable in ALLOCATOR):
+        os.environ[ALLOCATOR[-1]] = "expandable_segments:True"
     return torch.device("cuda" if use_cuda else "cpu")

@@ -12,6 +12,13 @@ from avss_dist.errors import BatchTooLarge
 
 T = TypeVar("T")
 
+OUT_OF_MEMORY = (
+    "out of memory",  # "CUDA error: out of memory", "HIP out of memory"; of NCCL "Cuda failure 2 'out of memory'"
+    "_STATUS_ALLOC_FAILED",  # CUBLAS, CUSOLVER, CUSPARSE, CUDNN
+    "not enough memory",  # torch's allocator on a CPU
+    "can't allocate memory",
+)
+
 
 def halve_until_it_fits(
     measure: Callable[[int], T], rows: int, too_large: Callable[[int], BatchTooLarge], *, least: int = 1
@@ -30,7 +37,7 @@ def halve_until_it_fits(
         try:
             return measure(rows), rows
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if rows <= least:
                 raise too_large(rows) from None
@@ -40,5 +47,8 @@ def halve_until_it_fits(
             torch.cuda.empty_cache()
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was short: torch's own, or a text of CUDA, ROCm, NCCL, cuBLAS or the CPU's."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)

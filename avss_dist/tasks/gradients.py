@@ -82,9 +82,10 @@ class _Pass(Watched):
     real: torch.Tensor  # bool[rows, tokens]
     scale: float  # of the norms of gradients
     keeps: int = 1
-    removal: dict[int, Float64] = field(default_factory=dict)  # float64[rows]
-    norms: defaultdict[tuple[int, int], float] = field(default_factory=partial(defaultdict, float))  # and by order
-    sizes: dict[int, float] = field(default_factory=dict)  # of the weights
+    # float64, on the devices that computed them: nothing waits for a device before all is under way
+    removal: dict[int, torch.Tensor] = field(default_factory=dict)  # [rows]
+    norms: defaultdict[tuple[int, int], Any] = field(default_factory=partial(defaultdict, float))  # and by order
+    sizes: dict[int, Any] = field(default_factory=dict)  # of the weights
     _calls: Counter[int] = field(default_factory=Counter)
     _given: torch.Tensor | None = None
 
@@ -114,7 +115,7 @@ class _Pass(Watched):
         if product is None:
             raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep rows and tokens apart.")
         changes = product.sum(dim=2).abs().where(self.real.to(product.device), 0)
-        self.removal[layer.index] = changes.sum(dim=1).cpu().numpy()
+        self.removal[layer.index] = changes.sum(dim=1)
 
     def accumulate(self, uses: Sequence[Layer], weight: torch.Tensor) -> None:
         """Take the norms of a weight's gradient, and free it."""
@@ -177,17 +178,17 @@ def trainable(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
             parameter.grad = None
 
 
-def _norms(matrix: torch.Tensor, order: int) -> float:
+def _norms(matrix: torch.Tensor, order: int) -> torch.Tensor:
     """The norm of a matrix's elements, or the sum of those of a stack."""
-    return float(torch.linalg.vector_norm(matrix.detach(), order, dim=(-2, -1), dtype=torch.float64).sum())
+    return torch.linalg.vector_norm(matrix.detach(), order, dim=(-2, -1), dtype=torch.float64).sum()
 
 
 def _rows(layer: Layer, passes: Sequence[_Pass], weights: Float64) -> Iterator[Row]:
-    removal = np.concatenate([found.removal[layer.index] for found in passes])
+    removal = np.concatenate([found.removal[layer.index].cpu().numpy() for found in passes])
     yield Row(metric=TAYLOR, samples=removal, weights=weights, layer=layer.index)
     ones = np.ones(len(passes))
     for metric, order in ((L1, 1), (L2, 2)):
-        samples = np.array([found.norms[layer.index, order] for found in passes])
+        samples = np.array([float(found.norms[layer.index, order]) for found in passes])
         yield Row(metric=metric, samples=samples, weights=ones, layer=layer.index)
-    size = next(found.sizes[layer.index] for found in passes)
+    size = float(next(found.sizes[layer.index] for found in passes))
     yield Row(metric=FROBENIUS, samples=np.array([size]), weights=np.ones(1), layer=layer.index)

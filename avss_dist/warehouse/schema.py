@@ -151,7 +151,12 @@ TABLES: dict[str, Table] = {
             Column("threads", INT32, "CPU threads of a worker"),
             Column("wall_seconds", FLOAT64, "from start to end of the last attempt", "seconds"),
             Column("tokens_per_second", FLOAT64, "speed of all replicas together", "tokens / second"),
-            Column("peak_memory_bytes", INT64, "peak of a worker: of its GPU, or of its process on a CPU", "bytes"),
+            Column(
+                "peak_memory_bytes",
+                INT64,
+                "peak of a worker: of its GPUs, or of its process on a CPU",
+                "bytes",
+            ),
             _SETTINGS,
             Column("notes", STRING_LIST, "remarks for readers: sites that are absent, batches that were halved, ..."),
             _VERSIONS,

@@ -17,7 +17,7 @@ from numba import njit
 from numba.core.caching import CompileResultCacheImpl
 from support.emulated_cuda import COMPILER, Emulator
 from support.oracle import FLOAT_FIELDS, Float64, assert_close, counted_by, oracle_stats
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.waiting import NoWaiting
 
 from avss_dist.measure.kernels import cpu, generic
 from avss_dist.measure.kernels.base import Accumulator, Kernels, float32_limits, to_stats
@@ -353,28 +353,26 @@ def test_small_chunks_change_no_count(monkeypatch: pytest.MonkeyPatch, dtype: to
     assert_close(measured(TorchKernels(), batch), expected(batch))
 
 
-class ForbidTransfers(TorchDispatchMode):
-    """Fails on operations that make a device wait for the host, or the host for the device."""
-
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "index.Tensor", "equal.default", "unique")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert not any(f"aten.{name}" in f"aten.{func.name().removeprefix('aten::')}" for name in self.FORBIDDEN), func
-        return func(*args, **kwargs or {})
-
-
 TRANSFERS = {"item": torch.Tensor.item, "nonzero": torch.nonzero, "mask": lambda t: t[t > 0], "bool": bool}
 
 
 @pytest.mark.parametrize("transfer", TRANSFERS.values(), ids=TRANSFERS)
 def test_the_guard_sees_a_transfer(transfer: Any) -> None:
-    with ForbidTransfers(), pytest.raises(AssertionError):
+    with NoWaiting(), pytest.raises(AssertionError, match="waits for its result"):
         transfer(torch.ones(1))
+
+
+def test_the_guard_sees_a_copy() -> None:
+    with NoWaiting() as guard:
+        torch.ones(2).to("meta")
+        torch.ones(2, device="meta").copy_(torch.ones(2))
+        torch.where(torch.ones(2, device="meta") > 0, 1, 0)
+    assert guard.copies == ["_to_copy", "copy_"]
 
 
 def test_torch_kernels_never_wait_for_the_device(dtype: torch.dtype) -> None:
     batch = any_batch(14, (2, 8, 16), dtype)
-    with ForbidTransfers():
+    with NoWaiting():
         accumulate(TorchKernels(), [batch, batch], GRID)
 
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from support.causal_lm import SMALL, opened, random_shard
 from support.families import tiny_model
+from support.waiting import NoWaiting
 
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.tasks import gradients as gradient_pass
 from avss_dist.tasks.base import Row
 from avss_dist.tasks.gradients import Gradients, matrices
 
@@ -152,3 +154,17 @@ def test_a_layer_left_out_has_no_rows(tiny_llama: Path) -> None:
     rows = Gradients(random_shard())(opened(tiny_llama), (1,))
     assert {row.layer for row in rows} == {0, 2}
     assert SMALL["device"] == "cpu"
+
+
+def test_hooks_of_both_passes_ask_no_device_for_a_value(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value for each matrix would be hundreds of waits a batch."""
+    expected = [row.samples.tolist() for row in Gradients(random_shard())(opened(tiny_llama), ())]
+    for name in ("enter", "leave", "_remove", "accumulate"):
+        hook = getattr(gradient_pass._Pass, name)
+
+        def guarded(*args: Any, _hook: Callable[..., Any] = hook) -> Any:
+            with NoWaiting():
+                return _hook(*args)
+
+        monkeypatch.setattr(gradient_pass._Pass, name, guarded)
+    assert [row.samples.tolist() for row in Gradients(random_shard())(opened(tiny_llama), ())] == expected

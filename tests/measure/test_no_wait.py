@@ -1,0 +1,119 @@
+"""In the measuring path nothing waits for a device. Tensors on ``meta`` stand for those of a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.checkpoints import llama
+from support.waiting import NoWaiting
+from transformers import masking_utils
+
+from avss_dist.corpus.shards import Batch
+from avss_dist.errors import BatchTooLarge
+from avss_dist.measure import hooks
+from avss_dist.measure.hooks import Observer, attached
+from avss_dist.measure.kernels.base import limits_on
+from avss_dist.measure.kernels.cuda.backend import CudaKernels
+from avss_dist.measure.kernels.cuda.calls import window
+from avss_dist.measure.kernels.generic import TorchKernels
+from avss_dist.models.loading import forward_function, open_module
+from avss_dist.partition.batchwise import run_batch
+from avss_dist.settings import SITES, THRESHOLDS
+from avss_dist.system import devices
+from avss_dist.system.out_of_memory import halve_until_it_fits
+
+META = torch.device("meta")
+
+
+class Launches:
+    """See `cuda.backend.Launcher`: a card that is only told what to do."""
+
+    blocks, threads = 132, 1024
+
+    def __init__(self) -> None:
+        self.kernels: list[str] = []
+
+    def span(self, dtype: torch.dtype) -> int:
+        return window(dtype, 227 << 10)[1]
+
+    def launch(self, dtype: torch.dtype, kernel: str, grid: int, block: int, shared: int, arguments: bytes) -> None:
+        self.kernels.append(kernel)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "cuda"])
+def test_a_batch_is_measured_without_waiting(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only token ids and the mask of what counts are sent, and the host never asks for a value."""
+    launches = Launches()
+    kernels: Any = TorchKernels() if backend == "torch" else CudaKernels(launches)
+    monkeypatch.setattr(hooks, "kernels_for", lambda device: kernels)
+    # Here transformers itself waits, once a batch, whoever observes.
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    limits_on.cache_clear()
+    backbone = open_module(llama().eval().to(dtype))
+    backbone.module.to(META)
+    run = forward_function(backbone.module)
+    real = np.ones((3, 10), bool)
+    batch = Batch(input_ids=np.zeros((3, 10), np.int32), attention_mask=real, observed=real)
+    layers = backbone.structure.layers
+    with attached(layers, SITES) as on_layers:
+        observer = Observer(on_layers, THRESHOLDS)
+        for first in (True, False):
+            with NoWaiting() as guard, observer.batch(batch.observed):
+                run_batch(run, batch, META)
+            sent = ["_to_copy", "_to_copy", *(["_to_copy"] if first and dtype == torch.float32 else [])]  # and limits
+            assert guard.copies == sent
+    if backend == "cuda":
+        assert len(launches.kernels) == 2 * 7 * len(layers)
+
+
+OUT_OF_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    MemoryError(),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: out of memory: the driver could not launch count on cuda:0 (error 2)."),
+    RuntimeError(
+        "NCCL error in: NCCLUtils.cpp:77, unhandled cuda error ... Last error: Cuda failure 2 'out of memory'"
+    ),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: not enough memory: you tried to allocate"),
+)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:40])
+def test_every_text_of_short_memory_halves_a_batch(error: Exception) -> None:
+    def measure(rows: int) -> int:
+        if rows > 2:
+            raise error
+        return 10 * rows
+
+    assert halve_until_it_fits(measure, 7, lambda rows: BatchTooLarge("", "")) == (20, 2)
+
+
+def test_another_error_halves_nothing() -> None:
+    def measure(rows: int) -> int:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        halve_until_it_fits(measure, 7, lambda rows: BatchTooLarge("", ""))
+
+
+@pytest.mark.parametrize("set_before", [None, *devices.ALLOCATOR])
+def test_cuda_memory_grows_unless_the_environment_says_otherwise(
+    set_before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for variable in devices.ALLOCATOR:
+        monkeypatch.setenv(variable, "backend:native" if variable == set_before else "")
+    assert devices.pick_device("cuda").type == "cuda"
+    values = [devices.os.environ[variable] for variable in devices.ALLOCATOR]
+    assert values.count("expandable_segments:True") == (set_before is None)
+
+
+def test_peak_memory_is_that_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda index: 10**index)
+    assert devices.peak_device_memory() == 111
