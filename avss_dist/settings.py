@@ -20,7 +20,13 @@ from avss_dist.validation import Check, OneOf, checked
 T = TypeVar("T")
 
 SCHEMA_VERSION = 3
-SITES = ("block", "update", "attention", "mlp", "neuron")
+SITES = ("block", "update", "attention", "mlp", "neuron")  # those that are measured by default
+INPUT_SITES = ("query_input", "output_input", "up_input")  # what q, k and v read; what o reads; what gate and up read
+EVERY_SITE = (*SITES, *INPUT_SITES)
+INPUTS = (*INPUT_SITES, "neuron")
+"""The inputs of the linear maps of a layer, where activations are made sparse."""
+SITE_FAMILIES = {"inputs": INPUTS}
+"""Names that stand for several sites."""
 RECIPES = ("pooled", "element", "unit")
 RIVALS = {
     "block_influence": "block influence",
@@ -80,7 +86,8 @@ LOWEST_SHARE = 0.25
 
 
 def _in_order(sites: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(site for site in SITES if site in sites)
+    wanted = {one for site in sites for one in SITE_FAMILIES.get(site, (site,))}
+    return tuple(site for site in EVERY_SITE if site in wanted)
 
 
 def _with_published(thresholds: tuple[float, ...]) -> tuple[float, ...]:
@@ -135,7 +142,11 @@ def _replicas(value: Any) -> Any:
 
 
 Positive = Annotated[int, Field(ge=1)]
-Sites = Annotated[tuple[Annotated[str, OneOf(SITES)], ...], Field(strict=False, min_length=1), Check(_in_order)]
+Sites = Annotated[
+    tuple[Annotated[str, OneOf((*EVERY_SITE, *SITE_FAMILIES))], ...],
+    Field(strict=False, min_length=1),
+    Check(_in_order),
+]
 Threshold = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Thresholds = Annotated[tuple[Threshold, ...], Field(strict=False), Check(_with_published)]
 Bytes = Annotated[
@@ -177,7 +188,7 @@ class Settings:
     dequantize: bool = False
     """Unpack quantized weights to the compute dtype, instead of computing with them as they are stored."""
     sites: Sites = SITES
-    """Where in a layer to measure."""
+    """Where in a layer to measure; inputs is those of its linear maps, which are off by default."""
     thresholds: Thresholds = THRESHOLDS
     """Near-zero thresholds, absolute; the published 1e-5 is always among them."""
     layers: str | None = None

@@ -21,7 +21,7 @@ from avss_dist.analysis.stats_findings import (
     of_stats,
     read_stats,
 )
-from avss_dist.settings import PUBLISHED_THRESHOLD, RECIPES, SITES
+from avss_dist.settings import EVERY_SITE, PUBLISHED_THRESHOLD, RECIPES, SITES
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, spearman
 from avss_dist.stats.scores import NOISY_BELOW, Threshold
@@ -110,7 +110,7 @@ def _urgency(found: Row) -> tuple[bool, bool, int, int, int]:
     site, recipe = found.get("site") or SITES[0], found.get("recipe") or RECIPES[0]
     elsewhere = (site, recipe) != (SITES[0], RECIPES[0])
     kind = KINDS.index(found["kind"])
-    return found["severity"] == "note", elsewhere, kind, SITES.index(site), RECIPES.index(recipe)
+    return found["severity"] == "note", elsewhere, kind, EVERY_SITE.index(site), RECIPES.index(recipe)
 
 
 SCORES = (

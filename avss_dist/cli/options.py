@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from avss_dist.errors import ConfigError, require_known
-from avss_dist.settings import RECIPES, SITES, Execution, Replicas, Settings
+from avss_dist.settings import EVERY_SITE, RECIPES, Execution, Replicas, Settings
 from avss_dist.text import parse_threshold
 from avss_dist.validation import OneOf
 
@@ -168,7 +168,7 @@ RunOption = Annotated[str | None, typer.Option("--run", help=f"{_RUN}; the newes
 RunsOption = Annotated[list[str] | None, typer.Option("--run", help=f"{_RUN}; repeatable. The newest by default.")]
 EveryRunOption = Annotated[list[str] | None, typer.Option("--run", help=f"{_RUN}; repeatable. All by default.")]
 RecipeOption = Annotated[str, choice(RECIPES, "How AVSS is defined.")]
-SiteOption = Annotated[str, choice(SITES, "Where in a layer.")]
+SiteOption = Annotated[str, choice(EVERY_SITE, "Where in a layer.")]
 ThresholdOption = Annotated[str, typer.Option(help="Near zero means below this: 1e-5, or 0.1rms.")]
 
 

@@ -17,10 +17,11 @@ from avss_dist.errors import ModelError
 from avss_dist.measure.kernels.base import Accumulator, Kernels, to_stats
 from avss_dist.measure.kernels.choose import kernels_for
 from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
+from avss_dist.settings import INPUT_SITES
 from avss_dist.stats.layer_stats import LayerKey, LayerStats
 from avss_dist.system.devices import sent
 
-UNIT_SITES = ("block", "update")
+UNIT_SITES = ("block", "update", *INPUT_SITES)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -142,6 +143,8 @@ class Observer:
         self._stats: dict[LayerKey, LayerStats] = {}
         self._left: Counter[int] = Counter()
         self._kernels: dict[torch.device, Kernels] = {}
+        inputs = set(INPUT_SITES) & set(hooks.sites)  # of linear maps, whose every unit is summed
+        self._unit_sites = (*UNIT_SITES, "neuron") if inputs else UNIT_SITES
 
     @contextmanager
     def batch(self, observed: np.ndarray) -> Iterator[None]:
@@ -256,7 +259,7 @@ class Observer:
             return None
         key = (layer.index, site)
         if key not in self._accumulators:
-            units = site in UNIT_SITES
+            units = site in self._unit_sites
             self._accumulators[key] = Accumulator(like, self._thresholds, units=units, geometry=geometry)
         return self._accumulators[key]
 

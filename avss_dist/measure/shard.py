@@ -11,12 +11,14 @@ import torch
 
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.errors import BatchTooLarge, ModelError
-from avss_dist.measure.hooks import Hooks, Observer, attached
+from avss_dist.measure.hooks import UNIT_SITES, Hooks, Observer, attached
 from avss_dist.measure.kernels.base import PATTERNS
+from avss_dist.models.layers import describe_projections
 from avss_dist.models.size import Footprint
+from avss_dist.models.structure import absent_sites
 from avss_dist.partition.base import Replica, dummy_batch, no_observation
 from avss_dist.registry import GANGS
-from avss_dist.settings import Settings
+from avss_dist.settings import INPUT_SITES, Settings
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
 from avss_dist.system.cores import use_threads
 from avss_dist.system.devices import peak_device_memory, reset_peak_device_memory
@@ -76,7 +78,7 @@ def analyze_shard(
         num_tokens=shard.num_tokens,
         seconds=time.perf_counter() - start,
         device=_device_name(replica.device),
-        model=_with_note(replica, rows, settings),
+        model=_describe(replica, rows, settings),
         peak_memory_bytes=_peak_memory_bytes(replica.device),
     )
 
@@ -100,7 +102,7 @@ def _measure(
 def counter_bytes(size: Footprint, settings: Settings) -> int:
     """Bytes of the counters of all layers and sites; see `kernels.base.Accumulator`."""
     counts = PATTERNS * 4  # float32: half as many, of 8 bytes
-    units = 16 * size.hidden_size * len({"block", "update"} & set(settings.sites))
+    units = 16 * size.hidden_size * len(set(UNIT_SITES) & set(settings.sites))
     return size.num_layers * (len(settings.sites) * counts + units)
 
 
@@ -112,8 +114,12 @@ def _too_large(replica: Replica, rows: int, settings: Settings) -> BatchTooLarge
     )
 
 
-def _with_note(replica: Replica, rows: int, settings: Settings) -> dict[str, Any]:
+def _describe(replica: Replica, rows: int, settings: Settings) -> dict[str, Any]:
+    """What was opened, with what of it depends on how it was measured."""
     model = dict(replica.model)
+    if inputs := [site for site in INPUT_SITES if site in settings.sites]:
+        model["notes"] = [*model["notes"], *absent_sites(replica.layers, inputs)]
+        model["projections"] = describe_projections(replica.layers)
     if rows < settings.batch_size:
         note = f"{settings.batch_size} rows did not fit in memory at once; some batches had {rows}"
         model["notes"] = [*model["notes"], note]

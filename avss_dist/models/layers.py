@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,25 @@ class Tap:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """A linear map of a layer whose input is a site.
+
+    Attributes:
+        path: of its module, below the layer.
+        site: its input; several maps may read one.
+        outputs, inputs: units that it gives and takes, of the whole map.
+        axes: of its input, see `axes_of`.
+    """
+
+    path: str
+    module: nn.Module
+    site: str
+    outputs: int
+    inputs: int
+    axes: str
+
+
+@dataclass(frozen=True)
 class Layer:
     """One transformer block: the ``call``-th use of ``module`` in a forward pass (models may share a block)."""
 
@@ -34,6 +54,7 @@ class Layer:
     call: int
     axes: str
     taps: Mapping[str, Tap]
+    projections: tuple[Projection, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,6 +63,12 @@ class Structure:
 
     layers: tuple[Layer, ...]
     notes: tuple[str, ...]
+
+
+def describe_projections(layers: Sequence[Layer]) -> str:
+    """The linear maps of layers, as the column ``projections`` of ``runs`` has them."""
+    found = [[layer.index, p.path, p.site, p.outputs, p.inputs] for layer in layers for p in layer.projections]
+    return json.dumps(found, separators=(",", ":"))
 
 
 def layer_lists(model: nn.Module, num_layers: int | None, path: str | None = None) -> dict[str, nn.ModuleList]:

@@ -14,8 +14,8 @@ from itertools import takewhile
 import torch
 from torch import nn
 
-from avss_dist.models.layers import PROBE_SHAPE, Tap, axes_of, count_parameters, is_linear
-from avss_dist.settings import SITES
+from avss_dist.models.layers import PROBE_SHAPE, Projection, Tap, axes_of, count_parameters, is_linear
+from avss_dist.settings import EVERY_SITE
 
 _ATTENTION = re.compile(
     r"attention|attn|mixer|mamba|ssm|deltanet|recurrent|retention|fourier|conv|mlstm|temporal_block|^mla$",
@@ -38,20 +38,68 @@ class Call:
     output: torch.Tensor
 
 
-def find_taps(calls: Sequence[Call], layer_class: str) -> dict[str, Tap]:
-    """The sublayer sites of one layer, from its modules' calls."""
+@dataclass(frozen=True)
+class Inside:
+    """What is inside of a layer: its sites, and the linear maps whose inputs are sites."""
+
+    taps: dict[str, Tap]
+    projections: tuple[Projection, ...]
+
+
+def look_inside(calls: Sequence[Call], layer_class: str) -> Inside:
+    """The sublayer sites of one layer, and its linear maps, from its modules' calls."""
     of_kind: dict[str | None, list[Call]] = defaultdict(list)
     for call in calls:
         of_kind[_kind(call, layer_class)].append(call)
     attention, mlp = _largest(of_kind["attention"]), _largest(of_kind["mlp"])
-    taps = {"attention": _output_tap(attention, _inside(calls, attention)) if attention else None}
+    of_attention = _inside(calls, attention) if attention else []
+    taps = {"attention": _output_tap(attention, of_attention) if attention else None}
     if mlp:
-        taps |= _taps_of_mlp(mlp, _inside(calls, mlp), layer_class)
+        of_mlp = _inside(calls, mlp)
+        taps |= _taps_of_mlp(mlp, of_mlp, layer_class)
     else:
-        inside = _inside(calls, attention) if attention else []
-        of_attention = {id(call) for call in (*of_kind["attention"], *inside)}
-        taps |= _taps_without_mlp([call for call in calls if id(call) not in of_attention], calls)
-    return {site: tap for site in SITES if (tap := taps.get(site))}
+        known = {id(call) for call in (*of_kind["attention"], *of_attention)}
+        of_mlp = [call for call in calls if id(call) not in known]
+        taps |= _taps_without_mlp(of_mlp, calls)
+    readers = _readers_in_attention(attention, of_attention) if attention else {}
+    if neuron := taps.get("neuron"):
+        readers |= _readers_in_mlp(of_mlp, neuron.module)
+    taps |= {site: _tap(found[0], "input") for site, found in readers.items() if found}
+    projections = tuple(_projection(site, call) for site, found in readers.items() for call in found)
+    return Inside({site: tap for site in EVERY_SITE if (tap := taps.get(site))}, projections)
+
+
+def _readers_in_attention(attention: Call, inside: Sequence[Call]) -> dict[str, list[Call]]:
+    """The linear maps that read what the first one reads, and the last one."""
+    linears, width = _linears(inside), attention.output.shape[-1]
+    last = next((call for call in reversed(linears) if call.output.shape[-1] == width), None)
+    first = [call for call in linears if call is not last]
+    alike = [call for call in first if _read_the_same(call, first[0])]
+    return {"query_input": alike, "output_input": [last] if last and alike else []}
+
+
+def _readers_in_mlp(calls: Sequence[Call], down: nn.Module) -> dict[str, list[Call]]:
+    """The linear maps that read what the first one reads, and the last one, ``down``."""
+    linears = _linears(calls)
+    last = [call for call in linears if call.module is down]
+    first = [call for call in linears if call.module is not down]
+    return {"up_input": [call for call in first if _read_the_same(call, first[0])], "neuron": last}
+
+
+def _linears(calls: Sequence[Call]) -> list[Call]:
+    return [call for call in calls if is_linear(call.module) and call.inputs]
+
+
+def _read_the_same(one: Call, other: Call) -> bool:
+    """Whether two modules read one tensor, or views of all of it."""
+    a, b = one.inputs[0], other.inputs[0]
+    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
+
+
+def _projection(site: str, call: Call) -> Projection:
+    given = call.inputs[0]
+    outputs, inputs = call.output.shape[-1], given.shape[-1]
+    return Projection(call.path, call.module, site, outputs, inputs, axes_of(given.shape, *PROBE_SHAPE))
 
 
 def _taps_of_mlp(mlp: Call, inside: Sequence[Call], layer_class: str) -> dict[str, Tap | None]:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.models.layers import PROBE_SHAPE, Layer, Structure, Tap, axes_of, first_tensor, layer_lists, not_found
-from avss_dist.models.sites import Call, find_taps
+from avss_dist.models.layers import PROBE_SHAPE, Layer, Structure, axes_of, first_tensor, layer_lists, not_found
+from avss_dist.models.sites import Call, Inside, look_inside
+from avss_dist.settings import INPUT_SITES
 
-_Found = tuple[nn.Module, str, Mapping[str, Tap]]
+_Found = tuple[nn.Module, str, Inside]
 
 
 @dataclass
@@ -42,9 +43,8 @@ class _Trace:
     def leave(self, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         tensor = first_tensor(output)
         if tensor is not None:
-            self.found.append(
-                (module, axes_of(tensor.shape, *PROBE_SHAPE), find_taps(self.calls, type(module).__name__))
-            )
+            inside = look_inside(self.calls, type(module).__name__)
+            self.found.append((module, axes_of(tensor.shape, *PROBE_SHAPE), inside))
         self.calls = []
 
 
@@ -100,21 +100,27 @@ def _structure(found: list[_Found], names: Mapping[nn.Module, str]) -> Structure
         found = sorted(found, key=lambda item: order.index(item[0]))
     layers: list[Layer] = []
     uses: dict[nn.Module, int] = {}
-    for index, (module, axes, taps) in enumerate(found):
+    for index, (module, axes, inside) in enumerate(found):
         call = uses.get(module, 0)
         uses[module] = call + 1
         name = names[module] if call == 0 else f"{names[module]}#{call}"
-        layers.append(Layer(index, name, module, call, axes, taps))
+        layers.append(Layer(index, name, module, call, axes, inside.taps, inside.projections))
     return Structure(tuple(layers), tuple(_notes(layers)))
 
 
 def _notes(layers: Sequence[Layer]) -> Iterator[str]:
-    for site in ("attention", "mlp", "neuron"):
-        without = [layer.index for layer in layers if site not in layer.taps]
-        if len(without) == len(layers):
-            yield f"site '{site}' is absent: no layer of this family has it as a module of its own"
-        elif without:
-            yield f"site '{site}' is absent in layers {', '.join(map(str, without))}"
+    yield from absent_sites(layers, ("attention", "mlp", "neuron"))
     shared = [layer for layer in layers if layer.call]
     if shared:
         yield f"layers share modules: {len(layers)} calls of {len(layers) - len(shared)} modules, each call is a layer"
+
+
+def absent_sites(layers: Sequence[Layer], sites: Sequence[str]) -> Iterator[str]:
+    """What a user should know of sites that layers lack, a line each."""
+    for site in sites:
+        without = [layer.index for layer in layers if site not in layer.taps]
+        if len(without) == len(layers):
+            has = "a linear map of its own that reads it" if site in INPUT_SITES else "it as a module of its own"
+            yield f"site '{site}' is absent: no layer of this family has {has}"
+        elif without:
+            yield f"site '{site}' is absent in layers {', '.join(map(str, without))}"

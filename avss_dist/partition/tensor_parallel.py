@@ -259,6 +259,7 @@ def _find_again(layers: Sequence[Layer], names: Mapping[nn.Module, str], model: 
             layer,
             module=again(layer.module),
             taps={site: replace(tap, module=again(tap.module)) for site, tap in layer.taps.items()},
+            projections=tuple(replace(one, module=again(one.module)) for one in layer.projections),
         )
         for layer in layers
     ]

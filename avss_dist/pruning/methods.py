@@ -10,7 +10,7 @@ from pydantic import Field
 
 from avss_dist.errors import ConfigError, require_known
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
-from avss_dist.settings import NO_REPAIR, OF_LAYERS, RECIPES, REPAIRS, RIVAL_PATCHES, SCORES, SEARCHES, SITES
+from avss_dist.settings import EVERY_SITE, NO_REPAIR, OF_LAYERS, RECIPES, REPAIRS, RIVAL_PATCHES, SCORES, SEARCHES
 from avss_dist.text import describe_threshold, parse_threshold
 from avss_dist.validation import Check, OneOf, checked
 
@@ -168,7 +168,7 @@ def parse_score(text: str) -> tuple[str, Reading | None]:
         return name, PUBLISHED
     if len(parts) != 3:
         raise ConfigError(f"'{text}' is no reading of AVSS.", "Write avss:SITE:RECIPE:THRESHOLD, or avss:all.")
-    require_known("site", parts[0], SITES)
+    require_known("site", parts[0], EVERY_SITE)
     require_known("recipe", parts[1], RECIPES)
     return name, (parts[0], parts[1], *parse_threshold(parts[2]))
 

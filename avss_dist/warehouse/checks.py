@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from avss_dist.errors import ConfigError, WarehouseError
-from avss_dist.settings import RECIPES, SITES, Settings
+from avss_dist.settings import EVERY_SITE, RECIPES, Settings
 from avss_dist.stats.histogram import HISTOGRAM_BINS
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS
 
@@ -33,7 +33,7 @@ _REQUIRED: dict[str, set[str]] = {
 """Columns that are never null, by table."""
 _NAMES = {
     "status": ("done", "failed"),
-    "site": SITES,
+    "site": EVERY_SITE,
     "recipe": RECIPES,
     "threshold_kind": ("absolute", "rms"),
 }

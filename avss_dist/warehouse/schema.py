@@ -92,7 +92,7 @@ _PLACE = (
     Column("layer", INT32, "index of the layer, from 0"),
     Column("layer_name", STRING, "module path of the layer"),
     Column("depth", FLOAT64, "(layer + 0.5) / number of layers: 0 at the input, 1 at the output"),
-    Column("site", STRING, "where in the layer: block, update, attention, mlp, neuron"),
+    Column("site", STRING, "where in the layer: block, update, attention, mlp, neuron, query_input, ..."),
 )
 _STATS = _columns_of_stats()
 _TASK = Column(
@@ -146,6 +146,7 @@ TABLES: dict[str, Table] = {
             Column("batch_size", INT64, "rows in a forward pass"),
             Column("thresholds", FLOAT64_LIST, "absolute near-zero thresholds that were counted"),
             Column("sites", STRING_LIST, "sites that were measured"),
+            Column("projections", STRING, "linear maps: layer, path, site, outputs, inputs of each, as JSON; or null"),
             Column("num_shards", INT64, "shards: units of work and of resampling"),
             _DEVICE,
             Column("threads", INT32, "CPU threads of a worker"),

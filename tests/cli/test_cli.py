@@ -28,11 +28,13 @@ from avss_dist.partition.base import Placement
 from avss_dist.settings import (
     ATTENTIONS,
     DTYPES,
+    EVERY_SITE,
     EXECUTORS,
     LOWEST_SHARE,
     PUBLISHED_THRESHOLD,
     RECIPES,
     SCORES,
+    SITE_FAMILIES,
     SITES,
     Execution,
     Settings,
@@ -348,7 +350,7 @@ def test_names_are_listed_in_help_and_completed() -> None:
     assert COMPARED == BY
     for command, option, names in (
         ("score", "--dtype", DTYPES),
-        ("score", "--site", SITES),
+        ("score", "--site", (*EVERY_SITE, *SITE_FAMILIES)),
         ("score", "--attn-implementation", ATTENTIONS),
         ("run", "--executor", EXECUTORS),
         ("compare", "--score", SCORES),

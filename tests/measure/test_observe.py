@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from avss_dist.errors import ModelError
 from avss_dist.measure.hooks import observe
 from avss_dist.models.layers import Layer
 from avss_dist.models.loading import Backbone, forward_function, open_module
-from avss_dist.settings import SITES, THRESHOLDS
+from avss_dist.settings import INPUTS, SITES, THRESHOLDS
 from avss_dist.stats.layer_stats import LayerKey, LayerStats
 
 GRID = np.array(THRESHOLDS)
@@ -281,6 +282,26 @@ def test_only_the_wanted_sites_are_measured() -> None:
         alone = observed(backbone, [(token_ids(), full)], [site])
         assert set(alone) == {(layer, site) for layer in range(3)}
         assert all(stats.equals(everything[key]) for key, stats in alone.items())
+
+
+def test_the_inputs_of_linear_maps_are_counted_and_summed_by_unit() -> None:
+    backbone = opened(llama())
+    taken: dict[LayerKey, torch.Tensor] = {}
+    with ExitStack() as stack:
+        for layer in backbone.structure.layers:
+            for site, path in (("query_input", "self_attn.v_proj"), ("output_input", "self_attn.o_proj"),
+                               ("up_input", "mlp.up_proj"), ("neuron", "mlp.down_proj")):  # fmt: skip
+                hook = lambda _m, args, key=(layer.index, site): taken.update({key: args[0].clone()})  # noqa: E731
+                stack.callback(layer.module.get_submodule(path).register_forward_pre_hook(hook).remove)
+        mask = torch.ones(ROWS, TOKENS, dtype=torch.bool)
+        mask[0, 9:] = False
+        found = observed(backbone, [(token_ids(), mask)], INPUTS)
+    assert set(found) == {(layer, site) for layer in range(3) for site in INPUTS}
+    for key, stats in found.items():
+        x = taken[key][mask].double().numpy()
+        assert stats.count == x.size
+        assert stats.unit_sum_sq == pytest.approx((x**2).sum(axis=0), rel=1e-6)
+        assert stats.below(0.5).low <= (np.abs(x) < 0.5).sum() <= stats.below(0.5).high
 
 
 class Tampering(nn.Module):

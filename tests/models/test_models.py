@@ -19,7 +19,7 @@ from avss_dist.errors import ModelError
 from avss_dist.models import checkpoints
 from avss_dist.models.checkpoints import resolve, slug
 from avss_dist.models.loading import Backbone, forward_function, load, load_tokenizer, open_module
-from avss_dist.settings import Settings
+from avss_dist.settings import INPUT_SITES, Settings
 
 CPU = torch.device("cpu")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -301,9 +301,67 @@ def test_the_sites_of_a_family(
     assert [layer.name for layer in backbone.structure.layers] == [f"{layers}.0", f"{layers}.1"]
     for index, layer in enumerate(backbone.structure.layers):
         assert (layer.index, names[layer.module], layer.call) == (index, layer.name, 0)
-        found = {site: f"{names[p.module].removeprefix(layer.name)[1:]}.{p.reads}" for site, p in layer.taps.items()}
+        taps = {site: tap for site, tap in layer.taps.items() if site not in INPUT_SITES}
+        found = {site: f"{names[p.module].removeprefix(layer.name)[1:]}.{p.reads}" for site, p in taps.items()}
         wanted = {"attention": attention, "mlp": mlp, "neuron": neuron}
         assert found == {site: point for site, point in wanted.items() if point}
+
+
+GROUPED = {"self_attn.q_proj": (32, 32), "self_attn.k_proj": (32, 32), "self_attn.v_proj": (32, 32)}
+
+
+@pytest.mark.parametrize(
+    ("family", "wanted"),
+    [
+        (
+            "llama",
+            {
+                "query_input": GROUPED,
+                "output_input": {"self_attn.o_proj": (32, 32)},
+                "up_input": {"mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32)},
+                "neuron": {"mlp.down_proj": (32, 48)},
+            },
+        ),
+        (
+            "gpt2",
+            {
+                "query_input": {"attn.c_attn": (96, 32)},
+                "output_input": {"attn.c_proj": (32, 32)},
+                "up_input": {"mlp.c_fc": (128, 32)},
+                "neuron": {"mlp.c_proj": (32, 128)},
+            },
+        ),
+        (
+            "opt",
+            {
+                "query_input": {f"self_attn.{name}_proj": (32, 32) for name in "qkv"},
+                "output_input": {"self_attn.out_proj": (32, 32)},
+                "up_input": {"fc1": (48, 32)},
+                "neuron": {"fc2": (32, 48)},
+            },
+        ),
+        (
+            "mixtral",  # whose experts are fused
+            {
+                "query_input": GROUPED,
+                "output_input": {"self_attn.o_proj": (32, 32)},
+            },
+        ),
+    ],
+)
+def test_the_linear_maps_of_a_family_and_what_they_read(family: str, wanted: dict[str, Any]) -> None:
+    for layer in _open(family).structure.layers:
+        found: dict[str, Any] = {}
+        for one in layer.projections:
+            assert layer.module.get_submodule(one.path) is one.module
+            found.setdefault(one.site, {})[one.path] = (one.outputs, one.inputs)
+        assert {site: dict(sorted(maps.items())) for site, maps in found.items()} == {
+            site: dict(sorted(maps.items())) for site, maps in wanted.items()
+        }
+        for site, maps in wanted.items():
+            tap = layer.taps[site]
+            assert tap.reads == "input"
+            assert any(layer.module.get_submodule(path) is tap.module for path in maps)
 
 
 @pytest.mark.parametrize(

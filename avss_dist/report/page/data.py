@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from avss_dist.report.page.removal import without_layers
-from avss_dist.settings import PUBLISHED_THRESHOLD, RECIPES, RIVALS, SITES
+from avss_dist.settings import EVERY_SITE, PUBLISHED_THRESHOLD, RECIPES, RIVALS, SITES
 from avss_dist.stats.rankings import count_lowest
 from avss_dist.text import basename, describe_threshold, printable
 from avss_dist.warehouse.checks import settings_of
@@ -78,7 +78,7 @@ def page_data(warehouse: Warehouse, runs: Sequence[Mapping[str, Any]]) -> dict[s
 def _order(choice: tuple[Any, ...]) -> tuple[Any, ...]:
     """Sites and recipes in their own order, absolute thresholds before relative ones, ascending."""
     site, recipe, kind, threshold = choice
-    return _place(site, SITES), _place(recipe, RECIPES), kind == "rms", threshold or 0.0
+    return _place(site, EVERY_SITE), _place(recipe, RECIPES), kind == "rms", threshold or 0.0
 
 
 def _place(name: str, names: Sequence[str]) -> int:
