@@ -63,6 +63,14 @@ REPAIRS = ("scale", "channel", "rotated", "map", "refit", REFIT_ALL, "replace_me
 """How a pruned model is repaired: what is fitted at each cut, and folded into weights."""
 RIVAL_PATCHES = ("prune_comp", "linear_patch")
 """Repairs that no weight can hold: they change the stream itself behind each cut, and are evaluated alone."""
+THRESHOLD, TOP_K, TOP_P = "threshold", "top_k", "top_p"  # how activations are made zero: see `sparsifying.Cut`
+SPARSITY_METHODS = ("uniform", "wina", "topp")
+"""How a sparsity is spread over linear maps: see `sparsity.plan.METHODS`."""
+SPARSITY_RULES = ("all", "dense-prefill", "last-half", "not-first-token")
+"""At which tokens activations are sparse: all; those that are decoded alone; they and the last half of a prompt (which
+TEAL evaluates); all but the first of a prompt."""
+REALIZED = "realized:"  # before the path of a linear map: a metric, the share of its inputs that were zero
+SPARSITY = "sparsity"  # a metric of a model: the share of the weights of its linear maps that met a zero
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 EXECUTORS = ("auto", "local", "ray")

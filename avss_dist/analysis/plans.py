@@ -126,7 +126,7 @@ def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], drop: tuple[in
 
 def _evaluated(warehouse: Warehouse, run: Mapping[str, Any], drop: tuple[int, ...]) -> Iterator[str]:
     rows = warehouse.table("evaluations", where=pc.field("revision") == run["revision"]).to_pylist()
-    rows = [row for row in rows if row["layer"] is None and row["patch"] is None]
+    rows = [row for row in rows if row["layer"] is None and row["patch"] is None and row["sparsity_plan"] is None]
     rows = [row for row in rows if not row["task"].startswith(SEARCH)]
     for key in dict.fromkeys((row["run_id"], row["task"]) for row in rows if tuple(row["drop"]) == drop):
         mine = [row for row in rows if (row["run_id"], row["task"]) == key]

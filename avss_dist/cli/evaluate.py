@@ -35,6 +35,9 @@ def evaluate(
     num_fewshot: Annotated[
         int | None, typer.Option(help="Examples before each question of a harness task.", min=0)
     ] = None,
+    sparse: Annotated[
+        str | None, typer.Option(help="A sparsity plan, SPARSE.yaml: every subject is evaluated with it, too.")
+    ] = None,
     allow_overlap: OverlapOption = False,
     format: Annotated[str, format_option("table", "json", "csv")] = "table",
     **options: Any,
@@ -53,6 +56,7 @@ def evaluate(
             skip_sequences=skip_sequences,
             limit=limit,
             num_fewshot=num_fewshot,
+            sparse=sparse,
             allow_overlap=allow_overlap,
             reporter=progress,
             **options,

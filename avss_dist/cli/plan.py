@@ -34,6 +34,8 @@ from avss_dist.settings import (
     SCORES,
     SEARCHES,
     SITES,
+    SPARSITY_METHODS,
+    SPARSITY_RULES,
     Execution,
     Settings,
 )
@@ -42,6 +44,7 @@ from avss_dist.text import parse_threshold
 
 if TYPE_CHECKING:
     from avss_dist.pruning.plan import Plan
+    from avss_dist.warehouse.reader import Warehouse
 
 FORMATS = ("plan", "mergekit")  # of mergekit: the slices to merge
 CHOSEN_BY = (*OF_LAYERS, *SCORES, "last", "random")
@@ -77,6 +80,14 @@ def plan(
     mass: Annotated[float | None, typer.Option(help="Drop the lowest that hold this share of the score.")] = None,
     protect: ProtectOption = "",
     contiguous: Annotated[bool, typer.Option("--contiguous", help="Drop neighbours.")] = False,
+    sparsify: Annotated[
+        float | None, typer.Option(help="Make this share of the weights meet a zero activation, and drop no layer.")
+    ] = None,
+    method: Annotated[str, choice(SPARSITY_METHODS, "How --sparsify spreads it.")] = SPARSITY_METHODS[0],
+    rule: Annotated[str, choice(SPARSITY_RULES, "At which tokens --sparsify holds.")] = SPARSITY_RULES[0],
+    pattern: Annotated[
+        str | None, typer.Option(help="N:M for --sparsify: of M units in a row, the N largest stay.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed for --by random, and for --search evolve.")] = 0,
     recipe: RecipeOption = RECIPES[0],
     site: SiteOption = SITES[0],
@@ -91,6 +102,11 @@ def plan(
 
     opened = open_warehouse(warehouse)
     chosen = choose_run(opened, run)
+    if sparsify is not None:
+        text = {"corpus": corpus, "skip_sequences": skip_sequences}
+        fields = {"rule": rule, "pattern": pattern}
+        _sparsify(opened, chosen, output, sparsify, method, format, fields, text | options)
+        return
     how = {"share": share, "count": count, "mass": mass, "contiguous": contiguous, "seed": seed}
     how |= dict(zip(("first", "last"), protected(protect), strict=True))
     reading = (site, recipe, *parse_threshold(threshold))
@@ -118,6 +134,25 @@ def plan(
         emit(f"  This is the newest of {others + 1} runs; --run names another.")
     if not made.evaluated and format == FORMATS[0]:
         emit(f"  Evaluate it: avss evaluate {output} --task perplexity:CORPUS --warehouse {opened.root}")
+
+
+def _sparsify(
+    opened: Warehouse,
+    run: Mapping[str, Any],
+    output: Path,
+    target: float,
+    method: str,
+    format: str,
+    fields: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> None:
+    """Write a sparsity plan."""
+    from avss_dist.analysis.sparsity_plans import Measured, plan_uniform
+
+    made = plan_uniform(Measured.of(opened, run), target, method, **fields)
+    made.write(output)
+    emit("\n  ".join([f"{output}:", *made.describe()]))
+    emit(f"  Evaluate it: avss evaluate {output} --task perplexity:CORPUS --warehouse {opened.root}")
 
 
 def _search(

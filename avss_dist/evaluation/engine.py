@@ -21,6 +21,7 @@ from avss_dist.executors.base import Executor
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.pinning import pin
+from avss_dist.models.sparsifying import Sparsity
 from avss_dist.partition.base import Placement, numbers_of
 from avss_dist.partition.choose import place
 from avss_dist.removal import describe_removed, whole_layers
@@ -45,6 +46,7 @@ class PlannedEvaluation:
     settings: Settings
     task: Task
     placement: Placement
+    sparsity: Sparsity | None = None
 
     def cells(self, drops: Iterable[tuple[int, ...]], patch: KeptPatch | None = None) -> list[Cell]:
         """A cell for each part of the task and each set of layers to leave out; each once.
@@ -67,6 +69,7 @@ class PlannedEvaluation:
             drop=drop,
             placement=self.placement,
             patch=patch,
+            sparsity=self.sparsity,
         )
 
 
@@ -149,8 +152,13 @@ def _refuse_scoring(settings: Settings) -> None:
         raise ConfigError.of(problems)
 
 
-def plan_evaluation(checkpoint: Checkpoint, task: Task, settings: Settings, placement: Placement) -> PlannedEvaluation:
-    """A task of a checkpoint; ``settings`` are `pinned`. The same id is the same evaluation."""
+def plan_evaluation(
+    checkpoint: Checkpoint, task: Task, settings: Settings, placement: Placement, sparsity: Sparsity | None = None
+) -> PlannedEvaluation:
+    """A task of a checkpoint, with sparse activations or not; ``settings`` are `pinned`.
+
+    The same id is the same evaluation.
+    """
     numbers = {name: value for name, value in settings.as_dict().items() if name not in NOT_NUMBERS}
     print_ = fingerprint(
         schema=SCHEMA_VERSION,
@@ -158,9 +166,12 @@ def plan_evaluation(checkpoint: Checkpoint, task: Task, settings: Settings, plac
         task=task.key,
         settings=numbers,
         **numbers_of(placement),
+        **({"sparsity": sparsity.key} if sparsity else {}),
     )
     run_id = f"{checkpoint.slug}-{print_[:10]}"
-    return PlannedEvaluation(run_id=run_id, checkpoint=checkpoint, settings=settings, task=task, placement=placement)
+    return PlannedEvaluation(
+        run_id=run_id, checkpoint=checkpoint, settings=settings, task=task, placement=placement, sparsity=sparsity
+    )
 
 
 def placed(checkpoint: Checkpoint, settings: Settings, execution: Execution, executor: Executor) -> Placement:
@@ -267,6 +278,7 @@ def commit(planned: PlannedEvaluation, store: Store) -> list[Result]:
         common = {
             "task": planned.task.name,
             "settings": json.dumps({**planned.settings.as_dict(), **planned.task.options}),
+            "sparsity_plan": planned.sparsity and planned.sparsity.key,
             "versions": package_versions(),
             "created_at": datetime.now(UTC),
         }
@@ -315,6 +327,7 @@ def _rows(cell: Cell, measured: CellResult, patches: Sequence[str | None]) -> li
             "metric": row.metric,
             "drop": list(cell.drop if row.drop is None else row.drop),
             "patch": patch or (cell.patch and cell.patch.key),
+            "sparsity_plan": cell.sparsity and cell.sparsity.key,
             "layer": row.layer,
             "part": cell.part,
             "samples": row.samples.tolist(),

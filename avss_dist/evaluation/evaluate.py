@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from avss_dist.errors import ConfigError
 from avss_dist.evaluation.engine import (
     CellReporter,
     PlannedEvaluation,
@@ -25,14 +26,18 @@ from avss_dist.evaluation.held_out import refuse_overlap, refuse_repair_text, re
 from avss_dist.evaluation.retention import Retained, retained
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.sparsifying import Cut, Sparsity
 from avss_dist.pruning.plan import read_plan
 from avss_dist.pruning.selection import PlanError
 from avss_dist.settings import PERPLEXITY, SEARCHES, Settings
+from avss_dist.sparsity.plan import SparsityPlan, is_sparsity_plan, read_sparsity_plan
 from avss_dist.tasks.base import Result, Task, TextLoss
 from avss_dist.tasks.cells import Cell
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
+
+_Key = tuple[str, str, str | None]  # revision, task, and the key of what is sparse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,7 @@ class Subject:
         label: what people call it.
         run_id: the run whose scores chose the layers; its text is no text to evaluate on.
         search: the evaluation that searched them; nor is its text.
+        sparsity: what becomes zero in it.
     """
 
     checkpoint: Checkpoint
@@ -50,6 +56,7 @@ class Subject:
     drop: tuple[int, ...] = ()
     run_id: str | None = None
     search: str | None = None
+    sparsity: Sparsity | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +85,7 @@ def evaluate(
     skip_sequences: int = 0,
     limit: int | None = None,
     num_fewshot: int | None = None,
+    sparse: str | None = None,
     allow_overlap: bool = False,
     reporter: CellReporter | None = None,
     **options: Any,
@@ -87,10 +95,12 @@ def evaluate(
     The whole model of a plan is evaluated too: it is what the plan is compared with.
 
     Args:
-        subjects: hub ids, folders, ``.gguf`` files; or plans, files that end in ``.yaml`` or ``.yml``.
+        subjects: hub ids, folders, ``.gguf`` files; or plans, of layers or of sparsity, files that
+            end in ``.yaml`` or ``.yml``.
         tasks: ``perplexity:CORPUS``; else a task of lm-evaluation-harness, by its name or its YAML file.
         skip_sequences: rows at the start of each corpus that are not read.
         limit, num_fewshot: of lm-evaluation-harness: documents at most, and examples before each.
+        sparse: a sparsity plan, which every subject is evaluated with, too.
         allow_overlap: evaluate on text that a plan's scores were measured on, or a repair was fitted on, all the same.
         options: the fields of ``settings.Settings`` and ``settings.Execution``.
 
@@ -102,8 +112,10 @@ def evaluate(
     store = Store(warehouse)
     store.create()
     found = [read_subject(text, trust_remote_code=settings.trust_remote_code) for text in subjects]
+    if sparse is not None:
+        found = with_sparsity(found, sparse, trust_remote_code=settings.trust_remote_code)
     with closing(open_executor(execution, settings)) as executor:
-        planned: dict[tuple[str, str], PlannedEvaluation] = {}
+        planned: dict[_Key, PlannedEvaluation] = {}
         for checkpoint in {subject.checkpoint.revision: subject.checkpoint for subject in found}.values():
             fixed = pinned(settings, checkpoint, executor.device)
             placement = placed(checkpoint, fixed, execution, executor)
@@ -111,7 +123,10 @@ def evaluate(
                 task = make_task(
                     checkpoint, name, fixed, skip_sequences=skip_sequences, limit=limit, num_fewshot=num_fewshot
                 )
-                planned[checkpoint.revision, name] = plan_evaluation(checkpoint, task, fixed, placement)
+                for one in {None, *(s.sparsity for s in found if s.checkpoint.revision == checkpoint.revision)}:
+                    _require_effect(one, name)
+                    made = plan_evaluation(checkpoint, task, fixed, placement, one)
+                    planned[checkpoint.revision, name, _key(one)] = made
         if not allow_overlap:
             _refuse_overlaps(found, planned, Warehouse(warehouse))
         cells = list(_cells(found, planned))
@@ -123,28 +138,49 @@ def evaluate(
         evaluation
         for subject in found
         for name in tasks
-        for evaluation in against_whole(subject, name, every[subject.checkpoint.revision, name])
+        for evaluation in against_whole(
+            subject,
+            name,
+            every[subject.checkpoint.revision, name, _key(subject.sparsity)],
+            every[subject.checkpoint.revision, name, None],
+        )
     ]
 
 
 def _refuse_overlaps(
-    subjects: Sequence[Subject], planned: Mapping[tuple[str, str], PlannedEvaluation], warehouse: Warehouse
+    subjects: Sequence[Subject], planned: Mapping[_Key, PlannedEvaluation], warehouse: Warehouse
 ) -> None:
     """Refuse text that layers were scored or searched on, or a repaired checkpoint was fitted on."""
     for one in planned.values():
         refuse_repair_text(one.task, one.checkpoint)
     for subject in subjects:
-        for (revision, _), one in planned.items():
+        for (revision, _, key), one in planned.items():
+            if key is not None:
+                continue
             if subject.run_id and subject.checkpoint.revision == revision:
                 refuse_overlap(one.task, subject.run_id, warehouse, subject.checkpoint)
             if subject.search and subject.checkpoint.revision == revision:
                 refuse_search_text(one.task, subject.search, warehouse, subject.checkpoint)
 
 
-def _cells(subjects: Sequence[Subject], planned: Mapping[tuple[str, str], PlannedEvaluation]) -> Iterator[Cell]:
+def _cells(subjects: Sequence[Subject], planned: Mapping[_Key, PlannedEvaluation]) -> Iterator[Cell]:
     """The cells of every task on the whole models and on the subjects."""
-    for (revision, _), one in planned.items():
-        yield from one.cells([(), *(s.drop for s in subjects if s.checkpoint.revision == revision)])
+    for (revision, _, key), one in planned.items():
+        of = [s for s in subjects if s.checkpoint.revision == revision and _key(s.sparsity) == key]
+        yield from one.cells([*([()] if key is None else []), *(s.drop for s in of)])
+
+
+def _key(sparsity: Sparsity | None) -> str | None:
+    return sparsity.key if sparsity else None
+
+
+def _require_effect(sparsity: Sparsity | None, task: str) -> None:
+    """Refuse a text, which is one prompt, where prompts are dense."""
+    if sparsity and sparsity.rule == "dense-prefill" and task.startswith(PERPLEXITY):
+        raise ConfigError(
+            f"{RedactedURI(task)} is a prompt, and the rule dense-prefill makes nothing of a prompt sparse.",
+            "Evaluate a task that generates, or make the plan with another rule.",
+        )
 
 
 def read_subject(text: str, *, trust_remote_code: bool = False) -> Subject:
@@ -155,15 +191,68 @@ def read_subject(text: str, *, trust_remote_code: bool = False) -> Subject:
     """
     if not text.endswith((".yaml", ".yml")):
         return Subject(checkpoint=resolve(text, trust_remote_code=trust_remote_code), label=text)
+    if is_sparsity_plan(text):
+        sparse = read_sparsity_plan(text)
+        checkpoint = _checkpoint_of(sparse.model, sparse.revision, text, trust_remote_code=trust_remote_code)
+        return Subject(checkpoint=checkpoint, label=text, run_id=sparse.run_id, sparsity=runtime(sparse))
     made = read_plan(text)
-    checkpoint = resolve(made.model, trust_remote_code=trust_remote_code)
-    if made.revision is not None and made.revision != checkpoint.revision:
-        raise PlanError(
-            f"{text} is for {made.model} at {made.revision[:12]}; it is at {checkpoint.revision[:12]} now.",
-            "Score it again, and make a plan of its own.",
-        )
+    checkpoint = _checkpoint_of(made.model, made.revision, text, trust_remote_code=trust_remote_code)
     search = str(made.why.get("evaluation", "")) if made.why.get("by") in SEARCHES else None
     return Subject(checkpoint=checkpoint, label=text, drop=made.removed, run_id=made.run_id, search=search)
+
+
+def _checkpoint_of(model: str, revision: str | None, text: str, *, trust_remote_code: bool) -> Checkpoint:
+    """The checkpoint that a plan's file is for.
+
+    Raises:
+        AvssError: there is none such, or it has changed.
+    """
+    checkpoint = resolve(model, trust_remote_code=trust_remote_code)
+    if revision is not None and revision != checkpoint.revision:
+        raise PlanError(
+            f"{text} is for {model} at {revision[:12]}; it is at {checkpoint.revision[:12]} now.",
+            "Score it again, and make a plan of its own.",
+        )
+    return checkpoint
+
+
+def runtime(plan: SparsityPlan) -> Sparsity:
+    """What a sparsity plan makes zero, as an open model takes it."""
+    kept, group = plan.group
+    cuts = [
+        Cut(
+            layer=one.layer,
+            path=one.map,
+            outputs=one.outputs,
+            inputs=one.inputs,
+            by=one.by,
+            value=one.value,
+            weighted=plan.weighted,
+            kept=kept,
+            group=group,
+        )
+        for one in plan.projections
+    ]
+    return Sparsity(cuts=tuple(cuts), rule=plan.rule)
+
+
+def with_sparsity(subjects: Sequence[Subject], plan: str, *, trust_remote_code: bool = False) -> list[Subject]:
+    """Subjects, each followed by the same with a sparsity plan on top.
+
+    Raises:
+        AvssError: it is no sparsity plan, or for another model than a subject.
+    """
+    sparse = read_subject(plan, trust_remote_code=trust_remote_code)
+    if sparse.sparsity is None:
+        raise PlanError(f"{plan} is no sparsity plan.", "avss plan --sparsify makes one.")
+    for subject in subjects:
+        if subject.checkpoint.revision != sparse.checkpoint.revision:
+            raise PlanError(
+                f"{plan} is for {sparse.checkpoint.name}, and {subject.label} is another model.",
+                "Make a plan for each model.",
+            )
+    on_top = {s: replace(s, label=f"{s.label} + {plan}", sparsity=sparse.sparsity) for s in subjects}
+    return [one for subject in subjects for one in (subject, on_top[subject])]
 
 
 def make_task(
@@ -188,16 +277,24 @@ def make_task(
     return harness_task(name, limit=limit, num_fewshot=num_fewshot, trust_remote_code=settings.trust_remote_code)
 
 
-def against_whole(subject: Subject, task: str, found: Sequence[Result]) -> list[Evaluation]:
-    """The metrics of a task about a subject as a whole, each beside that of the whole model."""
+def against_whole(
+    subject: Subject, task: str, found: Sequence[Result], dense: Sequence[Result] | None = None
+) -> list[Evaluation]:
+    """The metrics of a task about a subject as a whole, each beside that of the whole model.
+
+    Args:
+        dense: of the model without sparse activations, where the subject has them.
+    """
     found = [result for result in found if result.layer is None and result.patch is None]
-    whole = {result.metric: result for result in found if result.drop == ()}
+    beside = found if dense is None else [result for result in dense if result.layer is None and result.patch is None]
+    whole = {result.metric: result for result in beside if result.drop == ()}
+    changed = subject.drop or subject.sparsity
     return [
         Evaluation(
             subject=subject,
             task=task,
             result=result,
-            retained=retained(whole[result.metric], result) if subject.drop and result.metric in whole else None,
+            retained=retained(whole[result.metric], result) if changed and result.metric in whole else None,
         )
         for result in found
         if result.drop == subject.drop

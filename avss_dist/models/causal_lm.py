@@ -20,6 +20,7 @@ from avss_dist.models.layers import PROBE_SHAPE, Layer
 from avss_dist.models.loading import Backbone, quiet
 from avss_dist.models.patching import Patch, patched
 from avss_dist.models.skipping import Recorded, recording, resuming, skipping
+from avss_dist.models.sparsifying import Counted, Sparsity, sparsified
 from avss_dist.models.sublayers import find_obstacles, require_sublayers, without_sublayers
 from avss_dist.removal import Drop, is_whole, layer_of, whole_layers
 from avss_dist.settings import Settings
@@ -150,6 +151,16 @@ class LanguageModel:
         """Inside, the model computes with other values of some parameters; see `patching.patched`."""
         with patched(self.layers, patch):
             yield
+
+    @contextmanager
+    def sparsified(self, sparsity: Sparsity) -> Iterator[Counted]:
+        """Inside, the model computes with sparse activations; see `sparsifying.sparsified`."""
+        with sparsified(self.module, self.layers, sparsity) as counted:
+            yield counted
+
+    def total(self, counts: list[list[int]]) -> list[list[int]]:
+        """Counts of the passes of all ranks that share them."""
+        return counts
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""

@@ -116,6 +116,13 @@ def from_every_rank(number: float, device: torch.device) -> list[float]:
     return [float(n) for n in numbers]
 
 
+def summed_over_ranks(counts: list[list[int]]) -> list[list[int]]:
+    """The sum of all ranks' counts, which are lists of equal lengths; all ranks call this."""
+    every: list[list[list[int]]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(every, counts)
+    return [[sum(numbers) for numbers in zip(*rows, strict=True)] for rows in zip(*every, strict=True)]
+
+
 @contextmanager
 def reraise_lost_ranks() -> Iterator[None]:
     """Raise the cause of an `AvssError` where that is a rank that went away or kept the others waiting.

@@ -21,6 +21,7 @@ from avss_dist.models.causal_lm import LanguageModel, Watcher
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import PROBE_SHAPE, Layer, Tap, first_tensor
 from avss_dist.models.loading import forward_function, load_model, open_module, quiet, without_head
+from avss_dist.models.sparsifying import Counted, Sparsity
 from avss_dist.partition.base import Placement
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
 from avss_dist.partition.group import (
@@ -28,9 +29,10 @@ from avss_dist.partition.group import (
     quiet_deepspeed,
     require_group,
     reraise_lost_ranks,
+    summed_over_ranks,
     whole_units,
 )
-from avss_dist.settings import Settings
+from avss_dist.settings import THRESHOLD, Settings
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 
@@ -104,6 +106,21 @@ class TensorParallelLanguageModel(LanguageModel):
     ) -> list[Watcher]:
         """See `causal_lm.LanguageModel`."""
         raise ModelError("`partition` tensor_parallel has no gradients: DeepSpeed splits models for inference alone.")
+
+    @contextmanager
+    def sparsified(self, sparsity: Sparsity) -> Iterator[Counted]:
+        """See `causal_lm.LanguageModel`. A rank has some of the units of a token, so nothing is chosen among all."""
+        if any(cut.by != THRESHOLD or cut.weighted or cut.group for cut in sparsity.cuts):
+            raise ModelError(
+                "`partition` tensor_parallel splits the units of a token, and cannot choose the largest of them.",
+                "Use single, device_map, streaming or zero3, or a plan of thresholds.",
+            )
+        with super().sparsified(sparsity) as counted:
+            yield counted
+
+    def total(self, counts: list[list[int]]) -> list[list[int]]:
+        """See `causal_lm.LanguageModel`. What every rank has whole is counted by each: its share stays what it is."""
+        return summed_over_ranks(counts)
 
 
 def inference_config(dtype: torch.dtype, world: int) -> dict[str, Any]:

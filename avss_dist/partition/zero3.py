@@ -21,9 +21,16 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer, layer_lists
 from avss_dist.models.loading import forward_function, load_model, open_module, text_config, without_head
 from avss_dist.models.pinning import compute_dtype
+from avss_dist.models.sparsifying import uncounted
 from avss_dist.partition.base import Placement, dummy_batch
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
-from avss_dist.partition.group import from_every_rank, quiet_deepspeed, require_group, reraise_lost_ranks
+from avss_dist.partition.group import (
+    from_every_rank,
+    quiet_deepspeed,
+    require_group,
+    reraise_lost_ranks,
+    summed_over_ranks,
+)
 from avss_dist.settings import Settings
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
@@ -112,6 +119,10 @@ class Zero3LanguageModel(LanguageModel):
         pairs = list(zip(batches, watchers, strict=True))
         return self._share(pairs, lambda pair: run([pair[0]], [pair[1]])[0], lambda: run([batches[0]], [spare]))
 
+    def total(self, counts: list[list[int]]) -> list[list[int]]:
+        """See `causal_lm.LanguageModel`."""
+        return summed_over_ranks(counts)
+
     def _share(self, items: Sequence[S], function: Callable[[S], T], dummy: Callable[[], object]) -> list[T]:
         """The function of every item, each computed by one rank, in the order of the items; all ranks call this."""
         mine = []
@@ -119,7 +130,8 @@ class Zero3LanguageModel(LanguageModel):
             if start + self._rank < len(items):
                 mine.append(function(items[start + self._rank]))
             else:
-                dummy()
+                with uncounted():
+                    dummy()
         parts: list[Any] = [None] * self._world
         distributed.all_gather_object(parts, mine)
         return [parts[i % self._world][i // self._world] for i in range(len(items))]

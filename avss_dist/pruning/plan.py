@@ -145,7 +145,7 @@ class Plan:
         lists = {"drop": list(values.pop("drop")), "keep": list(self.keep)}
         lists |= {kind: list(layers) for kind in SUBLAYERS if (layers := values.pop(kind))}
         lines = {name: list(values.pop(name)) for name in ("findings", "evaluated")}
-        write_text(path, f"# Layers count from 0.\n{_yaml(values)}{_yaml(lists, flow=True)}{_yaml(lines)}")
+        write_text(path, f"# Layers count from 0.\n{to_yaml(values)}{to_yaml(lists, flow=True)}{to_yaml(lines)}")
 
     def describe(self) -> list[str]:
         """What a plan is, why, and what is known of it: lines for people."""
@@ -261,7 +261,7 @@ def read_plan(path: str | Path) -> Plan:
     Raises:
         PlanError: there is none, or it is no plan; every problem is named.
     """
-    values = _read_mapping(path)
+    values = read_mapping(path)
     names = [f.name for f in fields(Plan)]
     unknown = [name for name in values if name not in [*names, "keep"]]
     problems = [ConfigError(f"Unknown key '{name}'.", nearest(str(name), [*names, "keep"])) for name in unknown]
@@ -276,7 +276,12 @@ def read_plan(path: str | Path) -> Plan:
     return plan
 
 
-def _read_mapping(path: str | Path) -> dict[Any, Any]:
+def read_mapping(path: str | Path) -> dict[Any, Any]:
+    """The keys and values of a plan's file.
+
+    Raises:
+        PlanError: it cannot be read, or is no mapping.
+    """
     try:
         with Path(path).open(encoding="utf-8") as file:
             text = file.read(LARGEST_FILE + 1)
@@ -322,10 +327,11 @@ def mergekit_slices(plan: Plan) -> str:
         else:
             slices.append([layer, layer + 1])
     sources = [{"sources": [{"model": plan.model, "layer_range": bounds}]} for bounds in slices]
-    return _yaml({"slices": sources, "merge_method": "passthrough"})
+    return to_yaml({"slices": sources, "merge_method": "passthrough"})
 
 
-def _yaml(values: Mapping[str, Any], *, flow: bool = False) -> str:
+def to_yaml(values: Mapping[str, Any], *, flow: bool = False) -> str:
+    """Values as YAML that any terminal can show."""
     dump = partial(yaml.safe_dump, values, sort_keys=False, default_flow_style=None if flow else False, width=120)
     text = str(dump(allow_unicode=True))
     return text if printable(text) == text else str(dump())  # which escapes what a terminal obeys

@@ -9,12 +9,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
+import numpy as np
+
 from avss_dist.errors import AvssError, BatchTooLarge
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.patching import decode_patch
+from avss_dist.models.sparsifying import Sparsity
 from avss_dist.partition.base import Placement
-from avss_dist.settings import Settings, fingerprint
+from avss_dist.settings import REALIZED, SPARSITY, Settings, fingerprint
 from avss_dist.system.cores import use_threads
 from avss_dist.system.out_of_memory import halve_until_it_fits
 from avss_dist.tasks.base import Measure, Row
@@ -43,6 +46,7 @@ class Cell:
         part: which part of the task ``measure`` is.
         placement: of the replica that measures it; changes no number, or ``run_id`` says so.
         patch: the weights that the model is repaired with; None is the model as it is.
+        sparsity: what becomes zero in it; None is nothing. ``run_id`` says it too.
     """
 
     run_id: str
@@ -54,6 +58,7 @@ class Cell:
     drop: tuple[int, ...] = ()
     placement: Placement = field(default_factory=Placement)
     patch: KeptPatch | None = None
+    sparsity: Sparsity | None = None
 
     @property
     def cell_id(self) -> str:
@@ -92,7 +97,11 @@ def measure_cell(model: LanguageModel, cell: Cell, *, rows: int | None = None, b
 
     def run(rows: int) -> list[Row]:
         model.settings = replace(settings, batch_size=rows)
-        return cell.measure(model, cell.drop)
+        if cell.sparsity is None:
+            return cell.measure(model, cell.drop)
+        with model.sparsified(cell.sparsity) as counted:
+            measured = cell.measure(model, cell.drop)
+        return [*measured, *_realized(cell.sparsity, model.total(counted.values()))]
 
     def too_large(rows: int) -> BatchTooLarge:
         return BatchTooLarge(
@@ -108,6 +117,21 @@ def measure_cell(model: LanguageModel, cell: Cell, *, rows: int | None = None, b
         model.settings = settings
     seconds = time.perf_counter() - start
     return CellResult(rows=result, family=model.family, device=str(model.device), seconds=seconds)
+
+
+def _realized(sparsity: Sparsity, counts: Sequence[Sequence[int]]) -> Iterator[Row]:
+    """What share of the inputs of each linear map was zero, and of the weights of all of them met a zero.
+
+    Of the tokens that are made sparse; none of maps that did not run.
+    """
+    weighted = np.zeros((2, 1))
+    for cut, (zeros, elements) in zip(sparsity.cuts, counts, strict=True):
+        if elements:
+            values = np.array([[zeros], [elements]], np.float64)
+            weighted += values / cut.inputs * (cut.outputs * cut.inputs)
+            yield Row(metric=f"{REALIZED}{cut.path}", samples=values[0], weights=values[1], layer=cut.layer)
+    if weighted[1, 0]:
+        yield Row(metric=SPARSITY, samples=weighted[0], weights=weighted[1])
 
 
 @contextmanager

@@ -108,8 +108,9 @@ _DROP = Column(
     "empty for the whole model",
 )
 _PATCH = Column("patch", STRING, "the weights that repair the model: SHA-256, which names a file of patches; or null")
+_SPARSITY_PLAN = Column("sparsity_plan", STRING, "what was zero of activations: SHA-256 of a plan's numbers; or null")
 _OF_LAYER = Column("layer", INT32, "the layer that the value is about; null where it is about the whole")
-_EVALUATION = (_EVALUATION_ID, *_MODEL, _TASK, _METRIC, _DROP, _PATCH, _OF_LAYER)
+_EVALUATION = (_EVALUATION_ID, *_MODEL, _TASK, _METRIC, _DROP, _PATCH, _SPARSITY_PLAN, _OF_LAYER)
 _VALUE = Column("value", FLOAT64, "the result")
 _STDERR = Column("stderr", FLOAT64, "standard error of the value")
 _SETTINGS = Column("settings", STRING, "every setting that can change a number, as JSON")

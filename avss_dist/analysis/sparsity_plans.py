@@ -1,0 +1,191 @@
+"""From a warehouse to a sparsity plan: thresholds from the counts of every value that a run measured."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from avss_dist.analysis.thresholds import quantiles_of
+from avss_dist.errors import ConfigError, QueryError
+from avss_dist.settings import SPARSITY_RULES, THRESHOLD, TOP_K, TOP_P
+from avss_dist.sparsity.plan import MapPlan, SparsityPlan
+from avss_dist.stats.layer_stats import Float64, LayerStats
+from avss_dist.warehouse.reader import Warehouse
+
+
+@dataclass(frozen=True)
+class Map:
+    """A linear map of a run: where it is, its shape, and what it read."""
+
+    layer: int
+    path: str
+    site: str
+    outputs: int
+    inputs: int
+    read: LayerStats
+
+    @property
+    def weights(self) -> int:
+        """How many."""
+        return self.outputs * self.inputs
+
+    def thresholds(self, shares: Sequence[float] | Float64) -> Float64:
+        """The sizes that shares of its inputs do not exceed."""
+        return quantiles_of(self.read, np.asarray(shares).tolist())[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """The linear maps of a run whose inputs it measured.
+
+    Raises:
+        QueryError: (of `of`) it measured none, or not all; the message has the command that does.
+    """
+
+    run: Mapping[str, Any]
+    maps: tuple[Map, ...]
+
+    @staticmethod
+    def of(warehouse: Warehouse, run: Mapping[str, Any]) -> Measured:
+        """Of a row of ``runs``."""
+        described = json.loads(run["projections"] or "[]")
+        if not described:
+            raise _not_measured(warehouse, run)
+        stats = warehouse.read_layer_stats(run["run_id"])
+        if any((layer, site) not in stats for layer, _, site, _, _ in described):
+            raise _not_measured(warehouse, run)
+        maps = [Map(layer, path, site, out, given, stats[layer, site]) for layer, path, site, out, given in described]
+        return Measured(run, tuple(maps))
+
+    @cached_property
+    def sizes(self) -> Float64:
+        """float64[maps]: numbers of weights."""
+        return np.array([one.weights for one in self.maps], np.float64)
+
+
+def _not_measured(warehouse: Warehouse, run: Mapping[str, Any]) -> QueryError:
+    command = ["avss", "score", run["model"], "--corpus", run["corpus"], "--site", "inputs", "--out", warehouse.root]
+    if run["num_sequences"]:
+        command += ["--max-sequences", run["num_sequences"]]
+    if run.get("projections") == "[]":
+        return QueryError(
+            f"No input of a linear map of {run['model']} can be seen: its maps are fused.",
+            "No sparsity can be planned for it.",
+        )
+    return QueryError(
+        f"Run {run['run_id']} did not measure what linear maps read.", f"Do: {shlex.join(map(str, command))}"
+    )
+
+
+def require_target(target: float) -> None:
+    """Refuse a sparsity that is none.
+
+    Raises:
+        ConfigError: it is not above 0 and below 1.
+    """
+    if not 0 < target < 1:
+        raise ConfigError(f"`sparsify` {target:g} is no sparsity.", "It is above 0 and below 1: 0.5 makes half zero.")
+
+
+def plan_uniform(measured: Measured, target: float, method: str = "uniform", **fields: Any) -> SparsityPlan:
+    """The same sparsity in every linear map: by thresholds, the largest of each token, or a share of its sum."""
+    require_target(target)
+    pattern = fields.get("pattern")
+    if pattern is not None:
+        return _plan_pattern(measured, target, method, **fields)
+    by = {"wina": TOP_K, "topp": TOP_P}.get(method, THRESHOLD)
+    sparsities = np.full(len(measured.maps), target)
+    return make_plan(measured, sparsities, by, {"by": method, "target": target}, weighted=method == "wina", **fields)
+
+
+def _plan_pattern(measured: Measured, target: float, method: str, pattern: str, **fields: Any) -> SparsityPlan:
+    """A pattern alone says what is zero."""
+    kept, _, group = pattern.partition(":")
+    if method not in ("uniform", "wina"):
+        raise ConfigError(f"`pattern` says what is zero, and `method` {method} would too.", "Use uniform or wina.")
+    if not (kept.isdecimal() and group.isdecimal() and 0 < int(kept) < int(group)):
+        raise ConfigError(f"`pattern` {pattern} is none.", "Write 2:4: of 4 units in a row, the 2 largest stay.")
+    if abs(target - (1 - int(kept) / int(group))) > 1e-6:
+        share = 1 - int(kept) / int(group)
+        raise ConfigError(f"`pattern` {pattern} makes {share:g} zero, not {target:g}.", f"Set `sparsify` to {share:g}.")
+    made = make_plan(measured, np.zeros(len(measured.maps)), THRESHOLD, {"by": method, "target": target}, **fields)
+    maps = tuple(replace(one, sparsity=target, value=0.0) for one in made.projections)
+    return replace(made, projections=maps, sparsity=target, pattern=pattern, weighted=method == "wina")
+
+
+def make_plan(
+    measured: Measured,
+    sparsities: Float64,
+    by: str,
+    why: Mapping[str, Any],
+    *,
+    rule: str = SPARSITY_RULES[0],
+    pattern: str | None = None,
+    weighted: bool = False,
+) -> SparsityPlan:
+    """A plan with a sparsity for each map, float64[maps].
+
+    Raises:
+        PlanError: a top-k that keeps no unit, or a pattern that does not divide the units.
+    """
+    maps = tuple(_planned(one, float(s), by) for one, s in zip(measured.maps, sparsities, strict=True))
+    expected = np.array([one.sparsity for one in maps])
+    run = measured.run
+    return SparsityPlan(
+        model=run["model"],
+        revision=run["revision"],
+        num_layers=run["num_layers"],
+        sparsity=float(expected @ measured.sizes / measured.sizes.sum()),
+        rule=rule,
+        weighted=weighted,
+        pattern=pattern,
+        why=why,
+        run_id=run["run_id"],
+        findings=tuple(_findings(measured)),
+        projections=maps,
+    )
+
+
+def _planned(one: Map, sparsity: float, by: str) -> MapPlan:
+    if by == TOP_K:
+        value, expected = sparsity, int(sparsity * one.inputs) / one.inputs
+    else:
+        threshold = float(one.thresholds([sparsity])[0])
+        below, mass = _upto(one.read, threshold)
+        value, expected = (threshold, below) if by == THRESHOLD else (1 - mass, sparsity)
+        if one.read.abs_value_cut and by == THRESHOLD:
+            expected = sparsity
+        if sparsity == 0 and by == THRESHOLD:
+            value, expected = 0.0, one.read.zero_count / max(1, one.read.count)
+    return MapPlan(
+        layer=one.layer,
+        map=one.path,
+        site=one.site,
+        outputs=one.outputs,
+        inputs=one.inputs,
+        sparsity=min(expected, 1 - 1e-9),
+        by=by,
+        value=value,
+    )
+
+
+def _upto(read: LayerStats, threshold: float) -> tuple[float, float]:
+    """The share of elements that do not exceed a size, and of the sum of sizes that they have."""
+    values, counts = read.abs_value.astype(np.float64), read.abs_value_count
+    upto = values <= threshold
+    total, mass = float(counts.sum()), float((values * counts).sum())
+    return float(counts[upto].sum()) / max(total, 1.0), float((values * counts)[upto].sum()) / max(mass, 1e-300)
+
+
+def _findings(measured: Measured) -> Iterator[str]:
+    whole = set(range(measured.run["num_layers"]))
+    for site in ("query_input", "neuron"):
+        if missing := sorted(whole - {one.layer for one in measured.maps if one.site == site}):
+            what = "attention" if site == "query_input" else "MLP"
+            yield f"The {what} of {len(missing)} of {len(whole)} layers stays dense: its maps are fused."

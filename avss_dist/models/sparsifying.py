@@ -1,0 +1,278 @@
+"""Running a model with small inputs of its linear maps set to zero, in place, and counting how many are.
+
+Hooks before the linear maps change what these read, and nothing else: other modules that read the same tensor see all
+of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from avss_dist.errors import ModelError
+from avss_dist.models.layers import Layer, Projection
+from avss_dist.settings import THRESHOLD, TOP_K, TOP_P, fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Which inputs of a linear map become zero.
+
+    Attributes:
+        layer, path: the map: its layer, and its module below that.
+        outputs, inputs: the shape of the whole map.
+        by: `THRESHOLD`: those up to ``value`` in size; `TOP_K`: the smallest of each token, a share ``value`` of all;
+            `TOP_P`: all but the fewest that have a share ``value`` of the token's sum of sizes.
+        weighted: the size of an input is its absolute value times the norm of the column of the weight that it meets
+            (WINA, arXiv 2505.19427); otherwise its absolute value.
+        group: of so many units in a row, ``kept`` stay at most, the largest (N:M sparsity); 0 for no such limit.
+    """
+
+    layer: int
+    path: str
+    outputs: int
+    inputs: int
+    by: str
+    value: float
+    weighted: bool = False
+    kept: int = 0
+    group: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparsity:
+    """What becomes zero in a model, and at which tokens: see `settings.SPARSITY_RULES`."""
+
+    cuts: tuple[Cut, ...] = field(repr=False)
+    rule: str
+
+    @property
+    def key(self) -> str:
+        """SHA-256, in hex, of all that changes a number."""
+        return fingerprint(cuts=[asdict(cut) for cut in self.cuts], rule=self.rule)
+
+
+@dataclass
+class _Tokens:
+    """A forward pass: which of its tokens are made sparse, bool[rows, tokens], or None for all; and the last result."""
+
+    sparse: torch.Tensor | None
+    last: tuple[torch.Tensor, Any, _Thinned] | None = None
+
+
+@dataclass(frozen=True)
+class _Thinned:
+    """What a map reads instead, how many elements became zero, and of how many: int64[]."""
+
+    x: torch.Tensor
+    zeros: torch.Tensor
+    count: torch.Tensor
+
+
+_TOKENS: ContextVar[_Tokens | None] = ContextVar("tokens", default=None)
+_UNCOUNTED: ContextVar[bool] = ContextVar("uncounted", default=False)
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Inside, passes are made sparse, and count for nothing."""
+    token = _UNCOUNTED.set(True)
+    try:
+        yield
+    finally:
+        _UNCOUNTED.reset(token)
+
+
+@dataclass
+class Counted:
+    """How many elements became zero, and of how many, by cut in their order: int64[2] on the device of each map."""
+
+    by_cut: list[torch.Tensor | None]
+
+    def add(self, number: int, thinned: _Thinned) -> None:
+        """Add what a map read."""
+        if not _UNCOUNTED.get():
+            both = torch.stack([thinned.zeros, thinned.count])
+            before = self.by_cut[number]
+            self.by_cut[number] = both if before is None else before + both
+
+    def values(self) -> list[list[int]]:
+        """Zeros and elements of every cut."""
+        return [[0, 0] if both is None else both.tolist() for both in self.by_cut]
+
+
+@contextmanager
+def sparsified(model: nn.Module, layers: Sequence[Layer], sparsity: Sparsity) -> Iterator[Counted]:
+    """Inside, the model computes with sparse activations; no hook is left behind.
+
+    Args:
+        model: what is called with token ids and, where rows are padded, ``attention_mask``.
+        layers: its layers, of `structure.find_structure`.
+
+    Raises:
+        ModelError: it has not the maps that are named.
+    """
+    found = [find_projection(layers, cut) for cut in sparsity.cuts]
+    counted = Counted([None] * len(found))
+    norms: dict[nn.Module, torch.Tensor] = {}
+    token = _TOKENS.set(None)
+    with ExitStack() as stack:
+        stack.callback(_TOKENS.reset, token)
+        begin = partial(_begin, sparsity.rule)
+        stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        for number, (cut, projection) in enumerate(zip(sparsity.cuts, found, strict=True)):
+            hook = partial(_thin, cut, projection.axes, norms, partial(counted.add, number))
+            stack.callback(projection.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield counted
+
+
+def find_projection(layers: Sequence[Layer], cut: Cut) -> Projection:
+    """The linear map that a cut names.
+
+    Raises:
+        ModelError: there is none, it has another shape, or its layer is used more than once.
+    """
+    made = "The plan was made for another model."
+    if cut.layer >= len(layers):
+        raise ModelError(f"There is no layer {cut.layer}: the model has {len(layers)}, from 0.", made)
+    layer = layers[cut.layer]
+    known = {one.path: one for one in layer.projections}
+    if cut.path not in known:
+        raise ModelError(
+            f"Layer {layer.index} has no linear map '{cut.path}' whose input is seen.",
+            f"{made} It has {', '.join(known) or 'none: they are fused'}.",
+        )
+    one = known[cut.path]
+    if (one.outputs, one.inputs) != (cut.outputs, cut.inputs):
+        raise ModelError(
+            f"'{cut.path}' of layer {layer.index} is {one.outputs} x {one.inputs}, not {cut.outputs} x {cut.inputs}.",
+            made,
+        )
+    if [other.module for other in layers].count(layer.module) > 1:
+        raise ModelError(f"Layer {layer.index} ({layer.name}) is used more than once; it cannot be made sparse.")
+    return one
+
+
+def _begin(rule: str, _module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """A forward pass begins: find out which of its tokens are made sparse."""
+    given = next(t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None)
+    rows, tokens = given.shape[:2]
+    _TOKENS.set(_Tokens(sparse_tokens(rule, rows, tokens, kwargs.get("attention_mask"), given.device)))
+
+
+def sparse_tokens(
+    rule: str, rows: int, tokens: int, attention_mask: torch.Tensor | None, device: torch.device
+) -> torch.Tensor | None:
+    """bool[rows, tokens] of the tokens that a rule makes sparse, padding left out; None for all.
+
+    Several tokens at once are a prompt, whose places are counted without its padding. One token is decoded, and sparse.
+    """
+    real = None if attention_mask is None else attention_mask[:, -tokens:].to(device).bool()
+    if rule == "all" or tokens == 1:
+        return real
+    real = torch.ones((rows, tokens), dtype=torch.bool, device=device) if real is None else real
+    place, length = real.cumsum(dim=1), real.sum(dim=1, keepdim=True)  # from 1
+    if rule == "dense-prefill":
+        return torch.zeros_like(real)
+    return real & (place > (length // 2 if rule == "last-half" else 1))
+
+
+def _thin(
+    cut: Cut,
+    axes: str,
+    norms: dict[nn.Module, torch.Tensor],
+    count: Callable[[_Thinned], None],
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> tuple[Any, Any]:
+    """Before a linear map runs: what it reads instead of its input."""
+    now = _TOKENS.get()
+    x = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+    how = (cut.by, cut.value, cut.kept, cut.group)
+    if now is not None and now.last is not None and now.last[0] is x and now.last[1] == how and not cut.weighted:
+        thinned = now.last[2]  # maps that read one tensor often have one cut
+    else:
+        keep = kept(cut, x.detach(), column_norms(module, norms) if cut.weighted else None)
+        thinned = _applied(x, keep, None if now is None else now.sparse, axes)
+        if now is not None:
+            now.last = (x, how, thinned)
+    count(thinned)
+    return (
+        tuple(thinned.x if value is x else value for value in args),
+        {name: thinned.x if value is x else value for name, value in kwargs.items()},
+    )
+
+
+def _applied(x: torch.Tensor, keep: torch.Tensor, sparse: torch.Tensor | None, axes: str) -> _Thinned:
+    zero = x.new_zeros(())
+    if sparse is None:
+        return _Thinned(torch.where(keep, x, zero), (~keep).sum(), torch.tensor(x.numel(), device=x.device))
+    where = (sparse.T if axes == "tokens first" else sparse).to(x.device)
+    where = where.reshape(*x.shape[:-1], 1)
+    count = where.sum() * x.shape[-1]
+    gone = ~keep & where
+    return _Thinned(torch.where(gone, zero, x), gone.sum(), count)
+
+
+def kept(cut: Cut, x: torch.Tensor, norms: torch.Tensor | None = None) -> torch.Tensor:
+    """bool[..., units]: which elements stay as they are; NaN stays.
+
+    Args:
+        x: [..., units].
+        norms: [units] of the columns of the weight, where sizes are weighted.
+    """
+    sizes = x.abs() if norms is None else x.abs() * norms.to(x.dtype)
+    if cut.by == THRESHOLD:
+        stays = ~(sizes <= cut.value)
+    elif cut.by == TOP_K:
+        number = sizes.shape[-1] - int(cut.value * sizes.shape[-1])
+        stays = _largest(sizes, number)
+    else:
+        assert cut.by == TOP_P
+        stays = _covering(sizes, cut.value)
+    if cut.group:
+        grouped = sizes.reshape(*sizes.shape[:-1], -1, cut.group)
+        stays = stays & _largest(grouped, cut.kept).reshape(sizes.shape)
+    return stays
+
+
+def _largest(sizes: torch.Tensor, number: int) -> torch.Tensor:
+    """bool, True at the ``number`` largest along the last axis."""
+    chosen = torch.zeros_like(sizes, dtype=torch.bool)
+    return chosen.scatter_(-1, sizes.topk(number, dim=-1, sorted=False).indices, True)
+
+
+def _covering(sizes: torch.Tensor, share: float) -> torch.Tensor:
+    """bool, True at the fewest elements along the last axis whose sum is a share of all."""
+    ordered, order = sizes.float().sort(dim=-1, descending=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    needed = before < share * ordered.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(sizes, dtype=torch.bool).scatter_(-1, order, needed)
+
+
+def column_norms(module: nn.Module, known: dict[nn.Module, torch.Tensor]) -> torch.Tensor:
+    """float32[inputs]: the norm of what each input of a linear map is multiplied by."""
+    if module not in known:
+        known[module] = torch.linalg.vector_norm(weight_of(module).float(), dim=0)
+    return known[module]
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The weight of a linear map, [outputs, inputs], as it computes now.
+
+    Raises:
+        ModelError: it is quantized.
+    """
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ModelError(f"The weight of a {type(module).__name__} is quantized: it cannot be read as numbers.")
+    return weight.detach().T if type(module).__name__ == "Conv1D" else weight.detach()

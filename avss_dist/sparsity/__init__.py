@@ -1,0 +1,1 @@
+"""Activation sparsity: plans of what is zero, and how a budget is spread."""

@@ -1,0 +1,215 @@
+"""Sparsity plans: which inputs of which linear maps become zero, and why. A YAML file, like a plan of layers.
+
+Layers count from 0, as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from avss_dist.errors import ConfigError, nearest
+from avss_dist.pruning.plan import Lines, Name, Reason, read_mapping, to_yaml, write_text
+from avss_dist.pruning.selection import PlanError
+from avss_dist.settings import SPARSITY_RULES, THRESHOLD, TOP_K, TOP_P
+from avss_dist.validation import OneOf, checked
+
+METHODS = {
+    "uniform": "the same sparsity everywhere, by thresholds",
+    "loss": "where the predicted loss rises the least, by one backward pass",
+    "teal": "greedily inside of each block, by what its output changes (TEAL, arXiv 2408.14690)",
+    "acttail": "by the heavy tail of each weight's spectrum, the largest of each token (ActTail, arXiv 2603.12272)",
+    "wina": "the same everywhere, the largest of each token, weighted by columns (WINA, arXiv 2505.19427)",
+    "topp": "the fewest of each token that have a share of its sum of sizes",
+}
+"""How a sparsity is spread over linear maps, and what each does."""
+PROJECTIONS = "projections"
+_HINT = "avss plan --sparsify makes one."
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+@checked
+class MapPlan:
+    """What becomes zero of the inputs of one linear map.
+
+    Raises:
+        ConfigError: values that are no such plan; every problem is named.
+    """
+
+    layer: Annotated[int, Field(ge=0)]
+    """The layer, from 0."""
+    map: Name
+    """Module path of the map, below the layer."""
+    site: Name
+    """Its input."""
+    outputs: Annotated[int, Field(ge=1)]
+    """Units that it gives."""
+    inputs: Annotated[int, Field(ge=1)]
+    """Units that it takes."""
+    sparsity: Share
+    """The share of its inputs that is expected to be zero."""
+    by: Annotated[str, OneOf((THRESHOLD, TOP_K, TOP_P))]
+    """What becomes zero: those up to a size; a share of each token's; all but the fewest with a share of its sum."""
+    value: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """That size, or that share."""
+
+    def __post_init__(self) -> None:
+        if self.by == TOP_K and self.inputs - int(self.value * self.inputs) < 1:
+            left = f"`value` {self.value:g} leaves none of the {self.inputs} units of a token."
+            raise PlanError(left, "Keep one at least.")
+        if self.by == TOP_P and self.value > 1:
+            raise PlanError(f"`value` {self.value:g} is no share of a sum.", "It is between 0 and 1.")
+
+
+@checked
+class SparsityPlan:
+    """What becomes zero in a model.
+
+    Raises:
+        ConfigError: values that are no plan; every problem is named.
+    """
+
+    model: Name
+    """Hub id or folder of the checkpoint."""
+    revision: Name | None = None
+    """The hub's commit, or the hash of the checkpoint's content; any by default."""
+    num_layers: Annotated[int, Field(ge=1)]
+    """Layers of the whole model."""
+    sparsity: Share
+    """The share of the weights of all linear maps that is expected to meet a zero, per token that is made sparse."""
+    rule: Annotated[str, OneOf(SPARSITY_RULES)] = SPARSITY_RULES[0]
+    """At which tokens."""
+    weighted: bool = False
+    """Sizes are weighted by the norms of the columns that they meet."""
+    pattern: Annotated[str, Field(pattern=r"^[1-9]\d{0,5}:[1-9]\d{0,5}$")] | None = None
+    """N:M: of M units in a row, the N largest stay at most."""
+    why: Mapping[str, Reason] = Field(default_factory=dict)
+    """What it was chosen by."""
+    run_id: Name | None = None
+    """The run whose activations were counted; none for a plan by hand."""
+    findings: Lines = ()
+    """What to know before believing it."""
+    projections: Annotated[tuple[MapPlan, ...], Field(strict=False, min_length=1)]
+    """The linear maps."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        named = [(one.layer, one.map) for one in self.projections]
+        if len(set(named)) != len(named):
+            problems.append(PlanError("`projections` names a linear map twice."))
+        if (last := max(layer for layer, _ in named)) >= self.num_layers:
+            problems.append(PlanError(f"There is no layer {last}: the model has {self.num_layers}, from 0."))
+        if self.pattern:
+            kept, group = self.group
+            if kept >= group:
+                problems.append(PlanError(f"`pattern` {self.pattern} makes nothing zero.", "Write 2:4: 2 of 4 stay."))
+            elif wrong := [one for one in self.projections if one.inputs % group]:
+                said = f"`pattern` {self.pattern} does not divide the {wrong[0].inputs} inputs of {wrong[0].map}."
+                problems.append(PlanError(said))
+        if problems:
+            raise ConfigError.of(problems)
+
+    @property
+    def group(self) -> tuple[int, int]:
+        """N and M of the pattern; zeros without one."""
+        kept, _, group = (self.pattern or "0:0").partition(":")
+        return int(kept), int(group)
+
+    def write(self, path: Path) -> None:
+        """Write the YAML file.
+
+        Raises:
+            PlanError: it cannot be written.
+            StorageFull: there is no space left.
+        """
+        values = {name: value for name, value in asdict(self).items() if value not in (None, False)}
+        values["why"] = dict(self.why)
+        values["findings"] = list(self.findings)
+        maps = values.pop(PROJECTIONS)
+        lines = to_yaml({PROJECTIONS: [_rounded(one) for one in maps]}, flow=True)
+        write_text(path, f"# Sparsity of activations. Layers count from 0.\n{to_yaml(values)}{lines}")
+
+    def describe(self) -> list[str]:
+        """What a plan is, and why: lines for people."""
+        at = f" at {self.revision[:12]}" if self.revision else ""
+        method = str(self.why.get("by", "hand"))
+        meaning = f" ({METHODS[method]})" if method in METHODS else ""
+        rest = ", ".join(f"{key} {value}" for key, value in self.why.items() if key != "by")
+        saved = self.saved_bytes
+        return [
+            f"{self.sparsity:.1%} of the weights of {len(self.projections)} linear maps meet a zero, rule {self.rule}"
+            f"{f', pattern {self.pattern}' if self.pattern else ''}.",
+            f"Model: {self.model}{at}. " + (f"Run: {self.run_id}." if self.run_id else "By hand, of no run."),
+            f"Chosen by {method}{meaning}" + (f": {rest}." if rest else "."),
+            f"Per token {2 * saved:,} FLOP of {2 * self.weights:,} are saved, and {saved:,} weights need not be read.",
+            *(f"{site}: {share:.3f} on average." for site, share in self.by_site().items()),
+            *(f"Finding: {line}" for line in self.findings),
+        ]
+
+    @property
+    def weights(self) -> int:
+        """Of all linear maps."""
+        return sum(one.outputs * one.inputs for one in self.projections)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Weights that meet a zero, per token."""
+        return round(sum(one.sparsity * one.outputs * one.inputs for one in self.projections))
+
+    def by_site(self) -> dict[str, float]:
+        """Mean sparsity by site, each map by the number of its weights."""
+        found: dict[str, list[float]] = {}
+        for one in self.projections:
+            size = one.outputs * one.inputs
+            zero, all_ = found.get(one.site, [0.0, 0.0])
+            found[one.site] = [zero + one.sparsity * size, all_ + size]
+        return {site: zero / size for site, (zero, size) in found.items()}
+
+
+def _rounded(one: Mapping[str, Any]) -> dict[str, Any]:
+    return {**one, "sparsity": round(one["sparsity"], 6)}
+
+
+def is_sparsity_plan(path: str | Path) -> bool:
+    """Whether a plan's file is one of sparsity.
+
+    Raises:
+        PlanError: it cannot be read, or is no mapping.
+    """
+    return PROJECTIONS in read_mapping(path)
+
+
+def read_sparsity_plan(path: str | Path) -> SparsityPlan:
+    """A plan from its file.
+
+    Raises:
+        PlanError: there is none, or it is no plan; every problem is named.
+    """
+    values = read_mapping(path)
+    names = [f.name for f in fields(SparsityPlan)]
+    unknown = [name for name in values if name not in names]
+    problems = [ConfigError(f"Unknown key '{name}'.", nearest(str(name), names)) for name in unknown]
+    try:
+        maps = [_read_map(one) for one in _listed(values.get(PROJECTIONS))]
+        plan = SparsityPlan(**{**{name: v for name, v in values.items() if name in names}, PROJECTIONS: tuple(maps)})
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise PlanError(f"{path}: {ConfigError.of(problems)}", _HINT)
+    return plan
+
+
+def _listed(maps: Any) -> Sequence[Any]:
+    if not isinstance(maps, list):
+        raise PlanError(f"`{PROJECTIONS}` is no list.", _HINT)
+    return maps
+
+
+def _read_map(values: Any) -> MapPlan:
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise PlanError(f"`{PROJECTIONS}` has an entry that is no mapping.", _HINT)
+    return MapPlan(**values)

@@ -1,0 +1,168 @@
+"""Sparsity plans: exact thresholds from counts, evaluated beside the dense model; what is refused."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from support.causal_lm import open_whole
+from support.checkpoints import llama
+from support.command_line import avss
+
+from avss_dist.analysis.sparsity_plans import Measured
+from avss_dist.corpus.shards import plan as plan_corpus
+from avss_dist.evaluation.evaluate import evaluate
+from avss_dist.models.checkpoints import resolve
+from avss_dist.models.loading import load_tokenizer
+from avss_dist.runs.api import score
+from avss_dist.settings import Settings
+from avss_dist.sparsity.plan import read_sparsity_plan
+from avss_dist.warehouse.reader import Warehouse
+
+TEXT = "builtin:pydoc"
+SMALL = {"max_sequences": 8, "sequence_length": 32, "batch_size": 4, "sequences_per_shard": 4, "device": "cpu"}
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def dtype(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def scored(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, dtype: str) -> Path:
+    warehouse = tmp_path_factory.mktemp("scored")
+    score(tiny_llama, corpus=TEXT, out=warehouse, sites=("inputs",), dtype=dtype, **SMALL)
+    return warehouse
+
+
+def captured(tiny_llama: Path, dtype: str) -> dict[tuple[int, str], np.ndarray]:
+    """What each linear map read of the run's text."""
+    settings, checkpoint = Settings(**SMALL, dtype=dtype), resolve(str(tiny_llama))
+    model, found = open_whole(checkpoint, settings), {}
+    with ExitStack() as stack, torch.no_grad():
+        for layer in model.layers:
+            for one in layer.projections:
+
+                def keep(_m: Any, args: Any, key: tuple[int, str] = (layer.index, one.path)) -> None:
+                    found.setdefault(key, []).append(args[0].abs().double().numpy().ravel())
+
+                stack.callback(one.module.register_forward_pre_hook(keep).remove)
+        for shard in plan_corpus(TEXT, load_tokenizer(checkpoint), settings).shards:
+            for batch in shard.batches(4):
+                model.logits(batch)
+    return {key: np.concatenate(parts) for key, parts in found.items()}
+
+
+@pytest.mark.parametrize("target", [0.25, 0.65])
+def test_thresholds_are_the_quantiles_of_what_maps_read(
+    scored: Path, tiny_llama: Path, tmp_path: Path, dtype: str, target: float
+) -> None:
+    path = tmp_path / "sparse.yaml"
+    result = avss("plan", scored, "--sparsify", target, "-o", path)
+    assert result.exit_code == 0, result.stderr
+    made, read = read_sparsity_plan(path), captured(tiny_llama, dtype)
+    assert len(made.projections) == 21
+    assert (made.why["by"], made.rule) == ("uniform", "all")
+    for one in made.projections:
+        sizes = np.sort(read[one.layer, one.map])
+        exact = sizes[int(np.ceil(target * len(sizes) - 1e-9)) - 1]
+        if dtype == "bfloat16":
+            assert one.value == exact
+            assert one.sparsity == pytest.approx((sizes <= exact).mean(), abs=1e-6)
+        else:
+            assert one.value == pytest.approx(exact, rel=2**-7)
+    assert made.sparsity == pytest.approx(target, abs=0.01)
+
+
+def test_a_plan_is_evaluated_beside_the_dense_model_alone_and_on_top_of_another(
+    scored: Path, tmp_path: Path, dtype: str
+) -> None:
+    sparse, layers, warehouse = tmp_path / "sparse.yaml", tmp_path / "layers.yaml", tmp_path / "w"
+    avss("plan", scored, "--sparsify", 0.5, "-o", sparse)
+    avss("plan", scored, "--by", "random", "--count", 1, "-o", layers)
+    options = {"warehouse": warehouse, "skip_sequences": 8, "dtype": dtype, **SMALL}
+    task = f"perplexity:{TEXT}"
+    with pytest.raises(Exception, match="is text that the scores of"):
+        evaluate([str(sparse)], tasks=[task], **options | {"skip_sequences": 0, "warehouse": scored})
+    found = evaluate([str(sparse), str(layers)], tasks=[task], sparse=str(sparse), **options)
+    labels = [(one.subject.label, one.result.metric, one.retained is None) for one in found]
+    both = f"{layers} + {sparse}"
+    assert labels == [
+        *((str(sparse), "loss", False), (str(sparse), "sparsity", True)),
+        *((f"{sparse} + {sparse}", "loss", False), (f"{sparse} + {sparse}", "sparsity", True)),
+        *((str(layers), "loss", False), (both, "loss", False), (both, "sparsity", True)),
+    ]
+    value = {(label, metric): one.result.value for (label, metric, _), one in zip(labels, found, strict=True)}
+    assert value[str(sparse), "sparsity"] == pytest.approx(0.5, abs=0.05)
+    assert len({value[label, "loss"] for label in (str(sparse), str(layers), both)}) == 3
+    rows = Warehouse(warehouse).table("evaluations").to_pylist()
+    realized = [row for row in rows if row["metric"].startswith("realized:") and not row["drop"]]
+    assert len(realized) == 21 and all(0.4 < row["value"] < 0.6 for row in realized)
+    (dense,) = {row["run_id"] for row in rows if row["sparsity_plan"] is None}
+    assert all((row["sparsity_plan"] is None) == (row["run_id"] == dense) for row in rows)
+
+
+def test_what_cannot_be_planned_is_refused_with_the_reason(
+    scored: Path, tiny_llama: Path, tmp_path: Path, dtype: str, save_checkpoint: Any
+) -> None:
+    out = tmp_path / "sparse.yaml"
+    for options, message in (
+        (["--sparsify", 1], "--sparsify 1 is no sparsity. It is above 0 and below 1"),
+        (["--sparsify", 0], "--sparsify 0 is no sparsity."),
+        (["--sparsify", 0.5, "--pattern", "4:2"], "--pattern 4:2 is none."),
+        (["--sparsify", 0.4, "--pattern", "2:4"], "Set --sparsify to 0.5."),
+        (["--sparsify", 0.5, "--method", "topp", "--pattern", "2:4"], "Use uniform or wina."),
+        (["--sparsify", 0.5, "--pattern", "5:10"], "does not divide the 32 inputs of self_attn.q_proj."),
+    ):
+        result = avss("plan", scored, *options, "-o", out)
+        assert result.exit_code != 0 and message in " ".join(result.stderr.split()), result.stderr
+    assert not out.exists()
+    avss("plan", scored, "--sparsify", 0.5, "-o", out)
+    made = yaml.safe_load(out.read_text())
+    one = made["projections"][0]
+    broken = tmp_path / "broken.yaml"
+    for changes, message in (
+        ({"projections": [one, one]}, "names a linear map twice"),
+        ({"projections": [one | {"by": "top_k", "value": 1.0}]}, "leaves none of the 32 units of a token"),
+        ({"projections": [one | {"sparsity": 1.0}]}, "`sparsity` must be less than 1, not 1.0"),
+        ({"projections": [one | {"layer": 3}]}, "There is no layer 3: the model has 3, from 0."),
+        ({"rule": "prefill"}, "Unknown `rule` 'prefill'"),
+        ({"revision": "0" * 40}, "it is at"),
+    ):
+        broken.write_text(yaml.safe_dump(made | changes))
+        result = avss("evaluate", broken, "--task", f"perplexity:{TEXT}", "--warehouse", tmp_path / "w")
+        assert result.exit_code != 0 and message in result.stderr, result.stderr
+    broken.write_text(yaml.safe_dump(made | {"rule": "dense-prefill"}))
+    result = avss(
+        "evaluate", broken, "--task", f"perplexity:{TEXT}", "--warehouse", tmp_path / "w", "--sequence-length", 32
+    )
+    assert "makes nothing of a prompt sparse" in result.stderr
+    other = save_checkpoint(llama(seed=3), tmp_path / "other")
+    result = avss("evaluate", other, "--sparse", out, "--task", f"perplexity:{TEXT}", "--warehouse", tmp_path / "w")
+    assert "is another model" in result.stderr
+
+
+def test_a_run_that_did_not_measure_the_inputs_says_which_command_does(tiny_llama: Path, tmp_path: Path) -> None:
+    score(tiny_llama, corpus=TEXT, out=tmp_path / "w", **SMALL)
+    result = avss("plan", tmp_path / "w", "--sparsify", 0.5, "-o", tmp_path / "sparse.yaml")
+    assert result.exit_code != 0
+    assert f"avss score {tiny_llama} --corpus {TEXT} --site inputs --out" in " ".join(result.stderr.split())
+
+
+def test_a_family_whose_experts_are_fused_keeps_its_mlp_dense(save_checkpoint: Any, tmp_path: Path) -> None:
+    from support.families import lively, tiny_model
+
+    folder = save_checkpoint(lively(tiny_model("causal", "mixtral")), tmp_path / "mixtral")
+    run = score(folder, corpus=TEXT, out=tmp_path / "w", sites=("inputs",), **SMALL)
+    warehouse = Warehouse(tmp_path / "w")
+    row = warehouse.run(run.run_id)
+    assert row is not None
+    assert any("'up_input' is absent" in note for note in row["notes"])
+    assert {one.site for one in Measured.of(warehouse, row).maps} == {"query_input", "output_input"}
+    result = avss("plan", tmp_path / "w", "--sparsify", 0.5, "-o", tmp_path / "sparse.yaml")
+    assert "The MLP of 3 of 3 layers stays dense: its maps are fused." in result.stdout
