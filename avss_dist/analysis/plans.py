@@ -124,10 +124,14 @@ def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], drop: tuple[in
     return tuple(dict.fromkeys(_evaluated(warehouse, run, drop)))
 
 
+def _is_of_layers_alone(row: Mapping[str, Any]) -> bool:
+    """Whether a row of ``evaluations`` is about a model of which nothing but layers was left out."""
+    return all(row[name] is None for name in ("layer", "patch", "sparsity_plan"))
+
+
 def _evaluated(warehouse: Warehouse, run: Mapping[str, Any], drop: tuple[int, ...]) -> Iterator[str]:
     rows = warehouse.table("evaluations", where=pc.field("revision") == run["revision"]).to_pylist()
-    rows = [row for row in rows if row["layer"] is None and row["patch"] is None and row["sparsity_plan"] is None]
-    rows = [row for row in rows if not row["task"].startswith(SEARCH)]
+    rows = [row for row in rows if _is_of_layers_alone(row) and not row["task"].startswith(SEARCH)]
     for key in dict.fromkeys((row["run_id"], row["task"]) for row in rows if tuple(row["drop"]) == drop):
         mine = [row for row in rows if (row["run_id"], row["task"]) == key]
         metric = primary_metric(mine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def evaluate(
                 task = make_task(
                     checkpoint, name, fixed, skip_sequences=skip_sequences, limit=limit, num_fewshot=num_fewshot
                 )
-                for one in {None, *(s.sparsity for s in found if s.checkpoint.revision == checkpoint.revision)}:
+                for one in _sparsities(found, checkpoint):
                     _require_effect(one, name)
                     made = plan_evaluation(checkpoint, task, fixed, placement, one)
                     planned[checkpoint.revision, name, _key(one)] = made
@@ -134,17 +135,20 @@ def evaluate(
     every = {key: commit(one, store) for key, one in planned.items()}
     if failed:
         raise failure(failed)
-    return [
-        evaluation
-        for subject in found
-        for name in tasks
-        for evaluation in against_whole(
+    return list(_all_against_whole(found, tasks, every))
+
+
+def _all_against_whole(
+    subjects: Sequence[Subject], tasks: Sequence[str], every: Mapping[_Key, Sequence[Result]]
+) -> Iterator[Evaluation]:
+    """The metrics of every task about every subject."""
+    for subject, name in product(subjects, tasks):
+        yield from against_whole(
             subject,
             name,
             every[subject.checkpoint.revision, name, _key(subject.sparsity)],
             every[subject.checkpoint.revision, name, None],
         )
-    ]
 
 
 def _refuse_overlaps(
@@ -168,6 +172,12 @@ def _cells(subjects: Sequence[Subject], planned: Mapping[_Key, PlannedEvaluation
     for (revision, _, key), one in planned.items():
         of = [s for s in subjects if s.checkpoint.revision == revision and _key(s.sparsity) == key]
         yield from one.cells([*([()] if key is None else []), *(s.drop for s in of)])
+
+
+def _sparsities(subjects: Sequence[Subject], checkpoint: Checkpoint) -> dict[Sparsity | None, None]:
+    """What is sparse of a checkpoint's subjects; None, for the dense model, first."""
+    mine = [subject.sparsity for subject in subjects if subject.checkpoint.revision == checkpoint.revision]
+    return dict.fromkeys([None, *mine])
 
 
 def _key(sparsity: Sparsity | None) -> str | None:

@@ -61,29 +61,31 @@ def look_inside(calls: Sequence[Call], layer_class: str) -> Inside:
         known = {id(call) for call in (*of_kind["attention"], *of_attention)}
         of_mlp = [call for call in calls if id(call) not in known]
         taps |= _taps_without_mlp(of_mlp, calls)
-    readers = _readers_in_attention(attention, of_attention) if attention else {}
+    readers = _readers_in_attention(attention, of_attention) if attention else []
     if neuron := taps.get("neuron"):
-        readers |= _readers_in_mlp(of_mlp, neuron.module)
-    taps |= {site: _tap(found[0], "input") for site, found in readers.items() if found}
-    projections = tuple(_projection(site, call) for site, found in readers.items() for call in found)
+        readers += _readers_in_mlp(of_mlp, neuron.module)
+    for site, call in readers:
+        taps.setdefault(site, _tap(call, "input"))
+    projections = tuple(_projection(site, call) for site, call in readers)
     return Inside({site: tap for site in EVERY_SITE if (tap := taps.get(site))}, projections)
 
 
-def _readers_in_attention(attention: Call, inside: Sequence[Call]) -> dict[str, list[Call]]:
+def _readers_in_attention(attention: Call, inside: Sequence[Call]) -> list[tuple[str, Call]]:
     """The linear maps that read what the first one reads, and the last one."""
     linears, width = _linears(inside), attention.output.shape[-1]
     last = next((call for call in reversed(linears) if call.output.shape[-1] == width), None)
     first = [call for call in linears if call is not last]
     alike = [call for call in first if _read_the_same(call, first[0])]
-    return {"query_input": alike, "output_input": [last] if last and alike else []}
+    return [*(("query_input", call) for call in alike), *([("output_input", last)] if last and alike else [])]
 
 
-def _readers_in_mlp(calls: Sequence[Call], down: nn.Module) -> dict[str, list[Call]]:
+def _readers_in_mlp(calls: Sequence[Call], down: nn.Module) -> list[tuple[str, Call]]:
     """The linear maps that read what the first one reads, and the last one, ``down``."""
     linears = _linears(calls)
     last = [call for call in linears if call.module is down]
     first = [call for call in linears if call.module is not down]
-    return {"up_input": [call for call in first if _read_the_same(call, first[0])], "neuron": last}
+    alike = [call for call in first if _read_the_same(call, first[0])]
+    return [*(("up_input", call) for call in alike), *(("neuron", call) for call in last)]
 
 
 def _linears(calls: Sequence[Call]) -> list[Call]:
