@@ -151,4 +151,4 @@ def _blocks(warehouse: Warehouse, run: Mapping[str, Any]) -> list[Mapping[LayerK
     shards = warehouse.read_shards(run["run_id"], expected)
     if not shards or [shard.shard_id for shard in shards] != list(range(run["num_shards"] or 0)):
         return []
-    return merge_blocks(shards, BOOTSTRAP_BLOCKS)[1]
+    return merge_blocks(shards, BOOTSTRAP_BLOCKS).blocks

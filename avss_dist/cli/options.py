@@ -154,7 +154,11 @@ def warehouse_option(*spelling: str) -> Any:
 WarehousePath = Annotated[str, typer.Argument(help=WAREHOUSE, callback=_require_named)]
 ModelArgument = Annotated[str, typer.Argument(help=MODEL)]
 CorpusOption = Annotated[
-    str, typer.Option(help="file.txt, file.jsonl[:field], file.parquet[:column], hf:NAME..., builtin:pydoc.")
+    str,
+    typer.Option(
+        help="file.txt, file.jsonl[:field], file.parquet[:column], hf:NAME..., builtin:pydoc; "
+        "of paired text file.jsonl:prompt+answer[:label], truthfulqa:file.jsonl[:seed]."
+    ),
 ]
 SkipSequencesOption = Annotated[int, typer.Option(help="Rows at the start of a corpus that are not read.", min=0)]
 CodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint ships.")]

@@ -25,6 +25,9 @@ def score(
     models: Annotated[list[str], typer.Argument(help=MODEL)],
     corpus: CorpusOption,
     out: Annotated[str, warehouse_option()],
+    label_field: Annotated[
+        str | None, typer.Option(help="Of paired text, file.jsonl:prompt+answer: the field of the answers' labels.")
+    ] = None,
     gradients: Annotated[
         bool, typer.Option("--gradients", help="Then a backward pass on the same text, as avss ablate does.")
     ] = False,
@@ -35,6 +38,7 @@ def score(
         from avss_dist.evaluation.ablate import require_gradients
 
         require_gradients(split_options(options)[1])
+    corpus = f"{corpus}:{label_field}" if label_field else corpus
 
     from avss_dist.report.terminal.progress import Progress
     from avss_dist.runs.api import score as score_one

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from avss_dist.corpus.sources import open_source
+from avss_dist.corpus.pairs import Pairing, join, paired_rows
+from avss_dist.corpus.sources import Source, open_source
 from avss_dist.errors import CorpusError, without_secrets
 from avss_dist.settings import Settings, fingerprint
 
@@ -43,6 +44,7 @@ class Batch:
     input_ids: Ids  # int32[rows, width], padded on the right
     attention_mask: Mask  # bool[rows, width], True where a token is real
     observed: Mask  # bool[rows, width], True where a token counts in the statistics: real, and not skipped
+    pairing: Pairing | None = None  # of paired text, what its rows are
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -53,7 +55,8 @@ class Shard:
     input_ids: Ids  # int32[rows, sequence_length], padded on the right
     lengths: Ids  # int32[rows], real tokens of each row, 1 or more
     skip_first_tokens: int  # leading tokens of every row that the statistics leave out
-    content_hash: str  # SHA-256 in hex of skip, lengths and real tokens; padding does not enter
+    content_hash: str  # SHA-256 in hex of skip, lengths, real tokens and pairing; padding does not enter
+    pairing: Pairing | None = None  # of paired text, what its rows are: only their answers count
 
     @property
     def num_sequences(self) -> int:
@@ -63,16 +66,27 @@ class Shard:
     @property
     def num_tokens(self) -> int:
         """Tokens that count in the statistics."""
-        return int(np.maximum(self.lengths.astype(np.int64) - self.skip_first_tokens, 0).sum())
+        return int(np.maximum(self.lengths.astype(np.int64) - self.starts, 0).sum())
+
+    @property
+    def starts(self) -> Ids:
+        """int32[rows]: the first token of each row that may count."""
+        skip = np.full(self.num_sequences, self.skip_first_tokens, np.int32)
+        return skip if self.pairing is None else np.maximum(skip, self.pairing.starts)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Every row once, in order, ``batch_size`` at a time, in arrays that are the caller's own."""
+        starts = self.starts
         for start in range(0, self.num_sequences, batch_size):
-            lengths = self.lengths[start : start + batch_size]
-            positions = np.arange(np.max(lengths))
-            real = positions < lengths[:, None]
-            input_ids = self.input_ids[start : start + batch_size, : len(positions)].copy()
-            yield Batch(input_ids=input_ids, attention_mask=real, observed=real & (positions >= self.skip_first_tokens))
+            rows = slice(start, start + batch_size)
+            positions = np.arange(np.max(self.lengths[rows]))
+            real = positions < self.lengths[rows, None]
+            yield Batch(
+                input_ids=self.input_ids[rows, : len(positions)].copy(),
+                attention_mask=real,
+                observed=real & (positions >= starts[rows, None]),
+                pairing=self.pairing and self.pairing.part(rows),
+            )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -87,13 +101,13 @@ class CorpusPlan:
     num_tokens: int
 
     def recut(self, rows: int) -> CorpusPlan:
-        """The same rows in shards of another size."""
+        """The same rows in shards of another size; pairs stay whole."""
         ids, lengths = (
             np.concatenate([getattr(shard, name) for shard in self.shards]) for name in ("input_ids", "lengths")
         )
         skip = self.shards[0].skip_first_tokens
-        parts = [slice(start, start + rows) for start in range(0, self.num_sequences, rows)]
-        shards = tuple(_shard(i, ids[part], lengths[part], skip) for i, part in enumerate(parts))
+        pairings = [shard.pairing for shard in self.shards if shard.pairing]
+        shards = _cut(ids, lengths, skip, join(pairings) if pairings else None, rows)
         return replace(self, shards=shards, tokens_fingerprint=_fingerprint(shards, ids.shape[1]))
 
     def num_batches(self, batch_size: int) -> int:
@@ -119,19 +133,17 @@ def plan(
         CorpusError: the source cannot be read, holds no text, or is too short for one sequence.
     """
     opened, tally, length = open_source(source), _Tally(), settings.sequence_length
+    if opened.answers:
+        return _plan_pairs(source, opened, tokenizer, settings, skip_sequences)
     eos = tokenizer.eos_token_id
     ids = _tokenize(opened.documents(), tokenizer, tally)
     rows = _pack(ids, eos, length, tally) if settings.layout == "packed" else _truncate(ids, length)
     most = settings.max_sequences
     rows = islice(rows, skip_sequences, None if most is None else skip_sequences + most)
-    pad = next((i for i in (tokenizer.pad_token_id, eos) if i is not None), 0)
     shards: list[Shard] = []
     num_sequences = num_tokens = 0
     while block := list(islice(rows, settings.sequences_per_shard or USUAL_ROWS)):
-        lengths = np.array([len(row) for row in block], np.int32)
-        input_ids = np.full((len(block), length), pad, np.int32)
-        for target, row in zip(input_ids, block, strict=True):
-            target[: len(row)] = row
+        input_ids, lengths = _padded(block, length, tokenizer)
         shards.append(_shard(len(shards), input_ids, lengths, settings.skip_first_tokens))
         num_sequences += len(block)
         num_tokens += shards[-1].num_tokens
@@ -145,6 +157,34 @@ def plan(
         shards=tuple(shards),
         num_sequences=num_sequences,
         num_tokens=num_tokens,
+    )
+
+
+def _plan_pairs(source: str, opened: Source, tokenizer: Tokenizer, settings: Settings, skip: int) -> CorpusPlan:
+    """As `plan`, of paired text."""
+    assert opened.answers is not None
+    if skip:
+        raise CorpusError(f"{source} is paired text.", "Leave `skip_sequences` out: its rows belong together.")
+    rows, pairing = paired_rows(
+        opened.answers(),
+        source,
+        lambda texts, special: _encode(texts, tokenizer, special=special),
+        eos=tokenizer.eos_token_id,
+        length=settings.sequence_length,
+        most=settings.max_sequences,
+    )
+    ids, lengths = _padded(rows, settings.sequence_length, tokenizer)
+    if min(lengths) <= settings.skip_first_tokens:
+        message = f"{source}: `skip_first_tokens` {settings.skip_first_tokens} leaves nothing of an answer."
+        raise CorpusError(message, f"Make it smaller than {min(lengths)}.")
+    shards = _cut(ids, lengths, settings.skip_first_tokens, pairing, settings.sequences_per_shard or USUAL_ROWS)
+    return CorpusPlan(
+        source=without_secrets(source),
+        corpus_fingerprint=opened.fingerprint(),
+        tokens_fingerprint=_fingerprint(shards, settings.sequence_length),
+        shards=shards,
+        num_sequences=len(rows),
+        num_tokens=sum(shard.num_tokens for shard in shards),
     )
 
 
@@ -223,12 +263,37 @@ def _truncate(documents: Iterator[Ids], length: int) -> Iterator[Ids]:
     return (ids[:length].copy() for ids in documents if len(ids))
 
 
-def _shard(shard_id: int, input_ids: Ids, lengths: Ids, skip: int) -> Shard:
+def _padded(rows: Sequence[Ids], length: int, tokenizer: Tokenizer) -> tuple[Ids, Ids]:
+    """Rows side by side, int32[rows, length], and their lengths."""
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    input_ids = np.full((len(rows), length), pad, np.int32)
+    for target, row in zip(input_ids, rows, strict=True):
+        target[: len(row)] = row
+    return input_ids, np.array([len(row) for row in rows], np.int32)
+
+
+def _cut(ids: Ids, lengths: Ids, skip: int, pairing: Pairing | None, rows: int) -> tuple[Shard, ...]:
+    """Rows in shards of ``rows``; of paired text somewhat more, where a pair ends."""
+    parts = pairing.parts(rows) if pairing else [slice(i, i + rows) for i in range(0, len(ids), rows)]
+    return tuple(
+        _shard(i, ids[part], lengths[part], skip, pairing and pairing.part(part)) for i, part in enumerate(parts)
+    )
+
+
+def _shard(shard_id: int, input_ids: Ids, lengths: Ids, skip: int, pairing: Pairing | None = None) -> Shard:
     digest = hashlib.sha256(np.array([skip, len(lengths), *lengths], "<i8").tobytes())
     for row, real in zip(input_ids, lengths, strict=True):
         digest.update(row[:real].astype("<i4").tobytes())
-    hashed = digest.hexdigest()
-    return Shard(shard_id=shard_id, input_ids=input_ids, lengths=lengths, skip_first_tokens=skip, content_hash=hashed)
+    if pairing:
+        digest.update(pairing.encode())
+    return Shard(
+        shard_id=shard_id,
+        input_ids=input_ids,
+        lengths=lengths,
+        skip_first_tokens=skip,
+        content_hash=digest.hexdigest(),
+        pairing=pairing,
+    )
 
 
 def _fingerprint(shards: Sequence[Shard], sequence_length: int) -> str:

@@ -1,7 +1,8 @@
 """Where text comes from: sources -> documents, streaming, with a fingerprint of their content.
 
 A source is ``file.txt``, ``file.jsonl[:field]``, ``file.parquet[:column]`` (local, ``s3://``, ``gs://``, ``hdfs://``
-or ``file://``; or a glob of them), ``hf:NAME[:config][:split][:column]``, or ``builtin:pydoc``.
+or ``file://``; or a glob of them), ``hf:NAME[:config][:split][:column]``, or ``builtin:pydoc``. Sources of paired text
+are ``file.jsonl:prompt+answer[:label]``, by the names of fields, and ``truthfulqa:file.jsonl[:seed]``.
 """
 
 from __future__ import annotations
@@ -21,17 +22,25 @@ from urllib.parse import unquote
 
 from pyarrow import ArrowException, fs, parquet
 
+from avss_dist.corpus.answers import (
+    MAX_LINE_BYTES,
+    Answer,
+    Records,
+    field_text,
+    labelled_answers,
+    too_long,
+    truthfulqa_answers,
+)
 from avss_dist.errors import CorpusError, nearest, require_known
 from avss_dist.settings import fingerprint
-from avss_dist.text import RedactedURI, describe_bytes
+from avss_dist.text import RedactedURI
 
 TEXT_PIECE_BYTES = 4 << 20  # of a text file: whole, it would not fit in memory
 MAX_REST_BYTES = 1 << 20  # of a line that goes on at the end of a piece; a longer one is cut at whitespace
-MAX_LINE_BYTES = 16 << 20  # of a line of a file; as many characters of a text
 FORMS = "file.txt, file.jsonl[:field], file.parquet[:column], hf:NAME[:config][:split][:column], builtin:pydoc"
 
 _FILE = re.compile(r"(?P<path>.+?\.(?P<suffix>txt|jsonl|parquet))(?::(?P<field>.*))?", re.IGNORECASE)
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+_PAIRED = re.compile(r"(?P<prompt>[^+:]+)\+(?P<answer>[^+:]+)(?::(?P<label>.+))?")
 _READ_BYTES = 8 << 20
 _FILE_ERRORS = (OSError, ArrowException, UnicodeDecodeError)
 _FILE_HINT = "Check that the file exists, is complete and readable."
@@ -62,10 +71,12 @@ class Source:
             Local files count by their bytes, wherever they lie; remote ones by path, size and time of change; Hub
             datasets by name and revision (a local dataset folder by the times of its files). Field, column, config and
             split count too.
+        answers: streams the answers of paired text, whose documents are prompts with answers; None of other text.
     """
 
     documents: Callable[[], Iterator[str]]
     fingerprint: Callable[[], str]
+    answers: Callable[[], Iterator[Answer]] | None = None
 
 
 def open_source(source: str) -> Source:
@@ -76,6 +87,8 @@ def open_source(source: str) -> Source:
     """
     source = RedactedURI(source).full
     kind, _, name = source.partition(":")
+    if kind == "truthfulqa":
+        return _truthfulqa(source, name)
     return _builtin(name) if kind == "builtin" else _hub(source) if kind == "hf" else _files(source)
 
 
@@ -97,11 +110,51 @@ def _files(source: str) -> Source:
     if suffix == "txt" and match["field"] is not None:
         raise CorpusError(f"'{source}': a text file has no field.", f"Write {path} alone.")
     field = "" if suffix == "txt" else match["field"] or "text"
+    if suffix == "jsonl" and (names := _PAIRED.fullmatch(field)):
+        fields = names["prompt"], names["answer"], names["label"] or "label"
+        return _paired(path, lambda records: labelled_answers(records, *fields), fields=fields)
     filesystem, paths = _find(path)
     return Source(
         lambda: _read(filesystem, paths, suffix, field),
         lambda: fingerprint(kind=suffix, field=field, files=[_identity(filesystem, path) for path in paths]),
     )
+
+
+def _truthfulqa(source: str, name: str) -> Source:
+    match = _FILE.fullmatch(name)
+    seed = (match["field"] or "0") if match else ""
+    if not match or match["suffix"].lower() != "jsonl" or not (seed.isascii() and seed.isdecimal()):
+        raise CorpusError(f"'{source}' is not a file of TruthfulQA.", "Write truthfulqa:file.jsonl[:seed].")
+    return _paired(match["path"], lambda records: truthfulqa_answers(records, int(seed)), seed=int(seed))
+
+
+def _paired(path: str, read: Callable[[Records], Iterator[Answer]], **identity: Any) -> Source:
+    """A source of the answers that are read from the records of JSON files."""
+    filesystem, paths = _find(path)
+
+    def answers() -> Iterator[Answer]:
+        return read(_records(filesystem, paths))
+
+    return Source(
+        lambda: (answer.prompt + answer.text for answer in answers()),
+        lambda: fingerprint(kind="paired", files=[_identity(filesystem, path) for path in paths], **identity),
+        answers,
+    )
+
+
+def json_records(path: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """The JSON objects of a file, or of a glob of them, with the file and line of each.
+
+    Raises:
+        CorpusError: as `documents`.
+    """
+    return _records(*_find(path))
+
+
+def _records(filesystem: fs.FileSystem, paths: list[str]) -> Iterator[tuple[Mapping[str, Any], str]]:
+    for path in paths:
+        with _explained(path, _FILE_ERRORS, _FILE_HINT), filesystem.open_input_file(path) as file:
+            yield from _read_records(file, path, "prompt")
 
 
 def _find(path: str) -> tuple[fs.FileSystem, list[str]]:
@@ -168,6 +221,10 @@ def _last_word(data: bytes) -> int:
 
 
 def _read_jsonl(file: Any, path: str, field: str) -> Iterator[str]:
+    return (field_text(record, field, where) for record, where in _read_records(file, path, field))
+
+
+def _read_records(file: Any, path: str, field: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     stream = io.BufferedReader(file, _READ_BYTES)
     for number in count(1):
         where = f"{path}, line {number}"
@@ -183,20 +240,15 @@ def _read_jsonl(file: Any, path: str, field: str) -> Iterator[str]:
             raise CorpusError(f"{where} is not JSON: {reason}.", "Write one JSON object on each line.") from error
         if not isinstance(record, dict):
             raise CorpusError(f"{where} is not a JSON object.", f'Write it as {{"{field}": "..."}}.')
-        yield _text(record, field, where)
+        yield record, where
 
 
 def _read_line(stream: io.BufferedReader, where: str) -> bytes:
     """The rest of a line, with its end; nothing at the end of the file."""
     line = stream.readline(MAX_LINE_BYTES + 1)
     if len(line) > MAX_LINE_BYTES:
-        raise _too_long(where)
+        raise too_long(where)
     return line
-
-
-def _too_long(where: str) -> CorpusError:
-    most = describe_bytes(MAX_LINE_BYTES)
-    return CorpusError(f"{where}: a text or line is longer than {most}.", "Split it into several documents.")
 
 
 def _read_parquet(file: Any, path: str, column: str) -> Iterator[str]:
@@ -206,7 +258,7 @@ def _read_parquet(file: Any, path: str, column: str) -> Iterator[str]:
         raise CorpusError(f"{path}: no column '{column}'.", nearest(column, names))
     batches = table.iter_batches(batch_size=256, columns=[column])
     for row, value in enumerate((value for batch in batches for value in batch.column(0).to_pylist()), 1):
-        yield _text({column: value}, column, f"{path}, row {row}")
+        yield field_text({column: value}, column, f"{path}, row {row}")
 
 
 _READERS = {"txt": _read_txt, "jsonl": _read_jsonl, "parquet": _read_parquet}
@@ -230,7 +282,7 @@ def _hub(source: str) -> Source:
             yield from builder.as_streaming_dataset(split=split)
 
     return Source(
-        lambda: (_text(row, column, f"{source}, row {number}") for number, row in enumerate(rows(), 1)),
+        lambda: (field_text(row, column, f"{source}, row {number}") for number, row in enumerate(rows(), 1)),
         lambda: fingerprint(kind="hf", name=name, config=config, split=split, column=column, revision=builder.hash),
     )
 
@@ -241,17 +293,6 @@ def _decode(data: bytes, where: str, offset: int = 0) -> str:
     except UnicodeDecodeError as error:
         message = f"{where}: byte {offset + error.start} is not UTF-8."
         raise CorpusError(message, "Convert the file to UTF-8.") from error
-
-
-def _text(record: Mapping[str, Any], field: str, where: str) -> str:
-    if field not in record:
-        raise CorpusError(f"{where}: no field '{field}'.", nearest(field, record))
-    value = record[field]
-    if not isinstance(value, str) or _HALF_CHARACTER.search(value):
-        raise CorpusError(f"{where}: '{field}' is not text but {value!r:.60}.", "Fix the line, or name another field.")
-    if len(value) > MAX_LINE_BYTES:
-        raise _too_long(where)
-    return value
 
 
 @contextmanager

@@ -13,12 +13,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from avss_dist.corpus.pairs import Pairing
 from avss_dist.errors import ModelError
-from avss_dist.measure.kernels.base import Accumulator, Kernels, to_stats
+from avss_dist.measure.kernels.base import Accumulator, Kernels, Tensors, to_host, to_stats
 from avss_dist.measure.kernels.choose import kernels_for
+from avss_dist.measure.rows import ObservedTokens, masks_by_stratum, row_tensors, to_row_stats
 from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
 from avss_dist.settings import INPUT_SITES
-from avss_dist.stats.layer_stats import LayerKey, LayerStats
+from avss_dist.stats.layer_stats import LayerKey, LayerStats, StratumKey
+from avss_dist.stats.merging import merge_strata
+from avss_dist.stats.rows import RowStats
 from avss_dist.system.devices import sent
 
 UNIT_SITES = ("block", "update", *INPUT_SITES)
@@ -40,7 +44,10 @@ class _Pass:
 
     observer: Observer
     mask: torch.Tensor | None  # None: nothing counts
-    masks: dict[torch.device, torch.Tensor] = field(default_factory=dict)  # copies of it
+    strata: dict[str, torch.Tensor]  # the masks of strata; of text that is not paired, the mask alone
+    pairing: Pairing | None
+    masks: dict[torch.device, dict[str, torch.Tensor]] = field(default_factory=dict)  # copies of them
+    tokens: dict[torch.device, ObservedTokens] = field(default_factory=dict)
     calls: dict[nn.Module, int] = field(default_factory=dict)
     entered: _Entered | None = None
 
@@ -139,22 +146,26 @@ class Observer:
         self._counts, self._passes, self._beat = counts, passes, beat
         self._thresholds = np.asarray(thresholds, np.float64)
         self._by_call = {(layer.module, layer.call): layer for layer in hooks.layers}
-        self._accumulators: dict[LayerKey, Accumulator] = {}
-        self._stats: dict[LayerKey, LayerStats] = {}
+        self._accumulators: dict[StratumKey, Accumulator] = {}
+        self._stats: dict[StratumKey, LayerStats] = {}
+        self._of_rows: dict[LayerKey, list[tuple[np.ndarray, Tensors]]] = {}
         self._left: Counter[int] = Counter()
         self._kernels: dict[torch.device, Kernels] = {}
         inputs = set(INPUT_SITES) & set(hooks.sites)  # of linear maps, whose every unit is summed
         self._unit_sites = (*UNIT_SITES, "neuron") if inputs else UNIT_SITES
 
     @contextmanager
-    def batch(self, observed: np.ndarray) -> Iterator[None]:
+    def batch(self, observed: np.ndarray, pairing: Pairing | None = None) -> Iterator[None]:
         """Count the forward pass inside: ``observed`` is bool[rows, tokens], True where a token counts.
+
+        Of paired text, ``pairing`` says what its rows are: each stratum is counted apart, and each row is measured.
 
         A batch in which nothing counts adds nothing, and neither does a forward pass outside of `batch`. Passes of one
         observer may take turns, as in greenlets, but not run at once.
         """
         mask = torch.from_numpy(np.ascontiguousarray(observed)) if observed.any() else None
-        before = _passes.set((*_passes.get(), _Pass(self, mask)))
+        strata = {} if mask is None else masks_by_stratum(mask, pairing)
+        before = _passes.set((*_passes.get(), _Pass(self, mask, strata, pairing)))
         try:
             yield
         finally:
@@ -162,13 +173,28 @@ class Observer:
 
     def result(self) -> dict[LayerKey, LayerStats]:
         """Everything counted so far, by (layer index, site). One transfer from each device."""
+        strata = self.strata()
+        if any(stratum for _, _, stratum in strata):
+            return merge_strata(strata)
+        return {(layer, site): stats for (layer, site, _), stats in strata.items()}
+
+    def strata(self) -> dict[StratumKey, LayerStats]:
+        """The same by (layer index, site, stratum), which is empty where the text is not paired."""
         self._finish()
         self._conclude(list(self._accumulators))
         return dict(sorted(self._stats.items()))
 
-    def _conclude(self, keys: Sequence[LayerKey]) -> None:
+    def rows(self) -> dict[LayerKey, RowStats]:
+        """Of paired text, the statistics of every row so far, in the order of their places in the corpus."""
+        found = {}
+        for key, batches in sorted(self._of_rows.items()):
+            places = np.concatenate([rows for rows, _ in batches])
+            found[key] = to_row_stats([tensors for _, tensors in batches], np.argsort(np.argsort(places)))
+        return found
+
+    def _conclude(self, keys: Sequence[StratumKey]) -> None:
         accumulators = [self._accumulators.pop(key) for key in keys]
-        for key, accumulator, tensors in zip(keys, accumulators, _to_host(accumulators), strict=True):
+        for key, accumulator, tensors in zip(keys, accumulators, to_host(accumulators), strict=True):
             self._stats[key] = to_stats(tensors, accumulator.dtype, self._thresholds)
 
     def enter(self, now: _Pass, module: nn.Module, hidden: torch.Tensor | None) -> None:
@@ -243,25 +269,39 @@ class Observer:
         return x
 
     def _add(self, now: _Pass, layer: Layer, site: str, x: torch.Tensor, before: torch.Tensor | None = None) -> None:
-        if into := self._accumulator(layer, site, x, geometry=before is not None):
-            self._kernels_of(x.device).add(into, x, _mask_on(now, x.device), before)
+        for mask, into in self._accumulators_of(now, layer, site, x, geometry=before is not None):
+            self._kernels_of(x.device).add(into, x, mask, before)
+        self._add_rows(now, layer, site, x, before)
 
     def _add_update(self, now: _Pass, layer: Layer, after: torch.Tensor, before: torch.Tensor) -> None:
         like = after.new_empty((0, 0, after.shape[2]), dtype=torch.promote_types(after.dtype, before.dtype))
-        if into := self._accumulator(layer, "update", like):
-            self._kernels_of(after.device).add_update(into, after, before, _mask_on(now, after.device))
+        for mask, into in self._accumulators_of(now, layer, "update", like):
+            self._kernels_of(after.device).add_update(into, after, before, mask)
+        if now.pairing:
+            self._add_rows(now, layer, "update", after - before)
 
-    def _accumulator(
-        self, layer: Layer, site: str, like: torch.Tensor, *, geometry: bool = False
-    ) -> Accumulator | None:
-        """Where a site of a layer is counted, if it is."""
+    def _add_rows(
+        self, now: _Pass, layer: Layer, site: str, x: torch.Tensor, before: torch.Tensor | None = None
+    ) -> None:
+        if now.mask is None or now.pairing is None or site not in self.hooks.sites or not self._counts:
+            return
+        if x.device not in now.tokens:
+            now.tokens[x.device] = ObservedTokens.of(now.mask, x.device)
+        rows = row_tensors(x, now.tokens[x.device], self._thresholds, before)
+        self._of_rows.setdefault((layer.index, site), []).append((now.pairing.rows, rows))
+
+    def _accumulators_of(
+        self, now: _Pass, layer: Layer, site: str, like: torch.Tensor, *, geometry: bool = False
+    ) -> Iterator[tuple[torch.Tensor, Accumulator]]:
+        """Where a site of a layer is counted, if it is: of each stratum, its mask and accumulator."""
         if site not in self.hooks.sites or not self._counts:
-            return None
-        key = (layer.index, site)
-        if key not in self._accumulators:
-            units = site in self._unit_sites
-            self._accumulators[key] = Accumulator(like, self._thresholds, units=units, geometry=geometry)
-        return self._accumulators[key]
+            return
+        for stratum, mask in _masks_on(now, like.device).items():
+            key = (layer.index, site, stratum)
+            if key not in self._accumulators:
+                units = site in self._unit_sites
+                self._accumulators[key] = Accumulator(like, self._thresholds, units=units, geometry=geometry)
+            yield mask, self._accumulators[key]
 
     def _kernels_of(self, device: torch.device) -> Kernels:
         if device not in self._kernels:
@@ -273,10 +313,9 @@ class Observer:
             kernels.finish()
 
 
-def _mask_on(now: _Pass, device: torch.device) -> torch.Tensor:
-    assert now.mask is not None
+def _masks_on(now: _Pass, device: torch.device) -> dict[str, torch.Tensor]:
     if device not in now.masks:
-        now.masks[device] = sent(now.mask.numpy(), device)
+        now.masks[device] = {name: sent(mask.numpy(), device) for name, mask in now.strata.items()}
     return now.masks[device]
 
 
@@ -305,20 +344,3 @@ def observe(
     """
     with attached(layers, sites) as hooks:
         yield Observer(hooks, thresholds, counts=counts, passes=passes, beat=beat)
-
-
-def _to_host(accumulators: Sequence[Accumulator]) -> list[dict[str, np.ndarray]]:
-    """The accumulators' tensors as numpy arrays; each device sends all of its own as one block of bytes."""
-    host: list[dict[str, np.ndarray]] = [{} for _ in accumulators]
-    places = [(i, name, t) for i, a in enumerate(accumulators) for name, t in a.tensors.items()]
-    for device in dict.fromkeys(tensor.device for _, _, tensor in places):
-        here = [(i, name, tensor) for i, name, tensor in places if tensor.device == device]
-        if device.type == "cpu":
-            for i, name, tensor in here:
-                host[i][name] = tensor.numpy()
-            continue
-        block = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, _, tensor in here]).cpu()
-        sizes = [tensor.numel() * tensor.element_size() for _, _, tensor in here]
-        for (i, name, tensor), part in zip(here, block.split(sizes), strict=True):
-            host[i][name] = part.clone().view(tensor.dtype).reshape(tensor.shape).numpy()
-    return host

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 
 from avss_dist.corpus.shards import Batch, Shard
@@ -19,7 +20,8 @@ from avss_dist.models.structure import absent_sites
 from avss_dist.partition.base import Replica, dummy_batch, no_observation
 from avss_dist.registry import GANGS
 from avss_dist.settings import INPUT_SITES, Settings
-from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
+from avss_dist.stats.layer_stats import ShardResult
+from avss_dist.stats.rows import AnswerRows
 from avss_dist.system.cores import use_threads
 from avss_dist.system.devices import peak_device_memory, reset_peak_device_memory
 from avss_dist.system.memory import peak_memory
@@ -60,12 +62,13 @@ def analyze_shard(
     rows = rows or settings.batch_size
     kept = nullcontext(hooks) if hooks is not None else attached(replica.layers, settings.sites)
     with kept as on_layers:
-        stats, rows = halve_until_it_fits(
+        observer, rows = halve_until_it_fits(
             lambda rows: _measure(replica, on_layers, list(shard.batches(rows)), forwards, settings, beat),
             rows,
             lambda rows: _too_large(replica, rows, settings),
             least=rows if replica.model["partition"] in GANGS else 1,
         )
+    stats, strata = observer.result(), observer.strata() if shard.pairing else {}
     if not stats and replica.reports_stats:
         raise ModelError(
             f"The model has none of the sites {', '.join(settings.sites)}.", "; ".join(replica.model["notes"]) or None
@@ -80,6 +83,8 @@ def analyze_shard(
         device=_device_name(replica.device),
         model=_describe(replica, rows, settings),
         peak_memory_bytes=_peak_memory_bytes(replica.device),
+        strata=strata,
+        rows=_answer_rows(shard, observer) if shard.pairing else None,
     )
 
 
@@ -90,13 +95,27 @@ def follow(replica: Replica, forwards: int) -> None:
 
 def _measure(
     replica: Replica, hooks: Hooks, batches: list[Batch], forwards: int, settings: Settings, beat: Beat | None
-) -> dict[LayerKey, LayerStats]:
+) -> Observer:
     batches = [*batches, *[dummy_batch()] * (forwards - len(batches))]
     counts = replica.reports_stats
     passes = sum(bool(batch.observed.any()) for batch in batches)
     observer = Observer(hooks, settings.thresholds, counts=counts, passes=passes, beat=beat)
-    replica.forward(batches, lambda batch: observer.batch(batch.observed))
-    return observer.result()
+    replica.forward(batches, lambda batch: observer.batch(batch.observed, batch.pairing))
+    return observer
+
+
+def _answer_rows(shard: Shard, observer: Observer) -> AnswerRows:
+    """The statistics of single rows."""
+    assert shard.pairing is not None
+    lengths = shard.lengths.astype(np.int64)
+    return AnswerRows(
+        row=shard.pairing.rows,
+        pair=shard.pairing.pairs,
+        strata=shard.pairing.strata,
+        prompt_tokens=shard.pairing.starts.astype(np.int64),
+        answer_tokens=np.maximum(lengths - shard.starts, 0),
+        stats=observer.rows(),
+    )
 
 
 def counter_bytes(size: Footprint, settings: Settings) -> int:

@@ -9,8 +9,8 @@ from typing import Any
 
 from avss_dist.errors import RunFailed
 from avss_dist.settings import BOOTSTRAP_BLOCKS
-from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
-from avss_dist.stats.merging import Block, combine_blocks, merge_block, split_into_blocks
+from avss_dist.stats.layer_stats import ShardResult
+from avss_dist.stats.merging import Block, Merged, combine_blocks, merge_block, split_into_blocks
 from avss_dist.warehouse.sharing import SharedWarehouse
 from avss_dist.warehouse.store import Store
 
@@ -55,8 +55,8 @@ class MergedPartials:
 
 def merge_partials(
     store: Store, shared: SharedWarehouse | None, run_id: str, expected: Expected, apply: Apply | None
-) -> tuple[dict[LayerKey, LayerStats], list[Mapping[LayerKey, LayerStats]], Circumstances]:
-    """The statistics of a run, those of its blocks, and what its row says of its shards.
+) -> tuple[Merged, Circumstances]:
+    """The statistics of a run and of its blocks, and what its row says of its shards.
 
     Args:
         expected: of every shard, from 0.
@@ -78,8 +78,7 @@ def merge_partials(
             circumstances.add(one.circumstances)
             yield one.block
 
-    stats, kept = combine_blocks(each())
-    return stats, kept, circumstances
+    return combine_blocks(each()), circumstances
 
 
 def _read_shared_block(shared: SharedWarehouse, run_id: str, expected: Expected) -> MergedPartials | None:

@@ -129,11 +129,11 @@ class RunInProgress:
         """
         expected, corpus = self._planned.expected, self._planned.corpus
         measured = time.perf_counter()
-        stats, blocks, shards = merge_partials(self._store, self._shared, self.run.run_id, expected, apply)
+        merged, shards = merge_partials(self._store, self._shared, self.run.run_id, expected, apply)
         layers = shards.layers
         identity = self._identity(shards.model["family"])
-        self._store.write_layer_stats(identity, layers, stats)
-        self._store.write_scores(identity, score_run(stats, layers, blocks))
+        self._store.write_layer_stats(identity, layers, merged.stats, merged.strata)
+        self._store.write_scores(identity, score_run(merged.stats, layers, merged.blocks))
         if self._begun is None:
             speed = corpus.num_tokens / max(shards.seconds, 1e-9)
         else:

@@ -23,11 +23,14 @@ from avss_dist.stats.histogram import (
     merge_values,
     next_cut,
 )
+from avss_dist.stats.rows import AnswerRows
 
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 LayerKey = tuple[int, str]
+StratumKey = tuple[int, str, str]
+"""Layer, site, stratum: of paired text."""
 
 
 def _empty_int() -> Int64:
@@ -279,7 +282,9 @@ class ShardResult:
         shard_id: index of the shard in the corpus plan.
         content_hash: hash of the shard's tokens, as planned.
         layers: module path of every layer, in order.
-        stats: LayerStats by (layer index, site).
+        stats: LayerStats by (layer index, site); of paired text, of all answers after their own prompts.
+        strata: of paired text, LayerStats by (layer index, site, stratum).
+        rows: of paired text, statistics of single rows.
         num_tokens: valid tokens observed.
         seconds: wall time of the pass.
         device: where it ran, such as ``cpu`` or ``NVIDIA H100``.
@@ -296,6 +301,8 @@ class ShardResult:
     device: str = "cpu"
     model: Mapping[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int = 0
+    strata: Mapping[StratumKey, LayerStats] = field(default_factory=dict)
+    rows: AnswerRows | None = None
 
 
 def without_values(stats: LayerStats) -> LayerStats:

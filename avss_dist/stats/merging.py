@@ -7,22 +7,40 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
+from avss_dist.settings import AFTER_ANOTHER
 from avss_dist.stats.histogram import Values, merge_values
-from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, without_values
+from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey, without_values
+
+Key = TypeVar("Key", LayerKey, StratumKey)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Merged statistics of consecutive shards, and apart from them the counts by value, which only the run keeps."""
+    """Merged statistics of consecutive shards, and apart from them the counts by value, which only the run keeps.
+
+    Of paired text there are those of strata alone: `merge_strata` gives the others.
+    """
 
     stats: Mapping[LayerKey, LayerStats]
     values: Mapping[LayerKey, Values]
+    strata: Mapping[StratumKey, LayerStats]
+    stratum_values: Mapping[StratumKey, Values]
 
 
-def merge_stats(parts: Iterable[Mapping[LayerKey, LayerStats]]) -> dict[LayerKey, LayerStats]:
+@dataclass(frozen=True)
+class Merged:
+    """The statistics of a run, and of its blocks without counts by value; of paired text, those of strata too."""
+
+    stats: dict[LayerKey, LayerStats]
+    blocks: list[Mapping[LayerKey, LayerStats]]
+    strata: dict[StratumKey, LayerStats]
+
+
+def merge_stats(parts: Iterable[Mapping[Key, LayerStats]]) -> dict[Key, LayerStats]:
     """Merge statistics by key, in the order given; a key may be missing from some parts."""
-    merged: dict[LayerKey, LayerStats] = {}
+    merged: dict[Key, LayerStats] = {}
     for part in parts:
         for key, stats in part.items():
             merged[key] = merged[key].merge(stats) if key in merged else stats
@@ -46,37 +64,67 @@ def merge_block(shards: Iterable[ShardResult], ids: range) -> Block:
     """
     stats: dict[LayerKey, LayerStats] = {}
     values: dict[LayerKey, Values] = {}
+    strata: dict[StratumKey, LayerStats] = {}
+    stratum_values: dict[StratumKey, Values] = {}
     seen = ids.start
     for shard in shards:
         if shard.shard_id != seen:
             raise ValueError(f"shard {shard.shard_id} where shard {seen} belongs")
         seen += 1
-        for key, one in shard.stats.items():
-            values[key] = merge_values(values[key], one.values) if key in values else one.values
-        stats = merge_stats((stats, {key: without_values(one) for key, one in shard.stats.items()}))
+        if shard.strata:
+            strata = _add(strata, stratum_values, shard.strata)
+        else:
+            stats = _add(stats, values, shard.stats)
     if seen != ids.stop:
         raise ValueError(f"{seen - ids.start} shards where {len(ids)} belong")
-    return Block(stats, values)
+    return Block(stats, values, strata, stratum_values)
 
 
-def combine_blocks(blocks: Iterable[Block]) -> tuple[dict[LayerKey, LayerStats], list[Mapping[LayerKey, LayerStats]]]:
-    """Merge blocks, in their order: the run, and each block without counts by value."""
+def _add(
+    merged: Mapping[Key, LayerStats], values: dict[Key, Values], shard: Mapping[Key, LayerStats]
+) -> dict[Key, LayerStats]:
+    """Statistics with those of a shard, whose counts by value go into ``values``."""
+    _add_values(values, {key: one.values for key, one in shard.items()})
+    return merge_stats((merged, {key: without_values(one) for key, one in shard.items()}))
+
+
+def _add_values(values: dict[Key, Values], more: Mapping[Key, Values]) -> None:
+    for key, some in more.items():
+        values[key] = merge_values(values[key], some) if key in values else some
+
+
+def combine_blocks(blocks: Iterable[Block]) -> Merged:
+    """Merge blocks, in their order."""
     kept: list[Mapping[LayerKey, LayerStats]] = []
+    kept_strata: list[Mapping[StratumKey, LayerStats]] = []
     values: dict[LayerKey, Values] = {}
+    stratum_values: dict[StratumKey, Values] = {}
     for block in blocks:
-        kept.append(block.stats)
-        for key, some in block.values.items():
-            values[key] = merge_values(values[key], some) if key in values else some
-    merged = merge_stats(kept)
+        kept.append(merge_strata(block.strata) if block.strata else block.stats)
+        kept_strata.append(block.strata)
+        _add_values(values, block.values)
+        _add_values(stratum_values, block.stratum_values)
+    strata = _with_values(merge_stats(kept_strata), stratum_values)
+    stats = merge_strata(strata) if strata else _with_values(merge_stats(kept), values)
+    return Merged(stats, kept, strata)
+
+
+def _with_values(merged: dict[Key, LayerStats], values: Mapping[Key, Values]) -> dict[Key, LayerStats]:
     for key, (abs_value, abs_value_count) in values.items():
         merged[key] = replace(merged[key], abs_value=abs_value, abs_value_count=abs_value_count)
-    return merged, kept
+    return merged
 
 
-def merge_blocks(
-    shards: Sequence[ShardResult], most: int
-) -> tuple[dict[LayerKey, LayerStats], list[Mapping[LayerKey, LayerStats]]]:
-    """Merge shards, given in the order of their ids: the run, and its blocks.
+def merge_strata(strata: Mapping[StratumKey, LayerStats]) -> dict[LayerKey, LayerStats]:
+    """Statistics of paired text as of any other: of all answers after their own prompts, merged by label."""
+    labels = dict.fromkeys(label for _, _, label in sorted(strata) if not label.endswith(AFTER_ANOTHER))
+    return merge_stats(
+        {(layer, site): one for (layer, site, of), one in strata.items() if of == label} for label in labels
+    )
+
+
+def merge_blocks(shards: Sequence[ShardResult], most: int) -> Merged:
+    """Merge shards, given in the order of their ids.
 
     Raises:
         ValueError: the ids are not exactly 0, 1, ...

@@ -29,6 +29,8 @@ _REQUIRED: dict[str, set[str]] = {
     "evaluations": {"task", "metric", "drop"},
     "cells": {"task", "metric", "drop", "part", "samples", "weights"},
     "experiments": {"method", "share", "task", "metric", "drop"},
+    "stratum_stats": {"stratum", "layer", "site", "count", "thresholds", "near_zero", "nonfinite_count"},
+    "row_stats": {"row", "pair", "stratum", "layer", "site", "answer_tokens", "count", "near_zero"},
 }
 """Columns that are never null, by table."""
 _NAMES = {
@@ -44,6 +46,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         ("num_tokens", "num_sequences", "sequence_length", "num_shards", "shard_id", "num_samples"), _COUNT
     ),
+    **dict.fromkeys(("row", "pair", "prompt_tokens", "answer_tokens"), _COUNT),
     **dict.fromkeys(("count", "near_zero", "zero_count", "nonfinite_count", "token_count"), _COUNT),
     **dict.fromkeys(("histogram_count", "unit_count", "sequence_count"), _COUNT),
     **dict.fromkeys(("threshold", "thresholds"), _LARGE),

@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 from avss_dist.errors import WarehouseError
 from avss_dist.settings import SCHEMA_VERSION
 from avss_dist.stats.histogram import HISTOGRAM_BINS
-from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
+from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
+from avss_dist.stats.merging import merge_strata
+from avss_dist.stats.rows import ROW_FIELDS, AnswerRows
 from avss_dist.warehouse.schema import SCHEMAS, RunIdentity
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ _FIRST_WITH_CHECKSUM = 3  # schema
 _PREFIX = b"sha256:"
 _UNSIGNED = _PREFIX + b"0" * 64
 _STATE = [f.name for f in fields(LayerStats) if f.name != "histogram"]
+_OF_SHARD = [f.name for f in fields(ShardResult) if f.name not in ("stats", "strata", "rows")]
+_STATS_TABLES = ("layer_stats", "shard_stats", "stratum_stats")
 
 
 def _leaves(kind: str) -> list[str]:
@@ -49,7 +53,7 @@ def encode(name: str, run_id: str, columns: Mapping[str, Any], shard: Mapping[st
     header = {_VERSION: str(SCHEMA_VERSION), _HEADER: json.dumps({"run_id": run_id, **shard}), _CHECKSUM: _UNSIGNED}
     schema = SCHEMAS[name].remove(0).with_metadata(header)
     table = pa.table({f.name: columns[f.name] for f in schema}, schema=schema)
-    sink, options = pa.BufferOutputStream(), _STATS_OPTIONS if name in ("layer_stats", "shard_stats") else {}
+    sink, options = pa.BufferOutputStream(), _STATS_OPTIONS if name in _STATS_TABLES else {}
     pq.write_table(table, sink, compression="zstd", row_group_size=1_000_000, write_page_checksum=True, **options)
     data = bytearray(sink.getvalue())
     at = data.rindex(_UNSIGNED)
@@ -114,7 +118,7 @@ class EncodedStats(Mapping[LayerKey, LayerStats]):
 
     @cached_property
     def _stats(self) -> dict[LayerKey, LayerStats]:
-        return to_stats(parse(self.data))
+        return _stats_and_strata(parse(self.data))[0]
 
     def __getitem__(self, key: LayerKey) -> LayerStats:
         return self._stats[key]
@@ -133,22 +137,40 @@ def encode_shard(run: RunIdentity, result: ShardResult) -> EncodedStats:
     """The partial of a shard, which is lossless to the last bit."""
     if isinstance(result.stats, EncodedStats) and result.stats.run == run:
         return result.stats
-    header = {f.name: getattr(result, f.name) for f in fields(ShardResult) if f.name != "stats"}
-    shard = {name: [getattr(result, name)] * len(result.stats) for name in ("shard_id", "content_hash")}
-    columns = to_columns(run, result.layers, result.stats) | shard
+    header = {name: getattr(result, name) for name in _OF_SHARD}
+    columns = to_columns(run, result.layers, result.strata or result.stats)
+    columns |= {name: [getattr(result, name)] * len(columns["layer"]) for name in ("shard_id", "content_hash")}
     return EncodedStats(run, encode("shard_stats", run.run_id, columns, header))
 
 
-def to_columns(run: RunIdentity, layers: Sequence[str], stats: Mapping[LayerKey, LayerStats]) -> dict[str, Any]:
-    """A row for each (layer, site) in order, by column; lists as one run of numbers and where each begins."""
-    keys = sorted(stats)
-    states = [stats[key] for key in keys]
+def encode_rows(run: RunIdentity, rows: AnswerRows) -> pa.Buffer:
+    """A file of ``row_stats``: the rows of a shard, for each layer and site in order."""
+    keys, size = sorted(rows.stats), len(rows.row)
+    columns: dict[str, Any] = {name: [value] * size * len(keys) for name, value in asdict(run).items()}
+    for name in ("row", "pair", "prompt_tokens", "answer_tokens"):
+        columns[name] = np.tile(getattr(rows, name), len(keys))
+    columns["stratum"] = list(rows.strata) * len(keys)
+    columns |= {name: [key[i] for key in keys for _ in range(size)] for i, name in enumerate(("layer", "site"))}
+    for name in ROW_FIELDS:
+        values = np.concatenate([getattr(rows.stats[key], name) for key in keys]) if keys else np.zeros(0)
+        columns[name] = list(values) if values.ndim > 1 else pa.array(values, from_pandas=True)
+    return encode("row_stats", run.run_id, columns)
+
+
+def to_columns(
+    run: RunIdentity, layers: Sequence[str], stats: Mapping[LayerKey, LayerStats] | Mapping[StratumKey, LayerStats]
+) -> dict[str, Any]:
+    """A row for each (layer, site, stratum) in order, by column; lists as one run of numbers and where each begins."""
+    every: Mapping[Any, LayerStats] = stats
+    keys: list[tuple[Any, ...]] = sorted(every)
+    states = [every[key] for key in keys]
     bins = [np.flatnonzero(state.histogram) for state in states]
     counts = [state.histogram[seen] for state, seen in zip(states, bins, strict=True)]
     columns: dict[str, Any] = {name: [value] * len(keys) for name, value in asdict(run).items()}
-    columns |= {"layer": [layer for layer, _ in keys], "site": [site for _, site in keys]}
-    columns["layer_name"] = [layers[layer] for layer, _ in keys]
-    columns["depth"] = [(layer + 0.5) / len(layers) for layer, _ in keys]
+    columns |= {"layer": [key[0] for key in keys], "site": [key[1] for key in keys]}
+    columns["layer_name"] = [layers[key[0]] for key in keys]
+    columns["depth"] = [(key[0] + 0.5) / len(layers) for key in keys]
+    columns["stratum"] = [key[2] if len(key) > 2 else None for key in keys]
     columns |= {"histogram_bin": bins, "histogram_count": counts}
     columns |= {name: [getattr(state, name) for state in states] for name in _STATE}
     for field in SCHEMAS["layer_stats"]:
@@ -169,22 +191,37 @@ def to_stats(table: pa.Table) -> dict[LayerKey, LayerStats]:
     Raises:
         pa.ArrowInvalid: they are no statistics.
     """
+    return {(layer, site): stats for (layer, site, _), stats in to_strata(table).items()}
+
+
+def to_strata(table: pa.Table) -> dict[StratumKey, LayerStats]:
+    """As `to_stats`, by layer, site and stratum; the stratum is empty where the text is not paired."""
     try:
-        return _to_stats(table)
+        return _to_strata(table)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise pa.ArrowInvalid(f"they are no statistics: {error}") from error
 
 
-def _to_stats(table: pa.Table) -> dict[LayerKey, LayerStats]:
+def _stats_and_strata(table: pa.Table) -> tuple[dict[LayerKey, LayerStats], dict[StratumKey, LayerStats]]:
+    """The statistics of a partial."""
+    strata = to_strata(table)
+    if any(stratum for _, _, stratum in strata):
+        return merge_strata(strata), strata
+    return {(layer, site): stats for (layer, site, _), stats in strata.items()}, {}
+
+
+def _to_strata(table: pa.Table) -> dict[StratumKey, LayerStats]:
     cells = {
         name: [cell.values.to_numpy() for cell in column] if pa.types.is_list(column.type) else column.to_pylist()
         for name, column in zip(table.column_names, table.columns, strict=True)
     }
-    stats = {}
-    for i, key in enumerate(zip(cells["layer"], cells["site"], strict=True)):
+    stats: dict[StratumKey, LayerStats] = {}
+    strata = cells.get("stratum", [None] * len(table))
+    for i, (layer, site, stratum) in enumerate(zip(cells["layer"], cells["site"], strata, strict=True)):
         histogram = np.zeros(HISTOGRAM_BINS, np.int64)
         histogram[cells["histogram_bin"][i]] = cells["histogram_count"][i]
-        stats[key] = LayerStats(histogram=histogram, **{name: cells[name][i] for name in _STATE if name in cells})
+        state = {name: cells[name][i] for name in _STATE if name in cells}
+        stats[layer, site, stratum or ""] = LayerStats(histogram=histogram, **state)
     return stats
 
 
@@ -195,6 +232,7 @@ def decode_shard(data: pa.Buffer, run_id: str) -> ShardResult | None:
         header = json.loads((table.schema.metadata or {}).get(_HEADER, b"{}"))
         if header.pop("run_id", None) != run_id or "layers" not in header:
             return None
-        return ShardResult(**header | {"layers": tuple(header["layers"]), "stats": to_stats(table)})
+        stats, strata = _stats_and_strata(table)
+        return ShardResult(**header | {"layers": tuple(header["layers"]), "stats": stats, "strata": strata})
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None  # files of schema 1 and 2 have no checksum over their metadata

@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from avss_dist.errors import QueryError, require_known
-from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
+from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
 from avss_dist.text import RedactedURI
-from avss_dist.warehouse.schema import SCHEMAS, TABLES
-from avss_dist.warehouse.store import Selection, Store
+from avss_dist.warehouse.schema import SCHEMAS, TABLES, Selection
+from avss_dist.warehouse.store import Store
 
 _SEALED: dict[str, str | bool | int | float | list[str]] = {
     "enable_external_access": False,
@@ -78,7 +78,7 @@ class Warehouse:
 
         Args:
             name: one of ``TABLES``.
-            selection: ``run_ids``, ``columns`` and ``where``, see `store.Selection`.
+            selection: ``run_ids``, ``columns`` and ``where``, see `schema.Selection`.
         """
         return self._store.table(name, **selection)
 
@@ -93,6 +93,10 @@ class Warehouse:
             WarehouseError: it has none.
         """
         return self._store.read_layer_stats(run_id)
+
+    def read_stratum_stats(self, run_id: str) -> dict[StratumKey, LayerStats]:
+        """The merged statistics of the strata of a run by (layer, site, stratum); none where its text is not paired."""
+        return self._store.read_stratum_stats(run_id)
 
     def readable_layer_stats(self, run_id: str) -> dict[LayerKey, LayerStats]:
         """As `read_layer_stats`; nothing where they are damaged, which `damaged` notes."""

@@ -5,12 +5,15 @@ The schemas of the Parquet files, ``avss query --schema`` and the tables of the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import get_type_hints
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypedDict, get_type_hints
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from avss_dist.stats.layer_stats import Float32, Float64, Int64, LayerStats
+from avss_dist.stats.rows import ROW_FIELDS
 
 DAMAGED = "avss score --fresh replaces a damaged file."
 STRING, BOOL = pa.string(), pa.bool_()
@@ -66,6 +69,24 @@ class RunIdentity:
     revision: str | None
     family: str
 
+    def identified(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Rows with these columns."""
+        return [{**row, **asdict(self)} for row in rows]
+
+
+class Selection(TypedDict, total=False):
+    """Which rows and columns of a table.
+
+    Attributes:
+        run_ids: of these runs only; an unknown one adds none.
+        columns: those columns, in that order.
+        where: true of each row, such as ``pc.field("site") == "block"``.
+    """
+
+    run_ids: Collection[str] | None
+    columns: Sequence[str] | None
+    where: pc.Expression | None
+
 
 def _columns_of_stats() -> tuple[Column, ...]:
     """A column for each field of LayerStats, but two lists for the histogram, at the end."""
@@ -95,6 +116,8 @@ _PLACE = (
     Column("site", STRING, "where in the layer: block, update, attention, mlp, neuron, query_input, ..."),
 )
 _STATS = _columns_of_stats()
+_STRATUM = Column("stratum", STRING, "of paired text, the label of the answers, and whether they follow another prompt")
+_OF_ROWS = {"count": INT64, "near_zero": INT64_LIST}  # what is no float
 _TASK = Column(
     "task",
     STRING,
@@ -210,6 +233,7 @@ TABLES: dict[str, Table] = {
             Column("content_hash", STRING, "hash of the shard's tokens"),
             *_PLACE,
             *_STATS,
+            _STRATUM,
         ),
     ),
     "evaluations": Table(
@@ -266,6 +290,25 @@ TABLES: dict[str, Table] = {
             ),
             Column("retention_high", FLOAT64, "upper end of the interval of retention"),
             Column("created_at", TIME, "when it was written", "UTC"),
+        ),
+    ),
+    "stratum_stats": Table(
+        "as layer_stats, for each stratum of paired text",
+        (_RUN_ID, *_MODEL, _STRATUM, *_PLACE, *_STATS),
+    ),
+    "row_stats": Table(
+        "one row for each answer of paired text, layer and site",
+        (
+            _RUN_ID,
+            *_MODEL,
+            Column("row", INT64, "index of the answer in the corpus"),
+            Column("pair", INT64, "index of the prompt that the answer belongs to"),
+            _STRATUM,
+            Column("prompt_tokens", INT64, "tokens before the answer", "tokens"),
+            Column("answer_tokens", INT64, "tokens of the answer that count", "tokens"),
+            _PLACE[0],
+            _PLACE[3],
+            *(Column(name, _OF_ROWS.get(name, FLOAT64), meaning) for name, meaning in ROW_FIELDS.items()),
         ),
     ),
 }

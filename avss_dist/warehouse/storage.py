@@ -31,6 +31,8 @@ _FILE_NAMES = {
     "evaluations": "evaluations",
     "cells": _ONE_FILE,
     "experiments": _ONE_FILE,
+    "stratum_stats": "stratum_stats",
+    "row_stats": r"shard-\d{5,}",
 }
 """The files of a run's folder, by table. Others do not count, such as copies that a synchronizing tool makes."""
 

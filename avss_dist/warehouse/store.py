@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict, TypeVar, Unpack
+from typing import Any, NoReturn, TypeVar, Unpack
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,40 +13,29 @@ import pyarrow.dataset as ds
 
 from avss_dist.errors import DamagedFile, WarehouseError, nearest, require_known, without_secrets
 from avss_dist.settings import SCHEMA_VERSION
-from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
+from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.cache import Files, copied_rows
 from avss_dist.warehouse.checks import RUN_COLUMNS, checked_rows, damaged_runs
 from avss_dist.warehouse.encoding import (
     decode_shard,
     encode,
+    encode_rows,
     encode_shard,
     parse,
     refuse_newer,
     refuse_newer_version,
     to_columns,
     to_stats,
+    to_strata,
 )
-from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, RunIdentity
+from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, RunIdentity, Selection
 from avss_dist.warehouse.storage import Storage
 
 T = TypeVar("T")
+LayersStats, StrataStats = Mapping[LayerKey, LayerStats], Mapping[StratumKey, LayerStats]
 
 AT_ONCE = 8  # partials that are read together
-
-
-class Selection(TypedDict, total=False):
-    """Which rows and columns of a table.
-
-    Attributes:
-        run_ids: of these runs only; an unknown one adds none.
-        columns: those columns, in that order.
-        where: true of each row, such as ``pc.field("site") == "block"``.
-    """
-
-    run_ids: Collection[str] | None
-    columns: Sequence[str] | None
-    where: pc.Expression | None
 
 
 class Store:
@@ -84,7 +72,13 @@ class Store:
         self.storage.create()
 
     def write_shard(self, run: RunIdentity, result: ShardResult) -> None:
-        """Keep one shard's result, lossless to the last bit, so that a resumed run need not compute it again."""
+        """Keep one shard's result, lossless to the last bit, so that a resumed run need not compute it again.
+
+        Its rows, if the text is paired, go first: where the partial is, they are.
+        """
+        if result.rows:
+            path = self._shard_path(run.run_id, result.shard_id, "row_stats")
+            self.storage.write(path, encode_rows(run, result.rows))
         self.storage.write(self._shard_path(run.run_id, result.shard_id), encode_shard(run, result).data)
 
     def read_shards(self, run_id: str, expected: Mapping[int, str]) -> list[ShardResult]:
@@ -104,10 +98,21 @@ class Store:
         for i in range(0, len(ids), AT_ONCE):
             yield from self.read_shards(run_id, {k: expected[k] for k in ids[i : i + AT_ONCE]})
 
-    def write_layer_stats(self, run: RunIdentity, layers: Sequence[str], stats: Mapping[LayerKey, LayerStats]) -> None:
+    def write_layer_stats(
+        self, run: RunIdentity, layers: Sequence[str], stats: LayersStats, strata: StrataStats | None = None
+    ) -> None:
         """Write the merged statistics of a run; ``layers`` are the module paths of all its layers, in order."""
-        data = encode("layer_stats", run.run_id, to_columns(run, layers, stats))
-        self.storage.write(self.storage.path("layer_stats", run.run_id, "layer_stats"), data)
+        self._write("layer_stats", run.run_id, to_columns(run, layers, stats))
+        if strata:
+            self._write("stratum_stats", run.run_id, to_columns(run, layers, strata))
+
+    def read_stratum_stats(self, run_id: str) -> dict[StratumKey, LayerStats]:
+        """The merged statistics of the strata of a run, as written; none where its text is not paired."""
+        data = self.storage.read(path := self.storage.path("stratum_stats", run_id, "stratum_stats"))
+        if data is None:
+            return {}
+        with self.storage.reading(path):
+            return to_strata(checked_rows("stratum_stats", run_id, parse(data)))
 
     def read_layer_stats(self, run_id: str) -> dict[LayerKey, LayerStats]:
         """The merged statistics of a run, as written; WarehouseError when it has none."""
@@ -122,7 +127,7 @@ class Store:
 
     def write_scores(self, run: RunIdentity, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the scores of a run. Rows lack the columns of RunIdentity; None, NaN and missing become null."""
-        self._write_rows("scores", run.run_id, _with_identity(run, rows))
+        self._write_rows("scores", run.run_id, run.identified(rows))
 
     def write_run(self, row: Mapping[str, Any]) -> None:
         """Write the row that makes a run exist, after all its other files. A failed run never replaces a done one."""
@@ -131,11 +136,11 @@ class Store:
         if row["status"] == "failed" and (self.run(row["run_id"]) or {}).get("status") == "done":
             return
         clean = {name: without_secrets(value) if isinstance(value, str) else value for name, value in row.items()}
-        self._write_rows("runs", row["run_id"], [{**clean, "schema_version": SCHEMA_VERSION}], name="run")
+        self._write_rows("runs", row["run_id"], [{**clean, "schema_version": SCHEMA_VERSION}], "run")
 
     def write_cell(self, run: RunIdentity, cell_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Keep what one cell of an evaluation measured; rows lack the columns of RunIdentity."""
-        self._write_rows("cells", run.run_id, _with_identity(run, rows), name=cell_id)
+        self._write_rows("cells", run.run_id, run.identified(rows), cell_id)
 
     def cell_ids(self, run_id: str) -> set[str]:
         """The cells of an evaluation that are measured."""
@@ -143,11 +148,11 @@ class Store:
 
     def write_evaluations(self, run: RunIdentity, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write what the cells of an evaluation say together; rows lack the columns of RunIdentity."""
-        self._write_rows("evaluations", run.run_id, _with_identity(run, rows))
+        self._write_rows("evaluations", run.run_id, run.identified(rows))
 
     def write_experiment(self, run: RunIdentity, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write what an experiment says of the scores of a run; rows lack the columns of RunIdentity."""
-        self._write_rows("experiments", run.run_id, _with_identity(run, rows), name=name)
+        self._write_rows("experiments", run.run_id, run.identified(rows), name)
 
     def run(self, run_id: str) -> dict[str, Any] | None:
         """The ``runs`` row of a run by column, ``versions`` as a dict; None when it has none."""
@@ -332,18 +337,15 @@ class Store:
             refuse_newer(dataset)
         return dataset
 
-    def _shard_path(self, run_id: str, shard_id: int) -> str:
-        return self.storage.path("shard_stats", run_id, f"shard-{shard_id:05d}")
+    def _shard_path(self, run_id: str, shard_id: int, table: str = "shard_stats") -> str:
+        return self.storage.path(table, run_id, f"shard-{shard_id:05d}")
 
-    def _write_rows(
-        self, table: str, run_id: str, rows: Sequence[Mapping[str, Any]], *, name: str | None = None
-    ) -> None:
+    def _write_rows(self, table: str, run_id: str, rows: Sequence[Mapping[str, Any]], name: str | None = None) -> None:
         """Rows lack what is null; of floats, NaN is null too."""
         for column in {column for row in rows for column in row}:
             require_known("column", column, SCHEMAS[table].names, WarehouseError)
         columns = {f.name: pa.array([r.get(f.name) for r in rows], f.type, from_pandas=True) for f in SCHEMAS[table]}
+        self._write(table, run_id, columns, name)
+
+    def _write(self, table: str, run_id: str, columns: Mapping[str, Any], name: str | None = None) -> None:
         self.storage.write(self.storage.path(table, run_id, name or table), encode(table, run_id, columns))
-
-
-def _with_identity(run: RunIdentity, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{**row, **asdict(run)} for row in rows]

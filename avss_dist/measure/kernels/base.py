@@ -9,7 +9,7 @@ float32 the upper halves of the patterns of abs(x) are counted, and the rest is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -124,6 +124,23 @@ def float32_limits(thresholds: Float64) -> np.ndarray:
     limits = thresholds.astype(np.float32)
     limits = np.where(limits.astype(np.float64) < thresholds, np.nextafter(limits, np.float32(np.inf)), limits)
     return limits.view(np.uint32)
+
+
+def to_host(accumulators: Sequence[Accumulator]) -> list[dict[str, np.ndarray]]:
+    """The accumulators' tensors as numpy arrays; each device sends all of its own as one block of bytes."""
+    host: list[dict[str, np.ndarray]] = [{} for _ in accumulators]
+    places = [(i, name, t) for i, a in enumerate(accumulators) for name, t in a.tensors.items()]
+    for device in dict.fromkeys(tensor.device for _, _, tensor in places):
+        here = [(i, name, tensor) for i, name, tensor in places if tensor.device == device]
+        if device.type == "cpu":
+            for i, name, tensor in here:
+                host[i][name] = tensor.numpy()
+            continue
+        block = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, _, tensor in here]).cpu()
+        sizes = [tensor.numel() * tensor.element_size() for _, _, tensor in here]
+        for (i, name, tensor), part in zip(here, block.split(sizes), strict=True):
+            host[i][name] = part.clone().view(tensor.dtype).reshape(tensor.shape).numpy()
+    return host
 
 
 def to_stats(tensors: Mapping[str, np.ndarray], dtype: torch.dtype, thresholds: Float64) -> LayerStats:

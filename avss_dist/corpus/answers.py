@@ -1,0 +1,143 @@
+"""Paired text: answers of several labels to the same prompts, as records of a file tell them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from avss_dist.errors import CorpusError, nearest
+from avss_dist.settings import AFTER_ANOTHER, INCORRECT, TRUTHFUL
+from avss_dist.text import describe_bytes
+
+MAX_LINE_BYTES = 16 << 20  # of a line of a file; as many characters of a text
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+
+Records = Iterable[tuple[Mapping[str, Any], str]]
+"""JSON objects, and the file and line of each."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to a prompt.
+
+    Attributes:
+        text: what follows the prompt, whitespace included.
+        label: of what kind it is: its stratum.
+        where: its file and line.
+    """
+
+    prompt: str
+    text: str
+    label: str
+    where: str
+
+
+def labelled_answers(records: Records, prompt: str, answer: str, label: str) -> Iterator[Answer]:
+    """An answer of each record, from its fields of these names.
+
+    Raises:
+        CorpusError: a field is missing, or no text; an answer is empty. The message names file and line.
+    """
+    for record, where in records:
+        before, text, kind = (field_text(record, name, where) for name in (prompt, answer, label))
+        yield _answer(before, text, kind, where)
+
+
+def truthfulqa_answers(records: Records, seed: int) -> Iterator[Answer]:
+    """Two answers to each question of TruthfulQA: the best, and one of the incorrect ones.
+
+    The choice depends on the seed and the question alone, wherever it stands in the file.
+
+    Raises:
+        CorpusError: as `labelled_answers`.
+    """
+    for record, where in records:
+        question, best = (field_text(record, name, where) for name in ("question", "best_answer"))
+        wrong = field_texts(record, "incorrect_answers", where)
+        drawn = int.from_bytes(hashlib.sha256(f"{seed}:{question}".encode()).digest()[:8], "big")
+        prompt = question_prompt(question)
+        yield _answer(prompt, best, TRUTHFUL, where)
+        yield _answer(prompt, wrong[drawn % len(wrong)], INCORRECT, where)
+
+
+def question_prompt(question: str) -> str:
+    """What an answer to a question of TruthfulQA follows."""
+    return f"Q: {question}\nA:"
+
+
+def spaced(prompt: str, text: str) -> str:
+    """An answer with a space before it, where neither it nor its prompt has one."""
+    return text if text[:1].isspace() or prompt[-1:].isspace() or not prompt else f" {text}"
+
+
+def _answer(prompt: str, text: str, label: str, where: str) -> Answer:
+    if not text.strip():
+        raise CorpusError(f"{where}: the answer is empty.", "Write one, or leave the line out.")
+    if not label or label.endswith(AFTER_ANOTHER):
+        raise CorpusError(f"{where}: '{label}' is no label.", "Name it by a word, such as hallucinated or truthful.")
+    return Answer(prompt, spaced(prompt, text), label, where)
+
+
+def paired(answers: Iterable[Answer], source: str) -> list[list[Answer]]:
+    """Answers by prompt, in the order in which prompts first occur.
+
+    Raises:
+        CorpusError: there are none, or of one label only, or a prompt has answers of one.
+    """
+    pairs: dict[str, list[Answer]] = {}
+    for answer in answers:
+        pairs.setdefault(answer.prompt, []).append(answer)
+    if not pairs:
+        raise CorpusError(f"{source} holds no text (documents read: 0).", "Name one that holds some.")
+    labels = sorted({answer.label for pair in pairs.values() for answer in pair})
+    if len(labels) == 1:
+        message = f"Every answer of {source} is labelled '{labels[0]}'."
+        raise CorpusError(message, "A contrast takes two labels: give both kinds of answers, or name another field.")
+    for pair in pairs.values():
+        if len({answer.label for answer in pair}) == 1:
+            raise CorpusError(
+                f"{pair[0].where}: the answers to this prompt are all labelled '{pair[0].label}'.",
+                "Give each prompt answers of two labels, or leave it out.",
+            )
+    return list(pairs.values())
+
+
+def field_text(record: Mapping[str, Any], field: str, where: str) -> str:
+    """The text of a field.
+
+    Raises:
+        CorpusError: there is none; names the place.
+    """
+    if field not in record:
+        raise CorpusError(f"{where}: no field '{field}'.", nearest(field, record))
+    return _text(record[field], field, where)
+
+
+def field_texts(record: Mapping[str, Any], field: str, where: str) -> list[str]:
+    """The texts of a field that is a list of them, one at least.
+
+    Raises:
+        CorpusError: as `field_text`.
+    """
+    values = record.get(field)
+    if not isinstance(values, list) or not values:
+        field_text({} if values is None else record, field, where)
+        raise CorpusError(f"{where}: '{field}' is no list of texts.", "Fix the line.")
+    return [_text(value, field, where) for value in values]
+
+
+def _text(value: Any, field: str, where: str) -> str:
+    if not isinstance(value, str) or _HALF_CHARACTER.search(value):
+        raise CorpusError(f"{where}: '{field}' is not text but {value!r:.60}.", "Fix the line, or name another field.")
+    if len(value) > MAX_LINE_BYTES:
+        raise too_long(where)
+    return value
+
+
+def too_long(where: str) -> CorpusError:
+    """That a text is larger than is read."""
+    most = describe_bytes(MAX_LINE_BYTES)
+    return CorpusError(f"{where}: a text or line is longer than {most}.", "Split it into several documents.")

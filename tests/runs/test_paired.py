@@ -1,0 +1,171 @@
+"""Paired text, from a file to the warehouse: strata and rows against numpy, the same bytes however it is done."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.oracle import EXACT_FIELDS, assert_close, oracle_stats
+from support.tables import assert_same_tables
+
+import avss_dist
+from avss_dist.corpus.shards import Shard, plan
+from avss_dist.measure.shard import analyze_shard
+from avss_dist.models.checkpoints import resolve
+from avss_dist.models.loading import load_tokenizer
+from avss_dist.partition.base import Placement, Replica
+from avss_dist.partition.open import open_replica
+from avss_dist.settings import AFTER_ANOTHER, Settings
+from avss_dist.stats.layer_stats import ShardResult
+from avss_dist.stats.merging import merge_stats
+from avss_dist.warehouse.encoding import encode_shard
+from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.store import Store
+
+OPTIONS: dict[str, Any] = {"sequence_length": 48, "batch_size": 3, "sequences_per_shard": 8, "executor": "local"}
+SETTINGS = Settings(sequence_length=48, batch_size=3, dtype="float32", thresholds=(1e-2, 0.1))
+Raw = list[tuple[np.ndarray, np.ndarray]]
+PAIRS = 6
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("text") / "pairs.jsonl"
+    lines = [
+        {"q": f"What is {i * i}?", "a": f"{i} times {word}" * (1 + i % 2), "kind": kind}
+        for i in range(PAIRS)
+        for kind, word in (("good", "itself"), ("bad", "something else"))
+    ]
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    return f"{file}:q+a:kind"
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_llama: Path) -> Iterator[Replica]:
+    replica = open_replica(resolve(str(tiny_llama)), SETTINGS, Placement())
+    yield replica
+    replica.close()
+
+
+@pytest.fixture(scope="module")
+def shard(tiny_llama: Path, source: str) -> Shard:
+    return plan(source, load_tokenizer(resolve(str(tiny_llama))), SETTINGS).shards[0]
+
+
+@pytest.fixture(scope="module")
+def measured(opened: Replica, shard: Shard) -> tuple[ShardResult, Raw]:
+    """A shard's result; and the input and output of layer 1 for each row, which hooks of the test's own saw."""
+    raw: Raw = []
+
+    def see(_module: Any, args: Any, output: Any) -> None:
+        after = output if isinstance(output, torch.Tensor) else output[0]
+        raw.extend(zip(args[0].double().numpy(), after.double().numpy(), strict=True))
+
+    handle = opened.layers[1].module.register_forward_hook(see)
+    result = analyze_shard(opened, shard, SETTINGS)
+    handle.remove()
+    return result, raw
+
+
+def padded(raw: Raw, shard: Shard) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Input, output and mask, [rows, tokens, units] and [rows, tokens]."""
+    assert shard.pairing is not None
+    before, after = (np.zeros((len(raw), 48, raw[0][0].shape[1])) for _ in range(2))
+    for i, (old, new) in enumerate(raw):
+        before[i, : len(old)], after[i, : len(new)] = old, new
+    positions = np.arange(48)
+    return before, after, (positions >= shard.pairing.starts[:, None]) & (positions < shard.lengths[:, None])
+
+
+def test_strata_are_those_of_numpy(measured: tuple[ShardResult, Raw], shard: Shard) -> None:
+    result, raw = measured
+    assert shard.pairing is not None
+    before, after, mask = padded(raw, shard)
+    update = (after.astype(np.float32) - before.astype(np.float32)).astype(np.float64)
+    grid = np.array(SETTINGS.thresholds)
+    labels = np.array(shard.pairing.strata)
+    assert set(labels) == {label + after for label in ("good", "bad") for after in ("", AFTER_ANOTHER)}
+    for label in set(labels):
+        own = mask & (labels == label)[:, None]
+        expected = oracle_stats(after, own, grid, units=True, before=before, update=update)
+        assert_close(result.strata[1, "block", label], expected, angle_atol=1e-7)
+
+
+def test_rows_are_those_of_numpy_and_add_up_to_their_strata(measured: tuple[ShardResult, Raw], shard: Shard) -> None:
+    result, raw = measured
+    before, after, mask = padded(raw, shard)
+    assert result.rows is not None
+    rows = result.rows.stats[1, "block"]
+    for i, own in enumerate(mask):
+        x, old = after[i, own], before[i, own]
+        assert rows.count[i] == x.size
+        assert rows.near_zero[i].tolist() == [(np.abs(x) < t).sum() for t in SETTINGS.thresholds]
+        change = np.linalg.norm(x - old, axis=1) / np.linalg.norm(old, axis=1)
+        actual = (rows.mean, rows.m2, rows.pooled_variance, rows.norm, rows.relative_magnitude)
+        expected = (
+            *(x.mean(), x.size * x.var(), x.mean(0).var(ddof=1)),
+            *(np.linalg.norm(x, axis=1).mean(), change.mean()),
+        )
+        np.testing.assert_allclose([values[i] for values in actual], expected, rtol=1e-6)
+    for (layer, site, label), stats in result.strata.items():
+        own = np.array(result.rows.strata) == label
+        assert result.rows.stats[layer, site].near_zero[own].sum(axis=0).tolist() == stats.near_zero.tolist()
+        assert result.rows.stats[layer, site].count[own].sum() == stats.count
+
+
+def test_strata_add_up_to_the_whole_to_the_bit(
+    opened: Replica, measured: tuple[ShardResult, Raw], shard: Shard
+) -> None:
+    assert shard.pairing is not None
+    alike = replace(shard.pairing, strata=("all",) * shard.num_sequences)
+    whole = analyze_shard(opened, replace(shard, pairing=alike), SETTINGS).stats
+    labels = {label for _, _, label in measured[0].strata}
+    added = merge_stats([{k[:2]: v for k, v in measured[0].strata.items() if k[2] == label} for label in labels])
+    assert added.keys() == whole.keys()
+    for key, stats in whole.items():
+        for name in EXACT_FIELDS:
+            assert np.array_equal(getattr(added[key], name), getattr(stats, name)), (key, name)
+
+
+def test_a_result_that_is_sent_is_written_as_by_its_worker(measured: tuple[ShardResult, Raw], tmp_path: Path) -> None:
+    run = RunIdentity(run_id="tiny-0123456789", model="tiny", revision=None, family="llama")
+    plain, _ = measured
+    sent = pickle.loads(pickle.dumps(replace(plain, stats=encode_shard(run, plain))))
+    for name, result in (("here", plain), ("there", sent)):
+        Store(tmp_path / name).write_shard(run, result)
+    for table in ("shard_stats", "row_stats"):
+        file = f"{table}/run_id={run.run_id}/shard-00000.parquet"
+        assert (tmp_path / "here" / file).read_bytes() == (tmp_path / "there" / file).read_bytes()
+    (back,) = Store(tmp_path / "here").read_shards(run.run_id, {0: plain.content_hash})
+    assert all(stats.equals(plain.strata[key]) for key, stats in back.strata.items())
+    assert all(stats.equals(plain.stats[key]) for key, stats in back.stats.items())
+
+
+def test_a_resumed_run_and_a_streamed_one_are_the_same(tiny_llama: Path, source: str, tmp_path: Path) -> None:
+    runs = [
+        avss_dist.score(tiny_llama, corpus=source, out=tmp_path / name, **options, **OPTIONS)
+        for name, options in (("once", {}), ("again", {"partition": "streaming"}))
+    ]
+    assert runs[0].run_id == runs[1].run_id
+    assert_same_tables(tmp_path / "again", tmp_path / "once")
+    run_id = runs[0].run_id
+    for table in ("runs", "stratum_stats"):
+        (next((tmp_path / "again" / table).rglob("*.parquet"))).unlink()
+    for table in ("shard_stats", "row_stats"):
+        (tmp_path / "again" / table / f"run_id={run_id}" / "shard-00001.parquet").unlink()
+    assert avss_dist.score(tiny_llama, corpus=source, out=tmp_path / "again", **OPTIONS).resumed_shards == 2
+    assert_same_tables(tmp_path / "again", tmp_path / "once")
+    tables = [Warehouse(tmp_path / name).table("row_stats") for name in ("once", "again")]
+    assert tables[0].equals(tables[1]) and tables[0].num_rows == 4 * PAIRS * 3 * 5
+    strata = [Warehouse(tmp_path / name).read_stratum_stats(run_id) for name in ("once", "again")]
+    assert all(stats.equals(strata[1][key]) for key, stats in strata[0].items())
+    counted = Warehouse(tmp_path / "once").read_layer_stats(run_id)[0, "mlp"].count
+    assert counted == strata[0][0, "mlp", "good"].count + strata[0][0, "mlp", "bad"].count
