@@ -76,9 +76,8 @@ class Store:
 
         Its rows, if the text is paired, go first: where the partial is, they are.
         """
-        if result.rows:
-            path = self._shard_path(run.run_id, result.shard_id, "row_stats")
-            self.storage.write(path, encode_rows(run, result.rows))
+        if rows := result.rows:
+            self.storage.write(self._shard_path(run.run_id, result.shard_id, "row_stats"), encode_rows(run, rows))
         self.storage.write(self._shard_path(run.run_id, result.shard_id), encode_shard(run, result).data)
 
     def read_shards(self, run_id: str, expected: Mapping[int, str]) -> list[ShardResult]:
