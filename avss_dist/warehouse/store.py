@@ -33,7 +33,8 @@ from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, RunIdentity, Se
 from avss_dist.warehouse.storage import Storage
 
 T = TypeVar("T")
-LayersStats, StrataStats = Mapping[LayerKey, LayerStats], Mapping[StratumKey, LayerStats]
+LayersStats = Mapping[LayerKey, LayerStats]
+StrataStats = Mapping[StratumKey, LayerStats]
 
 AT_ONCE = 8  # partials that are read together
 
@@ -72,10 +73,7 @@ class Store:
         self.storage.create()
 
     def write_shard(self, run: RunIdentity, result: ShardResult) -> None:
-        """Keep one shard's result, lossless to the last bit, so that a resumed run need not compute it again.
-
-        Its rows, if the text is paired, go first: where the partial is, they are.
-        """
+        """Keep a shard's result, lossless to the last bit, to resume. Its rows go first: where it is, they are."""
         if rows := result.rows:
             self.storage.write(self._shard_path(run.run_id, result.shard_id, "row_stats"), encode_rows(run, rows))
         self.storage.write(self._shard_path(run.run_id, result.shard_id), encode_shard(run, result).data)
