@@ -30,12 +30,14 @@ class Checkpoint:
         source: ``hub``, ``folder`` or ``gguf``.
         path: the local folder, or the ``.gguf`` file.
         revision: the hub's commit, or the SHA-256 of the files that are read.
+        revision_name: the branch or tag of a hub id, as the user called it.
     """
 
     name: str
     source: str
     path: str
     revision: str
+    revision_name: str = ""
 
     @property
     def slug(self) -> str:
@@ -121,7 +123,7 @@ def fetch_files(spec: str, patterns: list[str]) -> Checkpoint:
     name, _, revision = spec.partition("@")
     with explain_hub_errors(spec):
         folder = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
-    return Checkpoint(name=name, source="hub", path=folder, revision=Path(folder).name)
+    return Checkpoint(name=name, source="hub", path=folder, revision=Path(folder).name, revision_name=revision)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from avss_dist.corpus.sources import documents
-from avss_dist.errors import AvssError, ConfigError, named_fields, spell_fields
+from avss_dist.errors import AvssError, ConfigError, ModelError, named_fields, spell_fields
+from avss_dist.models.series import matching_revisions
 from avss_dist.pruning.methods import Experiment
 from avss_dist.runs.job_schema import (
     EXECUTION_FIELDS,
@@ -257,7 +258,7 @@ class _Reader:
             if Path(name).expanduser().exists() or glob.has_magic(name):
                 where: Location = (*at, "revisions")
                 self.report(where, f"'{name}' is a folder or a file; only a hub id has revisions")
-            return [f"{name}@{revision}" for revision in _revisions(entry)]
+            return [f"{name}@{revision}" for revision in self.revisions(name, entry, at)]
         if not (self.expand and glob.has_magic(name)):
             return [name]
         matches = glob.glob(str(Path(name).expanduser()), recursive=True)
@@ -265,6 +266,19 @@ class _Reader:
         if not folders:
             self.report(at, f"no folder matches '{name}' (relative paths start in {Path.cwd()})")
         return folders
+
+    def revisions(self, name: str, entry: ModelKeys | None, at: Location) -> Iterator[str]:
+        """Those of a hub id that an entry lists; the hub knows which of them a pattern means."""
+        for index, revision in enumerate((entry.revisions or ()) if entry else ()):
+            if isinstance(revision, RevisionRange):
+                yield from revision.names()
+            elif self.expand and glob.has_magic(revision):
+                try:
+                    yield from matching_revisions(name, revision)
+                except ModelError as error:
+                    self.report((*at, "revisions", index), str(error))
+            else:
+                yield revision
 
     def reject_duplicates(self, specs: Iterable[RunSpec]) -> None:
         """The same run twice is a problem."""
@@ -321,14 +335,6 @@ def _texts(raw: Any) -> list[tuple[int, str]]:
 def _name(raw: Any) -> str | None:
     name = raw.get("model") if isinstance(raw, dict) else raw
     return name if isinstance(name, str) else None
-
-
-def _revisions(entry: ModelKeys | None) -> Iterator[str]:
-    for revision in (entry.revisions or ()) if entry else ():
-        if isinstance(revision, RevisionRange):
-            yield from revision.names()
-        else:
-            yield revision
 
 
 def _describe(options: Mapping[str, Any]) -> str:

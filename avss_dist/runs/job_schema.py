@@ -94,7 +94,7 @@ class ModelKeys(_Section):
         ]
         | None
     ) = None
-    """Of a hub id: names, and ranges such as {prefix: step, from: 0, to: 3000, step: 1000}."""
+    """Of a hub id: names, patterns (stage1-step*), and ranges such as {prefix: step, from: 0, to: 3000, step: 1000}."""
 
 
 def _fields_of(cls: Any, names: tuple[str, ...]) -> dict[str, Any]:

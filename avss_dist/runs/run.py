@@ -15,6 +15,7 @@ from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.errors import AvssError
 from avss_dist.executors.base import ReplicaSpec, RunShards
 from avss_dist.models.quantization import describe_quantization
+from avss_dist.models.series import when_saved
 from avss_dist.runs.partials import Apply, merge_partials
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.scores import score_run
@@ -168,6 +169,7 @@ class RunInProgress:
         """Write the run's row."""
         settings, corpus = self._planned.replica_spec.settings, self._planned.corpus
         checkpoint = self._planned.replica_spec.checkpoint
+        saved = when_saved(checkpoint)
         self._store.write_run(
             {
                 "run_id": self.run.run_id,
@@ -176,6 +178,10 @@ class RunInProgress:
                 "created_at": datetime.now(UTC),
                 "model": checkpoint.name,
                 "revision": checkpoint.revision,
+                "revision_name": checkpoint.revision_name or None,
+                "series": saved.series,
+                "training_step": saved.step,
+                "training_tokens": saved.tokens,
                 "replicas": self._planned.replicas,
                 "corpus": corpus.source,
                 "corpus_fingerprint": corpus.corpus_fingerprint,

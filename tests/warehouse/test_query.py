@@ -272,11 +272,13 @@ def test_a_query_needs_a_warehouse_and_a_query(root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three revisions of a model, and another family."""
+    """Three revisions of a model, the last of them scored first, and another family."""
     root = tmp_path_factory.mktemp("scored")
-    for seed in range(3):
+    for seed in (2, 1, 0):
         x = activations(seed, scales=np.roll([1.0, 2.2, 0.6, 3.3, 1.5, 0.4, 5.0, 2.8], seed))
-        columns = {"model": "org/llama", "revision": f"step{seed}", "num_parameters": 10, "partition": "single"}
+        columns = {"model": "org/llama", "revision": f"{seed}" * 40, "num_parameters": 10, "partition": "single"}
+        columns |= {"revision_name": f"step{seed}", "series": "org/llama@step*", "training_step": seed}
+        columns |= {"training_tokens": seed * 10**6}
         write_measured(root, f"llama-{seed}", stats_of(x), 8, **columns)
     write_measured(root, "bert-0", stats_of(activations(9)[:, :4]), 4, family="bert")
     return root
@@ -311,10 +313,10 @@ def test_the_lowest_quartile_by_family(scored: Path) -> None:
 
 def test_drift_follows_the_revisions_in_order(scored: Path) -> None:
     rows = Warehouse(scored).sql("@drift").to_pylist()
-    assert {row["model"] for row in rows} == {"org/llama"}
+    assert {row["series"] for row in rows} == {"org/llama@step*"}
     for layer in range(8):
         found = [row for row in rows if row["layer"] == layer]
-        assert [row["revision"] for row in found] == ["step0", "step1", "step2"]
+        assert [row["revision_name"] for row in found] == ["step0", "step1", "step2"]
         assert found[0]["rank_change"] is None
         assert [row["rank_change"] for row in found[1:]] == [b["rank"] - a["rank"] for a, b in pairwise(found)]
 
