@@ -27,6 +27,7 @@ from avss_dist.models.loading import load_tokenizer
 from avss_dist.partition.base import Placement, no_observation
 from avss_dist.partition.single import SingleReplica
 from avss_dist.partition.streaming.buffers import AnyBuffer
+from avss_dist.partition.streaming.hidden_states import HiddenStateOffloader
 from avss_dist.partition.streaming.replica import StreamingReplica
 from avss_dist.partition.streaming.window import Window
 from avss_dist.settings import SITES, Settings
@@ -324,6 +325,20 @@ def test_hidden_states_wait_in_files(
     replica.forward(list(shard().batches(1)), no_observation)
     assert max(most_files) >= (ROWS - 1 if limit == "none of them" else 1)
     assert list((tmp_path / "offload").iterdir()) == []
+
+
+def test_hidden_states_stay_on_a_gpu_while_it_has_room(tmp_path: Path) -> None:
+    """Two fit, and wait where they are, layer after layer; the others go. (The tensors are the CPU's.)"""
+    tensors = [torch.arange(1000.0) + batch for batch in range(4)]
+    folder = str(tmp_path / "offload")
+    with HiddenStateOffloader(torch.device("cuda"), 8000, 0, folder) as offloader:
+        for _ in range(2):
+            for batch, tensor in enumerate(tensors):
+                offloader.offload(batch, [tensor])
+            assert [tensor.untyped_storage().nbytes() for tensor in tensors] == [4000, 4000, 0, 0]
+            for batch in range(4):
+                offloader.restore(batch)
+            assert all(torch.equal(tensor, torch.arange(1000.0) + batch) for batch, tensor in enumerate(tensors))
 
 
 def test_a_limit_without_room_for_a_layer_is_refused(tiny: Path) -> None:

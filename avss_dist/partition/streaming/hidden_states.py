@@ -1,8 +1,9 @@
-"""Hidden states leave the GPU while their batch waits, and beyond a limit leave memory for files."""
+"""Where hidden states wait while other batches run: on the GPU; beyond a limit in host memory; beyond that in files."""
 
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -24,6 +25,25 @@ class _Offloaded:
     file: Path | None
 
 
+class _Room:
+    """Bytes that waiting batches may take together; None is no limit."""
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
+        self._held: Counter[Hashable] = Counter()
+
+    def take(self, batch: Hashable, size: int) -> bool:
+        """Whether there is room for so many bytes more; then they are a batch's."""
+        if self._limit is not None and self._held.total() + size > self._limit:
+            return False
+        self._held[batch] += size
+        return True
+
+    def give_back(self, batch: Hashable) -> None:
+        """All that a batch has taken."""
+        self._held.pop(batch, None)
+
+
 class HiddenStateOffloader:
     """Moves the bytes of waiting tensors, to which other frames refer too, out of their storages and back.
 
@@ -31,17 +51,18 @@ class HiddenStateOffloader:
 
     Args:
         device: where the tensors are computed with.
-        host_bytes: host memory that all of them may take together; None is no limit.
-        folder: for the files of the others; None is a temporary folder.
+        device_bytes: memory of a GPU that all of them may take together; 0 on a CPU.
+        host_bytes: host memory that the others may take; None is no limit.
+        folder: for the files of the rest; None is a temporary folder.
     """
 
-    def __init__(self, device: torch.device, host_bytes: int | None, folder: str | None) -> None:
-        self._device, self._limit, self._parent = device, host_bytes, folder
+    def __init__(self, device: torch.device, device_bytes: int, host_bytes: int | None, folder: str | None) -> None:
+        self._device, self._parent = device, folder
+        self._on_device, self._on_host = _Room(device_bytes), _Room(host_bytes)
         self._idle = device.type == "cpu" and host_bytes is None
         self._folder: OffloadFolder | None = None
         self._numbers = count()
         self._offloaded: dict[Hashable, list[_Offloaded]] = {}
-        self._held: dict[Hashable, int] = {}
 
     def __enter__(self) -> HiddenStateOffloader:
         return self
@@ -59,7 +80,6 @@ class HiddenStateOffloader:
         if self._idle:
             return
         storages = {s._cdata: s for one in tensors if _owns_its_storage(one) for s in [one.untyped_storage()]}
-        self._held[batch] = 0
         moved = (self._offload_storage(batch, storage) for storage in storages.values())
         self._offloaded[batch] = [one for one in moved if one]
 
@@ -72,14 +92,15 @@ class HiddenStateOffloader:
                 one.file.unlink()
             elif one.host is not None:
                 _as_tensor(one.storage).copy_(one.host, non_blocking=True)
-        self._held.pop(batch, None)
+        self._on_device.give_back(batch)
+        self._on_host.give_back(batch)
 
     def _offload_storage(self, batch: Hashable, storage: torch.UntypedStorage) -> _Offloaded | None:
         """Move the bytes of a storage out; None where it stays as it is."""
         size = storage.nbytes()
-        fits = self._limit is None or sum(self._held.values()) + size <= self._limit
-        if fits:
-            self._held[batch] += size
+        if self._on_device.take(batch, size):
+            return None
+        fits = self._on_host.take(batch, size)
         if fits and self._device.type == "cpu":
             return None
         if fits:

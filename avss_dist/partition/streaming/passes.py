@@ -142,7 +142,7 @@ class Passes:
     Args:
         modules: the layers, in the order of ``parts``, their weights.
         order: their indices, as a pass calls them.
-        host_bytes, folder: see `HiddenStateOffloader`.
+        device_bytes, host_bytes, folder: see `HiddenStateOffloader`.
     """
 
     def __init__(
@@ -152,11 +152,12 @@ class Passes:
         parts: Sequence[Part],
         order: Sequence[int],
         device: torch.device,
+        device_bytes: int,
         host_bytes: int | None,
         folder: str | None,
     ) -> None:
         self._weights, self._parts, self._order, self._device = weights, parts, order, device
-        self.host_bytes, self._folder = host_bytes, folder
+        self._device_bytes, self.host_bytes, self._folder = device_bytes, host_bytes, folder
         self._buffers: list[AnyBuffer] = []
         self._modules = list(modules)
         self._stops = [_Stop(module, index) for index, module in enumerate(modules)]
@@ -174,7 +175,8 @@ class Passes:
             found[i] = functions[i]()
 
         if functions:
-            with self.window() as window, HiddenStateOffloader(self._device, self.host_bytes, self._folder) as hidden:
+            waiting = HiddenStateOffloader(self._device, self._device_bytes, self.host_bytes, self._folder)
+            with self.window() as window, waiting as hidden:
                 _Schedule(window, hidden).run([partial(run, i) for i in range(len(functions))])
         return [found[i] for i in range(len(functions))]
 

@@ -10,10 +10,14 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
+import torch
+
 from avss_dist.corpus.shards import Batch
+from avss_dist.errors import ModelError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer, layer_lists
 from avss_dist.models.loading import forward_function, open_module, quiet, without_head
+from avss_dist.models.size import footprint
 from avss_dist.partition.base import BatchContext, Placement
 from avss_dist.partition.batchwise import describe, run_batch
 from avss_dist.partition.choose import require_room_for_a_layer
@@ -25,12 +29,15 @@ from avss_dist.settings import Settings
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 
+SPARE_SHARE = 0.9  # of what a GPU has free
+
 
 class StreamingReplica:
     """See `partition.base.Replica`.
 
     ``placement.max_memory["cpu"]`` limits weights and waiting hidden states in host memory. Weights take up to two
-    layers of it; hidden states for which they leave no room wait in files in ``placement.offload_folder``.
+    layers of it; hidden states for which they leave no room wait in files in ``placement.offload_folder``. On a GPU
+    they wait in its own memory first, as far as layers and batches leave some.
 
     Raises:
         ConfigError: the limit has no room for one layer.
@@ -62,8 +69,9 @@ class StreamingReplica:
         self._run = forward_function(opened.module)
         order = [index for index, _ in groupby(modules.index(layer.module) for layer in self.layers)]
         host_bytes = self._left_for_hidden_states(placement.max_memory.get("cpu"))
+        device_bytes = self._left_on_device(checkpoint, settings, placement.max_memory.get("0"))
         self._passes = Passes(
-            modules, self._weights, self._parts, order, self.device, host_bytes, placement.offload_folder
+            modules, self._weights, self._parts, order, self.device, device_bytes, host_bytes, placement.offload_folder
         )
         if self.language_model:
             self.language_model.passes = self._passes
@@ -91,6 +99,20 @@ class StreamingReplica:
         rest = sum(t.nbytes for t in tensors if t.device.type == "cpu")
         require_room_for_a_layer(layer + rest, most)
         return max(0, most - 2 * layer - rest)
+
+    def _left_on_device(self, checkpoint: Checkpoint, settings: Settings, most: int | None) -> int:
+        """Bytes of a GPU that two layers, and two batches at their peak, leave for hidden states that wait."""
+        if self.device.type != "cuda":
+            return 0
+        try:
+            size = footprint(checkpoint, settings)
+        except ModelError:  # what cannot be sized is measured with care
+            return 0
+        free = int(torch.cuda.mem_get_info(self.device)[0] * SPARE_SHARE)
+        layer = max(buffer_bytes(part.stored) for part in self._parts)
+        shape = settings.batch_size, settings.sequence_length
+        batch = size.activation_bytes(*shape) + size.logit_bytes(*shape)
+        return max(0, min(free, most or free) - 2 * layer - 2 * batch)
 
     def close(self) -> None:
         """Drop the weights."""
