@@ -87,6 +87,11 @@ class LanguageModel:
             self.head: Head = find_head(self.module, self.layers, device)
         self.forms = recorded.forms
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the hidden states of a token between two layers."""
+        return max(1, self.backbone.hidden_size) * int(self.module.dtype.itemsize)
+
     def _probe(self) -> None:
         """A pass over a few tokens."""
         input_ids = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=self.device).reshape(PROBE_SHAPE)

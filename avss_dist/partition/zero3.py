@@ -94,6 +94,7 @@ class Zero3LanguageModel(LanguageModel):
         super().__init__(*args)
         self._rank, self._world = distributed.get_rank(), distributed.get_world_size()
         self.reports = self._rank == 0
+        self._dummy = dummy_batch()
 
     def pieces(self, number: int) -> list[slice]:
         """See `causal_lm.LanguageModel`. As many on all ranks, for each gathers the head: some may be empty."""
@@ -103,12 +104,12 @@ class Zero3LanguageModel(LanguageModel):
 
     def each(self, function: Callable[[Batch], T], batches: Sequence[Batch]) -> list[T]:
         """See `causal_lm.LanguageModel`."""
-        return self._share(batches, function, lambda: function(dummy_batch()))
+        return self._share(batches, function, lambda: function(self._dummy))
 
     def together(self, functions: Sequence[Callable[[], T]]) -> list[T]:
         """See `causal_lm.LanguageModel`."""
         with torch.no_grad():
-            return self._share(functions, lambda function: function(), lambda: self.losses(dummy_batch()))
+            return self._share(functions, lambda function: function(), lambda: self.losses(self._dummy))
 
     def backpropagate(
         self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -107,50 +108,41 @@ class _Text:
     """The loss on text as layers leave a model one by one.
 
     What each layer was given is kept for all of the text, twice, where it is no more than `MOST_KEPT`; a pass without
-    one more layer begins there.
+    one more layer begins there. Where ranks share the batches, it is kept by the rank that has the batch.
     """
 
     def __init__(self, model: LanguageModel, shards: Sequence[Shard], drop: tuple[int, ...]) -> None:
         self._model, self._drop = model, drop
         self._batches = [batch for shard in shards for batch in shard.batches(model.settings.batch_size)]
         self._tokens = float(sum(predicted(batch).sum() for batch in self._batches))
-        self._whole: tuple[float, list[Recorded]] | None = None
+        size = sum(batch.input_ids.size for batch in self._batches) * model.token_bytes * len(model.layers)
+        self._keeps = model.keeps_hidden_states and 2 * size <= MOST_KEPT and model.resumes
+        self._kept: dict[int, Recorded] = {}  # of the whole model, by the batch's id
+
+    @cached_property
+    def _whole(self) -> float:
+        with self._model.without(self._drop):
+            return self._mean(self._model.each(self._record if self._keeps else self._model.losses, self._batches))
 
     def losses(self, order: Sequence[int]) -> Iterator[float]:
         """Nats per token with all layers, without the first of ``order``, without the first two, ..."""
-        self._whole = self._whole or self._record()
-        before, kept = self._whole
-        yield before
-        recorded = [Recorded(dict(one.inputs), one.forms) for one in kept]
+        yield self._whole
+        recorded = {batch: Recorded(dict(one.inputs), one.forms) for batch, one in self._kept.items()}
         for number, layer in enumerate(order):
-            with self._model.without({*self._drop, *order[: number + (not kept)]}):
-                if kept:
-                    found = [self._resumed(*one, layer) for one in zip(self._batches, recorded, strict=True)]
-                else:
-                    found = self._model.each(self._model.losses, self._batches)
+            ask = partial(self._resumed, recorded, layer) if self._keeps else self._model.losses
+            with self._model.without({*self._drop, *order[: number + (not self._keeps)]}):
+                found = self._model.each(ask, self._batches)
             yield self._mean(found)
 
-    def _record(self) -> tuple[float, list[Recorded]]:
-        """The loss with all layers, and what each was given; nothing of that where passes cannot be resumed."""
-        losses, kept = [], []
-        if not self._model.keeps_hidden_states:
-            with self._model.without(self._drop):
-                return self._mean(self._model.each(self._model.losses, self._batches)), []
-        keeps = self._model.resumes
-        with self._model.without(self._drop):
-            for batch in self._batches:
-                with recording(self._model.layers if keeps else ()) as recorded:
-                    losses.append(self._model.losses(batch))
-                kept.append(recorded)
-                size = sum(hidden.nbytes for hidden in recorded.inputs.values()) * len(self._batches)
-                keeps = keeps and 2 * size <= MOST_KEPT
-        return self._mean(losses), kept if keeps else []
+    def _record(self, batch: Batch) -> Float64:
+        with recording(self._model.layers) as self._kept[id(batch)]:
+            return self._model.losses(batch)
 
-    def _resumed(self, batch: Batch, recorded: Recorded, layer: int) -> Float64:
-        layers = self._model.layers
-        with resuming(layers, layer, recorded), recording(layers[layer + 1 :]) as later:
+    def _resumed(self, recorded: Mapping[int, Recorded], layer: int, batch: Batch) -> Float64:
+        layers, of_batch = self._model.layers, recorded[id(batch)]
+        with resuming(layers, layer, of_batch), recording(layers[layer + 1 :]) as later:
             losses = self._model.losses(batch)
-        recorded.inputs.update(later.inputs)
+        of_batch.inputs.update(later.inputs)
         return losses
 
     def _mean(self, losses: Sequence[Float64]) -> float:

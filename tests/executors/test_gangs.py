@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ import pytest
 import torch
 from support import warm_workers
 from support.causal_lm import open_whole
-from support.checkpoints import llama
+from support.checkpoints import llama, save_tokenizer
 from support.families import tiny_model
 from support.oracle import assert_close
-from support.questions import answers, assert_same
+from support.questions import answers, assert_same, write_questions
 
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import ConfigError, ModelError
@@ -39,6 +40,8 @@ from avss_dist.registry import PARTITIONS
 from avss_dist.settings import Settings
 from avss_dist.stats.histogram import merge_values
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
+from avss_dist.tasks.base import Measure, Row
+from avss_dist.tasks.harness import harness_task
 
 SETTINGS = Settings(batch_size=2, dtype="float32", device="cpu")
 SECONDS = 60.0
@@ -326,37 +329,90 @@ def test_zero3_gives_the_bytes_of_one_process(
         assert held <= 4 * model["num_parameters"] / world + padding
 
 
-def ask(partition: str, folder: Path, skip: tuple[str, ...] = ()) -> tuple[Any, bool]:
-    """What this rank of a replica answers, and whether that counts."""
+Asked = tuple[dict[str, list[Row]], bool, int]
+
+
+def ask_all(
+    partition: str, folders: Sequence[Path], skip: tuple[str, ...] = (), tasks: Sequence[Measure] = ()
+) -> list[Asked | Exception]:
+    """Of each model, what this rank of a replica answers, whether that counts, and how many batches it had."""
+    return [_asked(partition, folder, skip, tasks) for folder in folders]
+
+
+def _asked(partition: str, folder: Path, skip: tuple[str, ...], tasks: Sequence[Measure]) -> Asked | Exception:
     replica = opened(partition, folder, SETTINGS, head=True)
     model = replica.language_model
-    found = answers(model, skip), model.reports
-    replica.close()
-    return found
+    batches, losses = [], model.losses
+    model.losses = lambda batch: (batches.append(batch) if batch.observed.any() else None, losses(batch))[1]
+    try:
+        found = answers(model, skip) | {f"task {i}": task(model, (1,)) for i, task in enumerate(tasks)}
+        return found, model.reports, len(batches)
+    except ModelError as error:
+        return error
+    finally:
+        replica.close()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "opt", "qwen3_moe"])
+def expected_of(folder: Path, skip: tuple[str, ...] = (), tasks: Sequence[Measure] = ()) -> dict[str, list[Row]]:
+    model = open_whole(resolve(str(folder)), SETTINGS)
+    return answers(model, skip) | {f"task {i}": task(model, (1,)) for i, task in enumerate(tasks)}
+
+
+SHARED = ("llama", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "opt", "mamba", "qwen3_moe", "falcon")
+SPLIT = ("llama", "qwen2", "qwen3", "gemma3_text", "gpt_neox", "opt", "phi", "mixtral", "cohere", "gptj")
+
+
+@pytest.fixture(scope="module")
+def asked(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> Callable[[str], dict[str, list[Any]]]:
+    """By family, what both ranks answer: all families are asked of one gang in one go."""
+
+    @cache
+    def of(partition: str) -> dict[str, list[Any]]:
+        families, skip = (SHARED, ()) if partition == "zero3" else (SPLIT, ("gradients",))
+        ranks = gang(2).run(ask_all, partition, [folder_of(family) for family in families], skip)
+        return dict(zip(families, map(list, zip(*ranks, strict=True)), strict=True))
+
+    return of
+
+
+@pytest.mark.parametrize("family", SHARED)
 def test_zero3_answers_as_one_process_does(
-    family: str, gang: Callable[[int], Gang], folder_of: Callable[[str], Path]
+    family: str, asked: Callable[[str], dict[str, list[Any]]], folder_of: Callable[[str], Path]
 ) -> None:
     """Two ranks share three batches, so that one has a dummy; both have all answers, to the bit, gradients too."""
-    expected = answers(open_whole(resolve(str(folder_of(family))), SETTINGS))
-    (first, counts), (second, other) = gang(2).run(ask, "zero3", folder_of(family))
+    expected = expected_of(folder_of(family))
+    (first, counts, batches), (second, other, others) = asked("zero3")[family]
     assert (counts, other) == (True, False)
     assert_same(first, expected)
     assert_same(second, expected)
+    assert batches == 2 * others
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
+@pytest.mark.parametrize("family", SPLIT)
 def test_tensor_parallel_answers_as_one_process_does(
-    family: str, gang: Callable[[int], Gang], folder_of: Callable[[str], Path]
+    family: str, asked: Callable[[str], dict[str, list[Any]]], folder_of: Callable[[str], Path]
 ) -> None:
-    expected = answers(open_whole(resolve(str(folder_of(family))), SETTINGS), ("gradients",))
-    (found, counts), (_, other) = gang(2).run(ask, "tensor_parallel", folder_of(family), ("gradients",))
+    (found, counts, _), (_, other, _) = asked("tensor_parallel")[family]
     assert (counts, other) == (True, False)
-    assert_same(found, expected, rtol=1e-4)
-    with pytest.raises(ModelError, match="tensor_parallel has no gradients"):
-        gang(2).run(ask, "tensor_parallel", folder_of(family), ("loss", "leave", "shapley"))
+    assert_same(found, expected_of(folder_of(family), ("gradients",)), rtol=1e-4)
+
+
+def test_tensor_parallel_has_no_gradients(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
+    skip = ("loss", "leave", "sublayers", "shapley", "propagated")
+    for (error,) in gang(2).run(ask_all, "tensor_parallel", [folder_of("llama")], skip):
+        assert isinstance(error, ModelError)
+        assert "tensor_parallel has no gradients" in error.message
+
+
+@pytest.mark.parametrize("partition", ["zero3", "tensor_parallel"])
+def test_gangs_answer_the_harness_as_one_process_does(
+    partition: str, gang: Callable[[int], Gang], tmp_path: Path
+) -> None:
+    folder = save_tokenizer(tmp_path / "model")
+    grouped_llama().save_pretrained(folder)
+    skip, tasks = ("",), harness_task(write_questions(tmp_path)).parts
+    ((found, _, _),), _ = gang(2).run(ask_all, partition, [folder], skip, tasks)
+    assert_same(found, expected_of(folder, skip, tasks), rtol=1e-6)
 
 
 def test_zero3_in_bfloat16(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -42,16 +42,10 @@ class StreamingLanguageModel(LanguageModel):
         assert self.passes is not None
         return self.passes
 
-    @cached_property
-    def _token_bytes(self) -> int:
-        """Bytes of the hidden states of a token."""
-        units = getattr(self.module.config.get_text_config(), "hidden_size", None) or 1
-        return int(units) * int(self.module.dtype.itemsize)
-
     def _some(self, batches: Sequence[Batch], passes: int) -> Iterator[range]:
         """Indices of batches whose hidden states fit, so many times each, one group after the other."""
         room = MOST_WAITING if self._ready.host_bytes is None else self._ready.host_bytes
-        most = max((batch.input_ids.size for batch in batches), default=1) * self._token_bytes
+        most = max((batch.input_ids.size for batch in batches), default=1) * self.token_bytes
         step = max(1, room // (passes * most))
         return (range(start, min(start + step, len(batches))) for start in range(0, len(batches), step))
 
