@@ -113,6 +113,9 @@ def test_singular_equations() -> None:
     with pytest.raises(FitError, match="singular"):
         NormalEquations.of(x, x).solve("full", 0.0)
     assert torch.isfinite(NormalEquations.of(x, x).solve("full", RIDGES[0])).all()
+    dead = data(100, 6, 1, 3)[0] * torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    found = NormalEquations.of(dead, dead).solve("full", 0.0)
+    torch.testing.assert_close(found, torch.diag(torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0]).double()))
     scales = torch.logspace(
         -9, 3, 20, dtype=torch.float64
     )  # of units that are large and small, and no less apart for it

@@ -93,7 +93,8 @@ class NormalEquations:
         return torch.diag(torch.where(gram > 0, cross / (gram * (1 + ridge)), 0.0))
 
     def _solve_full(self, added: torch.Tensor) -> torch.Tensor:
-        ridged = self.gram + added * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
+        dead = (self.gram.diagonal() == 0).double()  # inputs that are always zero: of any weight, zero is the one
+        ridged = self.gram + torch.diag(added + dead)
         factor, failed = torch.linalg.cholesky_ex(ridged)
         pivots = factor.diagonal().square() / ridged.diagonal()  # what is left of an input beside those before it
         if failed or pivots.min() <= len(pivots) * torch.finfo(torch.float64).eps:
