@@ -52,8 +52,7 @@ def test_constant_text_and_units_that_repeat_give_weights_that_are_numbers(
             prune(str(folder), PLAN, tmp_path / "less", repair=repair_of(by, text))
         return
     done = prune(str(folder), PLAN, tmp_path / "less", repair=repair_of(by, text))
-    (cut,) = done["repair"].cuts
-    assert cut.error_after <= cut.error_before
+    assert all(cut.error_after <= cut.error_before for cut in done["repair"].cuts)
     assert all(torch.isfinite(tensor).all() for tensor in load_file(tmp_path / "less" / "model.safetensors").values())
 
 
