@@ -139,6 +139,21 @@ def _kernels() -> str:
     return "yes"
 
 
+def _cuda_kernels() -> str:
+    torch = import_module("torch")
+    if not torch.cuda.is_available():
+        return "not tried: there is no GPU"
+    base, choose = (import_module(f"avss_dist.measure.kernels.{name}") for name in ("base", "choose"))
+    x = torch.full((2, 3, 256), 7, dtype=torch.bfloat16, device="cuda")
+    kernels, into = choose.kernels_for(x.device), base.Accumulator(x, np.ones(1), units=True, geometry=True)
+    kernels.add(into, x, torch.ones(2, 3, dtype=torch.bool, device="cuda"), x)
+    kernels.finish()
+    stats = base.to_stats({name: tensor.cpu().numpy() for name, tensor in into.tensors.items()}, x.dtype, np.ones(1))
+    if (stats.count, stats.mean, stats.cosine_sum) != (1536, 7.0, 6.0):
+        raise ArithmeticError("a count is wrong")
+    return "yes" if type(kernels).__name__ == "CudaKernels" else "no: torch counts, which is slower"
+
+
 def _ray() -> str:
     ray = import_module("ray")
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -157,6 +172,7 @@ CHECKS: tuple[Mapping[str, Check], ...] = (  # those of a group share a process;
     {
         "torch computes bfloat16": _bfloat16,
         "CUDA devices": _cuda_devices,
+        "CUDA kernels compile": _cuda_kernels,
         "torch.distributed": _backends,
         "DeepSpeed imports": _deepspeed,
     },

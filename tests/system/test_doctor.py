@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import psutil
 import pytest
+import torch
 
 from avss_dist.system.doctor import CHECKS, EXTRAS, NEEDED, Finding, findings, run_checks
 
@@ -79,6 +80,7 @@ def test_this_machine() -> None:
     assert [finding for finding in found if not finding.works] == []
     details = {finding.what: finding.detail for finding in found}
     assert details["CPU kernels compile"] == "yes" and "gloo" in details["torch.distributed"]
+    assert details["CUDA kernels compile"] == ("yes" if torch.cuda.is_available() else "not tried: there is no GPU")
     assert re.fullmatch(r"yes, \d+ bytes of PNG", details["pictures"])
 
 

@@ -205,7 +205,8 @@ template <bool difference, bool squared> __device__ void count_elements(const Ca
     for (int index = threadIdx.x / WARP * gridDim.x + blockIdx.x; index < items; index += blockDim.x / WARP * gridDim.x) {
         const Item item = item_of(call, index / groups, index % groups);
         double sums[UNITS_A_LANE] = {}, squares[UNITS_A_LANE] = {};
-        double finite = 0, pivot = 0, shifted = 0, shifted_squares = 0;  // moments around the lane's first element
+        int finite = 0;
+        double pivot = 0, shifted = 0, shifted_squares = 0;  // moments around the lane's first element
         float lowest = __uint_as_float(T::INFINITE), highest = -lowest;
         bool is_bad = false;
         for (int token = item.first; token < item.last; token++) {
@@ -242,7 +243,7 @@ template <bool difference, bool squared> __device__ void count_elements(const Ca
         store(call.sums, call, item, sums);
         if (squared) store(call.squares, call, item, squares);
         __syncwarp();
-        Moments moments = {finite, 0, 0};
+        Moments moments = {(double)finite, 0, 0};
         if (finite) moments.mean = pivot + shifted / finite, moments.m2 = shifted_squares - shifted * (shifted / finite);
         merge_lanes(moments);
         for (int step = WARP / 2; step; step /= 2) {
