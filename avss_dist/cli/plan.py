@@ -147,9 +147,11 @@ def _sparsify(
     options: Mapping[str, Any],
 ) -> None:
     """Write a sparsity plan."""
-    from avss_dist.analysis.sparsity_plans import Measured, plan_uniform
+    from avss_dist.evaluation.sparsify import sparsify
+    from avss_dist.report.terminal.progress import CellProgress
 
-    made = plan_uniform(Measured.of(opened, run), target, method, **fields)
+    with CellProgress() as progress:
+        made = sparsify(opened.root, run, target, method=method, reporter=progress, **fields, **options)
     made.write(output)
     emit("\n  ".join([f"{output}:", *made.describe()]))
     emit(f"  Evaluate it: avss evaluate {output} --task perplexity:CORPUS --warehouse {opened.root}")

@@ -163,6 +163,11 @@ class LanguageModel:
         with sparsified(self.module, self.layers, sparsity) as counted:
             yield counted
 
+    @contextmanager
+    def running(self, layer: Layer) -> Iterator[Callable[..., Any]]:
+        """Inside, a layer's weights are there, and it can be called alone, by what is given."""
+        yield layer.module
+
     def total(self, counts: list[list[int]]) -> list[list[int]]:
         """Counts of the passes of all ranks that share them."""
         return counts

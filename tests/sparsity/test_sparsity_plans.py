@@ -54,7 +54,7 @@ def captured(tiny_llama: Path, dtype: str) -> dict[tuple[int, str], np.ndarray]:
                 stack.callback(one.module.register_forward_pre_hook(keep).remove)
         for shard in plan_corpus(TEXT, load_tokenizer(checkpoint), settings).shards:
             for batch in shard.batches(4):
-                model.logits(batch)
+                model.losses(batch)
     return {key: np.concatenate(parts) for key, parts in found.items()}
 
 

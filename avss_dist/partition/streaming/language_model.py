@@ -15,6 +15,7 @@ from torch import nn
 from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ModelError
 from avss_dist.models.causal_lm import LanguageModel, Watcher, begins_behind
+from avss_dist.models.layers import Layer
 from avss_dist.models.patching import Patch
 from avss_dist.models.skipping import Skip, require_skippable
 from avss_dist.models.sublayers import without_sublayers
@@ -76,6 +77,13 @@ class StreamingLanguageModel(LanguageModel):
             changes.setdefault(self.layers[layer].module, {})[path] = value
         with planned(replace(PLAN.get(), changes=changes)):
             yield
+
+    @contextmanager
+    def running(self, layer: Layer) -> Iterator[Callable[..., Any]]:
+        """See `causal_lm.LanguageModel`."""
+        with self._ready.window() as window:
+            window.load(self._ready.index(layer.module))
+            yield partial(self._ready.call, layer.module)
 
     def value(self, layer: int, path: str) -> torch.Tensor:
         """A parameter of a layer, read."""

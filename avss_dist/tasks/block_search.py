@@ -1,0 +1,194 @@
+"""TEAL's allocation inside of one block, from its dense input; and the spectra of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from avss_dist.corpus.shards import Batch, Shard
+from avss_dist.errors import ModelError
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.layers import Layer, LayerCall, as_rows, first_tensor
+from avss_dist.models.sparsifying import weight_of
+from avss_dist.settings import fingerprint
+from avss_dist.sparsity.allocate import hill_exponent, ks_exponent
+from avss_dist.tasks.base import Row
+
+GREEDY, GREEDY_ERROR = "greedy:", "greedy_error"
+HILL, KS = "hill:", "ks:"  # before the path of a map: the exponent of its spectrum
+JUDGED = 4  # one part in so many of a row's tokens, the last, judges: TEAL's
+ENOUGH = 0.9  # sparsity of the block at which it ends: TEAL's
+
+_BATCH: ContextVar[int] = ContextVar("batch")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GreedyBlock:
+    """TEAL's Algorithm 1 (arXiv 2408.14690): of all maps of a block, again and again, one moves a step.
+
+    It is the one whose step changes the block's output least: the L2 norm over the last quarter of each row's tokens.
+
+    Rows: `GREEDY` of each map, its sparsity after each round, from 0; and `GREEDY_ERROR`, the norm after each.
+
+    Attributes:
+        layer: the block.
+        thresholds: of each map, by path, after one step, two, ...; as many as there are below sparsity 1.
+        steps: sparsity of a step of each map: in inverse proportion to the number of its weights.
+        sizes: numbers of weights.
+    """
+
+    layer: int
+    shards: tuple[Shard, ...] = field(repr=False)
+    thresholds: Mapping[str, tuple[float, ...]] = field(repr=False)
+    steps: Mapping[str, float]
+    sizes: Mapping[str, int]
+
+    @property
+    def key(self) -> str:
+        """See `tasks.Measure`."""
+        how = {name: [self.steps[name], self.sizes[name], *self.thresholds[name]] for name in sorted(self.steps)}
+        shards = [shard.content_hash for shard in self.shards]
+        return fingerprint(measure="greedy block", shards=shards, layer=self.layer, maps=how)
+
+    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
+        """See `tasks.Measure`."""
+        layer = model.layers[self.layer]
+        batches = [batch for shard in self.shards for batch in shard.batches(model.settings.batch_size)]
+        calls = dense_calls(model, layer, batches)
+        cuts: dict[str, float] = {}
+        with model.running(layer) as run, torch.no_grad(), _cutting(layer, cuts):
+            block = _Block(layer, run, calls, batches)
+            path, errors = self._search(block, cuts)
+        ones = np.ones(len(errors))
+        rows = [
+            Row(metric=f"{GREEDY}{name}", samples=np.array([at[name] for at in path]), weights=ones, layer=self.layer)
+            for name in self.steps
+        ]
+        return [*rows, Row(metric=GREEDY_ERROR, samples=np.array(errors), weights=ones, layer=self.layer)]
+
+    def _search(self, block: _Block, cuts: dict[str, float]) -> tuple[list[dict[str, float]], list[float]]:
+        taken = dict.fromkeys(self.steps, 0)
+        path, errors = [dict.fromkeys(self.steps, 0.0)], [0.0]
+        while self._share(path[-1]) < ENOUGH:
+            tried = {}
+            for name, number in taken.items():
+                if number < len(self.thresholds[name]):
+                    before = dict(cuts)
+                    cuts[name] = self.thresholds[name][number]
+                    tried[name] = block.error()
+                    cuts.clear()
+                    cuts.update(before)
+            if not tried:
+                break
+            best = min(tried, key=lambda name: tried[name])
+            cuts[best] = self.thresholds[best][taken[best]]
+            taken[best] += 1
+            path.append(path[-1] | {best: taken[best] * self.steps[best]})
+            errors.append(tried[best])
+        return path, errors
+
+    def _share(self, at: Mapping[str, float]) -> float:
+        return sum(at[name] * size for name, size in self.sizes.items()) / sum(self.sizes.values())
+
+
+class _Block:
+    """A block that can be run again on its dense input, and the output that it has then."""
+
+    def __init__(
+        self, layer: Layer, run: Callable[..., Any], calls: Sequence[LayerCall], batches: Sequence[Batch]
+    ) -> None:
+        self._layer, self._run, self._calls = layer, run, calls
+        self._judges = [torch.from_numpy(_last_part(batch)) for batch in batches]
+        self._dense = [self._output(call, judges) for call, judges in zip(calls, self._judges, strict=True)]
+
+    def error(self) -> float:
+        """The L2 norm of the output's change at the tokens that judge."""
+        total = 0.0
+        for call, judges, dense in zip(self._calls, self._judges, self._dense, strict=True):
+            total += float((self._output(call, judges) - dense).double().square().sum())
+        return float(np.sqrt(total))
+
+    def _output(self, call: LayerCall, judges: torch.Tensor) -> torch.Tensor:
+        given = call.given(call.hidden.clone())  # which a layer may change
+        out = first_tensor(self._run(*given.args, **given.kwargs))
+        rows = None if out is None else as_rows(out, self._layer.axes, *judges.shape)
+        if rows is None:
+            raise ModelError(f"Layer {self._layer.index} ({self._layer.name}) does not keep rows and tokens apart.")
+        return rows[judges.to(rows.device)].float()
+
+
+def _last_part(batch: Batch) -> np.ndarray:
+    """bool[rows, tokens]: the last quarter of the tokens of each row."""
+    real = batch.attention_mask
+    place, length = real.cumsum(axis=1), real.sum(axis=1, keepdims=True)
+    found: np.ndarray = real & (place > length - np.maximum(1, length // JUDGED))
+    return found
+
+
+def dense_calls(model: LanguageModel, layer: Layer, batches: Sequence[Batch]) -> list[LayerCall]:
+    """What a layer of the whole model is called with for each batch; no later layer runs."""
+    found: dict[int, LayerCall] = {}
+
+    def keep(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        call = LayerCall(args, kwargs)
+        found[_BATCH.get()] = call.given(call.hidden.detach().clone())
+
+    def run(number: int) -> None:
+        token = _BATCH.set(number)
+        with torch.no_grad():
+            model.hidden_states(batches[number])
+        _BATCH.reset(token)
+
+    handle = layer.module.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with model.without(range(layer.index + 1, len(model.layers))):
+            model.together([partial(run, number) for number in range(len(batches))])
+    finally:
+        handle.remove()
+    return [found[number] for number in range(len(batches))]
+
+
+@contextmanager
+def _cutting(layer: Layer, cuts: Mapping[str, float]) -> Iterator[None]:
+    """Inside, inputs of the layer's maps up to the sizes in ``cuts``, which may change, are zero."""
+
+    def cut(path: str, _module: nn.Module, args: Any) -> Any:
+        if path not in cuts:
+            return None
+        return (args[0].masked_fill(args[0].abs() <= cuts[path], 0), *args[1:])
+
+    with ExitStack() as stack:
+        for one in layer.projections:
+            stack.callback(one.module.register_forward_pre_hook(partial(cut, one.path)).remove)
+        yield
+
+
+@dataclass(frozen=True, eq=False)
+class Spectra:
+    """The exponents of power laws of the eigenvalues of W^T W, of each linear map W of a layer: `HILL` and `KS`."""
+
+    layer: int
+
+    @property
+    def key(self) -> str:
+        """See `tasks.Measure`."""
+        return fingerprint(measure="spectra", layer=self.layer)
+
+    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
+        """See `tasks.Measure`."""
+        layer, rows = model.layers[self.layer], []
+        with model.running(layer):
+            for one in layer.projections:
+                eigenvalues = torch.linalg.svdvals(weight_of(one.module).double()).square().cpu().numpy()
+                for name, fit in ((HILL, hill_exponent), (KS, ks_exponent)):
+                    value = np.array([fit(eigenvalues)])
+                    rows.append(Row(metric=f"{name}{one.path}", samples=value, weights=np.ones(1), layer=self.layer))
+        return rows

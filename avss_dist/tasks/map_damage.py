@@ -1,0 +1,126 @@
+"""What zeros among the inputs of each linear map do to the loss, to first and second order, by one backward pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from avss_dist.corpus.shards import Shard
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.layers import Layer
+from avss_dist.models.sparsifying import weight_of
+from avss_dist.settings import DRAWS, fingerprint
+from avss_dist.stats.layer_stats import Float64
+from avss_dist.tasks.base import Row, predicted_tokens
+from avss_dist.tasks.gradients import trainable
+from avss_dist.tasks.watching import WATCHED, Watched
+
+FIRST, SECOND = "first_order:", "second_order:"  # before the path of a map
+Key = tuple[int, str]  # layer, and path of a linear map below it
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MapDamage:
+    """What it does to the summed loss, in nats, that the inputs of a linear map up to a size are zero, each map alone.
+
+    With x the input of a token, d = -x where it becomes zero, and g = W^T (gradient of the loss at the map's output),
+    rows of each map, a sample for each threshold and the predicted tokens as its weight:
+
+    - ``first_order:PATH``: the sum over tokens of ``<g, d>``.
+    - ``second_order:PATH``: half the sum of ``<g, d>^2``, g of labels that are drawn from the model's own prediction, a
+      mean over draws: by the Fisher information (Michel et al., arXiv 1905.10650).
+
+    Attributes:
+        thresholds: of each map, ascending, as many of each.
+        draws: of labels.
+        seed: of them.
+    """
+
+    shard: Shard
+    thresholds: Mapping[Key, tuple[float, ...]] = field(repr=False)
+    draws: int = DRAWS
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        """See `tasks.Measure`."""
+        thresholds = [[*key, *values] for key, values in sorted(self.thresholds.items())]
+        how = {"draws": self.draws, "seed": self.seed, "thresholds": thresholds}
+        return fingerprint(measure="map damage", shard=self.shard.content_hash, **how)
+
+    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
+        """See `tasks.Measure`: layers of ``drop`` are left out of all."""
+        layers = [layer for layer in model.layers if layer.index not in drop]
+        batches = list(self.shard.batches(model.settings.batch_size))
+        passes = [_Pass(self.draws, self.thresholds) for _ in batches]
+        with model.without(drop), trainable(model.module, ()), _watched(layers, self.thresholds):
+            passes = model.backpropagate(batches, passes, draws=self.draws, seed=self.seed)
+        tokens = float(predicted_tokens(self.shard, model).sum())
+        return list(_rows(passes, tokens))
+
+
+@dataclass
+class _Pass(Watched):
+    """What is gathered of one batch: float64[thresholds], by order and map."""
+
+    draws: int
+    thresholds: Mapping[Key, tuple[float, ...]]
+    keeps: int = 2
+    found: dict[tuple[str, Key], torch.Tensor] = field(default_factory=dict)
+    _gradients: Counter[Key] = field(default_factory=Counter)
+
+    def see(self, key: Key, module: nn.Module, x: torch.Tensor, out: torch.Tensor) -> None:
+        """A linear map has run."""
+        if not out.requires_grad:  # of the first layer: nothing before it has a gradient
+            out.requires_grad_()
+        out.register_hook(partial(self._receive, key, module, x.detach()))
+
+    def _receive(self, key: Key, module: nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Take the gradient at what a map gives: first of the text's labels, then of each draw's."""
+        number = self._gradients[key]
+        self._gradients[key] += 1
+        change = -self._upto_each(key, x, (gradient.detach() @ weight_of(module)).to(x.dtype))
+        if number == 0:
+            self.found[FIRST, key] = change.sum(dim=0)
+            return
+        second = change.square().sum(dim=0) / (2 * self.draws)
+        self.found[SECOND, key] = self.found[SECOND, key] + second if number > 1 else second
+
+    def _upto_each(self, key: Key, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        """float64[tokens, thresholds]: the sum of g x over the inputs up to each threshold."""
+        x, g = x.reshape(-1, x.shape[-1]).float(), g.reshape(-1, x.shape[-1]).float()
+        edges = torch.tensor(self.thresholds[key], dtype=torch.float32, device=x.device)
+        at = torch.bucketize(x.abs(), edges)
+        sums = torch.zeros((len(x), len(edges) + 1), device=x.device).scatter_add_(1, at, g * x)
+        return sums.double().cumsum(dim=1)[:, :-1]
+
+
+@contextmanager
+def _watched(layers: Sequence[Layer], keys: Mapping[Key, Any]) -> Iterator[None]:
+    """Inside, the pass that is watched hears of linear maps, where gradients are enabled."""
+
+    def see(key: Key, module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+        if torch.is_grad_enabled() and WATCHED.get() is not None:
+            x = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+            WATCHED.get().see(key, module, x, output)
+
+    with ExitStack() as stack:
+        for layer in layers:
+            for one in layer.projections:
+                if (key := (layer.index, one.path)) in keys:
+                    stack.callback(one.module.register_forward_hook(partial(see, key), with_kwargs=True).remove)
+        yield
+
+
+def _rows(passes: Sequence[_Pass], tokens: float) -> Iterator[Row]:
+    for order, key in passes[0].found:
+        samples: Float64 = np.sum([one.found[order, key].cpu().numpy() for one in passes], axis=0)
+        yield Row(metric=f"{order}{key[1]}", samples=samples, weights=np.full(len(samples), tokens), layer=key[0])

@@ -1,0 +1,201 @@
+"""Allocation: budgets against brute force, damage against autograd, greedy paths against plain runs of a block."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.causal_lm import opened, random_shard
+from support.command_line import avss, files
+
+from avss_dist.errors import ConfigError
+from avss_dist.evaluation.sparsify import sparsify
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.runs.api import score
+from avss_dist.sparsity.allocate import along_path, heavy_tail_ratios, hill_exponent, knapsack, ks_exponent, scaled
+from avss_dist.sparsity.plan import read_sparsity_plan
+from avss_dist.tasks.block_search import GreedyBlock, Spectra
+from avss_dist.tasks.map_damage import MapDamage
+from avss_dist.warehouse.reader import Warehouse
+
+TEXT = "builtin:pydoc"
+SMALL = {"max_sequences": 2, "sequence_length": 32, "batch_size": 2, "sequences_per_shard": 2, "device": "cpu"}
+
+
+def test_no_sparsities_on_the_grid_have_less_damage_than_those_of_the_knapsack() -> None:
+    rng = np.random.default_rng(0)
+    levels, sizes = np.array([0.25, 0.5, 0.75]), np.array([1.0, 2.0, 4.0])
+    for _ in range(20):
+        damage = np.sort(rng.random((3, 3)), axis=1)
+        found = knapsack(damage, levels, sizes, 0.5)
+        assert found @ sizes / sizes.sum() == pytest.approx(0.5)
+        grid, at = np.append(0.0, levels), np.column_stack([np.zeros(3), damage])
+        reached = sum(np.interp(s, grid, row) for s, row in zip(found, at, strict=True))
+        for choice in product(range(4), repeat=3):
+            if grid[list(choice)] @ sizes / sizes.sum() >= 0.5:
+                part = max(row.max() for row in at)  # of the one step that is taken in part, at most
+                assert sum(row[i] for row, i in zip(at, choice, strict=True)) >= reached - part
+
+
+def test_budgets_are_met_exactly_also_where_some_are_cut_off() -> None:
+    ratios, sizes = np.array([0.7, 1.0, 1.3]), np.array([3.0, 1.0, 2.0])
+    for target in (0.3, 0.8, 0.95):
+        found = scaled(ratios, sizes, target, most=0.96)
+        assert found @ sizes / sizes.sum() == pytest.approx(target)
+        assert found.max() <= 0.96 + 1e-12 and list(found) == sorted(found)
+    assert heavy_tail_ratios(np.array([2.0, 3.0, 4.0])) == pytest.approx([0.7, 1.0, 1.3])
+    path = np.array([[0.0, 0.0], [0.4, 0.0], [0.4, 0.2], [0.8, 0.2]])
+    found = along_path(path, np.array([1.0, 2.0]), 0.2)
+    assert found @ [1.0, 2.0] / 3 == pytest.approx(0.2)
+    assert found == pytest.approx([0.4, 0.1])
+
+
+def test_the_exponent_of_a_power_law_is_found() -> None:
+    uniform = (np.arange(4000) + 0.5) / 4000
+    values = (1 - uniform) ** (-1 / 1.5)  # of exponent 2.5
+    assert hill_exponent(values) == pytest.approx(2.5, abs=0.05)
+    mixed = np.append(np.linspace(0.01, 1, 1000), values[:1000:1])
+    assert ks_exponent(values[::20]) == pytest.approx(2.5, abs=0.2)
+    assert hill_exponent(mixed, 500) != hill_exponent(mixed)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path) -> LanguageModel:
+    return opened(tiny_llama, dtype="float32")
+
+
+def split(given: dict[int, torch.Tensor], number: int, _module: object, args: tuple[torch.Tensor]) -> Any:
+    """Have the gradient of what goes through one map alone."""
+    given[number] = args[0].detach().clone().requires_grad_()
+    return (args[0] + given[number] - given[number].detach(),)
+
+
+def test_damage_is_that_of_autograd(model: LanguageModel) -> None:
+    shard = random_shard()
+    keys = [(0, "self_attn.k_proj"), (1, "mlp.up_proj"), (2, "mlp.down_proj")]
+    edges = (0.05, 0.4, 1.0)
+    found = {
+        (row.metric, row.layer): row.samples
+        for row in MapDamage(shard=shard, thresholds=dict.fromkeys(keys, edges), seed=4)(model, ())
+    }
+    first, second = np.zeros((3, 3)), np.zeros((3, 3))
+    for batch in shard.batches(1):
+        given: dict[int, torch.Tensor] = {}
+        handles = []
+        for number, (layer, path) in enumerate(keys):
+            hook = partial(split, given, number)
+            handles.append(model.layers[layer].module.get_submodule(path).register_forward_pre_hook(hook))
+        hidden = model.hidden_states(batch)
+        seeds = model.loss_gradients(hidden.detach(), batch, 2, 4)
+        for number, seed in enumerate(seeds):
+            gradients = torch.autograd.grad(hidden, [given[i] for i in range(3)], seed, retain_graph=True)
+            for i, gradient in enumerate(gradients):
+                for k, edge in enumerate(edges):
+                    change = -(gradient * given[i] * (given[i].abs() <= edge))[0].sum(dim=-1).double()
+                    if number == 0:
+                        first[i, k] += float(change.sum().detach())
+                    else:
+                        second[i, k] += float(change.square().sum().detach()) / 4
+        for handle in handles:
+            handle.remove()
+    for i, (layer, path) in enumerate(keys):
+        assert found[f"first_order:{path}", layer] == pytest.approx(first[i], rel=1e-3, abs=1e-6)
+        assert found[f"second_order:{path}", layer] == pytest.approx(second[i], rel=1e-3)
+
+
+def test_greedy_takes_the_step_that_changes_the_block_least(model: LanguageModel) -> None:
+    shard = random_shard(rows=2)
+    names = ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    thresholds = {"self_attn.o_proj": (0.1, 0.3), "mlp.gate_proj": (0.3, 0.8), "mlp.down_proj": (0.2, 0.6)}
+    measure = GreedyBlock(layer=1, shards=(shard,), thresholds=thresholds, steps=dict.fromkeys(names, 0.4),
+                          sizes=dict.fromkeys(names, 1))  # fmt: skip
+    found = {row.metric: row.samples for row in measure(model, ())}
+    batch = next(iter(shard.batches(2)))
+    ids = torch.from_numpy(batch.input_ids).long()
+
+    def output(cuts: dict[str, float]) -> torch.Tensor:
+        kept: list[torch.Tensor] = []
+        layer = model.layers[1].module
+        handles = [
+            layer.register_forward_hook(
+                lambda _m, _a, out: kept.append(out if isinstance(out, torch.Tensor) else out[0])
+            )
+        ]
+        for name, edge in cuts.items():
+            hook = lambda _m, args, edge=edge: (args[0].where(args[0].abs() > edge, 0.0),)  # noqa: E731
+            handles.append(layer.get_submodule(name).register_forward_pre_hook(hook))
+        with torch.no_grad():
+            model.module(input_ids=ids)
+        for handle in handles:
+            handle.remove()
+        return kept[0][:, 18:].double()
+
+    taken = dict.fromkeys(names, 0)
+    dense = output({})
+    for round_ in range(1, len(found["greedy_error"])):
+        errors = {}
+        for name in names:
+            if taken[name] < 2:
+                trial = taken | {name: taken[name] + 1}
+                cuts = {one: thresholds[one][n - 1] for one, n in trial.items() if n}
+                errors[name] = float((output(cuts) - dense).norm())
+        best = min(errors, key=lambda name: errors[name])
+        taken[best] += 1
+        assert found["greedy_error"][round_] == pytest.approx(errors[best], rel=1e-4)
+        assert {name: found[f"greedy:{name}"][round_] for name in names} == pytest.approx(
+            {name: 0.4 * n for name, n in taken.items()}
+        )
+    assert sum(taken.values()) == 6  # 0.8 of all, and no step more below 1
+
+
+def test_spectra_are_those_of_the_weights(model: LanguageModel) -> None:
+    found = {row.metric: row.samples[0] for row in Spectra(1)(model, ())}
+    weight = model.layers[1].module.mlp.up_proj.weight.detach().double().numpy()
+    eigenvalues = np.linalg.eigvalsh(weight.T @ weight)
+    assert found["hill:mlp.up_proj"] == pytest.approx(hill_exponent(eigenvalues), rel=1e-6)
+    assert found["ks:mlp.up_proj"] == pytest.approx(ks_exponent(eigenvalues), rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def scored(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    warehouse = tmp_path_factory.mktemp("scored")
+    score(tiny_llama, corpus=TEXT, out=warehouse, sites=("inputs",), dtype="bfloat16", **SMALL)
+    return warehouse
+
+
+@pytest.mark.parametrize("method", ["loss", "teal", "acttail"])
+def test_every_method_meets_the_budget_and_streaming_makes_the_same_plan(
+    scored: Path, tmp_path: Path, method: str
+) -> None:
+    plans = []
+    for partition in ("single", "streaming"):
+        out = tmp_path / f"{partition}.yaml"
+        options = ["--max-sequences", 2, "--sequence-length", 32, "--batch-size", 2, "--device", "cpu", "--fresh"]
+        result = avss(
+            "plan", scored, "--sparsify", 0.6, "--method", method, "--partition", partition, *options, "-o", out
+        )
+        assert result.exit_code == 0, result.stderr
+        plans.append(out.read_bytes())
+    assert plans[0] == plans[1]
+    made = read_sparsity_plan(tmp_path / "single.yaml")
+    assert made.sparsity == pytest.approx(0.6, abs=0.03)
+    assert len({round(one.sparsity, 3) for one in made.projections}) > 3
+    assert made.why["by"] == method and str(made.why["evaluation"]).startswith("tiny-llama-")
+    before = files(scored / "cells")
+    run = Warehouse(scored).runs().to_pylist()[0]
+    again = sparsify(
+        str(scored), run, 0.3, method=method, max_sequences=4, sequence_length=32, batch_size=2, device="cpu"
+    )
+    assert again.sparsity == pytest.approx(0.3, abs=0.03)
+    assert files(scored / "cells") == before  # another target measures nothing
+
+
+def test_a_partition_without_whole_weights_is_refused(scored: Path) -> None:
+    run = Warehouse(scored).runs().to_pylist()[0]
+    with pytest.raises(ConfigError, match="`partition` zero3 has a part of each weight, and loss needs it whole"):
+        sparsify(str(scored), run, 0.5, method="loss", partition="zero3", executor="ray")
