@@ -19,7 +19,7 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer, LayerCall, as_rows, first_tensor
 from avss_dist.models.sparsifying import weight_of
 from avss_dist.settings import fingerprint
-from avss_dist.sparsity.allocate import hill_exponent, ks_exponent
+from avss_dist.stats.power_law import hill_exponent, ks_exponent
 from avss_dist.tasks.base import Row
 
 GREEDY, GREEDY_ERROR = "greedy:", "greedy_error"

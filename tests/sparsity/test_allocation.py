@@ -17,8 +17,9 @@ from avss_dist.errors import ConfigError
 from avss_dist.evaluation.sparsify import sparsify
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.runs.api import score
-from avss_dist.sparsity.allocate import along_path, heavy_tail_ratios, hill_exponent, knapsack, ks_exponent, scaled
+from avss_dist.sparsity.allocate import along_path, heavy_tail_ratios, knapsack, scaled
 from avss_dist.sparsity.plan import read_sparsity_plan
+from avss_dist.stats.power_law import hill_exponent, ks_exponent
 from avss_dist.tasks.block_search import GreedyBlock, Spectra
 from avss_dist.tasks.map_damage import MapDamage
 from avss_dist.warehouse.reader import Warehouse
