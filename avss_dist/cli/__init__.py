@@ -3,6 +3,7 @@
 from avss_dist.cli import (
     ablate,
     compare,
+    contrast,
     doctor,
     evaluate,
     experiment,
@@ -25,6 +26,7 @@ for command in (
     read.query,
     compare.compare,
     compare.findings,
+    contrast.contrast,
     compare.scores,
     compare.quantiles,
     compare.export,

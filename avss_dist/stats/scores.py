@@ -55,11 +55,11 @@ def avss(variance: Float64, near_zero: Float64, count: Float64, *, smoothed: boo
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         sparsity = (near_zero + 0.5) / (count + 1) if smoothed else near_zero / count
-        score = _share(variance) / _share(np.where(count > 0, sparsity, np.nan))
+        score = share(variance) / share(np.where(count > 0, sparsity, np.nan))
     return np.where(np.isfinite(score), score, np.nan)
 
 
-def _share(values: Float64) -> Float64:
+def share(values: Float64) -> Float64:
     """Each value over the sum of those that are defined."""
     return _ratio(values, np.nansum(values, axis=-1, keepdims=True))
 
@@ -179,8 +179,8 @@ class SiteTable:
         columns = {
             "variance": variance,
             "sparsity": sparsity,
-            "nav": _share(variance),
-            "nas": _share(sparsity),
+            "nav": share(variance),
+            "nas": share(sparsity),
             "avss": literal,
             "avss_smoothed": score,
             "avss_normalized": normalized,

@@ -56,6 +56,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--threshold": None,
         **EXECUTION,
         "--gradients": False,
+        "--label-field": None,
     },
     "estimate": {
         "model": None,
@@ -96,6 +97,17 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--site": "block",
         "--threshold": "1e-05",
         "--all": False,
+        "--format": "table",
+    },
+    "contrast": {
+        "warehouse": None,
+        "--run": None,
+        "--site": "block",
+        "--recipe": "pooled",
+        "--threshold": "1e-5",
+        "--hallucinated": None,
+        "--truthful": None,
+        "--predictions": False,
         "--format": "table",
     },
     "scores": {

@@ -1,0 +1,48 @@
+"""`avss contrast`: which layers tell hallucinated from truthful answers, and what is left of it under controls."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from avss_dist.cli.choose import choose_runs, open_warehouse
+from avss_dist.cli.options import FORMATS, FormatOption, RunOption, SiteOption, WarehousePath, choice
+from avss_dist.errors import ConfigError
+from avss_dist.system.streams import console, say
+from avss_dist.text import parse_threshold
+
+
+def contrast(
+    warehouse: WarehousePath,
+    run: RunOption = None,
+    site: SiteOption = "block",
+    recipe: Annotated[str, choice(("pooled", "element"), "How AVSS is defined.")] = "pooled",
+    threshold: Annotated[str, typer.Option(help="Near zero means below this: one that the run counted.")] = "1e-5",
+    hallucinated: Annotated[str | None, typer.Option(help="Label of hallucinated answers.")] = None,
+    truthful: Annotated[str | None, typer.Option(help="Label of truthful answers.")] = None,
+    predictions: Annotated[
+        bool, typer.Option("--predictions", help="In csv and json: how well each layer predicts the label.")
+    ] = False,
+    format: FormatOption = FORMATS[0],
+) -> None:
+    """Contrast hallucinated with truthful answers of a run on paired text, layer by layer, with the controls."""
+    value, kind = parse_threshold(threshold)
+    if kind != "absolute":
+        raise ConfigError(f"`threshold` {threshold} is a multiple of the RMS.", "Rows are counted at absolute ones.")
+
+    from avss_dist.analysis.contrast import contrast as contrast_run
+    from avss_dist.report.output import write_table
+    from avss_dist.report.terminal.contrast import contrast_tables
+
+    opened = open_warehouse(warehouse)
+    (row,) = choose_runs(opened, [run] if run else [])
+    found = contrast_run(
+        opened, row, site=site, recipe=recipe, threshold=value, hallucinated=hallucinated, truthful=truthful
+    )
+    if format == "table":
+        console().print(contrast_tables(found))
+        return
+    write_table(found.predictions if predictions else found.layers, format, console())
+    for line in found.findings:
+        say(line)

@@ -1,0 +1,234 @@
+"""How layers differ between hallucinated and truthful answers, and how much of that is chance. Pure numpy.
+
+EAVSS (arXiv 2411.10069) names HSAV and HSS, a layer's variance and sparsity on hallucinated text; its equations are not
+public. What stands here is a reading of it, in the form of AVSS: see ``docs/hallucination.md``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avss_dist.settings import BOOTSTRAP_SEED, INTERVAL
+from avss_dist.stats.layer_stats import Float64, Int64
+from avss_dist.stats.rankings import bootstrap_interval, bootstrap_weights, count_lowest, rank_lowest
+from avss_dist.stats.scores import avss, share
+
+PERMUTATIONS = 1000  # at least; with many layers more, so that a corrected p-value can be small
+PER_LAYER = 40
+FOLDS = 5
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Answers:
+    """Answers at one site, row by row.
+
+    Attributes:
+        pair: int64[rows], the index of each one's prompt.
+        hallucinated: bool[rows]; the others are truthful.
+        tokens: int64[rows].
+        pooled_variance, count, mean, m2, near_zero, norm, relative_magnitude: float64[rows, layers], see `RowStats`.
+    """
+
+    pair: Int64
+    hallucinated: Bools
+    tokens: Int64
+    pooled_variance: Float64
+    count: Float64
+    mean: Float64
+    m2: Float64
+    near_zero: Float64
+    norm: Float64
+    relative_magnitude: Float64
+
+    @property
+    def pairs(self) -> Int64:
+        """The distinct pairs."""
+        return np.unique(self.pair)
+
+    def where(self, rows: Bools) -> Answers:
+        """Some of them."""
+        return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    def of_pairs(self, pairs: Int64) -> Answers:
+        """Those of some pairs."""
+        return self.where(np.isin(self.pair, pairs))
+
+
+def variance_and_counts(a: Answers, weights: Float64, recipe: str) -> tuple[Float64, Float64, Float64]:
+    """Variance, near-zero elements and elements of weighted answers, float64[..., layers] each.
+
+    Args:
+        weights: float64[..., rows].
+        recipe: ``pooled`` or ``element``.
+    """
+    near_zero, count = weights @ a.near_zero, weights @ a.count
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if recipe == "pooled":
+            known = np.isfinite(a.pooled_variance)
+            variance = (weights @ np.where(known, a.pooled_variance, 0)) / (weights @ known.astype(np.float64))
+        else:
+            mean = np.where(a.count > 0, a.mean, 0)
+            shifted = mean - (a.count * mean).sum(axis=0) / a.count.sum(axis=0)  # so that nothing cancels
+            first = (weights @ (a.count * shifted)) / count
+            variance = (weights @ (a.m2 + a.count * shifted**2)) / count - first**2
+    return variance, near_zero, count
+
+
+def contrast(a: Answers, weights: Float64, hallucinated: Float64, recipe: str) -> Float64:
+    """log(AVSS on hallucinated / AVSS on truthful answers), float64[..., layers]; NaN where one is not defined.
+
+    Args:
+        weights: float64[..., rows], how often each answer counts.
+        hallucinated: float64[..., rows], 1 or 0.
+    """
+    scores = [
+        avss(*variance_and_counts(a, weights * own, recipe), smoothed=True) for own in (hallucinated, 1 - hallucinated)
+    ]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: Float64 = np.log(scores[0] / scores[1])
+    return np.where(np.isfinite(found), found, np.nan)
+
+
+def deviation(a: Answers, weights: Float64, hallucinated: Float64, recipe: str) -> Float64:
+    """`contrast` less that of the median layer, which tests are of, float64[..., layers].
+
+    AVSS is of shares over layers, so that a difference in one layer moves the contrasts of all others alike.
+    """
+    found = contrast(a, weights, hallucinated, recipe)
+    with np.errstate(invalid="ignore"):
+        middle = np.nanmedian(found, axis=-1, keepdims=True)
+    return found - middle
+
+
+def observed(a: Answers, recipe: str) -> Float64:
+    """`deviation` as it is, float64[layers]."""
+    return deviation(a, np.ones(len(a.pair)), a.hallucinated.astype(np.float64), recipe)
+
+
+def resampled(a: Answers, recipe: str, pairs: Int64) -> Float64:
+    """`deviation` of resampled ``pairs``, float64[resamples, layers]; the answers of a pair are drawn together."""
+    weights = bootstrap_weights(len(pairs))[:, np.searchsorted(pairs, a.pair)]
+    return deviation(a, weights, a.hallucinated.astype(np.float64), recipe)
+
+
+def permuted_labels(a: Answers, times: int, seed: int = BOOTSTRAP_SEED) -> Float64:
+    """Labels exchanged at random inside each pair, float64[times, rows]."""
+    rng = np.random.default_rng(seed)
+    base = np.argsort(a.pair, kind="stable")
+    order = np.argsort(a.pair + rng.random((times, len(a.pair))), axis=1)
+    labels = np.empty((times, len(a.pair)))
+    labels[:, base] = a.hallucinated[order]
+    return labels
+
+
+def permutation_p(a: Answers, recipe: str, seed: int = BOOTSTRAP_SEED) -> Float64:
+    """Two-sided p-values by layer of `observed`, under exchange of labels inside pairs; NaN where it is not defined."""
+    found = np.abs(observed(a, recipe))
+    times = max(PERMUTATIONS, PER_LAYER * len(found))
+    null = np.abs(deviation(a, np.ones(len(a.pair)), permuted_labels(a, times, seed), recipe))
+    at_least = (null >= found * (1 - 1e-12)).sum(axis=0)
+    return np.where(np.isnan(found), np.nan, (1 + at_least) / (1 + times))
+
+
+def holm(p: Float64) -> Float64:
+    """P-values corrected for their number (Holm, 1979); NaN stays."""
+    known = np.flatnonzero(np.isfinite(p))
+    order = known[np.argsort(p[known], kind="stable")]
+    steps = np.maximum.accumulate(p[order] * (len(order) - np.arange(len(order))))
+    corrected = np.full(len(p), np.nan)
+    corrected[order] = np.minimum(steps, 1)
+    return corrected
+
+
+def noise_floor(a: Answers, recipe: str, level: float = INTERVAL) -> Float64:
+    """What |deviation| does not exceed in ``level`` of random splits of the truthful answers, float64[layers]."""
+    truthful = a.where(~a.hallucinated)
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    half = np.arange(len(truthful.pair)) < len(truthful.pair) // 2
+    halves = rng.permuted(np.tile(half, (PERMUTATIONS, 1)), axis=1).astype(np.float64)
+    floor: Float64 = np.quantile(np.abs(deviation(truthful, np.ones(len(half)), halves, recipe)), level, axis=0)
+    return floor
+
+
+def length_matched(a: Answers, slack: float) -> Answers:
+    """The pairs whose answers have about as many tokens: the longest at most ``1 + slack`` times the shortest."""
+    kept = [p for p in a.pairs if np.ptp(own := a.tokens[a.pair == p]) <= slack * own.min()]
+    return a.of_pairs(np.array(kept, np.int64))
+
+
+def prone_probability(resamples: Float64) -> Float64:
+    """The share of resamples in which each layer's contrast is among the highest 25%, float64[layers]."""
+    return (rank_lowest(-resamples) <= count_lowest(resamples.shape[1])).mean(axis=0)
+
+
+def contrast_columns(a: Answers, recipe: str) -> dict[str, Float64]:
+    """The scores of layers and their intervals: see ``docs/hallucination.md``."""
+    own = a.hallucinated.astype(np.float64)
+    (hsav, near, count), (variance, near_t, count_t) = (variance_and_counts(a, w, recipe) for w in (own, 1 - own))
+    hss, sparsity = (near + 0.5) / (count + 1), (near_t + 0.5) / (count_t + 1)
+    weights = bootstrap_weights(len(a.pairs))[:, np.searchsorted(a.pairs, a.pair)]
+    again = [variance_and_counts(a, weights * w, recipe) for w in (own, 1 - own)]
+    by_resample = {
+        "eavss_contrast": contrast(a, weights, own, recipe),
+        "hsav_difference": again[0][0] - again[1][0],
+        "hss_difference": (again[0][1] + 0.5) / (again[0][2] + 1) - (again[1][1] + 0.5) / (again[1][2] + 1),
+        "eavss_ratio": avss(*again[0], smoothed=True),
+    }
+    found = contrast(a, np.ones(len(own)), own, recipe)
+    columns = {
+        "hsav": hsav,
+        "hss": hss,
+        "hsav_share": share(hsav),
+        "hss_share": share(hss),
+        "eavss_ratio": avss(hsav, near, count, smoothed=True),
+        "eavss_contrast": found,
+        "deviation": observed(a, recipe),
+        "hsav_difference": hsav - variance,
+        "hss_difference": hss - sparsity,
+        "rank": rank_lowest(-found),
+        "prone_probability": prone_probability(by_resample["eavss_contrast"]),
+    }
+    for name, values in by_resample.items():
+        columns[f"{name}_low"], columns[f"{name}_high"] = bootstrap_interval(values)
+    return columns
+
+
+def out_of_fold(a: Answers, values: Float64) -> Float64:
+    """What a classifier on one number says of each answer, float64[rows]: learned on the other folds of pairs.
+
+    It is the number, standardized, with the sign that tells hallucinated from truthful answers there.
+    """
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    fold = rng.permutation(len(a.pairs))[np.searchsorted(a.pairs, a.pair)] % FOLDS
+    scores = np.zeros(len(values))
+    for k in range(FOLDS):
+        train = fold != k
+        if not 0 < a.hallucinated[train].sum() < train.sum():
+            continue
+        side = np.sign(auroc(values[train], a.hallucinated[train], np.ones((1, train.sum())))[0] - 0.5)
+        spread = values[train].std() or 1.0
+        scores[~train] = side * (values[~train] - values[train].mean()) / spread
+    return scores
+
+
+def auroc(scores: Float64, positive: Bools, weights: Float64) -> Float64:
+    """The chance that a positive has the higher score, ties by half, float64[resamples]; weights[resamples, rows]."""
+    values, position = np.unique(scores, return_inverse=True)
+    tied = np.zeros((len(scores), len(values)))
+    tied[np.arange(len(scores)), position] = 1
+    up, down = (weights * positive) @ tied, (weights * ~positive) @ tied
+    below = np.cumsum(down, axis=1) - down / 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: Float64 = (up * below).sum(axis=1) / (up.sum(axis=1) * down.sum(axis=1))
+    return found
+
+
+def corrected_lower(value: float, resamples: Float64, comparisons: int) -> float:
+    """The lower end of a 95% interval that holds for so many comparisons at once (Bonferroni, normal)."""
+    z = NormalDist().inv_cdf(1 - (1 - INTERVAL) / (2 * comparisons))
+    return float(value - z * np.nanstd(resamples))
