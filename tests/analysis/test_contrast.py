@@ -122,7 +122,10 @@ def test_exchanged_labels_name_no_layer() -> None:
     [
         ({"planted": 1.5, "elsewhere": 1.5}, "Otherwise than for the same answers after another prompt: none."),
         ({"planted": 1.0, "longer": 8}, "With lengths matched (0 pairs): too few pairs to tell."),
-        ({"planted": 1.0, "seed": 1}, "No layer differs more than with labels exchanged inside pairs."),
+        (
+            {"planted": 1.0, "seed": 1},
+            "No layer differs between hallucinated and truthful answers more than with labels exchanged inside pairs.",
+        ),
     ],
 )
 def test_controls_take_away_what_they_should(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
