@@ -100,21 +100,21 @@ def _rows(warehouse: Warehouse, run: Mapping[str, Any], site: str) -> pa.Table:
 
 def _labels(rows: pa.Table, hallucinated: str | None, truthful: str | None) -> tuple[str, str]:
     known = sorted(s for s in pc.unique(rows["stratum"]).to_pylist() if not s.endswith(AFTER_ANOTHER))
-    for label in (hallucinated, truthful):
-        if label is not None:
-            require_known("label", label, known, QueryError)
-    named = [label for label in known if label.lower() in HALLUCINATED_NAMES]
-    if hallucinated is None and len(named) == 1:
-        hallucinated = named[0]
+    for label in filter(None, (hallucinated, truthful)):
+        require_known("label", label, known, QueryError)
+    hallucinated = hallucinated or _only([label for label in known if label.lower() in HALLUCINATED_NAMES])
     others = [label for label in known if label != hallucinated]
-    if truthful is None:
-        truthful = others[0] if len(others) == 1 else TRUTHFUL if TRUTHFUL in others else None
-    if hallucinated is None or truthful is None or hallucinated == truthful:
+    truthful = truthful or _only(others) or _only([label for label in others if label == TRUTHFUL])
+    if not hallucinated or not truthful or hallucinated == truthful:
         raise QueryError(
             f"Which answers are hallucinated, and which truthful? Labels: {', '.join(known)}.",
             "Name one label as `hallucinated` and another as `truthful`.",
         )
     return hallucinated, truthful
+
+
+def _only(labels: list[str]) -> str | None:
+    return labels[0] if len(labels) == 1 else None
 
 
 def _answers(rows: pa.Table, labels: tuple[str, str], after: str, threshold: int) -> of.Answers:
@@ -236,27 +236,27 @@ def _findings(layers: pa.Table, predictions: pa.Table) -> list[str]:
 
 
 def _about_layers(rows: list[dict[str, Any]]) -> list[str]:
-    differ = [row["layer"] for row in rows if row["p_holm"] is not None and row["p_holm"] < LEVEL]
-    if not differ:
-        words = [
-            "No layer differs between hallucinated and truthful answers more than with labels exchanged inside pairs."
-        ]
-    else:
-        prompt = [row["layer"] for row in rows if row["layer"] in differ and _excludes_zero(row)]
-        number = rows[0]["length_matched_pairs"]
-        kept = [row["layer"] for row in rows if row["layer"] in differ and (row["length_matched_p"] or 1) < LEVEL]
-        few = number < FEWEST_PAIRS
-        words = [
-            f"Layers that differ more than with labels exchanged inside pairs (Holm, {LEVEL:.0%}): {_listed(differ)}.",
-            f"With lengths matched ({number} pairs): {'too few pairs to tell' if few else _listed(kept)}.",
-            f"Otherwise than for the same answers after another prompt: {_listed(prompt)}.",
-        ]
-    stands = [row["layer"] for row in rows if row["stands"]]
-    words.append(f"Left after every control: {_listed(stands)}.")
+    differ = [row for row in rows if row["p_holm"] is not None and row["p_holm"] < LEVEL]
+    none = "No layer differs between hallucinated and truthful answers more than with labels exchanged inside pairs."
+    words = _about_differences(differ) if differ else [none]
+    words.append(f"Left after every control: {_listed([row['layer'] for row in rows if row['stands']])}.")
     rho = rows[0]["depth_correlation"]
     if rho is not None and abs(rho) > FOLLOWS_DEPTH:
         words.append(f"The contrast follows depth (Spearman {rho:.2f}), and says little more than a layer's number.")
     return words
+
+
+def _about_differences(rows: list[dict[str, Any]]) -> list[str]:
+    """Of layers that differ by label, which do by length and by prompt too."""
+    number = rows[0]["length_matched_pairs"]
+    matched = _listed([row["layer"] for row in rows if (row["length_matched_p"] or 1) < LEVEL])
+    prompt = _listed([row["layer"] for row in rows if _excludes_zero(row)])
+    differ = _listed([row["layer"] for row in rows])
+    return [
+        f"Layers that differ more than with labels exchanged inside pairs (Holm, {LEVEL:.0%}): {differ}.",
+        f"With lengths matched ({number} pairs): {'too few pairs to tell' if number < FEWEST_PAIRS else matched}.",
+        f"Otherwise than for the same answers after another prompt: {prompt}.",
+    ]
 
 
 def _about_prediction(rows: list[dict[str, Any]]) -> list[str]:
