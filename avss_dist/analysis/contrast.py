@@ -103,14 +103,17 @@ def _labels(rows: pa.Table, hallucinated: str | None, truthful: str | None) -> t
     for label in filter(None, (hallucinated, truthful)):
         require_known("label", label, known, QueryError)
     hallucinated = hallucinated or _only([label for label in known if label.lower() in HALLUCINATED_NAMES])
-    others = [label for label in known if label != hallucinated]
-    truthful = truthful or _only(others) or _only([label for label in others if label == TRUTHFUL])
+    truthful = truthful or _truthful([label for label in known if label != hallucinated])
     if not hallucinated or not truthful or hallucinated == truthful:
         raise QueryError(
             f"Which answers are hallucinated, and which truthful? Labels: {', '.join(known)}.",
             "Name one label as `hallucinated` and another as `truthful`.",
         )
     return hallucinated, truthful
+
+
+def _truthful(labels: list[str]) -> str | None:
+    return TRUTHFUL if TRUTHFUL in labels else _only(labels)
 
 
 def _only(labels: list[str]) -> str | None:
