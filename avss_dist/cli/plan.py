@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from avss_dist.pruning.plan import Plan
     from avss_dist.warehouse.reader import Warehouse
 
-FORMATS = ("plan", "mergekit")  # of mergekit: the slices to merge
+FORMATS = ("plan", "mergekit", "json")  # of mergekit: the slices to merge
 CHOSEN_BY = (*OF_LAYERS, *SCORES, "last", "random")
 
 
@@ -100,6 +100,8 @@ def plan(
     from avss_dist.analysis.plans import plan_layers
     from avss_dist.pruning.plan import mergekit_slices, write_text
 
+    if format == "json" and sparsify is None:
+        raise ConfigError("`format` json is of thresholds, and a plan of layers has none.", "Use plan or mergekit.")
     opened = open_warehouse(warehouse)
     chosen = choose_run(opened, run)
     if sparsify is not None:
@@ -147,14 +149,22 @@ def _sparsify(
     options: Mapping[str, Any],
 ) -> None:
     """Write a sparsity plan."""
+    if format == "mergekit":
+        raise ConfigError("`format` mergekit is of layers that stay, and sparsity drops none.", "Use plan or json.")
     from avss_dist.evaluation.sparsify import sparsify
+    from avss_dist.pruning.plan import write_text
     from avss_dist.report.terminal.progress import CellProgress
+    from avss_dist.sparsity.plan import thresholds_json
 
     with CellProgress() as progress:
         made = sparsify(opened.root, run, target, method=method, reporter=progress, **fields, **options)
-    made.write(output)
+    if format == "json":
+        write_text(output, thresholds_json(made))
+    else:
+        made.write(output)
     emit("\n  ".join([f"{output}:", *made.describe()]))
-    emit(f"  Evaluate it: avss evaluate {output} --task perplexity:CORPUS --warehouse {opened.root}")
+    if format == FORMATS[0]:
+        emit(f"  Evaluate it: avss evaluate {output} --task perplexity:CORPUS --warehouse {opened.root}")
 
 
 def _search(

@@ -5,6 +5,7 @@ Layers count from 0, as everywhere.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -172,6 +173,15 @@ class SparsityPlan:
 
 def _rounded(one: Mapping[str, Any]) -> dict[str, Any]:
     return {**one, "sparsity": round(one["sparsity"], 6)}
+
+
+def thresholds_json(plan: SparsityPlan) -> str:
+    """A plan as JSON for other programs: ``layers[i][path]`` has what becomes zero of the inputs of a map."""
+    layers: dict[int, dict[str, Any]] = {}
+    for one in plan.projections:
+        layers.setdefault(one.layer, {})[one.map] = {one.by: one.value, "sparsity": one.sparsity}
+    about = {name: getattr(plan, name) for name in ("model", "revision", "rule", "weighted", "pattern", "sparsity")}
+    return json.dumps(about | {"layers": layers}, indent=1) + "\n"
 
 
 def is_sparsity_plan(path: str | Path) -> bool:

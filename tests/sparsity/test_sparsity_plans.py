@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,9 @@ def test_thresholds_are_the_quantiles_of_what_maps_read(
         else:
             assert one.value == pytest.approx(exact, rel=2**-7)
     assert made.sparsity == pytest.approx(target, abs=0.01)
+    assert avss("plan", scored, "--sparsify", target, "--format", "json", "-o", tmp_path / "t.json").exit_code == 0
+    layers = json.loads((tmp_path / "t.json").read_text())["layers"]
+    assert all(layers[str(one.layer)][one.map]["threshold"] == one.value for one in made.projections)
 
 
 def test_a_plan_is_evaluated_beside_the_dense_model_alone_and_on_top_of_another(
@@ -117,6 +121,8 @@ def test_what_cannot_be_planned_is_refused_with_the_reason(
         (["--sparsify", 0.5, "--pattern", "4:2"], "--pattern 4:2 is none."),
         (["--sparsify", 0.4, "--pattern", "2:4"], "Set --sparsify to 0.5."),
         (["--sparsify", 0.5, "--method", "topp", "--pattern", "2:4"], "Use uniform or wina."),
+        (["--sparsify", 0.5, "--format", "mergekit"], "sparsity drops none. Use plan or json."),
+        (["--by", "last", "--format", "json"], "a plan of layers has none."),
         (["--sparsify", 0.5, "--pattern", "5:10"], "does not divide the 32 inputs of self_attn.q_proj."),
     ):
         result = avss("plan", scored, *options, "-o", out)
