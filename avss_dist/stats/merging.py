@@ -12,6 +12,7 @@ from typing import TypeVar
 from avss_dist.settings import AFTER_ANOTHER
 from avss_dist.stats.histogram import Values, merge_values
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey, without_values
+from avss_dist.stats.spill import Spill
 
 Key = TypeVar("Key", LayerKey, StratumKey)
 
@@ -96,16 +97,18 @@ def _add_values(values: dict[Key, Values], more: Mapping[Key, Values]) -> None:
 def combine_blocks(blocks: Iterable[Block]) -> Merged:
     """Merge blocks, in their order."""
     kept: list[Mapping[LayerKey, LayerStats]] = []
-    kept_strata: list[Mapping[StratumKey, LayerStats]] = []
+    stats: dict[LayerKey, LayerStats] = {}
+    strata: dict[StratumKey, LayerStats] = {}
+    spill = Spill()
     values: dict[LayerKey, Values] = {}
     stratum_values: dict[StratumKey, Values] = {}
     for block in blocks:
-        kept.append(merge_strata(block.strata) if block.strata else block.stats)
-        kept_strata.append(block.strata)
+        kept.append(spill.keep(merge_strata(block.strata) if block.strata else block.stats))
+        stats, strata = merge_stats((stats, block.stats)), merge_stats((strata, block.strata))
         _add_values(values, block.values)
         _add_values(stratum_values, block.stratum_values)
-    strata = _with_values(merge_stats(kept_strata), stratum_values)
-    stats = merge_strata(strata) if strata else _with_values(merge_stats(kept), values)
+    strata = _with_values(strata, stratum_values)
+    stats = merge_strata(strata) if strata else _with_values(stats, values)
     return Merged(stats, kept, strata)
 
 

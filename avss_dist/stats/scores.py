@@ -14,7 +14,7 @@ unit      population variance, over units, of unit means   share of units with a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -77,7 +77,7 @@ def score_run(
         stats: the merged statistics of the run.
         layers: module path of every layer; layer ``i`` of ``n`` has depth ``(i + 0.5) / n``.
         shards: the partials (or blocks of them), resampled for the intervals; fewer than two give none (NaN).
-        thresholds: those of `SiteTable.thresholds` by default; see `LayerStats.below`.
+        thresholds: every one that is counted and the relative ones, by default; see `LayerStats.below`.
         sites: those of ``stats`` by default.
 
     Returns:
@@ -88,9 +88,9 @@ def score_run(
     for site in dict.fromkeys(site for _, site in stats if sites is None or site in sites):
         present = [layer for layer, s in stats if s == site]
         merged = [stats[layer, site] for layer in present]
-        table = SiteTable(merged, _site_shards(shards, merged, present, site))
+        table = SiteTable(merged, _site_shards(shards, merged, present, site), thresholds)
         for recipe in table.recipes():
-            for threshold in thresholds or table.thresholds():
+            for threshold in table.thresholds:
                 columns = table.score(recipe, threshold)
                 for position, layer in enumerate(present):
                     rows.append(
@@ -142,10 +142,20 @@ class SiteTable:
     Args:
         merged: LayerStats by layer.
         shards: LayerStats by shard and layer.
+        thresholds: every one that is counted, then the relative ones, by default.
     """
 
-    def __init__(self, merged: Sequence[LayerStats], shards: Sequence[Sequence[LayerStats]] = ()) -> None:
+    def __init__(
+        self,
+        merged: Sequence[LayerStats],
+        shards: Sequence[Sequence[LayerStats]] = (),
+        thresholds: Sequence[Threshold] | None = None,
+    ) -> None:
         self.merged = merged
+        self.thresholds = thresholds or (
+            *(Threshold(value=float(t), kind="absolute") for t in merged[0].thresholds),
+            *(Threshold(value=t, kind="rms") for t in RELATIVE_THRESHOLDS),
+        )
         self.shards = shards if len(shards) > 1 else ()
         self.weights = bootstrap_weights(len(self.shards)) if self.shards else None
         self._variances: dict[str, tuple[Float64, Float64 | None]] = {}
@@ -153,11 +163,6 @@ class SiteTable:
     def recipes(self) -> tuple[str, ...]:
         """The recipes that the site has statistics for: ``unit`` needs per-unit sums."""
         return tuple(r for r in RECIPES if r != "unit" or all(s.unit_sum.size for s in self.merged))
-
-    def thresholds(self) -> Iterator[Threshold]:
-        """Every threshold that is counted, then the relative ones."""
-        yield from (Threshold(value=float(t), kind="absolute") for t in self.merged[0].thresholds)
-        yield from (Threshold(value=t, kind="rms") for t in RELATIVE_THRESHOLDS)
 
     def score(self, recipe: str, threshold: Threshold) -> dict[str, list[Any]]:
         """Columns of the ``scores`` table, each a list over layers; one with NaN or infinite elements has no rank."""
@@ -207,21 +212,44 @@ class SiteTable:
         return self.weights @ by_shard
 
     @cached_property
-    def unit_means(self) -> list[tuple[Float64, Float64 | None]]:
-        """By layer: unit means, merged float64[units] and (with shards) resampled float64[resamples, units].
+    def units(self) -> list[tuple[_Units, _Units | None]]:
+        """By layer: of the merged statistics, and (with shards) of all resamples; [resamples, units] of one at a time.
 
-        NaN where no token is finite throughout, so that an overflow is not taken for a mean of zero.
+        Means are NaN where no token is finite throughout, so that an overflow is not taken for a mean of zero.
         """
-        return [self._unit_means(layer, merged) for layer, merged in enumerate(self.merged)]
+        return [self._units_of(layer, merged) for layer, merged in enumerate(self.merged)]
 
-    def _unit_means(self, layer: int, merged: LayerStats) -> tuple[Float64, Float64 | None]:
+    def _units_of(self, layer: int, merged: LayerStats) -> tuple[_Units, _Units | None]:
         means = merged.unit_sum / (merged.unit_count or np.nan)
+        at = {threshold: threshold.at(merged) for threshold in self.thresholds}
         if self.weights is None:
-            return means, None
+            return _Units.of(means, at), None
         partials = [shard[layer] for shard in self.shards]
         sums = np.stack([p.unit_sum if p.unit_sum.size else np.zeros_like(means) for p in partials])
         tokens = self.weights @ np.array([p.unit_count for p in partials], float)
-        return means, _ratio(self.weights @ sums, tokens[:, None])
+        return _Units.of(means, at), _Units.of(_ratio(self.weights @ sums, tokens[:, None]), at)
+
+
+@dataclass(frozen=True)
+class _Units:
+    """What is seen of unit means, float64[..., units]: each float64[...], over the units.
+
+    Attributes:
+        variance: theirs.
+        finite: how many there are.
+        near_zero: how many are nearer to zero than a threshold, by threshold.
+    """
+
+    variance: Float64
+    finite: Float64
+    near_zero: dict[Threshold, Float64]
+
+    @staticmethod
+    def of(means: Float64, at: Mapping[Threshold, float]) -> _Units:
+        """Those of means, with each threshold at a value."""
+        sizes = np.abs(means)
+        near_zero = {threshold: (sizes < value).sum(axis=-1).astype(float) for threshold, value in at.items()}
+        return _Units(means.var(axis=-1), np.isfinite(means).sum(axis=-1).astype(float), near_zero)
 
 
 def _quality(near_zero: float) -> str:
@@ -255,8 +283,8 @@ def _element_variance(table: SiteTable) -> tuple[Float64, Float64 | None]:
 
 
 def _unit_variance(table: SiteTable) -> tuple[Float64, Float64 | None]:
-    variance = np.array([means.var() for means, _ in table.unit_means])
-    resampled = [means.var(axis=1) for _, means in table.unit_means if means is not None]
+    variance = np.array([merged.variance for merged, _ in table.units])
+    resampled = [units.variance for _, units in table.units if units is not None]
     return variance, np.stack(resampled, axis=1) if resampled else None
 
 
@@ -283,16 +311,13 @@ def _element_sparsity(table: SiteTable, threshold: Threshold) -> Counts:
 
 
 def _unit_sparsity(table: SiteTable, threshold: Threshold) -> Counts:
-    at = [threshold.at(s) for s in table.merged]
-    pairs = list(zip(table.unit_means, at, strict=True))
-    near_zero = np.array([float((np.abs(means) < t).sum()) for (means, _), t in pairs])
-    units = np.array([float(np.isfinite(means).sum()) for means, _ in table.unit_means])
-    resampled = [(means, t) for (_, means), t in pairs if means is not None]
+    near_zero = np.array([merged.near_zero[threshold] for merged, _ in table.units])
+    finite = np.array([merged.finite for merged, _ in table.units])
+    resampled = [units for _, units in table.units if units is not None]
     if not resampled:
-        return near_zero, units, None, None
-    near_zeros = np.stack([(np.abs(means) < t).sum(axis=1) for means, t in resampled], axis=1).astype(float)
-    counts = np.stack([np.isfinite(means).sum(axis=1) for means, _ in resampled], axis=1).astype(float)
-    return near_zero, units, near_zeros, counts
+        return near_zero, finite, None, None
+    near_zeros = np.stack([units.near_zero[threshold] for units in resampled], axis=1)
+    return near_zero, finite, near_zeros, np.stack([units.finite for units in resampled], axis=1)
 
 
 _VARIANCE = {"pooled": _pooled_variance, "element": _element_variance, "unit": _unit_variance}

@@ -53,6 +53,14 @@ def test_a_result_counts_once(checkpoint: Checkpoint) -> None:
     assert queue.unfinished == {1}
 
 
+def test_a_result_costs_the_same_however_many_units_are_pending(checkpoint: Checkpoint) -> None:
+    queue, _ = shard_queue(checkpoint, 3)
+    pending = queue.pending
+    queue.finish(*queue.next_units(), "a result")
+    assert queue.pending is pending, "it was built anew"
+    assert list(pending) == [1, 2]
+
+
 def test_units_of_a_lost_gang_come_first_and_fail_after_some_attempts(checkpoint: Checkpoint) -> None:
     queue, run = shard_queue(checkpoint, 3)
     for _ in range(ATTEMPTS - 1):

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from support.oracle import Float64, oracle_stats
 
 from avss_dist.settings import RELATIVE_THRESHOLDS
-from avss_dist.stats import rankings
+from avss_dist.stats import rankings, spill
 from avss_dist.stats.histogram import HISTOGRAM_EDGES
-from avss_dist.stats.layer_stats import LayerKey, LayerStats
-from avss_dist.stats.merging import merge_stats
+from avss_dist.stats.layer_stats import LayerKey, LayerStats, without_values
+from avss_dist.stats.merging import Block, combine_blocks, merge_stats
 from avss_dist.stats.rankings import count_lowest, rank_lowest
 from avss_dist.stats.scores import SiteTable, Threshold, score_run
 from avss_dist.warehouse.schema import SCHEMAS
@@ -226,6 +226,18 @@ def test_lowest_set_probabilities_sum_to_the_size_of_the_set(recipe: str) -> Non
     probabilities = column(rows, "lowest_set_probability", recipe)
     assert sum(probabilities) == pytest.approx(count_lowest(9), rel=1e-12)
     assert 0 <= min(probabilities) < max(probabilities) <= 1 and any(0 < p < 1 for p in probabilities)
+
+
+def test_blocks_that_memory_has_no_room_for_give_the_same_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = activations()
+    blocks = [Block({key: without_values(one) for key, one in of.items()}, {}, {}, {}) for of in stats_of(x)]
+    expected = combine_blocks(blocks)
+    monkeypatch.setattr(spill, "KEPT_BYTES", 0)
+    found = combine_blocks(blocks)
+    assert not any(one.unit_sum.flags.writeable for of in found.blocks for one in of.values()), "they are mapped"
+    assert all(found.stats[key].equals(one) for key, one in expected.stats.items())
+    names = [f"layer {i}" for i in range(x.shape[1])]
+    assert repr(score_run(found.stats, names, found.blocks)) == repr(score_run(expected.stats, names, expected.blocks))
 
 
 @pytest.mark.parametrize("shards", [0, 1])

@@ -29,7 +29,7 @@ from avss_dist.stats.layer_stats import (
     stats_from_pattern_counts,
     without_values,
 )
-from avss_dist.stats.merging import combine_blocks, merge_block, merge_blocks, merge_stats, split_into_blocks
+from avss_dist.stats.merging import Merged, combine_blocks, merge_block, merge_blocks, merge_stats, split_into_blocks
 
 GRID = np.array(THRESHOLDS)
 UNITS = 3
@@ -343,7 +343,8 @@ def test_merge_stats_sorts_keys_and_takes_a_key_that_some_parts_lack() -> None:
 @given(st.integers(1, 40), st.integers(1, 12))
 def test_blocks_are_bounded_and_merge_into_the_run(num_shards: int, most: int) -> None:
     shards = [make_shard(i) for i in range(num_shards)]
-    merged, blocks = merge_blocks(shards, most)
+    found = merge_blocks(shards, most)
+    merged, blocks = found.stats, found.blocks
     size = -(-num_shards // most)
     assert len(blocks) <= most
     for i, block in enumerate(blocks):
@@ -356,7 +357,7 @@ def test_blocks_are_bounded_and_merge_into_the_run(num_shards: int, most: int) -
 
 def test_few_shards_are_a_block_each() -> None:
     shards = [make_shard(i) for i in range(5)]
-    _, blocks = merge_blocks(shards, 5)
+    blocks = merge_blocks(shards, 5).blocks
     assert len(blocks) == 5
     for block, shard in zip(blocks, shards, strict=True):
         assert block[0, "block"].equals(without_values(shard.stats[0, "block"]))
@@ -369,16 +370,16 @@ def test_who_merges_a_block_changes_nothing(num_shards: int, most: int) -> None:
     shards = [make_shard(i) for i in range(num_shards)]
     blocks = [merge_block(shards[ids.start : ids.stop], ids) for ids in split_into_blocks(num_shards, most)]
     assert [i for ids in split_into_blocks(num_shards, most) for i in ids] == list(range(num_shards))
-    merged, kept = combine_blocks(pickle.loads(pickle.dumps(blocks)))
-    expected, expected_blocks = merge_blocks(shards, most)
-    assert merged.keys() == expected.keys() and all(merged[key].equals(expected[key]) for key in expected)
-    assert len(kept) == len(expected_blocks) <= most
-    for one, other in zip(kept, expected_blocks, strict=True):
+    found, expected = combine_blocks(pickle.loads(pickle.dumps(blocks))), merge_blocks(shards, most)
+    assert found.stats.keys() == expected.stats.keys()
+    assert all(found.stats[key].equals(expected.stats[key]) for key in expected.stats)
+    assert len(found.blocks) == len(expected.blocks) <= most
+    for one, other in zip(found.blocks, expected.blocks, strict=True):
         assert one.keys() == other.keys() and all(one[key].equals(other[key]) for key in other)
 
 
 def test_no_shards_are_no_blocks() -> None:
-    assert merge_blocks([], 5) == ({}, [])
+    assert merge_blocks([], 5) == Merged({}, [], {})
 
 
 @pytest.mark.parametrize(

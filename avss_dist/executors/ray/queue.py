@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
+from bisect import insort
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import median
 from typing import Any, Generic, TypeVar
 
 from avss_dist.corpus.shards import Shard
@@ -52,8 +52,9 @@ class UnitQueue(ABC, Generic[Unit]):
         self.pending: deque[int] = deque(range(len(units)))
         self.unfinished: set[int] = set(self.pending)
         self.rows = spec.settings.batch_size
-        self._seconds: dict[str, list[float]] = {}  # of rounds that are done, by kind of unit
+        self._seconds: dict[str, list[float]] = {}  # of rounds that are done, ascending, by kind of unit
         self._speculated: set[int] = set()
+        self._again: set[int] = set()  # units that became pending again: only these can be finished as they are
         self._failures: Counter[int | None] = Counter()
         self._failed_to_open = -math.inf  # when one of them was one to open the model
 
@@ -108,7 +109,9 @@ class UnitQueue(ABC, Generic[Unit]):
         """The outcome of a unit's first result; of a later one, none."""
         if unit not in self.unfinished:
             return []
-        self._remove([unit])
+        if unit in self._again:
+            self._remove([unit])
+        self.unfinished.discard(unit)
         return [self._outcome(unit, result)]
 
     def note_opened(self) -> None:
@@ -117,18 +120,19 @@ class UnitQueue(ABC, Generic[Unit]):
 
     def note_duration(self, units: Sequence[int], seconds: float) -> None:
         """Remember how long a round of these units took."""
-        self._seconds.setdefault(self.kind(units[0]), []).append(seconds)
+        insort(self._seconds.setdefault(self.kind(units[0]), []), seconds)
 
     def is_late(self, units: Sequence[int], seconds: float) -> bool:
         """Whether a round takes so much longer than others that its unit may be measured twice."""
         if self.units_a_round > 1 or not units or not (others := self._seconds.get(self.kind(units[0]))):
             return False
-        late = seconds > max(LATE_SECONDS, LATE_FACTOR * median(others))
+        late = seconds > max(LATE_SECONDS, LATE_FACTOR * others[len(others) // 2])
         return late and units[0] in self.unfinished and units[0] not in self._speculated
 
     def speculate(self, unit: int) -> None:
         """Let a unit be taken a second time, while its first gang goes on."""
         self._speculated.add(unit)
+        self._again.add(unit)
         self.pending.appendleft(unit)
 
     def put_back(self, units: Sequence[int], why: str | None, begun: float = math.inf) -> list[tuple[Any, AvssError]]:
@@ -144,6 +148,7 @@ class UnitQueue(ABC, Generic[Unit]):
         """
         unfinished = [unit for unit in units if unit in self.unfinished]
         self.pending.extendleft(reversed([unit for unit in unfinished if unit not in self.pending]))
+        self._again.update(unfinished)
         if why is None or (not units and begun < self._failed_to_open):
             return []
         failed: list[int | None] = [*unfinished] if units else [None]

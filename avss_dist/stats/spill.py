@@ -1,0 +1,56 @@
+"""Statistics of many blocks, of which only so much stays in memory: the rest is read from a file as it is needed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+
+from avss_dist.stats.layer_stats import LayerKey, LayerStats, StratumKey
+
+KEPT_BYTES = 128 << 20
+_LARGE = ("histogram", "unit_sum", "unit_sum_sq")
+
+Key = TypeVar("Key", LayerKey, StratumKey)
+
+
+class Spill:
+    """Keeps statistics, `KEPT_BYTES` of them in memory.
+
+    The file has no name, so it is gone with the process; where it cannot be written, the memory is taken.
+    """
+
+    def __init__(self) -> None:
+        self._left = KEPT_BYTES
+
+    def keep(self, stats: Mapping[Key, LayerStats]) -> Mapping[Key, LayerStats]:
+        """The same statistics, read only."""
+        self._left -= sum(getattr(one, name).nbytes for one in stats.values() for name in _LARGE)
+        if self._left >= 0 or not stats:
+            return stats
+        try:
+            return _mapped(stats)
+        except OSError:
+            return stats
+
+
+def _mapped(stats: Mapping[Key, LayerStats]) -> Mapping[Key, LayerStats]:
+    """The same, their large fields in one mapped file."""
+    with tempfile.TemporaryFile() as file:
+        for one in stats.values():
+            for name in _LARGE:
+                file.write(getattr(one, name).tobytes())
+        file.flush()
+        whole = np.asarray(np.memmap(file, np.uint8, "r"))
+    found, at = {}, 0
+    for key, one in stats.items():
+        fields = {}
+        for name in _LARGE:
+            field = getattr(one, name)
+            fields[name] = whole[at : at + field.nbytes].view(field.dtype)
+            at += field.nbytes
+        found[key] = replace(one, **fields)
+    return found
