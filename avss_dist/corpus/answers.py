@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from avss_dist.errors import CorpusError, nearest
-from avss_dist.settings import AFTER_ANOTHER, INCORRECT, TRUTHFUL
+from avss_dist.settings import AFTER_ANOTHER, BEST, INCORRECT, TRUTHFUL
 from avss_dist.text import describe_bytes
 
 MAX_LINE_BYTES = 16 << 20  # of a line of a file; as many characters of a text
@@ -61,6 +61,29 @@ def truthfulqa_answers(records: Records, seed: int) -> Iterator[Answer]:
         prompt = question_prompt(question)
         yield _answer(prompt, best, TRUTHFUL, where)
         yield _answer(prompt, wrong[drawn % len(wrong)], INCORRECT, where)
+
+
+def truthfulqa_choices(records: Records) -> list[list[Answer]]:
+    """Every answer to each question of TruthfulQA: the best first, then the other correct and the incorrect ones.
+
+    Raises:
+        CorpusError: as `labelled_answers`, or there is no question.
+    """
+    questions = []
+    for record, where in records:
+        question, best = (field_text(record, name, where) for name in ("question", "best_answer"))
+        correct, wrong = (field_texts(record, f"{name}_answers", where) for name in ("correct", "incorrect"))
+        named = [
+            (best, BEST),
+            *((one, TRUTHFUL) for one in correct if one != best),
+            *((one, INCORRECT) for one in wrong),
+        ]
+        questions.append(
+            [_answer(question_prompt(question), text, label, where) for text, label in [(best, BEST), *others]]
+        )
+    if not questions:
+        raise CorpusError("The file holds no question.", "Name one of TruthfulQA.")
+    return questions
 
 
 def question_prompt(question: str) -> str:

@@ -77,14 +77,40 @@ def paired_rows(
         CorpusError: the answers are no pairs (see `answers.paired`), or a row is too long; the message names the line.
     """
     pairs = _first(paired(answers, source), most)
+    return _rows(pairs, [("", range(len(pairs))), (AFTER_ANOTHER, _other(len(pairs)))], encode, eos, length)
+
+
+def choice_rows(
+    questions: Sequence[Sequence[Answer]], encode: Encode, *, eos: int | None, length: int, most: int | None
+) -> tuple[list[Ids], Pairing]:
+    """As `paired_rows`, of every answer to questions, after its own prompt alone.
+
+    Raises:
+        CorpusError: a row is too long, or ``most`` is less than the first question has.
+    """
+    ends = np.cumsum([len(answers) for answers in questions])
+    kept = len(questions) if most is None else int(np.searchsorted(ends, most, side="right"))
+    if not kept:
+        raise CorpusError(f"The first question has {ends[0]} answers.", f"Make `max_sequences` {ends[0]} or more.")
+    return _rows(questions[:kept], [("", range(kept))], encode, eos, length)
+
+
+def _rows(
+    pairs: Sequence[Sequence[Answer]],
+    prompts_of: Sequence[tuple[str, Sequence[int] | NDArray[np.int64]]],
+    encode: Encode,
+    eos: int | None,
+    length: int,
+) -> tuple[list[Ids], Pairing]:
+    """Rows of every pair; ``prompts_of`` says whose prompts its answers follow, and what that adds to the label."""
     prompts = [np.array(ids, np.int32) for ids in encode([pair[0].prompt for pair in pairs], True)]
     prompts = [ids[:-1] if len(ids) and ids[-1] == eos else ids for ids in prompts]
-    others = _other(len(pairs))
     rows: list[Ids] = []
     places: list[tuple[int, str, int]] = []
     for index, pair in enumerate(pairs):
         texts = [np.array(ids, np.int32) for ids in encode([answer.text for answer in pair], False)]
-        for prompt, after in ((index, ""), (others[index], AFTER_ANOTHER)):
+        for after, followed in prompts_of:
+            prompt = followed[index]
             for answer, text in zip(pair, texts, strict=True):
                 rows.append(np.concatenate([prompts[prompt], text]))
                 places.append((index, answer.label + after, len(prompts[prompt])))

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from avss_dist.corpus.pairs import Pairing, join, paired_rows
-from avss_dist.corpus.sources import Source, open_source
+from avss_dist.corpus.answers import truthfulqa_choices
+from avss_dist.corpus.pairs import Pairing, choice_rows, join, paired_rows
+from avss_dist.corpus.sources import Source, json_records, open_source
 from avss_dist.errors import CorpusError, without_secrets
 from avss_dist.settings import Settings, fingerprint
 
@@ -186,6 +187,23 @@ def _plan_pairs(source: str, opened: Source, tokenizer: Tokenizer, settings: Set
         num_sequences=len(rows),
         num_tokens=sum(shard.num_tokens for shard in shards),
     )
+
+
+def plan_choices(path: str, tokenizer: Tokenizer, settings: Settings) -> tuple[Shard, ...]:
+    """Every answer to the questions of a file of TruthfulQA, a row each; the answers to a question are in one shard.
+
+    Raises:
+        CorpusError: as `plan`.
+    """
+    rows, pairing = choice_rows(
+        truthfulqa_choices(json_records(path)),
+        lambda texts, special: _encode(texts, tokenizer, special=special),
+        eos=tokenizer.eos_token_id,
+        length=settings.sequence_length,
+        most=settings.max_sequences,
+    )
+    ids, lengths = _padded(rows, settings.sequence_length, tokenizer)
+    return _cut(ids, lengths, 0, pairing, settings.sequences_per_shard or USUAL_ROWS)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from avss_dist.corpus.shards import plan_choices
 from avss_dist.errors import ConfigError
 from avss_dist.evaluation.engine import (
     CellReporter,
@@ -27,13 +28,15 @@ from avss_dist.evaluation.held_out import refuse_overlap, refuse_repair_text, re
 from avss_dist.evaluation.retention import Retained, retained
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.loading import load_tokenizer
 from avss_dist.models.sparsifying import Cut, Sparsity
 from avss_dist.pruning.plan import read_plan
 from avss_dist.pruning.selection import PlanError
-from avss_dist.settings import PERPLEXITY, SEARCHES, Settings
+from avss_dist.settings import PERPLEXITY, SEARCHES, TRUTHFULQA, Settings
 from avss_dist.sparsity.plan import SparsityPlan, is_sparsity_plan, read_sparsity_plan
 from avss_dist.tasks.base import Result, Task, TextLoss
 from avss_dist.tasks.cells import Cell
+from avss_dist.tasks.truthfulqa import TruthfulChoices
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
@@ -282,6 +285,8 @@ def make_task(
     if name.startswith(PERPLEXITY):
         corpus = RedactedURI(name).full.removeprefix(PERPLEXITY)
         return text_task(checkpoint, corpus, settings, skip_sequences=skip_sequences)
+    if name.startswith(TRUTHFULQA):
+        return choices_task(checkpoint, RedactedURI(name).full.removeprefix(TRUTHFULQA), settings)
     from avss_dist.tasks.harness import harness_task
 
     return harness_task(name, limit=limit, num_fewshot=num_fewshot, trust_remote_code=settings.trust_remote_code)
@@ -319,3 +324,14 @@ def text_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_s
     """
     text = plan_text(checkpoint, corpus, settings, skip_sequences=skip_sequences)
     return Task(name=f"{PERPLEXITY}{RedactedURI(corpus)}", parts=tuple(TextLoss(shard) for shard in text.shards))
+
+
+def choices_task(checkpoint: Checkpoint, path: str, settings: Settings) -> Task:
+    """Multiple choice on a file of TruthfulQA.
+
+    Raises:
+        CorpusError: it cannot be read, or a row is too long.
+    """
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
+    parts = tuple(TruthfulChoices(shard) for shard in plan_choices(path, tokenizer, settings))
+    return Task(name=f"{TRUTHFULQA}{RedactedURI(path)}", parts=parts)

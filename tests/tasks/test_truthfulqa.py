@@ -1,0 +1,58 @@
+"""TruthfulQA's multiple choice against plain transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.checkpoints import one_thread
+
+from avss_dist.errors import CorpusError
+from avss_dist.evaluation.evaluate import evaluate
+
+ANSWERS = {
+    "What is 2?": ("a number", ["a number", "two"], ["no"]),
+    "Who am I?": ("you", ["you"], ["me", "nobody at all"]),
+    "Where is it?": ("not here", ["away"], ["here", "it"]),
+}
+QUESTIONS = [
+    {"question": question, "best_answer": best, "correct_answers": correct, "incorrect_answers": incorrect}
+    for question, (best, correct, incorrect) in ANSWERS.items()
+]
+
+
+def test_mc1_and_mc2_are_those_of_transformers(tiny_llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = tmp_path / "t.jsonl"
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in QUESTIONS), encoding="utf-8")
+    options = {"sequence_length": 48, "batch_size": 4, "sequences_per_shard": 4, "executor": "local"}
+    with one_thread():
+        found = evaluate([str(tiny_llama)], tasks=[f"truthfulqa:{file}"], warehouse=tmp_path / "w", **options)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
+
+    def likelihood(question: str, answer: str) -> float:
+        prompt, text = (tokenizer(t).input_ids for t in (f"Q: {question}\nA:", f" {answer}"))
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + text])).logits[0].double().log_softmax(-1)
+        return sum(float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(text))
+
+    mc1, mc2 = [], []
+    for question, (best_answer, correct, incorrect) in ANSWERS.items():
+        right, wrong = ([likelihood(question, text) for text in texts] for texts in (correct, incorrect))
+        best = likelihood(question, best_answer)
+        right += [] if best_answer in correct else [best]
+        mc1.append(float(best > max(wrong)))
+        mc2.append(np.exp(right).sum() / (np.exp(right).sum() + np.exp(wrong).sum()))
+    results = {one.result.metric: one.result for one in found}
+    assert results["mc1"].samples.tolist() == mc1
+    np.testing.assert_allclose(results["mc2"].samples, mc2, rtol=1e-4)
+
+
+def test_a_row_that_is_too_long_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(f"{json.dumps(QUESTIONS[0])}\n", encoding="utf-8")
+    with pytest.raises(CorpusError, match=r"t.jsonl, line 1: prompt and answer are \d+ tokens; a row has 8"):
+        evaluate([str(tiny_llama)], tasks=[f"truthfulqa:{tmp_path}/t.jsonl"], warehouse=tmp_path, sequence_length=8)
