@@ -73,14 +73,9 @@ def truthfulqa_choices(records: Records) -> list[list[Answer]]:
     for record, where in records:
         question, best = (field_text(record, name, where) for name in ("question", "best_answer"))
         correct, wrong = (field_texts(record, f"{name}_answers", where) for name in ("correct", "incorrect"))
-        named = [
-            (best, BEST),
-            *((one, TRUTHFUL) for one in correct if one != best),
-            *((one, INCORRECT) for one in wrong),
-        ]
-        questions.append(
-            [_answer(question_prompt(question), text, label, where) for text, label in [(best, BEST), *others]]
-        )
+        answers = [(best, BEST), *((text, TRUTHFUL) for text in correct if text != best)]
+        answers += [(text, INCORRECT) for text in wrong]
+        questions.append([_answer(question_prompt(question), text, label, where) for text, label in answers])
     if not questions:
         raise CorpusError("The file holds no question.", "Name one of TruthfulQA.")
     return questions
