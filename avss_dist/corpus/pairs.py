@@ -64,7 +64,7 @@ def join(pairings: Sequence[Pairing]) -> Pairing:
 
 
 def paired_rows(
-    answers: Iterator[Answer], source: str, encode: Encode, *, eos: int | None, length: int, most: int | None
+    answers: Iterator[Answer], source: str, *, encode: Encode, eos: int | None, length: int, most: int | None
 ) -> tuple[list[Ids], Pairing]:
     """The rows of paired text: pair after pair, its answers after their prompt, then after another.
 
@@ -81,7 +81,7 @@ def paired_rows(
 
 
 def choice_rows(
-    questions: Sequence[Sequence[Answer]], encode: Encode, *, eos: int | None, length: int, most: int | None
+    questions: Sequence[Sequence[Answer]], *, encode: Encode, eos: int | None, length: int, most: int | None
 ) -> tuple[list[Ids], Pairing]:
     """As `paired_rows`, of every answer to questions, after its own prompt alone.
 

@@ -166,14 +166,7 @@ def _plan_pairs(source: str, opened: Source, tokenizer: Tokenizer, settings: Set
     assert opened.answers is not None
     if skip:
         raise CorpusError(f"{source} is paired text.", "Leave `skip_sequences` out: its rows belong together.")
-    rows, pairing = paired_rows(
-        opened.answers(),
-        source,
-        lambda texts, special: _encode(texts, tokenizer, special=special),
-        eos=tokenizer.eos_token_id,
-        length=settings.sequence_length,
-        most=settings.max_sequences,
-    )
+    rows, pairing = paired_rows(opened.answers(), source, **_rows_of(tokenizer, settings))
     ids, lengths = _padded(rows, settings.sequence_length, tokenizer)
     if min(lengths) <= settings.skip_first_tokens:
         message = f"{source}: `skip_first_tokens` {settings.skip_first_tokens} leaves nothing of an answer."
@@ -195,15 +188,19 @@ def plan_choices(path: str, tokenizer: Tokenizer, settings: Settings) -> tuple[S
     Raises:
         CorpusError: as `plan`.
     """
-    rows, pairing = choice_rows(
-        truthfulqa_choices(json_records(path)),
-        lambda texts, special: _encode(texts, tokenizer, special=special),
-        eos=tokenizer.eos_token_id,
-        length=settings.sequence_length,
-        most=settings.max_sequences,
-    )
+    rows, pairing = choice_rows(truthfulqa_choices(json_records(path)), **_rows_of(tokenizer, settings))
     ids, lengths = _padded(rows, settings.sequence_length, tokenizer)
     return _cut(ids, lengths, 0, pairing, settings.sequences_per_shard or USUAL_ROWS)
+
+
+def _rows_of(tokenizer: Tokenizer, settings: Settings) -> dict[str, Any]:
+    """How answers become rows: see `pairs.paired_rows`."""
+    return {
+        "encode": lambda texts, special: _encode(texts, tokenizer, special=special),
+        "eos": tokenizer.eos_token_id,
+        "length": settings.sequence_length,
+        "most": settings.max_sequences,
+    }
 
 
 @dataclass
