@@ -56,7 +56,7 @@ def _sites(taken: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
     taken["update"] = taken["block"] - taken["before"]
     exact = {name: t.double().numpy() for name, t in taken.items()}
     sites: dict[str, dict[str, Any]] = {site: {"x": exact[site]} for site in ("block", "update", *MODULES)}
-    sites["block"] |= {"before": exact["before"], "update": exact["update"]}
+    sites["block"] |= {"before": exact["before"]}
     return sites
 
 

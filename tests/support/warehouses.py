@@ -126,7 +126,7 @@ def stats_of(x: Float64, site: str = "block", before: Float64 | None = None, *, 
                 stats[i, site] = oracle_stats(values, mask, GRID, units=True, by=by)
             else:
                 update = values - before[s, i]
-                stats[i, site] = oracle_stats(values, mask, GRID, units=True, before=before[s, i], update=update)
+                stats[i, site] = oracle_stats(values, mask, GRID, units=True, before=before[s, i])
                 stats[i, "update"] = oracle_stats(update, mask, GRID, units=True)
         found.append(stats)
     return found
