@@ -38,18 +38,17 @@ def test_it_has_every_file_of_the_package(wheel: Path) -> None:
 
 @pytest.mark.slow
 def test_it_scores_and_answers_queries_without_the_sources(wheel: Path, tiny_llama: Path, tmp_path: Path) -> None:
-    site = tmp_path / "site"
+    site, script = tmp_path / "site", tmp_path / "script.py"
     options = ("--no-deps", "--no-index", "--quiet", "--target", site)
     subprocess.run([sys.executable, "-m", "pip", "install", *options, wheel], check=True)
-    environment = os.environ | {"PYTHONPATH": str(site)}
-
-    def run(*command: object) -> str:
-        words = [sys.executable, "-P", *map(str, command)]
-        return subprocess.run(words, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
-
-    assert run("-c", "import avss_dist; print(avss_dist.__file__)").startswith(str(site))
-    small = ("--max-sequences", 4, "--sequence-length", 16, "--executor", "local")
-    run("-m", "avss_dist", "score", tiny_llama, "--corpus", "builtin:pydoc", "--out", "w", *small)
-    assert "tiny-llama" in run("-m", "avss_dist", "query", "w", "@cost", "--format", "csv")
-    run("-m", "avss_dist", "report", "w", "-o", "page.html")
-    assert (tmp_path / "page.html").stat().st_size > 10_000
+    script.write_text(
+        "import avss_dist\n"
+        "print(avss_dist.__file__)\n"
+        f"options = dict(max_sequences=4, sequence_length=16, sites=['block'], executor='local')\n"
+        f"avss_dist.score({str(tiny_llama)!r}, corpus='builtin:pydoc', out='w', **options)\n"
+        "print(avss_dist.Warehouse('w').sql('@cost').to_pylist())\n"
+    )
+    words, environment = [sys.executable, "-P", str(script)], os.environ | {"PYTHONPATH": str(site)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+    file, answer = done.stdout.splitlines()
+    assert file.startswith(str(site)) and "tiny-llama" in answer

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from avss_dist.errors import DamagedFile, QueryError, require_known
-from avss_dist.settings import AFTER_ANOTHER, INCORRECT, PERPLEXITY, PUBLISHED_THRESHOLD, TRUTHFUL
+from avss_dist.settings import AFTER_ANOTHER, INCORRECT, PERPLEXITY, PUBLISHED_THRESHOLD, SITES, TRUTHFUL
 from avss_dist.stats import contrast as of
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import bootstrap_interval, bootstrap_weights, depth_correlation
@@ -67,13 +67,14 @@ def contrast(
         QueryError: the run's text is not paired, or has not those labels, that site or threshold.
     """
     require_known("recipe", recipe, ("pooled", "element"), QueryError)
-    if threshold not in run["thresholds"]:
-        known = ", ".join(f"{value:g}" for value in run["thresholds"])
-        raise QueryError(f"The run did not count elements below {threshold:g} row by row.", f"It counted {known}.")
-    require_known("site", site, run["sites"], QueryError)
+    require_known("site", site, run["sites"] or SITES, QueryError)
     rows = _rows(warehouse, run, site)
+    counted = list(run["thresholds"])
+    if threshold not in counted:
+        known = ", ".join(f"{value:g}" for value in counted)
+        raise QueryError(f"The run did not count elements below {threshold:g} row by row.", f"It counted {known}.")
     labels = _labels(rows, hallucinated, truthful)
-    at = list(run["thresholds"]).index(threshold)
+    at = counted.index(threshold)
     own, other = (_answers(rows, labels, after, at) for after in ("", AFTER_ANOTHER))
     layers = _layer_table(own, other, recipe)
     predictions = _predictions(own, other, _likelihood(warehouse, run, rows, labels))

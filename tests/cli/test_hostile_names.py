@@ -39,6 +39,7 @@ READS = {
     "report": [["W", "-o", "O/x.html"]],
     "plan": [["W", "-o", "O/x.yaml", "--by", "avss"], ["W", "-o", f"O/{EVIL}.yaml", "--by", "avss"]],
     "scorecard": [["W"], ["W", "--format", "csv"]],
+    "contrast": [["W"], ["W", "--run", EVIL]],
 }
 WORKS = {
     "score": [["M", *TEXT, "--out", "O/w"], ["M", *TEXT, "--corpus", f"{EVIL}.txt", "--out", "O/w"]],
@@ -52,6 +53,7 @@ WORKS = {
     "run": [["J"], ["J", "--dry-run"], [f"{EVIL}.yaml"]],
     "prune": [["M", "P", "--out", "O/pruned"], ["M", f"{EVIL}.yaml", "--out", "O/p"]],
     "shrink": [["M", *TEXT, "--out", "O/s"], ["M", *TEXT, "--out", "O/s", "--task", EVIL]],
+    "sample": [["M", "--out", "O/own.jsonl", "--count", "2", "--sequence-length", "8", "--prompt", EVIL]],
     "submit": [["J", "--address", f"http://127.0.0.1:9/{EVIL}"]],
     "status": [["--address", f"http://127.0.0.1:9/{EVIL}"]],
     "logs": [[EVIL, "--address", "http://127.0.0.1:9"]],
