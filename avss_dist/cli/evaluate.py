@@ -31,7 +31,7 @@ def evaluate(
     ],
     warehouse: Annotated[str, warehouse_option()],
     skip_sequences: SkipSequencesOption = 0,
-    limit: Annotated[int | None, typer.Option(help="Questions of a harness task at most.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of a task at most.", min=1)] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(help="Examples before each question of a harness task.", min=0)
     ] = None,

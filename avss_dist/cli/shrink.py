@@ -53,7 +53,7 @@ def shrink(
             help="What is evaluated, as avss evaluate takes it; repeatable. By default a part of every text.",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions of a harness task at most.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of a task at most.", min=1)] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(help="Examples before each question of a harness task.", min=0)
     ] = None,

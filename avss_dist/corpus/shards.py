@@ -182,13 +182,17 @@ def _plan_pairs(source: str, opened: Source, tokenizer: Tokenizer, settings: Set
     )
 
 
-def plan_choices(path: str, tokenizer: Tokenizer, settings: Settings) -> tuple[Shard, ...]:
+def plan_choices(path: str, tokenizer: Tokenizer, settings: Settings, limit: int | None = None) -> tuple[Shard, ...]:
     """Every answer to the questions of a file of TruthfulQA, a row each; the answers to a question are in one shard.
+
+    Args:
+        limit: questions at most.
 
     Raises:
         CorpusError: as `plan`.
     """
-    rows, pairing = choice_rows(truthfulqa_choices(json_records(path)), **_rows_of(tokenizer, settings))
+    questions = truthfulqa_choices(json_records(path))[:limit]
+    rows, pairing = choice_rows(questions, **_rows_of(tokenizer, settings))
     ids, lengths = _padded(rows, settings.sequence_length, tokenizer)
     return _cut(ids, lengths, 0, pairing, settings.sequences_per_shard or USUAL_ROWS)
 

@@ -103,7 +103,8 @@ def evaluate(
             end in ``.yaml`` or ``.yml``.
         tasks: ``perplexity:CORPUS``; else a task of lm-evaluation-harness, by its name or its YAML file.
         skip_sequences: rows at the start of each corpus that are not read.
-        limit, num_fewshot: of lm-evaluation-harness: documents at most, and examples before each.
+        limit: documents of lm-evaluation-harness, questions of TruthfulQA, at most.
+        num_fewshot: examples before each document of lm-evaluation-harness.
         sparse: a sparsity plan, which every subject is evaluated with, too.
         allow_overlap: evaluate on text that a plan's scores were measured on, or a repair was fitted on, all the same.
         options: the fields of ``settings.Settings`` and ``settings.Execution``.
@@ -286,7 +287,7 @@ def make_task(
         corpus = RedactedURI(name).full.removeprefix(PERPLEXITY)
         return text_task(checkpoint, corpus, settings, skip_sequences=skip_sequences)
     if name.startswith(TRUTHFULQA):
-        return choices_task(checkpoint, RedactedURI(name).full.removeprefix(TRUTHFULQA), settings)
+        return choices_task(checkpoint, RedactedURI(name).full.removeprefix(TRUTHFULQA), settings, limit)
     from avss_dist.tasks.harness import harness_task
 
     return harness_task(name, limit=limit, num_fewshot=num_fewshot, trust_remote_code=settings.trust_remote_code)
@@ -326,12 +327,12 @@ def text_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_s
     return Task(name=f"{PERPLEXITY}{RedactedURI(corpus)}", parts=tuple(TextLoss(shard) for shard in text.shards))
 
 
-def choices_task(checkpoint: Checkpoint, path: str, settings: Settings) -> Task:
-    """Multiple choice on a file of TruthfulQA.
+def choices_task(checkpoint: Checkpoint, path: str, settings: Settings, limit: int | None = None) -> Task:
+    """Multiple choice on a file of TruthfulQA, on so many questions at most.
 
     Raises:
         CorpusError: it cannot be read, or a row is too long.
     """
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
-    parts = tuple(TruthfulChoices(shard) for shard in plan_choices(path, tokenizer, settings))
+    parts = tuple(TruthfulChoices(shard) for shard in plan_choices(path, tokenizer, settings, limit))
     return Task(name=f"{TRUTHFULQA}{RedactedURI(path)}", parts=parts)

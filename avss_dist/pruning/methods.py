@@ -77,7 +77,7 @@ class Experiment:
     skip_sequences: Count = 0
     """Rows of each text before those."""
     limit: AtLeastOne | None = None
-    """Questions of a harness task at most."""
+    """Questions of a task at most."""
     num_fewshot: Count | None = None
     """Examples before each question of a harness task."""
     allow_many: bool = False

@@ -45,7 +45,7 @@ class Shrinking:
     last: Ends = 0
     """Layers at the end that are never dropped."""
     limit: Annotated[int, Field(ge=1)] | None = None
-    """Questions of a harness task at most."""
+    """Questions of a task at most."""
     num_fewshot: Ends | None = None
     """Examples before each question of a harness task."""
     allow_overlap: bool = False

@@ -32,6 +32,7 @@ def test_mc1_and_mc2_are_those_of_transformers(tiny_llama: Path, tmp_path: Path)
     options = {"sequence_length": 48, "batch_size": 4, "sequences_per_shard": 4, "executor": "local"}
     with one_thread():
         found = evaluate([str(tiny_llama)], tasks=[f"truthfulqa:{file}"], warehouse=tmp_path / "w", **options)
+        few = evaluate([str(tiny_llama)], tasks=[f"truthfulqa:{file}"], warehouse=tmp_path / "w", limit=1, **options)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
 
     def likelihood(question: str, answer: str) -> float:
@@ -49,6 +50,7 @@ def test_mc1_and_mc2_are_those_of_transformers(tiny_llama: Path, tmp_path: Path)
         mc2.append(np.exp(right).sum() / (np.exp(right).sum() + np.exp(wrong).sum()))
     results = {one.result.metric: one.result for one in found}
     assert results["mc1"].samples.tolist() == mc1
+    assert {len(one.result.samples) for one in few} == {1}
     np.testing.assert_allclose(results["mc2"].samples, mc2, rtol=1e-4)
 
 
