@@ -113,6 +113,7 @@ def evaluate(
         AvssError: a mistake, or a cell that failed (`RunFailed`); what was measured is kept.
     """
     settings, execution = evaluation_options(options)
+    _require_used(tasks, {"limit": (limit, (PERPLEXITY,)), "num_fewshot": (num_fewshot, (PERPLEXITY, TRUTHFULQA))})
     tasks = [RedactedURI(task) for task in tasks]
     store = Store(warehouse)
     store.create()
@@ -140,6 +141,13 @@ def evaluate(
     if failed:
         raise failure(failed)
     return list(_all_against_whole(found, tasks, every))
+
+
+def _require_used(tasks: Sequence[str], given: Mapping[str, tuple[int | None, tuple[str, ...]]]) -> None:
+    """Refuse options, (value, prefixes of tasks that do not know it), that no task takes."""
+    for name, (value, unaware) in given.items():
+        if value is not None and all(task.startswith(unaware) for task in tasks):
+            raise ConfigError(f"`{name}` has no effect on {', '.join(map(RedactedURI, tasks))}.", "Leave it out.")
 
 
 def _all_against_whole(
