@@ -140,6 +140,11 @@ def as_failure(error: Exception) -> AvssError:
     return failure
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, in a line; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 MAX_SUGGESTED, SHORTEN_ABOVE = 10, 40  # of more names than 40, an error lists 10
 
 

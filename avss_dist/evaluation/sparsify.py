@@ -71,10 +71,8 @@ def sparsify(
     """
     require_target(target)
     measured = Measured.of(Warehouse(warehouse), run)
-    if method in ("uniform", "wina", "topp"):
+    if pattern is not None or method in ("uniform", "wina", "topp"):
         return plan_uniform(measured, target, method, rule=rule, pattern=pattern)
-    if pattern is not None:
-        raise ConfigError(f"`pattern` says what is zero, and `method` {method} would too.", "Use uniform or wina.")
     rows, evaluation = _measure(warehouse, measured, method, corpus or run["corpus"], skip_sequences, reporter, options)
     sparsities, more = _ALLOCATIONS[method](measured, target, rows)
     why = {"by": method, "target": target, "evaluation": evaluation, **more}

@@ -19,6 +19,7 @@ from torch import nn
 
 from avss_dist.models.layers import PROBE_SHAPE, Layer
 from avss_dist.models.skipping import replaced_forwards
+from avss_dist.system.context import bound
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """By how much logits of pieces may differ from those of all tokens, of the largest, for the head to be split."""
@@ -50,7 +51,7 @@ def find_head(module: Any, layers: Sequence[Layer], device: torch.device) -> Hea
     if isinstance(linear, nn.Module):
         linear.forward = partial(_forward, linear.forward)
     seen = _Use()
-    with torch.no_grad(), _outputs(module, layers) as outputs, _using(seen):
+    with torch.no_grad(), _outputs(module, layers) as outputs, bound(_USE, seen):
         logits: torch.Tensor = module(input_ids=ids, use_cache=False).logits
     whole = WholeHead(logits.shape[-1])
     if not outputs or len(seen.given) != 1 or seen.given[0].shape[:-1] != PROBE_SHAPE or seen.given[0].dim() != 3:
@@ -97,14 +98,14 @@ class SplitHead:
     def hidden_states(self, run: Callable[[], Any]) -> torch.Tensor:
         """See `Head`. The output embeddings do not run."""
         use = _Use(runs=False)
-        with _using(use):
+        with bound(_USE, use):
             run()
         (given,) = use.given
         return given
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `Head`."""
-        with _using(_Use(instead=hidden[None])), replaced_forwards({self._body: lambda *_, **__: self._output}):
+        with bound(_USE, _Use(instead=hidden[None])), replaced_forwards({self._body: lambda *_, **__: self._output}):
             logits: torch.Tensor = self._module(input_ids=self._input_ids, use_cache=False).logits
         return logits.squeeze(0)
 
@@ -125,15 +126,6 @@ class _Use:
 
 
 _USE: ContextVar[_Use | None] = ContextVar("use", default=None)  # passes may run interleaved
-
-
-@contextmanager
-def _using(use: _Use) -> Iterator[None]:
-    token = _USE.set(use)
-    try:
-        yield
-    finally:
-        _USE.reset(token)
 
 
 def _forward(own: Callable[..., Any], given: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

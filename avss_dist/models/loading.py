@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
-from avss_dist.errors import ModelError
+from avss_dist.errors import ModelError, first_line
 from avss_dist.models.checkpoints import Checkpoint, read_config
 from avss_dist.models.complete import require_complete, require_layers
 from avss_dist.models.layers import Structure, count_parameters
@@ -72,7 +72,7 @@ def _first_line(error: BaseException) -> str:
         return "its weights have other shapes than its config.json says."
     if isinstance(error, ZeroDivisionError):
         return "a size in its config.json is 0."
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def text_config(

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from avss_dist.errors import ModelError
+from avss_dist.errors import ModelError, first_line
 from avss_dist.models.checkpoints import Checkpoint, read_config
 from avss_dist.models.safetensors import DTYPES
 from avss_dist.models.stored import stored_tensors
@@ -89,7 +89,7 @@ def with_quantization(checkpoint: Checkpoint, config: Any, settings: Settings, p
     try:
         quantizer.validate_environment(device_map=placing.get("device_map"), weights_only=True)
     except _REFUSALS as error:
-        raise ModelError(f"{stored}: {_first_line(error)}", instead) from error
+        raise ModelError(f"{stored}: {first_line(error)}", instead) from error
     if unpacks and how.dequantize and not asked:
         raise ModelError(f"{stored}, and no device here computes with that.", instead)
     if not settings.dequantize:
@@ -141,7 +141,7 @@ def quantize_skeleton(checkpoint: Checkpoint, config: Any, model: Any) -> Any:
         quantizer.preprocess_model(model, dtype=model.dtype, device_map=None, keep_in_fp32_modules=None)
     except _REFUSALS as error:
         raise ModelError(
-            f"'{checkpoint.name}' is quantized ({method}), and its modules cannot be built: {_first_line(error)}"
+            f"'{checkpoint.name}' is quantized ({method}), and its modules cannot be built: {first_line(error)}"
         ) from error
     return model
 
@@ -160,13 +160,9 @@ def _quantizer(checkpoint: Checkpoint, config: Any, method: str) -> Any:
         return AutoHfQuantizer.from_config(copy.deepcopy(quantization_settings(config)), pre_quantized=True)
     except ImportError as error:
         raise ModelError(
-            f"'{checkpoint.name}' is quantized ({method}), which needs a package that is not here: {_first_line(error)}"
+            f"'{checkpoint.name}' is quantized ({method}), which needs a package that is not here: {first_line(error)}"
         ) from error
     except _REFUSALS as error:
         raise ModelError(
-            f"The quantization settings of '{checkpoint.name}' ({method}) cannot be read: {_first_line(error)}"
+            f"The quantization settings of '{checkpoint.name}' ({method}) cannot be read: {first_line(error)}"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,6 +19,7 @@ from torch import nn
 from avss_dist.errors import ModelError
 from avss_dist.models.layers import Layer, Projection
 from avss_dist.settings import THRESHOLD, TOP_K, TOP_P, fingerprint
+from avss_dist.system.context import bound
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +84,8 @@ _UNCOUNTED: ContextVar[bool] = ContextVar("uncounted", default=False)
 @contextmanager
 def uncounted() -> Iterator[None]:
     """Inside, passes are made sparse, and count for nothing."""
-    token = _UNCOUNTED.set(True)
-    try:
+    with bound(_UNCOUNTED, True):
         yield
-    finally:
-        _UNCOUNTED.reset(token)
 
 
 @dataclass
@@ -122,9 +120,7 @@ def sparsified(model: nn.Module, layers: Sequence[Layer], sparsity: Sparsity) ->
     found = [find_projection(layers, cut) for cut in sparsity.cuts]
     counted = Counted([None] * len(found))
     norms: dict[nn.Module, torch.Tensor] = {}
-    token = _TOKENS.set(None)
-    with ExitStack() as stack:
-        stack.callback(_TOKENS.reset, token)
+    with bound(_TOKENS, None), ExitStack() as stack:
         begin = partial(_begin, sparsity.rule)
         stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
         for number, (cut, projection) in enumerate(zip(sparsity.cuts, found, strict=True)):

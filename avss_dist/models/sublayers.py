@@ -19,6 +19,7 @@ from avss_dist.errors import ModelError
 from avss_dist.models.layers import Layer, first_tensor, input_tensor
 from avss_dist.models.skipping import Skip, replaced, replaced_forwards
 from avss_dist.removal import SUBLAYERS, layers_by_sublayer, sublayers_of
+from avss_dist.system.context import bound
 
 _LEFT_OUT: ContextVar[frozenset[object]] = ContextVar("left out", default=frozenset())
 
@@ -32,7 +33,7 @@ def without_sublayers(layers: Sequence[Layer], drop: Collection[int]) -> Iterato
             for index in indices:
                 module = layers[index].taps[kind].module
                 stack.callback(module.register_forward_hook(partial(_nothing, mine)).remove)
-        stack.callback(_LEFT_OUT.reset, _LEFT_OUT.set(_LEFT_OUT.get() | {mine}))
+        stack.enter_context(bound(_LEFT_OUT, _LEFT_OUT.get() | {mine}))
         yield
 
 

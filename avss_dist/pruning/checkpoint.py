@@ -102,7 +102,7 @@ def prune(
             notes += repaired.notes if repaired else []
             replaced = repaired.tensors if repaired else {}
             size = copy_weights(checkpoint, weights, replaced, staged, copied)
-            _copy_files(checkpoint, plan, staged)
+            _copy_files(checkpoint, plan, staged, settings)
             difference, seen = _compare(checkpoint, plan, replaced, staged, settings, execution or Execution())
             notes += seen
             _write_card(checkpoint, plan, staged, notes, repaired)
@@ -247,7 +247,7 @@ def _modules(config: Any, settings: Settings) -> list[str]:
     return [name for name, _ in skeleton(copy.deepcopy(config), settings, torch.float32).named_modules() if name]
 
 
-def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
+def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Settings) -> None:
     """Everything but configuration, weights and model card."""
     for file in checkpoint.folder.iterdir():
         if file.is_file() and not any(file.match(pattern) for pattern in _NOT_COPIED) and not file.name.startswith("."):
@@ -255,7 +255,7 @@ def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
     found = [name for name in FILES if (folder / name).is_file()]
     if not found:
         return
-    modules = _modules(text_config(checkpoint), Settings())
+    modules = _modules(text_config(checkpoint, trust_remote_code=settings.trust_remote_code), settings)
     for name in found:
         quantization = json.loads((folder / name).read_text(encoding="utf-8"))
         (folder / name).write_text(json.dumps(renumber_quantization(quantization, plan, modules), indent=2) + "\n")
@@ -266,7 +266,7 @@ def _compare(
 ) -> tuple[float | None, list[str]]:
     """The largest difference of outputs, see `prune`, and what is to be known of the comparison."""
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
-    notes = [require_same_modules(checkpoint, plan, folder)] if quantization_method(config) else []
+    notes = [require_same_modules(checkpoint, plan, folder, settings)] if quantization_method(config) else []
     try:
         with quiet():
             settings = comparable(checkpoint, config, settings)

@@ -149,25 +149,33 @@ class Plan:
 
     def describe(self) -> list[str]:
         """What a plan is, why, and what is known of it: lines for people."""
-        at = f" at {self.revision[:12]}" if self.revision else ""
         return [
             f"Drops {count_removed(self.removed)} of {self.num_layers}: {describe_removed(self.removed)}."
             if self.attention or self.mlp
             else f"Drops {len(self.drop)} of {self.num_layers} layers: {describe_removed(self.drop)}.",
-            f"Model: {self.model}{at}. " + (f"Run: {self.run_id}." if self.run_id else "By hand, of no run."),
+            describe_origin(self.model, self.revision, self.run_id),
             f"Chosen {describe_reason(self.why)}.",
             *(f"Finding: {line}" for line in self.findings),
             *([f"Evaluated: {line}" for line in self.evaluated] or ["Not evaluated yet when the plan was made."]),
         ]
 
 
-def describe_reason(why: Mapping[str, Any]) -> str:
-    """``by loss (what the loss rises by ...): share 0.25, last 1``."""
+def describe_origin(model: str, revision: str | None, run_id: str | None) -> str:
+    """Of which checkpoint a plan is, and of which run."""
+    at = f" at {revision[:12]}" if revision else ""
+    return f"Model: {model}{at}. " + (f"Run: {run_id}." if run_id else "By hand, of no run.")
+
+
+def describe_reason(why: Mapping[str, Any], meanings: Mapping[str, str] = SCORE_MEANINGS | SEARCHES) -> str:
+    """``by loss (what the loss rises by ...): share 0.25, last 1``.
+
+    Args:
+        meanings: of what can stand after ``by``.
+    """
     if not why:
         return "by hand"
     by = str(why.get("by", "hand"))
     rest = ", ".join(f"{key} {value}" for key, value in why.items() if key != "by")
-    meanings = SCORE_MEANINGS | SEARCHES
     meaning = f" ({meanings[by]})" if by in meanings else ""
     return f"by {by}{meaning}" + (f": {rest}" if rest else "")
 
@@ -263,8 +271,7 @@ def read_plan(path: str | Path) -> Plan:
     """
     values = read_mapping(path)
     names = [f.name for f in fields(Plan)]
-    unknown = [name for name in values if name not in [*names, "keep"]]
-    problems = [ConfigError(f"Unknown key '{name}'.", nearest(str(name), [*names, "keep"])) for name in unknown]
+    problems = unknown_keys(values, [*names, "keep"])
     try:
         plan = Plan(**{name: value for name, value in values.items() if name in names})
         if values.get("keep") not in (None, list(plan.keep)):
@@ -274,6 +281,11 @@ def read_plan(path: str | Path) -> Plan:
     if problems:
         raise PlanError(f"{path}: {ConfigError.of(problems)}", "avss plan makes one.")
     return plan
+
+
+def unknown_keys(values: Mapping[Any, Any], names: Sequence[str]) -> list[ConfigError]:
+    """A problem for each key of a plan's file that has none of these names."""
+    return [ConfigError(f"Unknown key '{key}'.", nearest(str(key), names)) for key in values if key not in names]
 
 
 def read_mapping(path: str | Path) -> dict[Any, Any]:

@@ -92,7 +92,7 @@ def _renumbered(name: str, plan: Plan) -> str | None:
     return f"{match[1]}{plan.keep.index(layer)}{match[3]}" if layer in plan.keep else None
 
 
-def require_same_modules(checkpoint: Checkpoint, plan: Plan, folder: Path) -> str:
+def require_same_modules(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Settings) -> str:
     """Compare both checkpoints with the modules that hold quantized weights as they are stored, built of the settings.
 
     Args:
@@ -104,9 +104,9 @@ def require_same_modules(checkpoint: Checkpoint, plan: Plan, folder: Path) -> st
     Raises:
         PlanError: a weight that stays would be read as something else than it was.
     """
-    how = f"The weights are quantized ({describe_quantization(checkpoint, Settings())}), and copied as they are"
+    how = f"The weights are quantized ({describe_quantization(checkpoint, settings)}), and copied as they are"
     try:
-        before, after = _strangers(checkpoint), _strangers(replace(checkpoint, path=str(folder)))
+        before, after = (_strangers(one, settings) for one in (checkpoint, replace(checkpoint, path=str(folder))))
     except ModelError as error:
         return f"{how}. Whether the settings read each of them as before could not be seen here: {error}"
     expected = {(new, shape) for name, shape in before if (new := _renumbered(name, plan)) is not None}
@@ -120,11 +120,11 @@ def require_same_modules(checkpoint: Checkpoint, plan: Plan, folder: Path) -> st
     return f"{how}. Built as quantized modules, they have the names and shapes of the tensors in the files, as before."
 
 
-def _strangers(checkpoint: Checkpoint) -> Tensors:
+def _strangers(checkpoint: Checkpoint, settings: Settings) -> Tensors:
     """Tensors of the files that no quantized module holds in that shape, and those of modules that no file holds."""
-    config = text_config(checkpoint)
+    config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     with quiet():
-        model = quantize_skeleton(checkpoint, config, skeleton(copy.deepcopy(config), Settings(), torch.bfloat16))
+        model = quantize_skeleton(checkpoint, config, skeleton(copy.deepcopy(config), settings, torch.bfloat16))
     held = frozenset((name, tuple(value.shape)) for name, value in model.state_dict().items())
     files = weight_files(checkpoint.folder)
     return held ^ frozenset((tensor.name, tensor.shape) for file in files for tensor in tensors_of(file))

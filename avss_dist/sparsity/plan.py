@@ -13,8 +13,18 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from avss_dist.errors import ConfigError, nearest
-from avss_dist.pruning.plan import Lines, Name, Reason, read_mapping, to_yaml, write_text
+from avss_dist.errors import ConfigError
+from avss_dist.pruning.plan import (
+    Lines,
+    Name,
+    Reason,
+    describe_origin,
+    describe_reason,
+    read_mapping,
+    to_yaml,
+    unknown_keys,
+    write_text,
+)
 from avss_dist.pruning.selection import PlanError
 from avss_dist.settings import SPARSITY_RULES, THRESHOLD, TOP_K, TOP_P
 from avss_dist.validation import OneOf, checked
@@ -136,16 +146,12 @@ class SparsityPlan:
 
     def describe(self) -> list[str]:
         """What a plan is, and why: lines for people."""
-        at = f" at {self.revision[:12]}" if self.revision else ""
-        method = str(self.why.get("by", "hand"))
-        meaning = f" ({METHODS[method]})" if method in METHODS else ""
-        rest = ", ".join(f"{key} {value}" for key, value in self.why.items() if key != "by")
-        saved = self.saved_bytes
+        saved = self.saved_weights
         return [
             f"{self.sparsity:.1%} of the weights of {len(self.projections)} linear maps meet a zero, rule {self.rule}"
             f"{f', pattern {self.pattern}' if self.pattern else ''}.",
-            f"Model: {self.model}{at}. " + (f"Run: {self.run_id}." if self.run_id else "By hand, of no run."),
-            f"Chosen by {method}{meaning}" + (f": {rest}." if rest else "."),
+            describe_origin(self.model, self.revision, self.run_id),
+            f"Chosen {describe_reason(self.why, METHODS)}.",
             f"Per token {2 * saved:,} FLOP of {2 * self.weights:,} are saved, and {saved:,} weights need not be read.",
             *(f"{site}: {share:.3f} on average." for site, share in self.by_site().items()),
             *(f"Finding: {line}" for line in self.findings),
@@ -157,7 +163,7 @@ class SparsityPlan:
         return sum(one.outputs * one.inputs for one in self.projections)
 
     @property
-    def saved_bytes(self) -> int:
+    def saved_weights(self) -> int:
         """Weights that meet a zero, per token."""
         return round(sum(one.sparsity * one.outputs * one.inputs for one in self.projections))
 
@@ -201,8 +207,7 @@ def read_sparsity_plan(path: str | Path) -> SparsityPlan:
     """
     values = read_mapping(path)
     names = [f.name for f in fields(SparsityPlan)]
-    unknown = [name for name in values if name not in names]
-    problems = [ConfigError(f"Unknown key '{name}'.", nearest(str(name), names)) for name in unknown]
+    problems = unknown_keys(values, names)
     try:
         maps = [_read_map(one) for one in _listed(values.get(PROJECTIONS))]
         plan = SparsityPlan(**{**{name: v for name, v in values.items() if name in names}, PROJECTIONS: tuple(maps)})

@@ -20,6 +20,7 @@ from avss_dist.models.layers import Layer, LayerCall, as_rows, first_tensor
 from avss_dist.models.sparsifying import weight_of
 from avss_dist.settings import fingerprint
 from avss_dist.stats.power_law import hill_exponent, ks_exponent
+from avss_dist.system.context import bound
 from avss_dist.tasks.base import Row
 
 GREEDY, GREEDY_ERROR = "greedy:", "greedy_error"
@@ -142,10 +143,8 @@ def dense_calls(model: LanguageModel, layer: Layer, batches: Sequence[Batch]) ->
         found[_BATCH.get()] = call.given(call.hidden.detach().clone())
 
     def run(number: int) -> None:
-        token = _BATCH.set(number)
-        with torch.no_grad():
+        with bound(_BATCH, number), torch.no_grad():
             model.hidden_states(batches[number])
-        _BATCH.reset(token)
 
     handle = layer.module.register_forward_pre_hook(keep, with_kwargs=True)
     try:

@@ -24,7 +24,7 @@ import yaml
 from jinja2 import TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
-from avss_dist.errors import ConfigError, TaskError, require_known
+from avss_dist.errors import ConfigError, TaskError, first_line, require_known
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.loading import quiet
 from avss_dist.settings import CHANCE, fingerprint
@@ -161,12 +161,12 @@ def _bad_task(task: str) -> Iterator[None]:
     except (OSError, DatasetsError) as error:
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         raise TaskError(
-            f"The data of task '{task}' could not be loaded: {_first_line(reason or error)}",
+            f"The data of task '{task}' could not be loaded: {first_line(reason or error)}",
             "Data of a hub need a network once, and stay in HF_HOME; files must be on every node.",
         ) from error
     except _BAD_TASK as error:
         hint = "Do its fields name columns of its data?" if is_task_file(task) else None
-        raise TaskError(f"Task '{task}' could not be made: {_first_line(error)}", hint) from error
+        raise TaskError(f"Task '{task}' could not be made: {first_line(error)}", hint) from error
 
 
 def _load(part: HarnessPart) -> Any:
@@ -194,10 +194,6 @@ def _load(part: HarnessPart) -> Any:
         if own is None or (part.num_fewshot is not None and own != 0):
             task.set_config("num_fewshot", part.num_fewshot or 0)
     return loaded
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _seed(tasks: Iterable[Any]) -> None:

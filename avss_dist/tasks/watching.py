@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from avss_dist.system.context import bound
+
 
 class Watched:
     """One pass; see `causal_lm.Watching`."""
@@ -14,11 +16,8 @@ class Watched:
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Inside, hooks find it."""
-        token = WATCHED.set(self)
-        try:
+        with bound(WATCHED, self):
             yield
-        finally:
-            WATCHED.reset(token)
 
 
 WATCHED: ContextVar[Any] = ContextVar("watched", default=None)

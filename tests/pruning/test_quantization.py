@@ -64,7 +64,7 @@ def test_settings_that_fit_another_layer_are_seen(fp8: Path, tmp_path: Path) -> 
     config = json.loads((tmp_path / "less" / "config.json").read_text())
     (tmp_path / "less" / "config.json").write_text(json.dumps(config | {"quantization_config": stale}))
     with pytest.raises(PlanError, match=r"as what they are not once layers are dropped: model\.layers\.1\.") as wrong:
-        require_same_modules(resolve(str(fp8)), PLAN, tmp_path / "less")
+        require_same_modules(resolve(str(fp8)), PLAN, tmp_path / "less", Settings())
     assert "weight_scale_inv" in wrong.value.message
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextvars
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +26,7 @@ from avss_dist.partition.streaming.buffers import AnyBuffer
 from avss_dist.partition.streaming.hidden_states import HiddenStateOffloader
 from avss_dist.partition.streaming.weights import Part, Weights
 from avss_dist.partition.streaming.window import Window
+from avss_dist.system.context import bound
 
 T = TypeVar("T")
 Fork = Callable[[torch.Tensor], object]
@@ -95,14 +96,9 @@ class Plan:
 PLAN: ContextVar[Plan] = ContextVar("plan", default=Plan())  # noqa: B039  (it is frozen)
 
 
-@contextmanager
-def planned(plan: Plan) -> Iterator[None]:
+def planned(plan: Plan) -> AbstractContextManager[None]:
     """Inside, passes go by a plan."""
-    token = PLAN.set(plan)
-    try:
-        yield
-    finally:
-        PLAN.reset(token)
+    return bound(PLAN, plan)
 
 
 @dataclass

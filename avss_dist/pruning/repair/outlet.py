@@ -17,6 +17,7 @@ from torch import nn
 
 from avss_dist.models.layers import PROBE_SHAPE, Layer, as_rows, first_tensor, input_tensor
 from avss_dist.pruning.selection import PlanError
+from avss_dist.system.context import bound
 
 PUSHES = (1.0, 4.0)  # multiples of the size of the layer's output; what is added once is added at any size
 _TOLERANCE = 0.03  # of the move; bfloat16 rounds to 0.004
@@ -196,7 +197,7 @@ def captured(modules: Mapping[Any, nn.Module]) -> Iterator[dict[Any, Seen]]:
     with ExitStack() as stack:
         for key, module in modules.items():
             stack.callback(module.register_forward_hook(keep(key), with_kwargs=True).remove)
-        stack.callback(_CAPTURING.reset, _CAPTURING.set(seen))
+        stack.enter_context(bound(_CAPTURING, seen))
         yield seen
 
 

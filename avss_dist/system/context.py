@@ -1,0 +1,20 @@
+"""Values of context variables, for as long as a block runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@contextmanager
+def bound(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Inside, the variable has the value, in this thread or greenlet."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
