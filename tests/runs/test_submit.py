@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 from support.checkpoints import llama
-from support.processes import wait_until
+from support.processes import ray_processes, wait_until
 from support.s3_server import Server
 from support.tables import assert_same_tables
 from support.warm_workers import ray_start_environment
@@ -144,6 +145,8 @@ def test_a_job_is_stopped_and_goes_on_when_it_is_submitted_again(
     job_id = run_avss("submit", job, env=cluster).stdout.strip()
     partials = tmp_path / "w" / "shard_stats"
     wait_until(lambda: len(list(partials.rglob("*.parquet"))) >= 3)
+    for worker in ray_processes():
+        worker.send_signal(signal.SIGSTOP)  # or it may have ended before it is stopped
     stopped = run_avss("stop", job_id, env=cluster)
     assert (stopped.returncode, stopped.stdout) == (0, f"{job_id}: stopped.\n")
     assert run_avss("logs", job_id, "--follow", env=cluster).returncode == 1
