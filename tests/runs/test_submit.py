@@ -75,6 +75,12 @@ def cluster(server: Server, warm_workers: None, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="module")
+def run_avss(run_avss: Avss, warm_workers: None) -> Avss:
+    """It need not import everything each time."""
+    return lambda *args, env=None, **options: run_avss(*args, env={**ray_start_environment(), **(env or {})}, **options)
+
+
+@pytest.fixture(scope="module")
 def models(save_checkpoint: Callable[[Any, Path], Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("training")
     return [save_checkpoint(llama(seed), folder / f"step-{seed}") for seed in (1, 2)]

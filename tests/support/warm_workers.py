@@ -73,7 +73,10 @@ def own_workers() -> Iterator[None]:
 
 
 def ray_start_environment() -> dict[str, str]:
-    """What ``ray start`` must be given for a node with such workers, while `forking_workers` is on."""
+    """What ``ray start`` must be given for a node with such workers, while `forking_workers` is on.
+
+    ``avss`` is forked so too where it has this environment, that of the node's own jobs included.
+    """
     folder = Path(__file__).with_name("ray_start")
     return {
         "AVSS_TEST_WORKERS": os.environ["AVSS_TEST_WORKERS"],
@@ -82,7 +85,7 @@ def ray_start_environment() -> dict[str, str]:
 
 
 def serve(path: str) -> None:
-    """Fork a worker for each connection; returns in those processes, and when standard input ends."""
+    """Fork a process for each connection; returns in those processes, and when standard input ends."""
     from numba import njit
 
     for module in MODULES:
@@ -104,8 +107,9 @@ def serve(path: str) -> None:
             size, descriptors, _, _ = socket.recv_fds(launcher, 8, 3)
             asked = launcher.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
             if (worker := os.fork()) == 0:
-                become_worker(descriptors, **json.loads(asked))
+                become(descriptors, **json.loads(asked))
                 return
+            launcher.sendall(worker.to_bytes(8, "big"))
             for descriptor in descriptors:
                 os.close(descriptor)
             watch(selector, worker, launcher)
@@ -120,11 +124,12 @@ def watch(selector: selectors.BaseSelector, worker: int, launcher: socket.socket
         signal.pidfd_send_signal(process, signal.SIGKILL)
 
     def worker_ended() -> None:
-        os.waitpid(worker, 0)
+        _, status = os.waitpid(worker, 0)
         selector.unregister(process)
         os.close(process)
         if launcher in selector.get_map():
             selector.unregister(launcher)
+            launcher.send(bytes([os.waitstatus_to_exitcode(status) & 255]))
             launcher.shutdown(socket.SHUT_RDWR)  # workers that were forked since have it open too
         launcher.close()
 
@@ -132,8 +137,10 @@ def watch(selector: selectors.BaseSelector, worker: int, launcher: socket.socket
     selector.register(process, selectors.EVENT_READ, worker_ended)
 
 
-def become_worker(descriptors: list[int], *, arguments: list[str], environment: dict[str, str], folder: str) -> None:
-    """Run Ray's program as if the raylet had started this process."""
+def become(
+    descriptors: list[int], *, program: str, arguments: list[str], environment: dict[str, str], folder: str
+) -> None:
+    """Run the program as if the launcher's parent had started this process."""
     os.setpgrp()  # the raylet ends the whole group of a worker
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
@@ -141,6 +148,16 @@ def become_worker(descriptors: list[int], *, arguments: list[str], environment: 
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    if program == "avss":
+        sys.argv = [program, *arguments]
+        runpy.run_module("avss_dist", run_name="__main__", alter_sys=True)
+    else:
+        become_ray_worker(arguments)
+
+
+def become_ray_worker(arguments: list[str]) -> None:
     from ray._private.runtime_env.context import RuntimeEnvContext
     from ray._private.utils import update_envs
     from ray._private.workers.setup_worker import parser

@@ -1,10 +1,21 @@
-"""On the path of ``ray start``, the workers of its node are forked from a warm process: see `support.warm_workers`."""
+"""On the path of ``ray start`` and of commands that it makes quicker: see `support.warm_workers`.
+
+The workers of a node that is started so are forked from a warm process, and so is ``avss``.
+"""
 
 import os
 import sys
 from pathlib import Path
 
-if "AVSS_TEST_WORKERS" in os.environ and Path(sys.orig_argv[1]).name == "ray":
-    from ray._private import ray_constants
+if "AVSS_TEST_WORKERS" in os.environ:
+    program = Path(sys.orig_argv[1]).name
+    arguments = sys.orig_argv[2:]
+    if program == "ray":
+        from ray._private import ray_constants
 
-    ray_constants.SETUP_WORKER_FILENAME = str(Path(__file__).parents[1] / "launch_worker.py")
+        ray_constants.SETUP_WORKER_FILENAME = str(Path(__file__).parents[1] / "launch_worker.py")
+    elif program == "avss" or (program, *arguments[:1]) == ("-m", "avss_dist"):
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        from launch_worker import hand_over
+
+        os._exit(hand_over("avss", arguments if program == "avss" else arguments[1:]))
