@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -281,32 +282,53 @@ def test_a_short_model_keeps_what_belongs_to_its_layers() -> None:
     assert short.layer_types == whole.layer_types[:3] and whole.num_hidden_layers == 12 == len(whole.layer_types)
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark is short, and need not import everything first."""
+
+    class Executor(ThreadPoolExecutor):
+        def __init__(self, workers: int, *_: object, **__: object) -> None:
+            super().__init__(workers)
+
+    monkeypatch.setattr(avss_dist.estimate.benchmark, "ProcessPoolExecutor", Executor)
+    monkeypatch.setattr(avss_dist.estimate.benchmark, "SECONDS", 0.1)
+
+
+def test_mistakes_of_the_plan_come_from_another_process_as_what_they_are(header_only: Path) -> None:
+    with pytest.raises(CorpusError, match=r"nowhere\.txt"):
+        estimate(str(header_only), "nowhere.txt", SETTINGS)
+
+
 @pytest.mark.parametrize(
     ("model", "corpus", "settings", "error", "said"),
     [
         ("./nowhere", "builtin:pydoc", SETTINGS, ModelError, "There is no folder"),
-        ("", "nowhere.txt", SETTINGS, CorpusError, "nowhere.txt"),
         ("", "builtin:pydoc", replace(SETTINGS, sequence_length=500_000), AvssError, "sequence"),
         ("", "builtin:pydoc", replace(SETTINGS, layers="nowhere"), ModelError, "no layer list 'nowhere'"),
         ("", "builtin:pydoc", replace(SETTINGS, device="cuda"), ConfigError, "torch sees no GPU here"),
     ],
 )
 def test_mistakes_are_told(
-    model: str, corpus: str, settings: Settings, error: type[AvssError], said: str, header_only: Path
+    model: str,
+    corpus: str,
+    settings: Settings,
+    error: type[AvssError],
+    said: str,
+    header_only: Path,
+    in_this_process: None,
 ) -> None:
-    """Those of the plan come from another process, as what they are."""
     with pytest.raises(error, match=said):
         estimate(model or str(header_only), corpus, settings)
 
 
-def test_a_checkpoint_without_a_tokenizer(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_tokenizer(tmp_path: Path, in_this_process: None) -> None:
     llama().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="has no tokenizer"):
         estimate(str(tmp_path), "builtin:pydoc", SETTINGS)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "mamba", "bert"])
-def test_other_families(family: str, tmp_path: Path, save_checkpoint: Save) -> None:
+def test_other_families(family: str, tmp_path: Path, save_checkpoint: Save, in_this_process: None) -> None:
     from support.families import tiny_model
 
     model = tiny_model("masked" if family == "bert" else "causal", family)
