@@ -16,6 +16,7 @@ from urllib.request import Request, urlopen
 import psutil
 import pytest
 from support.tables import assert_same_tables
+from support.warm_workers import ray_start_environment
 
 import avss_dist
 from avss_dist.warehouse.reader import Warehouse
@@ -59,9 +60,12 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, private_cache: Path) -> Iterator[tuple[Cluster, dict[str, str]]]:
+def cluster(
+    tmp_path_factory: pytest.TempPathFactory, private_cache: Path, warm_workers: None
+) -> Iterator[tuple[Cluster, dict[str, str]]]:
     """Three nodes of one CPU, and the environment of their clients. A test may kill node 2."""
     cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    cluster.env |= ray_start_environment()
     exports = cluster.start(3)
     yield cluster, {**cluster.env, **exports}
     assert cluster.script("stop").returncode == 0
