@@ -36,7 +36,7 @@ from avss_dist.evaluation.search import Losses, conduct, search_task
 from avss_dist.evaluation.trial import Trial, rows_of
 from avss_dist.executors.base import Executor
 from avss_dist.models.checkpoints import resolve
-from avss_dist.pruning.ground_truth import layer_truth
+from avss_dist.pruning.ground_truth import interactions, layer_truth
 from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, methods
 from avss_dist.pruning.plan import layer_list
 from avss_dist.pruning.repair.repair import Repair
@@ -47,6 +47,7 @@ from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
 from avss_dist.settings import (
     GROUND_TRUTH,
+    INTERACTIONS,
     LOSS,
     MOST_EVALUATIONS,
     NO_REPAIR,
@@ -57,7 +58,6 @@ from avss_dist.settings import (
     Settings,
     fingerprint,
 )
-from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.layer_removal import LeaveOneOut
 from avss_dist.text import RedactedURI
@@ -105,11 +105,12 @@ def run_experiment(
             for run, spec in zip(runs, specs, strict=True)
             if run.status != "failed"
         ]
+        _read_measured(trials, experiment, warehouse)
         _plan_work(trials, experiment, tasks, warehouse, allow_overlap=allow_overlap)
         if experiment.leave_one_out:
             _leave_one_out(trials, store, executor, cells, fresh=execution.fresh)
         _search(trials, experiment, store, executor, cells, fresh=execution.fresh)
-        _choose(trials, experiment, warehouse)
+        _choose(trials, experiment)
         _fit_repairs(trials, store, executor, cells, fresh=execution.fresh)
         wanted = [cell for trial in trials for cell in trial.cells(experiment.repairs)]
         failed = measure(wanted, store, executor, cells, fresh=execution.fresh)
@@ -199,11 +200,20 @@ def _refuse_overlaps(trial: Trial, experiment: Experiment, warehouse: Warehouse)
         refuse_scored(text, skips="repair_skip_sequences")
 
 
-def _choose(trials: Sequence[Trial], experiment: Experiment, warehouse: Warehouse) -> None:
+def _read_measured(trials: Sequence[Trial], experiment: Experiment, warehouse: Warehouse) -> None:
+    """What `avss ablate` has measured of the layers of every trial, as far as they are chosen by it."""
+    scores = set(experiment.scores)
+    measured = scores & set(OF_LAYERS) - ({LEAVE_ONE_OUT} if experiment.leave_one_out else set())
+    for trial in trials:
+        run = warehouse.run(trial.run.run_id)
+        assert run is not None
+        trial.truth |= {by: layer_truth(warehouse, run, by).by_layer(trial.num_layers) for by in measured}
+        trial.interactions = interactions(warehouse, run) if INTERACTIONS in scores else None
+
+
+def _choose(trials: Sequence[Trial], experiment: Experiment) -> None:
     """The layers of every trial that each method drops."""
     for trial in trials:
-        for score in set(experiment.scores) & set(OF_LAYERS) - set(trial.truth):
-            trial.truth[score] = _known(trial, warehouse, score)
         trial.choices = trial.choose(experiment)
 
 
@@ -282,10 +292,3 @@ def _search(
                     searching = search_for(method.choice(share), effort, trial.num_layers)
                     trial.searched[method, share], _ = conduct(searching, losses)
             commit(planned, store)
-
-
-def _known(trial: Trial, warehouse: Warehouse, score: str) -> Float64:
-    """What `avss ablate` has measured of every layer."""
-    run = warehouse.run(trial.run.run_id)
-    assert run is not None
-    return layer_truth(warehouse, run, score).by_layer(trial.num_layers)

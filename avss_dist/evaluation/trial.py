@@ -17,11 +17,13 @@ from avss_dist.evaluation.retention import retained
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import text_config
 from avss_dist.partition.base import Placement
+from avss_dist.pruning.ground_truth import Interactions
+from avss_dist.pruning.interactions import quadratic
 from avss_dist.pruning.methods import Experiment, Method, methods
 from avss_dist.pruning.selection import count_layers
 from avss_dist.removal import Drop
 from avss_dist.runs.run import Run
-from avss_dist.settings import CHANCE, LOSS, NO_REPAIR, Settings
+from avss_dist.settings import CHANCE, INTERACTIONS, LOSS, NO_REPAIR, Settings
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Result
 from avss_dist.tasks.cells import Cell
@@ -37,6 +39,7 @@ class Trial:
     Attributes:
         rows: of the table ``scores``.
         truth: float64[layers], by one of ``settings.OF_LAYERS``.
+        interactions: of the layers, where sets are chosen by them.
         searched: what each method that searches found at each share.
         planned: the evaluation of each task.
         choices: what every method drops of every share.
@@ -51,6 +54,7 @@ class Trial:
     rows: Sequence[Mapping[str, Any]]
     corpus: str
     truth: dict[str, Float64] = field(default_factory=dict)
+    interactions: Interactions | None = None
     searched: dict[tuple[Method, float], Drop] = field(default_factory=dict)
     planned: dict[str, PlannedEvaluation] = field(default_factory=dict)
     choices: list[Chosen] = field(default_factory=list)
@@ -95,6 +99,10 @@ class Trial:
         if (method, share) in self.searched:
             return self.searched[method, share]
         choice = method.choice(share)
+        if method.score == INTERACTIONS:
+            assert self.interactions is not None
+            number = choice.number(self.num_layers)
+            return quadratic(self.interactions.b, self.interactions.h, number, choice.first, choice.last)
         return choice.drop(choice.scores(self.rows, self.truth))
 
 

@@ -10,7 +10,17 @@ from pydantic import Field
 
 from avss_dist.errors import ConfigError, require_known
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
-from avss_dist.settings import EVERY_SITE, NO_REPAIR, OF_LAYERS, RECIPES, REPAIRS, RIVAL_PATCHES, SCORES, SEARCHES
+from avss_dist.settings import (
+    EVERY_SITE,
+    INTERACTIONS,
+    NO_REPAIR,
+    OF_LAYERS,
+    RECIPES,
+    REPAIRS,
+    RIVAL_PATCHES,
+    SCORES,
+    SEARCHES,
+)
 from avss_dist.text import describe_threshold, parse_threshold
 from avss_dist.validation import Check, OneOf, checked
 
@@ -45,7 +55,7 @@ class Experiment:
     """As avss evaluate --task takes them."""
     scores: Annotated[tuple[Score, ...], Field(strict=False, min_length=1)] = SCORES
     """What layers are chosen by: a score; AVSS as it is read elsewhere, such as avss:update:unit:0.1rms (site, recipe,
-    threshold), or avss:all; taylor and shapley where avss ablate has measured them."""
+    threshold), or avss:all; what avss ablate measures (damage, interactions, shapley, ...) where it has."""
     shares: Annotated[tuple[Share, ...], Field(strict=False, min_length=1)] = (0.25,)
     """Shares of the layers to drop."""
     random: Count = 5
@@ -113,7 +123,7 @@ class Method:
     """One way to choose layers.
 
     Attributes:
-        score: one of ``config.SCORES`` or ``config.OF_LAYERS``, or ``random`` or ``last``, or of ``SEARCHES``.
+        score: one of ``settings.SCORES``, ``OF_LAYERS`` or ``SEARCHES``; or ``interactions``, ``random`` or ``last``.
         reading: of AVSS.
         control: `REVERSED`, `ENDS_KEPT` or None.
         seed: of ``random``.
@@ -159,7 +169,7 @@ def parse_score(text: str) -> tuple[str, Reading | None]:
         ConfigError: it names no score.
     """
     name, *parts = text.split(":")
-    require_known("score", name, (*SCORES, *OF_LAYERS))
+    require_known("score", name, (*SCORES, *OF_LAYERS, INTERACTIONS))
     if name != "avss":
         if parts:
             raise ConfigError(f"'{text}': only avss is read in several ways.", f"Write {name}.")
@@ -178,7 +188,7 @@ def methods(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> Iterat
     for score, reading in _scored(experiment, rows):
         yield Method(score=score, reading=reading)
         if reading in (None, PUBLISHED):
-            if experiment.reversed:
+            if experiment.reversed and score != INTERACTIONS:
                 yield Method(score=score, reading=reading, control=REVERSED)
             if experiment.keep_ends:
                 yield Method(score=score, reading=reading, control=ENDS_KEPT, ends=experiment.keep_ends)

@@ -32,8 +32,10 @@ def model_card(
     source = f", of run {plan.run_id}" if plan.run_id else ""
     known = [*(f"Finding: {line}" for line in plan.findings), *(notes or []), *(repair.describe() if repair else [])]
     known.append(f"Evaluated: {' '.join(plan.evaluated) or 'not when it was planned.'}")
-    changed = describe_layers([cut.after for cut in repair.cuts]) if repair else ""
-    others = f"Of the others, the MLP's last map is changed in {changed}" if repair else "The others are unchanged"
+    changed = [cut.after for cut in repair.cuts if cut.changed] if repair else []
+    others = "The others are unchanged"
+    if changed:
+        others = f"Of the others, the MLP's last map is changed in {describe_layers(changed)}"
     return (
         f"---\n{head}\n---\n\n# {escape_markdown(name)} without {len(plan.drop)} of its {plan.num_layers} layers\n\n"
         f"Removed, counted from 0: {', '.join(map(str, plan.drop))}. {others}.\n\n"

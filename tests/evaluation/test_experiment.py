@@ -19,9 +19,11 @@ from support.checkpoints import VOCABULARY, one_thread
 from support.command_line import avss
 from support.experiments import run_job_in
 
+from avss_dist.analysis.plans import plan_layers
 from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.analysis.verdict import judgement, verdicts
-from avss_dist.errors import ConfigError
+from avss_dist.errors import ConfigError, QueryError
+from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.experiment import run_experiment
 from avss_dist.evaluation.search import search
 from avss_dist.pruning.methods import Experiment, Method, methods, parse_score
@@ -128,6 +130,27 @@ def test_a_search_finds_what_a_plan_finds(done: tuple[Path, list[dict[str, Any]]
             (row,) = (row for row in rows if (row["method"], row["share"]) == (name, 0.5))
             assert tuple(row["drop"]) == found.plan.drop
     assert sorted((Path(warehouse) / "cells").rglob("*.parquet")) == cells
+
+
+def test_sets_are_chosen_by_interactions(deep_llama: Path, tmp_path: Path) -> None:
+    """As a plan chooses them; where they are not measured, the command that measures them is said first."""
+    scores = "scores: [interactions, damage]\n  leave_one_out: false"
+    job = JOB.replace("search: [greedy, evolve]\n  search_budget: 24\n  search_max_sequences: 8", scores)
+    with pytest.raises(QueryError, match=r"has no '(interactions|damage)'") as refused:
+        run_job_in(tmp_path, job.replace("random: 2", "random: 0"), deep_llama)
+    assert "avss ablate" in str(refused.value) and "--damage" in str(refused.value)
+    warehouse = tmp_path / "w"
+    sizes = {"sequence_length": 32, "batch_size": 4, "sequences_per_shard": 4, "device": "cpu", "max_sequences": 12}
+    with one_thread():
+        ablate(deep_llama, corpus="builtin:pydoc", warehouse=warehouse, leave_one_out=False, damage=True, **sizes)
+    _, rows = run_job_in(tmp_path, job.replace("random: 2", "random: 0"), deep_llama)
+    (run,) = Warehouse(warehouse).runs().to_pylist()
+    for share, first in ((0.25, 0), (0.5, 1)):
+        name = "interactions, ends kept" if first else "interactions"
+        (row,) = (row for row in rows if (row["method"], row["share"]) == (name, share))
+        planned = plan_layers(Warehouse(warehouse), run, by="interactions", share=share, first=first, last=first)
+        assert tuple(row["drop"]) == planned.drop
+    assert not [row for row in rows if row["method"] == "interactions, reversed"]
 
 
 def test_what_is_lost_is_measured_again_and_each_cell_is_measured_once(

@@ -26,6 +26,7 @@ from avss_dist.models.loading import load_tokenizer, open_module
 from avss_dist.models.size import footprint
 from avss_dist.models.skipping import skipping
 from avss_dist.pruning.checkpoint import prune
+from avss_dist.pruning.model_card import model_card
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.cuts import find_cuts
 from avss_dist.pruning.repair.fold import Step, Weights, fold, steps
@@ -442,6 +443,9 @@ def test_a_second_repair_keeps_the_record_of_the_first(tmp_path: Path, save_chec
     assert [record.removed for record in read_repairs(folder)] == [(2,), (2,)]
     card = (folder / "README.md").read_text()
     assert "last map is changed in 1" in card and "fitted on builtin:pydoc" in card
+    record = read_repairs(folder)[-1]
+    vain = replace(record, cuts=tuple(replace(cut, ridges=(None,)) for cut in record.cuts))
+    assert "The others are unchanged" in model_card(resolve(str(folder)), plan, repair=vain)
 
 
 # The command

@@ -55,6 +55,11 @@ class RepairedCut:
     error_after: Error
     """And with it."""
 
+    @property
+    def changed(self) -> bool:
+        """Whether a fit helped, so that weights were changed."""
+        return any(ridge is not None for ridge in self.ridges)
+
     def describe(self) -> str:
         """One line for people."""
         ridges = ", ".join("none helps" if ridge is None else f"{ridge:g}" for ridge in self.ridges)
