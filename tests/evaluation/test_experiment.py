@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +12,9 @@ import numpy as np
 import pytest
 from support.checkpoints import VOCABULARY, one_thread
 from support.command_line import avss
+from support.commands import Command
 from support.experiments import run_job_in
+from support.processes import wait_until
 
 from avss_dist.analysis.plans import plan_layers
 from avss_dist.analysis.scorecard import best_readings, score_cards
@@ -172,22 +169,15 @@ def test_what_is_lost_is_measured_again_and_each_cell_is_measured_once(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_workers")
 def test_a_killed_experiment_goes_on_where_it_was(done: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
     whole, rows = done
     job = tmp_path / "job.yaml"
     job.write_text(whole.read_text().replace(read_job(whole).warehouse, str(tmp_path / "w")))
-    killed = subprocess.Popen(
-        [sys.executable, "-m", "avss_dist", "experiment", str(job)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    killed = Command("experiment", job)
     cells = tmp_path / "w" / "cells"
-    deadline = time.monotonic() + 120
-    while len(list(cells.rglob("*.parquet"))) < 8 and killed.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: len(list(cells.rglob("*.parquet"))) >= 8 or not killed.running())
     killed.kill()
-    assert killed.wait() == -signal.SIGKILL
     before = {file: file.stat().st_mtime_ns for file in cells.rglob("*.parquet")}
     assert len(before) >= 8
     with one_thread():

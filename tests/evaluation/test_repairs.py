@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -17,8 +12,10 @@ import numpy as np
 import pytest
 from support.checkpoints import llama, one_thread
 from support.command_line import avss
+from support.commands import Command
 from support.experiments import run_job_in
 from support.families import lively, tiny_model
+from support.processes import wait_until
 
 from avss_dist.analysis.verdict import verdicts
 from avss_dist.errors import ConfigError, CorpusError, DamagedFile
@@ -230,6 +227,7 @@ def shown(rows: list[dict[str, Any]]) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_workers")
 def test_a_killed_experiment_goes_on_and_workers_are_sent_the_patches(
     done: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
@@ -237,17 +235,10 @@ def test_a_killed_experiment_goes_on_and_workers_are_sent_the_patches(
     whole, rows = done
     job = tmp_path / "job.yaml"
     job.write_text(whole.read_text().replace(read_job(whole).warehouse, str(tmp_path / "w")))
-    killed = subprocess.Popen(
-        [sys.executable, "-m", "avss_dist", "experiment", str(job)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    patches, deadline = tmp_path / "w" / "patches", time.monotonic() + 240
-    while not (patches.is_dir() and any(patches.iterdir())) and killed.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    killed = Command("experiment", job)
+    patches = tmp_path / "w" / "patches"
+    wait_until(lambda: (patches.is_dir() and any(patches.iterdir())) or not killed.running())
     killed.kill()
-    assert killed.wait() == -signal.SIGKILL
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "w" / "cells").rglob("*.parquet")}
     with one_thread():
         _, resumed = run_experiment(read_job(job), executor="ray", replicas=2)

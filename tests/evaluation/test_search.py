@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations
@@ -18,6 +13,8 @@ import pytest
 from support.causal_lm import SMALL, opened
 from support.checkpoints import llama, one_thread
 from support.command_line import avss
+from support.commands import Command
+from support.processes import wait_until
 
 from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.engine import plan_text
@@ -149,18 +146,15 @@ def test_what_is_lost_is_measured_again(scored: tuple[Path, Mapping[str, Any]]) 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_workers")
 def test_a_killed_search_goes_on_where_it_was(scored: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
     warehouse, plan = scored[0], tmp_path / "plan.yaml"
     command = ["plan", str(warehouse), "--search", "evolve", "--budget", "60", "--count", "3", "--corpus", TEXT]
     command += ["-o", str(plan), *OPTIONS]
-    killed = subprocess.Popen(
-        [sys.executable, "-m", "avss_dist", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while len(cell_times(warehouse)) < 3 and killed.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(killed.pid, signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL and not plan.exists()
+    killed = Command(*command)
+    wait_until(lambda: len(cell_times(warehouse)) >= 3 or not killed.running())
+    killed.kill()
+    assert not plan.exists()
     kept = cell_times(warehouse)
     assert len(kept) >= 3
     assert avss(*command).exit_code == 0

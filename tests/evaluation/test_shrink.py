@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +10,9 @@ from typing import Any
 import pytest
 from support.checkpoints import llama, one_thread
 from support.command_line import avss
+from support.commands import Command
 from support.families import lively
+from support.processes import wait_until
 
 import avss_dist
 from avss_dist.errors import ConfigError, CorpusError
@@ -90,20 +87,15 @@ def test_the_parts_of_the_text_are_apart(done: Shrunk) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["scores", "patches", "evaluations"])
+@pytest.mark.usefixtures("warm_workers")
 def test_killed_it_goes_on_and_writes_the_same_bytes(when: str, done: Shrunk, deep: Path, tmp_path: Path) -> None:
     """By SIGKILL as soon as there is a first file of a table."""
-    out, command = tmp_path / "out", [sys.executable, "-m", "avss_dist", "shrink", str(deep), "--corpus", TEXT]
-    killed = subprocess.Popen(
-        [*command, "--out", str(out), *OPTIONS],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    kept, deadline = tmp_path / "out-warehouse" / when, time.monotonic() + 240
-    while not any(kept.rglob("*.*")) and killed.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
+    out = tmp_path / "out"
+    killed = Command("shrink", deep, "--corpus", TEXT, "--out", out, *OPTIONS)
+    kept = tmp_path / "out-warehouse" / when
+    wait_until(lambda: any(kept.rglob("*.*")) or not killed.running())
     killed.kill()
-    assert killed.wait() == -signal.SIGKILL and not out.exists()
+    assert not out.exists()
     cells = {file: file.stat().st_mtime_ns for file in (tmp_path / "out-warehouse" / "cells").rglob("*.parquet")}
     again = shrunk(deep, out)
     assert content(out) == content(done.folder)

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import ray
+from support.commands import Command
 from support.processes import FreezesAtStart, Harming, ray_processes, wait_until
 from support.ray_cluster import TWENTY_SHARDS
 from support.tables import assert_same_tables, measured_files
@@ -106,16 +107,14 @@ def test_a_worker_that_freezes_before_it_reports_is_replaced(
 def test_a_stopped_driver_is_resumed(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Ctrl-C: the partials are kept, the same command finishes what is missing."""
     arguments = ["--max-sequences", "160", "--sequence-length", "64", "--batch-size", "2", "--sequences-per-shard", "8"]
-    command = [sys.executable, "-m", "avss_dist", "score", str(tiny_llama), "--corpus", "builtin:pydoc"]
     address = ray.get_runtime_context().gcs_address
-    command += ["--out", str(tmp_path), "--address", address, "--replicas", "2", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    place = ("--out", tmp_path, "--address", address, "--replicas", 2)
+    driver = Command("score", tiny_llama, "--corpus", "builtin:pydoc", *place, *arguments)
     partials = tmp_path / "shard_stats"
-    wait_until(lambda: len(list(partials.rglob("*.parquet"))) >= 2 or driver.poll() is not None)
-    driver.send_signal(signal.SIGINT)
-    _, said = driver.communicate()
-    assert driver.returncode == 130, said
+    wait_until(lambda: len(list(partials.rglob("*.parquet"))) >= 2 or not driver.running())
+    driver.send(signal.SIGINT)
+    code, _, said = driver.wait()
+    assert code == 130, said
     assert "run the same command again" in said and "Traceback" not in said
     kept = len(list(partials.rglob("*.parquet")))
     assert 2 <= kept < 20 and not list((tmp_path / "scores").rglob("*.parquet"))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import ray
 from support.checkpoints import llama
+from support.commands import Command
 from support.processes import wait_until
 from support.tables import assert_same_tables, measured_files
 
@@ -178,14 +177,10 @@ def test_a_driver_that_is_killed_in_a_sweep_is_resumed(models: list[Path], alone
     """The same command finishes what is missing, with the same tables."""
     file = job_file(tmp_path, models)
     address = ray.get_runtime_context().gcs_address
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": address}
-    command = [sys.executable, "-m", "avss_dist", "run", str(file)]
-    driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    driver = Command("run", file, RAY_ADDRESS=address)
     partials = tmp_path / "w" / "shard_stats"
-    wait_until(lambda: len(list(partials.rglob("*.parquet"))) >= SHARDS + 2 or driver.poll() is not None)
+    wait_until(lambda: len(list(partials.rglob("*.parquet"))) >= SHARDS + 2 or not driver.running())
     driver.kill()
-    _, said = driver.communicate()
-    assert driver.returncode == -signal.SIGKILL, said
     kept = len(list(partials.rglob("*.parquet")))
     assert SHARDS + 2 <= kept < 4 * SHARDS
     runs = run_job(read_job(file), executor="local", replicas=1)

@@ -129,7 +129,7 @@ def watch(selector: selectors.BaseSelector, worker: int, launcher: socket.socket
         os.close(process)
         if launcher in selector.get_map():
             selector.unregister(launcher)
-            launcher.send(bytes([os.waitstatus_to_exitcode(status) & 255]))
+            launcher.send(os.waitstatus_to_exitcode(status).to_bytes(4, "big", signed=True))
             launcher.shutdown(socket.SHUT_RDWR)  # workers that were forked since have it open too
         launcher.close()
 

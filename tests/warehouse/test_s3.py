@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +15,7 @@ from urllib.parse import quote
 
 import pytest
 from support.command_line import avss
+from support.commands import Command
 from support.s3_server import Server
 from support.tables import measured_files
 
@@ -89,17 +87,16 @@ def test_scores_in_a_bucket_are_the_same_bytes_and_every_command_reads_them(
     assert drawn.exit_code == 0 and (tmp_path / "layers.svg").read_text().startswith("<svg"), drawn.stderr
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_a_killed_driver_leaves_no_half_run_and_is_resumed(
     server: Server, tiny_llama: Path, local: dict[str, bytes]
 ) -> None:
     uri = server.uri("killed")
-    command = [sys.executable, "-m", "avss_dist", "score", str(tiny_llama), *ARGUMENTS, "--out", uri]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    driver = Command("score", tiny_llama, *ARGUMENTS, "--out", uri)
     while sum(path.startswith("shard_stats/") for path in server.paths("killed")) < 2:
-        assert driver.poll() is None
+        assert driver.running()
         time.sleep(0.01)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
+    driver.kill()
     kept = [path for path in server.paths("killed") if not path.startswith("runs/.mark-")]
     assert all(path.startswith("shard_stats/") for path in kept) and len(kept) < 8
     assert not server.client.list_multipart_uploads(Bucket="lab").get("Uploads")

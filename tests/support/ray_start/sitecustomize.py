@@ -18,4 +18,4 @@ if "AVSS_TEST_WORKERS" in os.environ:
         sys.path.insert(0, str(Path(__file__).parents[1]))
         from launch_worker import hand_over
 
-        os._exit(hand_over("avss", arguments if program == "avss" else arguments[1:]))
+        os._exit(hand_over("avss", arguments if program == "avss" else arguments[1:]) & 255)
