@@ -18,7 +18,7 @@ from avss_dist.cli.options import (
     warehouse_option,
 )
 from avss_dist.cli.plan import CHOSEN_BY
-from avss_dist.settings import NO_REPAIR, REPAIRS, Execution
+from avss_dist.settings import INTERACTIONS, NO_REPAIR, REPAIRS, Execution
 from avss_dist.system.streams import console, emit
 
 
@@ -33,7 +33,11 @@ def shrink(
         typer.Option(help="Drop as many layers as can go while every task keeps this share: 0.9, for example."),
     ] = None,
     by: Annotated[
-        str, choice(CHOSEN_BY, "What layers are chosen by: what avss ablate measures, a score, or chance.")
+        str,
+        choice(
+            (*CHOSEN_BY, INTERACTIONS, "greedy"),
+            "What layers are chosen by: what avss ablate measures, a score, chance; or, greedily, the repaired loss.",
+        ),
     ] = "damage",
     protect: ProtectOption = "",
     repair: Annotated[

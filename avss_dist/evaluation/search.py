@@ -38,6 +38,7 @@ from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
 
+CHOSEN_HERE = "The set was chosen for its loss on this very text: on other text, its loss will be higher."
 AT_ONCE = 10  # sets in a cell: more cost less, and keep fewer workers busy
 
 
@@ -133,7 +134,7 @@ def search(
     why = reasons(choice) | how | text | told | {"evaluation": planned.run_id, "task": task.name}
     made = replace(
         plan_of(scores, run, drop, why),
-        findings=("The set was chosen for its loss on this very text: on other text, its loss will be higher.",),
+        findings=(CHOSEN_HERE,),
         evaluated=evaluated_lines(Warehouse(warehouse), run, drop),
     )
     return Found(plan=made, corpus=str(corpus), whole=whole, chosen=chosen, steps=steps)
@@ -163,8 +164,19 @@ def search_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip
     return Task(name=f"{SEARCH}{corpus}", parts=parts, options={"skip_sequences": skip_sequences})
 
 
+class Measures(Protocol):
+    """Tells a search what it asks."""
+
+    def measure(self, asked: Sequence[Expansion]) -> dict[Drop, Result]:
+        """The loss without every set.
+
+        Raises:
+            AvssError: a cell failed; what was measured is kept.
+        """
+
+
 def conduct(
-    searching: Search, losses: Losses, stepped: Callable[[Step], None] | None = None
+    searching: Search, losses: Measures, stepped: Callable[[Step], None] | None = None
 ) -> tuple[Drop, list[Step]]:
     """Tell a search what it asks, until it chooses; the set that it chooses, and its rounds.
 
@@ -210,11 +222,7 @@ class Losses:
         return result
 
     def measure(self, asked: Sequence[Expansion]) -> dict[Drop, Result]:
-        """The loss without every set.
-
-        Raises:
-            AvssError: a cell failed; what was measured is kept.
-        """
+        """See `Measures`."""
         cells = [cell for one in asked for cell in self._cells(one)]
         self._reporter.started(len(cells), 0)
         failed: list[tuple[Cell, AvssError]] = []

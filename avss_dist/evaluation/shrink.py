@@ -29,6 +29,7 @@ from avss_dist.evaluation.engine import (
 )
 from avss_dist.evaluation.evaluate import make_task
 from avss_dist.evaluation.held_out import refuse_overlap, refuse_repair_text, refuse_text
+from avss_dist.evaluation.repaired_search import repaired_losses, searched_plan
 from avss_dist.evaluation.repairs import plan_fits, repair_texts, require_changeable
 from avss_dist.executors.base import Executor
 from avss_dist.executors.open import open_executor
@@ -39,7 +40,7 @@ from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.record import RepairRecord
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.selection import PlanError
-from avss_dist.pruning.shrinking import Shrinking
+from avss_dist.pruning.shrinking import GREEDY, Shrinking
 from avss_dist.runs.api import score
 from avss_dist.runs.reporter import Reporter
 from avss_dist.settings import (
@@ -162,6 +163,8 @@ def shrink(
     with closing(open_executor(execution, settings)) as executor:
         bench = _bench(checkpoint, asked, parts, example, settings, execution, store, executor)
         bench.reporter = reporter.cells
+        if asked.by == GREEDY:
+            made = partial(searched_plan, made, asked, repaired_losses(bench, asked, parts.held_out))
         if asked.keep is None:
             best = bench.attempt(made(share=asked.share or LOWEST_SHARE))
             curve = [best]
@@ -213,13 +216,13 @@ def _scored_plan(
     """Measure what layers are chosen by; returns what makes plans of it."""
     warehouse, options = store.root.full, options | {"max_sequences": parts.held_out}
     run = score(model, corpus=asked.corpus, out=warehouse, reporter=reporter.scoring, sites=("block",), **options)
-    if asked.by in MEASURED:
-        how = MEASURED[asked.by] | options
+    if asked.ranked_by in MEASURED:
+        how = MEASURED[asked.ranked_by] | options
         ablate(model, corpus=asked.corpus, warehouse=warehouse, reporter=reporter.cells, **how)
     opened = Warehouse(warehouse)
     row = opened.run(run.run_id)
     assert row is not None
-    return partial(plan_layers, opened, row, by=asked.by)
+    return partial(plan_layers, opened, row, by=asked.ranked_by)
 
 
 def _bench(

@@ -56,18 +56,21 @@ class Effort:
     """Sets that are gone on from at each step of beam and evolve; 3 by default."""
 
 
-def search_for(choice: Choice, effort: Effort, num_layers: int, starts: Sequence[Drop] = ()) -> Search:
+def search_for(
+    choice: Choice, effort: Effort, num_layers: int, starts: Sequence[Drop] = (), pool: Drop | None = None
+) -> Search:
     """A search, not begun.
 
     Args:
         choice: by one of ``settings.SEARCHES``.
+        pool: the layers among which is searched; all that ``choice`` does not protect by default.
         starts: sets that evolve begins with, beside those of its greedy steps.
 
     Raises:
         ConfigError: the effort is no effort of this search, or does not suffice for its first step.
         PlanError: see `Choice.number`.
     """
-    free, count = tuple(choice.unprotected(num_layers)), choice.number(num_layers)
+    free, count = pool or tuple(choice.unprotected(num_layers)), choice.number(num_layers)
     if choice.by == "greedy" and effort.width is not None:
         raise ConfigError("`width` has no effect: a greedy search goes on from one set.", "Use beam, or leave it out.")
     if choice.by != "evolve" and starts:

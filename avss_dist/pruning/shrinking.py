@@ -12,7 +12,10 @@ from avss_dist.pruning.selection import SCORE_MEANINGS
 from avss_dist.settings import BLOCK_DISTANCE, NO_REPAIR, REPAIRS, OneOf, checked
 from avss_dist.text import RedactedURI
 
-CHOSEN_BY = tuple(name for name in SCORE_MEANINGS if name != BLOCK_DISTANCE)  # which is of neighbours alone
+GREEDY = "greedy"  # of ``settings.SEARCHES``, with every set repaired
+CHOSEN_BY = (*(name for name in SCORE_MEANINGS if name != BLOCK_DISTANCE), GREEDY)  # that one is of neighbours alone
+FEW_UNKNOWNS = ("scale", "channel", "rotated")
+POOL = 2  # so many times as many layers as go are searched among
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Ends = Annotated[int, Field(ge=0)]
@@ -33,7 +36,8 @@ class Shrinking:
     keep: Share | None = None
     """Drop as many layers as can go while every task keeps this share of the whole model's, in place of a share."""
     by: Annotated[str, OneOf(CHOSEN_BY)] = "damage"
-    """What layers are chosen by."""
+    """What layers are chosen by; greedy: by the loss that is left after the repair, set by set, of those that damage
+    calls the least important, twice as many as go."""
     repair: Annotated[str, OneOf((NO_REPAIR, *REPAIRS))] = "refit"
     """What is fitted at each cut. refit gives back the most, on text of other domains too, and wants the most text."""
     repair_corpora: Texts = ()
@@ -56,6 +60,16 @@ class Shrinking:
             raise ConfigError("`share` and `keep` both say how many layers go.", "Keep one of them.")
         if self.repair == NO_REPAIR and self.repair_corpora:
             raise ConfigError("`repair_corpora` has no effect without a repair.", "Leave it out, or name a `repair`.")
+
+    @property
+    def ranked_by(self) -> str:
+        """The score by which layers go, or by which a search begins."""
+        return "damage" if self.by == GREEDY else self.by
+
+    @property
+    def searched_repair(self) -> str:
+        """What is fitted to each set that is searched: map, where the repair has many unknowns."""
+        return self.repair if self.repair in (NO_REPAIR, *FEW_UNKNOWNS) else "map"
 
     @property
     def repair_texts(self) -> list[RedactedURI]:

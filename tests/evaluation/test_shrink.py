@@ -21,7 +21,7 @@ from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.evaluation.shrink import MEASURED, Shrunk
 from avss_dist.pruning.repair.record import read_repairs
 from avss_dist.pruning.selection import LAST, RANDOM, PlanError
-from avss_dist.pruning.shrinking import CHOSEN_BY
+from avss_dist.pruning.shrinking import CHOSEN_BY, GREEDY
 from avss_dist.settings import SCORES
 from avss_dist.warehouse.reader import Warehouse
 
@@ -72,7 +72,7 @@ def test_a_quarter_goes_and_is_repaired(done: Shrunk, deep: Path) -> None:
 
 
 def test_whatever_layers_are_chosen_by_is_measured() -> None:
-    assert set(CHOSEN_BY) == {*SCORES, *MEASURED, RANDOM, LAST}
+    assert set(CHOSEN_BY) == {*SCORES, *MEASURED, RANDOM, LAST, GREEDY}
 
 
 def test_the_parts_of_the_text_are_apart(done: Shrunk) -> None:
@@ -133,6 +133,25 @@ def test_what_layers_are_chosen_by(by: str, repaired: bool, deep: Path, tmp_path
     assert made.best.plan.why["by"] == by
     assert (made.record is not None) == repaired == (made.best.tasks[0].repaired is not None)
     assert repaired or made.best.plan.drop == (0, 1)
+
+
+def test_greedy_goes_by_what_is_lost_after_the_repair(deep: Path, tmp_path: Path) -> None:
+    """Every set that it tries is repaired, on text that it is not measured on."""
+    made = shrunk(deep, tmp_path / "out", by="greedy", repair="channel")
+    why, warehouse = made.best.plan.why, Warehouse(tmp_path / "out-warehouse")
+    rows = [row for row in warehouse.table("evaluations").to_pylist() if row["run_id"] == why["evaluation"]]
+    losses = {tuple(row["drop"]): row["value"] for row in rows if row["metric"] == "loss"}
+    repaired = {tuple(row["drop"]) for row in rows if row["patch"]}
+    assert len(losses) == why["sets"] == 4 + 3 and repaired == {drop for drop in losses if drop != (0,)}
+    first = min((drop for drop in losses if len(drop) == 1), key=losses.__getitem__)
+    pairs = [drop for drop in losses if len(drop) == 2]
+    assert all({*first} < {*drop} for drop in pairs)
+    assert made.best.plan.drop == min(pairs, key=losses.__getitem__) and why["loss"] == round(
+        min(map(losses.get, pairs)), 6
+    )
+    assert made.record is not None and made.record.removed == made.best.plan.drop
+    again = shrunk(deep, tmp_path / "again", by="greedy", repair="channel", warehouse=tmp_path / "out-warehouse")
+    assert content(again.folder) == content(made.folder)
 
 
 def test_every_domain_is_evaluated(deep: Path, tmp_path: Path) -> None:

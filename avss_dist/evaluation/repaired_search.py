@@ -1,0 +1,97 @@
+"""Search the set of layers to drop by the loss that is left after the repair: each set is repaired, and then measured.
+
+What a repair gives back depends on the set, so the best set with it is another one than without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from avss_dist.evaluation.attempts import Bench
+from avss_dist.evaluation.engine import PlannedEvaluation, commit, failure, measure, plan_evaluation
+from avss_dist.evaluation.evaluate import text_task
+from avss_dist.evaluation.repairs import FitRepair, fit_repairs, plan_fits
+from avss_dist.evaluation.search import CHOSEN_HERE, conduct
+from avss_dist.pruning.plan import Plan, reasons
+from avss_dist.pruning.search import Effort, Expansion, search_for
+from avss_dist.pruning.selection import Choice
+from avss_dist.pruning.shrinking import GREEDY, POOL, Shrinking
+from avss_dist.removal import Drop
+from avss_dist.settings import LOSS, SEARCH
+from avss_dist.tasks.base import Result
+from avss_dist.text import RedactedURI, describe_layers
+
+
+@dataclass(frozen=True, eq=False)
+class RepairedLosses:
+    """See `search.Measures`; repairs and losses are kept in the warehouse, and found there.
+
+    Attributes:
+        bench: where they are measured.
+        text: the task of the loss.
+        fit: the task of fitting a repair; None for no repair.
+    """
+
+    bench: Bench
+    text: PlannedEvaluation
+    fit: PlannedEvaluation | None
+
+    def measure(self, asked: Sequence[Expansion]) -> dict[Drop, Result]:
+        """See `search.Measures`."""
+        bench, drops = self.bench, [drop for one in asked for drop in one.sets]
+        fits = [] if self.fit is None else [(self.fit, drops)]
+        found = fit_repairs(fits, bench.store, bench.executor, bench.reporter, fresh=bench.fresh)
+        patches = {drop: patch for (_, drop), patch in found.items()}
+        cells = [cell for drop in drops for cell in self.text.cells([drop], patches.get(drop))]
+        failed = measure(cells, bench.store, bench.executor, bench.reporter, fresh=bench.fresh)
+        results = {(one.drop, one.patch): one for one in commit(self.text, bench.store) if one.metric == LOSS}
+        if failed:
+            raise failure(failed)
+        return {drop: results[drop, patches[drop].key if drop in patches else None] for drop in drops}
+
+
+def repaired_losses(bench: Bench, asked: Shrinking, rows: int) -> RepairedLosses:
+    """The losses on the first rows of the text, of sets that are repaired on as many rows of each repair text.
+
+    Raises:
+        CorpusError: a text cannot be read, or has too few rows.
+    """
+    of, *_ = bench.tasks.values()
+    settings = replace(of.settings, max_sequences=rows)
+    task = replace(text_task(of.checkpoint, asked.corpus, settings), name=f"{SEARCH}{RedactedURI(asked.corpus)}")
+    text, fit = plan_evaluation(of.checkpoint, task, settings, of.placement), None
+    if bench.fit is not None:
+        (whole,) = bench.fit.task.parts
+        assert isinstance(whole, FitRepair)
+        repair = replace(whole.repair, by=asked.searched_repair, settings=settings)
+        fit = plan_fits(of.checkpoint, whole.layers, [repair], of.placement)[repair.by]
+    return RepairedLosses(bench, text, fit)
+
+
+def searched_plan(made: Callable[..., Plan], asked: Shrinking, losses: RepairedLosses, **how: Any) -> Plan:
+    """The plan that a greedy search finds among the layers of the least damage.
+
+    Args:
+        made: a plan by damage, of a ``count`` of layers.
+        how: ``count`` or ``share``.
+
+    Raises:
+        AvssError: a mistake, or a cell that failed; what was measured is kept.
+    """
+    choice = Choice(by=GREEDY, first=asked.first, last=asked.last, **how)
+    layers = made(count=1).num_layers
+    pool = made(count=min(POOL * choice.number(layers), len(choice.unprotected(layers)), layers - 1))
+    drop, steps = conduct(search_for(choice, Effort(), layers, pool=pool.drop), losses)
+    told = {
+        "among": describe_layers(pool.drop),
+        "repair": asked.searched_repair,
+        "sets": steps[-1].sets,
+        "loss": round(steps[-1].best.value, 6),
+        "text": asked.corpus,
+        "sequences": losses.text.settings.max_sequences,
+        "evaluation": losses.text.run_id,
+        "task": losses.text.task.name,
+    }
+    return replace(pool, drop=drop, why=reasons(choice) | told, findings=(CHOSEN_HERE,), evaluated=())
