@@ -69,7 +69,7 @@ RIVAL_PATCHES = ("prune_comp", "linear_patch")
 """Repairs that no weight can hold: they change the stream itself behind each cut, and are evaluated alone."""
 THRESHOLD, TOP_K, TOP_P = "threshold", "top_k", "top_p"  # how activations are made zero: see `sparsifying.Cut`
 SPARSITY_TASK = "sparsity:"  # before a method and its corpus: the task of allocating sparsity
-SPARSITY_METHODS = ("uniform", "loss", "teal", "acttail", "wina", "topp")
+SPARSITY_METHODS = ("uniform", "loss", "teal", "acttail", "wina", "scap", "cats", "topp")
 """How a sparsity is spread over linear maps: see `sparsity.plan.METHODS`."""
 SPARSITY_RULES = ("all", "dense-prefill", "last-half", "not-first-token")
 """At which tokens activations are sparse: all; those that are decoded alone; they and the last half of a prompt (which

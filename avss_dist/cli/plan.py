@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from avss_dist.pruning.plan import Plan
     from avss_dist.warehouse.reader import Warehouse
 
-FORMATS = ("plan", "mergekit", "json")  # of mergekit: the slices to merge
+FORMATS = ("plan", "mergekit", "json", "teal")  # of mergekit: the slices to merge; of TEAL: a folder
 CHOSEN_BY = (*OF_LAYERS, *SCORES, "last", "random")
 
 
@@ -88,6 +88,9 @@ def plan(
     pattern: Annotated[
         str | None, typer.Option(help="N:M for --sparsify: of M units in a row, the N largest stay.")
     ] = None,
+    corrections: Annotated[
+        int, typer.Option(min=0, help="Passes with the plan of --sparsify on, each of which corrects its thresholds.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Seed for --by random, and for --search evolve.")] = 0,
     recipe: RecipeOption = RECIPES[0],
     site: SiteOption = SITES[0],
@@ -100,13 +103,15 @@ def plan(
     from avss_dist.analysis.plans import plan_layers
     from avss_dist.pruning.plan import mergekit_slices, write_text
 
-    if format == "json" and sparsify is None:
-        raise ConfigError("`format` json is of thresholds, and a plan of layers has none.", "Use plan or mergekit.")
+    if format in ("json", "teal") and sparsify is None:
+        raise ConfigError(
+            f"`format` {format} is of thresholds, and a plan of layers has none.", "Use plan or mergekit."
+        )
     opened = open_warehouse(warehouse)
     chosen = choose_run(opened, run)
     if sparsify is not None:
         text = {"corpus": corpus, "skip_sequences": skip_sequences}
-        fields = {"rule": rule, "pattern": pattern}
+        fields = {"rule": rule, "pattern": pattern, "corrections": corrections}
         _sparsify(opened, chosen, output, sparsify, method, format, fields, text | options)
         return
     how = {"share": share, "count": count, "mass": mass, "contiguous": contiguous, "seed": seed}
@@ -150,18 +155,24 @@ def _sparsify(
 ) -> None:
     """Write a sparsity plan."""
     if format == "mergekit":
-        raise ConfigError("`format` mergekit is of layers that stay, and sparsity drops none.", "Use plan or json.")
+        raise ConfigError(
+            "`format` mergekit is of layers that stay, and sparsity drops none.", "Use plan, json or teal."
+        )
     from avss_dist.evaluation.sparsify import sparsify
     from avss_dist.pruning.plan import write_text
     from avss_dist.report.terminal.progress import CellProgress
-    from avss_dist.sparsity.plan import thresholds_json
+    from avss_dist.report.terminal.sparsity import thresholds_table
+    from avss_dist.sparsity.files import thresholds_json, write_teal
 
     with CellProgress() as progress:
         made = sparsify(opened.root, run, target, method=method, reporter=progress, **fields, **options)
     if format == "json":
         write_text(output, thresholds_json(made))
+    elif format == "teal":
+        write_teal(made, output)
     else:
         made.write(output)
+    console().print(thresholds_table(made))
     emit("\n  ".join([f"{output}:", *made.describe()]))
     if format == FORMATS[0]:
         emit(f"  Evaluate it: avss evaluate {output} --task perplexity:CORPUS --warehouse {opened.root}")

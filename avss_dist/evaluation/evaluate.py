@@ -130,7 +130,7 @@ def evaluate(
                     checkpoint, name, fixed, skip_sequences=skip_sequences, limit=limit, num_fewshot=num_fewshot
                 )
                 for one in _sparsities(found, checkpoint):
-                    _require_effect(one, name)
+                    require_effect(one.rule if one else None, name)
                     made = plan_evaluation(checkpoint, task, fixed, placement, one)
                     planned[checkpoint.revision, name, _key(one)] = made
         if not allow_overlap:
@@ -196,9 +196,9 @@ def _key(sparsity: Sparsity | None) -> str | None:
     return sparsity.key if sparsity else None
 
 
-def _require_effect(sparsity: Sparsity | None, task: str) -> None:
-    """Refuse a text, which is one prompt, where prompts are dense."""
-    if sparsity and sparsity.rule == "dense-prefill" and task.startswith(PERPLEXITY):
+def require_effect(rule: str | None, task: str) -> None:
+    """Refuse (`ConfigError`) a text, which is one prompt, where a rule leaves prompts dense."""
+    if rule == "dense-prefill" and task.startswith(PERPLEXITY):
         raise ConfigError(
             f"{RedactedURI(task)} is a prompt, and the rule dense-prefill makes nothing of a prompt sparse.",
             "Evaluate a task that generates, or make the plan with another rule.",
@@ -249,6 +249,7 @@ def runtime(plan: SparsityPlan) -> Sparsity:
             inputs=one.inputs,
             by=one.by,
             value=one.value,
+            center=one.center,
             weighted=plan.weighted,
             kept=kept,
             group=group,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,7 @@ from avss_dist.evaluation.evaluate import make_task
 from avss_dist.evaluation.held_out import refuse_overlap, refuse_repair_text, refuse_text
 from avss_dist.evaluation.repairs import fit_repairs, plan_fits, repair_texts, require_changeable
 from avss_dist.evaluation.search import Losses, conduct, search_task
+from avss_dist.evaluation.sparse_trials import plan_sparsities, require_inputs, sparse_rows
 from avss_dist.evaluation.trial import Trial, rows_of
 from avss_dist.executors.base import Executor
 from avss_dist.models.checkpoints import resolve
@@ -94,6 +96,7 @@ def run_experiment(
     assert experiment is not None
     specs, execution = with_options(job, options)
     _require_intended(specs, experiment, allow_many=allow_many or experiment.allow_many)
+    require_inputs(specs, experiment)
     for spec in specs if _fitted(experiment) else ():
         require_changeable(spec.execution.partition)
     runs = run_job(job, reporter=reporter or Reporter(), **options)
@@ -107,14 +110,15 @@ def run_experiment(
         ]
         _read_measured(trials, experiment, warehouse)
         _plan_work(trials, experiment, tasks, warehouse, allow_overlap=allow_overlap)
-        if experiment.leave_one_out:
+        plan_sparsities(trials, experiment, warehouse, store, executor, reporter=cells, fresh=execution.fresh)
+        if experiment.chooses_by_loss:
             _leave_one_out(trials, store, executor, cells, fresh=execution.fresh)
         _search(trials, experiment, store, executor, cells, fresh=execution.fresh)
         _choose(trials, experiment)
         _fit_repairs(trials, store, executor, cells, fresh=execution.fresh)
         wanted = [cell for trial in trials for cell in trial.cells(experiment.repairs)]
         failed = measure(wanted, store, executor, cells, fresh=execution.fresh)
-    results = {one.run_id: commit(one, store) for trial in trials for one in trial.planned.values()}
+    results = {one.run_id: commit(one, store) for trial in trials for one in trial.evaluations}
     if failed:
         raise failure(failed)
     return runs, _commit_rows(trials, results, experiment, tasks, store)
@@ -125,8 +129,8 @@ def _require_intended(specs: Sequence[RunSpec], experiment: Experiment, *, allow
     tasks = len(experiment.tasks)
     choices = [experiment.count_choices(_count_readings(spec.settings)) for spec in specs]
     repairs = len(experiment.repairs)
-    number = sum(1 + choice * repairs for choice in choices) * tasks
-    fewer = "Lower `random`, or name fewer `scores`, `shares`, `repairs` or `tasks`."
+    number = sum(1 + choice * repairs + experiment.count_sparse for choice in choices) * tasks
+    fewer = "Lower `random`, or name fewer `scores`, `shares`, `sparsities`, `repairs` or `tasks`."
     require_listable(number, "evaluations", fewer)
     require_intended(
         number,
@@ -156,6 +160,8 @@ def _commit_rows(
     rows = []
     for trial in trials:
         mine = list(rows_of(trial, experiment.repairs, results))
+        now = {"created_at": datetime.now(UTC)}
+        mine += [{"task": task, **now, **row} for task in trial.planned for row in sparse_rows(trial, task, results)]
         store.write_experiment(trial.identity, name, mine)
         rows += [{**row, "run_id": trial.run.run_id, "model": trial.checkpoint.name} for row in mine]
     return rows

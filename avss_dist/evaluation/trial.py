@@ -43,6 +43,7 @@ class Trial:
         searched: what each method that searches found at each share.
         planned: the evaluation of each task.
         choices: what every method drops of every share.
+        sparse: the evaluation of each task, method of spreading a sparsity, and level.
         fits: the task of fitting each repair; none of `settings.NO_REPAIR`.
         patches: what was fitted, by the fit's id and the layers that are dropped.
     """
@@ -58,6 +59,7 @@ class Trial:
     searched: dict[tuple[Method, float], Drop] = field(default_factory=dict)
     planned: dict[str, PlannedEvaluation] = field(default_factory=dict)
     choices: list[Chosen] = field(default_factory=list)
+    sparse: dict[tuple[str, str, float], PlannedEvaluation] = field(default_factory=dict)
     fits: dict[str, PlannedEvaluation] = field(default_factory=dict)
     patches: Mapping[tuple[str, Drop], StoredPatch] = field(default_factory=dict)
 
@@ -76,10 +78,17 @@ class Trial:
         return self.patches.get((self.fits[repair].run_id, drop)) if repair in self.fits else None
 
     def cells(self, repairs: Sequence[str]) -> list[Cell]:
-        """Every task on the whole model, and without every set of layers that is dropped, with every repair."""
+        """Every task on the whole model, without every set of layers with every repair, and with every sparsity."""
         repaired = [(drop, self.patch(repair, drop)) for drop in self.drops for repair in repairs]
         variants = dict.fromkeys([((), None), *repaired])
-        return [cell for one in self.planned.values() for drop, patch in variants for cell in one.cells([drop], patch)]
+        dense = [(one, drop, patch) for one in self.planned.values() for drop, patch in variants]
+        wanted = [*dense, *((one, (), None) for one in self.sparse.values())]
+        return [cell for one, drop, patch in wanted for cell in one.cells([drop], patch)]
+
+    @property
+    def evaluations(self) -> list[PlannedEvaluation]:
+        """Of all tasks, dense and sparse."""
+        return [*self.planned.values(), *self.sparse.values()]
 
     @property
     def identity(self) -> RunIdentity:
@@ -129,11 +138,11 @@ def rows_of(trial: Trial, repairs: Sequence[str], results: Mapping[str, Sequence
 
 def _whole_rows(results: Sequence[Result], guess: float | None) -> Iterator[dict[str, Any]]:
     """The whole model, and of a loss what a guess makes of it."""
-    whole = [_measured(result) for result in results if result.drop == ()]
+    whole = [measured_values(result) for result in results if result.drop == ()]
     if guess is not None and any(row["metric"] == LOSS for row in whole):
         whole.append({"drop": [], "patch": None, "metric": CHANCE, "value": guess, "stderr": None})
     for row in whole:
-        yield {**row, "method": WHOLE, "share": 0.0, **_NO_METHOD, "retention": 1.0}
+        yield {**row, "method": WHOLE, "share": 0.0, **NO_METHOD, "retention": 1.0}
 
 
 def _choice_rows(trial: Trial, repairs: Sequence[str], results: Sequence[Result]) -> Iterator[dict[str, Any]]:
@@ -147,7 +156,7 @@ def _choice_rows(trial: Trial, repairs: Sequence[str], results: Sequence[Result]
         for result in by_variant[drop, patch.key if patch else None]:
             kept = retained(whole[result.metric], result)
             yield {
-                **_measured(result),
+                **measured_values(result),
                 "method": method.label,
                 "share": share,
                 "repair": None if repair == NO_REPAIR else repair,
@@ -162,14 +171,17 @@ def _choice_rows(trial: Trial, repairs: Sequence[str], results: Sequence[Result]
 
 
 _READING = ("site", "recipe", "threshold", "threshold_kind")
-_NO_METHOD = dict.fromkeys(("score", *_READING, "control", "seed", "repair", "retention_low", "retention_high"))
+NO_METHOD = dict.fromkeys(("score", *_READING, "control", "seed", "repair", "retention_low", "retention_high"))
 
 
-def _measured(result: Result) -> dict[str, Any]:
+def measured_values(result: Result) -> dict[str, Any]:
+    """The columns of ``experiments`` that a result has."""
     return {
         "drop": list(result.drop),
         "patch": result.patch,
         "metric": result.metric,
         "value": result.value,
         "stderr": result.stderr,
+        "sparsity": None,
+        "sparsity_plan": None,
     }

@@ -34,6 +34,8 @@ class Projection:
         site: its input; several maps may read one.
         outputs, inputs: units that it gives and takes, of the whole map.
         axes: of its input, see `axes_of`.
+        gates: it is the module that gates an MLP, and what it gives becomes zero: its units spare the rows of one map
+            and the columns of another, ``outputs`` weights each (CATS, arXiv 2404.08763).
     """
 
     path: str
@@ -42,6 +44,7 @@ class Projection:
     outputs: int
     inputs: int
     axes: str
+    gates: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,12 @@ class Layer:
     axes: str
     taps: Mapping[str, Tap]
     projections: tuple[Projection, ...] = ()
+    gate: Projection | None = None
+
+    @property
+    def maps(self) -> tuple[Projection, ...]:
+        """All that can be made sparse: its linear maps, and what gates its MLP."""
+        return (*self.projections, *([self.gate] if self.gate else []))
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Inside:
-    """What is inside of a layer: its sites, and the linear maps whose inputs are sites."""
+    """What is inside of a layer: its sites, the linear maps whose inputs are sites, and what gates its MLP."""
 
     taps: dict[str, Tap]
     projections: tuple[Projection, ...]
+    gate: Projection | None
 
 
 def look_inside(calls: Sequence[Call], layer_class: str) -> Inside:
@@ -67,7 +68,7 @@ def look_inside(calls: Sequence[Call], layer_class: str) -> Inside:
     for site, call in readers:
         taps.setdefault(site, _tap(call, "input"))
     projections = tuple(_projection(site, call) for site, call in readers)
-    return Inside({site: tap for site in EVERY_SITE if (tap := taps.get(site))}, projections)
+    return Inside({site: tap for site in EVERY_SITE if (tap := taps.get(site))}, projections, _gate(of_mlp, readers))
 
 
 def _readers_in_attention(attention: Call, inside: Sequence[Call]) -> list[tuple[str, Call]]:
@@ -86,6 +87,20 @@ def _readers_in_mlp(calls: Sequence[Call], down: nn.Module) -> list[tuple[str, C
     first = [call for call in linears if call.module is not down]
     alike = [call for call in first if _read_the_same(call, first[0])]
     return [*(("up_input", call) for call in alike), *(("neuron", call) for call in last)]
+
+
+def _gate(calls: Sequence[Call], readers: Sequence[tuple[str, Call]]) -> Projection | None:
+    """The activation function of one of two maps that read the same, where it is a module that gates the other."""
+    up, down = ([call for site, call in readers if site == name] for name in ("up_input", "neuron"))
+    if len(up) != 2 or not down:
+        return None
+    units, outputs = down[0].inputs[0].shape[-1], up[0].inputs[0].shape[-1] + down[0].output.shape[-1]
+    for call in calls:
+        reads = call.inputs[0] if call.inputs and not is_linear(call.module) else None
+        if reads is not None and any(reads.shape == one.output.shape and torch.equal(reads, one.output) for one in up):
+            axes = axes_of(call.output.shape, *PROBE_SHAPE)
+            return Projection(call.path, call.module, "neuron", outputs, units, axes, gates=True)
+    return None
 
 
 def _linears(calls: Sequence[Call]) -> list[Call]:

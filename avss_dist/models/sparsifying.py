@@ -31,6 +31,7 @@ class Cut:
         outputs, inputs: the shape of the whole map.
         by: `THRESHOLD`: those up to ``value`` in size; `TOP_K`: the smallest of each token, a share ``value`` of all;
             `TOP_P`: all but the fewest that have a share ``value`` of the token's sum of sizes.
+        center: what inputs are taken less, and become, for zero (SCAP, arXiv 2412.07174): the map of a constant is one.
         weighted: the size of an input is its absolute value times the norm of the column of the weight that it meets
             (WINA, arXiv 2505.19427); otherwise its absolute value.
         group: of so many units in a row, ``kept`` stay at most, the largest (N:M sparsity); 0 for no such limit.
@@ -42,6 +43,7 @@ class Cut:
     inputs: int
     by: str
     value: float
+    center: float = 0.0
     weighted: bool = False
     kept: int = 0
     group: int = 0
@@ -88,6 +90,11 @@ def uncounted() -> Iterator[None]:
         yield
 
 
+def is_counted() -> bool:
+    """Whether passes count, which they do outside of `uncounted`."""
+    return not _UNCOUNTED.get()
+
+
 @dataclass
 class Counted:
     """How many elements became zero, and of how many, by cut in their order: int64[2] on the device of each map."""
@@ -96,7 +103,7 @@ class Counted:
 
     def add(self, number: int, thinned: _Thinned) -> None:
         """Add what a map read."""
-        if not _UNCOUNTED.get():
+        if is_counted():
             both = torch.stack([thinned.zeros, thinned.count])
             before = self.by_cut[number]
             self.by_cut[number] = both if before is None else before + both
@@ -124,8 +131,8 @@ def sparsified(model: nn.Module, layers: Sequence[Layer], sparsity: Sparsity) ->
         begin = partial(_begin, sparsity.rule)
         stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
         for number, (cut, projection) in enumerate(zip(sparsity.cuts, found, strict=True)):
-            hook = partial(_thin, cut, projection.axes, norms, partial(counted.add, number))
-            stack.callback(projection.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            thin = partial(_thin, cut, projection.axes, norms, partial(counted.add, number))
+            stack.callback(changing(projection, thin).remove)
         yield counted
 
 
@@ -139,7 +146,7 @@ def find_projection(layers: Sequence[Layer], cut: Cut) -> Projection:
     if cut.layer >= len(layers):
         raise ModelError(f"There is no layer {cut.layer}: the model has {len(layers)}, from 0.", made)
     layer = layers[cut.layer]
-    known = {one.path: one for one in layer.projections}
+    known = {one.path: one for one in layer.maps}
     if cut.path not in known:
         raise ModelError(
             f"Layer {layer.index} has no linear map '{cut.path}' whose input is seen.",
@@ -180,42 +187,69 @@ def sparse_tokens(
     return real & (place > (length // 2 if rule == "last-half" else 1))
 
 
+Change = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+"""From a module and what it reads (of a gate, gives) to what it reads (gives) instead."""
+
+
+def changing(projection: Projection, change: Change, *, first: bool = False) -> Any:
+    """Register a hook that changes what a map reads, or what a gate gives; its handle.
+
+    Args:
+        first: before hooks that are there, so that it sees what they have not changed.
+    """
+
+    def reads(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        x = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+        instead = change(module, x)
+        return (
+            tuple(instead if value is x else value for value in args),
+            {name: instead if value is x else value for name, value in kwargs.items()},
+        )
+
+    def gives(module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        return change(module, output)
+
+    if projection.gates:
+        return projection.module.register_forward_hook(gives, prepend=first)
+    return projection.module.register_forward_pre_hook(reads, with_kwargs=True, prepend=first)
+
+
 def _thin(
     cut: Cut,
     axes: str,
     norms: dict[nn.Module, torch.Tensor],
     count: Callable[[_Thinned], None],
     module: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> tuple[Any, Any]:
-    """Before a linear map runs: what it reads instead of its input."""
+    x: torch.Tensor,
+) -> torch.Tensor:
+    """What a linear map reads instead of its input."""
     now = _TOKENS.get()
-    x = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
-    how = (cut.by, cut.value, cut.kept, cut.group)
+    how = (cut.by, cut.value, cut.center, cut.kept, cut.group)
     if now is not None and now.last is not None and now.last[0] is x and now.last[1] == how and not cut.weighted:
         thinned = now.last[2]  # maps that read one tensor often have one cut
     else:
         keep = kept(cut, x.detach(), column_norms(module, norms) if cut.weighted else None)
-        thinned = _applied(x, keep, None if now is None else now.sparse, axes)
+        thinned = _applied(x, keep, cut.center, None if now is None else now.sparse, axes)
         if now is not None:
             now.last = (x, how, thinned)
     count(thinned)
-    return (
-        tuple(thinned.x if value is x else value for value in args),
-        {name: thinned.x if value is x else value for name, value in kwargs.items()},
-    )
+    return thinned.x
 
 
-def _applied(x: torch.Tensor, keep: torch.Tensor, sparse: torch.Tensor | None, axes: str) -> _Thinned:
-    zero = x.new_zeros(())
+def _applied(x: torch.Tensor, keep: torch.Tensor, center: float, sparse: torch.Tensor | None, axes: str) -> _Thinned:
+    instead = x.new_full((), center)
     if sparse is None:
-        return _Thinned(torch.where(keep, x, zero), (~keep).sum(), torch.tensor(x.numel(), device=x.device))
-    where = (sparse.T if axes == "tokens first" else sparse).to(x.device)
-    where = where.reshape(*x.shape[:-1], 1)
+        return _Thinned(torch.where(keep, x, instead), (~keep).sum(), torch.tensor(x.numel(), device=x.device))
+    where = over_tokens(sparse, x, axes).unsqueeze(-1)
     count = where.sum() * x.shape[-1]
     gone = ~keep & where
-    return _Thinned(torch.where(gone, zero, x), gone.sum(), count)
+    return _Thinned(torch.where(gone, instead, x), gone.sum(), count)
+
+
+def over_tokens(sparse: torch.Tensor, x: torch.Tensor, axes: str) -> torch.Tensor:
+    """bool[rows, tokens] of tokens, in the axes of what a map reads: bool[x.shape[:-1]]."""
+    where = (sparse.T if axes == "tokens first" else sparse).to(x.device)
+    return where.reshape(x.shape[:-1])
 
 
 def kept(cut: Cut, x: torch.Tensor, norms: torch.Tensor | None = None) -> torch.Tensor:
@@ -225,7 +259,9 @@ def kept(cut: Cut, x: torch.Tensor, norms: torch.Tensor | None = None) -> torch.
         x: [..., units].
         norms: [units] of the columns of the weight, where sizes are weighted.
     """
-    sizes = x.abs() if norms is None else x.abs() * norms.to(x.dtype)
+    sizes = (x - cut.center).abs() if cut.center else x.abs()
+    if norms is not None:
+        sizes = sizes * norms.to(x.dtype)
     if cut.by == THRESHOLD:
         stays = ~(sizes <= cut.value)
     elif cut.by == TOP_K:

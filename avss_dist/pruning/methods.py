@@ -20,6 +20,8 @@ from avss_dist.settings import (
     RIVAL_PATCHES,
     SCORES,
     SEARCHES,
+    SPARSITY_METHODS,
+    SPARSITY_RULES,
 )
 from avss_dist.text import describe_threshold, parse_threshold
 from avss_dist.validation import Check, OneOf, checked
@@ -40,6 +42,7 @@ AtLeastOne = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Score = Annotated[str, Check(_known_score)]
 
+SparsityMethod = Annotated[str, OneOf(SPARSITY_METHODS)]
 RepairName = Annotated[str, OneOf((NO_REPAIR, *REPAIRS, *RIVAL_PATCHES))]
 
 
@@ -56,8 +59,16 @@ class Experiment:
     scores: Annotated[tuple[Score, ...], Field(strict=False, min_length=1)] = SCORES
     """What layers are chosen by: a score; AVSS as it is read elsewhere, such as avss:update:unit:0.1rms (site, recipe,
     threshold), or avss:all; what avss ablate measures (damage, interactions, shapley, ...) where it has."""
-    shares: Annotated[tuple[Share, ...], Field(strict=False, min_length=1)] = (0.25,)
-    """Shares of the layers to drop."""
+    shares: Annotated[tuple[Share, ...], Field(strict=False)] = (0.25,)
+    """Shares of the layers to drop; none, [], where only sparsities are tried."""
+    sparsities: Annotated[tuple[Share, ...], Field(strict=False)] = ()
+    """Shares of the weights that meet a zero activation; no layer is dropped then."""
+    sparsity_methods: Annotated[tuple[SparsityMethod, ...], Field(strict=False, min_length=1)] = ("uniform", "loss")
+    """How these are spread, as avss plan --method has it; what methods read is the text of the run."""
+    sparsity_rule: Annotated[str, OneOf(SPARSITY_RULES)] = SPARSITY_RULES[0]
+    """At which tokens they hold."""
+    sparsity_corrections: Count = 0
+    """Passes with each plan on, each of which corrects its thresholds."""
     random: Count = 5
     """How many random choices of each share."""
     reversed: bool = True
@@ -94,6 +105,8 @@ class Experiment:
     """Go on where there are more than 10,000 evaluations."""
 
     def __post_init__(self) -> None:
+        if not self.shares and not self.sparsities:
+            raise ConfigError("`shares` and `sparsities` are both empty.", "Name some of either.")
         fitted = [repair for repair in self.repairs if repair != NO_REPAIR]
         if fitted and not self.repair_corpora:
             raise ConfigError(
@@ -116,6 +129,16 @@ class Experiment:
         methods = scores * (1 + controls) + several * (readings + controls)
         methods += (self.random + len(self.search)) * (1 + bool(self.keep_ends))
         return (methods + self.last) * len(self.shares)
+
+    @property
+    def chooses_by_loss(self) -> bool:
+        """Whether layers are chosen by the loss without each."""
+        return self.leave_one_out and bool(self.shares)
+
+    @property
+    def count_sparse(self) -> int:
+        """Sparsity plans of a model."""
+        return len(self.sparsities) * len(self.sparsity_methods)
 
 
 @dataclass(frozen=True, kw_only=True)

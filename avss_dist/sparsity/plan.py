@@ -5,7 +5,6 @@ Layers count from 0, as everywhere.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -27,6 +26,7 @@ from avss_dist.pruning.plan import (
 )
 from avss_dist.pruning.selection import PlanError
 from avss_dist.settings import SPARSITY_RULES, THRESHOLD, TOP_K, TOP_P
+from avss_dist.text import describe_bytes
 from avss_dist.validation import OneOf, checked
 
 METHODS = {
@@ -35,6 +35,8 @@ METHODS = {
     "teal": "greedily inside of each block, by what its output changes (TEAL, arXiv 2408.14690)",
     "acttail": "by the heavy tail of each weight's spectrum, the largest of each token (ActTail, arXiv 2603.12272)",
     "wina": "the same everywhere, the largest of each token, weighted by columns (WINA, arXiv 2505.19427)",
+    "scap": "the same everywhere, by distance from where inputs are densest (SCAP, arXiv 2412.07174)",
+    "cats": "the same of every MLP's gate, which spares up and down (CATS, arXiv 2404.08763)",
     "topp": "the fewest of each token that have a share of its sum of sizes",
 }
 """How a sparsity is spread over linear maps, and what each does."""
@@ -67,6 +69,8 @@ class MapPlan:
     """What becomes zero: those up to a size; a share of each token's; all but the fewest with a share of its sum."""
     value: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """That size, or that share."""
+    center: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    """What inputs are taken less, and become, for zero."""
 
     def __post_init__(self) -> None:
         if self.by == TOP_K and self.inputs - int(self.value * self.inputs) < 1:
@@ -152,7 +156,8 @@ class SparsityPlan:
             f"{f', pattern {self.pattern}' if self.pattern else ''}.",
             describe_origin(self.model, self.revision, self.run_id),
             f"Chosen {describe_reason(self.why, METHODS)}.",
-            f"Per token {2 * saved:,} FLOP of {2 * self.weights:,} are saved, and {saved:,} weights need not be read.",
+            f"Per token {2 * saved:,} FLOP of {2 * self.weights:,} are saved, and {saved:,} weights need not be read: "
+            f"{describe_bytes(2 * saved)} of {describe_bytes(2 * self.weights)} in 16 bits.",
             *(f"{site}: {share:.3f} on average." for site, share in self.by_site().items()),
             *(f"Finding: {line}" for line in self.findings),
         ]
@@ -178,16 +183,9 @@ class SparsityPlan:
 
 
 def _rounded(one: Mapping[str, Any]) -> dict[str, Any]:
-    return {**one, "sparsity": round(one["sparsity"], 6)}
-
-
-def thresholds_json(plan: SparsityPlan) -> str:
-    """A plan as JSON for other programs: ``layers[i][path]`` has what becomes zero of the inputs of a map."""
-    layers: dict[int, dict[str, Any]] = {}
-    for one in plan.projections:
-        layers.setdefault(one.layer, {})[one.map] = {one.by: one.value, "sparsity": one.sparsity}
-    about = {name: getattr(plan, name) for name in ("model", "revision", "rule", "weighted", "pattern", "sparsity")}
-    return json.dumps(about | {"layers": layers}, indent=1) + "\n"
+    centered = {} if one["center"] else {"center": None}
+    rounded = {**one, "sparsity": round(one["sparsity"], 6)} | centered
+    return {name: value for name, value in rounded.items() if value is not None}
 
 
 def is_sparsity_plan(path: str | Path) -> bool:

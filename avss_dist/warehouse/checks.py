@@ -29,6 +29,7 @@ _REQUIRED: dict[str, set[str]] = {
     "evaluations": {"task", "metric", "drop"},
     "cells": {"task", "metric", "drop", "part", "samples", "weights"},
     "experiments": {"method", "share", "task", "metric", "drop"},
+    "sparsity": {"sparsity_plan", "method", "layer", "map", "site", "outputs", "inputs", "by", "value", "sparsity"},
     "stratum_stats": {"stratum", "layer", "site", "count", "thresholds", "near_zero", "nonfinite_count"},
     "row_stats": {"row", "pair", "stratum", "layer", "site", "answer_tokens", "count", "near_zero"},
 }
@@ -42,7 +43,7 @@ _NAMES = {
 _COUNT, _LAYERS, _SHARE, _LARGE = (0, 2**62), (0, MOST_LAYERS), (0, 1), (0, 1e300)
 _BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("layer", "rank", "part", "drop"), _LAYERS),
-    **dict.fromkeys(("depth", "share"), _SHARE),
+    **dict.fromkeys(("depth", "share", "target"), _SHARE),
     **dict.fromkeys(
         ("num_tokens", "num_sequences", "sequence_length", "num_shards", "shard_id", "num_samples"), _COUNT
     ),

@@ -105,16 +105,14 @@ class Store:
 
     def read_stratum_stats(self, run_id: str) -> dict[StratumKey, LayerStats]:
         """The merged statistics of the strata of a run, as written; none where its text is not paired."""
-        data = self.storage.read(path := self.storage.path("stratum_stats", run_id, "stratum_stats"))
-        if data is None:
+        if (data := self.storage.read(path := self.storage.path("stratum_stats", run_id, "stratum_stats"))) is None:
             return {}
         with self.storage.reading(path):
             return to_strata(checked_rows("stratum_stats", run_id, parse(data)))
 
     def read_layer_stats(self, run_id: str) -> dict[LayerKey, LayerStats]:
         """The merged statistics of a run, as written; WarehouseError when it has none."""
-        data = self.storage.read(path := self.storage.path("layer_stats", run_id, "layer_stats"))
-        if data is None:
+        if (data := self.storage.read(path := self.storage.path("layer_stats", run_id, "layer_stats"))) is None:
             known = sorted({run for run, _ in self.storage.files("layer_stats").values()}) or ["none yet"]
             raise WarehouseError(f"{self.root} has no layer statistics of run '{run_id}'.", nearest(run_id, known))
         with self.storage.reading(path):
@@ -150,6 +148,10 @@ class Store:
     def write_experiment(self, run: RunIdentity, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write what an experiment says of the scores of a run; rows lack the columns of RunIdentity."""
         self._write_rows("experiments", run.run_id, run.identified(rows), name)
+
+    def write_sparsity(self, run: RunIdentity, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write a sparsity plan that was made of a run; rows lack the columns of RunIdentity."""
+        self._write_rows("sparsity", run.run_id, run.identified(rows), name)
 
     def run(self, run_id: str) -> dict[str, Any] | None:
         """The ``runs`` row of a run by column, ``versions`` as a dict; None when it has none."""

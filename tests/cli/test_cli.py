@@ -155,6 +155,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--method": "uniform",
         "--rule": "all",
         "--pattern": None,
+        "--corrections": 0,
         "--seed": 0,
         "--recipe": "pooled",
         "--site": "block",

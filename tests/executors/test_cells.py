@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
 import time
@@ -19,16 +20,19 @@ import torch
 from support.causal_lm import SMALL, opened, random_shard
 
 from avss_dist.errors import AvssError, BatchTooLarge, ModelError, RunFailed
+from avss_dist.evaluation.sparsify import sparsify
 from avss_dist.executors.base import Executor
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.executors.ray import queue
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.runs.api import score
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import devices_here
 from avss_dist.tasks.base import Measure, Row, TextLoss
 from avss_dist.tasks.cells import Cell, measure_cell
+from avss_dist.warehouse.reader import Warehouse
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_workers")]
 
@@ -210,3 +214,32 @@ def test_a_cell_beats_whenever_a_layer_begins_and_leaves_no_trace(tiny_llama: Pa
     assert with_beat.rows[0].samples.tobytes() == without.rows[0].samples.tobytes()
     assert not any(layer.module._forward_pre_hooks for layer in model.layers)
     assert model.settings.batch_size == 2
+
+
+class Stop:
+    """Interrupts an allocation after its first cell."""
+
+    def started(self, cells: int, done: int) -> None: ...
+    def advanced(self, cell: Cell) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("cluster")
+def test_two_workers_allocate_sparsity_as_one_process_does_also_after_a_stop(tiny_llama: Path, tmp_path: Path) -> None:
+    options = {"max_sequences": 2, "sequence_length": 16, "batch_size": 2, "device": "cpu"}
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    run = score(tiny_llama, corpus="builtin:pydoc", out=alone, sites=("inputs",), **options)
+    shutil.copytree(alone, shared)
+    row = Warehouse(alone).run(run.run_id)
+    assert row is not None
+    sparsify(str(alone), row, 0.6, method="teal", **options).write(tmp_path / "alone.yaml")
+    on_workers = {**options, "method": "teal", "executor": "ray", "replicas": 2}
+    with pytest.raises(KeyboardInterrupt):
+        sparsify(str(shared), row, 0.6, reporter=Stop(), **on_workers)
+    kept = list((shared / "cells").rglob("*.parquet"))
+    assert 1 <= len(kept) < 3
+    times = {path: path.stat().st_mtime_ns for path in kept}
+    sparsify(str(shared), row, 0.6, **on_workers).write(tmp_path / "shared.yaml")
+    assert (tmp_path / "shared.yaml").read_bytes() == (tmp_path / "alone.yaml").read_bytes()
+    assert len(list((shared / "cells").rglob("*.parquet"))) == 3
+    assert {path: path.stat().st_mtime_ns for path in kept} == times

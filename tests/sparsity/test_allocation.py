@@ -13,13 +13,17 @@ import torch
 from support.causal_lm import opened, random_shard
 from support.command_line import avss, files
 
+from avss_dist.analysis.sparsity_plans import Measured
 from avss_dist.errors import ConfigError
+from avss_dist.evaluation.evaluate import evaluate, runtime
 from avss_dist.evaluation.sparsify import sparsify
 from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.pruning.selection import PlanError
 from avss_dist.runs.api import score
 from avss_dist.sparsity.allocate import along_path, heavy_tail_ratios, knapsack, scaled
 from avss_dist.sparsity.plan import read_sparsity_plan
 from avss_dist.stats.power_law import hill_exponent, ks_exponent
+from avss_dist.stats.value_counts import EDGES, mode_of, share_within, size_of_share
 from avss_dist.tasks.block_search import GreedyBlock, Spectra
 from avss_dist.tasks.map_damage import MapDamage
 from avss_dist.warehouse.reader import Warehouse
@@ -54,6 +58,17 @@ def test_budgets_are_met_exactly_also_where_some_are_cut_off() -> None:
     found = along_path(path, np.array([1.0, 2.0]), 0.2)
     assert found @ [1.0, 2.0] / 3 == pytest.approx(0.2)
     assert found == pytest.approx([0.4, 0.1])
+
+
+def test_counts_at_edges_know_shares_sizes_and_where_values_are_densest() -> None:
+    values = np.random.default_rng(0).normal(0.3, 0.1, 100_000)
+    counts = np.searchsorted(np.sort(values), EDGES, side="right").astype(np.float64)
+    for center, share in ((0.0, 0.2), (0.3, 0.5), (-0.1, 0.9)):
+        exact = np.quantile(abs(values - center), share)
+        size = size_of_share(counts, share, center)
+        assert size == pytest.approx(exact, rel=0.02)
+        assert share_within(counts, size, center) == pytest.approx(share, abs=1e-9)
+    assert mode_of(counts) == pytest.approx(0.3, abs=0.03)
 
 
 def test_the_exponent_of_a_power_law_is_found() -> None:
@@ -194,6 +209,38 @@ def test_every_method_meets_the_budget_and_streaming_makes_the_same_plan(
     )
     assert again.sparsity == pytest.approx(0.3, abs=0.03)
     assert files(scored / "cells") == before  # another target measures nothing
+
+
+def test_corrected_thresholds_leave_the_sparsity_that_is_planned_in_the_sparse_stream(
+    scored: Path, tmp_path: Path
+) -> None:
+    run = Warehouse(scored).runs().to_pylist()[0]
+    farthest: list[float] = []
+    for corrections in (0, 2):
+        path, options = tmp_path / f"{corrections}.yaml", {**SMALL, "dtype": "bfloat16", "max_sequences": 8}
+        made = sparsify(str(scored), run, 0.8, method="scap", corrections=corrections, **options)
+        made.write(path)
+        assert read_sparsity_plan(path).projections[0].center == made.projections[0].center != 0
+        evaluate([str(path)], tasks=[f"perplexity:{TEXT}"], warehouse=tmp_path / "w", allow_overlap=True, **options)
+        rows = Warehouse(tmp_path / "w").table("evaluations").to_pylist()
+        realized = {(row["layer"], row["metric"]): row["value"] for row in rows
+                    if row["sparsity_plan"] == runtime(made).key}  # fmt: skip
+        off = [realized[one.layer, f"realized:{one.map}"] - one.sparsity for one in made.projections]
+        farthest.append(max(map(abs, off)))
+    assert farthest[1] < 0.01 and farthest[1] < farthest[0]
+    assert f"within {farthest[1]:.2%} of its sparsity" in made.findings[-1]
+
+
+def test_gates_have_the_whole_budget_and_no_more_than_they_can_bear(scored: Path) -> None:
+    run, options = Warehouse(scored).runs().to_pylist()[0], {**SMALL, "method": "cats", "dtype": "bfloat16"}
+    plans = [sparsify(str(scored), run, 0.3, partition=one, fresh=True, **options) for one in ("single", "streaming")]
+    assert plans[0] == plans[1] and plans[0].weights == sum(
+        one.weights for one in Measured.of(Warehouse(scored), run).maps
+    )
+    assert {round(one.sparsity, 9) for one in plans[0].projections if one.map == "mlp.act_fn"} == {0.75}
+    assert plans[0].saved_weights == pytest.approx(0.3 * plans[0].weights)
+    with pytest.raises(PlanError, match=r"cats makes 40\.0% of the weights sparse, at most, and 50% of all are wanted"):
+        sparsify(str(scored), run, 0.5, **options)
 
 
 def test_a_partition_without_whole_weights_is_refused(scored: Path) -> None:

@@ -41,7 +41,9 @@ def cell(model: LanguageModel, sparsity: Sparsity | None, drop: tuple[int, ...] 
                 drop=drop, sparsity=sparsity)  # fmt: skip
 
 
-def plainly(model: LanguageModel, keeps: Any, rule: str, drop: tuple[int, ...] = ()) -> tuple[list[float], float]:
+def plainly(
+    model: LanguageModel, keeps: Any, rule: str, drop: tuple[int, ...] = (), instead: float = 0.0
+) -> tuple[list[float], float]:
     """Losses of every row alone, without padding, with inputs of maps replaced by a test's own hooks; zeros counted."""
     shard, losses, zeros = random_shard(), [], 0
     for row, length in enumerate(shard.lengths):
@@ -53,7 +55,7 @@ def plainly(model: LanguageModel, keeps: Any, rule: str, drop: tuple[int, ...] =
             nonlocal zeros
             gone = ~keeps(module, args[0]) & sparse[:, None]
             zeros += int(gone.sum())
-            return (args[0].masked_fill(gone, 0.0),)
+            return (args[0].masked_fill(gone, instead),)
 
         with ExitStack() as stack, torch.no_grad():
             stack.enter_context(model.without(drop))
@@ -113,13 +115,31 @@ def test_the_largest_of_a_token_stay(model: LanguageModel) -> None:
         ({"by": "top_k", "value": 0.3, "weighted": True}, lambda m, x: top(m, x, weighted=True)),
         ({"by": "top_p", "value": 0.8}, covering),
         ({"by": "threshold", "value": 0.0, "kept": 2, "group": 4}, grouped),
+        ({"center": 0.25}, lambda _module, x: (x - 0.25).abs() > 0.4),
     ):
         sparsity = Sparsity(cuts=cuts_of(model, **how), rule="all")
         found = by_metric(list(measure_cell(model, cell(model, sparsity)).rows))
-        losses, zeros = plainly(model, keeps, "all")
+        losses, zeros = plainly(model, keeps, "all", instead=how.get("center", 0.0))
         assert found["loss", None].samples == pytest.approx(losses, rel=2e-3), how  # near ties
         counted = sum(row.samples[0] for (name, _), row in found.items() if name.startswith("realized:"))
         assert counted == pytest.approx(zeros, rel=2e-3), how
+
+
+def test_what_gates_an_mlp_is_zero_where_it_is_small(model: LanguageModel) -> None:
+    cuts = [
+        Cut(layer=layer.index, path=gate.path, outputs=gate.outputs, inputs=gate.inputs, by="threshold", value=0.05)
+        for layer in model.layers
+        if (gate := layer.gate)
+    ]
+    assert [(cut.path, cut.outputs, cut.inputs) for cut in cuts] == [("mlp.act_fn", 64, 48)] * 3
+    found = by_metric(list(measure_cell(model, cell(model, Sparsity(cuts=tuple(cuts), rule="all"))).rows))
+    with ExitStack() as stack:
+        for layer in model.layers:
+            cut = lambda _m, _a, out: out.masked_fill(out.abs() <= 0.05, 0.0)  # noqa: E731
+            stack.callback(layer.module.mlp.act_fn.register_forward_hook(cut).remove)
+        (losses,) = model.losses_without(list(random_shard().batches(2)), [()])
+    assert found["loss", None].samples == pytest.approx(losses, rel=1e-6)
+    assert 0 < found["sparsity", None].samples[0] < found["sparsity", None].weights[0]
 
 
 def test_streaming_computes_the_same(model: LanguageModel, tiny_llama: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -79,8 +80,22 @@ def test_thresholds_are_the_quantiles_of_what_maps_read(
             assert one.value == pytest.approx(exact, rel=2**-7)
     assert made.sparsity == pytest.approx(target, abs=0.01)
     assert avss("plan", scored, "--sparsify", target, "--format", "json", "-o", tmp_path / "t.json").exit_code == 0
-    layers = json.loads((tmp_path / "t.json").read_text())["layers"]
-    assert all(layers[str(one.layer)][one.map]["threshold"] == one.value for one in made.projections)
+    assert avss("plan", scored, "--sparsify", target, "--format", "teal", "-o", tmp_path / "teal").exit_code == 0
+    for file in ("t.json", "teal/thresholds.json"):
+        layers = json.loads((tmp_path / file).read_text())["layers"]
+        assert all(layers[str(one.layer)][one.map]["threshold"] == one.value for one in made.projections)
+    for layer in range(3):
+        dense, sparse = csv.DictReader((tmp_path / f"teal/lookup/layer-{layer}/results.csv").open())
+        of = {one.map.rpartition(".")[2]: one for one in made.projections if one.layer == layer}
+        assert float(dense["Effective Sparsity"]) == 0
+        assert all(float(sparse[name.removesuffix("_proj")]) == round(one.sparsity, 6) for name, one in of.items())
+        weights = {name: one.outputs * one.inputs for name, one in of.items()}
+        mean = sum(of[name].sparsity * size for name, size in weights.items()) / sum(weights.values())
+        assert float(sparse["Effective Sparsity"]) == pytest.approx(mean, abs=1e-6)
+    rows = [row for row in Warehouse(scored).table("sparsity").to_pylist() if row["target"] == target]
+    assert {(row["layer"], row["map"]): row["value"] for row in rows} == {
+        (one.layer, one.map): one.value for one in made.projections
+    }
 
 
 def test_a_plan_is_evaluated_beside_the_dense_model_alone_and_on_top_of_another(
@@ -121,8 +136,14 @@ def test_what_cannot_be_planned_is_refused_with_the_reason(
         (["--sparsify", 0.5, "--pattern", "4:2"], "--pattern 4:2 is none."),
         (["--sparsify", 0.4, "--pattern", "2:4"], "Set --sparsify to 0.5."),
         (["--sparsify", 0.5, "--method", "topp", "--pattern", "2:4"], "Use uniform or wina."),
-        (["--sparsify", 0.5, "--format", "mergekit"], "sparsity drops none. Use plan or json."),
+        (["--sparsify", 0.5, "--format", "mergekit"], "sparsity drops none. Use plan, json or teal."),
         (["--by", "last", "--format", "json"], "a plan of layers has none."),
+        (
+            ["--sparsify", 0.5, "--method", "wina", "--corrections", 1],
+            "has no threshold that --corrections could correct.",
+        ),
+        (["--sparsify", 0.5, "--rule", "dense-prefill", "--corrections", 1], "makes nothing of a prompt sparse."),
+        (["--sparsify", 0.5, "--method", "wina", "--format", "teal"], "TEAL's files are of thresholds of sizes"),
         (["--sparsify", 0.5, "--pattern", "5:10"], "does not divide the 32 inputs of self_attn.q_proj."),
     ):
         result = avss("plan", scored, *options, "-o", out)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import altair as alt
 import vl_convert
 
+from avss_dist.analysis.sparsity_curves import is_sparse
 from avss_dist.analysis.verdict import (
     CLAIMED_KEPT,
     WHOLE,
@@ -36,9 +37,14 @@ def experiments(warehouse: Warehouse, labels: Mapping[str, str]) -> list[dict[st
     rows = warehouse.table("experiments", run_ids=list(labels)).to_pylist()
     found: dict[str, dict[tuple[Any, ...], Row]] = {}
     for row in sorted(rows, key=lambda row: row["created_at"]):  # of what was evaluated twice, the last counts
-        key = shown_method(row), row["share"], row["task"], row["metric"]
+        key = shown_method(row), row["share"], row["sparsity"], row["task"], row["metric"]
         found.setdefault(row["run_id"], {})[key] = row
-    return [_experiment(label, list(found[run_id].values())) for run_id, label in labels.items() if run_id in found]
+    of_layers = {run_id: [row for row in rows.values() if not is_sparse(row)] for run_id, rows in found.items()}
+    return [
+        _experiment(label, of_layers[run_id])
+        for run_id, label in labels.items()
+        if any(row["share"] for row in of_layers.get(run_id, ()))
+    ]
 
 
 def _experiment(label: str, rows: Sequence[Row]) -> dict[str, Any]:
@@ -136,5 +142,10 @@ def _image(rows: Sequence[Row], guesses: Mapping[str, float | None], *, columns:
         .configure_axis(labelColor=GRAY, titleColor=GRAY, domainColor=GRAY, tickColor=GRAY, labelLimit=labels)
         .configure_view(stroke=None)
     )
+    return as_image(chart)
+
+
+def as_image(chart: Any) -> str:
+    """A chart as a data URI of an SVG."""
     svg = vl_convert.vegalite_to_svg(specification(chart))
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"

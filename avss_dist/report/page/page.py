@@ -24,6 +24,7 @@ from avss_dist.report.output import write_file
 from avss_dist.report.page.charts import page_charts
 from avss_dist.report.page.data import page_data
 from avss_dist.report.page.experiments import experiments
+from avss_dist.report.page.sparsity import sparse_sections
 from avss_dist.text import basename, printable
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
     labels = [run["label"] for run in data["runs"]]
     of_run = {row["run_id"]: label for row, label in zip(drawn, labels, strict=True)}
     found, trials = _findings(warehouse, of_run), experiments(warehouse, of_run)  # which complete `damaged`
+    sparse = sparse_sections(warehouse, of_run)
     style, script, library = _part("page.css"), _part("page.js"), _library() if data["choices"] else Markup("")
     return _template().render(
         policy=_policy(style, script, library),
@@ -86,6 +88,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
         summary=_summary(len(done), len(rows) - len(done)),
         findings=found,
         experiments=trials,
+        sparse=sparse,
         overview=_overview(_with_unreadable(rows, warehouse.damaged, run_ids), of_run),
         labels=labels,
         not_drawn=len(done) - len(drawn),

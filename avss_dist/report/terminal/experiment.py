@@ -9,7 +9,9 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from avss_dist.analysis.sparsity_curves import is_sparse, sparsity_curves
 from avss_dist.analysis.verdict import WHOLE, primary_metric, shown_method, shown_value, verdicts
+from avss_dist.report.terminal.sparsity import curves_table
 from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.settings import LOSS
 
@@ -17,13 +19,19 @@ Row = Mapping[str, Any]  # of the table `experiments`
 
 
 def experiment_tables(rows: Sequence[Row]) -> RenderableType:
-    """For each run and share, a line for each method and a column for each task; below, what it says in words."""
+    """For each run and share, a line for each method and a column for each task; below, what it says in words.
+
+    After them, the sparsities of each run.
+    """
     parts: list[RenderableType] = []
     for run_id in dict.fromkeys(row["run_id"] for row in rows):
-        of_run = [row for row in rows if row["run_id"] == run_id]
+        every = [row for row in rows if row["run_id"] == run_id]
+        of_run = [row for row in every if not is_sparse(row)]
         for share in dict.fromkeys(row["share"] for row in of_run if row["share"]):
             parts.append(_table(of_run, share))
         parts += [Text(text) for text in verdicts(of_run)]
+        if curves := sparsity_curves(every):
+            parts.append(curves_table(curves))
         parts.append(Text())
     return Group(*parts)
 

@@ -1,0 +1,103 @@
+"""The sparsities of an experiment: every method at every level, on the cells of `evaluate`, beside the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from avss_dist.analysis.sparsity_plans import Measured
+from avss_dist.errors import ConfigError
+from avss_dist.evaluation.allocation import CHOSEN_BY_TOKEN, Asker, allocate
+from avss_dist.evaluation.engine import CellReporter, PlannedEvaluation, plan_evaluation, plan_text
+from avss_dist.evaluation.evaluate import require_effect, runtime
+from avss_dist.evaluation.retention import retained
+from avss_dist.evaluation.sparsify import keep_plan
+from avss_dist.evaluation.trial import NO_METHOD, Trial, measured_values
+from avss_dist.executors.base import Executor
+from avss_dist.pruning.methods import Experiment
+from avss_dist.runs.job_file import RunSpec
+from avss_dist.settings import INPUTS
+from avss_dist.tasks.base import Result
+from avss_dist.text import RedactedURI
+from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.store import Store
+
+
+def require_inputs(specs: Sequence[RunSpec], experiment: Experiment) -> None:
+    """Refuse runs that would not measure what sparsities are planned from, before anything is scored.
+
+    Raises:
+        ConfigError: the message names the setting.
+    """
+    if not experiment.sparsities:
+        return
+    for spec in specs:
+        if missing := [site for site in INPUTS if site not in spec.settings.sites]:
+            raise ConfigError(
+                f"`sparsities` need what linear maps read, and {spec.model} is scored without {', '.join(missing)}.",
+                "Add inputs to `sites` in the settings of the job.",
+            )
+    for task in experiment.tasks:
+        require_effect(experiment.sparsity_rule, task)
+
+
+def plan_sparsities(
+    trials: Sequence[Trial],
+    experiment: Experiment,
+    warehouse: Warehouse,
+    store: Store,
+    executor: Executor,
+    *,
+    reporter: CellReporter | None,
+    fresh: bool,
+) -> None:
+    """A plan for every trial, method and level, and its evaluation on every task."""
+    for trial in trials if experiment.sparsities else ():
+        run = warehouse.run(trial.run.run_id)
+        assert run is not None
+        measured = Measured.of(warehouse, run)
+        ask = Asker(
+            checkpoint=trial.checkpoint,
+            settings=trial.settings,
+            placement=trial.placement,
+            store=store,
+            executor=executor,
+            reporter=reporter,
+            fresh=fresh,
+            corpus=RedactedURI(trial.corpus),
+            text=plan_text(trial.checkpoint, trial.corpus, trial.settings),
+        )
+        for method in experiment.sparsity_methods:
+            again = 0 if method in CHOSEN_BY_TOKEN else experiment.sparsity_corrections
+            for level in experiment.sparsities:
+                made = allocate(ask, measured, level, method, rule=experiment.sparsity_rule, corrections=again)
+                sparsity = runtime(keep_plan(made, store, run))
+                for task, one in trial.planned.items():
+                    trial.sparse[task, method, level] = plan_evaluation(
+                        one.checkpoint, one.task, one.settings, one.placement, sparsity
+                    )
+
+
+def sparse_rows(trial: Trial, task: str, results: Mapping[str, Sequence[Result]]) -> Iterator[dict[str, Any]]:
+    """Rows of ``experiments`` of a task: what every plan keeps of the dense model, and the sparsity that it had."""
+    whole = {one.metric: one for one in results[trial.planned[task].run_id] if one.layer is None and one.drop == ()}
+    for (of, method, level), planned in trial.sparse.items():
+        for result in results[planned.run_id] if of == task else ():
+            if result.layer is None:
+                kept = retained(whole[result.metric], result) if result.metric in whole else None
+                yield {
+                    **measured_values(result),
+                    **NO_METHOD,
+                    "method": method,
+                    "score": method,
+                    "share": 0.0,
+                    "sparsity": level,
+                    "sparsity_plan": _key(planned),
+                    "retention": kept and kept.value,
+                    "retention_low": kept and kept.low,
+                    "retention_high": kept and kept.high,
+                }
+
+
+def _key(planned: PlannedEvaluation) -> str | None:
+    return planned.sparsity.key if planned.sparsity else None

@@ -1,0 +1,84 @@
+"""Sparsities for the terminal: what each method keeps at each, and the thresholds of a plan by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from avss_dist.analysis.sparsity_curves import Curve, Point
+from avss_dist.analysis.verdict import shown_value
+from avss_dist.report.terminal.tables import Column, FittedTable
+from avss_dist.settings import LOSS
+from avss_dist.sparsity.plan import SparsityPlan
+
+BAR = 20  # cells of a bar that keeps all
+
+
+def curves_table(curves: Sequence[Curve]) -> RenderableType:
+    """A line for each method and sparsity of each task; below, the most that keeps enough."""
+    parts: list[RenderableType] = []
+    for task in dict.fromkeys(curve.task for curve in curves):
+        mine = [curve for curve in curves if curve.task == task]
+        parts += [_table(task, mine), *(Text(curve.sentence) for curve in mine)]
+    return Group(*parts)
+
+
+def _table(task: str, curves: Sequence[Curve]) -> FittedTable:
+    points = [point for curve in curves for point in curve.points]
+    metric = points[0].row["metric"]
+    return FittedTable(
+        [
+            Column(title="sparsity by", cells=[point.row["method"] for point in points], number=False),
+            Column(title="planned", cells=[f"{point.target:.0%}" for point in points]),
+            Column(title="measured", cells=[_share(point.measured) for point in points], priority=1),
+            Column(
+                title="perplexity" if metric == LOSS else metric, cells=[shown_value(point.row) for point in points]
+            ),
+            Column(title="kept", cells=[_kept(point) for point in points]),
+            Column(title="", cells=[_bar(point.kept) for point in points], number=False, priority=2),
+        ],
+        title=f"{task}: {points[0].row['model']} with sparse activations",
+        caption=Text("Retention over that of the dense model (of a perplexity: under it), and its 95% interval."),
+    )
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _bar(kept: float) -> str:
+    return "█" * round(BAR * min(max(kept, 0.0), 1.0))
+
+
+def _kept(point: Point) -> str:
+    low, high = point.row["retention_low"], point.row["retention_high"]
+    known = low is not None and high is not None and isfinite(low)
+    return f"{point.kept:.1%}" + (f" [{low:.1%}, {high:.1%}]" if known else "")
+
+
+def thresholds_table(plan: SparsityPlan) -> RenderableType:
+    """A line for each layer and a column for each linear map: its threshold or share, and its sparsity in shades."""
+    maps = list(dict.fromkeys(one.map for one in plan.projections))
+    of = {(one.layer, one.map): one for one in plan.projections}
+    layers = sorted({one.layer for one in plan.projections})
+
+    def cell(layer: int, name: str) -> RenderableType:
+        one = of.get((layer, name))
+        if one is None:
+            return Text("-")
+        shade = round(255 * min(one.sparsity, 1.0))
+        return Text(f"{one.value:.3g} {one.sparsity:4.0%}", style=f"rgb({shade},{128},{255 - shade})")
+
+    return FittedTable(
+        [
+            Column(title="layer", cells=[str(layer) for layer in layers]),
+            *(
+                Column(title=name.rpartition(".")[2], cells=[cell(layer, name) for layer in layers], priority=number)
+                for number, name in enumerate(maps)
+            ),
+        ],
+        title=f"What becomes zero in {plan.model}: by {plan.projections[0].by}, and the sparsity that is expected",
+    )

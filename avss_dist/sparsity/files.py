@@ -1,0 +1,77 @@
+"""Sparsity plans as the files of other programs: JSON of thresholds, and the folder that TEAL reads."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from avss_dist.pruning.plan import write_text
+from avss_dist.pruning.selection import PlanError
+from avss_dist.settings import THRESHOLD
+from avss_dist.sparsity.plan import MapPlan, SparsityPlan
+
+TEAL_MAPS = ("q", "k", "v", "o", "gate", "up", "down")
+"""TEAL's columns; each is the map ``NAME_proj`` of a layer."""
+TEAL_ERRORS = ("Activation Error", "Baseline Error")  # columns that TEAL writes, and does not read
+
+
+def thresholds_json(plan: SparsityPlan) -> str:
+    """A plan as JSON for other programs: ``layers[i][path]`` has what becomes zero of the inputs of a map."""
+    layers: dict[int, dict[str, Any]] = {}
+    for one in plan.projections:
+        centered = {"center": one.center} if one.center else {}
+        layers.setdefault(one.layer, {})[one.map] = {one.by: one.value, "sparsity": one.sparsity, **centered}
+    about = {name: getattr(plan, name) for name in ("model", "revision", "rule", "weighted", "pattern", "sparsity")}
+    return json.dumps(about | {"layers": layers}, indent=1) + "\n"
+
+
+def write_teal(plan: SparsityPlan, folder: Path) -> None:
+    """The folder of a plan as TEAL has it (github.com/FasterDecoding/TEAL).
+
+    ``lookup/layer-i/results.csv`` has a row of the dense block and one of the plan: the block's sparsity by weights,
+    and each map's; TEAL takes the row whose ``Effective Sparsity`` is nearest to its target. ``thresholds.json`` has
+    the thresholds, which TEAL itself would read from histograms of its own.
+
+    Raises:
+        PlanError: it has no thresholds, or maps that TEAL does not know; or a file cannot be written.
+        StorageFull: there is no space left.
+    """
+    if any(one.by != THRESHOLD or one.center for one in plan.projections) or plan.pattern:
+        raise PlanError(
+            "TEAL's files are of thresholds of sizes, and this plan has others.", "Use uniform, loss or teal."
+        )
+    blocks: dict[int, dict[str, MapPlan]] = {}
+    for one in plan.projections:
+        blocks.setdefault(one.layer, {})[one.map.rpartition(".")[2].removesuffix("_proj")] = one
+    for layer, maps in blocks.items():
+        if sorted(maps) != sorted(TEAL_MAPS):
+            names = ", ".join(one.map for one in maps.values())
+            raise PlanError(
+                f"TEAL's files are of {', '.join(TEAL_MAPS)}, and layer {layer} has {names}.", "Use `format` json."
+            )
+    for layer, maps in blocks.items():
+        write_text(_in_folder(folder, f"lookup/layer-{layer}/results.csv"), _results(maps))
+    write_text(_in_folder(folder, "thresholds.json"), thresholds_json(plan))
+
+
+def _in_folder(folder: Path, name: str) -> Path:
+    path = folder / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlanError(f"{path.parent} cannot be made: {error.strerror}.", "Name another folder.") from None
+    return path
+
+
+def _results(maps: dict[str, MapPlan]) -> str:
+    sizes = {name: one.outputs * one.inputs for name, one in maps.items()}
+    whole = sum(maps[name].sparsity * size for name, size in sizes.items()) / sum(sizes.values())
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["Effective Sparsity", *TEAL_ERRORS, *TEAL_MAPS])
+    lines.writerow([0.0, *("" for _ in TEAL_ERRORS), *(0.0 for _ in TEAL_MAPS)])
+    lines.writerow([round(whole, 6), *("" for _ in TEAL_ERRORS), *(round(maps[n].sparsity, 6) for n in TEAL_MAPS)])
+    return text.getvalue()

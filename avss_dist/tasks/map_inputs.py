@@ -1,0 +1,88 @@
+"""How the values are distributed that linear maps read: of the dense model, or with a sparsity plan on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from avss_dist.corpus.shards import Batch, Shard
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.layers import Projection
+from avss_dist.models.sparsifying import changing, is_counted, over_tokens, sparse_tokens
+from avss_dist.settings import fingerprint
+from avss_dist.stats.value_counts import EDGES
+from avss_dist.system.context import bound
+from avss_dist.tasks.base import Row
+
+COUNTS = "counts:"  # before the path of a map
+
+_SPARSE: ContextVar[torch.Tensor] = ContextVar("sparse")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MapInputs:
+    """Of each linear map, `COUNTS`: how many values that it would read do not exceed each of `value_counts.EDGES`.
+
+    So too of what gates an MLP, of the values that it would give.
+
+    They are those before any becomes zero in this map, at the tokens that a rule makes sparse.
+    """
+
+    shard: Shard = field(repr=False)
+    rule: str
+
+    @property
+    def key(self) -> str:
+        """See `tasks.Measure`."""
+        return fingerprint(measure="map inputs", shard=self.shard.content_hash, rule=self.rule)
+
+    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
+        """See `tasks.Measure`."""
+        maps = [(layer, one) for layer in model.layers if layer.index not in drop for one in layer.maps]
+        counts = [torch.zeros(len(EDGES), dtype=torch.int64) for _ in maps]
+        batches = list(self.shard.batches(model.settings.batch_size))
+        with model.without(drop), _counting([one for _, one in maps], counts), torch.no_grad():
+            model.together([partial(self._run, model, batch) for batch in batches])
+        every = model.total([of_map.tolist() for of_map in counts])
+        ones = np.ones(len(EDGES))
+        return [
+            Row(metric=f"{COUNTS}{one.path}", samples=np.array(of_map, float), weights=ones, layer=layer.index)
+            for (layer, one), of_map in zip(maps, every, strict=True)
+        ]
+
+    def _run(self, model: LanguageModel, batch: Batch) -> None:
+        mask = torch.from_numpy(batch.attention_mask)
+        rows, tokens = mask.shape
+        sparse = sparse_tokens(self.rule, rows, tokens, mask, mask.device)
+        with bound(_SPARSE, mask if sparse is None else sparse):
+            model.hidden_states(batch)
+
+
+@contextmanager
+def _counting(maps: Sequence[Projection], counts: list[torch.Tensor]) -> Iterator[None]:
+    """Inside, what linear maps read is counted, before hooks that change it."""
+
+    def count(number: int, axes: str, _module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if is_counted():
+            values = x.detach()[over_tokens(_SPARSE.get(), x, axes)]
+            counts[number] = counts[number].to(x.device) + _upto_each(values)
+        return x
+
+    with ExitStack() as stack:
+        for number, one in enumerate(maps):
+            stack.callback(changing(one, partial(count, number, one.axes), first=True).remove)
+        yield
+
+
+def _upto_each(values: torch.Tensor) -> torch.Tensor:
+    """int64[edges]: how many values do not exceed each of `EDGES`."""
+    edges = torch.from_numpy(EDGES).to(values.device, torch.float32)
+    at = torch.bucketize(values.float().flatten(), edges)
+    return torch.bincount(at, minlength=len(EDGES))[: len(EDGES)].cumsum(0)
