@@ -10,12 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from avss_dist.analysis.strata import Strata, not_paired, stratum_columns, which_labels
 from avss_dist.errors import DamagedFile, QueryError, require_known
-from avss_dist.settings import AFTER_ANOTHER, INCORRECT, PERPLEXITY, PUBLISHED_THRESHOLD, SITES, TRUTHFUL
+from avss_dist.settings import AFTER_ANOTHER, ENTROPY, LOSS, PERPLEXITY, PUBLISHED_THRESHOLD, RECIPES, SITES
 from avss_dist.stats import contrast as of
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import bootstrap_interval, bootstrap_weights, depth_correlation
+from avss_dist.stats.scores import Threshold
 from avss_dist.tasks.base import combine
+from avss_dist.text import describe_threshold
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import DAMAGED
 
@@ -23,8 +26,10 @@ LEVEL = 0.05
 MATCHED = 0.1  # lengths of the answers of a pair differ by a tenth at most
 FOLLOWS_DEPTH = 0.9
 FEWEST_PAIRS = 10  # that a matched subset is tested on
-HALLUCINATED_NAMES = (INCORRECT, "hallucinated", "hallucination", "false", "wrong")
 FEATURES = {"variance": "variance", "sparsity": "sparsity", "norm": "norm", "relative_magnitude": "update ratio"}
+BASELINES = {LOSS: "log_likelihood", ENTROPY: "token_entropy"}
+"""Of the whole model's predictions, and what they are called here."""
+_MATCHED = tuple(f"{kind}_matched{what}" for kind in ("length", "position") for what in ("", "_p", "_pairs"))
 _ARRAYS = ("pooled_variance", "count", "mean", "m2", "norm", "relative_magnitude")
 
 
@@ -52,6 +57,7 @@ def contrast(
     site: str = "block",
     recipe: str = "pooled",
     threshold: float = PUBLISHED_THRESHOLD,
+    threshold_kind: str = "absolute",
     hallucinated: str | None = None,
     truthful: str | None = None,
 ) -> Contrast:
@@ -59,69 +65,56 @@ def contrast(
 
     Args:
         run: a row of ``runs``.
-        recipe: ``pooled`` or ``element``; rows have no statistics by unit.
-        threshold: absolute, one that the run counted.
+        recipe: where it is ``unit``, or the threshold is relative, there are no single answers: shards are resampled
+            and exchange their labels, lengths are not controlled, and nothing is predicted.
+        threshold: an absolute one that the run counted; or with the kind ``rms``, a multiple of the RMS.
         hallucinated, truthful: labels; without them, the two that there are, if their names tell which is which.
 
     Raises:
         QueryError: the run's text is not paired, or has not those labels, that site or threshold.
     """
-    require_known("recipe", recipe, ("pooled", "element"), QueryError)
+    require_known("recipe", recipe, RECIPES, QueryError)
     require_known("site", site, run["sites"] or SITES, QueryError)
-    rows = _rows(warehouse, run, site)
+    reading = {"run_id": run["run_id"], "model": run["model"], "site": site, "recipe": recipe}
+    reading["threshold"] = describe_threshold(threshold, threshold_kind)
+    if recipe == "unit" or threshold_kind == "rms":
+        strata = Strata.of(warehouse, run, site, hallucinated, truthful)
+        reading |= {"hallucinated": strata.labels[0], "truthful": strata.labels[1], "pairs": None}
+        layers = _table(stratum_columns(strata, recipe, Threshold(value=threshold, kind=threshold_kind)))
+        return Contrast(
+            reading=reading,
+            layers=layers,
+            predictions=pa.table({"layer": pa.nulls(0, pa.int64()), "statistic": pa.nulls(0, pa.string())}),
+            findings=tuple(_about_layers(layers.to_pylist())),
+        )
+    rows = answer_rows(warehouse, run, site)
     counted = list(run["thresholds"])
     if threshold not in counted:
         known = ", ".join(f"{value:g}" for value in counted)
         raise QueryError(f"The run did not count elements below {threshold:g} row by row.", f"It counted {known}.")
-    labels = _labels(rows, hallucinated, truthful)
+    labels = which_labels(pc.unique(rows["stratum"]).to_pylist(), hallucinated, truthful)
     at = counted.index(threshold)
-    own, other = (_answers(rows, labels, after, at) for after in ("", AFTER_ANOTHER))
-    layers = _layer_table(own, other, recipe)
-    predictions = _predictions(own, other, _likelihood(warehouse, run, rows, labels))
-    reading = {"run_id": run["run_id"], "model": run["model"], "site": site, "recipe": recipe, "threshold": threshold}
+    own, other = (read_answers(rows, labels, after, at) for after in ("", AFTER_ANOTHER))
+    layers = layer_table(own, other, recipe)
+    predictions = _predictions(own, other, _evaluated(warehouse, run, rows, labels))
     reading |= {"hallucinated": labels[0], "truthful": labels[1], "pairs": len(own.pairs)}
     return Contrast(
         reading=reading, layers=layers, predictions=predictions, findings=tuple(_findings(layers, predictions))
     )
 
 
-def _rows(warehouse: Warehouse, run: Mapping[str, Any], site: str) -> pa.Table:
+def answer_rows(warehouse: Warehouse, run: Mapping[str, Any], site: str) -> pa.Table:
     """The row statistics of a site, by row and layer."""
     rows = warehouse.table("row_stats", run_ids=[run["run_id"]], where=pc.field("site") == site)
     if not rows:
-        raise QueryError(
-            f"The text of run '{run['run_id']}' is not paired.",
-            "Score on prompts with labelled answers: avss score --corpus file.jsonl:prompt+answer --label-field LABEL.",
-        )
+        raise not_paired(run["run_id"])
     rows = rows.sort_by([("row", "ascending"), ("layer", "ascending")])
     if rows.num_rows != run["num_sequences"] * len(pc.unique(rows["layer"])):
         raise DamagedFile(f"Statistics of rows of run '{run['run_id']}' are missing.", DAMAGED)
     return rows
 
 
-def _labels(rows: pa.Table, hallucinated: str | None, truthful: str | None) -> tuple[str, str]:
-    known = sorted(s for s in pc.unique(rows["stratum"]).to_pylist() if not s.endswith(AFTER_ANOTHER))
-    for label in filter(None, (hallucinated, truthful)):
-        require_known("label", label, known, QueryError)
-    hallucinated = hallucinated or _only([label for label in known if label.lower() in HALLUCINATED_NAMES])
-    truthful = truthful or _truthful([label for label in known if label != hallucinated])
-    if not hallucinated or not truthful or hallucinated == truthful:
-        raise QueryError(
-            f"Which answers are hallucinated, and which truthful? Labels: {', '.join(known)}.",
-            "Name one label as `hallucinated` and another as `truthful`.",
-        )
-    return hallucinated, truthful
-
-
-def _truthful(labels: list[str]) -> str | None:
-    return TRUTHFUL if TRUTHFUL in labels else _only(labels)
-
-
-def _only(labels: list[str]) -> str | None:
-    return labels[0] if len(labels) == 1 else None
-
-
-def _answers(rows: pa.Table, labels: tuple[str, str], after: str, threshold: int) -> of.Answers:
+def read_answers(rows: pa.Table, labels: tuple[str, str], after: str, threshold: int) -> of.Answers:
     """The answers of two labels, after their own prompt or another."""
     wanted = [label + after for label in labels]
     rows = rows.filter(pc.is_in(rows["stratum"], pa.array(wanted)))
@@ -143,9 +136,12 @@ def _answers(rows: pa.Table, labels: tuple[str, str], after: str, threshold: int
     return made.of_pairs(np.array(both, np.int64))
 
 
-def _layer_table(own: of.Answers, other: of.Answers, recipe: str) -> pa.Table:
+def layer_table(own: of.Answers, other: of.Answers, recipe: str) -> pa.Table:
+    """`Contrast.layers` of answers after their own prompts and after another."""
     columns: dict[str, Any] = {"layer": np.arange(own.count.shape[1])}
-    columns |= of.contrast_columns(own, recipe)
+    once, weights = np.ones(len(own.pair)), bootstrap_weights(len(own.pairs))[:, np.searchsorted(own.pairs, own.pair)]
+    labels = own.hallucinated.astype(np.float64)
+    columns |= of.contrast_columns(*(of.both_sides(own, w, labels, recipe) for w in (once, weights)))
     p = of.permutation_p(own, recipe)
     columns |= {"p": p, "p_holm": of.holm(p), "noise_floor": of.noise_floor(own, recipe)}
     for name, slack in (("length_matched", MATCHED), ("position_matched", 0.0)):
@@ -157,11 +153,20 @@ def _layer_table(own: of.Answers, other: of.Answers, recipe: str) -> pa.Table:
         columns[f"{name}_pairs"] = np.full(len(p), len(some.pairs))
     columns["after_another"] = of.observed(other, recipe)
     change = of.resampled(own, recipe, own.pairs) - of.resampled(other, recipe, own.pairs)
-    columns["own_minus_another"] = columns["deviation"] - columns["after_another"]
-    columns["own_minus_another_low"], columns["own_minus_another_high"] = bootstrap_interval(change)
-    columns["depth_correlation"] = np.full(len(p), depth_correlation(columns["eavss_contrast"].tolist()))
+    columns |= of.change_columns(columns["deviation"], columns["after_another"], change)
     columns["stands"] = _stands(columns)
-    return pa.table({name: pa.array(values, from_pandas=True) for name, values in columns.items()})
+    return _table(columns)
+
+
+def _table(columns: dict[str, Any]) -> pa.Table:
+    depth = depth_correlation(columns["eavss_contrast"].tolist())
+    columns["depth_correlation"] = np.full(len(columns["layer"]), depth)
+    table = pa.table({name: pa.array(values, from_pandas=True) for name, values in columns.items()})
+    for name in [*_MATCHED, "stands"]:
+        if name not in columns:
+            nothing = pa.nulls(len(table), pa.bool_() if name == "stands" else pa.float64())
+            table = table.append_column(name, nothing)
+    return table
 
 
 def _stands(columns: Mapping[str, Any]) -> np.ndarray:
@@ -175,32 +180,32 @@ def _stands(columns: Mapping[str, Any]) -> np.ndarray:
     return np.asarray(by_label & by_length & by_prompt)
 
 
-def _likelihood(
+def _evaluated(
     warehouse: Warehouse, run: Mapping[str, Any], rows: pa.Table, labels: tuple[str, str]
-) -> Float64 | None:
-    """The mean log-likelihood of each answer, where the loss on the same rows was evaluated; else None."""
+) -> dict[str, Float64]:
+    """What the whole model predicts of each answer, mean over its tokens, where it was evaluated on the same rows."""
     where = (pc.field("task") == f"{PERPLEXITY}{run['corpus']}") & (pc.field("revision") == run["revision"])
     cells = [c for c in warehouse.table("cells", where=where).to_pylist() if not c["drop"] and c["patch"] is None]
     layer = rows.filter(pc.equal(rows["layer"], rows["layer"][0]))
     tokens, strata = (layer[name].to_pylist() for name in ("answer_tokens", "stratum"))
+    counts = np.isin(strata, labels)
+    found = {}
     for run_id in dict.fromkeys(cell["run_id"] for cell in cells):
         mine = [cell for cell in cells if cell["run_id"] == run_id]
         for result in combine(mine, len({cell["part"] for cell in mine})):
-            if result.metric == "loss" and result.weights.tolist() == tokens:
-                return np.array(
-                    [-s / w for s, w, of_ in zip(result.samples, result.weights, strata, strict=True) if of_ in labels]
-                )
-    return None
+            if result.metric in BASELINES and result.weights.tolist() == tokens:
+                found[BASELINES[result.metric]] = (result.samples / result.weights)[counts]
+    return found
 
 
-def _predictions(a: of.Answers, other: of.Answers, likelihood: Float64 | None) -> pa.Table:
+def _predictions(a: of.Answers, other: of.Answers, evaluated: Mapping[str, Float64]) -> pa.Table:
     """AUROC of one-dimensional classifiers on layers and on what needs no layer, by folds of pairs."""
     features, elsewhere = _features(a), _features(other)
     weights = bootstrap_weights(len(a.pairs))[:, np.searchsorted(a.pairs, a.pair)]
-    baselines = {"length": a.tokens.astype(np.float64), "log_likelihood": likelihood}
+    baselines = {"length": a.tokens.astype(np.float64), **evaluated}
     made: list[tuple[int | None, str, float, Float64]] = []
     for name, values in baselines.items():
-        if values is not None and len(values) == len(a.pair):
+        if len(values) == len(a.pair):
             made.append((None, name, *_auroc(a, values, weights)))
     for name, grid in features.items():
         if np.isfinite(grid).all():
@@ -241,26 +246,30 @@ def _findings(layers: pa.Table, predictions: pa.Table) -> list[str]:
 
 def _about_layers(rows: list[dict[str, Any]]) -> list[str]:
     differ = [row for row in rows if row["p_holm"] is not None and row["p_holm"] < LEVEL]
-    none = "No layer differs between hallucinated and truthful answers more than with labels exchanged inside pairs."
-    words = _about_differences(differ) if differ else [none]
-    words.append(f"Left after every control: {_listed([row['layer'] for row in rows if row['stands']])}.")
+    where = "inside pairs" if rows[0]["length_matched_pairs"] is not None else "of whole shards"
+    none = f"No layer differs between hallucinated and truthful answers more than with labels exchanged {where}."
+    words = _about_differences(differ, where) if differ else [none]
+    if rows[0]["length_matched_pairs"] is None:
+        words.append("Lengths are not controlled: that takes pooled or element, and a threshold that the run counted.")
+    else:
+        words.append(f"Left after every control: {_listed([row['layer'] for row in rows if row['stands']])}.")
     rho = rows[0]["depth_correlation"]
     if rho is not None and abs(rho) > FOLLOWS_DEPTH:
         words.append(f"The contrast follows depth (Spearman {rho:.2f}), and says little more than a layer's number.")
     return words
 
 
-def _about_differences(rows: list[dict[str, Any]]) -> list[str]:
+def _about_differences(rows: list[dict[str, Any]], where: str) -> list[str]:
     """Of layers that differ by label, which do by length and by prompt too."""
     number = rows[0]["length_matched_pairs"]
     matched = _listed([row["layer"] for row in rows if (row["length_matched_p"] or 1) < LEVEL])
     prompt = _listed([row["layer"] for row in rows if _excludes_zero(row)])
     differ = _listed([row["layer"] for row in rows])
-    return [
-        f"Layers that differ more than with labels exchanged inside pairs (Holm, {LEVEL:.0%}): {differ}.",
-        f"With lengths matched ({number} pairs): {'too few pairs to tell' if number < FEWEST_PAIRS else matched}.",
-        f"Otherwise than for the same answers after another prompt: {prompt}.",
-    ]
+    words = [f"Layers that differ more than with labels exchanged {where} (Holm, {LEVEL:.0%}): {differ}."]
+    if number is not None:
+        few = number < FEWEST_PAIRS
+        words.append(f"With lengths matched ({number} pairs): {'too few pairs to tell' if few else matched}.")
+    return [*words, f"Otherwise than for the same answers after another prompt: {prompt}."]
 
 
 def _about_prediction(rows: list[dict[str, Any]]) -> list[str]:
@@ -273,8 +282,9 @@ def _about_prediction(rows: list[dict[str, Any]]) -> list[str]:
         f"{top['after_another']:.2f} after another prompt; the best baseline ({baseline}) has {best['auroc']:.2f}.",
         f"Layers that beat the baselines: {_listed(beating)}.",
     ]
-    if all(row["statistic"] != "log_likelihood" for row in rows):
-        words.append("A baseline is missing, the answers' log-likelihood: evaluate perplexity on the same corpus.")
+    known = {row["statistic"] for row in rows}
+    if missing := [name.replace("_", "-") for name in BASELINES.values() if name not in known]:
+        words.append(f"Baselines are missing ({', '.join(missing)}): evaluate perplexity on the same corpus.")
     return words
 
 

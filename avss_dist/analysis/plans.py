@@ -126,7 +126,7 @@ def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], drop: tuple[in
 
 def _is_of_layers_alone(row: Mapping[str, Any]) -> bool:
     """Whether a row of ``evaluations`` is about a model of which nothing but layers was left out."""
-    return all(row[name] is None for name in ("layer", "patch", "sparsity_plan"))
+    return all(row[name] is None for name in ("layer", "patch", "sparsity_plan", "factor"))
 
 
 def _evaluated(warehouse: Warehouse, run: Mapping[str, Any], drop: tuple[int, ...]) -> Iterator[str]:

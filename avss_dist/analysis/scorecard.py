@@ -119,7 +119,7 @@ def _finite(rho: float) -> float | None:
 def _rises(store: Warehouse, run: Mapping[str, Any]) -> tuple[dict[tuple[int, ...], float], str | None]:
     """What the loss rises by without each set of layers, nats per token, and the text: that of the most sets."""
     where = (pc.field("revision") == run["revision"]) & (pc.field("metric") == LOSS)
-    where &= pc.field("patch").is_null() & pc.field("sparsity_plan").is_null()
+    where &= pc.field("patch").is_null() & pc.field("sparsity_plan").is_null() & pc.field("factor").is_null()
     where &= pc.starts_with(pc.field("task"), PERPLEXITY)
     losses: dict[tuple[str, str], dict[tuple[int, ...], float]] = {}
     for row in store.table("evaluations", where=where).to_pylist():

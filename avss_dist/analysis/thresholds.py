@@ -145,10 +145,5 @@ def _layer_names(warehouse: Warehouse, run: Mapping[str, Any]) -> list[str]:
 
 def _blocks(warehouse: Warehouse, run: Mapping[str, Any]) -> list[Mapping[LayerKey, LayerStats]]:
     """The run's partials as they were resampled when it was scored; none where some are gone."""
-    columns = ["shard_id", "content_hash"]
-    kept = warehouse.table("shard_stats", run_ids=[run["run_id"]], columns=columns).to_pylist()
-    expected = {row["shard_id"]: row["content_hash"] for row in sorted(kept, key=lambda row: row["shard_id"])}
-    shards = warehouse.read_shards(run["run_id"], expected)
-    if not shards or [shard.shard_id for shard in shards] != list(range(run["num_shards"] or 0)):
-        return []
-    return merge_blocks(shards, BOOTSTRAP_BLOCKS).blocks
+    shards = warehouse.read_partials(run)
+    return merge_blocks(shards, BOOTSTRAP_BLOCKS).blocks if shards else []

@@ -35,13 +35,18 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         of_task = [row for row in rows if row["task"] == task]
         metric = primary_metric(of_task)
         guess = kept_by_guess(of_task, metric)
-        of_task = [row for row in of_task if row["metric"] == metric and row["share"] in (0.0, CLAIMED_SHARE)]
+        of_task = [row for row in of_task if row["metric"] == metric and _is_of_claim(row)]
         for repair in dict.fromkeys(row.get("repair") for row in of_task if not _is_whole(row)):
             alike = [row for row in of_task if _is_whole(row) or row.get("repair") == repair]
             claim = _one(alike, "avss")
             if claim is not None:
                 paragraphs.append(f"{task}: {' '.join(_sentences(claim, alike, guess))}")
     return paragraphs
+
+
+def _is_of_claim(row: Row) -> bool:
+    """Whether the claimed share of layers is left out, or none."""
+    return row["share"] in (0.0, CLAIMED_SHARE) and not row.get("factor")
 
 
 def kept_by_guess(rows: Sequence[Row], metric: str) -> float | None:
@@ -53,7 +58,7 @@ def kept_by_guess(rows: Sequence[Row], metric: str) -> float | None:
         return None
     if name == LOSS:
         return exp(min(whole - chance, 700))
-    return chance / whole if name.startswith("acc") else None
+    return chance / whole if name.startswith("acc") or name == "mc2" else None
 
 
 def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str]:
@@ -127,8 +132,9 @@ def _before_and_after(row: Row, rows: Sequence[Row]) -> str:
 
 
 def shown_method(row: Row) -> str:
-    """How layers were chosen, and what gives back what they did, as people read it."""
-    return f"{row['method']} + {row['repair']}" if row.get("repair") else str(row["method"])
+    """How layers were chosen, what is left of them, and what gives back what they did, as people read it."""
+    scaled = f" x {row['factor']:g}" if row.get("factor") else ""
+    return f"{row['method']}{scaled} + {row['repair']}" if row.get("repair") else f"{row['method']}{scaled}"
 
 
 def shown_value(row: Row) -> str:

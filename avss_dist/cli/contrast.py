@@ -8,7 +8,7 @@ import typer
 
 from avss_dist.cli.choose import choose_runs, open_warehouse
 from avss_dist.cli.options import FORMATS, FormatOption, RunOption, SiteOption, WarehousePath, choice
-from avss_dist.errors import ConfigError
+from avss_dist.settings import RECIPES
 from avss_dist.system.streams import console, say
 from avss_dist.text import parse_threshold
 
@@ -17,8 +17,10 @@ def contrast(
     warehouse: WarehousePath,
     run: RunOption = None,
     site: SiteOption = "block",
-    recipe: Annotated[str, choice(("pooled", "element"), "How AVSS is defined.")] = "pooled",
-    threshold: Annotated[str, typer.Option(help="Near zero means below this: one that the run counted.")] = "1e-5",
+    recipe: Annotated[str, choice(RECIPES, "How AVSS is defined.")] = "pooled",
+    threshold: Annotated[
+        str, typer.Option(help="Near zero means below this: one that the run counted, or 0.1rms.")
+    ] = "1e-5",
     hallucinated: Annotated[str | None, typer.Option(help="Label of hallucinated answers.")] = None,
     truthful: Annotated[str | None, typer.Option(help="Label of truthful answers.")] = None,
     predictions: Annotated[
@@ -28,8 +30,6 @@ def contrast(
 ) -> None:
     """Contrast hallucinated with truthful answers of a run on paired text, layer by layer, with the controls."""
     value, kind = parse_threshold(threshold)
-    if kind != "absolute":
-        raise ConfigError(f"`threshold` {threshold} is a multiple of the RMS.", "Rows are counted at absolute ones.")
 
     from avss_dist.analysis.contrast import contrast as contrast_run
     from avss_dist.report.output import write_table
@@ -38,7 +38,14 @@ def contrast(
     opened = open_warehouse(warehouse)
     (row,) = choose_runs(opened, [run] if run else [])
     found = contrast_run(
-        opened, row, site=site, recipe=recipe, threshold=value, hallucinated=hallucinated, truthful=truthful
+        opened,
+        row,
+        site=site,
+        recipe=recipe,
+        threshold=value,
+        threshold_kind=kind,
+        hallucinated=hallucinated,
+        truthful=truthful,
     )
     if format == "table":
         console().print(contrast_tables(found))

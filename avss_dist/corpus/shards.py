@@ -65,6 +65,11 @@ class Shard:
         return len(self.lengths)
 
     @property
+    def num_strata(self) -> int:
+        """What is counted apart; 1 of text that is not paired."""
+        return len(set(self.pairing.strata)) if self.pairing else 1
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that count in the statistics."""
         return int(np.maximum(self.lengths.astype(np.int64) - self.starts, 0).sum())
@@ -182,17 +187,19 @@ def _plan_pairs(source: str, opened: Source, tokenizer: Tokenizer, settings: Set
     )
 
 
-def plan_choices(path: str, tokenizer: Tokenizer, settings: Settings, limit: int | None = None) -> tuple[Shard, ...]:
-    """Every answer to the questions of a file of TruthfulQA, a row each; the answers to a question are in one shard.
-
-    Args:
-        limit: questions at most.
+def plan_choices(
+    path: str, tokenizer: Tokenizer, settings: Settings, questions: slice = slice(None)
+) -> tuple[Shard, ...]:
+    """Every answer to questions of a file of TruthfulQA, a row each; the answers to a question are in one shard.
 
     Raises:
-        CorpusError: as `plan`.
+        CorpusError: as `plan`, or there are no such questions.
     """
-    questions = truthfulqa_choices(json_records(path))[:limit]
-    rows, pairing = choice_rows(questions, **_rows_of(tokenizer, settings))
+    every = truthfulqa_choices(json_records(path))
+    wanted = every[questions]
+    if not wanted:
+        raise CorpusError(f"The file has {len(every)} questions, and all are skipped.", "Skip fewer.")
+    rows, pairing = choice_rows(wanted, **_rows_of(tokenizer, settings))
     ids, lengths = _padded(rows, settings.sequence_length, tokenizer)
     return _cut(ids, lengths, 0, pairing, settings.sequences_per_shard or USUAL_ROWS)
 

@@ -63,7 +63,7 @@ class Calibration:
 
     Attributes:
         num_sequences, num_tokens, num_shards, num_batches: of the corpus's plan; batches are forward passes.
-        rows_per_shard: of every shard but the last.
+        rows_per_shard: of every shard but the last; num_strata: that a shard counts apart, at most.
         share: rows of the corpus, in multiples of the shard that was timed.
         costs: by partition. ``device_map`` is that of layers whose weights are on disk.
         library_bytes: resident memory of a process with its libraries; planned_bytes: of one that has planned.
@@ -83,6 +83,7 @@ class Calibration:
     num_shards: int
     num_batches: int
     rows_per_shard: int
+    num_strata: int
     share: float
     costs: Mapping[str, Cost]
     library_bytes: int
@@ -151,7 +152,7 @@ def _measure(
         costs[partition], host, device = _time(partition, models, sizes, size, shard, settings)
         if partition == "single":
             peak, device_peak = host, device
-    counters = counter_bytes(sizes[few], settings)
+    counters = counter_bytes(sizes[few], settings, shard.num_strata)
     weights = sum(s.weight_bytes for s in sizes.values())
     on_gpu = settings.device == "cuda"
     return Calibration(
@@ -178,6 +179,7 @@ def _totals(planned: CorpusPlan, settings: Settings) -> dict[str, int]:
         "num_shards": len(planned.shards),
         "num_batches": planned.num_batches(settings.batch_size),
         "rows_per_shard": planned.shards[0].num_sequences,
+        "num_strata": max(shard.num_strata for shard in planned.shards),
     }
 
 
@@ -202,7 +204,8 @@ def _timed_part(shard: Shard, smallest: Checkpoint, settings: Settings) -> Shard
 
     def first(rows: int) -> Shard:
         ids = (shard.input_ids[:rows] % VOCABULARY).astype(np.int32)
-        return replace(shard, input_ids=ids, lengths=shard.lengths[:rows])
+        pairing = shard.pairing and shard.pairing.part(slice(rows))
+        return replace(shard, input_ids=ids, lengths=shard.lengths[:rows], pairing=pairing)
 
     replica = open_replica(smallest, settings, Placement())
     for _ in range(2):  # the first compiles, and looks for fast ways to multiply

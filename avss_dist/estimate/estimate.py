@@ -224,8 +224,8 @@ class Arithmetic:
             host_weights: bytes of weights in the host memory of each process, beside.
             more: other bytes on each device.
         """
-        counters = counter_bytes(self.size, self.settings)
         m = self.measured
+        counters = counter_bytes(self.size, self.settings, m.num_strata)
         start = m.planned_bytes if ranks == 1 else m.library_bytes + DEEPSPEED_BYTES
         process = start + m.working_bytes + host_weights
         if self.here.device == "cuda":

@@ -47,6 +47,7 @@ class PlannedEvaluation:
     task: Task
     placement: Placement
     sparsity: Sparsity | None = None
+    factor: float = 0.0
 
     def cells(self, drops: Iterable[tuple[int, ...]], patch: KeptPatch | None = None) -> list[Cell]:
         """A cell for each part of the task and each set of layers to leave out; each once.
@@ -70,6 +71,7 @@ class PlannedEvaluation:
             placement=self.placement,
             patch=patch,
             sparsity=self.sparsity,
+            factor=self.factor,
         )
 
 
@@ -153,24 +155,35 @@ def _refuse_scoring(settings: Settings) -> None:
 
 
 def plan_evaluation(
-    checkpoint: Checkpoint, task: Task, settings: Settings, placement: Placement, sparsity: Sparsity | None = None
+    checkpoint: Checkpoint,
+    task: Task,
+    settings: Settings,
+    placement: Placement,
+    sparsity: Sparsity | None = None,
+    factor: float = 0.0,
 ) -> PlannedEvaluation:
-    """A task of a checkpoint, with sparse activations or not; ``settings`` are `pinned`.
+    """A task of a checkpoint, with sparse activations or not; ``settings`` are `pinned`; ``factor`` is that of `Cell`.
 
     The same id is the same evaluation.
     """
     numbers = {name: value for name, value in settings.as_dict().items() if name not in NOT_NUMBERS}
+    changed = {"sparsity": sparsity and sparsity.key, "factor": factor}
     print_ = fingerprint(
         schema=SCHEMA_VERSION,
         checkpoint=checkpoint.revision,
         task=task.key,
         settings=numbers,
         **numbers_of(placement),
-        **({"sparsity": sparsity.key} if sparsity else {}),
+        **{name: value for name, value in changed.items() if value},
     )
-    run_id = f"{checkpoint.slug}-{print_[:10]}"
     return PlannedEvaluation(
-        run_id=run_id, checkpoint=checkpoint, settings=settings, task=task, placement=placement, sparsity=sparsity
+        run_id=f"{checkpoint.slug}-{print_[:10]}",
+        checkpoint=checkpoint,
+        settings=settings,
+        task=task,
+        placement=placement,
+        sparsity=sparsity,
+        factor=factor,
     )
 
 
@@ -279,17 +292,12 @@ def commit(planned: PlannedEvaluation, store: Store) -> list[Result]:
             "task": planned.task.name,
             "settings": json.dumps({**planned.settings.as_dict(), **planned.task.options}),
             "sparsity_plan": planned.sparsity and planned.sparsity.key,
+            "factor": planned.factor or None,
             "versions": package_versions(),
             "created_at": datetime.now(UTC),
         }
-        of = RunIdentity(
-            run_id=planned.run_id,
-            model=planned.checkpoint.name,
-            revision=planned.checkpoint.revision,
-            family=rows[0]["family"],
-        )
         store.write_evaluations(
-            of,
+            _identity(planned, rows[0]["family"]),
             [
                 {**common, **row, "seconds": seconds[result.drop, result.layer, result.patch]}
                 for result in found
@@ -314,9 +322,9 @@ def _metric_rows(result: Result) -> Iterator[dict[str, Any]]:
         yield {**fields, "metric": metric, "value": value, "stderr": stderr}
 
 
-def _identity(cell: Cell, family: str) -> RunIdentity:
-    of = cell.checkpoint
-    return RunIdentity(run_id=cell.run_id, model=of.name, revision=of.revision, family=family)
+def _identity(work: Cell | PlannedEvaluation, family: str) -> RunIdentity:
+    of = work.checkpoint
+    return RunIdentity(run_id=work.run_id, model=of.name, revision=of.revision, family=family)
 
 
 def _rows(cell: Cell, measured: CellResult, patches: Sequence[str | None]) -> list[Mapping[str, Any]]:
@@ -328,6 +336,7 @@ def _rows(cell: Cell, measured: CellResult, patches: Sequence[str | None]) -> li
             "drop": list(cell.drop if row.drop is None else row.drop),
             "patch": patch or (cell.patch and cell.patch.key),
             "sparsity_plan": cell.sparsity and cell.sparsity.key,
+            "factor": cell.factor or None,
             "layer": row.layer,
             "part": cell.part,
             "samples": row.samples.tolist(),

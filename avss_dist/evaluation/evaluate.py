@@ -284,6 +284,7 @@ def make_task(
     settings: Settings,
     *,
     skip_sequences: int = 0,
+    skip_questions: int = 0,
     limit: int | None = None,
     num_fewshot: int | None = None,
 ) -> Task:
@@ -296,7 +297,8 @@ def make_task(
         corpus = RedactedURI(name).full.removeprefix(PERPLEXITY)
         return text_task(checkpoint, corpus, settings, skip_sequences=skip_sequences)
     if name.startswith(TRUTHFULQA):
-        return choices_task(checkpoint, RedactedURI(name).full.removeprefix(TRUTHFULQA), settings, limit)
+        questions = slice(skip_questions, None if limit is None else skip_questions + limit)
+        return choices_task(checkpoint, RedactedURI(name).full.removeprefix(TRUTHFULQA), settings, questions)
     from avss_dist.tasks.harness import harness_task
 
     return harness_task(name, limit=limit, num_fewshot=num_fewshot, trust_remote_code=settings.trust_remote_code)
@@ -336,12 +338,12 @@ def text_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_s
     return Task(name=f"{PERPLEXITY}{RedactedURI(corpus)}", parts=tuple(TextLoss(shard) for shard in text.shards))
 
 
-def choices_task(checkpoint: Checkpoint, path: str, settings: Settings, limit: int | None = None) -> Task:
-    """Multiple choice on a file of TruthfulQA, on so many questions at most.
+def choices_task(checkpoint: Checkpoint, path: str, settings: Settings, questions: slice = slice(None)) -> Task:
+    """Multiple choice on a file of TruthfulQA, on some of its questions.
 
     Raises:
         CorpusError: it cannot be read, or a row is too long.
     """
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
-    parts = tuple(TruthfulChoices(shard) for shard in plan_choices(path, tokenizer, settings, limit))
+    parts = tuple(TruthfulChoices(shard) for shard in plan_choices(path, tokenizer, settings, questions))
     return Task(name=f"{TRUTHFULQA}{RedactedURI(path)}", parts=parts)

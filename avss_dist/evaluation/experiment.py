@@ -11,10 +11,12 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
 
+from avss_dist.analysis.strata import Strata
 from avss_dist.evaluation.engine import (
     CellReporter,
     PlannedEvaluation,
@@ -31,7 +33,7 @@ from avss_dist.evaluation.engine import (
     require_listable,
 )
 from avss_dist.evaluation.evaluate import make_task
-from avss_dist.evaluation.held_out import refuse_overlap, refuse_repair_text, refuse_text
+from avss_dist.evaluation.held_out import refuse_overlap, refuse_questions, refuse_repair_text, refuse_text
 from avss_dist.evaluation.repairs import fit_repairs, plan_fits, repair_texts, require_changeable
 from avss_dist.evaluation.search import Losses, conduct, search_task
 from avss_dist.evaluation.sparse_trials import plan_sparsities, require_inputs, sparse_rows
@@ -43,11 +45,13 @@ from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, methods
 from avss_dist.pruning.plan import layer_list
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.search import Effort, search_for
+from avss_dist.pruning.selection import Reading
 from avss_dist.runs.api import executor_for, run_job, with_options
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
 from avss_dist.settings import (
+    CONTRAST,
     GROUND_TRUTH,
     INTERACTIONS,
     LOSS,
@@ -60,6 +64,9 @@ from avss_dist.settings import (
     Settings,
     fingerprint,
 )
+from avss_dist.stats.contrast import contrast
+from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.scores import Threshold
 from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.layer_removal import LeaveOneOut
 from avss_dist.text import RedactedURI
@@ -116,7 +123,7 @@ def run_experiment(
         _search(trials, experiment, store, executor, cells, fresh=execution.fresh)
         _choose(trials, experiment)
         _fit_repairs(trials, store, executor, cells, fresh=execution.fresh)
-        wanted = [cell for trial in trials for cell in trial.cells(experiment.repairs)]
+        wanted = [cell for trial in trials for cell in trial.cells(experiment)]
         failed = measure(wanted, store, executor, cells, fresh=execution.fresh)
     results = {one.run_id: commit(one, store) for trial in trials for one in trial.evaluations}
     if failed:
@@ -159,7 +166,7 @@ def _commit_rows(
     name = fingerprint(**numbers | {"tasks": tasks})[:20]
     rows = []
     for trial in trials:
-        mine = list(rows_of(trial, experiment.repairs, results))
+        mine = list(rows_of(trial, experiment, results))
         now = {"created_at": datetime.now(UTC)}
         mine += [{"task": task, **now, **row} for task in trial.planned for row in sparse_rows(trial, task, results)]
         store.write_experiment(trial.identity, name, mine)
@@ -173,6 +180,8 @@ def _plan_work(
     """Plan evaluations and fits; the texts of both and of a trial's scores are refused where they overlap."""
     for trial in trials:
         trial.planned = {name: _plan(trial, name, experiment) for name in tasks}
+        scaled = product(tasks, dict.fromkeys(filter(None, experiment.factors)))
+        trial.scaled = {(name, factor): _plan(trial, name, experiment, factor) for name, factor in scaled}
         if repairs := _fitted(experiment):
             trial.fits = _plan_fits(trial, experiment, repairs)
         if not allow_overlap:
@@ -200,6 +209,7 @@ def _refuse_overlaps(trial: Trial, experiment: Experiment, warehouse: Warehouse)
     for planned in trial.planned.values():
         refuse_repair_text(planned.task, trial.checkpoint)
         refuse_scored(planned.task)
+        refuse_questions(planned.task, trial.run.run_id, warehouse, trial.checkpoint, trial.corpus)
         for text in texts:
             refuse_text(planned.task, text, "the repair", experiment.repair_skip_sequences)
     for text in texts:
@@ -207,7 +217,7 @@ def _refuse_overlaps(trial: Trial, experiment: Experiment, warehouse: Warehouse)
 
 
 def _read_measured(trials: Sequence[Trial], experiment: Experiment, warehouse: Warehouse) -> None:
-    """What `avss ablate` has measured of the layers of every trial, as far as they are chosen by it."""
+    """What `avss ablate` has measured of the layers of every trial, and contrasts, as far as they are chosen by it."""
     scores = set(experiment.scores)
     measured = scores & set(OF_LAYERS) - ({LEAVE_ONE_OUT} if experiment.leave_one_out else set())
     for trial in trials:
@@ -215,6 +225,8 @@ def _read_measured(trials: Sequence[Trial], experiment: Experiment, warehouse: W
         assert run is not None
         trial.truth |= {by: layer_truth(warehouse, run, by).by_layer(trial.num_layers) for by in measured}
         trial.interactions = interactions(warehouse, run) if INTERACTIONS in scores else None
+        readings = {method.reading for method in methods(experiment, trial.rows) if method.score == CONTRAST}
+        trial.contrasts = {reading: _contrast(trial, warehouse, reading) for reading in readings if reading}
 
 
 def _choose(trials: Sequence[Trial], experiment: Experiment) -> None:
@@ -242,17 +254,18 @@ def _trial(run: Run, spec: RunSpec, warehouse: Warehouse, executor: Executor) ->
     return Trial(run=run, checkpoint=checkpoint, settings=settings, placement=placement, rows=rows, corpus=spec.corpus)
 
 
-def _plan(trial: Trial, name: str, experiment: Experiment) -> PlannedEvaluation:
+def _plan(trial: Trial, name: str, experiment: Experiment, factor: float = 0.0) -> PlannedEvaluation:
     settings = replace(trial.settings, max_sequences=experiment.max_sequences)
     task = make_task(
         trial.checkpoint,
         name,
         settings,
         skip_sequences=experiment.skip_sequences,
+        skip_questions=experiment.skip_questions,
         limit=experiment.limit,
         num_fewshot=experiment.num_fewshot,
     )
-    return plan_evaluation(trial.checkpoint, task, settings, trial.placement)
+    return plan_evaluation(trial.checkpoint, task, settings, trial.placement, factor=factor)
 
 
 def _leave_one_out(
@@ -298,3 +311,14 @@ def _search(
                     searching = search_for(method.choice(share), effort, trial.num_layers)
                     trial.searched[method, share], _ = conduct(searching, losses)
             commit(planned, store)
+
+
+def _contrast(trial: Trial, warehouse: Warehouse, reading: Reading) -> Float64:
+    """The contrast of every layer of a run on paired text."""
+    run = warehouse.run(trial.run.run_id)
+    assert run is not None
+    site, recipe, value, kind = reading
+    strata = Strata.of(warehouse, run, site)
+    found = np.full(trial.num_layers, np.nan)
+    (found[[*strata.layers]],) = contrast(*strata.both_sides(recipe, Threshold(value=value, kind=kind)))
+    return found

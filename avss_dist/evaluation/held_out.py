@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from avss_dist.models.loading import load_tokenizer
 from avss_dist.pruning.repair.record import read_repairs
 from avss_dist.settings import SEARCH, Settings
 from avss_dist.tasks.base import Task, TextLoss
+from avss_dist.tasks.truthfulqa import TruthfulChoices
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
 
@@ -48,6 +49,28 @@ def refuse_overlap(
         raise ConfigError(
             f"{shared:.0%} of {task.name} is text that the scores of {run_id} were measured on ({run['corpus']}).",
             f"Use other text: another corpus, or `{skips}` {run['num_sequences']}.",
+        )
+
+
+def refuse_questions(task: Task, run_id: str, store: Warehouse, checkpoint: Checkpoint, corpus: str) -> None:
+    """Refuse multiple choice on questions whose answers a run's scores were measured on.
+
+    Args:
+        corpus: the text of the run, with the keys that reading it takes.
+
+    Raises:
+        ConfigError: there are some, or the run's text cannot be read again.
+    """
+    choices, run = [part.shard for part in task.parts if isinstance(part, TruthfulChoices)], store.run(run_id)
+    if not choices or run is None:
+        return
+    seen = _read_again(checkpoint, corpus, Settings(**settings_of(run)), 0, f"run {run_id}", "layers may be chosen on")
+    scored, asked = _prompts(seen), _prompts(choices)
+    if shared := len(scored & asked):
+        raise ConfigError(
+            f"{shared} of the {len(asked)} questions of {task.name} are prompts that the scores of {run_id} were "
+            "measured on.",
+            f"Ask others: with `skip_questions` {len(scored)}, where the run is of the first questions of the file.",
         )
 
 
@@ -118,14 +141,29 @@ def _shared(
     task: Task, checkpoint: Checkpoint, corpus: str, settings: Settings, skip_sequences: int, of: str, risk: str
 ) -> float:
     """The share of a task's text that is in the text ``of`` something, which is read again."""
+    return shared_text(_read_again(checkpoint, corpus, settings, skip_sequences, of, risk), _shards(task))
+
+
+def _read_again(
+    checkpoint: Checkpoint, corpus: str, settings: Settings, skip_sequences: int, of: str, risk: str
+) -> Sequence[Shard]:
     try:
-        seen = plan(corpus, load_tokenizer(checkpoint), settings, skip_sequences=skip_sequences)
+        return plan(corpus, load_tokenizer(checkpoint), settings, skip_sequences=skip_sequences).shards
     except AvssError as error:
         raise ConfigError(
             f"The text of {of} cannot be read again: {error.message}",
             f"Put it back, or set `allow_overlap` and know that {risk} this very text.",
         ) from error
-    return shared_text(seen.shards, _shards(task))
+
+
+def _prompts(shards: Iterable[Shard]) -> set[bytes]:
+    """The tokens of prompts of paired text, each once."""
+    return {
+        shard.input_ids[row, : shard.pairing.starts[row]].tobytes()
+        for shard in shards
+        if shard.pairing
+        for row in range(shard.num_sequences)
+    }
 
 
 def shared_text(seen: Iterable[Shard], read: Iterable[Shard]) -> float:

@@ -20,10 +20,10 @@ from avss_dist.partition.base import Placement
 from avss_dist.pruning.ground_truth import Interactions
 from avss_dist.pruning.interactions import quadratic
 from avss_dist.pruning.methods import Experiment, Method, methods
-from avss_dist.pruning.selection import count_layers
+from avss_dist.pruning.selection import Reading, count_layers
 from avss_dist.removal import Drop
 from avss_dist.runs.run import Run
-from avss_dist.settings import CHANCE, INTERACTIONS, LOSS, NO_REPAIR, Settings
+from avss_dist.settings import CHANCE, CONTRAST, INTERACTIONS, LOSS, NO_REPAIR, Settings
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Result
 from avss_dist.tasks.cells import Cell
@@ -41,7 +41,8 @@ class Trial:
         truth: float64[layers], by one of ``settings.OF_LAYERS``.
         interactions: of the layers, where sets are chosen by them.
         searched: what each method that searches found at each share.
-        planned: the evaluation of each task.
+        contrasts: float64[layers] by reading, of paired text.
+        planned: the evaluation of each task; scaled: of each task and factor but 0.
         choices: what every method drops of every share.
         sparse: the evaluation of each task, method of spreading a sparsity, and level.
         fits: the task of fitting each repair; none of `settings.NO_REPAIR`.
@@ -57,7 +58,9 @@ class Trial:
     truth: dict[str, Float64] = field(default_factory=dict)
     interactions: Interactions | None = None
     searched: dict[tuple[Method, float], Drop] = field(default_factory=dict)
+    contrasts: dict[Reading, Float64] = field(default_factory=dict)
     planned: dict[str, PlannedEvaluation] = field(default_factory=dict)
+    scaled: dict[tuple[str, float], PlannedEvaluation] = field(default_factory=dict)
     choices: list[Chosen] = field(default_factory=list)
     sparse: dict[tuple[str, str, float], PlannedEvaluation] = field(default_factory=dict)
     fits: dict[str, PlannedEvaluation] = field(default_factory=dict)
@@ -77,18 +80,19 @@ class Trial:
         """The weights with which a repair is evaluated; None where it changes none."""
         return self.patches.get((self.fits[repair].run_id, drop)) if repair in self.fits else None
 
-    def cells(self, repairs: Sequence[str]) -> list[Cell]:
-        """Every task on the whole model, without every set of layers with every repair, and with every sparsity."""
-        repaired = [(drop, self.patch(repair, drop)) for drop in self.drops for repair in repairs]
-        variants = dict.fromkeys([((), None), *repaired])
-        dense = [(one, drop, patch) for one in self.planned.values() for drop, patch in variants]
-        wanted = [*dense, *((one, (), None) for one in self.sparse.values())]
+    def cells(self, experiment: Experiment) -> list[Cell]:
+        """Every task on the whole model, with every choice by every factor and repair, and with every sparsity."""
+        repaired = [(drop, self.patch(repair, drop)) for drop in self.drops for repair in experiment.repairs]
+        variants = dict.fromkeys([((), None), *(repaired if 0 in experiment.factors else [])])
+        wanted = [(one, drop, patch) for one in self.planned.values() for drop, patch in variants]
+        wanted += [(one, drop, None) for one in self.scaled.values() for drop in self.drops]
+        wanted += [(one, (), None) for one in self.sparse.values()]
         return [cell for one, drop, patch in wanted for cell in one.cells([drop], patch)]
 
     @property
     def evaluations(self) -> list[PlannedEvaluation]:
-        """Of all tasks, dense and sparse."""
-        return [*self.planned.values(), *self.sparse.values()]
+        """Of all tasks, with layers left out and scaled, dense and sparse."""
+        return [*self.planned.values(), *self.scaled.values(), *self.sparse.values()]
 
     @property
     def identity(self) -> RunIdentity:
@@ -112,6 +116,8 @@ class Trial:
             assert self.interactions is not None
             number = choice.number(self.num_layers)
             return quadratic(self.interactions.b, self.interactions.h, number, choice.first, choice.last)
+        if method.score == CONTRAST and method.reading is not None:
+            return choice.drop(-self.contrasts[method.reading])
         return choice.drop(choice.scores(self.rows, self.truth))
 
 
@@ -122,32 +128,46 @@ def guessed_loss(trial: Trial) -> float | None:
     return float(np.log(size)) if size else None
 
 
-def rows_of(trial: Trial, repairs: Sequence[str], results: Mapping[str, Sequence[Result]]) -> Iterator[dict[str, Any]]:
+def rows_of(trial: Trial, experiment: Experiment, results: Mapping[str, Sequence[Result]]) -> Iterator[dict[str, Any]]:
     """Rows of ``experiments``, task by task, less the columns of RunIdentity.
 
     Args:
-        repairs: that every choice was evaluated with.
         results: by the id of an evaluation.
     """
     guess = guessed_loss(trial)
     for task, one in trial.planned.items():
-        mine = [result for result in results[one.run_id] if result.layer is None]
-        for row in (*_whole_rows(mine, guess), *_choice_rows(trial, repairs, mine)):
+        found = _about_whole(results[one.run_id])
+        whole = [result for result in found if result.drop == ()]
+        rows = [{"factor": None, **row} for row in _whole_rows(whole, guess)]
+        evaluations = {0.0: found} | {
+            factor: _about_whole(results[scaled.run_id]) for (of, factor), scaled in trial.scaled.items() if of == task
+        }
+        for factor in experiment.factors:
+            choices = _choice_rows(trial, experiment.repairs, whole, evaluations[factor])
+            rows += [{"factor": factor or None, **row} for row in choices]
+        for row in rows:
             yield {"task": task, "created_at": datetime.now(UTC), **row}
+
+
+def _about_whole(results: Sequence[Result]) -> list[Result]:
+    """Those about a model, and no single layer of it."""
+    return [result for result in results if result.layer is None]
 
 
 def _whole_rows(results: Sequence[Result], guess: float | None) -> Iterator[dict[str, Any]]:
     """The whole model, and of a loss what a guess makes of it."""
-    whole = [measured_values(result) for result in results if result.drop == ()]
+    whole = [measured_values(result) for result in results]
     if guess is not None and any(row["metric"] == LOSS for row in whole):
         whole.append({"drop": [], "patch": None, "metric": CHANCE, "value": guess, "stderr": None})
     for row in whole:
         yield {**row, "method": WHOLE, "share": 0.0, **NO_METHOD, "retention": 1.0}
 
 
-def _choice_rows(trial: Trial, repairs: Sequence[str], results: Sequence[Result]) -> Iterator[dict[str, Any]]:
+def _choice_rows(
+    trial: Trial, repairs: Sequence[str], before: Sequence[Result], results: Sequence[Result]
+) -> Iterator[dict[str, Any]]:
     """Every method at every share with every repair, beside the whole model."""
-    whole = {result.metric: result for result in results if result.drop == ()}
+    whole = {result.metric: result for result in before}
     by_variant: dict[tuple[Drop, str | None], list[Result]] = {}
     for result in results:
         by_variant.setdefault((result.drop, result.patch), []).append(result)

@@ -57,10 +57,12 @@ class LocalExecutor:
                     yield from ((run, as_failure(error)) for run in same)
                     continue
                 try:
-                    at_once = shards_at_once(replica, spec)
-                    with attached(replica.layers, spec.settings.sites) as hooks, ThreadPoolExecutor(at_once) as pool:
+                    with attached(replica.layers, spec.settings.sites) as hooks:
                         for run in same:
-                            yield from _measure(run, replica, hooks, pool, at_once)
+                            strata = max((shard.num_strata for shard in run.shards), default=1)
+                            at_once = shards_at_once(replica, spec, strata)
+                            with ThreadPoolExecutor(at_once) as pool:
+                                yield from _measure(run, replica, hooks, pool, at_once)
                 finally:
                     replica.close()
 
@@ -97,8 +99,12 @@ class LocalExecutor:
         """Nothing outlives `run`."""
 
 
-def shards_at_once(replica: Replica, spec: ReplicaSpec) -> int:
-    """How many shards a replica measures at once: as many as there are free cores, and memory for their activations."""
+def shards_at_once(replica: Replica, spec: ReplicaSpec, strata: int = 1) -> int:
+    """How many shards a replica measures at once: as many as there are free cores, and memory for their activations.
+
+    Args:
+        strata: that a shard counts apart.
+    """
     if replica.model["partition"] != "single" or replica.device.type != "cpu":
         return 1
     settings = spec.settings
@@ -112,7 +118,8 @@ def shards_at_once(replica: Replica, spec: ReplicaSpec) -> int:
     available = int(available_memory() * SPARE_SHARE)
     if "cpu" in spec.placement.max_memory:
         available = min(available, spec.placement.max_memory["cpu"] - size.weight_bytes)
-    shard = size.activation_bytes(settings.batch_size, settings.sequence_length) + counter_bytes(size, settings)
+    activations = size.activation_bytes(settings.batch_size, settings.sequence_length)
+    shard = activations + counter_bytes(size, settings, strata)
     return max(1, min(cores, available // shard))
 
 

@@ -118,11 +118,11 @@ def _answer_rows(shard: Shard, observer: Observer) -> AnswerRows:
     )
 
 
-def counter_bytes(size: Footprint, settings: Settings) -> int:
-    """Bytes of the counters of all layers and sites; see `kernels.base.Accumulator`."""
+def counter_bytes(size: Footprint, settings: Settings, strata: int = 1) -> int:
+    """Bytes of the counters of all layers, sites and strata; see `kernels.base.Accumulator`."""
     counts = PATTERNS * 4  # float32: half as many, of 8 bytes
     units = 16 * size.hidden_size * len(set(UNIT_SITES) & set(settings.sites))
-    return size.num_layers * (len(settings.sites) * counts + units)
+    return strata * size.num_layers * (len(settings.sites) * counts + units)
 
 
 def _too_large(replica: Replica, rows: int, settings: Settings) -> BatchTooLarge:

@@ -29,6 +29,7 @@ from avss_dist.stats.layer_stats import Float64
 PROBE_TOKENS = 16
 
 T = TypeVar("T")
+_OfTokens = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of logits and labels, float32[tokens]
 
 
 class Watching(Protocol):
@@ -66,6 +67,7 @@ class LanguageModel:
         family: ``config.model_type``.
         device: where it computes.
         reports: whether the answers of this process count; of several that give the same, one's do.
+        factor: what is left of what a layer adds, where it is left out: 0 is nothing, and leaves out sublayers too.
         keeps_hidden_states: `skipping.recording` and `resuming` work on its layers, and cost less than whole passes.
 
     Raises:
@@ -74,6 +76,7 @@ class LanguageModel:
 
     reports = True
     keeps_hidden_states = True
+    factor = 0.0
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, backbone: Backbone, device: torch.device) -> None:
         self.checkpoint, self.settings, self.device = checkpoint, settings, device
@@ -148,7 +151,8 @@ class LanguageModel:
     def without(self, drop: Collection[int]) -> Iterator[None]:
         """Inside, the model computes without these layers and sublayers."""
         self.require_layers(drop)
-        with skipping(self.layers, whole_layers(drop), self.forms), without_sublayers(self.layers, drop):
+        left_out = skipping(self.layers, whole_layers(drop), self.forms, self.factor)
+        with left_out, without_sublayers(self.layers, drop):
             yield
 
     @contextmanager
@@ -207,14 +211,23 @@ class LanguageModel:
 
     def losses(self, batch: Batch) -> Float64:
         """float64[rows]: the negative log-likelihood, in nats, of each row's counted tokens given those before them."""
+        return self._sums(batch, [_surprise])[0]
+
+    def losses_and_entropies(self, batch: Batch) -> Float64:
+        """float64[2, rows]: `losses`, and summed over the same tokens the entropy, in nats, of what is predicted."""
+        return self._sums(batch, [_surprise, _entropy])
+
+    def _sums(self, batch: Batch, measures: Sequence[_OfTokens]) -> Float64:
+        """float64[measures, rows]: what measures give of each row's counted tokens, summed."""
         with torch.no_grad():
             counted, labels = self._predicted(batch)
-            found = torch.zeros(counted.shape, dtype=torch.float64, device=self.device)
-            of_tokens = torch.empty(len(labels), dtype=torch.float64, device=self.device)
+            found = torch.zeros((len(measures), *counted.shape), dtype=torch.float64, device=self.device)
+            of_tokens = torch.empty((len(measures), len(labels)), dtype=torch.float64, device=self.device)
             for some, logits in self.logits(self.hidden_states(batch)[:, :-1][counted]):
-                of_tokens[some] = cross_entropy(logits, labels[some], reduction="none").double()
-            found[counted] = of_tokens
-            return found.sum(dim=1).cpu().numpy()
+                for values, of in zip(of_tokens, measures, strict=True):
+                    values[some] = of(logits, labels[some]).double()
+            found[:, counted] = of_tokens
+            return found.sum(dim=2).cpu().numpy()
 
     def _predicted(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """bool[rows, tokens - 1]: tokens after which one is predicted that counts; and int64[n]: which one."""
@@ -247,7 +260,7 @@ class LanguageModel:
     def branches(self, drops: Sequence[Drop]) -> dict[Drop, int]:
         """Sets of layers whose passes can begin from the first set's, and the layer where they differ."""
         first = set(drops[0])
-        if len(drops) == 1 or not self.resumes:
+        if len(drops) == 1 or self.factor or not self.resumes:
             return {}
         differ = {drop: min(map(layer_of, first ^ set(drop)), default=-1) for drop in drops[1:]}
         return {drop: at for drop, at in differ.items() if at not in first and begins_behind(drop, at) >= 0}
@@ -294,6 +307,15 @@ class LanguageModel:
 
     def _place(self, mask: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(mask)).to(self.device)
+
+
+def _surprise(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(logits, labels, reduction="none")
+
+
+def _entropy(logits: torch.Tensor, _labels: torch.Tensor) -> torch.Tensor:
+    logs = logits.log_softmax(dim=-1)
+    return -(logs.exp() * logs).sum(dim=-1)
 
 
 def _no_head(checkpoint: Checkpoint, module: Any) -> ModelError:

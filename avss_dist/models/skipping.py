@@ -19,20 +19,23 @@ from avss_dist.models.layers import Layer, first_tensor, input_tensor
 
 
 @contextmanager
-def skipping(layers: Sequence[Layer], drop: Collection[int], forms: Mapping[int, type] = {}) -> Iterator[None]:
-    """Inside, the layers of these indices return what they are given.
+def skipping(
+    layers: Sequence[Layer], drop: Collection[int], forms: Mapping[int, type] = {}, factor: float = 0.0
+) -> Iterator[None]:
+    """Inside, the layers of these indices return what they are given, and a multiple of what they would add to it.
 
     Without a key-value cache: a layer that does not run has none, and the model would take it for an empty one.
 
     Args:
         forms: of `Recorded`; a layer that has none runs once, to see what it returns.
+        factor: the multiple. Where it is not 0, layers run.
 
     Raises:
         ModelError: a layer is used more than once in a pass, or (from the forward pass) does not keep the shape.
     """
     skipped = require_skippable(layers, drop)
     with replaced_forwards(
-        {layer.module: Skip(layer, layer.module.forward, forms.get(layer.index)) for layer in skipped}
+        {layer.module: Skip(layer, layer.module.forward, forms.get(layer.index), factor) for layer in skipped}
     ):
         yield
 
@@ -132,10 +135,12 @@ class Skip:
     Args:
         forward: the layer's own.
         form: see `Recorded`.
+        factor: see `skipping`.
     """
 
-    def __init__(self, layer: Layer, forward: Callable[..., Any], form: type | None) -> None:
-        self._layer, self._forward, self.form = layer, forward, form
+    def __init__(self, layer: Layer, forward: Callable[..., Any], form: type | None, factor: float = 0.0) -> None:
+        self._layer, self._forward, self._factor = layer, forward, factor
+        self.form = None if factor else form
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hidden = input_tensor(args, kwargs)
@@ -148,6 +153,8 @@ class Skip:
         after = first_tensor(output)
         if after is None or after.shape != before.shape:
             raise ModelError(f"Layer {self._layer.index} ({self._layer.name}) does not keep the shape of its input.")
+        if self._factor:
+            return replaced(output, after, torch.lerp(before, after, self._factor))
         if _is_alone(output):
             self.form = type(output)
         return replaced(output, after, before)

@@ -11,6 +11,7 @@ from pydantic import Field
 from avss_dist.errors import ConfigError, require_known
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
 from avss_dist.settings import (
+    CONTRAST,
     EVERY_SITE,
     INTERACTIONS,
     NO_REPAIR,
@@ -40,6 +41,7 @@ def _known_score(text: str) -> str:
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Score = Annotated[str, Check(_known_score)]
 
 SparsityMethod = Annotated[str, OneOf(SPARSITY_METHODS)]
@@ -58,7 +60,10 @@ class Experiment:
     """As avss evaluate --task takes them."""
     scores: Annotated[tuple[Score, ...], Field(strict=False, min_length=1)] = SCORES
     """What layers are chosen by: a score; AVSS as it is read elsewhere, such as avss:update:unit:0.1rms (site, recipe,
-    threshold), or avss:all; what avss ablate measures (damage, interactions, shapley, ...) where it has."""
+    threshold), or avss:all; what avss ablate measures (damage, interactions, shapley, ...) where it has; contrast, or
+    contrast:update:unit:0.1rms, of runs on paired text: those with the highest contrast are dropped first."""
+    factors: Annotated[tuple[Factor, ...], Field(strict=False, min_length=1)] = (0.0,)
+    """What is left of what the chosen layers add to their input: 0 leaves them out, 0.5 halves it."""
     shares: Annotated[tuple[Share, ...], Field(strict=False)] = (0.25,)
     """Shares of the layers to drop; none, [], where only sparsities are tried."""
     sparsities: Annotated[tuple[Share, ...], Field(strict=False)] = ()
@@ -97,6 +102,8 @@ class Experiment:
     """Rows of each text that is evaluated on, at most."""
     skip_sequences: Count = 0
     """Rows of each text before those."""
+    skip_questions: Count = 0
+    """Questions of TruthfulQA before those."""
     limit: AtLeastOne | None = None
     """Questions of a task at most."""
     num_fewshot: Count | None = None
@@ -114,6 +121,11 @@ class Experiment:
             )
         if self.repair_corpora and not fitted:
             raise ConfigError("`repair_corpora` has no effect without a repair.", "Name some in `repairs`.")
+        if fitted and any(self.factors):
+            raise ConfigError(
+                f"`factors` {max(self.factors):g} keeps the layers, and {fitted[0]} gives back what was left out.",
+                "Make it an experiment of its own.",
+            )
         if "evolve" in self.search and self.search_budget is None:
             raise ConfigError("evolve goes on as long as its budget lasts.", "Give it a `search_budget`.")
 
@@ -128,7 +140,7 @@ class Experiment:
         scores = len(self.scores) - several + self.leave_one_out
         methods = scores * (1 + controls) + several * (readings + controls)
         methods += (self.random + len(self.search)) * (1 + bool(self.keep_ends))
-        return (methods + self.last) * len(self.shares)
+        return (methods + self.last) * len(self.shares) * len(self.factors)
 
     @property
     def chooses_by_loss(self) -> bool:
@@ -146,8 +158,9 @@ class Method:
     """One way to choose layers.
 
     Attributes:
-        score: one of ``settings.SCORES``, ``OF_LAYERS`` or ``SEARCHES``; or ``interactions``, ``random`` or ``last``.
-        reading: of AVSS.
+        score: one of ``settings.SCORES``, ``OF_LAYERS`` or ``SEARCHES``; or ``interactions``, ``contrast``, ``random``
+            or ``last``.
+        reading: of AVSS or the contrast.
         control: `REVERSED`, `ENDS_KEPT` or None.
         seed: of ``random``.
         ends: layers at each end that are kept.
@@ -186,21 +199,21 @@ class Method:
 
 
 def parse_score(text: str) -> tuple[str, Reading | None]:
-    """Read ``block_influence``, ``avss``, or ``avss:SITE:RECIPE:THRESHOLD``.
+    """Read ``block_influence``, ``avss``, or ``avss:SITE:RECIPE:THRESHOLD``; ``contrast`` as ``avss``.
 
     Raises:
         ConfigError: it names no score.
     """
     name, *parts = text.split(":")
-    require_known("score", name, (*SCORES, *OF_LAYERS, INTERACTIONS))
-    if name != "avss":
+    require_known("score", name, (*SCORES, *OF_LAYERS, INTERACTIONS, CONTRAST))
+    if name not in ("avss", CONTRAST):
         if parts:
-            raise ConfigError(f"'{text}': only avss is read in several ways.", f"Write {name}.")
+            raise ConfigError(f"'{text}': only avss and {CONTRAST} are read in several ways.", f"Write {name}.")
         return name, None
     if not parts:
         return name, PUBLISHED
     if len(parts) != 3:
-        raise ConfigError(f"'{text}' is no reading of AVSS.", "Write avss:SITE:RECIPE:THRESHOLD, or avss:all.")
+        raise ConfigError(f"'{text}' is no reading of AVSS.", f"Write {name}:SITE:RECIPE:THRESHOLD, or avss:all.")
     require_known("site", parts[0], EVERY_SITE)
     require_known("recipe", parts[1], RECIPES)
     return name, (parts[0], parts[1], *parse_threshold(parts[2]))

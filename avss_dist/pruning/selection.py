@@ -11,6 +11,7 @@ from pydantic import Field
 from avss_dist.errors import ConfigError
 from avss_dist.settings import (
     BLOCK_DISTANCE,
+    CONTRAST,
     INTERACTIONS,
     LOWEST_SHARE,
     OF_LAYERS,
@@ -65,7 +66,7 @@ class Choice:
         ConfigError: values out of their range, or that exclude each other.
     """
 
-    by: Annotated[str, OneOf((*SCORE_MEANINGS, *SEARCHES))]
+    by: Annotated[str, OneOf((*SCORE_MEANINGS, CONTRAST, *SEARCHES))]
     """The score, or the search. There is no default: which one to trust is the user's decision."""
     reading: Reading | None = None
     """Of AVSS: site, recipe, threshold and its kind; the first that there is by default."""
@@ -116,13 +117,13 @@ class Choice:
 
         Args:
             rows: of the table ``scores``, of one run.
-            truth: by one of ``settings.OF_LAYERS``, of every layer: float64[layers].
+            truth: by one of ``settings.OF_LAYERS``, or the contrast, of every layer: float64[layers].
         """
         if self.by == RANDOM:
             return np.random.default_rng(self.seed).permutation(count_layers(rows)).astype(np.float64)
         if self.by == LAST:
             return _from_the_end(count_layers(rows))
-        if self.by in OF_LAYERS:
+        if self.by in (*OF_LAYERS, CONTRAST):
             return truth[self.by]
         column = score_column(self.by)
         reading = self.reading or reading_of(rows[0])

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from avss_dist.settings import BOOTSTRAP_SEED, INTERVAL
 from avss_dist.stats.layer_stats import Float64, Int64
 from avss_dist.stats.rankings import bootstrap_interval, bootstrap_weights, count_lowest, rank_lowest
-from avss_dist.stats.scores import avss, share
+from avss_dist.stats.scores import Parts, avss, share
 
 PERMUTATIONS = 1000  # at least; with many layers more, so that a corrected p-value can be small
 PER_LAYER = 40
@@ -59,8 +59,8 @@ class Answers:
         return self.where(np.isin(self.pair, pairs))
 
 
-def variance_and_counts(a: Answers, weights: Float64, recipe: str) -> tuple[Float64, Float64, Float64]:
-    """Variance, near-zero elements and elements of weighted answers, float64[..., layers] each.
+def parts(a: Answers, weights: Float64, recipe: str) -> Parts:
+    """What AVSS of weighted answers is made of.
 
     Args:
         weights: float64[..., rows].
@@ -79,30 +79,37 @@ def variance_and_counts(a: Answers, weights: Float64, recipe: str) -> tuple[Floa
     return variance, near_zero, count
 
 
-def contrast(a: Answers, weights: Float64, hallucinated: Float64, recipe: str) -> Float64:
-    """log(AVSS on hallucinated / AVSS on truthful answers), float64[..., layers]; NaN where one is not defined.
+def both_sides(a: Answers, weights: Float64, hallucinated: Float64, recipe: str) -> tuple[Parts, Parts]:
+    """`parts` of hallucinated and of truthful answers.
 
     Args:
         weights: float64[..., rows], how often each answer counts.
         hallucinated: float64[..., rows], 1 or 0.
     """
-    scores = [
-        avss(*variance_and_counts(a, weights * own, recipe), smoothed=True) for own in (hallucinated, 1 - hallucinated)
-    ]
+    return parts(a, weights * hallucinated, recipe), parts(a, weights * (1 - hallucinated), recipe)
+
+
+def contrast(hallucinated: Parts, truthful: Parts) -> Float64:
+    """log(AVSS on hallucinated / AVSS on truthful answers), float64[..., layers]; NaN where one is not defined."""
+    scores = [avss(*side, smoothed=True) for side in (hallucinated, truthful)]
     with np.errstate(divide="ignore", invalid="ignore"):
         found: Float64 = np.log(scores[0] / scores[1])
     return np.where(np.isfinite(found), found, np.nan)
 
 
-def deviation(a: Answers, weights: Float64, hallucinated: Float64, recipe: str) -> Float64:
-    """`contrast` less that of the median layer, which tests are of, float64[..., layers].
+def from_median(contrasts: Float64) -> Float64:
+    """Contrasts less that of the median layer, which tests are of, float64[..., layers].
 
     AVSS is of shares over layers, so that a difference in one layer moves the contrasts of all others alike.
     """
-    found = contrast(a, weights, hallucinated, recipe)
     with np.errstate(invalid="ignore"):
-        middle = np.nanmedian(found, axis=-1, keepdims=True)
-    return found - middle
+        middle = np.nanmedian(contrasts, axis=-1, keepdims=True)
+    return contrasts - middle
+
+
+def deviation(a: Answers, weights: Float64, hallucinated: Float64, recipe: str) -> Float64:
+    """`from_median` of the contrasts of weighted answers; see `both_sides`."""
+    return from_median(contrast(*both_sides(a, weights, hallucinated, recipe)))
 
 
 def observed(a: Answers, recipe: str) -> Float64:
@@ -128,11 +135,20 @@ def permuted_labels(a: Answers, times: int, seed: int = BOOTSTRAP_SEED) -> Float
 
 def permutation_p(a: Answers, recipe: str, seed: int = BOOTSTRAP_SEED) -> Float64:
     """Two-sided p-values by layer of `observed`, under exchange of labels inside pairs; NaN where it is not defined."""
-    found = np.abs(observed(a, recipe))
-    times = max(PERMUTATIONS, PER_LAYER * len(found))
-    null = np.abs(deviation(a, np.ones(len(a.pair)), permuted_labels(a, times, seed), recipe))
-    at_least = (null >= found * (1 - 1e-12)).sum(axis=0)
-    return np.where(np.isnan(found), np.nan, (1 + at_least) / (1 + times))
+    found = observed(a, recipe)
+    labels = permuted_labels(a, num_permutations(len(found)), seed)
+    return p_values(found, deviation(a, np.ones(len(a.pair)), labels, recipe))
+
+
+def num_permutations(layers: int) -> int:
+    """How often labels are exchanged for so many layers."""
+    return max(PERMUTATIONS, PER_LAYER * layers)
+
+
+def p_values(found: Float64, null: Float64) -> Float64:
+    """Two-sided p-values, float64[layers], of deviations under float64[permutations, layers]; NaN stays."""
+    at_least = (np.abs(null) >= np.abs(found) * (1 - 1e-12)).sum(axis=0)
+    return np.where(np.isnan(found), np.nan, (1 + at_least) / (1 + len(null)))
 
 
 def holm(p: Float64) -> Float64:
@@ -145,14 +161,29 @@ def holm(p: Float64) -> Float64:
     return corrected
 
 
-def noise_floor(a: Answers, recipe: str, level: float = INTERVAL) -> Float64:
-    """What |deviation| does not exceed in ``level`` of random splits of the truthful answers, float64[layers]."""
+def noise_floor(a: Answers, recipe: str) -> Float64:
+    """What |deviation| does not exceed in 95% of random splits of the truthful answers, float64[layers]."""
     truthful = a.where(~a.hallucinated)
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     half = np.arange(len(truthful.pair)) < len(truthful.pair) // 2
     halves = rng.permuted(np.tile(half, (PERMUTATIONS, 1)), axis=1).astype(np.float64)
-    floor: Float64 = np.quantile(np.abs(deviation(truthful, np.ones(len(half)), halves, recipe)), level, axis=0)
+    return floor_of(deviation(truthful, np.ones(len(half)), halves, recipe))
+
+
+def floor_of(deviations: Float64) -> Float64:
+    """What the absolute values of 95% of deviations, float64[splits, layers], do not exceed, float64[layers]."""
+    floor: Float64 = np.quantile(np.abs(deviations), INTERVAL, axis=0)
     return floor
+
+
+def change_columns(own: Float64, another: Float64, resampled: Float64) -> dict[str, Float64]:
+    """What of deviations, float64[layers], is not there after another prompt; ``resampled`` is [resamples, layers]."""
+    low, high = bootstrap_interval(resampled)
+    return {
+        "own_minus_another": own - another,
+        "own_minus_another_low": low,
+        "own_minus_another_high": high,
+    }
 
 
 def length_matched(a: Answers, slack: float) -> Answers:
@@ -166,36 +197,42 @@ def prone_probability(resamples: Float64) -> Float64:
     return (rank_lowest(-resamples) <= count_lowest(resamples.shape[1])).mean(axis=0)
 
 
-def contrast_columns(a: Answers, recipe: str) -> dict[str, Float64]:
-    """The scores of layers and their intervals: see ``docs/hallucination.md``."""
-    own = a.hallucinated.astype(np.float64)
-    (hsav, near, count), (variance, near_t, count_t) = (variance_and_counts(a, w, recipe) for w in (own, 1 - own))
-    hss, sparsity = (near + 0.5) / (count + 1), (near_t + 0.5) / (count_t + 1)
-    weights = bootstrap_weights(len(a.pairs))[:, np.searchsorted(a.pairs, a.pair)]
-    again = [variance_and_counts(a, weights * w, recipe) for w in (own, 1 - own)]
-    by_resample = {
-        "eavss_contrast": contrast(a, weights, own, recipe),
-        "hsav_difference": again[0][0] - again[1][0],
-        "hss_difference": (again[0][1] + 0.5) / (again[0][2] + 1) - (again[1][1] + 0.5) / (again[1][2] + 1),
-        "eavss_ratio": avss(*again[0], smoothed=True),
-    }
-    found = contrast(a, np.ones(len(own)), own, recipe)
+def contrast_columns(sides: tuple[Parts, Parts], resampled: tuple[Parts, Parts]) -> dict[str, Float64]:
+    """The scores of layers, float64[layers] each, and their intervals: see ``docs/hallucination.md``.
+
+    Args:
+        sides: of hallucinated and of truthful answers.
+        resampled: the same of resampled pairs.
+    """
+    (found, again), ((hsav, *counts), _) = [_contrasted(*both) for both in (sides, resampled)], sides
+    hss = _smoothed(*counts)
     columns = {
+        **found,
         "hsav": hsav,
         "hss": hss,
         "hsav_share": share(hsav),
         "hss_share": share(hss),
-        "eavss_ratio": avss(hsav, near, count, smoothed=True),
-        "eavss_contrast": found,
-        "deviation": observed(a, recipe),
-        "hsav_difference": hsav - variance,
-        "hss_difference": hss - sparsity,
-        "rank": rank_lowest(-found),
-        "prone_probability": prone_probability(by_resample["eavss_contrast"]),
+        "deviation": from_median(found["eavss_contrast"]),
+        "rank": rank_lowest(-found["eavss_contrast"]),
+        "prone_probability": prone_probability(again["eavss_contrast"]),
     }
-    for name, values in by_resample.items():
+    for name, values in again.items():
         columns[f"{name}_low"], columns[f"{name}_high"] = bootstrap_interval(values)
     return columns
+
+
+def _contrasted(hallucinated: Parts, truthful: Parts) -> dict[str, Float64]:
+    """The scores that have intervals, float64[..., layers] each."""
+    return {
+        "eavss_contrast": contrast(hallucinated, truthful),
+        "eavss_ratio": avss(*hallucinated, smoothed=True),
+        "hsav_difference": hallucinated[0] - truthful[0],
+        "hss_difference": _smoothed(*hallucinated[1:]) - _smoothed(*truthful[1:]),
+    }
+
+
+def _smoothed(near_zero: Float64, count: Float64) -> Float64:
+    return (near_zero + 0.5) / (count + 1)
 
 
 def out_of_fold(a: Answers, values: Float64) -> Float64:

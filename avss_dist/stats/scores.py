@@ -27,6 +27,8 @@ from avss_dist.stats.layer_stats import Float64, LayerKey, LayerStats
 from avss_dist.stats.rankings import bootstrap_interval, bootstrap_weights, count_lowest, rank_lowest
 
 NOISY_BELOW = 100
+Parts = tuple[Float64, Float64, Float64]
+"""What AVSS is made of, float64[..., layers] each: variance, near-zero elements, elements."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,16 +168,13 @@ class SiteTable:
 
     def score(self, recipe: str, threshold: Threshold) -> dict[str, list[Any]]:
         """Columns of the ``scores`` table, each a list over layers; one with NaN or infinite elements has no rank."""
-        if recipe not in self._variances:
-            self._variances[recipe] = _VARIANCE[recipe](self)
-        variance, variances = self._variances[recipe]
-        near_zero, count, near_zeros, counts = _SPARSITY[recipe](self, threshold)
+        variance, (near_zero, count, *_) = self._variance(recipe)[0], _SPARSITY[recipe](self, threshold)
         literal = np.where(near_zero > 0, avss(variance, near_zero, count, smoothed=False), np.nan)
         score = avss(variance, near_zero, count, smoothed=True)
         finite = self.column("nonfinite_count") == 0  # what is left of a layer that overflows is no measure of it
         low = high = lowest = np.full(len(score), np.nan)
-        if variances is not None and near_zeros is not None and counts is not None:
-            resampled = avss(variances, near_zeros, counts, smoothed=True)
+        if (parts := self.resampled_parts(recipe, threshold)) is not None:
+            resampled = avss(*parts, smoothed=True)
             low, high = bootstrap_interval(resampled)
             lowest = (rank_lowest(np.where(finite, resampled, np.nan)) <= count_lowest(len(score))).mean(axis=0)
         sparsity = _ratio(near_zero, count)
@@ -201,6 +200,18 @@ class SiteTable:
             "quality": [_quality(k) for k in near_zero],
             **{name: column.tolist() for name, column in columns.items()},
         }
+
+    def resampled_parts(self, recipe: str, threshold: Threshold) -> Parts | None:
+        """What AVSS of resampled shards is made of; None where there are not two."""
+        variances, (_, _, near_zeros, counts) = self._variance(recipe)[1], _SPARSITY[recipe](self, threshold)
+        if variances is None or near_zeros is None or counts is None:
+            return None
+        return variances, near_zeros, counts
+
+    def _variance(self, recipe: str) -> tuple[Float64, Float64 | None]:
+        if recipe not in self._variances:
+            self._variances[recipe] = _VARIANCE[recipe](self)
+        return self._variances[recipe]
 
     def column(self, name: str) -> Float64:
         """A field of the merged statistics, float64[layers]."""

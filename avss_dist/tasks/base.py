@@ -14,7 +14,7 @@ import numpy as np
 
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
-from avss_dist.settings import LOSS, fingerprint
+from avss_dist.settings import ENTROPY, LOSS, fingerprint
 from avss_dist.stats.layer_stats import Float64
 
 
@@ -66,20 +66,26 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class TextLoss:
-    """The loss on a shard of text, a sample for each sequence."""
+    """The loss on a shard of text, a sample for each sequence; of paired text, the entropy of predictions too."""
 
     shard: Shard
 
     @property
     def key(self) -> str:
         """See `Measure`."""
-        return fingerprint(measure="loss", shard=self.shard.content_hash)
+        measure = "loss and entropy" if self.shard.pairing else "loss"
+        return fingerprint(measure=measure, shard=self.shard.content_hash)
 
     def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
         """See `Measure`."""
         batches = list(self.shard.batches(model.settings.batch_size))
-        (losses,) = model.losses_without(batches, [drop])
-        return [Row(metric=LOSS, samples=losses, weights=predicted_tokens(self.shard, model))]
+        weights = predicted_tokens(self.shard, model)
+        if not self.shard.pairing:
+            (losses,) = model.losses_without(batches, [drop])
+            return [Row(metric=LOSS, samples=losses, weights=weights)]
+        with model.without(drop):
+            found = np.concatenate(model.each(model.losses_and_entropies, batches), axis=1)
+        return [Row(metric=name, samples=of, weights=weights) for name, of in zip((LOSS, ENTROPY), found, strict=True)]
 
 
 def predicted_tokens(shard: Shard, model: LanguageModel) -> Float64:

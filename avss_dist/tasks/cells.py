@@ -47,6 +47,7 @@ class Cell:
         placement: of the replica that measures it; changes no number, or ``run_id`` says so.
         patch: the weights that the model is repaired with; None is the model as it is.
         sparsity: what becomes zero in it; None is nothing. ``run_id`` says it too.
+        factor: what is left of what the layers of ``drop`` add. ``run_id`` says it too.
     """
 
     run_id: str
@@ -59,6 +60,7 @@ class Cell:
     placement: Placement = field(default_factory=Placement)
     patch: KeptPatch | None = None
     sparsity: Sparsity | None = None
+    factor: float = 0.0
 
     @property
     def cell_id(self) -> str:
@@ -109,12 +111,13 @@ def measure_cell(model: LanguageModel, cell: Cell, *, rows: int | None = None, b
         )
 
     try:
+        model.factor = cell.factor
         with _beating(model, beat), _repaired(model, cell.patch):
             rows = rows or settings.batch_size
             least = rows if cell.placement.ranks > 1 else 1  # all ranks must halve them together
             result, _ = halve_until_it_fits(run, rows, too_large, least=least)
     finally:
-        model.settings = settings
+        model.settings, model.factor = settings, 0.0
     seconds = time.perf_counter() - start
     return CellResult(rows=result, family=model.family, device=str(model.device), seconds=seconds)
 

@@ -106,6 +106,14 @@ class Warehouse:
         """The partials of a run in the order of ``expected`` (content hash by shard id), less those not whole."""
         return self._store.read_shards(run_id, expected)
 
+    def read_partials(self, run: Mapping[str, Any]) -> list[ShardResult]:
+        """Every partial of a row of ``runs``, in order; none where some are gone."""
+        columns = ["shard_id", "content_hash"]
+        kept = self.table("shard_stats", run_ids=[run["run_id"]], columns=columns).to_pylist()
+        expected = {row["shard_id"]: row["content_hash"] for row in sorted(kept, key=lambda row: row["shard_id"])}
+        shards = self.read_shards(run["run_id"], expected)
+        return shards if [shard.shard_id for shard in shards] == list(range(run["num_shards"] or 0)) else []
+
     def stats_by_run(self, run_ids: Iterable[str], columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
         """Rows of ``layer_stats`` as `table` gives them, run after run: one of them is in memory at a time."""
         return self._store.stats_by_run(run_ids, columns)

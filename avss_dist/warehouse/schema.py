@@ -132,8 +132,9 @@ _DROP = Column(
 )
 _PATCH = Column("patch", STRING, "the weights that repair the model: SHA-256, which names a file of patches; or null")
 _SPARSITY_PLAN = Column("sparsity_plan", STRING, "what was zero of activations: SHA-256 of a plan's numbers; or null")
+_FACTOR = Column("factor", FLOAT64, "what is left of what the layers of drop add: null is nothing, they were left out")
 _OF_LAYER = Column("layer", INT32, "the layer that the value is about; null where it is about the whole")
-_EVALUATION = (_EVALUATION_ID, *_MODEL, _TASK, _METRIC, _DROP, _PATCH, _SPARSITY_PLAN, _OF_LAYER)
+_EVALUATION = (_EVALUATION_ID, *_MODEL, _TASK, _METRIC, _DROP, _PATCH, _SPARSITY_PLAN, _FACTOR, _OF_LAYER)
 _VALUE = Column("value", FLOAT64, "the result")
 _STDERR = Column("stderr", FLOAT64, "standard error of the value")
 _SETTINGS = Column("settings", STRING, "every setting that can change a number, as JSON")
@@ -271,8 +272,14 @@ TABLES: dict[str, Table] = {
             Column("run_id", STRING, "the run whose scores chose the layers"),
             *_MODEL,
             Column("method", STRING, "how the layers were chosen, for people: avss, random 3, whole model, ..."),
-            Column("score", STRING, "the score that chose the layers; last; random; null for the whole model"),
-            Column("site", STRING, "of the reading of AVSS that chose; null for other scores and in files of schema 2"),
+            Column(
+                "score", STRING, "the score that chose the layers; last; random; contrast; null for the whole model"
+            ),
+            Column(
+                "site",
+                STRING,
+                "of the reading of AVSS or of the contrast that chose; null for other scores and in files of schema 2",
+            ),
             Column("recipe", STRING, "recipe of that reading"),
             Column("threshold", FLOAT64, "threshold of that reading"),
             Column("threshold_kind", STRING, "kind of that threshold: absolute or rms"),
@@ -282,6 +289,7 @@ TABLES: dict[str, Table] = {
             _SPARSITY_PLAN,
             Column("seed", INT32, "of a random choice"),
             _DROP,
+            _FACTOR,
             Column("repair", STRING, "what gives back what they did: scale, channel, rotated, map, refit; or null"),
             _PATCH,
             _TASK,

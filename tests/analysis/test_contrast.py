@@ -1,9 +1,8 @@
-"""Contrasts of labels: a planted layer is named, exchanged labels name none, each control takes away what it should."""
+"""Contrasts of labels: a planted layer is named, and each control takes away what it should."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,34 +86,6 @@ def test_a_planted_layer_is_named(tmp_path: Path) -> None:
     best = max(found.predictions.to_pylist(), key=lambda one: one["auroc"])
     assert best["layer"] == PLANTED and best["beats_baselines"] and best["auroc"] > 0.8 > 0.6 > best["after_another"]
     assert left(tmp_path, row, hallucinated="truthful", truthful="incorrect") == [PLANTED]
-
-
-def test_exchanged_labels_name_no_layer() -> None:
-    """20 seeds; each has a chance of 5% to name one."""
-    rng = np.random.default_rng(1)
-    shape = (2 * PAIRS, LAYERS)
-    label = np.arange(2 * PAIRS) % 2 == 1
-    variance = np.exp(0.2 * rng.normal(size=shape)) * np.where(label[:, None] & (np.arange(LAYERS) == PLANTED), 1.5, 1)
-    count = np.full(shape, 800.0)
-    answers = of.Answers(
-        pair=np.arange(2 * PAIRS) // 2,
-        hallucinated=label,
-        tokens=np.full(2 * PAIRS, 100),
-        pooled_variance=variance,
-        count=count,
-        mean=np.zeros(shape),
-        m2=variance * count,
-        near_zero=rng.binomial(800, 0.2, shape).astype(float),
-        norm=variance,
-        relative_magnitude=variance,
-    )
-    assert np.flatnonzero(of.holm(of.permutation_p(answers, "pooled")) < 0.05).tolist() == [PLANTED]
-    alarms = 0
-    for labels in of.permuted_labels(answers, 20, seed=7):
-        assert (np.bincount(answers.pair, labels) == 1).all()
-        p = of.permutation_p(replace(answers, hallucinated=labels.astype(bool)), "pooled")
-        alarms += bool((of.holm(p) < 0.05).any())
-    assert alarms <= 1  # in 200 other seeds, 4%
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from avss_dist.errors import AvssError, ConfigError, CorpusError, ModelError, Ru
 from avss_dist.estimate.benchmark import Calibration, Cost
 from avss_dist.estimate.estimate import SIMPLEST_FIRST, Arithmetic, Estimate, Machine, Row, estimate
 from avss_dist.estimate.small_models import shortened
+from avss_dist.measure.shard import counter_bytes
 from avss_dist.models.size import footprint
 from avss_dist.report.terminal.estimate import describe_seconds, estimate_table, summary
 from avss_dist.settings import Execution, Settings
@@ -132,6 +133,7 @@ CALIBRATION = Calibration(
     num_shards=8,
     num_batches=16,
     rows_per_shard=4,
+    num_strata=1,
     share=8.0,
     costs={
         "single": Cost(layer=2.0, rest=1.0),
@@ -327,11 +329,23 @@ def test_a_checkpoint_without_a_tokenizer(tmp_path: Path, in_this_process: None)
         estimate(str(tmp_path), "builtin:pydoc", SETTINGS)
 
 
+def test_counters_are_of_every_stratum(tiny_llama: Path) -> None:
+    machine, four = Machine("cpu", 0, GB, GB), replace(CALIBRATION, num_strata=4)
+    plain, paired = (rows(tiny_llama, machine, calibration=c)["single"].device_bytes for c in (CALIBRATION, four))
+    assert paired - plain == 3 * counter_bytes(footprint(str(tiny_llama), SETTINGS), SETTINGS)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "mamba", "bert"])
 def test_other_families(family: str, tmp_path: Path, save_checkpoint: Save, in_this_process: None) -> None:
+    """Of paired text, in one of them."""
     from support.families import tiny_model
 
     model = tiny_model("masked" if family == "bert" else "causal", family)
     model.resize_token_embeddings(VOCABULARY)
-    found = estimate(str(save_checkpoint(model, tmp_path / family)), "builtin:pydoc", SETTINGS)
+    corpus = "builtin:pydoc"
+    if family == "mixtral":
+        lines = [{"q": f"{i}?", "a": kind, "kind": kind} for i in range(4) for kind in ("it", "not")]
+        (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+        corpus = f"{tmp_path}/pairs.jsonl:q+a:kind"
+    found = estimate(str(save_checkpoint(model, tmp_path / family)), corpus, SETTINGS)
     assert found.num_layers == 3 and all(row.seconds > 0 for row in found.rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import pickle
@@ -89,6 +90,20 @@ def test_a_lost_worker_is_replaced_and_nothing_counts_twice(
     assert reporter.arrived == 20
     assert_same_tables(tmp_path, undisturbed)
     wait_until(lambda: not reporter.victims[0].is_running())  # one that hangs is killed, not left behind
+
+
+@shared_cluster
+def test_paired_text_is_counted_once_where_a_worker_is_killed(tiny_llama: Path, tmp_path: Path) -> None:
+    lines = [{"q": f"What is {i}?", "a": f"{kind} {i * i}", "kind": kind} for i in range(12) for kind in ("it", "not")]
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    options = {**TWENTY_SHARDS, "sequences_per_shard": 4, "corpus": f"{tmp_path}/pairs.jsonl:q+a:kind"}
+    avss_dist.score(tiny_llama, out=tmp_path / "local", executor="local", **options)
+    reporter = Harming({2: signal.SIGKILL})
+    run = avss_dist.score(tiny_llama, out=tmp_path / "ray", executor="ray", replicas=2, reporter=reporter, **options)
+    assert (len(reporter.victims), reporter.arrived, run.num_shards) == (1, 12, 12)
+    assert_same_tables(tmp_path / "ray", tmp_path / "local")
+    assert (rows := Warehouse(tmp_path / "ray").table("row_stats")).num_rows == 48 * 3 * 5
+    assert len(set(rows["row"].to_pylist())) == 48
 
 
 @shared_cluster

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-MEASURED = ("layer_stats", "scores")
+MEASURED = ("layer_stats", "scores", "stratum_stats")
+PARTIALS = ("shard_stats", "row_stats")
 UNITS = ("shard_stats", "cells")
 EVALUATED = ("cells", "evaluations", "experiments")
 CIRCUMSTANCES = {"created_at", "seconds", "device", "versions"}  # of a measurement; no values
@@ -23,10 +24,10 @@ def unit_times(warehouse: Path) -> dict[str, int]:
 
 
 def assert_same_tables(actual: Path, expected: Path) -> None:
-    """``layer_stats`` and ``scores`` are the same bytes, and the partials the same values."""
+    """``layer_stats``, ``scores`` and ``stratum_stats`` are the same bytes, and the partials the same values."""
     assert measured_files(actual) == measured_files(expected)
-    files = _files(expected, "shard_stats")
-    assert files == _files(actual, "shard_stats")
+    files = _files(expected, *PARTIALS)
+    assert files == _files(actual, *PARTIALS)
     for file in files:
         assert pq.read_table(actual / file).equals(pq.read_table(expected / file)), file
 

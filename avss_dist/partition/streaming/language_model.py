@@ -55,7 +55,7 @@ class StreamingLanguageModel(LanguageModel):
         """See `causal_lm.LanguageModel`."""
         self.require_layers(drop)
         skips = {
-            layer.module: Skip(layer, partial(self._ready.call, layer.module), self.forms.get(layer.index))
+            layer.module: Skip(layer, partial(self._ready.call, layer.module), self.forms.get(layer.index), self.factor)
             for layer in require_skippable(self.layers, whole_layers(drop))
         }
         plan = replace(PLAN.get(), skips={**PLAN.get().skips, **skips})

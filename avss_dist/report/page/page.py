@@ -22,6 +22,7 @@ from avss_dist.analysis.compare import CONDITIONS
 from avss_dist.analysis.findings import findings
 from avss_dist.report.output import write_file
 from avss_dist.report.page.charts import page_charts
+from avss_dist.report.page.contrasts import contrasts
 from avss_dist.report.page.data import page_data
 from avss_dist.report.page.experiments import experiments
 from avss_dist.report.page.sparsity import sparse_sections
@@ -89,6 +90,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
         findings=found,
         experiments=trials,
         sparse=sparse,
+        contrasts=list(contrasts(warehouse, drawn, of_run)),
         overview=_overview(_with_unreadable(rows, warehouse.damaged, run_ids), of_run),
         labels=labels,
         not_drawn=len(done) - len(drawn),

@@ -64,7 +64,8 @@ def _curves(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     """Of every task and repair, the best set of each size."""
     fits = [row for row in rows if row["patch"] and row["task"].startswith(REPAIR)]
     repairs = {row["patch"]: row["task"].split(":")[1] for row in fits}
-    judged = [row for row in rows if row["layer"] is None and not row["task"].startswith((*OF_EVERY_LAYER, REPAIR))]
+    rows = [row for row in rows if row["layer"] is None and not row["factor"] and row["sparsity_plan"] is None]
+    judged = [row for row in rows if not row["task"].startswith((*OF_EVERY_LAYER, REPAIR))]
     for task in dict.fromkeys(row["task"] for row in judged):
         evaluations: dict[str, list[Row]] = {}
         for row in judged:

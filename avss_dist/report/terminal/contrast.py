@@ -14,18 +14,13 @@ from avss_dist.text import printable
 
 def contrast_tables(found: Contrast) -> RenderableType:
     """The layers with their controls, how well they predict, and the findings."""
-    return Group(_layers(found), _predictions(found), *(Text(printable(line)) for line in found.findings))
+    predictions = [_predictions(found)] if len(found.predictions) else []
+    return Group(_layers(found), *predictions, *(Text(printable(line)) for line in found.findings))
 
 
 def _layers(found: Contrast) -> FittedTable:
-    rows, of = found.layers.to_pylist(), found.reading
-    title = f"{of['model']}  ({of['run_id']}): {of['hallucinated']} against {of['truthful']}, {of['pairs']} pairs"
-    caption = (
-        f"{of['site']}, {of['recipe']}, below {of['threshold']:g}. Contrast: log(AVSS on {of['hallucinated']} / on "
-        f"{of['truthful']} answers). The tests are of its deviation from the median layer: p by exchange of labels "
-        f"inside pairs (Holm), noise between random halves of {of['truthful']} answers, the "
-        f"{rows[0]['length_matched_pairs']} pairs of about equal length, and the same answers after another prompt."
-    )
+    rows = found.layers.to_pylist()
+    title, caption = _described(found)
     return FittedTable(
         [
             Column(title="layer", cells=[str(row["layer"]) for row in rows]),
@@ -44,6 +39,21 @@ def _layers(found: Contrast) -> FittedTable:
         title=printable(title),
         caption=Text(printable(caption)),
     )
+
+
+def _described(found: Contrast) -> tuple[str, str]:
+    """What a contrast is of, and how to read its table."""
+    rows, of = found.layers.to_pylist(), found.reading
+    title = f"{of['model']}  ({of['run_id']}): {of['hallucinated']} against {of['truthful']}"
+    title += f", {of['pairs']} pairs" if of["pairs"] else ""
+    matched = f", the {rows[0]['length_matched_pairs']} pairs of about equal length" if of["pairs"] else ""
+    caption = (
+        f"{of['site']}, {of['recipe']}, below {of['threshold']}. Contrast: log(AVSS on {of['hallucinated']} / on "
+        f"{of['truthful']} answers). The tests are of its deviation from the median layer: p by exchange of labels "
+        f"inside {'pairs' if of['pairs'] else 'shards'} (Holm), noise between random halves of {of['truthful']} "
+        f"answers{matched}, and the same answers after another prompt."
+    )
+    return title, caption
 
 
 def _predictions(found: Contrast) -> FittedTable:

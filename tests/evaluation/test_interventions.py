@@ -1,0 +1,126 @@
+"""What layers that a contrast names do to multiple choice: left out, and scaled, beside as many others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.checkpoints import one_thread
+from support.experiments import run_job_in
+from tasks.test_truthfulqa import QUESTIONS
+
+from avss_dist.analysis.contrast import contrast
+from avss_dist.errors import ConfigError
+from avss_dist.evaluation.experiment import run_experiment
+from avss_dist.pruning.methods import Experiment, parse_score
+from avss_dist.runs.job_file import read_job
+from avss_dist.warehouse.reader import Warehouse
+
+JOB = """
+warehouse: {warehouse}
+models: [{model}]
+corpora: ["truthfulqa:{text}"]
+settings: {{max_sequences: 8, sequence_length: 48, batch_size: 4, sequences_per_shard: 4, dtype: float32, device: cpu}}
+experiment:
+  tasks: ["truthfulqa:{text}"]
+  scores: [avss, contrast]
+  factors: [0, 0.5]
+  shares: [0.34]
+  random: 2
+  reversed: false
+  keep_ends: 0
+  last: false
+  leave_one_out: false
+  skip_questions: {skip}
+"""
+METHODS = {"avss", "contrast", "random 0", "random 1"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five questions; the first two are contrasted."""
+    file = tmp_path_factory.mktemp("text") / "t.jsonl"
+    more = [{**question, "question": f"Again: {question['question']}"} for question in QUESTIONS[:2]]
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in (*more, *QUESTIONS)), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def done(tiny_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("interventions")
+    return run_job_in(folder, JOB.replace("{text}", str(text)).replace("{skip}", "2"), tiny_llama)
+
+
+def test_named_layers_are_beside_as_many_others(done: tuple[Path, list[dict[str, Any]]]) -> None:
+    job, rows = done
+    warehouse = Warehouse(read_job(job).warehouse)
+    (run,) = warehouse.runs().to_pylist()
+    by = {(row["method"], row["factor"], row["metric"]): row for row in rows}
+    assert {key[:2] for key in by} == {("whole model", None), *((m, f) for m in METHODS for f in (None, 0.5))}
+    assert {metric for *_, metric in by} == {"mc1", "mc2", "chance"}
+    assert {len(row["drop"]) for row in rows if row["share"]} == {1}
+    ranks = contrast(warehouse, run).layers.to_pylist()
+    (named,) = (row["layer"] for row in ranks if row["rank"] == 1)
+    assert by["contrast", 0.5, "mc2"]["drop"] == by["contrast", None, "mc2"]["drop"] == [named]
+    assert by["whole model", None, "chance"]["value"] == pytest.approx(np.mean([2 / 3, 1 / 3, 2 / 4]))
+    stored = warehouse.table("evaluations").to_pylist()
+    assert {(row["factor"], bool(row["drop"])) for row in stored} == {(None, False), (None, True), (0.5, True)}
+
+
+def test_a_scaled_layer_adds_so_much_less(done: tuple[Path, list[dict[str, Any]]], tiny_llama: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
+    (row,) = (row for row in done[1] if (row["method"], row["factor"], row["metric"]) == ("contrast", 0.5, "mc2"))
+
+    def halve(_module: Any, args: Any, output: Any) -> Any:
+        after = output if isinstance(output, torch.Tensor) else output[0]
+        halved = args[0] + (after - args[0]) / 2
+        return halved if isinstance(output, torch.Tensor) else (halved, *output[1:])
+
+    def likelihood(question: str, answer: str) -> float:
+        prompt, text = (tokenizer(t).input_ids for t in (f"Q: {question}\nA:", f" {answer}"))
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + text])).logits[0].double().log_softmax(-1)
+        return sum(float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(text))
+
+    model.model.layers[row["drop"][0]].register_forward_hook(halve)
+    found = []
+    for one in QUESTIONS:
+        right = {one["best_answer"], *one["correct_answers"]}
+        chance = {answer: np.exp(likelihood(one["question"], answer)) for answer in (*right, *one["incorrect_answers"])}
+        found.append(sum(chance[answer] for answer in right) / sum(chance.values()))
+    assert row["value"] == pytest.approx(np.mean(found), rel=1e-4)
+
+
+def test_nothing_is_measured_twice_and_questions_that_were_contrasted_are_refused(
+    done: tuple[Path, list[dict[str, Any]]], tiny_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    job, rows = done
+    cells = sorted((Path(read_job(job).warehouse) / "cells").rglob("*.parquet"))
+    times = [cell.stat().st_mtime_ns for cell in cells]
+    with one_thread():
+        _, again = run_experiment(read_job(job))
+    assert [cell.stat().st_mtime_ns for cell in cells] == times
+    shown = [[{k: v for k, v in row.items() if k != "created_at"} for row in some] for some in (rows, again)]
+    assert json.dumps(shown[0]) == json.dumps(shown[1])
+    same = job.read_text().replace("skip_questions: 2", "skip_questions: 1")
+    other = tmp_path / "job.yaml"
+    other.write_text(same, encoding="utf-8")
+    with one_thread(), pytest.raises(ConfigError, match=r"1 of the 4 questions of truthfulqa:.* are prompts") as caught:
+        run_experiment(read_job(other))
+    assert "`skip_questions` 2" in str(caught.value.hint)
+
+
+def test_mistakes() -> None:
+    with pytest.raises(ConfigError, match=r"`factors` 0.5 keeps the layers, and map gives back"):
+        Experiment(tasks=("t",), factors=(0.5,), repairs=("map",), repair_corpora=("builtin:pydoc",))
+    with pytest.raises(ConfigError, match="factors"):
+        Experiment(tasks=("t",), factors=(-1,))
+    with pytest.raises(ConfigError, match="no reading of AVSS") as caught:
+        parse_score("contrast:block")
+    assert "contrast:SITE:RECIPE:THRESHOLD" in str(caught.value.hint)
