@@ -24,22 +24,30 @@ QUESTIONS = [
 ]
 
 
-def test_mc1_and_mc2_are_those_of_transformers(tiny_llama: Path, tmp_path: Path) -> None:
+def test_choices_and_entropies_are_those_of_transformers(tiny_llama: Path, tmp_path: Path) -> None:
+    """Whatever rows are padded to, and in whichever order they are: there, each row is alone."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    file = tmp_path / "t.jsonl"
-    file.write_text("".join(f"{json.dumps(line)}\n" for line in QUESTIONS), encoding="utf-8")
+    file, backwards = tmp_path / "t.jsonl", tmp_path / "backwards.jsonl"
+    for path, lines in ((file, QUESTIONS), (backwards, QUESTIONS[::-1])):
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    tasks = [f"truthfulqa:{file}", f"perplexity:truthfulqa:{file}", f"truthfulqa:{backwards}"]
     options = {"sequence_length": 48, "batch_size": 4, "sequences_per_shard": 4, "executor": "local"}
     with one_thread():
-        found = evaluate([str(tiny_llama)], tasks=[f"truthfulqa:{file}"], warehouse=tmp_path / "w", **options)
+        found = evaluate([str(tiny_llama)], tasks=tasks, warehouse=tmp_path / "w", **options)
         few = evaluate([str(tiny_llama)], tasks=[f"truthfulqa:{file}"], warehouse=tmp_path / "w", limit=1, **options)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
 
-    def likelihood(question: str, answer: str) -> float:
+    def predicted(question: str, answer: str) -> tuple[torch.Tensor, list[int]]:
+        """Log-probabilities, [tokens, vocabulary], of the answer's tokens; and which they are."""
         prompt, text = (tokenizer(t).input_ids for t in (f"Q: {question}\nA:", f" {answer}"))
         with torch.no_grad():
             logits = model(torch.tensor([prompt + text])).logits[0].double().log_softmax(-1)
-        return sum(float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(text))
+        return logits[len(prompt) - 1 : -1], text
+
+    def likelihood(question: str, answer: str) -> float:
+        logs, text = predicted(question, answer)
+        return float(logs[torch.arange(len(text)), text].sum())
 
     mc1, mc2 = [], []
     for question, (best_answer, correct, incorrect) in ANSWERS.items():
@@ -48,8 +56,16 @@ def test_mc1_and_mc2_are_those_of_transformers(tiny_llama: Path, tmp_path: Path)
         right += [] if best_answer in correct else [best]
         mc1.append(float(best > max(wrong)))
         mc2.append(np.exp(right).sum() / (np.exp(right).sum() + np.exp(wrong).sum()))
-    results = {one.result.metric: one.result for one in found}
+    results, rows, reverse = ({one.result.metric: one.result for one in found if one.task == task} for task in tasks)
     assert results["mc1"].samples.tolist() == mc1
+    np.testing.assert_allclose(results["chance"].samples, [2 / 3, 1 / 3, 2 / 4])
+    for metric in ("mc1", "mc2", "chance"):
+        np.testing.assert_allclose(reverse[metric].samples[::-1], results[metric].samples, rtol=1e-5)
+    for i, (question, (best_answer, _, _)) in enumerate(ANSWERS.items()):  # four rows each: two answers, two prompts
+        logs, text = predicted(question, best_answer)
+        assert rows["entropy"].samples[4 * i] == pytest.approx(float(-(logs.exp() * logs).sum()), rel=1e-4)
+        assert rows["loss"].samples[4 * i] == pytest.approx(-likelihood(question, best_answer), rel=1e-4)
+        assert rows["entropy"].weights[4 * i] == len(text)
     assert {len(one.result.samples) for one in few} == {1}
     np.testing.assert_allclose(results["mc2"].samples, mc2, rtol=1e-4)
 
