@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import llama, one_thread
+from support.command_line import avss
 
 import avss_dist
 from avss_dist.analysis.contrast import answer_rows, contrast, layer_table, read_answers
@@ -153,5 +154,7 @@ def test_merged_strata_say_what_single_answers_say_and_more(scored: Warehouse) -
     assert units[0]["hsav_difference"] == pytest.approx(
         np.subtract(*((m.unit_sum / m.unit_count).var() for m in means))
     )
+    shown = avss("contrast", scored.root, "--site", "update", "--recipe", "unit", "--threshold", "0.1rms")
+    assert shown.exit_code == 0 and "exchange of labels inside shards" in " ".join(shown.stdout.split())
     with pytest.raises(QueryError, match="no statistics for the recipe 'unit'"):
         contrast(scored, run, site="neuron", recipe="unit", threshold=THRESHOLD)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 from support.checkpoints import VOCABULARY, llama
+from support.pairs import write_pairs
 
 import avss_dist.estimate.benchmark
 import avss_dist.estimate.estimate
@@ -342,10 +343,7 @@ def test_other_families(family: str, tmp_path: Path, save_checkpoint: Save, in_t
 
     model = tiny_model("masked" if family == "bert" else "causal", family)
     model.resize_token_embeddings(VOCABULARY)
-    corpus = "builtin:pydoc"
-    if family == "mixtral":
-        lines = [{"q": f"{i}?", "a": kind, "kind": kind} for i in range(4) for kind in ("it", "not")]
-        (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-        corpus = f"{tmp_path}/pairs.jsonl:q+a:kind"
-    found = estimate(str(save_checkpoint(model, tmp_path / family)), corpus, SETTINGS)
+    corpus = write_pairs(tmp_path, 4) if family == "mixtral" else "builtin:pydoc"
+    settings = replace(SETTINGS, sequence_length=48, max_sequences=12)
+    found = estimate(str(save_checkpoint(model, tmp_path / family)), corpus, settings)
     assert found.num_layers == 3 and all(row.seconds > 0 for row in found.rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import pickle
@@ -21,6 +20,7 @@ from typing import Any
 import pytest
 import ray
 from support.commands import Command
+from support.pairs import write_pairs
 from support.processes import FreezesAtStart, Harming, ray_processes, wait_until
 from support.ray_cluster import TWENTY_SHARDS
 from support.tables import assert_same_tables, measured_files
@@ -94,9 +94,7 @@ def test_a_lost_worker_is_replaced_and_nothing_counts_twice(
 
 @shared_cluster
 def test_paired_text_is_counted_once_where_a_worker_is_killed(tiny_llama: Path, tmp_path: Path) -> None:
-    lines = [{"q": f"What is {i}?", "a": f"{kind} {i * i}", "kind": kind} for i in range(12) for kind in ("it", "not")]
-    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-    options = {**TWENTY_SHARDS, "sequences_per_shard": 4, "corpus": f"{tmp_path}/pairs.jsonl:q+a:kind"}
+    options = {**TWENTY_SHARDS, "sequences_per_shard": 4, "corpus": write_pairs(tmp_path, 12)}
     avss_dist.score(tiny_llama, out=tmp_path / "local", executor="local", **options)
     reporter = Harming({2: signal.SIGKILL})
     run = avss_dist.score(tiny_llama, out=tmp_path / "ray", executor="ray", replicas=2, reporter=reporter, **options)

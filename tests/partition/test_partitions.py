@@ -13,8 +13,9 @@ import pytest
 import ray
 import torch
 from support.families import tiny_model
+from support.pairs import write_pairs
 from support.processes import FreezesAtStart, Harming, wait_until
-from support.tables import assert_same_evaluations, measured_files
+from support.tables import assert_same_evaluations, assert_same_tables, measured_files
 
 import avss_dist
 from avss_dist.errors import ConfigError, RunFailed
@@ -91,6 +92,14 @@ def test_zero3_gives_the_same_numbers(
     got, wanted = measured_files(tmp_path), measured_files(single)
     assert got == {path: wanted[path] for path in got} and len(got) == 4
     assert set(Warehouse(tmp_path).runs()["replicas"].to_pylist()) == {replicas}
+
+
+def test_zero3_measures_paired_text(models: list[str], tmp_path: Path) -> None:
+    options = {**OPTIONS, "max_sequences": None, "sequence_length": 64, "corpus": write_pairs(tmp_path, 6)}
+    avss_dist.score(models[0], out=tmp_path / "single", partition="single", executor="local", **options)
+    run = avss_dist.score(models[0], out=tmp_path / "zero3", partition="zero3", ranks=2, **options)
+    assert run.status == "done"
+    assert_same_tables(tmp_path / "zero3", tmp_path / "single")
 
 
 def test_tensor_parallel_gives_the_same_numbers(models: list[str], single: Path, tmp_path: Path) -> None:

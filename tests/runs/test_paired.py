@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support.oracle import EXACT_FIELDS, assert_close, oracle_stats
+from support.pairs import write_pairs
 from support.tables import assert_same_tables
 
 import avss_dist
@@ -38,14 +38,7 @@ PAIRS = 6
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    file = tmp_path_factory.mktemp("text") / "pairs.jsonl"
-    lines = [
-        {"q": f"What is {i * i}?", "a": f"{i} times {word}" * (1 + i % 2), "kind": kind}
-        for i in range(PAIRS)
-        for kind, word in (("good", "itself"), ("bad", "something else"))
-    ]
-    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-    return f"{file}:q+a:kind"
+    return write_pairs(tmp_path_factory.mktemp("text"), PAIRS)
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from avss_dist.corpus.pairs import Pairing
+from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.removal import sublayers_of
 from avss_dist.tasks.base import Row, TextLoss
@@ -50,6 +53,8 @@ def questions() -> dict[str, Any]:
     return {
         "loss": (TextLoss(shard), ()),
         "loss without a layer": (TextLoss(shard), (1,)),
+        "loss with half of a layer": (WithHalf(shard), (1,)),
+        "loss and entropy of answers without a layer": (TextLoss(_paired(shard)), (1,)),
         "leave one out": (LeaveOneOut(shard), ()),
         "leave one out of the rest": (LeaveOneOut(shard), (2,)),
         "sublayers, each": (LeaveOneOut(shard, sublayers=True), ()),
@@ -62,6 +67,23 @@ def questions() -> dict[str, Any]:
         "gradients of what propagates": (Damage(shard=shard, lookahead=1), ()),
         "gradients of what propagates in the rest": (Damage(shard=shard), (1,)),
     }
+
+
+class WithHalf(TextLoss):
+    """The loss, with half of what the layers add that are left out."""
+
+    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
+        model.factor = 0.5
+        rows = super().__call__(model, drop)
+        model.factor = 0.0
+        return rows
+
+
+def _paired(shard: Shard) -> Shard:
+    """The same as answers that begin with the fourth token."""
+    rows = np.arange(shard.num_sequences)
+    starts = np.full(len(rows), 3, np.int32)
+    return replace(shard, pairing=Pairing(rows=rows, pairs=rows, strata=("any",) * len(rows), starts=starts))
 
 
 def answers(model: LanguageModel, skip: tuple[str, ...] = ()) -> dict[str, list[Row]]:

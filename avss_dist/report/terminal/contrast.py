@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.bar import Bar
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from avss_dist.analysis.contrast import FEATURES, Contrast
+from avss_dist.analysis.contrast import FEATURES, LEVEL, Contrast
+from avss_dist.report.terminal.scores import BAR_WIDTH, bar_cells
 from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.text import printable
 
@@ -29,6 +31,7 @@ def _layers(found: Contrast) -> FittedTable:
             Column(title="rank", cells=[_whole(row["rank"]) for row in rows], priority=3),
             Column(title="in top 25%", cells=[_share(row["prone_probability"]) for row in rows], priority=4),
             Column(title="deviation", cells=[_number(row["deviation"]) for row in rows]),
+            Column(title="", cells=_bars(rows), number=False, width=BAR_WIDTH, priority=1),
             Column(title="p", cells=[_p(row["p_holm"]) for row in rows]),
             Column(title="noise", cells=[_number(row["noise_floor"]) for row in rows], priority=1),
             Column(title="length-matched", cells=[_number(row["length_matched"]) for row in rows], priority=1),
@@ -39,6 +42,16 @@ def _layers(found: Contrast) -> FittedTable:
         title=printable(title),
         caption=Text(printable(caption)),
     )
+
+
+def _bars(rows: list[dict[str, Any]]) -> list[Bar]:
+    """The size of each deviation, red where it is more than noise by both labels and splits."""
+    sizes = [abs(row["deviation"] or 0.0) for row in rows]
+    seen = [
+        (row["p_holm"] or 1) < LEVEL and size > (row["noise_floor"] or 0.0)
+        for row, size in zip(rows, sizes, strict=True)
+    ]
+    return bar_cells(sizes, seen)
 
 
 def _described(found: Contrast) -> tuple[str, str]:
