@@ -297,11 +297,7 @@ TABLES: dict[str, Table] = {
             _VALUE,
             _STDERR,
             Column("retention", FLOAT64, "metric / that of the whole model; of a loss, perplexity before / after"),
-            Column(
-                "retention_low",
-                FLOAT64,
-                "lower end of its 95% interval: paired bootstrap over samples",
-            ),
+            Column("retention_low", FLOAT64, "lower end of its 95% interval: paired bootstrap over samples"),
             Column("retention_high", FLOAT64, "upper end of the interval of retention"),
             Column("created_at", TIME, "when it was written", "UTC"),
         ),
