@@ -255,10 +255,9 @@ def out_of_fold(a: Answers, values: Float64) -> Float64:
 
 def auroc(scores: Float64, positive: Bools, weights: Float64) -> Float64:
     """The chance that a positive has the higher score, ties by half, float64[resamples]; weights[resamples, rows]."""
-    values, position = np.unique(scores, return_inverse=True)
-    tied = np.zeros((len(scores), len(values)))
-    tied[np.arange(len(scores)), position] = 1
-    up, down = (weights * positive) @ tied, (weights * ~positive) @ tied
+    order = np.argsort(scores, kind="stable")
+    _, starts = np.unique(scores[order], return_index=True)
+    up, down = (np.add.reduceat((weights * one)[:, order], starts, axis=1) for one in (positive, ~positive))
     below = np.cumsum(down, axis=1) - down / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         found: Float64 = (up * below).sum(axis=1) / (up.sum(axis=1) * down.sum(axis=1))
