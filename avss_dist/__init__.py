@@ -3,8 +3,9 @@
 Rooms, from the top down; each package's own docstring says what is in it, and imports only go down::
 
     cli          the command line: parse, call, print
+    api          the same from Python
     report       terminal tables, the page, pictures, exports
-    estimate     memory and time before anything is loaded
+    estimation   memory and time before anything is loaded
     evaluation   what models and plans are worth: evaluate, ablate, experiment, shrink
     runs         from a request to the warehouse: job files, planning, driving, submission
     executors    who does the work: this process, or Ray workers
@@ -17,6 +18,7 @@ Rooms, from the top down; each package's own docstring says what is in it, and i
     warehouse    the Parquet contract: schema, store, reader (SQL), cache
     corpus       documents -> token rows -> shards
     stats        LayerStats and its merge, scores, rankings
+    options      the keywords of functions; results: what every result can do
     system       devices, memory, versions, doctor
     settings     every default; validation: classes that check their values
     text         sizes and thresholds in words; errors: errors for people
@@ -28,30 +30,106 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from avss_dist.api.change import Pruned, plan, prune, sparsify
+    from avss_dist.api.measure import Runs, estimate, run_job
+    from avss_dist.api.read import compare, findings
+    from avss_dist.errors import (
+        AvssError,
+        ConfigError,
+        CorpusError,
+        ModelError,
+        QueryError,
+        RunFailed,
+        TaskError,
+        WarehouseError,
+    )
+    from avss_dist.estimation.estimate import Estimate
+    from avss_dist.evaluation.ablate import ablate
+    from avss_dist.evaluation.evaluate import evaluate
+    from avss_dist.evaluation.outcomes import Ablation, Evaluations
     from avss_dist.evaluation.shrink import Shrunk, shrink
-    from avss_dist.runs.api import Run, score, score_all
+    from avss_dist.pruning.plan import Plan
+    from avss_dist.report.terminal.progress import Progress
+    from avss_dist.results import Table
+    from avss_dist.runs.api import score, score_all
+    from avss_dist.runs.reporter import Reporter
+    from avss_dist.runs.run import Run
+    from avss_dist.settings import Execution, Settings
     from avss_dist.warehouse.reader import Warehouse
 
 __version__ = "0.1.0"
-__all__ = ["Run", "Shrunk", "Warehouse", "__version__", "score", "score_all", "shrink"]
+__all__ = [
+    "Ablation",
+    "AvssError",
+    "ConfigError",
+    "CorpusError",
+    "Estimate",
+    "Evaluations",
+    "Execution",
+    "ModelError",
+    "Plan",
+    "Progress",
+    "Pruned",
+    "QueryError",
+    "Reporter",
+    "Run",
+    "RunFailed",
+    "Runs",
+    "Settings",
+    "Shrunk",
+    "Table",
+    "TaskError",
+    "Warehouse",
+    "WarehouseError",
+    "__version__",
+    "ablate",
+    "compare",
+    "estimate",
+    "evaluate",
+    "findings",
+    "plan",
+    "prune",
+    "run_job",
+    "score",
+    "score_all",
+    "shrink",
+    "sparsify",
+]
 
 _HOMES = {
-    "Run": "runs.run",
-    "Shrunk": "evaluation.shrink",
-    "Warehouse": "warehouse.reader",
-    "score": "runs.api",
-    "score_all": "runs.api",
-    "shrink": "evaluation.shrink",
+    "api.change": ("Pruned", "plan", "prune", "sparsify"),
+    "api.measure": ("Runs", "estimate", "run_job"),
+    "api.read": ("compare", "findings"),
+    "errors": (
+        *("AvssError", "ConfigError", "CorpusError", "ModelError", "QueryError", "RunFailed", "TaskError"),
+        "WarehouseError",
+    ),
+    "estimation.estimate": ("Estimate",),
+    "evaluation.ablate": ("ablate",),
+    "evaluation.evaluate": ("evaluate",),
+    "evaluation.outcomes": ("Ablation", "Evaluations"),
+    "evaluation.shrink": ("Shrunk", "shrink"),
+    "pruning.plan": ("Plan",),
+    "report.terminal.progress": ("Progress",),
+    "results": ("Table",),
+    "runs.api": ("score", "score_all"),
+    "runs.reporter": ("Reporter",),
+    "runs.run": ("Run",),
+    "settings": ("Execution", "Settings"),
+    "warehouse.reader": ("Warehouse",),
 }
+"""Where the public names are."""
 
 
 def __getattr__(name: str) -> Any:
     """Import what is used, when it is used: reading a warehouse must not load torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'avss_dist' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"avss_dist.{_HOMES[name]}"), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            found = globals()[name] = getattr(import_module(f"avss_dist.{home}"), name)
+            return found
+    raise AttributeError(f"module 'avss_dist' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -20,6 +20,7 @@ from avss_dist.validation import Check, OneOf, checked
 T = TypeVar("T")
 
 SCHEMA_VERSION = 3
+DEFAULT_WAREHOUSE = "warehouse"  # a folder where the work is done
 SITES = ("block", "update", "attention", "mlp", "neuron")  # those that are measured by default
 INPUT_SITES = ("query_input", "output_input", "up_input")  # what q, k and v read; what o reads; what gate and up read
 EVERY_SITE = (*SITES, *INPUT_SITES)

@@ -76,13 +76,13 @@ def describe_count(number: int | None) -> str:
     return "?" if number is None else f"{number:,}"
 
 
-def parse_threshold(text: str) -> tuple[float, str]:
-    """Read ``1e-5`` as ``(1e-5, "absolute")`` and ``0.1rms`` as ``(0.1, "rms")``.
+def parse_threshold(text: str | float) -> tuple[float, str]:
+    """Read ``1e-5``, or that number, as ``(1e-5, "absolute")``, and ``0.1rms`` as ``(0.1, "rms")``.
 
     Raises:
         ConfigError: the text is not a positive number with an optional ``rms``.
     """
-    number = text.strip().lower()
+    number = str(text).strip().lower()
     kind = "rms" if number.endswith("rms") else "absolute"
     try:
         value = float(number.removesuffix("rms"))

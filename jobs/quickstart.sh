@@ -11,16 +11,16 @@ cpus="$("$VENV/bin/python" -c 'import os; print(min(2, len(os.sched_getaffinity(
 
 echo "Scoring its layers on 65,536 tokens of Python's help texts, with $cpus Ray workers ..." >&2
 "$VENV/bin/avss" score "$model" --corpus builtin:pydoc --max-sequences 256 --dtype float32 \
-  --out warehouse --executor ray --replicas "$cpus"
-"$VENV/bin/avss" show warehouse
-"$VENV/bin/avss" plot warehouse -o layers.png
+ -w warehouse --executor ray --replicas "$cpus"
+"$VENV/bin/avss" show -w warehouse
+"$VENV/bin/avss" plot -w warehouse -o layers.png
 
 cat <<NEXT
 
 Parquet is in warehouse/, the picture is layers.png. Next:
   source .venv/bin/activate
-  avss show warehouse --site update                     # what each layer adds, instead of the residual stream
-  avss show warehouse --threshold 0.1rms                # near zero relative to the layer's own size
-  avss query warehouse "SELECT layer, rank, block_influence FROM scores WHERE site = 'block' AND recipe = 'pooled' AND threshold = 1e-5 ORDER BY rank"
-  avss score MODEL --corpus your.txt --out warehouse    # a hub id, a folder or a .gguf file
+  avss show --site update                     # what each layer adds, instead of the residual stream
+  avss show --threshold 0.1rms                # near zero relative to the layer's own size
+  avss query "SELECT layer, rank, block_influence FROM scores WHERE site = 'block' AND recipe = 'pooled' AND threshold = 1e-5 ORDER BY rank"
+  avss score MODEL --corpus your.txt    # a hub id, a folder or a .gguf file
 NEXT

@@ -111,7 +111,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def run_avss() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """The command line in a process of its own: ``run_avss("show", folder, env={...})``.
+    """The command line in a process of its own: ``run_avss("show", "-w", folder, env={...})``.
 
     Its time is bounded by the test's own timeout, which ends the process too.
     """

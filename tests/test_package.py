@@ -45,7 +45,7 @@ def test_it_scores_and_answers_queries_without_the_sources(wheel: Path, tiny_lla
         "import avss_dist\n"
         "print(avss_dist.__file__)\n"
         f"options = dict(max_sequences=4, sequence_length=16, sites=['block'], executor='local')\n"
-        f"avss_dist.score({str(tiny_llama)!r}, corpus='builtin:pydoc', out='w', **options)\n"
+        f"avss_dist.score({str(tiny_llama)!r}, corpus='builtin:pydoc', warehouse='w', **options)\n"
         "print(avss_dist.Warehouse('w').sql('@cost').to_pylist())\n"
     )
     words, environment = [sys.executable, "-P", str(script)], os.environ | {"PYTHONPATH": str(site)}

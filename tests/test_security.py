@@ -186,7 +186,7 @@ def test_no_pickle_is_opened(name: str, tiny_llama: Path, tmp_path: Path, monkey
     model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
     (model / "model.safetensors").unlink()
     (model / name).write_bytes(pickle.dumps(_Boom()))
-    done = avss("score", model, "--corpus", "builtin:pydoc", "--out", "w", "--executor", "local")
+    done = avss("score", model, "--corpus", "builtin:pydoc", "-w", "w", "--executor", "local")
     assert done.exit_code == 2 and "has pickled weights only" in done.stderr
     assert not Path("ran").exists()
 
@@ -225,7 +225,7 @@ def test_no_code_of_a_checkpoint_runs_unless_asked(
     shipped = {"auto_map": {"AutoConfig": "modeling.Config", "AutoModel": "modeling.Model"}}
     for changes in (shipped, {**shipped, "model_type": "its_own"}):
         (model / "config.json").write_text(json.dumps(config | changes))
-        done = avss("score", model, "--corpus", "builtin:pydoc", "--out", "w", *SMALL)
+        done = avss("score", model, "--corpus", "builtin:pydoc", "-w", "w", *SMALL)
         assert done.exit_code == (2 if "model_type" in changes else 0), done.stderr
         assert not Path("ran").exists()
     with pytest.raises(ModelError, match="needs Python code of its own"):

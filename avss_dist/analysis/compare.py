@@ -115,7 +115,7 @@ def compare(
     if len(pairs) > MOST_PAIRS:
         raise QueryError(
             f"{len(runs):,} runs make more than {MOST_PAIRS:,} pairs that differ in {by}.",
-            f"Compare fewer: avss compare {warehouse.root} --run 'smollm2-*', for example.",
+            f"Compare fewer: avss compare -w {warehouse.root} --run 'smollm2-*', for example.",
         )
     return _table(found, np.array(sorted(pairs), np.int64).T, by, k, share)
 
@@ -260,6 +260,6 @@ def _differences(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Ite
 
 def _what_there_is(found: Sequence[Profile], by: str) -> str:
     if not found:
-        return "There are no scores of that site, recipe and threshold: avss query WAREHOUSE 'SUMMARIZE scores'."
+        return "There are no scores of that site, recipe and threshold: avss query -w WAREHOUSE 'SUMMARIZE scores'."
     labels = sorted({profile.label(by) for profile in found})
     return f"There is: {', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''}."

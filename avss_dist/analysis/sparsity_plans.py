@@ -70,7 +70,7 @@ class Measured:
 
 
 def _not_measured(warehouse: Warehouse, run: Mapping[str, Any]) -> QueryError:
-    command = ["avss", "score", run["model"], "--corpus", run["corpus"], "--site", "inputs", "--out", warehouse.root]
+    command = ["avss", "score", run["model"], "--corpus", run["corpus"], "--site", "inputs", "-w", warehouse.root]
     if run["num_sequences"]:
         command += ["--max-sequences", run["num_sequences"]]
     if run.get("projections") == "[]":

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from avss_dist.settings import BOOTSTRAP_BLOCKS
 from avss_dist.stats.layer_stats import Float64, LayerKey, LayerStats
@@ -69,6 +70,42 @@ def scores_at(
             rows.append({**identity, **row, "exactness": exactness, "near_zero_low": low, "near_zero_high": high})
     arrays = [pa.array([row[f.name] for row in rows], f.type, from_pandas=True) for f in SCORES]
     return pa.Table.from_arrays(arrays, schema=SCORES)
+
+
+def layer_scores(
+    warehouse: Warehouse, runs: Sequence[Mapping[str, Any]], threshold: Threshold, *, site: str, recipe: str
+) -> pa.Table:
+    """The scores of runs at one threshold, site and recipe, by run and layer: those that are stored, else `scores_at`.
+
+    Args:
+        runs: rows of ``runs``, of runs that are done.
+
+    Returns:
+        A table of `SCORES`. Of scores stored at an absolute threshold, every count is exact; of others that are
+        stored, ``exactness`` is null. It is empty where no run has that site and recipe.
+
+    Raises:
+        WarehouseError: as `Warehouse.read_layer_stats`.
+    """
+    at = {"site": site, "recipe": recipe, "threshold": threshold.value, "threshold_kind": threshold.kind}
+    where = pc.scalar(True)
+    for name, wanted in at.items():
+        where &= pc.field(name) == wanted
+    stored = warehouse.table("scores", run_ids=[run["run_id"] for run in runs], where=where)
+    left = {run["run_id"]: run for run in runs} | dict.fromkeys(stored["run_id"].to_pylist())
+    missing = [run for run in left.values() if run and site in (run["sites"] or [site])]
+    computed = scores_at(warehouse, missing, threshold, sites=[site])
+    found = pa.concat_tables([_with_exactness(stored), computed.filter(pc.field("recipe") == recipe)])
+    return found.sort_by([("run_id", "ascending"), ("layer", "ascending")])
+
+
+def _with_exactness(stored: pa.Table) -> pa.Table:
+    """Rows of ``scores`` as `SCORES` has them."""
+    exact = pc.equal(stored["threshold_kind"], "absolute")
+    counts = pc.if_else(exact, stored["near_zero_count"].cast(pa.float64()), None)
+    columns = {name: stored[name] for name in SCHEMAS["scores"].names}
+    columns |= {"exactness": pc.if_else(exact, EXACT, None), "near_zero_low": counts, "near_zero_high": counts}
+    return pa.table(columns).cast(SCORES)
 
 
 def quantiles(

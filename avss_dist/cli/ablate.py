@@ -12,38 +12,60 @@ from avss_dist.cli.options import (
     ManyOption,
     ModelArgument,
     SkipSequencesOption,
+    WarehouseOption,
     format_option,
     takes_settings,
-    warehouse_option,
 )
-from avss_dist.settings import DRAWS, Execution
+from avss_dist.settings import DEFAULT_WAREHOUSE, DRAWS, Execution
 from avss_dist.system.streams import console
+
+LEFT_OUT = "What is left out, and how"
 
 
 @takes_settings(*EVALUATED, *Execution.__dataclass_fields__)
 def ablate(
     model: ModelArgument,
     corpus: CorpusOption,
-    warehouse: Annotated[str, warehouse_option()],
-    no_leave_one_out: Annotated[
-        bool, typer.Option("--no-leave-one-out", help="Do not measure the loss without each layer.")
-    ] = False,
+    warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
+    leave_one_out: Annotated[
+        bool,
+        typer.Option(
+            "--leave-one-out/--no-leave-one-out", rich_help_panel=LEFT_OUT, help="Measure the loss without each layer."
+        ),
+    ] = True,
     sublayers: Annotated[
         bool,
-        typer.Option("--sublayers", help="Measure the loss without each layer's attention, and without its MLP."),
+        typer.Option(
+            "--sublayers",
+            rich_help_panel=LEFT_OUT,
+            help="Measure the loss without each layer's attention, and without its MLP.",
+        ),
     ] = False,
-    shapley: Annotated[int, typer.Option(help="Permutations to sample for layer Shapley values.", min=0)] = 0,
-    no_truncation: Annotated[
-        bool, typer.Option("--no-truncation", help="Go on with a permutation where the model only guesses.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Seed for the permutations.", min=0)] = 0,
+    shapley: Annotated[
+        int, typer.Option(rich_help_panel=LEFT_OUT, help="Permutations to sample for layer Shapley values.", min=0)
+    ] = 0,
+    truncation: Annotated[
+        bool,
+        typer.Option(
+            "--truncation/--no-truncation",
+            rich_help_panel=LEFT_OUT,
+            help="End a permutation where the model only guesses.",
+        ),
+    ] = True,
+    seed: Annotated[int, typer.Option(rich_help_panel=LEFT_OUT, help="Seed for the permutations.", min=0)] = 0,
     gradients: Annotated[
-        bool, typer.Option("--gradients", help="A backward pass: first-order removal estimate, norms.")
+        bool,
+        typer.Option(
+            "--gradients", rich_help_panel=LEFT_OUT, help="A backward pass: first-order removal estimate, norms."
+        ),
     ] = False,
     damage: Annotated[
-        bool, typer.Option("--damage", help="Estimate what leaving layers out does, for about 8 passes.")
+        bool,
+        typer.Option(
+            "--damage", rich_help_panel=LEFT_OUT, help="Estimate what leaving layers out does, for about 8 passes."
+        ),
     ] = False,
-    draws: Annotated[int, typer.Option(help="Draws of labels, for --damage.", min=1)] = DRAWS,
+    draws: Annotated[int, typer.Option(rich_help_panel=LEFT_OUT, help="Draws of labels, for --damage.", min=1)] = DRAWS,
     skip_sequences: SkipSequencesOption = 0,
     allow_many: ManyOption = False,
     format: Annotated[str, format_option("table", "json", "csv")] = "table",
@@ -52,7 +74,7 @@ def ablate(
     """Leave layers out and measure the loss: the ground truth that scores stand for."""
     from avss_dist.evaluation.ablate import ablate as run
     from avss_dist.report.output import write_table
-    from avss_dist.report.terminal.ablation import ablation_rows, ablation_table
+    from avss_dist.report.terminal.ablation import ablation_table
     from avss_dist.report.terminal.progress import CellProgress
 
     with CellProgress() as progress:
@@ -60,10 +82,10 @@ def ablate(
             model,
             corpus=corpus,
             warehouse=warehouse,
-            leave_one_out=not no_leave_one_out,
+            leave_one_out=leave_one_out,
             sublayers=sublayers,
             shapley=shapley,
-            truncation=not no_truncation,
+            truncation=truncation,
             seed=seed,
             gradients=gradients,
             damage=damage,
@@ -76,4 +98,4 @@ def ablate(
     if format == "table":
         console().print(ablation_table(found))
     else:
-        write_table(ablation_rows(found), format, console())
+        write_table(found.table(), format, console())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -15,8 +16,8 @@ import typer
 from typer.core import TyperGroup
 
 from avss_dist import __version__
-from avss_dist.errors import AvssError, RunFailed, is_full, spell_fields, unwritable
-from avss_dist.system.streams import complete_output, emit, prepare, say
+from avss_dist.errors import AvssError, RunFailed, is_full, nearest, spell_fields, unwritable
+from avss_dist.system.streams import USUAL, VERBOSE, complain, complete_output, emit, prepare, say, set_verbosity
 from avss_dist.text import printable
 
 T = TypeVar("T")
@@ -27,40 +28,86 @@ _spelling: ContextVar[Mapping[str, str] | None] = ContextVar("_spelling", defaul
 _at_end: ContextVar[list[Callable[[], None]] | None] = ContextVar("_at_end", default=None)  # of the command that runs
 
 
-class Commands(TyperGroup):
-    """The commands. One that returns a number ends with it as exit code; an error is a message and its exit code."""
+OLD_COMMANDS = {
+    "experiment": "avss run JOB.yaml: a job file with a section experiment is one",
+    "export": "avss show --format latex -o FILE",
+    "logs": "avss jobs logs",
+    "scores": "avss show --threshold 0.05rms, or any other threshold",
+    "status": "avss jobs list",
+    "stop": "avss jobs stop",
+    "submit": "avss jobs submit",
+}
+"""Names that commands had, and what they are now."""
+OLD_OPTIONS = {
+    "--out": ("--warehouse", "--output"),
+    "--to": ("--format",),
+    "--anyway": ("--allow-mismatch",),
+    "--attention": ("--attn-implementation",),
+    "--layers": ("--layers-path",),
+    "--experiment": (),
+}
+"""Names that options had, and what they may be now."""
+
+
+class Group(TyperGroup):
+    """Commands under a name. Errors name fields as the command that runs spells them; an old name says the new one."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            wanted = args[0]
+            new = OLD_COMMANDS.get(wanted) if ctx.parent is None else None
+            hint = f"It is {new}." if new else nearest(wanted, self.commands)
+            ctx.fail(f"There is no command '{wanted}'{' any more' if new else ''}. {hint}")
+        name, command, rest = super().resolve_command(ctx, args)
+        _spelling.set(spelling(command))
+        _refuse_old_options(ctx, command, rest)
+        return name, command, rest
+
+
+def _refuse_old_options(ctx: Any, command: Any, args: list[str]) -> None:
+    known = {name for parameter in command.params for name in parameter.opts}
+    for arg in args[: args.index("--") if "--" in args else None]:
+        old = arg.partition("=")[0]
+        if old in OLD_OPTIONS and old not in known:
+            new = " or ".join(name for name in OLD_OPTIONS[old] if name in known)
+            ctx.fail(f"There is no option {old} any more. {f'Use {new}.' if new else 'Leave it out.'}")
+
+
+class Commands(Group):
+    """All commands. One that returns a number ends with it as exit code; an error is a message and its exit code."""
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         with _printable_mistakes():
             return super().make_context(*args, **options)
 
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name, command, rest = super().resolve_command(ctx, args)
-        _spelling.set(spelling(command))
-        return name, command, rest
-
     def invoke(self, ctx: Any) -> None:
         _at_end.set([])
+        set_verbosity(USUAL)
         try:
             with complete_output(), _printable_mistakes():
                 code = super().invoke(ctx)
         except AvssError as error:
             code = error.exit_code
-            say(f"Error: {spelled(str(error))}")
+            _complain(spelled(str(error)), error)
         except OSError as error:
             if not is_full(error):
                 raise
             code = RunFailed.exit_code
-            say(f"Error: {unwritable(error.filename or 'A file', error, 'Free some space.')}")
+            _complain(unwritable(error.filename or "A file", error, "Free some space."), error)
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is short, and would end in a traceback
             code = 130
             resumes = "fresh" in (_spelling.get() or {})
             kept = " Everything measured so far is kept; run the same command again to finish."
-            say(f"Stopped.{kept if resumes else ''}")
+            complain(f"Stopped.{kept if resumes else ''}")
         for work in _at_end.get() or ():
             work()
         raise typer.Exit(code or 0)
+
+
+def _complain(text: object, error: Exception) -> None:
+    say("".join(traceback.format_exception(error)), least=VERBOSE)
+    complain(f"Error: {text}")
 
 
 @contextmanager
@@ -70,6 +117,8 @@ def _printable_mistakes() -> Iterator[None]:
         yield
     except _UsageError as error:
         error.message = printable(error.message)
+        if "unexpected extra argument" in error.message and "warehouse" in (_spelling.get() or {}):
+            error.message += ". The warehouse is an option: -w."
         raise
 
 
@@ -92,12 +141,18 @@ def spelled(text: str) -> str:
     return spell_fields(text, _spelling.get() or {})
 
 
+HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     cls=Commands,
     help="Which layers of a language model matter: activation variance and sparsity (AVSS) by layer, kept as Parquet.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP,
+)
+
+
+jobs_app = typer.Typer(
+    cls=Group, help="Jobs on a Ray cluster.", no_args_is_help=True, rich_markup_mode=None, context_settings=HELP
 )
 
 

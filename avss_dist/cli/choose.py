@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from avss_dist.cli.base import at_end
-from avss_dist.errors import QueryError, nearest, require_known
+from avss_dist.errors import QueryError
 from avss_dist.system.streams import say
-from avss_dist.text import parse_threshold
+from avss_dist.text import basename, parse_threshold
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -42,81 +40,38 @@ def _say_damaged(runs: Mapping[str, str]) -> None:
 def choose_runs(
     warehouse: Warehouse, names: list[str], *, every: bool = False, failed: bool = False
 ) -> list[dict[str, Any]]:
-    """The ``runs`` rows of the named runs, in the order in which they are named.
+    """See `chosen.choose_runs`; where a part of an id was given, it says which run that is."""
+    from avss_dist.analysis.chosen import choose_runs as choose
 
-    Args:
-        names: ids, parts of an id that no other has, or globs such as ``smollm2-*``, which choose all that match.
-        every: without names, take every run, by id; else the newest one.
-        failed: choose among runs that failed, too; they have no scores.
-
-    Raises:
-        QueryError: a name that no run has (the nearest is named) or that several have, a glob that matches none, a run
-            that failed.
-    """
-    rows = sorted(warehouse.runs().to_pylist(maps_as_pydicts="lossy"), key=lambda row: row["run_id"])
-    valid = {row["run_id"]: row for row in rows if failed or row["status"] == "done"}
-    errors = {row["run_id"]: row["error"] for row in rows if row["run_id"] not in valid}
-    if not valid and not errors.keys() & set(names):
-        raise QueryError(f"{warehouse.root} has no finished run.", "avss score makes one.")
-    if not names:
-        return list(valid.values()) if every else [max(valid.values(), key=lambda row: str(row["created_at"]))]
-    chosen: dict[str, dict[str, Any]] = {}
-    for name in names:
-        if name in errors:
-            raise QueryError(f"Run '{name}' failed: {errors[name]}", "Fix that, then run avss score again.")
-        chosen |= {run_id: valid[run_id] for run_id in _matching(name, valid)}
-    return list(chosen.values())
+    found = choose(warehouse, names, every=every, failed=failed)
+    if len(names) == len(found) == 1 and names[0] not in (found[0]["model"], basename(found[0]["model"])):
+        run_id = found[0]["run_id"]
+        if names[0] != run_id and not set(names[0]) & set("*?["):
+            say(f"Run {run_id} is the one with '{names[0]}' in its id.")
+    return found
 
 
 def choose_run(warehouse: Warehouse, name: str | None) -> dict[str, Any]:
-    """The ``runs`` row of the one run of that name; the newest one without a name.
+    """See `chosen.one_run`."""
+    from avss_dist.analysis.chosen import one_run
 
-    Raises:
-        QueryError: no run that is done has the name, or several have.
-    """
-    chosen = choose_runs(warehouse, [name] if name else [])
-    if len(chosen) > 1:
-        names = [row["run_id"] for row in chosen]
-        raise QueryError(f"'{name}' matches {len(chosen)} runs.", f"Name one. {nearest(str(name), names)}")
-    return chosen[0]
+    return one_run(choose_runs(warehouse, [name] if name else []), str(name))
 
 
-def _matching(name: str, run_ids: Mapping[str, Any]) -> list[str]:
-    """The ids that a name stands for."""
-    if name in run_ids:
-        return [name]
-    if set(name) & set("*?["):
-        if matches := [run_id for run_id in run_ids if fnmatchcase(run_id, name)]:
-            return matches
-        raise QueryError(f"No run matches '{name}'.", nearest(name, run_ids))
-    begins_a_word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(name)}")
-    parts = [run_id for run_id in run_ids if name and begins_a_word.search(run_id)]
-    if len(parts) > 1:
-        raise QueryError(f"'{name}' is part of {len(parts)} runs.", f"{nearest(name, parts)} For all: '*{name}*'.")
-    if not parts:
-        require_known("run", name, run_ids, QueryError)
-    say(f"Run {parts[0]} is the one with '{name}' in its id.")
-    return parts
+def choose_scores(warehouse: Warehouse, runs: list[dict[str, Any]], site: str, recipe: str, threshold: str) -> pa.Table:
+    """The scores of runs at one site, recipe and threshold, by run and layer; see `thresholds.layer_scores`."""
+    from avss_dist.analysis.thresholds import layer_scores
+
+    found = layer_scores(warehouse, runs, choose_threshold(threshold), site=site, recipe=recipe)
+    if not found.num_rows:
+        run_ids, place = [run["run_id"] for run in runs], ["site", "recipe", "threshold", "threshold_kind"]
+        raise _not_scored(warehouse.table("scores", run_ids=run_ids, columns=place), site, recipe, threshold)
+    return found
 
 
-def choose_scores(
-    warehouse: Warehouse, runs: list[dict[str, Any]], site: str, recipe: str, threshold: str
-) -> list[dict[str, Any]]:
-    """The stored scores of runs at one site, recipe and threshold, by run and layer."""
-    import pyarrow.compute as pc
-
-    value, kind = parse_threshold(threshold)
-    run_ids = [run["run_id"] for run in runs]
-    at = {"site": site, "recipe": recipe, "threshold": value, "threshold_kind": kind}
-    where = pc.scalar(True)
-    for name, wanted in at.items():
-        where &= pc.field(name) == wanted
-    rows = warehouse.table("scores", run_ids=run_ids, where=where).sort_by(
-        [("run_id", "ascending"), ("layer", "ascending")]
-    )
-    if not rows.num_rows:
-        raise _not_scored(warehouse.table("scores", run_ids=run_ids, columns=list(at)), site, recipe, threshold)
-    return [{name: None if value != value else value for name, value in row.items()} for row in rows.to_pylist()]  # NaN
+def score_rows(scores: pa.Table) -> list[dict[str, Any]]:
+    """Rows of scores; NaN is None."""
+    return [{name: None if value != value else value for name, value in row.items()} for row in scores.to_pylist()]
 
 
 def _not_scored(table: pa.Table, site: str, recipe: str, threshold: str) -> QueryError:
@@ -128,7 +83,7 @@ def _not_scored(table: pa.Table, site: str, recipe: str, threshold: str) -> Quer
         return QueryError(f"No scores of site '{site}' with recipe '{recipe}'.", f"Scored: {', '.join(scored)}.")
     seen = sorted({(row["threshold_kind"], row["threshold"]) for row in here})
     names = ", ".join(f"{t:g}{'rms' if k == 'rms' else ''}" for k, t in seen)
-    return QueryError(f"No scores at threshold {threshold}.", f"Scored: {names}. avss scores computes any other.")
+    return QueryError(f"No scores at threshold {threshold}, and no statistics to compute them.", f"Scored: {names}.")
 
 
 def choose_threshold(text: str) -> Threshold:

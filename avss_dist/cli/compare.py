@@ -1,37 +1,34 @@
-"""`avss compare`, `findings`, `scores`, `quantiles` and `export`: what the runs of a warehouse say, together."""
+"""`avss compare`, `findings`, `quantiles` and `scorecard`: what the runs of a warehouse say, together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from avss_dist.cli.choose import choose_runs, choose_scores, choose_threshold, open_warehouse
+from avss_dist.cli.choose import choose_runs, choose_threshold, open_warehouse
 from avss_dist.cli.options import (
     FORMATS,
+    PUBLISHED,
     EveryRunOption,
     FormatOption,
     RecipeOption,
     RunsOption,
     SiteOption,
     ThresholdOption,
-    WarehousePath,
+    WarehouseOption,
     choice,
 )
 from avss_dist.errors import ConfigError, QueryError
-from avss_dist.settings import LOWEST_SHARE, PUBLISHED_THRESHOLD, RECIPES, SCORES, SITES
+from avss_dist.settings import DEFAULT_WAREHOUSE, LOWEST_SHARE, RECIPES, SCORES, SITES
 from avss_dist.system.streams import console, emit
 from avss_dist.text import describe_threshold
 
-KINDS = ("csv", "json", "latex", "markdown")
 COMPARED = ("run", "family", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
-PUBLISHED = f"{PUBLISHED_THRESHOLD:g}"
 
 
 def compare(
-    warehouse: WarehousePath,
+    warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     run: EveryRunOption = None,
     by: Annotated[str, choice(COMPARED, "What the two of a pair differ in.")] = "run",
     site: SiteOption = SITES[0],
@@ -87,7 +84,7 @@ def compare(
 
 
 def findings(
-    warehouse: WarehousePath,
+    warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     run: EveryRunOption = None,
     site: SiteOption = SITES[0],
     recipe: RecipeOption = RECIPES[0],
@@ -112,42 +109,8 @@ def findings(
     return None
 
 
-def scores(
-    warehouse: WarehousePath,
-    threshold: ThresholdOption = PUBLISHED,
-    recipe: RecipeOption = RECIPES[0],
-    site: SiteOption = SITES[0],
-    run: RunsOption = None,
-    format: FormatOption = FORMATS[0],
-) -> None:
-    """Score runs at any threshold, absolute or relative, from what they stored: no model runs again."""
-    import pyarrow.compute as pc
-
-    from avss_dist.analysis.stats_findings import grouped
-    from avss_dist.analysis.thresholds import scores_at
-    from avss_dist.report.output import write_table
-    from avss_dist.report.terminal.scores import layer_table
-
-    opened = open_warehouse(warehouse)
-    runs = choose_runs(opened, run or [])
-    at = choose_threshold(threshold)
-    table = scores_at(opened, runs, at, sites=[site])
-    recipes = sorted(set(table["recipe"].to_pylist()))
-    table = table.filter(pc.field("recipe") == recipe)
-    if not table.num_rows:
-        raise QueryError(f"No statistics for site '{site}' and recipe '{recipe}'.", f"Recipes: {', '.join(recipes)}.")
-    if format != FORMATS[0]:
-        return write_table(table, format, console())
-    by_run = grouped(table.to_pylist(), "run_id")
-    for row in runs:
-        found = by_run.get((row["run_id"],), [])
-        console().print(layer_table(row, found))
-        emit(f"From stored counts: {_exactness(found, at.value if at.kind == 'absolute' else None)}")
-    return None
-
-
 def quantiles(
-    warehouse: WarehousePath,
+    warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     q: Annotated[list[float] | None, typer.Option("--q", help="Quantile of |x|, 0 to 1; repeatable.")] = None,
     sparsity: Annotated[
         list[float] | None,
@@ -171,7 +134,7 @@ def quantiles(
     runs = choose_runs(opened, run or [])
     table = find(opened, runs, shares, [site])
     if not table.num_rows:
-        raise QueryError(f"No statistics of site '{site}'.", "avss query WAREHOUSE 'SELECT run_id, sites FROM runs'")
+        raise QueryError(f"No statistics of site '{site}'.", "avss query 'SELECT run_id, sites FROM runs'")
     if format != FORMATS[0]:
         return write_table(table, format, console())
     for found in grouped(table.to_pylist(), "run_id").values():
@@ -179,41 +142,24 @@ def quantiles(
     return None
 
 
-def export(
-    warehouse: WarehousePath,
-    to: Annotated[str, choice(KINDS, "What to write.", "--to")],
-    run: RunsOption = None,
-    site: SiteOption = SITES[0],
-    recipe: RecipeOption = RECIPES[0],
-    threshold: ThresholdOption = PUBLISHED,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="FILE; else standard output.")] = None,
+def scorecard(
+    warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
+    run: EveryRunOption = None,
+    every: Annotated[bool, typer.Option("--all", help="Every reading of AVSS; else the best of each site.")] = False,
+    format: FormatOption = FORMATS[0],
 ) -> None:
-    """Write scores by layer as a table for a paper."""
-    from avss_dist.report.export import export_text
-    from avss_dist.report.output import write_file
+    """Compare every score of runs with the ground truth: which of them finds the layers that can go."""
+    from avss_dist.analysis.scorecard import best_readings, score_cards
+    from avss_dist.report.output import write_table
+    from avss_dist.report.terminal.scorecard import scorecard_tables
 
     opened = open_warehouse(warehouse)
-    runs = choose_runs(opened, run or [])
-    text = export_text(runs, choose_scores(opened, runs, site, recipe, threshold), to)
-    if output is None:
-        emit(text, end="")
-        return
-    write_file(output, text.encode())
-    emit(output)
-
-
-def _exactness(scores: Sequence[Mapping[str, Any]], threshold: float | None) -> str:
-    """How far near-zero counts are known, and where they would be exact."""
-    from avss_dist.analysis.thresholds import INTERPOLATED
-    from avss_dist.stats.histogram import bin_edges
-
-    cut = [s for s in scores if s["exactness"] == INTERPOLATED]
-    if not cut:
-        return "every count is exact."
-    off = max(max(s["near_zero_high"] - k, k - s["near_zero_low"]) / k for s in cut if (k := s["near_zero_count"]))
-    where = "" if threshold is None else " Exact: {:.10g} and {:.10g}.".format(*bin_edges(threshold))
-    said = f"{len(cut)} of {len(scores)} counts are interpolated"
-    return f"{said}, and off by {off:.0%} at the very most.{where}"
+    cards = score_cards(opened, choose_runs(opened, run or [], every=True))
+    shown = cards if every else best_readings(cards)
+    if format == "table":
+        console().print(scorecard_tables(shown))
+    else:
+        write_table(shown, format, console())
 
 
 def _at(found: Any, site: str | None, recipe: str | None) -> Any:

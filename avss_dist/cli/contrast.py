@@ -7,20 +7,28 @@ from typing import Annotated
 import typer
 
 from avss_dist.cli.choose import choose_runs, open_warehouse
-from avss_dist.cli.options import FORMATS, FormatOption, RunOption, SiteOption, WarehousePath, choice
-from avss_dist.settings import RECIPES
+from avss_dist.cli.options import (
+    FORMATS,
+    PUBLISHED,
+    FormatOption,
+    RunOption,
+    SiteOption,
+    WarehouseOption,
+    choice,
+)
+from avss_dist.settings import DEFAULT_WAREHOUSE, RECIPES
 from avss_dist.system.streams import console, say
 from avss_dist.text import parse_threshold
 
 
 def contrast(
-    warehouse: WarehousePath,
+    warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     run: RunOption = None,
     site: SiteOption = "block",
     recipe: Annotated[str, choice(RECIPES, "How AVSS is defined.")] = "pooled",
     threshold: Annotated[
         str, typer.Option(help="Near zero means below this: one that the run counted, or 0.1rms.")
-    ] = "1e-5",
+    ] = PUBLISHED,
     hallucinated: Annotated[str | None, typer.Option(help="Label of hallucinated answers.")] = None,
     truthful: Annotated[str | None, typer.Option(help="Label of truthful answers.")] = None,
     predictions: Annotated[

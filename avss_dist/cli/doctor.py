@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
 
-import typer
-
+from avss_dist.cli.options import TEXT_FORMATS, TextFormatOption
 from avss_dist.system.streams import console, emit_json
 
 
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of what was tried.")] = False,
-) -> int:
+def doctor(format: TextFormatOption = TEXT_FORMATS[0]) -> int:
     """Say what works here: devices, Ray, DeepSpeed, versions."""
     from avss_dist.system.doctor import findings
 
     terminal, made = console(), []
     for finding in findings():
         made.append(finding)
-        if not as_json:
+        if format == "text":
             terminal.print(f"[{'green]ok ' if finding.works else 'red]NO '}[/] {finding.what:<24}", end="")
             terminal.print(finding.detail, markup=False)
-    if as_json:
+    if format == "json":
         emit_json([asdict(finding) for finding in made], indent=2)
     return 0 if all(finding.works for finding in made) else 1

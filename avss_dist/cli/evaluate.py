@@ -9,11 +9,11 @@ import typer
 from avss_dist.cli.options import (
     OverlapOption,
     SkipSequencesOption,
+    WarehouseOption,
     format_option,
     takes_settings,
-    warehouse_option,
 )
-from avss_dist.settings import Execution, Settings
+from avss_dist.settings import DEFAULT_WAREHOUSE, Execution, Settings
 from avss_dist.system.streams import console
 
 EVALUATED = tuple(
@@ -25,11 +25,13 @@ EVALUATED = tuple(
 @takes_settings(*EVALUATED, *Execution.__dataclass_fields__)
 def evaluate(
     subjects: Annotated[list[str], typer.Argument(help="Models, or plans by avss plan: PLAN.yaml.")],
-    task: Annotated[
+    tasks: Annotated[
         list[str],
-        typer.Option(help="perplexity:CORPUS, or a task of lm-evaluation-harness by name or YAML file; repeatable."),
+        typer.Option(
+            "--task", help="perplexity:CORPUS, or a task of lm-evaluation-harness by name or YAML file; repeatable."
+        ),
     ],
-    warehouse: Annotated[str, warehouse_option()],
+    warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     skip_sequences: SkipSequencesOption = 0,
     limit: Annotated[int | None, typer.Option(help="Questions of a task at most.", min=1)] = None,
     num_fewshot: Annotated[
@@ -45,13 +47,13 @@ def evaluate(
     """Evaluate models and plans; a plan skips its layers in place, and is compared with its whole model."""
     from avss_dist.evaluation.evaluate import evaluate as run
     from avss_dist.report.output import write_table
-    from avss_dist.report.terminal.evaluation import evaluation_rows, evaluation_table
+    from avss_dist.report.terminal.evaluation import evaluation_table
     from avss_dist.report.terminal.progress import CellProgress
 
     with CellProgress() as progress:
         found = run(
             subjects,
-            tasks=task,
+            tasks=tasks,
             warehouse=warehouse,
             skip_sequences=skip_sequences,
             limit=limit,
@@ -64,4 +66,4 @@ def evaluate(
     if format == "table":
         console().print(evaluation_table(found))
     else:
-        write_table(evaluation_rows(found), format, console())
+        write_table(found.table(), format, console())

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
 from avss_dist.errors import ConfigError, require_known
-from avss_dist.settings import EVERY_SITE, RECIPES, Execution, Replicas, Settings
+from avss_dist.settings import (
+    EVERY_SITE,
+    PUBLISHED_THRESHOLD,
+    RECIPES,
+    Execution,
+    Replicas,
+    Settings,
+)
+from avss_dist.system.streams import QUIET, VERBOSE, set_verbosity
 from avss_dist.text import parse_threshold
 from avss_dist.validation import OneOf
 
 MODEL = "Hub id (org/name@revision), folder, or .gguf file."
-WAREHOUSE = "Warehouse: a folder, or an s3://, gs://, hdfs:// URI."
+PUBLISHED = f"{PUBLISHED_THRESHOLD:g}"
 SPELLING = {
     "sites": "--site",
     "thresholds": "--threshold",
@@ -34,28 +43,39 @@ def choice(names: Sequence[str], help: str, *spelling: str, checked: bool = True
         checked: refuse other names here; else what takes the value does.
     """
 
+    return typer.Option(*spelling, help=help, **_of_names(names, checked))
+
+
+def choice_argument(names: Sequence[str], help: str) -> Any:
+    """An argument whose value is one of some names."""
+    return typer.Argument(help=help, **_of_names(names))
+
+
+def _of_names(names: Sequence[str], checked: bool = True) -> dict[str, Any]:
     def check(parameter: typer.CallbackParam, value: Any) -> Any:
         for name in value if isinstance(value, (list, tuple)) else [value]:
             if name is not None:
                 require_known(f"`{parameter.name}`", name, names)
         return value
 
-    return typer.Option(
-        *spelling,
-        help=help,
-        metavar=f"[{'|'.join(names)}]",
-        autocompletion=lambda incomplete: [name for name in names if name.startswith(incomplete)],
-        callback=check if checked else None,
-    )
+    return {
+        "metavar": f"[{'|'.join(names)}]",
+        "autocompletion": lambda incomplete: [name for name in names if name.startswith(incomplete)],
+        "callback": check if checked else None,
+    }
 
 
 def format_option(*names: str) -> Any:
     """How a command prints its result."""
-    return choice(names, "How to print it.", "--format")
+    option = choice(names, "How to print it.", "--format")
+    option.rich_help_panel = "Output"
+    return option
 
 
 FORMATS = ("table", "csv", "json")  # the first is the default
 FormatOption = Annotated[str, format_option(*FORMATS)]
+TEXT_FORMATS = ("text", "json")  # of commands that say what they did
+TextFormatOption = Annotated[str, format_option(*TEXT_FORMATS)]
 
 
 def takes_settings(*names: str, overrides: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -67,19 +87,59 @@ def takes_settings(*names: str, overrides: bool = False) -> Callable[[Callable[.
     parameters = {name: _parameter(name, overrides) for name in names}
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(command, eval_str=True)
-
         @wraps(command)
         def run(**values: Any) -> Any:
             given = {name: values.pop(name) for name in names}
             return command(**values, **_read(given, overrides))
 
-        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        run.__signature__ = signature.replace(parameters=[*own, *parameters.values()])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in (*own, *parameters.values())}
-        return run
+        return _with_parameters(command, run, parameters.values())
 
     return decorate
+
+
+def takes_output(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command what all have: ``-q``, ``-v``, and ``--json`` where its ``--format`` has that."""
+    formats = inspect.signature(command, eval_str=True).parameters.get("format")
+    names = get_args(formats.annotation)[1].metavar if formats else ""
+    added = [_flag("_quiet", "-q", "Print the result and errors alone.", QUIET)]
+    added += [_flag("_verbose", "-v", "Print what libraries say, and where an error is from.", VERBOSE)]
+    has_json = "json" in re.findall(r"\w+", names)
+    if has_json:
+        added.insert(0, _flag("as_json", None, "The same as --format json."))
+
+    @wraps(command)
+    def run(**values: Any) -> Any:
+        if has_json and values.pop("as_json"):
+            values["format"] = "json"
+        values.pop("_quiet"), values.pop("_verbose")
+        return command(**values)
+
+    return _with_parameters(command, run, added)
+
+
+def _flag(name: str, short: str | None, help: str, verbosity: int | None = None) -> inspect.Parameter:
+    """A flag that all commands have; it may say how much is said."""
+
+    def act(wanted: bool) -> bool:
+        if wanted and verbosity is not None:
+            set_verbosity(verbosity)
+        return wanted
+
+    long = f"--{name.removeprefix('as').removeprefix('_')}"
+    spelling = (long, short) if short else (long,)
+    option = typer.Option(*spelling, help=help, callback=act, rich_help_panel="Output")
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
+
+
+def _with_parameters(
+    command: Callable[..., Any], run: Callable[..., Any], added: Iterable[inspect.Parameter]
+) -> Callable[..., Any]:
+    """``run`` with the parameters of the command that it stands for, and others."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    run.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
+    return run
 
 
 def _parameter(name: str, overrides: bool) -> inspect.Parameter:
@@ -146,12 +206,17 @@ def _require_named(parameter: typer.CallbackParam, value: str | None) -> str | N
     return value
 
 
-def warehouse_option(*spelling: str) -> Any:
-    """Where a command writes its results."""
-    return typer.Option(*spelling, help=WAREHOUSE, callback=_require_named)
+def warehouse_option(help: str = "Where results are: a folder, or an s3://, gs://, hdfs:// URI.") -> Any:
+    """The warehouse of a command."""
+    return typer.Option("--warehouse", "-w", help=help, envvar="AVSS_WAREHOUSE", callback=_require_named)
 
 
-WarehousePath = Annotated[str, typer.Argument(help=WAREHOUSE, callback=_require_named)]
+def output_option(help: str) -> Any:
+    """What a command writes, beside what it prints."""
+    return typer.Option("--output", "-o", help=help)
+
+
+WarehouseOption = Annotated[str, warehouse_option()]
 ModelArgument = Annotated[str, typer.Argument(help=MODEL)]
 CorpusOption = Annotated[
     str,
@@ -167,7 +232,7 @@ OverlapOption = Annotated[
 ]
 ManyOption = Annotated[bool, typer.Option("--yes", help="Go on, however much work it is.")]
 ProtectOption = Annotated[str, typer.Option(help="Layers that stay: first=1,last=1.")]
-_RUN = "A run, by its id, a part that only it has, or a glob such as 'smollm2-*'"
+_RUN = "A run, by its id, a part that only it has, its model, or a glob such as 'smollm2-*'"
 RunOption = Annotated[str | None, typer.Option("--run", help=f"{_RUN}; the newest by default.")]
 RunsOption = Annotated[list[str] | None, typer.Option("--run", help=f"{_RUN}; repeatable. The newest by default.")]
 EveryRunOption = Annotated[list[str] | None, typer.Option("--run", help=f"{_RUN}; repeatable. All by default.")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,24 +12,25 @@ import typer
 from avss_dist.cli.choose import choose_run, open_warehouse
 from avss_dist.cli.evaluate import EVALUATED
 from avss_dist.cli.options import (
+    PUBLISHED,
     ProtectOption,
     RecipeOption,
     RunOption,
     SiteOption,
     SkipSequencesOption,
     ThresholdOption,
-    WarehousePath,
+    WarehouseOption,
     choice,
-    format_option,
+    output_option,
     protected,
     takes_settings,
 )
 from avss_dist.errors import ConfigError
 from avss_dist.settings import (
     BLOCK_DISTANCE,
+    DEFAULT_WAREHOUSE,
     INTERACTIONS,
     OF_LAYERS,
-    PUBLISHED_THRESHOLD,
     RECIPES,
     SCORES,
     SEARCHES,
@@ -37,23 +38,22 @@ from avss_dist.settings import (
     SPARSITY_METHODS,
     SPARSITY_RULES,
     Execution,
-    Settings,
 )
-from avss_dist.system.streams import console, emit
-from avss_dist.text import parse_threshold
+from avss_dist.system.streams import console, emit, emit_json
 
 if TYPE_CHECKING:
     from avss_dist.pruning.plan import Plan
+    from avss_dist.sparsity.plan import SparsityPlan
     from avss_dist.warehouse.reader import Warehouse
 
-FORMATS = ("plan", "mergekit", "json", "teal")  # of mergekit: the slices to merge; of TEAL: a folder
+FORMATS = ("plan", "mergekit", "thresholds", "teal")  # the slices to merge; of sparsity JSON, and TEAL's folder
 CHOSEN_BY = (*OF_LAYERS, *SCORES, "last", "random")
 
 
 @takes_settings(*EVALUATED, *Execution.__dataclass_fields__)
 def plan(
-    warehouse: WarehousePath,
-    output: Annotated[Path, typer.Option("--output", "-o", help="PLAN.yaml.")],
+    output: Annotated[Path, output_option("PLAN.yaml.")],
+    warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     run: RunOption = None,
     by: Annotated[
         str | None,
@@ -94,108 +94,88 @@ def plan(
     seed: Annotated[int, typer.Option(help="Seed for --by random, and for --search evolve.")] = 0,
     recipe: RecipeOption = RECIPES[0],
     site: SiteOption = SITES[0],
-    threshold: ThresholdOption = f"{PUBLISHED_THRESHOLD:g}",
+    threshold: ThresholdOption = PUBLISHED,
     skip_sequences: SkipSequencesOption = 0,
-    format: Annotated[str, format_option(*FORMATS)] = FORMATS[0],
+    format: Annotated[str, choice(FORMATS, "What to write.")] = FORMATS[0],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     **options: Any,
 ) -> None:
     """Choose the layers to drop, and write them down with the reason and what speaks against it."""
-    from avss_dist.analysis.plans import plan_layers
-    from avss_dist.pruning.plan import mergekit_slices, write_text
-
-    if format in ("json", "teal") and sparsify is None:
-        raise ConfigError(
-            f"`format` {format} is of thresholds, and a plan of layers has none.", "Use plan or mergekit."
-        )
+    if format in ("thresholds", "teal") and sparsify is None:
+        raise ConfigError(f"`format` {format} is of sparsity, and a plan of layers has none.", "Use plan or mergekit.")
     opened = open_warehouse(warehouse)
-    chosen = choose_run(opened, run)
+    row = choose_run(opened, run)
+    hints, others = [], opened.runs().num_rows - 1
+    if others and not run:
+        hints.append(f"This is the newest of {others + 1} runs; --run names another.")
+    common = {"warehouse": warehouse, "run": row["run_id"], "corpus": corpus, "skip_sequences": skip_sequences}
     if sparsify is not None:
-        text = {"corpus": corpus, "skip_sequences": skip_sequences}
-        fields = {"rule": rule, "pattern": pattern, "corrections": corrections}
-        _sparsify(opened, chosen, output, sparsify, method, format, fields, text | options)
+        fields = {"method": method, "rule": rule, "pattern": pattern, "corrections": corrections}
+        sparse = _sparsify(output, sparsify, format, common | fields | options)
+        if not as_json:
+            from avss_dist.report.terminal.sparsity import thresholds_table
+
+            console().print(thresholds_table(sparse))
+        _tell(opened, output, sparse, hints, format, as_json)
         return
     how = {"share": share, "count": count, "mass": mass, "contiguous": contiguous, "seed": seed}
     how |= dict(zip(("first", "last"), protected(protect), strict=True))
-    reading = (site, recipe, *parse_threshold(threshold))
-    effort = {"budget": budget, "width": width}
-    if search is None:
-        given = {"corpus": corpus, "sublayers": sublayers, **effort, "skip_sequences": skip_sequences, **options}
-        _refuse_search_options(given)
-        made = plan_layers(opened, chosen, by=by, reading=reading, **how)
-    else:
-        if corpus is None:
-            raise ConfigError("A search measures losses on text, and there is none.", "Name it with `corpus`.")
-        starts = () if by is None else [plan_layers(opened, chosen, by=by, reading=reading, **how).drop]
-        text = {"corpus": corpus, "skip_sequences": skip_sequences}
-        wanted = {"by": search, "sublayers": sublayers, **how}
-        made = _search(warehouse, chosen, wanted, effort, starts=starts, **text, **options)
+    effort = {"budget": budget, "width": width, "sublayers": sublayers, "reading": (site, recipe, threshold)}
+    made = _choose(by=by, search=search, options=options, **common, **effort, **how)
+    if by is None and search is None:
+        hints.append(f"No --by was given: {made.why['by']} is measured in {opened.root}.")
     if format == "mergekit":
+        from avss_dist.pruning.mergekit import mergekit_slices
+        from avss_dist.pruning.plan import write_text
+
         write_text(output, mergekit_slices(made))
     else:
         made.write(output)
-    emit("\n  ".join([f"{output}:", *made.describe()]))
-    if by is None and search is None:
-        emit(f"  No --by was given: {made.why['by']} is measured in {opened.root}.")
-    others = opened.runs().num_rows - 1
-    if others and not run:
-        emit(f"  This is the newest of {others + 1} runs; --run names another.")
-    if not made.evaluated and format == FORMATS[0]:
-        emit(f"  Evaluate it: avss evaluate {output} --task perplexity:CORPUS --warehouse {opened.root}")
+    _tell(opened, output, made, hints, "" if made.evaluated else format, as_json)
 
 
-def _sparsify(
-    opened: Warehouse,
-    run: Mapping[str, Any],
-    output: Path,
-    target: float,
-    method: str,
-    format: str,
-    fields: Mapping[str, Any],
-    options: Mapping[str, Any],
+def _choose(**how: Any) -> Plan:
+    from avss_dist.api.change import choose_layers
+    from avss_dist.report.terminal.progress import SearchProgress
+
+    with SearchProgress() as progress:
+        made, found = choose_layers(reporter=progress, **how)
+    if found:
+        from avss_dist.report.terminal.search import search_table
+
+        console().print(search_table(found))
+    return made
+
+
+def _tell(
+    opened: Warehouse, output: Path, made: Plan | SparsityPlan, hints: Sequence[str], format: str, as_json: bool
 ) -> None:
+    """Say what was written, and what comes next."""
+    if as_json:
+        emit_json({"output": str(output), **asdict(made)})
+        return
+    emit("\n  ".join([f"{output}:", *made.describe(), *hints]))
+    if format == FORMATS[0]:
+        emit(f"  Evaluate it: avss evaluate {output} --task perplexity:CORPUS -w {opened.root}")
+
+
+def _sparsify(output: Path, target: float, format: str, how: dict[str, Any]) -> SparsityPlan:
     """Write a sparsity plan."""
     if format == "mergekit":
         raise ConfigError(
-            "`format` mergekit is of layers that stay, and sparsity drops none.", "Use plan, json or teal."
+            "`format` mergekit is of layers that stay, and sparsity drops none.", "Use plan, thresholds or teal."
         )
-    from avss_dist.evaluation.sparsify import sparsify
+    from avss_dist.api.change import sparsify
     from avss_dist.pruning.plan import write_text
     from avss_dist.report.terminal.progress import CellProgress
-    from avss_dist.report.terminal.sparsity import thresholds_table
     from avss_dist.sparsity.files import thresholds_json, write_teal
 
     with CellProgress() as progress:
-        made = sparsify(opened.root, run, target, method=method, reporter=progress, **fields, **options)
-    if format == "json":
+        made = sparsify(target, reporter=progress, **how)
+    if format == "thresholds":
         write_text(output, thresholds_json(made))
     elif format == "teal":
         write_teal(made, output)
     else:
         made.write(output)
-    console().print(thresholds_table(made))
-    emit("\n  ".join([f"{output}:", *made.describe()]))
-    if format == FORMATS[0]:
-        emit(f"  Evaluate it: avss evaluate {output} --task perplexity:CORPUS --warehouse {opened.root}")
-
-
-def _search(
-    warehouse: str, run: Mapping[str, Any], how: Mapping[str, Any], effort: Mapping[str, Any], **options: Any
-) -> Plan:
-    from avss_dist.evaluation.search import search
-    from avss_dist.pruning.search import Effort
-    from avss_dist.pruning.selection import Choice
-    from avss_dist.report.terminal.progress import SearchProgress
-    from avss_dist.report.terminal.search import search_table
-
-    with SearchProgress() as progress:
-        found = search(warehouse, run, Choice(**how), effort=Effort(**effort), reporter=progress, **options)
-    console().print(search_table(found))
-    return found.plan
-
-
-def _refuse_search_options(given: Mapping[str, Any]) -> None:
-    """Refuse what has no effect where nothing is measured."""
-    defaults = Settings().as_dict() | asdict(Execution())
-    for name, value in given.items():
-        if value and value != defaults.get(name):
-            raise ConfigError(f"`{name}` has no effect without a search.", "Leave it out, or name a `search`.")
+    return made

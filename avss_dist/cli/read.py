@@ -1,59 +1,109 @@
-"""`avss show`, `avss plot` and `avss query`: reading a warehouse."""
+"""`avss ls`, `show`, `plot` and `query`: reading a warehouse."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from avss_dist.cli.base import interruptible
-from avss_dist.cli.choose import choose_run, choose_runs, choose_scores, open_warehouse
+from avss_dist.cli.choose import choose_runs, choose_scores, open_warehouse, score_rows
 from avss_dist.cli.options import (
     FORMATS,
-    WAREHOUSE,
+    PUBLISHED,
+    FormatOption,
     RecipeOption,
-    RunOption,
     RunsOption,
     SiteOption,
     ThresholdOption,
-    WarehousePath,
+    WarehouseOption,
+    choice_argument,
     format_option,
+    output_option,
 )
 from avss_dist.errors import QueryError
-from avss_dist.settings import PUBLISHED_THRESHOLD, RECIPES, SITES
+from avss_dist.settings import DEFAULT_WAREHOUSE, RECIPES, SITES
 from avss_dist.system.streams import console, emit
 
-QUERY_FORMATS = (*FORMATS, "parquet", "markdown")
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SHOW_FORMATS = (*FORMATS, "markdown", "latex")
+QUERY_FORMATS = (*FORMATS, "markdown", "parquet")
+LISTED = {
+    "runs": "SELECT run_id, model, status, corpus, num_tokens, dtype, created_at FROM runs ORDER BY created_at DESC",
+    "plans": """SELECT model, drop, count(DISTINCT task) AS tasks, max(created_at) AS evaluated_at FROM evaluations
+        WHERE len(drop) > 0 AND layer IS NULL GROUP BY ALL ORDER BY evaluated_at DESC""",
+    "evaluations": """SELECT model, drop, task, metric, value, stderr, created_at FROM evaluations
+        WHERE layer IS NULL ORDER BY created_at DESC""",
+}
+"""What `avss ls` lists, the newest first."""
+FileOption = Annotated[Path | None, output_option("FILE to print to; else standard output.")]
+
+
+def ls(
+    what: Annotated[str, choice_argument(tuple(LISTED), "What to list.")] = "runs",
+    warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
+    format: FormatOption = FORMATS[0],
+) -> None:
+    """List the runs of a warehouse, the sets of layers that were evaluated, or all evaluations; the newest first."""
+    from avss_dist.report.output import write_table
+
+    write_table(open_warehouse(warehouse).sql(LISTED[what]), format, console())
 
 
 def show(
-    warehouse: WarehousePath,
-    run: RunOption = None,
-    recipe: RecipeOption = RECIPES[0],
+    warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
+    run: RunsOption = None,
     site: SiteOption = SITES[0],
-    threshold: ThresholdOption = f"{PUBLISHED_THRESHOLD:g}",
+    recipe: RecipeOption = RECIPES[0],
+    threshold: ThresholdOption = PUBLISHED,
+    output: FileOption = None,
+    format: Annotated[str, format_option(*SHOW_FORMATS)] = FORMATS[0],
 ) -> None:
-    """Show a run's layers as a table with bars; the lowest 25% are marked."""
-    from avss_dist.report.terminal.scores import layer_table
+    """Show scores by layer, at any threshold; the lowest 25% are marked."""
+    from avss_dist.report.export import export_text
+    from avss_dist.report.output import printed_to, write_table
 
     opened = open_warehouse(warehouse)
-    chosen = choose_run(opened, run)
-    console().print(layer_table(chosen, choose_scores(opened, [chosen], site, recipe, threshold)))
+    runs = choose_runs(opened, run or [])
+    scores = choose_scores(opened, runs, site, recipe, threshold)
+    with printed_to(output):
+        if format == FORMATS[0]:
+            _show(runs, scores)
+        elif format in FORMATS:
+            write_table(scores, format, console())
+        else:
+            emit(export_text(runs, score_rows(scores), format), end="")
     others = opened.runs().num_rows - 1
-    if others and not run:
-        emit(f"{others} more in {opened.root}: avss query {opened.root} 'SELECT run_id, model, status FROM runs'")
+    if others and not run and format == FORMATS[0]:
+        emit(f"{others} more in {opened.root}: avss ls -w {opened.root}")
+
+
+def _show(runs: Sequence[Mapping[str, Any]], scores: pa.Table) -> None:
+    """Print a table of each run, and how far its counts are known."""
+    from avss_dist.analysis.stats_findings import grouped
+    from avss_dist.report.terminal.scores import describe_exactness, layer_table
+
+    by_run = grouped(score_rows(scores), "run_id")
+    for row in runs:
+        if found := by_run.get((row["run_id"],)):
+            console().print(layer_table(row, found))
+            if known := describe_exactness(found):
+                emit(known)
 
 
 def plot(
-    warehouse: WarehousePath,
-    output: Annotated[Path, typer.Option("--output", "-o", help="FILE.png, .svg or .html.")],
+    output: Annotated[Path, output_option("FILE.png, .svg or .html.")],
+    warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     run: RunsOption = None,
-    recipe: RecipeOption = RECIPES[0],
     site: SiteOption = SITES[0],
-    threshold: ThresholdOption = f"{PUBLISHED_THRESHOLD:g}",
+    recipe: RecipeOption = RECIPES[0],
+    threshold: ThresholdOption = PUBLISHED,
 ) -> None:
     """Draw scores by depth, the rivals beside them."""
     from avss_dist.report.chart import MOST_RUNS, layers_chart, save_chart
@@ -65,38 +115,37 @@ def plot(
             f"{len(runs):,} runs are too many for one chart; it holds {MOST_RUNS} at most.",
             "Name fewer with `run`; avss report draws the runs of a whole warehouse.",
         )
-    save_chart(layers_chart(runs, choose_scores(opened, runs, site, recipe, threshold)), output)
+    save_chart(layers_chart(runs, score_rows(choose_scores(opened, runs, site, recipe, threshold))), output)
     emit(output)
 
 
 def query(
-    warehouse: Annotated[str | None, typer.Argument(help=WAREHOUSE)] = None,
     sql: Annotated[
         str | None,
         typer.Argument(help="One SELECT over the tables (--schema lists them), or @name, a ready query."),
     ] = None,
+    warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     schema: Annotated[
         bool, typer.Option("--schema", help="Say what every table, column and ready query means.")
     ] = False,
+    output: FileOption = None,
     format: Annotated[str, format_option(*QUERY_FORMATS)] = FORMATS[0],
 ) -> None:
     """Query a warehouse with SQL (DuckDB). It only reads, and only the warehouse."""
-    from avss_dist.report.output import write_table
+    from avss_dist.report.output import printed_to, write_table
 
-    if format == "parquet" and sys.stdout.isatty():
-        raise QueryError(
-            "Parquet is not for a terminal.", "Redirect it: avss query ... --format parquet > result.parquet"
-        )
-    if schema:
-        return _print_schema(format)
-    if not warehouse or not sql:
-        missing = "a query" if warehouse else "a warehouse and a query"
-        raise QueryError(f"avss query needs {missing}.", "avss query WAREHOUSE 'FROM runs'; avss query --schema.")
-    opened = open_warehouse(warehouse)
-    with console().status("Reading ...") if sys.stdout.isatty() else nullcontext():  # thousands of runs, the first time
-        table = interruptible(lambda: opened.sql(sql))
-    write_table(table, format, console())
-    return None
+    if format == "parquet" and output is None and sys.stdout.isatty():
+        raise QueryError("Parquet is not for a terminal.", "Name a file with `output`.")
+    if not schema and not sql:
+        raise QueryError("avss query needs a query.", "avss query 'FROM runs'; avss query --schema lists the tables.")
+    with printed_to(output):
+        if schema:
+            _print_schema(format)
+            return
+        opened = open_warehouse(warehouse)
+        with console().status("Reading ...") if sys.stdout.isatty() else nullcontext():  # thousands of runs at first
+            table = interruptible(lambda: opened.sql(str(sql)))
+        write_table(table, format, console())
 
 
 def _print_schema(format: str) -> None:

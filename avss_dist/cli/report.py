@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from avss_dist.cli.choose import choose_runs, open_warehouse
-from avss_dist.cli.options import EveryRunOption, WarehousePath
+from avss_dist.cli.options import EveryRunOption, WarehouseOption
+from avss_dist.settings import DEFAULT_WAREHOUSE
 from avss_dist.system.streams import emit
 
 
 def report(
-    warehouse: WarehousePath,
+    warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     output: Annotated[Path, typer.Option("--output", "-o", help="FILE.html.")] = Path("report.html"),
     run: EveryRunOption = None,
 ) -> None:

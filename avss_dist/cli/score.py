@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from avss_dist.cli.base import spelled
-from avss_dist.cli.options import MODEL, CorpusOption, ModelArgument, format_option, takes_settings, warehouse_option
-from avss_dist.settings import Execution, Settings, split_options
+from avss_dist.cli.options import (
+    MODEL,
+    TEXT_FORMATS,
+    CorpusOption,
+    ModelArgument,
+    TextFormatOption,
+    WarehouseOption,
+    format_option,
+    takes_settings,
+)
+from avss_dist.settings import DEFAULT_WAREHOUSE, Execution, Settings, split_options
 from avss_dist.system.streams import console, emit, emit_json, say
 
 if TYPE_CHECKING:
@@ -24,13 +34,14 @@ ESTIMATED = tuple(name for name in Settings.__dataclass_fields__ if name not in 
 def score(
     models: Annotated[list[str], typer.Argument(help=MODEL)],
     corpus: CorpusOption,
-    out: Annotated[str, warehouse_option()],
+    warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     label_field: Annotated[
         str | None, typer.Option(help="Of paired text, file.jsonl:prompt+answer: the field of the answers' labels.")
     ] = None,
     gradients: Annotated[
         bool, typer.Option("--gradients", help="Then a backward pass on the same text, as avss ablate does.")
     ] = False,
+    format: TextFormatOption = TEXT_FORMATS[0],
     **options: Any,
 ) -> int:
     """Score every layer of one or more models on a corpus, and keep the result as Parquet."""
@@ -40,22 +51,25 @@ def score(
         require_gradients(split_options(options)[1])
     corpus = f"{corpus}:{label_field}" if label_field else corpus
 
-    from avss_dist.report.terminal.progress import Progress
+    from avss_dist.report.terminal.progress import run_progress
     from avss_dist.runs.api import score as score_one
     from avss_dist.runs.api import score_all
 
-    with Progress() as progress:
+    with run_progress(len(models), ends=False) as progress:
         if len(models) == 1:
-            runs = [score_one(models[0], corpus=corpus, out=out, reporter=progress, **options)]
+            runs = [score_one(models[0], corpus=corpus, warehouse=warehouse, reporter=progress, **options)]
         else:
-            runs = score_all(models, corpus=corpus, out=out, reporter=progress, **options)
+            runs = score_all(models, corpus=corpus, warehouse=warehouse, reporter=progress, **options)
     for run in runs:
-        emit(_outcome(run))
+        if format == "json":
+            emit_json(asdict(run))
+        else:
+            emit(_outcome(run))
     done = [run for run in runs if run.status != "failed"]
     if gradients:
-        _take_gradients([run.model for run in done], corpus, out, options)
-    if done:
-        emit(f"Look at it: avss show {done[-1].warehouse} --run {done[-1].run_id}")
+        _take_gradients([run.model for run in done], corpus, warehouse, options, say if format == "json" else emit)
+    if done and format != "json":
+        emit(f"Look at it: avss show -w {done[-1].warehouse} --run {done[-1].run_id}")
     return 0 if len(done) == len(runs) else 1
 
 
@@ -69,7 +83,7 @@ def estimate(
     """Estimate the memory and time of a run, for every partition, before any weight is loaded."""
     settings, execution = split_options({**options, "partition": "zero3" if "ranks" in options else "auto"})
 
-    from avss_dist.estimate.estimate import estimate as estimate_run
+    from avss_dist.estimation.estimate import estimate as estimate_run
     from avss_dist.report.terminal.estimate import estimate_table
 
     doing = "Measuring a few layers on this device ..."
@@ -83,7 +97,9 @@ def estimate(
         console().print(estimate_table(made))
 
 
-def _take_gradients(models: Sequence[str], corpus: str, out: str, options: dict[str, Any]) -> None:
+def _take_gradients(
+    models: Sequence[str], corpus: str, warehouse: str, options: dict[str, Any], tell: Callable[[str], None]
+) -> None:
     """Measure gradients as the runs were: the same rows, the same settings."""
     from avss_dist.evaluation.ablate import ablate
     from avss_dist.report.terminal.progress import CellProgress
@@ -92,9 +108,15 @@ def _take_gradients(models: Sequence[str], corpus: str, out: str, options: dict[
     for model in models:
         with CellProgress() as progress:
             found = ablate(
-                model, corpus=corpus, warehouse=out, leave_one_out=False, gradients=True, reporter=progress, **options
+                model,
+                corpus=corpus,
+                warehouse=warehouse,
+                leave_one_out=False,
+                gradients=True,
+                reporter=progress,
+                **options,
             )
-        emit(f"{model}: gradients of {len(found.layers)} layers, in the table evaluations.")
+        tell(f"{model}: gradients of {len(found.layers)} layers, in the table evaluations.")
 
 
 def _outcome(run: Run) -> str:

@@ -8,25 +8,28 @@ import typer
 
 from avss_dist.cli.evaluate import EVALUATED
 from avss_dist.cli.options import (
+    TEXT_FORMATS,
     CorpusOption,
     ModelArgument,
     OverlapOption,
     ProtectOption,
+    TextFormatOption,
     choice,
+    output_option,
     protected,
     takes_settings,
     warehouse_option,
 )
 from avss_dist.cli.plan import CHOSEN_BY
 from avss_dist.settings import INTERACTIONS, NO_REPAIR, REPAIRS, Execution
-from avss_dist.system.streams import console, emit
+from avss_dist.system.streams import console, emit, emit_json
 
 
 @takes_settings(*EVALUATED, *Execution.__dataclass_fields__)
 def shrink(
     model: ModelArgument,
     corpus: CorpusOption,
-    out: Annotated[str, typer.Option(help="Folder of the new checkpoint.")],
+    output: Annotated[str, output_option("Folder of the new checkpoint.")],
     share: Annotated[float | None, typer.Option(help="Drop this share of the layers; 0.25 by default.")] = None,
     keep: Annotated[
         float | None,
@@ -61,21 +64,24 @@ def shrink(
     num_fewshot: Annotated[
         int | None, typer.Option(help="Examples before each question of a harness task.", min=0)
     ] = None,
-    warehouse: Annotated[str | None, warehouse_option()] = None,
+    warehouse: Annotated[
+        str | None, warehouse_option("Where what is measured is kept; OUTPUT-warehouse by default.")
+    ] = None,
     allow_overlap: OverlapOption = False,
+    format: TextFormatOption = TEXT_FORMATS[0],
     **options: Any,
 ) -> None:
     """Score a model, drop layers, repair what is left, evaluate both, and write the checkpoint; stopped, it goes on."""
     first, last = protected(protect)
 
     from avss_dist.evaluation.shrink import shrink as run
-    from avss_dist.report.terminal.shrink import ShrinkProgress, shrunk_lines, shrunk_tables
+    from avss_dist.report.terminal.shrink import ShrinkProgress, shrunk_lines, shrunk_tables, shrunk_values
 
     with ShrinkProgress() as progress:
         done = run(
             model,
             corpus=corpus,
-            out=out,
+            output=output,
             warehouse=warehouse,
             reporter=progress,
             share=share,
@@ -91,6 +97,9 @@ def shrink(
             allow_overlap=allow_overlap,
             **options,
         )
+    if format == "json":
+        emit_json(shrunk_values(done))
+        return
     console().print(shrunk_tables(done))
     for line in shrunk_lines(done):
         emit(line)

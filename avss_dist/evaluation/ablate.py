@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 
@@ -26,17 +25,19 @@ from avss_dist.evaluation.engine import (
     require_intended,
     require_listable,
 )
+from avss_dist.evaluation.outcomes import Ablation, LayerAblation
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
+from avss_dist.options import EvaluationOptions, with_options
 from avss_dist.pruning.ground_truth import METRICS, mean_ranks
 from avss_dist.registry import PARTITIONS
 from avss_dist.removal import SUBLAYERS, Drop, layer_of
 from avss_dist.settings import (
+    DEFAULT_WAREHOUSE,
     DRAWS,
     ESTIMATES,
     GROUND_TRUTH,
-    INTERVAL,
     LOSS,
     MOST_PASSES,
     SUBLAYER_LOSS,
@@ -53,60 +54,12 @@ from avss_dist.warehouse.store import Store
 CHUNK = 4  # permutations in a cell
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerAblation:
-    """What was measured of a layer.
-
-    Attributes:
-        loss: without it, in nats per token.
-        increase: of the loss over that of the whole model, paired: sequence by sequence.
-        sublayers: the same increase without its ``attention`` alone, and without its ``mlp`` alone.
-        shapley: its Shapley value, a sample for each permutation.
-        estimates: what `gradients.Gradients` and `damage.Damage` give, by metric.
-        damage: the mean of its ranks by two of these (`ground_truth.METRICS`), 1 the least.
-    """
-
-    layer: int
-    loss: Result | None
-    increase: Result | None
-    sublayers: Mapping[str, Result]
-    shapley: Result | None
-    estimates: Mapping[str, Result]
-    damage: float | None = None
-
-    def shapley_interval(self) -> tuple[float, float] | None:
-        """Of ``config.INTERVAL``, by Student's t over permutations; None of fewer than two."""
-        from scipy.stats import t
-
-        if self.shapley is None or len(self.shapley.samples) < 2:
-            return None
-        half = float(t.ppf((1 + INTERVAL) / 2, len(self.shapley.samples) - 1)) * self.shapley.stderr
-        return self.shapley.value - half, self.shapley.value + half
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ablation:
-    """What was measured of a model.
-
-    Attributes:
-        whole: the loss of the whole model; None where layers were not left out.
-        layers: in order.
-        reliability: how far other text of the same size would order the layers alike (`reliability.reliability`); NaN
-            where layers were not left out, or of fewer than four sequences.
-    """
-
-    model: str
-    corpus: str
-    whole: Result | None
-    layers: Sequence[LayerAblation]
-    reliability: float = float("nan")
-
-
+@with_options(EvaluationOptions)
 def ablate(
     model: str | Path,
     *,
     corpus: str,
-    warehouse: str | Path,
+    warehouse: str | Path = DEFAULT_WAREHOUSE,
     leave_one_out: bool = True,
     sublayers: bool = False,
     shapley: int = 0,
@@ -118,7 +71,7 @@ def ablate(
     skip_sequences: int = 0,
     allow_many: bool = False,
     reporter: CellReporter | None = None,
-    **options: Any,
+    **options: Unpack[EvaluationOptions],
 ) -> Ablation:
     """Measure what each layer of a model does to its loss, and keep it in a warehouse; nothing is measured twice.
 
@@ -138,7 +91,7 @@ def ablate(
     Raises:
         AvssError: a mistake, or a cell that failed (`RunFailed`); what was measured is kept.
     """
-    settings, execution = evaluation_options(options)
+    settings, execution = evaluation_options(dict(options))
     _require_sensible(execution, leave_one_out or sublayers, shapley, seed, gradients, draws if damage else None)
     require_listable(shapley, "permutations", "Lower `shapley`.")
     corpus = RedactedURI(corpus)

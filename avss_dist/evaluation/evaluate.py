@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from avss_dist.corpus.shards import plan_choices
 from avss_dist.errors import ConfigError
@@ -25,14 +25,16 @@ from avss_dist.evaluation.engine import (
     plan_text,
 )
 from avss_dist.evaluation.held_out import refuse_overlap, refuse_repair_text, refuse_search_text
+from avss_dist.evaluation.outcomes import Evaluations
 from avss_dist.evaluation.retention import Retained, retained
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.models.sparsifying import Cut, Sparsity
+from avss_dist.options import EvaluationOptions, with_options
 from avss_dist.pruning.plan import read_plan
 from avss_dist.pruning.selection import PlanError
-from avss_dist.settings import PERPLEXITY, SEARCHES, TRUTHFULQA, Settings
+from avss_dist.settings import DEFAULT_WAREHOUSE, PERPLEXITY, SEARCHES, TRUTHFULQA, Settings
 from avss_dist.sparsity.plan import SparsityPlan, is_sparsity_plan, read_sparsity_plan
 from avss_dist.tasks.base import Result, Task, TextLoss
 from avss_dist.tasks.cells import Cell
@@ -81,26 +83,25 @@ class Evaluation:
         return list(metrics(self.result))
 
 
+@with_options(EvaluationOptions)
 def evaluate(
     subjects: Sequence[str],
     *,
     tasks: Sequence[str],
-    warehouse: str | Path,
+    warehouse: str | Path = DEFAULT_WAREHOUSE,
     skip_sequences: int = 0,
     limit: int | None = None,
     num_fewshot: int | None = None,
     sparse: str | None = None,
     allow_overlap: bool = False,
     reporter: CellReporter | None = None,
-    **options: Any,
-) -> list[Evaluation]:
+    **options: Unpack[EvaluationOptions],
+) -> Evaluations:
     """Evaluate models and plans on tasks, and keep the results in a warehouse; what is measured is not repeated.
 
-    The whole model of a plan is evaluated too: it is what the plan is compared with.
-
     Args:
-        subjects: hub ids, folders, ``.gguf`` files; or plans, of layers or of sparsity, files that
-            end in ``.yaml`` or ``.yml``.
+        subjects: hub ids, folders, ``.gguf`` files; or plans, files that end in ``.yaml`` or ``.yml``, each beside its
+            whole model, which is evaluated too.
         tasks: ``perplexity:CORPUS``; else a task of lm-evaluation-harness, by its name or its YAML file.
         skip_sequences: rows at the start of each corpus that are not read.
         limit: documents of lm-evaluation-harness, questions of TruthfulQA, at most.
@@ -112,7 +113,7 @@ def evaluate(
     Raises:
         AvssError: a mistake, or a cell that failed (`RunFailed`); what was measured is kept.
     """
-    settings, execution = evaluation_options(options)
+    settings, execution = evaluation_options(dict(options))
     _require_used(tasks, {"limit": (limit, (PERPLEXITY,)), "num_fewshot": (num_fewshot, (PERPLEXITY, TRUTHFULQA))})
     tasks = [RedactedURI(task) for task in tasks]
     store = Store(warehouse)
@@ -140,7 +141,7 @@ def evaluate(
     every = {key: commit(one, store) for key, one in planned.items()}
     if failed:
         raise failure(failed)
-    return list(_all_against_whole(found, tasks, every))
+    return Evaluations(_all_against_whole(found, tasks, every))
 
 
 def _require_used(tasks: Sequence[str], given: Mapping[str, tuple[int | None, tuple[str, ...]]]) -> None:

@@ -46,7 +46,7 @@ from avss_dist.pruning.plan import layer_list
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.search import Effort, search_for
 from avss_dist.pruning.selection import Reading
-from avss_dist.runs.api import executor_for, run_job, with_options
+from avss_dist.runs.api import executor_for, overridden, run_job
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
@@ -101,7 +101,7 @@ def run_experiment(
     """
     experiment = job.experiment
     assert experiment is not None
-    specs, execution = with_options(job, options)
+    specs, execution = overridden(job, options)
     _require_intended(specs, experiment, allow_many=allow_many or experiment.allow_many)
     require_inputs(specs, experiment)
     for spec in specs if _fitted(experiment) else ():
@@ -131,22 +131,29 @@ def run_experiment(
     return runs, _commit_rows(trials, results, experiment, tasks, store)
 
 
+def describe_size(job: JobFile) -> str:
+    """How many evaluations an experiment makes at most, and of what."""
+    assert job.experiment is not None
+    number, text = _size(job.specs, job.experiment)
+    return text.format(f"{number:,}")
+
+
+def _size(specs: Sequence[RunSpec], experiment: Experiment) -> tuple[int, str]:
+    """Evaluations, and a text with a place for their number."""
+    tasks, repairs = len(experiment.tasks), len(experiment.repairs)
+    choices = [experiment.count_choices(_count_readings(spec.settings)) for spec in specs]
+    return sum(1 + choice * repairs + experiment.count_sparse for choice in choices) * tasks, (
+        f"The experiment makes up to {{}} evaluations (models: {len(specs):,}, sets of layers to drop: "
+        f"{max(choices, default=0):,}, repairs: {repairs:,}, tasks: {tasks:,})"
+    )
+
+
 def _require_intended(specs: Sequence[RunSpec], experiment: Experiment, *, allow_many: bool) -> None:
     """Refuse more evaluations than are made unasked, before anything is scored."""
-    tasks = len(experiment.tasks)
-    choices = [experiment.count_choices(_count_readings(spec.settings)) for spec in specs]
-    repairs = len(experiment.repairs)
-    number = sum(1 + choice * repairs + experiment.count_sparse for choice in choices) * tasks
+    number, text = _size(specs, experiment)
     fewer = "Lower `random`, or name fewer `scores`, `shares`, `sparsities`, `repairs` or `tasks`."
     require_listable(number, "evaluations", fewer)
-    require_intended(
-        number,
-        MOST_EVALUATIONS,
-        f"The experiment makes up to {{}} evaluations (models: {len(specs):,}, sets of layers to drop: "
-        f"{max(choices, default=0):,}, repairs: {repairs:,}, tasks: {tasks:,})",
-        fewer,
-        allow_many=allow_many,
-    )
+    require_intended(number, MOST_EVALUATIONS, text, fewer, allow_many=allow_many)
 
 
 def _count_readings(settings: Settings) -> int:

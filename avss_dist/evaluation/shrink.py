@@ -11,7 +11,9 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
+
+import pyarrow as pa
 
 from avss_dist.analysis.plans import plan_layers
 from avss_dist.errors import CorpusError
@@ -34,6 +36,7 @@ from avss_dist.evaluation.repairs import plan_fits, repair_texts, require_change
 from avss_dist.executors.base import Executor
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.options import ShrinkingOptions, with_options
 from avss_dist.partition.base import Placement
 from avss_dist.pruning.checkpoint import prune, require_free, require_prunable
 from avss_dist.pruning.plan import Plan
@@ -41,6 +44,7 @@ from avss_dist.pruning.repair.record import RepairRecord
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.shrinking import GREEDY, Shrinking
+from avss_dist.results import TabularResult
 from avss_dist.runs.api import score
 from avss_dist.runs.reporter import Reporter
 from avss_dist.settings import (
@@ -90,8 +94,8 @@ class SilentShrink:
     def writing(self, size: int) -> None: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shrunk:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Shrunk(TabularResult):
     """A model that was made smaller.
 
     Attributes:
@@ -111,6 +115,17 @@ class Shrunk:
     difference: float | None
     notes: Sequence[str]
 
+    _bars = ("kept",)
+
+    def table(self) -> pa.Table:
+        """A row for each plan that was tried: the layers that it drops, and what is kept."""
+        return pa.Table.from_pylist([{"drop": [*one.plan.drop], "kept": one.kept} for one in self.curve])
+
+    def summary(self) -> str:
+        """Where it is, and what it keeps."""
+        plan = self.best.plan
+        return f"{self.folder}, {len(plan.keep)} of {plan.num_layers} layers, {self.best.kept:.1%} kept"
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -125,39 +140,41 @@ class Parts:
     rows: int
 
 
+@with_options(ShrinkingOptions, Shrinking)
 def shrink(
     model: str | Path,
     *,
     corpus: str,
-    out: str | Path,
+    output: str | Path,
     warehouse: str | Path | None = None,
     reporter: ShrinkReporter | None = None,
-    **options: Any,
+    **options: Unpack[ShrinkingOptions],
 ) -> Shrunk:
     """Write a smaller checkpoint of a causal language model, and say what it keeps; what is done is not repeated.
 
     Args:
         model: hub id or folder.
         corpus: see `Shrinking`.
-        out: folder of the checkpoint, which does not exist, or is empty; it appears when it is whole.
-        warehouse: where all that is measured is kept; ``out`` with ``-warehouse`` after it by default.
+        output: folder of the checkpoint, which does not exist, or is empty; it appears when it is whole.
+        warehouse: where all that is measured is kept; ``output`` with ``-warehouse`` after it by default.
         options: the fields of `Shrinking`, ``settings.Settings`` and ``settings.Execution``; ``max_sequences`` is for
             each text, over all of its parts.
 
     Raises:
         AvssError: a mistake, or something that failed; what was measured is kept.
     """
-    asked = Shrinking(corpus=corpus, **{n: options.pop(n) for n in [*options] if n in Shrinking.__dataclass_fields__})
-    settings, execution = evaluation_options(options)
-    require_free(Path(out))
+    given: dict[str, Any] = dict(options)
+    asked = Shrinking(corpus=corpus, **{n: given.pop(n) for n in options if n in Shrinking.__dataclass_fields__})
+    settings, execution = evaluation_options(given)
+    require_free(Path(output))
     if asked.repair != NO_REPAIR:
         require_changeable(execution.partition)
     reporter = reporter or SilentShrink()
-    store = Store(warehouse or f"{out}-warehouse")
+    store = Store(warehouse or f"{output}-warehouse")
     store.create()
     checkpoint = resolve(str(model), trust_remote_code=settings.trust_remote_code)
     parts = cut(checkpoint, asked.texts, settings)
-    made = partial(_scored_plan(str(model), asked, store, parts, options, reporter), first=asked.first, last=asked.last)
+    made = partial(_scored_plan(str(model), asked, store, parts, given, reporter), first=asked.first, last=asked.last)
     example = made(count=1)
     require_prunable(checkpoint, example, settings)
     with closing(open_executor(execution, settings)) as executor:
@@ -175,7 +192,7 @@ def shrink(
     done = prune(
         str(model),
         plan,
-        out,
+        output,
         repair=best.patch.repaired() if best.patch else None,
         trust_remote_code=settings.trust_remote_code,
         copied=reporter.writing,
@@ -215,7 +232,7 @@ def _scored_plan(
 ) -> Callable[..., Plan]:
     """Measure what layers are chosen by; returns what makes plans of it."""
     warehouse, options = store.root.full, options | {"max_sequences": parts.held_out}
-    run = score(model, corpus=asked.corpus, out=warehouse, reporter=reporter.scoring, sites=("block",), **options)
+    run = score(model, corpus=asked.corpus, warehouse=warehouse, reporter=reporter.scoring, sites=("block",), **options)
     if asked.ranked_by in MEASURED:
         how = MEASURED[asked.ranked_by] | options
         ablate(model, corpus=asked.corpus, warehouse=warehouse, reporter=reporter.cells, **how)

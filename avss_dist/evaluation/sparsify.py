@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Unpack
 
 from avss_dist.analysis.sparsity_plans import Measured, plan_uniform, require_target
 from avss_dist.errors import ConfigError
@@ -22,6 +22,7 @@ from avss_dist.evaluation.engine import CellReporter, evaluation_options, pinned
 from avss_dist.evaluation.evaluate import runtime
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import resolve
+from avss_dist.options import EvaluationOptions, with_options
 from avss_dist.pruning.selection import PlanError
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.text import RedactedURI
@@ -30,6 +31,7 @@ from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
 
+@with_options(EvaluationOptions)
 def sparsify(
     warehouse: str,
     run: Mapping[str, Any],
@@ -42,7 +44,7 @@ def sparsify(
     rule: str = "all",
     pattern: str | None = None,
     corrections: int = 0,
-    **options: Any,
+    **options: Unpack[EvaluationOptions],
 ) -> SparsityPlan:
     """A sparsity plan for the checkpoint of a run that measured ``--site inputs``; nothing is measured twice.
 
@@ -64,7 +66,7 @@ def sparsify(
     store, measured = Store(warehouse), Measured.of(Warehouse(warehouse), run)
     if not corrections and (pattern is not None or method in COUNTED):
         return keep_plan(plan_uniform(measured, target, method, rule=rule, pattern=pattern), store, run)
-    settings, execution = evaluation_options(options)
+    settings, execution = evaluation_options(dict(options))
     require_whole_weights(execution.partition, method)
     checkpoint = resolve(run["model"], trust_remote_code=settings.trust_remote_code)
     if checkpoint.revision != run["revision"]:

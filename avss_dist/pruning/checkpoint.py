@@ -47,7 +47,7 @@ _NOT_COPIED = (WEIGHTS, *PICKLED, "*.gguf", "*.safetensors.index.json", "*.bin.i
 def prune(
     model: str,
     plan: Plan,
-    out: str | Path,
+    output: str | Path,
     *,
     repair: Repair | Repaired | None = None,
     execution: Execution | None = None,
@@ -58,7 +58,7 @@ def prune(
 
     Args:
         model: hub id, folder: that of the plan, whatever its name.
-        out: a folder that does not exist, or is empty; it appears when it is whole.
+        output: a folder that does not exist, or is empty; it appears when it is whole.
         repair: how what the layers did is given back by those that stay, or the weights that were fitted for that; not
             at all by default.
         execution: with ``partition`` single or streaming, and the memory for it, for the repair and the comparison; it
@@ -79,8 +79,8 @@ def prune(
         StorageFull: there is no space left.
     """
     settings = Settings(dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
-    out = Path(out)
-    require_free(out)
+    output = Path(output)
+    require_free(output)
     if repair is not None:
         require_foldable(repair.by if isinstance(repair, Repair) else repair.record.repair)
     checkpoint = resolve(model, trust_remote_code=trust_remote_code)
@@ -92,7 +92,7 @@ def prune(
         )
     notes: list[str] = []
     try:
-        with staged_folder(out) as staged:
+        with staged_folder(output) as staged:
             _write_config(checkpoint, plan, staged, settings)
             weights = StoredWeights.of(checkpoint, plan, settings)
             if isinstance(repair, Repair):
@@ -107,21 +107,23 @@ def prune(
             notes += seen
             _write_card(checkpoint, plan, staged, notes, repaired)
     except OSError as error:
-        raise unwritable(out, error, "Name another folder with `out`.", PlanError) from error
+        raise unwritable(output, error, "Name another folder with `output`.", PlanError) from error
     record = repaired.record if repaired else None
-    return {"folder": str(out), "bytes": size, "difference": difference, "notes": notes, "repair": record}
+    return {"folder": str(output), "bytes": size, "difference": difference, "notes": notes, "repair": record}
 
 
-def require_free(out: Path) -> None:
+def require_free(output: Path) -> None:
     """Refuse a folder that holds something, or that somebody stands in.
 
     Raises:
         PlanError: it is one.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PlanError(f"{out} exists already, and is not empty.", "Name another folder with `out`.")
-    if out.resolve() == Path.cwd():
-        raise PlanError(f"{out} is the folder that you are in; it would be replaced.", "Name a new folder with `out`.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise PlanError(f"{output} exists already, and is not empty.", "Name another folder with `output`.")
+    if output.resolve() == Path.cwd():
+        raise PlanError(
+            f"{output} is the folder that you are in; it would be replaced.", "Name a new one with `output`."
+        )
 
 
 def _require_safetensors(checkpoint: Checkpoint) -> None:

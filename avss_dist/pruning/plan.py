@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import pyarrow as pa
 import yaml
 from pydantic import Field
 
@@ -29,6 +30,7 @@ from avss_dist.removal import (
     layers_by_sublayer,
     whole_layers,
 )
+from avss_dist.results import TabularResult
 from avss_dist.settings import LOWEST_SHARE, SEARCHES, Check, checked
 from avss_dist.system.staging import staged_file
 from avss_dist.text import printable
@@ -56,7 +58,7 @@ Reason = Annotated[Any, Check(_reason)]
 
 
 @checked
-class Plan:
+class Plan(TabularResult):
     """Layers to drop from a model.
 
     Raises:
@@ -111,6 +113,18 @@ class Plan:
         for kind, layers in layers_by_sublayer(removed).items():
             object.__setattr__(self, kind, layers)
 
+    def table(self) -> pa.Table:
+        """A row for each layer: what of it is left out, or nothing."""
+        out = dict.fromkeys(self.drop, "layer")
+        out |= {layer: kind for kind in SUBLAYERS for layer in getattr(self, kind)}
+        return pa.Table.from_pylist([{"layer": i, "left_out": out.get(i)} for i in range(self.num_layers)])
+
+    __repr__ = TabularResult.__repr__
+
+    def summary(self) -> str:
+        """Of which model, and what it drops."""
+        return f"{self.model} without {describe_removed(self.removed)}, of {self.num_layers} layers"
+
     @property
     def removed(self) -> Drop:
         """The layers that are dropped, and the sublayers that are left out."""
@@ -134,7 +148,7 @@ class Plan:
                 "Evaluate the plan as it is, or make one that drops whole layers.",
             )
 
-    def write(self, path: Path) -> None:
+    def write(self, path: str | Path) -> None:
         """Write the YAML file.
 
         Raises:
@@ -311,7 +325,7 @@ def read_mapping(path: str | Path) -> dict[Any, Any]:
     return values
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: str | Path, text: str) -> None:
     """Write a file.
 
     Raises:
@@ -319,27 +333,10 @@ def write_text(path: Path, text: str) -> None:
         StorageFull: there is no space left.
     """
     try:
-        with staged_file(path) as staged:
+        with staged_file(Path(path)) as staged:
             staged.write_text(text, encoding="utf-8")
     except OSError as error:
         raise unwritable(path, error, "Name another file with `output`.", PlanError) from error
-
-
-def mergekit_slices(plan: Plan) -> str:
-    """The plan as a mergekit configuration: a passthrough merge of the slices of layers that stay, [from, to).
-
-    Raises:
-        PlanError: the plan leaves out sublayers.
-    """
-    plan.require_whole_layers("A mergekit configuration has slices of whole layers")
-    slices: list[list[int]] = []
-    for layer in plan.keep:
-        if slices and slices[-1][1] == layer:
-            slices[-1][1] = layer + 1
-        else:
-            slices.append([layer, layer + 1])
-    sources = [{"sources": [{"model": plan.model, "layer_range": bounds}]} for bounds in slices]
-    return to_yaml({"slices": sources, "merge_method": "passthrough"})
 
 
 def to_yaml(values: Mapping[str, Any], *, flow: bool = False) -> str:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from avss_dist.analysis.stats_findings import grouped
-from avss_dist.report.output import csv_cell
 from avss_dist.report.terminal.compare import short_name
 from avss_dist.settings import LOWEST_SHARE
 from avss_dist.stats.rankings import count_lowest
@@ -28,7 +24,6 @@ COLUMNS = {
     "block_influence": "Block influence",
     "relative_magnitude": "Relative magnitude",
 }
-PLACE = ("run_id", "model", "revision", "family", "site", "recipe", "threshold", "threshold_kind")
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -41,24 +36,13 @@ _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
 
 
 def export_text(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], kind: str) -> str:
-    """Scores of runs at one site, recipe and threshold, rounded to three significant digits.
-
-    ``csv`` and ``json`` are one table; ``latex`` and ``markdown`` one for each run, the lowest 25% of layers in bold.
+    """A table for each run, its scores rounded to three significant digits, the lowest 25% of layers in bold.
 
     Args:
         runs: rows of ``runs``.
-        scores: rows of ``scores`` of these runs, by layer.
-        kind: ``csv``, ``json``, ``latex`` or ``markdown``.
+        scores: rows of ``scores`` of these runs at one site, recipe and threshold, by layer.
+        kind: ``latex`` or ``markdown``.
     """
-    rows = [{name: _round(s[name]) for name in (*PLACE, *COLUMNS)} for s in scores]
-    if kind == "json":
-        return json.dumps(rows, indent=1) + "\n"
-    if kind == "csv":
-        text = io.StringIO()
-        writer = csv.DictWriter(text, [*PLACE, *COLUMNS], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
-        return text.getvalue()
     write = latex_table if kind == "latex" else markdown_table
     by_run = grouped(scores, "run_id")
     return "\n".join(write(run, by_run[run["run_id"],]) for run in runs)
@@ -122,10 +106,6 @@ def _body(
         cells = [write(s[name]) for name in COLUMNS]
         rows.append([bold(cell) for cell in cells] if s["rank"] is not None and s["rank"] <= lowest else cells)
     return rows
-
-
-def _round(value: Any) -> Any:
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
 def _number(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from decimal import Decimal
 from functools import partial
 from itertools import chain
@@ -37,6 +38,29 @@ def write_file(path: Path, data: bytes) -> None:
             staged.write_bytes(data)
     except OSError as error:
         raise unwritable(path, error, "Choose another `output`.") from error
+
+
+@contextmanager
+def printed_to(path: Path | None) -> Iterator[None]:
+    """Have what is printed written to a file, whole, or what was there before is left; without one, print it.
+
+    Raises:
+        AvssError: it cannot be written.
+        StorageFull: there is no space left.
+    """
+    if path is None:
+        yield
+        return
+    try:
+        with (
+            staged_file(path) as staged,
+            staged.open("w", encoding="utf-8", errors="surrogateescape") as file,
+            redirect_stdout(file),
+        ):
+            yield
+    except OSError as error:
+        raise unwritable(path, error, "Choose another `output`.") from error
+    emit(path)
 
 
 def write_table(table: pa.Table, kind: str, console: Console) -> None:

@@ -7,55 +7,70 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from avss_dist.corpus.sources import documents
 from avss_dist.errors import AvssError, ConfigError
 from avss_dist.executors.base import Executor
 from avss_dist.executors.open import open_executor
+from avss_dist.options import ScoringOptions, with_options
 from avss_dist.registry import GANGS
 from avss_dist.runs.driver import Driver, Ending, record_failure
 from avss_dist.runs.job_file import JobFile, RunSpec
-from avss_dist.runs.reporter import Reporter
+from avss_dist.runs.reporter import LoggingReporter, Reporter
 from avss_dist.runs.run import Run
-from avss_dist.settings import Execution, Settings, split_options
+from avss_dist.settings import DEFAULT_WAREHOUSE, Execution, Settings, split_options
 from avss_dist.warehouse.store import Store
 
 __all__ = ["Reporter", "Run", "run_job", "score", "score_all", "split_options"]
 
 
-def score(model: str | Path, *, corpus: str, out: str | Path, reporter: Reporter | None = None, **options: Any) -> Run:
+@with_options(ScoringOptions)
+def score(
+    model: str | Path,
+    *,
+    corpus: str,
+    warehouse: str | Path = DEFAULT_WAREHOUSE,
+    reporter: Reporter | None = None,
+    **options: Unpack[ScoringOptions],
+) -> Run:
     """Score one checkpoint and keep the result in a warehouse; a run that is done is not repeated.
 
     Args:
         model: hub id (``org/name@revision``), folder, or ``.gguf`` file.
         corpus: ``file.txt``, ``file.jsonl[:field]``, ``file.parquet[:column]``, ``hf:...`` or ``builtin:pydoc``.
-        out: the warehouse, a folder or URI.
-        reporter: notified as the work goes on.
+        warehouse: where the result is kept, a folder or URI.
+        reporter: notified as the work goes on; `LoggingReporter` by default.
         options: the fields of ``settings.Settings`` and ``settings.Execution``.
 
     Raises:
         AvssError: a mistake, or a failed run (`RunFailed`); what was measured is kept.
     """
-    settings, execution = split_options(options)
+    settings, execution = split_options(dict(options))
     _require_readable(corpus)
     name = str(model)
     spec = RunSpec(model=name, corpus=corpus, settings=settings, execution=execution, title=name, name=name)
-    ((_, ending),) = _drive([spec], _warehouse(out), settings, execution, reporter or Reporter())
+    ((_, ending),) = _drive([spec], _warehouse(warehouse), settings, execution, reporter or LoggingReporter())
     if isinstance(ending, AvssError):
         raise ending
     return ending
 
 
+@with_options(ScoringOptions)
 def score_all(
-    models: Sequence[str], *, corpus: str, out: str | Path, reporter: Reporter | None = None, **options: Any
+    models: Sequence[str],
+    *,
+    corpus: str,
+    warehouse: str | Path = DEFAULT_WAREHOUSE,
+    reporter: Reporter | None = None,
+    **options: Unpack[ScoringOptions],
 ) -> list[Run]:
     """Score several checkpoints with one pool of workers; one that fails is recorded and does not stop the others.
 
     Raises:
         AvssError: a mistake that concerns all of them, such as an unknown setting or an unwritable warehouse.
     """
-    settings, execution = split_options(options)
+    settings, execution = split_options(dict(options))
     if repeated := [model for model, times in Counter(models).items() if times > 1]:
         raise ConfigError(f"'{repeated[0]}' is there twice.", "Name each model once.")
     _require_readable(corpus)
@@ -63,7 +78,7 @@ def score_all(
         RunSpec(model=model, corpus=corpus, settings=settings, execution=execution, title=model, name=model)
         for model in models
     ]
-    return _all(specs, _warehouse(out), settings, execution, reporter or Reporter())
+    return _all(specs, _warehouse(warehouse), settings, execution, reporter or LoggingReporter())
 
 
 def run_job(job: JobFile, *, reporter: Reporter | None = None, **options: Any) -> list[Run]:
@@ -76,11 +91,11 @@ def run_job(job: JobFile, *, reporter: Reporter | None = None, **options: Any) -
     Raises:
         AvssError: a mistake that concerns all runs, such as an unwritable warehouse or too few devices.
     """
-    specs, execution = with_options(job, options)
-    return _all(specs, Store(job.warehouse), job.settings, execution, reporter or Reporter())
+    specs, execution = overridden(job, options)
+    return _all(specs, Store(job.warehouse), job.settings, execution, reporter or LoggingReporter())
 
 
-def with_options(job: JobFile, options: dict[str, Any]) -> tuple[list[RunSpec], Execution]:
+def overridden(job: JobFile, options: dict[str, Any]) -> tuple[list[RunSpec], Execution]:
     """The runs of a job, and how it runs, with options in place of its own."""
     specs = [replace(spec, execution=replace(spec.execution, **options)) for spec in job.specs]
     return specs, replace(job.execution, **options)
@@ -114,10 +129,10 @@ def executor_for(specs: Sequence[RunSpec], settings: Settings, execution: Execut
     return open_executor(gang, settings)
 
 
-def _warehouse(out: str | Path) -> Store:
-    if not str(out):
-        raise ConfigError("`out` is empty.", "Name a folder, or an s3://, gs://, hdfs:// URI.")
-    return Store(out)
+def _warehouse(name: str | Path) -> Store:
+    if not str(name):
+        raise ConfigError("`warehouse` is empty.", "Name a folder, or an s3://, gs://, hdfs:// URI.")
+    return Store(name)
 
 
 def _require_readable(corpus: str) -> None:

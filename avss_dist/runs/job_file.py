@@ -75,7 +75,7 @@ class JobFile:
         models, corpora: as the file says them, and their lines.
         settings, execution: what holds for all models that say nothing else.
         specs: the runs, model by model.
-        experiment: what `avss experiment` does with every run; None where the file has no such section.
+        experiment: what `avss run` does with every run; None where the file has no such section.
     """
 
     path: Path

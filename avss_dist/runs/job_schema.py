@@ -130,5 +130,5 @@ Job: Any = create_model(
     ),
     settings=(SettingsSection | None, Field(None, description="What is measured.")),
     execution=(ExecutionSection | None, Field(None, description="Where it runs.")),
-    experiment=(ExperimentSection | None, Field(None, description="What avss experiment does with every run.")),
+    experiment=(ExperimentSection | None, Field(None, description="What avss run does with every run.")),
 )

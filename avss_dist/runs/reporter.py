@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from avss_dist.partition.base import Placement
     from avss_dist.runs.run import Run
+
+
+LOGGER = logging.getLogger("avss_dist")
+LOG_SECONDS = 10.0  # between two lines about one run, at least
 
 
 class Reporter:
@@ -30,3 +36,35 @@ class Reporter:
 
     def finished(self, name: str, run: Run) -> None:
         """The run has ended; `Run.status` says how."""
+
+
+class LoggingReporter(Reporter):
+    """Tells `logging`, as ``avss_dist`` at the level INFO: what functions do where no reporter is given."""
+
+    def __init__(self) -> None:
+        self._runs: dict[str, tuple[int, int, float]] = {}  # tokens that are measured, and in all, and the last line
+
+    def planning(self, name: str) -> None:
+        """A run's text is read."""
+        LOGGER.info("%s: reading", name)
+
+    def placed(self, name: str, placement: Placement) -> None:
+        """How its replicas are spread."""
+        LOGGER.info("%s: %s; %s", name, placement.partition, placement.why)
+
+    def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
+        """Its shards are about to be measured."""
+        self._runs[name] = done_tokens, num_tokens, time.monotonic()
+
+    def advanced(self, name: str, num_tokens: int) -> None:
+        """A shard is measured: a line, if the last one is long ago."""
+        done, total, said = self._runs[name]
+        done, now = done + num_tokens, time.monotonic()
+        if now - said >= LOG_SECONDS:
+            LOGGER.info("%s: %d of %d tokens", name, done, total)
+            said = now
+        self._runs[name] = done, total, said
+
+    def finished(self, name: str, run: Run) -> None:
+        """It has ended."""
+        LOGGER.info("%s: %s", name, run.error or run.status)

@@ -16,7 +16,9 @@ from avss_dist.errors import AvssError
 from avss_dist.executors.base import ReplicaSpec, RunShards
 from avss_dist.models.quantization import describe_quantization
 from avss_dist.models.series import when_saved
+from avss_dist.results import TabularResult
 from avss_dist.runs.partials import Apply, merge_partials
+from avss_dist.settings import PUBLISHED_THRESHOLD, RECIPES, RIVALS, SITES
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.scores import score_run
 from avss_dist.system.versions import package_versions
@@ -25,10 +27,12 @@ from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.sharing import Receipt, SharedWarehouse
 from avss_dist.warehouse.store import Store
 
+SHOWN = ("layer", "depth", "avss_smoothed", "avss_low", "avss_high", "rank", "variance", "sparsity", *RIVALS)
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One checkpoint scored on one corpus.
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Run(TabularResult):
+    """One checkpoint scored on one corpus; its table is that of its scores.
 
     Attributes:
         run_id: its name in the warehouse.
@@ -50,6 +54,18 @@ class Run:
     num_tokens: int = 0
     seconds: float = 0.0
     error: str | None = None
+
+    _bars = ("avss_smoothed",)
+
+    def table(self) -> pa.Table:
+        """Its scores at the published site, recipe and threshold, by layer; `scores` has the others."""
+        at = {"site": SITES[0], "recipe": RECIPES[0], "threshold": PUBLISHED_THRESHOLD, "threshold_kind": "absolute"}
+        found = self.scores(**at).sort_by("layer")
+        return found.select([name for name in SHOWN if name in found.column_names])
+
+    def summary(self) -> str:
+        """Which run, and how it ended."""
+        return f"{self.run_id}, {self.status}, {self.num_tokens:,} tokens"
 
     def scores(self, **equals: Any) -> pa.Table:
         """This run's rows of ``scores``, those whose columns equal the given values: ``run.scores(site="block")``."""

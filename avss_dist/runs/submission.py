@@ -27,6 +27,7 @@ from avss_dist.runs.job_file import JobFile
 from avss_dist.settings import ANSWER_SECONDS, CONNECT_SECONDS, PERPLEXITY
 from avss_dist.tasks.harness_files import files_of, is_task_file
 
+COLUMNS = ("job", "status", "started", "seconds", "entrypoint", "message")  # of `Submitted.row`
 TOKEN_HINT = (
     "Give this machine the cluster's token: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token; "
     "`ray get-auth-token` on the head prints it."
@@ -58,7 +59,7 @@ class Submitted:
     hint: str = ""
 
     def row(self) -> tuple[str, ...]:
-        """For a table: job, status, started, seconds, entrypoint, message."""
+        """What `COLUMNS` are of; ``started`` is UTC."""
         started = f"{self.started:%Y-%m-%d %H:%M:%S}" if self.started else ""
         return self.job_id, self.status, started, f"{self.seconds:.0f}", self.entrypoint, self.message
 
@@ -90,8 +91,8 @@ class Cluster:
         with self._explained(), _environment_of_client():
             self._client = Client(address, (connect_seconds, answer_seconds))
 
-    def submit(self, job: JobFile, options: Sequence[str] = (), *, experiment: bool = False) -> str:
-        """Start ``avss run``, or ``avss experiment``, on the cluster with a copy of the job file; its job id.
+    def submit(self, job: JobFile, options: Sequence[str] = ()) -> str:
+        """Start ``avss run`` on the cluster with a copy of the job file; its job id.
 
         The copy's working directory also has the local files that the job names with relative paths: texts, and of an
         experiment the task files and their data.
@@ -104,13 +105,13 @@ class Cluster:
         job_id = f"avss-{job.path.stem}-{secrets.token_hex(3)}"
         with tempfile.TemporaryDirectory() as folder:
             shutil.copy(job.path, Path(folder) / job.path.name)
-            for file in _local_files(job, job.experiment if experiment else None):
+            for file in _local_files(job):
                 (Path(folder) / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, Path(folder) / file)
             with self._explained():
                 return str(
                     self._client.submit_job(
-                        entrypoint=shlex.join(["avss", "experiment" if experiment else "run", job.path.name, *options]),
+                        entrypoint=shlex.join(["avss", "run", job.path.name, *options]),
                         submission_id=job_id,
                         runtime_env={"working_dir": folder},
                         metadata={"avss_warehouse": without_secrets(job.warehouse), "avss_runs": str(len(job.specs))},
@@ -196,7 +197,7 @@ class Cluster:
             if job_id and ("404" in text or "does not exist" in str(error)):
                 raise ConfigError(
                     f"{self.address} has no job '{job_id}'.",
-                    f"avss status --address {self.address} lists those that it remembers.",
+                    f"avss jobs list --address {self.address} lists those that it remembers.",
                 ) from error
             raise RunFailed(
                 f"The job server at {self.address} failed: {text}",
@@ -269,8 +270,9 @@ def _require_reachable(job: JobFile) -> None:
         )
 
 
-def _local_files(job: JobFile, experiment: Experiment | None) -> list[Path]:
+def _local_files(job: JobFile) -> list[Path]:
     """Files that the job names and that are here, with a relative path: texts, globs of them, task files with data."""
+    experiment = job.experiment
     named = [Path(file) for text in _texts(job, experiment) for file in {text, *glob(text)} if Path(file).is_file()]
     for task in experiment.tasks if experiment else ():
         if is_task_file(task) and _travels(Path(task)):

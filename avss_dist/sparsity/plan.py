@@ -134,7 +134,7 @@ class SparsityPlan:
         kept, _, group = (self.pattern or "0:0").partition(":")
         return int(kept), int(group)
 
-    def write(self, path: Path) -> None:
+    def write(self, path: str | Path) -> None:
         """Write the YAML file.
 
         Raises:

@@ -1,6 +1,7 @@
 """The one writer of what people see: it knows what the streams can carry, what a terminal obeys, and how writing fails.
 
-Everything else in this package returns texts. `emit` and `console` write to standard output, `say` to standard error.
+Everything else in this package returns texts. `emit` and `console` write to standard output, `say` and `complain` to
+standard error. `set_verbosity` says how much of what is no result and no error is said.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import codecs
 import errno
 import io
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from rich.segment import Segment
 
 _UNWRITABLE = (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT, errno.EBADF)
+QUIET, USUAL, VERBOSE = range(3)
+_verbosity = USUAL  # of the process: threads report, too
 WIDTH = 132  # of tables where standard output is no terminal: wide enough for a whole one
 
 
@@ -61,7 +65,7 @@ def complete_output() -> Iterator[None]:
             raise
         _discard_output()
         reason = "it is closed" if error.errno == errno.EBADF else error.strerror
-        say(f"Error: standard output cannot be written: {reason}.")
+        complain(f"Error: standard output cannot be written: {reason}.")
         raise SystemExit(1) from None
 
 
@@ -85,8 +89,26 @@ def binary_output() -> IO[bytes]:
     return sys.stdout.buffer
 
 
-def say(message: str, file: TextIO | None = None) -> None:
-    """Print to standard error, or a file like it; what cannot be written there is lost."""
+def set_verbosity(level: int) -> None:
+    """How much is said: ``QUIET``, ``USUAL`` or ``VERBOSE``, which shows what libraries log, too."""
+    global _verbosity
+    _verbosity = level
+    if level == VERBOSE:
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+
+
+def say(message: str, file: TextIO | None = None, *, least: int = USUAL) -> None:
+    """Print to standard error, or a file like it, what is no result and no error; what cannot be written is lost.
+
+    Args:
+        least: the verbosity that it needs.
+    """
+    if _verbosity >= least:
+        complain(message, file)
+
+
+def complain(message: str, file: TextIO | None = None) -> None:
+    """Print an error, as `say` does, at any verbosity."""
     with suppress(OSError):
         print(printable(message), file=file or sys.stderr, flush=True)
 
@@ -103,5 +125,6 @@ def console(*, stderr: bool = False) -> Console:
             for segment in super().render(renderable, options):
                 yield segment if segment.control else segment._replace(text=printable(segment.text))
 
-    terminal = Output(highlight=False, stderr=stderr)
-    return terminal if terminal.is_terminal else Output(highlight=False, stderr=stderr, width=WIDTH)
+    quiet = stderr and _verbosity == QUIET
+    terminal = Output(highlight=False, stderr=stderr, quiet=quiet)
+    return terminal if terminal.is_terminal else Output(highlight=False, stderr=stderr, width=WIDTH, quiet=quiet)

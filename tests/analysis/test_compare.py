@@ -164,7 +164,7 @@ def test_more_pairs_than_a_comparison_takes_are_refused(root: Path, monkeypatch:
     monkeypatch.setattr("avss_dist.analysis.compare.MOST_PAIRS", 5)
     with pytest.raises(QueryError, match="4 runs make more than 5 pairs that differ in run") as caught:
         pairs(root, allow_mismatch=True)
-    assert caught.value.hint == f"Compare fewer: avss compare {root} --run 'smollm2-*', for example."
+    assert caught.value.hint == f"Compare fewer: avss compare -w {root} --run 'smollm2-*', for example."
 
 
 def test_every_difference_is_named(root: Path) -> None:
@@ -240,11 +240,11 @@ def test_the_size_of_the_lowest_set(tmp_path: Path, options: dict[str, Any], k: 
 
 
 def test_the_table_says_it_in_words(root: Path) -> None:
-    result = avss("compare", root, "--run", "llama-1", "--run", "bert*")
+    result = avss("compare", "-w", root, "--run", "llama-1", "--run", "bert*")
     assert (result.exit_code, result.stderr) == (0, "")
     assert "One pair: Spearman 0.8" in result.stdout
     assert "~ models of different depth" in result.stdout
-    assert "Nothing to warn of" in avss("findings", root, "--run", "llama-2").stdout
+    assert "Nothing to warn of" in avss("findings", "-w", root, "--run", "llama-2").stdout
     assert "tracks depth" in result.stdout
 
 
@@ -263,7 +263,7 @@ def test_the_words_follow_the_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["csv", "json"])
 def test_pairs_as_data(root: Path, kind: str) -> None:
-    result = avss("compare", root, "--by", "dtype", "--format", kind)
+    result = avss("compare", "-w", root, "--by", "dtype", "--format", kind)
     assert result.exit_code == 0
     if kind == "json":
         (row,) = map(json.loads, result.stdout.splitlines())
@@ -286,25 +286,25 @@ def test_pairs_as_data(root: Path, kind: str) -> None:
     ],
 )
 def test_mistakes(root: Path, args: list[str], text: str) -> None:
-    result = avss("compare", root, *args)
+    result = avss("compare", "-w", root, *args)
     assert result.exit_code == 2
     assert result.stdout == ""
     assert text in result.stderr
 
 
-@pytest.mark.parametrize("command", ["compare", "findings", "scores", "quantiles"])
+@pytest.mark.parametrize("command", ["compare", "findings", "show", "quantiles"])
 def test_a_warehouse_without_finished_runs(tmp_path: Path, command: str) -> None:
-    assert "is not a warehouse" in avss(command, tmp_path).stderr
+    assert "is not a warehouse" in avss(command, "-w", tmp_path).stderr
     Store(tmp_path).write_run({**run_row("broken"), "status": "failed", "error": "no memory"})
-    result = avss(command, tmp_path)
+    result = avss(command, "-w", tmp_path)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "has no finished run" in result.stderr
-    assert "Run 'broken' failed: no memory" in avss(command, tmp_path, "--run", "broken").stderr
+    assert "Run 'broken' failed: no memory" in avss(command, "-w", tmp_path, "--run", "broken").stderr
 
 
 def test_a_half_written_run_is_not_compared(root: Path) -> None:
     (root / "runs/run_id=llama-1/run.parquet").unlink()
-    result = avss("compare", root, "--run", "llama-1", "--run", "bert-1")
+    result = avss("compare", "-w", root, "--run", "llama-1", "--run", "bert-1")
     assert result.exit_code == 2
     assert "Unknown run 'llama-1'" in result.stderr
 
@@ -315,10 +315,16 @@ def rewrite(path: Path, version: str, drop: Sequence[str] = ()) -> None:
     pq.write_table(table.replace_schema_metadata({b"avss_schema_version": version.encode()}), path)
 
 
-COMMANDS = [["compare", "--by", "recipe"], ["findings", "--all"], ["scores"], ["quantiles"], ["export", "--to", "csv"]]
+COMMANDS = [
+    ["compare", "--by", "recipe"],
+    ["findings", "--all"],
+    ["show", "--threshold", "0.05rms"],
+    ["quantiles"],
+    ["show", "--format", "csv"],
+]
 
 
-@pytest.mark.parametrize("args", COMMANDS, ids=lambda args: args[0])
+@pytest.mark.parametrize("args", COMMANDS, ids=" ".join)
 def test_an_older_schema_is_read_and_a_newer_one_refused(tmp_path: Path, args: list[str]) -> None:
     write_measured(tmp_path, "tiny-1", stats_of(activations()), 8)
     older = {
@@ -329,11 +335,11 @@ def test_an_older_schema_is_read_and_a_newer_one_refused(tmp_path: Path, args: l
     for name, columns in older.items():
         for path in (tmp_path / name).rglob("*.parquet"):
             rewrite(path, "0", columns)
-    result = avss(args[0], tmp_path, *args[1:])
+    result = avss(*args, "-w", tmp_path)
     assert (result.exit_code, result.stderr) == (0, "")
     for path in (tmp_path / "runs").rglob("*.parquet"):
         rewrite(path, "99")
-    result = avss(args[0], tmp_path, *args[1:])
+    result = avss(*args, "-w", tmp_path)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "Written by a newer avss_dist: schema 99" in result.stderr
 
@@ -343,9 +349,9 @@ def test_nothing_heavy_is_loaded(tmp_path: Path) -> None:
     program = f"""
 import sys
 from avss_dist.cli import app
-for args in (["compare", "--by", "recipe"], ["findings"], ["scores", "--threshold", "0.05rms"], ["quantiles"],
-             ["export", "--to", "latex"], ["query", "--schema"]):
-    app([args[0], {str(tmp_path)!r}, *args[1:]], standalone_mode=False)
+for args in (["compare", "--by", "recipe"], ["findings"], ["show", "--threshold", "0.05rms"], ["quantiles"],
+             ["show", "--format", "latex"], ["query", "--schema"]):
+    app([*args, "-w", {str(tmp_path)!r}], standalone_mode=False)
 print(*sys.modules)
 """
     command = [sys.executable, "-c", program]
@@ -357,7 +363,7 @@ print(*sys.modules)
 def test_a_threshold_that_no_run_counted(tmp_path: Path) -> None:
     for seed in range(2):
         write_measured(tmp_path, f"tiny-{seed}", stats_of(activations(seed)), 8)
-    result = avss("compare", tmp_path, "--threshold", 0.3, "--site", "block", "--recipe", "element")
+    result = avss("compare", "-w", tmp_path, "--threshold", 0.3, "--site", "block", "--recipe", "element")
     assert (result.exit_code, result.stderr) == (0, "")
     assert "by run  avss / block / element / |x| < 0.3" in result.stdout
 
@@ -365,7 +371,7 @@ def test_a_threshold_that_no_run_counted(tmp_path: Path) -> None:
 def test_of_many_runs_few_are_told(tmp_path: Path) -> None:
     for i in range(41):
         write_scores(tmp_path, f"tiny-{i:02d}", UP)
-    result = avss("compare", tmp_path, "--run", "tiny-007")
+    result = avss("compare", "-w", tmp_path, "--run", "tiny-007")
     told = ", ".join(f"tiny-{i:02d}" for i in range(10))
     assert result.exit_code == 2
     assert result.stderr == f"Error: Unknown run 'tiny-007'.\nDid you mean 'tiny-07'? Valid: {told} and 31 more.\n"
@@ -386,6 +392,6 @@ def test_many_pairs_are_shown_from_both_ends(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for i in range(12):
         write_scores(tmp_path, f"run-{i:02d}", list(rng.permutation(8) + 1.0))
-    result = avss("compare", tmp_path)
+    result = avss("compare", "-w", tmp_path)
     assert "26 pairs between the most and the least alike are not shown" in result.stdout
-    assert len(avss("compare", tmp_path, "--format", "csv").stdout.splitlines()) == 67
+    assert len(avss("compare", "-w", tmp_path, "--format", "csv").stdout.splitlines()) == 67

@@ -132,8 +132,8 @@ def test_mistakes(tmp_path: Path) -> None:
 
 def test_the_command_shows_layers_predictions_and_findings(tmp_path: Path) -> None:
     write(tmp_path, planted=1.5)
-    shown = avss("contrast", tmp_path, "--threshold", "1e-2")
+    shown = avss("contrast", "-w", tmp_path, "--threshold", "1e-2")
     assert shown.exit_code == 0
     assert "Left after every control: 3." in shown.stdout and "AUROC" in shown.stdout
-    lines = avss("contrast", tmp_path, "--threshold", "1e-2", "--format", "json").stdout.splitlines()
+    lines = avss("contrast", "-w", tmp_path, "--threshold", "1e-2", "--format", "json").stdout.splitlines()
     assert [json.loads(line)["stands"] for line in lines] == [layer == PLANTED for layer in range(LAYERS)]

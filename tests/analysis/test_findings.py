@@ -229,6 +229,6 @@ def test_activations_that_are_no_numbers(tmp_path: Path) -> None:
         assert [s["lowest_set_probability"] for s in scores if s["rank"] is None] == [0.0, 0.0]
     sql = store.sql("SELECT layer, recipe, rank FROM scores_at(1e-5)").to_pylist()
     assert [s["layer"] for s in sql if s["rank"] is None] == [3, 5] * 3
-    assert "layers 3, 5: they have no rank" in avss("show", tmp_path, "--recipe", "element").stdout
-    refused = avss("plan", tmp_path, "--by", "avss", "--recipe", "element", "-o", tmp_path / "plan.yaml")
+    assert "layers 3, 5: they have no rank" in avss("show", "-w", tmp_path, "--recipe", "element").stdout
+    refused = avss("plan", "-w", tmp_path, "--by", "avss", "--recipe", "element", "-o", tmp_path / "plan.yaml")
     assert refused.exit_code == 2 and "Layers 3, 5 have no score 'avss'" in refused.stderr

@@ -182,7 +182,7 @@ def test_quantiles_of_16_bit_activations_are_exact(narrow: Warehouse, coarse: Fl
     for row in quantiles(narrow, rows_of(narrow), [0.01, 0.1, 0.5, 0.77, 1.0]).to_pylist():
         true = np.quantile(np.abs(coarse[:, row["layer"]]), row["share"], method="inverted_cdf")
         assert row["value"] == row["low"] == row["high"] == true
-    assert "Every one is exact: each value was counted." in avss("quantiles", narrow.root).stdout
+    assert "Every one is exact: each value was counted." in avss("quantiles", "-w", narrow.root).stdout
 
 
 def test_a_run_of_schema_1_is_read() -> None:
@@ -249,38 +249,38 @@ def test_a_share_is_a_share(warehouse: Warehouse) -> None:
 
 
 def test_scores_command(root: Path) -> None:
-    result = avss("scores", root, "--run", "tiny-1", "--threshold", "0.05rms", "--recipe", "element")
+    result = avss("show", "-w", root, "--run", "tiny-1", "--threshold", "0.05rms", "--recipe", "element")
     assert (result.exit_code, result.stderr) == (0, "")
     assert "block / element / |x| < 0.05 x RMS" in result.stdout
-    assert "4 of 4 counts are interpolated, and off by" in result.stdout
-    assert "Exact: 0.28125 and 0.3125." in avss("scores", root, "--threshold", 0.3).stdout
-    assert "every count is exact" in avss("scores", root, "--threshold", EDGE).stdout
-    text = avss("scores", root, "--run", "tiny-1", "--threshold", "0.05rms", "--format", "csv").stdout
+    assert "4 of 4 near-zero counts are interpolated from stored counts, and off by" in result.stdout
+    assert "Exact: 0.28125 and 0.3125." in avss("show", "-w", root, "--threshold", 0.3).stdout
+    assert "interpolated" not in avss("show", "-w", root, "--threshold", EDGE).stdout
+    text = avss("show", "-w", root, "--run", "tiny-1", "--threshold", "0.05rms", "--format", "csv").stdout
     assert len(list(csv.DictReader(io.StringIO(text)))) == 4
 
 
 def test_quantiles_command(root: Path) -> None:
-    result = avss("quantiles", root, "--run", "tiny-*", "--q", 0.5, "--sparsity", 0.9)
+    result = avss("quantiles", "-w", root, "--run", "tiny-*", "--q", 0.5, "--sparsity", 0.9)
     assert (result.exit_code, result.stderr) == (0, "")
     assert "tiny-1  block" in result.stdout and "tiny-2  block" in result.stdout
     assert "The truth lies close by" in result.stdout
     assert "|x| below which 0.5" in result.stdout and "|x| below which 0.9" in result.stdout
-    text = avss("quantiles", root, "--run", "tiny-1", "--format", "csv").stdout
+    text = avss("quantiles", "-w", root, "--run", "tiny-1", "--format", "csv").stdout
     assert len(list(csv.DictReader(io.StringIO(text)))) == 4 * 3
 
 
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        (["scores", "--threshold", "-1"], "'-1' is not a threshold."),
-        (["scores", "--site", "mlp"], "No statistics for site 'mlp'"),
-        (["scores", "--recipe", "units"], "Unknown --recipe 'units'.\nDid you mean 'unit'?"),
+        (["show", "--threshold", "-1"], "'-1' is not a threshold."),
+        (["show", "--site", "mlp"], "No scores of site 'mlp'"),
+        (["show", "--recipe", "units"], "Unknown --recipe 'units'.\nDid you mean 'unit'?"),
         (["quantiles", "--q", "1.5"], "1.5 is not a share."),
         (["quantiles", "--site", "mlp"], "No statistics of site 'mlp'."),
         (["quantiles", "--run", "tiny-3"], "Unknown run 'tiny-3'."),
     ],
 )
 def test_mistakes(root: Path, args: list[str], text: str) -> None:
-    result = avss(args[0], root, *args[1:])
+    result = avss(*args, "-w", root)
     assert (result.exit_code, result.stdout) == (2, "")
     assert text in result.stderr

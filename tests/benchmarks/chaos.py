@@ -94,10 +94,10 @@ class Job:
         if self.kind == "experiment":
             job = self.model.parent / "experiment.yaml"
             job.write_text(EXPERIMENT.format(warehouse=warehouse, model=self.model), encoding="utf-8")
-            return ["experiment", str(job), *where]
+            return ["run", str(job), *where]
         partition = ["--partition", "single" if self.kind == "score" or address is None else self.kind]
         return [
-            *("score", str(self.model), *corpus, "--out", str(warehouse)),
+            *("score", str(self.model), *corpus, "-w", str(warehouse)),
             *(*SIZES, *where, *partition, "--hang-seconds", "10"),
         ]
 

@@ -104,10 +104,10 @@ def main() -> None:
             weather = Weather(cluster, notes, arguments.rows // SIZES["sequences_per_shard"])
             weather.start()
             begun = time.time()
-            run = avss_dist.score(model, out=folder / "elastic", replicas="2..5", **options)
+            run = avss_dist.score(model, warehouse=folder / "elastic", replicas="2..5", **options)
             ended = time.time()
             weather.join()
-        one = avss_dist.score(model, out=folder / "one", replicas=1, **options)
+        one = avss_dist.score(model, warehouse=folder / "one", replicas=1, **options)
         print(f"{'seconds':>8}{'begun':>7}  what")
         for at, what in weather.timeline():
             print(f"{at - begun:>8.1f}{len({n.what for n in notes.shards if n.at <= at}):>7}  {what}")

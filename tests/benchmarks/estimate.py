@@ -17,7 +17,7 @@ import sys
 import tempfile
 
 from avss_dist.corpus.shards import plan
-from avss_dist.estimate.estimate import estimate
+from avss_dist.estimation.estimate import estimate
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
@@ -44,7 +44,7 @@ def measure(model: str, corpus: str, settings: Settings, placement: Placement) -
 def measure_gang(model: str, corpus: str, settings: Settings, partition: str) -> tuple[float, int]:
     """As `measure`, with the ranks of a gang: seconds in which they measure all shards, peak of the largest."""
     with tempfile.TemporaryDirectory() as out:
-        run = score(model, corpus=corpus, out=out, partition=partition, ranks=RANKS, **settings.as_dict())
+        run = score(model, corpus=corpus, warehouse=out, partition=partition, ranks=RANKS, **settings.as_dict())
         shards = plan(corpus, load_tokenizer(resolve(model)), settings).shards
         results = Warehouse(out).read_shards(run.run_id, {shard.shard_id: shard.content_hash for shard in shards})
     at_once = RANKS if partition == "zero3" else 1

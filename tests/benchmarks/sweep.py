@@ -65,7 +65,7 @@ def main() -> None:
         out = Path(folder) / "warehouse"
         start = time.perf_counter()
         options = {**SETTINGS, "executor": "ray", "replicas": arguments.replicas}
-        score_all(models, corpus="builtin:pydoc", out=out, **options)
+        score_all(models, corpus="builtin:pydoc", warehouse=out, **options)
         whole = time.perf_counter() - start
         rows = Warehouse(out).runs().to_pylist()
         ends = sorted(row["created_at"].timestamp() for row in rows)

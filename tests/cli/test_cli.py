@@ -17,12 +17,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import typer
 from support.checkpoints import LAYERS
-from support.command_line import avss
+from support.command_line import avss, commands
 
 import avss_dist
-from avss_dist.cli import app
 from avss_dist.errors import ConfigError, QueryError
 from avss_dist.partition.base import Placement
 from avss_dist.settings import (
@@ -51,13 +49,14 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "score": {
         "models": None,
         "--corpus": None,
-        "--out": None,
+        "--warehouse": "warehouse",
         **{f"--{name.replace('_', '-')}": value for name, value in Settings().as_dict().items()},
         "--site": None,
         "--threshold": None,
         **EXECUTION,
         "--gradients": False,
         "--label-field": None,
+        "--format": "text",
     },
     "estimate": {
         "model": None,
@@ -68,18 +67,27 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--max-memory": None,
         "--format": "table",
     },
-    "show": {"warehouse": None, "--run": None, "--recipe": "pooled", "--site": "block", "--threshold": "1e-05"},
+    "ls": {"what": "runs", "--warehouse": "warehouse", "--format": "table"},
+    "show": {
+        "--warehouse": "warehouse",
+        "--run": None,
+        "--recipe": "pooled",
+        "--site": "block",
+        "--threshold": "1e-05",
+        "--output": None,
+        "--format": "table",
+    },
     "plot": {
-        "warehouse": None,
+        "--warehouse": "warehouse",
         "--run": None,
         "--output": None,
         "--recipe": "pooled",
         "--site": "block",
         "--threshold": "1e-05",
     },
-    "query": {"warehouse": None, "sql": None, "--schema": False, "--format": "table"},
+    "query": {"sql": None, "--warehouse": "warehouse", "--schema": False, "--output": None, "--format": "table"},
     "compare": {
-        "warehouse": None,
+        "--warehouse": "warehouse",
         "--run": None,
         "--by": "run",
         "--recipe": "pooled",
@@ -92,7 +100,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--format": "table",
     },
     "findings": {
-        "warehouse": None,
+        "--warehouse": "warehouse",
         "--run": None,
         "--recipe": "pooled",
         "--site": "block",
@@ -101,44 +109,27 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--format": "table",
     },
     "contrast": {
-        "warehouse": None,
+        "--warehouse": "warehouse",
         "--run": None,
         "--site": "block",
         "--recipe": "pooled",
-        "--threshold": "1e-5",
+        "--threshold": "1e-05",
         "--hallucinated": None,
         "--truthful": None,
         "--predictions": False,
         "--format": "table",
     },
-    "scores": {
-        "warehouse": None,
-        "--threshold": "1e-05",
-        "--recipe": "pooled",
-        "--site": "block",
-        "--run": None,
-        "--format": "table",
-    },
     "quantiles": {
-        "warehouse": None,
+        "--warehouse": "warehouse",
         "--q": None,
         "--sparsity": None,
         "--site": "block",
         "--run": None,
         "--format": "table",
     },
-    "export": {
-        "warehouse": None,
-        "--to": None,
-        "--run": None,
-        "--recipe": "pooled",
-        "--site": "block",
-        "--threshold": "1e-05",
-        "--output": None,
-    },
-    "report": {"warehouse": None, "--output": Path("report.html"), "--run": None},
+    "report": {"--warehouse": "warehouse", "--output": Path("report.html"), "--run": None},
     "plan": {
-        "warehouse": None,
+        "--warehouse": "warehouse",
         "--output": None,
         "--run": None,
         "--by": None,
@@ -165,11 +156,12 @@ COMMANDS: dict[str, dict[str, Any]] = {
         **{f"--{name.replace('_', '-')}": value for name, value in Settings().as_dict().items()},
         **EXECUTION,
         "--format": "plan",
+        "--json": False,
     },
     "prune": {
         "model": None,
         "plan": None,
-        "--out": None,
+        "--output": None,
         "--repair": None,
         "--repair-corpus": None,
         "--skip-sequences": 0,
@@ -185,11 +177,12 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--partition": "auto",
         "--max-memory": None,
         "--offload-folder": None,
+        "--format": "text",
     },
     "shrink": {
         "model": None,
         "--corpus": None,
-        "--out": None,
+        "--output": None,
         "--share": None,
         "--keep": None,
         "--by": "damage",
@@ -203,10 +196,11 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--allow-overlap": False,
         **{f"--{name.replace('_', '-')}": value for name, value in Settings().as_dict().items()},
         **EXECUTION,
+        "--format": "text",
     },
     "sample": {
         "model": None,
-        "--out": None,
+        "--output": None,
         "--count": 512,
         "--prompt": None,
         "--seed": 0,
@@ -216,15 +210,16 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--attn-implementation": Settings().attention,
         "--device": "auto",
         "--trust-remote-code": False,
+        "--format": "text",
     },
     "ablate": {
         "model": None,
         "--corpus": None,
-        "--warehouse": None,
-        "--no-leave-one-out": False,
+        "--warehouse": "warehouse",
+        "--leave-one-out": True,
         "--sublayers": False,
         "--shapley": 0,
-        "--no-truncation": False,
+        "--truncation": True,
         "--seed": 0,
         "--gradients": False,
         "--damage": False,
@@ -238,7 +233,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "evaluate": {
         "subjects": None,
         "--task": None,
-        "--warehouse": None,
+        "--warehouse": "warehouse",
         "--skip-sequences": 0,
         "--limit": None,
         "--num-fewshot": None,
@@ -248,17 +243,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         **EXECUTION,
         "--format": "table",
     },
-    "experiment": {
-        "job": None,
-        "--executor": None,
-        "--replicas": None,
-        "--address": None,
-        "--allow-overlap": False,
-        "--fresh": False,
-        "--yes": False,
-        "--format": "table",
-    },
-    "scorecard": {"warehouse": None, "--run": None, "--all": False, "--format": "table"},
+    "scorecard": {"--warehouse": "warehouse", "--run": None, "--all": False, "--format": "table"},
     "run": {
         "job": None,
         "--schema": False,
@@ -267,13 +252,16 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--replicas": None,
         "--address": None,
         "--fresh": False,
+        "--allow-overlap": False,
+        "--yes": False,
+        "--format": "table",
     },
-    "submit": {"job": None, "--address": None, **LIMITS, "--replicas": None}
-    | {"--experiment": False, "--fresh": False, "--follow": False},
-    "status": {"--address": None, "job_id": None, **LIMITS},
-    "logs": {"job_id": None, "--address": None, "--follow": False, **LIMITS},
-    "stop": {"job_id": None, "--address": None, **LIMITS},
-    "doctor": {"--json": False},
+    "jobs submit": {"job": None, "--address": None, **LIMITS, "--replicas": None}
+    | {"--fresh": False, "--follow": False, "--format": "text"},
+    "jobs list": {"--address": None, "job_id": None, **LIMITS, "--format": "table"},
+    "jobs logs": {"job_id": None, "--address": None, "--follow": False, **LIMITS},
+    "jobs stop": {"job_id": None, "--address": None, **LIMITS, "--format": "text"},
+    "doctor": {"--format": "text"},
 }
 for _command in ("score", "estimate", "ablate", "evaluate", "shrink", "plan"):
     del COMMANDS[_command]["--sites"], COMMANDS[_command]["--thresholds"]
@@ -281,8 +269,12 @@ for _command in ("score", "estimate", "ablate", "evaluate", "shrink", "plan"):
         COMMANDS[_command][_option] = COMMANDS[_command].pop(_field)
     if _command != "score":
         del COMMANDS[_command]["--skip-first-tokens"]
+for _options in COMMANDS.values():
+    if _options.get("--format") in ("table", "text"):
+        _options["--json"] = False
+    _options |= {"--quiet": False, "--verbose": False}
 TEXT = {"--corpus": "builtin:pydoc", "--max-sequences": 12, "--sequence-length": 32, "--sequences-per-shard": 4}
-SCORE = [str(part) for option in TEXT.items() for part in option] + ["--executor", "local"]
+SCORE = [str(part) for option in TEXT.items() for part in option] + ["--executor", "local", "--quiet"]
 HEAVY = ("torch", "ray", "transformers", "deepspeed")
 Avss = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -296,7 +288,7 @@ def scored(tiny_llama: Path, tiny_bert: Path, tmp_path_factory: pytest.TempPathF
     """A warehouse with a run of each tiny model; the Llama's is the newest. Not to be changed."""
     warehouse = tmp_path_factory.mktemp("scored") / "warehouse"
     for model in (tiny_bert, tiny_llama):
-        result = avss("score", model, *SCORE, "--out", warehouse)
+        result = avss("score", model, *SCORE, "-w", warehouse)
         assert (result.exit_code, result.stderr) == (0, "")
     return warehouse
 
@@ -316,13 +308,11 @@ def run_ids(warehouse: Path) -> dict[str, str]:
 
 
 def _parameters(command: str) -> dict[str, Any]:
-    group: Any = typer.main.get_command(app)
-    return {max(p.opts, key=len): p for p in group.commands[command].params if p.name != "help"}
+    return {max(p.opts, key=len): p for p in commands()[command].params if p.name != "help"}
 
 
 def test_the_commands_are_these() -> None:
-    group: Any = typer.main.get_command(app)
-    assert set(group.commands) == set(COMMANDS)
+    assert set(commands()) == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -332,33 +322,32 @@ def test_every_option_exists_with_the_default_of_the_settings(command: str) -> N
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_and_option_has_help(command: str) -> None:
-    result = avss(command, "--help")
+    result = avss(*command.split(), "--help")
     assert result.exit_code == 0
     for name, parameter in _parameters(command).items():
         assert name in result.stdout
         assert parameter.help
-    group: Any = typer.main.get_command(app)
-    assert group.commands[command].help
+    assert commands()[command].help and "Examples:" in result.stdout
 
 
 def test_help_names_every_command() -> None:
     for args in (["--help"], ["-h"], []):
         result = avss(*args)
-        assert all(f" {command} " in result.output for command in COMMANDS)
+        assert all(f" {command.split()[0]} " in result.output for command in COMMANDS)
 
 
 def test_a_run_is_named_by_a_part_that_only_it_has(scored: Path) -> None:
     run_id = run_ids(scored)["llama"]
-    result = avss("show", scored, "--run", "*")
+    result = avss("show", "-w", scored, "--run", "*")
     assert result.exit_code == 2 and "'*' matches 2 runs." in result.stderr
     for name in ("llama", run_id[-10:], "*llama*", run_id):
-        result = avss("show", scored, "--run", name)
+        result = avss("show", "-w", scored, "--run", name)
         assert result.exit_code == 0 and run_id in result.stdout
         assert (f"Run {run_id} is the one" in result.stderr) is (name in ("llama", run_id[-10:]))
-    assert "Unknown run 'lama'" in avss("show", scored, "--run", "lama").stderr  # no word begins there
-    result = avss("show", scored, "--run", "tiny")
+    assert "Unknown run 'lama'" in avss("show", "-w", scored, "--run", "lama").stderr  # no word begins there
+    result = avss("show", "-w", scored, "--run", "tiny")
     assert result.exit_code == 2 and "'tiny' is part of 2 runs." in result.stderr
-    result = avss("report", scored, "--run", "nothing", "-o", scored.parent / "r.html")
+    result = avss("report", "-w", scored, "--run", "nothing", "-o", scored.parent / "r.html")
     assert result.exit_code == 2 and "Unknown run 'nothing'" in result.stderr
 
 
@@ -373,7 +362,7 @@ def test_names_are_listed_in_help_and_completed() -> None:
         ("score", "--attn-implementation", ATTENTIONS),
         ("run", "--executor", EXECUTORS),
         ("compare", "--score", SCORES),
-        ("query", "--format", ("table", "csv", "json", "parquet", "markdown")),
+        ("query", "--format", ("table", "csv", "json", "markdown", "parquet")),
     ):
         parameter = _parameters(command)[option]
         assert parameter.metavar == f"[{'|'.join(names)}]"
@@ -409,7 +398,7 @@ def test_a_run_is_kept_whole(scored: Path) -> None:
 
 
 def test_show_draws_the_newest_run(scored: Path) -> None:
-    result = avss("show", scored)
+    result = avss("show", "-w", scored)
     assert (result.exit_code, result.stderr) == (0, "")
     assert "tiny-llama  block / pooled / |x| < 1e-05" in result.stdout
     lines = [line for line in result.stdout.splitlines() if line.startswith("│")]
@@ -422,7 +411,7 @@ def test_show_draws_the_newest_run(scored: Path) -> None:
 
 def test_show_draws_an_encoder(scored: Path) -> None:
     run_id = run_ids(scored)["bert"]
-    result = avss("show", scored, "--run", run_id)
+    result = avss("show", "-w", scored, "--run", run_id)
     assert result.exit_code == 0
     assert "tiny-bert" in result.stdout
     assert run_id in result.stdout
@@ -432,7 +421,7 @@ def test_show_draws_an_encoder(scored: Path) -> None:
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("threshold", ["1e-5", "0.1", "0.1rms"])
 def test_show_takes_site_and_threshold(scored: Path, site: str, threshold: str) -> None:
-    result = avss("show", scored, "--site", site, "--threshold", threshold, "--recipe", "element")
+    result = avss("show", "-w", scored, "--site", site, "--threshold", threshold, "--recipe", "element")
     assert result.exit_code == 0
     assert f"{site} / element / |x| < " in result.stdout
 
@@ -443,7 +432,7 @@ def test_show_takes_site_and_threshold(scored: Path, site: str, threshold: str) 
 )
 def test_plot_writes_what_the_ending_says(scored: Path, tmp_path: Path, ending: str, signature: bytes) -> None:
     file = tmp_path / f"scores{ending}"
-    result = avss("plot", scored, "-o", file)
+    result = avss("plot", "-w", scored, "-o", file)
     assert (result.exit_code, result.stdout, result.stderr) == (0, f"{file}\n", "")
     data = file.read_bytes()
     assert data.startswith(signature)
@@ -453,7 +442,7 @@ def test_plot_writes_what_the_ending_says(scored: Path, tmp_path: Path, ending: 
 def test_a_page_needs_no_network_and_holds_every_run(scored: Path, tmp_path: Path) -> None:
     file = tmp_path / "scores.html"
     runs = [part for run_id in run_ids(scored).values() for part in ("--run", run_id)]
-    assert avss("plot", scored, *runs, "-o", file).exit_code == 0
+    assert avss("plot", "-w", scored, *runs, "-o", file).exit_code == 0
     page = file.read_text(encoding="utf-8")
     skeleton = re.sub(r"(<script[^>]*>).*?</script>", r"\1", page, flags=re.DOTALL)
     assert skeleton.count("<script") == 3
@@ -468,7 +457,7 @@ QUERY = "SELECT layer, site, avss_smoothed, nullif(1, 1) AS nothing FROM scores 
 
 
 def test_query_prints_csv(scored: Path) -> None:
-    found = list(csv.DictReader(io.StringIO(avss("query", scored, QUERY, "--format", "csv").stdout)))
+    found = list(csv.DictReader(io.StringIO(avss("query", "-w", scored, QUERY, "--format", "csv").stdout)))
     expected = rows(scored, QUERY)
     assert [(int(r["layer"]), r["site"], float(r["avss_smoothed"]), r["nothing"]) for r in found] == [
         (r["layer"], r["site"], r["avss_smoothed"], "") for r in expected
@@ -476,30 +465,30 @@ def test_query_prints_csv(scored: Path) -> None:
 
 
 def test_query_prints_json_lines(scored: Path) -> None:
-    lines = avss("query", scored, QUERY, "--format", "json").stdout.splitlines()
+    lines = avss("query", "-w", scored, QUERY, "--format", "json").stdout.splitlines()
     assert [json.loads(line) for line in lines] == rows(scored, QUERY)
 
 
 def test_query_prints_parquet(scored: Path) -> None:
-    result = avss("query", scored, QUERY, "--format", "parquet")
+    result = avss("query", "-w", scored, QUERY, "--format", "parquet")
     assert pq.read_table(io.BytesIO(result.stdout_bytes)).to_pylist() == rows(scored, QUERY)
 
 
 def test_query_prints_a_table(scored: Path) -> None:
-    result = avss("query", scored, QUERY)
+    result = avss("query", "-w", scored, QUERY)
     assert all(name in result.stdout for name in ("layer", "site", "avss_smoothed", "nothing", "attention"))
     assert sum(line.startswith("│") for line in result.stdout.splitlines()) == 4
 
 
 def test_json_has_no_number_that_json_lacks(scored: Path) -> None:
     query = "SELECT 'nan'::DOUBLE AS a, [1.5, 'inf'::DOUBLE] AS b, {'c': '-inf'::DOUBLE} AS d"
-    line = avss("query", scored, query, "--format", "json").stdout
+    line = avss("query", "-w", scored, query, "--format", "json").stdout
     assert json.loads(line, parse_constant=pytest.fail) == {"a": None, "b": [1.5, None], "d": {"c": None}}
 
 
 @pytest.mark.parametrize("format", ["csv", "json", "parquet", "table"])
 def test_columns_of_the_same_name_are_all_kept(scored: Path, format: str) -> None:
-    result = avss("query", scored, "SELECT 1 AS a, 2 AS a, 3 AS a_1, 4 AS a", "--format", format)
+    result = avss("query", "-w", scored, "SELECT 1 AS a, 2 AS a, 3 AS a_1, 4 AS a", "--format", format)
     if format == "parquet":
         found: list[Any] = pq.read_table(io.BytesIO(result.stdout_bytes)).to_pylist()
     elif format == "csv":
@@ -517,7 +506,7 @@ def test_columns_of_the_same_name_are_all_kept(scored: Path, format: str) -> Non
 
 def test_one_missing_model_does_not_stop_the_others(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
     out, missing = tmp_path / "warehouse", tmp_path / "missing"
-    result = avss("score", tiny_llama, missing, tiny_bert, *SCORE, "--out", out)
+    result = avss("score", tiny_llama, missing, tiny_bert, *SCORE, "-w", out)
     assert (result.exit_code, result.stderr) == (1, "")
     assert f"failed. There is no folder '{missing}'." in result.stdout
     found = rows(out, "SELECT model, status, error FROM runs ORDER BY status, model")
@@ -528,13 +517,13 @@ def test_one_missing_model_does_not_stop_the_others(tiny_llama: Path, tiny_bert:
     assert found[2]["error"].startswith(f"There is no folder '{missing}'.")
     assert {row["model"] for row in rows(out, "SELECT DISTINCT model FROM scores")} == {str(tiny_llama), str(tiny_bert)}
 
-    again = avss("score", tiny_llama, missing, tiny_bert, *SCORE, "--out", out)
+    again = avss("score", tiny_llama, missing, tiny_bert, *SCORE, "-w", out)
     assert again.exit_code == 1
     assert again.stdout.count("done before, nothing to do") == 2
     assert len(rows(out, "FROM runs")) == 3
 
     failed = rows(out, "SELECT run_id FROM runs WHERE status = 'failed'")[0]["run_id"]
-    shown = avss("show", out, "--run", failed)
+    shown = avss("show", "-w", out, "--run", failed)
     assert shown.exit_code == 2
     assert f"Run '{failed}' failed: There is no folder" in shown.stderr
 
@@ -544,7 +533,7 @@ def test_a_model_that_fails_while_it_runs_leaves_one_row(tiny_llama: Path, tmp_p
     shutil.copytree(tiny_llama, broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    result = avss("score", broken, tiny_llama, *SCORE, "--out", out)
+    result = avss("score", broken, tiny_llama, *SCORE, "-w", out)
     assert result.exit_code == 1
     found = rows(out, "SELECT run_id, status, error, num_shards FROM runs ORDER BY status DESC")
     assert [row["status"] for row in found] == ["failed", "done"]
@@ -566,12 +555,12 @@ def test_any_exception_of_a_models_code_is_a_failed_run(
         return forward(self, input_ids, **options)
 
     monkeypatch.setattr(LlamaModel, "forward", breaks)
-    result = avss("score", tiny_llama, tiny_bert, *SCORE, "--out", tmp_path)
+    result = avss("score", tiny_llama, tiny_bert, *SCORE, "-w", tmp_path)
     assert result.exit_code == 1
     found = rows(tmp_path, "SELECT family, status, error FROM runs ORDER BY status")
     assert [row["status"] for row in found] == ["done", "failed"]
     assert found[1]["error"] == "ZeroDivisionError: in the model"
-    alone = avss("score", tiny_llama, *SCORE, "--out", tmp_path)
+    alone = avss("score", tiny_llama, *SCORE, "-w", tmp_path)
     assert alone.exit_code == 1
     assert alone.stderr == "Error: ZeroDivisionError: in the model\n"
 
@@ -579,10 +568,10 @@ def test_any_exception_of_a_models_code_is_a_failed_run(
 def test_what_is_done_is_skipped_unless_fresh(warehouse: Path, tiny_llama: Path) -> None:
     before = rows(warehouse, "FROM runs WHERE family = 'llama'")[0]
     scores = Warehouse(warehouse).scores().sort_by([(name, "ascending") for name in ("run_id", "layer", "site")])
-    skipped = avss("score", tiny_llama, *SCORE, "--out", warehouse)
+    skipped = avss("score", tiny_llama, *SCORE, "-w", warehouse)
     assert f"{before['run_id']}: done before, nothing to do" in skipped.stdout
     assert rows(warehouse, "FROM runs WHERE family = 'llama'")[0] == before
-    fresh = avss("score", tiny_llama, *SCORE, "--out", warehouse, "--fresh")
+    fresh = avss("score", tiny_llama, *SCORE, "-w", warehouse, "--fresh")
     assert f"{before['run_id']}: 384 tokens in " in fresh.stdout
     assert rows(warehouse, "FROM runs WHERE family = 'llama'")[0]["created_at"] > before["created_at"]
     assert (
@@ -594,7 +583,7 @@ def test_the_options_of_score_reach_the_run(tiny_llama: Path, tmp_path: Path) ->
     options = ["--site", "mlp", "--site", "block", "--threshold", "0.5", "--dtype", "bfloat16", "--batch-size", "3"]
     options += ["--layout", "padded", "--skip-first-tokens", "2", "--attn-implementation", "eager"]
     options += ["--layers-path", "layers"]
-    result = avss("score", tiny_llama, *SCORE, *options, "--device", "cpu", "--out", tmp_path)
+    result = avss("score", tiny_llama, *SCORE, *options, "--device", "cpu", "-w", tmp_path)
     assert result.exit_code == 0
     (run,) = rows(tmp_path, "FROM runs")
     assert (run["sites"], run["thresholds"]) == (["block", "mlp"], [1e-5, 0.5])
@@ -613,7 +602,7 @@ def hostile(tiny_llama: Path, tmp_path: Path) -> tuple[Path, str]:
     name = "[red]<script>alert(1)<"
     folder = Path(shutil.copytree(tiny_llama, tmp_path / name))
     out = tmp_path / "warehouse"
-    assert avss("score", folder, *SCORE, "--out", out).exit_code == 0
+    assert avss("score", folder, *SCORE, "-w", out).exit_code == 0
     store = Store(out)
     run = store.table("runs").to_pylist(maps_as_pydicts="strict")[0]
     scores = store.table("scores").to_pylist()
@@ -629,7 +618,7 @@ def test_a_name_is_harmless_on_a_page(hostile: tuple[Path, str], tmp_path: Path)
         runs = [part for run_id in ids for part in ("--run", run_id)]
         for ending in ("html", "svg"):
             file = tmp_path / f"page.{ending}"
-            assert avss("plot", warehouse, *runs, "-o", file).exit_code == 0
+            assert avss("plot", "-w", warehouse, *runs, "-o", file).exit_code == 0
             page = file.read_text(encoding="utf-8")
             assert "<script>alert" not in page
             assert "alert(1)" in page  # it is there, as text
@@ -638,11 +627,11 @@ def test_a_name_is_harmless_on_a_page(hostile: tuple[Path, str], tmp_path: Path)
 
 def test_a_name_is_shown_as_it_is_in_the_terminal(hostile: tuple[Path, str]) -> None:
     warehouse, name = hostile
-    shown = avss("show", warehouse, "--run", "hostile-1").stdout
+    shown = avss("show", "-w", warehouse, "--run", "hostile-1").stdout
     assert f"org/{name}" in shown
     assert "[link=x]<script>alert(3)" in shown
-    assert f"org/{name}" in avss("query", warehouse, "SELECT model FROM runs").stdout
-    assert "[red]a" in avss("query", warehouse, "SELECT 1 AS \"[red]a\", '[/]' AS b").stdout
+    assert f"org/{name}" in avss("query", "-w", warehouse, "SELECT model FROM runs").stdout
+    assert "[red]a" in avss("query", "-w", warehouse, "SELECT 1 AS \"[red]a\", '[/]' AS b").stdout
 
 
 # What is loaded, and what is said.
@@ -669,7 +658,7 @@ print(code or 0, *sys.modules)
 def test_reading_loads_nothing_heavy(command: list[str], scored: Path) -> None:
     args: list[object] = [*command]
     if command[0] in ("query", "show"):
-        args.insert(1, scored)
+        args += ["-w", scored]
     exit_code, heavy, lines, error = in_process(*args)
     assert (exit_code, heavy, error) == (0, set(), "")
     assert lines
@@ -684,11 +673,11 @@ def test_importing_loads_nothing_heavy(what: str) -> None:
 
 
 def test_scoring_here_is_quiet_and_loads_no_ray(tiny_llama: Path, tmp_path: Path) -> None:
-    exit_code, heavy, lines, error = in_process("score", tiny_llama, *SCORE, "--out", tmp_path)
+    exit_code, heavy, lines, error = in_process("score", tiny_llama, *SCORE, "-w", tmp_path)
     assert (exit_code, error) == (0, "")
     assert len(lines) == 2
     assert re.fullmatch(r"tiny-llama-[0-9a-f]{10}: 384 tokens in [\d.]+ s\.", lines[0])
-    assert lines[1].startswith(f"Look at it: avss show {tmp_path} --run tiny-llama-")
+    assert lines[1].startswith(f"Look at it: avss show -w {tmp_path} --run tiny-llama-")
     assert "torch" in heavy
     assert "ray" not in heavy
 
@@ -698,7 +687,7 @@ def test_stopping_says_that_the_work_is_kept(tmp_path: Path, monkeypatch: pytest
         raise KeyboardInterrupt
 
     monkeypatch.setattr("avss_dist.runs.planner.resolve", stop)
-    result = avss("score", "any", *SCORE, "--out", tmp_path)
+    result = avss("score", "any", *SCORE, "-w", tmp_path)
     assert (result.exit_code, result.stdout) == (130, "")
     assert "run the same command again to finish" in result.stderr
 
@@ -737,7 +726,7 @@ def test_the_api_scores_and_reads(tiny_llama: Path, tmp_path: Path) -> None:
     run = avss_dist.score(
         tiny_llama,
         corpus="builtin:pydoc",
-        out=tmp_path,
+        warehouse=tmp_path,
         max_sequences=8,
         sequence_length=32,
         sequences_per_shard=4,
@@ -762,7 +751,7 @@ def test_the_api_scores_and_reads(tiny_llama: Path, tmp_path: Path) -> None:
 def test_an_unknown_keyword_names_the_nearest(name: str, tmp_path: Path) -> None:
     model: Any = "any" if name == "score" else ["any"]
     with pytest.raises(ConfigError, match="Unknown option 'sequence_lenght'") as caught:
-        getattr(avss_dist, name)(model, corpus="builtin:pydoc", out=tmp_path / "new", sequence_lenght=32)
+        getattr(avss_dist, name)(model, corpus="builtin:pydoc", warehouse=tmp_path / "new", sequence_lenght=32)
     assert caught.value.hint is not None
     assert caught.value.hint.startswith("Did you mean 'sequence_length'?")
     assert not (tmp_path / "new").exists()
@@ -771,8 +760,8 @@ def test_an_unknown_keyword_names_the_nearest(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["score", "score_all"])
 def test_no_warehouse_has_an_empty_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="`out` is empty"):
-        getattr(avss_dist, name)("any" if name == "score" else ["any"], corpus="builtin:pydoc", out="")
+    with pytest.raises(ConfigError, match="`warehouse` is empty"):
+        getattr(avss_dist, name)("any" if name == "score" else ["any"], corpus="builtin:pydoc", warehouse="")
     assert not list(tmp_path.iterdir())
 
 
@@ -798,7 +787,7 @@ def test_the_api_scores_several_models_and_reports(tiny_llama: Path, tiny_bert: 
     runs = avss_dist.score_all(
         [str(tiny_llama), "/missing", str(tiny_bert)],
         corpus="builtin:pydoc",
-        out=tmp_path,
+        warehouse=tmp_path,
         reporter=Reporter(),
         max_sequences=6,
         sequence_length=32,

@@ -17,17 +17,16 @@ TEXT = ["--corpus", "text.txt", "--max-sequences", "4", "--sequence-length", "16
 SETTINGS = {"max_sequences": 4, "sequence_length": 16}
 EXPERIMENT = {"tasks": ["perplexity:text.txt"], "scores": ["block_influence"], "shares": [0.34], "skip_sequences": 4}
 COMMANDS = [
-    ["score", "MODEL", *TEXT, "--out", "disk/w"],
+    ["score", "MODEL", *TEXT, "-w", "disk/w"],
     ["ablate", "MODEL", *TEXT, "--warehouse", "disk/w"],
     ["evaluate", "MODEL", "--task", "perplexity:text.txt", *TEXT[2:], "--warehouse", "disk/w"],
     ["run", "job.yaml"],
-    ["experiment", "job.yaml"],
-    ["prune", "MODEL", "plan.yaml", "--out", "disk/pruned"],
-    ["shrink", "MODEL", *TEXT, "--warehouse", "disk/w", "--out", "disk/shrunk"],
-    ["plan", "w", "--by", "avss", "-o", "disk/plan.yaml"],
-    ["report", "w", "-o", "disk/page.html"],
-    ["export", "w", "--to", "csv", "-o", "disk/table.csv"],
-    ["plot", "w", "-o", "disk/picture.svg"],
+    ["prune", "MODEL", "plan.yaml", "-o", "disk/pruned"],
+    ["shrink", "MODEL", *TEXT, "--warehouse", "disk/w", "-o", "disk/shrunk"],
+    ["plan", "-w", "w", "--by", "avss", "-o", "disk/plan.yaml"],
+    ["report", "-w", "w", "-o", "disk/page.html"],
+    ["show", "-w", "w", "--format", "csv", "-o", "disk/table.csv"],
+    ["plot", "-w", "w", "-o", "disk/picture.svg"],
 ]
 
 

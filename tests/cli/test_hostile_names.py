@@ -10,60 +10,63 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-import typer.main
 import yaml
-from support.command_line import avss
+from support.command_line import avss, commands
 from support.warehouses import activations, stats_of, write_measured
 
-from avss_dist.cli import app
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
 EVIL = "\x1b]0;owned\x07\x1b[31m\u202eevil\u2066\x85\x7f\r"
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 TEXT = ["--corpus", "text.txt", "--max-sequences", "4", "--sequence-length", "16", "--executor", "local"]
+W = ("-w", "W")
 READS = {
-    "show": [["W", "--run", "a"], ["W", "x", EVIL], ["W", f"--{EVIL}"], ["W", "--site", EVIL]],
-    "plot": [["W", "-o", "O/x.svg"], ["W", "-o", "O/x.html", "--run", "*"]],
-    "query": [
-        *(["W", "FROM runs", "--format", kind] for kind in ("table", "csv", "json", "markdown")),
-        ["W", f"SELECT '{EVIL}' AS \"{EVIL}\", ['{EVIL}'] AS l, {{'{EVIL}': 1}} AS s"],
-        ["W", f"SELECT '=1' AS \"=1+1\", '{EVIL}' AS \"|\"", "--format", "markdown"],
-        ["W", f"SELECT {EVIL}"],
+    "show": [
+        *([*W, "--format", kind, "--threshold", "0.2"] for kind in ("table", "csv", "json", "latex", "markdown")),
+        [*W, "--run", "a"],
+        [*W, "x", EVIL],
+        [*W, f"--{EVIL}"],
+        [*W, "--site", EVIL],
     ],
-    "compare": [["W"], ["W", "--format", "csv"]],
-    "findings": [["W", "--all"], ["W", "--format", "csv"]],
-    "scores": [["W", "--threshold", "0.2"], ["W", "--threshold", "0.2", "--format", "csv"]],
-    "quantiles": [["W"], ["W", "--format", "csv"]],
-    "export": [["W", "--to", kind] for kind in ("csv", "json", "latex", "markdown")],
-    "report": [["W", "-o", "O/x.html"]],
-    "plan": [["W", "-o", "O/x.yaml", "--by", "avss"], ["W", "-o", f"O/{EVIL}.yaml", "--by", "avss"]],
-    "scorecard": [["W"], ["W", "--format", "csv"]],
-    "contrast": [["W"], ["W", "--run", EVIL]],
+    "plot": [[*W, "-o", "O/x.svg"], [*W, "-o", "O/x.html", "--run", "*"]],
+    "query": [
+        *([*W, "FROM runs", "--format", kind] for kind in ("table", "csv", "json", "markdown")),
+        [*W, f"SELECT '{EVIL}' AS \"{EVIL}\", ['{EVIL}'] AS l, {{'{EVIL}': 1}} AS s"],
+        [*W, f"SELECT '=1' AS \"=1+1\", '{EVIL}' AS \"|\"", "--format", "markdown"],
+        [*W, f"SELECT {EVIL}"],
+    ],
+    "compare": [[*W], [*W, "--format", "csv"]],
+    "findings": [[*W, "--all"], [*W, "--format", "csv"]],
+    "quantiles": [[*W], [*W, "--format", "csv"]],
+    "ls": [[*W], ["plans", *W], ["evaluations", *W, "--format", "csv"]],
+    "report": [[*W, "-o", "O/x.html"]],
+    "plan": [[*W, "-o", "O/x.yaml", "--by", "avss"], [*W, "-o", f"O/{EVIL}.yaml", "--by", "avss"]],
+    "scorecard": [[*W], [*W, "--format", "csv"]],
+    "contrast": [[*W], [*W, "--run", EVIL]],
 }
 WORKS = {
-    "score": [["M", *TEXT, "--out", "O/w"], ["M", *TEXT, "--corpus", f"{EVIL}.txt", "--out", "O/w"]],
+    "score": [["M", *TEXT, "-w", "O/w"], ["M", *TEXT, "--corpus", f"{EVIL}.txt", "-w", "O/w"]],
     "estimate": [[EVIL, "--corpus", "text.txt"]],
     "evaluate": [
         ["M", "--task", "perplexity:text.txt", *TEXT[2:], "--warehouse", "O/e"],
         ["M", "--task", EVIL, *TEXT[2:], "--warehouse", "O/e"],
     ],
     "ablate": [["M", *TEXT, "--warehouse", "O/e"]],
-    "experiment": [["J"]],
     "run": [["J"], ["J", "--dry-run"], [f"{EVIL}.yaml"]],
-    "prune": [["M", "P", "--out", "O/pruned"], ["M", f"{EVIL}.yaml", "--out", "O/p"]],
-    "shrink": [["M", *TEXT, "--out", "O/s"], ["M", *TEXT, "--out", "O/s", "--task", EVIL]],
-    "sample": [["M", "--out", "O/own.jsonl", "--count", "2", "--sequence-length", "8", "--prompt", EVIL]],
-    "submit": [["J", "--address", f"http://127.0.0.1:9/{EVIL}"]],
-    "status": [["--address", f"http://127.0.0.1:9/{EVIL}"]],
-    "logs": [[EVIL, "--address", "http://127.0.0.1:9"]],
-    "stop": [[EVIL, "--address", "http://127.0.0.1:9"]],
+    "prune": [["M", "P", "-o", "O/pruned"], ["M", f"{EVIL}.yaml", "-o", "O/p"]],
+    "shrink": [["M", *TEXT, "-o", "O/s"], ["M", *TEXT, "-o", "O/s", "--task", EVIL]],
+    "sample": [["M", "-o", "O/own.jsonl", "--count", "2", "--sequence-length", "8", "--prompt", EVIL]],
+    "jobs submit": [["J", "--address", f"http://127.0.0.1:9/{EVIL}"]],
+    "jobs list": [["--address", f"http://127.0.0.1:9/{EVIL}"]],
+    "jobs logs": [[EVIL, "--address", "http://127.0.0.1:9"]],
+    "jobs stop": [[EVIL, "--address", "http://127.0.0.1:9"]],
     "doctor": [["--jsn", EVIL]],
 }
 
 
 def test_every_command_is_here() -> None:
-    assert sorted({**READS, **WORKS}) == sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    assert sorted({**READS, **WORKS}) == sorted(commands())
 
 
 @pytest.mark.parametrize("args", [[EVIL], [f"--{EVIL}"], ["show", f"--{EVIL}"]])
@@ -104,7 +107,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 
 def run(command: str, args: list[str], place: Path, folder: Path) -> str:
     named = {"W": place / "w", "M": place / f"model{EVIL}", "J": place / f"job{EVIL}.yaml", "P": place / "plan.yaml"}
-    done = avss(command, *(str(named.get(arg, arg)).replace("O/", f"{folder}/") for arg in args))
+    done = avss(*command.split(), *(str(named.get(arg, arg)).replace("O/", f"{folder}/") for arg in args))
     text = done.stdout + done.stderr
     assert done.exit_code in (0, 1, 2), text
     assert text and not OBEYED.search(text), (args, text)

@@ -51,11 +51,11 @@ def test_a_closed_output_is_an_error_where_something_is_to_be_written() -> None:
     done = shell("AVSS query --schema >&-")
     assert (done.returncode, done.stderr) == (1, b"Error: standard output cannot be written: it is closed.\n")
     assert shell("AVSS query --schema >&- 2>&- <&-").returncode == 1
-    assert shell("AVSS show '' >&- 2>&-").returncode == 2
+    assert shell("AVSS show -w '' >&- 2>&-").returncode == 2
 
 
 def test_errors_that_cannot_be_written_change_no_exit_code() -> None:
-    assert shell("AVSS show '' 2>/dev/full").returncode == 2
+    assert shell("AVSS show -w '' 2>/dev/full").returncode == 2
     assert shell("AVSS query --schema | true; exit ${PIPESTATUS[0]}").returncode == 0
 
 
@@ -75,7 +75,7 @@ def test_one_place_writes_what_people_see() -> None:
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_what_an_encoding_lacks_is_replaced(encoding: str, tmp_path: Path) -> None:
     write_scores(tmp_path / "w", "a-0123456789", [1.0, 2.0, 3.0])
-    for command in (f"AVSS show {tmp_path}/w", f"AVSS query {tmp_path}/w \"SELECT 'é─█' AS a\""):
+    for command in (f"AVSS show -w {tmp_path}/w", f"AVSS query -w {tmp_path}/w \"SELECT 'é─█' AS a\""):
         done = shell(command, PYTHONIOENCODING=encoding)
         assert (done.returncode, done.stderr) == (0, b"")
         assert b"?" in done.stdout
@@ -84,14 +84,14 @@ def test_what_an_encoding_lacks_is_replaced(encoding: str, tmp_path: Path) -> No
 def test_a_path_that_is_not_utf8(tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path) + b"/a\xffb"
     os.mkdir(folder)
-    done = subprocess.run([*COMMAND, "show", folder], capture_output=True, check=False)
-    assert (done.returncode, done.stderr) == (2, b"Error: warehouse is not UTF-8 text.\nRename the folder.\n")
+    done = subprocess.run([*COMMAND, "show", "-w", folder], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (2, b"Error: --warehouse is not UTF-8 text.\nRename the folder.\n")
 
 
 def test_ctrl_c_ends_a_query_at_once(tmp_path: Path) -> None:
     write_scores(tmp_path / "w", "a-0123456789", [1.0, 2.0, 3.0])
     process = subprocess.Popen(
-        [*COMMAND, "query", str(tmp_path / "w"), CROSS_JOIN],
+        [*COMMAND, "query", "-w", str(tmp_path / "w"), CROSS_JOIN],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -109,7 +109,7 @@ def test_ctrl_c_ends_a_query_at_once(tmp_path: Path) -> None:
 
 
 def test_no_warehouse_has_an_empty_name(run_avss: Avss) -> None:
-    for args in (["show", ""], ["score", "m", "--corpus", "builtin:pydoc", "--out", ""]):
+    for args in (["show", "-w", ""], ["score", "m", "--corpus", "builtin:pydoc", "-w", ""]):
         done = run_avss(*args)
         assert done.returncode == 2 and " is empty.\nName a folder" in done.stderr
 

@@ -79,7 +79,9 @@ def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
     out, threads = tmp_path_factory.mktemp("undisturbed"), torch.get_num_threads()
     torch.set_num_threads(1)
-    run = avss_dist.score(tiny_llama, out=out, corpus="builtin:pydoc", executor="local", partition="single", **SIZES)
+    run = avss_dist.score(
+        tiny_llama, warehouse=out, corpus="builtin:pydoc", executor="local", partition="single", **SIZES
+    )
     torch.set_num_threads(threads)
     assert run.status == "done"
     return out
@@ -89,7 +91,7 @@ def test_two_nodes_measure_the_same_bytes_as_one_process(
     cluster: tuple[Cluster, dict[str, str]], tiny_llama: Path, undisturbed: Path, tmp_path: Path, run_avss: Callable
 ) -> None:
     _, client = cluster
-    arguments = ["score", tiny_llama, "--corpus", "builtin:pydoc", "--out", tmp_path, "--replicas", 2, *OPTIONS]
+    arguments = ["score", tiny_llama, "--corpus", "builtin:pydoc", "-w", tmp_path, "--replicas", 2, *OPTIONS]
     done = run_avss(*arguments, "--partition", "single", "--address", client["RAY_ADDRESS"], env=client)
     assert done.returncode == 0, done.stderr
     assert_same_tables(tmp_path, undisturbed)
@@ -109,7 +111,7 @@ class Harming(Reporter):
             subprocess.run([sys.argv[1], "kill-node", "2"], check=True)
 
 reporter = Harming()
-run = score(sys.argv[2], out=sys.argv[3], corpus="builtin:pydoc", reporter=reporter, partition="single",
+run = score(sys.argv[2], warehouse=sys.argv[3], corpus="builtin:pydoc", reporter=reporter, partition="single",
             replicas=3, address=sys.argv[4], placement_seconds=60, %s)
 print(run.status, run.resumed_shards, reporter.arrived)
 """
@@ -151,7 +153,7 @@ def test_who_has_no_token_or_a_wrong_one_is_refused(
     wrong.write_text("0" * 64)
     for path in (wrong, tmp_path / "none"):
         env = {**client, "RAY_AUTH_TOKEN_PATH": str(path), "RAY_NUM_REDIS_GET_RETRIES": "2"}
-        done = run_avss("score", tiny_llama, "--corpus", "builtin:pydoc", "--out", tmp_path / "w", env=env)
+        done = run_avss("score", tiny_llama, "--corpus", "builtin:pydoc", "-w", tmp_path / "w", env=env)
         assert done.returncode == 2 and "cannot be reached" in done.stderr and "token" in done.stderr, done.stderr
         assert "Traceback" not in done.stderr and token.read_text() not in done.stdout + done.stderr
 

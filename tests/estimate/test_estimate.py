@@ -18,12 +18,12 @@ from rich.console import Console
 from support.checkpoints import VOCABULARY, llama
 from support.pairs import write_pairs
 
-import avss_dist.estimate.benchmark
-import avss_dist.estimate.estimate
+import avss_dist.estimation.benchmark
+import avss_dist.estimation.estimate
 from avss_dist.errors import AvssError, ConfigError, CorpusError, ModelError, RunFailed
-from avss_dist.estimate.benchmark import Calibration, Cost
-from avss_dist.estimate.estimate import SIMPLEST_FIRST, Arithmetic, Estimate, Machine, Row, estimate
-from avss_dist.estimate.small_models import shortened
+from avss_dist.estimation.benchmark import Calibration, Cost
+from avss_dist.estimation.estimate import SIMPLEST_FIRST, Arithmetic, Estimate, Machine, Row, estimate
+from avss_dist.estimation.small_models import shortened
 from avss_dist.measure.shard import counter_bytes
 from avss_dist.models.size import footprint
 from avss_dist.report.terminal.estimate import describe_seconds, estimate_table, summary
@@ -165,7 +165,7 @@ def rows(
     settings = replace(SETTINGS, dtype="float32", device=machine.device)
     size = replace(footprint(str(folder), settings), **sizes)  # type: ignore[arg-type]
     execution = execution or Execution()
-    placed = avss_dist.estimate.estimate._spread(str(folder), size, settings, execution, machine)
+    placed = avss_dist.estimation.estimate._spread(str(folder), size, settings, execution, machine)
     made = Arithmetic(size, settings, execution, machine, calibration, placed)
     return {name: made.row(name) for name in SIMPLEST_FIRST}
 
@@ -248,26 +248,26 @@ def test_the_simplest_that_is_about_as_fast_as_the_fastest_is_the_best(guess: Es
 
 
 def test_free_memory_is_looked_up(header_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(avss_dist.estimate.estimate, "available_memory", lambda: 50_000_000)
-    monkeypatch.setattr(avss_dist.estimate.estimate, "calibrate", lambda *_: CALIBRATION)
+    monkeypatch.setattr(avss_dist.estimation.estimate, "available_memory", lambda: 50_000_000)
+    monkeypatch.setattr(avss_dist.estimation.estimate, "calibrate", lambda *_: CALIBRATION)
     found = estimate(str(header_only), "builtin:pydoc", SETTINGS)
     assert found.host_free_bytes == 50_000_000 and found.best is None
 
 
 def test_no_more_than_allowed_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(avss_dist.estimate.estimate, "available_memory", lambda: 50_000_000)
+    monkeypatch.setattr(avss_dist.estimation.estimate, "available_memory", lambda: 50_000_000)
     assert Machine.look("cpu", {"cpu": 20_000_000}) == Machine("cpu", 0, 20_000_000, 20_000_000)
     assert Machine.look("cpu", {"cpu": 90_000_000, "0": 1}).host_free == 50_000_000
 
 
 def test_a_limit_that_no_process_keeps_fits_nothing(header_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(avss_dist.estimate.estimate, "calibrate", lambda *_: CALIBRATION)
+    monkeypatch.setattr(avss_dist.estimation.estimate, "calibrate", lambda *_: CALIBRATION)
     found = estimate(str(header_only), "builtin:pydoc", SETTINGS, Execution(max_memory={"cpu": "20MB"}))
     assert found.host_free_bytes == 20_000_000 and found.best is None
 
 
 def test_a_benchmark_that_is_killed_is_an_error(header_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(avss_dist.estimate.benchmark, "_be_like_a_run", _end_at_once)
+    monkeypatch.setattr(avss_dist.estimation.benchmark, "_be_like_a_run", _end_at_once)
     with pytest.raises(RunFailed, match="ended without a result"):
         estimate(str(header_only), "builtin:pydoc", SETTINGS)
 

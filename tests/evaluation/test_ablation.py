@@ -25,7 +25,7 @@ from avss_dist.evaluation.engine import plan_text
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.skipping import recording, resuming
-from avss_dist.report.terminal.ablation import ablation_rows, ablation_table
+from avss_dist.report.terminal.ablation import ablation_table
 from avss_dist.runs.api import score
 from avss_dist.settings import Settings
 from avss_dist.tasks import layer_removal as ablation
@@ -246,12 +246,12 @@ def test_resumed_or_not_the_contributions_are_the_same(four_layers: Path, monkey
 
 def test_the_ablation_and_an_evaluated_plan_agree(tiny_llama: Path, tmp_path: Path) -> None:
     warehouse, plan = tmp_path / "w", tmp_path / "plan.yaml"
-    run = score(tiny_llama, corpus=TEXT, out=warehouse, **SMALL)
+    run = score(tiny_llama, corpus=TEXT, warehouse=warehouse, **SMALL)
     text = {"corpus": TEXT, "warehouse": warehouse, "skip_sequences": 6, **SMALL}
     found = ablate(tiny_llama, gradients=True, shapley=2, **text)
     assert found.whole is not None
     for by in ("loss", "shapley", "taylor"):
-        done = avss("plan", warehouse, "--run", run.run_id, "--by", by, "--count", 1, "-o", plan)
+        done = avss("plan", "-w", warehouse, "--run", run.run_id, "--by", by, "--count", 1, "-o", plan)
         assert done.exit_code == 0, done.stderr
         (evaluated,) = evaluate(
             [str(plan)], tasks=[f"perplexity:{TEXT}"], warehouse=warehouse, skip_sequences=6, **SMALL
@@ -326,7 +326,7 @@ def test_ablate_shows_a_table(tiny_llama: Path, tmp_path: Path) -> None:
     for words in ("loss without", "increase", "Shapley", "95% interval", "Loss of the whole model"):
         assert words in " ".join(done.stdout.split())
     assert "Taylor" not in done.stdout
-    rows = ablation_rows(ablate(tiny_llama, **text)).to_pylist()
+    rows = ablate(tiny_llama, **text).table().to_pylist()
     assert [row["layer"] for row in rows] == [0, 1, 2]
     assert all(row["shapley_low"] <= row["shapley"] <= row["shapley_high"] for row in rows)
     assert all(f"{row['loss']:.4f}" in done.stdout and f"{row['shapley']:.4f}" in done.stdout for row in rows)
@@ -368,27 +368,27 @@ def test_numbers_that_cannot_be_had_are_shown(tiny_llama: Path, tmp_path: Path) 
     with console.capture() as shown:
         console.print(ablation_table(found))
     assert "nan" not in shown.get()
-    assert ablation_rows(found).to_pylist()[0]["shapley_low"] is None
+    assert found.table().to_pylist()[0]["shapley_low"] is None
 
 
 def test_score_takes_gradients_of_the_same_text(tiny_llama: Path, tmp_path: Path) -> None:
     warehouse, plan = tmp_path / "w", tmp_path / "plan.yaml"
     sizes = ("--max-sequences", 4, "--sequence-length", 32)
-    done = avss("score", tiny_llama, "--corpus", TEXT, "--out", warehouse, *sizes, "--gradients")
+    done = avss("score", tiny_llama, "--corpus", TEXT, "-w", warehouse, *sizes, "--gradients")
     assert done.exit_code == 0, done.stderr
     assert "gradients of 3 layers" in done.stdout
     rows = Warehouse(warehouse).table("evaluations").to_pylist()
     assert {row["metric"] for row in rows} == {"taylor", "gradient_l1", "gradient_l2", "weight_frobenius"}
     assert {row["num_samples"] for row in rows if row["metric"] == "taylor"} == {4}
-    done = avss("plan", warehouse, "--by", "taylor", "--count", 2, "--contiguous", "-o", plan)
+    done = avss("plan", "-w", warehouse, "--by", "taylor", "--count", 2, "--contiguous", "-o", plan)
     assert done.exit_code == 0, done.stderr
     assert f"task: gradients:{TEXT}" in plan.read_text()
 
 
 def test_a_plan_by_what_was_not_measured_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     warehouse = tmp_path / "w"
-    score(tiny_llama, corpus=TEXT, out=warehouse, **SMALL)
-    done = avss("plan", warehouse, "--by", "shapley", "-o", tmp_path / "plan.yaml")
+    score(tiny_llama, corpus=TEXT, warehouse=warehouse, **SMALL)
+    done = avss("plan", "-w", warehouse, "--by", "shapley", "-o", tmp_path / "plan.yaml")
     assert done.exit_code == 2
     assert f"avss ablate {tiny_llama} --corpus {TEXT} --warehouse {warehouse}" in done.stderr
     assert "Traceback" not in done.stderr

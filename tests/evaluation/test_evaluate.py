@@ -64,9 +64,9 @@ def test_a_plan_is_compared_with_its_whole_model_and_no_cell_is_measured_twice(
 ) -> None:
     warehouse = tmp_path / "w"
     with one_thread():
-        score(tiny_llama, corpus="builtin:pydoc", out=warehouse, **SMALL)
+        score(tiny_llama, corpus="builtin:pydoc", warehouse=warehouse, **SMALL)
         plan = tmp_path / "plan.yaml"
-        assert avss("plan", warehouse, "--by", "avss", "--count", 1, "-o", plan).exit_code == 0
+        assert avss("plan", "-w", warehouse, "--by", "avss", "--count", 1, "-o", plan).exit_code == 0
         with pytest.raises(ConfigError, match="`skip_sequences` 12"):
             evaluate([str(plan)], tasks=[TEXT], warehouse=warehouse, **SMALL)
         (found,) = evaluate([str(plan)], tasks=[TEXT], warehouse=warehouse, skip_sequences=12, **SMALL)
@@ -87,9 +87,9 @@ def test_a_plan_is_compared_with_its_whole_model_and_no_cell_is_measured_twice(
 
 def test_skipped_layers_are_those_of_the_pruned_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
     warehouse, plan, pruned = tmp_path / "w", tmp_path / "plan.yaml", tmp_path / "pruned"
-    score(tiny_llama, corpus="builtin:pydoc", out=warehouse, **SMALL)
-    assert avss("plan", warehouse, "--by", "avss", "--count", 1, "-o", plan).exit_code == 0
-    assert avss("prune", tiny_llama, plan, "--out", pruned).exit_code == 0
+    score(tiny_llama, corpus="builtin:pydoc", warehouse=warehouse, **SMALL)
+    assert avss("plan", "-w", warehouse, "--by", "avss", "--count", 1, "-o", plan).exit_code == 0
+    assert avss("prune", tiny_llama, plan, "-o", pruned).exit_code == 0
     skipped, cut = (
         evaluate([str(subject)], tasks=[TEXT], warehouse=warehouse, skip_sequences=12, **SMALL)[0].result
         for subject in (plan, pruned)
@@ -155,7 +155,7 @@ def test_partitions_refuse_what_they_would_not_honour(
 def test_gradients_are_refused_before_anything_is_scored(tmp_path: Path) -> None:
     """Of the partition that has none."""
     given = ("--corpus", "builtin:pydoc", "--partition", "tensor_parallel", "--ranks", 2, "--executor", "ray")
-    result = avss("score", "nowhere", "--out", tmp_path / "w", "--gradients", *given)
+    result = avss("score", "nowhere", "-w", tmp_path / "w", "--gradients", *given)
     assert result.exit_code == 2 and "--partition tensor_parallel has no gradients" in result.stderr
     result = avss("ablate", "nowhere", "--warehouse", tmp_path / "w", "--gradients", *given)
     assert result.exit_code == 2 and "--partition tensor_parallel has no gradients" in result.stderr

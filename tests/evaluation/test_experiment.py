@@ -174,7 +174,7 @@ def test_a_killed_experiment_goes_on_where_it_was(done: tuple[Path, list[dict[st
     whole, rows = done
     job = tmp_path / "job.yaml"
     job.write_text(whole.read_text().replace(read_job(whole).warehouse, str(tmp_path / "w")))
-    killed = Command("experiment", job)
+    killed = Command("run", job)
     cells = tmp_path / "w" / "cells"
     wait_until(lambda: len(list(cells.rglob("*.parquet"))) >= 8 or not killed.running())
     killed.kill()
@@ -241,12 +241,12 @@ def test_the_score_card_has_the_truth_and_what_was_kept(done: tuple[Path, list[d
 
 def test_the_command_line_tells_the_verdict(done: tuple[Path, list[dict[str, Any]]]) -> None:
     job, _ = done
-    told = avss("experiment", job)
+    told = avss("run", job)
     assert told.exit_code == 0, told.stderr
     words = " ".join(told.stdout.split())
     assert "without the 2 layers of the lowest AVSS (25%)" in words
     assert "Of 2 random choices" in words
-    card = avss("scorecard", read_job(job).warehouse, "--format", "csv")
+    card = avss("scorecard", "-w", read_job(job).warehouse, "--format", "csv")
     assert card.exit_code == 0 and "spearman_loss" in card.stdout
 
 
@@ -341,7 +341,7 @@ def test_mistakes_in_a_section_are_told_with_their_line(tmp_path: Path, section:
 def test_a_job_without_an_experiment_is_a_mistake(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text("warehouse: w\nmodels: [m]\ncorpora: ['builtin:pydoc']\n")
-    told = avss("experiment", job)
+    told = avss("run", job)
     assert told.exit_code == 2 and "has no section 'experiment'" in told.stderr
 
 
@@ -382,7 +382,7 @@ def test_a_huge_experiment_says_its_size_first(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     text = JOB.format(warehouse=tmp_path / "w", model="nowhere").replace("random: 2", "random: 100000")
     job.write_text(text)
-    done = avss("experiment", job)
+    done = avss("run", job)
     assert done.exit_code == 2
     assert "makes up to 400,047 evaluations (models: 1, sets of layers to drop: 400,046, repairs: 1" in done.stderr
     assert "Lower `random`" in done.stderr and "More than 10,000 need --yes." in done.stderr
@@ -402,7 +402,7 @@ def test_evolution_needs_a_budget() -> None:
 def test_more_evaluations_than_can_be_listed_are_refused(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text(JOB.format(warehouse=tmp_path / "w", model="nowhere").replace("random: 2", "random: 100000000"))
-    done = avss("experiment", job, "--yes")
+    done = avss("run", job, "--yes")
     assert done.exit_code == 2 and done.stderr.startswith("Error: 400,000,047 evaluations are more than one command")
     assert not (tmp_path / "w").exists()
 

@@ -193,7 +193,7 @@ def test_a_row_is_what_the_pruned_checkpoint_gives(
     Plan(model=str(deep), num_layers=8, layers="layers", drop=tuple(row["drop"])).write(plan)
     with one_thread():
         out = avss(
-            *("prune", deep, plan, "--out", tmp_path / "less", "--repair", repair, "--repair-corpus", TEXT),
+            *("prune", deep, plan, "-o", tmp_path / "less", "--repair", repair, "--repair-corpus", TEXT),
             *("--skip-sequences", 12, "--max-sequences", 60, "--sequence-length", 32, "--batch-size", 4),
             *("--dtype", "float32", "--device", "cpu"),
         )
@@ -235,7 +235,7 @@ def test_a_killed_experiment_goes_on_and_workers_are_sent_the_patches(
     whole, rows = done
     job = tmp_path / "job.yaml"
     job.write_text(whole.read_text().replace(read_job(whole).warehouse, str(tmp_path / "w")))
-    killed = Command("experiment", job)
+    killed = Command("run", job)
     patches = tmp_path / "w" / "patches"
     wait_until(lambda: (patches.is_dir() and any(patches.iterdir())) or not killed.running())
     killed.kill()
@@ -315,14 +315,14 @@ def test_mistakes_in_a_section(tmp_path: Path, section: str, message: str) -> No
 
 def test_the_table_and_the_verdict_tell_of_repairs(done: tuple[Path, list[dict[str, Any]]]) -> None:
     job, _ = done
-    told = avss("experiment", job)
+    told = avss("run", job)
     assert told.exit_code == 0, told.stderr
     words = " ".join(told.stdout.split())
     assert "block influence + map" in words and "last + channel" in words
     assert "(25%), repaired by map" in words and "(25%), repaired by channel" in words
     assert "Of 2 random choices of as many layers, repaired by map," in words
     report = job.parent / "report.html"
-    made = avss("report", read_job(job).warehouse, "-o", report)
+    made = avss("report", "-w", read_job(job).warehouse, "-o", report)
     assert made.exit_code == 0, made.stderr
     assert "last + map" in report.read_text() and "repaired by map" in report.read_text()
 

@@ -51,7 +51,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[A
 def warehouse(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a run of the model; not to be changed."""
     folder = tmp_path_factory.mktemp("scored") / "w"
-    score(model, corpus=TEXT, out=folder, **SMALL)
+    score(model, corpus=TEXT, warehouse=folder, **SMALL)
     return folder
 
 
@@ -149,7 +149,7 @@ def test_what_is_lost_is_measured_again(scored: tuple[Path, Mapping[str, Any]]) 
 @pytest.mark.usefixtures("warm_workers")
 def test_a_killed_search_goes_on_where_it_was(scored: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
     warehouse, plan = scored[0], tmp_path / "plan.yaml"
-    command = ["plan", str(warehouse), "--search", "evolve", "--budget", "60", "--count", "3", "--corpus", TEXT]
+    command = ["plan", "-w", str(warehouse), "--search", "evolve", "--budget", "60", "--count", "3", "--corpus", TEXT]
     command += ["-o", str(plan), *OPTIONS]
     killed = Command(*command)
     wait_until(lambda: len(cell_times(warehouse)) >= 3 or not killed.running())
@@ -172,7 +172,21 @@ def test_workers_find_what_one_process_finds(scored: tuple[Path, Mapping[str, An
     for name, options in {"one": ["--executor", "local"], "two": ["--replicas", "2"]}.items():
         plan = tmp_path / f"{name}.yaml"
         done = avss(
-            *("plan", scored[0], "--search", "evolve", "--budget", 40, "--count", 3, "--corpus", TEXT, "-o", plan),
+            *(
+                "plan",
+                "-w",
+                scored[0],
+                "--search",
+                "evolve",
+                "--budget",
+                40,
+                "--count",
+                3,
+                "--corpus",
+                TEXT,
+                "-o",
+                plan,
+            ),
             *(*OPTIONS, "--fresh", *options),
         )
         assert done.exit_code == 0, done.stderr
@@ -207,21 +221,21 @@ def test_a_search_shows_its_steps_and_its_plan_prunes(
     scored: tuple[Path, Mapping[str, Any]], model: Path, tmp_path: Path
 ) -> None:
     plan = tmp_path / "plan.yaml"
-    done = avss("plan", scored[0], "--search", "beam", "--count", 2, "--corpus", TEXT, "-o", plan, *OPTIONS)
+    done = avss("plan", "-w", scored[0], "--search", "beam", "--count", 2, "--corpus", TEXT, "-o", plan, *OPTIONS)
     assert done.exit_code == 0, done.stderr
     for words in ("dropped", "perplexity", "sets", "Chosen by beam (the same, over several sets side by side)"):
         assert words in done.stdout
     assert "Finding: The set was chosen for its loss on this very text" in done.stdout
-    assert avss("prune", model, plan, "--out", tmp_path / "pruned").exit_code == 0
+    assert avss("prune", model, plan, "-o", tmp_path / "pruned").exit_code == 0
     assert len(opened(tmp_path / "pruned").layers) == LAYERS - 2
 
 
 def test_evolve_begins_with_a_score(scored: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
-    command = ["plan", scored[0], "--search", "evolve", "--budget", 30, "--count", 3, "--corpus", TEXT, *OPTIONS]
+    command = ["plan", "-w", scored[0], "--search", "evolve", "--budget", 30, "--count", 3, "--corpus", TEXT, *OPTIONS]
     done = avss(*command, "--by", "block_influence", "-o", tmp_path / "plan.yaml")
     assert done.exit_code == 0, done.stderr
     assert read_plan(tmp_path / "plan.yaml").why["starts"] == 1
-    by = avss("plan", scored[0], "--by", "block_influence", "--count", 3, "-o", tmp_path / "by.yaml")
+    by = avss("plan", "-w", scored[0], "--by", "block_influence", "--count", 3, "-o", tmp_path / "by.yaml")
     assert by.exit_code == 0
     drop = read_plan(tmp_path / "by.yaml").drop
     cells = Warehouse(scored[0]).table("cells").to_pylist()
@@ -276,7 +290,7 @@ def test_sublayers_are_measured_searched_evaluated_and_not_pruned(
         for removed, found in zip(sublayers_of([layer.layer]), layer.sublayers.values(), strict=True):
             assert found.value == pytest.approx(truth((removed,)) - truth(()), abs=1e-9)
     words = ("--search", "greedy", "--sublayers", "--count", 1, "--protect", "last=1", *text)
-    made = avss("plan", warehouse, "-o", plan, *words)
+    made = avss("plan", "-w", warehouse, "-o", plan, *words)
     assert made.exit_code == 0, made.stderr
     chosen = read_plan(plan)
     assert size_removed(chosen.removed) == 1 and chosen.why["sublayers"] is True
@@ -289,7 +303,7 @@ def test_sublayers_are_measured_searched_evaluated_and_not_pruned(
     assert evaluated.exit_code == 0, evaluated.stderr
     assert {tuple(row["drop"]) for row in rows_of(warehouse, f"perplexity:{TEXT}")} == {(), written.removed}
     assert "2 sublayers" in avss("evaluate", plan, *task).stdout
-    refused = avss("prune", model, plan, "--out", tmp_path / "less")
+    refused = avss("prune", model, plan, "-o", tmp_path / "less")
     assert refused.exit_code == 2 and "leaves out attention of 2, MLP of 0 alone" in refused.stderr
     assert not (tmp_path / "less").exists()
 
@@ -317,6 +331,6 @@ def rows_of(warehouse: Path, task: str) -> list[dict[str, Any]]:
 def test_a_mistake_is_named(
     words: list[str], said: str, scored: tuple[Path, Mapping[str, Any]], tmp_path: Path
 ) -> None:
-    done = avss("plan", scored[0], "-o", tmp_path / "plan.yaml", *words)
+    done = avss("plan", "-w", scored[0], "-o", tmp_path / "plan.yaml", *words)
     assert done.exit_code == 2 and said in done.stderr
     assert not (tmp_path / "plan.yaml").exists() and not (scored[0] / "cells").exists()

@@ -39,7 +39,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[An
 
 def shrunk(model: Path, out: Path, **options: Any) -> Shrunk:
     with one_thread():
-        return avss_dist.shrink(model, corpus=TEXT, out=out, **READ | options)
+        return avss_dist.shrink(model, corpus=TEXT, output=out, **READ | options)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_the_parts_of_the_text_are_apart(done: Shrunk) -> None:
 def test_killed_it_goes_on_and_writes_the_same_bytes(when: str, done: Shrunk, deep: Path, tmp_path: Path) -> None:
     """By SIGKILL as soon as there is a first file of a table."""
     out = tmp_path / "out"
-    killed = Command("shrink", deep, "--corpus", TEXT, "--out", out, *OPTIONS)
+    killed = Command("shrink", deep, "--corpus", TEXT, "-o", out, *OPTIONS)
     kept = tmp_path / "out-warehouse" / when
     wait_until(lambda: any(kept.rglob("*.*")) or not killed.running())
     killed.kill()
@@ -159,21 +159,21 @@ def test_every_domain_is_evaluated(deep: Path, tmp_path: Path) -> None:
     other.write_text("\n\n".join(f"On day {i} the {i * 7919 % 613} ships of {i * 31 % 97} sailed." for i in range(700)))
     out = tmp_path / "out"
     corpora = ("--repair-corpus", TEXT, "--repair-corpus", other)
-    told = avss("shrink", deep, "--corpus", TEXT, "--out", out, *corpora, "--repair", "map", *OPTIONS)
+    told = avss("shrink", deep, "--corpus", TEXT, "-o", out, *corpora, "--repair", "map", *OPTIONS)
     assert told.exit_code == 0, told.stderr
     words = " ".join(told.stdout.split())
     for text in ("whole model", "2 layers dropped", "repaired by map", "other.txt", "6 of 8 layers", "kept", "%"):
         assert text in words, text
     (record,) = read_repairs(out)
     assert [text.corpus for text in record.texts] == [TEXT, str(other)]
-    only = avss("shrink", deep, "--corpus", TEXT, "--out", tmp_path / "only", "--task", f"perplexity:{other}", *OPTIONS)
+    only = avss("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "only", "--task", f"perplexity:{other}", *OPTIONS)
     assert only.exit_code == 0, only.stderr
     assert "other.txt" in only.stdout and "perplexity:builtin" not in only.stdout
 
 
 def test_the_command_prints_the_curve(deep: Path, tmp_path: Path) -> None:
     options = ("--keep", "0.4", "--repair", "none", "--protect", "first=1,last=1")
-    told = avss("shrink", deep, "--corpus", TEXT, "--out", tmp_path / "out", *options, *OPTIONS)
+    told = avss("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "out", *options, *OPTIONS)
     assert told.exit_code == 0, told.stderr
     assert "layers dropped" in told.stdout and "█" in told.stdout and "repaired" not in told.stdout
 
@@ -204,7 +204,7 @@ def test_text_that_is_repaired_on_is_not_evaluated_on(deep: Path, tmp_path: Path
     text.write_text("\n\n".join(sentences))
     same.write_text("\n\n".join(sentences[40:]))
     rows = ("--max-sequences", "40", "--sequence-length", "128", "--device", "cpu")
-    told = avss("shrink", deep, "--corpus", text, "--out", tmp_path / "out", "--task", f"perplexity:{same}", *rows)
+    told = avss("shrink", deep, "--corpus", text, "-o", tmp_path / "out", "--task", f"perplexity:{same}", *rows)
     assert told.exit_code == 2 and "is text that the repair is fitted on" in told.stderr, told.stderr
 
 

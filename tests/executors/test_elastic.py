@@ -63,7 +63,7 @@ def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def score(model: Path, out: Path, **changes: Any) -> avss_dist.Run:
-    return avss_dist.score(model, out=out, corpus="builtin:pydoc", **{**TWENTY_SHARDS, **changes})
+    return avss_dist.score(model, warehouse=out, corpus="builtin:pydoc", **{**TWENTY_SHARDS, **changes})
 
 
 def test_a_cluster_may_get_more_gpus_and_a_machine_does_not() -> None:

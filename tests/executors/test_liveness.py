@@ -47,7 +47,7 @@ def test_who_listens_and_does_not_speak_grpc_is_not_waited_for(
 
 
 def score(model: Path, out: Path, executor: str, *options: str) -> subprocess.Popen[str]:
-    command = ["score", model, "--corpus", "builtin:pydoc", "--out", out, "--executor", executor, *options]
+    command = ["score", model, "--corpus", "builtin:pydoc", "-w", out, "--executor", executor, *options]
     return subprocess.Popen(
         [sys.executable, "-m", "avss_dist", *map(str, command)],
         stdout=subprocess.PIPE,

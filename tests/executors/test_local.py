@@ -36,7 +36,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def score(model: Path, out: Path, **changes: Any) -> avss_dist.Run:
-    return avss_dist.score(model, out=out, **{**OPTIONS, "executor": "local", "partition": "single", **changes})
+    return avss_dist.score(model, warehouse=out, **{**OPTIONS, "executor": "local", "partition": "single", **changes})
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_the_environment_changes_no_byte(
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
     options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
     given = ["--executor", "local", "--partition", "single"]
-    done = run_avss("score", tiny_llama, "--out", tmp_path, *options, *given, env=dict.fromkeys(names, variable))
+    done = run_avss("score", tiny_llama, "-w", tmp_path, *options, *given, env=dict.fromkeys(names, variable))
     assert done.returncode == 0, done.stderr
     assert_same_tables(tmp_path, undisturbed)
 

@@ -56,7 +56,7 @@ shared_cluster = pytest.mark.usefixtures("cluster")
 
 
 def score(model: Path, out: Path, **changes: Any) -> avss_dist.Run:
-    return avss_dist.score(model, out=out, corpus="builtin:pydoc", **{**TWENTY_SHARDS, **changes})
+    return avss_dist.score(model, warehouse=out, corpus="builtin:pydoc", **{**TWENTY_SHARDS, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_a_stopped_driver_is_resumed(tiny_llama: Path, undisturbed: Path, tmp_pa
     """Ctrl-C: the partials are kept, the same command finishes what is missing."""
     arguments = ["--max-sequences", "160", "--sequence-length", "64", "--batch-size", "2", "--sequences-per-shard", "8"]
     address = ray.get_runtime_context().gcs_address
-    place = ("--out", tmp_path, "--address", address, "--replicas", 2)
+    place = ("-w", tmp_path, "--address", address, "--replicas", 2)
     driver = Command("score", tiny_llama, "--corpus", "builtin:pydoc", *place, *arguments)
     partials = tmp_path / "shard_stats"
     wait_until(lambda: len(list(partials.rglob("*.parquet"))) >= 2 or not driver.running())
@@ -170,7 +170,7 @@ def test_a_warehouse_that_workers_do_not_see_is_written_by_the_driver(
     folder.mkdir()
     arguments = ["--max-sequences", "160", "--sequence-length", "64", "--batch-size", "2", "--sequences-per-shard", "8"]
     command = [sys.executable, "-m", "avss_dist", "score", str(tiny_llama), "--corpus", "builtin:pydoc", *arguments]
-    command += ["--out", str(folder), "--partition", "single", "--address", ray.get_runtime_context().gcs_address]
+    command += ["-w", str(folder), "--partition", "single", "--address", ray.get_runtime_context().gcs_address]
     inside = f"mount -t tmpfs none {folder} && {shlex.join(command)} && cp -r {folder} {tmp_path}/copy"
     subprocess.run(["unshare", "--mount", "sh", "-c", inside], check=True)
     assert list(folder.iterdir()) == []
@@ -360,7 +360,7 @@ def test_a_model_that_cannot_be_opened_fails_with_its_reason(tiny_llama: Path, t
 def test_models_share_the_workers_and_no_process_is_left(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
     ray.shutdown()
     options = {**TWENTY_SHARDS, "max_sequences": 32, "executor": "ray", "replicas": 1}
-    runs = avss_dist.score_all([str(tiny_llama), str(tiny_bert)], corpus="builtin:pydoc", out=tmp_path, **options)
+    runs = avss_dist.score_all([str(tiny_llama), str(tiny_bert)], corpus="builtin:pydoc", warehouse=tmp_path, **options)
     assert [run.status for run in runs] == ["done", "done"]
     wait_until(lambda: not ray_processes())
 

@@ -8,33 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.main
 from hypothesis import given
 from hypothesis import strategies as st
-from support.command_line import files
+from support.command_line import commands, files
 from support.fuzzing import HOSTILE, NUMBERS, fuzzed, hold
 from support.warehouses import activations, stats_of, write_measured
 
-from avss_dist.cli import app
 from avss_dist.settings import RECIPES, SCORES, SITES
 
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS = commands()
 SAFE = [text for text in HOSTILE if "\x00" not in text and "\ud800" not in text]  # what a shell can hand over
 NEVER = {"address", "gpus_per_replica", "replicas", "executor", "placement_seconds"}  # they start or look for a cluster
-WORKING = {
-    "score",
-    "evaluate",
-    "ablate",
-    "experiment",
-    "estimate",
-    "run",
-    "prune",
-    "shrink",
-    "submit",
-    "status",
-    "logs",
-    "stop",
-}
 
 
 @pytest.fixture(scope="module")
@@ -78,17 +62,18 @@ WORDS = [
 def command_lines(draw: Any) -> list[str]:
     """A command with its arguments and some of its options, each with a value of any kind."""
     name = draw(st.sampled_from(sorted(COMMANDS)))
-    line = [name]
+    line = name.split()
     for parameter in COMMANDS[name].params:
         if parameter.name in NEVER or parameter.param_type_name == "argument" or "--help" in parameter.opts:
             continue
         if parameter.required or draw(st.integers(0, 3)) == 0:
             line.append(max(parameter.opts, key=len))
             if not parameter.is_flag:
-                line.append(draw(st.sampled_from(WORDS)))
+                own = parameter.name == "warehouse" and draw(st.integers(0, 3))
+                line.append("w" if own else draw(st.sampled_from(WORDS)))
     for parameter in COMMANDS[name].params:
         if parameter.param_type_name == "argument" and draw(st.integers(0, 9)):
-            first = {"warehouse": "w", "job": "job.yaml", "plan": "plan.yaml"}.get(parameter.name)
+            first = {"job": "job.yaml", "plan": "plan.yaml"}.get(parameter.name)
             line.append(first if first and draw(st.integers(0, 3)) else draw(st.sampled_from(WORDS)))
     if draw(st.integers(0, 9)) == 0:
         line.insert(draw(st.integers(0, len(line))), draw(st.sampled_from(WORDS)))

@@ -67,7 +67,7 @@ def test_a_plan_is_read_or_refused(data: Any, tmp_path: Path) -> None:
         read_plan(file).describe()
     except AvssError as error:
         assert str(error).startswith(str(file))
-    assert hold("prune", "/no/such/model", file, "--out", tmp_path / "out")[0] == 2
+    assert hold("prune", "/no/such/model", file, "-o", tmp_path / "out")[0] == 2
     assert sorted(files(tmp_path)) == ["plan.yaml"]
 
 
@@ -144,7 +144,7 @@ FAMILIES = ("llama", "gpt2", "mixtral", "gemma3_text")
 COMMANDS = [
     ["run", "job.yaml", "--dry-run", "--max-memory", "cpu=1KB"],  # no layer fits, so nothing is benchmarked
     ["ablate", "model", "--corpus", "text.txt", "--warehouse", "w", "--shapley", "1000000"],  # which wants --yes
-    ["prune", "model", "plan.yaml", "--out", "pruned"],
+    ["prune", "model", "plan.yaml", "-o", "pruned"],
 ]
 
 

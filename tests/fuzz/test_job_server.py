@@ -24,8 +24,14 @@ WHOLE: dict[str, Any] = {
     f"{JOBS}/avss-a/stop": {"stopped": True},
 }
 COMMANDS = [
-    *(["status"], ["status", "avss-a"], ["stop", "avss-a"], ["submit", "job.yaml"], ["submit", "job.yaml", "--follow"]),
-    *(["logs", "avss-a"], ["logs", "avss-a", "--follow"]),
+    *(
+        ["jobs", "list"],
+        ["jobs", "list", "avss-a"],
+        ["jobs", "stop", "avss-a"],
+        ["jobs", "submit", "job.yaml"],
+        ["jobs", "submit", "job.yaml", "--follow"],
+    ),
+    *(["jobs", "logs", "avss-a"], ["jobs", "logs", "avss-a", "--follow"]),
 ]
 
 

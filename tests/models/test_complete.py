@@ -137,7 +137,7 @@ def test_a_command_that_cannot_trust_the_weights_fails(tiny_llama: Path, tmp_pat
     folder = change(Path(shutil.copytree(tiny_llama, tmp_path / "copy")), without(r"layers\.1\."))
     small = ("--sequence-length", "16", "--max-sequences", "4", "--sequences-per-shard", "4")
     out = tmp_path / "warehouse"
-    done = avss("score", folder, "--corpus", "builtin:pydoc", "--out", out, *small, "--executor", "local")
+    done = avss("score", folder, "--corpus", "builtin:pydoc", "-w", out, *small, "--executor", "local")
     assert done.exit_code != 0 and "lack weights" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
 

@@ -47,16 +47,16 @@ def test_the_command(tiny_llama: Path, tmp_path: Path) -> None:
     """The same text for the same seed, other text for another; a corpus like others; no file is overwritten."""
     files = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
     for file, seed in zip(files, (3, 3, 4), strict=True):
-        done = avss("sample", tiny_llama, "--out", file, "--count", 6, "--seed", seed, *SHORT)
+        done = avss("sample", tiny_llama, "-o", file, "--count", 6, "--seed", seed, *SHORT)
         assert done.exit_code == 0, done.stderr
         assert f"{file}:text" in done.stdout.replace("\n", "")
     one, same, other = (file.read_bytes() for file in files)
     assert one == same != other
     lines = [json.loads(line)["text"] for line in one.decode().splitlines()]
     assert len(set(lines)) > 1 and all(text.strip() for text in lines)
-    again = avss("sample", tiny_llama, "--out", files[0], *SHORT)
+    again = avss("sample", tiny_llama, "-o", files[0], *SHORT)
     assert again.exit_code == 2 and "exists" in again.stderr and files[0].read_bytes() == one
-    scored = avss("score", tiny_llama, "--corpus", f"{files[0]}:text", "--out", tmp_path / "w", "--sequence-length", 8)
+    scored = avss("score", tiny_llama, "--corpus", f"{files[0]}:text", "-w", tmp_path / "w", "--sequence-length", 8)
     assert scored.exit_code == 0, scored.stderr
 
 

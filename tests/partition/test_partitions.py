@@ -67,7 +67,7 @@ def single(models: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def score(models: list[str], out: Path, **options: Any) -> list[avss_dist.Run]:
-    runs = avss_dist.score_all(models, corpus="builtin:pydoc", out=out, **{**OPTIONS, **options})
+    runs = avss_dist.score_all(models, corpus="builtin:pydoc", warehouse=out, **{**OPTIONS, **options})
     assert [(run.model, run.error) for run in runs if run.status != "done"] == []
     return runs
 
@@ -105,7 +105,7 @@ def test_zero3_measures_paired_text(models: list[str], tmp_path: Path) -> None:
 def test_tensor_parallel_gives_the_same_numbers(models: list[str], single: Path, tmp_path: Path) -> None:
     """To 1e-4: the sums of a split linear map are added up in another order. Families that cannot be split say so."""
     options = {**OPTIONS, "partition": "tensor_parallel", "ranks": 2}
-    runs = avss_dist.score_all(models, corpus="builtin:pydoc", out=tmp_path, **options)
+    runs = avss_dist.score_all(models, corpus="builtin:pydoc", warehouse=tmp_path, **options)
     done = [run for run in runs if run.status == "done"]
     assert all(run.error and "cannot split" in run.error for run in runs if run.status != "done")
     assert len(done) >= 3, [run.error for run in runs]
@@ -156,7 +156,7 @@ def test_a_gang_that_loses_ranks_is_replaced_as_one(models: list[str], single: P
     """One rank killed in mid-shard, another stopped, which is a hang: the run still ends, each shard counts once."""
     harming = Harming({1: signal.SIGKILL, 3: signal.SIGSTOP})
     options = {**OPTIONS, "partition": "zero3", "ranks": 2, "hang_seconds": 12}
-    run = avss_dist.score(models[0], corpus="builtin:pydoc", out=tmp_path, reporter=harming, **options)
+    run = avss_dist.score(models[0], corpus="builtin:pydoc", warehouse=tmp_path, reporter=harming, **options)
     assert (run.status, harming.arrived, len(harming.victims)) == ("done", SHARDS, 2)
     got, wanted = measured_files(tmp_path), measured_files(single)
     assert got == {path: wanted[path] for path in got}
@@ -170,7 +170,7 @@ def test_a_gang_whose_ranks_freeze_before_they_report_is_replaced(
     """One of two, or both."""
     frozen = FreezesAtStart(number, monkeypatch)
     options = {**OPTIONS, "partition": "zero3", "ranks": 2, "hang_seconds": 12, "placement_seconds": 3600}
-    run = avss_dist.score(models[0], corpus="builtin:pydoc", out=tmp_path, **options)
+    run = avss_dist.score(models[0], corpus="builtin:pydoc", warehouse=tmp_path, **options)
     frozen.join()
     assert frozen.were_starting and run.status == "done"
     got, wanted = measured_files(tmp_path), measured_files(single)
@@ -180,7 +180,7 @@ def test_a_gang_whose_ranks_freeze_before_they_report_is_replaced(
 def test_a_gang_that_cannot_be_placed_says_what_there_is(models: list[str], tmp_path: Path) -> None:
     options = {**OPTIONS, "partition": "zero3", "ranks": 5, "placement_seconds": 3}
     with pytest.raises(RunFailed, match=r"(?s)in 3 seconds.*5 workers of 1 CPUs.*4 of 4 CPUs are free.*`ranks`"):
-        avss_dist.score(models[0], corpus="builtin:pydoc", out=tmp_path, **options)
+        avss_dist.score(models[0], corpus="builtin:pydoc", warehouse=tmp_path, **options)
 
 
 def test_more_ranks_than_devices_are_refused(
@@ -188,4 +188,4 @@ def test_more_ranks_than_devices_are_refused(
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS")
     with pytest.raises(ConfigError, match=r"1 replicas of 4096 ranks need 4096 CPUs; there are \d+"):
-        avss_dist.score(models[0], corpus="builtin:pydoc", out=tmp_path, **OPTIONS, partition="zero3", ranks=4096)
+        avss_dist.score(models[0], corpus="builtin:pydoc", warehouse=tmp_path, **OPTIONS, partition="zero3", ranks=4096)

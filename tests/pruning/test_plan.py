@@ -18,8 +18,9 @@ from support.warehouses import run_row, write_scores
 
 from avss_dist.analysis.plans import plan_layers
 from avss_dist.errors import ConfigError, QueryError
+from avss_dist.pruning.mergekit import mergekit_slices
 from avss_dist.pruning.methods import REVERSED, Method
-from avss_dist.pruning.plan import Plan, make_plan, mergekit_slices, read_plan
+from avss_dist.pruning.plan import Plan, make_plan, read_plan
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, SCORE_MEANINGS, Choice, PlanError
 from avss_dist.removal import sublayers_of
 from avss_dist.settings import BLOCK_DISTANCE, INTERACTIONS, OF_LAYERS, SCORES
@@ -280,7 +281,7 @@ CREATED = datetime(2026, 2, 1, tzinfo=UTC)
 def test_no_score_is_a_default(scored: Warehouse, tmp_path: Path) -> None:
     """Without `--by` and without a measured loss: no plan, the scores with their meanings, the command to measure."""
     plan = tmp_path / "plan.yaml"
-    result = avss("plan", scored.root, "--run", "b-1", "-o", plan)
+    result = avss("plan", "-w", scored.root, "--run", "b-1", "-o", plan)
     assert (result.exit_code, result.stdout, plan.exists()) == (2, "", False)
     command = f"avss ablate org/b-1 --corpus 'my text.txt' --warehouse {scored.root}"
     assert f"passes: {command} --no-leave-one-out --damage\n" in result.stderr
@@ -325,7 +326,7 @@ def test_damage_is_the_mean_of_two_ranks_and_the_default_without_a_loss(scored: 
     assert plan_layers(scored, run, by="damage", count=2).drop == (3, 7)
     assert plan_layers(scored, run, by="predicted", count=1).drop == (3,)
     assert plan_layers(scored, run, by="propagated", count=1).drop == (7,)
-    result = avss("plan", scored.root, "--run", "b-1", "-o", tmp_path / "plan.yaml")
+    result = avss("plan", "-w", scored.root, "--run", "b-1", "-o", tmp_path / "plan.yaml")
     assert result.exit_code == 0, result.stderr
     made = read_plan(tmp_path / "plan.yaml")
     assert made.drop == (3, 7) and made.why["by"] == "damage" and made.why["evaluation"] == "b-1-damage"
@@ -334,7 +335,7 @@ def test_damage_is_the_mean_of_two_ranks_and_the_default_without_a_loss(scored: 
 
 
 def test_a_block_is_chosen_by_its_own_distance(scored: Warehouse, tmp_path: Path) -> None:
-    options = ("plan", scored.root, "--run", "b-1", "--by", "block_distance", "-o", tmp_path / "plan.yaml")
+    options = ("plan", "-w", scored.root, "--run", "b-1", "--by", "block_distance", "-o", tmp_path / "plan.yaml")
     result = avss(*options, "--contiguous", "--count", 2)
     assert (result.exit_code, "--no-leave-one-out --damage" in result.stderr) == (2, True)
     write_damage(scored, "b-1", [1.0] * 8, [1.0] * 8)
@@ -351,7 +352,7 @@ def test_a_block_is_chosen_by_its_own_distance(scored: Warehouse, tmp_path: Path
 
 def test_the_measured_loss_is_taken_where_there_is_one(scored: Warehouse, tmp_path: Path) -> None:
     write_losses(scored, "b-1", [9.0, 8.0, 3.1, 7.0, 3.2, 6.0, 5.0, 4.0])
-    result = avss("plan", scored.root, "--run", "b-1", "-o", tmp_path / "plan.yaml")
+    result = avss("plan", "-w", scored.root, "--run", "b-1", "-o", tmp_path / "plan.yaml")
     assert result.exit_code == 0, result.stderr
     made = read_plan(tmp_path / "plan.yaml")
     assert made.drop == (2, 4) and made.why["by"] == "loss" and made.why["evaluation"] == "b-1-loss"
@@ -376,7 +377,7 @@ def test_a_plan_says_what_speaks_against_it(scored: Warehouse, tmp_path: Path) -
         for drop, value in (([], np.log(20.0)), ([0, 1], np.log(49020.0)))
     ]
     Store(scored.root).write_evaluations(evaluation, rows)
-    result = avss("plan", scored.root, "--run", "b-1", "--by", "avss", "-o", tmp_path / "plan.yaml")
+    result = avss("plan", "-w", scored.root, "--run", "b-1", "--by", "avss", "-o", tmp_path / "plan.yaml")
     assert result.exit_code == 0, result.stderr
     made = read_plan(tmp_path / "plan.yaml")
     assert any("rises with depth" in line for line in made.findings)
@@ -388,14 +389,16 @@ def test_a_plan_says_what_speaks_against_it(scored: Warehouse, tmp_path: Path) -
 
 
 def test_a_reading_that_was_not_scored_is_refused_with_what_was(scored: Warehouse, tmp_path: Path) -> None:
-    result = avss("plan", scored.root, "--by", "avss", "--site", "mlp", "-o", tmp_path / "plan.yaml")
+    result = avss("plan", "-w", scored.root, "--by", "avss", "--site", "mlp", "-o", tmp_path / "plan.yaml")
     assert result.exit_code == 2
     assert "No scores of site mlp, recipe pooled, threshold 1e-05." in result.stderr
     assert "There are: site block, recipe pooled, threshold 1e-05." in result.stderr
 
 
 def test_of_several_runs_the_newest_is_named(scored: Warehouse, tmp_path: Path) -> None:
-    result = avss("plan", scored.root, "--by", "random", "-o", tmp_path / "plan.yaml")
+    result = avss("plan", "-w", scored.root, "--by", "random", "-o", tmp_path / "plan.yaml")
     assert "This is the newest of 2 runs" in result.stdout
-    result = avss("plan", scored.root, "--by", "random", "--protect", f"first={10**20}", "-o", tmp_path / "plan.yaml")
+    result = avss(
+        "plan", "-w", scored.root, "--by", "random", "--protect", f"first={10**20}", "-o", tmp_path / "plan.yaml"
+    )
     assert result.exit_code == 2 and "names no number of layers" in result.stderr

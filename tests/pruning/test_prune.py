@@ -165,19 +165,19 @@ def test_from_scores_to_a_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
     """The commands: score, plan, prune, and score what came of it."""
     out = tmp_path / "warehouse"
     options: dict[str, Any] = {"max_sequences": 8, "sequence_length": 32, "sequences_per_shard": 4}
-    run = avss_dist.score(tiny_llama, corpus="builtin:pydoc", out=out, executor="local", **options)
+    run = avss_dist.score(tiny_llama, corpus="builtin:pydoc", warehouse=out, executor="local", **options)
     plan, less = tmp_path / "plan.yaml", tmp_path / "less"
-    done = avss("plan", out, "--by", "block_influence", "--count", 1, "--protect", "last=1", "-o", plan)
+    done = avss("plan", "-w", out, "--by", "block_influence", "--count", 1, "--protect", "last=1", "-o", plan)
     assert done.exit_code == 0, done.stderr
     made = read_plan(plan)
     rows = Warehouse(out).scores(site="block", recipe="pooled", threshold=1e-5).to_pylist()
     lowest = min(rows[:2], key=lambda row: row["block_influence"])
     assert made.drop == (lowest["layer"],) and made.run_id == run.run_id and made.why["by"] == "block_influence"
-    done = avss("prune", tiny_llama, plan, "--out", less)
+    done = avss("prune", tiny_llama, plan, "-o", less)
     assert done.exit_code == 0 and "2 of 3 layers" in done.stdout and "(largest difference 0)" in done.stdout
-    again = avss_dist.score(less, corpus="builtin:pydoc", out=out, executor="local", **options)
+    again = avss_dist.score(less, corpus="builtin:pydoc", warehouse=out, executor="local", **options)
     assert again.status == "done" and len(again.scores(site="block", recipe="pooled", threshold=1e-5)) == 2
-    done = avss("prune", tiny_llama, plan, "--out", less)
+    done = avss("prune", tiny_llama, plan, "-o", less)
     assert done.exit_code == 2 and "not empty" in done.stderr and "Traceback" not in done.stderr
-    done = avss("plan", out, "--by", "block_influense", "-o", plan)
+    done = avss("plan", "-w", out, "--by", "block_influense", "-o", plan)
     assert done.exit_code == 2 and "Did you mean 'block_influence'" in done.stderr

@@ -41,7 +41,7 @@ def fp8(tiny_llama: Path, tmp_path: Path) -> Path:
 def test_a_skip_list_is_renumbered_and_every_module_is_quantized_as_it_was(fp8: Path, tmp_path: Path) -> None:
     plan, less = tmp_path / "plan.yaml", tmp_path / "less"
     PLAN.write(plan)
-    done = avss("prune", fp8, plan, "--out", less)
+    done = avss("prune", fp8, plan, "-o", less)
     assert done.exit_code == 0, done.stderr
     config = json.loads((less / "config.json").read_text())
     assert config["quantization_config"]["modules_to_not_convert"] == [
@@ -156,11 +156,11 @@ def test_what_no_device_here_computes_with_is_unpacked_only_on_request(fp8: Path
     text = tmp_path / "text.txt"
     text.write_text("one two three four five six seven eight " * 20)
     options = ("--corpus", text, "--sequence-length", "8", "--site", "block", "--executor", "local")
-    refused = avss("score", fp8, *options, "--out", tmp_path / "w")
+    refused = avss("score", fp8, *options, "-w", tmp_path / "w")
     assert refused.exit_code == 2
     assert "is quantized (fp8), and no device here computes with that" in refused.stderr
     assert "--dequantize" in refused.stderr
-    done = avss("score", fp8, *options, "--out", tmp_path / "w", "--dequantize")
+    done = avss("score", fp8, *options, "-w", tmp_path / "w", "--dequantize")
     assert done.exit_code == 0, done.stderr
     (row,) = [row for row in Warehouse(tmp_path / "w").runs().to_pylist() if row["status"] == "done"]
     assert (row["quantization"], row["dtype"]) == ("fp8, dequantized", "float32")

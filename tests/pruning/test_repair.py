@@ -455,7 +455,7 @@ def test_the_command(tiny_llama: Path, tmp_path: Path) -> None:
     plan, less = tmp_path / "plan.yaml", tmp_path / "less"
     Plan(model=str(tiny_llama), num_layers=3, layers="layers", drop=(1,), why={}).write(plan)
     read = ["--max-sequences", 40, "--sequence-length", 48]
-    done = avss("prune", tiny_llama, plan, "--out", less, "--repair-corpus", TEXT, *read)
+    done = avss("prune", tiny_llama, plan, "-o", less, "--repair-corpus", TEXT, *read)
     assert done.exit_code == 0, done.stderr
     assert "Repaired by map, fitted on builtin:pydoc (1,692 tokens)" in done.stdout
     assert "Repaired without 1, after 0: error" in done.stdout and "and the repaired weights (largest" in done.stdout
@@ -467,5 +467,5 @@ def test_the_command(tiny_llama: Path, tmp_path: Path) -> None:
         (["--repair", "linear_patch", "--repair-corpus", TEXT], "no weight of the checkpoint holds that"),
         (["--sequence-length", 9], "--sequence-length has no effect"),
     ):
-        refused = avss("prune", tiny_llama, plan, "--out", tmp_path / "no", *arguments)
+        refused = avss("prune", tiny_llama, plan, "-o", tmp_path / "no", *arguments)
         assert refused.exit_code == 2 and told in refused.stderr and "Traceback" not in refused.stderr

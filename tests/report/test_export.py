@@ -7,13 +7,12 @@ import errno
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.command_line import avss
 from support.warehouses import activations, stats_of, write_measured, write_scores
 
-from avss_dist.report.export import COLUMNS, PLACE, escape_latex
+from avss_dist.report.export import COLUMNS, escape_latex
 from avss_dist.text import escape_markdown
 from avss_dist.warehouse.reader import Warehouse
 
@@ -30,27 +29,23 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exported(root: Path, kind: str, *args: object) -> str:
-    result = avss("export", root, "--to", kind, *args)
+    result = avss("show", "-w", root, "--format", kind, *args)
     assert (result.exit_code, result.stderr) == (0, "")
     return str(result.stdout)
 
 
-def rounded(value: Any) -> Any:
-    return float(f"{value:.3g}") if isinstance(value, float) else value
-
-
 @pytest.mark.parametrize("kind", ["csv", "json"])
-def test_data_is_the_scores_to_three_digits(root: Path, kind: str) -> None:
-    text = exported(root, kind, "--run", "tiny-*", "--recipe", "element", "--threshold", "0.1rms")
-    scores = Warehouse(root).scores(site="block", recipe="element", threshold=0.1, threshold_kind="rms").to_pylist()
-    want = [{name: rounded(s[name]) for name in (*PLACE, *COLUMNS)} for s in scores]
-    want.sort(key=lambda row: (row["run_id"], row["layer"]))
+def test_data_is_the_scores_as_they_are(root: Path, kind: str) -> None:
+    text = exported(root, kind, "--run", "tiny-*", "--recipe", "element", "--threshold", "1e-3")
+    scores = Warehouse(root).scores(site="block", recipe="element", threshold=1e-3).to_pylist()
+    want = {(row["run_id"], row["layer"]): row for row in scores}
     assert len(want) == 16
-    if kind == "json":
-        assert json.loads(text) == want
-    else:
-        rows = list(csv.DictReader(io.StringIO(text)))
-        assert rows == [{k: "" if v is None else str(v) for k, v in row.items()} for row in want]
+    rows = [*csv.DictReader(io.StringIO(text))] if kind == "csv" else [json.loads(line) for line in text.splitlines()]
+    assert [(row["run_id"], int(row["layer"])) for row in rows] == sorted(want)
+    for row in rows:
+        stored = want[row["run_id"], int(row["layer"])]
+        assert float(row["avss_smoothed"]) == stored["avss_smoothed"] and row["exactness"] == "exact"
+        assert float(row["near_zero_low"]) == float(row["near_zero_high"]) == stored["near_zero_count"]
 
 
 def test_latex(root: Path) -> None:
@@ -94,15 +89,14 @@ def test_to_a_file(root: Path, kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        (["--to", "latx"], "Unknown --to 'latx'.\nDid you mean 'latex'?"),
-        (["--to", "csv", "--run", "tiny-9"], "Unknown run 'tiny-9'.\nDid you mean 'tiny-2'?"),
-        (["--to", "csv", "--run", "x*"], "No run matches 'x*'."),
-        (["--to", "csv", "--threshold", "0.123"], "No scores at threshold 0.123."),
-        (["--to", "csv", "-o", "/nowhere/x.csv"], "/nowhere/x.csv cannot be written"),
+        (["--format", "latx"], "Unknown --format 'latx'.\nDid you mean 'latex'?"),
+        (["--format", "csv", "--run", "tiny-9"], "Unknown run 'tiny-9'.\nDid you mean 'tiny-2'?"),
+        (["--format", "csv", "--run", "x*"], "No run matches 'x*'."),
+        (["--format", "csv", "-o", "/nowhere/x.csv"], "/nowhere/x.csv cannot be written"),
     ],
 )
 def test_mistakes(root: Path, args: list[str], text: str) -> None:
-    result = avss("export", root, *args)
+    result = avss("show", "-w", root, *args)
     assert (result.exit_code, result.stdout) == (2, "")
     assert text.partition("\n")[0] in result.stderr
 
@@ -123,12 +117,11 @@ def test_an_old_file_outlives_a_write_that_fails(root: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(Path, "write_bytes", full)
     monkeypatch.setattr(Path, "write_text", lambda path, text, **_: full(path, text.encode()))
-    for name, args in (("old.html", ["report", root]), ("old.svg", ["plot", root]), ("old.csv", ["export", root])):
+    for name, args in (("old.html", ["report", "-w", root]), ("old.svg", ["plot", "-w", root])):
         file = tmp_path / name
         with file.open("w") as stream:
             stream.write("old")
-        to = ["--to", "csv"] if name == "old.csv" else []
-        result = avss(*args, "-o", file, *to, "--run", "tiny-1")
+        result = avss(*args, "-o", file, "--run", "tiny-1")
         assert result.exit_code == 1 and "cannot be written: No space left on device" in result.stderr
         assert file.read_text() == "old" and list(tmp_path.glob(".*")) == []
 
@@ -141,6 +134,6 @@ def test_escapes() -> None:
 def test_a_chart_of_very_many_runs_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 10,000 runs, the library that draws takes all memory and ends the process."""
     monkeypatch.setattr("avss_dist.report.chart.MOST_RUNS", 1)
-    result = avss("plot", root, "--run", "*", "-o", root / "chart.svg")
+    result = avss("plot", "-w", root, "--run", "*", "-o", root / "chart.svg")
     assert result.exit_code == 2 and "are too many for one chart; it holds 1 at most" in result.stderr
     assert "Name fewer with --run" in result.stderr and not (root / "chart.svg").exists()

@@ -303,7 +303,7 @@ def command(*args: object) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_writes_the_runs_that_are_named_and_loads_nothing_heavy(store: Warehouse, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
-    done = command(store.root, "-o", file, "--run", "alpha*", "--run", "gone-0123456789")
+    done = command("-w", store.root, "-o", file, "--run", "alpha*", "--run", "gone-0123456789")
     assert (done.returncode, done.stderr) == (0, "")
     said, modules = done.stdout.splitlines()
     assert said == str(file)
@@ -321,9 +321,9 @@ def refused(*args: object) -> str:
 
 
 def test_the_command_refuses_what_is_not_there(store: Warehouse, tmp_path: Path) -> None:
-    unknown = refused(store.root, "-o", tmp_path / "page.html", "--run", "alfa-0123456789")
+    unknown = refused("-w", store.root, "-o", tmp_path / "page.html", "--run", "alfa-0123456789")
     assert unknown.startswith("Error: Unknown run 'alfa-0123456789'.\nDid you mean 'alpha-0123456789'?")
-    assert "is not a warehouse" in refused(tmp_path / "nothing")
+    assert "is not a warehouse" in refused("-w", tmp_path / "nothing")
     (tmp_path / "runs").mkdir()
-    assert "has no runs yet" in refused(tmp_path)
-    assert "cannot be written" in refused(store.root, "-o", tmp_path / "no" / "page.html")
+    assert "has no runs yet" in refused("-w", tmp_path)
+    assert "cannot be written" in refused("-w", store.root, "-o", tmp_path / "no" / "page.html")

@@ -105,7 +105,7 @@ def test_the_chart_of_an_experiment_fits_a_phone() -> None:
 
 
 def test_query_as_markdown(warehouse: Warehouse) -> None:
-    done = avss("query", warehouse.root, "SELECT 'a|b' AS x, 1/3 AS y", "--format", "markdown")
+    done = avss("query", "-w", warehouse.root, "SELECT 'a|b' AS x, 1/3 AS y", "--format", "markdown")
     assert done.stdout == "| x | y |\n| --- | --- |\n| a\\|b | 0.333333 |\n"
 
 
@@ -130,24 +130,24 @@ def steers(text: str) -> bool:
 
 def test_no_name_steers_a_terminal(hostile: Path) -> None:
     for args in (
-        ["show", hostile, "--run", "hostile"],
-        ["query", hostile, "FROM runs"],
-        ["scores", hostile, "--run", "hostile", "--threshold", "1e-5"],
-        ["findings", hostile],
-        ["compare", hostile, "--allow-mismatch"],
-        ["export", hostile, "--to", "csv"],
-        ["export", hostile, "--to", "markdown"],
-        ["show", hostile, "--run", STEERING],
+        ["show", "-w", hostile, "--run", "hostile"],
+        ["query", "-w", hostile, "FROM runs"],
+        ["show", "-w", hostile, "--run", "hostile", "--threshold", "1e-5"],
+        ["findings", "-w", hostile],
+        ["compare", "-w", hostile, "--allow-mismatch"],
+        ["show", "-w", hostile, "--format", "csv"],
+        ["show", "-w", hostile, "--format", "markdown"],
+        ["show", "-w", hostile, "--run", STEERING],
     ):
         done = avss(*args)
         assert not steers(done.stdout + done.stderr), args
-    assert "\ufffd[31m\ufffd\ufffdevil" in avss("show", hostile, "--run", "hostile").stdout
+    assert "\ufffd[31m\ufffd\ufffdevil" in avss("show", "-w", hostile, "--run", "hostile").stdout
 
 
 @pytest.mark.parametrize("ending", ["svg", "png", "html"])
 def test_no_name_aborts_a_picture(hostile: Path, ending: str) -> None:
     file = hostile / f"layers.{ending}"
-    done = avss("plot", hostile, "--run", "hostile", "--run", "other", "-o", file)
+    done = avss("plot", "-w", hostile, "--run", "hostile", "--run", "other", "-o", file)
     assert (done.exit_code, done.stderr) == (0, "")
     assert file.stat().st_size > 1000
     if ending == "svg":
@@ -163,9 +163,9 @@ def test_no_name_turns_the_text_of_a_page(hostile: Path) -> None:
 
 def test_an_indented_formula_is_none_in_a_spreadsheet(tmp_path: Path) -> None:
     write_scores(tmp_path, "a", [1.0, 2.0, 3.0, 4.0], model=" =1+1", family="\n=1+1", revision="\x1b=1")
-    first = avss("export", tmp_path, "--to", "json").stdout
-    assert json.loads(first)[0]["model"] == " =1+1"
-    csv = avss("export", tmp_path, "--to", "csv").stdout
+    first = avss("show", "-w", tmp_path, "--format", "json").stdout
+    assert json.loads(first.splitlines()[0])["model"] == " =1+1"
+    csv = avss("show", "-w", tmp_path, "--format", "csv").stdout
     assert "' =1+1" in csv and '"\'\n=1+1"' in csv and "\ufffd=1" in csv
 
 
@@ -199,6 +199,6 @@ def test_scores_that_are_not_a_number_are_shown_as_none(tmp_path: Path) -> None:
     table = pq.ParquetFile(file).read()
     values = pa.array(np.array([np.nan, 2.0, 3.0, 4.0]))
     pq.write_table(table.set_column(table.schema.get_field_index("avss_smoothed"), "avss_smoothed", values), file)
-    done = avss("show", tmp_path)
+    done = avss("show", "-w", tmp_path)
     assert done.exit_code == 0 and "nan" not in done.stdout
-    assert avss("plot", tmp_path, "-o", tmp_path / "a.svg").exit_code == 0
+    assert avss("plot", "-w", tmp_path, "-o", tmp_path / "a.svg").exit_code == 0

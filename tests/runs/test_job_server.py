@@ -43,7 +43,7 @@ def test_another_server_is_an_error_without_a_traceback(
     answers: dict[str, bytes], server: JobServer, run_avss: Avss
 ) -> None:
     server.answers = answers
-    done = run_avss("status", "--address", server.address)
+    done = run_avss("jobs", "list", "--address", server.address)
     assert done.returncode in (1, 2)
     assert done.stderr.startswith("Error: ") and "Traceback" not in done.stderr
 
@@ -51,7 +51,7 @@ def test_another_server_is_an_error_without_a_traceback(
 def test_a_terminal_obeys_no_job(server: JobServer, run_avss: Avss) -> None:
     job = {"type": "SUBMISSION", "submission_id": f"avss-{HOSTILE}", "status": "SUCCEEDED", "entrypoint": f"x{HOSTILE}"}
     server.answers = {"/api/version": VERSION_ANSWER, "/api/jobs": json.dumps([job]).encode()}
-    done = run_avss("status", "--address", server.address)
+    done = run_avss("jobs", "list", "--address", server.address)
     assert (done.returncode, done.stderr) == (0, "")
     assert "owned" in done.stdout and not set(HOSTILE) & {"\x1b", "\x07", "\u202e"} & set(done.stdout)
 
@@ -63,7 +63,11 @@ def silent() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("command", [["status"], ["logs", "a"], ["logs", "a", "--follow"], ["stop", "a"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command",
+    [["jobs", "list"], ["jobs", "logs", "a"], ["jobs", "logs", "a", "--follow"], ["jobs", "stop", "a"]],
+    ids=" ".join,
+)
 def test_a_server_that_never_answers_ends_a_command(command: list[str], silent: str) -> None:
     done = avss(*command, "--address", silent, "--answer-seconds", "0.2")
     assert done.exit_code == 1
@@ -93,7 +97,7 @@ def dripping() -> Iterator[str]:
         over.set()
 
 
-@pytest.mark.parametrize("command", [["status"], ["logs", "a"], ["stop", "a"]], ids=" ".join)
+@pytest.mark.parametrize("command", [["jobs", "list"], ["jobs", "logs", "a"], ["jobs", "stop", "a"]], ids=" ".join)
 def test_an_answer_must_be_whole_in_time(command: list[str], dripping: str) -> None:
     """Each byte comes sooner than the limit."""
     done = avss(*command, "--address", dripping, "--connect-seconds", "0.3", "--answer-seconds", "0.3")

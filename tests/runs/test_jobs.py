@@ -19,7 +19,7 @@ from support import command_line
 from support.tables import assert_same_tables
 
 import avss_dist
-from avss_dist.estimate.preview import preview_job
+from avss_dist.estimation.preview import preview_job
 from avss_dist.report.terminal.progress import Log
 from avss_dist.runs.api import run_job
 from avss_dist.runs.job_file import JobError, JobFile, job_schema, read_job
@@ -186,7 +186,7 @@ def test_too_many_runs_are_refused_before_they_are_made(tmp_path: Path) -> None:
 
 def test_options_of_submit_are_checked_here(tmp_path: Path) -> None:
     job = job_file(tmp_path, "warehouse: /w\nmodels: [org/a]\ncorpora: [builtin:pydoc]\n")
-    code, output = avss("submit", job, "--address", "http://127.0.0.1:9", "--replicas", 0)
+    code, output = avss("jobs", "submit", job, "--address", "http://127.0.0.1:9", "--replicas", 0)
     assert code == 2 and "--replicas must be at least 1, not 0." in output
 
 
@@ -354,7 +354,7 @@ def test_a_job_is_run_once_and_a_model_that_fails_does_not_stop_it(
     assert "3 runs: 2 done, 1 failed." in output and "There is no folder" in output
     options: dict[str, Any] = {"max_sequences": 12, "sequence_length": 32, "sequences_per_shard": 4, "batch_size": 2}
     for model in (tiny_llama, tiny_bert):
-        avss_dist.score(model, corpus="builtin:pydoc", out=tmp_path / "alone", executor="local", **options)
+        avss_dist.score(model, corpus="builtin:pydoc", warehouse=tmp_path / "alone", executor="local", **options)
     assert_same_tables(tmp_path / "w", tmp_path / "alone")
     code, output = avss("run", file)
     assert code == 1
@@ -380,7 +380,7 @@ def test_runs_that_differ_in_a_setting_have_names_of_their_own(tiny_llama: Path,
 
 
 def test_a_model_that_is_named_twice_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    code, output = avss("score", tiny_llama, tiny_llama, "--corpus", "builtin:pydoc", "--out", tmp_path / "w")
+    code, output = avss("score", tiny_llama, tiny_llama, "--corpus", "builtin:pydoc", "-w", tmp_path / "w")
     assert code == 2 and "is there twice." in output and not (tmp_path / "w").exists()
 
 

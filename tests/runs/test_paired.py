@@ -143,7 +143,7 @@ def test_a_result_that_is_sent_is_written_as_by_its_worker(measured: tuple[Shard
 
 def test_a_resumed_run_and_a_streamed_one_are_the_same(tiny_llama: Path, source: str, tmp_path: Path) -> None:
     runs = [
-        avss_dist.score(tiny_llama, corpus=source, out=tmp_path / name, **options, **OPTIONS)
+        avss_dist.score(tiny_llama, corpus=source, warehouse=tmp_path / name, **options, **OPTIONS)
         for name, options in (("once", {}), ("again", {"partition": "streaming"}))
     ]
     assert runs[0].run_id == runs[1].run_id
@@ -153,7 +153,7 @@ def test_a_resumed_run_and_a_streamed_one_are_the_same(tiny_llama: Path, source:
         (next((tmp_path / "again" / table).rglob("*.parquet"))).unlink()
     for table in ("shard_stats", "row_stats"):
         (tmp_path / "again" / table / f"run_id={run_id}" / "shard-00001.parquet").unlink()
-    assert avss_dist.score(tiny_llama, corpus=source, out=tmp_path / "again", **OPTIONS).resumed_shards == 2
+    assert avss_dist.score(tiny_llama, corpus=source, warehouse=tmp_path / "again", **OPTIONS).resumed_shards == 2
     assert_same_tables(tmp_path / "again", tmp_path / "once")
     warehouse = Warehouse(tmp_path / "once")
     assert warehouse.table("row_stats").num_rows == 4 * PAIRS * 3 * 5

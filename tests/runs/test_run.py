@@ -35,7 +35,7 @@ SMALL: dict[str, Any] = {
 
 
 def score(model: Path, out: Path, **changes: Any) -> avss_dist.Run:
-    return avss_dist.score(model, out=out, **{**SMALL, **changes})
+    return avss_dist.score(model, warehouse=out, **{**SMALL, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def test_several_models_share_one_call_and_failures_do_not_spread(
 ) -> None:
     models = [str(tiny_llama), str(tmp_path / "missing"), str(tiny_bert)]
     options = {k: v for k, v in SMALL.items() if k != "corpus"}
-    runs = avss_dist.score_all(models, corpus=SMALL["corpus"], out=tmp_path / "w", **options)
+    runs = avss_dist.score_all(models, corpus=SMALL["corpus"], warehouse=tmp_path / "w", **options)
     assert [run.status for run in runs] == ["done", "failed", "done"]
     warehouse = Warehouse(tmp_path / "w")
     assert warehouse.sql("SELECT count(DISTINCT run_id) AS n FROM scores").to_pylist() == [{"n": 2}]
@@ -243,9 +243,11 @@ def test_several_models_share_one_call_and_failures_do_not_spread(
 def test_a_mistake_that_concerns_all_models_stops_at_once(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
     options = {k: v for k, v in SMALL.items() if k != "corpus"}
     with pytest.raises(AvssError, match="no such file"):
-        avss_dist.score_all([str(tiny_llama), str(tiny_bert)], corpus="nothing.txt", out=tmp_path / "w", **options)
+        avss_dist.score_all(
+            [str(tiny_llama), str(tiny_bert)], corpus="nothing.txt", warehouse=tmp_path / "w", **options
+        )
     with pytest.raises(ConfigError, match="max_sequences"):
-        avss_dist.score(tiny_llama, out=tmp_path, corpus="builtin:pydoc", max_sequence=3)
+        avss_dist.score(tiny_llama, warehouse=tmp_path, corpus="builtin:pydoc", max_sequence=3)
 
 
 def test_padded_layout_leaves_padding_out(tiny_llama: Path, tmp_path: Path) -> None:

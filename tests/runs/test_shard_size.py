@@ -66,14 +66,16 @@ def test_a_text_gives_enough_shards_for_intervals(num_sequences: int, batch_size
 
 def test_a_run_keeps_its_shards_however_it_is_made(tiny_llama: Path, tmp_path: Path) -> None:
     """Of any number of workers and any partition, and named by hand: one run, which is done once."""
-    run = avss_dist.score(tiny_llama, out=tmp_path, executor="local", max_sequences=100, **OPTIONS)
+    run = avss_dist.score(tiny_llama, warehouse=tmp_path, executor="local", max_sequences=100, **OPTIONS)
     (row,) = Warehouse(tmp_path).runs().to_pylist()
     assert (run.num_shards, json.loads(row["settings"])["sequences_per_shard"]) == (25, 4)
     for changes in ({"partition": "streaming"}, {"sequences_per_shard": 4}, {"partition": "auto"}):
-        again = avss_dist.score(tiny_llama, out=tmp_path, executor="local", max_sequences=100, **{**OPTIONS, **changes})
+        again = avss_dist.score(
+            tiny_llama, warehouse=tmp_path, executor="local", max_sequences=100, **{**OPTIONS, **changes}
+        )
         assert (again.status, again.run_id) == ("skipped", run.run_id)
     named = avss_dist.score(
-        tiny_llama, out=tmp_path, executor="local", max_sequences=100, sequences_per_shard=32, **OPTIONS
+        tiny_llama, warehouse=tmp_path, executor="local", max_sequences=100, sequences_per_shard=32, **OPTIONS
     )
     assert (named.status, named.num_shards) == ("done", 4) and named.run_id != run.run_id
 
@@ -96,5 +98,5 @@ def test_models_of_one_tokenizer_share_the_tokens_and_not_the_shards(
 
     monkeypatch.setattr(planner, "plan", spy)
     options = {**OPTIONS, "executor": "local", "max_sequences": 320}
-    runs = avss_dist.score_all([str(tiny_llama), str(wide)], out=tmp_path / "w", **options)
+    runs = avss_dist.score_all([str(tiny_llama), str(wide)], warehouse=tmp_path / "w", **options)
     assert [run.num_shards for run in runs] == [40, 160] and read == ["builtin:pydoc"]

@@ -115,29 +115,29 @@ def test_a_submitted_job_gives_the_tables_of_one_by_one(
     text = tmp_path / "texts" / "mine.txt"
     text.write_text("In the beginning was the word, and the word was with the tokenizer. " * 200)
     job = job_file(tmp_path, [*models, "/absent"], corpus="texts/mine.txt")
-    done = run_avss("submit", job, "--follow", "--replicas", "1", env=cluster)
+    done = run_avss("jobs", "submit", job, "--follow", "--replicas", "1", env=cluster)
     assert done.returncode == 1, done.stderr
     assert "3 runs: 2 done, 1 failed." in done.stdout and "There is no folder '/absent'" in done.stdout
     assert re.search(r"\d of 3 runs: .*step-1 done", done.stdout)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for model in models:
-        avss_dist.score(model, corpus=str(text), out=tmp_path / "alone", executor="local", **SETTINGS)
+        avss_dist.score(model, corpus=str(text), warehouse=tmp_path / "alone", executor="local", **SETTINGS)
     torch.set_num_threads(threads)
     assert_same_tables(tmp_path / "w", tmp_path / "alone")
     assert {row["status"] for row in Warehouse(tmp_path / "w").runs().to_pylist()} == {"done", "failed"}
 
     job = job_file(tmp_path, models, corpus="texts/mine.txt")
-    again = run_avss("submit", job, env=cluster)
+    again = run_avss("jobs", "submit", job, env=cluster)
     assert again.returncode == 0
     job_id = again.stdout.strip()
     assert re.fullmatch(r"avss-job-[0-9a-f]{6}", job_id)
-    followed = run_avss("logs", job_id, "--follow", env=cluster)
+    followed = run_avss("jobs", "logs", job_id, "--follow", env=cluster)
     assert followed.returncode == 0 and "2 runs: 2 skipped." in followed.stdout
-    assert "2 runs: 2 skipped." in run_avss("logs", job_id, env=cluster).stdout
-    listed = run_avss("status", env=cluster).stdout
+    assert "2 runs: 2 skipped." in run_avss("jobs", "logs", job_id, env=cluster).stdout
+    listed = run_avss("jobs", "list", env=cluster).stdout
     assert listed.count("avss-job-") == 2 and "SUCCEEDED" in listed and "FAILED" in listed
-    stopped = run_avss("stop", job_id, env=cluster)
+    stopped = run_avss("jobs", "stop", job_id, env=cluster)
     assert (stopped.returncode, stopped.stdout) == (0, f"{job_id}: it has ended already (succeeded).\n")
 
 
@@ -148,14 +148,14 @@ def test_a_job_is_stopped_and_goes_on_when_it_is_submitted_again(
     job = job_file(tmp_path, models[:1])
     text = (tmp_path / job).read_text().replace("max_sequences: 24", "max_sequences: 320")
     (tmp_path / job).write_text(text.replace("sequences_per_shard: 8", "sequences_per_shard: 2"))
-    job_id = run_avss("submit", job, env=cluster).stdout.strip()
+    job_id = run_avss("jobs", "submit", job, env=cluster).stdout.strip()
     partials = tmp_path / "w" / "shard_stats"
     wait_until(lambda: len(list(partials.rglob("*.parquet"))) >= 3)
     for worker in ray_processes():
         worker.send_signal(signal.SIGSTOP)  # or it may have ended before it is stopped
-    stopped = run_avss("stop", job_id, env=cluster)
+    stopped = run_avss("jobs", "stop", job_id, env=cluster)
     assert (stopped.returncode, stopped.stdout) == (0, f"{job_id}: stopped.\n")
-    assert run_avss("logs", job_id, "--follow", env=cluster).returncode == 1
+    assert run_avss("jobs", "logs", job_id, "--follow", env=cluster).returncode == 1
     kept = len(list(partials.rglob("*.parquet")))
     assert kept >= 3 and not list((tmp_path / "w" / "runs").rglob("*.parquet"))
     (run,) = run_job(read_job(job), executor="local")
@@ -205,30 +205,31 @@ def test_a_submitted_experiment_takes_its_files_along(
     task |= {"doc_to_target": "answer", "dataset_kwargs": {"data_files": {"test": "more/questions.jsonl"}}}
     (tmp_path / "tasks" / "capitals.yaml").write_text(json.dumps(task))
     job = job_file(tmp_path, models[:1])
-    refused(run_avss("submit", job, "--experiment", env=cluster), "job.yaml has no section 'experiment'.")
     with (tmp_path / job).open("a") as file:
         file.write(EXPERIMENT)
     travelling = ["more/questions.jsonl", "tasks/capitals.yaml", "tasks/common.yaml", "texts/held_out.txt"]
     read = read_job(job)
     assert read.experiment is not None
-    assert [str(file) for file in _local_files(read, read.experiment)] == travelling
-    repaired = replace(read.experiment, repairs=("map",), repair_corpora=("more/private.txt",))
-    assert {str(file) for file in _local_files(read, repaired)} == {*travelling, "more/private.txt"}
-    done = run_avss("submit", job, "--experiment", "--follow", env=cluster)
+    assert [str(file) for file in _local_files(read)] == travelling
+    repaired = replace(
+        read, experiment=replace(read.experiment, repairs=("map",), repair_corpora=("more/private.txt",))
+    )
+    assert {str(file) for file in _local_files(repaired)} == {*travelling, "more/private.txt"}
+    done = run_avss("jobs", "submit", job, "--follow", env=cluster)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = Warehouse(tmp_path / "w").table("experiments").to_pylist()
     assert {row["method"] for row in rows} == {"whole model", "block influence", "last", "random 0"}
     assert {row["task"] for row in rows} == {"perplexity:texts/held_out.txt", "tasks/capitals.yaml"}
     assert "block influence" in done.stdout
     (tmp_path / "more" / "questions.jsonl").unlink()
-    refused(run_avss("submit", job, "--experiment", env=cluster), "The data of task 'capitals' do not exist")
+    refused(run_avss("jobs", "submit", job, env=cluster), "The data of task 'capitals' do not exist")
 
 
 def test_what_the_job_server_remembers_names_no_key(
     cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path
 ) -> None:
     job = job_file(tmp_path, models, warehouse="s3://SOMEKEY:SOMESECRET@bucket/w")
-    done = run_avss("submit", job, env=cluster)
+    done = run_avss("jobs", "submit", job, env=cluster)
     assert done.returncode == 0, done.stderr
     token = Path(cluster["RAY_AUTH_TOKEN_PATH"]).read_text()
     url = f"{cluster['RAY_API_SERVER_ADDRESS']}/api/jobs/{done.stdout.strip()}"
@@ -249,12 +250,16 @@ def test_a_job_tells_no_key_and_no_token(
         user = f"s3://{server.key}:{quote(server.secret, safe='')}@lab"
         for name, says in (("a.txt", "1 runs: 1 done."), ("absent.txt", "s3://lab/absent.txt: no such file")):
             job = job_file(tmp_path, models[:1], corpus=f'"{user}/{name}"')
-            done = run_avss("submit", job, "--follow", env={**cluster, **PLANTED})
+            done = run_avss("jobs", "submit", job, "--follow", env={**cluster, **PLANTED})
             assert says in done.stdout, done.stderr
             (job_id,) = set(re.findall(r"avss-job-[0-9a-f]{6}", done.stderr))
             told += [done.stdout, done.stderr]
-            others = [["logs", job_id, "--follow"], ["status"], ["status", job_id]] if name == "absent.txt" else []
-            for command in (["logs", job_id], *others):
+            others = (
+                [["jobs", "logs", job_id, "--follow"], ["jobs", "list"], ["jobs", "list", job_id]]
+                if name == "absent.txt"
+                else []
+            )
+            for command in (["jobs", "logs", job_id], *others):
                 shown = run_avss(*command, env=cluster)
                 told += [shown.stdout, shown.stderr]
     token = Path(cluster["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
@@ -266,7 +271,9 @@ def test_a_job_tells_no_key_and_no_token(
         assert not any(secret in text for text in told), secret
 
 
-@pytest.mark.parametrize("command", [["status"], ["logs"], ["logs", "--follow"], ["stop"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [["jobs", "list"], ["jobs", "logs"], ["jobs", "logs", "--follow"], ["jobs", "stop"]], ids=" ".join
+)
 def test_an_unknown_job_is_named(command: list[str], cluster: dict[str, str], run_avss: Avss) -> None:
     done = run_avss(*command, "avss-expired-000000", env=cluster)
     address = cluster["RAY_API_SERVER_ADDRESS"]
@@ -276,17 +283,20 @@ def test_an_unknown_job_is_named(command: list[str], cluster: dict[str, str], ru
 def test_a_wrong_token_is_refused(cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path) -> None:
     job, wrong = job_file(tmp_path, models), tmp_path / "token"
     wrong.write_text("0" * 64)
-    done = run_avss("submit", job, env={**cluster, "RAY_AUTH_TOKEN_PATH": str(wrong)})
+    done = run_avss("jobs", "submit", job, env={**cluster, "RAY_AUTH_TOKEN_PATH": str(wrong)})
     refused(done, "takes another token", "RAY_AUTH_TOKEN")
     assert "0" * 64 not in done.stderr
     without = {k: v for k, v in cluster.items() if k == "RAY_API_SERVER_ADDRESS"} | {"HOME": str(tmp_path)}
-    refused(run_avss("status", env={**without, "RAY_AUTH_TOKEN_PATH": ""}), "wants a token")
+    refused(run_avss("jobs", "list", env={**without, "RAY_AUTH_TOKEN_PATH": ""}), "wants a token")
 
 
 def test_an_unreachable_address_is_named(models: list[Path], run_avss: Avss, tmp_path: Path) -> None:
     job = job_file(tmp_path, models)
-    refused(run_avss("submit", job, "--address", "http://127.0.0.1:9"), "No job server answers at http://127.0.0.1:9")
-    refused(run_avss("submit", job, "--address", "127.0.0.1:9"), "Write http://HEAD:8265")
+    refused(
+        run_avss("jobs", "submit", job, "--address", "http://127.0.0.1:9"),
+        "No job server answers at http://127.0.0.1:9",
+    )
+    refused(run_avss("jobs", "submit", job, "--address", "127.0.0.1:9"), "Write http://HEAD:8265")
     refused(run_avss("run", job, "--address", "127.0.0.1:9"), "Ray at 127.0.0.1:9 cannot be reached")
 
 
@@ -305,7 +315,7 @@ def test_a_job_that_means_this_machine_is_refused(
     cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path
 ) -> None:
     (tmp_path / "here").mkdir()
-    done = run_avss("submit", job_file(tmp_path, ["here", "other/step-*"], warehouse="w"), env=cluster)
+    done = run_avss("jobs", "submit", job_file(tmp_path, ["here", "other/step-*"], warehouse="w"), env=cluster)
     refused(done, "the warehouse 'w' would be lost", "'here' is a relative path", "'other/step-*' is a relative path")
 
 
@@ -314,7 +324,7 @@ def test_problems_are_reported_before_a_job_is_sent(models: list[Path], run_avss
     (tmp_path / job).write_text(
         "warehouse: w\nmodel: a\ncorpora: [1, [2], 1]\nsettings: {dtype: half}\nexecution: no\n"
     )
-    done = run_avss("submit", job, "--address", "http://127.0.0.1:9")
+    done = run_avss("jobs", "submit", job, "--address", "http://127.0.0.1:9")
     refused(done, "job.yaml has 5 problems", *(f"job.yaml:{line}: " for line in (2, 3, 4, 5)))
 
 

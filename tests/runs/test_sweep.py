@@ -58,7 +58,7 @@ def alone(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `avss score` makes of each, one after the other in one process."""
     out = tmp_path_factory.mktemp("alone")
     for model in models:
-        avss_dist.score(model, corpus="builtin:pydoc", out=out, executor="local", **SETTINGS)
+        avss_dist.score(model, corpus="builtin:pydoc", warehouse=out, executor="local", **SETTINGS)
     return out
 
 
@@ -157,7 +157,7 @@ def test_the_last_shards_of_a_slow_worker_are_issued_twice_and_count_once(
         cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     assert MARK[0].exists()
     assert (run.status, reporter.arrived) == ("done", SHARDS)
-    avss_dist.score(models[0], corpus="builtin:pydoc", out=tmp_path / "alone", executor="local", **SETTINGS)
+    avss_dist.score(models[0], corpus="builtin:pydoc", warehouse=tmp_path / "alone", executor="local", **SETTINGS)
     assert_same_tables(tmp_path / "w", tmp_path / "alone")
 
 

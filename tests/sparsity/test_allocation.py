@@ -180,7 +180,7 @@ def test_spectra_are_those_of_the_weights(model: LanguageModel) -> None:
 @pytest.fixture(scope="module")
 def scored(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     warehouse = tmp_path_factory.mktemp("scored")
-    score(tiny_llama, corpus=TEXT, out=warehouse, sites=("inputs",), dtype="bfloat16", **SMALL)
+    score(tiny_llama, corpus=TEXT, warehouse=warehouse, sites=("inputs",), dtype="bfloat16", **SMALL)
     return warehouse
 
 
@@ -193,7 +193,7 @@ def test_every_method_meets_the_budget_and_streaming_makes_the_same_plan(
         out = tmp_path / f"{partition}.yaml"
         options = ["--max-sequences", 2, "--sequence-length", 32, "--batch-size", 2, "--device", "cpu", "--fresh"]
         result = avss(
-            "plan", scored, "--sparsify", 0.6, "--method", method, "--partition", partition, *options, "-o", out
+            "plan", "-w", scored, "--sparsify", 0.6, "--method", method, "--partition", partition, *options, "-o", out
         )
         assert result.exit_code == 0, result.stderr
         plans.append(out.read_bytes())

@@ -38,7 +38,7 @@ def dtype(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def scored(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, dtype: str) -> Path:
     warehouse = tmp_path_factory.mktemp("scored")
-    score(tiny_llama, corpus=TEXT, out=warehouse, sites=("inputs",), dtype=dtype, **SMALL)
+    score(tiny_llama, corpus=TEXT, warehouse=warehouse, sites=("inputs",), dtype=dtype, **SMALL)
     return warehouse
 
 
@@ -65,7 +65,7 @@ def test_thresholds_are_the_quantiles_of_what_maps_read(
     scored: Path, tiny_llama: Path, tmp_path: Path, dtype: str, target: float
 ) -> None:
     path = tmp_path / "sparse.yaml"
-    result = avss("plan", scored, "--sparsify", target, "-o", path)
+    result = avss("plan", "-w", scored, "--sparsify", target, "-o", path)
     assert result.exit_code == 0, result.stderr
     made, read = read_sparsity_plan(path), captured(tiny_llama, dtype)
     assert len(made.projections) == 21
@@ -79,8 +79,11 @@ def test_thresholds_are_the_quantiles_of_what_maps_read(
         else:
             assert one.value == pytest.approx(exact, rel=2**-7)
     assert made.sparsity == pytest.approx(target, abs=0.01)
-    assert avss("plan", scored, "--sparsify", target, "--format", "json", "-o", tmp_path / "t.json").exit_code == 0
-    assert avss("plan", scored, "--sparsify", target, "--format", "teal", "-o", tmp_path / "teal").exit_code == 0
+    assert (
+        avss("plan", "-w", scored, "--sparsify", target, "--format", "thresholds", "-o", tmp_path / "t.json").exit_code
+        == 0
+    )
+    assert avss("plan", "-w", scored, "--sparsify", target, "--format", "teal", "-o", tmp_path / "teal").exit_code == 0
     for file in ("t.json", "teal/thresholds.json"):
         layers = json.loads((tmp_path / file).read_text())["layers"]
         assert all(layers[str(one.layer)][one.map]["threshold"] == one.value for one in made.projections)
@@ -102,8 +105,8 @@ def test_a_plan_is_evaluated_beside_the_dense_model_alone_and_on_top_of_another(
     scored: Path, tmp_path: Path, dtype: str
 ) -> None:
     sparse, layers, warehouse = tmp_path / "sparse.yaml", tmp_path / "layers.yaml", tmp_path / "w"
-    avss("plan", scored, "--sparsify", 0.5, "-o", sparse)
-    avss("plan", scored, "--by", "random", "--count", 1, "-o", layers)
+    avss("plan", "-w", scored, "--sparsify", 0.5, "-o", sparse)
+    avss("plan", "-w", scored, "--by", "random", "--count", 1, "-o", layers)
     options = {"warehouse": warehouse, "skip_sequences": 8, "dtype": dtype, **SMALL}
     task = f"perplexity:{TEXT}"
     with pytest.raises(Exception, match="is text that the scores of"):
@@ -136,8 +139,8 @@ def test_what_cannot_be_planned_is_refused_with_the_reason(
         (["--sparsify", 0.5, "--pattern", "4:2"], "--pattern 4:2 is none."),
         (["--sparsify", 0.4, "--pattern", "2:4"], "Set --sparsify to 0.5."),
         (["--sparsify", 0.5, "--method", "topp", "--pattern", "2:4"], "Use uniform or wina."),
-        (["--sparsify", 0.5, "--format", "mergekit"], "sparsity drops none. Use plan, json or teal."),
-        (["--by", "last", "--format", "json"], "a plan of layers has none."),
+        (["--sparsify", 0.5, "--format", "mergekit"], "sparsity drops none. Use plan, thresholds or teal."),
+        (["--by", "last", "--format", "thresholds"], "a plan of layers has none."),
         (
             ["--sparsify", 0.5, "--method", "wina", "--corrections", 1],
             "has no threshold that --corrections could correct.",
@@ -146,10 +149,10 @@ def test_what_cannot_be_planned_is_refused_with_the_reason(
         (["--sparsify", 0.5, "--method", "wina", "--format", "teal"], "TEAL's files are of thresholds of sizes"),
         (["--sparsify", 0.5, "--pattern", "5:10"], "does not divide the 32 inputs of self_attn.q_proj."),
     ):
-        result = avss("plan", scored, *options, "-o", out)
+        result = avss("plan", "-w", scored, *options, "-o", out)
         assert result.exit_code != 0 and message in " ".join(result.stderr.split()), result.stderr
     assert not out.exists()
-    avss("plan", scored, "--sparsify", 0.5, "-o", out)
+    avss("plan", "-w", scored, "--sparsify", 0.5, "-o", out)
     made = yaml.safe_load(out.read_text())
     one = made["projections"][0]
     broken = tmp_path / "broken.yaml"
@@ -175,8 +178,8 @@ def test_what_cannot_be_planned_is_refused_with_the_reason(
 
 
 def test_a_run_that_did_not_measure_the_inputs_says_which_command_does(tiny_llama: Path, tmp_path: Path) -> None:
-    score(tiny_llama, corpus=TEXT, out=tmp_path / "w", **SMALL)
-    result = avss("plan", tmp_path / "w", "--sparsify", 0.5, "-o", tmp_path / "sparse.yaml")
+    score(tiny_llama, corpus=TEXT, warehouse=tmp_path / "w", **SMALL)
+    result = avss("plan", "-w", tmp_path / "w", "--sparsify", 0.5, "-o", tmp_path / "sparse.yaml")
     assert result.exit_code != 0
     assert f"avss score {tiny_llama} --corpus {TEXT} --site inputs --out" in " ".join(result.stderr.split())
 
@@ -185,11 +188,11 @@ def test_a_family_whose_experts_are_fused_keeps_its_mlp_dense(save_checkpoint: A
     from support.families import lively, tiny_model
 
     folder = save_checkpoint(lively(tiny_model("causal", "mixtral")), tmp_path / "mixtral")
-    run = score(folder, corpus=TEXT, out=tmp_path / "w", sites=("inputs",), **SMALL)
+    run = score(folder, corpus=TEXT, warehouse=tmp_path / "w", sites=("inputs",), **SMALL)
     warehouse = Warehouse(tmp_path / "w")
     row = warehouse.run(run.run_id)
     assert row is not None
     assert any("'up_input' is absent" in note for note in row["notes"])
     assert {one.site for one in Measured.of(warehouse, row).maps} == {"query_input", "output_input"}
-    result = avss("plan", tmp_path / "w", "--sparsify", 0.5, "-o", tmp_path / "sparse.yaml")
+    result = avss("plan", "-w", tmp_path / "w", "--sparsify", 0.5, "-o", tmp_path / "sparse.yaml")
     assert "The MLP of 3 of 3 layers stays dense: its maps are fused." in result.stdout

@@ -69,8 +69,8 @@ def test_compare_and_findings_and_show_agree_about_ties(tmp_path: Path) -> None:
     assert pair["spearman"] == pytest.approx(0.577, abs=1e-3)
     depth = [row for row in findings(store).to_pylist() if row["kind"] == "tracks_depth"]
     assert [row["run_id"] for row in depth] == ["rising"]
-    assert "tracks depth" in avss("show", tmp_path, "--run", "rising").stdout
-    assert "tracks depth" not in avss("show", tmp_path, "--run", "tied").stdout
+    assert "tracks depth" in avss("show", "-w", tmp_path, "--run", "rising").stdout
+    assert "tracks depth" not in avss("show", "-w", tmp_path, "--run", "tied").stdout
 
 
 def test_recipes_and_runs_are_compared_by_one_rule(tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 from typer.testing import CliRunner
 
 from avss_dist.cli import app
+from avss_dist.cli.reference import commands
+
+__all__ = ["avss", "commands", "files"]
 
 
 def avss(*args: object) -> Any:

@@ -278,7 +278,17 @@ def test_the_command_says_nothing_but_results_and_needs_no_network(folder: Path,
     done = subprocess.run(
         [
             *(sys.executable, "-c", script, "evaluate", str(folder), "--task", str(task)),
-            *("--warehouse", str(tmp_path / "w"), "--executor", "local", "--sequence-length", "64", "--format", "csv"),
+            *(
+                "--warehouse",
+                str(tmp_path / "w"),
+                "--executor",
+                "local",
+                "--sequence-length",
+                "64",
+                "--format",
+                "csv",
+                "-q",
+            ),
         ],
         env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")},
         capture_output=True,

@@ -107,13 +107,13 @@ def test_one_damaged_run_stops_no_other(table: str, damage: Callable[[Path], Non
 def test_every_command_names_what_it_left_out(table: str, root: Path, tmp_path: Path) -> None:
     truncate(file_of(root, table))
     for args in (
-        ["show", root, "--run", "alpha"] if table == "runs" else ["show", root, "--run", "beta"],
-        ["plot", root, "-o", tmp_path / "x.svg", "--run", "*"],
-        ["query", root, f"SELECT DISTINCT run_id FROM {table}"],
-        ["compare", root, "--allow-mismatch"],
-        ["findings", root],
-        ["export", root, "--to", "csv", "--run", "*"],
-        ["report", root, "-o", tmp_path / "x.html"],
+        ["show", "-w", root, "--run", "alpha"] if table == "runs" else ["show", "-w", root, "--run", "beta"],
+        ["plot", "-w", root, "-o", tmp_path / "x.svg", "--run", "*"],
+        ["query", "-w", root, f"SELECT DISTINCT run_id FROM {table}"],
+        ["compare", "-w", root, "--allow-mismatch"],
+        ["findings", "-w", root],
+        ["show", "-w", root, "--format", "csv", "--run", "*"],
+        ["report", "-w", root, "-o", tmp_path / "x.html"],
     ):
         done = avss(*args)
         assert "1 run cannot be read: beta-2 (" in done.stderr, args
@@ -123,7 +123,7 @@ def test_every_command_names_what_it_left_out(table: str, root: Path, tmp_path: 
 
 def test_statistics_that_are_damaged_leave_the_others_to_be_scored(root: Path) -> None:
     changed("histogram_bin", [5000])(file_of(root, "layer_stats"))
-    for command in (["scores", root, "--threshold", "0.2"], ["quantiles", root]):
+    for command in (["show", "-w", root, "--threshold", "0.2"], ["quantiles", "-w", root]):
         done = avss(*command, "--run", "*", "--format", "csv")
         assert done.exit_code == 0 and "1 run cannot be read: beta-2 (" in done.stderr
         assert "alpha-1," in done.stdout and "gamma-3," in done.stdout and "beta-2," not in done.stdout
@@ -176,13 +176,13 @@ def test_every_column_of_every_table_may_be_null_where_it_is_not_required(tmp_pa
     pq.write_table(table.replace_schema_metadata({b"avss_schema_version": b"1"}), file)
     assert Warehouse(tmp_path).runs().schema.equals(SCHEMAS["runs"])
     for args in (
-        ["show", tmp_path],
-        ["plot", tmp_path, "-o", tmp_path / "x.svg"],
-        ["findings", tmp_path],
-        ["scores", tmp_path, "--threshold", "0.2"],
-        ["export", tmp_path, "--to", "latex"],
-        ["report", tmp_path, "-o", tmp_path / "x.html"],
-        ["plan", tmp_path, "--by", "avss", "-o", tmp_path / "plan.yaml"],
+        ["show", "-w", tmp_path],
+        ["plot", "-w", tmp_path, "-o", tmp_path / "x.svg"],
+        ["findings", "-w", tmp_path],
+        ["show", "-w", tmp_path, "--threshold", "0.2"],
+        ["show", "-w", tmp_path, "--format", "latex"],
+        ["report", "-w", tmp_path, "-o", tmp_path / "x.html"],
+        ["plan", "-w", tmp_path, "--by", "avss", "-o", tmp_path / "plan.yaml"],
     ):
         done = avss(*args)
         assert (done.exit_code, done.stderr) == (0, ""), args

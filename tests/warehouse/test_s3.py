@@ -54,7 +54,7 @@ def environment(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def score(model: Path, out: object, **changes: Any) -> avss_dist.Run:
     options = {**SIZES, "corpus": "builtin:pydoc", "executor": "local", "partition": "single", **changes}
-    return avss_dist.score(model, out=str(out), **options)
+    return avss_dist.score(model, warehouse=str(out), **options)
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +79,11 @@ def test_scores_in_a_bucket_are_the_same_bytes_and_every_command_reads_them(
     assert len([path for path in objects if path.startswith("shard_stats/")]) == 8
     assert score(tiny_llama, uri).status == "skipped"
 
-    shown = avss("show", uri)
+    shown = avss("show", "-w", uri)
     assert shown.exit_code == 0 and "tiny-llama" in shown.stdout, shown.stderr
-    asked = avss("query", uri, "SELECT count(DISTINCT layer) AS layers FROM scores", "--format", "csv")
+    asked = avss("query", "-w", uri, "SELECT count(DISTINCT layer) AS layers FROM scores", "--format", "csv")
     assert asked.stdout.split() == ["layers", "3"], asked.stderr
-    drawn = avss("plot", uri, "-o", tmp_path / "layers.svg")
+    drawn = avss("plot", "-w", uri, "-o", tmp_path / "layers.svg")
     assert drawn.exit_code == 0 and (tmp_path / "layers.svg").read_text().startswith("<svg"), drawn.stderr
 
 
@@ -92,7 +92,7 @@ def test_a_killed_driver_leaves_no_half_run_and_is_resumed(
     server: Server, tiny_llama: Path, local: dict[str, bytes]
 ) -> None:
     uri = server.uri("killed")
-    driver = Command("score", tiny_llama, *ARGUMENTS, "--out", uri)
+    driver = Command("score", tiny_llama, *ARGUMENTS, "-w", uri)
     while sum(path.startswith("shard_stats/") for path in server.paths("killed")) < 2:
         assert driver.running()
         time.sleep(0.01)
@@ -177,7 +177,7 @@ def test_storage_that_cannot_be_used_is_a_mistake_told_at_once(
 ) -> None:
     uri = server.uri("w", **changes)
     with server.asking_for_keys():
-        done = avss("score", tiny_llama, "--corpus", "builtin:pydoc", "--out", uri)
+        done = avss("score", tiny_llama, "--corpus", "builtin:pydoc", "-w", uri)
         with pytest.raises(WarehouseError) as caught:
             Store(uri).create()
     assert done.exit_code == 2 and "Cannot write s3://" in done.stderr, done.stderr
@@ -238,15 +238,15 @@ def test_keys_of_a_corpus_reach_no_table_and_no_screen(
     with server.asking_for_keys():
         options = [part for name, value in small.items() for part in (f"--{name.replace('_', '-')}", str(value))]
         commands = [
-            ["experiment", job],
+            ["run", job],
             ["evaluate", tiny_llama, "--task", f"perplexity:{unseen}", "--warehouse", out, *options],
             ["ablate", tiny_llama, "--corpus", seen, "--warehouse", out, *options],
-            ["report", out, "-o", tmp_path / "report.html"],
+            ["report", "-w", out, "-o", tmp_path / "report.html"],
             ["run", job, "--dry-run"],
-            ["score", tiny_llama, "--corpus", seen, "--out", there, *options],
-            ["show", there],
-            ["query", there, "FROM runs", "--format", "json"],
-            ["plan", there, "--by", "avss", "-o", tmp_path / "plan.yaml"],
+            ["score", tiny_llama, "--corpus", seen, "-w", there, *options],
+            ["show", "-w", there],
+            ["query", "-w", there, "FROM runs", "--format", "json"],
+            ["plan", "-w", there, "--by", "avss", "-o", tmp_path / "plan.yaml"],
             [
                 "evaluate",
                 tmp_path / "plan.yaml",
@@ -257,10 +257,10 @@ def test_keys_of_a_corpus_reach_no_table_and_no_screen(
                 "--allow-overlap",
                 *options,
             ],
-            ["prune", tiny_llama, tmp_path / "plan.yaml", "--out", tmp_path / "pruned"],
-            ["report", there, "-o", tmp_path / "there.html"],
-            ["plot", there, "-o", tmp_path / "there.svg"],
-            ["export", there, "--to", "latex", "-o", tmp_path / "there.tex"],
+            ["prune", tiny_llama, tmp_path / "plan.yaml", "-o", tmp_path / "pruned"],
+            ["report", "-w", there, "-o", tmp_path / "there.html"],
+            ["plot", "-w", there, "-o", tmp_path / "there.svg"],
+            ["show", "-w", there, "--format", "latex", "-o", tmp_path / "there.tex"],
         ]
         done = [avss(*map(str, command)) for command in commands]
     assert [one.exit_code for one in done] == [0] * len(done), [one.stderr for one in done]

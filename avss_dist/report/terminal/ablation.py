@@ -6,45 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 from rich.text import Text
 
 from avss_dist.pruning.ground_truth import METRICS
-from avss_dist.removal import SUBLAYERS
 from avss_dist.report.terminal.scores import BAR_WIDTH, LOWEST, bar_cells, layer_cells
 from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.stats.rankings import count_lowest
 
 if TYPE_CHECKING:
-    from avss_dist.evaluation.ablate import Ablation, LayerAblation
-    from avss_dist.tasks.base import Result
-
-ESTIMATES = ("taylor", "gradient_l1", "gradient_l2", "weight_frobenius", *METRICS.values())
-
-
-def ablation_rows(found: Ablation) -> pa.Table:
-    """One row for each layer; null is what was not measured."""
-    return pa.Table.from_pylist([_row(layer) for layer in found.layers])
-
-
-def _row(one: LayerAblation) -> dict[str, Any]:
-    predicted = one.estimates.get(METRICS["predicted"])
-    low, high = one.shapley_interval() or (None, None)
-    return {
-        "layer": one.layer,
-        "loss": _value(one.loss),
-        "increase": _value(one.increase),
-        "increase_stderr": None if one.increase is None else one.increase.stderr,
-        **{kind: _value(one.sublayers.get(kind)) for kind in SUBLAYERS},
-        **{f"{kind}_stderr": of.stderr if (of := one.sublayers.get(kind)) else None for kind in SUBLAYERS},
-        "shapley": _value(one.shapley),
-        "shapley_low": low,
-        "shapley_high": high,
-        "damage": one.damage,
-        **{name: _value(one.estimates.get(name)) for name in ESTIMATES},
-        "predicted_stderr": None if predicted is None else predicted.stderr,
-    }
-
+    from avss_dist.evaluation.ablate import Ablation
 
 _COLUMNS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
     ("loss without", "loss", 4, lambda row: f"{row['loss']:.4f}"),
@@ -66,12 +36,12 @@ _COLUMNS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
     ("gradient L2", "gradient_l2", 7, lambda row: f"{row['gradient_l2']:.4g}"),
     ("weight norm", "weight_frobenius", 8, lambda row: f"{row['weight_frobenius']:.4g}"),
 )
-"""Title, column of `ablation_rows`, priority and text of each column."""
+"""Title, column of `Ablation.table`, priority and text of each column."""
 
 
 def ablation_table(found: Ablation) -> FittedTable:
     """The same for the terminal, with a bar of the first measure that there is; the least important are marked."""
-    rows = ablation_rows(found).to_pylist()
+    rows = found.table().to_pylist()
     first = next(name for name in ("increase", "shapley", "attention", "damage", "taylor") if rows[0][name] is not None)
     lowest = sorted(rows, key=lambda row: row[first])[: count_lowest(len(rows))]
     marked = [row in lowest for row in rows]
@@ -108,10 +78,6 @@ def _caption(found: Ablation, first: str) -> Text:
         text += f" Other text of the same size would order the layers as this one does to {found.reliability:.2f} "
         text += "(Spearman; split halves)."
     return Text(text)
-
-
-def _value(result: Result | None) -> float | None:
-    return None if result is None else result.value
 
 
 def _with_error(value: float, stderr: float) -> str:

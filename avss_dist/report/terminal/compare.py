@@ -134,7 +134,7 @@ def findings_table(findings: pa.Table) -> RenderableType:
             cells = (severity, kind.replace("_", " "), "\n".join(runs[:FEW] + more), where, message)
             table.add_row(*(Text(cell, style=COLOR[severity]) if i < 2 else Text(cell) for i, cell in enumerate(cells)))
     if any(len(messages) > FEW for messages in places.values()):
-        return Group(table, Text("Of many, the first stands for all: avss findings WAREHOUSE --format csv has each."))
+        return Group(table, Text("Of many, the first stands for all: avss findings --format csv has each."))
     return table
 
 

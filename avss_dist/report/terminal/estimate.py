@@ -11,7 +11,7 @@ from rich.text import Text
 from avss_dist.text import describe_bytes
 
 if TYPE_CHECKING:
-    from avss_dist.estimate.estimate import Estimate
+    from avss_dist.estimation.estimate import Estimate
 
 FITS, DOES_NOT_FIT = Text("yes", style="green"), Text("no", style="bold red")
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
 from rich.table import Table
 from rich.text import Text
 
@@ -15,23 +14,9 @@ from avss_dist.removal import count_removed
 if TYPE_CHECKING:
     from avss_dist.evaluation.evaluate import Evaluation
 
-COLUMNS = ("subject", "dropped", "task", "metric", "value", "stderr", "retention", "retention_low", "retention_high")
-
-
-def evaluation_rows(found: Sequence[Evaluation]) -> pa.Table:
-    """One row for each subject, task and metric."""
-    rows = []
-    for one in found:
-        kept, metrics = one.retained, one.metrics()
-        interval = (kept.value, kept.low, kept.high) if kept else (None, None, None)
-        for metric, value, stderr in metrics:
-            values = (one.subject.label, list(one.subject.drop), one.task, metric, value, stderr, *interval)
-            rows.append(dict(zip(COLUMNS, values, strict=True)))
-    return pa.Table.from_pylist(rows)
-
 
 def evaluation_table(found: Sequence[Evaluation]) -> Table:
-    """The same for the terminal. Of a loss the perplexity is shown."""
+    """A row for each subject and task. Of a loss the perplexity is shown."""
     table = Table(
         caption="Retention: the metric without the layers over that with them (of a perplexity: with over without), "
         "and its 95% interval over the same samples.",

@@ -13,7 +13,7 @@ from avss_dist.report.terminal.estimate import describe_seconds
 from avss_dist.text import describe_bytes
 
 if TYPE_CHECKING:
-    from avss_dist.estimate.preview import Preview
+    from avss_dist.estimation.preview import Preview
 
 STYLES = {"done": "green", "partial": "yellow", "missing": "", "refused": "bold red"}
 

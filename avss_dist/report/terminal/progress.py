@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from avss_dist.tasks.cells import Cell
 
 
+LOG_SECONDS = 10.0  # between two lines of a log, at least
 SHOWN_ENDED = 10  # bars of runs that are over
 
 
@@ -43,7 +44,7 @@ def bars(*columns: rich_progress.ProgressColumn) -> rich_progress.Progress:
         *columns,
         rich_progress.TimeRemainingColumn(),
         console=terminal,
-        disable=not terminal.is_terminal,
+        disable=not (terminal.is_terminal or terminal.is_jupyter),
     )
 
 
@@ -94,12 +95,22 @@ class Progress(Reporter):
                 self._progress.update(self._ended.popleft(), visible=False)
 
 
+def run_progress(num_runs: int, *, ends: bool = True) -> Progress | Log:
+    """How runs go: bars where somebody looks, else a line now and then.
+
+    Args:
+        ends: of the lines, one for each run that is over.
+    """
+    return Progress() if console(stderr=True).is_terminal else Log(num_runs, ends=ends)
+
+
 class CellProgress:
     """An `evaluate.CellReporter`: one bar over all cells of a round, with the rate and the time that is left."""
 
     def __init__(self) -> None:
         self._progress = bars(rich_progress.MofNCompleteColumn())
         self._task: rich_progress.TaskID | None = None
+        self._said, self._done, self._cells = time.monotonic(), 0, 0
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -113,12 +124,17 @@ class CellProgress:
         if self._task is not None:
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task("evaluating", total=cells, completed=done)
+        self._done, self._cells = done, cells
 
     def advanced(self, cell: Cell) -> None:
         """A cell is done."""
         assert self._task is not None
         without = f" without {count_removed(cell.drop)}" if cell.drop else ""
         self._progress.update(self._task, advance=1, description=f"{_short(cell.checkpoint.name)}{without}")
+        self._done += 1
+        if self._progress.disable and time.monotonic() - self._said > LOG_SECONDS:
+            self._said = time.monotonic()
+            say(f"{datetime.now(UTC):%H:%M:%S} {_short(cell.checkpoint.name)}: {self._done} of {self._cells} evaluated")
 
 
 class SearchProgress(CellProgress):
@@ -137,11 +153,14 @@ class Log(Reporter):
     Args:
         num_runs: how many there will be.
         seconds: between two lines of progress, at least.
+        ends: say when a run is over.
     """
 
-    def __init__(self, num_runs: int, *, seconds: float = 10.0, file: TextIO | None = None) -> None:
+    def __init__(
+        self, num_runs: int, *, seconds: float = LOG_SECONDS, ends: bool = True, file: TextIO | None = None
+    ) -> None:
         self._num_runs, self._seconds, self._file = num_runs, seconds, file
-        self._ended = 0
+        self._ends, self._ended = ends, 0
         self._said = time.monotonic()
         self._measured = 0  # tokens, of all runs together, since the last line
         self._left: dict[str, tuple[int, int]] = {}  # tokens that are measured, and in all, by run
@@ -182,6 +201,8 @@ class Log(Reporter):
         with self._lock:
             self._left.pop(name, None)
             self._ended += 1
+        if not self._ends:
+            return
         error = f": {run.error.splitlines()[0]}" if run.error else ""
         self._say(f"{self._ended} of {self._num_runs} runs: {name} {run.status}{error}")
 

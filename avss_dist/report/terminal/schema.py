@@ -36,7 +36,7 @@ def schema_page() -> RenderableType:
         parts += [_titled(name, TABLES[name].meaning), _grid((r["column"], r["type"], _meaning(r)) for r in rows), ""]
     parts += [_titled("functions", "of SQL, beside DuckDB's own"), _grid(FUNCTIONS.items()), ""]
     answers = [(f"@{name}", query.splitlines()[0].removeprefix("-- ")) for name, query in ready_queries().items()]
-    parts += [_titled("ready queries", "avss query WAREHOUSE @name"), _grid(answers)]
+    parts += [_titled("ready queries", "avss query -w WAREHOUSE @name"), _grid(answers)]
     return Group(*parts)
 
 

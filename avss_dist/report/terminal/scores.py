@@ -11,8 +11,10 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from avss_dist.analysis.findings import TRACKS_DEPTH
+from avss_dist.analysis.thresholds import INTERPOLATED
 from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.settings import LOWEST_SHARE
+from avss_dist.stats.histogram import bin_edges
 from avss_dist.stats.rankings import count_lowest, depth_correlation
 from avss_dist.text import describe_count, describe_layers, describe_threshold
 
@@ -55,6 +57,18 @@ def _layer_columns(scores: Sequence[Mapping[str, Any]], lowest: Sequence[bool]) 
         Column(title="", cells=bar_cells([s["avss_smoothed"] for s in scores], lowest), width=BAR_WIDTH, priority=1),
         *(Column(title=title, cells=[text(s) for s in scores], priority=priority) for title, priority, text in texts),
     ]
+
+
+def describe_exactness(scores: Sequence[Mapping[str, Any]]) -> str:
+    """How far computed near-zero counts are known, and where they would be exact; nothing where all are exact."""
+    inexact = [s for s in scores if s["exactness"] == INTERPOLATED]
+    if not inexact:
+        return ""
+    off = max(max(s["near_zero_high"] - k, k - s["near_zero_low"]) / k for s in inexact if (k := s["near_zero_count"]))
+    absolute = scores[0]["threshold_kind"] == "absolute"
+    where = " Exact: {:.10g} and {:.10g}.".format(*bin_edges(scores[0]["threshold"])) if absolute else ""
+    said = f"{len(inexact)} of {len(scores)} near-zero counts are interpolated from stored counts"
+    return f"{said}, and off by {off:.0%} at the very most.{where}"
 
 
 def layer_cells(layers: Sequence[int], marked: Sequence[bool]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import isfinite
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import progress as rich_progress
 from rich.console import Group, RenderableType
@@ -124,6 +124,14 @@ def _curve(done: Shrunk) -> FittedTable:
         ],
         title="What is kept, in the task in which the least is",
     )
+
+
+def shrunk_values(done: Shrunk) -> dict[str, Any]:
+    """The same for programs."""
+    curve = [{"drop": one.plan.drop, "kept": one.kept} for one in done.curve]
+    about = {"output": done.folder, "bytes": done.bytes, "drop": done.best.plan.drop, "kept": done.best.kept}
+    tasks = [task.describe() for task in done.best.tasks]
+    return {**about, "tasks": tasks, "curve": curve, "difference": done.difference, "notes": [*done.notes]}
 
 
 def shrunk_lines(done: Shrunk) -> Iterator[str]:

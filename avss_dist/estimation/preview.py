@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from avss_dist.errors import AvssError, as_failure
-from avss_dist.estimate.estimate import Arithmetic, Row, measure
+from avss_dist.estimation.estimate import Arithmetic, Row, measure
 from avss_dist.models.loading import text_config
 from avss_dist.models.size import Footprint
-from avss_dist.runs.api import executor_for, with_options
+from avss_dist.runs.api import executor_for, overridden
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.reporter import Reporter
@@ -57,7 +57,7 @@ def preview_job(job: JobFile, *, reporter: Reporter | None = None, **options: An
     Raises:
         AvssError: a mistake that concerns all runs, such as too few devices.
     """
-    specs, execution = with_options(job, options)
+    specs, execution = overridden(job, options)
     store = Store(job.warehouse)
     with closing(executor_for(specs, job.settings, execution)) as executor:
         previewer = _Previewer(Planner(executor, store, fetch=False), store)

@@ -25,8 +25,8 @@ import torch
 
 from avss_dist.corpus.shards import CorpusPlan, Shard, plan
 from avss_dist.errors import RunFailed
-from avss_dist.estimate.small_models import VOCABULARY, save_layers
-from avss_dist.estimate.transfers import copy_rate, gather_rate, sum_seconds
+from avss_dist.estimation.small_models import VOCABULARY, save_layers
+from avss_dist.estimation.transfers import copy_rate, gather_rate, sum_seconds
 from avss_dist.measure.shard import analyze_shard, counter_bytes
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer, text_config

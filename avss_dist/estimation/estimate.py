@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from avss_dist.errors import without_secrets
-from avss_dist.estimate.benchmark import Calibration, Cost, calibrate
+from avss_dist.estimation.benchmark import Calibration, Cost, calibrate
 from avss_dist.measure.shard import counter_bytes
 from avss_dist.models.checkpoints import Checkpoint, fetch_files, locate
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.device_map import SPARE_SHARE, Device, Spread, spread
 from avss_dist.partition.zero3 import PREFETCHED
+from avss_dist.results import TabularResult
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import available_memory, devices_here, pick_device
 from avss_dist.text import describe_bytes
@@ -49,8 +51,8 @@ class Row:
     why: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Estimate(TabularResult):
     """A run that was not made.
 
     Attributes:
@@ -83,6 +85,14 @@ class Estimate:
         fitting = [row for row in self.rows if row.fits]
         fastest = min((row.seconds for row in fitting), default=0.0)
         return next((row for row in fitting if row.seconds <= ABOUT_AS_FAST * fastest), None)
+
+    def table(self) -> pa.Table:
+        """A row for each partition."""
+        return pa.Table.from_pylist([asdict(row) for row in self.rows])
+
+    def summary(self) -> str:
+        """Of what, and how much."""
+        return f"{self.model}, {self.num_layers} layers, {self.num_tokens:,} tokens"
 
     def as_dict(self) -> dict[str, Any]:
         """The estimate as JSON-ready values."""

@@ -1,0 +1,79 @@
+"""Which runs are meant: by id, model, glob, or a part of an id."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from avss_dist.errors import QueryError, nearest, require_known
+from avss_dist.text import basename
+from avss_dist.warehouse.reader import Warehouse
+
+
+def choose_runs(
+    warehouse: Warehouse, names: Sequence[str], *, every: bool = False, failed: bool = False
+) -> list[dict[str, Any]]:
+    """The ``runs`` rows of the named runs, in the order in which they are named.
+
+    Args:
+        names: ids; models, as they were named or the end of their path; globs such as ``smollm2-*`` of either; or
+            parts of an id that no other has. A model and a glob choose all that match.
+        every: without names, take every run, by id; else the newest one.
+        failed: choose among runs that failed, too; they have no scores.
+
+    Raises:
+        QueryError: a name that no run has (the nearest is named) or that several have, a glob that matches none, a run
+            that failed.
+    """
+    rows = sorted(warehouse.runs().to_pylist(maps_as_pydicts="lossy"), key=lambda row: row["run_id"])
+    valid = {row["run_id"]: row for row in rows if failed or row["status"] == "done"}
+    errors = {row["run_id"]: row["error"] for row in rows if row["run_id"] not in valid}
+    if not valid and not errors.keys() & set(names):
+        raise QueryError(f"{warehouse.root} has no finished run.", "avss score makes one.")
+    if not names:
+        return list(valid.values()) if every else [max(valid.values(), key=lambda row: str(row["created_at"]))]
+    chosen: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if name in errors:
+            raise QueryError(f"Run '{name}' failed: {errors[name]}", "Fix that, then run avss score again.")
+        chosen |= {run_id: valid[run_id] for run_id in _matching(name, valid)}
+    return list(chosen.values())
+
+
+def one_run(found: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The one run that was found by a name.
+
+    Raises:
+        QueryError: there are several.
+    """
+    if len(found) > 1:
+        names = [row["run_id"] for row in found]
+        raise QueryError(f"'{name}' matches {len(found)} runs.", f"Name one. {nearest(name, names)}")
+    return found[0]
+
+
+def _matching(name: str, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The ids of the runs that a name stands for."""
+    if name in runs:
+        return [name]
+    models = {run_id: (str(run["model"]), basename(run["model"])) for run_id, run in runs.items()}
+    if of_model := [run_id for run_id, names in models.items() if name in names]:
+        return of_model
+    if set(name) & set("*?["):
+        if matches := [i for i, names in models.items() if any(fnmatchcase(text, name) for text in (i, *names))]:
+            return matches
+        raise QueryError(f"No run matches '{name}'.", nearest(name, runs))
+    return _with_part(name, runs)
+
+
+def _with_part(name: str, runs: Iterable[str]) -> list[str]:
+    """The one id that has a part which begins a word."""
+    begins_a_word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(name)}")
+    parts = [run_id for run_id in runs if name and begins_a_word.search(run_id)]
+    if len(parts) > 1:
+        raise QueryError(f"'{name}' is part of {len(parts)} runs.", f"{nearest(name, parts)} For all: '*{name}*'.")
+    if not parts:
+        require_known("run", name, runs, QueryError)
+    return parts

@@ -1,0 +1,238 @@
+"""Which layers go, which activations become zero, and the checkpoint without them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+import pyarrow as pa
+
+from avss_dist.analysis.plans import plan_layers
+from avss_dist.api.names import RunName, named_run
+from avss_dist.errors import ConfigError
+from avss_dist.options import EvaluationOptions, with_options
+from avss_dist.pruning.plan import Plan, read_plan
+from avss_dist.pruning.search import Effort
+from avss_dist.pruning.selection import Choice
+from avss_dist.results import TabularResult
+from avss_dist.settings import (
+    DEFAULT_WAREHOUSE,
+    NO_REPAIR,
+    PUBLISHED_THRESHOLD,
+    RECIPES,
+    SITES,
+    SPARSITY_METHODS,
+    SPARSITY_RULES,
+    Execution,
+    Settings,
+    split_options,
+)
+from avss_dist.text import parse_threshold
+from avss_dist.warehouse.reader import Warehouse
+
+if TYPE_CHECKING:
+    from avss_dist.evaluation.engine import CellReporter
+    from avss_dist.evaluation.search import Found, SearchReporter
+    from avss_dist.pruning.repair.repair import Repair
+    from avss_dist.sparsity.plan import SparsityPlan
+
+
+def choose_layers(
+    *,
+    warehouse: str | Path,
+    run: RunName | None,
+    by: str | None,
+    search: str | None,
+    corpus: str | None,
+    skip_sequences: int,
+    budget: int | None,
+    width: int | None,
+    sublayers: bool,
+    reading: tuple[str, str, str | float],
+    reporter: SearchReporter | None,
+    options: Mapping[str, Any],
+    **how: Any,
+) -> tuple[Plan, Found | None]:
+    """What `plan` makes, and what a search found."""
+    opened = Warehouse(warehouse)
+    row = named_run(opened, run)
+    site, recipe, threshold = reading
+    wanted = {"reading": (site, recipe, *parse_threshold(threshold)), **how}
+    text: dict[str, Any] = {"corpus": corpus, "skip_sequences": skip_sequences}
+    if search is None:
+        _refuse_search_options({**text, "sublayers": sublayers, "budget": budget, "width": width, **options})
+        return plan_layers(opened, row, by=by, **wanted), None
+    if corpus is None:
+        raise ConfigError("A search measures losses on text, and there is none.", "Name it with `corpus`.")
+    starts = () if by is None else [plan_layers(opened, row, by=by, **wanted).drop]
+    choice, effort = Choice(by=search, sublayers=sublayers, **how), Effort(budget=budget, width=width)
+    from avss_dist.evaluation.search import search as measured_search
+
+    found = measured_search(
+        str(warehouse), row, choice, effort=effort, starts=starts, reporter=reporter, **text, **options
+    )
+    return found.plan, found
+
+
+@with_options(EvaluationOptions)
+def plan(
+    *,
+    warehouse: str | Path = DEFAULT_WAREHOUSE,
+    run: RunName | None = None,
+    by: str | None = None,
+    search: str | None = None,
+    corpus: str | None = None,
+    budget: int | None = None,
+    sublayers: bool = False,
+    width: int | None = None,
+    share: float | None = None,
+    count: int | None = None,
+    mass: float | None = None,
+    first: int = 0,
+    last: int = 0,
+    contiguous: bool = False,
+    seed: int = 0,
+    site: str = SITES[0],
+    recipe: str = RECIPES[0],
+    threshold: str | float = PUBLISHED_THRESHOLD,
+    skip_sequences: int = 0,
+    reporter: SearchReporter | None = None,
+    **options: Unpack[EvaluationOptions],
+) -> Plan:
+    """Which layers of a run's model to drop, with the reason and what speaks against it; `Plan.write` makes a file.
+
+    Args:
+        run: the newest by default.
+        by: what they are chosen by: see ``avss plan --help``; the measured loss, or the damage, by default.
+        search: search the set by its loss on ``corpus``: one of ``settings.SEARCHES``; ``budget`` and ``width`` are
+            those of `pruning.search.Effort`, and ``options`` of the measuring.
+        share, count, mass, first, last, contiguous, sublayers, seed: see `pruning.selection.Choice`.
+        site, recipe, threshold: of AVSS.
+
+    Raises:
+        AvssError: a mistake, or a measurement that failed; what was measured is kept.
+    """
+    made, _ = choose_layers(
+        warehouse=warehouse,
+        run=run,
+        by=by,
+        search=search,
+        corpus=corpus,
+        skip_sequences=skip_sequences,
+        budget=budget,
+        width=width,
+        sublayers=sublayers,
+        reading=(site, recipe, threshold),
+        reporter=reporter,
+        options=options,
+        share=share,
+        count=count,
+        mass=mass,
+        first=first,
+        last=last,
+        contiguous=contiguous,
+        seed=seed,
+    )
+    return made
+
+
+@with_options(EvaluationOptions)
+def sparsify(
+    target: float,
+    *,
+    warehouse: str | Path = DEFAULT_WAREHOUSE,
+    run: RunName | None = None,
+    method: str = SPARSITY_METHODS[0],
+    rule: str = SPARSITY_RULES[0],
+    pattern: str | None = None,
+    corrections: int = 0,
+    corpus: str | None = None,
+    skip_sequences: int = 0,
+    reporter: CellReporter | None = None,
+    **options: Unpack[EvaluationOptions],
+) -> SparsityPlan:
+    """Which activations of a run's model become zero: see `evaluation.sparsify.sparsify`; of the newest by default."""
+    from avss_dist.evaluation.sparsify import sparsify as measure
+
+    opened = Warehouse(warehouse)
+    text: dict[str, Any] = {"corpus": corpus, "skip_sequences": skip_sequences}
+    how: dict[str, Any] = {"method": method, "rule": rule, "pattern": pattern, "corrections": corrections}
+    return measure(opened.root, named_run(opened, run), target, reporter=reporter, **text, **how, **options)
+
+
+class Pruned(TabularResult):
+    """A checkpoint that was written; its attributes are what `pruning.checkpoint.prune` returns, and ``plan``."""
+
+    def __init__(self, plan: Plan, done: Mapping[str, Any]) -> None:
+        self.plan = plan
+        self.folder, self.bytes, self.difference = str(done["folder"]), int(done["bytes"]), done["difference"]
+        self.notes, self.repair = done["notes"], done["repair"]
+
+    def table(self) -> pa.Table:
+        """One row."""
+        values = {"folder": self.folder, "bytes": self.bytes, "difference": self.difference, "drop": [*self.plan.drop]}
+        return pa.Table.from_pylist([{**values, "notes": self.notes, "repair": self.repair and self.repair.repair}])
+
+    def summary(self) -> str:
+        """Where it is, and how much is left."""
+        return f"{self.folder}, {len(self.plan.keep)} of {self.plan.num_layers} layers"
+
+
+@with_options(EvaluationOptions)
+def prune(
+    model: str | Path,
+    plan: Plan | str | Path,
+    output: str | Path,
+    *,
+    repair: str | None = None,
+    repair_corpus: Sequence[str] = (),
+    skip_sequences: int = 0,
+    **options: Unpack[EvaluationOptions],
+) -> Pruned:
+    """Write a checkpoint without the layers that a plan drops; on request, a repaired one.
+
+    Args:
+        plan: a `Plan`, or its file.
+        output: a folder that does not exist, or is empty.
+        repair: one of ``settings.REPAIRS``; ``map`` by default where ``repair_corpus`` names text.
+        repair_corpus: what the repair is fitted on: CORPUS or CORPUS=WEIGHT.
+        options: of the text of the repair, and the memory for it.
+
+    Raises:
+        AvssError: see `pruning.checkpoint.prune`.
+    """
+    from avss_dist.pruning.checkpoint import prune as write
+
+    made = plan if isinstance(plan, Plan) else read_plan(plan)
+    settings, execution = split_options(dict(options))
+    wanted = _repair(repair, repair_corpus, skip_sequences, settings)
+    code = settings.trust_remote_code
+    done = write(str(model), made, output, repair=wanted, execution=execution, trust_remote_code=code)
+    return Pruned(made, done)
+
+
+def _repair(by: str | None, corpora: Sequence[str], skip_sequences: int, settings: Settings) -> Repair | None:
+    """What was asked for; options of a repair without one are refused."""
+    from avss_dist.pruning.repair.repair import Repair
+
+    by = by or ("map" if corpora else NO_REPAIR)
+    if by != NO_REPAIR and not corpora:
+        raise ConfigError(f"`repair` {by} is fitted on text, and there is none.", "Name it with `repair_corpus`.")
+    if by != NO_REPAIR:
+        return Repair(by=by, corpora=tuple(corpora), skip_sequences=skip_sequences, settings=settings)
+    default = Settings(trust_remote_code=settings.trust_remote_code)
+    given = [name for name, value in settings.as_dict().items() if value != getattr(default, name)]
+    given += [name for name, value in (("skip_sequences", skip_sequences), ("repair_corpus", corpora)) if value]
+    if given:
+        raise ConfigError(f"`{given[0]}` has no effect without a repair.", "Leave it out, or name a `repair`.")
+    return None
+
+
+def _refuse_search_options(given: Mapping[str, Any]) -> None:
+    """Refuse what has no effect where nothing is measured."""
+    defaults = Settings().as_dict() | asdict(Execution())
+    for name, value in given.items():
+        if value and value != defaults.get(name):
+            raise ConfigError(f"`{name}` has no effect without a search.", "Leave it out, or name a `search`.")

@@ -1,0 +1,132 @@
+"""`avss run`: what a job file asks for, an experiment included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from avss_dist.cli.base import spelled
+from avss_dist.cli.options import (
+    FORMATS,
+    WORKERS,
+    FormatOption,
+    ManyOption,
+    OverlapOption,
+    takes_settings,
+)
+from avss_dist.errors import ConfigError
+from avss_dist.system.streams import complain, console, emit, emit_json, say
+
+if TYPE_CHECKING:
+    from avss_dist.runs.api import Run
+    from avss_dist.runs.job_file import JobFile
+
+JobPath = Annotated[str, typer.Argument(metavar="JOB.yaml", help="A job file; docs/job-files.md explains its keys.")]
+
+
+def _print_schema(wanted: bool) -> None:
+    if wanted:
+        from avss_dist.runs.job_file import job_schema
+
+        emit_json(job_schema(), indent=2)
+        raise typer.Exit
+
+
+@takes_settings(*WORKERS, overrides=True)
+def run(
+    job: JobPath,
+    _schema: Annotated[
+        bool,
+        typer.Option(
+            "--schema", callback=_print_schema, is_eager=True, help="Print the JSON Schema of job files, for editors."
+        ),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    allow_overlap: OverlapOption = False,
+    allow_many: ManyOption = False,
+    format: FormatOption = FORMATS[0],
+    **options: Any,
+) -> int:
+    """Run what a job file asks for, its experiment included: what is done is skipped, what broke off is resumed."""
+    from avss_dist.runs.job_file import read_job
+
+    read = read_job(job)
+    if dry_run:
+        return _preview(read, format, options)
+    if read.experiment:
+        return _experiment(read, format, {"allow_overlap": allow_overlap, "allow_many": allow_many} | options)
+    if allow_overlap or allow_many:
+        name = "allow_overlap" if allow_overlap else "allow_many"
+        raise ConfigError(f"`{name}` is for an experiment, and {job} has none.", "Leave it out.")
+    return _run(read, format, options)
+
+
+def _preview(job: JobFile, format: str, options: dict[str, Any]) -> int:
+    from avss_dist.estimation.preview import preview_job
+    from avss_dist.report.terminal.plan import plan_table
+    from avss_dist.runs.reporter import Reporter
+
+    class Announcer(Reporter):
+        def planning(self, name: str) -> None:
+            say(f"Planning {name} ...")
+
+    previews = preview_job(job, reporter=Announcer(), **options)
+    if format == FORMATS[0]:
+        console().print(plan_table(previews, job.warehouse))
+        if job.experiment:
+            from avss_dist.evaluation.experiment import describe_size
+
+            emit(f"{describe_size(job)}.")
+    else:
+        _write_rows([asdict(preview) for preview in previews], format)
+    return 1 if any(preview.status == "refused" for preview in previews) else 0
+
+
+def _run(job: JobFile, format: str, options: dict[str, Any]) -> int:
+    from avss_dist.report.terminal.progress import run_progress
+    from avss_dist.runs.api import run_job
+
+    with run_progress(len(job.specs)) as reporter:
+        runs = run_job(job, reporter=reporter, **options)
+    failed = [run for run in runs if run.status == "failed"]
+    if format == FORMATS[0]:
+        for run in failed:
+            emit(f"{run.run_id}: failed. {spelled(str(run.error))}")
+        emit(_summary(runs))
+    else:
+        _write_rows([asdict(run) for run in runs], format)
+    return 1 if failed else 0
+
+
+def _experiment(job: JobFile, format: str, options: dict[str, Any]) -> int:
+    from avss_dist.evaluation.experiment import run_experiment
+    from avss_dist.report.terminal.experiment import experiment_tables
+    from avss_dist.report.terminal.progress import CellProgress, run_progress
+
+    with run_progress(len(job.specs)) as reporter:
+        runs, rows = run_experiment(job, reporter=reporter, cells=CellProgress(), **options)
+    if format == FORMATS[0]:
+        console().print(experiment_tables(rows))
+    else:
+        _write_rows(rows, format)
+    failed = [run for run in runs if run.status == "failed"]
+    for run in failed:
+        complain(f"{run.run_id}: failed. {spelled(str(run.error))}")
+    return 1 if failed else 0
+
+
+def _write_rows(rows: list[dict[str, Any]], format: str) -> None:
+    import pyarrow as pa
+
+    from avss_dist.report.output import write_table
+
+    write_table(pa.Table.from_pylist(rows), format, console())
+
+
+def _summary(runs: Sequence[Run]) -> str:
+    count = {status: sum(run.status == status for run in runs) for status in ("done", "skipped", "failed")}
+    counts = ", ".join(f"{number} {status}" for status, number in count.items() if number)
+    return f"{len(runs)} runs: {counts}. Look at them: avss ls -w {runs[0].warehouse}"

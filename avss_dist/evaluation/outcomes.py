@@ -1,0 +1,121 @@
+"""What evaluating and ablating give: objects that are tables, too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from avss_dist.pruning.ground_truth import METRICS
+from avss_dist.removal import SUBLAYERS
+from avss_dist.results import TabularResult
+from avss_dist.settings import INTERVAL
+from avss_dist.tasks.base import Result
+
+if TYPE_CHECKING:
+    from avss_dist.evaluation.evaluate import Evaluation
+
+ESTIMATES = ("taylor", "gradient_l1", "gradient_l2", "weight_frobenius", *METRICS.values())
+COLUMNS = ("subject", "dropped", "task", "metric", "value", "stderr", "retention", "retention_low", "retention_high")
+
+
+class Evaluations(list["Evaluation"], TabularResult):
+    """What several subjects can do, in their order and that of the tasks."""
+
+    _bars = ("retention",)
+    __repr__ = TabularResult.__repr__
+
+    def table(self) -> pa.Table:
+        """A row for each subject, task and metric."""
+        rows = []
+        for one in self:
+            kept, metrics = one.retained, one.metrics()
+            interval = (kept.value, kept.low, kept.high) if kept else (None, None, None)
+            for metric, value, stderr in metrics:
+                values = (one.subject.label, list(one.subject.drop), one.task, metric, value, stderr, *interval)
+                rows.append(dict(zip(COLUMNS, values, strict=True)))
+        return pa.Table.from_pylist(rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerAblation:
+    """What was measured of a layer.
+
+    Attributes:
+        loss: without it, in nats per token.
+        increase: of the loss over that of the whole model, paired: sequence by sequence.
+        sublayers: the same increase without its ``attention`` alone, and without its ``mlp`` alone.
+        shapley: its Shapley value, a sample for each permutation.
+        estimates: what `gradients.Gradients` and `damage.Damage` give, by metric.
+        damage: the mean of its ranks by two of these (`ground_truth.METRICS`), 1 the least.
+    """
+
+    layer: int
+    loss: Result | None
+    increase: Result | None
+    sublayers: Mapping[str, Result]
+    shapley: Result | None
+    estimates: Mapping[str, Result]
+    damage: float | None = None
+
+    def shapley_interval(self) -> tuple[float, float] | None:
+        """Of ``config.INTERVAL``, by Student's t over permutations; None of fewer than two."""
+        from scipy.stats import t
+
+        if self.shapley is None or len(self.shapley.samples) < 2:
+            return None
+        half = float(t.ppf((1 + INTERVAL) / 2, len(self.shapley.samples) - 1)) * self.shapley.stderr
+        return self.shapley.value - half, self.shapley.value + half
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Ablation(TabularResult):
+    """What was measured of a model.
+
+    Attributes:
+        whole: the loss of the whole model; None where layers were not left out.
+        layers: in order.
+        reliability: how far other text of the same size would order the layers alike (`reliability.reliability`); NaN
+            where layers were not left out, or of fewer than four sequences.
+    """
+
+    model: str
+    corpus: str
+    whole: Result | None
+    layers: Sequence[LayerAblation]
+    reliability: float = float("nan")
+
+    _bars = ("increase", "damage", "shapley", "taylor")
+
+    def table(self) -> pa.Table:
+        """A row for each layer; null is what was not measured."""
+        return pa.Table.from_pylist([_row(layer) for layer in self.layers])
+
+    def summary(self) -> str:
+        """The model, the text, and how many layers."""
+        return f"{len(self.layers)} layers of {self.model} on {self.corpus}"
+
+
+def _row(one: LayerAblation) -> dict[str, Any]:
+    predicted = one.estimates.get(METRICS["predicted"])
+    low, high = one.shapley_interval() or (None, None)
+    return {
+        "layer": one.layer,
+        "loss": _value(one.loss),
+        "increase": _value(one.increase),
+        "increase_stderr": None if one.increase is None else one.increase.stderr,
+        **{kind: _value(one.sublayers.get(kind)) for kind in SUBLAYERS},
+        **{f"{kind}_stderr": of.stderr if (of := one.sublayers.get(kind)) else None for kind in SUBLAYERS},
+        "shapley": _value(one.shapley),
+        "shapley_low": low,
+        "shapley_high": high,
+        "damage": one.damage,
+        **{name: _value(one.estimates.get(name)) for name in ESTIMATES},
+        "predicted_stderr": None if predicted is None else predicted.stderr,
+    }
+
+
+def _value(result: Result | None) -> float | None:
+    return None if result is None else result.value

@@ -1,0 +1,95 @@
+"""The keywords that functions take for settings: seen by type checkers and editors, and by ``help``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, TypedDict, TypeVar
+
+from avss_dist.settings import Execution, Settings
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class ModelOptions(TypedDict, total=False):
+    """Fields of `Settings` that matter wherever a model reads text."""
+
+    max_sequences: int | None
+    sequence_length: int
+    batch_size: int
+    sequences_per_shard: int | None
+    layout: str
+    dtype: str
+    dequantize: bool
+    layers: str | None
+    attention: str | None
+    device: str
+    threads: int
+    trust_remote_code: bool
+
+
+class WorkOptions(TypedDict, total=False):
+    """Fields of `Execution`."""
+
+    executor: str
+    replicas: int | str | None
+    address: str | None
+    fresh: bool
+    partition: str
+    ranks: int | None
+    gpus_per_replica: int | None
+    max_memory: Mapping[str, int | str]
+    offload_folder: str | None
+    placement_seconds: float
+    hang_seconds: float
+
+
+class EvaluationOptions(ModelOptions, WorkOptions, total=False):
+    """What evaluations take."""
+
+
+class ShrinkingOptions(EvaluationOptions, total=False):
+    """What shrinking takes: the fields of `pruning.shrinking.Shrinking`, too."""
+
+    share: float | None
+    keep: float | None
+    by: str
+    repair: str
+    repair_corpora: Sequence[str]
+    tasks: Sequence[str]
+    first: int
+    last: int
+    limit: int | None
+    num_fewshot: int | None
+    allow_overlap: bool
+
+
+class ScoringOptions(EvaluationOptions, total=False):
+    """What scoring takes: every field of `Settings` and `Execution`."""
+
+    skip_first_tokens: int
+    sites: tuple[str, ...]
+    thresholds: tuple[float, ...]
+
+
+def with_options(options: Any, *classes: Any) -> Callable[[F], F]:
+    """Show in a function's signature, with their defaults, the keywords that its ``**options`` stand for.
+
+    Args:
+        options: one of the classes above.
+        classes: what has the fields, beside `Settings` and `Execution`.
+    """
+    defaults = {f.name: f.default for cls in (Settings, Execution, *classes) for f in fields(cls)} | {"max_memory": {}}
+    shown = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=one.__forward_arg__)
+        for name, one in options.__annotations__.items()
+    ]
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        function.__signature__ = signature.replace(parameters=[*own, *shown])  # type: ignore[attr-defined]
+        return function
+
+    return decorate

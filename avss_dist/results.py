@@ -1,0 +1,88 @@
+"""What every result can do: be a table of Arrow, pandas or Polars, a line of text, and a few rows in a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from avss_dist.text import printable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SHOWN_ROWS, SHOWN_COLUMNS = 12, 10  # in a notebook
+
+
+class TabularResult:
+    """A result: `table` has all of it."""
+
+    _bars: tuple[str, ...] = ()  # columns that a notebook shows as bars, too; the first that there is
+
+    def table(self) -> pa.Table:
+        """The result as a pyarrow table."""
+        raise NotImplementedError
+
+    def to_pandas(self) -> Any:
+        """The table as a pandas data frame; pandas has to be installed."""
+        return self.table().to_pandas()
+
+    def to_polars(self) -> Any:
+        """The table as a Polars data frame; polars has to be installed."""
+        import polars
+
+        return polars.from_arrow(self.table())
+
+    def summary(self) -> str:
+        """What it is, in a line."""
+        return f"{self.table().num_rows:,} rows"
+
+    def __repr__(self) -> str:
+        return printable(f"<{type(self).__name__}: {self.summary()}>")
+
+    def _repr_html_(self) -> str:
+        """A few rows, for notebooks; whatever a name holds is text."""
+        table = self.table()
+        names, rows = table.column_names[:SHOWN_COLUMNS], table.slice(0, SHOWN_ROWS).to_pylist()
+        lines = [f"<p>{_text(repr(self))}</p>", *self._picture(table), "<table><thead><tr>"]
+        lines += [*(f"<th>{_text(name)}</th>" for name in names), "</tr></thead><tbody>"]
+        lines += [f"<tr>{''.join(f'<td>{_cell(row[name])}</td>' for name in names)}</tr>" for row in rows]
+        more = table.num_rows - len(rows)
+        return "".join([*lines, "</tbody></table>", f"<p>and {more:,} more rows</p>" if more > 0 else ""])
+
+    def _picture(self, table: pa.Table) -> Iterator[str]:
+        """A column of numbers as bars, a bar for each row."""
+        name = next((name for name in self._bars if name in table.column_names), None)
+        values = [value if value and isfinite(value) else 0.0 for value in table[name].to_pylist()] if name else []
+        if not values or max(values) <= 0:
+            return
+        width, height = 6, 60
+        bars = (
+            f'<rect x="{i * width}" y="{height - h:.1f}" width="{width - 1}" height="{h:.1f}" fill="#2a78d6"/>'
+            for i, h in enumerate(max(0.0, value) / max(values) * height for value in values)
+        )
+        size = f'width="{len(values) * width}" height="{height}"'
+        yield f'<svg {size} role="img"><title>{name}</title>{"".join(bars)}</svg>'
+
+
+class Table(TabularResult):
+    """A result that is a table."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+
+    def table(self) -> pa.Table:
+        """The result as a pyarrow table."""
+        return self._table
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+
+def _text(value: str) -> str:
+    return escape(printable(value))
+
+
+def _cell(value: Any) -> str:
+    return _text(f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value))

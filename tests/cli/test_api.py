@@ -1,0 +1,98 @@
+"""The Python API says what the command line says: the same names, keywords and defaults."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from support.warehouses import activations, stats_of, write_measured
+
+import avss_dist as avss
+from avss_dist.cli.reference import commands, functions, option_of
+from avss_dist.errors import QueryError
+from avss_dist.results import Table
+from avss_dist.runs.reporter import LoggingReporter
+from avss_dist.runs.run import Run
+from avss_dist.warehouse.reader import Warehouse
+
+PRINTED = {"format", "as_json", "_quiet", "_verbose", "_schema", "dry_run"}  # of what is printed
+OTHERWISE: dict[str, set[str]] = {
+    "score": {"models", "label_field", "gradients"},  # score_all; a corpus FILE:prompt+answer:label; ablate
+    "plan": {"output", "protect", "sparsify", "method", "rule", "pattern"},  # Plan.write; first, last; sparsify
+    "shrink": {"protect"},  # first, last
+    "findings": {"site", "recipe", "every"},  # a filter of the table
+}
+"""Options that are no keywords of the function, and what is."""
+
+
+@pytest.mark.parametrize("command", functions())
+def test_keywords_are_the_options_with_their_defaults(command: str) -> None:
+    keywords = inspect.signature(functions()[command]).parameters
+    for parameter in commands()[command].params:
+        if parameter.name in PRINTED | OTHERWISE.get(command, set()) or option_of(parameter) == "--help":
+            continue
+        assert parameter.name in keywords, (command, parameter.name)
+        keyword: Any = keywords[parameter.name].default
+        missing = keyword is inspect.Parameter.empty
+        assert missing == bool(parameter.required), (command, parameter.name)
+        if parameter.name in ("sites", "thresholds", "max_memory"):  # of which the option adds one
+            assert parameter.default is None
+        elif parameter.name == "threshold":
+            assert float(parameter.default) == keyword
+        elif not missing and command != "run":  # which replaces what its file says
+            assert (parameter.default or None) == (keyword or None), (command, parameter.name)
+
+
+def test_public_names_are_there_and_shown() -> None:
+    assert set(avss.__all__) == set(dir(avss))
+    for name in avss.__all__:
+        assert getattr(avss, name) is not None
+    for name in ("score", "ablate", "evaluate", "shrink", "plan", "prune", "sparsify", "estimate", "compare"):
+        assert inspect.signature(getattr(avss, name)).parameters and getattr(avss, name).__doc__
+
+
+@pytest.fixture
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = tmp_path_factory.mktemp("read") / "w"
+    for seed, name in enumerate(("alpha-0123456789", "beta-0123456789")):
+        write_measured(root, name, stats_of(activations(seed)), 8, model=f"org/{name[:-11]}")
+    return str(root)
+
+
+def test_runs_and_thresholds_have_names(root: str) -> None:
+    run = Run(run_id="alpha-0123456789", model="org/alpha", warehouse=root, status="done")
+    names = ("alpha", "org/alpha", "alpha*", run, [run])
+    found = [avss.compare(warehouse=root, run=name, by="recipe").table() for name in names]
+    assert all(table == found[0] for table in found) and set(found[0]["a_run_id"].to_pylist()) == {run.run_id}
+    assert avss.findings(warehouse=root, run=run).table().num_rows == 0
+    by_text = avss.compare(warehouse=root, threshold="1e-5", by="recipe").table()
+    assert by_text == avss.compare(warehouse=root, by="recipe").table() and by_text.num_rows
+    with pytest.raises(QueryError, match="matches 2 runs"):
+        avss.plan(warehouse=root, run="*", by="avss")
+    plan = avss.plan(warehouse=root, run=run, by="avss", count=2)
+    assert plan.run_id == run.run_id and plan.table()["left_out"].to_pylist().count("layer") == 2
+    assert plan == avss.plan(warehouse=root, run="alpha", by="avss", count=2, threshold="1e-5")
+    assert Warehouse(root).scores(run_id=run.run_id).num_rows
+
+
+def test_runs_tell_logging(caplog: pytest.LogCaptureFixture) -> None:
+    reporter = LoggingReporter()
+    with caplog.at_level("INFO", "avss_dist"):
+        reporter.planning("m")
+        reporter.started("m", 10, 0)
+        reporter.advanced("m", 5)  # too soon for a line
+        reporter.finished("m", Run(run_id="r", model="m", warehouse="w", status="failed", error="no memory"))
+    assert [record.getMessage() for record in caplog.records] == ["m: reading", "m: no memory"]
+
+
+def test_a_result_is_a_table_a_line_and_a_page() -> None:
+    hostile = "<script>\x1b[31m"
+    table = Table(pa.table({"name": [hostile] * 20, "value": [0.5] * 20}))
+    assert repr(table) == "<Table: 20 rows>" and len(table) == 20
+    assert table.to_pandas().shape == table.to_polars().shape == (20, 2)
+    page = table._repr_html_()
+    assert "<script>" not in page and "&lt;script&gt;" in page and "\x1b" not in page and "and 8 more rows" in page
+    run = Run(run_id="r", model="m", warehouse="w", status="done", num_tokens=1000)
+    assert repr(run) == "<Run: r, done, 1,000 tokens>"
