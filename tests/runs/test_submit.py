@@ -277,7 +277,7 @@ def test_a_job_tells_no_key_and_no_token(
 def test_an_unknown_job_is_named(command: list[str], cluster: dict[str, str], run_avss: Avss) -> None:
     done = run_avss(*command, "avss-expired-000000", env=cluster)
     address = cluster["RAY_API_SERVER_ADDRESS"]
-    refused(done, f"{address} has no job 'avss-expired-000000'", f"avss status --address {address} lists")
+    refused(done, f"{address} has no job 'avss-expired-000000'", f"avss jobs list --address {address} lists")
 
 
 def test_a_wrong_token_is_refused(cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path) -> None:
