@@ -3,8 +3,10 @@
 At each cut, in order of depth: X is the stream after the last layer before it, in the pruned model with the repairs so
 far; Y is the whole model's stream after the last layer that is removed there; R = Y - X is fitted from what the MLP
 before the cut adds, or from its hidden units (`fold`). ``refit_all`` does the same at every layer behind the first cut,
-for what earlier repairs could not give back goes on through them. The first token of each row takes no part. One row
-of ten is held back: it chooses the ridge, and says what the fit is worth; a step that is worth nothing is taken back.
+for what earlier repairs could not give back goes on through them. Tokens count by what is missing over the size of Y,
+|R| / |Y|: the stream of the first of each row is hundreds of times as long in some models, and all others attend to it.
+One row of ten is held back: it chooses the ridge, and says what the fit is worth; a step that is worth nothing is taken
+back.
 """
 
 from __future__ import annotations
@@ -174,11 +176,11 @@ class _Mender:
         fits = []
         old = {path: self._parameter(outlet.layer.index, path) for path in self._names(outlet).values()}
         for step in steps(by, outlet):
-            seen, held_back, size = self._sums(cut, outlet, step, what)
-            fitted = fit_plainly if by == "replace_me" and step.form == "full" else fit
-            found = fitted(seen, held_back, step.form)
+            plainly = by == "replace_me"
+            seen, held_back, size, moment = self._sums(cut, outlet, step, what, plainly=plainly)
+            found = (fit_plainly if plainly and step.form == "full" else fit)(seen, held_back, step.form)
             if found.ridge is not None:
-                self._fold(outlet, step, found, seen)
+                self._fold(outlet, step, found, moment)
             fits.append(found)
         before, after, ridges = fits[0].before, fits[-1].after, tuple(found.ridge for found in fits)
         if after > before and by != "replace_me":  # behind a norm, a fit is folded approximately
@@ -200,30 +202,40 @@ class _Mender:
         self._change(cut.after, STREAM, value)
         return done
 
-    def _sums(self, cut: Cut, outlet: Outlet, step: Step, what: str) -> tuple[NormalEquations, NormalEquations, float]:
-        """The equations of a step on the tokens to fit to, and on those held back; and the sum of |Y|^2 of these."""
+    def _sums(
+        self, cut: Cut, outlet: Outlet, step: Step, what: str, *, plainly: bool
+    ) -> tuple[NormalEquations, NormalEquations, float, torch.Tensor]:
+        """The equations of a step on the tokens to fit to, and on those held back; the sum of |Y|^2 of these, and the
+        mean of x^T x.
+
+        Args:
+            plainly: each token counts by its size, and the first of each row takes no part.
+        """
         sums: list[NormalEquations] = []
-        size = 0.0
+        size = counted = 0.0
 
         def see(number: int, whole: torch.Tensor, now: AtCut) -> None:
-            nonlocal sums, size
-            portion, wanted = self._read[number], whole.to(now.stream.device)
-            x, y = features(step, outlet, now.linear, now.last), wanted.float() - now.stream.float()
-            masks = [torch.from_numpy(mask).to(x.device) for mask in (portion.fitted, portion.held_back)]
+            nonlocal sums, size, counted
+            portion, wanted = self._read[number], whole.to(now.stream.device).float()
+            scale = torch.ones_like(wanted[..., :1]) if plainly else 1 / wanted.norm(dim=-1, keepdim=True)
+            x, y = scale * features(step, outlet, now.linear, now.last), scale * (wanted - now.stream.float())
+            kept = (portion.fitted, portion.held_back) if plainly else portion.with_sinks()
+            masks = [torch.from_numpy(mask).to(x.device) for mask in kept]
             if not sums:
                 sums = [NormalEquations.zero(x.shape[-1], y.shape[-1], x.device)] * 2
             sums = [
                 one + NormalEquations.of(x[mask], y[mask], portion.weight) if mask.any() else one
                 for one, mask in zip(sums, masks, strict=True)
             ]
-            size += portion.weight * float(wanted[masks[1]].double().square().sum())
+            counted += portion.weight * float(scale[masks[0]].double().square().sum())
+            size += portion.weight * float((scale * wanted)[masks[1]].double().square().sum())
 
         self._streams.visit(outlet, cut.last, see, self._show(range(len(self._read)), what))
         seen, held_back = sums
-        return seen, held_back, size
+        return seen, held_back, size, seen.gram / counted
 
-    def _fold(self, outlet: Outlet, step: Step, found: Fit, seen: NormalEquations) -> None:
-        """Change the weights of an outlet, in the model and in what is written."""
+    def _fold(self, outlet: Outlet, step: Step, found: Fit, moment: torch.Tensor) -> None:
+        """Change the weights of an outlet, in the model and in what is written; ``moment`` is that of `fold`."""
         layer = outlet.layer.index
         names = self._names(outlet)
         old = {field: self._parameter(layer, path) for field, path in names.items()}
@@ -232,9 +244,7 @@ class _Mender:
         transposed = is_transposed(outlet.layer.module.get_submodule(outlet.linear))
         linear = values["linear"] if transposed else values["linear"].T
         gain = values["gain"] + outlet.offset if "gain" in values else None
-        new = fold(
-            step, Weights(linear, values.get("bias"), gain), found.weights, seen.gram / seen.count, outlet.factor
-        )
+        new = fold(step, Weights(linear, values.get("bias"), gain), found.weights, moment, outlet.factor)
         folded = {
             "linear": new.linear if transposed else new.linear.T,
             "bias": new.bias,

@@ -11,7 +11,7 @@ from avss_dist.corpus.shards import Batch, CorpusPlan, Mask
 from avss_dist.errors import CorpusError
 
 HELD_BACK = 10  # one row of so many, the last ones of each text
-SINK = 1  # leading tokens of every row that take no part: the first draws attention, and its stream is like no other
+SINK = 1  # leading tokens of every row: the first draws attention, and its stream is like no other
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +20,7 @@ class Portion:
 
     Attributes:
         text: which text it is of, from 0.
-        fitted, held_back: bool[rows, width], tokens that are fitted to, and others that are not.
+        fitted, held_back: bool[rows, width], tokens that are fitted to, and others that are not; no first ones.
         weight: how often each token counts, so that a text counts by its own weight, however long.
     """
 
@@ -29,6 +29,13 @@ class Portion:
     fitted: Mask
     held_back: Mask
     weight: float
+
+    def with_sinks(self) -> tuple[Mask, Mask]:
+        """The tokens that are fitted to, and those held back, each with the first ones of their rows."""
+        first = self.batch.observed.copy()
+        first[:, SINK:] = False
+        fitted, held_back = (mask | (first & mask.any(1, keepdims=True)) for mask in (self.fitted, self.held_back))
+        return fitted, held_back
 
 
 def portions(texts: Sequence[CorpusPlan], batch_size: int, weights: Sequence[float] | None = None) -> list[Portion]:
