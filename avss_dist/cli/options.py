@@ -221,7 +221,7 @@ ModelArgument = Annotated[str, typer.Argument(help=MODEL)]
 CorpusOption = Annotated[
     str,
     typer.Option(
-        help="file.txt, file.jsonl[:field], file.parquet[:column], hf:NAME..., builtin:pydoc; "
+        help="file.txt, file.jsonl[:field], file.csv[:column], file.parquet[:column], hf:NAME..., builtin:pydoc; "
         "of paired text file.jsonl:prompt+answer[:label], truthfulqa:file.jsonl[:seed]."
     ),
 ]

@@ -1,12 +1,14 @@
 """Where text comes from: sources -> documents, streaming, with a fingerprint of their content.
 
-A source is ``file.txt``, ``file.jsonl[:field]``, ``file.parquet[:column]`` (local, ``s3://``, ``gs://``, ``hdfs://``
-or ``file://``; or a glob of them), ``hf:NAME[:config][:split][:column]``, or ``builtin:pydoc``. Sources of paired text
-are ``file.jsonl:prompt+answer[:label]``, by the names of fields, and ``truthfulqa:file.jsonl[:seed]``.
+A source is ``file.txt``, ``file.jsonl[:field]``, ``file.csv[:column]``, ``file.parquet[:column]`` (local, ``s3://``,
+``gs://``, ``hdfs://`` or ``file://``; or a glob of them), ``hf:NAME[:config][:split][:column]``, or ``builtin:pydoc``.
+Sources of paired text are ``file.jsonl:prompt+answer[:label]``, by the names of fields, of CSV too, and
+``truthfulqa:file.jsonl[:seed]``. All files but Parquet may end in ``.gz`` or ``.zst``.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
@@ -37,9 +39,15 @@ from avss_dist.text import RedactedURI
 
 TEXT_PIECE_BYTES = 4 << 20  # of a text file: whole, it would not fit in memory
 MAX_REST_BYTES = 1 << 20  # of a line that goes on at the end of a piece; a longer one is cut at whitespace
-FORMS = "file.txt, file.jsonl[:field], file.parquet[:column], hf:NAME[:config][:split][:column], builtin:pydoc"
+FORMS = (
+    "file.txt, file.jsonl[:field], file.csv[:column], file.parquet[:column], hf:NAME[:config][:split][:column], "
+    "builtin:pydoc"
+)
 
-_FILE = re.compile(r"(?P<path>.+?\.(?P<suffix>txt|jsonl|parquet))(?::(?P<field>.*))?", re.IGNORECASE)
+_FILE = re.compile(
+    r"(?P<path>.+?\.(?:(?P<suffix>txt|jsonl|csv)(?:\.(?:gz|zst))?|(?P<parquet>parquet)))(?::(?P<field>.*))?",
+    re.IGNORECASE,
+)
 _PAIRED = re.compile(r"(?P<prompt>[^+:]+)\+(?P<answer>[^+:]+)(?::(?P<label>.+))?")
 _READ_BYTES = 8 << 20
 _FILE_ERRORS = (OSError, ArrowException, UnicodeDecodeError)
@@ -106,11 +114,11 @@ def _files(source: str) -> Source:
         ending = re.search(r"\.\w+(?=:|$)", source.rpartition("/")[2])
         near = nearest(ending[0], [f".{name}" for name in _READERS]) if ending else ""
         raise CorpusError(f"'{source}' is not a corpus source.", f"{near} Sources: {FORMS}.".strip())
-    path, suffix = match["path"], match["suffix"].lower()
+    path, suffix = match["path"], (match["suffix"] or match["parquet"]).lower()
     if suffix == "txt" and match["field"] is not None:
         raise CorpusError(f"'{source}': a text file has no field.", f"Write {path} alone.")
     field = "" if suffix == "txt" else match["field"] or "text"
-    if suffix == "jsonl" and (names := _PAIRED.fullmatch(field)):
+    if suffix in _RECORDS and (names := _PAIRED.fullmatch(field)):
         fields = names["prompt"], names["answer"], names["label"] or "label"
         return _paired(path, lambda records: labelled_answers(records, *fields), fields=fields)
     filesystem, paths = _find(path)
@@ -123,7 +131,7 @@ def _files(source: str) -> Source:
 def _truthfulqa(source: str, name: str) -> Source:
     match = _FILE.fullmatch(name)
     seed = (match["field"] or "0") if match else ""
-    if not match or match["suffix"].lower() != "jsonl" or not (seed.isascii() and seed.isdecimal()):
+    if not match or (match["suffix"] or "").lower() != "jsonl" or not (seed.isascii() and seed.isdecimal()):
         raise CorpusError(f"'{source}' is not a file of TruthfulQA.", "Write truthfulqa:file.jsonl[:seed].")
     return _paired(match["path"], lambda records: truthfulqa_answers(records, int(seed)), seed=int(seed))
 
@@ -153,8 +161,10 @@ def json_records(path: str) -> Iterator[tuple[Mapping[str, Any], str]]:
 
 def _records(filesystem: fs.FileSystem, paths: list[str]) -> Iterator[tuple[Mapping[str, Any], str]]:
     for path in paths:
-        with _explained(path, _FILE_ERRORS, _FILE_HINT), filesystem.open_input_file(path) as file:
-            yield from _read_records(file, path, "prompt")
+        match = _FILE.fullmatch(path)
+        read = _RECORDS[match["suffix"].lower() if match and match["suffix"] else "jsonl"]
+        with _explained(path, _FILE_ERRORS, _FILE_HINT), filesystem.open_input_stream(path) as file:
+            yield from read(file, path, "prompt")
 
 
 def _find(path: str) -> tuple[fs.FileSystem, list[str]]:
@@ -193,7 +203,8 @@ def _identity(filesystem: fs.FileSystem, path: str) -> object:
 
 def _read(filesystem: fs.FileSystem, paths: list[str], suffix: str, field: str) -> Iterator[str]:
     for path in paths:
-        with _explained(path, _FILE_ERRORS, _FILE_HINT), filesystem.open_input_file(path) as file:
+        opened = filesystem.open_input_file if suffix == "parquet" else filesystem.open_input_stream  # which unpacks
+        with _explained(path, _FILE_ERRORS, _FILE_HINT), opened(path) as file:
             yield from _READERS[suffix](file, path, field)
 
 
@@ -243,6 +254,22 @@ def _read_records(file: Any, path: str, field: str) -> Iterator[tuple[Mapping[st
         yield record, where
 
 
+def _read_csv(file: Any, path: str, column: str) -> Iterator[str]:
+    return (field_text(record, column, where) for record, where in _read_csv_records(file, path, column))
+
+
+def _read_csv_records(file: Any, path: str, _column: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """The rows after the first, which names the columns."""
+    csv.field_size_limit(MAX_LINE_BYTES)
+    text = io.TextIOWrapper(io.BufferedReader(file, _READ_BYTES), "utf-8-sig", newline="")
+    rows = csv.DictReader(text)
+    try:
+        for row in rows:
+            yield row, f"{path}, line {rows.line_num}"
+    except csv.Error as error:
+        raise CorpusError(f"{path}, line {rows.line_num} is not CSV: {error}.", "Fix the line.") from error
+
+
 def _read_line(stream: io.BufferedReader, where: str) -> bytes:
     """The rest of a line, with its end; nothing at the end of the file."""
     line = stream.readline(MAX_LINE_BYTES + 1)
@@ -261,7 +288,8 @@ def _read_parquet(file: Any, path: str, column: str) -> Iterator[str]:
         yield field_text({column: value}, column, f"{path}, row {row}")
 
 
-_READERS = {"txt": _read_txt, "jsonl": _read_jsonl, "parquet": _read_parquet}
+_READERS = {"txt": _read_txt, "jsonl": _read_jsonl, "csv": _read_csv, "parquet": _read_parquet}
+_RECORDS = {"jsonl": _read_records, "csv": _read_csv_records}
 
 
 def _hub(source: str) -> Source:

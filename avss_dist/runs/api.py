@@ -38,7 +38,7 @@ def score(
 
     Args:
         model: hub id (``org/name@revision``), folder, or ``.gguf`` file.
-        corpus: ``file.txt``, ``file.jsonl[:field]``, ``file.parquet[:column]``, ``hf:...`` or ``builtin:pydoc``.
+        corpus: as `corpus.sources` has them: ``file.txt``, ``file.jsonl[:field]``, ``hf:...``, ``builtin:pydoc``.
         warehouse: where the result is kept, a folder or URI.
         reporter: notified as the work goes on; `LoggingReporter` by default.
         options: the fields of ``settings.Settings`` and ``settings.Execution``.

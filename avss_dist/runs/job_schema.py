@@ -126,7 +126,10 @@ Job: Any = create_model(
     ),
     corpora=(
         list[Text],
-        Field(min_length=1, description="file.txt, file.jsonl[:field], file.parquet[:column], hf:NAME, builtin:pydoc."),
+        Field(
+            min_length=1,
+            description="As --corpus has it: file.txt, file.jsonl[:field], file.csv[:column], hf:NAME, builtin:pydoc.",
+        ),
     ),
     settings=(SettingsSection | None, Field(None, description="What is measured.")),
     execution=(ExecutionSection | None, Field(None, description="Where it runs.")),

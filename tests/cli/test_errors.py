@@ -217,7 +217,7 @@ def test_a_site_that_no_layer_has_is_told(warehouse: Path, tmp_path: Path, save_
         ("other.jsonl", '{"txt": "a"}', "", ["other.jsonl, line 1: no field 'text'", "Did you mean 'txt'?"]),
         ("named.jsonl", '{"body": "a"}', ":bdy", ["named.jsonl, line 1: no field 'bdy'", "Did you mean 'body'?"]),
         ("number.jsonl", '{"text": 3}', "", ["number.jsonl, line 1: 'text' is not text but 3"]),
-        ("table.csv", "text\na\n", "", ["table.csv' is not a corpus source", ".txt, .jsonl, .parquet"]),
+        ("table.xls", "text\na\n", "", ["table.xls' is not a corpus source", ".txt, .jsonl, .csv, .parquet"]),
         ("lines.json", "{}", "", ["lines.json' is not a corpus source", "Did you mean '.jsonl'?"]),
         ("broken.parquet", "PAR1", "", ["broken.parquet cannot be read", "Check that the file exists, is complete"]),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -625,6 +626,25 @@ def test_bad_jsonl_lines(tmp_path: Path, line: bytes, message: str) -> None:
     fails(lambda: list(documents(str(path))), f"{path}, line 3{'' if message.startswith(':') else ' '}{message}")
 
 
+def test_packed_files_and_tables_have_the_same_texts(tmp_path: Path) -> None:
+    texts = ["One, two.", 'He said "no"\nand left.', "Größe"]
+    plain = write_jsonl(tmp_path / "c.jsonl", texts)
+    table = tmp_path / "c.csv"
+    with table.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("n", "text"), *enumerate(texts)])
+    assert list(documents(str(table))) == list(documents(plain)) == texts
+    for path in (Path(plain), table):
+        for ending, codec in (("gz", "gzip"), ("zst", "zstd")):
+            with pa.output_stream(f"{path}.{ending}", compression=codec) as stream:
+                stream.write(path.read_bytes())
+            assert list(documents(f"{path}.{ending}:text")) == texts
+    fails(lambda: list(documents(f"{table}:txt")), f"{table}, line 2: no field 'txt'.", "Did you mean 'text'?")
+    table.write_text("text,n\na\nb,1,2\n")
+    fails(lambda: list(documents(f"{table}:n")), f"{table}, line 2: 'n' is not text but None.")
+    Path(f"{plain}.gz").write_bytes(b"not packed")
+    fails(lambda: list(documents(f"{plain}.gz")), f"{plain}.gz cannot be read: ", "Check that the file exists")
+
+
 def test_bad_parquet(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "c.parquet", ["a", None])
     fails(
@@ -640,7 +660,7 @@ def test_bad_parquet(tmp_path: Path) -> None:
     ("source", "parts"),
     [
         ("data.json:body", ["'data.json:body' is not a corpus source.", "Did you mean '.jsonl'?", "hf:NAME"]),
-        ("data.csv", ["Valid: .txt, .jsonl, .parquet.", "builtin:pydoc"]),
+        ("data.xls", ["Valid: .txt, .jsonl, .csv, .parquet.", "builtin:pydoc"]),
         ("wikitext", ["'wikitext' is not a corpus source.\nSources: file.txt, "]),
         ("", ["'' is not a corpus source."]),
         ("builtin:pydocs", ["Unknown builtin corpus 'pydocs'.", "Did you mean 'pydoc'?"]),

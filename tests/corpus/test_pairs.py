@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,16 @@ def test_rows_are_prompts_and_answers_of_which_the_answers_count(tmp_path: Path)
     again = made.recut(100)
     assert [shard.num_sequences for shard in again.shards] == [10]
     assert again.recut(3).tokens_fingerprint == made.tokens_fingerprint
+
+
+def test_pairs_of_a_table_are_those_of_lines(tmp_path: Path) -> None:
+    lines = write(tmp_path / "p.jsonl", LINES)
+    with (tmp_path / "p.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, ["label", "a", "q"])
+        table.writeheader()
+        table.writerows(LINES)
+    prints = [plan(source, TOKENIZER, SMALL).tokens_fingerprint for source in (lines, f"{tmp_path}/p.csv:q+a")]
+    assert prints[0] == prints[1]
 
 
 def test_labels_are_part_of_the_fingerprint(tmp_path: Path) -> None:
