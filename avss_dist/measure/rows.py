@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from avss_dist.corpus.pairs import Pairing
+from avss_dist.measure.kernels.answers import measure_answers
 from avss_dist.measure.kernels.base import Tensors
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rows import ROW_FIELDS, RowStats
@@ -20,22 +22,32 @@ class ObservedTokens:
 
     Attributes:
         places: int64[tokens], where they are in the batch's rows one after another.
-        of_row: float64[rows, tokens], 1 where a token is the row's.
+        rows: int64[tokens], the row of each; num_rows: of the batch.
     """
 
     places: torch.Tensor
-    of_row: torch.Tensor
+    rows: torch.Tensor
+    num_rows: int
 
     @staticmethod
     def of(mask: torch.Tensor, device: torch.device) -> ObservedTokens:
         """Those of bool[rows, tokens], which is on the host."""
         rows, _ = mask.nonzero(as_tuple=True)
-        of_row = torch.nn.functional.one_hot(rows, len(mask)).T.double()
-        return ObservedTokens(mask.flatten().nonzero()[:, 0].to(device), of_row.to(device))
+        return ObservedTokens(mask.flatten().nonzero()[:, 0].to(device), rows.to(device), len(mask))
 
     def select(self, x: torch.Tensor) -> torch.Tensor:
-        """float64[tokens, units] of x[rows, tokens, units]."""
-        return x.reshape(-1, x.shape[-1])[self.places].double()
+        """[tokens, units] of x[rows, tokens, units]."""
+        return x.reshape(-1, x.shape[-1])[self.places]
+
+    @cached_property
+    def numbers(self) -> torch.Tensor:
+        """float64[rows]: tokens of each."""
+        return torch.bincount(self.rows, minlength=self.num_rows).double()
+
+    @cached_property
+    def of_row(self) -> torch.Tensor:
+        """float64[rows, tokens], 1 where a token is the row's."""
+        return torch.nn.functional.one_hot(self.rows, self.num_rows).T.double()
 
 
 def masks_by_stratum(mask: torch.Tensor, pairing: Pairing | None) -> dict[str, torch.Tensor]:
@@ -56,38 +68,77 @@ def row_tensors(
         x: [rows, tokens, units].
         before: of a block, its input.
     """
-    of, values = tokens.of_row, tokens.select(x)
-    finite = torch.isfinite(values)
-    kept, sizes = torch.where(finite, values, 0), values.abs()
-    number = of.sum(dim=1)
+    measure = _compiled if x.device.type == "cpu" else by_matrices
+    return measure(tokens.select(x), tokens, thresholds, None if before is None else tokens.select(before))
+
+
+def _compiled(
+    values: torch.Tensor, tokens: ObservedTokens, thresholds: Float64, before: torch.Tensor | None
+) -> Tensors:
+    """See `row_tensors`; of the tokens that count, [tokens, units]."""
+    counts = np.zeros((tokens.num_rows, 1 + len(thresholds)), np.int64)
+    sums, centers = np.zeros((tokens.num_rows, 4)), np.zeros((tokens.num_rows, values.shape[1]))
+    inputs = values[:0] if before is None else before
+    measure_answers(
+        *(tensor.float().numpy() for tensor in (values, inputs)), tokens.rows.numpy(), thresholds, counts, sums, centers
+    )
+    count, total, norms, updates = torch.from_numpy(counts[:, 0]), *torch.from_numpy(sums[:, [0, 2, 3]]).T
+    return {
+        "count": count,
+        "near_zero": torch.from_numpy(counts[:, 1:]),
+        "mean": torch.where(count > 0, total / count, torch.nan),
+        "m2": torch.from_numpy(sums[:, 1].copy()),
+        "pooled_variance": _pooled(torch.from_numpy(centers), tokens),
+        "norm": _finite(norms / tokens.numbers),
+        "relative_magnitude": torch.full_like(norms, torch.nan)
+        if before is None
+        else _finite(updates / tokens.numbers),
+    }
+
+
+def by_matrices(
+    values: torch.Tensor, tokens: ObservedTokens, thresholds: Float64, before: torch.Tensor | None
+) -> Tensors:
+    """The same as sums over all tokens at once, for devices that do many things at a time."""
+    of, values = tokens.of_row, values.double()
+    finite, sizes = torch.isfinite(values), values.abs()
+    kept = torch.where(finite, values, 0)
     count = of @ finite.sum(dim=1).double()
     mean = (of @ kept.sum(dim=1)) / count.clamp(min=1)
     spread = torch.where(finite, kept - (mean @ of)[:, None], 0).square().sum(dim=1)
     near_zero = torch.stack([(sizes < limit).sum(dim=1) for limit in thresholds.tolist()], dim=1).double()
-    whole = of @ (~finite).any(dim=1).double() == 0
-    centers = (of @ kept) / number.clamp(min=1)[:, None]
-    pooled = centers.var(dim=1) if centers.shape[1] > 1 else torch.zeros_like(number)
-    nothing = torch.full_like(number, torch.nan)
-    relative = nothing
+    nonfinite = of @ (~finite).any(dim=1).double()
+    centers = torch.where(nonfinite[:, None] > 0, torch.nan, of @ kept)
+    relative = torch.full_like(mean, torch.nan)
     if before is not None:
-        old = tokens.select(before)
-        relative = _mean(of, (values - old).norm(dim=1) / old.norm(dim=1), number)
+        old = before.double()
+        relative = _mean((values - old).norm(dim=1) / old.norm(dim=1), tokens)
     return {
         "count": count.long(),
         "near_zero": (of @ near_zero).long(),
         "mean": torch.where(count > 0, mean, torch.nan),
         "m2": of @ spread,
-        "pooled_variance": torch.where(whole & (number > 0), pooled, nothing),
-        "norm": _mean(of, values.norm(dim=1), number),
+        "pooled_variance": _pooled(centers, tokens),
+        "norm": _mean(values.norm(dim=1), tokens),
         "relative_magnitude": relative,
     }
 
 
-def _mean(of: torch.Tensor, values: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+def _pooled(centers: torch.Tensor, tokens: ObservedTokens) -> torch.Tensor:
+    """The variance over units of means over tokens, by row, of their sums, float64[rows, units]."""
+    means = centers / tokens.numbers[:, None]
+    return _finite(means.var(dim=1) if means.shape[1] > 1 else means[:, 0] * 0)
+
+
+def _mean(values: torch.Tensor, tokens: ObservedTokens) -> torch.Tensor:
     """The mean of values of tokens by row; NaN where one of them is not finite, or there are none."""
     finite = torch.isfinite(values)
-    total = of @ torch.where(finite, values, 0)
-    return torch.where((of @ (~finite).double() == 0) & (number > 0), total / number.clamp(min=1), torch.nan)
+    total = tokens.of_row @ torch.where(finite, values, 0)
+    return torch.where(tokens.of_row @ (~finite).double() == 0, total / tokens.numbers, torch.nan)
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    return torch.where(torch.isfinite(values), values, torch.nan)
 
 
 def to_row_stats(batches: Sequence[Tensors], order: np.ndarray) -> RowStats:

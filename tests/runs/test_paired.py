@@ -17,6 +17,7 @@ from support.tables import assert_same_tables
 
 import avss_dist
 from avss_dist.corpus.shards import Shard, plan
+from avss_dist.measure.rows import ObservedTokens, by_matrices, row_tensors
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
@@ -111,6 +112,21 @@ def test_rows_are_those_of_numpy_and_add_up_to_their_strata(measured: tuple[Shar
         own = np.array(result.rows.strata) == label
         assert result.rows.stats[layer, site].near_zero[own].sum(axis=0).tolist() == stats.near_zero.tolist()
         assert result.rows.stats[layer, site].count[own].sum() == stats.count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_are_the_same_on_every_device(dtype: torch.dtype) -> None:
+    """What GPUs do, beside what is compiled for CPUs; where something is not finite, or no token counts, too."""
+    x, before = torch.randn((2, 5, 9, 33), generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, 3, 3], x[1, 4, 9], before[2, 5] = torch.inf, torch.nan, 0
+    mask = torch.zeros((5, 9), dtype=torch.bool)
+    mask[:4, 2:7] = True
+    tokens, thresholds = ObservedTokens.of(mask, x.device), np.array([1e-3, 0.1])
+    found = row_tensors(x, tokens, thresholds, before)
+    expected = by_matrices(tokens.select(x), tokens, thresholds, tokens.select(before))
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name].numpy(), values.numpy(), rtol=1e-12, err_msg=name)
 
 
 def test_strata_add_up_to_the_whole_to_the_bit(
