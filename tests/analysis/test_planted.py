@@ -101,7 +101,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
     options: dict[str, Any] = {"sequence_length": 16, "batch_size": 32, "dtype": "float32", "executor": "local"}
     with one_thread():
         avss_dist.score(
-            str(folder / "model"), corpus=f"{file}:q+a:kind", out=folder / "w", thresholds=(THRESHOLD,), **options
+            str(folder / "model"), corpus=f"{file}:q+a:kind", warehouse=folder / "w", thresholds=(THRESHOLD,), **options
         )
     return Warehouse(folder / "w")
 
@@ -154,7 +154,7 @@ def test_merged_strata_say_what_single_answers_say_and_more(scored: Warehouse) -
     assert units[0]["hsav_difference"] == pytest.approx(
         np.subtract(*((m.unit_sum / m.unit_count).var() for m in means))
     )
-    shown = avss("contrast", scored.root, "--site", "update", "--recipe", "unit", "--threshold", "0.1rms")
+    shown = avss("contrast", "-w", scored.root, "--site", "update", "--recipe", "unit", "--threshold", "0.1rms")
     assert shown.exit_code == 0 and "exchange of labels inside shards" in " ".join(shown.stdout.split())
     with pytest.raises(QueryError, match="no statistics for the recipe 'unit'"):
         contrast(scored, run, site="neuron", recipe="unit", threshold=THRESHOLD)

@@ -95,9 +95,11 @@ def test_a_lost_worker_is_replaced_and_nothing_counts_twice(
 @shared_cluster
 def test_paired_text_is_counted_once_where_a_worker_is_killed(tiny_llama: Path, tmp_path: Path) -> None:
     options = {**TWENTY_SHARDS, "sequences_per_shard": 4, "corpus": write_pairs(tmp_path, 12)}
-    avss_dist.score(tiny_llama, out=tmp_path / "local", executor="local", **options)
+    avss_dist.score(tiny_llama, warehouse=tmp_path / "local", executor="local", **options)
     reporter = Harming({2: signal.SIGKILL})
-    run = avss_dist.score(tiny_llama, out=tmp_path / "ray", executor="ray", replicas=2, reporter=reporter, **options)
+    run = avss_dist.score(
+        tiny_llama, warehouse=tmp_path / "ray", executor="ray", replicas=2, reporter=reporter, **options
+    )
     assert (len(reporter.victims), reporter.arrived, run.num_shards) == (1, 12, 12)
     assert_same_tables(tmp_path / "ray", tmp_path / "local")
     assert (rows := Warehouse(tmp_path / "ray").table("row_stats")).num_rows == 48 * 3 * 5

@@ -96,8 +96,8 @@ def test_zero3_gives_the_same_numbers(
 
 def test_zero3_measures_paired_text(models: list[str], tmp_path: Path) -> None:
     options = {**OPTIONS, "max_sequences": None, "sequence_length": 64, "corpus": write_pairs(tmp_path, 6)}
-    avss_dist.score(models[0], out=tmp_path / "single", partition="single", executor="local", **options)
-    run = avss_dist.score(models[0], out=tmp_path / "zero3", partition="zero3", ranks=2, **options)
+    avss_dist.score(models[0], warehouse=tmp_path / "single", partition="single", executor="local", **options)
+    run = avss_dist.score(models[0], warehouse=tmp_path / "zero3", partition="zero3", ranks=2, **options)
     assert run.status == "done"
     assert_same_tables(tmp_path / "zero3", tmp_path / "single")
 
