@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import yaml
 from support import command_line
 from support.checkpoints import llama
 from support.command_line import files
+from support.commands import Command
 from support.tables import assert_same_tables
 
 from avss_dist.settings import SCHEMA_VERSION
@@ -449,19 +449,12 @@ def test_a_truncated_partial_is_measured_again(size: int, tiny_llama: Path, ware
     assert_same_tables(warehouse, undisturbed)
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_two_drivers_on_one_warehouse_agree(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "avss_dist", "score", tiny_llama, *SCORE, "-w", tmp_path / "warehouse", "-q"]
-    drivers = [
-        subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    try:
-        for driver in drivers:
-            _, errors = driver.communicate()
-            assert (driver.returncode, errors) == (0, "")
-    finally:
-        for driver in drivers:
-            driver.kill()
+    drivers = [Command("score", tiny_llama, *SCORE, "-w", tmp_path / "warehouse", "-q") for _ in range(2)]
+    for driver in drivers:
+        code, _, errors = driver.wait()
+        assert (code, errors) == (0, "")
     assert_same_tables(tmp_path / "warehouse", undisturbed)
     assert Warehouse(tmp_path / "warehouse").runs()["status"].to_pylist() == ["done"]
     assert not list((tmp_path / "warehouse").rglob("*.tmp"))

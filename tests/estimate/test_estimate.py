@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -285,18 +284,6 @@ def test_a_short_model_keeps_what_belongs_to_its_layers() -> None:
     assert short.layer_types == whole.layer_types[:3] and whole.num_hidden_layers == 12 == len(whole.layer_types)
 
 
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The benchmark is short, and need not import everything first."""
-
-    class Executor(ThreadPoolExecutor):
-        def __init__(self, workers: int, *_: object, **__: object) -> None:
-            super().__init__(workers)
-
-    monkeypatch.setattr(avss_dist.estimate.benchmark, "ProcessPoolExecutor", Executor)
-    monkeypatch.setattr(avss_dist.estimate.benchmark, "SECONDS", 0.1)
-
-
 def test_mistakes_of_the_plan_come_from_another_process_as_what_they_are(header_only: Path) -> None:
     with pytest.raises(CorpusError, match=r"nowhere\.txt"):
         estimate(str(header_only), "nowhere.txt", SETTINGS)
@@ -318,13 +305,13 @@ def test_mistakes_are_told(
     error: type[AvssError],
     said: str,
     header_only: Path,
-    in_this_process: None,
+    benchmark_in_this_process: None,
 ) -> None:
     with pytest.raises(error, match=said):
         estimate(model or str(header_only), corpus, settings)
 
 
-def test_a_checkpoint_without_a_tokenizer(tmp_path: Path, in_this_process: None) -> None:
+def test_a_checkpoint_without_a_tokenizer(tmp_path: Path, benchmark_in_this_process: None) -> None:
     llama().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="has no tokenizer"):
         estimate(str(tmp_path), "builtin:pydoc", SETTINGS)
@@ -337,7 +324,7 @@ def test_counters_are_of_every_stratum(tiny_llama: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "mamba", "bert"])
-def test_other_families(family: str, tmp_path: Path, save_checkpoint: Save, in_this_process: None) -> None:
+def test_other_families(family: str, tmp_path: Path, save_checkpoint: Save, benchmark_in_this_process: None) -> None:
     """Of paired text, in one of them."""
     from support.families import tiny_model
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from avss_dist.runs import submission
 from avss_dist.runs.job_file import read_job
 from avss_dist.runs.submission import Cluster
 
-Avss = Callable[..., subprocess.CompletedProcess[str]]
 HOSTILE = "\x1b]0;owned\x07\x1b[31m\u202e"
 
 
@@ -39,20 +37,18 @@ def server() -> Iterator[JobServer]:
     ],
     ids=["list", "html", "other", "status"],
 )
-def test_another_server_is_an_error_without_a_traceback(
-    answers: dict[str, bytes], server: JobServer, run_avss: Avss
-) -> None:
+def test_another_server_is_an_error_without_a_traceback(answers: dict[str, bytes], server: JobServer) -> None:
     server.answers = answers
-    done = run_avss("jobs", "list", "--address", server.address)
-    assert done.returncode in (1, 2)
+    done = avss("jobs", "list", "--address", server.address)
+    assert done.exit_code in (1, 2)
     assert done.stderr.startswith("Error: ") and "Traceback" not in done.stderr
 
 
-def test_a_terminal_obeys_no_job(server: JobServer, run_avss: Avss) -> None:
+def test_a_terminal_obeys_no_job(server: JobServer) -> None:
     job = {"type": "SUBMISSION", "submission_id": f"avss-{HOSTILE}", "status": "SUCCEEDED", "entrypoint": f"x{HOSTILE}"}
     server.answers = {"/api/version": VERSION_ANSWER, "/api/jobs": json.dumps([job]).encode()}
-    done = run_avss("jobs", "list", "--address", server.address)
-    assert (done.returncode, done.stderr) == (0, "")
+    done = avss("jobs", "list", "--address", server.address)
+    assert (done.exit_code, done.stderr) == (0, "")
     assert "owned" in done.stdout and not set(HOSTILE) & {"\x1b", "\x07", "\u202e"} & set(done.stdout)
 
 

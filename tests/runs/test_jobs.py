@@ -322,6 +322,7 @@ def test_shipped_jobs_are_valid(file: Path) -> None:
     assert all(re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w-]+)?", spec.model) for spec in job.specs)
 
 
+@pytest.mark.usefixtures("benchmark_in_this_process")
 @pytest.mark.parametrize("name", ["family_comparison", "training_checkpoints", "dtype_audit", "paper_claim"])
 def test_shipped_jobs_can_be_run(name: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a network: their models are replaced by folders, their rows by shorter ones."""
@@ -344,6 +345,7 @@ def test_shipped_jobs_can_be_run(name: str, tiny_llama: Path, tmp_path: Path, mo
 # Running them in this process.
 
 
+@pytest.mark.usefixtures("benchmark_in_this_process")
 def test_a_job_is_run_once_and_a_model_that_fails_does_not_stop_it(
     tiny_llama: Path, tiny_bert: Path, tmp_path: Path
 ) -> None:
@@ -384,6 +386,7 @@ def test_a_model_that_is_named_twice_is_refused(tiny_llama: Path, tmp_path: Path
     assert code == 2 and "is there twice." in output and not (tmp_path / "w").exists()
 
 
+@pytest.mark.usefixtures("benchmark_in_this_process")
 def test_the_plan_says_what_is_partial(tiny_llama: Path, tmp_path: Path) -> None:
     text = f"warehouse: {tmp_path}/w\nmodels: [{tiny_llama}]\ncorpora: [builtin:pydoc]\n" + SETTINGS + LOCAL
     job = read(tmp_path, text)
