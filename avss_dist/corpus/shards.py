@@ -17,6 +17,7 @@ from avss_dist.corpus.pairs import Pairing, choice_rows, join, paired_rows
 from avss_dist.corpus.sources import Source, json_records, open_source
 from avss_dist.errors import CorpusError, without_secrets
 from avss_dist.settings import Settings, fingerprint
+from avss_dist.system.spool import Spool
 
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
@@ -108,9 +109,10 @@ class CorpusPlan:
 
     def recut(self, rows: int) -> CorpusPlan:
         """The same rows in shards of another size; pairs stay whole."""
-        ids, lengths = (
-            np.concatenate([getattr(shard, name) for shard in self.shards]) for name in ("input_ids", "lengths")
-        )
+        spool = Spool(self.shards[0].input_ids.shape[1])
+        for shard in self.shards:
+            spool.add(shard.input_ids)
+        ids, lengths = spool.array(), np.concatenate([shard.lengths for shard in self.shards])
         skip = self.shards[0].skip_first_tokens
         pairings = [shard.pairing for shard in self.shards if shard.pairing]
         shards = _cut(ids, lengths, skip, join(pairings) if pairings else None, rows)
@@ -146,21 +148,24 @@ def plan(
     rows = _pack(ids, eos, length, tally) if settings.layout == "packed" else _truncate(ids, length)
     most = settings.max_sequences
     rows = islice(rows, skip_sequences, None if most is None else skip_sequences + most)
-    shards: list[Shard] = []
-    num_sequences = num_tokens = 0
-    while block := list(islice(rows, settings.sequences_per_shard or USUAL_ROWS)):
-        input_ids, lengths = _padded(block, length, tokenizer)
-        shards.append(_shard(len(shards), input_ids, lengths, settings.skip_first_tokens))
+    spool, lengths = Spool(length), [np.zeros(0, np.int32)]
+    num_sequences = 0
+    per_shard = settings.sequences_per_shard or USUAL_ROWS
+    while block := list(islice(rows, per_shard)):
+        input_ids, of_block = _padded(block, length, tokenizer)
+        spool.add(input_ids)
+        lengths.append(of_block)
         num_sequences += len(block)
-        num_tokens += shards[-1].num_tokens
         if progress:
             progress(num_sequences)
+    shards = _cut(spool.array(), np.concatenate(lengths), settings.skip_first_tokens, None, per_shard)
+    num_tokens = sum(shard.num_tokens for shard in shards)
     _require_enough(source, num_sequences, num_tokens, tally, settings)
     return CorpusPlan(
         source=without_secrets(source),
         corpus_fingerprint=opened.fingerprint(),
         tokens_fingerprint=_fingerprint(shards, length),
-        shards=tuple(shards),
+        shards=shards,
         num_sequences=num_sequences,
         num_tokens=num_tokens,
     )

@@ -1,13 +1,14 @@
 """What one driver bears: shard results/s, CPU, memory and bytes, from 1 to 64 virtual workers, without a model.
 
-    python tests/benchmarks/driver.py [--workers 1 8 64] [--units 8192] [--layers 80] [--out FOLDER] [--by WHOM]
+    python tests/benchmarks/driver.py [--workers 1 8 64] [--shards 4000] [--alone] [--out FOLDER] [--by WHOM]
 
 The driver is the real one: RayExecutor and its pool, the committer, the warehouse. A virtual worker is a Ray actor
 without a CPU that hands out results made beforehand, as of bfloat16 activations: five sites, counts of some 2,400
 values, two vectors of the hidden units at `block` and `update`; tokens of 32 x 2048 in each task. ``--by`` says who
 does what: `receipts`, workers have written and send receipts (they write nothing here: it is the driver that is
-measured); `bytes`, they encode and the driver writes; `plain`, the driver encodes too. Storage and workers share this
-machine: a rate is at least what is printed.
+measured); `bytes`, they encode and the driver writes; `plain`, the driver encodes too. Virtual shards take no time, so
+a call carries several of them; with ``--alone`` it carries one, as it does where shards take more than half a second.
+Storage and workers share this machine: a rate is at least what is printed.
 """
 
 from __future__ import annotations
@@ -43,12 +44,15 @@ from avss_dist.runs.run import PlannedRun, Run, RunInProgress
 from avss_dist.settings import SITES, THRESHOLDS, Execution, Settings
 from avss_dist.stats.histogram import HISTOGRAM_BINS, histogram_bin
 from avss_dist.stats.layer_stats import LayerStats, ShardResult
+from avss_dist.system.memory import reset_peak_memory
+from avss_dist.system.spool import Spool
 from avss_dist.warehouse.encoding import EncodedStats, encode_shard
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.sharing import Receipt
 from avss_dist.warehouse.store import Store
 
 ROWS, LENGTH = 32, 2048
+MADE = 32  # results that are made beforehand
 RUN = RunIdentity(run_id="virtual-0000000000", model="virtual", revision="0", family="virtual")
 
 
@@ -94,10 +98,13 @@ def layer_stats(rng: np.random.Generator, site: str, units: int) -> LayerStats:
 
 
 def shards(count: int) -> list[Shard]:
-    """Shards of random tokens."""
+    """Shards of random tokens, kept as a corpus plan keeps them."""
     rng = np.random.default_rng(0)
     lengths = np.full(ROWS, LENGTH, np.int32)
-    ids = [rng.integers(0, 1 << 17, (ROWS, LENGTH), np.int32) for _ in range(count)]
+    spool = Spool(LENGTH)
+    for _ in range(count):
+        spool.add(rng.integers(0, 1 << 17, (ROWS, LENGTH), np.int32))
+    ids = spool.array().reshape(count, ROWS, LENGTH)
     return [
         Shard(shard_id=i, input_ids=ids[i], lengths=lengths, skip_first_tokens=0, content_hash=f"{i:064x}")
         for i in range(count)
@@ -108,7 +115,7 @@ def prepare(folder: Path, shards: Sequence[Shard], layers: int, units: int) -> t
     """Keep the partial of every shard in a folder; returns one result as it was measured, and a partial's bytes."""
     rng = np.random.default_rng(1)
     stats = {(layer, site): layer_stats(rng, site, units) for layer in range(layers) for site in SITES}
-    for shard in shards:
+    for shard in shards[:MADE]:
         result = ShardResult(
             shard_id=shard.shard_id,
             content_hash=shard.content_hash,
@@ -153,6 +160,9 @@ class VirtualWorker:
     def open(self, job: Any, rank: int, first: Any) -> None:
         self._monitor.report.remote(self._name, 1)
 
+    def measure_round(self, part: Any, *blocks: Any) -> list[ShardResult | Receipt]:
+        return [self.measure(SimpleNamespace(shard=blocks[block][i])) for block, i in part.places]
+
     def measure(self, assignment: Any) -> ShardResult | Receipt:
         if self.by == "receipts":
             shard = assignment.shard
@@ -167,7 +177,7 @@ class VirtualWorker:
         which["device"] = self._name
         if self.by == "plain":
             return replace(self._result, **which)
-        data = pa.memory_map(str(self.folder / str(assignment.shard.shard_id))).read_buffer()
+        data = pa.memory_map(str(self.folder / str(assignment.shard.shard_id % MADE))).read_buffer()
         return replace(self._result, stats=EncodedStats(RUN, data), **which)
 
 
@@ -201,6 +211,7 @@ class Committing(Driver):
         self._before -= 1
         if self._before < 0:
             self.times.append((time.perf_counter(), time.process_time()))
+            shards.dropped = self.times[-1][0] - self.times[0][0] > self._seconds
 
     def _finish(self, shards: RunShards) -> None:
         self._in_progress.pop(shards, None)
@@ -251,28 +262,36 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--units", type=int, default=8192)
     parser.add_argument("--layers", type=int, default=80)
-    parser.add_argument("--shards", type=int, default=32, help="results made beforehand")
+    parser.add_argument("--shards", type=int, help="of a run; 4000 if left out, 32 where the driver writes")
+    parser.add_argument("--alone", action="store_true", help="see above")
     parser.add_argument("--seconds", type=float, default=10, help="to measure, once all workers are there")
     parser.add_argument("--out", help="folder of the warehouse; a temporary one if left out")
     parser.add_argument("--by", choices=("receipts", "bytes", "plain"), default="receipts", help="see above")
     arguments = parser.parse_args()
     cloudpickle.register_pickle_by_value(__import__("__main__"))
     gang.Worker = VirtualWorker  # type: ignore[misc,assignment]
-    queue.ShardAssignment = SimpleNamespace  # type: ignore[misc,assignment]  # the real one brings torch into 64 processes
+    if arguments.alone:
+        queue.ROUND_SECONDS = 0.0
+    for name in ("ShardAssignment", "ShardsPart"):  # the real ones bring torch into 64 processes
+        setattr(queue, name, SimpleNamespace)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as planned, tempfile.TemporaryDirectory(dir=arguments.out) as out:
         VirtualWorker.folder, VirtualWorker.by = Path(planned), arguments.by
-        work = shards(arguments.shards)
+        work = shards(arguments.shards or (4000 if arguments.by == "receipts" else MADE))
         result, on_disk = prepare(Path(planned), work, arguments.layers, arguments.units)
         buffers: list[Any] = []
         sent = result if arguments.by == "plain" else None
+        del result
         in_transit = on_disk if sent is None else len(pickle.dumps(sent, 5, buffer_callback=buffers.append))
         if arguments.by == "receipts":
             in_transit = 500
         in_transit += sum(buffer.raw().nbytes for buffer in buffers)
         print(f"{arguments.layers} layers, {len(SITES)} sites, {arguments.units} units", end=": ")
-        print(f"{in_transit / 1e6:.2f} MB a result in transit, {on_disk / 1e6:.2f} MB on disk")
+        print(
+            f"{in_transit / 1e6:.2f} MB a result in transit, {on_disk / 1e6:.2f} MB on disk; runs of {len(work)} shards"
+        )
         print(f"{'workers':>8}{'results/s':>11}{'MB/s':>8}{'driver CPU ms/result':>22}{'peak MB':>9}{'own MB':>8}")
         for workers in arguments.workers:
+            reset_peak_memory()
             times = drive(Path(out) / str(workers), workers, work, arguments.seconds)
             clock, cpu = np.subtract(times[-1], times[0]) / (len(times) - 1)
             speed = f"{workers:>8}{1 / clock:>11.1f}{on_disk / clock / 1e6:>8.0f}"

@@ -1,11 +1,11 @@
 """What the end of a large run costs: thousands of partials, merged by tasks on this machine, without a model.
 
-    python tests/benchmarks/merge.py [--partials 10000] [--layers 8] [--units 1024] [--out FOLDER]
+    python tests/benchmarks/merge.py [--partials 10000] [--layers 8] [--units 1024] [--whole] [--out FOLDER]
 
 Partials are as of `tests/benchmarks/driver.py`: bfloat16, five sites. Their statistics are a few that repeat, each
 under its own shard; files, decoding and merging are the real ones. Prints seconds and the highest memory of the driver
 and of a task, in which pages of the object store are, beside those of one process without tasks for as many partials as
-a run merges itself.
+a run merges itself; with ``--whole``, for all.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--partials", type=int, default=10_000)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--units", type=int, default=1024)
+    parser.add_argument("--whole", action="store_true", help="see above")
     parser.add_argument("--out", help="folder of the warehouse; a temporary one if left out")
     arguments = parser.parse_args()
     executor = RayExecutor(Execution(executor="ray"), Settings(device="cpu"))
@@ -109,7 +110,8 @@ def main() -> None:
         files = list(Path(folder).rglob("shard_stats/**/*.parquet"))
         print(f"{len(files)} partials of {files[0].stat().st_size / 1e6:.2f} MB, {executor.devices.cpus} CPUs")
         print(f"{'partials':>9}{'by':>13}{'seconds':>9}{'ms each':>12}{'driver MB':>12}{'a task MB':>12}")
-        print(measure(store, min(MERGED_HERE, arguments.partials), None), flush=True)
+        most = arguments.partials if arguments.whole else MERGED_HERE
+        print(measure(store, min(most, arguments.partials), None), flush=True)
         print(measure(store, arguments.partials, executor.apply), flush=True)
 
 

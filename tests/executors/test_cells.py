@@ -228,7 +228,7 @@ class Stop:
 def test_two_workers_allocate_sparsity_as_one_process_does_also_after_a_stop(tiny_llama: Path, tmp_path: Path) -> None:
     options = {"max_sequences": 2, "sequence_length": 16, "batch_size": 2, "device": "cpu"}
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    run = score(tiny_llama, corpus="builtin:pydoc", out=alone, sites=("inputs",), **options)
+    run = score(tiny_llama, corpus="builtin:pydoc", warehouse=alone, sites=("inputs",), **options)
     shutil.copytree(alone, shared)
     row = Warehouse(alone).run(run.run_id)
     assert row is not None

@@ -5,15 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from support.causal_lm import SMALL, random_shard
 
 from avss_dist.errors import ModelError, RunFailed
 from avss_dist.executors.base import ReplicaSpec, RunShards
-from avss_dist.executors.ray.patches import PatchSharer
+from avss_dist.executors.ray import object_store
+from avss_dist.executors.ray import queue as queue_module
+from avss_dist.executors.ray.object_store import BLOCK_SHARDS, PatchSharer, ShardSharer
 from avss_dist.executors.ray.queue import ATTEMPTS, LATE_SECONDS, CellQueue, ShardQueue
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.partition.base import Placement
@@ -35,6 +39,17 @@ def shard_queue(checkpoint: Checkpoint, number: int = 5, **placement: Any) -> tu
     return ShardQueue(run), run
 
 
+@pytest.fixture(autouse=True)
+def no_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of shards are what would be put there."""
+    monkeypatch.setattr(queue_module, "ShardSharer", partial(ShardSharer, put=lambda shards: shards))
+
+
+def assignments(queue: ShardQueue, units: Sequence[int]) -> list[Any]:
+    """What the workers of a gang do in a round, one after the other."""
+    return [assignment for part, blocks in queue.parts(units) for assignment in part.assignments(blocks)]
+
+
 def cell_queue(checkpoint: Checkpoint, tasks: Sequence[str]) -> tuple[CellQueue, list[Cell]]:
     shared: dict[str, Any] = {"run_id": "e", "checkpoint": checkpoint, "settings": SETTINGS}
     cells = [Cell(**shared, task=task, part=i, measure=TextLoss(random_shard())) for i, task in enumerate(tasks)]
@@ -45,7 +60,7 @@ def cell_queue(checkpoint: Checkpoint, tasks: Sequence[str]) -> tuple[CellQueue,
 def test_a_result_counts_once(checkpoint: Checkpoint) -> None:
     queue, run = shard_queue(checkpoint, 2)
     (first,) = queue.next_units()
-    queue.speculate(first)
+    queue.speculate([first])
     assert list(queue.pending) == [0, 1]
     assert queue.finish(first, "a result") == [(run, "a result")]
     assert list(queue.pending) == [1], "who is late need not begin any more"
@@ -109,7 +124,7 @@ def test_only_units_of_one_kind_say_what_is_late(checkpoint: Checkpoint) -> None
     assert queue.is_late([1], 3.0) and not queue.is_late([1], LATE_SECONDS)
     assert not queue.is_late([2], 1e9), "of another task"
     assert not queue.is_late([], 1e9), "a model that is being opened"
-    queue.speculate(1)
+    queue.speculate([1])
     assert not queue.is_late([1], 1e9), "no third time"
 
 
@@ -119,13 +134,60 @@ def test_ranks_share_a_shard_or_take_one_each(checkpoint: Checkpoint) -> None:
     assert queue.pending_rounds == 2
     queue.next_units()
     last = queue.next_units()
-    assert last == [3, 4] and queue.by_rank(last) == [3, 4, None]
-    parts = queue.assignments(last)
+    assert last == [3, 4] and queue.by_rank(last) == [[3], [4], []]
+    parts = assignments(queue, last)
     assert [part.shard for part in parts] == [run.shards[3], run.shards[4], None]
     assert {part.forwards for part in parts} == {2}  # 5 rows, 4 in a batch
     queue, run = shard_queue(checkpoint, 2, partition="tensor_parallel", ranks=2)
-    assert queue.by_rank(queue.next_units()) == [0, 0]
-    assert [part.shard for part in queue.assignments([1])] == [run.shards[1]] * 2
+    assert queue.by_rank(queue.next_units()) == [[0], [0]]
+    assert [part.shard for part in assignments(queue, [1])] == [run.shards[1]] * 2
+
+
+def test_short_shards_share_a_round_until_one_of_them_fails(checkpoint: Checkpoint) -> None:
+    """As many as take a second, and a sixteenth of a gang's part of what is left; who may be to blame goes alone."""
+    queue, run = shard_queue(checkpoint, 100)
+    assert queue.next_units(2) == [0], "how long they take is not known"
+    queue.note_duration([0], 0.01)
+    assert queue.next_units(2) == [1, 2, 3]
+    assert [part.shard for part in assignments(queue, [15, 16, 17])] == [*run.shards[15:18]]
+    queue.note_duration([1, 2, 3], 1.5)
+    assert queue.usual_seconds(0) == 0.5
+    assert queue.next_units(2) == [4, 5]
+    assert not queue.is_late([4, 5, 6], 2.9) and queue.is_late([4, 5, 6], 3.1), "twice as long as three take"
+    for _ in range(ATTEMPTS):
+        assert queue.put_back([4, 5], "it died") == [], "of neither alone"
+    assert [queue.next_units(2), queue.next_units(2), queue.next_units(2)] == [[4], [5], [6, 7]]
+    assert queue.put_back([4], "it died") == queue.put_back([4], "it died") == []
+    ((source, error),) = queue.put_back([4], "it died")
+    assert source is run and "Shard 0 failed 3 times" in str(error), "the id that all of these have"
+
+
+def test_blocks_of_shards_are_shared_once_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small shards travel with the call."""
+    stored: list[Any] = []
+
+    def put(block: Any) -> Any:
+        stored.append(block[0])
+        return block
+
+    shards = [random_shard() for _ in range(3 * BLOCK_SHARDS)]
+    sharer = ShardSharer(shards, put)
+    last = BLOCK_SHARDS - 1
+    asked = ([0], [last, last + 1], [last + 1])
+    for number, small in ((0, 1 << 20), (2, 0)):
+        monkeypatch.setattr(object_store, "SENT_BYTES", small)
+        for indices in asked:
+            places, blocks = sharer.share(indices)
+            assert [blocks[block][i] for block, i in places] == [shards[i] for i in indices]
+        assert len(stored) == number
+    for first in (2 * BLOCK_SHARDS, 0):
+        sharer.share([first])
+    assert stored == [shards[i] for i in (0, BLOCK_SHARDS, 2 * BLOCK_SHARDS, 0)]
+
+    def is_full(_: object) -> None:
+        raise ray.exceptions.OutOfDiskError
+
+    assert ShardSharer(shards, is_full).share([1]) == ([(0, 1)], [tuple(shards[:BLOCK_SHARDS])]), "sent with the call"
 
 
 def test_a_dropped_run_has_nothing_left(checkpoint: Checkpoint) -> None:

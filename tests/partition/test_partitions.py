@@ -21,6 +21,7 @@ import avss_dist
 from avss_dist.errors import ConfigError, RunFailed
 from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.evaluate import evaluate
+from avss_dist.tasks.gradients import FROBENIUS, L1, L2, TAYLOR
 from avss_dist.warehouse.reader import Warehouse
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_workers")]
@@ -125,22 +126,33 @@ def test_tensor_parallel_gives_the_same_numbers(models: list[str], single: Path,
                 )
 
 
+def ask(model: str, out: Path, *, gradients: bool = True, **options: Any) -> None:
+    """Losses, leave one out, Shapley values and gradients."""
+    common = {**OPTIONS, "max_sequences": 10, **options, "warehouse": out}
+    evaluate([model], tasks=["perplexity:builtin:pydoc"], **common)
+    ablate(model, corpus="builtin:pydoc", shapley=1, gradients=gradients, **common)
+
+
+@pytest.fixture(scope="module")
+def single_asked(models: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process answers."""
+    out = tmp_path_factory.mktemp("asked")
+    ask(models[0], out, executor="local")
+    return out
+
+
 @pytest.mark.parametrize("partition", ["zero3", "tensor_parallel", "streaming"])
-def test_every_partition_evaluates(partition: str, models: list[str], tmp_path: Path) -> None:
-    """Losses, leave one out, Shapley values and, where there are some, gradients by workers: the rows of `single`."""
+def test_every_partition_evaluates(partition: str, models: list[str], single_asked: Path, tmp_path: Path) -> None:
+    """By workers: the rows of `single`; a tensor-parallel gang has no gradients."""
     ranks = {} if partition == "streaming" else {"ranks": 2}
     backward = partition != "tensor_parallel"
-    sizes = {**OPTIONS, "max_sequences": 10}
-    for name, options in {"one": {"executor": "local"}, "spread": {"partition": partition, **ranks}}.items():
-        common = {**sizes, **options, "executor": options.get("executor", "ray"), "warehouse": tmp_path / name}
-        evaluate([models[0]], tasks=["perplexity:builtin:pydoc"], **common)
-        ablate(models[0], corpus="builtin:pydoc", shapley=1, gradients=backward, **common)
+    ask(models[0], tmp_path, gradients=backward, executor="ray", partition=partition, **ranks)
     if backward:
-        assert_same_evaluations(tmp_path / "spread", tmp_path / "one")
+        assert_same_evaluations(tmp_path, single_asked)
         return
-    near, wanted = ({key(r): r["value"] for r in values(tmp_path / name)} for name in ("spread", "one"))
-    assert near.keys() == wanted.keys()
-    assert all(abs(near[k] - wanted[k]) <= 1e-4 * max(1.0, abs(wanted[k])) for k in wanted)
+    near, wanted = ({key(row): row["value"] for row in values(of)} for of in (tmp_path, single_asked))
+    assert {metric for _, metric, _, _ in wanted.keys() ^ near.keys()} == {TAYLOR, L1, L2, FROBENIUS}
+    assert all(abs(near[k] - wanted[k]) <= 1e-4 * max(1.0, abs(wanted[k])) for k in near)
 
 
 def values(warehouse: Path) -> list[dict[str, Any]]:

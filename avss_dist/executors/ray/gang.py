@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from avss_dist.errors import ConfigError
 from avss_dist.executors.base import ReplicaSpec
 from avss_dist.executors.ray.queue import shape
-from avss_dist.executors.ray.worker import Assignment, Worker
+from avss_dist.executors.ray.worker import RoundPart, Worker
 from avss_dist.partition.base import Placement
 
 
@@ -72,9 +72,10 @@ class Gang:
         """Open a model on every rank; one reference for each."""
         return [worker.open.remote(spec, rank, self.placed) for rank, worker in enumerate(self._workers)]
 
-    def measure(self, assignments: Sequence[Assignment]) -> list[Any]:
-        """Give each rank its part of a round; one reference for each."""
-        return [worker.measure.remote(part) for worker, part in zip(self._workers, assignments, strict=True)]
+    def measure(self, parts: Sequence[tuple[RoundPart, Sequence[Any]]]) -> list[Any]:
+        """Give each rank its part of a round, and its blocks of shards; one reference for each."""
+        both = zip(self._workers, parts, strict=True)
+        return [worker.measure_round.remote(part, *blocks) for worker, (part, blocks) in both]
 
     def stop(self, *, hangs: bool = False) -> None:
         """Stop every worker and give the resources back; those of a gang that hangs by a signal too."""

@@ -1,10 +1,10 @@
 """Which gang measures which units, and what becomes of gangs that come, leave, fail or hang.
 
-A gang has one round at a time: a unit for each of its ranks, or one for all where they share a batch. It gets the next
-when it is done, so a slow one never delays the rest; where its queue is empty, it opens the model of the next queue.
-Gangs that the cluster has no room for wait for a place while others work, which tells an autoscaler what is wanted;
-those on a node that is about to go finish their round. The pool keeps no statistics: what is lost with a gang is
-measured again.
+A gang has one round at a time: a unit for each of its ranks, or one for all where they share a batch; of short units,
+several, one after the other. It gets the next when it is done, so a slow one never delays the rest; where its queue is
+empty, it opens the model of the next queue. Gangs that the cluster has no room for wait for a place while others work,
+which tells an autoscaler what is wanted; those on a node that is about to go finish their round. The pool keeps no
+statistics: what is lost with a gang is measured again.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from avss_dist.executors.ray.watch import Watch
 from avss_dist.partition.base import Placement
 
 POLL_SECONDS = 2.0
+Awaited = dict[Any, Sequence[int]]  # units by the reference to their results
 SOON_SECONDS = 0.02  # to look again, while a gang is idle and the next queue is being planned
 
 
@@ -37,13 +38,13 @@ class _Round:
 
     Attributes:
         queue: whose model it opens or measures with; of one that waits for a place, the one that it was hired for.
-        awaited: references, each with the unit that it gives the result of.
+        awaited: references, each with the units that it gives the results of.
     """
 
     gang: Gang
     queue: UnitQueue[Any]
     units: Sequence[int]
-    awaited: dict[Any, int | None]
+    awaited: Awaited
     rows: int
     begun: float = field(default_factory=time.monotonic)
 
@@ -172,7 +173,7 @@ class Pool:
             ready += sum(r.gang in gangs and not r.units and (r.is_coming or r.queue is queue) for r in self._current())
             for _ in range(min(queue.pending_rounds - ready, self._replicas(placement) - len(gangs))):
                 gang = self._new_gang(placement)
-                self._begin(gang, queue, [], {gang.placed: None})
+                self._begin(gang, queue, [], {gang.placed: ()})
 
     def _dismiss(self) -> None:
         """Stop gangs that wait for a place and have no unit left to take, lest a node be brought for them."""
@@ -197,12 +198,12 @@ class Pool:
             gang.stop()
 
     def _speculate(self, gang: Gang) -> None:
-        """Let an idle gang measure the slowest unit too; whichever result comes first counts."""
+        """Let an idle gang measure the slowest units too; whichever result comes first counts."""
         now = time.monotonic()
         late = [r for r in self._current() if r.queue.shape == gang.shape and r.queue.is_late(r.units, now - r.begun)]
         if late:
             slowest = min(late, key=lambda r: r.begun)
-            slowest.queue.speculate(slowest.units[0])
+            slowest.queue.speculate(slowest.units)
             self._idle.remove(gang)
             self._dispatch(gang, slowest.queue)
 
@@ -211,14 +212,14 @@ class Pool:
         if gang.spec != queue.spec:
             self._open(gang, queue)
             return
-        units = queue.next_units()
-        references = gang.measure(queue.assignments(units))
+        units = queue.next_units(self._replicas(queue.spec.placement))
+        references = gang.measure(queue.parts(units))
         self._begin(gang, queue, units, dict(zip(references, queue.by_rank(units), strict=True)))
 
     def _open(self, gang: Gang, queue: UnitQueue[Any]) -> None:
-        self._begin(gang, queue, [], dict.fromkeys(gang.open(queue.spec)))
+        self._begin(gang, queue, [], dict.fromkeys(gang.open(queue.spec), ()))
 
-    def _begin(self, gang: Gang, queue: UnitQueue[Any], units: Sequence[int], awaited: dict[Any, int | None]) -> None:
+    def _begin(self, gang: Gang, queue: UnitQueue[Any], units: Sequence[int], awaited: Awaited) -> None:
         round_ = _Round(gang=gang, queue=queue, units=units, awaited=awaited, rows=queue.rows)
         self._rounds |= dict.fromkeys(awaited, round_)
 
@@ -257,12 +258,12 @@ class Pool:
             self._replace(round_, None if self._is_excused(round_) else str(error).splitlines()[0])
             return
         del self._rounds[reference]
-        unit = round_.awaited.pop(reference)
-        if unit is not None and result is not None:
-            self._record(queue, queue.finish(unit, result))
+        for unit, one in zip(round_.awaited.pop(reference), result or (), strict=False):
+            self._record(queue, queue.finish(unit, one))
         if not round_.awaited:
             if round_.units:
                 queue.note_duration(round_.units, time.monotonic() - round_.begun)
+                queue.put_back(round_.units, None)  # those of which no result has come
             elif reference != round_.gang.placed:
                 round_.gang.spec = queue.spec
                 queue.note_opened()

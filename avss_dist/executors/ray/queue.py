@@ -17,8 +17,8 @@ from typing import Any, Generic, TypeVar
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import AvssError, RunFailed
 from avss_dist.executors.base import ReplicaSpec, RunShards
-from avss_dist.executors.ray.patches import PatchSharer
-from avss_dist.executors.ray.worker import Assignment, CellAssignment, ShardAssignment
+from avss_dist.executors.ray.object_store import BLOCK_SHARDS, PatchSharer, ShardSharer
+from avss_dist.executors.ray.worker import CellAssignment, CellPart, RoundPart, ShardAssignment, ShardsPart
 from avss_dist.partition.base import Placement
 from avss_dist.registry import PARTITIONS
 from avss_dist.tasks.cells import Cell
@@ -26,6 +26,8 @@ from avss_dist.tasks.cells import Cell
 ATTEMPTS = 3  # at a unit, and, one after the other, at opening a model, before it has failed
 LATE_FACTOR = 2.0  # times the median of units of its kind, after which an idle gang may measure the same unit
 LATE_SECONDS = 2.0  # and at least this
+ROUND_SECONDS = 1.0  # of work that a round has where units are short: a call takes as long for one as for several
+ROUND_FRACTION = 16  # and at most this fraction of a gang's part of what is pending, so that all end together
 
 Unit = TypeVar("Unit", bound=Shard | Cell)
 
@@ -67,8 +69,8 @@ class UnitQueue(ABC, Generic[Unit]):
         """Units of one kind take about the same time."""
 
     @abstractmethod
-    def assignments(self, units: Sequence[int]) -> Sequence[Assignment]:
-        """What each rank does in a round of these units."""
+    def parts(self, units: Sequence[int]) -> Sequence[tuple[RoundPart, Sequence[Any]]]:
+        """What each rank does in a round of these units, and the blocks of shards that it needs for it."""
 
     @abstractmethod
     def _outcome(self, unit: int, result: Any) -> tuple[Any, Any]:
@@ -94,20 +96,32 @@ class UnitQueue(ABC, Generic[Unit]):
         """Rounds that no gang has begun."""
         return -(-len(self.pending) // self.units_a_round)
 
-    def next_units(self) -> list[int]:
-        """The units of one round."""
-        return [self.pending.popleft() for _ in range(min(self.units_a_round, len(self.pending)))]
+    def next_units(self, gangs: int = 1) -> list[int]:
+        """The units of one round.
 
-    def by_rank(self, units: Sequence[int]) -> list[int | None]:
-        """The unit of each rank in a round: one of its own or none, or the same for all."""
+        Args:
+            gangs: that share what is pending.
+        """
+        most = min(self._most_in_a_round(gangs), len(self.pending))
+        units = [self.pending.popleft() for _ in range(min(most, self.units_a_round))]
+        while len(units) < most and not self._again.intersection((units[0], self.pending[0])):
+            units.append(self.pending.popleft())
+        return units
+
+    def _most_in_a_round(self, gangs: int) -> int:
+        """How many units a round may have."""
+        return self.units_a_round
+
+    def by_rank(self, units: Sequence[int]) -> list[Sequence[int]]:
+        """The units of each rank in a round: one of its own or none, or the same for all."""
         ranks = self.spec.placement.ranks
         if self.units_a_round == 1:
-            return [*units] * ranks
-        return [*units, *[None] * (ranks - len(units))]
+            return [units] * ranks
+        return [units[rank : rank + 1] for rank in range(ranks)]
 
     def finish(self, unit: int, result: Any) -> list[tuple[Any, Any]]:
-        """The outcome of a unit's first result; of a later one, none."""
-        if unit not in self.unfinished:
+        """The outcome of a unit's first result; of a later one, and of a rank that reports none (None), none."""
+        if result is None or unit not in self.unfinished:
             return []
         if unit in self._again:
             self._remove([unit])
@@ -120,20 +134,27 @@ class UnitQueue(ABC, Generic[Unit]):
 
     def note_duration(self, units: Sequence[int], seconds: float) -> None:
         """Remember how long a round of these units took."""
+        if self.units_a_round == 1:
+            seconds /= len(units)
         insort(self._seconds.setdefault(self.kind(units[0]), []), seconds)
 
+    def usual_seconds(self, unit: int) -> float:
+        """How long units of this kind took, as their median; infinite where none is done."""
+        seconds = self._seconds.get(self.kind(unit)) or [math.inf]
+        return seconds[len(seconds) // 2]
+
     def is_late(self, units: Sequence[int], seconds: float) -> bool:
-        """Whether a round takes so much longer than others that its unit may be measured twice."""
-        if self.units_a_round > 1 or not units or not (others := self._seconds.get(self.kind(units[0]))):
+        """Whether a round takes so much longer than others that its units may be measured twice."""
+        if self.units_a_round > 1 or not units:
             return False
-        late = seconds > max(LATE_SECONDS, LATE_FACTOR * others[len(others) // 2])
+        late = seconds > max(LATE_SECONDS, LATE_FACTOR * len(units) * self.usual_seconds(units[0]))
         return late and units[0] in self.unfinished and units[0] not in self._speculated
 
-    def speculate(self, unit: int) -> None:
-        """Let a unit be taken a second time, while its first gang goes on."""
-        self._speculated.add(unit)
-        self._again.add(unit)
-        self.pending.appendleft(unit)
+    def speculate(self, units: Sequence[int]) -> None:
+        """Let units be taken a second time, while their first gang goes on."""
+        self._speculated.update(units)
+        self._again.update(units)
+        self.pending.extendleft(reversed(units))
 
     def put_back(self, units: Sequence[int], why: str | None, begun: float = math.inf) -> list[tuple[Any, AvssError]]:
         """Let units be taken again that a gang did not finish; none is a model that it did not open.
@@ -151,6 +172,8 @@ class UnitQueue(ABC, Generic[Unit]):
         self._again.update(unfinished)
         if why is None or (not units and begun < self._failed_to_open):
             return []
+        if len(units) > self.units_a_round:
+            return []  # which of them it was shows when each is measured alone
         failed: list[int | None] = [*unfinished] if units else [None]
         return [outcome for unit in failed for outcome in self._count_failure(unit, why)]
 
@@ -178,6 +201,7 @@ class ShardQueue(UnitQueue[Shard]):
     def __init__(self, run: RunShards) -> None:
         super().__init__(run.replica_spec, run.shards)
         self._run = run
+        self._shards = ShardSharer(run.shards)
 
     @property
     def is_active(self) -> bool:
@@ -194,20 +218,23 @@ class ShardQueue(UnitQueue[Shard]):
         """Shards of a run are of one size, but for the last."""
         return "shard"
 
-    def assignments(self, units: Sequence[int]) -> list[ShardAssignment]:
-        """A shard for each rank, or the same one for all; ranks that have none run along."""
-        forwards = max(-(-self.units[unit].num_sequences // self.rows) for unit in units)
-        shards = [None if unit is None else self.units[unit] for unit in self.by_rank(units)]
-        return [
-            ShardAssignment(
-                shard=shard,
-                rows=self.rows,
-                forwards=forwards,
-                run_id=self._run.run_id,
-                warehouse=self._run.warehouse,
-            )
-            for shard in shards
-        ]
+    def _most_in_a_round(self, gangs: int) -> int:
+        """Several short shards for a gang of one rank: the driver hears of them in one answer."""
+        if self.spec.placement.ranks > 1 or not self.pending:
+            return super()._most_in_a_round(gangs)
+        in_time = ROUND_SECONDS / max(self.usual_seconds(self.pending[0]), 1e-9)
+        return max(1, int(min(in_time, len(self.pending) / (ROUND_FRACTION * gangs), BLOCK_SHARDS)))
+
+    def parts(self, units: Sequence[int]) -> list[tuple[ShardsPart, Sequence[Any]]]:
+        """Shards for each rank, or the same one for all; ranks that have none run along."""
+        forwards = 0  # as many as a shard takes
+        if self.spec.placement.ranks > 1:
+            forwards = max(-(-self.units[unit].num_sequences // self.rows) for unit in units)
+        alike = ShardAssignment(
+            shard=None, rows=self.rows, forwards=forwards, run_id=self._run.run_id, warehouse=self._run.warehouse
+        )
+        shared = [self._shards.share(of_rank) for of_rank in self.by_rank(units)]
+        return [(ShardsPart(alike=alike, places=places), blocks) for places, blocks in shared]
 
     def _outcome(self, unit: int, result: Any) -> tuple[RunShards, Any]:
         return self._run, result
@@ -240,10 +267,11 @@ class CellQueue(UnitQueue[Cell]):
         """Parts of a task are of one size, but for the last."""
         return self.units[unit].task
 
-    def assignments(self, units: Sequence[int]) -> list[CellAssignment]:
+    def parts(self, units: Sequence[int]) -> list[tuple[CellPart, Sequence[Any]]]:
         """The same cell for every rank, with its patch where workers reach it."""
-        cells = {unit: self._sent(self.units[unit]) for unit in units}
-        return [CellAssignment(cell=cells[unit], rows=self.rows) for unit in self.by_rank(units) if unit is not None]
+        (unit,) = units
+        part = CellPart(CellAssignment(cell=self._sent(self.units[unit]), rows=self.rows))
+        return [(part, ())] * self.spec.placement.ranks
 
     def _sent(self, cell: Cell) -> Cell:
         return replace(cell, patch=self._patches.share(cell.patch)) if cell.patch else cell

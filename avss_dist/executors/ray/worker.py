@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ UnitResult = ShardResult | Receipt | CellResult
 
 
 class Assignment(Protocol):
-    """What one rank does in a round; pickled."""
+    """What one rank does for a unit."""
 
     def run(self, spec: ReplicaSpec, model: Replica, beat: Beat) -> UnitResult | None:
         """The result, or None where this rank reports none.
@@ -95,6 +96,45 @@ class CellAssignment:
         return result if model.language_model.reports else None
 
 
+class RoundPart(Protocol):
+    """What one rank does in a round; pickled."""
+
+    def assignments(self, blocks: Sequence[Sequence[Shard]]) -> Sequence[Assignment]:
+        """One after the other.
+
+        Args:
+            blocks: of shards, which Ray has brought to this node.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardsPart:
+    """Shards, named by their places.
+
+    Attributes:
+        alike: the assignment of each, without the shard.
+        places: the index of a block, and of a shard in it; none for a rank that runs along.
+    """
+
+    alike: ShardAssignment
+    places: Sequence[tuple[int, int]]
+
+    def assignments(self, blocks: Sequence[Sequence[Shard]]) -> list[ShardAssignment]:
+        """See `RoundPart`."""
+        return [replace(self.alike, shard=blocks[block][i]) for block, i in self.places] or [self.alike]
+
+
+@dataclass(frozen=True)
+class CellPart:
+    """One cell."""
+
+    assignment: CellAssignment
+
+    def assignments(self, blocks: Sequence[Sequence[Shard]]) -> list[CellAssignment]:
+        """See `RoundPart`."""
+        return [self.assignment]
+
+
 class Worker:
     """The actor: one rank of a replica. Opens a model once, and measures the units that it is given.
 
@@ -147,8 +187,23 @@ class Worker:
             self._spec = spec
         self._opening = False
 
+    def measure_round(self, part: RoundPart, *blocks: Sequence[Shard]) -> list[UnitResult | None]:
+        """Do this rank's part of a round: a result for each unit.
+
+        Where one fails, those before it are returned; the next round begins with it, and raises what it raises.
+        """
+        results: list[UnitResult | None] = []
+        for assignment in part.assignments(blocks):
+            try:
+                results.append(self.measure(assignment))
+            except Exception:
+                if not results:
+                    raise
+                break
+        return results
+
     def measure(self, assignment: Assignment) -> UnitResult | None:
-        """Do this rank's part of a round, with the model that is open."""
+        """Do this rank's part of one unit, with the model that is open."""
         assert self._spec is not None
         self._beat()
         return assignment.run(self._spec, self._model, self._beat)

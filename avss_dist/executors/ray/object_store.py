@@ -1,0 +1,89 @@
+"""Patches and shards on their way to workers: by Ray's object store, which brings each to a node once, for all of its
+workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from avss_dist.corpus.shards import Shard
+from avss_dist.tasks.cells import KeptPatch
+
+MOST_SHARED = 2  # patches, or blocks of shards, that are held at once: what needs the same one follows each other
+BLOCK_SHARDS = 16  # consecutive shards, as one object
+SENT_BYTES = 64_000  # of tokens that travel with a call; Ray itself puts what is over 100 KB into the object store
+
+
+@dataclass(frozen=True)
+class SharedPatch:
+    """See `tasks.cells.KeptPatch`: in the object store, as long as somebody refers to it."""
+
+    key: str
+    data: Any = field(compare=False, repr=False)
+
+    def read(self) -> bytes:
+        """See `tasks.cells.KeptPatch`; on the worker's node."""
+        found: bytes = ray.get(self.data)
+        return found
+
+
+class PatchSharer:
+    """Puts each patch into the object store once, while its cells follow each other.
+
+    Args:
+        put: stores bytes, and gives a reference to them.
+    """
+
+    def __init__(self, put: Callable[[bytes], Any] = ray.put) -> None:
+        self._put = put
+        self._shared: dict[str, SharedPatch] = {}
+
+    def share(self, patch: KeptPatch) -> SharedPatch:
+        """The same patch, for workers on any node."""
+        if patch.key not in self._shared:
+            self._shared[patch.key] = SharedPatch(patch.key, self._put(patch.read()))
+            for key in [*self._shared][:-MOST_SHARED]:
+                del self._shared[key]
+        return self._shared[patch.key]
+
+
+class ShardSharer:
+    """Puts blocks of consecutive shards into the object store, so that a call to a worker only names its shards.
+
+    Args:
+        put: stores a tuple of shards, and gives a reference to it.
+    """
+
+    def __init__(self, shards: Sequence[Shard], put: Callable[[tuple[Shard, ...]], Any] = ray.put) -> None:
+        self._shards, self._put = shards, put
+        self._blocks: dict[int, Any] = {}
+
+    def share(self, indices: Sequence[int]) -> tuple[list[tuple[int, int]], list[Any]]:
+        """The place of each shard, as the index of a block among the returned ones and its own in it; the blocks.
+
+        Small shards are a block of their own, which travels with the call: a driver whose raylet is lost then uses no
+        object store, with which Ray would end it.
+        """
+        shards = tuple(self._shards[index] for index in indices)
+        if sum(shard.input_ids.nbytes for shard in shards) <= SENT_BYTES:
+            return [(0, i) for i in range(len(shards))], [shards]
+        numbers = sorted({index // BLOCK_SHARDS for index in indices})
+        places = [(numbers.index(index // BLOCK_SHARDS), index % BLOCK_SHARDS) for index in indices]
+        return places, [self._block(number) for number in numbers]
+
+    def _block(self, number: int) -> Any:
+        """A reference, or the shards themselves where the object store has no room. Who uses it keeps it alive."""
+        if number not in self._blocks:
+            shards = tuple(self._shards[number * BLOCK_SHARDS : (number + 1) * BLOCK_SHARDS])
+            try:
+                self._blocks[number] = self._put(shards)
+            except RayError:
+                return shards
+            for old in [*self._blocks][:-MOST_SHARED]:
+                del self._blocks[old]
+        return self._blocks[number]
