@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from avss_dist.cli.choose import choose_runs, open_warehouse
+from avss_dist.cli.choose import choose_run, open_warehouse
 from avss_dist.cli.options import (
     FORMATS,
     PUBLISHED,
@@ -44,7 +44,7 @@ def contrast(
     from avss_dist.report.terminal.contrast import contrast_tables
 
     opened = open_warehouse(warehouse)
-    (row,) = choose_runs(opened, [run] if run else [])
+    row = choose_run(opened, run)
     found = contrast_run(
         opened,
         row,

@@ -20,7 +20,15 @@ from avss_dist.warehouse.reader import Warehouse
 PRINTED = {"format", "as_json", "_quiet", "_verbose", "_schema", "dry_run"}  # of what is printed
 OTHERWISE: dict[str, set[str]] = {
     "score": {"models", "label_field", "gradients"},  # score_all; a corpus FILE:prompt+answer:label; ablate
-    "plan": {"output", "protect", "sparsify", "method", "rule", "pattern"},  # Plan.write; first, last; sparsify
+    "plan": {
+        "output",
+        "protect",
+        "sparsify",
+        "method",
+        "rule",
+        "pattern",
+        "corrections",
+    },  # Plan.write; first, last; sparsify
     "shrink": {"protect"},  # first, last
     "findings": {"site", "recipe", "every"},  # a filter of the table
 }

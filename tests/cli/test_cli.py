@@ -338,7 +338,7 @@ def test_help_names_every_command() -> None:
 
 def test_a_run_is_named_by_a_part_that_only_it_has(scored: Path) -> None:
     run_id = run_ids(scored)["llama"]
-    result = avss("show", "-w", scored, "--run", "*")
+    result = avss("plan", "-w", scored, "--run", "*", "--by", "last", "-o", scored.parent / "plan.yaml")
     assert result.exit_code == 2 and "'*' matches 2 runs." in result.stderr
     for name in ("llama", run_id[-10:], "*llama*", run_id):
         result = avss("show", "-w", scored, "--run", name)
@@ -695,9 +695,9 @@ def test_stopping_says_that_the_work_is_kept(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("command", "reader", "lines"),
     [
-        ("query {} 'FROM layer_stats, range(300)' --format json", "head -1", 1),
-        ("query {} 'SELECT 1' --format csv", "true", 0),
-        ("findings {}", "true", 0),
+        ("query -w {} 'FROM layer_stats, range(300)' --format json", "head -1", 1),
+        ("query -w {} 'SELECT 1' --format csv", "true", 0),
+        ("findings -w {}", "true", 0),
     ],
 )
 def test_a_closed_pipe_is_no_error(scored: Path, command: str, reader: str, lines: int) -> None:

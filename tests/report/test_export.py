@@ -36,8 +36,10 @@ def exported(root: Path, kind: str, *args: object) -> str:
 
 @pytest.mark.parametrize("kind", ["csv", "json"])
 def test_data_is_the_scores_as_they_are(root: Path, kind: str) -> None:
-    text = exported(root, kind, "--run", "tiny-*", "--recipe", "element", "--threshold", "1e-3")
-    scores = Warehouse(root).scores(site="block", recipe="element", threshold=1e-3).to_pylist()
+    text = exported(root, kind, "--run", "tiny-*", "--recipe", "element", "--threshold", "1e-2")
+    scores = (
+        Warehouse(root).scores(site="block", recipe="element", threshold=0.01, threshold_kind="absolute").to_pylist()
+    )
     want = {(row["run_id"], row["layer"]): row for row in scores}
     assert len(want) == 16
     rows = [*csv.DictReader(io.StringIO(text))] if kind == "csv" else [json.loads(line) for line in text.splitlines()]
