@@ -97,7 +97,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callabl
 @pytest.fixture
 def benchmark_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """That of an estimate is short, and need not import everything first."""
-    from avss_dist.estimate import benchmark
+    from avss_dist.estimation import benchmark
 
     class Executor(ThreadPoolExecutor):
         def __init__(self, workers: int, *_: object, **__: object) -> None:

@@ -46,10 +46,10 @@ def test_every_method_at_every_level_is_compared_with_the_dense_model(tiny_llama
                 point.row["value"]
             }
     before = files(tmp_path / "w" / "cells")
-    shown = avss("experiment", path)
+    shown = avss("run", path)
     assert shown.exit_code == 0 and "uniform keeps 99% at a sparsity of" in shown.stdout
     assert files(tmp_path / "w" / "cells") == before
-    assert avss("report", tmp_path / "w", "-o", tmp_path / "r.html").exit_code == 0
+    assert avss("report", "-w", tmp_path / "w", "-o", tmp_path / "r.html").exit_code == 0
     page = (tmp_path / "r.html").read_text()
     assert page.count("wina keeps 99%") == 1 and "The plan that was made last: wina, 70% of the weights" in page
 
