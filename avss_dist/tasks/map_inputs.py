@@ -22,6 +22,7 @@ from avss_dist.system.context import bound
 from avss_dist.tasks.base import Row
 
 COUNTS = "counts:"  # before the path of a map
+PATTERNS = 2**16  # of 16 bits
 
 _SPARSE: ContextVar[torch.Tensor] = ContextVar("sparse")
 
@@ -69,20 +70,31 @@ class MapInputs:
 def _counting(maps: Sequence[Projection], counts: list[torch.Tensor]) -> Iterator[None]:
     """Inside, what linear maps read is counted, before hooks that change it."""
 
+    last: tuple[torch.Tensor, torch.Tensor] | None = None
+
     def count(number: int, axes: str, _module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        nonlocal last
         if is_counted():
-            values = x.detach()[over_tokens(_SPARSE.get(), x, axes)]
-            counts[number] = counts[number].to(x.device) + _upto_each(values)
+            if last is None or last[0] is not x:  # maps often read one tensor
+                last = x, count_upto(x.detach()[over_tokens(_SPARSE.get(), x, axes)].flatten())
+            counts[number] = counts[number].to(x.device) + last[1]
         return x
 
     with ExitStack() as stack:
         for number, one in enumerate(maps):
             stack.callback(changing(one, partial(count, number, one.axes), first=True).remove)
         yield
+        last = None
 
 
-def _upto_each(values: torch.Tensor) -> torch.Tensor:
-    """int64[edges]: how many values do not exceed each of `EDGES`."""
+def count_upto(values: torch.Tensor) -> torch.Tensor:
+    """int64[edges]: how many values do not exceed each of `EDGES`. Of 16 bits, each pattern is counted first."""
     edges = torch.from_numpy(EDGES).to(values.device, torch.float32)
-    at = torch.bucketize(values.float().flatten(), edges)
-    return torch.bincount(at, minlength=len(EDGES))[: len(EDGES)].cumsum(0)
+    if values.element_size() != 2 or len(values) < PATTERNS:
+        found = torch.bincount(torch.bucketize(values.float(), edges), minlength=len(EDGES) + 1)
+    else:
+        of_patterns = torch.bincount(values.view(torch.int16).int() + PATTERNS // 2, minlength=PATTERNS)
+        patterns = torch.arange(-PATTERNS // 2, PATTERNS // 2, device=values.device).to(torch.int16)
+        found = of_patterns.new_zeros(len(EDGES) + 1)
+        found.index_add_(0, torch.bucketize(patterns.view(values.dtype).float(), edges), of_patterns)
+    return found[: len(EDGES)].cumsum(0)

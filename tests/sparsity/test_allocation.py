@@ -26,6 +26,7 @@ from avss_dist.stats.power_law import hill_exponent, ks_exponent
 from avss_dist.stats.value_counts import EDGES, mode_of, share_within, size_of_share
 from avss_dist.tasks.block_search import GreedyBlock, Spectra
 from avss_dist.tasks.map_damage import MapDamage
+from avss_dist.tasks.map_inputs import count_upto
 from avss_dist.warehouse.reader import Warehouse
 
 TEXT = "builtin:pydoc"
@@ -69,6 +70,11 @@ def test_counts_at_edges_know_shares_sizes_and_where_values_are_densest() -> Non
         assert size == pytest.approx(exact, rel=0.02)
         assert share_within(counts, size, center) == pytest.approx(share, abs=1e-9)
     assert mode_of(counts) == pytest.approx(0.3, abs=0.03)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        cast = torch.from_numpy(np.append(values, [0.0, 1e6, np.nan, -np.inf])).to(dtype)
+        known = np.sort(cast.float().numpy()[~torch.isnan(cast).numpy()])
+        expected = np.searchsorted(known, EDGES.astype(np.float32), side="right")
+        assert count_upto(cast).tolist() == expected.tolist()
 
 
 def test_the_exponent_of_a_power_law_is_found() -> None:
