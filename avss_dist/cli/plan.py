@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -101,8 +101,9 @@ def plan(
     **options: Any,
 ) -> None:
     """Choose the layers to drop, and write them down with the reason and what speaks against it."""
-    if format in ("thresholds", "teal") and sparsify is None:
-        raise ConfigError(f"`format` {format} is of sparsity, and a plan of layers has none.", "Use plan or mergekit.")
+    sparse_fields = {"method": method, "rule": rule, "pattern": pattern, "corrections": corrections}
+    of_layers = {"by": by, "search": search, "share": share, "count": count, "mass": mass, "contiguous": contiguous}
+    _refuse_of_the_other(sparsify, format, of_layers, sparse_fields)
     opened = open_warehouse(warehouse)
     row = choose_run(opened, run)
     hints, others = [], opened.runs().num_rows - 1
@@ -110,8 +111,7 @@ def plan(
         hints.append(f"This is the newest of {others + 1} runs; --run names another.")
     common = {"warehouse": warehouse, "run": row["run_id"], "corpus": corpus, "skip_sequences": skip_sequences}
     if sparsify is not None:
-        fields = {"method": method, "rule": rule, "pattern": pattern, "corrections": corrections}
-        sparse = _sparsify(output, sparsify, format, common | fields | options)
+        sparse = _sparsify(output, sparsify, format, common | sparse_fields | options)
         if not as_json:
             from avss_dist.report.terminal.sparsity import thresholds_table
 
@@ -132,6 +132,19 @@ def plan(
     else:
         made.write(output)
     _tell(opened, output, made, hints, "" if made.evaluated else format, as_json)
+
+
+def _refuse_of_the_other(
+    sparsify: float | None, format: str, of_layers: Mapping[str, Any], of_sparsity: Mapping[str, Any]
+) -> None:
+    """Refuse options of plans of layers with `sparsify`, and options of sparsity plans without."""
+    defaults = {"method": SPARSITY_METHODS[0], "rule": SPARSITY_RULES[0]}
+    given, said = (of_sparsity, "without") if sparsify is None else (of_layers, "with")
+    for name, value in given.items():
+        if value and value != defaults.get(name):
+            raise ConfigError(f"`{name}` has no effect {said} `sparsify`.", "Leave it out.")
+    if format in ("thresholds", "teal") and sparsify is None:
+        raise ConfigError(f"`format` {format} is of sparsity, and a plan of layers has none.", "Use plan or mergekit.")
 
 
 def _choose(**how: Any) -> Plan:

@@ -29,7 +29,10 @@ _REQUIRED: dict[str, set[str]] = {
     "evaluations": {"task", "metric", "drop"},
     "cells": {"task", "metric", "drop", "part", "samples", "weights"},
     "experiments": {"method", "share", "task", "metric", "drop"},
-    "sparsity": {"sparsity_plan", "method", "layer", "map", "site", "outputs", "inputs", "by", "value", "sparsity"},
+    "sparsity": {
+        *("sparsity_plan", "method", "target", "rule", "layer", "map", "site"),
+        *("outputs", "inputs", "by", "value", "sparsity", "created_at"),
+    },
     "stratum_stats": {"stratum", "layer", "site", "count", "thresholds", "near_zero", "nonfinite_count"},
     "row_stats": {"row", "pair", "stratum", "layer", "site", "answer_tokens", "count", "near_zero"},
 }

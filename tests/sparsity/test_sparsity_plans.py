@@ -141,6 +141,8 @@ def test_what_cannot_be_planned_is_refused_with_the_reason(
         (["--sparsify", 0.5, "--method", "topp", "--pattern", "2:4"], "Use uniform or wina."),
         (["--sparsify", 0.5, "--format", "mergekit"], "sparsity drops none. Use plan, thresholds or teal."),
         (["--by", "last", "--format", "thresholds"], "a plan of layers has none."),
+        (["--by", "last", "--corrections", 2], "--corrections has no effect without --sparsify."),
+        (["--sparsify", 0.5, "--count", 1], "--count has no effect with --sparsify."),
         (
             ["--sparsify", 0.5, "--method", "wina", "--corrections", 1],
             "has no threshold that --corrections could correct.",

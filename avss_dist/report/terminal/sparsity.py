@@ -13,6 +13,7 @@ from avss_dist.analysis.verdict import shown_value
 from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.settings import LOSS
 from avss_dist.sparsity.plan import SparsityPlan
+from avss_dist.text import printable
 
 BAR = 20  # cells of a bar that keeps all
 
@@ -22,7 +23,7 @@ def curves_table(curves: Sequence[Curve]) -> RenderableType:
     parts: list[RenderableType] = []
     for task in dict.fromkeys(curve.task for curve in curves):
         mine = [curve for curve in curves if curve.task == task]
-        parts += [_table(task, mine), *(Text(curve.sentence) for curve in mine)]
+        parts += [_table(task, mine), *(Text(printable(curve.sentence)) for curve in mine)]
     return Group(*parts)
 
 
