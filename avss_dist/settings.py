@@ -207,6 +207,8 @@ class Settings:
     """Where in a layer to measure; inputs is those of its linear maps, which are off by default."""
     thresholds: Thresholds = THRESHOLDS
     """Near-zero thresholds, absolute; the published 1e-5 is always among them."""
+    experts: bool = False
+    """Measure routed experts too: their tokens, gates and outputs, for which their work is done twice."""
     layers: str | None = None
     """Module path of the layer list, if its structure does not show it."""
     attention: Annotated[str, OneOf(ATTENTIONS)] | None = None

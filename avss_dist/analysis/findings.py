@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from avss_dist.analysis.experts import expert_findings
 from avss_dist.analysis.stats_findings import (
     DOMINANT,
     STATS,
@@ -53,6 +54,8 @@ KINDS = (
     "tracks_depth",
     "first_token",
     "dominant_unit",
+    "idle_experts",
+    "dominant_expert",
     "unstable_ranking",
     "recipes_disagree",
 )
@@ -85,6 +88,7 @@ def findings(
     found = [{"run_id": name, **one} for name in names for one in _of_scores(scores(name), threshold)]
     for name, table in warehouse.stats_by_run(tracked(names, f"Findings of {len(names):,} runs"), STATS):
         found += [{"run_id": name, **one} for one in of_stats(read_stats(table), threshold)]
+    found += [{"run_id": name, **one} for name, one in expert_findings(warehouse, names)]
     found += _first_tokens(runs, scores)
     found += _unreadable(warehouse.damaged, run_ids)
     found.sort(key=_urgency)

@@ -17,7 +17,9 @@ from avss_dist.settings import DEFAULT_WAREHOUSE, Execution, Settings
 from avss_dist.system.streams import console
 
 EVALUATED = tuple(
-    name for name in Settings.__dataclass_fields__ if name not in ("skip_first_tokens", "sites", "thresholds")
+    name
+    for name in Settings.__dataclass_fields__
+    if name not in ("skip_first_tokens", "sites", "thresholds", "experts")
 )
 """Settings that matter where nothing is measured inside of layers."""
 

@@ -32,6 +32,8 @@ from avss_dist.system.streams import console, emit
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from avss_dist.warehouse.reader import Warehouse
+
 SHOW_FORMATS = (*FORMATS, "markdown", "latex")
 QUERY_FORMATS = (*FORMATS, "markdown", "parquet")
 LISTED = {
@@ -64,6 +66,7 @@ def show(
     threshold: ThresholdOption = PUBLISHED,
     output: FileOption = None,
     format: Annotated[str, format_option(*SHOW_FORMATS)] = FORMATS[0],
+    experts: Annotated[bool, typer.Option("--experts", help="Show routed experts instead.")] = False,
 ) -> None:
     """Show scores by layer, at any threshold; the lowest 25% are marked."""
     from avss_dist.report.export import export_text
@@ -71,6 +74,10 @@ def show(
 
     opened = open_warehouse(warehouse)
     runs = choose_runs(opened, run or [])
+    if experts:
+        with printed_to(output):
+            _show_experts(opened, runs, format)
+        return
     scores = choose_scores(opened, runs, site, recipe, threshold)
     with printed_to(output):
         if format == FORMATS[0]:
@@ -82,6 +89,20 @@ def show(
     others = opened.runs().num_rows - 1
     if others and not run and format == FORMATS[0]:
         emit(f"{others} more in {opened.root}: avss ls -w {opened.root}")
+
+
+def _show_experts(opened: Warehouse, runs: Sequence[Mapping[str, Any]], format: str) -> None:
+    """Print a table of each run's experts, or their rows."""
+    from avss_dist.analysis.experts import require_experts
+    from avss_dist.report.output import write_table
+    from avss_dist.report.terminal.experts import experts_table
+
+    found = [(row, require_experts(opened, row["run_id"])) for row in runs]
+    if format != FORMATS[0]:
+        write_table(opened.table("expert_stats", run_ids=[row["run_id"] for row in runs]), format, console())
+        return
+    for row, layers in found:
+        console().print(experts_table(row, layers))
 
 
 def _show(runs: Sequence[Mapping[str, Any]], scores: pa.Table) -> None:

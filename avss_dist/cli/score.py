@@ -27,7 +27,9 @@ from avss_dist.system.streams import console, emit, emit_json, say
 if TYPE_CHECKING:
     from avss_dist.runs.api import Run
 
-ESTIMATED = tuple(name for name in Settings.__dataclass_fields__ if name not in ("skip_first_tokens", "thresholds"))
+ESTIMATED = tuple(
+    name for name in Settings.__dataclass_fields__ if name not in ("skip_first_tokens", "thresholds", "experts")
+)
 
 
 @takes_settings(*Settings.__dataclass_fields__, *Execution.__dataclass_fields__)

@@ -57,7 +57,8 @@ class LocalExecutor:
                     yield from ((run, as_failure(error)) for run in same)
                     continue
                 try:
-                    with attached(replica.layers, spec.settings.sites) as hooks:
+                    of = spec.settings
+                    with attached(replica.layers, of.sites, experts=of.experts) as hooks:
                         for run in same:
                             strata = max((shard.num_strata for shard in run.shards), default=1)
                             at_once = shards_at_once(replica, spec, strata)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,44 +13,19 @@ from torch import nn
 
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.errors import ModelError
+from avss_dist.measure.experts import ExpertCounter, expert_hooks
 from avss_dist.measure.kernels.base import Accumulator, Kernels, Tensors, to_host, to_stats
 from avss_dist.measure.kernels.choose import kernels_for
+from avss_dist.measure.passes import PASSES, Entered, Pass
 from avss_dist.measure.rows import ObservedTokens, masks_by_stratum, row_tensors, to_row_stats
 from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
 from avss_dist.settings import INPUT_SITES
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, StratumKey
 from avss_dist.stats.merging import merge_strata
 from avss_dist.stats.rows import RowStats
-from avss_dist.system.devices import sent
 
 UNIT_SITES = ("block", "update", *INPUT_SITES)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass
-class _Entered:
-    """The layer that is running, and what went in."""
-
-    layer: Layer
-    hidden: torch.Tensor | None
-    version: int
-
-
-@dataclass
-class _Pass:
-    """A forward pass that is under way: whose it is, what counts in it, and where it is."""
-
-    observer: Observer
-    mask: torch.Tensor | None  # None: nothing counts
-    strata: dict[str, torch.Tensor]  # the masks of strata; of text that is not paired, the mask alone
-    pairing: Pairing | None
-    masks: dict[torch.device, dict[str, torch.Tensor]] = field(default_factory=dict)  # copies of them
-    tokens: dict[torch.device, ObservedTokens] = field(default_factory=dict)
-    calls: dict[nn.Module, int] = field(default_factory=dict)
-    entered: _Entered | None = None
-
-
-_passes: ContextVar[tuple[_Pass, ...]] = ContextVar("passes", default=())  # of this thread or greenlet
 
 
 class Hooks:
@@ -62,8 +35,8 @@ class Hooks:
     remove them after they end.
     """
 
-    def __init__(self, layers: Sequence[Layer], sites: Sequence[str]) -> None:
-        self.layers, self.sites = layers, sites
+    def __init__(self, layers: Sequence[Layer], sites: Sequence[str], *, experts: bool = False) -> None:
+        self.layers, self.sites, self._experts = layers, sites, experts
         self._handles: list[Any] = []
 
     def attach(self) -> None:
@@ -80,6 +53,8 @@ class Hooks:
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
                 else:
                     handles.append(module.register_forward_hook(self._reader_of_output(site)))
+        if self._experts:
+            handles += expert_hooks(self.layers, self._pass)
 
     def remove(self) -> None:
         """Leave no hook on the model."""
@@ -87,9 +62,9 @@ class Hooks:
             handle.remove()
         self._handles.clear()
 
-    def _pass(self) -> _Pass | None:
+    def _pass(self) -> Pass | None:
         """The pass that runs in this context, if it is one that these hooks serve."""
-        return next((now for now in reversed(_passes.get()) if now.observer.hooks is self), None)
+        return next((now for now in reversed(PASSES.get()) if now.observer.hooks is self), None)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if now := self._pass():
@@ -115,14 +90,15 @@ class Hooks:
 
 
 @contextmanager
-def attached(layers: Sequence[Layer], sites: Sequence[str]) -> Iterator[Hooks]:
+def attached(layers: Sequence[Layer], sites: Sequence[str], *, experts: bool = False) -> Iterator[Hooks]:
     """Hooks for any number of observers; whatever happens inside, no hook is left afterwards.
 
     Args:
         layers: of `layers.find_structure`.
         sites: which of ``settings.SITES`` to measure.
+        experts: measure routed experts too.
     """
-    hooks = Hooks(layers, sites)
+    hooks = Hooks(layers, sites, experts=experts)
     try:
         hooks.attach()
         yield hooks
@@ -143,7 +119,8 @@ class Observer:
         beat: Callable[[], None] | None = None,
     ) -> None:
         self.hooks = hooks
-        self._counts, self._passes, self._beat = counts, passes, beat
+        self.counts, self.experts = counts, ExpertCounter()
+        self._passes, self._beat = passes, beat
         self._thresholds = np.asarray(thresholds, np.float64)
         self._by_call = {(layer.module, layer.call): layer for layer in hooks.layers}
         self._accumulators: dict[StratumKey, Accumulator] = {}
@@ -165,11 +142,11 @@ class Observer:
         """
         mask = torch.from_numpy(np.ascontiguousarray(observed)) if observed.any() else None
         strata = {} if mask is None else masks_by_stratum(mask, pairing)
-        before = _passes.set((*_passes.get(), _Pass(self, mask, strata, pairing)))
+        before = PASSES.set((*PASSES.get(), Pass(self, mask, strata, pairing)))
         try:
             yield
         finally:
-            _passes.reset(before)
+            PASSES.reset(before)
 
     def result(self) -> dict[LayerKey, LayerStats]:
         """Everything counted so far, by (layer index, site). One transfer from each device."""
@@ -197,7 +174,7 @@ class Observer:
         for key, accumulator, tensors in zip(keys, accumulators, to_host(accumulators), strict=True):
             self._stats[key] = to_stats(tensors, accumulator.dtype, self._thresholds)
 
-    def enter(self, now: _Pass, module: nn.Module, hidden: torch.Tensor | None) -> None:
+    def enter(self, now: Pass, module: nn.Module, hidden: torch.Tensor | None) -> None:
         """A layer begins."""
         if self._beat:
             self._beat()
@@ -208,9 +185,9 @@ class Observer:
         layer = self._by_call.get((module, call))
         if layer is None:
             raise ModelError(f"A layer ran more often than when the model was opened ({call + 1} times in one pass).")
-        now.entered = _Entered(layer, hidden, hidden._version if hidden is not None else 0)
+        now.entered = Entered(layer, hidden, hidden._version if hidden is not None else 0)
 
-    def leave(self, now: _Pass, module: nn.Module, output: Any) -> None:
+    def leave(self, now: Pass, module: nn.Module, output: Any) -> None:
         """A layer ends."""
         entered, now.entered = now.entered, None
         if entered is None or entered.layer.module is not module:
@@ -220,7 +197,7 @@ class Observer:
         self._finish()
         self._count_pass(entered.layer)
 
-    def read(self, now: _Pass, site: str, module: nn.Module, tensor: torch.Tensor | None) -> None:
+    def read(self, now: Pass, site: str, module: nn.Module, tensor: torch.Tensor | None) -> None:
         """A module inside of a layer has run, or begins."""
         layer = now.entered.layer if now.entered else None
         tap = layer.taps.get(site) if layer else None
@@ -238,7 +215,7 @@ class Observer:
             if all(self._accumulators[key].is_on_host for key in keys):
                 self._conclude(keys)
 
-    def _add_block(self, now: _Pass, entered: _Entered, output: Any) -> None:
+    def _add_block(self, now: Pass, entered: Entered, output: Any) -> None:
         layer, before = entered.layer, entered.hidden
         after = first_tensor(output)
         if after is None:
@@ -254,7 +231,7 @@ class Observer:
         self._add(now, layer, "block", after, before)
         self._add_update(now, layer, after, before)
 
-    def _rows(self, now: _Pass, layer: Layer, axes: str, tensor: torch.Tensor) -> torch.Tensor:
+    def _rows(self, now: Pass, layer: Layer, axes: str, tensor: torch.Tensor) -> torch.Tensor:
         assert now.mask is not None
         rows, tokens = now.mask.shape
         x = as_rows(tensor.detach(), axes, rows, tokens)
@@ -268,12 +245,12 @@ class Observer:
             raise ModelError(f"Layer {layer.index} ({layer.name}) computes in {x.dtype}.", "Use `dtype` float32.")
         return x
 
-    def _add(self, now: _Pass, layer: Layer, site: str, x: torch.Tensor, before: torch.Tensor | None = None) -> None:
+    def _add(self, now: Pass, layer: Layer, site: str, x: torch.Tensor, before: torch.Tensor | None = None) -> None:
         for mask, into in self._accumulators_of(now, layer, site, x, geometry=before is not None):
             self._kernels_of(x.device).add(into, x, mask, before)
         self._add_rows(now, layer, site, x, before)
 
-    def _add_update(self, now: _Pass, layer: Layer, after: torch.Tensor, before: torch.Tensor) -> None:
+    def _add_update(self, now: Pass, layer: Layer, after: torch.Tensor, before: torch.Tensor) -> None:
         like = after.new_empty((0, 0, after.shape[2]), dtype=torch.promote_types(after.dtype, before.dtype))
         for mask, into in self._accumulators_of(now, layer, "update", like):
             self._kernels_of(after.device).add_update(into, after, before, mask)
@@ -281,9 +258,9 @@ class Observer:
             self._add_rows(now, layer, "update", after - before)
 
     def _add_rows(
-        self, now: _Pass, layer: Layer, site: str, x: torch.Tensor, before: torch.Tensor | None = None
+        self, now: Pass, layer: Layer, site: str, x: torch.Tensor, before: torch.Tensor | None = None
     ) -> None:
-        if now.mask is None or now.pairing is None or site not in self.hooks.sites or not self._counts:
+        if now.mask is None or now.pairing is None or site not in self.hooks.sites or not self.counts:
             return
         if x.device not in now.tokens:
             now.tokens[x.device] = ObservedTokens.of(now.mask, x.device)
@@ -291,12 +268,12 @@ class Observer:
         self._of_rows.setdefault((layer.index, site), []).append((now.pairing.rows, rows))
 
     def _accumulators_of(
-        self, now: _Pass, layer: Layer, site: str, like: torch.Tensor, *, geometry: bool = False
+        self, now: Pass, layer: Layer, site: str, like: torch.Tensor, *, geometry: bool = False
     ) -> Iterator[tuple[torch.Tensor, Accumulator]]:
         """Where a site of a layer is counted, if it is: of each stratum, its mask and accumulator."""
-        if site not in self.hooks.sites or not self._counts:
+        if site not in self.hooks.sites or not self.counts:
             return
-        for stratum, mask in _masks_on(now, like.device).items():
+        for stratum, mask in now.masks_on(like.device).items():
             key = (layer.index, site, stratum)
             if key not in self._accumulators:
                 units = site in self._unit_sites
@@ -311,12 +288,6 @@ class Observer:
     def _finish(self) -> None:
         for kernels in self._kernels.values():
             kernels.finish()
-
-
-def _masks_on(now: _Pass, device: torch.device) -> dict[str, torch.Tensor]:
-    if device not in now.masks:
-        now.masks[device] = {name: sent(mask.numpy(), device) for name, mask in now.strata.items()}
-    return now.masks[device]
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from avss_dist.system.cores import use_threads
 from avss_dist.system.devices import peak_device_memory, reset_peak_device_memory
 from avss_dist.system.memory import peak_memory
 from avss_dist.system.out_of_memory import halve_until_it_fits
+from avss_dist.text import describe_layers
 
 Beat = Callable[[], None]
 
@@ -60,8 +61,8 @@ def analyze_shard(
     if replica.device.type == "cuda":
         reset_peak_device_memory()
     rows = rows or settings.batch_size
-    kept = nullcontext(hooks) if hooks is not None else attached(replica.layers, settings.sites)
-    with kept as on_layers:
+    own = attached(replica.layers, settings.sites, experts=settings.experts)
+    with nullcontext(hooks) if hooks is not None else own as on_layers:
         observer, rows = halve_until_it_fits(
             lambda rows: _measure(replica, on_layers, list(shard.batches(rows)), forwards, settings, beat),
             rows,
@@ -85,6 +86,7 @@ def analyze_shard(
         peak_memory_bytes=_peak_memory_bytes(replica.device),
         strata=strata,
         rows=_answer_rows(shard, observer) if shard.pairing else None,
+        experts=observer.experts.result(),
     )
 
 
@@ -139,10 +141,20 @@ def _describe(replica: Replica, rows: int, settings: Settings) -> dict[str, Any]
     if inputs := [site for site in INPUT_SITES if site in settings.sites]:
         model["notes"] = [*model["notes"], *absent_sites(replica.layers, inputs)]
         model["projections"] = describe_projections(replica.layers)
+    if settings.experts and (without := _layers_without_experts(replica)):
+        model["notes"] = [*model["notes"], without]
     if rows < settings.batch_size:
         note = f"{settings.batch_size} rows did not fit in memory at once; some batches had {rows}"
         model["notes"] = [*model["notes"], note]
     return model
+
+
+def _layers_without_experts(replica: Replica) -> str | None:
+    """What a user should know of layers whose experts are not measured."""
+    without = [layer.index for layer in replica.layers if layer.experts is None]
+    if len(without) == len(replica.layers):
+        return "no layer has routed experts in one module, which is called with the experts and gates of each token"
+    return f"layers {describe_layers(without)} have no routed experts" if without else None
 
 
 def _device_name(device: torch.device) -> str:

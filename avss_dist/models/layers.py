@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from avss_dist.errors import ModelError, nearest
+from avss_dist.models.experts import Experts
 
 PROBE_SHAPE = (2, 12)  # rows and tokens differ, so that axes can be distinguished
 
@@ -59,6 +60,7 @@ class Layer:
     taps: Mapping[str, Tap]
     projections: tuple[Projection, ...] = ()
     gate: Projection | None = None
+    experts: Experts | None = None
 
     @property
     def maps(self) -> tuple[Projection, ...]:

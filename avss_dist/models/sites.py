@@ -14,6 +14,7 @@ from itertools import takewhile
 import torch
 from torch import nn
 
+from avss_dist.models.experts import Experts, find_experts
 from avss_dist.models.layers import PROBE_SHAPE, Projection, Tap, axes_of, count_parameters, is_linear
 from avss_dist.settings import EVERY_SITE
 
@@ -40,11 +41,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Inside:
-    """What is inside of a layer: its sites, the linear maps whose inputs are sites, and what gates its MLP."""
+    """What is inside of a layer: its sites, the linear maps whose inputs are sites, what gates its MLP, its experts."""
 
     taps: dict[str, Tap]
     projections: tuple[Projection, ...]
     gate: Projection | None
+    experts: Experts | None
 
 
 def look_inside(calls: Sequence[Call], layer_class: str) -> Inside:
@@ -68,7 +70,8 @@ def look_inside(calls: Sequence[Call], layer_class: str) -> Inside:
     for site, call in readers:
         taps.setdefault(site, _tap(call, "input"))
     projections = tuple(_projection(site, call) for site, call in readers)
-    return Inside({site: tap for site in EVERY_SITE if (tap := taps.get(site))}, projections, _gate(of_mlp, readers))
+    gate, experts = _gate(of_mlp, readers), find_experts(calls)
+    return Inside({site: tap for site in EVERY_SITE if (tap := taps.get(site))}, projections, gate, experts)
 
 
 def _readers_in_attention(attention: Call, inside: Sequence[Call]) -> list[tuple[str, Call]]:

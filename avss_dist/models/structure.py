@@ -104,7 +104,8 @@ def _structure(found: list[_Found], names: Mapping[nn.Module, str]) -> Structure
         call = uses.get(module, 0)
         uses[module] = call + 1
         name = names[module] if call == 0 else f"{names[module]}#{call}"
-        layers.append(Layer(index, name, module, call, axes, inside.taps, inside.projections, inside.gate))
+        inner = inside.projections, inside.gate, inside.experts
+        layers.append(Layer(index, name, module, call, axes, inside.taps, *inner))
     return Structure(tuple(layers), tuple(_notes(layers)))
 
 

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 
 from avss_dist.errors import ConfigError, WarehouseError
 from avss_dist.settings import EVERY_SITE, RECIPES, Settings
+from avss_dist.stats.experts import EXPERT_FIELDS
 from avss_dist.stats.histogram import HISTOGRAM_BINS
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS
 
 MOST_LAYERS = 100_000
+_OF_EXPERTS = {"layer", "layer_name", "depth", "expert", *EXPERT_FIELDS} - {"router_entropy_sum"}
 _REQUIRED: dict[str, set[str]] = {
     "runs": {"status", "model"},
     "scores": {"layer", "layer_name", "depth", "site", "recipe", "threshold", "threshold_kind"},
@@ -34,6 +36,8 @@ _REQUIRED: dict[str, set[str]] = {
         *("outputs", "inputs", "by", "value", "sparsity", "created_at"),
     },
     "stratum_stats": {"stratum", "layer", "site", "count", "thresholds", "near_zero", "nonfinite_count"},
+    "expert_stats": _OF_EXPERTS,
+    "shard_expert_stats": {"shard_id", *_OF_EXPERTS},
     "row_stats": {"row", "pair", "stratum", "layer", "site", "answer_tokens", "count", "near_zero"},
 }
 """Columns that are never null, by table."""
@@ -50,6 +54,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         ("num_tokens", "num_sequences", "sequence_length", "num_shards", "shard_id", "num_samples"), _COUNT
     ),
+    **dict.fromkeys(("expert", "routed_tokens", "output_count"), _COUNT),
     **dict.fromkeys(("row", "pair", "prompt_tokens", "answer_tokens"), _COUNT),
     **dict.fromkeys(("count", "near_zero", "zero_count", "nonfinite_count", "token_count"), _COUNT),
     **dict.fromkeys(("histogram_count", "unit_count", "sequence_count"), _COUNT),

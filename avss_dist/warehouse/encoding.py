@@ -30,7 +30,7 @@ _FIRST_WITH_CHECKSUM = 3  # schema
 _PREFIX = b"sha256:"
 _UNSIGNED = _PREFIX + b"0" * 64
 _STATE = [f.name for f in fields(LayerStats) if f.name != "histogram"]
-_OF_SHARD = [f.name for f in fields(ShardResult) if f.name not in ("stats", "strata", "rows")]
+_OF_SHARD = [f.name for f in fields(ShardResult) if f.name not in ("stats", "strata", "rows", "experts")]
 _STATS_TABLES = ("layer_stats", "shard_stats", "stratum_stats")
 
 

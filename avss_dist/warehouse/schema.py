@@ -12,6 +12,7 @@ from typing import Any, TypedDict, get_type_hints
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from avss_dist.stats.experts import EXPERT_COLUMNS
 from avss_dist.stats.layer_stats import Float32, Float64, Int64, LayerStats
 from avss_dist.stats.rows import ROW_FIELDS
 
@@ -116,6 +117,12 @@ _PLACE = (
     Column("site", STRING, "where in the layer: block, update, attention, mlp, neuron, query_input, ..."),
 )
 _STATS = _columns_of_stats()
+_SHARD = Column("shard_id", INT64, "index of the shard in the corpus")
+_EXPERT = (
+    *_PLACE[:3],
+    Column("expert", INT32, "index of the expert in its layer, from 0"),
+    *(Column(name, INT64 if count else FLOAT64, *said) for name, (count, *said) in EXPERT_COLUMNS.items()),
+)
 _STRATUM = Column("stratum", STRING, "of paired text, the label of the answers, and whether they follow another prompt")
 _OF_ROWS = {"count": INT64, "near_zero": INT64_LIST}  # what is no float
 _TASK = Column(
@@ -234,7 +241,7 @@ TABLES: dict[str, Table] = {
         (
             _RUN_ID,
             *_MODEL,
-            Column("shard_id", INT64, "index of the shard in the corpus"),
+            _SHARD,
             Column("content_hash", STRING, "hash of the shard's tokens"),
             *_PLACE,
             *_STATS,
@@ -343,6 +350,14 @@ TABLES: dict[str, Table] = {
             _PLACE[3],
             *(Column(name, _OF_ROWS.get(name, FLOAT64), meaning) for name, meaning in ROW_FIELDS.items()),
         ),
+    ),
+    "expert_stats": Table(
+        "one row for each layer and routed expert of a run, of every token or of none",
+        (_RUN_ID, *_MODEL, *_EXPERT),
+    ),
+    "shard_expert_stats": Table(
+        "the same for each shard",
+        (_RUN_ID, *_MODEL, _SHARD, *_EXPERT),
     ),
 }
 SCHEMAS: dict[str, pa.Schema] = {name: table.schema for name, table in TABLES.items()}

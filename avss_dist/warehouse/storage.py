@@ -34,6 +34,8 @@ _FILE_NAMES = {
     "sparsity": _ONE_FILE,
     "stratum_stats": "stratum_stats",
     "row_stats": r"shard-\d{5,}",
+    "expert_stats": "expert_stats",
+    "shard_expert_stats": r"shard-\d{5,}",
 }
 """The files of a run's folder, by table. Others do not count, such as copies that a synchronizing tool makes."""
 

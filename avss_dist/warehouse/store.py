@@ -20,7 +20,6 @@ from avss_dist.warehouse.checks import RUN_COLUMNS, checked_rows, damaged_runs
 from avss_dist.warehouse.encoding import (
     decode_shard,
     encode,
-    encode_rows,
     encode_shard,
     parse,
     refuse_newer,
@@ -29,6 +28,7 @@ from avss_dist.warehouse.encoding import (
     to_stats,
     to_strata,
 )
+from avss_dist.warehouse.experts import encode_beside
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, RunIdentity, Selection
 from avss_dist.warehouse.storage import Storage
 
@@ -73,9 +73,9 @@ class Store:
         self.storage.create()
 
     def write_shard(self, run: RunIdentity, result: ShardResult) -> None:
-        """Keep a shard's result, lossless to the last bit, to resume. Its rows go first: where it is, they are."""
-        if rows := result.rows:
-            self.storage.write(self._shard_path(run.run_id, result.shard_id, "row_stats"), encode_rows(run, rows))
+        """Keep a shard's result, lossless to the last bit, to resume. What is beside it goes first: it is there too."""
+        for table, data in encode_beside(run, result):
+            self.storage.write(self._shard_path(run.run_id, result.shard_id, table), data)
         self.storage.write(self._shard_path(run.run_id, result.shard_id), encode_shard(run, result).data)
 
     def read_shards(self, run_id: str, expected: Mapping[int, str]) -> list[ShardResult]:

@@ -76,6 +76,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--threshold": "1e-05",
         "--output": None,
         "--format": "table",
+        "--experts": False,
     },
     "plot": {
         "--warehouse": "warehouse",
@@ -268,7 +269,7 @@ for _command in ("score", "estimate", "ablate", "evaluate", "shrink", "plan"):
     for _field, _option in (("--layers", "--layers-path"), ("--attention", "--attn-implementation")):
         COMMANDS[_command][_option] = COMMANDS[_command].pop(_field)
     if _command != "score":
-        del COMMANDS[_command]["--skip-first-tokens"]
+        del COMMANDS[_command]["--skip-first-tokens"], COMMANDS[_command]["--experts"]
 for _options in COMMANDS.values():
     if _options.get("--format") in ("table", "text"):
         _options["--json"] = False

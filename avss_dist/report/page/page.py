@@ -25,6 +25,7 @@ from avss_dist.report.page.charts import page_charts
 from avss_dist.report.page.contrasts import contrasts
 from avss_dist.report.page.data import page_data
 from avss_dist.report.page.experiments import experiments
+from avss_dist.report.page.experts import expert_charts
 from avss_dist.report.page.sparsity import sparse_sections
 from avss_dist.text import basename, printable
 
@@ -91,6 +92,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
         experiments=trials,
         sparse=sparse,
         contrasts=list(contrasts(warehouse, drawn, of_run)),
+        experts=expert_charts(warehouse, of_run),
         overview=_overview(_with_unreadable(rows, warehouse.damaged, run_ids), of_run),
         labels=labels,
         not_drawn=len(done) - len(drawn),

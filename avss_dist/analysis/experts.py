@@ -1,0 +1,115 @@
+"""What a router makes of the experts of each layer: which are idle, which carry it, how evenly tokens are spread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from avss_dist.analysis.stats_findings import DOMINANT, Row, finding, layers_in_words
+from avss_dist.errors import QueryError
+from avss_dist.stats.experts import ExpertStats, Float64
+from avss_dist.warehouse.experts import MERGED, to_experts
+from avss_dist.warehouse.reader import Warehouse
+
+MOST_NAMED = 4  # layers of which a finding names the experts
+
+
+@dataclass(frozen=True, eq=False)
+class LayerExperts:
+    """The experts of one layer.
+
+    Attributes:
+        load: float64[experts], the share of the routed tokens that each got.
+        saliency: float64[experts], the mean of gate * |output| over them (REAP); 0 of an idle expert.
+        carried: float64[experts], the share of the sum of gate * |output| that each gives.
+        balance: entropy of ``load`` over that of equal shares: 1 is even, 0 is one expert.
+        router_entropy: mean entropy of the router's probabilities, over that of equal ones; NaN where not measured.
+    """
+
+    layer: int
+    load: Float64
+    saliency: Float64
+    carried: Float64
+    balance: float
+    router_entropy: float
+
+    @property
+    def idle(self) -> list[int]:
+        """Experts that no token reached."""
+        return [int(expert) for expert in np.flatnonzero(self.load == 0)]
+
+
+def layer_experts(warehouse: Warehouse, run_id: str) -> list[LayerExperts]:
+    """By layer, from ``expert_stats``; none where the run has no experts, or they were not measured."""
+    return [_of_layer(layer, stats) for layer, stats in to_experts(_rows(warehouse, [run_id])).items()]
+
+
+def require_experts(warehouse: Warehouse, run_id: str) -> list[LayerExperts]:
+    """As `layer_experts`.
+
+    Raises:
+        QueryError: there are none.
+    """
+    if not (found := layer_experts(warehouse, run_id)):
+        raise QueryError(
+            f"Run '{run_id}' has no statistics of routed experts.",
+            "Score a mixture of experts with avss score --experts.",
+        )
+    return found
+
+
+def _rows(warehouse: Warehouse, run_ids: Sequence[str]) -> pa.Table:
+    return warehouse.table(MERGED, run_ids=run_ids)
+
+
+def _of_layer(layer: int, stats: ExpertStats) -> LayerExperts:
+    even = np.log(max(len(stats.routed_tokens), 2))
+    load = _shares(stats.routed_tokens.astype(np.float64))
+    seen = load[load > 0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        saliency = np.where(stats.routed_tokens > 0, stats.gated_norm_sum / stats.routed_tokens, 0.0)
+        entropy = float(stats.router_entropy_sum[0] / stats.token_count[0]) / even
+    balance = float(-(seen * np.log(seen)).sum() / even)
+    return LayerExperts(layer, load, saliency, _shares(stats.gated_norm_sum), balance, entropy)
+
+
+def _shares(values: Float64) -> Float64:
+    total = values.sum()
+    return values / total if total > 0 else np.zeros_like(values)
+
+
+def expert_findings(warehouse: Warehouse, run_ids: Sequence[str]) -> Iterator[tuple[str, Row]]:
+    """Findings of runs whose experts were measured, each with its run."""
+    rows = _rows(warehouse, run_ids)
+    for run_id in dict.fromkeys(rows["run_id"].to_pylist()):
+        layers = layer_experts(warehouse, run_id)
+        yield from ((run_id, one) for one in (*_idle(layers), *_carrying(layers)))
+
+
+def _idle(layers: Sequence[LayerExperts]) -> Iterator[Row]:
+    if not (found := [one for one in layers if one.idle]):
+        return
+    idle, number = sum(len(one.idle) for one in layers), sum(len(one.load) for one in layers)
+    named = "; ".join(f"layer {one.layer}: {', '.join(map(str, one.idle[:8]))}" for one in found[:MOST_NAMED])
+    more = "; ..." if len(found) > MOST_NAMED else ""
+    message = (
+        f"{idle} of {number} experts got no token of this text, in {layers_in_words([o.layer for o in found])} "
+        f"({named}{more}): nothing is known of them but that."
+    )
+    yield finding("idle_experts", "warning" if idle > number / 4 else "note", idle / number, message)
+
+
+def _carrying(layers: Sequence[LayerExperts]) -> Iterator[Row]:
+    found = [one for one in layers if len(one.carried) > 1 and one.carried.max() > DOMINANT]
+    if not found:
+        return
+    most = max(found, key=lambda one: float(one.carried.max()))
+    share = float(most.carried.max())
+    message = (
+        f"One expert gives more than half of what all experts add, in {layers_in_words([o.layer for o in found])} "
+        f"(expert {int(most.carried.argmax())} gives {share:.0%} in layer {most.layer})."
+    )
+    yield finding("dominant_expert", "warning" if len(found) > len(layers) / 2 else "note", share, message)

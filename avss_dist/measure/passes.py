@@ -1,0 +1,67 @@
+"""A forward pass that is under way: whose it is, what counts in it, and where it is."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from avss_dist.corpus.pairs import Pairing
+from avss_dist.measure.rows import ObservedTokens
+from avss_dist.models.layers import Layer
+from avss_dist.settings import AFTER_ANOTHER
+from avss_dist.system.devices import sent
+
+if TYPE_CHECKING:
+    from avss_dist.measure.hooks import Observer
+
+
+@dataclass
+class Entered:
+    """The layer that is running, and what went in."""
+
+    layer: Layer
+    hidden: torch.Tensor | None
+    version: int
+
+
+@dataclass
+class Pass:
+    """See the module.
+
+    Attributes:
+        mask: bool[rows, tokens], what counts; None where nothing does.
+        strata: the masks of strata; of text that is not paired, the mask alone.
+        masks, tokens: copies of them by device.
+        calls: how often each layer's module has run.
+    """
+
+    observer: Observer
+    mask: torch.Tensor | None
+    strata: dict[str, torch.Tensor]
+    pairing: Pairing | None
+    masks: dict[torch.device, dict[str, torch.Tensor]] = field(default_factory=dict)
+    tokens: dict[torch.device, ObservedTokens] = field(default_factory=dict)
+    calls: dict[nn.Module, int] = field(default_factory=dict)
+    entered: Entered | None = None
+
+    def masks_on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The masks of strata on a device."""
+        if device not in self.masks:
+            self.masks[device] = {name: sent(mask.numpy(), device) for name, mask in self.strata.items()}
+        return self.masks[device]
+
+    @property
+    def own_answers(self) -> torch.Tensor | None:
+        """The mask without answers of paired text that follow another prompt than their own."""
+        if self.mask is None or self.pairing is None:
+            return self.mask
+        own = [not label.endswith(AFTER_ANOTHER) for label in self.pairing.strata]
+        return self.mask & torch.tensor(own)[:, None]
+
+
+PASSES: ContextVar[tuple[Pass, ...]] = ContextVar("passes", default=())
+"""Those of this thread or greenlet, the innermost last."""

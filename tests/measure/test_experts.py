@@ -1,0 +1,175 @@
+"""Routed experts: every sum against numpy over what routers gave, of families that spell them differently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from support.checkpoints import VOCABULARY
+from support.command_line import avss
+from support.families import tiny_batch, tiny_model
+
+from avss_dist.analysis.findings import findings
+from avss_dist.measure.hooks import Observer, attached
+from avss_dist.models.loading import Backbone, forward_function, open_module
+from avss_dist.settings import THRESHOLDS
+from avss_dist.stats.experts import EXPERT_FIELDS, ExpertStats, merge_experts
+from avss_dist.warehouse.experts import to_experts
+from avss_dist.warehouse.reader import Warehouse
+
+FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe")
+MASK = np.ones((2, 12), bool)
+MASK[1, 7:] = False  # padding
+
+
+def observed(backbone: Backbone, ids: torch.Tensor, mask: np.ndarray) -> dict[int, ExpertStats]:
+    run = forward_function(backbone.module)
+    with attached(backbone.structure.layers, ("block",), experts=True) as hooks, torch.no_grad():
+        observer = Observer(hooks, THRESHOLDS)
+        with observer.batch(mask):
+            run(ids, None)
+    return observer.experts.result()
+
+
+def captured(backbone: Backbone, ids: torch.Tensor) -> dict[int, tuple[Any, ...]]:
+    """By layer, what its router returned, and what its experts read."""
+    found: dict[int, list[Any]] = {}
+    handles = []
+    for layer in backbone.structure.layers:
+        if experts := layer.experts:
+            kept = found.setdefault(layer.index, [None, None])
+
+            def router(_module: Any, _args: Any, output: Any, kept: list[Any] = kept) -> None:
+                kept[0] = [t.clone() for t in output]
+
+            def read(_module: Any, args: Any, _output: Any, kept: list[Any] = kept) -> None:
+                kept[1] = args[0].clone()
+
+            assert experts.router is not None
+            handles += [experts.router.register_forward_hook(router), experts.module.register_forward_hook(read)]
+    with torch.no_grad():
+        before = forward_function(backbone.module)(ids, None)
+    for handle in handles:
+        handle.remove()
+    assert before is not None
+    return {layer: tuple(kept) for layer, kept in found.items()}
+
+
+def recount(module: Any, number: int, router: Any, hidden: torch.Tensor, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """Every field, token by token, in numpy; an expert runs on one token at a time."""
+    logits, gates, index = (t.reshape(hidden.shape[0], -1).double().numpy() for t in router)
+    found = {name: np.zeros(number) for name in EXPERT_FIELDS}
+    for token in np.flatnonzero(mask.reshape(-1)):
+        exponents = np.exp(logits[token] - logits[token].max())
+        shares = exponents / exponents.sum()
+        found["router_entropy_sum"] += -(shares * np.log(shares)).sum()
+        found["token_count"] += 1
+        for gate, expert in zip(gates[token], index[token].astype(int), strict=True):
+            one = torch.tensor([[expert]])
+            with torch.no_grad():
+                x = module(hidden[token : token + 1], one, torch.ones(1, 1)).double().numpy()
+            found["routed_tokens"][expert] += 1
+            found["gate_sum"][expert] += gate
+            found["gated_norm_sum"][expert] += gate * np.linalg.norm(x)
+            found["output_count"][expert] += x.size
+            found["output_sum"][expert] += x.sum()
+            found["output_sum_sq"][expert] += (x**2).sum()
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counts_are_those_of_what_the_router_gave(family: str) -> None:
+    backbone = open_module(tiny_model("causal", family))
+    ids = tiny_batch()
+    seen = captured(backbone, ids)
+    stats = observed(backbone, ids, MASK)
+    assert list(stats) == list(seen) and stats
+    for layer, (router, hidden) in seen.items():
+        experts = backbone.structure.layers[layer].experts
+        assert experts is not None
+        expected = recount(experts.module, experts.number, router, hidden, MASK)
+        for name in ("routed_tokens", "token_count", "output_count"):
+            assert getattr(stats[layer], name).tolist() == expected[name].astype(int).tolist(), (family, layer, name)
+        for name in EXPERT_FIELDS:
+            assert_allclose(getattr(stats[layer], name), expected[name], rtol=1e-4, atol=1e-7)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in backbone.module.modules())
+
+
+def test_rows_merge_and_a_router_that_gives_probabilities_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("causal", "mixtral")
+    backbone = open_module(model)
+    ids = tiny_batch()
+    rows = [observed(backbone, ids[i : i + 1], MASK[i : i + 1]) for i in range(2)]
+    whole, merged = observed(backbone, ids, MASK), merge_experts(rows)
+    for layer, stats in whole.items():
+        assert stats.routed_tokens.tolist() == merged[layer].routed_tokens.tolist()
+        for name in EXPERT_FIELDS:
+            assert_allclose(getattr(merged[layer], name), getattr(stats, name), rtol=1e-4, atol=1e-7)
+    for layer in backbone.structure.layers:
+        assert layer.experts and layer.experts.router and not layer.experts.normalized
+        router = layer.experts.router
+        given = router.forward
+        monkeypatch.setattr(router, "forward", lambda x, given=given: _with_probabilities(given(x)))
+    again = open_module(model)
+    assert all(layer.experts and layer.experts.normalized for layer in again.structure.layers)
+    for layer, stats in observed(again, ids, MASK).items():
+        assert_allclose(stats.router_entropy_sum, whole[layer].router_entropy_sum, rtol=1e-4, atol=1e-7)
+
+
+def _with_probabilities(output: Any) -> Any:
+    return output[0].softmax(dim=-1), *output[1:]
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[Any, Path], Path]) -> Iterator[Path]:
+    """A mixture of experts of which one is never chosen, scored in two shards."""
+    root = tmp_path_factory.mktemp("experts")
+    model = tiny_model("causal", "deepseek_v3")
+    model.resize_token_embeddings(VOCABULARY)
+    for layer in model.model.layers[1:]:
+        layer.mlp.gate.e_score_correction_bias[0] = -100.0
+    folder = save_checkpoint(model, root / "model")
+    small = ("--sequence-length", "32", "--max-sequences", "4", "--sequences-per-shard", "2", "--executor", "local")
+    done = avss("score", folder, "--corpus", "builtin:pydoc", "--out", root / "warehouse", "--experts", *small)
+    assert done.exit_code == 0, done.stderr
+    yield root / "warehouse"
+
+
+def test_the_warehouse_has_a_row_for_each_expert_and_the_sums_of_its_shards(scored: Path) -> None:
+    warehouse = Warehouse(str(scored))
+    (run,) = warehouse.runs().to_pylist()
+    merged = to_experts(warehouse.table("expert_stats"))
+    shards = warehouse.table("shard_expert_stats").to_pylist()
+    assert {row["shard_id"] for row in shards} == {0, 1}
+    for layer, stats in merged.items():
+        assert len(stats.routed_tokens) == 4
+        assert stats.routed_tokens.sum() == 2 * run["num_tokens"] == 2 * stats.token_count[0]
+        for expert, tokens in enumerate(stats.routed_tokens.tolist()):
+            assert (tokens == 0) == (expert == 0)
+            mine = [r for r in shards if (r["layer"], r["expert"]) == (layer, expert)]
+            assert tokens == sum(r["routed_tokens"] for r in mine)
+
+
+def test_experts_are_shown_found_and_drawn(scored: Path, tmp_path: Path) -> None:
+    shown = avss("show", scored, "--experts")
+    assert shown.exit_code == 0 and "least salient" in shown.stdout, shown.stderr
+    kinds = {row["kind"]: row["message"] for row in findings(Warehouse(str(scored))).to_pylist()}
+    assert "2 of 8 experts got no token of this text, in layers 1-2 (layer 1: 0; layer 2: 0)" in kinds["idle_experts"]
+    page = tmp_path / "report.html"
+    assert avss("report", scored, "-o", page).exit_code == 0
+    assert "Routed experts" in page.read_text() and "2 of 8 experts got no token" in page.read_text()
+
+
+def test_a_run_without_experts_says_how_to_get_them(tiny_llama: Path, tmp_path: Path) -> None:
+    small = ("--sequence-length", "32", "--max-sequences", "2", "--executor", "local")
+    out = tmp_path / "warehouse"
+    assert avss("score", tiny_llama, "--corpus", "builtin:pydoc", "--out", out, "--experts", *small).exit_code == 0
+    (run,) = Warehouse(str(out)).runs().to_pylist()
+    assert any("no layer has routed experts" in note for note in run["notes"])
+    refused = avss("show", out, "--experts")
+    assert refused.exit_code == 2 and "has no statistics of routed experts" in refused.stderr
