@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from avss_dist.corpus.shards import Batch
-from avss_dist.errors import ModelError
+from avss_dist.errors import ModelError, first_line
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.head import Head, find_head
 from avss_dist.models.labels import LOGIT_BYTES, draw_labels, loss_gradient, pieces, uniform_numbers, widened
@@ -86,8 +86,12 @@ class LanguageModel:
             raise _no_head(checkpoint, self.module)
         self.layers: tuple[Layer, ...] = backbone.structure.layers
         self.family = backbone.family
-        with quiet(), torch.no_grad(), recording(self.layers) as recorded:
-            self.head: Head = find_head(self.module, self.layers, device)
+        try:
+            with quiet(), torch.no_grad(), recording(self.layers) as recorded:
+                self.head: Head = find_head(self.module, self.layers, device)
+        except (TypeError, ValueError, AttributeError) as error:  # of the model's own code
+            name = type(self.module).__name__
+            raise ModelError(f"{name} predicts nothing of token ids alone: {first_line(error)}") from error
         self.forms = recorded.forms
 
     @property
@@ -319,12 +323,7 @@ def _entropy(logits: torch.Tensor, _labels: torch.Tensor) -> torch.Tensor:
 
 
 def _no_head(checkpoint: Checkpoint, module: Any) -> ModelError:
-    name, config = type(module).__name__, module.config
-    if config.get_text_config() is not config:
-        return ModelError(
-            f"'{checkpoint.name}' ({name}) is multimodal: only models of text alone can be evaluated.",
-            "Save its language model, head and all, as a checkpoint of its own, and evaluate that.",
-        )
+    name = type(module).__name__
     return ModelError(
         f"'{checkpoint.name}' ({name}) has no head that predicts the next token.", "Evaluate a causal language model."
     )

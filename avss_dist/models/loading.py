@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from avss_dist.errors import ModelError, first_line
+from avss_dist.models.auto import auto_class
 from avss_dist.models.checkpoints import Checkpoint, read_config
 from avss_dist.models.complete import require_complete, require_layers
 from avss_dist.models.layers import Structure, count_parameters
@@ -34,7 +34,6 @@ _REFUSALS: tuple[type[Exception], ...] = (  # what libraries raise over a bad ch
     *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, IndexError),
     *(ArithmeticError, AssertionError, struct.error, SafetensorError, StrictDataclassError),
 )
-_CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|DoubleHeadsModel)$")
 
 
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
@@ -166,7 +165,7 @@ def load_model(checkpoint: Checkpoint, settings: Settings, *, head: bool = False
             options |= {"use_safetensors": True, "config": quantized}
         else:
             options |= {"quantization_config": unpacked_gguf()}
-        model, report = _auto_class(config).from_pretrained(
+        model, report = auto_class(config).from_pretrained(
             checkpoint.folder, **checkpoint.gguf, **options, **placing, output_loading_info=True
         )
     require_complete(checkpoint, model, without_head(model), report, settings.layers, head=head)
@@ -236,27 +235,11 @@ def build(config: Any, settings: Settings, dtype: torch.dtype, device: torch.dev
     options: dict[str, Any] = {"attn_implementation": settings.attention} if settings.attention else {}
     with quiet(), device:
         try:
-            return _auto_class(config).from_config(
+            return auto_class(config).from_config(
                 config, dtype=dtype, trust_remote_code=settings.trust_remote_code, **options
             )
         except _REFUSALS as error:
             raise ModelError(f"A {config.model_type} model cannot be built: {_first_line(error)}") from error
-
-
-def _auto_class(config: Any) -> Any:
-    from transformers import AutoModel, AutoModelForCausalLM
-
-    return AutoModelForCausalLM if is_causal(config) else AutoModel
-
-
-def is_causal(config: Any) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
-
-    architectures = getattr(config, "architectures", None) or []
-    if architectures:
-        return any(_CAUSAL.search(name) for name in architectures)
-    return config.model_type in CAUSAL and config.model_type not in MASKED
 
 
 def open_module(model: Any, *, layers: str | None = None, device: torch.device | None = None) -> Backbone:

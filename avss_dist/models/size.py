@@ -177,12 +177,20 @@ def token_embeddings(model: Any) -> nn.Module | None:
 def _number(config: Any, *names: str) -> int:
     """The first of the attributes that the configuration has as a number; of one for each layer the largest."""
     for name in names:
-        value = getattr(config, name, None)
+        value = _attribute(config, name)
         if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value):
             value = max(value)
         if isinstance(value, int) and value:
             return value
     return 0
+
+
+def _attribute(config: Any, name: str) -> Any:
+    """An attribute of a configuration; of one that says it layer by layer, a list."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' own, where layers differ
+        return [getattr(of_layer, name, None) for of_layer in config.per_layer_config]
 
 
 def _attention_width(config: Any) -> int:

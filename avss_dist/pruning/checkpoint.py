@@ -186,17 +186,32 @@ def _refuse(text: Any, plan: Plan) -> None:
 
 def _settings_by_layer(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """The settings by layer of a configuration, for the layers that stay."""
-    place = {layer: i for i, layer in enumerate(plan.keep)}
     shortened: dict[str, Any] = {}
     for name, value in config.items():
-        if isinstance(value, list) and not _NO_LAYERS.search(name):
-            if len(value) == plan.num_layers:
-                shortened[name] = [value[layer] for layer in plan.keep]
-            elif _INDICES.search(name) and _are_layers(value, plan.num_layers):
-                shortened[name] = [place[v] for v in value if v in place]
-        elif name in COUNTS and isinstance(value, int):
+        if name in COUNTS and isinstance(value, int):
             shortened[name] = sum(layer < value for layer in plan.keep)
-    return shortened
+        elif isinstance(value, list) and not _NO_LAYERS.search(name):
+            shortened[name] = _shortened_list(name, value, plan)
+        elif isinstance(value, Mapping):
+            shortened[name] = _shortened_mapping(value, plan)
+    return {name: value for name, value in shortened.items() if value is not None}
+
+
+def _shortened_list(name: str, value: list[Any], plan: Plan) -> list[Any] | None:
+    """A list by layer, or of layers' indices, for the layers that stay; None of another."""
+    if len(value) == plan.num_layers:
+        return [value[layer] for layer in plan.keep]
+    if _INDICES.search(name) and _are_layers(value, plan.num_layers):
+        return [plan.keep.index(layer) for layer in value if layer in plan.keep]
+    return None
+
+
+def _shortened_mapping(value: Mapping[Any, Any], plan: Plan) -> dict[str, Any] | None:
+    """What is said of layers by their indices, for the layers that stay; None of another mapping."""
+    of = {str(layer): i for i, layer in enumerate(plan.keep)}
+    if not value or not {str(key) for key in value} <= {str(layer) for layer in range(plan.num_layers)}:
+        return None
+    return {str(of[str(key)]): settings for key, settings in value.items() if str(key) in of}
 
 
 def _are_layers(values: list[Any], num_layers: int) -> bool:

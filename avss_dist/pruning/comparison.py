@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from avss_dist.errors import ModelError
+from avss_dist.models.auto import has_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.layers import first_tensor
-from avss_dist.models.loading import forward_function, is_causal, load_model, open_module, text_config
+from avss_dist.models.loading import forward_function, load_model, open_module, text_config
 from avss_dist.models.patching import Patch, patched
 from avss_dist.models.size import footprint
 from avss_dist.models.skipping import skipping
@@ -51,7 +52,7 @@ def largest_difference(
     for one, drop, patch in ((checkpoint, plan.drop, replaced), (pruned, (), {})):
         if fits and execution.partition != "streaming":
             output = _output(one, settings, drop, patch)
-        elif is_causal(text_config(one, trust_remote_code=settings.trust_remote_code)):
+        elif has_head(text_config(one, trust_remote_code=settings.trust_remote_code)):
             output = _streamed_output(one, settings, drop, patch, execution)
         else:
             return None

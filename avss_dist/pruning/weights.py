@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.loading import text_config
+from avss_dist.models.loading import skeleton, text_config, without_head
+from avss_dist.models.naming import Naming
 from avss_dist.models.patching import Parameter, Patch
 from avss_dist.models.safetensors import (
     StoredTensor,
@@ -55,7 +56,11 @@ class StoredWeights:
             found.setdefault(match[1], set()).add(int(match[2]))
         prefixes = [prefix for prefix, seen in found.items() if seen == set(range(plan.num_layers))]
         if len(prefixes) != 1:
-            raise _unclear(checkpoint, plan, prefixes, settings)
+            prefixes = _renamed_prefixes(
+                checkpoint, plan, [name for stored in files.values() for name in stored], settings
+            )
+        if len(prefixes) != 1:
+            raise _unclear(checkpoint, plan, prefixes)
         return cls(files, prefixes[0], plan)
 
     def name(self, parameter: Parameter) -> str:
@@ -77,14 +82,25 @@ class StoredWeights:
         return None if stored is None else read_tensor(stored)
 
 
-def _unclear(checkpoint: Checkpoint, plan: Plan, prefixes: list[str], settings: Settings) -> PlanError:
+def _renamed_prefixes(checkpoint: Checkpoint, plan: Plan, names: Sequence[str], settings: Settings) -> list[str]:
+    """What the files may call the layer list, where transformers calls it otherwise in the model."""
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
-    if config.get_text_config() is not config:
-        return PlanError(
-            f"'{checkpoint.name}' is multimodal ({config.model_type}): its tensors are stored under other names "
-            f"than '{plan.layers}', where transformers puts its layers.",
-            "Save its language model, head and all, as a checkpoint of its own, and prune that.",
-        )
+    model = skeleton(config, settings, torch.float32)
+    backbone = without_head(model)
+    path = next((f"{path}." for path, module in model.named_modules() if module is backbone and path), "") + plan.layers
+    found: dict[str, set[int]] = {}
+    try:
+        naming = Naming(model)
+        for name in names:
+            if inside := re.match(rf"{re.escape(path)}\.(\d+)\.", naming.renamed(name)):
+                for place in re.finditer(rf"\.{inside[1]}\.", name):
+                    found.setdefault(name[: place.start()], set()).add(int(inside[1]))
+    except (ImportError, TypeError, AttributeError, KeyError, ValueError):  # see Naming
+        return []
+    return [prefix for prefix, seen in found.items() if seen == set(range(plan.num_layers))]
+
+
+def _unclear(checkpoint: Checkpoint, plan: Plan, prefixes: list[str]) -> PlanError:
     return PlanError(
         f"It is unclear which stored tensors of '{checkpoint.name}' are layers of '{plan.layers}': "
         f"{', '.join(prefixes) or 'no names'} would fit.",

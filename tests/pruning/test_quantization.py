@@ -1,10 +1,9 @@
-"""Quantized, multimodal and licensed checkpoints: what of them names layers, what a check cannot see, what is kept."""
+"""Quantized and licensed checkpoints: what of them names layers, what a check cannot see, what is kept."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from support.causal_lm import open_whole
-from support.checkpoints import LAYERS, VOCABULARY, block_fp8
+from support.checkpoints import LAYERS, block_fp8
 from support.command_line import avss
 from transformers import AutoModelForCausalLM
 
@@ -201,28 +199,6 @@ def test_what_cannot_be_compared_here_is_pruned_and_says_so(tiny_llama: Path, tm
     done = prune(str(folder), PLAN, tmp_path / "less")
     assert done["difference"] is None
     assert "could not be seen here" in done["notes"][0] and "Outputs could not be compared" in done["notes"][1]
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[Any, Path], Path]) -> Path:
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    small = {"num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**small, num_hidden_layers=2, image_size=16, patch_size=8, projection_dim=16),
-        text_config=LlamaConfig(**small, num_hidden_layers=LAYERS, vocab_size=VOCABULARY, max_position_embeddings=64),
-        image_token_index=5,
-    )
-    return save_checkpoint(LlavaForConditionalGeneration(config), tmp_path_factory.mktemp("models") / "llava")
-
-
-def test_a_multimodal_checkpoint_is_refused_for_what_it_is(llava: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="is multimodal: only models of text alone can be evaluated"):
-        open_whole(resolve(str(llava)), Settings())
-    plan = Plan(model=str(llava), num_layers=LAYERS, layers="language_model.layers", drop=(1,))
-    with pytest.raises(PlanError, match="is multimodal") as refused:
-        prune(str(llava), plan, tmp_path / "less")
-    assert "save_pretrained" not in str(refused.value)
 
 
 # The folder, and the card in it

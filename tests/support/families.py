@@ -6,7 +6,13 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -16,6 +22,11 @@ from transformers.models.auto.modeling_auto import (
 from support.checkpoints import VOCABULARY
 
 LAYERS = 3
+_CLASSES: dict[str, Any] = {
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "image-text": AutoModelForImageTextToText,
+}
 MAX_PARAMETERS = 50_000_000
 
 # One small value for each attribute name that configs use; a config gets those which its class has.
@@ -70,6 +81,13 @@ _INDEXER: dict[str, Any] = {
 _SLIDING: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
 _GEMMA4: dict[str, Any] = {**_SLIDING, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
 _DOTS3_VISION: dict[str, Any] = {"mlp_layer_types": ["dense"] * 3, "adapter_in_dim": 64}
+
+
+def _positions(*sections: int) -> dict[str, Any]:
+    """Rotary embeddings of text, height and width for heads of this size."""
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}}
+
+
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
@@ -81,12 +99,20 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_text": _GEMMA4,
     "gemma4_unified": {"text_config": _GEMMA4},
     "gemma4_unified_text": _GEMMA4,
+    "glm46v": {"text_config": _positions(2, 3, 3)},
+    "glm4v": {"text_config": _positions(2, 3, 3)},
+    "glm4v_moe": {"text_config": _positions(1, 1, 2)},
+    "glm_ocr": {"text_config": _positions(2, 3, 3)},
+    "glmga": {"text_config": _positions(2, 3, 3)},
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
     "granitemoehybrid": _HYBRID,
     "kimi_linear": _HYBRID,
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8},
+    "paddleocr_vl": {"text_config": _positions(2, 3, 3)},
+    "qwen2_5_omni_thinker": {"text_config": _positions(2, 3, 3)},
+    "qwen2_5_vl": {"text_config": _positions(2, 3, 3)},
     "qwen3_5": {"text_config": _HYBRID},
     "qwen3_5_moe": {"text_config": _HYBRID},
     "qwen3_5_moe_text": _HYBRID,
@@ -122,7 +148,7 @@ def tiny_model(kind: str, model_type: str, *, overrides: bool = True) -> PreTrai
     config = tiny_config(model_type, overrides=overrides)
     if kind == "causal" and hasattr(config, "is_decoder"):
         config.is_decoder = True
-    auto = AutoModelForCausalLM if kind == "causal" else AutoModelForMaskedLM
+    auto = _CLASSES[kind]
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in auto.from_config(config, dtype=torch.float32).parameters())
     if size > MAX_PARAMETERS:

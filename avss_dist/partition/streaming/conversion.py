@@ -10,6 +10,7 @@ import torch
 
 from avss_dist.errors import ModelError
 from avss_dist.models.loading import quiet
+from avss_dist.models.naming import Naming
 from avss_dist.models.safetensors import StoredTensor
 from avss_dist.partition.streaming.buffers import ELSEWHERE
 
@@ -44,16 +45,10 @@ class Conversion:
 
     def _match(self) -> Iterator[tuple[str, int]]:
         """(name of a stored tensor, id of the first weight that it goes into)."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        self._mapping = get_model_conversion_mapping(self._model)
-        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
-        state = self._model.state_dict(keep_vars=True)
+        naming = Naming(self._model)
+        self._mapping = naming.mapping
         for name in sorted(stored.name for stored in self._stored):
-            renamed, _ = rename_source_key(name, renamings, converters, self._model.base_model_prefix, state)
-            target = state.get(renamed, state.get(name))
+            target = naming.state.get(naming.renamed(name), naming.state.get(name))
             if target is not None:
                 yield name, id(target)
 

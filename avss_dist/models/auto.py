@@ -1,0 +1,41 @@
+"""Which of transformers' classes opens a checkpoint: one with a head that predicts the next token, where it has one."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|DoubleHeadsModel)$")
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class for a configuration."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if _reads_images(config):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM if _is_causal(config) else AutoModel
+
+
+def has_head(config: Any) -> bool:
+    """Whether the model that `load_model` gives predicts the next token."""
+    return _is_causal(config) or _reads_images(config)
+
+
+def _reads_images(config: Any) -> bool:
+    """Whether the checkpoint is a language model with a vision tower; it reads text alone here."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MULTIMODAL
+
+    known = MULTIMODAL.get(config.model_type, ())
+    classes = {known} if isinstance(known, str) else set(known)
+    return bool(classes.intersection(getattr(config, "architectures", None) or []))
+
+
+def _is_causal(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    architectures = getattr(config, "architectures", None) or []
+    if architectures:
+        return any(_CAUSAL.search(name) for name in architectures)
+    return config.model_type in CAUSAL and config.model_type not in MASKED
