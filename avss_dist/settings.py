@@ -217,6 +217,8 @@ class Settings:
     """Kind of device; auto is cuda where there is one."""
     threads: Positive = 1
     """Threads that compute one shard, or one part of a task, on a CPU; free cores take several at once."""
+    allow_pickle: bool = False
+    """Open pickled weights (pytorch_model*.bin) as tensors alone, and keep them as safetensors in the cache."""
     trust_remote_code: bool = False
     """Run Python code that the checkpoint ships."""
 

@@ -188,6 +188,9 @@ def test_no_pickle_is_opened(name: str, tiny_llama: Path, tmp_path: Path, monkey
     (model / name).write_bytes(pickle.dumps(_Boom()))
     done = avss("score", model, "--corpus", "builtin:pydoc", "-w", "w", "--executor", "local")
     assert done.exit_code == 2 and "has pickled weights only" in done.stderr
+    done = avss("score", model, "--corpus", "builtin:pydoc", "--out", "w", "--executor", "local", "--allow-pickle")
+    says = "holds more than tensors" if name == "pytorch_model.bin" else "has pickled weights only"
+    assert done.exit_code == 2 and says in done.stderr and "Traceback" not in done.stderr
     assert not Path("ran").exists()
 
 
@@ -202,14 +205,15 @@ def test_the_package_has_no_call_that_unpickles_or_evaluates() -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert called not in forbidden, f"{file}:{node.lineno}"
+                tensors_alone = called == "torch.load" and file.name == "pickled.py"
+                assert called not in forbidden or tensors_alone, f"{file}:{node.lineno}"
                 assert called != "yaml.load" or file.name == "harness_files.py", f"{file}:{node.lineno}"
                 given = {word.arg: ast.unparse(word.value) for word in node.keywords}
                 assert {given.get("shell", "False"), given.get("allow_pickle", "False")} == {"False"}, (
                     file,
                     node.lineno,
                 )
-                assert given.get("weights_only", "True") == "True", f"{file}:{node.lineno}"
+                assert given.get("weights_only", str(called != "torch.load")) == "True", f"{file}:{node.lineno}"
     assert issubclass(harness_files._Loader, yaml.SafeLoader)
 
 

@@ -19,7 +19,7 @@ from avss_dist.system.streams import console
 EVALUATED = tuple(
     name
     for name in Settings.__dataclass_fields__
-    if name not in ("skip_first_tokens", "sites", "thresholds", "experts")
+    if name not in ("skip_first_tokens", "sites", "thresholds", "experts", "allow_pickle")
 )
 """Settings that matter where nothing is measured inside of layers."""
 

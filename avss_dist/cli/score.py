@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from avss_dist.runs.api import Run
 
 ESTIMATED = tuple(
-    name for name in Settings.__dataclass_fields__ if name not in ("skip_first_tokens", "thresholds", "experts")
+    name
+    for name in Settings.__dataclass_fields__
+    if name not in ("skip_first_tokens", "thresholds", "experts", "allow_pickle")
 )
 
 

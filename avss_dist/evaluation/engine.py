@@ -34,7 +34,16 @@ from avss_dist.warehouse.patches import Patches
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
-NOT_NUMBERS = ("max_sequences", "sequences_per_shard", "sites", "thresholds", "experts", "layout", "trust_remote_code")
+NOT_NUMBERS = (
+    "max_sequences",
+    "sequences_per_shard",
+    "sites",
+    "thresholds",
+    "experts",
+    "layout",
+    "trust_remote_code",
+    "allow_pickle",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

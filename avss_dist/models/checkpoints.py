@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -13,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.errors import ModelError, is_full, unwritable
+from avss_dist.models.content import content_hash
+from avss_dist.models.pickled import PICKLED, convert, converted_folder
+from avss_dist.models.pickled import WEIGHTS as PICKLED_WEIGHTS
 from avss_dist.models.safetensors import WEIGHTS, weight_files
-from avss_dist.system.folders import cache_folder
-from avss_dist.system.staging import staged_file
 
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_FETCHED = ("*.json", "*.model", "*.txt", "*.jinja")  # of a hub checkpoint, beside its weights
 _READ = {".json", ".safetensors", ".model", ".txt"}  # suffixes of the files that can change a number
 
 
@@ -94,6 +94,7 @@ def locate(spec: str, *, trust_remote_code: bool = False) -> Checkpoint | None:
             raise ModelError(f"There is no file '{spec}'.", "Check the path of the .gguf file.")
         return Checkpoint(name=spec, source="gguf", path=str(path.resolve()), revision="")
     if path.is_dir():
+        path = path if weight_files(path) else converted_folder(path) or path
         _check_folder(path, spec, trust_remote_code)
         return Checkpoint(name=spec, source="folder", path=str(path.resolve()), revision="")
     if path.exists():
@@ -107,9 +108,29 @@ def locate(spec: str, *, trust_remote_code: bool = False) -> Checkpoint | None:
 
 def _fetch(spec: str, trust_remote_code: bool) -> Checkpoint:
     code = ["*.py"] if trust_remote_code else []
-    checkpoint = fetch_files(spec, ["*.json", WEIGHTS, "*.model", "*.txt", "*.jinja", *code])
+    checkpoint = fetch_files(spec, [*_FETCHED, WEIGHTS, *code])
+    if not weight_files(checkpoint.folder) and (converted := converted_folder(checkpoint.folder)):
+        checkpoint = replace(checkpoint, path=str(converted))
     _check_folder(checkpoint.folder, spec, trust_remote_code)
     return checkpoint
+
+
+def convert_pickles(spec: str) -> None:
+    """Keep pickled weights as safetensors in the cache, where `resolve` finds them; nothing where there are others.
+
+    Args:
+        spec: as of `resolve`.
+
+    Raises:
+        ModelError: there is no such checkpoint, or its files hold more than tensors.
+    """
+    folder = Path(spec).expanduser()
+    if not folder.exists():
+        folder = fetch_files(spec, [*_FETCHED, WEIGHTS]).folder
+        if not weight_files(folder):
+            folder = fetch_files(spec, [*_FETCHED, PICKLED_WEIGHTS]).folder
+    if folder.is_dir() and not weight_files(folder):
+        convert(folder)
 
 
 def fetch_files(spec: str, patterns: list[str]) -> Checkpoint:
@@ -171,7 +192,7 @@ def _check_folder(folder: Path, spec: str, trust_remote_code: bool) -> None:
         if pickled:
             raise ModelError(
                 f"'{spec}' has pickled weights only ({pickled[0]}), which can run code when they are opened.",
-                "Convert them to safetensors: load the model where you trust it and call save_pretrained().",
+                "avss score --allow-pickle opens them as tensors alone, and keeps them as safetensors.",
             )
         raise ModelError(f"'{spec}' has no weights (*.safetensors).", "Is the download complete?")
     kind = config.get("model_type")
@@ -212,41 +233,3 @@ def _known(model_type: Any) -> bool:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return isinstance(model_type, str) and model_type in CONFIG_MAPPING
-
-
-def content_hash(folder: Path, files: Iterable[Path]) -> str:
-    """SHA-256 over the bytes of files and their paths in a folder; a large file is read again only when it changes.
-
-    Raises:
-        ModelError: a file cannot be read.
-    """
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        try:
-            digest.update(f"{file.relative_to(folder).as_posix()}\0{_file_hash(file.resolve())}\n".encode())
-        except OSError as error:
-            raise ModelError(f"{file} cannot be read: {error.strerror}.", "Check its permissions.") from error
-    return digest.hexdigest()
-
-
-def _file_hash(file: Path) -> str:
-    stat = file.stat()
-    state = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino  # ctime: who writes cannot set it back
-    key = hashlib.sha256(f"{file}|{state}".encode()).hexdigest()
-    cache = cache_folder("sha256", key)
-    if stat.st_size > 1 << 20 and cache.is_file():
-        return cache.read_text(encoding="ascii")
-    with file.open("rb") as stream:
-        value = hashlib.file_digest(stream, "sha256").hexdigest()
-    if stat.st_size > 1 << 20:
-        _remember(cache, value)
-    return value
-
-
-def _remember(cache: Path, value: str) -> None:
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with staged_file(cache) as staged:
-            staged.write_text(value, encoding="ascii")
-    except OSError:
-        return  # only a convenience: without it the file is hashed again

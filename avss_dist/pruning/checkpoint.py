@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 from avss_dist.errors import ModelError, unwritable
-from avss_dist.models.checkpoints import PICKLED, Checkpoint, resolve
+from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import quiet, skeleton, text_config, without_head
 from avss_dist.models.patching import Patch
+from avss_dist.models.pickled import PICKLED
 from avss_dist.models.quantization import KEYS, comparable, quantization_method
 from avss_dist.models.safetensors import WEIGHTS
 from avss_dist.pruning.comparison import largest_difference

@@ -11,7 +11,8 @@ import numpy as np
 from avss_dist.corpus.shards import CorpusPlan, plan
 from avss_dist.errors import ModelError
 from avss_dist.executors.base import Executor, ReplicaSpec
-from avss_dist.models.checkpoints import Checkpoint, content_hash, fetch_files, locate, resolve
+from avss_dist.models.checkpoints import Checkpoint, convert_pickles, fetch_files, locate, resolve
+from avss_dist.models.content import content_hash
 from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.pinning import pin
 from avss_dist.models.size import Footprint
@@ -24,6 +25,7 @@ from avss_dist.settings import SCHEMA_VERSION, Settings, fingerprint
 from avss_dist.warehouse.store import Store
 
 KEPT_PLANS = 4  # tokenized corpora that are remembered
+_NO_NUMBERS = ("max_sequences", "trust_remote_code", "allow_pickle", "layout")  # settings
 _TOKENIZER_FILES = (".json", ".model", ".txt")
 _NO_TOKENIZER_FILES = ("config.json", "generation_config.json", "trainer_state.json", "model.safetensors.index.json")
 
@@ -73,6 +75,8 @@ class Planner:
         key = spec.model, spec.settings, spec.execution
         if not self._opened or self._opened[0] != key:
             code = spec.settings.trust_remote_code
+            if spec.settings.allow_pickle and self.fetch:
+                convert_pickles(spec.model)
             checkpoint = resolve(spec.model, trust_remote_code=code) if self.fetch else self._find(spec.model, code)
             config = text_config(checkpoint, trust_remote_code=code)
             named = None if self.fetch or checkpoint.source != "hub" else spec.model
@@ -135,7 +139,7 @@ def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settin
     The tokenizer and the packing count through the tokens that they give. Of the partitions only tensor parallel
     counts, which alone adds up in another order.
     """
-    numbers = {k: v for k, v in settings.as_dict().items() if k not in ("max_sequences", "trust_remote_code", "layout")}
+    numbers = {k: v for k, v in settings.as_dict().items() if k not in _NO_NUMBERS}
     tokens = corpus.tokens_fingerprint
     return fingerprint(
         schema=SCHEMA_VERSION, checkpoint=checkpoint.revision, tokens=tokens, settings=numbers, **numbers_of(placement)

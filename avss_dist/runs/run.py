@@ -14,6 +14,7 @@ import pyarrow as pa
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.errors import AvssError
 from avss_dist.executors.base import ReplicaSpec, RunShards
+from avss_dist.models.pickled import is_converted
 from avss_dist.models.quantization import describe_quantization
 from avss_dist.models.series import when_saved
 from avss_dist.results import TabularResult
@@ -164,7 +165,7 @@ class RunInProgress:
             tokens_per_second=speed,
             device=shards.device,
             peak_memory_bytes=shards.peak_memory_bytes,
-            **shards.model,
+            **{**shards.model, "notes": [*shards.model["notes"], *self._remarks()]},
         )
         self.run = replace(self.run, status="done", seconds=time.perf_counter() - self._start)
         return self.run
@@ -179,6 +180,11 @@ class RunInProgress:
 
     def _partials(self, expected: dict[int, str]) -> Iterator[ShardResult]:
         return self._store.each_shard(self._planned.run.run_id, expected)
+
+    def _remarks(self) -> list[str]:
+        """What readers should know of the checkpoint's files."""
+        converted = is_converted(self._planned.replica_spec.checkpoint.folder)
+        return ["the weights were stored as pickles; they were converted to safetensors"] if converted else []
 
     def _identity(self, family: str) -> RunIdentity:
         checkpoint = self._planned.replica_spec.checkpoint

@@ -269,7 +269,8 @@ for _command in ("score", "estimate", "ablate", "evaluate", "shrink", "plan"):
     for _field, _option in (("--layers", "--layers-path"), ("--attention", "--attn-implementation")):
         COMMANDS[_command][_option] = COMMANDS[_command].pop(_field)
     if _command != "score":
-        del COMMANDS[_command]["--skip-first-tokens"], COMMANDS[_command]["--experts"]
+        for _field in ("--skip-first-tokens", "--experts", "--allow-pickle"):
+            del COMMANDS[_command][_field]
 for _options in COMMANDS.values():
     if _options.get("--format") in ("table", "text"):
         _options["--json"] = False

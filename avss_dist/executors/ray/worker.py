@@ -17,7 +17,7 @@ from avss_dist.corpus.shards import Shard
 from avss_dist.errors import ModelError
 from avss_dist.executors.base import ReplicaSpec
 from avss_dist.measure.shard import analyze_shard, follow
-from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.checkpoints import Checkpoint, convert_pickles, resolve
 from avss_dist.partition.base import Replica
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.system.cores import use_threads
@@ -182,7 +182,8 @@ class Worker:
             if self._model is not None:
                 self._model.close()
             self._spec, self._model = None, None
-            here = resolve_on_node(spec.checkpoint, trust_remote_code=spec.settings.trust_remote_code)
+            of = spec.settings
+            here = resolve_on_node(spec.checkpoint, trust_remote_code=of.trust_remote_code, pickles=of.allow_pickle)
             self._model = replace(spec, checkpoint=here).open()
             self._spec = spec
         self._opening = False
@@ -209,8 +210,11 @@ class Worker:
         return assignment.run(self._spec, self._model, self._beat)
 
 
-def resolve_on_node(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Checkpoint:
+def resolve_on_node(checkpoint: Checkpoint, *, trust_remote_code: bool = False, pickles: bool = False) -> Checkpoint:
     """The driver's checkpoint as this node has it; what comes from the hub is fetched where it is not here yet.
+
+    Args:
+        pickles: weights that the hub has as pickles may be converted.
 
     Raises:
         ModelError: a folder or file that this node does not see, or a hub that it cannot reach.
@@ -222,4 +226,7 @@ def resolve_on_node(checkpoint: Checkpoint, *, trust_remote_code: bool = False) 
             f"'{checkpoint.path}' is not on the node {socket.gethostname()}, which has a worker.",
             "Put checkpoints on a disk that all nodes see, under the same path.",
         )
-    return resolve(f"{checkpoint.name}@{checkpoint.revision}", trust_remote_code=trust_remote_code)
+    spec = f"{checkpoint.name}@{checkpoint.revision}"
+    if pickles:
+        convert_pickles(spec)
+    return resolve(spec, trust_remote_code=trust_remote_code)
