@@ -43,10 +43,11 @@ from avss_dist.system.streams import console, emit, emit_json
 
 if TYPE_CHECKING:
     from avss_dist.pruning.plan import Plan
+    from avss_dist.pruning.savings import Budget
     from avss_dist.sparsity.plan import SparsityPlan
     from avss_dist.warehouse.reader import Warehouse
 
-FORMATS = ("plan", "mergekit", "thresholds", "teal")  # the slices to merge; of sparsity JSON, and TEAL's folder
+FORMATS = ("plan", "mergekit", "llama-cpp", "thresholds", "teal")  # the others are what other tools take
 CHOSEN_BY = (*OF_LAYERS, *SCORES, "last", "random")
 
 
@@ -78,6 +79,11 @@ def plan(
     share: Annotated[float | None, typer.Option(help="Drop this share of the layers; 0.25 by default.")] = None,
     count: Annotated[int | None, typer.Option(help="Drop so many layers.")] = None,
     mass: Annotated[float | None, typer.Option(help="Drop the lowest that hold this share of the score.")] = None,
+    parameters: Annotated[float | None, typer.Option(help="Drop until so many parameters are left: 6e9.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Drop until so many bytes of weights are left: 12GB.")] = None,
+    share_of_parameters: Annotated[
+        float | None, typer.Option(help="Drop layers with this share of the parameters.")
+    ] = None,
     protect: ProtectOption = "",
     contiguous: Annotated[bool, typer.Option("--contiguous", help="Drop neighbours.")] = False,
     sparsify: Annotated[
@@ -101,9 +107,14 @@ def plan(
     **options: Any,
 ) -> None:
     """Choose the layers to drop, and write them down with the reason and what speaks against it."""
+    from avss_dist.pruning.formats import OTHERS
+    from avss_dist.pruning.savings import Budget
+
+    limits: dict[str, Any] = {"parameters": parameters, "memory": memory, "share_of_parameters": share_of_parameters}
     sparse_fields = {"method": method, "rule": rule, "pattern": pattern, "corrections": corrections}
     of_layers = {"by": by, "search": search, "share": share, "count": count, "mass": mass, "contiguous": contiguous}
-    _refuse_of_the_other(sparsify, format, of_layers, sparse_fields)
+    _refuse_of_the_other(sparsify, format, of_layers | limits, sparse_fields)
+    limit = Budget(**limits)
     opened = open_warehouse(warehouse)
     row = choose_run(opened, run)
     hints, others = [], opened.runs().num_rows - 1
@@ -118,17 +129,19 @@ def plan(
             console().print(thresholds_table(sparse))
         _tell(opened, output, sparse, hints, format, as_json)
         return
+    if limit.given:
+        count = _count(row, limit, {"share": share, "count": count, "mass": mass})
     how = {"share": share, "count": count, "mass": mass, "contiguous": contiguous, "seed": seed}
     how |= dict(zip(("first", "last"), protected(protect), strict=True))
     effort = {"budget": budget, "width": width, "sublayers": sublayers, "reading": (site, recipe, threshold)}
     made = _choose(by=by, search=search, options=options, **common, **effort, **how)
+    hints = [*_saved(row, made), *hints]
     if by is None and search is None:
         hints.append(f"No --by was given: {made.why['by']} is measured in {opened.root}.")
-    if format == "mergekit":
-        from avss_dist.pruning.mergekit import mergekit_slices
+    if format in OTHERS:
         from avss_dist.pruning.plan import write_text
 
-        write_text(output, mergekit_slices(made))
+        write_text(output, OTHERS[format](made))
     else:
         made.write(output)
     _tell(opened, output, made, hints, "" if made.evaluated else format, as_json)
@@ -174,9 +187,11 @@ def _tell(
 
 def _sparsify(output: Path, target: float, format: str, how: dict[str, Any]) -> SparsityPlan:
     """Write a sparsity plan."""
-    if format == "mergekit":
+    from avss_dist.pruning.formats import OTHERS
+
+    if format in OTHERS:
         raise ConfigError(
-            "`format` mergekit is of layers that stay, and sparsity drops none.", "Use plan, thresholds or teal."
+            f"`format` {format} is of layers that stay, and sparsity drops none.", "Use plan, thresholds or teal."
         )
     from avss_dist.api.change import sparsify
     from avss_dist.pruning.plan import write_text
@@ -192,3 +207,26 @@ def _sparsify(output: Path, target: float, format: str, how: dict[str, Any]) -> 
     else:
         made.write(output)
     return made
+
+
+def _count(run: Mapping[str, Any], limit: Budget, others: Mapping[str, Any]) -> int:
+    """How many layers a budget takes.
+
+    Raises:
+        ConfigError: another number of layers is given too.
+        PlanError, ModelError: see `Budget.count`, and `run_size`.
+    """
+    from avss_dist.evaluation.sizes import run_size
+
+    if given := [name for name, value in others.items() if value is not None]:
+        raise ConfigError(f"{limit.given[0]} and `{given[0]}` were given; they exclude each other.", "Keep one.")
+    return limit.count(run_size(run))
+
+
+def _saved(run: Mapping[str, Any], made: Plan) -> list[str]:
+    """What a plan saves, in words; nothing where the checkpoint is not on this machine."""
+    from avss_dist.evaluation.sizes import known_size
+    from avss_dist.pruning.savings import Savings
+
+    size = known_size(run) if made.drop else None
+    return [Savings.of(made, size).describe()] if size else []

@@ -47,6 +47,7 @@ class Footprint:
         mlp_width: units of an MLP's intermediate results that exist at once.
         vocabulary: tokens that the head predicts among.
         embedding_bytes: the table of token embeddings, of which only the rows of tokens that occur are read.
+        cache_bytes: of keys and values, by layer, for each token that they are kept of.
         zero_copy: all weights are computed with as they are stored, so that on a CPU they stay in the mapped file.
     """
 
@@ -66,6 +67,7 @@ class Footprint:
     vocabulary: int = 0
     embedding_bytes: int = 0
     zero_copy: bool = False
+    cache_bytes: tuple[int, ...] = ()
 
     @property
     def element_bytes(self) -> int:
@@ -130,6 +132,7 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
         mlp_width=max(_mlp_width(layer, chosen) for layer in layers),
         vocabulary=_number(text, "vocab_size"),
         embedding_bytes=_bytes(embeddings) if (embeddings := token_embeddings(model)) else 0,
+        cache_bytes=tuple(_cache_bytes(text, i, _attends(layer), dtype.itemsize) for i, layer in enumerate(layers)),
         zero_copy=not found.gguf and {DTYPES.get(tensor.dtype) for tensor in tensors} == {dtype},
     )
 
@@ -191,6 +194,26 @@ def _attribute(config: Any, name: str) -> Any:
         return getattr(config, name, None)
     except RuntimeError:  # transformers' own, where layers differ
         return [getattr(of_layer, name, None) for of_layer in config.per_layer_config]
+
+
+def _cache_bytes(config: Any, layer: int, attends: bool, itemsize: int) -> int:
+    """What a layer keeps of a token for those that follow it; a recurrent state does not grow with them."""
+    kinds = getattr(config, "layer_types", None) or ()
+    kind = str(kinds[layer]) if layer < len(kinds) else "attention"
+    if not attends or "attention" not in kind or "linear" in kind:
+        return 0
+
+    def number(name: str) -> int:
+        value = _attribute(config, name)
+        if isinstance(value, (list, tuple)):
+            value = value[layer] if layer < len(value) else None
+        return value if isinstance(value, int) else 0
+
+    if latent := number("kv_lora_rank"):
+        return (latent + number("qk_rope_head_dim")) * itemsize
+    heads = number("num_attention_heads")
+    width = number("head_dim") or (number("hidden_size") // heads if heads else 0)
+    return 2 * (number("num_key_value_heads") or heads) * width * itemsize
 
 
 def _attention_width(config: Any) -> int:

@@ -24,6 +24,7 @@ def model_card(
     name = checkpoint.name if checkpoint.source == "hub" else Path(checkpoint.path).name
     fields = {
         "base_model": name,
+        "base_model_relation": "finetune",  # of those that the hub knows: weights that were made of others
         **source_license(checkpoint.folder),
         "library_name": "transformers",
         "tags": ["pruned", "layer-pruning"],

@@ -18,6 +18,7 @@ from support.warehouses import run_row, write_scores
 
 from avss_dist.analysis.plans import plan_layers
 from avss_dist.errors import ConfigError, QueryError
+from avss_dist.pruning.formats import llama_cpp_command
 from avss_dist.pruning.mergekit import mergekit_slices
 from avss_dist.pruning.methods import REVERSED, Method
 from avss_dist.pruning.plan import Plan, make_plan, read_plan
@@ -158,6 +159,7 @@ def test_a_plan_through_its_file(tmp_path: Path) -> None:
     assert "attention" not in (tmp_path / "plan.yaml").read_text()
     slices = yaml.safe_load(mergekit_slices(plan))["slices"]
     assert [part["sources"][0]["layer_range"] for part in slices] == [[0, 1], [2, 4], [5, 6]]
+    assert llama_cpp_command(plan) == "llama-quantize --prune-layers 1,4 m.gguf m-pruned.gguf COPY\n"
 
 
 def test_a_plan_names_sublayers(tmp_path: Path) -> None:

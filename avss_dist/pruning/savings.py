@@ -1,0 +1,116 @@
+"""What a plan saves, and how many layers a budget takes, of the sizes in a checkpoint's headers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from avss_dist.errors import ConfigError
+from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.selection import PlanError
+from avss_dist.settings import Bytes, checked
+from avss_dist.text import describe_bytes, describe_count
+
+if TYPE_CHECKING:
+    from avss_dist.models.size import Footprint
+
+
+@checked
+class Budget:
+    """What may be left of a model, or how much of it must go; one of the three.
+
+    Raises:
+        ConfigError: a value is out of its range, or several are given.
+    """
+
+    parameters: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    """Keep so many parameters at most: 6e9."""
+    memory: Bytes | None = None
+    """Keep so many bytes of weights at most: 12GB."""
+    share_of_parameters: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Drop at least this share of the parameters."""
+
+    def __post_init__(self) -> None:
+        if len(given := self.given) > 1:
+            raise ConfigError(f"{' and '.join(given)} were given; they exclude each other.", "Keep one of them.")
+
+    @property
+    def given(self) -> list[str]:
+        """The names of the fields that have a value."""
+        fields = ("parameters", "memory", "share_of_parameters")
+        return [f"`{name}`" for name in fields if getattr(self, name) is not None]
+
+    def count(self, size: Footprint) -> int:
+        """The fewest layers of which any choice keeps the budget.
+
+        Raises:
+            PlanError: the model keeps it as it is, or no number of layers is enough.
+        """
+        excess = self._excess(size)
+        if excess <= 0:
+            raise PlanError(f"The model has {_describe(size)} as it is: that keeps {self.given[0]}.", "Ask for less.")
+        removed = list(accumulate(sorted(size.layer_bytes)))[:-1]
+        if not removed or removed[-1] < excess:
+            least = size.weight_bytes - (removed[-1] if removed else 0)
+            raise PlanError(
+                f"{self.given[0]} cannot be kept: with one layer left, {describe_bytes(least)} of "
+                f"{describe_bytes(size.weight_bytes)} stay.",
+                "Layers are all that a plan drops; quantize what is left.",
+            )
+        return 1 + sum(bytes_ < excess for bytes_ in removed)
+
+    def _excess(self, size: Footprint) -> float:
+        """Bytes that must go."""
+        if self.memory is not None:
+            return size.weight_bytes - self.memory
+        if self.parameters is not None:
+            return size.weight_bytes * (1 - self.parameters / size.num_parameters)
+        assert self.share_of_parameters is not None
+        return size.weight_bytes * self.share_of_parameters
+
+
+def _describe(size: Footprint) -> str:
+    return f"{describe_count(size.num_parameters)} parameters in {describe_bytes(size.weight_bytes)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Savings:
+    """What a model is smaller by without some of its layers.
+
+    Attributes:
+        layers, parameters: how many.
+        weight_bytes: of weights, in the compute dtype, or as they are stored where they are quantized.
+        cache_bytes: of keys and values, for each token that they are kept of.
+        size: of the whole model.
+    """
+
+    layers: int
+    parameters: int
+    weight_bytes: int
+    cache_bytes: int
+    size: Footprint
+
+    @classmethod
+    def of(cls, plan: Plan, size: Footprint) -> Savings:
+        """Those of the layers that a plan drops; a sublayer that is left out alone saves nothing in a file."""
+        saved = sum(size.layer_bytes[layer] for layer in plan.drop)
+        return cls(
+            layers=len(plan.drop),
+            parameters=round(saved / size.weight_bytes * size.num_parameters),
+            weight_bytes=saved,
+            cache_bytes=sum(size.cache_bytes[layer] for layer in plan.drop),
+            size=size,
+        )
+
+    def describe(self) -> str:
+        """A line for people."""
+        whole, share = self.size, self.weight_bytes / self.size.weight_bytes
+        return (
+            f"Saves {self.layers} of {whole.num_layers} layers, {describe_count(self.parameters)} of "
+            f"{describe_count(whole.num_parameters)} parameters ({share:.1%}), {describe_bytes(self.weight_bytes)} of "
+            f"{describe_bytes(whole.weight_bytes)}, and {describe_count(self.cache_bytes)} of "
+            f"{describe_count(sum(whole.cache_bytes))} bytes of keys and values for each token."
+        )

@@ -1,0 +1,70 @@
+"""What a plan saves, and how many layers a budget takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.checkpoints import LAYERS
+
+from avss_dist.errors import ConfigError
+from avss_dist.models.checkpoints import resolve
+from avss_dist.models.loading import load_model
+from avss_dist.models.size import Footprint, footprint
+from avss_dist.pruning.checkpoint import prune
+from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.savings import Budget, Savings
+from avss_dist.pruning.selection import PlanError
+from avss_dist.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def size(tiny_llama: Path) -> Footprint:
+    return footprint(str(tiny_llama), Settings())
+
+
+def test_what_is_said_to_be_saved_is_missing_in_the_files(size: Footprint, tiny_llama: Path, tmp_path: Path) -> None:
+    plan = Plan(model=str(tiny_llama), num_layers=LAYERS, layers="layers", drop=(0, 2))
+    done = prune(str(tiny_llama), plan, tmp_path / "less")
+    saved = Savings.of(plan, size)
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_llama, tmp_path / "less"))
+    assert saved.parameters == sum(t.numel() for t in before.values()) - sum(t.numel() for t in after.values())
+    assert saved.weight_bytes == sum(t.nbytes for t in before.values()) - done["bytes"]
+    assert f"Saves 2 of 3 layers, {saved.parameters:,} of" in saved.describe()
+
+
+def test_keys_and_values_take_what_a_cache_takes(size: Footprint, tiny_llama: Path) -> None:
+    model = load_model(resolve(str(tiny_llama)), Settings(device="cpu"), head=True)
+    with torch.no_grad():
+        cache = model(input_ids=torch.arange(7)[None], use_cache=True).past_key_values
+    held = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+    assert [7 * of_token for of_token in size.cache_bytes] == held
+
+
+@pytest.mark.parametrize(
+    ("budget", "count"),
+    [
+        ({"memory": 91}, 1),
+        ({"memory": "90B"}, 2),  # the smallest layer is not enough
+        ({"memory": 70}, 2),
+        ({"memory": 69}, 3),
+        ({"parameters": 35}, 2),
+        ({"share_of_parameters": 0.25}, 2),
+    ],
+)
+def test_any_layers_of_that_number_keep_the_budget(budget: dict[str, Any], count: int, size: Footprint) -> None:
+    uneven = replace(size, weight_bytes=101, num_parameters=50, layer_bytes=(30, 10, 21, 30), num_layers=4)
+    assert Budget(**budget).count(uneven) == count
+
+
+def test_a_budget_that_is_kept_or_cannot_be(size: Footprint) -> None:
+    with pytest.raises(PlanError, match="as it is: that keeps `memory`"):
+        Budget(memory=size.weight_bytes).count(size)
+    with pytest.raises(PlanError, match="cannot be kept: with one layer left"):
+        Budget(parameters=1).count(size)
+    with pytest.raises(ConfigError, match="`parameters` and `memory` were given"):
+        Budget(parameters=1e6, memory=10)
