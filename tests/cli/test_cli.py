@@ -86,6 +86,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--site": "block",
         "--threshold": "1e-05",
     },
+    "publish": {"target": None, "--warehouse": "warehouse"},
     "query": {"sql": None, "--warehouse": "warehouse", "--schema": False, "--output": None, "--format": "table"},
     "compare": {
         "--warehouse": "warehouse",

@@ -40,6 +40,7 @@ READS = {
     "findings": [[*W, "--all"], [*W, "--format", "csv"]],
     "quantiles": [[*W], [*W, "--format", "csv"]],
     "ls": [[*W], ["plans", *W], ["evaluations", *W, "--format", "csv"]],
+    "publish": [["O/x", *W], [f"O/{EVIL}", *W], [f"hf://{EVIL}", *W]],
     "report": [[*W, "-o", "O/x.html"]],
     "plan": [[*W, "-o", "O/x.yaml", "--by", "avss"], [*W, "-o", f"O/{EVIL}.yaml", "--by", "avss"]],
     "scorecard": [[*W], [*W, "--format", "csv"]],
