@@ -34,16 +34,8 @@ from avss_dist.warehouse.patches import Patches
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
-NOT_NUMBERS = (
-    "max_sequences",
-    "sequences_per_shard",
-    "sites",
-    "thresholds",
-    "experts",
-    "layout",
-    "trust_remote_code",
-    "allow_pickle",
-)
+_OF_STATISTICS = ("sites", "thresholds", "experts")
+NOT_NUMBERS = (*_OF_STATISTICS, "max_sequences", "sequences_per_shard", "layout", "trust_remote_code", "allow_pickle")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,25 @@ import pyarrow.compute as pc
 from avss_dist.stats.experts import EXPERT_COLUMNS
 from avss_dist.stats.layer_stats import Float32, Float64, Int64, LayerStats
 from avss_dist.stats.rows import ROW_FIELDS
+from avss_dist.warehouse.columns import (
+    BOOL,
+    FLOAT32_LIST,
+    FLOAT64,
+    FLOAT64_LIST,
+    INT16_LIST,
+    INT32,
+    INT32_LIST,
+    INT64,
+    INT64_LIST,
+    MAP,
+    STRING,
+    STRING_LIST,
+    TIME,
+    Column,
+    Table,
+)
 
 DAMAGED = "avss score --fresh replaces a damaged file."
-STRING, BOOL = pa.string(), pa.bool_()
-INT32, INT64, FLOAT64 = pa.int32(), pa.int64(), pa.float64()
-INT16_LIST, INT32_LIST, INT64_LIST = pa.list_(pa.int16()), pa.list_(INT32), pa.list_(INT64)
-FLOAT32_LIST, FLOAT64_LIST, STRING_LIST = pa.list_(pa.float32()), pa.list_(FLOAT64), pa.list_(STRING)
-MAP, TIME = pa.map_(STRING, STRING), pa.timestamp("us", "UTC")
 _ARROW = {
     int: INT64,
     float: FLOAT64,
@@ -30,35 +42,6 @@ _ARROW = {
     Float32: FLOAT32_LIST,
     Float64: FLOAT64_LIST,
 }
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table.
-
-    Attributes:
-        type: of its values; each may be null.
-        meaning: one line.
-        unit: of a number that has one.
-    """
-
-    name: str
-    type: pa.DataType
-    meaning: str
-    unit: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the warehouse: what a row is, and its columns in order."""
-
-    meaning: str
-    columns: tuple[Column, ...]
-
-    @property
-    def schema(self) -> pa.Schema:
-        """Of its rows; ``run_id`` is in the path of a file alone."""
-        return pa.schema([(column.name, column.type) for column in self.columns])
 
 
 @dataclass(frozen=True, kw_only=True)
