@@ -71,6 +71,8 @@ class ScoringOptions(EvaluationOptions, total=False):
     skip_first_tokens: int
     sites: tuple[str, ...]
     thresholds: tuple[float, ...]
+    experts: bool
+    allow_pickle: bool
 
 
 def with_options(options: Any, *classes: Any) -> Callable[[F], F]:

@@ -188,7 +188,7 @@ def test_no_pickle_is_opened(name: str, tiny_llama: Path, tmp_path: Path, monkey
     (model / name).write_bytes(pickle.dumps(_Boom()))
     done = avss("score", model, "--corpus", "builtin:pydoc", "-w", "w", "--executor", "local")
     assert done.exit_code == 2 and "has pickled weights only" in done.stderr
-    done = avss("score", model, "--corpus", "builtin:pydoc", "--out", "w", "--executor", "local", "--allow-pickle")
+    done = avss("score", model, "--corpus", "builtin:pydoc", "-w", "w", "--executor", "local", "--allow-pickle")
     says = "holds more than tensors" if name == "pytorch_model.bin" else "has pickled weights only"
     assert done.exit_code == 2 and says in done.stderr and "Traceback" not in done.stderr
     assert not Path("ran").exists()

@@ -51,6 +51,7 @@ def choose_layers(
     width: int | None,
     sublayers: bool,
     reading: tuple[str, str, str | float],
+    limits: Mapping[str, Any],
     reporter: SearchReporter | None,
     options: Mapping[str, Any],
     **how: Any,
@@ -59,6 +60,8 @@ def choose_layers(
     opened = Warehouse(warehouse)
     row = named_run(opened, run)
     site, recipe, threshold = reading
+    if any(value is not None for value in limits.values()):
+        how["count"] = _count(row, limits, how)
     wanted = {"reading": (site, recipe, *parse_threshold(threshold)), **how}
     text: dict[str, Any] = {"corpus": corpus, "skip_sequences": skip_sequences}
     if search is None:
@@ -76,6 +79,17 @@ def choose_layers(
     return found.plan, found
 
 
+def _count(run: Mapping[str, Any], limits: Mapping[str, Any], how: Mapping[str, Any]) -> int:
+    """How many layers a budget takes."""
+    from avss_dist.evaluation.sizes import run_size
+    from avss_dist.pruning.savings import Budget
+
+    budget = Budget(**limits)
+    if given := [name for name in ("share", "count", "mass") if how.get(name) is not None]:
+        raise ConfigError(f"{budget.given[0]} and `{given[0]}` were given; they exclude each other.", "Keep one.")
+    return budget.count(run_size(run))
+
+
 @with_options(EvaluationOptions)
 def plan(
     *,
@@ -90,6 +104,9 @@ def plan(
     share: float | None = None,
     count: int | None = None,
     mass: float | None = None,
+    parameters: float | None = None,
+    memory: int | str | None = None,
+    share_of_parameters: float | None = None,
     first: int = 0,
     last: int = 0,
     contiguous: bool = False,
@@ -108,6 +125,7 @@ def plan(
         by: what they are chosen by: see ``avss plan --help``; the measured loss, or the damage, by default.
         search: search the set by its loss on ``corpus``: one of ``settings.SEARCHES``; ``budget`` and ``width`` are
             those of `pruning.search.Effort`, and ``options`` of the measuring.
+        parameters, memory, share_of_parameters: in place of a share, see `pruning.savings.Budget`.
         share, count, mass, first, last, contiguous, sublayers, seed: see `pruning.selection.Choice`.
         site, recipe, threshold: of AVSS.
 
@@ -125,6 +143,7 @@ def plan(
         width=width,
         sublayers=sublayers,
         reading=(site, recipe, threshold),
+        limits={"parameters": parameters, "memory": memory, "share_of_parameters": share_of_parameters},
         reporter=reporter,
         options=options,
         share=share,

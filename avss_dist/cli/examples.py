@@ -30,6 +30,7 @@ EXAMPLES = {
     "scorecard": ("avss scorecard --run smollm2",),
     "plot": ("avss plot --run smollm2 -o layers.png",),
     "report": ("avss report -o report.html",),
+    "publish": ("avss publish published",),
     "query": (
         "avss query --schema",
         "avss query 'SELECT model, layer, rank FROM scores_at(0.01) WHERE rank < 4'",
@@ -38,6 +39,7 @@ EXAMPLES = {
     "plan": (
         "avss plan --by damage --share 0.25 -o plan.yaml",
         "avss plan --search greedy --corpus your.txt --count 4 -o plan.yaml",
+        "avss plan --memory 12GB --by damage -o plan.yaml",
         "avss plan --sparsify 0.5 -o sparse.yaml",
     ),
     "prune": ("avss prune org/name plan.yaml --repair-corpus your.txt -o pruned",),

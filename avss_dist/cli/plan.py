@@ -43,7 +43,6 @@ from avss_dist.system.streams import console, emit, emit_json
 
 if TYPE_CHECKING:
     from avss_dist.pruning.plan import Plan
-    from avss_dist.pruning.savings import Budget
     from avss_dist.sparsity.plan import SparsityPlan
     from avss_dist.warehouse.reader import Warehouse
 
@@ -108,13 +107,11 @@ def plan(
 ) -> None:
     """Choose the layers to drop, and write them down with the reason and what speaks against it."""
     from avss_dist.pruning.formats import OTHERS
-    from avss_dist.pruning.savings import Budget
 
     limits: dict[str, Any] = {"parameters": parameters, "memory": memory, "share_of_parameters": share_of_parameters}
     sparse_fields = {"method": method, "rule": rule, "pattern": pattern, "corrections": corrections}
     of_layers = {"by": by, "search": search, "share": share, "count": count, "mass": mass, "contiguous": contiguous}
     _refuse_of_the_other(sparsify, format, of_layers | limits, sparse_fields)
-    limit = Budget(**limits)
     opened = open_warehouse(warehouse)
     row = choose_run(opened, run)
     hints, others = [], opened.runs().num_rows - 1
@@ -129,12 +126,10 @@ def plan(
             console().print(thresholds_table(sparse))
         _tell(opened, output, sparse, hints, format, as_json)
         return
-    if limit.given:
-        count = _count(row, limit, {"share": share, "count": count, "mass": mass})
     how = {"share": share, "count": count, "mass": mass, "contiguous": contiguous, "seed": seed}
     how |= dict(zip(("first", "last"), protected(protect), strict=True))
     effort = {"budget": budget, "width": width, "sublayers": sublayers, "reading": (site, recipe, threshold)}
-    made = _choose(by=by, search=search, options=options, **common, **effort, **how)
+    made = _choose(by=by, search=search, limits=limits, options=options, **common, **effort, **how)
     hints = [*_saved(row, made), *hints]
     if by is None and search is None:
         hints.append(f"No --by was given: {made.why['by']} is measured in {opened.root}.")
@@ -207,20 +202,6 @@ def _sparsify(output: Path, target: float, format: str, how: dict[str, Any]) -> 
     else:
         made.write(output)
     return made
-
-
-def _count(run: Mapping[str, Any], limit: Budget, others: Mapping[str, Any]) -> int:
-    """How many layers a budget takes.
-
-    Raises:
-        ConfigError: another number of layers is given too.
-        PlanError, ModelError: see `Budget.count`, and `run_size`.
-    """
-    from avss_dist.evaluation.sizes import run_size
-
-    if given := [name for name, value in others.items() if value is not None]:
-        raise ConfigError(f"{limit.given[0]} and `{given[0]}` were given; they exclude each other.", "Keep one.")
-    return limit.count(run_size(run))
 
 
 def _saved(run: Mapping[str, Any], made: Plan) -> list[str]:

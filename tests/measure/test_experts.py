@@ -135,7 +135,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[
         layer.mlp.gate.e_score_correction_bias[0] = -100.0
     folder = save_checkpoint(model, root / "model")
     small = ("--sequence-length", "32", "--max-sequences", "4", "--sequences-per-shard", "2", "--executor", "local")
-    done = avss("score", folder, "--corpus", "builtin:pydoc", "--out", root / "warehouse", "--experts", *small)
+    done = avss("score", folder, "--corpus", "builtin:pydoc", "-w", root / "warehouse", "--experts", *small)
     assert done.exit_code == 0, done.stderr
     yield root / "warehouse"
 
@@ -156,20 +156,20 @@ def test_the_warehouse_has_a_row_for_each_expert_and_the_sums_of_its_shards(scor
 
 
 def test_experts_are_shown_found_and_drawn(scored: Path, tmp_path: Path) -> None:
-    shown = avss("show", scored, "--experts")
+    shown = avss("show", "-w", scored, "--experts")
     assert shown.exit_code == 0 and "least salient" in shown.stdout, shown.stderr
     kinds = {row["kind"]: row["message"] for row in findings(Warehouse(str(scored))).to_pylist()}
     assert "2 of 8 experts got no token of this text, in layers 1-2 (layer 1: 0; layer 2: 0)" in kinds["idle_experts"]
     page = tmp_path / "report.html"
-    assert avss("report", scored, "-o", page).exit_code == 0
+    assert avss("report", "-w", scored, "-o", page).exit_code == 0
     assert "Routed experts" in page.read_text() and "2 of 8 experts got no token" in page.read_text()
 
 
 def test_a_run_without_experts_says_how_to_get_them(tiny_llama: Path, tmp_path: Path) -> None:
     small = ("--sequence-length", "32", "--max-sequences", "2", "--executor", "local")
     out = tmp_path / "warehouse"
-    assert avss("score", tiny_llama, "--corpus", "builtin:pydoc", "--out", out, "--experts", *small).exit_code == 0
+    assert avss("score", tiny_llama, "--corpus", "builtin:pydoc", "-w", out, "--experts", *small).exit_code == 0
     (run,) = Warehouse(str(out)).runs().to_pylist()
     assert any("no layer has routed experts" in note for note in run["notes"])
-    refused = avss("show", out, "--experts")
+    refused = avss("show", "-w", out, "--experts")
     assert refused.exit_code == 2 and "has no statistics of routed experts" in refused.stderr

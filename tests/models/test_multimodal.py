@@ -66,12 +66,12 @@ def test_from_scores_to_a_pruned_checkpoint(save_checkpoint: Save, tmp_path: Pat
     folder = save_checkpoint(model, tmp_path / "gemma3")
     warehouse, plan = tmp_path / "warehouse", tmp_path / "plan.yaml"
     small = ("--sequence-length", "32", "--max-sequences", "2", "--executor", "local")
-    done = avss("score", folder, "--corpus", "builtin:pydoc", "--out", warehouse, *small)
+    done = avss("score", folder, "--corpus", "builtin:pydoc", "-w", warehouse, *small)
     assert done.exit_code == 0, done.stderr
-    assert avss("plan", warehouse, "--by", "block_influence", "--count", "1", "-o", plan).exit_code == 0
+    assert avss("plan", "-w", warehouse, "--by", "block_influence", "--count", "1", "-o", plan).exit_code == 0
     text = tmp_path / "held_out.txt"
     text.write_text("Layers of a language model that reads images, too. " * 40)
     done = avss("evaluate", plan, "--task", f"perplexity:{text}", "--warehouse", warehouse, *small)
     assert done.exit_code == 0, done.stderr
-    done = avss("prune", folder, plan, "--out", tmp_path / "less")
+    done = avss("prune", folder, plan, "-o", tmp_path / "less")
     assert done.exit_code == 0 and "(largest difference 0)" in done.stdout, done.stderr

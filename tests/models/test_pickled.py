@@ -32,7 +32,7 @@ def pickled(folder: Path, copy: Path) -> Path:
 
 def test_a_pickle_is_converted_once_and_noted(tiny_llama: Path, tmp_path: Path) -> None:
     folder, out = pickled(tiny_llama, tmp_path / "pickled"), tmp_path / "warehouse"
-    done = avss("score", folder, "--corpus", "builtin:pydoc", "--out", out, "--allow-pickle", *SMALL)
+    done = avss("score", folder, "--corpus", "builtin:pydoc", "-w", out, "--allow-pickle", *SMALL)
     assert done.exit_code == 0, done.stderr
     (run,) = Warehouse(str(out)).runs().to_pylist()
     assert any("stored as pickles" in note for note in run["notes"])
