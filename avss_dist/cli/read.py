@@ -66,7 +66,7 @@ def show(
     threshold: ThresholdOption = PUBLISHED,
     output: FileOption = None,
     format: Annotated[str, format_option(*SHOW_FORMATS)] = FORMATS[0],
-    experts: Annotated[bool, typer.Option("--experts", help="Show routed experts instead.")] = False,
+    routed: Annotated[bool, typer.Option("--experts", help="Show routed experts instead.")] = False,
 ) -> None:
     """Show scores by layer, at any threshold; the lowest 25% are marked."""
     from avss_dist.report.export import export_text
@@ -74,7 +74,7 @@ def show(
 
     opened = open_warehouse(warehouse)
     runs = choose_runs(opened, run or [])
-    if experts:
+    if routed:
         with printed_to(output):
             _show_experts(opened, runs, format)
         return
