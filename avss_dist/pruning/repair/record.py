@@ -42,10 +42,7 @@ class RepairText:
 
 @checked
 class RepairedCut:
-    """What was done at one cut, judged on held-back text: lengths of vectors over that of the whole model's stream.
-
-    Of all tokens it is the root of the mean square.
-    """
+    """What was done at one cut, judged on held-back text: lengths of vectors over that of the whole model's stream."""
 
     after: Count
     """The last layer before it, counted in the whole model, whose MLP, or the stream after it, was changed."""

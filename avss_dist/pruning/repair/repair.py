@@ -3,10 +3,9 @@
 At each cut, in order of depth: X is the stream after the last layer before it, in the pruned model with the repairs so
 far; Y is the whole model's stream after the last layer that is removed there; R = Y - X is fitted from what the MLP
 before the cut adds, or from its hidden units (`fold`). ``refit_all`` does the same at every layer behind the first cut,
-for what earlier repairs could not give back goes on through them. Tokens count by what is missing over the size of Y,
-|R| / |Y|: the stream of the first of each row is hundreds of times as long in some models, and all others attend to it.
-One row of ten is held back: it chooses the ridge, and says what the fit is worth; a step that is worth nothing is taken
-back.
+for what earlier repairs could not give back goes on through them. The stream of the first token of each row is hundreds
+of times as long as others in some models, and all others attend to it: it is scaled to their length. One row of ten is
+held back: it chooses the ridge, and says what the fit is worth; a step that is worth nothing is taken back.
 """
 
 from __future__ import annotations
@@ -209,7 +208,7 @@ class _Mender:
         mean of x^T x.
 
         Args:
-            plainly: each token counts by its size, and the first of each row takes no part.
+            plainly: the first token of each row takes no part.
         """
         sums: list[NormalEquations] = []
         size = counted = 0.0
@@ -217,7 +216,7 @@ class _Mender:
         def see(number: int, whole: torch.Tensor, now: AtCut) -> None:
             nonlocal sums, size, counted
             portion, wanted = self._read[number], whole.to(now.stream.device).float()
-            scale = torch.ones_like(wanted[..., :1]) if plainly else 1 / wanted.norm(dim=-1, keepdim=True)
+            scale = portion.scale(wanted)
             x, y = scale * features(step, outlet, now.linear, now.last), scale * (wanted - now.stream.float())
             kept = (portion.fitted, portion.held_back) if plainly else portion.with_sinks()
             masks = [torch.from_numpy(mask).to(x.device) for mask in kept]

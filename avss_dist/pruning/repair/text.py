@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from avss_dist.corpus.shards import Batch, CorpusPlan, Mask
 from avss_dist.errors import CorpusError
@@ -36,6 +37,19 @@ class Portion:
         first[:, SINK:] = False
         fitted, held_back = (mask | (first & mask.any(1, keepdims=True)) for mask in (self.fitted, self.held_back))
         return fitted, held_back
+
+    def scale(self, streams: torch.Tensor) -> torch.Tensor:
+        """[rows, width, 1], by which the first tokens' streams become as long as others of their rows are on average.
+
+        Args:
+            streams: float32[rows, width, units].
+        """
+        lengths = streams.norm(dim=-1)
+        others = torch.from_numpy(self.fitted | self.held_back).to(streams.device)
+        mean = (lengths * others).sum(-1) / others.sum(-1).clamp_min(1)
+        scale = torch.ones_like(lengths)
+        scale[:, :SINK] = mean[:, None] / lengths[:, :SINK].clamp_min(torch.finfo(lengths.dtype).tiny)
+        return scale[..., None]
 
 
 def portions(texts: Sequence[CorpusPlan], batch_size: int, weights: Sequence[float] | None = None) -> list[Portion]:
