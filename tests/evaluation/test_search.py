@@ -245,18 +245,8 @@ def test_evolve_begins_with_a_score(scored: tuple[Path, Mapping[str, Any]], tmp_
 def test_interactions_choose_the_set_of_least_predicted_loss(
     scored: tuple[Path, Mapping[str, Any]], model: Path, tmp_path: Path
 ) -> None:
-    command = (
-        "plan",
-        scored[0],
-        "--by",
-        "interactions",
-        "--count",
-        3,
-        "--protect",
-        "last=1",
-        "-o",
-        tmp_path / "p.yaml",
-    )
+    choice = ("--by", "interactions", "--count", 3, "--protect", "last=1")
+    command = ("plan", "-w", scored[0], *choice, "-o", tmp_path / "p.yaml")
     missing = avss(*command)
     assert missing.exit_code == 2 and "--no-leave-one-out --damage" in missing.stderr
     text = {"corpus": TEXT, "warehouse": scored[0], "leave_one_out": False, "damage": True}
