@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from avss_dist.analysis.strata import Strata
+from avss_dist.errors import ConfigError
 from avss_dist.evaluation.engine import (
     CellReporter,
     PlannedEvaluation,
@@ -99,8 +100,8 @@ def run_experiment(
     Raises:
         AvssError: a mistake, or a cell that failed; what was measured is kept.
     """
-    experiment = job.experiment
-    assert experiment is not None
+    if (experiment := job.experiment) is None:
+        raise ConfigError(f"{job.path} has no section 'experiment'.", "`run_job` runs what it asks for.")
     specs, execution = overridden(job, options)
     _require_intended(specs, experiment, allow_many=allow_many or experiment.allow_many)
     require_inputs(specs, experiment)

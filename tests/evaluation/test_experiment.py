@@ -341,8 +341,10 @@ def test_mistakes_in_a_section_are_told_with_their_line(tmp_path: Path, section:
 def test_a_job_without_an_experiment_is_a_mistake(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text("warehouse: w\nmodels: [m]\ncorpora: ['builtin:pydoc']\n")
-    told = avss("run", job)
-    assert told.exit_code == 2 and "has no section 'experiment'" in told.stderr
+    with pytest.raises(ConfigError, match="has no section 'experiment'"):
+        run_experiment(read_job(job))
+    told = avss("run", job, "--allow-overlap")
+    assert told.exit_code == 2 and "`allow_overlap` is for an experiment" in told.stderr
 
 
 PUBLISHED = {"site": "block", "recipe": "pooled", "threshold": 1e-5, "threshold_kind": "absolute"}
