@@ -36,14 +36,15 @@ PANELS = {Settings: "What is measured", Execution: "Where it runs"}
 WORKERS = ("executor", "replicas", "address", "fresh")
 
 
-def choice(names: Sequence[str], help: str, *spelling: str, checked: bool = True) -> Any:
+def choice(names: Sequence[str], help: str, *spelling: str, checked: bool = True, panel: str | None = None) -> Any:
     """An option whose value is one of some names, or several: help lists them, completion too.
 
     Args:
         checked: refuse other names here; else what takes the value does.
+        panel: of the help.
     """
 
-    return typer.Option(*spelling, help=help, **_of_names(names, checked))
+    return typer.Option(*spelling, help=help, rich_help_panel=panel, **_of_names(names, checked))
 
 
 def choice_argument(names: Sequence[str], help: str) -> Any:

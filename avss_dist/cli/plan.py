@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from avss_dist.warehouse.reader import Warehouse
 
 FORMATS = ("plan", "mergekit", "llama-cpp", "thresholds", "teal")  # the others are what other tools take
+SEARCHED, HOW_MANY, SPARSE = "Searching", "How many layers", "Sparsity, where no layer is dropped"  # panels of the help
 CHOSEN_BY = (*OF_LAYERS, *SCORES, "last", "random")
 
 
@@ -64,37 +65,68 @@ def plan(
         ),
     ] = None,
     search: Annotated[
-        str | None, choice(tuple(SEARCHES), "Search the set by its loss on --corpus; evolve may begin with --by too.")
+        str | None,
+        choice(
+            tuple(SEARCHES), "Search the set by its loss on --corpus; evolve may begin with --by too.", panel=SEARCHED
+        ),
     ] = None,
-    corpus: Annotated[str | None, typer.Option(help="Text that a search measures the loss on.")] = None,
-    budget: Annotated[int | None, typer.Option(help="Sets that a search measures at most.")] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="Text that a search measures the loss on.", rich_help_panel=SEARCHED)
+    ] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="Sets that a search measures at most.", rich_help_panel=SEARCHED)
+    ] = None,
     sublayers: Annotated[
         bool,
-        typer.Option("--sublayers", help="Search among sublayers too: attention or MLP alone, half a layer."),
+        typer.Option(
+            "--sublayers",
+            help="Search among sublayers too: attention or MLP alone, half a layer.",
+            rich_help_panel=SEARCHED,
+        ),
     ] = False,
     width: Annotated[
-        int | None, typer.Option(help="Sets that beam and evolve go on from at each step; 3 by default.")
+        int | None,
+        typer.Option(help="Sets that beam and evolve go on from at each step; 3 by default.", rich_help_panel=SEARCHED),
     ] = None,
-    share: Annotated[float | None, typer.Option(help="Drop this share of the layers; 0.25 by default.")] = None,
-    count: Annotated[int | None, typer.Option(help="Drop so many layers.")] = None,
-    mass: Annotated[float | None, typer.Option(help="Drop the lowest that hold this share of the score.")] = None,
-    parameters: Annotated[float | None, typer.Option(help="Drop until so many parameters are left: 6e9.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Drop until so many bytes of weights are left: 12GB.")] = None,
+    share: Annotated[
+        float | None, typer.Option(help="Drop this share of the layers; 0.25 by default.", rich_help_panel=HOW_MANY)
+    ] = None,
+    count: Annotated[int | None, typer.Option(help="Drop so many layers.", rich_help_panel=HOW_MANY)] = None,
+    mass: Annotated[
+        float | None, typer.Option(help="Drop the lowest that hold this share of the score.", rich_help_panel=HOW_MANY)
+    ] = None,
+    parameters: Annotated[
+        float | None, typer.Option(help="Drop until so many parameters are left: 6e9.", rich_help_panel=HOW_MANY)
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Drop until so many bytes of weights are left: 12GB.", rich_help_panel=HOW_MANY)
+    ] = None,
     share_of_parameters: Annotated[
-        float | None, typer.Option(help="Drop layers with this share of the parameters.")
+        float | None, typer.Option(help="Drop layers with this share of the parameters.", rich_help_panel=HOW_MANY)
     ] = None,
     protect: ProtectOption = "",
-    contiguous: Annotated[bool, typer.Option("--contiguous", help="Drop neighbours.")] = False,
+    contiguous: Annotated[
+        bool, typer.Option("--contiguous", help="Drop neighbours.", rich_help_panel=HOW_MANY)
+    ] = False,
     sparsify: Annotated[
-        float | None, typer.Option(help="Make this share of the weights meet a zero activation, and drop no layer.")
+        float | None,
+        typer.Option(
+            help="Make this share of the weights meet a zero activation, and drop no layer.", rich_help_panel=SPARSE
+        ),
     ] = None,
-    method: Annotated[str, choice(SPARSITY_METHODS, "How --sparsify spreads it.")] = SPARSITY_METHODS[0],
-    rule: Annotated[str, choice(SPARSITY_RULES, "At which tokens --sparsify holds.")] = SPARSITY_RULES[0],
+    method: Annotated[str, choice(SPARSITY_METHODS, "How --sparsify spreads it.", panel=SPARSE)] = SPARSITY_METHODS[0],
+    rule: Annotated[str, choice(SPARSITY_RULES, "At which tokens --sparsify holds.", panel=SPARSE)] = SPARSITY_RULES[0],
     pattern: Annotated[
-        str | None, typer.Option(help="N:M for --sparsify: of M units in a row, the N largest stay.")
+        str | None,
+        typer.Option(help="N:M for --sparsify: of M units in a row, the N largest stay.", rich_help_panel=SPARSE),
     ] = None,
     corrections: Annotated[
-        int, typer.Option(min=0, help="Passes with the plan of --sparsify on, each of which corrects its thresholds.")
+        int,
+        typer.Option(
+            min=0,
+            help="Passes with the plan of --sparsify on, each of which corrects its thresholds.",
+            rich_help_panel=SPARSE,
+        ),
     ] = 0,
     seed: Annotated[int, typer.Option(help="Seed for --by random, and for --search evolve.")] = 0,
     recipe: RecipeOption = RECIPES[0],

@@ -141,7 +141,11 @@ UNKNOWN = {"model_type": "lama", "architectures": ["LamaForCausalLM"]}
         ),
         (no_tokenizer, ["has no tokenizer.", "Copy tokenizer.json"], False),
         (broken_tokenizer, ["has no tokenizer that can be opened: ", "Copy tokenizer.json"], False),
-        (pickled, ["has pickled weights only (pytorch_model.bin)", "Convert them to safetensors"], False),
+        (
+            pickled,
+            ["has pickled weights only (pytorch_model.bin)", "--allow-pickle opens them as tensors alone"],
+            False,
+        ),
         (no_weights, ["has no weights (*.safetensors)", "Is the download complete?"], False),
         (small_vocabulary, ["gives token ", "the model has 100", "Put the tokenizer"], False),
         (truncated(0), ["are damaged or not whole", "Download or copy them again"], True),
