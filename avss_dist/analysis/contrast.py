@@ -17,7 +17,6 @@ from avss_dist.stats import contrast as of
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import bootstrap_interval, bootstrap_weights, depth_correlation
 from avss_dist.stats.scores import Threshold
-from avss_dist.tasks.base import combine
 from avss_dist.text import describe_threshold
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import DAMAGED
@@ -184,6 +183,8 @@ def _evaluated(
     warehouse: Warehouse, run: Mapping[str, Any], rows: pa.Table, labels: tuple[str, str]
 ) -> dict[str, Float64]:
     """What the whole model predicts of each answer, mean over its tokens, where it was evaluated on the same rows."""
+    from avss_dist.tasks.base import combine  # torch with it, which pages of other runs need not wait for
+
     where = (pc.field("task") == f"{PERPLEXITY}{run['corpus']}") & (pc.field("revision") == run["revision"])
     cells = [c for c in warehouse.table("cells", where=where).to_pylist() if not c["drop"] and c["patch"] is None]
     layer = rows.filter(pc.equal(rows["layer"], rows["layer"][0]))

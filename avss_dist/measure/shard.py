@@ -86,7 +86,7 @@ def analyze_shard(
         peak_memory_bytes=_peak_memory_bytes(replica.device),
         strata=strata,
         rows=_answer_rows(shard, observer) if shard.pairing else None,
-        experts=observer.experts.result(),
+        experts=observer.experts.result() if settings.experts else None,
     )
 
 

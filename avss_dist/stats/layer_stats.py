@@ -286,7 +286,8 @@ class ShardResult:
         stats: LayerStats by (layer index, site); of paired text, of all answers after their own prompts.
         strata: of paired text, LayerStats by (layer index, site, stratum).
         rows: of paired text, statistics of single rows.
-        experts: statistics of routed experts by layer; of paired text, of all answers after their own prompts.
+        experts: statistics of routed experts by layer, if they were measured; of paired text, of all answers after
+            their own prompts.
         num_tokens: valid tokens observed.
         seconds: wall time of the pass.
         device: where it ran, such as ``cpu`` or ``NVIDIA H100``.
@@ -305,7 +306,7 @@ class ShardResult:
     peak_memory_bytes: int = 0
     strata: Mapping[StratumKey, LayerStats] = field(default_factory=dict)
     rows: AnswerRows | None = None
-    experts: Mapping[int, ExpertStats] = field(default_factory=dict)
+    experts: Mapping[int, ExpertStats] | None = None
 
 
 def without_values(stats: LayerStats) -> LayerStats:

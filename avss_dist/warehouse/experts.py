@@ -27,14 +27,10 @@ def encode_beside(run: RunIdentity, result: ShardResult) -> Iterator[tuple[str, 
     """The files that a shard has beside its partial, each with its table."""
     if result.rows:
         yield "row_stats", encode_rows(run, result.rows)
-    if result.experts:
-        yield OF_SHARDS, _encode_experts(run, result)
-
-
-def _encode_experts(run: RunIdentity, result: ShardResult) -> pa.Buffer:
-    columns = _to_columns(run, result.layers, result.experts)
-    columns["shard_id"] = [result.shard_id] * len(columns["layer"])
-    return encode(OF_SHARDS, run.run_id, columns)
+    if result.experts is not None:
+        columns = _to_columns(run, result.layers, result.experts)
+        columns["shard_id"] = [result.shard_id] * len(columns["layer"])
+        yield OF_SHARDS, encode(OF_SHARDS, run.run_id, columns)
 
 
 def write_merged_experts(store: Store, run: RunIdentity, layers: Sequence[str], shard_ids: Iterable[int]) -> None:

@@ -18,7 +18,8 @@ from avss_dist.settings import RECIPES, SCORES, SITES
 
 COMMANDS = commands()
 SAFE = [text for text in HOSTILE if "\x00" not in text and "\ud800" not in text]  # what a shell can hand over
-NEVER = {"address", "gpus_per_replica", "replicas", "executor", "placement_seconds"}  # they start or look for a cluster
+CLUSTERS = {"address", "gpus_per_replica", "replicas", "executor", "placement_seconds"}  # they start or look for one
+NEVER = {"_verbose", *CLUSTERS}  # the former shows tracebacks
 
 
 @pytest.fixture(scope="module")

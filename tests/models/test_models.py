@@ -16,7 +16,7 @@ import transformers
 from support.checkpoints import LAYERS, llama
 
 from avss_dist.errors import ModelError
-from avss_dist.models import checkpoints
+from avss_dist.models import content
 from avss_dist.models.checkpoints import resolve, slug
 from avss_dist.models.loading import Backbone, forward_function, load, load_tokenizer, open_module
 from avss_dist.settings import INPUT_SITES, Settings
@@ -132,23 +132,21 @@ def test_the_revision_does_not_change_with_the_path_or_an_unrelated_file(folder:
 
 def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
-    digest = checkpoints.hashlib.file_digest
-    monkeypatch.setattr(checkpoints.hashlib, "file_digest", lambda f, kind: reads.append(f.name) or digest(f, kind))
+    digest = content.hashlib.file_digest
+    monkeypatch.setattr(content.hashlib, "file_digest", lambda f, kind: reads.append(f.name) or digest(f, kind))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(2 << 20))
-    first = checkpoints.content_hash(tmp_path, [file])
-    assert checkpoints.content_hash(tmp_path, [file]) == first
+    first = content.content_hash(tmp_path, [file])
+    assert content.content_hash(tmp_path, [file]) == first
     assert reads == [str(file)]
     file.write_bytes(bytes([1]) * (2 << 20))
     os.utime(file, ns=(1, 1))
-    second = checkpoints.content_hash(tmp_path, [file])
+    second = content.content_hash(tmp_path, [file])
     assert second != first
     assert reads == [str(file)] * 2
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing")
-    assert (
-        checkpoints.content_hash(tmp_path, [file]) == second
-    )  # a cache that cannot be written costs time, nothing else
+    assert content.content_hash(tmp_path, [file]) == second  # a cache that cannot be written costs time, nothing else
 
 
 @pytest.mark.parametrize(

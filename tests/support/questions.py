@@ -110,4 +110,5 @@ def assert_same(found: dict[str, list[Row]], expected: dict[str, list[Row]], rto
         for row, wanted in zip(found[name], rows, strict=True):
             assert np.array_equal(row.weights, wanted.weights), name
             size = float(np.abs(wanted.samples).max(initial=0.0))
-            assert np.abs(row.samples - wanted.samples).max() <= rtol * size, (name, row.metric, row.drop, row.layer)
+            near = 100 * rtol if row.metric == "entropy" else rtol  # its sums are of float32
+            assert np.abs(row.samples - wanted.samples).max() <= near * size, (name, row.metric, row.drop, row.layer)

@@ -117,7 +117,7 @@ def test_every_command_names_what_it_left_out(table: str, root: Path, tmp_path: 
     ):
         done = avss(*args)
         assert "1 run cannot be read: beta-2 (" in done.stderr, args
-        assert done.exit_code == (2 if args[-1] == "beta" else 0), (args, done.stderr)
+        assert done.exit_code == 0, (args, done.stderr)
     assert "unreadable" in report_page(Warehouse(root))
 
 
