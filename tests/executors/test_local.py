@@ -113,15 +113,14 @@ def test_the_threads_are_part_of_a_run(tiny_llama: Path, tmp_path: Path) -> None
     assert score(tiny_llama, tmp_path, threads=2).run_id != score(tiny_llama, tmp_path).run_id
 
 
-@pytest.mark.parametrize("variable", ["1", "2"])
 def test_the_environment_changes_no_byte(
-    variable: str, tiny_llama: Path, undisturbed: Path, tmp_path: Path, run_avss: Callable[..., Any]
+    tiny_llama: Path, undisturbed: Path, tmp_path: Path, run_avss: Callable[..., Any]
 ) -> None:
     """`OMP_NUM_THREADS` is what torch would compute with; NumPy's and numba's are set to the same."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
     options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
     given = ["--executor", "local", "--partition", "single"]
-    done = run_avss("score", tiny_llama, "-w", tmp_path, *options, *given, env=dict.fromkeys(names, variable))
+    done = run_avss("score", tiny_llama, "-w", tmp_path, *options, *given, env=dict.fromkeys(names, "2"))
     assert done.returncode == 0, done.stderr
     assert_same_tables(tmp_path, undisturbed)
 
