@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypedDict, TypeVar
 
+from avss_dist.errors import ConfigError
 from avss_dist.settings import Execution, Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -73,6 +74,17 @@ class ScoringOptions(EvaluationOptions, total=False):
     thresholds: tuple[float, ...]
     experts: bool
     allow_pickle: bool
+
+
+def refuse_unused(given: Mapping[str, Any], defaults: Mapping[str, Any], why: str, hint: str = "Leave it out.") -> None:
+    """Refuse options that are given, beside their defaults, and have no effect.
+
+    Raises:
+        ConfigError: there is one; ``why`` says when it has none.
+    """
+    for name, value in given.items():
+        if value and value != defaults.get(name):
+            raise ConfigError(f"`{name}` has no effect {why}.", hint)
 
 
 def with_options(options: Any, *classes: Any) -> Callable[[F], F]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from avss_dist.analysis.stats_findings import DOMINANT, Row, finding, layers_in_words
 from avss_dist.errors import QueryError
@@ -44,7 +45,7 @@ class LayerExperts:
 
 def layer_experts(warehouse: Warehouse, run_id: str) -> list[LayerExperts]:
     """By layer, from ``expert_stats``; none where the run has no experts, or they were not measured."""
-    return [_of_layer(layer, stats) for layer, stats in to_experts(_rows(warehouse, [run_id])).items()]
+    return _by_layer(warehouse.table(MERGED, run_ids=[run_id]))
 
 
 def require_experts(warehouse: Warehouse, run_id: str) -> list[LayerExperts]:
@@ -61,8 +62,8 @@ def require_experts(warehouse: Warehouse, run_id: str) -> list[LayerExperts]:
     return found
 
 
-def _rows(warehouse: Warehouse, run_ids: Sequence[str]) -> pa.Table:
-    return warehouse.table(MERGED, run_ids=run_ids)
+def _by_layer(rows: pa.Table) -> list[LayerExperts]:
+    return [_of_layer(layer, stats) for layer, stats in to_experts(rows).items()]
 
 
 def _of_layer(layer: int, stats: ExpertStats) -> LayerExperts:
@@ -83,9 +84,9 @@ def _shares(values: Float64) -> Float64:
 
 def expert_findings(warehouse: Warehouse, run_ids: Sequence[str]) -> Iterator[tuple[str, Row]]:
     """Findings of runs whose experts were measured, each with its run."""
-    rows = _rows(warehouse, run_ids)
+    rows = warehouse.table(MERGED, run_ids=run_ids)
     for run_id in dict.fromkeys(rows["run_id"].to_pylist()):
-        layers = layer_experts(warehouse, run_id)
+        layers = _by_layer(rows.filter(pc.field("run_id") == run_id))
         yield from ((run_id, one) for one in (*_idle(layers), *_carrying(layers)))
 
 

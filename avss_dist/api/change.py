@@ -12,7 +12,7 @@ import pyarrow as pa
 from avss_dist.analysis.plans import plan_layers
 from avss_dist.api.names import RunName, named_run
 from avss_dist.errors import ConfigError
-from avss_dist.options import EvaluationOptions, with_options
+from avss_dist.options import EvaluationOptions, refuse_unused, with_options
 from avss_dist.pruning.plan import Plan, read_plan
 from avss_dist.pruning.search import Effort
 from avss_dist.pruning.selection import Choice
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 
 def choose_layers(
+    opened: Warehouse,
+    row: Mapping[str, Any],
     *,
-    warehouse: str | Path,
-    run: RunName | None,
     by: str | None,
     search: str | None,
     corpus: str | None,
@@ -56,16 +56,16 @@ def choose_layers(
     options: Mapping[str, Any],
     **how: Any,
 ) -> tuple[Plan, Found | None]:
-    """What `plan` makes, and what a search found."""
-    opened = Warehouse(warehouse)
-    row = named_run(opened, run)
+    """What `plan` makes of a row of ``runs``, and what a search found."""
     site, recipe, threshold = reading
     if any(value is not None for value in limits.values()):
         how["count"] = _count(row, limits, how)
     wanted = {"reading": (site, recipe, *parse_threshold(threshold)), **how}
     text: dict[str, Any] = {"corpus": corpus, "skip_sequences": skip_sequences}
     if search is None:
-        _refuse_search_options({**text, "sublayers": sublayers, "budget": budget, "width": width, **options})
+        measuring = {**text, "sublayers": sublayers, "budget": budget, "width": width, **options}
+        defaults = Settings().as_dict() | asdict(Execution())
+        refuse_unused(measuring, defaults, "without a search", "Leave it out, or name a `search`.")
         return plan_layers(opened, row, by=by, **wanted), None
     if corpus is None:
         raise ConfigError("A search measures losses on text, and there is none.", "Name it with `corpus`.")
@@ -74,7 +74,7 @@ def choose_layers(
     from avss_dist.evaluation.search import search as measured_search
 
     found = measured_search(
-        str(warehouse), row, choice, effort=effort, starts=starts, reporter=reporter, **text, **options
+        opened.root.full, row, choice, effort=effort, starts=starts, reporter=reporter, **text, **options
     )
     return found.plan, found
 
@@ -132,9 +132,10 @@ def plan(
     Raises:
         AvssError: a mistake, or a measurement that failed; what was measured is kept.
     """
+    opened = Warehouse(warehouse)
     made, _ = choose_layers(
-        warehouse=warehouse,
-        run=run,
+        opened,
+        named_run(opened, run),
         by=by,
         search=search,
         corpus=corpus,
@@ -247,11 +248,3 @@ def _repair(by: str | None, corpora: Sequence[str], skip_sequences: int, setting
     if given:
         raise ConfigError(f"`{given[0]}` has no effect without a repair.", "Leave it out, or name a `repair`.")
     return None
-
-
-def _refuse_search_options(given: Mapping[str, Any]) -> None:
-    """Refuse what has no effect where nothing is measured."""
-    defaults = Settings().as_dict() | asdict(Execution())
-    for name, value in given.items():
-        if value and value != defaults.get(name):
-            raise ConfigError(f"`{name}` has no effect without a search.", "Leave it out, or name a `search`.")

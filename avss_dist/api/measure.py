@@ -8,7 +8,6 @@ from typing import Unpack
 
 import pyarrow as pa
 
-from avss_dist.errors import ConfigError
 from avss_dist.estimation import estimate as estimating
 from avss_dist.evaluation.engine import CellReporter
 from avss_dist.evaluation.experiment import run_experiment
@@ -65,12 +64,10 @@ def run_job(
         AvssError: a mistake, or an evaluation that failed; what was measured is kept.
     """
     read = job if isinstance(job, JobFile) else read_job(job)
-    if read.experiment is None:
-        if allow_overlap or allow_many:
-            name = "allow_overlap" if allow_overlap else "allow_many"
-            raise ConfigError(f"`{name}` is for an experiment, and {read.path} has none.", "Leave it out.")
-        return Runs(scoring.run_job(read, reporter=reporter, **options))
     allowed = {"allow_overlap": allow_overlap, "allow_many": allow_many}
+    read.refuse_unused(**allowed)
+    if read.experiment is None:
+        return Runs(scoring.run_job(read, reporter=reporter, **options))
     runs, rows = run_experiment(read, reporter=reporter, cells=cells, **allowed, **options)
     done = Runs(runs)
     done.experiment = Table(pa.Table.from_pylist(rows))

@@ -26,6 +26,7 @@ from avss_dist.cli.options import (
     takes_settings,
 )
 from avss_dist.errors import ConfigError
+from avss_dist.options import refuse_unused
 from avss_dist.settings import (
     BLOCK_DISTANCE,
     DEFAULT_WAREHOUSE,
@@ -149,9 +150,10 @@ def plan(
     hints, others = [], opened.runs().num_rows - 1
     if others and not run:
         hints.append(f"This is the newest of {others + 1} runs; --run names another.")
-    common = {"warehouse": warehouse, "run": row["run_id"], "corpus": corpus, "skip_sequences": skip_sequences}
+    text: dict[str, Any] = {"corpus": corpus, "skip_sequences": skip_sequences}
     if sparsify is not None:
-        sparse = _sparsify(output, sparsify, format, common | sparse_fields | options)
+        where = {"warehouse": warehouse, "run": row["run_id"]}
+        sparse = _sparsify(output, sparsify, format, where | text | sparse_fields | options)
         if not as_json:
             from avss_dist.report.terminal.sparsity import thresholds_table
 
@@ -161,7 +163,7 @@ def plan(
     how = {"share": share, "count": count, "mass": mass, "contiguous": contiguous, "seed": seed}
     how |= dict(zip(("first", "last"), protected(protect), strict=True))
     effort = {"budget": budget, "width": width, "sublayers": sublayers, "reading": (site, recipe, threshold)}
-    made = _choose(by=by, search=search, limits=limits, options=options, **common, **effort, **how)
+    made = _choose(opened, row, by=by, search=search, limits=limits, options=options, **text, **effort, **how)
     hints = [*_saved(row, made), *hints]
     if by is None and search is None:
         hints.append(f"No --by was given: {made.why['by']} is measured in {opened.root}.")
@@ -180,19 +182,17 @@ def _refuse_of_the_other(
     """Refuse options of plans of layers with `sparsify`, and options of sparsity plans without."""
     defaults = {"method": SPARSITY_METHODS[0], "rule": SPARSITY_RULES[0]}
     given, said = (of_sparsity, "without") if sparsify is None else (of_layers, "with")
-    for name, value in given.items():
-        if value and value != defaults.get(name):
-            raise ConfigError(f"`{name}` has no effect {said} `sparsify`.", "Leave it out.")
+    refuse_unused(given, defaults, f"{said} `sparsify`")
     if format in ("thresholds", "teal") and sparsify is None:
         raise ConfigError(f"`format` {format} is of sparsity, and a plan of layers has none.", "Use plan or mergekit.")
 
 
-def _choose(**how: Any) -> Plan:
+def _choose(opened: Warehouse, row: Mapping[str, Any], **how: Any) -> Plan:
     from avss_dist.api.change import choose_layers
     from avss_dist.report.terminal.progress import SearchProgress
 
     with SearchProgress() as progress:
-        made, found = choose_layers(reporter=progress, **how)
+        made, found = choose_layers(opened, row, reporter=progress, **how)
     if found:
         from avss_dist.report.terminal.search import search_table
 

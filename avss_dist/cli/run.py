@@ -17,7 +17,6 @@ from avss_dist.cli.options import (
     OverlapOption,
     takes_settings,
 )
-from avss_dist.errors import ConfigError
 from avss_dist.system.streams import complain, console, emit, emit_json, say
 
 if TYPE_CHECKING:
@@ -56,11 +55,10 @@ def run(
     read = read_job(job)
     if dry_run:
         return _preview(read, format, options)
+    allowed = {"allow_overlap": allow_overlap, "allow_many": allow_many}
+    read.refuse_unused(**allowed)
     if read.experiment:
-        return _experiment(read, format, {"allow_overlap": allow_overlap, "allow_many": allow_many} | options)
-    if allow_overlap or allow_many:
-        name = "allow_overlap" if allow_overlap else "allow_many"
-        raise ConfigError(f"`{name}` is for an experiment, and {job} has none.", "Leave it out.")
+        return _experiment(read, format, allowed | options)
     return _run(read, format, options)
 
 

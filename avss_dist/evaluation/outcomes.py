@@ -61,7 +61,7 @@ class LayerAblation:
     damage: float | None = None
 
     def shapley_interval(self) -> tuple[float, float] | None:
-        """Of ``config.INTERVAL``, by Student's t over permutations; None of fewer than two."""
+        """Of ``settings.INTERVAL``, by Student's t over permutations; None of fewer than two."""
         from scipy.stats import t
 
         if self.shapley is None or len(self.shapley.samples) < 2:

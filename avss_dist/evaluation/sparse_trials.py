@@ -8,7 +8,7 @@ from typing import Any
 from avss_dist.analysis.sparsity_plans import Measured
 from avss_dist.errors import ConfigError
 from avss_dist.evaluation.allocation import CHOSEN_BY_TOKEN, Asker, allocate
-from avss_dist.evaluation.engine import CellReporter, PlannedEvaluation, plan_evaluation, plan_text
+from avss_dist.evaluation.engine import CellReporter, plan_evaluation, plan_text
 from avss_dist.evaluation.evaluate import require_effect, runtime
 from avss_dist.evaluation.retention import retained
 from avss_dist.evaluation.sparsify import keep_plan
@@ -92,12 +92,8 @@ def sparse_rows(trial: Trial, task: str, results: Mapping[str, Sequence[Result]]
                     "score": method,
                     "share": 0.0,
                     "sparsity": level,
-                    "sparsity_plan": _key(planned),
+                    "sparsity_plan": planned.sparsity and planned.sparsity.key,
                     "retention": kept and kept.value,
                     "retention_low": kept and kept.low,
                     "retention_high": kept and kept.high,
                 }
-
-
-def _key(planned: PlannedEvaluation) -> str | None:
-    return planned.sparsity.key if planned.sparsity else None

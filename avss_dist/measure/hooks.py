@@ -23,6 +23,7 @@ from avss_dist.settings import INPUT_SITES
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, StratumKey
 from avss_dist.stats.merging import merge_strata
 from avss_dist.stats.rows import RowStats
+from avss_dist.system.context import bound
 
 UNIT_SITES = ("block", "update", *INPUT_SITES)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -142,11 +143,8 @@ class Observer:
         """
         mask = torch.from_numpy(np.ascontiguousarray(observed)) if observed.any() else None
         strata = {} if mask is None else masks_by_stratum(mask, pairing)
-        before = PASSES.set((*PASSES.get(), Pass(self, mask, strata, pairing)))
-        try:
+        with bound(PASSES, (*PASSES.get(), Pass(self, mask, strata, pairing))):
             yield
-        finally:
-            PASSES.reset(before)
 
     def result(self) -> dict[LayerKey, LayerStats]:
         """Everything counted so far, by (layer index, site). One transfer from each device."""

@@ -87,6 +87,11 @@ class JobFile:
     specs: tuple[RunSpec, ...]
     experiment: Experiment | None = None
 
+    def refuse_unused(self, **options: bool) -> None:
+        """Refuse (`ConfigError`) options of an experiment where the file has none."""
+        if self.experiment is None and (given := [name for name, value in options.items() if value]):
+            raise ConfigError(f"`{given[0]}` is for an experiment, and {self.path} has none.", "Leave it out.")
+
 
 def job_schema() -> dict[str, Any]:
     """The JSON Schema of job files, for editors."""

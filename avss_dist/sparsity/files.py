@@ -50,7 +50,8 @@ def write_teal(plan: SparsityPlan, folder: Path) -> None:
         if sorted(maps) != sorted(TEAL_MAPS):
             names = ", ".join(one.map for one in maps.values())
             raise PlanError(
-                f"TEAL's files are of {', '.join(TEAL_MAPS)}, and layer {layer} has {names}.", "Use `format` json."
+                f"TEAL's files are of {', '.join(TEAL_MAPS)}, and layer {layer} has {names}.",
+                "Use `format` thresholds.",
             )
     for layer, maps in blocks.items():
         write_text(_in_folder(folder, f"lookup/layer-{layer}/results.csv"), _results(maps))

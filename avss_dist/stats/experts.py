@@ -6,11 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, get_type_hints
 
-import numpy as np
-from numpy.typing import NDArray
-
-Int64 = NDArray[np.int64]
-Float64 = NDArray[np.float64]
+from avss_dist.stats.rows import Float64, Int64
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

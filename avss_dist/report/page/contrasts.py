@@ -47,9 +47,9 @@ def contrasts(
         runs: rows of ``runs``.
         labels: how the page calls them, by run id.
     """
-    for run in runs:
-        if not warehouse.read_stratum_stats(run["run_id"]):
-            continue
+    strata = warehouse.table("stratum_stats", run_ids=[run["run_id"] for run in runs], columns=["run_id"])
+    paired = set(strata["run_id"].to_pylist())
+    for run in (run for run in runs if run["run_id"] in paired):
         label = labels[run["run_id"]]
         try:
             found = contrast(warehouse, run, site=(run["sites"] or ["block"])[0])

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import altair as alt
-import vl_convert
 
 from avss_dist.analysis.experts import LayerExperts, layer_experts
-from avss_dist.report.chart import specification
+from avss_dist.report.page.experiments import GRAY, as_image
 
 if TYPE_CHECKING:
     from avss_dist.warehouse.reader import Warehouse
 
-GRAY = "#8b949e"  # seen on light and on dark
 WIDTH, ROW = 640, 14  # pixels
 MOST = 4.0  # times an even share, where the color ends
 
@@ -62,5 +59,4 @@ def _image(layers: Sequence[LayerExperts]) -> str:
         .configure_legend(labelColor=GRAY, titleColor=GRAY)
         .configure_view(stroke=None)
     )
-    svg = vl_convert.vegalite_to_svg(specification(chart))
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+    return as_image(chart)

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from avss_dist.removal import count_removed, describe_removed
 from avss_dist.report.terminal.estimate import describe_seconds
-from avss_dist.runs.reporter import Reporter
+from avss_dist.runs.reporter import LOG_SECONDS, Reporter
 from avss_dist.system.streams import console, say
 from avss_dist.text import basename
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from avss_dist.tasks.cells import Cell
 
 
-LOG_SECONDS = 10.0  # between two lines of a log, at least
 SHOWN_ENDED = 10  # bars of runs that are over
 
 
