@@ -102,14 +102,15 @@ class Job:
         ]
 
 
-def avss(arguments: list[str], log: Path) -> None:
-    """The command line, in a process of its own."""
+def avss(arguments: list[str], log: Path, begun: Any) -> None:
+    """The command line, in a process of its own. It has begun when an interruption is its own to handle."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.argv = ["avss", *arguments]
     from avss_dist.__main__ import main
 
+    begun.set()
     main()
 
 
@@ -192,9 +193,10 @@ class Campaign:
         return replace(job, num_units=len(unit_times(job.expected)))
 
     def _start(self, arguments: list[str], log: Path) -> Any:
-        log.touch()
-        driver = self._processes.Process(target=avss, args=(arguments, log))
+        begun = self._processes.Event()
+        driver = self._processes.Process(target=avss, args=(arguments, log, begun))
         driver.start()
+        begun.wait()
         return driver
 
     def _job(self, number: int, seed: int) -> Job:
