@@ -19,7 +19,7 @@ from avss_dist.models.labels import LOGIT_BYTES, draw_labels, loss_gradient, pie
 from avss_dist.models.layers import PROBE_SHAPE, Layer
 from avss_dist.models.loading import Backbone, quiet
 from avss_dist.models.patching import Patch, patched
-from avss_dist.models.skipping import Recorded, recording, resuming, skipping
+from avss_dist.models.skipping import Recorded, recording, representatives, resuming, skipping
 from avss_dist.models.sparsifying import Counted, Sparsity, sparsified
 from avss_dist.models.sublayers import find_obstacles, require_sublayers, without_sublayers
 from avss_dist.removal import Drop, is_whole, layer_of, whole_layers
@@ -117,7 +117,7 @@ class LanguageModel:
     def resumes(self) -> bool:
         """Whether a pass that begins at a layer, from recorded hidden states, gives exactly what skipping it gives.
 
-        It is tried on a few tokens, with each layer.
+        It is tried on a few tokens, with `skipping.representatives` of the layers.
         """
         try:
             with torch.no_grad():
@@ -132,7 +132,7 @@ class LanguageModel:
         batch = Batch(input_ids=np.arange(PROBE_TOKENS, dtype=np.int32)[None], attention_mask=real, observed=real)
         with recording(self.layers) as recorded:
             self.hidden_states(batch)
-        for layer in self.layers:  # left out as this class does it, for a subclass may not be ready to
+        for layer in representatives(self.layers):  # left out as this class does it: a subclass may not be ready to
             with resuming(self.layers, layer.index, recorded):
                 resumed = self.hidden_states(batch)
             with LanguageModel.without(self, (layer.index,)):

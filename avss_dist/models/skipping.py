@@ -5,7 +5,7 @@ A pass without one layer is that of the whole model up to it; `recording` keeps 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +16,8 @@ from torch import nn
 
 from avss_dist.errors import ModelError
 from avss_dist.models.layers import Layer, first_tensor, input_tensor
+
+MOST_TRIED = 8  # layers, and the ends of each kind
 
 
 @contextmanager
@@ -105,6 +107,28 @@ def resuming(layers: Sequence[Layer], index: int, recorded: Recorded) -> Iterato
     forwards[layers[index].module] = partial(give, recorded.forms[index], hidden)
     with replaced_forwards(forwards):
         yield
+
+
+def representatives(layers: Sequence[Layer]) -> list[Layer]:
+    """Layers on which to try what would take passes of the model for each: all of a few, and of many some.
+
+    These are the first and the last of each kind, and others at equal distances. Layers are of one kind where the
+    classes, flags and names in them are equal, such as those of sliding attention, or of shared keys and values.
+    """
+    if len(layers) <= MOST_TRIED:
+        return list(layers)
+    kinds: dict[Hashable, list[int]] = {}
+    for place, layer in enumerate(layers):
+        kinds.setdefault(_kind(layer.module), []).append(place)
+    ends = {place for places in kinds.values() for place in (places[0], places[-1])}
+    step = (len(layers) - 1) / (MOST_TRIED - 1)
+    return [layers[place] for place in sorted(ends | {round(step * number) for number in range(MOST_TRIED)})]
+
+
+def _kind(module: nn.Module) -> Hashable:
+    parts = [(path, type(part), vars(part)) for path, part in module.named_modules()]
+    flags = [(path, name, value) for path, _, own in parts for name, value in own.items() if type(value) in (bool, str)]
+    return tuple((path, kind) for path, kind, _ in parts), tuple(flags)
 
 
 def give(form: type, instead: torch.Tensor | None, *args: Any, **kwargs: Any) -> Any:

@@ -14,9 +14,10 @@ import pytest
 import torch
 from rich.console import Console
 from support.causal_lm import SMALL, opened, random_shard
-from support.checkpoints import llama, one_thread
+from support.checkpoints import VOCABULARY, llama, one_thread
 from support.command_line import avss
 from support.families import tiny_model
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import AvssError, ConfigError
@@ -24,7 +25,7 @@ from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.engine import plan_text
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.skipping import recording, resuming
+from avss_dist.models.skipping import recording, representatives, resuming
 from avss_dist.report.terminal.ablation import ablation_table
 from avss_dist.runs.api import score
 from avss_dist.settings import Settings
@@ -124,6 +125,21 @@ def test_a_family_that_hands_more_than_hidden_states_on_falls_back(tiny_llama: P
     expected = [TextLoss(shard)(model, drop)[0] for drop in ((), (0,), (1,), (2,))]
     same_rows(LeaveOneOut(shard)(model, ()), expected, [(), (0,), (1,), (2,)])
     assert not model.resumes
+
+
+def test_of_many_layers_some_of_each_kind_are_tried(
+    tmp_path: Path, save_checkpoint: Callable[[Any, Path], Path]
+) -> None:
+    few = opened(save_checkpoint(llama(num_hidden_layers=8), tmp_path / "few"))
+    assert representatives(few.layers) == list(few.layers)
+    kinds = ["sliding_attention"] * 40
+    kinds[11] = kinds[12] = kinds[30] = "full_attention"
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 40, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": VOCABULARY}
+    config = Qwen3Config(**sizes, layer_types=kinds, use_sliding_window=True, sliding_window=8)
+    many = opened(save_checkpoint(Qwen3ForCausalLM(config), tmp_path / "many"))
+    tried = [layer.index for layer in representatives(many.layers)]
+    assert tried == [0, 6, 11, 17, 22, 28, 30, 33, 39]
 
 
 def test_a_layer_may_change_its_input(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
