@@ -89,7 +89,7 @@ class FitRepair:
         """See `tasks.base.Measure`."""
         texts = [[shard.content_hash for shard in text.shards] for text in self.texts]
         weights = {"weights": self.repair.weights} if len(set(self.repair.weights)) > 1 else {}
-        return fingerprint(measure="repair 2", by=self.repair.by, texts=texts, **weights)
+        return fingerprint(measure="repair 3", by=self.repair.by, texts=texts, **weights)
 
     def __call__(self, model: LanguageModel, drop: Drop) -> list[Row]:
         """See `tasks.base.Measure`."""

@@ -1,6 +1,6 @@
 """Shrink a model: score its layers, choose, repair, evaluate on text that nothing else has seen, write the checkpoint.
 
-Of each text, the first eighth is scored on, the second is evaluated on, and a repair is fitted on the rest. All that is
+Of each text, the first rows are scored on, the next are evaluated on, and a repair is fitted on the rest. All that is
 measured is kept in a warehouse, so the same command goes on where it was.
 """
 
@@ -60,8 +60,9 @@ from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
 
-ROWS = 512  # of each text, where nothing is said
+ROWS = 256  # of each text, where nothing is said
 HELD_OUT = 8  # one row of so many is scored on, and one is evaluated on
+SCORED = 16  # rows that are scored on, at most: more rank layers hardly better, and the damage takes 8 passes over them
 MEASURED: dict[str, dict[str, Any]] = {  # what `ablate` is to measure, by what layers are chosen by
     "loss": {},
     "shapley": {"leave_one_out": False, "shapley": 32},
@@ -129,15 +130,21 @@ class Shrunk(TabularResult):
 
 @dataclass(frozen=True)
 class Parts:
-    """Rows of each text: those that are scored on, then as many that are evaluated on, then those that are repaired on.
+    """Rows of each text: those that are scored on, then those that are evaluated on, then those that are repaired on.
 
     Attributes:
-        held_out: rows of each of the first two.
+        scored, evaluated: rows of the first two.
         rows: of all three, at most.
     """
 
-    held_out: int
+    scored: int
+    evaluated: int
     rows: int
+
+    @property
+    def held_out(self) -> int:
+        """Rows that are not repaired on."""
+        return self.scored + self.evaluated
 
 
 @with_options(ShrinkingOptions, Shrinking)
@@ -181,7 +188,7 @@ def shrink(
         bench = _bench(checkpoint, asked, parts, example, settings, execution, store, executor)
         bench.reporter = reporter.cells
         if asked.by == GREEDY:
-            made = partial(searched_plan, made, asked, repaired_losses(bench, asked, parts.held_out))
+            made = partial(searched_plan, made, asked, repaired_losses(bench, asked, parts.scored))
         if asked.keep is None:
             best = bench.attempt(made(share=asked.share or LOWEST_SHARE))
             curve = [best]
@@ -224,14 +231,15 @@ def cut(checkpoint: Checkpoint, texts: Sequence[str], settings: Settings) -> Par
             f"{HELD_OUT} at least.",
             "Name a longer text, lower `sequence_length`, or raise `max_sequences`.",
         )
-    return Parts(found[shortest] // HELD_OUT, rows)
+    part = found[shortest] // HELD_OUT
+    return Parts(min(part, SCORED), part, rows)
 
 
 def _scored_plan(
     model: str, asked: Shrinking, store: Store, parts: Parts, options: dict[str, Any], reporter: ShrinkReporter
 ) -> Callable[..., Plan]:
     """Measure what layers are chosen by; returns what makes plans of it."""
-    warehouse, options = store.root.full, options | {"max_sequences": parts.held_out}
+    warehouse, options = store.root.full, options | {"max_sequences": parts.scored}
     run = score(model, corpus=asked.corpus, warehouse=warehouse, reporter=reporter.scoring, sites=("block",), **options)
     if asked.ranked_by in MEASURED:
         how = MEASURED[asked.ranked_by] | options
@@ -259,7 +267,7 @@ def _bench(
     tasks = {str(n): _task(checkpoint, n, asked, parts, fixed, placement) for n in map(RedactedURI, names)}
     fit = None
     if asked.repair != NO_REPAIR:
-        skip, corpora = 2 * parts.held_out, asked.repair_corpora or (asked.corpus,)
+        skip, corpora = parts.held_out, asked.repair_corpora or (asked.corpus,)
         read = replace(fixed, max_sequences=parts.rows - skip)
         repair = Repair(by=asked.repair, corpora=corpora, skip_sequences=skip, settings=read)
         fit = plan_fits(checkpoint, example.layers, [repair], placement)[asked.repair]
@@ -271,12 +279,12 @@ def _bench(
 def _task(
     checkpoint: Checkpoint, name: str, asked: Shrinking, parts: Parts, settings: Settings, placement: Placement
 ) -> PlannedEvaluation:
-    read = replace(settings, max_sequences=parts.held_out)
+    read = replace(settings, max_sequences=parts.evaluated)
     task = make_task(
         checkpoint,
         name,
         read,
-        skip_sequences=parts.held_out,
+        skip_sequences=parts.scored,
         limit=asked.limit,
         num_fewshot=asked.num_fewshot,
     )
@@ -299,7 +307,7 @@ def _refuse_overlaps(
         refuse_repair_text(planned.task, checkpoint)
         refuse_overlap(planned.task, run_id, opened, checkpoint, corpus=asked.corpus)
         for text in texts:
-            refuse_text(planned.task, text, "the repair", 2 * parts.held_out)
+            refuse_text(planned.task, text, "the repair", parts.held_out)
     for text in texts:
         refuse_overlap(text, run_id, opened, checkpoint, corpus=asked.corpus)
 

@@ -18,11 +18,13 @@ import avss_dist
 from avss_dist.errors import ConfigError, CorpusError
 from avss_dist.evaluation.attempts import Attempt
 from avss_dist.evaluation.evaluate import evaluate
-from avss_dist.evaluation.shrink import MEASURED, Shrunk
+from avss_dist.evaluation.shrink import MEASURED, SCORED, Parts, Shrunk, cut
+from avss_dist.models.checkpoints import resolve
 from avss_dist.pruning.repair.record import read_repairs
 from avss_dist.pruning.selection import LAST, RANDOM, PlanError
 from avss_dist.pruning.shrinking import CHOSEN_BY, GREEDY
-from avss_dist.settings import SCORES
+from avss_dist.settings import SCORES, Settings
+from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 
 TEXT = "builtin:pydoc"
@@ -75,14 +77,16 @@ def test_whatever_layers_are_chosen_by_is_measured() -> None:
     assert set(CHOSEN_BY) == {*SCORES, *MEASURED, RANDOM, LAST, GREEDY}
 
 
-def test_the_parts_of_the_text_are_apart(done: Shrunk) -> None:
-    """An eighth is scored on, the next is evaluated on, and the repair reads what comes after both."""
+def test_the_parts_of_the_text_are_apart(done: Shrunk, deep: Path) -> None:
+    """An eighth, or `SCORED` rows, is scored on, the next eighth is evaluated on, the repair reads what comes after."""
     assert done.record is not None
     (run,) = Warehouse(f"{done.folder}-warehouse").runs().to_pylist()
     assert run["num_sequences"] == 10
     assert (done.record.skip_sequences, done.record.max_sequences, done.record.texts[0].rows) == (20, 60, 60)
     (task,) = done.best.tasks
     assert len(task.whole.samples) == 10
+    read = Settings(max_sequences=160, sequence_length=32)
+    assert cut(resolve(str(deep)), [RedactedURI(TEXT)], read) == Parts(scored=SCORED, evaluated=20, rows=160)
 
 
 @pytest.mark.slow

@@ -36,6 +36,19 @@ def test_sums_of_parts_are_those_of_the_whole(sizes: tuple[int, int, int, int], 
     assert close(whole + NormalEquations.zero(x.shape[1], y.shape[1]), whole)
 
 
+def test_batches_in_float32_are_added_up_in_float64() -> None:
+    x, y = data(4096, 8, 3, 0)
+    x, y = x.float(), y.float()
+    exact = NormalEquations.of(x.double(), y.double())
+    found = sum(
+        (NormalEquations.of(x[part : part + 64], y[part : part + 64]) for part in range(0, len(x), 64)),
+        NormalEquations.zero(8, 3),
+    )
+    assert {found.gram.dtype, found.cross.dtype, found.target.dtype} == {torch.float64}
+    torch.testing.assert_close(found.gram, exact.gram, rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(found.solve("full", 0.001), exact.solve("full", 0.001), rtol=1e-5, atol=1e-7)
+
+
 @given(SIZES, st.integers(1, 4))
 @settings(deadline=None)
 def test_a_weight_counts_tokens_so_often(sizes: tuple[int, int, int, int], weight: int) -> None:

@@ -1,5 +1,7 @@
 """Least squares from sums: all that a linear map needs of the data, in float64, merged by addition.
 
+Products of one batch are computed in the dtype of its data, float32 at least: half the time of float64 on a CPU.
+
 The minimum over W of ``sum_t |y_t - x_t W|^2 + ridge |W|^2`` is ``W = (G + ridge I)^-1 C``, with ``G = sum x_t^T x_t``
 and ``C = sum x_t^T y_t``. The error of any W is ``sum |y_t|^2 - 2 tr(W^T C) + tr(W^T G W)``, whatever made the sums.
 """
@@ -54,8 +56,11 @@ class NormalEquations:
         Args:
             x: [tokens, inputs], of any dtype; y: [tokens, outputs].
         """
-        x, y = x.double(), y.double()
-        return cls(weight * (x.T @ x), weight * (x.T @ y), weight * y.square().sum(), len(x))
+        dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        x, y = x.to(dtype), y.to(dtype)
+        counted = (weight * x).T
+        target = weight * y.double().square().sum()
+        return cls((counted @ x).double(), (counted @ y).double(), target, len(x))
 
     def __add__(self, other: NormalEquations) -> NormalEquations:
         """Those of the tokens of both."""

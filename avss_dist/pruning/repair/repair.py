@@ -218,6 +218,8 @@ class _Mender:
             portion, wanted = self._read[number], whole.to(now.stream.device).float()
             scale = portion.scale(wanted)
             x, y = scale * features(step, outlet, now.linear, now.last), scale * (wanted - now.stream.float())
+            if plainly:  # no ridge is above what float32 rounds
+                x, y = x.double(), y.double()
             kept = (portion.fitted, portion.held_back) if plainly else portion.with_sinks()
             masks = [torch.from_numpy(mask).to(x.device) for mask in kept]
             if not sums:
