@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from support.disks import SmallDisk
+from support.processes import wait_until
 from support.ray_cluster import Cluster, children
 
 GANGS = ("zero3", "tensor_parallel")
@@ -60,6 +61,14 @@ def _signal(processes: Sequence[Any], number: signal.Signals, dice: random.Rando
     return True
 
 
+def _kill_service(scene: Scene, name: str) -> bool:
+    """Kill one, and wait until it is gone: what restores the cluster must not take it for alive."""
+    before = len(scene.cluster.services(name))
+    killed = _signal(scene.cluster.services(name), signal.SIGKILL, scene.dice)
+    wait_until(lambda: not killed or len(scene.cluster.services(name)) < before)
+    return killed
+
+
 def kill_worker(scene: Scene) -> bool:
     return _signal(scene.cluster.workers(), signal.SIGKILL, scene.dice)
 
@@ -90,7 +99,7 @@ def drain_node(scene: Scene) -> bool:
 
 def kill_raylet(scene: Scene) -> bool:
     """Of any node, the driver's too."""
-    return _signal(scene.cluster.services("raylet"), signal.SIGKILL, scene.dice)
+    return _kill_service(scene, "raylet")
 
 
 def kill_agent(scene: Scene) -> bool:
@@ -100,7 +109,7 @@ def kill_agent(scene: Scene) -> bool:
 
 
 def kill_gcs(scene: Scene) -> bool:
-    return _signal(scene.cluster.services("gcs_server"), signal.SIGKILL, scene.dice)
+    return _kill_service(scene, "gcs_server")
 
 
 def kill_driver(scene: Scene) -> bool:
