@@ -18,15 +18,16 @@ from avss_dist.system.progress_bar import tracked
 
 
 def sample(
-    checkpoint: Checkpoint, settings: Settings, *, count: int, prompt: str | None = None, seed: int = 0
-) -> Iterator[str]:
+    checkpoint: Checkpoint, settings: Settings, *, count: int, prompt: str | None = None, seed: int = 0, first: int = 0
+) -> Iterator[list[str]]:
     """Texts of at most ``sequence_length`` tokens, at temperature 1 from all tokens; each ends where the model ends it.
 
-    The same ones for the same seed, batch size, dtype and device.
+    Those of each batch, the same ones for the same seed, batch size, dtype and device.
 
     Args:
         count: texts; those without a word are left out.
         prompt: what each begins with, and is not a part of it; by default the token that texts begin with.
+        first: number of the batch to begin with.
 
     Raises:
         ModelError: the model cannot be loaded, or predicts no next token; or no token is known to begin with.
@@ -41,7 +42,7 @@ def sample(
         raise ModelError(f"'{checkpoint.name}' predicts no next token.", "Name a causal language model.")
     end = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, start[0]) if i is not None)
     sizes = [min(settings.batch_size, count - done) for done in range(0, count, settings.batch_size)]
-    for number in tracked(range(len(sizes)), "Sampling"):
+    for number in tracked(range(first, len(sizes)), "Sampling"):
         prompts = torch.tensor([start] * sizes[number], device=device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
             torch.manual_seed((_APART * seed + number) % 2**32)  # all that the generator of CPUs takes
@@ -53,7 +54,7 @@ def sample(
                 **_AS_PREDICTED,
             )
         texts = tokenizer.batch_decode(written[:, len(start) :], skip_special_tokens=True)
-        yield from filter(str.strip, texts)
+        yield [text for text in texts if text.strip()]
 
 
 _APART = 1_000_003  # seeds of batches, from one seed to the next

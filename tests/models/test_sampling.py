@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.command_line import avss
+from transformers import LlamaForCausalLM
 
 from avss_dist.errors import ModelError
 from avss_dist.models.checkpoints import resolve
@@ -35,7 +38,7 @@ def test_tokens_are_drawn_as_the_model_predicts_them(tiny_llama: Path, tmp_path:
     words = [tokenizer.decode([token], skip_special_tokens=True) for token in range(len(expected))]
     one = Settings(sequence_length=1, batch_size=1000, device="cpu")
     count = 4000
-    seen = Counter(sample(resolve(str(folder)), one, count=count, prompt="the"))
+    seen = Counter(chain.from_iterable(sample(resolve(str(folder)), one, count=count, prompt="the")))
     share = {word: sum(float(p) for p, w in zip(expected, words, strict=True) if w == word) for word in set(words)}
     for word, wanted in share.items():
         if word.strip():
@@ -58,6 +61,31 @@ def test_the_command(tiny_llama: Path, tmp_path: Path) -> None:
     assert again.exit_code == 2 and "exists" in again.stderr and files[0].read_bytes() == one
     scored = avss("score", tiny_llama, "--corpus", f"{files[0]}:text", "-w", tmp_path / "w", "--sequence-length", 8)
     assert scored.exit_code == 0, scored.stderr
+
+
+def test_a_command_that_was_stopped_goes_on(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was cut off in the middle of a line is drawn again; of other options, what is kept is not touched."""
+    whole, output, kept = tmp_path / "whole.jsonl", tmp_path / "a.jsonl", tmp_path / "a.jsonl.part"
+    assert avss("sample", tiny_llama, "-o", whole, "--count", 12, *SHORT).exit_code == 0
+    drawn, draw = [], LlamaForCausalLM.generate
+
+    def stopped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        drawn.append(1)
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return draw(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", stopped)
+    assert avss("sample", tiny_llama, "-o", output, "--count", 12, *SHORT).exit_code == 130
+    assert not output.exists()
+    left = kept.read_bytes()
+    other = avss("sample", tiny_llama, "-o", output, "--count", 12, "--seed", 1, *SHORT)
+    assert other.exit_code == 2 and "was begun with another model or other options" in other.stderr
+    assert kept.read_bytes() == left
+    kept.write_bytes(left[:-3])
+    done = avss("sample", tiny_llama, "-o", output, "--count", 12, *SHORT)
+    assert done.exit_code == 0 and "Going on after" in done.stderr and len(drawn) == 5
+    assert output.read_bytes() == whole.read_bytes() and not kept.exists()
 
 
 def test_an_encoder_writes_nothing(tiny_bert: Path) -> None:
