@@ -1,9 +1,11 @@
-"""Which of transformers' classes opens a checkpoint: one with a head that predicts the next token, where it has one."""
+"""Which of transformers' classes opens a checkpoint, and what of the model predicts the next token."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
+
+from torch import nn
 
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|DoubleHeadsModel)$")
 
@@ -20,6 +22,16 @@ def auto_class(config: Any) -> Any:
 def has_head(config: Any) -> bool:
     """Whether the model that `load_model` gives predicts the next token."""
     return _is_causal(config) or _reads_images(config)
+
+
+def predictor(model: Any) -> Any:
+    """What of a model predicts the next token: all of it, or a language tower that has a head of its own.
+
+    Such a tower is a whole model of text; the one around it may demand images, or give no logits without them.
+    """
+    head = model.get_output_embeddings()
+    towers = (child for child in model.children() if head is not None and _head_of(child) is head)
+    return next(towers, model)
 
 
 def _reads_images(config: Any) -> bool:
@@ -39,3 +51,8 @@ def _is_causal(config: Any) -> bool:
     if architectures:
         return any(_CAUSAL.search(name) for name in architectures)
     return config.model_type in CAUSAL and config.model_type not in MASKED
+
+
+def _head_of(module: nn.Module) -> nn.Module | None:
+    find = getattr(module, "get_output_embeddings", None)
+    return find() if find else None

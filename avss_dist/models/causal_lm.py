@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ModelError, first_line
+from avss_dist.models.auto import predictor
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.head import Head, find_head
 from avss_dist.models.labels import LOGIT_BYTES, draw_labels, loss_gradient, pieces, uniform_numbers, widened
@@ -81,7 +82,7 @@ class LanguageModel:
     def __init__(self, checkpoint: Checkpoint, settings: Settings, backbone: Backbone, device: torch.device) -> None:
         self.checkpoint, self.settings, self.device = checkpoint, settings, device
         self.backbone = backbone
-        self.module: Any = backbone.model
+        self.module: Any = predictor(backbone.model)
         if self.module.get_output_embeddings() is None:
             raise _no_head(checkpoint, self.module)
         self.layers: tuple[Layer, ...] = backbone.structure.layers

@@ -21,7 +21,7 @@ from avss_dist.models.auto import auto_class
 from avss_dist.models.checkpoints import Checkpoint, read_config
 from avss_dist.models.complete import require_complete, require_layers
 from avss_dist.models.layers import Structure, count_parameters
-from avss_dist.models.quantization import unpacked_gguf, with_quantization
+from avss_dist.models.quantization import quantization_method, unpacked_gguf, with_quantization
 from avss_dist.models.safetensors import TensorInfo, weight_files
 from avss_dist.models.stored import stored_tensors
 from avss_dist.models.structure import find_structure
@@ -272,7 +272,7 @@ def open_module(model: Any, *, layers: str | None = None, device: torch.device |
                 backbone, lambda ids: run(ids.to(device), None), getattr(text, "num_hidden_layers", None), layers
             )
     except _REFUSALS as error:
-        raise ModelError(f"{type(model).__name__} does not run on token ids alone: {_first_line(error)}") from error
+        raise _does_not_run(model, error) from error
     return Backbone(
         model=model,
         module=backbone,
@@ -284,6 +284,16 @@ def open_module(model: Any, *, layers: str | None = None, device: torch.device |
         dtype=str(next(p.dtype for p in backbone.parameters() if p.is_floating_point())).removeprefix("torch."),
         attention_implementation=str(getattr(text, "_attn_implementation", None) or "eager"),
     )
+
+
+def _does_not_run(model: Any, error: Exception) -> ModelError:
+    name = type(model).__name__
+    if method := quantization_method(model.config):
+        return ModelError(
+            f"{name} is quantized ({method}), and does not run here as it is stored: {_first_line(error)}",
+            "Compute where there is a device for that, or set `dequantize`.",
+        )
+    return ModelError(f"{name} does not run on token ids alone: {_first_line(error)}")
 
 
 def without_head(model: Any) -> nn.Module:

@@ -146,9 +146,13 @@ def quantize_skeleton(checkpoint: Checkpoint, config: Any, model: Any) -> Any:
     return model
 
 
-def _quantizer(checkpoint: Checkpoint, config: Any, method: str) -> Any:
-    """transformers' quantizer of a configuration."""
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
+def require_known(checkpoint: Checkpoint, method: str) -> None:
+    """Refuse a quantization that transformers does not know: nobody can say what its settings and weights mean.
+
+    Raises:
+        ModelError: it is one.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
     if method not in AUTO_QUANTIZER_MAPPING and not method.startswith("bitsandbytes"):
         raise ModelError(
@@ -156,6 +160,13 @@ def _quantizer(checkpoint: Checkpoint, config: Any, method: str) -> Any:
             "read as what they are not.",
             "Is the config.json right? A newer method needs a newer transformers: pip install -U transformers.",
         )
+
+
+def _quantizer(checkpoint: Checkpoint, config: Any, method: str) -> Any:
+    """transformers' quantizer of a configuration."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    require_known(checkpoint, method)
     try:
         return AutoHfQuantizer.from_config(copy.deepcopy(quantization_settings(config)), pre_quantized=True)
     except ImportError as error:

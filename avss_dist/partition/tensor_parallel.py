@@ -17,6 +17,7 @@ from torch import nn
 
 from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ConfigError, ModelError
+from avss_dist.models.auto import predictor
 from avss_dist.models.causal_lm import LanguageModel, Watcher
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import PROBE_SHAPE, Layer, Tap, first_tensor
@@ -74,17 +75,17 @@ class TensorParallelReplica(BatchwiseReplica):
             whole = open_module(model, layers=settings.layers)
             require_heads(model.config.get_text_config(), world)
             run = forward_function(whole.module)
-            logits = _logits(model, torch.device("cpu")) if head else None
+            logits = _logits(predictor(model), torch.device("cpu")) if head else None
             expected = _probe(run, whole.structure.layers, torch.device("cpu"))
             names = {module: name for name, module in model.named_modules()}
-            with without_output_embeddings(model, keep=head):
+            with without_output_embeddings(predictor(model), keep=head):
                 apply_autotp(model, world, self.device)
             layers = _find_again(whole.structure.layers, names, model)
             with _running(model):
                 found = _probe(run, layers, self.device)
             self.layers: tuple[Layer, ...] = _check(model, layers, expected, found)
             if logits is not None:
-                _check_logits(model, logits, self.device)
+                _check_logits(predictor(model), logits, self.device)
                 opened = replace(whole, structure=replace(whole.structure, layers=self.layers))
                 self.language_model = TensorParallelLanguageModel(checkpoint, settings, opened, self.device)
                 self.language_model.reports = self.reports_stats

@@ -6,7 +6,6 @@ settings, layer by layer; and outputs are compared (`comparison`).
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import shutil
@@ -24,12 +23,12 @@ from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import quiet, skeleton, text_config, without_head
 from avss_dist.models.patching import Patch
 from avss_dist.models.pickled import PICKLED
-from avss_dist.models.quantization import KEYS, comparable, quantization_method
+from avss_dist.models.quantization import KEYS, comparable, quantization_method, require_known
 from avss_dist.models.safetensors import WEIGHTS
 from avss_dist.pruning.comparison import largest_difference
 from avss_dist.pruning.model_card import model_card
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.quantization import FILES, renumber_quantization, require_same_modules
+from avss_dist.pruning.quantization import FILES, LayerNames, renumber_quantization, require_same_modules
 from avss_dist.pruning.repair.record import read_repairs, write_repairs
 from avss_dist.pruning.repair.repair import Repair, Repaired, repair_layers
 from avss_dist.pruning.repair.rivals import require_foldable
@@ -160,11 +159,11 @@ def _write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Se
     part = next((raw[n] for n in ("text_config", "llm_config", "decoder") if text is not whole and n in raw), raw)
     part |= _settings_by_layer(text.to_dict(), plan)
     part[text.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(plan.keep)
-    modules = _modules(whole, settings) if quantization_method(whole) else []
-    for settings_of in [raw] if part is raw else [raw, part]:
-        settings_of |= {
-            key: renumber_quantization(settings_of[key], plan, modules) for key in KEYS if key in settings_of
-        }
+    if method := quantization_method(whole):
+        require_known(checkpoint, method)
+        names = LayerNames.of(checkpoint, plan, settings)
+        for settings_of in [raw] if part is raw else [raw, part]:
+            settings_of |= {key: renumber_quantization(settings_of[key], names) for key in KEYS if key in settings_of}
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     try:
         less = text_config(replace(checkpoint, path=str(folder)), trust_remote_code=settings.trust_remote_code)
@@ -260,11 +259,6 @@ def _described(layer: nn.Module, index: int) -> Iterator[tuple[str, str, Any]]:
                 yield path, name, value
 
 
-def _modules(config: Any, settings: Settings) -> list[str]:
-    """Paths of the model's modules."""
-    return [name for name, _ in skeleton(copy.deepcopy(config), settings, torch.float32).named_modules() if name]
-
-
 def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Settings) -> None:
     """Everything but configuration, weights and model card."""
     for file in checkpoint.folder.iterdir():
@@ -273,10 +267,10 @@ def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Sett
     found = [name for name in FILES if (folder / name).is_file()]
     if not found:
         return
-    modules = _modules(text_config(checkpoint, trust_remote_code=settings.trust_remote_code), settings)
+    names = LayerNames.of(checkpoint, plan, settings)
     for name in found:
         quantization = json.loads((folder / name).read_text(encoding="utf-8"))
-        (folder / name).write_text(json.dumps(renumber_quantization(quantization, plan, modules), indent=2) + "\n")
+        (folder / name).write_text(json.dumps(renumber_quantization(quantization, names), indent=2) + "\n")
 
 
 def _compare(

@@ -73,7 +73,7 @@ def _output(checkpoint: Checkpoint, settings: Settings, drop: Sequence[int], pat
     backbone = open_module(load_model(checkpoint, settings), layers=settings.layers)
     layers = backbone.structure.layers
     with torch.no_grad(), patched(layers, patch), skipping(layers, drop):
-        return first_tensor(forward_function(backbone.module)(*_checked_tokens()))
+        return first_tensor(forward_function(backbone.module)(_checked_tokens(), None))
 
 
 def _streamed_output(
@@ -87,10 +87,9 @@ def _streamed_output(
         assert model is not None
         forward = forward_function(model.backbone.module)
         with model.without(drop), model.patched(patch):
-            (output,) = model.together([lambda: first_tensor(forward(*_checked_tokens()))])
+            (output,) = model.together([lambda: first_tensor(forward(_checked_tokens(), None))])
         return output
 
 
-def _checked_tokens() -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.arange(CHECKED_SHAPE[0] * CHECKED_SHAPE[1]).reshape(CHECKED_SHAPE) + 5
-    return ids, torch.ones_like(ids)
+def _checked_tokens() -> torch.Tensor:
+    return torch.arange(CHECKED_SHAPE[0] * CHECKED_SHAPE[1]).reshape(CHECKED_SHAPE) + 5

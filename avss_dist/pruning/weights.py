@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -82,12 +83,17 @@ class StoredWeights:
         return None if stored is None else read_tensor(stored)
 
 
+def list_path(model: Any, plan: Plan) -> str:
+    """The path of a plan's layers in the whole model."""
+    backbone = without_head(model)
+    return next((f"{path}." for path, module in model.named_modules() if module is backbone and path), "") + plan.layers
+
+
 def _renamed_prefixes(checkpoint: Checkpoint, plan: Plan, names: Sequence[str], settings: Settings) -> list[str]:
     """What the files may call the layer list, where transformers calls it otherwise in the model."""
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     model = skeleton(config, settings, torch.float32)
-    backbone = without_head(model)
-    path = next((f"{path}." for path, module in model.named_modules() if module is backbone and path), "") + plan.layers
+    path = list_path(model, plan)
     found: dict[str, set[int]] = {}
     try:
         naming = Naming(model)

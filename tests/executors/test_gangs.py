@@ -240,8 +240,7 @@ def grouped_llama() -> Any:
 def build(family: str) -> Any:
     if family == "grouped llama":
         return grouped_llama()
-    kind = "masked" if family == "bert" else "causal"
-    return tiny_model(kind, family)
+    return tiny_model({"bert": "masked", "gemma3": "image-text"}.get(family, "causal"), family)
 
 
 @pytest.fixture(scope="module")
@@ -358,8 +357,8 @@ def expected_of(folder: Path, skip: tuple[str, ...] = (), tasks: Sequence[Measur
     return answers(model, skip) | {f"task {i}": task(model, (1,)) for i, task in enumerate(tasks)}
 
 
-SHARED = ("llama", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "opt", "mamba", "qwen3_moe", "falcon")
-SPLIT = ("llama", "qwen2", "qwen3", "gemma3_text", "gpt_neox", "opt", "phi", "mixtral", "cohere", "gptj")
+SHARED = ("llama", "qwen3", "gemma2", "gemma3", "gpt2", "gpt_neox", "opt", "mamba", "qwen3_moe", "falcon")
+SPLIT = ("llama", "qwen2", "qwen3", "gemma3", "gpt_neox", "opt", "phi", "mixtral", "cohere", "gptj")
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,8 @@ from avss_dist.tasks.harness import harness_task
 from avss_dist.tasks.layer_removal import LeaveOneOut
 
 SETTINGS = Settings(batch_size=2, sequence_length=24, dtype="float32", device="cpu")
-FAMILIES = ("llama", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "opt", "mamba", "qwen3_moe")
+TOWERS = ("gemma3", "blip-2")  # read as text; that of blip-2 is a causal model of its own
+FAMILIES = ("llama", "qwen3", "gemma2", "gpt2", "gpt_neox", "mamba", "qwen3_moe", *TOWERS)
 OTHERS = ("falcon", "bloom")  # whose layers give on more than hidden states
 Save = Callable[[Any, Path], Path]
 
@@ -42,7 +43,8 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Save) -
 
     def saved(family: str) -> Path:
         if family not in folders:
-            folders[family] = save_checkpoint(tiny_model("causal", family), tmp_path_factory.mktemp("models") / family)
+            kind = "image-text" if family in TOWERS else "causal"
+            folders[family] = save_checkpoint(tiny_model(kind, family), tmp_path_factory.mktemp("models") / family)
         return folders[family]
 
     return saved

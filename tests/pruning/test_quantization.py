@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,16 @@ import yaml
 from safetensors.torch import load_file, save_file
 from support.checkpoints import LAYERS, block_fp8
 from support.command_line import avss
+from support.families import tiny_model
 from transformers import AutoModelForCausalLM
 
 from avss_dist.errors import ModelError
 from avss_dist.models.checkpoints import resolve
-from avss_dist.models.loading import load_model, quiet
+from avss_dist.models.loading import load, load_model, quiet
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.model_card import source_license
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.quantization import renumber_quantization, require_same_modules
+from avss_dist.pruning.quantization import LayerNames, renumber_quantization, require_same_modules
 from avss_dist.pruning.selection import PlanError
 from avss_dist.settings import Settings
 from avss_dist.warehouse.reader import Warehouse
@@ -66,12 +70,16 @@ def test_settings_that_fit_another_layer_are_seen(fp8: Path, tmp_path: Path) -> 
     assert "weight_scale_inv" in wrong.value.message
 
 
+TOWER = re.compile(r"(^|language_model\.)model\.layers\..*_proj")
+STAYS = re.compile(r"layers\.[02]\.mlp\.down_proj")
+
+
 def compressed(folder: Path, source: Path, ignore: list[str]) -> Path:
-    """FP8 of compressed-tensors, as vLLM's users publish it: a scale for each matrix, but for those to be ignored."""
+    """FP8 of compressed-tensors, as vLLM's users publish it: a scale for each projection, but two, to be ignored."""
     shutil.copytree(source, folder)
     tensors = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
-        if tensor.dim() != 2 or "layers" not in name or (name.split(".")[2] in "02" and "down_proj" in name):
+        if not TOWER.match(name) or STAYS.search(name):
             tensors[name] = tensor
             continue
         scale = tensor.abs().max() / 448
@@ -102,12 +110,32 @@ def test_a_pattern_becomes_the_modules_that_it_matches(tiny_llama: Path, tmp_pat
     ]
     assert done["difference"] == 0
     assert "have the names and shapes" in done["notes"][0]
+    with pytest.raises(ModelError, match=r"is quantized \(compressed-tensors\), and does not run here as it is stored"):
+        load(resolve(str(whole)), Settings(dtype="float32"), torch.device("cpu"))
     with quiet():
         model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "less", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     last = model.model.layers[-1]
     assert last.self_attn.q_proj.weight.dtype == torch.float8_e4m3fn  # as it is stored
     assert last.mlp.down_proj.weight.dtype == torch.float32
+
+
+def test_the_quantized_tower_of_a_multimodal_model(
+    tmp_path: Path, save_checkpoint: Callable[[Any, Path], Path]
+) -> None:
+    """Its files call the tower otherwise than its modules are called, by which the settings name layers."""
+    tiny_model("image-text", "gemma3").save_pretrained(tmp_path / "source")
+    others = ["lm_head", "re:.*vision_tower.*", "re:.*projector.*"]
+    whole = compressed(
+        tmp_path / "whole", tmp_path / "source", [*others, r"re:.*language_model\.layers\.[02]\.mlp\.down_proj"]
+    )
+    plan = replace(PLAN, layers="language_model.layers")
+    done = prune(str(whole), plan, tmp_path / "less")
+    config = json.loads((tmp_path / "less" / "config.json").read_text())
+    down = [f"model.language_model.layers.{layer}.mlp.down_proj" for layer in (0, 1)]
+    assert config["quantization_config"]["ignore"] == [*others, *down]
+    assert done["difference"] == 0
+    assert "have the names and shapes" in done["notes"][0]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +149,10 @@ def test_a_pattern_becomes_the_modules_that_it_matches(tiny_llama: Path, tmp_pat
             {"modules_to_not_convert": None, "nested": {"a": [["model.layers.2"]]}},
             {"nested": {"a": [["model.layers.1"]]}},
         ),
+        (
+            {"ignore": ["vision_tower.encoder.layers.2.fc1", "language_model.model.layers.2"]},
+            {"ignore": ["vision_tower.encoder.layers.2.fc1", "language_model.model.layers.1"]},
+        ),
         ({"ignore": [r"re:model\.layers\.[1-2]\.mlp\.up"]}, {"ignore": ["model.layers.1.mlp.up"]}),
         ({"ignore": ["re:model.layers.1.*"]}, {"ignore": []}),
         (
@@ -131,7 +163,7 @@ def test_a_pattern_becomes_the_modules_that_it_matches(tiny_llama: Path, tmp_pat
 )
 def test_names_of_layers_wherever_they_stand(config: dict[str, Any], expected: dict[str, Any] | None) -> None:
     modules = [f"model.layers.{layer}.mlp.{part}" for layer in range(LAYERS) for part in ("up", "down")]
-    assert renumber_quantization(config, PLAN, modules) == config | (expected or {})
+    assert renumber_quantization(config, LayerNames(PLAN, ("model.layers",), modules)) == config | (expected or {})
 
 
 def test_a_pattern_that_cannot_be_read_is_refused(fp8: Path, tmp_path: Path) -> None:
@@ -190,6 +222,15 @@ def test_what_cannot_be_computed_with_is_refused(
         change_quantization(folder, **quantization)
     with pytest.raises(ModelError, match=message):
         load_model(resolve(str(folder)), settings)
+
+
+def test_settings_that_nobody_knows_are_not_renumbered(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "quantized"
+    shutil.copytree(tiny_llama, folder)
+    change_quantization(folder, quant_method="shrinkwrap")
+    with pytest.raises(ModelError, match="quantized by 'shrinkwrap', which transformers does not know"):
+        prune(str(folder), PLAN, tmp_path / "less")
+    assert not (tmp_path / "less").exists()
 
 
 def test_what_cannot_be_compared_here_is_pruned_and_says_so(tiny_llama: Path, tmp_path: Path) -> None:
