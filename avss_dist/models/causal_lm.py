@@ -26,6 +26,7 @@ from avss_dist.models.sublayers import find_obstacles, require_sublayers, withou
 from avss_dist.removal import Drop, is_whole, layer_of, whole_layers
 from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import Float64
+from avss_dist.system.devices import sent
 
 PROBE_TOKENS = 16
 
@@ -199,8 +200,8 @@ class LanguageModel:
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """[rows, tokens, units], on the model's device: what its head is given; gradients follow the caller's mode."""
-        input_ids = torch.from_numpy(batch.input_ids).to(self.device, torch.int64)
-        padded = {} if batch.attention_mask.all() else {"attention_mask": self._place(batch.attention_mask)}
+        input_ids = sent(batch.input_ids, self.device, torch.int64)
+        padded = {} if batch.attention_mask.all() else {"attention_mask": sent(batch.attention_mask, self.device)}
         run = partial(self.call, input_ids=input_ids, use_cache=False, **padded)
         return self.head.hidden_states(run).to(self.device)
 
@@ -224,20 +225,24 @@ class LanguageModel:
 
     def _sums(self, batch: Batch, measures: Sequence[_OfTokens]) -> Float64:
         """float64[measures, rows]: what measures give of each row's counted tokens, summed."""
+        counted = torch.from_numpy(predicted(batch))
+        found = torch.zeros((len(measures), *counted.shape), dtype=torch.float64)
         with torch.no_grad():
-            counted, labels = self._predicted(batch)
-            found = torch.zeros((len(measures), *counted.shape), dtype=torch.float64, device=self.device)
+            places, labels = self._predicted(batch)
             of_tokens = torch.empty((len(measures), len(labels)), dtype=torch.float64, device=self.device)
-            for some, logits in self.logits(self.hidden_states(batch)[:, :-1][counted]):
+            for some, logits in self.logits(self.hidden_states(batch).flatten(0, 1).index_select(0, places)):
                 for values, of in zip(of_tokens, measures, strict=True):
                     values[some] = of(logits, labels[some]).double()
-            found[:, counted] = of_tokens
-            return found.sum(dim=2).cpu().numpy()
+        found[:, counted] = of_tokens.cpu()
+        return found.sum(dim=2).numpy()
 
     def _predicted(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """bool[rows, tokens - 1]: tokens after which one is predicted that counts; and int64[n]: which one."""
-        counted = self._place(predicted(batch))
-        return counted, torch.from_numpy(batch.input_ids).to(self.device, torch.int64)[:, 1:][counted]
+        """int64[n], on the device: places, among those of all rows one after another, of tokens after which one is
+        predicted that counts; and which one."""
+        rows, before = predicted(batch).nonzero()
+        labels = batch.input_ids[rows, before + 1]
+        places = rows * batch.input_ids.shape[1] + before
+        return sent(places, self.device), sent(labels, self.device, torch.int64)
 
     def losses_without(self, batches: Sequence[Batch], drops: Sequence[Drop]) -> list[Float64]:
         """For each set of layers, float64[rows]: `losses` of all batches without them.
@@ -294,9 +299,9 @@ class LanguageModel:
 
     def loss_gradients(self, hidden: torch.Tensor, batch: Batch, draws: int = 0, seed: int = 0) -> torch.Tensor:
         """Of summed losses at `hidden_states`, [1 + draws, *hidden.shape]: of the text's labels, then each draw's."""
-        counted, labels = self._predicted(batch)
-        uniform = torch.from_numpy(uniform_numbers(batch, draws, seed)).to(self.device)[:, counted]
-        given = hidden[:, :-1][counted]
+        places, labels = self._predicted(batch)
+        uniform = sent(uniform_numbers(batch, draws, seed)[:, predicted(batch)], self.device)
+        given = hidden.flatten(0, 1).index_select(0, places)
         found = given.new_empty((1 + draws, *given.shape))
         for piece in self.pieces(len(given)):
             with torch.enable_grad():
@@ -307,11 +312,8 @@ class LanguageModel:
                 gradient = loss_gradient(logits.detach(), of)
                 (found[number, piece],) = torch.autograd.grad(logits, leaf, gradient, retain_graph=number < draws)
         every = hidden.new_zeros((1 + draws, *hidden.shape))
-        every[:, :, :-1][:, counted] = found
+        every.flatten(1, 2).index_copy_(1, places, found)
         return every
-
-    def _place(self, mask: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(mask)).to(self.device)
 
 
 def _surprise(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

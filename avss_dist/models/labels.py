@@ -12,7 +12,7 @@ from avss_dist.corpus.shards import Batch
 from avss_dist.stats.layer_stats import Float64
 
 LOGIT_BYTES = 128 << 20  # of the logits that exist at once, in float32; of 262,144 tokens, after 128
-WIDENED_BYTES = 16 << 20  # of logits: larger pieces would be taken from the system anew each time
+WIDENED_BYTES = 16 << 20  # of logits on a CPU: larger pieces would be taken from the system anew each time
 
 
 def pieces(number: int, vocabulary: int, most: int) -> list[slice]:
@@ -22,8 +22,9 @@ def pieces(number: int, vocabulary: int, most: int) -> list[slice]:
 
 
 def widened(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Logits, [tokens, vocabulary], in float32: `WIDENED_BYTES` of them at a time."""
-    for piece in pieces(len(logits), logits.shape[1], WIDENED_BYTES):
+    """Logits, [tokens, vocabulary], in float32: some of them at a time."""
+    most = WIDENED_BYTES if logits.device.type == "cpu" else LOGIT_BYTES
+    for piece in pieces(len(logits), logits.shape[1], most):
         yield piece, logits[piece].float()
 
 

@@ -138,14 +138,17 @@ def load(
     Args:
         device: where the model computes.
         head: see `load_model`.
-        placing: options of ``from_pretrained`` that say where weights go; without any, all go to ``device``.
+        placing: options of ``from_pretrained`` that say where weights go; without any, all go to ``device``, those of a
+            GPU tensor by tensor: no whole model is in host memory.
 
     Raises:
         ModelError: the model cannot be loaded or observed; the message names the reason.
     """
+    if device.type == "cuda" and not placing:
+        placing = {"device_map": {"": device}}
     model = load_model(checkpoint, settings, head=head, **placing)
     with quiet():
-        return open_module(model if placing else model.to(device=device), layers=settings.layers, device=device)
+        return open_module(model, layers=settings.layers, device=device)
 
 
 def load_model(checkpoint: Checkpoint, settings: Settings, *, head: bool = False, **placing: Any) -> Any:

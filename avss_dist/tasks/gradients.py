@@ -26,6 +26,7 @@ from avss_dist.tasks.watching import WATCHED, Watched
 
 TAYLOR = "taylor"  # nats per predicted token; low is unimportant
 L1, L2, FROBENIUS = "gradient_l1", "gradient_l2", "weight_frobenius"
+CHUNK = 2048  # tokens whose updates exist at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +77,18 @@ def _shape(parameter: nn.Parameter) -> Sequence[int]:
     return shape
 
 
+class _Kept:
+    """A tensor that the backward pass needs too, so that it takes no memory of its own."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self._version = tensor, tensor._version
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether its numbers are others now."""
+        return self.tensor._version != self._version
+
+
 @dataclass
 class _Pass(Watched):
     """What the hooks of one forward and backward pass gather, by layer."""
@@ -88,7 +101,7 @@ class _Pass(Watched):
     norms: defaultdict[tuple[int, int], Any] = field(default_factory=partial(defaultdict, float))  # and by order
     sizes: dict[int, Any] = field(default_factory=dict)  # of the weights
     _calls: Counter[int] = field(default_factory=Counter)
-    _given: torch.Tensor | None = None
+    _given: _Kept | None = None
 
     @staticmethod
     def of(batch: Batch, device: torch.device) -> _Pass:
@@ -99,24 +112,30 @@ class _Pass(Watched):
         if uses[0].index not in self.sizes:  # weights may be gone when the layer has run
             self.sizes |= dict.fromkeys([use.index for use in uses], sum(_norms(w, 2) for w in matrices(module)))
         given = input_tensor(args, kwargs)
-        self._given = None if given is None else given.detach().clone()  # which a layer may change
+        self._given = None if given is None else _Kept(given.detach())
 
     def leave(self, uses: Sequence[Layer], output: Any) -> None:
         layer = uses[self._calls[uses[0].index] % len(uses)]
         self._calls[uses[0].index] += 1
         out, given, self._given = first_tensor(output), self._given, None
-        if out is None or given is None or out.shape != given.shape:
+        if out is None or given is None or out.shape != given.tensor.shape:
             raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep the shape of its input.")
-        update = out.detach().float() - given.float()
-        out.register_hook(partial(self._remove, layer, update))
+        out.register_hook(partial(self._remove, layer, given, _Kept(out.detach())))
 
-    def _remove(self, layer: Layer, update: torch.Tensor, gradient: torch.Tensor) -> None:
-        rows, tokens = self.real.shape
-        product = as_rows(gradient.double() * update, layer.axes, rows, tokens)
-        if product is None:
-            raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep rows and tokens apart.")
-        changes = product.sum(dim=2).abs().where(self.real.to(product.device), 0)
+    def _remove(self, layer: Layer, given: _Kept, out: _Kept, gradient: torch.Tensor) -> None:
+        if given.has_changed or out.has_changed:
+            raise ModelError(f"Layer {layer.index} ({layer.name}), or one behind it, changes its input in place.")
+        chunks = (self._tokens(layer, x).split(CHUNK) for x in (gradient, out.tensor, given.tensor))
+        products = [(g.double() * (y.float() - x.float())).sum(dim=1) for g, y, x in zip(*chunks, strict=True)]
+        changes = torch.cat(products).abs().view(self.real.shape).where(self.real.to(gradient.device), 0)
         self.removal[layer.index] = changes.sum(dim=1)
+
+    def _tokens(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
+        """[all tokens, units] of what a layer takes or gives."""
+        found = as_rows(x, layer.axes, *self.real.shape)
+        if found is None:
+            raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep rows and tokens apart.")
+        return found.flatten(0, 1)
 
     def accumulate(self, uses: Sequence[Layer], weight: torch.Tensor) -> None:
         """Take the norms of a weight's gradient, and free it."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from avss_dist.system.memory import populate
 
 ELSEWHERE = "Use `partition` device_map, which has transformers load the whole model."  # where this cannot be done
 _ALIGNMENT = 64  # of what torch allocates
+_READERS = 4  # threads: one copies from the page cache at a fraction of what memory can give
+_PIECE = 8 << 20  # bytes that one of them reads at a time
 
 
 def stored_in(folder: Path) -> Iterator[StoredTensor]:
@@ -62,19 +65,30 @@ class ReadBuffer:
         """Start again; later reads overwrite earlier ones."""
         self._used = 0
 
-    def read(self, stored: StoredTensor) -> torch.Tensor:
-        """Copy a stored tensor into this memory. Other threads run meanwhile.
+    def read(self, stored: Sequence[StoredTensor]) -> Iterator[torch.Tensor]:
+        """Copy stored tensors into this memory; each comes when it is there, while threads read those behind it.
 
         Raises:
-            ModelError: the file is gone, or ends before it does.
+            ModelError: a file is gone, or ends before its tensor does.
         """
+        parts = [self._take(one) for one in stored]
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="avss-readers") as threads:
+            reads = [
+                [threads.submit(_fill, one, part.numpy().data, at) for at in range(0, one.size, _PIECE)]
+                for one, part in zip(stored, parts, strict=True)
+            ]
+            for one, part, pieces in zip(stored, parts, reads, strict=True):
+                with _reading(one):
+                    for piece in pieces:
+                        piece.result()
+                yield part.view(DTYPES[one.dtype]).view(one.shape)
+
+    def _take(self, stored: StoredTensor) -> torch.Tensor:
+        """Room for a tensor, uint8."""
         residue = stored.start % _ALIGNMENT if stored.start % DTYPES[stored.dtype].itemsize == 0 else 0
         begin = self._used + (residue - self._memory.data_ptr() - self._used) % _ALIGNMENT
         self._used = begin + stored.size
-        part = self._memory[begin : self._used]
-        with _reading(stored):
-            _fill(memoryview(part.numpy().data), stored)
-        return part.view(DTYPES[stored.dtype]).view(stored.shape)
+        return self._memory[begin : self._used]
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is in this memory."""
@@ -94,19 +108,19 @@ class ZeroCopyBuffer:
         """Forget what was read."""
         self._tensors.clear()
 
-    def read(self, stored: StoredTensor) -> torch.Tensor:
-        """Map a stored tensor, and have all of it read into memory. Other threads run meanwhile.
+    def read(self, stored: Sequence[StoredTensor]) -> Iterator[torch.Tensor]:
+        """Map stored tensors, one after the other, and have all of each read into memory. Other threads run meanwhile.
 
         Raises:
-            ModelError: the file is gone, or ends before it does.
+            ModelError: a file is gone, or ends before its tensor does.
         """
-        with _reading(stored):
-            tensor = _map(stored)
-            populate(tensor.data_ptr(), stored.size)
-        self._tensors.append(tensor)
-        if stored.start % DTYPES[stored.dtype].itemsize:
-            return tensor.clone().view(DTYPES[stored.dtype]).view(stored.shape)
-        return tensor.view(DTYPES[stored.dtype]).view(stored.shape)
+        for one in stored:
+            with _reading(one):
+                tensor = _map(one)
+                populate(tensor.data_ptr(), one.size)
+            self._tensors.append(tensor)
+            aligned = tensor.clone() if one.start % DTYPES[one.dtype].itemsize else tensor
+            yield aligned.view(DTYPES[one.dtype]).view(one.shape)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is in this memory."""
@@ -126,11 +140,12 @@ def _reading(stored: StoredTensor) -> Iterator[None]:
         raise ModelError(f"{stored.file} cannot be read: {error.strerror}.", "Does it still exist?") from error
 
 
-def _fill(rest: memoryview, stored: StoredTensor) -> None:
-    at = stored.start
+def _fill(stored: StoredTensor, whole: memoryview, at: int) -> None:
+    """Read a piece of a tensor to its place among all of its bytes."""
+    rest = whole[at : at + _PIECE]
     with stored.file.open("rb", buffering=0) as file:
         while rest:
-            count = os.preadv(file.fileno(), [rest], at)
+            count = os.preadv(file.fileno(), [rest], stored.start + at)
             if not count:
                 raise EOFError
             rest, at = rest[count:], at + count

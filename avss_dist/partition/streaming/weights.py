@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -138,19 +139,20 @@ class Weights:
         Raises:
             ModelError: a file has changed, or transformers does not make of its tensors what it made before.
         """
-        for weight in part.weights:
-            if weight.stored:
-                tensor = self._read(weight.stored, buffer)
-                weight.assign(tensor.to(device, weight.meta.dtype, non_blocking=True))
+        tensors = self._read(part.stored, buffer)
+        for weight in [weight for weight in part.weights if weight.stored]:
+            weight.assign(next(tensors).to(device, non_blocking=True).to(weight.meta.dtype))  # converted there
         if part.sources:
-            self._conversion.make({stored.name: self._read(stored, buffer) for stored in part.sources})
+            self._conversion.make({stored.name: next(tensors) for stored in part.sources})
         for weight in part.weights:
             if not weight.stored:
                 weight.assign(_require_numbers(weight).detach().to(device))
 
-    def _read(self, stored: StoredTensor, buffer: AnyBuffer | None) -> torch.Tensor:
-        self.bytes_read += stored.size
-        return (buffer or ReadBuffer(buffer_bytes([stored]))).read(stored)
+    def _read(self, stored: Sequence[StoredTensor], buffer: AnyBuffer | None) -> Iterator[torch.Tensor]:
+        self.bytes_read += sum(one.size for one in stored)
+        if buffer:
+            return buffer.read(stored)
+        return chain.from_iterable(ReadBuffer(buffer_bytes([one])).read([one]) for one in stored)
 
     def resolve_ties(self, backbone: nn.Module) -> None:
         """Tie what the configuration ties and the files hold twice, if it is equal; keep what the backbone needs."""
