@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from itertools import groupby, islice
 from operator import itemgetter
-from threading import Event
+from threading import Event, Semaphore
 from typing import TypeVar
 
 from avss_dist.corpus.shards import Shard
@@ -62,8 +63,9 @@ class LocalExecutor:
                         for run in same:
                             strata = max((shard.num_strata for shard in run.shards), default=1)
                             at_once = shards_at_once(replica, spec, strata)
-                            with ThreadPoolExecutor(at_once) as pool:
-                                yield from _measure(run, replica, hooks, pool, at_once)
+                            threads = at_once + (replica.device.type != "cpu")  # one concludes what a GPU has measured
+                            with ThreadPoolExecutor(threads) as pool:
+                                yield from _measure(run, replica, hooks, pool, threads, Semaphore(at_once))
                 finally:
                     replica.close()
 
@@ -125,7 +127,7 @@ def shards_at_once(replica: Replica, spec: ReplicaSpec, strata: int = 1) -> int:
 
 
 def _measure(
-    run: RunShards, replica: Replica, hooks: Hooks, pool: ThreadPoolExecutor, at_once: int
+    run: RunShards, replica: Replica, hooks: Hooks, pool: ThreadPoolExecutor, threads: int, computing: Semaphore
 ) -> Iterator[Outcome]:
     """Results of a run's shards, in order; its first error is the last outcome."""
     stopped = Event()
@@ -135,13 +137,16 @@ def _measure(
             raise _Stopped
 
     def analyze(shard: Shard) -> ShardResult:
-        return analyze_shard(replica, shard, run.replica_spec.settings, beat=beat, hooks=hooks)
+        with ExitStack() as stack:
+            stack.enter_context(computing)
+            settings, computed = run.replica_spec.settings, stack.close
+            return analyze_shard(replica, shard, settings, beat=beat, hooks=hooks, computed=computed)
 
     shards = iter(run.shards)
     running: deque[Future[ShardResult]] = deque()
     try:
         while not run.dropped:
-            running.extend(pool.submit(analyze, shard) for shard in islice(shards, 2 * at_once - len(running)))
+            running.extend(pool.submit(analyze, shard) for shard in islice(shards, 2 * threads - len(running)))
             if not running:
                 return
             try:

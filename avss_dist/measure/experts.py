@@ -16,7 +16,7 @@ from avss_dist.measure.passes import Pass
 from avss_dist.models.experts import Experts, Routing, routing_of
 from avss_dist.models.layers import Layer, first_tensor
 from avss_dist.stats.experts import ExpertStats
-from avss_dist.system.devices import sent
+from avss_dist.system.devices import sent, to_host
 
 
 @dataclass
@@ -26,6 +26,11 @@ class _Sums:
     routed: torch.Tensor
     outputs: torch.Tensor
     router: torch.Tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All of it."""
+        return self.routed, self.outputs, self.router
 
 
 @dataclass
@@ -61,9 +66,16 @@ class ExpertCounter:
         shares = wide / wide.sum(dim=-1, keepdim=True) if experts.normalized else wide.softmax(dim=-1)
         self._of(layer, experts, given.device).router[1] += torch.special.entr(shares).sum()
 
-    def result(self) -> dict[int, ExpertStats]:
-        """The statistics by layer."""
-        return {layer: _to_stats(sums) for layer, sums in sorted(self._sums.items())}
+    def send(self) -> Callable[[], dict[int, ExpertStats]]:
+        """Have devices send what they counted; what is returned waits for it, and gives the statistics by layer."""
+        layers = sorted(self._sums)
+        arrived = to_host([part for layer in layers for part in self._sums[layer].tensors])
+
+        def wait() -> dict[int, ExpertStats]:
+            arrays = iter(arrived())
+            return {layer: _to_stats(next(arrays), next(arrays), next(arrays)) for layer in layers}
+
+        return wait
 
     def _of(self, layer: int, experts: Experts, device: torch.device) -> _Sums:
         if layer not in self._sums:
@@ -75,8 +87,7 @@ class ExpertCounter:
         return self._sums[layer]
 
 
-def _to_stats(sums: _Sums) -> ExpertStats:
-    routed, outputs, router = (part.cpu().numpy() for part in (sums.routed, sums.outputs, sums.router))
+def _to_stats(routed: np.ndarray, outputs: np.ndarray, router: np.ndarray) -> ExpertStats:
     return ExpertStats(
         routed_tokens=routed[:, 0].astype(np.int64),
         gate_sum=routed[:, 1].copy(),

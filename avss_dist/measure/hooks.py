@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,16 +14,17 @@ from torch import nn
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.errors import ModelError
 from avss_dist.measure.experts import ExpertCounter, expert_hooks
-from avss_dist.measure.kernels.base import Accumulator, Kernels, Tensors, to_host, to_stats
+from avss_dist.measure.kernels.base import Accumulator, Kernels, send_stats
 from avss_dist.measure.kernels.choose import kernels_for
 from avss_dist.measure.passes import PASSES, Entered, Pass
-from avss_dist.measure.rows import ObservedTokens, masks_by_stratum, row_tensors, to_row_stats
+from avss_dist.measure.rows import ObservedTokens, RowsOf, masks_by_stratum, row_tensors
 from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
 from avss_dist.settings import INPUT_SITES
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, StratumKey
 from avss_dist.stats.merging import merge_strata
 from avss_dist.stats.rows import RowStats
 from avss_dist.system.context import bound
+from avss_dist.system.devices import to_host
 
 UNIT_SITES = ("block", "update", *INPUT_SITES)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -126,7 +127,8 @@ class Observer:
         self._by_call = {(layer.module, layer.call): layer for layer in hooks.layers}
         self._accumulators: dict[StratumKey, Accumulator] = {}
         self._stats: dict[StratumKey, LayerStats] = {}
-        self._of_rows: dict[LayerKey, list[tuple[np.ndarray, Tensors]]] = {}
+        self._coming: list[tuple[list[StratumKey], Callable[[], list[LayerStats]]]] = []
+        self._of_rows: defaultdict[LayerKey, RowsOf] = defaultdict(RowsOf)
         self._left: Counter[int] = Counter()
         self._kernels: dict[torch.device, Kernels] = {}
         inputs = set(INPUT_SITES) & set(hooks.sites)  # of linear maps, whose every unit is summed
@@ -146,8 +148,28 @@ class Observer:
         with bound(PASSES, (*PASSES.get(), Pass(self, mask, strata, pairing))):
             yield
 
+    def send(self) -> None:
+        """Have devices send what they counted. They can do other work until `result` or `strata` waits for it."""
+        self._finish()
+        self._coming.append(self._send(list(self._accumulators)))
+
+    def send_rows(self) -> Callable[[], dict[LayerKey, RowStats]]:
+        """Have devices send the statistics of rows of paired text.
+
+        Returns:
+            What waits for them: of every row so far, in the order of their places in the corpus.
+        """
+        keys = sorted(self._of_rows)
+        arrived = to_host([tensor for key in keys for tensor in self._of_rows[key].tensors()])
+
+        def wait() -> dict[LayerKey, RowStats]:
+            arrays = iter(arrived())
+            return {key: self._of_rows[key].to_stats(arrays) for key in keys}
+
+        return wait
+
     def result(self) -> dict[LayerKey, LayerStats]:
-        """Everything counted so far, by (layer index, site). One transfer from each device."""
+        """Everything counted so far, by (layer index, site)."""
         strata = self.strata()
         if any(stratum for _, _, stratum in strata):
             return merge_strata(strata)
@@ -155,22 +177,14 @@ class Observer:
 
     def strata(self) -> dict[StratumKey, LayerStats]:
         """The same by (layer index, site, stratum), which is empty where the text is not paired."""
-        self._finish()
-        self._conclude(list(self._accumulators))
+        self.send()
+        for keys, arrived in self._coming:
+            self._stats |= zip(keys, arrived(), strict=True)
+        self._coming.clear()
         return dict(sorted(self._stats.items()))
 
-    def rows(self) -> dict[LayerKey, RowStats]:
-        """Of paired text, the statistics of every row so far, in the order of their places in the corpus."""
-        found = {}
-        for key, batches in sorted(self._of_rows.items()):
-            places = np.concatenate([rows for rows, _ in batches])
-            found[key] = to_row_stats([tensors for _, tensors in batches], np.argsort(np.argsort(places)))
-        return found
-
-    def _conclude(self, keys: Sequence[StratumKey]) -> None:
-        accumulators = [self._accumulators.pop(key) for key in keys]
-        for key, accumulator, tensors in zip(keys, accumulators, to_host(accumulators), strict=True):
-            self._stats[key] = to_stats(tensors, accumulator.dtype, self._thresholds)
+    def _send(self, keys: list[StratumKey]) -> tuple[list[StratumKey], Callable[[], list[LayerStats]]]:
+        return keys, send_stats([self._accumulators.pop(key) for key in keys], self._thresholds)
 
     def enter(self, now: Pass, module: nn.Module, hidden: torch.Tensor | None) -> None:
         """A layer begins."""
@@ -211,7 +225,8 @@ class Observer:
         if self._left[layer.index] == self._passes:
             keys = [key for key in self._accumulators if key[0] == layer.index]
             if all(self._accumulators[key].is_on_host for key in keys):
-                self._conclude(keys)
+                _, arrived = self._send(keys)
+                self._stats |= zip(keys, arrived(), strict=True)
 
     def _add_block(self, now: Pass, entered: Entered, output: Any) -> None:
         layer, before = entered.layer, entered.hidden
@@ -263,7 +278,7 @@ class Observer:
         if x.device not in now.tokens:
             now.tokens[x.device] = ObservedTokens.of(now.mask, x.device)
         rows = row_tensors(x, now.tokens[x.device], self._thresholds, before)
-        self._of_rows.setdefault((layer.index, site), []).append((now.pairing.rows, rows))
+        self._of_rows[layer.index, site].add(now.pairing.rows, rows)
 
     def _accumulators_of(
         self, now: Pass, layer: Layer, site: str, like: torch.Tensor, *, geometry: bool = False

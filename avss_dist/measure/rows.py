@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -141,11 +141,23 @@ def _finite(values: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isfinite(values), values, torch.nan)
 
 
-def to_row_stats(batches: Sequence[Tensors], order: np.ndarray) -> RowStats:
-    """The rows of all batches, put into an order: ``order[i]`` is the place of row ``i`` of the batches."""
-    fields = {}
-    for name in ROW_FIELDS:
-        values = torch.cat([batch[name] for batch in batches]).cpu().numpy()
-        fields[name] = np.empty_like(values)
-        fields[name][order] = values
-    return RowStats(**fields)
+@dataclass
+class RowsOf:
+    """The rows of a site of a layer, batch by batch."""
+
+    _places: list[np.ndarray] = field(default_factory=list)
+    _batches: list[Tensors] = field(default_factory=list)
+
+    def add(self, places: np.ndarray, batch: Tensors) -> None:
+        """Add a batch of `row_tensors`, and the places of its rows in the corpus."""
+        self._places.append(places)
+        self._batches.append(batch)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The fields of all rows, in the order of `ROW_FIELDS`."""
+        return [torch.cat([batch[name] for batch in self._batches]) for name in ROW_FIELDS]
+
+    def to_stats(self, arrays: Iterable[np.ndarray]) -> RowStats:
+        """The rows in the order of their places, from `tensors`, which are on the host now."""
+        order = np.argsort(np.concatenate(self._places))
+        return RowStats(**{name: values[order] for name, values in zip(ROW_FIELDS, arrays, strict=True)})

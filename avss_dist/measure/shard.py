@@ -20,8 +20,8 @@ from avss_dist.models.structure import absent_sites
 from avss_dist.partition.base import Replica, dummy_batch, no_observation
 from avss_dist.registry import GANGS
 from avss_dist.settings import INPUT_SITES, Settings
-from avss_dist.stats.layer_stats import ShardResult
-from avss_dist.stats.rows import AnswerRows
+from avss_dist.stats.layer_stats import LayerKey, ShardResult
+from avss_dist.stats.rows import AnswerRows, RowStats
 from avss_dist.system.cores import use_threads
 from avss_dist.system.devices import peak_device_memory, reset_peak_device_memory
 from avss_dist.system.memory import peak_memory
@@ -40,6 +40,7 @@ def analyze_shard(
     forwards: int = 0,
     beat: Beat | None = None,
     hooks: Hooks | None = None,
+    computed: Callable[[], None] | None = None,
 ) -> ShardResult:
     """Measure a shard. Nothing is kept between calls, and nothing is left on the model.
 
@@ -51,6 +52,7 @@ def analyze_shard(
         forwards: forward passes that other ranks need of this one; dummy batches make them up, and count for nothing.
         beat: called whenever a layer begins.
         hooks: those of the replica's layers, where several shards are measured at once, each in a thread of its own.
+        computed: called when the replica can begin another shard, while this one is concluded.
 
     Raises:
         ModelError: a layer cannot be observed, or no layer has any of the sites.
@@ -69,6 +71,11 @@ def analyze_shard(
             lambda rows: _too_large(replica, rows, settings),
             least=rows if replica.model["partition"] in GANGS else 1,
         )
+    observer.send()
+    rows_of_answers, experts = observer.send_rows(), observer.experts.send()
+    peak = _peak_memory_bytes(replica.device)
+    if computed:
+        computed()
     stats, strata = observer.result(), observer.strata() if shard.pairing else {}
     if not stats and replica.reports_stats:
         raise ModelError(
@@ -83,10 +90,10 @@ def analyze_shard(
         seconds=time.perf_counter() - start,
         device=_device_name(replica.device),
         model=_describe(replica, rows, settings),
-        peak_memory_bytes=_peak_memory_bytes(replica.device),
+        peak_memory_bytes=peak,
         strata=strata,
-        rows=_answer_rows(shard, observer) if shard.pairing else None,
-        experts=observer.experts.result() if settings.experts else None,
+        rows=_answer_rows(shard, rows_of_answers()) if shard.pairing else None,
+        experts=experts() if settings.experts else None,
     )
 
 
@@ -106,7 +113,7 @@ def _measure(
     return observer
 
 
-def _answer_rows(shard: Shard, observer: Observer) -> AnswerRows:
+def _answer_rows(shard: Shard, stats: dict[LayerKey, RowStats]) -> AnswerRows:
     """The statistics of single rows."""
     assert shard.pairing is not None
     lengths = shard.lengths.astype(np.int64)
@@ -116,7 +123,7 @@ def _answer_rows(shard: Shard, observer: Observer) -> AnswerRows:
         strata=shard.pairing.strata,
         prompt_tokens=shard.pairing.starts.astype(np.int64),
         answer_tokens=np.maximum(lengths - shard.starts, 0),
-        stats=observer.rows(),
+        stats=stats,
     )
 
 

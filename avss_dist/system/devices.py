@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +67,40 @@ def sent(array: np.ndarray, device: torch.device, dtype: torch.dtype | None = No
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True).to(dtype or tensor.dtype)
+
+
+def to_host(tensors: Sequence[torch.Tensor]) -> Callable[[], list[np.ndarray]]:
+    """Send tensors to the host; each device sends all of its own as one block of bytes, through pinned memory.
+
+    Returns:
+        What waits until they are there, and gives them in their order. Meanwhile devices can do other work.
+    """
+    devices = dict.fromkeys(tensor.device for tensor in tensors)
+    coming = {device: _block_to_host([t for t in tensors if t.device == device]) for device in devices}
+    order = [tensor.device for tensor in tensors]
+
+    def wait() -> list[np.ndarray]:
+        arrays = {device: iter(arrived()) for device, arrived in coming.items()}
+        return [next(arrays[device]) for device in order]
+
+    return wait
+
+
+def _block_to_host(tensors: Sequence[torch.Tensor]) -> Callable[[], list[np.ndarray]]:
+    """`to_host` for tensors of one device; those of a CPU are given as they are."""
+    if tensors[0].device.type == "cpu":
+        return lambda: [tensor.numpy() for tensor in tensors]
+    block = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
+    host = torch.empty(block.shape, dtype=torch.uint8, pin_memory=True).copy_(block, non_blocking=True)
+    arrived = torch.cuda.current_stream(block.device).record_event()
+    like = [(tensor.nbytes, tensor.dtype, tensor.shape) for tensor in tensors]
+
+    def wait() -> list[np.ndarray]:
+        arrived.synchronize()
+        parts = host.split([size for size, _, _ in like])
+        return [part.clone().view(d).reshape(shape).numpy() for part, (_, d, shape) in zip(parts, like, strict=True)]
+
+    return wait
 
 
 def reset_peak_device_memory() -> None:

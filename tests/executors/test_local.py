@@ -176,7 +176,7 @@ def test_an_error_of_one_shard_ends_the_others(tiny_llama: Path, monkeypatch: py
     """Those that run meanwhile are stopped at their next layer, and do not keep the process waiting."""
     analyze, begun = local.analyze_shard, threading.Event()
 
-    def go_wrong(replica: Any, shard: Any, settings: Any, *, beat: Callable[[], None], hooks: Any) -> Any:
+    def go_wrong(replica: Any, shard: Any, settings: Any, *, beat: Callable[[], None], hooks: Any, **_: Any) -> Any:
         if shard.shard_id == 0:
             begun.wait(timeout=500)
             raise RuntimeError("the first shard is broken")

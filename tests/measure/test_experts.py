@@ -33,7 +33,7 @@ def observed(backbone: Backbone, ids: torch.Tensor, mask: np.ndarray) -> dict[in
         observer = Observer(hooks, THRESHOLDS)
         with observer.batch(mask):
             run(ids, None)
-    return observer.experts.result()
+    return observer.experts.send()()
 
 
 def captured(backbone: Backbone, ids: torch.Tensor) -> dict[int, tuple[Any, ...]]:

@@ -38,7 +38,7 @@ class Gang:
         self.names = [f"{name}.{rank}" for rank in range(placement.ranks)]
         resources = {"num_cpus": threads, "num_gpus": placement.gpus // placement.ranks}
         self._group: Any = None
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"max_concurrency": 2 if placement.gpus and placement.ranks == 1 else 1}
         if placement.ranks > 1:
             bundle = {"CPU": threads, **({"GPU": resources["num_gpus"]} if placement.gpus else {})}
             self._group = placement_group([bundle] * placement.ranks, strategy="PACK")

@@ -1,18 +1,18 @@
 """Which gang measures which units, and what becomes of gangs that come, leave, fail or hang.
 
-A gang has one round at a time: a unit for each of its ranks, or one for all where they share a batch; of short units,
-several, one after the other. It gets the next when it is done, so a slow one never delays the rest; where its queue is
-empty, it opens the model of the next queue. Gangs that the cluster has no room for wait for a place while others work,
-which tells an autoscaler what is wanted; those on a node that is about to go finish their round. The pool keeps no
-statistics: what is lost with a gang is measured again.
+A round is a unit for each rank of a gang, or one for all where they share a batch; of short units, several, one after
+the other. A gang gets the next when it is done, so a slow one never delays the rest; while there are many, it has the
+next one beforehand, and waits for nobody. Where its queue is empty, it opens the model of the next queue. Gangs that
+the cluster has no room for wait for a place while others work, which tells an autoscaler what is wanted; those on a
+node that is about to go finish their round. The pool keeps no statistics: what is lost with a gang is measured again.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -24,34 +24,12 @@ from avss_dist.executors.ray.gang import Gang, missing_package
 from avss_dist.executors.ray.liveness import draining_nodes, require_node
 from avss_dist.executors.ray.metrics import Metrics
 from avss_dist.executors.ray.queue import UnitQueue
+from avss_dist.executors.ray.rounds import Awaited, Round, Rounds
 from avss_dist.executors.ray.watch import Watch
 from avss_dist.partition.base import Placement
 
 POLL_SECONDS = 2.0
-Awaited = dict[Any, Sequence[int]]  # units by the reference to their results
 SOON_SECONDS = 0.02  # to look again, while a gang is idle and the next queue is being planned
-
-
-@dataclass(eq=False, kw_only=True)
-class _Round:
-    """What a gang is doing: waiting for a place, opening a model (both without units), or measuring.
-
-    Attributes:
-        queue: whose model it opens or measures with; of one that waits for a place, the one that it was hired for.
-        awaited: references, each with the units that it gives the results of.
-    """
-
-    gang: Gang
-    queue: UnitQueue[Any]
-    units: Sequence[int]
-    awaited: Awaited
-    rows: int
-    begun: float = field(default_factory=time.monotonic)
-
-    @property
-    def is_coming(self) -> bool:
-        """Whether its gang waits for a place."""
-        return self.gang.placed in self.awaited
 
 
 class Pool:
@@ -85,7 +63,7 @@ class Pool:
         self._fewest, self._begun = fewest, fewest == 1
         self._placement_seconds, self._poll = placement_seconds, min(POLL_SECONDS, hang_seconds / 4)
         self._queues: list[UnitQueue[Any]] = []  # in the order in which they came
-        self._rounds: dict[Any, _Round] = {}  # by the references that they wait for
+        self._rounds = Rounds()
         self._idle: list[Gang] = []
         self._outcomes: list[tuple[Any, Any]] = []
         self._metrics = Metrics()
@@ -115,18 +93,15 @@ class Pool:
         """Stop every gang."""
         for gang in self._gangs():
             gang.stop()
-        self._rounds, self._idle = {}, []
+        self._rounds.clear()
+        self._idle = []
 
     def _arrived(self) -> list[tuple[Any, Any]]:
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
-    def _current(self) -> list[_Round]:
-        """The rounds that gangs are in, in the order in which they began."""
-        return list(dict.fromkeys(self._rounds.values()))
-
     def _gangs(self) -> list[Gang]:
-        return [*self._idle, *(round_.gang for round_ in self._current())]
+        return [*self._idle, *self._rounds.gangs]
 
     def _take_queues(self) -> bool:
         """Take the next queue as soon as no unit is pending; False when all is done."""
@@ -170,7 +145,7 @@ class Pool:
             placement = queue.spec.placement
             gangs = [gang for gang in self._gangs() if gang.shape == queue.shape and not gang.leaves]
             ready = sum(gang in gangs for gang in self._idle)
-            ready += sum(r.gang in gangs and not r.units and (r.is_coming or r.queue is queue) for r in self._current())
+            ready += sum(r.gang in gangs and not r.units and (r.is_coming or r.queue is queue) for r in self._rounds)
             for _ in range(min(queue.pending_rounds - ready, self._replicas(placement) - len(gangs))):
                 gang = self._new_gang(placement)
                 self._begin(gang, queue, [], {gang.placed: ()})
@@ -182,16 +157,16 @@ class Pool:
             wanted[queue.shape] += queue.pending_rounds
         if not (wanted.total() or self._coming.exhausted):
             return  # units of the next queue may come
-        for round_ in [r for r in self._current() if not r.units]:
+        for round_ in [r for r in self._rounds if not r.units]:
             if round_.is_coming and wanted[round_.gang.shape] <= 0 and not round_.gang.is_placed:
-                self._stop(round_)
+                self._stop(round_.gang)
             wanted[round_.gang.shape] -= 1
 
     def _preempt(self) -> None:
         """Stop idle gangs where one of another shape waits for what they hold."""
         if not self._idle:
             return
-        opening = {r.gang for r in self._current() if not r.units}
+        opening = {r.gang for r in self._rounds if not r.units}
         wanted = {gang.shape for gang in opening if not gang.is_placed}
         for gang in [gang for gang in self._idle if wanted - {gang.shape}]:
             self._idle.remove(gang)
@@ -199,13 +174,17 @@ class Pool:
 
     def _speculate(self, gang: Gang) -> None:
         """Let an idle gang measure the slowest units too; whichever result comes first counts."""
-        now = time.monotonic()
-        late = [r for r in self._current() if r.queue.shape == gang.shape and r.queue.is_late(r.units, now - r.begun)]
+        late = [r for r in self._rounds if r.queue.shape == gang.shape and r.queue.is_late(r.units, self._seconds(r))]
         if late:
             slowest = min(late, key=lambda r: r.begun)
             slowest.queue.speculate(slowest.units)
             self._idle.remove(gang)
             self._dispatch(gang, slowest.queue)
+
+    def _seconds(self, round_: Round) -> float:
+        """How long a gang has been in a round; one that waits for another is as late as can be."""
+        is_first = self._rounds.of(round_.gang)[0] is round_
+        return time.monotonic() - round_.begun if is_first else math.inf
 
     def _dispatch(self, gang: Gang, queue: UnitQueue[Any]) -> None:
         """Begin a round: open the queue's model, or measure the next of its units."""
@@ -215,18 +194,29 @@ class Pool:
         units = queue.next_units(self._replicas(queue.spec.placement))
         references = gang.measure(queue.parts(units))
         self._begin(gang, queue, units, dict(zip(references, queue.by_rank(units), strict=True)))
+        self._dispatch_ahead(gang)
+
+    def _dispatch_ahead(self, gang: Gang) -> None:
+        """Give a gang that measures the next round, too, if there are enough."""
+        first, *rest = self._rounds.of(gang)
+        if (
+            first.units
+            and not rest
+            and not gang.leaves
+            and first.queue.runs_ahead(len(self._idle) + len(self._rounds.gangs))
+        ):
+            self._dispatch(gang, first.queue)
 
     def _open(self, gang: Gang, queue: UnitQueue[Any]) -> None:
         self._begin(gang, queue, [], dict.fromkeys(gang.open(queue.spec), ()))
 
     def _begin(self, gang: Gang, queue: UnitQueue[Any], units: Sequence[int], awaited: Awaited) -> None:
-        round_ = _Round(gang=gang, queue=queue, units=units, awaited=awaited, rows=queue.rows)
-        self._rounds |= dict.fromkeys(awaited, round_)
+        self._rounds.begin(Round(gang=gang, queue=queue, units=units, awaited=awaited, rows=queue.rows))
 
     def _wait(self) -> None:
         """Take what has come, or look after what does not come."""
         soon = SOON_SECONDS if self._begun and self._idle and not self._coming.exhausted else self._poll
-        references = list(self._rounds)
+        references = self._rounds.references
         if not references:
             return
         if not ray.wait(references, num_returns=1, timeout=soon)[0]:
@@ -242,23 +232,22 @@ class Pool:
             self._metrics.replicas(self._placed())
 
     def _finish(self, reference: Any) -> None:
-        round_ = self._rounds.get(reference)
+        round_ = self._rounds.find(reference)
         if round_ is None:
             return  # its gang was stopped
         queue = round_.queue
         try:
             result = ray.get(reference)
         except RayTaskError as error:
-            self._fail(round_, reference, error.cause)
+            self._fail(round_, error.cause)
             return
         except RayError as error:  # the worker, its node or the result was lost
             if missing := missing_package(error):
                 self._record(queue, queue.fail([], missing))
             require_node()
-            self._replace(round_, None if self._is_excused(round_) else str(error).splitlines()[0])
+            self._stop(round_.gang, why=None if self._is_excused(round_) else str(error).splitlines()[0])
             return
-        del self._rounds[reference]
-        for unit, one in zip(round_.awaited.pop(reference), result or (), strict=False):
+        for unit, one in zip(self._rounds.receive(reference), result or (), strict=False):
             self._record(queue, queue.finish(unit, one))
         if not round_.awaited:
             if round_.units:
@@ -267,9 +256,9 @@ class Pool:
             elif reference != round_.gang.placed:
                 round_.gang.spec = queue.spec
                 queue.note_opened()
-            self._free(round_.gang, queue)
+            self._free(round_)
 
-    def _is_excused(self, round_: _Round) -> bool:
+    def _is_excused(self, round_: Round) -> bool:
         """Whether a loss is no failure of what the gang did: its node goes, or others have the model open."""
         opened = any(gang.spec == round_.queue.spec for gang in self._gangs())
         return round_.gang.leaves or (opened and not round_.units)
@@ -279,31 +268,34 @@ class Pool:
             self._metrics.count(source, result, is_last=not queue.unfinished)
         self._outcomes += outcomes
 
-    def _free(self, gang: Gang, queue: UnitQueue[Any]) -> None:
+    def _free(self, round_: Round) -> None:
         """A gang has finished a round: its next one at once, or it is idle."""
+        gang, queue = round_.gang, round_.queue
+        self._rounds.end(round_)
         if gang.leaves:
-            gang.stop()
+            self._stop(gang)
+        elif self._rounds.of(gang):
+            self._dispatch_ahead(gang)
         elif queue.is_active and self._has_work(queue, gang):
             self._dispatch(gang, queue)
         else:
             self._idle.append(gang)
 
-    def _fail(self, round_: _Round, reference: Any, error: Exception) -> None:
+    def _fail(self, round_: Round, error: Exception) -> None:
         """A rank raised."""
         if isinstance(error, BatchTooLarge) and round_.rows > 1:
             round_.queue.rows = min(round_.queue.rows, (round_.rows + 1) // 2)
-            self._replace(round_, None)
+            self._stop(round_.gang)
         elif not isinstance(error, AvssError):
-            self._replace(round_, f"{type(error).__name__}: {error}")
+            self._stop(round_.gang, why=f"{type(error).__name__}: {error}", failed=round_)
         else:
             self._record(round_.queue, round_.queue.fail(round_.units, error))
             if len(round_.gang.names) > 1:  # the other ranks may wait for this one
-                self._replace(round_, None)
+                self._stop(round_.gang)
                 return
-            del self._rounds[reference]
             if not round_.units:
                 round_.gang.spec = None
-            self._free(round_.gang, round_.queue)
+            self._free(round_)
 
     def _require_placement(self) -> None:
         """End a queue for whose gangs the cluster has had no room for too long."""
@@ -315,17 +307,17 @@ class Pool:
         why = f"{who} placed in {self._placement_seconds:.0f} seconds. {self._shortage(queue.spec.placement)}"
         hint = "Free some of it, lower `replicas`, `ranks` or `gpus_per_replica`, or use another cluster."
         self._record(queue, queue.fail([], RunFailed(why, hint)))
-        for round_ in [r for r in self._current() if r.queue is queue]:
-            self._stop(round_)
+        for gang in {r.gang for r in self._rounds if r.queue is queue}:
+            self._stop(gang)
         self._moved = time.monotonic()
 
     def _stop_hanging(self) -> None:
         """Replace the gangs of which a rank has begun no layer for too long."""
         if not self._watch.listen():
             return
-        for round_ in self._current():
-            if why := self._watch.complaint(round_.gang, round_.begun):
-                self._replace(round_, why, hangs=True)
+        for gang in list(self._rounds.gangs):
+            if why := self._watch.complaint(gang, self._rounds.of(gang)[0].begun):
+                self._stop(gang, why=why, hangs=True)
 
     def _let_go(self) -> None:
         """Part with the gangs whose nodes are about to go: at once, or when a round with units is done."""
@@ -336,15 +328,20 @@ class Pool:
         for gang in [gang for gang in self._idle if gang.leaves]:
             self._idle.remove(gang)
             gang.stop()
-        for round_ in [r for r in self._current() if r.gang.leaves and not r.units]:
-            self._stop(round_)
+        for gang in {r.gang for r in self._rounds if r.gang.leaves and not r.units}:
+            self._stop(gang)
 
-    def _replace(self, round_: _Round, why: str | None, *, hangs: bool = False) -> None:
-        """Stop a gang; its unfinished units are pending again, for another. ``why`` None is no failure of theirs."""
-        self._stop(round_, hangs=hangs)
-        self._record(round_.queue, round_.queue.put_back(round_.units, why, round_.begun))
+    def _stop(self, gang: Gang, *, why: str | None = None, failed: Round | None = None, hangs: bool = False) -> None:
+        """Stop a gang; its unfinished units are pending again, for another.
 
-    def _stop(self, round_: _Round, *, hangs: bool = False) -> None:
-        round_.gang.stop(hangs=hangs)
-        for reference in round_.awaited:
-            self._rounds.pop(reference, None)
+        Args:
+            why: how it failed; None is no failure.
+            failed: in which round, where that is known. Of two that are under way, none is taken to have failed else:
+                which of them it was shows when each is measured alone.
+        """
+        gang.stop(hangs=hangs)
+        rounds = list(self._rounds.of(gang))
+        for round_ in reversed(rounds):
+            self._rounds.end(round_)
+            reason = why if round_ is failed or len(rounds) == 1 else None
+            self._record(round_.queue, round_.queue.put_back(round_.units, reason, round_.begun))

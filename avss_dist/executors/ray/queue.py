@@ -112,6 +112,10 @@ class UnitQueue(ABC, Generic[Unit]):
         """How many units a round may have."""
         return self.units_a_round
 
+    def runs_ahead(self, gangs: int) -> bool:
+        """Whether a gang that measures may have its next round beforehand; others of so many go without none."""
+        return False
+
     def by_rank(self, units: Sequence[int]) -> list[Sequence[int]]:
         """The units of each rank in a round: one of its own or none, or the same for all."""
         ranks = self.spec.placement.ranks
@@ -224,6 +228,10 @@ class ShardQueue(UnitQueue[Shard]):
             return super()._most_in_a_round(gangs)
         in_time = ROUND_SECONDS / max(self.usual_seconds(self.pending[0]), 1e-9)
         return max(1, int(min(in_time, len(self.pending) / (ROUND_FRACTION * gangs), BLOCK_SHARDS)))
+
+    def runs_ahead(self, gangs: int) -> bool:
+        """See `UnitQueue`. What is measured again is measured alone: it shows whether it was what failed."""
+        return self.spec.placement.ranks == 1 and len(self.pending) > gangs and not self._again & self.unfinished
 
     def parts(self, units: Sequence[int]) -> list[tuple[ShardsPart, Sequence[Any]]]:
         """Shards for each rank, or the same one for all; ranks that have none run along."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,12 +34,13 @@ UnitResult = ShardResult | Receipt | CellResult
 class Assignment(Protocol):
     """What one rank does for a unit."""
 
-    def run(self, spec: ReplicaSpec, model: Replica, beat: Beat) -> UnitResult | None:
+    def run(self, spec: ReplicaSpec, model: Replica, beat: Beat, computed: Callable[[], None]) -> UnitResult | None:
         """The result, or None where this rank reports none.
 
         Args:
             model: what ``spec.open`` gave.
             beat: to be called whenever a layer begins.
+            computed: may be called when the model can be used for another unit.
         """
 
 
@@ -60,12 +61,17 @@ class ShardAssignment:
     run_id: str
     warehouse: SharedWarehouse | None = None
 
-    def run(self, spec: ReplicaSpec, model: Replica, beat: Beat) -> ShardResult | Receipt | None:
+    def run(
+        self, spec: ReplicaSpec, model: Replica, beat: Beat, computed: Callable[[], None]
+    ) -> ShardResult | Receipt | None:
         """See `Assignment`. The partial is encoded and written here, for there are more workers than drivers."""
         if self.shard is None:
             follow(model, self.forwards)
             return None
-        result = analyze_shard(model, self.shard, spec.settings, rows=self.rows, forwards=self.forwards, beat=beat)
+        rows, forwards = self.rows, self.forwards
+        result = analyze_shard(
+            model, self.shard, spec.settings, rows=rows, forwards=forwards, beat=beat, computed=computed
+        )
         if not model.reports_stats:
             return None
         of, family = spec.checkpoint, result.model["family"]
@@ -89,7 +95,7 @@ class CellAssignment:
     cell: Cell
     rows: int
 
-    def run(self, spec: ReplicaSpec, model: Replica, beat: Beat) -> CellResult | None:
+    def run(self, spec: ReplicaSpec, model: Replica, beat: Beat, computed: Callable[[], None]) -> CellResult | None:
         """See `Assignment`. Every rank of a replica takes the cell, and one reports."""
         assert model.language_model is not None
         result = measure_cell(model.language_model, self.cell, rows=self.rows, beat=beat)
@@ -138,6 +144,9 @@ class CellPart:
 class Worker:
     """The actor: one rank of a replica. Opens a model once, and measures the units that it is given.
 
+    On a GPU that is a replica of its own Ray calls it in two threads: one concludes a shard, and writes it, while the
+    other computes the next.
+
     A thread reports to `HeartbeatMonitor` how far it is: layers begun while it measures, seconds while it opens.
     """
 
@@ -148,6 +157,7 @@ class Worker:
         self._spec: ReplicaSpec | None = None
         self._model: Any = None
         self._joined = False
+        self._computing = threading.Lock()
         threading.Thread(target=self._report, daemon=True).start()
 
     def _report(self) -> None:
@@ -205,9 +215,11 @@ class Worker:
 
     def measure(self, assignment: Assignment) -> UnitResult | None:
         """Do this rank's part of one unit, with the model that is open."""
-        assert self._spec is not None
-        self._beat()
-        return assignment.run(self._spec, self._model, self._beat)
+        with ExitStack() as stack:
+            stack.enter_context(self._computing)
+            assert self._spec is not None
+            self._beat()
+            return assignment.run(self._spec, self._model, self._beat, stack.close)
 
 
 def resolve_on_node(checkpoint: Checkpoint, *, trust_remote_code: bool = False, pickles: bool = False) -> Checkpoint:

@@ -9,7 +9,7 @@ float32 the upper halves of the patterns of abs(x) are counted, and the rest is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ import torch
 
 from avss_dist.stats.histogram import CUTS, HISTOGRAM_BINS, values_of_cuts
 from avss_dist.stats.layer_stats import Float64, LayerStats, stats_from_pattern_counts
+from avss_dist.system.devices import to_host
 
 PATTERNS = 1 << 16
 MOST_32_BIT = (1 << 31) - 1
@@ -126,21 +127,16 @@ def float32_limits(thresholds: Float64) -> np.ndarray:
     return limits.view(np.uint32)
 
 
-def to_host(accumulators: Sequence[Accumulator]) -> list[dict[str, np.ndarray]]:
-    """The accumulators' tensors as numpy arrays; each device sends all of its own as one block of bytes."""
-    host: list[dict[str, np.ndarray]] = [{} for _ in accumulators]
-    places = [(i, name, t) for i, a in enumerate(accumulators) for name, t in a.tensors.items()]
-    for device in dict.fromkeys(tensor.device for _, _, tensor in places):
-        here = [(i, name, tensor) for i, name, tensor in places if tensor.device == device]
-        if device.type == "cpu":
-            for i, name, tensor in here:
-                host[i][name] = tensor.numpy()
-            continue
-        block = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, _, tensor in here]).cpu()
-        sizes = [tensor.numel() * tensor.element_size() for _, _, tensor in here]
-        for (i, name, tensor), part in zip(here, block.split(sizes), strict=True):
-            host[i][name] = part.clone().view(tensor.dtype).reshape(tensor.shape).numpy()
-    return host
+def send_stats(accumulators: Sequence[Accumulator], thresholds: Float64) -> Callable[[], list[LayerStats]]:
+    """Send accumulators to the host; what is returned waits for them, and gives their statistics."""
+    like = [(one.dtype, tuple(one.tensors)) for one in accumulators]
+    arrived = to_host([tensor for one in accumulators for tensor in one.tensors.values()])
+
+    def wait() -> list[LayerStats]:
+        arrays = iter(arrived())
+        return [to_stats({name: next(arrays) for name in names}, dtype, thresholds) for dtype, names in like]
+
+    return wait
 
 
 def to_stats(tensors: Mapping[str, np.ndarray], dtype: torch.dtype, thresholds: Float64) -> LayerStats:
