@@ -53,7 +53,7 @@ class ExpertCounter:
             x = output.double()
             squares, total = x.square().sum(dim=1), x.sum(dim=1)
             finite = torch.isfinite(squares)
-            chosen = nn.functional.one_hot(index.clamp(0, experts.number), experts.number + 1)[:, :-1].double()
+            chosen = (index[:, None] == torch.arange(experts.number, device=index.device)).double()
             columns = torch.stack([torch.ones_like(gates), gates], dim=1)
             sums.routed += chosen.T @ columns
             elements = torch.full_like(gates, x.shape[1])
@@ -122,7 +122,7 @@ def _read_experts(experts: Experts, current: Current, module: nn.Module, args: A
     if now is None or routing is None or (counts := _places(now, routing.index)) is None:
         return
     layer, kept = counts
-    counted = Routing(routing.hidden[kept], routing.index[kept], routing.gates[kept])
+    counted = Routing(*(x.index_select(0, kept) for x in (routing.hidden, routing.index, routing.gates)))
 
     def output(slot: slice) -> torch.Tensor:
         instead = {
@@ -146,7 +146,7 @@ def _read_router(experts: Experts, current: Current, _module: nn.Module, _args: 
     given = given.reshape(-1, experts.number)
     if counts := _places(now, given):
         layer, kept = counts
-        now.observer.experts.add_entropy(layer, experts, given[kept])
+        now.observer.experts.add_entropy(layer, experts, given.index_select(0, kept))
 
 
 def _places(now: Pass, rows: torch.Tensor) -> tuple[int, torch.Tensor] | None:
@@ -155,7 +155,7 @@ def _places(now: Pass, rows: torch.Tensor) -> tuple[int, torch.Tensor] | None:
     None where nothing counts.
     """
     mask = now.own_answers
-    if mask is None or now.entered is None or not now.observer.counts:
+    if mask is None or now.entered is None or now.observer.split.rank:  # its gates are the first one's
         return None
     layer = now.entered.layer.index
     if len(rows) != mask.numel():
@@ -163,4 +163,4 @@ def _places(now: Pass, rows: torch.Tensor) -> tuple[int, torch.Tensor] | None:
             f"The experts of layer {layer} see {len(rows)} tokens in a batch of {mask.numel()}.",
             "Score it without `experts`.",
         )
-    return layer, sent(mask.flatten().nonzero()[:, 0].numpy(), rows.device)
+    return layer, sent(np.flatnonzero(mask.numpy()), rows.device)

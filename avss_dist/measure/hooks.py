@@ -17,15 +17,16 @@ from avss_dist.measure.experts import ExpertCounter, expert_hooks
 from avss_dist.measure.kernels.base import Accumulator, Kernels, send_stats
 from avss_dist.measure.kernels.choose import kernels_for
 from avss_dist.measure.passes import PASSES, Entered, Pass
-from avss_dist.measure.rows import ObservedTokens, RowsOf, masks_by_stratum, row_tensors
+from avss_dist.measure.rows import ObservedTokens, PlacedRows, RowsOf, masks_by_stratum, row_tensors
 from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
+from avss_dist.partition.base import RowSplit
 from avss_dist.settings import INPUT_SITES
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, StratumKey
 from avss_dist.stats.merging import merge_strata
-from avss_dist.stats.rows import RowStats
 from avss_dist.system.context import bound
 from avss_dist.system.devices import to_host
 
+ALL_ROWS = RowSplit()
 UNIT_SITES = ("block", "update", *INPUT_SITES)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -116,12 +117,12 @@ class Observer:
         hooks: Hooks,
         thresholds: Sequence[float],
         *,
-        counts: bool = True,
+        split: RowSplit = ALL_ROWS,
         passes: int | None = None,
         beat: Callable[[], None] | None = None,
     ) -> None:
         self.hooks = hooks
-        self.counts, self.experts = counts, ExpertCounter()
+        self.split, self.experts = split, ExpertCounter()
         self._passes, self._beat = passes, beat
         self._thresholds = np.asarray(thresholds, np.float64)
         self._by_call = {(layer.module, layer.call): layer for layer in hooks.layers}
@@ -144,8 +145,9 @@ class Observer:
         observer may take turns, as in greenlets, but not run at once.
         """
         mask = torch.from_numpy(np.ascontiguousarray(observed)) if observed.any() else None
-        strata = {} if mask is None else masks_by_stratum(mask, pairing)
-        with bound(PASSES, (*PASSES.get(), Pass(self, mask, strata, pairing))):
+        own = self.split.rows(len(observed))
+        strata = {} if mask is None else masks_by_stratum(mask[own], pairing and pairing.part(own))
+        with bound(PASSES, (*PASSES.get(), Pass(self, mask, own, strata, pairing))):
             yield
 
     def send(self) -> None:
@@ -153,16 +155,12 @@ class Observer:
         self._finish()
         self._coming.append(self._send(list(self._accumulators)))
 
-    def send_rows(self) -> Callable[[], dict[LayerKey, RowStats]]:
-        """Have devices send the statistics of rows of paired text.
-
-        Returns:
-            What waits for them: of every row so far, in the order of their places in the corpus.
-        """
+    def send_rows(self) -> Callable[[], dict[LayerKey, PlacedRows]]:
+        """Have devices send the statistics of rows of paired text; what is returned waits for them."""
         keys = sorted(self._of_rows)
         arrived = to_host([tensor for key in keys for tensor in self._of_rows[key].tensors()])
 
-        def wait() -> dict[LayerKey, RowStats]:
+        def wait() -> dict[LayerKey, PlacedRows]:
             arrays = iter(arrived())
             return {key: self._of_rows[key].to_stats(arrays) for key in keys}
 
@@ -170,10 +168,7 @@ class Observer:
 
     def result(self) -> dict[LayerKey, LayerStats]:
         """Everything counted so far, by (layer index, site)."""
-        strata = self.strata()
-        if any(stratum for _, _, stratum in strata):
-            return merge_strata(strata)
-        return {(layer, site): stats for (layer, site, _), stats in strata.items()}
+        return merge_strata(self.strata())
 
     def strata(self) -> dict[StratumKey, LayerStats]:
         """The same by (layer index, site, stratum), which is empty where the text is not paired."""
@@ -215,9 +210,8 @@ class Observer:
         tap = layer.taps.get(site) if layer else None
         if layer is None or tap is None or tap.module is not module or tensor is None:
             return
-        if tap.gather:
-            tensor = tap.gather(tensor)
-        self._add(now, layer, site, self._rows(now, layer, tap.axes, tensor))
+        x = self._rows(now, layer, tap.axes, tensor)
+        self._add(now, layer, site, tap.exchange(x) if tap.exchange else x[now.own])
 
     def _count_pass(self, layer: Layer) -> None:
         """After its last pass, conclude a layer whose accumulators, ten times its results, are in host memory."""
@@ -236,11 +230,11 @@ class Observer:
         if before is not None and before._version != entered.version:
             raise ModelError(f"Layer {layer.index} ({layer.name}) changes its input in place; it cannot be observed.")
         comparable = before is not None and before.shape == after.shape
-        after = self._rows(now, layer, layer.axes, after)
+        after = self._rows(now, layer, layer.axes, after)[now.own]
         if before is None or not comparable:
             self._add(now, layer, "block", after)
             return
-        before = self._rows(now, layer, layer.axes, before)
+        before = self._rows(now, layer, layer.axes, before)[now.own]
         self._add(now, layer, "block", after, before)
         self._add_update(now, layer, after, before)
 
@@ -273,18 +267,18 @@ class Observer:
     def _add_rows(
         self, now: Pass, layer: Layer, site: str, x: torch.Tensor, before: torch.Tensor | None = None
     ) -> None:
-        if now.mask is None or now.pairing is None or site not in self.hooks.sites or not self.counts:
+        if now.mask is None or now.pairing is None or site not in self.hooks.sites or not len(x):
             return
         if x.device not in now.tokens:
-            now.tokens[x.device] = ObservedTokens.of(now.mask, x.device)
+            now.tokens[x.device] = ObservedTokens.of(now.mask[now.own], x.device)
         rows = row_tensors(x, now.tokens[x.device], self._thresholds, before)
-        self._of_rows[layer.index, site].add(now.pairing.rows, rows)
+        self._of_rows[layer.index, site].add(now.pairing.rows[now.own], rows)
 
     def _accumulators_of(
         self, now: Pass, layer: Layer, site: str, like: torch.Tensor, *, geometry: bool = False
     ) -> Iterator[tuple[torch.Tensor, Accumulator]]:
         """Where a site of a layer is counted, if it is: of each stratum, its mask and accumulator."""
-        if site not in self.hooks.sites or not self.counts:
+        if site not in self.hooks.sites:
             return
         for stratum, mask in now.masks_on(like.device).items():
             key = (layer.index, site, stratum)
@@ -309,7 +303,6 @@ def observe(
     sites: Sequence[str],
     thresholds: Sequence[float],
     *,
-    counts: bool = True,
     passes: int | None = None,
     beat: Callable[[], None] | None = None,
 ) -> Iterator[Observer]:
@@ -319,7 +312,6 @@ def observe(
         layers: of `layers.find_structure`.
         sites: which of ``settings.SITES`` to measure.
         thresholds: absolute near-zero thresholds, ascending.
-        counts: False where another rank counts the same activations; then only what ranks do together is done.
         passes: how many will be counted, if that is known: after the last, a layer's accumulators are given up.
         beat: called whenever a layer begins.
 
@@ -327,4 +319,4 @@ def observe(
         ModelError: (from the forward pass) a layer gives tensors that cannot be counted; the message names it.
     """
     with attached(layers, sites) as hooks:
-        yield Observer(hooks, thresholds, counts=counts, passes=passes, beat=beat)
+        yield Observer(hooks, thresholds, passes=passes, beat=beat)

@@ -34,13 +34,15 @@ class Pass:
 
     Attributes:
         mask: bool[rows, tokens], what counts; None where nothing does.
-        strata: the masks of strata; of text that is not paired, the mask alone.
-        masks, tokens: copies of them by device.
+        own: the rows that this process counts.
+        strata: the masks of strata in them; of text that is not paired, the mask alone.
+        masks, tokens: what counts in them, by device.
         calls: how often each layer's module has run.
     """
 
     observer: Observer
     mask: torch.Tensor | None
+    own: slice
     strata: dict[str, torch.Tensor]
     pairing: Pairing | None
     masks: dict[torch.device, dict[str, torch.Tensor]] = field(default_factory=dict)

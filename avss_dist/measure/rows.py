@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,6 +14,7 @@ from avss_dist.measure.kernels.answers import measure_answers
 from avss_dist.measure.kernels.base import Tensors
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rows import ROW_FIELDS, RowStats
+from avss_dist.system.devices import sent
 
 
 @dataclass(frozen=True)
@@ -22,41 +23,37 @@ class ObservedTokens:
 
     Attributes:
         places: int64[tokens], where they are in the batch's rows one after another.
-        rows: int64[tokens], the row of each; num_rows: of the batch.
+        rows: int64[tokens], the row of each.
+        numbers: float64[rows], tokens of each.
     """
 
     places: torch.Tensor
     rows: torch.Tensor
-    num_rows: int
+    numbers: torch.Tensor
 
     @staticmethod
     def of(mask: torch.Tensor, device: torch.device) -> ObservedTokens:
         """Those of bool[rows, tokens], which is on the host."""
-        rows, _ = mask.nonzero(as_tuple=True)
-        return ObservedTokens(mask.flatten().nonzero()[:, 0].to(device), rows.to(device), len(mask))
+        counted = mask.numpy()
+        rows, numbers = counted.nonzero()[0], counted.sum(axis=1, dtype=np.float64)
+        return ObservedTokens(*(sent(array, device) for array in (np.flatnonzero(counted), rows, numbers)))
 
     def select(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, units] of x[rows, tokens, units]."""
-        return x.reshape(-1, x.shape[-1])[self.places]
-
-    @cached_property
-    def numbers(self) -> torch.Tensor:
-        """float64[rows]: tokens of each."""
-        return torch.bincount(self.rows, minlength=self.num_rows).double()
+        return x.flatten(0, 1).index_select(0, self.places)
 
     @cached_property
     def of_row(self) -> torch.Tensor:
         """float64[rows, tokens], 1 where a token is the row's."""
-        return torch.nn.functional.one_hot(self.rows, self.num_rows).T.double()
+        every = torch.arange(len(self.numbers), device=self.rows.device)
+        return (every[:, None] == self.rows).double()
 
 
 def masks_by_stratum(mask: torch.Tensor, pairing: Pairing | None) -> dict[str, torch.Tensor]:
     """The mask of each stratum that has a token that counts; of text that is not paired, the mask, by no name."""
-    if pairing is None:
-        return {"": mask}
-    labels = np.array(pairing.strata)
-    masks = {name: mask & torch.from_numpy(labels == name)[:, None] for name in sorted(set(pairing.strata))}
-    return {name: one for name, one in masks.items() if one.any()}
+    labels = np.array(pairing.strata if pairing else [""] * len(mask))
+    masks = {name: mask.numpy() & (labels == name)[:, None] for name in sorted(set(labels.tolist()))}
+    return {name: torch.from_numpy(one) for name, one in masks.items() if one.any()}
 
 
 def row_tensors(
@@ -76,8 +73,9 @@ def _compiled(
     values: torch.Tensor, tokens: ObservedTokens, thresholds: Float64, before: torch.Tensor | None
 ) -> Tensors:
     """See `row_tensors`; of the tokens that count, [tokens, units]."""
-    counts = np.zeros((tokens.num_rows, 1 + len(thresholds)), np.int64)
-    sums, centers = np.zeros((tokens.num_rows, 4)), np.zeros((tokens.num_rows, values.shape[1]))
+    rows = len(tokens.numbers)
+    counts, sums = np.zeros((rows, 1 + len(thresholds)), np.int64), np.zeros((rows, 4))
+    centers = np.zeros((rows, values.shape[1]))
     inputs = values[:0] if before is None else before
     measure_answers(
         *(tensor.float().numpy() for tensor in (values, inputs)), tokens.rows.numpy(), thresholds, counts, sums, centers
@@ -141,6 +139,10 @@ def _finite(values: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isfinite(values), values, torch.nan)
 
 
+PlacedRows = tuple[np.ndarray, RowStats]
+"""int64[rows], their places in the corpus, and what they are."""
+
+
 @dataclass
 class RowsOf:
     """The rows of a site of a layer, batch by batch."""
@@ -157,7 +159,13 @@ class RowsOf:
         """The fields of all rows, in the order of `ROW_FIELDS`."""
         return [torch.cat([batch[name] for batch in self._batches]) for name in ROW_FIELDS]
 
-    def to_stats(self, arrays: Iterable[np.ndarray]) -> RowStats:
-        """The rows in the order of their places, from `tensors`, which are on the host now."""
-        order = np.argsort(np.concatenate(self._places))
-        return RowStats(**{name: values[order] for name, values in zip(ROW_FIELDS, arrays, strict=True)})
+    def to_stats(self, arrays: Iterator[np.ndarray]) -> PlacedRows:
+        """The rows, from `tensors`, which are on the host now."""
+        return np.concatenate(self._places), RowStats(**{name: next(arrays) for name in ROW_FIELDS})
+
+
+def in_order(parts: Sequence[PlacedRows]) -> RowStats:
+    """The rows of all parts, in the order of their places."""
+    order = np.argsort(np.concatenate([places for places, _ in parts]))
+    fields = {name: np.concatenate([getattr(rows, name) for _, rows in parts])[order] for name in ROW_FIELDS}
+    return RowStats(**fields)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.errors import BatchTooLarge, ModelError
 from avss_dist.measure.hooks import UNIT_SITES, Hooks, Observer, attached
 from avss_dist.measure.kernels.base import PATTERNS
+from avss_dist.measure.rows import PlacedRows, in_order
 from avss_dist.models.layers import describe_projections
 from avss_dist.models.size import Footprint
 from avss_dist.models.structure import absent_sites
@@ -21,7 +22,8 @@ from avss_dist.partition.base import Replica, dummy_batch, no_observation
 from avss_dist.registry import GANGS
 from avss_dist.settings import INPUT_SITES, Settings
 from avss_dist.stats.layer_stats import LayerKey, ShardResult
-from avss_dist.stats.rows import AnswerRows, RowStats
+from avss_dist.stats.merging import merge_stats, merge_strata
+from avss_dist.stats.rows import AnswerRows
 from avss_dist.system.cores import use_threads
 from avss_dist.system.devices import peak_device_memory, reset_peak_device_memory
 from avss_dist.system.memory import peak_memory
@@ -76,7 +78,9 @@ def analyze_shard(
     peak = _peak_memory_bytes(replica.device)
     if computed:
         computed()
-    stats, strata = observer.result(), observer.strata() if shard.pairing else {}
+    parts = replica.collect((observer.strata(), rows_of_answers()))
+    strata = merge_stats(counted for counted, _ in parts)
+    stats = merge_strata(strata)
     if not stats and replica.reports_stats:
         raise ModelError(
             f"The model has none of the sites {', '.join(settings.sites)}.", "; ".join(replica.model["notes"]) or None
@@ -91,8 +95,8 @@ def analyze_shard(
         device=_device_name(replica.device),
         model=_describe(replica, rows, settings),
         peak_memory_bytes=peak,
-        strata=strata,
-        rows=_answer_rows(shard, rows_of_answers()) if shard.pairing else None,
+        strata=strata if shard.pairing else {},
+        rows=_answer_rows(shard, [rows for _, rows in parts]) if shard.pairing else None,
         experts=experts() if settings.experts else None,
     )
 
@@ -106,14 +110,13 @@ def _measure(
     replica: Replica, hooks: Hooks, batches: list[Batch], forwards: int, settings: Settings, beat: Beat | None
 ) -> Observer:
     batches = [*batches, *[dummy_batch()] * (forwards - len(batches))]
-    counts = replica.reports_stats
     passes = sum(bool(batch.observed.any()) for batch in batches)
-    observer = Observer(hooks, settings.thresholds, counts=counts, passes=passes, beat=beat)
+    observer = Observer(hooks, settings.thresholds, split=replica.split, passes=passes, beat=beat)
     replica.forward(batches, lambda batch: observer.batch(batch.observed, batch.pairing))
     return observer
 
 
-def _answer_rows(shard: Shard, stats: dict[LayerKey, RowStats]) -> AnswerRows:
+def _answer_rows(shard: Shard, parts: Sequence[Mapping[LayerKey, PlacedRows]]) -> AnswerRows:
     """The statistics of single rows."""
     assert shard.pairing is not None
     lengths = shard.lengths.astype(np.int64)
@@ -123,7 +126,10 @@ def _answer_rows(shard: Shard, stats: dict[LayerKey, RowStats]) -> AnswerRows:
         strata=shard.pairing.strata,
         prompt_tokens=shard.pairing.starts.astype(np.int64),
         answer_tokens=np.maximum(lengths - shard.starts, 0),
-        stats=stats,
+        stats={
+            key: in_order([rows[key] for rows in parts if key in rows])
+            for key in sorted({key for rows in parts for key in rows})
+        },
     )
 
 

@@ -23,7 +23,8 @@ class Tap:
     module: nn.Module
     reads: str  # "input" or "output"
     axes: str
-    gather: Callable[[torch.Tensor], torch.Tensor] | None = None  # makes a rank's part of the units whole; collective
+    exchange: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Where ranks have parts of the units: from [rows, tokens, part] to this rank's rows of all units; collective."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer
 from avss_dist.registry import PARTITIONS
 
+T = TypeVar("T")
 BatchContext = Callable[[Batch], AbstractContextManager[None]]
 """``with context(batch):`` is around everything that runs for a batch, in its thread or greenlet."""
 
@@ -56,6 +57,18 @@ def numbers_of(placement: Placement) -> dict[str, int]:
     return {placement.partition: placement.ranks} if PARTITIONS[placement.partition].changes_numbers else {}
 
 
+@dataclass(frozen=True)
+class RowSplit:
+    """Which rows of a batch a rank counts, where several see the same ones."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def rows(self, number: int) -> slice:
+        """This rank's, of so many."""
+        return slice(number * self.rank // self.ranks, number * (self.rank + 1) // self.ranks)
+
+
 class Replica(Protocol):
     """One rank of a model copy; the whole copy where it has one rank.
 
@@ -63,13 +76,15 @@ class Replica(Protocol):
         layers: the transformer blocks, in order.
         model: what was opened, JSON-ready; goes into the run's row.
         device: where this rank computes; of several, the first.
-        reports_stats: whether this rank's statistics count.
+        split: the rows of a batch that this rank counts.
+        reports_stats: whether this rank has the result; the others count for it.
         language_model: what predicts; there where the replica was opened with its head.
     """
 
     layers: tuple[Layer, ...]
     model: Mapping[str, Any]
     device: torch.device
+    split: RowSplit
     reports_stats: bool
     language_model: LanguageModel | None
 
@@ -80,6 +95,9 @@ class Replica(Protocol):
             batches: rows; each is one forward pass of every layer.
             context: is around all that runs for a batch.
         """
+
+    def collect(self, counted: T) -> list[T]:
+        """What all ranks that split the rows have counted, in their order; [] on a rank that does not report."""
 
     def close(self) -> None:
         """Free the devices."""

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.loading import Backbone, Forward
-from avss_dist.partition.base import BatchContext
+from avss_dist.partition.base import BatchContext, RowSplit
 from avss_dist.system.devices import sent
+
+T = TypeVar("T")
 
 
 class BatchwiseReplica:
     """The common part of such replicas; see `partition.base.Replica`."""
 
     device: torch.device
+    split = RowSplit()
     reports_stats = True
     language_model: LanguageModel | None = None
     _run: Forward
@@ -27,6 +30,10 @@ class BatchwiseReplica:
         for batch in batches:
             with context(batch):
                 run_batch(self._run, batch, self.device)
+
+    def collect(self, counted: T) -> list[T]:
+        """See `partition.base.Replica`."""
+        return [counted]
 
 
 def run_batch(run: Forward, batch: Batch, device: torch.device) -> None:

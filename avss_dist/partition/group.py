@@ -10,14 +10,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
-from torch.nn import functional
 
 from avss_dist.errors import AvssError, ConfigError
-from avss_dist.partition.base import Placement
+from avss_dist.partition.base import Placement, RowSplit
 
+T = TypeVar("T")
 TIMEOUT_SECONDS = 1800.0
 _LOSSES = ("gloo/", "pair closure")  # in gloo's plain RuntimeErrors: where it was raised, or that it gave up before
 
@@ -93,19 +94,33 @@ def require_group(placement: Placement) -> tuple[int, int]:
     return distributed.get_rank(), here
 
 
-def whole_units(part: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
-    """Every rank's units, side by side in the order of the ranks; all ranks call this and all get the same.
+def own_rows(part: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+    """This rank's rows (`RowSplit`) of every rank's units, side by side in the order of the ranks; all ranks call this.
 
-    The bytes are sent as they are: exact in every dtype, also in those that a backend cannot send.
+    Each sends the others their rows of its units: of n ranks, one sends an n-th of what all units would be. The bytes
+    are sent as they are: exact in every dtype, also in those that a backend cannot send.
 
     Args:
-        part: [..., widths[rank]].
+        part: [rows, tokens, widths[rank]].
         widths: units of each rank.
     """
-    padded = functional.pad(part, (0, max(widths) - part.shape[-1])).contiguous()
-    parts = [torch.empty_like(padded) for _ in widths]
-    distributed.all_gather([p.view(torch.uint8) for p in parts], padded.view(torch.uint8))
-    return torch.cat([p[..., :width] for p, width in zip(parts, widths, strict=True)], dim=-1)
+    number, tokens, _ = part.shape
+    splits = [RowSplit(rank, len(widths)).rows(number) for rank in range(len(widths))]
+    sent = part.contiguous().flatten().view(torch.uint8)
+    rows = len(range(number)[splits[distributed.get_rank()]])
+    sizes = [rows * tokens * width * part.element_size() for width in widths]
+    received = sent.new_empty(sum(sizes))
+    sends = [len(range(number)[split]) * part[0].nbytes for split in splits]
+    distributed.all_to_all_single(received, sent, sizes, sends)
+    parts = zip(received.split(sizes), widths, strict=True)
+    return torch.cat([one.view(part.dtype).view(rows, tokens, width) for one, width in parts], dim=-1)
+
+
+def collected(mine: T) -> list[T]:
+    """What every rank has, in the order of the ranks, on the first; [] on the others. All ranks call this."""
+    every: list[Any] | None = [None] * distributed.get_world_size() if distributed.get_rank() == 0 else None
+    distributed.gather_object(mine, every)
+    return every or []
 
 
 def from_every_rank(number: float, device: torch.device) -> list[float]:

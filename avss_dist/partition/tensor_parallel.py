@@ -1,4 +1,6 @@
-"""One model whose matrices are split over the ranks (DeepSpeed AutoTP); all ranks take the same data, rank 0 reports.
+"""One model whose matrices are split over the ranks (DeepSpeed AutoTP); all ranks take the same data.
+
+Each counts some rows of every batch, and rank 0 reports what all have counted.
 
 AutoTP splits a model by the names of its modules. Of a family that it does not know it computes wrong numbers silently,
 so each replica is checked as it is opened: every site of every layer, before the split and after.
@@ -10,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,18 +22,19 @@ from avss_dist.errors import ConfigError, ModelError
 from avss_dist.models.auto import predictor
 from avss_dist.models.causal_lm import LanguageModel, Watcher
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.layers import PROBE_SHAPE, Layer, Tap, first_tensor
+from avss_dist.models.layers import PROBE_SHAPE, Layer, Tap, as_rows, first_tensor
 from avss_dist.models.loading import forward_function, load_model, open_module, quiet, without_head
 from avss_dist.models.sparsifying import Counted, Sparsity
-from avss_dist.partition.base import Placement
+from avss_dist.partition.base import Placement, RowSplit
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
 from avss_dist.partition.group import (
+    collected,
     from_every_rank,
+    own_rows,
     quiet_deepspeed,
     require_group,
     reraise_lost_ranks,
     summed_over_ranks,
-    whole_units,
 )
 from avss_dist.settings import THRESHOLD, Settings
 from avss_dist.system.devices import free_device, pick_device
@@ -46,14 +49,15 @@ Of SmolLM2-135M they differ by 2e-6, 5e-3 and 5e-2; Persimmon, which is split wr
 _REFUSALS = (AssertionError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 _HEADS = ("num_key_value_heads", "num_kv_heads", "num_attention_heads")
 _Probe = dict[tuple[int, str], torch.Tensor]  # by layer and site
-Gather = Callable[[torch.Tensor], torch.Tensor]
+T = TypeVar("T")
 _ELSEWHERE = "Use `partition` single, device_map, zero3 or streaming."
 
 
 class TensorParallelReplica(BatchwiseReplica):
     """See `partition.base.Replica`. Every rank opens it inside one group (`partition.group.join`).
 
-    Every rank first loads the whole model into host memory.
+    Every rank first maps the files of the whole model; where it computes in another dtype, it holds all of it in host
+    memory.
 
     Raises:
         ConfigError: there is no group, or it has more ranks than the model has heads.
@@ -62,7 +66,7 @@ class TensorParallelReplica(BatchwiseReplica):
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
         rank, world = require_group(placement)
-        self.reports_stats = rank == 0
+        self.split, self.reports_stats = RowSplit(rank, world), rank == 0
         self.device = pick_device(settings.device)
         if settings.attention == "flash_attention_2":
             raise ConfigError(
@@ -83,7 +87,7 @@ class TensorParallelReplica(BatchwiseReplica):
             layers = _find_again(whole.structure.layers, names, model)
             with _running(model):
                 found = _probe(run, layers, self.device)
-            self.layers: tuple[Layer, ...] = _check(model, layers, expected, found)
+            self.layers: tuple[Layer, ...] = _check(model, layers, expected, found, self.split)
             if logits is not None:
                 _check_logits(predictor(model), logits, self.device)
                 opened = replace(whole, structure=replace(whole.structure, layers=self.layers))
@@ -91,6 +95,10 @@ class TensorParallelReplica(BatchwiseReplica):
                 self.language_model.reports = self.reports_stats
         self._model, self._run = model, run
         self.model: Mapping[str, Any] = describe(whole, "tensor_parallel")
+
+    def collect(self, counted: T) -> list[T]:
+        """See `partition.base.Replica`."""
+        return collected(counted)
 
     def close(self) -> None:
         """Drop this rank's part of the weights."""
@@ -283,8 +291,8 @@ def _find_again(layers: Sequence[Layer], names: Mapping[nn.Module, str], model: 
     ]
 
 
-def _check(model: Any, layers: Sequence[Layer], expected: _Probe, found: _Probe) -> tuple[Layer, ...]:
-    """The layers, with taps that gather what the ranks have parts of; all ranks come to the same.
+def _check(model: Any, layers: Sequence[Layer], expected: _Probe, found: _Probe, split: RowSplit) -> tuple[Layer, ...]:
+    """The layers, with taps that exchange what the ranks have parts of; all ranks come to the same.
 
     Raises:
         ModelError: a tensor is not what it was before the split.
@@ -292,28 +300,29 @@ def _check(model: Any, layers: Sequence[Layer], expected: _Probe, found: _Probe)
     tolerance = max(TOLERANCES.get(tensor.dtype, 0.0) for tensor in expected.values())
     checked: list[Layer] = []
     for layer in layers:
-        gathers: dict[str, Gather | None] = {}
-        for site in ("block", *layer.taps):
-            want, part = expected[layer.index, site], found[layer.index, site]
-            gathers[site] = gather = _gather_for(part, want.shape[-1])
-            got = gather(part) if gather else part
+        taps = {"block": Tap(layer.module, "output", layer.axes), **layer.taps}
+        for site, tap in taps.items():
+            want, part = (as_rows(x[layer.index, site], tap.axes, *PROBE_SHAPE) for x in (expected, found))
+            assert want is not None and part is not None
+            taps[site] = tap = replace(tap, exchange=_exchange_for(part, want.shape[-1]))
+            rows = split.rows(len(part))
+            got, want = tap.exchange(part) if tap.exchange else part[rows], want[rows]
             error = difference(want, got.cpu()) if got.shape == want.shape else float("inf")
             error = max(from_every_rank(error, part.device))
-            if error > tolerance or (site == "block" and gather):
+            if error > tolerance or (site == "block" and tap.exchange):
                 raise _cannot_split(
                     model, f"site '{site}' of layer {layer.index} is off by {error:.2g} of its size after the split"
                 )
-        taps = {site: replace(tap, gather=gathers[site]) for site, tap in layer.taps.items()}
-        checked.append(replace(layer, taps=taps))
+        checked.append(replace(layer, taps={site: taps[site] for site in layer.taps}))
     return tuple(checked)
 
 
-def _gather_for(part: torch.Tensor, width: int) -> Gather | None:
-    """How a rank's part of ``width`` units is gathered; None where it is whole already."""
+def _exchange_for(part: torch.Tensor, width: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """How ranks exchange their parts of ``width`` units; None where every rank has all of them."""
     widths = [int(n) for n in from_every_rank(part.shape[-1], part.device)]
     if sum(widths) != width or len(widths) == 1:
         return None
-    return partial(whole_units, widths=widths)
+    return partial(own_rows, widths=widths)
 
 
 def _cannot_split(model: Any, why: str) -> ModelError:

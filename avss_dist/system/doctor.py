@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -18,10 +19,12 @@ import psutil
 
 from avss_dist.system.folders import cache_folder
 from avss_dist.system.versions import PACKAGES, installed_version
+from avss_dist.text import describe_bytes
 
 EXTRAS = {"datasets": "hf", "lm_eval": "eval"}  # packages that only some need, and the extra that brings each
 NEEDED = (*(name for name in PACKAGES if name not in EXTRAS), "duckdb", "altair", "vl-convert-python")
 TIMEOUT_SECONDS = 180.0
+LEAST_SHARED_BYTES = 1 << 30  # a container has 64 MiB where nobody says more
 
 Check = Callable[[], str]
 
@@ -45,6 +48,7 @@ def findings() -> Iterator[Finding]:
         missing = f"not installed; in a clone, pip install -e '.[{extra}]' brings it"
         yield Finding(name, True, installed_version(name) or missing)
     yield _try("cache folder", _cache_folder)
+    yield _try("shared memory", _shared_memory)
     with ThreadPoolExecutor(len(CHECKS)) as threads:
         for group in [threads.submit(run_checks, checks) for checks in CHECKS]:
             yield from group.result()
@@ -101,6 +105,12 @@ def _cache_folder() -> str:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         return str(folder)
+
+
+def _shared_memory() -> str:
+    size = shutil.disk_usage("/dev/shm").total
+    advice = "; Ray and NCCL want more: of a container, docker run --shm-size=8g" if size < LEAST_SHARED_BYTES else ""
+    return f"{describe_bytes(size)}{advice}"
 
 
 def _bfloat16() -> str:

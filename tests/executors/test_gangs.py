@@ -27,6 +27,7 @@ from support.families import tiny_model
 from support.oracle import assert_close
 from support.questions import answers, assert_same, write_questions
 
+from avss_dist.corpus.pairs import Pairing
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import ConfigError, ModelError
 from avss_dist.measure.shard import analyze_shard, follow
@@ -516,6 +517,24 @@ def test_three_ranks_share_fifty_units(gang: Callable[[int], Gang], folder_of: C
     assert_near(result.stats, expected[0].stats, rtol=1e-4)
     assert result.stats[0, "neuron"].count == 50 * shards[0].num_tokens
     assert all(bytes_held < 4 * model["num_parameters"] for bytes_held in (held, *(h for _, _, h in others)))
+
+
+def test_tensor_parallel_ranks_share_strata_and_rows(
+    gang: Callable[[int], Gang], folder_of: Callable[[str], Path]
+) -> None:
+    """Of paired text: each measures the answers of its rows, and the first one has all, in their order."""
+    folder, (shard,) = folder_of("grouped llama"), make_shards(1)
+    strata = ("good", "bad", "good", "bad")
+    pairing = Pairing(rows=np.arange(7, 11), pairs=np.arange(4) // 2, strata=strata, starts=np.zeros(4, np.int32))
+    paired = [replace(shard, pairing=pairing)]
+    (((got,), _, _), _) = gang(2).run(measure, "tensor_parallel", folder, paired, SETTINGS)
+    (want,), _ = single(folder, paired)
+    assert_near(got.stats, want.stats, rtol=1e-4)
+    assert {key: one.count for key, one in got.strata.items()} == {key: one.count for key, one in want.strata.items()}
+    assert got.rows and want.rows and got.rows.row.tolist() == [7, 8, 9, 10]
+    for key, rows in want.rows.stats.items():
+        for name in ("count", "norm", "m2", "pooled_variance"):
+            np.testing.assert_allclose(getattr(got.rows.stats[key], name), getattr(rows, name), rtol=1e-4)
 
 
 def test_tensor_parallel_in_bfloat16(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:

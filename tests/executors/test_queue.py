@@ -143,6 +143,18 @@ def test_ranks_share_a_shard_or_take_one_each(checkpoint: Checkpoint) -> None:
     assert [part.shard for part in assignments(queue, [1])] == [run.shards[1]] * 2
 
 
+def test_a_gang_has_its_next_round_beforehand_while_there_are_enough(checkpoint: Checkpoint) -> None:
+    queue, _ = shard_queue(checkpoint, 5)
+    queue.next_units()
+    assert queue.runs_ahead(3) and not queue.runs_ahead(4), "others would have none"
+    queue.put_back([0], None)
+    assert not queue.runs_ahead(3), "what is measured again is measured alone"
+    queue.finish(*queue.next_units(), "a result")
+    assert queue.runs_ahead(3)
+    assert not shard_queue(checkpoint, 5, partition="zero3", ranks=2)[0].runs_ahead(1), "ranks keep one order"
+    assert not cell_queue(checkpoint, ["loss"] * 5)[0].runs_ahead(1), "cells take very different times"
+
+
 def test_short_shards_share_a_round_until_one_of_them_fails(checkpoint: Checkpoint) -> None:
     """As many as take a second, and a sixteenth of a gang's part of what is left; who may be to blame goes alone."""
     queue, run = shard_queue(checkpoint, 100)

@@ -131,13 +131,13 @@ def test_a_stopped_driver_is_resumed(tiny_llama: Path, undisturbed: Path, tmp_pa
     place = ("-w", tmp_path, "--address", address, "--replicas", 2)
     driver = Command("score", tiny_llama, "--corpus", "builtin:pydoc", *place, *arguments)
     partials = tmp_path / "shard_stats"
-    wait_until(lambda: len(list(partials.rglob("*.parquet"))) >= 2 or not driver.running())
+    wait_until(lambda: len(list(partials.rglob("*.parquet"))) >= 1 or not driver.running())
     driver.send(signal.SIGINT)
     code, _, said = driver.wait()
     assert code == 130, said
     assert "run the same command again" in said and "Traceback" not in said
     kept = len(list(partials.rglob("*.parquet")))
-    assert 2 <= kept < 20 and not list((tmp_path / "scores").rglob("*.parquet"))
+    assert 1 <= kept < 20 and not list((tmp_path / "scores").rglob("*.parquet"))
     run = score(tiny_llama, tmp_path, executor="local")
     assert (run.status, run.resumed_shards) == ("done", kept)
     assert_same_tables(tmp_path, undisturbed)

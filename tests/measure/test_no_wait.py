@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,21 +12,25 @@ from support.checkpoints import llama
 from support.waiting import NoWaiting
 from transformers import masking_utils
 
+from avss_dist.corpus.pairs import Pairing
 from avss_dist.corpus.shards import Batch
 from avss_dist.errors import BatchTooLarge
 from avss_dist.measure import hooks
+from avss_dist.measure.experts import ExpertCounter
 from avss_dist.measure.hooks import Observer, attached
 from avss_dist.measure.kernels.base import limits_on
 from avss_dist.measure.kernels.cuda.backend import CudaKernels
 from avss_dist.measure.kernels.cuda.calls import window
 from avss_dist.measure.kernels.generic import TorchKernels
+from avss_dist.models.experts import Experts, Routing
 from avss_dist.models.loading import forward_function, open_module
 from avss_dist.partition.batchwise import run_batch
-from avss_dist.settings import SITES, THRESHOLDS
+from avss_dist.settings import EVERY_SITE, SITES, THRESHOLDS
 from avss_dist.system import devices
 from avss_dist.system.out_of_memory import halve_until_it_fits
 
 META = torch.device("meta")
+PAIRED = Pairing(rows=np.arange(3), pairs=np.arange(3), strata=("good", "bad", "good"), starts=np.zeros(3, np.int32))
 
 
 class Launches:
@@ -43,9 +48,18 @@ class Launches:
         self.kernels.append(kernel)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ["torch", "cuda"])
-def test_a_batch_is_measured_without_waiting(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("backend", "dtype", "pairing"),
+    [
+        *product(("torch", "cuda"), (torch.float32, torch.bfloat16, torch.float16), (None,)),
+        ("torch", torch.float32, PAIRED),
+        ("cuda", torch.bfloat16, PAIRED),
+    ],
+    ids=lambda value: "paired" if value is PAIRED else str(value),
+)
+def test_a_batch_is_measured_without_waiting(
+    backend: str, dtype: torch.dtype, pairing: Pairing | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only token ids and the mask of what counts are sent, and the host never asks for a value."""
     launches = Launches()
     kernels: Any = TorchKernels() if backend == "torch" else CudaKernels(launches)
@@ -59,15 +73,27 @@ def test_a_batch_is_measured_without_waiting(backend: str, dtype: torch.dtype, m
     real = np.ones((3, 10), bool)
     batch = Batch(input_ids=np.zeros((3, 10), np.int32), attention_mask=real, observed=real)
     layers = backbone.structure.layers
-    with attached(layers, SITES) as on_layers:
+    with attached(layers, EVERY_SITE if pairing else SITES) as on_layers:
         observer = Observer(on_layers, THRESHOLDS)
         for first in (True, False):
-            with NoWaiting() as guard, observer.batch(batch.observed):
+            with NoWaiting() as guard, observer.batch(batch.observed, pairing):
                 run_batch(run, batch, META)
-            sent = ["_to_copy", "_to_copy", *(["_to_copy"] if first and dtype == torch.float32 else [])]  # and limits
-            assert guard.copies == sent
-    if backend == "cuda":
+            copies = 1 + (2 + 3 if pairing else 1)  # ids, masks of strata, and where each row's tokens are
+            assert guard.copies == ["_to_copy"] * (copies + (first and dtype == torch.float32))  # and limits
+    if backend == "cuda" and not pairing:
         assert len(launches.kernels) == 2 * 7 * len(layers)
+
+
+def test_experts_are_measured_without_waiting() -> None:
+    """What a model's own experts do aside."""
+    counter = ExpertCounter()
+    experts = Experts(module=torch.nn.Identity(), number=4, router=torch.nn.Identity(), normalized=False)
+    index, gates = torch.zeros(5, 2, dtype=torch.int64, device=META), torch.zeros(5, 2, device=META)
+    routing = Routing(torch.zeros(5, 8, device=META), index, gates)
+    with NoWaiting() as guard:
+        counter.add(0, experts, routing, [routing.hidden] * 2)
+        counter.add_entropy(0, experts, torch.zeros(5, 4, device=META))
+    assert guard.copies == []
 
 
 OUT_OF_MEMORY = (

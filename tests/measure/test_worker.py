@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +15,16 @@ from support.oracle import FLOAT_FIELDS
 
 from avss_dist.corpus.shards import Batch, Shard, plan
 from avss_dist.errors import BatchTooLarge
+from avss_dist.executors.base import ReplicaSpec
+from avss_dist.executors.ray.worker import ShardAssignment, Worker
+from avss_dist.measure.hooks import Observer
 from avss_dist.measure.shard import analyze_shard, follow
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.partition.base import BatchContext, dummy_batch
+from avss_dist.partition.base import BatchContext, Placement, dummy_batch
 from avss_dist.partition.single import SingleReplica
 from avss_dist.settings import Settings
+from avss_dist.stats.layer_stats import ShardResult
 
 SETTINGS = Settings(max_sequences=13, sequence_length=32, batch_size=8, sequences_per_shard=13, device="cpu")
 
@@ -88,6 +95,41 @@ def test_ranks_that_wait_for_each_other_do_not_halve_alone(
     with pytest.raises(BatchTooLarge, match="8 x 32 tokens"):
         analyze_shard(replica, shard, SETTINGS)
     assert analyze_shard(replica, shard, SETTINGS, rows=4).stats
+
+
+def test_a_shard_is_concluded_while_the_next_one_is_computed(
+    replica: SmallDevice, shard: Shard, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a worker with a GPU does it, in two threads: an error of the first one is its own, and the other's comes."""
+    expected = analyze_shard(replica, shard, SETTINGS)
+    spec = ReplicaSpec(checkpoint=resolve(str(tiny_llama)), settings=SETTINGS, placement=Placement())
+    worker = Worker("rank 0", SETTINGS.threads, None)
+    monkeypatch.setattr(worker, "_spec", spec)
+    monkeypatch.setattr(worker, "_model", replica)
+    strata, first, second = Observer.strata, threading.Event(), threading.Event()
+
+    def conclude(self: Observer) -> Any:
+        if not first.is_set():
+            first.set()
+            assert second.wait(timeout=500), "the next shard was not begun"
+            raise RuntimeError("it cannot be concluded")
+        return strata(self)
+
+    monkeypatch.setattr(Observer, "strata", conclude)
+
+    def beat() -> None:
+        if first.is_set():
+            second.set()
+
+    monkeypatch.setattr(worker, "_beat", beat)
+    assignment = ShardAssignment(shard=shard, rows=SETTINGS.batch_size, forwards=0, run_id="run")
+    with ThreadPoolExecutor(2) as threads:
+        failing = threads.submit(worker.measure, assignment)
+        assert first.wait(timeout=500)
+        result = threads.submit(worker.measure, assignment).result()
+    assert "it cannot be concluded" in str(failing.exception())
+    assert isinstance(result, ShardResult) and len(result.stats) == len(expected.stats)
+    assert all(result.stats[key].equals(stats) for key, stats in expected.stats.items())
 
 
 def test_fillers_count_for_nothing(replica: SmallDevice, shard: Shard) -> None:

@@ -75,7 +75,7 @@ def test_this_machine() -> None:
     """All that is checked works where these tests run."""
     found = list(findings())
     checks = [what for group in CHECKS for what in group]
-    assert [finding.what for finding in found] == ["Python", *NEEDED, *EXTRAS, "cache folder", *checks]
+    assert [finding.what for finding in found] == ["Python", *NEEDED, *EXTRAS, "cache folder", "shared memory", *checks]
     assert [finding for finding in found if not finding.works] == []
     details = {finding.what: finding.detail for finding in found}
     assert details["CPU kernels compile"] == "yes" and "gloo" in details["torch.distributed"]

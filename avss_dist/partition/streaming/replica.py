@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,7 +18,7 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer, layer_lists
 from avss_dist.models.loading import forward_function, open_module, quiet, without_head
 from avss_dist.models.size import footprint
-from avss_dist.partition.base import BatchContext, Placement
+from avss_dist.partition.base import BatchContext, Placement, RowSplit
 from avss_dist.partition.batchwise import describe, run_batch
 from avss_dist.partition.choose import require_room_for_a_layer
 from avss_dist.partition.streaming.buffers import buffer_bytes
@@ -30,6 +30,7 @@ from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 
 SPARE_SHARE = 0.9  # of what a GPU has free
+T = TypeVar("T")
 
 
 class StreamingReplica:
@@ -44,6 +45,7 @@ class StreamingReplica:
         ModelError: the weights cannot be read layer by layer; the message says why.
     """
 
+    split = RowSplit()
     reports_stats = True
     language_model: StreamingLanguageModel | None = None
 
@@ -89,6 +91,10 @@ class StreamingReplica:
                 run_batch(self._run, batch, self.device)
 
         self._passes.run([partial(run, batch) for batch in batches])
+
+    def collect(self, counted: T) -> list[T]:
+        """See `partition.base.Replica`."""
+        return [counted]
 
     def _left_for_hidden_states(self, most: int | None) -> int | None:
         """Bytes of host memory that weights leave of ``most``; None is no limit."""
