@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -76,6 +76,11 @@ class Gang:
         """Give each rank its part of a round, and its blocks of shards; one reference for each."""
         both = zip(self._workers, parts, strict=True)
         return [worker.measure_round.remote(part, *blocks) for worker, (part, blocks) in both]
+
+    def cancel(self, references: Iterable[Any]) -> None:
+        """Let ranks not begin what they were given, where they have not."""
+        for reference in references:
+            ray.cancel(reference)
 
     def stop(self, *, hangs: bool = False) -> None:
         """Stop every worker and give the resources back; those of a gang that hangs by a signal too."""

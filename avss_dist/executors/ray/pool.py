@@ -9,7 +9,6 @@ node that is about to go finish their round. The pool keeps no statistics: what 
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -173,23 +172,30 @@ class Pool:
             gang.stop()
 
     def _speculate(self, gang: Gang) -> None:
-        """Let an idle gang measure the slowest units too; whichever result comes first counts."""
-        late = [r for r in self._rounds if r.queue.shape == gang.shape and r.queue.is_late(r.units, self._seconds(r))]
+        """Let an idle gang take what another has not begun, or measure the slowest units too: first results count."""
+        now, alike = time.monotonic(), [r for r in self._rounds if r.queue.shape == gang.shape]
+        if waiting := [r for r in alike if self._rounds.waits(r)]:
+            self._recall(waiting[0])
+            self._idle.remove(gang)
+            self._dispatch(gang, waiting[0].queue)
+            return
+        late = [r for r in alike if r.queue.is_late(r.units, now - r.begun)]
         if late:
             slowest = min(late, key=lambda r: r.begun)
             slowest.queue.speculate(slowest.units)
             self._idle.remove(gang)
             self._dispatch(gang, slowest.queue)
 
-    def _seconds(self, round_: Round) -> float:
-        """How long a gang has been in a round; one that waits for another is as late as can be."""
-        is_first = self._rounds.of(round_.gang)[0] is round_
-        return time.monotonic() - round_.begun if is_first else math.inf
+    def _recall(self, round_: Round) -> None:
+        """Take back a round that its gang has not begun. Should it begin it now, the units are measured twice."""
+        round_.gang.cancel(round_.awaited)
+        self._rounds.end(round_)
+        self._record(round_.queue, round_.queue.put_back(round_.units, None))
 
     def _dispatch(self, gang: Gang, queue: UnitQueue[Any]) -> None:
         """Begin a round: open the queue's model, or measure the next of its units."""
         if gang.spec != queue.spec:
-            self._open(gang, queue)
+            self._begin(gang, queue, [], dict.fromkeys(gang.open(queue.spec), ()))
             return
         units = queue.next_units(self._replicas(queue.spec.placement))
         references = gang.measure(queue.parts(units))
@@ -206,9 +212,6 @@ class Pool:
             and first.queue.runs_ahead(len(self._idle) + len(self._rounds.gangs))
         ):
             self._dispatch(gang, first.queue)
-
-    def _open(self, gang: Gang, queue: UnitQueue[Any]) -> None:
-        self._begin(gang, queue, [], dict.fromkeys(gang.open(queue.spec), ()))
 
     def _begin(self, gang: Gang, queue: UnitQueue[Any], units: Sequence[int], awaited: Awaited) -> None:
         self._rounds.begin(Round(gang=gang, queue=queue, units=units, awaited=awaited, rows=queue.rows))
@@ -330,14 +333,13 @@ class Pool:
             gang.stop()
         for gang in {r.gang for r in self._rounds if r.gang.leaves and not r.units}:
             self._stop(gang)
+        for round_ in [r for r in self._rounds if r.gang.leaves and self._rounds.waits(r)]:
+            self._recall(round_)
 
     def _stop(self, gang: Gang, *, why: str | None = None, failed: Round | None = None, hangs: bool = False) -> None:
-        """Stop a gang; its unfinished units are pending again, for another.
+        """Stop a gang; its unfinished units are pending again, for another. ``why`` None is no failure of theirs.
 
-        Args:
-            why: how it failed; None is no failure.
-            failed: in which round, where that is known. Of two that are under way, none is taken to have failed else:
-                which of them it was shows when each is measured alone.
+        Of two rounds none is taken to have failed but a ``failed`` one: measured alone, their units show which it was.
         """
         gang.stop(hangs=hangs)
         rounds = list(self._rounds.of(gang))

@@ -65,6 +65,10 @@ class Rounds:
         """What a gang does, and what it does next."""
         return self._by_gang.get(gang, [])
 
+    def waits(self, round_: Round) -> bool:
+        """Whether its gang does something else before it."""
+        return self._by_gang[round_.gang][0] is not round_
+
     def begin(self, round_: Round) -> None:
         """A gang is given a round."""
         self._by_reference |= dict.fromkeys(round_.awaited, round_)
