@@ -14,6 +14,7 @@ from support.checkpoints import VOCABULARY
 from support.command_line import avss
 from support.families import tiny_batch, tiny_model
 
+from avss_dist.analysis.experts import layer_experts
 from avss_dist.analysis.findings import findings
 from avss_dist.measure.hooks import Observer, attached
 from avss_dist.models.loading import Backbone, forward_function, open_module
@@ -127,12 +128,13 @@ def _with_probabilities(output: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[Any, Path], Path]) -> Iterator[Path]:
-    """A mixture of experts of which one is never chosen, scored in two shards."""
+    """A mixture of experts of which one is never chosen, and one carries the last layer, scored in two shards."""
     root = tmp_path_factory.mktemp("experts")
     model = tiny_model("causal", "deepseek_v3")
     model.resize_token_embeddings(VOCABULARY)
     for layer in model.model.layers[1:]:
         layer.mlp.gate.e_score_correction_bias[0] = -100.0
+    model.model.layers[2].mlp.experts.down_proj.data[1] *= 1000
     folder = save_checkpoint(model, root / "model")
     small = ("--sequence-length", "32", "--max-sequences", "4", "--sequences-per-shard", "2", "--executor", "local")
     done = avss("score", folder, "--corpus", "builtin:pydoc", "-w", root / "warehouse", "--experts", *small)
@@ -153,6 +155,10 @@ def test_the_warehouse_has_a_row_for_each_expert_and_the_sums_of_its_shards(scor
             assert (tokens == 0) == (expert == 0)
             mine = [r for r in shards if (r["layer"], r["expert"]) == (layer, expert)]
             assert tokens == sum(r["routed_tokens"] for r in mine)
+        (one,) = [one for one in layer_experts(warehouse, run["run_id"]) if one.layer == layer]
+        shares = stats.routed_tokens[1:] / stats.routed_tokens.sum()
+        assert_allclose(one.balance, -(shares * np.log(shares)).sum() / np.log(4))
+        assert one.idle == [0] and 0 < one.router_entropy < 1
 
 
 def test_experts_are_shown_found_and_drawn(scored: Path, tmp_path: Path) -> None:
@@ -160,6 +166,7 @@ def test_experts_are_shown_found_and_drawn(scored: Path, tmp_path: Path) -> None
     assert shown.exit_code == 0 and "least salient" in shown.stdout, shown.stderr
     kinds = {row["kind"]: row["message"] for row in findings(Warehouse(str(scored))).to_pylist()}
     assert "2 of 8 experts got no token of this text, in layers 1-2 (layer 1: 0; layer 2: 0)" in kinds["idle_experts"]
+    assert "more than half of what all experts add, in layer 2 (expert 1 gives 100%)" in kinds["dominant_expert"]
     page = tmp_path / "report.html"
     assert avss("report", "-w", scored, "-o", page).exit_code == 0
     assert "Routed experts" in page.read_text() and "2 of 8 experts got no token" in page.read_text()
