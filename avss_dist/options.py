@@ -46,6 +46,12 @@ class WorkOptions(TypedDict, total=False):
     hang_seconds: float
 
 
+class JobOptions(WorkOptions, total=False):
+    """What the runs of a job take in place of what its file says."""
+
+    tracker: str | None
+
+
 class EvaluationOptions(ModelOptions, WorkOptions, total=False):
     """What evaluations take."""
 
@@ -74,6 +80,7 @@ class ScoringOptions(EvaluationOptions, total=False):
     thresholds: tuple[float, ...]
     experts: bool
     allow_pickle: bool
+    tracker: str | None
 
 
 def refuse_unused(given: Mapping[str, Any], defaults: Mapping[str, Any], why: str, hint: str = "Leave it out.") -> None:

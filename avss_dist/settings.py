@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, WithJsonSchema
 from pydantic_core import PydanticKnownError
 
-from avss_dist.errors import ConfigError, nearest
+from avss_dist.errors import ConfigError, nearest, require_known
 from avss_dist.registry import GANGS, PARTITIONS
 from avss_dist.text import parse_bytes
 from avss_dist.validation import Check, OneOf, checked
@@ -84,6 +84,7 @@ ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 EXECUTORS = ("auto", "local", "ray")
 PARTITION_CHOICES = ("auto", *PARTITIONS)
 DEVICES = ("auto", "cpu", "cuda")
+TRACKERS = ("trackio", "wandb", "mlflow")  # of experiments, that can be told of runs
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0  # for a cluster's server to accept a connection, and to send something
 
 PUBLISHED_THRESHOLD = 1e-5
@@ -157,6 +158,14 @@ def _replicas(value: Any) -> Any:
     return made
 
 
+def _tracker(value: str) -> str:
+    name, colon, project = value.partition(":")
+    require_known("tracker", name, TRACKERS)
+    if colon and not project.strip():
+        raise ConfigError(f"'{value}' names no project.", f"Write {name}, or {name}:PROJECT.")
+    return value
+
+
 Positive = Annotated[int, Field(ge=1)]
 Sites = Annotated[
     tuple[Annotated[str, OneOf((*EVERY_SITE, *SITE_FAMILIES))], ...],
@@ -177,6 +186,13 @@ ReplicaRange = Annotated[
 ]
 Sizes = Mapping[Annotated[str, Check(_device_name)], Bytes]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+TrackerName = Annotated[
+    str,
+    Check(_tracker),
+    WithJsonSchema(
+        {"type": "string", "pattern": rf"^({'|'.join(TRACKERS)})(:.+)?$", "examples": ["trackio", "wandb:pruning"]}
+    ),
+]
 
 
 @checked
@@ -264,6 +280,8 @@ class Execution:
     """How long to wait until a cluster has room for the first replica, or for the fewest that are wanted."""
     hang_seconds: Seconds = 600.0
     """A worker that begins no layer for this long is taken to hang, and is replaced."""
+    tracker: TrackerName | None = None
+    """Tell a tracker of experiments of the runs too: trackio, wandb or mlflow; wandb:PROJECT names a project."""
 
     def __post_init__(self) -> None:
         problems = []

@@ -11,7 +11,7 @@ import pyarrow as pa
 from avss_dist.estimation import estimate as estimating
 from avss_dist.evaluation.engine import CellReporter
 from avss_dist.evaluation.experiment import run_experiment
-from avss_dist.options import ScoringOptions, WorkOptions, with_options
+from avss_dist.options import JobOptions, ScoringOptions, with_options
 from avss_dist.results import Table, TabularResult
 from avss_dist.runs import api as scoring
 from avss_dist.runs.job_file import JobFile, read_job
@@ -42,7 +42,7 @@ class Runs(list[Run], TabularResult):
         return pa.Table.from_pylist([{f.name: getattr(run, f.name) for f in fields(run)} for run in self])
 
 
-@with_options(WorkOptions)
+@with_options(JobOptions)
 def run_job(
     job: str | Path | JobFile,
     *,
@@ -50,7 +50,7 @@ def run_job(
     allow_many: bool = False,
     reporter: Reporter | None = None,
     cells: CellReporter | None = None,
-    **options: Unpack[WorkOptions],
+    **options: Unpack[JobOptions],
 ) -> Runs:
     """Run what a job file asks for, its experiment included; what is done is not repeated.
 

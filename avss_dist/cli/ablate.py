@@ -16,13 +16,13 @@ from avss_dist.cli.options import (
     format_option,
     takes_settings,
 )
-from avss_dist.settings import DEFAULT_WAREHOUSE, DRAWS, Execution
+from avss_dist.settings import DEFAULT_WAREHOUSE, DRAWS
 from avss_dist.system.streams import console
 
 LEFT_OUT = "What is left out, and how"
 
 
-@takes_settings(*EVALUATED, *Execution.__dataclass_fields__)
+@takes_settings(*EVALUATED)
 def ablate(
     model: ModelArgument,
     corpus: CorpusOption,

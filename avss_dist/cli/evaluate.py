@@ -13,18 +13,15 @@ from avss_dist.cli.options import (
     format_option,
     takes_settings,
 )
-from avss_dist.settings import DEFAULT_WAREHOUSE, Execution, Settings
+from avss_dist.options import EvaluationOptions
+from avss_dist.settings import DEFAULT_WAREHOUSE
 from avss_dist.system.streams import console
 
-EVALUATED = tuple(
-    name
-    for name in Settings.__dataclass_fields__
-    if name not in ("skip_first_tokens", "sites", "thresholds", "experts", "allow_pickle")
-)
-"""Settings that matter where nothing is measured inside of layers."""
+EVALUATED = tuple(EvaluationOptions.__annotations__)
+"""Settings that matter where nothing is measured inside of layers, and where the work runs."""
 
 
-@takes_settings(*EVALUATED, *Execution.__dataclass_fields__)
+@takes_settings(*EVALUATED)
 def evaluate(
     subjects: Annotated[list[str], typer.Argument(help="Models, or plans by avss plan: PLAN.yaml.")],
     tasks: Annotated[

@@ -38,7 +38,6 @@ from avss_dist.settings import (
     SITES,
     SPARSITY_METHODS,
     SPARSITY_RULES,
-    Execution,
 )
 from avss_dist.system.streams import console, emit, emit_json
 
@@ -52,7 +51,7 @@ SEARCHED, HOW_MANY, SPARSE = "Searching", "How many layers", "Sparsity, where no
 CHOSEN_BY = (*OF_LAYERS, *SCORES, "last", "random")
 
 
-@takes_settings(*EVALUATED, *Execution.__dataclass_fields__)
+@takes_settings(*EVALUATED)
 def plan(
     output: Annotated[Path, output_option("PLAN.yaml.")],
     warehouse: WarehouseOption = DEFAULT_WAREHOUSE,

@@ -34,7 +34,7 @@ def _print_schema(wanted: bool) -> None:
         raise typer.Exit
 
 
-@takes_settings(*WORKERS, overrides=True)
+@takes_settings(*WORKERS, "tracker", overrides=True)
 def run(
     job: JobPath,
     _schema: Annotated[

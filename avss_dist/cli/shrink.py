@@ -21,11 +21,11 @@ from avss_dist.cli.options import (
     warehouse_option,
 )
 from avss_dist.cli.plan import CHOSEN_BY
-from avss_dist.settings import INTERACTIONS, NO_REPAIR, REPAIRS, Execution
+from avss_dist.settings import INTERACTIONS, NO_REPAIR, REPAIRS
 from avss_dist.system.streams import console, emit, emit_json
 
 
-@takes_settings(*EVALUATED, *Execution.__dataclass_fields__)
+@takes_settings(*EVALUATED)
 def shrink(
     model: ModelArgument,
     corpus: CorpusOption,

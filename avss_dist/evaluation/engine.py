@@ -107,7 +107,15 @@ def evaluation_options(options: dict[str, Any]) -> tuple[Settings, Execution]:
         ConfigError: an option is unknown, has a wrong value, or has no effect on an evaluation.
     """
     settings, execution = split_options(options)
-    _refuse_scoring(settings)
+    given = {**settings.as_dict(), "tracker": execution.tracker}
+    default = {**Settings().as_dict(), "tracker": None}
+    problems = [
+        ConfigError(f"`{name}` has no effect: it is for the scoring of layers alone.", "Leave it out.")
+        for name in ("sites", "thresholds", "tracker")
+        if given[name] != default[name]
+    ]
+    if problems:
+        raise ConfigError.of(problems)
     return settings, execution
 
 
@@ -137,22 +145,6 @@ def require_listable(number: int, what: str, hint: str) -> None:
     """
     if number > MOST_LISTED:
         raise ConfigError(f"{number:,} {what} are more than one command takes: {MOST_LISTED:,}.", hint)
-
-
-def _refuse_scoring(settings: Settings) -> None:
-    """Refuse settings of what is measured inside of layers, which no evaluation is.
-
-    Raises:
-        ConfigError: every one that would have no effect is named.
-    """
-    default = Settings()
-    problems = [
-        ConfigError(f"`{name}` has no effect: tasks measure nothing inside of layers.", "Leave it out.")
-        for name in ("sites", "thresholds")
-        if getattr(settings, name) != getattr(default, name)
-    ]
-    if problems:
-        raise ConfigError.of(problems)
 
 
 def plan_evaluation(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -17,8 +17,9 @@ from avss_dist.options import ScoringOptions, with_options
 from avss_dist.registry import GANGS
 from avss_dist.runs.driver import Driver, Ending, record_failure
 from avss_dist.runs.job_file import JobFile, RunSpec
-from avss_dist.runs.reporter import LoggingReporter, Reporter
+from avss_dist.runs.reporter import LoggingReporter, Reporter, Reporters
 from avss_dist.runs.run import Run
+from avss_dist.runs.trackers import Tracker
 from avss_dist.settings import DEFAULT_WAREHOUSE, Execution, Settings, split_options
 from avss_dist.warehouse.store import Store
 
@@ -118,8 +119,11 @@ def _drive(
     specs: Sequence[RunSpec], store: Store, settings: Settings, execution: Execution, reporter: Reporter
 ) -> Iterator[Ending]:
     """What all runs share, checked before any work: the warehouse, the workers, who are closed after it."""
-    store.create()
-    with closing(executor_for(specs, settings, execution)) as executor:
+    with ExitStack() as stack:
+        if execution.tracker:
+            reporter = Reporters(reporter, stack.enter_context(closing(Tracker(execution.tracker))))
+        store.create()
+        executor = stack.enter_context(closing(executor_for(specs, settings, execution)))
         yield from Driver(store, executor, reporter, fresh=execution.fresh).run(specs)
 
 

@@ -82,6 +82,7 @@ class Driver:
                     self._ended.append((spec, self._not_begun(run)))
                     continue
                 self._run_ids.add(run.run_id)
+                self._reporter.planned(spec.name, planned)
                 self._reporter.placed(spec.name, planned.replica_spec.placement)
                 running = RunInProgress(planned, self._store, fresh=self._fresh, shared=self._shared)
             except Exception as error:

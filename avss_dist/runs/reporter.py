@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from avss_dist.partition.base import Placement
-    from avss_dist.runs.run import Run
+    from avss_dist.runs.run import PlannedRun, Run
 
 
 LOGGER = logging.getLogger("avss_dist")
+LOGGER.addHandler(logging.NullHandler())
 LOG_SECONDS = 10.0  # between two lines about one run, at least
 
 
@@ -25,6 +26,9 @@ class Reporter:
     def planning(self, name: str) -> None:
         """The run's text is being read and tokenized."""
 
+    def planned(self, name: str, planned: PlannedRun) -> None:
+        """The run will be measured: its id, its settings and all else that is known before a weight is loaded."""
+
     def placed(self, name: str, placement: Placement) -> None:
         """How its replicas will be spread over devices."""
 
@@ -36,6 +40,43 @@ class Reporter:
 
     def finished(self, name: str, run: Run) -> None:
         """The run has ended; `Run.status` says how."""
+
+
+class Reporters(Reporter):
+    """Several, each of which hears everything, in their order."""
+
+    def __init__(self, *reporters: Reporter) -> None:
+        self._reporters = reporters
+
+    def planning(self, name: str) -> None:
+        """A run's text is read."""
+        for one in self._reporters:
+            one.planning(name)
+
+    def planned(self, name: str, planned: PlannedRun) -> None:
+        """It will be measured."""
+        for one in self._reporters:
+            one.planned(name, planned)
+
+    def placed(self, name: str, placement: Placement) -> None:
+        """How its replicas are spread."""
+        for one in self._reporters:
+            one.placed(name, placement)
+
+    def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
+        """Its shards are about to be measured."""
+        for one in self._reporters:
+            one.started(name, num_tokens, done_tokens)
+
+    def advanced(self, name: str, num_tokens: int) -> None:
+        """A shard is measured."""
+        for one in self._reporters:
+            one.advanced(name, num_tokens)
+
+    def finished(self, name: str, run: Run) -> None:
+        """It has ended."""
+        for one in self._reporters:
+            one.finished(name, run)
 
 
 class LoggingReporter(Reporter):

@@ -45,6 +45,7 @@ from avss_dist.warehouse.store import Store
 LIMITS = {"--connect-seconds": 10.0, "--answer-seconds": 60.0}
 EXECUTION = {f"--{f.name.replace('_', '-')}": getattr(Execution(), f.name) for f in fields(Execution)}
 EXECUTION["--max-memory"] = None
+TRACKER = {"--tracker": EXECUTION.pop("--tracker")}  # of what scores
 COMMANDS: dict[str, dict[str, Any]] = {
     "score": {
         "models": None,
@@ -54,6 +55,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--site": None,
         "--threshold": None,
         **EXECUTION,
+        **TRACKER,
         "--gradients": False,
         "--label-field": None,
         "--format": "text",
@@ -251,6 +253,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "scorecard": {"--warehouse": "warehouse", "--run": None, "--all": False, "--format": "table"},
     "run": {
         "job": None,
+        **TRACKER,
         "--schema": False,
         "--dry-run": False,
         "--executor": None,

@@ -169,13 +169,16 @@ def test_a_slip_in_a_ray_up_configuration_is_seen() -> None:
         validate_config(prepare_config(config))
 
 
+def installed(program: str) -> str | None:
+    """Where a program is, of this Python's environment first."""
+    return shutil.which(program, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
 def test_scripts_are_sound(path: Path) -> None:
     """bash reads them, shellcheck has nothing to say, they stop at the first failure, and can be started."""
     subprocess.run(["bash", "-n", path], check=True)
-    shellcheck = shutil.which(
-        "shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    )
+    shellcheck = installed("shellcheck")
     assert shellcheck, "pip install 'avss_dist[test]' has it"
     found = subprocess.run([shellcheck, "--shell=bash", path], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
@@ -225,6 +228,14 @@ def test_the_image_is_pinned_and_runs_without_rights() -> None:
     for source in copied:
         assert (CLUSTER.parent / source).exists() and f"!{source}" in allowed
     assert not re.search(r"(TOKEN|SECRET|PASSWORD|KEY)\s*=", text)
+
+
+def test_the_recipe_of_the_image_has_no_fault() -> None:
+    hadolint = installed("hadolint")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed; pip install 'avss_dist[test]' has it")
+    found = subprocess.run([hadolint, CLUSTER / "docker" / "Dockerfile"], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
 
 
 def alone(*command: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
