@@ -44,6 +44,19 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     return paragraphs
 
 
+def claim_in_short(rows: Sequence[Row]) -> list[str]:
+    """Of each task, what is kept without the layers of the lowest AVSS, and what that says of the claim."""
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        metric = primary_metric(of_task)
+        of_claim = [row for row in of_task if row["metric"] == metric and _is_of_claim(row) and not row.get("repair")]
+        if claim := _one(of_claim, "avss"):
+            said = judgement(claim, kept_by_guess(of_task, metric))
+            lines.append(f"{task}: {_percent(claim['retention'])} by the lowest AVSS: {said}.")
+    return lines
+
+
 def _is_of_claim(row: Row) -> bool:
     """Whether the claimed share of layers is left out, or none."""
     return row["share"] in (0.0, CLAIMED_SHARE) and not row.get("factor")

@@ -211,6 +211,26 @@ def test_what_is_known_without_layers_is_the_warehouses(page: Page, store: Wareh
     assert [one["kept"] for one in known["kept"]] == pytest.approx(np.exp([-0.2, -0.5, -0.02, -0.1]), rel=1e-3)
 
 
+def test_it_begins_with_what_can_be_believed_what_can_go_and_what_is_kept(page: Page, store: Warehouse) -> None:
+    text = re.sub(r"\s+", " ", " ".join(page.words))
+    first = text[text.index(" In short 1.") : text.index("What a careful reader")]
+    kinds = {
+        row["kind"]
+        for row in findings(store).to_pylist()
+        if row["run_id"].startswith("alpha-0") and row["site"] == "block"
+    }
+    assert all(kind.replace("_", " ") in first for kind in kinds)
+    alpha = first[: first.index(" 2. ")]
+    for line in (
+        "perplexity: a.txt: no set that was evaluated; without 2, 82% is kept.",
+        "perplexity: a.txt, repaired by refit: 2 layers (1-2), 90% kept.",
+        "perplexity: a.txt: 61% at best, without 1-2.",
+        "perplexity: a.txt, repaired by refit: 90% at best, without 1-2.",
+    ):
+        assert line in alpha
+    assert first.count("Nothing was left out and evaluated yet") == 2
+
+
 def test_a_correlation_across_conditions_says_so(page: Page) -> None:
     assert "These runs differ in corpus: a low coefficient need not be the models'." in " ".join(page.words)
 

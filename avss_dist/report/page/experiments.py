@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import altair as alt
 import vl_convert
@@ -24,17 +24,14 @@ from avss_dist.report.chart import specification
 from avss_dist.report.page.removal import named_task
 from avss_dist.settings import LOSS
 
-if TYPE_CHECKING:
-    from avss_dist.warehouse.reader import Warehouse
-
 GRAY, BLUE = "#8b949e", "#4c9be8"  # seen on light and on dark
+WIDTHS = {1: 700, 2: 450}  # of a plot, by their number, in pixels; with more of them there are three in a line
 MOST_SHOWN = 1.5  # retention that the chart has room for
 Row = Mapping[str, Any]  # of the table `experiments`
 
 
-def experiments(warehouse: Warehouse, labels: Mapping[str, str]) -> list[dict[str, Any]]:
+def experiments(rows: Sequence[Row], labels: Mapping[str, str]) -> list[dict[str, Any]]:
     """For the template: one entry for each run that has an experiment, in the order of ``labels`` (by run id)."""
-    rows = warehouse.table("experiments", run_ids=list(labels)).to_pylist()
     found: dict[str, dict[tuple[Any, ...], Row]] = {}
     for row in sorted(rows, key=lambda row: row["created_at"]):  # of what was evaluated twice, the last counts
         key = shown_method(row), row["share"], row["sparsity"], row["task"], row["metric"]
@@ -55,15 +52,21 @@ def _experiment(label: str, rows: Sequence[Row]) -> dict[str, Any]:
     speaks = {task: primary_metric(of_task) for task, of_task in by_task.items()}
     guesses = {task: kept_by_guess(of_task, speaks[task]) for task, of_task in by_task.items()}
     shown = [row for row in rows if row["metric"] == speaks[row["task"]]]
+    panels = len({(row["task"], row["share"]) for row in shown if row["method"] != WHOLE})
     return {
         "name": "experiment-" + label.partition(".")[0],
         "label": label,
-        "verdicts": verdicts(rows) or ["No share of 25% by AVSS was tried."],
-        "wide": _image(shown, guesses, columns=3, width=230, labels=230),
+        "verdicts": verdicts(named(rows)) or ["No share of 25% by AVSS was tried."],
+        "wide": _image(shown, guesses, columns=3, width=WIDTHS.get(panels, 230), labels=230),
         "narrow": _image(shown, guesses, columns=1, width=130, labels=140),
         "columns": list(_columns(tasks, speaks)),
         "rows": [list(_cells(of, tasks)) for of in _by_method(shown)],
     }
+
+
+def named(rows: Sequence[Row]) -> list[Row]:
+    """Rows whose tasks are named as people read them."""
+    return [{**row, "task": named_task(row["task"])} for row in rows]
 
 
 def _by_method(rows: Sequence[Row]) -> Iterator[dict[str, Row]]:

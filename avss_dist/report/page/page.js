@@ -243,12 +243,22 @@ function extremes(rows, name) {
   return `Lowest in layer ${low.layer} (${number(low[name])}), highest in layer ${high.layer} (${number(high[name])}).`;
 }
 
-function saidOfAvss(rows) {
+/** Rows of one run, as many of them marked as AVSS marks: those that are lowest by another score. */
+function ownLowest(rows, name) {
+  const sorted = rows.filter((row) => row[name] !== null).sort((a, b) => a[name] - b[name]);
+  const lowest = new Set(sorted.slice(0, rows.filter((row) => row.lowest).length));
+  return rows.filter((row) => row[name] !== null).map((row) => ({ ...row, lowest: lowest.has(row) }));
+}
+
+function lowestOf(rows) {
   const lowest = rows.filter((row) => row.lowest).map((row) => row.layer);
+  return lowest.length ? `Lowest 25%: layer${lowest.length === 1 ? "" : "s"} ${lowest.join(", ")}. ` : "";
+}
+
+function saidOfAvss(rows) {
   const noisy = rows.filter((row) => row.quality !== "ok").length;
   const noise = noisy ? ` ${noisy} of ${rows.length} layers have fewer than 100 near-zero activations: their sparsity is noise.` : "";
-  if (!lowest.length) return `No layer has a score.${noise}`;
-  return `Lowest 25%: layer${lowest.length === 1 ? "" : "s"} ${lowest.join(", ")}. ${extremes(rows, "avss")}${noise}`;
+  return `${lowestOf(rows) || "No layer has a score. "}${extremes(rows, "avss")}${noise}`;
 }
 
 async function drawByDepth() {
@@ -259,10 +269,11 @@ async function drawByDepth() {
   const names = [data.runs[run()].label, other() === null ? "" : data.runs[other()].label];
   const signals = { names, which: beside.length ? [0, 1] : [0] };
   for (const name of BY_DEPTH) {
-    const rows = [...shown, ...beside].filter((row) => row[name] !== null);
+    const mine = name === "avss" ? shown : ownLowest(shown, name);
+    const rows = [...mine, ...(name === "avss" ? beside : ownLowest(beside, name))].filter((row) => row[name] !== null);
     const columns = name === "avss" ? ["avss", "low"] : [name];
     const scale = rows.every((row) => columns.every((c) => row[c] === null || row[c] > 0)) ? "log" : "linear";
-    const said = name === "avss" ? saidOfAvss(shown) : extremes(shown, name);
+    const said = name === "avss" ? saidOfAvss(shown) : `${lowestOf(mine)}${extremes(mine, name)}`;
     await draw(name, `${name}:${axis}:${scale}`, rows, signals, said);
   }
 }
@@ -324,7 +335,7 @@ async function drawWithout() {
     const most = rows.filter((row) => row.kept >= 0.9).sort((a, b) => a.share - b.share).at(-1);
     const percent = (value) => `${(100 * value).toFixed(1)}%`;
     const said = most ? `90% is kept up to ${percent(most.share)} of the layers (${most.series}).` : "Nothing keeps 90%.";
-    await draw("kept", "kept", rows, { choice: label }, said, "It takes two evaluated sets of different sizes.");
+    await draw("kept", "kept", rows, { choice: label }, said, "Nothing was left out and evaluated.");
   }
 }
 

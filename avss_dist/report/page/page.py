@@ -24,9 +24,10 @@ from avss_dist.report.output import write_file
 from avss_dist.report.page.charts import page_charts
 from avss_dist.report.page.contrasts import contrasts
 from avss_dist.report.page.data import page_data
-from avss_dist.report.page.experiments import experiments
+from avss_dist.report.page.experiments import experiments, named
 from avss_dist.report.page.experts import expert_charts
 from avss_dist.report.page.sparsity import sparse_sections
+from avss_dist.report.page.summary import in_short, is_published
 from avss_dist.text import basename, printable
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
     data = page_data(warehouse, drawn)
     labels = [run["label"] for run in data["runs"]]
     of_run = {row["run_id"]: label for row, label in zip(drawn, labels, strict=True)}
-    found, trials = _findings(warehouse, of_run), experiments(warehouse, of_run)  # which complete `damaged`
+    found = findings(warehouse, run_ids=list(of_run)).to_pylist()  # which complete `damaged`, as what follows does
+    tried = warehouse.table("experiments", run_ids=list(of_run)).to_pylist()
     sparse = sparse_sections(warehouse, of_run)
     style, script, library = _part("page.css"), _part("page.js"), _library() if data["choices"] else Markup("")
     return _template().render(
@@ -88,8 +90,9 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
         warehouse=warehouse.root,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         summary=_summary(len(done), len(rows) - len(done)),
-        findings=found,
-        experiments=trials,
+        short=in_short(drawn, of_run, found, [one["kept"] for one in data["without"]], named(tried)),
+        findings=_findings(found, of_run),
+        experiments=experiments(tried, of_run),
         sparse=sparse,
         contrasts=list(contrasts(warehouse, drawn, of_run)),
         experts=expert_charts(warehouse, of_run),
@@ -199,10 +202,10 @@ def _cell(name: str, value: Any) -> dict[str, Any]:
     }
 
 
-def _findings(warehouse: Warehouse, labels: Mapping[str, str]) -> list[dict[str, Any]]:
+def _findings(found: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[dict[str, Any]]:
     """Findings by kind, in their order; of each run, the first of a kind is shown, and where else it holds."""
-    kinds: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for row in findings(warehouse, run_ids=list(labels)).to_pylist():
+    kinds: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for row in sorted(found, key=lambda row: not is_published(row)):
         kinds.setdefault(row["kind"], {}).setdefault(row["run_id"], []).append(row)
     return [_finding(kind, by_run, labels) for kind, by_run in kinds.items()]
 
@@ -213,7 +216,7 @@ def _finding(kind: str, by_run: Mapping[str, Sequence[Mapping[str, Any]]], label
     return {
         "title": kind.replace("_", " ").capitalize(),
         "severity": first["severity"],
-        "example": {"label": labels[first["run_id"]], "message": first["message"]},
+        "example": _line(labels[first["run_id"]], [first]),
         "runs": f"{len(by_run)} of {len(labels)} runs" if len(labels) > 1 else "",
         "lines": [_line(labels[run_id], by_run[run_id]) for run_id in ordered[:LINES]],
         "more": len(ordered[LINES:]),

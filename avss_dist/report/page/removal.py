@@ -33,7 +33,7 @@ def without_layers(warehouse: Warehouse, runs: Sequence[Row]) -> list[dict[str, 
 
     Returns:
         ``blocks``: ``start``, ``length`` and ``distance`` of every run of neighbours, in this order; ``kept``: of every
-        task and repair, the best set of each size that was evaluated, where there are two sizes.
+        task and repair, the best set of each size that was evaluated.
     """
     revisions = {run["revision"] for run in runs} - {None}
     where = pc.field("revision").isin(pa.array(sorted(revisions), pa.string()))
@@ -77,9 +77,7 @@ def _curves(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
 def _curve(task: str, rows: Sequence[Row], repairs: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     points = sorted(_points(task, rows, repairs), key=lambda point: float(point["kept"]))
     best = {(point["series"], point["size"]): point for point in points}
-    for (series, _), point in sorted(best.items()):
-        if sum(other == series for other, _ in best) > 1:
-            yield point
+    yield from (point for _, point in sorted(best.items()))
 
 
 def _points(task: str, rows: Sequence[Row], repairs: Mapping[str, str]) -> Iterator[dict[str, Any]]:
