@@ -18,7 +18,7 @@ def in_short(
     runs: Sequence[Row],
     labels: Mapping[str, str],
     found: Sequence[Row],
-    kept: Sequence[Sequence[Row]],
+    without: Sequence[Row],
     tried: Sequence[Row],
 ) -> list[dict[str, Any]]:
     """For the template: an entry for each of the first runs, with an answer to each question.
@@ -27,7 +27,7 @@ def in_short(
         runs: rows of ``runs``.
         labels: by run id.
         found: rows of `findings`.
-        kept: by run, the best set of each size and task, as `without_layers` has it.
+        without: by run, as `without_layers` has it.
         tried: rows of ``experiments``.
     """
     return [
@@ -37,15 +37,17 @@ def in_short(
                 {"question": "Can AVSS be believed?", "lines": [_believed([r for r in found if _is_of(run, r)])]},
                 {
                     "question": f"How many layers can go at {CLAIMED_KEPT:.0%} kept?",
-                    "lines": _can_go(sets) or [NOTHING],
+                    "lines": _can_go(known["kept"]) or [NOTHING],
                 },
                 {
                     "question": f"What is kept without {CLAIMED_SHARE:.0%} of them?",
-                    "lines": _is_kept(sets, count_lowest(run["num_layers"]), [r for r in tried if _is_of(run, r)]),
+                    "lines": _is_kept(
+                        known["kept"], count_lowest(run["num_layers"]), [r for r in tried if _is_of(run, r)]
+                    ),
                 },
             ],
         }
-        for run, sets in list(zip(runs, kept, strict=True))[:MOST]
+        for run, known in list(zip(runs, without, strict=True))[:MOST]
     ]
 
 
