@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +28,7 @@ from avss_dist.cli.options import (
 )
 from avss_dist.errors import QueryError
 from avss_dist.settings import DEFAULT_WAREHOUSE, RECIPES, SITES
-from avss_dist.system.streams import console, emit
+from avss_dist.system.streams import console, emit, say
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -131,6 +132,8 @@ def plot(
 
     opened = open_warehouse(warehouse)
     runs = choose_runs(opened, run or [])
+    if not run and opened.runs().num_rows > 1:
+        say(f"The newest run, {runs[0]['run_id']}; --run names others, --run '*' all.")
     if len(runs) > MOST_RUNS:
         raise QueryError(
             f"{len(runs):,} runs are too many for one chart; it holds {MOST_RUNS} at most.",
@@ -167,6 +170,17 @@ def query(
         with console().status("Reading ...") if sys.stdout.isatty() else nullcontext():  # thousands of runs at first
             table = interruptible(lambda: opened.sql(str(sql)))
         write_table(table, format, console())
+        if not table.num_rows:
+            say(f"No row.{_what_it_answers(str(sql))}")
+
+
+def _what_it_answers(sql: str) -> str:
+    """The comment of a ready query, which says of what runs its rows are; nothing of another query."""
+    from avss_dist.warehouse.reader import ready_queries
+
+    lines = ready_queries().get(sql.removeprefix("@"), "").splitlines() if sql.startswith("@") else []
+    comment = " ".join(line.removeprefix("-- ") for line in takewhile(lambda line: line.startswith("--"), lines))
+    return f" {sql}: {comment}" if comment else ""
 
 
 def _print_schema(format: str) -> None:

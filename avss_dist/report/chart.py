@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import altair as alt
+import numpy as np
 import vl_convert
 
+from avss_dist.analysis.findings import describe_depth
 from avss_dist.errors import AvssError, nearest
 from avss_dist.report.output import map_leaves, write_file
 from avss_dist.settings import RIVALS
-from avss_dist.stats.rankings import count_lowest
-from avss_dist.text import describe_count, describe_threshold, printable
+from avss_dist.stats.rankings import count_lowest, depth_correlation, rank_lowest
+from avss_dist.text import basename, describe_count, describe_threshold, printable
 
 ENDINGS = (".png", ".svg", ".html")
 MOST_RUNS = 100  # in a chart: its ten colors repeat long before, and the library that draws holds every point
@@ -25,37 +26,39 @@ LOWEST_COLOR = "#d62728"
 
 
 def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> Any:
-    """AVSS with its interval and the lowest 25% marked, and each rival, by layer (by depth for several runs).
+    """AVSS with its interval, and each rival, by layer (by depth for several runs); the lowest 25% by each are marked.
 
     Args:
         runs: rows of ``runs``.
         scores: rows of ``scores`` of these runs, of one site, recipe and threshold.
     """
     labels = {r["run_id"]: f"{r['model'].rstrip('/').rpartition('/')[2]} ({r['run_id'][-10:]})" for r in runs}
-    sizes = Counter(s["run_id"] for s in scores)
+    lowest = _lowest(scores)
     rows = [
         {
             **{k: s[k] for k in ("layer", "layer_name", "depth", "rank", "avss_low", "avss_high", *RIVALS)},
             "avss": s["avss_smoothed"],
             "run": labels[s["run_id"]],
-            "lowest": s["rank"] is not None and s["rank"] <= count_lowest(sizes[s["run_id"]]),
+            **{f"lowest_{name}": (s["run_id"], s["layer"]) in places for name, places in lowest.items()},
         }
         for s in scores
     ]
-    first = scores[0]
+    first, corpora = scores[0], dict.fromkeys(basename(run["corpus"] or "?") for run in runs)
     threshold = describe_threshold(first["threshold"], first["threshold_kind"])
     several = len(runs) > 1
     x = alt.X("depth:Q", title="relative depth") if several else alt.X("layer:Q", title="layer (from 0)")
     base = alt.Chart(alt.InlineData(values=rows)).encode(x=x)
     color = alt.Color("run:N", title=None, scale=COLORS, legend=alt.Legend(orient="bottom", columns=2))
     paint: Any = color if several else alt.value("#1f77b4")
-    panels = [_score_panel(base, paint), *(_panel(base, paint, rows, name) for name in RIVALS)]
+    mark: Any = paint if several else alt.value(LOWEST_COLOR)
+    panels = [_score_panel(base, paint, mark), *(_panel(base, paint, mark, rows, name) for name in RIVALS)]
     title = alt.TitleParams(
         f"Layer scores of {labels[runs[0]['run_id']] if not several else f'{len(runs)} runs'}",
         subtitle=[
             f"AVSS: {first['site']} site, {first['recipe']} recipe, |x| < {threshold}; "
-            f"{describe_count(runs[0]['num_tokens'])} tokens, {runs[0]['dtype']}. "
-            "Red: the 25% of layers with the lowest AVSS. Band: 95% interval over shards.",
+            f"{describe_count(runs[0]['num_tokens'])} tokens of {', '.join(corpora)}, {runs[0]['dtype']}. "
+            "Triangles: the 25% of layers that are lowest in each picture. Band: 95% interval over shards.",
+            *_of_depth(runs, scores),
         ],
         anchor="start",
     )
@@ -68,6 +71,27 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
     )
 
 
+def _lowest(scores: Sequence[Mapping[str, Any]]) -> dict[str, set[tuple[str, int]]]:
+    """Runs and layers among the lowest 25% of their run, by AVSS and by each rival."""
+    found: dict[str, set[tuple[str, int]]] = {}
+    for run_id in dict.fromkeys(s["run_id"] for s in scores):
+        of_run = [s for s in scores if s["run_id"] == run_id]
+        for name, column in (("avss", "avss_smoothed"), *((name, name) for name in RIVALS)):
+            ranks = rank_lowest(np.array([s[column] for s in of_run], float))
+            low = [s["layer"] for s, rank in zip(of_run, ranks, strict=True) if rank <= count_lowest(len(of_run))]
+            found.setdefault(name, set()).update((run_id, layer) for layer in low)
+    return found
+
+
+def _of_depth(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What speaks against a picture of one run: that its AVSS is the layer's number."""
+    if len(runs) > 1:
+        return []
+    values = [s["avss_smoothed"] for s in sorted(scores, key=lambda s: s["layer"])]
+    said = describe_depth("AVSS", depth_correlation(values), len(values))
+    return [said] if said else []
+
+
 def _tooltip(name: str) -> list[Any]:
     return [
         alt.Tooltip("run:N"),
@@ -77,24 +101,34 @@ def _tooltip(name: str) -> list[Any]:
     ]
 
 
-def _score_panel(base: Any, color: Any) -> Any:
+def _points(base: Any, y: Any, color: Any, mark: Any, name: str) -> Any:
+    """A point for each layer, a triangle where it is among the lowest."""
+    lowest = alt.when(f"datum.lowest_{name}")
+    tooltip = _tooltip(name) if name != "avss" else [*_tooltip(name), alt.Tooltip("rank:Q")]
+    return base.mark_point(filled=True, opacity=1).encode(
+        y=y,
+        color=lowest.then(mark).otherwise(color),
+        shape=lowest.then(alt.value("triangle-down")).otherwise(alt.value("circle")),
+        size=lowest.then(alt.value(70)).otherwise(alt.value(30)),
+        tooltip=tooltip,
+    )
+
+
+def _score_panel(base: Any, color: Any, mark: Any) -> Any:
     y = alt.Y("avss:Q", title="AVSS (smoothed, log)", scale=alt.Scale(type="log"))
     band = base.mark_area(opacity=0.25).encode(y=alt.Y("avss_low:Q").scale(type="log"), y2="avss_high:Q", color=color)
     line = base.mark_line(strokeWidth=1.5).encode(y=y, color=color)
-    lowest = alt.condition("datum.lowest", alt.value(LOWEST_COLOR), color)
-    points = base.mark_point(filled=True, size=45, opacity=1).encode(
-        y=y, color=lowest, tooltip=[*_tooltip("avss"), alt.Tooltip("rank:Q")]
-    )
+    points = _points(base, y, color, mark, "avss")
     return (band + line + points).properties(title="AVSS", **PANEL)
 
 
-def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str) -> Any:
+def _panel(base: Any, color: Any, mark: Any, rows: Sequence[Mapping[str, Any]], name: str) -> Any:
     """A rival, on a log scale unless a layer scores zero or less."""
     title = RIVALS[name]
     log = all(row[name] is None or row[name] > 0 for row in rows)
     y = alt.Y(f"{name}:Q", title=f"{title}{' (log)' if log else ''}", scale=alt.Scale(type="log" if log else "linear"))
     line = base.mark_line(strokeWidth=1.5).encode(y=y, color=color)
-    points = base.mark_point(filled=True, size=30, opacity=1).encode(y=y, color=color, tooltip=_tooltip(name))
+    points = _points(base, y, color, mark, name)
     return (line + points).properties(title=title, **PANEL)
 
 

@@ -1,5 +1,6 @@
 -- How does the score of a layer move over training? The checkpoints of a series in the order of their steps (or tokens),
 -- the revisions of a model whose names have none in the order in which they were scored.
+-- It takes two revisions of a series, on the same text and with the same settings.
 -- AVSS as published (block site, pooled recipe, 1e-5): rank by checkpoint, and the change since the one before it.
 WITH checkpoints AS (
     SELECT

@@ -5,58 +5,23 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from support.command_line import commands as registered
-from support.documentation import DOCS, ROOT, read
+from support.documentation import DOCS, OWN, PAGES, ROOT, code_blocks, commands, read
 
 from avss_dist.cli.reference import reference_markdown
 from avss_dist.warehouse.reader import Warehouse
 
-OWN = sorted([*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "jobs" / "README.md"])
-PAGES = sorted(
-    [*DOCS.glob("*.md"), ROOT / "README.md", *(ROOT / "jobs").glob("*.md"), *(ROOT / "cluster").rglob("*.md")]
-)
 OPTIONS = {
     name: {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
     for name, command in registered().items()
 }
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-
-
-def code_blocks(text: str, *languages: str) -> list[str]:
-    """The fenced blocks of a page in these languages, and its indented ones where a shell is among them."""
-    fenced = [code for language, code in re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL) if language in languages]
-    indented = re.findall(r"(?:^|\n\n)((?:    .*\n)+)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
-    return fenced + (indented if "bash" in languages else [])
-
-
-def commands(text: str) -> Iterator[list[str]]:
-    """The words of every ``avss`` command in the shell blocks of a page."""
-    for block in code_blocks(text, "bash", "sh", ""):
-        for words in _lines(block):
-            starts = [i for i, word in enumerate(words) if word == "avss"]
-            if starts and (starts[0] == 0 or words[starts[0] - 1] == "--" or "=" in words[starts[0] - 1]):
-                yield words[starts[0] + 1 :]
-
-
-def _lines(block: str) -> Iterator[list[str]]:
-    line = ""
-    for part in block.splitlines():
-        line += part.rstrip("\\") + "\n"
-        try:
-            words = shlex.split(line, comments=True)
-        except ValueError:  # an open quotation goes on in the next line
-            continue
-        if not part.endswith("\\"):
-            yield words
-            line = ""
 
 
 def anchors(text: str) -> set[str]:

@@ -31,9 +31,13 @@ Row = Mapping[str, Any]  # of the table `experiments`
 
 
 def experiments(rows: Sequence[Row], labels: Mapping[str, str]) -> list[dict[str, Any]]:
-    """For the template: one entry for each run that has an experiment, in the order of ``labels`` (by run id)."""
+    """For the template: one entry for each run that has an experiment, in the order of ``labels`` (by run id).
+
+    Args:
+        rows: of ``experiments``, the newest last.
+    """
     found: dict[str, dict[tuple[Any, ...], Row]] = {}
-    for row in sorted(rows, key=lambda row: row["created_at"]):  # of what was evaluated twice, the last counts
+    for row in rows:  # of what was evaluated twice, the last counts
         key = shown_method(row), row["share"], row["sparsity"], row["task"], row["metric"]
         found.setdefault(row["run_id"], {})[key] = row
     of_layers = {run_id: [row for row in rows.values() if not is_sparse(row)] for run_id, rows in found.items()}

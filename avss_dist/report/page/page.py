@@ -76,7 +76,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
     labels = [run["label"] for run in data["runs"]]
     of_run = {row["run_id"]: label for row, label in zip(drawn, labels, strict=True)}
     found = findings(warehouse, run_ids=list(of_run)).to_pylist()  # which complete `damaged`, as what follows does
-    tried = warehouse.table("experiments", run_ids=list(of_run)).to_pylist()
+    tried = warehouse.table("experiments", run_ids=list(of_run)).sort_by("created_at").to_pylist()
     sparse = sparse_sections(warehouse, of_run)
     style, script, library = _part("page.css"), _part("page.js"), _library() if data["choices"] else Markup("")
     return _template().render(
@@ -90,7 +90,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
         warehouse=warehouse.root,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         summary=_summary(len(done), len(rows) - len(done)),
-        short=in_short(drawn, of_run, found, data["without"], named(tried)),
+        short=in_short(drawn, of_run, found, data["without"], named(tried[::-1])),
         findings=_findings(found, of_run),
         experiments=experiments(tried, of_run),
         sparse=sparse,

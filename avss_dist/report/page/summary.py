@@ -28,7 +28,7 @@ def in_short(
         labels: by run id.
         found: rows of `findings`.
         without: by run, as `without_layers` has it.
-        tried: rows of ``experiments``.
+        tried: rows of ``experiments``, the newest first.
     """
     return [
         {
@@ -42,7 +42,7 @@ def in_short(
                 {
                     "question": f"What is kept without {CLAIMED_SHARE:.0%} of them?",
                     "lines": _is_kept(
-                        known["kept"], count_lowest(run["num_layers"]), [r for r in tried if _is_of(run, r)]
+                        known["kept"], count_lowest(run["num_layers"] or 0), [r for r in tried if _is_of(run, r)]
                     ),
                 },
             ],
