@@ -1,4 +1,4 @@
-"""Every command of the documentation runs: of a tiny model, on small texts, in this process; the help's are accepted."""
+"""Every command of the documentation runs, of a tiny model on small texts; those of the help are accepted."""
 
 from __future__ import annotations
 
