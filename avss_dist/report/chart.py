@@ -50,8 +50,7 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
     base = alt.Chart(alt.InlineData(values=rows)).encode(x=x)
     color = alt.Color("run:N", title=None, scale=COLORS, legend=alt.Legend(orient="bottom", columns=2))
     paint: Any = color if several else alt.value("#1f77b4")
-    mark: Any = paint if several else alt.value(LOWEST_COLOR)
-    panels = [_score_panel(base, paint, mark), *(_panel(base, paint, mark, rows, name) for name in RIVALS)]
+    panels = [_score_panel(base, paint), *(_panel(base, paint, rows, name) for name in RIVALS)]
     title = alt.TitleParams(
         f"Layer scores of {labels[runs[0]['run_id']] if not several else f'{len(runs)} runs'}",
         subtitle=[
@@ -101,34 +100,34 @@ def _tooltip(name: str) -> list[Any]:
     ]
 
 
-def _points(base: Any, y: Any, color: Any, mark: Any, name: str) -> Any:
-    """A point for each layer, a triangle where it is among the lowest."""
+def _points(base: Any, y: Any, color: Any, name: str) -> Any:
+    """A point for each layer, a triangle where it is among the lowest: a red one, where runs have no colors."""
     lowest = alt.when(f"datum.lowest_{name}")
     tooltip = _tooltip(name) if name != "avss" else [*_tooltip(name), alt.Tooltip("rank:Q")]
     return base.mark_point(filled=True, opacity=1).encode(
         y=y,
-        color=lowest.then(mark).otherwise(color),
+        color=color if isinstance(color, alt.Color) else lowest.then(alt.value(LOWEST_COLOR)).otherwise(color),
         shape=lowest.then(alt.value("triangle-down")).otherwise(alt.value("circle")),
         size=lowest.then(alt.value(70)).otherwise(alt.value(30)),
         tooltip=tooltip,
     )
 
 
-def _score_panel(base: Any, color: Any, mark: Any) -> Any:
+def _score_panel(base: Any, color: Any) -> Any:
     y = alt.Y("avss:Q", title="AVSS (smoothed, log)", scale=alt.Scale(type="log"))
     band = base.mark_area(opacity=0.25).encode(y=alt.Y("avss_low:Q").scale(type="log"), y2="avss_high:Q", color=color)
     line = base.mark_line(strokeWidth=1.5).encode(y=y, color=color)
-    points = _points(base, y, color, mark, "avss")
+    points = _points(base, y, color, "avss")
     return (band + line + points).properties(title="AVSS", **PANEL)
 
 
-def _panel(base: Any, color: Any, mark: Any, rows: Sequence[Mapping[str, Any]], name: str) -> Any:
+def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str) -> Any:
     """A rival, on a log scale unless a layer scores zero or less."""
     title = RIVALS[name]
     log = all(row[name] is None or row[name] > 0 for row in rows)
     y = alt.Y(f"{name}:Q", title=f"{title}{' (log)' if log else ''}", scale=alt.Scale(type="log" if log else "linear"))
     line = base.mark_line(strokeWidth=1.5).encode(y=y, color=color)
-    points = _points(base, y, color, mark, name)
+    points = _points(base, y, color, name)
     return (line + points).properties(title=title, **PANEL)
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from avss_dist.errors import ConfigError
 from avss_dist.runs.reporter import LOG_SECONDS, Reporter
 from avss_dist.settings import TRACKERS
-from avss_dist.system.streams import complain
+from avss_dist.system.streams import complain, prints_to_stderr
 
 if TYPE_CHECKING:
     from avss_dist.runs.run import PlannedRun, Run
@@ -63,7 +62,7 @@ class Tracker(Reporter):
 
     def planned(self, name: str, planned: PlannedRun) -> None:
         """Open the run, with all that its fingerprint is of."""
-        with self._forgiving(name), self._lock, redirect_stdout(sys.stderr):
+        with self._forgiving(name), self._lock, prints_to_stderr():
             self._runs[name] = _OPEN[self._tracker](
                 self._library, self._project, planned.run.run_id, described(planned)
             )
@@ -87,7 +86,7 @@ class Tracker(Reporter):
     def finished(self, name: str, run: Run) -> None:
         """Log its scores by layer, and close it."""
         if tracked := self._runs.get(name):
-            with self._forgiving(name), redirect_stdout(sys.stderr):
+            with self._forgiving(name), prints_to_stderr():
                 for values in run.table().to_pylist() if run.status == "done" else ():
                     layer = values.pop("layer")
                     tracked.log(
@@ -99,7 +98,7 @@ class Tracker(Reporter):
     def close(self) -> None:
         """End the runs that did not come to their end."""
         for name, tracked in list(self._runs.items()):
-            with self._forgiving(name), redirect_stdout(sys.stderr):
+            with self._forgiving(name), prints_to_stderr():
                 tracked.end(True)
         self._runs.clear()
 

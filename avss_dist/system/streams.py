@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from avss_dist.text import printable
@@ -82,6 +82,13 @@ def emit(text: object, *, end: str = "\n", flush: bool = False) -> None:
 def emit_json(value: Any, *, indent: int | None = None) -> None:
     """Print a value as JSON; every character that is not ASCII, or that a terminal obeys, as JSON escapes it."""
     emit(json.dumps(value, default=str, indent=indent).replace("\x7f", "\\u007f"))
+
+
+@contextmanager
+def prints_to_stderr() -> Iterator[None]:
+    """Have what a library prints on standard error: standard output is for results."""
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def binary_output() -> IO[bytes]:

@@ -435,6 +435,13 @@ def test_show_takes_site_and_threshold(scored: Path, site: str, threshold: str) 
     assert f"{site} / element / |x| < " in result.stdout
 
 
+def test_a_query_without_an_answer_says_so(scored: Path) -> None:
+    result = avss("query", "-w", scored, "@drift")
+    assert result.exit_code == 0 and "No row. @drift: How does" in result.stderr
+    assert "It takes two revisions of a series" in result.stderr
+    assert avss("query", "-w", scored, "FROM runs WHERE false", "--format", "csv").stderr == "No row.\n"
+
+
 @pytest.mark.parametrize(
     ("ending", "signature"),
     [(".png", b"\x89PNG\r\n\x1a\n"), (".svg", b"<svg"), (".html", b"<!doctype html>"), (".PNG", b"\x89PNG")],
@@ -442,7 +449,8 @@ def test_show_takes_site_and_threshold(scored: Path, site: str, threshold: str) 
 def test_plot_writes_what_the_ending_says(scored: Path, tmp_path: Path, ending: str, signature: bytes) -> None:
     file = tmp_path / f"scores{ending}"
     result = avss("plot", "-w", scored, "-o", file)
-    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{file}\n", "")
+    assert (result.exit_code, result.stdout) == (0, f"{file}\n")
+    assert re.fullmatch(r"The newest run, \S+; --run names others, --run '\*' all\.\n", result.stderr)
     data = file.read_bytes()
     assert data.startswith(signature)
     assert len(data) > 10_000

@@ -220,7 +220,8 @@ def test_it_begins_with_what_can_be_believed_what_can_go_and_what_is_kept(page: 
         if row["run_id"].startswith("alpha-0") and row["site"] == "block"
     }
     assert all(kind.replace("_", " ") in first for kind in kinds)
-    alpha = first[: first.index(" 2. ")]
+    alpha = next(part for part in re.split(r" (?=\d\. )", first) if "a.txt" in part)
+    assert "alpha" in alpha and "wiki" not in alpha
     for line in (
         "perplexity: a.txt: no set that was evaluated; without 2, 82% is kept.",
         "perplexity: a.txt, repaired by refit: 2 layers (1-2), 90% kept.",
