@@ -66,7 +66,8 @@ LAYOUTS = ("packed", "padded")
 NO_REPAIR = "none"
 REPAIR = "repair:"  # before what is fitted and on which corpora: the task of fitting it
 REFIT_ALL = "refit_all"
-REPAIRS = ("scale", "channel", "rotated", "map", "refit", REFIT_ALL, "replace_me")
+REFIT_AROUND = "refit_around"
+REPAIRS = ("scale", "channel", "rotated", "map", "refit", REFIT_ALL, REFIT_AROUND, "replace_me")
 """How a pruned model is repaired: what is fitted at each cut, and folded into weights."""
 RIVAL_PATCHES = ("prune_comp", "linear_patch")
 """Repairs that no weight can hold: they change the stream itself behind each cut, and are evaluated alone."""

@@ -31,7 +31,7 @@ from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.cuts import find_cuts
 from avss_dist.pruning.repair.fold import Step, Weights, fold, steps
 from avss_dist.pruning.repair.normal_equations import NormalEquations, fit
-from avss_dist.pruning.repair.outlet import Outlet, RepairError
+from avss_dist.pruning.repair.outlet import Outlet, RepairError, captured
 from avss_dist.pruning.repair.record import FILE, read_repairs
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.repair.streams import ROOM
@@ -206,6 +206,45 @@ def test_what_is_still_missing_is_given_back_by_later_layers(tmp_path: Path, sav
     assert "Repaired after 2: error" in "\n".join(read_repairs(out)[0].describe())
 
 
+def test_the_layer_behind_a_cut_gives_what_it_gave(tmp_path: Path, save_checkpoint: Save) -> None:
+    """Its query as the first of its fits makes it, by numpy; and the whole model is nearer, on other text."""
+    from transformers import AutoModelForCausalLM
+
+    whole = lively(llama(num_hidden_layers=5))
+    folder = save_checkpoint(whole, tmp_path / "whole")
+    plan = Plan(model=str(folder), num_layers=5, layers="layers", drop=(1,), why={})
+    text = read_text(TEXT, load_tokenizer(resolve(str(folder))), Settings(**READ | {"max_sequences": 120}))
+    ids = torch.from_numpy(np.concatenate([shard.input_ids for shard in text.shards])).long()
+    made, errors = {}, {}
+    for by in ("refit", "refit_around"):
+        made[by] = prune(str(folder), plan, tmp_path / by, repair=repair_of(by))["repair"]
+        less = AutoModelForCausalLM.from_pretrained(tmp_path / by)
+        with torch.no_grad():
+            errors[by] = float((whole(ids[60:]).logits - less(ids[60:]).logits).norm())
+    assert errors["refit_around"] < errors["refit"]
+    cut, behind = made["refit_around"].cuts
+    assert (cut, behind.after, behind.removed, len(behind.ridges)) == (made["refit"].cuts[0], 2, (), 3)
+    assert behind.maps == tuple(
+        f"{part}_proj" for part in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up")
+    )
+    assert behind.error_after < behind.error_before and "Repaired in 2: error" in "\n".join(
+        made["refit_around"].describe()
+    )
+    before, after = (load_file(tmp_path / by / "model.safetensors") for by in ("refit", "refit_around"))
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {f"model.layers.1.{path}.weight" for path in behind.maps}
+
+    refitted = AutoModelForCausalLM.from_pretrained(tmp_path / "refit")
+    reads = [model.model.layers[i] for model, i in ((whole, 2), (refitted, 1))]
+    with captured(dict(enumerate(layer.self_attn.q_proj for layer in reads))) as seen, torch.no_grad():
+        whole(ids[:54]), refitted(ids[:54])  # all but the tenth that is held back
+    x, y = (tensor.flatten(0, 1).double().numpy() for tensor in (seen[1].input, seen[0].output - seen[1].output))
+    gram = x.T @ x
+    wanted = np.linalg.solve(gram + behind.ridges[0] * np.diag(gram).mean() * np.eye(len(gram)), x.T @ y)
+    found = (after["model.layers.1.self_attn.q_proj.weight"] - before["model.layers.1.self_attn.q_proj.weight"]).T
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-3, atol=1e-4)
+
+
 def test_each_cut_sees_the_repairs_before_it(tmp_path: Path, save_checkpoint: Save) -> None:
     """The errors of the second cut are those of plain transformers with the first repair alone, and with both."""
     from transformers import AutoModelForCausalLM
@@ -242,7 +281,7 @@ def test_passes_that_begin_at_the_last_cut_change_nothing(
     written = []
     for name, room in (("all", 1 << 30), ("some", some), ("none", 0)):
         monkeypatch.setattr("avss_dist.pruning.repair.streams.available_memory", lambda room=room: room)
-        prune(str(folder), plan, tmp_path / name, repair=repair_of("refit"))
+        prune(str(folder), plan, tmp_path / name, repair=repair_of("refit_around"))
         written.append(load_file(tmp_path / name / "model.safetensors"))
     for others in written[1:]:
         assert all(torch.equal(tensor, others[name]) for name, tensor in written[0].items())
@@ -253,7 +292,7 @@ def test_streaming_writes_the_same_bytes(family: str, tmp_path: Path, save_check
     """With room for one layer and for no hidden state; and the comparison of both models by streaming too."""
     model = lively(llama(num_hidden_layers=6)) if family == "llama" else lively(tiny_model("causal", family))
     folder, plan = whole_of(model, tmp_path / "whole", save_checkpoint)
-    plan, by = (replace(plan, num_layers=6, drop=(2, 4)), "refit_all") if family == "llama" else (plan, "refit")
+    plan, by = (replace(plan, num_layers=6, drop=(2, 4)), "refit_all") if family == "llama" else (plan, "refit_around")
     size = footprint(resolve(str(folder)), Settings(dtype="float32"))
     room = size.weight_bytes - sum(size.layer_bytes) + 2 * (max(size.layer_bytes) + 512)
     streamed = Execution(partition="streaming", max_memory={"cpu": room})

@@ -22,6 +22,11 @@ class Cut:
         return self.removed[-1] if self.removed else self.after
 
 
+def layer_behind(cut: Cut, layers: int) -> int | None:
+    """The first layer behind a cut, of so many; None where the cut is the end."""
+    return cut.last + 1 if cut.last + 1 < layers else None
+
+
 def find_cuts(made: Plan, *, every_layer: bool = False) -> list[Cut]:
     """The cuts of a plan, in order; that before the first layer has no layer before it, and is none.
 

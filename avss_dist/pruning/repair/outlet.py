@@ -68,7 +68,7 @@ def find_outlet(layer: Layer, run: Callable[[], Any], value: Callable[[str], tor
     paths = {module: path for path, module in layer.module.named_modules()}
     linear = tap.module
     weight = getattr(linear, "weight", None)
-    if not _is_plain(linear) or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+    if not is_plain(linear) or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         raise _refusal(
             layer,
             f"ends its MLP in a {type(linear).__name__}, whose weights are not plain numbers",
@@ -94,7 +94,8 @@ def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     return (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is a linear map whose weights are plain numbers."""
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 

@@ -54,6 +54,8 @@ class RepairedCut:
     """What is missing in the stream, without the repair of this cut."""
     error_after: Error
     """And with it."""
+    maps: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Linear maps that were fitted again, where ``after`` is the layer behind a cut: errors are of what they give."""
 
     @property
     def changed(self) -> bool:
@@ -63,12 +65,15 @@ class RepairedCut:
     def describe(self) -> str:
         """One line for people."""
         ridges = ", ".join("none helps" if ridge is None else f"{ridge:g}" for ridge in self.ridges)
-        where = (
-            f"without {describe_layers(self.removed)}, after {self.after}" if self.removed else f"after {self.after}"
-        )
-        return f"{where}: error {self.error_before:.3g} -> {self.error_after:.3g} on held-back text" + (
+        return f"{self._where}: error {self.error_before:.3g} -> {self.error_after:.3g} on held-back text" + (
             f" (ridge {ridges})" if ridges else ""
         )
+
+    @property
+    def _where(self) -> str:
+        if self.maps:
+            return f"in {self.after}"
+        return f"without {describe_layers(self.removed)}, after {self.after}" if self.removed else f"after {self.after}"
 
 
 @checked

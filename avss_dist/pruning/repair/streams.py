@@ -24,11 +24,14 @@ from avss_dist.partition.choose import place
 from avss_dist.partition.open import open_replica
 from avss_dist.partition.streaming.language_model import StreamingLanguageModel
 from avss_dist.pruning.repair.outlet import Outlet, RepairError, Seen, captured, find_outlet
+from avss_dist.pruning.repair.readers import find_readers
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import available_memory, devices_here, free_device
 
 Visit = Callable[[int, torch.Tensor, "AtCut"], None]
 """Sees of a batch, by number: the whole model's stream, [rows, tokens, units], and the pruned model at the outlet."""
+VisitMaps = Callable[[int, Mapping[str, Seen], Mapping[str, Seen]], None]
+"""Sees of a batch, by number: what maps take and give in the whole model, and in the pruned one, by their paths."""
 ROOM = 4  # one part in so many of the memory that is free holds streams
 
 
@@ -125,6 +128,30 @@ class Streams:
         for number in numbers:
             see(number, self._whole(number, last), self._pruned(number, outlet))
 
+    def readers(self, layer: int) -> list[Sequence[str]]:
+        """Those of a layer; see `readers.find_readers`."""
+        with torch.no_grad(), skipping(self._layers, self._after(layer), self._forms):
+            return find_readers(self._layers[layer], self._probe)
+
+    def visit_maps(self, layer: int, paths: Sequence[str], see: VisitMaps, numbers: Iterable[int]) -> None:
+        """Show batches, in order, at linear maps of the layer behind the cut that was visited last."""
+        after, modules = self._after(layer), self._maps(layer, paths)
+        for number in numbers:
+            with captured(modules) as whole:
+                self._run(number, after, self._of_whole.get(number))
+            with patched(self._layers, self._changed), captured(modules) as now:
+                self._run(number, self._drop | after, self._of_pruned.get(number))
+            see(number, self._seen_rows(whole, number), self._seen_rows(now, number))
+
+    def _maps(self, layer: int, paths: Sequence[str]) -> dict[str, nn.Module]:
+        return {path: self._layers[layer].module.get_submodule(path) for path in paths}
+
+    def _seen_rows(self, seen: Mapping[str, Seen], number: int) -> dict[str, Seen]:
+        return {
+            path: Seen(*(self._rows(tensor, "rows", number) for tensor in (one.input, one.output)))
+            for path, one in seen.items()
+        }
+
     def _whole(self, number: int, layer: int) -> torch.Tensor:
         """[rows, tokens, units] after a layer of the whole model, for a batch."""
         kept = self._of_whole.get(number)
@@ -146,10 +173,7 @@ class Streams:
         return self._at_cut(number, outlet, seen)
 
     def _at_cut(self, number: int, outlet: Outlet, seen: Mapping[Any, Seen]) -> AtCut:
-        found = {
-            path: Seen(*(self._rows(tensor, "rows", number) for tensor in (seen[path].input, seen[path].output)))
-            for path in (outlet.linear, outlet.last)
-        }
+        found = self._seen_rows({path: seen[path] for path in (outlet.linear, outlet.last)}, number)
         stream = self._rows(seen["layer"].output, outlet.layer.axes, number)
         return AtCut(stream, found[outlet.linear], found[outlet.last])
 
@@ -228,6 +252,11 @@ class StreamedStreams(Streams):
         with self._model.without(self._after(layer)):
             return find_outlet(self._layers[layer], run, partial(self.value, layer))
 
+    def readers(self, layer: int) -> list[Sequence[str]]:
+        """See `Streams`."""
+        with self._model.without(self._after(layer)):
+            return find_readers(self._layers[layer], lambda: self._model.together([self._probe])[0])
+
     @cached_property
     def _given(self) -> dict[int, torch.Tensor]:
         """What each layer of the whole model is given of the probe's tokens."""
@@ -253,6 +282,24 @@ class StreamedStreams(Streams):
             with self._model.without(skipped), self._model.patched(self._changed), captured(_modules(outlet)) as seen:
                 self._pass(number)
             see(number, wanted.pop(number).to(self._device), self._at_cut(number, outlet, seen))
+
+        wanted = dict(enumerate(self._model.together([partial(whole, i) for i in range(len(self._batches))])))
+        self._model.together([partial(pruned, number) for number in numbers])
+
+    def visit_maps(self, layer: int, paths: Sequence[str], see: VisitMaps, numbers: Iterable[int]) -> None:
+        """See `Streams`."""
+        after, modules = self._after(layer), self._maps(layer, paths)
+
+        def whole(number: int) -> dict[str, Seen]:
+            with self._model.without(after), captured(modules) as seen:
+                self._pass(number)
+            return {path: Seen(one.input.cpu(), one.output.cpu()) for path, one in seen.items()}
+
+        def pruned(number: int) -> None:
+            skipped = self._drop | after
+            with self._model.without(skipped), self._model.patched(self._changed), captured(modules) as now:
+                self._pass(number)
+            see(number, self._seen_rows(wanted.pop(number), number), self._seen_rows(now, number))
 
         wanted = dict(enumerate(self._model.together([partial(whole, i) for i in range(len(self._batches))])))
         self._model.together([partial(pruned, number) for number in numbers])
