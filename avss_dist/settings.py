@@ -80,6 +80,8 @@ SPARSITY_RULES = ("all", "dense-prefill", "last-half", "not-first-token")
 TEAL evaluates); all but the first of a prompt."""
 REALIZED = "realized:"  # before the path of a linear map: a metric, the share of its inputs that were zero
 SPARSITY = "sparsity"  # a metric of a model: the share of the weights of its linear maps that met a zero
+MAPS_WITHIN = "maps_within_a_point"  # of a sparsity plan: the share of its linear maps that come so near to it
+FARTHEST_MAP = "farthest_map"  # how far the farthest is off
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 EXECUTORS = ("auto", "local", "ray")

@@ -9,7 +9,7 @@ from math import isfinite
 from typing import Any
 
 from avss_dist.analysis.verdict import primary_metric
-from avss_dist.settings import SPARSITY
+from avss_dist.settings import FARTHEST_MAP, MAPS_WITHIN, SPARSITY
 
 ENOUGH = (0.99, 0.95)  # retentions that the critical sparsity is told of
 
@@ -23,10 +23,14 @@ class Point:
     Attributes:
         row: of the metric that speaks for the task.
         measured: the share of the weights that met a zero; None where nothing did.
+        within: the share of the linear maps that came within a point of their sparsity; None where none ran.
+        farthest: how far the farthest was off.
     """
 
     row: Row
     measured: float | None
+    within: float | None = None
+    farthest: float | None = None
 
     @property
     def target(self) -> float:
@@ -41,11 +45,17 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A method on a task: its points by ascending sparsity."""
+    """A method on a task.
+
+    Attributes:
+        points: by ascending sparsity.
+        unreached: sparsities that the method cannot reach.
+    """
 
     task: str
     method: str
     points: tuple[Point, ...]
+    unreached: tuple[float, ...] = ()
 
     def critical(self, enough: float) -> float:
         """The most sparsity that keeps enough, linear between the points, from all of it at none."""
@@ -58,12 +68,15 @@ class Curve:
     @property
     def sentence(self) -> str:
         """The critical sparsities, in words."""
+        beyond = f"{self.method} cannot reach {', '.join(f'{one:.0%}' for one in self.unreached)}."
+        if not self.points:
+            return f"{self.task}: {beyond}"
         last = self.points[-1].target
         said = []
         for enough in ENOUGH:
             most = self.critical(enough)
             said.append(f"{enough:.0%} at a sparsity of {'at least ' if most == last else ''}{most:.1%}")
-        return f"{self.task}: {self.method} keeps {', and '.join(said)}."
+        return f"{self.task}: {self.method} keeps {', and '.join(said)}.{f' {beyond}' if self.unreached else ''}"
 
 
 def is_sparse(row: Row) -> bool:
@@ -79,19 +92,18 @@ def sparsity_curves(rows: Sequence[Row]) -> list[Curve]:
 
 def _curves(task: str, rows: Sequence[Row]) -> Iterator[Curve]:
     metric, sparse = primary_metric(rows), [row for row in rows if is_sparse(row)]
-    measured = {_key(row): row["value"] for row in sparse if row["metric"] == SPARSITY}
-    points: dict[str, list[Point]] = {}
+    values = {(row["method"], row["sparsity"], row["metric"]): row["value"] for row in sparse}
+    points: dict[str, list[Point]] = {row["method"]: [] for row in sparse}
     for row in sorted(sparse, key=lambda row: row["sparsity"]):
         if row["metric"] == metric and _is_told(row):
-            points.setdefault(row["method"], []).append(Point(row=row, measured=measured.get(_key(row))))
-    for method in dict.fromkeys(row["method"] for row in sparse):
-        if method in points:
-            yield Curve(task=task, method=method, points=tuple(points[method]))
+            of = row["method"], row["sparsity"]
+            measured, within, farthest = (values.get((*of, name)) for name in (SPARSITY, MAPS_WITHIN, FARTHEST_MAP))
+            points[row["method"]].append(Point(row=row, measured=measured, within=within, farthest=farthest))
+    for method, of_method in points.items():
+        unreached = sorted(level for (of, level, _), value in values.items() if of == method and value is None)
+        if of_method or unreached:
+            yield Curve(task=task, method=method, points=tuple(of_method), unreached=tuple(unreached))
 
 
 def _is_told(row: Row) -> bool:
     return row["retention"] is not None and isfinite(row["retention"])
-
-
-def _key(row: Row) -> tuple[Any, ...]:
-    return row["method"], row["sparsity"]

@@ -32,6 +32,9 @@ def evaluate(
     ],
     warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     skip_sequences: SkipSequencesOption = 0,
+    skip_questions: Annotated[
+        int, typer.Option(help="Questions of TruthfulQA that are not asked, the first ones.", min=0)
+    ] = 0,
     limit: Annotated[int | None, typer.Option(help="Questions of a task at most.", min=1)] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(help="Examples before each question of a harness task.", min=0)
@@ -55,6 +58,7 @@ def evaluate(
             tasks=tasks,
             warehouse=warehouse,
             skip_sequences=skip_sequences,
+            skip_questions=skip_questions,
             limit=limit,
             num_fewshot=num_fewshot,
             sparse=sparse,

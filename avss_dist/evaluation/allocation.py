@@ -13,7 +13,7 @@ from avss_dist.analysis.sparsity_plans import Map, Measured, make_plan, plan_uni
 from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.errors import ConfigError
 from avss_dist.evaluation.engine import CellReporter, PlannedEvaluation, failure, measure, plan_evaluation
-from avss_dist.evaluation.evaluate import runtime
+from avss_dist.evaluation.subjects import runtime
 from avss_dist.executors.base import Executor
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.sparsifying import Sparsity
@@ -42,6 +42,10 @@ BASE = 0.05  # TEAL's step, of the largest map of a block
 
 Rows = Mapping[tuple[int, str], Float64]
 """The samples of each layer and metric, summed over the parts that have it."""
+
+
+class Unreachable(PlanError):
+    """A method cannot make so many weights sparse."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,7 +122,7 @@ def _gated(measured: Measured, target: float, counts: Rows, **fields: Any) -> Sp
     """The same sparsity of what gates every MLP, which spares up and down; everything else stays dense.
 
     Raises:
-        PlanError: no MLP has a gate that is seen, or those that have are too few weights.
+        Unreachable: no MLP has a gate that is seen, or those that have are too few weights.
     """
     made = make_plan(measured, np.zeros(len(measured.maps)), THRESHOLD, **fields)
     maps = {(one.layer, one.map): replace(one, value=0.0, sparsity=0.0) for one in made.projections}
@@ -132,7 +136,7 @@ def _gated(measured: Measured, target: float, counts: Rows, **fields: Any) -> Sp
     able = sum(one.outputs * one.inputs for key, one in maps.items() if key not in known) / whole
     if target > MOST * able:
         said = f"`method` cats makes {able:.1%} of the weights sparse, at most" if able else "No MLP has a gate: cats"
-        raise PlanError(f"{said}, and {target:.0%} of all are wanted.", "Lower `sparsify`, or take another method.")
+        raise Unreachable(f"{said}, and {target:.0%} of all are wanted.", "Lower `sparsify`, or take another method.")
     share = target / able
     for key in maps.keys() - known:
         size = size_of_share(counts[key[0], f"{COUNTS}{key[1]}"], share)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Unpack
@@ -24,18 +24,19 @@ from avss_dist.evaluation.engine import (
     plan_evaluation,
     plan_text,
 )
-from avss_dist.evaluation.held_out import refuse_overlap, refuse_repair_text, refuse_search_text
+from avss_dist.evaluation.held_out import refuse_overlap, refuse_questions, refuse_repair_text, refuse_search_text
 from avss_dist.evaluation.outcomes import Evaluations
 from avss_dist.evaluation.retention import Retained, retained
+from avss_dist.evaluation.subjects import Subject, read_subject, with_sparsity
 from avss_dist.executors.open import open_executor
-from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.models.sparsifying import Cut, Sparsity
+from avss_dist.models.sparsifying import Sparsity
 from avss_dist.options import EvaluationOptions, with_options
-from avss_dist.pruning.plan import read_plan
-from avss_dist.pruning.selection import PlanError
-from avss_dist.settings import DEFAULT_WAREHOUSE, PERPLEXITY, SEARCHES, TRUTHFULQA, Settings
-from avss_dist.sparsity.plan import SparsityPlan, is_sparsity_plan, read_sparsity_plan
+from avss_dist.removal import Drop
+from avss_dist.settings import DEFAULT_WAREHOUSE, PERPLEXITY, REALIZED, TRUTHFULQA, Settings
+from avss_dist.sparsity.plan import SparsityPlan
+from avss_dist.sparsity.realized import Realized
 from avss_dist.tasks.base import Result, Task, TextLoss
 from avss_dist.tasks.cells import Cell
 from avss_dist.tasks.truthfulqa import TruthfulChoices
@@ -43,26 +44,9 @@ from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
 
+HARNESS = ""
+_TAKEN_BY = {"skip_questions": (TRUTHFULQA,), "limit": (TRUTHFULQA, HARNESS), "num_fewshot": (HARNESS,)}
 _Key = tuple[str, str, str | None]  # revision, task, and the key of what is sparse
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What is evaluated: a model, and the layers and sublayers that are left out of it.
-
-    Attributes:
-        label: what people call it.
-        run_id: the run whose scores chose the layers; its text is no text to evaluate on.
-        search: the evaluation that searched them; nor is its text.
-        sparsity: what becomes zero in it.
-    """
-
-    checkpoint: Checkpoint
-    label: str
-    drop: tuple[int, ...] = ()
-    run_id: str | None = None
-    search: str | None = None
-    sparsity: Sparsity | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +74,7 @@ def evaluate(
     tasks: Sequence[str],
     warehouse: str | Path = DEFAULT_WAREHOUSE,
     skip_sequences: int = 0,
+    skip_questions: int = 0,
     limit: int | None = None,
     num_fewshot: int | None = None,
     sparse: str | None = None,
@@ -104,6 +89,7 @@ def evaluate(
             whole model, which is evaluated too.
         tasks: ``perplexity:CORPUS``; else a task of lm-evaluation-harness, by its name or its YAML file.
         skip_sequences: rows at the start of each corpus that are not read.
+        skip_questions: questions of TruthfulQA that are not asked, the first ones.
         limit: documents of lm-evaluation-harness, questions of TruthfulQA, at most.
         num_fewshot: examples before each document of lm-evaluation-harness.
         sparse: a sparsity plan, which every subject is evaluated with, too.
@@ -114,7 +100,7 @@ def evaluate(
         AvssError: a mistake, or a cell that failed (`RunFailed`); what was measured is kept.
     """
     settings, execution = evaluation_options(dict(options))
-    _require_used(tasks, {"limit": (limit, (PERPLEXITY,)), "num_fewshot": (num_fewshot, (PERPLEXITY, TRUTHFULQA))})
+    _require_used(tasks, skip_questions=skip_questions or None, limit=limit, num_fewshot=num_fewshot)
     tasks = [RedactedURI(task) for task in tasks]
     store = Store(warehouse)
     store.create()
@@ -128,7 +114,13 @@ def evaluate(
             placement = placed(checkpoint, fixed, execution, executor)
             for name in tasks:
                 task = make_task(
-                    checkpoint, name, fixed, skip_sequences=skip_sequences, limit=limit, num_fewshot=num_fewshot
+                    checkpoint,
+                    name,
+                    fixed,
+                    skip_sequences=skip_sequences,
+                    skip_questions=skip_questions,
+                    limit=limit,
+                    num_fewshot=num_fewshot,
                 )
                 for one in _sparsities(found, checkpoint):
                     require_effect(one.rule if one else None, name)
@@ -141,13 +133,14 @@ def evaluate(
     every = {key: commit(one, store) for key, one in planned.items()}
     if failed:
         raise failure(failed)
-    return Evaluations(_all_against_whole(found, tasks, every))
+    return Evaluations(_all_against_whole(found, tasks, every), findings=_findings(found, tasks, every))
 
 
-def _require_used(tasks: Sequence[str], given: Mapping[str, tuple[int | None, tuple[str, ...]]]) -> None:
-    """Refuse options, (value, prefixes of tasks that do not know it), that no task takes."""
-    for name, (value, unaware) in given.items():
-        if value is not None and all(task.startswith(unaware) for task in tasks):
+def _require_used(tasks: Sequence[str], **given: int | None) -> None:
+    """Refuse options that no task takes."""
+    kinds = {next((kind for kind in (PERPLEXITY, TRUTHFULQA) if task.startswith(kind)), HARNESS) for task in tasks}
+    for name, value in given.items():
+        if value is not None and not kinds & set(_TAKEN_BY[name]):
             raise ConfigError(f"`{name}` has no effect on {', '.join(map(RedactedURI, tasks))}.", "Leave it out.")
 
 
@@ -164,6 +157,27 @@ def _all_against_whole(
         )
 
 
+def _findings(
+    subjects: Sequence[Subject], tasks: Sequence[str], every: Mapping[_Key, Sequence[Result]]
+) -> Iterator[str]:
+    """How near sparsity plans come to what they say, on each task."""
+    for subject, name in product(subjects, tasks):
+        if subject.sparsity_plan:
+            found = every[subject.checkpoint.revision, name, _key(subject.sparsity)]
+            if near := realized(subject.sparsity_plan, found, subject.drop):
+                yield f"{subject.label}, {name}: {near.finding}"
+
+
+def realized(plan: SparsityPlan, results: Iterable[Result], drop: Drop = ()) -> Realized | None:
+    """How near the linear maps of a plan came to their sparsity, without some layers."""
+    measured = {
+        (one.layer, one.metric.removeprefix(REALIZED)): one.value
+        for one in results
+        if one.layer is not None and one.drop == drop and one.metric.startswith(REALIZED)
+    }
+    return Realized.of(plan, measured)
+
+
 def _refuse_overlaps(
     subjects: Sequence[Subject], planned: Mapping[_Key, PlannedEvaluation], warehouse: Warehouse
 ) -> None:
@@ -176,6 +190,7 @@ def _refuse_overlaps(
                 continue
             if subject.run_id and subject.checkpoint.revision == revision:
                 refuse_overlap(one.task, subject.run_id, warehouse, subject.checkpoint)
+                refuse_questions(one.task, subject.run_id, warehouse, subject.checkpoint)
             if subject.search and subject.checkpoint.revision == revision:
                 refuse_search_text(one.task, subject.search, warehouse, subject.checkpoint)
 
@@ -204,79 +219,6 @@ def require_effect(rule: str | None, task: str) -> None:
             f"{RedactedURI(task)} is a prompt, and the rule dense-prefill makes nothing of a prompt sparse.",
             "Evaluate a task that generates, or make the plan with another rule.",
         )
-
-
-def read_subject(text: str, *, trust_remote_code: bool = False) -> Subject:
-    """A model, or the plan of a file, with the checkpoint that it is for.
-
-    Raises:
-        AvssError: there is none such, or the plan is for another checkpoint than its model is now.
-    """
-    if not text.endswith((".yaml", ".yml")):
-        return Subject(checkpoint=resolve(text, trust_remote_code=trust_remote_code), label=text)
-    if is_sparsity_plan(text):
-        sparse = read_sparsity_plan(text)
-        checkpoint = _checkpoint_of(sparse.model, sparse.revision, text, trust_remote_code=trust_remote_code)
-        return Subject(checkpoint=checkpoint, label=text, run_id=sparse.run_id, sparsity=runtime(sparse))
-    made = read_plan(text)
-    checkpoint = _checkpoint_of(made.model, made.revision, text, trust_remote_code=trust_remote_code)
-    search = str(made.why.get("evaluation", "")) if made.why.get("by") in SEARCHES else None
-    return Subject(checkpoint=checkpoint, label=text, drop=made.removed, run_id=made.run_id, search=search)
-
-
-def _checkpoint_of(model: str, revision: str | None, text: str, *, trust_remote_code: bool) -> Checkpoint:
-    """The checkpoint that a plan's file is for.
-
-    Raises:
-        AvssError: there is none such, or it has changed.
-    """
-    checkpoint = resolve(model, trust_remote_code=trust_remote_code)
-    if revision is not None and revision != checkpoint.revision:
-        raise PlanError(
-            f"{text} is for {model} at {revision[:12]}; it is at {checkpoint.revision[:12]} now.",
-            "Score it again, and make a plan of its own.",
-        )
-    return checkpoint
-
-
-def runtime(plan: SparsityPlan) -> Sparsity:
-    """What a sparsity plan makes zero, as an open model takes it."""
-    kept, group = plan.group
-    cuts = [
-        Cut(
-            layer=one.layer,
-            path=one.map,
-            outputs=one.outputs,
-            inputs=one.inputs,
-            by=one.by,
-            value=one.value,
-            center=one.center,
-            weighted=plan.weighted,
-            kept=kept,
-            group=group,
-        )
-        for one in plan.projections
-    ]
-    return Sparsity(cuts=tuple(cuts), rule=plan.rule)
-
-
-def with_sparsity(subjects: Sequence[Subject], plan: str, *, trust_remote_code: bool = False) -> list[Subject]:
-    """Subjects, each followed by the same with a sparsity plan on top.
-
-    Raises:
-        AvssError: it is no sparsity plan, or for another model than a subject.
-    """
-    sparse = read_subject(plan, trust_remote_code=trust_remote_code)
-    if sparse.sparsity is None:
-        raise PlanError(f"{plan} is no sparsity plan.", "avss plan --sparsify makes one.")
-    for subject in subjects:
-        if subject.checkpoint.revision != sparse.checkpoint.revision:
-            raise PlanError(
-                f"{plan} is for {sparse.checkpoint.name}, and {subject.label} is another model.",
-                "Make a plan for each model.",
-            )
-    on_top = {s: replace(s, label=f"{s.label} + {plan}", sparsity=sparse.sparsity) for s in subjects}
-    return [one for subject in subjects for one in (subject, on_top[subject])]
 
 
 def make_task(

@@ -217,7 +217,7 @@ def _refuse_overlaps(trial: Trial, experiment: Experiment, warehouse: Warehouse)
     for planned in trial.planned.values():
         refuse_repair_text(planned.task, trial.checkpoint)
         refuse_scored(planned.task)
-        refuse_questions(planned.task, trial.run.run_id, warehouse, trial.checkpoint, trial.corpus)
+        refuse_questions(planned.task, trial.run.run_id, warehouse, trial.checkpoint, corpus=trial.corpus)
         for text in texts:
             refuse_text(planned.task, text, "the repair", experiment.repair_skip_sequences)
     for text in texts:

@@ -52,11 +52,11 @@ def refuse_overlap(
         )
 
 
-def refuse_questions(task: Task, run_id: str, store: Warehouse, checkpoint: Checkpoint, corpus: str) -> None:
+def refuse_questions(task: Task, run_id: str, store: Warehouse, checkpoint: Checkpoint, *, corpus: str = "") -> None:
     """Refuse multiple choice on questions whose answers a run's scores were measured on.
 
     Args:
-        corpus: the text of the run, with the keys that reading it takes.
+        corpus: as for `refuse_overlap`.
 
     Raises:
         ConfigError: there are some, or the run's text cannot be read again.
@@ -64,7 +64,8 @@ def refuse_questions(task: Task, run_id: str, store: Warehouse, checkpoint: Chec
     choices, run = [part.shard for part in task.parts if isinstance(part, TruthfulChoices)], store.run(run_id)
     if not choices or run is None:
         return
-    seen = _read_again(checkpoint, corpus, Settings(**settings_of(run)), 0, f"run {run_id}", "layers may be chosen on")
+    read, of = corpus or run["corpus"], f"run {run_id}"
+    seen = _read_again(checkpoint, read, Settings(**settings_of(run)), 0, of, "layers may be chosen on")
     scored, asked = _prompts(seen), _prompts(choices)
     if shared := len(scored & asked):
         raise ConfigError(

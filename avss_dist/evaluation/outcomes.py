@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,18 @@ COLUMNS = ("subject", "dropped", "task", "metric", "value", "stderr", "retention
 
 
 class Evaluations(list["Evaluation"], TabularResult):
-    """What several subjects can do, in their order and that of the tasks."""
+    """What several subjects can do, in their order and that of the tasks.
+
+    Attributes:
+        findings: how near sparsity plans come to what they say.
+    """
 
     _bars = ("retention",)
     __repr__ = TabularResult.__repr__
+
+    def __init__(self, found: Iterable[Evaluation], *, findings: Iterable[str] = ()) -> None:
+        super().__init__(found)
+        self.findings = tuple(findings)
 
     def table(self) -> pa.Table:
         """A row for each subject, task and metric."""

@@ -7,16 +7,17 @@ from typing import Any
 
 from avss_dist.analysis.sparsity_plans import Measured
 from avss_dist.errors import ConfigError
-from avss_dist.evaluation.allocation import CHOSEN_BY_TOKEN, Asker, allocate
+from avss_dist.evaluation.allocation import CHOSEN_BY_TOKEN, Asker, Unreachable, allocate, require_whole_weights
 from avss_dist.evaluation.engine import CellReporter, plan_evaluation, plan_text
-from avss_dist.evaluation.evaluate import require_effect, runtime
+from avss_dist.evaluation.evaluate import realized, require_effect
 from avss_dist.evaluation.retention import retained
 from avss_dist.evaluation.sparsify import keep_plan
+from avss_dist.evaluation.subjects import runtime
 from avss_dist.evaluation.trial import NO_METHOD, Trial, measured_values
 from avss_dist.executors.base import Executor
 from avss_dist.pruning.methods import Experiment
 from avss_dist.runs.job_file import RunSpec
-from avss_dist.settings import INPUTS
+from avss_dist.settings import FARTHEST_MAP, INPUTS, MAPS_WITHIN, SPARSITY
 from avss_dist.tasks.base import Result
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
@@ -32,6 +33,8 @@ def require_inputs(specs: Sequence[RunSpec], experiment: Experiment) -> None:
     if not experiment.sparsities:
         return
     for spec in specs:
+        for method in experiment.sparsity_methods:
+            require_whole_weights(spec.execution.partition, method)
         if missing := [site for site in INPUTS if site not in spec.settings.sites]:
             raise ConfigError(
                 f"`sparsities` need what linear maps read, and {spec.model} is scored without {', '.join(missing)}.",
@@ -70,30 +73,42 @@ def plan_sparsities(
         for method in experiment.sparsity_methods:
             again = 0 if method in CHOSEN_BY_TOKEN else experiment.sparsity_corrections
             for level in experiment.sparsities:
-                made = allocate(ask, measured, level, method, rule=experiment.sparsity_rule, corrections=again)
-                sparsity = runtime(keep_plan(made, store, run))
+                try:
+                    made = allocate(ask, measured, level, method, rule=experiment.sparsity_rule, corrections=again)
+                except Unreachable:
+                    trial.sparsity_plans[method, level] = None
+                    continue
+                trial.sparsity_plans[method, level] = keep_plan(made, store, run)
                 for task, one in trial.planned.items():
                     trial.sparse[task, method, level] = plan_evaluation(
-                        one.checkpoint, one.task, one.settings, one.placement, sparsity
+                        one.checkpoint, one.task, one.settings, one.placement, runtime(made)
                     )
 
 
 def sparse_rows(trial: Trial, task: str, results: Mapping[str, Sequence[Result]]) -> Iterator[dict[str, Any]]:
-    """Rows of ``experiments`` of a task: what every plan keeps of the dense model, and the sparsity that it had."""
+    """Rows of ``experiments`` of a task: what every plan keeps of the dense model, and the sparsity that it had.
+
+    A level that a method cannot reach has one row, without a value.
+    """
     whole = {one.metric: one for one in results[trial.planned[task].run_id] if one.layer is None and one.drop == ()}
-    for (of, method, level), planned in trial.sparse.items():
-        for result in results[planned.run_id] if of == task else ():
+    for (method, level), plan in trial.sparsity_plans.items():
+        about = NO_METHOD | {"method": method, "score": method, "share": 0.0, "retention": None}
+        planned = trial.sparse.get((task, method, level))
+        if plan is None or planned is None:
+            yield _valued(SPARSITY, None) | about | {"sparsity": level}
+            continue
+        about |= {"sparsity": level, "sparsity_plan": planned.sparsity and planned.sparsity.key}
+        found = results[planned.run_id]
+        for result in found:
             if result.layer is None:
                 kept = retained(whole[result.metric], result) if result.metric in whole else None
-                yield {
-                    **measured_values(result),
-                    **NO_METHOD,
-                    "method": method,
-                    "score": method,
-                    "share": 0.0,
-                    "sparsity": level,
-                    "sparsity_plan": planned.sparsity and planned.sparsity.key,
-                    "retention": kept and kept.value,
-                    "retention_low": kept and kept.low,
-                    "retention_high": kept and kept.high,
-                }
+                interval = {"retention_low": kept and kept.low, "retention_high": kept and kept.high}
+                yield measured_values(result) | about | {"retention": kept and kept.value} | interval
+        if near := realized(plan, found):
+            yield _valued(MAPS_WITHIN, near.within) | about
+            yield _valued(FARTHEST_MAP, near.farthest) | about
+
+
+def _valued(metric: str, value: float | None) -> dict[str, Any]:
+    """The columns that `measured_values` gives, of what has no samples."""
+    return {"drop": [], "patch": None, "metric": metric, "value": value, "stderr": None, "sparsity_plan": None}

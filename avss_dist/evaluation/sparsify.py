@@ -19,7 +19,7 @@ from avss_dist.evaluation.allocation import (
     require_whole_weights,
 )
 from avss_dist.evaluation.engine import CellReporter, evaluation_options, pinned, placed, plan_text
-from avss_dist.evaluation.evaluate import runtime
+from avss_dist.evaluation.subjects import runtime
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import resolve
 from avss_dist.options import EvaluationOptions, with_options

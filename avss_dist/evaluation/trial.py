@@ -24,6 +24,7 @@ from avss_dist.pruning.selection import Reading, count_layers
 from avss_dist.removal import Drop
 from avss_dist.runs.run import Run
 from avss_dist.settings import CHANCE, CONTRAST, INTERACTIONS, LOSS, NO_REPAIR, Settings
+from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Result
 from avss_dist.tasks.cells import Cell
@@ -45,6 +46,7 @@ class Trial:
         planned: the evaluation of each task; scaled: of each task and factor but 0.
         choices: what every method drops of every share.
         sparse: the evaluation of each task, method of spreading a sparsity, and level.
+        sparsity_plans: of each method and level; none where the method cannot reach it.
         fits: the task of fitting each repair; none of `settings.NO_REPAIR`.
         patches: what was fitted, by the fit's id and the layers that are dropped.
     """
@@ -63,6 +65,7 @@ class Trial:
     scaled: dict[tuple[str, float], PlannedEvaluation] = field(default_factory=dict)
     choices: list[Chosen] = field(default_factory=list)
     sparse: dict[tuple[str, str, float], PlannedEvaluation] = field(default_factory=dict)
+    sparsity_plans: dict[tuple[str, float], SparsityPlan | None] = field(default_factory=dict)
     fits: dict[str, PlannedEvaluation] = field(default_factory=dict)
     patches: Mapping[tuple[str, Drop], StoredPatch] = field(default_factory=dict)
 

@@ -242,6 +242,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--task": None,
         "--warehouse": "warehouse",
         "--skip-sequences": 0,
+        "--skip-questions": 0,
         "--limit": None,
         "--num-fewshot": None,
         "--sparse": None,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import one_thread
+from support.command_line import avss
 from support.experiments import run_job_in
 from tasks.test_truthfulqa import QUESTIONS
 
@@ -114,6 +115,27 @@ def test_nothing_is_measured_twice_and_questions_that_were_contrasted_are_refuse
     with one_thread(), pytest.raises(ConfigError, match=r"1 of the 4 questions of truthfulqa:.* are prompts") as caught:
         run_experiment(read_job(other))
     assert "`skip_questions` 2" in str(caught.value.hint)
+
+
+def test_a_plan_is_not_asked_the_questions_that_its_layers_were_scored_on(
+    done: tuple[Path, list[dict[str, Any]]], text: Path, tmp_path: Path
+) -> None:
+    job, rows = done
+    warehouse, plan, task = read_job(job).warehouse, tmp_path / "plan.yaml", f"truthfulqa:{text}"
+    made = avss("plan", "-w", warehouse, "--by", "avss", "--share", 0.34, "-o", plan)
+    assert made.exit_code == 0, made.stderr
+    options = ["-w", warehouse, "--sequence-length", 48, "--batch-size", 4, "--sequences-per-shard", 4,
+               "--dtype", "float32", "--device", "cpu"]  # fmt: skip
+    refused = avss("evaluate", plan, "--task", task, *options)
+    assert refused.exit_code == 2 and "2 of the 5 questions of truthfulqa:" in refused.stderr
+    assert "`--skip-questions` 2" in refused.stderr
+    with one_thread():
+        shown = avss("evaluate", plan, "--task", task, "--skip-questions", 2, "--format", "json", *options)
+    (same,) = (row for row in rows if (row["method"], row["factor"], row["metric"]) == ("avss", None, "mc2"))
+    found = {(one["subject"], one["metric"]): one["value"] for one in json.loads(shown.stdout)}
+    assert found[str(plan), "mc2"] == same["value"]
+    no_use = avss("evaluate", plan, "--task", "perplexity:builtin:pydoc", "--skip-questions", 2, *options)
+    assert no_use.exit_code == 2 and "`--skip-questions` has no effect on perplexity:builtin:pydoc" in no_use.stderr
 
 
 def test_mistakes() -> None:

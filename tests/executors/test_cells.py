@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -216,16 +217,16 @@ def test_a_cell_beats_whenever_a_layer_begins_and_leaves_no_trace(tiny_llama: Pa
     assert model.settings.batch_size == 2
 
 
-class Stop:
-    """Interrupts an allocation after its first cell."""
+class Death:
+    """Kills the driver of an allocation after its first cell."""
 
     def started(self, cells: int, done: int) -> None: ...
     def advanced(self, cell: Cell) -> None:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.usefixtures("cluster")
-def test_two_workers_allocate_sparsity_as_one_process_does_also_after_a_stop(tiny_llama: Path, tmp_path: Path) -> None:
+def test_two_workers_allocate_sparsity_as_one_process_does_also_after_a_kill(tiny_llama: Path, tmp_path: Path) -> None:
     options = {"max_sequences": 2, "sequence_length": 16, "batch_size": 2, "device": "cpu"}
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     run = score(tiny_llama, corpus="builtin:pydoc", warehouse=alone, sites=("inputs",), **options)
@@ -234,10 +235,15 @@ def test_two_workers_allocate_sparsity_as_one_process_does_also_after_a_stop(tin
     assert row is not None
     sparsify(str(alone), row, 0.6, method="teal", **options).write(tmp_path / "alone.yaml")
     on_workers = {**options, "method": "teal", "executor": "ray", "replicas": 2}
-    with pytest.raises(KeyboardInterrupt):
-        sparsify(str(shared), row, 0.6, reporter=Stop(), **on_workers)
+    address = ray.get_runtime_context().gcs_address
+    killed = multiprocessing.get_context("spawn").Process(
+        target=sparsify, args=(str(shared), row, 0.6), kwargs={**on_workers, "reporter": Death(), "address": address}
+    )
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     kept = list((shared / "cells").rglob("*.parquet"))
-    assert 1 <= len(kept) < 3
+    assert len(kept) == 1
     times = {path: path.stat().st_mtime_ns for path in kept}
     sparsify(str(shared), row, 0.6, **on_workers).write(tmp_path / "shared.yaml")
     assert (tmp_path / "shared.yaml").read_bytes() == (tmp_path / "alone.yaml").read_bytes()

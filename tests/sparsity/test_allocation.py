@@ -15,8 +15,9 @@ from support.command_line import avss, files
 
 from avss_dist.analysis.sparsity_plans import Measured
 from avss_dist.errors import ConfigError
-from avss_dist.evaluation.evaluate import evaluate, runtime
+from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.evaluation.sparsify import sparsify
+from avss_dist.evaluation.subjects import runtime
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.pruning.selection import PlanError
 from avss_dist.runs.api import score

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.command_line import avss, files
 from support.experiments import run_job_in
@@ -23,7 +25,7 @@ experiment:
   tasks: ["perplexity:builtin:pydoc"]
   shares: []
   sparsities: [0.3, 0.7]
-  sparsity_methods: [uniform, wina]
+  sparsity_methods: [uniform, wina, cats]
   sparsity_corrections: 1
   max_sequences: 8
   skip_sequences: 8
@@ -33,11 +35,14 @@ experiment:
 def test_every_method_at_every_level_is_compared_with_the_dense_model(tiny_llama: Path, tmp_path: Path) -> None:
     path, rows = run_job_in(tmp_path, JOB, tiny_llama)
     losses = {(row["method"], row["sparsity"]): row for row in rows if row["metric"] == "loss"}
-    levels = [(method, level) for method in ("uniform", "wina") for level in (0.3, 0.7)]
+    levels = [*product(("uniform", "wina"), (0.3, 0.7)), ("cats", 0.3)]  # gates have 40% of the weights
     assert list(losses) == [("whole model", None), *levels]
-    assert len({row["value"] for row in losses.values()}) == 5
+    assert len({row["value"] for row in losses.values()}) == 6
     assert all(losses[of]["retention_low"] <= losses[of]["retention_high"] for of in levels)
     evaluations = Warehouse(tmp_path / "w").table("evaluations").to_pylist()
+    assert {curve.method: curve.unreached for curve in sparsity_curves(rows)} == {
+        "uniform": (), "wina": (), "cats": (0.7,)}  # fmt: skip
+    planned = Warehouse(tmp_path / "w").table("sparsity").to_pylist()
     for curve in sparsity_curves(rows):
         for point in curve.points:
             assert point.measured == pytest.approx(point.target, abs=0.04)
@@ -45,9 +50,16 @@ def test_every_method_at_every_level_is_compared_with_the_dense_model(tiny_llama
             assert {row["value"] for row in evaluations if (row["sparsity_plan"], row["metric"]) == (key, "loss")} == {
                 point.row["value"]
             }
+            maps = {(one["layer"], f"realized:{one['map']}"): one["sparsity"] for one in planned
+                    if one["sparsity_plan"] == key}  # fmt: skip
+            off = [abs(row["value"] - maps[row["layer"], row["metric"]]) for row in evaluations
+                   if row["sparsity_plan"] == key and (row["layer"], row["metric"]) in maps]  # fmt: skip
+            assert len(off) == len(maps) and point.farthest == pytest.approx(max(off))
+            assert point.within == pytest.approx(np.mean(np.array(off) <= 0.01))
     before = files(tmp_path / "w" / "cells")
     shown = avss("run", path)
     assert shown.exit_code == 0 and "uniform keeps 99% at a sparsity of" in shown.stdout
+    assert "cats cannot reach 70%." in " ".join(shown.stdout.split())
     assert files(tmp_path / "w" / "cells") == before
     assert avss("report", "-w", tmp_path / "w", "-o", tmp_path / "r.html").exit_code == 0
     page = (tmp_path / "r.html").read_text()
@@ -66,17 +78,24 @@ def test_the_critical_sparsity_is_where_the_curve_crosses() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "message"),
+    ("changes", "message"),
     [
-        ("sites: [inputs]", "sites: [block]", "is scored without query_input, output_input, up_input, neuron"),
-        ("[uniform, wina]", "[unifrom]", "Did you mean"),
-        ("sparsities: [0.3, 0.7]", "sparsities: [1.0]", "less than 1"),
-        ("sparsities: [0.3, 0.7]", "sparsities: []", "shares and sparsities are both empty."),
+        ({"sites: [inputs]": "sites: [block]"}, "is scored without query_input, output_input, up_input, neuron"),
+        ({"[uniform, wina, cats]": "[unifrom]"}, "Did you mean"),
+        ({"sparsities: [0.3, 0.7]": "sparsities: [1.0]"}, "less than 1"),
+        ({"sparsities: [0.3, 0.7]": "sparsities: []"}, "shares and sparsities are both empty."),
+        (
+            {"wina": "teal", "experiment:": "execution: {{executor: ray, partition: zero3}}\nexperiment:"},
+            "`partition` zero3 has a part of each weight, and teal needs it whole.",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_is_scored(
-    tiny_llama: Path, tmp_path: Path, before: str, after: str, message: str
+    tiny_llama: Path, tmp_path: Path, changes: dict[str, str], message: str
 ) -> None:
+    job = JOB
+    for before, after in changes.items():
+        job = job.replace(before, after)
     with pytest.raises(AvssError, match=re.escape(message)):
-        run_job_in(tmp_path, JOB.replace(before, after), tiny_llama)
+        run_job_in(tmp_path, job, tiny_llama)
     assert not (tmp_path / "w").exists()

@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from avss_dist.warehouse.reader import Warehouse
 
 Row = Mapping[str, Any]  # of the table `experiments`, or `sparsity`
-CURVE_COLUMNS = ("task", "sparsity by", "planned", "measured", "value", "kept", "95% interval")
+CURVE_COLUMNS = (
+    "task",
+    "sparsity by",
+    "planned",
+    "measured",
+    "maps within 1 point",
+    "farthest map, points",
+    "value",
+    "kept",
+    "95% interval",
+)
 MAP_COLUMNS = ("layer", "map", "site", "zero by", "value", "sparsity")
 
 
@@ -57,8 +67,7 @@ def _newest(rows: Sequence[Row]) -> list[Row]:
 def _section(label: str, curves: Sequence[Curve], maps: Sequence[Row]) -> dict[str, Any]:
     name = "sparsity-" + label.partition(".")[0]
     tables = []
-    if curves:
-        rows = [_cells(curve, point) for curve in curves for point in curve.points]
+    if rows := [_cells(curve, point) for curve in curves for point in curve.points]:
         tables.append(_table(f"{name}-curves", "Each method at each sparsity", CURVE_COLUMNS, rows))
     if maps:
         of = maps[0]
@@ -68,7 +77,7 @@ def _section(label: str, curves: Sequence[Curve], maps: Sequence[Row]) -> dict[s
     return {
         "label": label,
         "sentences": [curve.sentence for curve in curves],
-        "curves": _curves_image(curves) if curves else None,
+        "curves": _curves_image(curves) if rows else None,
         "maps": _maps_image(maps) if maps else None,
         "tables": tables,
     }
@@ -88,6 +97,8 @@ def _cells(curve: Curve, point: Any) -> list[dict[str, Any]]:
         _cell(curve.method),
         {"text": f"{point.target:.0%}", "value": point.target},
         {"text": "" if point.measured is None else f"{point.measured:.1%}", "value": point.measured or 0.0},
+        {"text": "" if point.within is None else f"{point.within:.0%}", "value": point.within or 0.0},
+        {"text": "" if point.farthest is None else f"{100 * point.farthest:.1f}", "value": point.farthest or 0.0},
         {"text": shown_value(point.row), "value": point.row["value"]},
         {"text": f"{point.kept:.1%}", "value": point.kept},
         {"text": f"{low:.1%} to {high:.1%}" if known else "", "value": low if known else 0.0},

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from avss_dist.removal import count_removed
+from avss_dist.text import printable
 
 if TYPE_CHECKING:
-    from avss_dist.evaluation.evaluate import Evaluation
+    from avss_dist.evaluation.outcomes import Evaluations
 
 
-def evaluation_table(found: Sequence[Evaluation]) -> Table:
-    """A row for each subject and task. Of a loss the perplexity is shown."""
+def evaluation_table(found: Evaluations) -> RenderableType:
+    """A row for each subject and task, and the findings below. Of a loss the perplexity is shown."""
     table = Table(
         caption="Retention: the metric without the layers over that with them (of a perplexity: with over without), "
         "and its 95% interval over the same samples.",
@@ -39,4 +40,4 @@ def evaluation_table(found: Sequence[Evaluation]) -> Table:
             f"{kept.value:.1%}" if kept else "-",
             f"{kept.low:.1%} .. {kept.high:.1%}" if kept and math.isfinite(kept.low) else "-",
         )
-    return table
+    return Group(table, *(Text(printable(line)) for line in found.findings))

@@ -23,18 +23,20 @@ def curves_table(curves: Sequence[Curve]) -> RenderableType:
     parts: list[RenderableType] = []
     for task in dict.fromkeys(curve.task for curve in curves):
         mine = [curve for curve in curves if curve.task == task]
-        parts += [_table(task, mine), *(Text(printable(curve.sentence)) for curve in mine)]
+        if points := [point for curve in mine for point in curve.points]:
+            parts.append(_table(task, points))
+        parts += [Text(printable(curve.sentence)) for curve in mine]
     return Group(*parts)
 
 
-def _table(task: str, curves: Sequence[Curve]) -> FittedTable:
-    points = [point for curve in curves for point in curve.points]
+def _table(task: str, points: Sequence[Point]) -> FittedTable:
     metric = points[0].row["metric"]
     return FittedTable(
         [
             Column(title="sparsity by", cells=[point.row["method"] for point in points], number=False),
             Column(title="planned", cells=[f"{point.target:.0%}" for point in points]),
             Column(title="measured", cells=[_share(point.measured) for point in points], priority=1),
+            Column(title="maps within 1 point", cells=[_near(point) for point in points], priority=3),
             Column(
                 title="perplexity" if metric == LOSS else metric, cells=[shown_value(point.row) for point in points]
             ),
@@ -42,12 +44,22 @@ def _table(task: str, curves: Sequence[Curve]) -> FittedTable:
             Column(title="", cells=[_bar(point.kept) for point in points], number=False, priority=2),
         ],
         title=f"{task}: {points[0].row['model']} with sparse activations",
-        caption=Text("Retention over that of the dense model (of a perplexity: under it), and its 95% interval."),
+        caption=Text(
+            "Retention over that of the dense model (of a perplexity: under it), and its 95% interval. Thresholds are "
+            "of the text that was counted, and of the dense model unless corrected: so maps differ from the plan."
+        ),
     )
 
 
 def _share(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
+
+
+def _near(point: Point) -> str:
+    """The share of the linear maps that are within a point of their sparsity, and how far the farthest is off."""
+    if point.within is None or point.farthest is None:
+        return "-"
+    return f"{point.within:.0%}, farthest {100 * point.farthest:.1f}"
 
 
 def _bar(kept: float) -> str:

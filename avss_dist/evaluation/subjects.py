@@ -1,0 +1,112 @@
+"""What is evaluated: a model, or the plan of a file, of layers or of sparsity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.sparsifying import Cut, Sparsity
+from avss_dist.pruning.plan import read_plan
+from avss_dist.pruning.selection import PlanError
+from avss_dist.settings import SEARCHES
+from avss_dist.sparsity.plan import SparsityPlan, is_sparsity_plan, read_sparsity_plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is evaluated: a model, and the layers and sublayers that are left out of it.
+
+    Attributes:
+        label: what people call it.
+        run_id: the run whose scores chose the layers; its text is no text to evaluate on.
+        search: the evaluation that searched them; nor is its text.
+        sparsity: what becomes zero in it.
+        sparsity_plan: the plan that says so.
+    """
+
+    checkpoint: Checkpoint
+    label: str
+    drop: tuple[int, ...] = ()
+    run_id: str | None = None
+    search: str | None = None
+    sparsity: Sparsity | None = None
+    sparsity_plan: SparsityPlan | None = field(default=None, compare=False, repr=False)
+
+
+def read_subject(text: str, *, trust_remote_code: bool = False) -> Subject:
+    """A model, or the plan of a file, with the checkpoint that it is for.
+
+    Raises:
+        AvssError: there is none such, or the plan is for another checkpoint than its model is now.
+    """
+    if not text.endswith((".yaml", ".yml")):
+        return Subject(checkpoint=resolve(text, trust_remote_code=trust_remote_code), label=text)
+    if is_sparsity_plan(text):
+        sparse = read_sparsity_plan(text)
+        checkpoint = _checkpoint_of(sparse.model, sparse.revision, text, trust_remote_code=trust_remote_code)
+        return Subject(
+            checkpoint=checkpoint, label=text, run_id=sparse.run_id, sparsity=runtime(sparse), sparsity_plan=sparse
+        )
+    made = read_plan(text)
+    checkpoint = _checkpoint_of(made.model, made.revision, text, trust_remote_code=trust_remote_code)
+    search = str(made.why.get("evaluation", "")) if made.why.get("by") in SEARCHES else None
+    return Subject(checkpoint=checkpoint, label=text, drop=made.removed, run_id=made.run_id, search=search)
+
+
+def _checkpoint_of(model: str, revision: str | None, text: str, *, trust_remote_code: bool) -> Checkpoint:
+    """The checkpoint that a plan's file is for.
+
+    Raises:
+        AvssError: there is none such, or it has changed.
+    """
+    checkpoint = resolve(model, trust_remote_code=trust_remote_code)
+    if revision is not None and revision != checkpoint.revision:
+        raise PlanError(
+            f"{text} is for {model} at {revision[:12]}; it is at {checkpoint.revision[:12]} now.",
+            "Score it again, and make a plan of its own.",
+        )
+    return checkpoint
+
+
+def runtime(plan: SparsityPlan) -> Sparsity:
+    """What a sparsity plan makes zero, as an open model takes it."""
+    kept, group = plan.group
+    cuts = [
+        Cut(
+            layer=one.layer,
+            path=one.map,
+            outputs=one.outputs,
+            inputs=one.inputs,
+            by=one.by,
+            value=one.value,
+            center=one.center,
+            weighted=plan.weighted,
+            kept=kept,
+            group=group,
+        )
+        for one in plan.projections
+    ]
+    return Sparsity(cuts=tuple(cuts), rule=plan.rule)
+
+
+def with_sparsity(subjects: Sequence[Subject], plan: str, *, trust_remote_code: bool = False) -> list[Subject]:
+    """Subjects, each followed by the same with a sparsity plan on top.
+
+    Raises:
+        AvssError: it is no sparsity plan, or for another model than a subject.
+    """
+    sparse = read_subject(plan, trust_remote_code=trust_remote_code)
+    if sparse.sparsity is None:
+        raise PlanError(f"{plan} is no sparsity plan.", "avss plan --sparsify makes one.")
+    for subject in subjects:
+        if subject.checkpoint.revision != sparse.checkpoint.revision:
+            raise PlanError(
+                f"{plan} is for {sparse.checkpoint.name}, and {subject.label} is another model.",
+                "Make a plan for each model.",
+            )
+    on_top = {
+        s: replace(s, label=f"{s.label} + {plan}", sparsity=sparse.sparsity, sparsity_plan=sparse.sparsity_plan)
+        for s in subjects
+    }
+    return [one for subject in subjects for one in (subject, on_top[subject])]
