@@ -228,12 +228,18 @@ def test_corrected_thresholds_leave_the_sparsity_that_is_planned_in_the_sparse_s
         made = sparsify(str(scored), run, 0.8, method="scap", corrections=corrections, **options)
         made.write(path)
         assert read_sparsity_plan(path).projections[0].center == made.projections[0].center != 0
-        evaluate([str(path)], tasks=[f"perplexity:{TEXT}"], warehouse=tmp_path / "w", allow_overlap=True, **options)
+        found = evaluate(
+            [str(path)], tasks=[f"perplexity:{TEXT}"], warehouse=tmp_path / "w", allow_overlap=True, **options
+        )
         rows = Warehouse(tmp_path / "w").table("evaluations").to_pylist()
         realized = {(row["layer"], row["metric"]): row["value"] for row in rows
                     if row["sparsity_plan"] == runtime(made).key}  # fmt: skip
         off = [realized[one.layer, f"realized:{one.map}"] - one.sparsity for one in made.projections]
         farthest.append(max(map(abs, off)))
+        within = np.mean(np.abs(off) <= 0.01)
+        said = "Every linear map is" if within == 1 else f"{within:.0%} of the linear maps are"
+        assert f": {said} within a point of " in found.findings[0]
+        assert f"{100 * farthest[-1]:.2g} points" in found.findings[0]
     assert farthest[1] < 0.01 and farthest[1] < farthest[0]
     assert f"within {farthest[1]:.2%} of its sparsity" in made.findings[-1]
 
