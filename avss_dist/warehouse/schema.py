@@ -278,8 +278,8 @@ TABLES: dict[str, Table] = {
             Column(
                 "sparsity",
                 FLOAT64,
-                "share of the weights that were to meet a zero activation, or null; a method that cannot reach it has a "
-                "row without a value",
+                "share of the weights that were to meet a zero activation, or null; a method that cannot reach it has "
+                "a row without a value",
             ),
             _SPARSITY_PLAN,
             Column("seed", INT32, "of a random choice"),
