@@ -128,14 +128,14 @@ def test_a_plan_is_not_asked_the_questions_that_its_layers_were_scored_on(
                "--dtype", "float32", "--device", "cpu"]  # fmt: skip
     refused = avss("evaluate", plan, "--task", task, *options)
     assert refused.exit_code == 2 and "2 of the 5 questions of truthfulqa:" in refused.stderr
-    assert "`--skip-questions` 2" in refused.stderr
+    assert "Ask others: with --skip-questions 2" in refused.stderr
     with one_thread():
         shown = avss("evaluate", plan, "--task", task, "--skip-questions", 2, "--format", "json", *options)
     (same,) = (row for row in rows if (row["method"], row["factor"], row["metric"]) == ("avss", None, "mc2"))
     found = {(one["subject"], one["metric"]): one["value"] for one in json.loads(shown.stdout)}
     assert found[str(plan), "mc2"] == same["value"]
     no_use = avss("evaluate", plan, "--task", "perplexity:builtin:pydoc", "--skip-questions", 2, *options)
-    assert no_use.exit_code == 2 and "`--skip-questions` has no effect on perplexity:builtin:pydoc" in no_use.stderr
+    assert no_use.exit_code == 2 and "--skip-questions has no effect on perplexity:builtin:pydoc" in no_use.stderr
 
 
 def test_mistakes() -> None:

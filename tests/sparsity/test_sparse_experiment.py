@@ -63,7 +63,7 @@ def test_every_method_at_every_level_is_compared_with_the_dense_model(tiny_llama
     assert files(tmp_path / "w" / "cells") == before
     assert avss("report", "-w", tmp_path / "w", "-o", tmp_path / "r.html").exit_code == 0
     page = (tmp_path / "r.html").read_text()
-    assert page.count("wina keeps 99%") == 1 and "The plan that was made last: wina, 70% of the weights" in page
+    assert page.count("wina keeps 99%") == 1 and "The plan that was made last: cats, 30% of the weights" in page
 
 
 def test_the_critical_sparsity_is_where_the_curve_crosses() -> None:
