@@ -132,7 +132,7 @@ def test_a_plan_is_not_asked_the_questions_that_its_layers_were_scored_on(
     with one_thread():
         shown = avss("evaluate", plan, "--task", task, "--skip-questions", 2, "--format", "json", *options)
     (same,) = (row for row in rows if (row["method"], row["factor"], row["metric"]) == ("avss", None, "mc2"))
-    found = {(one["subject"], one["metric"]): one["value"] for one in json.loads(shown.stdout)}
+    found = {(one["subject"], one["metric"]): one["value"] for one in map(json.loads, shown.stdout.splitlines())}
     assert found[str(plan), "mc2"] == same["value"]
     no_use = avss("evaluate", plan, "--task", "perplexity:builtin:pydoc", "--skip-questions", 2, *options)
     assert no_use.exit_code == 2 and "--skip-questions has no effect on perplexity:builtin:pydoc" in no_use.stderr
