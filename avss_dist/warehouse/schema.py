@@ -275,12 +275,7 @@ TABLES: dict[str, Table] = {
             Column("threshold_kind", STRING, "kind of that threshold: absolute or rms"),
             Column("control", STRING, "reversed (drops the highest), ends kept (the first and last stay), or null"),
             Column("share", FLOAT64, "share of the layers that was dropped"),
-            Column(
-                "sparsity",
-                FLOAT64,
-                "share of the weights that were to meet a zero activation, or null; a method that cannot reach it has "
-                "a row without a value",
-            ),
+            Column("sparsity", FLOAT64, "share of weights to meet a zero, or null; no value where it is out of reach"),
             _SPARSITY_PLAN,
             Column("seed", INT32, "of a random choice"),
             _DROP,
