@@ -274,7 +274,7 @@ def test_what_is_known_without_layers_follows_the_run(visit: Callable[..., Any],
     """Drawn and told of a run of which it is known; of the others, how it is measured."""
     page = visit(file)
     assert said(page, "blocks") == "Not measured of this run: avss ablate --damage does it."
-    assert said(page, "kept") == "It takes two evaluated sets of different sizes."
+    assert said(page, "kept") == "Nothing was left out and evaluated."
     page.locator("#run").select_option(label=ALPHA)
     blocks = drawn(page, "blocks")
     assert len(blocks) == 36 and sum(row["nearest"] for row in blocks) == 8
