@@ -21,6 +21,7 @@ COLUMNS = (
     "layers",
     "interpolated",
     "spearman",
+    "given_depth",
     "kendall",
     "rbo",
     "k",
@@ -29,6 +30,7 @@ COLUMNS = (
     "jaccard_by_chance",
     "p_by_chance",
 )
+ALL_DEPTH = 1e-9  # what is left of the variance of ranks beside depth, where nothing is but rounding
 AT_ONCE = 1024  # pairs, whose signs are a few MB
 
 
@@ -50,7 +52,8 @@ def correlate_pairs(
         k: how many of the lowest layers to compare; ``share`` of the layers by default.
 
     Returns:
-        `COLUMNS`, each of [pairs]: Spearman's rho with average ranks over the layers where both are finite; Kendall's
+        `COLUMNS`, each of [pairs]: Spearman's rho with average ranks over the layers where both are finite; the same
+        given depth, a partial correlation, NaN where one of the scores is the order of depth itself; Kendall's
         tau-b; rank-biased overlap from the lowest layer up (`rank_biased_overlap`). NaN for fewer than
         three layers, or where a score is constant.
     """
@@ -89,12 +92,14 @@ def _agreement(
     by_chance, at_least = _by_chance(n, size)
     signs_x, signs_y = signs(x), signs(y)
     defined = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0) & (n >= FEWEST)
+    rho = _spearman(x, y, signs_x, signs_y)
     return {
         "layers": np.full(len(x), n),
         "interpolated": np.array([one[2] for one in aligned]),
         "k": np.full(len(x), size),
         "shared": shared,
-        "spearman": _spearman(x, y, signs_x, signs_y),
+        "spearman": rho,
+        "given_depth": _given_depth(rho, x, y, signs_x, signs_y),
         "kendall": np.where(defined, _kendall(signs_x, signs_y), np.nan),
         "rbo": np.where(defined, rank_biased_overlap(order_x, order_y), np.nan),
         "jaccard": shared / (2 * size - shared),
@@ -115,6 +120,19 @@ def _spearman(x: Float64, y: Float64, signs_x: Signs, signs_y: Signs) -> Float64
     for row in np.flatnonzero(~np.isfinite(x + y).all(axis=1)):
         rho[row] = spearman(x[row], y[row])
     return rho
+
+
+def _given_depth(rho: Float64, x: Float64, y: Float64, signs_x: Signs, signs_y: Signs) -> Float64:
+    """The partial correlation of the ranks of two scores, given those of depth."""
+    depth = np.broadcast_to(np.arange(x.shape[1], dtype=np.float64), x.shape)
+    of_depth = signs(depth)
+    of_x, of_y = _spearman(x, depth, signs_x, of_depth), _spearman(y, depth, signs_y, of_depth)
+    for row in np.flatnonzero(~np.isfinite(x + y).all(axis=1)):
+        both = np.isfinite(x[row]) & np.isfinite(y[row])
+        of_x[row], of_y[row] = (spearman(values[row][both], depth[row][both]) for values in (x, y))
+    left = (1 - of_x**2) * (1 - of_y**2)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(left > ALL_DEPTH, (rho - of_x * of_y) / np.sqrt(left), np.nan)
 
 
 def _kendall(signs_x: Signs, signs_y: Signs) -> Float64:

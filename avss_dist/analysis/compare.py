@@ -34,7 +34,7 @@ SCHEMA = pa.schema(
         *((name, pa.string()) for name in ("by", "a", "b", "a_run_id", "b_run_id")),
         ("layers", pa.int64()),
         ("interpolated", pa.bool_()),
-        *((name, pa.float64()) for name in ("spearman", "kendall", "rbo")),
+        *((name, pa.float64()) for name in ("spearman", "given_depth", "kendall", "rbo")),
         *((name, pa.int64()) for name in ("k", "shared")),
         *((name, pa.float64()) for name in ("jaccard", "jaccard_by_chance", "p_by_chance")),
     ]

@@ -74,6 +74,8 @@ def score(
         _take_gradients([run.model for run in done], corpus, warehouse, options, say if format == "json" else emit)
     if done and format != "json":
         emit(f"Look at it: avss show -w {done[-1].warehouse} --run {done[-1].run_id}")
+        if len(done) > 1:
+            emit(f"Compare them: avss compare -w {done[-1].warehouse}")
     return 0 if len(done) == len(runs) else 1
 
 

@@ -786,7 +786,7 @@ def test_no_warehouse_has_an_empty_name(name: str, tmp_path: Path, monkeypatch: 
 def test_the_api_scores_several_models_and_reports(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
     told: dict[str, list[str]] = {}
 
-    class Reporter:
+    class Reporter(avss_dist.Reporter):
         def planning(self, name: str) -> None:
             told[Path(name).name] = ["planning"]
 

@@ -67,6 +67,7 @@ def short_name(text: str) -> str:
 _NUMBERS = {
     "layers": 5,
     "Spearman": 0,
+    "given depth": 1,
     "Kendall": 4,
     "RBO": 6,
     "shared lowest": 1,
@@ -80,7 +81,7 @@ _NUMBERS = {
 def _numbers(row: Mapping[str, Any]) -> list[str]:
     return [
         f"{'~' if row['interpolated'] else ''}{row['layers']}",
-        *("-" if np.isnan(row[name]) else f"{row[name]:.3f}" for name in ("spearman", "kendall", "rbo")),
+        *("-" if np.isnan(row[name]) else f"{row[name]:.3f}" for name in ("spearman", "given_depth", "kendall", "rbo")),
         f"{row['shared']} of {row['k']}",
         f"{row['jaccard']:.2f}",
         f"{row['jaccard_by_chance']:.2f}",
@@ -101,7 +102,16 @@ def summary(pairs: pa.Table) -> str:
     lowest = (
         f"{shared.sum() / k.sum():.0%} of the lowest layers of one are the lowest of the other; by chance it would be "
     )
-    return f"{count}: {said}\n{lowest}{(k * k / layers).sum() / k.sum():.0%}."
+    return f"{count}: {said}\n{_given_depth(pairs)}\n{lowest}{(k * k / layers).sum() / k.sum():.0%}."
+
+
+def _given_depth(pairs: pa.Table) -> str:
+    """What is left of the correlations where the layer's number is known."""
+    given = pairs["given_depth"].to_numpy()
+    given = given[~np.isnan(given)]
+    if not given.size:
+        return "Given depth, nothing is left to compare: one of each pair is the order of the layers."
+    return f"Given depth (a partial correlation), {np.median(given):.3f}{' at the median' if given.size > 1 else ''}."
 
 
 def _strength(rho: np.ndarray[Any, Any]) -> str:
