@@ -1,10 +1,10 @@
-"""The keywords that functions take for settings: seen by type checkers and editors, and by ``help``."""
+"""The keywords that functions take for settings and prompts: seen by type checkers and editors, and by ``help``."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, TypedDict, TypeVar
 
 from avss_dist.errors import ConfigError
@@ -20,6 +20,8 @@ class ModelOptions(TypedDict, total=False):
     sequence_length: int
     batch_size: int
     sequences_per_shard: int | None
+    shuffle_seed: int | None
+    chat_template: bool
     layout: str
     dtype: str
     dequantize: bool
@@ -81,6 +83,41 @@ class ScoringOptions(EvaluationOptions, total=False):
     experts: bool
     allow_pickle: bool
     tracker: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompting:
+    """What stands around a question of lm-evaluation-harness; by default what its task says, as plain text.
+
+    Attributes:
+        num_fewshot: examples before each question, unless the task has none at all; None leaves it to the task.
+        apply_chat_template: put the question in the tokenizer's chat template, as what a user says.
+        system_instruction: what stands before everything, and in a chat is what the system says.
+        fewshot_as_multiturn: make a turn of each example; they are one turn with the question otherwise.
+
+    Raises:
+        ConfigError: turns without a chat, or fewer examples than none.
+    """
+
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ConfigError(f"`num_fewshot` must be at least 0, not {self.num_fewshot}.")
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise ConfigError(
+                "`fewshot_as_multiturn` makes turns of a chat, and there is none.", "Set `apply_chat_template` too."
+            )
+
+    def changes(self) -> dict[str, Any]:
+        """What is not as the task says."""
+        return {name: value for name, value in asdict(self).items() if value is not None and value is not False}
+
+
+AS_THE_TASK_SAYS = Prompting()
 
 
 def refuse_unused(given: Mapping[str, Any], defaults: Mapping[str, Any], why: str, hint: str = "Leave it out.") -> None:

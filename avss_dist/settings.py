@@ -82,6 +82,9 @@ REALIZED = "realized:"  # before the path of a linear map: a metric, the share o
 SPARSITY = "sparsity"  # a metric of a model: the share of the weights of its linear maps that met a zero
 MAPS_WITHIN = "maps_within_a_point"  # of a sparsity plan: the share of its linear maps that come so near to it
 FARTHEST_MAP = "farthest_map"  # how far the farthest is off
+_OF_TEXT = ("max_sequences", "shuffle_seed", "chat_template", "layout")  # how text becomes rows
+_NO_NUMBERS = (*_OF_TEXT, "trust_remote_code", "allow_pickle")
+_OF_STATISTICS = ("sites", "thresholds", "experts", "sequences_per_shard")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 EXECUTORS = ("auto", "local", "ray")
@@ -214,6 +217,10 @@ class Settings:
     """Rows in a forward pass."""
     sequences_per_shard: Positive | None = None
     """Rows in a shard, the unit of work, retry and resampling; by the model's size by default, 32 in evaluations."""
+    shuffle_seed: Annotated[int, Field(ge=0)] | None = None
+    """Seed of a random order of all rows of a corpus, which is read to its end; without it, they come in its own."""
+    chat_template: bool = False
+    """Put conversations (columns of messages) in the tokenizer's chat template."""
     layout: Annotated[str, OneOf(LAYOUTS)] = "packed"
     """Rows of equal length without padding (packed), or one document a row (padded)."""
     skip_first_tokens: Annotated[int, Field(ge=0)] = 0
@@ -251,6 +258,15 @@ class Settings:
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def numbers(self, *, statistics: bool) -> dict[str, Any]:
+        """Those that can change a number beside the tokens, which say what text is read, and how.
+
+        Args:
+            statistics: those of what is measured inside of layers, too.
+        """
+        without = _NO_NUMBERS if statistics else (*_NO_NUMBERS, *_OF_STATISTICS)
+        return {name: value for name, value in self.as_dict().items() if name not in without}
 
 
 @checked

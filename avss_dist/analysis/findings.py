@@ -223,7 +223,8 @@ def _first_tokens(runs: Rows, scores: Callable[[str], Rows]) -> Iterator[Row]:
     def skipped(run: Mapping[str, Any]) -> int:
         return int(settings_of(run).get("skip_first_tokens") or 0)
 
-    same = ("model", "revision", "corpus_fingerprint", "dtype", "sequence_length", "num_sequences", "device")
+    text = ("corpus_fingerprint", "shuffle_seed", "sequence_length", "num_sequences")
+    same = ("model", "revision", *text, "dtype", "device")
     for alike in grouped(runs, *same).values():
         whole = [run for run in alike if not skipped(run)]
         for run in whole:

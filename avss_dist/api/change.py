@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import pyarrow as pa
 
-from avss_dist.analysis.plans import plan_layers
+from avss_dist.analysis.plans import evaluated_lines, plan_layers
 from avss_dist.api.names import RunName, named_run
 from avss_dist.errors import ConfigError
 from avss_dist.options import EvaluationOptions, refuse_unused, with_options
@@ -183,17 +183,22 @@ def sparsify(
 
 
 class Pruned(TabularResult):
-    """A checkpoint that was written; its attributes are what `pruning.checkpoint.prune` returns, and ``plan``."""
+    """A checkpoint that was written; its attributes are what `pruning.checkpoint.prune` returns, and ``plan``.
+
+    ``pushed`` is its address on the hub; None where it was not pushed.
+    """
 
     def __init__(self, plan: Plan, done: Mapping[str, Any]) -> None:
         self.plan = plan
         self.folder, self.bytes, self.difference = str(done["folder"]), int(done["bytes"]), done["difference"]
         self.notes, self.repair = done["notes"], done["repair"]
+        self.pushed: str | None = done.get("pushed")
 
     def table(self) -> pa.Table:
         """One row."""
         values = {"folder": self.folder, "bytes": self.bytes, "difference": self.difference, "drop": [*self.plan.drop]}
-        return pa.Table.from_pylist([{**values, "notes": self.notes, "repair": self.repair and self.repair.repair}])
+        values |= {"notes": self.notes, "repair": self.repair and self.repair.repair, "pushed": self.pushed}
+        return pa.Table.from_pylist([values])
 
     def summary(self) -> str:
         """Where it is, and how much is left."""
@@ -209,6 +214,8 @@ def prune(
     repair: str | None = None,
     repair_corpus: Sequence[str] = (),
     skip_sequences: int = 0,
+    warehouse: str | Path | None = None,
+    push: str | None = None,
     **options: Unpack[EvaluationOptions],
 ) -> Pruned:
     """Write a checkpoint without the layers that a plan drops; on request, a repaired one.
@@ -218,18 +225,33 @@ def prune(
         output: a folder that does not exist, or is empty.
         repair: one of ``settings.REPAIRS``; ``map`` by default where ``repair_corpus`` names text.
         repair_corpus: what the repair is fitted on: CORPUS or CORPUS=WEIGHT.
+        warehouse: whose evaluations of the plan go into the model card, beside those that the plan has.
+        push: where on the hub it goes too, ``ORG/NAME``; what is not there yet is made, as a private model.
         options: of the text of the repair, and the memory for it.
 
     Raises:
-        AvssError: see `pruning.checkpoint.prune`.
+        AvssError: see `pruning.checkpoint.prune`; it cannot be pushed, and is in the folder.
     """
+    from avss_dist.models.checkpoints import resolve
     from avss_dist.pruning.checkpoint import prune as write
+    from avss_dist.system.hub import require_access, upload
 
     made = plan if isinstance(plan, Plan) else read_plan(plan)
     settings, execution = split_options(dict(options))
     wanted = _repair(repair, repair_corpus, skip_sequences, settings)
     code = settings.trust_remote_code
+    if push:
+        require_access(push, "model")
+    if warehouse is not None:
+        checkpoint = resolve(str(model), trust_remote_code=code)
+        lines = evaluated_lines(Warehouse(warehouse), {"revision": checkpoint.revision}, made.removed)
+        made = replace(made, evaluated=tuple(dict.fromkeys([*made.evaluated, *lines])))
     done = write(str(model), made, output, repair=wanted, execution=execution, trust_remote_code=code)
+    if push:
+        what = f"{Path(made.model).name} without {len(made.removed)} of its layers"
+        hint = f"The checkpoint is whole, in {output}: hf upload {push} {output}"
+        replaced = ["*.safetensors", "*.json"]
+        done = {**done, "pushed": upload(Path(output), push, "model", message=what, replaced=replaced, hint=hint)}
     return Pruned(made, done)
 
 

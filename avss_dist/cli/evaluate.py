@@ -19,6 +19,7 @@ from avss_dist.system.streams import console
 
 EVALUATED = tuple(EvaluationOptions.__annotations__)
 """Settings that matter where nothing is measured inside of layers, and where the work runs."""
+PROMPTS = "Questions of lm-evaluation-harness"  # a panel of the help
 
 
 @takes_settings(*EVALUATED)
@@ -37,8 +38,25 @@ def evaluate(
     ] = 0,
     limit: Annotated[int | None, typer.Option(help="Questions of a task at most.", min=1)] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(help="Examples before each question of a harness task.", min=0)
+        int | None,
+        typer.Option(help="Examples before each question of a harness task.", min=0, rich_help_panel=PROMPTS),
     ] = None,
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--apply-chat-template", help="Put these questions in the model's chat template.", rich_help_panel=PROMPTS
+        ),
+    ] = False,
+    system_instruction: Annotated[
+        str | None,
+        typer.Option(help="What stands before these questions; in a chat, the system's.", rich_help_panel=PROMPTS),
+    ] = None,
+    fewshot_as_multiturn: Annotated[
+        bool,
+        typer.Option(
+            "--fewshot-as-multiturn", help="Make a turn of the chat of each example.", rich_help_panel=PROMPTS
+        ),
+    ] = False,
     sparse: Annotated[
         str | None, typer.Option(help="A sparsity plan, SPARSE.yaml: every subject is evaluated with it, too.")
     ] = None,
@@ -61,6 +79,9 @@ def evaluate(
             skip_questions=skip_questions,
             limit=limit,
             num_fewshot=num_fewshot,
+            apply_chat_template=apply_chat_template,
+            system_instruction=system_instruction,
+            fewshot_as_multiturn=fewshot_as_multiturn,
             sparse=sparse,
             allow_overlap=allow_overlap,
             reporter=progress,

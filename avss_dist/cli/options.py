@@ -222,8 +222,8 @@ ModelArgument = Annotated[str, typer.Argument(help=MODEL)]
 CorpusOption = Annotated[
     str,
     typer.Option(
-        help="file.txt, file.jsonl[:field], file.csv[:column], file.parquet[:column], hf:NAME..., builtin:pydoc; "
-        "of paired text file.jsonl:prompt+answer[:label], truthfulqa:file.jsonl[:seed]."
+        help="file.txt, file.jsonl[:field], file.csv[:column], file.parquet[:column], hf:NAME..., wikitext2, c4, ..., "
+        "builtin:pydoc; of paired text file.jsonl:prompt+answer[:label], truthfulqa:file.jsonl[:seed]."
     ),
 ]
 SkipSequencesOption = Annotated[int, typer.Option(help="Rows at the start of a corpus that are not read.", min=0)]

@@ -133,13 +133,14 @@ def plan(
     site: SiteOption = SITES[0],
     threshold: ThresholdOption = PUBLISHED,
     skip_sequences: SkipSequencesOption = 0,
-    format: Annotated[str, choice(FORMATS, "What to write.")] = FORMATS[0],
+    format: Annotated[str, choice(FORMATS, "What to write.", checked=False)] = FORMATS[0],
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     **options: Any,
 ) -> None:
     """Choose the layers to drop, and write them down with the reason and what speaks against it."""
-    from avss_dist.pruning.formats import OTHERS
+    from avss_dist.pruning.formats import OTHERS, require_format
 
+    require_format(format, FORMATS)
     limits: dict[str, Any] = {"parameters": parameters, "memory": memory, "share_of_parameters": share_of_parameters}
     sparse_fields = {"method": method, "rule": rule, "pattern": pattern, "corrections": corrections}
     of_layers = {"by": by, "search": search, "share": share, "count": count, "mass": mass, "contiguous": contiguous}

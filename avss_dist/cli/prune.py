@@ -16,6 +16,7 @@ from avss_dist.cli.options import (
     choice,
     output_option,
     takes_settings,
+    warehouse_option,
 )
 from avss_dist.settings import NO_REPAIR, REPAIRS
 from avss_dist.system.streams import emit, emit_json
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
     from avss_dist.api.change import Pruned
 
 
-READING = ("max_sequences", "sequence_length", "batch_size", "layout", "dtype", "dequantize", "attention", "device")
+READING = (
+    *("max_sequences", "shuffle_seed", "chat_template", "sequence_length", "batch_size", "layout"),
+    *("dtype", "dequantize", "attention", "device"),
+)
 MEMORY = ("partition", "max_memory", "offload_folder")
 
 
@@ -47,6 +51,12 @@ def prune(
         typer.Option(help="Text that the repair is fitted on, CORPUS or CORPUS=WEIGHT; repeatable."),
     ] = None,
     skip_sequences: SkipSequencesOption = 0,
+    warehouse: Annotated[
+        str | None, warehouse_option("Where the plan was evaluated: what came of it goes into the model card.")
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(help="Upload it to the hub too, as ORG/NAME; a new model there is private.")
+    ] = None,
     trust_remote_code: CodeOption = False,
     format: TextFormatOption = TEXT_FORMATS[0],
     **options: Any,
@@ -65,6 +75,8 @@ def prune(
         repair=repair,
         repair_corpus=repair_corpus or (),
         skip_sequences=skip_sequences,
+        warehouse=warehouse,
+        push=push,
         trust_remote_code=trust_remote_code,
         **options,
     )
@@ -89,3 +101,5 @@ def _print(done: Pruned) -> None:
         )
     for note in done.notes:
         emit(note)
+    if done.pushed:
+        emit(f"Uploaded to {done.pushed}")

@@ -64,7 +64,14 @@ def join(pairings: Sequence[Pairing]) -> Pairing:
 
 
 def paired_rows(
-    answers: Iterator[Answer], source: str, *, encode: Encode, eos: int | None, length: int, most: int | None
+    answers: Iterator[Answer],
+    source: str,
+    *,
+    encode: Encode,
+    eos: int | None,
+    length: int,
+    most: int | None,
+    seed: int | None,
 ) -> tuple[list[Ids], Pairing]:
     """The rows of paired text: pair after pair, its answers after their prompt, then after another.
 
@@ -72,11 +79,12 @@ def paired_rows(
         eos: token that a tokenizer may put after a prompt, and that is left out there.
         length: tokens of a row at most.
         most: rows at most, in whole pairs.
+        seed: of the order of pairs; None is that of the text.
 
     Raises:
         CorpusError: the answers are no pairs (see `answers.paired`), or a row is too long; the message names the line.
     """
-    pairs = _first(paired(answers, source), most)
+    pairs = _first(_ordered(paired(answers, source), seed), most)
     return _rows(pairs, [("", range(len(pairs))), (AFTER_ANOTHER, _other(len(pairs)))], encode, eos, length)
 
 
@@ -121,6 +129,10 @@ def _rows(
         strata=tuple(stratum for _, stratum, _ in places),
         starts=np.array([start for _, _, start in places], np.int32),
     )
+
+
+def _ordered(pairs: list[list[Answer]], seed: int | None) -> list[list[Answer]]:
+    return pairs if seed is None else [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))]
 
 
 def _first(pairs: list[list[Answer]], most: int | None) -> list[list[Answer]]:

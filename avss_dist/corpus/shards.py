@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from avss_dist.corpus.answers import truthfulqa_choices
+from avss_dist.corpus.chats import chat_template
 from avss_dist.corpus.pairs import Pairing, choice_rows, join, paired_rows
 from avss_dist.corpus.sources import Source, json_records, open_source
+from avss_dist.corpus.tokens import Ids, Tally, Tokenizer, encode, rows_of, shuffled
 from avss_dist.errors import CorpusError, without_secrets
 from avss_dist.settings import Settings, fingerprint
 from avss_dist.system.spool import Spool
 
-Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
 
 USUAL_ROWS = 32  # of a shard where settings do not say how many
-GROUP_DOCUMENTS, GROUP_CHARACTERS = 64, 1 << 20  # that are tokenized at once
-FIRST_DOCUMENTS = 4  # as many as a small plan may need; then twice as many each time
-PIECE_CHARACTERS = 4 << 20  # of a document that are tokenized at once: that takes over 100 bytes for each
-_WORD = re.compile(r"(?= \S)|(?<=\S\n)(?=\S)")
-"""Where a word begins: byte-level tokenizers take the one space before it with it, and a line end alone."""
-
-
-class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer. A call gives a mapping whose ``input_ids`` is a list[list[int]]."""
-
-    eos_token_id: int | None
-    pad_token_id: int | None
-
-    def __call__(self, text: list[str], **kwargs: Any) -> Any: ...
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -106,6 +92,7 @@ class CorpusPlan:
     shards: tuple[Shard, ...]
     num_sequences: int
     num_tokens: int
+    chat_template: str | None = None  # SHA-256 in hex of the template that conversations were put in, if there were any
 
     def recut(self, rows: int) -> CorpusPlan:
         """The same rows in shards of another size; pairs stay whole."""
@@ -131,23 +118,25 @@ def plan(
     skip_sequences: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> CorpusPlan:
-    """Read, tokenize and cut a corpus, no further than ``settings.max_sequences`` rows need.
+    """Read, tokenize and cut a corpus, no further than ``settings.max_sequences`` rows need; all of it with a seed.
 
     Args:
-        skip_sequences: rows at the start that are left out.
+        skip_sequences: rows at the start that are left out; with a seed, of the order that it gives.
         progress: called after each shard with the number of sequences so far.
 
     Raises:
-        CorpusError: the source cannot be read, holds no text, or is too short for one sequence.
+        CorpusError: the source cannot be read, holds no text, or is too short for one sequence; or the tokenizer has no
+            chat template, and one is wanted.
     """
-    opened, tally, length = open_source(source), _Tally(), settings.sequence_length
+    template = chat_template(tokenizer) if settings.chat_template else None
+    opened, tally, length = open_source(source), Tally(), settings.sequence_length
     if opened.answers:
         return _plan_pairs(source, opened, tokenizer, settings, skip_sequences)
-    eos = tokenizer.eos_token_id
-    ids = _tokenize(opened.documents(), tokenizer, tally)
-    rows = _pack(ids, eos, length, tally) if settings.layout == "packed" else _truncate(ids, length)
-    most = settings.max_sequences
-    rows = islice(rows, skip_sequences, None if most is None else skip_sequences + most)
+    rows = rows_of(opened.documents(), tokenizer, settings, tally)
+    end = None if settings.max_sequences is None else skip_sequences + settings.max_sequences
+    if settings.shuffle_seed is not None:
+        rows = shuffled(rows, settings.shuffle_seed, end)
+    rows = islice(rows, skip_sequences, end)
     spool, lengths = Spool(length), [np.zeros(0, np.int32)]
     num_sequences = 0
     per_shard = settings.sequences_per_shard or USUAL_ROWS
@@ -168,6 +157,7 @@ def plan(
         shards=shards,
         num_sequences=num_sequences,
         num_tokens=num_tokens,
+        chat_template=template if tally.conversations else None,
     )
 
 
@@ -176,7 +166,7 @@ def _plan_pairs(source: str, opened: Source, tokenizer: Tokenizer, settings: Set
     assert opened.answers is not None
     if skip:
         raise CorpusError(f"{source} is paired text.", "Leave `skip_sequences` out: its rows belong together.")
-    rows, pairing = paired_rows(opened.answers(), source, **_rows_of(tokenizer, settings))
+    rows, pairing = paired_rows(opened.answers(), source, seed=settings.shuffle_seed, **_rows_of(tokenizer, settings))
     ids, lengths = _padded(rows, settings.sequence_length, tokenizer)
     if min(lengths) <= settings.skip_first_tokens:
         message = f"{source}: `skip_first_tokens` {settings.skip_first_tokens} leaves nothing of an answer."
@@ -212,86 +202,11 @@ def plan_choices(
 def _rows_of(tokenizer: Tokenizer, settings: Settings) -> dict[str, Any]:
     """How answers become rows: see `pairs.paired_rows`."""
     return {
-        "encode": lambda texts, special: _encode(texts, tokenizer, special=special),
+        "encode": lambda texts, special: encode(texts, tokenizer, special=special),
         "eos": tokenizer.eos_token_id,
         "length": settings.sequence_length,
         "most": settings.max_sequences,
     }
-
-
-@dataclass
-class _Tally:
-    documents: int = 0
-    tokens: int = 0
-    has_text: bool = False
-
-
-def _tokenize(texts: Iterator[str], tokenizer: Tokenizer, tally: _Tally) -> Iterator[Ids]:
-    for group in _groups(texts):
-        short = group if len(group[-1]) <= PIECE_CHARACTERS else group[:-1]  # a long one ends its group
-        encoded: list[Any] = _encode(short, tokenizer) if short else []
-        encoded += [_encode_long(text, tokenizer) for text in group[len(short) :]]
-        for text, ids in zip(group, encoded, strict=True):
-            tally.documents += 1
-            tally.tokens += len(ids)
-            tally.has_text |= bool(text) and not text.isspace()
-            yield np.asarray(ids, np.int32)
-
-
-def _encode(texts: list[str], tokenizer: Tokenizer, *, special: bool = True) -> list[list[int]]:
-    options = {"truncation": False, "padding": False, "verbose": False}
-    options |= {"return_attention_mask": False, "return_token_type_ids": False}
-    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=special, **options)["input_ids"]
-    return encoded
-
-
-def _encode_long(text: str, tokenizer: Tokenizer) -> Ids:
-    """Tokens of a document that would take too much memory at once: those of its pieces, with its special tokens."""
-    (probe,), (bare,) = (_encode(["a"], tokenizer, special=special) for special in (True, False))
-    start = next((i for i in range(len(probe)) if probe[i : i + len(bare)] == bare), 0)
-    parts = [np.asarray(_encode([piece], tokenizer, special=False)[0], np.int32) for piece in _pieces(text)]
-    return np.concatenate([np.array(probe[:start], np.int32), *parts, np.array(probe[start + len(bare) :], np.int32)])
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """A text cut before words; where no word begins, it is not cut."""
-    start = 0
-    while start < len(text):
-        word = _WORD.search(text, start + PIECE_CHARACTERS)
-        end = word.start() if word else len(text)
-        yield text[start:end]
-        start = end
-
-
-def _groups(texts: Iterator[str]) -> Iterator[list[str]]:
-    group: list[str] = []
-    size = min(FIRST_DOCUMENTS, GROUP_DOCUMENTS)
-    failure: Exception | None = None
-    while not failure:
-        try:
-            group.append(next(texts))
-        except (StopIteration, CorpusError) as error:
-            failure = error  # raised below: the texts before a bad line may be all that is wanted
-        if group and (failure or len(group) == size or sum(map(len, group)) >= GROUP_CHARACTERS):
-            yield group
-            group, size = [], min(2 * size, GROUP_DOCUMENTS)
-    if isinstance(failure, CorpusError):
-        raise failure
-
-
-def _pack(documents: Iterator[Ids], eos: int | None, length: int, tally: _Tally) -> Iterator[Ids]:
-    rest = np.zeros(0, np.int32)
-    for ids in documents:
-        end = [] if eos is None or (len(ids) and ids[-1] == eos) else [eos]
-        tally.tokens += len(end)
-        rest = np.concatenate([rest, ids, np.array(end, np.int32)])
-        whole = len(rest) // length * length
-        yield from rest[:whole].reshape(-1, length)
-        rest = rest[whole:].copy()
-
-
-def _truncate(documents: Iterator[Ids], length: int) -> Iterator[Ids]:
-    return (ids[:length].copy() for ids in documents if len(ids))
 
 
 def _padded(rows: Sequence[Ids], length: int, tokenizer: Tokenizer) -> tuple[Ids, Ids]:
@@ -331,7 +246,7 @@ def _fingerprint(shards: Sequence[Shard], sequence_length: int) -> str:
     return fingerprint(shards=[shard.content_hash for shard in shards], sequence_length=sequence_length)
 
 
-def _require_enough(source: str, num_sequences: int, num_tokens: int, tally: _Tally, settings: Settings) -> None:
+def _require_enough(source: str, num_sequences: int, num_tokens: int, tally: Tally, settings: Settings) -> None:
     length, skip = settings.sequence_length, settings.skip_first_tokens
     if not tally.has_text:
         raise CorpusError(f"{source} holds no text (documents read: {tally.documents}).", "Name one that holds some.")

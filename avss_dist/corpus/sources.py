@@ -1,7 +1,8 @@
 """Where text comes from: sources -> documents, streaming, with a fingerprint of their content.
 
 A source is ``file.txt``, ``file.jsonl[:field]``, ``file.csv[:column]``, ``file.parquet[:column]`` (local, ``s3://``,
-``gs://``, ``hdfs://`` or ``file://``; or a glob of them), ``hf:NAME[:config][:split][:column]``, or ``builtin:pydoc``.
+``gs://``, ``hdfs://`` or ``file://``; or a glob of them), ``hf:NAME[@revision][:config][:split][:column]``, the short
+name of a data set of the hub (see `named`), or ``builtin:pydoc``. A column holds texts, or conversations.
 Sources of paired text are ``file.jsonl:prompt+answer[:label]``, by the names of fields, of CSV too, and
 ``truthfulqa:file.jsonl[:seed]``. All files but Parquet may end in ``.gz`` or ``.zst``.
 """
@@ -28,11 +29,12 @@ from avss_dist.corpus.answers import (
     MAX_LINE_BYTES,
     Answer,
     Records,
-    field_text,
     labelled_answers,
     too_long,
     truthfulqa_answers,
 )
+from avss_dist.corpus.chats import Document, field_document
+from avss_dist.corpus.named import NAMED
 from avss_dist.errors import CorpusError, nearest, require_known
 from avss_dist.settings import fingerprint
 from avss_dist.text import RedactedURI
@@ -40,8 +42,8 @@ from avss_dist.text import RedactedURI
 TEXT_PIECE_BYTES = 4 << 20  # of a text file: whole, it would not fit in memory
 MAX_REST_BYTES = 1 << 20  # of a line that goes on at the end of a piece; a longer one is cut at whitespace
 FORMS = (
-    "file.txt, file.jsonl[:field], file.csv[:column], file.parquet[:column], hf:NAME[:config][:split][:column], "
-    "builtin:pydoc"
+    "file.txt, file.jsonl[:field], file.csv[:column], file.parquet[:column], "
+    f"hf:NAME[@revision][:config][:split][:column], {', '.join(NAMED)}, builtin:pydoc"
 )
 
 _FILE = re.compile(
@@ -55,8 +57,8 @@ _FILE_HINT = "Check that the file exists, is complete and readable."
 _HUB_HINT = "Check the name, configuration, split and network; a private dataset needs `hf auth login`."
 
 
-def documents(source: str) -> Iterator[str]:
-    """Stream the texts of a source in order, the files of a glob by sorted path.
+def documents(source: str) -> Iterator[Document]:
+    """Stream the texts or conversations of a source in order, the files of a glob by sorted path.
 
     A ``.txt`` file is one document (none if empty); above 4 MiB it is read in pieces of about that size, each a
     document: cut at line ends, or before a word where a line is longer. Memory is bounded by such a piece, the longest
@@ -74,7 +76,7 @@ class Source:
     """A source that was found.
 
     Attributes:
-        documents: streams its texts.
+        documents: streams its texts, or conversations.
         fingerprint: identity of its content in 64 hex digits, whatever the tokenizer and however much of it is read.
             Local files count by their bytes, wherever they lie; remote ones by path, size and time of change; Hub
             datasets by name and revision (a local dataset folder by the times of its files). Field, column, config and
@@ -82,7 +84,7 @@ class Source:
         answers: streams the answers of paired text, whose documents are prompts with answers; None of other text.
     """
 
-    documents: Callable[[], Iterator[str]]
+    documents: Callable[[], Iterator[Document]]
     fingerprint: Callable[[], str]
     answers: Callable[[], Iterator[Answer]] | None = None
 
@@ -95,6 +97,8 @@ def open_source(source: str) -> Source:
     """
     source = RedactedURI(source).full
     kind, _, name = source.partition(":")
+    if kind in NAMED and ":" not in name:
+        return _hub(NAMED[kind].source(split=name))
     if kind == "truthfulqa":
         return _truthfulqa(source, name)
     return _builtin(name) if kind == "builtin" else _hub(source) if kind == "hf" else _files(source)
@@ -112,7 +116,8 @@ def _files(source: str) -> Source:
     match = _FILE.fullmatch(source)
     if not match:
         ending = re.search(r"\.\w+(?=:|$)", source.rpartition("/")[2])
-        near = nearest(ending[0], [f".{name}" for name in _READERS]) if ending else ""
+        known = [f".{name}" for name in _READERS] if ending else [*NAMED]
+        near = nearest(ending[0] if ending else source.partition(":")[0], known) if source else ""
         raise CorpusError(f"'{source}' is not a corpus source.", f"{near} Sources: {FORMS}.".strip())
     path, suffix = match["path"], (match["suffix"] or match["parquet"]).lower()
     if suffix == "txt" and match["field"] is not None:
@@ -201,7 +206,7 @@ def _identity(filesystem: fs.FileSystem, path: str) -> object:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read(filesystem: fs.FileSystem, paths: list[str], suffix: str, field: str) -> Iterator[str]:
+def _read(filesystem: fs.FileSystem, paths: list[str], suffix: str, field: str) -> Iterator[Document]:
     for path in paths:
         opened = filesystem.open_input_file if suffix == "parquet" else filesystem.open_input_stream  # which unpacks
         with _explained(path, _FILE_ERRORS, _FILE_HINT), opened(path) as file:
@@ -231,8 +236,8 @@ def _last_word(data: bytes) -> int:
     return start
 
 
-def _read_jsonl(file: Any, path: str, field: str) -> Iterator[str]:
-    return (field_text(record, field, where) for record, where in _read_records(file, path, field))
+def _read_jsonl(file: Any, path: str, field: str) -> Iterator[Document]:
+    return (field_document(record, field, where) for record, where in _read_records(file, path, field))
 
 
 def _read_records(file: Any, path: str, field: str) -> Iterator[tuple[Mapping[str, Any], str]]:
@@ -254,8 +259,8 @@ def _read_records(file: Any, path: str, field: str) -> Iterator[tuple[Mapping[st
         yield record, where
 
 
-def _read_csv(file: Any, path: str, column: str) -> Iterator[str]:
-    return (field_text(record, column, where) for record, where in _read_csv_records(file, path, column))
+def _read_csv(file: Any, path: str, column: str) -> Iterator[Document]:
+    return (field_document(record, column, where) for record, where in _read_csv_records(file, path, column))
 
 
 def _read_csv_records(file: Any, path: str, _column: str) -> Iterator[tuple[Mapping[str, Any], str]]:
@@ -278,14 +283,14 @@ def _read_line(stream: io.BufferedReader, where: str) -> bytes:
     return line
 
 
-def _read_parquet(file: Any, path: str, column: str) -> Iterator[str]:
+def _read_parquet(file: Any, path: str, column: str) -> Iterator[Document]:
     table = parquet.ParquetFile(file)
     names = table.schema_arrow.names
     if column not in names:
         raise CorpusError(f"{path}: no column '{column}'.", nearest(column, names))
     batches = table.iter_batches(batch_size=256, columns=[column])
     for row, value in enumerate((value for batch in batches for value in batch.column(0).to_pylist()), 1):
-        yield field_text({column: value}, column, f"{path}, row {row}")
+        yield field_document({column: value}, column, f"{path}, row {row}")
 
 
 _READERS = {"txt": _read_txt, "jsonl": _read_jsonl, "csv": _read_csv, "parquet": _read_parquet}
@@ -296,21 +301,22 @@ def _hub(source: str) -> Source:
     parts = source.split(":")[1:]
     if not parts[0] or len(parts) > 4:
         raise CorpusError(f"'{source}' is not a corpus source.", f"Sources: {FORMS}.")
-    name, config, split, column = (p or d for p, d in zip_longest(parts, ("", "", "train", "text")))
+    named, config, split, column = (p or d for p, d in zip_longest(parts, ("", "", "train", "text")))
+    name, _, revision = (named, "", "") if os.path.exists(named) else named.partition("@")
     try:
         from datasets import load_dataset_builder
     except ImportError as error:
         hint = "In a clone of avss_dist: pip install -e '.[hf]'"
         raise CorpusError(f"{source} needs the package datasets.", hint) from error
     with _explained(source, (Exception,), _HUB_HINT):
-        builder = load_dataset_builder(name, config or None)
+        builder = load_dataset_builder(name, config or None, revision=revision or None)
 
     def rows() -> Iterator[Mapping[str, Any]]:
         with _explained(source, (Exception,), _HUB_HINT):
             yield from builder.as_streaming_dataset(split=split)
 
     return Source(
-        lambda: (field_text(row, column, f"{source}, row {number}") for number, row in enumerate(rows(), 1)),
+        lambda: (field_document(row, column, f"{source}, row {number}") for number, row in enumerate(rows(), 1)),
         lambda: fingerprint(kind="hf", name=name, config=config, split=split, column=column, revision=builder.hash),
     )
 

@@ -34,9 +34,6 @@ from avss_dist.warehouse.patches import Patches
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
-_OF_STATISTICS = ("sites", "thresholds", "experts")
-NOT_NUMBERS = (*_OF_STATISTICS, "max_sequences", "sequences_per_shard", "layout", "trust_remote_code", "allow_pickle")
-
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedEvaluation:
@@ -159,7 +156,7 @@ def plan_evaluation(
 
     The same id is the same evaluation.
     """
-    numbers = {name: value for name, value in settings.as_dict().items() if name not in NOT_NUMBERS}
+    numbers = settings.numbers(statistics=False)
     changed = {"sparsity": sparsity and sparsity.key, "factor": factor}
     print_ = fingerprint(
         schema=SCHEMA_VERSION,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
-from avss_dist.corpus.shards import plan_choices
 from avss_dist.errors import ConfigError
 from avss_dist.evaluation.engine import (
     CellReporter,
@@ -22,30 +21,34 @@ from avss_dist.evaluation.engine import (
     pinned,
     placed,
     plan_evaluation,
-    plan_text,
 )
 from avss_dist.evaluation.held_out import refuse_overlap, refuse_questions, refuse_repair_text, refuse_search_text
+from avss_dist.evaluation.make_tasks import make_task
 from avss_dist.evaluation.outcomes import Evaluations
 from avss_dist.evaluation.retention import Retained, retained
 from avss_dist.evaluation.subjects import Subject, read_subject, with_sparsity
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.loading import load_tokenizer
 from avss_dist.models.sparsifying import Sparsity
-from avss_dist.options import EvaluationOptions, with_options
+from avss_dist.options import EvaluationOptions, Prompting, with_options
 from avss_dist.removal import Drop
+from avss_dist.runs.corpora import corpus_problems
 from avss_dist.settings import DEFAULT_WAREHOUSE, PERPLEXITY, REALIZED, TRUTHFULQA, Settings
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.sparsity.realized import Realized
-from avss_dist.tasks.base import Result, Task, TextLoss
+from avss_dist.tasks.base import Result
 from avss_dist.tasks.cells import Cell
-from avss_dist.tasks.truthfulqa import TruthfulChoices
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
 
 HARNESS = ""
-_TAKEN_BY = {"skip_questions": (TRUTHFULQA,), "limit": (TRUTHFULQA, HARNESS), "num_fewshot": (HARNESS,)}
+_TAKEN_BY = {
+    **dict.fromkeys(("shuffle_seed", "chat_template"), (PERPLEXITY,)),
+    "skip_questions": (TRUTHFULQA,),
+    "limit": (TRUTHFULQA, HARNESS),
+    **{field.name: (HARNESS,) for field in fields(Prompting)},
+}
 _Key = tuple[str, str, str | None]  # revision, task, and the key of what is sparse
 
 
@@ -77,6 +80,9 @@ def evaluate(
     skip_questions: int = 0,
     limit: int | None = None,
     num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+    system_instruction: str | None = None,
+    fewshot_as_multiturn: bool = False,
     sparse: str | None = None,
     allow_overlap: bool = False,
     reporter: CellReporter | None = None,
@@ -91,7 +97,8 @@ def evaluate(
         skip_sequences: rows at the start of each corpus that are not read.
         skip_questions: questions of TruthfulQA that are not asked, the first ones.
         limit: documents of lm-evaluation-harness, questions of TruthfulQA, at most.
-        num_fewshot: examples before each document of lm-evaluation-harness.
+        num_fewshot, apply_chat_template, system_instruction, fewshot_as_multiturn: what stands around each document of
+            lm-evaluation-harness, as `options.Prompting` has it.
         sparse: a sparsity plan, which every subject is evaluated with, too.
         allow_overlap: evaluate on text that a plan's scores were measured on, or a repair was fitted on, all the same.
         options: the fields of ``settings.Settings`` and ``settings.Execution``.
@@ -100,7 +107,15 @@ def evaluate(
         AvssError: a mistake, or a cell that failed (`RunFailed`); what was measured is kept.
     """
     settings, execution = evaluation_options(dict(options))
-    _require_used(tasks, skip_questions=skip_questions or None, limit=limit, num_fewshot=num_fewshot)
+    prompting = Prompting(
+        num_fewshot=num_fewshot,
+        apply_chat_template=apply_chat_template,
+        system_instruction=system_instruction,
+        fewshot_as_multiturn=fewshot_as_multiturn,
+    )
+    _require_used(tasks, skip_questions=skip_questions or None, limit=limit, **prompting.changes())
+    _require_used(tasks, shuffle_seed=settings.shuffle_seed, chat_template=settings.chat_template or None)
+    _require_readable(tasks, settings)
     tasks = [RedactedURI(task) for task in tasks]
     store = Store(warehouse)
     store.create()
@@ -120,7 +135,7 @@ def evaluate(
                     skip_sequences=skip_sequences,
                     skip_questions=skip_questions,
                     limit=limit,
-                    num_fewshot=num_fewshot,
+                    prompting=prompting,
                 )
                 for one in _sparsities(found, checkpoint):
                     require_effect(one.rule if one else None, name)
@@ -136,12 +151,19 @@ def evaluate(
     return Evaluations(_all_against_whole(found, tasks, every), findings=_findings(found, tasks, every))
 
 
-def _require_used(tasks: Sequence[str], **given: int | None) -> None:
+def _require_used(tasks: Sequence[str], **given: Any) -> None:
     """Refuse options that no task takes."""
     kinds = {next((kind for kind in (PERPLEXITY, TRUTHFULQA) if task.startswith(kind)), HARNESS) for task in tasks}
     for name, value in given.items():
         if value is not None and not kinds & set(_TAKEN_BY[name]):
             raise ConfigError(f"`{name}` has no effect on {', '.join(map(RedactedURI, tasks))}.", "Leave it out.")
+
+
+def _require_readable(tasks: Sequence[str], settings: Settings) -> None:
+    """Refuse texts that cannot be read as they are wanted to."""
+    texts = [RedactedURI(task).full.removeprefix(PERPLEXITY) for task in tasks if task.startswith(PERPLEXITY)]
+    for _, problem in corpus_problems(texts, {settings.chat_template}):
+        raise problem
 
 
 def _all_against_whole(
@@ -221,32 +243,6 @@ def require_effect(rule: str | None, task: str) -> None:
         )
 
 
-def make_task(
-    checkpoint: Checkpoint,
-    name: str,
-    settings: Settings,
-    *,
-    skip_sequences: int = 0,
-    skip_questions: int = 0,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-) -> Task:
-    """A task by its name.
-
-    Raises:
-        AvssError: there is none such, or its data could not be loaded.
-    """
-    if name.startswith(PERPLEXITY):
-        corpus = RedactedURI(name).full.removeprefix(PERPLEXITY)
-        return text_task(checkpoint, corpus, settings, skip_sequences=skip_sequences)
-    if name.startswith(TRUTHFULQA):
-        questions = slice(skip_questions, None if limit is None else skip_questions + limit)
-        return choices_task(checkpoint, RedactedURI(name).full.removeprefix(TRUTHFULQA), settings, questions)
-    from avss_dist.tasks.harness import harness_task
-
-    return harness_task(name, limit=limit, num_fewshot=num_fewshot, trust_remote_code=settings.trust_remote_code)
-
-
 def against_whole(
     subject: Subject, task: str, found: Sequence[Result], dense: Sequence[Result] | None = None
 ) -> list[Evaluation]:
@@ -269,24 +265,3 @@ def against_whole(
         for result in found
         if result.drop == subject.drop
     ]
-
-
-def text_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_sequences: int = 0) -> Task:
-    """The loss on a corpus, in the checkpoint's tokens.
-
-    Raises:
-        CorpusError: it cannot be read, or is too short.
-    """
-    text = plan_text(checkpoint, corpus, settings, skip_sequences=skip_sequences)
-    return Task(name=f"{PERPLEXITY}{RedactedURI(corpus)}", parts=tuple(TextLoss(shard) for shard in text.shards))
-
-
-def choices_task(checkpoint: Checkpoint, path: str, settings: Settings, questions: slice = slice(None)) -> Task:
-    """Multiple choice on a file of TruthfulQA, on some of its questions.
-
-    Raises:
-        CorpusError: it cannot be read, or a row is too long.
-    """
-    tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
-    parts = tuple(TruthfulChoices(shard) for shard in plan_choices(path, tokenizer, settings, questions))
-    return Task(name=f"{TRUTHFULQA}{RedactedURI(path)}", parts=parts)

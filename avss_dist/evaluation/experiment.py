@@ -33,8 +33,8 @@ from avss_dist.evaluation.engine import (
     require_intended,
     require_listable,
 )
-from avss_dist.evaluation.evaluate import make_task
 from avss_dist.evaluation.held_out import refuse_overlap, refuse_questions, refuse_repair_text, refuse_text
+from avss_dist.evaluation.make_tasks import make_task
 from avss_dist.evaluation.repairs import fit_repairs, plan_fits, repair_texts, require_changeable
 from avss_dist.evaluation.search import Losses, conduct, search_task
 from avss_dist.evaluation.sparse_trials import plan_sparsities, require_inputs, sparse_rows
@@ -271,7 +271,7 @@ def _plan(trial: Trial, name: str, experiment: Experiment, factor: float = 0.0) 
         skip_sequences=experiment.skip_sequences,
         skip_questions=experiment.skip_questions,
         limit=experiment.limit,
-        num_fewshot=experiment.num_fewshot,
+        prompting=experiment.prompting,
     )
     return plan_evaluation(trial.checkpoint, task, settings, trial.placement, factor=factor)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from avss_dist.evaluation.attempts import Bench
 from avss_dist.evaluation.engine import PlannedEvaluation, commit, failure, measure, plan_evaluation
-from avss_dist.evaluation.evaluate import text_task
+from avss_dist.evaluation.make_tasks import text_task
 from avss_dist.evaluation.repairs import FitRepair, fit_repairs, plan_fits
 from avss_dist.evaluation.search import CHOSEN_HERE, conduct
 from avss_dist.pruning.plan import Plan, reasons

@@ -29,14 +29,14 @@ from avss_dist.evaluation.engine import (
     plan_evaluation,
     plan_text,
 )
-from avss_dist.evaluation.evaluate import make_task
 from avss_dist.evaluation.held_out import refuse_overlap, refuse_repair_text, refuse_text
+from avss_dist.evaluation.make_tasks import make_task
 from avss_dist.evaluation.repaired_search import repaired_losses, searched_plan
 from avss_dist.evaluation.repairs import plan_fits, repair_texts, require_changeable
 from avss_dist.executors.base import Executor
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint, resolve
-from avss_dist.options import ShrinkingOptions, with_options
+from avss_dist.options import Prompting, ShrinkingOptions, with_options
 from avss_dist.partition.base import Placement
 from avss_dist.pruning.checkpoint import prune, require_free, require_prunable
 from avss_dist.pruning.plan import Plan
@@ -286,7 +286,7 @@ def _task(
         read,
         skip_sequences=parts.scored,
         limit=asked.limit,
-        num_fewshot=asked.num_fewshot,
+        prompting=Prompting(num_fewshot=asked.num_fewshot),
     )
     return plan_evaluation(checkpoint, task, read, placement)
 

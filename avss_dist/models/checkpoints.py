@@ -16,6 +16,7 @@ from avss_dist.models.content import content_hash
 from avss_dist.models.pickled import PICKLED, convert, converted_folder
 from avss_dist.models.pickled import WEIGHTS as PICKLED_WEIGHTS
 from avss_dist.models.safetensors import WEIGHTS, weight_files
+from avss_dist.system.hub import client_errors
 
 _FETCHED = ("*.json", "*.model", "*.txt", "*.jinja")  # of a hub checkpoint, beside its weights
 _READ = {".json", ".safetensors", ".model", ".txt"}  # suffixes of the files that can change a number
@@ -168,8 +169,8 @@ def explain_hub_errors(spec: str) -> Iterator[None]:
             f"There is no model '{name}', neither as a folder here nor on the hub.",
             "Check the name; a private model needs `hf auth login`.",
         ) from error
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
-        if is_full(error):
+    except client_errors() as error:
+        if isinstance(error, OSError) and is_full(error):
             raise unwritable(f"The hub's cache on this machine, with '{spec}',", error, "Free some space.") from error
         raise ModelError(
             f"'{spec}' is no folder here, is not in the local hub cache, and the hub cannot be reached.",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from avss_dist.errors import ConfigError, require_known
+from avss_dist.options import Prompting
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
 from avss_dist.settings import (
     CONTRAST,
@@ -108,10 +109,17 @@ class Experiment:
     """Questions of a task at most."""
     num_fewshot: Count | None = None
     """Examples before each question of a harness task."""
+    apply_chat_template: bool = False
+    """Put questions of harness tasks in the tokenizer's chat template."""
+    system_instruction: str | None = None
+    """What stands before everything in a question of a harness task: in a chat, what the system says."""
+    fewshot_as_multiturn: bool = False
+    """Make a turn of the chat of each example."""
     allow_many: bool = False
     """Go on where there are more than 10,000 evaluations."""
 
     def __post_init__(self) -> None:
+        assert self.prompting  # which refuses options without effect
         if not self.shares and not self.sparsities:
             raise ConfigError("`shares` and `sparsities` are both empty.", "Name some of either.")
         fitted = [repair for repair in self.repairs if repair != NO_REPAIR]
@@ -141,6 +149,11 @@ class Experiment:
         methods = scores * (1 + controls) + several * (readings + controls)
         methods += (self.random + len(self.search)) * (1 + bool(self.keep_ends))
         return (methods + self.last) * len(self.shares) * len(self.factors)
+
+    @property
+    def prompting(self) -> Prompting:
+        """What stands around questions of harness tasks."""
+        return Prompting(**{f.name: getattr(self, f.name) for f in fields(Prompting)})
 
     @property
     def chooses_by_loss(self) -> bool:

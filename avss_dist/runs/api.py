@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from avss_dist.corpus.sources import documents
 from avss_dist.errors import AvssError, ConfigError
 from avss_dist.executors.base import Executor
 from avss_dist.executors.open import open_executor
 from avss_dist.options import ScoringOptions, with_options
 from avss_dist.registry import GANGS
+from avss_dist.runs.corpora import corpus_problems
 from avss_dist.runs.driver import Driver, Ending, record_failure
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.reporter import LoggingReporter, Reporter, Reporters
@@ -39,7 +39,7 @@ def score(
 
     Args:
         model: hub id (``org/name@revision``), folder, or ``.gguf`` file.
-        corpus: as `corpus.sources` has them: ``file.txt``, ``file.jsonl[:field]``, ``hf:...``, ``builtin:pydoc``.
+        corpus: as `corpus.sources` has them: ``file.txt``, ``file.jsonl[:field]``, ``hf:...``, ``wikitext2``, ...
         warehouse: where the result is kept, a folder or URI.
         reporter: notified as the work goes on; `LoggingReporter` by default.
         options: the fields of ``settings.Settings`` and ``settings.Execution``.
@@ -48,7 +48,7 @@ def score(
         AvssError: a mistake, or a failed run (`RunFailed`); what was measured is kept.
     """
     settings, execution = split_options(dict(options))
-    _require_readable(corpus)
+    _require_readable(corpus, settings)
     name = str(model)
     spec = RunSpec(model=name, corpus=corpus, settings=settings, execution=execution, title=name, name=name)
     ((_, ending),) = _drive([spec], _warehouse(warehouse), settings, execution, reporter or LoggingReporter())
@@ -74,7 +74,7 @@ def score_all(
     settings, execution = split_options(dict(options))
     if repeated := [model for model, times in Counter(models).items() if times > 1]:
         raise ConfigError(f"'{repeated[0]}' is there twice.", "Name each model once.")
-    _require_readable(corpus)
+    _require_readable(corpus, settings)
     specs = [
         RunSpec(model=model, corpus=corpus, settings=settings, execution=execution, title=model, name=model)
         for model in models
@@ -139,7 +139,7 @@ def _warehouse(name: str | Path) -> Store:
     return Store(name)
 
 
-def _require_readable(corpus: str) -> None:
+def _require_readable(corpus: str, settings: Settings) -> None:
     """Fail now, not for every model, where the corpus cannot be read."""
-    for _ in documents(corpus):
-        break
+    for _, problem in corpus_problems([corpus], {settings.chat_template}):
+        raise problem

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from avss_dist.corpus.sources import documents
-from avss_dist.errors import AvssError, ConfigError, ModelError, named_fields, spell_fields
+from avss_dist.errors import ConfigError, ModelError, named_fields, spell_fields
 from avss_dist.models.series import matching_revisions
 from avss_dist.pruning.methods import Experiment
+from avss_dist.runs.corpora import corpus_problems
 from avss_dist.runs.job_schema import (
     EXECUTION_FIELDS,
     MODEL_FIELDS,
@@ -135,8 +135,6 @@ class _Reader:
             if text in seen:
                 self.report(("corpora", index), f"'{text}' is there twice")
             seen.add(text)
-        if self.expand:
-            self.require_readable(corpora)
         settings = self.section(SettingsSection, "settings")
         execution = self.section(ExecutionSection, "execution")
         defaults = None if settings is None or execution is None else {**settings, **execution}
@@ -144,6 +142,7 @@ class _Reader:
         experiment = self.experiment()
         specs = [*islice(self.specs(raw.get("models"), corpora, defaults if made else None), MAX_RUNS + 1)]
         self.reject_duplicates(specs)
+        self.require_readable(corpora, specs)
         if len(specs) > MAX_RUNS:
             self.report((), f"these are more than {MAX_RUNS:,} runs; make several jobs of them")
         if self.problems or self.document.repeated or made is None:
@@ -226,13 +225,11 @@ class _Reader:
                 self.report(("experiment",), str(problem))
         return None
 
-    def require_readable(self, corpora: Iterable[tuple[int, str]]) -> None:
-        """A corpus that cannot be read concerns all runs."""
-        for index, corpus in corpora:
-            try:
-                next(iter(documents(corpus)), None)
-            except AvssError as error:
-                self.report(("corpora", index), str(error))
+    def require_readable(self, corpora: Sequence[tuple[int, str]], specs: Iterable[RunSpec]) -> None:
+        """A corpus that cannot be read concerns all runs; on another machine it may be another."""
+        wanted = {spec.settings.chat_template for spec in specs}
+        for index, error in corpus_problems([text for _, text in corpora], wanted) if self.expand else ():
+            self.report(("corpora",) if index is None else ("corpora", corpora[index][0]), str(error))
 
     def specs(
         self, models: Any, corpora: Sequence[tuple[int, str]], defaults: dict[str, Any] | None

@@ -128,7 +128,7 @@ Job: Any = create_model(
         list[Text],
         Field(
             min_length=1,
-            description="As --corpus has it: file.txt, file.jsonl[:field], file.csv[:column], hf:NAME, builtin:pydoc.",
+            description="As --corpus has it: file.txt, file.jsonl[:field], hf:NAME, wikitext2, builtin:pydoc.",
         ),
     ),
     settings=(SettingsSection | None, Field(None, description="What is measured.")),

@@ -25,8 +25,7 @@ from avss_dist.settings import SCHEMA_VERSION, Settings, fingerprint
 from avss_dist.warehouse.store import Store
 
 KEPT_PLANS = 4  # tokenized corpora that are remembered
-_NO_NUMBERS = ("max_sequences", "trust_remote_code", "allow_pickle", "layout")  # settings
-_TOKENIZER_FILES = (".json", ".model", ".txt")
+_TOKENIZER_FILES = (".json", ".model", ".txt", ".jinja")
 _NO_TOKENIZER_FILES = ("config.json", "generation_config.json", "trainer_state.json", "model.safetensors.index.json")
 
 
@@ -129,8 +128,8 @@ class Planner:
             files = sorted(f for f in checkpoint.folder.iterdir() if f.suffix in _TOKENIZER_FILES)
             tokenizer = content_hash(checkpoint.folder, [f for f in files if f.name not in _NO_TOKENIZER_FILES])
         family = config.model_type, getattr(config, "tokenizer_class", None)
-        cut = settings.sequence_length, settings.sequences_per_shard, settings.max_sequences
-        return corpus, tokenizer, family, cut, settings.layout, settings.skip_first_tokens
+        cut = settings.sequence_length, settings.sequences_per_shard, settings.max_sequences, settings.shuffle_seed
+        return corpus, tokenizer, family, cut, settings.chat_template, settings.layout, settings.skip_first_tokens
 
 
 def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settings, placement: Placement) -> str:
@@ -139,7 +138,7 @@ def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settin
     The tokenizer and the packing count through the tokens that they give. Of the partitions only tensor parallel
     counts, which alone adds up in another order.
     """
-    numbers = {k: v for k, v in settings.as_dict().items() if k not in _NO_NUMBERS}
+    numbers = settings.numbers(statistics=True)
     tokens = corpus.tokens_fingerprint
     return fingerprint(
         schema=SCHEMA_VERSION, checkpoint=checkpoint.revision, tokens=tokens, settings=numbers, **numbers_of(placement)

@@ -211,6 +211,8 @@ class RunInProgress:
                 "corpus": corpus.source,
                 "corpus_fingerprint": corpus.corpus_fingerprint,
                 "tokens_fingerprint": corpus.tokens_fingerprint,
+                "chat_template": corpus.chat_template,
+                "shuffle_seed": settings.shuffle_seed,
                 "num_sequences": corpus.num_sequences,
                 "num_tokens": corpus.num_tokens,
                 "sequence_length": settings.sequence_length,

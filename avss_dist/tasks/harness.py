@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import islice
@@ -27,6 +27,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from avss_dist.errors import ConfigError, TaskError, first_line, require_known
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.loading import quiet
+from avss_dist.options import AS_THE_TASK_SAYS, Prompting
 from avss_dist.settings import CHANCE, fingerprint
 from avss_dist.tasks.base import Row, Task
 from avss_dist.tasks.harness_files import code_in, is_task_file, needs_no_hub, read_task_file, with_data
@@ -47,30 +48,45 @@ class HarnessPart:
         name: as the user wrote it.
         config: the task file, its data by absolute paths; None of a task that the harness finds by its name, and of a
             file with functions, which is read where it runs.
-        limit: questions of each task at most; num_fewshot: examples before each, unless the task has none at all.
+        limit: questions of each task at most.
+        prompting: what stands around them.
         key: see `tasks.Measure`.
     """
 
     name: str
     config: str | None = None
     limit: int | None = None
-    num_fewshot: int | None = None
+    prompting: Prompting = AS_THE_TASK_SAYS
     key: str = ""
 
     def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
-        """See `tasks.Measure`. Likelihoods are float32; the prompt is the task's own, without a chat template."""
+        """See `tasks.Measure`. Likelihoods are float32."""
         loaded = _loaded(self)
         from lm_eval.evaluator import evaluate
 
         with _silence(), model.without(drop):
-            wrapped = harness_model(model, generate=bool(drop))
+            wrapped = harness_model(model, generate=bool(drop), chat=self.prompting.apply_chat_template)
             _seed(loaded["tasks"].values())
-            found = evaluate(wrapped, loaded, limit=self.limit, bootstrap_iters=0, log_samples=True)
+            found = evaluate(
+                wrapped,
+                loaded,
+                limit=self.limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                system_instruction=self.prompting.system_instruction,
+                apply_chat_template=self.prompting.apply_chat_template,
+                fewshot_as_multiturn=self.prompting.fewshot_as_multiturn,
+            )
         return list(_rows(found, loaded))
 
 
 def harness_task(
-    name: str, *, limit: int | None = None, num_fewshot: int | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    limit: int | None = None,
+    prompting: Prompting = AS_THE_TASK_SAYS,
+    template: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Task:
     """A task of lm-evaluation-harness: by its name, or by its YAML file.
 
@@ -78,7 +94,8 @@ def harness_task(
 
     Args:
         limit: questions of each task at most.
-        num_fewshot: examples before each question; None leaves it to the task, as does a task that allows none.
+        prompting: what stands around each question.
+        template: SHA-256, in hex, of the model's chat template, where questions are put in it.
         trust_remote_code: run Python code that a task file names.
 
     Raises:
@@ -91,14 +108,14 @@ def harness_task(
             f"Task '{name}' is for lm-evaluation-harness, which is not installed.",
             "pip install -e '.[eval]' in a clone",
         ) from error
-    for field, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0)):
-        if value is not None and value < least:
-            raise ConfigError(f"`{field}` must be at least {least}, not {value}.")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"`limit` must be at least 1, not {limit}.")
     with _silence(), _bad_task(name):
         found, config = _find(name, trust_remote_code=trust_remote_code)
-        part = HarnessPart(name=found, config=config, limit=limit, num_fewshot=num_fewshot)
-        part = replace(part, key=_key(part, _load(part)))
-    return Task(name=name, parts=(part,), options={"limit": limit, "num_fewshot": num_fewshot})
+        part = HarnessPart(name=found, config=config, limit=limit, prompting=prompting)
+        part = replace(part, key=_key(part, _load(part), template))
+    options = {**asdict(prompting), **({"harness_chat_template": template} if template else {})}
+    return Task(name=name, parts=(part,), options={"limit": limit, **options})
 
 
 def _find(name: str, *, trust_remote_code: bool) -> tuple[str, str | None]:
@@ -191,8 +208,9 @@ def _load(part: HarnessPart) -> Any:
         if getattr(task, "MULTIMODAL", False):
             raise TaskError(f"Task '{name}' has images or sounds; only text is evaluated.")
         own = task.get_config("num_fewshot")
-        if own is None or (part.num_fewshot is not None and own != 0):
-            task.set_config("num_fewshot", part.num_fewshot or 0)
+        wanted = part.prompting.num_fewshot
+        if own is None or (wanted is not None and own != 0):
+            task.set_config("num_fewshot", wanted or 0)
     return loaded
 
 
@@ -204,8 +222,8 @@ def _seed(tasks: Iterable[Any]) -> None:
         task.set_fewshot_seed(OTHER_SEED)
 
 
-def _key(part: HarnessPart, loaded: Any) -> str:
-    """SHA-256, in hex, of the tasks as they are made, and of their documents."""
+def _key(part: HarnessPart, loaded: Any, template: str | None) -> str:
+    """SHA-256, in hex, of the tasks as they are made, of their documents, and of what stands around them."""
     described = {}
     for name, task in loaded["tasks"].items():
         config = task.dump_config()
@@ -222,6 +240,8 @@ def _key(part: HarnessPart, loaded: Any) -> str:
         seeds=[SEED, OTHER_SEED],
         limit=part.limit,
         tasks=described,
+        **{name: value for name, value in part.prompting.changes().items() if name != "num_fewshot"},
+        **({"template": template} if template else {}),
     )
 
 

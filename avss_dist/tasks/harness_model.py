@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from avss_dist.corpus.chats import without_today
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.loading import load_tokenizer
@@ -25,8 +26,8 @@ class _Question:
     continuation: tuple[int, ...]
 
 
-def harness_model(model: LanguageModel, *, generate: bool) -> Any:
-    """A model as the harness wants it; ``generate`` as in `_Uncached`."""
+def harness_model(model: LanguageModel, *, generate: bool, chat: bool = False) -> Any:
+    """A model as the harness wants it; ``generate`` as in `_Uncached`; ``chat``: its chat template is applied."""
     from lm_eval.models.huggingface import HFLM
 
     class Model(HFLM):
@@ -43,9 +44,12 @@ def harness_model(model: LanguageModel, *, generate: bool) -> Any:
             return [answers[i] for i in range(len(requests))]
 
     settings = model.settings
+    tokenizer = load_tokenizer(model.checkpoint, trust_remote_code=settings.trust_remote_code)
+    if chat:
+        tokenizer.chat_template = without_today(tokenizer.get_chat_template())
     return Model(
         pretrained=_Uncached(model, generate=generate),
-        tokenizer=load_tokenizer(model.checkpoint, trust_remote_code=settings.trust_remote_code),
+        tokenizer=tokenizer,
         backend="causal",
         batch_size=settings.batch_size,
         softmax_dtype="float32",

@@ -2,63 +2,109 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from avss_dist.errors import WarehouseError, unwritable
+from avss_dist.system.hub import require_access, upload
 from avss_dist.system.staging import staged_folder
-from avss_dist.text import describe_count
+from avss_dist.text import RedactedURI, describe_count
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMAS, TABLES
+from avss_dist.warehouse.storage import Storage
 
 PARTS = ("shard_stats", "cells", "row_stats", "shard_expert_stats")  # what other tables were made of
 CATALOG, CARD, DATA = "catalog.duckdb", "README.md", "data"
 _ORDER = ("layer", "site", "recipe", "threshold", "expert", "task", "metric")  # of the rows of a run
-_SCHEME = re.compile(r"[A-Za-z][\w+.-]+://")
 
 
 def publish(warehouse: Warehouse, target: str) -> dict[str, int]:
-    """Write a folder that holds what a warehouse knows of its finished runs.
+    """Write what a warehouse knows of its finished runs.
 
     Args:
-        target: a folder that does not exist, or is empty; it appears when it is whole.
+        target: a folder, or an ``s3://``, ``gs://``, ``hdfs://`` or ``abfss://`` URI, where there is nothing yet; or
+            ``hf://datasets/ORG/NAME``, which gets a commit, and is made where it is not there, as a private one.
 
     Returns:
         The rows of each table that has any.
 
     Raises:
-        WarehouseError: the warehouse cannot be read, has no finished run, or the target is not a folder that is free.
-        StorageFull: there is no space left.
+        WarehouseError: the warehouse cannot be read or has no finished run, or the target is not free or not writable.
+        ConfigError: the hub is the target, and there is no token.
+        StorageFull, RunFailed: there is no space left; the hub refuses, or cannot be reached.
     """
-    if _SCHEME.match(target):
-        raise WarehouseError(
-            f"'{target}' is not a folder.",
-            "Publish to a folder, and copy that: hf upload, aws s3 sync, gcloud storage rsync.",
-        )
-    folder = Path(target)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WarehouseError(f"{folder} exists already, and is not empty.", "Name another folder.")
-    runs = warehouse.runs()
-    done = [row for row in runs.select(["run_id", "model", "status"]).to_pylist() if row["status"] == "done"]
+    done = [row for row in warehouse.runs().to_pylist() if row["status"] == "done"]
     if not done:
         raise WarehouseError(f"{warehouse.root} has no finished run.", "Failed runs are not published.")
     run_ids = [row["run_id"] for row in sorted(done, key=lambda row: (row["model"], row["run_id"]))]
-    try:
-        with staged_folder(folder) as staged:
-            (staged / DATA).mkdir()
-            rows = {name: _write_table(warehouse, name, run_ids, staged / DATA) for name in TABLES if name not in PARTS}
-            rows = {name: number for name, number in rows.items() if number}
-            _write_catalog(staged, list(rows))
-            (staged / CARD).write_text(_card(rows, len(run_ids)), encoding="utf-8")
-    except OSError as error:
-        raise unwritable(folder, error, "Name another folder.", WarehouseError) from error
+    with _becomes(target, f"Layer scores of {describe_count(len(run_ids))} runs") as folder:
+        (folder / DATA).mkdir()
+        rows = {name: _write_table(warehouse, name, run_ids, folder / DATA) for name in TABLES if name not in PARTS}
+        rows = {name: number for name, number in rows.items() if number}
+        _write_catalog(folder, list(rows))
+        (folder / CARD).write_text(_card(rows, len(run_ids)), encoding="utf-8")
     return rows
+
+
+@contextmanager
+def _becomes(target: str, message: str) -> Iterator[Path]:
+    """An empty folder here, which becomes the target when it is full.
+
+    Args:
+        message: of a commit to the hub.
+    """
+    hub = target.startswith("hf:")
+    name = _dataset(target) if hub else ""
+    storage = None if hub else Storage(target)
+    if storage and storage.has_anything():
+        raise WarehouseError(f"{storage.root} exists already, and is not empty.", "Name another target.")
+    try:
+        if storage and storage.is_local:
+            with staged_folder(Path(storage.base)) as staged:
+                yield staged
+            return
+        with TemporaryDirectory(prefix="avss-publish-") as temporary:
+            yield Path(temporary)
+            if storage:
+                _copy(Path(temporary), storage)
+            else:
+                upload(
+                    Path(temporary),
+                    name,
+                    "dataset",
+                    message=message,
+                    replaced=[f"{DATA}/*.parquet"],
+                    hint="Try again; or publish to a folder, and `hf upload` that.",
+                )
+    except OSError as error:
+        raise unwritable(RedactedURI(target), error, "Name another target.", WarehouseError) from error
+
+
+def _dataset(target: str) -> str:
+    """The name of a data set of the hub."""
+    prefix = "hf://datasets/"
+    if not target.startswith(prefix):
+        raise WarehouseError(
+            f"'{target}' is no data set of the hub.",
+            f"Write {prefix}ORG/NAME; for anything else there, publish to a folder and upload that.",
+        )
+    require_access(name := target.removeprefix(prefix).rstrip("/"), "dataset")
+    return name
+
+
+def _copy(folder: Path, storage: Storage) -> None:
+    """Copy every file, those that name others last."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    for file in sorted(files, key=lambda file: (file.parent == folder, file)):
+        with pa.memory_map(str(file)) as mapped:
+            storage.write(f"{storage.base}/{file.relative_to(folder).as_posix()}", mapped.read_buffer())
 
 
 def _write_table(warehouse: Warehouse, name: str, run_ids: Sequence[str], folder: Path) -> int:

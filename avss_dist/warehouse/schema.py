@@ -159,6 +159,8 @@ TABLES: dict[str, Table] = {
             Column("corpus", STRING, "the text as it was named, without keys"),
             Column("corpus_fingerprint", STRING, "hash of the text: equal means the same text"),
             Column("tokens_fingerprint", STRING, "hash of the tokens and their order"),
+            Column("chat_template", STRING, "SHA-256 of the template that its conversations were put in; null without"),
+            Column("shuffle_seed", INT64, "seed of the order in which its rows were taken; null is its own order"),
             Column("num_sequences", INT64, "rows of tokens"),
             Column("num_tokens", INT64, "tokens that were measured", "tokens"),
             Column("sequence_length", INT64, "length of a row", "tokens"),

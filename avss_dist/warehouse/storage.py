@@ -124,6 +124,14 @@ class Storage:
         matches = ((info, name.fullmatch(info.path, len(folder))) for info in infos)
         return {info.path: (match[1], f"{info.size} {info.mtime_ns}") for info, match in matches if match}
 
+    def has_anything(self) -> bool:
+        """Whether there is a file, or a folder that is not empty."""
+        selector = pafs.FileSelector(self.base, allow_not_found=True)
+        with self.reading(self.root):
+            if self.filesystem.get_file_info(self.base).type == pafs.FileType.File:
+                return True
+            return bool(self.filesystem.get_file_info(selector))
+
     def has_folder(self, name: str) -> bool:
         """Whether a folder of a table exists."""
         return bool(self.filesystem.get_file_info(f"{self.base}/{name}").type == pafs.FileType.Directory)
@@ -167,7 +175,8 @@ class Storage:
         Raises:
             WarehouseError: it is not the file, but the storage that failed.
         """
-        if isinstance(error, OSError) and (error.errno is not None or not self.is_local):
+        unknown = type(error) is pa.ArrowException  # to pyarrow: of the library by which it asks an object store
+        if unknown or (isinstance(error, OSError) and (error.errno is not None or not self.is_local)):
             message = f"Cannot read {path}: {_reason(error)}"
             raise WarehouseError(message, _ADDRESS_HINT.format("read")) from error
         return _reason(error)
@@ -193,7 +202,8 @@ def _uri(root: str) -> str:
 def _reason(error: Exception) -> str:
     """Why storage failed; of what an object store says, the part that tells people something."""
     text = getattr(error, "strerror", None) or str(error)
-    return re.sub(r"^.*AWS Error | \(Request ID: .*\)$", "", text, flags=re.DOTALL).rstrip(".")
+    text = re.sub(r"^.*AWS Error | \(Request ID: .*\)$", "", text, flags=re.DOTALL)
+    return re.sub(r"^Unknown error: |\bN\d+Azure\w+E: |\n.*", "", text, flags=re.DOTALL).rstrip(".")
 
 
 def _replace(path: Path, data: pa.Buffer | bytes, staging: Path) -> None:

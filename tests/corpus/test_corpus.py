@@ -25,7 +25,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, tra
 from transformers import PreTrainedTokenizerFast
 
 from avss_dist.corpus import shards as corpus
-from avss_dist.corpus import sources
+from avss_dist.corpus import sources, tokens
 from avss_dist.corpus.shards import CorpusPlan, Shard, plan
 from avss_dist.corpus.sources import Source, documents, open_source
 from avss_dist.errors import CorpusError
@@ -230,8 +230,8 @@ def test_plans_are_deterministic_and_independent_of_grouping(jsonl: str, monkeyp
     whole, part = signature(plan(jsonl, TOKENIZER, SMALL)), signature(plan(jsonl, TOKENIZER, limited))
     assert signature(plan(jsonl, TOKENIZER, SMALL)) == whole
     for documents_, characters in [(1, 1 << 20), (2, 1 << 20), (64, 1), (64, 9)]:
-        monkeypatch.setattr(corpus, "GROUP_DOCUMENTS", documents_)
-        monkeypatch.setattr(corpus, "GROUP_CHARACTERS", characters)
+        monkeypatch.setattr(tokens, "GROUP_DOCUMENTS", documents_)
+        monkeypatch.setattr(tokens, "GROUP_CHARACTERS", characters)
         assert signature(plan(jsonl, TOKENIZER, SMALL)) == whole
         assert signature(plan(jsonl, TOKENIZER, limited)) == part
 
@@ -252,7 +252,7 @@ def test_a_small_plan_has_few_documents_tokenized(tmp_path: Path) -> None:
     assert sum(given) <= 4
     given.clear()
     plan(source, Watched(), replace(SMALL, max_sequences=None))
-    assert sum(given) == 500 and max(given) == corpus.GROUP_DOCUMENTS
+    assert sum(given) == 500 and max(given) == tokens.GROUP_DOCUMENTS
 
 
 def test_a_tokenizer_left_truncating_and_padding_does_not_matter(jsonl: str) -> None:
@@ -393,8 +393,8 @@ def byte_tokenizer(words: Any) -> PreTrainedTokenizerFast:
 @hypothesis_settings(max_examples=200, deadline=None)
 def test_a_long_document_has_the_tokens_of_the_whole(tokenizer: PreTrainedTokenizerFast, text: str, size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "PIECE_CHARACTERS", size)
-        pieces, encoded = list(corpus._pieces(text)), corpus._encode_long(text, tokenizer).tolist()
+        patch.setattr(tokens, "PIECE_CHARACTERS", size)
+        pieces, encoded = list(tokens._pieces(text)), tokens._encode_long(text, tokenizer, special=True).tolist()
     assert "".join(pieces) == text and all(len(piece) >= size for piece in pieces[:-1])
     assert encoded == tokenizer(text)["input_ids"]
 
@@ -417,8 +417,8 @@ def test_no_tokenizer_gets_more_than_a_piece(
             given.extend(text)
             return TOKENIZER(text, **options)
 
-    monkeypatch.setattr(corpus, "PIECE_CHARACTERS", 11)
-    monkeypatch.setattr(corpus, "GROUP_CHARACTERS", 8)
+    monkeypatch.setattr(tokens, "PIECE_CHARACTERS", 11)
+    monkeypatch.setattr(tokens, "GROUP_CHARACTERS", 8)
     assert signature(plan(str(next(tmp_path.iterdir())), Watched(), settings)) == whole
     assert max(map(len, given)) <= 11 + len(" w10") and {"w0 w1", "w2 w3 w4 w5", "w6"} <= set(given)
 
@@ -482,7 +482,7 @@ def test_hf_errors(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write_jsonl(Path(hub) / "train.jsonl", [5])  # type: ignore[list-item]
     fails(lambda: list(documents(f"hf:{hub}")), "row 1: 'text' is not text but 5.")
 
-    def offline(*_: Any) -> None:
+    def offline(*_: Any, **__: Any) -> None:
         raise ConnectionError("no network")
 
     monkeypatch.setattr("datasets.load_dataset_builder", offline)
@@ -563,7 +563,7 @@ def test_remote_fingerprint_is_path_size_and_time(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("group", [1, 64])
 def test_a_bad_tail_is_not_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int) -> None:
-    monkeypatch.setattr(corpus, "GROUP_DOCUMENTS", group)
+    monkeypatch.setattr(tokens, "GROUP_DOCUMENTS", group)
     path = tmp_path / "c.jsonl"
     write_jsonl(path, TEXTS)
     with path.open("a") as file:
@@ -585,7 +585,7 @@ def test_reading_stops_when_there_are_rows_enough(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(corpus, "open_source", lambda _: Source(endless, lambda: "f"))
     planned = plan("endless.txt", TOKENIZER, Settings(sequence_length=8, max_sequences=100))
     assert planned.num_sequences == 100
-    assert read <= 200 + corpus.GROUP_DOCUMENTS
+    assert read <= 200 + tokens.GROUP_DOCUMENTS
 
 
 def test_memory_stays_bounded(tmp_path: Path) -> None:
@@ -661,7 +661,7 @@ def test_bad_parquet(tmp_path: Path) -> None:
     [
         ("data.json:body", ["'data.json:body' is not a corpus source.", "Did you mean '.jsonl'?", "hf:NAME"]),
         ("data.xls", ["Valid: .txt, .jsonl, .csv, .parquet.", "builtin:pydoc"]),
-        ("wikitext", ["'wikitext' is not a corpus source.\nSources: file.txt, "]),
+        ("wikitext", ["'wikitext' is not a corpus source.\nDid you mean 'wikitext2'?", "Sources: file.txt, "]),
         ("", ["'' is not a corpus source."]),
         ("builtin:pydocs", ["Unknown builtin corpus 'pydocs'.", "Did you mean 'pydoc'?"]),
         ("ftp://host/a.txt", ["ftp://host/a.txt cannot be read: Unrecognized filesystem type"]),

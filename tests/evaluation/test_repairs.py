@@ -20,8 +20,9 @@ from support.processes import wait_until
 from avss_dist.analysis.verdict import verdicts
 from avss_dist.errors import ConfigError, CorpusError, DamagedFile
 from avss_dist.evaluation.engine import plan_evaluation
-from avss_dist.evaluation.evaluate import evaluate, text_task
+from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.evaluation.experiment import run_experiment
+from avss_dist.evaluation.make_tasks import text_task
 from avss_dist.evaluation.repairs import fit_repairs, plan_fits
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.models.checkpoints import resolve

@@ -112,13 +112,18 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.server_close()
 
 
-def test_a_pattern_means_the_branches_that_match_in_the_order_of_their_numbers(hub: str) -> None:
+def test_a_pattern_means_the_branches_that_match_in_the_order_of_their_numbers(
+    hub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert matching_revisions("org/a", "stage1-*") == [BRANCHES[2], BRANCHES[1], BRANCHES[3]]
     with pytest.raises(ModelError, match=r"No revision of 'org/a' matches 'stage9-\*'") as refused:
         matching_revisions("org/a", "stage9-*")
     assert "There are: main, stage1-step1000-tokens3B" in str(refused.value)
     with pytest.raises(ModelError, match="There is no model 'org/none'"):
         matching_revisions("org/none", "*")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(ModelError, match="the hub cannot be reached"):
+        matching_revisions("org/a", "*")
 
 
 def test_a_job_takes_revisions_by_pattern(hub: str, tmp_path: Path) -> None:

@@ -160,6 +160,8 @@ def test_a_plan_through_its_file(tmp_path: Path) -> None:
     slices = yaml.safe_load(mergekit_slices(plan))["slices"]
     assert [part["sources"][0]["layer_range"] for part in slices] == [[0, 1], [2, 4], [5, 6]]
     assert llama_cpp_command(plan) == "llama-quantize --prune-layers 1,4 m.gguf m-pruned.gguf COPY\n"
+    done = avss("plan", "--format", "llm-compressor", "-o", tmp_path / "recipe.yaml", "-w", tmp_path)
+    assert done.exit_code == 2 and "none removes a layer" in done.stderr and "avss prune" in done.stderr
 
 
 def test_a_plan_names_sublayers(tmp_path: Path) -> None:

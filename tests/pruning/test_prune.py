@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from support.checkpoints import llama
-from support.command_line import avss
+from support.command_line import avss, files
 from support.families import tiny_model
+from support.hub import serving_hub
 
 import avss_dist
 from avss_dist.models.layers import first_tensor
@@ -151,6 +153,28 @@ def test_folders_that_hold_something_are_left_alone(tiny_llama: Path, tmp_path: 
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_checkpoint_is_pushed_as_it_is_written(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, out = plan_of(tiny_llama, 1), tmp_path / "less"
+    plan.write(tmp_path / "plan.yaml")
+    command = ["prune", tiny_llama, tmp_path / "plan.yaml", "-o", out, "--push", "lab/less"]
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    refused = avss(*command)
+    assert refused.exit_code == 2 and "hf auth login" in refused.stderr and not out.exists()
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_planted")
+    with serving_hub(monkeypatch) as hub:
+        done = avss(*command)
+        assert done.exit_code == 0 and f"Uploaded to {hub.endpoint}/lab/less" in done.stdout, done.stderr
+        assert hub.files["models/lab/less"] == files(out)
+        hub.refuses = True
+        failed = avss(*command[:3], "-o", tmp_path / "again", "--push", "lab/less")
+    assert failed.exit_code == 1 and f"The checkpoint is whole, in {tmp_path}/again" in failed.stderr
+    assert files(tmp_path / "again").keys() == files(out).keys()
+
+
 def test_a_plan_of_another_model(tiny_llama: Path, tmp_path: Path) -> None:
     plan = Plan(model="other", revision="f" * 40, num_layers=3, layers="layers", drop=(1,), why={})
     with pytest.raises(PlanError, match="The plan is for other at ffffffffffff"):
@@ -173,8 +197,14 @@ def test_from_scores_to_a_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
     rows = Warehouse(out).scores(site="block", recipe="pooled", threshold=1e-5).to_pylist()
     lowest = min(rows[:2], key=lambda row: row["block_influence"])
     assert made.drop == (lowest["layer"],) and made.run_id == run.run_id and made.why["by"] == "block_influence"
-    done = avss("prune", tiny_llama, plan, "-o", less)
+    size = ["--max-sequences", 2, "--sequence-length", 32, "--executor", "local", "--allow-overlap"]
+    done = avss("evaluate", plan, "--task", "perplexity:builtin:pydoc", "-w", out, *size)
+    assert done.exit_code == 0, done.stderr
+    done = avss("prune", tiny_llama, plan, "-o", less, "-w", out)
     assert done.exit_code == 0 and "2 of 3 layers" in done.stdout and "(largest difference 0)" in done.stdout
+    assert re.search(
+        r"Evaluated: perplexity:builtin:pydoc: perplexity [\d.,]+, .* of the whole", (less / "README.md").read_text()
+    )
     again = avss_dist.score(less, corpus="builtin:pydoc", warehouse=out, executor="local", **options)
     assert again.status == "done" and len(again.scores(site="block", recipe="pooled", threshold=1e-5)) == 2
     done = avss("prune", tiny_llama, plan, "-o", less)

@@ -15,7 +15,7 @@ from support.families import lively, tiny_model
 
 from avss_dist.corpus.shards import plan as read_text
 from avss_dist.evaluation.engine import plan_evaluation
-from avss_dist.evaluation.evaluate import text_task
+from avss_dist.evaluation.make_tasks import text_task
 from avss_dist.evaluation.repairs import fit_repairs, plan_fits
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.models.checkpoints import resolve

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,12 +20,14 @@ import torch
 import yaml
 from support.causal_lm import open_whole
 from support.checkpoints import llama
+from support.command_line import avss
 from support.documentation import DOCS, read
 
 from avss_dist.errors import AvssError, ConfigError, TaskError
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
+from avss_dist.options import Prompting
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
 from avss_dist.settings import Settings
@@ -121,19 +125,21 @@ def ask(task: Path, model: LanguageModel, drop: tuple[int, ...] = (), **options:
 
 
 def likelihoods(model: LanguageModel, document: dict[str, Any]) -> np.ndarray:
-    """float64[choices]: the log-likelihood of each answer, by plain transformers."""
+    """float64[choices]: the log-likelihood of each answer."""
+    prompt = f"Question: {document['question']}\nAnswer:"
+    return np.array([likelihood(model, prompt, f" {choice}") for choice in document["choices"]])
+
+
+def likelihood(model: LanguageModel, prompt: str, answer: str) -> float:
+    """That of an answer after a prompt, by plain transformers."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model.checkpoint.folder)
-    prompt = f"Question: {document['question']}\nAnswer:"
     start = len(tokenizer(prompt).input_ids)
-    found = []
-    for choice in document["choices"]:
-        ids = torch.tensor([tokenizer(f"{prompt} {choice}").input_ids])
-        with torch.no_grad():
-            tokens = model.module(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
-        found.append(tokens.gather(1, ids[0, 1:, None])[start - 1 :].double().sum().item())
-    return np.array(found)
+    ids = torch.tensor([tokenizer(prompt + answer).input_ids])
+    with torch.no_grad():
+        tokens = model.module(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+    return float(tokens.gather(1, ids[0, 1:, None])[start - 1 :].double().sum())
 
 
 def test_samples_of_multiple_choice_are_those_of_plain_transformers(whole: LanguageModel, tmp_path: Path) -> None:
@@ -188,7 +194,7 @@ def test_generation_without_layers_is_that_of_a_pruned_checkpoint_with_its_cache
 
 def test_examples_are_asked_for_and_the_same_each_time(whole: LanguageModel, tmp_path: Path) -> None:
     task = write_task(tmp_path, CHOICE, QUESTIONS)
-    none, two, again = (ask(task, whole, num_fewshot=n)["brier_score"].samples for n in (0, 2, 2))
+    none, two, again = (ask(task, whole, prompting=Prompting(num_fewshot=n))["brier_score"].samples for n in (0, 2, 2))
     assert none != two
     assert two == again
 
@@ -200,7 +206,9 @@ def test_the_key_tells_what_is_asked(tmp_path: Path) -> None:
     same = key()
     assert key(place="b") == same
     keys = [
-        *(same, key(limit=3), key(num_fewshot=2)),
+        *(same, key(limit=3), key(prompting=Prompting(num_fewshot=2))),
+        *(key(prompting=Prompting(system_instruction=text)) for text in ("Be brief.", "Be exact.")),
+        *(key(prompting=Prompting(apply_chat_template=True), template=of) for of in ("0", "1")),
         key(CHOICE | {"doc_to_text": "{{question}}"}),
         key(documents=[*QUESTIONS[:-1], {**QUESTIONS[-1], "answer": 0}]),
     ]
@@ -420,8 +428,48 @@ def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         harness_task("hellaswag")
 
 
-@pytest.mark.parametrize("option", [{"limit": 0}, {"num_fewshot": -1}])
-def test_numbers_that_cannot_be(option: dict[str, int], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="must be at least") as caught:
-        harness_task(str(write_task(tmp_path, CHOICE, QUESTIONS)), **option)
+def test_prompts_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="`limit` must be at least") as caught:
+        harness_task(str(write_task(tmp_path, CHOICE, QUESTIONS)), limit=0)
     assert isinstance(caught.value, AvssError)
+    with pytest.raises(ConfigError, match="`num_fewshot` must be at least"):
+        Prompting(num_fewshot=-1)
+    with pytest.raises(ConfigError, match="turns of a chat, and there is none"):
+        Prompting(fewshot_as_multiturn=True)
+
+
+def test_questions_stand_in_the_chat_template(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    chatty = tmp_path / "chatty"
+    shutil.copytree(folder, chatty)
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    tokenizer.chat_template = (
+        "{{ strftime_now('%Y') }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tokenizer.save_pretrained(chatty)
+    model, task = open_model(chatty), write_task(tmp_path / "task", CHOICE, QUESTIONS[:4], fewshot_split="test")
+    said = {"system_instruction": "Be brief.", "apply_chat_template": True}
+    found = ask(task, model, prompting=Prompting(**said))["acc"].samples
+    right = []
+    for document in QUESTIONS[:4]:
+        prompt = f"2024[system]Be brief.[user]Question: {document['question']}\nAnswer:[assistant]"
+        scores = [likelihood(model, prompt, choice) for choice in document["choices"]]
+        right.append(float(np.argmax(scores) == document["answer"]))
+    assert found.tolist() == right
+    turns, turn = (
+        ask(task, model, prompting=Prompting(num_fewshot=2, fewshot_as_multiturn=multiturn, **said))["brier_score"]
+        for multiturn in (True, False)
+    )
+    assert turns.samples != turn.samples
+    out = tmp_path / "w"
+    options = ["--apply-chat-template", "--system-instruction", said["system_instruction"]]
+    options += ["--sequence-length", 64, "--executor", "local", "-w", out]
+    done = avss("evaluate", chatty, "--task", task, *options)
+    assert done.exit_code == 0, done.stderr
+    (settings,) = {row["settings"] for row in Warehouse(out).table("evaluations").to_pylist()}
+    template = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
+    assert json.loads(settings).items() >= {**said, "harness_chat_template": template}.items()
+    plain = avss("evaluate", folder, "--task", task, *options)
+    assert plain.exit_code == 2 and "has no chat template of its own" in plain.stderr, plain.stderr

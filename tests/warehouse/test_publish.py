@@ -6,14 +6,17 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from support.hub import serving_hub
 from support.warehouses import activations, run_row, stats_of, write_measured
 
-from avss_dist.errors import WarehouseError
+from avss_dist.errors import ConfigError, DamagedFile, RunFailed, WarehouseError
 from avss_dist.warehouse.publish import publish
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.storage import Storage
 from avss_dist.warehouse.store import Store
 
 
@@ -50,6 +53,56 @@ def test_what_cannot_be_published_to(tmp_path: Path) -> None:
     with pytest.raises(WarehouseError, match="has no finished run"):
         publish(Warehouse(root), str(tmp_path / "published"))
     with pytest.raises(WarehouseError, match="exists already, and is not empty"):
-        publish(Warehouse(root), str(tmp_path))
-    with pytest.raises(WarehouseError, match="'hf://datasets/org/name' is not a folder"):
-        publish(Warehouse(root), "hf://datasets/org/name")
+        publish(measured(root), str(tmp_path))
+
+
+def measured(root: Path) -> Warehouse:
+    write_measured(root, "a", stats_of(activations(seed=0, shards=1, scales=np.array([1.0]))), 1)
+    return Warehouse(root)
+
+
+def test_a_data_set_of_the_hub_gets_the_same_files_in_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warehouse, folder = measured(tmp_path / "warehouse"), tmp_path / "published"
+    with serving_hub(monkeypatch) as hub:
+        rows = publish(warehouse, "hf://datasets/lab/scores")
+        assert publish(warehouse, str(folder)) == rows
+        there = hub.files["datasets/lab/scores"]
+        of_folder = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        assert {*there} == {*of_folder} and [one["visibility"] for one in hub.created] == ["private"]
+        assert all(there[name] == data for name, data in of_folder.items() if name != "catalog.duckdb")
+        there["data/of-old.parquet"] = there["notes.md"] = b"old"
+        publish(warehouse, "hf://datasets/lab/scores")
+        assert {*there} == {*of_folder, "notes.md"}, "tables that are no more go; what people wrote stays"
+        hub.refuses = True
+        with pytest.raises(RunFailed, match=r"lab/scores could not be uploaded.*403.*\n.*publish to a folder"):
+            publish(warehouse, "hf://datasets/lab/scores")
+
+
+def test_what_the_hub_would_not_take_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warehouse = measured(tmp_path / "warehouse")
+    monkeypatch.setattr("avss_dist.warehouse.publish._write_table", None)
+    for target, says in {
+        "hf://datasets/lab": "'lab' is no name of a dataset",
+        "hf://datasets/lab/sco res": "'lab/sco res' is no name of a dataset",
+        "hf://buckets/lab/scores": "'hf://buckets/lab/scores' is no data set of the hub",
+    }.items():
+        with pytest.raises((ConfigError, WarehouseError), match=says):
+            publish(warehouse, target)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(ConfigError, match=r"lab/scores on the hub takes a token.*\n.*hf auth login"):
+        publish(warehouse, "hf://datasets/lab/scores")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
+        publish(warehouse, "hf://datasets/lab/scores")
+
+
+def test_what_an_object_store_says_is_a_line_and_no_damage(tmp_path: Path) -> None:
+    """Azure's own library, where there are no keys."""
+    said = "Unknown error: Listing 'c' failed: N5Azure4Core11Credentials23AuthenticationExceptionE: No token.\nSee ..."
+    with pytest.raises(WarehouseError) as caught, Storage(tmp_path).reading("abfss://c@a/x"):
+        raise pa.ArrowException(said)
+    assert not isinstance(caught.value, DamagedFile)
+    assert caught.value.message == "Cannot read abfss://c@a/x: Listing 'c' failed: No token"

@@ -90,13 +90,14 @@ class RepairRecord:
     layout: Annotated[str, OneOf(LAYOUTS)]
     skip_sequences: Count = 0
     max_sequences: Annotated[int, Field(ge=1)] | None = None
+    shuffle_seed: Count | None = None
+    chat_template: bool = False
     dtype: Annotated[str, OneOf(DTYPES)]
 
     def reading(self) -> Settings:
         """The settings with which its texts are read again."""
-        return Settings(
-            sequence_length=self.sequence_length, layout=self.layout, max_sequences=self.max_sequences, dtype=self.dtype
-        )
+        names = ("sequence_length", "layout", "max_sequences", "shuffle_seed", "chat_template", "dtype")
+        return Settings(**{name: getattr(self, name) for name in names})
 
     def describe(self) -> list[str]:
         """Lines for people."""

@@ -149,6 +149,8 @@ def _record(
         layout=settings.layout,
         skip_sequences=repair.skip_sequences,
         max_sequences=settings.max_sequences,
+        shuffle_seed=settings.shuffle_seed,
+        chat_template=settings.chat_template,
         dtype=settings.dtype,
     )
 

@@ -1,0 +1,167 @@
+"""Documents -> rows of tokens, and the order that a seed gives them."""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avss_dist.corpus.chats import Chat, ChatTokenizer, Document, no_text, render
+from avss_dist.errors import CorpusError
+from avss_dist.settings import Settings
+
+Ids = NDArray[np.int32]
+
+GROUP_DOCUMENTS, GROUP_CHARACTERS = 64, 1 << 20  # that are tokenized at once
+FIRST_DOCUMENTS = 4  # as many as a small plan may need; then twice as many each time
+PIECE_CHARACTERS = 4 << 20  # of a document that are tokenized at once: that takes over 100 bytes for each
+_WORD = re.compile(r"(?= \S)|(?<=\S\n)(?=\S)")
+"""Where a word begins: byte-level tokenizers take the one space before it with it, and a line end alone."""
+
+
+class Tokenizer(ChatTokenizer, Protocol):
+    """What is used of a transformers tokenizer. A call gives a mapping whose ``input_ids`` is a list[list[int]]."""
+
+    eos_token_id: int | None
+    pad_token_id: int | None
+
+    def __call__(self, text: list[str], **kwargs: Any) -> Any: ...
+
+
+@dataclass
+class Tally:
+    """What was read so far."""
+
+    documents: int = 0
+    conversations: int = 0
+    tokens: int = 0
+    has_text: bool = False
+
+
+def rows_of(documents: Iterator[Document], tokenizer: Tokenizer, settings: Settings, tally: Tally) -> Iterator[Ids]:
+    """Rows of tokens, int32[up to sequence_length], of documents in order, or in the order that a seed gives the rows.
+
+    Raises:
+        CorpusError: a document cannot be read, or is a conversation where `Settings.chat_template` is not set.
+    """
+    length, packed = settings.sequence_length, settings.layout == "packed"
+    ids = _document_tokens(documents, tokenizer, settings, tally)
+    return _pack(ids, length) if packed else _truncate(ids, length)
+
+
+def shuffled(rows: Iterable[Ids], seed: int, most: int | None) -> Iterator[Ids]:
+    """The first rows of a random order of all, in that order; it reads all, and holds no more than it gives.
+
+    Each row gets a random number as it comes, and those with the least numbers stay: every row is as likely as any
+    other, and fewer rows are the first of more.
+
+    Args:
+        most: rows at most; None is all.
+    """
+    random = np.random.default_rng(seed)
+    keyed = ((random.random(), place, row.copy()) for place, row in enumerate(rows))
+    kept = sorted(keyed, key=_key) if most is None else heapq.nsmallest(most, keyed, key=_key)
+    return (row for _, _, row in kept)
+
+
+def _key(row: tuple[float, int, Ids]) -> tuple[float, int]:
+    return row[:2]
+
+
+def _document_tokens(
+    documents: Iterator[Document], tokenizer: Tokenizer, settings: Settings, tally: Tally
+) -> Iterator[Ids]:
+    """Tokens of each document: of a chat those of its template; of a packed text with EOS at its end."""
+    eos = tokenizer.eos_token_id if settings.layout == "packed" else None
+    for are_chats, group in groupby(documents, lambda document: isinstance(document, Chat)):
+        texts = _texts(group, tokenizer, settings, tally)
+        for ids in _tokenize(texts, tokenizer, tally, special=not are_chats):
+            if are_chats or eos is None or (len(ids) and ids[-1] == eos):
+                yield ids
+            else:
+                tally.tokens += 1
+                yield np.append(ids, np.int32(eos))
+
+
+def _texts(documents: Iterator[Document], tokenizer: Tokenizer, settings: Settings, tally: Tally) -> Iterator[str]:
+    for document in documents:
+        if isinstance(document, str):
+            yield document
+        elif settings.chat_template:
+            tally.conversations += 1
+            yield render(document, tokenizer)
+        else:
+            raise no_text(document)
+
+
+def _tokenize(texts: Iterator[str], tokenizer: Tokenizer, tally: Tally, *, special: bool) -> Iterator[Ids]:
+    for group in _groups(texts):
+        short = group if len(group[-1]) <= PIECE_CHARACTERS else group[:-1]  # a long one ends its group
+        encoded: list[Any] = encode(short, tokenizer, special=special) if short else []
+        encoded += [_encode_long(text, tokenizer, special=special) for text in group[len(short) :]]
+        for text, ids in zip(group, encoded, strict=True):
+            tally.documents += 1
+            tally.tokens += len(ids)
+            tally.has_text |= bool(text) and not text.isspace()
+            yield np.asarray(ids, np.int32)
+
+
+def encode(texts: list[str], tokenizer: Tokenizer, *, special: bool) -> list[list[int]]:
+    """Tokens of texts, with the special tokens that the tokenizer puts around them or without."""
+    options = {"truncation": False, "padding": False, "verbose": False}
+    options |= {"return_attention_mask": False, "return_token_type_ids": False}
+    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=special, **options)["input_ids"]
+    return encoded
+
+
+def _encode_long(text: str, tokenizer: Tokenizer, *, special: bool) -> Ids:
+    """Tokens of a document that would take too much memory at once: those of its pieces, with its special tokens."""
+    (probe,), (bare,) = (encode(["a"], tokenizer, special=around) for around in (special, False))
+    start = next((i for i in range(len(probe)) if probe[i : i + len(bare)] == bare), 0)
+    parts = [np.asarray(encode([piece], tokenizer, special=False)[0], np.int32) for piece in _pieces(text)]
+    return np.concatenate([np.array(probe[:start], np.int32), *parts, np.array(probe[start + len(bare) :], np.int32)])
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text cut before words; where no word begins, it is not cut."""
+    start = 0
+    while start < len(text):
+        word = _WORD.search(text, start + PIECE_CHARACTERS)
+        end = word.start() if word else len(text)
+        yield text[start:end]
+        start = end
+
+
+def _groups(texts: Iterator[str]) -> Iterator[list[str]]:
+    group: list[str] = []
+    size = min(FIRST_DOCUMENTS, GROUP_DOCUMENTS)
+    failure: Exception | None = None
+    while not failure:
+        try:
+            group.append(next(texts))
+        except (StopIteration, CorpusError) as error:
+            failure = error  # raised below: the texts before a bad line may be all that is wanted
+        if group and (failure or len(group) == size or sum(map(len, group)) >= GROUP_CHARACTERS):
+            yield group
+            group, size = [], min(2 * size, GROUP_DOCUMENTS)
+    if isinstance(failure, CorpusError):
+        raise failure
+
+
+def _pack(documents: Iterator[Ids], length: int) -> Iterator[Ids]:
+    rest = np.zeros(0, np.int32)
+    for ids in documents:
+        rest = np.concatenate([rest, ids])
+        whole = len(rest) // length * length
+        yield from rest[:whole].reshape(-1, length)
+        rest = rest[whole:].copy()
+
+
+def _truncate(documents: Iterator[Ids], length: int) -> Iterator[Ids]:
+    return (ids[:length].copy() for ids in documents if len(ids))

@@ -1,0 +1,64 @@
+"""Tasks of a checkpoint, by their names."""
+
+from __future__ import annotations
+
+from avss_dist.corpus.chats import chat_template
+from avss_dist.corpus.shards import plan_choices
+from avss_dist.evaluation.engine import plan_text
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.loading import load_tokenizer
+from avss_dist.options import AS_THE_TASK_SAYS, Prompting
+from avss_dist.settings import PERPLEXITY, TRUTHFULQA, Settings
+from avss_dist.tasks.base import Task, TextLoss
+from avss_dist.tasks.truthfulqa import TruthfulChoices
+from avss_dist.text import RedactedURI
+
+
+def make_task(
+    checkpoint: Checkpoint,
+    name: str,
+    settings: Settings,
+    *,
+    skip_sequences: int = 0,
+    skip_questions: int = 0,
+    limit: int | None = None,
+    prompting: Prompting = AS_THE_TASK_SAYS,
+) -> Task:
+    """A task by its name.
+
+    Raises:
+        AvssError: there is none such, or its data could not be loaded.
+    """
+    if name.startswith(PERPLEXITY):
+        corpus = RedactedURI(name).full.removeprefix(PERPLEXITY)
+        return text_task(checkpoint, corpus, settings, skip_sequences=skip_sequences)
+    if name.startswith(TRUTHFULQA):
+        questions = slice(skip_questions, None if limit is None else skip_questions + limit)
+        return choices_task(checkpoint, RedactedURI(name).full.removeprefix(TRUTHFULQA), settings, questions)
+    from avss_dist.tasks.harness import harness_task
+
+    code, template = settings.trust_remote_code, None
+    if prompting.apply_chat_template:
+        template = chat_template(load_tokenizer(checkpoint, trust_remote_code=code))
+    return harness_task(name, limit=limit, prompting=prompting, template=template, trust_remote_code=code)
+
+
+def text_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_sequences: int = 0) -> Task:
+    """The loss on a corpus, in the checkpoint's tokens.
+
+    Raises:
+        CorpusError: it cannot be read, or is too short.
+    """
+    text = plan_text(checkpoint, corpus, settings, skip_sequences=skip_sequences)
+    return Task(name=f"{PERPLEXITY}{RedactedURI(corpus)}", parts=tuple(TextLoss(shard) for shard in text.shards))
+
+
+def choices_task(checkpoint: Checkpoint, path: str, settings: Settings, questions: slice = slice(None)) -> Task:
+    """Multiple choice on a file of TruthfulQA, on some of its questions.
+
+    Raises:
+        CorpusError: it cannot be read, or a row is too long.
+    """
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
+    parts = tuple(TruthfulChoices(shard) for shard in plan_choices(path, tokenizer, settings, questions))
+    return Task(name=f"{TRUTHFULQA}{RedactedURI(path)}", parts=parts)
