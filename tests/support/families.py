@@ -16,6 +16,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
@@ -27,7 +28,12 @@ _CLASSES: dict[str, Any] = {
     "masked": AutoModelForMaskedLM,
     "image-text": AutoModelForImageTextToText,
 }
-MAX_PARAMETERS = 50_000_000
+_FAMILIES: dict[str, Any] = {
+    "causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "masked": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "image-text": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+}
+MAX_PARAMETERS = 60_000_000
 
 # One small value for each attribute name that configs use; a config gets those which its class has.
 _GENERIC: dict[int | float | bool, str] = {
@@ -80,20 +86,28 @@ _INDEXER: dict[str, Any] = {
 }
 _SLIDING: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
 _GEMMA4: dict[str, Any] = {**_SLIDING, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+_COMPASS: dict[str, Any] = {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}
+_KOSMOS: dict[str, Any] = {"layers": LAYERS, "embed_dim": 64, "ffn_dim": 128, "attention_heads": 4}
 _DOTS3_VISION: dict[str, Any] = {"mlp_layer_types": ["dense"] * 3, "adapter_in_dim": 64}
 
 
 def _positions(*sections: int) -> dict[str, Any]:
-    """Rotary embeddings of text, height and width for heads of this size."""
+    """Rotary embeddings by kind of position (time, height, width) for heads of this size."""
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}}
 
 
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "blt": {"num_hidden_layers": 3},
+    "chameleon": {"vocabulary_map": {"<image>": 8}},
+    "cohere_compass": {"text_config": _COMPASS},
+    "cohere_compass_text": _COMPASS,
+    "cosmos3_edge": {"text_config": _positions(2, 3, 3)},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] * LAYERS}},
     "dots3_note": {"vision_config": _DOTS3_VISION, "audio_config": {"adapter_input_size": 64}},
+    "emu3": {"vq_config": {"base_channels": 32}, "vocabulary_map": {"<image>": 8, "<|extra_200|>": 7}},
+    "ernie4_5_vl_moe": {"text_config": _positions(3, 3, 2) | {"moe_intermediate_size": [32, 32]}},
     "esmc": {"num_key_value_heads": 4},
     "gemma4": {"text_config": _GEMMA4},
     "gemma4_text": _GEMMA4,
@@ -102,17 +116,30 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "glm46v": {"text_config": _positions(2, 3, 3)},
     "glm4v": {"text_config": _positions(2, 3, 3)},
     "glm4v_moe": {"text_config": _positions(1, 1, 2)},
+    "glm5_next": {"text_config": {"index_kpool": 2, "qk_rope_head_dim": 0}},
     "glm_ocr": {"text_config": _positions(2, 3, 3)},
     "glmga": {"text_config": _positions(2, 3, 3)},
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2"},
+    "granite_docling": {"vision_config": {"out_hidden_size": 64}},
     "granitemoehybrid": _HYBRID,
+    "hunyuan_vl": {"text_config": _positions(2, 2, 2, 2)},
+    "hy_v4_vl": {"text_config": _positions(1, 1, 2)},
+    "inkling2": {"vision_config": {"text_hidden_size": 64}},
+    "inkling2_loop": {"vision_config": {"text_hidden_size": 64}},
+    "janus": {"vq_config": {"base_channels": 32, "latent_channels": 32}},
     "kimi_linear": _HYBRID,
+    "kosmos-2": {"text_config": _KOSMOS},
+    "kosmos-2.5": {"text_config": _KOSMOS, "latent_query_num": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8},
+    "molmo2": {"vision_config": {"image_size": [32, 32]}, "adapter_config": {"vision_feature_layer": [2, 1]}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "paddleocr_vl": {"text_config": _positions(2, 3, 3)},
     "qwen2_5_omni_thinker": {"text_config": _positions(2, 3, 3)},
     "qwen2_5_vl": {"text_config": _positions(2, 3, 3)},
+    "qwen2_vl": {"text_config": _positions(2, 3, 3), "vision_config": {"depth": 2, "embed_dim": 64, "hidden_size": 64}},
     "qwen3_5": {"text_config": _HYBRID},
     "qwen3_5_moe": {"text_config": _HYBRID},
     "qwen3_5_moe_text": _HYBRID,
@@ -129,12 +156,9 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 
-def model_types() -> list[tuple[str, str]]:
-    """Every (kind, model_type) that the causal-LM and masked-LM auto classes know, sorted."""
-    return sorted(
-        [("causal", name) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
-        + [("masked", name) for name in MODEL_FOR_MASKED_LM_MAPPING_NAMES]
-    )
+def model_types(*kinds: str) -> list[tuple[str, str]]:
+    """Every (kind, model_type) that the auto classes of some kinds, or of all, know, sorted."""
+    return sorted((kind, name) for kind in kinds or _FAMILIES for name in _FAMILIES[kind])
 
 
 def tiny_config(model_type: str, *, overrides: bool = True) -> PretrainedConfig:

@@ -1,0 +1,226 @@
+"""What can be done with a family, tried on a tiny random model of it: a row of the table of families."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from avss_dist.corpus.shards import Batch
+from avss_dist.errors import AvssError, first_line
+from avss_dist.measure.hooks import observe
+from avss_dist.models.checkpoints import resolve
+from avss_dist.models.loading import Backbone, forward_function, open_module, quiet
+from avss_dist.partition.base import Placement
+from avss_dist.partition.open import open_replica
+from avss_dist.pruning.checkpoint import prune
+from avss_dist.pruning.plan import Plan
+from avss_dist.settings import SITES, THRESHOLDS, Settings
+from avss_dist.stats.scores import score_run
+from support.families import tiny_batch, tiny_model
+
+TABLE = Path(__file__).parent / "families.csv"
+YES = "yes"
+
+
+@dataclass(frozen=True)
+class Row:
+    """``yes``, or the reason why not; empty where the library refuses its own small configuration."""
+
+    kind: str
+    family: str
+    built: str
+    scored: str = ""
+    evaluated: str = ""
+    pruned: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """As `families.model_types` has it."""
+        return self.kind, self.family
+
+
+CAPABILITIES = tuple(field.name for field in fields(Row))[3:]
+
+
+def read_table() -> list[Row]:
+    """The rows as they were found last; ``tests/benchmarks/families.py`` writes them."""
+    with TABLE.open(newline="", encoding="utf-8") as file:
+        return [Row(**row) for row in csv.DictReader(file)]
+
+
+def write_table(rows: Iterable[Row]) -> None:
+    with TABLE.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(field.name for field in fields(Row))
+        writer.writerows(sorted(astuple(row) for row in rows))
+
+
+def counts(rows: Iterable[Row]) -> Counter[tuple[str, str]]:
+    """By kind, how many families are ``known`` to transformers, ``built`` here, and have each capability."""
+    return Counter(
+        (row.kind, name) for row in rows for name in ("known", "built", *CAPABILITIES) if getattr(row, name, YES) == YES
+    )
+
+
+def in_words(rows: Iterable[Row]) -> str:
+    """The numbers of families as a sentence for each kind."""
+    number = counts(rows)
+    return " ".join(
+        f"Of the {number[kind, 'built']} {kind} families that a small random configuration can build, "
+        f"{number[kind, 'scored']} are scored, {number[kind, 'evaluated']} evaluated and "
+        f"{number[kind, 'pruned']} pruned."
+        for kind in sorted({kind for kind, _ in number})
+    )
+
+
+def families_markdown(rows: Iterable[Row]) -> str:
+    """The numbers of families, and a line for each refusal."""
+    rows = list(rows)
+    number = counts(rows)
+    lines = ["| kind | in transformers | built small | scored | evaluated | pruned |", "|---|---|---|---|---|---|"]
+    for kind in dict.fromkeys(row.kind for row in rows):
+        of_kind = (str(number[kind, name]) for name in ("known", "built", *CAPABILITIES))
+        lines.append(f"| {kind} | {' | '.join(of_kind)} |")
+    lines += ["", "| kind | family | not | why |", "|---|---|---|---|"]
+    for row in rows:
+        for why, names in _refusals(row).items():
+            shown = " ".join(why.split()).replace("|", "\\|").replace("<", "\\<")
+            lines.append(f"| {row.kind} | {row.family} | {', '.join(names)} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
+def _refusals(row: Row) -> dict[str, list[str]]:
+    """What cannot be done with a family, by reason. That masked models predict no next token goes without saying."""
+    found: dict[str, list[str]] = {}
+    for name in ("built", *CAPABILITIES):
+        why = getattr(row, name)
+        if why and why != YES and not (row.kind == "masked" and name == "evaluated" and row.scored == YES):
+            found.setdefault(why, []).append(name)
+    return found
+
+
+def try_family(kind: str, family: str, folder: Path) -> Row:
+    """Build, score, evaluate and prune a family; what is wrong with what is not refused raises AssertionError."""
+    try:
+        with quiet():
+            model: Any = tiny_model(kind, family)
+    except Exception as error:  # the library refuses its own configuration, in whatever way
+        return Row(kind, family, built=first_line(error.__cause__ or error))
+
+    def tried(action: Callable[[], object]) -> str:
+        try:
+            action()
+        except AvssError as error:
+            return str(error.message).replace(str(folder / "whole"), family)
+        return YES
+
+    scored = tried(lambda: score(model))
+    if scored != YES:
+        return Row(kind, family, YES, scored, scored, scored)
+    with quiet():
+        model.save_pretrained(folder / "whole")
+    return Row(
+        *(kind, family, YES, scored),
+        evaluated=tried(lambda: evaluate(model, folder / "whole")),
+        pruned=tried(lambda: prune_a_layer(model, folder)),
+    )
+
+
+def score(model: Any) -> tuple[str, ...]:
+    """Observe and score a model; the sites that it has."""
+    backbone = open_module(model)
+    stats = observe_twice(backbone, forward_function(backbone.module), tiny_batch())
+    layers = [layer.name for layer in backbone.structure.layers]
+    rows = score_run(stats, layers)
+    block = [r for r in rows if (r["site"], r["recipe"], r["threshold"]) == ("block", "pooled", 1e-5)]
+    assert len(block) == len(layers)
+    assert all(np.isfinite(r["avss_smoothed"]) for r in block)
+    assert sorted(r["rank"] for r in block) == list(range(1, len(layers) + 1))
+    return tuple(site for site in SITES if any(site == found for _, found in stats))
+
+
+def observe_twice(backbone: Backbone, run: Callable, input_ids: torch.Tensor) -> dict:
+    """Observe one batch; the hooks must change no bit of the output, see every token, and be gone afterwards."""
+    with torch.no_grad():
+        before = last_hidden(run(input_ids, None))
+        with (
+            observe(backbone.structure.layers, SITES, THRESHOLDS) as observer,
+            observer.batch(np.ones(input_ids.shape, bool)),
+        ):
+            during = last_hidden(run(input_ids, None))
+    stats = observer.result()
+    assert torch.equal(before, during) or not is_deterministic(run, input_ids)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in backbone.module.modules())
+    for (_, site), s in stats.items():
+        assert s.count + s.nonfinite_count > 0 and (s.count + s.nonfinite_count) % input_ids.numel() == 0, site
+        assert s.sequence_count == len(input_ids)
+    return stats
+
+
+def is_deterministic(run: Callable, input_ids: torch.Tensor) -> bool:
+    return torch.equal(last_hidden(run(input_ids, None)), last_hidden(run(input_ids, None)))
+
+
+def last_hidden(output: object) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else next(iter(output.values()))  # type: ignore[attr-defined]
+
+
+def evaluate(model: Any, folder: Path) -> np.ndarray:
+    """The summed losses of rows of `text_batch`, whole and without layer 1: as transformers alone has them, whole."""
+    with closing(open_replica(resolve(str(folder)), Settings(device="cpu"), Placement(), head=True)) as replica:
+        assert replica.language_model is not None
+        whole, without = replica.language_model.losses_without([text_batch()], [(), (1,)])
+    assert np.isfinite(without).all()
+    expected = own_losses(model)
+    np.testing.assert_allclose(whole, expected, rtol=1e-4 if np.allclose(expected, own_losses(model)) else 1)
+    return without
+
+
+def text_batch() -> Batch:
+    """`tiny_batch`, of which every token counts."""
+    ids = tiny_batch()
+    real = np.ones(ids.shape, bool)
+    return Batch(input_ids=ids.numpy().astype(np.int32), attention_mask=real, observed=real)
+
+
+def own_losses(model: Any) -> np.ndarray:
+    """The summed loss of each row of `tiny_batch`, by transformers alone."""
+    ids = tiny_batch()
+    with torch.no_grad():
+        logits = own_predictor(model)(input_ids=ids, use_cache=False).logits[:, :-1].double()
+    chosen = logits.log_softmax(dim=-1).gather(2, ids[:, 1:, None])
+    losses: np.ndarray = -chosen.sum(dim=(1, 2)).numpy()
+    return losses
+
+
+def own_predictor(model: Any) -> Any:
+    """The model, or, of those that do not run without an image, the whole causal model that is its language tower."""
+    name = {"llama4": "language_model", "blip-2": "language_model", "instructblip": "language_model"}
+    name |= {"instructblipvideo": "language_model", "kosmos-2": "text_model"}
+    return getattr(model, name.get(model.config.model_type, ""), model)
+
+
+def prune_a_layer(model: Any, folder: Path) -> None:
+    """Write ``less`` beside ``whole``, without layer 1, or another if the family keeps that."""
+    names = [layer.name.partition("#")[0] for layer in open_module(model).structure.layers]
+    refusals = []
+    for drop in (1, 0, 2):
+        plan = Plan(
+            model=str(folder / "whole"), num_layers=len(names), layers=names[0].rpartition(".")[0], drop=(drop,)
+        )
+        try:
+            done = prune(str(folder / "whole"), plan, folder / "less")
+        except AvssError as error:
+            refusals.append(error)
+            continue
+        assert done["difference"] is not None
+        return
+    raise refusals[0]
