@@ -20,7 +20,7 @@ from avss_dist.models.labels import LOGIT_BYTES, draw_labels, loss_gradient, pie
 from avss_dist.models.layers import PROBE_SHAPE, Layer
 from avss_dist.models.loading import Backbone, quiet
 from avss_dist.models.patching import Patch, patched
-from avss_dist.models.skipping import Recorded, recording, representatives, resuming, skipping
+from avss_dist.models.skipping import Recorded, explaining, recording, representatives, resuming, skipping
 from avss_dist.models.sparsifying import Counted, Sparsity, sparsified
 from avss_dist.models.sublayers import find_obstacles, require_sublayers, without_sublayers
 from avss_dist.removal import Drop, is_whole, layer_of, whole_layers
@@ -158,7 +158,7 @@ class LanguageModel:
         """Inside, the model computes without these layers and sublayers."""
         self.require_layers(drop)
         left_out = skipping(self.layers, whole_layers(drop), self.forms, self.factor)
-        with left_out, without_sublayers(self.layers, drop):
+        with left_out, without_sublayers(self.layers, drop), explaining(self.checkpoint.name, drop):
             yield
 
     @contextmanager

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.errors import ModelError
+from avss_dist.errors import ModelError, first_line
 from avss_dist.models.layers import Layer, first_tensor, input_tensor
+from avss_dist.removal import describe_removed
 
 MOST_TRIED = 8  # layers, and the ends of each kind
 
@@ -54,6 +55,25 @@ def require_skippable(layers: Sequence[Layer], drop: Collection[int]) -> list[La
         if uses.count(layer.module) > 1:
             raise ModelError(f"Layer {layer.index} ({layer.name}) is used more than once; it cannot be left out.")
     return skipped
+
+
+@contextmanager
+def explaining(model: str, drop: Collection[int]) -> Iterator[None]:
+    """Inside, a model computes without layers and sublayers; why its own code fails there is said.
+
+    Raises:
+        ModelError: a layer behind needs more of one that is left out than hidden states, as its keys and values.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        if not drop:
+            raise
+        raise ModelError(
+            f"'{model}' does not run with these layers left out: {describe_removed(drop)}. "
+            f"{type(error).__name__}: {first_line(error)}",
+            "A layer behind may need what one of them computes. Leave out others.",
+        ) from error
 
 
 @dataclass(frozen=True)

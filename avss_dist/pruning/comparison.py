@@ -48,6 +48,7 @@ def largest_difference(
     """
     fits = 2 * footprint(checkpoint, settings).weight_bytes <= available_memory() // 2
     pruned = resolve(str(folder), trust_remote_code=settings.trust_remote_code)
+    pruned = replace(pruned, name=f"{checkpoint.name} without these layers")
     settings, outputs = replace(settings, layers=plan.layers), []
     for one, drop, patch in ((checkpoint, plan.drop, replaced), (pruned, (), {})):
         if fits and execution.partition != "streaming":

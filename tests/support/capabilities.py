@@ -28,6 +28,8 @@ from support.families import tiny_batch, tiny_model
 
 TABLE = Path(__file__).parent / "families.csv"
 YES = "yes"
+VERSION = "5.24"  # of transformers, whose families the table has
+AGAIN = "Run tests/benchmarks/families.py, and put what it prints into docs/families.md."
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,12 @@ def counts(rows: Iterable[Row]) -> Counter[tuple[str, str]]:
 
 
 def in_words(rows: Iterable[Row]) -> str:
-    """The numbers of families as a sentence for each kind."""
+    """The numbers of families in a clause for each kind; that encoders predict no next token goes without saying."""
     number = counts(rows)
-    return " ".join(
-        f"Of the {number[kind, 'built']} {kind} families that a small random configuration can build, "
-        f"{number[kind, 'scored']} are scored, {number[kind, 'evaluated']} evaluated and "
-        f"{number[kind, 'pruned']} pruned."
-        for kind in sorted({kind for kind, _ in number})
+    names = {"causal": CAPABILITIES, "masked": ("scored", "pruned"), "image-text": CAPABILITIES}
+    return "; ".join(
+        f"of {number[kind, 'built']} {kind} ones, " + " and ".join(f"{number[kind, name]} {name}" for name in can)
+        for kind, can in names.items()
     )
 
 
@@ -107,13 +108,40 @@ def _refusals(row: Row) -> dict[str, list[str]]:
     return found
 
 
-def try_family(kind: str, family: str, folder: Path) -> Row:
-    """Build, score, evaluate and prune a family; what is wrong with what is not refused raises AssertionError."""
+@dataclass(frozen=True)
+class Outcome:
+    """``built`` and ``scored`` as a `Row` has them; the sites that a family was scored at."""
+
+    built: str
+    scored: str = ""
+    sites: tuple[str, ...] = ()
+
+
+def try_scoring(kind: str, family: str) -> Outcome:
+    """Build and score a family; what is wrong with what is not refused raises AssertionError."""
+    model = build(kind, family)
+    if isinstance(model, str):
+        return Outcome(built=model)
+    try:
+        return Outcome(YES, YES, score(model))
+    except AvssError as error:
+        return Outcome(YES, str(error.message))
+
+
+def build(kind: str, family: str) -> Any:
+    """A tiny model of a family, or why the library refuses its own configuration, in whatever way."""
     try:
         with quiet():
-            model: Any = tiny_model(kind, family)
-    except Exception as error:  # the library refuses its own configuration, in whatever way
-        return Row(kind, family, built=first_line(error.__cause__ or error))
+            return tiny_model(kind, family)
+    except Exception as error:
+        return first_line(error.__cause__ or error)
+
+
+def try_family(kind: str, family: str, folder: Path) -> Row:
+    """As `try_scoring`; it is evaluated and pruned, too."""
+    model = build(kind, family)
+    if isinstance(model, str):
+        return Row(kind, family, built=model)
 
     def tried(action: Callable[[], object]) -> str:
         try:

@@ -17,7 +17,7 @@ from avss_dist.errors import ModelError
 from avss_dist.models.causal_lm import LanguageModel, Watcher, begins_behind
 from avss_dist.models.layers import Layer
 from avss_dist.models.patching import Patch
-from avss_dist.models.skipping import Skip, require_skippable
+from avss_dist.models.skipping import Skip, explaining, require_skippable
 from avss_dist.models.sublayers import without_sublayers
 from avss_dist.partition.streaming.passes import PLAN, Beginning, Passes, Record, planned
 from avss_dist.removal import Drop, whole_layers
@@ -59,7 +59,7 @@ class StreamingLanguageModel(LanguageModel):
             for layer in require_skippable(self.layers, whole_layers(drop))
         }
         plan = replace(PLAN.get(), skips={**PLAN.get().skips, **skips})
-        with planned(plan), without_sublayers(self.layers, drop):
+        with planned(plan), without_sublayers(self.layers, drop), explaining(self.checkpoint.name, drop):
             yield
 
     @contextmanager
