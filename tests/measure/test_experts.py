@@ -166,7 +166,10 @@ def test_experts_are_shown_found_and_drawn(scored: Path, tmp_path: Path) -> None
     assert shown.exit_code == 0 and "least salient" in shown.stdout, shown.stderr
     kinds = {row["kind"]: row["message"] for row in findings(Warehouse(str(scored))).to_pylist()}
     assert "2 of 8 experts got no token of this text, in layers 1-2 (layer 1: 0; layer 2: 0)" in kinds["idle_experts"]
-    assert "more than half of what all experts add, in layer 2 (expert 1 gives 100% in layer 2)" in kinds["dominant_expert"]
+    assert (
+        "more than half of what all experts add, in layer 2 (expert 1 gives 100% in layer 2)"
+        in kinds["dominant_expert"]
+    )
     page = tmp_path / "report.html"
     assert avss("report", "-w", scored, "-o", page).exit_code == 0
     assert "Routed experts" in page.read_text() and "2 of 8 experts got no token" in page.read_text()
