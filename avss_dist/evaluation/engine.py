@@ -76,14 +76,14 @@ class PlannedEvaluation:
 class CellReporter(Protocol):
     """Hears how an evaluation goes."""
 
-    def started(self, cells: int, done: int) -> None: ...
+    def started(self, cells: Sequence[Cell], done: int) -> None: ...
     def advanced(self, cell: Cell) -> None: ...
 
 
 class SilentCells:
     """Says nothing."""
 
-    def started(self, cells: int, done: int) -> None: ...
+    def started(self, cells: Sequence[Cell], done: int) -> None: ...
     def advanced(self, cell: Cell) -> None: ...
 
 
@@ -227,7 +227,7 @@ def measure(
     wanted = {(cell.run_id, cell.cell_id): cell for cell in cells}
     done = set() if fresh else {(run, cell) for run in {run for run, _ in wanted} for cell in store.cell_ids(run)}
     missing = [cell for key, cell in wanted.items() if key not in done]
-    reporter.started(len(wanted), len(wanted) - len(missing))
+    reporter.started(list(wanted.values()), len(wanted) - len(missing))
     with closing(Rounds(store, executor, reporter)) as rounds:
         return [(cell, outcome) for cell, outcome in rounds.run(missing) if isinstance(outcome, AvssError)]
 

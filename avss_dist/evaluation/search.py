@@ -224,7 +224,7 @@ class Losses:
     def measure(self, asked: Sequence[Expansion]) -> dict[Drop, Result]:
         """See `Measures`."""
         cells = [cell for one in asked for cell in self._cells(one)]
-        self._reporter.started(len(cells), 0)
+        self._reporter.started(cells, 0)
         failed: list[tuple[Cell, AvssError]] = []
         for cell, outcome in self._rounds.run(cells):
             if isinstance(outcome, AvssError):

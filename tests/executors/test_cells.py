@@ -220,7 +220,7 @@ def test_a_cell_beats_whenever_a_layer_begins_and_leaves_no_trace(tiny_llama: Pa
 class Death:
     """Kills the driver of an allocation after its first cell."""
 
-    def started(self, cells: int, done: int) -> None: ...
+    def started(self, cells: Sequence[Cell], done: int) -> None: ...
     def advanced(self, cell: Cell) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 

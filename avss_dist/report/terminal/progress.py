@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
@@ -118,12 +119,12 @@ class CellProgress:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def started(self, cells: int, done: int) -> None:
+    def started(self, cells: Sequence[Cell], done: int) -> None:
         """Cells are to be measured; ``done`` were measured before."""
         if self._task is not None:
             self._progress.remove_task(self._task)
-        self._task = self._progress.add_task("evaluating", total=cells, completed=done)
-        self._done, self._cells = done, cells
+        self._task = self._progress.add_task("evaluating", total=len(cells), completed=done)
+        self._done, self._cells = done, len(cells)
 
     def advanced(self, cell: Cell) -> None:
         """A cell is done."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from avss_dist.report.terminal.progress import bars
 from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.runs.reporter import Reporter
 from avss_dist.settings import PERPLEXITY, REPAIR
+from avss_dist.system.streams import say
 from avss_dist.text import basename, describe_bytes, describe_layers
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ BAR = 40  # cells of what keeps all
 
 
 class ShrinkProgress:
-    """A `shrink.ShrinkReporter`: one bar over all steps of `shrink`; of each step, how far it is."""
+    """A `shrink.ShrinkReporter`: one bar over all steps of `shrink`; a line for each, where there is no terminal."""
 
     def __init__(self) -> None:
         self._progress = bars(rich_progress.TaskProgressColumn())
@@ -42,6 +44,8 @@ class ShrinkProgress:
     def begin(self, what: str, total: int | None, done: int = 0) -> None:
         """A step begins, of which some is done."""
         self._progress.reset(self._task, total=total, completed=done, description=what)
+        if self._progress.disable and done != total:
+            say(f"{datetime.now(UTC):%H:%M:%S} {what}")
 
     def advance(self, by: int, what: str | None = None) -> None:
         """Some of a step is done."""
@@ -67,16 +71,17 @@ class _Cells:
     def __init__(self, bar: ShrinkProgress) -> None:
         self._bar = bar
 
-    def started(self, cells: int, done: int) -> None:
-        self._bar.begin("evaluating", cells, done)
+    def started(self, cells: Sequence[Cell], done: int) -> None:
+        if cells:
+            self._bar.begin(_step(cells[0]), len(cells), done)
 
     def advanced(self, cell: Cell) -> None:
-        without = f" without {len(cell.drop)} layers" if cell.drop else ""
-        self._bar.advance(1, f"{_step(cell)}{without}")
+        self._bar.advance(1, _step(cell))
 
 
 def _step(cell: Cell) -> str:
-    return "fitting the repair" if cell.task.startswith(REPAIR) else "evaluating"
+    without = f" without {len(cell.drop)} layers" if cell.drop else ""
+    return f"{'fitting the repair' if cell.task.startswith(REPAIR) else 'evaluating'}{without}"
 
 
 def shrunk_tables(done: Shrunk) -> RenderableType:
