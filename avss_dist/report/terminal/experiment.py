@@ -13,7 +13,8 @@ from avss_dist.analysis.sparsity_curves import is_sparse, sparsity_curves
 from avss_dist.analysis.verdict import WHOLE, primary_metric, shown_method, shown_value, verdicts
 from avss_dist.report.terminal.sparsity import curves_table
 from avss_dist.report.terminal.tables import Column, FittedTable
-from avss_dist.settings import LOSS
+from avss_dist.settings import LOSS, PERPLEXITY
+from avss_dist.text import basename
 
 Row = Mapping[str, Any]  # of the table `experiments`
 
@@ -62,7 +63,7 @@ def _dropped(methods: Iterable[Mapping[str, Row]]) -> list[str]:
 def _of_task(task: str, metric: str, methods: Iterable[Mapping[str, Row]]) -> Iterator[Column]:
     values, kept = zip(*(_cells(of.get(task)) for of in methods), strict=True)
     yield Column(title=f"{task}\n{'perplexity' if metric == LOSS else metric}", cells=values, priority=1)
-    yield Column(title="kept", cells=kept)
+    yield Column(title=f"{basename(task.removeprefix(PERPLEXITY))}\nkept", cells=kept)
 
 
 def _cells(row: Row | None) -> tuple[str, str]:
