@@ -46,6 +46,8 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+        if not self.batches:
+            self.remove()
 
     def add(self, batch: list[str]) -> None:
         """Keep another batch."""

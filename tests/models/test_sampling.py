@@ -88,6 +88,8 @@ def test_a_command_that_was_stopped_goes_on(tiny_llama: Path, tmp_path: Path, mo
     assert output.read_bytes() == whole.read_bytes() and not kept.exists()
 
 
-def test_an_encoder_writes_nothing(tiny_bert: Path) -> None:
+def test_an_encoder_writes_nothing(tiny_bert: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="predicts no next token"):
         next(sample(resolve(str(tiny_bert)), Settings(device="cpu", sequence_length=4), count=1))
+    assert avss("sample", tiny_bert, "-o", tmp_path / "a.jsonl", *SHORT).exit_code == 2
+    assert not list(tmp_path.iterdir())

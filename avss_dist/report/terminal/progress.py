@@ -48,6 +48,11 @@ def bars(*columns: rich_progress.ProgressColumn) -> rich_progress.Progress:
     )
 
 
+def log(what: str, file: TextIO | None = None) -> None:
+    """A line with the time of day (UTC), on standard error or in a file like it."""
+    say(f"{datetime.now(UTC):%H:%M:%S} {what}", file)
+
+
 class Progress(Reporter):
     """A bar for each run, with tokens/s and the time that is left."""
 
@@ -134,7 +139,7 @@ class CellProgress:
         self._done += 1
         if self._progress.disable and time.monotonic() - self._said > LOG_SECONDS:
             self._said = time.monotonic()
-            say(f"{datetime.now(UTC):%H:%M:%S} {_short(cell.checkpoint.name)}: {self._done} of {self._cells} evaluated")
+            log(f"{_short(cell.checkpoint.name)}: {self._done} of {self._cells} evaluated")
 
 
 class SearchProgress(CellProgress):
@@ -207,7 +212,7 @@ class Log(Reporter):
         self._say(f"{self._ended} of {self._num_runs} runs: {name} {run.status}{error}")
 
     def _say(self, what: str) -> None:
-        say(f"{datetime.now(UTC):%H:%M:%S} {what}", self._file)
+        log(what, self._file)
 
 
 def _short(name: str) -> str:

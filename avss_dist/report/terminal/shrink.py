@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +10,10 @@ from rich import progress as rich_progress
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from avss_dist.report.terminal.progress import bars
+from avss_dist.report.terminal.progress import bars, log
 from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.runs.reporter import Reporter
 from avss_dist.settings import PERPLEXITY, REPAIR
-from avss_dist.system.streams import say
 from avss_dist.text import basename, describe_bytes, describe_layers
 
 if TYPE_CHECKING:
@@ -45,7 +43,7 @@ class ShrinkProgress:
         """A step begins, of which some is done."""
         self._progress.reset(self._task, total=total, completed=done, description=what)
         if self._progress.disable and done != total:
-            say(f"{datetime.now(UTC):%H:%M:%S} {what}")
+            log(what)
 
     def advance(self, by: int, what: str | None = None) -> None:
         """Some of a step is done."""
