@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from support.noting import OPENS, noting
 from support.processes import wait_until
 from support.ray_cluster import NODES, TWENTY_SHARDS, Cluster
@@ -19,7 +20,9 @@ import avss_dist
 from avss_dist.errors import ConfigError, RunFailed
 from avss_dist.executors.ray import pool, queue
 from avss_dist.executors.ray.executor import RayExecutor
+from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
 from avss_dist.executors.ray.queue import ATTEMPTS
+from avss_dist.executors.ray.watch import Watch
 from avss_dist.partition.base import Placement
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices
@@ -85,6 +88,33 @@ def test_a_cluster_may_get_more_gpus_and_a_machine_does_not() -> None:
     executor.devices = gpus
     with pytest.raises(ConfigError, match=r"3 replicas of 2 GPUs need 6 GPUs; there are 4\."):
         executor.replicas(pair)
+
+
+def monitor_on(node: Any) -> Any:
+    """A raylet that has not heard of the node yet would start it elsewhere."""
+    there = NodeAffinitySchedulingStrategy(node.node_id, soft=True)
+    options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": there}
+    actor: Any = ray.remote(HeartbeatMonitor)
+    while True:
+        monitor = actor.options(**options).remote()
+        ray.get(monitor.ages.remote())
+        if ray._private.state.actors(monitor._actor_id.hex())["Address"]["NodeID"] == node.node_id:
+            return monitor
+        ray.kill(monitor)
+
+
+def test_the_monitor_leaves_a_node_that_drains(cluster: Cluster) -> None:
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        leaving = cluster.nodes[1]
+        watch = Watch(monitor_on(leaving), 60.0)
+        cluster.drain(leaving)
+        assert cluster.draining() == {leaving.node_id}
+        watch.leave(cluster.draining())
+        wait_until(lambda: not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == leaving.node_id))
+        wait_until(watch.listen)
+    finally:
+        ray.shutdown()
 
 
 class Meanwhile(threading.Thread):

@@ -181,7 +181,7 @@ class RayExecutor:
             ray._private.worker._worker_logs_enabled = False  # of lost workers and nodes, on standard output
         if self._monitor is None:
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-            monitor: Any = ray.remote(HeartbeatMonitor)  # on a node that drains it would be in the way
+            monitor: Any = ray.remote(HeartbeatMonitor)
             self._monitor = monitor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
 
     def _new_gang(self, placement: Placement) -> Gang:

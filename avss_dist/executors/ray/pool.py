@@ -323,9 +323,10 @@ class Pool:
                 self._stop(gang, why=why, hangs=True)
 
     def _let_go(self) -> None:
-        """Part with the gangs whose nodes are about to go: at once, or when a round with units is done."""
+        """Leave the nodes that are about to go; their gangs go at once, or when a round with units is done."""
         if not (draining := draining_nodes()):
             return
+        self._watch.leave(draining)
         for gang in self._gangs():
             gang.leaves = gang.leaves or bool(gang.nodes & draining)
         for gang in [gang for gang in self._idle if gang.leaves]:

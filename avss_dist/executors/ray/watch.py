@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 from typing import Any
 
 import ray
@@ -38,6 +38,12 @@ class Watch:
         now = time.monotonic()
         self._signs |= {name: now - age for name, age in self._ages.items()}
         return True
+
+    def leave(self, draining: Set[str]) -> None:
+        """Have the monitor started elsewhere where its node is about to go, which cannot end while it has an actor."""
+        known = ray._private.state.actors(self._monitor._actor_id.hex())
+        if known.get("Address", {}).get("NodeID") in draining:
+            ray.kill(self._monitor, no_restart=False)
 
     def complaint(self, gang: Gang, begun: float) -> str:
         """Why a gang is taken to hang in the round that it began; empty where it does not."""
