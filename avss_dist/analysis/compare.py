@@ -196,16 +196,20 @@ def _profile(run: Mapping[str, Any], key: Any, score: str, rows: Sequence[Mappin
 
 def _runs(warehouse: Warehouse, run_ids: Sequence[str]) -> list[dict[str, Any]]:
     rows = {row["run_id"]: row for row in warehouse.runs().to_pylist(maps_as_pydicts="lossy")}
-    for row in rows.values():
-        settings = settings_of(row)
-        row |= {"skip_first_tokens": settings.get("skip_first_tokens", 0), "layout": settings.get("layout", "packed")}
     for run_id in run_ids:
         if run_id not in rows:
             require_known("run", run_id, sorted(rows), QueryError)
-    return [rows[run_id] for run_id in run_ids]
+    return [with_conditions(rows[run_id]) for run_id in run_ids]
 
 
-def _condition(run: Mapping[str, Any], name: str) -> Any:
+def with_conditions(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of ``runs`` with all of `CONDITIONS`, of which some are in its settings."""
+    settings = settings_of(run)
+    packing = {"skip_first_tokens": settings.get("skip_first_tokens", 0), "layout": settings.get("layout", "packed")}
+    return {**run, **packing}
+
+
+def condition(run: Mapping[str, Any], name: str) -> Any:
     """Texts are the same by content, not by name."""
     return (run["corpus_fingerprint"] or run["corpus"]) if name == "corpus" else run[name]
 
@@ -229,7 +233,7 @@ def _shared(profile: Profile, by: str, allow_mismatch: bool) -> Hashable:
     if by in WITHIN:
         return run["run_id"]
     if by in ("corpus", "dtype"):
-        conditions = () if allow_mismatch else tuple(_condition(run, name) for name in CONDITIONS if name != by)
+        conditions = () if allow_mismatch else tuple(condition(run, name) for name in CONDITIONS if name != by)
         return (run["model"], run["revision"], *conditions)
     return run["model"] if by == "revision" else None
 
@@ -238,7 +242,7 @@ def _value(profile: Profile, by: str) -> Any:
     """What the profiles of a pair differ in."""
     if by in WITHIN:
         return profile.label(by)
-    return profile.run["run_id"] if by == "run" else _condition(profile.run, by)
+    return profile.run["run_id"] if by == "run" else condition(profile.run, by)
 
 
 def _require_comparable(runs: Sequence[Mapping[str, Any]]) -> None:
@@ -253,7 +257,7 @@ def _require_comparable(runs: Sequence[Mapping[str, Any]]) -> None:
 def _differences(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Iterator[str]:
     """``dtype (bfloat16, float32)``, for each column that is not the same in all."""
     for name in names:
-        values = {_condition(run, name): str(run[name]) for run in runs}
+        values = {condition(run, name): str(run[name]) for run in runs}
         if len(values) > 1:
             yield f"{name} ({', '.join(sorted(values.values()))})"
 

@@ -4,7 +4,8 @@ For every score, recipe, site and threshold in the warehouse: Spearman's correla
 with the Shapley value and with the first-order estimate, as `avss ablate` measured them; and the retention without the
 lowest 10%, 25% and 33% of layers, where that set of layers was evaluated. Beside the correlation with the loss stand
 its ceiling, which is what the same measurement on other text would reach, the share of pairs of layers that the score
-puts in the wrong order, and how well its sum over a set predicts the loss without the set.
+puts in the wrong order, and how well its sum over a set predicts the loss without the set. A control stands beside the
+scores: the place of a layer, from the end.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import pyarrow.compute as pc
 from avss_dist.analysis.reliability import increases, misranked, reliability, sets_correlation
 from avss_dist.errors import QueryError
 from avss_dist.pruning.ground_truth import LayerTruth, find_layer_truth, nothing_measured
-from avss_dist.pruning.selection import PUBLISHED, Choice, PlanError, Reading, reading_of
+from avss_dist.pruning.selection import LAST, PUBLISHED, Choice, PlanError, Reading, reading_of
 from avss_dist.removal import is_whole
 from avss_dist.settings import GROUND_TRUTH, LOSS, OF_LAYERS, PERPLEXITY, RIVALS
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import spearman
+from avss_dist.text import describe_threshold
 from avss_dist.warehouse.reader import Warehouse
 
 SHARES = (0.1, 0.25, 0.33)
@@ -105,7 +107,7 @@ def _cards(store: Warehouse, run: Mapping[str, Any], truths: Mapping[str, LayerT
     for row in scored:
         by_reading.setdefault(reading_of(row), []).append(row)
     of_avss = [(Choice(by="avss", reading=reading), rows) for reading, rows in by_reading.items()]
-    others = [(Choice(by=name), scored) for name in (*RIVALS, *truth)]
+    others = [(Choice(by=name), scored) for name in (*RIVALS, *truth, LAST)]
     for choice, rows in (*of_avss, *others):
         place = dict(zip(_PLACE, choice.reading, strict=True)) if choice.reading else {}
         of = {"run_id": run["run_id"], "model": run["model"], "score": choice.by, "task": known.task, **place}
@@ -131,6 +133,21 @@ def _rises(store: Warehouse, run: Mapping[str, Any]) -> tuple[dict[tuple[int, ..
     return {}, None
 
 
+def describe_score(card: Mapping[str, Any]) -> str:
+    """The score of a row, and how AVSS is read."""
+    if card["score"] == LAST:
+        return "place from the end (a control)"
+    if card["score"] != "avss":
+        return str(card["score"]).replace("_", " ")
+    threshold = describe_threshold(card["threshold"], card["threshold_kind"])
+    return f"avss  {card['site']} / {card['recipe']} / {threshold}"
+
+
+def is_published(card: Mapping[str, Any]) -> bool:
+    """Whether a row is AVSS as published."""
+    return tuple(card[name] for name in _PLACE) == PUBLISHED
+
+
 def best_readings(cards: pa.Table) -> pa.Table:
     """Of AVSS, the published reading and, of each site, the one that orders layers best; all of the other scores."""
     rows = cards.to_pylist()
@@ -141,9 +158,5 @@ def best_readings(cards: pa.Table) -> pa.Table:
             key = row["run_id"], row["site"]
             best[key] = max(best.get(key, (-2.0, -1)), (row[order], -i))
     chosen = {-i for _, i in best.values()}
-    keep = [
-        i
-        for i, row in enumerate(rows)
-        if row["score"] != "avss" or i in chosen or tuple(row[name] for name in _PLACE) == PUBLISHED
-    ]
+    keep = [i for i, row in enumerate(rows) if row["score"] != "avss" or i in chosen or is_published(row)]
     return cards.take(pa.array(keep, pa.int64()))

@@ -18,6 +18,7 @@ from avss_dist.stats.layer_stats import Float64
 Ints = NDArray[np.integer[Any]]
 PERSISTENCE = 0.9  # of rank-biased overlap: the first 10 ranks have 86% of the weight
 FEWEST = 3  # values that a correlation needs
+TWO_SIDED_95 = 1.959964  # the quantile 0.975 of the normal distribution
 
 
 def count_lowest(layers: int, share: float = LOWEST_SHARE) -> int:
@@ -48,6 +49,19 @@ def spearman(a: Float64, b: Float64) -> float:
     if len(a) < FEWEST or np.ptp(a) == 0 or np.ptp(b) == 0:
         return np.nan
     return float(np.corrcoef(average_ranks(a), average_ranks(b))[0, 1])
+
+
+def spearman_interval(rho: float, number: int) -> tuple[float, float]:
+    """The 95% interval of Spearman's rho of ``number`` values, by Fisher's z with the variance of Bonett and Wright.
+
+    ``tanh(atanh(rho) -+ 1.96 sqrt((1 + rho^2 / 2) / (number - 3)))`` (Psychometrika 65, 2000). NaN for fewer than four
+    values.
+    """
+    if number < 4:
+        return np.nan, np.nan
+    with np.errstate(divide="ignore"):
+        z, width = np.arctanh(rho), TWO_SIDED_95 * np.sqrt((1 + rho**2 / 2) / (number - 3))
+    return float(np.tanh(z - width)), float(np.tanh(z + width))
 
 
 def depth_correlation(scores: Sequence[float | None]) -> float:

@@ -20,6 +20,8 @@ from support.pages import write_failed, write_many, write_removals, write_run
 
 from avss_dist.analysis.agreement import correlate
 from avss_dist.analysis.findings import findings
+from avss_dist.analysis.scorecard import score_cards
+from avss_dist.report.page.across import training_series
 from avss_dist.report.page.data import run_labels
 from avss_dist.report.page.page import report_page
 from avss_dist.text import describe_threshold
@@ -28,7 +30,7 @@ from avss_dist.warehouse.reader import Warehouse
 HOSTILE = "org/\"'><script>window.hacked = 1; alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}&amp;"
 EVERY_CHART = {
     *("avss", "block_influence", "angular_distance", "relative_magnitude", "update_variance_ratio"),
-    *("heat", "correlation", "scatter", "blocks", "kept"),
+    *("heat", "lowest", "profiles", "correlation", "drift", "scatter", "blocks", "kept"),
 }
 
 
@@ -85,7 +87,7 @@ def page(store: Warehouse) -> Page:
 def test_nothing_is_loaded_from_anywhere(page: Page) -> None:
     links = [a.get(name) for _, a in page.elements for name in ("src", "href", "srcset", "action", "data") if name in a]
     assert links
-    assert all(link is not None and (link.startswith("#") or link == "data:,") for link in links)
+    assert all(link is not None and link.startswith(("#", "data:")) for link in links)
     assert not any("@import" in style or "url(" in style for style in page.raw["style"])
 
 
@@ -153,7 +155,7 @@ def test_charts_are_vega_lite_with_names_for_people(page: Page) -> None:
         assert spec["$schema"].startswith("https://vega.github.io/schema/vega-lite/")
         assert "config" not in spec, name
     figures = {a["data-chart"] for _, a in page.elements if "data-chart" in a}
-    assert figures == EVERY_CHART
+    assert figures == EVERY_CHART - {"drift"}  # no run is of a training
 
 
 def test_findings_come_first_and_in_words(page: Page, store: Warehouse) -> None:
@@ -182,10 +184,19 @@ def test_correlations_are_those_of_compare(page: Page, store: Warehouse) -> None
     tables = {run_id: store.table("scores", run_ids=[run_id]).to_pylist() for run_id in ids}
     interpolated = 0
     for choice, pairs in zip(data["choices"], data["correlations"], strict=True):
-        assert sorted(pair[:2] for pair in pairs) == [[0, 1], [0, 2], [1, 2]]
-        for i, j, spearman in pairs:
-            agreed = correlate(_profile(tables[ids[i]], choice), _profile(tables[ids[j]], choice))
+        assert sorted(pair[:2] for pair in pairs) == [[0, 0], [0, 1], [0, 2], [1, 1], [1, 2], [2, 2]]
+        for i, j, spearman, given_depth in pairs:
+            profile = _profile(tables[ids[i]], choice)
+            if i == j:
+                assert (spearman, given_depth) == (
+                    pytest.approx(correlate(profile, (profile[0], profile[0]))["spearman"], abs=6e-4),
+                    None,
+                )
+                continue
+            agreed = correlate(profile, _profile(tables[ids[j]], choice))
             assert spearman == pytest.approx(agreed["spearman"], abs=6e-4)
+            if given_depth is not None:
+                assert given_depth == pytest.approx(agreed["given_depth"], abs=6e-4)
             interpolated += agreed["interpolated"]
     assert interpolated == 2 * len(data["choices"])
 
@@ -213,7 +224,7 @@ def test_what_is_known_without_layers_is_the_warehouses(page: Page, store: Wareh
 
 def test_it_begins_with_what_can_be_believed_what_can_go_and_what_is_kept(page: Page, store: Warehouse) -> None:
     text = re.sub(r"\s+", " ", " ".join(page.words))
-    first = text[text.index(" In short 1.") : text.index("What a careful reader")]
+    first = text[text.index(" In short 2.") : text.index("What a careful reader")]
     kinds = {
         row["kind"]
         for row in findings(store).to_pylist()
@@ -230,6 +241,45 @@ def test_it_begins_with_what_can_be_believed_what_can_go_and_what_is_kept(page: 
     ):
         assert line in alpha
     assert first.count("Nothing was left out and evaluated yet") == 2
+
+
+def test_the_score_card_is_a_picture_a_sentence_and_a_table(page: Page, store: Warehouse) -> None:
+    """Of the run whose layers were left out one by one: here the loss rises from layer to layer."""
+    runs = [run for run in store.runs().to_pylist() if run["revision"] == "r1"]
+    cards = {
+        row["score"]: row["spearman_loss"] for row in score_cards(store, runs).to_pylist() if row["score"] != "avss"
+    }
+    assert cards["last"] < 0 < cards["loss"] == pytest.approx(1)
+    text = re.sub(r"\s+", " ", " ".join(page.words))
+    card = text[text.index("Closest to the loss without each layer") : text.index("Each run, failed ones too")]
+    assert f"The place alone: {cards['last']:.2f}" in card
+    assert f"block influence {cards['block_influence']:.2f}" in card
+    (image,) = (a["src"] for _, a in page.elements if "correlation of each score" in (a.get("alt") or ""))
+    svg = base64.b64decode((image or "").partition(",")[2]).decode()
+    assert "block influence" in svg and "AVSS as published" in svg
+
+
+def test_checkpoints_of_a_training_are_in_its_order() -> None:
+    run: dict[str, Any] = {"run_id": "r", "created_at": "2026", "schema_version": 2, "settings": "{}"}
+    run |= {
+        "series": "org/a@step*",
+        "corpus": "a.txt",
+        "corpus_fingerprint": None,
+        "dtype": "float32",
+        "sequence_length": 8,
+    }
+    steps: tuple[int | None, ...] = (3000, 1000, None, 2000)
+    runs = [{**run, "revision": f"r{step}", "training_step": step, "training_tokens": 10**9} for step in steps]
+    other = [run | {"dtype": "float16"}, run | {"series": None}]
+    assert training_series(
+        [*runs, *(one | {"revision": "x", "training_step": 1, "training_tokens": 1} for one in other)]
+    ) == [
+        {
+            "name": "org/a@step*",
+            "runs": [2, 1, 3, 0],
+            "saved": ["1,000,000,000 tokens", "step 1,000", "step 2,000", "step 3,000"],
+        }
+    ]
 
 
 def test_a_correlation_across_conditions_says_so(page: Page) -> None:

@@ -14,6 +14,7 @@ import pytest
 from support.pages import write_failed, write_removals, write_run
 
 from avss_dist.report.page.page import save_report
+from avss_dist.stats.rankings import depth_correlation
 from avss_dist.text import describe_threshold
 from avss_dist.warehouse.reader import Warehouse
 
@@ -30,7 +31,7 @@ ARGUMENTS = (
 HOSTILE = "org/<script>window.hacked = 1; alert(1)</script>\"'><img src=x onerror='window.hacked=1'>=cmd&amp;"
 CHARTS = (
     *("avss", "block_influence", "angular_distance", "relative_magnitude", "update_variance_ratio"),
-    *("heat", "correlation", "scatter"),
+    *("heat", "lowest", "profiles", "correlation", "scatter"),
 )
 WITHOUT = ("blocks", "kept")
 IDLE = "html:not([data-drawing])"
@@ -162,7 +163,8 @@ def test_site_recipe_and_threshold_drive_every_chart_and_the_table(
             close([scatter[row["layer"]][n] for n in ("sparsity", "variance")], [row["sparsity"], row["variance"]])
     close([float(row["AVSS"]) for row in table(page)], [row["avss_smoothed"] for row in mine])
     assert written in page.locator("#table caption").inner_text()
-    assert {row["correlation"] for row in drawn(page, "correlation") if row["run"] == row["other"]} == {1}
+    with_order = [r["correlation"] for r in drawn(page, "correlation") if r["run"] == r["other"] == ALPHA]
+    close(with_order, [depth_correlation([row["avss_smoothed"] for row in mine])], 3)
     for chart in CHARTS:
         assert written in str(page.locator(f"[data-chart={chart}] .view").get_attribute("aria-label"))
         assert written in page.locator(f"[data-chart={chart}] svg").inner_html().replace("&lt;", "<")
@@ -192,6 +194,18 @@ def test_another_run_and_two_runs_side_by_side(visit: Callable[..., Any], file: 
     assert [row["run"] for row in table(page)] == [ALPHA] * 8 + [BETA] * 12
     influence = [r["block_influence"] for r in store.scores(model="org/beta", site="block").to_pylist()[:1]]
     close([row["block_influence"] for row in drawn(page, "block_influence") if row["run"] == BETA][:1], influence)
+
+    page.locator("input[name=score][value=block_influence]").check(force=True)
+    heat = [row for row in drawn(page, "heat") if row["run"] == BETA]
+    assert heat[0]["value"] == heat[0]["block_influence"]
+    assert [row["rank"] for row in sorted(heat, key=lambda row: row["value"])] == [*range(1, 13)]
+    assert {row["which"] for row in drawn(page, "profiles")} == {0, 1, 2}
+    places = drawn(page, "lowest")
+    lowest = {
+        run: sum(row["lowest"] for row in drawn(page, "heat") if row["run"] == run) for run in (ALPHA, BETA, NOISE)
+    }
+    assert lowest == {ALPHA: 2, BETA: 3, NOISE: 2}
+    assert len(places) == 8 and sum(row["share"] for row in places) == pytest.approx(2)  # of 8 places, 25%
 
 
 def test_a_heading_sorts_up_and_down_with_the_keyboard(visit: Callable[..., Any], file: Path) -> None:
@@ -259,7 +273,7 @@ def test_every_chart_downloads(visit: Callable[..., Any], file: Path, tmp_path: 
     page: Any = None
     for number, chart in enumerate(CHARTS):
         page = page if number % 3 else visit(file)  # chromium asks before a page saves more than ten files
-        for kind, start in (("png", b"\x89PNG\r\n\x1a\n"), ("svg", b"<svg"), ("csv", b"site,recipe,threshold,run,")):
+        for kind, start in (("png", b"\x89PNG\r\n\x1a\n"), ("svg", b"<svg"), ("csv", b"site,recipe,threshold,")):
             with page.expect_download() as waiting:
                 page.locator(f"[data-chart={chart}] [data-save={kind}]").click()
             assert waiting.value.suggested_filename == f"{chart}.{kind}"
@@ -267,7 +281,7 @@ def test_every_chart_downloads(visit: Callable[..., Any], file: Path, tmp_path: 
             assert (tmp_path / "saved").read_bytes().startswith(start)
         rows = list(csv.DictReader(io.StringIO((tmp_path / "saved").read_text(encoding="utf-8"))))
         assert {(row["site"], row["recipe"], row["threshold"]) for row in rows} == {("block", "pooled", "1e-05")}
-        assert [row["run"] for row in rows] == [row["run"] for row in drawn(page, chart)]
+        assert [row.get("run") for row in rows] == [row.get("run") for row in drawn(page, chart)]
 
 
 def test_what_is_known_without_layers_follows_the_run(visit: Callable[..., Any], file: Path, tmp_path: Path) -> None:
@@ -361,9 +375,22 @@ def test_odd_runs_are_drawn_as_far_as_they_go(visit: Callable[..., Any], tmp_pat
     write_run(store, "b-still", layers=5, still=2)  # a layer that adds nothing
     write_run(store, "c-partial", layers=3, sites=("mlp",))  # no block, no rivals
     write_run(store, "d-single", layers=1)
+    for step in (1, 2, 3):
+        of = {"model": "org/e", "series": "org/e@step*", "training_step": step, "revision": f"r{step}"}
+        write_run(store, f"e-{step}", layers=4, seed=step, sites=("block",), **of)
     save_report(store, tmp_path / "report.html")
     page = visit(tmp_path / "report.html", 360)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
+    training = [(row["checkpoint"], row["with"]) for row in drawn(page, "drift")]
+    assert training == [
+        *(
+            ("step 1", "the last"),
+            ("step 2", "the one before it"),
+            ("step 2", "the last"),
+            ("step 3", "the one before it"),
+        )
+    ]
+    assert "org/e@step*: its lowest 25% are those of the last checkpoint from step" in said(page, "drift")
     assert [row["low"] for row in page.evaluate("document.querySelector('[data-chart=avss]').rows")] == [None] * 4
     page.select_option("#run", index=1)
     assert drawn(page, "relative_magnitude")[2]["relative_magnitude"] == 0
@@ -376,7 +403,7 @@ def test_odd_runs_are_drawn_as_far_as_they_go(visit: Callable[..., Any], tmp_pat
         assert figure.locator(".view").is_hidden()
         assert figure.locator("[data-save=png]").is_disabled()
     assert table(page) == []
-    assert page.locator("#status").inner_text().endswith("scored in 3 of 4 runs.")
+    assert page.locator("#status").inner_text().endswith("scored in 6 of 7 runs.")
     choose(page, site="mlp")
     assert len(drawn(page, "avss")) == 3
     page.select_option("#run", index=3)

@@ -99,7 +99,7 @@ def commit(
 
 
 def write_removals(warehouse: Warehouse, run_id: str, revision: str, layers: int) -> None:
-    """Write what `avss ablate --damage` and `avss shrink --keep` find out about the checkpoint of a run."""
+    """Write what `avss ablate --damage`, `avss ablate` and `avss shrink --keep` find out about a run's checkpoint."""
     store, rng = Store(warehouse.root), np.random.default_rng(5)
     common = {"created_at": datetime(2026, 1, 3, tzinfo=UTC), "settings": "{}", "num_samples": 4, "stderr": 0.0}
     common |= {"layer": None, "patch": None, "versions": {}, "seconds": 1.0}
@@ -107,6 +107,16 @@ def write_removals(warehouse: Warehouse, run_id: str, revision: str, layers: int
     rows = [
         {"task": "damage:a.txt", "metric": "block_distance", "drop": [*block], "layer": block[0], "value": value}
         for block, value in zip(blocks, rng.random(len(blocks)).tolist(), strict=True)
+    ]
+    losses = [
+        {
+            "task": "ablation:a.txt",
+            "metric": "loss",
+            "drop": drop,
+            "layer": drop[0] if drop else None,
+            "value": 3.0 + rise,
+        }
+        for drop, rise in (([], 0.0), *(([layer], 0.1 * layer) for layer in range(layers)))
     ]
     fits = [
         {"task": "repair:refit:a.txt", "metric": "missing", "drop": drop, "patch": f"hash{len(drop)}", "value": 0.1}
@@ -119,7 +129,7 @@ def write_removals(warehouse: Warehouse, run_id: str, revision: str, layers: int
             *(([2], "hash1", 0.02), ([1, 2], "hash2", 0.1)),
         )
     ]
-    for name, some in (("damage", rows), ("fits", fits), ("kept", kept)):
+    for name, some in (("damage", rows), ("losses", losses), ("fits", fits), ("kept", kept)):
         of = RunIdentity(run_id=f"{run_id}-{name}", model="org/alpha", revision=revision, family="llama")
         store.write_evaluations(of, [common | row for row in some])
 

@@ -8,16 +8,12 @@ from typing import Any
 import altair as alt
 
 from avss_dist.report.chart import LOWEST_COLOR
+from avss_dist.report.page.charts_across import GRAY, OF_RUNS, ROWS, charts_across, color_of_runs
 from avss_dist.settings import RIVALS
 
-ROWS = alt.NamedData(name="rows")
 TITLE = alt.TitleParams(text=alt.ExprRef("choice"), limit=alt.ExprRef("limit"), anchor="start", frame="bounds")
 HEIGHTS = {"avss": 280, "scatter": 340, "blocks": 340, "kept": 280}
 RIVAL_HEIGHT = 170
-STRONG = 0.6  # a cell of such a correlation is dark enough for light numbers
-COLORED_BY = alt.param(name="names", value=["", ""])  # labels of the run and of the one that it is compared with
-GRAY = "#8b949e"  # seen on light and on dark
-ROOM = alt.param(name="room", value=180)  # for the labels of runs, in pixels
 
 
 @cache
@@ -33,7 +29,7 @@ def page_charts() -> dict[str, dict[str, Any]]:
         for axis in ("layer", "depth")
         for scale in ("log", "linear")
     }
-    charts |= {"heat": _heat(), "correlation": _correlation(), "scatter": _scatter()}
+    charts |= {**charts_across(), "scatter": _scatter()}
     charts |= {"blocks": _blocks(), "kept": _kept()}
     return {name: _finished(chart) for name, chart in charts.items()}
 
@@ -54,17 +50,7 @@ def _by_depth(name: str, title: str, axis: str, scale: str) -> Any:
         x = alt.X("depth:Q", title="relative depth").scale(domain=[0, 1])
     y_scale: Any = alt.Scale(type="log") if scale == "log" else alt.Scale(zero=False)
     y_title = f"{title} (log)" if scale == "log" else title
-    legend = alt.Legend(
-        orient="top",
-        columns=1,
-        title=None,
-        labelLimit=alt.ExprRef("limit"),
-        labelExpr="names[datum.value]",
-        symbolOpacity=1,
-        symbolType="circle",
-        values=alt.ExprRef("which"),
-    )
-    color = alt.Color("which:N", scale=alt.Scale(domain=[0, 1], range="category"), legend=legend)
+    color = color_of_runs()
     lines = alt.Chart().encode(x=x, y=alt.Y(f"{name}:Q", title=y_title, scale=y_scale), color=color)
     lowest = alt.when("datum.lowest")
     points = lines.encode(
@@ -77,10 +63,7 @@ def _by_depth(name: str, title: str, axis: str, scale: str) -> Any:
     if name == "avss":
         interval = lines.mark_area(opacity=0.2).encode(alt.Y("low:Q", title=y_title, scale=y_scale), alt.Y2("high:Q"))
         layers.insert(0, interval)
-    shown = alt.param(name="which", value=[0])
-    return (
-        alt.layer(*layers, data=ROWS).add_params(COLORED_BY, shown).properties(height=HEIGHTS.get(name, RIVAL_HEIGHT))
-    )
+    return alt.layer(*layers, data=ROWS).add_params(*OF_RUNS).properties(height=HEIGHTS.get(name, RIVAL_HEIGHT))
 
 
 def _tooltip(name: str, title: str) -> list[Any]:
@@ -89,65 +72,8 @@ def _tooltip(name: str, title: str) -> list[Any]:
         alt.Tooltip("layer:Q"),
         alt.Tooltip("layer_name:N", title="name"),
         alt.Tooltip(f"{name}:Q", title=title, format=".4g"),
-        alt.Tooltip("rank:Q", title="AVSS rank"),
+        alt.Tooltip("rank:Q"),
     ]
-
-
-def _runs_axis(field: str, title: str | None = None) -> Any:
-    """Runs by their labels, in the order of the rows."""
-    return alt.Y(f"{field}:N", title=title, sort=None).axis(labelLimit=alt.ExprRef("room"), ticks=False, domain=False)
-
-
-def _heat() -> Any:
-    """A row for each run, a cell for each layer, colored by the layer's place in the ranking."""
-    legend = alt.Legend(title="rank: 0 least, 1 most important", orient="top", direction="horizontal", titleLimit=240)
-    return (
-        alt.Chart(ROWS)
-        .mark_rect()
-        .encode(
-            x=alt.X("from:Q", title="relative depth", scale=alt.Scale(domain=[0, 1])).axis(tickCount=5, grid=False),
-            x2="to:Q",
-            y=_runs_axis("run"),
-            color=alt.Color("share:Q", scale=alt.Scale(domain=[0, 1], scheme="viridis"), legend=legend),
-            tooltip=[
-                alt.Tooltip("run:N"),
-                alt.Tooltip("layer:Q"),
-                alt.Tooltip("rank:Q", title="AVSS rank"),
-                alt.Tooltip("avss:Q", title="AVSS", format=".4g"),
-            ],
-        )
-        .add_params(ROOM)
-    )
-
-
-def _correlation() -> Any:
-    """A cell for each pair of runs; the number is written where there is room for it."""
-    legend = alt.Legend(title="rank correlation", orient="top", direction="horizontal")
-    base = alt.Chart().encode(
-        x=alt.X("column:N", title="number of the run", sort=None).axis(labelAngle=0, ticks=False, domain=False),
-        y=_runs_axis("run"),
-    )
-    cells = base.mark_rect().encode(
-        color=alt.Color(
-            "correlation:Q",
-            scale=alt.Scale(domain=[-1, 0, 1], range="diverging", type="linear", interpolate="lab"),
-            legend=legend,
-        ),
-        tooltip=[
-            alt.Tooltip("run:N"),
-            alt.Tooltip("other:N", title="with"),
-            alt.Tooltip("correlation:Q", format=".3f"),
-        ],
-    )
-    numbers = base.encode(text=alt.Text("correlation:Q", format=".2f"))
-    texts = [
-        numbers.mark_text(style=style, fontSize=10).transform_filter(f"datum.written && {where}")
-        for style, where in (
-            ("weak", f"abs(datum.correlation) < {STRONG}"),
-            ("strong", f"abs(datum.correlation) >= {STRONG}"),
-        )
-    ]
-    return alt.layer(cells, *texts, data=ROWS).add_params(ROOM)
 
 
 def _scatter() -> Any:

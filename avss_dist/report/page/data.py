@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations, groupby
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
+from avss_dist.report.page.across import correlations, training_series
 from avss_dist.report.page.removal import without_layers
 from avss_dist.settings import EVERY_SITE, PUBLISHED_THRESHOLD, RECIPES, RIVALS, SITES
 from avss_dist.stats.rankings import count_lowest
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from avss_dist.warehouse.reader import Warehouse
 
 DIGITS = 4  # significant ones, as many as the page shows
-FEWER = 3  # of correlations, and of the ends of intervals, of which a thousand resamples do not know more
+FEWER = 3  # of the ends of intervals, of which a thousand resamples do not know more
 CHOICE = ("site", "recipe", "threshold_kind", "threshold")
 COLUMNS = {
     "layer": "layer",
@@ -48,7 +49,8 @@ def page_data(warehouse: Warehouse, runs: Sequence[Mapping[str, Any]]) -> dict[s
         ``runs``: their labels, and by layer its name and rivals; ``choices``: every site, recipe and threshold that
         was scored, ``first`` the position of the one to begin with; ``columns``: scores by layer; ``blocks``: the rows
         of a run at a choice: run, choice, first row, end, and how many layers are the lowest 25%; ``correlations`` by
-        choice: Spearman's coefficient of every two runs; ``without``: by run, see `removal.without_layers`.
+        choice and of each of ``rivals``, see `across.correlations`; ``series``: see `across.training_series`;
+        ``without``: by run, see `removal.without_layers`.
     """
     positions = {run["run_id"]: i for i, run in enumerate(runs)}
     names = ["run_id", *CHOICE, "layer_name", "depth", *COLUMNS.values(), *RIVALS]
@@ -70,7 +72,8 @@ def page_data(warehouse: Warehouse, runs: Sequence[Mapping[str, Any]]) -> dict[s
             for name, column in COLUMNS.items()
         },
         "blocks": blocks,
-        "correlations": _correlations(table, blocks, len(choices)),
+        **_agreement(table, blocks, len(choices)),
+        "series": training_series(runs),
         "without": without_layers(warehouse, runs),
     }
 
@@ -114,7 +117,7 @@ def run_labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 def _details(runs: Sequence[Mapping[str, Any]]) -> Iterator[list[str | None]]:
     """What tells runs apart, for each of them: dtype, corpus, revision, then settings, last the run's own number."""
     for name in _TELLING:
-        yield [None if run[name] is None else basename(run[name]) for run in runs]
+        yield [None if run[name] is None else basename(run.get(f"{name}_name") or run[name]) for run in runs]
     settings = [settings_of(run) for run in runs]
     for key in dict.fromkeys(key for one in settings for key in one if key not in _TELLING):
         yield [f"{key}={one[key]}" if one.get(key) else None for one in settings]
@@ -147,32 +150,18 @@ def _round(value: float, digits: int) -> float | None:
     return int(short) if short.is_integer() and abs(short) < 2**53 else short
 
 
-def _correlations(table: pa.Table, blocks: Sequence[tuple[int, ...]], choices: int) -> list[list[Any]]:
-    """By choice: first run, second run and Spearman's coefficient, of each pair that was scored there.
-
-    As `agreement.correlate` has it, all pairs of a choice at once: at the depths of the shallower of the two models.
-    """
+def _agreement(table: pa.Table, blocks: Sequence[tuple[int, ...]], choices: int) -> dict[str, Any]:
+    """`correlations` of the runs: by choice, and of each rival."""
     depth, avss = table["depth"].to_numpy(), table["avss_smoothed"].to_numpy()
-    profiles: list[dict[int, Any]] = [{} for _ in range(choices)]
+    rivals = {name: table[name].to_numpy() for name in RIVALS}
+    by_choice: list[dict[int, Any]] = [{} for _ in range(choices)]
+    by_rival: dict[str, dict[int, Any]] = {name: {} for name in RIVALS}
     for run, choice, start, end, _ in blocks:
-        scored = np.flatnonzero(~np.isnan(avss[start:end])) + start
-        profiles[choice][run] = depth[scored], avss[scored]
-    return [_pairs(by_run) for by_run in profiles]
-
-
-def _pairs(profiles: Mapping[int, tuple[Any, Any]]) -> list[Any]:
-    from scipy.stats import rankdata  # a second to import
-
-    runs = sorted(profiles)
-    grid_of = {run: tuple(profiles[run][0]) for run in runs}
-    found = []
-    for grid in dict.fromkeys(grid for grid in grid_of.values() if len(grid) > 2):
-        deep = [run for run in runs if len(grid_of[run]) >= len(grid)]
-        ranks = rankdata([np.interp(grid, *profiles[run]) for run in deep], axis=1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            matrix = np.atleast_2d(np.corrcoef(ranks))
-        for i, j in combinations(range(len(deep)), 2):
-            pair = deep[i], deep[j]
-            if min((grid_of[run] for run in pair), key=len) == grid:
-                found.append([*pair, _round(float(matrix[i, j]), FEWER)])
-    return found
+        for profiles, values in ((by_choice[choice], avss), *((by_rival[name], rivals[name]) for name in RIVALS)):
+            scored = np.flatnonzero(~np.isnan(values[start:end])) + start
+            if len(scored):
+                profiles[run] = depth[scored], values[scored]
+    return {
+        "correlations": [correlations(profiles) for profiles in by_choice],
+        "rivals": {name: correlations(profiles) for name, profiles in by_rival.items()},
+    }

@@ -107,8 +107,11 @@ const RIVALS = ["block_influence", "angular_distance", "relative_magnitude", "up
 const BY_DEPTH = ["avss", ...RIVALS];
 const CHOSEN = ["site", "recipe", "threshold"];
 const CSV = {
-  heat: ["run", "layer", "layer_name", "from", "to", "rank", "share", "avss"],
-  correlation: ["run", "other", "correlation"],
+  heat: ["run", "score", "layer", "layer_name", "from", "to", "value", "rank", "share", "lowest"],
+  profiles: ["run", "score", "layer", "layer_name", "depth", "value"],
+  lowest: ["score", "place", "from", "to", "share", "chance"],
+  correlation: ["run", "other", "score", "kind", "correlation"],
+  drift: ["run", "checkpoint", "score", "with", "correlation"],
   scatter: ["run", "layer", "layer_name", "depth", "sparsity", "variance", "rank"],
   blocks: ["run", "start", "length", "distance"],
   kept: ["run", "series", "dropped", "size", "share", "kept"],
@@ -163,11 +166,11 @@ function choicesOf(site, recipe) {
 const choice = () => choicesOf(chosen("site"), chosen("recipe"))[$("threshold").valueAsNumber];
 const described = ({ site, recipe, threshold }) => `${site} site, ${recipe} recipe, |x| < ${threshold}`;
 
-function addRadios(name, values, value) {
+function addRadios(name, values, value, titles = {}) {
   for (const each of values) {
     const label = document.createElement("label");
     const input = Object.assign(document.createElement("input"), { type: "radio", name, value: each, checked: each === value });
-    label.append(input, Object.assign(document.createElement("span"), { textContent: each }));
+    label.append(input, Object.assign(document.createElement("span"), { textContent: titles[each] ?? each }));
     $(name).append(label);
   }
 }
@@ -212,7 +215,8 @@ async function draw(name, variant, rows, given, said, nothing = "Nothing to draw
   place.setAttribute("aria-label", `${title}, ${signals.choice}. ${text} ${numbers}`);
   place.hidden = rows.length === 0;
   if (!rows.length) return;
-  const height = figure.dataset.rows === undefined ? undefined : 22 * new Set(rows.map((row) => row.run)).size;
+  const lines = new Set(rows.map((row) => row.run)).size;
+  const height = figure.dataset.rows === undefined ? undefined : lines * (lines > 20 ? 15 : 22);
   const key = `${variant} ${height} ${root.dataset.theme} ${rows.length > MANY}`;
   const copies = rows.map((row) => ({ ...row, low: row.low ?? row.avss, high: row.high ?? row.avss }));
   if (figure.key !== key) {
@@ -243,11 +247,12 @@ function extremes(rows, name) {
   return `Lowest in layer ${low.layer} (${number(low[name])}), highest in layer ${high.layer} (${number(high[name])}).`;
 }
 
-/** Rows of one run, as many of them marked as AVSS marks: those that are lowest by another score. */
+/** Rows of one run with their ranks by another score, as many of them marked as AVSS marks. */
 function ownLowest(rows, name) {
   const sorted = rows.filter((row) => row[name] !== null).sort((a, b) => a[name] - b[name]);
-  const lowest = new Set(sorted.slice(0, rows.filter((row) => row.lowest).length));
-  return rows.filter((row) => row[name] !== null).map((row) => ({ ...row, lowest: lowest.has(row) }));
+  const rank = new Map(sorted.map((row, i) => [row, i + 1]));
+  const number = rows.filter((row) => row.lowest).length;
+  return rows.filter((row) => rank.has(row)).map((row) => ({ ...row, rank: rank.get(row), lowest: rank.get(row) <= number }));
 }
 
 function lowestOf(rows) {
@@ -279,35 +284,101 @@ async function drawByDepth() {
 }
 
 const narrow = () => document.body.clientWidth < 600;
-const signalsAcross = () => ({ room: narrow() ? 96 : Math.min(360, document.body.clientWidth * 0.28) });
 
-async function drawHeat(every) {
-  const rows = every.flatMap((layers, i) => {
+const ACROSS = { avss: "AVSS", block_influence: "block influence", angular_distance: "angular distance",
+  relative_magnitude: "relative magnitude", update_variance_ratio: "update / input variance" };
+const across = () => chosen("score");
+const named = () => (across() === "avss" ? described(data.choices[choice()]) : `${ACROSS[across()]}, at any site, recipe and threshold`);
+const signalsAcross = () => ({ choice: named() });
+const signalsOfRows = () => ({ ...signalsAcross(), room: narrow() ? 96 : Math.min(360, document.body.clientWidth * 0.28) });
+const pairsAcross = () => (across() === "avss" ? data.correlations[choice()] : data.rivals[across()]);
+
+/** By run, its layers with the score that is chosen for all runs: value, rank and place. */
+function scoredAcross(every) {
+  const name = across();
+  return every.map((layers, i) => {
     const size = data.runs[i].layer_name.length;
-    const ranked = layers.filter((row) => row.rank !== null).length;
-    return layers.filter((row) => row.rank !== null).map((row) => ({
-      ...row, from: row.layer / size, to: (row.layer + 1) / size,
-      share: ranked > 1 ? (row.rank - 1) / (ranked - 1) : 0.5,
+    const rows = name === "avss" ? layers.filter((row) => row.rank !== null) : ownLowest(layers, name);
+    return rows.map((row) => ({
+      ...row, score: name, value: row[name], from: row.layer / size, to: (row.layer + 1) / size,
+      share: rows.length > 1 ? (row.rank - 1) / (rows.length - 1) : 0.5,
     }));
   });
-  const scored = every.filter((layers) => layers.length).length;
-  await draw("heat", "heat", rows, signalsAcross(), `${scored} of ${data.runs.length} runs have scores at this choice.`);
+}
+
+async function drawHeat(scored) {
+  const there = scored.filter((layers) => layers.length).length;
+  await draw("heat", "heat", scored.flat(), signalsOfRows(), `${there} of ${data.runs.length} runs have scores at this choice.`);
+}
+
+async function drawProfiles(scored) {
+  const which = (i) => (i === run() ? 0 : i === other() ? 1 : 2);
+  const rows = scored.flatMap((layers, i) => layers.map((row) => ({ ...row, which: which(i) }))).sort((a, b) => b.which - a.which);
+  const scale = rows.every((row) => row.value > 0) ? "log" : "linear";
+  const names = [data.runs[run()].label, other() === null ? "" : data.runs[other()].label];
+  const signals = { ...signalsAcross(), names, which: other() === null ? [0] : [0, 1] };
+  await draw("profiles", `profiles:${scale}`, rows, signals, "");
+}
+
+/** Of every place, the share of runs that have it in their lowest 25%: a place is a layer of the shallowest model. */
+async function drawLowest(scored) {
+  const there = scored.filter((layers) => layers.length);
+  const sizes = there.map((layers) => layers.length);
+  const number = Math.min(...sizes);
+  const alike = sizes.every((size) => size === number);
+  const overlap = (row, place) => Math.max(0, Math.min(row.to, (place + 1) / number) - Math.max(row.from, place / number)) * number;
+  const rows = there.length < 2 ? [] : Array.from({ length: number }, (_, place) => {
+    const shares = there.map((layers) => layers.reduce((sum, row) => sum + (row.lowest ? overlap(row, place) : 0), 0));
+    const chance = there.reduce((sum, layers) => sum + layers.filter((row) => row.lowest).length / layers.length, 0) / there.length;
+    return {
+      score: across(), place: alike ? `layer ${there[0][place].layer}` : `depth ${(place / number).toFixed(2)} to ${((place + 1) / number).toFixed(2)}`,
+      from: place / number, to: (place + 1) / number, share: shares.reduce((a, b) => a + b) / there.length, chance,
+    };
+  });
+  const always = rows.filter((row) => row.share > 0.999).map((row) => row.place);
+  const said = always.length ? `Lowest in every run: ${always.join(", ")}.` : "No place is among the lowest in every run.";
+  await draw("lowest", "lowest", rows, signalsAcross(), said, "It takes two runs.");
 }
 
 async function drawCorrelation() {
-  const pairs = data.correlations[choice()];
+  const pairs = pairsAcross();
   const there = [...new Set(pairs.flatMap(([i, j]) => [i, j]))].sort((a, b) => a - b);
-  const of = new Map(pairs.flatMap(([i, j, value]) => [[`${i}:${j}`, value], [`${j}:${i}`, value]]));
+  const of = new Map(pairs.map(([i, j, rho, given]) => [`${i}:${j}`, { rho, given }]));
+  const cell = (i, j) => {
+    if (i === j) return { kind: "with the order of its layers", correlation: of.get(`${i}:${i}`)?.rho ?? null };
+    const found = of.get(`${Math.min(i, j)}:${Math.max(i, j)}`);
+    return i > j ? { kind: "with each other", correlation: found?.rho ?? null } : { kind: "given depth", correlation: found?.given ?? null };
+  };
   const written = there.length <= 14 && !narrow();
-  const rows = there.flatMap((i) => there.map((j) => ({
-    run: data.runs[i].label, other: data.runs[j].label, column: String(j + 1),
-    correlation: i === j ? 1 : of.get(`${i}:${j}`) ?? null, written,
+  const rows = there.length < 2 ? [] : there.flatMap((i) => there.map((j) => ({
+    run: data.runs[i].label, other: data.runs[j].label, column: String(j + 1), score: across(), ...cell(i, j), written,
   })));
-  const sorted = pairs.filter((pair) => pair[2] !== null).sort((a, b) => a[2] - b[2]);
-  const least = sorted[0];
-  const said = least ? `The median of ${sorted.length} pairs is ${sorted[sorted.length >> 1][2].toFixed(2)}; least alike are runs `
-    + `${least[0] + 1} and ${least[1] + 1} (${least[2].toFixed(2)}).` : "";
-  await draw("correlation", "correlation", rows, signalsAcross(), said, "It takes two runs with scores of three layers.");
+  const median = (values) => values.sort((a, b) => a - b)[values.length >> 1]?.toFixed(2);
+  const apart = pairs.filter(([i, j, rho]) => i !== j && rho !== null).sort((a, b) => a[2] - b[2]);
+  const given = apart.map((pair) => pair[3]).filter((value) => value !== null);
+  const [least] = apart;
+  const said = least ? `The median of ${apart.length} pairs is ${median(apart.map((pair) => pair[2]))}`
+    + `${given.length ? `, and ${median(given)} given depth` : ""}; least alike are runs ${least[0] + 1} and ${least[1] + 1} (${least[2].toFixed(2)}).` : "";
+  await draw("correlation", "correlation", rows, signalsOfRows(), said, "It takes two runs with scores of three layers.");
+}
+
+/** Along the training of the run that is chosen, or else the first that there is. */
+async function drawDrift(scored) {
+  const series = data.series.find(({ runs }) => runs.includes(run())) ?? data.series[0];
+  const of = new Map(pairsAcross().map(([i, j, rho]) => [`${i}:${j}`, rho]));
+  const savedAt = new Map(series.runs.map((i, place) => [i, series.saved[place]]));
+  const runs = series.runs.filter((i) => scored[i].length);
+  const rho = (i, j) => of.get(`${Math.min(i, j)}:${Math.max(i, j)}`) ?? null;
+  const last = runs.at(-1);
+  const compared = [["the one before it", (place) => runs[place - 1]], ["the last", () => last]];
+  const rows = runs.flatMap((i, place) => compared.map(([words, with_]) => ({
+    run: data.runs[i].label, checkpoint: savedAt.get(i), score: across(), with: words,
+    correlation: with_(place) === undefined || with_(place) === i ? null : rho(i, with_(place)),
+  }))).filter((row) => row.correlation !== null);
+  const lowest = runs.map((i) => String(scored[i].filter((row) => row.lowest).map((row) => row.layer)));
+  const from = lowest.findLastIndex((set) => set !== lowest.at(-1)) + 1;
+  const said = rows.length ? `${series.name}: its lowest 25% are those of the last checkpoint from ${savedAt.get(runs[from])} on.` : "";
+  await draw("drift", "drift", rows, signalsAcross(), said);
 }
 
 async function drawScatter(every) {
@@ -413,8 +484,12 @@ async function refresh() {
       const beside = other() === null ? [] : rowsOf(other(), choice(), 1);
       fillTable([...every[run()], ...beside], beside.length > 0);
       await drawByDepth();
-      await drawHeat(every);
+      const scored = scoredAcross(every);
+      await drawHeat(scored);
+      if (figures.lowest) await drawLowest(scored);
+      if (figures.profiles) await drawProfiles(scored);
       await drawCorrelation();
+      if (figures.drift) await drawDrift(scored);
       await drawScatter(every);
       await drawWithout();
     }
@@ -437,7 +512,9 @@ async function start() {
   const first = data.choices[data.first];
   addRadios("site", unique("site", data.choices), first.site);
   addRadios("recipe", unique("recipe", data.choices), first.recipe);
+  addRadios("score", Object.keys(ACROSS), "avss", ACROSS);
   offer(first.threshold);
+  $("score").addEventListener("input", refresh);
   $("controls").addEventListener("submit", (event) => event.preventDefault());
   $("controls").addEventListener("input", (event) => {
     if (event.target.type === "radio") offer($("threshold").dataset.value);

@@ -18,14 +18,15 @@ import vl_convert
 from markupsafe import Markup
 
 from avss_dist import __version__
-from avss_dist.analysis.compare import CONDITIONS
 from avss_dist.analysis.findings import findings
 from avss_dist.report.output import write_file
+from avss_dist.report.page.across import differing, in_training
 from avss_dist.report.page.charts import page_charts
 from avss_dist.report.page.contrasts import contrasts
 from avss_dist.report.page.data import page_data
 from avss_dist.report.page.experiments import experiments, named
 from avss_dist.report.page.experts import expert_charts
+from avss_dist.report.page.scorecards import scorecards
 from avss_dist.report.page.sparsity import sparse_sections
 from avss_dist.report.page.summary import in_short, is_published
 from avss_dist.text import basename, printable
@@ -85,7 +86,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
         script=script,
         library=library,
         data=_packed({**data, "charts": page_charts()}) if data["choices"] else "",
-        has={name: any(run[name] for run in data["without"]) for name in ("blocks", "kept")},
+        has={"series": data["series"], **{n: any(run[n] for run in data["without"]) for n in ("blocks", "kept")}},
         version=__version__,
         warehouse=warehouse.root,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -94,12 +95,13 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
         findings=_findings(found, of_run),
         experiments=experiments(tried, of_run),
         sparse=sparse,
+        scorecards=scorecards(warehouse, drawn, of_run),
         contrasts=list(contrasts(warehouse, drawn, of_run)),
         experts=expert_charts(warehouse, of_run),
         overview=_overview(_with_unreadable(rows, warehouse.damaged, run_ids), of_run),
         labels=labels,
         not_drawn=len(done) - len(drawn),
-        differing=[name for name in CONDITIONS if len({str(run.get(name)) for run in drawn}) > 1],
+        differing=differing(drawn),
     )
 
 
@@ -121,9 +123,9 @@ def _newest(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [row for row in runs if (str(row["created_at"]), row["run_id"]) in newest]
 
 
-def _by_model(run: Mapping[str, Any]) -> tuple[str, ...]:
-    """Failed runs last; the others by family, model and time."""
-    return (str(run["status"] != "done"), *(str(run[name]) for name in ("family", "model", "created_at", "run_id")))
+def _by_model(run: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Failed runs last; the others by family, model, and when in its training it was saved."""
+    return (run["status"] != "done", str(run["family"]), str(run["series"] or run["model"]), *in_training(run))
 
 
 def _summary(done: int, failed: int) -> str:

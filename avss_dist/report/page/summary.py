@@ -10,6 +10,7 @@ from avss_dist.settings import RECIPES, SITES
 from avss_dist.stats.rankings import count_lowest
 
 MOST = 6  # runs, and tasks of each
+MOST_UNTRIED = 3  # runs of which nothing was left out yet
 NOTHING = "Nothing was left out and evaluated yet: avss ablate --damage, avss plan, avss evaluate; or avss shrink."
 Row = Mapping[str, Any]
 
@@ -21,7 +22,7 @@ def in_short(
     without: Sequence[Row],
     tried: Sequence[Row],
 ) -> list[dict[str, Any]]:
-    """For the template: an entry for each of the first runs, with an answer to each question.
+    """For the template: an answer to each question of a few runs, those of which something was left out first.
 
     Args:
         runs: rows of ``runs``.
@@ -47,8 +48,18 @@ def in_short(
                 },
             ],
         }
-        for run, known in list(zip(runs, without, strict=True))[:MOST]
+        for run, known in _few(runs, without, tried)
     ]
+
+
+def _few(runs: Sequence[Row], without: Sequence[Row], tried: Sequence[Row]) -> list[tuple[Row, Row]]:
+    in_experiments = {row["run_id"] for row in tried}
+    evaluated: list[tuple[Row, Row]] = []
+    untried: list[tuple[Row, Row]] = []
+    for run, known in zip(runs, without, strict=True):
+        of = evaluated if known["kept"] or run["run_id"] in in_experiments else untried
+        of.append((run, known))
+    return [*evaluated, *untried[:MOST_UNTRIED]][:MOST]
 
 
 def is_published(finding: Row) -> bool:

@@ -10,9 +10,9 @@ import pyarrow as pa
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from avss_dist.analysis.scorecard import RETENTION, SPEARMAN
+from avss_dist.analysis.scorecard import RETENTION, SPEARMAN, describe_score
 from avss_dist.report.terminal.tables import Column, FittedTable
-from avss_dist.text import describe_threshold, printable
+from avss_dist.text import printable
 
 GOOD = 0.7
 
@@ -30,7 +30,7 @@ def _table(rows: list[dict[str, Any]]) -> FittedTable:
         rows = sorted(rows, key=lambda row: -_known(row[shown[0].name]))
     return FittedTable(
         [
-            Column(title="score", cells=[_name(row) for row in rows], number=False),
+            Column(title="score", cells=[describe_score(row) for row in rows], number=False),
             *(
                 Column(title=one.title, cells=[one.cell(row[one.name]) for row in rows], priority=one.priority)
                 for one in shown
@@ -83,11 +83,3 @@ def _known(value: float | None) -> float:
 
 def _correlation(value: float | None) -> Text:
     return Text("-" if value is None else f"{value:.2f}", style="bold" if value is not None and value > GOOD else "")
-
-
-def _name(row: dict[str, object]) -> str:
-    if row["score"] != "avss":
-        return str(row["score"]).replace("_", " ")
-    threshold, kind = row["threshold"], row["threshold_kind"]
-    assert isinstance(threshold, float)
-    return f"avss  {row['site']} / {row['recipe']} / {describe_threshold(threshold, str(kind))}"
