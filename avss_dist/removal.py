@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
-from avss_dist.text import describe_layers
+from avss_dist.text import count_of, describe_layers
 
 Drop = tuple[int, ...]
 """What is left out, ascending."""
@@ -80,7 +80,8 @@ def size_removed(drop: Collection[int]) -> float:
 
 
 def count_removed(drop: Collection[int]) -> str:
-    """``8 layers``, or ``7 layers, 2 sublayers``."""
+    """``8 layers``, ``1 layer``, or ``7 layers, 2 sublayers``."""
     whole = len(whole_layers(drop))
     within = len(drop) - whole
-    return ", ".join([f"{whole} layers"] * bool(whole or not within) + [f"{within} sublayers"] * bool(within))
+    counts = {"layer": whole, "sublayer": within}
+    return ", ".join(count_of(n, name) for name, n in counts.items() if n or (name == "layer" and not within))

@@ -210,43 +210,43 @@ class Settings:
     """
 
     max_sequences: Positive | None = None
-    """Rows of tokens to read at most; without it, the whole corpus."""
+    """The most rows of tokens to read; by default the whole corpus."""
     sequence_length: Positive = 256
     """Tokens in a row."""
     batch_size: Positive = 8
     """Rows in a forward pass."""
     sequences_per_shard: Positive | None = None
-    """Rows in a shard, the unit of work, retry and resampling; by the model's size by default, 32 in evaluations."""
+    """Rows in a shard, the unit of work, retry and resampling; by default by the model's size, 32 in evaluations."""
     shuffle_seed: Annotated[int, Field(ge=0)] | None = None
-    """Seed of a random order of all rows of a corpus, which is read to its end; without it, they come in its own."""
+    """Read the whole corpus and take its rows in a random order with this seed; by default they keep their order."""
     chat_template: bool = False
-    """Put conversations (columns of messages) in the tokenizer's chat template."""
+    """Format conversations (columns of messages) with the tokenizer's chat template."""
     layout: Annotated[str, OneOf(LAYOUTS)] = "packed"
-    """Rows of equal length without padding (packed), or one document a row (padded)."""
+    """Rows of equal length without padding (packed), or one document per row (padded)."""
     skip_first_tokens: Annotated[int, Field(ge=0)] = 0
-    """Leading tokens of every row that are left out of the statistics."""
+    """Leave this many tokens at the start of every row out of the statistics."""
     dtype: Annotated[str, OneOf(DTYPES)] = "auto"
     """Compute dtype; auto is the checkpoint's own."""
     dequantize: bool = False
-    """Unpack quantized weights to the compute dtype, instead of computing with them as they are stored."""
+    """Unpack quantized weights to the compute dtype instead of computing with them as stored."""
     sites: Sites = SITES
-    """Where in a layer to measure; inputs is those of its linear maps, which are off by default."""
+    """Where in a layer to measure; inputs stands for the inputs of its linear maps, which are off by default."""
     thresholds: Thresholds = THRESHOLDS
-    """Near-zero thresholds, absolute; the published 1e-5 is always among them."""
+    """Absolute near-zero thresholds; the published 1e-5 is always included."""
     experts: bool = False
-    """Measure routed experts too: their tokens, gates and outputs, for which their work is done twice."""
+    """Also measure routed experts: their tokens, gates and outputs. Their work is done twice."""
     layers: str | None = None
-    """Module path of the layer list, if its structure does not show it."""
+    """Module path of the layer list, where it is not found."""
     attention: Annotated[str, OneOf(ATTENTIONS)] | None = None
-    """Attention implementation; transformers chooses by default."""
+    """Attention implementation; by default transformers chooses."""
     device: Annotated[str, OneOf(DEVICES)] = "auto"
-    """Kind of device; auto is cuda where there is one."""
+    """Kind of device; auto is cuda where available."""
     threads: Positive = 1
-    """Threads that compute one shard, or one part of a task, on a CPU; free cores take several at once."""
+    """CPU threads for one shard, or one part of a task; free cores work on several at once."""
     allow_pickle: bool = False
-    """Open pickled weights (pytorch_model*.bin) as tensors alone, and keep them as safetensors in the cache."""
+    """Accept pickled weights (pytorch_model*.bin): load tensors only, and cache them as safetensors."""
     trust_remote_code: bool = False
-    """Run Python code that the checkpoint ships."""
+    """Run the Python code that comes with the checkpoint."""
 
     def __post_init__(self) -> None:
         if self.skip_first_tokens >= self.sequence_length:
@@ -278,29 +278,29 @@ class Execution:
     """
 
     executor: Annotated[str, OneOf(EXECUTORS)] = "auto"
-    """Who works: this process (local), or Ray workers; auto is Ray for several replicas or a cluster."""
+    """Where the work runs: in this process (local) or on Ray workers; auto is Ray for several replicas or a cluster."""
     replicas: ReplicaRange | None = None
-    """Model copies in parallel: 8, or 4..64 (at least, at most); one for every GPU, or one on a CPU, by default."""
+    """Model copies in parallel: 8, or 4..64 (least and most); by default one per GPU, or one on a CPU."""
     address: str | None = None
-    """A running Ray cluster; a private one is started by default."""
+    """Address of a running Ray cluster; by default a private one is started."""
     fresh: bool = False
-    """Measure again what is done already."""
+    """Measure again what has already been measured."""
     partition: Annotated[str, OneOf(PARTITION_CHOICES)] = "auto"
     """How one replica is spread over devices; auto chooses by the checkpoint and the devices."""
     ranks: Positive | None = None
-    """Processes of one replica (zero3, tensor_parallel); one for each of its GPUs, or 2, by default."""
+    """Processes per replica (zero3, tensor_parallel); by default one per GPU of it, or 2."""
     gpus_per_replica: Positive | None = None
-    """GPUs of one replica; one, or what the partition needs, by default."""
+    """GPUs per replica; by default one, or what the partition needs."""
     max_memory: Sizes = field(default_factory=dict)
-    """What to use of a device at most, by name: cpu, 0 (the first GPU), 1, ..."""
+    """The most memory to use on a device: cpu=20GB, 0=40GB (the first GPU), 1=40GB, ..."""
     offload_folder: str | None = None
-    """Where weights and hidden states go that have no room in memory; a temporary folder by default."""
+    """Folder for weights and hidden states that do not fit into memory; a temporary one by default."""
     placement_seconds: Seconds = 300.0
-    """How long to wait until a cluster has room for the first replica, or for the fewest that are wanted."""
+    """How long to wait for room on the cluster for the first replica, or for the least number of them."""
     hang_seconds: Seconds = 600.0
-    """A worker that begins no layer for this long is taken to hang, and is replaced."""
+    """A worker that starts no layer for this long counts as hung and is replaced."""
     tracker: TrackerName | None = None
-    """Tell a tracker of experiments of the runs too: trackio, wandb or mlflow; wandb:PROJECT names a project."""
+    """Also report runs to an experiment tracker: trackio, wandb or mlflow; wandb:PROJECT names a project."""
 
     def __post_init__(self) -> None:
         problems = []

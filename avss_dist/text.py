@@ -76,6 +76,11 @@ def describe_count(number: int | None) -> str:
     return "?" if number is None else f"{number:,}"
 
 
+def count_of(number: int, noun: str) -> str:
+    """``1 run``, ``1,234 runs``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def parse_threshold(text: str | float) -> tuple[float, str]:
     """Read ``1e-5``, or that number, as ``(1e-5, "absolute")``, and ``0.1rms`` as ``(0.1, "rms")``.
 

@@ -19,7 +19,8 @@ def choose_runs(
 
     Args:
         names: ids; models, as they were named or the end of their path; globs such as ``smollm2-*`` of either; or
-            parts of an id that no other has. A model and a glob choose all that match.
+            parts of an id that no other has. A model and a glob choose all that match. Parts and globs
+            ignore case.
         every: without names, take every run, by id; else the newest one.
         failed: choose among runs that failed, too; they have no scores.
 
@@ -62,7 +63,9 @@ def _matching(name: str, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if of_model := [run_id for run_id, names in models.items() if name in names]:
         return of_model
     if set(name) & set("*?["):
-        if matches := [i for i, names in models.items() if any(fnmatchcase(text, name) for text in (i, *names))]:
+        if matches := [
+            i for i, names in models.items() if any(fnmatchcase(text.lower(), name.lower()) for text in (i, *names))
+        ]:
             return matches
         raise QueryError(f"No run matches '{name}'.", nearest(name, runs))
     return _with_part(name, runs)
@@ -70,7 +73,7 @@ def _matching(name: str, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _with_part(name: str, runs: Iterable[str]) -> list[str]:
     """The one id that has a part which begins a word."""
-    begins_a_word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(name)}")
+    begins_a_word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(name)}", re.IGNORECASE)
     parts = [run_id for run_id in runs if name and begins_a_word.search(run_id)]
     if len(parts) > 1:
         raise QueryError(f"'{name}' is part of {len(parts)} runs.", f"{nearest(name, parts)} For all: '*{name}*'.")

@@ -161,7 +161,7 @@ def describe_depth(score: str, rho: float, layers: int) -> str | None:
         return None
     return (
         f"{score} {'rises' if rho > 0 else 'falls'} with depth (Spearman {rho:.3f} over {layers} layers): "
-        "it says little that the layer's number does not."
+        "it says little beyond the layer's position."
     )
 
 

@@ -49,29 +49,33 @@ def ablate(
         typer.Option(
             "--truncation/--no-truncation",
             rich_help_panel=LEFT_OUT,
-            help="End a permutation where the model only guesses.",
+            help="End a permutation once the model only guesses.",
         ),
     ] = True,
     seed: Annotated[int, typer.Option(rich_help_panel=LEFT_OUT, help="Seed for the permutations.", min=0)] = 0,
     gradients: Annotated[
         bool,
         typer.Option(
-            "--gradients", rich_help_panel=LEFT_OUT, help="A backward pass: first-order removal estimate, norms."
+            "--gradients",
+            rich_help_panel=LEFT_OUT,
+            help="Run a backward pass: first-order estimates of removal, and norms.",
         ),
     ] = False,
     damage: Annotated[
         bool,
         typer.Option(
-            "--damage", rich_help_panel=LEFT_OUT, help="Estimate what leaving layers out does, for about 8 passes."
+            "--damage",
+            rich_help_panel=LEFT_OUT,
+            help="Estimate the effect of leaving layers out, at the cost of about 8 passes.",
         ),
     ] = False,
-    draws: Annotated[int, typer.Option(rich_help_panel=LEFT_OUT, help="Draws of labels, for --damage.", min=1)] = DRAWS,
+    draws: Annotated[int, typer.Option(rich_help_panel=LEFT_OUT, help="Draws of labels for --damage.", min=1)] = DRAWS,
     skip_sequences: SkipSequencesOption = 0,
     allow_many: ManyOption = False,
     format: Annotated[str, format_option("table", "json", "csv")] = "table",
     **options: Any,
 ) -> None:
-    """Leave layers out and measure the loss: the ground truth that scores stand for."""
+    """Leave layers out and measure the loss: the ground truth for scores."""
     from avss_dist.evaluation.ablate import ablate as run
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.ablation import ablation_table

@@ -30,22 +30,22 @@ COMPARED = ("run", "family", "revision", "corpus", "dtype", "recipe", "threshold
 def compare(
     warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     run: EveryRunOption = None,
-    by: Annotated[str, choice(COMPARED, "What the two of a pair differ in.")] = "run",
+    by: Annotated[str, choice(COMPARED, "What the two of each pair differ in.")] = "run",
     site: SiteOption = SITES[0],
     recipe: RecipeOption = RECIPES[0],
     threshold: ThresholdOption = PUBLISHED,
     score: Annotated[
         str,
-        choice(SCORES, "What layers are ranked by."),
+        choice(SCORES, "Score that ranks the layers."),
     ] = "avss",
-    k: Annotated[int | None, typer.Option("--k", help="How many of the lowest layers to compare.", min=1)] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Number of lowest layers to compare.", min=1)] = None,
     share: Annotated[float, typer.Option(help="The same as a share of the layers.", min=0, max=1)] = LOWEST_SHARE,
     allow_mismatch: Annotated[
-        bool, typer.Option("--allow-mismatch", help="Compare runs of different corpora, dtypes and so on, too.")
+        bool, typer.Option("--allow-mismatch", help="Also compare runs on different corpora, dtypes and so on.")
     ] = False,
     format: FormatOption = FORMATS[0],
 ) -> None:
-    """Say how far the rankings of layers agree, and what to know before believing them."""
+    """Compare layer rankings between runs: how far they agree, and what to know before believing it."""
     from avss_dist.analysis.compare import compare as compare_runs
     from avss_dist.analysis.findings import findings as find
     from avss_dist.report.output import write_table
@@ -89,10 +89,10 @@ def findings(
     site: SiteOption = SITES[0],
     recipe: RecipeOption = RECIPES[0],
     threshold: ThresholdOption = PUBLISHED,
-    every: Annotated[bool, typer.Option("--all", help="Of every site and recipe.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Show findings of every site and recipe.")] = False,
     format: FormatOption = FORMATS[0],
 ) -> None:
-    """Say what a careful reader would warn of: scores that track depth, noise, rounding, single units, and so on."""
+    """List what a careful reader would warn of: scores that track depth, noise, rounding, single units, and so on."""
     from avss_dist.analysis.findings import findings as find
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.compare import findings_table
@@ -120,7 +120,7 @@ def quantiles(
     run: RunsOption = None,
     format: FormatOption = FORMATS[0],
 ) -> None:
-    """Say how large activations are, by layer: quantiles of |x|, or the threshold for a wanted sparsity."""
+    """Show how large activations are, by layer: quantiles of |x|, or the threshold for a given sparsity."""
     shares = [*(q or []), *(sparsity or [])] or [0.5, 0.9, 0.99]
     for share in shares:
         if not 0 <= share <= 1:
@@ -145,10 +145,12 @@ def quantiles(
 def scorecard(
     warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     run: EveryRunOption = None,
-    every: Annotated[bool, typer.Option("--all", help="Every reading of AVSS; else the best of each site.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Show every reading of AVSS, not only the best of each site.")
+    ] = False,
     format: FormatOption = FORMATS[0],
 ) -> None:
-    """Compare every score of runs with the ground truth: which of them finds the layers that can go."""
+    """Compare every score with the ground truth: which one finds the layers that can go."""
     from avss_dist.analysis.scorecard import best_readings, score_cards
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.scorecard import scorecard_tables

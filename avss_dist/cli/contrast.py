@@ -25,18 +25,18 @@ def contrast(
     warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     run: RunOption = None,
     site: SiteOption = "block",
-    recipe: Annotated[str, choice(RECIPES, "How AVSS is defined.")] = "pooled",
+    recipe: Annotated[str, choice(RECIPES, "Definition of AVSS.")] = "pooled",
     threshold: Annotated[
         str, typer.Option(help="Near zero means below this: one that the run counted, or 0.1rms.")
     ] = PUBLISHED,
     hallucinated: Annotated[str | None, typer.Option(help="Label of hallucinated answers.")] = None,
     truthful: Annotated[str | None, typer.Option(help="Label of truthful answers.")] = None,
     predictions: Annotated[
-        bool, typer.Option("--predictions", help="In csv and json: how well each layer predicts the label.")
+        bool, typer.Option("--predictions", help="With csv or json: how well each layer predicts the label.")
     ] = False,
     format: FormatOption = FORMATS[0],
 ) -> None:
-    """Contrast hallucinated with truthful answers of a run on paired text, layer by layer, with the controls."""
+    """Contrast hallucinated with truthful answers, layer by layer, with controls; for a run on paired text."""
     value, kind = parse_threshold(threshold)
 
     from avss_dist.analysis.contrast import contrast as contrast_run

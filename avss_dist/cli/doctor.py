@@ -9,7 +9,7 @@ from avss_dist.system.streams import console, emit_json
 
 
 def doctor(format: TextFormatOption = TEXT_FORMATS[0]) -> int:
-    """Say what works here: devices, Ray, DeepSpeed, versions."""
+    """Check what works on this machine: devices, Ray, DeepSpeed, versions."""
     from avss_dist.system.doctor import findings
 
     terminal, made = console(), []

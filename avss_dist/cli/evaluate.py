@@ -24,7 +24,7 @@ PROMPTS = "Questions of lm-evaluation-harness"  # a panel of the help
 
 @takes_settings(*EVALUATED)
 def evaluate(
-    subjects: Annotated[list[str], typer.Argument(help="Models, or plans by avss plan: PLAN.yaml.")],
+    subjects: Annotated[list[str], typer.Argument(metavar="SUBJECT", help="Models, or plans (PLAN.yaml).")],
     tasks: Annotated[
         list[str],
         typer.Option(
@@ -34,9 +34,9 @@ def evaluate(
     warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     skip_sequences: SkipSequencesOption = 0,
     skip_questions: Annotated[
-        int, typer.Option(help="Questions of TruthfulQA that are not asked, the first ones.", min=0)
+        int, typer.Option(help="Skip this many questions at the start of TruthfulQA.", min=0)
     ] = 0,
-    limit: Annotated[int | None, typer.Option(help="Questions of a task at most.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="The most questions per task.", min=1)] = None,
     num_fewshot: Annotated[
         int | None,
         typer.Option(help="Examples before each question of a harness task.", min=0, rich_help_panel=PROMPTS),
@@ -44,27 +44,29 @@ def evaluate(
     apply_chat_template: Annotated[
         bool,
         typer.Option(
-            "--apply-chat-template", help="Put these questions in the model's chat template.", rich_help_panel=PROMPTS
+            "--apply-chat-template",
+            help="Format harness questions with the model's chat template.",
+            rich_help_panel=PROMPTS,
         ),
     ] = False,
     system_instruction: Annotated[
         str | None,
-        typer.Option(help="What stands before these questions; in a chat, the system's.", rich_help_panel=PROMPTS),
+        typer.Option(help="System prompt of harness tasks.", rich_help_panel=PROMPTS),
     ] = None,
     fewshot_as_multiturn: Annotated[
         bool,
         typer.Option(
-            "--fewshot-as-multiturn", help="Make a turn of the chat of each example.", rich_help_panel=PROMPTS
+            "--fewshot-as-multiturn", help="Make each few-shot example a turn of the chat.", rich_help_panel=PROMPTS
         ),
     ] = False,
     sparse: Annotated[
-        str | None, typer.Option(help="A sparsity plan, SPARSE.yaml: every subject is evaluated with it, too.")
+        str | None, typer.Option(help="A sparsity plan, SPARSE.yaml, to evaluate every subject with as well.")
     ] = None,
     allow_overlap: OverlapOption = False,
     format: Annotated[str, format_option("table", "json", "csv")] = "table",
     **options: Any,
 ) -> None:
-    """Evaluate models and plans; a plan skips its layers in place, and is compared with its whole model."""
+    """Evaluate models and plans; a plan skips its layers in place and is compared with the whole model."""
     from avss_dist.evaluation.evaluate import evaluate as run
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.evaluation import evaluation_table

@@ -15,10 +15,10 @@ from avss_dist.system.streams import console, emit, emit_json, say
 if TYPE_CHECKING:
     from avss_dist.runs.submission import Cluster
 
-JobId = Annotated[str, typer.Argument(help="What avss jobs submit printed, and avss jobs list lists.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB_ID", help="Id of the job, from avss jobs list.")]
 Head = Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's job server: http://HEAD:8265.")]
-ConnectOption = Annotated[float, typer.Option(help="How long the job server may take to connect.", min=0.01)]
-AnswerOption = Annotated[float, typer.Option(help="How long it may send nothing while it answers.", min=0.01)]
+ConnectOption = Annotated[float, typer.Option(help="Seconds to wait for a connection to the job server.", min=0.01)]
+AnswerOption = Annotated[float, typer.Option(help="Seconds to wait for its answer.", min=0.01)]
 FollowOption = Annotated[bool, typer.Option("--follow", "-f", help="Print the log until the job ends.")]
 
 
@@ -53,12 +53,12 @@ def submit(
 
 def list_(
     address: Head,
-    job_id: Annotated[str | None, typer.Argument(help="One job; all of them if left out.")] = None,
+    job_id: Annotated[str | None, typer.Argument(metavar="JOB_ID", help="A job; all jobs by default.")] = None,
     connect_seconds: ConnectOption = CONNECT_SECONDS,
     answer_seconds: AnswerOption = ANSWER_SECONDS,
     format: FormatOption = FORMATS[0],
 ) -> int:
-    """List submitted jobs, and how they stand."""
+    """List submitted jobs and their status."""
     import pyarrow as pa
 
     from avss_dist.report.output import write_table
@@ -93,7 +93,7 @@ def stop(
     answer_seconds: AnswerOption = ANSWER_SECONDS,
     format: TextFormatOption = TEXT_FORMATS[0],
 ) -> int:
-    """Stop a submitted job; what it measured is kept, and submitting it again goes on from there."""
+    """Stop a submitted job; its measurements are kept, and submitting it again resumes it."""
     cluster = _cluster(address, connect_seconds, answer_seconds)
     outcome = cluster.stop(job_id)
     if format == "json":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -33,6 +32,7 @@ SPELLING = {
 }
 """Options whose names are not those of their fields."""
 PANELS = {Settings: "What is measured", Execution: "Where it runs"}
+LONGEST = 22  # characters of a list of names beside an option
 WORKERS = ("executor", "replicas", "address", "fresh")
 
 
@@ -44,31 +44,39 @@ def choice(names: Sequence[str], help: str, *spelling: str, checked: bool = True
         panel: of the help.
     """
 
-    return typer.Option(*spelling, help=help, rich_help_panel=panel, **_of_names(names, checked))
+    return typer.Option(*spelling, rich_help_panel=panel, **_of_names(names, help, checked))
 
 
 def choice_argument(names: Sequence[str], help: str) -> Any:
     """An argument whose value is one of some names."""
-    return typer.Argument(help=help, **_of_names(names))
+    return typer.Argument(**_of_names(names, help) | {"help": help, "metavar": _listed(names)})
 
 
-def _of_names(names: Sequence[str], checked: bool = True) -> dict[str, Any]:
+def _of_names(names: Sequence[str], help: str, checked: bool = True) -> dict[str, Any]:
     def check(parameter: typer.CallbackParam, value: Any) -> Any:
         for name in value if isinstance(value, (list, tuple)) else [value]:
             if name is not None:
                 require_known(f"`{parameter.name}`", name, names)
         return value
 
+    listed = _listed(names)
+    if len(listed) > LONGEST:  # a column of the help would cut it inside of words
+        listed, help = "<name>", f"{help} One of: {', '.join(names)}."
     return {
-        "metavar": f"[{'|'.join(names)}]",
+        "help": help,
+        "metavar": listed,
         "autocompletion": lambda incomplete: [name for name in names if name.startswith(incomplete)],
         "callback": check if checked else None,
     }
 
 
+def _listed(names: Sequence[str]) -> str:
+    return f"[{'|'.join(names)}]"
+
+
 def format_option(*names: str) -> Any:
     """How a command prints its result."""
-    option = choice(names, "How to print it.", "--format")
+    option = choice(names, "Output format.", "--format")
     option.rich_help_panel = "Output"
     return option
 
@@ -101,12 +109,12 @@ def takes_settings(*names: str, overrides: bool = False) -> Callable[[Callable[.
 def takes_output(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command what all have: ``-q``, ``-v``, and ``--json`` where its ``--format`` has that."""
     formats = inspect.signature(command, eval_str=True).parameters.get("format")
-    names = get_args(formats.annotation)[1].metavar if formats else ""
-    added = [_flag("_quiet", "-q", "Print the result and errors alone.", QUIET)]
-    added += [_flag("_verbose", "-v", "Print what libraries say, and where an error is from.", VERBOSE)]
-    has_json = "json" in re.findall(r"\w+", names)
+    names = get_args(formats.annotation)[1].autocompletion("") if formats else ()
+    added = [_flag("_quiet", "-q", "Print only the result and errors.", QUIET)]
+    added += [_flag("_verbose", "-v", "Show library messages, and the traceback of an error.", VERBOSE)]
+    has_json = "json" in names
     if has_json:
-        added.insert(0, _flag("as_json", None, "The same as --format json."))
+        added.insert(0, _flag("as_json", None, "Short for --format json."))
 
     @wraps(command)
     def run(**values: Any) -> Any:
@@ -207,7 +215,7 @@ def _require_named(parameter: typer.CallbackParam, value: str | None) -> str | N
     return value
 
 
-def warehouse_option(help: str = "Where results are: a folder, or an s3://, gs://, hdfs:// URI.") -> Any:
+def warehouse_option(help: str = "Folder of results, or an s3://, gs:// or hdfs:// URI.") -> Any:
     """The warehouse of a command."""
     return typer.Option("--warehouse", "-w", help=help, envvar="AVSS_WAREHOUSE", callback=_require_named)
 
@@ -218,7 +226,7 @@ def output_option(help: str) -> Any:
 
 
 WarehouseOption = Annotated[str, warehouse_option()]
-ModelArgument = Annotated[str, typer.Argument(help=MODEL)]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
 CorpusOption = Annotated[
     str,
     typer.Option(
@@ -226,20 +234,22 @@ CorpusOption = Annotated[
         "builtin:pydoc; of paired text file.jsonl:prompt+answer[:label], truthfulqa:file.jsonl[:seed]."
     ),
 ]
-SkipSequencesOption = Annotated[int, typer.Option(help="Rows at the start of a corpus that are not read.", min=0)]
-CodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint ships.")]
-OverlapOption = Annotated[
-    bool, typer.Option("--allow-overlap", help="Evaluate on text that layers were scored on, or repaired on, too.")
+SkipSequencesOption = Annotated[int, typer.Option(help="Skip this many rows at the start of the corpus.", min=0)]
+CodeOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the checkpoint.")
 ]
-ManyOption = Annotated[bool, typer.Option("--yes", help="Go on, however much work it is.")]
-ProtectOption = Annotated[str, typer.Option(help="Layers that stay: first=1,last=1.")]
-_RUN = "A run, by its id, a part that only it has, its model, or a glob such as 'smollm2-*'"
+OverlapOption = Annotated[
+    bool, typer.Option("--allow-overlap", help="Allow evaluation on text that scores or repairs were made on.")
+]
+ManyOption = Annotated[bool, typer.Option("--yes", help="Go on even if it is a great deal of work.")]
+ProtectOption = Annotated[str, typer.Option(help="Layers to keep at both ends: first=1,last=1.")]
+_RUN = "A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'"
 RunOption = Annotated[str | None, typer.Option("--run", help=f"{_RUN}; the newest by default.")]
 RunsOption = Annotated[list[str] | None, typer.Option("--run", help=f"{_RUN}; repeatable. The newest by default.")]
 EveryRunOption = Annotated[list[str] | None, typer.Option("--run", help=f"{_RUN}; repeatable. All by default.")]
-RecipeOption = Annotated[str, choice(RECIPES, "How AVSS is defined.")]
+RecipeOption = Annotated[str, choice(RECIPES, "Definition of AVSS.")]
 SiteOption = Annotated[str, choice(EVERY_SITE, "Where in a layer.")]
-ThresholdOption = Annotated[str, typer.Option(help="Near zero means below this: 1e-5, or 0.1rms.")]
+ThresholdOption = Annotated[str, typer.Option(help="Near zero means below this: 1e-5 (absolute) or 0.1rms (relative).")]
 
 
 def protected(text: str) -> tuple[int, int]:

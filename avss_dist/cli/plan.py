@@ -53,78 +53,87 @@ CHOSEN_BY = (*OF_LAYERS, *SCORES, "last", "random")
 
 @takes_settings(*EVALUATED)
 def plan(
-    output: Annotated[Path, output_option("PLAN.yaml.")],
+    output: Annotated[Path, output_option("The plan to write, PLAN.yaml.")],
     warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     run: RunOption = None,
     by: Annotated[
         str | None,
         choice(
             (*CHOSEN_BY, INTERACTIONS, BLOCK_DISTANCE),
-            "What layers are chosen by: what avss ablate measures, a score, or chance. The loss, or the damage, by "
+            "What chooses the layers: a measurement of avss ablate, a score, or chance. The loss or the damage by "
             "default.",
         ),
     ] = None,
+    protect: ProtectOption = "",
+    share: Annotated[
+        float | None, typer.Option(help="Drop this share of the layers; 0.25 by default.", rich_help_panel=HOW_MANY)
+    ] = None,
+    count: Annotated[int | None, typer.Option(help="Drop this many layers.", rich_help_panel=HOW_MANY)] = None,
+    mass: Annotated[
+        float | None,
+        typer.Option(help="Drop the lowest layers that hold this share of the score.", rich_help_panel=HOW_MANY),
+    ] = None,
+    parameters: Annotated[
+        float | None,
+        typer.Option(help="Drop layers until this many parameters are left: 6e9.", rich_help_panel=HOW_MANY),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Drop layers until this much weight memory is left: 12GB.", rich_help_panel=HOW_MANY),
+    ] = None,
+    share_of_parameters: Annotated[
+        float | None, typer.Option(help="Drop layers that hold this share of the parameters.", rich_help_panel=HOW_MANY)
+    ] = None,
+    contiguous: Annotated[
+        bool, typer.Option("--contiguous", help="Drop a block of neighbours.", rich_help_panel=HOW_MANY)
+    ] = False,
     search: Annotated[
         str | None,
         choice(
-            tuple(SEARCHES), "Search the set by its loss on --corpus; evolve may begin with --by too.", panel=SEARCHED
+            tuple(SEARCHES), "Search for the set by its loss on --corpus; evolve can start from --by.", panel=SEARCHED
         ),
     ] = None,
     corpus: Annotated[
-        str | None, typer.Option(help="Text that a search measures the loss on.", rich_help_panel=SEARCHED)
+        str | None, typer.Option(help="Text on which a search measures the loss.", rich_help_panel=SEARCHED)
     ] = None,
     budget: Annotated[
-        int | None, typer.Option(help="Sets that a search measures at most.", rich_help_panel=SEARCHED)
+        int | None, typer.Option(help="The most sets that a search measures.", rich_help_panel=SEARCHED)
     ] = None,
     sublayers: Annotated[
         bool,
         typer.Option(
             "--sublayers",
-            help="Search among sublayers too: attention or MLP alone, half a layer.",
+            help="Also consider sublayers: attention or MLP alone, half a layer each.",
             rich_help_panel=SEARCHED,
         ),
     ] = False,
     width: Annotated[
         int | None,
-        typer.Option(help="Sets that beam and evolve go on from at each step; 3 by default.", rich_help_panel=SEARCHED),
+        typer.Option(
+            help="Sets that beam and evolve continue from at each step; 3 by default.", rich_help_panel=SEARCHED
+        ),
     ] = None,
-    share: Annotated[
-        float | None, typer.Option(help="Drop this share of the layers; 0.25 by default.", rich_help_panel=HOW_MANY)
-    ] = None,
-    count: Annotated[int | None, typer.Option(help="Drop so many layers.", rich_help_panel=HOW_MANY)] = None,
-    mass: Annotated[
-        float | None, typer.Option(help="Drop the lowest that hold this share of the score.", rich_help_panel=HOW_MANY)
-    ] = None,
-    parameters: Annotated[
-        float | None, typer.Option(help="Drop until so many parameters are left: 6e9.", rich_help_panel=HOW_MANY)
-    ] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="Drop until so many bytes of weights are left: 12GB.", rich_help_panel=HOW_MANY)
-    ] = None,
-    share_of_parameters: Annotated[
-        float | None, typer.Option(help="Drop layers with this share of the parameters.", rich_help_panel=HOW_MANY)
-    ] = None,
-    protect: ProtectOption = "",
-    contiguous: Annotated[
-        bool, typer.Option("--contiguous", help="Drop neighbours.", rich_help_panel=HOW_MANY)
-    ] = False,
     sparsify: Annotated[
         float | None,
         typer.Option(
-            help="Make this share of the weights meet a zero activation, and drop no layer.", rich_help_panel=SPARSE
+            help="Let this share of the weights meet a zero activation; drop no layer.", rich_help_panel=SPARSE
         ),
     ] = None,
-    method: Annotated[str, choice(SPARSITY_METHODS, "How --sparsify spreads it.", panel=SPARSE)] = SPARSITY_METHODS[0],
-    rule: Annotated[str, choice(SPARSITY_RULES, "At which tokens --sparsify holds.", panel=SPARSE)] = SPARSITY_RULES[0],
+    method: Annotated[
+        str, choice(SPARSITY_METHODS, "How --sparsify spreads it over the model.", panel=SPARSE)
+    ] = SPARSITY_METHODS[0],
+    rule: Annotated[str, choice(SPARSITY_RULES, "Tokens that --sparsify applies to.", panel=SPARSE)] = SPARSITY_RULES[
+        0
+    ],
     pattern: Annotated[
         str | None,
-        typer.Option(help="N:M for --sparsify: of M units in a row, the N largest stay.", rich_help_panel=SPARSE),
+        typer.Option(help="N:M for --sparsify: keep the N largest of every M units.", rich_help_panel=SPARSE),
     ] = None,
     corrections: Annotated[
         int,
         typer.Option(
             min=0,
-            help="Passes with the plan of --sparsify on, each of which corrects its thresholds.",
+            help="Passes that correct the thresholds of --sparsify, each with the plan applied.",
             rich_help_panel=SPARSE,
         ),
     ] = 0,
@@ -133,11 +142,11 @@ def plan(
     site: SiteOption = SITES[0],
     threshold: ThresholdOption = PUBLISHED,
     skip_sequences: SkipSequencesOption = 0,
-    format: Annotated[str, choice(FORMATS, "What to write.", checked=False)] = FORMATS[0],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    format: Annotated[str, choice(FORMATS, "Format of the file.", checked=False, panel="Output")] = FORMATS[0],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.", rich_help_panel="Output")] = False,
     **options: Any,
 ) -> None:
-    """Choose the layers to drop, and write them down with the reason and what speaks against it."""
+    """Choose the layers to drop, and write a plan with the reason and what speaks against it."""
     from avss_dist.pruning.formats import OTHERS, require_format
 
     require_format(format, FORMATS)

@@ -36,32 +36,32 @@ MEMORY = ("partition", "max_memory", "offload_folder")
 @takes_settings(*READING, *MEMORY)
 def prune(
     model: ModelArgument,
-    plan: Annotated[Path, typer.Argument(help="PLAN.yaml, by avss plan or by hand.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="A plan, written by avss plan or by hand.")],
     output: Annotated[Path, output_option("Folder of the new checkpoint.")],
     repair: Annotated[
         str | None,
         choice(
             (NO_REPAIR, *REPAIRS),
-            "What is fitted at each cut, to give back what the removed layers did; map by default where there is text.",
+            "What to fit at each cut to make up for the removed layers; map by default if there is text.",
             checked=False,  # a repair that no checkpoint can hold is refused with the reason
         ),
     ] = None,
     repair_corpus: Annotated[
         list[str] | None,
-        typer.Option(help="Text that the repair is fitted on, CORPUS or CORPUS=WEIGHT; repeatable."),
+        typer.Option(help="Text to fit the repair on: CORPUS or CORPUS=WEIGHT; repeatable."),
     ] = None,
     skip_sequences: SkipSequencesOption = 0,
     warehouse: Annotated[
-        str | None, warehouse_option("Where the plan was evaluated: what came of it goes into the model card.")
+        str | None, warehouse_option("Warehouse with the plan's evaluations, for the model card.")
     ] = None,
     push: Annotated[
-        str | None, typer.Option(help="Upload it to the hub too, as ORG/NAME; a new model there is private.")
+        str | None, typer.Option(help="Also upload it to the hub as ORG/NAME; a new model there is private.")
     ] = None,
     trust_remote_code: CodeOption = False,
     format: TextFormatOption = TEXT_FORMATS[0],
     **options: Any,
 ) -> None:
-    """Write a checkpoint without the layers that a plan drops, in little memory; on request, a repaired one."""
+    """Write a checkpoint without the layers that a plan drops, repaired on request; needs little memory."""
     from avss_dist.api.change import prune as write_pruned
     from avss_dist.pruning.plan import read_plan
 

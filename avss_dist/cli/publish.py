@@ -15,7 +15,8 @@ from avss_dist.text import RedactedURI, describe_count
 
 def publish(
     target: Annotated[
-        str, typer.Argument(help="A new folder or s3://, gs://, abfss:// URI, or hf://datasets/ORG/NAME.")
+        str,
+        typer.Argument(metavar="TARGET", help="A new folder or s3://, gs://, abfss:// URI, or hf://datasets/ORG/NAME."),
     ],
     warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
 ) -> None:

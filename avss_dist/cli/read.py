@@ -45,7 +45,7 @@ LISTED = {
         WHERE layer IS NULL ORDER BY created_at DESC""",
 }
 """What `avss ls` lists, the newest first."""
-FileOption = Annotated[Path | None, output_option("FILE to print to; else standard output.")]
+FileOption = Annotated[Path | None, output_option("File to write to instead of standard output.")]
 
 
 def ls(
@@ -67,9 +67,9 @@ def show(
     threshold: ThresholdOption = PUBLISHED,
     output: FileOption = None,
     format: Annotated[str, format_option(*SHOW_FORMATS)] = FORMATS[0],
-    routed: Annotated[bool, typer.Option("--experts", help="Show routed experts instead.")] = False,
+    routed: Annotated[bool, typer.Option("--experts", help="Show routed experts instead of layers.")] = False,
 ) -> None:
-    """Show scores by layer, at any threshold; the lowest 25% are marked."""
+    """Show scores by layer, at any threshold; the lowest 25% of layers are marked."""
     from avss_dist.report.export import export_text
     from avss_dist.report.output import printed_to, write_table
 
@@ -120,14 +120,14 @@ def _show(runs: Sequence[Mapping[str, Any]], scores: pa.Table) -> None:
 
 
 def plot(
-    output: Annotated[Path, output_option("FILE.png, .svg or .html.")],
+    output: Annotated[Path, output_option("Picture or page to write: FILE.png, .svg or .html.")],
     warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     run: RunsOption = None,
     site: SiteOption = SITES[0],
     recipe: RecipeOption = RECIPES[0],
     threshold: ThresholdOption = PUBLISHED,
 ) -> None:
-    """Draw scores by depth, the rivals beside them."""
+    """Draw AVSS and its rivals by depth, as a picture or page."""
     from avss_dist.report.chart import MOST_RUNS, layers_chart, save_chart
 
     opened = open_warehouse(warehouse)
@@ -146,11 +146,13 @@ def plot(
 def query(
     sql: Annotated[
         str | None,
-        typer.Argument(help="One SELECT over the tables (--schema lists them), or @name, a ready query."),
+        typer.Argument(
+            metavar="SQL", help="One SELECT over the tables (--schema lists them), or @name, a ready-made query."
+        ),
     ] = None,
     warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     schema: Annotated[
-        bool, typer.Option("--schema", help="Say what every table, column and ready query means.")
+        bool, typer.Option("--schema", help="Describe every table, column and ready-made query.")
     ] = False,
     output: FileOption = None,
     format: Annotated[str, format_option(*QUERY_FORMATS)] = FORMATS[0],

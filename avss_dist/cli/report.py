@@ -15,10 +15,10 @@ from avss_dist.system.streams import emit
 
 def report(
     warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
-    output: Annotated[Path, typer.Option("--output", "-o", help="FILE.html.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
     run: EveryRunOption = None,
 ) -> None:
-    """Write a page that needs no network: findings, runs, charts with controls, a table of scores."""
+    """Write a self-contained web page: findings, score card, charts across runs and by depth, tables."""
     from avss_dist.report.page.page import save_report
 
     opened = open_warehouse(warehouse)

@@ -18,12 +18,13 @@ from avss_dist.cli.options import (
     takes_settings,
 )
 from avss_dist.system.streams import complain, console, emit, emit_json, say
+from avss_dist.text import count_of
 
 if TYPE_CHECKING:
     from avss_dist.runs.api import Run
     from avss_dist.runs.job_file import JobFile
 
-JobPath = Annotated[str, typer.Argument(metavar="JOB.yaml", help="A job file; docs/job-files.md explains its keys.")]
+JobPath = Annotated[str, typer.Argument(metavar="JOB.yaml", help="A job file; avss run --schema lists its keys.")]
 
 
 def _print_schema(wanted: bool) -> None:
@@ -43,13 +44,13 @@ def run(
             "--schema", callback=_print_schema, is_eager=True, help="Print the JSON Schema of job files, for editors."
         ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
     allow_overlap: OverlapOption = False,
     allow_many: ManyOption = False,
     format: FormatOption = FORMATS[0],
     **options: Any,
 ) -> int:
-    """Run what a job file asks for, its experiment included: what is done is skipped, what broke off is resumed."""
+    """Run a job file, its experiment included: finished runs are skipped, interrupted ones resumed."""
     from avss_dist.runs.job_file import read_job
 
     read = read_job(job)
@@ -127,4 +128,4 @@ def _write_rows(rows: list[dict[str, Any]], format: str) -> None:
 def _summary(runs: Sequence[Run]) -> str:
     count = {status: sum(run.status == status for run in runs) for status in ("done", "skipped", "failed")}
     counts = ", ".join(f"{number} {status}" for status, number in count.items() if number)
-    return f"{len(runs)} runs: {counts}. Look at them: avss ls -w {runs[0].warehouse}"
+    return f"{count_of(len(runs), 'run')}: {counts}. Look at the results: avss ls -w {runs[0].warehouse}"

@@ -27,17 +27,15 @@ READING = ("sequence_length", "batch_size", "dtype", "attention", "device")
 @takes_settings(*READING)
 def sample(
     model: ModelArgument,
-    output: Annotated[Path, output_option("File of JSON lines, with a field text; read it as FILE.jsonl:text.")],
+    output: Annotated[Path, output_option("JSON lines file with a field text; read it as FILE.jsonl:text.")],
     count: Annotated[int, typer.Option(help="Texts.", min=1)] = 512,
-    prompt: Annotated[
-        str | None, typer.Option(help="What each begins with; by default the token that texts begin with.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Start of each text; by default the model's start token.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.", min=0)] = 0,
     trust_remote_code: CodeOption = False,
     format: TextFormatOption = TEXT_FORMATS[0],
     **options: Any,
 ) -> None:
-    """Let a causal language model write texts, to fit a repair on where the domains that it will meet are not known.
+    """Let a causal language model write texts to fit a repair on, where no text of its later domains is at hand.
 
     Stopped before it ended, the same command goes on: what was written is kept in OUTPUT.part until then.
     """

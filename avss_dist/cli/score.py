@@ -36,14 +36,15 @@ ESTIMATED = tuple(
 
 @takes_settings(*Settings.__dataclass_fields__, *Execution.__dataclass_fields__)
 def score(
-    models: Annotated[list[str], typer.Argument(help=MODEL)],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help=MODEL)],
     corpus: CorpusOption,
     warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     label_field: Annotated[
-        str | None, typer.Option(help="Of paired text, file.jsonl:prompt+answer: the field of the answers' labels.")
+        str | None, typer.Option(help="Field with the labels of paired text (file.jsonl:prompt+answer).")
     ] = None,
     gradients: Annotated[
-        bool, typer.Option("--gradients", help="Then a backward pass on the same text, as avss ablate does.")
+        bool,
+        typer.Option("--gradients", help="Then run a backward pass on the same text, as avss ablate --gradients does."),
     ] = False,
     format: TextFormatOption = TEXT_FORMATS[0],
     **options: Any,
@@ -86,7 +87,7 @@ def estimate(
     format: Annotated[str, format_option("table", "json")] = "table",
     **options: Any,
 ) -> None:
-    """Estimate the memory and time of a run, for every partition, before any weight is loaded."""
+    """Estimate the memory and time of a run with every partition, before loading any weights."""
     settings, execution = split_options({**options, "partition": "zero3" if "ranks" in options else "auto"})
 
     from avss_dist.estimation.estimate import estimate as estimate_run

@@ -33,45 +33,45 @@ def shrink(
     share: Annotated[float | None, typer.Option(help="Drop this share of the layers; 0.25 by default.")] = None,
     keep: Annotated[
         float | None,
-        typer.Option(help="Drop as many layers as can go while every task keeps this share: 0.9, for example."),
+        typer.Option(help="Drop as many layers as possible while every task keeps this share, such as 0.9."),
     ] = None,
     by: Annotated[
         str,
         choice(
             (*CHOSEN_BY, INTERACTIONS, "greedy"),
-            "What layers are chosen by: what avss ablate measures, a score, chance; or, greedily, the repaired loss.",
+            "What chooses the layers: a measurement of avss ablate, a score, chance, or greedily the repaired loss.",
         ),
     ] = "damage",
     protect: ProtectOption = "",
     repair: Annotated[
-        str, choice((NO_REPAIR, *REPAIRS), "What is fitted at each cut, to give back what the removed layers did.")
+        str, choice((NO_REPAIR, *REPAIRS), "What to fit at each cut to make up for the removed layers.")
     ] = "refit",
     repair_corpora: Annotated[
         list[str] | None,
         typer.Option(
             "--repair-corpus",
-            help="Text that the repair is fitted on, in place of the corpus: CORPUS or CORPUS=WEIGHT; repeatable.",
+            help="Text to fit the repair on instead of the corpus: CORPUS or CORPUS=WEIGHT; repeatable.",
         ),
     ] = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
             "--task",
-            help="What is evaluated, as avss evaluate takes it; repeatable. By default a part of every text.",
+            help="Tasks, as for avss evaluate; repeatable. By default, part of every text.",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions of a task at most.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="The most questions per task.", min=1)] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(help="Examples before each question of a harness task.", min=0)
     ] = None,
     warehouse: Annotated[
-        str | None, warehouse_option("Where what is measured is kept; OUTPUT-warehouse by default.")
+        str | None, warehouse_option("Warehouse for the measurements; OUTPUT-warehouse by default.")
     ] = None,
     allow_overlap: OverlapOption = False,
     format: TextFormatOption = TEXT_FORMATS[0],
     **options: Any,
 ) -> None:
-    """Score a model, drop layers, repair what is left, evaluate both, and write the checkpoint; stopped, it goes on."""
+    """Score a model, drop layers, repair the rest, evaluate both, and write the checkpoint; resumes if stopped."""
     first, last = protected(protect)
 
     from avss_dist.evaluation.shrink import shrink as run

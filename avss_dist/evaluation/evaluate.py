@@ -57,17 +57,23 @@ class Evaluation:
     """A metric of a task, of one subject, beside the same of the whole model.
 
     Attributes:
-        retained: what is left of the whole model's; None of the whole model itself.
+        whole: the same metric of the whole model; None of the whole model itself.
+        retained: what is left of it; None of the whole model itself.
     """
 
     subject: Subject
     task: str
     result: Result
+    whole: Result | None
     retained: Retained | None
 
     def metrics(self) -> list[tuple[str, float, float]]:
         """Name, value and standard error: of a loss, its perplexity after it."""
         return list(metrics(self.result))
+
+    def whole_metrics(self) -> list[float]:
+        """Values of the whole model, in the order of `metrics`; none of the whole model itself."""
+        return [value for _, value, _ in metrics(self.whole)] if self.whole else []
 
 
 @with_options(EvaluationOptions)
@@ -243,6 +249,11 @@ def require_effect(rule: str | None, task: str) -> None:
         )
 
 
+def _of_models(results: Sequence[Result]) -> list[Result]:
+    """Those about a model, not about a layer or a repaired model."""
+    return [result for result in results if result.layer is None and result.patch is None]
+
+
 def against_whole(
     subject: Subject, task: str, found: Sequence[Result], dense: Sequence[Result] | None = None
 ) -> list[Evaluation]:
@@ -251,17 +262,13 @@ def against_whole(
     Args:
         dense: of the model without sparse activations, where the subject has them.
     """
-    found = [result for result in found if result.layer is None and result.patch is None]
-    beside = found if dense is None else [result for result in dense if result.layer is None and result.patch is None]
+    found = _of_models(found)
+    beside = found if dense is None else _of_models(dense)
     whole = {result.metric: result for result in beside if result.drop == ()}
     changed = subject.drop or subject.sparsity
-    return [
-        Evaluation(
-            subject=subject,
-            task=task,
-            result=result,
-            retained=retained(whole[result.metric], result) if changed and result.metric in whole else None,
-        )
-        for result in found
-        if result.drop == subject.drop
-    ]
+    evaluations = []
+    for result in (result for result in found if result.drop == subject.drop):
+        of_whole = whole.get(result.metric) if changed else None
+        kept = retained(of_whole, result) if of_whole else None
+        evaluations.append(Evaluation(subject=subject, task=task, result=result, whole=of_whole, retained=kept))
+    return evaluations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -18,7 +19,18 @@ if TYPE_CHECKING:
     from avss_dist.evaluation.evaluate import Evaluation
 
 ESTIMATES = ("taylor", "gradient_l1", "gradient_l2", "weight_frobenius", *METRICS.values())
-COLUMNS = ("subject", "dropped", "task", "metric", "value", "stderr", "retention", "retention_low", "retention_high")
+COLUMNS = (
+    "subject",
+    "dropped",
+    "task",
+    "metric",
+    "value",
+    "stderr",
+    "whole",
+    "retention",
+    "retention_low",
+    "retention_high",
+)
 
 
 class Evaluations(list["Evaluation"], TabularResult):
@@ -41,8 +53,8 @@ class Evaluations(list["Evaluation"], TabularResult):
         for one in self:
             kept, metrics = one.retained, one.metrics()
             interval = (kept.value, kept.low, kept.high) if kept else (None, None, None)
-            for metric, value, stderr in metrics:
-                values = (one.subject.label, list(one.subject.drop), one.task, metric, value, stderr, *interval)
+            for (metric, value, stderr), whole in zip_longest(metrics, one.whole_metrics()):
+                values = (one.subject.label, list(one.subject.drop), one.task, metric, value, stderr, whole, *interval)
                 rows.append(dict(zip(COLUMNS, values, strict=True)))
         return pa.Table.from_pylist(rows)
 

@@ -106,7 +106,7 @@ class Experiment:
     skip_questions: Count = 0
     """Questions of TruthfulQA before those."""
     limit: AtLeastOne | None = None
-    """Questions of a task at most."""
+    """The most questions per task."""
     num_fewshot: Count | None = None
     """Examples before each question of a harness task."""
     apply_chat_template: bool = False
@@ -114,7 +114,7 @@ class Experiment:
     system_instruction: str | None = None
     """What stands before everything in a question of a harness task: in a chat, what the system says."""
     fewshot_as_multiturn: bool = False
-    """Make a turn of the chat of each example."""
+    """Make each few-shot example a turn of the chat."""
     allow_many: bool = False
     """Go on where there are more than 10,000 evaluations."""
 

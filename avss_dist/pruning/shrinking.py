@@ -49,7 +49,7 @@ class Shrinking:
     last: Ends = 0
     """Layers at the end that are never dropped."""
     limit: Annotated[int, Field(ge=1)] | None = None
-    """Questions of a task at most."""
+    """The most questions per task."""
     num_fewshot: Ends | None = None
     """Examples before each question of a harness task."""
     allow_overlap: bool = False

@@ -248,7 +248,7 @@ def test_a_job_tells_no_key_and_no_token(
     told = []
     with server.asking_for_keys():
         user = f"s3://{server.key}:{quote(server.secret, safe='')}@lab"
-        for name, says in (("a.txt", "1 runs: 1 done."), ("absent.txt", "s3://lab/absent.txt: no such file")):
+        for name, says in (("a.txt", "1 run: 1 done."), ("absent.txt", "s3://lab/absent.txt: no such file")):
             job = job_file(tmp_path, models[:1], corpus=f'"{user}/{name}"')
             done = run_avss("jobs", "submit", job, "--follow", env={**cluster, **PLANTED})
             assert says in done.stdout, done.stderr

@@ -103,7 +103,7 @@ class RepairRecord:
         """Lines for people."""
         texts = ", ".join(text.describe() for text in self.texts)
         return [
-            f"Repaired by {self.repair}, fitted on {texts}; it is no text to evaluate on.",
+            f"Repaired by {self.repair}, fitted on {texts}; do not evaluate on that text.",
             *(f"Repaired {cut.describe()}." for cut in self.cuts),
         ]
 

@@ -150,7 +150,9 @@ def _correlation() -> Any:
     )
     numbers = base.encode(text=alt.Text("correlation:Q", format=".2f"))
     texts = [
-        numbers.mark_text(style=style, fontSize=10).transform_filter(f"datum.written && {where}")
+        numbers.mark_text(style=style, fontSize=10).transform_filter(
+            f"datum.written && isValid(datum.correlation) && {where}"
+        )
         for style, where in (
             ("weak", f"abs(datum.correlation) < {STRONG}"),
             ("strong", f"abs(datum.correlation) >= {STRONG}"),

@@ -320,6 +320,8 @@ async function drawProfiles(scored) {
   await draw("profiles", `profiles:${scale}`, rows, signals, "");
 }
 
+const depths = (from, to) => `depth ${from.toFixed(2)} to ${to.toFixed(2)}`;
+
 /** Of every place, the share of runs that have it in their lowest 25%: a place is a layer of the shallowest model. */
 async function drawLowest(scored) {
   const there = scored.filter((layers) => layers.length);
@@ -331,12 +333,18 @@ async function drawLowest(scored) {
     const shares = there.map((layers) => layers.reduce((sum, row) => sum + (row.lowest ? overlap(row, place) : 0), 0));
     const chance = there.reduce((sum, layers) => sum + layers.filter((row) => row.lowest).length / layers.length, 0) / there.length;
     return {
-      score: across(), place: alike ? `layer ${there[0][place].layer}` : `depth ${(place / number).toFixed(2)} to ${((place + 1) / number).toFixed(2)}`,
+      score: across(), place: alike ? `layer ${there[0][place].layer}` : depths(place / number, (place + 1) / number),
       from: place / number, to: (place + 1) / number, share: shares.reduce((a, b) => a + b) / there.length, chance,
     };
   });
-  const always = rows.filter((row) => row.share > 0.999).map((row) => row.place);
-  const said = always.length ? `Lowest in every run: ${always.join(", ")}.` : "No place is among the lowest in every run.";
+  const always = rows.filter((row) => row.share > 0.999);
+  const spans = [];
+  for (const { from, to } of always) {
+    if (spans.length && from - spans.at(-1).to < 1e-9) spans.at(-1).to = to;
+    else spans.push({ from, to });
+  }
+  const places = alike ? always.map((row) => row.place) : spans.map(({ from, to }) => depths(from, to));
+  const said = always.length ? `Lowest in every run: ${places.join(", ")}.` : "No place is among the lowest in every run.";
   await draw("lowest", "lowest", rows, signalsAcross(), said, "It takes two runs.");
 }
 

@@ -76,7 +76,7 @@ def _entry(label: str, cards: Sequence[Row], truth: str, layers: int, readings: 
         "name": "scorecard-" + label.partition(".")[0],
         "label": label,
         "text": _text(others, column, truth, readings),
-        "wide": _image(others, column, layers, width=560, labels=260),
+        "wide": _image(others, column, layers, width=640, labels=260),
         "narrow": _image(others, column, layers, width=150, labels=150),
         "columns": [{"title": "score", "number": False}, *({"title": titles[name], "number": True} for name in shown)],
         "rows": [[_cell(_name(row)), *(_cell(row[name], name) for name in shown)] for row in others],
@@ -85,15 +85,20 @@ def _entry(label: str, cards: Sequence[Row], truth: str, layers: int, readings: 
 
 def _text(cards: Sequence[Row], column: str, truth: str, readings: int) -> str:
     best = cards[0]
-    text = f"Closest to {TRUTHS[truth]}: {_name(best)}, {best[column]:.2f}"
+    text = f"Closest to {TRUTHS[truth]}: {_name(best)}, {_two(best[column])}"
     if best["ceiling"] is not None:
-        text += f" of at most {best['ceiling']:.2f}, which the same measurement on other text would reach"
+        text += f" of at most {_two(best['ceiling'])}, which the same measurement on other text would reach"
     for row in cards:
         if is_published(row):
-            text += f". AVSS as published: {row[column]:.2f}"
+            text += f". AVSS as published: {_two(row[column])}"
         elif row["score"] == LAST:
-            text += f". The place alone: {row[column]:.2f}"
-    return f"{text}. Of {readings} readings of AVSS, the best of each site is shown: by luck, too."
+            text += f". The place alone: {_two(row[column])}"
+    return f"{text}. Of {readings} readings of AVSS, the best of each site is shown; on other text, expect less of it."
+
+
+def _two(value: float) -> str:
+    """With two digits after the point; there is no minus before a zero."""
+    return f"{round(value, 2) + 0:.2f}"
 
 
 def _name(card: Row) -> str:
@@ -105,7 +110,7 @@ def _cell(value: Any, column: str = "") -> dict[str, Any]:
         return {"text": "", "value": ""}
     if isinstance(value, str):
         return {"text": value, "value": value}
-    return {"text": f"{value:.2f}" if column.startswith("spearman") else f"{value:.1%}", "value": value}
+    return {"text": _two(value) if column.startswith("spearman") else f"{value:.1%}", "value": value}
 
 
 def _kind(card: Row) -> str:
@@ -137,7 +142,7 @@ def _image(cards: Sequence[Row], column: str, layers: int, *, width: int, labels
     chart: Any = (
         alt.layer(zero, ceiling, interval, dots, data=alt.InlineData(values=points))
         .properties(width=width, height=alt.Step(18))
-        .configure(background="transparent", padding=5)
+        .configure(background="transparent", padding={"left": 30, "right": 5, "top": 5, "bottom": 5})
         .configure_axis(labelColor=GRAY, titleColor=GRAY, domainColor=GRAY, tickColor=GRAY, labelLimit=labels)
         .configure_view(stroke=None)
     )

@@ -25,7 +25,7 @@ def evaluation_table(found: Evaluations) -> RenderableType:
     )
     for name in ("", "dropped", "task", "metric"):
         table.add_column(name)
-    for name in ("value", "+/-", "retention", "95% interval"):
+    for name in ("value", "+/-", "whole model", "retention", "95% interval"):
         table.add_column(name, justify="right")
     for one in found:
         kept = one.retained
@@ -37,6 +37,7 @@ def evaluation_table(found: Evaluations) -> RenderableType:
             Text(metric),
             f"{value:.4g}",
             f"{stderr:.2g}" if math.isfinite(stderr) else "-",
+            f"{one.whole_metrics()[-1]:.4g}" if one.whole else "-",
             f"{kept.value:.1%}" if kept else "-",
             f"{kept.low:.1%} .. {kept.high:.1%}" if kept and math.isfinite(kept.low) else "-",
         )

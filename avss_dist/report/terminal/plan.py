@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from avss_dist.report.terminal.estimate import describe_seconds
-from avss_dist.text import describe_bytes
+from avss_dist.text import count_of, describe_bytes
 
 if TYPE_CHECKING:
     from avss_dist.estimation.preview import Preview
@@ -20,7 +20,7 @@ STYLES = {"done": "green", "partial": "yellow", "missing": "", "refused": "bold 
 
 def plan_table(previews: Sequence[Preview], warehouse: str) -> RenderableType:
     """One row a run: what it is, where it stands, what it will take."""
-    table = Table(title=Text(f"{len(previews)} runs into {warehouse}"), title_style="bold")
+    table = Table(title=Text(f"{count_of(len(previews), 'run')} into {warehouse}"), title_style="bold")
     for name in ("model", "revision", "corpus"):
         table.add_column(name, overflow="fold")
     for name in ("partition", "status"):

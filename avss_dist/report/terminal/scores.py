@@ -101,7 +101,7 @@ def _caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], lowest
         text += f"\n{noisy} of {len(scores)} layers have fewer than 100 near-zero elements: their sparsity is noise."
     depth = depth_correlation([s["avss_smoothed"] for s in scores])
     if abs(depth) > TRACKS_DEPTH:
-        text += f"\nThis score tracks depth (Spearman {depth:.3f}): it says little that the layer's number does not."
+        text += f"\nThis score tracks depth (Spearman {depth:.3f}): it says little beyond the layer's position."
     return Text(text)
 
 

@@ -10,6 +10,7 @@ from rich import progress as rich_progress
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from avss_dist.removal import count_removed
 from avss_dist.report.terminal.progress import bars, log
 from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.runs.reporter import Reporter
@@ -78,14 +79,14 @@ class _Cells:
 
 
 def _step(cell: Cell) -> str:
-    without = f" without {len(cell.drop)} layers" if cell.drop else ""
+    without = f" without {count_removed(cell.drop)}" if cell.drop else ""
     return f"{'fitting the repair' if cell.task.startswith(REPAIR) else 'evaluating'}{without}"
 
 
 def shrunk_tables(done: Shrunk) -> RenderableType:
     """The whole model, without the layers, and repaired: a column for each task; where plans were tried, the curve."""
     plan, tasks = done.best.plan, done.best.tasks
-    rows = ["whole model", f"{len(plan.drop)} layers dropped"]
+    rows = ["whole model", f"{count_removed(plan.drop)} dropped"]
     rows += [f"repaired by {done.record.repair}"] if done.record else []
     table = FittedTable(
         [Column(title="", cells=rows, number=False), *(column for task in tasks for column in _of_task(task))],
