@@ -22,6 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: in ti
 os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112  (processes that no test uses)
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (at Ray's 15, workers wait while other tests compute)
 
+gc.set_threshold(10_000)  # as in `avss`
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: where several processes take files, none is left alone with them at the end."""

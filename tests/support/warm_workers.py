@@ -3,13 +3,14 @@
 A process that has imported them forks a worker when a raylet asks. The child runs Ray's ``default_worker.py`` with the
 arguments, the environment and the files that the raylet gave. Clusters that are started by other programs
 (`cluster/local.sh`, ``ray start``, the command line, fault campaigns) have Ray's own workers, unless they are given
-`ray_start_environment`.
+`ray_start_environment`. Nodes with such workers lack the processes of Ray that no test asks anything.
 
     python warm_workers.py SOCKET        until standard input ends
 """
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
@@ -21,10 +22,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NoReturn
 
 import pytest
 
@@ -43,11 +46,14 @@ MODULES = (
     "transformers.models.llama.modeling_llama",
 )
 
+UNASKED = ("start_monitor", "start_log_monitor")  # the autoscaler's, and what brings workers' output to a driver
+
 
 @contextmanager
 def forking_workers() -> Iterator[None]:
     """Clusters that this process starts meanwhile have such workers."""
     from ray._private import ray_constants
+    from ray._private.node import Node
 
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         path = Path(folder) / "socket"
@@ -57,6 +63,8 @@ def forking_workers() -> Iterator[None]:
         assert server.stdout.readline(), "it ended"
         patch.setenv("AVSS_TEST_WORKERS", str(path))
         patch.setattr(ray_constants, "SETUP_WORKER_FILENAME", str(Path(__file__).with_name("launch_worker.py")))
+        for start in (*UNASKED, "start_api_server"):
+            patch.setattr(Node, start, lambda *_, **__: None)
         yield
         server.stdin.close()
         server.wait()
@@ -85,14 +93,16 @@ def ray_start_environment() -> dict[str, str]:
 
 
 def serve(path: str) -> None:
-    """Fork a process for each connection; returns in those processes, and when standard input ends."""
+    """Fork a process for each connection, until standard input ends."""
     from numba import njit
 
+    gc.disable()
     for module in MODULES:
         importlib.import_module(module)
     njit(lambda: None)()  # the first use of its compiler imports the rest
     assert "ray" not in sys.modules
     gc.freeze()  # workers' collections leave alone what they share
+    gc.enable()
     with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
         listener.bind(path)
         listener.listen()
@@ -107,8 +117,11 @@ def serve(path: str) -> None:
             size, descriptors, _, _ = socket.recv_fds(launcher, 8, 3)
             asked = launcher.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
             if (worker := os.fork()) == 0:
-                become(descriptors, **json.loads(asked))
-                return
+                try:
+                    become(descriptors, **json.loads(asked))
+                except SystemExit as end:
+                    end_quickly(end.code)
+                end_quickly(0)
             launcher.sendall(worker.to_bytes(8, "big"))
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -135,6 +148,17 @@ def watch(selector: selectors.BaseSelector, worker: int, launcher: socket.socket
 
     selector.register(launcher, selectors.EVENT_READ, launcher_ended)
     selector.register(process, selectors.EVENT_READ, worker_ended)
+
+
+def end_quickly(code: str | int | None) -> NoReturn:
+    """As a program ends, but that it does not take apart all that was imported, which copies every page of it."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if isinstance(code, str) else code or 0)
 
 
 def become(

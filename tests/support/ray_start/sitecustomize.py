@@ -12,8 +12,10 @@ if "AVSS_TEST_WORKERS" in os.environ:
     arguments = sys.orig_argv[2:]
     if program == "ray":
         from ray._private import ray_constants
+        from ray._private.node import Node
 
         ray_constants.SETUP_WORKER_FILENAME = str(Path(__file__).parents[1] / "launch_worker.py")
+        Node.start_monitor = Node.start_log_monitor = lambda *_: None
     elif program == "avss" or (program, *arguments[:1]) == ("-m", "avss_dist"):
         sys.path.insert(0, str(Path(__file__).parents[1]))
         from launch_worker import hand_over
