@@ -25,7 +25,7 @@ from support.causal_lm import open_whole
 from support.checkpoints import llama, save_tokenizer
 from support.families import tiny_model
 from support.oracle import assert_close
-from support.questions import answers, assert_same, write_questions
+from support.questions import answers, assert_same, composed, write_questions
 
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.corpus.shards import Shard
@@ -336,7 +336,7 @@ def ask_all(
     partition: str, folders: Sequence[Path], skip: tuple[str, ...] = (), tasks: Sequence[Measure] = ()
 ) -> list[Asked | Exception]:
     """Of each model, what this rank of a replica answers, whether that counts, and how many batches it had."""
-    return [_asked(partition, folder, skip, tasks) for folder in folders]
+    return [_asked(partition, folder, (*skip, *composed(folder.name)), tasks) for folder in folders]
 
 
 def _asked(partition: str, folder: Path, skip: tuple[str, ...], tasks: Sequence[Measure]) -> Asked | Exception:
@@ -355,7 +355,7 @@ def _asked(partition: str, folder: Path, skip: tuple[str, ...], tasks: Sequence[
 
 def expected_of(folder: Path, skip: tuple[str, ...] = (), tasks: Sequence[Measure] = ()) -> dict[str, list[Row]]:
     model = open_whole(resolve(str(folder)), SETTINGS)
-    return answers(model, skip) | {f"task {i}": task(model, (1,)) for i, task in enumerate(tasks)}
+    return answers(model, (*skip, *composed(folder.name))) | {f"task {i}": task(model, (1,)) for i, task in enumerate(tasks)}
 
 
 SHARED = ("llama", "qwen3", "gemma2", "gemma3", "gpt2", "gpt_neox", "opt", "mamba", "qwen3_moe", "falcon")

@@ -39,6 +39,22 @@ QUESTIONS = [
 ]
 
 
+COMPOSED = (
+    "loss with half",
+    "leave one out of",
+    "sublayers, each of",
+    "gradients without",
+    "gradients of what propagates in",
+    "shapley",
+)  # of what the other questions need of a model, in the order of `LanguageModel`: no family has its own way with them
+WHOLLY_ASKED = ("llama", "gemma3", "qwen3_moe", "mixtral")  # families: plain, beside an image tower, of experts
+
+
+def composed(family: str) -> tuple[str, ...]:
+    """What a family need not be asked, for others are."""
+    return () if family in WHOLLY_ASKED else COMPOSED
+
+
 def write_questions(folder: Path) -> str:
     """A task of multiple choice for the harness: the path of its file."""
     data = folder / "questions.jsonl"
