@@ -355,7 +355,9 @@ def _asked(partition: str, folder: Path, skip: tuple[str, ...], tasks: Sequence[
 
 def expected_of(folder: Path, skip: tuple[str, ...] = (), tasks: Sequence[Measure] = ()) -> dict[str, list[Row]]:
     model = open_whole(resolve(str(folder)), SETTINGS)
-    return answers(model, (*skip, *composed(folder.name))) | {f"task {i}": task(model, (1,)) for i, task in enumerate(tasks)}
+    return answers(model, (*skip, *composed(folder.name))) | {
+        f"task {i}": task(model, (1,)) for i, task in enumerate(tasks)
+    }
 
 
 SHARED = ("llama", "qwen3", "gemma2", "gemma3", "gpt2", "gpt_neox", "opt", "mamba", "qwen3_moe", "falcon")

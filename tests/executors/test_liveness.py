@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -17,7 +18,7 @@ import psutil
 import pytest
 from support.processes import wait_until
 from support.ray_cluster import Cluster, children
-from support.warm_workers import own_workers
+from support.warm_workers import own_workers, ray_start_environment
 
 from avss_dist.errors import ConfigError
 from avss_dist.executors.ray import liveness
@@ -46,10 +47,15 @@ def test_who_listens_and_does_not_speak_grpc_is_not_waited_for(
         executor.close()
 
 
+AVSS = "from avss_dist.__main__ import main; main()"
+
+
 def score(model: Path, out: Path, executor: str, *options: str) -> subprocess.Popen[str]:
+    """The command in a process that imports what it needs; workers of a Ray that it starts need not."""
     command = ["score", model, "--corpus", "builtin:pydoc", "-w", out, "--executor", executor, *options]
     return subprocess.Popen(
-        [sys.executable, "-m", "avss_dist", *map(str, command)],
+        [sys.executable, "-c", AVSS, *map(str, command)],
+        env={**os.environ, **ray_start_environment()},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -57,6 +63,7 @@ def score(model: Path, out: Path, executor: str, *options: str) -> subprocess.Po
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_workers")
 def test_a_raylet_that_dies_while_devices_are_counted_ends_a_command(tiny_llama: Path, tmp_path: Path) -> None:
     """A worker counts them; it is stopped, so that it is still at it."""
     with own_workers(), Cluster(nodes=1) as cluster:
@@ -78,6 +85,7 @@ def test_a_raylet_that_dies_while_devices_are_counted_ends_a_command(tiny_llama:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_workers")
 @pytest.mark.parametrize("executor", ["ray", "local"])
 def test_ctrl_c_that_goes_on_and_on_ends_a_command_in_order(executor: str, tiny_llama: Path, tmp_path: Path) -> None:
     """Every 20 ms, from the first shard on: no traceback, no last words."""

@@ -19,9 +19,10 @@ from urllib.request import Request, urlopen
 import pytest
 from support.checkpoints import llama
 from support.processes import ray_processes, wait_until
+from support.ray_cluster import Cluster as RayCluster
 from support.s3_server import Server
 from support.tables import assert_same_tables
-from support.warm_workers import ray_start_environment
+from support.warm_workers import own_workers, ray_start_environment
 
 import avss_dist
 from avss_dist.errors import ConfigError
@@ -329,7 +330,7 @@ def test_problems_are_reported_before_a_job_is_sent(models: list[Path], run_avss
 
 
 def test_workers_without_the_package_are_told_of(
-    models: list[Path], run_avss: Avss, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    models: list[Path], run_avss: Avss, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cluster's Python cannot import avss_dist, as in an image that lacks it."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -340,10 +341,13 @@ def test_workers_without_the_package_are_told_of(
         "            raise ModuleNotFoundError(f\"No module named '{name}'\", name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
     )
-    state = tmp_path_factory.mktemp("state")
-    environment = start_cluster(state, PYTHONPATH=str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        cluster = RayCluster(nodes=1)
+        with own_workers():
+            cluster.restore()
     try:
-        done = run_avss("run", job_file(tmp_path, models), "--replicas", "2", env=environment)
+        done = run_avss("run", job_file(tmp_path, models), "--replicas", "2", "--address", cluster.address)
         refused(done, "The cluster's workers have no avss_dist", "Install this version in the image")
     finally:
-        stop_cluster(state)
+        cluster.stop()

@@ -31,22 +31,26 @@ from typing import NoReturn
 
 import pytest
 
-# What a worker imports, but ray: it reads its configuration from the environment as soon as it is imported.
+# What a worker and `avss` import, but ray: it reads its configuration from the environment as soon as it is imported.
 MODULES = (
     "accelerate",
+    "aiohttp",
+    "avss_dist.cli",
     "avss_dist.measure.kernels.cpu",
     "avss_dist.measure.shard",
     "avss_dist.models.causal_lm",
     "avss_dist.partition.open",
+    "avss_dist.runs.api",
     "avss_dist.tasks.cells",
     "avss_dist.warehouse.encoding",
     "deepspeed",
+    "jsonschema",
+    "pandas",
+    "pyarrow.dataset",
     "requests",
     "transformers.models.bert.modeling_bert",
     "transformers.models.llama.modeling_llama",
 )
-
-UNASKED = ("start_monitor", "start_log_monitor")  # the autoscaler's, and what brings workers' output to a driver
 
 
 @contextmanager
@@ -63,7 +67,7 @@ def forking_workers() -> Iterator[None]:
         assert server.stdout.readline(), "it ended"
         patch.setenv("AVSS_TEST_WORKERS", str(path))
         patch.setattr(ray_constants, "SETUP_WORKER_FILENAME", str(Path(__file__).with_name("launch_worker.py")))
-        for start in (*UNASKED, "start_api_server"):
+        for start in ("start_monitor", "start_log_monitor", "start_api_server"):  # see `sitecustomize`
             patch.setattr(Node, start, lambda *_, **__: None)
         yield
         server.stdin.close()

@@ -1,6 +1,6 @@
 """On the path of ``ray start`` and of commands that it makes quicker: see `support.warm_workers`.
 
-The workers of a node that is started so are forked from a warm process, and so is ``avss``.
+The workers of a node that is started so, also by ``python -c "from avss_dist ..."``, are forked from a warm process, and so is ``avss``.
 """
 
 import os
@@ -10,12 +10,14 @@ from pathlib import Path
 if "AVSS_TEST_WORKERS" in os.environ:
     program = Path(sys.orig_argv[1]).name
     arguments = sys.orig_argv[2:]
-    if program == "ray":
+    scripted = program == "-c" and arguments[0].startswith("from avss_dist")
+    if program == "ray" or scripted:
         from ray._private import ray_constants
         from ray._private.node import Node
 
         ray_constants.SETUP_WORKER_FILENAME = str(Path(__file__).parents[1] / "launch_worker.py")
-        Node.start_monitor = Node.start_log_monitor = lambda *_: None
+        for start in ("start_monitor", "start_log_monitor", *(["start_api_server"] if scripted else [])):
+            setattr(Node, start, lambda *_, **__: None)
     elif program == "avss" or (program, *arguments[:1]) == ("-m", "avss_dist"):
         sys.path.insert(0, str(Path(__file__).parents[1]))
         from launch_worker import hand_over
