@@ -1,6 +1,7 @@
 """On the path of ``ray start`` and of commands that it makes quicker: see `support.warm_workers`.
 
-The workers of a node that is started so, also by ``python -c "from avss_dist ..."``, are forked from a warm process, and so is ``avss``.
+The workers of a node that is started so, also by ``python -c "from avss_dist ..."``, are forked from a warm process,
+and so is ``avss``.
 """
 
 import os
