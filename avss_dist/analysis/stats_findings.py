@@ -100,7 +100,7 @@ def _exact_zeros(site: str, rows: Rows, threshold: Threshold) -> Iterator[Row]:
     if site == "neuron":
         severity, message = "note", message + "the activation function cuts them off, and the threshold hardly matters."
     else:
-        severity, message = "warning", message + "the count tells of the dtype's rounding, not of the layer."
+        severity, message = "warning", message + "the count reflects rounding in this dtype, not the layer."
     at = {"threshold": threshold.value, "threshold_kind": threshold.kind}
     yield from (finding("exact_zeros", severity, share, message, recipe=r, **at) for r in ("pooled", "element"))
 

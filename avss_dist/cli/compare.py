@@ -49,7 +49,7 @@ def compare(
     from avss_dist.analysis.compare import compare as compare_runs
     from avss_dist.analysis.findings import findings as find
     from avss_dist.report.output import write_table
-    from avss_dist.report.terminal.compare import findings_table, pairs_table
+    from avss_dist.report.terminal.compare import findings_list, pairs_table
 
     opened = open_warehouse(warehouse)
     names = [row["run_id"] for row in choose_runs(opened, run or [], every=True)]
@@ -79,7 +79,7 @@ def compare(
     compared = {name for side in ("a_run_id", "b_run_id") for name in pairs[side].unique().to_pylist()}
     found = find(opened, [name for name in names if name in compared], threshold=at)
     shown = _at(found, None if by == "site" else site, None if by == "recipe" else recipe)
-    console().print(findings_table(shown))
+    console().print(findings_list(shown))
     return None
 
 
@@ -95,7 +95,7 @@ def findings(
     """List what a careful reader would warn of: scores that track depth, noise, rounding, single units, and so on."""
     from avss_dist.analysis.findings import findings as find
     from avss_dist.report.output import write_table
-    from avss_dist.report.terminal.compare import findings_table
+    from avss_dist.report.terminal.compare import findings_list
 
     opened = open_warehouse(warehouse)
     names = [row["run_id"] for row in choose_runs(opened, run or [], every=True)]
@@ -103,7 +103,7 @@ def findings(
     shown = found if every else _at(found, site, recipe)
     if format != FORMATS[0]:
         return write_table(shown, format, console())
-    console().print(findings_table(shown))
+    console().print(findings_list(shown))
     if len(shown) < len(found):
         emit(f"{len(found) - len(shown)} more at other sites and recipes: --all.")
     return None

@@ -17,7 +17,7 @@ import pyarrow.dataset as ds
 
 from avss_dist.errors import QueryError, require_known
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
-from avss_dist.text import RedactedURI
+from avss_dist.text import RedactedURI, basename
 from avss_dist.warehouse.schema import SCHEMAS, TABLES, Selection
 from avss_dist.warehouse.store import Store
 
@@ -126,7 +126,8 @@ class Warehouse:
         """Scores of whole runs, those whose columns equal the given values: ``scores(site="block", layer=[0, 1])``.
 
         Args:
-            equals: by column, a value, None (is null), or a list, tuple or set of values, any of which will do.
+            equals: by column, a value, None (is null), or a list, tuple or set of values, any of which will do. A model
+                is named in full, or by the end of its path.
 
         Raises:
             QueryError: a column does not exist, or no score has that name in it (run, model, site, recipe and so on).
@@ -137,11 +138,19 @@ class Warehouse:
         for name, value in equals.items():
             require_known("column", name, SCHEMAS["scores"].names, QueryError)
             wanted[name] = list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
+            if name == "model":
+                wanted[name] = self._models(wanted[name])
             where &= pc.field(name).isin(pa.array(wanted[name], SCHEMAS["scores"].field(name).type))
         table = self.table("scores", where=where)
         for name, values in wanted.items():
             self._require_names(table, name, values)
         return table
+
+    def _models(self, names: list[Any]) -> list[Any]:
+        """Models in full, of those that are named by the end of their path."""
+        known = pc.unique(self.table("runs", columns=["model"])["model"]).to_pylist()
+        ends = {name: [model for model in known if model and basename(model) == name] for name in names}
+        return [model for name in names for model in ([name] if name in known else ends[name] or [name])]
 
     def _require_names(self, found: pa.Table, column: str, values: list[Any]) -> None:
         """Refuse a name that no score has; a warehouse without scores has no names to compare with."""

@@ -13,7 +13,7 @@ from support.oracle import Float64
 from support.warehouses import SCALES, activations, stats_of, write_measured, write_profiles, write_scores
 
 from avss_dist.analysis.findings import KINDS, SCHEMA, findings
-from avss_dist.report.terminal.compare import findings_table
+from avss_dist.report.terminal.compare import findings_list
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
 
@@ -208,7 +208,7 @@ def test_findings_that_differ_only_in_their_run_are_told_of_few_and_counted_of_m
 def in_words(root: Path) -> str:
     console = Console(width=140)
     with console.capture() as capture:
-        console.print(findings_table(findings(Warehouse(root))))
+        console.print(findings_list(findings(Warehouse(root))))
     return capture.get()
 
 

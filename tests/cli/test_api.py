@@ -82,7 +82,10 @@ def test_runs_and_thresholds_have_names(root: str) -> None:
     plan = avss.plan(warehouse=root, run=run, by="avss", count=2)
     assert plan.run_id == run.run_id and plan.table()["left_out"].to_pylist().count("layer") == 2
     assert plan == avss.plan(warehouse=root, run="alpha", by="avss", count=2, threshold="1e-5")
-    assert Warehouse(root).scores(run_id=run.run_id).num_rows
+    scores = Warehouse(root).scores(run_id=run.run_id)
+    assert scores.num_rows and scores == Warehouse(root).scores(model="alpha") == Warehouse(root).scores(
+        model="org/alpha"
+    )
 
 
 def test_runs_tell_logging(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -111,7 +112,8 @@ def _given_depth(pairs: pa.Table) -> str:
     given = given[~np.isnan(given)]
     if not given.size:
         return "Given depth, nothing is left to compare: one of each pair is the order of the layers."
-    return f"Given depth (a partial correlation), {np.median(given):.3f}{' at the median' if given.size > 1 else ''}."
+    typical = f"{np.median(given):.3f}{' at the median' if given.size > 1 else ''}"
+    return f"Given depth (a partial correlation), {typical}: {_strength(given)}."
 
 
 def _strength(rho: np.ndarray[Any, Any]) -> str:
@@ -125,27 +127,25 @@ def _strength(rho: np.ndarray[Any, Any]) -> str:
     return "the rankings have little in common" if typical > -0.3 else "the rankings are the other way round"
 
 
-def findings_table(findings: pa.Table) -> RenderableType:
+def findings_list(findings: pa.Table) -> RenderableType:
     """Findings of `findings.SCHEMA` in their order; of many that differ only in their run, the first stands for all."""
     places = _by_place(findings)
     if not places:
         return Text("Nothing to warn of.")
-    table = Table()
-    for name in ("", "what", "run", "site / recipe"):
-        table.add_column(name, overflow="fold")
-    table.add_column("in words", overflow="fold", ratio=1)
+    lines: list[RenderableType] = []
     for (severity, kind, site, recipes), messages in places.items():
+        where = " / ".join(part for part in (site, recipes) if part)
+        heading = Text.assemble((f"{severity}: {kind.replace('_', ' ')}", COLOR[severity]), f"  {where}")
         if len(messages) > FEW:
             alike = list(dict.fromkeys(run for runs in messages.values() for run in runs))
             messages = {f"{alike[0]}: {next(iter(messages))}": alike}
         for message, runs in messages.items():
             more = [f"and {len(runs) - FEW} more"] if len(runs) > FEW else []
-            where = " / ".join(part for part in (site, recipes) if part)
-            cells = (severity, kind.replace("_", " "), "\n".join(runs[:FEW] + more), where, message)
-            table.add_row(*(Text(cell, style=COLOR[severity]) if i < 2 else Text(cell) for i, cell in enumerate(cells)))
+            below = Text("\n".join([*runs[:FEW], *more, message]))
+            lines += [heading, Padding(below, (0, 0, 0, 2), expand=False)]
     if any(len(messages) > FEW for messages in places.values()):
-        return Group(table, Text("Of many, the first stands for all: avss findings --format csv has each."))
-    return table
+        lines.append(Text("Of many, the first stands for all: avss findings --format csv has each."))
+    return Group(*lines)
 
 
 def _by_place(findings: pa.Table) -> dict[tuple[str, ...], dict[str, list[str]]]:
