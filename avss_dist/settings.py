@@ -65,9 +65,9 @@ AFTER_ANOTHER = ", after another prompt"  # after a label: the stratum of the sa
 LAYOUTS = ("packed", "padded")
 NO_REPAIR = "none"
 REPAIR = "repair:"  # before what is fitted and on which corpora: the task of fitting it
-REFIT_ALL = "refit_all"
-REFIT_AROUND = "refit_around"
-REPAIRS = ("scale", "channel", "rotated", "map", "refit", REFIT_ALL, REFIT_AROUND, "replace_me")
+REFITS_LATER, REFITS_BEHIND = ("refit_all", "refit_full"), ("refit_around", "refit_full")  # see `pruning.repair.fold`
+REFITS = tuple(dict.fromkeys(("refit", *REFITS_LATER, *REFITS_BEHIND)))
+REPAIRS = ("scale", "channel", "rotated", "map", *REFITS, "replace_me")
 """How a pruned model is repaired: what is fitted at each cut, and folded into weights."""
 RIVAL_PATCHES = ("prune_comp", "linear_patch")
 """Repairs that no weight can hold: they change the stream itself behind each cut, and are evaluated alone."""

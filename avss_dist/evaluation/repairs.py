@@ -38,7 +38,7 @@ from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.registry import PARTITIONS
 from avss_dist.removal import Drop
-from avss_dist.settings import REFIT_ALL, REPAIR, fingerprint
+from avss_dist.settings import REFITS_LATER, REPAIR, fingerprint
 from avss_dist.tasks.base import Row, Task, TextLoss
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.patches import Patches
@@ -123,8 +123,9 @@ def require_changeable(partition: str) -> None:
 
 def _repairable(planned: PlannedEvaluation, drops: Iterable[Drop]) -> list[Drop]:
     """The sets of layers of which something can be given back: by a layer before a removed one, or by later ones."""
-    by = {part.repair.by for part in planned.task.parts if isinstance(part, FitRepair)}
-    return [drop for drop in drops if drop and (by == {REFIT_ALL} or drop != tuple(range(len(drop))))]
+    fits = [part.repair.by for part in planned.task.parts if isinstance(part, FitRepair)]
+    by_later = all(by in REFITS_LATER for by in fits)
+    return [drop for drop in drops if drop and (by_later or drop != tuple(range(len(drop))))]
 
 
 def plan_fits(
@@ -175,7 +176,7 @@ def fit_repairs(
 ) -> dict[tuple[str, Drop], StoredPatch]:
     """The patch of each fit without each of its sets of layers, by the fit's id; what was fitted before is found.
 
-    Sets of layers that no layer stands before have none, but of refit_all.
+    Sets of layers that no layer stands before have none, but of repairs of later layers.
 
     Raises:
         AvssError: a mistake, or a fit that failed; the others are kept.

@@ -49,5 +49,5 @@ def require_cuts(made: Plan, *, every_layer: bool = False) -> list[Cut]:
         return cuts
     raise RepairError(
         f"Layers {describe_layers(made.drop)} are the first: no layer before them can give back what they did.",
-        "Prune with `repair` none, keep the first layer, or repair by refit_all.",
+        "Prune with `repair` none, keep the first layer, or repair by refit_all or refit_full.",
     )

@@ -14,7 +14,7 @@ refit     a matrix D      a D                          A + D
 ========  ==============  ===========================  =========================
 
 ``refit_all`` is ``refit`` at the last layer before each cut and at every layer behind the first one. ``refit_around``
-is ``refit``, and of the first layer behind each cut the other linear maps too (`readers`).
+is ``refit``, and of the first layer behind each cut the other linear maps too (`readers`). ``refit_full`` is both.
 ``replace_me`` is ``map`` without a ridge, whatever held-back text says: ReplaceMe's least squares (Shopkhoev et al.,
 arXiv 2505.02819), whose transform of the MLP's output is I + W.
 
@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import torch
 
 from avss_dist.pruning.repair.outlet import Outlet, Seen, inverse_rms
-from avss_dist.settings import REFIT_ALL, REFIT_AROUND
+from avss_dist.settings import REFITS
 
 _LEAST_GAIN = 1e-4  # of the mean gain: a channel that is always zero has none, and is divided by it
 
@@ -58,7 +58,7 @@ class Step:
 
 def steps(repair: str, outlet: Outlet) -> list[Step]:
     """The fits of a repair at an outlet, one after the other; each sees what the one before it has changed."""
-    full = {"map": "output", "replace_me": "output", "refit": "inputs", REFIT_ALL: "inputs", REFIT_AROUND: "inputs"}
+    full = {"map": "output", "replace_me": "output", **dict.fromkeys(REFITS, "inputs")}
     reads, form = (full[repair], "full") if repair in full else ("output", repair)
     if outlet.norm is None:
         return [Step(reads, "linear", form)]

@@ -16,7 +16,7 @@ from avss_dist.pruning.repair.record import RepairedCut
 from avss_dist.pruning.repair.rivals import fit_stream
 from avss_dist.pruning.repair.streams import AtCut, Streams
 from avss_dist.pruning.repair.text import Portion
-from avss_dist.settings import REFIT_AROUND, RIVAL_PATCHES
+from avss_dist.settings import REFITS_BEHIND, RIVAL_PATCHES
 
 TOKENS_PER_UNKNOWN = 4  # at least; with fewer, a fit follows its text's noise
 
@@ -44,7 +44,7 @@ class Mender:
         for outlet in outlets:
             self.require_tokens(outlet, by)
             self.require_plain(outlet.layer.index, outlet.linear)
-        behind = [layer_behind(cut, layers) if by == REFIT_AROUND else None for cut in cuts]
+        behind = [layer_behind(cut, layers) if by in REFITS_BEHIND else None for cut in cuts]
         readers = [[] if layer is None else self.plain_readers(layer) for layer in behind]
         done = []
         for cut, outlet, layer, groups, name in zip(cuts, outlets, behind, readers, names, strict=True):

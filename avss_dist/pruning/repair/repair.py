@@ -4,10 +4,10 @@ At each cut, in order of depth: X is the stream after the last layer before it, 
 far; Y is the whole model's stream after the last layer that is removed there; R = Y - X is fitted from what the MLP
 before the cut adds, or from its hidden units (`fold`). ``refit_all`` does the same at every layer behind the first cut,
 for what earlier repairs could not give back goes on through them. ``refit_around`` fits the other linear maps of the
-layer behind each cut too, to give of the repaired stream what they give in the whole model. The stream of the first
-token of each row is hundreds of times as long as others in some models, and all others attend to it: it is scaled to
-their length. One row of ten is held back: it chooses the ridge, and says what the fit is worth; a step that is worth
-nothing is taken back.
+layer behind each cut too, to give of the repaired stream what they give in the whole model. ``refit_full`` does both:
+all linear maps of every layer behind the first cut. The stream of the first token of each row is hundreds of times as
+long as others in some models, and all others attend to it: it is scaled to their length. One row of ten is held back:
+it chooses the ridge, and says what the fit is worth; a step that is worth nothing is taken back.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from avss_dist.pruning.repair.record import RepairedCut, RepairRecord, RepairTex
 from avss_dist.pruning.repair.streams import OpenStreams, opened_streams
 from avss_dist.pruning.repair.text import Portion, count_tokens, portions
 from avss_dist.pruning.repair.weighted import weighted
-from avss_dist.settings import REFIT_ALL, REPAIRS, RIVAL_PATCHES, Execution, OneOf, Settings, checked
+from avss_dist.settings import REFITS_LATER, REPAIRS, RIVAL_PATCHES, Execution, OneOf, Settings, checked
 from avss_dist.system.devices import pick_device
 from avss_dist.system.progress_bar import tracked
 from avss_dist.text import RedactedURI, describe_layers
@@ -91,7 +91,7 @@ def repair_layers(
         ConfigError: the partition is none in which repairs are fitted, or has not the memory that it needs.
         FitError: hidden states are not finite.
     """
-    require_cuts(made, every_layer=repair.by == REFIT_ALL)
+    require_cuts(made, every_layer=repair.by in REFITS_LATER)
     device = pick_device(repair.settings.device)
     config = text_config(checkpoint, trust_remote_code=repair.settings.trust_remote_code)
     settings = replace(pin(repair.settings, checkpoint, config, device.type), layers=made.layers)
@@ -111,7 +111,7 @@ def fit_repair(
     show: Show = tracked,
 ) -> Repaired:
     """As `repair_layers`, with an open model and texts that are read; the settings of ``repair`` are pinned."""
-    cuts = require_cuts(made, every_layer=repair.by == REFIT_ALL)
+    cuts = require_cuts(made, every_layer=repair.by in REFITS_LATER)
     read = portions(texts, repair.settings.batch_size, repair.weights)
     starts = [cut.last for cut in cuts if layer_behind(cut, made.num_layers) is not None]
     streams = open_streams([portion.batch for portion in read], made.drop, starts)
@@ -156,7 +156,7 @@ def _record(
 
 
 def _notes(made: Plan, by: str) -> list[str]:
-    if 0 not in made.drop or by == REFIT_ALL:
+    if 0 not in made.drop or by in REFITS_LATER:
         return []
     first = describe_layers([layer for layer in made.drop if set(range(layer)) <= set(made.drop)])
     return [f"Nothing stands before layers {first}: what they did is not given back."]
