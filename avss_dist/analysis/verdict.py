@@ -85,11 +85,7 @@ def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str
         sentences.append(f"A guess keeps {_percent(guess)}.")
     chances = [row["retention"] for row in rows if row["score"] == RANDOM and not row["control"]]
     if chances:
-        better = sum(chance >= claim["retention"] for chance in chances)
-        sentences.append(
-            f"Of {len(chances)} random choices of as many layers{repaired}, {better or 'none'} "
-            f"keep{'s' if better == 1 else ''} as much or more (the best {_percent(max(chances))})."
-        )
+        sentences.append(_beside_chance(claim["retention"], chances, repaired))
     others = {
         "The reverse, the highest AVSS,": _one(rows, "avss", REVERSED),
         "AVSS with the ends kept": _one(rows, "avss", ENDS_KEPT),
@@ -99,6 +95,17 @@ def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str
     }
     sentences += [f"{name} keeps {_percent(row['retention'])}." for name, row in others.items() if row is not None]
     return sentences
+
+
+def _beside_chance(kept: float, chances: Sequence[float], repaired: str) -> str:
+    """What random choices keep, beside the choice of the claim."""
+    if len(chances) == 1:
+        return f"A random choice of as many layers{repaired} keeps {_percent(chances[0])}."
+    better = sum(chance >= kept for chance in chances)
+    return (
+        f"Of {len(chances)} random choices of as many layers{repaired}, {better or 'none'} "
+        f"keep{'s' if better == 1 else ''} as much or more (the best {_percent(max(chances))})."
+    )
 
 
 def judgement(row: Row, guess: float | None = None) -> str:

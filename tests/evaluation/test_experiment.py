@@ -286,6 +286,8 @@ def test_a_verdict_speaks_of_chance_and_of_rivals() -> None:
     assert "Of 2 random choices of as many layers, 1 keeps as much or more (the best 97.0%)." in text
     assert "Block influence keeps 98.0%." in text and "The reverse, the highest AVSS, keeps 30.0%." in text
     assert verdicts([r for r in rows if r["method"] != "avss"]) == []
+    (text,) = verdicts([r for r in rows if r["method"] != "random 0"])
+    assert "A random choice of as many layers keeps 60.0%." in text
 
 
 @pytest.mark.parametrize(
