@@ -245,10 +245,10 @@ class Arithmetic:
 
     def _row(self, partition: str, ranks: int, memory: tuple[int, int], seconds: float, why: str) -> Row:
         device, host = memory
-        need = [(host, self.here.host_free, "memory of the host")]
+        need = [(host, self.here.host_free, "host memory")]
         if self.here.device == "cuda":
-            need.append((device, self.here.device_free, "memory of a GPU"))
-        short = [f"{describe_bytes(n - free)} of {what} are missing" for n, free, what in need if n > free]
+            need.append((device, self.here.device_free, "GPU memory"))
+        short = [f"lacks {describe_bytes(n - free)} of {what}" for n, free, what in need if n > free]
         if self.here.device == "cuda" and ranks > self.here.gpus:
             short.append(f"{ranks} GPUs are needed, {self.here.gpus} are here")
         return Row(

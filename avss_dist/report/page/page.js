@@ -288,7 +288,7 @@ const narrow = () => document.body.clientWidth < 600;
 const ACROSS = { avss: "AVSS", block_influence: "block influence", angular_distance: "angular distance",
   relative_magnitude: "relative magnitude", update_variance_ratio: "update / input variance" };
 const across = () => chosen("score");
-const named = () => (across() === "avss" ? described(data.choices[choice()]) : `${ACROSS[across()]}, at any site, recipe and threshold`);
+const named = () => (across() === "avss" ? described(data.choices[choice()]) : `${ACROSS[across()]}, the same for every site, recipe and threshold`);
 const signalsAcross = () => ({ choice: named() });
 const signalsOfRows = () => ({ ...signalsAcross(), room: narrow() ? 96 : Math.min(360, document.body.clientWidth * 0.28) });
 const pairsAcross = () => (across() === "avss" ? data.correlations[choice()] : data.rivals[across()]);
