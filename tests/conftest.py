@@ -23,6 +23,7 @@ os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112  (processes
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (at Ray's 15, workers wait while other tests compute)
 
 gc.set_threshold(10_000)  # as in `avss`
+imported = 0  # modules, when objects were frozen for the last time
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,6 +36,15 @@ def pytest_collection_finish() -> None:
     """What is there now stays: the collections that closing a model asks for need not look through the libraries."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_logstart() -> None:
+    """Nor through those that earlier tests have imported."""
+    global imported
+    if len(sys.modules) >= imported + 50:
+        imported = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
