@@ -212,7 +212,7 @@ def prune(
     output: str | Path,
     *,
     repair: str | None = None,
-    repair_corpus: Sequence[str] = (),
+    repair_corpora: Sequence[str] = (),
     skip_sequences: int = 0,
     warehouse: str | Path | None = None,
     push: str | None = None,
@@ -223,8 +223,8 @@ def prune(
     Args:
         plan: a `Plan`, or its file.
         output: a folder that does not exist, or is empty.
-        repair: one of ``settings.REPAIRS``; ``map`` by default where ``repair_corpus`` names text.
-        repair_corpus: what the repair is fitted on: CORPUS or CORPUS=WEIGHT.
+        repair: one of ``settings.REPAIRS``; ``map`` by default where ``repair_corpora`` names text.
+        repair_corpora: what the repair is fitted on: CORPUS or CORPUS=WEIGHT.
         warehouse: whose evaluations of the plan go into the model card, beside those that the plan has.
         push: where on the hub it goes too, ``ORG/NAME``; what is not there yet is made, as a private model.
         options: of the text of the repair, and the memory for it.
@@ -238,7 +238,7 @@ def prune(
 
     made = plan if isinstance(plan, Plan) else read_plan(plan)
     settings, execution = split_options(dict(options))
-    wanted = _repair(repair, repair_corpus, skip_sequences, settings)
+    wanted = _repair(repair, repair_corpora, skip_sequences, settings)
     code = settings.trust_remote_code
     if push:
         require_access(push, "model")
@@ -261,12 +261,12 @@ def _repair(by: str | None, corpora: Sequence[str], skip_sequences: int, setting
 
     by = by or ("map" if corpora else NO_REPAIR)
     if by != NO_REPAIR and not corpora:
-        raise ConfigError(f"`repair` {by} is fitted on text, and there is none.", "Name it with `repair_corpus`.")
+        raise ConfigError(f"`repair` {by} is fitted on text, and there is none.", "Name it with `repair_corpora`.")
     if by != NO_REPAIR:
         return Repair(by=by, corpora=tuple(corpora), skip_sequences=skip_sequences, settings=settings)
     default = Settings(trust_remote_code=settings.trust_remote_code)
     given = [name for name, value in settings.as_dict().items() if value != getattr(default, name)]
-    given += [name for name, value in (("skip_sequences", skip_sequences), ("repair_corpus", corpora)) if value]
+    given += [name for name, value in (("skip_sequences", skip_sequences), ("repair_corpora", corpora)) if value]
     if given:
         raise ConfigError(f"`{given[0]}` has no effect without a repair.", "Leave it out, or name a `repair`.")
     return None

@@ -46,9 +46,9 @@ def prune(
             checked=False,  # a repair that no checkpoint can hold is refused with the reason
         ),
     ] = None,
-    repair_corpus: Annotated[
+    repair_corpora: Annotated[
         list[str] | None,
-        typer.Option(help="Text to fit the repair on: CORPUS or CORPUS=WEIGHT; repeatable."),
+        typer.Option("--repair-corpus", help="Text to fit the repair on: CORPUS or CORPUS=WEIGHT; repeatable."),
     ] = None,
     skip_sequences: SkipSequencesOption = 0,
     warehouse: Annotated[
@@ -73,7 +73,7 @@ def prune(
         made,
         output,
         repair=repair,
-        repair_corpus=repair_corpus or (),
+        repair_corpora=repair_corpora or (),
         skip_sequences=skip_sequences,
         warehouse=warehouse,
         push=push,

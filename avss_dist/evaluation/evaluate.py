@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Unpack
 
+from avss_dist.analysis.verdict import kept_by_guess, primary_metric
 from avss_dist.errors import ConfigError
 from avss_dist.evaluation.engine import (
     CellReporter,
@@ -154,7 +155,8 @@ def evaluate(
     every = {key: commit(one, store) for key, one in planned.items()}
     if failed:
         raise failure(failed)
-    return Evaluations(_all_against_whole(found, tasks, every), findings=_findings(found, tasks, every))
+    evaluations = list(_all_against_whole(found, tasks, every))
+    return Evaluations(evaluations, findings=[*_findings(found, tasks, every), *_guesses(evaluations)])
 
 
 def _require_used(tasks: Sequence[str], **given: Any) -> None:
@@ -194,6 +196,19 @@ def _findings(
             found = every[subject.checkpoint.revision, name, _key(subject.sparsity)]
             if near := realized(subject.sparsity_plan, found, subject.drop):
                 yield f"{subject.label}, {name}: {near.finding}"
+
+
+def _guesses(evaluations: Iterable[Evaluation]) -> Iterator[str]:
+    """What a guess keeps of each whole model, where something else is compared with it."""
+    whole: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for one in evaluations:
+        if one.whole:
+            rows = whole.setdefault((one.subject.checkpoint.name, one.task), [])
+            rows.append({"score": None, "metric": one.whole.metric, "value": one.whole.value})
+    for (model, task), rows in whole.items():
+        metric = primary_metric(rows)
+        if guess := kept_by_guess(rows, metric):
+            yield f"{task}: a guess keeps {guess:.1%} of the {metric} of {model}."
 
 
 def realized(plan: SparsityPlan, results: Iterable[Result], drop: Drop = ()) -> Realized | None:

@@ -37,7 +37,7 @@ class Evaluations(list["Evaluation"], TabularResult):
     """What several subjects can do, in their order and that of the tasks.
 
     Attributes:
-        findings: how near sparsity plans come to what they say.
+        findings: how near sparsity plans come to what they say, and what a guess keeps.
     """
 
     _bars = ("retention",)

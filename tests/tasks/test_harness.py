@@ -249,7 +249,13 @@ def test_what_was_asked_is_not_asked_again(folder: Path, tmp_path: Path, monkeyp
     plan = tmp_path / "plan.yaml"
     Plan(model=str(folder), revision=None, num_layers=3, layers="layers", drop=DROP, why={}).write(plan)
     options: dict[str, Any] = {"tasks": [task], "warehouse": tmp_path / "w", "sequence_length": 64, "limit": 8}
-    found = {one.result.metric: one for one in evaluate([str(plan)], **options)}
+    evaluations = evaluate([str(plan)], **options)
+    found = {one.result.metric: one for one in evaluations}
+    chance, whole = (found[metric].whole for metric in ("chance", "acc_norm"))
+    assert chance is not None and whole is not None
+    assert evaluations.findings == (
+        f"{task}: a guess keeps {chance.value / whole.value:.1%} of the acc_norm of {folder}.",
+    )
     worse, before, after = found["brier_score"].retained, *brier_scores(tmp_path / "w")
     assert worse is not None
     assert worse.value == pytest.approx(before / after)  # less is better
