@@ -12,6 +12,7 @@ from typing import Any
 from avss_dist.pruning.methods import ENDS_KEPT, LEAVE_ONE_OUT, REVERSED
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM
 from avss_dist.settings import CHANCE, LOSS
+from avss_dist.text import count_of
 
 CLAIMED_SHARE, CLAIMED_KEPT = 0.25, 0.9
 MENTIONED = 0.01  # a guess that keeps less is not worth a word
@@ -78,8 +79,8 @@ def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str
     repaired = f", repaired by {claim['repair']}" if claim.get("repair") else ""
     of_claim = repaired if not repaired or claim.get("patch") else f"{repaired} (nothing: no layer stands before them)"
     sentences = [
-        f"without the {len(claim['drop'])} layers of the lowest AVSS ({CLAIMED_SHARE:.0%}){of_claim}, {_kept(claim)} "
-        f"{_before_and_after(claim, rows)}: {judgement(claim, guess)}."
+        f"without the {count_of(len(claim['drop']), 'layer')} of the lowest AVSS ({CLAIMED_SHARE:.0%}){of_claim}, "
+        f"{_kept(claim)} {_before_and_after(claim, rows)}: {judgement(claim, guess)}."
     ]
     if guess is not None and MENTIONED <= guess <= CLAIMED_KEPT:
         sentences.append(f"A guess keeps {_percent(guess)}.")
@@ -100,7 +101,7 @@ def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str
 def _beside_chance(kept: float, chances: Sequence[float], repaired: str) -> str:
     """What random choices keep, beside the choice of the claim."""
     if len(chances) == 1:
-        return f"A random choice of as many layers{repaired} keeps {_percent(chances[0])}."
+        return f"A random choice of as many layers{repaired}{',' * bool(repaired)} keeps {_percent(chances[0])}."
     better = sum(chance >= kept for chance in chances)
     return (
         f"Of {len(chances)} random choices of as many layers{repaired}, {better or 'none'} "

@@ -346,9 +346,9 @@ def test_a_verdict_compares_what_is_repaired_alike() -> None:
     rows = [row(None, 1.0, share=0.0, value=0.8)]
     rows += [row("avss", 0.5), row("random", 0.7), row("avss", 0.95, "map"), row("random", 0.93, "map")]
     plain, repaired = verdicts([*rows, row("last", 0.97, "map")])
-    assert "the claim does not hold" in plain and "1 keeps as much or more (the best 70.0%)" in plain
+    assert "the claim does not hold" in plain and "A random choice of as many layers keeps 70.0%." in plain
     assert "repaired by map, 95.0%" in repaired and "the claim holds" in repaired
-    assert "none keep as much or more (the best 93.0%)" in repaired
+    assert "A random choice of as many layers, repaired by map, keeps 93.0%." in repaired
     (unrepaired,) = verdicts([row(None, 1.0, share=0.0, value=0.8), row("avss", 0.1, "map", patch=None)])
     assert "repaired by map (nothing: no layer stands before them), 10.0%" in unrepaired
     assert "the last before the final one keeps 97.0%" in repaired and "97.0%" not in plain

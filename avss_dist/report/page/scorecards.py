@@ -77,7 +77,7 @@ def _entry(label: str, cards: Sequence[Row], truth: str, layers: int, readings: 
         "label": label,
         "text": _text(others, column, truth, readings),
         "wide": _image(others, column, layers, width=640, labels=260),
-        "narrow": _image(others, column, layers, width=150, labels=150),
+        "narrow": _image(others, column, layers, width=145, labels=150),
         "columns": [{"title": "score", "number": False}, *({"title": titles[name], "number": True} for name in shown)],
         "rows": [[_cell(_name(row)), *(_cell(row[name], name) for name in shown)] for row in others],
     }
