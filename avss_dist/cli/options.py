@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
+from functools import cache, wraps
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -154,20 +154,27 @@ def _with_parameters(
 def _parameter(name: str, overrides: bool) -> inspect.Parameter:
     cls: Any = Settings if name in Settings.__dataclass_fields__ else Execution
     info, field = cls.__pydantic_fields__[name], cls.__dataclass_fields__[name]
-    kind = get_type_hints(cls)[name]
+    hints, annotations = _hints(cls)
+    kind = hints[name]
     spelling = SPELLING.get(name, f"--{name.replace('_', '-')}")
     if Replicas in get_args(kind):  # it reads texts itself
         kind = str
     several = get_origin(kind) in (tuple, Mapping)
     default = None if several or (overrides and kind is not bool) else field.default
     help = info.description + (" Repeatable." if several else "")
-    names = next((meta.names for meta in _metadata(get_type_hints(cls, include_extras=True)[name])), ())
+    names = next((meta.names for meta in _metadata(annotations[name])), ())
     option = choice(names, help, spelling, checked=False) if names else typer.Option(spelling, help=help)
     option.rich_help_panel = PANELS[cls]
     annotation = list[str] | None if several else kind | None if default is None else kind
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
     )
+
+
+@cache
+def _hints(cls: type) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The types of a class's fields: bare, and with their metadata."""
+    return get_type_hints(cls), get_type_hints(cls, include_extras=True)
 
 
 def _metadata(annotation: Any) -> list[OneOf]:
