@@ -17,12 +17,14 @@ from support.checkpoints import LAYERS, VOCABULARY, llama, save_tokenizer
 from support.disks import SmallDisk
 from support.warm_workers import forking_workers
 
+from avss_dist.__main__ import YOUNG_OBJECTS
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: in tiny models, threads wait for each other
 os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112  (processes that no test uses)
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (at Ray's 15, workers wait while other tests compute)
 
-gc.set_threshold(10_000)  # as in `avss`
+gc.set_threshold(YOUNG_OBJECTS)
 imported = 0  # modules, when objects were frozen for the last time
 
 

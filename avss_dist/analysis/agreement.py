@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from avss_dist.settings import LOWEST_SHARE
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.rankings import FEWEST, align, count_lowest, rank_biased_overlap, spearman
+from avss_dist.stats.rankings import FEWEST, align, count_lowest, given_depth, rank_biased_overlap, spearman
 from avss_dist.system.progress_bar import tracked
 
 Scores = tuple[Float64, Float64]  # depth and values of layers, float64[layers] each, ascending in depth
@@ -30,7 +30,6 @@ COLUMNS = (
     "jaccard_by_chance",
     "p_by_chance",
 )
-ALL_DEPTH = 1e-9  # what is left of the variance of ranks beside depth, where nothing is but rounding
 AT_ONCE = 1024  # pairs, whose signs are a few MB
 
 
@@ -130,9 +129,7 @@ def _given_depth(rho: Float64, x: Float64, y: Float64, signs_x: Signs, signs_y: 
     for row in np.flatnonzero(~np.isfinite(x + y).all(axis=1)):
         both = np.isfinite(x[row]) & np.isfinite(y[row])
         of_x[row], of_y[row] = (spearman(values[row][both], depth[row][both]) for values in (x, y))
-    left = (1 - of_x**2) * (1 - of_y**2)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(left > ALL_DEPTH, (rho - of_x * of_y) / np.sqrt(left), np.nan)
+    return given_depth(rho, of_x, of_y)
 
 
 def _kendall(signs_x: Signs, signs_y: Signs) -> Float64:

@@ -11,8 +11,8 @@ from typing import Any
 
 from avss_dist.pruning.methods import ENDS_KEPT, LEAVE_ONE_OUT, REVERSED
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM
+from avss_dist.removal import count_removed
 from avss_dist.settings import CHANCE, LOSS
-from avss_dist.text import count_of
 
 CLAIMED_SHARE, CLAIMED_KEPT = 0.25, 0.9
 MENTIONED = 0.01  # a guess that keeps less is not worth a word
@@ -79,7 +79,7 @@ def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str
     repaired = f", repaired by {claim['repair']}" if claim.get("repair") else ""
     of_claim = repaired if not repaired or claim.get("patch") else f"{repaired} (nothing: no layer stands before them)"
     sentences = [
-        f"without the {count_of(len(claim['drop']), 'layer')} of the lowest AVSS ({CLAIMED_SHARE:.0%}){of_claim}, "
+        f"without the {count_removed(claim['drop'])} of the lowest AVSS ({CLAIMED_SHARE:.0%}){of_claim}, "
         f"{_kept(claim)} {_before_and_after(claim, rows)}: {judgement(claim, guess)}."
     ]
     if guess is not None and MENTIONED <= guess <= CLAIMED_KEPT:

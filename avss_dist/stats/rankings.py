@@ -18,6 +18,7 @@ from avss_dist.stats.layer_stats import Float64
 Ints = NDArray[np.integer[Any]]
 PERSISTENCE = 0.9  # of rank-biased overlap: the first 10 ranks have 86% of the weight
 FEWEST = 3  # values that a correlation needs
+ALL_DEPTH = 1e-9  # what is left of the variance of ranks beside depth, where nothing is but rounding
 TWO_SIDED_95 = 1.959964  # the quantile 0.975 of the normal distribution
 
 
@@ -62,6 +63,21 @@ def spearman_interval(rho: float, number: int) -> tuple[float, float]:
     with np.errstate(divide="ignore"):
         z, width = np.arctanh(rho), TWO_SIDED_95 * np.sqrt((1 + rho**2 / 2) / (number - 3))
     return float(np.tanh(z - width)), float(np.tanh(z + width))
+
+
+def given_depth(rho: Float64, of_a: Float64, of_b: Float64) -> Float64:
+    """The partial correlation of the ranks of two scores, given those of depth: float64[...].
+
+    NaN where one of the scores is the order of depth itself.
+
+    Args:
+        rho: their correlation.
+        of_a, of_b: that of each with depth, in shapes that broadcast to that of ``rho``.
+    """
+    left = (1 - of_a**2) * (1 - of_b**2)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        partial: Float64 = np.where(left > ALL_DEPTH, (rho - of_a * of_b) / np.sqrt(left), np.nan)
+    return partial
 
 
 def depth_correlation(scores: Sequence[float | None]) -> float:

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.analysis.agreement import ALL_DEPTH
 from avss_dist.analysis.compare import CONDITIONS, condition, with_conditions
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.rankings import FEWEST
+from avss_dist.stats.rankings import FEWEST, given_depth
 from avss_dist.text import describe_count, printable
 
 DIGITS = 3  # after the point, of correlations
@@ -43,8 +42,7 @@ def correlations(profiles: Mapping[int, tuple[Float64, Float64]]) -> list[Pair]:
         with np.errstate(invalid="ignore", divide="ignore"):
             matrix = np.corrcoef(ranks)
             of_depth, rho = matrix[0, 1:], matrix[1:, 1:]
-            left = np.outer(1 - of_depth**2, 1 - of_depth**2)
-            given = np.where(left > ALL_DEPTH, (rho - np.outer(of_depth, of_depth)) / np.sqrt(left), np.nan)
+        given = given_depth(rho, of_depth[:, None], of_depth)
         found += [[run, run, _short(of_depth[i]), None] for i, run in enumerate(deep) if grid_of[run] == grid]
         for i, j in combinations(range(len(deep)), 2):
             pair = deep[i], deep[j]

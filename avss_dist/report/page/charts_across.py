@@ -7,9 +7,9 @@ from typing import Any
 import altair as alt
 
 from avss_dist.report.chart import LOWEST_COLOR
+from avss_dist.report.page.experiments import GRAY
 
 ROWS = alt.NamedData(name="rows")
-GRAY = "#8b949e"  # seen on light and on dark
 HEIGHTS = {"profiles": 280, "lowest": 280, "drift": 220}
 STRONG = 0.6  # a cell of such a correlation is dark enough for light numbers
 ROOM = alt.param(name="room", value=180)  # for the labels of runs, in pixels

@@ -9,7 +9,7 @@ import altair as alt
 
 from avss_dist.analysis.contrast import Contrast, contrast
 from avss_dist.errors import QueryError
-from avss_dist.report.page.experiments import BLUE, GRAY, as_image
+from avss_dist.report.page.experiments import AMBER, BLUE, GRAY, as_image
 
 if TYPE_CHECKING:
     from avss_dist.warehouse.reader import Warehouse
@@ -103,7 +103,7 @@ def _image(rows: Sequence[Row], *, width: int) -> str:
             dots.encode(
                 x,
                 alt.Y("value:Q", title=y, axis=alt.Axis(grid=False)),
-                alt.Color("answers:N", scale=alt.Scale(domain=titles, range=[BLUE, "#e0a030", GRAY]), legend=legend),
+                alt.Color("answers:N", scale=alt.Scale(domain=titles, range=[BLUE, AMBER, GRAY]), legend=legend),
                 alt.Shape("answers:N", scale=alt.Scale(domain=titles), legend=legend),
             ),
         )

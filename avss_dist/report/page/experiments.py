@@ -24,7 +24,7 @@ from avss_dist.report.chart import specification
 from avss_dist.report.page.removal import named_task
 from avss_dist.settings import LOSS
 
-GRAY, BLUE = "#8b949e", "#4c9be8"  # seen on light and on dark
+GRAY, BLUE, AMBER = "#8b949e", "#4c9be8", "#e0a030"  # seen on light and on dark
 WIDTHS = {1: 700, 2: 450}  # of a plot, by their number, in pixels; with more of them there are three in a line
 MOST_SHOWN = 1.5  # retention that the chart has room for
 Row = Mapping[str, Any]  # of the table `experiments`

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from avss_dist.analysis.scorecard import RETENTION, SPEARMAN, best_readings, describe_score, is_published, score_cards
 from avss_dist.pruning.selection import LAST
-from avss_dist.report.page.experiments import BLUE, GRAY, as_image
+from avss_dist.report.page.experiments import AMBER, BLUE, GRAY, as_image
 from avss_dist.settings import GROUND_TRUTH, OF_LAYERS
 from avss_dist.stats.rankings import spearman_interval
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from avss_dist.warehouse.reader import Warehouse
 
 MOST = 6  # runs
-AMBER = "#e0a030"  # seen on light and on dark
 KINDS = {"from the scoring pass": BLUE, "from passes of avss ablate": AMBER, "a control": GRAY}
 TRUTHS = {"loss": "the loss without each layer", "shapley": "the Shapley value", "taylor": "the first-order estimate"}
 OTHERS = {"share_of_ceiling": "of the ceiling", "misranked": "misranked", "spearman_sets": "over sets"}
