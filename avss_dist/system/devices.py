@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import psutil
 import torch
+from torch.torch_version import TorchVersion
 
 from avss_dist.errors import ConfigError
 from avss_dist.system.cgroups import memory_left
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # since torch 2.9, and before; the older one still works
+EXACT_PINNED = "2.13"  # torch's version that has the option for pinned memory; some before it may, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,11 +123,18 @@ def free_device(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def allocator_options(version: str) -> list[str]:
+    """What a version of torch is asked of its allocators; it refuses options that it does not know."""
+    exact = ["pinned_max_round_threshold_mb:1"] if TorchVersion(version) >= EXACT_PINNED else []
+    return ["expandable_segments:True", *exact]
+
+
 def pick_device(name: str) -> torch.device:
     """``cuda`` or ``cpu``; ``auto`` is ``cuda`` where torch sees one.
 
-    Torch's allocator is told to grow its segments, unless the environment tells it anything: batches of several sizes,
-    as where rows are halved, would leave memory that no batch fits into.
+    Unless the environment configures torch's allocators, that of GPUs grows its segments: batches of several sizes, as
+    where rows are halved, would leave memory that no batch fits into. And pinned memory is not rounded up to a power of
+    two, which would take up to twice the size of a streamed layer or of an offloaded hidden state.
 
     Raises:
         ConfigError: ``cuda`` was requested and torch sees none.
@@ -134,5 +143,5 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError("`device` cuda: torch sees no GPU here.", "Run `avss doctor`, or set `device` to cpu.")
     use_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
     if use_cuda and not any(os.environ.get(variable) for variable in ALLOCATOR):
-        os.environ[ALLOCATOR[-1]] = "expandable_segments:True"
+        os.environ[ALLOCATOR[-1]] = ",".join(allocator_options(torch.__version__))
     return torch.device("cuda" if use_cuda else "cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from avss_dist.errors import BatchTooLarge
 from avss_dist.measure import hooks
 from avss_dist.measure.experts import ExpertCounter
 from avss_dist.measure.hooks import Observer, attached
-from avss_dist.measure.kernels.base import limits_on
+from avss_dist.measure.kernels.base import Accumulator, limits_on
 from avss_dist.measure.kernels.cuda.backend import CudaKernels
 from avss_dist.measure.kernels.cuda.calls import window
 from avss_dist.measure.kernels.generic import TorchKernels
@@ -119,6 +120,15 @@ def test_every_text_of_short_memory_halves_a_batch(error: Exception) -> None:
     assert halve_until_it_fits(measure, 7, lambda rows: BatchTooLarge("", "")) == (20, 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_counters_of_a_site_are_one_allocation(dtype: torch.dtype) -> None:
+    like = torch.empty((1, 1, 96), dtype=dtype, device=META)
+    with NoWaiting() as mode:
+        into = Accumulator(like, np.ones(9), units=True, geometry=True)
+    assert mode.allocations == ["zeros"] and not mode.copies
+    assert len({tensor.untyped_storage()._cdata for tensor in into.tensors.values()}) == 1
+
+
 def test_another_error_halves_nothing() -> None:
     def measure(rows: int) -> int:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -136,7 +146,17 @@ def test_cuda_memory_grows_unless_the_environment_says_otherwise(
         monkeypatch.setenv(variable, "backend:native" if variable == set_before else "")
     assert devices.pick_device("cuda").type == "cuda"
     values = [devices.os.environ[variable] for variable in devices.ALLOCATOR]
-    assert values.count("expandable_segments:True") == (set_before is None)
+    ours = ",".join(devices.allocator_options(torch.__version__))
+    assert values.count(ours) == (set_before is None)
+
+
+def test_pinned_memory_is_not_rounded_up_where_torch_has_an_option_for_that() -> None:
+    assert devices.allocator_options("2.9.1+cu128") == ["expandable_segments:True"]
+    newer = devices.allocator_options("2.13.0+cu130")
+    assert newer == ["expandable_segments:True", "pinned_max_round_threshold_mb:1"]
+    if torch.__version__ >= devices.EXACT_PINNED:
+        library = (Path(torch.__file__).parent / "lib/libc10.so").read_bytes()
+        assert all(option.split(":")[0].encode() in library for option in newer)
 
 
 def test_peak_memory_is_that_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:

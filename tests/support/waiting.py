@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 SYNCHRONIZING = ("_local_scalar_dense", "nonzero", "masked_select", "index.Tensor", "equal.default", "unique")
+CREATING = ("empty", "zeros", "full", "clone", "stack", "cat", "add", "sub")
 
 
 class NoWaiting(TorchDispatchMode):
@@ -16,11 +17,13 @@ class NoWaiting(TorchDispatchMode):
 
     Attributes:
         copies: the operations between host and device, in order.
+        allocations: the operations that made tensors of their own.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.copies: list[str] = []
+        self.allocations: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().removeprefix("aten::")
@@ -30,4 +33,6 @@ class NoWaiting(TorchDispatchMode):
         scalars = all(t.device.type != "cpu" or t.dim() == 0 for t in tensors) and "copy" not in name
         if len({t.device.type for t in tensors}) > 1 and not scalars:
             self.copies.append(name)
+        if name.split(".")[0] in CREATING:
+            self.allocations.append(name)
         return out

@@ -9,6 +9,7 @@ float32 the upper halves of the patterns of abs(x) are counted, and the rest is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from avss_dist.system.devices import to_host
 
 PATTERNS = 1 << 16
 MOST_32_BIT = (1 << 31) - 1
+INT, FLOAT = torch.int64, torch.float64
 
 Tensors = dict[str, torch.Tensor]
 
@@ -41,30 +43,22 @@ class Accumulator:
     """
 
     def __init__(self, like: torch.Tensor, thresholds: Float64, *, units: bool, geometry: bool) -> None:
-        def ints(size: int) -> torch.Tensor:
-            return torch.zeros(size, dtype=torch.int64, device=like.device)
-
-        def floats(*size: int) -> torch.Tensor:
-            return torch.zeros(size, dtype=torch.float64, device=like.device)
-
         self.dtype = like.dtype
         self._elements = 0
         self.thresholds = thresholds
-        self.tensors: Tensors = {"sequences": ints(1), "pooled": floats(1)}
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"sequences": (INT, (1,)), "pooled": (FLOAT, (1,))}
         if like.dtype == torch.float32:
-            self.tensors |= {
-                "cuts": ints(CUTS),
-                "near_zero": ints(len(thresholds)),
-                "elements": ints(3),
-                "moments": floats(2),
-                "extremes": torch.stack([floats() + torch.inf, floats() - torch.inf]),
-            }
+            shapes |= {"cuts": (INT, (CUTS,)), "near_zero": (INT, (len(thresholds),)), "elements": (INT, (3,))}
+            shapes |= {"moments": (FLOAT, (2,)), "extremes": (FLOAT, (2,))}
         else:
-            self.tensors["patterns"] = torch.zeros(PATTERNS, dtype=torch.int32, device=like.device)
+            shapes["patterns"] = (torch.int32, (PATTERNS,))
         if units:
-            self.tensors |= {"unit_count": ints(1), "unit_sums": floats(2, like.shape[-1])}
+            shapes |= {"unit_count": (INT, (1,)), "unit_sums": (FLOAT, (2, like.shape[-1]))}
         if geometry:
-            self.tensors |= {"tokens": ints(2), "geometry": floats(3), "input_moments": floats(2)}
+            shapes |= {"tokens": (INT, (2,)), "geometry": (FLOAT, (3,)), "input_moments": (FLOAT, (2,))}
+        self.tensors = _zeros(shapes, like.device)
+        if "extremes" in self.tensors:
+            self.tensors["extremes"].fill_(torch.inf)[1].neg_()
 
     @property
     def is_on_host(self) -> bool:
@@ -76,6 +70,15 @@ class Accumulator:
         self._elements += elements
         if self._elements > MOST_32_BIT and "patterns" in self.tensors:
             self.tensors["patterns"] = self.tensors["patterns"].to(torch.int64)
+
+
+def _zeros(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], device: torch.device) -> Tensors:
+    """Tensors that are cut from one: a GPU is asked for memory, and to fill it, once."""
+    sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in shapes.values()]
+    parts = torch.zeros(sum(sizes), dtype=torch.uint8, device=device).split(sizes)
+    return {
+        name: part.view(dtype).view(shape) for (name, (dtype, shape)), part in zip(shapes.items(), parts, strict=True)
+    }
 
 
 class Kernels(Protocol):
