@@ -107,7 +107,7 @@ texts_lists = st.lists(st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join
 
 
 @given(texts=texts_lists, length=st.integers(1, 9), per_shard=st.integers(1, 5), limit=st.none() | st.integers(1, 9))
-@hypothesis_settings(max_examples=60, deadline=None)
+@hypothesis_settings(max_examples=60)
 def test_packing_invariants(texts: list[str], length: int, per_shard: int, limit: int | None) -> None:
     settings = Settings(sequence_length=length, sequences_per_shard=per_shard, max_sequences=limit)
     expected = packed_oracle(texts, length)[:limit]
@@ -127,7 +127,7 @@ def test_packing_invariants(texts: list[str], length: int, per_shard: int, limit
 
 
 @given(texts=texts_lists, length=st.integers(1, 9), skip=st.integers(0, 4), batch_size=st.integers(1, 5))
-@hypothesis_settings(max_examples=60, deadline=None)
+@hypothesis_settings(max_examples=60)
 def test_padded_invariants(texts: list[str], length: int, skip: int, batch_size: int) -> None:
     skip = min(skip, length - 1)
     settings = Settings(sequence_length=length, sequences_per_shard=3, layout="padded", skip_first_tokens=skip)
@@ -390,7 +390,7 @@ def byte_tokenizer(words: Any) -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("tokenizer", [byte_tokenizer(GPT_2), byte_tokenizer(LLAMA_3)], ids=["GPT-2", "Llama 3"])
 @given(text=st.text("ab12.'( \t\r\n\u00e9\u6f22\u2028", min_size=3, max_size=80), size=st.integers(1, 30))
-@hypothesis_settings(max_examples=200, deadline=None)
+@hypothesis_settings(max_examples=200)
 def test_a_long_document_has_the_tokens_of_the_whole(tokenizer: PreTrainedTokenizerFast, text: str, size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokens, "PIECE_CHARACTERS", size)

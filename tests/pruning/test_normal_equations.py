@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from avss_dist.pruning.repair.normal_equations import RIDGES, FitError, NormalEquations, fit, hadamard
@@ -25,7 +25,6 @@ def close(a: NormalEquations, b: NormalEquations) -> bool:
 
 
 @given(SIZES, st.integers(0, 40), st.integers(0, 40))
-@settings(deadline=None)
 def test_sums_of_parts_are_those_of_the_whole(sizes: tuple[int, int, int, int], first: int, second: int) -> None:
     """Addition is associative and commutative, nothing is its zero, and how tokens are cut does not matter."""
     x, y = data(*sizes)
@@ -50,7 +49,6 @@ def test_batches_in_float32_are_added_up_in_float64() -> None:
 
 
 @given(SIZES, st.integers(1, 4))
-@settings(deadline=None)
 def test_a_weight_counts_tokens_so_often(sizes: tuple[int, int, int, int], weight: int) -> None:
     x, y = data(*sizes)
     weighted, repeated = NormalEquations.of(x, y, weight), NormalEquations.of(x.repeat(weight, 1), y.repeat(weight, 1))
@@ -59,7 +57,6 @@ def test_a_weight_counts_tokens_so_often(sizes: tuple[int, int, int, int], weigh
 
 
 @given(SIZES, st.sampled_from(RIDGES))
-@settings(deadline=None)
 def test_numpy_finds_the_same(sizes: tuple[int, int, int, int], ridge: float) -> None:
     """A ridge is as many more rows, of its square root, whose targets are zero."""
     x, y = data(*sizes)
@@ -72,7 +69,6 @@ def test_numpy_finds_the_same(sizes: tuple[int, int, int, int], ridge: float) ->
 
 
 @given(st.integers(2, 40), st.integers(1, 5), st.integers(0, 2**31))
-@settings(deadline=None)
 def test_diagonal_forms(tokens: int, width: int, seed: int) -> None:
     """Each channel by itself, and all by one number, as numpy fits them."""
     x, y = data(tokens, width, width, seed)

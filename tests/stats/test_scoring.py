@@ -405,7 +405,7 @@ def test_rivals_are_undefined_without_their_site(drop: str, undefined: set[str])
         assert {name for name in RIVALS if math.isnan(row[name])} == undefined
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 @given(st.lists(st.tuples(st.integers(0, 200), st.floats(0, 1e12)), min_size=1, max_size=6))
 def test_whatever_the_counts_columns_are_finite_or_nan_and_ranks_a_permutation(layers: list[tuple[int, float]]) -> None:
     near_zero, variance = zip(*layers, strict=True)

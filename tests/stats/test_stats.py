@@ -36,7 +36,7 @@ UNITS = 3
 TINIEST, LARGEST = np.float32(1e-45), np.finfo(np.float32).max
 ODDITIES = np.array([0.0, -0.0, np.nan, np.inf, -np.inf, 1e-5, 1e4, TINIEST, -LARGEST])
 
-laws = settings(max_examples=60, deadline=None, derandomize=True)
+laws = settings(max_examples=60, derandomize=True)
 
 
 class Sample:

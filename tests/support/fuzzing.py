@@ -46,7 +46,6 @@ def fuzzed(few: int) -> Callable[[Any], Any]:
     """Settings of a test: ``few`` examples, or as many as the environment variable ``AVSS_FUZZ`` says."""
     return settings(
         max_examples=100 * TIMES or few,
-        deadline=None,
         derandomize=not TIMES,
         database=None,
         suppress_health_check=list(HealthCheck),

@@ -163,7 +163,7 @@ def layer_stats(draw: st.DrawFn) -> LayerStats:
 KEYS = st.tuples(st.integers(0, 2), st.sampled_from(SITES))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(stats=st.dictionaries(KEYS, layer_stats(), max_size=3), seconds=st.floats(0, 1e9), tokens=COUNTS)
 def test_round_trip_is_lossless_and_merges_again(
     tmp_path: Path, stats: dict[LayerKey, LayerStats], seconds: float, tokens: int
