@@ -30,7 +30,9 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.patching import decode_patch, encode_patch
 from avss_dist.partition.base import Placement
+from avss_dist.partition.copies import shared
 from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.repair.mender import Sharing
 from avss_dist.pruning.repair.record import parse_record
 from avss_dist.pruning.repair.repair import Repair, Repaired, fit_repair
 from avss_dist.pruning.repair.streams import streams_of
@@ -100,7 +102,8 @@ class FitRepair:
         )
         stored = StoredWeights.of(of, made, settings).read
         repair = replace(self.repair, settings=settings)
-        found = fit_repair(of, streams_of(model), made, repair, self.texts, stored, lambda read, _: read)
+        sharing = Sharing(model.own, model.add_up)
+        found = fit_repair(of, streams_of(model), made, repair, self.texts, stored, lambda read, _: read, sharing)
         about = json.dumps({"record": asdict(found.record), "notes": list(found.notes)})
         errors = np.array([cut.error_after for cut in found.record.cuts])
         patch = encode_patch(found.tensors, about)
@@ -129,13 +132,14 @@ def _repairable(planned: PlannedEvaluation, drops: Iterable[Drop]) -> list[Drop]
 
 
 def plan_fits(
-    checkpoint: Checkpoint, layers: str, repairs: Iterable[Repair], placement: Placement
+    checkpoint: Checkpoint, layers: str, repairs: Iterable[Repair], placement: Placement, copies: int = 1
 ) -> dict[str, PlannedEvaluation]:
     """The task of fitting each of several repairs of a checkpoint, by what they fit.
 
     Args:
         layers: module path of the layer list.
         repairs: that differ in what they fit alone; their settings are pinned.
+        copies: of the model, which share the text of one fit: for a single fit, where there are several workers.
 
     Raises:
         PlanError: the checkpoint cannot be repaired.
@@ -154,7 +158,8 @@ def plan_fits(
         )
         name = f"{REPAIR}{repair.by}:{','.join(RedactedURI(corpus) for corpus in repair.corpora)}"
         task = Task(name=name, parts=(FitRepair(repair=repair, layers=layers, texts=texts),))
-        planned[repair.by] = plan_evaluation(checkpoint, task, repair.settings, placement)
+        batches = sum(1 for text in texts for shard in text.shards for _ in shard.batches(repair.settings.batch_size))
+        planned[repair.by] = plan_evaluation(checkpoint, task, repair.settings, shared(placement, min(copies, batches)))
     return planned
 
 

@@ -270,10 +270,18 @@ def _bench(
         skip, corpora = parts.held_out, asked.repair_corpora or (asked.corpus,)
         read = replace(fixed, max_sequences=parts.rows - skip)
         repair = Repair(by=asked.repair, corpora=corpora, skip_sequences=skip, settings=read)
-        fit = plan_fits(checkpoint, example.layers, [repair], placement)[asked.repair]
+        copies = copies_of(placement, fixed, executor)
+        fit = plan_fits(checkpoint, example.layers, [repair], placement, copies)[asked.repair]
     if not asked.allow_overlap:
         _refuse_overlaps(checkpoint, asked, tasks, fit, str(example.run_id), store, parts)
     return Bench(tasks=tasks, fit=fit, store=store, executor=executor, fresh=execution.fresh)
+
+
+def copies_of(placement: Placement, settings: Settings, executor: Executor) -> int:
+    """Copies of the model that can share a fit: as many as there are workers, if there is room for all at once."""
+    has = executor.devices
+    room = has.count // placement.gpus if placement.gpus else has.cpus // settings.threads
+    return max(1, min(executor.replicas(placement), room))
 
 
 def _task(

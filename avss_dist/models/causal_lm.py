@@ -182,6 +182,13 @@ class LanguageModel:
         """Counts of the passes of all ranks that share them."""
         return counts
 
+    def own(self, number: int) -> range:
+        """Of so many pieces of work, those of this copy, where several copies of the model share them."""
+        return range(number)
+
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Make each tensor its sum over the copies that share work, in place; all of them call this."""
+
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
         return self.module(*args, **kwargs)

@@ -37,7 +37,7 @@ class Placement:
 
     Attributes:
         partition: a name of ``registry.PARTITIONS``.
-        ranks: processes of the replica.
+        ranks: processes of the replica; of a partition that is no gang, whole copies that share a task (`copies`).
         gpus: GPUs of the replica, over all its ranks; 0 on a CPU.
         max_memory: bytes to use at most, by device: ``cpu``, ``0``, ``1``, ...
         offload_folder: where weights and hidden states go that have no room; None is a temporary folder.
@@ -53,8 +53,10 @@ class Placement:
 
 
 def numbers_of(placement: Placement) -> dict[str, int]:
-    """What of a placement can change a number, for a fingerprint: of a partition that adds up otherwise, its ranks."""
-    return {placement.partition: placement.ranks} if PARTITIONS[placement.partition].changes_numbers else {}
+    """What of a placement can change a number, for a fingerprint: of ranks that add up otherwise, how many they are."""
+    info = PARTITIONS[placement.partition]
+    copied = placement.ranks > 1 and not info.gang
+    return {placement.partition: placement.ranks} if info.changes_numbers or copied else {}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from avss_dist.models.layers import Layer
 from avss_dist.models.loading import forward_function, load
 from avss_dist.partition.base import Placement
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
+from avss_dist.partition.copies import CopiedLanguageModel
 from avss_dist.settings import Settings
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
@@ -20,7 +21,7 @@ class SingleReplica(BatchwiseReplica):
     """See `partition.base.Replica`."""
 
     def __init__(
-        self, checkpoint: Checkpoint, settings: Settings, _placement: Placement | None = None, *, head: bool = False
+        self, checkpoint: Checkpoint, settings: Settings, placement: Placement | None = None, *, head: bool = False
     ) -> None:
         self.device = pick_device(settings.device)
         keep_freed_memory()
@@ -28,8 +29,11 @@ class SingleReplica(BatchwiseReplica):
         self._run = forward_function(self._backbone.module)
         self.layers: tuple[Layer, ...] = self._backbone.structure.layers
         self.model: Mapping[str, Any] = describe(self._backbone, "single")
-        if head:
-            self.language_model = LanguageModel(checkpoint, settings, self._backbone, self.device)
+        opened = checkpoint, settings, self._backbone, self.device
+        if head and placement and placement.ranks > 1:
+            self.language_model = CopiedLanguageModel(*opened, placement)
+        elif head:
+            self.language_model = LanguageModel(*opened)
 
     def close(self) -> None:
         """Drop the weights."""

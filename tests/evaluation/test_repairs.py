@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support.checkpoints import llama, one_thread
 from support.command_line import avss
 from support.commands import Command
@@ -25,16 +28,20 @@ from avss_dist.evaluation.experiment import run_experiment
 from avss_dist.evaluation.make_tasks import text_task
 from avss_dist.evaluation.repairs import fit_repairs, plan_fits
 from avss_dist.executors.local import LocalExecutor
+from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import open_module
 from avss_dist.models.patching import decode_patch, encode_patch, patched
+from avss_dist.partition import copies as avss_copies
 from avss_dist.partition.base import Placement
+from avss_dist.partition.copies import MOST_COPIES, shared
+from avss_dist.partition.open import open_replica
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.methods import Experiment, Method, methods
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.runs.job_file import JobError, read_job
-from avss_dist.settings import Settings
+from avss_dist.settings import Execution, Settings
 from avss_dist.warehouse.patches import Patches
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.storage import Storage
@@ -144,8 +151,6 @@ def prune_record(folder: Path) -> Any:
 
 
 def test_a_patch_is_the_same_bytes_and_leaves_no_trace() -> None:
-    import torch
-
     layers = open_module(llama()).structure.layers
     path = "mlp.down_proj.weight"
     before = layers[1].module.get_parameter(path).detach().clone()
@@ -159,6 +164,49 @@ def test_a_patch_is_the_same_bytes_and_leaves_no_trace() -> None:
         assert torch.equal(layers[1].module.get_parameter(path), before + 1)
         raise KeyError
     assert torch.equal(layers[1].module.get_parameter(path), before)
+
+
+# Shared by copies of the model
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("warm_workers")
+def test_copies_share_the_text_of_a_fit(deep: Path, tmp_path: Path) -> None:
+    """Two workers, each with a part of the text, find what one does; no more than the text has batches are taken."""
+    checkpoint, settings = resolve(str(deep)), Settings(**READ, max_sequences=60, dtype="float32")
+    store, by = Store(tmp_path / "w"), "refit_full"
+    repair = Repair(by=by, corpora=(TEXT,), settings=settings)
+    one, two, many, streamed = (
+        plan_fits(checkpoint, "model.layers", [repair], Placement(partition=partition), copies)[by]
+        for partition, copies in (("single", 1), ("single", 2), ("single", 99), ("streaming", 2))
+    )
+    assert [fit.placement.ranks for fit in (one, two, many, streamed)] == [1, 2, MOST_COPIES, 1]
+    assert len({one.run_id, two.run_id, many.run_id}) == 3
+    short = replace(repair, settings=replace(settings, max_sequences=12))
+    assert plan_fits(checkpoint, "model.layers", [short], Placement(), 99)[by].placement.ranks == 3
+    drop = (2, 3, 5)
+    with closing(RayExecutor(Execution(executor="ray", replicas=2), settings)) as executor:
+        found = fit_repairs([(one, [drop]), (two, [drop])], store, executor)
+    alone, shared = (found[fit.run_id, drop].repaired() for fit in (one, two))
+    assert alone.tensors.keys() == shared.tensors.keys() and len(alone.record.cuts) >= 2
+    for ours, theirs in zip(shared.record.cuts, alone.record.cuts, strict=True):
+        assert ours.ridges == theirs.ridges
+        assert ours.error_before == pytest.approx(theirs.error_before, rel=1e-6)
+        assert ours.error_after == pytest.approx(theirs.error_after, rel=1e-6)
+    for name, weights in alone.tensors.items():
+        torch.testing.assert_close(shared.tensors[name], weights, rtol=1e-4, atol=1e-6)
+
+
+def test_each_batch_is_of_one_copy(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(**READ, dtype="float32")
+    placement, taken = shared(Placement(), 3), []
+    for rank in range(3):
+        monkeypatch.setattr(avss_copies, "require_group", lambda _, rank=rank: (rank, 3))
+        with closing(open_replica(resolve(str(deep)), settings, placement, head=True)) as replica:
+            assert replica.language_model is not None
+            assert replica.language_model.reports == (rank == 0)
+            taken.append([*replica.language_model.own(7)])
+    assert [*chain(*taken)] == [*range(7)] and all(taken)
 
 
 # As an axis of an experiment

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ import avss_dist
 from avss_dist.errors import ConfigError, CorpusError
 from avss_dist.evaluation.attempts import Attempt
 from avss_dist.evaluation.evaluate import evaluate
-from avss_dist.evaluation.shrink import MEASURED, SCORED, Parts, Shrunk, cut
+from avss_dist.evaluation.shrink import MEASURED, SCORED, Parts, Shrunk, copies_of, cut
+from avss_dist.executors.local import LocalExecutor
+from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.models.checkpoints import resolve
+from avss_dist.partition.base import Placement
 from avss_dist.pruning.repair.record import read_repairs
 from avss_dist.pruning.selection import LAST, RANDOM, PlanError
 from avss_dist.pruning.shrinking import CHOSEN_BY, GREEDY
-from avss_dist.settings import SCORES, Settings
+from avss_dist.settings import SCORES, Execution, Settings
+from avss_dist.system.devices import Devices
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 
@@ -105,6 +110,31 @@ def test_killed_it_goes_on_and_writes_the_same_bytes(when: str, done: Shrunk, de
     assert content(out) == content(done.folder)
     assert {file: file.stat().st_mtime_ns for file in cells} == cells
     assert again.best.kept == done.best.kept
+
+
+def test_all_workers_that_there_is_room_for_share_the_fit() -> None:
+    def at_once(placement: Placement, *, cpus: int, gpus: int, replicas: int | str | None) -> int:
+        kind, count = ("cuda", gpus) if gpus else ("cpu", 1)
+        executor = RayExecutor(Execution(executor="ray", replicas=replicas, address="ray://head"), Settings(threads=2))
+        executor.devices = Devices(
+            kind=kind,
+            count=count,
+            count_of_largest_node=count,
+            device_bytes=1,
+            host_bytes=1,
+            cpus=cpus,
+            cpus_of_largest_node=cpus,
+        )
+        return copies_of(placement, Settings(threads=2), executor)
+
+    one, on_gpu = Placement(), Placement(gpus=1)
+    assert at_once(one, cpus=16, gpus=0, replicas=None) == 1
+    assert at_once(one, cpus=16, gpus=0, replicas=4) == 4
+    assert at_once(one, cpus=6, gpus=0, replicas="2..64") == 3
+    assert at_once(on_gpu, cpus=64, gpus=8, replicas=None) == 8
+    assert at_once(replace(on_gpu, gpus=2), cpus=64, gpus=8, replicas=16) == 4
+    assert at_once(one, cpus=1, gpus=0, replicas=2) == 1
+    assert copies_of(one, Settings(), LocalExecutor(Settings(device="cpu"))) == 1
 
 
 def test_as_many_layers_go_as_can(deep: Path, tmp_path: Path) -> None:

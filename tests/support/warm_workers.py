@@ -51,6 +51,7 @@ MODULES = (
     "transformers.models.bert.modeling_bert",
     "transformers.models.llama.modeling_llama",
 )
+READY = b"ready\n"
 
 
 @contextmanager
@@ -64,7 +65,8 @@ def forking_workers() -> Iterator[None]:
         command = [sys.executable, __file__, str(path)]
         server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         assert server.stdin is not None and server.stdout is not None
-        assert server.stdout.readline(), "it ended"
+        while (line := server.stdout.readline()) != READY:  # libraries may print before
+            assert line, "it ended"
         patch.setenv("AVSS_TEST_WORKERS", str(path))
         patch.setattr(ray_constants, "SETUP_WORKER_FILENAME", str(Path(__file__).with_name("launch_worker.py")))
         for start in ("start_monitor", "start_log_monitor", "start_api_server"):  # see `sitecustomize`
@@ -112,7 +114,7 @@ def serve(path: str) -> None:
         listener.listen()
         selector.register(listener, selectors.EVENT_READ)
         selector.register(sys.stdin, selectors.EVENT_READ)
-        print("ready", flush=True)
+        print(READY.decode(), end="", flush=True)
         while (key := selector.select()[0][0]).fileobj is not sys.stdin:
             if key.fileobj is not listener:
                 key.data()

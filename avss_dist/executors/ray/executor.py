@@ -30,6 +30,7 @@ from avss_dist.executors.ray.liveness import (
 from avss_dist.executors.ray.pool import Pool
 from avss_dist.executors.ray.queue import ATTEMPTS, CellQueue, ShardQueue, UnitQueue
 from avss_dist.partition.base import Placement
+from avss_dist.registry import GANGS
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices, devices_here, pick_device
 from avss_dist.system.last_words import LastWords
@@ -76,6 +77,8 @@ class RayExecutor:
         has = self.devices
         usual = max(1, has.count // max(1, placement.gpus)) if self.device == "cuda" else 1
         replicas = self._execution.replicas.most if self._execution.replicas else usual
+        if placement.partition not in GANGS:
+            replicas = max(1, replicas // placement.ranks)
         if not self._address:
             self._require_room(replicas, placement)
         return replicas

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +25,22 @@ ReadStored = Callable[[Parameter], torch.Tensor | None]  # a parameter as the ch
 Show = Callable[[Sequence[int], str], Iterable[int]]  # numbers of batches, while somebody sees how far it is
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """How copies of a model share the batches of a fit.
+
+    Attributes:
+        own: of so many batches, the numbers of this copy's.
+        add_up: makes each tensor its sum over all copies, in place.
+    """
+
+    own: Callable[[int], Sequence[int]] = range
+    add_up: Callable[[Sequence[torch.Tensor]], None] = lambda _tensors: None
+
+
+ALONE = Sharing()
+
+
 class Mender:
     """Mends cuts one after the other; each sees what was changed before it.
 
@@ -31,9 +48,12 @@ class Mender:
         tensors: what was changed so far, in the dtypes of the checkpoint's files.
     """
 
-    def __init__(self, streams: Streams, stored: ReadStored, read: Sequence[Portion], show: Show) -> None:
+    def __init__(
+        self, streams: Streams, stored: ReadStored, read: Sequence[Portion], show: Show, sharing: Sharing
+    ) -> None:
         self.tensors: dict[Parameter, torch.Tensor] = {}
         self._streams, self._stored, self._read, self._show = streams, stored, read, show
+        self._own, self._sharing = sharing.own(len(read)), sharing
 
     def mend_all(self, cuts: Sequence[Cut], by: str, layers: int) -> list[RepairedCut]:
         """Mend or patch cuts of a model of so many layers, in order; what cannot be mended is refused first."""
@@ -144,8 +164,8 @@ class Mender:
             sums = _added(sums, x, wanted - given, masks, portion.weight)
             size += portion.weight * float(wanted[masks[1]].double().square().sum())
 
-        self._streams.visit_maps(layer, group, see, self._show(range(len(self._read)), what))
-        seen, held_back = sums
+        self._streams.visit_maps(layer, group, see, self._show(self._own, what))
+        (seen, held_back), (size,) = self._of_all_copies(sums, size)
         return seen, held_back, size
 
     def _output_size(self, layer: int, path: str) -> int:
@@ -191,9 +211,18 @@ class Mender:
             counted += portion.weight * float(scale[masks[0]].double().square().sum())
             size += portion.weight * float((scale * wanted)[masks[1]].double().square().sum())
 
-        self._streams.visit(outlet, cut.last, see, self._show(range(len(self._read)), what))
-        seen, held_back = sums
+        self._streams.visit(outlet, cut.last, see, self._show(self._own, what))
+        (seen, held_back), (size, counted) = self._of_all_copies(sums, size, counted)
         return seen, held_back, size, seen.gram / counted
+
+    def _of_all_copies(
+        self, sums: Sequence[NormalEquations], *numbers: float
+    ) -> tuple[list[NormalEquations], list[float]]:
+        """Equations and numbers, each its sum over the copies that share the batches."""
+        floats = torch.tensor(numbers, dtype=torch.float64, device=sums[0].gram.device)
+        counts = torch.tensor([one.count for one in sums], device=floats.device)
+        self._sharing.add_up([floats, counts, *(t for one in sums for t in (one.gram, one.cross, one.target))])
+        return [replace(one, count=n) for one, n in zip(sums, counts.tolist(), strict=True)], floats.tolist()
 
     def _fold(self, outlet: Outlet, step: Step, found: Fit, moment: torch.Tensor) -> None:
         """Change the weights of an outlet, in the model and in what is written; ``moment`` is that of `fold`."""
@@ -249,7 +278,7 @@ def _added(
     sums: Sequence[NormalEquations], x: torch.Tensor, y: torch.Tensor, masks: Sequence[torch.Tensor], weight: float
 ) -> list[NormalEquations]:
     """Equations, one for each mask of tokens, with those of a batch; at first there are none."""
-    sums = sums or [NormalEquations.zero(x.shape[-1], y.shape[-1], x.device)] * len(masks)
+    sums = sums or [NormalEquations.zero(x.shape[-1], y.shape[-1], x.device) for _ in masks]
     return [
         one + NormalEquations.of(x[mask], y[mask], weight) if mask.any() else one
         for one, mask in zip(sums, masks, strict=True)

@@ -25,7 +25,7 @@ from avss_dist.models.patching import Patch
 from avss_dist.models.pinning import pin
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.cuts import layer_behind, require_cuts
-from avss_dist.pruning.repair.mender import Mender, ReadStored, Show
+from avss_dist.pruning.repair.mender import ALONE, Mender, ReadStored, Sharing, Show
 from avss_dist.pruning.repair.record import RepairedCut, RepairRecord, RepairText
 from avss_dist.pruning.repair.streams import OpenStreams, opened_streams
 from avss_dist.pruning.repair.text import Portion, count_tokens, portions
@@ -109,13 +109,14 @@ def fit_repair(
     texts: Sequence[CorpusPlan],
     stored: ReadStored,
     show: Show = tracked,
+    sharing: Sharing = ALONE,
 ) -> Repaired:
     """As `repair_layers`, with an open model and texts that are read; the settings of ``repair`` are pinned."""
     cuts = require_cuts(made, every_layer=repair.by in REFITS_LATER)
     read = portions(texts, repair.settings.batch_size, repair.weights)
     starts = [cut.last for cut in cuts if layer_behind(cut, made.num_layers) is not None]
     streams = open_streams([portion.batch for portion in read], made.drop, starts)
-    mender = Mender(streams, stored, read, show)
+    mender = Mender(streams, stored, read, show, sharing)
     done = mender.mend_all(cuts, repair.by, made.num_layers)
     return Repaired(mender.tensors, _record(checkpoint, made, repair, texts, read, done), _notes(made, repair.by))
 

@@ -1,0 +1,55 @@
+"""Whole copies of a model that share one task: each takes a part of its text, and what they sum up is added."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import distributed
+
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.loading import Backbone
+from avss_dist.partition.base import Placement, RowSplit
+from avss_dist.partition.group import require_group
+from avss_dist.settings import Settings
+
+MOST_COPIES = 8  # with more, adding up takes as long as what they save
+
+
+def shared(placement: Placement, copies: int) -> Placement:
+    """The placement of so many whole copies, each a rank of one gang; itself where a model is spread over devices."""
+    copies = min(copies, MOST_COPIES)
+    if placement.partition != "single" or copies < 2:
+        return placement
+    return replace(placement, ranks=copies, gpus=placement.gpus * copies)
+
+
+class CopiedLanguageModel(LanguageModel):
+    """One copy. All take the same cells, and the first one reports.
+
+    Raises:
+        ConfigError: this process is in no group of so many.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        settings: Settings,
+        backbone: Backbone,
+        device: torch.device,
+        placement: Placement,
+    ) -> None:
+        super().__init__(checkpoint, settings, backbone, device)
+        self._split = RowSplit(*require_group(placement))
+        self.reports = self._split.rank == 0
+
+    def own(self, number: int) -> range:
+        """See `LanguageModel`: neighbours."""
+        return range(number)[self._split.rows(number)]
+
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        """See `LanguageModel`."""
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
