@@ -38,7 +38,7 @@ from avss_dist.evaluation.make_tasks import make_task
 from avss_dist.evaluation.repairs import fit_repairs, plan_fits, repair_texts, require_changeable
 from avss_dist.evaluation.search import Losses, conduct, search_task
 from avss_dist.evaluation.sparse_trials import plan_sparsities, require_inputs, sparse_rows
-from avss_dist.evaluation.trial import Trial, rows_of
+from avss_dist.evaluation.trial import Trial, rows_of, with_fewer_rows
 from avss_dist.executors.base import Executor
 from avss_dist.models.checkpoints import resolve
 from avss_dist.pruning.ground_truth import interactions, layer_truth
@@ -309,8 +309,7 @@ def _search(
     effort, reporter = Effort(budget=experiment.search_budget), reporter or SilentCells()
     with closing(Rounds(store, executor, reporter)) as rounds:
         for trial in trials if experiment.search else ():
-            rows = [trial.settings.max_sequences, experiment.search_max_sequences]
-            settings = replace(trial.settings, max_sequences=min((n for n in rows if n), default=None))
+            settings = with_fewer_rows(trial.settings, experiment.search_max_sequences)
             task = search_task(trial.checkpoint, trial.corpus, settings)
             planned = plan_evaluation(trial.checkpoint, task, settings, trial.placement)
             losses = Losses(planned, store, rounds, reporter, fresh=fresh)

@@ -13,7 +13,7 @@ from avss_dist.evaluation.evaluate import realized, require_effect
 from avss_dist.evaluation.retention import retained
 from avss_dist.evaluation.sparsify import keep_plan
 from avss_dist.evaluation.subjects import runtime
-from avss_dist.evaluation.trial import NO_METHOD, Trial, measured_values
+from avss_dist.evaluation.trial import NO_METHOD, Trial, measured_values, with_fewer_rows
 from avss_dist.executors.base import Executor
 from avss_dist.pruning.methods import Experiment
 from avss_dist.runs.job_file import RunSpec
@@ -59,16 +59,17 @@ def plan_sparsities(
         run = warehouse.run(trial.run.run_id)
         assert run is not None
         measured = Measured.of(warehouse, run)
+        settings = with_fewer_rows(trial.settings, experiment.sparsity_max_sequences)
         ask = Asker(
             checkpoint=trial.checkpoint,
-            settings=trial.settings,
+            settings=settings,
             placement=trial.placement,
             store=store,
             executor=executor,
             reporter=reporter,
             fresh=fresh,
             corpus=RedactedURI(trial.corpus),
-            text=plan_text(trial.checkpoint, trial.corpus, trial.settings),
+            text=plan_text(trial.checkpoint, trial.corpus, settings),
         )
         for method in experiment.sparsity_methods:
             again = 0 if method in CHOSEN_BY_TOKEN else experiment.sparsity_corrections

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import product
 from typing import Any
@@ -122,6 +122,12 @@ class Trial:
         if method.score == CONTRAST and method.reading is not None:
             return choice.drop(-self.contrasts[method.reading])
         return choice.drop(choice.scores(self.rows, self.truth))
+
+
+def with_fewer_rows(settings: Settings, most: int | None) -> Settings:
+    """Settings that read no more than so many rows of a text; as they are for None."""
+    rows = [settings.max_sequences, most]
+    return replace(settings, max_sequences=min((n for n in rows if n), default=None))
 
 
 def guessed_loss(trial: Trial) -> float | None:

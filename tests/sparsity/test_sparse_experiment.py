@@ -66,6 +66,20 @@ def test_every_method_at_every_level_is_compared_with_the_dense_model(tiny_llama
     assert page.count("wina keeps 99%") == 1 and "The plan that was made last: cats, 30% of the weights" in page
 
 
+def test_methods_read_as_many_rows_as_are_said(tiny_llama: Path, tmp_path: Path) -> None:
+    """Thresholds are quantiles of the whole text of the run all the same."""
+    alike = JOB.replace("[uniform, wina, cats]", "[loss]").replace("  sparsity_corrections: 1\n", "")
+    counts = []
+    for folder, more in ((tmp_path / "all", ""), (tmp_path / "some", "  sparsity_max_sequences: 2\n")):
+        folder.mkdir()
+        run_job_in(folder, alike + more, tiny_llama)
+        warehouse = Warehouse(folder / "w")
+        cells = warehouse.sql("SELECT weights FROM cells WHERE metric LIKE 'first_order:%'").to_pylist()
+        (run,) = warehouse.runs().to_pylist()
+        counts.append(({token for cell in cells for token in cell["weights"]}, run["num_sequences"]))
+    assert counts == [({4 * 31.0}, 4), ({2 * 31.0}, 4)]  # all tokens of a row but the first are predicted
+
+
 def test_the_critical_sparsity_is_where_the_curve_crosses() -> None:
     def curve(*kept: float) -> Curve:
         rows: list[dict[str, Any]] = [{"sparsity": 0.25 * (i + 1), "retention": one} for i, one in enumerate(kept)]
