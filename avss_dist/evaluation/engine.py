@@ -217,8 +217,13 @@ def measure(
     reporter: CellReporter | None = None,
     *,
     fresh: bool = False,
+    to_first_mistake: bool = False,
 ) -> list[tuple[Cell, AvssError]]:
     """Measure the cells that are not in the warehouse yet, and keep each as it comes; returns those that failed.
+
+    Args:
+        fresh: measure those too that are there.
+        to_first_mistake: measure no more once a cell has failed for a mistake of the user's.
 
     Raises:
         AvssError: the workers or the warehouse failed; what was measured is kept.
@@ -228,8 +233,14 @@ def measure(
     done = set() if fresh else {(run, cell) for run in {run for run, _ in wanted} for cell in store.cell_ids(run)}
     missing = [cell for key, cell in wanted.items() if key not in done]
     reporter.started(list(wanted.values()), len(wanted) - len(missing))
+    failed = []
     with closing(Rounds(store, executor, reporter)) as rounds:
-        return [(cell, outcome) for cell, outcome in rounds.run(missing) if isinstance(outcome, AvssError)]
+        for cell, outcome in rounds.run(missing):
+            if isinstance(outcome, AvssError):
+                failed.append((cell, outcome))
+                if to_first_mistake and not isinstance(outcome, RunFailed):
+                    break
+    return failed
 
 
 class Rounds:

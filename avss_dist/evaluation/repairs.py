@@ -40,8 +40,8 @@ from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.registry import PARTITIONS
 from avss_dist.removal import Drop
-from avss_dist.settings import REFITS_LATER, REPAIR, fingerprint
-from avss_dist.tasks.base import Row, Task, TextLoss
+from avss_dist.settings import REFITS, REFITS_LATER, REPAIR, fingerprint
+from avss_dist.tasks.base import Measure, Row, Task, TextLoss
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.patches import Patches
 from avss_dist.warehouse.store import Store
@@ -181,20 +181,29 @@ def fit_repairs(
 ) -> dict[tuple[str, Drop], StoredPatch]:
     """The patch of each fit without each of its sets of layers, by the fit's id; what was fitted before is found.
 
-    Sets of layers that no layer stands before have none, but of repairs of later layers.
+    Sets of layers that no layer stands before have none, but of repairs of later layers. Repairs that need the most
+    text come first, and a mistake ends the rest: too little text is not told of after an hour of other fits.
 
     Raises:
         AvssError: a mistake, or a fit that failed; the others are kept.
     """
-    cells = [cell for one, drops in wanted for cell in one.cells(_repairable(one, drops))]
+    demanding = sorted(wanted, key=lambda fit: -max(map(_text_needed, fit[0].task.parts)))
+    cells = [cell for one, drops in demanding for cell in one.cells(_repairable(one, drops))]
     patches, run_ids = Patches(store.storage), [one.run_id for one, _ in wanted]
     known = {} if fresh else _fitted(store, run_ids, patches.keys())
-    failed = measure([c for c in cells if (c.run_id, c.drop) not in known], store, executor, reporter, fresh=True)
+    missing = [cell for cell in cells if (cell.run_id, cell.drop) not in known]
+    failed = measure(missing, store, executor, reporter, fresh=True, to_first_mistake=True)
     for one, _ in wanted:
         commit(one, store)
     if failed:
         raise failure(failed)
     return {key: StoredPatch(patch, patches) for key, patch in _fitted(store, run_ids, patches.keys()).items()}
+
+
+def _text_needed(part: Measure) -> int:
+    """Orders fits by how much text they need: as wide as the MLP is inside, as the stream is, or hardly any."""
+    assert isinstance(part, FitRepair)
+    return 2 if part.repair.by in REFITS else int(part.repair.by in ("map", "replace_me"))
 
 
 def _fitted(store: Store, run_ids: Sequence[str], there: set[str]) -> Mapping[tuple[str, Drop], str]:

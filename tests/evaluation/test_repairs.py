@@ -329,9 +329,11 @@ def test_the_three_texts_are_apart(
 def test_too_little_text_for_a_repair(done: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
     job, _ = done
     little = tmp_path / "little.yaml"
-    little.write_text(job.read_text().replace("repair_max_sequences: 60", "repair_max_sequences: 2"))
+    less = job.read_text().replace("repair_max_sequences: 60", "repair_max_sequences: 2")
+    little.write_text(less.replace(read_job(job).warehouse, str(tmp_path / "w")))
     with pytest.raises(CorpusError, match="The repair map of this model needs"):
         run_experiment(read_job(little))
+    assert not (tmp_path / "w" / "patches").exists()  # nothing was fitted before that is refused
 
 
 @pytest.mark.parametrize("partition", ["zero3", "tensor_parallel"])
