@@ -23,8 +23,9 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
@@ -120,18 +121,29 @@ def serve(path: str) -> None:
                 key.data()
                 continue
             launcher, _ = listener.accept()
-            size, descriptors, _, _ = socket.recv_fds(launcher, 8, 3)
-            asked = launcher.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
-            if (worker := os.fork()) == 0:
-                try:
-                    become(descriptors, **json.loads(asked))
-                except SystemExit as end:
-                    end_quickly(end.code)
-                end_quickly(0)
-            launcher.sendall(worker.to_bytes(8, "big"))
-            for descriptor in descriptors:
-                os.close(descriptor)
-            watch(selector, worker, launcher)
+            with suppress(OSError):  # tests kill launchers, also before they have said what they want
+                answer(selector, launcher)
+
+
+def answer(selector: selectors.BaseSelector, launcher: socket.socket) -> None:
+    """Fork the process that a launcher asks for."""
+    size, descriptors, _, _ = socket.recv_fds(launcher, 8, 3)
+    asked = launcher.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
+    if not asked:
+        return
+    if (worker := os.fork()) == 0:
+        try:
+            become(descriptors, **json.loads(asked))
+        except SystemExit as end:
+            end_quickly(end.code)
+        except BaseException:
+            traceback.print_exc()
+            end_quickly(1)
+        end_quickly(0)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    watch(selector, worker, launcher)
+    launcher.sendall(worker.to_bytes(8, "big"))
 
 
 def watch(selector: selectors.BaseSelector, worker: int, launcher: socket.socket) -> None:
@@ -148,8 +160,9 @@ def watch(selector: selectors.BaseSelector, worker: int, launcher: socket.socket
         os.close(process)
         if launcher in selector.get_map():
             selector.unregister(launcher)
-            launcher.send(os.waitstatus_to_exitcode(status).to_bytes(4, "big", signed=True))
-            launcher.shutdown(socket.SHUT_RDWR)  # workers that were forked since have it open too
+            with suppress(OSError):
+                launcher.send(os.waitstatus_to_exitcode(status).to_bytes(4, "big", signed=True))
+                launcher.shutdown(socket.SHUT_RDWR)  # workers that were forked since have it open too
         launcher.close()
 
     selector.register(launcher, selectors.EVENT_READ, launcher_ended)
