@@ -32,6 +32,7 @@ from avss_dist.models.patching import decode_patch, encode_patch
 from avss_dist.partition.base import Placement
 from avss_dist.partition.copies import shared
 from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.repair.fold import FULL
 from avss_dist.pruning.repair.mender import Sharing
 from avss_dist.pruning.repair.record import parse_record
 from avss_dist.pruning.repair.repair import Repair, Repaired, fit_repair
@@ -40,7 +41,7 @@ from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.registry import PARTITIONS
 from avss_dist.removal import Drop
-from avss_dist.settings import REFITS, REFITS_LATER, REPAIR, fingerprint
+from avss_dist.settings import REFITS_LATER, REPAIR, fingerprint
 from avss_dist.tasks.base import Measure, Row, Task, TextLoss
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.patches import Patches
@@ -158,7 +159,8 @@ def plan_fits(
         )
         name = f"{REPAIR}{repair.by}:{','.join(RedactedURI(corpus) for corpus in repair.corpora)}"
         task = Task(name=name, parts=(FitRepair(repair=repair, layers=layers, texts=texts),))
-        batches = sum(1 for text in texts for shard in text.shards for _ in shard.batches(repair.settings.batch_size))
+        rows = repair.settings.batch_size
+        batches = sum(-(-shard.num_sequences // rows) for text in texts for shard in text.shards)
         planned[repair.by] = plan_evaluation(checkpoint, task, repair.settings, shared(placement, min(copies, batches)))
     return planned
 
@@ -182,7 +184,7 @@ def fit_repairs(
     """The patch of each fit without each of its sets of layers, by the fit's id; what was fitted before is found.
 
     Sets of layers that no layer stands before have none, but of repairs of later layers. Repairs that need the most
-    text come first, and a mistake ends the rest: too little text is not told of after an hour of other fits.
+    text come first, and a mistake ends the rest: too little text is reported before other fits have taken an hour.
 
     Raises:
         AvssError: a mistake, or a fit that failed; the others are kept.
@@ -203,7 +205,7 @@ def fit_repairs(
 def _text_needed(part: Measure) -> int:
     """Orders fits by how much text they need: as wide as the MLP is inside, as the stream is, or hardly any."""
     assert isinstance(part, FitRepair)
-    return 2 if part.repair.by in REFITS else int(part.repair.by in ("map", "replace_me"))
+    return ("", "output", "inputs").index(FULL.get(part.repair.by, ""))
 
 
 def _fitted(store: Store, run_ids: Sequence[str], there: set[str]) -> Mapping[tuple[str, Drop], str]:

@@ -37,7 +37,7 @@ class Placement:
 
     Attributes:
         partition: a name of ``registry.PARTITIONS``.
-        ranks: processes of the replica; of a partition that is no gang, whole copies that share a task (`copies`).
+        ranks: processes of the replica; see `copies`.
         gpus: GPUs of the replica, over all its ranks; 0 on a CPU.
         max_memory: bytes to use at most, by device: ``cpu``, ``0``, ``1``, ...
         offload_folder: where weights and hidden states go that have no room; None is a temporary folder.
@@ -51,12 +51,16 @@ class Placement:
     offload_folder: str | None = None
     why: str = "it was requested"
 
+    @property
+    def copies(self) -> int:
+        """Whole copies of the model that share a task; 1 where ranks hold one together."""
+        return 1 if PARTITIONS[self.partition].gang else self.ranks
+
 
 def numbers_of(placement: Placement) -> dict[str, int]:
     """What of a placement can change a number, for a fingerprint: of ranks that add up otherwise, how many they are."""
-    info = PARTITIONS[placement.partition]
-    copied = placement.ranks > 1 and not info.gang
-    return {placement.partition: placement.ranks} if info.changes_numbers or copied else {}
+    differs = PARTITIONS[placement.partition].changes_numbers or placement.copies > 1
+    return {placement.partition: placement.ranks} if differs else {}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from avss_dist.partition.base import Placement, RowSplit
 from avss_dist.partition.group import require_group
 from avss_dist.settings import Settings
 
-MOST_COPIES = 8  # whoever is lost stops all
+MOST_COPIES = 8  # one that is lost stops all
 
 
 def shared(placement: Placement, copies: int) -> Placement:

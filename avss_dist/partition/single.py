@@ -30,7 +30,7 @@ class SingleReplica(BatchwiseReplica):
         self.layers: tuple[Layer, ...] = self._backbone.structure.layers
         self.model: Mapping[str, Any] = describe(self._backbone, "single")
         opened = checkpoint, settings, self._backbone, self.device
-        if head and placement and placement.ranks > 1:
+        if head and placement and placement.copies > 1:
             self.language_model = CopiedLanguageModel(*opened, placement)
         elif head:
             self.language_model = LanguageModel(*opened)

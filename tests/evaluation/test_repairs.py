@@ -187,14 +187,14 @@ def test_copies_share_the_text_of_a_fit(deep: Path, tmp_path: Path) -> None:
     drop = (2, 3, 5)
     with closing(RayExecutor(Execution(executor="ray", replicas=2), settings)) as executor:
         found = fit_repairs([(one, [drop]), (two, [drop])], store, executor)
-    alone, shared = (found[fit.run_id, drop].repaired() for fit in (one, two))
-    assert alone.tensors.keys() == shared.tensors.keys() and len(alone.record.cuts) >= 2
-    for ours, theirs in zip(shared.record.cuts, alone.record.cuts, strict=True):
+    alone, together = (found[fit.run_id, drop].repaired() for fit in (one, two))
+    assert alone.tensors.keys() == together.tensors.keys() and len(alone.record.cuts) >= 2
+    for ours, theirs in zip(together.record.cuts, alone.record.cuts, strict=True):
         assert ours.ridges == theirs.ridges
         assert ours.error_before == pytest.approx(theirs.error_before, rel=1e-6)
         assert ours.error_after == pytest.approx(theirs.error_after, rel=1e-6)
     for name, weights in alone.tensors.items():
-        torch.testing.assert_close(shared.tensors[name], weights, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(together.tensors[name], weights, rtol=1e-4, atol=1e-6)
 
 
 def test_each_batch_is_of_one_copy(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,6 @@ from avss_dist.executors.ray.liveness import (
 from avss_dist.executors.ray.pool import Pool
 from avss_dist.executors.ray.queue import ATTEMPTS, CellQueue, ShardQueue, UnitQueue
 from avss_dist.partition.base import Placement
-from avss_dist.registry import GANGS
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices, devices_here, pick_device
 from avss_dist.system.last_words import LastWords
@@ -76,9 +75,8 @@ class RayExecutor:
         """See `executors.base.Executor`. A cluster may have room for fewer now, and for more when nodes come."""
         has = self.devices
         usual = max(1, has.count // max(1, placement.gpus)) if self.device == "cuda" else 1
-        replicas = self._execution.replicas.most if self._execution.replicas else usual
-        if placement.partition not in GANGS:
-            replicas = max(1, replicas // placement.ranks)
+        workers = self._execution.replicas.most if self._execution.replicas else usual
+        replicas = max(1, workers // placement.copies)
         if not self._address:
             self._require_room(replicas, placement)
         return replicas

@@ -26,6 +26,7 @@ MOST_32_BIT = (1 << 31) - 1
 INT, FLOAT = torch.int64, torch.float64
 
 Tensors = dict[str, torch.Tensor]
+Shape = tuple[torch.dtype, tuple[int, ...]]
 
 
 class Accumulator:
@@ -46,7 +47,7 @@ class Accumulator:
         self.dtype = like.dtype
         self._elements = 0
         self.thresholds = thresholds
-        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"sequences": (INT, (1,)), "pooled": (FLOAT, (1,))}
+        shapes: dict[str, Shape] = {"sequences": (INT, (1,)), "pooled": (FLOAT, (1,))}
         if like.dtype == torch.float32:
             shapes |= {"cuts": (INT, (CUTS,)), "near_zero": (INT, (len(thresholds),)), "elements": (INT, (3,))}
             shapes |= {"moments": (FLOAT, (2,)), "extremes": (FLOAT, (2,))}
@@ -72,7 +73,7 @@ class Accumulator:
             self.tensors["patterns"] = self.tensors["patterns"].to(torch.int64)
 
 
-def _zeros(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], device: torch.device) -> Tensors:
+def _zeros(shapes: Mapping[str, Shape], device: torch.device) -> Tensors:
     """Tensors that are cut from one: a GPU is asked for memory, and to fill it, once."""
     sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in shapes.values()]
     parts = torch.zeros(sum(sizes), dtype=torch.uint8, device=device).split(sizes)

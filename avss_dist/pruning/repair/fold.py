@@ -38,6 +38,8 @@ import torch
 from avss_dist.pruning.repair.outlet import Outlet, Seen, inverse_rms
 from avss_dist.settings import REFITS
 
+FULL = {"map": "output", "replace_me": "output", **dict.fromkeys(REFITS, "inputs")}
+"""What any matrix is fitted from (`Step.reads`), by repair."""
 _LEAST_GAIN = 1e-4  # of the mean gain: a channel that is always zero has none, and is divided by it
 
 
@@ -58,8 +60,7 @@ class Step:
 
 def steps(repair: str, outlet: Outlet) -> list[Step]:
     """The fits of a repair at an outlet, one after the other; each sees what the one before it has changed."""
-    full = {"map": "output", "replace_me": "output", **dict.fromkeys(REFITS, "inputs")}
-    reads, form = (full[repair], "full") if repair in full else ("output", repair)
+    reads, form = (FULL[repair], "full") if repair in FULL else ("output", repair)
     if outlet.norm is None:
         return [Step(reads, "linear", form)]
     if form in ("scale", "channel"):
