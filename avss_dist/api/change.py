@@ -12,7 +12,7 @@ import pyarrow as pa
 from avss_dist.analysis.plans import evaluated_lines, plan_layers
 from avss_dist.api.names import RunName, named_run
 from avss_dist.errors import ConfigError
-from avss_dist.options import EvaluationOptions, refuse_unused, with_options
+from avss_dist.options import EvaluationOptions, WorkOptions, refuse_unused, with_options
 from avss_dist.pruning.plan import Plan, read_plan
 from avss_dist.pruning.search import Effort
 from avss_dist.pruning.selection import Choice
@@ -35,7 +35,7 @@ from avss_dist.warehouse.reader import Warehouse
 if TYPE_CHECKING:
     from avss_dist.evaluation.engine import CellReporter
     from avss_dist.evaluation.search import Found, SearchReporter
-    from avss_dist.pruning.repair.repair import Repair
+    from avss_dist.pruning.repair.repair import Repair, Repaired
     from avss_dist.sparsity.plan import SparsityPlan
 
 
@@ -216,6 +216,7 @@ def prune(
     skip_sequences: int = 0,
     warehouse: str | Path | None = None,
     push: str | None = None,
+    reporter: CellReporter | None = None,
     **options: Unpack[EvaluationOptions],
 ) -> Pruned:
     """Write a checkpoint without the layers that a plan drops; on request, a repaired one.
@@ -225,9 +226,11 @@ def prune(
         output: a folder that does not exist, or is empty.
         repair: one of ``settings.REPAIRS``; ``map`` by default where ``repair_corpora`` names text.
         repair_corpora: what the repair is fitted on: CORPUS or CORPUS=WEIGHT.
-        warehouse: whose evaluations of the plan go into the model card, beside those that the plan has.
+        warehouse: whose evaluations of the plan go into the model card, beside those that the plan has; the repair is
+            fitted on workers, kept there and found there. Without it, the repair is fitted in this process.
         push: where on the hub it goes too, ``ORG/NAME``; what is not there yet is made, as a private model.
-        options: of the text of the repair, and the memory for it.
+        reporter: hears of the fit, where there is a warehouse.
+        options: of the text of the repair, and where it is fitted.
 
     Raises:
         AvssError: see `pruning.checkpoint.prune`; it cannot be pushed, and is in the folder.
@@ -240,19 +243,40 @@ def prune(
     settings, execution = split_options(dict(options))
     wanted = _repair(repair, repair_corpora, skip_sequences, settings)
     code = settings.trust_remote_code
+    if wanted is None or warehouse is None:
+        _refuse_workers(settings, execution)
     if push:
         require_access(push, "model")
+    fitted: Repair | Repaired | None = wanted
+    if wanted is not None and warehouse is not None:
+        from avss_dist.evaluation.kept_repair import kept_repair
+
+        where: dict[str, Any] = {"warehouse": warehouse, "execution": execution, "reporter": reporter}
+        fitted = kept_repair(str(model), made, wanted, Path(output), **where)
     if warehouse is not None:
         checkpoint = resolve(str(model), trust_remote_code=code)
         lines = evaluated_lines(Warehouse(warehouse), {"revision": checkpoint.revision}, made.removed)
         made = replace(made, evaluated=tuple(dict.fromkeys([*made.evaluated, *lines])))
-    done = write(str(model), made, output, repair=wanted, execution=execution, trust_remote_code=code)
+    done = write(str(model), made, output, repair=fitted, execution=execution, trust_remote_code=code)
     if push:
         what = f"{Path(made.model).name} without {len(made.removed)} of its layers"
         hint = f"The checkpoint is whole, in {output}: hf upload {push} {output}"
         replaced = ["*.safetensors", "*.json"]
         done = {**done, "pushed": upload(Path(output), push, "model", message=what, replaced=replaced, hint=hint)}
     return Pruned(made, done)
+
+
+def _refuse_workers(settings: Settings, execution: Execution) -> None:
+    """Refuse options of workers where nothing is fitted on them."""
+    given = {"threads": settings.threads} | {name: getattr(execution, name) for name in WorkOptions.__annotations__}
+    default = {"threads": Settings().threads} | asdict(Execution())
+    here = {"partition", "max_memory", "offload_folder"} | ({"executor"} if execution.executor == "local" else set())
+    for name, value in given.items():
+        if value != default[name] and name not in here:
+            raise ConfigError(
+                f"`{name}` has no effect: it is for the workers that fit a repair into a warehouse.",
+                "Leave it out, or name a `repair` and a `warehouse`.",
+            )
 
 
 def _repair(by: str | None, corpora: Sequence[str], skip_sequences: int, settings: Settings) -> Repair | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ from avss_dist.cli.options import (
     takes_settings,
     warehouse_option,
 )
+from avss_dist.options import WorkOptions
 from avss_dist.settings import NO_REPAIR, REPAIRS
 from avss_dist.system.streams import emit, emit_json
 from avss_dist.text import describe_bytes
@@ -28,12 +30,12 @@ if TYPE_CHECKING:
 
 READING = (
     *("max_sequences", "shuffle_seed", "chat_template", "sequence_length", "batch_size", "layout"),
-    *("dtype", "dequantize", "attention", "device"),
+    "sequences_per_shard",
+    *("dtype", "dequantize", "attention", "device", "threads"),
 )
-MEMORY = ("partition", "max_memory", "offload_folder")
 
 
-@takes_settings(*READING, *MEMORY)
+@takes_settings(*READING, *WorkOptions.__annotations__)
 def prune(
     model: ModelArgument,
     plan: Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="A plan, written by avss plan or by hand.")],
@@ -52,7 +54,8 @@ def prune(
     ] = None,
     skip_sequences: SkipSequencesOption = 0,
     warehouse: Annotated[
-        str | None, warehouse_option("Warehouse with the plan's evaluations, for the model card.")
+        str | None,
+        warehouse_option("Warehouse with the plan's evaluations, for the model card; the fit is kept in it."),
     ] = None,
     push: Annotated[
         str | None, typer.Option(help="Also upload it to the hub as ORG/NAME; a new model there is private.")
@@ -64,22 +67,25 @@ def prune(
     """Write a checkpoint without the layers that a plan drops, repaired on request; needs little memory."""
     from avss_dist.api.change import prune as write_pruned
     from avss_dist.pruning.plan import read_plan
+    from avss_dist.report.terminal.progress import CellProgress
 
     made = read_plan(plan)
     if format == "text":
         emit("\n  ".join([f"{plan}:", *made.describe()]))
-    done = write_pruned(
-        model,
-        made,
-        output,
-        repair=repair,
-        repair_corpora=repair_corpora or (),
-        skip_sequences=skip_sequences,
-        warehouse=warehouse,
-        push=push,
-        trust_remote_code=trust_remote_code,
-        **options,
-    )
+    with CellProgress() if warehouse else nullcontext() as progress:
+        done = write_pruned(
+            model,
+            made,
+            output,
+            repair=repair,
+            repair_corpora=repair_corpora or (),
+            skip_sequences=skip_sequences,
+            warehouse=warehouse,
+            push=push,
+            reporter=progress,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
     if format == "json":
         emit_json(done.table().to_pylist()[0])
     else:

@@ -41,7 +41,7 @@ from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.registry import PARTITIONS
 from avss_dist.removal import Drop
-from avss_dist.settings import REFITS_LATER, REPAIR, fingerprint
+from avss_dist.settings import REFITS_LATER, REPAIR, Settings, fingerprint
 from avss_dist.tasks.base import Measure, Row, Task, TextLoss
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.patches import Patches
@@ -130,6 +130,13 @@ def _repairable(planned: PlannedEvaluation, drops: Iterable[Drop]) -> list[Drop]
     fits = [part.repair.by for part in planned.task.parts if isinstance(part, FitRepair)]
     by_later = all(by in REFITS_LATER for by in fits)
     return [drop for drop in drops if drop and (by_later or drop != tuple(range(len(drop))))]
+
+
+def copies_of(placement: Placement, settings: Settings, executor: Executor) -> int:
+    """Copies of the model that can share a fit: as many as there are workers, if there is room for all at once."""
+    has = executor.devices
+    room = has.count // placement.gpus if placement.gpus else has.cpus // settings.threads
+    return max(1, min(executor.replicas(placement), room))
 
 
 def plan_fits(

@@ -32,7 +32,7 @@ from avss_dist.evaluation.engine import (
 from avss_dist.evaluation.held_out import refuse_overlap, refuse_repair_text, refuse_text
 from avss_dist.evaluation.make_tasks import make_task
 from avss_dist.evaluation.repaired_search import repaired_losses, searched_plan
-from avss_dist.evaluation.repairs import plan_fits, repair_texts, require_changeable
+from avss_dist.evaluation.repairs import copies_of, plan_fits, repair_texts, require_changeable
 from avss_dist.executors.base import Executor
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint, resolve
@@ -275,13 +275,6 @@ def _bench(
     if not asked.allow_overlap:
         _refuse_overlaps(checkpoint, asked, tasks, fit, str(example.run_id), store, parts)
     return Bench(tasks=tasks, fit=fit, store=store, executor=executor, fresh=execution.fresh)
-
-
-def copies_of(placement: Placement, settings: Settings, executor: Executor) -> int:
-    """Copies of the model that can share a fit: as many as there are workers, if there is room for all at once."""
-    has = executor.devices
-    room = has.count // placement.gpus if placement.gpus else has.cpus // settings.threads
-    return max(1, min(executor.replicas(placement), room))
 
 
 def _task(

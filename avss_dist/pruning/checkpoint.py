@@ -84,12 +84,7 @@ def prune(
     if repair is not None:
         require_foldable(repair.by if isinstance(repair, Repair) else repair.record.repair)
     checkpoint = resolve(model, trust_remote_code=trust_remote_code)
-    _require_safetensors(checkpoint)
-    if plan.revision is not None and plan.revision != checkpoint.revision:
-        raise PlanError(
-            f"The plan is for {plan.model} at {plan.revision[:12]}; '{model}' is at {checkpoint.revision[:12]}.",
-            "Score this checkpoint, and make a plan of its own.",
-        )
+    _require_planned(checkpoint, plan)
     notes: list[str] = []
     try:
         with staged_folder(output) as staged:
@@ -126,10 +121,17 @@ def require_free(output: Path) -> None:
         )
 
 
-def _require_safetensors(checkpoint: Checkpoint) -> None:
+def _require_planned(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Refuse a checkpoint that a plan is not of, or that has no safetensors."""
     if checkpoint.gguf:
         raise PlanError(
             f"'{checkpoint.name}' is a .gguf file.", "Prune the checkpoint in safetensors that it was made of."
+        )
+    if plan.revision is not None and plan.revision != checkpoint.revision:
+        raise PlanError(
+            f"The plan is for {plan.model} at {plan.revision[:12]}; '{checkpoint.name}' is at "
+            f"{checkpoint.revision[:12]}.",
+            "Score this checkpoint, and make a plan of its own.",
         )
 
 
@@ -139,7 +141,7 @@ def require_prunable(checkpoint: Checkpoint, plan: Plan, settings: Settings) -> 
     Raises:
         PlanError: it cannot; the message says why.
     """
-    _require_safetensors(checkpoint)
+    _require_planned(checkpoint, plan)
     with TemporaryDirectory() as folder:
         _write_config(checkpoint, plan, Path(folder), settings)
     StoredWeights.of(checkpoint, plan, settings)

@@ -185,9 +185,9 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--dequantize": False,
         "--attn-implementation": None,
         "--device": "auto",
-        "--partition": "auto",
-        "--max-memory": None,
-        "--offload-folder": None,
+        "--threads": 1,
+        "--sequences-per-shard": None,
+        **EXECUTION,
         "--format": "text",
     },
     "shrink": {

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.checkpoints import llama, one_thread
 from support.command_line import avss
 from support.commands import Command
@@ -231,6 +232,15 @@ def test_every_choice_is_evaluated_with_every_repair(done: tuple[Path, list[dict
     }
 
 
+def pruned(model: Path, plan: Path, output: Path, repair: str, *more: Any) -> Any:
+    """`avss prune`, repaired as in `JOB`."""
+    return avss(
+        *("prune", model, plan, "-o", output, "--repair", repair, "--repair-corpus", TEXT, "--skip-sequences", 12),
+        *("--max-sequences", 60, "--sequence-length", 32, "--batch-size", 4, "--sequences-per-shard", 4),
+        *("--dtype", "float32", "--device", "cpu", *more),
+    )
+
+
 @pytest.mark.parametrize("repair", ["channel", "map"])
 def test_a_row_is_what_the_pruned_checkpoint_gives(
     repair: str, done: tuple[Path, list[dict[str, Any]]], deep: Path, tmp_path: Path
@@ -241,15 +251,68 @@ def test_a_row_is_what_the_pruned_checkpoint_gives(
     plan = tmp_path / "plan.yaml"
     Plan(model=str(deep), num_layers=8, layers="layers", drop=tuple(row["drop"])).write(plan)
     with one_thread():
-        out = avss(
-            *("prune", deep, plan, "-o", tmp_path / "less", "--repair", repair, "--repair-corpus", TEXT),
-            *("--skip-sequences", 12, "--max-sequences", 60, "--sequence-length", 32, "--batch-size", 4),
-            *("--dtype", "float32", "--device", "cpu"),
-        )
+        out = pruned(deep, plan, tmp_path / "less", repair)
     assert out.exit_code == 0, out.stderr
     assert losses_of(tmp_path / "less") == {"value": row["value"], "stderr": row["stderr"]}
     tensors, _ = decode_patch(Patches(Storage(read_job(job).warehouse)).read(row["patch"]))
     assert {layer for layer, _ in tensors} == {4}
+
+
+def test_a_checkpoint_takes_the_fit_of_an_experiment(
+    done: tuple[Path, list[dict[str, Any]]], deep: Path, tmp_path: Path
+) -> None:
+    """From its warehouse: no cell is measured, and the checkpoint is that of a fit in this process, to the byte."""
+    job, rows = done
+    warehouse = Path(read_job(job).warehouse)
+    (drop,) = {tuple(row["drop"]) for row in rows if row["method"] == "last"}
+    plan = tmp_path / "plan.yaml"
+    Plan(model=str(deep), num_layers=8, layers="layers", drop=drop).write(plan)
+    files = {file: file.stat().st_mtime_ns for file in warehouse.rglob("*.*")}
+    kept = pruned(deep, plan, tmp_path / "kept", "map", "-w", warehouse, "--replicas", 1)
+    assert kept.exit_code == 0, kept.stderr
+    assert {file: file.stat().st_mtime_ns for file in warehouse.rglob("*.*") if "cells" in file.parts} == {
+        file: time for file, time in files.items() if "cells" in file.parts
+    }
+    with one_thread():
+        assert pruned(deep, plan, tmp_path / "here", "map").exit_code == 0
+    weights = [tmp_path / name / "model.safetensors" for name in ("kept", "here")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert "the repaired weights (largest difference 0)" in kept.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("warm_workers")
+def test_workers_fit_the_repair_of_a_checkpoint_and_keep_it(deep: Path, tmp_path: Path) -> None:
+    """Two of them; a mistake comes before the fit, and a second checkpoint costs none."""
+    plan, warehouse = tmp_path / "plan.yaml", tmp_path / "w"
+    Plan(model=str(deep), num_layers=8, layers="layers", drop=(2, 3, 5)).write(plan)
+    workers = ("-w", warehouse, "--replicas", 2)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    refused = pruned(deep, plan, tmp_path / "full", "refit", *workers)
+    assert refused.exit_code == 2 and "is not empty" in refused.stderr and not warehouse.exists()
+    for name in ("first", "second"):
+        done = pruned(deep, plan, tmp_path / name, "refit", *workers)
+        assert done.exit_code == 0, done.stderr
+        assert len(list((warehouse / "patches").iterdir())) == len(list((warehouse / "cells").rglob("*.parquet"))) == 1
+    first, second = (tmp_path / name / "model.safetensors" for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+    with one_thread():
+        assert pruned(deep, plan, tmp_path / "here", "refit").exit_code == 0
+    whole = resolve(str(deep)).folder / "model.safetensors"
+    changed, here, old = (load_file(file) for file in (first, tmp_path / "here" / "model.safetensors", whole))
+    assert any(not torch.equal(changed[name], old[name]) for name in changed if changed[name].shape == old[name].shape)
+    for name, weights in here.items():
+        torch.testing.assert_close(changed[name], weights, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("more", [("--replicas", 2), ("--threads", 2), ("--fresh",), ("--partition", "device_map")])
+def test_workers_need_a_warehouse_for_a_fit(more: tuple[Any, ...], deep: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    Plan(model=str(deep), num_layers=8, layers="layers", drop=(2, 3)).write(plan)
+    done = pruned(deep, plan, tmp_path / "less", "channel", *more)
+    assert done.exit_code == 2 and "--warehouse" in done.stderr
+    assert not (tmp_path / "less").exists()
 
 
 def test_nothing_is_fitted_twice_and_what_is_lost_is_fitted_again(done: tuple[Path, list[dict[str, Any]]]) -> None:

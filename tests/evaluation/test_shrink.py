@@ -19,7 +19,8 @@ import avss_dist
 from avss_dist.errors import ConfigError, CorpusError
 from avss_dist.evaluation.attempts import Attempt
 from avss_dist.evaluation.evaluate import evaluate
-from avss_dist.evaluation.shrink import MEASURED, SCORED, Parts, Shrunk, copies_of, cut
+from avss_dist.evaluation.repairs import copies_of
+from avss_dist.evaluation.shrink import MEASURED, SCORED, Parts, Shrunk, cut
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.models.checkpoints import resolve

@@ -310,7 +310,7 @@ def test_streaming_writes_the_same_bytes(family: str, tmp_path: Path, save_check
 
 def test_a_gang_repairs_nothing_here(tiny_llama: Path, tmp_path: Path) -> None:
     plan = Plan(model=str(tiny_llama), num_layers=3, layers="layers", drop=(1,))
-    with pytest.raises(ConfigError, match="not fitted here in `partition` zero3"):
+    with pytest.raises(ConfigError, match="In this process a repair is not fitted in `partition` zero3"):
         prune(str(tiny_llama), plan, tmp_path / "o", repair=repair_of("map"), execution=Execution(partition="zero3"))
     assert not (tmp_path / "o").exists()
 

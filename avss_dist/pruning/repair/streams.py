@@ -334,7 +334,8 @@ def opened_streams(
     """
     if execution.partition not in ("auto", "single", "streaming"):
         raise ConfigError(
-            f"A repair is not fitted here in `partition` {execution.partition}.", "Use single or streaming."
+            f"In this process a repair is not fitted in `partition` {execution.partition}.",
+            "Use single or streaming, or name a `warehouse`: workers fit it then.",
         )
     placement = place(checkpoint, settings, execution, devices_here(device.type), head=True)
     if placement.partition == "single":
