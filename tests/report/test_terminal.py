@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from rich import progress as rich_progress
 from rich.console import Console
 from support.command_line import avss
 from support.warehouses import activations, stats_of, write_measured, write_scores
@@ -20,6 +21,7 @@ from avss_dist.analysis.compare import compare
 from avss_dist.errors import WarehouseError
 from avss_dist.report.page.page import report_page
 from avss_dist.report.terminal.compare import pairs_table
+from avss_dist.report.terminal.progress import TimeColumn
 from avss_dist.report.terminal.scores import layer_table
 from avss_dist.report.terminal.tables import plain_table
 from avss_dist.stats.scores import Threshold
@@ -202,3 +204,25 @@ def test_scores_that_are_not_a_number_are_shown_as_none(tmp_path: Path) -> None:
     done = avss("show", "-w", tmp_path)
     assert done.exit_code == 0 and "nan" not in done.stdout
     assert avss("plot", "-w", tmp_path, "-o", tmp_path / "a.svg").exit_code == 0
+
+
+def test_a_bar_says_how_long_it_has_taken_and_how_long_it_will() -> None:
+    """Also while its only step goes on, and nothing else moves."""
+    now = 0.0
+    shown = rich_progress.Progress(get_time=lambda: now)
+    shown.add_task("fitting", total=4)
+    (task,) = shown.tasks
+
+    def text() -> str:
+        return TimeColumn().render(task).plain
+
+    now = 75.0
+    assert text() == "0:01:15"
+    shown.advance(task.id)
+    now = 85.0
+    shown.advance(task.id)
+    assert text() == "0:01:25, 0:00:20 left"
+    now = 100.0
+    shown.update(task.id, completed=4)
+    now = 4000.0
+    assert text() == "0:01:40"

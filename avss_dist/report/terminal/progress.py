@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
@@ -35,14 +35,24 @@ class _Speed(rich_progress.ProgressColumn):
         return Text(f"{speed:,.0f} tokens/s" if speed else "", style="cyan")
 
 
+class TimeColumn(rich_progress.ProgressColumn):
+    """How long it has taken, which moves while nothing else does, and how long it will."""
+
+    def render(self, task: rich_progress.Task) -> Text:
+        passed = task.finished_time if task.finished else task.elapsed
+        left = None if task.finished else task.time_remaining
+        text = str(timedelta(seconds=int(passed or 0)))
+        return Text(text if left is None else f"{text}, {timedelta(seconds=int(left))} left", style="cyan")
+
+
 def bars(*columns: rich_progress.ProgressColumn) -> rich_progress.Progress:
-    """A description, a bar, ``columns`` and the time that is left, on standard error where somebody looks."""
+    """A description, a bar, ``columns``, and how long it takes, on standard error where somebody looks."""
     terminal = console(stderr=True)
     return rich_progress.Progress(
         rich_progress.TextColumn("{task.description}", markup=False),
         rich_progress.BarColumn(),
         *columns,
-        rich_progress.TimeRemainingColumn(),
+        TimeColumn(),
         console=terminal,
         disable=not (terminal.is_terminal or terminal.is_jupyter),
     )
