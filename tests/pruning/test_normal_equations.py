@@ -107,6 +107,29 @@ def test_the_ridge_is_the_one_that_unseen_tokens_like() -> None:
     assert opposite.ridge is None and not opposite.weights.any() and opposite.after == opposite.before
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.5, 2.0, 8.0])
+def test_weaker_ridges_are_tried_as_long_as_they_help(noise: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best of all is found, and only the one behind it is tried in vain."""
+    true = data(20, 5, 1, 0)[0]
+    seen, unseen = (
+        NormalEquations.of(x := data(tokens, 20, 5, seed)[0], x @ true + noise * data(tokens, 5, 5, seed + 10)[0])
+        for tokens, seed in ((60, 1), (400, 2))
+    )
+    errors = {ridge: unseen.error(seen.solve("full", ridge)) for ridge in RIDGES}
+    solve, tried = NormalEquations.solve, list[float]()
+
+    def counted(self: NormalEquations, form: str, ridge: float) -> torch.Tensor:
+        tried.append(ridge)
+        return solve(self, form, ridge)
+
+    monkeypatch.setattr(NormalEquations, "solve", counted)
+    found = fit(seen, unseen, "full")
+    assert found.ridge == min(errors, key=lambda ridge: errors[ridge]) and found.after == errors[found.ridge]
+    assert found.before == unseen.error(torch.zeros(20, 5, dtype=torch.float64))
+    place = RIDGES.index(found.ridge)
+    assert tried == sorted(RIDGES[max(0, place - 1) :], reverse=True)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 @pytest.mark.parametrize("form", ["scale", "channel", "rotated", "full"])
 def test_equations_without_a_solution(value: float, form: str) -> None:

@@ -129,7 +129,7 @@ class Fit:
 
     Attributes:
         weights: float64[inputs, outputs].
-        ridge: the best of those tried; None where none gives less error than no map, and ``weights`` are zero.
+        ridge: the best of those tried; None where the strongest does not help, and ``weights`` are zero.
         before, after: sums of squares on those tokens, without the map and with it.
     """
 
@@ -146,20 +146,23 @@ def fit_plainly(seen: NormalEquations, held_back: NormalEquations, form: str) ->
         FitError: as `NormalEquations.solve`.
     """
     weights = seen.solve(form, 0.0)
-    return Fit(weights, 0.0, held_back.error(torch.zeros_like(weights)), held_back.error(weights))
+    return Fit(weights, 0.0, float(held_back.target), held_back.error(weights))
 
 
 def fit(seen: NormalEquations, held_back: NormalEquations, form: str, ridges: Sequence[float] = RIDGES) -> Fit:
     """The map that is fitted to some tokens with the ridge that gives the least error on others.
 
+    From the strongest, weaker ridges are tried as long as they lessen it: what comes behind follows noise ever more.
+
     Raises:
         FitError: as `NormalEquations.solve`.
     """
-    none = torch.zeros_like(seen.cross)
-    best = Fit(none, None, held_back.error(none), held_back.error(none))
-    for ridge in ridges:
+    before = float(held_back.target)
+    best = Fit(torch.zeros_like(seen.cross), None, before, before)
+    for ridge in sorted(ridges, reverse=True):
         weights = seen.solve(form, ridge)
         after = held_back.error(weights)
-        if after < best.after:
-            best = Fit(weights, ridge, best.before, after)
+        if after >= best.after:
+            break
+        best = Fit(weights, ridge, before, after)
     return best
