@@ -77,6 +77,7 @@ class CellReporter(Protocol):
     """Hears how an evaluation goes."""
 
     def started(self, cells: Sequence[Cell], done: int) -> None: ...
+    def underway(self, cell: Cell, what: str, share: float) -> None: ...
     def advanced(self, cell: Cell) -> None: ...
 
 
@@ -84,6 +85,7 @@ class SilentCells:
     """Says nothing."""
 
     def started(self, cells: Sequence[Cell], done: int) -> None: ...
+    def underway(self, cell: Cell, what: str, share: float) -> None: ...
     def advanced(self, cell: Cell) -> None: ...
 
 
@@ -190,8 +192,7 @@ def placed(checkpoint: Checkpoint, settings: Settings, execution: Execution, exe
 
 def pinned(settings: Settings, checkpoint: Checkpoint, device: str) -> Settings:
     """Settings with every ``auto`` decided; refuses rows that the model cannot read."""
-    config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
-    return pin(settings, checkpoint, config, device)
+    return pin(settings, checkpoint, text_config(checkpoint, trust_remote_code=settings.trust_remote_code), device)
 
 
 def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_sequences: int = 0) -> CorpusPlan:
@@ -252,7 +253,7 @@ class Rounds:
     def __init__(self, store: Store, executor: Executor, reporter: CellReporter) -> None:
         self._store, self._reporter = store, reporter
         self._asked: SimpleQueue[Sequence[Cell] | None] = SimpleQueue()
-        self._outcomes = executor.run_cells(iter(self._asked.get, None))
+        self._outcomes = executor.run_cells(iter(self._asked.get, None), reporter.underway)
 
     def run(self, cells: Sequence[Cell]) -> Iterator[CellOutcome]:
         """Yield the result of every cell, in any order; all must be taken before the next round.
@@ -317,10 +318,9 @@ def metrics(result: Result) -> Iterator[tuple[str, float, float]]:
 
 
 def _metric_rows(result: Result) -> Iterator[dict[str, Any]]:
-    fields = {"drop": list(result.drop), "patch": result.patch, "layer": result.layer}
-    fields |= {"num_samples": len(result.samples)}
+    row = {"drop": list(result.drop), "patch": result.patch, "layer": result.layer, "num_samples": len(result.samples)}
     for metric, value, stderr in metrics(result):
-        yield {**fields, "metric": metric, "value": value, "stderr": stderr}
+        yield {**row, "metric": metric, "value": value, "stderr": stderr}
 
 
 def _identity(work: Cell | PlannedEvaluation, family: str) -> RunIdentity:

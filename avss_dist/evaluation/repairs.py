@@ -104,7 +104,7 @@ class FitRepair:
         stored = StoredWeights.of(of, made, settings).read
         repair = replace(self.repair, settings=settings)
         sharing = Sharing(model.own, model.add_up)
-        found = fit_repair(of, streams_of(model), made, repair, self.texts, stored, lambda read, _: read, sharing)
+        found = fit_repair(of, streams_of(model), made, repair, self.texts, stored, sharing)
         about = json.dumps({"record": asdict(found.record), "notes": list(found.notes)})
         errors = np.array([cut.error_after for cut in found.record.cuts])
         patch = encode_patch(found.tensors, about)

@@ -69,6 +69,8 @@ class RunShards:
     dropped: bool = False
 
 
+Underway = Callable[[Cell, str, float], None]
+"""Hears of a cell what goes on in it, and which share of that is done."""
 Outcome = tuple[RunShards, ShardResult | Receipt | AvssError]
 
 
@@ -97,11 +99,16 @@ class Executor(Protocol):
         its run alone: the model cannot be opened or observed, or a shard failed more often than it is retried.
         """
 
-    def run_cells(self, rounds: Iterator[Sequence[Cell]]) -> Generator[CellOutcome, None, None]:
+    def run_cells(
+        self, rounds: Iterator[Sequence[Cell]], underway: Underway | None = None
+    ) -> Generator[CellOutcome, None, None]:
         """Yield the result of every cell, in any order; an AvssError in its place is of that cell alone.
 
         The next round may be taken, in another thread, while one is measured, and may wait for its results. Models
         stay open from round to round.
+
+        Args:
+            underway: called in the middle of a cell that is measured in this process.
         """
 
     def apply(self, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:

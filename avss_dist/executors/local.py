@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from functools import partial
 from itertools import groupby, islice
 from operator import itemgetter
 from threading import Event, Semaphore
@@ -13,7 +14,7 @@ from typing import TypeVar
 
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import AvssError, ConfigError, ModelError, as_failure
-from avss_dist.executors.base import Outcome, ReplicaSpec, RunShards, by_model
+from avss_dist.executors.base import Outcome, ReplicaSpec, RunShards, Underway, by_model
 from avss_dist.measure.hooks import Hooks, attached
 from avss_dist.measure.shard import analyze_shard, counter_bytes
 from avss_dist.models.size import footprint
@@ -22,6 +23,7 @@ from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.system.cores import computing_threads, free_cores
 from avss_dist.system.devices import available_memory, devices_here, pick_device
+from avss_dist.system.progress_bar import heard_by
 from avss_dist.tasks.cells import Cell, CellOutcome, CellResult, measure_cell
 
 S = TypeVar("S")
@@ -69,7 +71,9 @@ class LocalExecutor:
                 finally:
                     replica.close()
 
-    def run_cells(self, rounds: Iterator[Sequence[Cell]]) -> Generator[CellOutcome, None, None]:
+    def run_cells(
+        self, rounds: Iterator[Sequence[Cell]], underway: Underway | None = None
+    ) -> Generator[CellOutcome, None, None]:
         """See `executors.base.Executor`."""
         models = (of_model for cells in rounds for of_model in by_model(cells))
         for spec, same in groupby(models, key=itemgetter(0)):
@@ -82,15 +86,16 @@ class LocalExecutor:
                     continue
                 try:
                     for cell in cells:
-                        yield cell, self._measure_cell(replica, cell)
+                        yield cell, self._measure_cell(replica, cell, underway or _unheard)
                 finally:
                     replica.close()
 
     @staticmethod
-    def _measure_cell(replica: Replica, cell: Cell) -> CellResult | AvssError:
+    def _measure_cell(replica: Replica, cell: Cell, underway: Underway) -> CellResult | AvssError:
         assert replica.language_model is not None
         try:
-            return measure_cell(replica.language_model, cell)
+            with heard_by(partial(underway, cell)):
+                return measure_cell(replica.language_model, cell)
         except Exception as error:
             return as_failure(error)
 
@@ -100,6 +105,10 @@ class LocalExecutor:
 
     def close(self) -> None:
         """Nothing outlives `run`."""
+
+
+def _unheard(cell: Cell, what: str, share: float) -> None:
+    """Nobody hears."""
 
 
 def shards_at_once(replica: Replica, spec: ReplicaSpec, strata: int = 1) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from contextlib import closing
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from support.checkpoints import llama, one_thread
 from support.command_line import avss
@@ -23,7 +25,7 @@ from support.processes import wait_until
 
 from avss_dist.analysis.verdict import verdicts
 from avss_dist.errors import ConfigError, CorpusError, DamagedFile
-from avss_dist.evaluation.engine import plan_evaluation
+from avss_dist.evaluation.engine import SilentCells, plan_evaluation
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.evaluation.experiment import run_experiment
 from avss_dist.evaluation.make_tasks import text_task
@@ -41,8 +43,11 @@ from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.methods import Experiment, Method, methods
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.repair import Repair
+from avss_dist.report.terminal import progress as avss_progress
+from avss_dist.report.terminal.progress import CellProgress
 from avss_dist.runs.job_file import JobError, read_job
 from avss_dist.settings import Execution, Settings
+from avss_dist.tasks.cells import Cell
 from avss_dist.warehouse.patches import Patches
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.storage import Storage
@@ -208,6 +213,45 @@ def test_each_batch_is_of_one_copy(deep: Path, monkeypatch: pytest.MonkeyPatch) 
             assert replica.language_model.reports == (rank == 0)
             taken.append([*replica.language_model.own(7)])
     assert [*chain(*taken)] == [*range(7)] and all(taken)
+
+
+class Heard(SilentCells):
+    """What a reporter hears in the middle of cells."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, list[float]] = {}
+
+    def underway(self, cell: Cell, what: str, share: float) -> None:
+        assert cell.drop == (2, 3, 5)
+        self.of.setdefault(what, []).append(share)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_fit_says_how_far_it_is(
+    terminal: bool, deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a terminal in the bar, elsewhere in a line now and then; one cell may take many minutes."""
+    settings = Settings(**READ, max_sequences=60, dtype="float32")
+    repair = Repair(by="refit_around", corpora=(TEXT,), settings=settings)
+    planned = plan_fits(resolve(str(deep)), "model.layers", [repair], Placement())[repair.by]
+    heard, shown = Heard(), io.StringIO()
+    fit_repairs([(planned, [(2, 3, 5)])], Store(tmp_path / "heard"), LocalExecutor(settings), heard)
+    cuts = [f"Repairing cut {n} of 2{behind}" for n in (1, 2) for behind in ("", ", behind it")]
+    assert [*heard.of] == cuts
+    for shares in heard.of.values():
+        assert shares[0] == 0 and all(0 <= share < 1 for share in shares)
+    monkeypatch.setattr(
+        avss_progress, "console", lambda **_: Console(file=shown, force_terminal=terminal, width=100, color_system=None)
+    )
+    monkeypatch.setattr(avss_progress, "LOG_SECONDS", -1.0)
+    with CellProgress() as bar:
+        fit_repairs([(planned, [(2, 3, 5)])], Store(tmp_path / "shown"), LocalExecutor(settings), bar)
+        bar.underway(planned.cells([(2, 3, 5)])[0], "Repairing cut 2 of 2", 0.4)
+    said = shown.getvalue(), capsys.readouterr().err
+    if terminal:
+        assert "deep without 3 layers: Repairing cut 2 of 2, 40%" in said[0]
+    else:
+        assert "deep: Repairing cut 1 of 2, 0%" in said[1] and "deep: 1 of 1 evaluated" in said[1] and not said[0]
 
 
 # As an axis of an experiment

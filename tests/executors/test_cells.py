@@ -221,6 +221,7 @@ class Death:
     """Kills the driver of an allocation after its first cell."""
 
     def started(self, cells: Sequence[Cell], done: int) -> None: ...
+    def underway(self, cell: Cell, what: str, share: float) -> None: ...
     def advanced(self, cell: Cell) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 

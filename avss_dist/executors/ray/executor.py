@@ -16,7 +16,7 @@ from ray.exceptions import LocalRayletDiedError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from avss_dist.errors import AvssError, ConfigError, RunFailed
-from avss_dist.executors.base import Outcome, RunShards, by_model
+from avss_dist.executors.base import Outcome, RunShards, Underway, by_model
 from avss_dist.executors.prefetch import Prefetcher
 from avss_dist.executors.ray.gang import Gang, missing_package
 from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
@@ -102,8 +102,10 @@ class RayExecutor:
         if first is not None:
             yield from self._measure(ShardQueue(run) for run in chain([first], runs))
 
-    def run_cells(self, rounds: Iterator[Sequence[Cell]]) -> Generator[CellOutcome, None, None]:
-        """See `executors.base.Executor`."""
+    def run_cells(
+        self, rounds: Iterator[Sequence[Cell]], underway: Underway | None = None
+    ) -> Generator[CellOutcome, None, None]:
+        """See `executors.base.Executor`. Cells are measured elsewhere."""
         first = next(rounds, None)
         if first is not None:
             models = (of_model for cells in chain([first], rounds) for of_model in by_model(cells))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,11 +18,11 @@ from avss_dist.pruning.repair.rivals import fit_stream
 from avss_dist.pruning.repair.streams import AtCut, Streams
 from avss_dist.pruning.repair.text import Portion
 from avss_dist.settings import REFITS_BEHIND, RIVAL_PATCHES
+from avss_dist.system.progress_bar import tracked
 
 TOKENS_PER_UNKNOWN = 4  # at least; with fewer, a fit follows its text's noise
 
 ReadStored = Callable[[Parameter], torch.Tensor | None]  # a parameter as the checkpoint's files have it, if they do
-Show = Callable[[Sequence[int], str], Iterable[int]]  # numbers of batches, while somebody sees how far it is
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,9 @@ class Mender:
         tensors: what was changed so far, in the dtypes of the checkpoint's files.
     """
 
-    def __init__(
-        self, streams: Streams, stored: ReadStored, read: Sequence[Portion], show: Show, sharing: Sharing
-    ) -> None:
+    def __init__(self, streams: Streams, stored: ReadStored, read: Sequence[Portion], sharing: Sharing) -> None:
         self.tensors: dict[Parameter, torch.Tensor] = {}
-        self._streams, self._stored, self._read, self._show = streams, stored, read, show
+        self._streams, self._stored, self._read = streams, stored, read
         self._own, self._sharing = sharing.own(len(read)), sharing
 
     def mend_all(self, cuts: Sequence[Cut], by: str, layers: int) -> list[RepairedCut]:
@@ -164,7 +162,7 @@ class Mender:
             sums = _added(sums, x, wanted - given, masks, portion.weight)
             size += portion.weight * float(wanted[masks[1]].double().square().sum())
 
-        self._streams.visit_maps(layer, group, see, self._show(self._own, what))
+        self._streams.visit_maps(layer, group, see, tracked(self._own, what))
         (seen, held_back), (size,) = self._of_all_copies(sums, size)
         return seen, held_back, size
 
@@ -181,7 +179,7 @@ class Mender:
 
     def patch(self, cut: Cut, by: str, what: str) -> RepairedCut:
         """Patch the stream behind a cut."""
-        numbers = self._show(range(len(self._read)), what)
+        numbers = tracked(range(len(self._read)), what)
         value, done = fit_stream(by, self._streams, cut.after, cut.removed, self._read, numbers)
         self._change(cut.after, STREAM, value)
         return done
@@ -211,7 +209,7 @@ class Mender:
             counted += portion.weight * float(scale[masks[0]].double().square().sum())
             size += portion.weight * float((scale * wanted)[masks[1]].double().square().sum())
 
-        self._streams.visit(outlet, cut.last, see, self._show(self._own, what))
+        self._streams.visit(outlet, cut.last, see, tracked(self._own, what))
         (seen, held_back), (size, counted) = self._of_all_copies(sums, size, counted)
         return seen, held_back, size, seen.gram / counted
 

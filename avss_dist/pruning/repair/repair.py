@@ -25,14 +25,13 @@ from avss_dist.models.patching import Patch
 from avss_dist.models.pinning import pin
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.cuts import layer_behind, require_cuts
-from avss_dist.pruning.repair.mender import ALONE, Mender, ReadStored, Sharing, Show
+from avss_dist.pruning.repair.mender import ALONE, Mender, ReadStored, Sharing
 from avss_dist.pruning.repair.record import RepairedCut, RepairRecord, RepairText
 from avss_dist.pruning.repair.streams import OpenStreams, opened_streams
 from avss_dist.pruning.repair.text import Portion, count_tokens, portions
 from avss_dist.pruning.repair.weighted import weighted
 from avss_dist.settings import REFITS_LATER, REPAIRS, RIVAL_PATCHES, Execution, OneOf, Settings, checked
 from avss_dist.system.devices import pick_device
-from avss_dist.system.progress_bar import tracked
 from avss_dist.text import RedactedURI, describe_layers
 
 
@@ -108,7 +107,6 @@ def fit_repair(
     repair: Repair,
     texts: Sequence[CorpusPlan],
     stored: ReadStored,
-    show: Show = tracked,
     sharing: Sharing = ALONE,
 ) -> Repaired:
     """As `repair_layers`, with an open model and texts that are read; the settings of ``repair`` are pinned."""
@@ -116,7 +114,7 @@ def fit_repair(
     read = portions(texts, repair.settings.batch_size, repair.weights)
     starts = [cut.last for cut in cuts if layer_behind(cut, made.num_layers) is not None]
     streams = open_streams([portion.batch for portion in read], made.drop, starts)
-    mender = Mender(streams, stored, read, show, sharing)
+    mender = Mender(streams, stored, read, sharing)
     done = mender.mend_all(cuts, repair.by, made.num_layers)
     return Repaired(mender.tensors, _record(checkpoint, made, repair, texts, read, done), _notes(made, repair.by))
 

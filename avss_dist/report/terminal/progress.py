@@ -141,15 +141,29 @@ class CellProgress:
         self._task = self._progress.add_task("evaluating", total=len(cells), completed=done)
         self._done, self._cells = done, len(cells)
 
+    def underway(self, cell: Cell, what: str, share: float) -> None:
+        """A cell goes on."""
+        assert self._task is not None
+        self._progress.update(self._task, description=f"{_subject(cell)}: {what}, {share:.0%}")
+        self._log(cell, f"{what}, {share:.0%}")
+
     def advanced(self, cell: Cell) -> None:
         """A cell is done."""
         assert self._task is not None
-        without = f" without {count_removed(cell.drop)}" if cell.drop else ""
-        self._progress.update(self._task, advance=1, description=f"{_short(cell.checkpoint.name)}{without}")
+        self._progress.update(self._task, advance=1, description=_subject(cell))
         self._done += 1
+        self._log(cell, f"{self._done} of {self._cells} evaluated")
+
+    def _log(self, cell: Cell, what: str) -> None:
+        """A line now and then, where there is no bar."""
         if self._progress.disable and time.monotonic() - self._said > LOG_SECONDS:
             self._said = time.monotonic()
-            log(f"{_short(cell.checkpoint.name)}: {self._done} of {self._cells} evaluated")
+            log(f"{_short(cell.checkpoint.name)}: {what}")
+
+
+def _subject(cell: Cell) -> str:
+    without = f" without {count_removed(cell.drop)}" if cell.drop else ""
+    return f"{_short(cell.checkpoint.name)}{without}"
 
 
 class SearchProgress(CellProgress):

@@ -74,6 +74,9 @@ class _Cells:
         if cells:
             self._bar.begin(_step(cells[0]), len(cells), done)
 
+    def underway(self, cell: Cell, what: str, share: float) -> None:
+        self._bar.advance(0, f"{what[0].lower()}{what[1:]}, {share:.0%}")
+
     def advanced(self, cell: Cell) -> None:
         self._bar.advance(1, _step(cell))
 
