@@ -181,10 +181,13 @@ def shrink(
     store.create()
     checkpoint = resolve(str(model), trust_remote_code=settings.trust_remote_code)
     parts = cut(checkpoint, asked.texts, settings)
-    made = partial(_scored_plan(str(model), asked, store, parts, given, reporter), first=asked.first, last=asked.last)
-    example = made(count=1)
-    require_prunable(checkpoint, example, settings)
     with closing(open_executor(execution, settings)) as executor:
+        executor.connect()  # scores are measured by executors of their own
+        made = partial(
+            _scored_plan(str(model), asked, store, parts, given, reporter), first=asked.first, last=asked.last
+        )
+        example = made(count=1)
+        require_prunable(checkpoint, example, settings)
         bench = _bench(checkpoint, asked, parts, example, settings, execution, store, executor)
         bench.reporter = reporter.cells
         if asked.by == GREEDY:

@@ -85,6 +85,14 @@ class Executor(Protocol):
     def device(self) -> str:
         """``cpu`` or ``cuda``, where models compute."""
 
+    def connect(self) -> None:
+        """Have ready what workers need, for other executors of this process too, until `close`; it is done once.
+
+        Raises:
+            ConfigError: the cluster cannot be reached.
+            RunFailed: workers cannot be started here.
+        """
+
     def replicas(self, placement: Placement) -> int:
         """How many model copies of this placement run in parallel.
 

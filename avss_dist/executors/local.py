@@ -41,6 +41,9 @@ class LocalExecutor:
         self.device = pick_device(settings.device).type
         self.devices = devices_here(self.device)
 
+    def connect(self) -> None:
+        """There are no workers."""
+
     def replicas(self, placement: Placement) -> int:
         """One."""
         if placement.gpus > self.devices.count:

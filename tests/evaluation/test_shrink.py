@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from support.checkpoints import llama, one_thread
 from support.command_line import avss
 from support.commands import Command
@@ -111,6 +112,21 @@ def test_killed_it_goes_on_and_writes_the_same_bytes(when: str, done: Shrunk, de
     assert content(out) == content(done.folder)
     assert {file: file.stat().st_mtime_ns for file in cells} == cells
     assert again.best.kept == done.best.kept
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("warm_workers")
+def test_two_workers_do_what_one_process_does(
+    done: Shrunk, deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one Ray for all steps. Both fit the repair together, so that its last digits are others."""
+    init, starts = ray.init, list[dict[str, Any]]()
+    monkeypatch.setattr(ray, "init", lambda **options: (starts.append(options), init(**options))[1])
+    made = shrunk(deep, tmp_path / "out", executor="ray", replicas=2)
+    assert len(starts) == 1 and not ray.is_initialized()
+    assert (made.best.plan.drop, made.best.plan.why) == (done.best.plan.drop, done.best.plan.why)
+    assert made.best.tasks[0].pruned.value == done.best.tasks[0].pruned.value
+    assert made.best.kept == pytest.approx(done.best.kept, rel=1e-4)
 
 
 def test_all_workers_that_there_is_room_for_share_the_fit() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import suppress
 from functools import cached_property
 from itertools import chain, count, islice
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import ray
 from ray.exceptions import LocalRayletDiedError, RayError, RayTaskError
@@ -42,13 +42,15 @@ T = TypeVar("T")
 class RayExecutor:
     """See `executors.base.Executor`. Ray starts when it is first needed, and is stopped if it was started here."""
 
+    _last_words: ClassVar[LastWords | None] = None  # one executor's are enough
+
     def __init__(self, execution: Execution, settings: Settings) -> None:
         self._execution, self._settings = execution, settings
         self._address = execution.address or os.environ.get("RAY_ADDRESS")
         self._started = False
         self._names = count()
         self._monitor: Any = None
-        self._last_words: LastWords | None = None
+        self._speaks = False
 
     @cached_property
     def devices(self) -> Devices:
@@ -157,13 +159,14 @@ class RayExecutor:
             if ray.is_initialized() and self._started:
                 ray.shutdown()
         finally:  # Ctrl-C comes twice
-            if self._last_words is not None:
-                self._last_words.close()
+            if self._speaks and RayExecutor._last_words is not None:
+                RayExecutor._last_words.close()
+                RayExecutor._last_words, self._speaks = None, False
 
     def connect(self) -> None:
-        """Start Ray, or reach the cluster, if that is not done yet."""
-        if self._last_words is None:
-            self._last_words = LastWords(ENDED)
+        """See `executors.base.Executor`: start Ray, or reach the cluster, if that is not done yet."""
+        if RayExecutor._last_words is None:
+            RayExecutor._last_words, self._speaks = LastWords(ENDED), True
         if not ray.is_initialized():
             try:
                 require_listening(self._address or "local", greet=True)
