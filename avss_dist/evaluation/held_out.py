@@ -19,6 +19,7 @@ from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
 
 WINDOW = 32  # tokens that two texts have in common, in a row, before they are the same text
+OTHER_QUESTIONS = "Use other text there, or other questions."
 MOST_SHARED = 0.03  # of the windows of a text; what other rows of one text repeat is less
 
 
@@ -61,22 +62,24 @@ def refuse_questions(task: Task, run_id: str, store: Warehouse, checkpoint: Chec
     Raises:
         ConfigError: there are some, or the run's text cannot be read again.
     """
-    choices, run = [part.shard for part in task.parts if isinstance(part, TruthfulChoices)], store.run(run_id)
-    if not choices or run is None:
+    run = store.run(run_id)
+    if not _choices(task) or run is None:
         return
     read, of = corpus or run["corpus"], f"run {run_id}"
     seen = _read_again(checkpoint, read, Settings(**settings_of(run)), 0, of, "layers may be chosen on")
-    scored, asked = _prompts(seen), _prompts(choices)
-    if shared := len(scored & asked):
-        raise ConfigError(
-            f"{shared} of the {len(asked)} questions of {task.name} are prompts that the scores of {run_id} were "
-            "measured on.",
-            f"Ask others: with `skip_questions` {len(scored)}, where the run is of the first questions of the file.",
-        )
+    number = len(_prompts(seen))
+    hint = f"Ask others: with `skip_questions` {number}, where the run is of the first questions of the file."
+    _refuse_prompts(task, seen, f"the scores of {run_id} were measured on", hint)
+
+
+def _refuse_prompts(task: Task, seen: Iterable[Shard], use: str, hint: str) -> None:
+    asked = _prompts(_choices(task))
+    if shared := len(_prompts(seen) & asked):
+        raise ConfigError(f"{shared} of the {len(asked)} questions of {task.name} are prompts that {use}.", hint)
 
 
 def refuse_text(task: Task, text: Task, what: str, skip_sequences: int) -> None:
-    """Refuse a task on text that ``what`` is fitted on; tasks without a corpus pass.
+    """Refuse a task on text or questions that ``what`` is fitted on; tasks of lm-evaluation-harness pass.
 
     Args:
         text: that text, as a task.
@@ -85,6 +88,7 @@ def refuse_text(task: Task, text: Task, what: str, skip_sequences: int) -> None:
     Raises:
         ConfigError: they share text.
     """
+    _refuse_prompts(task, _shards(text), f"{what} is fitted on ({text.name})", OTHER_QUESTIONS)
     shared = shared_text(_shards(text), _shards(task)) if _shards(task) else 0.0
     if shared > MOST_SHARED:
         rows = sum(shard.num_sequences for shard in _shards(text))
@@ -117,21 +121,27 @@ def refuse_search_text(task: Task, evaluation: str, store: Warehouse, checkpoint
 
 
 def refuse_repair_text(task: Task, checkpoint: Checkpoint) -> None:
-    """Refuse a task on text that a checkpoint's repair was fitted on; tasks without a corpus pass.
+    """Refuse a task on text or questions that a checkpoint's repair was fitted on; tasks of lm-evaluation-harness pass.
 
     Raises:
         ConfigError: they share text, or the repair's text cannot be read again.
         ModelError: the record of the repair is damaged.
     """
-    for repair in read_repairs(checkpoint.folder) if _shards(task) else ():
+    for repair in read_repairs(checkpoint.folder) if _shards(task) or _choices(task) else ():
         of, skip = f"the repair of '{checkpoint.name}'", repair.skip_sequences
         for text in repair.texts:
-            shared = _shared(task, checkpoint, text.corpus, repair.reading(), skip, of, "it may be fitted to")
+            seen = _read_again(checkpoint, text.corpus, repair.reading(), skip, of, "it may be fitted to")
+            _refuse_prompts(task, seen, f"{of} was fitted on ({text.corpus})", OTHER_QUESTIONS)
+            shared = shared_text(seen, _shards(task))
             if shared > MOST_SHARED:
                 raise ConfigError(
                     f"{shared:.0%} of {task.name} is text that {of} was fitted on ({text.corpus}).",
                     f"Use other text: another corpus, or `skip_sequences` {skip + text.rows}.",
                 )
+
+
+def _choices(task: Task) -> list[Shard]:
+    return [part.shard for part in task.parts if isinstance(part, TruthfulChoices)]
 
 
 def _shards(task: Task) -> list[Shard]:

@@ -222,11 +222,17 @@ def cut(checkpoint: Checkpoint, texts: Sequence[str], settings: Settings) -> Par
     """The parts of texts; the shortest says how many rows are held out.
 
     Raises:
-        CorpusError: a text cannot be read, or has too few rows.
+        CorpusError: a text cannot be read, is paired, or has too few rows.
     """
     rows = settings.max_sequences or ROWS
     read = replace(settings, max_sequences=rows)
-    found = {text: plan_text(checkpoint, text, read).num_sequences for text in texts}
+    plans = {text: plan_text(checkpoint, text, read) for text in texts}
+    if paired := [text for text, made in plans.items() if made.shards[0].pairing]:
+        raise CorpusError(
+            f"{paired[0]} is paired text, whose rows belong together: it has no part to repair on.",
+            "Name its answers as plain text, such as FILE.jsonl:FIELD.",
+        )
+    found = {text: made.num_sequences for text, made in plans.items()}
     shortest = min(found, key=lambda text: found[text])
     if found[shortest] < HELD_OUT:
         raise CorpusError(

@@ -29,7 +29,7 @@ def heard_by(hear: Hear) -> Iterator[None]:
 def tracked(items: Sequence[Item], what: str) -> Iterable[Item]:
     """The items, with a bar on standard error where that is a terminal; it goes when they are done."""
     if (hear := _HEARD_BY.get()) is not None:
-        return _told(items, what, hear)
+        return _reported(items, what, hear)
     if not items or not sys.stderr.isatty():
         return items
     from rich.progress import track
@@ -37,7 +37,7 @@ def tracked(items: Sequence[Item], what: str) -> Iterable[Item]:
     return track(items, what, console=console(stderr=True), transient=True)
 
 
-def _told(items: Sequence[Item], what: str, hear: Hear) -> Iterator[Item]:
+def _reported(items: Sequence[Item], what: str, hear: Hear) -> Iterator[Item]:
     for number, item in enumerate(items):
         hear(what, number / len(items))
         yield item

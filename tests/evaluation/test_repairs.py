@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -22,6 +23,7 @@ from support.commands import Command
 from support.experiments import run_job_in
 from support.families import lively, tiny_model
 from support.processes import wait_until
+from tasks.test_truthfulqa import QUESTIONS
 
 from avss_dist.analysis.verdict import verdicts
 from avss_dist.errors import ConfigError, CorpusError, DamagedFile
@@ -348,6 +350,23 @@ def test_workers_fit_the_repair_of_a_checkpoint_and_keep_it(deep: Path, tmp_path
     assert any(not torch.equal(changed[name], old[name]) for name in changed if changed[name].shape == old[name].shape)
     for name, weights in here.items():
         torch.testing.assert_close(changed[name], weights, rtol=1e-4, atol=1e-6)
+
+
+def test_a_repaired_checkpoint_is_not_asked_what_it_was_fitted_on(deep: Path, tmp_path: Path) -> None:
+    """Questions, of a file of them; those behind are asked."""
+    file, plan = tmp_path / "questions.jsonl", tmp_path / "plan.yaml"
+    questions = [{**QUESTIONS[i % 3], "question": f"{i}: {QUESTIONS[i % 3]['question']}"} for i in range(20)]
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in questions), encoding="utf-8")
+    Plan(model=str(deep), num_layers=8, layers="layers", drop=(2,)).write(plan)
+    read = ("--sequence-length", 64, "--batch-size", 4, "--dtype", "float32", "--device", "cpu")
+    text = ("--repair", "channel", "--repair-corpus", f"truthfulqa:{file}", "--max-sequences", 8)
+    made = avss("prune", deep, plan, "-o", tmp_path / "less", *text, *read)
+    assert made.exit_code == 0, made.stderr
+    asked = ("evaluate", tmp_path / "less", "--task", f"truthfulqa:{file}", "-w", tmp_path / "w", *read)
+    refused = avss(*asked)
+    assert refused.exit_code == 2
+    assert re.search(r"2 of the 20 questions of truthfulqa:\S+ are prompts that the repair of", refused.stderr)
+    assert avss(*asked, "--skip-questions", 8).exit_code == 0
 
 
 @pytest.mark.parametrize("more", [("--replicas", 2), ("--threads", 2), ("--fresh",), ("--partition", "device_map")])

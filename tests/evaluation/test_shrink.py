@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from support.command_line import avss
 from support.commands import Command
 from support.families import lively
 from support.processes import wait_until
+from tasks.test_truthfulqa import QUESTIONS
 
 import avss_dist
 from avss_dist.errors import ConfigError, CorpusError
@@ -257,6 +259,15 @@ def test_text_that_is_repaired_on_is_not_evaluated_on(deep: Path, tmp_path: Path
     rows = ("--max-sequences", "40", "--sequence-length", "128", "--device", "cpu")
     told = avss("shrink", deep, "--corpus", text, "-o", tmp_path / "out", "--task", f"perplexity:{same}", *rows)
     assert told.exit_code == 2 and "is text that the repair is fitted on" in told.stderr, told.stderr
+
+
+def test_paired_text_has_no_parts(deep: Path, tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in QUESTIONS * 5), encoding="utf-8")
+    for corpora in (("--corpus", f"truthfulqa:{file}"), ("--corpus", TEXT, "--repair-corpus", f"truthfulqa:{file}")):
+        done = avss("shrink", deep, *corpora, "-o", tmp_path / "out", *OPTIONS)
+        assert done.exit_code == 2 and "is paired text" in done.stderr and "scoring" not in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_is_not_empty_is_refused_first(deep: Path, tmp_path: Path) -> None:
