@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
+from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.attempts import Bench
 from avss_dist.evaluation.engine import PlannedEvaluation, commit, failure, measure, plan_evaluation
 from avss_dist.evaluation.make_tasks import text_task
 from avss_dist.evaluation.repairs import FitRepair, fit_repairs, plan_fits
 from avss_dist.evaluation.search import CHOSEN_HERE, conduct
+from avss_dist.models.loading import text_config
 from avss_dist.pruning.plan import Plan, reasons
+from avss_dist.pruning.repair.fold import FULL
+from avss_dist.pruning.repair.mender import TOKENS_PER_UNKNOWN
+from avss_dist.pruning.repair.text import HELD_BACK, SINK
 from avss_dist.pruning.search import Effort, Expansion, search_for
 from avss_dist.pruning.selection import Choice
 from avss_dist.pruning.shrinking import GREEDY, POOL, Shrinking
@@ -53,7 +59,7 @@ class RepairedLosses:
 
 
 def repaired_losses(bench: Bench, asked: Shrinking, rows: int) -> RepairedLosses:
-    """The losses on the first rows of the text, of sets that are repaired on as many rows of each repair text.
+    """The losses on the first rows of the text, of sets that are repaired on as many rows of each repair text, or more.
 
     Raises:
         CorpusError: a text cannot be read, or has too few rows.
@@ -65,9 +71,20 @@ def repaired_losses(bench: Bench, asked: Shrinking, rows: int) -> RepairedLosses
     if bench.fit is not None:
         (whole,) = bench.fit.task.parts
         assert isinstance(whole, FitRepair)
-        repair = replace(whole.repair, by=asked.searched_repair, settings=settings)
+        width = text_config(of.checkpoint, trust_remote_code=settings.trust_remote_code).get_text_config().hidden_size
+        enough = max(rows, _rows_for(whole.texts, asked.searched_repair, width))
+        repair = replace(whole.repair, by=asked.searched_repair, settings=replace(settings, max_sequences=enough))
         fit = plan_fits(of.checkpoint, whole.layers, [repair], of.placement)[repair.by]
     return RepairedLosses(bench, text, fit)
+
+
+def _rows_for(texts: Sequence[CorpusPlan], by: str, width: int) -> int:
+    """Rows of each text that suffice to fit a repair of a stream so wide."""
+    if by not in FULL:
+        return 1
+    tokens = sum(text.num_tokens for text in texts) / sum(text.num_sequences for text in texts) - SINK
+    fitted = TOKENS_PER_UNKNOWN * width / max(1.0, tokens) / len(texts)
+    return ceil(fitted * HELD_BACK / (HELD_BACK - 1)) + 2  # what is held back is rounded up
 
 
 def searched_plan(made: Callable[..., Plan], asked: Shrinking, losses: RepairedLosses, **how: Any) -> Plan:

@@ -188,6 +188,15 @@ def test_what_layers_are_chosen_by(by: str, repaired: bool, deep: Path, tmp_path
     assert repaired or made.best.plan.drop == (0, 1)
 
 
+def test_a_search_repairs_on_enough_text(deep: Path, tmp_path: Path) -> None:
+    """Where the rows that scores use are too few for the equations."""
+    made = shrunk(deep, tmp_path / "out", by="greedy", repair="map", max_sequences=24)
+    assert made.best.plan.why["sequences"] == 3 and made.record is not None
+    fits = [row for row in Warehouse(tmp_path / "out-warehouse").table("evaluations").to_pylist() if row["patch"]]
+    rows = {json.loads(row["settings"])["max_sequences"] for row in fits if row["metric"] == "missing"}
+    assert len(rows) == 2 and min(rows) > 3 and max(rows) == 18
+
+
 def test_greedy_goes_by_what_is_lost_after_the_repair(deep: Path, tmp_path: Path) -> None:
     """Every set that it tries is repaired, on text that it is not measured on."""
     made = shrunk(deep, tmp_path / "out", by="greedy", repair="channel")
