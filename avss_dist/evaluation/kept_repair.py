@@ -62,7 +62,7 @@ def kept_repair(
             return plan_fits(checkpoint, made.layers, [replace(repair, settings=fixed)], placement, copies)[repair.by]
 
         planned = fit(1)
-        if sharing > 1 and not _is_there(planned, made.drop, store):
+        if sharing > 1 and (execution.fresh or not _is_there(planned, made.drop, store)):
             planned = fit(sharing)
         found = fit_repairs([(planned, [made.drop])], store, executor, reporter, fresh=execution.fresh)
     return found[planned.run_id, made.drop].repaired()
