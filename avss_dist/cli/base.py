@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -156,8 +157,19 @@ jobs_app = typer.Typer(
 )
 
 
+def interrupt_again(unraisable: Any) -> None:
+    """Ctrl-C where nothing can be raised, in a library's ``__del__``: it comes once more, a moment later."""
+    if unraisable.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(unraisable)
+        return
+    again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+    again.daemon = True
+    again.start()
+
+
 def main() -> None:
     """The console script ``avss``."""
+    sys.unraisablehook = interrupt_again
     prepare()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -95,6 +95,30 @@ def test_a_raylet_that_dies_while_devices_are_counted_ends_a_command(tiny_llama:
     assert len(ours) <= 2 and "Traceback" not in said
 
 
+DEAF = """
+import sys, time
+from avss_dist.cli.base import interrupt_again
+
+class Deaf:
+    def __del__(self):
+        raise KeyboardInterrupt if sys.argv[1] == "ctrl-c" else ValueError("a bug")
+
+sys.unraisablehook = interrupt_again
+try:
+    Deaf()
+    time.sleep(2 if sys.argv[1] == "bug" else 600)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize(("what", "printed"), [("ctrl-c", "interrupted"), ("bug", "")])
+def test_ctrl_c_is_not_lost_where_nothing_can_be_raised(what: str, printed: str) -> None:
+    done = subprocess.run([sys.executable, "-c", DEAF, what], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == printed
+    assert ("ValueError: a bug" in done.stderr) == (what == "bug") and "KeyboardInterrupt" not in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("warm_workers")
 @pytest.mark.parametrize("executor", ["ray", "local"])
