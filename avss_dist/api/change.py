@@ -268,15 +268,11 @@ def prune(
 
 def _refuse_workers(settings: Settings, execution: Execution) -> None:
     """Refuse options of workers where nothing is fitted on them."""
-    given = {"threads": settings.threads} | {name: getattr(execution, name) for name in WorkOptions.__annotations__}
-    default = {"threads": Settings().threads} | asdict(Execution())
     here = {"partition", "max_memory", "offload_folder"} | ({"executor"} if execution.executor == "local" else set())
-    for name, value in given.items():
-        if value != default[name] and name not in here:
-            raise ConfigError(
-                f"`{name}` has no effect: it is for the workers that fit a repair into a warehouse.",
-                "Leave it out, or name a `repair` and a `warehouse`.",
-            )
+    given = {name: getattr(execution, name) for name in WorkOptions.__annotations__ if name not in here}
+    why = "without workers, which fit a repair into a warehouse"
+    hint = "Leave it out, or name a `repair` and a `warehouse`."
+    refuse_unused(given | {"threads": settings.threads}, Settings().as_dict() | asdict(Execution()), why, hint)
 
 
 def _repair(by: str | None, corpora: Sequence[str], skip_sequences: int, settings: Settings) -> Repair | None:
