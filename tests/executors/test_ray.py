@@ -12,10 +12,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +31,20 @@ from support.tables import assert_same_tables, measured_files
 
 import avss_dist
 from avss_dist.errors import BatchTooLarge, RunFailed
+from avss_dist.executors.base import ReplicaSpec
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.executors.open import open_executor
 from avss_dist.executors.ray import gang, liveness, object_store
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.executors.ray.worker import ShardAssignment, Worker
+from avss_dist.models.checkpoints import resolve
+from avss_dist.partition.base import Placement
 from avss_dist.runs import partials
 from avss_dist.runs.api import Reporter
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.run import RunInProgress
-from avss_dist.settings import split_options
+from avss_dist.settings import Settings, split_options
 from avss_dist.stats import spill
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.sharing import Receipt, shared
@@ -342,6 +347,68 @@ def test_passing_faults_are_retried(
     assert score(tiny_llama, tmp_path / "w", executor="ray", replicas=1).status == "done"
     assert (tmp_path / "raised").exists() and (tmp_path / "died").exists()
     assert_same_tables(tmp_path / "w", undisturbed)
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A round of one unit that writes down that it began, and ends when it may."""
+
+    folder: Path
+    name: str
+
+    def assignments(self, blocks: object) -> list[Noted]:
+        return [self]
+
+    def run(self, *_: object) -> None:
+        (self.folder / self.name).touch()
+        while not (self.folder / "may end").exists():
+            time.sleep(0.01)
+
+
+class PatientLock:
+    """Who finds it taken waits until its round is cancelled, and lets the other one end."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._lock = folder, threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            (self._folder / "waits").touch()
+            while not ray.get_runtime_context().is_canceled():
+                time.sleep(0.01)
+            (self._folder / "may end").touch()
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+class WaitsForItsTurn(Worker):
+    """A worker as one with a GPU is called, in two threads."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("0", 1, None)
+        self._computing: Any = PatientLock(folder)
+
+
+@pytest.mark.usefixtures("cluster", "this_module_travels")
+def test_a_round_that_is_cancelled_while_it_waits_for_its_turn_is_not_measured(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    worker: Any = ray.remote(WaitsForItsTurn).options(num_cpus=0, max_concurrency=2).remote(tmp_path)
+    settings = Settings(device="cpu")
+    spec = ReplicaSpec(checkpoint=resolve(str(tiny_llama)), settings=settings, placement=Placement())
+    ray.get(worker.open.remote(spec, 0, ("", 0)))
+    first = worker.measure_round.remote(Noted(tmp_path, "first"))
+    wait_until((tmp_path / "first").exists)
+    second = worker.measure_round.remote(Noted(tmp_path, "second"))
+    wait_until((tmp_path / "waits").exists)
+    ray.cancel(second)
+    assert ray.get(first) == [None]
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        ray.get(second)
+    assert not (tmp_path / "second").exists()
+    ray.kill(worker)
 
 
 @pytest.mark.usefixtures("cluster", "this_module_travels")

@@ -21,6 +21,10 @@ from avss_dist.executors.ray.queue import shape
 from avss_dist.executors.ray.worker import RoundPart, Worker
 from avss_dist.partition.base import Placement
 
+_OWN_THREADS = {"unused": 1}
+"""Ray runs the calls of an actor with a concurrency group in threads of their own. One that runs in the main thread is
+in the way of those that come after it: Ray does not see them yet, and cannot cancel them."""
+
 
 class Gang:
     """The workers of one replica, and the resources that are held for them: a CPU for each thread that computes.
@@ -38,12 +42,17 @@ class Gang:
         self.names = [f"{name}.{rank}" for rank in range(placement.ranks)]
         resources = {"num_cpus": threads, "num_gpus": placement.gpus // placement.ranks}
         self._group: Any = None
-        options: dict[str, Any] = {"max_concurrency": 2 if placement.gpus and placement.ranks == 1 else 1}
-        if placement.ranks > 1:
+        options: dict[str, Any] = {}
+        remote: Any = ray.remote  # its types leave out concurrency groups
+        actor = remote(Worker)
+        if placement.ranks == 1:
+            actor = remote(concurrency_groups=_OWN_THREADS)(Worker)
+            options["max_concurrency"] = 2 if placement.gpus else 1
+        else:
             bundle = {"CPU": threads, **({"GPU": resources["num_gpus"]} if placement.gpus else {})}
             self._group = placement_group([bundle] * placement.ranks, strategy="PACK")
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group)
-        actor: Any = ray.remote(Worker).options(max_restarts=0, **resources, **options)
+        actor = actor.options(max_restarts=0, **resources, **options)
         self._workers: list[Any] = [actor.remote(worker, threads, monitor) for worker in self.names]
         self.placed: Any = self._workers[0].address.remote()
         self._processes: dict[str, tuple[str, int]] = {}  # the node's and the process's id, by rank
@@ -78,7 +87,7 @@ class Gang:
         return [worker.measure_round.remote(part, *blocks) for worker, (part, blocks) in both]
 
     def cancel(self, references: Iterable[Any]) -> None:
-        """Let ranks not begin what they were given, where they have not."""
+        """Let ranks not begin what they were given, where they have not: a gang of one rank."""
         for reference in references:
             ray.cancel(reference)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import ray
 from ray.util import get_node_ip_address
 
 from avss_dist.corpus.shards import Shard
@@ -214,9 +215,11 @@ class Worker:
         return results
 
     def measure(self, assignment: Assignment) -> UnitResult | None:
-        """Do this rank's part of one unit, with the model that is open."""
+        """Do this rank's part of one unit, with the model that is open; None if it was cancelled while it waited."""
         with ExitStack() as stack:
             stack.enter_context(self._computing)
+            if ray.get_runtime_context().is_canceled():
+                return None
             assert self._spec is not None
             self._beat()
             return assignment.run(self._spec, self._model, self._beat, stack.close)
