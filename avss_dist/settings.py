@@ -90,7 +90,7 @@ ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 EXECUTORS = ("auto", "local", "ray")
 PARTITION_CHOICES = ("auto", *PARTITIONS)
 DEVICES = ("auto", "cpu", "cuda")
-TRACKERS = ("trackio", "wandb", "mlflow")  # of experiments, that can be told of runs
+TRACKERS = ("trackio", "wandb", "mlflow")  # of experiments, to which runs can be reported
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0  # for a cluster's server to accept a connection, and to send something
 
 PUBLISHED_THRESHOLD = 1e-5

@@ -169,7 +169,7 @@ def _table(columns: dict[str, Any]) -> pa.Table:
 
 
 def _stands(columns: Mapping[str, Any]) -> np.ndarray:
-    """Which layers differ whatever control is asked: labels, lengths, noise, and the prompt."""
+    """Which layers differ whatever the control: labels, lengths, noise, and the prompt."""
     found, matched = columns["deviation"], columns["length_matched"]
     with np.errstate(invalid="ignore"):
         by_label = (columns["p_holm"] < LEVEL) & (np.abs(found) > columns["noise_floor"])

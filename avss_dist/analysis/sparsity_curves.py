@@ -11,7 +11,7 @@ from typing import Any
 from avss_dist.analysis.verdict import primary_metric
 from avss_dist.settings import FARTHEST_MAP, MAPS_WITHIN, SPARSITY
 
-ENOUGH = (0.99, 0.95)  # retentions that the critical sparsity is told of
+ENOUGH = (0.99, 0.95)  # retentions of which the critical sparsity is given
 
 Row = Mapping[str, Any]  # of the table `experiments`
 

@@ -14,7 +14,7 @@ from avss_dist.corpus.answers import MAX_LINE_BYTES, field_text, too_long
 from avss_dist.errors import CorpusError, first_line
 
 TODAY = datetime(2024, 7, 26)
-"""What a template that asks for the date is told, on every day: the same text has the same tokens."""
+"""The date in every template that has one, on every day: the same text has the same tokens."""
 _NOW = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
 
 
@@ -71,12 +71,12 @@ def chat_template(tokenizer: ChatTokenizer) -> str:
 
 
 def without_today(template: str) -> str:
-    """A template that is told the same date on every day."""
+    """A template whose date is the same on every day."""
     return _NOW.sub(lambda call: json.dumps(TODAY.strftime(call["format"])), template)
 
 
 def no_text(chat: Chat) -> CorpusError:
-    """That a conversation is there where no template is asked for."""
+    """That a conversation is there where `chat_template` is not set."""
     return CorpusError(
         f"{chat.where} is a conversation, and no text.",
         "Set `chat_template` to put it in the tokenizer's chat template, or name a column of text.",

@@ -73,9 +73,9 @@ def refuse_questions(task: Task, run_id: str, store: Warehouse, checkpoint: Chec
 
 
 def _refuse_prompts(task: Task, seen: Iterable[Shard], use: str, hint: str) -> None:
-    asked = _prompts(_choices(task))
-    if shared := len(_prompts(seen) & asked):
-        raise ConfigError(f"{shared} of the {len(asked)} questions of {task.name} are prompts that {use}.", hint)
+    questions = _prompts(_choices(task))
+    if shared := len(_prompts(seen) & questions):
+        raise ConfigError(f"{shared} of the {len(questions)} questions of {task.name} are prompts that {use}.", hint)
 
 
 def refuse_text(task: Task, text: Task, what: str, skip_sequences: int) -> None:

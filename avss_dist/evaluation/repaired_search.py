@@ -44,9 +44,9 @@ class RepairedLosses:
     text: PlannedEvaluation
     fit: PlannedEvaluation | None
 
-    def measure(self, asked: Sequence[Expansion]) -> dict[Drop, Result]:
+    def measure(self, expansions: Sequence[Expansion]) -> dict[Drop, Result]:
         """See `search.Measures`."""
-        bench, drops = self.bench, [drop for one in asked for drop in one.sets]
+        bench, drops = self.bench, [drop for one in expansions for drop in one.sets]
         fits = [] if self.fit is None else [(self.fit, drops)]
         found = fit_repairs(fits, bench.store, bench.executor, bench.reporter, fresh=bench.fresh)
         patches = {drop: patch for (_, drop), patch in found.items()}
@@ -58,7 +58,7 @@ class RepairedLosses:
         return {drop: results[drop, patches[drop].key if drop in patches else None] for drop in drops}
 
 
-def repaired_losses(bench: Bench, asked: Shrinking, rows: int) -> RepairedLosses:
+def repaired_losses(bench: Bench, request: Shrinking, rows: int) -> RepairedLosses:
     """The losses on the first rows of the text, of sets that are repaired on as many rows of each repair text, or more.
 
     Raises:
@@ -66,14 +66,14 @@ def repaired_losses(bench: Bench, asked: Shrinking, rows: int) -> RepairedLosses
     """
     of, *_ = bench.tasks.values()
     settings = replace(of.settings, max_sequences=rows)
-    task = replace(text_task(of.checkpoint, asked.corpus, settings), name=f"{SEARCH}{RedactedURI(asked.corpus)}")
+    task = replace(text_task(of.checkpoint, request.corpus, settings), name=f"{SEARCH}{RedactedURI(request.corpus)}")
     text, fit = plan_evaluation(of.checkpoint, task, settings, of.placement), None
     if bench.fit is not None:
         (whole,) = bench.fit.task.parts
         assert isinstance(whole, FitRepair)
         width = text_config(of.checkpoint, trust_remote_code=settings.trust_remote_code).get_text_config().hidden_size
-        enough = max(rows, _rows_for(whole.texts, asked.searched_repair, width))
-        repair = replace(whole.repair, by=asked.searched_repair, settings=replace(settings, max_sequences=enough))
+        enough = max(rows, _rows_for(whole.texts, request.searched_repair, width))
+        repair = replace(whole.repair, by=request.searched_repair, settings=replace(settings, max_sequences=enough))
         fit = plan_fits(of.checkpoint, whole.layers, [repair], of.placement)[repair.by]
     return RepairedLosses(bench, text, fit)
 
@@ -87,7 +87,7 @@ def _rows_for(texts: Sequence[CorpusPlan], by: str, width: int) -> int:
     return ceil(fitted * HELD_BACK / (HELD_BACK - 1)) + 2  # what is held back is rounded up
 
 
-def searched_plan(made: Callable[..., Plan], asked: Shrinking, losses: RepairedLosses, **how: Any) -> Plan:
+def searched_plan(made: Callable[..., Plan], request: Shrinking, losses: RepairedLosses, **how: Any) -> Plan:
     """The plan that a greedy search finds among the layers of the least damage.
 
     Args:
@@ -97,18 +97,18 @@ def searched_plan(made: Callable[..., Plan], asked: Shrinking, losses: RepairedL
     Raises:
         AvssError: a mistake, or a cell that failed; what was measured is kept.
     """
-    choice = Choice(by=GREEDY, first=asked.first, last=asked.last, **how)
+    choice = Choice(by=GREEDY, first=request.first, last=request.last, **how)
     layers = made(count=1).num_layers
     pool = made(count=min(POOL * choice.number(layers), len(choice.unprotected(layers)), layers - 1))
     drop, steps = conduct(search_for(choice, Effort(), layers, pool=pool.drop), losses)
-    told = {
+    outcome = {
         "among": describe_layers(pool.drop),
-        "repair": asked.searched_repair,
+        "repair": request.searched_repair,
         "sets": steps[-1].sets,
         "loss": round(steps[-1].best.value, 6),
-        "text": asked.corpus,
+        "text": request.corpus,
         "sequences": losses.text.settings.max_sequences,
         "evaluation": losses.text.run_id,
         "task": losses.text.task.name,
     }
-    return replace(pool, drop=drop, why=reasons(choice) | told, findings=(CHOSEN_HERE,), evaluated=())
+    return replace(pool, drop=drop, why=reasons(choice) | outcome, findings=(CHOSEN_HERE,), evaluated=())

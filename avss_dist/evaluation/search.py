@@ -48,7 +48,7 @@ class Step:
 
     Attributes:
         best: the loss without the best set of the round.
-        sets: whose loss the search has been told, this round's among them.
+        sets: whose loss the search has, this round's among them.
     """
 
     best: Result
@@ -128,10 +128,10 @@ def search(
     commit(planned, store)
     whole, chosen = losses.of(()), losses.of(drop)
     text = {"text": str(corpus), "sequences": len(whole.samples), "skip_sequences": skip_sequences}
-    told = {"sets": steps[-1].sets, "loss": round(chosen.value, 6), "whole_model": round(whole.value, 6)}
+    outcome = {"sets": steps[-1].sets, "loss": round(chosen.value, 6), "whole_model": round(whole.value, 6)}
     how = {name: value for name, value in (("budget", effort.budget), ("width", effort.width)) if value}
     how |= {"starts": len(starts)} if starts else {}
-    why = reasons(choice) | how | text | told | {"evaluation": planned.run_id, "task": task.name}
+    why = reasons(choice) | how | text | outcome | {"evaluation": planned.run_id, "task": task.name}
     made = replace(
         plan_of(scores, run, drop, why),
         findings=(CHOSEN_HERE,),
@@ -165,9 +165,9 @@ def search_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip
 
 
 class Measures(Protocol):
-    """Tells a search what it asks."""
+    """Measures the losses that a search asks for."""
 
-    def measure(self, asked: Sequence[Expansion]) -> dict[Drop, Result]:
+    def measure(self, expansions: Sequence[Expansion]) -> dict[Drop, Result]:
         """The loss without every set.
 
         Raises:
@@ -178,23 +178,23 @@ class Measures(Protocol):
 def conduct(
     searching: Search, losses: Measures, stepped: Callable[[Step], None] | None = None
 ) -> tuple[Drop, list[Step]]:
-    """Tell a search what it asks, until it chooses; the set that it chooses, and its rounds.
+    """Give a search the losses that it asks for, until it chooses; the set that it chooses, and its rounds.
 
     Args:
         stepped: is called after each round.
     """
     steps: list[Step] = []
-    told: set[Drop] = set()
-    asked = next(searching)
+    known: set[Drop] = set()
+    expansions = next(searching)
     while True:
-        found = losses.measure(asked)
-        told |= {*found}
+        found = losses.measure(expansions)
+        known |= {*found}
         values = {drop: result.value for drop, result in found.items()}
-        steps.append(Step(best=found[best_sets(values, 1)[0]], sets=len(told)))
+        steps.append(Step(best=found[best_sets(values, 1)[0]], sets=len(known)))
         if stepped is not None:
             stepped(steps[-1])
         try:
-            asked = searching.send(values)
+            expansions = searching.send(values)
         except StopIteration as chosen:
             return chosen.value, steps
 
@@ -221,9 +221,9 @@ class Losses:
         (result,) = combine(self._rows[drop].values(), len(self._planned.task.parts))
         return result
 
-    def measure(self, asked: Sequence[Expansion]) -> dict[Drop, Result]:
+    def measure(self, expansions: Sequence[Expansion]) -> dict[Drop, Result]:
         """See `Measures`."""
-        cells = [cell for one in asked for cell in self._cells(one)]
+        cells = [cell for one in expansions for cell in self._cells(one)]
         self._reporter.started(cells, 0)
         failed: list[tuple[Cell, AvssError]] = []
         for cell, outcome in self._rounds.run(cells):
@@ -235,21 +235,21 @@ class Losses:
                 self._keep(of | {"samples": row.samples, "weights": row.weights})
         if failed:
             raise failure(failed)
-        return {drop: self.of(drop) for one in asked for drop in one.sets}
+        return {drop: self.of(drop) for one in expansions for drop in one.sets}
 
     def _keep(self, row: Mapping[str, Any]) -> None:
         self._rows.setdefault(tuple(row["drop"]), {})[row["part"]] = row
 
-    def _cells(self, asked: Expansion) -> list[Cell]:
+    def _cells(self, expansion: Expansion) -> list[Cell]:
         """The cells of what is not known: sets that begin from the same one together, `AT_ONCE` at most."""
         cells = []
         for part, measure in enumerate(self._planned.task.parts):
             assert isinstance(measure, LeaveOneOut)
-            if not asked.layers and part not in self._rows.get(asked.base, {}):
-                cells.append(self._planned.cell(part, measure, asked.base))
-            pairs = zip(asked.layers, asked.sets, strict=False)
+            if not expansion.layers and part not in self._rows.get(expansion.base, {}):
+                cells.append(self._planned.cell(part, measure, expansion.base))
+            pairs = zip(expansion.layers, expansion.sets, strict=False)
             layers = [layer for layer, drop in pairs if part not in self._rows.get(drop, {})]
             for start in range(0, len(layers), AT_ONCE):
                 some = replace(measure, layers=tuple(layers[start : start + AT_ONCE]))
-                cells.append(self._planned.cell(part, some, asked.base))
+                cells.append(self._planned.cell(part, some, expansion.base))
         return cells

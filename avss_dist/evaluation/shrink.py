@@ -171,33 +171,33 @@ def shrink(
         AvssError: a mistake, or something that failed; what was measured is kept.
     """
     given: dict[str, Any] = dict(options)
-    asked = Shrinking(corpus=corpus, **{n: given.pop(n) for n in options if n in Shrinking.__dataclass_fields__})
+    request = Shrinking(corpus=corpus, **{n: given.pop(n) for n in options if n in Shrinking.__dataclass_fields__})
     settings, execution = evaluation_options(given)
     require_free(Path(output))
-    if asked.repair != NO_REPAIR:
+    if request.repair != NO_REPAIR:
         require_changeable(execution.partition)
     reporter = reporter or SilentShrink()
     store = Store(warehouse or f"{output}-warehouse")
     store.create()
     checkpoint = resolve(str(model), trust_remote_code=settings.trust_remote_code)
-    parts = cut(checkpoint, asked.texts, settings)
+    parts = cut(checkpoint, request.texts, settings)
     with closing(open_executor(execution, settings)) as executor:
         executor.connect()  # scores are measured by executors of their own
         made = partial(
-            _scored_plan(str(model), asked, store, parts, given, reporter), first=asked.first, last=asked.last
+            _scored_plan(str(model), request, store, parts, given, reporter), first=request.first, last=request.last
         )
         example = made(count=1)
         require_prunable(checkpoint, example, settings)
-        bench = _bench(checkpoint, asked, parts, example, settings, execution, store, executor)
+        bench = _bench(checkpoint, request, parts, example, settings, execution, store, executor)
         bench.reporter = reporter.cells
-        if asked.by == GREEDY:
-            made = partial(searched_plan, made, asked, repaired_losses(bench, asked, parts.scored))
-        if asked.keep is None:
-            best = bench.attempt(made(share=asked.share or LOWEST_SHARE))
+        if request.by == GREEDY:
+            made = partial(searched_plan, made, request, repaired_losses(bench, request, parts.scored))
+        if request.keep is None:
+            best = bench.attempt(made(share=request.share or LOWEST_SHARE))
             curve = [best]
         else:
-            most = min(example.num_layers - 1, example.num_layers - asked.first - asked.last)
-            best, curve = _most(bench, made, most, asked.keep)
+            most = min(example.num_layers - 1, example.num_layers - request.first - request.last)
+            best, curve = _most(bench, made, most, request.keep)
     plan = replace(best.plan, evaluated=tuple(task.describe() for task in best.tasks))
     done = prune(
         str(model),
@@ -245,23 +245,25 @@ def cut(checkpoint: Checkpoint, texts: Sequence[str], settings: Settings) -> Par
 
 
 def _scored_plan(
-    model: str, asked: Shrinking, store: Store, parts: Parts, options: dict[str, Any], reporter: ShrinkReporter
+    model: str, request: Shrinking, store: Store, parts: Parts, options: dict[str, Any], reporter: ShrinkReporter
 ) -> Callable[..., Plan]:
     """Measure what layers are chosen by; returns what makes plans of it."""
     warehouse, options = store.root.full, options | {"max_sequences": parts.scored}
-    run = score(model, corpus=asked.corpus, warehouse=warehouse, reporter=reporter.scoring, sites=("block",), **options)
-    if asked.ranked_by in MEASURED:
-        how = MEASURED[asked.ranked_by] | options
-        ablate(model, corpus=asked.corpus, warehouse=warehouse, reporter=reporter.cells, **how)
+    run = score(
+        model, corpus=request.corpus, warehouse=warehouse, reporter=reporter.scoring, sites=("block",), **options
+    )
+    if request.ranked_by in MEASURED:
+        how = MEASURED[request.ranked_by] | options
+        ablate(model, corpus=request.corpus, warehouse=warehouse, reporter=reporter.cells, **how)
     opened = Warehouse(warehouse)
     row = opened.run(run.run_id)
     assert row is not None
-    return partial(plan_layers, opened, row, by=asked.ranked_by)
+    return partial(plan_layers, opened, row, by=request.ranked_by)
 
 
 def _bench(
     checkpoint: Checkpoint,
-    asked: Shrinking,
+    request: Shrinking,
     parts: Parts,
     example: Plan,
     settings: Settings,
@@ -272,22 +274,22 @@ def _bench(
     """What plans like the example are tried with; texts of two uses that overlap are refused."""
     fixed = pinned(settings, checkpoint, executor.device)
     placement = placed(checkpoint, fixed, execution, executor)
-    names = asked.tasks or [f"{PERPLEXITY}{text.full}" for text in asked.texts]
-    tasks = {str(n): _task(checkpoint, n, asked, parts, fixed, placement) for n in map(RedactedURI, names)}
+    names = request.tasks or [f"{PERPLEXITY}{text.full}" for text in request.texts]
+    tasks = {str(n): _task(checkpoint, n, request, parts, fixed, placement) for n in map(RedactedURI, names)}
     fit = None
-    if asked.repair != NO_REPAIR:
-        skip, corpora = parts.held_out, asked.repair_corpora or (asked.corpus,)
+    if request.repair != NO_REPAIR:
+        skip, corpora = parts.held_out, request.repair_corpora or (request.corpus,)
         read = replace(fixed, max_sequences=parts.rows - skip)
-        repair = Repair(by=asked.repair, corpora=corpora, skip_sequences=skip, settings=read)
+        repair = Repair(by=request.repair, corpora=corpora, skip_sequences=skip, settings=read)
         copies = copies_of(placement, fixed, executor)
-        fit = plan_fits(checkpoint, example.layers, [repair], placement, copies)[asked.repair]
-    if not asked.allow_overlap:
-        _refuse_overlaps(checkpoint, asked, tasks, fit, str(example.run_id), store, parts)
+        fit = plan_fits(checkpoint, example.layers, [repair], placement, copies)[request.repair]
+    if not request.allow_overlap:
+        _refuse_overlaps(checkpoint, request, tasks, fit, str(example.run_id), store, parts)
     return Bench(tasks=tasks, fit=fit, store=store, executor=executor, fresh=execution.fresh)
 
 
 def _task(
-    checkpoint: Checkpoint, name: str, asked: Shrinking, parts: Parts, settings: Settings, placement: Placement
+    checkpoint: Checkpoint, name: str, request: Shrinking, parts: Parts, settings: Settings, placement: Placement
 ) -> PlannedEvaluation:
     read = replace(settings, max_sequences=parts.evaluated)
     task = make_task(
@@ -295,15 +297,15 @@ def _task(
         name,
         read,
         skip_sequences=parts.scored,
-        limit=asked.limit,
-        prompting=Prompting(num_fewshot=asked.num_fewshot),
+        limit=request.limit,
+        prompting=Prompting(num_fewshot=request.num_fewshot),
     )
     return plan_evaluation(checkpoint, task, read, placement)
 
 
 def _refuse_overlaps(
     checkpoint: Checkpoint,
-    asked: Shrinking,
+    request: Shrinking,
     tasks: dict[str, PlannedEvaluation],
     fit: PlannedEvaluation | None,
     run_id: str,
@@ -315,11 +317,11 @@ def _refuse_overlaps(
     opened = Warehouse(store.root.full)
     for planned in tasks.values():
         refuse_repair_text(planned.task, checkpoint)
-        refuse_overlap(planned.task, run_id, opened, checkpoint, corpus=asked.corpus)
+        refuse_overlap(planned.task, run_id, opened, checkpoint, corpus=request.corpus)
         for text in texts:
             refuse_text(planned.task, text, "the repair", parts.held_out)
     for text in texts:
-        refuse_overlap(text, run_id, opened, checkpoint, corpus=asked.corpus)
+        refuse_overlap(text, run_id, opened, checkpoint, corpus=request.corpus)
 
 
 def _most(bench: Bench, made: Callable[..., Plan], most: int, keep: float) -> tuple[Attempt, list[Attempt]]:

@@ -13,7 +13,7 @@ from avss_dist.warehouse.checks import settings_of
 
 
 def run_size(run: Mapping[str, Any]) -> Footprint:
-    """That of a row of ``runs``; of a hub id, the hub is asked.
+    """That of a row of ``runs``; of a hub id, the hub is queried.
 
     Raises:
         ModelError: there is no such checkpoint any more, or it cannot be read.

@@ -295,7 +295,7 @@ class LanguageModel:
             seed: of the draws; they depend on a row's tokens, and not on the batch that it is in.
 
         Raises:
-            ModelError: gradients cannot be had of this replica.
+            ModelError: this replica computes no gradients.
         """
         for batch, watcher in zip(batches, watchers, strict=True):
             with watcher.watch(), torch.enable_grad():

@@ -85,12 +85,12 @@ def with_quantization(checkpoint: Checkpoint, config: Any, settings: Settings, p
             raise ModelError(f"{stored}, which transformers cannot unpack while it loads.", f"{_ELSEWHERE}.")
         how.dequantize = True
     instead = f"{_ELSEWHERE}, or set `dequantize`." if unpacks else f"{_ELSEWHERE}."
-    asked = unpacks and how.dequantize
+    unpacked = unpacks and how.dequantize
     try:
         quantizer.validate_environment(device_map=placing.get("device_map"), weights_only=True)
     except _REFUSALS as error:
         raise ModelError(f"{stored}: {first_line(error)}", instead) from error
-    if unpacks and how.dequantize and not asked:
+    if unpacks and how.dequantize and not unpacked:
         raise ModelError(f"{stored}, and no device here computes with that.", instead)
     if not settings.dequantize:
         return config

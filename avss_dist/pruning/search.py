@@ -114,11 +114,11 @@ def _beam(steps: Sequence[Drop], size: int, budget: int | None, width: int) -> S
     used = 0
     losses: Mapping[Drop, float] = {}
     while len(kept) <= size:
-        asked = _expand(_pairs(kept, steps))
-        number = sum(len(one.layers) for one in asked)
+        expansions = _expand(_pairs(kept, steps))
+        number = sum(len(one.layers) for one in expansions)
         if budget is not None and used + number + (len(kept) < size) > budget:
             break
-        losses = yield asked
+        losses = yield expansions
         used += number
         reached = {joined([*base, more]) for base, more in _pairs([[one] for one in line], steps)}
         line.append(best_sets({drop: losses[drop] for drop in reached}, 1)[0])
@@ -159,21 +159,21 @@ def _evolve(free: Drop, count: int, budget: int, width: int, starts: Sequence[Dr
     rng = np.random.default_rng(seed)
     while left := budget - len(known):
         parents = best_sets({drop: loss for drop, loss in known.items() if len(drop) == count}, width)
-        asked = list(_exchanges(parents, free, {*known}, left, rng))
-        if not asked:
+        expansions = list(_exchanges(parents, free, {*known}, left, rng))
+        if not expansions:
             break
-        known |= yield asked
+        known |= yield expansions
     return best_sets({drop: loss for drop, loss in known.items() if len(drop) == count}, 1)[0]
 
 
 def _noted(search: Search, known: dict[Drop, float]) -> Generator[list[Expansion], Mapping[Drop, float], None]:
-    """A search as it is; what it is told is kept."""
-    asked = next(search)
+    """A search as it is; the losses that it gets are kept."""
+    expansions = next(search)
     while True:
-        losses = yield asked
+        losses = yield expansions
         known |= losses
         try:
-            asked = search.send(losses)
+            expansions = search.send(losses)
         except StopIteration:
             return
 

@@ -34,10 +34,10 @@ class TrackedRun(Protocol):
 
 
 class Tracker(Reporter):
-    """Tells a tracker of every run that is measured; one that is done already is not told again.
+    """Reports every run that is measured to a tracker; one that is done already is not reported again.
 
     A run has its id as its name there, and goes on in the same place after an interruption. A tracker that fails is
-    told no more of the run, which goes on without it.
+    left alone, and the run goes on without it.
 
     Args:
         tracker: one of ``settings.TRACKERS``, and a project of it: ``wandb`` or ``wandb:project``. Without a project

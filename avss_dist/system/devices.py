@@ -124,7 +124,7 @@ def free_device(device: torch.device) -> None:
 
 
 def allocator_options(version: str) -> list[str]:
-    """What a version of torch is asked of its allocators; it refuses options that it does not know."""
+    """Options of the allocators of a version of torch, which refuses those that it does not know."""
     exact = ["pinned_max_round_threshold_mb:1"] if TorchVersion(version) >= EXACT_PINNED else []
     return ["expandable_segments:True", *exact]
 

@@ -10,7 +10,7 @@ from avss_dist.errors import ConfigError, RunFailed, first_line
 
 
 def require_access(name: str, kind: str) -> None:
-    """Fail before any work where nothing can be uploaded; the hub is not asked.
+    """Fail before any work where nothing can be uploaded; the hub is not queried.
 
     Args:
         name: ``ORG/NAME``.

@@ -34,12 +34,12 @@ def harness_model(model: LanguageModel, *, generate: bool, chat: bool = False) -
         """The harness's own, but for log-likelihoods: all batches of a task are asked for together."""
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
-            asked = [
+            questions = [
                 _Question(tuple((*before, *after)[-(self.max_length + 1) :][:-1]), tuple(after))
                 for _, before, after in requests
             ]
-            groups = _batches(asked, self.batch_size)
-            found = model.together([partial(_likelihoods, model, [asked[i] for i in group]) for group in groups])
+            groups = _batches(questions, self.batch_size)
+            found = model.together([partial(_likelihoods, model, [questions[i] for i in group]) for group in groups])
             answers = dict(zip(chain(*groups), chain(*found), strict=True))
             return [answers[i] for i in range(len(requests))]
 

@@ -1,4 +1,4 @@
-"""Which partition a checkpoint gets: the simplest that holds it, and what cannot be had is refused."""
+"""Which partition a checkpoint gets: the simplest that holds it, and what is impossible is refused."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class Cluster:
         return gcs.get_draining_nodes().keys()
 
     def wanted(self) -> int:
-        """Actors and groups that wait for a place, as an autoscaler is told of them."""
+        """Actors and groups that wait for a place, as an autoscaler sees them."""
         state = get_cluster_resource_state(GcsClient(address=self.address))
         return sum(one.count for one in state.pending_resource_requests) + len(state.pending_gang_resource_requests)
 

@@ -46,7 +46,7 @@ class Device:
         self._functions: dict[tuple[torch.dtype, str], ctypes.c_void_p] = {}
 
     def span(self, dtype: torch.dtype) -> int:
-        """See `Launcher`. Compiles and loads the dtype's kernels when it is first asked: about a second."""
+        """See `Launcher`. Compiles and loads the dtype's kernels when it is first called: about a second."""
         if dtype not in self._modules:
             cubin, _ = compile_for(dtype, self._architecture, self._shared, cuda_version())
             module = ctypes.c_void_p()
