@@ -242,7 +242,7 @@ class Settings:
     device: Annotated[str, OneOf(DEVICES)] = "auto"
     """Kind of device; auto is cuda where available."""
     threads: Positive = 1
-    """CPU threads for a shard, or a part of a task. Free cores measure other shards; parts need more replicas for that."""
+    """CPU threads for a shard, or a part of a task. Free cores measure other shards; parts need more replicas."""
     allow_pickle: bool = False
     """Accept pickled weights (pytorch_model*.bin): load tensors only, and cache them as safetensors."""
     trust_remote_code: bool = False

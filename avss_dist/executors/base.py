@@ -116,7 +116,7 @@ class Executor(Protocol):
         stay open from round to round.
 
         Args:
-            underway: called in the middle of a cell that is measured in this process.
+            underway: called now and then in the middle of a cell that takes long.
         """
 
     def apply(self, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,11 +27,14 @@ from avss_dist.executors.base import Executor
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.executors.ray import queue
 from avss_dist.executors.ray.executor import RayExecutor
+from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
+from avss_dist.executors.ray.watch import Watch
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.runs.api import score
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import devices_here
+from avss_dist.system.progress_bar import tracked
 from avss_dist.tasks.base import Measure, Row, TextLoss
 from avss_dist.tasks.cells import Cell, measure_cell
 from avss_dist.warehouse.reader import Warehouse
@@ -83,6 +87,18 @@ class DisturbedOnce(Loss):
         if self.how == "dawdle":
             time.sleep(3600)
         os.kill(os.getpid(), signal.SIGKILL if self.how == "die" else signal.SIGSTOP)
+
+
+@dataclass(frozen=True, eq=False)
+class Halfway(Loss):
+    """It has done half of what it does, and goes on when that is heard of."""
+
+    heard: Path = Path()
+
+    def disturb(self, model: LanguageModel) -> None:
+        for step in tracked(range(4), "Waiting"):
+            while step == 2 and not self.heard.exists():
+                time.sleep(0.01)
 
 
 class Poison(Loss):
@@ -203,6 +219,37 @@ def test_cells_wait_for_a_place_no_longer_than_said(tiny_llama: Path) -> None:
     assert all(
         isinstance(error, RunFailed) and "No worker was placed in 2 seconds" in str(error) for error in found.values()
     )
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_a_worker_does_is_heard_of(tiny_llama: Path, tmp_path: Path) -> None:
+    slow, mark = Halfway(random_shard(rows=2), heard=tmp_path / "heard"), tmp_path / "heard"
+    heard: list[tuple[int, str, float]] = []
+
+    def underway(cell: Cell, what: str, share: float) -> None:
+        heard.append((cell.part, what, share))
+        if share == 0.5:
+            mark.touch()
+
+    with closing(on_ray(replicas=1)) as executor:
+        found = [*executor.run_cells(iter([cells(tiny_llama, [slow, *losses(2)])]), underway)]
+    assert not any(isinstance(result, AvssError) for _, result in found) and len(found) == 3
+    assert (0, "Waiting", 0.5) in heard
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_was_said_before_a_round_is_not_said_of_it() -> None:
+    monitor: Any = ray.remote(HeartbeatMonitor).options(num_cpus=0).remote()
+    gang: Any = SimpleNamespace(names=["g.0"])
+    watch, before = Watch(monitor, 60.0), time.monotonic()
+    assert watch.listen() and watch.doing(gang, before) is None
+    for doing in (("Repairing", 0.25), ("Repairing", 0.5)):
+        ray.get(monitor.report.remote("g.0", 1, doing))
+        assert watch.listen() and watch.doing(gang, before) == doing
+    assert watch.doing(gang, time.monotonic()) is None
+    ray.get(monitor.report.remote("g.0", 1))
+    assert watch.listen() and watch.doing(gang, before) is None
+    ray.kill(monitor)
 
 
 def test_a_cell_beats_whenever_a_layer_begins_and_leaves_no_trace(tiny_llama: Path) -> None:

@@ -97,7 +97,7 @@ def monitor_on(node: Any) -> Any:
     actor: Any = ray.remote(HeartbeatMonitor)
     while True:
         monitor = actor.options(**options).remote()
-        ray.get(monitor.ages.remote())
+        ray.get(monitor.signs.remote())
         if ray._private.state.actors(monitor._actor_id.hex())["Address"]["NodeID"] == node.node_id:
             return monitor
         ray.kill(monitor)

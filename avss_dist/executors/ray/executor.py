@@ -107,11 +107,11 @@ class RayExecutor:
     def run_cells(
         self, rounds: Iterator[Sequence[Cell]], underway: Underway | None = None
     ) -> Generator[CellOutcome, None, None]:
-        """See `executors.base.Executor`. Cells are measured elsewhere."""
+        """See `executors.base.Executor`."""
         first = next(rounds, None)
         if first is not None:
             models = (of_model for cells in chain([first], rounds) for of_model in by_model(cells))
-            yield from self._measure(CellQueue(spec, of_model) for spec, of_model in models)
+            yield from self._measure(CellQueue(spec, of_model, underway) for spec, of_model in models)
 
     def _measure(self, queues: Iterable[UnitQueue[Any]]) -> Generator[tuple[Any, Any], None, None]:
         self.connect()

@@ -219,8 +219,7 @@ class Pool:
     def _wait(self) -> None:
         """Take what has come, or look after what does not come."""
         soon = SOON_SECONDS if self._begun and self._idle and not self._coming.exhausted else self._poll
-        references = self._rounds.references
-        if not references:
+        if not (references := self._rounds.references):
             return
         if not ray.wait(references, num_returns=1, timeout=soon)[0]:
             self._require_placement()
@@ -230,7 +229,7 @@ class Pool:
         if time.monotonic() - self._polled > self._poll:
             self._polled = time.monotonic()
             require_node()
-            self._stop_hanging()
+            self._look_after()
             self._let_go()
             self._metrics.replicas(self._placed())
 
@@ -314,13 +313,14 @@ class Pool:
             self._stop(gang)
         self._moved = time.monotonic()
 
-    def _stop_hanging(self) -> None:
-        """Replace the gangs of which a rank has begun no layer for too long."""
-        if not self._watch.listen():
-            return
-        for gang in list(self._rounds.gangs):
-            if why := self._watch.complaint(gang, self._rounds.of(gang)[0].begun):
+    def _look_after(self) -> None:
+        """Replace the gangs of which a rank has begun no layer for too long, and hear what the others do."""
+        for gang in list(self._rounds.gangs) if self._watch.listen() else ():
+            round_, *_ = self._rounds.of(gang)
+            if why := self._watch.complaint(gang, round_.begun):
                 self._stop(gang, why=why, hangs=True)
+            elif doing := self._watch.doing(gang, round_.begun):
+                round_.queue.note_progress(round_.units, *doing)
 
     def _let_go(self) -> None:
         """Leave the nodes that are about to go; their gangs go at once, or when a round with units is done."""

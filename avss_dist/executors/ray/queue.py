@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import AvssError, RunFailed
-from avss_dist.executors.base import ReplicaSpec, RunShards
+from avss_dist.executors.base import ReplicaSpec, RunShards, Underway
 from avss_dist.executors.ray.object_store import BLOCK_SHARDS, PatchSharer, ShardSharer
 from avss_dist.executors.ray.worker import CellAssignment, CellPart, RoundPart, ShardAssignment, ShardsPart
 from avss_dist.partition.base import Placement
@@ -142,6 +142,9 @@ class UnitQueue(ABC, Generic[Unit]):
             seconds /= len(units)
         insort(self._seconds.setdefault(self.kind(units[0]), []), seconds)
 
+    def note_progress(self, units: Sequence[int], what: str, share: float) -> None:
+        """What is being done in a round of these units, and which share of that is done."""
+
     def usual_seconds(self, unit: int) -> float:
         """How long units of this kind took, as their median; infinite where none is done."""
         seconds = self._seconds.get(self.kind(unit)) or [math.inf]
@@ -258,8 +261,9 @@ class ShardQueue(UnitQueue[Shard]):
 class CellQueue(UnitQueue[Cell]):
     """The cells of one model; an error ends its cell alone, unless the model cannot be opened."""
 
-    def __init__(self, spec: ReplicaSpec, units: Sequence[Cell]) -> None:
+    def __init__(self, spec: ReplicaSpec, units: Sequence[Cell], underway: Underway | None = None) -> None:
         super().__init__(spec, units)
+        self._underway = underway
         self._patches = PatchSharer()
 
     @property
@@ -274,6 +278,12 @@ class CellQueue(UnitQueue[Cell]):
     def kind(self, unit: int) -> str:
         """Parts of a task are of one size, but for the last."""
         return self.units[unit].task
+
+    def note_progress(self, units: Sequence[int], what: str, share: float) -> None:
+        """See `UnitQueue`."""
+        if self._underway is not None:
+            for unit in units:
+                self._underway(self.units[unit], what, share)
 
     def parts(self, units: Sequence[int]) -> list[tuple[CellPart, Sequence[Any]]]:
         """The same cell for every rank, with its patch where workers reach it."""

@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import RayError
 
 from avss_dist.executors.ray.gang import Gang
+from avss_dist.executors.ray.heartbeats import Doing, Sign
 
 ANSWER_SECONDS = 2.0  # for the monitor to answer
 START_SECONDS = 60.0  # at least, for a process to report for the first time
@@ -25,18 +26,19 @@ class Watch:
 
     def __init__(self, monitor: Any, hang_seconds: float) -> None:
         self._monitor, self._hang_seconds = monitor, hang_seconds
-        self._ages: dict[str, float] = {}
-        self._signs: dict[str, float] = {}  # when each rank last made progress, or was seen to have a process
+        self._signs: dict[str, Sign] = {}
+        self._heard = 0.0  # when these came
+        self._alive: dict[str, float] = {}  # when each rank last made progress, or was seen to have a process
 
     def listen(self) -> bool:
         """Ask the monitor; False where it is lost with its node, and Ray starts it elsewhere."""
         try:
-            ready, _ = ray.wait([self._monitor.ages.remote()], timeout=ANSWER_SECONDS)
-            self._ages = ray.get(ready[0]) if ready else {}
+            ready, _ = ray.wait([self._monitor.signs.remote()], timeout=ANSWER_SECONDS)
+            self._signs = ray.get(ready[0]) if ready else {}
         except RayError:
             return False
-        now = time.monotonic()
-        self._signs |= {name: now - age for name, age in self._ages.items()}
+        self._heard = time.monotonic()
+        self._alive |= {name: self._heard - sign.silence for name, sign in self._signs.items()}
         return True
 
     def leave(self, draining: Set[str]) -> None:
@@ -49,10 +51,15 @@ class Watch:
         """Why a gang is taken to hang in the round that it began; empty where it does not."""
         now = time.monotonic()
         for name in gang.find_processes():
-            self._signs.setdefault(name, now)
-        silence = {name: now - self._signs[name] for name in gang.names if name in self._signs}
-        hanging = late(silence, self._ages, now - begun, self._hang_seconds)
+            self._alive.setdefault(name, now)
+        silence = {name: now - self._alive[name] for name in gang.names if name in self._alive}
+        hanging = late(silence, self._signs, now - begun, self._hang_seconds)
         return f"rank {hanging[0]} made no progress in {silence[hanging[0]]:.0f} seconds" if hanging else ""
+
+    def doing(self, gang: Gang, begun: float) -> Doing | None:
+        """What the first rank of a gang does in the round that it began, where it has said so."""
+        sign = self._signs.get(gang.names[0])
+        return sign.doing if sign and self._heard - sign.age > begun else None
 
 
 def late(silence: Mapping[str, float], heard: Collection[str], elapsed: float, hang_seconds: float) -> list[str]:

@@ -17,12 +17,14 @@ from ray.util import get_node_ip_address
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import ModelError
 from avss_dist.executors.base import ReplicaSpec
+from avss_dist.executors.ray.heartbeats import Doing
 from avss_dist.measure.shard import analyze_shard, follow
 from avss_dist.models.checkpoints import Checkpoint, convert_pickles, resolve
 from avss_dist.partition.base import Replica
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.system.cores import use_threads
 from avss_dist.system.devices import pick_device
+from avss_dist.system.progress_bar import heard_by
 from avss_dist.tasks.cells import Beat, Cell, CellResult, measure_cell
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.schema import RunIdentity
@@ -148,13 +150,15 @@ class Worker:
     On a GPU that is a replica of its own Ray calls it in two threads: one concludes a shard, and writes it, while the
     other computes the next.
 
-    A thread reports to `HeartbeatMonitor` how far it is: layers begun while it measures, seconds while it opens.
+    A thread reports to `HeartbeatMonitor` how far it is: layers begun while it measures, seconds while it opens; and
+    what it does, where that takes long.
     """
 
     def __init__(self, name: str, threads: int, monitor: Any) -> None:
         use_threads(threads)
         self._name, self._monitor = name, monitor
         self._count, self._opening = 0, True
+        self._doing: Doing | None = None
         self._spec: ReplicaSpec | None = None
         self._model: Any = None
         self._joined = False
@@ -165,11 +169,14 @@ class Worker:
         while True:
             self._count += self._opening
             with suppress(Exception):  # a lost report only makes the worker look slower
-                self._monitor.report.remote(self._name, self._count)
+                self._monitor.report.remote(self._name, self._count, self._doing)
             time.sleep(BEAT_SECONDS)
 
     def _beat(self) -> None:
         self._count += 1
+
+    def _hear(self, what: str, share: float) -> None:
+        self._doing = what, share
 
     def address(self) -> tuple[str, int]:
         """Its node's address, and a free port there."""
@@ -222,6 +229,8 @@ class Worker:
                 return None
             assert self._spec is not None
             self._beat()
+            stack.callback(setattr, self, "_doing", None)
+            stack.enter_context(heard_by(self._hear))
             return assignment.run(self._spec, self._model, self._beat, stack.close)
 
 
