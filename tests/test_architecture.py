@@ -66,7 +66,6 @@ def test_a_good_package_is_drawn(check: Check) -> None:
             {"left/a.py": "from made_up.left import b\n", "left/b.py": "from made_up.left import a\n"},
             ("import circle: made_up.left: a -> b -> a", "import circle: made_up.left: b -> a -> b"),
         ),
-        ({"left/a.py": "x = 1\n" * 351}, ("left/a.py: 351 lines, more than 350",)),
         (
             {"left/a.py": "def f(x):\n" + "    if x:\n        print(x)\n" * 15},
             ("left/a.py:1: f has complexity 16",),
@@ -76,7 +75,7 @@ def test_a_good_package_is_drawn(check: Check) -> None:
             ("left/a.py:1 and right/b.py:2: the same 6 lines, of which the first is 'value_0 = 0 + 1'",),
         ),
     ],
-    ids=["circle between packages", "circle between modules", "length", "complexity", "twice"],
+    ids=["circle between packages", "circle between modules", "complexity", "twice"],
 )
 def test_each_rule_can_be_broken(check: Check, modules: dict[str, str], problem: tuple[str, ...]) -> None:
     done = check(modules)
@@ -95,6 +94,5 @@ def test_what_is_not_code_may_stand_twice(check: Check) -> None:
 def test_the_limits_themselves_are_no_problem(check: Check) -> None:
     five = "".join(SIX_LINES.splitlines(keepends=True)[:5])
     branches = "def f(x):\n" + "".join(f"    if x == {i}:\n        print({i})\n" for i in range(14))
-    long = "".join(f"x = {i}\n" for i in range(350))
-    done = check({"left/a.py": five, "right/b.py": five, "right/c.py": branches, "bottom/d.py": long})
+    done = check({"left/a.py": five, "right/b.py": five, "right/c.py": branches, "bottom/d.py": ""})
     assert done.returncode == 0, done.stderr
