@@ -23,6 +23,7 @@ class ModelOptions(TypedDict, total=False):
     shuffle_seed: int | None
     chat_template: bool
     layout: str
+    row_start: str
     dtype: str
     dequantize: bool
     layers: str | None

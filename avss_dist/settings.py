@@ -63,6 +63,7 @@ BEST = "best"  # the label of the first of several truthful answers
 TRUTHFULQA = "truthfulqa:"  # before a file: the task of choosing among its answers
 AFTER_ANOTHER = ", after another prompt"  # after a label: the stratum of the same answers to other prompts
 LAYOUTS = ("packed", "padded")
+ROW_STARTS = ("auto", "none")
 NO_REPAIR = "none"
 REPAIR = "repair:"  # before what is fitted and on which corpora: the task of fitting it
 REFITS_LATER, REFITS_BEHIND = ("refit_all", "refit_full"), ("refit_around", "refit_full")  # see `pruning.repair.fold`
@@ -82,7 +83,7 @@ REALIZED = "realized:"  # before the path of a linear map: a metric, the share o
 SPARSITY = "sparsity"  # a metric of a model: the share of the weights of its linear maps that met a zero
 MAPS_WITHIN = "maps_within_a_point"  # of a sparsity plan: the share of its linear maps that come so near to it
 FARTHEST_MAP = "farthest_map"  # how far the farthest is off
-_OF_TEXT = ("max_sequences", "shuffle_seed", "chat_template", "layout")  # how text becomes rows
+_OF_TEXT = ("max_sequences", "shuffle_seed", "chat_template", "layout", "row_start")  # how text becomes rows
 _NO_NUMBERS = (*_OF_TEXT, "trust_remote_code", "allow_pickle")
 _OF_STATISTICS = ("sites", "thresholds", "experts", "sequences_per_shard")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -223,6 +224,8 @@ class Settings:
     """Format conversations (columns of messages) with the tokenizer's chat template."""
     layout: Annotated[str, OneOf(LAYOUTS)] = "packed"
     """Rows of equal length without padding (packed), or one document per row (padded)."""
+    row_start: Annotated[str, OneOf(ROW_STARTS)] = "auto"
+    """Put the tokenizer's own special tokens, such as BOS, around the text of each packed row (auto), or not (none)."""
     skip_first_tokens: Annotated[int, Field(ge=0)] = 0
     """Leave this many tokens at the start of every row out of the statistics."""
     dtype: Annotated[str, OneOf(DTYPES)] = "auto"

@@ -22,7 +22,7 @@ from avss_dist.text import describe_threshold
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
 
-CONDITIONS = ("corpus", "dtype", "sequence_length", "layout", "skip_first_tokens", "schema_version")
+CONDITIONS = ("corpus", "dtype", "sequence_length", "layout", "row_start", "skip_first_tokens", "schema_version")
 """What two runs must share, the models apart, for their scores to be comparable."""
 BETWEEN = ("run", "family", "revision", "corpus", "dtype")
 WITHIN = ("recipe", "threshold", "site", "score")
@@ -205,8 +205,8 @@ def _runs(warehouse: Warehouse, run_ids: Sequence[str]) -> list[dict[str, Any]]:
 def with_conditions(run: Mapping[str, Any]) -> dict[str, Any]:
     """A row of ``runs`` with all of `CONDITIONS`, of which some are in its settings."""
     settings = settings_of(run)
-    packing = {"skip_first_tokens": settings.get("skip_first_tokens", 0), "layout": settings.get("layout", "packed")}
-    return {**run, **packing}
+    usual = {"skip_first_tokens": 0, "layout": "packed", "row_start": "auto"}
+    return {**run, **{name: settings.get(name, value) for name, value in usual.items()}}
 
 
 def condition(run: Mapping[str, Any], name: str) -> Any:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 READING = (
-    *("max_sequences", "shuffle_seed", "chat_template", "sequence_length", "batch_size", "layout"),
+    *("max_sequences", "shuffle_seed", "chat_template", "sequence_length", "batch_size", "layout", "row_start"),
     "sequences_per_shard",
     *("dtype", "dequantize", "attention", "device", "threads"),
 )

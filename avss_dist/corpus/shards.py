@@ -15,7 +15,7 @@ from avss_dist.corpus.answers import truthfulqa_choices
 from avss_dist.corpus.chats import chat_template
 from avss_dist.corpus.pairs import Pairing, choice_rows, join, paired_rows
 from avss_dist.corpus.sources import Source, json_records, open_source
-from avss_dist.corpus.tokens import Ids, Tally, Tokenizer, encode, rows_of, shuffled
+from avss_dist.corpus.tokens import Ids, Tally, Tokenizer, encode, rows_of, shuffled, special_tokens_of_rows
 from avss_dist.errors import CorpusError, without_secrets
 from avss_dist.settings import Settings, fingerprint
 from avss_dist.system.spool import Spool
@@ -132,7 +132,8 @@ def plan(
     opened, tally, length = open_source(source), Tally(), settings.sequence_length
     if opened.answers:
         return _plan_pairs(source, opened, tokenizer, settings, skip_sequences)
-    rows = rows_of(opened.documents(), tokenizer, settings, tally)
+    around = special_tokens_of_rows(tokenizer, settings)
+    rows = rows_of(opened.documents(), tokenizer, settings, tally, around)
     end = None if settings.max_sequences is None else skip_sequences + settings.max_sequences
     if settings.shuffle_seed is not None:
         rows = shuffled(rows, settings.shuffle_seed, end)
@@ -149,7 +150,7 @@ def plan(
             progress(num_sequences)
     shards = _cut(spool.array(), np.concatenate(lengths), settings.skip_first_tokens, None, per_shard)
     num_tokens = sum(shard.num_tokens for shard in shards)
-    _require_enough(source, num_sequences, num_tokens, tally, settings)
+    _require_enough(source, num_sequences, num_tokens, tally, settings, length - len(around))
     return CorpusPlan(
         source=without_secrets(source),
         corpus_fingerprint=opened.fingerprint(),
@@ -246,15 +247,18 @@ def _fingerprint(shards: Sequence[Shard], sequence_length: int) -> str:
     return fingerprint(shards=[shard.content_hash for shard in shards], sequence_length=sequence_length)
 
 
-def _require_enough(source: str, num_sequences: int, num_tokens: int, tally: Tally, settings: Settings) -> None:
-    length, skip = settings.sequence_length, settings.skip_first_tokens
+def _require_enough(
+    source: str, num_sequences: int, num_tokens: int, tally: Tally, settings: Settings, length: int
+) -> None:
+    """Raise `CorpusError` unless there is a row with a token that counts; ``length`` is the text tokens of a full row."""
+    skip = settings.skip_first_tokens
     if not tally.has_text:
         raise CorpusError(f"{source} holds no text (documents read: {tally.documents}).", "Name one that holds some.")
     if not num_sequences and tally.tokens >= length:
         message = f"{source} has no sequence left after those that are skipped."
         raise CorpusError(message, "Lower `skip_sequences`, or name a longer text.")
     if not num_sequences and settings.layout == "packed":
-        message = f"{source} is {tally.tokens} tokens long, too short for one sequence of {length}."
+        message = f"{source} is {tally.tokens} tokens long, too short for one sequence of {settings.sequence_length}."
         raise CorpusError(message, "Choose a smaller `sequence_length`, or `layout` padded.")
     if not num_tokens:
         message = f"No document of {source} is longer than `skip_first_tokens`, {skip} (tokens in all: {tally.tokens})."

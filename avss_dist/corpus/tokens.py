@@ -44,15 +44,81 @@ class Tally:
     has_text: bool = False
 
 
-def rows_of(documents: Iterator[Document], tokenizer: Tokenizer, settings: Settings, tally: Tally) -> Iterator[Ids]:
-    """Rows of tokens, int32[up to sequence_length], of documents in order, or in the order that a seed gives the rows.
+@dataclass(frozen=True, eq=False)
+class SpecialTokens:
+    """Special tokens that a tokenizer puts around a text.
+
+    Attributes:
+        prefix: int32[any], those before it, such as BOS or CLS.
+        suffix: int32[any], those behind it, such as SEP.
+    """
+
+    prefix: Ids
+    suffix: Ids
+
+    def __len__(self) -> int:
+        """Return the number of special tokens around a text."""
+        return len(self.prefix) + len(self.suffix)
+
+    def enclose(self, ids: Ids) -> Ids:
+        """Return ``ids`` between prefix and suffix."""
+        return np.concatenate([self.prefix, ids, self.suffix])
+
+    def strip_prefix(self, ids: Ids) -> Ids:
+        """Return ``ids`` without a prefix that it begins with."""
+        begins = len(ids) >= len(self.prefix) and np.array_equal(ids[: len(self.prefix)], self.prefix)
+        return ids[len(self.prefix) :] if begins else ids
+
+
+NO_SPECIAL_TOKENS = SpecialTokens(np.zeros(0, np.int32), np.zeros(0, np.int32))
+
+
+def special_tokens_around(tokenizer: Tokenizer) -> SpecialTokens:
+    """Return the special tokens that ``tokenizer("a")`` puts around the tokens of the text."""
+    (probe,), (text,) = (encode(["a"], tokenizer, special=special) for special in (True, False))
+    start = next((i for i in range(len(probe)) if probe[i : i + len(text)] == text), 0)
+    return SpecialTokens(np.array(probe[:start], np.int32), np.array(probe[start + len(text) :], np.int32))
+
+
+def special_tokens_of_rows(tokenizer: Tokenizer, settings: Settings) -> SpecialTokens:
+    """Return the special tokens that each packed row has around its text.
+
+    They are those of `special_tokens_around`, as the model saw them in training, without an EOS behind the text: a row
+    ends somewhere in a text, not at its end. An EOS that is also the separator (RoBERTa) stays.
+
+    Raises:
+        CorpusError: they leave no room for text in a row.
+    """
+    if settings.layout != "packed" or settings.row_start == "none":
+        return NO_SPECIAL_TOKENS
+    around = special_tokens_around(tokenizer)
+    eos = tokenizer.eos_token_id
+    if eos is not None and eos != getattr(tokenizer, "sep_token_id", None) and around.suffix[-1:].tolist() == [eos]:
+        around = SpecialTokens(around.prefix, around.suffix[:-1])
+    if len(around) >= settings.sequence_length:
+        raise CorpusError(
+            f"Rows of {settings.sequence_length} tokens have no room for text: the tokenizer puts {len(around)} special "
+            "tokens around it.",
+            f"Make `sequence_length` {len(around) + 1} or more, or set `row_start` none.",
+        )
+    return around
+
+
+def rows_of(
+    documents: Iterator[Document], tokenizer: Tokenizer, settings: Settings, tally: Tally, around: SpecialTokens
+) -> Iterator[Ids]:
+    """Yield rows of tokens, int32[up to sequence_length], of documents in order.
+
+    Args:
+        around: of `special_tokens_of_rows`.
 
     Raises:
         CorpusError: a document cannot be read, or is a conversation where `Settings.chat_template` is not set.
     """
-    length, packed = settings.sequence_length, settings.layout == "packed"
-    ids = _document_tokens(documents, tokenizer, settings, tally)
-    return _pack(ids, length) if packed else _truncate(ids, length)
+    ids = _document_tokens(documents, tokenizer, settings, tally, around)
+    if settings.layout != "packed":
+        return _truncate(ids, settings.sequence_length)
+    return map(around.enclose, _pack(ids, settings.sequence_length - len(around)))
 
 
 def shuffled(rows: Iterable[Ids], seed: int, most: int | None) -> Iterator[Ids]:
@@ -75,14 +141,21 @@ def _key(row: tuple[float, int, Ids]) -> tuple[float, int]:
 
 
 def _document_tokens(
-    documents: Iterator[Document], tokenizer: Tokenizer, settings: Settings, tally: Tally
+    documents: Iterator[Document], tokenizer: Tokenizer, settings: Settings, tally: Tally, around: SpecialTokens
 ) -> Iterator[Ids]:
-    """Tokens of each document: of a chat those of its template; of a packed text with EOS at its end."""
-    eos = tokenizer.eos_token_id if settings.layout == "packed" else None
+    """Yield the tokens of each document: of a chat those of its template; of a packed text with EOS at its end.
+
+    Args:
+        around: special tokens of each row, which documents then lack.
+    """
+    packed = settings.layout == "packed"
+    eos, special = tokenizer.eos_token_id if packed else None, not packed or settings.row_start == "none"
     for are_chats, group in groupby(documents, lambda document: isinstance(document, Chat)):
         texts = _texts(group, tokenizer, settings, tally)
-        for ids in _tokenize(texts, tokenizer, tally, special=not are_chats):
-            if are_chats or eos is None or (len(ids) and ids[-1] == eos):
+        for ids in _tokenize(texts, tokenizer, tally, special=special and not are_chats):
+            if are_chats:
+                yield around.strip_prefix(ids)
+            elif eos is None or (len(ids) and ids[-1] == eos):
                 yield ids
             else:
                 tally.tokens += 1
@@ -122,10 +195,9 @@ def encode(texts: list[str], tokenizer: Tokenizer, *, special: bool) -> list[lis
 
 def _encode_long(text: str, tokenizer: Tokenizer, *, special: bool) -> Ids:
     """Tokens of a document that would take too much memory at once: those of its pieces, with its special tokens."""
-    (probe,), (bare,) = (encode(["a"], tokenizer, special=around) for around in (special, False))
-    start = next((i for i in range(len(probe)) if probe[i : i + len(bare)] == bare), 0)
     parts = [np.asarray(encode([piece], tokenizer, special=False)[0], np.int32) for piece in _pieces(text)]
-    return np.concatenate([np.array(probe[:start], np.int32), *parts, np.array(probe[start + len(bare) :], np.int32)])
+    around = special_tokens_around(tokenizer) if special else NO_SPECIAL_TOKENS
+    return around.enclose(np.concatenate(parts))
 
 
 def _pieces(text: str) -> Iterator[str]:

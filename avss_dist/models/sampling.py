@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from avss_dist.corpus.tokens import special_tokens_around
 from avss_dist.errors import ModelError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_model, load_tokenizer, text_config
@@ -70,10 +71,15 @@ _AS_PREDICTED: dict[str, Any] = {  # whatever the checkpoint's own generation_co
 
 
 def _start(checkpoint: Checkpoint, tokenizer: Any, prompt: str | None) -> list[int]:
+    """Return the tokens that every text begins with: the tokenizer's prefix and the prompt's.
+
+    Without either they are BOS, or EOS, which stands between texts of models that have no BOS.
+    """
+    start = special_tokens_around(tokenizer).prefix.tolist()
     if prompt is not None:
-        found = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    else:
-        found = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None][:1]
-    if not found:
+        start += tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    elif not start:
+        start = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None][:1]
+    if not start:
         raise ModelError(f"The tokenizer of '{checkpoint.name}' has no token to begin with.", "Give a `prompt`.")
-    return list(found)
+    return list(start)

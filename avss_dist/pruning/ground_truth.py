@@ -22,7 +22,7 @@ _DAMAGE = " --no-leave-one-out --damage"
 METRICS = {"propagated": "propagated_2", "predicted": "predicted_3"}
 """Which of `tasks.damage.Damage` are read as scores; `damage` is the mean of both ranks."""
 FIRST_ORDER, SECOND_ORDER, PAIRS = "taylor_signed_1", "fisher_1", "interaction"  # of which interactions are made
-_REPEATED = ("max_sequences", "shuffle_seed", "sequence_length", "batch_size", "layout", "dtype")
+_REPEATED = ("max_sequences", "shuffle_seed", "sequence_length", "batch_size", "layout", "row_start", "dtype")
 
 
 @dataclass(frozen=True, kw_only=True)

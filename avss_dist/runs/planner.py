@@ -129,7 +129,8 @@ class Planner:
             tokenizer = content_hash(checkpoint.folder, [f for f in files if f.name not in _NO_TOKENIZER_FILES])
         family = config.model_type, getattr(config, "tokenizer_class", None)
         cut = settings.sequence_length, settings.sequences_per_shard, settings.max_sequences, settings.shuffle_seed
-        return corpus, tokenizer, family, cut, settings.chat_template, settings.layout, settings.skip_first_tokens
+        rows = settings.chat_template, settings.layout, settings.row_start, settings.skip_first_tokens
+        return corpus, tokenizer, family, cut, rows
 
 
 def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settings, placement: Placement) -> str:

@@ -36,13 +36,18 @@ EOS, PAD, BOS = 1, 2, 3
 TEXTS = ["w0 w1 w2", "w3", "w4 w5 w6 w7 w8 w9", "w10 w11"]
 
 
-def word_tokenizer(*, eos: bool = True, pad: bool = True, add: str = "$A") -> PreTrainedTokenizerFast:
+def word_tokenizer(
+    *, eos: bool = True, pad: bool = True, add: str = "$A", sep: bool = False
+) -> PreTrainedTokenizerFast:
     names = ["<unk>", "<eos>", "<pad>", "<bos>", *WORDS]
     inner = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    inner.post_processor = processors.TemplateProcessing(single=add, special_tokens=[("<bos>", BOS), ("<eos>", EOS)])
+    inner.post_processor = processors.TemplateProcessing(
+        single=add, special_tokens=[("<bos>", BOS), ("<eos>", EOS), ("<pad>", PAD)]
+    )
     special = {"eos_token": "<eos>"} if eos else {}
     special |= {"pad_token": "<pad>"} if pad else {}
+    special |= {"sep_token": "<eos>"} if sep else {}
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", model_max_length=4, **special)
 
 
@@ -179,7 +184,6 @@ def test_skip_first_tokens_counts_per_row(jsonl: str) -> None:
         ({}, "w0 w1", [4, 5, EOS]),
         ({"eos": False}, "w0 w1", [4, 5]),
         ({"add": "$A <eos>"}, "w0 w1", [4, 5, EOS]),
-        ({"add": "<bos> $A"}, "w0 w1", [BOS, 4, 5, EOS]),
         ({}, "w0 <eos>", [4, EOS]),
     ],
 )
@@ -187,6 +191,55 @@ def test_eos_ends_a_document_once(tmp_path: Path, options: dict[str, Any], text:
     source = write_jsonl(tmp_path / "c.jsonl", [text, text])
     planned = plan(source, word_tokenizer(**options), Settings(sequence_length=len(expected)))
     assert rows_of(planned) == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("options", "length", "expected"),
+    [
+        ({}, 4, [[4, 5, 6, EOS], [7, 8, EOS, 9]]),
+        ({"add": "<bos> $A"}, 4, [[BOS, 4, 5, 6], [BOS, EOS, 7, 8], [BOS, EOS, 9, 10]]),
+        ({"add": "<bos> $A <eos>"}, 4, [[BOS, 4, 5, 6], [BOS, EOS, 7, 8], [BOS, EOS, 9, 10]]),
+        ({"add": "$A <eos>"}, 4, [[4, 5, 6, EOS], [7, 8, EOS, 9]]),
+        ({"add": "<bos> <pad> $A", "eos": False}, 4, [[BOS, PAD, 4, 5], [BOS, PAD, 6, 7], [BOS, PAD, 8, 9]]),
+        ({"add": "<bos> $A <pad>", "eos": False}, 5, [[BOS, 4, 5, 6, PAD], [BOS, 7, 8, 9, PAD]]),
+        ({"add": "<bos> $A <eos>", "sep": True}, 5, [[BOS, 4, 5, 6, EOS], [BOS, EOS, 7, 8, EOS], [BOS, EOS, 9, 10, EOS]]),
+    ],
+    ids=["none", "BOS", "BOS, EOS", "EOS", "two tokens", "BOS, SEP", "BOS, SEP that is EOS"],
+)
+def test_a_packed_row_has_the_special_tokens_of_a_text_around_it(
+    options: dict[str, Any], length: int, expected: list[list[int]], tmp_path: Path
+) -> None:
+    source = write_jsonl(tmp_path / "c.jsonl", ["w0 w1 w2", "w3 w4", "w5 w6"])
+    assert rows_of(plan(source, word_tokenizer(**options), Settings(sequence_length=length))) == expected
+
+
+def test_row_start_none_cuts_documents_with_their_special_tokens(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "c.jsonl", ["w0 w1 w2", "w3 w4"])
+    settings = Settings(sequence_length=4, row_start="none")
+    planned = plan(source, word_tokenizer(add="<bos> $A"), settings)
+    assert rows_of(planned) == [[BOS, 4, 5, 6], [EOS, BOS, 7, 8]]
+    assert plan(source, TOKENIZER, settings).tokens_fingerprint == plan(source, TOKENIZER, SMALL).recut(32).tokens_fingerprint
+
+
+def test_rows_without_room_for_text_are_refused(jsonl: str) -> None:
+    with pytest.raises(CorpusError) as caught:
+        plan(jsonl, word_tokenizer(add="<bos> $A"), Settings(sequence_length=1))
+    assert caught.value.message.startswith("Rows of 1 tokens have no room for text: the tokenizer puts 1 special tokens")
+    assert caught.value.hint == "Make `sequence_length` 2 or more, or set `row_start` none."
+
+
+@given(
+    texts=st.lists(st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join), min_size=1, max_size=6),
+    length=st.integers(2, 9),
+)
+def test_packed_rows_hold_every_token_of_the_text_once(
+    texts: list[str], length: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source = write_jsonl(tmp_path_factory.mktemp("corpus") / "c.jsonl", ["w0 w1 w2 w3 w4 w5 w6 w7", *texts])
+    stream = [token for row in packed_oracle(["w0 w1 w2 w3 w4 w5 w6 w7", *texts], 1) for token in row]
+    rows = rows_of(plan(source, word_tokenizer(add="<bos> $A"), Settings(sequence_length=length)))
+    assert {row[0] for row in rows} == {BOS} and {len(row) for row in rows} == {length}
+    assert [token for row in rows for token in row[1:]] == stream[: len(stream) // (length - 1) * (length - 1)]
 
 
 def test_an_empty_document_is_an_eos_when_packed_and_nothing_when_padded(tmp_path: Path) -> None:
@@ -245,7 +298,8 @@ def test_a_small_plan_has_few_documents_tokenized(tmp_path: Path) -> None:
         eos_token_id, pad_token_id = EOS, PAD
 
         def __call__(self, text: list[str], **options: Any) -> Any:
-            given.append(len(text))
+            if text != ["a"]:  # which is asked for to see the special tokens around it
+                given.append(len(text))
             return TOKENIZER(text, **options)
 
     plan(source, Watched(), replace(SMALL, max_sequences=1))

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from avss_dist.errors import ConfigError, ModelError
-from avss_dist.settings import DTYPES, LAYOUTS, REPAIRS, RIVAL_PATCHES, OneOf, Settings, checked
+from avss_dist.settings import DTYPES, LAYOUTS, REPAIRS, RIVAL_PATCHES, ROW_STARTS, OneOf, Settings, checked
 from avss_dist.text import describe_layers
 
 FILE = "avss_repair.json"
@@ -88,6 +88,7 @@ class RepairRecord:
     cuts: Annotated[tuple[RepairedCut, ...], Field(strict=False)]
     sequence_length: Annotated[int, Field(ge=1)]
     layout: Annotated[str, OneOf(LAYOUTS)]
+    row_start: Annotated[str, OneOf(ROW_STARTS)] = "none"  # records of earlier versions have no such key
     skip_sequences: Count = 0
     max_sequences: Annotated[int, Field(ge=1)] | None = None
     shuffle_seed: Count | None = None
@@ -96,7 +97,7 @@ class RepairRecord:
 
     def reading(self) -> Settings:
         """The settings with which its texts are read again."""
-        names = ("sequence_length", "layout", "max_sequences", "shuffle_seed", "chat_template", "dtype")
+        names = ("sequence_length", "layout", "row_start", "max_sequences", "shuffle_seed", "chat_template", "dtype")
         return Settings(**{name: getattr(self, name) for name in names})
 
     def describe(self) -> list[str]:

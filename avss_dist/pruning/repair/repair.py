@@ -146,6 +146,7 @@ def _record(
         cuts=tuple(done),
         sequence_length=settings.sequence_length,
         layout=settings.layout,
+        row_start=settings.row_start,
         skip_sequences=repair.skip_sequences,
         max_sequences=settings.max_sequences,
         shuffle_seed=settings.shuffle_seed,
