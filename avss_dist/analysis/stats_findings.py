@@ -36,6 +36,9 @@ STATS = (
     "unit_sum_sq",
     "token_count",
     "relative_magnitude_sum",
+    "first_count",
+    "first_mean",
+    "first_m2",
 )
 
 
@@ -64,7 +67,7 @@ def finding(kind: str, severity: str, value: float, message: str, **place: Any) 
 def of_stats(stats: Rows, threshold: Threshold) -> Iterator[Row]:
     """Findings of one run that its statistics tell."""
     for (site,), rows in grouped(stats, "site").items():
-        for one in (*_nonfinite(rows), *_exact_zeros(site, rows, threshold), *_dominant_units(rows)):
+        for one in (*_nonfinite(rows), *_exact_zeros(site, rows, threshold), *_dominant_units(rows), *_first_token(rows)):
             yield {"site": site, **one}
     yield from _identity_layers(stats)
 
@@ -127,6 +130,28 @@ def _dominant_units(rows: Rows) -> Iterator[Row]:
         )
         severity = "warning" if len(over) > len(largest) / 2 else "note"
         yield finding("dominant_unit", severity, share, message, recipe=recipe)
+
+
+def _first_token(rows: Rows) -> Iterator[Row]:
+    """Yield a finding where the first token of each row carries more than half of the variance over elements."""
+    measured = [row for row in rows if row["first_count"] and row["m2"]]
+    shares = {
+        row["layer"]: (row["first_m2"] + row["first_count"] * (row["first_mean"] - row["mean"]) ** 2) / row["m2"]
+        for row in measured
+        if row["count"] > row["first_count"]
+    }
+    dominated = [layer for layer, share in shares.items() if share > DOMINANT]
+    if dominated:
+        layer = max(dominated, key=lambda layer: shares[layer])
+        yield finding(
+            "first_token",
+            "warning" if len(dominated) > len(shares) / 2 else "note",
+            shares[layer],
+            f"The first token that counts in each row carries more than half of the variance in {len(dominated)} of "
+            f"{len(shares)} layers ({shares[layer]:.1%} in layer {layer}): it is an attention sink. To see the other "
+            "tokens, leave it out with `skip_first_tokens`.",
+            recipe="element",
+        )
 
 
 def _largest_shares(rows: Rows, shares_of: Callable[..., Float64]) -> list[tuple[float, int, int]]:

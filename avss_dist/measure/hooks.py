@@ -253,13 +253,15 @@ class Observer:
         return x
 
     def _add(self, now: Pass, layer: Layer, site: str, x: torch.Tensor, before: torch.Tensor | None = None) -> None:
-        for mask, into in self._accumulators_of(now, layer, site, x, geometry=before is not None):
+        for stratum, mask, into in self._accumulators_of(now, layer, site, x, geometry=before is not None):
             self._kernels_of(x.device).add(into, x, mask, before)
+            if site == "block":
+                into.add_first_tokens(x.flatten(0, 1).index_select(0, now.first_tokens_on(x.device)[stratum]))
         self._add_rows(now, layer, site, x, before)
 
     def _add_update(self, now: Pass, layer: Layer, after: torch.Tensor, before: torch.Tensor) -> None:
         like = after.new_empty((0, 0, after.shape[2]), dtype=torch.promote_types(after.dtype, before.dtype))
-        for mask, into in self._accumulators_of(now, layer, "update", like):
+        for _, mask, into in self._accumulators_of(now, layer, "update", like):
             self._kernels_of(after.device).add_update(into, after, before, mask)
         if now.pairing:
             self._add_rows(now, layer, "update", after - before)
@@ -276,8 +278,8 @@ class Observer:
 
     def _accumulators_of(
         self, now: Pass, layer: Layer, site: str, like: torch.Tensor, *, geometry: bool = False
-    ) -> Iterator[tuple[torch.Tensor, Accumulator]]:
-        """Where a site of a layer is counted, if it is: of each stratum, its mask and accumulator."""
+    ) -> Iterator[tuple[str, torch.Tensor, Accumulator]]:
+        """Yield each stratum with its mask and the accumulator of a layer's site, if the site is measured."""
         if site not in self.hooks.sites:
             return
         for stratum, mask in now.masks_on(like.device).items():
@@ -285,7 +287,7 @@ class Observer:
             if key not in self._accumulators:
                 units = site in self._unit_sites
                 self._accumulators[key] = Accumulator(like, self._thresholds, units=units, geometry=geometry)
-            yield mask, self._accumulators[key]
+            yield stratum, mask, self._accumulators[key]
 
     def _kernels_of(self, device: torch.device) -> Kernels:
         if device not in self._kernels:

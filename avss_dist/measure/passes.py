@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -37,6 +38,7 @@ class Pass:
         own: the rows that this process counts.
         strata: the masks of strata in them; of text that is not paired, the mask alone.
         masks, tokens: what counts in them, by device.
+        first_tokens: places of the first tokens that count, by device and stratum; see `first_tokens_on`.
         calls: how often each layer's module has run.
     """
 
@@ -47,6 +49,7 @@ class Pass:
     pairing: Pairing | None
     masks: dict[torch.device, dict[str, torch.Tensor]] = field(default_factory=dict)
     tokens: dict[torch.device, ObservedTokens] = field(default_factory=dict)
+    first_tokens: dict[torch.device, dict[str, torch.Tensor]] = field(default_factory=dict)
     calls: dict[nn.Module, int] = field(default_factory=dict)
     entered: Entered | None = None
 
@@ -56,6 +59,12 @@ class Pass:
             self.masks[device] = {name: sent(mask.numpy(), device) for name, mask in self.strata.items()}
         return self.masks[device]
 
+    def first_tokens_on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Return, by stratum, the place of each row's first token that counts, int64[rows], in rows side by side."""
+        if device not in self.first_tokens:
+            self.first_tokens[device] = {name: sent(_first_tokens(m.numpy()), device) for name, m in self.strata.items()}
+        return self.first_tokens[device]
+
     @property
     def own_answers(self) -> torch.Tensor | None:
         """The mask without answers of paired text that follow another prompt than their own."""
@@ -63,6 +72,12 @@ class Pass:
             return self.mask
         own = [not label.endswith(AFTER_ANOTHER) for label in self.pairing.strata]
         return self.mask & torch.tensor(own)[:, None]
+
+
+def _first_tokens(mask: np.ndarray) -> np.ndarray:
+    """Return the flat index of the first True of each row that has one, int64[rows], of bool[rows, tokens]."""
+    rows = np.flatnonzero(mask.any(axis=1))
+    return rows * mask.shape[1] + mask[rows].argmax(axis=1)
 
 
 PASSES: ContextVar[tuple[Pass, ...]] = ContextVar("passes", default=())

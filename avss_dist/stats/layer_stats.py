@@ -71,6 +71,7 @@ class LayerStats:
     by unit as many as the site has, or none; ``histogram`` has 2048 bins, see `histogram_bin`. ``mean`` and ``m2`` are
     merged by Chan, Golub and LeVeque (1979). The sums over tokens leave out those without a defined angle, and those
     whose difference overflows; the moments of the block's input are of tokens that are finite in input and output.
+    ``first_count`` is 0 in files that were written before it was measured.
     """
 
     thresholds: Annotated[Float64, "absolute near-zero thresholds, ascending"]
@@ -107,6 +108,9 @@ class LayerStats:
     input_count: Annotated[int, "elements of the block's input (block site)"] = 0
     input_mean: Annotated[float, "mean over elements of the block's input"] = 0.0
     input_m2: Annotated[float, "sum over elements of the block's input of (x - input_mean)^2"] = 0.0
+    first_count: Annotated[int, "elements of the first token that counts in each row (block site)"] = 0
+    first_mean: Annotated[float, "mean over those elements"] = 0.0
+    first_m2: Annotated[float, "sum over those elements of (x - first_mean)^2"] = 0.0
 
     @classmethod
     def zero(cls, thresholds: Iterable[float]) -> LayerStats:
@@ -126,6 +130,9 @@ class LayerStats:
         input_count, input_mean, input_m2 = merge_moments(
             (self.input_count, self.input_mean, self.input_m2), (other.input_count, other.input_mean, other.input_m2)
         )
+        first_count, first_mean, first_m2 = merge_moments(
+            (self.first_count, self.first_mean, self.first_m2), (other.first_count, other.first_mean, other.first_m2)
+        )
         added = {name: getattr(self, name) + getattr(other, name) for name in _ADDED}
         abs_value, abs_value_count = merge_values(self.values, other.values)
         return LayerStats(
@@ -136,6 +143,9 @@ class LayerStats:
             input_count=input_count,
             input_mean=input_mean,
             input_m2=input_m2,
+            first_count=first_count,
+            first_mean=first_mean,
+            first_m2=first_m2,
             min=min(self.min, other.min),
             max=max(self.max, other.max),
             max_abs=max(self.max_abs, other.max_abs),
@@ -197,6 +207,13 @@ class LayerStats:
     def variance(self) -> float:
         """Population variance over elements; NaN without elements."""
         return self.m2 / self.count if self.count else np.nan
+
+    @property
+    def first_token_share(self) -> float:
+        """Share of ``m2`` that the first token of each row contributes; NaN where it was not measured or m2 is 0."""
+        if not self.first_count or not self.m2 > 0:
+            return np.nan
+        return (self.first_m2 + self.first_count * (self.first_mean - self.mean) ** 2) / self.m2
 
     @property
     def rms(self) -> float:

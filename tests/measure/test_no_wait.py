@@ -79,7 +79,7 @@ def test_a_batch_is_measured_without_waiting(
         for first in (True, False):
             with NoWaiting() as guard, observer.batch(batch.observed, pairing):
                 run_batch(run, batch, META)
-            copies = 1 + (2 + 3 if pairing else 1)  # ids, masks of strata, and where each row's tokens are
+            copies = 1 + (4 + 3 if pairing else 2)  # ids; of strata masks and first tokens; where each row's tokens are
             assert guard.copies == ["_to_copy"] * (copies + (first and dtype == torch.float32))  # and limits
     if backend == "cuda" and not pairing:
         assert len(launches.kernels) == 2 * 7 * len(layers)

@@ -152,8 +152,25 @@ def test_every_field_of_every_site_equals_numpy(family: str, dtype: torch.dtype)
     assert stats.keys() == raw.keys()
     for (layer, site), activations in raw.items():
         units = site in ("block", "update")
-        expected = oracle_stats(mask=mask.numpy(), thresholds=GRID, units=units, by=counted_by(dtype), **activations)
+        activations |= {"units": units, "by": counted_by(dtype), "first_tokens": site == "block"}
+        expected = oracle_stats(mask=mask.numpy(), thresholds=GRID, **activations)
         assert_close(stats[layer, site], expected, rtol=1e-9, angle_atol=1e-7)
+
+
+def test_first_tokens_are_the_first_that_count_in_each_row_of_each_batch() -> None:
+    build, *paths = FAMILIES["llama"]
+    backbone = opened(build())
+    masks = [torch.ones(ROWS, TOKENS, dtype=torch.bool) for _ in range(2)]
+    masks[0][0, :2] = masks[0][1, :5] = masks[0][2] = False
+    batches = [(token_ids(seed), mask) for seed, mask in enumerate(masks)]
+    stats = observed(backbone, batches, ["block"])
+    for layer in range(3):
+        x = [captured(backbone, ids, mask, *paths)[layer, "block"]["x"] for ids, mask in batches]
+        first = np.concatenate([x[0][0, 2], x[0][1, 5], *x[1][:, 0]])
+        block = stats[layer, "block"]
+        assert (block.first_count, block.first_mean) == (first.size, pytest.approx(first.mean(), rel=1e-6))
+        share = ((first - block.mean) ** 2).sum() / block.m2
+        assert block.first_token_share == pytest.approx(share, rel=1e-6) and 0 < share < 1
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -168,7 +185,7 @@ def test_padding_counts_for_nothing(side: str) -> None:
     assert all(stats[key].equals(s) for key, s in observed(backbone, [(second, mask)]).items())
     assert stats[0, "block"].count == int(mask.sum()) * 32
     raw = captured(backbone, first, mask, *FAMILIES["llama"][1:])
-    expected = oracle_stats(mask=mask.numpy(), thresholds=GRID, units=True, **raw[1, "block"])
+    expected = oracle_stats(mask=mask.numpy(), thresholds=GRID, units=True, first_tokens=True, **raw[1, "block"])
     assert_close(stats[1, "block"], expected, rtol=1e-9, angle_atol=1e-7)
 
 

@@ -59,7 +59,7 @@ class Sample:
 
     def stats(self, rows: Sequence[int] | slice = slice(None)) -> LayerStats:
         x, before = (a[rows].astype(np.float64) for a in (self.x, self.before))
-        return oracle_stats(x, self.mask[rows], GRID, units=True, by=self.by, before=before)
+        return oracle_stats(x, self.mask[rows], GRID, units=True, by=self.by, before=before, first_tokens=True)
 
 
 def sampled(seed: int) -> LayerStats:

@@ -18,6 +18,7 @@ By = Literal["bin", "value", "cut"]
 FLOAT_FIELDS = (
     *("mean", "m2", "pooled_variance_sum", "unit_sum", "unit_sum_sq"),
     *("cosine_sum", "angular_sum", "relative_magnitude_sum", "input_mean", "input_m2"),
+    *("first_mean", "first_m2"),
 )
 EXACT_FIELDS = tuple(f.name for f in fields(LayerStats) if f.name not in FLOAT_FIELDS)
 
@@ -50,11 +51,12 @@ def oracle_stats(
     units: bool = False,
     by: By = "cut",
     before: Float64 | None = None,
+    first_tokens: bool = False,
 ) -> LayerStats:
     """LayerStats of x[sequences, tokens, units] where mask[sequences, tokens].
 
     Counted ``by`` cut as float32 activations are, or by value as those of 16 bits, or by bin alone as in schema 1.
-    ``before`` is the block's input.
+    ``before`` is the block's input. ``first_tokens`` are measured of the block site.
     """
     elements = x[mask].ravel()
     finite = elements[np.isfinite(elements)]
@@ -82,7 +84,18 @@ def oracle_stats(
     if before is not None:
         kept = mask & np.isfinite(before).all(-1) & np.isfinite(x).all(-1)
         found |= _oracle_geometry(before[kept], x[kept])
+    if first_tokens:
+        found |= _oracle_first_tokens(x, mask)
     return LayerStats(thresholds=thresholds, **found)
+
+
+def _oracle_first_tokens(x: Float64, mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """Return count, mean and m2 of the finite elements of the first token that counts in each row."""
+    first = [rows[valid][0] for rows, valid in zip(x, mask, strict=True) if valid.any()]
+    elements = np.concatenate([np.zeros(0), *first])
+    elements = elements[np.isfinite(elements)]
+    mean = elements.mean() if elements.size else 0.0
+    return {"first_count": elements.size, "first_mean": mean, "first_m2": ((elements - mean) ** 2).sum()}
 
 
 def _oracle_geometry(before: Float64, after: Float64) -> dict[str, Any]:
@@ -110,14 +123,16 @@ def assert_close(actual: LayerStats, expected: LayerStats, rtol: float = 1e-12, 
         assert np.array_equal(getattr(actual, name), getattr(expected, name)), name
     rms = np.sqrt(expected.m2 / max(expected.count, 1) + expected.mean**2)
     input_rms = np.sqrt(expected.input_m2 / max(expected.input_count, 1) + expected.input_mean**2)
+    first_rms = np.sqrt(expected.first_m2 / max(expected.first_count, 1) + expected.first_mean**2)
     slack: dict[str, Any] = {
         "mean": rtol * rms,
         "input_mean": rtol * input_rms,
+        "first_mean": rtol * first_rms,
         "unit_sum": rtol * np.sqrt(expected.unit_sum_sq * expected.unit_count),
         "cosine_sum": 1e-12 * expected.token_count,
         "angular_sum": angle_atol * expected.token_count,
     }
-    roots = {"m2": rms, "input_m2": input_rms, "pooled_variance_sum": expected.max_abs}
+    roots = {"m2": rms, "input_m2": input_rms, "first_m2": first_rms, "pooled_variance_sum": expected.max_abs}
     for name in FLOAT_FIELDS:
         got, want = np.asarray(getattr(actual, name)), np.asarray(getattr(expected, name))
         if name in roots:  # sums of squares of differences: as deviations, beside the size of what was subtracted

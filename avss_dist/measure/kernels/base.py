@@ -46,6 +46,7 @@ class Accumulator:
     def __init__(self, like: torch.Tensor, thresholds: Float64, *, units: bool, geometry: bool) -> None:
         self.dtype = like.dtype
         self._elements = 0
+        self._first_tokens: list[torch.Tensor] = []
         self.thresholds = thresholds
         shapes: dict[str, Shape] = {"sequences": (INT, (1,)), "pooled": (FLOAT, (1,))}
         if like.dtype == torch.float32:
@@ -65,6 +66,22 @@ class Accumulator:
     def is_on_host(self) -> bool:
         """Whether reading it needs no transfer."""
         return self.tensors["sequences"].device.type == "cpu"
+
+    def add_first_tokens(self, values: torch.Tensor) -> None:
+        """Keep the first tokens of rows, [rows, units], until `conclude`: one copy is all that a pass waits for."""
+        self._first_tokens.append(values)
+
+    def conclude(self) -> Tensors:
+        """Return ``tensors``, with ``first`` float64[3] where first tokens were added: count, mean and m2 of elements."""
+        if self._first_tokens:
+            values = torch.cat(self._first_tokens).double()
+            finite = torch.isfinite(values)
+            count = finite.sum().double()
+            mean = torch.where(finite, values, 0).sum() / count.clamp_min(1)
+            m2 = torch.where(finite, values - mean, 0).square().sum()
+            self.tensors["first"] = torch.stack([count, mean, m2])
+            self._first_tokens.clear()
+        return self.tensors
 
     def reserve(self, elements: int) -> None:
         """Make room for ``elements`` more counts: most shards fit in 32 bits, and take half the memory."""
@@ -133,8 +150,9 @@ def float32_limits(thresholds: Float64) -> np.ndarray:
 
 def send_stats(accumulators: Sequence[Accumulator], thresholds: Float64) -> Callable[[], list[LayerStats]]:
     """Send accumulators to the host; what is returned waits for them, and gives their statistics."""
+    concluded = [accumulator.conclude() for accumulator in accumulators]
     like = [(one.dtype, tuple(one.tensors)) for one in accumulators]
-    arrived = to_host([tensor for one in accumulators for tensor in one.tensors.values()])
+    arrived = to_host([tensor for tensors in concluded for tensor in tensors.values()])
 
     def wait() -> list[LayerStats]:
         arrays = iter(arrived())
@@ -161,6 +179,9 @@ def to_stats(tensors: Mapping[str, np.ndarray], dtype: torch.dtype, thresholds: 
         for name, value in zip(("cosine", "angular", "relative_magnitude"), tensors["geometry"], strict=True):
             fields[f"{name}_sum"] = float(value)
         fields["input_mean"], fields["input_m2"] = (float(v) for v in tensors["input_moments"])
+    if "first" in tensors:
+        count, fields["first_mean"], fields["first_m2"] = (float(v) for v in tensors["first"])
+        fields["first_count"] = int(count)
     return LayerStats(thresholds=thresholds, **fields)
 
 
