@@ -58,6 +58,7 @@ LOSS = "loss"  # a metric of a model: nats per token; higher is worse
 ENTROPY = "entropy"  # a metric of a model: nats per token that its predictions leave open
 CHANCE = "chance"  # a metric of multiple choice: the accuracy of a guess
 PERPLEXITY = "perplexity:"  # before a corpus: the task of predicting it
+ROW_START = "row-start:"  # before a corpus: the task of comparing two starts of its rows
 TRUTHFUL, INCORRECT = "truthful", "incorrect"  # labels of the answers of TruthfulQA
 BEST = "best"  # the label of the first of several truthful answers
 TRUTHFULQA = "truthfulqa:"  # before a file: the task of choosing among its answers

@@ -22,9 +22,10 @@ from avss_dist.analysis.stats_findings import (
     of_stats,
     read_stats,
 )
-from avss_dist.settings import EVERY_SITE, PUBLISHED_THRESHOLD, RECIPES, SITES
+from avss_dist.settings import EVERY_SITE, PUBLISHED_THRESHOLD, RECIPES, ROW_START, SITES
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, spearman
+from avss_dist.stats.row_start import RowStarts
 from avss_dist.stats.scores import NOISY_BELOW, Threshold
 from avss_dist.system.progress_bar import tracked
 from avss_dist.warehouse.checks import settings_of
@@ -58,6 +59,7 @@ KINDS = (
     "dominant_expert",
     "unstable_ranking",
     "recipes_disagree",
+    "row_start",
 )
 """Every kind, in the order in which a reader should hear of them."""
 
@@ -90,6 +92,7 @@ def findings(
         found += [{"run_id": name, **one} for one in of_stats(read_stats(table), threshold)]
     found += [{"run_id": name, **one} for name, one in expert_findings(warehouse, names)]
     found += _first_tokens(runs, scores)
+    found += _row_starts(warehouse, runs)
     found += _unreadable(warehouse.damaged, run_ids)
     found.sort(key=_urgency)
     return pa.Table.from_pylist(found, SCHEMA)
@@ -230,6 +233,35 @@ def _first_tokens(runs: Rows, scores: Callable[[str], Rows]) -> Iterator[Row]:
         for run in whole:
             for cut in sorted((run for run in alike if skipped(run)), key=skipped):
                 yield from _carried(run["run_id"], scores(run["run_id"]), scores(cut["run_id"]), skipped(cut))
+
+
+def _row_starts(warehouse: Warehouse, runs: Rows) -> Iterator[Row]:
+    """Yield a finding for each run whose model expects another start of its rows.
+
+    An evaluation of the model on any text with the same `row_start` measures it. Runs of packed text that were written
+    before rows started with special tokens are named too.
+    """
+    where = pc.starts_with(pc.field("task"), ROW_START) & (pc.list_value_length(pc.field("drop")) == 0)
+    losses: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for row in warehouse.table("evaluations", columns=_EVALUATED, where=where).to_pylist():
+        key = row["revision"], settings_of(row).get("row_start", "none")
+        losses.setdefault(key, {}).setdefault(row["task"], {})[row["metric"]] = row["value"]
+    for run in runs:
+        settings = settings_of(run)
+        start = settings.get("row_start")
+        if settings.get("layout", "packed") == "packed" and start is None:
+            yield {"run_id": run["run_id"], **finding("row_start", "note", np.nan, _OLD_ROWS)}
+        for task, by_metric in losses.get((run["revision"], start or ""), {}).items():
+            starts = RowStarts.of(by_metric)
+            if starts and (sentence := starts.describe(run["model"], task.removeprefix(ROW_START))):
+                yield {"run_id": run["run_id"], **finding("row_start", "warning", starts.ratio, sentence)}
+
+
+_EVALUATED = ("run_id", "revision", "task", "metric", "value", "settings", "drop")
+_OLD_ROWS = (
+    "This run was measured before packed rows started with the tokenizer's special tokens. If its tokenizer adds any "
+    "(BOS, CLS), score the model again; else nothing has changed."
+)
 
 
 def _carried(run_id: str, whole: Rows, cut: Rows, tokens: int) -> Iterator[Row]:

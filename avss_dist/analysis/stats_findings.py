@@ -67,7 +67,12 @@ def finding(kind: str, severity: str, value: float, message: str, **place: Any) 
 def of_stats(stats: Rows, threshold: Threshold) -> Iterator[Row]:
     """Findings of one run that its statistics tell."""
     for (site,), rows in grouped(stats, "site").items():
-        for one in (*_nonfinite(rows), *_exact_zeros(site, rows, threshold), *_dominant_units(rows), *_first_token(rows)):
+        for one in (
+            *_nonfinite(rows),
+            *_exact_zeros(site, rows, threshold),
+            *_dominant_units(rows),
+            *_first_token(rows),
+        ):
             yield {"site": site, **one}
     yield from _identity_layers(stats)
 

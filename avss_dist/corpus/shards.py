@@ -15,7 +15,16 @@ from avss_dist.corpus.answers import truthfulqa_choices
 from avss_dist.corpus.chats import chat_template
 from avss_dist.corpus.pairs import Pairing, choice_rows, join, paired_rows
 from avss_dist.corpus.sources import Source, json_records, open_source
-from avss_dist.corpus.tokens import Ids, Tally, Tokenizer, encode, rows_of, shuffled, special_tokens_of_rows
+from avss_dist.corpus.tokens import (
+    Ids,
+    Tally,
+    Tokenizer,
+    encode,
+    other_row_start,
+    rows_of,
+    shuffled,
+    special_tokens_of_rows,
+)
 from avss_dist.errors import CorpusError, without_secrets
 from avss_dist.settings import Settings, fingerprint
 from avss_dist.system.spool import Spool
@@ -162,6 +171,21 @@ def plan(
     )
 
 
+def with_other_start(shard: Shard, tokenizer: Tokenizer, settings: Settings, rows: int) -> tuple[Shard, Shard] | None:
+    """Return the first rows of packed text as they are, and the same text with the other start of `other_row_start`.
+
+    None where there is no other start, or the text is paired.
+    """
+    other = other_row_start(tokenizer, settings)
+    if other is None or shard.pairing:
+        return None
+    around, length = special_tokens_of_rows(tokenizer, settings), shard.input_ids.shape[1]
+    text = [row[len(around.prefix) : length - len(around.suffix)] for row in shard.input_ids[:rows]]
+    ids, lengths = _padded([other.enclose(row)[:length] for row in text], length, tokenizer)
+    as_read = _shard(0, shard.input_ids[:rows], shard.lengths[:rows], 0)
+    return as_read, _shard(0, ids, lengths, 0)
+
+
 def _plan_pairs(source: str, opened: Source, tokenizer: Tokenizer, settings: Settings, skip: int) -> CorpusPlan:
     """As `plan`, of paired text."""
     assert opened.answers is not None
@@ -250,7 +274,11 @@ def _fingerprint(shards: Sequence[Shard], sequence_length: int) -> str:
 def _require_enough(
     source: str, num_sequences: int, num_tokens: int, tally: Tally, settings: Settings, length: int
 ) -> None:
-    """Raise `CorpusError` unless there is a row with a token that counts; ``length`` is the text tokens of a full row."""
+    """Raise `CorpusError` unless there is a row with a token that counts.
+
+    Args:
+        length: tokens of text in a full row.
+    """
     skip = settings.skip_first_tokens
     if not tally.has_text:
         raise CorpusError(f"{source} holds no text (documents read: {tally.documents}).", "Name one that holds some.")

@@ -97,11 +97,28 @@ def special_tokens_of_rows(tokenizer: Tokenizer, settings: Settings) -> SpecialT
         around = SpecialTokens(around.prefix, around.suffix[:-1])
     if len(around) >= settings.sequence_length:
         raise CorpusError(
-            f"Rows of {settings.sequence_length} tokens have no room for text: the tokenizer puts {len(around)} special "
-            "tokens around it.",
+            f"`sequence_length` {settings.sequence_length} leaves no room for text (special tokens around it, which the "
+            f"tokenizer adds: {len(around)}).",
             f"Make `sequence_length` {len(around) + 1} or more, or set `row_start` none.",
         )
     return around
+
+
+def other_row_start(tokenizer: Tokenizer, settings: Settings) -> SpecialTokens | None:
+    """Return the start that packed rows could have in place of theirs; None where there is no other.
+
+    It is none for rows that have special tokens; for others those of the tokenizer, or its BOS, which a tokenizer may
+    know and not add.
+    """
+    if settings.layout != "packed":
+        return None
+    if len(special_tokens_of_rows(tokenizer, settings).prefix):
+        return NO_SPECIAL_TOKENS
+    prefix = special_tokens_around(tokenizer).prefix
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if not len(prefix) and bos is not None:
+        prefix = np.array([bos], np.int32)
+    return SpecialTokens(prefix, NO_SPECIAL_TOKENS.suffix) if len(prefix) else None
 
 
 def rows_of(

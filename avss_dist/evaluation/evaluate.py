@@ -24,7 +24,7 @@ from avss_dist.evaluation.engine import (
     plan_evaluation,
 )
 from avss_dist.evaluation.held_out import refuse_overlap, refuse_questions, refuse_repair_text, refuse_search_text
-from avss_dist.evaluation.make_tasks import make_task
+from avss_dist.evaluation.make_tasks import make_task, row_start_task
 from avss_dist.evaluation.outcomes import Evaluations
 from avss_dist.evaluation.retention import Retained, retained
 from avss_dist.evaluation.subjects import Subject, read_subject, with_sparsity
@@ -34,9 +34,10 @@ from avss_dist.models.sparsifying import Sparsity
 from avss_dist.options import EvaluationOptions, Prompting, with_options
 from avss_dist.removal import Drop
 from avss_dist.runs.corpora import corpus_problems
-from avss_dist.settings import DEFAULT_WAREHOUSE, PERPLEXITY, REALIZED, TRUTHFULQA, Settings
+from avss_dist.settings import DEFAULT_WAREHOUSE, PERPLEXITY, REALIZED, ROW_START, TRUTHFULQA, Settings
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.sparsity.realized import Realized
+from avss_dist.stats.row_start import RowStarts
 from avss_dist.tasks.base import Result
 from avss_dist.tasks.cells import Cell
 from avss_dist.text import RedactedURI
@@ -131,6 +132,7 @@ def evaluate(
         found = with_sparsity(found, sparse, trust_remote_code=settings.trust_remote_code)
     with closing(open_executor(execution, settings)) as executor:
         planned: dict[_Key, PlannedEvaluation] = {}
+        starts: list[PlannedEvaluation] = []
         for checkpoint in {subject.checkpoint.revision: subject.checkpoint for subject in found}.values():
             fixed = pinned(settings, checkpoint, executor.device)
             placement = placed(checkpoint, fixed, execution, executor)
@@ -144,19 +146,23 @@ def evaluate(
                     limit=limit,
                     prompting=prompting,
                 )
+                if name.startswith(PERPLEXITY) and (start := row_start_task(checkpoint, task, fixed)):
+                    starts.append(plan_evaluation(checkpoint, start, fixed, placement))
                 for one in _sparsities(found, checkpoint):
                     require_effect(one.rule if one else None, name)
                     made = plan_evaluation(checkpoint, task, fixed, placement, one)
                     planned[checkpoint.revision, name, _key(one)] = made
         if not allow_overlap:
             _refuse_overlaps(found, planned, Warehouse(warehouse))
-        cells = list(_cells(found, planned))
+        cells = [*_cells(found, planned), *(cell for start in starts for cell in start.cells([()]))]
         failed = measure(cells, store, executor, reporter, fresh=execution.fresh)
     every = {key: commit(one, store) for key, one in planned.items()}
+    compared = [(start, commit(start, store)) for start in starts]
     if failed:
         raise failure(failed)
     evaluations = list(_all_against_whole(found, tasks, every))
-    return Evaluations(evaluations, findings=[*_findings(found, tasks, every), *_guesses(evaluations)])
+    notes = [*_findings(found, tasks, every), *_guesses(evaluations), *_row_starts(compared)]
+    return Evaluations(evaluations, findings=notes)
 
 
 def _require_used(tasks: Sequence[str], **given: Any) -> None:
@@ -209,6 +215,15 @@ def _guesses(evaluations: Iterable[Evaluation]) -> Iterator[str]:
         metric = primary_metric(rows)
         if guess := kept_by_guess(rows, metric):
             yield f"{task}: a guess keeps {guess:.1%} of the {metric} of {model}."
+
+
+def _row_starts(compared: Iterable[tuple[PlannedEvaluation, Sequence[Result]]]) -> Iterator[str]:
+    """Yield a sentence for each text that is far likelier with another start of its rows."""
+    for planned, results in compared:
+        starts = RowStarts.of({result.metric: result.value for result in results if not result.drop})
+        corpus = planned.task.name.removeprefix(ROW_START)
+        if starts and (sentence := starts.describe(planned.checkpoint.name, corpus)):
+            yield sentence
 
 
 def realized(plan: SparsityPlan, results: Iterable[Result], drop: Drop = ()) -> Realized | None:

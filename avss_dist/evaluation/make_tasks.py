@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from avss_dist.corpus.chats import chat_template
-from avss_dist.corpus.shards import plan_choices
+from avss_dist.corpus.shards import plan_choices, with_other_start
 from avss_dist.evaluation.engine import plan_text
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.options import AS_THE_TASK_SAYS, Prompting
-from avss_dist.settings import PERPLEXITY, TRUTHFULQA, Settings
+from avss_dist.settings import PERPLEXITY, ROW_START, TRUTHFULQA, Settings
 from avss_dist.tasks.base import Task, TextLoss
+from avss_dist.tasks.row_start import RowStartLoss
 from avss_dist.tasks.truthfulqa import TruthfulChoices
 from avss_dist.text import RedactedURI
+
+COMPARED_ROWS = 4  # of a text, with two starts
 
 
 def make_task(
@@ -51,6 +54,16 @@ def text_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_s
     """
     text = plan_text(checkpoint, corpus, settings, skip_sequences=skip_sequences)
     return Task(name=f"{PERPLEXITY}{RedactedURI(corpus)}", parts=tuple(TextLoss(shard) for shard in text.shards))
+
+
+def row_start_task(checkpoint: Checkpoint, text: Task, settings: Settings) -> Task | None:
+    """Return the task of comparing two starts of the first rows of a `text_task`, or None where there is only one."""
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
+    first = next((part.shard for part in text.parts if isinstance(part, TextLoss)), None)
+    shards = first and with_other_start(first, tokenizer, settings, COMPARED_ROWS)
+    if shards is None:
+        return None
+    return Task(name=f"{ROW_START}{text.name.removeprefix(PERPLEXITY)}", parts=(RowStartLoss(*shards),))
 
 
 def choices_task(checkpoint: Checkpoint, path: str, settings: Settings, questions: slice = slice(None)) -> Task:

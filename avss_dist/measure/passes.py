@@ -62,7 +62,9 @@ class Pass:
     def first_tokens_on(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Return, by stratum, the place of each row's first token that counts, int64[rows], in rows side by side."""
         if device not in self.first_tokens:
-            self.first_tokens[device] = {name: sent(_first_tokens(m.numpy()), device) for name, m in self.strata.items()}
+            self.first_tokens[device] = {
+                name: sent(_first_tokens(m.numpy()), device) for name, m in self.strata.items()
+            }
         return self.first_tokens[device]
 
     @property

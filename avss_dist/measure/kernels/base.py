@@ -72,7 +72,7 @@ class Accumulator:
         self._first_tokens.append(values)
 
     def conclude(self) -> Tensors:
-        """Return ``tensors``, with ``first`` float64[3] where first tokens were added: count, mean and m2 of elements."""
+        """Return ``tensors``; where first tokens were added, with ``first`` float64[3]: their count, mean and m2."""
         if self._first_tokens:
             values = torch.cat(self._first_tokens).double()
             finite = torch.isfinite(values)

@@ -1,0 +1,32 @@
+"""Whether a model expects other special tokens before a text than the rows of a corpus have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from avss_dist.corpus.shards import Shard
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.settings import fingerprint
+from avss_dist.stats.row_start import AS_READ, OTHER_START
+from avss_dist.tasks.base import Row, predicted_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class RowStartLoss:
+    """The loss on rows as they were read, and on the same text with another start: a sample for each row."""
+
+    as_read: Shard
+    other: Shard
+
+    @property
+    def key(self) -> str:
+        """See `tasks.base.Measure`."""
+        return fingerprint(measure="row start", shards=[self.as_read.content_hash, self.other.content_hash])
+
+    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
+        """See `tasks.base.Measure`."""
+        rows = []
+        for metric, shard in ((AS_READ, self.as_read), (OTHER_START, self.other)):
+            (losses,) = model.losses_without(list(shard.batches(model.settings.batch_size)), [drop])
+            rows.append(Row(metric=metric, samples=losses, weights=predicted_tokens(shard, model)))
+        return rows
