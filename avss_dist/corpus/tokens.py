@@ -97,7 +97,7 @@ def special_tokens_of_rows(tokenizer: Tokenizer, settings: Settings) -> SpecialT
         around = SpecialTokens(around.prefix, around.suffix[:-1])
     if len(around) >= settings.sequence_length:
         raise CorpusError(
-            f"`sequence_length` {settings.sequence_length} leaves no room for text (special tokens around it, which the "
+            f"`sequence_length` {settings.sequence_length} leaves no room for text (special tokens around it that the "
             f"tokenizer adds: {len(around)}).",
             f"Make `sequence_length` {len(around) + 1} or more, or set `row_start` none.",
         )

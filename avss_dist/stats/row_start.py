@@ -35,7 +35,7 @@ class RowStarts:
         if not self.ratio > FAR_WORSE:
             return None
         return (
-            f"{model} has a perplexity of {np.exp(self.as_read):.1f} on the first rows of {corpus}, and of "
-            f"{np.exp(self.other):.1f} on the same text with another start of each row, which it seems to expect. Set "
+            f"{model} has a perplexity of {np.exp(self.as_read):,.1f} on the first rows of {corpus}, and of "
+            f"{np.exp(self.other):,.1f} on the same text with another start of each row, which it seems to expect. Set "
             "`row_start` to auto if it is none; else see whether its tokenizer lacks `add_bos_token`."
         )

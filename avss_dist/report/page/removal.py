@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from avss_dist.analysis.verdict import primary_metric
 from avss_dist.removal import describe_removed, size_removed
-from avss_dist.settings import BLOCK_DISTANCE, OF_LAYERS, REPAIR, SEARCH, SUBLAYER_LOSS
+from avss_dist.settings import BLOCK_DISTANCE, OF_LAYERS, REPAIR, ROW_START, SEARCH, SUBLAYER_LOSS
 from avss_dist.stats.retention import kept
 from avss_dist.text import basename
 
@@ -65,7 +65,7 @@ def _curves(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     fits = [row for row in rows if row["patch"] and row["task"].startswith(REPAIR)]
     repairs = {row["patch"]: row["task"].split(":")[1] for row in fits}
     rows = [row for row in rows if row["layer"] is None and not row["factor"] and row["sparsity_plan"] is None]
-    judged = [row for row in rows if not row["task"].startswith((*OF_EVERY_LAYER, REPAIR))]
+    judged = [row for row in rows if not row["task"].startswith((*OF_EVERY_LAYER, REPAIR, ROW_START))]
     for task in dict.fromkeys(row["task"] for row in judged):
         evaluations: dict[str, list[Row]] = {}
         for row in judged:
