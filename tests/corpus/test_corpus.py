@@ -229,9 +229,7 @@ def test_row_start_none_cuts_documents_with_their_special_tokens(tmp_path: Path)
 def test_rows_without_room_for_text_are_refused(jsonl: str) -> None:
     with pytest.raises(CorpusError) as caught:
         plan(jsonl, word_tokenizer(add="<bos> $A"), Settings(sequence_length=1))
-    assert caught.value.message.startswith(
-        "Rows of 1 tokens have no room for text: the tokenizer puts 1 special tokens"
-    )
+    assert caught.value.message.startswith("`sequence_length` 1 leaves no room for text")
     assert caught.value.hint == "Make `sequence_length` 2 or more, or set `row_start` none."
 
 

@@ -31,7 +31,8 @@ class Terminal(io.StringIO):
 
 def run_row(run_id: str, **columns: Any) -> dict[str, Any]:
     """A row of ``runs``: done, a Llama, on the same text as every other."""
-    settings = {name: columns.pop(name) for name in ("skip_first_tokens", "layout") if name in columns}
+    names = ("skip_first_tokens", "layout", "row_start")
+    settings = {"row_start": "auto"} | {name: columns.pop(name) for name in names if name in columns}
     number = sum(run_id.encode())
     return {
         "run_id": run_id,
