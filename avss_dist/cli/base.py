@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -95,15 +95,34 @@ class Commands(Group):
                 raise
             code = RunFailed.exit_code
             _complain(unwritable(error.filename or "A file", error, "Free some space."), error)
-        except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is short, and would end in a traceback
-            code = 130
-            resumes = "fresh" in (_spelling.get() or {})
-            kept = " Everything measured so far is kept; run the same command again to finish."
-            complain(f"Stopped.{kept if resumes else ''}")
+        except KeyboardInterrupt as stop:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # what is left is short, and would end in a traceback
+            code = 143 if isinstance(stop, Terminated) else 130
+            complain(_stopped(getattr(stop, "__notes__", [])))
         for work in _at_end.get() or ():
             work()
         raise typer.Exit(code or 0)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM was received, as from a cluster that stops a job: it ends a command like Ctrl-C."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
+def _stopped(notes: Sequence[str]) -> str:
+    """Return what a stopped command says.
+
+    Args:
+        notes: what is known of the results that are kept.
+    """
+    if "fresh" not in (_spelling.get() or {}):
+        return "Stopped."
+    kept = f"Stopped, {' '.join(notes)}" if notes else "Stopped. Everything measured so far is kept"
+    return f"{kept}; run the same command again to finish."
 
 
 def _complain(text: object, error: Exception) -> None:
@@ -159,10 +178,11 @@ jobs_app = typer.Typer(
 
 def interrupt_again(unraisable: Any) -> None:
     """Ctrl-C where nothing can be raised, in a library's ``__del__``: it comes once more, a moment later."""
-    if unraisable.exc_type is not KeyboardInterrupt:
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
         return
-    again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+    number = signal.SIGTERM if issubclass(unraisable.exc_type, Terminated) else signal.SIGINT
+    again = threading.Timer(0.05, os.kill, (os.getpid(), number))
     again.daemon = True
     again.start()
 
@@ -170,6 +190,7 @@ def interrupt_again(unraisable: Any) -> None:
 def main() -> None:
     """The console script ``avss``."""
     sys.unraisablehook = interrupt_again
+    signal.signal(signal.SIGTERM, _terminate)
     prepare()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -184,9 +205,9 @@ def interruptible(work: Callable[[], T]) -> T:
         try:
             while not result.done():
                 wait([result], timeout=0.2)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             say("Stopped.")
-            os._exit(130)
+            os._exit(143 if isinstance(stop, Terminated) else 130)
         return result.result()
 
 

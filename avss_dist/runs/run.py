@@ -165,7 +165,7 @@ class RunInProgress:
             tokens_per_second=speed,
             device=shards.device,
             peak_memory_bytes=shards.peak_memory_bytes,
-            **{**shards.model, "notes": [*shards.model["notes"], *self._remarks()]},
+            **{**shards.model, "notes": [*shards.model["notes"], *self._remarks(), *self.shards.notes]},
         )
         self.run = replace(self.run, status="done", seconds=time.perf_counter() - self._start)
         return self.run

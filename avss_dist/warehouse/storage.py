@@ -114,10 +114,15 @@ class Storage:
             raise ValueError(f"'{name}' is not the name of a file of {table}")
         return f"{self.base}/{table}/run_id={run_id}/{name}.parquet"
 
-    def files(self, table: str) -> dict[str, tuple[str, str]]:
-        """Run id, and size and time of change, by path, of every file of a table."""
+    def files(self, table: str, run_id: str | None = None) -> dict[str, tuple[str, str]]:
+        """Return the run id, and the size and time of change, of every file of a table by its path.
+
+        Args:
+            run_id: only the files of this run, whose folder alone is listed.
+        """
         folder = f"{self.base}/{table}"
-        selector = pafs.FileSelector(folder, recursive=True, allow_not_found=True)
+        listed = folder if run_id is None else f"{folder}/run_id={run_id}"
+        selector = pafs.FileSelector(listed, recursive=True, allow_not_found=True)
         with self.reading(f"{self.root}/{table}"):
             infos = self.filesystem.get_file_info(selector)
         name = re.compile(rf"/run_id=([\w.-]+)/{_FILE_NAMES[table]}\.parquet")

@@ -95,6 +95,10 @@ class Store:
         for i in range(0, len(ids), AT_ONCE):
             yield from self.read_shards(run_id, {k: expected[k] for k in ids[i : i + AT_ONCE]})
 
+    def num_partials(self, run_id: str) -> int:
+        """Return how many shards of a run are kept, by the names of their files."""
+        return len(self.storage.files("shard_stats", run_id))
+
     def write_layer_stats(
         self, run: RunIdentity, layers: Sequence[str], stats: LayersStats, strata: StrataStats | None = None
     ) -> None:
