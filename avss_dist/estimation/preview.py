@@ -119,7 +119,11 @@ class _Previewer:
         if like := speed_of_a_run_like_it(self._runs, size, placement.partition, devices.kind):
             return left * planned.corpus.num_tokens / like[0] / replicas, like[1], ""
         if placement.partition != "single":
-            return None, "", f"its time with the partition {placement.partition} is not known; avss estimate measures it"
+            return (
+                None,
+                "",
+                f"its time with the partition {placement.partition} is not known; avss estimate measures it",
+            )
         key = size.hidden_size, size.mlp_width, size.dtype, settings
         if key not in self._speeds:
             self._speeds[key] = multiplication_speed(size, settings)

@@ -12,9 +12,9 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class Submitted:
     Attributes:
         status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
         started: UTC; seconds since then, or until its end.
+        message: why it failed: the first error in its log, or what the job server says.
         exit_code: of the command: 0 done, 1 a run failed or it was stopped, 2 a mistake; None before its end.
         hint: what to do next, or nothing.
     """
@@ -57,10 +58,10 @@ class Submitted:
     exit_code: int | None
     hint: str = ""
 
-    def row(self) -> tuple[str, ...]:
-        """What `COLUMNS` are of; ``started`` is UTC."""
+    def row(self) -> tuple[str | int, ...]:
+        """Return the values of `COLUMNS`; ``started`` is UTC."""
         started = f"{self.started:%Y-%m-%d %H:%M:%S}" if self.started else ""
-        return self.job_id, self.status, started, f"{self.seconds:.0f}", self.entrypoint, self.message
+        return self.job_id, self.status, started, round(self.seconds), self.entrypoint, self.message
 
 
 class Cluster:
@@ -116,13 +117,24 @@ class Cluster:
     def job(self, job_id: str) -> Submitted:
         """One job."""
         with self._explained(job_id):
-            return _submitted(self._client.get_job_info(job_id))
+            return self._with_reason(self._client.get_job_info(job_id))
 
     def jobs(self) -> list[Submitted]:
         """Every job that was submitted, the oldest first."""
         with self._explained():
-            jobs = [_submitted(details) for details in self._client.list_jobs() if details.submission_id]
+            jobs = [self._with_reason(details) for details in self._client.list_jobs() if details.submission_id]
         return sorted(jobs, key=lambda job: job.started or datetime.now(UTC))
+
+    def _with_reason(self, details: Any) -> Submitted:
+        """Return a job; of one whose command failed, with the error that its log begins with."""
+        job = _submitted(details)
+        if job.status != "FAILED" or getattr(details, "driver_exit_code", None) is None:
+            return job
+        reason = _first_error(details.message or "")
+        if not reason:  # the message has the last lines of the log only
+            with suppress(RuntimeError):  # the log is gone with the node that had it
+                reason = _first_error(str(self._client.get_job_logs(job.job_id)))
+        return replace(job, message=reason or job.message)
 
     def logs(self, job_id: str) -> str:
         """All that a job has printed."""
@@ -229,6 +241,12 @@ def _has_token() -> bool:
     return bool(given) or (Path.home() / ".ray" / "auth_token").is_file()
 
 
+def _first_error(log: str) -> str:
+    """Return the first line of a log that tells of an error, or of a run that failed; empty if there is none."""
+    match = re.search(r"^Error: (.*)$", log, re.MULTILINE) or re.search(r"^(\S+: failed\. .*)$", log, re.MULTILINE)
+    return match[1].strip() if match else ""
+
+
 def _submitted(details: Any) -> Submitted:
     ended = details.status.is_terminal()
     start, end = (details.start_time or 0) / 1000, (details.end_time or 0) / 1000
@@ -271,13 +289,13 @@ def _local_files(job: JobFile) -> list[str]:
     Raises:
         ConfigError: a file is missing or cannot be read, or together they are too large.
     """
-    experiment = job.experiment
-    texts, tasks = {text: f"line {line}: " for text, line in job.corpora.items()}, ()
-    if experiment:
-        texts |= {weighted(text)[0]: "repair_corpora: " for text in experiment.repair_corpora}
-        tasks = experiment.tasks
-    files, problems = set(), []
-    named = [*((local_files, *text) for text in texts.items()), *((task_files, task, "tasks: ") for task in tasks)]
+    named: list[tuple[Callable[[str], list[str]], str, str]]
+    named = [(local_files, text, f"line {line}: ") for text, line in job.corpora.items()]
+    if job.experiment:
+        named += [(local_files, weighted(text)[0], "repair_corpora: ") for text in job.experiment.repair_corpora]
+        named += [(task_files, task, "tasks: ") for task in job.experiment.tasks]
+    files: set[str] = set()
+    problems: list[str] = []
     for find, name, where in named:
         try:
             files.update(find(name))

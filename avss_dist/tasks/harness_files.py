@@ -83,8 +83,8 @@ def _with_included(path: Path) -> Iterator[Path]:
     yield path
     config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     for module in {value.rpartition(".")[0] for _, value in _walk(config) if isinstance(value, _Function)}:
-        if (file := path.parent / f"{module}.py").is_file():
-            yield file
+        if (code := path.parent / f"{module}.py").is_file():
+            yield code
     for file in _included(config):
         yield from _with_included(path.parent / file)
 

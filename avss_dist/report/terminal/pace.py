@@ -7,7 +7,7 @@ from collections import deque
 
 FEWEST = 3  # units after the warm-up
 WARM_UP_SHARE = 0.25  # of the time until the first unit: units that come so soon after it were begun with it
-STEADY_FACTOR = 1.5  # between the rates of the earlier and the later half
+STEADY_FACTOR = 1.3  # between the rates of the earlier and the later half
 REMEMBERED = 200  # units
 
 
