@@ -29,6 +29,8 @@ _spelling: ContextVar[Mapping[str, str] | None] = ContextVar("_spelling", defaul
 _at_end: ContextVar[list[Callable[[], None]] | None] = ContextVar("_at_end", default=None)  # of the command that runs
 
 
+_stopped_by = signal.SIGINT  # the signal that has ended the command, or would
+
 OLD_COMMANDS = {
     "experiment": "avss run JOB.yaml: a job file with a section experiment is one",
     "export": "avss show --format latex -o FILE",
@@ -98,19 +100,18 @@ class Commands(Group):
         except KeyboardInterrupt as stop:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)  # what is left is short, and would end in a traceback
-            code = 143 if isinstance(stop, Terminated) else 130
+            code = 128 + _stopped_by
             complain(_stopped(getattr(stop, "__notes__", [])))
         for work in _at_end.get() or ():
             work()
         raise typer.Exit(code or 0)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM was received, as from a cluster that stops a job: it ends a command like Ctrl-C."""
-
-
 def _terminate(*_: object) -> None:
-    raise Terminated
+    """End a command at SIGTERM, by which clusters stop jobs, as at Ctrl-C."""
+    global _stopped_by
+    _stopped_by = signal.SIGTERM
+    raise KeyboardInterrupt
 
 
 def _stopped(notes: Sequence[str]) -> str:
@@ -178,11 +179,10 @@ jobs_app = typer.Typer(
 
 def interrupt_again(unraisable: Any) -> None:
     """Ctrl-C where nothing can be raised, in a library's ``__del__``: it comes once more, a moment later."""
-    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+    if unraisable.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(unraisable)
         return
-    number = signal.SIGTERM if issubclass(unraisable.exc_type, Terminated) else signal.SIGINT
-    again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+    again = threading.Timer(0.05, os.kill, (os.getpid(), _stopped_by))
     again.daemon = True
     again.start()
 
@@ -205,9 +205,9 @@ def interruptible(work: Callable[[], T]) -> T:
         try:
             while not result.done():
                 wait([result], timeout=0.2)
-        except KeyboardInterrupt as stop:
+        except KeyboardInterrupt:
             say("Stopped.")
-            os._exit(143 if isinstance(stop, Terminated) else 130)
+            os._exit(128 + _stopped_by)
         return result.result()
 
 

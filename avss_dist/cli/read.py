@@ -55,10 +55,7 @@ def ls(
     warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     format: FormatOption = FORMATS[0],
 ) -> None:
-    """List the runs of a warehouse, the sets of layers that were evaluated, or all evaluations; the newest first.
-
-    Runs that have begun and not finished are listed, too, with the shards that are kept.
-    """
+    """List runs, with what is kept of unfinished ones, evaluated sets of layers, or all evaluations; the newest first."""
     from avss_dist.report.output import write_table
 
     opened = open_warehouse(warehouse)

@@ -498,7 +498,8 @@ def test_a_log_says_how_long_it_will_take_once_the_pace_is_steady(monkeypatch: p
     file = io.StringIO()
     log = Log(1, seconds=0.0, file=file)
     log.started("one", 1000, 0)
-    for now in (12.0, 14.0, 16.0, 18.0, 20.0):
+    for seconds in (12.0, 14.0, 16.0, 18.0, 20.0):
+        now = seconds
         log.advanced("one", 100)
     lines = [line.partition(" ")[2] for line in file.getvalue().splitlines()]
     assert lines[:4] == [f"one: {share} of 1,000 tokens" for share in ("10%", "20%", "30%", "40%")]
