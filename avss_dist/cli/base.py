@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -28,6 +28,8 @@ _UsageError: Any = typer.BadParameter.__base__
 _spelling: ContextVar[Mapping[str, str] | None] = ContextVar("_spelling", default=None)  # of the command that runs
 _at_end: ContextVar[list[Callable[[], None]] | None] = ContextVar("_at_end", default=None)  # of the command that runs
 
+
+_stopped_by = signal.SIGINT  # the signal that has ended the command, or would
 
 OLD_COMMANDS = {
     "experiment": "avss run JOB.yaml: a job file with a section experiment is one",
@@ -95,15 +97,33 @@ class Commands(Group):
                 raise
             code = RunFailed.exit_code
             _complain(unwritable(error.filename or "A file", error, "Free some space."), error)
-        except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is short, and would end in a traceback
-            code = 130
-            resumes = "fresh" in (_spelling.get() or {})
-            kept = " Everything measured so far is kept; run the same command again to finish."
-            complain(f"Stopped.{kept if resumes else ''}")
+        except KeyboardInterrupt as stop:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # what is left is short, and would end in a traceback
+            code = 128 + _stopped_by
+            complain(_stopped(getattr(stop, "__notes__", [])))
         for work in _at_end.get() or ():
             work()
         raise typer.Exit(code or 0)
+
+
+def _terminate(*_: object) -> None:
+    """End a command at SIGTERM, by which clusters stop jobs, as at Ctrl-C."""
+    global _stopped_by
+    _stopped_by = signal.SIGTERM
+    raise KeyboardInterrupt
+
+
+def _stopped(notes: Sequence[str]) -> str:
+    """Return what a stopped command says.
+
+    Args:
+        notes: what is known of the results that are kept.
+    """
+    if "fresh" not in (_spelling.get() or {}):
+        return "Stopped."
+    kept = f"Stopped, {' '.join(notes)}" if notes else "Stopped. Everything measured so far is kept"
+    return f"{kept}; run the same command again to finish."
 
 
 def _complain(text: object, error: Exception) -> None:
@@ -162,7 +182,7 @@ def interrupt_again(unraisable: Any) -> None:
     if unraisable.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(unraisable)
         return
-    again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+    again = threading.Timer(0.05, os.kill, (os.getpid(), _stopped_by))
     again.daemon = True
     again.start()
 
@@ -170,6 +190,7 @@ def interrupt_again(unraisable: Any) -> None:
 def main() -> None:
     """The console script ``avss``."""
     sys.unraisablehook = interrupt_again
+    signal.signal(signal.SIGTERM, _terminate)
     prepare()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -186,7 +207,7 @@ def interruptible(work: Callable[[], T]) -> T:
                 wait([result], timeout=0.2)
         except KeyboardInterrupt:
             say("Stopped.")
-            os._exit(130)
+            os._exit(128 + _stopped_by)
         return result.result()
 
 

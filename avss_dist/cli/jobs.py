@@ -67,7 +67,9 @@ def list_(
     cluster = _cluster(address, connect_seconds, answer_seconds)
     jobs = [cluster.job(job_id)] if job_id else cluster.jobs()
     rows = [dict(zip(COLUMNS, job.row(), strict=True)) for job in jobs]
-    write_table(pa.Table.from_pylist(rows, pa.schema([(name, pa.string()) for name in COLUMNS])), format, console())
+    types = {"seconds": pa.int64()}
+    schema = pa.schema([(name, types.get(name, pa.string())) for name in COLUMNS])
+    write_table(pa.Table.from_pylist(rows, schema), format, console())
     return 0
 
 

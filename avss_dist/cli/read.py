@@ -26,7 +26,7 @@ from avss_dist.cli.options import (
     format_option,
     output_option,
 )
-from avss_dist.errors import QueryError
+from avss_dist.errors import QueryError, WarehouseError
 from avss_dist.settings import DEFAULT_WAREHOUSE, RECIPES, SITES
 from avss_dist.system.streams import console, emit, say
 
@@ -38,13 +38,15 @@ if TYPE_CHECKING:
 SHOW_FORMATS = (*FORMATS, "markdown", "latex")
 QUERY_FORMATS = (*FORMATS, "markdown", "parquet")
 LISTED = {
-    "runs": "SELECT run_id, model, status, corpus, num_tokens, dtype, created_at FROM runs ORDER BY created_at DESC",
+    "runs": """SELECT run_id, model, status, corpus, num_tokens, dtype, created_at,
+        CASE status WHEN 'done' THEN num_shards END AS kept_shards, num_shards FROM runs ORDER BY created_at DESC""",
     "plans": """SELECT model, drop, count(DISTINCT task) AS tasks, max(created_at) AS evaluated_at FROM evaluations
         WHERE len(drop) > 0 AND layer IS NULL GROUP BY ALL ORDER BY evaluated_at DESC""",
     "evaluations": """SELECT model, drop, task, metric, value, stderr, created_at FROM evaluations
         WHERE layer IS NULL ORDER BY created_at DESC""",
 }
 """What `avss ls` lists, the newest first."""
+UNFINISHED = "unfinished"  # the status of a run that has begun and has no row
 FileOption = Annotated[Path | None, output_option("File to write to instead of standard output.")]
 
 
@@ -53,10 +55,48 @@ def ls(
     warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     format: FormatOption = FORMATS[0],
 ) -> None:
-    """List the runs of a warehouse, the sets of layers that were evaluated, or all evaluations; the newest first."""
+    """List runs, with what is kept of unfinished ones, evaluated sets of layers, or evaluations; the newest first."""
     from avss_dist.report.output import write_table
 
-    write_table(open_warehouse(warehouse).sql(LISTED[what]), format, console())
+    opened = open_warehouse(warehouse)
+    table = _listed_runs(opened) if what == "runs" else opened.sql(LISTED[what])
+    if what == "runs" and format == FORMATS[0]:
+        table = _with_kept_shards(table)
+    write_table(table, format, console())
+
+
+def _listed_runs(opened: Warehouse) -> pa.Table:
+    """Return the rows of the query for runs, after those of unfinished runs."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    unfinished = opened.unfinished()
+    try:
+        ended = opened.sql(LISTED["runs"])
+    except WarehouseError:
+        if not unfinished:
+            raise
+        ended = None
+    if not unfinished:
+        return ended
+    columns = ("run_id", "model", "status", "corpus", "num_tokens", "dtype", "created_at", "kept_shards", "num_shards")
+    begun = unfinished.append_column("status", pa.array([UNFINISHED] * len(unfinished)))
+    time = pc.cast(unfinished["started_at"], pa.timestamp("us", "UTC"))
+    begun = begun.append_column("created_at", time).select(columns)
+    return begun if ended is None else pa.concat_tables([begun.cast(ended.schema), ended])
+
+
+def _with_kept_shards(table: pa.Table) -> pa.Table:
+    """Return a table of runs whose status says how many shards of an unfinished one are kept."""
+    import pyarrow as pa
+
+    texts = []
+    for row in table.select(["status", "kept_shards", "num_shards"]).to_pylist():
+        of_all = f" of {row['num_shards']}" if row["num_shards"] else ""
+        kept = f", {row['kept_shards']}{of_all} shards" if row["status"] == UNFINISHED else ""
+        texts.append(f"{row['status']}{kept}")
+    shown = table.set_column(table.schema.get_field_index("status"), "status", pa.array(texts, pa.string()))
+    return shown.drop_columns(["kept_shards", "num_shards"])
 
 
 def show(

@@ -95,30 +95,72 @@ def open_source(source: str) -> Source:
     Raises:
         CorpusError: it is unknown, missing or unreadable.
     """
+    source = _spelled_out(source)
+    return _kind(source).open(source)
+
+
+def local_files(source: str) -> list[str]:
+    """Return the files that a source names by relative paths, sorted, without opening it.
+
+    A source on the hub, at a URI or with an absolute path has none.
+
+    Raises:
+        CorpusError: there is no such kind of source, or no such file.
+    """
+    source = _spelled_out(source)
+    path = _kind(source).path(source)
+    return _relative_files(path) if path else []
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of source.
+
+    Attributes:
+        open: opens a source of this kind.
+        path: returns the path, glob or URI that a source of this kind reads; empty if it reads no file.
+    """
+
+    open: Callable[[str], Source]
+    path: Callable[[str], str]
+
+
+def _kind(source: str) -> _Kind:
+    return _KINDS.get(source.partition(":")[0], _FILES)
+
+
+def _spelled_out(source: str) -> str:
+    """Return a source with the keys of its URI, and with ``hf:...`` in place of a short name."""
     source = RedactedURI(source).full
-    kind, _, name = source.partition(":")
-    if kind in NAMED and ":" not in name:
-        return _hub(NAMED[kind].source(split=name))
-    if kind == "truthfulqa":
-        return _truthfulqa(source, name)
-    return _builtin(name) if kind == "builtin" else _hub(source) if kind == "hf" else _files(source)
+    name, _, split = source.partition(":")
+    return NAMED[name].source(split=split) if name in NAMED and ":" not in split else source
 
 
-def _builtin(name: str) -> Source:
+def _relative_files(path: str) -> list[str]:
+    """Return the files of a relative path, a glob or a folder; none of an absolute path or a URI.
+
+    Raises:
+        CorpusError: there is no such file.
+    """
+    if "://" in path or os.path.isabs(os.path.expanduser(path)):
+        return []
+    if os.path.isdir(path):
+        files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    else:
+        files = _find(path)[1]
+    return sorted(os.path.relpath(file) for file in files)
+
+
+def _builtin(source: str) -> Source:
     from pydoc_data.topics import topics
 
-    require_known("builtin corpus", name, ("pydoc",), CorpusError)
+    require_known("builtin corpus", source.partition(":")[2], ("pydoc",), CorpusError)
     texts = [topics[key] for key in sorted(topics)]
     return Source(lambda: iter(texts), lambda: fingerprint(kind="builtin", documents=texts))
 
 
 def _files(source: str) -> Source:
-    match = _FILE.fullmatch(source)
-    if not match:
-        ending = re.search(r"\.\w+(?=:|$)", source.rpartition("/")[2])
-        known = [f".{name}" for name in _READERS] if ending else [*NAMED]
-        near = nearest(ending[0] if ending else source.partition(":")[0], known) if source else ""
-        raise CorpusError(f"'{source}' is not a corpus source.", f"{near} Sources: {FORMS}.".strip())
+    match = _file_match(source)
     path, suffix = match["path"], (match["suffix"] or match["parquet"]).lower()
     if suffix == "txt" and match["field"] is not None:
         raise CorpusError(f"'{source}': a text file has no field.", f"Write {path} alone.")
@@ -133,12 +175,37 @@ def _files(source: str) -> Source:
     )
 
 
-def _truthfulqa(source: str, name: str) -> Source:
-    match = _FILE.fullmatch(name)
+def _file_match(source: str) -> re.Match[str]:
+    """Return the parts of ``file.suffix[:field]``.
+
+    Raises:
+        CorpusError: the source has another form.
+    """
+    match = _FILE.fullmatch(source)
+    if not match:
+        ending = re.search(r"\.\w+(?=:|$)", source.rpartition("/")[2])
+        known = [f".{name}" for name in _READERS] if ending else [*NAMED]
+        near = nearest(ending[0] if ending else source.partition(":")[0], known) if source else ""
+        raise CorpusError(f"'{source}' is not a corpus source.", f"{near} Sources: {FORMS}.".strip())
+    return match
+
+
+def _truthfulqa(source: str) -> Source:
+    path, seed = _truthfulqa_parts(source)
+    return _paired(path, lambda records: truthfulqa_answers(records, seed), seed=seed)
+
+
+def _truthfulqa_parts(source: str) -> tuple[str, int]:
+    """Return the path and the seed of ``truthfulqa:file.jsonl[:seed]``.
+
+    Raises:
+        CorpusError: the source has another form.
+    """
+    match = _FILE.fullmatch(source.partition(":")[2])
     seed = (match["field"] or "0") if match else ""
     if not match or (match["suffix"] or "").lower() != "jsonl" or not (seed.isascii() and seed.isdecimal()):
         raise CorpusError(f"'{source}' is not a file of TruthfulQA.", "Write truthfulqa:file.jsonl[:seed].")
-    return _paired(match["path"], lambda records: truthfulqa_answers(records, int(seed)), seed=int(seed))
+    return match["path"], int(seed)
 
 
 def _paired(path: str, read: Callable[[Records], Iterator[Answer]], **identity: Any) -> Source:
@@ -298,7 +365,7 @@ _RECORDS = {"jsonl": _read_records, "csv": _read_csv_records}
 
 
 def _hub(source: str) -> Source:
-    parts = source.split(":")[1:]
+    parts = source.split(":")[1:] or [""]
     if not parts[0] or len(parts) > 4:
         raise CorpusError(f"'{source}' is not a corpus source.", f"Sources: {FORMS}.")
     named, config, split, column = (p or d for p, d in zip_longest(parts, ("", "", "train", "text")))
@@ -319,6 +386,21 @@ def _hub(source: str) -> Source:
         lambda: (field_document(row, column, f"{source}, row {number}") for number, row in enumerate(rows(), 1)),
         lambda: fingerprint(kind="hf", name=name, config=config, split=split, column=column, revision=builder.hash),
     )
+
+
+def _hub_folder(source: str) -> str:
+    """Return the folder or file of this machine that a source names in place of a data set of the hub, if it does."""
+    name = source.removeprefix("hf:").partition(":")[0]
+    return name if os.path.exists(name) else ""
+
+
+_FILES = _Kind(_files, lambda source: _file_match(source)["path"])
+_KINDS = {
+    "builtin": _Kind(_builtin, lambda source: ""),
+    "hf": _Kind(_hub, _hub_folder),
+    "truthfulqa": _Kind(_truthfulqa, lambda source: _truthfulqa_parts(source)[0]),
+}
+"""The kinds of sources by what stands before the first colon; all others are files."""
 
 
 def _decode(data: bytes, where: str, offset: int = 0) -> str:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from avss_dist.errors import AvssError, as_failure
-from avss_dist.estimation.estimate import Arithmetic, Row, measure
-from avss_dist.models.loading import text_config
+from avss_dist.errors import WarehouseError, as_failure
+from avss_dist.estimation.speed import COLUMNS, multiplication_speed, run_seconds, speed_of_a_run_like_it
 from avss_dist.models.size import Footprint
 from avss_dist.runs.api import executor_for, overridden
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import PlannedRun
+from avss_dist.settings import Settings
+from avss_dist.system.devices import Devices
+from avss_dist.text import describe_bytes
 from avss_dist.warehouse.store import Store
 
 
@@ -29,8 +32,11 @@ class Preview:
         status: ``done``, ``partial`` (some shards are kept), ``missing``, or ``refused`` (error says why).
         weight_bytes: of the model in memory; None where its size is not known.
         num_tokens, num_shards, kept_shards: of the plan, and what of it is measured.
-        seconds: what is left to measure may take, with all replicas; None where nothing is, or it cannot be estimated.
-        warning: why it cannot be estimated, or does not fit here; else empty.
+        seconds: estimated time of what is left to measure, with all replicas; None where nothing is left, or the time
+            cannot be estimated.
+        reference_run: id of the run whose speed the time is estimated from; empty if the time is estimated from the
+            number of operations.
+        warning: why the time cannot be estimated, or that the model may not fit here; else empty.
     """
 
     model: str
@@ -43,15 +49,19 @@ class Preview:
     num_shards: int = 0
     kept_shards: int = 0
     seconds: float | None = None
+    reference_run: str = ""
     warning: str = ""
     error: str | None = None
 
 
 def preview_job(job: JobFile, *, reporter: Reporter | None = None, **options: Any) -> list[Preview]:
-    """What `run_job` would do, from configurations, headers and a benchmark of a few layers; nothing is written.
+    """Return what `run_job` would do, from configurations, headers and texts; nothing is written, no model is run.
+
+    Times are estimates: from the newest finished run of the warehouse with a model of the same shape, or else from the
+    arithmetic of the model and the speed at which this machine multiplies. `estimate` measures a model instead.
 
     Args:
-        reporter: notified of each run as its planning begins; a model that is benchmarked takes some seconds.
+        reporter: notified of each run as its planning begins.
         options: as for `run_job`.
 
     Raises:
@@ -66,14 +76,14 @@ def preview_job(job: JobFile, *, reporter: Reporter | None = None, **options: An
 
 @dataclass
 class _Previewer:
-    """Previews runs; those of models with the same configuration and tokens are benchmarked once."""
+    """Previews runs. The machine's speed of multiplication is measured once for models of the same shape."""
 
     planner: Planner
     store: Store
-    _measured: dict[Any, Arithmetic] = field(default_factory=dict)
+    _speeds: dict[Any, float] = field(default_factory=dict)
 
     def preview(self, spec: RunSpec, reporter: Reporter) -> Preview:
-        """One run."""
+        """Return the preview of a run."""
         reporter.planning(spec.name)
         try:
             planned = self.planner.prepare(spec)
@@ -83,7 +93,7 @@ class _Previewer:
             return Preview(model=spec.title, corpus=spec.corpus, status="refused", error=as_failure(error).message)
         shards, corpus = planned.corpus.shards, planned.corpus
         left = 0.0 if kept is None else 1 - kept / len(shards)
-        seconds, warning = self._left(spec, planned, size, left) if left and size else (None, "")
+        seconds, reference, warning = self._time(planned, size, left) if left and size else (None, "", "")
         return Preview(
             model=spec.title,
             corpus=spec.corpus,
@@ -95,27 +105,49 @@ class _Previewer:
             num_shards=len(shards),
             kept_shards=kept or 0,
             seconds=seconds,
+            reference_run=reference,
             warning=warning,
         )
 
-    def _left(self, spec: RunSpec, planned: PlannedRun, size: Footprint, left: float) -> tuple[float | None, str]:
-        """Seconds for a share of the run, and a warning."""
-        try:
-            row = self._row(spec, planned, size)
-        except AvssError as error:
-            return None, f"its time cannot be estimated here: {error.message}"
-        replicas = 1 if planned.replica_spec.settings.device == "cpu" else planned.replicas  # CPUs are shared
-        return left * row.seconds / replicas, "" if row.fits else f"it may not fit here: {row.why}"
+    def _time(self, planned: PlannedRun, size: Footprint, left: float) -> tuple[float | None, str, str]:
+        """Return the seconds for a share of a run, the run they are estimated from, and a warning."""
+        settings, placement = planned.replica_spec.settings, planned.replica_spec.placement
+        devices = self.planner.executor.devices
+        replicas = planned.replicas
+        if devices.kind == "cpu":
+            replicas = min(replicas, max(1, devices.cpus // settings.threads))
+        if like := speed_of_a_run_like_it(self._runs, size, placement.partition, devices.kind):
+            return left * planned.corpus.num_tokens / like[0] / replicas, like[1], ""
+        if placement.partition != "single":
+            return (
+                None,
+                "",
+                f"its time with the partition {placement.partition} is not known; avss estimate measures it",
+            )
+        key = size.hidden_size, size.mlp_width, size.dtype, settings
+        if key not in self._speeds:
+            self._speeds[key] = multiplication_speed(size, settings)
+        seconds = run_seconds(size, settings, self._speeds[key], planned.corpus.num_sequences)
+        return left * seconds / replicas, "", _missing_memory(size, settings, devices)
 
-    def _row(self, spec: RunSpec, planned: PlannedRun, size: Footprint) -> Row:
-        checkpoint, settings = planned.replica_spec.checkpoint, planned.replica_spec.settings
-        partition = planned.replica_spec.placement.partition
-        config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code).to_json_string()
-        key = config, planned.corpus.tokens_fingerprint, settings, partition, str(spec.execution)
-        if key not in self._measured:
-            weights = spec.model if checkpoint.source == "hub" else checkpoint
-            self._measured[key] = measure(checkpoint, weights, size, spec.corpus, settings, spec.execution, partition)
-        return self._measured[key].row(partition)
+    @cached_property
+    def _runs(self) -> list[dict[str, Any]]:
+        """The finished runs of the warehouse; none where there is no warehouse yet."""
+        try:
+            return self.store.table("runs", columns=COLUMNS).to_pylist()
+        except WarehouseError:
+            return []
+
+
+def _missing_memory(size: Footprint, settings: Settings, devices: Devices) -> str:
+    """Return a warning if the weights and the activations of a batch are larger than the memory of a device here."""
+    needed = size.weight_bytes + size.activation_bytes(settings.batch_size, settings.sequence_length)
+    if needed <= devices.device_bytes:
+        return ""
+    return (
+        f"it may not fit here: {describe_bytes(needed)} of weights and activations, and "
+        f"{describe_bytes(devices.device_bytes)} of memory"
+    )
 
 
 def _kept(store: Store, planned: PlannedRun) -> int | None:

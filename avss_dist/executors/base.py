@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from avss_dist.corpus.shards import Shard
@@ -60,6 +60,7 @@ class RunShards:
     Attributes:
         warehouse: where workers may write partials themselves.
         dropped: set by the driver when it has no use for further results.
+        notes: what happened to the run while it was measured, such as lost nodes; the executor adds to it.
     """
 
     run_id: str
@@ -67,6 +68,7 @@ class RunShards:
     shards: Sequence[Shard]
     warehouse: SharedWarehouse | None = None
     dropped: bool = False
+    notes: list[str] = field(default_factory=list)
 
 
 Underway = Callable[[Cell, str, float], None]

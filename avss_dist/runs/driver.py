@@ -52,17 +52,29 @@ class Driver:
         Raises:
             AvssError: the executor itself failed.
         """
-        with shared(self._store) as self._shared, ThreadPoolExecutor(1, "commit") as self._committer:
-            try:
-                with closing(self._executor.run(self._plan_runs(specs))) as outcomes:
-                    for shards, outcome in outcomes:
-                        self._receive(shards, outcome)
-                        yield from self._endings()
-            except Exception as error:  # of the executor itself: every run in progress has failed
-                for shards in list(self._in_progress):
-                    self._receive(shards, as_failure(error))
-                raise as_failure(error) from error
+        try:
+            with shared(self._store) as self._shared, ThreadPoolExecutor(1, "commit") as self._committer:
+                try:
+                    with closing(self._executor.run(self._plan_runs(specs))) as outcomes:
+                        for shards, outcome in outcomes:
+                            self._receive(shards, outcome)
+                            yield from self._endings()
+                except Exception as error:  # of the executor itself: every run in progress has failed
+                    for shards in list(self._in_progress):
+                        self._receive(shards, as_failure(error))
+                    raise as_failure(error) from error
+        except KeyboardInterrupt as stop:
+            self._note_kept(stop)
+            raise
         yield from self._endings()
+
+    def _note_kept(self, stop: KeyboardInterrupt) -> None:
+        """Add to an interrupt how many shards of the runs in progress are kept."""
+        runs = [running.run for _, running in self._in_progress.values()]
+        if total := sum(run.num_shards for run in runs):
+            with suppress(AvssError):
+                kept = sum(self._store.num_partials(run.run_id) for run in runs)
+                stop.add_note(f"{kept} of {total} shards are kept")
 
     def _endings(self) -> Iterator[Ending]:
         while self._ended:

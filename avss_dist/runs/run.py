@@ -120,6 +120,15 @@ class RunInProgress:
         )
         self.run = replace(planned.run, resumed_shards=len(kept))
         self.left = {shard.shard_id for shard in missing}
+        store.write_plan(
+            planned.run.run_id,
+            model=planned.replica_spec.checkpoint.name,
+            corpus=planned.corpus.source,
+            dtype=planned.replica_spec.settings.dtype,
+            num_tokens=planned.run.num_tokens,
+            num_shards=planned.run.num_shards,
+            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
 
     @property
     def done_tokens(self) -> int:
@@ -165,7 +174,7 @@ class RunInProgress:
             tokens_per_second=speed,
             device=shards.device,
             peak_memory_bytes=shards.peak_memory_bytes,
-            **{**shards.model, "notes": [*shards.model["notes"], *self._remarks()]},
+            **{**shards.model, "notes": [*shards.model["notes"], *self._remarks(), *self.shards.notes]},
         )
         self.run = replace(self.run, status="done", seconds=time.perf_counter() - self._start)
         return self.run
@@ -227,3 +236,4 @@ class RunInProgress:
                 **columns,
             }
         )
+        self._store.finish_plan(self.run.run_id)

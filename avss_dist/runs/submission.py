@@ -12,20 +12,19 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from glob import glob
 from pathlib import Path
 from typing import Any
 
+from avss_dist.corpus.sources import local_files
 from avss_dist.errors import AvssError, ConfigError, RunFailed, without_secrets
-from avss_dist.pruning.methods import Experiment
 from avss_dist.pruning.repair.weighted import weighted
 from avss_dist.runs.job_file import JobFile
-from avss_dist.settings import ANSWER_SECONDS, CONNECT_SECONDS, PERPLEXITY
-from avss_dist.tasks.harness_files import files_of, is_task_file
+from avss_dist.settings import ANSWER_SECONDS, CONNECT_SECONDS
+from avss_dist.tasks.local_files import task_files
 
 COLUMNS = ("job", "status", "started", "seconds", "entrypoint", "message")  # of `Submitted.row`
 TOKEN_HINT = (
@@ -34,7 +33,7 @@ TOKEN_HINT = (
 )
 STOP_SECONDS = 60.0  # for a job to end after it was stopped: Ray kills it after a few
 MOST_BYTES = 50_000_000  # of local files that travel with a job
-_TEXT = re.compile(r"(?!hf:|builtin:)(?P<path>.+?\.(txt|jsonl|parquet))(:.*)?", re.IGNORECASE)
+SEND_ALL = ["!*"]  # Ray leaves out folders named venv, .git and the like; these are only the files that a job names
 _NOT_FOUND = 127  # exit code of a shell that has no such command
 
 
@@ -45,6 +44,7 @@ class Submitted:
     Attributes:
         status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
         started: UTC; seconds since then, or until its end.
+        message: why it failed: the first error in its log, or what the job server says.
         exit_code: of the command: 0 done, 1 a run failed or it was stopped, 2 a mistake; None before its end.
         hint: what to do next, or nothing.
     """
@@ -58,10 +58,10 @@ class Submitted:
     exit_code: int | None
     hint: str = ""
 
-    def row(self) -> tuple[str, ...]:
-        """What `COLUMNS` are of; ``started`` is UTC."""
+    def row(self) -> tuple[str | int, ...]:
+        """Return the values of `COLUMNS`; ``started`` is UTC."""
         started = f"{self.started:%Y-%m-%d %H:%M:%S}" if self.started else ""
-        return self.job_id, self.status, started, f"{self.seconds:.0f}", self.entrypoint, self.message
+        return self.job_id, self.status, started, round(self.seconds), self.entrypoint, self.message
 
 
 class Cluster:
@@ -94,26 +94,22 @@ class Cluster:
     def submit(self, job: JobFile, options: Sequence[str] = ()) -> str:
         """Start ``avss run`` on the cluster with a copy of the job file; its job id.
 
-        The copy's working directory also has the local files that the job names with relative paths: texts, and of an
-        experiment the task files and their data.
+        The local files that the job names by relative paths are sent along: texts, and of an experiment the task files
+        and their data.
 
         Raises:
             ConfigError: the job names something that will not be on the cluster.
-            TaskError: a task file, or its data, cannot be read.
         """
         _require_reachable(job)
-        job_id = f"avss-{job.path.stem}-{secrets.token_hex(3)}"
+        job_id = f"avss-{_slug(job.path.stem)}-{secrets.token_hex(3)}"
         with tempfile.TemporaryDirectory() as folder:
-            shutil.copy(job.path, Path(folder) / job.path.name)
-            for file in _local_files(job):
-                (Path(folder) / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, Path(folder) / file)
+            directory, name = _pack(job, Path(folder))
             with self._explained():
                 return str(
                     self._client.submit_job(
-                        entrypoint=shlex.join(["avss", "run", job.path.name, *options]),
+                        entrypoint=_entrypoint(directory, name, options),
                         submission_id=job_id,
-                        runtime_env={"working_dir": folder},
+                        runtime_env={"working_dir": folder, "excludes": SEND_ALL},
                         metadata={"avss_warehouse": without_secrets(job.warehouse), "avss_runs": str(len(job.specs))},
                     )
                 )
@@ -121,13 +117,24 @@ class Cluster:
     def job(self, job_id: str) -> Submitted:
         """One job."""
         with self._explained(job_id):
-            return _submitted(self._client.get_job_info(job_id))
+            return self._with_reason(self._client.get_job_info(job_id))
 
     def jobs(self) -> list[Submitted]:
         """Every job that was submitted, the oldest first."""
         with self._explained():
-            jobs = [_submitted(details) for details in self._client.list_jobs() if details.submission_id]
+            jobs = [self._with_reason(details) for details in self._client.list_jobs() if details.submission_id]
         return sorted(jobs, key=lambda job: job.started or datetime.now(UTC))
+
+    def _with_reason(self, details: Any) -> Submitted:
+        """Return a job; of one whose command failed, with the error that its log begins with."""
+        job = _submitted(details)
+        if job.status != "FAILED" or getattr(details, "driver_exit_code", None) is None:
+            return job
+        reason = _first_error(details.message or "")
+        if not reason:  # the message has the last lines of the log only
+            with suppress(RuntimeError):  # the log is gone with the node that had it
+                reason = _first_error(str(self._client.get_job_logs(job.job_id)))
+        return replace(job, message=reason or job.message)
 
     def logs(self, job_id: str) -> str:
         """All that a job has printed."""
@@ -234,6 +241,12 @@ def _has_token() -> bool:
     return bool(given) or (Path.home() / ".ray" / "auth_token").is_file()
 
 
+def _first_error(log: str) -> str:
+    """Return the first line of a log that tells of an error, or of a run that failed; empty if there is none."""
+    match = re.search(r"^Error: (.*)$", log, re.MULTILINE) or re.search(r"^(\S+: failed\. .*)$", log, re.MULTILINE)
+    return match[1].strip() if match else ""
+
+
 def _submitted(details: Any) -> Submitted:
     ended = details.status.is_terminal()
     start, end = (details.start_time or 0) / 1000, (details.end_time or 0) / 1000
@@ -270,30 +283,69 @@ def _require_reachable(job: JobFile) -> None:
         )
 
 
-def _local_files(job: JobFile) -> list[Path]:
-    """Files that the job names and that are here, with a relative path: texts, globs of them, task files with data."""
-    experiment = job.experiment
-    named = [Path(file) for text in _texts(job, experiment) for file in {text, *glob(text)} if Path(file).is_file()]
-    for task in experiment.tasks if experiment else ():
-        if is_task_file(task) and _travels(Path(task)):
-            named += files_of(Path(task))
-    files = sorted({file for file in named if _travels(file)})
-    if (size := sum(file.stat().st_size for file in files)) > MOST_BYTES:
+def _local_files(job: JobFile) -> list[str]:
+    """Return the files that a job names by relative paths, sorted: texts, task files and their data.
+
+    Raises:
+        ConfigError: a file is missing or cannot be read, or together they are too large.
+    """
+    named: list[tuple[Callable[[str], list[str]], str, str]]
+    named = [(local_files, text, f"line {line}: ") for text, line in job.corpora.items()]
+    if job.experiment:
+        named += [(local_files, weighted(text)[0], "repair_corpora: ") for text in job.experiment.repair_corpora]
+        named += [(task_files, task, "tasks: ") for task in job.experiment.tasks]
+    files: set[str] = set()
+    problems: list[str] = []
+    for find, name, where in named:
+        try:
+            files.update(find(name))
+        except AvssError as error:
+            problems.append(f"{where}{error}".replace("\n", " "))
+    if problems:
+        raise ConfigError("\n".join([f"{job.path} cannot be submitted.", *problems]))
+    if (size := sum(os.path.getsize(file) for file in files)) > MOST_BYTES:
         raise ConfigError(
             f"The files of {job.path} have {size:,} bytes; at most {MOST_BYTES:,} travel with a job.",
             "Put them where the cluster can read them, and give the absolute path or the URI.",
         )
-    return files
+    return sorted(files)
 
 
-def _texts(job: JobFile, experiment: Experiment | None) -> list[str]:
-    """The paths of texts that the job names, but for those of URIs."""
-    sources = [*job.corpora]
-    if experiment:
-        sources += [weighted(text)[0].full for text in experiment.repair_corpora]
-        sources += [*(task.removeprefix(PERPLEXITY) for task in experiment.tasks)]
-    return [match["path"] for source in sources if (match := _TEXT.fullmatch(source)) and "://" not in match["path"]]
+def _pack(job: JobFile, folder: Path) -> tuple[str, str]:
+    """Copy a job file and the files it names into a folder, at the same places relative to each other.
+
+    Names that lead out of the working directory (``../texts/a.txt``) keep their meaning: the copy of the working
+    directory lies as deep in the folder as those names go up.
+
+    Returns:
+        The copy of the working directory, relative to the folder (``.`` for the folder itself), and the name of the
+        job file in it.
+    """
+    files = _local_files(job)
+    here = Path.cwd()
+    levels = max((Path(file).parts.count("..") for file in files), default=0)
+    names = [*here.parts[1:]][-levels:] if levels else []
+    root = folder.joinpath(*["_"] * (levels - len(names)), *names)
+    for file in files:
+        target = Path(os.path.normpath(root / file))
+        for place in ((root / file).parent, target.parent):  # a/../b.txt is found only where a exists
+            place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    root.mkdir(parents=True, exist_ok=True)
+    name = job.path.name
+    while (root / name).exists():
+        name = f"job-{name}"
+    shutil.copy(job.path, root / name)
+    return str(root.relative_to(folder)), name
 
 
-def _travels(path: Path) -> bool:
-    return not path.is_absolute() and ".." not in path.parts
+def _slug(name: str) -> str:
+    """Return a name without what a URL or a shell would take for something else."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "job"
+
+
+def _entrypoint(directory: str, name: str, options: Sequence[str]) -> str:
+    """Return the shell command that runs a packed job."""
+    path = f"./{name}" if name.startswith("-") else name
+    command = shlex.join(["avss", "run", path, *options])
+    return command if directory == "." else f"cd {shlex.quote(directory)} && exec {command}"

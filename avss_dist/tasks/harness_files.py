@@ -61,21 +61,31 @@ def read_task_file(path: Path, including: tuple[Path, ...] = ()) -> dict[str, An
 
 
 def files_of(path: Path) -> list[Path]:
-    """A task file, the files that it includes, and its data of this machine, each by the path that finds it.
+    """Return a task file, the files it includes, the modules of its functions, and its data files and folders.
+
+    Each path is spelled so that it is found from the working directory. Data at a URI or on the hub are left out.
 
     Raises:
         TaskError: as `read_task_file` and `with_data`.
     """
     config = with_data(read_task_file(path), Path(), path.parent)
-    data = (config.get("dataset_kwargs") or {}).get("data_files")
-    names = [name for _, name in _walk(data) if isinstance(name, str) and "://" not in name]
-    found = (Path(match) for name in names for match in sorted(glob.glob(glob.escape(name)) or glob.glob(name)))
-    return [*_with_included(path), *found]
+    data = config.get("dataset_kwargs") or {}
+    names = [name for _, name in _walk(data.get("data_files")) if isinstance(name, str) and "://" not in name]
+    files = [Path(match) for name in names for match in sorted(glob.glob(glob.escape(name)) or glob.glob(name))]
+    for folder in (config.get("dataset_path"), data.get("data_dir")):
+        if isinstance(folder, str) and folder not in BUILDERS:
+            files += [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+    return [*_with_included(path), *files]
 
 
 def _with_included(path: Path) -> Iterator[Path]:
+    """Yield a task file, the modules of its functions, and the same of the files it includes."""
     yield path
-    for file in _included(yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)):
+    config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    for module in {value.rpartition(".")[0] for _, value in _walk(config) if isinstance(value, _Function)}:
+        if (code := path.parent / f"{module}.py").is_file():
+            yield code
+    for file in _included(config):
         yield from _with_included(path.parent / file)
 
 

@@ -122,6 +122,17 @@ class Warehouse:
         """One row for each run, failed ones too; the columns of ``SCHEMAS["runs"]``."""
         return self.table("runs")
 
+    def unfinished(self) -> pa.Table:
+        """Return the runs that have begun and not finished, with how many of their shards are kept; the newest first.
+
+        They are interrupted, or are measured now. The same command goes on with them.
+
+        Returns:
+            The columns of ``schema.UNFINISHED_RUNS``; all but ``run_id`` and ``kept_shards`` are null of a run that an
+            earlier version began.
+        """
+        return self._store.unfinished()
+
     def scores(self, **equals: Any) -> pa.Table:
         """Scores of whole runs, those whose columns equal the given values: ``scores(site="block", layer=[0, 1])``.
 

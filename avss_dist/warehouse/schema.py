@@ -346,3 +346,16 @@ TABLES: dict[str, Table] = {
     ),
 }
 SCHEMAS: dict[str, pa.Schema] = {name: table.schema for name, table in TABLES.items()}
+UNFINISHED_RUNS = pa.schema(
+    {
+        "run_id": pa.string(),
+        "model": pa.string(),
+        "corpus": pa.string(),
+        "dtype": pa.string(),
+        "num_tokens": pa.int64(),
+        "kept_shards": pa.int64(),
+        "num_shards": pa.int64(),
+        "started_at": pa.string(),
+    }
+)
+"""Columns of the runs that have begun and have no row yet; ``started_at`` is UTC, in ISO 8601, of the last attempt."""

@@ -21,6 +21,7 @@ SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
 _SCHEME = re.compile(r"([A-Za-z][\w+.-]+):/")
 _OPEN_HINT = "Give a folder, or an s3://, gs://, hdfs:// or file:// URI."
 _ADDRESS_HINT = "Check the address, and who may {} there."
+PLAN = ".plan-"  # before the id of an unfinished run: the name of a file
 MARK_SECONDS = 7 * 86_400.0  # that a driver may run at most, for its workers to find its mark
 _ONE_FILE = r"[0-9a-f]{20}"  # of a cell, an experiment or a sparsity plan: a part of its fingerprint
 _FILE_NAMES = {
@@ -92,8 +93,7 @@ class Storage:
 
     def remove_mark(self, mark: str) -> None:
         """Delete a file of `write_mark`; one that cannot be deleted does no harm."""
-        with suppress(OSError, pa.ArrowException):
-            self.filesystem.delete_file(f"{self.base}/runs/{mark}")
+        self.delete(f"{self.base}/runs/{mark}")
 
     def _remove_old_marks(self) -> None:
         """Delete the marks of drivers that were killed, a week ago or more."""
@@ -114,15 +114,35 @@ class Storage:
             raise ValueError(f"'{name}' is not the name of a file of {table}")
         return f"{self.base}/{table}/run_id={run_id}/{name}.parquet"
 
-    def files(self, table: str) -> dict[str, tuple[str, str]]:
-        """Run id, and size and time of change, by path, of every file of a table."""
+    def files(self, table: str, run_id: str | None = None) -> dict[str, tuple[str, str]]:
+        """Return the run id, and the size and time of change, of every file of a table by its path.
+
+        Args:
+            run_id: only the files of this run, whose folder alone is listed.
+        """
         folder = f"{self.base}/{table}"
-        selector = pafs.FileSelector(folder, recursive=True, allow_not_found=True)
+        listed = folder if run_id is None else f"{folder}/run_id={run_id}"
+        selector = pafs.FileSelector(listed, recursive=True, allow_not_found=True)
         with self.reading(f"{self.root}/{table}"):
             infos = self.filesystem.get_file_info(selector)
         name = re.compile(rf"/run_id=([\w.-]+)/{_FILE_NAMES[table]}\.parquet")
         matches = ((info, name.fullmatch(info.path, len(folder))) for info in infos)
         return {info.path: (match[1], f"{info.size} {info.mtime_ns}") for info, match in matches if match}
+
+    def names(self, table: str) -> set[str]:
+        """Return the names of the files and folders right below a table; its folders are not entered."""
+        selector = pafs.FileSelector(f"{self.base}/{table}", allow_not_found=True)
+        with self.reading(f"{self.root}/{table}"):
+            return {info.base_name for info in self.filesystem.get_file_info(selector)}
+
+    def plan_path(self, run_id: str) -> str:
+        """Return the path of the file that says what an unfinished run will have; readers of tables pass over it."""
+        return f"{self.base}/runs/{PLAN}{run_id}"
+
+    def delete(self, path: str) -> None:
+        """Delete a file; one that cannot be deleted does no harm."""
+        with suppress(OSError, pa.ArrowException):
+            self.filesystem.delete_file(path)
 
     def has_anything(self) -> bool:
         """Whether there is a file, or a folder that is not empty."""

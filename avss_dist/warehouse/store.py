@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, Unpack
 
@@ -14,7 +17,7 @@ import pyarrow.dataset as ds
 from avss_dist.errors import DamagedFile, WarehouseError, nearest, require_known, without_secrets
 from avss_dist.settings import SCHEMA_VERSION
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
-from avss_dist.text import RedactedURI
+from avss_dist.text import RedactedURI, count_of
 from avss_dist.warehouse.cache import Files, copied_rows
 from avss_dist.warehouse.checks import RUN_COLUMNS, checked_rows, damaged_runs
 from avss_dist.warehouse.encoding import (
@@ -29,13 +32,14 @@ from avss_dist.warehouse.encoding import (
     to_strata,
 )
 from avss_dist.warehouse.experts import encode_beside
-from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, RunIdentity, Selection
-from avss_dist.warehouse.storage import Storage
+from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, UNFINISHED_RUNS, RunIdentity, Selection
+from avss_dist.warehouse.storage import PLAN, Storage
 
 T = TypeVar("T")
 LayersStats = Mapping[LayerKey, LayerStats]
 StrataStats = Mapping[StratumKey, LayerStats]
 
+RUN_FOLDER = "run_id="  # before a run's id: the name of its folder in a table
 AT_ONCE = 8  # partials that are read together
 
 
@@ -94,6 +98,43 @@ class Store:
         ids = sorted(expected)
         for i in range(0, len(ids), AT_ONCE):
             yield from self.read_shards(run_id, {k: expected[k] for k in ids[i : i + AT_ONCE]})
+
+    def write_plan(self, run_id: str, **plan: Any) -> None:
+        """Write what a run will have, for `unfinished`, until `finish_plan`.
+
+        Args:
+            plan: the columns of `schema.UNFINISHED_RUNS`; ``run_id`` and ``kept_shards`` are added when it is read.
+        """
+        self.storage.write(self.storage.plan_path(run_id), json.dumps(plan).encode())
+
+    def finish_plan(self, run_id: str) -> None:
+        """Delete what `write_plan` wrote: the run has its row."""
+        self.storage.delete(self.storage.plan_path(run_id))
+
+    def unfinished(self) -> pa.Table:
+        """Return the runs that have begun and have no row: interrupted ones, and those that are measured now.
+
+        It takes a listing of two folders, and of one more for each such run.
+
+        Returns:
+            The columns of `schema.UNFINISHED_RUNS`, null where an earlier version has not kept them; newest run first.
+        """
+        names = self.storage.names("runs")
+        ended, planned = _ids(names, RUN_FOLDER), _ids(names, PLAN)
+        begun = _ids(self.storage.names("shard_stats"), RUN_FOLDER)
+        rows = []
+        for run_id in sorted((begun | planned) - ended):
+            plan: dict[str, Any] = {}
+            data = self.storage.read(self.storage.plan_path(run_id)) if run_id in planned else None
+            with suppress(ValueError):  # a file that was not written whole tells nothing
+                plan = json.loads(data.to_pybytes()) if data else {}
+            rows.append({**plan, "run_id": run_id, "kept_shards": self.num_partials(run_id)})
+        rows.sort(key=lambda row: row.get("started_at") or "", reverse=True)
+        return pa.Table.from_pylist(rows, UNFINISHED_RUNS)
+
+    def num_partials(self, run_id: str) -> int:
+        """Return how many shards of a run are kept, by the names of their files."""
+        return len(self.storage.files("shard_stats", run_id))
 
     def write_layer_stats(
         self, run: RunIdentity, layers: Sequence[str], stats: LayersStats, strata: StrataStats | None = None
@@ -264,7 +305,11 @@ class Store:
             raise WarehouseError(f"Cannot read run {run_id} of {self.root}: {reason}.", DAMAGED)
         exists = self.storage.has_folder("runs")
         problem = "has no runs yet" if exists else "is not a warehouse: it has no runs folder"
-        raise WarehouseError(f"{self.root} {problem}.", "avss score makes one; a run counts once it has finished.")
+        hint = "avss score makes one; a run counts once it has finished."
+        if unfinished := self.unfinished().num_rows:
+            problem = "has no finished run yet"
+            hint = f"{count_of(unfinished, 'run')} {'has' if unfinished == 1 else 'have'} begun: avss ls."
+        raise WarehouseError(f"{self.root} {problem}.", hint)
 
     def _dataset(self, name: str, files: Files) -> ds.Dataset | None:
         copied, left = self._parts(name, files)
@@ -348,3 +393,8 @@ class Store:
 
     def _write(self, table: str, run_id: str, columns: Mapping[str, Any], name: str | None = None) -> None:
         self.storage.write(self.storage.path(table, run_id, name or table), encode(table, run_id, columns))
+
+
+def _ids(names: Iterable[str], prefix: str) -> set[str]:
+    """Return the run ids in those names of files or folders that begin with a prefix."""
+    return {match[1] for name in names if (match := re.fullmatch(rf"{re.escape(prefix)}([\w.-]+)", name))}

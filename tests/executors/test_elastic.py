@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from avss_dist.executors.ray.watch import Watch
 from avss_dist.partition.base import Placement
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices
+from avss_dist.warehouse.reader import Warehouse
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_workers")]
 
@@ -142,9 +144,17 @@ class Meanwhile(threading.Thread):
 
 
 def test_three_nodes_grow_to_five_and_lose_two_in_one_run(
-    cluster: Cluster, folder: Path, tiny_llama: Path, undisturbed: Path, tmp_path: Path
+    cluster: Cluster,
+    folder: Path,
+    tiny_llama: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Two replicas join in mid-run, and two are lost without notice: only the shards that they had are done again."""
+    """Two replicas join in mid-run, and two are lost without notice: only the shards that they had are done again.
+
+    A line for each lost node says which, on standard error and among the notes of the run.
+    """
     lost: list[str] = []
     with noting(folder, {8: "grown", 13: "shrunk"}) as notes:
 
@@ -168,6 +178,11 @@ def test_three_nodes_grow_to_five_and_lose_two_in_one_run(
     in_flight = {note.what for note in notes.shards if note.node in lost and int(note.what) >= 13}
     assert len(in_flight) == 2 and len(begun) == SHARDS
     assert {shard for shard, times in begun.items() if times > 1} == in_flight
+    told = re.compile(r"he node [\d.]+ \((\w{8})\) was lost; shard (\d+) is measured again")
+    had = {note.node[:8]: note.what for note in notes.shards if note.node in lost and int(note.what) >= 13}
+    row = Warehouse(tmp_path / "w").run(run.run_id)
+    assert row is not None and dict(told.findall("\n".join(row["notes"]))) == had
+    assert dict(told.findall(capsys.readouterr().err)) == had
 
 
 def overheard(patch: pytest.MonkeyPatch) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from support.command_line import avss
 from support.launch_worker import ask, returncode
 from support.processes import wait_until
 from support.ray_cluster import Cluster, children
@@ -134,5 +136,30 @@ def test_ctrl_c_that_goes_on_and_on_ends_a_command_in_order(executor: str, tiny_
         time.sleep(0.02)
     printed, said = driver.communicate()
     assert (driver.returncode, printed) == (130, ""), said
-    assert said.count("Stopped. Everything measured so far is kept") == 1
+    assert said.count("Stopped") == said.count("kept; run the same command again to finish.") == 1
     assert "Traceback" not in said and "Error" not in said and "Exception" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("warm_workers")
+@pytest.mark.parametrize("executor", ["ray", "local"])
+def test_a_terminated_command_says_what_is_kept_and_the_run_is_listed(
+    executor: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """SIGTERM, as a cluster stops a job: no stack trace, not even Ray's."""
+    many = ["--max-sequences", "2000", "--sequence-length", "64", "--sequences-per-shard", "4"]
+    driver = score(tiny_llama, tmp_path, executor, *many)
+    wait_until(lambda: len([*(tmp_path / "shard_stats").rglob("*.parquet")]) >= 2 or driver.poll() is not None)
+    driver.send_signal(signal.SIGTERM)
+    printed, said = driver.communicate()
+    kept = len([*(tmp_path / "shard_stats").rglob("*.parquet")])
+    assert (driver.returncode, printed) == (143, ""), said
+    assert said.splitlines()[-1] == f"Stopped, {kept} of 500 shards are kept; run the same command again to finish."
+    assert "***" not in said and "Traceback" not in said and "Error" not in said
+    listed = avss("ls", "-w", tmp_path)
+    assert listed.exit_code == 0 and f"unfinished, {kept} of 500 shards" in " ".join(listed.stdout.split())
+    row = json.loads(avss("ls", "-w", tmp_path, "--format", "json").stdout)
+    assert (row["status"], row["kept_shards"], row["num_shards"]) == ("unfinished", kept, 500)
+    assert (row["model"], row["corpus"]) == (str(tiny_llama), "builtin:pydoc")
+    shown = avss("show", "-w", tmp_path)
+    assert shown.exit_code == 2 and "has no finished run yet.\n1 run has begun: avss ls." in shown.stderr

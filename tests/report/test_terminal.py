@@ -21,6 +21,7 @@ from avss_dist.analysis.compare import compare
 from avss_dist.errors import WarehouseError
 from avss_dist.report.page.page import report_page
 from avss_dist.report.terminal.compare import pairs_table
+from avss_dist.report.terminal.pace import Pace
 from avss_dist.report.terminal.progress import TimeColumn
 from avss_dist.report.terminal.scores import layer_table
 from avss_dist.report.terminal.tables import plain_table
@@ -207,22 +208,56 @@ def test_scores_that_are_not_a_number_are_shown_as_none(tmp_path: Path) -> None:
 
 
 def test_a_bar_says_how_long_it_has_taken_and_how_long_it_will() -> None:
-    """Also while its only step goes on, and nothing else moves."""
+    """Also while its only step goes on, and nothing else moves; the time that is left once it is known."""
     now = 0.0
     shown = rich_progress.Progress(get_time=lambda: now)
-    shown.add_task("fitting", total=4)
-    (task,) = shown.tasks
+    shown.add_task("fitting", total=10)
+    (task,), column = shown.tasks, TimeColumn()
 
     def text() -> str:
-        return TimeColumn().render(task).plain
+        return column.render(task).plain
 
+    assert text() == "0:00:00"
     now = 75.0
     assert text() == "0:01:15"
-    shown.advance(task.id)
-    now = 85.0
-    shown.advance(task.id)
-    assert text() == "0:01:25, 0:00:20 left"
-    now = 100.0
-    shown.update(task.id, completed=4)
+    for seconds, said in (
+        *((80.0, "0:01:20"), (90.0, "0:01:30"), (100.0, "0:01:40"), (110.0, "0:01:50")),
+        *((120.0, "0:02:00"), (130.0, "0:02:10, 0:00:40 left")),
+    ):
+        now = seconds
+        shown.advance(task.id)
+        assert text() == said
+    now = 135.0
+    assert text() == "0:02:15, 0:00:35 left"
+    shown.update(task.id, completed=10)
     now = 4000.0
-    assert text() == "0:01:40"
+    assert text() == "0:02:15"
+
+
+def test_the_pace_is_that_after_the_first_unit_and_known_once_it_is_steady() -> None:
+    """The first unit takes 60 s longer, for it opens the model; then three take 10 s each."""
+    pace = Pace(0.0)
+    for now in (70.0, 80.0, 90.0, 100.0):
+        pace.advance(100, now)
+        assert pace.seconds_left(1000, now) is None
+    pace.advance(100, 110.0)
+    assert (pace.rate(), pace.seconds_left(1000, 110.0)) == (10.0, 100.0)
+    assert pace.seconds_left(1000, 115.0) == 95.0
+
+
+def test_units_that_come_together_are_no_pace() -> None:
+    """Four workers, a unit of a minute each: the first four units came within a second and took a minute."""
+    pace = Pace(0.0)
+    for round_ in (60.0, 120.0, 180.0):
+        for late in (0.0, 0.4, 0.8, 1.0):
+            pace.advance(1, round_ + late)
+            if (left := pace.seconds_left(60, round_ + late)) is not None:
+                assert left == pytest.approx(900, rel=0.35)
+    assert pace.seconds_left(60, 181.0) == pytest.approx(900, rel=0.01)
+
+
+def test_a_pace_that_slows_down_is_not_steady_yet() -> None:
+    pace = Pace(0.0)
+    for now in (1.0, 2.0, 3.0, 13.0):
+        pace.advance(1, now)
+    assert pace.seconds_left(10, 13.0) is None

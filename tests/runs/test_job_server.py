@@ -52,6 +52,33 @@ def test_a_terminal_obeys_no_job(server: JobServer) -> None:
     assert "owned" in done.stdout and not set(HOSTILE) & {"\x1b", "\x07", "\u202e"} & set(done.stdout)
 
 
+REASON = "'nowhere' is no folder."
+LOG = f"12:00:00 a line\nError: {REASON}\nRun avss doctor.\nError: a later one\n"
+
+
+@pytest.mark.parametrize(
+    ("message", "log", "shown"),
+    [
+        (LOG, "", REASON),
+        ("the last lines of many", LOG, REASON),
+        ("", "a-0: failed. There is no memory.\n1 run: 1 failed.\n", "a-0: failed. There is no memory."),
+        ("", "nothing that tells", "Job entrypoint command failed with exit code 2, last available logs"),
+    ],
+    ids=["tail", "long log", "failed run", "unknown"],
+)
+def test_a_failed_job_is_listed_with_the_first_error_of_its_log(
+    message: str, log: str, shown: str, server: JobServer
+) -> None:
+    says = f"Job entrypoint command failed with exit code 2, last available logs\n{message}"
+    times = {"start_time": 1_000_000, "end_time": 1_042_400}
+    job = {**JOB, "status": "FAILED", "message": says, "driver_exit_code": 2, **times}
+    server.answers = {"/api/version": VERSION_ANSWER, "/api/jobs": json.dumps([job]).encode()}
+    server.answers["/api/jobs/avss-a/logs"] = json.dumps({"logs": log}).encode()
+    done = avss("jobs", "list", "--address", server.address, "--format", "json")
+    listed = json.loads(done.stdout)
+    assert (listed["message"], listed["seconds"]) == (shown, 42)
+
+
 @pytest.fixture
 def silent() -> Iterator[str]:
     """The address of a server that accepts connections and never answers."""

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from support.tables import assert_same_tables
 
 import avss_dist
 from avss_dist.estimation.preview import preview_job
+from avss_dist.models.size import footprint
 from avss_dist.report.terminal.progress import Log
 from avss_dist.runs.api import run_job
 from avss_dist.runs.job_file import JobError, JobFile, job_schema, read_job
 from avss_dist.runs.run import Run
 from avss_dist.settings import Replicas, Settings
+from avss_dist.system.devices import devices_here
 from avss_dist.warehouse.reader import Warehouse
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -322,7 +325,6 @@ def test_shipped_jobs_are_valid(file: Path) -> None:
     assert all(re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w-]+)?", spec.model) for spec in job.specs)
 
 
-@pytest.mark.usefixtures("benchmark_in_this_process")
 @pytest.mark.parametrize("name", ["family_comparison", "training_checkpoints", "dtype_audit", "paper_claim"])
 def test_shipped_jobs_can_be_run(name: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a network: their models are replaced by folders, their rows by shorter ones."""
@@ -346,7 +348,6 @@ def test_shipped_jobs_can_be_run(name: str, tiny_llama: Path, tmp_path: Path, mo
 # Running them in this process.
 
 
-@pytest.mark.usefixtures("benchmark_in_this_process")
 def test_a_job_is_run_once_and_a_model_that_fails_does_not_stop_it(
     tiny_llama: Path, tiny_bert: Path, tmp_path: Path
 ) -> None:
@@ -387,7 +388,6 @@ def test_a_model_that_is_named_twice_is_refused(tiny_llama: Path, tmp_path: Path
     assert code == 2 and "is there twice." in output and not (tmp_path / "w").exists()
 
 
-@pytest.mark.usefixtures("benchmark_in_this_process")
 def test_the_plan_says_what_is_partial(tiny_llama: Path, tmp_path: Path) -> None:
     text = f"warehouse: {tmp_path}/w\nmodels: [{tiny_llama}]\ncorpora: [builtin:pydoc]\n" + SETTINGS + LOCAL
     job = read(tmp_path, text)
@@ -400,6 +400,41 @@ def test_the_plan_says_what_is_partial(tiny_llama: Path, tmp_path: Path) -> None
     assert "partial 2/3" in output
     (run,) = run_job(job)
     assert (run.status, run.resumed_shards) == ("done", 2)
+
+
+def test_the_plan_runs_no_model_and_takes_the_speed_of_a_run_like_it(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what no run has shown, the time follows from the number of operations; neither opens a replica."""
+    text = f"warehouse: {tmp_path}/w\nmodels: [{tiny_llama}]\ncorpora: [builtin:pydoc]\n" + SETTINGS + LOCAL
+    longer = text.replace("max_sequences: 12", "max_sequences: 120")
+    first, second = read(tmp_path, text), read(tmp_path, longer)
+    with monkeypatch.context() as patch:
+        for module in ("avss_dist.partition.open", "avss_dist.estimation.benchmark", "avss_dist.executors.base"):
+            patch.setattr(f"{module}.open_replica", lambda *_, **__: pytest.fail("a model was opened"))
+        (preview,) = preview_job(first)
+    assert (preview.status, preview.reference_run, preview.warning) == ("missing", "", "")
+    assert preview.seconds is not None and preview.seconds > 0
+    code, output = avss("run", tmp_path / "job.yaml", "--dry-run")
+    assert code == 0 and "a rough estimate from the number of operations; avss estimate measures" in output
+    (run,) = run_job(first)
+    (preview,) = preview_job(second)
+    speed = Warehouse(tmp_path / "w").runs()["tokens_per_second"][0].as_py()
+    assert preview.reference_run == run.run_id
+    assert preview.seconds == pytest.approx(preview.num_tokens / speed)
+    code, output = avss("run", tmp_path / "job.yaml", "--dry-run")
+    assert code == 0 and "of measuring (as earlier runs)." in output
+
+
+def test_the_plan_warns_of_a_model_that_does_not_fit(tiny_llama: Path, tmp_path: Path) -> None:
+    from avss_dist.estimation import preview
+
+    job = read(tmp_path, f"warehouse: {tmp_path}/w\nmodels: [{tiny_llama}]\ncorpora: [builtin:pydoc]\n" + LOCAL)
+    (spec,) = job.specs
+    size = footprint(spec.model, spec.settings)
+    small = replace(devices_here("cpu"), device_bytes=size.weight_bytes)
+    assert "it may not fit here: " in preview._missing_memory(size, spec.settings, small)
+    assert not preview._missing_memory(size, spec.settings, devices_here("cpu"))
 
 
 def test_one_tokenizer_is_run_once_over_a_corpus(
@@ -448,13 +483,27 @@ def test_a_log_has_a_line_for_each_run_and_now_and_then_one_between() -> None:
     log.finished("one", Run(run_id="one-0", model="one", warehouse="w", status="done"))
     log.finished("two", Run(run_id="two-0", model="two", warehouse="w", status="failed", error="no\nmore"))
     lines = [line.partition(" ")[2] for line in file.getvalue().splitlines()]
-    assert re.fullmatch(r"one: 50% of 1,000 tokens, [\d,]+ tokens/s, .* left", lines[0])
-    assert lines[1:] == ["1 of 2 runs: one done", "2 of 2 runs: two failed: no"]
+    assert lines == ["one: 50% of 1,000 tokens", "1 of 2 runs: one done", "2 of 2 runs: two failed: no"]
     quiet = io.StringIO()
     log = Log(1, seconds=1000.0, file=quiet)
     log.started("one", 1000, 0)
     log.advanced("one", 300)
     assert quiet.getvalue() == ""
+
+
+def test_a_log_says_how_long_it_will_take_once_the_pace_is_steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first shard is preceded by 10 s in which the model is opened; the others take 2 s each."""
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    file = io.StringIO()
+    log = Log(1, seconds=0.0, file=file)
+    log.started("one", 1000, 0)
+    for seconds in (12.0, 14.0, 16.0, 18.0, 20.0):
+        now = seconds
+        log.advanced("one", 100)
+    lines = [line.partition(" ")[2] for line in file.getvalue().splitlines()]
+    assert lines[:4] == [f"one: {share} of 1,000 tokens" for share in ("10%", "20%", "30%", "40%")]
+    assert lines[4:] == ["one: 50% of 1,000 tokens, 50 tokens/s, 10 s left"]
 
 
 def test_mistakes_in_a_job_end_with_two_and_load_nothing_heavy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -156,8 +157,10 @@ def test_a_job_is_stopped_and_goes_on_when_it_is_submitted_again(
         worker.send_signal(signal.SIGSTOP)  # or it may have ended before it is stopped
     stopped = run_avss("jobs", "stop", job_id, env=cluster)
     assert (stopped.returncode, stopped.stdout) == (0, f"{job_id}: stopped.\n")
-    assert run_avss("jobs", "logs", job_id, "--follow", env=cluster).returncode == 1
+    followed = run_avss("jobs", "logs", job_id, "--follow", env=cluster)
     kept = len(list(partials.rglob("*.parquet")))
+    assert followed.returncode == 1 and "***" not in followed.stdout and "Traceback" not in followed.stdout
+    assert f"Stopped, {kept} of 160 shards are kept; run the same command again to finish." in followed.stdout
     assert kept >= 3 and not list((tmp_path / "w" / "runs").rglob("*.parquet"))
     (run,) = run_job(read_job(job), executor="local")
     assert (run.status, run.num_shards, run.resumed_shards) == ("done", 160, kept)
@@ -175,6 +178,24 @@ def metrics(cluster: dict[str, str]) -> str:
                 text += answer.read().decode()
         time.sleep(1)
     return text
+
+
+def test_a_submitted_job_takes_along_what_lies_beside_its_folder(
+    cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a packed table; the job file has a name that looks like options."""
+    words = "In the beginning was the word, and the word was with the tokenizer. " * 200
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "there" / "u.txt").write_text(words)
+    (tmp_path / "here" / "t.csv.gz").write_bytes(gzip.compress(f"text\n{words}\n".encode()))
+    text = Path(job_file(tmp_path, models[:1], corpus="../there/u.txt, t.csv.gz")).read_text()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("-x.yaml").write_text(text)
+    done = run_avss("jobs", "submit", "--follow", "--", "-x.yaml", env=cluster, cwd=tmp_path / "here")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 runs: 2 done." in done.stdout
+    assert {run["corpus"] for run in Warehouse(tmp_path / "w").runs().to_pylist()} == {"../there/u.txt", "t.csv.gz"}
 
 
 EXPERIMENT = """

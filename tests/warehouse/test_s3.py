@@ -102,15 +102,18 @@ def test_a_killed_driver_leaves_no_half_run_and_is_resumed(
         assert driver.running()
         time.sleep(0.01)
     driver.kill()
-    kept = [path for path in server.paths("killed") if not path.startswith("runs/.mark-")]
+    kept = [path for path in server.paths("killed") if not path.startswith("runs/.")]
     assert all(path.startswith("shard_stats/") for path in kept) and len(kept) < 8
     assert not server.client.list_multipart_uploads(Bucket="lab").get("Uploads")
-    with pytest.raises(WarehouseError, match=r"has no runs yet|is not a warehouse"):
+    with pytest.raises(WarehouseError, match="has no finished run yet"):
         Warehouse(uri).runs()
+    (left,) = Warehouse(uri).unfinished().to_pylist()
+    assert (left["kept_shards"], left["num_shards"], left["model"]) == (len(kept), 8, str(tiny_llama))
 
     run = score(tiny_llama, uri)
     assert (run.status, run.resumed_shards) == ("done", len(kept))
     assert measured(server.objects("killed")) == local
+    assert not Warehouse(uri).unfinished() and not any(".plan-" in path for path in server.paths("killed"))
 
 
 class CuttingProxy:

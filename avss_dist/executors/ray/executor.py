@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -168,6 +170,7 @@ class RayExecutor:
         if RayExecutor._last_words is None:
             RayExecutor._last_words, self._speaks = LastWords(ENDED), True
         if not ray.is_initialized():
+            on_sigterm = signal.getsignal(signal.SIGTERM)
             try:
                 require_listening(self._address or "local", greet=True)
                 ray.init(
@@ -184,6 +187,8 @@ class RayExecutor:
                     "Check `address` (or RAY_ADDRESS), and that this machine has the cluster's token.",
                 ) from error
             self._started = True
+            if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # in place of Ray's, which prints a stack trace
             ray._private.worker._worker_logs_enabled = False  # of lost workers and nodes, on standard output
         if self._monitor is None:
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)

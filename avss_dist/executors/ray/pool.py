@@ -21,6 +21,7 @@ from avss_dist.errors import AvssError, BatchTooLarge, RunFailed
 from avss_dist.executors.prefetch import Prefetcher
 from avss_dist.executors.ray.gang import Gang, missing_package
 from avss_dist.executors.ray.liveness import draining_nodes, require_node
+from avss_dist.executors.ray.losses import Losses
 from avss_dist.executors.ray.metrics import Metrics
 from avss_dist.executors.ray.queue import UnitQueue
 from avss_dist.executors.ray.rounds import Awaited, Round, Rounds
@@ -66,6 +67,7 @@ class Pool:
         self._idle: list[Gang] = []
         self._outcomes: list[tuple[Any, Any]] = []
         self._metrics = Metrics()
+        self._losses = Losses()
         self._moved = self._polled = time.monotonic()
 
     def outcomes(self) -> Iterator[tuple[Any, Any]]:
@@ -96,6 +98,7 @@ class Pool:
         self._idle = []
 
     def _arrived(self) -> list[tuple[Any, Any]]:
+        self._losses.tell()  # before a run ends, for its row
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
@@ -247,6 +250,7 @@ class Pool:
             if missing := missing_package(error):
                 self._record(queue, queue.fail([], missing))
             require_node()
+            self._losses.add(queue, round_.gang.nodes, [unit for unit in round_.units if unit in queue.unfinished])
             self._stop(round_.gang, why=None if self._is_excused(round_) else str(error).splitlines()[0])
             return
         for unit, one in zip(self._rounds.receive(reference), result or (), strict=False):

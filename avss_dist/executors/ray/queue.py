@@ -22,11 +22,13 @@ from avss_dist.executors.ray.worker import CellAssignment, CellPart, RoundPart, 
 from avss_dist.partition.base import Placement
 from avss_dist.registry import PARTITIONS
 from avss_dist.tasks.cells import Cell
+from avss_dist.text import count_of
 
 ATTEMPTS = 3  # at a unit, and, one after the other, at opening a model, before it has failed
 LATE_FACTOR = 2.0  # times the median of units of its kind, after which an idle gang may measure the same unit
 LATE_SECONDS = 2.0  # and at least this
 ROUND_SECONDS = 1.0  # of work that a round has where units are short: a call takes as long for one as for several
+MOST_NAMED = 10  # shards that a line names one by one
 ROUND_FRACTION = 16  # and at most this fraction of a gang's part of what is pending, so that all end together
 
 Unit = TypeVar("Unit", bound=Shard | Cell)
@@ -35,6 +37,10 @@ Unit = TypeVar("Unit", bound=Shard | Cell)
 def shape(placement: Placement) -> tuple[int, int]:
     """What a gang must have to take a placement: ranks and GPUs."""
     return placement.ranks, placement.gpus
+
+
+def _repeated(what: str, number: int) -> str:
+    return f"{what} {'is' if number == 1 else 'are'} measured again" if number else "no measurement was lost"
 
 
 class UnitQueue(ABC, Generic[Unit]):
@@ -63,6 +69,13 @@ class UnitQueue(ABC, Generic[Unit]):
     @abstractmethod
     def describe(self, unit: int) -> str:
         """What people call a unit."""
+
+    @abstractmethod
+    def describe_repeated(self, units: Sequence[int]) -> str:
+        """Return a clause that says which units are measured again: ``shards 3, 4 are measured again``."""
+
+    def note(self, text: str) -> None:
+        """Note something that readers of the results should know."""
 
     @abstractmethod
     def kind(self, unit: int) -> str:
@@ -221,6 +234,16 @@ class ShardQueue(UnitQueue[Shard]):
         """``Shard 3``."""
         return f"Shard {self.units[unit].shard_id}"
 
+    def describe_repeated(self, units: Sequence[int]) -> str:
+        """See `UnitQueue`."""
+        ids = [str(self.units[unit].shard_id) for unit in units]
+        few = f"shard{'s' * (len(ids) > 1)} {', '.join(ids)}" if len(ids) <= MOST_NAMED else f"{len(ids)} shards"
+        return _repeated(few, len(ids))
+
+    def note(self, text: str) -> None:
+        """See `UnitQueue`: the run's row has it among its notes."""
+        self._run.notes.append(text)
+
     def kind(self, unit: int) -> str:
         """Shards of a run are of one size, but for the last."""
         return "shard"
@@ -274,6 +297,10 @@ class CellQueue(UnitQueue[Cell]):
     def describe(self, unit: int) -> str:
         """The task, and which part of it."""
         return f"Part {self.units[unit].part} of {self.units[unit].task}"
+
+    def describe_repeated(self, units: Sequence[int]) -> str:
+        """See `UnitQueue`."""
+        return _repeated(count_of(len(units), "evaluation"), len(units))
 
     def kind(self, unit: int) -> str:
         """Parts of a task are of one size, but for the last."""

@@ -51,7 +51,9 @@ def summary(previews: Sequence[Preview]) -> str:
     parts = [f"{number} {status}" for status, number in count.items() if number]
     text = f"{', '.join(parts)}."
     if known:
-        text += f" About {describe_seconds(sum(known))} of measuring."
+        guessed = any(p.seconds and not p.reference_run for p in previews)
+        how = "a rough estimate from the number of operations; avss estimate measures" if guessed else "as earlier runs"
+        text += f" About {describe_seconds(sum(known))} of measuring ({how})."
     if count["refused"]:
         text += " The refused ones will be recorded as failed; the others run."
     return text

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from avss_dist.removal import count_removed, describe_removed
 from avss_dist.report.terminal.estimate import describe_seconds
+from avss_dist.report.terminal.pace import Pace
 from avss_dist.runs.reporter import LOG_SECONDS, Reporter
 from avss_dist.system.streams import console, say
 from avss_dist.text import basename
@@ -36,13 +37,30 @@ class _Speed(rich_progress.ProgressColumn):
 
 
 class TimeColumn(rich_progress.ProgressColumn):
-    """How long it has taken, which moves while nothing else does, and how long it will."""
+    """The time a task has taken, which moves while nothing else does, and the time that is left once it is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._paces: dict[rich_progress.TaskID, tuple[Pace, float, float | None]] = {}
 
     def render(self, task: rich_progress.Task) -> Text:
         passed = task.finished_time if task.finished else task.elapsed
-        left = None if task.finished else task.time_remaining
+        left = self._seconds_left(task)
         text = str(timedelta(seconds=int(passed or 0)))
         return Text(text if left is None else f"{text}, {timedelta(seconds=int(left))} left", style="cyan")
+
+    def _seconds_left(self, task: rich_progress.Task) -> float | None:
+        """Return the seconds until a task is finished, by the pace of what was seen of it; None if that is unknown."""
+        pace, completed, total = self._paces.get(task.id, (None, 0.0, None))
+        now = task.get_time()
+        if pace is None or task.total != total or task.completed < completed:  # it begins
+            pace = Pace(now)
+        elif task.completed > completed:
+            pace.advance(task.completed - completed, now)
+        self._paces[task.id] = pace, task.completed, task.total
+        if task.finished or task.total is None:
+            return None
+        return pace.seconds_left(task.total - task.completed, now)
 
 
 def bars(*columns: rich_progress.ProgressColumn) -> rich_progress.Progress:
@@ -191,8 +209,8 @@ class Log(Reporter):
         self._num_runs, self._seconds, self._file = num_runs, seconds, file
         self._ends, self._ended = ends, 0
         self._said = time.monotonic()
-        self._measured = 0  # tokens, of all runs together, since the last line
         self._left: dict[str, tuple[int, int]] = {}  # tokens that are measured, and in all, by run
+        self._paces: dict[str, Pace] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> Log:
@@ -209,6 +227,7 @@ class Log(Reporter):
         """Shards are to be measured; ``done_tokens`` were measured before."""
         with self._lock:
             self._left[name] = done_tokens, num_tokens
+            self._paces[name] = Pace()
 
     def advanced(self, name: str, num_tokens: int) -> None:
         """A shard is done: a line, if the last one is long ago."""
@@ -216,19 +235,21 @@ class Log(Reporter):
             done, total = self._left[name]
             done += num_tokens
             self._left[name] = done, total
-            self._measured += num_tokens
-            passed = time.monotonic() - self._said
-            if passed < self._seconds:
+            pace = self._paces[name]
+            pace.advance(num_tokens)
+            if time.monotonic() - self._said < self._seconds:
                 return
-            speed = self._measured / passed
-            self._said, self._measured = time.monotonic(), 0
-        eta = describe_seconds((total - done) / speed)
-        self._say(f"{name}: {done / total:.0%} of {total:,} tokens, {speed:,.0f} tokens/s, {eta} left")
+            self._said = time.monotonic()
+        what = f"{name}: {done / total:.0%} of {total:,} tokens"
+        if (speed := pace.rate()) and (left := pace.seconds_left(total - done)) is not None:
+            what += f", {speed:,.0f} tokens/s, {describe_seconds(left)} left"
+        self._say(what)
 
     def finished(self, name: str, run: Run) -> None:
         """A run is over."""
         with self._lock:
             self._left.pop(name, None)
+            self._paces.pop(name, None)
             self._ended += 1
         if not self._ends:
             return

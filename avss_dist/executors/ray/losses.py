@@ -1,0 +1,59 @@
+"""Lost nodes and workers: one line for each node, with the units that are measured again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import ray
+
+from avss_dist.executors.ray.queue import UnitQueue
+from avss_dist.system.streams import say
+
+NOTICE_SECONDS = 15.0  # until the head knows that a node is dead, which may lose its workers before
+
+
+@dataclass(eq=False)
+class _Loss:
+    """The units of one queue that were lost with the workers of one node."""
+
+    queue: UnitQueue[Any]
+    node: str
+    units: set[int] = field(default_factory=set)
+    since: float = field(default_factory=time.monotonic)
+
+
+class Losses:
+    """Workers that a pool has lost, until it is known whether their nodes are lost too."""
+
+    def __init__(self) -> None:
+        self._losses: dict[tuple[int, str], _Loss] = {}
+
+    def add(self, queue: UnitQueue[Any], nodes: Iterable[str], units: Sequence[int]) -> None:
+        """Note that workers on these nodes were lost while they had units of a queue, or opened its model."""
+        for node in nodes:
+            loss = self._losses.setdefault((id(queue), node), _Loss(queue, node))
+            loss.units.update(units)
+
+    def tell(self) -> None:
+        """Print and note the losses whose node is dead, and those that can wait no longer to be told."""
+        if not self._losses:
+            return
+        nodes = {node["NodeID"]: node for node in ray.nodes()}
+        for key, loss in list(self._losses.items()):
+            node = nodes.get(loss.node, {})
+            waited = time.monotonic() - loss.since > NOTICE_SECONDS
+            if not node.get("Alive") or waited or not loss.queue.is_active:
+                del self._losses[key]
+                text = _text(loss, node)
+                say(f"{datetime.now(UTC):%H:%M:%S} {text[0].upper()}{text[1:]}.")
+                loss.queue.note(text)
+
+
+def _text(loss: _Loss, node: dict[str, Any]) -> str:
+    name = f"{node.get('NodeManagerAddress', '')} ({loss.node[:8]})".strip()
+    lost = f"a worker on the node {name} was lost" if node.get("Alive") else f"the node {name} was lost"
+    return f"{lost}; {loss.queue.describe_repeated(sorted(loss.units))}"
