@@ -79,7 +79,8 @@ class Document:
         names = named_fields(error.message)
         key = next(((*at, name) for name in names if (*at, name) in self.lines), at)
         place = f"{self.path}:{self.lines[key]}" if key else str(self.path)
-        spelling = {name: f"key '{name}'" for name in (*names, *named_fields(error.hint or ""))}
+        form = "{}" if error.message.startswith("Unknown `") else "key '{}'"  # "Unknown rule 'some'"
+        spelling = {name: form.format(name) for name in (*names, *named_fields(error.hint or ""))}
         return ConfigError(
             f"{place}: {spell_fields(error.message, spelling)}", error.hint and spell_fields(error.hint, spelling)
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import fields
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -17,6 +18,7 @@ from avss_dist.tasks.harness_files import Function, TaskFile
 MULTIPLE_CHOICE, GENERATE = "multiple_choice", "generate_until"
 TEMPLATES = ("doc_to_text", "doc_to_choice", "doc_to_target", "description", "gen_prefix")
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+_CODE = ("doc_to_text", "doc_to_choice", "doc_to_target", "process_docs")  # which may be functions
 _METRIC_KEYS = ("metric", "aggregation", "higher_is_better", "hf_evaluate")
 _GENERATION_KEYS = ("until", "max_gen_toks")  # the harness's own, beside those of transformers
 _STRUCTURE = ("class", "group", "tag", "task_list")
@@ -185,6 +187,8 @@ def require_data(file: TaskFile, dataset: Any) -> None:
     Args:
         dataset: rows by split, ``datasets.DatasetDict``.
     """
+    from lm_eval import utils
+
     config = file.config
     for key in SPLITS:
         if (split := config.get(key)) is not None and split not in dataset:
@@ -192,37 +196,48 @@ def require_data(file: TaskFile, dataset: Any) -> None:
     questions = dataset[config.get("test_split") or config["validation_split"]]
     if len(questions) == 0:
         raise TaskError(f"The data of task '{config['task']}' are empty: they have no row.")
-    if isinstance(config.get("process_docs"), Function):  # which may make other columns
+    if config.get("use_prompt") is not None or any(isinstance(config.get(key), Function) for key in _CODE):
         return
-    columns = list(questions.features)
-    for key in TEMPLATES:
-        value = config.get(key)
-        if isinstance(value, str) and not isinstance(value, Function) and value not in columns:
-            _render(file, key, value, questions[0], columns)
+    row, columns = questions[0], list(questions.features)
+    for key in ("description", "gen_prefix"):
+        if isinstance(template := config.get(key), str) and template not in columns:
+            _filled(file, key, partial(utils.apply_template, template), row, 1)
+    question = _Question(file, _unmade(config, columns), row, 1)
+    text = config["doc_to_text"]
+    if question.text == text and (similar := difflib.get_close_matches(text, columns, n=1, cutoff=0.7)):
+        raise file.mistake("doc_to_text", f"is '{text}', which is no column.", f"Did you mean '{similar[0]}'?")
+    question.require_valid()
 
 
-def _render(file: TaskFile, key: str, template: str, row: Mapping[str, Any], columns: Sequence[str]) -> None:
-    from lm_eval import utils
+def _unmade(config: Mapping[str, Any], columns: Sequence[str]) -> Any:
+    """Return a task that can fill its templates, before the harness makes it and fails in its own words."""
+    from lm_eval.api.task import ConfigurableTask, TaskConfig
 
+    task = object.__new__(ConfigurableTask)
+    task._config = TaskConfig(**{key: deepcopy(value) for key, value in config.items() if key not in _STRUCTURE})
+    task.prompt, task.features, task.OUTPUT_TYPE = None, list(columns), task._config.output_type
+    return task
+
+
+def _filled(file: TaskFile, key: str, function: Callable[[Any], Any], row: Mapping[str, Any], number: int) -> Any:
+    """Return what a template gives for a question.
+
+    Raises:
+        TaskError: the template fails.
+    """
     try:
-        text = utils.apply_template(template, dict(row))
-        if key == "doc_to_choice":
-            ast.literal_eval(text)
-    except Exception as error:
-        raise _unfilled(file, key, error, 1, columns, template) from error
-    constant = key == "doc_to_text" and text == template
-    if constant and (similar := difflib.get_close_matches(template, columns, n=1, cutoff=0.7)):
-        raise file.mistake(key, f"is '{template}', which is no column of the data.", f"Did you mean '{similar[0]}'?")
-
-
-def _unfilled(
-    file: TaskFile, key: str, error: Exception, number: int, columns: Sequence[str], template: str = ""
-) -> TaskError:
-    if key == "doc_to_choice" and isinstance(error, ValueError | SyntaxError):  # it was no literal of Python
-        error = ValueError("it gives no list.")
-    missing = str(error).partition("'")[2].partition("'")[0] if isinstance(error, UndefinedError) else template
-    hint = f"It is a template, or a column of the data. {nearest(missing, columns).replace('Valid:', 'Columns:')}"
-    return file.mistake(key, f"fails for question {number}: {first_line(error)}", hint)
+        return function(dict(row))
+    except TaskError:
+        raise
+    except Exception as failure:
+        error, missing = failure, str(file.config.get(key))
+        if key == "doc_to_choice" and isinstance(error, ValueError | SyntaxError):  # it was no literal of Python
+            error = ValueError("it gives no list.")
+        elif isinstance(error, UndefinedError):
+            missing = str(error).partition("'")[2].partition("'")[0]
+        columns = nearest(missing, list(row)).replace("Valid:", "Columns:")
+        what = f"fails for question {number}: {first_line(error)}"
+        raise file.mistake(key, what, f"It is a template, or a column of the data. {columns}") from failure
 
 
 def require_answerable(file: TaskFile, task: Any, limit: int | None) -> None:
@@ -254,18 +269,10 @@ class _Question:
 
     def __init__(self, file: TaskFile, task: Any, row: Mapping[str, Any], number: int) -> None:
         self.file, self.task, self.row, self.number = file, task, row, number
-        self.text = self._filled("doc_to_text", task.doc_to_text)
-        self.target = self._filled("doc_to_target", task.doc_to_target)
+        self.text = _filled(file, "doc_to_text", task.doc_to_text, row, number)
+        self.target = _filled(file, "doc_to_target", task.doc_to_target, row, number)
         has_choices = task.config.doc_to_choice is not None
-        self.choices = self._filled("doc_to_choice", task.doc_to_choice) if has_choices else None
-
-    def _filled(self, key: str, function: Callable[[Any], Any]) -> Any:
-        try:
-            return function(self.row)
-        except TaskError:
-            raise
-        except Exception as error:
-            raise _unfilled(self.file, key, error, self.number, list(self.row)) from error
+        self.choices = _filled(file, "doc_to_choice", task.doc_to_choice, row, number) if has_choices else None
 
     def _mistake(self, key: str, what: str, hint: str | None = None) -> TaskError:
         return self.file.mistake(key, f"gives {what} for question {self.number}.", hint)

@@ -248,7 +248,9 @@ def test_files_that_are_no_plans(text: str, message: str, tmp_path: Path) -> Non
 def test_merged_keys_are_those_of_yaml(tmp_path: Path) -> None:
     """A mapping's own keys count before merged ones, and of merged ones the first."""
     file = tmp_path / "plan.yaml"
-    text = "why: &a {by: hand, n: 1}\n<<: [{num_layers: 6, layers: x}, {layers: y, mlp: [2]}]\nmodel: m\ndrop: [1]\nlayers: z\n"
+    text = (
+        "why: {by: hand}\n<<: [{num_layers: 6, layers: x}, {num_layers: 7, mlp: [2]}]\nmodel: m\ndrop: [1]\nlayers: z\n"
+    )
     file.write_text(text)
     plan, independent = read_plan(file), yaml.safe_load(text)
     assert {name: getattr(plan, name) for name in independent} == independent | {"drop": (1,), "mlp": (2,)}

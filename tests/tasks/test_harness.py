@@ -431,7 +431,7 @@ def test_what_the_harness_cannot_score_is_a_mistake_and_what_fails_in_the_model_
     whole: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = write_task(tmp_path, CHOICE, QUESTIONS, metric_list=[{"metric": "f1", "aggregation": "mean"}])
-    with pytest.raises(TaskError, match="could not be asked or scored: .*\n.*aggregations") as caught:
+    with pytest.raises(TaskError, match=r"could not be asked or scored: .*\n.*aggregations") as caught:
         ask(task, whole)
     assert caught.value.exit_code == 2
     (part,) = harness_task(str(write_task(tmp_path, CHOICE, QUESTIONS))).parts
