@@ -72,7 +72,10 @@ def _checkpoint_of(model: str, revision: str | None, text: str, *, trust_remote_
     Raises:
         AvssError: there is none such, or it has changed.
     """
-    checkpoint = resolve(model, trust_remote_code=trust_remote_code)
+    try:
+        checkpoint = resolve(model, trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        raise ModelError(f"{text}: the key 'model' names no checkpoint: {error.message}", error.hint) from error
     if revision is not None and revision != checkpoint.revision:
         raise PlanError(
             f"{text} is for {model} at {revision[:12]}; it is at {checkpoint.revision[:12]} now.",
