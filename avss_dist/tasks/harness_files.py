@@ -71,6 +71,12 @@ def _read(path: Path, including: tuple[Path, ...]) -> TaskFile:
     places: dict[Any, str] = {}
     for name in _included(document.value, path):
         included = path.parent / name
+        if not included.is_file():
+            where = f"{path}:{document.line(('include',))}"
+            raise TaskError(
+                f"{where}: key 'include' names {included}, which is no file.",
+                "A relative path starts beside the file that includes it.",
+            )
         if included.resolve() in including:
             raise TaskError(f"{included} includes itself.", f"Take it out of the key 'include' of {path}.")
         inner = _read(included, (*including, path.resolve()))

@@ -85,11 +85,11 @@ def rows(model: LanguageModel, place: Path) -> torch.Tensor:
 def documents(draw: Any, base: Mapping[str, str], pools: Mapping[str, Sequence[str]]) -> str:
     """A YAML mapping: some keys with other values, repeated, left out, renamed, merged, or in another order."""
     entries = list(base.items())
-    for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2, 2, 3]))):
+    for _ in range(draw(st.sampled_from([1, 1, 1, 2, 2, 3]))):
         key = draw(st.sampled_from(sorted(pools)))
-        value = draw(st.sampled_from(pools[key]) | st.sampled_from(pools[key]) | st.sampled_from(WEIRD))
+        value = draw(st.sampled_from(WEIRD if draw(st.integers(0, 5)) == 0 else pools[key]))
         at = draw(st.integers(0, len(entries)))
-        kind = draw(st.sampled_from(["change", "change", "change", "repeat", "drop", "odd", "merge", "alias"]))
+        kind = draw(st.sampled_from([*["change"] * 8, "repeat", "drop", "odd", "merge", "merge", "alias"]))
         if kind == "change":
             entries = [(k, v) for k, v in entries if k != key]
         if kind in ("change", "repeat"):
