@@ -287,19 +287,24 @@ class _Question:
             raise self._mistake("doc_to_text", f"{self.text!r}, not a text,")
         output = self.task.OUTPUT_TYPE
         if output == MULTIPLE_CHOICE and not isinstance(self.text, int):
-            several = isinstance(self.target, list)
-            for label in self.target if several else [self.target]:
-                if several and not isinstance(label, int):
-                    raise self._mistake("doc_to_target", f"the list {self.target!r}, not one of indices of choices,")
-                self._require_label("doc_to_target", label, self.choices or [])
-            if self.target == []:
-                raise self._mistake("doc_to_target", "no label")
+            self._require_labels(self.choices or [])
         elif output == GENERATE and self.choices is not None:
             if not isinstance(self.target, int):
                 raise self._mistake("doc_to_target", f"{self.target!r}, not the index of a choice,")
             self._require_label("doc_to_target", self.target, self.choices)
         elif output in ("loglikelihood", "loglikelihood_rolling") and not isinstance(self.target, str):
             raise self._mistake("doc_to_target", f"{self.target!r}, not a text,")
+
+    def _require_labels(self, choices: Sequence[str]) -> None:
+        if not isinstance(self.target, list):
+            self._require_label("doc_to_target", self.target, choices)
+            return
+        if not self.target:
+            raise self._mistake("doc_to_target", "no label")
+        for label in self.target:
+            if not isinstance(label, int):
+                raise self._mistake("doc_to_target", f"the list {self.target!r}, not one of indices of choices,")
+            self._require_label("doc_to_target", label, choices)
 
     def require_like(self, first: _Question) -> None:
         """Refuse values of other types than the first question's, by which the harness takes all of them."""
