@@ -14,12 +14,13 @@ Drop = tuple[int, ...]
 """What is left out, ascending."""
 SUBLAYERS = {"attention": 10_000, "mlp": 20_000}
 """What is added to a layer's index to name its attention or its MLP alone."""
-_MODULUS = min(SUBLAYERS.values())
+MAX_LAYERS = min(SUBLAYERS.values())
+"""Most layers of a model of which some can be left out: a larger index would name a sublayer."""
 
 
 def layer_of(removed: int) -> int:
     """The layer that it is, or that it is in."""
-    return removed % _MODULUS
+    return removed % MAX_LAYERS
 
 
 def sublayers_of(layers: Iterable[int]) -> list[int]:
@@ -29,7 +30,7 @@ def sublayers_of(layers: Iterable[int]) -> list[int]:
 
 def is_whole(removed: int) -> bool:
     """Whether it is a layer, and no sublayer of one."""
-    return removed < _MODULUS
+    return removed < MAX_LAYERS
 
 
 def whole_layers(drop: Iterable[int]) -> Drop:

@@ -127,9 +127,9 @@ def evaluate(
     tasks = [RedactedURI(task) for task in tasks]
     store = Store(warehouse)
     store.create()
-    found = [read_subject(text, trust_remote_code=settings.trust_remote_code) for text in subjects]
+    found = [read_subject(text, settings) for text in subjects]
     if sparse is not None:
-        found = with_sparsity(found, sparse, trust_remote_code=settings.trust_remote_code)
+        found = with_sparsity(found, sparse, settings)
     with closing(open_executor(execution, settings)) as executor:
         planned: dict[_Key, PlannedEvaluation] = {}
         starts: list[PlannedEvaluation] = []

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
+from avss_dist.errors import ModelError
 from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.layers import layer_lists
+from avss_dist.models.loading import without_head
+from avss_dist.models.size import load_skeleton
 from avss_dist.models.sparsifying import Cut, Sparsity
 from avss_dist.pruning.plan import read_plan
 from avss_dist.pruning.selection import PlanError
-from avss_dist.settings import SEARCHES
+from avss_dist.settings import SEARCHES, Settings
 from avss_dist.sparsity.plan import SparsityPlan, is_sparsity_plan, read_sparsity_plan
 
 
@@ -34,22 +40,28 @@ class Subject:
     sparsity_plan: SparsityPlan | None = field(default=None, compare=False, repr=False)
 
 
-def read_subject(text: str, *, trust_remote_code: bool = False) -> Subject:
-    """A model, or the plan of a file, with the checkpoint that it is for.
+def read_subject(text: str, settings: Settings) -> Subject:
+    """Return a model, or the plan of a file, with the checkpoint that it is for.
+
+    Args:
+        settings: whether code of a checkpoint is trusted, and the path of its layer list.
 
     Raises:
-        AvssError: there is none such, or the plan is for another checkpoint than its model is now.
+        AvssError: there is no such model or file, or the plan contradicts what its model is now.
     """
+    trust_remote_code = settings.trust_remote_code
     if not text.endswith((".yaml", ".yml")):
         return Subject(checkpoint=resolve(text, trust_remote_code=trust_remote_code), label=text)
     if is_sparsity_plan(text):
         sparse = read_sparsity_plan(text)
         checkpoint = _checkpoint_of(sparse.model, sparse.revision, text, trust_remote_code=trust_remote_code)
+        require_same_layers(checkpoint, text, sparse.num_layers, None, settings)
         return Subject(
             checkpoint=checkpoint, label=text, run_id=sparse.run_id, sparsity=runtime(sparse), sparsity_plan=sparse
         )
     made = read_plan(text)
     checkpoint = _checkpoint_of(made.model, made.revision, text, trust_remote_code=trust_remote_code)
+    require_same_layers(checkpoint, text, made.num_layers, made.layers, settings)
     search = str(made.why.get("evaluation", "")) if made.why.get("by") in SEARCHES else None
     return Subject(checkpoint=checkpoint, label=text, drop=made.removed, run_id=made.run_id, search=search)
 
@@ -60,13 +72,57 @@ def _checkpoint_of(model: str, revision: str | None, text: str, *, trust_remote_
     Raises:
         AvssError: there is none such, or it has changed.
     """
-    checkpoint = resolve(model, trust_remote_code=trust_remote_code)
+    try:
+        checkpoint = resolve(model, trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        raise ModelError(f"{text}: the key 'model' names no checkpoint: {error.message}", error.hint) from error
     if revision is not None and revision != checkpoint.revision:
         raise PlanError(
             f"{text} is for {model} at {revision[:12]}; it is at {checkpoint.revision[:12]} now.",
             "Score it again, and make a plan of its own.",
         )
     return checkpoint
+
+
+def require_same_layers(
+    checkpoint: Checkpoint, file: str, num_layers: int, layers: str | None, settings: Settings
+) -> None:
+    """Refuse the plan of a file whose layers are not those of its model.
+
+    A model that cannot be built without its weights is not checked here; it refuses layers that it does not have.
+
+    Args:
+        num_layers, layers: what the file says. ``layers`` is None where it says none.
+
+    Raises:
+        PlanError: the message has what the plan says and what the model has.
+    """
+    known = _layer_lists(checkpoint, settings)
+    if not known:
+        return
+    if layers is not None and layers not in known:
+        paths = " or ".join(f"'{path}'" for path in known)
+        raise PlanError(
+            f"{file}: the key 'layers' is '{layers}', and the layers of {checkpoint.name} are {paths}.",
+            "Write that in the file; or, if the plan means another list of modules, name it with `layers`.",
+        )
+    numbers = {known[layers]} if layers is not None else {*known.values()}
+    if num_layers not in numbers:
+        raise PlanError(
+            f"{file}: the key 'num_layers' is {num_layers}, and {checkpoint.name} has "
+            f"{' or '.join(map(str, sorted(numbers)))} layers.",
+            "Is it a plan for another model? Score this one, and make a plan of its own.",
+        )
+
+
+@lru_cache(maxsize=16)
+def _layer_lists(checkpoint: Checkpoint, settings: Settings) -> dict[str, int]:
+    """Return path and length of each module list that may be a checkpoint's layers; nothing if it cannot be built."""
+    with suppress(ModelError):
+        _, model, _ = load_skeleton(checkpoint, settings)
+        number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+        return {path: len(found) for path, found in layer_lists(without_head(model), number, settings.layers).items()}
+    return {}
 
 
 def runtime(plan: SparsityPlan) -> Sparsity:
@@ -90,13 +146,13 @@ def runtime(plan: SparsityPlan) -> Sparsity:
     return Sparsity(cuts=tuple(cuts), rule=plan.rule)
 
 
-def with_sparsity(subjects: Sequence[Subject], plan: str, *, trust_remote_code: bool = False) -> list[Subject]:
-    """Subjects, each followed by the same with a sparsity plan on top.
+def with_sparsity(subjects: Sequence[Subject], plan: str, settings: Settings) -> list[Subject]:
+    """Return subjects, each followed by the same with a sparsity plan on top.
 
     Raises:
         AvssError: it is no sparsity plan, or for another model than a subject.
     """
-    sparse = read_subject(plan, trust_remote_code=trust_remote_code)
+    sparse = read_subject(plan, settings)
     if sparse.sparsity is None:
         raise PlanError(f"{plan} is no sparsity plan.", "avss plan --sparsify makes one.")
     for subject in subjects:

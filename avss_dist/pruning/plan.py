@@ -16,17 +16,17 @@ import pyarrow as pa
 import yaml
 from pydantic import Field
 
-from avss_dist.errors import ConfigError, nearest, unwritable
+from avss_dist.errors import ConfigError, unwritable
 from avss_dist.pruning.ground_truth import BlockDistances, Interactions, LayerTruth
 from avss_dist.pruning.interactions import predicted, quadratic
 from avss_dist.pruning.selection import RANDOM, SCORE_MEANINGS, Choice, PlanError, Rows
 from avss_dist.removal import (
+    MAX_LAYERS,
     SUBLAYERS,
     Drop,
     count_removed,
     describe_removed,
     joined,
-    layer_of,
     layers_by_sublayer,
     whole_layers,
 )
@@ -34,8 +34,9 @@ from avss_dist.results import TabularResult
 from avss_dist.settings import LOWEST_SHARE, SEARCHES, Check, checked
 from avss_dist.system.staging import staged_file
 from avss_dist.text import printable
+from avss_dist.yaml_files import Document, YamlKind, read_yaml_mapping
 
-LARGEST_FILE = 1 << 20  # characters; a plan of a thousand layers has ten thousand
+_HINT = "avss plan makes one."
 _RUN_ID = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -69,7 +70,7 @@ class Plan(TabularResult):
     """Hub id or folder of the checkpoint."""
     revision: Name | None = None
     """The hub's commit, or the hash of the checkpoint's content; any by default."""
-    num_layers: Annotated[int, Field(ge=1)]
+    num_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
     """Layers of the whole model."""
     layers: Name
     """Module path of the layer list, below the model's head."""
@@ -90,8 +91,9 @@ class Plan(TabularResult):
 
     def __post_init__(self) -> None:
         given = {"drop": self.drop} | {kind: getattr(self, kind) for kind in SUBLAYERS}
-        removed = joined([*self.drop, *(first + i for kind, first in SUBLAYERS.items() for i in given[kind])])
         number = self.num_layers
+        absent = sorted(layer for layers in given.values() for layer in layers if layer >= number)
+        removed = joined([*self.drop, *(first + i for kind, first in SUBLAYERS.items() for i in given[kind])])
         problems = [
             PlanError(f"`{name}` names a layer twice.", f"{name}: {sorted(set(layers))}")
             for name, layers in given.items()
@@ -103,8 +105,8 @@ class Plan(TabularResult):
             )
         if not removed:
             problems.append(PlanError("The plan drops no layer.", "List at least one in `drop`."))
-        elif (last := max(map(layer_of, removed))) >= number:
-            problems.append(PlanError(f"There is no layer {last}: the model has {number}, from 0."))
+        elif absent:
+            problems.append(PlanError(f"There is no layer {absent[-1]}: the model has {number}, from 0."))
         elif len(removed) == number == len(whole_layers(removed)):
             problems.append(PlanError(f"The plan drops all {number} layers.", "Leave at least one."))
         if problems:
@@ -278,51 +280,42 @@ def reasons(choice: Choice) -> dict[str, Any]:
 
 
 def read_plan(path: str | Path) -> Plan:
-    """A plan from its file.
+    """Read a plan of layers from its file.
 
     Raises:
-        PlanError: there is none, or it is no plan; every problem is named.
+        PlanError: the file cannot be read, or is no plan; the message names every problem with its line and key.
     """
-    values = read_mapping(path)
+    document = read_plan_file(path)
     names = [f.name for f in fields(Plan)]
-    problems = unknown_keys(values, [*names, "keep"])
+    problems = document.unknown_keys([*names, "keep"])
+    values = document.value
     try:
         plan = Plan(**{name: value for name, value in values.items() if name in names})
         if values.get("keep") not in (None, list(plan.keep)):
-            problems.append(ConfigError("`keep` is not what `drop` leaves.", f"keep: {list(plan.keep)}, or none."))
+            stays = ConfigError("`keep` is not what `drop` leaves.", f"keep: {list(plan.keep)}, or none.")
+            problems.append(document.problem(stays))
     except ConfigError as error:
-        problems += error.problems
+        problems += map(document.problem, error.problems)
     if problems:
-        raise PlanError(f"{path}: {ConfigError.of(problems)}", "avss plan makes one.")
+        raise plan_error(path, problems)
     return plan
 
 
-def unknown_keys(values: Mapping[Any, Any], names: Sequence[str]) -> list[ConfigError]:
-    """A problem for each key of a plan's file that has none of these names."""
-    return [ConfigError(f"Unknown key '{key}'.", nearest(str(key), names)) for key in values if key not in names]
-
-
-def read_mapping(path: str | Path) -> dict[Any, Any]:
-    """The keys and values of a plan's file.
+def read_plan_file(path: str | Path) -> Document:
+    """Read the keys and values of a plan's file, whichever kind of plan it is.
 
     Raises:
-        PlanError: it cannot be read, or is no mapping.
+        PlanError: the file cannot be read, is no mapping, or repeats a key.
     """
-    try:
-        with Path(path).open(encoding="utf-8") as file:
-            text = file.read(LARGEST_FILE + 1)
-        if len(text) > LARGEST_FILE:
-            raise PlanError(f"{path} is no plan: it has over {LARGEST_FILE:,} characters.", "avss plan makes one.")
-        values = yaml.safe_load(text)
-    except OSError as error:
-        raise PlanError(f"{path} cannot be read: {error.strerror}.", "avss plan makes one.") from error
-    except RecursionError as error:
-        raise PlanError(f"{path} is no plan: it is nested too deeply.", "avss plan makes one.") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, dates that do not exist
-        raise PlanError(f"{path} is not YAML: {' '.join(str(error).split())}", "avss plan makes one.") from error
-    if not isinstance(values, dict):
-        raise PlanError(f"{path} is no plan: it has no keys.", "avss plan makes one.")
-    return values
+    return read_yaml_mapping(Path(path), YamlKind(noun="plan", hint=_HINT, error=PlanError))
+
+
+def plan_error(path: str | Path, problems: Sequence[ConfigError]) -> PlanError:
+    """Return one error for all problems of a plan's file, each of which names the file."""
+    error = ConfigError.of(problems)
+    if len(problems) == 1:
+        return PlanError(error.message, " ".join(filter(None, (error.hint, _HINT))))
+    return PlanError(f"{path}: {error}", _HINT)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -28,10 +28,10 @@ from avss_dist.runs.job_schema import (
     RevisionRange,
     SettingsSection,
 )
-from avss_dist.runs.job_yaml import Document, JobError, Location, read_yaml
 from avss_dist.settings import Execution, Settings
 from avss_dist.text import RedactedURI
 from avss_dist.validation import problems_by_field
+from avss_dist.yaml_files import Document, Location, YamlKind, read_yaml
 
 __all__ = ["JobError", "JobFile", "RunSpec", "job_schema", "read_job"]
 
@@ -41,6 +41,13 @@ DISTINGUISHING = tuple(name for name in MODEL_FIELDS if name in (*SETTINGS_FIELD
 OPTIONS_ONLY = {"address": "avss run --address takes it.", "fresh": "avss run --fresh takes it."}
 
 T = TypeVar("T", bound=BaseModel)
+
+
+class JobError(ConfigError):
+    """A job file has problems; the message has a line for each."""
+
+
+_KIND = YamlKind(noun="job file", hint="docs/job-files.md explains them.", error=JobError, typed=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +114,7 @@ def read_job(path: str | Path, *, expand: bool = True) -> JobFile:
     Raises:
         JobError: it has problems; all of them are reported.
     """
-    return _Reader(read_yaml(Path(path)), expand=expand).job()
+    return _Reader(read_yaml(Path(path), _KIND), expand=expand).job()
 
 
 @dataclass

@@ -5,7 +5,7 @@ Layers count from 0, as everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,15 +19,17 @@ from avss_dist.pruning.plan import (
     Reason,
     describe_origin,
     describe_reason,
-    read_mapping,
+    plan_error,
+    read_plan_file,
     to_yaml,
-    unknown_keys,
     write_text,
 )
 from avss_dist.pruning.selection import PlanError
+from avss_dist.removal import MAX_LAYERS
 from avss_dist.settings import SPARSITY_RULES, THRESHOLD, TOP_K, TOP_P
 from avss_dist.text import describe_bytes
 from avss_dist.validation import OneOf, checked
+from avss_dist.yaml_files import Document
 
 METHODS = {
     "uniform": "the same sparsity everywhere, by thresholds",
@@ -41,7 +43,8 @@ METHODS = {
 }
 """How a sparsity is spread over linear maps, and what each does."""
 PROJECTIONS = "projections"
-_HINT = "avss plan --sparsify makes one."
+MOST_UNITS = 10**9
+TOLERANCE = 1e-3  # of a plan's sparsity, as its maps are written with six decimals
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -59,9 +62,9 @@ class MapPlan:
     """Module path of the map, below the layer."""
     site: Name
     """Its input."""
-    outputs: Annotated[int, Field(ge=1)]
+    outputs: Annotated[int, Field(ge=1, le=MOST_UNITS)]
     """Units that it gives."""
-    inputs: Annotated[int, Field(ge=1)]
+    inputs: Annotated[int, Field(ge=1, le=MOST_UNITS)]
     """Units that it takes."""
     sparsity: Share
     """The share of its inputs that is expected to be zero."""
@@ -92,10 +95,11 @@ class SparsityPlan:
     """Hub id or folder of the checkpoint."""
     revision: Name | None = None
     """The hub's commit, or the hash of the checkpoint's content; any by default."""
-    num_layers: Annotated[int, Field(ge=1)]
+    num_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
     """Layers of the whole model."""
     sparsity: Share
-    """The share of the weights of all linear maps that is expected to meet a zero, per token that is made sparse."""
+    """The share of the weights of all linear maps of the plan that is expected to meet a zero, per token that is made
+    sparse. It must be the mean of those of `projections`, each map by the number of its weights."""
     rule: Annotated[str, OneOf(SPARSITY_RULES)] = SPARSITY_RULES[0]
     """At which tokens."""
     weighted: bool = False
@@ -118,6 +122,15 @@ class SparsityPlan:
             problems.append(PlanError("`projections` names a linear map twice."))
         if (last := max(layer for layer, _ in named)) >= self.num_layers:
             problems.append(PlanError(f"There is no layer {last}: the model has {self.num_layers}, from 0."))
+        planned = sum(one.sparsity * one.outputs * one.inputs for one in self.projections) / self.weights
+        if abs(self.sparsity - planned) > TOLERANCE:
+            problems.append(
+                PlanError(
+                    f"`sparsity` is {self.sparsity:g}, and the maps of `{PROJECTIONS}` have {planned:.6g} on average, "
+                    "each by the number of its weights.",
+                    f"Write sparsity: {planned:.6g}, or change the maps.",
+                )
+            )
         if self.pattern:
             kept, group = self.group
             if kept >= group:
@@ -192,37 +205,46 @@ def is_sparsity_plan(path: str | Path) -> bool:
     """Whether a plan's file is one of sparsity.
 
     Raises:
-        PlanError: it cannot be read, or is no mapping.
+        PlanError: the file cannot be read, is no mapping, or repeats a key.
     """
-    return PROJECTIONS in read_mapping(path)
+    return PROJECTIONS in read_plan_file(path).value
 
 
 def read_sparsity_plan(path: str | Path) -> SparsityPlan:
-    """A plan from its file.
+    """Read a sparsity plan from its file.
 
     Raises:
-        PlanError: there is none, or it is no plan; every problem is named.
+        PlanError: the file cannot be read, or is no plan; the message names every problem with its line and key.
     """
-    values = read_mapping(path)
+    document = read_plan_file(path)
     names = [f.name for f in fields(SparsityPlan)]
-    problems = unknown_keys(values, names)
+    problems = document.unknown_keys(names)
+    maps = list(_read_maps(document, problems))
+    values = {name: value for name, value in document.value.items() if name in names}
     try:
-        maps = [_read_map(one) for one in _listed(values.get(PROJECTIONS))]
-        plan = SparsityPlan(**{**{name: v for name, v in values.items() if name in names}, PROJECTIONS: tuple(maps)})
+        plan = SparsityPlan(**values | {PROJECTIONS: tuple(maps)})
     except ConfigError as error:
-        problems += error.problems
+        if not problems:  # maps that are left out would be problems of the plan
+            problems += map(document.problem, error.problems)
     if problems:
-        raise PlanError(f"{path}: {ConfigError.of(problems)}", _HINT)
+        raise plan_error(path, problems)
     return plan
 
 
-def _listed(maps: Any) -> Sequence[Any]:
+def _read_maps(document: Document, problems: list[ConfigError]) -> Iterator[MapPlan]:
+    """Yield the linear maps of a plan's file that are right; append what is wrong with the others."""
+    maps = document.value.get(PROJECTIONS)
     if not isinstance(maps, list):
-        raise PlanError(f"`{PROJECTIONS}` is no list.", _HINT)
-    return maps
-
-
-def _read_map(values: Any) -> MapPlan:
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise PlanError(f"`{PROJECTIONS}` has an entry that is no mapping.", _HINT)
-    return MapPlan(**values)
+        problems.append(document.problem(PlanError(f"`{PROJECTIONS}` must be a list of linear maps.")))
+        return
+    names = [f.name for f in fields(MapPlan)]
+    for index, values in enumerate(maps):
+        at = (PROJECTIONS, index)
+        if not isinstance(values, dict):
+            problems.append(document.problem(PlanError(f"A linear map must be a mapping, not {values!r}."), at))
+            continue
+        problems += document.unknown_keys(names, at)
+        try:
+            yield MapPlan(**{name: value for name, value in values.items() if name in names})
+        except ConfigError as error:
+            problems += (document.problem(problem, at) for problem in error.problems)

@@ -21,23 +21,20 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from jinja2 import TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
-from avss_dist.errors import ConfigError, TaskError, first_line, require_known
+from avss_dist.errors import AvssError, ConfigError, TaskError, first_line
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.loading import quiet
 from avss_dist.options import AS_THE_TASK_SAYS, Prompting
 from avss_dist.settings import CHANCE, fingerprint
+from avss_dist.system.out_of_memory import is_out_of_memory
 from avss_dist.tasks.base import Row, Task
-from avss_dist.tasks.harness_files import code_in, is_task_file, needs_no_hub, read_task_file, with_data
+from avss_dist.tasks.harness_checks import require_answerable, require_data, require_valid
+from avss_dist.tasks.harness_files import TaskFile, code_in, is_task_file, needs_no_hub, read_task_file, with_data
 from avss_dist.tasks.harness_model import harness_model
 
 SEED, OTHER_SEED = 0, 1234  # the harness's own: of `random`; of numpy, torch and the choice of examples
-_BAD_TASK: tuple[type[Exception], ...] = (  # what the harness raises over a bad task
-    *(ValueError, KeyError, TypeError, AttributeError, ImportError, AssertionError, IndexError, RuntimeError),
-    *(StopIteration, TemplateError),  # datasets: a file without rows; a template that cannot be filled
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +62,22 @@ class HarnessPart:
         from lm_eval.evaluator import evaluate
 
         with _silence(), model.without(drop):
-            wrapped = harness_model(model, generate=bool(drop), chat=self.prompting.apply_chat_template)
+            failures: list[Exception] = []
+            chat = self.prompting.apply_chat_template
+            wrapped = harness_model(model, generate=bool(drop), chat=chat, failures=failures)
             _seed(loaded["tasks"].values())
-            found = evaluate(
-                wrapped,
-                loaded,
-                limit=self.limit,
-                bootstrap_iters=0,
-                log_samples=True,
-                system_instruction=self.prompting.system_instruction,
-                apply_chat_template=self.prompting.apply_chat_template,
-                fewshot_as_multiturn=self.prompting.fewshot_as_multiturn,
-            )
-        return list(_rows(found, loaded))
+            with _bad_scoring(self.name, failures):
+                found = evaluate(
+                    wrapped,
+                    loaded,
+                    limit=self.limit,
+                    bootstrap_iters=0,
+                    log_samples=True,
+                    system_instruction=self.prompting.system_instruction,
+                    apply_chat_template=self.prompting.apply_chat_template,
+                    fewshot_as_multiturn=self.prompting.fewshot_as_multiturn,
+                )
+                return list(_rows(found, loaded))
 
 
 def harness_task(
@@ -111,40 +111,55 @@ def harness_task(
     if limit is not None and limit < 1:
         raise ConfigError(f"`limit` must be at least 1, not {limit}.")
     with _silence(), _bad_task(name):
-        found, config = _find(name, trust_remote_code=trust_remote_code)
+        found, config, file = _find(name, trust_remote_code=trust_remote_code)
         part = HarnessPart(name=found, config=config, limit=limit, prompting=prompting)
-        part = replace(part, key=_key(part, _load(part), template))
+        loaded = _load(part)
+        for task in loaded["tasks"].values() if file else ():
+            require_answerable(file, task, limit)
+        part = replace(part, key=_key(part, loaded, template))
     options = {**asdict(prompting), **({"harness_chat_template": template} if template else {})}
     return Task(name=name, parts=(part,), options={"limit": limit, **options})
 
 
-def _find(name: str, *, trust_remote_code: bool) -> tuple[str, str | None]:
-    """The first two fields of a `HarnessPart`."""
+def _find(name: str, *, trust_remote_code: bool) -> tuple[str, str | None, TaskFile | None]:
+    """Return the first two fields of a `HarnessPart`, and the task file, which was checked."""
     if not is_task_file(name):
         if name not in _catalogue().task_index:
             raise TaskError(f"There is no task '{name}'.", _nearest(name))
-        return name, None
-    path = Path(name).absolute()
-    config = read_task_file(path)
-    named = code_in(config)
+        return name, None, None
+    file = read_task_file(Path(name))
+    named = code_in(file.config)
     if named and not trust_remote_code:
         raise TaskError(
             f"{name} runs code: {', '.join(named)}.", "Read that code, then set `trust_remote_code` to run it."
         )
-    if named:  # the harness reads the file itself, and finds data where the process is
-        with_data(config, Path.cwd())
-        return str(path), None
-    _require_metrics(config)
-    return name, yaml.safe_dump(with_data(config, Path.cwd(), path.parent), sort_keys=False)
+    require_valid(file)
+    path = Path(name).absolute()
+    # With functions, the harness reads the file itself, and finds data where the process is.
+    config = with_data(file.config, Path.cwd(), *([] if named else [path.parent]))
+    if "class" not in config and config.get("custom_dataset") is None:
+        require_data(file, _data(config))
+    return (str(path), None, file) if named else (name, yaml.safe_dump(config, sort_keys=False), file)
 
 
-def _require_metrics(config: Mapping[str, Any]) -> None:
-    """Refuse metrics that the harness would look for on a hub, as code."""
-    from lm_eval.api import metrics  # noqa: F401  (fills the registry)
-    from lm_eval.api.registry import metric_registry
+def _data(config: Mapping[str, Any]) -> Any:
+    """Return the rows of a task file by split, as the harness loads them."""
+    import datasets
 
-    for metric in config.get("metric_list") or ():
-        require_known("metric", metric["metric"], sorted(metric_registry), TaskError)
+    options = {key: value for key, value in (config.get("dataset_kwargs") or {}).items() if key != "trust_remote_code"}
+    with _offline(config):
+        return datasets.load_dataset(path=config["dataset_path"], name=config.get("dataset_name"), **options)
+
+
+@contextmanager
+def _offline(config: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, no hub is asked, if all data of a task file are files of this machine."""
+    import datasets
+
+    with ExitStack() as stack:
+        if needs_no_hub(config):
+            _change(stack, datasets.config, "HF_HUB_OFFLINE", True)
+        yield
 
 
 def _nearest(name: str) -> str:
@@ -181,14 +196,43 @@ def _bad_task(task: str) -> Iterator[None]:
             f"The data of task '{task}' could not be loaded: {first_line(reason or error)}",
             "Data of a hub need a network once, and stay in HF_HOME; files must be on every node.",
         ) from error
-    except _BAD_TASK as error:
-        hint = "Do its fields name columns of its data?" if is_task_file(task) else None
-        raise TaskError(f"Task '{task}' could not be made: {first_line(error)}", hint) from error
+    except AvssError:
+        raise
+    except Exception as error:  # a task's own templates and code can raise anything
+        raise TaskError(f"Task '{task}' could not be made: {_reason(error)}", _hint(task)) from error
+
+
+@contextmanager
+def _bad_scoring(task: str, failures: Sequence[Exception]) -> Iterator[None]:
+    """Turn into a `TaskError` what the harness raises while it asks and scores, unless it comes from the model.
+
+    Args:
+        failures: errors of the model, which pass.
+    """
+    try:
+        yield
+    except AvssError:
+        raise
+    except Exception as error:
+        if any(error is failure for failure in failures) or is_out_of_memory(error):
+            raise
+        raise TaskError(f"Task '{task}' could not be asked or scored: {_reason(error)}", _hint(task)) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what an exception says, with its type where that would be a riddle alone."""
+    alone = isinstance(error, TypeError | AttributeError | LookupError | ArithmeticError | AssertionError)
+    return f"{type(error).__name__}: {first_line(error)}" if alone and str(error) else first_line(error)
+
+
+def _hint(task: str) -> str:
+    if is_task_file(task):
+        return "Do its fields name columns of its data? Do its metrics, aggregations and filters fit its output_type?"
+    return "It is a task of lm-evaluation-harness: does it run there, with this version of it?"
 
 
 def _load(part: HarnessPart) -> Any:
     """The tasks of a part and their data, ready to run: ``{"tasks": {name: ...}, "groups": {name: ...}}``."""
-    import datasets
     from lm_eval.tasks import TaskManager
 
     spec: Any = part.name
@@ -196,11 +240,9 @@ def _load(part: HarnessPart) -> Any:
     if part.config is not None:
         spec = config = yaml.safe_load(part.config)
     elif is_task_file(part.name):
-        config = read_task_file(Path(part.name))
+        config = read_task_file(Path(part.name)).config
     manager = TaskManager(include_defaults=False) if config else _catalogue()
-    with ExitStack() as stack:
-        if needs_no_hub(config):
-            _change(stack, datasets.config, "HF_HUB_OFFLINE", True)
+    with _offline(config):
         loaded = manager.load([spec])
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):

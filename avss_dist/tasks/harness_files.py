@@ -4,25 +4,44 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from avss_dist.errors import TaskError
+from avss_dist.yaml_files import YamlKind, read_yaml_mapping
 
 BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # how `datasets` names files that need no hub
 
 
-class _Function(str):
+class Function(str):
     """A ``!function``: the dotted name of Python code."""
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain values, and functions by their names."""
+_KIND = YamlKind(
+    noun="task file",
+    hint="A task file is a mapping: task, dataset_path, output_type, ...",
+    error=TaskError,
+    tags={"!function": Function},
+)
 
 
-_Loader.add_constructor("!function", lambda loader, node: _Function(loader.construct_scalar(node)))
+@dataclass(frozen=True)
+class TaskFile:
+    """A task file, on top of the files that it includes.
+
+    Attributes:
+        config: keys and values.
+        places: file and line of each key.
+    """
+
+    path: Path
+    config: dict[Any, Any]
+    places: Mapping[Any, str]
+
+    def mistake(self, key: Any, what: str, hint: str | None = None) -> TaskError:
+        """Return an error about a key, which names its file and line."""
+        return TaskError(f"{self.places.get(key, self.path)}: key '{key}' {what}", hint)
 
 
 def is_task_file(name: str) -> bool:
@@ -30,34 +49,42 @@ def is_task_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
 
 
-def read_task_file(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """What a task file says, on top of the files that it includes.
+def read_task_file(path: Path) -> TaskFile:
+    """Read a task file, and the files that it includes.
 
     Raises:
-        TaskError: it, or one of those, cannot be read; or it is a group.
+        TaskError: one of them cannot be read, or repeats a key; or the file is a group.
     """
+    file = _read(path, ())
+    if not isinstance(file.config.get("task"), str):
+        raise TaskError(f"{path} names no single task.", "Write `task: NAME`; give the tasks of a group one by one.")
+    return file
+
+
+def _read(path: Path, including: tuple[Path, ...]) -> TaskFile:
     if path.exists() and not path.is_file():
         raise TaskError(f"{path} is no file.", "Name a task file, which ends in .yaml.")
-    try:
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except RecursionError:
-        raise TaskError(f"{path} cannot be read: it is nested too deeply.") from None
-    except FileNotFoundError:
-        raise TaskError(f"There is no task file {path}.") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no text, dates that do not exist
-        raise TaskError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict):
-        raise TaskError(f"{path} is no task file.", "A task file is a mapping: task, dataset_path, output_type, ...")
-    merged: dict[str, Any] = {}
-    for file in _included(found):
-        included = path.parent / file
-        if included in including:
-            raise TaskError(f"{included} includes itself.")
-        merged |= read_task_file(included, (*including, path))
-    merged |= found
-    if not including and not isinstance(merged.get("task"), str):
-        raise TaskError(f"{path} names no single task.", "Write `task: NAME`; give the tasks of a group one by one.")
-    return merged
+    if not path.exists():
+        raise TaskError(f"There is no task file {path}.", "A relative path starts in the working directory.")
+    document = read_yaml_mapping(path, _KIND)
+    config: dict[Any, Any] = {}
+    places: dict[Any, str] = {}
+    for name in _included(document.value, path):
+        included = path.parent / name
+        if not included.is_file():
+            where = f"{path}:{document.line(('include',))}"
+            raise TaskError(
+                f"{where}: key 'include' names {included}, which is no file.",
+                "A relative path starts beside the file that includes it.",
+            )
+        if included.resolve() in including:
+            raise TaskError(f"{included} includes itself.", f"Take it out of the key 'include' of {path}.")
+        inner = _read(included, (*including, path.resolve()))
+        config |= inner.config
+        places |= inner.places
+    config |= {key: value for key, value in document.value.items() if key != "include"}
+    places |= {key: f"{path}:{document.line((key,))}" for key in document.value}
+    return TaskFile(path, config, places)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -68,7 +95,7 @@ def files_of(path: Path) -> list[Path]:
     Raises:
         TaskError: as `read_task_file` and `with_data`.
     """
-    config = with_data(read_task_file(path), Path(), path.parent)
+    config = with_data(read_task_file(path).config, Path(), path.parent)
     data = config.get("dataset_kwargs") or {}
     names = [name for _, name in _walk(data.get("data_files")) if isinstance(name, str) and "://" not in name]
     files = [Path(match) for name in names for match in sorted(glob.glob(glob.escape(name)) or glob.glob(name))]
@@ -81,24 +108,27 @@ def files_of(path: Path) -> list[Path]:
 def _with_included(path: Path) -> Iterator[Path]:
     """Yield a task file, the modules of its functions, and the same of the files it includes."""
     yield path
-    config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    for module in {value.rpartition(".")[0] for _, value in _walk(config) if isinstance(value, _Function)}:
+    values = read_yaml_mapping(path, _KIND).value
+    for module in {value.rpartition(".")[0] for _, value in _walk(values) if isinstance(value, Function)}:
         if (code := path.parent / f"{module}.py").is_file():
             yield code
-    for file in _included(config):
+    for file in _included(values, path):
         yield from _with_included(path.parent / file)
 
 
-def _included(found: dict[str, Any]) -> list[str]:
-    files = found.pop("include", [])
-    return [files] if isinstance(files, str) else files
+def _included(values: Mapping[Any, Any], path: Path) -> list[str]:
+    files = values.get("include", [])
+    files = [files] if isinstance(files, str) else files
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise TaskError(f"{path}: key 'include' must be the name of a file, or a list of them, not {files!r}.")
+    return files
 
 
 def code_in(config: Mapping[str, Any]) -> list[str]:
     """What in a task file runs Python code of its author, or of a hub."""
     named = []
     for key, value in _walk(config):
-        if isinstance(value, _Function):
+        if isinstance(value, Function):
             named.append(f"!function {value}")
         elif key in ("trust_remote_code", "hf_evaluate") and value:
             named.append(f"{key}: {value}")
@@ -121,7 +151,10 @@ def with_data(config: Mapping[str, Any], *folders: Path) -> dict[str, Any]:
     Raises:
         TaskError: none has it.
     """
-    options = dict(config.get("dataset_kwargs") or {})
+    options = config.get("dataset_kwargs") or {}
+    if not isinstance(options, Mapping):
+        return dict(config)  # which is refused where it is checked
+    options = dict(options)
     if "data_files" in options:
         options["data_files"] = _placed(options["data_files"], folders, str(config["task"]))
     return {**config, "dataset_kwargs": options} if options else dict(config)

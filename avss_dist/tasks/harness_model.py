@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -26,8 +27,14 @@ class _Question:
     continuation: tuple[int, ...]
 
 
-def harness_model(model: LanguageModel, *, generate: bool, chat: bool = False) -> Any:
-    """A model as the harness wants it; ``generate`` as in `_Uncached`; ``chat``: its chat template is applied."""
+def harness_model(model: LanguageModel, *, generate: bool, failures: list[Exception], chat: bool = False) -> Any:
+    """Return a model as the harness wants it.
+
+    Args:
+        generate: as in `_Uncached`.
+        failures: is given every exception of the model itself, which is raised all the same.
+        chat: apply the model's chat template.
+    """
     from lm_eval.models.huggingface import HFLM
 
     class Model(HFLM):
@@ -39,7 +46,10 @@ def harness_model(model: LanguageModel, *, generate: bool, chat: bool = False) -
                 for _, before, after in requests
             ]
             groups = _batches(questions, self.batch_size)
-            found = model.together([partial(_likelihoods, model, [questions[i] for i in group]) for group in groups])
+            with _noting(failures):
+                found = model.together(
+                    [partial(_likelihoods, model, [questions[i] for i in group]) for group in groups]
+                )
             answers = dict(zip(chain(*groups), chain(*found), strict=True))
             return [answers[i] for i in range(len(requests))]
 
@@ -48,7 +58,7 @@ def harness_model(model: LanguageModel, *, generate: bool, chat: bool = False) -
     if chat:
         tokenizer.chat_template = without_today(tokenizer.get_chat_template())
     return Model(
-        pretrained=_Uncached(model, generate=generate),
+        pretrained=_Uncached(model, failures, generate=generate),
         tokenizer=tokenizer,
         backend="causal",
         batch_size=settings.batch_size,
@@ -94,17 +104,30 @@ class _Uncached:
     """A module as the harness sees it: no keys and values are kept, for layers that are left out have none.
 
     Args:
+        failures: see `harness_model`.
         generate: keep none when it generates, too; the harness asks for them.
     """
 
-    def __init__(self, model: LanguageModel, *, generate: bool) -> None:
-        self._model, self._generate = model, generate
+    def __init__(self, model: LanguageModel, failures: list[Exception], *, generate: bool) -> None:
+        self._model, self._failures, self._generate = model, failures, generate
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model.module, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._model.call(*args, **{**kwargs, "use_cache": False})
+        with _noting(self._failures):
+            return self._model.call(*args, **{**kwargs, "use_cache": False})
 
     def generate(self, **kwargs: Any) -> Any:
-        return self._model.generate(**({**kwargs, "use_cache": False} if self._generate else kwargs))
+        with _noting(self._failures):
+            return self._model.generate(**({**kwargs, "use_cache": False} if self._generate else kwargs))
+
+
+@contextmanager
+def _noting(failures: list[Exception]) -> Iterator[None]:
+    """Append an exception that is raised inside."""
+    try:
+        yield
+    except Exception as error:
+        failures.append(error)
+        raise

@@ -23,8 +23,7 @@ from avss_dist.corpus.shards import CorpusPlan, plan
 from avss_dist.corpus.sources import documents
 from avss_dist.corpus.tokens import shuffled
 from avss_dist.errors import CorpusError
-from avss_dist.runs.job_file import read_job
-from avss_dist.runs.job_yaml import JobError
+from avss_dist.runs.job_file import JobError, read_job
 from avss_dist.settings import Settings
 from avss_dist.warehouse.reader import Warehouse
 

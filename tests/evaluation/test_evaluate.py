@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from support.causal_lm import open_whole
 from support.checkpoints import one_thread
 from support.command_line import avss, files
@@ -83,6 +84,32 @@ def test_a_plan_is_compared_with_its_whole_model_and_no_cell_is_measured_twice(
     assert len(before) == 4  # two shards, whole and without a layer
     evaluate([str(plan)], tasks=[TEXT], warehouse=warehouse, skip_sequences=12, **SMALL)
     assert {path: path.stat().st_mtime_ns for path in (warehouse / "cells").rglob("*.parquet")} == before
+
+
+def test_a_plan_that_contradicts_its_model_or_itself_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    """With the key of the file, whatever an option of the command is called."""
+    plan, whole = tmp_path / "plan.yaml", {"model": str(tiny_llama), "num_layers": 3, "layers": "layers", "drop": [1]}
+    map_ = {"layer": 0, "map": "mlp.down_proj", "site": "neuron", "outputs": 32, "inputs": 48, "sparsity": 0.5}
+    sparse = {"model": str(tiny_llama), "num_layers": 3, "sparsity": 0.5}
+    sparse |= {"projections": [map_ | {"by": "top_k", "value": 0.5}]}
+    for text, message in (
+        (yaml.safe_dump(whole | {"num_layers": 30}), f"the key 'num_layers' is 30, and {tiny_llama} has 3 layers"),
+        (yaml.safe_dump(whole | {"layers": "h"}), f"the key 'layers' is 'h', and the layers of {tiny_llama} are 'laye"),
+        (yaml.safe_dump({**whole, "layers": None}), "key 'layers' must be a text, not nothing"),
+        (yaml.safe_dump({key: whole[key] for key in whole if key != "layers"}), "key 'layers' is missing"),
+        (yaml.safe_dump(whole) + "drop: [2]\n", "the key 'drop' is repeated"),
+        (yaml.safe_dump(sparse | {"num_layers": 40}), f"the key 'num_layers' is 40, and {tiny_llama} has 3 layers"),
+        (
+            yaml.safe_dump(sparse | {"sparsity": 0.9}),
+            "key 'sparsity' is 0.9, and the maps of key 'projections' have 0.",
+        ),
+    ):
+        plan.write_text(text)
+        result = avss("evaluate", plan, "--task", TEXT, "-w", tmp_path / "w", "--executor", "local")
+        said = result.stderr.replace("\n", " ")
+        assert (result.exit_code, f"Error: {plan}" in said, message in said) == (2, True, True), said
+        assert "`" not in said and "layers-path is missing" not in said
+    assert not [file for file in files(tmp_path) if file.startswith("w/cells")]
 
 
 def test_skipped_layers_are_those_of_the_pruned_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:

@@ -17,8 +17,7 @@ from support.command_line import avss
 from avss_dist.errors import ModelError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.series import Saved, matching_revisions, when_saved
-from avss_dist.runs.job_file import read_job
-from avss_dist.runs.job_yaml import JobError
+from avss_dist.runs.job_file import JobError, read_job
 from avss_dist.warehouse.reader import Warehouse
 
 FORMAT = {"format": "pt"}

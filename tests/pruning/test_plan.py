@@ -183,26 +183,28 @@ def test_a_plan_names_sublayers(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"attention": [7]}, "no layer 7: the model has 6, from 0"),
-        ({"mlp": [2, 2]}, "`mlp` names a layer twice"),
+        ({"mlp": [2, 2]}, "key .mlp. names a layer twice"),
         ({"attention": [1]}, "Layer 1 is dropped, and so is a sublayer of it"),
         ({"drop": [0, 1, 2, 3, 4], "attention": [5], "mlp": [5]}, "drops all 6 layers"),
         ({"drop": [7]}, "no layer 7: the model has 6, from 0"),
-        ({"drop": [-1]}, "`drop` must be at least 0, not -1"),
+        ({"drop": [10_001]}, "no layer 10001: the model has 6, from 0"),
+        ({"num_layers": 10**12}, "key .num_layers. must be at most 10000, not 1000000000000"),
+        ({"drop": [-1]}, "key .drop. must be at least 0, not -1"),
         ({"drop": [1, 1]}, "names a layer twice"),
         ({"drop": []}, "drops no layer"),
         ({"drop": [0, 1, 2, 3, 4, 5]}, "drops all 6 layers"),
-        ({"drop": "1, 2"}, "`drop` must be a list"),
-        ({"drop": [True]}, "`drop` must be a whole number, not True"),
-        ({"keep": [0]}, "`keep` is not what `drop` leaves"),
-        ({"keep": 5}, "`keep` is not what `drop` leaves"),
+        ({"drop": "1, 2"}, "key .drop. must be a list"),
+        ({"drop": [True]}, "key .drop. must be a whole number, not True"),
+        ({"keep": [0]}, "key .keep. is not what key .drop. leaves"),
+        ({"keep": 5}, "key .keep. is not what key .drop. leaves"),
         ({"dropp": [1]}, "Did you mean 'drop'"),
-        ({5: [1]}, "Unknown key '5'"),
-        ({"revision": 5}, "`revision` must be a text, not 5"),
-        ({"model": None}, "`model` must be a text, not nothing"),
-        ({"why": "because"}, "`why` must be a mapping"),
-        ({"why": {"by": [1]}}, "`why`: A reason is a text or a number."),
+        ({5: [1]}, "plan.yaml:6: unknown key .5."),
+        ({"revision": 5}, "key .revision. must be a text, not 5"),
+        ({"model": None}, "key .model. must be a text, not nothing"),
+        ({"why": "because"}, "key .why. must be a mapping"),
+        ({"why": {"by": [1]}}, "key .why.: A reason is a text or a number."),
         ({"run_id": "../../x"}, "not the id of a run"),
-        ({"num_layers": "six"}, "`num_layers` must be a whole number"),
+        ({"num_layers": "six"}, "key .num_layers. must be a whole number"),
         ({"revision": 5, "model": "", "num_layers": 0}, "3 problems"),
     ],
 )
@@ -218,10 +220,22 @@ def test_plans_that_cannot_be(change: dict[Any, Any], message: str, tmp_path: Pa
     [
         ("[1", "is not YAML"),
         ("words", "has no keys"),
-        ("drop: [1]", "`model` is missing"),
+        ("drop: [1]\n# x\nmodel: m\ndrop: [2]\n", r"yaml:4: the key 'drop' is repeated; the first is in line 1\."),
+        ("why: {by: x, 'by': y}", r"yaml:1: the key 'by' is repeated; the first is in line 1\."),
+        ("model: m\n1: a\n0x1: b\n", r"yaml:3: the key '0x1' is repeated; the first is in line 2\."),
+        ("why: &a {<<: *a}", "nested too deeply"),
+        (
+            "model: &m [a, a, a, a]\n" * 1
+            + "".join(f"m{n}: &m{n} [{', '.join([f'*m{n - 1}' if n else '*m'] * 20)}]\n" for n in range(5)),
+            "100,000 values",
+        ),
+        ("drop: !!str [1]", "yaml:1: the tag !!str is not plain YAML"),
+        ("num_layers: !!bool 7", "yaml:1: this is not YAML: '7' is no !!bool"),
+        ("? [a]\n: 1", "a key must be a text"),
+        ("drop: [1]", "key .model. is missing"),
         ("model: 2026-13-45", "is not YAML"),
         (f"why: {'[' * 5000}{']' * 5000}", "nested too deeply"),
-        (f"# {'x' * 2_000_000}", "characters"),
+        (f"# {'x' * 2_000_000}", "more than 1,000,000 bytes"),
         ("model: \x00", "is not YAML"),
     ],
 )
@@ -231,14 +245,26 @@ def test_files_that_are_no_plans(text: str, message: str, tmp_path: Path) -> Non
         read_plan(tmp_path / "plan.yaml")
 
 
+def test_merged_keys_are_those_of_yaml(tmp_path: Path) -> None:
+    """A mapping's own keys count before merged ones, and of merged ones the first."""
+    file = tmp_path / "plan.yaml"
+    text = (
+        "why: {by: hand}\n<<: [{num_layers: 6, layers: x}, {num_layers: 7, mlp: [2]}]\nmodel: m\ndrop: [1]\nlayers: z\n"
+    )
+    file.write_text(text)
+    plan, independent = read_plan(file), yaml.safe_load(text)
+    assert {name: getattr(plan, name) for name in independent} == independent | {"drop": (1,), "mlp": (2,)}
+    assert (plan.layers, plan.num_layers) == ("z", 6)
+
+
 def test_paths_that_are_no_plans(tmp_path: Path) -> None:
     for path, message in ((tmp_path / "none.yaml", "cannot be read"), (tmp_path, "cannot be read")):
         with pytest.raises(PlanError, match=message):
             read_plan(path)
-    with pytest.raises(PlanError, match="characters"):
+    with pytest.raises(PlanError, match="more than 1,000,000 bytes"):
         read_plan("/dev/zero")
     (tmp_path / "plan.yaml").write_bytes(os.urandom(8) + b"\xff")
-    with pytest.raises(PlanError, match="is not YAML"):
+    with pytest.raises(PlanError, match="it is not UTF-8 text"):
         read_plan(tmp_path / "plan.yaml")
 
 

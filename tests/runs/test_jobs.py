@@ -101,7 +101,10 @@ execution:
             ["2: models must not be empty."],
         ),
         ("warehouse: [w]\nmodels: [a]\ncorpora: [builtin:pydoc]\n", ["1: warehouse must be a text, not ['w']."]),
-        ("warehouse: w\nmodels: [a]\ncorpora: [builtin:pydoc]\nmodels: [b]\n", ["4: the key 'models' is there twice"]),
+        (
+            "warehouse: w\nmodels: [a]\ncorpora: [builtin:pydoc]\nmodels: [b]\n",
+            ["4: the key 'models' is repeated; the first is in line 2"],
+        ),
         (
             "warehouse: w\nmodels:\n- a\n- b\n- model: a\ncorpora: [builtin:pydoc]\n",
             ["5: 'a' is there twice with the same settings, first in line 3"],

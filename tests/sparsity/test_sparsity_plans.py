@@ -21,6 +21,7 @@ from avss_dist.corpus.shards import plan as plan_corpus
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
+from avss_dist.pruning.selection import PlanError
 from avss_dist.runs.api import score
 from avss_dist.settings import Settings
 from avss_dist.sparsity.plan import read_sparsity_plan
@@ -161,14 +162,21 @@ def test_what_cannot_be_planned_is_refused_with_the_reason(
     for changes, message in (
         ({"projections": [one, one]}, "names a linear map twice"),
         ({"projections": [one | {"by": "top_k", "value": 1.0}]}, "leaves none of the 32 units of a token"),
-        ({"projections": [one | {"sparsity": 1.0}]}, "`sparsity` must be less than 1, not 1.0"),
+        ({"projections": [one | {"sparsity": 1.0}]}, "key 'sparsity' must be less than 1, not 1.0"),
+        ({"projections": [one | {"layr": 1}]}, "unknown key 'layr'. Did you mean 'layer'"),
+        ({"projections": one}, "key 'projections' must be a list of linear maps"),
+        ({"sparsity": 0.9}, "key 'sparsity' is 0.9, and the maps of key 'projections' have 0.5"),
+        ({"num_layers": 40}, "the key 'num_layers' is 40, and"),
         ({"projections": [one | {"layer": 3}]}, "There is no layer 3: the model has 3, from 0."),
-        ({"rule": "prefill"}, "Unknown `rule` 'prefill'"),
+        ({"rule": "prefill"}, "Unknown rule 'prefill'"),
         ({"revision": "0" * 40}, "it is at"),
     ):
         broken.write_text(yaml.safe_dump(made | changes))
         result = avss("evaluate", broken, "--task", f"perplexity:{TEXT}", "--warehouse", tmp_path / "w")
-        assert result.exit_code != 0 and message in result.stderr, result.stderr
+        assert result.exit_code != 0 and message in " ".join(result.stderr.split()), result.stderr
+    broken.write_text(f"{out.read_text()}rule: last-half\n")
+    with pytest.raises(PlanError, match=r"yaml:\d+: the key 'rule' is repeated; the first is in line \d\."):
+        read_sparsity_plan(broken)
     broken.write_text(yaml.safe_dump(made | {"rule": "dense-prefill"}))
     result = avss(
         "evaluate", broken, "--task", f"perplexity:{TEXT}", "--warehouse", tmp_path / "w", "--sequence-length", 32

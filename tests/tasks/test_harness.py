@@ -354,24 +354,94 @@ def test_data_that_cannot_be_had() -> None:
     ("changes", "told"),
     [
         ({"dataset_kwargs": {"data_files": {"test": "others.jsonl"}}}, r"task 'capitals' do not exist: .*others.jsonl"),
-        ({"test_split": "tset"}, "Task '.*' could not be made: .*tset"),
-        ({"doc_to_text": "{{quesion}}"}, "Task '.*' could not be made: 'quesion' is undefined"),
-        ({"metric_list": [{"metric": "accc"}]}, "Unknown metric 'accc'.*\nDid you mean 'acc'"),
+        ({"test_split": "tset"}, "'test_split' is 'tset', and the data have no such split.\nDid you mean 'test'"),
+        ({"test_split": None}, "'test_split' is missing"),
+        ({"test_splitt": "test"}, "'test_splitt' is unknown.\nDid you mean 'test_split'"),
+        ({"doc_to_text": "{{quesion}}"}, "'doc_to_text' fails.*'quesion' is undefined\n.*Did you mean 'question'"),
+        ({"doc_to_text": "quesion"}, "'doc_to_text' is 'quesion', which is no column.*\nDid you mean 'question'"),
+        ({"doc_to_text": "{{question"}, "'doc_to_text' is no template, in its line 1: unexpected end"),
+        ({"doc_to_text": "{{ range(10**7) | list }}"}, "'doc_to_text' fails for question 1: Range too big"),
+        ({"doc_to_text": "{{ 1 / 0 }}"}, "'doc_to_text' fails for question 1: division by zero"),
+        ({"doc_to_text": "{{ 1 / (answer - 3) }}"}, "'doc_to_text' fails for question 4: division by zero"),
+        ({"doc_to_text": None}, "'doc_to_text' is missing"),
+        ({"doc_to_text": True}, "'doc_to_text' must be a text or a whole number, not True"),
+        ({"doc_to_text": "choices"}, "'doc_to_text' gives .*, not a text, for question 1"),
+        ({"metric_list": [{"metric": "accc"}]}, "unknown metric 'accc'.*\nDid you mean 'acc'"),
+        ({"metric_list": [{}]}, "'metric_list' has an entry whose `metric` must be a name, not None"),
+        ({"metric_list": "acc"}, "'metric_list' must be a list, not 'acc'"),
+        ({"metric_list": ["acc"]}, "'metric_list' must have a list of mappings, not 'acc'"),
+        ({"metric_list": [{"metric": "acc", "aggregation": "meen"}]}, "unknown aggregation 'meen'.\n.*mean 'mean'"),
+        ({"metric_list": [{"metric": "acc", "agregation": "mean"}]}, "unknown key 'agregation'.\n.*mean 'aggregation'"),
+        ({"metric_list": [{"metric": "acc"}, {"metric": "acc"}]}, "has the metric 'acc' twice"),
+        ({"metric_list": [{"metric": "bleu"}]}, "has the metric 'bleu', which output_type multiple_choice does not"),
+        (
+            {"filter_list": [{"name": "x", "filter": [{"function": "take_frist"}]}]},
+            "unknown filter 'take_frist'.\n.*mean 'take_first'",
+        ),
+        ({"filter_list": [{"name": "x", "filter": [{"function": "regex", "patern": "x"}]}]}, "'regex', which refuses"),
+        ({"filter_list": [{"name": "x", "filter": "regex"}]}, "must have a list of mappings, not 'regex'"),
         ({"task": ["a", "b"], "group": "both"}, "names no single task"),
         ({"include": "capitals.yaml"}, "includes itself"),
-        ({"dataset_kwargs": "questions.jsonl"}, "could not be made"),
-        ({"metric_list": [{}]}, "could not be made: 'metric'"),
-        ({"output_type": "guess"}, "could not be made: .*guess"),
+        ({"include": 5}, "'include' must be the name of a file"),
+        ({"dataset_kwargs": "questions.jsonl"}, "'dataset_kwargs' must be a mapping"),
+        ({"output_type": "guess"}, "unknown 'guess'.\nValid: loglikelihood, multiple_choice"),
+        ({"output_type": "multiple_choices"}, "Did you mean 'multiple_choice'"),
+        ({"target_delimiter": None}, "'target_delimiter' must be a text, not None"),
+        ({"num_fewshot": -1}, "'num_fewshot' must be at least 0, not -1"),
+        ({"generation_kwargs": {"do_smaple": True}}, "unknown key 'do_smaple'.\nDid you mean 'do_sample'"),
+        ({"doc_to_choice": 7}, "'doc_to_choice' must be a text or a list or a mapping, not 7"),
+        ({"doc_to_choice": "question"}, "'doc_to_choice' gives 'What is .*', not a list of texts"),
+        ({"doc_to_choice": "choises"}, "'doc_to_choice' fails .*: it gives no list.\n.*Did you mean 'choices'"),
+        ({"doc_to_choice": [True, False]}, "gives the choice True, not a text, for question 1.\nQuote words"),
+        ({"doc_to_target": 7}, "gives the label 7, which is outside of the choices, for question 1.\nThere are 4 .*3"),
+        ({"doc_to_target": -1}, "gives the label -1, which is outside of the choices"),
+        ({"doc_to_target": "{{answer + 1}}"}, "gives the label 4, which is outside of the choices, for question 4"),
+        ({"doc_to_target": "nothin"}, "gives 'nothin', which is none of the choices.*\nDid you mean 'nothing'"),
+        ({"doc_to_target": [0, 9]}, "gives the label 9, which is outside"),
+        ({"doc_to_target": [0.5]}, "gives the list .*, not one of indices"),
         ({"unsafe_code": True}, "runs the code that a model writes"),
-        ({"doc_to_text": "{{''.__class__.__mro__}}"}, "could not be made: access to attribute '__class__'"),
+        ({"doc_to_text": "{{''.__class__.__mro__}}"}, "'doc_to_text' fails .*: access to attribute '__class__'"),
         ({"dataset_kwargs": {"trust_remote_code": True}}, "runs code: trust_remote_code: True.\n.*`trust_remote_code`"),
     ],
 )
 def test_task_files_with_mistakes(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
     write_task(tmp_path, CHOICE, QUESTIONS)
     (tmp_path / "capitals.yaml").write_text(yaml.safe_dump(CHOICE | changes))
-    with pytest.raises(TaskError, match=told):
+    with pytest.raises(TaskError, match=told) as caught:
         harness_task(str(tmp_path / "capitals.yaml"))
+    assert "capitals" in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_a_key_of_a_task_file_is_not_repeated(tmp_path: Path) -> None:
+    """Not in one mapping; a file may change what it includes, and a mapping what it merges."""
+    task = write_task(tmp_path, CHOICE, QUESTIONS)
+    whole = harness_task(str(task)).key
+    task.write_text(task.read_text() + "doc_to_target: 0\n")
+    lines = [n for n, line in enumerate(task.read_text().splitlines(), 1) if line.startswith("doc_to_target")]
+    with pytest.raises(TaskError, match=rf"yaml:{lines[1]}: the key 'doc_to_target' is repeated; .* line {lines[0]}\."):
+        harness_task(str(task))
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(CHOICE | {"doc_to_target": 0}))
+    task.write_text("include: base.yaml\ndoc_to_target: answer\n")
+    assert harness_task(str(task)).key == whole
+    task.write_text("include: base.yaml\nmetadata: {<<: {version: 1}, version: 2}\ndoc_to_target: answer\n")
+    assert harness_task(str(task)).key != whole
+
+
+def test_what_the_harness_cannot_score_is_a_mistake_and_what_fails_in_the_model_is_none(
+    whole: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = write_task(tmp_path, CHOICE, QUESTIONS, metric_list=[{"metric": "f1", "aggregation": "mean"}])
+    with pytest.raises(TaskError, match=r"could not be asked or scored: .*\n.*aggregations") as caught:
+        ask(task, whole)
+    assert caught.value.exit_code == 2
+    (part,) = harness_task(str(write_task(tmp_path, CHOICE, QUESTIONS))).parts
+
+    def fail(*_: object) -> None:
+        raise ValueError("the model's own")
+
+    monkeypatch.setattr(whole, "hidden_states", fail)
+    with pytest.raises(ValueError, match="the model's own"):
+        part(whole, ())
 
 
 def test_what_is_no_task_file(tmp_path: Path) -> None:
@@ -382,10 +452,10 @@ def test_what_is_no_task_file(tmp_path: Path) -> None:
         with pytest.raises(TaskError, match=f"{name} is no file"):
             harness_task(str(tmp_path / name))
     (tmp_path / "deep.yaml").write_text("task: " + "[" * 5000)
-    with pytest.raises(TaskError, match=r"deep\.yaml cannot be read: it is nested too deeply"):
+    with pytest.raises(TaskError, match=r"deep\.yaml is nested too deeply"):
         harness_task(str(tmp_path / "deep.yaml"))
     (tmp_path / "date.yaml").write_text("task: 2026-99-99")
-    with pytest.raises(TaskError, match=r"date\.yaml cannot be read: month must be in 1"):
+    with pytest.raises(TaskError, match=r"date\.yaml:1: this is not YAML: month must be in 1"):
         harness_task(str(tmp_path / "date.yaml"))
 
 
@@ -395,7 +465,7 @@ def test_what_is_no_task_file(tmp_path: Path) -> None:
         ("", "The data of task 'capitals' are empty: .*questions.jsonl"),
         ("\n", "The data|could not be made"),
         ('{"question": "what?"}\n{"questi', "The data of task '.*' could not be loaded: .*JSON"),
-        ('{"question": "what?"}\n', "could not be made: .*\nDo its fields name columns"),
+        ('{"question": "what?"}\n', "'doc_to_choice' fails .*: it gives no list.\n.*Columns: question"),
     ],
 )
 def test_data_files_that_are_broken(text: str, told: str, tmp_path: Path) -> None:

@@ -1,0 +1,241 @@
+"""Reader of users' YAML files: plain values, the line of each, and no repeated key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from avss_dist.errors import AvssError, ConfigError, named_fields, nearest, spell_fields
+
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 20
+MAX_VALUES = 100_000  # with aliases, a few lines can stand for any number of values
+TAGS = ("null", "bool", "int", "float", "str", "seq", "map", "timestamp", "merge", "value")
+_PREFIX = "tag:yaml.org,2002:"
+_MERGE = f"{_PREFIX}merge"
+_HALF = re.compile("[\ud800-\udfff]")
+
+Location = tuple[Any, ...]
+"""The keys and indices on the way to a value: ``("models", 0, "dtype")``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class YamlKind:
+    """A kind of YAML file: its name in messages, and what it may contain.
+
+    Attributes:
+        noun: the kind, for messages: ``job file``.
+        hint: what a user does about a file that is none.
+        error: the type of errors.
+        typed: scalars become values by the rules of YAML 1.1, as ``yaml.safe_load`` has them, and merge keys are
+            applied. Otherwise scalars are the texts of the file, and a merge key is a key like any other.
+        tags: constructors, by tag, from the text of a scalar that has the tag.
+    """
+
+    noun: str
+    hint: str
+    error: type[AvssError]
+    typed: bool = True
+    tags: Mapping[str, Callable[[str], Any]] = field(default_factory=dict)
+
+
+@dataclass
+class Document:
+    """A YAML file.
+
+    Attributes:
+        path: the file.
+        kind: the kind of file that it was read as.
+        value: mappings, lists and scalars; None for null.
+        lines: line of every key and list item, from 1.
+        repeated: the line of every key that its mapping has already, and a sentence that names the earlier line.
+    """
+
+    path: Path
+    kind: YamlKind
+    value: Any = None
+    lines: dict[Location, int] = field(default_factory=lambda: {(): 1})
+    repeated: list[tuple[int, str]] = field(default_factory=list)
+
+    def line(self, location: Location) -> int:
+        """Return the line of a value or, if the file does not have the value, of the nearest mapping or list around."""
+        known: Location = ()
+        for part in location:
+            if (*known, part) in self.lines:
+                known = (*known, part)
+        return self.lines[known]
+
+    def problem(self, error: ConfigError, at: Location = ()) -> ConfigError:
+        """Return an error about a value with file and line, its fields spelled as the keys of the file.
+
+        Args:
+            at: location of the mapping that has the fields.
+        """
+        names = named_fields(error.message)
+        key = next(((*at, name) for name in names if (*at, name) in self.lines), at)
+        place = f"{self.path}:{self.lines[key]}" if key else str(self.path)
+        form = "{}" if error.message.startswith("Unknown `") else "key '{}'"  # "Unknown rule 'some'"
+        spelling = {name: form.format(name) for name in (*names, *named_fields(error.hint or ""))}
+        return ConfigError(
+            f"{place}: {spell_fields(error.message, spelling)}", error.hint and spell_fields(error.hint, spelling)
+        )
+
+    def unknown_keys(self, names: Sequence[str], at: Location = ()) -> list[ConfigError]:
+        """Return an error, with file and line, for each key of a mapping that is not among the names."""
+        values = self.value
+        for part in at:
+            values = values[part]
+        return [
+            ConfigError(f"{self.path}:{self.line((*at, key))}: unknown key '{key}'.", nearest(str(key), names))
+            for key in values
+            if key not in names
+        ]
+
+
+def read_yaml(path: Path, kind: YamlKind) -> Document:
+    """Read a YAML file, whatever its value is; repeated keys are listed in the document.
+
+    Raises:
+        AvssError: the file cannot be read, is too large or nested too deeply, or is more than plain YAML. The type is
+            that of the kind.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        text = data.decode()
+    except FileNotFoundError as error:
+        raise kind.error(f"The {kind.noun} {path} cannot be read: {error.strerror}.", kind.hint) from None
+    except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a path with a null
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise kind.error(f"The {kind.noun} {path} cannot be read: {reason}.", kind.hint) from None
+    if len(data) > MAX_BYTES:
+        raise kind.error(f"{path} is no {kind.noun}: it has more than {MAX_BYTES:,} bytes.", kind.hint)
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise kind.error(f"{where}: this is not YAML: {reason}.", kind.hint) from None
+    except RecursionError:
+        raise kind.error(f"{path} is nested too deeply: expected at most {MAX_DEPTH} levels.", kind.hint) from None
+    document = Document(path, kind)
+    document.value = _Values(document).plain(root, ()) if root else None
+    return document
+
+
+def read_yaml_mapping(path: Path, kind: YamlKind) -> Document:
+    """Read a YAML file whose value is a mapping.
+
+    Raises:
+        AvssError: as `read_yaml`; or the value is no mapping, or a key is repeated.
+    """
+    document = read_yaml(path, kind)
+    if document.repeated:
+        lines = [f"{path}:{line}: {what}." for line, what in document.repeated]
+        raise kind.error("\n".join(lines), "Leave one of them: with both, it is not clear which is meant.")
+    if not isinstance(document.value, dict):
+        raise kind.error(f"{path} is no {kind.noun}: it has no keys.", kind.hint)
+    return document
+
+
+@dataclass
+class _Values:
+    """Turns the nodes of a document into values, and notes their lines."""
+
+    document: Document
+    count: int = 0
+    loader: Any = field(default_factory=lambda: yaml.SafeLoader(""))
+
+    def plain(self, node: Any, location: Location) -> Any:
+        self._require_plain(node, location)
+        self.document.lines.setdefault(location, _line(node))
+        if isinstance(node, yaml.SequenceNode):
+            return [self.plain(item, (*location, index)) for index, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, location)
+        return self._scalar(node)
+
+    def _scalar(self, node: Any) -> Any:
+        kind = self.document.kind
+        if node.tag in kind.tags:
+            return kind.tags[node.tag](node.value)
+        if not kind.typed:
+            return None if node.tag == f"{_PREFIX}null" else str(node.value)
+        try:
+            return self.loader.construct_object(node)
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # `!!bool 7`: a KeyError
+            reason = str(error) if type(error) is ValueError else f"'{node.value[:40]}' is no {_name(node.tag)}"
+            where = f"{self.document.path}:{_line(node)}"
+            raise kind.error(f"{where}: this is not YAML: {reason}.", kind.hint) from None
+
+    def _mapping(self, node: Any, location: Location) -> dict[Any, Any]:
+        kind, lines = self.document.kind, self.document.lines
+        merged: dict[Any, Any] = {}
+        values: dict[Any, Any] = {}
+        first: dict[Any, int] = {}
+        for key, value in node.value:
+            self._require_plain(key, location)
+            if not isinstance(key, yaml.ScalarNode):
+                where = f"{self.document.path}:{_line(key)}"
+                raise kind.error(f"{where}: a key must be a text, not a {_name(key.tag)}.", kind.hint)
+            is_merge = kind.typed and key.tag == _MERGE
+            name = "<<" if is_merge else self._scalar(key) if kind.typed else str(key.value)
+            if name in first:
+                what = f"the key '{key.value}' is repeated; the first is in line {first[name]}"
+                self.document.repeated.append((_line(key), what))
+                continue
+            first[name] = _line(key)
+            if is_merge:
+                merged = self._merged(value, (*location, "<<"))
+                continue
+            lines[(*location, name)] = _line(key)
+            values[name] = self.plain(value, (*location, name))
+        for name in merged:
+            lines.setdefault((*location, name), lines.get((*location, "<<", name), _line(node)))
+        return merged | values
+
+    def _merged(self, node: Any, location: Location) -> dict[Any, Any]:
+        """Return the union of the mappings that a merge key names; of equal keys the first counts."""
+        self._require_plain(node, location)
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        merged: dict[Any, Any] = {}
+        for part in parts:
+            if not isinstance(part, yaml.MappingNode):
+                where = f"{self.document.path}:{_line(part)}"
+                raise self.document.kind.error(f"{where}: `<<` must name a mapping, or a list of mappings.")
+            self._require_plain(part, location)
+            merged = self._mapping(part, location) | merged
+        return merged
+
+    def _require_plain(self, node: Any, location: Location) -> None:
+        self.count += 1
+        kind = self.document.kind
+        where = f"{self.document.path}:{_line(node)}"
+        if len(location) > MAX_DEPTH:
+            raise kind.error(f"{where}: nested too deeply.", f"A {kind.noun} has at most {MAX_DEPTH} levels.")
+        if self.count > MAX_VALUES:
+            raise kind.error(f"{where}: more than {MAX_VALUES:,} values.", "Make several files; use fewer aliases.")
+        if isinstance(node.value, str) and _HALF.search(node.value):
+            raise kind.error(f"{where}: a text with half of a character.", "Write it in UTF-8.")
+        if not self._is_known(node):
+            raise kind.error(f"{where}: the tag {_name(node.tag)} is not plain YAML.", "Leave it out.")
+
+    def _is_known(self, node: Any) -> bool:
+        if isinstance(node, yaml.ScalarNode):
+            scalar = node.tag.removeprefix(_PREFIX) in TAGS and node.tag not in (f"{_PREFIX}seq", f"{_PREFIX}map")
+            return scalar or node.tag in self.document.kind.tags
+        return bool(node.tag == f"{_PREFIX}{'seq' if isinstance(node, yaml.SequenceNode) else 'map'}")
+
+
+def _name(tag: str) -> str:
+    return tag.replace(_PREFIX, "!!")
+
+
+def _line(node: Any) -> int:
+    return int(node.start_mark.line) + 1

@@ -1,0 +1,414 @@
+"""Plans and task files: what is accepted is done as an independent reading of the file says; all else is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import event, given
+from hypothesis import strategies as st
+from support.causal_lm import open_whole
+from support.checkpoints import llama
+from support.fuzzing import fuzzed, hold
+
+from avss_dist.corpus.shards import plan as plan_corpus
+from avss_dist.errors import AvssError
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.checkpoints import resolve
+from avss_dist.models.loading import load_tokenizer
+from avss_dist.settings import Settings
+from avss_dist.tasks.harness import harness_task
+
+LAYERS, WIDTH = 3, 32
+SIZES = {"self_attn.o_proj": (32, 32), "mlp.down_proj": (32, 48)}  # outputs and inputs
+SMALL = {"sequence_length": 32, "max_sequences": 4, "device": "cpu", "dtype": "float32", "batch_size": 4}
+WEIRD = (
+    *("null", "~", "true", "no", "0", "-1", "1.0", "1e3", "0x1", "01", "1_0", "123456789012345678901234567890", ".inf"),
+    *("''", "x", "'1'", "é", "2026-01-01", "[]", "{}", "[1]", "[[1]]", "{1: 2}", "!!str 1", "!!set {1}", "*absent"),
+)
+ODD_KEYS = (
+    "dröp",
+    "drop\u200b",
+    "DROP",
+    "1",
+    "true",
+    "null",
+    "'drop '",
+    "layer",
+    "<<",
+    "'<<'",
+    "? [a]\n",
+    "doc_to_txt",
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[Any, Path], Path]) -> Iterator[Path]:
+    """A folder, which is the working directory, with a model whose layers all matter, a text and questions."""
+    import datasets
+
+    root = tmp_path_factory.mktemp("place")
+    save_checkpoint(llama(5, initializer_range=0.4), root / "m")
+    (root / "text.txt").write_text("It was the best of times, it was the worst of times; so they say. " * 40)
+    (root / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield root
+
+
+@pytest.fixture(scope="module")
+def model(place: Path) -> LanguageModel:
+    return open_whole(resolve(str(place / "m")), Settings(**SMALL))
+
+
+@pytest.fixture(scope="module")
+def rows(model: LanguageModel, place: Path) -> torch.Tensor:
+    """int64[rows, tokens] of the text."""
+    shards = plan_corpus(str(place / "text.txt"), load_tokenizer(model.checkpoint), Settings(**SMALL)).shards
+    return torch.cat([torch.from_numpy(shard.input_ids).long() for shard in shards])
+
+
+# Files as texts
+
+
+@st.composite
+def documents(draw: Any, base: Mapping[str, str], pools: Mapping[str, Sequence[str]]) -> str:
+    """A YAML mapping: some keys with other values, repeated, left out, renamed, merged, or in another order."""
+    entries = list(base.items())
+    for _ in range(draw(st.sampled_from([1, 1, 1, 2, 2, 3]))):
+        key = draw(st.sampled_from(sorted(pools)))
+        value = draw(st.sampled_from(WEIRD if draw(st.integers(0, 5)) == 0 else pools[key]))
+        at = draw(st.integers(0, len(entries)))
+        kind = draw(st.sampled_from([*["change"] * 8, "repeat", "drop", "odd", "merge", "merge", "alias"]))
+        if kind == "change":
+            entries = [(k, v) for k, v in entries if k != key]
+        if kind in ("change", "repeat"):
+            entries.insert(at, (key, value))
+        elif kind == "drop":
+            entries = [(k, v) for k, v in entries if k != key]
+        elif kind == "odd":
+            entries.insert(at, (draw(st.sampled_from(ODD_KEYS)), value))
+        elif kind == "merge":
+            entries.insert(at, ("<<", f"{{{key}: {value}}}"))
+        else:
+            entries = [(k, f"&a{at} {v}" if k == key else v) for k, v in entries]
+            entries.append((draw(st.sampled_from(sorted(pools))), f"*a{at}"))
+    return "".join(f"{key}: {value}\n" for key, value in entries)
+
+
+def repeats(node: Any) -> bool:
+    """Whether a mapping has a key twice."""
+    if isinstance(node, yaml.MappingNode):
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        return len(set(keys)) != len(keys) or any(repeats(value) for _, value in node.value)
+    return isinstance(node, yaml.SequenceNode) and any(map(repeats, node.value))
+
+
+def independent(text: str) -> dict[Any, Any]:
+    """What the file says, to anyone."""
+    assert not repeats(yaml.compose(text, Loader=yaml.SafeLoader))
+    values = yaml.safe_load(text)
+    assert isinstance(values, dict)
+    return values
+
+
+def done(file: Path, text: str) -> list[dict[str, str]] | None:
+    """The rows that `avss evaluate` prints of a plan; None where it refuses the plan, in order."""
+    file.write_text(text, encoding="utf-8")
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    code, said = hold("evaluate", file, "--task", "perplexity:text.txt", "--executor", "local", "-q", "-w", "w",
+                      "--format", "csv", *options)  # fmt: skip
+    if code == 0:
+        return list(csv.DictReader(said.splitlines()))
+    assert code == 2 and file.name in said and said.count("Error: ") == 1, (text, said)
+    assert "Run the same command again" not in said, (text, said)
+    return None
+
+
+def mean_loss(model: LanguageModel, rows: torch.Tensor) -> float:
+    """In nats for each token that is predicted, by plain transformers."""
+    with torch.no_grad():
+        logits = model.module(input_ids=rows, use_cache=False).logits[:, :-1].float()
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
+
+
+def numbers(values: Any) -> set[int]:
+    """The layers that a list names: whole numbers, each once, that the model has."""
+    values = [] if values is None else values
+    assert isinstance(values, list) and all(type(value) is int and 0 <= value < LAYERS for value in values), values
+    assert len(set(values)) == len(values)
+    return set(values)
+
+
+# Plans of layers
+
+PLAN = {"model": "m", "num_layers": str(LAYERS), "layers": "layers", "drop": "[1]"}
+LISTS = ("[0]", "[2]", "[0, 2]", "[2, 0]", "[1, 2]", "[1, 1]", "[3]", "[-1]", "[10001]", "[true]", "[1.0]", "['1']",
+         "[0x2]", "[1e0]", "[null]", "1", "{1: 2}", "[0, 1, 2]", "[]")  # fmt: skip
+PLAN_POOLS = {
+    "model": ("m", "'m'", "./m", "absent"),
+    "num_layers": ("3", "0x3", "4", "2", "30", "3.0", "'3'"),
+    "layers": ("layers", "'layers'", "model.layers", "h"),
+    "drop": LISTS,
+    "attention": LISTS,
+    "mlp": LISTS,
+    "keep": ("[0, 2]", "[0]", "[0, 1]", "null"),
+    "why": ("{by: hand}", "{by: [1]}", "{by: x, by: y}", "{share: 0.25}"),
+    "findings": ("[one]", "one", "[1]"),
+}
+
+
+@fuzzed(40)
+@given(text=documents(PLAN, PLAN_POOLS))
+def test_an_accepted_plan_leaves_out_the_layers_that_its_file_names(
+    text: str, place: Path, model: LanguageModel, rows: torch.Tensor
+) -> None:
+    found = done(place / "plan.yaml", text)
+    event("refused" if found is None else "accepted")
+    if found is None:
+        return
+    said = independent(text)
+    assert set(said) <= {*PLAN_POOLS, "revision", "run_id", "evaluated"}
+    assert (said["num_layers"], said["layers"]) == (LAYERS, "layers") and type(said["num_layers"]) is int
+    drop, attention, mlp = (numbers(said.get(key, [])) for key in ("drop", "attention", "mlp"))
+    assert not drop & (attention | mlp)
+    if said.get("keep") is not None:
+        assert set(said["keep"]) == set(range(LAYERS)) - drop - (attention & mlp)
+    layers = model.module.model.layers
+    with ExitStack() as stack:
+        for layer in drop:
+            stack.callback(layers[layer].register_forward_hook(lambda _m, args, _out: args[0]).remove)
+        for layer in attention:
+            zero = lambda _m, _args, out: (torch.zeros_like(out[0]), *out[1:])  # noqa: E731
+            stack.callback(layers[layer].self_attn.register_forward_hook(zero).remove)
+        for layer in mlp:
+            stack.callback(layers[layer].mlp.register_forward_hook(lambda _m, _args, out: out * 0).remove)
+        expected = mean_loss(model, rows)
+    (row,) = [row for row in found if row["metric"] == "loss"]
+    assert float(row["value"]) == pytest.approx(expected, rel=1e-5)
+    assert float(row["whole"]) == pytest.approx(mean_loss(model, rows), rel=1e-5)
+
+
+# Sparsity plans
+
+
+def a_map(**changes: Any) -> str:
+    values = {"layer": 0, "map": "mlp.down_proj", "site": "neuron", "outputs": 32, "inputs": 48, "sparsity": 0.5,
+              "by": "top_k", "value": 0.5} | changes  # fmt: skip
+    return "{" + ", ".join(f"{key}: {value}" for key, value in values.items()) + "}"
+
+
+SPARSE = {"model": "m", "num_layers": str(LAYERS), "sparsity": "0.5", "projections": f"[{a_map()}]"}
+ATTENTION = {"map": "self_attn.o_proj", "site": "attention", "inputs": 32}
+MAPS = [
+    a_map(layer=2, by="threshold", value=0.01),
+    a_map(layer=1, by="top_p", value=0.7),
+    a_map(by="threshold", value=0.005, center=-0.002),
+    f"{a_map()}, {a_map(layer=1, value=0.25, **ATTENTION)}",
+    f"{a_map()}, {a_map()}",
+    a_map(by="threshold", value=0),
+    *(a_map(**change) for change in ({"layer": 3}, {"layer": -1}, {"layer": "true"}, {"layer": "0.0"}, {"inputs": 47})),
+    *(a_map(**change) for change in ({"sparsity": 0.25}, {"sparsity": 1}, {"value": 1.0}, {"value": -1}, {"by": "x"})),
+    *(a_map(**change) for change in ({"map": "mlp.up"}, {"value": ".nan"}, {"value": "1e-2"}, {"outputs": 10**30})),
+    a_map().replace("by: top_k", "by: top_k, by: top_p"),
+    a_map().replace("layer: 0", "layer: 0, \u0142ayer: 1"),
+    "{<<: &b " + a_map() + ", layer: 2}",
+]
+SPARSE_POOLS = {
+    "model": ("m", "absent"),
+    "num_layers": ("3", "4", "40", "'3'"),
+    "sparsity": ("0.5", "0.9", "0.25", "5e-1", ".5", "'0.5'", "1"),
+    "rule": ("all", "last-half", "not-first-token", "dense-prefill", "prefill"),
+    "weighted": ("true", "false", "yes", "1"),
+    "pattern": ("'2:4'", "2:4", "'4:2'", "'5:7'", "'1:2'"),
+    "projections": tuple(f"[{maps}]" for maps in MAPS),
+}
+
+
+@fuzzed(40)
+@given(text=documents(SPARSE, SPARSE_POOLS))
+def test_an_accepted_sparsity_plan_makes_zero_what_its_file_says(
+    text: str, place: Path, model: LanguageModel, rows: torch.Tensor
+) -> None:
+    found = done(place / "sparse.yaml", text)
+    event("refused" if found is None else "accepted")
+    if found is None:
+        return
+    said = independent(text)
+    assert set(said) <= {*SPARSE_POOLS, "revision", "run_id", "why", "findings"}
+    assert said["num_layers"] == LAYERS and type(said["num_layers"]) is int
+    maps = said["projections"]
+    weights = [one["outputs"] * one["inputs"] for one in maps]
+    planned = sum(one["sparsity"] * size for one, size in zip(maps, weights, strict=True)) / sum(weights)
+    assert said["sparsity"] == pytest.approx(planned, abs=1e-3)
+    assert len({(one["layer"], one["map"]) for one in maps}) == len(maps)
+    where = sparse_tokens(said.get("rule", "all"), rows)
+    with ExitStack() as stack:
+        for one in maps:
+            assert type(one["layer"]) is int and SIZES[one["map"]] == (one["outputs"], one["inputs"])
+            module = model.module.model.layers[one["layer"]].get_submodule(one["map"])
+
+            def thin(module: Any, args: Any, one: dict[str, Any] = one) -> Any:
+                x, center = args[0], one.get("center", 0.0)
+                gone = zeros(x - center, one, said, module.weight) & where[..., None]
+                return (torch.where(gone, torch.full_like(x, center), x),)
+
+            stack.callback(module.register_forward_pre_hook(thin).remove)
+        expected = mean_loss(model, rows)
+    (row,) = [row for row in found if row["metric"] == "loss"]
+    assert float(row["value"]) == pytest.approx(expected, rel=1e-5)
+
+
+def sparse_tokens(rule: str, rows: torch.Tensor) -> torch.Tensor:
+    """bool[rows, tokens] of the tokens that a rule makes sparse."""
+    first = {"all": 0, "last-half": rows.shape[1] // 2, "not-first-token": 1}[rule]
+    return (torch.arange(rows.shape[1]) >= first).expand(rows.shape)
+
+
+def zeros(x: torch.Tensor, one: Mapping[str, Any], said: Mapping[str, Any], weight: torch.Tensor) -> torch.Tensor:
+    """bool[..., units] of the elements that become zero, one token at a time."""
+    sizes = x.abs().double().numpy() * (weight.norm(dim=0).double().numpy() if said.get("weighted") else 1.0)
+    gone = np.zeros(sizes.shape, bool)
+    for at in np.ndindex(sizes.shape[:-1]):
+        token, order = sizes[at], np.argsort(sizes[at])
+        if one["by"] == "threshold":
+            gone[at] = token <= one["value"]
+        elif one["by"] == "top_k":
+            gone[at][order[: int(one["value"] * len(token))]] = True
+        else:
+            sums = np.cumsum(token[order[::-1]])
+            stay = int(np.searchsorted(sums, one["value"] * sums[-1], side="left")) + 1
+            gone[at][order[::-1][stay:]] = True
+        if said.get("pattern"):
+            stay, group = map(int, said["pattern"].split(":"))
+            for start in range(0, len(token), group):
+                gone[at][start + np.argsort(token[start : start + group])[: group - stay]] = True
+    return torch.from_numpy(gone)
+
+
+# Task files
+
+QUESTIONS = [
+    {"question": f"What is the {what} of {where}?", "choices": [what, where, "nothing"], "answer": number % 3,
+     "label": [what, where, "nothing"][number % 3], "wrong": number, "floating": number / 2, "yes": "yes"}
+    for number, (what, where) in enumerate([("capital", "Peru"), ("river", "Mali"), ("coast", "Chad"), ("king", "Oz")])
+]  # fmt: skip
+METRICS = "{metric: acc, aggregation: mean, higher_is_better: true}"
+TASK = {
+    "task": "quiz",
+    "dataset_path": "json",
+    "dataset_kwargs": "{data_files: {test: questions.jsonl}}",
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "'Q: {{question}} A:'",
+    "doc_to_choice": "choices",
+    "doc_to_target": "answer",
+    "metric_list": f"[{METRICS}]",
+}
+TASK_POOLS = {
+    "test_split": ("test", "tset", "train"),
+    "output_type": ("multiple_choice", "multiple_choices"),
+    "doc_to_text": ("question", "'{{question}}'", "'{{ question | upper }}'", "'{{quesion}}'", "'{{question'",
+                    "'{{ range(10**7) | list }}'", "'{{ 1 / wrong }}'", "wrong", "choices", "Which"),
+    "doc_to_choice": ("choices", "[a, b, c]", "[yes, no, maybe]", "['yes', 'no', 'maybe']", "{x: a, y: b, z: c}",
+                      "[a, b]", "question", "choises", "'{{choices}}'", "'[\"u\", \"v\", \"w\"]'", "[a, '', c]"),
+    "doc_to_target": ("answer", "label", "wrong", "floating", "0", "2", "3", "-1", "'{{answer}}'", "'{{label}}'",
+                      "'{{answer + 1}}'", "nothing", "[0]", "[0, 2]", "[5]", "true", "'1'"),
+    "target_delimiter": ("' '", "''", "': '", "null"),
+    "num_fewshot": ("0", "null", "-1", "'0'"),
+    "metric_list": (f"[{METRICS}, {{metric: acc_norm}}]", "[{metric: acc_norm}]", "[{metric: accc}]", "[acc]",
+                    "[{metric: acc, aggregation: meen}]", "[{metric: acc, agregation: mean}]", "[{metric: bleu}]",
+                    "[{metric: acc, metric: acc_norm}]", f"[{METRICS}, {METRICS}]", "null"),
+    "filter_list": ("[{name: none, filter: [{function: take_first}]}]",
+                    "[{name: none, filter: [{function: take_frist}]}]", "[{name: none}, {name: none}]"),
+    "metadata": ("{version: 1}", "{version: 1, version: 2}", "{<<: {version: 1}, version: 2}"),
+    "dataset_kwargs": ("{data_files: {test: absent.jsonl}}", "{data_files: questions.jsonl}"),
+    "include": ("absent.yaml", "quiz.yaml"),
+}  # fmt: skip
+
+
+@fuzzed(40)
+@given(text=documents(TASK, TASK_POOLS))
+def test_an_accepted_task_file_asks_and_scores_what_it_says(text: str, place: Path, model: LanguageModel) -> None:
+    file = place / "quiz.yaml"
+    file.write_text(text, encoding="utf-8")
+    try:
+        (part,) = harness_task(str(file)).parts
+        found = {row.metric: row for row in part(model, ())}
+    except AvssError as error:
+        event("refused")
+        assert error.exit_code == 2 and ("quiz" in str(error) or "absent.yaml" in str(error)), (text, error)
+        return
+    event("accepted")
+    said = independent(text)
+    assert said["output_type"] == "multiple_choice" and said["metadata" if "metadata" in said else "task"]
+    delimiter = said.get("target_delimiter", " ")
+    right: dict[str, list[float]] = {"acc": [], "acc_norm": []}
+    for row in QUESTIONS:
+        prompt, choices = filled(said["doc_to_text"], row), choices_of(said["doc_to_choice"], row)
+        scores = np.array([likelihood(model, prompt, f"{delimiter}{choice}") for choice in choices])
+        answers = labels_of(said["doc_to_target"], row, choices)
+        right["acc"].append(float(int(np.argmax(scores)) in answers))
+        lengths = np.array([len(choice) for choice in choices])
+        right["acc_norm"].append(float(int(np.argmax(scores / lengths)) in answers))
+    wanted = [one["metric"] for one in said.get("metric_list") or [{"metric": "acc"}, {"metric": "acc_norm"}]]
+    assert [*found] == [*wanted, "chance"]
+    for metric in wanted:
+        assert found[metric].samples.tolist() == right[metric], text
+
+
+def filled(template: Any, row: Mapping[str, Any]) -> str:
+    """A column, or a template of jinja."""
+    value = row[template] if template in row else jinja2.Template(template).render(**row)
+    assert isinstance(value, str)
+    return value
+
+
+def choices_of(template: Any, row: Mapping[str, Any]) -> list[str]:
+    """A list of the file's, the values of a mapping, a column, or a template that gives a list."""
+    if isinstance(template, str):
+        template = row[template] if template in row else yaml.safe_load(jinja2.Template(template).render(**row))
+    choices = list(template.values()) if isinstance(template, dict) else template
+    assert isinstance(choices, list) and choices and all(isinstance(one, str) and one for one in choices)
+    return choices
+
+
+def labels_of(template: Any, row: Mapping[str, Any], choices: list[str]) -> set[int]:
+    """The indices of the right choices."""
+    labels = template if isinstance(template, list) else [template]
+    if isinstance(template, str):
+        value = row[template] if template in row else jinja2.Template(template).render(**row)
+        labels = [int(value) if isinstance(value, str) and value.isdigit() else value]
+    indices = {choices.index(label) if isinstance(label, str) else label for label in labels}
+    assert all(isinstance(index, int) and 0 <= index < len(choices) for index in indices)
+    return indices
+
+
+def likelihood(model: LanguageModel, prompt: str, answer: str) -> float:
+    """That of an answer after a prompt, in nats, by plain transformers."""
+    tokenizer = load_tokenizer(model.checkpoint)
+    start, ids = len(tokenizer(prompt).input_ids), torch.tensor([tokenizer(prompt + answer).input_ids])
+    with torch.no_grad():
+        tokens = model.module(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    return float(tokens.gather(1, ids[0, 1:, None])[start - 1 :].double().sum())
+
+
+# What must be accepted, so that the tests above are not about refusals alone
+
+
+def test_whole_files_are_accepted(place: Path, model: LanguageModel) -> None:
+    for base, name in ((PLAN, "plan.yaml"), (SPARSE, "sparse.yaml")):
+        assert done(place / name, "".join(f"{key}: {value}\n" for key, value in base.items()))
+    (place / "quiz.yaml").write_text("".join(f"{key}: {value}\n" for key, value in TASK.items()))
+    (part,) = harness_task(str(place / "quiz.yaml")).parts
+    assert [row.metric for row in part(model, ())] == ["acc", "chance"]
