@@ -160,7 +160,7 @@ def describe_depth(score: str, rho: float, layers: int) -> str | None:
     if not abs(rho) > TRACKS_DEPTH:
         return None
     return (
-        f"{score} {'rises' if rho > 0 else 'falls'} with depth (Spearman {rho:.3f} over {layers} layers): "
+        f"{score} {'rises' if rho > 0 else 'falls'} with depth (Spearman {rho:z.3f} over {layers} layers): "
         "it says little beyond the layer's position."
     )
 
@@ -212,7 +212,7 @@ def _recipes_disagree(rows: Rows, _: Threshold) -> Check:
         rho, a, b = min(pairs)
         yield (
             *("recipes_disagree", "warning" if rho < 0 else "note", rho),
-            f"The recipes '{a}' and '{b}' rank the layers differently (Spearman {rho:.2f}): "
+            f"The recipes '{a}' and '{b}' rank the layers differently (Spearman {rho:z.2f}): "
             "which layers matter depends on how AVSS is read.",
         )
 

@@ -208,7 +208,7 @@ def _guesses(evaluations: Iterable[Evaluation]) -> Iterator[str]:
     for (model, task), rows in whole.items():
         metric = primary_metric(rows)
         if guess := kept_by_guess(rows, metric):
-            yield f"{task}: a guess keeps {guess:.1%} of the {metric} of {model}."
+            yield f"{task}: a guess keeps {guess:z.1%} of the {metric} of {model}."
 
 
 def realized(plan: SparsityPlan, results: Iterable[Result], drop: Drop = ()) -> Realized | None:

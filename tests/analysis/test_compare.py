@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -12,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 from scipy import stats
 from support.command_line import avss
 from support.warehouses import Terminal, activations, run_row, stats_of, write_measured, write_profiles, write_scores
 
-from avss_dist.analysis.agreement import correlate, correlate_pairs
+from avss_dist.analysis.agreement import CorrelationSummary, correlate, correlate_pairs, summarize
 from avss_dist.analysis.compare import SCHEMA, compare
 from avss_dist.analysis.findings import findings
 from avss_dist.errors import QueryError
-from avss_dist.report.terminal.compare import summary
+from avss_dist.report.terminal.compare import pairs_table, summary
 from avss_dist.settings import PUBLISHED_THRESHOLD
 from avss_dist.stats.rankings import align, count_lowest, rank_biased_overlap, spearman
 from avss_dist.stats.scores import Threshold
@@ -272,6 +275,20 @@ def test_the_words_follow_the_numbers(tmp_path: Path) -> None:
     assert alike.endswith("100% of the lowest layers of one are the lowest of the other; by chance it would be 25%.")
     write_scores(tmp_path, "d", DOWN)
     assert "the other way round" in summary(compare(warehouse, ["a", "d"], threshold=AT))
+
+
+def test_a_median_is_between_the_middle_two_and_zero_has_no_sign() -> None:
+    rho = np.array([1.0, -1.0, np.nan, -0.0002, -0.0003])
+    assert summarize(rho) == CorrelationSummary(count=4, median=pytest.approx(-0.00025), lowest=-1, highest=1)
+    assert summarize(np.array([np.nan])).count == 0
+    row = {"by": "run", "a": "a", "b": "b", "a_run_id": "a", "b_run_id": "b", "layers": 8, "interpolated": False}
+    row |= {"k": 2, "shared": 1, "jaccard": 0.3, "jaccard_by_chance": 0.2, "p_by_chance": 0.5}
+    rows = [row | dict.fromkeys(("spearman", "given_depth", "kendall", "rbo"), value) for value in (-0.0002, -0.0003)]
+    table = pa.Table.from_pylist(rows, SCHEMA)
+    console = Console(file=(output := io.StringIO()), width=132)
+    console.print(pairs_table(table, "title"))
+    assert "0.000 at the median, from 0.000 to 0.000" in output.getvalue()
+    assert "-0.0" not in output.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["csv", "json"])

@@ -64,7 +64,7 @@ def _columns() -> list[_Shown]:
 def _caption(rows: list[dict[str, Any]]) -> str:
     text = "Spearman's correlation of each score, over layers, with what leaving them out does."
     if ceiling := next((row["ceiling"] for row in rows if row["ceiling"] is not None), None):
-        text += f" Its ceiling, which the loss of other text of the same size would reach: {ceiling:.2f}. Misranked: "
+        text += f" Its ceiling, which the loss of other text of the same size would reach: {ceiling:z.2f}. Misranked: "
         text += "pairs of layers in the wrong order."
     if any(row["spearman_sets"] is not None for row in rows):
         text += f" Over {rows[0]['sets']} sets: of the score's sum with what leaving the set out does."
@@ -74,7 +74,7 @@ def _caption(rows: list[dict[str, Any]]) -> str:
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+    return "-" if value is None else f"{value:z.1%}"
 
 
 def _known(value: float | None) -> float:
@@ -82,4 +82,4 @@ def _known(value: float | None) -> float:
 
 
 def _correlation(value: float | None) -> Text:
-    return Text("-" if value is None else f"{value:.2f}", style="bold" if value is not None and value > GOOD else "")
+    return Text("-" if value is None else f"{value:z.2f}", style="bold" if value is not None and value > GOOD else "")
