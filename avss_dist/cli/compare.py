@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avss_dist.cli.choose import choose_runs, choose_threshold, open_warehouse
+from avss_dist.cli.choose import MOST_NAMED, choose_runs, choose_threshold, open_warehouse
 from avss_dist.cli.options import (
     FORMATS,
     PUBLISHED,
@@ -21,8 +21,11 @@ from avss_dist.cli.options import (
 )
 from avss_dist.errors import ConfigError, QueryError
 from avss_dist.settings import DEFAULT_WAREHOUSE, LOWEST_SHARE, RECIPES, SCORES, SITES
-from avss_dist.system.streams import console, emit
+from avss_dist.system.streams import console, emit, say
 from avss_dist.text import describe_threshold
+
+if TYPE_CHECKING:
+    from avss_dist.analysis.compare import RankingComparison
 
 COMPARED = ("run", "family", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
 
@@ -54,7 +57,7 @@ def compare(
     opened = open_warehouse(warehouse)
     names = [row["run_id"] for row in choose_runs(opened, run or [], every=True)]
     at = choose_threshold(threshold)
-    pairs = compare_runs(
+    comparison = compare_runs(
         opened,
         names,
         by=by,
@@ -66,6 +69,8 @@ def compare(
         share=share,
         allow_mismatch=allow_mismatch,
     )
+    _say_left_out(comparison)
+    pairs = comparison.pairs
     if format != FORMATS[0]:
         return write_table(pairs, format, console())
     fixed = {
@@ -81,6 +86,19 @@ def compare(
     shown = _at(found, None if by == "site" else site, None if by == "recipe" else recipe)
     console().print(findings_list(shown))
     return None
+
+
+def _say_left_out(comparison: RankingComparison) -> None:
+    """Say which runs and pairs of runs were not compared, and why."""
+    if comparison.conditions:
+        same = ", ".join(comparison.conditions)
+        say(f"Only runs with the same {same} are compared with each other; --allow-mismatch compares all.")
+    run_ids: dict[str, list[str]] = {}
+    for run_id, reason in comparison.left_out.items():
+        run_ids.setdefault(reason, []).append(run_id)
+    for reason, names in run_ids.items():
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        say(f"Left out: {', '.join(names[:MOST_NAMED])}{more}: {reason}.")
 
 
 def findings(

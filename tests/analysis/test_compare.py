@@ -39,7 +39,8 @@ MIXED = [3.0, 1.0, 2.0, 4.0, 8.0, 5.0, 7.0, 6.0]
 
 def pairs(root: Path, *run_ids: str, **options: Any) -> list[dict[str, Any]]:
     warehouse = Warehouse(root)
-    table = compare(warehouse, run_ids or warehouse.runs()["run_id"].to_pylist(), threshold=AT, **options)
+    run_ids = run_ids or tuple(warehouse.runs()["run_id"].to_pylist())
+    table = compare(warehouse, run_ids, threshold=AT, **options).table()
     assert table.schema.equals(SCHEMA)
     return table.to_pylist()
 
@@ -168,7 +169,7 @@ def test_runs_under_the_same_conditions(root: Path) -> None:
 )
 def test_what_is_not_comparable_is_refused_by_name(tmp_path: Path, columns: dict[str, Any], text: str) -> None:
     write_scores(tmp_path, "a", UP)
-    write_scores(tmp_path, "b", DOWN, **columns)
+    write_scores(tmp_path, "b", DOWN, model="org/a", family="gemma", revision="other", **columns)
     for by in ("run", "family", "revision"):
         with pytest.raises(QueryError, match=rf"not comparable: they differ in {text}\.\n.*`allow_mismatch`"):
             pairs(tmp_path, by=by)
@@ -185,8 +186,45 @@ def test_more_pairs_than_a_comparison_takes_are_refused(root: Path, monkeypatch:
 
 def test_every_difference_is_named(root: Path) -> None:
     with pytest.raises(QueryError, match=r"corpus \(other.txt, text.txt\); dtype \(bfloat16, float32\)"):
-        pairs(root)
+        pairs(root, "llama-2", "llama-3")
     assert len(pairs(root, allow_mismatch=True)) == 6
+
+
+def test_what_is_comparable_is_compared_and_the_rest_is_named(root: Path) -> None:
+    write_profiles(root, "gpt-1", {("mlp", "pooled", PUBLISHED_THRESHOLD): UP})
+    warehouse = Warehouse(root)
+    run_ids = ["gpt-1", "llama-1", "llama-2", "llama-3", "bert-1"]
+    for by in ("run", "family"):
+        comparison = compare(warehouse, run_ids, by=by, threshold=AT)
+        (pair,) = comparison.table().to_pylist()
+        assert {pair["a_run_id"], pair["b_run_id"]} == {"llama-1", "bert-1"}
+        assert comparison.left_out == {
+            "gpt-1": "no scores at this site, recipe and threshold",
+            "llama-2": "dtype bfloat16 instead of float32",
+            "llama-3": "corpus other.txt instead of text.txt",
+        }
+        assert comparison.conditions == ("corpus", "dtype")
+    assert repr(comparison) == "<RankingComparison: 1 pair, 3 runs left out>"
+    assert compare(warehouse, run_ids, threshold=AT, allow_mismatch=True).left_out.keys() == {"gpt-1"}
+    by_dtype = compare(warehouse, run_ids, by="dtype", threshold=AT)
+    assert by_dtype.left_out["llama-3"] == "corpus other.txt instead of text.txt"
+    assert by_dtype.left_out["bert-1"] == "nothing comparable that differs in dtype alone"
+
+
+def test_alike_runs_are_compared_within_each_group(tmp_path: Path) -> None:
+    """Two groups of two: two pairs of the six, and no run is left out."""
+    for name, dtype in (("a", "float32"), ("b", "float32"), ("c", "bfloat16"), ("d", "bfloat16")):
+        write_scores(tmp_path, name, UP, dtype=dtype)
+    comparison = compare(Warehouse(tmp_path), ["a", "b", "c", "d"], threshold=AT)
+    assert sorted(sorted((pair["a"], pair["b"])) for pair in comparison.table().to_pylist()) == [["a", "b"], ["c", "d"]]
+    assert (comparison.conditions, comparison.left_out) == (("dtype",), {})
+
+
+def test_the_same_name_of_other_text_is_said(tmp_path: Path) -> None:
+    for name, fingerprint in (("a", "1"), ("b", "1"), ("c", "2")):
+        write_scores(tmp_path, name, UP, corpus_fingerprint=fingerprint)
+    comparison = compare(Warehouse(tmp_path), ["a", "b", "c"], threshold=AT)
+    assert comparison.left_out == {"c": "corpus text.txt of other content"}
 
 
 def test_the_same_text_under_another_name_is_comparable(tmp_path: Path) -> None:
@@ -264,17 +302,28 @@ def test_the_table_says_it_in_words(root: Path) -> None:
     assert "tracks depth" in result.stdout
 
 
+@pytest.mark.parametrize("by", ["run", "family"])
+def test_the_command_says_what_it_left_out(root: Path, by: str) -> None:
+    result = avss("compare", "-w", root, "--by", by, "--format", "csv")
+    assert (result.exit_code, len(result.stdout.splitlines())) == (0, 2)
+    assert result.stderr == (
+        "Only runs with the same corpus, dtype are compared with each other; --allow-mismatch compares all.\n"
+        "Left out: llama-2: dtype bfloat16 instead of float32.\n"
+        "Left out: llama-3: corpus other.txt instead of text.txt.\n"
+    )
+
+
 def test_the_words_follow_the_numbers(tmp_path: Path) -> None:
     for name, scores in (("a", UP), ("b", UP), ("c", UP)):
         write_scores(tmp_path, name, scores)
     warehouse = Warehouse(tmp_path)
-    alike = summary(compare(warehouse, ["a", "b", "c"], threshold=AT))
+    alike = summary(compare(warehouse, ["a", "b", "c"], threshold=AT).pairs)
     assert alike.startswith(
         "3 pairs: Spearman 1.000 at the median, from 1.000 to 1.000: the rankings are nearly the same."
     )
     assert alike.endswith("100% of the lowest layers of one are the lowest of the other; by chance it would be 25%.")
     write_scores(tmp_path, "d", DOWN)
-    assert "the other way round" in summary(compare(warehouse, ["a", "d"], threshold=AT))
+    assert "the other way round" in summary(compare(warehouse, ["a", "d"], threshold=AT).pairs)
 
 
 def test_a_median_is_between_the_middle_two_and_zero_has_no_sign() -> None:
@@ -305,7 +354,7 @@ def test_pairs_as_data(root: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        ([], "not comparable: they differ in corpus"),
+        (["--run", "llama-2", "--run", "llama-3"], "not comparable: they differ in corpus"),
         (["--run", "lama-1"], "Unknown run 'lama-1'.\nDid you mean 'llama-1'?"),
         (["--run", "gpt*"], "No run matches 'gpt*'."),
         (["--by", "dtyp"], "Unknown --by 'dtyp'.\nDid you mean 'dtype'?"),

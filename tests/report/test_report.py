@@ -214,7 +214,8 @@ def test_the_page_says_what_compare_says(tmp_path: Path) -> None:
     warehouse = Warehouse(tmp_path)
     runs = warehouse.runs().to_pylist(maps_as_pydicts="lossy")
     (agreement,) = page_data(warehouse, runs)["correlations"]
-    pairs = compare(warehouse, [run["run_id"] for run in runs], threshold=Threshold(value=1e-5, kind="absolute"))
+    threshold = Threshold(value=1e-5, kind="absolute")
+    pairs = compare(warehouse, [run["run_id"] for run in runs], threshold=threshold).pairs
     rho = sorted(pairs["spearman"].to_pylist())
     median = (rho[2] + rho[3]) / 2
     assert rho[2] < median < rho[3] == pytest.approx(1)

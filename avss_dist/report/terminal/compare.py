@@ -94,6 +94,10 @@ def _numbers(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _correlation(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:z.3f}"
+
+
 def summary(pairs: pa.Table) -> str:
     """What pairs of `compare.SCHEMA` say, in two sentences."""
     rho = summarize(pairs["spearman"].to_numpy())
