@@ -109,7 +109,7 @@ def batch_bytes(size: Footprint, settings: Settings, *, head: bool = False) -> i
 
 
 def bytes_beside_weights(size: Footprint | None, settings: Settings, kind: str, *, head: bool = False) -> int:
-    """Return the bytes of host memory of a replica's process without weights: on a CPU, with one batch's activations."""
+    """Return the bytes of host memory that a process takes beside weights: on a CPU, with one batch's activations."""
     return PROCESS_BYTES + (batch_bytes(size, settings, head=head) if size and kind == "cpu" else 0)
 
 
