@@ -60,6 +60,8 @@ KINDS = (
     "recipes_disagree",
 )
 """Every kind, in the order in which a reader should hear of them."""
+OF_RANKINGS = {"nonfinite": False, "noisy_sparsity": True, "tracks_depth": True, "unstable_ranking": True}
+"""Kinds that change what a correlation of two rankings means, and whether that holds for AVSS alone."""
 
 
 def findings(
@@ -93,6 +95,12 @@ def findings(
     found += _unreadable(warehouse.damaged, run_ids)
     found.sort(key=_urgency)
     return pa.Table.from_pylist(found, SCHEMA)
+
+
+def of_rankings(found: pa.Table, score: str) -> pa.Table:
+    """Return the findings that bear on a comparison of rankings by a score; `OF_RANKINGS` has their kinds."""
+    kinds = [kind for kind, of_avss in OF_RANKINGS.items() if score == "avss" or not of_avss]
+    return found.filter(pc.field("kind").isin(kinds))
 
 
 def _unreadable(damaged: Mapping[str, str], run_ids: Sequence[str] | None) -> Iterator[Row]:

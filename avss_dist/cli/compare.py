@@ -22,7 +22,7 @@ from avss_dist.cli.options import (
 from avss_dist.errors import ConfigError, QueryError
 from avss_dist.settings import DEFAULT_WAREHOUSE, LOWEST_SHARE, RECIPES, SCORES, SITES
 from avss_dist.system.streams import console, emit, say
-from avss_dist.text import describe_threshold
+from avss_dist.text import count_of, describe_threshold
 
 if TYPE_CHECKING:
     from avss_dist.analysis.compare import RankingComparison
@@ -51,6 +51,7 @@ def compare(
     """Compare layer rankings between runs: how far they agree, and what to know before believing it."""
     from avss_dist.analysis.compare import compare as compare_runs
     from avss_dist.analysis.findings import findings as find
+    from avss_dist.analysis.findings import of_rankings
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.compare import findings_list, pairs_table
 
@@ -82,9 +83,14 @@ def compare(
     title = f"by {by}  " + " / ".join(text for name, text in fixed.items() if name != by)
     console().print(pairs_table(pairs, title))
     compared = {name for side in ("a_run_id", "b_run_id") for name in pairs[side].unique().to_pylist()}
-    found = find(opened, [name for name in names if name in compared], threshold=at)
-    shown = _at(found, None if by == "site" else site, None if by == "recipe" else recipe)
-    console().print(findings_list(shown))
+    every = find(opened, [name for name in names if name in compared], threshold=at)
+    at_place = _at(every, None if by == "site" else site, None if by == "recipe" else recipe)
+    told = of_rankings(at_place, score if by != "score" else "avss")
+    rest = len(every) - len(told)
+    if len(told) or not rest:
+        console().print(findings_list(told))
+    if rest:
+        emit(f"{count_of(rest, 'finding')} more about these runs alone: avss findings -w {opened.root} --all")
     return None
 
 

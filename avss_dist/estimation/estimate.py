@@ -14,7 +14,7 @@ from avss_dist.estimation.benchmark import Calibration, Cost, calibrate
 from avss_dist.measure.shard import counter_bytes
 from avss_dist.models.checkpoints import Checkpoint, fetch_files, locate
 from avss_dist.models.size import Footprint, footprint
-from avss_dist.partition.choose import bytes_beside_weights, least_host_bytes
+from avss_dist.partition.choose import PROCESS_BYTES, bytes_beside_weights, least_host_bytes
 from avss_dist.partition.device_map import SPARE_SHARE, Device, Spread, spread
 from avss_dist.partition.zero3 import PREFETCHED
 from avss_dist.results import TabularResult
@@ -258,6 +258,8 @@ class Arithmetic:
         if self.here.device == "cuda":
             need.append((device, self.here.device_free, "GPU memory"))
         short = [f"lacks {describe_bytes(n - free)} of {what}" for n, free, what in need if n > free]
+        if short and host_needed > host:
+            short.append(f"{describe_bytes(PROCESS_BYTES)} of a limit are set aside for interpreter and libraries")
         if self.here.device == "cuda" and ranks > self.here.gpus:
             short.append(f"{ranks} GPUs are needed, {self.here.gpus} are here")
         return Row(

@@ -30,7 +30,7 @@ from avss_dist.runs.job_schema import (
 )
 from avss_dist.runs.job_yaml import Document, JobError, Location, read_yaml
 from avss_dist.settings import Execution, Settings
-from avss_dist.text import RedactedURI
+from avss_dist.text import RedactedURI, docs_page
 from avss_dist.validation import problems_by_field
 
 __all__ = ["JobError", "JobFile", "RunSpec", "job_schema", "read_job"]
@@ -171,7 +171,7 @@ class _Reader:
         path = self.document.path
         lines = [f"{path}:{line}: {what}" for line, what in sorted([*self.problems, *self.document.repeated])]
         count = f"{path} has {len(lines)} problem{'s' if len(lines) > 1 else ''}; nothing was run."
-        return JobError("\n".join([count, *lines]), "The keys are explained in docs/job-files.md.")
+        return JobError("\n".join([count, *lines]), f"The keys are explained in {docs_page('job-files')}.")
 
     def check_fields(self, raw: dict[str, Any]) -> None:
         """Report every key and value that is wrong on its own."""

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from avss_dist.errors import ConfigError
+from avss_dist.text import docs_page
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
@@ -63,10 +64,12 @@ def read_yaml(path: Path) -> Document:
         text = data.decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise JobError(f"The job file {path} cannot be read: {reason}.", "docs/job-files.md explains them.") from None
+        raise JobError(
+            f"The job file {path} cannot be read: {reason}.", f"{docs_page('job-files')} explains them."
+        ) from None
     if len(data) > MAX_BYTES:
         raise JobError(
-            f"{path} is no job file: it has more than {MAX_BYTES:,} bytes.", "docs/job-files.md explains them."
+            f"{path} is no job file: it has more than {MAX_BYTES:,} bytes.", f"{docs_page('job-files')} explains them."
         )
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)

@@ -23,7 +23,7 @@ from support.warehouses import Terminal, activations, run_row, stats_of, write_m
 
 from avss_dist.analysis.agreement import CorrelationSummary, correlate, correlate_pairs, summarize
 from avss_dist.analysis.compare import SCHEMA, compare
-from avss_dist.analysis.findings import findings
+from avss_dist.analysis.findings import OF_RANKINGS, findings, of_rankings
 from avss_dist.errors import QueryError
 from avss_dist.report.terminal.compare import pairs_table, summary
 from avss_dist.settings import PUBLISHED_THRESHOLD
@@ -300,6 +300,29 @@ def test_the_table_says_it_in_words(root: Path) -> None:
     assert "~ models of different depth" in result.stdout
     assert "Nothing to warn of" in avss("findings", "-w", root, "--run", "llama-2").stdout
     assert "tracks depth" in result.stdout
+
+
+def test_a_comparison_tells_only_the_findings_that_concern_it(tmp_path: Path) -> None:
+    """A unit that carries the variance is of one run; that a score follows depth changes what its correlations mean."""
+    x = activations(scales=np.arange(1.0, 9.0))
+    x[..., 0] *= 300
+    for name in ("a", "b"):
+        write_measured(tmp_path, name, stats_of(x), 8)
+    every = findings(Warehouse(tmp_path)).to_pylist()
+    assert {"dominant_unit", "tracks_depth"} <= {row["kind"] for row in every}
+    result = avss("compare", "-w", tmp_path)
+    assert "tracks depth" in result.stdout and "dominant unit" not in result.stdout
+    told = [
+        row
+        for row in every
+        if row["kind"] in OF_RANKINGS and row["site"] in ("block", None) and row["recipe"] in ("pooled", None)
+    ]
+    rest = f"{len(every) - len(told)} findings more about these runs alone: avss findings -w {tmp_path} --all"
+    assert " ".join(result.stdout.split()).endswith(rest)
+    table = findings(Warehouse(tmp_path))
+    kinds = [set(of_rankings(table, score)["kind"].to_pylist()) for score in ("avss", "block_influence")]
+    assert kinds[0] == {row["kind"] for row in every} & set(OF_RANKINGS)
+    assert kinds[1] == {row["kind"] for row in every} & {"nonfinite"}
 
 
 @pytest.mark.parametrize("by", ["run", "family"])

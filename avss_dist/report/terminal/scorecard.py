@@ -10,6 +10,7 @@ import pyarrow as pa
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from avss_dist.analysis.reliability import FEWEST_SETS
 from avss_dist.analysis.scorecard import RETENTION, SPEARMAN, describe_score
 from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.text import printable
@@ -68,6 +69,9 @@ def _caption(rows: list[dict[str, Any]]) -> str:
         text += "pairs of layers in the wrong order."
     if any(row["spearman_sets"] is not None for row in rows):
         text += f" Over {rows[0]['sets']} sets: of the score's sum with what leaving the set out does."
+    elif rows[0]["sets"]:
+        text += f" A correlation over sets of several layers takes {FEWEST_SETS} of them; {rows[0]['sets']} "
+        text += f"{'is' if rows[0]['sets'] == 1 else 'are'} evaluated."
     if any(row[column] is not None for row in rows for column in RETENTION.values()):
         text += f" Kept: the perplexity of {rows[0]['task']} without those layers, under it."
     return text
