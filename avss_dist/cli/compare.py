@@ -25,7 +25,10 @@ from avss_dist.system.streams import console, emit, say
 from avss_dist.text import count_of, describe_threshold
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from avss_dist.analysis.compare import RankingComparison
+    from avss_dist.warehouse.reader import Warehouse
 
 COMPARED = ("run", "family", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
 
@@ -53,7 +56,7 @@ def compare(
     from avss_dist.analysis.findings import findings as find
     from avss_dist.analysis.findings import of_rankings
     from avss_dist.report.output import write_table
-    from avss_dist.report.terminal.compare import findings_list, pairs_table
+    from avss_dist.report.terminal.compare import pairs_table
 
     opened = open_warehouse(warehouse)
     names = [row["run_id"] for row in choose_runs(opened, run or [], every=True)]
@@ -86,12 +89,18 @@ def compare(
     every = find(opened, [name for name in names if name in compared], threshold=at)
     at_place = _at(every, None if by == "site" else site, None if by == "recipe" else recipe)
     told = of_rankings(at_place, score if by != "score" else "avss")
-    rest = len(every) - len(told)
-    if len(told) or not rest:
-        console().print(findings_list(told))
-    if rest:
-        emit(f"{count_of(rest, 'finding')} more about these runs alone: avss findings -w {opened.root} --all")
+    _print_findings(told, len(every) - len(told), opened)
     return None
+
+
+def _print_findings(told: pa.Table, others: int, warehouse: Warehouse) -> None:
+    """Print the findings that concern a comparison, and how many others there are."""
+    from avss_dist.report.terminal.compare import findings_list
+
+    if len(told) or not others:
+        console().print(findings_list(told))
+    if others:
+        emit(f"{count_of(others, 'finding')} more about these runs alone: avss findings -w {warehouse.root} --all")
 
 
 def _say_left_out(comparison: RankingComparison) -> None:
