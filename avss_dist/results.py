@@ -85,4 +85,4 @@ def _text(value: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    return _text(f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value))
+    return _text(f"{value:z.4g}" if isinstance(value, float) else "" if value is None else str(value))

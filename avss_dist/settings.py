@@ -296,7 +296,7 @@ class Execution:
     gpus_per_replica: Positive | None = None
     """GPUs per replica; by default one, or what the partition needs."""
     max_memory: Sizes = field(default_factory=dict)
-    """The most memory to use on a device: cpu=20GB, 0=40GB (the first GPU), 1=40GB, ..."""
+    """Most memory of a replica on a device, all included: cpu=20GB (interpreter, weights, activations), 0=40GB, ..."""
     offload_folder: str | None = None
     """Folder for weights and hidden states that do not fit into memory; a temporary one by default."""
     placement_seconds: Seconds = 300.0

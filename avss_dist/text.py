@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from humanize import naturalsize
 
@@ -49,6 +50,11 @@ def parse_bytes(text: str) -> int:
     if not match or number <= 0:
         raise ConfigError(f"'{text}' is not a size.", "Write 200MB (10^6 bytes), or 20GiB (2^30 bytes).")
     return int(number * (1024 if match[3] else 1000) ** ("kmgt".find(match[2]) + 1 if match[2] else 0))
+
+
+def docs_page(name: str) -> str:
+    """Return the path of a page of the documentation, which the package contains: ``docs_page("job-files")``."""
+    return str(Path(__file__).with_name("docs") / f"{name}.md")
 
 
 def basename(path: object) -> str:

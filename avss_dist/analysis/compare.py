@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import combinations, islice
 from typing import Any
@@ -15,16 +15,18 @@ from numpy.typing import NDArray
 from avss_dist.analysis.agreement import correlate_pairs
 from avss_dist.analysis.thresholds import scores_at
 from avss_dist.errors import QueryError, require_known
+from avss_dist.results import TabularResult
 from avss_dist.settings import LOWEST_SHARE, RIVALS, SCORES
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.scores import Threshold, score_column
-from avss_dist.text import describe_threshold
+from avss_dist.text import count_of, describe_threshold
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
 
 CONDITIONS = ("corpus", "dtype", "sequence_length", "layout", "row_start", "skip_first_tokens", "schema_version")
 """What two runs must share, the models apart, for their scores to be comparable."""
 BETWEEN = ("run", "family", "revision", "corpus", "dtype")
+ACROSS_MODELS = ("run", "family", "revision")
 WITHIN = ("recipe", "threshold", "site", "score")
 BY = (*BETWEEN, *WITHIN)
 MOST_PAIRS = 1_000_000  # of one comparison: those of 1,400 runs
@@ -71,6 +73,29 @@ class Profile:
         return str(self.run["run_id" if by == "run" else by])
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RankingComparison(TabularResult):
+    """The agreement of pairs of profiles, and the runs that are in no pair.
+
+    Attributes:
+        pairs: a table of `SCHEMA`, most alike first.
+        conditions: `CONDITIONS` in which the given runs differ, where runs that differ in them are not compared.
+        left_out: by run id, why a run is in no pair.
+    """
+
+    pairs: pa.Table
+    conditions: tuple[str, ...] = ()
+    left_out: Mapping[str, str]
+
+    def table(self) -> pa.Table:
+        """The pairs, see `SCHEMA`."""
+        return self.pairs
+
+    def summary(self) -> str:
+        """Number of pairs and of runs that are in none."""
+        return f"{count_of(len(self.pairs), 'pair')}, {count_of(len(self.left_out), 'run')} left out"
+
+
 def compare(
     warehouse: Warehouse,
     run_ids: Sequence[str],
@@ -83,8 +108,10 @@ def compare(
     k: int | None = None,
     share: float = LOWEST_SHARE,
     allow_mismatch: bool = False,
-) -> pa.Table:
-    """Correlations of every two profiles that differ in ``by`` and, but for the models, in nothing else.
+) -> RankingComparison:
+    """Correlate every two profiles that differ in ``by`` and, but for the models, in nothing else.
+
+    Runs that have no counterpart under the same `CONDITIONS` are left out, and named with the reason.
 
     Args:
         warehouse: where the runs are.
@@ -96,28 +123,36 @@ def compare(
         k: how many of the lowest layers to compare; ``share`` of the layers by default.
         allow_mismatch: compare runs under different conditions too.
 
-    Returns:
-        A table of `SCHEMA`, most alike first.
-
     Raises:
-        QueryError: the runs are not comparable (the columns in which they differ are named), or nothing is to compare.
+        QueryError: no two runs are comparable (the columns in which they differ are named), or nothing is to compare.
     """
     require_known("`by`", by, BY, QueryError)
     require_known("score", score, SCORES, QueryError)
     runs = _runs(warehouse, run_ids)
     fixed: dict[str, Any] = {"site": site, "recipe": recipe, "threshold": threshold, "score": score}
     found = profiles(warehouse, runs, **{name: None if name == by else value for name, value in fixed.items()})
-    if by in ("run", "family", "revision") and not allow_mismatch:
-        _require_comparable([profile.run for profile in found])
     pairs = list(islice(_pairs(found, by, allow_mismatch), MOST_PAIRS + 1))
     if not pairs:
+        if by in ACROSS_MODELS and not allow_mismatch and next(_pairs(found, by, True), None):
+            raise _not_comparable([profile.run for profile in found])
         raise QueryError(f"No two profiles differ in {by} alone.", _what_there_is(found, by))
     if len(pairs) > MOST_PAIRS:
         raise QueryError(
             f"{len(runs):,} runs make more than {MOST_PAIRS:,} pairs that differ in {by}.",
             f"Compare fewer: avss compare -w {warehouse.root} --run 'smollm2-*', for example.",
         )
-    return _table(found, np.array(sorted(pairs), np.int64).T, by, k, share)
+    indices = np.array(sorted(pairs), np.int64).T
+    compared = {found[index].run["run_id"] for index in indices.flat}
+    return RankingComparison(
+        pairs=_table(found, indices, by, k, share),
+        conditions=() if allow_mismatch or by not in ACROSS_MODELS else tuple(_differing(_scored(found), CONDITIONS)),
+        left_out=_left_out(runs, found, compared, by),
+    )
+
+
+def _scored(found: Sequence[Profile]) -> list[Mapping[str, Any]]:
+    """Return the runs that have a profile."""
+    return list({profile.run["run_id"]: profile.run for profile in found}.values())
 
 
 def _table(found: Sequence[Profile], pairs: NDArray[np.int64], by: str, k: int | None, share: float) -> pa.Table:
@@ -232,10 +267,10 @@ def _shared(profile: Profile, by: str, allow_mismatch: bool) -> Hashable:
     run = profile.run
     if by in WITHIN:
         return run["run_id"]
+    conditions = () if allow_mismatch else tuple(condition(run, name) for name in CONDITIONS if name != by)
     if by in ("corpus", "dtype"):
-        conditions = () if allow_mismatch else tuple(condition(run, name) for name in CONDITIONS if name != by)
         return (run["model"], run["revision"], *conditions)
-    return run["model"] if by == "revision" else None
+    return (run["model"] if by == "revision" else None, *conditions)
 
 
 def _value(profile: Profile, by: str) -> Any:
@@ -245,21 +280,49 @@ def _value(profile: Profile, by: str) -> Any:
     return profile.run["run_id"] if by == "run" else condition(profile.run, by)
 
 
-def _require_comparable(runs: Sequence[Mapping[str, Any]]) -> None:
-    differ = list(_differences(runs, CONDITIONS))
-    if differ:
-        raise QueryError(
-            f"These runs are not comparable: they differ in {'; '.join(differ)}.",
-            "Choose alike ones, name what they differ in (`by` corpus, `by` dtype), or pass `allow_mismatch`.",
-        )
-
-
-def _differences(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Iterator[str]:
-    """``dtype (bfloat16, float32)``, for each column that is not the same in all."""
-    for name in names:
+def _not_comparable(runs: Sequence[Mapping[str, Any]]) -> QueryError:
+    texts = []
+    for name in _differing(runs, CONDITIONS):
         values = {condition(run, name): str(run[name]) for run in runs}
-        if len(values) > 1:
-            yield f"{name} ({', '.join(sorted(values.values()))})"
+        texts.append(f"{name} ({', '.join(sorted(values.values()))})")
+    return QueryError(
+        f"These runs are not comparable: they differ in {'; '.join(texts)}.",
+        "Choose alike ones, name what they differ in (`by` corpus, `by` dtype), or pass `allow_mismatch`.",
+    )
+
+
+def _differing(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """Return the names of the conditions that are not the same in all runs."""
+    return [name for name in names if len({condition(run, name) for run in runs}) > 1]
+
+
+def _left_out(
+    runs: Sequence[Mapping[str, Any]], found: Sequence[Profile], compared: Set[str], by: str
+) -> dict[str, str]:
+    """Return why runs are in no pair, by run id."""
+    scored = {run["run_id"] for run in _scored(found)}
+    partners = [run for run in runs if run["run_id"] in compared]
+    reasons = {}
+    for run in runs:
+        if run["run_id"] not in scored:
+            reasons[run["run_id"]] = "no scores at this site, recipe and threshold"
+        elif run["run_id"] not in compared:
+            reasons[run["run_id"]] = _reason(run, partners, by)
+    return reasons
+
+
+def _reason(run: Mapping[str, Any], partners: Sequence[Mapping[str, Any]], by: str) -> str:
+    """Say why a run is in no pair: how its conditions differ from those of the most similar run that is in one."""
+    if by in ("revision", "corpus", "dtype"):
+        partners = [other for other in partners if other["model"] == run["model"]]
+    conditions = () if by in WITHIN else [name for name in CONDITIONS if name != by]
+    differences = ((_differing([run, other], conditions), other) for other in partners)
+    names, nearest = min(differences, key=lambda difference: len(difference[0]), default=([], run))
+    texts = []
+    for name in names:
+        here, there = str(run[name]), str(nearest[name])
+        texts.append(f"{name} {here} instead of {there}" if here != there else f"{name} {here} of other content")
+    return "; ".join(texts) or f"nothing comparable that differs in {by} alone"
 
 
 def _what_there_is(found: Sequence[Profile], by: str) -> str:

@@ -256,7 +256,7 @@ def _about_layers(rows: list[dict[str, Any]]) -> list[str]:
         words.append(f"Left after every control: {_listed([row['layer'] for row in rows if row['stands']])}.")
     rho = rows[0]["depth_correlation"]
     if rho is not None and abs(rho) > FOLLOWS_DEPTH:
-        words.append(f"The contrast follows depth (Spearman {rho:.2f}), and says little more than a layer's number.")
+        words.append(f"The contrast follows depth (Spearman {rho:z.2f}), and says little more than a layer's number.")
     return words
 
 

@@ -62,6 +62,8 @@ KINDS = (
     "row_start",
 )
 """Every kind, in the order in which a reader should hear of them."""
+OF_RANKINGS = {"nonfinite": False, "noisy_sparsity": True, "tracks_depth": True, "unstable_ranking": True}
+"""Kinds that change what a correlation of two rankings means, and whether that holds for AVSS alone."""
 
 
 def findings(
@@ -96,6 +98,12 @@ def findings(
     found += _unreadable(warehouse.damaged, run_ids)
     found.sort(key=_urgency)
     return pa.Table.from_pylist(found, SCHEMA)
+
+
+def of_rankings(found: pa.Table, score: str) -> pa.Table:
+    """Return the findings that bear on a comparison of rankings by a score; `OF_RANKINGS` has their kinds."""
+    kinds = [kind for kind, of_avss in OF_RANKINGS.items() if score == "avss" or not of_avss]
+    return found.filter(pc.field("kind").isin(kinds))
 
 
 def _unreadable(damaged: Mapping[str, str], run_ids: Sequence[str] | None) -> Iterator[Row]:
@@ -163,7 +171,7 @@ def describe_depth(score: str, rho: float, layers: int) -> str | None:
     if not abs(rho) > TRACKS_DEPTH:
         return None
     return (
-        f"{score} {'rises' if rho > 0 else 'falls'} with depth (Spearman {rho:.3f} over {layers} layers): "
+        f"{score} {'rises' if rho > 0 else 'falls'} with depth (Spearman {rho:z.3f} over {layers} layers): "
         "it says little beyond the layer's position."
     )
 
@@ -215,7 +223,7 @@ def _recipes_disagree(rows: Rows, _: Threshold) -> Check:
         rho, a, b = min(pairs)
         yield (
             *("recipes_disagree", "warning" if rho < 0 else "note", rho),
-            f"The recipes '{a}' and '{b}' rank the layers differently (Spearman {rho:.2f}): "
+            f"The recipes '{a}' and '{b}' rank the layers differently (Spearman {rho:z.2f}): "
             "which layers matter depends on how AVSS is read.",
         )
 

@@ -15,6 +15,7 @@ from avss_dist.stats.rankings import spearman
 from avss_dist.warehouse.reader import Warehouse
 
 SPLITS, SEED = 200, 0
+FEWEST_SETS = 10  # for a correlation over sets of layers: chance alone exceeds +-0.65 in one case of 20
 
 
 def increases(store: Warehouse, truth: LayerTruth) -> Float64:
@@ -76,7 +77,12 @@ def sets_correlation(score: Float64, sets: Mapping[tuple[int, ...], float]) -> f
 
     Args:
         score: float64[layers].
-        sets: nats per token, by layers; NaN of fewer than three sets.
+        sets: nats per token, by layers.
+
+    Returns:
+        NaN of fewer than `FEWEST_SETS` sets. Of three, chance alone gives 1 or -1 in one case of three.
     """
+    if len(sets) < FEWEST_SETS:
+        return np.nan
     sums = np.array([score[list(layers)].sum() for layers in sets])
     return spearman(sums, np.array([*sets.values()]))

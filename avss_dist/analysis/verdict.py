@@ -162,7 +162,7 @@ def shown_value(row: Row) -> str:
     """A result as people read it: of a loss, the perplexity."""
     if row["metric"] == LOSS:
         return f"{exp(min(row['value'], 700)):,.4g}"
-    return f"{row['value']:.3f}"
+    return f"{row['value']:z.3f}"
 
 
 def _percent(share: float) -> str:

@@ -26,13 +26,13 @@ def compare(
     k: int | None = None,
     share: float = LOWEST_SHARE,
     allow_mismatch: bool = False,
-) -> Table:
+) -> comparing.RankingComparison:
     """How far the rankings of layers agree: see `analysis.compare.compare`; of all finished runs by default."""
     opened = Warehouse(warehouse)
     names = [row["run_id"] for row in named_runs(opened, run)]
     at = named_threshold(threshold)
     how: dict[str, Any] = {"by": by, "site": site, "recipe": recipe, "score": score, "k": k, "share": share}
-    return Table(comparing.compare(opened, names, threshold=at, allow_mismatch=allow_mismatch, **how))
+    return comparing.compare(opened, names, threshold=at, allow_mismatch=allow_mismatch, **how)
 
 
 def findings(

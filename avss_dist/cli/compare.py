@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avss_dist.cli.choose import choose_runs, choose_threshold, open_warehouse
+from avss_dist.cli.choose import MOST_NAMED, choose_runs, choose_threshold, open_warehouse
 from avss_dist.cli.options import (
     FORMATS,
     PUBLISHED,
@@ -21,8 +21,14 @@ from avss_dist.cli.options import (
 )
 from avss_dist.errors import ConfigError, QueryError
 from avss_dist.settings import DEFAULT_WAREHOUSE, LOWEST_SHARE, RECIPES, SCORES, SITES
-from avss_dist.system.streams import console, emit
-from avss_dist.text import describe_threshold
+from avss_dist.system.streams import console, emit, say
+from avss_dist.text import count_of, describe_threshold
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from avss_dist.analysis.compare import RankingComparison
+    from avss_dist.warehouse.reader import Warehouse
 
 COMPARED = ("run", "family", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
 
@@ -48,13 +54,14 @@ def compare(
     """Compare layer rankings between runs: how far they agree, and what to know before believing it."""
     from avss_dist.analysis.compare import compare as compare_runs
     from avss_dist.analysis.findings import findings as find
+    from avss_dist.analysis.findings import of_rankings
     from avss_dist.report.output import write_table
-    from avss_dist.report.terminal.compare import findings_list, pairs_table
+    from avss_dist.report.terminal.compare import pairs_table
 
     opened = open_warehouse(warehouse)
     names = [row["run_id"] for row in choose_runs(opened, run or [], every=True)]
     at = choose_threshold(threshold)
-    pairs = compare_runs(
+    comparison = compare_runs(
         opened,
         names,
         by=by,
@@ -66,6 +73,8 @@ def compare(
         share=share,
         allow_mismatch=allow_mismatch,
     )
+    _say_left_out(comparison)
+    pairs = comparison.pairs
     if format != FORMATS[0]:
         return write_table(pairs, format, console())
     fixed = {
@@ -77,10 +86,34 @@ def compare(
     title = f"by {by}  " + " / ".join(text for name, text in fixed.items() if name != by)
     console().print(pairs_table(pairs, title))
     compared = {name for side in ("a_run_id", "b_run_id") for name in pairs[side].unique().to_pylist()}
-    found = find(opened, [name for name in names if name in compared], threshold=at)
-    shown = _at(found, None if by == "site" else site, None if by == "recipe" else recipe)
-    console().print(findings_list(shown))
+    every = find(opened, [name for name in names if name in compared], threshold=at)
+    at_place = _at(every, None if by == "site" else site, None if by == "recipe" else recipe)
+    told = of_rankings(at_place, score if by != "score" else "avss")
+    _print_findings(told, len(every) - len(told), opened)
     return None
+
+
+def _print_findings(told: pa.Table, others: int, warehouse: Warehouse) -> None:
+    """Print the findings that concern a comparison, and how many others there are."""
+    from avss_dist.report.terminal.compare import findings_list
+
+    if len(told) or not others:
+        console().print(findings_list(told))
+    if others:
+        emit(f"{count_of(others, 'finding')} more about these runs alone: avss findings -w {warehouse.root} --all")
+
+
+def _say_left_out(comparison: RankingComparison) -> None:
+    """Say which runs and pairs of runs were not compared, and why."""
+    if comparison.conditions:
+        same = ", ".join(comparison.conditions)
+        say(f"Only runs with the same {same} are compared with each other; --allow-mismatch compares all.")
+    run_ids: dict[str, list[str]] = {}
+    for run_id, reason in comparison.left_out.items():
+        run_ids.setdefault(reason, []).append(run_id)
+    for reason, names in run_ids.items():
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        say(f"Left out: {', '.join(names[:MOST_NAMED])}{more}: {reason}.")
 
 
 def findings(

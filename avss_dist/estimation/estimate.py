@@ -14,6 +14,7 @@ from avss_dist.estimation.benchmark import Calibration, Cost, calibrate
 from avss_dist.measure.shard import counter_bytes
 from avss_dist.models.checkpoints import Checkpoint, fetch_files, locate
 from avss_dist.models.size import Footprint, footprint
+from avss_dist.partition.choose import PROCESS_BYTES, bytes_beside_weights, least_host_bytes
 from avss_dist.partition.device_map import SPARE_SHARE, Device, Spread, spread
 from avss_dist.partition.zero3 import PREFETCHED
 from avss_dist.results import TabularResult
@@ -198,7 +199,11 @@ def _spread(
     batch = size.activation_bytes(settings.batch_size, settings.sequence_length)
     free: dict[Device, int] = {**dict.fromkeys(range(here.gpus), here.device_free), "cpu": here.host_free}
     limits = {name: max(0, int(room * SPARE_SHARE) - batch) for name, room in free.items()}
-    limits |= {name if name == "cpu" else int(name): room for name, room in execution.max_memory.items()}
+    beside = {"cpu": bytes_beside_weights(size, settings, here.device)}
+    limits |= {
+        name if name == "cpu" else int(name): max(0, limit - beside.get(name, batch))
+        for name, limit in execution.max_memory.items()
+    }
     return spread(checkpoint, settings, limits)
 
 
@@ -245,10 +250,16 @@ class Arithmetic:
 
     def _row(self, partition: str, ranks: int, memory: tuple[int, int], seconds: float, why: str) -> Row:
         device, host = memory
-        need = [(host, self.here.host_free, "host memory")]
+        if "cpu" in self.execution.max_memory:  # a run is refused by this rule, before anything can be measured
+            host_needed = max(host, least_host_bytes(partition, self.size, self.settings, self.here.device))
+        else:
+            host_needed = host
+        need = [(host_needed, self.here.host_free, "host memory")]
         if self.here.device == "cuda":
             need.append((device, self.here.device_free, "GPU memory"))
         short = [f"lacks {describe_bytes(n - free)} of {what}" for n, free, what in need if n > free]
+        if short and host_needed > host:
+            short.append(f"{describe_bytes(PROCESS_BYTES)} of a limit are set aside for interpreter and libraries")
         if self.here.device == "cuda" and ranks > self.here.gpus:
             short.append(f"{ranks} GPUs are needed, {self.here.gpus} are here")
         return Row(

@@ -13,7 +13,7 @@ from avss_dist.models.size import Footprint
 from avss_dist.runs.api import executor_for, overridden
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.planner import Planner
-from avss_dist.runs.reporter import Reporter
+from avss_dist.runs.reporter import Reporter, describe_repeated
 from avss_dist.runs.run import PlannedRun
 from avss_dist.settings import Settings
 from avss_dist.system.devices import Devices
@@ -29,14 +29,16 @@ class Preview:
         model, corpus: the run's title, and the corpus as it was named.
         revision: the hub's commit, or the SHA-256 of the files.
         partition: the one that would be chosen.
-        status: ``done``, ``partial`` (some shards are kept), ``missing``, or ``refused`` (error says why).
+        status: ``done``, ``partial`` (some shards are kept), ``missing``, ``repeated`` (the same as an earlier one,
+            which warning names), or ``refused`` (error says why).
         weight_bytes: of the model in memory; None where its size is not known.
         num_tokens, num_shards, kept_shards: of the plan, and what of it is measured.
         seconds: estimated time of what is left to measure, with all replicas; None where nothing is left, or the time
             cannot be estimated.
         reference_run: id of the run whose speed the time is estimated from; empty if the time is estimated from the
             number of operations.
-        warning: why the time cannot be estimated, or that the model may not fit here; else empty.
+        warning: why the time cannot be estimated, that the model may not fit here, or that the run is not measured;
+            else empty.
     """
 
     model: str
@@ -81,6 +83,7 @@ class _Previewer:
     planner: Planner
     store: Store
     _speeds: dict[Any, float] = field(default_factory=dict)
+    _names: dict[str, str] = field(default_factory=dict)  # of the first specs, by run id
 
     def preview(self, spec: RunSpec, reporter: Reporter) -> Preview:
         """Return the preview of a run."""
@@ -92,12 +95,16 @@ class _Previewer:
         except Exception as error:
             return Preview(model=spec.title, corpus=spec.corpus, status="refused", error=as_failure(error).message)
         shards, corpus = planned.corpus.shards, planned.corpus
-        left = 0.0 if kept is None else 1 - kept / len(shards)
+        first = self._names.get(planned.run.run_id)
+        self._names.setdefault(planned.run.run_id, spec.name)
+        left = 0.0 if kept is None or first else 1 - kept / len(shards)
         seconds, reference, warning = self._time(planned, size, left) if left and size else (None, "", "")
+        if first:
+            warning = f"{spec.name} is {describe_repeated(first)}"
         return Preview(
             model=spec.title,
             corpus=spec.corpus,
-            status="done" if kept is None else "partial" if kept else "missing",
+            status="repeated" if first else "done" if kept is None else "partial" if kept else "missing",
             revision=planned.replica_spec.checkpoint.revision,
             partition=planned.replica_spec.placement.partition,
             weight_bytes=size.weight_bytes if size else None,

@@ -51,7 +51,7 @@ class Kept:
 def shown(result: Result) -> tuple[str, str]:
     """Name and value of a metric as people read them: of a loss, of its perplexity."""
     *_, (name, value, _) = metrics(result)
-    return name, f"{value:,.4g}"
+    return name, f"{value:z,.4g}"
 
 
 @dataclass(frozen=True, kw_only=True)

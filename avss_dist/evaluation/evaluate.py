@@ -214,7 +214,7 @@ def _guesses(evaluations: Iterable[Evaluation]) -> Iterator[str]:
     for (model, task), rows in whole.items():
         metric = primary_metric(rows)
         if guess := kept_by_guess(rows, metric):
-            yield f"{task}: a guess keeps {guess:.1%} of the {metric} of {model}."
+            yield f"{task}: a guess keeps {guess:z.1%} of the {metric} of {model}."
 
 
 def _row_starts(compared: Iterable[tuple[PlannedEvaluation, Sequence[Result]]]) -> Iterator[str]:

@@ -125,7 +125,7 @@ class Shrunk(TabularResult):
     def summary(self) -> str:
         """Where it is, and what it keeps."""
         plan = self.best.plan
-        return f"{self.folder}, {len(plan.keep)} of {plan.num_layers} layers, {self.best.kept:.1%} kept"
+        return f"{self.folder}, {len(plan.keep)} of {plan.num_layers} layers, {self.best.kept:z.1%} kept"
 
 
 @dataclass(frozen=True)
@@ -342,7 +342,7 @@ def _most(bench: Bench, made: Callable[..., Plan], most: int, keep: float) -> tu
     curve = [tried[count] for count in sorted(tried)]
     if not low:
         raise PlanError(
-            f"Without layer {curve[0].plan.drop[0]}, the first to go, {curve[0].kept:.1%} is kept, under {keep:.1%}.",
+            f"Without layer {curve[0].plan.drop[0]}, the first to go, {curve[0].kept:z.1%} is kept, under {keep:.1%}.",
             "Ask for less with `keep`, choose by another score, or repair on more text.",
         )
     return tried[low], curve

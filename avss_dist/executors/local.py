@@ -131,9 +131,9 @@ def shards_at_once(replica: Replica, spec: ReplicaSpec, strata: int = 1) -> int:
     except ModelError:  # what cannot be sized is measured with care
         return 1
     available = int(available_memory() * SPARE_SHARE)
-    if "cpu" in spec.placement.max_memory:
-        available = min(available, spec.placement.max_memory["cpu"] - size.weight_bytes)
     activations = size.activation_bytes(settings.batch_size, settings.sequence_length)
+    if "cpu" in spec.placement.max_memory:  # what weights may take, beside the activations of one batch
+        available = min(available, spec.placement.max_memory["cpu"] - size.weight_bytes + activations)
     shard = activations + counter_bytes(size, settings, strata)
     return max(1, min(cores, available // shard))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from avss_dist.system.hub import client_errors
 
 _FETCHED = ("*.json", "*.model", "*.txt", "*.jinja")  # of a hub checkpoint, beside its weights
 _READ = {".json", ".safetensors", ".model", ".txt"}  # suffixes of the files that can change a number
+
+SLUG_LENGTH = 237  # characters of the longest name that has room in a folder's: run_id=NAME-0123456789, 255 bytes
+SLUG_PREFIX = 80  # characters that stay of a longer one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +62,14 @@ class Checkpoint:
 
 
 def slug(name: str) -> str:
-    """``name`` with everything but letters, digits, ``.``, ``_`` and ``-`` replaced; never empty, never hidden."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+    """Return ``name`` with everything but letters, digits, ``.``, ``_`` and ``-`` replaced; never empty, never hidden.
+
+    A name too long for the folder of a run is cut to `SLUG_PREFIX` characters, and a hash of all of it follows.
+    """
+    text = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+    if len(text) <= SLUG_LENGTH:
+        return text
+    return f"{text[:SLUG_PREFIX]}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:16]}"
 
 
 def resolve(spec: str, *, trust_remote_code: bool = False) -> Checkpoint:

@@ -39,7 +39,8 @@ class Placement:
         partition: a name of ``registry.PARTITIONS``.
         ranks: processes of the replica; see `copies`.
         gpus: GPUs of the replica, over all its ranks; 0 on a CPU.
-        max_memory: bytes to use at most, by device: ``cpu``, ``0``, ``1``, ...
+        max_memory: bytes that weights and waiting hidden states may take, by device: ``cpu``, ``0``, ``1``, ... With
+            ``streaming``, those of a GPU include activations.
         offload_folder: where weights and hidden states go that have no room; None is a temporary folder.
         why: the reason for the choice, for people.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 
 from avss_dist.errors import ConfigError, ModelError
@@ -13,7 +14,7 @@ from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices
 from avss_dist.text import describe_bytes
 
-SPARE_SHARE = 0.9  # of a device's memory that weights and activations may take
+SPARE_SHARE = 0.9  # of the memory that is free
 PROCESS_BYTES = 1 << 30  # interpreter, libraries and counters of a process, beside weights and activations
 
 
@@ -56,15 +57,11 @@ def choose(
         partition, gpus, why = _fitting(size, settings, execution, devices, head=head)
     else:
         partition, gpus, why = "single", int(cuda), "the checkpoint's size is not known"
-    if partition == "streaming" and size:
-        rest = size.weight_bytes - sum(size.layer_bytes) if head else size.other_bytes
-        host = max(size.layer_bytes, default=0) + (0 if cuda else rest)
-        require_room_for_a_layer(host, execution.max_memory.get("cpu"))
     return Placement(
         partition=partition,
         ranks=_ranks(partition, execution, gpus),
         gpus=gpus,
-        max_memory=dict(execution.max_memory),
+        max_memory=weight_limits(partition, size, settings, execution.max_memory, devices.kind, head=head),
         offload_folder=execution.offload_folder,
         why=why,
     )
@@ -72,8 +69,74 @@ def choose(
 
 def needs_size(execution: Execution) -> bool:
     """Whether `choose` depends on the size of the checkpoint."""
-    limited = execution.partition == "streaming" and "cpu" in execution.max_memory
-    return execution.partition == "auto" or limited
+    return execution.partition == "auto" or bool(execution.max_memory)
+
+
+def weight_limits(
+    partition: str,
+    size: Footprint | None,
+    settings: Settings,
+    limits: Mapping[str, int],
+    kind: str,
+    *,
+    head: bool = False,
+) -> dict[str, int]:
+    """Return the bytes that weights and waiting hidden states may take, by device, for `Placement.max_memory`.
+
+    Args:
+        size: None where it is not known. Then nothing is refused.
+        limits: ``Execution.max_memory``: of all memory of a replica, by device.
+        kind: of the device that computes, ``cpu`` or ``cuda``.
+        head: it runs too.
+
+    Raises:
+        ConfigError: the limit of host memory is lower than `least_host_bytes`.
+    """
+    left = dict(limits)
+    if "cpu" in limits:
+        _require_host_memory(partition, size, settings, limits["cpu"], kind, head=head)
+        left["cpu"] = max(1, limits["cpu"] - bytes_beside_weights(size, settings, kind, head=head))
+    if partition == "device_map" and size:
+        batch = batch_bytes(size, settings, head=head)
+        left |= {gpu: max(1, limit - batch) for gpu, limit in limits.items() if gpu != "cpu"}
+    return left
+
+
+def batch_bytes(size: Footprint, settings: Settings, *, head: bool = False) -> int:
+    """Return the bytes of the activations of one batch."""
+    shape = settings.batch_size, settings.sequence_length
+    return size.activation_bytes(*shape) + (size.logit_bytes(*shape) if head else 0)
+
+
+def bytes_beside_weights(size: Footprint | None, settings: Settings, kind: str, *, head: bool = False) -> int:
+    """Return the bytes of host memory that a process takes beside weights: on a CPU, with one batch's activations."""
+    return PROCESS_BYTES + (batch_bytes(size, settings, head=head) if size and kind == "cpu" else 0)
+
+
+def least_host_bytes(partition: str, size: Footprint, settings: Settings, kind: str, *, head: bool = False) -> int:
+    """Return the bytes of host memory that a replica needs: `bytes_beside_weights`, and the weights held at once."""
+    layer, cpu = max(size.layer_bytes, default=0), kind == "cpu"
+    rest = size.weight_bytes - sum(size.layer_bytes) if head else size.other_bytes
+    weights = {"single": size.weight_bytes * cpu, "device_map": layer * cpu, "streaming": layer + rest * cpu}
+    return bytes_beside_weights(size, settings, kind, head=head) + weights.get(partition, 0)
+
+
+def _require_host_memory(
+    partition: str, size: Footprint | None, settings: Settings, limit: int, kind: str, *, head: bool
+) -> None:
+    needed = least_host_bytes(partition, size, settings, kind, head=head) if size else 0
+    if not size or limit >= needed:
+        return
+    batch = batch_bytes(size, settings, head=head) if kind == "cpu" else 0
+    parts = [f"{describe_bytes(PROCESS_BYTES)} for the interpreter, libraries and counters"]
+    parts += [f"{describe_bytes(batch)} for the activations of a batch"] if batch else []
+    held = needed - PROCESS_BYTES - batch
+    raise ConfigError(
+        f"`max_memory` allows {describe_bytes(limit)} of host memory; with `partition` {partition} a replica needs "
+        f"{describe_bytes(needed)}: {', '.join(parts)}, and {describe_bytes(held)} for the weights that are held at "
+        "once.",
+        f"Allow cpu={-(-needed // 10**6)}MB or more.",
+    )
 
 
 def require_room_for_a_layer(needed: int, limit: int | None) -> None:
@@ -81,16 +144,16 @@ def require_room_for_a_layer(needed: int, limit: int | None) -> None:
 
     Args:
         needed: bytes of the largest layer, and of what stays in host memory beside the layers.
-        limit: ``max_memory["cpu"]``.
+        limit: ``Placement.max_memory["cpu"]``.
 
     Raises:
         ConfigError: the limit is lower.
     """
     if limit is not None and limit < needed:
         raise ConfigError(
-            f"`max_memory` allows {describe_bytes(limit)} of host memory; streaming needs {describe_bytes(needed)} for "
-            "one layer and what stays beside it.",
-            f"Allow cpu={needed // 10**6 + 1}MB or more.",
+            f"`max_memory` leaves {describe_bytes(limit)} of host memory for weights; streaming needs "
+            f"{describe_bytes(needed)} for one layer and what stays beside it.",
+            f"Allow {(needed - limit) // 10**6 + 1} MB more.",
         )
 
 
@@ -145,21 +208,22 @@ def _fitting(
     size: Footprint, settings: Settings, execution: Execution, devices: Devices, *, head: bool
 ) -> tuple[str, int, str]:
     """Partition, GPUs, reason."""
-    batch = size.activation_bytes(settings.batch_size, settings.sequence_length)
-    if head:
-        batch += size.logit_bytes(settings.batch_size, settings.sequence_length)
-    what = f"{describe_bytes(size.weight_bytes)} of weights and {describe_bytes(batch)} of activations"
+    batch = batch_bytes(size, settings, head=head)
+    weights, activations = f"{describe_bytes(size.weight_bytes)} of weights", f"{describe_bytes(batch)} of activations"
     if devices.kind == "cuda":
         partition, gpus, where = _fitting_gpus(size.weight_bytes, batch, execution, devices)
-        return partition, gpus, f"{what} {where}"
-    limit = execution.max_memory.get("cpu", devices.host_bytes)
+        return partition, gpus, f"{weights} and {activations} {where}"
     most = execution.replicas.most if execution.replicas else 1
     beside = min(most, max(1, devices.cpus_of_largest_node // settings.threads))  # replicas on one node
-    room = int(limit * SPARE_SHARE) // beside - PROCESS_BYTES
-    where = f"{describe_bytes(max(room, 0))} of memory for each replica"
-    if size.weight_bytes + batch <= room:
-        return "single", 0, f"{what} fit into {where}"
-    return "streaming", 0, f"{what} do not fit into {where}"
+    free = int(devices.host_bytes * SPARE_SHARE) // beside
+    room = min(free, execution.max_memory.get("cpu", free))
+    fits = least_host_bytes("single", size, settings, devices.kind, head=head) <= room
+    return (
+        "single" if fits else "streaming",
+        0,
+        f"{weights}, {activations} and {describe_bytes(PROCESS_BYTES)} for the interpreter, libraries and counters "
+        f"{'fit' if fits else 'do not fit'} into {describe_bytes(room)} of memory for each replica",
+    )
 
 
 def _fitting_gpus(weights: int, batch: int, execution: Execution, devices: Devices) -> tuple[str, int, str]:

@@ -18,11 +18,12 @@ from avss_dist.models.patching import Patch, patched
 from avss_dist.models.size import footprint
 from avss_dist.models.skipping import skipping
 from avss_dist.partition.base import Placement
+from avss_dist.partition.choose import size_of, weight_limits
 from avss_dist.partition.open import open_replica
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import PlanError
 from avss_dist.settings import Execution, Settings
-from avss_dist.system.devices import available_memory
+from avss_dist.system.devices import available_memory, pick_device
 
 TOLERANCE = 1e-5  # of the largest output, in float32
 CHECKED_SHAPE = (2, 12)  # rows and tokens
@@ -80,9 +81,9 @@ def _output(checkpoint: Checkpoint, settings: Settings, drop: Sequence[int], pat
 def _streamed_output(
     checkpoint: Checkpoint, settings: Settings, drop: Sequence[int], patch: Patch, execution: Execution
 ) -> torch.Tensor | None:
-    placement = Placement(
-        partition="streaming", max_memory=execution.max_memory, offload_folder=execution.offload_folder
-    )
+    kind = pick_device(settings.device).type
+    limits = weight_limits("streaming", size_of(checkpoint, settings), settings, execution.max_memory, kind, head=True)
+    placement = Placement(partition="streaming", max_memory=limits, offload_folder=execution.offload_folder)
     with closing(open_replica(checkpoint, settings, placement, head=True)) as replica:
         model = replica.language_model
         assert model is not None

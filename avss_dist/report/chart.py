@@ -46,7 +46,9 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
     first, corpora = scores[0], dict.fromkeys(basename(run["corpus"] or "?") for run in runs)
     threshold = describe_threshold(first["threshold"], first["threshold_kind"])
     several = len(runs) > 1
-    x = alt.X("depth:Q", title="relative depth") if several else alt.X("layer:Q", title="layer (from 0)")
+    x = alt.X("layer:Q", title="layer (from 0)").axis(format="d", tickMinStep=1).scale(nice=False)
+    if several:
+        x = alt.X("depth:Q", title="relative depth")
     base = alt.Chart(alt.InlineData(values=rows)).encode(x=x)
     color = alt.Color("run:N", title=None, scale=COLORS, legend=alt.Legend(orient="bottom", columns=2))
     paint: Any = color if several else alt.value("#1f77b4")

@@ -111,7 +111,7 @@ def _body(
 def _number(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.{DIGITS}g}" if isinstance(value, float) else str(value)
+    return f"{value:z.{DIGITS}g}" if isinstance(value, float) else str(value)
 
 
 def _latex_number(value: Any) -> str:

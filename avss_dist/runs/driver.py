@@ -40,7 +40,7 @@ class Driver:
         self._store, self._executor, self._reporter, self._fresh = store, executor, reporter, fresh
         self._planner = Planner(executor, store)
         self._in_progress: dict[RunShards, tuple[RunSpec, RunInProgress]] = {}
-        self._run_ids: set[str] = set()
+        self._run_ids: dict[str, str] = {}  # names of the first specs, by run id
         self._ended: deque[Ending] = deque()
         self._full = False
         self._shared: SharedWarehouse | None = None
@@ -87,13 +87,16 @@ class Driver:
                 self._reporter.planning(spec.name)
                 planned = self._planner.prepare(spec)
                 run = planned.run
+                if run.run_id in self._run_ids:
+                    self._reporter.repeated(spec.name, self._run_ids[run.run_id])
                 if run.run_id in self._run_ids or self._is_done(run):
+                    self._run_ids.setdefault(run.run_id, spec.name)
                     self._end(spec, run)
                     continue
                 if self._full:
                     self._ended.append((spec, self._not_begun(run)))
                     continue
-                self._run_ids.add(run.run_id)
+                self._run_ids[run.run_id] = spec.name
                 self._reporter.planned(spec.name, planned)
                 self._reporter.placed(spec.name, planned.replica_spec.placement)
                 running = RunInProgress(planned, self._store, fresh=self._fresh, shared=self._shared)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from avss_dist.corpus.shards import CorpusPlan, plan
-from avss_dist.errors import ModelError
+from avss_dist.corpus.sources import open_source
+from avss_dist.errors import ModelError, without_secrets
 from avss_dist.executors.base import Executor, ReplicaSpec
 from avss_dist.models.checkpoints import Checkpoint, convert_pickles, fetch_files, locate, resolve
 from avss_dist.models.content import content_hash
@@ -101,7 +102,8 @@ class Planner:
 
     def _plan(self, spec: RunSpec, checkpoint: Checkpoint, config: Any, settings: Settings) -> CorpusPlan:
         """The corpus in the checkpoint's tokens; refuses tokens that the model does not have."""
-        key = self._tokens_key(spec.corpus, checkpoint, config, settings)
+        how = self._tokens_key(checkpoint, config, settings)
+        key = (self._same_text(spec.corpus, how) or spec.corpus, *how)
         if key not in self._plans:
             tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
             planned = plan(spec.corpus, tokenizer, settings)
@@ -111,6 +113,7 @@ class Planner:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         corpus, highest = self._plans[key]
+        corpus = replace(corpus, source=without_secrets(spec.corpus))
         known = getattr(config.get_text_config(), "vocab_size", None)
         if isinstance(known, int) and 0 < known <= highest:
             raise ModelError(
@@ -119,9 +122,17 @@ class Planner:
             )
         return corpus
 
+    def _same_text(self, corpus: str, how: tuple[Any, ...]) -> str | None:
+        """Return the name of a corpus with the same content that is planned already; None if there is none."""
+        planned = {key[0]: plan.corpus_fingerprint for key, (plan, _) in self._plans.items() if key[1:] == how}
+        if not planned or corpus in planned:
+            return None
+        content = open_source(corpus).fingerprint()
+        return next((name for name, known in planned.items() if known == content), None)
+
     @staticmethod
-    def _tokens_key(corpus: str, checkpoint: Checkpoint, config: Any, settings: Settings) -> tuple[Any, ...]:
-        """Equal where the same tokens come out: corpus, tokenizer, and how rows and shards are cut."""
+    def _tokens_key(checkpoint: Checkpoint, config: Any, settings: Settings) -> tuple[Any, ...]:
+        """Equal where the same text gives the same tokens: the tokenizer, and how rows and shards are cut."""
         if checkpoint.source == "gguf" or settings.trust_remote_code:
             tokenizer = checkpoint.revision
         else:
@@ -130,7 +141,7 @@ class Planner:
         family = config.model_type, getattr(config, "tokenizer_class", None)
         cut = settings.sequence_length, settings.sequences_per_shard, settings.max_sequences, settings.shuffle_seed
         rows = settings.chat_template, settings.layout, settings.row_start, settings.skip_first_tokens
-        return corpus, tokenizer, family, cut, rows
+        return tokenizer, family, cut, rows
 
 
 def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settings, placement: Placement) -> str:

@@ -26,6 +26,9 @@ class Reporter:
     def planning(self, name: str) -> None:
         """The run's text is being read and tokenized."""
 
+    def repeated(self, name: str, first: str) -> None:
+        """The run is the same as ``first``: the same model, text and settings. It is measured once."""
+
     def planned(self, name: str, planned: PlannedRun) -> None:
         """The run will be measured: its id, its settings and all else that is known before a weight is loaded."""
 
@@ -53,6 +56,11 @@ class Reporters(Reporter):
         for one in self._reporters:
             one.planning(name)
 
+    def repeated(self, name: str, first: str) -> None:
+        """It is the same as another one."""
+        for one in self._reporters:
+            one.repeated(name, first)
+
     def planned(self, name: str, planned: PlannedRun) -> None:
         """It will be measured."""
         for one in self._reporters:
@@ -79,6 +87,11 @@ class Reporters(Reporter):
             one.finished(name, run)
 
 
+def describe_repeated(first: str) -> str:
+    """Say that a run is the same as another one, ``first``."""
+    return f"the same model, text and settings as {first}; measured once."
+
+
 class LoggingReporter(Reporter):
     """Tells `logging`, as ``avss_dist`` at the level INFO: what functions do where no reporter is given."""
 
@@ -88,6 +101,10 @@ class LoggingReporter(Reporter):
     def planning(self, name: str) -> None:
         """A run's text is read."""
         LOGGER.info("%s: reading", name)
+
+    def repeated(self, name: str, first: str) -> None:
+        """It is the same as another one."""
+        LOGGER.info("%s: %s", name, describe_repeated(first))
 
     def placed(self, name: str, placement: Placement) -> None:
         """How its replicas are spread."""

@@ -60,6 +60,11 @@ def complete_output() -> Iterator[None]:
     except BrokenPipeError:
         _discard_output()
         raise SystemExit(0) from None
+    except SystemExit as end:  # the framework that prints help turns a broken pipe into an exit of its own
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        _discard_output()
+        raise SystemExit(0) from None
     except OSError as error:
         if error.filename is not None or error.errno not in _UNWRITABLE:
             raise

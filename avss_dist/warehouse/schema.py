@@ -196,7 +196,11 @@ TABLES: dict[str, Table] = {
             Column("threshold_kind", STRING, "absolute, or rms: a multiple of the RMS of the layer and site"),
             Column("count", INT64, "elements (recipe unit: channels) that could be near zero"),
             Column("near_zero_count", FLOAT64, "elements near zero; not a whole number where it is interpolated"),
-            Column("variance", FLOAT64, "variance of the activations, by recipe"),
+            Column(
+                "variance",
+                FLOAT64,
+                "variance of the activations, by recipe: pooled divides by n - 1, element and unit by n",
+            ),
             Column("sparsity", FLOAT64, "near_zero_count / count"),
             Column("nav", FLOAT64, "variance / sum of it over layers"),
             Column("nas", FLOAT64, "sparsity / sum of it over layers"),

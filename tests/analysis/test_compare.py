@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -12,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 from scipy import stats
 from support.command_line import avss
 from support.warehouses import Terminal, activations, run_row, stats_of, write_measured, write_profiles, write_scores
 
-from avss_dist.analysis.agreement import correlate, correlate_pairs
+from avss_dist.analysis.agreement import CorrelationSummary, correlate, correlate_pairs, summarize
 from avss_dist.analysis.compare import SCHEMA, compare
-from avss_dist.analysis.findings import findings
+from avss_dist.analysis.findings import OF_RANKINGS, findings, of_rankings
 from avss_dist.errors import QueryError
-from avss_dist.report.terminal.compare import summary
+from avss_dist.report.terminal.compare import pairs_table, summary
 from avss_dist.settings import PUBLISHED_THRESHOLD
 from avss_dist.stats.rankings import align, count_lowest, rank_biased_overlap, spearman
 from avss_dist.stats.scores import Threshold
@@ -36,7 +39,8 @@ MIXED = [3.0, 1.0, 2.0, 4.0, 8.0, 5.0, 7.0, 6.0]
 
 def pairs(root: Path, *run_ids: str, **options: Any) -> list[dict[str, Any]]:
     warehouse = Warehouse(root)
-    table = compare(warehouse, run_ids or warehouse.runs()["run_id"].to_pylist(), threshold=AT, **options)
+    run_ids = run_ids or tuple(warehouse.runs()["run_id"].to_pylist())
+    table = compare(warehouse, run_ids, threshold=AT, **options).table()
     assert table.schema.equals(SCHEMA)
     return table.to_pylist()
 
@@ -165,7 +169,7 @@ def test_runs_under_the_same_conditions(root: Path) -> None:
 )
 def test_what_is_not_comparable_is_refused_by_name(tmp_path: Path, columns: dict[str, Any], text: str) -> None:
     write_scores(tmp_path, "a", UP)
-    write_scores(tmp_path, "b", DOWN, **columns)
+    write_scores(tmp_path, "b", DOWN, model="org/a", family="gemma", revision="other", **columns)
     for by in ("run", "family", "revision"):
         with pytest.raises(QueryError, match=rf"not comparable: they differ in {text}\.\n.*`allow_mismatch`"):
             pairs(tmp_path, by=by)
@@ -182,8 +186,45 @@ def test_more_pairs_than_a_comparison_takes_are_refused(root: Path, monkeypatch:
 
 def test_every_difference_is_named(root: Path) -> None:
     with pytest.raises(QueryError, match=r"corpus \(other.txt, text.txt\); dtype \(bfloat16, float32\)"):
-        pairs(root)
+        pairs(root, "llama-2", "llama-3")
     assert len(pairs(root, allow_mismatch=True)) == 6
+
+
+def test_what_is_comparable_is_compared_and_the_rest_is_named(root: Path) -> None:
+    write_profiles(root, "gpt-1", {("mlp", "pooled", PUBLISHED_THRESHOLD): UP})
+    warehouse = Warehouse(root)
+    run_ids = ["gpt-1", "llama-1", "llama-2", "llama-3", "bert-1"]
+    for by in ("run", "family"):
+        comparison = compare(warehouse, run_ids, by=by, threshold=AT)
+        (pair,) = comparison.table().to_pylist()
+        assert {pair["a_run_id"], pair["b_run_id"]} == {"llama-1", "bert-1"}
+        assert comparison.left_out == {
+            "gpt-1": "no scores at this site, recipe and threshold",
+            "llama-2": "dtype bfloat16 instead of float32",
+            "llama-3": "corpus other.txt instead of text.txt",
+        }
+        assert comparison.conditions == ("corpus", "dtype")
+    assert repr(comparison) == "<RankingComparison: 1 pair, 3 runs left out>"
+    assert compare(warehouse, run_ids, threshold=AT, allow_mismatch=True).left_out.keys() == {"gpt-1"}
+    by_dtype = compare(warehouse, run_ids, by="dtype", threshold=AT)
+    assert by_dtype.left_out["llama-3"] == "corpus other.txt instead of text.txt"
+    assert by_dtype.left_out["bert-1"] == "nothing comparable that differs in dtype alone"
+
+
+def test_alike_runs_are_compared_within_each_group(tmp_path: Path) -> None:
+    """Two groups of two: two pairs of the six, and no run is left out."""
+    for name, dtype in (("a", "float32"), ("b", "float32"), ("c", "bfloat16"), ("d", "bfloat16")):
+        write_scores(tmp_path, name, UP, dtype=dtype)
+    comparison = compare(Warehouse(tmp_path), ["a", "b", "c", "d"], threshold=AT)
+    assert sorted(sorted((pair["a"], pair["b"])) for pair in comparison.table().to_pylist()) == [["a", "b"], ["c", "d"]]
+    assert (comparison.conditions, comparison.left_out) == (("dtype",), {})
+
+
+def test_the_same_name_of_other_text_is_said(tmp_path: Path) -> None:
+    for name, fingerprint in (("a", "1"), ("b", "1"), ("c", "2")):
+        write_scores(tmp_path, name, UP, corpus_fingerprint=fingerprint)
+    comparison = compare(Warehouse(tmp_path), ["a", "b", "c"], threshold=AT)
+    assert comparison.left_out == {"c": "corpus text.txt of other content"}
 
 
 def test_the_same_text_under_another_name_is_comparable(tmp_path: Path) -> None:
@@ -261,17 +302,65 @@ def test_the_table_says_it_in_words(root: Path) -> None:
     assert "tracks depth" in result.stdout
 
 
+def test_a_comparison_tells_only_the_findings_that_concern_it(tmp_path: Path) -> None:
+    """A unit that carries the variance is of one run; that a score follows depth changes what its correlations mean."""
+    x = activations(scales=np.arange(1.0, 9.0))
+    x[..., 0] *= 300
+    for name in ("a", "b"):
+        write_measured(tmp_path, name, stats_of(x), 8)
+    every = findings(Warehouse(tmp_path)).to_pylist()
+    assert {"dominant_unit", "tracks_depth"} <= {row["kind"] for row in every}
+    result = avss("compare", "-w", tmp_path)
+    assert "tracks depth" in result.stdout and "dominant unit" not in result.stdout
+    told = [
+        row
+        for row in every
+        if row["kind"] in OF_RANKINGS and row["site"] in ("block", None) and row["recipe"] in ("pooled", None)
+    ]
+    rest = f"{len(every) - len(told)} findings more about these runs alone: avss findings -w {tmp_path} --all"
+    assert " ".join(result.stdout.split()).endswith(rest)
+    table = findings(Warehouse(tmp_path))
+    kinds = [set(of_rankings(table, score)["kind"].to_pylist()) for score in ("avss", "block_influence")]
+    assert kinds[0] == {row["kind"] for row in every} & set(OF_RANKINGS)
+    assert kinds[1] == {row["kind"] for row in every} & {"nonfinite"}
+
+
+@pytest.mark.parametrize("by", ["run", "family"])
+def test_the_command_says_what_it_left_out(root: Path, by: str) -> None:
+    result = avss("compare", "-w", root, "--by", by, "--format", "csv")
+    assert (result.exit_code, len(result.stdout.splitlines())) == (0, 2)
+    assert result.stderr == (
+        "Only runs with the same corpus, dtype are compared with each other; --allow-mismatch compares all.\n"
+        "Left out: llama-2: dtype bfloat16 instead of float32.\n"
+        "Left out: llama-3: corpus other.txt instead of text.txt.\n"
+    )
+
+
 def test_the_words_follow_the_numbers(tmp_path: Path) -> None:
     for name, scores in (("a", UP), ("b", UP), ("c", UP)):
         write_scores(tmp_path, name, scores)
     warehouse = Warehouse(tmp_path)
-    alike = summary(compare(warehouse, ["a", "b", "c"], threshold=AT))
+    alike = summary(compare(warehouse, ["a", "b", "c"], threshold=AT).pairs)
     assert alike.startswith(
         "3 pairs: Spearman 1.000 at the median, from 1.000 to 1.000: the rankings are nearly the same."
     )
     assert alike.endswith("100% of the lowest layers of one are the lowest of the other; by chance it would be 25%.")
     write_scores(tmp_path, "d", DOWN)
-    assert "the other way round" in summary(compare(warehouse, ["a", "d"], threshold=AT))
+    assert "the other way round" in summary(compare(warehouse, ["a", "d"], threshold=AT).pairs)
+
+
+def test_a_median_is_between_the_middle_two_and_zero_has_no_sign() -> None:
+    rho = np.array([1.0, -1.0, np.nan, -0.0002, -0.0003])
+    assert summarize(rho) == CorrelationSummary(count=4, median=pytest.approx(-0.00025), lowest=-1, highest=1)
+    assert summarize(np.array([np.nan])).count == 0
+    row = {"by": "run", "a": "a", "b": "b", "a_run_id": "a", "b_run_id": "b", "layers": 8, "interpolated": False}
+    row |= {"k": 2, "shared": 1, "jaccard": 0.3, "jaccard_by_chance": 0.2, "p_by_chance": 0.5}
+    rows = [row | dict.fromkeys(("spearman", "given_depth", "kendall", "rbo"), value) for value in (-0.0002, -0.0003)]
+    table = pa.Table.from_pylist(rows, SCHEMA)
+    console = Console(file=(output := io.StringIO()), width=132)
+    console.print(pairs_table(table, "title"))
+    assert "0.000 at the median, from 0.000 to 0.000" in output.getvalue()
+    assert "-0.0" not in output.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["csv", "json"])
@@ -288,7 +377,7 @@ def test_pairs_as_data(root: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        ([], "not comparable: they differ in corpus"),
+        (["--run", "llama-2", "--run", "llama-3"], "not comparable: they differ in corpus"),
         (["--run", "lama-1"], "Unknown run 'lama-1'.\nDid you mean 'llama-1'?"),
         (["--run", "gpt*"], "No run matches 'gpt*'."),
         (["--by", "dtyp"], "Unknown --by 'dtyp'.\nDid you mean 'dtype'?"),

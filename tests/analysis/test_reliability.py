@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 
-from avss_dist.analysis.reliability import misranked, reliability, sets_correlation
+from avss_dist.analysis.reliability import FEWEST_SETS, misranked, reliability, sets_correlation
 from avss_dist.stats.rankings import spearman
 
 
@@ -37,8 +39,9 @@ def test_pairs_in_the_wrong_order_are_counted() -> None:
 
 
 def test_sets_are_ordered_by_their_sums() -> None:
-    score = np.array([0.0, 1.0, 2.0, 4.0])
-    sets = {(0, 1): 0.1, (1, 2): 0.3, (0, 3): 0.4, (2, 3): 9.0}
+    score = np.array([0.0, 1.0, 2.0, 4.0, 8.0])
+    sets = {pair: float(score[list(pair)].sum()) ** 3 for pair in combinations(range(5), 2)}
     assert sets_correlation(score, sets) == pytest.approx(1.0)
     assert sets_correlation(-score, sets) == pytest.approx(-1.0)
-    assert np.isnan(sets_correlation(score, {(0, 1): 0.1}))
+    few = dict(list(sets.items())[: FEWEST_SETS - 1])
+    assert np.isnan(sets_correlation(score, few)) and np.isnan(sets_correlation(score, {(0, 1): 0.1}))

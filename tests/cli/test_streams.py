@@ -59,6 +59,21 @@ def test_errors_that_cannot_be_written_change_no_exit_code() -> None:
     assert shell("AVSS query --schema | true; exit ${PIPESTATUS[0]}").returncode == 0
 
 
+@pytest.mark.parametrize(
+    "command", ["--help", "score --help", "jobs --help", "--version", "query --schema", "run --schema", "show -w W"]
+)
+def test_a_reader_that_has_had_enough_is_no_error(command: str, tmp_path: Path) -> None:
+    write_scores(tmp_path / "w", "a-0123456789", [1.0, 2.0, 3.0])
+    command = command.replace("W", f"{tmp_path}/w")
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run([*COMMAND, *command.split()], stdout=writing, stderr=subprocess.PIPE, check=False)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_one_place_writes_what_people_see() -> None:
     """No other file of the package prints, or has a stream or a console of its own."""
     package = Path(avss_dist.__file__).parent

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from avss_dist.estimation.estimate import SIMPLEST_FIRST, Arithmetic, Estimate, 
 from avss_dist.estimation.small_models import shortened
 from avss_dist.measure.shard import counter_bytes
 from avss_dist.models.size import footprint
+from avss_dist.partition.choose import choose, least_host_bytes
 from avss_dist.report.terminal.estimate import describe_seconds, estimate_table, summary
 from avss_dist.settings import Execution, Settings
+from avss_dist.system.devices import Devices
 
 SETTINGS = Settings(max_sequences=6, sequence_length=32, batch_size=2, sequences_per_shard=4, device="cpu")
 Save = Callable[[Any, Path], Path]
@@ -179,6 +182,7 @@ def test_seconds_are_layers_and_the_rest_of_every_shard(tiny_llama: Path) -> Non
 
 def test_layers_on_disk_take_longer(tiny_llama: Path) -> None:
     found = rows(tiny_llama, Machine("cpu", 0, GB, GB), Execution(max_memory={"cpu": 1}))
+    assert not found["device_map"].fits
     assert found["device_map"].seconds == 8 * (1 + 3 * 3.0)
     assert "3 of 3 layers on disk" in found["device_map"].why
 
@@ -263,6 +267,33 @@ def test_a_limit_that_no_process_keeps_fits_nothing(header_only: Path, monkeypat
     monkeypatch.setattr(avss_dist.estimation.estimate, "calibrate", lambda *_: CALIBRATION)
     found = estimate(str(header_only), "builtin:pydoc", SETTINGS, Execution(max_memory={"cpu": "20MB"}))
     assert found.host_free_bytes == 20_000_000 and found.best is None
+
+
+def test_what_fits_a_limit_is_what_a_run_accepts(tiny_llama: Path) -> None:
+    """Whatever was measured: a run is refused by `choose`, before anything can be."""
+    devices = Devices(
+        kind="cpu",
+        count=1,
+        count_of_largest_node=1,
+        device_bytes=64 * GB,
+        host_bytes=64 * GB,
+        cpus=1,
+        cpus_of_largest_node=1,
+    )
+    size, partitions = footprint(str(tiny_llama), SETTINGS), ("device_map", "streaming")
+    for partition in partitions:
+        least = least_host_bytes(partition, size, SETTINGS, "cpu")
+        for limit, fits in ((least, True), (least - 1, False)):
+            execution = Execution(partition=partition, max_memory={"cpu": limit})
+            row = rows(tiny_llama, Machine("cpu", 0, limit, limit), execution)[partition]
+            assert (row.fits, "of host memory" in row.why) == (fits, not fits)
+            with nullcontext() if fits else pytest.raises(ConfigError, match="`max_memory` allows"):
+                choose(size, SETTINGS, execution, devices)
+    least = least_host_bytes("single", size, SETTINGS, "cpu")
+    for limit, fits in ((least, True), (least - 1, False)):
+        execution = Execution(max_memory={"cpu": limit})
+        assert rows(tiny_llama, Machine("cpu", 0, limit, limit), execution)["single"].fits == fits
+        assert (choose(size, SETTINGS, execution, devices).partition == "single") == fits
 
 
 def test_a_benchmark_that_is_killed_is_an_error(header_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:

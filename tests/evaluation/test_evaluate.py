@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from support.causal_lm import open_whole
-from support.checkpoints import one_thread
+from support.checkpoints import host_limit, one_thread
 from support.command_line import avss, files
 from support.tables import assert_same_evaluations
 
@@ -164,7 +164,7 @@ def test_what_would_be_ignored_is_refused(name: str, tmp_path: Path) -> None:
     [
         ({"partition": "zero3", "ranks": 2, "max_memory": {"cpu": 10**9}}, "`max_memory` has no effect"),
         ({"partition": "single", "offload_folder": "x"}, "`offload_folder` has no effect"),
-        ({"partition": "streaming", "max_memory": {"cpu": 1000}}, "one layer and what stays beside it"),
+        ({"partition": "streaming", "max_memory": {"cpu": 1000}}, "`max_memory` allows 1 kB of host memory"),
         ({"gpus_per_replica": 2}, "`gpus_per_replica` needs GPUs"),
     ],
 )
@@ -191,8 +191,8 @@ def test_gradients_are_refused_before_anything_is_scored(tmp_path: Path) -> None
 
 def test_streaming_evaluates_what_has_no_room(tiny_llama: Path, tmp_path: Path) -> None:
     """The same rows as of a whole model; `auto` chooses it where memory is limited."""
-    folders: dict[str, Any] = {"whole": {}, "streamed": {"partition": "streaming", "max_memory": {"cpu": 200_000}}}
-    folders["chosen"] = {"max_memory": {"cpu": 200_000}}
+    limited = {"max_memory": {"cpu": host_limit(tiny_llama, 200_000, **SMALL)}}
+    folders: dict[str, Any] = {"whole": {}, "streamed": {"partition": "streaming", **limited}, "chosen": limited}
     with one_thread():
         for name, options in folders.items():
             common = {**SMALL, **options, "executor": "local", "warehouse": tmp_path / name}

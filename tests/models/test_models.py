@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -163,6 +164,16 @@ def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path: Path, m
 )
 def test_a_slug_is_a_plain_file_name(name: str, expected: str) -> None:
     assert slug(name) == expected
+
+
+def test_a_long_slug_is_a_prefix_and_a_hash() -> None:
+    """The longest that fits beside ``run_id=`` and the fingerprint in 255 bytes stays as it is."""
+    longest = "a" * (255 - len("run_id=") - len("-0123456789"))
+    assert slug(longest) == longest
+    first, second = slug(longest + "a"), slug(longest + "b")
+    assert first != second and first == slug(longest + "a")
+    for text in (first, second):
+        assert re.fullmatch("a{80}-[0-9a-f]{16}", text)
 
 
 def test_the_slug_of_a_gguf_file_is_its_stem(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import pytest
 
 from avss_dist.errors import ConfigError
 from avss_dist.models.size import Footprint
-from avss_dist.partition.choose import choose
+from avss_dist.partition.choose import PROCESS_BYTES, batch_bytes, bytes_beside_weights, choose, least_host_bytes
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices, devices_here
-from avss_dist.text import parse_bytes
+from avss_dist.text import describe_bytes, parse_bytes
 
 GB = 10**9
 SETTINGS = Settings()
@@ -98,6 +98,40 @@ def test_auto_counts_activations_replicas_and_limits() -> None:
     assert (placement.partition, placement.gpus) == ("device_map", 2)
 
 
+def test_a_limit_covers_the_process_and_a_batch_as_well_as_weights() -> None:
+    """What is left of it for weights and hidden states is what the partition gets; no room is negative."""
+    size, devices = llama_like(8), cpus(64 * GB)
+    beside = bytes_beside_weights(size, SETTINGS, "cpu")
+    assert beside == PROCESS_BYTES + batch_bytes(size, SETTINGS)
+    enough = least_host_bytes("single", size, SETTINGS, "cpu")
+    assert enough == beside + size.weight_bytes
+    for limit, partition in ((enough, "single"), (enough - 1, "streaming")):
+        placement = choose(size, SETTINGS, Execution(max_memory={"cpu": limit}), devices)
+        assert placement.partition == partition
+        assert placement.max_memory == {"cpu": limit - beside}
+        assert (
+            f"{'fit' if partition == 'single' else 'do not fit'} into {describe_bytes(limit)} of memory for each"
+            in placement.why
+        )
+        assert "1.07 GB for the interpreter" in placement.why
+    least = least_host_bytes("streaming", size, SETTINGS, "cpu", head=True)
+    execution = Execution(max_memory={"cpu": least})
+    placement = choose(size, SETTINGS, execution, devices, head=True)
+    assert placement.max_memory == {"cpu": max(size.layer_bytes) + size.other_bytes}
+    with pytest.raises(ConfigError, match=r"`max_memory` allows"):
+        choose(size, SETTINGS, Execution(max_memory={"cpu": least - 1}), devices, head=True)
+
+
+def test_a_limit_of_a_gpu_covers_activations_too() -> None:
+    size = llama_like(8)
+    execution = Execution(partition="device_map", max_memory={"0": 10 * GB, "1": 20 * GB})
+    batch = batch_bytes(size, SETTINGS)
+    assert choose(size, SETTINGS, execution, gpus(2, 80 * GB)).max_memory == {
+        "0": 10 * GB - batch,
+        "1": 20 * GB - batch,
+    }
+
+
 def test_gpus_of_a_replica_may_be_asked_for() -> None:
     placement = choose(llama_like(8), SETTINGS, Execution(gpus_per_replica=4), gpus(8, 80 * GB))
     assert (placement.partition, placement.gpus) == ("device_map", 4)
@@ -140,10 +174,17 @@ def test_what_was_asked_for_is_taken(options: dict[str, Any], devices: Devices, 
         (
             {"partition": "streaming", "max_memory": {"cpu": 1}},
             cpus(GB),
-            "allows 1 Byte .* needs 1.27 GB for one layer",
+            r"allows 1 Byte .* streaming .* needs 2.52 GB: 1.07 GB for the interpreter, libraries and counters, "
+            r"168 MB for the activations of a batch, and 1.27 GB for the weights that are held at once.\n"
+            r"Allow cpu=2517MB or more.",
         ),
-        ({"partition": "streaming", "max_memory": {"cpu": GB // 4}}, gpus(1, GB), "allows 250 MB .* needs 475 MB"),
-        ({"max_memory": {"cpu": 10**6}}, cpus(GB), "allows 1 MB .* needs 1.27 GB for one layer"),
+        (
+            {"partition": "streaming", "max_memory": {"cpu": GB}},
+            gpus(1, GB),
+            "allows 1 GB .* needs 1.55 GB: 1.07 GB for the interpreter, libraries and counters, and 475 MB",
+        ),
+        ({"max_memory": {"cpu": 10**6}}, cpus(GB), "allows 1 MB .* streaming .* needs 2.52 GB"),
+        ({"partition": "device_map", "max_memory": {"cpu": 10**6}}, cpus(GB), "allows 1 MB .* device_map .* needs"),
     ],
 )
 def test_contradictions_are_refused(options: dict[str, Any], devices: Devices, message: str) -> None:

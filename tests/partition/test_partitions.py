@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from support.checkpoints import host_limit
 from support.families import tiny_model
 from support.pairs import write_pairs
 from support.processes import FreezesAtStart, Harming, wait_until
@@ -78,7 +79,8 @@ def test_offloaded_partitions_give_the_same_bytes(
     partition: str, limit: int, replicas: int, models: list[str], single: Path, tmp_path: Path
 ) -> None:
     """Most of the weights are on disk; streaming has room for one layer and for no hidden state."""
-    score(models[:2], tmp_path, partition=partition, executor="ray", replicas=replicas, max_memory={"cpu": limit})
+    limits = {"cpu": max(host_limit(model, limit, head=False, **OPTIONS) for model in models[:2])}
+    score(models[:2], tmp_path, partition=partition, executor="ray", replicas=replicas, max_memory=limits)
     got, wanted = measured_files(tmp_path), measured_files(single)
     assert got == {path: wanted[path] for path in got} and len(got) == 4
     assert set(Warehouse(tmp_path).runs()["partition"].to_pylist()) == {partition}

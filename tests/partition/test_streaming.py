@@ -342,7 +342,7 @@ def test_hidden_states_stay_on_a_gpu_while_it_has_room(tmp_path: Path) -> None:
 
 
 def test_a_limit_without_room_for_a_layer_is_refused(tiny: Path) -> None:
-    with pytest.raises(ConfigError, match=r"`max_memory` allows 1 Byte .* streaming needs [\d.]+ kB for one layer"):
+    with pytest.raises(ConfigError, match=r"`max_memory` leaves 1 Byte .* streaming needs [\d.]+ kB for one layer"):
         streaming(tiny, max_memory={"cpu": 1})
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.checkpoints import llama, one_thread
+from support.checkpoints import host_limit, llama, one_thread
 from support.command_line import avss
 from support.families import lively, tiny_model
 
@@ -295,7 +295,7 @@ def test_streaming_writes_the_same_bytes(family: str, tmp_path: Path, save_check
     plan, by = (replace(plan, num_layers=6, drop=(2, 4)), "refit_full") if family == "llama" else (plan, "refit_around")
     size = footprint(resolve(str(folder)), Settings(dtype="float32"))
     room = size.weight_bytes - sum(size.layer_bytes) + 2 * (max(size.layer_bytes) + 512)
-    streamed = Execution(partition="streaming", max_memory={"cpu": room})
+    streamed = Execution(partition="streaming", max_memory={"cpu": host_limit(folder, room, dtype="float32")})
     with one_thread():
         done = {
             name: prune(str(folder), plan, tmp_path / name, repair=repair_of(by), execution=how)

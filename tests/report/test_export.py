@@ -6,6 +6,7 @@ import csv
 import errno
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,16 @@ def test_an_old_file_outlives_a_write_that_fails(root: Path, tmp_path: Path, mon
 def test_escapes() -> None:
     assert escape_latex("a\nb_c") == r"a b\_c"
     assert escape_markdown("a\n|b|") == r"a \|b\|"
+
+
+@pytest.mark.parametrize("layers", [2, 3, 6])
+def test_layers_have_whole_numbers_in_a_picture(tmp_path: Path, layers: int) -> None:
+    write_scores(tmp_path / "w", "few", [float(i + 1) for i in range(layers)])
+    result = avss("plot", "-w", tmp_path / "w", "-o", tmp_path / "chart.svg")
+    assert result.exit_code == 0, result.stderr
+    first = (tmp_path / "chart.svg").read_text().partition("X-axis titled 'layer (from 0)'")[2].partition("</g></g>")[0]
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", first.partition("role-axis-title")[0])
+    assert labels and set(labels) <= {str(layer) for layer in range(layers)}, labels
 
 
 def test_a_chart_of_very_many_runs_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,13 +17,17 @@ import numpy as np
 import pytest
 from support.command_line import avss
 from support.pages import write_failed, write_many, write_removals, write_run
+from support.warehouses import write_scores
 
-from avss_dist.analysis.agreement import correlate
+from avss_dist.analysis.agreement import correlate, rank_correlations
+from avss_dist.analysis.compare import compare
 from avss_dist.analysis.findings import findings
 from avss_dist.analysis.scorecard import score_cards
-from avss_dist.report.page.across import training_series
-from avss_dist.report.page.data import run_labels
+from avss_dist.report.page.across import correlations, training_series
+from avss_dist.report.page.data import page_data, run_labels
 from avss_dist.report.page.page import report_page
+from avss_dist.report.terminal.compare import summary
+from avss_dist.stats.scores import Threshold
 from avss_dist.text import describe_threshold
 from avss_dist.warehouse.reader import Warehouse
 
@@ -183,7 +187,8 @@ def test_correlations_are_those_of_compare(page: Page, store: Warehouse) -> None
     ids = [next(r["run_id"] for r in runs if _label(data, r) == run["label"]) for run in data["runs"]]
     tables = {run_id: store.table("scores", run_ids=[run_id]).to_pylist() for run_id in ids}
     interpolated = 0
-    for choice, pairs in zip(data["choices"], data["correlations"], strict=True):
+    for choice, agreement in zip(data["choices"], data["correlations"], strict=True):
+        pairs = agreement["pairs"]
         assert sorted(pair[:2] for pair in pairs) == [[0, 0], [0, 1], [0, 2], [1, 1], [1, 2], [2, 2]]
         for i, j, spearman, given_depth in pairs:
             profile = _profile(tables[ids[i]], choice)
@@ -199,6 +204,36 @@ def test_correlations_are_those_of_compare(page: Page, store: Warehouse) -> None
                 assert given_depth == pytest.approx(agreed["given_depth"], abs=6e-4)
             interpolated += agreed["interpolated"]
     assert interpolated == 2 * len(data["choices"])
+
+
+def test_the_page_says_what_compare_says(tmp_path: Path) -> None:
+    """Of four runs, three alike: half of the six pairs agree wholly, and the median is between the halves."""
+    up, mixed = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [3.0, 4.0, 5.0, 6.0, 1.0, 2.0]
+    for name, scores in (("a", up), ("b", up), ("c", up), ("d", mixed)):
+        write_scores(tmp_path, name, scores)
+    warehouse = Warehouse(tmp_path)
+    runs = warehouse.runs().to_pylist(maps_as_pydicts="lossy")
+    (agreement,) = page_data(warehouse, runs)["correlations"]
+    threshold = Threshold(value=1e-5, kind="absolute")
+    pairs = compare(warehouse, [run["run_id"] for run in runs], threshold=threshold).pairs
+    rho = sorted(pairs["spearman"].to_pylist())
+    median = (rho[2] + rho[3]) / 2
+    assert rho[2] < median < rho[3] == pytest.approx(1)
+    assert agreement["summary"].startswith(f"The median of 6 pairs is {median:.3f}")
+    assert f"Spearman {median:.3f} at the median" in summary(pairs)
+
+
+def test_a_correlation_of_nearly_zero_has_no_sign() -> None:
+    """Six layers cannot have a correlation that close to zero, 2,000 can."""
+    rng = np.random.default_rng(0)
+    depth = (np.arange(2000) + 0.5) / 2000
+    scores = [(depth, rng.permutation(2000).astype(float)) for _ in range(60)]
+    rho, _ = rank_correlations(scores, np.zeros(59, np.int64), np.arange(1, 60))
+    close = int(np.argmin(np.where(rho < 0, -rho, 1))) + 1
+    assert -0.0005 < rho[close - 1] < 0
+    text = correlations({0: scores[0], 1: scores[close]})
+    assert "of 1 pair is 0.000" in text["summary"] and "-0.000" not in str(text)
+    assert json.dumps(text["pairs"][-1]) == "[0, 1, 0.0, 0.0]"
 
 
 def test_what_is_known_without_layers_is_the_warehouses(page: Page, store: Warehouse) -> None:

@@ -69,7 +69,7 @@ def test_the_layers_fit_and_every_number_is_whole(warehouse: Warehouse, width: i
 
 @pytest.mark.parametrize("width", [60, 80, 132])
 def test_pairs_show_whole_ids_at_any_width(warehouse: Warehouse, width: int) -> None:
-    pairs = compare(warehouse, RUNS, threshold=Threshold(value=1e-5, kind="absolute"))
+    pairs = compare(warehouse, RUNS, threshold=Threshold(value=1e-5, kind="absolute")).pairs
     lines = drawn(pairs_table(pairs, "by run"), width)
     assert all(any(f" {run} " in line for line in lines) for run in RUNS)
     assert any(f" {pairs['spearman'][0].as_py():.3f} " in line for line in lines)

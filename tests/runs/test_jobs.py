@@ -440,6 +440,49 @@ def test_the_plan_warns_of_a_model_that_does_not_fit(tiny_llama: Path, tmp_path:
     assert not preview._missing_memory(size, spec.settings, devices_here("cpu"))
 
 
+def test_one_text_under_two_names_is_planned_and_measured_once(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from avss_dist.runs import planner
+
+    planned: list[str] = []
+
+    def plan(source: str, *args: Any, **options: Any) -> Any:
+        planned.append(source)
+        return tokenize(source, *args, **options)
+
+    tokenize = planner.plan
+    monkeypatch.setattr(planner, "plan", plan)
+    text = "One word after the other, and another one. " * 200
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text(text if name != "c.txt" else text[::-1])
+    corpora = ", ".join(f"{tmp_path}/{name}" for name in ("a.txt", "b.txt", "c.txt"))
+    file = job_file(
+        tmp_path, f"warehouse: {tmp_path}/w\nmodels: [{tiny_llama}]\ncorpora: [{corpora}]\n{SETTINGS}{LOCAL}"
+    )
+    first, second, _ = (spec.name for spec in read_job(file).specs)
+    said = f"{second} is the same model, text and settings as {first}; measured once."
+    code, output = avss("run", file, "--dry-run")
+    assert code == 0 and said in " ".join(output.split()) and "2 missing, 1 repeated." in output
+    assert planned == [f"{tmp_path}/a.txt", f"{tmp_path}/c.txt"]
+    planned.clear()
+    code, output = avss("run", file)
+    assert code == 0 and f"{second}: the same model, text and settings as {first}; measured once." in output
+    assert "3 runs: 2 done, 1 skipped." in output
+    assert planned == [f"{tmp_path}/a.txt", f"{tmp_path}/c.txt"]
+
+
+@pytest.mark.parametrize("text", ["models: [a]\nsetings: {}\n", None, b"\xff"])
+def test_a_mistake_names_a_page_that_exists(tmp_path: Path, text: str | bytes | None) -> None:
+    file = tmp_path / "job.yaml"
+    if text is not None:
+        file.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(JobError) as caught:
+        read_job(file)
+    (page,) = re.findall(r"\S+\.md", str(caught.value.hint))
+    assert Path(page.rstrip(".")).read_text().startswith("# ")
+
+
 def test_one_tokenizer_is_run_once_over_a_corpus(
     tiny_llama: Path, tmp_path: Path, save_checkpoint: Callable[[Any, Path], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

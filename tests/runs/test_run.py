@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from support.tables import assert_same_tables, measured_files
 
 import avss_dist
+from avss_dist.analysis.chosen import choose_runs
 from avss_dist.errors import AvssError, ConfigError, RunFailed
 from avss_dist.executors import base
 from avss_dist.executors.base import Outcome, RunShards
@@ -63,6 +65,22 @@ def drive(model: Path, out: Path, executor: Any, **changes: Any) -> avss_dist.Ru
         ((_, ending),) = Driver(store, executor, Reporter()).run([spec])
     assert isinstance(ending, avss_dist.Run), ending
     return ending
+
+
+def test_a_model_with_a_long_name_is_scored_and_found(tiny_llama: Path, tmp_path: Path) -> None:
+    """250 characters, beside which a folder's name has no room for more; failures are recorded too."""
+    name = "long-" + "n" * 245
+    model = shutil.copytree(tiny_llama, tmp_path / name)
+    run = score(model, tmp_path / "w", max_sequences=4)
+    assert (run.status, run.run_id.startswith(name[:80]), len(run.run_id)) == ("done", True, 80 + 17 + 11)
+    assert score(model, tmp_path / "w", max_sequences=4).run_id == run.run_id
+    warehouse = Warehouse(tmp_path / "w")
+    assert warehouse.runs()["run_id"].to_pylist() == [run.run_id]
+    assert choose_runs(warehouse, [name])[0]["model"] == str(model)
+    assert warehouse.table("scores", run_ids=[run.run_id]).num_rows > 0
+    missing = tmp_path / ("gone-" + "n" * 245)
+    (failed,) = avss_dist.score_all([str(missing)], warehouse=tmp_path / "w", **SMALL)
+    assert failed.status == "failed" and len(failed.run_id) == 80 + 17 + 11
 
 
 class Interfering(LocalExecutor):

@@ -65,7 +65,7 @@ def test_compare_and_findings_and_show_agree_about_ties(tmp_path: Path) -> None:
     write_scores(tmp_path, "tied", TIED)
     write_scores(tmp_path, "rising", np.arange(8.0) + 1)
     store = Warehouse(tmp_path)
-    (pair,) = compare(store, ["tied", "rising"], threshold=AT).to_pylist()
+    (pair,) = compare(store, ["tied", "rising"], threshold=AT).table().to_pylist()
     assert pair["spearman"] == pytest.approx(0.577, abs=1e-3)
     depth = [row for row in findings(store).to_pylist() if row["kind"] == "tracks_depth"]
     assert [row["run_id"] for row in depth] == ["rising"]
@@ -77,7 +77,7 @@ def test_recipes_and_runs_are_compared_by_one_rule(tmp_path: Path) -> None:
     shared = {("block", "pooled", 1e-5): TIED, ("block", "element", 1e-5): [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]}
     write_profiles(tmp_path, "apart", shared)
     store = Warehouse(tmp_path)
-    (pair,) = compare(store, ["apart"], by="recipe", threshold=AT).to_pylist()
+    (pair,) = compare(store, ["apart"], by="recipe", threshold=AT).table().to_pylist()
     (row,) = (row for row in findings(store).to_pylist() if row["kind"] == "recipes_disagree")
     assert row["value"] == pytest.approx(pair["spearman"]) == pytest.approx(-0.577, abs=1e-3)
 

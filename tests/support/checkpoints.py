@@ -6,10 +6,13 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from avss_dist.settings import Settings
 
 VOCABULARY = 320
 
@@ -96,3 +99,13 @@ def block_fp8(whole: Path, folder: Path, skipped: Sequence[str]) -> Path:
     quantization = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": [*skipped]}
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     return folder
+
+
+def host_limit(folder: object, weights: int, *, head: bool = True, **settings: Any) -> int:
+    """Return the limit of host memory of a replica that leaves so many bytes for weights and waiting hidden states."""
+    from avss_dist.models.size import footprint
+    from avss_dist.partition.choose import bytes_beside_weights
+
+    names = {field.name for field in fields(Settings)}
+    chosen = Settings(**{name: value for name, value in settings.items() if name in names})
+    return weights + bytes_beside_weights(footprint(str(folder), chosen), chosen, "cpu", head=head)

@@ -7,48 +7,51 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from avss_dist.analysis.agreement import Scores, rank_correlations, summarize
 from avss_dist.analysis.compare import CONDITIONS, condition, with_conditions
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.rankings import FEWEST, given_depth
-from avss_dist.text import describe_count, printable
+from avss_dist.stats.rankings import FEWEST, depth_correlation
+from avss_dist.text import count_of, describe_count, printable
 
 DIGITS = 3  # after the point, of correlations
 SHORTEST = 3  # checkpoints of a series that is drawn
 Row = Mapping[str, Any]  # of the table `runs`
-Pair = list[Any]  # first run, second run, Spearman's coefficient, the same given depth
 
 
-def correlations(profiles: Mapping[int, tuple[Float64, Float64]]) -> list[Pair]:
-    """Of every two runs, Spearman's coefficient and what is left of it given depth; of every run, that with depth.
+def correlations(profiles: Mapping[int, Scores]) -> dict[str, Any]:
+    """Return the rank correlations of every two runs, and what they say: ``pairs`` and ``summary``.
 
-    As `agreement.correlate` has it, all pairs at once: at the depths of the shallower of two models.
+    They are those of `analysis.agreement.rank_correlations`, which `avss compare` shows too.
 
     Args:
         profiles: by run, depth and score of its layers: float64[layers] each, ascending in depth.
 
     Returns:
-        A row for each pair, and for each run with itself, whose second coefficient is None. So is one that nothing
-        finite is known of.
+        ``pairs``: a row for each pair, and for each run with itself: its correlation with depth, and None. None
+        stands for a correlation that is not defined. ``summary``: a sentence, empty where there is no pair.
     """
-    from scipy.stats import rankdata  # a second to import
+    runs = [run for run in sorted(profiles) if len(profiles[run][0]) >= FEWEST]
+    with_depth = [[run, run, _short(depth_correlation(profiles[run][1].tolist())), None] for run in runs]
+    pairs = np.array([*combinations(range(len(runs)), 2)], np.int64).reshape(-1, 2)
+    rho, partial = rank_correlations([profiles[run] for run in runs], *pairs.T)
+    between = [
+        [runs[i], runs[j], _short(whole), _short(given)]
+        for (i, j), whole, given in zip(pairs, rho, partial, strict=True)
+    ]
+    return {"pairs": with_depth + between, "summary": _summary(np.array(runs)[pairs], rho, partial)}
 
-    runs = sorted(profiles)
-    grid_of = {run: tuple(profiles[run][0]) for run in runs}
-    found: list[Pair] = []
-    for grid in dict.fromkeys(grid for grid in grid_of.values() if len(grid) >= FEWEST):
-        deep = [run for run in runs if len(grid_of[run]) >= len(grid)]
-        ranks = rankdata([grid, *(np.interp(grid, *profiles[run]) for run in deep)], axis=1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            matrix = np.corrcoef(ranks)
-            of_depth, rho = matrix[0, 1:], matrix[1:, 1:]
-        given = given_depth(rho, of_depth[:, None], of_depth)
-        found += [[run, run, _short(of_depth[i]), None] for i, run in enumerate(deep) if grid_of[run] == grid]
-        for i, j in combinations(range(len(deep)), 2):
-            pair = deep[i], deep[j]
-            if min((grid_of[run] for run in pair), key=len) == grid:
-                found.append([*pair, _short(rho[i, j]), _short(given[i, j])])
-    return found
+
+def _summary(pairs: NDArray[np.int64], rho: Float64, partial: Float64) -> str:
+    """Say how far runs agree, and which two agree least. Runs are numbered from 1, as their labels are."""
+    whole, given = summarize(rho), summarize(partial)
+    if not whole.count:
+        return ""
+    median = f"The median of {count_of(whole.count, 'pair')} is {whole.median:z.3f}"
+    beside_depth = f", and {given.median:z.3f} given depth" if given.count else ""
+    first, second = pairs[np.nanargmin(rho)] + 1
+    return f"{median}{beside_depth}; least alike are runs {first} and {second} ({whole.lowest:z.3f})."
 
 
 def training_series(runs: Sequence[Row]) -> list[dict[str, Any]]:
@@ -96,4 +99,4 @@ def differing(runs: Sequence[Row]) -> list[str]:
 
 
 def _short(value: float) -> float | None:
-    return round(float(value), DIGITS) if np.isfinite(value) else None
+    return round(float(value), DIGITS) + 0.0 if np.isfinite(value) else None  # + 0.0: no negative zero

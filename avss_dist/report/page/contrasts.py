@@ -79,7 +79,7 @@ def _cell(value: Any) -> dict[str, Any]:
         return {"text": "", "value": ""}
     if isinstance(value, bool):
         return {"text": "yes" if value else "", "value": int(value)}
-    return {"text": f"{value:.3f}".removesuffix(".000"), "value": value}
+    return {"text": f"{value:z.3f}".removesuffix(".000"), "value": value}
 
 
 def _image(rows: Sequence[Row], *, width: int) -> str:

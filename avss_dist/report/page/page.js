@@ -291,7 +291,7 @@ const across = () => chosen("score");
 const named = () => (across() === "avss" ? described(data.choices[choice()]) : `${ACROSS[across()]}, the same for every site, recipe and threshold`);
 const signalsAcross = () => ({ choice: named() });
 const signalsOfRows = () => ({ ...signalsAcross(), room: narrow() ? 96 : Math.min(360, document.body.clientWidth * 0.28) });
-const pairsAcross = () => (across() === "avss" ? data.correlations[choice()] : data.rivals[across()]);
+const agreementAcross = () => (across() === "avss" ? data.correlations[choice()] : data.rivals[across()]);
 
 /** By run, its layers with the score that is chosen for all runs: value, rank and place. */
 function scoredAcross(every) {
@@ -349,7 +349,7 @@ async function drawLowest(scored) {
 }
 
 async function drawCorrelation() {
-  const pairs = pairsAcross();
+  const { pairs, summary } = agreementAcross();
   const there = [...new Set(pairs.flatMap(([i, j]) => [i, j]))].sort((a, b) => a - b);
   const of = new Map(pairs.map(([i, j, rho, given]) => [`${i}:${j}`, { rho, given }]));
   const cell = (i, j) => {
@@ -361,19 +361,13 @@ async function drawCorrelation() {
   const rows = there.length < 2 ? [] : there.flatMap((i) => there.map((j) => ({
     run: data.runs[i].label, other: data.runs[j].label, column: String(j + 1), score: across(), ...cell(i, j), written,
   })));
-  const median = (values) => values.sort((a, b) => a - b)[values.length >> 1]?.toFixed(2);
-  const apart = pairs.filter(([i, j, rho]) => i !== j && rho !== null).sort((a, b) => a[2] - b[2]);
-  const given = apart.map((pair) => pair[3]).filter((value) => value !== null);
-  const [least] = apart;
-  const said = least ? `The median of ${apart.length} pairs is ${median(apart.map((pair) => pair[2]))}`
-    + `${given.length ? `, and ${median(given)} given depth` : ""}; least alike are runs ${least[0] + 1} and ${least[1] + 1} (${least[2].toFixed(2)}).` : "";
-  await draw("correlation", "correlation", rows, signalsOfRows(), said, "It takes two runs with scores of three layers.");
+  await draw("correlation", "correlation", rows, signalsOfRows(), summary, "It takes two runs with scores of three layers.");
 }
 
 /** Along the training of the run that is chosen, or else the first that there is. */
 async function drawDrift(scored) {
   const series = data.series.find(({ runs }) => runs.includes(run())) ?? data.series[0];
-  const of = new Map(pairsAcross().map(([i, j, rho]) => [`${i}:${j}`, rho]));
+  const of = new Map(agreementAcross().pairs.map(([i, j, rho]) => [`${i}:${j}`, rho]));
   const savedAt = new Map(series.runs.map((i, place) => [i, series.saved[place]]));
   const runs = series.runs.filter((i) => scored[i].length);
   const rho = (i, j) => of.get(`${Math.min(i, j)}:${Math.max(i, j)}`) ?? null;

@@ -109,7 +109,7 @@ def _cell(value: Any, column: str = "") -> dict[str, Any]:
         return {"text": "", "value": ""}
     if isinstance(value, str):
         return {"text": value, "value": value}
-    return {"text": _two(value) if column.startswith("spearman") else f"{value:.1%}", "value": value}
+    return {"text": _two(value) if column.startswith("spearman") else f"{value:z.1%}", "value": value}
 
 
 def _kind(card: Row) -> str:

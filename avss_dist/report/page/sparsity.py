@@ -106,7 +106,7 @@ def _cells(curve: Curve, point: Any) -> list[dict[str, Any]]:
 
 
 def _cell(value: Any) -> dict[str, Any]:
-    return {"text": f"{value:.4g}" if isinstance(value, float) else str(value), "value": value}
+    return {"text": f"{value:z.4g}" if isinstance(value, float) else str(value), "value": value}
 
 
 def _curves_image(curves: Sequence[Curve]) -> str:

@@ -91,10 +91,10 @@ def _can_go(sets: Sequence[Row]) -> list[str]:
     for task, of_task in _by_task(sets).items():
         if enough := [one for one in of_task if one["kept"] >= CLAIMED_KEPT]:
             most = max(enough, key=lambda one: one["size"])
-            lines.append(f"{task}: {most['size']:g} layers ({most['dropped']}), {most['kept']:.0%} kept.")
+            lines.append(f"{task}: {most['size']:g} layers ({most['dropped']}), {most['kept']:z.0%} kept.")
         else:
             best = max(of_task, key=lambda one: one["kept"])
-            lines.append(f"{task}: no set that was evaluated; without {best['dropped']}, {best['kept']:.0%} is kept.")
+            lines.append(f"{task}: no set that was evaluated; without {best['dropped']}, {best['kept']:z.0%} is kept.")
     return lines
 
 
@@ -103,5 +103,5 @@ def _is_kept(sets: Sequence[Row], size: int, tried: Sequence[Row]) -> list[str]:
     lines = []
     for task, of_task in _by_task(sets).items():
         of_size = (one for one in of_task if one["size"] == size)
-        lines += [f"{task}: {one['kept']:.0%} at best, without {one['dropped']}." for one in of_size]
+        lines += [f"{task}: {one['kept']:z.0%} at best, without {one['dropped']}." for one in of_size]
     return [*lines, *claim_in_short(tried)] or ["No such set was evaluated yet."]

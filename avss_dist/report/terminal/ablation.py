@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from avss_dist.evaluation.ablate import Ablation
 
 _COLUMNS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
-    ("loss without", "loss", 4, lambda row: f"{row['loss']:.4f}"),
+    ("loss without", "loss", 4, lambda row: f"{row['loss']:z.4f}"),
     ("increase", "increase", 0, lambda row: _with_error(row["increase"], row["increase_stderr"])),
     ("attention alone", "attention", 1, lambda row: _with_error(row["attention"], row["attention_stderr"])),
     ("MLP alone", "mlp", 1, lambda row: _with_error(row["mlp"], row["mlp_stderr"])),
-    ("Shapley", "shapley", 1, lambda row: f"{row['shapley']:.4f}"),
+    ("Shapley", "shapley", 1, lambda row: f"{row['shapley']:z.4f}"),
     ("95% interval", "shapley_low", 3, lambda row: f"{row['shapley_low']:.4f} .. {row['shapley_high']:.4f}"),
-    ("damage", "damage", 1, lambda row: f"{row['damage']:.1f}"),
+    ("damage", "damage", 1, lambda row: f"{row['damage']:z.1f}"),
     (
         "predicted",
         METRICS["predicted"],
@@ -31,10 +31,10 @@ _COLUMNS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
         lambda row: _with_error(row[METRICS["predicted"]], row["predicted_stderr"]),
     ),
     ("propagated", METRICS["propagated"], 2, lambda row: f"{row[METRICS['propagated']]:.4g}"),
-    ("Taylor", "taylor", 2, lambda row: f"{row['taylor']:.4g}"),
-    ("gradient L1", "gradient_l1", 6, lambda row: f"{row['gradient_l1']:.4g}"),
-    ("gradient L2", "gradient_l2", 7, lambda row: f"{row['gradient_l2']:.4g}"),
-    ("weight norm", "weight_frobenius", 8, lambda row: f"{row['weight_frobenius']:.4g}"),
+    ("Taylor", "taylor", 2, lambda row: f"{row['taylor']:z.4g}"),
+    ("gradient L1", "gradient_l1", 6, lambda row: f"{row['gradient_l1']:z.4g}"),
+    ("gradient L2", "gradient_l2", 7, lambda row: f"{row['gradient_l2']:z.4g}"),
+    ("weight norm", "weight_frobenius", 8, lambda row: f"{row['weight_frobenius']:z.4g}"),
 )
 """Title, column of `Ablation.table`, priority and text of each column."""
 
@@ -75,10 +75,10 @@ def _caption(found: Ablation, first: str) -> Text:
         text += f" Loss of the whole model: {_with_error(found.whole.value, found.whole.stderr)}; the error of an "
         text += "increase is of the same sequences with and without the layer."
     if math.isfinite(found.reliability):
-        text += f" Other text of the same size would order the layers as this one does to {found.reliability:.2f} "
+        text += f" Other text of the same size would order the layers as this one does to {found.reliability:z.2f} "
         text += "(Spearman; split halves)."
     return Text(text)
 
 
 def _with_error(value: float, stderr: float) -> str:
-    return f"{value:.4f} +/- {stderr:.2g}" if math.isfinite(stderr) else f"{value:.4f}"
+    return f"{value:z.4f} +/- {stderr:.2g}" if math.isfinite(stderr) else f"{value:z.4f}"

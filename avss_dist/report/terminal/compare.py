@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from avss_dist.analysis.agreement import CorrelationSummary, summarize
 from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.text import basename
 
@@ -82,7 +83,10 @@ _NUMBERS = {
 def _numbers(row: Mapping[str, Any]) -> list[str]:
     return [
         f"{'~' if row['interpolated'] else ''}{row['layers']}",
-        *("-" if np.isnan(row[name]) else f"{row[name]:.3f}" for name in ("spearman", "given_depth", "kendall", "rbo")),
+        *(
+            "-" if np.isnan(row[name]) else f"{row[name]:z.3f}"
+            for name in ("spearman", "given_depth", "kendall", "rbo")
+        ),
         f"{row['shared']} of {row['k']}",
         f"{row['jaccard']:.2f}",
         f"{row['jaccard_by_chance']:.2f}",
@@ -90,16 +94,19 @@ def _numbers(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _correlation(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:z.3f}"
+
+
 def summary(pairs: pa.Table) -> str:
     """What pairs of `compare.SCHEMA` say, in two sentences."""
-    rho = pairs["spearman"].to_numpy()
-    rho = rho[~np.isnan(rho)]
+    rho = summarize(pairs["spearman"].to_numpy())
     layers, k, shared = (pairs[name].to_numpy() for name in ("layers", "k", "shared"))
     count = f"{len(pairs):,} pairs" if len(pairs) > 1 else "One pair"
     said = "no Spearman correlation is defined."
-    if rho.size:
-        span = f", from {rho.min():.3f} to {rho.max():.3f}" if rho.size > 1 else ""
-        said = f"Spearman {np.median(rho):.3f}{' at the median' if rho.size > 1 else ''}{span}: {_strength(rho)}."
+    if rho.count:
+        span = f", from {rho.lowest:z.3f} to {rho.highest:z.3f}" if rho.count > 1 else ""
+        said = f"Spearman {_median(rho)}{span}: {_strength(rho)}."
     lowest = (
         f"{shared.sum() / k.sum():.0%} of the lowest layers of one are the lowest of the other; by chance it would be "
     )
@@ -108,23 +115,24 @@ def summary(pairs: pa.Table) -> str:
 
 def _given_depth(pairs: pa.Table) -> str:
     """What is left of the correlations where the layer's number is known."""
-    given = pairs["given_depth"].to_numpy()
-    given = given[~np.isnan(given)]
-    if not given.size:
+    given = summarize(pairs["given_depth"].to_numpy())
+    if not given.count:
         return "Given depth, nothing is left to compare: one of each pair is the order of the layers."
-    typical = f"{np.median(given):.3f}{' at the median' if given.size > 1 else ''}"
-    return f"Given depth (a partial correlation), {typical}: {_strength(given)}."
+    return f"Given depth (a partial correlation), {_median(given)}: {_strength(given)}."
 
 
-def _strength(rho: np.ndarray[Any, Any]) -> str:
-    typical, lowest = float(np.median(rho)), float(rho.min())
-    if lowest > 0.9:
+def _median(rho: CorrelationSummary) -> str:
+    return f"{rho.median:z.3f}{' at the median' if rho.count > 1 else ''}"
+
+
+def _strength(rho: CorrelationSummary) -> str:
+    if rho.lowest > 0.9:
         return "the rankings are nearly the same"
-    if typical > 0.7:
-        return "the rankings are alike" + ("" if lowest > 0.5 else ", but not in every pair")
-    if typical > 0.3:
+    if rho.median > 0.7:
+        return "the rankings are alike" + ("" if rho.lowest > 0.5 else ", but not in every pair")
+    if rho.median > 0.3:
         return "the rankings have something in common"
-    return "the rankings have little in common" if typical > -0.3 else "the rankings are the other way round"
+    return "the rankings have little in common" if rho.median > -0.3 else "the rankings are the other way round"
 
 
 def findings_list(findings: pa.Table) -> RenderableType:

@@ -74,5 +74,6 @@ def _caption(estimate: Estimate) -> str:
         f"{estimate.num_parameters:,} parameters in {estimate.num_layers} layers, "
         f"{describe_bytes(estimate.weight_bytes)} in {estimate.dtype}; "
         f"{estimate.num_tokens:,} tokens in {estimate.num_shards} shards: {estimate.flops / 1e12:,.3g} TFLOP.\n"
-        f"Free here: {free}. Time is that of measuring, on an idle machine; starting and opening the model come on top."
+        "Memory is all that a process holds: interpreter, libraries, weights, activations. Free here, or allowed: "
+        f"{free}. Time is that of measuring, on an idle machine; starting and opening the model come on top."
     )

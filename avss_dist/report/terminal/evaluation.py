@@ -35,10 +35,10 @@ def evaluation_table(found: Evaluations) -> RenderableType:
             count_removed(one.subject.drop) if one.subject.drop else "-",
             Text(one.task),
             Text(metric),
-            f"{value:.4g}",
+            f"{value:z.4g}",
             f"{stderr:.2g}" if math.isfinite(stderr) else "-",
-            f"{one.whole_metrics()[-1]:.4g}" if one.whole else "-",
-            f"{kept.value:.1%}" if kept else "-",
+            f"{one.whole_metrics()[-1]:z.4g}" if one.whole else "-",
+            f"{kept.value:z.1%}" if kept else "-",
             f"{kept.low:.1%} .. {kept.high:.1%}" if kept and math.isfinite(kept.low) else "-",
         )
     return Group(table, *(Text(printable(line)) for line in found.findings))

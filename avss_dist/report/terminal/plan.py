@@ -15,7 +15,7 @@ from avss_dist.text import count_of, describe_bytes
 if TYPE_CHECKING:
     from avss_dist.estimation.preview import Preview
 
-STYLES = {"done": "green", "partial": "yellow", "missing": "", "refused": "bold red"}
+STYLES = {"done": "green", "partial": "yellow", "missing": "", "repeated": "dim", "refused": "bold red"}
 
 
 def plan_table(previews: Sequence[Preview], warehouse: str) -> RenderableType:

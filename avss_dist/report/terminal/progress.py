@@ -16,7 +16,7 @@ from rich.text import Text
 from avss_dist.removal import count_removed, describe_removed
 from avss_dist.report.terminal.estimate import describe_seconds
 from avss_dist.report.terminal.pace import Pace
-from avss_dist.runs.reporter import LOG_SECONDS, Reporter
+from avss_dist.runs.reporter import LOG_SECONDS, Reporter, describe_repeated
 from avss_dist.system.streams import console, say
 from avss_dist.text import basename
 
@@ -101,6 +101,10 @@ class Progress(Reporter):
     def planning(self, name: str) -> None:
         """A new run: its text is read and its tokens are counted."""
         self._tasks[name] = self._progress.add_task(f"{_short(name)}: reading", total=None)
+
+    def repeated(self, name: str, first: str) -> None:
+        """It is the same as another one."""
+        self._progress.console.print(f"{_short(name)}: {describe_repeated(_short(first))}", markup=False)
 
     def placed(self, name: str, placement: Placement) -> None:
         """How a replica is spread; said where it is not the plain way, or somebody looks."""
@@ -217,6 +221,10 @@ class Log(Reporter):
         return self
 
     def __exit__(self, *_: object) -> None: ...
+
+    def repeated(self, name: str, first: str) -> None:
+        """It is the same as another one."""
+        self._say(f"{name}: {describe_repeated(first)}")
 
     def placed(self, name: str, placement: Placement) -> None:
         """How a replica is spread; said where it is not the plain way."""

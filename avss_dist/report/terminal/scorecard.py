@@ -10,6 +10,7 @@ import pyarrow as pa
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from avss_dist.analysis.reliability import FEWEST_SETS
 from avss_dist.analysis.scorecard import RETENTION, SPEARMAN, describe_score
 from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.text import printable
@@ -64,17 +65,20 @@ def _columns() -> list[_Shown]:
 def _caption(rows: list[dict[str, Any]]) -> str:
     text = "Spearman's correlation of each score, over layers, with what leaving them out does."
     if ceiling := next((row["ceiling"] for row in rows if row["ceiling"] is not None), None):
-        text += f" Its ceiling, which the loss of other text of the same size would reach: {ceiling:.2f}. Misranked: "
+        text += f" Its ceiling, which the loss of other text of the same size would reach: {ceiling:z.2f}. Misranked: "
         text += "pairs of layers in the wrong order."
     if any(row["spearman_sets"] is not None for row in rows):
         text += f" Over {rows[0]['sets']} sets: of the score's sum with what leaving the set out does."
+    elif rows[0]["sets"]:
+        text += f" A correlation over sets of several layers takes {FEWEST_SETS} of them; {rows[0]['sets']} "
+        text += f"{'is' if rows[0]['sets'] == 1 else 'are'} evaluated."
     if any(row[column] is not None for row in rows for column in RETENTION.values()):
         text += f" Kept: the perplexity of {rows[0]['task']} without those layers, under it."
     return text
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+    return "-" if value is None else f"{value:z.1%}"
 
 
 def _known(value: float | None) -> float:
@@ -82,4 +86,4 @@ def _known(value: float | None) -> float:
 
 
 def _correlation(value: float | None) -> Text:
-    return Text("-" if value is None else f"{value:.2f}", style="bold" if value is not None and value > GOOD else "")
+    return Text("-" if value is None else f"{value:z.2f}", style="bold" if value is not None and value > GOOD else "")

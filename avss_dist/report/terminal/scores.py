@@ -101,12 +101,12 @@ def _caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], lowest
         text += f"\n{noisy} of {len(scores)} layers have fewer than 100 near-zero elements: their sparsity is noise."
     depth = depth_correlation([s["avss_smoothed"] for s in scores])
     if abs(depth) > TRACKS_DEPTH:
-        text += f"\nThis score tracks depth (Spearman {depth:.3f}): it says little beyond the layer's position."
+        text += f"\nThis score tracks depth (Spearman {depth:z.3f}): it says little beyond the layer's position."
     return Text(text)
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None or isnan(value) else f"{value:.4g}"
+    return "-" if value is None or isnan(value) else f"{value:z.4g}"
 
 
 def _percent(value: float | None) -> str:

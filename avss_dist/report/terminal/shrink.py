@@ -120,7 +120,7 @@ def _curve(done: Shrunk) -> FittedTable:
         [
             Column(title="layers dropped", cells=[str(len(one.plan.drop)) for one in done.curve]),
             Column(title="share", cells=[f"{len(one.plan.drop) / layers:.0%}" for one in done.curve]),
-            Column(title="kept", cells=[f"{one.kept:.1%}" for one in done.curve]),
+            Column(title="kept", cells=[f"{one.kept:z.1%}" for one in done.curve]),
             Column(
                 title="",
                 cells=[Text("█" * round(BAR * min(1.0, one.kept)), style="cyan") for one in done.curve],

@@ -52,7 +52,7 @@ def _table(task: str, points: Sequence[Point]) -> FittedTable:
 
 
 def _share(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
+    return "-" if share is None else f"{share:z.1%}"
 
 
 def _near(point: Point) -> str:
@@ -83,7 +83,7 @@ def thresholds_table(plan: SparsityPlan) -> RenderableType:
         if one is None:
             return Text("-")
         shade = round(255 * min(one.sparsity, 1.0))
-        return Text(f"{one.value:.3g} {one.sparsity:4.0%}", style=f"rgb({shade},{128},{255 - shade})")
+        return Text(f"{one.value:z.3g} {one.sparsity:4.0%}", style=f"rgb({shade},{128},{255 - shade})")
 
     return FittedTable(
         [
