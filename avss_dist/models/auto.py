@@ -19,6 +19,25 @@ def auto_class(config: Any) -> Any:
     return AutoModelForCausalLM if _is_causal(config) else AutoModel
 
 
+def auto_classes(config: Any) -> list[Any]:
+    """Return the auto classes that know a configuration, one for each class of models that they open.
+
+    Classes that the checkpoint's own code adds are among them.
+    """
+    from transformers.models.auto import modeling_auto
+
+    own = getattr(config, "auto_map", None) or {}
+    known: dict[Any, Any] = {}
+    for name, auto in vars(modeling_auto).items():
+        if not name.startswith("AutoModel"):
+            continue
+        if name in own:
+            known[own[name]] = auto
+        elif type(config) in (mapping := auto._model_mapping):
+            known.setdefault(mapping[type(config)], auto)
+    return [*known.values()]
+
+
 def has_head(config: Any) -> bool:
     """Whether the model that `load_model` gives predicts the next token."""
     return _is_causal(config) or _reads_images(config)
