@@ -1,4 +1,7 @@
-"""The command line: parse, call, print. Exit codes: 0 done, 1 a run failed, 2 a mistake, 130 stopped by Ctrl-C."""
+"""The command line: parse, call, print.
+
+Exit codes: 0 done, 1 a run failed, 2 a mistake, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from avss_dist import __version__
 from avss_dist.errors import AvssError, RunFailed, is_full, nearest, spell_fields, unwritable
+from avss_dist.system.signals import Terminated, arm, exit_code, stop_signal
 from avss_dist.system.streams import USUAL, VERBOSE, complain, complete_output, emit, prepare, say, set_verbosity
 from avss_dist.text import printable
 
@@ -95,9 +96,9 @@ class Commands(Group):
                 raise
             code = RunFailed.exit_code
             _complain(unwritable(error.filename or "A file", error, "Free some space."), error)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is short, and would end in a traceback
-            code = 130
+            code = exit_code(stop)
             resumes = "fresh" in (_spelling.get() or {})
             kept = " Everything measured so far is kept; run the same command again to finish."
             complain(f"Stopped.{kept if resumes else ''}")
@@ -158,11 +159,13 @@ jobs_app = typer.Typer(
 
 
 def interrupt_again(unraisable: Any) -> None:
-    """Ctrl-C where nothing can be raised, in a library's ``__del__``: it comes once more, a moment later."""
-    if unraisable.exc_type is not KeyboardInterrupt:
+    """Send Ctrl-C or SIGTERM again, a moment later, where nothing can be raised: in a library's ``__del__``."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
         return
-    again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+    if issubclass(unraisable.exc_type, Terminated):
+        arm()
+    again = threading.Timer(0.05, os.kill, (os.getpid(), stop_signal(unraisable.exc_type)))
     again.daemon = True
     again.start()
 
@@ -184,9 +187,9 @@ def interruptible(work: Callable[[], T]) -> T:
         try:
             while not result.done():
                 wait([result], timeout=0.2)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             say("Stopped.")
-            os._exit(130)
+            os._exit(exit_code(stop))
         return result.result()
 
 

@@ -19,7 +19,7 @@ from avss_dist.models.loading import quiet, text_config
 from avss_dist.models.patching import Patch
 from avss_dist.models.pickled import PICKLED
 from avss_dist.models.quantization import comparable, quantization_method
-from avss_dist.models.safetensors import WEIGHTS
+from avss_dist.models.safetensors import WEIGHTS, weight_files
 from avss_dist.pruning.comparison import largest_difference
 from avss_dist.pruning.configuration import write_config
 from avss_dist.pruning.model_card import model_card
@@ -125,6 +125,27 @@ def _require_planned(checkpoint: Checkpoint, plan: Plan) -> None:
             f"{checkpoint.revision[:12]}.",
             "Score this checkpoint, and make a plan of its own.",
         )
+    require_own_files(checkpoint)
+
+
+def require_own_files(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint with a link to a file that is not its own: the content would be in what is written.
+
+    A snapshot in the hub's cache is made of links into the same repository's folder.
+
+    Raises:
+        PlanError: the message names the link and its target.
+    """
+    folder = checkpoint.folder.resolve()
+    own = [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
+    read = (folder / name for name in ("config.json", "README.md"))
+    for file in dict.fromkeys([*_other_files(folder), *read, *weight_files(folder)]):
+        target = file.resolve()
+        if not any(target.is_relative_to(place) for place in own):
+            raise PlanError(
+                f"{file.relative_to(folder)} of '{checkpoint.name}' is a link to {target}, outside of the checkpoint.",
+                "Put the file itself into the folder if it belongs to the model, or remove the link.",
+            )
 
 
 def require_prunable(checkpoint: Checkpoint, plan: Plan, settings: Settings) -> None:
@@ -139,11 +160,19 @@ def require_prunable(checkpoint: Checkpoint, plan: Plan, settings: Settings) -> 
     StoredWeights.of(checkpoint, plan, settings)
 
 
+def _other_files(folder: Path) -> list[Path]:
+    """Return the files that are copied as they are."""
+    return [
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and not any(file.match(pattern) for pattern in _NOT_COPIED) and not file.name.startswith(".")
+    ]
+
+
 def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Settings) -> None:
     """Everything but configuration, weights and model card."""
-    for file in checkpoint.folder.iterdir():
-        if file.is_file() and not any(file.match(pattern) for pattern in _NOT_COPIED) and not file.name.startswith("."):
-            shutil.copyfile(file, folder / file.name)
+    for file in _other_files(checkpoint.folder):
+        shutil.copyfile(file, folder / file.name)
     found = [name for name in FILES if (folder / name).is_file()]
     if not found:
         return

@@ -275,6 +275,37 @@ def test_folders_that_hold_something_are_left_alone(tiny_llama: Path, tmp_path: 
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "config.json", "model.safetensors"])
+def test_a_link_out_of_the_checkpoint_is_refused(name: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """Its content would be in the new folder, and on the hub with it."""
+    whole, secret = tmp_path / "whole", tmp_path / "secret"
+    shutil.copytree(tiny_llama, whole)
+    (whole / "notes.txt").write_text("A note.")
+    (whole / name).rename(secret)
+    (whole / name).symlink_to("../secret")
+    with pytest.raises(PlanError, match=f"{name} of .* is a link to {secret}, outside of the checkpoint"):
+        prune(str(whole), plan_of(whole, 1), tmp_path / "less")
+    assert not (tmp_path / "less").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_links_inside_the_checkpoint_and_the_cache_of_the_hub_are_followed(tiny_llama: Path, tmp_path: Path) -> None:
+    """A snapshot consists of links to blobs, in a cache that may itself be behind a link."""
+    snapshot = tmp_path / "disk" / "models--lab--tiny" / "snapshots" / ("0" * 40)
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in tiny_llama.iterdir():
+        shutil.copyfile(file, blobs / f"blob-of-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/blob-of-{file.name}")
+    (snapshot / "vocabulary.json").symlink_to("tokenizer.json")
+    (tmp_path / "cache").symlink_to(tmp_path / "disk")
+    prune(str(tmp_path / "cache" / snapshot.relative_to(tmp_path / "disk")), plan_of(snapshot, 1), tmp_path / "less")
+    written = {file.name: file for file in (tmp_path / "less").iterdir()}
+    assert not any(file.is_symlink() for file in written.values())
+    for name in ("tokenizer.json", "vocabulary.json"):
+        assert written[name].read_bytes() == (tiny_llama / "tokenizer.json").read_bytes()
+
+
 def test_a_checkpoint_is_pushed_as_it_is_written(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,6 +33,7 @@ from avss_dist.partition.base import Placement
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices, devices_here, pick_device
 from avss_dist.system.last_words import LastWords
+from avss_dist.system.signals import sigterm_handler_kept
 from avss_dist.tasks.cells import Cell, CellOutcome
 
 S = TypeVar("S")
@@ -170,12 +171,13 @@ class RayExecutor:
         if not ray.is_initialized():
             try:
                 require_listening(self._address or "local", greet=True)
-                ray.init(
-                    address=self._address or "local",
-                    include_dashboard=None if self._address else False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
+                with sigterm_handler_kept():
+                    ray.init(
+                        address=self._address or "local",
+                        include_dashboard=None if self._address else False,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                    )
             except (OSError, RayError, RuntimeError, ValueError, AssertionError) as error:
                 where = f"Ray at {self._address}" if self._address else "a local Ray"
                 kind = ConfigError if self._address else RunFailed
