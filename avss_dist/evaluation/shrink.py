@@ -42,7 +42,7 @@ from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
 from avss_dist.options import Prompting, ShrinkingOptions, with_options
 from avss_dist.partition.base import Placement
-from avss_dist.pruning.checkpoint import prune, require_free, require_own_files, require_prunable
+from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.forecast import tokens_needed
 from avss_dist.pruning.repair.record import RepairRecord
@@ -185,7 +185,7 @@ def shrink(
     reporter = reporter or SilentShrink()
     checkpoint = resolve(str(model), trust_remote_code=settings.trust_remote_code)
     require_head(checkpoint.name, text_config(checkpoint, trust_remote_code=settings.trust_remote_code))
-    require_own_files(checkpoint)
+    require_copyable(checkpoint)
     needed = 0 if request.repair == NO_REPAIR else tokens_needed(checkpoint, request.repair, settings)
     parts = cut(checkpoint, request.texts, settings)
     require_tokens(checkpoint, request, parts, settings, needed)

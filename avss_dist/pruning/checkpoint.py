@@ -115,27 +115,27 @@ def require_free(output: Path) -> None:
 
 def _require_planned(checkpoint: Checkpoint, plan: Plan) -> None:
     """Refuse a checkpoint that a plan is not of, or that has no safetensors."""
-    if checkpoint.gguf:
-        raise PlanError(
-            f"'{checkpoint.name}' is a .gguf file.", "Prune the checkpoint in safetensors that it was made of."
-        )
+    require_copyable(checkpoint)
     if plan.revision is not None and plan.revision != checkpoint.revision:
         raise PlanError(
             f"The plan is for {plan.model} at {plan.revision[:12]}; '{checkpoint.name}' is at "
             f"{checkpoint.revision[:12]}.",
             "Score this checkpoint, and make a plan of its own.",
         )
-    require_own_files(checkpoint)
 
 
-def require_own_files(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint with a link to a file that is not its own: the content would be in what is written.
+def require_copyable(checkpoint: Checkpoint) -> None:
+    """Refuse a .gguf file, and a checkpoint with a link to a file that is not its own: its content would be copied.
 
     A snapshot in the hub's cache is made of links into the same repository's folder.
 
     Raises:
-        PlanError: the message names the link and its target.
+        PlanError: the message names the file, or the link and its target.
     """
+    if checkpoint.gguf:
+        raise PlanError(
+            f"'{checkpoint.name}' is a .gguf file.", "Prune the checkpoint in safetensors that it was made of."
+        )
     folder = checkpoint.folder.resolve()
     own = [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
     read = (folder / name for name in ("config.json", "README.md"))
