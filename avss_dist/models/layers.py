@@ -136,7 +136,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def linear_sizes(module: Any) -> tuple[int, int]:
     """Return how many units a linear map takes and gives; GPT-2's Conv1D has its weight as [inputs, outputs]."""
-    *_, rows, columns = (0, 0, *module.weight.shape)
+    rows, columns = module.weight.shape if module.weight.dim() == 2 else (0, 0)
     return (rows, columns) if type(module).__name__ == "Conv1D" else (columns, rows)
 
 

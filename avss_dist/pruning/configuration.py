@@ -148,23 +148,18 @@ def _require_same_settings(whole: Any, less: Any, changed: set[str]) -> None:
         PlanError: the message names the first such setting, and both values.
     """
     before, after = _as_json(whole.to_dict()), _as_json(less.to_dict())
-    for path, old, new in _differences(before, after, ""):
-        if path.rpartition(".")[2] not in {*changed, "_name_or_path"}:
-            raise _unlike(whole, f"its setting `{path}` would be {new!r} for {old!r}")
+    for path, old, new in _differences(before, after, {*changed, "_name_or_path"}):
+        raise _unlike(whole, f"its setting `{path}` would be {new!r} for {old!r}")
 
 
-def _differences(before: Any, after: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (path, value, other value) wherever two configurations differ."""
-    if isinstance(before, Mapping) and isinstance(after, Mapping) and not _shortened_keys(path):
+def _differences(before: Any, after: Any, changed: set[str], path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (path, value, other value) wherever two configurations differ, but for settings of these names."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
         for name in dict.fromkeys([*before, *after]):
-            yield from _differences(before.get(name), after.get(name), f"{path}.{name}".lstrip("."))
+            if name not in changed:
+                yield from _differences(before.get(name), after.get(name), changed, f"{path}.{name}".lstrip("."))
     elif before != after:
         yield path, before, after
-
-
-def _shortened_keys(path: str) -> bool:
-    """Whether a mapping is one by layer, whose keys are layers."""
-    return bool(_BY_LAYER.search(path.rpartition(".")[2]))
 
 
 def _require_same_layers(whole: Any, less: Any, plan: Plan, settings: Settings) -> None:
