@@ -5,19 +5,22 @@ from __future__ import annotations
 import gc
 import sys
 
+from avss_dist.system.signals import exit_code, raise_on_sigterm
+
 YOUNG_OBJECTS = 10_000  # before a collection; at Python's 700, collections are a quarter of the time that imports take
 
 
 def main() -> None:
     """The console script."""
     gc.set_threshold(YOUNG_OBJECTS)
+    raise_on_sigterm()
     try:
         from avss_dist.cli import main as run
 
         run()
-    except KeyboardInterrupt:  # while commands are imported; what comes later is theirs
+    except KeyboardInterrupt as stop:  # while commands are imported; what comes later is theirs
         print("Stopped.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(exit_code(stop))
 
 
 if __name__ == "__main__":

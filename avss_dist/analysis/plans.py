@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +11,21 @@ import pyarrow.compute as pc
 from avss_dist.analysis.findings import describe_depth, findings
 from avss_dist.analysis.verdict import primary_metric, shown_value, verdicts
 from avss_dist.errors import QueryError
-from avss_dist.pruning.ground_truth import ablate_command, block_distances, find_layer_truth, interactions, layer_truth
+from avss_dist.pruning.ground_truth import (
+    ablate_command,
+    block_distances,
+    describe_headless,
+    find_layer_truth,
+    interactions,
+    layer_truth,
+)
 from avss_dist.pruning.plan import Plan, make_plan
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, SCORE_MEANINGS, Choice, Reading, Rows, reading_of
-from avss_dist.settings import BLOCK_DISTANCE, INTERACTIONS, LOSS, OF_LAYERS, SEARCH
+from avss_dist.settings import BLOCK_DISTANCE, INTERACTIONS, LOSS, OF_LAYERS, SCORES, SEARCH
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Threshold
 from avss_dist.text import describe_threshold
+from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse
 
 
@@ -69,7 +77,11 @@ def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:
     for name in (LOSS, "damage"):
         if find_layer_truth(warehouse, run, name):
             return name
-    names = [f"  {name}: {meaning}" for name, meaning in SCORE_MEANINGS.items()]
+    if not has_head(run):
+        raise QueryError(
+            f"No score was named. {describe_headless(run)}",
+            "\n".join(["Name the score to choose by with `by`:", *_meanings((*SCORES, LAST, RANDOM))]),
+        )
     raise QueryError(
         f"No score was named, and neither the damage of the layers of {run['model']} nor the loss without each is "
         "measured.",
@@ -78,10 +90,15 @@ def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:
                 f"Measure the damage, for about 8 passes: {ablate_command(warehouse, run, 'damage')}",
                 f"Or the loss: {ablate_command(warehouse, run)}",
                 "Or name the score to choose by with `by`, and evaluate the plan before you believe it:",
-                *names,
+                *_meanings(SCORE_MEANINGS),
             ]
         ),
     )
+
+
+def _meanings(names: Iterable[str]) -> list[str]:
+    """Return a line for each score."""
+    return [f"  {name}: {SCORE_MEANINGS[name]}" for name in names]
 
 
 def _of_reading(rows: Rows, reading: Reading) -> Rows:

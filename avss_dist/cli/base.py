@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from avss_dist import __version__
 from avss_dist.errors import AvssError, RunFailed, is_full, nearest, spell_fields, unwritable
+from avss_dist.system.signals import arm, exit_code, stop_signal
 from avss_dist.system.streams import USUAL, VERBOSE, complain, complete_output, emit, prepare, say, set_verbosity
 from avss_dist.text import printable
 
@@ -27,9 +28,6 @@ _UsageError: Any = typer.BadParameter.__base__
 
 _spelling: ContextVar[Mapping[str, str] | None] = ContextVar("_spelling", default=None)  # of the command that runs
 _at_end: ContextVar[list[Callable[[], None]] | None] = ContextVar("_at_end", default=None)  # of the command that runs
-
-
-_stopped_by = signal.SIGINT  # the signal that has ended the command, or would
 
 OLD_COMMANDS = {
     "experiment": "avss run JOB.yaml: a job file with a section experiment is one",
@@ -100,18 +98,11 @@ class Commands(Group):
         except KeyboardInterrupt as stop:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)  # what is left is short, and would end in a traceback
-            code = 128 + _stopped_by
+            code = exit_code(stop)
             complain(_stopped(getattr(stop, "__notes__", [])))
         for work in _at_end.get() or ():
             work()
         raise typer.Exit(code or 0)
-
-
-def _terminate(*_: object) -> None:
-    """End a command at SIGTERM, by which clusters stop jobs, as at Ctrl-C."""
-    global _stopped_by
-    _stopped_by = signal.SIGTERM
-    raise KeyboardInterrupt
 
 
 def _stopped(notes: Sequence[str]) -> str:
@@ -178,11 +169,13 @@ jobs_app = typer.Typer(
 
 
 def interrupt_again(unraisable: Any) -> None:
-    """Ctrl-C where nothing can be raised, in a library's ``__del__``: it comes once more, a moment later."""
-    if unraisable.exc_type is not KeyboardInterrupt:
+    """Send Ctrl-C or SIGTERM again, a moment later, where nothing can be raised: in a library's ``__del__``."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
         return
-    again = threading.Timer(0.05, os.kill, (os.getpid(), _stopped_by))
+    if stop_signal(unraisable.exc_type) == signal.SIGTERM:
+        arm()
+    again = threading.Timer(0.05, os.kill, (os.getpid(), stop_signal(unraisable.exc_type)))
     again.daemon = True
     again.start()
 
@@ -190,7 +183,6 @@ def interrupt_again(unraisable: Any) -> None:
 def main() -> None:
     """The console script ``avss``."""
     sys.unraisablehook = interrupt_again
-    signal.signal(signal.SIGTERM, _terminate)
     prepare()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -205,9 +197,9 @@ def interruptible(work: Callable[[], T]) -> T:
         try:
             while not result.done():
                 wait([result], timeout=0.2)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             say("Stopped.")
-            os._exit(128 + _stopped_by)
+            os._exit(exit_code(stop))
         return result.result()
 
 

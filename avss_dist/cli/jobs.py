@@ -10,6 +10,7 @@ import typer
 from avss_dist.cli.options import FORMATS, TEXT_FORMATS, FormatOption, TextFormatOption, takes_settings
 from avss_dist.cli.run import JobPath
 from avss_dist.settings import ANSWER_SECONDS, CONNECT_SECONDS
+from avss_dist.system.signals import exit_code
 from avss_dist.system.streams import console, emit, emit_json, say
 
 if TYPE_CHECKING:
@@ -117,8 +118,8 @@ def _follow(cluster: Any, job_id: str, address: str) -> int:
         for text in cluster.follow(job_id):
             emit(text, end="", flush=True)
         job = cluster.wait(job_id)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         say(f"The job goes on. Stop it: avss jobs stop {job_id} --address {address}")
-        return 130
+        return exit_code(stop)
     say(f"{job_id}: {job.status.lower()}." + (f" {job.hint}" if job.hint else ""))
     return int(job.exit_code)

@@ -167,7 +167,7 @@ def plan(
             from avss_dist.report.terminal.sparsity import thresholds_table
 
             console().print(thresholds_table(sparse))
-        _tell(opened, output, sparse, hints, format, as_json)
+        _tell(opened, row, output, sparse, hints, format, as_json)
         return
     how = {"share": share, "count": count, "mass": mass, "contiguous": contiguous, "seed": seed}
     how |= dict(zip(("first", "last"), protected(protect), strict=True))
@@ -182,7 +182,7 @@ def plan(
         write_text(output, OTHERS[format](made))
     else:
         made.write(output)
-    _tell(opened, output, made, hints, "" if made.evaluated else format, as_json)
+    _tell(opened, row, output, made, hints, "" if made.evaluated else format, as_json)
 
 
 def _refuse_of_the_other(
@@ -210,14 +210,25 @@ def _choose(opened: Warehouse, row: Mapping[str, Any], **how: Any) -> Plan:
 
 
 def _tell(
-    opened: Warehouse, output: Path, made: Plan | SparsityPlan, hints: Sequence[str], format: str, as_json: bool
+    opened: Warehouse,
+    row: Mapping[str, Any],
+    output: Path,
+    made: Plan | SparsityPlan,
+    hints: Sequence[str],
+    format: str,
+    as_json: bool,
 ) -> None:
     """Say what was written, and what comes next."""
+    from avss_dist.pruning.ground_truth import describe_headless
+    from avss_dist.warehouse.checks import has_head
+
     if as_json:
         emit_json({"output": str(output), **asdict(made)})
         return
     emit("\n  ".join([f"{output}:", *made.describe(), *hints]))
-    if format == FORMATS[0]:
+    if format == FORMATS[0] and not has_head(row):
+        emit(f"  {describe_headless(row)}")
+    elif format == FORMATS[0]:
         emit(f"  Evaluate it: avss evaluate {output} --task perplexity:CORPUS -w {opened.root}")
 
 

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from avss_dist.corpus.shards import CorpusPlan, plan
 from avss_dist.errors import AvssError, ConfigError, CorpusError, RunFailed
 from avss_dist.executors.base import Executor
+from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.pinning import pin
@@ -191,8 +192,10 @@ def placed(checkpoint: Checkpoint, settings: Settings, execution: Execution, exe
 
 
 def pinned(settings: Settings, checkpoint: Checkpoint, device: str) -> Settings:
-    """Settings with every ``auto`` decided; refuses rows that the model cannot read."""
-    return pin(settings, checkpoint, text_config(checkpoint, trust_remote_code=settings.trust_remote_code), device)
+    """Settings with every ``auto`` decided; refuses rows that the model cannot read, and a model without a head."""
+    config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+    require_head(checkpoint.name, config)
+    return pin(settings, checkpoint, config, device)
 
 
 def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_sequences: int = 0) -> CorpusPlan:

@@ -6,10 +6,12 @@ measured is kept in a warehouse, so the same command goes on where it was.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any, Protocol, Unpack
 
@@ -35,13 +37,17 @@ from avss_dist.evaluation.repaired_search import repaired_losses, searched_plan
 from avss_dist.evaluation.repairs import copies_of, plan_fits, repair_texts, require_changeable
 from avss_dist.executors.base import Executor
 from avss_dist.executors.open import open_executor
+from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.loading import text_config
 from avss_dist.options import Prompting, ShrinkingOptions, with_options
 from avss_dist.partition.base import Placement
-from avss_dist.pruning.checkpoint import prune, require_free, require_prunable
+from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable
 from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.repair.forecast import tokens_needed
 from avss_dist.pruning.repair.record import RepairRecord
 from avss_dist.pruning.repair.repair import Repair
+from avss_dist.pruning.repair.text import HELD_BACK, count_tokens, portions
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.shrinking import GREEDY, Shrinking
 from avss_dist.results import TabularResult
@@ -177,10 +183,14 @@ def shrink(
     if request.repair != NO_REPAIR:
         require_changeable(execution.partition)
     reporter = reporter or SilentShrink()
+    checkpoint = resolve(str(model), trust_remote_code=settings.trust_remote_code)
+    require_head(checkpoint.name, text_config(checkpoint, trust_remote_code=settings.trust_remote_code))
+    require_copyable(checkpoint)
+    needed = 0 if request.repair == NO_REPAIR else tokens_needed(checkpoint, request.repair, settings)
+    parts = cut(checkpoint, request.texts, settings)
+    require_tokens(checkpoint, request, parts, settings, needed)
     store = Store(warehouse or f"{output}-warehouse")
     store.create()
-    checkpoint = resolve(str(model), trust_remote_code=settings.trust_remote_code)
-    parts = cut(checkpoint, request.texts, settings)
     with closing(open_executor(execution, settings)) as executor:
         executor.connect()  # scores are measured by executors of their own
         made = partial(
@@ -242,6 +252,49 @@ def cut(checkpoint: Checkpoint, texts: Sequence[str], settings: Settings) -> Par
         )
     part = found[shortest] // HELD_OUT
     return Parts(min(part, SCORED), part, rows)
+
+
+def require_tokens(checkpoint: Checkpoint, request: Shrinking, parts: Parts, settings: Settings, needed: int) -> None:
+    """Refuse texts whose rows for the repair hold too few tokens to fit it to.
+
+    Args:
+        needed: tokens that the repair is fitted to at least.
+
+    Raises:
+        CorpusError: the hint says how many rows suffice, where there are so many.
+    """
+    if not needed:
+        return
+    given, rows = _fitted_tokens(checkpoint, request, parts, settings)
+    if given >= needed:
+        return
+    enough = next(
+        n
+        for n in itertools.count(parts.rows + 1)
+        if _fitted_rows(n) * len(request.repair_texts) * given >= needed * rows
+    )
+    more = cut(checkpoint, request.texts, replace(settings, max_sequences=enough))
+    suffices = _fitted_tokens(checkpoint, request, more, settings)[0] >= needed
+    longer = f"Set `max_sequences` to {enough} or more" if suffices else "Give longer texts"
+    raise CorpusError(
+        f"The repair {request.repair} of this model needs {needed:,} tokens to fit to at least; {given:,} are given.",
+        f"{longer}, or choose a `repair` of fewer unknowns (channel, scale).",
+    )
+
+
+def _fitted_tokens(checkpoint: Checkpoint, request: Shrinking, parts: Parts, settings: Settings) -> tuple[int, int]:
+    """Return how many tokens, and of how many rows, the repair is fitted to."""
+    read = replace(settings, max_sequences=parts.rows - parts.held_out)
+    texts = [plan_text(checkpoint, text, read, skip_sequences=parts.held_out) for text in request.repair_texts]
+    tokens = sum(count_tokens(portions(texts, settings.batch_size), len(texts)))
+    return tokens, sum(text.num_sequences - ceil(text.num_sequences / HELD_BACK) for text in texts)
+
+
+def _fitted_rows(rows: int) -> int:
+    """Return how many rows of a text the repair is fitted to, of so many in all."""
+    part = rows // HELD_OUT
+    repaired = rows - min(part, SCORED) - part
+    return repaired - ceil(repaired / HELD_BACK)
 
 
 def _scored_plan(

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from avss_dist.errors import ModelError
+
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|DoubleHeadsModel)$")
 
 
@@ -19,9 +21,50 @@ def auto_class(config: Any) -> Any:
     return AutoModelForCausalLM if _is_causal(config) else AutoModel
 
 
+def auto_classes(config: Any) -> list[Any]:
+    """Return the auto classes that know a configuration, one for each class of models that they open.
+
+    Classes that the checkpoint's own code adds are among them.
+    """
+    from transformers.models.auto import modeling_auto
+
+    own = getattr(config, "auto_map", None) or {}
+    known: dict[Any, Any] = {}
+    for name, auto in vars(modeling_auto).items():
+        if not name.startswith("AutoModel"):
+            continue
+        if name in own:
+            known[own[name]] = auto
+        elif type(config) in (mapping := auto._model_mapping):
+            known.setdefault(mapping[type(config)], auto)
+    return [*known.values()]
+
+
 def has_head(config: Any) -> bool:
     """Whether the model that `load_model` gives predicts the next token."""
     return _is_causal(config) or _reads_images(config)
+
+
+def require_head(name: str, config: Any) -> None:
+    """Refuse a model that predicts no next token, before anything is measured.
+
+    What a checkpoint's own code makes of its configuration is not known before it is opened.
+
+    Args:
+        name: what the user called the checkpoint.
+
+    Raises:
+        ModelError: it has no such head.
+    """
+    if not has_head(config) and not getattr(config, "auto_map", None):
+        raise no_head(name, (getattr(config, "architectures", None) or [config.model_type])[0])
+
+
+def no_head(name: str, architecture: str) -> ModelError:
+    """Return the refusal of a checkpoint whose model predicts no next token."""
+    return ModelError(
+        f"'{name}' ({architecture}) has no head that predicts the next token.", "Name a causal language model."
+    )
 
 
 def predictor(model: Any) -> Any:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ModelError, first_line
-from avss_dist.models.auto import predictor
+from avss_dist.models.auto import no_head, predictor
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.head import Head, find_head
 from avss_dist.models.labels import LOGIT_BYTES, draw_labels, loss_gradient, pieces, uniform_numbers, widened
@@ -85,7 +85,7 @@ class LanguageModel:
         self.backbone = backbone
         self.module: Any = predictor(backbone.model)
         if self.module.get_output_embeddings() is None:
-            raise _no_head(checkpoint, self.module)
+            raise no_head(checkpoint.name, type(self.module).__name__)
         self.layers: tuple[Layer, ...] = backbone.structure.layers
         self.family = backbone.family
         try:
@@ -330,13 +330,6 @@ def _surprise(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def _entropy(logits: torch.Tensor, _labels: torch.Tensor) -> torch.Tensor:
     logs = logits.log_softmax(dim=-1)
     return -(logs.exp() * logs).sum(dim=-1)
-
-
-def _no_head(checkpoint: Checkpoint, module: Any) -> ModelError:
-    name = type(module).__name__
-    return ModelError(
-        f"'{checkpoint.name}' ({name}) has no head that predicts the next token.", "Evaluate a causal language model."
-    )
 
 
 def begins_behind(drop: Drop, layer: int) -> int:

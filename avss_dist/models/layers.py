@@ -134,6 +134,12 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or kind == "Conv1D" or ("Linear" in kind and hasattr(module, "weight"))
 
 
+def linear_sizes(module: Any) -> tuple[int, int]:
+    """Return how many units a linear map takes and gives; GPT-2's Conv1D has its weight as [inputs, outputs]."""
+    rows, columns = module.weight.shape if module.weight.dim() == 2 else (0, 0)
+    return (rows, columns) if type(module).__name__ == "Conv1D" else (columns, rows)
+
+
 def first_tensor(value: Any) -> torch.Tensor | None:
     """The hidden states that a module returned or was given: a tensor, or the first in a tuple or ModelOutput."""
     if isinstance(value, torch.Tensor):

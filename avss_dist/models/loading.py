@@ -245,6 +245,15 @@ def build(config: Any, settings: Settings, dtype: torch.dtype, device: torch.dev
             raise ModelError(f"A {config.model_type} model cannot be built: {_first_line(error)}") from error
 
 
+def skeleton_by(auto: Any, config: Any, settings: Settings) -> Any | None:
+    """Return the model that an auto class makes of a configuration, on the meta device; None if it makes none."""
+    with quiet(), torch.device("meta"):
+        try:
+            return auto.from_config(copy.deepcopy(config), trust_remote_code=settings.trust_remote_code)
+        except _REFUSALS:
+            return None
+
+
 def open_module(model: Any, *, layers: str | None = None, device: torch.device | None = None) -> Backbone:
     """A loaded transformers model as a Backbone: its head is left out, its layers are found.
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from avss_dist.models.experts import Experts, find_experts
-from avss_dist.models.layers import PROBE_SHAPE, Projection, Tap, axes_of, count_parameters, is_linear
+from avss_dist.models.layers import PROBE_SHAPE, Projection, Tap, axes_of, count_parameters, is_linear, linear_sizes
 from avss_dist.settings import EVERY_SITE
 
 _ATTENTION = re.compile(
@@ -53,7 +53,7 @@ def look_inside(calls: Sequence[Call], layer_class: str) -> Inside:
     """The sublayer sites of one layer, and its linear maps, from its modules' calls."""
     of_kind: dict[str | None, list[Call]] = defaultdict(list)
     for call in calls:
-        of_kind[_kind(call, layer_class)].append(call)
+        of_kind[_kind(call.path, call.module, layer_class)].append(call)
     attention, mlp = _largest(of_kind["attention"]), _largest(of_kind["mlp"])
     of_attention = _inside(calls, attention) if attention else []
     taps = {"attention": _output_tap(attention, of_attention) if attention else None}
@@ -72,6 +72,35 @@ def look_inside(calls: Sequence[Call], layer_class: str) -> Inside:
     projections = tuple(_projection(site, call) for site, call in readers)
     gate, experts = _gate(of_mlp, readers), find_experts(calls)
     return Inside({site: tap for site in EVERY_SITE if (tap := taps.get(site))}, projections, gate, experts)
+
+
+def find_down_projection(layer: nn.Module, width: int) -> tuple[str, nn.Module] | None:
+    """Return path and module of the linear map that ends a layer's MLP, by names and shapes alone: nothing is run.
+
+    It is the module of the site ``neuron`` wherever `look_inside` finds that site.
+
+    Args:
+        width: units of the residual stream.
+
+    Returns:
+        None where experts are routed, or no linear map outside of attention gives so many units.
+    """
+    modules = dict(layer.named_modules())
+    names = {
+        path: f"{path.rpartition('.')[2]} {_own_name(module, type(layer).__name__)}" for path, module in modules.items()
+    }
+    if any(_EXPERTS.search(names[path]) for path in modules if path):
+        return None
+    found: dict[tuple[bool, bool], tuple[str, nn.Module]] = {}
+    for path, module in modules.items():
+        parents = [".".join(path.split(".")[:count]) for count in range(1, path.count(".") + 1)]
+        kinds = {_kind(parent, modules[parent], type(layer).__name__) for parent in parents}
+        if not is_linear(module) or "attention" in kinds or any(_NOT_A_SUBLAYER.search(names[p]) for p in parents):
+            continue
+        inputs, outputs = linear_sizes(module)
+        if outputs == width:
+            found["mlp" in kinds, inputs != outputs] = path, module
+    return found[max(found)] if found else None
 
 
 def _readers_in_attention(attention: Call, inside: Sequence[Call]) -> list[tuple[str, Call]]:
@@ -149,11 +178,11 @@ def _own_name(module: nn.Module, layer_class: str) -> str:
     return own
 
 
-def _kind(call: Call, layer_class: str) -> str | None:
+def _kind(path: str, module: nn.Module, layer_class: str) -> str | None:
     """``mlp`` or ``attention`` by what a sublayer's class, else its name, says it is."""
-    if is_linear(call.module):
+    if is_linear(module):
         return None
-    for label in (_own_name(call.module, layer_class), call.path.rpartition(".")[2]):
+    for label in (_own_name(module, layer_class), path.rpartition(".")[2]):
         if _NOT_A_SUBLAYER.search(label):
             return None
         if _MLP.search(label):

@@ -14,7 +14,7 @@ from avss_dist.errors import QueryError
 from avss_dist.settings import BLOCK_DISTANCE, ESTIMATES, INTERACTIONS, OF_LAYERS, Settings
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import average_ranks
-from avss_dist.warehouse.checks import settings_of
+from avss_dist.warehouse.checks import has_head, settings_of
 from avss_dist.warehouse.reader import Warehouse
 
 _OPTIONS = {"loss": "", "shapley": " --no-leave-one-out --shapley 32", "taylor": " --no-leave-one-out --gradients"}
@@ -58,8 +58,14 @@ def layer_truth(store: Warehouse, run: Mapping[str, Any], by: str) -> LayerTruth
 
 
 def nothing_measured(store: Warehouse, run: Mapping[str, Any], by: str) -> QueryError:
-    """What `avss ablate` measures is not in a warehouse; the hint measures it."""
-    return QueryError(f"{store.root} has no '{by}' of the layers of {run['model']}.", ablate_command(store, run, by))
+    """What `avss ablate` measures is not in a warehouse; the hint measures it, or says that nothing can."""
+    hint = ablate_command(store, run, by) if has_head(run) else f"{describe_headless(run)} Choose by a score."
+    return QueryError(f"{store.root} has no '{by}' of the layers of {run['model']}.", hint)
+
+
+def describe_headless(run: Mapping[str, Any]) -> str:
+    """Return a sentence that says why avss ablate and avss evaluate refuse the model of a run."""
+    return f"{run['model']} ({run['architecture']}) predicts no next token: avss ablate and avss evaluate refuse it."
 
 
 def find_layer_truth(store: Warehouse, run: Mapping[str, Any], by: str) -> LayerTruth | None:

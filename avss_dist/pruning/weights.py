@@ -70,17 +70,26 @@ class StoredWeights:
 
     def renamed(self, name: str) -> str | None:
         """What a stored tensor is called in the pruned checkpoint; None if it is of a layer that is dropped."""
-        match = re.fullmatch(rf"{re.escape(self.prefix)}\.(\d+)\.(.*)", name)
-        if not match:
-            return name
-        layer = int(match[1])
-        return f"{self.prefix}.{self.plan.keep.index(layer)}.{match[2]}" if layer in self.plan.keep else None
+        return renumbered(name, self.prefix, self.plan)
 
     def read(self, parameter: Parameter) -> torch.Tensor | None:
         """A parameter of a layer as it is stored; None where the files have none of its name."""
         name = self.name(parameter)
         stored = next((tensors[name] for tensors in self.files.values() if name in tensors), None)
         return None if stored is None else read_tensor(stored)
+
+
+def renumbered(name: str, prefix: str, plan: Plan) -> str | None:
+    """Return the name that a tensor has in the pruned model, or None if it is of a layer that is dropped.
+
+    Args:
+        prefix: path of the layer list.
+    """
+    match = re.fullmatch(rf"{re.escape(prefix)}\.(\d+)\.(.*)", name)
+    if not match:
+        return name
+    layer = int(match[1])
+    return f"{prefix}.{plan.keep.index(layer)}.{match[2]}" if layer in plan.keep else None
 
 
 def list_path(model: Any, plan: Plan) -> str:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import secrets
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LEFTOVER_SECONDS = 3600.0  # nobody writes one file for so long
-_STAGED = re.compile(r"\..+\.(avss|\d+)-[0-9a-f]{8}\.tmp")  # with a process id in place of "avss": by older versions
+LEFTOVER_FOLDER_SECONDS = 7 * 24 * 3600.0  # nor a checkpoint, with nothing new in its folder
+_STAGED = re.compile(
+    r"\..+\.(avss|\d+)(-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+))?-[0-9a-f]{8}\.tmp"
+)  # older versions named no owner, or a process id in place of "avss"
+_UNKNOWN = "00000000"  # a machine whose processes cannot be told apart
 
 
 @contextmanager
@@ -53,13 +59,14 @@ def staged_file(path: Path, *, folder: Path | None = None, durable: bool = False
 def staged_folder(path: Path) -> Iterator[Path]:
     """A fresh, empty folder. It becomes ``path`` when the block ends without an error, and is deleted otherwise.
 
-    Parents are made. ``path`` may be an empty folder.
+    Parents are made. ``path`` may be an empty folder. What killed writers left beside it is deleted.
 
     Raises:
         OSError: the folder cannot be written, or ``path`` exists and is not an empty folder.
     """
     target = path.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target.parent)
     staged = target.with_name(_fresh(target.name))
     staged.mkdir()
     try:
@@ -70,13 +77,63 @@ def staged_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the staged files that writers left in a folder when they were killed, an hour ago or more."""
-    for file in folder.glob(".*.tmp"):
+    """Delete the staged files and folders that writers left in a folder when they were killed.
+
+    Whether a writer of this machine has ended is known. One of another machine, or of an older version, is taken to
+    have ended after an hour without a change to its file, or a week without a change in its folder.
+    """
+    for path in folder.glob(".*.tmp"):
+        name = _STAGED.fullmatch(path.name)
+        if not name or path.is_symlink():
+            continue
         with suppress(OSError):
-            old = time.time() - file.stat().st_mtime > LEFTOVER_SECONDS
-            if old and _STAGED.fullmatch(file.name) and file.is_file():
-                file.unlink()
+            if path.is_dir() and _is_left(name, LEFTOVER_FOLDER_SECONDS, path, *path.rglob("*")):
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.is_file() and _is_left(name, LEFTOVER_SECONDS, path):
+                path.unlink()
+
+
+def _is_left(name: re.Match[str], seconds: float, *paths: Path) -> bool:
+    """Whether the writer of these paths has ended, or has not changed them for so long that it must have."""
+    ended = _has_ended(name)
+    if ended is None:
+        return time.time() - max(path.lstat().st_mtime for path in paths) > seconds
+    return ended
 
 
 def _fresh(name: str) -> str:
-    return f".{name[:40]}.avss-{secrets.token_hex(4)}.tmp"
+    owner = f"{_machine()}-{os.getpid()}-{_start(os.getpid()) or 0}"
+    return f".{name[:40]}.avss-{owner}-{secrets.token_hex(4)}.tmp"
+
+
+def _machine() -> str:
+    """Return eight hexadecimal digits for this boot of this machine, and for the container that processes count in."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        known = [boot, os.readlink("/proc/self/ns/pid"), socket.gethostname()]
+    except OSError:
+        return _UNKNOWN
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:8]
+
+
+def _start(pid: int) -> int | None:
+    """Return when a process started, in clock ticks since the boot; None where that cannot be read."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _has_ended(name: re.Match[str]) -> bool | None:
+    """Whether the writer of a staged path has ended; None of a process that cannot be seen from here."""
+    if name["machine"] in (None, _UNKNOWN) or name["machine"] != _machine():
+        return None
+    pid = int(name["pid"])
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return None
+    start = _start(pid)
+    return None if start is None else start != int(name["start"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
@@ -19,6 +20,7 @@ from avss_dist.stats.histogram import HISTOGRAM_BINS
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS
 
 MOST_LAYERS = 100_000
+_HEADLESS = re.compile(r"(?<!LMHead)(?<!DoubleHeads)(Model|Encoder)$")
 _OF_EXPERTS = {"layer", "layer_name", "depth", "expert", *EXPERT_FIELDS} - {"router_entropy_sum"}
 _REQUIRED: dict[str, set[str]] = {
     "runs": {"status", "model"},
@@ -142,6 +144,11 @@ def _array(column: pa.ChunkedArray) -> pa.Array:
 
 def _mask(cells: pa.Array, *, null: bool = False) -> Mask:
     return np.asarray(pc.fill_null(cells, null).to_numpy(zero_copy_only=False), bool)
+
+
+def has_head(run: Mapping[str, Any]) -> bool:
+    """Whether the model of a row of ``runs`` predicts the next token, by its class; only then it can be evaluated."""
+    return not _HEADLESS.search(run["architecture"] or "")
 
 
 def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:

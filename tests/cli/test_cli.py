@@ -23,6 +23,7 @@ from support.command_line import avss, commands
 import avss_dist
 from avss_dist.errors import ConfigError, QueryError
 from avss_dist.partition.base import Placement
+from avss_dist.report.page import summary
 from avss_dist.settings import (
     ATTENTIONS,
     DTYPES,
@@ -38,6 +39,7 @@ from avss_dist.settings import (
     Settings,
 )
 from avss_dist.system.doctor import Finding
+from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
@@ -319,6 +321,34 @@ def warehouse(scored: Path, tmp_path: Path) -> Path:
 def run_ids(warehouse: Path) -> dict[str, str]:
     """Run id by family."""
     return {row["family"]: row["run_id"] for row in rows(warehouse, "SELECT family, run_id FROM runs")}
+
+
+def test_nothing_that_is_refused_is_recommended_to_an_encoder(scored: Path, tmp_path: Path) -> None:
+    plan, run = tmp_path / "plan.yaml", ("--run", run_ids(scored)["bert"])
+    told = avss("plan", "-w", scored, *run, "-o", plan)
+    assert told.exit_code == 2 and "predicts no next token" in told.stderr and "block_influence:" in told.stderr
+    assert "shapley" not in told.stderr and "avss ablate /" not in told.stderr
+    told = avss("plan", "-w", scored, *run, "--by", "damage", "-o", plan)
+    assert told.exit_code == 2 and "predicts no next token" in told.stderr and "--damage" not in told.stderr
+    told = avss("plan", "-w", scored, *run, "--by", "block_influence", "-o", plan)
+    assert told.exit_code == 0 and "predicts no next token" in told.stdout and "Evaluate it" not in told.stdout
+    llama = avss("plan", "-w", scored, "--by", "block_influence", "-o", plan)
+    assert "Evaluate it: avss evaluate" in llama.stdout and "predicts no next token" not in llama.stdout
+    told = avss("report", "-w", scored, "-o", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert told.exit_code == 0 and page.count(summary.NOTHING) == 1 and page.count(summary.HEADLESS) == 1
+
+
+@pytest.mark.parametrize(
+    ("architecture", "known"),
+    [
+        *((name, True) for name in ("LlamaForCausalLM", "GPT2LMHeadModel", "OpenAIGPTDoubleHeadsModel", "", None)),
+        *((name, True) for name in ("Gemma3ForConditionalGeneration", "ReformerModelWithLMHead")),
+        *((name, False) for name in ("BertModel", "LlamaModel", "BertGenerationEncoder")),
+    ],
+)
+def test_the_class_of_a_model_tells_whether_it_has_a_head(architecture: str | None, known: bool) -> None:
+    assert has_head({"architecture": architecture}) == known
 
 
 # Commands, options, defaults.

@@ -139,8 +139,13 @@ def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path) -
     assert found["one"] == found["two"]
 
 
-def test_a_model_without_a_head_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
-    done = avss("evaluate", tiny_bert, "--task", TEXT, "--warehouse", tmp_path / "w", "--sequence-length", 64)
+@pytest.mark.parametrize("command", [("evaluate", "--task", TEXT), ("ablate", "--corpus", "builtin:pydoc")])
+def test_a_model_without_a_head_is_refused_before_it_is_loaded(
+    command: tuple[str, ...], tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("avss_dist.models.loading.load_model", None)
+    name, *options = command
+    done = avss(name, tiny_bert, *options, "--warehouse", tmp_path / "w", "--sequence-length", 64)
     assert done.exit_code == 2
     assert "predicts the next token" in done.stderr
     assert "Traceback" not in done.stderr

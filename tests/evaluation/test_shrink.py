@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +12,15 @@ from typing import Any
 
 import pytest
 import ray
-from support.checkpoints import llama, one_thread
+from support.checkpoints import block_fp8, llama, one_thread
 from support.command_line import avss
 from support.commands import Command
-from support.families import lively
+from support.families import lively, tiny_model
 from support.processes import wait_until
 from tasks.test_truthfulqa import QUESTIONS
 
 import avss_dist
-from avss_dist.errors import ConfigError, CorpusError
+from avss_dist.errors import ConfigError, CorpusError, ModelError
 from avss_dist.evaluation.attempts import Attempt
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.evaluation.repairs import copies_of
@@ -268,6 +269,53 @@ def test_text_that_is_repaired_on_is_not_evaluated_on(deep: Path, tmp_path: Path
     rows = ("--max-sequences", "40", "--sequence-length", "128", "--device", "cpu")
     told = avss("shrink", deep, "--corpus", text, "-o", tmp_path / "out", "--task", f"perplexity:{same}", *rows)
     assert told.exit_code == 2 and "is text that the repair is fitted on" in told.stderr, told.stderr
+
+
+def test_too_little_text_is_refused_before_anything_is_scored(deep: Path, tmp_path: Path) -> None:
+    """With the number of rows that suffices, to the row."""
+    told = avss("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "out", *OPTIONS, "--max-sequences", "9")
+    assert told.exit_code == 2 and "needs 192 tokens to fit to at least; 186 are given" in told.stderr, told.stderr
+    assert "Set --max-sequences to 10 or more, or choose a --repair of fewer unknowns" in told.stderr
+    assert not list(tmp_path.iterdir())
+    made = shrunk(deep, tmp_path / "out", max_sequences=10)
+    assert made.record is not None and made.record.texts[0].tokens == 217
+    short = tmp_path / "short.txt"
+    short.write_text("\n\n".join(f"Line {i}: {i * 7919 % 6131} and {i * 104729 % 7001}." for i in range(15)))
+    with pytest.raises(CorpusError, match="Give longer texts, or choose a `repair` of fewer unknowns"):
+        avss_dist.shrink(deep, corpus=str(short), output=tmp_path / "none", **READ)
+    assert not list(tmp_path.glob("none*"))
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("tiny_bert", "has no head that predicts the next token"),
+        ("mixtral", "No layer of .* has an MLP that ends in one linear map of its own"),
+        ("fp8", "as F8_E4M3, quantized or fused: nothing can be added to it"),
+        ("linked", "is a link to .*, outside of the checkpoint"),
+    ],
+)
+def test_what_cannot_be_shrunk_is_refused_before_anything_is_scored(
+    model: str,
+    told: str,
+    tiny_llama: Path,
+    tiny_bert: Path,
+    save_checkpoint: Callable[[Any, Path], Path],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / model
+    if model == "tiny_bert":
+        folder = tiny_bert
+    elif model == "mixtral":
+        save_checkpoint(tiny_model("causal", "mixtral"), folder)
+    elif model == "fp8":
+        block_fp8(tiny_llama, folder, ["lm_head"])
+    else:
+        shutil.copytree(tiny_llama, folder)
+        (folder / "notes.txt").symlink_to("/etc/hostname")
+    with pytest.raises((ModelError, PlanError), match=told):
+        shrunk(folder, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_paired_text_has_no_parts(deep: Path, tmp_path: Path) -> None:

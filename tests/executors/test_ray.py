@@ -129,17 +129,20 @@ def test_a_worker_that_freezes_before_it_reports_is_replaced(
 
 
 @shared_cluster
-def test_a_stopped_driver_is_resumed(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Ctrl-C: the partials are kept, the same command finishes what is missing."""
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_driver_is_resumed(
+    number: signal.Signals, expected: int, tiny_llama: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """By Ctrl-C or SIGTERM: the partials are kept, the same command finishes what is missing."""
     arguments = ["--max-sequences", "160", "--sequence-length", "64", "--batch-size", "2", "--sequences-per-shard", "8"]
     address = ray.get_runtime_context().gcs_address
     place = ("-w", tmp_path, "--address", address, "--replicas", 2)
     driver = Command("score", tiny_llama, "--corpus", "builtin:pydoc", *place, *arguments)
     partials = tmp_path / "shard_stats"
     wait_until(lambda: len(list(partials.rglob("*.parquet"))) >= 1 or not driver.running())
-    driver.send(signal.SIGINT)
+    driver.send(number)
     code, _, said = driver.wait()
-    assert code == 130, said
+    assert code == expected, said
     assert "run the same command again" in said and "Traceback" not in said
     kept = len(list(partials.rglob("*.parquet")))
     assert 1 <= kept < 20 and not list((tmp_path / "scores").rglob("*.parquet"))

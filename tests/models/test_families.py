@@ -7,9 +7,10 @@ import torch
 import transformers
 from support.capabilities import AGAIN, VERSION, YES, Outcome, Row, read_table, try_scoring
 from support.documentation import DOCS, read
-from support.families import model_types
+from support.families import model_types, tiny_model
 
-from avss_dist.models.loading import quiet
+from avss_dist.models.loading import open_module, quiet
+from avss_dist.models.sites import find_down_projection
 from avss_dist.settings import SITES
 
 pytestmark = pytest.mark.slow
@@ -36,6 +37,18 @@ def test_the_table(outcomes: dict[tuple[str, str], Outcome], table: dict[tuple[s
     assert causal.count(YES) >= 0.95 * len(causal) and len(causal) >= 148
     number = f"{causal.count(YES)} of the {len(causal)} causal families"
     assert number in " ".join(read(DOCS / "cli.md").split())
+
+
+@pytest.mark.parametrize(
+    "family",
+    ("llama", "gemma3_text", "gpt2", "falcon", "opt", "bloom", "gpt_neox", "phi3", "mixtral", "nemotron_h", "axk2"),
+)
+def test_the_map_that_ends_an_mlp_is_known_without_a_pass(family: str) -> None:
+    """The one that a pass finds; none where experts are routed."""
+    backbone = open_module(tiny_model("causal", family))
+    for layer in backbone.structure.layers:
+        tap, found = layer.taps.get("neuron"), find_down_projection(layer.module, backbone.hidden_size)
+        assert (found and found[1]) is (tap and tap.module), layer.name
 
 
 def test_common_families_have_every_site(outcomes: dict[tuple[str, str], Outcome]) -> None:

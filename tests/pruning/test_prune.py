@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,20 @@ from support.checkpoints import llama
 from support.command_line import avss, files
 from support.families import tiny_model
 from support.hub import serving_hub
+from transformers import AutoConfig
 
 import avss_dist
-from avss_dist.models.layers import first_tensor
-from avss_dist.models.loading import forward_function, open_module
+from avss_dist.models.auto import auto_classes
+from avss_dist.models.layers import Layer, first_tensor
+from avss_dist.models.loading import forward_function, open_module, quiet
 from avss_dist.models.skipping import skipping
+from avss_dist.pruning import configuration
 from avss_dist.pruning.checkpoint import prune
+from avss_dist.pruning.configuration import settings_by_layer
 from avss_dist.pruning.model_card import model_card
 from avss_dist.pruning.plan import Plan, read_plan
 from avss_dist.pruning.selection import PlanError
+from avss_dist.settings import Settings
 from avss_dist.warehouse.reader import Warehouse
 
 Save = Callable[[Any, Path], Path]
@@ -67,13 +72,8 @@ def test_a_pruned_checkpoint_computes_what_skipping_does(family: str, tmp_path: 
     """Reloaded by transformers: logits equal to the original's with the layer skipped; generates with a cache."""
     from transformers import AutoModelForCausalLM
 
-    whole = tiny_model("causal", family).eval()
-    whole.save_pretrained(tmp_path / "whole")
-    layers = open_module(whole).structure.layers
-    path = layers[0].name.rpartition(".")[0]
-    drop = len(layers) - 1 if family == "deepseek_v3" else 1
-    done = prune(str(tmp_path / "whole"), plan_of(tmp_path, drop, number=len(layers), layers=path), tmp_path / "less")
-    assert done["difference"] == 0
+    whole, layers, drop, difference = prune_a_layer("causal", family, tmp_path)
+    assert difference == 0
     less = AutoModelForCausalLM.from_pretrained(tmp_path / "less").eval()
     assert less.config.get_text_config().num_hidden_layers == len(layers) - 1
     with torch.no_grad(), skipping(layers, {drop}):
@@ -82,6 +82,128 @@ def test_a_pruned_checkpoint_computes_what_skipping_does(family: str, tmp_path: 
         assert torch.equal(less(IDS, use_cache=False).logits, expected)
     generated = less.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert generated.shape == (2, 11)
+
+
+def prune_a_layer(kind: str, family: str, folder: Path) -> tuple[Any, Sequence[Layer], int, float | None]:
+    """Write a tiny model of a family to ``whole``, and to ``less`` without a layer; it has three labels."""
+    whole = tiny_model(kind, family).eval()
+    whole.config.id2label = {0: "negative", 1: "neutral", 2: "positive"}
+    whole.config.label2id = {"negative": 0, "neutral": 1, "positive": 2}
+    whole.config.problem_type = "single_label_classification"
+    whole.config.task_specific_params = {"1": {"prefix": "1: "}}
+    whole.save_pretrained(folder / "whole")
+    layers = open_module(whole).structure.layers
+    path = layers[0].name.rpartition(".")[0]
+    drop = len(layers) - 1 if family == "deepseek_v3" else 1
+    made = plan_of(folder, drop, number=len(layers), layers=path)
+    return whole, layers, drop, prune(str(folder / "whole"), made, folder / "less")["difference"]
+
+
+TASK_SETTINGS = ("id2label", "label2id", "num_labels", "problem_type", "task_specific_params", "architectures")
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        *(("causal", family) for family in FAMILIES),
+        *(("masked", family) for family in ("bert", "distilbert", "roberta", "modernbert")),
+        *(("image-text", family) for family in ("gemma3", "qwen2_vl")),
+    ],
+)
+def test_every_class_that_opens_the_original_opens_the_pruned_checkpoint(
+    kind: str, family: str, tmp_path: Path
+) -> None:
+    """With the same labels and task settings; what the files lack for a class's head, both lack."""
+    prune_a_layer(kind, family, tmp_path)
+    opened = []
+    for auto in auto_classes(AutoConfig.from_pretrained(tmp_path / "whole")):
+        with quiet():
+            try:
+                whole, before = auto.from_pretrained(tmp_path / "whole", output_loading_info=True)
+            except Exception:
+                continue
+            less, after = auto.from_pretrained(tmp_path / "less", output_loading_info=True)
+        opened.append(type(less).__name__)
+        for name in TASK_SETTINGS:
+            assert getattr(less.config, name, None) == getattr(whole.config, name, None), name
+        for names in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            assert without_numbers(after[names]) == without_numbers(before[names]), names
+        assert whole.num_parameters() > less.num_parameters()
+    assert len(opened) == len(set(opened)) > 1
+    ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("less", "whole"))
+    assert ours.keys() == theirs.keys()
+
+
+def without_numbers(names: Iterable[Any]) -> set[str]:
+    return {re.sub(r"\d+", "N", str(name)) for name in names}
+
+
+def test_a_classifier_keeps_its_labels(tmp_path: Path) -> None:
+    """As many labels as layers; they are no setting by layer."""
+    from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+
+    labels = {0: "negative", 1: "neutral", 2: "positive"}
+    config = llama().config
+    config.id2label, config.label2id = labels, {name: number for number, name in labels.items()}
+    whole = LlamaForSequenceClassification(config).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    prune(str(tmp_path / "whole"), plan_of(tmp_path, 1), tmp_path / "less")
+    less = AutoModelForSequenceClassification.from_pretrained(tmp_path / "less").eval()
+    assert less.config.id2label == labels and torch.equal(less.score.weight, whole.score.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shortened"),
+    [
+        ("layer_types", ["a", "b", "c", "d"], ["a", "c", "d"]),
+        ("no_rope_layers", [1, 0, 1, 1], [1, 1, 1]),
+        ("layer_rope_theta", [1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 4.0]),
+        ("mlp_only_layers", [1, 2], [1]),
+        ("moe_layers", [0, 1, 2, 3], [0, 1, 2]),
+        ("full_attn_idxs", [3], [2]),
+        ("num_key_value_heads", [4, 3, 2, 1], [4, 2, 1]),
+        ("per_layer_config", {"1": {"a": 1}, "3": {"a": 3}}, {"2": {"a": 3}}),
+        ("first_k_dense_replace", 2, 1),
+        ("max_window_layers", 4, None),
+        ("num_key_value_heads", 4, None),
+        ("id2label", {"0": "a", "1": "b"}, None),
+        ("task_specific_params", {"1": {}}, None),
+        ("architectures", ["a", "b", "c", "d"], None),
+        ("eos_token_id", [1, 2, 3, 0], None),
+        ("moe_intermediate_size", [1, 2, 3, 4], None),
+        ("mtp_layer_types", ["a", "b", "c", "d"], None),
+        ("vision_feature_layer", [0, 1], None),
+    ],
+)
+def test_settings_by_layer_are_told_by_their_names(name: str, value: Any, shortened: Any, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, 1, number=4)
+    assert settings_by_layer({name: value}, plan) == ({} if shortened is None else {name: shortened})
+
+
+def test_a_key_that_the_original_lacks_is_added_where_layers_would_change(tmp_path: Path) -> None:
+    """An old Gemma 3 says which layers attend to all tokens by a pattern; without a layer, the pattern is another."""
+    whole = tiny_model("causal", "gemma3_text")
+    whole.save_pretrained(tmp_path / "whole")
+    file = tmp_path / "whole" / "config.json"
+    config = {name: value for name, value in json.loads(file.read_text()).items() if name != "layer_types"}
+    config["sliding_window_pattern"] = 2
+    file.write_text(json.dumps(config))
+    kinds = AutoConfig.from_pretrained(tmp_path / "whole").layer_types
+    assert kinds == ["sliding_attention", "full_attention", "sliding_attention"]
+    for drop, added in ((2, {}), (1, {"layer_types": ["sliding_attention"] * 2})):
+        prune(str(tmp_path / "whole"), plan_of(tmp_path, drop, number=3), tmp_path / f"less-{drop}")
+        written = json.loads((tmp_path / f"less-{drop}" / "config.json").read_text())
+        assert written == {**config, "num_hidden_layers": 2, **added}
+
+
+def test_a_setting_that_would_change_is_refused(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    whole, less = (LlamaConfig(num_hidden_layers=n, num_labels=n) for n in (3, 2))
+    with pytest.raises(PlanError, match=r"its setting `id2label.2` would be None for 'LABEL_2'"):
+        configuration._require_same_settings(whole, less, {"num_hidden_layers"})
+    with pytest.raises(PlanError, match=r"in AutoModelFor\w+, score.weight would have the shape \(2, 4096\) for \(3,"):
+        configuration._require_same_classes(whole, less, plan_of(tmp_path, 1), Settings())
 
 
 @pytest.mark.parametrize(
@@ -151,6 +273,37 @@ def test_folders_that_hold_something_are_left_alone(tiny_llama: Path, tmp_path: 
     with pytest.raises(PlanError, match="not empty"):
         prune(str(tiny_llama), plan_of(tiny_llama, 1), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "config.json", "model.safetensors"])
+def test_a_link_out_of_the_checkpoint_is_refused(name: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """Its content would be in the new folder, and on the hub with it."""
+    whole, secret = tmp_path / "whole", tmp_path / "secret"
+    shutil.copytree(tiny_llama, whole)
+    (whole / "notes.txt").write_text("A note.")
+    (whole / name).rename(secret)
+    (whole / name).symlink_to("../secret")
+    with pytest.raises(PlanError, match=f"{name} of .* is a link to {secret}, outside of the checkpoint"):
+        prune(str(whole), plan_of(whole, 1), tmp_path / "less")
+    assert not (tmp_path / "less").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_links_inside_the_checkpoint_and_the_cache_of_the_hub_are_followed(tiny_llama: Path, tmp_path: Path) -> None:
+    """A snapshot consists of links to blobs, in a cache that may itself be behind a link."""
+    snapshot = tmp_path / "disk" / "models--lab--tiny" / "snapshots" / ("0" * 40)
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in tiny_llama.iterdir():
+        shutil.copyfile(file, blobs / f"blob-of-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/blob-of-{file.name}")
+    (snapshot / "vocabulary.json").symlink_to("tokenizer.json")
+    (tmp_path / "cache").symlink_to(tmp_path / "disk")
+    prune(str(tmp_path / "cache" / snapshot.relative_to(tmp_path / "disk")), plan_of(snapshot, 1), tmp_path / "less")
+    written = {file.name: file for file in (tmp_path / "less").iterdir()}
+    assert not any(file.is_symlink() for file in written.values())
+    for name in ("tokenizer.json", "vocabulary.json"):
+        assert written[name].read_bytes() == (tiny_llama / "tokenizer.json").read_bytes()
 
 
 def test_a_checkpoint_is_pushed_as_it_is_written(

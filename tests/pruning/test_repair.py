@@ -44,9 +44,9 @@ READ = {"max_sequences": 60, "sequence_length": 48, "batch_size": 8, "device": "
 IDS = torch.arange(16).reshape(2, 8) + 3
 FAMILIES = (
     *("llama", "gemma3_text", "qwen3", "gpt2", "opt", "phi3", "olmo2", "granite", "gpt_neox", "cohere2"),
-    *("exaone4", "gemma2", "glm4"),
+    *("exaone4", "gemma2", "glm4", "falcon"),
 )
-TIED = ("gemma3_text", "gpt2", "opt", "cohere2", "gemma2")
+TIED = ("gemma3_text", "gpt2", "opt", "cohere2", "gemma2", "falcon")
 
 
 def repair_of(by: str = "map", *corpora: str, **options: Any) -> Repair:

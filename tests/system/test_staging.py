@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -99,3 +101,68 @@ def test_leftovers_of_killed_writers_are_deleted_and_nothing_else(tmp_path: Path
     remove_leftovers(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {*others, fresh.name}
     assert staging._STAGED.fullmatch(staging._fresh("run.parquet"))
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from avss_dist.system.staging import staged_folder
+with staged_folder(Path(sys.argv[1])) as staged:
+    (staged / "weights").write_text("x")
+    print(staged.name, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_folder_of_a_killed_writer_is_deleted_and_that_of_a_live_one_is_not(tmp_path: Path) -> None:
+    """By the next writer beside it, whatever it writes."""
+    writers = [
+        subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    names = [writer.stdout.readline().strip() for writer in writers if writer.stdout]
+    try:
+        writers[0].kill()
+        writers[0].wait()
+        for name in names:
+            os.utime(tmp_path / name / "weights", (0, 0))
+            os.utime(tmp_path / name, (0, 0))  # a live writer may be slow
+        with staged_folder(tmp_path / "other"):
+            pass
+        assert {path.name for path in tmp_path.iterdir()} == {names[1], "other"}
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.wait()
+
+
+def test_a_process_of_the_same_number_is_not_the_writer(tmp_path: Path) -> None:
+    """As in a container that was started again, where the command has the same number each time."""
+    left = tmp_path / f".out.avss-{staging._machine()}-{os.getpid()}-1-0123abcd.tmp"
+    left.mkdir()
+    with staged_folder(tmp_path / "new") as staged:
+        remove_leftovers(tmp_path)
+        assert staged.is_dir() and not left.exists()
+
+
+@pytest.mark.parametrize("owner", ["", "89abcdef-4711-12-", f"{staging._UNKNOWN}-4711-12-"])
+def test_the_folder_of_a_writer_on_another_machine_is_kept_for_a_week(owner: str, tmp_path: Path) -> None:
+    """Since the last change to anything in it. Versions before named no owner."""
+    left = tmp_path / f".out.avss-{owner}0123abcd.tmp"
+    (left / "sub").mkdir(parents=True)
+    (left / "sub" / "weights").write_text("x")
+    for path in (left / "sub", left):
+        os.utime(path, (0, 0))
+    remove_leftovers(tmp_path)
+    assert (left / "sub" / "weights").exists()
+    os.utime(left / "sub" / "weights", (0, 0))
+    remove_leftovers(tmp_path)
+    assert not left.exists()
+
+
+def test_a_link_in_place_of_a_leftover_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    link = tmp_path / f".out.avss-{staging._machine()}-{os.getpid()}-1-0123abcd.tmp"
+    link.symlink_to(tmp_path / "mine")
+    remove_leftovers(tmp_path)
+    assert link.is_symlink() and (tmp_path / "mine").is_dir()

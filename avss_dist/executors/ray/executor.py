@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -35,6 +33,7 @@ from avss_dist.partition.base import Placement
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices, devices_here, pick_device
 from avss_dist.system.last_words import LastWords
+from avss_dist.system.signals import sigterm_handler_kept
 from avss_dist.tasks.cells import Cell, CellOutcome
 
 S = TypeVar("S")
@@ -170,15 +169,15 @@ class RayExecutor:
         if RayExecutor._last_words is None:
             RayExecutor._last_words, self._speaks = LastWords(ENDED), True
         if not ray.is_initialized():
-            on_sigterm = signal.getsignal(signal.SIGTERM)
             try:
                 require_listening(self._address or "local", greet=True)
-                ray.init(
-                    address=self._address or "local",
-                    include_dashboard=None if self._address else False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
+                with sigterm_handler_kept():
+                    ray.init(
+                        address=self._address or "local",
+                        include_dashboard=None if self._address else False,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                    )
             except (OSError, RayError, RuntimeError, ValueError, AssertionError) as error:
                 where = f"Ray at {self._address}" if self._address else "a local Ray"
                 kind = ConfigError if self._address else RunFailed
@@ -187,8 +186,6 @@ class RayExecutor:
                     "Check `address` (or RAY_ADDRESS), and that this machine has the cluster's token.",
                 ) from error
             self._started = True
-            if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, on_sigterm)  # in place of Ray's, which prints a stack trace
             ray._private.worker._worker_logs_enabled = False  # of lost workers and nodes, on standard output
         if self._monitor is None:
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)

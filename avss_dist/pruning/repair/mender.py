@@ -98,7 +98,7 @@ class Mender:
             form = "under other names" if stored is None else f"as {str(stored.dtype).removeprefix('torch.')}"
             raise RepairError(
                 f"The files hold '{path}' of layer {layer} {form}, quantized or fused: nothing can be added to it.",
-                _PLAIN,
+                PLAIN,
             )
 
     def mend(self, cut: Cut, outlet: Outlet, by: str, what: str) -> RepairedCut:
@@ -262,11 +262,11 @@ class Mender:
                 "Use `partition` single, or device_map with more `max_memory`.",
             )
         if stored is None or stored.shape != loaded.shape or not torch.equal(stored.to(loaded.dtype), loaded.cpu()):
-            raise RepairError(f"The files hold '{path}' of layer {layer} in another form than the model does.", _PLAIN)
+            raise RepairError(f"The files hold '{path}' of layer {layer} in another form than the model does.", PLAIN)
         return stored
 
 
-_PLAIN = (
+PLAIN = (
     "Repair the checkpoint that it was quantized from, and quantize the result; or save it again with transformers' "
     "save_pretrained, if it is not quantized."
 )

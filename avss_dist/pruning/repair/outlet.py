@@ -20,6 +20,7 @@ from avss_dist.pruning.selection import PlanError
 from avss_dist.system.context import bound
 
 PUSHES = (1.0, 4.0)  # multiples of the size of the layer's output; what is added once is added at any size
+_PLAIN_KINDS = ("Conv1D", "FalconLinear")  # GPT-2's and Falcon's names for a linear map like any other
 _TOLERANCE = 0.03  # of the move; bfloat16 rounds to 0.004
 _ONE = 0.005  # a factor so near to 1 is 1, seen through rounding
 
@@ -96,7 +97,7 @@ def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether a module is a linear map whose weights are plain numbers."""
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+    return type(module) is nn.Linear or type(module).__name__ in _PLAIN_KINDS
 
 
 def _refusal(layer: Layer, why: str, hint: str = "Drop other layers, or prune with `repair` none.") -> RepairError:

@@ -15,7 +15,7 @@ from avss_dist.report.page.removal import without_layers
 from avss_dist.settings import EVERY_SITE, PUBLISHED_THRESHOLD, RECIPES, RIVALS, SITES
 from avss_dist.stats.rankings import count_lowest
 from avss_dist.text import basename, describe_threshold, printable
-from avss_dist.warehouse.checks import settings_of
+from avss_dist.warehouse.checks import has_head, settings_of
 
 if TYPE_CHECKING:
     from avss_dist.warehouse.reader import Warehouse
@@ -102,7 +102,7 @@ def _described(runs: Sequence[Mapping[str, Any]], table: pa.Table) -> list[dict[
         size = max([run["num_layers"] or 0, *(layer + 1 for layer in scored)])
         rows = table.take(pa.array([row_of.get((run["run_id"], layer)) for layer in range(size)], pa.int64()))
         by_layer = {name: rounded(rows[name]) for name in ("layer_name", *RIVALS)}
-        described.append({"label": f"{i + 1}. {label}", **by_layer})
+        described.append({"label": f"{i + 1}. {label}", "has_head": has_head(run), **by_layer})
     return described
 
 

@@ -401,7 +401,8 @@ async function drawWithout() {
     const rows = blocks.map((block) => ({ run: label, ...block, nearest: nearest.get(block.length) === block }));
     const few = [...nearest.values()].filter((block) => block.length <= 3);
     const said = few.map(({ start, length, distance }) => `Nearest of ${length}: from layer ${start} (${number(distance)}).`);
-    await draw("blocks", "blocks", rows, { choice: label }, said.join(" "), "Not measured of this run: avss ablate --damage does it.");
+    const how = data.runs[run()].has_head ? "avss ablate --damage does it." : "its model predicts no next token.";
+    await draw("blocks", "blocks", rows, { choice: label }, said.join(" "), `Not measured of this run: ${how}`);
   }
   if (figures.kept) {
     const rows = kept.map((one) => ({ run: label, ...one }));

@@ -8,10 +8,12 @@ from typing import Any
 from avss_dist.analysis.verdict import CLAIMED_KEPT, CLAIMED_SHARE, claim_in_short
 from avss_dist.settings import RECIPES, SITES
 from avss_dist.stats.rankings import count_lowest
+from avss_dist.warehouse.checks import has_head
 
 MOST = 6  # runs, and tasks of each
 MOST_UNTRIED = 3  # runs of which nothing was left out yet
 NOTHING = "Nothing was left out and evaluated yet: avss ablate --damage, avss plan, avss evaluate; or avss shrink."
+HEADLESS = "Not known: the model predicts no next token, so nothing here evaluates it without layers."
 Row = Mapping[str, Any]
 
 
@@ -38,7 +40,7 @@ def in_short(
                 {"question": "Can AVSS be believed?", "lines": [_believed([r for r in found if _is_of(run, r)])]},
                 {
                     "question": f"How many layers can go at {CLAIMED_KEPT:.0%} kept?",
-                    "lines": _can_go(known["kept"]) or [NOTHING],
+                    "lines": _can_go(known["kept"]) or [NOTHING if has_head(run) else HEADLESS],
                 },
                 {
                     "question": f"What is kept without {CLAIMED_SHARE:.0%} of them?",

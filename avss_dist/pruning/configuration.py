@@ -1,0 +1,233 @@
+"""The ``config.json`` of a pruned checkpoint: settings by layer are shortened, and every other key stays as it was.
+
+The result is compared with the original three times: setting by setting, as transformers reads both files; layer by
+layer, as modules with their shapes and settings; and parameter by parameter in each class that opens the original.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from avss_dist.errors import ModelError
+from avss_dist.models.auto import auto_classes
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.loading import skeleton, skeleton_by, text_config, without_head
+from avss_dist.models.quantization import KEYS, quantization_method, require_known
+from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.quantization import LayerNames, renumber_quantization
+from avss_dist.pruning.selection import PlanError
+from avss_dist.pruning.weights import list_path, renumbered
+from avss_dist.settings import Settings
+
+NUM_LAYERS = "num_hidden_layers"
+COUNTS = ("first_k_dense_replace", "max_window_layers", "num_dense_layers", "first_num_dense_layers")
+"""Settings that say how many of the first layers are special."""
+_BY_LAYER = re.compile(r"layer|block_types|block_configs|full_attn_idxs|indexer_types|activation_sparsity_pattern")
+_SIZES_BY_LAYER = re.compile(
+    r"(num_)?(query|kv|attention|key_value)_heads|num_(query|kv)_heads|intermediate_size|ffn_multipliers"
+)
+_OF_OTHER_MODULES = re.compile(r"^(mtp|vision|audio|image|encoder|conv)_")
+_INDICES = re.compile(r"layer|idx|indices|index")
+_OWN_INDEX = re.compile(r"^(layer|block)?_?(idx|index|id|number)$")
+
+
+def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Settings) -> None:
+    """Write the ``config.json`` that gives each layer that stays the settings that it had.
+
+    A key that the original lacks is added only where transformers would derive another value for the layers that stay.
+
+    Raises:
+        PlanError: there is no such configuration, or the plan is for another number of layers.
+    """
+    plan.require_whole_layers("No configuration has layers without one, and zeros in its weights would remove nothing")
+    whole = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+    text = whole.get_text_config()
+    _refuse(text, plan)
+    raw = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    part = next((raw[n] for n in ("text_config", "llm_config", "decoder") if text is not whole and n in raw), raw)
+    expected = settings_by_layer(text.to_dict(), plan)
+    part |= settings_by_layer(part, plan)
+    names = {NUM_LAYERS, text.attribute_map.get(NUM_LAYERS, NUM_LAYERS)}
+    part |= dict.fromkeys(names.intersection(part) or {NUM_LAYERS}, len(plan.keep))
+    if method := quantization_method(whole):
+        require_known(checkpoint, method)
+        layer_names = LayerNames.of(checkpoint, plan, settings)
+        for settings_of in [raw] if part is raw else [raw, part]:
+            settings_of |= {
+                key: renumber_quantization(settings_of[key], layer_names) for key in KEYS if key in settings_of
+            }
+    less = _written(checkpoint, whole, raw, folder, settings)
+    derived = _as_json(less.get_text_config().to_dict())
+    if missing := {name: value for name, value in expected.items() if derived.get(name) != value}:
+        part |= missing
+        less = _written(checkpoint, whole, raw, folder, settings)
+    _require_same_settings(whole, less, {*expected, *names, *KEYS})
+    _require_same_layers(whole, less, plan, settings)
+    _require_same_classes(whole, less, plan, settings)
+
+
+def _written(checkpoint: Checkpoint, whole: Any, raw: Mapping[str, Any], folder: Path, settings: Settings) -> Any:
+    """Write a configuration, and read it as transformers does."""
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    try:
+        return text_config(replace(checkpoint, path=str(folder)), trust_remote_code=settings.trust_remote_code)
+    except ModelError as error:
+        raise _unlike(whole, error.message) from error
+
+
+def _refuse(text: Any, plan: Plan) -> None:
+    number = getattr(text, NUM_LAYERS, None)
+    if number != plan.num_layers:
+        raise PlanError(f"The plan is for {plan.num_layers} layers; the model has {number}.", "Make a plan of its own.")
+    for name, why in (
+        ("num_kv_shared_layers", "its last layers use the keys and values of earlier ones"),
+        ("scale_attn_by_inverse_layer_idx", "a layer's attention is scaled by its place"),
+    ):
+        if getattr(text, name, None):
+            raise PlanError(f"A {text.model_type} with {name} cannot be pruned: {why}.")
+
+
+def settings_by_layer(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """Return the settings by layer of a configuration, shortened to the layers that stay; their names tell them."""
+    shortened = {name: _shortened(name, value, plan) for name, value in config.items()}
+    return {name: value for name, value in shortened.items() if value is not None}
+
+
+def _shortened(name: str, value: Any, plan: Plan) -> Any:
+    """Return a setting for the layers that stay, or None if it is not by layer."""
+    if name in COUNTS:
+        special = type(value) is int and value < plan.num_layers
+        return sum(layer < value for layer in plan.keep) if special else None
+    if _OF_OTHER_MODULES.search(name):
+        return None
+    if isinstance(value, list) and (_BY_LAYER.search(name) or _SIZES_BY_LAYER.fullmatch(name)):
+        return _shortened_list(name, value, plan)
+    if isinstance(value, Mapping) and _BY_LAYER.search(name):
+        return _shortened_mapping(value, plan)
+    return None
+
+
+def _shortened_list(name: str, value: list[Any], plan: Plan) -> list[Any] | None:
+    """Return a list by layer, or of layers' indices, for the layers that stay; None of another list."""
+    are_indices = bool(_INDICES.search(name) or name.endswith("idxs")) and _are_layers(value, plan.num_layers)
+    if len(value) == plan.num_layers and not (are_indices and len(set(value)) == len(value) > 2):
+        return [value[layer] for layer in plan.keep]
+    return [plan.keep.index(layer) for layer in value if layer in plan.keep] if are_indices else None
+
+
+def _shortened_mapping(value: Mapping[Any, Any], plan: Plan) -> dict[str, Any] | None:
+    """Return settings by a layer's index for the layers that stay; None of another mapping."""
+    new = {str(layer): str(i) for i, layer in enumerate(plan.keep)}
+    if not value or not {str(key) for key in value} <= {str(layer) for layer in range(plan.num_layers)}:
+        return None
+    return {new[str(key)]: settings for key, settings in value.items() if str(key) in new}
+
+
+def _are_layers(values: list[Any], num_layers: int) -> bool:
+    return bool(values) and all(type(value) is int and 0 <= value < num_layers for value in values)
+
+
+def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration as its file has it: every key of a mapping is a string."""
+    values: dict[str, Any] = json.loads(json.dumps(config, default=str))
+    return values
+
+
+def _require_same_settings(whole: Any, less: Any, changed: set[str]) -> None:
+    """Refuse a configuration in which transformers reads any other setting than those by layer in another way.
+
+    Raises:
+        PlanError: the message names the first such setting, and both values.
+    """
+    before, after = _as_json(whole.to_dict()), _as_json(less.to_dict())
+    for path, old, new in _differences(before, after, {*changed, "_name_or_path"}):
+        raise _unlike(whole, f"its setting `{path}` would be {new!r} for {old!r}")
+
+
+def _differences(before: Any, after: Any, changed: set[str], path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (path, value, other value) wherever two configurations differ, but for settings of these names."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for name in dict.fromkeys([*before, *after]):
+            if name not in changed:
+                yield from _differences(before.get(name), after.get(name), changed, f"{path}.{name}".lstrip("."))
+    elif before != after:
+        yield path, before, after
+
+
+def _require_same_layers(whole: Any, less: Any, plan: Plan, settings: Settings) -> None:
+    """Compare the modules of both models: the same kinds, shapes and settings, layer by layer."""
+    models = [without_head(skeleton(config, settings, torch.float32)) for config in (whole, less)]
+    lists = []
+    for model, number in zip(models, (plan.num_layers, len(plan.keep)), strict=True):
+        layers = dict(model.named_modules()).get(plan.layers)
+        if not isinstance(layers, nn.ModuleList) or len(layers) != number:
+            raise PlanError(
+                f"The layers of a {whole.model_type} are not the {number} modules of '{plan.layers}', each on its own.",
+                "None can be taken out of a checkpoint.",
+            )
+        lists.append(layers)
+    before, after = lists
+    for new, old in enumerate(plan.keep):
+        seen = zip(_described(before[old], old), _described(after[new], new), strict=False)
+        for (path, what, a), (other, _, b) in seen:
+            if path != other or a != b:
+                raise _unlike(whole, f"layer {old} would have {path} {what} {b!r} for {a!r} as layer {new}")
+        if len(list(before[old].modules())) != len(list(after[new].modules())):
+            raise _unlike(whole, f"layer {old} would have other modules as layer {new}")
+
+
+def _described(layer: nn.Module, index: int) -> Iterator[tuple[str, str, Any]]:
+    """(module path, what, value) of all that makes a layer what it is, but for its own index."""
+    for path, module in layer.named_modules():
+        yield path, "kind", type(module).__name__
+        for name, parameter in sorted(module._parameters.items()):
+            yield path, name, None if parameter is None else tuple(parameter.shape)
+        for name, value in sorted(vars(module).items()):
+            own = _OWN_INDEX.match(name) and value in (index, index + 1)
+            if not name.startswith("_") and not own and isinstance(value, (int, float, str, bool, tuple)):
+                yield path, name, value
+
+
+def _require_same_classes(whole: Any, less: Any, plan: Plan, settings: Settings) -> None:
+    """Refuse a configuration with which a class that opens the original would not open the pruned checkpoint.
+
+    Raises:
+        PlanError: the message names the class, and the first parameter that would be missing or of another shape.
+    """
+    for auto in auto_classes(whole):
+        before = skeleton_by(auto, whole, settings)
+        if before is None or not _has_layers(before, plan):
+            continue
+        after = skeleton_by(auto, less, settings)
+        if after is None:
+            raise _unlike(whole, f"{auto.__name__}, which opens the original, would not open it")
+        place = list_path(before, plan)
+        expected = {new: shape for name, shape in _shapes(before) if (new := renumbered(name, place, plan)) is not None}
+        shapes = dict(_shapes(after))
+        if different := [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]:
+            shape, other = expected.get(different[0]), shapes.get(different[0])
+            raise _unlike(whole, f"in {auto.__name__}, {different[0]} would have the shape {other} for {shape}")
+
+
+def _has_layers(model: Any, plan: Plan) -> bool:
+    layers = dict(model.named_modules()).get(list_path(model, plan))
+    return isinstance(layers, nn.ModuleList) and len(layers) == plan.num_layers
+
+
+def _shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    return ((name, tuple(tensor.shape)) for name, tensor in model.state_dict().items())
+
+
+def _unlike(config: Any, why: str) -> PlanError:
+    return PlanError(
+        f"A pruned {config.model_type} would not be what it was: {why}.",
+        "Its configuration tells layers apart by their place: drop others, or evaluate the plan without a checkpoint.",
+    )

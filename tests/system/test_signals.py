@@ -1,0 +1,100 @@
+"""SIGTERM ends a command as Ctrl-C does: nothing half-written stays, and the exit code says what ended it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.commands import Command
+from support.processes import wait_until
+
+from avss_dist.pruning.plan import Plan
+from avss_dist.system.signals import Terminated, raise_on_sigterm, sigterm_handler_kept
+
+
+@pytest.fixture
+def default_sigterm() -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.usefixtures("warm_workers")
+def test_a_signal_while_a_checkpoint_is_written_leaves_nothing(
+    number: signal.Signals, code: int, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """It is sent twice, as `timeout` does."""
+    plan = Plan(model=str(tiny_llama), revision=None, num_layers=3, layers="layers", drop=(1,), why={})
+    plan.write(tmp_path / "plan.yaml")
+    command = Command("prune", tiny_llama, tmp_path / "plan.yaml", "-o", tmp_path / "out")
+    wait_until(lambda: any(tmp_path.glob(".out.*.tmp/*")) or not command.running())
+    command.send(signal.SIGSTOP)
+    assert any(tmp_path.glob(".out.*.tmp")) and not (tmp_path / "out").exists()
+    command.send(number)
+    command.send(signal.SIGCONT)
+    if number is signal.SIGTERM and command.running():
+        command.send(number)
+    ended, _, said = command.wait()
+    assert ended == code and "Stopped." in said and "Traceback" not in said, said
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.yaml"]
+
+
+def test_sigterm_while_commands_are_imported_is_no_traceback() -> None:
+    script = (
+        "import os, signal, sys, types\n"
+        "class Slow(types.ModuleType):\n"
+        "    def __getattr__(self, name):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.modules['avss_dist.cli'] = Slow('avss_dist.cli')\n"
+        "from avss_dist.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (143, "Stopped.\n")
+
+
+@pytest.mark.usefixtures("default_sigterm")
+def test_sigterm_is_raised_once() -> None:
+    raise_on_sigterm()
+    with pytest.raises(Terminated):
+        os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)  # while the command cleans up
+
+
+@pytest.mark.usefixtures("default_sigterm")
+def test_a_child_that_was_forked_ends_as_usual() -> None:
+    raise_on_sigterm()
+    if (child := os.fork()) == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+@pytest.mark.usefixtures("default_sigterm")
+def test_a_handler_that_is_there_stays() -> None:
+    def mine(*_: object) -> None: ...
+
+    signal.signal(signal.SIGTERM, mine)
+    raise_on_sigterm()
+    assert signal.getsignal(signal.SIGTERM) is mine
+
+
+@pytest.mark.usefixtures("default_sigterm")
+def test_a_library_does_not_take_the_handler_of_a_command() -> None:
+    def theirs(*_: object) -> None: ...
+
+    raise_on_sigterm()
+    ours = signal.getsignal(signal.SIGTERM)
+    with sigterm_handler_kept():
+        signal.signal(signal.SIGTERM, theirs)
+    assert signal.getsignal(signal.SIGTERM) is ours
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with sigterm_handler_kept():
+        signal.signal(signal.SIGTERM, theirs)
+    assert signal.getsignal(signal.SIGTERM) is theirs  # no command: the library's is better than none
