@@ -1,8 +1,8 @@
 """Passages that two texts share, whatever their line ends, wrapping, rows and order of documents.
 
 Texts are compared without special tokens and without whitespace. Each is reduced to fingerprints by winnowing
-(Schleimer, Wilkerson and Aiken, SIGMOD 2003): of every `WINDOW` neighbouring hashes of `GRAM` characters, the least. Two
-texts that share `PASSAGE` characters in a row therefore share a fingerprint, wherever the passage begins in each, while
+(Schleimer, Wilkerson and Aiken, SIGMOD 2003): of every `WINDOW` neighbouring hashes of `GRAM` characters, the least.
+Two texts that share `PASSAGE` characters in a row therefore share a fingerprint, wherever the passage begins in each, while
 only about 2 of `WINDOW` + 1 hashes are kept.
 """
 
@@ -33,9 +33,9 @@ _NONE: Hashes = np.zeros(0, np.uint64)
 def shared_text(seen: Iterable[Shard], read: Iterable[Shard], tokenizer: Any) -> float | None:
     """Return the share of the passages of ``read`` that are in ``seen`` too, from 0 to 1.
 
-    Each passage counts once. One that is repeated within either text, such as a license header, tells nothing of where a
-    text is from, and does not count unless most are; nor do `FEW` fingerprints, unless they are half of ``read``. Memory
-    grows with ``read``, by some 20 bytes for each token, and not with ``seen``.
+    Each passage counts once. One that is repeated within either text, such as a license header, does not tell where a
+    text is from, and does not count unless most are repeated. `FEW` shared ones do not count unless they are half of
+    ``read``. Memory grows with ``read``, by some 20 bytes for each token, and not with ``seen``.
 
     Args:
         tokenizer: a transformers tokenizer, that of both texts.

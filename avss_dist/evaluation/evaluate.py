@@ -27,7 +27,7 @@ from avss_dist.evaluation.held_out import refuse_overlap, refuse_questions, refu
 from avss_dist.evaluation.make_tasks import make_task
 from avss_dist.evaluation.outcomes import Evaluations
 from avss_dist.evaluation.retention import Retained, retained
-from avss_dist.evaluation.subjects import Subject, read_subject, with_sparsity
+from avss_dist.evaluation.subjects import Subject, read_subject, with_bases, with_sparsity
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.sparsifying import Sparsity
@@ -91,6 +91,7 @@ def evaluate(
     system_instruction: str | None = None,
     fewshot_as_multiturn: bool = False,
     sparse: str | None = None,
+    base: str | None = None,
     allow_overlap: bool = False,
     reporter: CellReporter | None = None,
     **options: Unpack[EvaluationOptions],
@@ -107,6 +108,8 @@ def evaluate(
         num_fewshot, apply_chat_template, system_instruction, fewshot_as_multiturn: what stands around each document of
             lm-evaluation-harness, as `options.Prompting` has it.
         sparse: a sparsity plan, which every subject is evaluated with, too.
+        base: the model that the models among the subjects were made of, which is evaluated too; by default the one that
+            the model card of a pruned checkpoint names.
         allow_overlap: evaluate on text that a plan's scores were measured on, or a repair was fitted on, all the same.
         options: the fields of ``settings.Settings`` and ``settings.Execution``.
 
@@ -129,9 +132,10 @@ def evaluate(
     found = [read_subject(text, trust_remote_code=settings.trust_remote_code) for text in subjects]
     if sparse is not None:
         found = with_sparsity(found, sparse, trust_remote_code=settings.trust_remote_code)
+    found, unknown = with_bases(found, base, trust_remote_code=settings.trust_remote_code)
     with closing(open_executor(execution, settings)) as executor:
         planned: dict[_Key, PlannedEvaluation] = {}
-        for checkpoint in {subject.checkpoint.revision: subject.checkpoint for subject in found}.values():
+        for checkpoint in _checkpoints(found):
             fixed = pinned(settings, checkpoint, executor.device)
             placement = placed(checkpoint, fixed, execution, executor)
             for name in tasks:
@@ -148,6 +152,7 @@ def evaluate(
                     require_effect(one.rule if one else None, name)
                     made = plan_evaluation(checkpoint, task, fixed, placement, one)
                     planned[checkpoint.revision, name, _key(one)] = made
+        _require_same_tokens(found, tasks, planned)
         if not allow_overlap:
             _refuse_overlaps(found, planned, Warehouse(warehouse))
         cells = list(_cells(found, planned))
@@ -156,7 +161,7 @@ def evaluate(
     if failed:
         raise failure(failed)
     evaluations = list(_all_against_whole(found, tasks, every))
-    return Evaluations(evaluations, findings=[*_findings(found, tasks, every), *_guesses(evaluations)])
+    return Evaluations(evaluations, findings=[*unknown, *_findings(found, tasks, every), *_guesses(evaluations)])
 
 
 def _require_used(tasks: Sequence[str], **given: Any) -> None:
@@ -183,7 +188,7 @@ def _all_against_whole(
             subject,
             name,
             every[subject.checkpoint.revision, name, _key(subject.sparsity)],
-            every[subject.checkpoint.revision, name, None],
+            every[(subject.base or subject.checkpoint).revision, name, None],
         )
 
 
@@ -203,7 +208,8 @@ def _guesses(evaluations: Iterable[Evaluation]) -> Iterator[str]:
     whole: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for one in evaluations:
         if one.whole:
-            rows = whole.setdefault((one.subject.checkpoint.name, one.task), [])
+            model = one.subject.base or one.subject.checkpoint
+            rows = whole.setdefault((model.name, one.task), [])
             rows.append({"score": None, "metric": one.whole.metric, "value": one.whole.value})
     for (model, task), rows in whole.items():
         metric = primary_metric(rows)
@@ -245,6 +251,27 @@ def _cells(subjects: Sequence[Subject], planned: Mapping[_Key, PlannedEvaluation
         yield from one.cells([*([()] if key is None else []), *(s.drop for s in of)])
 
 
+def _checkpoints(subjects: Sequence[Subject]) -> list[Checkpoint]:
+    """Return every model that is opened: those of the subjects, and their base models."""
+    every = [one for subject in subjects for one in (subject.checkpoint, subject.base) if one]
+    return [*{checkpoint.revision: checkpoint for checkpoint in every}.values()]
+
+
+def _require_same_tokens(
+    subjects: Sequence[Subject], tasks: Sequence[str], planned: Mapping[_Key, PlannedEvaluation]
+) -> None:
+    """Refuse a base model that reads a task in other tokens: its numbers are of other samples."""
+    for subject, name in product(subjects, tasks):
+        if subject.base is None:
+            continue
+        keys = {planned[one.revision, name, None].task.key for one in (subject.checkpoint, subject.base)}
+        if len(keys) > 1:
+            raise ConfigError(
+                f"{subject.base.name} and {subject.label} read {RedactedURI(name)} in different tokens.",
+                "Name the model that it was made of with `base`.",
+            )
+
+
 def _sparsities(subjects: Sequence[Subject], checkpoint: Checkpoint) -> dict[Sparsity | None, None]:
     """What is sparse of a checkpoint's subjects; None, for the dense model, first."""
     mine = [subject.sparsity for subject in subjects if subject.checkpoint.revision == checkpoint.revision]
@@ -275,12 +302,12 @@ def against_whole(
     """The metrics of a task about a subject as a whole, each beside that of the whole model.
 
     Args:
-        dense: of the model without sparse activations, where the subject has them.
+        dense: of the model without sparse activations, where the subject has them; of its base model, where it has one.
     """
     found = _of_models(found)
     beside = found if dense is None else _of_models(dense)
     whole = {result.metric: result for result in beside if result.drop == ()}
-    changed = subject.drop or subject.sparsity
+    changed = subject.drop or subject.sparsity or subject.base
     evaluations = []
     for result in (result for result in found if result.drop == subject.drop):
         of_whole = whole.get(result.metric) if changed else None
