@@ -2,8 +2,8 @@
 
 Texts are compared without special tokens and without whitespace. Each is reduced to fingerprints by winnowing
 (Schleimer, Wilkerson and Aiken, SIGMOD 2003): of every `WINDOW` neighbouring hashes of `GRAM` characters, the least.
-Two texts that share `PASSAGE` characters in a row therefore share a fingerprint, wherever the passage begins in each, while
-only about 2 of `WINDOW` + 1 hashes are kept.
+Two texts that share `PASSAGE` characters in a row therefore share a fingerprint, wherever the passage begins in each,
+while only about 2 of `WINDOW` + 1 hashes are kept.
 """
 
 from __future__ import annotations
