@@ -132,10 +132,17 @@ def unwritable(path: object, error: OSError, hint: str, kind: type[AvssError] = 
 
 
 def as_failure(error: Exception) -> AvssError:
-    """Any exception as the end of a run: a model's own code can raise anything, and must not stop the other models."""
+    """Return any exception as the end of a run: a model's code can raise anything, and must not stop other models.
+
+    Only failures that can pass by themselves, or that space on a disk ends, have the hint to run the command again.
+    """
     if isinstance(error, AvssError):
         return error
-    failure = RunFailed(f"{type(error).__name__}: {error}")
+    transient = isinstance(error, (ConnectionError, TimeoutError, MemoryError))
+    hint = "Run the same command again." if transient else None
+    if isinstance(error, OSError) and is_full(error):
+        hint = "Free some space and run the same command again."
+    failure = RunFailed(f"{type(error).__name__}: {error}", hint)
     failure.__cause__ = error
     return failure
 

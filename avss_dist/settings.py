@@ -46,6 +46,13 @@ SEARCHES = {
     "evolve": "exchanges layers of the best sets, as long as the budget lasts",
 }
 """How sets of layers are searched by their loss on text, and what each does."""
+
+
+def searches_instead(name: str) -> str:
+    """Return the hint for a search that was named as a score."""
+    return f"It is no score of layers but a search among sets of them: `search` {name}, with its text in `corpus`."
+
+
 SEARCH = "search:"  # before a corpus: the task of a search
 ESTIMATES = {"damage": "damage:", "predicted": "damage:", "propagated": "damage:"}
 """What dropping a layer does, estimated by a few passes: see `tasks.damage.Damage`; and the task of each."""
@@ -65,6 +72,7 @@ TRUTHFULQA = "truthfulqa:"  # before a file: the task of choosing among its answ
 AFTER_ANOTHER = ", after another prompt"  # after a label: the stratum of the same answers to other prompts
 LAYOUTS = ("packed", "padded")
 ROW_STARTS = ("auto", "none")
+DEFAULT_REPAIR = "refit"  # gives back the most, on text of other domains too, and wants the most text
 NO_REPAIR = "none"
 REPAIR = "repair:"  # before what is fitted and on which corpora: the task of fitting it
 REFITS_LATER, REFITS_BEHIND = ("refit_all", "refit_full"), ("refit_around", "refit_full")  # see `pruning.repair.fold`

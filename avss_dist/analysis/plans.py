@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from avss_dist.analysis.chosen import choose_runs
 from avss_dist.analysis.findings import describe_depth, findings
 from avss_dist.analysis.verdict import primary_metric, shown_value, verdicts
 from avss_dist.errors import QueryError
@@ -27,6 +28,8 @@ from avss_dist.stats.scores import Threshold
 from avss_dist.text import describe_threshold
 from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse
+
+MOST_TRIED = 20  # runs, the newest first
 
 
 def plan_layers(
@@ -64,6 +67,41 @@ def plan_layers(
         findings=tuple(against),
         evaluated=evaluated_lines(warehouse, run, made.drop),
     )
+
+
+def plannable_run(warehouse: Warehouse, by: str | None) -> tuple[dict[str, Any], list[str]]:
+    """Return the newest run for whose layers the warehouse has a score, and a line for each newer run without it.
+
+    The newest run is returned where none of the `MOST_TRIED` newest has it.
+
+    Args:
+        by: as for `plan_layers`.
+
+    Raises:
+        QueryError: there is no finished run.
+    """
+    runs = sorted(choose_runs(warehouse, (), every=True), key=lambda run: str(run["created_at"]), reverse=True)
+    passed: list[str] = []
+    for run in runs[:MOST_TRIED]:
+        try:
+            _require_score(warehouse, run, by)
+        except QueryError as error:
+            passed.append(f"Run {run['run_id']} is newer and was passed over: {error.message}")
+        else:
+            return run, passed
+    return runs[0], []
+
+
+def _require_score(warehouse: Warehouse, run: Mapping[str, Any], by: str | None) -> None:
+    """Raise QueryError where layers of a run cannot be chosen by a score, since it is not measured."""
+    if by is None:
+        default_score(warehouse, run)
+    elif by in OF_LAYERS:
+        layer_truth(warehouse, run, by)
+    elif by == BLOCK_DISTANCE:
+        block_distances(warehouse, run)
+    elif by == INTERACTIONS:
+        interactions(warehouse, run)
 
 
 def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:

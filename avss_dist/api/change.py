@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import pyarrow as pa
 
-from avss_dist.analysis.plans import evaluated_lines, plan_layers
+from avss_dist.analysis.plans import evaluated_lines, plan_layers, plannable_run
 from avss_dist.api.names import RunName, named_run
 from avss_dist.errors import ConfigError
 from avss_dist.options import EvaluationOptions, WorkOptions, refuse_unused, with_options
@@ -18,15 +18,18 @@ from avss_dist.pruning.search import Effort
 from avss_dist.pruning.selection import Choice
 from avss_dist.results import TabularResult
 from avss_dist.settings import (
+    DEFAULT_REPAIR,
     DEFAULT_WAREHOUSE,
     NO_REPAIR,
     PUBLISHED_THRESHOLD,
     RECIPES,
+    SEARCHES,
     SITES,
     SPARSITY_METHODS,
     SPARSITY_RULES,
     Execution,
     Settings,
+    searches_instead,
     split_options,
 )
 from avss_dist.text import parse_threshold
@@ -57,6 +60,8 @@ def choose_layers(
     **how: Any,
 ) -> tuple[Plan, Found | None]:
     """What `plan` makes of a row of ``runs``, and what a search found."""
+    if by in SEARCHES:
+        raise ConfigError(f"Unknown `by` '{by}'.", searches_instead(by))
     site, recipe, threshold = reading
     if any(value is not None for value in limits.values()):
         how["count"] = _count(row, limits, how)
@@ -121,7 +126,7 @@ def plan(
     """Which layers of a run's model to drop, with the reason and what speaks against it; `Plan.write` makes a file.
 
     Args:
-        run: the newest by default.
+        run: by default the newest that layers can be chosen for by ``by``; of a search, the newest.
         by: what they are chosen by: see ``avss plan --help``; the measured loss, or the damage, by default.
         search: search the set by its loss on ``corpus``: one of ``settings.SEARCHES``; ``budget`` and ``width`` are
             those of `pruning.search.Effort`, and ``options`` of the measuring.
@@ -135,7 +140,7 @@ def plan(
     opened = Warehouse(warehouse)
     made, _ = choose_layers(
         opened,
-        named_run(opened, run),
+        named_run(opened, run) if run is not None or search else plannable_run(opened, by)[0],
         by=by,
         search=search,
         corpus=corpus,
@@ -224,7 +229,7 @@ def prune(
     Args:
         plan: a `Plan`, or its file.
         output: a folder that does not exist, or is empty.
-        repair: one of ``settings.REPAIRS``; ``map`` by default where ``repair_corpora`` names text.
+        repair: one of ``settings.REPAIRS``; ``refit`` by default where ``repair_corpora`` names text.
         repair_corpora: what the repair is fitted on: CORPUS or CORPUS=WEIGHT.
         warehouse: whose evaluations of the plan go into the model card, beside those that the plan has; the repair is
             fitted on workers, kept there and found there. Without it, the repair is fitted in this process.
@@ -279,7 +284,7 @@ def _repair(by: str | None, corpora: Sequence[str], skip_sequences: int, setting
     """What was asked for; options of a repair without one are refused."""
     from avss_dist.pruning.repair.repair import Repair
 
-    by = by or ("map" if corpora else NO_REPAIR)
+    by = by or (DEFAULT_REPAIR if corpora else NO_REPAIR)
     if by != NO_REPAIR and not corpora:
         raise ConfigError(f"`repair` {by} is fitted on text, and there is none.", "Name it with `repair_corpora`.")
     if by != NO_REPAIR:

@@ -62,6 +62,13 @@ def evaluate(
     sparse: Annotated[
         str | None, typer.Option(help="A sparsity plan, SPARSE.yaml, to evaluate every subject with as well.")
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The model that a pruned checkpoint was made of, to compare with; by default that of its model card.",
+        ),
+    ] = None,
     allow_overlap: OverlapOption = False,
     format: Annotated[str, format_option("table", "json", "csv")] = "table",
     **options: Any,
@@ -85,6 +92,7 @@ def evaluate(
             system_instruction=system_instruction,
             fewshot_as_multiturn=fewshot_as_multiturn,
             sparse=sparse,
+            base=base,
             allow_overlap=allow_overlap,
             reporter=progress,
             **options,

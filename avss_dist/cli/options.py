@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, wraps
+from types import MappingProxyType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -36,15 +37,23 @@ LONGEST = 22  # characters of a list of names beside an option
 WORKERS = ("executor", "replicas", "address", "fresh")
 
 
-def choice(names: Sequence[str], help: str, *spelling: str, checked: bool = True, panel: str | None = None) -> Any:
+def choice(
+    names: Sequence[str],
+    help: str,
+    *spelling: str,
+    checked: bool = True,
+    panel: str | None = None,
+    elsewhere: Mapping[str, str] | None = None,
+) -> Any:
     """An option whose value is one of some names, or several: help lists them, completion too.
 
     Args:
         checked: refuse other names here; else what takes the value does.
         panel: of the help.
+        elsewhere: names that another option takes, with the hint that says so.
     """
 
-    return typer.Option(*spelling, rich_help_panel=panel, **_of_names(names, help, checked))
+    return typer.Option(*spelling, rich_help_panel=panel, **_of_names(names, help, checked, elsewhere or {}))
 
 
 def choice_argument(names: Sequence[str], help: str) -> Any:
@@ -52,9 +61,13 @@ def choice_argument(names: Sequence[str], help: str) -> Any:
     return typer.Argument(**_of_names(names, help) | {"help": help, "metavar": _listed(names)})
 
 
-def _of_names(names: Sequence[str], help: str, checked: bool = True) -> dict[str, Any]:
+def _of_names(
+    names: Sequence[str], help: str, checked: bool = True, elsewhere: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
     def check(parameter: typer.CallbackParam, value: Any) -> Any:
         for name in value if isinstance(value, (list, tuple)) else [value]:
+            if name in elsewhere and name not in names:
+                raise ConfigError(f"Unknown `{parameter.name}` '{name}'.", elsewhere[name])
             if name is not None:
                 require_known(f"`{parameter.name}`", name, names)
         return value

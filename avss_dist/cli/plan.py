@@ -38,6 +38,7 @@ from avss_dist.settings import (
     SITES,
     SPARSITY_METHODS,
     SPARSITY_RULES,
+    searches_instead,
 )
 from avss_dist.system.streams import console, emit, emit_json
 
@@ -62,6 +63,7 @@ def plan(
             (*CHOSEN_BY, INTERACTIONS, BLOCK_DISTANCE),
             "What chooses the layers: a measurement of avss ablate, a score, or chance. The loss or the damage by "
             "default.",
+            elsewhere={name: searches_instead(name) for name in SEARCHES},
         ),
     ] = None,
     protect: ProtectOption = "",
@@ -155,10 +157,7 @@ def plan(
     of_layers = {"by": by, "search": search, "share": share, "count": count, "mass": mass, "contiguous": contiguous}
     _refuse_of_the_other(sparsify, format, of_layers | limits, sparse_fields)
     opened = open_warehouse(warehouse)
-    row = choose_run(opened, run)
-    hints, others = [], opened.runs().num_rows - 1
-    if others and not run:
-        hints.append(f"This is the newest of {others + 1} runs; --run names another.")
+    row, hints = _run(opened, run, by, chooses=sparsify is None and search is None)
     text: dict[str, Any] = {"corpus": corpus, "skip_sequences": skip_sequences}
     if sparsify is not None:
         where = {"warehouse": warehouse, "run": row["run_id"]}
@@ -183,6 +182,20 @@ def plan(
     else:
         made.write(output)
     _tell(opened, row, output, made, hints, "" if made.evaluated else format, as_json)
+
+
+def _run(opened: Warehouse, name: str | None, by: str | None, *, chooses: bool) -> tuple[dict[str, Any], list[str]]:
+    """Return the run to plan for, and what to say of the choice: of several, the newest that can be planned for."""
+    if name or not chooses:
+        row, passed = choose_run(opened, name), []
+    else:
+        from avss_dist.analysis.plans import plannable_run
+
+        row, passed = plannable_run(opened, by)
+    number = opened.runs().num_rows
+    if passed:
+        return row, [f"This is the newest of {number} runs that can be planned for; --run names another.", *passed]
+    return row, [f"This is the newest of {number} runs; --run names another."] if number > 1 and not name else []
 
 
 def _refuse_of_the_other(

@@ -20,7 +20,7 @@ from avss_dist.cli.options import (
     warehouse_option,
 )
 from avss_dist.options import WorkOptions
-from avss_dist.settings import NO_REPAIR, REPAIRS
+from avss_dist.settings import DEFAULT_REPAIR, NO_REPAIR, REPAIRS
 from avss_dist.system.streams import emit, emit_json
 from avss_dist.text import describe_bytes
 
@@ -44,7 +44,7 @@ def prune(
         str | None,
         choice(
             (NO_REPAIR, *REPAIRS),
-            "What to fit at each cut to make up for the removed layers; map by default if there is text.",
+            f"What to fit at each cut to make up for the removed layers; {DEFAULT_REPAIR} by default if there is text.",
             checked=False,  # a repair that no checkpoint can hold is refused with the reason
         ),
     ] = None,

@@ -21,7 +21,7 @@ from avss_dist.cli.options import (
     warehouse_option,
 )
 from avss_dist.cli.plan import CHOSEN_BY
-from avss_dist.settings import INTERACTIONS, NO_REPAIR, REPAIRS
+from avss_dist.settings import DEFAULT_REPAIR, INTERACTIONS, NO_REPAIR, REPAIRS
 from avss_dist.system.streams import console, emit, emit_json
 
 
@@ -45,7 +45,7 @@ def shrink(
     protect: ProtectOption = "",
     repair: Annotated[
         str, choice((NO_REPAIR, *REPAIRS), "What to fit at each cut to make up for the removed layers.")
-    ] = "refit",
+    ] = DEFAULT_REPAIR,
     repair_corpora: Annotated[
         list[str] | None,
         typer.Option(

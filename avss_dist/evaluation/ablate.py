@@ -47,7 +47,7 @@ from avss_dist.settings import (
 from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.gradients import Gradients
-from avss_dist.tasks.layer_removal import SHAPLEY, LeaveOneOut, Shapley
+from avss_dist.tasks.layer_removal import SHAPLEY, SHARED, LeaveOneOut, Shapley
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.store import Store
 
@@ -210,6 +210,7 @@ def _ablation(model: str, corpus: str, found: Sequence[Result]) -> Ablation:
             increase=_increase(whole, losses[layer,]) if whole and (layer,) in losses else None,
             sublayers=_of_sublayers(layer, losses),
             shapley=of[layer].pop(SHAPLEY, None),
+            shapley_shared=of[layer].pop(SHARED, None),
             estimates=of[layer],
             damage=ranks.get(layer),
         )

@@ -97,7 +97,7 @@ def failure(failed: Sequence[tuple[Cell, AvssError]]) -> AvssError:
     if cell.drop:
         what += f" without {'layers ' if whole_layers(cell.drop) else ''}{describe_removed(cell.drop)}"
     others = f" {len(failed) - 1} more failed." if len(failed) > 1 else ""
-    return type(error)(f"{what}: {error.message}{others}", error.hint or "Run the same command again.")
+    return type(error)(f"{what}: {error.message}{others}", error.hint)
 
 
 def evaluation_options(options: dict[str, Any]) -> tuple[Settings, Execution]:

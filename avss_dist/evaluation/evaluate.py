@@ -27,7 +27,7 @@ from avss_dist.evaluation.held_out import refuse_overlap, refuse_questions, refu
 from avss_dist.evaluation.make_tasks import make_task, row_start_task
 from avss_dist.evaluation.outcomes import Evaluations
 from avss_dist.evaluation.retention import Retained, retained
-from avss_dist.evaluation.subjects import Subject, read_subject, with_sparsity
+from avss_dist.evaluation.subjects import Subject, read_subject, with_bases, with_sparsity
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.sparsifying import Sparsity
@@ -92,6 +92,7 @@ def evaluate(
     system_instruction: str | None = None,
     fewshot_as_multiturn: bool = False,
     sparse: str | None = None,
+    base: str | None = None,
     allow_overlap: bool = False,
     reporter: CellReporter | None = None,
     **options: Unpack[EvaluationOptions],
@@ -108,6 +109,8 @@ def evaluate(
         num_fewshot, apply_chat_template, system_instruction, fewshot_as_multiturn: what stands around each document of
             lm-evaluation-harness, as `options.Prompting` has it.
         sparse: a sparsity plan, which every subject is evaluated with, too.
+        base: the model that the models among the subjects were made of, which is evaluated too; by default the one that
+            the model card of a pruned checkpoint names.
         allow_overlap: evaluate on text that a plan's scores were measured on, or a repair was fitted on, all the same.
         options: the fields of ``settings.Settings`` and ``settings.Execution``.
 
@@ -130,10 +133,11 @@ def evaluate(
     found = [read_subject(text, settings) for text in subjects]
     if sparse is not None:
         found = with_sparsity(found, sparse, settings)
+    found, unknown = with_bases(found, base, trust_remote_code=settings.trust_remote_code)
     with closing(open_executor(execution, settings)) as executor:
         planned: dict[_Key, PlannedEvaluation] = {}
         starts: list[PlannedEvaluation] = []
-        for checkpoint in {subject.checkpoint.revision: subject.checkpoint for subject in found}.values():
+        for checkpoint in _checkpoints(found):
             fixed = pinned(settings, checkpoint, executor.device)
             placement = placed(checkpoint, fixed, execution, executor)
             for name in tasks:
@@ -152,6 +156,7 @@ def evaluate(
                     require_effect(one.rule if one else None, name)
                     made = plan_evaluation(checkpoint, task, fixed, placement, one)
                     planned[checkpoint.revision, name, _key(one)] = made
+        _require_same_tokens(found, tasks, planned)
         if not allow_overlap:
             _refuse_overlaps(found, planned, Warehouse(warehouse))
         cells = [*_cells(found, planned), *(cell for start in starts for cell in start.cells([()]))]
@@ -161,7 +166,7 @@ def evaluate(
     if failed:
         raise failure(failed)
     evaluations = list(_all_against_whole(found, tasks, every))
-    notes = [*_findings(found, tasks, every), *_guesses(evaluations), *_row_starts(compared)]
+    notes = [*unknown, *_findings(found, tasks, every), *_guesses(evaluations), *_row_starts(compared)]
     return Evaluations(evaluations, findings=notes)
 
 
@@ -189,7 +194,7 @@ def _all_against_whole(
             subject,
             name,
             every[subject.checkpoint.revision, name, _key(subject.sparsity)],
-            every[subject.checkpoint.revision, name, None],
+            every[(subject.base or subject.checkpoint).revision, name, None],
         )
 
 
@@ -209,7 +214,8 @@ def _guesses(evaluations: Iterable[Evaluation]) -> Iterator[str]:
     whole: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for one in evaluations:
         if one.whole:
-            rows = whole.setdefault((one.subject.checkpoint.name, one.task), [])
+            model = one.subject.base or one.subject.checkpoint
+            rows = whole.setdefault((model.name, one.task), [])
             rows.append({"score": None, "metric": one.whole.metric, "value": one.whole.value})
     for (model, task), rows in whole.items():
         metric = primary_metric(rows)
@@ -260,6 +266,27 @@ def _cells(subjects: Sequence[Subject], planned: Mapping[_Key, PlannedEvaluation
         yield from one.cells([*([()] if key is None else []), *(s.drop for s in of)])
 
 
+def _checkpoints(subjects: Sequence[Subject]) -> list[Checkpoint]:
+    """Return every model that is opened: those of the subjects, and their base models."""
+    every = [one for subject in subjects for one in (subject.checkpoint, subject.base) if one]
+    return [*{checkpoint.revision: checkpoint for checkpoint in every}.values()]
+
+
+def _require_same_tokens(
+    subjects: Sequence[Subject], tasks: Sequence[str], planned: Mapping[_Key, PlannedEvaluation]
+) -> None:
+    """Refuse a base model that reads a task in other tokens: its numbers are of other samples."""
+    for subject, name in product(subjects, tasks):
+        if subject.base is None:
+            continue
+        keys = {planned[one.revision, name, None].task.key for one in (subject.checkpoint, subject.base)}
+        if len(keys) > 1:
+            raise ConfigError(
+                f"{subject.base.name} and {subject.label} read {RedactedURI(name)} in different tokens.",
+                "Name the model that it was made of with `base`.",
+            )
+
+
 def _sparsities(subjects: Sequence[Subject], checkpoint: Checkpoint) -> dict[Sparsity | None, None]:
     """What is sparse of a checkpoint's subjects; None, for the dense model, first."""
     mine = [subject.sparsity for subject in subjects if subject.checkpoint.revision == checkpoint.revision]
@@ -290,12 +317,12 @@ def against_whole(
     """The metrics of a task about a subject as a whole, each beside that of the whole model.
 
     Args:
-        dense: of the model without sparse activations, where the subject has them.
+        dense: of the model without sparse activations, where the subject has them; of its base model, where it has one.
     """
     found = _of_models(found)
     beside = found if dense is None else _of_models(dense)
     whole = {result.metric: result for result in beside if result.drop == ()}
-    changed = subject.drop or subject.sparsity
+    changed = subject.drop or subject.sparsity or subject.base
     evaluations = []
     for result in (result for result in found if result.drop == subject.drop):
         of_whole = whole.get(result.metric) if changed else None

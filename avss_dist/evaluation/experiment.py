@@ -41,6 +41,7 @@ from avss_dist.evaluation.sparse_trials import plan_sparsities, require_inputs, 
 from avss_dist.evaluation.trial import Trial, rows_of, with_fewer_rows
 from avss_dist.executors.base import Executor
 from avss_dist.models.checkpoints import resolve
+from avss_dist.models.loading import load_tokenizer
 from avss_dist.pruning.ground_truth import interactions, layer_truth
 from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, methods
 from avss_dist.pruning.plan import layer_list
@@ -214,12 +215,13 @@ def _refuse_overlaps(trial: Trial, experiment: Experiment, warehouse: Warehouse)
     refuse_scored = partial(
         refuse_overlap, run_id=trial.run.run_id, store=warehouse, checkpoint=trial.checkpoint, corpus=trial.corpus
     )
+    tokenizer = load_tokenizer(trial.checkpoint, trust_remote_code=trial.settings.trust_remote_code) if texts else None
     for planned in trial.planned.values():
         refuse_repair_text(planned.task, trial.checkpoint)
         refuse_scored(planned.task)
         refuse_questions(planned.task, trial.run.run_id, warehouse, trial.checkpoint, corpus=trial.corpus)
         for text in texts:
-            refuse_text(planned.task, text, "the repair", experiment.repair_skip_sequences)
+            refuse_text(planned.task, text, "the repair", experiment.repair_skip_sequences, tokenizer)
     for text in texts:
         refuse_scored(text, skips="repair_skip_sequences")
 

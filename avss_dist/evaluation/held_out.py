@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from avss_dist.corpus.shards import Ids, Shard, plan
+from avss_dist.corpus.overlap import SHORTEST, plain_text, shared_text
+from avss_dist.corpus.shards import Shard, plan
 from avss_dist.errors import AvssError, ConfigError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
@@ -18,9 +18,8 @@ from avss_dist.tasks.truthfulqa import TruthfulChoices
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
 
-WINDOW = 32  # tokens that two texts have in common, in a row, before they are the same text
 OTHER_QUESTIONS = "Use other text there, or other questions."
-MOST_SHARED = 0.03  # of the windows of a text; what other rows of one text repeat is less
+MOST_SHARED = 0.03  # of the passages of a text; what other rows of one text repeat is less
 
 
 def refuse_overlap(
@@ -39,18 +38,14 @@ def refuse_overlap(
         skips: the field that says which rows of the task's text are not read.
 
     Raises:
-        ConfigError: they share text, or the run's text cannot be read again.
+        ConfigError: they share text, cannot be compared, or the run's text cannot be read again or has changed.
     """
     run = store.run(run_id)
     if not _shards(task) or run is None:
         return
-    settings = Settings(**settings_of(run))
-    shared = _shared(task, checkpoint, corpus or run["corpus"], settings, 0, f"run {run_id}", "layers may be chosen on")
-    if shared > MOST_SHARED:
-        raise ConfigError(
-            f"{shared:.0%} of {task.name} is text that the scores of {run_id} were measured on ({run['corpus']}).",
-            f"Use other text: another corpus, or `{skips}` {run['num_sequences']}.",
-        )
+    seen = _read_run(run, checkpoint, corpus)
+    hint = f"Use other text: another corpus, or `{skips}` {run['num_sequences']}."
+    _refuse_shared(task, seen, f"the scores of {run_id} were measured on ({run['corpus']})", hint)
 
 
 def refuse_questions(task: Task, run_id: str, store: Warehouse, checkpoint: Checkpoint, *, corpus: str = "") -> None:
@@ -60,42 +55,32 @@ def refuse_questions(task: Task, run_id: str, store: Warehouse, checkpoint: Chec
         corpus: as for `refuse_overlap`.
 
     Raises:
-        ConfigError: there are some, or the run's text cannot be read again.
+        ConfigError: there are some, or the run's text cannot be read again or has changed.
     """
     run = store.run(run_id)
     if not _choices(task) or run is None:
         return
-    read, of = corpus or run["corpus"], f"run {run_id}"
-    seen = _read_again(checkpoint, read, Settings(**settings_of(run)), 0, of, "layers may be chosen on")
-    number = len(_prompts(seen))
+    seen = _read_run(run, checkpoint, corpus)
+    number = len(_prompts(seen.shards, seen.tokenizer))
     hint = f"Ask others: with `skip_questions` {number}, where the run is of the first questions of the file."
     _refuse_prompts(task, seen, f"the scores of {run_id} were measured on", hint)
 
 
-def _refuse_prompts(task: Task, seen: Iterable[Shard], use: str, hint: str) -> None:
-    questions = _prompts(_choices(task))
-    if shared := len(_prompts(seen) & questions):
-        raise ConfigError(f"{shared} of the {len(questions)} questions of {task.name} are prompts that {use}.", hint)
-
-
-def refuse_text(task: Task, text: Task, what: str, skip_sequences: int) -> None:
+def refuse_text(task: Task, text: Task, what: str, skip_sequences: int, tokenizer: Any) -> None:
     """Refuse a task on text or questions that ``what`` is fitted on; tasks of lm-evaluation-harness pass.
 
     Args:
         text: that text, as a task.
         skip_sequences: rows before it.
+        tokenizer: the one that made the tokens of both.
 
     Raises:
-        ConfigError: they share text.
+        ConfigError: they share text, or cannot be compared.
     """
-    _refuse_prompts(task, _shards(text), f"{what} is fitted on ({text.name})", OTHER_QUESTIONS)
-    shared = shared_text(_shards(text), _shards(task)) if _shards(task) else 0.0
-    if shared > MOST_SHARED:
-        rows = sum(shard.num_sequences for shard in _shards(text))
-        raise ConfigError(
-            f"{shared:.0%} of {task.name} is text that {what} is fitted on ({text.name}).",
-            f"Use other text: another corpus, or `skip_sequences` {skip_sequences + rows}.",
-        )
+    seen, use = SeenText(_shards(text), tokenizer), f"{what} is fitted on ({text.name})"
+    _refuse_prompts(task, seen, use, OTHER_QUESTIONS)
+    rows = skip_sequences + sum(shard.num_sequences for shard in seen.shards)
+    _refuse_shared(task, seen, use, f"Use other text: another corpus, or `skip_sequences` {rows}.")
 
 
 def refuse_search_text(task: Task, evaluation: str, store: Warehouse, checkpoint: Checkpoint) -> None:
@@ -105,39 +90,64 @@ def refuse_search_text(task: Task, evaluation: str, store: Warehouse, checkpoint
         evaluation: of the search.
 
     Raises:
-        ConfigError: they share text, or the search's text cannot be read again.
+        ConfigError: they share text, cannot be compared, or the search's text cannot be read again.
     """
     rows = store.table("evaluations", run_ids=[evaluation]).to_pylist() if _shards(task) else []
     if not rows:
         return
     options, corpus = settings_of(rows[0]), rows[0]["task"].removeprefix(SEARCH)
-    skip, of = options.pop("skip_sequences"), "the search of a plan"
-    shared = _shared(task, checkpoint, corpus, Settings(**options), skip, of, "layers may be chosen for")
-    if shared > MOST_SHARED:
-        raise ConfigError(
-            f"{shared:.0%} of {task.name} is text that the layers of a plan were searched on.",
-            f"Use other text: another corpus, or `skip_sequences` {skip + rows[0]['num_samples']}.",
-        )
+    skip = options.pop("skip_sequences")
+    seen = _read_again(
+        checkpoint, corpus, Settings(**options), skip, "the search of a plan", "layers may be chosen for"
+    )
+    hint = f"Use other text: another corpus, or `skip_sequences` {skip + rows[0]['num_samples']}."
+    _refuse_shared(task, seen, "the layers of a plan were searched on", hint)
 
 
 def refuse_repair_text(task: Task, checkpoint: Checkpoint) -> None:
     """Refuse a task on text or questions that a checkpoint's repair was fitted on; tasks of lm-evaluation-harness pass.
 
     Raises:
-        ConfigError: they share text, or the repair's text cannot be read again.
+        ConfigError: they share text, cannot be compared, or the repair's text cannot be read again or has changed.
         ModelError: the record of the repair is damaged.
     """
     for repair in read_repairs(checkpoint.folder) if _shards(task) or _choices(task) else ():
-        of, skip = f"the repair of '{checkpoint.name}'", repair.skip_sequences
+        fit, skip = f"the repair of '{checkpoint.name}'", repair.skip_sequences
         for text in repair.texts:
-            seen = _read_again(checkpoint, text.corpus, repair.reading(), skip, of, "it may be fitted to")
-            _refuse_prompts(task, seen, f"{of} was fitted on ({text.corpus})", OTHER_QUESTIONS)
-            shared = shared_text(seen, _shards(task))
-            if shared > MOST_SHARED:
-                raise ConfigError(
-                    f"{shared:.0%} of {task.name} is text that {of} was fitted on ({text.corpus}).",
-                    f"Use other text: another corpus, or `skip_sequences` {skip + text.rows}.",
-                )
+            settings, prints = repair.reading(), (text.fingerprint,)
+            seen = _read_again(checkpoint, text.corpus, settings, skip, fit, "it may be fitted to", prints)
+            use = f"{fit} was fitted on ({text.corpus})"
+            _refuse_prompts(task, seen, use, OTHER_QUESTIONS)
+            _refuse_shared(task, seen, use, f"Use other text: another corpus, or `skip_sequences` {skip + text.rows}.")
+
+
+@dataclass(frozen=True)
+class SeenText:
+    """Rows of text that scores, a search or a repair have seen, and the tokenizer that made them."""
+
+    shards: Sequence[Shard]
+    tokenizer: Any
+
+
+def _refuse_shared(task: Task, seen: SeenText, use: str, hint: str) -> None:
+    """Refuse a task on text of which too much is in ``seen``, or of which that cannot be told."""
+    if not _shards(task):
+        return
+    shared = shared_text(seen.shards, _shards(task), seen.tokenizer)
+    if shared is None:
+        raise ConfigError(
+            f"{task.name} cannot be compared with the text that {use}: one of them has no {SHORTEST} characters in a "
+            "row, without whitespace.",
+            "Read more text, or longer rows (`sequence_length`); or set `allow_overlap` and know that they may be one.",
+        )
+    if shared > MOST_SHARED:
+        raise ConfigError(f"{shared:.0%} of {task.name} is text that {use}.", hint)
+
+
+def _refuse_prompts(task: Task, seen: SeenText, use: str, hint: str) -> None:
+    questions = _prompts(_choices(task), seen.tokenizer)
+    if shared := len(_prompts(seen.shards, seen.tokenizer) & questions):
+        raise ConfigError(f"{shared} of the {len(questions)} questions of {task.name} are prompts that {use}.", hint)
 
 
 def _choices(task: Task) -> list[Shard]:
@@ -148,56 +158,47 @@ def _shards(task: Task) -> list[Shard]:
     return [part.shard for part in task.parts if isinstance(part, TextLoss)]
 
 
-def _shared(
-    task: Task, checkpoint: Checkpoint, corpus: str, settings: Settings, skip_sequences: int, of: str, risk: str
-) -> float:
-    """The share of a task's text that is in the text ``of`` something, which is read again."""
-    return shared_text(_read_again(checkpoint, corpus, settings, skip_sequences, of, risk), _shards(task))
+def _read_run(run: Mapping[str, Any], checkpoint: Checkpoint, corpus: str) -> SeenText:
+    """Read the text of a row of ``runs`` again."""
+    prints = (run["corpus_fingerprint"], run["tokens_fingerprint"])
+    settings, name = Settings(**settings_of(run)), f"run {run['run_id']}"
+    return _read_again(
+        checkpoint, corpus or run["corpus"], settings, 0, name, "layers may be chosen on", tuple(filter(None, prints))
+    )
 
 
 def _read_again(
-    checkpoint: Checkpoint, corpus: str, settings: Settings, skip_sequences: int, of: str, risk: str
-) -> Sequence[Shard]:
+    checkpoint: Checkpoint,
+    corpus: str,
+    settings: Settings,
+    skip_sequences: int,
+    user: str,
+    risk: str,
+    prints: Collection[str] = (),
+) -> SeenText:
+    """Read a text again that ``user`` has seen.
+
+    Args:
+        prints: fingerprints that it had, of its content or its tokens; it has changed where it has none of them.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    hint = f"Put it back, or set `allow_overlap` and know that {risk} this very text."
     try:
-        return plan(corpus, load_tokenizer(checkpoint), settings, skip_sequences=skip_sequences).shards
+        text = plan(corpus, tokenizer, settings, skip_sequences=skip_sequences)
     except AvssError as error:
-        raise ConfigError(
-            f"The text of {of} cannot be read again: {error.message}",
-            f"Put it back, or set `allow_overlap` and know that {risk} this very text.",
-        ) from error
+        raise ConfigError(f"The text of {user} cannot be read again: {error.message}", hint) from error
+    if prints and not {text.corpus_fingerprint, text.tokens_fingerprint} & {*prints}:
+        raise ConfigError(f"The text of {user} has changed since it was read: {text.source}.", hint)
+    return SeenText(text.shards, tokenizer)
 
 
-def _prompts(shards: Iterable[Shard]) -> set[bytes]:
-    """The tokens of prompts of paired text, each once."""
+def _prompts(shards: Iterable[Shard], tokenizer: Any) -> set[str]:
+    """Return the prompts of paired text, each once, without whitespace."""
     return {
-        shard.input_ids[row, : shard.pairing.starts[row]].tobytes()
+        text
         for shard in shards
         if shard.pairing
-        for row in range(shard.num_sequences)
+        for text in plain_text(
+            [ids[:start] for ids, start in zip(shard.input_ids, shard.pairing.starts, strict=True)], tokenizer
+        )
     }
-
-
-def shared_text(seen: Iterable[Shard], read: Iterable[Shard]) -> float:
-    """The share of the windows of ``WINDOW`` tokens in ``read`` that ``seen`` has too, wherever they begin."""
-    known = _windows(seen)
-    windows = _windows(read)
-    return float(np.isin(windows, known).mean()) if len(windows) else 0.0
-
-
-def _windows(shards: Iterable[Shard]) -> NDArray[np.uint64]:
-    """A hash of every window of tokens, of all rows."""
-    powers = np.random.default_rng(0).integers(1, 1 << 63, WINDOW, np.uint64) | np.uint64(1)
-    found = [
-        _row_windows(shard.input_ids[row, : shard.lengths[row]], powers)
-        for shard in shards
-        for row in range(shard.num_sequences)
-    ]
-    return np.concatenate(found) if found else np.zeros(0, np.uint64)
-
-
-def _row_windows(ids: Ids, powers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    if len(ids) < WINDOW:
-        return np.zeros(0, np.uint64)
-    windows = np.lib.stride_tricks.sliding_window_view(ids.astype(np.uint64) + np.uint64(1), WINDOW)
-    hashes: NDArray[np.uint64] = windows @ powers
-    return hashes

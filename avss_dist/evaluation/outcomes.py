@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from avss_dist.pruning.ground_truth import METRICS
@@ -68,6 +69,7 @@ class LayerAblation:
         increase: of the loss over that of the whole model, paired: sequence by sequence.
         sublayers: the same increase without its ``attention`` alone, and without its ``mlp`` alone.
         shapley: its Shapley value, a sample for each permutation.
+        shapley_shared: 1 for each permutation that was truncated before the layer, else 0; None without truncation.
         estimates: what `gradients.Gradients` and `damage.Damage` give, by metric.
         damage: the mean of its ranks by two of these (`ground_truth.METRICS`), 1 the least.
     """
@@ -77,6 +79,7 @@ class LayerAblation:
     increase: Result | None
     sublayers: Mapping[str, Result]
     shapley: Result | None
+    shapley_shared: Result | None
     estimates: Mapping[str, Result]
     damage: float | None = None
 
@@ -109,6 +112,13 @@ class Ablation(TabularResult):
 
     _bars = ("increase", "damage", "shapley", "taylor")
 
+    @property
+    def permutations(self) -> tuple[int, int]:
+        """Permutations of the Shapley values: how many were truncated, and how many there are."""
+        number = max((len(one.shapley.samples) for one in self.layers if one.shapley), default=0)
+        shared = [one.shapley_shared.samples for one in self.layers if one.shapley_shared]
+        return int(np.any(shared, axis=0).sum()) if shared else 0, number
+
     def table(self) -> pa.Table:
         """A row for each layer; null is what was not measured."""
         return pa.Table.from_pylist([_row(layer) for layer in self.layers])
@@ -131,6 +141,7 @@ def _row(one: LayerAblation) -> dict[str, Any]:
         "shapley": _value(one.shapley),
         "shapley_low": low,
         "shapley_high": high,
+        "shapley_shared": _value(one.shapley_shared),
         "damage": one.damage,
         **{name: _value(one.estimates.get(name)) for name in ESTIMATES},
         "predicted_stderr": None if predicted is None else predicted.stderr,

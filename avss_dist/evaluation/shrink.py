@@ -39,7 +39,7 @@ from avss_dist.executors.base import Executor
 from avss_dist.executors.open import open_executor
 from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
-from avss_dist.models.loading import text_config
+from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.options import Prompting, ShrinkingOptions, with_options
 from avss_dist.partition.base import Placement
 from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable
@@ -367,12 +367,12 @@ def _refuse_overlaps(
 ) -> None:
     """Refuse tasks on text that was scored on or is repaired on, and to repair on text that was scored on."""
     texts = list(repair_texts(fit)) if fit else []
-    opened = Warehouse(store.root.full)
+    opened, tokenizer = Warehouse(store.root.full), load_tokenizer(checkpoint)
     for planned in tasks.values():
         refuse_repair_text(planned.task, checkpoint)
         refuse_overlap(planned.task, run_id, opened, checkpoint, corpus=request.corpus)
         for text in texts:
-            refuse_text(planned.task, text, "the repair", parts.held_out)
+            refuse_text(planned.task, text, "the repair", parts.held_out, tokenizer)
     for text in texts:
         refuse_overlap(text, run_id, opened, checkpoint, corpus=request.corpus)
 

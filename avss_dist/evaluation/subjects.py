@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from avss_dist.errors import ModelError
+from avss_dist.errors import AvssError, ConfigError, ModelError
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.layers import layer_lists
 from avss_dist.models.loading import without_head
 from avss_dist.models.size import load_skeleton
 from avss_dist.models.sparsifying import Cut, Sparsity
+from avss_dist.pruning.model_card import pruned_from
 from avss_dist.pruning.plan import read_plan
 from avss_dist.pruning.selection import PlanError
 from avss_dist.settings import SEARCHES, Settings
@@ -28,6 +29,7 @@ class Subject:
         run_id: the run whose scores chose the layers; its text is no text to evaluate on.
         search: the evaluation that searched them; nor is its text.
         sparsity: what becomes zero in it.
+        base: the model that a pruned checkpoint was made of, beside which it is evaluated.
         sparsity_plan: the plan that says so.
     """
 
@@ -37,6 +39,7 @@ class Subject:
     run_id: str | None = None
     search: str | None = None
     sparsity: Sparsity | None = None
+    base: Checkpoint | None = None
     sparsity_plan: SparsityPlan | None = field(default=None, compare=False, repr=False)
 
 
@@ -64,6 +67,58 @@ def read_subject(text: str, settings: Settings) -> Subject:
     require_same_layers(checkpoint, text, made.num_layers, made.layers, settings)
     search = str(made.why.get("evaluation", "")) if made.why.get("by") in SEARCHES else None
     return Subject(checkpoint=checkpoint, label=text, drop=made.removed, run_id=made.run_id, search=search)
+
+
+def with_bases(
+    subjects: Sequence[Subject], base: str | None, *, trust_remote_code: bool = False
+) -> tuple[list[Subject], list[str]]:
+    """Return subjects with the base models of those that are checkpoints, and findings about those without.
+
+    Args:
+        base: the base model; by default that of the model card that `pruning.checkpoint.prune` has written.
+
+    Raises:
+        ConfigError: a base model is given, and all subjects are plans.
+        AvssError: the base model that is given cannot be opened.
+    """
+    alone = [subject for subject in subjects if not subject.drop and subject.sparsity is None]
+    if base is not None:
+        if not alone:
+            raise ConfigError("`base` has no effect on plans, which name their own models.", "Leave it out.")
+        named = resolve(base, trust_remote_code=trust_remote_code)
+        bases = dict.fromkeys(alone, named)
+    else:
+        bases, missing = {}, []
+        for subject in alone:
+            found = _base_of(subject, trust_remote_code=trust_remote_code)
+            if isinstance(found, Checkpoint):
+                bases[subject] = found
+            elif found:
+                missing.append(found)
+        return _with(subjects, bases), missing
+    return _with(subjects, bases), []
+
+
+def _with(subjects: Sequence[Subject], bases: Mapping[Subject, Checkpoint]) -> list[Subject]:
+    different = {one: base for one, base in bases.items() if base.revision != one.checkpoint.revision}
+    return [replace(one, base=different.get(one)) for one in subjects]
+
+
+def _base_of(subject: Subject, *, trust_remote_code: bool) -> Checkpoint | str | None:
+    """Return the base model that a checkpoint's card names, a finding where it is not found, None of other models."""
+    folder = subject.checkpoint.folder
+    if not folder.is_dir() or (card := pruned_from(folder)) is None:
+        return None
+    name, revision = card
+    beside = folder.parent / name
+    hint = f"name it with `base` to see what {subject.label} keeps."
+    try:
+        found = resolve(str(beside) if beside.is_dir() else name, trust_remote_code=trust_remote_code)
+    except AvssError:
+        return f"{name}, the base model of {subject.label}, is not found: {hint}"
+    if found.revision != revision:
+        return f"{name} is at {found.revision[:12]}, and {subject.label} was made of it at {revision[:12]}: {hint}"
+    return found
 
 
 def _checkpoint_of(model: str, revision: str | None, text: str, *, trust_remote_code: bool) -> Checkpoint:

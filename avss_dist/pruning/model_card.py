@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from avss_dist.pruning.plan import Plan, describe_reason
 from avss_dist.pruning.repair.record import RepairRecord
 from avss_dist.text import describe_layers, escape_markdown, printable
 
+_BASE = re.compile(r"Base model at (\w+)\.")
 LICENSE = ("license", "license_name", "license_link")
 
 
@@ -44,6 +46,19 @@ def model_card(
         + "".join(f"- {escape_markdown(line)}\n" for line in known)
         + "\nWritten by avss_dist.\n"
     )
+
+
+def pruned_from(folder: Path) -> tuple[str, str] | None:
+    """Return the base model that the card of a pruned checkpoint names, and its revision; None of other checkpoints."""
+    try:
+        values, text = _front_matter(folder), (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None
+    revision = _BASE.search(text)
+    if not isinstance(values, dict) or "layer-pruning" not in (values.get("tags") or ()) or not revision:
+        return None
+    name = values.get("base_model")
+    return (name, revision[1]) if isinstance(name, str) and name else None
 
 
 def source_license(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pydantic import Field
 from avss_dist.errors import ConfigError
 from avss_dist.pruning.repair.weighted import weighted
 from avss_dist.pruning.selection import SCORE_MEANINGS
-from avss_dist.settings import BLOCK_DISTANCE, NO_REPAIR, REPAIRS, OneOf, checked
+from avss_dist.settings import BLOCK_DISTANCE, DEFAULT_REPAIR, NO_REPAIR, REPAIRS, OneOf, checked
 from avss_dist.text import RedactedURI
 
 GREEDY = "greedy"  # of ``settings.SEARCHES``, with every set repaired
@@ -38,7 +38,7 @@ class Shrinking:
     by: Annotated[str, OneOf(CHOSEN_BY)] = "damage"
     """What layers are chosen by; greedy: by the loss that is left after the repair, set by set, of those that damage
     calls the least important, twice as many as go."""
-    repair: Annotated[str, OneOf((NO_REPAIR, *REPAIRS))] = "refit"
+    repair: Annotated[str, OneOf((NO_REPAIR, *REPAIRS))] = DEFAULT_REPAIR
     """What is fitted at each cut. refit gives back the most, on text of other domains too, and wants the most text."""
     repair_corpora: Texts = ()
     """The texts that the repair is fitted on, each alike or by a weight (CORPUS=0.5); by default the corpus."""

@@ -19,6 +19,7 @@ from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Row, predicted_tokens
 
 SHAPLEY = "shapley"  # nats per token; low is unimportant
+SHARED = "shapley_shared"  # 1 of a permutation that was truncated before the layer, else 0
 MOST_KEPT = 2 << 30  # bytes of hidden states
 
 
@@ -64,15 +65,17 @@ class Shapley:
 
     The value of a set of layers is minus the loss, in nats per token, of the model with no other layers. Layers are
     removed one by one in a random order; a layer's contribution is the loss after its removal less that before it.
-    Rows: `SHAPLEY` of each layer, a sample for each permutation, whose mean is the value.
+    Rows: `SHAPLEY` of each layer, a sample for each permutation, whose mean is the value; `SHARED` with truncation. The
+    contributions of each permutation add up to the loss with no layer less that with all (efficiency).
 
     Attributes:
         shards: the text, all of it.
         seeds: of the permutations, one each.
-        truncation: once the loss is no better than that of a uniform guess, ``log(vocabulary)``, stop: what is left
-            contributes 0. It saves most of the work, and is a bias that the paper accepts: late removals from a broken
-            model are not seen. Without it the estimate is unbiased, and each permutation's contributions add up to the
-            loss with no layer less that with all.
+        truncation: once the loss is no better than that of a uniform guess, ``log(vocabulary)``, stop. Layers that are
+            left share alike what the loss with no layer is above that. It saves most of the work, and is a bias: which
+            of them matters in a broken model is not seen. (The paper gives them 0, so that values do not add up.) A
+            model that is no better than a guess to begin with is measured without truncation. Without it the estimate
+            is unbiased.
     """
 
     shards: tuple[Shard, ...]
@@ -83,25 +86,39 @@ class Shapley:
     def key(self) -> str:
         """See `tasks.Measure`."""
         shards = [shard.content_hash for shard in self.shards]
-        return fingerprint(measure="shapley", shards=shards, seeds=list(self.seeds), truncation=self.truncation)
+        rest = {"rest": "shared"} if self.truncation else {}  # earlier versions gave it to no layer
+        return fingerprint(measure="shapley", shards=shards, seeds=list(self.seeds), truncation=self.truncation, **rest)
 
     def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
         """See `tasks.Measure`: layers of ``drop`` take no part."""
         players = [layer.index for layer in model.layers if layer.index not in drop]
-        bound = math.log(model.module.config.get_text_config().vocab_size) if self.truncation else math.inf
         text = _Text(model, self.shards, drop)
-        found = np.zeros((len(self.seeds), len(model.layers)))
-        for contributions, seed in zip(found, self.seeds, strict=True):
+        values, shared = np.zeros((2, len(self.seeds), len(model.layers)))
+        for contributions, unmeasured, seed in zip(values, shared, self.seeds, strict=True):
             order = np.random.default_rng(seed).permutation(players).tolist()
             losses = text.losses(order)
             before = next(losses)
-            for layer in order:
+            bound = self._bound(model, before)
+            for place, layer in enumerate(order):
                 if before >= bound:
+                    rest = order[place:]
+                    contributions[rest] = (text.without_all(players) - before) / len(rest)
+                    unmeasured[rest] = len(rest) > 1
                     break
                 after = next(losses)
                 contributions[layer], before = after - before, after
+        found = {SHAPLEY: values, **({SHARED: shared} if self.truncation else {})}
         ones = np.ones(len(self.seeds))
-        return [Row(metric=SHAPLEY, samples=found[:, layer], weights=ones, layer=layer) for layer in players]
+        return [
+            Row(metric=metric, samples=samples[:, layer], weights=ones, layer=layer)
+            for metric, samples in found.items()
+            for layer in players
+        ]
+
+    def _bound(self, model: LanguageModel, whole: float) -> float:
+        """Return the loss from which on a permutation is truncated; infinity where none is."""
+        guess = math.log(model.module.config.get_text_config().vocab_size)
+        return guess if self.truncation and whole < guess else math.inf
 
 
 class _Text:
@@ -118,11 +135,19 @@ class _Text:
         size = sum(batch.input_ids.size for batch in self._batches) * model.token_bytes * len(model.layers)
         self._keeps = model.keeps_hidden_states and 2 * size <= MOST_KEPT and model.resumes
         self._kept: dict[int, Recorded] = {}  # of the whole model, by the batch's id
+        self._empty: float | None = None
 
     @cached_property
     def _whole(self) -> float:
         with self._model.without(self._drop):
             return self._mean(self._model.each(self._record if self._keeps else self._model.losses, self._batches))
+
+    def without_all(self, players: Sequence[int]) -> float:
+        """Return the nats per token without any of the layers; measured once."""
+        if self._empty is None:
+            with self._model.without({*self._drop, *players}):
+                self._empty = self._mean(self._model.each(self._model.losses, self._batches))
+        return self._empty
 
     def losses(self, order: Sequence[int]) -> Iterator[float]:
         """Nats per token with all layers, without the first of ``order``, without the first two, ..."""

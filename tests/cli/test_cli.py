@@ -254,6 +254,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--apply-chat-template": False,
         "--system-instruction": None,
         "--fewshot-as-multiturn": False,
+        "--base": None,
         "--sparse": None,
         "--allow-overlap": False,
         **{f"--{name.replace('_', '-')}": value for name, value in Settings().as_dict().items()},

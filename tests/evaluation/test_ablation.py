@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from itertools import combinations, pairwise
+from io import StringIO
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from avss_dist.errors import AvssError, ConfigError
 from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.engine import plan_text
 from avss_dist.evaluation.evaluate import evaluate
+from avss_dist.evaluation.outcomes import Ablation
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.skipping import recording, representatives, resuming
 from avss_dist.report.terminal.ablation import ablation_table
@@ -31,7 +33,7 @@ from avss_dist.runs.api import score
 from avss_dist.settings import Settings
 from avss_dist.tasks import layer_removal as ablation
 from avss_dist.tasks.base import Row, TextLoss
-from avss_dist.tasks.layer_removal import LeaveOneOut, Shapley
+from avss_dist.tasks.layer_removal import SHAPLEY, SHARED, LeaveOneOut, Shapley
 from avss_dist.warehouse.reader import Warehouse
 
 Save = Callable[[Any, Path], Path]
@@ -55,6 +57,26 @@ def four_layers(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Save)
     """Weights so large that layers matter."""
     folder = tmp_path_factory.mktemp("ablation") / "four-layers"
     return save_checkpoint(llama(num_hidden_layers=4, initializer_range=0.3), folder)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Save) -> Path:
+    """Four layers that have learned the text by heart: without any of them, the model is worse than a guess."""
+    folder = tmp_path_factory.mktemp("ablation") / "trained"
+    model = llama(num_hidden_layers=4, initializer_range=0.3)
+    save_checkpoint(model, folder)
+    batches = [batch for shard in text_shards(opened(folder)) for batch in shard.batches(8)]
+    rows = torch.from_numpy(np.concatenate([batch.input_ids for batch in batches])).long()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+    return save_checkpoint(model, folder)
+
+
+def text_shards(model: LanguageModel) -> tuple[Shard, ...]:
+    return plan_text(model.checkpoint, TEXT, Settings(**SMALL | {"sequences_per_shard": 6})).shards
 
 
 def same_rows(found: list[Row], expected: list[Row], drops: list[tuple[int, ...]]) -> None:
@@ -218,21 +240,80 @@ def test_sampled_values_are_those_of_all_subsets(four_layers: Path, tmp_path: Pa
     assert sums == pytest.approx(np.full(40, losses[frozenset(range(4))] - losses[frozenset()]), abs=1e-12)
 
 
-def test_a_permutation_stops_where_the_model_only_guesses(four_layers: Path) -> None:
-    model, shard = opened(four_layers), random_shard()
+def test_a_permutation_stops_where_the_model_only_guesses(trained: Path) -> None:
+    """The layers that are left share the rest of the loss, so that contributions add up as they do without."""
+    model = opened(trained)
+    (shard,) = text_shards(model)
     seeds = (0, 1, 2)
     full, cut = (Shapley(shards=(shard,), seeds=seeds, truncation=t)(model, ()) for t in (False, True))
+    assert [(row.metric, row.layer) for row in cut[4:]] == [(SHARED, layer) for layer in range(4)]
     losses, _ = enumerated(model, shard)
-    bound = math.log(model.module.config.vocab_size)
+    bound, empty = math.log(model.module.config.vocab_size), losses[frozenset(range(4))]
+    assert losses[frozenset()] < bound
+    truncated = 0
     for index, seed in enumerate(seeds):
         order = np.random.default_rng(seed).permutation(4).tolist()
-        removed = [frozenset(order[:k]) for k in range(5)]
-        stopped = False
-        for layer, (before, after) in zip(order, pairwise(removed), strict=True):
-            stopped = stopped or losses[before] >= bound
-            assert full[layer].samples[index] == losses[after] - losses[before]
-            assert cut[layer].samples[index] == (0 if stopped else losses[after] - losses[before])
-    assert any(row.samples.tolist() != other.samples.tolist() for row, other in zip(full, cut, strict=True))
+        removed = [losses[frozenset(order[:k])] for k in range(5)]
+        stop = next((place for place in range(4) if removed[place] >= bound), 4)
+        truncated += stop < 3
+        for place, layer in enumerate(order):
+            measured = removed[place + 1] - removed[place]
+            assert full[layer].samples[index] == measured
+            expected = measured if place < stop else (empty - removed[stop]) / (4 - stop)
+            assert cut[layer].samples[index] == pytest.approx(expected, abs=1e-12)
+            assert cut[4 + layer].samples[index] == (place >= stop and stop < 3)
+    assert truncated > 0
+    sums = sum(row.samples for row in cut[:4])
+    assert sums == pytest.approx(np.full(3, empty - losses[frozenset()]), abs=1e-12)
+
+
+def test_values_of_a_model_that_only_guesses_are_those_of_all_permutations(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no better than a guess with all of its layers: nothing is truncated, and nothing is 0."""
+    model = opened(tiny_llama)
+    shard = random_shard()
+    losses, values = enumerated(model, shard)
+    assert losses[frozenset()] > math.log(model.module.config.vocab_size)
+    orders = [*permutations(range(3))]
+
+    class Ordered:
+        def __init__(self, seed: int) -> None:
+            self.seed = seed
+
+        def permutation(self, players: Any) -> Any:
+            return np.array(orders[self.seed])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np.random, "default_rng", Ordered)
+        rows = Shapley(shards=(shard,), seeds=tuple(range(6)))(model, ())
+    found = [row.samples.mean() for row in rows if row.metric == SHAPLEY]
+    assert found == pytest.approx(values, abs=1e-12) and min(map(abs, values)) > 1e-6
+    assert sum(found) == pytest.approx(losses[frozenset(range(3))] - losses[frozenset()], abs=1e-12)
+    assert not any(row.samples.any() for row in rows if row.metric == SHARED)
+
+
+def shown(found: Ablation) -> str:
+    console = Console(width=300, file=StringIO())
+    console.print(ablation_table(found))
+    return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+
+
+def test_truncated_permutations_are_counted(trained: Path, tmp_path: Path) -> None:
+    text = {"corpus": TEXT, "warehouse": tmp_path / "w", "leave_one_out": False, **SMALL}
+    found = ablate(trained, shapley=6, **text)
+    truncated, number = found.permutations
+    shared = np.array([row["shapley_shared"] for row in found.table().to_pylist()])
+    assert number == 6 and 0 < truncated <= 6 and shared.max() <= truncated / 6 + 1e-12
+    told = shown(found)
+    assert f"{truncated} of 6 permutations were truncated where the model only guessed" in told
+    rows = Warehouse(tmp_path / "w").table("evaluations").to_pylist()
+    assert [row["value"] for row in rows if row["metric"] == SHARED] == pytest.approx(shared.tolist())
+    whole = ablate(trained, shapley=6, truncation=False, **text)
+    assert whole.permutations == (0, 6) and whole.table().to_pylist()[0]["shapley_shared"] is None
+    assert "truncated" not in shown(whole)
+    totals = [sum(row["shapley"] for row in one.table().to_pylist()) for one in (found, whole)]
+    assert totals[0] == pytest.approx(totals[1], abs=1e-9)
 
 
 def test_resumed_or_not_the_contributions_are_the_same(four_layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:

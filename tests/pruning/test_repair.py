@@ -500,9 +500,9 @@ def test_the_command(tiny_llama: Path, tmp_path: Path) -> None:
     read = ["--max-sequences", 40, "--sequence-length", 48]
     done = avss("prune", tiny_llama, plan, "-o", less, "--repair-corpus", TEXT, *read)
     assert done.exit_code == 0, done.stderr
-    assert "Repaired by map, fitted on builtin:pydoc (1,692 tokens)" in done.stdout
+    assert "Repaired by refit, fitted on builtin:pydoc (1,692 tokens)" in done.stdout
     assert "Repaired without 1, after 0: error" in done.stdout and "and the repaired weights (largest" in done.stdout
-    assert json.loads((less / FILE).read_text())["repairs"][0]["repair"] == "map"
+    assert json.loads((less / FILE).read_text())["repairs"][0]["repair"] == "refit"
     for arguments, told in (
         (["--repair", "map"], "--repair map is fitted on text, and there is none"),
         (["--repair", "mapp", "--repair-corpus", TEXT], "Did you mean 'map'"),

@@ -30,7 +30,7 @@ from avss_dist.pruning.repair.record import RepairedCut, RepairRecord, RepairTex
 from avss_dist.pruning.repair.streams import OpenStreams, opened_streams
 from avss_dist.pruning.repair.text import Portion, count_tokens, portions
 from avss_dist.pruning.repair.weighted import weighted
-from avss_dist.settings import REFITS_LATER, REPAIRS, RIVAL_PATCHES, Execution, OneOf, Settings, checked
+from avss_dist.settings import DEFAULT_REPAIR, REFITS_LATER, REPAIRS, RIVAL_PATCHES, Execution, OneOf, Settings, checked
 from avss_dist.system.devices import pick_device
 from avss_dist.text import RedactedURI, describe_layers
 
@@ -43,7 +43,7 @@ class Repair:
         ConfigError: values out of their range.
     """
 
-    by: Annotated[str, OneOf((*REPAIRS, *RIVAL_PATCHES))] = "map"
+    by: Annotated[str, OneOf((*REPAIRS, *RIVAL_PATCHES))] = DEFAULT_REPAIR
     """What is fitted."""
     corpora: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
     """The texts that it is fitted on; each counts alike, however long, or by a weight: CORPUS=0.5."""

@@ -71,6 +71,10 @@ def _caption(found: Ablation, first: str) -> Text:
         text += " Alone: the increase without that sublayer of the layer."
     if found.layers[0].damage is not None:
         text += " Damage is the mean of the ranks by predicted and propagated."
+    truncated, permutations = found.permutations
+    if truncated:
+        text += f" {truncated} of {permutations} permutations were truncated where the model only guessed: their "
+        text += "remaining layers share the rest of the loss alike. Truncation can be turned off."
     if found.whole is not None:
         text += f" Loss of the whole model: {_with_error(found.whole.value, found.whole.stderr)}; the error of an "
         text += "increase is of the same sequences with and without the layer."

@@ -1,0 +1,124 @@
+"""Passages that two texts share, whatever their line ends, wrapping, rows and order of documents.
+
+Texts are compared without special tokens and without whitespace. Each is reduced to fingerprints by winnowing
+(Schleimer, Wilkerson and Aiken, SIGMOD 2003): of every `WINDOW` neighbouring hashes of `GRAM` characters, the least.
+Two texts that share `PASSAGE` characters in a row therefore share a fingerprint, wherever the passage begins in each,
+while only about 2 of `WINDOW` + 1 hashes are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avss_dist.corpus.shards import Shard
+from avss_dist.corpus.tokens import Ids
+
+Hashes = NDArray[np.uint64]
+
+GRAM, WINDOW = 32, 8  # characters of a hash, and hashes of a window: powers of two
+PASSAGE = GRAM + WINDOW - 1  # characters, without whitespace, that two texts share before a fingerprint is the same
+SHORTEST = 16  # characters of a document or row that is compared as a whole; a shorter one is too common to tell
+FEW = 10  # shared fingerprints, some 80 characters: a phrase that any two texts of one kind may share
+BLOCK_TOKENS = 1 << 20  # that are decoded at once
+_BASE, _MIX = 0x9E3779B97F4A7C15, np.uint64(0xBF58476D1CE4E5B9)
+_ALL_BITS = (1 << 64) - 1
+_END = -1  # in place of the token that ends a document
+_NONE: Hashes = np.zeros(0, np.uint64)
+
+
+def shared_text(seen: Iterable[Shard], read: Iterable[Shard], tokenizer: Any) -> float | None:
+    """Return the share of the passages of ``read`` that are in ``seen`` too, from 0 to 1.
+
+    Each passage counts once. One that is repeated within either text, such as a license header, does not tell where a
+    text is from, and does not count unless most are repeated. `FEW` shared ones do not count unless they are half of
+    ``read``. Memory grows with ``read``, by some 20 bytes for each token, and not with ``seen``.
+
+    Args:
+        tokenizer: a transformers tokenizer, that of both texts.
+
+    Returns:
+        None where one of both has no passage that can be compared: no document or row of `SHORTEST` characters.
+    """
+    prints = [*_fingerprints(read, tokenizer)]
+    passages, counts = np.unique(np.concatenate(prints or [_NONE]), return_counts=True)
+    in_seen, comparable = np.zeros(len(passages), np.int64), False
+    for hashes in _fingerprints(seen, tokenizer) if len(passages) else ():
+        comparable = True
+        places = np.searchsorted(passages, hashes).clip(max=len(passages) - 1)
+        np.add.at(in_seen, places[passages[places] == hashes], 1)
+    if not comparable:
+        return None
+    distinctive = (counts < 2) & (in_seen < 2)
+    if 2 * distinctive.sum() < len(passages):
+        distinctive[:] = True
+    shared = in_seen[distinctive] > 0
+    return 0.0 if shared.sum() <= min(FEW, len(shared) // 2) else float(shared.mean())
+
+
+def plain_text(ids: Iterable[Ids], tokenizer: Any) -> list[str]:
+    """Return the text of each sequence of tokens, without special tokens and whitespace."""
+    decoded = tokenizer.batch_decode(
+        [part.tolist() for part in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return ["".join(text.split()) for text in decoded]
+
+
+def _fingerprints(shards: Iterable[Shard], tokenizer: Any) -> Iterator[Hashes]:
+    """Yield the fingerprints of a text, of many documents at once; those of a repeated passage are repeated."""
+    tail = ""
+    for rows, width in _blocks(shards):
+        documents = plain_text(_documents(rows, width, tokenizer.eos_token_id), tokenizer)
+        documents[0] = tail + documents[0]
+        tail = documents[-1][-(PASSAGE - 1) :]
+        hashes = [_winnowed(text) for text in documents]
+        short = plain_text([row for row in rows if len(row) < PASSAGE], tokenizer)
+        of_rows = np.concatenate([_NONE, *(_winnowed(text) for text in short if len(text) < PASSAGE)])
+        hashes.append(np.setdiff1d(of_rows, np.concatenate(hashes)))
+        if len(found := np.concatenate(hashes)):
+            yield found
+
+
+def _blocks(shards: Iterable[Shard]) -> Iterator[tuple[list[Ids], int]]:
+    """Yield rows of tokens, without padding, about `BLOCK_TOKENS` at a time, and their width."""
+    rows: list[Ids] = []
+    width = tokens = 0
+    for shard in shards:
+        width = shard.input_ids.shape[1]
+        rows += [row[:length] for row, length in zip(shard.input_ids, shard.lengths, strict=True)]
+        tokens += shard.input_ids.size
+        if tokens >= BLOCK_TOKENS:
+            yield rows, width
+            rows, tokens = [], 0
+    if rows:
+        yield rows, width
+
+
+def _documents(rows: Sequence[Ids], width: int, eos: int | None) -> list[Ids]:
+    """Return rows joined, and cut where a document ends: at EOS, and after a row that is padded."""
+    end = np.array([_END], np.int32)
+    ids = np.concatenate([part for row in rows for part in ((row,) if len(row) == width else (row, end))])
+    ids = np.where(ids == (_END if eos is None else eos), _END, ids)
+    return [part[part != _END] for part in np.split(ids, np.flatnonzero(ids == _END))]
+
+
+def _winnowed(text: str) -> Hashes:
+    """Return the fingerprints of one document, in order; of one that is too short, the fingerprint of all of it."""
+    if len(text) < SHORTEST:
+        return _NONE
+    hashes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
+    if len(hashes) < PASSAGE:
+        hashes = np.resize(hashes, PASSAGE)  # repeats it
+    hashes, step, power = hashes * _MIX, 1, _BASE
+    while step < GRAM:  # the polynomial of twice as many characters, from those of two halves
+        hashes = hashes[:-step] * np.uint64(power) + hashes[step:]
+        step, power = 2 * step, power * power & _ALL_BITS
+    hashes = (hashes ^ (hashes >> np.uint64(31))) * _MIX
+    step = 1
+    while step < WINDOW:
+        hashes = np.minimum(hashes[:-step], hashes[step:])
+        step *= 2
+    return hashes[np.append(True, hashes[1:] != hashes[:-1])]
