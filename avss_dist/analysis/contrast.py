@@ -220,7 +220,8 @@ def _predictions(a: of.Answers, other: of.Answers, evaluated: Mapping[str, Float
         low, high = jackknife_interval(np.array(value), left_out, scale="logit")
         gain = value - best[2]
         corrected = 1 - (1 - INTERVAL) / max(number, 1)  # Bonferroni, over layers and statistics
-        beats = layer is not None and jackknife_interval(np.array(gain), left_out - best[3], confidence=corrected)[0] > 0
+        least_gain, _ = jackknife_interval(np.array(gain), left_out - best[3], confidence=corrected)
+        beats = layer is not None and bool(least_gain > 0)
         row = {"layer": layer, "statistic": name, "auroc": value, "auroc_low": low, "auroc_high": high}
         row["after_another"] = None if layer is None else _auroc_of(other, elsewhere[name][:, layer])
         rows.append(row | {"gain": gain if layer is not None else None, "beats_baselines": beats})

@@ -23,6 +23,7 @@ from avss_dist.analysis.stats_findings import (
     read_stats,
 )
 from avss_dist.settings import EVERY_SITE, PUBLISHED_THRESHOLD, RECIPES, SITES
+from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, spearman
 from avss_dist.stats.scores import NOISY_BELOW, Threshold
@@ -56,6 +57,7 @@ KINDS = (
     "dominant_unit",
     "idle_experts",
     "dominant_expert",
+    "no_interval",
     "unstable_ranking",
     "recipes_disagree",
 )
@@ -89,10 +91,18 @@ def findings(
     for name, table in warehouse.stats_by_run(tracked(names, f"Findings of {len(names):,} runs"), STATS):
         found += [{"run_id": name, **one} for one in of_stats(read_stats(table), threshold)]
     found += [{"run_id": name, **one} for name, one in expert_findings(warehouse, names)]
+    found += [{"run_id": run["run_id"], **one} for run in runs for one in _no_interval(run)]
     found += _first_tokens(runs, scores)
     found += _unreadable(warehouse.damaged, run_ids)
     found.sort(key=_urgency)
     return pa.Table.from_pylist(found, SCHEMA)
+
+
+def _no_interval(run: Row) -> Iterator[Row]:
+    """Find that a run has too few shards for intervals."""
+    shards = run["num_shards"]
+    if shards and (message := why_no_interval(shards)):
+        yield finding("no_interval", "note", shards, message)
 
 
 def _unreadable(damaged: Mapping[str, str], run_ids: Sequence[str] | None) -> Iterator[Row]:

@@ -129,7 +129,9 @@ def stratum_columns(strata: Strata, recipe: str, threshold: Threshold) -> dict[s
     """
     n, layers = strata.num_blocks, len(strata.layers)
     if n < 2:
-        raise QueryError("The run has one shard, and shards exchange their labels.", "Make `sequences_per_shard` smaller.")
+        raise QueryError(
+            "The run has one shard, and shards exchange their labels.", "Make `sequences_per_shard` smaller."
+        )
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     own = partial(strata.both_sides, recipe, threshold)
     other = partial(own, after=AFTER_ANOTHER)

@@ -1,8 +1,8 @@
 """Confidence intervals of statistics over independent units (shards, samples, pairs, permutations), and resampling.
 
 One method serves every statistic: the delete-one jackknife estimates the standard error, Student's t with n - 1 degrees
-of freedom gives its multiple, and positive statistics and probabilities are treated on the log and logit scales. ``docs/concepts.md`` has its
-coverage, which ``tests/benchmarks/coverage.py`` measures beside the bootstrap's.
+of freedom gives its multiple, and ratios and probabilities are treated on the log and logit scales.
+``docs/concepts.md`` has its coverage, which ``tests/benchmarks/coverage.py`` measures beside that of the bootstrap.
 """
 
 from __future__ import annotations
@@ -15,12 +15,23 @@ import numpy as np
 from avss_dist.settings import BOOTSTRAP_BLOCKS, BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, INTERVAL, MINIMUM_UNITS
 from avss_dist.stats.layer_stats import Float64
 
-_SCALES: dict[str, tuple[Callable[[Float64], Float64], Callable[[Float64], Float64]]] = {
+SCALES: dict[str, tuple[Callable[[Float64], Float64], Callable[[Float64], Float64]]] = {
     "linear": (lambda x: x, lambda x: x),
     "log": (np.log, np.exp),
     "logit": (lambda x: np.log(x / (1 - x)), lambda y: 1 / (1 + np.exp(-y))),
 }
 """Transformation and inverse, by scale."""
+
+
+def why_no_interval(shards: int) -> str | None:
+    """Return the reason why a run of so many shards has no intervals; None if it has them."""
+    if shards >= MINIMUM_UNITS:
+        return None
+    number = f"{shards} shard{'' if shards == 1 else 's'}"
+    return (
+        f"No interval: {number}, {MINIMUM_UNITS} are needed; raise --max-sequences or lower --sequences-per-shard, "
+        "or use a longer text."
+    )
 
 
 def bootstrap_weights(number: int) -> Float64:
@@ -58,7 +69,7 @@ def jackknife_interval(
     number = len(left_out)
     if number < MINIMUM_UNITS:
         return np.full((2, *np.shape(value)), nan)
-    transform, invert = _SCALES[scale]
+    transform, invert = SCALES[scale]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         center, replicates = transform(np.asarray(value, np.float64)), transform(left_out)
         spread = np.square(replicates - replicates.mean(axis=0)).sum(axis=0)
