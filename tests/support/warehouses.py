@@ -46,7 +46,7 @@ def run_row(run_id: str, **columns: Any) -> dict[str, Any]:
         "sequence_length": 8,
         "num_sequences": 16,
         "num_tokens": 128,
-        "num_shards": 4,
+        "num_shards": 8,
         "device": "cpu",
         "wall_seconds": 2.0,
         "tokens_per_second": 64.0,
