@@ -115,6 +115,7 @@ BOOTSTRAP_RESAMPLES = 1000
 BOOTSTRAP_SEED = 0
 BOOTSTRAP_BLOCKS = 100  # shards beyond this are resampled in blocks of consecutive ones
 INTERVAL = 0.95
+MINIMUM_UNITS = 8  # shards, samples, pairs or permutations that an interval needs: with fewer, none covers reliably
 LOWEST_SHARE = 0.25
 
 

@@ -12,10 +12,11 @@ import pyarrow.compute as pc
 
 from avss_dist.analysis.strata import Strata, not_paired, stratum_columns, which_labels
 from avss_dist.errors import DamagedFile, QueryError, require_known
-from avss_dist.settings import AFTER_ANOTHER, ENTROPY, LOSS, PERPLEXITY, PUBLISHED_THRESHOLD, RECIPES, SITES
+from avss_dist.settings import AFTER_ANOTHER, ENTROPY, INTERVAL, LOSS, PERPLEXITY, PUBLISHED_THRESHOLD, RECIPES, SITES
 from avss_dist.stats import contrast as of
+from avss_dist.stats.intervals import bootstrap_weights, jackknife_interval, left_out_weights
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.rankings import bootstrap_interval, bootstrap_weights, depth_correlation
+from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Threshold
 from avss_dist.text import describe_threshold
 from avss_dist.warehouse.reader import Warehouse
@@ -138,9 +139,10 @@ def read_answers(rows: pa.Table, labels: tuple[str, str], after: str, threshold:
 def layer_table(own: of.Answers, other: of.Answers, recipe: str) -> pa.Table:
     """`Contrast.layers` of answers after their own prompts and after another."""
     columns: dict[str, Any] = {"layer": np.arange(own.count.shape[1])}
-    once, weights = np.ones(len(own.pair)), bootstrap_weights(len(own.pairs))[:, np.searchsorted(own.pairs, own.pair)]
-    labels = own.hallucinated.astype(np.float64)
-    columns |= of.contrast_columns(*(of.both_sides(own, w, labels, recipe) for w in (once, weights)))
+    left_out, place = left_out_weights(len(own.pairs)), np.searchsorted(own.pairs, own.pair)
+    labels, once = own.hallucinated.astype(np.float64), np.ones(len(own.pair))
+    weights = (once, bootstrap_weights(len(own.pairs))[:, place], left_out[:, place])
+    columns |= of.contrast_columns(*(of.both_sides(own, w, labels, recipe) for w in weights))
     p = of.permutation_p(own, recipe)
     columns |= {"p": p, "p_holm": of.holm(p), "noise_floor": of.noise_floor(own, recipe)}
     for name, slack in (("length_matched", MATCHED), ("position_matched", 0.0)):
@@ -151,8 +153,8 @@ def layer_table(own: of.Answers, other: of.Answers, recipe: str) -> pa.Table:
         columns[f"{name}_p"] = of.holm(of.permutation_p(some, recipe)) if enough else nothing
         columns[f"{name}_pairs"] = np.full(len(p), len(some.pairs))
     columns["after_another"] = of.observed(other, recipe)
-    change = of.resampled(own, recipe, own.pairs) - of.resampled(other, recipe, own.pairs)
-    columns |= of.change_columns(columns["deviation"], columns["after_another"], change)
+    with_own, with_other = (of.weighted_deviation(a, recipe, own.pairs, left_out) for a in (own, other))
+    columns |= of.change_columns(columns["deviation"], columns["after_another"], with_own - with_other)
     columns["stands"] = _stands(columns)
     return _table(columns)
 
@@ -202,7 +204,7 @@ def _evaluated(
 def _predictions(a: of.Answers, other: of.Answers, evaluated: Mapping[str, Float64]) -> pa.Table:
     """AUROC of one-dimensional classifiers on layers and on what needs no layer, by folds of pairs."""
     features, elsewhere = _features(a), _features(other)
-    weights = bootstrap_weights(len(a.pairs))[:, np.searchsorted(a.pairs, a.pair)]
+    weights = left_out_weights(len(a.pairs))[:, np.searchsorted(a.pairs, a.pair)]
     baselines = {"length": a.tokens.astype(np.float64), **evaluated}
     made: list[tuple[int | None, str, float, Float64]] = []
     for name, values in baselines.items():
@@ -214,10 +216,12 @@ def _predictions(a: of.Answers, other: of.Answers, evaluated: Mapping[str, Float
     number = sum(layer is not None for layer, *_ in made)
     best = max((one for one in made if one[0] is None), key=lambda one: one[2])
     rows = []
-    for layer, name, value, resamples in made:
-        low, high = bootstrap_interval(resamples)
+    for layer, name, value, left_out in made:
+        low, high = jackknife_interval(np.array(value), left_out, scale="logit")
         gain = value - best[2]
-        beats = layer is not None and of.corrected_lower(gain, resamples - best[3], number) > 0
+        corrected = 1 - (1 - INTERVAL) / max(number, 1)  # Bonferroni, over layers and statistics
+        least_gain, _ = jackknife_interval(np.array(gain), left_out - best[3], confidence=corrected)
+        beats = layer is not None and bool(least_gain > 0)
         row = {"layer": layer, "statistic": name, "auroc": value, "auroc_low": low, "auroc_high": high}
         row["after_another"] = None if layer is None else _auroc_of(other, elsewhere[name][:, layer])
         rows.append(row | {"gain": gain if layer is not None else None, "beats_baselines": beats})

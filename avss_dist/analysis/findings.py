@@ -23,6 +23,7 @@ from avss_dist.analysis.stats_findings import (
     read_stats,
 )
 from avss_dist.settings import EVERY_SITE, PUBLISHED_THRESHOLD, RECIPES, ROW_START, SITES
+from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, spearman
 from avss_dist.stats.row_start import RowStarts
@@ -57,6 +58,7 @@ KINDS = (
     "dominant_unit",
     "idle_experts",
     "dominant_expert",
+    "no_interval",
     "unstable_ranking",
     "recipes_disagree",
     "row_start",
@@ -93,6 +95,7 @@ def findings(
     for name, table in warehouse.stats_by_run(tracked(names, f"Findings of {len(names):,} runs"), STATS):
         found += [{"run_id": name, **one} for one in of_stats(read_stats(table), threshold)]
     found += [{"run_id": name, **one} for name, one in expert_findings(warehouse, names)]
+    found += [{"run_id": run["run_id"], **one} for run in runs for one in _no_interval(run)]
     found += _first_tokens(runs, scores)
     found += _row_starts(warehouse, runs)
     found += _unreadable(warehouse.damaged, run_ids)
@@ -104,6 +107,13 @@ def of_rankings(found: pa.Table, score: str) -> pa.Table:
     """Return the findings that bear on a comparison of rankings by a score; `OF_RANKINGS` has their kinds."""
     kinds = [kind for kind, of_avss in OF_RANKINGS.items() if score == "avss" or not of_avss]
     return found.filter(pc.field("kind").isin(kinds))
+
+
+def _no_interval(run: Row) -> Iterator[Row]:
+    """Find that a run has too few shards for intervals."""
+    shards = run["num_shards"]
+    if shards and (message := why_no_interval(shards)):
+        yield finding("no_interval", "note", shards, message)
 
 
 def _unreadable(damaged: Mapping[str, str], run_ids: Sequence[str] | None) -> Iterator[Row]:

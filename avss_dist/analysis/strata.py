@@ -12,9 +12,9 @@ import numpy as np
 from avss_dist.errors import QueryError, require_known
 from avss_dist.settings import AFTER_ANOTHER, BOOTSTRAP_BLOCKS, BOOTSTRAP_SEED, INCORRECT, TRUTHFUL
 from avss_dist.stats import contrast as of
+from avss_dist.stats.intervals import bootstrap_weights, left_out_weights
 from avss_dist.stats.layer_stats import Float64, LayerStats, StratumKey
 from avss_dist.stats.merging import merge_stats, split_into_blocks
-from avss_dist.stats.rankings import bootstrap_weights
 from avss_dist.stats.scores import Parts, SiteTable, Threshold
 from avss_dist.warehouse.reader import Warehouse
 
@@ -110,12 +110,11 @@ def _both(
 ) -> tuple[Parts, Parts]:
     """What AVSS of blocks is made of, with each of two weights, float64[n, blocks]."""
     merged = [reduce(LayerStats.merge, of_layer) for of_layer in zip(*blocks, strict=True)]
-    table = SiteTable(merged, blocks, [threshold])
+    table = SiteTable(merged, blocks, [threshold], np.vstack([first, second]))
     if recipe not in table.recipes():
         raise QueryError(f"The site has no statistics for the recipe '{recipe}'.", "Use block or update.")
-    table.weights = np.vstack([first, second])
-    found = table.resampled_parts(recipe, threshold)
-    assert found is not None  # there are two labels, or two blocks
+    found = table.weighted_parts(recipe, threshold)
+    assert found is not None  # the table has weights
     (a, b, c), (x, y, z) = ([part[side] for part in found] for side in (slice(len(first)), slice(len(first), None)))
     return (a, b, c), (x, y, z)
 
@@ -123,21 +122,23 @@ def _both(
 def stratum_columns(strata: Strata, recipe: str, threshold: Threshold) -> dict[str, Any]:
     """Scores of layers, their intervals, and those controls that need no single answers.
 
-    Blocks of shards are resampled, and exchange their labels, in place of pairs.
+    Blocks of shards are resampled, left out, and exchange their labels, in place of pairs.
 
     Raises:
         QueryError: there are fewer than two, or the site has no statistics by unit.
     """
     n, layers = strata.num_blocks, len(strata.layers)
     if n < 2:
-        raise QueryError("The run has one shard, and shards are resampled.", "Make `sequences_per_shard` smaller.")
+        raise QueryError(
+            "The run has one shard, and shards exchange their labels.", "Make `sequences_per_shard` smaller."
+        )
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     own = partial(strata.both_sides, recipe, threshold)
     other = partial(own, after=AFTER_ANOTHER)
-    weights = bootstrap_weights(n)
+    left_out = left_out_weights(n)
     columns: dict[str, Any] = {"layer": np.array(strata.layers)}
-    (hallucinated, truthful), resampled = own(), own(weights)
-    columns |= of.contrast_columns((_row(hallucinated), _row(truthful)), resampled)
+    (hallucinated, truthful), without = own(), own(left_out)
+    columns |= of.contrast_columns((_row(hallucinated), _row(truthful)), own(bootstrap_weights(n)), without)
     exchanged = rng.integers(0, 2, (of.num_permutations(layers), n)).astype(np.float64)
     p = of.p_values(columns["deviation"], _deviation(own(exchanged=exchanged)))
     halves = rng.permuted(np.tile(np.arange(n) < n // 2, (of.PERMUTATIONS, 1)), axis=1).astype(np.float64)
@@ -145,7 +146,7 @@ def stratum_columns(strata: Strata, recipe: str, threshold: Threshold) -> dict[s
     columns["noise_floor"] = of.floor_of(_deviation(strata.halves(recipe, threshold, halves)))
     (columns["after_another"],) = _deviation(other())
     columns |= of.change_columns(
-        columns["deviation"], columns["after_another"], _deviation(resampled) - _deviation(other(weights))
+        columns["deviation"], columns["after_another"], _deviation(without) - _deviation(other(left_out))
     )
     return columns
 

@@ -6,13 +6,13 @@ The claim (arXiv 2411.02117, abstract): without the lowest 25% of layers by AVSS
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import exp
+from math import exp, isfinite
 from typing import Any
 
 from avss_dist.pruning.methods import ENDS_KEPT, LEAVE_ONE_OUT, REVERSED
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM
 from avss_dist.removal import count_removed
-from avss_dist.settings import CHANCE, LOSS
+from avss_dist.settings import CHANCE, LOSS, MINIMUM_UNITS
 
 CLAIMED_SHARE, CLAIMED_KEPT = 0.25, 0.9
 MENTIONED = 0.01  # a guess that keeps less is not worth a word
@@ -113,9 +113,11 @@ def judgement(row: Row, guess: float | None = None) -> str:
     """What an interval says of the claim that over 90% are kept, where a guess keeps less (`kept_by_guess`)."""
     if guess is not None and guess > CLAIMED_KEPT:
         return f"this task cannot tell, for a guess keeps {_percent(guess)}"
-    low, high = row["retention_low"], row["retention_high"]
-    if low is None or high is None or low != low or high != high:
-        low = high = row["retention"]
+    if (ends := retention_interval(row)) is None:
+        if row["retention"] == 0:
+            return "the claim does not hold, for nothing is kept"
+        return f"the claim is undecided, for there is no interval (fewer than {MINIMUM_UNITS} samples differ)"
+    low, high = ends
     if low > CLAIMED_KEPT:
         return "the claim holds"
     return "the claim does not hold" if high < CLAIMED_KEPT else "the claim is undecided, for want of data"
@@ -138,10 +140,26 @@ def _is_whole(row: Row) -> bool:
 
 
 def _kept(row: Row) -> str:
-    low, high = row["retention_low"], row["retention_high"]
-    known = low is not None and low == low
-    interval = f" ({_percent(low)} to {_percent(high)})" if known else ""
+    ends = retention_interval(row)
+    interval = f" ({_percent(ends[0])} to {_percent(ends[1])})" if ends else ""
     return f"{_percent(row['retention'])}{interval} is kept"
+
+
+def retention_interval(row: Row) -> tuple[float, float] | None:
+    """Return the ends of a row's interval of retention; None if it has none."""
+    low, high = row.get("retention_low"), row.get("retention_high")
+    return (low, high) if low is not None and high is not None and isfinite(low) and isfinite(high) else None
+
+
+def lacks_interval(rows: Sequence[Row]) -> bool:
+    """Whether the retention of some row beside the whole model's has no interval."""
+    return any(not _is_whole(row) and retention_interval(row) is None for row in rows)
+
+
+def shown_interval(row: Row) -> str:
+    """Return a row's interval of retention in brackets, after a space; empty if it has none."""
+    ends = retention_interval(row)
+    return f" [{ends[0]:.1%}, {ends[1]:.1%}]" if ends else ""
 
 
 def _before_and_after(row: Row, rows: Sequence[Row]) -> str:

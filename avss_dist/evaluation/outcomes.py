@@ -13,7 +13,8 @@ import pyarrow as pa
 from avss_dist.pruning.ground_truth import METRICS
 from avss_dist.removal import SUBLAYERS
 from avss_dist.results import TabularResult
-from avss_dist.settings import INTERVAL
+from avss_dist.settings import MINIMUM_UNITS
+from avss_dist.stats.intervals import jackknife_interval
 from avss_dist.tasks.base import Result
 
 if TYPE_CHECKING:
@@ -84,13 +85,11 @@ class LayerAblation:
     damage: float | None = None
 
     def shapley_interval(self) -> tuple[float, float] | None:
-        """Of ``settings.INTERVAL``, by Student's t over permutations; None of fewer than two."""
-        from scipy.stats import t
-
-        if self.shapley is None or len(self.shapley.samples) < 2:
+        """Return the ends of the interval of ``shapley`` over permutations; None for fewer than ``MINIMUM_UNITS``."""
+        if self.shapley is None or len(self.shapley.samples) < MINIMUM_UNITS:
             return None
-        half = float(t.ppf((1 + INTERVAL) / 2, len(self.shapley.samples) - 1)) * self.shapley.stderr
-        return self.shapley.value - half, self.shapley.value + half
+        low, high = jackknife_interval(np.array(self.shapley.value), self.shapley.left_out)
+        return float(low), float(high)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -1,12 +1,14 @@
-"""What is left of a metric: after over before, with an interval from the same samples of both."""
+"""Retention of a metric: after over before, with an interval from the same samples of both."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite, nan
 
 import numpy as np
 
-from avss_dist.stats.rankings import bootstrap_interval, bootstrap_weights
+from avss_dist.settings import MINIMUM_UNITS
+from avss_dist.stats.intervals import jackknife_interval
 from avss_dist.stats.retention import kept
 from avss_dist.tasks.base import Result
 
@@ -17,25 +19,31 @@ class Retained:
 
     Attributes:
         value: the retention.
-        low, high: the interval of ``config.INTERVAL``, by the paired bootstrap over samples (Efron and Tibshirani, An
-            Introduction to the Bootstrap, 1993, chapter 13); NaN where samples are not the same in number, or only one.
+        low, high: ends of the interval of ``settings.INTERVAL`` over paired samples; NaN where the two have different
+            numbers of samples, where fewer than ``MINIMUM_UNITS`` samples differ, or where the retention is zero or
+            infinite.
     """
 
     value: float
     low: float
     high: float
 
+    @property
+    def has_interval(self) -> bool:
+        """Whether both ends of the interval are known."""
+        return isfinite(self.low) and isfinite(self.high)
+
 
 def retained(before: Result, after: Result) -> Retained:
-    """How much of ``before`` is left in ``after``: the same metric of the same task, of the same samples."""
-    value = float(kept(before.metric, *(np.array([r.value]) for r in (before, after)))[0])
-    number = len(before.samples)
-    if number < 2 or len(after.samples) != number:
-        return Retained(value=value, low=float("nan"), high=float("nan"))
-    drawn = bootstrap_weights(number)
-    ratios = kept(before.metric, *(drawn @ r.samples / (drawn @ r.weights) for r in (before, after)))
-    if not np.isfinite(ratios).any():
-        return Retained(value=value, low=float("nan"), high=float("nan"))
-    with np.errstate(invalid="ignore"):  # between infinities
-        low, high = bootstrap_interval(ratios[~np.isnan(ratios)])
-    return Retained(value=value, low=float(low), high=float(high))
+    """Return how much of ``before`` is left in ``after``: the same metric of the same task, of the same samples."""
+    value = kept(before.metric, *(np.array(r.value) for r in (before, after)))
+    low = high = nan
+    if len(before.samples) == len(after.samples) and _differing(before, after) >= MINIMUM_UNITS:
+        left_out = kept(before.metric, before.left_out, after.left_out)
+        low, high = map(float, jackknife_interval(value, left_out, scale="log"))
+    return Retained(value=float(value), low=low, high=high)
+
+
+def _differing(before: Result, after: Result) -> int:
+    """Return how many samples differ. Of an accuracy most may not, and those say nothing of how much varies."""
+    return int(np.count_nonzero((before.samples != after.samples) | (before.weights != after.weights)))

@@ -15,6 +15,7 @@ from avss_dist.analysis.findings import describe_depth
 from avss_dist.errors import AvssError, nearest
 from avss_dist.report.output import map_leaves, write_file
 from avss_dist.settings import RIVALS
+from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.rankings import count_lowest, depth_correlation, rank_lowest
 from avss_dist.text import basename, describe_count, describe_threshold, printable
 
@@ -58,7 +59,7 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
         subtitle=[
             f"AVSS: {first['site']} site, {first['recipe']} recipe, |x| < {threshold}; "
             f"{describe_count(runs[0]['num_tokens'])} tokens of {', '.join(corpora)}, {runs[0]['dtype']}. "
-            "Triangles: the 25% of layers that are lowest in each picture. Band: 95% interval over shards.",
+            f"Triangles: the 25% of layers that are lowest in each picture. {_band(runs)}",
             *_of_depth(runs, scores),
         ],
         anchor="start",
@@ -70,6 +71,11 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
         .configure_axis(gridOpacity=0.4)
         .resolve_scale(y="independent")
     )
+
+
+def _band(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return what the band is; for runs that are all of too few shards, why there is none."""
+    return why_no_interval(max(run["num_shards"] or 0 for run in runs)) or "Band: 95% interval over shards."
 
 
 def _lowest(scores: Sequence[Mapping[str, Any]]) -> dict[str, set[tuple[str, int]]]:

@@ -8,6 +8,7 @@ from typing import Any
 from avss_dist.analysis.stats_findings import grouped
 from avss_dist.report.terminal.compare import short_name
 from avss_dist.settings import LOWEST_SHARE
+from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.rankings import count_lowest
 from avss_dist.text import describe_count, describe_threshold, escape_markdown, printable
 
@@ -88,7 +89,8 @@ def caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> str:
     corpus = f"{describe_count(run['num_tokens'])} tokens of {short_name(str(run['corpus']))}, {run['dtype']}"
     return printable(
         f"Layer scores of {short_name(run['model'])} ({what}; {corpus}). Layers count from 0; rank 1 is the least "
-        f"important; bold: the {LOWEST_SHARE:.0%} with the lowest AVSS; 95% interval over {run['num_shards']} shards."
+        f"important; bold: the {LOWEST_SHARE:.0%} with the lowest AVSS. "
+        + (why_no_interval(run["num_shards"] or 0) or f"95% interval over {run['num_shards']} shards.")
     )
 
 

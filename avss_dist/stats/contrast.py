@@ -7,14 +7,14 @@ public. What stands here is a reading of it, in the form of AVSS: see ``docs/hal
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
-from avss_dist.settings import BOOTSTRAP_SEED, INTERVAL
+from avss_dist.settings import BOOTSTRAP_SEED, INTERVAL, MINIMUM_UNITS
+from avss_dist.stats.intervals import jackknife_interval
 from avss_dist.stats.layer_stats import Float64, Int64
-from avss_dist.stats.rankings import bootstrap_interval, bootstrap_weights, count_lowest, rank_lowest
+from avss_dist.stats.rankings import count_lowest, rank_lowest
 from avss_dist.stats.scores import Parts, avss, share
 
 PERMUTATIONS = 1000  # at least; with many layers more, so that a corrected p-value can be small
@@ -117,10 +117,10 @@ def observed(a: Answers, recipe: str) -> Float64:
     return deviation(a, np.ones(len(a.pair)), a.hallucinated.astype(np.float64), recipe)
 
 
-def resampled(a: Answers, recipe: str, pairs: Int64) -> Float64:
-    """`deviation` of resampled ``pairs``, float64[resamples, layers]; the answers of a pair are drawn together."""
-    weights = bootstrap_weights(len(pairs))[:, np.searchsorted(pairs, a.pair)]
-    return deviation(a, weights, a.hallucinated.astype(np.float64), recipe)
+def weighted_deviation(a: Answers, recipe: str, pairs: Int64, weights: Float64) -> Float64:
+    """Return `deviation` for each row of ``weights``, float64[n, pairs]: float64[n, layers]. A pair weighs as one."""
+    by_answer = weights[:, np.searchsorted(pairs, a.pair)]
+    return deviation(a, by_answer, a.hallucinated.astype(np.float64), recipe)
 
 
 def permuted_labels(a: Answers, times: int, seed: int = BOOTSTRAP_SEED) -> Float64:
@@ -176,9 +176,12 @@ def floor_of(deviations: Float64) -> Float64:
     return floor
 
 
-def change_columns(own: Float64, another: Float64, resampled: Float64) -> dict[str, Float64]:
-    """What of deviations, float64[layers], is not there after another prompt; ``resampled`` is [resamples, layers]."""
-    low, high = bootstrap_interval(resampled)
+def change_columns(own: Float64, another: Float64, left_out: Float64) -> dict[str, Float64]:
+    """Return the difference of deviations after the own and after another prompt, float64[layers], and its interval.
+
+    ``left_out`` is the difference without each pair or block, float64[groups, layers].
+    """
+    low, high = jackknife_interval(own - another, left_out)
     return {
         "own_minus_another": own - another,
         "own_minus_another_low": low,
@@ -197,14 +200,21 @@ def prone_probability(resamples: Float64) -> Float64:
     return (rank_lowest(-resamples) <= count_lowest(resamples.shape[1])).mean(axis=0)
 
 
-def contrast_columns(sides: tuple[Parts, Parts], resampled: tuple[Parts, Parts]) -> dict[str, Float64]:
+def contrast_columns(
+    sides: tuple[Parts, Parts], resampled: tuple[Parts, Parts], left_out: tuple[Parts, Parts]
+) -> dict[str, Float64]:
     """The scores of layers, float64[layers] each, and their intervals: see ``docs/hallucination.md``.
 
     Args:
         sides: of hallucinated and of truthful answers.
-        resampled: the same of resampled pairs.
+        resampled: the same of resampled pairs or blocks, float64[resamples, layers] each.
+        left_out: the same without each pair or block, float64[groups, layers] each.
     """
-    (found, again), ((hsav, *counts), _) = [_contrasted(*both) for both in (sides, resampled)], sides
+    (found, again, without), ((hsav, *counts), _) = (
+        [_contrasted(*both) for both in (sides, resampled, left_out)],
+        sides,
+    )
+    enough = len(left_out[0][0]) >= MINIMUM_UNITS
     hss = _smoothed(*counts)
     columns = {
         **found,
@@ -214,10 +224,11 @@ def contrast_columns(sides: tuple[Parts, Parts], resampled: tuple[Parts, Parts])
         "hss_share": share(hss),
         "deviation": from_median(found["eavss_contrast"]),
         "rank": rank_lowest(-found["eavss_contrast"]),
-        "prone_probability": prone_probability(again["eavss_contrast"]),
+        "prone_probability": prone_probability(again["eavss_contrast"]) if enough else np.full(len(hss), np.nan),
     }
-    for name, values in again.items():
-        columns[f"{name}_low"], columns[f"{name}_high"] = bootstrap_interval(values)
+    for name, values in without.items():
+        scale = "log" if name == "eavss_ratio" else "linear"
+        columns[f"{name}_low"], columns[f"{name}_high"] = jackknife_interval(found[name], values, scale=scale)
     return columns
 
 
@@ -262,9 +273,3 @@ def auroc(scores: Float64, positive: Bools, weights: Float64) -> Float64:
     with np.errstate(divide="ignore", invalid="ignore"):
         found: Float64 = (up * below).sum(axis=1) / (up.sum(axis=1) * down.sum(axis=1))
     return found
-
-
-def corrected_lower(value: float, resamples: Float64, comparisons: int) -> float:
-    """The lower end of a 95% interval that holds for so many comparisons at once (Bonferroni, normal)."""
-    z = NormalDist().inv_cdf(1 - (1 - INTERVAL) / (2 * comparisons))
-    return float(value - z * np.nanstd(resamples))

@@ -1,4 +1,4 @@
-"""Rankings of layers: ranks, the lowest layers, correlations, and the bootstrap. Pure numpy.
+"""Rankings of layers: ranks, the lowest layers, and correlations. Pure numpy.
 
 Two kinds of ranks serve two purposes. Which layers are lowest needs an order, so `rank_lowest` breaks ties by layer.
 A correlation must not invent an order that scores do not have, so `spearman` gives tied values their average rank.
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from avss_dist.settings import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, INTERVAL, LOWEST_SHARE
+from avss_dist.settings import LOWEST_SHARE
 from avss_dist.stats.layer_stats import Float64
 
 Ints = NDArray[np.integer[Any]]
@@ -111,15 +111,3 @@ def align(a: tuple[Float64, Float64], b: tuple[Float64, Float64]) -> tuple[Float
     if len(x) <= len(y):
         return x, np.interp(depth_a, depth_b, y), True
     return np.interp(depth_b, depth_a, x), y, True
-
-
-def bootstrap_weights(size: int) -> Float64:
-    """How often each of ``size`` samples is drawn in each resample, float64[resamples, size]; the same every time."""
-    rng = np.random.default_rng(BOOTSTRAP_SEED)
-    return rng.multinomial(size, np.full(size, 1 / size), BOOTSTRAP_RESAMPLES).astype(np.float64)
-
-
-def bootstrap_interval(resampled: Float64) -> Float64:
-    """The percentile interval, float64[2, ...], of values computed from each resample, float64[resamples, ...]."""
-    bounds: Float64 = np.quantile(resampled, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2], axis=0)
-    return bounds

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from avss_dist.settings import LOSS
+from avss_dist.settings import LOSS, MINIMUM_UNITS
 from avss_dist.stats.layer_stats import Float64
 
+NO_INTERVAL = (
+    f"No interval where fewer than {MINIMUM_UNITS} samples differ from those of the whole model, or nothing is kept."
+)
+"""The note of tables in which a retention has no interval."""
 LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
 
 

@@ -1,4 +1,4 @@
-"""LayerStats -> scores: recipes, thresholds, ranks, bootstrap intervals, rivals. Pure numpy.
+"""LayerStats -> scores: recipes, thresholds, ranks, intervals, rivals. Pure numpy.
 
 AVSS (arXiv 2411.02117, section 3): NAV_i = variance_i / sum(variance), NAS_i = sparsity_i / sum(sparsity),
 AVSS_i = NAV_i / NAS_i. What "variance" and "sparsity" are taken over is the recipe's choice:
@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.settings import RECIPES, RELATIVE_THRESHOLDS
+from avss_dist.settings import BOOTSTRAP_RESAMPLES, MINIMUM_UNITS, RECIPES, RELATIVE_THRESHOLDS
 from avss_dist.stats.histogram import histogram_below
+from avss_dist.stats.intervals import bootstrap_weights, jackknife_interval, left_out_weights
 from avss_dist.stats.layer_stats import Float64, LayerKey, LayerStats
-from avss_dist.stats.rankings import bootstrap_interval, bootstrap_weights, count_lowest, rank_lowest
+from avss_dist.stats.rankings import count_lowest, rank_lowest
 
 NOISY_BELOW = 100
 Parts = tuple[Float64, Float64, Float64]
@@ -78,7 +79,8 @@ def score_run(
     Args:
         stats: the merged statistics of the run.
         layers: module path of every layer; layer ``i`` of ``n`` has depth ``(i + 0.5) / n``.
-        shards: the partials (or blocks of them), resampled for the intervals; fewer than two give none (NaN).
+        shards: the partials (or blocks of them) that intervals are computed from; fewer than ``MINIMUM_UNITS`` give
+            NaN.
         thresholds: every one that is counted and the relative ones, by default; see `LayerStats.below`.
         sites: those of ``stats`` by default.
 
@@ -145,6 +147,8 @@ class SiteTable:
         merged: LayerStats by layer.
         shards: LayerStats by shard and layer.
         thresholds: every one that is counted, then the relative ones, by default.
+        weights: float64[n, shards], how often each shard counts in each of n weighted statistics. By default the
+            resamples and then the leave-one-out weights; None for fewer than ``MINIMUM_UNITS`` shards.
     """
 
     def __init__(
@@ -152,14 +156,17 @@ class SiteTable:
         merged: Sequence[LayerStats],
         shards: Sequence[Sequence[LayerStats]] = (),
         thresholds: Sequence[Threshold] | None = None,
+        weights: Float64 | None = None,
     ) -> None:
         self.merged = merged
         self.thresholds = thresholds or (
             *(Threshold(value=float(t), kind="absolute") for t in merged[0].thresholds),
             *(Threshold(value=t, kind="rms") for t in RELATIVE_THRESHOLDS),
         )
-        self.shards = shards if len(shards) > 1 else ()
-        self.weights = bootstrap_weights(len(self.shards)) if self.shards else None
+        self.shards = shards
+        self.weights = weights
+        if weights is None and len(shards) >= MINIMUM_UNITS:
+            self.weights = np.vstack([bootstrap_weights(len(shards)), left_out_weights(len(shards))])
         self._variances: dict[str, tuple[Float64, Float64 | None]] = {}
 
     def recipes(self) -> tuple[str, ...]:
@@ -173,9 +180,10 @@ class SiteTable:
         score = avss(variance, near_zero, count, smoothed=True)
         finite = self.column("nonfinite_count") == 0  # what is left of a layer that overflows is no measure of it
         low = high = lowest = np.full(len(score), np.nan)
-        if (parts := self.resampled_parts(recipe, threshold)) is not None:
-            resampled = avss(*parts, smoothed=True)
-            low, high = bootstrap_interval(resampled)
+        if (parts := self.weighted_parts(recipe, threshold)) is not None:
+            weighted = avss(*parts, smoothed=True)
+            resampled, left_out = np.split(weighted, [BOOTSTRAP_RESAMPLES])
+            low, high = jackknife_interval(score, left_out, scale="log")
             lowest = (rank_lowest(np.where(finite, resampled, np.nan)) <= count_lowest(len(score))).mean(axis=0)
         sparsity = _ratio(near_zero, count)
         # A layer without data takes no part in the sum; one with data but nothing near zero leaves no sum.
@@ -201,8 +209,8 @@ class SiteTable:
             **{name: column.tolist() for name, column in columns.items()},
         }
 
-    def resampled_parts(self, recipe: str, threshold: Threshold) -> Parts | None:
-        """What AVSS of resampled shards is made of; None where there are not two."""
+    def weighted_parts(self, recipe: str, threshold: Threshold) -> Parts | None:
+        """Return the parts of AVSS for each row of ``weights``; None without weights."""
         variances, (_, _, near_zeros, counts) = self._variance(recipe)[1], _SPARSITY[recipe](self, threshold)
         if variances is None or near_zeros is None or counts is None:
             return None
@@ -217,8 +225,8 @@ class SiteTable:
         """A field of the merged statistics, float64[layers]."""
         return np.array([getattr(s, name) for s in self.merged], float)
 
-    def resampled(self, values: Callable[[int, LayerStats], float]) -> Float64:
-        """Sums of ``values(layer position, partial)`` over resampled shards, float64[resamples, layers]."""
+    def weighted(self, values: Callable[[int, LayerStats], float]) -> Float64:
+        """Return weighted sums of ``values(layer position, partial)`` over shards, float64[weights, layers]."""
         by_shard = np.array([[values(i, s) for i, s in enumerate(shard)] for shard in self.shards], float)
         return self.weights @ by_shard
 
@@ -277,8 +285,8 @@ def _pooled_variance(table: SiteTable) -> tuple[Float64, Float64 | None]:
     variance = _ratio(table.column("pooled_variance_sum"), table.column("sequence_count"))
     if table.weights is None:
         return variance, None
-    sums = table.resampled(lambda _, s: s.pooled_variance_sum)
-    return variance, _ratio(sums, table.resampled(lambda _, s: s.sequence_count))
+    sums = table.weighted(lambda _, s: s.pooled_variance_sum)
+    return variance, _ratio(sums, table.weighted(lambda _, s: s.sequence_count))
 
 
 def _element_variance(table: SiteTable) -> tuple[Float64, Float64 | None]:
@@ -287,9 +295,9 @@ def _element_variance(table: SiteTable) -> tuple[Float64, Float64 | None]:
     if table.weights is None:
         return variance, None
     center = table.column("mean")
-    count = table.resampled(lambda _, s: s.count)
-    first = table.resampled(lambda i, s: s.count * (s.mean - center[i]))
-    second = table.resampled(lambda i, s: s.m2 + s.count * (s.mean - center[i]) ** 2)
+    count = table.weighted(lambda _, s: s.count)
+    first = table.weighted(lambda i, s: s.count * (s.mean - center[i]))
+    second = table.weighted(lambda i, s: s.m2 + s.count * (s.mean - center[i]) ** 2)
     return variance, _ratio(second, count) - _ratio(first, count) ** 2
 
 
@@ -318,7 +326,7 @@ def _element_sparsity(table: SiteTable, threshold: Threshold) -> Counts:
             return float(stats.near_zero[counted[0]])
         return float(histogram_below(stats.histogram, at[layer], shares[layer]))
 
-    return near_zero, table.column("count"), table.resampled(of_shard), table.resampled(lambda _, s: s.count)
+    return near_zero, table.column("count"), table.weighted(of_shard), table.weighted(lambda _, s: s.count)
 
 
 def _unit_sparsity(table: SiteTable, threshold: Threshold) -> Counts:

@@ -117,6 +117,13 @@ class Result:
         return float(self.samples.sum() / self.weights.sum())
 
     @property
+    def left_out(self) -> Float64:
+        """float64[n], the value without each sample; NaN where no weight is left."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            values: Float64 = (self.samples.sum() - self.samples) / (self.weights.sum() - self.weights)
+        return values
+
+    @property
     def stderr(self) -> float:
         """Of a ratio of means, linearized (Cochran, Sampling Techniques, 1977, section 6.4); NaN of one sample."""
         n = len(self.samples)

@@ -211,9 +211,15 @@ TABLES: dict[str, Table] = {
             Column("avss_normalized", FLOAT64, "avss / sum of it over layers"),
             Column("avss_cumulative", FLOAT64, "running sum of avss_normalized, in the order of layers"),
             Column("rank", INT32, "1 is the lowest avss_smoothed: the least important layer"),
-            Column("avss_low", FLOAT64, "lower end of the 95% bootstrap interval of avss_smoothed, over shards"),
-            Column("avss_high", FLOAT64, "upper end of the interval of avss_smoothed"),
-            Column("lowest_set_probability", FLOAT64, "share of resamples with the layer among the lowest 25%"),
+            Column(
+                "avss_low", FLOAT64, "lower end of the 95% interval of avss_smoothed, over shards; null below 8 shards"
+            ),
+            Column("avss_high", FLOAT64, "upper end of the interval of avss_smoothed; null below 8 shards"),
+            Column(
+                "lowest_set_probability",
+                FLOAT64,
+                "share of resamples of the shards with the layer among the lowest 25%; null below 8 shards",
+            ),
             Column("quality", STRING, "ok, noisy_sparsity (fewer than 100 near zero) or zero_sparsity (none)"),
             Column("block_influence", FLOAT64, "1 - mean cosine of the block's input and output (ShortGPT)"),
             Column("angular_distance", FLOAT64, "mean angle of block input and output (Gromov et al.)", "pi radians"),
@@ -293,7 +299,11 @@ TABLES: dict[str, Table] = {
             _VALUE,
             _STDERR,
             Column("retention", FLOAT64, "metric / that of the whole model; of a loss, perplexity before / after"),
-            Column("retention_low", FLOAT64, "lower end of its 95% interval: paired bootstrap over samples"),
+            Column(
+                "retention_low",
+                FLOAT64,
+                "lower end of its 95% interval, over paired samples; null where fewer than 8 differ",
+            ),
             Column("retention_high", FLOAT64, "upper end of the interval of retention"),
             Column("created_at", TIME, "when it was written", "UTC"),
         ),

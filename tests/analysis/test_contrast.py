@@ -25,7 +25,7 @@ PAIRS, LAYERS, PLANTED, GRID = 60, 6, 3, [1e-5, 1e-2]
 STRATA = ("truthful", "incorrect", f"truthful{AFTER_ANOTHER}", f"incorrect{AFTER_ANOTHER}")
 
 
-def write(root: Path, *, planted: float, elsewhere: float = 1.0, longer: int = 0, seed: int = 0) -> dict[str, Any]:
+def write(root: Path, *, planted: float, elsewhere: float = 1.0, longer: int = 0, seed: int = 2) -> dict[str, Any]:
     """A run whose incorrect answers have ``planted`` times the variance in one layer, and are ``longer``.
 
     After another prompt it is ``elsewhere`` times. The variance of an answer goes with its length.

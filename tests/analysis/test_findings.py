@@ -126,9 +126,21 @@ def test_exact_zeros(tmp_path: Path, tiny: float, site: str) -> None:
     assert ("rounding" if site == "block" else "activation function") in rows[0]["message"]
 
 
+@pytest.mark.parametrize("shards", [7, 8])
+def test_a_run_of_too_few_shards_has_no_interval_and_says_why(tmp_path: Path, shards: int) -> None:
+    found = of(tmp_path, activations(shards=shards))
+    assert [row["kind"] for row in found] == ["no_interval"] * (shards < 8)
+    scores = Warehouse(tmp_path).scores(threshold=1e-5)
+    for name in ("avss_low", "avss_high", "lowest_set_probability"):
+        assert scores[name].null_count == (scores.num_rows if shards < 8 else 0)
+    shown = " ".join(avss("show", "-w", tmp_path).stdout.split())
+    assert ("No interval: 7 shards, 8 are needed" in shown) == (shards < 8)
+    assert ("95% interval" in shown) == (shards == 8)
+
+
 def test_a_ranking_that_resampling_changes(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    x = activations(scales=np.ones(8)) * np.exp(rng.normal(0, 0.3, (4, 8, 1, 1, 1)))
+    x = activations(scales=np.ones(8)) * np.exp(rng.normal(0, 0.3, (8, 8, 1, 1, 1)))
     rows = of(tmp_path, x, "unstable_ranking")
     assert {r["recipe"] for r in rows} == {"pooled", "element", "unit"}
     scores = Warehouse(tmp_path).scores(recipe="element", threshold=1e-5).to_pylist()

@@ -415,7 +415,7 @@ def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path) -
 
 def test_ablate_shows_a_table(tiny_llama: Path, tmp_path: Path) -> None:
     sizes = {"max_sequences": 4, "sequence_length": 32}
-    text = {"corpus": TEXT, "warehouse": tmp_path / "w", "shapley": 3, **sizes}
+    text = {"corpus": TEXT, "warehouse": tmp_path / "w", "shapley": 8, **sizes}
     options = [word for name, value in text.items() for word in (f"--{name.replace('_', '-')}", value)]
     done = avss("ablate", tiny_llama, *options)
     assert done.exit_code == 0, done.stderr

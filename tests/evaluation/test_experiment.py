@@ -271,7 +271,7 @@ def test_the_claim_holds_or_not_or_is_undecided() -> None:
     assert judgement(row("avss", 0.95, 0.92, 0.99)) == "the claim holds"
     assert judgement(row("avss", 0.5, 0.4, 0.6)) == "the claim does not hold"
     assert "undecided" in judgement(row("avss", 0.9, 0.8, 1.0))
-    assert judgement(row("avss", 0.95, float("nan"), float("nan"))) == "the claim holds"
+    assert "undecided, for there is no interval" in judgement(row("avss", 0.95, float("nan"), float("nan")))
 
 
 def test_a_verdict_speaks_of_chance_and_of_rivals() -> None:

@@ -207,7 +207,7 @@ def test_the_same_tokens_from_another_file_name_are_the_same_run(tiny_llama: Pat
 def test_shards_are_merged_in_blocks_when_there_are_many(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More shards than bootstrap blocks: the totals stay, only the resampling is coarser."""
+    """More shards than blocks: the totals stay, only the units of intervals are coarser."""
     score(tiny_llama, tmp_path / "fine", sequences_per_shard=1)
     monkeypatch.setattr("avss_dist.runs.partials.BOOTSTRAP_BLOCKS", 4)
     score(tiny_llama, tmp_path / "coarse", sequences_per_shard=1)

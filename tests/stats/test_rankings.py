@@ -18,8 +18,6 @@ from avss_dist.settings import PUBLISHED_THRESHOLD
 from avss_dist.stats.rankings import (
     align,
     average_ranks,
-    bootstrap_interval,
-    bootstrap_weights,
     depth_correlation,
     rank_biased_overlap,
     spearman,
@@ -80,14 +78,6 @@ def test_recipes_and_runs_are_compared_by_one_rule(tmp_path: Path) -> None:
     (pair,) = compare(store, ["apart"], by="recipe", threshold=AT).table().to_pylist()
     (row,) = (row for row in findings(store).to_pylist() if row["kind"] == "recipes_disagree")
     assert row["value"] == pytest.approx(pair["spearman"]) == pytest.approx(-0.577, abs=1e-3)
-
-
-def test_a_bootstrap_draws_as_many_as_there_are_and_the_same_every_time() -> None:
-    weights = bootstrap_weights(7)
-    assert weights.shape == (1000, 7) and (weights.sum(axis=1) == 7).all()
-    np.testing.assert_array_equal(weights, bootstrap_weights(7))
-    low, high = bootstrap_interval(weights.mean(axis=1, keepdims=True) + np.linspace(-1, 1, 1000)[:, None])
-    assert (low, high) == (pytest.approx(0.05, abs=2e-3), pytest.approx(1.95, abs=2e-3))
 
 
 def slow_rbo(a: Sequence[int], b: Sequence[int], p: float) -> float:

@@ -19,7 +19,7 @@ from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 from support.oracle import oracle_stats
 
-UNITS, SHARDS, SHAPE = 16, 4, (2, 8)  # sequences and tokens of a shard
+UNITS, SHARDS, SHAPE = 16, 8, (2, 8)  # sequences and tokens of a shard
 
 
 def measured(

@@ -47,7 +47,7 @@ def run_row(run_id: str, **columns: Any) -> dict[str, Any]:
         "sequence_length": 8,
         "num_sequences": 16,
         "num_tokens": 128,
-        "num_shards": 4,
+        "num_shards": 8,
         "device": "cpu",
         "wall_seconds": 2.0,
         "tokens_per_second": 64.0,
@@ -101,7 +101,7 @@ def write_measured(root: Path, run_id: str, shards: Sequence[Stats], layers: int
 SCALES = np.array([1.0, 2.2, 0.6, 3.3, 1.5, 0.4, 5.0, 2.8])  # of layers, in no order
 
 
-def activations(seed: int = 0, shards: int = 4, scales: Float64 = SCALES) -> Float64:
+def activations(seed: int = 0, shards: int = 8, scales: Float64 = SCALES) -> Float64:
     """Healthy ones, x[shards, layers, sequences, tokens, units]: every unit has a mean and a noise of its layer's
     scale, and a tenth of the elements, the same ones in each layer, are as small as 1e-7.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Mapping, Sequence
-from math import isfinite
 from typing import Any
 
 import altair as alt
@@ -15,7 +14,9 @@ from avss_dist.analysis.verdict import (
     CLAIMED_KEPT,
     WHOLE,
     kept_by_guess,
+    lacks_interval,
     primary_metric,
+    retention_interval,
     shown_method,
     shown_value,
     verdicts,
@@ -23,6 +24,7 @@ from avss_dist.analysis.verdict import (
 from avss_dist.report.chart import specification
 from avss_dist.report.page.removal import named_task
 from avss_dist.settings import LOSS
+from avss_dist.stats.retention import NO_INTERVAL
 
 GRAY, BLUE, AMBER = "#8b949e", "#4c9be8", "#e0a030"  # seen on light and on dark
 WIDTHS = {1: 700, 2: 450}  # of a plot, by their number, in pixels; with more of them there are three in a line
@@ -60,7 +62,10 @@ def _experiment(label: str, rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "name": "experiment-" + label.partition(".")[0],
         "label": label,
-        "verdicts": verdicts(named(rows)) or ["No share of 25% by AVSS was tried."],
+        "verdicts": [
+            *(verdicts(named(rows)) or ["No share of 25% by AVSS was tried."]),
+            *([NO_INTERVAL] if lacks_interval(shown) else []),
+        ],
         "wide": _image(shown, guesses, columns=3, width=WIDTHS.get(panels, 230), labels=230),
         "narrow": _image(shown, guesses, columns=1, width=130, labels=140),
         "columns": list(_columns(tasks, speaks)),
@@ -99,11 +104,10 @@ def _cells(of: Mapping[str, Row], tasks: Sequence[str]) -> Iterator[dict[str, An
         if row is None:
             yield from ({"text": "", "value": ""} for _ in range(3))
             continue
-        low, high = row["retention_low"], row["retention_high"]
-        known = low is not None and high is not None and isfinite(low)
+        ends = retention_interval(row)
         yield {"text": shown_value(row), "value": row["value"]}
         yield {"text": f"{row['retention']:.1%}", "value": row["retention"]}
-        yield {"text": f"{low:.1%} to {high:.1%}" if known else "", "value": low if known else ""}
+        yield {"text": f"{ends[0]:.1%} to {ends[1]:.1%}" if ends else "", "value": ends[0] if ends else ""}
 
 
 def _image(rows: Sequence[Row], guesses: Mapping[str, float | None], *, columns: int, width: int, labels: int) -> str:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import altair as alt
 
 from avss_dist.analysis.sparsity_curves import ENOUGH, Curve, sparsity_curves
-from avss_dist.analysis.verdict import shown_value
+from avss_dist.analysis.verdict import lacks_interval, retention_interval, shown_value
 from avss_dist.report.chart import COLORS
 from avss_dist.report.page.experiments import GRAY, as_image
 from avss_dist.report.page.removal import named_task
+from avss_dist.stats.retention import NO_INTERVAL
 
 if TYPE_CHECKING:
     from avss_dist.warehouse.reader import Warehouse
@@ -67,6 +67,7 @@ def _newest(rows: Sequence[Row]) -> list[Row]:
 def _section(label: str, curves: Sequence[Curve], maps: Sequence[Row]) -> dict[str, Any]:
     name = "sparsity-" + label.partition(".")[0]
     tables = []
+    lacking = lacks_interval([point.row for curve in curves for point in curve.points])
     if rows := [_cells(curve, point) for curve in curves for point in curve.points]:
         tables.append(_table(f"{name}-curves", "Each method at each sparsity", CURVE_COLUMNS, rows))
     if maps:
@@ -76,7 +77,7 @@ def _section(label: str, curves: Sequence[Curve], maps: Sequence[Row]) -> dict[s
         tables.append(_table(f"{name}-maps", title, MAP_COLUMNS, [[*map(_cell, row)] for row in cells]))
     return {
         "label": label,
-        "sentences": [curve.sentence for curve in curves],
+        "sentences": [*(curve.sentence for curve in curves), *([NO_INTERVAL] if lacking else [])],
         "curves": _curves_image(curves) if rows else None,
         "maps": _maps_image(maps) if maps else None,
         "tables": tables,
@@ -90,8 +91,7 @@ def _table(name: str, title: str, columns: Sequence[str], rows: Sequence[Sequenc
 
 
 def _cells(curve: Curve, point: Any) -> list[dict[str, Any]]:
-    low, high = point.row["retention_low"], point.row["retention_high"]
-    known = low is not None and high is not None and isfinite(low)
+    ends = retention_interval(point.row)
     return [
         _cell(named_task(curve.task)),
         _cell(curve.method),
@@ -101,7 +101,7 @@ def _cells(curve: Curve, point: Any) -> list[dict[str, Any]]:
         {"text": "" if point.farthest is None else f"{100 * point.farthest:.1f}", "value": point.farthest or 0.0},
         {"text": shown_value(point.row), "value": point.row["value"]},
         {"text": f"{point.kept:.1%}", "value": point.kept},
-        {"text": f"{low:.1%} to {high:.1%}" if known else "", "value": low if known else 0.0},
+        {"text": f"{ends[0]:.1%} to {ends[1]:.1%}" if ends else "", "value": ends[0] if ends else 0.0},
     ]
 
 

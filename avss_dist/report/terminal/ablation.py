@@ -11,7 +11,9 @@ from rich.text import Text
 from avss_dist.pruning.ground_truth import METRICS
 from avss_dist.report.terminal.scores import BAR_WIDTH, LOWEST, bar_cells, layer_cells
 from avss_dist.report.terminal.tables import Column, FittedTable
+from avss_dist.settings import MINIMUM_UNITS
 from avss_dist.stats.rankings import count_lowest
+from avss_dist.text import count_of
 
 if TYPE_CHECKING:
     from avss_dist.evaluation.ablate import Ablation
@@ -78,6 +80,10 @@ def _caption(found: Ablation, first: str) -> Text:
     if found.whole is not None:
         text += f" Loss of the whole model: {_with_error(found.whole.value, found.whole.stderr)}; the error of an "
         text += "increase is of the same sequences with and without the layer."
+    shapley = found.layers[0].shapley
+    if shapley is not None and len(shapley.samples) < MINIMUM_UNITS:
+        text += f" No interval of Shapley values: {count_of(len(shapley.samples), 'permutation')}, {MINIMUM_UNITS} are "
+        text += "needed (--shapley)."
     if math.isfinite(found.reliability):
         text += f" Other text of the same size would order the layers as this one does to {found.reliability:z.2f} "
         text += "(Spearman; split halves)."

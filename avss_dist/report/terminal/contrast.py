@@ -11,6 +11,7 @@ from rich.text import Text
 from avss_dist.analysis.contrast import FEATURES, LEVEL, Contrast
 from avss_dist.report.terminal.scores import BAR_WIDTH, bar_cells
 from avss_dist.report.terminal.tables import Column, FittedTable
+from avss_dist.settings import MINIMUM_UNITS
 from avss_dist.text import printable
 
 
@@ -66,6 +67,9 @@ def _described(found: Contrast) -> tuple[str, str]:
         f"inside {'pairs' if of['pairs'] else 'shards'} (Holm), noise between random halves of {of['truthful']} "
         f"answers{matched}, and the same answers after another prompt."
     )
+    if rows[0]["eavss_contrast_low"] is None:
+        units = "pairs" if of["pairs"] else "shards"
+        caption += f" No interval: fewer than {MINIMUM_UNITS} {units}, or a contrast that is not defined."
     return title, caption
 
 

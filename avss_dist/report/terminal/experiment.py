@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import isfinite
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from avss_dist.analysis.sparsity_curves import is_sparse, sparsity_curves
-from avss_dist.analysis.verdict import WHOLE, primary_metric, shown_method, shown_value, verdicts
+from avss_dist.analysis.verdict import (
+    WHOLE,
+    lacks_interval,
+    primary_metric,
+    shown_interval,
+    shown_method,
+    shown_value,
+    verdicts,
+)
 from avss_dist.report.terminal.sparsity import curves_table
 from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.settings import LOSS, PERPLEXITY
+from avss_dist.stats.retention import NO_INTERVAL
 from avss_dist.text import basename
 
+CAPTION = "Retention over that of the whole model (of a perplexity: under it), and its 95% interval."
 Row = Mapping[str, Any]  # of the table `experiments`
 
 
@@ -41,9 +50,9 @@ def _table(rows: Sequence[Row], share: float) -> FittedTable:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     speaks = {task: primary_metric([row for row in rows if row["task"] == task]) for task in tasks}
     by_method: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        if row["share"] in (0.0, share) and row["metric"] == speaks[row["task"]]:
-            by_method.setdefault(shown_method(row), {})[row["task"]] = row
+    shown = [row for row in rows if row["share"] in (0.0, share) and row["metric"] == speaks[row["task"]]]
+    for row in shown:
+        by_method.setdefault(shown_method(row), {})[row["task"]] = row
     return FittedTable(
         [
             Column(title="layers chosen by", cells=list(by_method), number=False),
@@ -51,7 +60,7 @@ def _table(rows: Sequence[Row], share: float) -> FittedTable:
             *(column for task in tasks for column in _of_task(task, speaks[task], by_method.values())),
         ],
         title=f"{rows[0]['model']} without {share:.0%} of its layers  ({rows[0]['run_id']})",
-        caption=Text("Retention over that of the whole model (of a perplexity: under it), and its 95% interval."),
+        caption=Text(f"{CAPTION} {NO_INTERVAL}" if lacks_interval(shown) else CAPTION),
     )
 
 
@@ -70,7 +79,4 @@ def _cells(row: Row | None) -> tuple[str, str]:
     """The metric, and what is kept of it."""
     if row is None:
         return "-", "-"
-    low, high = row.get("retention_low"), row.get("retention_high")
-    known = low is not None and high is not None and isfinite(low)
-    interval = f" [{low:.1%}, {high:.1%}]" if known else ""
-    return shown_value(row), "" if row["method"] == WHOLE else f"{row['retention']:.1%}{interval}"
+    return shown_value(row), "" if row["method"] == WHOLE else f"{row['retention']:.1%}{shown_interval(row)}"

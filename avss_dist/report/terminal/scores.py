@@ -15,11 +15,13 @@ from avss_dist.analysis.thresholds import INTERPOLATED
 from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.settings import LOWEST_SHARE
 from avss_dist.stats.histogram import bin_edges
+from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.rankings import count_lowest, depth_correlation
 from avss_dist.text import describe_count, describe_layers, describe_threshold
 
 BAR_WIDTH = 18
 LOWEST = "bold red"
+OF_SHARDS = ("95% interval", "lowest 25%")  # columns that a run of too few shards does not have
 
 
 def layer_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -33,7 +35,7 @@ def layer_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> 
     lowest = [s["rank"] is not None and s["rank"] <= count for s in scores]
     threshold = describe_threshold(first["threshold"], first["threshold_kind"])
     table = FittedTable(
-        _layer_columns(scores, lowest),
+        _layer_columns(scores, lowest, has_intervals=why_no_interval(run["num_shards"] or 0) is None),
         title=f"{run['model']}  {first['site']} / {first['recipe']} / |x| < {threshold}",
         caption=_caption(run, scores, count),
         styles=[LOWEST if marked else "" for marked in lowest],
@@ -42,7 +44,7 @@ def layer_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> 
     return Group(table, *notes)
 
 
-def _layer_columns(scores: Sequence[Mapping[str, Any]], lowest: Sequence[bool]) -> list[Column]:
+def _layer_columns(scores: Sequence[Mapping[str, Any]], lowest: Sequence[bool], *, has_intervals: bool) -> list[Column]:
     texts: list[tuple[str, int, Callable[[Mapping[str, Any]], str]]] = [
         ("AVSS", 0, lambda s: _number(s["avss_smoothed"])),
         ("95% interval", 4, _interval),
@@ -52,6 +54,8 @@ def _layer_columns(scores: Sequence[Mapping[str, Any]], lowest: Sequence[bool]) 
         ("near zero", 5, lambda s: _count(s["near_zero_count"])),
         ("block influence", 2, lambda s: _number(s["block_influence"])),
     ]
+    if not has_intervals:
+        texts = [one for one in texts if one[0] not in OF_SHARDS]
     return [
         Column(title="layer", cells=layer_cells([s["layer"] for s in scores], lowest)),
         Column(title="", cells=bar_cells([s["avss_smoothed"] for s in scores], lowest), width=BAR_WIDTH, priority=1),
@@ -92,9 +96,11 @@ def _caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], lowest
         f"{run['run_id']}: {describe_count(run['num_tokens'])} tokens of {run['corpus']}, "
         f"{run['dtype']} on {run['device']}.\n"
         f"* the {'layer' if lowest == 1 else f'{lowest} layers'} with the lowest AVSS, "
-        f"{LOWEST_SHARE:.0%} of {len(scores)}; "
-        "'lowest 25%' is how often a layer is among them when shards are resampled."
+        f"{LOWEST_SHARE:.0%} of {len(scores)}"
     )
+    resampled = "; 'lowest 25%' is the share of resamples of the shards in which a layer is among them."
+    missing = why_no_interval(run["num_shards"] or 0)
+    text += f".\n{missing}" if missing else resampled
     if unranked := [s["layer"] for s in scores if s["rank"] is None and s["avss_smoothed"] is not None]:
         text += f"\nNaN or infinite activations in layers {describe_layers(unranked)}: they have no rank."
     if noisy:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from rich import progress as rich_progress
@@ -15,6 +14,7 @@ from avss_dist.report.terminal.progress import bars, log
 from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.runs.reporter import Reporter
 from avss_dist.settings import PERPLEXITY, REPAIR
+from avss_dist.stats.retention import NO_INTERVAL
 from avss_dist.text import basename, describe_bytes, describe_layers
 
 if TYPE_CHECKING:
@@ -94,9 +94,16 @@ def shrunk_tables(done: Shrunk) -> RenderableType:
     table = FittedTable(
         [Column(title="", cells=rows, number=False), *(column for task in tasks for column in _of_task(task))],
         title=f"{basename(plan.model)} without {len(plan.drop)} of its {plan.num_layers} layers",
-        caption=Text("Kept: of the whole model's metric (of a perplexity: whole over this), and its 95% interval."),
+        caption=Text(_caption(tasks)),
     )
     return Group(table, *([_curve(done)] if len(done.curve) > 1 else []))
+
+
+def _caption(tasks: Sequence[Kept]) -> str:
+    """Return what the columns are, and why an interval is missing."""
+    text = "Kept: of the whole model's metric (of a perplexity: whole over this), and its 95% interval."
+    results = [(task, result) for task in tasks for result in (task.pruned, task.repaired) if result]
+    return text if all(task.of(result).has_interval for task, result in results) else f"{text} {NO_INTERVAL}"
 
 
 def _of_task(task: Kept) -> Iterator[Column]:
@@ -109,7 +116,7 @@ def _of_task(task: Kept) -> Iterator[Column]:
         title=f"{basename(task.task.removeprefix(PERPLEXITY))}\n{metric}", cells=[shown(r)[1] for r in results]
     )
     yield Column(title="kept", cells=["", *(f"{one.value:.1%}" for one in kept)])
-    intervals = [f"{one.low:.1%} to {one.high:.1%}" if isfinite(one.low) else "" for one in kept]
+    intervals = [f"{one.low:.1%} to {one.high:.1%}" if one.has_interval else "-" for one in kept]
     yield Column(title="95% interval", cells=["", *intervals], priority=1)
 
 

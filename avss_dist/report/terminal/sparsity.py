@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from avss_dist.analysis.sparsity_curves import Curve, Point
-from avss_dist.analysis.verdict import shown_value
+from avss_dist.analysis.verdict import lacks_interval, shown_interval, shown_value
 from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.settings import LOSS
 from avss_dist.sparsity.plan import SparsityPlan
+from avss_dist.stats.retention import NO_INTERVAL
 from avss_dist.text import printable
 
 BAR = 20  # cells of a bar that keeps all
@@ -47,6 +47,7 @@ def _table(task: str, points: Sequence[Point]) -> FittedTable:
         caption=Text(
             "Retention over that of the dense model (of a perplexity: under it), and its 95% interval. Thresholds are "
             "of the text that was counted, and of the dense model unless corrected: so maps differ from the plan."
+            + (f" {NO_INTERVAL}" if lacks_interval([point.row for point in points]) else "")
         ),
     )
 
@@ -67,9 +68,7 @@ def _bar(kept: float) -> str:
 
 
 def _kept(point: Point) -> str:
-    low, high = point.row["retention_low"], point.row["retention_high"]
-    known = low is not None and high is not None and isfinite(low)
-    return f"{point.kept:.1%}" + (f" [{low:.1%}, {high:.1%}]" if known else "")
+    return f"{point.kept:.1%}{shown_interval(point.row)}"
 
 
 def thresholds_table(plan: SparsityPlan) -> RenderableType:

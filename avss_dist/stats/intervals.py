@@ -1,0 +1,78 @@
+"""Confidence intervals of statistics over independent units (shards, samples, pairs, permutations), and resampling.
+
+One method serves every statistic: the delete-one jackknife estimates the standard error, Student's t with n - 1 degrees
+of freedom gives its multiple, and ratios and probabilities are treated on the log and logit scales.
+``docs/concepts.md`` has its coverage, which ``tests/benchmarks/coverage.py`` measures beside that of the bootstrap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import nan
+
+import numpy as np
+
+from avss_dist.settings import BOOTSTRAP_BLOCKS, BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, INTERVAL, MINIMUM_UNITS
+from avss_dist.stats.layer_stats import Float64
+
+SCALES: dict[str, tuple[Callable[[Float64], Float64], Callable[[Float64], Float64]]] = {
+    "linear": (lambda x: x, lambda x: x),
+    "log": (np.log, np.exp),
+    "logit": (lambda x: np.log(x / (1 - x)), lambda y: 1 / (1 + np.exp(-y))),
+}
+"""Transformation and inverse, by scale."""
+
+
+def why_no_interval(shards: int) -> str | None:
+    """Return the reason why a run of so many shards has no intervals; None if it has them."""
+    if shards >= MINIMUM_UNITS:
+        return None
+    number = f"{shards} shard{'' if shards == 1 else 's'}"
+    return (
+        f"No interval: {number}, {MINIMUM_UNITS} are needed; raise --max-sequences or lower --sequences-per-shard, "
+        "or use a longer text."
+    )
+
+
+def bootstrap_weights(number: int) -> Float64:
+    """Return how often each of ``number`` units is drawn in each resample, float64[resamples, number]; seeded."""
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    return rng.multinomial(number, np.full(number, 1 / number), BOOTSTRAP_RESAMPLES).astype(np.float64)
+
+
+def left_out_weights(number: int) -> Float64:
+    """Return the weights that leave out one group of units at a time, float64[groups, number].
+
+    Units are groups of their own up to `BOOTSTRAP_BLOCKS`; more of them form that many groups of consecutive units.
+    """
+    group = np.arange(number) * min(number, BOOTSTRAP_BLOCKS) // max(number, 1)
+    return (group != np.arange(min(number, BOOTSTRAP_BLOCKS))[:, None]).astype(np.float64)
+
+
+def jackknife_interval(
+    value: Float64, left_out: Float64, *, scale: str = "linear", confidence: float = INTERVAL
+) -> Float64:
+    """Return the lower and upper ends of a statistic's confidence interval, float64[2, ...].
+
+    Both ends are NaN where there are fewer than `MINIMUM_UNITS` units, or where the statistic, or one of its
+    leave-one-out values, is not finite on the scale.
+
+    Args:
+        value: the statistic of all units, float64[...].
+        left_out: the statistic without each unit (or group of units), float64[units, ...].
+        scale: ``log`` for positive statistics such as ratios, ``logit`` for probabilities, ``linear`` for means and
+            differences.
+        confidence: the nominal coverage.
+    """
+    from scipy.special import stdtrit
+
+    number = len(left_out)
+    if number < MINIMUM_UNITS:
+        return np.full((2, *np.shape(value)), nan)
+    transform, invert = SCALES[scale]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        center, replicates = transform(np.asarray(value, np.float64)), transform(left_out)
+        spread = np.square(replicates - replicates.mean(axis=0)).sum(axis=0)
+        half = stdtrit(number - 1, (1 + confidence) / 2) * np.sqrt((number - 1) / number * spread)
+        ends = invert(np.stack([center - half, center + half]))
+    return np.where(np.isfinite(center) & np.isfinite(half), ends, nan)

@@ -1,0 +1,88 @@
+"""Intervals: against scipy's t interval of a mean, at their boundaries, and how often they cover."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from scipy.stats import sem, t
+
+from avss_dist.stats.intervals import bootstrap_weights, jackknife_interval, left_out_weights
+from avss_dist.stats.layer_stats import Float64
+
+
+def interval_of_mean(samples: Float64, **options: float) -> Float64:
+    left_out = left_out_weights(len(samples)) @ samples / (len(samples) - 1)
+    return jackknife_interval(samples.mean(axis=0), left_out, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("confidence", [0.95, 0.999])
+@pytest.mark.parametrize("number", [8, 31, 100])
+def test_the_interval_of_a_mean_is_students(number: int, confidence: float) -> None:
+    samples = np.random.default_rng(number).lognormal(size=(number, 3))
+    want = t.interval(confidence, number - 1, samples.mean(axis=0), sem(samples, axis=0))
+    np.testing.assert_allclose(interval_of_mean(samples, confidence=confidence), want, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("scale", "transform"),
+    [("log", np.log), ("logit", lambda p: np.log(p / (1 - p)))],
+    ids=["log", "logit"],
+)
+def test_a_scale_transforms_the_values_and_the_ends(scale: str, transform: Callable[[Float64], Float64]) -> None:
+    rng = np.random.default_rng(3)
+    value, left_out = rng.uniform(0.4, 0.6, 5), rng.uniform(0.4, 0.6, (9, 5))
+    ends = jackknife_interval(value, left_out, scale=scale)
+    np.testing.assert_allclose(transform(ends), jackknife_interval(transform(value), transform(left_out)), rtol=1e-9)
+    assert (ends > 0).all() and (ends[0] < value).all() and (value < ends[1]).all()
+
+
+def test_fewer_than_eight_units_have_no_interval() -> None:
+    samples = np.random.default_rng(0).normal(size=(8, 2))
+    assert np.isfinite(interval_of_mean(samples)).all()
+    assert np.isnan(interval_of_mean(samples[:7])).all()
+    assert jackknife_interval(np.array(0.0), np.zeros((0,))).shape == (2,)
+
+
+def test_alike_units_have_an_interval_without_width() -> None:
+    np.testing.assert_array_equal(jackknife_interval(np.array(0.5), np.full(8, 0.5), scale="log"), [0.5, 0.5])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0, -1.0])
+def test_a_value_without_logarithm_takes_the_interval_of_its_column_alone(bad: float) -> None:
+    value, left_out = np.full(2, 0.5), np.random.default_rng(1).uniform(0.4, 0.6, (8, 2))
+    left_out[3, 0] = bad
+    low, high = jackknife_interval(value, left_out, scale="log")
+    assert np.isnan([low[0], high[0]]).all() and low[1] < 0.5 < high[1]
+
+
+@pytest.mark.parametrize("number", [101, 250, 1000])
+def test_many_units_are_left_out_in_a_hundred_groups(number: int) -> None:
+    weights = left_out_weights(number)
+    assert weights.shape == (100, number) and ((weights == 0).sum(axis=0) == 1).all()
+    assert np.ptp((weights == 0).sum(axis=1)) <= 1
+    samples = np.random.default_rng(number).normal(size=number)
+    low, high = jackknife_interval(samples.mean(), weights @ samples / weights.sum(axis=1))
+    want = t.interval(0.95, number - 1, samples.mean(), sem(samples))
+    assert high - low == pytest.approx(want[1] - want[0], rel=0.25)
+
+
+def test_a_bootstrap_draws_as_many_as_there_are_and_the_same_every_time() -> None:
+    weights = bootstrap_weights(7)
+    assert weights.shape == (1000, 7) and (weights.sum(axis=1) == 7).all()
+    np.testing.assert_array_equal(weights, bootstrap_weights(7))
+
+
+@pytest.mark.parametrize("number", [8, 16])
+def test_intervals_of_ratios_cover_from_eight_units_on(number: int) -> None:
+    """400 draws of a ratio of sums with lognormal numerators: percentiles of the bootstrap cover 87% at eight."""
+    rng = np.random.default_rng(0)
+    numerator, denominator = rng.lognormal(sigma=0.5, size=(2, 400, number))
+    without = np.stack([np.delete(numerator, i, 1).sum(1) / np.delete(denominator, i, 1).sum(1) for i in range(number)])
+    low, high = jackknife_interval(numerator.sum(1) / denominator.sum(1), without, scale="log")
+    assert 0.92 <= np.mean((low <= 1) & (high >= 1)) <= 0.99
+    weights = bootstrap_weights(number)
+    resampled = (weights @ numerator.T) / (weights @ denominator.T)
+    percentiles = np.quantile(resampled, [0.025, 0.975], axis=0)
+    assert number > 8 or np.mean((percentiles[0] <= 1) & (percentiles[1] >= 1)) < 0.91
