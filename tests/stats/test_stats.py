@@ -17,6 +17,7 @@ from avss_dist.stats.histogram import (
     CUTS,
     HISTOGRAM_BINS,
     HISTOGRAM_EDGES,
+    bin_edges,
     histogram_below,
     histogram_bin,
     next_cut,
@@ -201,7 +202,17 @@ def test_histogram_below_is_linear_inside_a_bin(position: int, share: float) -> 
 
 @pytest.mark.parametrize("threshold", [0.0, -1.0, np.nan])
 def test_nothing_is_below_a_threshold_that_is_not_positive(threshold: float) -> None:
-    assert histogram_below(random_histogram(), threshold) == 0
+    assert histogram_below(random_histogram(), threshold, 0.5) == 0
+    assert histogram_below(random_histogram(2, 3), threshold).shape == (2, 3)
+
+
+@pytest.mark.parametrize("position", [0, 8, 2039])
+def test_a_given_share_of_a_bin_is_below_a_threshold(position: int) -> None:
+    histogram, (low, high) = random_histogram(), HISTOGRAM_EDGES[position : position + 2]
+    inside = np.nextafter(low, np.inf) * 1.01
+    assert bin_edges(inside) == bin_edges(low if position else 0.0) == (low, high)
+    assert histogram_below(histogram, inside, 0.25) == histogram[:position].sum() + 0.25 * histogram[position]
+    assert histogram_below(histogram, np.inf, 0.25) == histogram.sum()
 
 
 def test_histogram_below_takes_arrays_of_histograms() -> None:
