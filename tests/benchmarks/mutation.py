@@ -15,7 +15,7 @@ that is left out, `None` returned, a call left out whose result is not used, `br
 their like. Not changed: texts, errors, annotations, defaults, and what runs on import.
 
 Prints each survivor, then a line for each module. A survivor has no test, or is equivalent: no input tells it from the
-original. Tests that start processes see no mutant there; those marked slow, and those that take longer than
+original. Tests that start processes see no mutant there; those marked slow, and those that take more CPU time than
 `--slowest` seconds, are left out. A mutant that takes 10 times as long as its tests did counts as killed.
 """
 
@@ -295,9 +295,9 @@ class Mutation:
         for module in modules:
             module.note_calls()
         for item in session.items:
-            start = time.perf_counter()
+            start = time.process_time()
             self._run(item, session)
-            self.seconds[item] = time.perf_counter() - start
+            self.seconds[item] = time.process_time() - start
             for module in modules:
                 for line in module.hits:
                     module.callers.setdefault(line, []).append(item)
@@ -378,7 +378,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, help="so many mutants of each module, chosen at random")
     parser.add_argument("--seed", type=int, default=0, help="of the choice")
     parser.add_argument("--lines", default="0-1000000", help="mutants of these lines only, such as 20-40")
-    parser.add_argument("--slowest", type=float, default=5, help="seconds that a test may take")
+    parser.add_argument("--slowest", type=float, default=5, help="seconds of CPU time that a test may take")
     parser.add_argument("--examples", type=int, default=10, help="of each property, at most")
     parser.add_argument("-k", default="", help="pytest's selection of tests by name")
     parser.add_argument("-v", "--verbose", action="store_true", help="print the killed mutants as well")

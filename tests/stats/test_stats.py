@@ -144,6 +144,8 @@ def test_equals_sees_every_field() -> None:
     stats = Sample(8).stats()
     for name, value in vars(stats).items():
         assert not replace(stats, **{name: value + 1}).equals(stats), name
+    unknown = replace(stats, mean=np.nan)
+    assert unknown.equals(replace(stats, mean=np.nan)) and not unknown.equals(stats)
 
 
 def test_statistics_of_nothing_have_no_variance() -> None:
@@ -289,6 +291,34 @@ def test_shares_below_a_cut_add_up_to_the_whole(by: By) -> None:
         below = histogram_below(stats.histogram, threshold, stats.share_below(threshold))
         assert below == pytest.approx(stats.below(threshold).near_zero, rel=1e-12)
     assert LayerStats.zero(THRESHOLDS).share_below(0.3) == 0
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"),
+    [
+        (0.5, (0, 0, 0)),
+        (1.0, (0, 0, 0)),
+        (1.0625, (2, 0, 4)),
+        (1.125, (4, 4, 4)),
+        (1.5, (4, 4, 4)),
+        (2.0, (4, 4, 4)),
+        (2.0625, (4.5, 4, 6)),
+        (2.25, (6, 6, 6)),
+        (3.125, (10, 6, 14)),
+        (100.0, (14, 14, 14)),
+        (np.inf, (14, 14, 14)),
+    ],
+)
+def test_below_is_linear_between_the_edges_of_the_bin_that_is_cut(
+    threshold: float, expected: tuple[float, float, float]
+) -> None:
+    """The bins of 1, 2 and 3 hold 4, 2 and 8 elements; they end at 1.125, 2.25 and 3.25."""
+    histogram = np.zeros(HISTOGRAM_BINS, np.int64)
+    histogram[histogram_bin(np.array([1.0, 2.0, 3.0]))] = 4, 2, 8
+    stats = replace(LayerStats.zero((7.0,)), histogram=histogram, count=14)
+    assert stats.below(threshold) == expected
+    inside = {1.0625: 0.5, 2.0625: 0.25, 3.125: 0.5}
+    assert stats.share_below(threshold) == inside.get(threshold, 0.0)
 
 
 def test_half_counted_by_value_is_not_counted_by_value() -> None:
