@@ -32,7 +32,7 @@ def written(root: Path, losses: Losses, *, run_id: str = "e", task: str = TASK, 
 
 
 def read(root: Path, *layers: int) -> np.ndarray:
-    truth = LayerTruth(values={layer: 1.0 for layer in reversed(layers)}, run_id="e", task=TASK)
+    truth = LayerTruth(values=dict.fromkeys(reversed(layers), 1.0), run_id="e", task=TASK)
     return increases(Warehouse(root), truth)
 
 

@@ -162,9 +162,7 @@ def test_the_first_known_metric_speaks_for_a_task(names: list[str], expected: st
         (0.5, None, "the claim holds"),
     ],
 )
-def test_the_claim_is_judged_by_both_ends_of_the_interval(
-    low: float | None, high: float | None, expected: str
-) -> None:
+def test_the_claim_is_judged_by_both_ends_of_the_interval(low: float | None, high: float | None, expected: str) -> None:
     assert expected in judgement({"retention": 0.92, "retention_low": low, "retention_high": high})
 
 

@@ -1,4 +1,4 @@
-"""Mutation score of modules: change one operator, number or condition at a time and count the changes that tests notice.
+"""Mutation score of modules: change one operator, number or condition at a time, and count what tests notice.
 
     python tests/benchmarks/mutation.py avss_dist/stats/power_law.py [MODULE ...] [--tests tests/stats ...]
         [--sample 50] [--lines 20-40] [--slowest 5] [-k EXPRESSION]
@@ -10,8 +10,8 @@ until one fails. This takes milliseconds a mutant, and reaches properties, decor
 which mutmut leaves alone.
 
 Mutants: a comparison with or without its boundary or reversed, an arithmetic or bitwise operator exchanged, a number
-plus 1, a boolean reversed, `and` for `or`, a removed `not`, `-` or `~`, a condition that always or never holds, a filter
-that is left out, `None` returned, a call left out whose result is not used, `break` for `continue`, `min` for `max` and
+plus 1, a boolean reversed, `and` for `or`, a removed `not`, `-` or `~`, a condition that always or never holds, a
+filter left out, `None` returned, a call left out whose result is not used, `break` for `continue`, `min` for `max` and
 their like. Not changed: texts, errors, annotations, defaults, and what runs on import.
 
 Prints each survivor, then a line for each module. A survivor has no test, or is equivalent: no input tells it from the
@@ -45,6 +45,9 @@ for path in (ROOT, ROOT / "tests"):
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
+PYTEST = ["-qq", "-s", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "timeout=0", "-m"] + [
+    "not slow and not gpu"
+]
 TIMES_AS_LONG, AT_LEAST_SECONDS = 10, 5
 REVERSED: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
     ast.Lt: (ast.LtE, ast.GtE),
@@ -333,9 +336,7 @@ class Mutation:
                 print(f"{place}: killed by {killer}", flush=True)
         self.scores[module.path] = [len(mutants), killed, survived, uncalled]
 
-    def _killer(
-        self, session: pytest.Session, module: Module, mutant: Mutant, tests: list[pytest.Item]
-    ) -> str | None:
+    def _killer(self, session: pytest.Session, module: Module, mutant: Mutant, tests: list[pytest.Item]) -> str | None:
         """Return the test that fails with a mutant, or None."""
         seconds = AT_LEAST_SECONDS + TIMES_AS_LONG * sum(self.seconds[test] for test in tests)
         reader, writer = os.pipe()
@@ -356,9 +357,7 @@ class Mutation:
         status = os.waitpid(child, 0)[1]
         return answer or None if os.waitstatus_to_exitcode(status) == 0 else "a limit of time, or a crash"
 
-    def _first_failure(
-        self, session: pytest.Session, module: Module, mutant: Mutant, tests: list[pytest.Item]
-    ) -> str:
+    def _first_failure(self, session: pytest.Session, module: Module, mutant: Mutant, tests: list[pytest.Item]) -> str:
         try:
             mutant.put(mutant.changed)
             module.exchange()
@@ -388,8 +387,7 @@ def main() -> None:
     paths = [path.resolve().relative_to(ROOT) for path in options.modules]
     tests = options.tests or sorted({f"tests/{path.parts[1]}" for path in paths})
     mutation = Mutation(paths, options)
-    plain = ["-qq", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "timeout=0", "-m", "not slow and not gpu"]
-    code = pytest.main([*plain, "-k", options.k, *tests], [mutation])
+    code = pytest.main([*PYTEST, "-k", options.k, *tests], [mutation])
     print(f"{'module':40} {'mutants':>8} {'killed':>8} {'survived':>8} {'uncalled':>8} {'score':>6}")
     for module, (number, killed, survived, uncalled) in mutation.scores.items():
         print(f"{module!s:40} {number:8} {killed:8} {survived:8} {uncalled:8} {killed / max(number, 1):6.1%}")

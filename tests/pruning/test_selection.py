@@ -30,7 +30,7 @@ def rows_of(reading: tuple[Any, ...], values: list[float | None], **more: Any) -
         ({"by": "avss", "share": 0.5, "count": 1, "mass": 0.5}, "`share` and `count` and `mass` were given"),
         ({"by": BLOCK_DISTANCE}, "is a measure of neighbours"),
         *(({"by": by, "mass": 0.5}, "`mass` is a share of a score") for by in (LAST, RANDOM)),
-        *(({"by": "avss", "mass": 0.5, name: True}, "`mass` is a share of a score") for name in ("contiguous", "highest")),
+        *(({"by": "avss", "mass": 0.5, x: True}, "`mass` is a share of a score") for x in ("contiguous", "highest")),
         *(({"by": by, "highest": True}, "chooses among sets") for by in (*SEARCHES, INTERACTIONS)),
         *(({"by": by, "contiguous": True}, "chooses among sets") for by in (*SEARCHES, INTERACTIONS)),
         *(({"by": by, "mass": 0.5}, "chooses among sets") for by in (*SEARCHES, INTERACTIONS)),
@@ -144,7 +144,9 @@ def test_the_lowest_that_hold_at_most_a_mass(mass: float, dropped: tuple[int, ..
 
 def test_a_mass_is_of_all_layers_and_drops_those_that_are_not_protected() -> None:
     assert Choice(by="avss", mass=0.5, first=1).drop([2.0, 5.0, 1.0, 8.0]) == (1, 2)
-    with pytest.raises(PlanError, match="No layer holds as little as 0.06 of the summed score: the least holds 0.0625"):
+    with pytest.raises(
+        PlanError, match=r"No layer holds as little as 0\.06 of the summed score: the least holds 0\.0625"
+    ):
         Choice(by="avss", mass=0.06).drop([2.0, 5.0, 1.0, 8.0])
     with pytest.raises(PlanError, match="1 layers are to be dropped, and 0 of 4 are not protected"):
         Choice(by="avss", mass=0.5, first=4).drop([2.0, 5.0, 1.0, 8.0])

@@ -183,10 +183,9 @@ def test_the_noise_floor_is_of_random_halves_of_the_truthful_answers(recipe: str
 
 def test_pairs_of_about_the_same_length() -> None:
     a = Sample().answers()
-    tokens = {0: [8, 10], 10: [10, 8, 11], 20: [8, 11], 30: [5, 5]}
-    matched = of.length_matched(
-        Answers(**{**vars(a), "tokens": np.concatenate([tokens.get(10 * p, [3, 9, 3][: 2 + (p % 3 == 1)]) for p in range(8)])}), 0.25
-    )  # fmt: skip
+    tokens = {0: [8, 10], 1: [10, 8, 11], 2: [8, 11], 3: [5, 5], 4: [3, 9, 3], 5: [3, 9], 6: [3, 9], 7: [3, 9, 3]}
+    other = Answers(**{**vars(a), "tokens": np.concatenate([*tokens.values()])})
+    matched = of.length_matched(other, 0.25)
     assert matched.pairs.tolist() == [0, 30] and matched.tokens.tolist() == [8, 10, 5, 5]
     assert matched.near_zero.tolist() == a.near_zero[np.isin(a.pair, [0, 30])].tolist()
 

@@ -74,10 +74,10 @@ def test_labels_are_merged_in_their_order_and_answers_after_another_prompt_left_
     ("num_shards", "most", "expected"),
     [
         (0, 4, []),
-        (3, 4, [range(0, 1), range(1, 2), range(2, 3)]),
-        (8, 4, [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]),
-        (9, 4, [range(0, 3), range(3, 6), range(6, 9)]),
-        (10, 4, [range(0, 3), range(3, 6), range(6, 9), range(9, 10)]),
+        (3, 4, [range(1), range(1, 2), range(2, 3)]),
+        (8, 4, [range(2), range(2, 4), range(4, 6), range(6, 8)]),
+        (9, 4, [range(3), range(3, 6), range(6, 9)]),
+        (10, 4, [range(3), range(3, 6), range(6, 9), range(9, 10)]),
     ],
 )
 def test_blocks_are_as_small_as_their_number_allows(num_shards: int, most: int, expected: list[range]) -> None:
