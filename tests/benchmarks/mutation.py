@@ -45,9 +45,10 @@ for path in (ROOT, ROOT / "tests"):
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
-PYTEST = ["-qq", "-s", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "timeout=0", "-m"] + [
-    "not slow and not gpu"
-]
+PYTEST = (
+    *("-qq", "-s", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist"),
+    *("-o", "timeout=0", "-m", "not slow and not gpu"),
+)
 TIMES_AS_LONG, AT_LEAST_SECONDS = 10, 5
 REVERSED: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
     ast.Lt: (ast.LtE, ast.GtE),
