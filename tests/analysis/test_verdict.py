@@ -114,6 +114,7 @@ def test_each_repair_has_its_own_paragraph_and_its_own_rivals() -> None:
         f"{START}, repaired by refit, 92.0% (89.0% to 95.0%) is kept (acc 0.800, then 0.500): "
         "the claim is undecided, for want of data. A random choice of as many layers, repaired by refit, keeps 45.0%."
     )
+    assert verdicts([whole(), *repaired, *plain]) == [second, first]
     assert claim_in_short([whole(), *repaired, *plain]) == ["t: 50.0% by the lowest AVSS: the claim does not hold."]
     assert claim_in_short([whole(), *repaired]) == []
     unpatched = [{**r, "patch": None} for r in repaired] + [row("random", 0.47, repair="refit")]

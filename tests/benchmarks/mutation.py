@@ -219,6 +219,9 @@ class Module:
         for line, functions in self.functions.items():
             for function in functions:
                 function.__code__ = by_line[line]
+        for value in vars(self.module).values():
+            if hasattr(value, "cache_clear"):  # what a cached function returned before
+                value.cache_clear()
 
     def note_calls(self) -> None:
         """Have every function note that it is called, in `hits`."""

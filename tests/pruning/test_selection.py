@@ -62,6 +62,7 @@ def test_scores_are_those_of_one_reading_in_the_order_of_layers() -> None:
     np.testing.assert_array_equal(Choice(by="avss").scores(rows, {}), [3, np.nan, 1, 2])
     np.testing.assert_array_equal(Choice(by="avss", reading=other).scores(rows, {}), [7, 8, 9, 6])
     np.testing.assert_array_equal(Choice(by="avss").scores(rows[4:], {}), [7, 8, 9, 6])
+    np.testing.assert_array_equal(Choice(by="avss").scores([rows[0], *rows[4:], *rows[1:4]], {}), [3, np.nan, 1, 2])
 
 
 def test_a_layer_without_a_rank_has_no_avss_and_its_other_scores() -> None:
