@@ -72,17 +72,22 @@ class Elsewhere:
     """Applies pickled functions to pickled items, as workers do; those that do not see the warehouse return None."""
 
     def __init__(self, blind: Sequence[int] = ()) -> None:
-        self.blind, self.items = blind, 0
+        self.blind, self.items, self.merged = blind, 0, 0
 
     def __call__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterable[Any]:
         for i, item in enumerate(items):
             self.items += 1
-            sent = pickle.loads(pickle.dumps((function, item)))
-            yield None if i in self.blind else pickle.loads(pickle.dumps(sent[0](sent[1])))
+            sent, place = pickle.loads(pickle.dumps((function, item)))
+            result = None if i in self.blind else sent(place)
+            self.merged += result is not None
+            yield pickle.loads(pickle.dumps(result))
 
 
 def test_partials_are_merged_in_blocks(store: Store) -> None:
     assert_whole(*merge_partials(store, None, "r", HASHES, None))
+    first = Circumstances()
+    first.add(shard(1))
+    assert (first.seconds, first.peak_memory_bytes) == (1.5, 50)
 
 
 @pytest.mark.parametrize("blind", [(), (1,), (0, 2)])
@@ -92,7 +97,7 @@ def test_who_merges_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatc
     apply = Elsewhere(blind)
     with shared(store) as warehouse:
         assert_whole(*merge_partials(store, warehouse, "r", HASHES, apply))
-    assert apply.items == 3
+    assert apply.items == 3 and apply.merged == 3 - len(blind)
 
 
 def test_workers_that_see_no_warehouse_merge_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +105,9 @@ def test_workers_that_see_no_warehouse_merge_nothing(store: Store, monkeypatch: 
     with shared(store) as warehouse:
         assert warehouse is not None
         other = replace(warehouse, mark="another")
-    assert_whole(*merge_partials(store, other, "r", HASHES, Elsewhere()))
+    apply = Elsewhere()
+    assert_whole(*merge_partials(store, other, "r", HASHES, apply))
+    assert apply.items == 3 and apply.merged == 0
 
 
 def test_few_shards_and_warehouses_that_cannot_be_shared_are_merged_here(
