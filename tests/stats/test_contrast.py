@@ -97,6 +97,20 @@ def test_parts_are_those_of_the_repeated_activations(recipe: str, offset: float)
             assert part[0] == pytest.approx(expected, rel=1e-6 if offset else 1e-12)
 
 
+def test_an_answer_of_one_element_counts() -> None:
+    values = [np.array([5.0]), np.array([1.0, 2.0, 3.0]), np.zeros(0)]
+    fields = {
+        "count": [v.size for v in values],
+        "mean": [v.mean() if v.size else np.nan for v in values],
+        "m2": [v.size * v.var() if v.size else 0.0 for v in values],
+    }
+    columns = {name: np.array(column, np.float64)[:, None] for name, column in fields.items()}
+    nothing = dict.fromkeys(("pooled_variance", "near_zero", "norm", "relative_magnitude"), np.zeros((3, 1)))
+    numbers = {name: np.arange(3) for name in ("pair", "tokens")}
+    a = Answers(**numbers, **columns, **nothing, hallucinated=np.zeros(3, bool))
+    assert of.parts(a, np.ones((1, 3)), "element")[0] == pytest.approx(np.var([5.0, 1.0, 2.0, 3.0]), rel=1e-12)
+
+
 def test_deviations_are_log_ratios_of_avss_less_the_median(recipe: str) -> None:
     sample = Sample()
     labels, ones = sample.hallucinated.astype(np.float64), np.ones(len(sample.pair))
@@ -127,6 +141,9 @@ def test_labels_are_exchanged_inside_pairs() -> None:
         inside = labels[:, a.pair == pair]
         assert (inside.sum(axis=1) == a.hallucinated[a.pair == pair].sum()).all()
         assert inside.mean(axis=0) == pytest.approx(np.full(inside.shape[1], inside.mean()), abs=0.05)
+    drawn = np.random.default_rng(5).random((3, len(a.pair)))
+    for row, keys in zip(of.permuted_labels(a, 3, 5), drawn, strict=True):
+        assert row.tolist() == a.hallucinated[np.lexsort((keys, a.pair))].tolist()
     order = np.random.default_rng(3).permutation(len(a.pair))
     shuffled = of.permuted_labels(a.where(order), 200)
     for pair in a.pairs:
@@ -183,7 +200,7 @@ def test_the_noise_floor_is_of_random_halves_of_the_truthful_answers(recipe: str
 
 def test_pairs_of_about_the_same_length() -> None:
     a = Sample().answers()
-    tokens = {0: [8, 10], 1: [10, 8, 11], 2: [8, 11], 3: [5, 5], 4: [3, 9, 3], 5: [3, 9], 6: [3, 9], 7: [3, 9, 3]}
+    tokens = {0: [8, 10], 1: [10, 8, 11], 2: [8, 11], 3: [5, 5], 4: [3, 9, 3], 5: [3, 9], 6: [16, 21], 7: [3, 9, 3]}
     other = Answers(**{**vars(a), "tokens": np.concatenate([*tokens.values()])})
     matched = of.length_matched(other, 0.25)
     assert matched.pairs.tolist() == [0, 30] and matched.tokens.tolist() == [8, 10, 5, 5]
@@ -243,15 +260,20 @@ def test_auroc_is_the_share_of_concordant_pairs() -> None:
     assert of.auroc(scores, positive, weights).tolist() == pytest.approx(expected, nan_ok=True)
 
 
-@pytest.mark.parametrize("pairs", [3, 8, 12])
-def test_a_classifier_says_of_a_fold_what_it_learned_on_the_others(pairs: int) -> None:
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("pairs", [2, 3, 8, 12])
+def test_a_classifier_says_of_a_fold_what_it_learned_on_the_others(pairs: int, alone: bool) -> None:
+    """Nothing where they have one label: the hallucinated answers are in the first fold alone."""
     sample = Sample(pairs)
     a, values = sample.answers(), np.random.default_rng(2).normal(2.0, 3.0, len(sample.pair)) + sample.hallucinated
     folds = dict(zip(a.pairs, np.random.default_rng(0).permutation(pairs) % 5, strict=True))
+    if alone:
+        a = Answers(**{**vars(a), "hallucinated": np.array([folds[pair] == 0 for pair in a.pair])})
     expected = []
     for pair, value in zip(a.pair, values, strict=True):
         train = np.array([folds[p] != folds[pair] for p in a.pair])
-        side = np.sign(concordance(values[train], a.hallucinated[train], np.ones(train.sum())) - 0.5)
+        share = concordance(values[train], a.hallucinated[train], np.ones(train.sum()))
+        side = 0.0 if np.isnan(share) else np.sign(share - 0.5)
         expected.append(side * (value - values[train].mean()) / values[train].std())
     assert of.out_of_fold(a, values).tolist() == pytest.approx(expected)
 

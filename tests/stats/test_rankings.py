@@ -53,7 +53,9 @@ def test_a_correlation_needs_three_layers_that_differ() -> None:
     missing = np.array([1.0, np.nan, 3.0, 2.0])
     assert spearman(missing, np.arange(4.0)) == pytest.approx(0.5)
     assert np.isnan(spearman(missing[:3], np.arange(3.0)))
-    assert np.isnan(spearman(np.ones(5), np.arange(5.0)))
+    assert np.isnan(spearman(np.ones(5), np.arange(5.0))) and np.isnan(spearman(np.arange(5.0), np.ones(5)))
+    unit, other = np.array([0.0, 1.0, 0.5]), np.array([10.0, 30.0, 20.0])
+    assert spearman(unit, other) == pytest.approx(1) and spearman(other, unit) == pytest.approx(1)
 
 
 def test_the_correlation_with_depth() -> None:

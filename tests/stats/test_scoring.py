@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.oracle import Float64, oracle_stats
 
-from avss_dist.settings import RELATIVE_THRESHOLDS
+from avss_dist.settings import RELATIVE_THRESHOLDS, SCORES
 from avss_dist.stats import rankings, spill
 from avss_dist.stats.histogram import HISTOGRAM_EDGES
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, without_values
 from avss_dist.stats.merging import Block, combine_blocks, merge_stats
 from avss_dist.stats.rankings import count_lowest, rank_lowest
-from avss_dist.stats.scores import SiteTable, Threshold, score_run
+from avss_dist.stats.scores import SiteTable, Threshold, score_column, score_run
 from avss_dist.warehouse.schema import SCHEMAS
 
 GRID = np.array([1e-5, 1e-2, 1e-1])
@@ -111,6 +111,17 @@ def test_literal_avss_is_undefined_exactly_where_nothing_is_near_zero() -> None:
     assert np.isnan(columns["avss"]).tolist() == [True, False, False, True, False]
     assert np.array(columns["avss"])[[1, 2, 4]].tolist() == pytest.approx([0.8, 0.4, 0.8])  # 0.2 / (5, 10 of 20)
     assert not np.isnan(columns["avss_smoothed"]).any()
+
+
+def test_avss_is_of_shares_of_elements_also_where_layers_have_other_numbers() -> None:
+    columns = table_of([5, 10, 400], [100, 1000, 2000], [1.0, 2.0, 5.0]).score("element", ABSOLUTE)
+    want = paper_avss(np.array([1.0, 2.0, 5.0]), np.array([0.05, 0.01, 0.2]))
+    for name in ("sparsity", "nav", "nas", "avss"):
+        assert columns[name] == pytest.approx(want[name].tolist(), rel=1e-12), name
+
+
+def test_layers_are_ranked_by_the_smoothed_score() -> None:
+    assert [score_column(name) for name in SCORES] == ["avss_smoothed", *SCORES[1:]] != [*SCORES]
 
 
 def test_smoothed_avss_adds_half_a_count() -> None:

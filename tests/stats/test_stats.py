@@ -135,6 +135,15 @@ def test_merge_counts_exactly_beyond_float_and_int32() -> None:
     assert merged.mean == 2.0 and merged.m2 == pytest.approx(2.0 * huge, rel=1e-12)
 
 
+@pytest.mark.parametrize("sizes", [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 1), (3, 4)])
+def test_moments_of_few_elements_are_those_of_all(sizes: tuple[int, int]) -> None:
+    a, b = (np.random.default_rng(n).normal(5.0, 2.0, n) for n in sizes)
+    moments = [(v.size, float(v.mean()), float(v.size * v.var())) if v.size else (0, 0.0, 0.0) for v in (a, b)]
+    both = np.append(a, b)
+    expected = (both.size, both.mean(), both.size * both.var()) if both.size else (0, 0, 0)
+    assert merge_moments(*moments) == pytest.approx(expected, rel=1e-12)
+
+
 def test_moments_of_a_trillion_elements_stay_exact() -> None:
     count, mean, m2 = merge_moments((2**40, 5.0, 2.0**40), (2**40, 7.0, 3 * 2.0**40))
     assert (count, mean, m2) == (2**41, 6.0, 6 * 2.0**40)
