@@ -46,7 +46,7 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 PYTEST = (
-    *("-qq", "-s", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist"),
+    *("-qq", "-s", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:faulthandler"),
     *("-o", "timeout=0", "-m", "not slow and not gpu"),
 )
 TIMES_AS_LONG, AT_LEAST_SECONDS = 10, 5
