@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from avss_dist.corpus.pairs import Pairing
+from avss_dist.measure.hooks import observe
+from avss_dist.measure.passes import Pass
 from avss_dist.measure.rows import ObservedTokens, RowsOf, by_matrices, in_order, masks_by_stratum, row_tensors
+from avss_dist.settings import AFTER_ANOTHER
 from avss_dist.stats.rows import ROW_FIELDS
 
 GRID = np.array([0.25, 1.0])
@@ -44,17 +47,17 @@ def expected(x: np.ndarray, before: np.ndarray | None) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("units", [1, 5])
+@pytest.mark.parametrize("units", [1, 2, 5])
 @pytest.mark.parametrize("geometry", [True, False])
 @pytest.mark.parametrize("measure", [compiled, matrices])
 def test_rows_are_those_of_numpy(measure: Measure, geometry: bool, units: int) -> None:
-    """Row 1 has an infinity, row 2 a NaN, row 3 an input of zero, row 4 no token, row 5 nothing finite."""
+    """Row 1 has an infinity, row 2 a NaN, row 3 an input of zero, row 4 no token, row 5 nothing finite, row 6 one."""
     rng = np.random.default_rng(units)
     x, before = rng.normal(size=(2, 7, 6, units)).astype(np.float32)
     x[0, 1:4, 0] = 0.25, -1.0, 100.0
     x[1, 2, 0], x[2, 3, -1], before[3, 1], x[5] = np.inf, np.nan, 0, np.nan
     mask = rng.random((7, 6)) < 0.6
-    mask[:4, 1:4], mask[4], mask[5] = True, False, True
+    mask[:4, 1:4], mask[4], mask[5], mask[6] = True, False, True, np.arange(6) == 2
     tokens = ObservedTokens.of(torch.from_numpy(mask), torch.device("cpu"))
     found = measure(torch.from_numpy(x), tokens, torch.from_numpy(before) if geometry else None)
     assert set(found) == set(ROW_FIELDS)
@@ -74,6 +77,19 @@ def test_masks_are_apart_by_stratum_and_only_those_with_a_token() -> None:
     masks = masks_by_stratum(mask, pairing)
     assert list(masks) == ["a", "b"]
     assert masks["a"].nonzero().tolist() == [[1, 0], [1, 1]] and masks["b"].nonzero().tolist() == [[0, 0], [3, 1]]
+
+
+def test_answers_after_another_prompt_are_not_own() -> None:
+    mask = torch.tensor([[True, False], [True, True], [False, True]])
+    zeros = np.zeros(3, np.int64)
+    pairing = Pairing(rows=zeros, pairs=zeros, strata=("good", f"good{AFTER_ANOTHER}", "bad"), starts=zeros)
+
+    def own(mask: torch.Tensor | None, pairing: Pairing | None) -> torch.Tensor | None:
+        with observe([], (), ()) as observer:
+            return Pass(observer, mask, slice(None), {}, pairing).own_answers
+
+    assert own(mask, pairing).tolist() == [[True, False], [False, False], [False, True]]
+    assert own(mask, None) is mask and own(None, pairing) is None
 
 
 def test_rows_come_in_the_order_of_their_places() -> None:
