@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from avss_dist.measure.experts import ExpertCounter
+from avss_dist.measure.experts import ExpertCounter, expert_hooks
 from avss_dist.models.experts import Experts, Routing
 
 INDEX = torch.tensor([[0, 2], [2, 1], [2, 0]])
@@ -46,6 +49,17 @@ def test_the_entropy_of_routers_that_give_probabilities_or_logits(normalized: bo
     shares = (wide if normalized else np.exp(wide)) / (wide if normalized else np.exp(wide)).sum(axis=1, keepdims=True)
     expected = -(shares * np.log(np.where(shares > 0, shares, 1))).sum()
     assert counter.send()()[0].router_entropy_sum == pytest.approx([expected] * 4, rel=1e-12)
+
+
+@pytest.mark.parametrize(("router", "hooks"), [(True, 2), (False, 1)])
+def test_only_routers_that_are_modules_are_hooked(router: bool, hooks: int) -> None:
+    found = experts(router=router)
+    layers: list[Any] = [SimpleNamespace(experts=found), SimpleNamespace(experts=None), SimpleNamespace(experts=found)]
+    handles = expert_hooks(layers, lambda: None)
+    assert len(handles) == hooks
+    for handle in handles:
+        handle.remove()
+    assert not found.module._forward_pre_hooks
 
 
 def test_without_a_router_there_is_no_entropy() -> None:
