@@ -80,7 +80,7 @@ def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str
     of_claim = repaired if not repaired or claim.get("patch") else f"{repaired} (nothing: no layer stands before them)"
     sentences = [
         f"without the {count_removed(claim['drop'])} of the lowest AVSS ({CLAIMED_SHARE:.0%}){of_claim}, "
-        f"{_kept(claim)} {_before_and_after(claim, rows)}: {judgement(claim, guess)}."
+        f"{_kept(claim)}{_before_and_after(claim, rows)}: {judgement(claim, guess)}."
     ]
     if guess is not None and MENTIONED <= guess <= CLAIMED_KEPT:
         sentences.append(f"A guess keeps {_percent(guess)}.")
@@ -167,7 +167,7 @@ def _before_and_after(row: Row, rows: Sequence[Row]) -> str:
     if whole is None:
         return ""
     name = "perplexity" if row["metric"] == LOSS else row["metric"]
-    return f"({name} {shown_value(whole)}, then {shown_value(row)})"
+    return f" ({name} {shown_value(whole)}, then {shown_value(row)})"
 
 
 def shown_method(row: Row) -> str:

@@ -84,7 +84,7 @@ def _compiled(
     return {
         "count": count,
         "near_zero": torch.from_numpy(counts[:, 1:]),
-        "mean": torch.where(count > 0, total / count, torch.nan),
+        "mean": total / count,  # NaN of nothing: 0 / 0
         "m2": torch.from_numpy(sums[:, 1].copy()),
         "pooled_variance": _pooled(torch.from_numpy(centers), tokens),
         "norm": _finite(norms / tokens.numbers),

@@ -129,7 +129,7 @@ class Choice:
         reading = self.reading or reading_of(rows[0])
         wanted = [row for row in rows if reading_of(row) == reading]
         values = {row["layer"]: row[column] if _is_ranked(row, self.by) else None for row in wanted}
-        return np.array([np.nan if value is None else value for _, value in sorted(values.items())], np.float64)
+        return np.array([value for _, value in sorted(values.items())], np.float64)  # None is NaN
 
     def drop_block(self, distances: Mapping[tuple[int, ...], float], layers: int) -> tuple[int, ...]:
         """The neighbours to drop, by the distance of the streams before and after each run of them.
@@ -150,7 +150,8 @@ class Choice:
         Raises:
             PlanError: no layer would be left, or none dropped, or a score is missing.
         """
-        values = np.asarray(scores, np.float64) * (-1.0 if self.highest else 1.0)
+        values = np.asarray(scores, np.float64)
+        values = -values if self.highest else values
         if not np.isfinite(values).all():
             missing = ", ".join(map(str, np.flatnonzero(~np.isfinite(values))))
             raise PlanError(f"Layers {missing} have no score '{self.by}'.", "Choose by another score or recipe.")

@@ -43,7 +43,7 @@ def histogram_below(histogram: NDArray[np.int64], threshold: float, share: float
         return whole
     low, high = HISTOGRAM_EDGES[position : position + 2]
     if share is None:
-        share = (threshold - low) / (high - low) if np.isfinite(high) else 0.0
+        share = (threshold - low) / (high - low)  # 0 in the last bin, which has no end
     return whole + share * histogram[..., position]
 
 

@@ -82,7 +82,7 @@ def given_depth(rho: Float64, of_a: Float64, of_b: Float64) -> Float64:
 
 def depth_correlation(scores: Sequence[float | None]) -> float:
     """`spearman` of scores, in layer order, with depth; None and NaN are layers without a score."""
-    values = np.array([np.nan if score is None else score for score in scores], np.float64)
+    values = np.array(scores, np.float64)
     return spearman(values, np.arange(len(values), dtype=np.float64))
 
 

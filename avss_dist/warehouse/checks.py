@@ -111,11 +111,11 @@ def _problems(name: str, table: pa.Table) -> Iterator[tuple[str, Mask]]:
         ids = table["run_id"].to_pylist()
         yield "it has several rows; a run has one", np.array([ids.count(one) > 1 for one in ids], bool)
     for column in table.column_names:
-        cells = _array(table[column])
+        cells = table[column].combine_chunks()
         if column in _REQUIRED[name]:
             yield f"'{column}' has no value", _mask(cells.is_null())
         if (other := _ALIKE.get(column)) in table.column_names:
-            lengths = pc.list_value_length(cells), pc.list_value_length(_array(table[other]))
+            lengths = pc.list_value_length(cells), pc.list_value_length(table[other].combine_chunks())
             yield f"'{column}' is not as long as '{other}'", _mask(pc.not_equal(*lengths))
         yield f"'{column}' has a value that it cannot have", _impossible(column, cells)
 
@@ -136,10 +136,6 @@ def _impossible(column: str, cells: pa.Array) -> Mask:
     if column == "settings":
         return np.array([_settings(text) is None for text in cells.to_pylist()], bool)
     return np.zeros(len(cells), bool)
-
-
-def _array(column: pa.ChunkedArray) -> pa.Array:
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
 def _mask(cells: pa.Array, *, null: bool = False) -> Mask:

@@ -18,7 +18,7 @@ from avss_dist.executors.base import ReplicaSpec, RunShards
 from avss_dist.executors.ray import object_store
 from avss_dist.executors.ray import queue as queue_module
 from avss_dist.executors.ray.object_store import BLOCK_SHARDS, PatchSharer, ShardSharer
-from avss_dist.executors.ray.queue import ATTEMPTS, LATE_SECONDS, CellQueue, ShardQueue
+from avss_dist.executors.ray.queue import ATTEMPTS, LATE_SECONDS, CellQueue, ShardQueue, shape
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.partition.base import Placement
 from avss_dist.settings import Settings
@@ -50,11 +50,24 @@ def assignments(queue: ShardQueue, units: Sequence[int]) -> list[Any]:
     return [assignment for part, blocks in queue.parts(units) for assignment in part.assignments(blocks)]
 
 
-def cell_queue(checkpoint: Checkpoint, tasks: Sequence[str]) -> tuple[CellQueue, list[Cell]]:
+@dataclass(frozen=True)
+class Patch:
+    """What a repair leaves in a file."""
+
+    key: str
+
+    def read(self) -> bytes:
+        return self.key.encode()
+
+
+def cell_queue(
+    checkpoint: Checkpoint, tasks: Sequence[str], patch: Any = None, underway: Any = None, **placement: Any
+) -> tuple[CellQueue, list[Cell]]:
     shared: dict[str, Any] = {"run_id": "e", "checkpoint": checkpoint, "settings": SETTINGS}
-    cells = [Cell(**shared, task=task, part=i, measure=TextLoss(random_shard())) for i, task in enumerate(tasks)]
-    spec = ReplicaSpec(checkpoint=checkpoint, settings=SETTINGS, placement=Placement(), head=True)
-    return CellQueue(spec, cells), cells
+    measure = TextLoss(random_shard())
+    cells = [Cell(**shared, task=task, part=i, measure=measure, patch=patch) for i, task in enumerate(tasks)]
+    spec = ReplicaSpec(checkpoint=checkpoint, settings=SETTINGS, placement=Placement(**placement), head=True)
+    return CellQueue(spec, cells, underway), cells
 
 
 def test_a_result_counts_once(checkpoint: Checkpoint) -> None:
@@ -115,6 +128,82 @@ def test_gangs_that_open_a_model_at_once_fail_at_once(checkpoint: Checkpoint) ->
     assert queue.put_back([], None) == [], "no failure of the model"
     ((source, error),) = queue.put_back([], "it died", time.monotonic())
     assert source is run and "Opening the model failed 3 times; the last time: it died" in str(error)
+
+
+def test_a_unit_that_fails_is_no_model_that_cannot_be_opened(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it hide failures to open the model that began before it; those that began at a failure are new ones."""
+    now = 10.0
+    monkeypatch.setattr(queue_module.time, "monotonic", lambda: now)
+    queue, _ = shard_queue(checkpoint, 3)
+    assert queue.put_back(queue.next_units(), "it died") == []
+    for begun in (5.0, 10.0):
+        assert queue.put_back([], "out of reach", begun) == []
+    assert queue.put_back([], "its node was lost", 9.0) == [], "it was being opened at the first failure"
+    (outcome,) = queue.put_back([], "out of reach", 10.0)
+    assert "Opening the model failed 3 times" in str(outcome[1])
+
+
+def test_what_was_measured_meanwhile_is_not_put_back(checkpoint: Checkpoint) -> None:
+    queue, _ = shard_queue(checkpoint, 4)
+    queue.note_duration([0], 0.01)
+    assert queue.next_units() == [0] and queue.next_units() == [1]
+    queue.finish(0, "a result")
+    assert queue.put_back([0, 1], None) == []
+    assert list(queue.pending) == [1, 2, 3] and queue.unfinished == {1, 2, 3}
+    assert shard_queue(checkpoint, 1)[0].next_units() == [0]
+
+
+def test_a_cell_that_fails_again_and_again_ends_alone_by_its_name(checkpoint: Checkpoint) -> None:
+    queue, cells = cell_queue(checkpoint, ["loss", "shapley"])
+    for _ in range(ATTEMPTS - 1):
+        assert queue.put_back([1], "it died") == []
+    ((cell, error),) = queue.put_back([1], "it died")
+    assert cell is cells[1] and f"Part 1 of shapley failed {ATTEMPTS} times" in str(error)
+    assert queue.unfinished == {0} and queue.is_active
+    assert queue.finish(0, "a result") == [(cells[0], "a result")]
+
+
+def test_progress_is_told_of_the_cell(checkpoint: Checkpoint) -> None:
+    heard: list[Any] = []
+    queue, cells = cell_queue(checkpoint, ["loss", "shapley"], underway=lambda *what: heard.append(what))
+    queue.note_progress([1], "reading", 0.5)
+    assert heard == [(cells[1], "reading", 0.5)]
+    cell_queue(checkpoint, ["loss"])[0].note_progress([0], "reading", 0.5)
+    shard_queue(checkpoint)[0].note_progress([0], "reading", 0.5)
+
+
+def test_every_rank_takes_the_cell_with_its_patch(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue_module, "PatchSharer", lambda: PatchSharer(lambda data: data))
+    queue, cells = cell_queue(checkpoint, ["loss"], partition="tensor_parallel", ranks=2)
+    parts = [assignment for part, blocks in queue.parts([0]) for assignment in part.assignments(blocks)]
+    assert [(one.cell, one.rows) for one in parts] == [(cells[0], SETTINGS.batch_size)] * 2
+    queue, cells = cell_queue(checkpoint, ["loss", "loss"], Patch("k"))
+    ((part, blocks),) = queue.parts([1])
+    (assignment,) = part.assignments(blocks)
+    assert assignment.cell.part == 1 and assignment.cell.patch.data == b"k" and cells[1].patch == Patch("k")
+
+
+def test_gangs_are_shaped_by_ranks_and_gpus(checkpoint: Checkpoint) -> None:
+    placement = {"partition": "zero3", "ranks": 3, "gpus": 2}
+    assert shape(Placement(**placement)) == shard_queue(checkpoint, **placement)[0].shape == (3, 2)
+
+
+def test_ranks_that_take_different_shards_take_as_long_as_one(checkpoint: Checkpoint) -> None:
+    """And are never late: nobody measures their shards beside them."""
+    queue, _ = shard_queue(checkpoint, 9, partition="zero3", ranks=2)
+    queue.note_duration(queue.next_units(), 3.0)
+    assert queue.usual_seconds(0) == 3.0
+    assert not queue.is_late(queue.next_units(), 1e9)
+
+
+def test_gangs_of_ranks_that_share_shards_take_one_after_the_other(checkpoint: Checkpoint) -> None:
+    queue, _ = shard_queue(checkpoint, 100, partition="tensor_parallel", ranks=2)
+    queue.note_duration(queue.next_units(), 0.01)
+    assert queue.next_units() == [1]
+    assert [part.forwards for part in assignments(queue, [4])] == [2, 2]  # 5 rows, 4 in a batch
+    assert [part.forwards for part in assignments(shard_queue(checkpoint)[0], [4])] == [0], "it waits for nobody"
 
 
 def test_only_units_of_one_kind_say_what_is_late(checkpoint: Checkpoint) -> None:
@@ -211,18 +300,11 @@ def test_a_dropped_run_has_nothing_left(checkpoint: Checkpoint) -> None:
 def test_a_patch_is_shared_once_for_all_of_its_cells() -> None:
     """However many workers and cells use it; those that are done are let go."""
 
-    @dataclass(frozen=True)
-    class Kept:
-        key: str
-
-        def read(self) -> bytes:
-            return self.key.encode()
-
     stored: list[bytes] = []
     sharer = PatchSharer(lambda data: stored.append(data) or data)
     for key in "aabab":
-        assert sharer.share(Kept(key)).data == key.encode()
+        assert sharer.share(Patch(key)).data == key.encode()
     assert stored == [b"a", b"b"]
     for key in "cddcab":
-        sharer.share(Kept(key))
+        sharer.share(Patch(key))
     assert stored == [b"a", b"b", b"c", b"d", b"a", b"b"]

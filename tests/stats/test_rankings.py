@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from avss_dist.stats.rankings import (
     align,
     average_ranks,
     depth_correlation,
+    given_depth,
     rank_biased_overlap,
     spearman,
+    spearman_interval,
 )
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
@@ -48,7 +51,9 @@ def test_a_correlation_needs_three_layers_that_differ() -> None:
     missing = np.array([1.0, np.nan, 3.0, 2.0])
     assert spearman(missing, np.arange(4.0)) == pytest.approx(0.5)
     assert np.isnan(spearman(missing[:3], np.arange(3.0)))
-    assert np.isnan(spearman(np.ones(5), np.arange(5.0)))
+    assert np.isnan(spearman(np.ones(5), np.arange(5.0))) and np.isnan(spearman(np.arange(5.0), np.ones(5)))
+    unit, other = np.array([0.0, 1.0, 0.5]), np.array([10.0, 30.0, 20.0])
+    assert spearman(unit, other) == pytest.approx(1) and spearman(other, unit) == pytest.approx(1)
 
 
 def test_the_correlation_with_depth() -> None:
@@ -56,6 +61,32 @@ def test_the_correlation_with_depth() -> None:
     assert depth_correlation([4, 3, None, 2, 1]) == pytest.approx(-1)
     assert depth_correlation([2, 4, 1, 3]) == pytest.approx(0)
     assert np.isnan(depth_correlation([1, 2]))
+
+
+@pytest.mark.parametrize(("rho", "number"), [(0.5, 28), (-0.9, 4), (0.0, 10), (0.7, 5)])
+def test_the_interval_of_a_correlation_is_normal_in_fishers_z(rho: float, number: int) -> None:
+    error = math.sqrt((1 + rho * rho / 2) / (number - 3))
+    bounds = [math.tanh(math.atanh(rho) + quantile * error) for quantile in stats.norm.ppf([0.025, 0.975])]
+    assert spearman_interval(rho, number) == pytest.approx(bounds, rel=1e-6)
+
+
+def test_few_values_have_no_interval_and_a_perfect_correlation_none_but_itself() -> None:
+    assert np.isnan(spearman_interval(0.5, 3)).all() and np.isnan(spearman_interval(0.5, 0)).all()
+    assert spearman_interval(1.0, 8) == (1, 1) and spearman_interval(-1.0, 8) == (-1, -1)
+
+
+def test_what_is_given_depth_is_the_correlation_of_what_depth_leaves() -> None:
+    """Of ranks less their straight lines in depth."""
+    rng, depth = np.random.default_rng(0), np.arange(9.0)
+    scores = np.array([[rng.permutation(9) + tilt * depth for tilt in (0.5, -0.8)] for _ in range(4)])
+    ranks = np.apply_along_axis(average_ranks, -1, scores)
+    rest = [[values - np.polyval(np.polyfit(depth, values, 1), depth) for values in pair] for pair in ranks]
+    rho = np.array([spearman(*pair) for pair in scores])
+    of_a, of_b = np.array([[spearman(values, depth) for values in pair] for pair in scores]).T
+    assert given_depth(rho, of_a, of_b) == pytest.approx([np.corrcoef(pair)[0, 1] for pair in rest], rel=1e-9)
+    for sign in (1.0, -1.0):
+        assert np.isnan(given_depth(rho[:1], np.array([sign]), of_b[:1])).all()
+        assert np.isnan(given_depth(rho[:1], of_a[:1], np.array([sign]))).all()
 
 
 def test_compare_and_findings_and_show_agree_about_ties(tmp_path: Path) -> None:
@@ -105,3 +136,6 @@ def test_models_of_other_depth_meet_at_relative_depths() -> None:
     y, x, interpolated = align(shallow, (depth, values))
     assert interpolated and len(x) == len(y) == 4
     assert align(shallow, shallow)[2] is False
+    shifted = (np.array([0.0, 0.25, 0.5, 1.0]), np.array([0.0, 1.0, 2.0, 4.0]))
+    x, y, interpolated = align(shallow, shifted)
+    assert interpolated and x.tolist() == [5, 1, 3, 2] and y == pytest.approx([0.5, 1.5, 2.5, 3.5])

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from scipy.stats import t as student
 from support.oracle import Float64, oracle_stats
 
-from avss_dist.settings import RELATIVE_THRESHOLDS
-from avss_dist.stats import intervals, scores, spill
+from avss_dist.settings import RELATIVE_THRESHOLDS, SCORES
+from avss_dist.stats import intervals, rankings, scores, spill
 from avss_dist.stats.histogram import HISTOGRAM_EDGES
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, without_values
 from avss_dist.stats.merging import Block, combine_blocks, merge_stats
 from avss_dist.stats.rankings import count_lowest, rank_lowest
-from avss_dist.stats.scores import SiteTable, Threshold, score_run
+from avss_dist.stats.scores import SiteTable, Threshold, avss, score_column, score_run, share
 from avss_dist.warehouse.schema import SCHEMAS
 
 GRID = np.array([1e-5, 1e-2, 1e-1])
@@ -114,6 +114,39 @@ def test_literal_avss_is_undefined_exactly_where_nothing_is_near_zero() -> None:
     assert not np.isnan(columns["avss_smoothed"]).any()
 
 
+def test_avss_is_of_shares_of_elements_also_where_layers_have_other_numbers() -> None:
+    columns = table_of([5, 10, 400], [100, 1000, 2000], [1.0, 2.0, 5.0]).score("element", ABSOLUTE)
+    want = paper_avss(np.array([1.0, 2.0, 5.0]), np.array([0.05, 0.01, 0.2]))
+    for name in ("sparsity", "nav", "nas", "avss"):
+        assert columns[name] == pytest.approx(want[name].tolist(), rel=1e-12), name
+
+
+def test_one_element_is_enough_for_a_share() -> None:
+    found = avss(np.array([1.0, 3.0]), np.array([1.0, 5.0]), np.array([1.0, 10.0]), smoothed=False)
+    assert found == pytest.approx([0.25 / (1 / 1.5), 0.75 / (0.5 / 1.5)], rel=1e-12)
+    assert np.isnan(avss(np.ones(2), np.array([0.0, 5.0]), np.array([0.0, 10.0]), smoothed=True)).tolist() == [
+        True,
+        False,
+    ]
+
+
+def test_shares_of_nothing_are_not_a_number_and_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    assert np.isnan(share(np.zeros((2, 3)))).all() and np.isnan(share(np.array([np.nan, np.nan]))).all()
+    assert share(np.array([1.0, np.nan, 3.0])).tolist() == pytest.approx([0.25, np.nan, 0.75], nan_ok=True)
+    assert not recwarn.list
+
+
+def test_a_unit_at_the_threshold_is_not_near_zero() -> None:
+    stats = replace(LayerStats.zero((0.5,)), unit_count=2, unit_sum=np.array([1.0, -1.0, 0.5, 3.0]))
+    columns = SiteTable([stats]).score("unit", Threshold(value=0.5, kind="absolute"))
+    assert (columns["near_zero_count"], columns["count"]) == ([1.0], [4])
+    assert columns["variance"] == pytest.approx([np.var([0.5, -0.5, 0.25, 1.5])], rel=1e-12)
+
+
+def test_layers_are_ranked_by_the_smoothed_score() -> None:
+    assert [score_column(name) for name in SCORES] == ["avss_smoothed", *SCORES[1:]] != [*SCORES]
+
+
 def test_smoothed_avss_adds_half_a_count() -> None:
     columns = table_of([0, 5, 10], [9, 99, 999], [1.0, 2.0, 5.0]).score("element", ABSOLUTE)
     want = paper_avss(np.array([1.0, 2.0, 5.0]), np.array([0.5 / 10, 5.5 / 100, 10.5 / 1000]))["avss"]
@@ -182,6 +215,13 @@ def test_one_row_for_each_layer_site_recipe_and_threshold() -> None:
     assert sorted(got) == sorted(want)
     assert [row["depth"] for row in rows[:4]] == [0.125, 0.375, 0.625, 0.875]
     assert [row["layer_name"] for row in rows[:4]] == list(LAYERS)
+
+
+def test_only_the_sites_that_are_asked_for_are_scored() -> None:
+    x = activations()
+    merged = merge_stats([*stats_of(x), *stats_of(x, "mlp", units=False)])
+    for sites, want in ((None, {"block", "mlp"}), (["mlp"], {"mlp"}), (["mlp", "update"], {"mlp"}), ([], set())):
+        assert {row["site"] for row in score_run(merged, LAYERS, sites=sites)} == want
 
 
 @pytest.mark.parametrize("multiple", RELATIVE_THRESHOLDS)
@@ -402,6 +442,13 @@ def test_rivals_are_their_papers_formulas() -> None:
     }
     for row in score_run(stats, LAYERS[:1]):
         assert {name: row[name] for name in RIVALS} == pytest.approx(want, rel=1e-10)
+
+
+def test_an_input_without_variance_has_no_ratio() -> None:
+    _, _, stats = compared()
+    stats[0, "block"] = replace(stats[0, "block"], input_m2=0.0)
+    for row in score_run(stats, LAYERS[:1]):
+        assert {name for name in RIVALS if math.isnan(row[name])} == {"update_variance_ratio"}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from avss_dist.stats.histogram import (
     CUTS,
     HISTOGRAM_BINS,
     HISTOGRAM_EDGES,
+    bin_edges,
     histogram_below,
     histogram_bin,
     next_cut,
@@ -134,6 +135,15 @@ def test_merge_counts_exactly_beyond_float_and_int32() -> None:
     assert merged.mean == 2.0 and merged.m2 == pytest.approx(2.0 * huge, rel=1e-12)
 
 
+@pytest.mark.parametrize("sizes", [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 1), (3, 4)])
+def test_moments_of_few_elements_are_those_of_all(sizes: tuple[int, int]) -> None:
+    a, b = (np.random.default_rng(n).normal(5.0, 2.0, n) for n in sizes)
+    moments = [(v.size, float(v.mean()), float(v.size * v.var())) if v.size else (0, 0.0, 0.0) for v in (a, b)]
+    both = np.append(a, b)
+    expected = (both.size, both.mean(), both.size * both.var()) if both.size else (0, 0, 0)
+    assert merge_moments(*moments) == pytest.approx(expected, rel=1e-12)
+
+
 def test_moments_of_a_trillion_elements_stay_exact() -> None:
     count, mean, m2 = merge_moments((2**40, 5.0, 2.0**40), (2**40, 7.0, 3 * 2.0**40))
     assert (count, mean, m2) == (2**41, 6.0, 6 * 2.0**40)
@@ -143,6 +153,8 @@ def test_equals_sees_every_field() -> None:
     stats = Sample(8).stats()
     for name, value in vars(stats).items():
         assert not replace(stats, **{name: value + 1}).equals(stats), name
+    unknown = replace(stats, mean=np.nan)
+    assert unknown.equals(replace(stats, mean=np.nan)) and not unknown.equals(stats)
 
 
 def test_statistics_of_nothing_have_no_variance() -> None:
@@ -201,7 +213,17 @@ def test_histogram_below_is_linear_inside_a_bin(position: int, share: float) -> 
 
 @pytest.mark.parametrize("threshold", [0.0, -1.0, np.nan])
 def test_nothing_is_below_a_threshold_that_is_not_positive(threshold: float) -> None:
-    assert histogram_below(random_histogram(), threshold) == 0
+    assert histogram_below(random_histogram(), threshold, 0.5) == 0
+    assert histogram_below(random_histogram(2, 3), threshold).shape == (2, 3)
+
+
+@pytest.mark.parametrize("position", [0, 8, 2039])
+def test_a_given_share_of_a_bin_is_below_a_threshold(position: int) -> None:
+    histogram, (low, high) = random_histogram(), HISTOGRAM_EDGES[position : position + 2]
+    inside = np.nextafter(low, np.inf) * 1.01
+    assert bin_edges(inside) == bin_edges(low if position else 0.0) == (low, high)
+    assert histogram_below(histogram, inside, 0.25) == histogram[:position].sum() + 0.25 * histogram[position]
+    assert histogram_below(histogram, np.inf, 0.25) == histogram.sum()
 
 
 def test_histogram_below_takes_arrays_of_histograms() -> None:
@@ -278,6 +300,34 @@ def test_shares_below_a_cut_add_up_to_the_whole(by: By) -> None:
         below = histogram_below(stats.histogram, threshold, stats.share_below(threshold))
         assert below == pytest.approx(stats.below(threshold).near_zero, rel=1e-12)
     assert LayerStats.zero(THRESHOLDS).share_below(0.3) == 0
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"),
+    [
+        (0.5, (0, 0, 0)),
+        (1.0, (0, 0, 0)),
+        (1.0625, (2, 0, 4)),
+        (1.125, (4, 4, 4)),
+        (1.5, (4, 4, 4)),
+        (2.0, (4, 4, 4)),
+        (2.0625, (4.5, 4, 6)),
+        (2.25, (6, 6, 6)),
+        (3.125, (10, 6, 14)),
+        (100.0, (14, 14, 14)),
+        (np.inf, (14, 14, 14)),
+    ],
+)
+def test_below_is_linear_between_the_edges_of_the_bin_that_is_cut(
+    threshold: float, expected: tuple[float, float, float]
+) -> None:
+    """The bins of 1, 2 and 3 hold 4, 2 and 8 elements; they end at 1.125, 2.25 and 3.25."""
+    histogram = np.zeros(HISTOGRAM_BINS, np.int64)
+    histogram[histogram_bin(np.array([1.0, 2.0, 3.0]))] = 4, 2, 8
+    stats = replace(LayerStats.zero((7.0,)), histogram=histogram, count=14)
+    assert stats.below(threshold) == expected
+    inside = {1.0625: 0.5, 2.0625: 0.25, 3.125: 0.5}
+    assert stats.share_below(threshold) == inside.get(threshold, 0.0)
 
 
 def test_half_counted_by_value_is_not_counted_by_value() -> None:

@@ -117,7 +117,7 @@ class UnitQueue(ABC, Generic[Unit]):
         """
         most = min(self._most_in_a_round(gangs), len(self.pending))
         units = [self.pending.popleft() for _ in range(min(most, self.units_a_round))]
-        while len(units) < most and not self._again.intersection((units[0], self.pending[0])):
+        while len(units) < most and units[0] not in self._again:  # which are the first of those that are pending
             units.append(self.pending.popleft())
         return units
 

@@ -1,0 +1,172 @@
+"""Selection: what a choice may combine, the scores that it reads, and the layers that it drops at every bound."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+
+from avss_dist.errors import ConfigError
+from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, PlanError, count_layers
+from avss_dist.settings import BLOCK_DISTANCE, CONTRAST, INTERACTIONS, SEARCHES
+
+PLACE = ("site", "recipe", "threshold", "threshold_kind")
+
+
+def rows_of(reading: tuple[Any, ...], values: list[float | None], **more: Any) -> list[dict[str, Any]]:
+    """Rows of `scores`, the last layer first."""
+    place = dict(zip(PLACE, reading, strict=True))
+    rows = [{"layer": i, "avss_smoothed": v, "rank": 1, **place, **more} for i, v in enumerate(values)]
+    return rows[::-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"by": "avss", "share": 0.5, "mass": 0.5}, "`share` and `mass` were given"),
+        ({"by": "avss", "count": 1, "mass": 0.5}, "`count` and `mass` were given"),
+        ({"by": "avss", "share": 0.5, "count": 1, "mass": 0.5}, "`share` and `count` and `mass` were given"),
+        ({"by": BLOCK_DISTANCE}, "is a measure of neighbours"),
+        *(({"by": by, "mass": 0.5}, "`mass` is a share of a score") for by in (LAST, RANDOM)),
+        *(({"by": "avss", "mass": 0.5, x: True}, "`mass` is a share of a score") for x in ("contiguous", "highest")),
+        *(({"by": by, "highest": True}, "chooses among sets") for by in (*SEARCHES, INTERACTIONS)),
+        *(({"by": by, "contiguous": True}, "chooses among sets") for by in (*SEARCHES, INTERACTIONS)),
+        *(({"by": by, "mass": 0.5}, "chooses among sets") for by in (*SEARCHES, INTERACTIONS)),
+        ({"by": "avss", "sublayers": True}, "`by` avss chooses whole layers"),
+        ({"by": INTERACTIONS, "sublayers": True}, "chooses whole layers"),
+    ],
+)  # fmt: skip
+def test_combinations_that_say_nothing_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Choice(**options)
+
+
+def test_other_combinations_are_not() -> None:
+    for options in (
+        {"by": BLOCK_DISTANCE, "contiguous": True, "share": 0.5},
+        {"by": RANDOM, "count": 1},
+        {"by": LAST, "highest": True},
+        {"by": "avss", "mass": 0.5},
+        {"by": "greedy", "sublayers": True, "share": 0.5},
+        {"by": "beam", "sublayers": True, "count": 2},
+        *({"by": by, "count": 2} for by in (*SEARCHES, INTERACTIONS)),
+    ):
+        assert Choice(**options).by == options["by"]
+
+
+def test_scores_are_those_of_one_reading_in_the_order_of_layers() -> None:
+    other = ("mlp", *PUBLISHED[1:])
+    rows = [*rows_of(PUBLISHED, [3.0, None, 1.0, 2.0]), *rows_of(other, [7.0, 8.0, 9.0, 6.0])]
+    np.testing.assert_array_equal(Choice(by="avss").scores(rows, {}), [3, np.nan, 1, 2])
+    np.testing.assert_array_equal(Choice(by="avss", reading=other).scores(rows, {}), [7, 8, 9, 6])
+    np.testing.assert_array_equal(Choice(by="avss").scores(rows[4:], {}), [7, 8, 9, 6])
+    np.testing.assert_array_equal(Choice(by="avss").scores([rows[0], *rows[4:], *rows[1:4]], {}), [3, np.nan, 1, 2])
+
+
+def test_a_layer_without_a_rank_has_no_avss_and_its_other_scores() -> None:
+    rows = rows_of(PUBLISHED, [3.0, 2.0], block_influence=0.5)
+    rows[0]["rank"] = None
+    np.testing.assert_array_equal(Choice(by="avss").scores(rows, {}), [3, np.nan])
+    np.testing.assert_array_equal(Choice(by="block_influence").scores(rows, {}), [0.5, 0.5])
+
+
+def test_controls_and_the_truth_need_no_scores() -> None:
+    rows, truth = rows_of(PUBLISHED, [0.0] * 5), {"loss": np.arange(5.0), CONTRAST: -np.arange(5.0)}
+    assert count_layers(rows) == 5
+    random = Choice(by=RANDOM, seed=4).scores(rows, truth)
+    assert random.tolist() == np.random.default_rng(4).permutation(5).tolist()
+    assert Choice(by=LAST).scores(rows, truth).tolist() == [5, 4, 3, 2, 6]
+    assert Choice(by=LAST, count=2).drop(Choice(by=LAST).scores(rows, truth)) == (2, 3)
+    for by in ("loss", CONTRAST):
+        assert Choice(by=by).scores(rows, truth) is truth[by]
+
+
+@pytest.mark.parametrize(
+    ("options", "dropped"),
+    [
+        ({}, (2, 3)),
+        ({"highest": True}, (3, 4)),
+        ({"first": 2}, (2, 3)),
+        ({"first": 3}, (4, 5)),
+        ({"last": 2}, (2, 3)),
+        ({"first": 1, "last": 3}, (1, 2)),
+        ({"first": 4}, (4, 5)),
+    ],
+)
+def test_neighbours_with_the_least_sum(options: dict[str, Any], dropped: tuple[int, ...]) -> None:
+    choice = Choice(by="avss", count=2, contiguous=True, **options)
+    assert choice.drop([5.0, 4.0, 1.0, 1.5, 9.0, -6.0]) == dropped
+
+
+@pytest.mark.parametrize(
+    ("options", "dropped"),
+    [
+        ({"count": 2}, (3, 4)),
+        ({"count": 2, "first": 4}, (4, 5)),
+        ({"count": 2, "last": 3}, (1, 2)),
+        ({"count": 2, "first": 1, "last": 3}, (1, 2)),
+        ({"count": 1}, (5,)),
+        ({"share": 0.5}, (3, 4, 5)),
+    ],
+)
+def test_the_block_with_the_least_distance(options: dict[str, Any], dropped: tuple[int, ...]) -> None:
+    """Ties go to the earlier block."""
+    costs = np.array([9.0, 3.0, 3.0, 2.0, 1.0, 0.5])
+    distances = {
+        tuple(range(a, b)): float(costs[a:b].sum()) + 3 * (b == 6 and b - a == 2) for a, b in combinations(range(7), 2)
+    }
+    choice = Choice(by=BLOCK_DISTANCE, contiguous=True, **options)
+    assert choice.drop_block(distances, 6) == dropped
+    flat = dict.fromkeys(distances, 1.0)
+    assert choice.drop_block(flat, 6)[0] == choice.first
+
+
+@pytest.mark.parametrize("gap", [np.nan, np.inf, None])
+def test_a_block_without_a_distance_is_named(gap: float | None) -> None:
+    distances = {(i, i + 1): 1.0 for i in range(5)}
+    del distances[3, 4]
+    if gap is not None:
+        distances[3, 4] = gap
+    with pytest.raises(PlanError, match=f"Layers 3 to 4 have no '{BLOCK_DISTANCE}'"):
+        Choice(by=BLOCK_DISTANCE, contiguous=True, count=2).drop_block(distances, 6)
+    assert Choice(by=BLOCK_DISTANCE, contiguous=True, count=2, last=2).drop_block(distances, 6) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("mass", "dropped"),
+    [(0.0625, (2,)), (0.1874, (2,)), (0.1875, (0, 2)), (0.49, (0, 2)), (0.5, (0, 1, 2)), (0.99, (0, 1, 2))],
+)
+def test_the_lowest_that_hold_at_most_a_mass(mass: float, dropped: tuple[int, ...]) -> None:
+    """Exactly so much is not too much."""
+    assert Choice(by="avss", mass=mass).drop([2.0, 5.0, 1.0, 8.0]) == dropped
+
+
+def test_a_mass_is_of_all_layers_and_drops_those_that_are_not_protected() -> None:
+    assert Choice(by="avss", mass=0.5, first=1).drop([2.0, 5.0, 1.0, 8.0]) == (1, 2)
+    with pytest.raises(
+        PlanError, match=r"No layer holds as little as 0\.06 of the summed score: the least holds 0\.0625"
+    ):
+        Choice(by="avss", mass=0.06).drop([2.0, 5.0, 1.0, 8.0])
+    with pytest.raises(PlanError, match="1 layers are to be dropped, and 0 of 4 are not protected"):
+        Choice(by="avss", mass=0.5, first=4).drop([2.0, 5.0, 1.0, 8.0])
+    with pytest.raises(PlanError, match="1 of 1 layers would be dropped"):
+        Choice(by="avss", mass=0.5).drop([2.0])
+    with pytest.raises(PlanError, match="10 of 10 layers would be dropped"):
+        Choice(by="avss", mass=np.nextafter(1.0, 0.0)).drop([0.1] * 10)  # they add up to as little, one by one
+
+
+def test_how_many_are_dropped() -> None:
+    assert [Choice(by="avss").number(n) for n in (4, 6, 30)] == [1, 2, 8]
+    assert Choice(by="avss", share=0.9).number(10) == 9 and Choice(by="avss", count=3).number(4) == 3
+    assert Choice(by="avss", count=2, first=1, last=1).number(4) == 2
+    with pytest.raises(PlanError, match="3 layers are to be dropped, and 2 of 4 are not protected"):
+        Choice(by="avss", count=3, first=1, last=1).number(4)
+    assert Choice(by="avss", first=1, last=2).unprotected(6) == range(1, 4)
+    assert len(Choice(by="avss", first=3, last=2).unprotected(4)) == 0
+
+
+def test_every_layer_without_a_score_is_named() -> None:
+    with pytest.raises(PlanError, match="Layers 1, 3 have no score 'avss'"):
+        Choice(by="avss").drop([1.0, np.nan, 2.0, np.inf])

@@ -1,0 +1,91 @@
+"""Budgets of sparsity: against linear programs, and by hand at both ends."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.optimize import linprog
+
+from avss_dist.sparsity.allocate import MOST, along_path, heavy_tail_ratios, knapsack, scaled
+
+Float64 = np.ndarray
+
+
+def least_damage(damage: Float64, levels: Float64, sizes: Float64, target: float) -> float:
+    """The optimum of the continuous problem: each map mixes its levels, 0 among them."""
+    grid, rows = np.append(0.0, levels), np.column_stack([np.zeros(len(sizes)), damage])
+    weighted = np.kron(sizes, grid)[None]
+    one_each = np.kron(np.eye(len(sizes)), np.ones(len(grid)))
+    limits = np.append(target * sizes.sum(), np.ones(len(sizes)))
+    return float(linprog(rows.ravel(), A_eq=np.vstack([weighted, one_each]), b_eq=limits).fun)
+
+
+def mixed(x: Float64, y: Float64, at: float) -> float:
+    """The least damage of one map at a sparsity, mixed of any two of its levels."""
+    pairs = [(i, j) for i in range(len(x)) for j in range(i, len(x)) if x[i] <= at <= x[j]]
+    return min(float(np.interp(at, x[[i, j]], y[[i, j]])) if i < j else float(y[i]) for i, j in pairs)
+
+
+@pytest.mark.parametrize("target", [0.05, 0.3, 0.5, 0.7])
+def test_the_knapsack_is_the_optimum_of_the_linear_program(target: float) -> None:
+    """Of damages that rise, fall, and bend either way."""
+    rng = np.random.default_rng(int(100 * target))
+    levels, sizes = np.array([0.2, 0.5, 0.6, 0.9]), np.array([1.0, 2.0, 4.0, 3.0, 0.5])
+    for rising in (True, False) * 5:
+        damage = rng.random((5, 4)) - (0.0 if rising else 0.3)
+        damage = np.sort(damage, axis=1) if rising else damage
+        found = knapsack(damage, levels, sizes, target)
+        assert found @ sizes / sizes.sum() == pytest.approx(target, rel=1e-12)
+        assert (found >= 0).all() and (found <= 0.9 + 1e-12).all()
+        grid = np.append(0.0, levels)
+        total = sum(mixed(grid, np.append(0.0, row), min(s, 0.9)) for row, s in zip(damage, found, strict=True))
+        assert total == pytest.approx(least_damage(damage, levels, sizes, target), abs=1e-9)
+
+
+def test_steps_cost_what_they_do_for_a_weight() -> None:
+    """The larger map has more damage, and less for each weight; of its second step, a part is left."""
+    damage = np.array([[1.0, 3.0], [3.0, 12.0]])
+    found = knapsack(damage, np.array([0.25, 0.5]), np.array([1.0, 4.0]), 0.2)
+    assert found.tolist() == pytest.approx([0.0, 0.25])
+    found = knapsack(damage, np.array([0.25, 0.5]), np.array([1.0, 4.0]), 0.3)
+    assert found.tolist() == pytest.approx([0.5, 0.25])
+    assert knapsack(damage, np.array([0.25, 0.5]), np.array([1.0, 4.0]), 0.5).tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_what_is_cut_off_goes_to_the_others_in_proportion_again_and_again() -> None:
+    ratios, sizes = np.array([1.0, 2.0, 4.0, 8.0]), np.array([1.0, 2.0, 1.0, 4.0])
+    assert scaled(ratios, sizes, 0.1).tolist() == pytest.approx((0.1 * 8 / 41 * ratios).tolist())
+    for target, cut in ((0.65, 1), (0.75, 1), (0.8, 2), (0.9, 2), (0.95, 3)):
+        found = scaled(ratios, sizes, target)
+        assert found @ sizes / sizes.sum() == pytest.approx(target, rel=1e-12)
+        assert found[4 - cut :].tolist() == [MOST] * cut and (found[: 4 - cut] < MOST).all()
+        assert np.ptp(found[: 4 - cut] / ratios[: 4 - cut]) == pytest.approx(0, abs=1e-12)
+    assert scaled(ratios, sizes, MOST).tolist() == pytest.approx([MOST] * 4)
+
+
+PATH = np.array([[0.1, 0.0], [0.4, 0.0], [0.4, 0.2], [0.8, 0.2]])
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (0.0, [0.1, 0.0]),
+        (0.02, [0.1, 0.0]),
+        (0.1 / 3, [0.1, 0.0]),
+        (0.1, [0.3, 0.0]),
+        (0.4 / 3, [0.4, 0.0]),
+        (0.7 / 3, [0.4, 0.15]),
+        (0.3, [0.5, 0.2]),
+        (0.4, [0.8, 0.2]),
+        (0.9, [0.8, 0.2]),
+    ],
+)
+def test_a_path_is_left_where_the_target_is_reached_or_at_its_end(target: float, expected: list[float]) -> None:
+    assert along_path(PATH, np.array([1.0, 2.0]), target).tolist() == pytest.approx(expected)
+
+
+def test_the_heaviest_tail_bears_least_and_equal_ones_the_same() -> None:
+    exponents = np.array([3.0, 2.0, 4.0, 2.5])
+    assert heavy_tail_ratios(exponents, 0.1).tolist() == pytest.approx([1.0, 0.9, 1.1, 0.95])
+    assert heavy_tail_ratios(exponents).tolist() == pytest.approx([1.0, 0.7, 1.3, 0.85])
+    assert heavy_tail_ratios(np.full(3, 2.5)).tolist() == [1, 1, 1]

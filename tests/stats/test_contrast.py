@@ -1,0 +1,296 @@
+"""Contrasts of answers: against the activations themselves, and against definitions written down as loops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from avss_dist.stats import contrast as of
+from avss_dist.stats.contrast import Answers
+from avss_dist.stats.rankings import bootstrap_weights
+
+LAYERS, UNITS, THRESHOLD = 5, 6, 0.3
+Float64 = np.ndarray
+
+
+class Sample:
+    """Activations of answers of different lengths, x[row][layer] of [tokens, units]; two or three rows are a pair.
+
+    The last layer of row 3 has no finite element.
+    """
+
+    def __init__(self, pairs: int = 8, offset: float = 0.0, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.pair = np.concatenate([np.full(2 + (p % 3 == 1), 10 * p) for p in range(pairs)])
+        self.hallucinated = np.concatenate([[False, True, True][: 2 + (p % 3 == 1)] for p in range(pairs)])
+        self.tokens = rng.integers(3, 9, len(self.pair))
+        scales = 1 + np.arange(LAYERS) + self.hallucinated[:, None]
+        self.x = [
+            [offset + scale * rng.normal(size=(n, UNITS)) for scale in row]
+            for n, row in zip(self.tokens, scales, strict=True)
+        ]
+        self.x[3][-1] = np.zeros((0, UNITS))
+
+    def answers(self) -> Answers:
+        def table(value: Any) -> Float64:
+            return np.array([[float(value(v)) if v.size else np.nan for v in row] for row in self.x])
+
+        def sums(value: Any) -> Float64:
+            return np.array([[float(value(v)) for v in row] for row in self.x])
+
+        return Answers(
+            pair=self.pair,
+            hallucinated=self.hallucinated,
+            tokens=self.tokens,
+            pooled_variance=table(lambda v: v.mean(axis=0).var(ddof=1)),
+            count=sums(np.size),
+            mean=table(np.mean),
+            m2=sums(lambda v: v.size * v.var() if v.size else 0.0),
+            near_zero=sums(lambda v: (np.abs(v) < THRESHOLD).sum()),
+            norm=table(np.linalg.norm),
+            relative_magnitude=table(np.linalg.norm),
+        )
+
+    def parts(self, times: Sequence[float], recipe: str) -> tuple[Float64, Float64, Float64]:
+        """Of the activations, each answer repeated."""
+        drawn = [row for row, n in zip(self.x, times, strict=True) for _ in range(int(n))]
+        layers = [[row[layer] for row in drawn if row[layer].size] for layer in range(LAYERS)]
+        if recipe == "pooled":
+            variance = [np.mean([v.mean(axis=0).var(ddof=1) for v in values]) for values in layers]
+        else:
+            variance = [np.concatenate(values).var() for values in layers]
+        near_zero = [sum((np.abs(v) < THRESHOLD).sum() for v in values) for values in layers]
+        return np.array(variance), np.array(near_zero), np.array([sum(v.size for v in values) for values in layers])
+
+    def deviation(self, times: Sequence[float], labels: Float64, recipe: str) -> Float64:
+        """log(AVSS of hallucinated / AVSS of truthful answers), less its median over layers."""
+        scores = []
+        for side in (labels, 1 - labels):
+            variance, near_zero, count = self.parts(np.asarray(times) * side, recipe)
+            sparsity = (near_zero + 0.5) / (count + 1)
+            scores.append(variance / variance.sum() / (sparsity / sparsity.sum()))
+        found = np.log(scores[0] / scores[1])
+        return found - np.median(found)
+
+
+@pytest.fixture(params=["pooled", "element"])
+def recipe(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e5])
+def test_parts_are_those_of_the_repeated_activations(recipe: str, offset: float) -> None:
+    sample = Sample(offset=offset)
+    weights = np.random.default_rng(1).integers(0, 4, (3, len(sample.pair))).astype(np.float64)
+    found = of.parts(sample.answers(), weights, recipe)
+    for i, times in enumerate(weights):
+        for part, expected in zip(found, sample.parts(times, recipe), strict=True):
+            assert part[i] == pytest.approx(expected, rel=1e-6 if offset else 1e-12)
+    sides = of.both_sides(sample.answers(), weights, sample.hallucinated.astype(np.float64), recipe)
+    for side, labels in zip(sides, (sample.hallucinated, ~sample.hallucinated), strict=True):
+        for part, expected in zip(side, sample.parts(weights[0] * labels, recipe), strict=True):
+            assert part[0] == pytest.approx(expected, rel=1e-6 if offset else 1e-12)
+
+
+def test_an_answer_of_one_element_counts() -> None:
+    values = [np.array([5.0]), np.array([1.0, 2.0, 3.0]), np.zeros(0)]
+    fields = {
+        "count": [v.size for v in values],
+        "mean": [v.mean() if v.size else np.nan for v in values],
+        "m2": [v.size * v.var() if v.size else 0.0 for v in values],
+    }
+    columns = {name: np.array(column, np.float64)[:, None] for name, column in fields.items()}
+    nothing = dict.fromkeys(("pooled_variance", "near_zero", "norm", "relative_magnitude"), np.zeros((3, 1)))
+    numbers = {name: np.arange(3) for name in ("pair", "tokens")}
+    a = Answers(**numbers, **columns, **nothing, hallucinated=np.zeros(3, bool))
+    assert of.parts(a, np.ones((1, 3)), "element")[0] == pytest.approx(np.var([5.0, 1.0, 2.0, 3.0]), rel=1e-12)
+
+
+def test_deviations_are_log_ratios_of_avss_less_the_median(recipe: str) -> None:
+    sample = Sample()
+    labels, ones = sample.hallucinated.astype(np.float64), np.ones(len(sample.pair))
+    assert of.observed(sample.answers(), recipe) == pytest.approx(sample.deviation(ones, labels, recipe), rel=1e-9)
+    pairs = sample.answers().pairs
+    assert pairs.tolist() == [10 * p for p in range(8)]
+    found = of.resampled(sample.answers(), recipe, pairs)
+    drawn = bootstrap_weights(8)[:, sample.pair // 10]
+    for i in (0, 7, 500):
+        assert found[i] == pytest.approx(sample.deviation(drawn[i], labels, recipe), rel=1e-9)
+
+
+def test_what_is_not_defined_is_not_a_number(recwarn: pytest.WarningsRecorder) -> None:
+    side = (np.array([1.0, 2.0, 3.0]), np.array([5.0, 6.0, 7.0]), np.full(3, 100.0))
+    flat = (np.array([1.0, 0.0, 3.0]), *side[1:])
+    for sides in ((side, flat), (flat, side)):
+        assert np.isnan(of.contrast(*sides)).tolist() == [False, True, False]
+    (less,) = of.from_median(np.array([[1.0, np.nan, 5.0, 2.0]]))
+    np.testing.assert_array_equal(less, [-1, np.nan, 3, 0])
+    assert not recwarn.list
+
+
+def test_labels_are_exchanged_inside_pairs() -> None:
+    a = Sample().answers()
+    labels = of.permuted_labels(a, 2000)
+    assert labels.shape == (2000, len(a.pair)) and set(np.unique(labels)) == {0.0, 1.0}
+    for pair in a.pairs:
+        inside = labels[:, a.pair == pair]
+        assert (inside.sum(axis=1) == a.hallucinated[a.pair == pair].sum()).all()
+        assert inside.mean(axis=0) == pytest.approx(np.full(inside.shape[1], inside.mean()), abs=0.05)
+    drawn = np.random.default_rng(5).random((3, len(a.pair)))
+    for row, keys in zip(of.permuted_labels(a, 3, 5), drawn, strict=True):
+        assert row.tolist() == a.hallucinated[np.lexsort((keys, a.pair))].tolist()
+    order = np.random.default_rng(3).permutation(len(a.pair))
+    shuffled = of.permuted_labels(a.where(order), 200)
+    for pair in a.pairs:
+        own = a.pair[order] == pair
+        assert (shuffled[:, own].sum(axis=1) == a.hallucinated[order][own].sum()).all()
+
+
+def test_permutations_are_many_and_more_with_many_layers() -> None:
+    assert [of.num_permutations(layers) for layers in (1, 25, 26, 80)] == [1000, 1000, 1040, 3200]
+
+
+def test_p_values_count_what_is_as_far_away() -> None:
+    found = np.array([1.0, -2.0, 0.5, np.nan])
+    null = np.array([[1.0, 2.0, 0.1, 1.0], [-3.0, -2.0 * (1 + 1e-14), 0.2, 1.0], [0.5, 1.9, -0.6, 1.0]])
+    assert of.p_values(found, null).tolist() == pytest.approx([3 / 4, 3 / 4, 2 / 4, np.nan], nan_ok=True)
+
+
+def test_the_permutation_test_is_over_exchanged_labels(recipe: str) -> None:
+    sample = Sample(pairs=4)
+    labels = of.permuted_labels(sample.answers(), 1000, 5)
+    ones = np.ones(len(sample.pair))
+    observed = sample.deviation(ones, sample.hallucinated.astype(np.float64), recipe)
+    null = np.array([sample.deviation(ones, row, recipe) for row in np.unique(labels, axis=0)])
+    often = np.unique(labels, axis=0, return_counts=True)[1]
+    expected = (1 + ((np.abs(null) >= np.abs(observed) * (1 - 1e-9)) * often[:, None]).sum(axis=0)) / 1001
+    assert of.permutation_p(sample.answers(), recipe, 5) == pytest.approx(expected, abs=1e-9)
+
+
+def test_holms_correction() -> None:
+    p = np.array([0.01, np.nan, 0.04, 0.03, 0.005, 0.5, 0.9])
+    expected, largest = {}, 0.0
+    for rank, i in enumerate(sorted((i for i in range(7) if not np.isnan(p[i])), key=lambda i: p[i])):
+        largest = max(largest, p[i] * (6 - rank))
+        expected[i] = min(largest, 1.0)
+    assert of.holm(p).tolist() == pytest.approx([expected.get(i, np.nan) for i in range(7)], nan_ok=True)
+    assert of.holm(np.array([0.7, 0.8])).tolist() == [1, 1]
+
+
+def test_the_noise_floor_is_of_random_halves_of_the_truthful_answers(recipe: str) -> None:
+    sample = Sample(pairs=7)
+    rows = np.flatnonzero(~sample.hallucinated)
+    rng = np.random.default_rng(0)
+    halves = rng.permuted(np.tile(np.arange(7) < 3, (1000, 1)), axis=1)
+    ones, far = np.zeros(len(sample.pair)), []
+    ones[rows] = 1
+    distinct, which = np.unique(halves, axis=0, return_inverse=True)
+    for half in distinct:
+        labels = np.zeros(len(sample.pair))
+        labels[rows] = half
+        far.append(np.abs(sample.deviation(ones, labels, recipe)))
+    expected = np.quantile(np.array(far)[which.ravel()], 0.95, axis=0)
+    assert of.noise_floor(sample.answers(), recipe) == pytest.approx(expected, rel=1e-9)
+
+
+def test_pairs_of_about_the_same_length() -> None:
+    a = Sample().answers()
+    tokens = {0: [8, 10], 1: [10, 8, 11], 2: [8, 11], 3: [5, 5], 4: [3, 9, 3], 5: [3, 9], 6: [16, 21], 7: [3, 9, 3]}
+    other = Answers(**{**vars(a), "tokens": np.concatenate([*tokens.values()])})
+    matched = of.length_matched(other, 0.25)
+    assert matched.pairs.tolist() == [0, 30] and matched.tokens.tolist() == [8, 10, 5, 5]
+    assert matched.near_zero.tolist() == a.near_zero[np.isin(a.pair, [0, 30])].tolist()
+
+
+def test_the_prone_layers_are_the_highest_quarter() -> None:
+    resamples = np.array([np.arange(8.0), -np.arange(8.0), np.arange(8.0), np.arange(8.0)])
+    assert of.prone_probability(resamples).tolist() == [0.25, 0.25, 0, 0, 0, 0, 0.75, 0.75]
+
+
+def test_columns_of_layers(recipe: str) -> None:
+    sample = Sample()
+    labels, ones = sample.hallucinated.astype(np.float64), np.ones(len(sample.pair))
+    a = sample.answers()
+    again = of.both_sides(a, bootstrap_weights(8)[:, sample.pair // 10], labels, recipe)
+    found = of.contrast_columns(of.both_sides(a, ones, labels, recipe), again)
+    (hsav, near_zero, count), (variance, fewer, less) = (sample.parts(side, recipe) for side in (labels, 1 - labels))
+    hss, other = (near_zero + 0.5) / (count + 1), (fewer + 0.5) / (less + 1)
+    ratio = hsav / hsav.sum() / (hss / hss.sum())
+    deviation = sample.deviation(ones, labels, recipe)
+    contrast = np.log(ratio / (variance / variance.sum() / (other / other.sum())))
+    expected = {
+        "eavss_contrast": contrast,
+        "eavss_ratio": ratio,
+        "hsav": hsav,
+        "hss": hss,
+        "hsav_share": hsav / hsav.sum(),
+        "hss_share": hss / hss.sum(),
+        "hsav_difference": hsav - variance,
+        "hss_difference": hss - other,
+        "deviation": deviation,
+        "rank": LAYERS + 1 - stats.rankdata(contrast),
+        "prone_probability": of.prone_probability(of.contrast(*again)),
+    }
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values, rel=1e-9), name
+
+
+def concordance(scores: Float64, positive: Float64, weights: Float64) -> float:
+    """Over all pairs of a positive and a negative."""
+    up, all_ = 0.0, 0.0
+    for i in np.flatnonzero(positive):
+        for j in np.flatnonzero(~positive):
+            weight = weights[i] * weights[j]
+            up += weight * ((scores[i] > scores[j]) + (scores[i] == scores[j]) / 2)
+            all_ += weight
+    return up / all_ if all_ else math.nan
+
+
+def test_auroc_is_the_share_of_concordant_pairs() -> None:
+    rng = np.random.default_rng(0)
+    scores, positive = rng.integers(0, 6, 20).astype(np.float64), rng.random(20) < 0.4
+    weights = rng.integers(0, 3, (5, 20)).astype(np.float64)
+    weights[4] = ~positive
+    expected = [concordance(scores, positive, row) for row in weights]
+    assert of.auroc(scores, positive, weights).tolist() == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("pairs", [2, 3, 8, 12])
+def test_a_classifier_says_of_a_fold_what_it_learned_on_the_others(pairs: int, alone: bool) -> None:
+    """Nothing where they have one label: the hallucinated answers are in the first fold alone."""
+    sample = Sample(pairs)
+    a, values = sample.answers(), np.random.default_rng(2).normal(2.0, 3.0, len(sample.pair)) + sample.hallucinated
+    folds = dict(zip(a.pairs, np.random.default_rng(0).permutation(pairs) % 5, strict=True))
+    if alone:
+        a = Answers(**{**vars(a), "hallucinated": np.array([folds[pair] == 0 for pair in a.pair])})
+    expected = []
+    for pair, value in zip(a.pair, values, strict=True):
+        train = np.array([folds[p] != folds[pair] for p in a.pair])
+        share = concordance(values[train], a.hallucinated[train], np.ones(train.sum()))
+        side = 0.0 if np.isnan(share) else np.sign(share - 0.5)
+        expected.append(side * (value - values[train].mean()) / values[train].std())
+    assert of.out_of_fold(a, values).tolist() == pytest.approx(expected)
+
+
+def test_nothing_can_be_learned_of_one_label_or_of_a_constant() -> None:
+    a = Sample().answers()
+    values = np.random.default_rng(2).normal(size=len(a.pair))
+    for labels in (np.zeros_like(a.hallucinated), np.ones_like(a.hallucinated)):
+        assert of.out_of_fold(Answers(**{**vars(a), "hallucinated": labels}), values).tolist() == [0] * len(a.pair)
+    odd = np.where(a.pair == 20, 5.0, 1.0)
+    scores = of.out_of_fold(a, odd)
+    assert np.isfinite(scores).all() and (scores[a.pair == 20] == 0).all()
+
+
+def test_a_corrected_lower_end_is_farther_away_the_more_are_compared() -> None:
+    resamples = np.array([1.0, 2.0, 4.0, np.nan])
+    for comparisons in (1, 7):
+        z = stats.norm.ppf(1 - 0.05 / (2 * comparisons))
+        found = of.corrected_lower(3.0, resamples, comparisons)
+        assert found == pytest.approx(3.0 - z * np.std([1.0, 2.0, 4.0]), rel=1e-9)
