@@ -136,7 +136,6 @@ def evaluate(
     found, unknown = with_bases(found, base, trust_remote_code=settings.trust_remote_code)
     with closing(open_executor(execution, settings)) as executor:
         planned: dict[_Key, PlannedEvaluation] = {}
-        starts: list[PlannedEvaluation] = []
         for checkpoint in _checkpoints(found):
             fixed = pinned(settings, checkpoint, executor.device)
             placement = placed(checkpoint, fixed, execution, executor)
@@ -150,8 +149,6 @@ def evaluate(
                     limit=limit,
                     prompting=prompting,
                 )
-                if name.startswith(PERPLEXITY) and (start := row_start_task(checkpoint, task, fixed)):
-                    starts.append(plan_evaluation(checkpoint, start, fixed, placement))
                 for one in _sparsities(found, checkpoint):
                     require_effect(one.rule if one else None, name)
                     made = plan_evaluation(checkpoint, task, fixed, placement, one)
@@ -159,6 +156,7 @@ def evaluate(
         _require_same_tokens(found, tasks, planned)
         if not allow_overlap:
             _refuse_overlaps(found, planned, Warehouse(warehouse))
+        starts = _plan_starts(planned)
         cells = [*_cells(found, planned), *(cell for start in starts for cell in start.cells([()]))]
         failed = measure(cells, store, executor, reporter, fresh=execution.fresh)
     every = {key: commit(one, store) for key, one in planned.items()}
@@ -168,6 +166,16 @@ def evaluate(
     evaluations = list(_all_against_whole(found, tasks, every))
     notes = [*unknown, *_findings(found, tasks, every), *_guesses(evaluations), *_row_starts(compared)]
     return Evaluations(evaluations, findings=notes)
+
+
+def _plan_starts(planned: Mapping[_Key, PlannedEvaluation]) -> list[PlannedEvaluation]:
+    """Return the comparison of two starts of rows for each text and whole model that has another start."""
+    starts = []
+    for (_, name, sparsity), one in planned.items():
+        if name.startswith(PERPLEXITY) and sparsity is None:
+            task = row_start_task(one.checkpoint, one.task, one.settings)
+            starts += [plan_evaluation(one.checkpoint, task, one.settings, one.placement)] if task else []
+    return starts
 
 
 def _require_used(tasks: Sequence[str], **given: Any) -> None:

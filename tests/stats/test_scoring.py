@@ -17,7 +17,7 @@ from scipy.stats import t as student
 from support.oracle import Float64, oracle_stats
 
 from avss_dist.settings import RELATIVE_THRESHOLDS, SCORES
-from avss_dist.stats import intervals, rankings, scores, spill
+from avss_dist.stats import intervals, scores, spill
 from avss_dist.stats.histogram import HISTOGRAM_EDGES
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, without_values
 from avss_dist.stats.merging import Block, combine_blocks, merge_stats
