@@ -27,7 +27,7 @@ from avss_dist.evaluation.held_out import refuse_overlap, refuse_questions, refu
 from avss_dist.evaluation.make_tasks import make_task, row_start_task
 from avss_dist.evaluation.outcomes import Evaluations
 from avss_dist.evaluation.retention import Retained, retained
-from avss_dist.evaluation.subjects import Subject, read_subject, with_bases, with_sparsity
+from avss_dist.evaluation.subjects import Subject, read_subjects, with_bases
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.sparsifying import Sparsity
@@ -130,9 +130,7 @@ def evaluate(
     tasks = [RedactedURI(task) for task in tasks]
     store = Store(warehouse)
     store.create()
-    found = [read_subject(text, settings) for text in subjects]
-    if sparse is not None:
-        found = with_sparsity(found, sparse, settings)
+    found = read_subjects(subjects, sparse, settings)
     found, unknown = with_bases(found, base, trust_remote_code=settings.trust_remote_code)
     with closing(open_executor(execution, settings)) as executor:
         planned: dict[_Key, PlannedEvaluation] = {}

@@ -201,12 +201,20 @@ def runtime(plan: SparsityPlan) -> Sparsity:
     return Sparsity(cuts=tuple(cuts), rule=plan.rule)
 
 
-def with_sparsity(subjects: Sequence[Subject], plan: str, settings: Settings) -> list[Subject]:
-    """Return subjects, each followed by the same with a sparsity plan on top.
+def read_subjects(names: Sequence[str], sparse: str | None, settings: Settings) -> list[Subject]:
+    """Return the subjects of these names, each followed by the same with a sparsity plan on top, if there is one.
+
+    Args:
+        sparse: file of the sparsity plan.
 
     Raises:
-        AvssError: it is no sparsity plan, or for another model than a subject.
+        AvssError: a model or plan cannot be read; or ``sparse`` is no sparsity plan, or for another model.
     """
+    subjects = [read_subject(name, settings) for name in names]
+    return subjects if sparse is None else _with_sparsity(subjects, sparse, settings)
+
+
+def _with_sparsity(subjects: Sequence[Subject], plan: str, settings: Settings) -> list[Subject]:
     sparse = read_subject(plan, settings)
     if sparse.sparsity is None:
         raise PlanError(f"{plan} is no sparsity plan.", "avss plan --sparsify makes one.")
