@@ -186,8 +186,9 @@ def plan(
 
 def _run(opened: Warehouse, name: str | None, by: str | None, *, chooses: bool) -> tuple[dict[str, Any], list[str]]:
     """Return the run to plan for, and what to say of the choice: of several, the newest that can be planned for."""
+    passed: list[str] = []
     if name or not chooses:
-        row, passed = choose_run(opened, name), []
+        row = choose_run(opened, name)
     else:
         from avss_dist.analysis.plans import plannable_run
 

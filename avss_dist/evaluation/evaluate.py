@@ -220,8 +220,8 @@ def _guesses(evaluations: Iterable[Evaluation]) -> Iterator[str]:
     whole: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for one in evaluations:
         if one.whole:
-            model = one.subject.base or one.subject.checkpoint
-            rows = whole.setdefault((model.name, one.task), [])
+            compared = one.subject.base or one.subject.checkpoint
+            rows = whole.setdefault((compared.name, one.task), [])
             rows.append({"score": None, "metric": one.whole.metric, "value": one.whole.value})
     for (model, task), rows in whole.items():
         metric = primary_metric(rows)

@@ -86,17 +86,10 @@ def with_bases(
         if not alone:
             raise ConfigError("`base` has no effect on plans, which name their own models.", "Leave it out.")
         named = resolve(base, trust_remote_code=trust_remote_code)
-        bases = dict.fromkeys(alone, named)
-    else:
-        bases, missing = {}, []
-        for subject in alone:
-            found = _base_of(subject, trust_remote_code=trust_remote_code)
-            if isinstance(found, Checkpoint):
-                bases[subject] = found
-            elif found:
-                missing.append(found)
-        return _with(subjects, bases), missing
-    return _with(subjects, bases), []
+        return _with(subjects, dict.fromkeys(alone, named)), []
+    found = {subject: _base_of(subject, trust_remote_code=trust_remote_code) for subject in alone}
+    bases = {subject: base_model for subject, base_model in found.items() if isinstance(base_model, Checkpoint)}
+    return _with(subjects, bases), [finding for finding in found.values() if isinstance(finding, str)]
 
 
 def _with(subjects: Sequence[Subject], bases: Mapping[Subject, Checkpoint]) -> list[Subject]:
