@@ -20,6 +20,7 @@ from avss_dist.warehouse.reader import Warehouse
 
 OTHER_QUESTIONS = "Use other text there, or other questions."
 MOST_SHARED = 0.03  # of the passages of a text; what other rows of one text repeat is less
+_OLD_ROWS = {"row_start": "none"}  # of rows that were read before the setting was there
 
 
 def refuse_overlap(
@@ -98,7 +99,7 @@ def refuse_search_text(task: Task, evaluation: str, store: Warehouse, checkpoint
     options, corpus = settings_of(rows[0]), rows[0]["task"].removeprefix(SEARCH)
     skip = options.pop("skip_sequences")
     seen = _read_again(
-        checkpoint, corpus, Settings(**options), skip, "the search of a plan", "layers may be chosen for"
+        checkpoint, corpus, Settings(**_OLD_ROWS | options), skip, "the search of a plan", "layers may be chosen for"
     )
     hint = f"Use other text: another corpus, or `skip_sequences` {skip + rows[0]['num_samples']}."
     _refuse_shared(task, seen, "the layers of a plan were searched on", hint)
@@ -161,7 +162,7 @@ def _shards(task: Task) -> list[Shard]:
 def _read_run(run: Mapping[str, Any], checkpoint: Checkpoint, corpus: str) -> SeenText:
     """Read the text of a row of ``runs`` again."""
     prints = (run["corpus_fingerprint"], run["tokens_fingerprint"])
-    settings, name = Settings(**settings_of(run)), f"run {run['run_id']}"
+    settings, name = Settings(**_OLD_ROWS | settings_of(run)), f"run {run['run_id']}"
     return _read_again(
         checkpoint, corpus or run["corpus"], settings, 0, name, "layers may be chosen on", tuple(filter(None, prints))
     )

@@ -59,8 +59,8 @@ def text_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_s
 def row_start_task(checkpoint: Checkpoint, text: Task, settings: Settings) -> Task | None:
     """Return the task of comparing two starts of the first rows of a `text_task`, or None where there is only one."""
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
-    first = next((part.shard for part in text.parts if isinstance(part, TextLoss)), None)
-    shards = first and with_other_start(first, tokenizer, settings, COMPARED_ROWS)
+    first = next(part.shard for part in text.parts if isinstance(part, TextLoss))
+    shards = with_other_start(first, tokenizer, settings, COMPARED_ROWS)
     if shards is None:
         return None
     return Task(name=f"{ROW_START}{text.name.removeprefix(PERPLEXITY)}", parts=(RowStartLoss(*shards),))

@@ -114,8 +114,9 @@ def harness_task(
         found, config, file = _find(name, trust_remote_code=trust_remote_code)
         part = HarnessPart(name=found, config=config, limit=limit, prompting=prompting)
         loaded = _load(part)
-        for task in loaded["tasks"].values() if file else ():
-            require_answerable(file, task, limit)
+        if file:
+            for task in loaded["tasks"].values():
+                require_answerable(file, task, limit)
         part = replace(part, key=_key(part, loaded, template))
     options = {**asdict(prompting), **({"harness_chat_template": template} if template else {})}
     return Task(name=name, parts=(part,), options={"limit": limit, **options})
