@@ -1,4 +1,4 @@
-"""How large a shard is where nobody says: work for half a minute to a minute, in enough shards for the bootstrap.
+"""How large a shard is where nobody says: work for half a minute to a minute, in enough shards for intervals.
 
 The size is fixed by arithmetic when a run is planned: from the model, the kind of device and the text. What is timed
 varies, and so would the shards; and what depends on the workers would change numbers with them. So the same run has the
@@ -15,7 +15,7 @@ from avss_dist.settings import Settings
 
 # Whoever changes one of these changes the shards, and so the id, of every run that names no size.
 MOST_SECONDS = 60  # of a shard on a usual device; at least half of that, for sizes double
-FEWEST_SHARDS = 16  # for intervals, which resample shards; a text of fewer rows has one shard a row
+FEWEST_SHARDS = 16  # for intervals over shards; a text of fewer rows has one shard a row
 MOST_WAITING_BYTES = 4 << 30  # hidden states of a shard, which wait together where layers are streamed
 FLOPS_OF_A_THREAD = {2: 150e9, 4: 75e9}  # a second, by the bytes of an element, with all that is measured
 FLOPS_OF_A_GPU = {2: 200e12, 4: 20e12}

@@ -196,7 +196,7 @@ def length_matched(a: Answers, slack: float) -> Answers:
 
 
 def prone_probability(resamples: Float64) -> Float64:
-    """The share of resamples in which each layer's contrast is among the highest 25%, float64[layers]."""
+    """Return the share of resamples in which each layer's contrast is among the highest 25%, float64[layers]."""
     return (rank_lowest(-resamples) <= count_lowest(resamples.shape[1])).mean(axis=0)
 
 
