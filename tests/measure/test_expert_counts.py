@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from avss_dist.measure.experts import ExpertCounter, expert_hooks
+from avss_dist.measure.hooks import observe
+from avss_dist.measure.passes import Pass
 from avss_dist.models.experts import Experts, Routing
 
 INDEX = torch.tensor([[0, 2], [2, 1], [2, 0]])
@@ -60,6 +62,21 @@ def test_only_routers_that_are_modules_are_hooked(router: bool, hooks: int) -> N
     for handle in handles:
         handle.remove()
     assert not found.module._forward_pre_hooks
+
+
+def test_nothing_counts_outside_of_a_pass_of_a_layer_and_where_no_token_does() -> None:
+    found, tokens = experts(), torch.zeros(2, 4)
+    assert found.router is not None
+    with observe([], (), ()) as observer:
+        for mask in (None, torch.ones((2, 1), dtype=torch.bool)):
+            now = Pass(observer, mask, slice(None), {}, None)
+            for current in (lambda: None, lambda now=now: now):
+                handles = expert_hooks([SimpleNamespace(experts=found)], current)  # type: ignore[list-item]
+                found.router(tokens)
+                found.module(tokens)
+                for handle in handles:
+                    handle.remove()
+        assert observer.experts.send()() == {}
 
 
 def test_without_a_router_there_is_no_entropy() -> None:
