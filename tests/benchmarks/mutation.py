@@ -32,7 +32,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -264,7 +264,8 @@ class Mutation:
     def __init__(self, paths: list[Path], options: argparse.Namespace) -> None:
         self.paths, self.options = paths, options
         self.failed: list[str] = []
-        self.seconds: dict[pytest.Item, float] = {}
+        self.seconds: dict[pytest.Item, float] = {}  # with its fixtures
+        self.call_seconds: dict[pytest.Item, float] = {}
         self.scores: dict[Path, list[int]] = {}
 
     def pytest_collection(self) -> None:
@@ -285,6 +286,15 @@ class Mutation:
         """Note the tests that fail."""
         if report.failed:
             self.failed.append(report.nodeid)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        """Note how long a test takes without its fixtures, which other tests may have made."""
+        start = time.process_time()
+        try:
+            return (yield)
+        finally:
+            self.call_seconds[item] = time.process_time() - start
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
         """Run every test once, then the mutants."""
@@ -314,7 +324,8 @@ class Mutation:
         for module in modules:
             module.forget_calls()
             for tests in module.callers.values():
-                tests[:] = sorted((t for t in tests if self.seconds[t] <= self.options.slowest), key=self.seconds.get)
+                quick = [test for test in tests if self.call_seconds.get(test, 0) <= self.options.slowest]
+                tests[:] = sorted(quick, key=lambda test: self.call_seconds.get(test, 0))
         gc.collect()
         gc.freeze()  # what is there is the same in every fork
 

@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from avss_dist.errors import ModelError
 from avss_dist.measure.experts import ExpertCounter, expert_hooks
+from avss_dist.measure.hooks import observe
+from avss_dist.measure.passes import Entered, Pass
 from avss_dist.models.experts import Experts, Routing
 
 INDEX = torch.tensor([[0, 2], [2, 1], [2, 0]])
@@ -60,6 +63,36 @@ def test_only_routers_that_are_modules_are_hooked(router: bool, hooks: int) -> N
     for handle in handles:
         handle.remove()
     assert not found.module._forward_pre_hooks
+
+
+def test_nothing_counts_outside_of_a_pass_of_a_layer_and_where_no_token_does() -> None:
+    found, tokens = experts(), torch.zeros(2, 4)
+    assert found.router is not None
+    with observe([], (), ()) as observer:
+        for mask in (None, torch.ones((2, 1), dtype=torch.bool)):
+            now = Pass(observer, mask, slice(None), {}, None)
+            for current in (lambda: None, lambda now=now: now):
+                handles = expert_hooks([SimpleNamespace(experts=found)], current)  # type: ignore[list-item]
+                found.router(tokens)
+                found.module(tokens)
+                for handle in handles:
+                    handle.remove()
+        assert observer.experts.send()() == {}
+
+
+def test_experts_that_see_other_tokens_than_the_batch_are_refused() -> None:
+    found, mask = experts(), torch.ones((1, 3), dtype=torch.bool)
+    assert found.router is not None
+    layer: Any = SimpleNamespace(index=5, experts=found)
+    with observe([], (), ()) as observer:
+        now = Pass(observer, mask, slice(None), {}, None, entered=Entered(layer, None, 0))
+        handles = expert_hooks([layer], lambda: now)
+        found.router(torch.zeros(3, 4))
+        with pytest.raises(ModelError, match="The experts of layer 5 see 2 tokens in a batch of 3"):
+            found.router(torch.zeros(2, 4))
+        assert observer.experts.send()()[5].router_entropy_sum == pytest.approx([3 * np.log(4)] * 4)
+    for handle in handles:
+        handle.remove()
 
 
 def test_without_a_router_there_is_no_entropy() -> None:
