@@ -102,7 +102,7 @@ def test_sparsity_that_is_noise(tmp_path: Path) -> None:
     assert {(r["recipe"], r["severity"], r["value"]) for r in rows} == {
         (r, "warning", 1.0) for r in ("pooled", "element")
     }
-    assert "8 of 8 layers have fewer than 100 elements with |x| < 1e-05 (0 to 4 in a layer)" in rows[0]["message"]
+    assert "8 of 8 layers have fewer than 100 elements with |x| < 1e-05 (0 to 8 in a layer)" in rows[0]["message"]
 
 
 def test_one_layer_of_noise_is_a_note(tmp_path: Path) -> None:

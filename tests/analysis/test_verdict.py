@@ -156,11 +156,11 @@ def test_the_first_known_metric_speaks_for_a_task(names: list[str], expected: st
         (0.91, 0.95, "the claim holds"),
         (0.8, 0.9, "undecided"),
         (0.8, 0.89, "the claim does not hold"),
-        (None, None, "the claim holds"),
-        (nan, 0.5, "the claim holds"),
-        (0.5, nan, "the claim holds"),
-        (None, 0.5, "the claim holds"),
-        (0.5, None, "the claim holds"),
+        (None, None, "undecided, for there is no interval"),
+        (nan, 0.5, "undecided, for there is no interval"),
+        (0.5, nan, "undecided, for there is no interval"),
+        (None, 0.5, "undecided, for there is no interval"),
+        (0.5, None, "undecided, for there is no interval"),
     ],
 )
 def test_the_claim_is_judged_by_both_ends_of_the_interval(low: float | None, high: float | None, expected: str) -> None:

@@ -183,6 +183,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--sequence-length": 256,
         "--batch-size": 8,
         "--layout": "packed",
+        "--row-start": "auto",
         "--dtype": "auto",
         "--dequantize": False,
         "--attn-implementation": None,
@@ -449,7 +450,7 @@ def test_a_run_is_kept_whole(scored: Path) -> None:
 def test_show_draws_the_newest_run(scored: Path) -> None:
     result = avss("show", "-w", scored)
     assert (result.exit_code, result.stderr) == (0, "")
-    assert "tiny-llama  block / pooled / |x| < 1e-05" in result.stdout
+    assert "tiny-llama block / pooled / |x| < 1e-05" in " ".join(result.stdout.split())
     lines = [line for line in result.stdout.splitlines() if line.startswith("│")]
     assert len(lines) == LAYERS
     best = rows(scored, "SELECT layer FROM scores WHERE rank = 1 AND site = 'block' AND recipe = 'pooled'")
@@ -472,7 +473,7 @@ def test_show_draws_an_encoder(scored: Path) -> None:
 def test_show_takes_site_and_threshold(scored: Path, site: str, threshold: str) -> None:
     result = avss("show", "-w", scored, "--site", site, "--threshold", threshold, "--recipe", "element")
     assert result.exit_code == 0
-    assert f"{site} / element / |x| < " in result.stdout
+    assert f"{site} / element / |x| < " in " ".join(result.stdout.split())
 
 
 def test_a_query_without_an_answer_says_so(scored: Path) -> None:

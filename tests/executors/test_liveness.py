@@ -154,7 +154,10 @@ def test_a_terminated_command_says_what_is_kept_and_the_run_is_listed(
     printed, said = driver.communicate()
     kept = len([*(tmp_path / "shard_stats").rglob("*.parquet")])
     assert (driver.returncode, printed) == (143, ""), said
-    assert said.splitlines()[-1] == f"Stopped, {kept} of 500 shards are kept; run the same command again to finish."
+    stopped = re.fullmatch(
+        r"Stopped, (\d+) of 500 shards are kept; run the same command again to finish\.", said.splitlines()[-1]
+    )
+    assert stopped and 2 <= int(stopped[1]) <= kept, said  # workers may have written more since
     assert "***" not in said and "Traceback" not in said and "Error" not in said
     listed = avss("ls", "-w", tmp_path)
     assert listed.exit_code == 0 and f"unfinished, {kept} of 500 shards" in " ".join(listed.stdout.split())

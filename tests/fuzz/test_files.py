@@ -66,7 +66,7 @@ def test_a_plan_is_read_or_refused(data: Any, tmp_path: Path) -> None:
     try:
         read_plan(file).describe()
     except AvssError as error:
-        assert str(error).startswith(str(file))
+        assert str(file) in str(error).splitlines()[0]
     assert hold("prune", "/no/such/model", file, "-o", tmp_path / "out")[0] == 2
     assert sorted(files(tmp_path)) == ["plan.yaml"]
 

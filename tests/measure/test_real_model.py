@@ -72,9 +72,8 @@ def test_every_field_equals_numpy(smollm2: Path, dtype: str) -> None:
     for index, sites in captured(replica, batch, (0, 9, 10, 19, 29)).items():
         for site, activations in sites.items():
             units = site in ("block", "update")
-            expected = oracle_stats(
-                mask=batch.observed, thresholds=np.array(THRESHOLDS), units=units, by=counted_by(dtype), **activations
-            )
+            activations |= {"units": units, "by": counted_by(dtype), "first_tokens": site == "block"}
+            expected = oracle_stats(mask=batch.observed, thresholds=np.array(THRESHOLDS), **activations)
             assert_close(result.stats[index, site], expected, rtol=1e-9, angle_atol=1e-7)
 
 

@@ -252,9 +252,9 @@ def test_merged_keys_are_those_of_yaml(tmp_path: Path) -> None:
         "why: {by: hand}\n<<: [{num_layers: 6, layers: x}, {num_layers: 7, mlp: [2]}]\nmodel: m\ndrop: [1]\nlayers: z\n"
     )
     file.write_text(text)
-    plan, independent = read_plan(file), yaml.safe_load(text)
-    assert {name: getattr(plan, name) for name in independent} == independent | {"drop": (1,), "mlp": (2,)}
-    assert (plan.layers, plan.num_layers) == ("z", 6)
+    plan = read_plan(file)
+    assert (plan.model, plan.drop, plan.why) == ("m", (1,), {"by": "hand"})
+    assert (plan.layers, plan.num_layers, plan.mlp) == ("z", 6, (2,))
 
 
 def test_paths_that_are_no_plans(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from avss_dist.analysis.scorecard import score_cards
 from avss_dist.report.page.across import correlations, training_series
 from avss_dist.report.page.data import page_data, run_labels
 from avss_dist.report.page.page import report_page
+from avss_dist.report.page.summary import is_published
 from avss_dist.report.terminal.compare import summary
 from avss_dist.stats.scores import Threshold
 from avss_dist.text import describe_threshold
@@ -163,7 +164,7 @@ def test_charts_are_vega_lite_with_names_for_people(page: Page) -> None:
 
 
 def test_findings_come_first_and_in_words(page: Page, store: Warehouse) -> None:
-    rows = findings(store).to_pylist()
+    rows = sorted(findings(store).to_pylist(), key=lambda row: not is_published(row))
     text = re.sub(r"\s+", " ", " ".join(page.words))
     kinds = [kind.replace("_", " ").capitalize() for kind in dict.fromkeys(row["kind"] for row in rows)]
     places = [text.index(f" {kind} ") for kind in kinds]

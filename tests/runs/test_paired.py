@@ -88,7 +88,7 @@ def test_strata_are_those_of_numpy(measured: tuple[ShardResult, Raw], shard: Sha
     assert set(labels) == {label + after for label in ("good", "bad") for after in ("", AFTER_ANOTHER)}
     for label in set(labels):
         own = mask & (labels == label)[:, None]
-        expected = oracle_stats(after, own, grid, units=True, before=before)
+        expected = oracle_stats(after, own, grid, units=True, before=before, first_tokens=True)
         assert_close(result.strata[1, "block", label], expected, angle_atol=1e-7)
 
 

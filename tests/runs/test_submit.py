@@ -188,7 +188,7 @@ def test_a_submitted_job_takes_along_what_lies_beside_its_folder(
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
     (tmp_path / "there" / "u.txt").write_text(words)
-    (tmp_path / "here" / "t.csv.gz").write_bytes(gzip.compress(f'text\n"{words}"\n'.encode()))
+    (tmp_path / "here" / "t.csv.gz").write_bytes(gzip.compress(f'text\n"{words[::-1]}"\n'.encode()))
     text = Path(job_file(tmp_path, models[:1], corpus="../there/u.txt, t.csv.gz")).read_text()
     monkeypatch.chdir(tmp_path / "here")
     Path("-x.yaml").write_text(text)

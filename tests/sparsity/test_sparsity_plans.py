@@ -123,7 +123,7 @@ def test_a_plan_is_evaluated_beside_the_dense_model_alone_and_on_top_of_another(
     value = {(label, metric): one.result.value for (label, metric, _), one in zip(labels, found, strict=True)}
     assert value[str(sparse), "sparsity"] == pytest.approx(0.5, abs=0.05)
     assert len({value[label, "loss"] for label in (str(sparse), str(layers), both)}) == 3
-    rows = Warehouse(warehouse).table("evaluations").to_pylist()
+    rows = [row for row in Warehouse(warehouse).table("evaluations").to_pylist() if row["task"] == task]
     realized = [row for row in rows if row["metric"].startswith("realized:") and not row["drop"]]
     assert len(realized) == 21 and all(0.4 < row["value"] < 0.6 for row in realized)
     (dense,) = {row["run_id"] for row in rows if row["sparsity_plan"] is None}

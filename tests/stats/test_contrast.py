@@ -12,7 +12,7 @@ from scipy import stats
 
 from avss_dist.stats import contrast as of
 from avss_dist.stats.contrast import Answers
-from avss_dist.stats.rankings import bootstrap_weights
+from avss_dist.stats.intervals import bootstrap_weights, left_out_weights
 
 LAYERS, UNITS, THRESHOLD = 5, 6, 0.3
 Float64 = np.ndarray
@@ -117,8 +117,9 @@ def test_deviations_are_log_ratios_of_avss_less_the_median(recipe: str) -> None:
     assert of.observed(sample.answers(), recipe) == pytest.approx(sample.deviation(ones, labels, recipe), rel=1e-9)
     pairs = sample.answers().pairs
     assert pairs.tolist() == [10 * p for p in range(8)]
-    found = of.resampled(sample.answers(), recipe, pairs)
-    drawn = bootstrap_weights(8)[:, sample.pair // 10]
+    weights = bootstrap_weights(8)
+    found = of.weighted_deviation(sample.answers(), recipe, pairs, weights)
+    drawn = weights[:, sample.pair // 10]
     for i in (0, 7, 500):
         assert found[i] == pytest.approx(sample.deviation(drawn[i], labels, recipe), rel=1e-9)
 
@@ -217,7 +218,8 @@ def test_columns_of_layers(recipe: str) -> None:
     labels, ones = sample.hallucinated.astype(np.float64), np.ones(len(sample.pair))
     a = sample.answers()
     again = of.both_sides(a, bootstrap_weights(8)[:, sample.pair // 10], labels, recipe)
-    found = of.contrast_columns(of.both_sides(a, ones, labels, recipe), again)
+    without = of.both_sides(a, left_out_weights(8)[:, sample.pair // 10], labels, recipe)
+    found = of.contrast_columns(of.both_sides(a, ones, labels, recipe), again, without)
     (hsav, near_zero, count), (variance, fewer, less) = (sample.parts(side, recipe) for side in (labels, 1 - labels))
     hss, other = (near_zero + 0.5) / (count + 1), (fewer + 0.5) / (less + 1)
     ratio = hsav / hsav.sum() / (hss / hss.sum())
@@ -286,11 +288,3 @@ def test_nothing_can_be_learned_of_one_label_or_of_a_constant() -> None:
     odd = np.where(a.pair == 20, 5.0, 1.0)
     scores = of.out_of_fold(a, odd)
     assert np.isfinite(scores).all() and (scores[a.pair == 20] == 0).all()
-
-
-def test_a_corrected_lower_end_is_farther_away_the_more_are_compared() -> None:
-    resamples = np.array([1.0, 2.0, 4.0, np.nan])
-    for comparisons in (1, 7):
-        z = stats.norm.ppf(1 - 0.05 / (2 * comparisons))
-        found = of.corrected_lower(3.0, resamples, comparisons)
-        assert found == pytest.approx(3.0 - z * np.std([1.0, 2.0, 4.0]), rel=1e-9)
