@@ -51,9 +51,10 @@ start_node() { # NODE CPUS ARGUMENT...
     local node="$1" cpus="$2" log="$state/node-$1.log"
     shift 2
     # Ray takes 127.0.0.1 for "the address that others see", so each node has a loopback address of its own. Its workers
-    # would be at niceness 15, and wait for whatever else computes on this machine.
+    # would be at niceness 15, and wait for whatever else computes on this machine. A job that is stopped would be killed
+    # after 3 s.
     AVSS_LOCAL_CLUSTER="$state" AVSS_LOCAL_NODE="$state:$node" SPT_NOENV=1 RAY_USAGE_STATS_ENABLED=0 \
-        RAY_worker_niceness="${RAY_worker_niceness:-0}" \
+        RAY_worker_niceness="${RAY_worker_niceness:-0}" RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-60}" \
         "$bin/ray" start "$@" --node-ip-address "127.0.0.$((node + 2))" --num-cpus "$cpus" \
         --object-store-memory "$OBJECT_STORE_BYTES" --temp-dir "$(cat "$state/temp")/$node" \
         --dashboard-agent-listen-port 0 \

@@ -24,7 +24,7 @@ _COLUMNS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
     ("attention alone", "attention", 1, lambda row: _with_error(row["attention"], row["attention_stderr"])),
     ("MLP alone", "mlp", 1, lambda row: _with_error(row["mlp"], row["mlp_stderr"])),
     ("Shapley", "shapley", 1, lambda row: f"{row['shapley']:z.4f}"),
-    ("95% interval", "shapley_low", 3, lambda row: f"{row['shapley_low']:.4f} .. {row['shapley_high']:.4f}"),
+    ("95% interval", "shapley_low", 3, lambda row: f"{row['shapley_low']:z.4f} .. {row['shapley_high']:z.4f}"),
     ("damage", "damage", 1, lambda row: f"{row['damage']:z.1f}"),
     (
         "predicted",

@@ -116,4 +116,4 @@ def _p(value: float | None) -> str:
 
 def _interval(row: dict[str, Any], name: str) -> str:
     low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return "-" if low is None else f"{low:.3f} to {high:.3f}"
+    return "-" if low is None else f"{low:z.3f} to {high:z.3f}"
