@@ -47,6 +47,12 @@ TRACKS_DEPTH = 0.9  # absolute Spearman correlation with depth above which a sco
 CHANGING = (0.1, 0.25)  # share of the lowest set that resampling changes: worth a note, a warning
 DISAGREE = 0.5  # Spearman correlation of two recipes below which they tell different stories
 
+_EVALUATED = ("run_id", "revision", "task", "metric", "value", "settings", "drop")
+_OLD_ROWS = (
+    "This run was measured before packed rows started with the tokenizer's special tokens. If its tokenizer adds any "
+    "(BOS, CLS), score the model again; else nothing has changed."
+)
+
 KINDS = (
     "unreadable",
     "nonfinite",
@@ -273,13 +279,6 @@ def _row_starts(warehouse: Warehouse, runs: Rows) -> Iterator[Row]:
             starts = RowStarts.of(by_metric)
             if starts and (sentence := starts.describe(run["model"], task.removeprefix(ROW_START))):
                 yield {"run_id": run["run_id"], **finding("row_start", "warning", starts.ratio, sentence)}
-
-
-_EVALUATED = ("run_id", "revision", "task", "metric", "value", "settings", "drop")
-_OLD_ROWS = (
-    "This run was measured before packed rows started with the tokenizer's special tokens. If its tokenizer adds any "
-    "(BOS, CLS), score the model again; else nothing has changed."
-)
 
 
 def _carried(run_id: str, whole: Rows, cut: Rows, tokens: int) -> Iterator[Row]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.layer_stats import Float64, share_of_m2
 from avss_dist.stats.scores import NOISY_BELOW, Threshold
 from avss_dist.text import describe_layers, describe_threshold
 
@@ -139,11 +139,10 @@ def _dominant_units(rows: Rows) -> Iterator[Row]:
 
 def _first_token(rows: Rows) -> Iterator[Row]:
     """Yield a finding where the first token of each row carries more than half of the variance over elements."""
-    measured = [row for row in rows if row["first_count"] and row["m2"]]
     shares = {
-        row["layer"]: (row["first_m2"] + row["first_count"] * (row["first_mean"] - row["mean"]) ** 2) / row["m2"]
-        for row in measured
-        if row["count"] > row["first_count"]
+        row["layer"]: share_of_m2((row["first_count"], row["first_mean"], row["first_m2"]), row["mean"], row["m2"])
+        for row in rows
+        if row["first_count"] and row["m2"] and row["count"] > row["first_count"]
     }
     dominated = [layer for layer, share in shares.items() if share > DOMINANT]
     if dominated:

@@ -10,6 +10,7 @@ from typing import Any
 from avss_dist.errors import WarehouseError, as_failure
 from avss_dist.estimation.speed import COLUMNS, multiplication_speed, run_seconds, speed_of_a_run_like_it
 from avss_dist.models.size import Footprint
+from avss_dist.partition.choose import batch_bytes
 from avss_dist.runs.api import executor_for, overridden
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.planner import Planner
@@ -148,7 +149,7 @@ class _Previewer:
 
 def _missing_memory(size: Footprint, settings: Settings, devices: Devices) -> str:
     """Return a warning if the weights and the activations of a batch are larger than the memory of a device here."""
-    needed = size.weight_bytes + size.activation_bytes(settings.batch_size, settings.sequence_length)
+    needed = size.weight_bytes + batch_bytes(size, settings)
     if needed <= devices.device_bytes:
         return ""
     return (

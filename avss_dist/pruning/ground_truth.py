@@ -58,7 +58,10 @@ def layer_truth(store: Warehouse, run: Mapping[str, Any], by: str) -> LayerTruth
 
 
 def nothing_measured(store: Warehouse, run: Mapping[str, Any], by: str) -> QueryError:
-    """What `avss ablate` measures is not in a warehouse; the hint measures it, or says that nothing can."""
+    """Return the error that a warehouse lacks a measurement of `avss ablate` for the layers of a run.
+
+    Its hint is the command that measures it, or says that the model cannot be measured.
+    """
     hint = ablate_command(store, run, by) if has_head(run) else f"{describe_headless(run)} Choose by a score."
     return QueryError(f"{store.root} has no '{by}' of the layers of {run['model']}.", hint)
 

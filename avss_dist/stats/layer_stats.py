@@ -211,9 +211,7 @@ class LayerStats:
     @property
     def first_token_share(self) -> float:
         """Share of ``m2`` that the first token of each row contributes; NaN where it was not measured or m2 is 0."""
-        if not self.first_count or not self.m2 > 0:
-            return np.nan
-        return (self.first_m2 + self.first_count * (self.first_mean - self.mean) ** 2) / self.m2
+        return share_of_m2((self.first_count, self.first_mean, self.first_m2), self.mean, self.m2)
 
     @property
     def rms(self) -> float:
@@ -238,6 +236,17 @@ def merge_moments(a: tuple[int, float, float], b: tuple[int, float, float]) -> t
     delta = mean_b - mean_a
     mean = mean_a + delta * (count_b / count)
     return count, mean, m2_a + m2_b + delta * delta * (count_a * (count_b / count))
+
+
+def share_of_m2(part: tuple[int, float, float], mean: float, m2: float) -> float:
+    """Return the share of a sample's ``m2`` that a part of it contributes; NaN of an empty part, or where m2 is 0.
+
+    Args:
+        part: count, mean and m2 of the part.
+        mean, m2: of the whole sample.
+    """
+    count, part_mean, part_m2 = part
+    return (part_m2 + count * (part_mean - mean) ** 2) / m2 if count and m2 > 0 else np.nan
 
 
 def _add_units(a: Float64, b: Float64) -> Float64:

@@ -1,4 +1,7 @@
-"""What a repair needs of a checkpoint and of text, known from the configuration and the headers of the weight files."""
+"""Requirements of a repair: the least number of tokens, and weights that can be changed.
+
+They follow from the configuration and the headers of the weight files. No weight is read.
+"""
 
 from __future__ import annotations
 
