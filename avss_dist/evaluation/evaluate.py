@@ -131,6 +131,8 @@ def evaluate(
     store = Store(warehouse)
     store.create()
     found = read_subjects(subjects, sparse, settings)
+    for subject, task in product(found, tasks):
+        require_effect(subject.sparsity and subject.sparsity.rule, task, f"{subject.label}: ")
     found, unknown = with_bases(found, base, trust_remote_code=settings.trust_remote_code)
     with closing(open_executor(execution, settings)) as executor:
         planned: dict[_Key, PlannedEvaluation] = {}
@@ -148,7 +150,6 @@ def evaluate(
                     prompting=prompting,
                 )
                 for one in _sparsities(found, checkpoint):
-                    require_effect(one.rule if one else None, name)
                     made = plan_evaluation(checkpoint, task, fixed, placement, one)
                     planned[checkpoint.revision, name, _key(one)] = made
         _require_same_tokens(found, tasks, planned)
@@ -303,11 +304,15 @@ def _key(sparsity: Sparsity | None) -> str | None:
     return sparsity.key if sparsity else None
 
 
-def require_effect(rule: str | None, task: str) -> None:
-    """Refuse (`ConfigError`) a text, which is one prompt, where a rule leaves prompts dense."""
+def require_effect(rule: str | None, task: str, where: str = "") -> None:
+    """Refuse (`ConfigError`) a text, which is one prompt, where a rule leaves prompts dense.
+
+    Args:
+        where: begin of the message, which names the file of the rule.
+    """
     if rule == "dense-prefill" and task.startswith(PERPLEXITY):
         raise ConfigError(
-            f"{RedactedURI(task)} is a prompt, and the rule dense-prefill makes nothing of a prompt sparse.",
+            f"{where}{RedactedURI(task)} is a prompt, and the rule dense-prefill makes nothing of a prompt sparse.",
             "Evaluate a task that generates, or make the plan with another rule.",
         )
 
