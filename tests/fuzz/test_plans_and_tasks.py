@@ -168,32 +168,18 @@ PLAN_POOLS = {
 }
 
 
-def read_and_done(file: Path, text: str, keys: set[str]) -> tuple[list[dict[str, str]], dict[str, Any]] | None:
-    """Return what was done with a plan and what its file says, read independently; None of a plan that is refused.
-
-    Args:
-        keys: those that a plan of this kind may have.
-    """
-    rows = done(file, text)
-    event("refused" if rows is None else "accepted")
-    if rows is None:
-        return None
-    said = independent(text)
-    assert set(said) <= keys
-    assert said["num_layers"] == LAYERS and type(said["num_layers"]) is int
-    return rows, said
-
-
 @fuzzed(40)
 @given(text=documents(PLAN, PLAN_POOLS))
 def test_an_accepted_plan_leaves_out_the_layers_that_its_file_names(
     text: str, place: Path, model: LanguageModel, rows: torch.Tensor
 ) -> None:
-    accepted = read_and_done(place / "plan.yaml", text, {*PLAN_POOLS, "revision", "run_id", "evaluated"})
-    if accepted is None:
+    found = done(place / "plan.yaml", text)
+    event("refused" if found is None else "accepted")
+    if found is None:
         return
-    found, said = accepted
-    assert said["layers"] == "layers"
+    said = independent(text)
+    assert set(said) <= {*PLAN_POOLS, "revision", "run_id", "evaluated"}
+    assert (said["num_layers"], said["layers"]) == (LAYERS, "layers") and type(said["num_layers"]) is int
     drop, attention, mlp = (numbers(said.get(key, [])) for key in ("drop", "attention", "mlp"))
     assert not drop & (attention | mlp)
     if said.get("keep") is not None:
@@ -254,10 +240,13 @@ SPARSE_POOLS = {
 def test_an_accepted_sparsity_plan_makes_zero_what_its_file_says(
     text: str, place: Path, model: LanguageModel, rows: torch.Tensor
 ) -> None:
-    accepted = read_and_done(place / "sparse.yaml", text, {*SPARSE_POOLS, "revision", "run_id", "why", "findings"})
-    if accepted is None:
+    found = done(place / "sparse.yaml", text)
+    event("refused" if found is None else "accepted")
+    if found is None:
         return
-    found, said = accepted
+    said = independent(text)
+    assert set(said) <= {*SPARSE_POOLS, "revision", "run_id", "why", "findings"}
+    assert said["num_layers"] == LAYERS and type(said["num_layers"]) is int
     maps = said["projections"]
     weights = [one["outputs"] * one["inputs"] for one in maps]
     planned = sum(one["sparsity"] * size for one, size in zip(maps, weights, strict=True)) / sum(weights)
