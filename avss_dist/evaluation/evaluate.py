@@ -131,8 +131,8 @@ def evaluate(
     store = Store(warehouse)
     store.create()
     found = read_subjects(subjects, sparse, settings)
-    for subject, task in product(found, tasks):
-        require_effect(subject.sparsity and subject.sparsity.rule, task, f"{subject.label}: ")
+    for subject, name in product(found, tasks):
+        require_effect(subject.sparsity.rule if subject.sparsity else None, name, f"{subject.label}: ")
     found, unknown = with_bases(found, base, trust_remote_code=settings.trust_remote_code)
     with closing(open_executor(execution, settings)) as executor:
         planned: dict[_Key, PlannedEvaluation] = {}
