@@ -44,9 +44,8 @@ if TYPE_CHECKING:
         WarehouseError,
     )
     from avss_dist.estimation.estimate import Estimate
-    from avss_dist.evaluation.ablate import ablate
-    from avss_dist.evaluation.evaluate import evaluate
-    from avss_dist.evaluation.outcomes import Ablation, Evaluations
+    from avss_dist.evaluation.ablate import Ablation, ablate
+    from avss_dist.evaluation.evaluate import Evaluations, evaluate
     from avss_dist.evaluation.shrink import Shrunk, shrink
     from avss_dist.pruning.plan import Plan
     from avss_dist.report.terminal.progress import Progress
@@ -105,9 +104,8 @@ _HOMES = {
         "WarehouseError",
     ),
     "estimation.estimate": ("Estimate",),
-    "evaluation.ablate": ("ablate",),
-    "evaluation.evaluate": ("evaluate",),
-    "evaluation.outcomes": ("Ablation", "Evaluations"),
+    "evaluation.ablate": ("Ablation", "ablate"),
+    "evaluation.evaluate": ("Evaluations", "evaluate"),
     "evaluation.shrink": ("Shrunk", "shrink"),
     "pruning.plan": ("Plan",),
     "report.terminal.progress": ("Progress",),

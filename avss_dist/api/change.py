@@ -36,8 +36,8 @@ from avss_dist.text import parse_threshold
 from avss_dist.warehouse.reader import Warehouse
 
 if TYPE_CHECKING:
-    from avss_dist.evaluation.engine import CellReporter
-    from avss_dist.evaluation.search import Found, SearchReporter
+    from avss_dist.evaluation.events import OnEvent
+    from avss_dist.evaluation.search import Found
     from avss_dist.pruning.repair.repair import Repair, Repaired
     from avss_dist.sparsity.plan import SparsityPlan
 
@@ -55,7 +55,7 @@ def choose_layers(
     sublayers: bool,
     reading: tuple[str, str, str | float],
     limits: Mapping[str, Any],
-    reporter: SearchReporter | None,
+    reporter: OnEvent | None,
     options: Mapping[str, Any],
     **how: Any,
 ) -> tuple[Plan, Found | None]:
@@ -86,7 +86,7 @@ def choose_layers(
 
 def _count(run: Mapping[str, Any], limits: Mapping[str, Any], how: Mapping[str, Any]) -> int:
     """How many layers a budget takes."""
-    from avss_dist.evaluation.sizes import run_size
+    from avss_dist.evaluation.subjects import run_size
     from avss_dist.pruning.savings import Budget
 
     budget = Budget(**limits)
@@ -120,7 +120,7 @@ def plan(
     recipe: str = RECIPES[0],
     threshold: str | float = PUBLISHED_THRESHOLD,
     skip_sequences: int = 0,
-    reporter: SearchReporter | None = None,
+    reporter: OnEvent | None = None,
     **options: Unpack[EvaluationOptions],
 ) -> Plan:
     """Which layers of a run's model to drop, with the reason and what speaks against it; `Plan.write` makes a file.
@@ -175,7 +175,7 @@ def sparsify(
     corrections: int = 0,
     corpus: str | None = None,
     skip_sequences: int = 0,
-    reporter: CellReporter | None = None,
+    reporter: OnEvent | None = None,
     **options: Unpack[EvaluationOptions],
 ) -> SparsityPlan:
     """Which activations of a run's model become zero: see `evaluation.sparsify.sparsify`; of the newest by default."""
@@ -221,7 +221,7 @@ def prune(
     skip_sequences: int = 0,
     warehouse: str | Path | None = None,
     push: str | None = None,
-    reporter: CellReporter | None = None,
+    reporter: OnEvent | None = None,
     **options: Unpack[EvaluationOptions],
 ) -> Pruned:
     """Write a checkpoint without the layers that a plan drops; on request, a repaired one.
@@ -254,7 +254,7 @@ def prune(
         require_access(push, "model")
     fitted: Repair | Repaired | None = wanted
     if wanted is not None and warehouse is not None:
-        from avss_dist.evaluation.kept_repair import kept_repair
+        from avss_dist.evaluation.repairs import kept_repair
 
         where: dict[str, Any] = {"warehouse": warehouse, "execution": execution, "reporter": reporter}
         fitted = kept_repair(str(model), made, wanted, Path(output), **where)

@@ -9,7 +9,7 @@ from typing import Unpack
 import pyarrow as pa
 
 from avss_dist.estimation import estimate as estimating
-from avss_dist.evaluation.engine import CellReporter
+from avss_dist.evaluation.events import OnEvent
 from avss_dist.evaluation.experiment import run_experiment
 from avss_dist.options import JobOptions, ScoringOptions, with_options
 from avss_dist.results import Table, TabularResult
@@ -49,7 +49,7 @@ def run_job(
     allow_overlap: bool = False,
     allow_many: bool = False,
     reporter: Reporter | None = None,
-    cells: CellReporter | None = None,
+    cells: OnEvent | None = None,
     **options: Unpack[JobOptions],
 ) -> Runs:
     """Run what a job file asks for, its experiment included; what is done is not repeated.

@@ -212,9 +212,9 @@ def _refuse_of_the_other(
 
 def _choose(opened: Warehouse, row: Mapping[str, Any], **how: Any) -> Plan:
     from avss_dist.api.change import choose_layers
-    from avss_dist.report.terminal.progress import SearchProgress
+    from avss_dist.report.terminal.progress import CellProgress
 
-    with SearchProgress() as progress:
+    with CellProgress() as progress:
         made, found = choose_layers(opened, row, reporter=progress, **how)
     if found:
         from avss_dist.report.terminal.search import search_table
@@ -272,7 +272,7 @@ def _sparsify(output: Path, target: float, format: str, how: dict[str, Any]) -> 
 
 def _saved(run: Mapping[str, Any], made: Plan) -> list[str]:
     """What a plan saves, in words; nothing where the checkpoint is not on this machine."""
-    from avss_dist.evaluation.sizes import known_size
+    from avss_dist.evaluation.subjects import known_size
     from avss_dist.pruning.savings import Savings
 
     size = known_size(run) if made.drop else None

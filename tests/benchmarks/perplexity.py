@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from avss_dist.corpus.tokens import special_tokens_of_rows
-from avss_dist.evaluation.engine import pinned, plan_text
+from avss_dist.evaluation.session import pinned
+from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.partition.single import SingleReplica

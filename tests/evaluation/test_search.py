@@ -18,8 +18,8 @@ from support.commands import Command
 from support.processes import wait_until
 
 from avss_dist.evaluation.ablate import ablate
-from avss_dist.evaluation.engine import plan_text
 from avss_dist.evaluation.search import Found, search
+from avss_dist.evaluation.tasks import plan_text
 from avss_dist.intervention import Intervention, Removals, decode_removals, encode_removals, size_removed, sublayers_of
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.pruning.plan import read_plan

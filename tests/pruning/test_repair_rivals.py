@@ -14,9 +14,9 @@ from support.checkpoints import llama, one_thread
 from support.families import lively, tiny_model
 
 from avss_dist.corpus.shards import plan as read_text
-from avss_dist.evaluation.engine import PlannedTask
-from avss_dist.evaluation.make_tasks import text_task
-from avss_dist.evaluation.repairs import fit_repairs, plan_fits
+from avss_dist.evaluation.repairs import fit_repairs, plan_fits, read_repaired
+from avss_dist.evaluation.session import EvaluationSession, PlacedModel, PlannedTask
+from avss_dist.evaluation.tasks import text_task
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.checkpoints import resolve
@@ -59,13 +59,14 @@ def evaluated(folder: Path, layers: str, by: str, drop: tuple[int, ...], store: 
     repair = Repair(by=by, corpora=(TEXT,), settings=SETTINGS)
     text = text_of(folder)
     with closing(LocalExecutor(SETTINGS)) as executor:
-        (fitted,) = plan_fits(checkpoint, layers, [repair], placement).values()
-        (patch,) = fit_repairs([(fitted, [drop])], Store(store), executor).values()
+        model = PlacedModel(checkpoint=checkpoint, settings=SETTINGS, placement=placement)
+        (fitted,) = plan_fits(model, layers, [repair]).values()
+        (patch,) = fit_repairs(EvaluationSession(Store(store), executor), [(fitted, [drop])]).values()
         cells = PlannedTask(checkpoint=checkpoint, settings=HELD_OUT, task=text, placement=placement).cells(
             [Intervention(removed=drop, patch=patch)]
         )
         rows = [result.rows[0].samples for _, result in executor.run_cells(iter([cells]))]
-    repaired = patch.repaired()
+    repaired = read_repaired(patch)
     return repaired.tensors, repaired.record.cuts, np.concatenate(rows)
 
 

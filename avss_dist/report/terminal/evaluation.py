@@ -14,7 +14,7 @@ from avss_dist.stats.retention import NO_INTERVAL
 from avss_dist.text import printable
 
 if TYPE_CHECKING:
-    from avss_dist.evaluation.outcomes import Evaluations
+    from avss_dist.evaluation.evaluate import Evaluations
 
 
 def evaluation_table(found: Evaluations) -> RenderableType:
