@@ -29,16 +29,6 @@ INPUTS = (*INPUT_SITES, "neuron")
 SITE_FAMILIES = {"inputs": INPUTS}
 """Names that stand for several sites."""
 RECIPES = ("pooled", "element", "unit")
-RIVALS = {
-    "block_influence": "block influence",
-    "angular_distance": "angular distance",
-    "relative_magnitude": "relative magnitude",
-    "update_variance_ratio": "update / input variance",
-}
-"""Scores that AVSS competes with, by column; and their titles."""
-SCORES = ("avss", *RIVALS)  # what layers are ranked by: low is unimportant
-GROUND_TRUTH = {"loss": "ablation:", "shapley": "shapley:", "taylor": "gradients:"}
-"""What dropping a layer does to the loss: measured, sampled, linearized; and the task of each, before its corpus."""
 SUBLAYER_LOSS = "sublayers:"  # before a corpus: the task of the loss without each sublayer
 SEARCHES = {
     "greedy": "removes the layer without which the loss is least, again and again",
@@ -54,13 +44,8 @@ def searches_instead(name: str) -> str:
 
 
 SEARCH = "search:"  # before a corpus: the task of a search
-ESTIMATES = {"damage": "damage:", "predicted": "damage:", "propagated": "damage:"}
-"""What dropping a layer does, estimated by a few passes: see `tasks.damage.Damage`; and the task of each."""
-OF_LAYERS = {**GROUND_TRUTH, **ESTIMATES}  # what `avss ablate` measures
 DRAWS = 2  # of labels from what the model predicts, for the estimates
-BLOCK_DISTANCE = "block_distance"  # of the stream before a run of layers and after it; measured with the estimates
 CONTRAST = "contrast"  # of hallucinated and truthful answers, by AVSS: what layers of an experiment are chosen by
-INTERACTIONS = "interactions"  # of layers, one by one and in pairs; measured with the estimates
 LOSS = "loss"  # a metric of a model: nats per token; higher is worse
 ENTROPY = "entropy"  # a metric of a model: nats per token that its predictions leave open
 CHANCE = "chance"  # a metric of multiple choice: the accuracy of a guess

@@ -11,6 +11,7 @@ from avss_dist.errors import WarehouseError, as_failure
 from avss_dist.estimation.speed import COLUMNS, multiplication_speed, run_seconds, speed_of_a_run_like_it
 from avss_dist.models.size import Footprint
 from avss_dist.partition.choose import batch_bytes
+from avss_dist.registry import PARTITIONS
 from avss_dist.runs.api import executor_for, overridden
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.planner import Planner
@@ -126,7 +127,7 @@ class _Previewer:
             replicas = min(replicas, max(1, devices.cpus // settings.threads))
         if like := speed_of_a_run_like_it(self._runs, size, placement.partition, devices.kind):
             return left * planned.corpus.num_tokens / like[0] / replicas, like[1], ""
-        if placement.partition != "single":
+        if not PARTITIONS[placement.partition].whole:
             return (
                 None,
                 "",

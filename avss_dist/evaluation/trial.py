@@ -21,9 +21,10 @@ from avss_dist.pruning.ground_truth import Interactions
 from avss_dist.pruning.interactions import quadratic
 from avss_dist.pruning.methods import Experiment, Method, methods
 from avss_dist.pruning.selection import Reading, count_layers
+from avss_dist.registry import INTERACTIONS
 from avss_dist.removal import Drop
 from avss_dist.runs.run import Run
-from avss_dist.settings import CHANCE, CONTRAST, INTERACTIONS, LOSS, NO_REPAIR, Settings
+from avss_dist.settings import CHANCE, CONTRAST, LOSS, NO_REPAIR, Settings
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Result
@@ -39,7 +40,7 @@ class Trial:
 
     Attributes:
         rows: of the table ``scores``.
-        truth: float64[layers], by one of ``settings.OF_LAYERS``.
+        truth: float64[layers], by one of ``registry.MEASURED``.
         interactions: of the layers, where sets are chosen by them.
         searched: what each method that searches found at each share.
         contrasts: float64[layers] by reading, of paired text.

@@ -19,6 +19,7 @@ from avss_dist.measure.hooks import Hooks, attached
 from avss_dist.measure.shard import analyze_shard, counter_bytes
 from avss_dist.models.size import footprint
 from avss_dist.partition.base import Placement, Replica
+from avss_dist.registry import PARTITIONS
 from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.system.cores import computing_threads, free_cores
@@ -115,12 +116,12 @@ def _unheard(cell: Cell, what: str, share: float) -> None:
 
 
 def shards_at_once(replica: Replica, spec: ReplicaSpec, strata: int = 1) -> int:
-    """How many shards a replica measures at once: as many as there are free cores, and memory for their activations.
+    """Return how many shards a replica measures at once: one for each free core that has memory for their activations.
 
     Args:
-        strata: that a shard counts apart.
+        strata: number of strata that a shard counts apart.
     """
-    if replica.model["partition"] != "single" or replica.device.type != "cpu":
+    if not PARTITIONS[replica.model["partition"]].whole or replica.device.type != "cpu":
         return 1
     settings = spec.settings
     cores = free_cores() // settings.threads

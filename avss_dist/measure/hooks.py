@@ -97,7 +97,7 @@ def attached(layers: Sequence[Layer], sites: Sequence[str], *, experts: bool = F
     """Hooks for any number of observers; whatever happens inside, no hook is left afterwards.
 
     Args:
-        layers: of `layers.find_structure`.
+        layers: of `structure.find_structure`.
         sites: which of ``settings.SITES`` to measure.
         experts: measure routed experts too.
     """
@@ -311,7 +311,7 @@ def observe(
     """Hook the layers; whatever happens inside, no hook is left afterwards. Observers may be nested.
 
     Args:
-        layers: of `layers.find_structure`.
+        layers: of `structure.find_structure`.
         sites: which of ``settings.SITES`` to measure.
         thresholds: absolute near-zero thresholds, ascending.
         passes: how many will be counted, if that is known: after the last, a layer's accumulators are given up.

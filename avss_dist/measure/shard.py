@@ -19,7 +19,7 @@ from avss_dist.models.layers import describe_projections
 from avss_dist.models.size import Footprint
 from avss_dist.models.structure import absent_sites
 from avss_dist.partition.base import Replica, dummy_batch, no_observation
-from avss_dist.registry import GANGS
+from avss_dist.registry import PARTITIONS
 from avss_dist.settings import INPUT_SITES, Settings
 from avss_dist.stats.layer_stats import LayerKey, ShardResult
 from avss_dist.stats.merging import merge_stats, merge_strata
@@ -71,7 +71,7 @@ def analyze_shard(
             lambda rows: _measure(replica, on_layers, list(shard.batches(rows)), forwards, settings, beat),
             rows,
             lambda rows: _too_large(replica, rows, settings),
-            least=rows if replica.model["partition"] in GANGS else 1,
+            least=rows if PARTITIONS[replica.model["partition"]].gang else 1,
         )
     observer.send()
     rows_of_answers, experts = observer.send_rows(), observer.experts.send()

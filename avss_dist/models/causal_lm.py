@@ -66,7 +66,7 @@ class LanguageModel:
         head: from what its last layer gives to logits.
         layers: its transformer blocks, in order.
         forms: how layers return hidden states (`skipping.Recorded`): what is known of a layer is no reason to run it.
-        family: ``config.model_type``.
+        family: ``model_type`` of the configuration.
         device: where it computes.
         reports: whether the answers of this process count; of several that give the same, one's do.
         factor: what is left of what a layer adds, where it is left out: 0 is nothing, and leaves out sublayers too.

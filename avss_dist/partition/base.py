@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import torch
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer
+from avss_dist.partition.cost import PartitionCost
 from avss_dist.registry import PARTITIONS
 
 T = TypeVar("T")
@@ -86,6 +87,7 @@ class Replica(Protocol):
         split: the rows of a batch that this rank counts.
         reports_stats: whether this rank has the result; the others count for it.
         language_model: what predicts; there where the replica was opened with its head.
+        cost: memory and time of a run with this partition, for estimates.
     """
 
     layers: tuple[Layer, ...]
@@ -94,6 +96,7 @@ class Replica(Protocol):
     split: RowSplit
     reports_stats: bool
     language_model: LanguageModel | None
+    cost: ClassVar[type[PartitionCost]]
 
     def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
         """Run the backbone over every batch. Nothing is returned: hooks see it.

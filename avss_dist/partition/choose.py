@@ -9,7 +9,8 @@ from avss_dist.errors import ConfigError, ModelError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.base import Placement
-from avss_dist.registry import GANGS, PARTITIONS
+from avss_dist.partition.open import replica_class
+from avss_dist.registry import GANGS, LAYERWISE, PARTITIONS, SEVERAL_GPUS, WHOLE
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices
 from avss_dist.text import describe_bytes
@@ -56,7 +57,7 @@ def choose(
     elif size:
         partition, gpus, why = _fitting(size, settings, execution, devices, head=head)
     else:
-        partition, gpus, why = "single", int(cuda), "the checkpoint's size is not known"
+        partition, gpus, why = WHOLE, int(cuda), "the checkpoint's size is not known"
     return Placement(
         partition=partition,
         ranks=_ranks(partition, execution, gpus),
@@ -96,7 +97,7 @@ def weight_limits(
     if "cpu" in limits:
         _require_host_memory(partition, size, settings, limits["cpu"], kind, head=head)
         left["cpu"] = max(1, limits["cpu"] - bytes_beside_weights(size, settings, kind, head=head))
-    if partition == "device_map" and size:
+    if PARTITIONS[partition].several_gpus and size:
         batch = batch_bytes(size, settings, head=head)
         left |= {gpu: max(1, limit - batch) for gpu, limit in limits.items() if gpu != "cpu"}
     return left
@@ -115,10 +116,8 @@ def bytes_beside_weights(size: Footprint | None, settings: Settings, kind: str, 
 
 def least_host_bytes(partition: str, size: Footprint, settings: Settings, kind: str, *, head: bool = False) -> int:
     """Return the bytes of host memory that a replica needs: `bytes_beside_weights`, and the weights held at once."""
-    layer, cpu = max(size.layer_bytes, default=0), kind == "cpu"
-    rest = size.weight_bytes - sum(size.layer_bytes) if head else size.other_bytes
-    weights = {"single": size.weight_bytes * cpu, "device_map": layer * cpu, "streaming": layer + rest * cpu}
-    return bytes_beside_weights(size, settings, kind, head=head) + weights.get(partition, 0)
+    weights = replica_class(partition).cost.minimum_host_weights(size, kind, head=head)
+    return bytes_beside_weights(size, settings, kind, head=head) + int(weights)
 
 
 def _require_host_memory(
@@ -217,9 +216,9 @@ def _fitting(
     beside = min(most, max(1, devices.cpus_of_largest_node // settings.threads))  # replicas on one node
     free = int(devices.host_bytes * SPARE_SHARE) // beside
     room = min(free, execution.max_memory.get("cpu", free))
-    fits = least_host_bytes("single", size, settings, devices.kind, head=head) <= room
+    fits = least_host_bytes(WHOLE, size, settings, devices.kind, head=head) <= room
     return (
-        "single" if fits else "streaming",
+        WHOLE if fits else LAYERWISE,
         0,
         f"{weights}, {activations} and {describe_bytes(PROCESS_BYTES)} for the interpreter, libraries and counters "
         f"{'fit' if fits else 'do not fit'} into {describe_bytes(room)} of memory for each replica",
@@ -234,8 +233,8 @@ def _fitting_gpus(weights: int, batch: int, execution: Execution, devices: Devic
     requested, most = execution.gpus_per_replica, devices.count_of_largest_node
     name = f"GPU of {describe_bytes(gpu)}"
     if weights + batch <= room and (requested or 1) == 1:
-        return "single", 1, f"fit into one {name}"
+        return WHOLE, 1, f"fit into one {name}"
     fewest = max(2, -(-weights // (room - batch))) if room > batch else most + 1
     if fewest <= (requested or most):
-        return "device_map", requested or fewest, f"need {fewest} times one {name}"
-    return "streaming", 1, f"do not fit into {requested or most} times one {name}"
+        return SEVERAL_GPUS, requested or fewest, f"need {fewest} times one {name}"
+    return LAYERWISE, 1, f"do not fit into {requested or most} times one {name}"

@@ -24,9 +24,11 @@ from avss_dist.models.causal_lm import LanguageModel, Watcher
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import PROBE_SHAPE, Layer, Tap, as_rows, first_tensor
 from avss_dist.models.loading import forward_function, load_model, open_module, quiet, without_head
+from avss_dist.models.size import Footprint
 from avss_dist.models.sparsifying import Counted, Sparsity
 from avss_dist.partition.base import Placement, RowSplit
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
+from avss_dist.partition.cost import LINK_SHARE, Calibration, PartitionCost, Usage
 from avss_dist.partition.group import (
     collected,
     from_every_rank,
@@ -36,6 +38,7 @@ from avss_dist.partition.group import (
     reraise_lost_ranks,
     summed_over_ranks,
 )
+from avss_dist.registry import WHOLE
 from avss_dist.settings import THRESHOLD, Settings
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
@@ -53,6 +56,39 @@ T = TypeVar("T")
 _ELSEWHERE = "Use `partition` single, device_map, zero3 or streaming."
 
 
+class TensorParallelCost(PartitionCost):
+    """Memory and time of a run with ranks that divide attention and MLP.
+
+    Each rank computes norms, residuals and statistics whole: on CPUs with its share of the cores.
+    """
+
+    @staticmethod
+    def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
+        """See `PartitionCost`. ``max_memory`` has no effect."""
+        return 0
+
+    def usage(self, measured: Calibration, counters: int) -> Usage:
+        """See `PartitionCost`."""
+        ranks, on_gpu, size = self.ranks, self.on_gpu, self.size
+        divided = measured.sublayer_share
+        work = (
+            self.seconds(measured, measured.costs[WHOLE]) * (divided / ranks + 1 - divided) * (1 if on_gpu else ranks)
+        )
+        sums = 2 * size.num_layers
+        hidden = size.hidden_bytes(measured.num_sequences, self.settings.sequence_length)
+        modelled = sums * 2 * hidden * (ranks - 1) / (measured.copy_bytes_per_second * LINK_SHARE)
+        exchange = modelled if on_gpu else sums * measured.num_batches * measured.sum_seconds * (ranks - 1)
+        whole = size.weight_bytes
+        part = size.other_bytes + sum(size.layer_bytes) // ranks
+        if on_gpu:
+            device, host = self.memory(measured, counters, part, host_weights=whole)
+        else:
+            device, host = self.memory(measured, counters, whole + part)
+        why = "every rank loads the whole model first, and keeps a part of each layer"
+        why += "; the exchange is modelled, not measured" * on_gpu
+        return Usage(device_bytes=device, host_bytes=host, seconds=work + exchange, why=why)
+
+
 class TensorParallelReplica(BatchwiseReplica):
     """See `partition.base.Replica`. Every rank opens it inside one group (`partition.group.join`).
 
@@ -63,6 +99,8 @@ class TensorParallelReplica(BatchwiseReplica):
         ConfigError: there is no group, or it has more ranks than the model has heads.
         ModelError: the model cannot be opened or observed, or DeepSpeed cannot split it correctly.
     """
+
+    cost = TensorParallelCost
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
         rank, world = require_group(placement)

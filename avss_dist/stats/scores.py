@@ -1,4 +1,4 @@
-"""LayerStats -> scores: recipes, thresholds, ranks, intervals, rivals. Pure numpy.
+"""LayerStats -> scores: recipes, thresholds, ranks, intervals, baselines. Pure numpy.
 
 AVSS (arXiv 2411.02117, section 3): NAV_i = variance_i / sum(variance), NAS_i = sparsity_i / sum(sparsity),
 AVSS_i = NAV_i / NAS_i. What "variance" and "sparsity" are taken over is the recipe's choice:
@@ -44,11 +44,6 @@ class Threshold:
         return self.value * stats.rms if self.kind == "rms" else self.value
 
 
-def score_column(score: str) -> str:
-    """The column of the ``scores`` table that layers are ranked by, for one of ``config.SCORES``."""
-    return "avss_smoothed" if score == "avss" else score
-
-
 def avss(variance: Float64, near_zero: Float64, count: Float64, *, smoothed: bool) -> Float64:
     """AVSS of layers along the last axis; NaN where it is not defined.
 
@@ -87,7 +82,7 @@ def score_run(
     Returns:
         Rows with the columns of the ``scores`` table less those that name the run.
     """
-    rivals = {layer: layer_rivals(stats, layer) for layer in range(len(layers))}
+    baselines = {layer: layer_baselines(stats, layer) for layer in range(len(layers))}
     rows: list[dict[str, Any]] = []
     for site in dict.fromkeys(site for _, site in stats if sites is None or site in sites):
         present = [layer for layer, s in stats if s == site]
@@ -107,7 +102,7 @@ def score_run(
                             "threshold": threshold.value,
                             "threshold_kind": threshold.kind,
                             **{name: column[position] for name, column in columns.items()},
-                            **rivals[layer],
+                            **baselines[layer],
                         }
                     )
     return rows
@@ -120,8 +115,8 @@ def _site_shards(
     return [[shard.get((layer, site), zero) for layer in present] for shard in shards]
 
 
-def layer_rivals(stats: Mapping[LayerKey, LayerStats], layer: int) -> dict[str, float]:
-    """The scores that AVSS competes with, from the same pass; NaN where the block (or update) site is missing.
+def layer_baselines(stats: Mapping[LayerKey, LayerStats], layer: int) -> dict[str, float]:
+    """Return each of ``registry.BASELINES`` for a layer, from the same pass; NaN if its site is missing.
 
     block_influence: ShortGPT, arXiv 2403.03853, eq. 1. angular_distance: Gromov et al., arXiv 2403.17887, section 3.2.
     """

@@ -47,7 +47,7 @@ class HarnessPart:
             file with functions, which is read where it runs.
         limit: questions of each task at most.
         prompting: what stands around them.
-        key: see `tasks.Measure`.
+        key: see `tasks.base.Measure`.
     """
 
     name: str
@@ -57,7 +57,7 @@ class HarnessPart:
     key: str = ""
 
     def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
-        """See `tasks.Measure`. Likelihoods are float32."""
+        """See `tasks.base.Measure`. Likelihoods are float32."""
         loaded = _loaded(self)
         from lm_eval.evaluator import evaluate
 

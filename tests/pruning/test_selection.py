@@ -10,7 +10,8 @@ import pytest
 
 from avss_dist.errors import ConfigError
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, PlanError, count_layers
-from avss_dist.settings import BLOCK_DISTANCE, CONTRAST, INTERACTIONS, SEARCHES
+from avss_dist.registry import BLOCK_DISTANCE, INTERACTIONS
+from avss_dist.settings import CONTRAST, SEARCHES
 
 PLACE = ("site", "recipe", "threshold", "threshold_kind")
 

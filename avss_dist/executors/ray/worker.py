@@ -41,7 +41,7 @@ class Assignment(Protocol):
         """The result, or None where this rank reports none.
 
         Args:
-            model: what ``spec.open`` gave.
+            model: what `executors.base.ReplicaSpec.open` gave.
             beat: to be called whenever a layer begins.
             computed: may be called when the model can be used for another unit.
         """

@@ -107,5 +107,5 @@ def _as_loops_read(x: torch.Tensor) -> np.ndarray:
 
 
 def _array(x: torch.Tensor) -> np.ndarray:
-    """A tensor's memory. Of one that had gone through `Tensor.numpy`, streaming could not free the memory any more."""
+    """Return a tensor's memory as an array. After `torch.Tensor.numpy`, streaming could not free its memory."""
     return np.from_dlpack(x)
