@@ -103,7 +103,7 @@ class FitRepair:
         )
         stored = StoredWeights.of(of, made, settings).read
         repair = replace(self.repair, settings=settings)
-        sharing = Sharing(model.own, model.add_up)
+        sharing = Sharing(model.local_indices, model.all_reduce)
         found = fit_repair(of, streams_of(model), made, repair, self.texts, stored, sharing)
         about = json.dumps({"record": asdict(found.record), "notes": list(found.notes)})
         errors = np.array([cut.error_after for cut in found.record.cuts])

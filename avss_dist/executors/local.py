@@ -15,7 +15,7 @@ from typing import TypeVar
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import AvssError, ConfigError, ModelError, as_failure
 from avss_dist.executors.base import Outcome, ReplicaSpec, RunShards, Underway, by_model
-from avss_dist.measure.hooks import Hooks, attached
+from avss_dist.measure.observer import Hooks, attached
 from avss_dist.measure.shard import analyze_shard, counter_bytes
 from avss_dist.models.size import footprint
 from avss_dist.partition.base import Placement, Replica
@@ -145,7 +145,7 @@ def _measure(
     """Results of a run's shards, in order; its first error is the last outcome."""
     stopped = Event()
 
-    def beat() -> None:
+    def heartbeat() -> None:
         if stopped.is_set():
             raise _Stopped
 
@@ -153,7 +153,7 @@ def _measure(
         with ExitStack() as stack:
             stack.enter_context(computing)
             settings, computed = run.replica_spec.settings, stack.close
-            return analyze_shard(replica, shard, settings, beat=beat, hooks=hooks, computed=computed)
+            return analyze_shard(replica, shard, settings, heartbeat=heartbeat, hooks=hooks, computed=computed)
 
     shards = iter(run.shards)
     running: deque[Future[ShardResult]] = deque()

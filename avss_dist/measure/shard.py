@@ -12,8 +12,8 @@ import torch
 
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.errors import BatchTooLarge, ModelError
-from avss_dist.measure.hooks import UNIT_SITES, Hooks, Observer, attached
 from avss_dist.measure.kernels.base import PATTERNS
+from avss_dist.measure.observer import UNIT_SITES, Hooks, Observer, attached
 from avss_dist.measure.rows import PlacedRows, in_order
 from avss_dist.models.layers import describe_projections
 from avss_dist.models.size import Footprint
@@ -30,7 +30,7 @@ from avss_dist.system.memory import peak_memory
 from avss_dist.system.out_of_memory import halve_until_it_fits
 from avss_dist.text import describe_layers
 
-Beat = Callable[[], None]
+Heartbeat = Callable[[], None]
 
 
 def analyze_shard(
@@ -40,7 +40,7 @@ def analyze_shard(
     *,
     rows: int | None = None,
     forwards: int = 0,
-    beat: Beat | None = None,
+    heartbeat: Heartbeat | None = None,
     hooks: Hooks | None = None,
     computed: Callable[[], None] | None = None,
 ) -> ShardResult:
@@ -52,7 +52,7 @@ def analyze_shard(
     Args:
         rows: rows in a batch; None is what the settings say.
         forwards: forward passes that other ranks need of this one; dummy batches make them up, and count for nothing.
-        beat: called whenever a layer begins.
+        heartbeat: called whenever a layer begins.
         hooks: those of the replica's layers, where several shards are measured at once, each in a thread of its own.
         computed: called when the replica can begin another shard, while this one is concluded.
 
@@ -68,7 +68,7 @@ def analyze_shard(
     own = attached(replica.layers, settings.sites, experts=settings.experts)
     with nullcontext(hooks) if hooks is not None else own as on_layers:
         observer, rows = halve_until_it_fits(
-            lambda rows: _measure(replica, on_layers, list(shard.batches(rows)), forwards, settings, beat),
+            lambda rows: _measure(replica, on_layers, list(shard.batches(rows)), forwards, settings, heartbeat),
             rows,
             lambda rows: _too_large(replica, rows, settings),
             least=rows if PARTITIONS[replica.model["partition"]].gang else 1,
@@ -107,11 +107,11 @@ def follow(replica: Replica, forwards: int) -> None:
 
 
 def _measure(
-    replica: Replica, hooks: Hooks, batches: list[Batch], forwards: int, settings: Settings, beat: Beat | None
+    replica: Replica, hooks: Hooks, batches: list[Batch], forwards: int, settings: Settings, heartbeat: Heartbeat | None
 ) -> Observer:
     batches = [*batches, *[dummy_batch()] * (forwards - len(batches))]
     passes = sum(bool(batch.observed.any()) for batch in batches)
-    observer = Observer(hooks, settings.thresholds, split=replica.split, passes=passes, beat=beat)
+    observer = Observer(hooks, settings.thresholds, split=replica.split, passes=passes, heartbeat=heartbeat)
     replica.forward(batches, lambda batch: observer.batch(batch.observed, batch.pairing))
     return observer
 

@@ -182,11 +182,11 @@ class LanguageModel:
         """Counts of the passes of all ranks that share them."""
         return counts
 
-    def own(self, number: int) -> range:
-        """Of so many pieces of work, those of this copy, where several copies of the model share them."""
-        return range(number)
+    def local_indices(self, count: int) -> range:
+        """Return the indices of the pieces of work that this copy of the model takes; all of them if it is alone."""
+        return range(count)
 
-    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
         """Make each tensor its sum over the copies that share work, in place; all of them call this."""
 
     def call(self, *args: Any, **kwargs: Any) -> Any:

@@ -46,11 +46,11 @@ class CopiedLanguageModel(LanguageModel):
         self._split = RowSplit(*require_group(placement))
         self.reports = self._split.rank == 0
 
-    def own(self, number: int) -> range:
+    def local_indices(self, count: int) -> range:
         """See `LanguageModel`: neighbours."""
-        return range(number)[self._split.rows(number)]
+        return range(count)[self._split.rows(count)]
 
-    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
         """See `LanguageModel`."""
         for tensor in tensors:
             distributed.all_reduce(tensor)
