@@ -128,36 +128,40 @@ _REPLICAS = re.compile(r"(?:(\d{1,9})\.\.)?(\d{1,9})", re.ASCII)
 
 @dataclass(frozen=True)
 class Replicas:
-    """Model copies that work in parallel: how many of them a run waits for, and how many it may have.
+    """A range of model copies that work in parallel, written ``8`` (1 to 8) or ``4..64``.
 
-    It is written ``8`` (begin with the first, up to 8) or ``4..64``.
+    Attributes:
+        minimum: copies that a run waits for before it begins.
+        maximum: copies that it may have.
     """
 
-    fewest: int
-    most: int
+    minimum: int
+    maximum: int
 
     def __str__(self) -> str:
-        return str(self.most) if self.fewest == 1 else f"{self.fewest}..{self.most}"
+        return str(self.maximum) if self.minimum == 1 else f"{self.minimum}..{self.maximum}"
 
 
 def _replicas(value: Any) -> Any:
-    """Replicas from a number, or from a text as people write it."""
+    """Return replicas from a number, or from text such as ``4..64``."""
     if isinstance(value, Replicas):
-        made = value
+        replicas = value
     elif isinstance(value, int) and not isinstance(value, bool):
-        made = Replicas(1, value)
-    elif isinstance(value, str) and (found := _REPLICAS.fullmatch(value.strip())):
-        made = Replicas(int(found[1] or 1), int(found[2]))
+        replicas = Replicas(1, value)
+    elif isinstance(value, str) and (match := _REPLICAS.fullmatch(value.strip())):
+        replicas = Replicas(int(match[1] or 1), int(match[2]))
     else:
         raise ConfigError(
-            f"'{value}' is no number of replicas.",
-            "Write 8, or 4..64: begin with 4, and have up to 64 as there is room for them.",
+            f"Invalid replica count '{value}': expected an integer (8) or a range (4..64).",
+            "4..64 begins with 4 copies, and uses up to 64 as there is room for them.",
         )
-    if min(made.fewest, made.most) < 1:
+    if min(replicas.minimum, replicas.maximum) < 1:
         raise PydanticKnownError("greater_than_equal", {"ge": 1})
-    if made.fewest > made.most:
-        raise ConfigError(f"{value} goes down.", f"Write {made.most}..{made.fewest}.")
-    return made
+    if replicas.minimum > replicas.maximum:
+        raise ConfigError(
+            f"The minimum of '{value}' is larger than its maximum.", f"Write {replicas.maximum}..{replicas.minimum}."
+        )
+    return replicas
 
 
 def _tracker(value: str) -> str:
@@ -310,7 +314,7 @@ class Execution:
         if self.executor == "local" and self.partition in GANGS:
             said = f"`partition` {self.partition} is several processes; `executor` local is one."
             problems.append(ConfigError(said, "Use `executor` ray."))
-        if self.executor == "local" and (self.address or (self.replicas and self.replicas.most > 1)):
+        if self.executor == "local" and (self.address or (self.replicas and self.replicas.maximum > 1)):
             said = "`executor` local is one replica in this process; "
             said += "it takes neither `address` nor `replicas` above 1."
             problems.append(ConfigError(said, "Use `executor` ray."))

@@ -212,7 +212,7 @@ def _fitting(
     if devices.kind == "cuda":
         partition, gpus, where = _fitting_gpus(size.weight_bytes, batch, execution, devices)
         return partition, gpus, f"{weights} and {activations} {where}"
-    most = execution.replicas.most if execution.replicas else 1
+    most = execution.replicas.maximum if execution.replicas else 1
     beside = min(most, max(1, devices.cpus_of_largest_node // settings.threads))  # replicas on one node
     free = int(devices.host_bytes * SPARE_SHARE) // beside
     room = min(free, execution.max_memory.get("cpu", free))
