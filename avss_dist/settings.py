@@ -152,14 +152,14 @@ def _replicas(value: Any) -> Any:
         replicas = Replicas(int(match[1] or 1), int(match[2]))
     else:
         raise ConfigError(
-            f"Invalid replica count '{value}': expected an integer (8) or a range (4..64).",
+            f"invalid replica count '{value}': expected an integer (8) or a range (4..64).",
             "4..64 begins with 4 copies, and uses up to 64 as there is room for them.",
         )
     if min(replicas.minimum, replicas.maximum) < 1:
         raise PydanticKnownError("greater_than_equal", {"ge": 1})
     if replicas.minimum > replicas.maximum:
         raise ConfigError(
-            f"The minimum of '{value}' is larger than its maximum.", f"Write {replicas.maximum}..{replicas.minimum}."
+            f"the minimum of '{value}' is larger than its maximum.", f"Write {replicas.maximum}..{replicas.minimum}."
         )
     return replicas
 
