@@ -203,7 +203,7 @@ TrackerName = Annotated[
 
 @checked
 class Settings:
-    """What is measured, and how. Every field can change a number, so every field is fingerprinted.
+    """Settings of a measurement. Every field can change a number, so every field is fingerprinted.
 
     Raises:
         ConfigError: values out of their range; the message names all of them, and the nearest valid ones.
@@ -258,11 +258,11 @@ class Settings:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as JSON-ready values."""
+        """Return the settings as JSON-ready values."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def numbers(self, *, statistics: bool) -> dict[str, Any]:
-        """Those that can change a number beside the tokens, which say what text is read, and how.
+        """Return the settings that can change a number, beside those of the text, whose tokens are hashed.
 
         Args:
             statistics: those of what is measured inside of layers, too.
@@ -323,7 +323,7 @@ class Execution:
 
 
 def split_options(options: dict[str, Any]) -> tuple[Settings, Execution]:
-    """Keyword options as Settings and Execution.
+    """Return keyword options as Settings and Execution.
 
     Raises:
         ConfigError: options that do not exist (the nearest ones are named), or have values that they cannot have.
@@ -338,7 +338,7 @@ def split_options(options: dict[str, Any]) -> tuple[Settings, Execution]:
 
 
 def _from_options(cls: type[T], options: Mapping[str, Any], problems: list[ConfigError]) -> T | None:
-    """A checked class from those of the options that it has; its problems join the others."""
+    """Make a checked class from the options that it has; its problems join the others."""
     names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     try:
         return cls(**{name: value for name, value in options.items() if name in names})

@@ -1,4 +1,4 @@
-"""What a few layers of a model cost on this machine, measured: random weights, the model's own shapes, real batches.
+"""Benchmark of a few layers of a model on this machine: random weights, the model's own shapes, real batches.
 
 It is measured in a process of its own, which plans the corpus, opens replicas and counts statistics as a run does; so
 its times have everything in them, and its memory is that of a run. Checkpoints of one layer and of a few layers tell
@@ -142,7 +142,7 @@ def _totals(planned: CorpusPlan, settings: Settings) -> dict[str, int]:
 
 
 def touched_bytes(planned: CorpusPlan, row: int, at_once: int = MAPPED_AT_ONCE) -> int:
-    """Bytes of a mapped table with rows of ``row`` bytes that come into memory when a corpus is looked up in it.
+    """Return the bytes of a mapped table, with ``row`` bytes a row, that the tokens of a corpus bring into memory.
 
     Args:
         at_once: bytes that come together.
@@ -158,7 +158,7 @@ def _mapped_at_once(checkpoint: Checkpoint) -> int:
 
 
 def _timed_part(shard: Shard, smallest: Checkpoint, settings: Settings) -> Shard:
-    """The first batches of a shard, as many as the time allows, in tokens that the small vocabulary has."""
+    """Return the first batches of a shard, as many as the time allows, in tokens that the small vocabulary has."""
 
     def first(rows: int) -> Shard:
         ids = (shard.input_ids[:rows] % VOCABULARY).astype(np.int32)
@@ -206,7 +206,7 @@ def _time(
 
 
 def _sublayer_share(model: Checkpoint, shard: Shard, settings: Settings) -> float:
-    """How much of a shard's time passes in the attention and MLP of layers."""
+    """Return the share of a shard's time in the attention and MLP of layers."""
     replica = open_replica(model, settings, Placement())
     inside = 0.0
 

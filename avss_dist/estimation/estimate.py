@@ -1,4 +1,4 @@
-"""What a run will take, before any weight is loaded: memory and time of each partition on this machine."""
+"""Estimate of a run before any weight is loaded: memory and time of each partition on this machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TOKENIZER_FILES = ["config.json", "tokenizer*", "vocab*", "merges.txt", "specia
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A partition.
+    """Estimated memory and time of a run with one partition.
 
     Attributes:
         partition: one of ``registry.PARTITIONS``.
@@ -50,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Estimate(TabularResult):
-    """A run that was not made.
+    """Estimate of a run, with a row for each partition.
 
     Attributes:
         model, corpus: as they were named.
@@ -78,21 +78,21 @@ class Estimate(TabularResult):
 
     @property
     def best(self) -> Row | None:
-        """The simplest partition that fits and is about as fast as the fastest; None where none fits."""
+        """The simplest partition that fits and is about as fast as the fastest; None if none fits."""
         fitting = [row for row in self.rows if row.fits]
         fastest = min((row.seconds for row in fitting), default=0.0)
         return next((row for row in fitting if row.seconds <= ABOUT_AS_FAST * fastest), None)
 
     def table(self) -> pa.Table:
-        """A row for each partition."""
+        """Return a table with a row for each partition."""
         return pa.Table.from_pylist([asdict(row) for row in self.rows])
 
     def summary(self) -> str:
-        """Of what, and how much."""
+        """Return the model, and its layers and tokens, in a line."""
         return f"{self.model}, {self.num_layers} layers, {self.num_tokens:,} tokens"
 
     def as_dict(self) -> dict[str, Any]:
-        """The estimate as JSON-ready values."""
+        """Return the estimate as JSON-ready values."""
         return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
 
 

@@ -1,4 +1,4 @@
-"""What a job would do, without loading a weight: its runs, where they stand, what they may take."""
+"""Preview of a job without loading a weight: its runs, their progress, and their estimated time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from avss_dist.warehouse.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """A run that was not made.
+    """Preview of a run.
 
     Attributes:
         model, corpus: the run's title, and the corpus as it was named.
@@ -141,7 +141,7 @@ class _Previewer:
 
     @cached_property
     def _runs(self) -> list[dict[str, Any]]:
-        """The finished runs of the warehouse; none where there is no warehouse yet."""
+        """Finished runs of the warehouse; empty if there is no warehouse yet."""
         try:
             return self.store.table("runs", columns=COLUMNS).to_pylist()
         except WarehouseError:
@@ -160,7 +160,7 @@ def _missing_memory(size: Footprint, settings: Settings, devices: Devices) -> st
 
 
 def _kept(store: Store, planned: PlannedRun) -> int | None:
-    """Shards that are measured; None where the run is done."""
+    """Return the number of measured shards; None if the run is done."""
     if (store.run(planned.run.run_id) or {}).get("status") == "done":
         return None
     return sum(1 for _ in store.each_shard(planned.run.run_id, planned.expected))

@@ -43,10 +43,10 @@ class LocalExecutor:
         self.devices = devices_here(self.device)
 
     def connect(self) -> None:
-        """There are no workers."""
+        """Do nothing: there are no workers."""
 
     def replicas(self, placement: Placement) -> int:
-        """One."""
+        """Return one replica, or refuse a placement that needs more GPUs than there are."""
         if placement.gpus > self.devices.count:
             raise ConfigError(
                 f"A replica of {placement.gpus} GPUs needs more than the {self.devices.count} that there are.",
@@ -55,7 +55,7 @@ class LocalExecutor:
         return 1
 
     def run(self, runs: Iterator[RunShards]) -> Generator[Outcome, None, None]:
-        """One run after the other: open the model, measure the shards, yield their results in order, close it."""
+        """Measure one run after the other: open the model, yield the results of its shards in order, close it."""
         for spec, same in groupby(runs, key=lambda run: run.replica_spec):
             with computing_threads(spec.settings.threads):
                 try:
@@ -104,15 +104,15 @@ class LocalExecutor:
             return as_failure(error)
 
     def apply(self, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
-        """One after the other."""
+        """Return the results of a function, item by item."""
         return map(function, items)
 
     def close(self) -> None:
-        """Nothing outlives `run`."""
+        """Do nothing: nothing outlives `run`."""
 
 
 def _unheard(cell: Cell, what: str, share: float) -> None:
-    """Nobody hears."""
+    """Ignore the progress of a cell."""
 
 
 def shards_at_once(replica: Replica, spec: ReplicaSpec, strata: int = 1) -> int:
@@ -142,7 +142,7 @@ def shards_at_once(replica: Replica, spec: ReplicaSpec, strata: int = 1) -> int:
 def _measure(
     run: RunShards, replica: Replica, hooks: Hooks, pool: ThreadPoolExecutor, threads: int, computing: Semaphore
 ) -> Iterator[Outcome]:
-    """Results of a run's shards, in order; its first error is the last outcome."""
+    """Yield the results of a run's shards, in order; its first error is the last outcome."""
     stopped = Event()
 
     def heartbeat() -> None:
@@ -174,4 +174,4 @@ def _measure(
 
 
 class _Stopped(Exception):
-    """Nobody wants the shard that is being measured any more."""
+    """Raised in the measurement of a shard whose result is no longer needed."""

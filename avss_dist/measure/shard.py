@@ -117,7 +117,7 @@ def _measure(
 
 
 def _answer_rows(shard: Shard, parts: Sequence[Mapping[LayerKey, PlacedRows]]) -> AnswerRows:
-    """The statistics of single rows."""
+    """Return the statistics of single rows."""
     assert shard.pairing is not None
     lengths = shard.lengths.astype(np.int64)
     return AnswerRows(
@@ -134,7 +134,7 @@ def _answer_rows(shard: Shard, parts: Sequence[Mapping[LayerKey, PlacedRows]]) -
 
 
 def counter_bytes(size: Footprint, settings: Settings, strata: int = 1) -> int:
-    """Bytes of the counters of all layers, sites and strata; see `kernels.base.Accumulator`."""
+    """Return the bytes of the counters of all layers, sites and strata; see `kernels.base.Accumulator`."""
     counts = PATTERNS * 4  # float32: half as many, of 8 bytes
     units = 16 * size.hidden_size * len(set(UNIT_SITES) & set(settings.sites))
     return strata * size.num_layers * (len(settings.sites) * counts + units)
@@ -149,7 +149,7 @@ def _too_large(replica: Replica, rows: int, settings: Settings) -> BatchTooLarge
 
 
 def _describe(replica: Replica, rows: int, settings: Settings) -> dict[str, Any]:
-    """What was opened, with what of it depends on how it was measured."""
+    """Return the columns of the opened model, with those that depend on how it was measured."""
     model = dict(replica.model)
     if inputs := [site for site in INPUT_SITES if site in settings.sites]:
         model["notes"] = [*model["notes"], *absent_sites(replica.layers, inputs)]
@@ -163,7 +163,7 @@ def _describe(replica: Replica, rows: int, settings: Settings) -> dict[str, Any]
 
 
 def _layers_without_experts(replica: Replica) -> str | None:
-    """What a user should know of layers whose experts are not measured."""
+    """Return a note on layers whose experts are not measured."""
     without = [layer.index for layer in replica.layers if layer.experts is None]
     if len(without) == len(replica.layers):
         return "no layer has routed experts in one module, which is called with the experts and gates of each token"

@@ -1,4 +1,4 @@
-"""What a model copy is to a worker, however it is spread over devices."""
+"""Interface of a replica, a model copy that is spread over devices in any way."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ BatchContext = Callable[[Batch], AbstractContextManager[None]]
 
 
 def no_observation(_batch: Batch) -> AbstractContextManager[None]:
-    """A `BatchContext` that does nothing."""
+    """Return a `BatchContext` that does nothing."""
     return nullcontext()
 
 
 def dummy_batch() -> Batch:
-    """A batch of 1 x 2 tokens in which nothing counts, for a rank whose partners have more batches."""
+    """Return a batch of 1 x 2 tokens in which nothing counts, for a rank whose partners have more batches."""
     real = np.ones((1, 2), np.bool_)
     return Batch(input_ids=np.zeros((1, 2), np.int32), attention_mask=real, observed=~real)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """How one replica is spread over devices; decided, so never ``auto``.
+    """The decided placement of one replica over devices; its partition is never ``auto``.
 
     Attributes:
         partition: a name of ``registry.PARTITIONS``.
@@ -55,25 +55,25 @@ class Placement:
 
     @property
     def copies(self) -> int:
-        """Whole copies of the model that share a task; 1 where ranks hold one together."""
+        """Number of whole copies of the model that share a task; 1 where ranks hold one together."""
         return 1 if PARTITIONS[self.partition].gang else self.ranks
 
 
 def numbers_of(placement: Placement) -> dict[str, int]:
-    """What of a placement can change a number, for a fingerprint: of ranks that add up otherwise, how many they are."""
+    """Return the part of a placement that can change a number, for a fingerprint: ranks that sum in another order."""
     differs = PARTITIONS[placement.partition].changes_numbers or placement.copies > 1
     return {placement.partition: placement.ranks} if differs else {}
 
 
 @dataclass(frozen=True)
 class RowSplit:
-    """Which rows of a batch a rank counts, where several see the same ones."""
+    """The rows of a batch that a rank counts, where several ranks see the same ones."""
 
     rank: int = 0
     ranks: int = 1
 
     def rows(self, number: int) -> slice:
-        """This rank's, of so many."""
+        """Return this rank's rows of ``number`` rows."""
         return slice(number * self.rank // self.ranks, number * (self.rank + 1) // self.ranks)
 
 
@@ -107,7 +107,7 @@ class Replica(Protocol):
         """
 
     def collect(self, counted: T) -> list[T]:
-        """What all ranks that split the rows have counted, in their order; [] on a rank that does not report."""
+        """Return the counts of all ranks that split the rows, in their order; [] on a rank that does not report."""
 
     def close(self) -> None:
         """Free the devices."""

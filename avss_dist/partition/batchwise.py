@@ -1,4 +1,4 @@
-"""What partitions share that run one batch after the other through the whole backbone."""
+"""Base of replicas that run one batch after the other through the whole backbone."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run_batch(run: Forward, batch: Batch, device: torch.device) -> None:
 
 
 def describe(backbone: Backbone, partition: str) -> dict[str, Any]:
-    """The columns of the run's row that only an opened model knows."""
+    """Return the columns of the run's row that only an opened model knows."""
     return {
         "family": backbone.family,
         "architecture": backbone.architecture,

@@ -1,4 +1,4 @@
-"""Which partition a checkpoint gets on these devices, and why."""
+"""Choice of the partition of a checkpoint on given devices."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ PROCESS_BYTES = 1 << 30  # interpreter, libraries and counters of a process, bes
 def place(
     checkpoint: Checkpoint | str, settings: Settings, execution: Execution, devices: Devices, *, head: bool = False
 ) -> Placement:
-    """`choose` for a checkpoint, or what a user names; its headers are read where its size matters."""
+    """Return `choose` for a checkpoint or its name; its headers are read where its size matters."""
     size = size_of(checkpoint, settings) if needs_size(execution) else None
     return choose(size, settings, execution, devices, head=head)
 
 
 def size_of(checkpoint: Checkpoint | str, settings: Settings) -> Footprint | None:
-    """A checkpoint's size; None where it is not known."""
+    """Return a checkpoint's size; None if it is not known."""
     with suppress(ModelError):  # what cannot be sized is opened as `single`, which says what is wrong with it
         return footprint(checkpoint, settings)
     return None
@@ -37,7 +37,7 @@ def size_of(checkpoint: Checkpoint | str, settings: Settings) -> Footprint | Non
 def choose(
     size: Footprint | None, settings: Settings, execution: Execution, devices: Devices, *, head: bool = False
 ) -> Placement:
-    """The requested placement, or the simplest into which the model fits.
+    """Return the requested placement, or the simplest into which the model fits.
 
     ``auto``: `single` if one device holds weights and activations; else `device_map` over the fewest GPUs of one host
     that do; else `streaming`. Gangs are never chosen: they need fast links to pay.

@@ -1,4 +1,4 @@
-"""Whole copies of a model that share one task: each takes a part of its text, and what they sum up is added."""
+"""Whole copies of a model that share one task: each takes a part of its text, and their sums are reduced."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ class DeviceMapLanguageModel(LanguageModel):
 def memory_limits(
     device: torch.device, checkpoint: Checkpoint, settings: Settings, placement: Placement
 ) -> dict[Device, int]:
-    """Bytes that weights may take, by device, in the order in which devices are filled.
+    """Return the bytes that weights may take, by device, in the order in which devices are filled.
 
     A device for which no limit was given has what is free on it, less a margin and the activations of a batch.
 
@@ -185,7 +185,7 @@ def memory_limits(
 
 
 def plan_map(model: Any, stored: Iterable[str], limits: Mapping[Device, int], settings: Settings) -> dict[str, Device]:
-    """Where each module of a skeleton goes: the first device with room, layers whole, the rest on disk.
+    """Return the device of each module of a skeleton: the first device with room, layers whole, the rest on disk.
 
     On the device that computes, room for the largest layer is left for those that come from elsewhere. What no file
     holds, such as a pooler that transformers makes up, cannot be on disk.
@@ -228,7 +228,7 @@ class Spread:
 
 
 def spread(checkpoint: Checkpoint | str, settings: Settings, limits: Mapping[Device, int]) -> Spread:
-    """What `plan_map` would do, from headers alone; ``limits`` as it takes them."""
+    """Return the result of `plan_map`, from headers alone; ``limits`` as it takes them."""
     _, model, tensors = load_skeleton(checkpoint, settings)
     device_map = plan_map(model, [tensor.name for tensor in tensors], limits, settings)
     places = {id(p): _place(name, device_map)[1] for name, p in model.named_parameters()}
@@ -258,7 +258,7 @@ def require_complete(model: nn.Module, device_map: Mapping[str, Device]) -> None
 
 
 def _refuse_disk(model: nn.Module, device_map: Mapping[str, Device]) -> None:
-    """A .gguf file is unpacked when it is loaded, and transformers keeps what it unpacked in memory."""
+    """Refuse weights on disk: transformers unpacks a .gguf file when it is loaded, and keeps it in memory."""
     left = [p for name, p in model.named_parameters() if _place(name, device_map)[1] == "disk"]
     if left:
         raise ConfigError(
@@ -268,14 +268,14 @@ def _refuse_disk(model: nn.Module, device_map: Mapping[str, Device]) -> None:
 
 
 def _place(name: str, device_map: Mapping[str, Device]) -> tuple[str, Device | None]:
-    """What the map says of a parameter: its own entry, or that of the nearest module around it; and the device."""
+    """Return the map's entry of a parameter, or of the nearest module around it, and the device."""
     while name and name not in device_map:
         name = name.rpartition(".")[0]
     return name, device_map.get(name)
 
 
 def unstored(model: nn.Module, stored: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The parameters that no tensor of the files is: fused experts, those of quantized files, those that are missing.
+    """Return the parameters that are not stored as they are: fused experts, quantized or missing ones.
 
     A file's names may have the prefix of a backbone that the model's have not, or the other way round.
     """

@@ -171,7 +171,7 @@ class TensorParallelLanguageModel(LanguageModel):
 
 
 def inference_config(dtype: torch.dtype, world: int) -> dict[str, Any]:
-    """What ``deepspeed.init_inference`` is given; ``cluster/deepspeed/tensor_parallel.json`` has it for two ranks."""
+    """Return the configuration for ``deepspeed.init_inference``; ``cluster/deepspeed`` has it for two ranks."""
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "tensor_parallel": {"tp_size": world},
@@ -222,7 +222,7 @@ def apply_autotp(model: Any, world: int, device: torch.device) -> None:
 
 @contextmanager
 def without_output_embeddings(model: Any, *, keep: bool) -> Iterator[None]:
-    """Inside, the model has no head, for AutoTP to split; afterwards it has it again, whole, if it is to be kept."""
+    """Remove the head of the model, so that AutoTP does not split it; put it back whole if ``keep``."""
     heads = {
         name: child
         for name, child in model.named_children()
@@ -247,7 +247,7 @@ def _logits(model: Any, device: torch.device) -> torch.Tensor:
 
 @contextmanager
 def _running(model: Any) -> Iterator[None]:
-    """Inside, the split model runs, or is refused."""
+    """Refuse the split model if it does not run inside."""
     try:
         yield
     except _REFUSALS as error:
@@ -274,7 +274,7 @@ def _in_another_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[di
 
 
 def difference(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """How much two tensors of shape [..., units] differ: |found - expected| / |expected| of the median token.
+    """Return the difference of two tensors of shape [..., units]: |found - expected| / |expected| of the median token.
 
     A model that is split wrongly is wrong for nearly every token; few tokens go to another expert by rounding.
     """
@@ -286,7 +286,7 @@ def difference(expected: torch.Tensor, found: torch.Tensor) -> float:
 
 
 def _probe(run: Callable[..., Any], layers: Sequence[Layer], device: torch.device) -> _Probe:
-    """What each site reads in a pass over ``PROBE_SHAPE`` tokens; of shared modules, the last call."""
+    """Return the tensor of each site in a pass over ``PROBE_SHAPE`` tokens; of shared modules, the last call."""
     tensors: _Probe = {}
 
     def keep(key: tuple[int, str], value: Any) -> None:
@@ -313,7 +313,7 @@ def _probe(run: Callable[..., Any], layers: Sequence[Layer], device: torch.devic
 
 
 def _find_again(layers: Sequence[Layer], names: Mapping[nn.Module, str], model: nn.Module) -> list[Layer]:
-    """The same layers and taps in a model of which modules were replaced."""
+    """Return the same layers and taps in a model whose modules were replaced."""
 
     def again(module: nn.Module) -> nn.Module:
         return model.get_submodule(names[module])
@@ -330,7 +330,7 @@ def _find_again(layers: Sequence[Layer], names: Mapping[nn.Module, str], model: 
 
 
 def _check(model: Any, layers: Sequence[Layer], expected: _Probe, found: _Probe, split: RowSplit) -> tuple[Layer, ...]:
-    """The layers, with taps that exchange what the ranks have parts of; all ranks come to the same.
+    """Return the layers, with taps that exchange the parts of the ranks; all ranks come to the same result.
 
     Raises:
         ModelError: a tensor is not what it was before the split.
@@ -356,7 +356,7 @@ def _check(model: Any, layers: Sequence[Layer], expected: _Probe, found: _Probe,
 
 
 def _exchange_for(part: torch.Tensor, width: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """How ranks exchange their parts of ``width`` units; None where every rank has all of them."""
+    """Return the function that exchanges parts of ``width`` units; None where every rank has all of them."""
     widths = [int(n) for n in from_every_rank(part.shape[-1], part.device)]
     if sum(widths) != width or len(widths) == 1:
         return None

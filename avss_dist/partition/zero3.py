@@ -156,7 +156,7 @@ class Zero3LanguageModel(LanguageModel):
         return summed_over_ranks(counts)
 
     def _share(self, items: Sequence[S], function: Callable[[S], T], dummy: Callable[[], object]) -> list[T]:
-        """The function of every item, each computed by one rank, in the order of the items; all ranks call this."""
+        """Return the function of every item, each computed by one rank, in order; all ranks call this."""
         mine = []
         for start in range(0, len(items), self._world):
             if start + self._rank < len(items):
@@ -170,7 +170,7 @@ class Zero3LanguageModel(LanguageModel):
 
 
 def deepspeed_config(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """The DeepSpeed configuration.
+    """Return the DeepSpeed configuration.
 
     ``cluster/deepspeed/zero3.json`` is the one for bfloat16 on GPUs; the README beside it explains it.
     """
@@ -188,7 +188,7 @@ def deepspeed_config(dtype: torch.dtype, device: torch.device) -> dict[str, Any]
 
 
 def _load_in_parts(checkpoint: Checkpoint, settings: Settings, config: dict[str, Any], *, head: bool) -> Any:
-    """The model, of which a process never holds more than its part and one module; rank 0 maps the files."""
+    """Load a model of which a process never holds more than its part and one module; rank 0 maps the files."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     kept = HfDeepSpeedConfig(config)  # transformers refers to it weakly; while it lives, models are built in parts

@@ -49,7 +49,7 @@ def merge_stats(parts: Iterable[Mapping[Key, LayerStats]]) -> dict[Key, LayerSta
 
 
 def split_into_blocks(num_shards: int, most: int) -> list[range]:
-    """The ids of the shards of each block, at most ``most``.
+    """Return the ids of the shards of each block, at most ``most``.
 
     The number of blocks bounds memory, whatever the size of the corpus.
     """

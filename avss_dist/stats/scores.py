@@ -40,7 +40,7 @@ class Threshold:
     kind: str
 
     def at(self, stats: LayerStats) -> float:
-        """The absolute threshold that this is for ``stats``."""
+        """Return the absolute threshold that this is for ``stats``."""
         return self.value * stats.rms if self.kind == "rms" else self.value
 
 
@@ -58,7 +58,7 @@ def avss(variance: Float64, near_zero: Float64, count: Float64, *, smoothed: boo
 
 
 def share(values: Float64) -> Float64:
-    """Each value over the sum of those that are defined."""
+    """Return each value over the sum of the defined ones."""
     return _ratio(values, np.nansum(values, axis=-1, keepdims=True))
 
 
@@ -69,7 +69,7 @@ def score_run(
     thresholds: Sequence[Threshold] | None = None,
     sites: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Every score of a run: one row per layer, site, recipe and threshold.
+    """Return every score of a run: one row per layer, site, recipe and threshold.
 
     Args:
         stats: the merged statistics of the run.
@@ -165,11 +165,11 @@ class SiteTable:
         self._variances: dict[str, tuple[Float64, Float64 | None]] = {}
 
     def recipes(self) -> tuple[str, ...]:
-        """The recipes that the site has statistics for: ``unit`` needs per-unit sums."""
+        """Return the recipes that the site has statistics for: ``unit`` needs per-unit sums."""
         return tuple(r for r in RECIPES if r != "unit" or all(s.unit_sum.size for s in self.merged))
 
     def score(self, recipe: str, threshold: Threshold) -> dict[str, list[Any]]:
-        """Columns of the ``scores`` table, each a list over layers; one with NaN or infinite elements has no rank."""
+        """Return columns of the ``scores`` table, as lists over layers; a layer with NaN or infinities has no rank."""
         variance, (near_zero, count, *_) = self._variance(recipe)[0], _SPARSITY[recipe](self, threshold)
         literal = np.where(near_zero > 0, avss(variance, near_zero, count, smoothed=False), np.nan)
         score = avss(variance, near_zero, count, smoothed=True)
@@ -217,7 +217,7 @@ class SiteTable:
         return self._variances[recipe]
 
     def column(self, name: str) -> Float64:
-        """A field of the merged statistics, float64[layers]."""
+        """Return a field of the merged statistics, float64[layers]."""
         return np.array([getattr(s, name) for s in self.merged], float)
 
     def weighted(self, values: Callable[[int, LayerStats], float]) -> Float64:
@@ -246,7 +246,7 @@ class SiteTable:
 
 @dataclass(frozen=True)
 class _Units:
-    """What is seen of unit means, float64[..., units]: each float64[...], over the units.
+    """Reductions of unit means, float64[..., units], over the units: each float64[...].
 
     Attributes:
         variance: theirs.
@@ -260,7 +260,7 @@ class _Units:
 
     @staticmethod
     def of(means: Float64, at: Mapping[Threshold, float]) -> _Units:
-        """Those of means, with each threshold at a value."""
+        """Reduce means, with each threshold at a value."""
         sizes = np.abs(means)
         near_zero = {threshold: (sizes < value).sum(axis=-1).astype(float) for threshold, value in at.items()}
         return _Units(means.var(axis=-1), np.isfinite(means).sum(axis=-1).astype(float), near_zero)
@@ -306,7 +306,7 @@ Counts = tuple[Float64, Float64, Float64 | None, Float64 | None]
 
 
 def _element_sparsity(table: SiteTable, threshold: Threshold) -> Counts:
-    """A relative threshold is held at the whole run's RMS while shards are resampled.
+    """Return the sparsity of elements. A relative threshold is held at the whole run's RMS while shards are resampled.
 
     Where it cuts a bin of the histogram, each shard has the whole run's share of that bin below it.
     """

@@ -110,7 +110,7 @@ class StreamingReplica:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of weights that were read, so far."""
+        """Number of bytes of weights that were read so far."""
         return self._weights.bytes_read
 
     def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
@@ -127,7 +127,7 @@ class StreamingReplica:
         return [counted]
 
     def _left_for_hidden_states(self, most: int | None) -> int | None:
-        """Bytes of host memory that weights leave of ``most``; None is no limit."""
+        """Return the bytes of host memory that weights leave of ``most``; None is no limit."""
         if most is None:
             return None
         layer = max(buffer_bytes(part.stored) for part in self._parts)
@@ -137,7 +137,7 @@ class StreamingReplica:
         return max(0, most - 2 * layer - rest)
 
     def _left_on_device(self, checkpoint: Checkpoint, settings: Settings, most: int | None) -> int:
-        """Bytes of a GPU that two layers, and two batches at their peak, leave for hidden states that wait."""
+        """Return the bytes of a GPU that two layers and two batches at their peak leave for waiting hidden states."""
         if self.device.type != "cuda":
             return 0
         try:
