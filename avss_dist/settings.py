@@ -307,17 +307,15 @@ class Execution:
     def __post_init__(self) -> None:
         problems = []
         if self.ranks and self.partition not in GANGS:
-            used = " and ".join(GANGS)
-            problems.append(
-                ConfigError(f"`ranks` is for {used}, not for `partition` {self.partition}.", "Leave it out.")
-            )
+            message = f"`ranks` is for {' and '.join(GANGS)}, not for `partition` {self.partition}."
+            problems.append(ConfigError(message, "Leave it out."))
         if self.executor == "local" and self.partition in GANGS:
-            said = f"`partition` {self.partition} is several processes; `executor` local is one."
-            problems.append(ConfigError(said, "Use `executor` ray."))
+            message = f"`partition` {self.partition} is several processes; `executor` local is one."
+            problems.append(ConfigError(message, "Use `executor` ray."))
         if self.executor == "local" and (self.address or (self.replicas and self.replicas.maximum > 1)):
-            said = "`executor` local is one replica in this process; "
-            said += "it takes neither `address` nor `replicas` above 1."
-            problems.append(ConfigError(said, "Use `executor` ray."))
+            message = "`executor` local is one replica in this process; "
+            message += "it takes neither `address` nor `replicas` above 1."
+            problems.append(ConfigError(message, "Use `executor` ray."))
         if problems:
             raise ConfigError.of(problems)
 

@@ -64,8 +64,8 @@ class LocalExecutor:
                     yield from ((run, as_failure(error)) for run in same)
                     continue
                 try:
-                    of = spec.settings
-                    with attached(replica.layers, of.sites, experts=of.experts) as hooks:
+                    settings = spec.settings
+                    with attached(replica.layers, settings.sites, experts=settings.experts) as hooks:
                         for run in same:
                             strata = max((shard.num_strata for shard in run.shards), default=1)
                             at_once = shards_at_once(replica, spec, strata)

@@ -170,7 +170,7 @@ def _require_effect(execution: Execution) -> None:
 
 
 def _requested(execution: Execution, devices: Devices) -> tuple[str, int, str]:
-    """Partition, GPUs, reason."""
+    """Return the partition, its GPUs, and the reason."""
     partition = execution.partition
     info = PARTITIONS[partition]
     _require_effect(execution)
@@ -206,14 +206,14 @@ def _ranks(partition: str, execution: Execution, gpus: int) -> int:
 def _fitting(
     size: Footprint, settings: Settings, execution: Execution, devices: Devices, *, head: bool
 ) -> tuple[str, int, str]:
-    """Partition, GPUs, reason."""
+    """Return the partition, its GPUs, and the reason."""
     batch = batch_bytes(size, settings, head=head)
     weights, activations = f"{describe_bytes(size.weight_bytes)} of weights", f"{describe_bytes(batch)} of activations"
     if devices.kind == "cuda":
         partition, gpus, where = _fitting_gpus(size.weight_bytes, batch, execution, devices)
         return partition, gpus, f"{weights} and {activations} {where}"
-    most = execution.replicas.maximum if execution.replicas else 1
-    beside = min(most, max(1, devices.cpus_of_largest_node // settings.threads))  # replicas on one node
+    maximum = execution.replicas.maximum if execution.replicas else 1
+    beside = min(maximum, max(1, devices.cpus_of_largest_node // settings.threads))  # replicas on one node
     free = int(devices.host_bytes * SPARE_SHARE) // beside
     room = min(free, execution.max_memory.get("cpu", free))
     fits = least_host_bytes(WHOLE, size, settings, devices.kind, head=head) <= room
@@ -226,15 +226,15 @@ def _fitting(
 
 
 def _fitting_gpus(weights: int, batch: int, execution: Execution, devices: Devices) -> tuple[str, int, str]:
-    """Partition, GPUs, what that is to so many bytes of weights and of a batch's activations."""
+    """Return the partition, its GPUs, and how weights and activations of these bytes fit."""
     limits = [limit for device, limit in execution.max_memory.items() if device.isdecimal()]
     gpu = min([devices.device_bytes, *limits])
     room = int(gpu * SPARE_SHARE)
-    requested, most = execution.gpus_per_replica, devices.count_of_largest_node
+    requested, available = execution.gpus_per_replica, devices.count_of_largest_node
     name = f"GPU of {describe_bytes(gpu)}"
     if weights + batch <= room and (requested or 1) == 1:
         return WHOLE, 1, f"fit into one {name}"
-    fewest = max(2, -(-weights // (room - batch))) if room > batch else most + 1
-    if fewest <= (requested or most):
-        return SEVERAL_GPUS, requested or fewest, f"need {fewest} times one {name}"
-    return LAYERWISE, 1, f"do not fit into {requested or most} times one {name}"
+    minimum = max(2, -(-weights // (room - batch))) if room > batch else available + 1
+    if minimum <= (requested or available):
+        return SEVERAL_GPUS, requested or minimum, f"need {minimum} times one {name}"
+    return LAYERWISE, 1, f"do not fit into {requested or available} times one {name}"
