@@ -29,7 +29,6 @@ INPUTS = (*INPUT_SITES, "neuron")
 SITE_FAMILIES = {"inputs": INPUTS}
 """Names that stand for several sites."""
 RECIPES = ("pooled", "element", "unit")
-SUBLAYER_LOSS = "sublayers:"  # before a corpus: the task of the loss without each sublayer
 SEARCHES = {
     "greedy": "removes the layer without which the loss is least, again and again",
     "beam": "the same, over several sets side by side",
@@ -43,23 +42,11 @@ def searches_instead(name: str) -> str:
     return f"It is no score of layers but a search among sets of them: `search` {name}, with its text in `corpus`."
 
 
-SEARCH = "search:"  # before a corpus: the task of a search
 DRAWS = 2  # of labels from what the model predicts, for the estimates
-CONTRAST = "contrast"  # of hallucinated and truthful answers, by AVSS: what layers of an experiment are chosen by
-LOSS = "loss"  # a metric of a model: nats per token; higher is worse
-ENTROPY = "entropy"  # a metric of a model: nats per token that its predictions leave open
-CHANCE = "chance"  # a metric of multiple choice: the accuracy of a guess
-PERPLEXITY = "perplexity:"  # before a corpus: the task of predicting it
-ROW_START = "row-start:"  # before a corpus: the task of comparing two starts of its rows
-TRUTHFUL, INCORRECT = "truthful", "incorrect"  # labels of the answers of TruthfulQA
-BEST = "best"  # the label of the first of several truthful answers
-TRUTHFULQA = "truthfulqa:"  # before a file: the task of choosing among its answers
-AFTER_ANOTHER = ", after another prompt"  # after a label: the stratum of the same answers to other prompts
 LAYOUTS = ("packed", "padded")
 ROW_STARTS = ("auto", "none")
 DEFAULT_REPAIR = "refit"  # gives back the most, on text of other domains too, and wants the most text
 NO_REPAIR = "none"
-REPAIR = "repair:"  # before what is fitted and on which corpora: the task of fitting it
 REFITS_LATER, REFITS_BEHIND = ("refit_all", "refit_full"), ("refit_around", "refit_full")  # see `pruning.repair.fold`
 REFITS = tuple(dict.fromkeys(("refit", *REFITS_LATER, *REFITS_BEHIND)))
 REPAIRS = ("scale", "channel", "rotated", "map", *REFITS, "replace_me")
@@ -67,16 +54,11 @@ REPAIRS = ("scale", "channel", "rotated", "map", *REFITS, "replace_me")
 RIVAL_PATCHES = ("prune_comp", "linear_patch")
 """Repairs that no weight can hold: they change the stream itself behind each cut, and are evaluated alone."""
 THRESHOLD, TOP_K, TOP_P = "threshold", "top_k", "top_p"  # how activations are made zero: see `sparsifying.Cut`
-SPARSITY_TASK = "sparsity:"  # before a method and its corpus: the task of allocating sparsity
 SPARSITY_METHODS = ("uniform", "loss", "teal", "acttail", "wina", "scap", "cats", "topp")
 """How a sparsity is spread over linear maps: see `sparsity.plan.METHODS`."""
 SPARSITY_RULES = ("all", "dense-prefill", "last-half", "not-first-token")
 """At which tokens activations are sparse: all; those that are decoded alone; they and the last half of a prompt (which
 TEAL evaluates); all but the first of a prompt."""
-REALIZED = "realized:"  # before the path of a linear map: a metric, the share of its inputs that were zero
-SPARSITY = "sparsity"  # a metric of a model: the share of the weights of its linear maps that met a zero
-MAPS_WITHIN = "maps_within_a_point"  # of a sparsity plan: the share of its linear maps that come so near to it
-FARTHEST_MAP = "farthest_map"  # how far the farthest is off
 _OF_TEXT = ("max_sequences", "shuffle_seed", "chat_template", "layout", "row_start")  # how text becomes rows
 _NO_NUMBERS = (*_OF_TEXT, "trust_remote_code", "allow_pickle")
 _OF_STATISTICS = ("sites", "thresholds", "experts", "sequences_per_shard")
@@ -96,11 +78,7 @@ MOST_EVALUATIONS = 10_000  # of a model without some of its layers, on a task: w
 MOST_PASSES = 100_000  # of a batch through a model: what an ablation does unasked
 MOST_LISTED = 1_000_000  # evaluations, or permutations: all are listed before the first is measured
 
-BOOTSTRAP_RESAMPLES = 1000
 BOOTSTRAP_SEED = 0
-BOOTSTRAP_BLOCKS = 100  # shards beyond this are resampled in blocks of consecutive ones
-INTERVAL = 0.95
-MINIMUM_UNITS = 8  # shards, samples, pairs or permutations that an interval needs: with fewer, none covers reliably
 LOWEST_SHARE = 0.25
 
 

@@ -29,19 +29,12 @@ from avss_dist.evaluation.outcomes import Ablation, LayerAblation
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
+from avss_dist.names import LOSS, SUBLAYER_LOSS
 from avss_dist.options import EvaluationOptions, with_options
 from avss_dist.pruning.ground_truth import mean_ranks
 from avss_dist.registry import DAMAGE_TASK, PARTITIONS, SCORES
 from avss_dist.removal import SUBLAYERS, Drop, layer_of
-from avss_dist.settings import (
-    DEFAULT_WAREHOUSE,
-    DRAWS,
-    LOSS,
-    MOST_PASSES,
-    SUBLAYER_LOSS,
-    Execution,
-    Settings,
-)
+from avss_dist.settings import DEFAULT_WAREHOUSE, DRAWS, MOST_PASSES, Execution, Settings
 from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.gradients import Gradients

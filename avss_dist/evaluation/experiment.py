@@ -42,6 +42,7 @@ from avss_dist.evaluation.trial import Trial, rows_of, with_fewer_rows
 from avss_dist.executors.base import Executor
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
+from avss_dist.names import CONTRAST, LOSS
 from avss_dist.pruning.ground_truth import interactions, layer_truth
 from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, methods
 from avss_dist.pruning.plan import layer_list
@@ -54,8 +55,6 @@ from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
 from avss_dist.settings import (
-    CONTRAST,
-    LOSS,
     MOST_EVALUATIONS,
     NO_REPAIR,
     RECIPES,

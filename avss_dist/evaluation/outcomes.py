@@ -13,8 +13,7 @@ import pyarrow as pa
 from avss_dist.registry import metrics_of
 from avss_dist.removal import SUBLAYERS
 from avss_dist.results import TabularResult
-from avss_dist.settings import MINIMUM_UNITS
-from avss_dist.stats.intervals import jackknife_interval
+from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.tasks.base import Result
 
 if TYPE_CHECKING:

@@ -40,6 +40,7 @@ from avss_dist.executors.open import open_executor
 from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import load_tokenizer, text_config
+from avss_dist.names import PERPLEXITY
 from avss_dist.options import Prompting, ShrinkingOptions, with_options
 from avss_dist.partition.base import Placement
 from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable
@@ -54,13 +55,7 @@ from avss_dist.registry import SCORES
 from avss_dist.results import TabularResult
 from avss_dist.runs.api import score
 from avss_dist.runs.reporter import Reporter
-from avss_dist.settings import (
-    LOWEST_SHARE,
-    NO_REPAIR,
-    PERPLEXITY,
-    Execution,
-    Settings,
-)
+from avss_dist.settings import LOWEST_SHARE, NO_REPAIR, Execution, Settings
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store

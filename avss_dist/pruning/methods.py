@@ -9,11 +9,11 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from avss_dist.errors import ConfigError, require_known
+from avss_dist.names import CONTRAST
 from avss_dist.options import Prompting
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
 from avss_dist.registry import FROM_ACTIVATIONS, INTERACTIONS, MEASURED
 from avss_dist.settings import (
-    CONTRAST,
     EVERY_SITE,
     NO_REPAIR,
     RECIPES,

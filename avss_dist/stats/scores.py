@@ -21,9 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.settings import BOOTSTRAP_RESAMPLES, MINIMUM_UNITS, RECIPES, RELATIVE_THRESHOLDS
+from avss_dist.settings import RECIPES, RELATIVE_THRESHOLDS
 from avss_dist.stats.histogram import histogram_below
-from avss_dist.stats.intervals import bootstrap_weights, jackknife_interval, left_out_weights
+from avss_dist.stats.intervals import (
+    BOOTSTRAP_RESAMPLES,
+    MINIMUM_UNITS,
+    bootstrap_weights,
+    jackknife_interval,
+    left_out_weights,
+)
 from avss_dist.stats.layer_stats import Float64, LayerKey, LayerStats
 from avss_dist.stats.rankings import count_lowest, rank_lowest
 
