@@ -23,10 +23,11 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.pinning import pin
 from avss_dist.models.sparsifying import Sparsity
+from avss_dist.names import LOSS
 from avss_dist.partition.base import Placement, numbers_of
 from avss_dist.partition.choose import place
 from avss_dist.removal import describe_removed, whole_layers
-from avss_dist.settings import LOSS, MOST_LISTED, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
+from avss_dist.settings import MOST_LISTED, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
 from avss_dist.system.versions import package_versions
 from avss_dist.tasks.base import Measure, Result, Task, combine
 from avss_dist.tasks.cells import Cell, CellOutcome, CellResult, KeptPatch

@@ -29,6 +29,7 @@ from avss_dist.executors.base import Executor
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.patching import decode_patch, encode_patch
+from avss_dist.names import REPAIR
 from avss_dist.partition.base import Placement
 from avss_dist.partition.copies import shared
 from avss_dist.pruning.plan import Plan
@@ -41,7 +42,7 @@ from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.registry import PARTITIONS
 from avss_dist.removal import Drop
-from avss_dist.settings import REFITS_LATER, REPAIR, Settings, fingerprint
+from avss_dist.settings import REFITS_LATER, Settings, fingerprint
 from avss_dist.tasks.base import Measure, Row, Task, TextLoss
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.patches import Patches
@@ -103,7 +104,7 @@ class FitRepair:
         )
         stored = StoredWeights.of(of, made, settings).read
         repair = replace(self.repair, settings=settings)
-        sharing = Sharing(model.own, model.add_up)
+        sharing = Sharing(model.local_indices, model.all_reduce)
         found = fit_repair(of, streams_of(model), made, repair, self.texts, stored, sharing)
         about = json.dumps({"record": asdict(found.record), "notes": list(found.notes)})
         errors = np.array([cut.error_after for cut in found.record.cuts])

@@ -27,10 +27,11 @@ from avss_dist.evaluation.engine import (
 )
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.names import LOSS, SEARCH
 from avss_dist.pruning.plan import Plan, layer_list, plan_of, reasons
 from avss_dist.pruning.search import Drop, Effort, Expansion, Search, best_sets, search_for
 from avss_dist.pruning.selection import Choice, PlanError
-from avss_dist.settings import LOSS, SEARCH, Settings
+from avss_dist.settings import Settings
 from avss_dist.tasks.base import Result, Task, combine
 from avss_dist.tasks.cells import Cell
 from avss_dist.tasks.layer_removal import LeaveOneOut

@@ -8,12 +8,12 @@ from pydantic import Field
 
 from avss_dist.errors import ConfigError
 from avss_dist.pruning.repair.weighted import weighted
-from avss_dist.pruning.selection import SCORE_MEANINGS
-from avss_dist.settings import BLOCK_DISTANCE, DEFAULT_REPAIR, NO_REPAIR, REPAIRS, OneOf, checked
+from avss_dist.registry import BLOCK_DISTANCE, SCORES
+from avss_dist.settings import DEFAULT_REPAIR, NO_REPAIR, REPAIRS, OneOf, checked
 from avss_dist.text import RedactedURI
 
 GREEDY = "greedy"  # of ``settings.SEARCHES``, with every set repaired
-CHOSEN_BY = (*(name for name in SCORE_MEANINGS if name != BLOCK_DISTANCE), GREEDY)  # that one is of neighbours alone
+CHOSEN_BY = (*(name for name in SCORES if name != BLOCK_DISTANCE), GREEDY)  # that one is of neighbours alone
 FEW_UNKNOWNS = ("scale", "channel", "rotated")
 POOL = 2  # so many times as many layers as go are searched among
 Texts = Annotated[tuple[str, ...], Field(strict=False)]

@@ -13,8 +13,13 @@ from math import nan, sqrt
 
 import numpy as np
 
-from avss_dist.settings import BOOTSTRAP_BLOCKS, BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, INTERVAL, MINIMUM_UNITS
+from avss_dist.settings import BOOTSTRAP_SEED
 from avss_dist.stats.layer_stats import Float64
+
+BOOTSTRAP_RESAMPLES = 1000
+BOOTSTRAP_BLOCKS = 100  # shards beyond this are resampled in blocks of consecutive ones
+INTERVAL = 0.95
+MINIMUM_UNITS = 8  # shards, samples, pairs or permutations that an interval needs: with fewer, none covers reliably
 
 SCALES: dict[str, tuple[Callable[[Float64], Float64], Callable[[Float64], Float64]]] = {
     "linear": (lambda x: x, lambda x: x),

@@ -185,7 +185,7 @@ class VirtualExecutor(RayExecutor):
     """As many replicas as are asked for, none of which takes a CPU."""
 
     def replicas(self, placement: Placement) -> int:
-        return self._execution.replicas.most if self._execution.replicas else 1
+        return self._execution.replicas.maximum if self._execution.replicas else 1
 
     def cpus(self, placement: Placement) -> int:
         return 0

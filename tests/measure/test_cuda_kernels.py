@@ -20,8 +20,7 @@ from gpu import first
 from support.checkpoints import llama
 from support.emulated_cuda import COMPILER, SHARED, Emulator, Libraries, libraries
 
-from avss_dist.measure import hooks
-from avss_dist.measure.hooks import observe
+from avss_dist.measure import observer as observing
 from avss_dist.measure.kernels.base import Accumulator
 from avss_dist.measure.kernels.cpu import CpuKernels
 from avss_dist.measure.kernels.cuda import device as cuda_device
@@ -29,6 +28,7 @@ from avss_dist.measure.kernels.cuda.backend import CudaKernels, NotCompiled
 from avss_dist.measure.kernels.cuda.calls import NUMBERS, chunk_of, layout, shared_bytes, source, window
 from avss_dist.measure.kernels.cuda.nvrtc import compile_for, library
 from avss_dist.measure.kernels.generic import TorchKernels
+from avss_dist.measure.observer import observe
 from avss_dist.models.loading import forward_function, open_module
 from avss_dist.settings import SITES, THRESHOLDS
 
@@ -296,7 +296,7 @@ def layer_moved(rows: int, tokens: int, hidden: int, inner: int, size: int) -> t
 
 def test_launches_and_bytes_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     emulator = Emulator()
-    monkeypatch.setattr(hooks, "kernels_for", lambda device: CudaKernels(emulator))
+    monkeypatch.setattr(observing, "kernels_for", lambda device: CudaKernels(emulator))
     backbone = open_module(llama().eval().to(torch.bfloat16))
     layers = backbone.structure.layers
     ids, everything = torch.arange(3 * 24).reshape(3, 24) % 32, np.ones((3, 24), bool)

@@ -15,14 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.oracle import Float64, oracle_stats
 
-from avss_dist.settings import RELATIVE_THRESHOLDS, SCORES
+from avss_dist.registry import BASELINES, FROM_ACTIVATIONS, SCORES
+from avss_dist.settings import RELATIVE_THRESHOLDS
 from avss_dist.stats import intervals, scores, spill
 from avss_dist.stats.histogram import HISTOGRAM_EDGES
 from avss_dist.stats.intervals import jackknife_interval
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, without_values
 from avss_dist.stats.merging import Block, combine_blocks, merge_stats
 from avss_dist.stats.rankings import count_lowest, rank_lowest
-from avss_dist.stats.scores import SiteTable, Threshold, avss, score_column, score_run, share
+from avss_dist.stats.scores import SiteTable, Threshold, avss, score_run, share
 from avss_dist.warehouse.schema import SCHEMAS
 
 GRID = np.array([1e-5, 1e-2, 1e-1])
@@ -144,7 +145,7 @@ def test_a_unit_at_the_threshold_is_not_near_zero() -> None:
 
 
 def test_layers_are_ranked_by_the_smoothed_score() -> None:
-    assert [score_column(name) for name in SCORES] == ["avss_smoothed", *SCORES[1:]] != [*SCORES]
+    assert [SCORES[name].column for name in FROM_ACTIVATIONS] == ["avss_smoothed", *BASELINES]
 
 
 def test_smoothed_avss_adds_half_a_count() -> None:
@@ -426,9 +427,6 @@ def compared(seed: int = 0) -> tuple[Float64, Float64, Stats]:
     return before, after, {(0, "block"): block, (0, "update"): oracle_stats(update, mask, GRID, units=True)}
 
 
-RIVALS = ("block_influence", "angular_distance", "relative_magnitude", "update_variance_ratio")
-
-
 def test_rivals_are_their_papers_formulas() -> None:
     before, after, stats = compared()
     pairs = [(a, b) for rows in zip(before, after, strict=True) for a, b in zip(*rows, strict=True)]
@@ -440,18 +438,19 @@ def test_rivals_are_their_papers_formulas() -> None:
         "update_variance_ratio": (after - before).var() / before.var(),
     }
     for row in score_run(stats, LAYERS[:1]):
-        assert {name: row[name] for name in RIVALS} == pytest.approx(want, rel=1e-10)
+        assert {name: row[name] for name in BASELINES} == pytest.approx(want, rel=1e-10)
 
 
 def test_an_input_without_variance_has_no_ratio() -> None:
     _, _, stats = compared()
     stats[0, "block"] = replace(stats[0, "block"], input_m2=0.0)
     for row in score_run(stats, LAYERS[:1]):
-        assert {name for name in RIVALS if math.isnan(row[name])} == {"update_variance_ratio"}
+        assert {name for name in BASELINES if math.isnan(row[name])} == {"update_variance_ratio"}
 
 
 @pytest.mark.parametrize(
-    ("drop", "undefined"), [("update", {"update_variance_ratio"}), ("block", set(RIVALS)), ("comparison", set(RIVALS))]
+    ("drop", "undefined"),
+    [("update", {"update_variance_ratio"}), ("block", set(BASELINES)), ("comparison", set(BASELINES))],
 )
 def test_rivals_are_undefined_without_their_site(drop: str, undefined: set[str]) -> None:
     _, _, stats = compared()
@@ -459,7 +458,7 @@ def test_rivals_are_undefined_without_their_site(drop: str, undefined: set[str])
         stats[0, "block"] = replace(stats[0, "block"], token_count=0, input_count=0)
     stats.pop((0, drop), None)
     for row in score_run(stats, LAYERS[:1]):
-        assert {name for name in RIVALS if math.isnan(row[name])} == undefined
+        assert {name for name in BASELINES if math.isnan(row[name])} == undefined
 
 
 @settings(max_examples=50, derandomize=True)

@@ -78,7 +78,7 @@ class RayExecutor:
         """See `executors.base.Executor`. A cluster may have room for fewer now, and for more when nodes come."""
         has = self.devices
         usual = max(1, has.count // max(1, placement.gpus)) if self.device == "cuda" else 1
-        workers = self._execution.replicas.most if self._execution.replicas else usual
+        workers = self._execution.replicas.maximum if self._execution.replicas else usual
         replicas = max(1, workers // placement.copies)
         if not self._address:
             self._require_room(replicas, placement)
@@ -121,7 +121,7 @@ class RayExecutor:
             prefetcher,
             new_gang=self._new_gang,
             replicas=self.replicas,
-            fewest=self._execution.replicas.fewest if self._execution.replicas else 1,
+            fewest=self._execution.replicas.minimum if self._execution.replicas else 1,
             monitor=self._monitor,
             placement_seconds=self._execution.placement_seconds,
             hang_seconds=self._execution.hang_seconds,

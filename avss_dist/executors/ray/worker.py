@@ -25,7 +25,7 @@ from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.system.cores import use_threads
 from avss_dist.system.devices import pick_device
 from avss_dist.system.progress_bar import heard_by
-from avss_dist.tasks.cells import Beat, Cell, CellResult, measure_cell
+from avss_dist.tasks.cells import Cell, CellResult, Heartbeat, measure_cell
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.sharing import Receipt, SharedWarehouse
@@ -37,12 +37,14 @@ UnitResult = ShardResult | Receipt | CellResult
 class Assignment(Protocol):
     """What one rank does for a unit."""
 
-    def run(self, spec: ReplicaSpec, model: Replica, beat: Beat, computed: Callable[[], None]) -> UnitResult | None:
+    def run(
+        self, spec: ReplicaSpec, model: Replica, heartbeat: Heartbeat, computed: Callable[[], None]
+    ) -> UnitResult | None:
         """The result, or None where this rank reports none.
 
         Args:
-            model: what ``spec.open`` gave.
-            beat: to be called whenever a layer begins.
+            model: what `executors.base.ReplicaSpec.open` gave.
+            heartbeat: to be called whenever a layer begins.
             computed: may be called when the model can be used for another unit.
         """
 
@@ -65,7 +67,7 @@ class ShardAssignment:
     warehouse: SharedWarehouse | None = None
 
     def run(
-        self, spec: ReplicaSpec, model: Replica, beat: Beat, computed: Callable[[], None]
+        self, spec: ReplicaSpec, model: Replica, heartbeat: Heartbeat, computed: Callable[[], None]
     ) -> ShardResult | Receipt | None:
         """See `Assignment`. The partial is encoded and written here, for there are more workers than drivers."""
         if self.shard is None:
@@ -73,7 +75,7 @@ class ShardAssignment:
             return None
         rows, forwards = self.rows, self.forwards
         result = analyze_shard(
-            model, self.shard, spec.settings, rows=rows, forwards=forwards, beat=beat, computed=computed
+            model, self.shard, spec.settings, rows=rows, forwards=forwards, heartbeat=heartbeat, computed=computed
         )
         if not model.reports_stats:
             return None
@@ -98,10 +100,12 @@ class CellAssignment:
     cell: Cell
     rows: int
 
-    def run(self, spec: ReplicaSpec, model: Replica, beat: Beat, computed: Callable[[], None]) -> CellResult | None:
+    def run(
+        self, spec: ReplicaSpec, model: Replica, heartbeat: Heartbeat, computed: Callable[[], None]
+    ) -> CellResult | None:
         """See `Assignment`. Every rank of a replica takes the cell, and one reports."""
         assert model.language_model is not None
-        result = measure_cell(model.language_model, self.cell, rows=self.rows, beat=beat)
+        result = measure_cell(model.language_model, self.cell, rows=self.rows, heartbeat=heartbeat)
         return result if model.language_model.reports else None
 
 
@@ -172,7 +176,7 @@ class Worker:
                 self._monitor.report.remote(self._name, self._count, self._doing)
             time.sleep(BEAT_SECONDS)
 
-    def _beat(self) -> None:
+    def _heartbeat(self) -> None:
         self._count += 1
 
     def _hear(self, what: str, share: float) -> None:
@@ -228,10 +232,10 @@ class Worker:
             if ray.get_runtime_context().is_canceled():
                 return None
             assert self._spec is not None
-            self._beat()
+            self._heartbeat()
             stack.callback(setattr, self, "_doing", None)
             stack.enter_context(heard_by(self._hear))
-            return assignment.run(self._spec, self._model, self._beat, stack.close)
+            return assignment.run(self._spec, self._model, self._heartbeat, stack.close)
 
 
 def resolve_on_node(checkpoint: Checkpoint, *, trust_remote_code: bool = False, pickles: bool = False) -> Checkpoint:

@@ -30,12 +30,12 @@ class Sharing:
     """How copies of a model share the batches of a fit.
 
     Attributes:
-        own: of so many batches, the numbers of this copy's.
-        add_up: makes each tensor its sum over all copies, in place.
+        local_indices: returns the indices of the batches that this copy takes, given their count.
+        all_reduce: makes each tensor its sum over all copies, in place.
     """
 
-    own: Callable[[int], Sequence[int]] = range
-    add_up: Callable[[Sequence[torch.Tensor]], None] = lambda _tensors: None
+    local_indices: Callable[[int], Sequence[int]] = range
+    all_reduce: Callable[[Sequence[torch.Tensor]], None] = lambda _tensors: None
 
 
 ALONE = Sharing()
@@ -51,7 +51,7 @@ class Mender:
     def __init__(self, streams: Streams, stored: ReadStored, read: Sequence[Portion], sharing: Sharing) -> None:
         self.tensors: dict[Parameter, torch.Tensor] = {}
         self._streams, self._stored, self._read = streams, stored, read
-        self._own, self._sharing = sharing.own(len(read)), sharing
+        self._own, self._sharing = sharing.local_indices(len(read)), sharing
 
     def mend_all(self, cuts: Sequence[Cut], by: str, layers: int) -> list[RepairedCut]:
         """Mend or patch cuts of a model of so many layers, in order; what cannot be mended is refused first."""
@@ -219,7 +219,7 @@ class Mender:
         """Equations and numbers, each its sum over the copies that share the batches."""
         floats = torch.tensor(numbers, dtype=torch.float64, device=sums[0].gram.device)
         counts = torch.tensor([one.count for one in sums], device=floats.device)
-        self._sharing.add_up([floats, counts, *(t for one in sums for t in (one.gram, one.cross, one.target))])
+        self._sharing.all_reduce([floats, counts, *(t for one in sums for t in (one.gram, one.cross, one.target))])
         return [replace(one, count=n) for one, n in zip(sums, counts.tolist(), strict=True)], floats.tolist()
 
     def _fold(self, outlet: Outlet, step: Step, found: Fit, moment: torch.Tensor) -> None:

@@ -25,6 +25,7 @@ from avss_dist.partition.open import open_replica
 from avss_dist.partition.streaming.language_model import StreamingLanguageModel
 from avss_dist.pruning.repair.outlet import Outlet, RepairError, Seen, captured, find_outlet
 from avss_dist.pruning.repair.readers import find_readers
+from avss_dist.registry import LAYERWISE, PARTITIONS
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import available_memory, devices_here, free_device
 
@@ -332,18 +333,19 @@ def opened_streams(
         ConfigError: another partition is requested, or the memory of this one does not suffice.
         ModelError: it cannot be opened, or streamed: it predicts no next token, for example.
     """
-    if execution.partition not in ("auto", "single", "streaming"):
+    able = [name for name, info in PARTITIONS.items() if info.whole or info.layerwise]
+    if execution.partition not in ("auto", *able):
         raise ConfigError(
             f"In this process a repair is not fitted in `partition` {execution.partition}.",
-            "Use single or streaming, or name a `warehouse`: workers fit it then.",
+            f"Use {' or '.join(able)}, or name a `warehouse`: workers fit it then.",
         )
     placement = place(checkpoint, settings, execution, devices_here(device.type), head=True)
-    if placement.partition == "single":
+    if PARTITIONS[placement.partition].whole:
         backbone = load(checkpoint, settings, device)
         yield lambda *text: Streams(backbone, device, *text)
         del backbone
     else:
-        streamed = replace(placement, partition="streaming")
+        streamed = replace(placement, partition=LAYERWISE)
         with closing(open_replica(checkpoint, settings, streamed, head=True)) as replica:
             assert replica.language_model is not None
             yield streams_of(replica.language_model)
