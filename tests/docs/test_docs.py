@@ -69,16 +69,28 @@ def test_every_option_in_a_sentence_exists(page: Path) -> None:
 
 @pytest.mark.parametrize("command", OPTIONS)
 def test_every_command_is_documented(command: str) -> None:
-    assert re.search(rf"^\| `avss {command}` \|", read(DOCS / "cli.md"), re.MULTILINE)
+    assert re.search(rf"^\| `avss {command}` \|", read(DOCS / "reference" / "commands.md"), re.MULTILINE)
 
 
 def test_every_option_is_documented() -> None:
-    assert reference_markdown() in read(DOCS / "cli.md")
+    assert reference_markdown() in read(DOCS / "reference" / "options.md")
 
 
 def test_every_page_is_in_the_index() -> None:
-    linked = set(re.findall(r"\]\((\w[\w-]*\.md)\)", read(DOCS / "index.md")))
-    assert linked == {page.name for page in DOCS.glob("*.md")} - {"index.md"}
+    linked = set(re.findall(r"\]\(([\w/-]+\.md)\)", read(DOCS / "index.md")))
+    assert linked == {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")} - {"index.md"}
+
+
+def test_every_page_is_of_one_kind() -> None:
+    folders = {page.parent.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
+    assert folders == {".", "guides", "reference", "explanations", "results"}
+    assert {page.name for page in DOCS.glob("*.md")} == {"index.md", "architecture.md"}
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "results").glob("*.md")), ids=lambda page: page.stem)
+def test_results_name_the_machine_the_date_and_the_command(page: Path) -> None:
+    for fact in ("machines?", "date", "command"):
+        assert re.search(rf"^\| {fact} \| .", read(page), re.MULTILINE), fact
 
 
 @each_page

@@ -11,9 +11,9 @@ import avss_dist
 
 ROOT = Path(__file__).parents[2]
 DOCS = Path(avss_dist.__file__).parent / "docs"
-OWN = sorted([*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "jobs" / "README.md"])
+OWN = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "jobs" / "README.md"])
 PAGES = sorted(
-    [*DOCS.glob("*.md"), ROOT / "README.md", *(ROOT / "jobs").glob("*.md"), *(ROOT / "cluster").rglob("*.md")]
+    [*DOCS.rglob("*.md"), ROOT / "README.md", *(ROOT / "jobs").glob("*.md"), *(ROOT / "cluster").rglob("*.md")]
 )
 
 
