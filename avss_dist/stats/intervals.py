@@ -2,7 +2,7 @@
 
 One method serves every statistic: the delete-one jackknife estimates the standard error, Student's t with n - 1 degrees
 of freedom gives its multiple, and ratios and probabilities are treated on the log and logit scales.
-``docs/results/intervals.md`` has its coverage, which ``tests/benchmarks/coverage.py`` measures beside that of the bootstrap.
+``docs/results/intervals.md`` has its coverage, measured by ``tests/benchmarks/coverage.py`` beside the bootstrap's.
 """
 
 from __future__ import annotations

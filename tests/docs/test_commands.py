@@ -31,6 +31,7 @@ ONLY_PARSED = {
 HELP = "avss --help"
 NOT_RUN = ("--help", "--version", "--install-completion")
 PLACES = {"s3://bucket/warehouse": "warehouse", "RUN_ID": "name", "OTHER_RUN_ID": "model-a"}
+PLACES |= {"HuggingFaceTB/SmolLM2-135M-Instruct": "org/name"}
 PLACES |= {"12GB": "150kB", "smollm2": "name", "smollm2-*": "*", "MODEL": "org/name"}
 SMALL = {"--max-sequences": "16", "--sequence-length": "32", "--batch-size": "8", "--executor": "local", "--count": "2"}
 """Options that are added where a command has them and says nothing of them."""
@@ -67,7 +68,7 @@ def parsed(words: tuple[str, ...]) -> dict[str, Any]:
 
 def test_every_command_is_accepted() -> None:
     found = [words for _, words in documented() if words[0] not in NOT_RUN]
-    assert len(found) > 90
+    assert len(found) > 80
     for words in found:
         parsed(words)
     unused = [part for part in ONLY_PARSED if not any(word.startswith(part) for words in found for word in words)]

@@ -81,6 +81,15 @@ def test_every_page_is_in_the_index() -> None:
     assert linked == {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")} - {"index.md"}
 
 
+def test_every_page_that_the_sources_name_is_there() -> None:
+    sources = [path for folder in ("avss_dist", "cluster", "jobs", "tests") for path in (ROOT / folder).rglob("*.*")]
+    texts = [read(path) for path in sources if path.suffix in (".ipynb", ".md", ".py", ".sh", ".yaml")]
+    named = {name for text in texts for name in re.findall(r"(?<![\w.])(?:avss_dist/)?docs/([\w/-]+\.md)", text)}
+    named |= {f"{name}.md" for text in texts for name in re.findall(r"""docs_page\(["']([\w/-]+)["']\)""", text)}
+    assert "reference/job-files.md" in named
+    assert not [name for name in sorted(named) if not (DOCS / name).is_file()]
+
+
 def test_every_page_is_of_one_kind() -> None:
     folders = {page.parent.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
     assert folders == {".", "guides", "reference", "explanations", "results"}

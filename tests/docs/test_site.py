@@ -16,7 +16,7 @@ pytest.importorskip("material", reason="no mkdocs-material: pip install 'avss_di
 
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
 """Attributes of elements that a browser fetches without a click."""
-NO_NETWORK = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 
 
 class Fetched(HTMLParser):
@@ -36,7 +36,7 @@ class Fetched(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built strictly: a link or an anchor that leads nowhere, or a page without a place in it, is an error."""
+    """The site, built strictly: a broken link or anchor, or a page that the navigation lacks, is an error."""
     folder = tmp_path_factory.mktemp("site")
     words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", ROOT / ".mkdocs.yml", "-d", folder]
     done = subprocess.run(words, env=os.environ | NO_NETWORK, capture_output=True, text=True, check=False)
