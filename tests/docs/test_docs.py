@@ -1,4 +1,4 @@
-"""The documentation is true: links lead somewhere, commands and options exist, queries run, named code is there."""
+"""Links, commands, options, queries and code names in the documentation are valid."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
