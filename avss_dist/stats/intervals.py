@@ -3,7 +3,7 @@
 One method serves every statistic: the delete-one jackknife estimates the standard error and the skewness, Student's t
 gives the multiple, Hall's transformation corrects it for skewness, and ratios and probabilities are treated on the log
 and logit scales.
-``docs/concepts.md`` has its coverage, which ``tests/benchmarks/coverage.py`` measures beside that of the bootstrap.
+``docs/results/intervals.md`` has its coverage, measured by ``tests/benchmarks/coverage.py`` beside the bootstrap's.
 """
 
 from __future__ import annotations

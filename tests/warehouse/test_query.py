@@ -242,7 +242,7 @@ def test_every_column_is_described_once() -> None:
 
 
 def test_the_documentation_has_every_column_as_it_is_declared() -> None:
-    page = (Path(avss_dist.__file__).parent / "docs" / "warehouse.md").read_text(encoding="utf-8")
+    page = (Path(avss_dist.__file__).parent / "docs" / "reference" / "warehouse.md").read_text(encoding="utf-8")
     assert page.partition("\n## Columns\n")[2].partition("\n### ")[2] == schema_markdown().partition("### ")[2]
 
 
