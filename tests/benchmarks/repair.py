@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from avss_dist.corpus.shards import CorpusPlan, plan
+from avss_dist.intervention import NO_INTERVENTION
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer, text_config
@@ -26,7 +27,6 @@ from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.repair import Repair, fit_repair
 from avss_dist.pruning.repair.streams import streams_of
 from avss_dist.pruning.weights import StoredWeights
-from avss_dist.removal import Drop
 from avss_dist.settings import REPAIRS, Settings
 from avss_dist.system.cores import use_threads
 from avss_dist.tasks.base import TextLoss
@@ -40,9 +40,9 @@ def timed(work: Callable[[], T]) -> tuple[T, float]:
     return work(), time.process_time() - start
 
 
-def perplexity(model: LanguageModel, text: CorpusPlan, drop: Drop = (), patch: Patch | None = None) -> float:
+def perplexity(model: LanguageModel, text: CorpusPlan, drop: tuple[int, ...] = (), patch: Patch | None = None) -> float:
     with model.patched(patch or {}):
-        rows = [row for shard in text.shards for row in TextLoss(shard)(model, drop)]
+        rows = [row for shard in text.shards for row in TextLoss(shard)(model, NO_INTERVENTION.without(*drop))]
     return float(np.exp(sum(row.samples.sum() for row in rows) / sum(row.weights.sum() for row in rows)))
 
 

@@ -14,10 +14,11 @@ from support.checkpoints import llama, one_thread
 from support.families import lively, tiny_model
 
 from avss_dist.corpus.shards import plan as read_text
-from avss_dist.evaluation.engine import plan_evaluation
+from avss_dist.evaluation.engine import PlannedTask
 from avss_dist.evaluation.make_tasks import text_task
 from avss_dist.evaluation.repairs import fit_repairs, plan_fits
 from avss_dist.executors.local import LocalExecutor
+from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import load_tokenizer, open_module
@@ -60,7 +61,9 @@ def evaluated(folder: Path, layers: str, by: str, drop: tuple[int, ...], store: 
     with closing(LocalExecutor(SETTINGS)) as executor:
         (fitted,) = plan_fits(checkpoint, layers, [repair], placement).values()
         (patch,) = fit_repairs([(fitted, [drop])], Store(store), executor).values()
-        cells = plan_evaluation(checkpoint, text, HELD_OUT, placement).cells([drop], patch)
+        cells = PlannedTask(checkpoint=checkpoint, settings=HELD_OUT, task=text, placement=placement).cells(
+            [Intervention(removed=drop, patch=patch)]
+        )
         rows = [result.rows[0].samples for _, result in executor.run_cells(iter([cells]))]
     repaired = patch.repaired()
     return repaired.tensors, repaired.record.cuts, np.concatenate(rows)
@@ -138,7 +141,9 @@ def test_any_family_can_be_patched(family: str, tmp_path: Path, save_checkpoint:
     folder = save_checkpoint(model, tmp_path / "whole")
     layers = open_module(model).structure.layers[0].name.rpartition(".")[0]
     _, (cut,), losses = evaluated(folder, layers, "linear_patch", (1,), tmp_path / "w", "single")
-    plain = plan_evaluation(resolve(str(folder)), text_of(folder), HELD_OUT, Placement()).cells([(1,)])
+    plain = PlannedTask(
+        checkpoint=resolve(str(folder)), settings=HELD_OUT, task=text_of(folder), placement=Placement()
+    ).cells([NO_INTERVENTION.without(1)])
     with closing(LocalExecutor(SETTINGS)) as executor:
         unpatched = np.concatenate([result.rows[0].samples for _, result in executor.run_cells(iter([plain]))])
     assert cut.error_after != cut.error_before and np.isfinite(losses).all() and (losses != unpatched).all()
