@@ -17,8 +17,9 @@ from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.choose import PROCESS_BYTES, bytes_beside_weights, least_host_bytes
 from avss_dist.partition.device_map import SPARE_SHARE, Device, Spread, spread
 from avss_dist.partition.zero3 import PREFETCHED
+from avss_dist.requests import EstimateRequest
 from avss_dist.results import TabularResult
-from avss_dist.settings import Execution, Settings
+from avss_dist.settings import Settings
 from avss_dist.system.devices import available_memory, devices_here, pick_device
 from avss_dist.text import describe_bytes
 
@@ -100,23 +101,19 @@ class Estimate(TabularResult):
         return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
 
 
-def estimate(model: str, corpus: str, settings: Settings, execution: Execution | None = None) -> Estimate:
+def estimate(request: EstimateRequest) -> Estimate:
     """Estimate a run from the checkpoint's configuration and headers, the corpus, and a benchmark of some seconds.
 
-    Args:
-        model: hub id, folder or ``.gguf`` file; weights are neither fetched nor read.
-        corpus: as for `runs.api.score`; it is planned, as far as ``settings.max_sequences`` goes.
-        execution: ``ranks`` for the partitions of several processes (2 if None) and ``max_memory``; the estimate is of
-            one replica.
+    Weights are neither fetched nor read. The estimate is of one replica.
 
     Raises:
         AvssError: the model, the corpus or a setting is not one that can be run.
     """
-    execution = execution or Execution()
+    model, corpus, settings = str(request.model), request.corpus, request.settings
     checkpoint = locate(model, trust_remote_code=settings.trust_remote_code)
     size = footprint(checkpoint or model, settings)
     source = checkpoint or _fetch_tokenizer(model, settings)
-    made = measure(source, checkpoint or model, size, corpus, settings, execution)
+    made = measure(source, checkpoint or model, size, request)
     return Estimate(
         model=model,
         corpus=without_secrets(corpus),
@@ -139,27 +136,24 @@ def measure(
     source: Checkpoint,
     weights: Checkpoint | str,
     size: Footprint,
-    corpus: str,
-    settings: Settings,
-    execution: Execution,
-    partition: str | None = None,
+    request: EstimateRequest,
 ) -> Arithmetic:
-    """Measure a few layers of a model here; what it returns makes a row of any partition, or of one.
+    """Measure a few layers of a model here, and return the arithmetic that makes the row of every partition.
 
     Args:
         source: has the configuration and the tokenizer.
         weights: where the headers of the weights are: the same, or a hub id.
-        partition: the only one that will be needed.
 
     Raises:
         AvssError: the corpus or the tokenizer cannot be read, or the model cannot be built or observed.
     """
+    settings = request.settings
     settings = replace(settings, dtype=size.dtype, device=pick_device(settings.device).type)
-    here = Machine.look(settings.device, execution.max_memory)
-    placed = _spread(weights, size, settings, execution, here)
+    here = Machine.look(settings.device, request.max_memory)
+    placed = _spread(weights, size, settings, request.max_memory, here)
     timed = ["single", *(["device_map"] if placed.layers_on_disk else []), "streaming"]
-    wanted = [name for name in timed if name == "single" or partition in (None, name)]
-    return Arithmetic(size, settings, execution, here, calibrate(source, corpus, settings, size, wanted), placed)
+    measured = calibrate(source, request.corpus, settings, size, timed)
+    return Arithmetic(size, settings, request.ranks, request.max_memory, here, measured, placed)
 
 
 def _fetch_tokenizer(model: str, settings: Settings) -> Checkpoint:
@@ -193,7 +187,7 @@ class Machine:
 
 
 def _spread(
-    checkpoint: Checkpoint | str, size: Footprint, settings: Settings, execution: Execution, here: Machine
+    checkpoint: Checkpoint | str, size: Footprint, settings: Settings, max_memory: Mapping[str, int], here: Machine
 ) -> Spread:
     """Where a device map would put the weights on this machine."""
     batch = size.activation_bytes(settings.batch_size, settings.sequence_length)
@@ -202,7 +196,7 @@ def _spread(
     beside = {"cpu": bytes_beside_weights(size, settings, here.device)}
     limits |= {
         name if name == "cpu" else int(name): max(0, limit - beside.get(name, batch))
-        for name, limit in execution.max_memory.items()
+        for name, limit in max_memory.items()
     }
     return spread(checkpoint, settings, limits)
 
@@ -213,7 +207,8 @@ class Arithmetic:
 
     size: Footprint
     settings: Settings
-    execution: Execution
+    ranks: int | None
+    max_memory: Mapping[str, int]
     here: Machine
     measured: Calibration
     spread: Spread
@@ -250,7 +245,7 @@ class Arithmetic:
 
     def _row(self, partition: str, ranks: int, memory: tuple[int, int], seconds: float, why: str) -> Row:
         device, host = memory
-        if "cpu" in self.execution.max_memory:  # a run is refused by this rule, before anything can be measured
+        if "cpu" in self.max_memory:  # a run is refused by this rule, before anything can be measured
             host_needed = max(host, least_host_bytes(partition, self.size, self.settings, self.here.device))
         else:
             host_needed = host
@@ -358,4 +353,4 @@ class Arithmetic:
         return self._row("tensor_parallel", ranks, memory, work + exchange, why)
 
     def _ranks(self) -> int:
-        return self.execution.ranks or max(2, self.here.gpus)
+        return self.ranks or max(2, self.here.gpus)
