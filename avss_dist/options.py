@@ -202,7 +202,7 @@ else:
             shared: names of the fields of `Settings` and `Execution` that the command takes as well.
             settings, execution: made of the values of these.
             given: the values of these, as they were passed.
-            reporter: receives the progress of the work; not a field, nor an option.
+            reporter: receives the progress of the work. It has no option.
         """
 
         shared: ClassVar[tuple[str, ...]] = ()
@@ -246,10 +246,9 @@ def _is_unknown(name: str, value: Any, known: set[str]) -> bool:
 
 
 def _not_taken(name: str, valid: Sequence[str]) -> ConfigError:
-    if name in ("sites", "thresholds", "tracker"):
-        return ConfigError(f"`{name}` has no effect: it is for the scoring of layers alone.", "Leave it out.")
+    """Return the error of a keyword that a request does not take."""
     if name in SHARED:
-        return ConfigError(f"`{name}` has no effect here.", "Leave it out.")
+        return ConfigError(f"`{name}` has no effect on this command.", "Leave it out.")
     return ConfigError(f"Unknown option '{name}'.", nearest(name, valid))
 
 
@@ -299,13 +298,13 @@ def _parameters(cls: Any) -> list[inspect.Parameter]:
     return made
 
 
-def _parameter(field_: Field[Any], annotation: Any) -> inspect.Parameter:
-    if field_.default_factory is not MISSING:
-        default = field_.default_factory()
+def _parameter(item: Field[Any], annotation: Any) -> inspect.Parameter:
+    if item.default_factory is not MISSING:
+        default = item.default_factory()
     else:
-        default = inspect.Parameter.empty if field_.default is MISSING else field_.default
-    kind = inspect.Parameter.KEYWORD_ONLY if field_.kw_only else inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return inspect.Parameter(field_.name, kind, default=default, annotation=annotation)
+        default = inspect.Parameter.empty if item.default is MISSING else item.default
+    kind = inspect.Parameter.KEYWORD_ONLY if item.kw_only else inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Parameter(item.name, kind, default=default, annotation=annotation)
 
 
 def _explained(cls: Any) -> str:

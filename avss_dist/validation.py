@@ -163,6 +163,9 @@ def _problem(cls: Any, error: Any, noun: str) -> ConfigError:
     name, inner = _field_at(cls, error["loc"])
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         return ConfigError(f"Unknown {noun} '{error['loc'][-1]}'.", nearest(error["loc"][-1], sorted(_fields(inner))))
+    if kind == "unexpected_positional_argument":
+        named = [name for name, info in cls.__dataclass_fields__.items() if info.kw_only]
+        return ConfigError(f"{value!r} needs a name.", f"Write it as a keyword: {', '.join(named)}.")
     if kind == "unknown_name":
         return ConfigError(f"Unknown `{name}` '{value}'.", context["hint"])
     if kind == "problem":

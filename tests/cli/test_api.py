@@ -72,6 +72,8 @@ def test_mistakes_of_a_request_and_of_its_settings_are_reported_together() -> No
     ]
     with pytest.raises(ConfigError, match="`sites` has no effect"):
         avss.evaluate(["m"], tasks=["t"], sites=("mlp",))
+    with pytest.raises(ConfigError, match=r"'text\.txt' needs a name"):
+        avss.ablate("m", "text.txt")  # type: ignore[call-arg, misc]
     with pytest.raises(ConfigError, match="`model` is missing"):
         avss.ablate(corpus="text.txt")  # type: ignore[call-arg]
 
