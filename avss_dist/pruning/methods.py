@@ -68,7 +68,7 @@ class Experiment:
     sparsities: Annotated[tuple[Share, ...], Field(strict=False)] = ()
     """Shares of the weights that meet a zero activation; no layer is dropped then."""
     sparsity_methods: Annotated[tuple[SparsityMethod, ...], Field(strict=False, min_length=1)] = ("uniform", "loss")
-    """How these are spread, as avss plan --method has it; what methods read is the text of the run."""
+    """How these are spread, as avss sparsify --method has it; what methods read is the text of the run."""
     sparsity_max_sequences: AtLeastOne | None = None
     """Rows of that text that methods read, at most; values are counted in all of it."""
     sparsity_rule: Annotated[str, OneOf(SPARSITY_RULES)] = SPARSITY_RULES[0]
