@@ -72,15 +72,7 @@ TRUTHFULQA = "truthfulqa:"  # before a file: the task of choosing among its answ
 AFTER_ANOTHER = ", after another prompt"  # after a label: the stratum of the same answers to other prompts
 LAYOUTS = ("packed", "padded")
 ROW_STARTS = ("auto", "none")
-DEFAULT_REPAIR = "refit"  # gives back the most, on text of other domains too, and wants the most text
-NO_REPAIR = "none"
 REPAIR = "repair:"  # before what is fitted and on which corpora: the task of fitting it
-REFITS_LATER, REFITS_BEHIND = ("refit_all", "refit_full"), ("refit_around", "refit_full")  # see `pruning.repair.fold`
-REFITS = tuple(dict.fromkeys(("refit", *REFITS_LATER, *REFITS_BEHIND)))
-REPAIRS = ("scale", "channel", "rotated", "map", *REFITS, "replace_me")
-"""How a pruned model is repaired: what is fitted at each cut, and folded into weights."""
-RIVAL_PATCHES = ("prune_comp", "linear_patch")
-"""Repairs that no weight can hold: they change the stream itself behind each cut, and are evaluated alone."""
 THRESHOLD, TOP_K, TOP_P = "threshold", "top_k", "top_p"  # how activations are made zero: see `sparsifying.Cut`
 SPARSITY_TASK = "sparsity:"  # before a method and its corpus: the task of allocating sparsity
 SPARSITY_METHODS = ("uniform", "loss", "teal", "acttail", "wina", "scap", "cats", "topp")

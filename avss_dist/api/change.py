@@ -14,13 +14,12 @@ from avss_dist.api.names import RunName, named_run
 from avss_dist.errors import ConfigError
 from avss_dist.options import EvaluationOptions, WorkOptions, refuse_unused, with_options
 from avss_dist.pruning.plan import Plan, read_plan
+from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR
 from avss_dist.pruning.search import Effort
 from avss_dist.pruning.selection import Choice
 from avss_dist.results import TabularResult
 from avss_dist.settings import (
-    DEFAULT_REPAIR,
     DEFAULT_WAREHOUSE,
-    NO_REPAIR,
     PUBLISHED_THRESHOLD,
     RECIPES,
     SEARCHES,
@@ -229,7 +228,7 @@ def prune(
     Args:
         plan: a `Plan`, or its file.
         output: a folder that does not exist, or is empty.
-        repair: one of ``settings.REPAIRS``; ``refit`` by default where ``repair_corpora`` names text.
+        repair: one of ``pruning.repair.registry.REPAIRS``; ``refit`` by default where ``repair_corpora`` names text.
         repair_corpora: what the repair is fitted on: CORPUS or CORPUS=WEIGHT.
         warehouse: whose evaluations of the plan go into the model card, beside those that the plan has; the repair is
             fitted on workers, kept there and found there. Without it, the repair is fitted in this process.

@@ -20,7 +20,7 @@ from avss_dist.cli.options import (
     warehouse_option,
 )
 from avss_dist.options import WorkOptions
-from avss_dist.settings import DEFAULT_REPAIR, NO_REPAIR, REPAIRS
+from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, REPAIRS
 from avss_dist.system.streams import emit, emit_json
 from avss_dist.text import describe_bytes
 
@@ -45,7 +45,7 @@ def prune(
         choice(
             (NO_REPAIR, *REPAIRS),
             f"What to fit at each cut to make up for the removed layers; {DEFAULT_REPAIR} by default if there is text.",
-            checked=False,  # a repair that no checkpoint can hold is refused with the reason
+            checked=False,  # `Repair` also knows the successors of removed repairs
         ),
     ] = None,
     repair_corpora: Annotated[

@@ -21,7 +21,8 @@ from avss_dist.cli.options import (
     warehouse_option,
 )
 from avss_dist.cli.plan import CHOSEN_BY
-from avss_dist.settings import DEFAULT_REPAIR, INTERACTIONS, NO_REPAIR, REPAIRS
+from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, REPAIRS
+from avss_dist.settings import INTERACTIONS
 from avss_dist.system.streams import console, emit, emit_json
 
 
@@ -44,7 +45,8 @@ def shrink(
     ] = "damage",
     protect: ProtectOption = "",
     repair: Annotated[
-        str, choice((NO_REPAIR, *REPAIRS), "What to fit at each cut to make up for the removed layers.")
+        str,
+        choice((NO_REPAIR, *REPAIRS), "What to fit at each cut to make up for the removed layers.", checked=False),
     ] = DEFAULT_REPAIR,
     repair_corpora: Annotated[
         list[str] | None,

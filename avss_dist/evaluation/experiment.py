@@ -45,6 +45,7 @@ from avss_dist.models.loading import load_tokenizer
 from avss_dist.pruning.ground_truth import interactions, layer_truth
 from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, methods
 from avss_dist.pruning.plan import layer_list
+from avss_dist.pruning.repair.registry import NO_REPAIR
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.search import Effort, search_for
 from avss_dist.pruning.selection import Reading
@@ -58,7 +59,6 @@ from avss_dist.settings import (
     INTERACTIONS,
     LOSS,
     MOST_EVALUATIONS,
-    NO_REPAIR,
     OF_LAYERS,
     RECIPES,
     RELATIVE_THRESHOLDS,

@@ -10,16 +10,14 @@ from pydantic import Field
 
 from avss_dist.errors import ConfigError, require_known
 from avss_dist.options import Prompting
+from avss_dist.pruning.repair.registry import NO_REPAIR, OptionalRepairName
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
 from avss_dist.settings import (
     CONTRAST,
     EVERY_SITE,
     INTERACTIONS,
-    NO_REPAIR,
     OF_LAYERS,
     RECIPES,
-    REPAIRS,
-    RIVAL_PATCHES,
     SCORES,
     SEARCHES,
     SPARSITY_METHODS,
@@ -46,12 +44,11 @@ Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Score = Annotated[str, Check(_known_score)]
 
 SparsityMethod = Annotated[str, OneOf(SPARSITY_METHODS)]
-RepairName = Annotated[str, OneOf((NO_REPAIR, *REPAIRS, *RIVAL_PATCHES))]
 
 
 @checked
 class Experiment:
-    """What is done with every run of a job.
+    """Request of an experiment with every run of a job.
 
     Raises:
         ConfigError: values out of their range, or that name no score.
@@ -93,7 +90,7 @@ class Experiment:
     """Sets that a search measures at most; evolve needs it."""
     search_max_sequences: AtLeastOne | None = None
     """Rows of the text of the run that searches measure the loss on, at most."""
-    repairs: Annotated[tuple[RepairName, ...], Field(strict=False, min_length=1)] = (NO_REPAIR,)
+    repairs: Annotated[tuple[OptionalRepairName, ...], Field(strict=False, min_length=1)] = (NO_REPAIR,)
     """What gives back what the removed layers did; every choice is evaluated with each."""
     repair_corpora: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """The texts that repairs are fitted on; each counts alike, however long, or by a weight: CORPUS=0.5."""
@@ -140,10 +137,10 @@ class Experiment:
             raise ConfigError("evolve goes on as long as its budget lasts.", "Give it a `search_budget`.")
 
     def count_choices(self, readings: int) -> int:
-        """Choices of layers for a model, at most.
+        """Return the maximum number of choices of layers for a model.
 
         Args:
-            readings: of AVSS, that ``avss:all`` stands for.
+            readings: number of readings of AVSS that ``avss:all`` stands for.
         """
         controls = self.reversed + bool(self.keep_ends)
         several = EVERY_READING in self.scores
@@ -154,7 +151,7 @@ class Experiment:
 
     @property
     def prompting(self) -> Prompting:
-        """What stands around questions of harness tasks."""
+        """Options of the prompts of harness tasks."""
         return Prompting(**{f.name: getattr(self, f.name) for f in fields(Prompting)})
 
     @property
@@ -164,7 +161,7 @@ class Experiment:
 
     @property
     def count_sparse(self) -> int:
-        """Sparsity plans of a model."""
+        """Number of sparsity plans of a model."""
         return len(self.sparsities) * len(self.sparsity_methods)
 
 
@@ -175,10 +172,10 @@ class Method:
     Attributes:
         score: one of ``settings.SCORES``, ``OF_LAYERS`` or ``SEARCHES``; or ``interactions``, ``contrast``, ``random``
             or ``last``.
-        reading: of AVSS or the contrast.
+        reading: reading of AVSS or the contrast.
         control: `REVERSED`, `ENDS_KEPT` or None.
-        seed: of ``random``.
-        ends: layers at each end that are kept.
+        seed: seed of ``random``.
+        ends: number of layers at each end that are protected.
     """
 
     score: str
@@ -189,7 +186,7 @@ class Method:
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """Name for people."""
         name = "leave one out" if self.score == LEAVE_ONE_OUT else self.score.replace("_", " ")
         if self.reading not in (None, PUBLISHED):
             site, recipe, threshold, kind = self.reading
@@ -201,7 +198,7 @@ class Method:
         return f"{name}, {self.control}" if self.control else name
 
     def choice(self, share: float) -> Choice:
-        """What it drops of a share of the layers."""
+        """Return the choice that drops a share of the layers."""
         return Choice(
             by=self.score,
             reading=self.reading,
@@ -214,10 +211,10 @@ class Method:
 
 
 def parse_score(text: str) -> tuple[str, Reading | None]:
-    """Read ``block_influence``, ``avss``, or ``avss:SITE:RECIPE:THRESHOLD``; ``contrast`` as ``avss``.
+    """Return score and reading from ``block_influence``, ``avss``, or ``avss:SITE:RECIPE:THRESHOLD``.
 
     Raises:
-        ConfigError: it names no score.
+        ConfigError: the text names no score.
     """
     name, *parts = text.split(":")
     require_known("score", name, (*SCORES, *OF_LAYERS, INTERACTIONS, CONTRAST))
@@ -235,7 +232,7 @@ def parse_score(text: str) -> tuple[str, Reading | None]:
 
 
 def methods(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> Iterator[Method]:
-    """The methods of an experiment for a run with these rows of ``scores``; what was not scored is left out."""
+    """Yield the methods of an experiment for a run with these rows of ``scores``, without scores that it lacks."""
     for score, reading in _scored(experiment, rows):
         yield Method(score=score, reading=reading)
         if reading in (None, PUBLISHED):
@@ -253,7 +250,7 @@ def methods(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> Iterat
 
 
 def _scored(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Reading | None]]:
-    """The scores of an experiment that a run has, each once; with the reading of AVSS."""
+    """Return the scores of an experiment that a run has, each once, with the reading of AVSS."""
     scored = dict.fromkeys(reading_of(row) for row in rows)
     names: dict[tuple[str, Reading | None], None] = {}
     for text in experiment.scores:

@@ -7,14 +7,14 @@ from typing import Annotated
 from pydantic import Field
 
 from avss_dist.errors import ConfigError
-from avss_dist.pruning.repair.weighted import weighted
+from avss_dist.pruning.repair.record import split_weight
+from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, OptionalRepairName, searched_repair
 from avss_dist.pruning.selection import SCORE_MEANINGS
-from avss_dist.settings import BLOCK_DISTANCE, DEFAULT_REPAIR, NO_REPAIR, REPAIRS, OneOf, checked
+from avss_dist.settings import BLOCK_DISTANCE, OneOf, checked
 from avss_dist.text import RedactedURI
 
 GREEDY = "greedy"  # of ``settings.SEARCHES``, with every set repaired
 CHOSEN_BY = (*(name for name in SCORE_MEANINGS if name != BLOCK_DISTANCE), GREEDY)  # that one is of neighbours alone
-FEW_UNKNOWNS = ("scale", "channel", "rotated")
 POOL = 2  # so many times as many layers as go are searched among
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -38,7 +38,7 @@ class Shrinking:
     by: Annotated[str, OneOf(CHOSEN_BY)] = "damage"
     """What layers are chosen by; greedy: by the loss that is left after the repair, set by set, of those that damage
     calls the least important, twice as many as go."""
-    repair: Annotated[str, OneOf((NO_REPAIR, *REPAIRS))] = DEFAULT_REPAIR
+    repair: OptionalRepairName = DEFAULT_REPAIR
     """What is fitted at each cut. refit gives back the most, on text of other domains too, and wants the most text."""
     repair_corpora: Texts = ()
     """The texts that the repair is fitted on, each alike or by a weight (CORPUS=0.5); by default the corpus."""
@@ -69,12 +69,12 @@ class Shrinking:
     @property
     def searched_repair(self) -> str:
         """What is fitted to each set that is searched: map, where the repair has many unknowns."""
-        return self.repair if self.repair in (NO_REPAIR, *FEW_UNKNOWNS) else "map"
+        return searched_repair(self.repair)
 
     @property
     def repair_texts(self) -> list[RedactedURI]:
         """What a repair is fitted on, without weights."""
-        return [weighted(text)[0] for text in self.repair_corpora] or [RedactedURI(self.corpus)]
+        return [split_weight(text)[0] for text in self.repair_corpora] or [RedactedURI(self.corpus)]
 
     @property
     def texts(self) -> list[RedactedURI]:

@@ -292,7 +292,7 @@ TABLES: dict[str, Table] = {
             Column("seed", INT32, "of a random choice"),
             _DROP,
             _FACTOR,
-            Column("repair", STRING, "what gives back what they did: scale, channel, rotated, map, refit; or null"),
+            Column("repair", STRING, "name of the repair; null without one"),
             _PATCH,
             _TASK,
             _METRIC,
