@@ -55,31 +55,31 @@ class Experiment:
     """
 
     tasks: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
-    """As avss evaluate --task takes them."""
+    """Tasks to evaluate, as for avss evaluate --task."""
     scores: Annotated[tuple[Score, ...], Field(strict=False, min_length=1)] = SCORES
     """What layers are chosen by: a score; AVSS as it is read elsewhere, such as avss:update:unit:0.1rms (site, recipe,
     threshold), or avss:all; what avss ablate measures (damage, interactions, shapley, ...) where it has; contrast, or
     contrast:update:unit:0.1rms, of runs on paired text: those with the highest contrast are dropped first."""
     factors: Annotated[tuple[Factor, ...], Field(strict=False, min_length=1)] = (0.0,)
-    """What is left of what the chosen layers add to their input: 0 leaves them out, 0.5 halves it."""
+    """Residual scales of the chosen layers: 0 leaves a layer out, 0.5 halves what it adds to its input."""
     shares: Annotated[tuple[Share, ...], Field(strict=False)] = (0.25,)
-    """Shares of the layers to drop; none, [], where only sparsities are tried."""
+    """Shares of the layers to drop; empty, [], if only sparsities are evaluated."""
     sparsities: Annotated[tuple[Share, ...], Field(strict=False)] = ()
-    """Shares of the weights that meet a zero activation; no layer is dropped then."""
+    """Shares of the weights that meet a zero activation; these drop no layer."""
     sparsity_methods: Annotated[tuple[SparsityMethod, ...], Field(strict=False, min_length=1)] = ("uniform", "loss")
-    """How these are spread, as avss plan --method has it; what methods read is the text of the run."""
+    """Methods that allocate sparsity, as for avss plan --method; they read the text of the run."""
     sparsity_max_sequences: AtLeastOne | None = None
-    """Rows of that text that methods read, at most; values are counted in all of it."""
+    """Maximum number of rows that methods read; values are counted in all of the text."""
     sparsity_rule: Annotated[str, OneOf(SPARSITY_RULES)] = SPARSITY_RULES[0]
-    """At which tokens they hold."""
+    """Tokens at which activations are sparse."""
     sparsity_corrections: Count = 0
-    """Passes with each plan on, each of which corrects its thresholds."""
+    """Passes with each plan applied that correct its thresholds."""
     random: Count = 5
-    """How many random choices of each share."""
+    """Number of random choices for each share."""
     reversed: bool = True
     """Drop the highest too."""
     keep_ends: Count = 1
-    """Choose once more with so many layers at each end kept; 0 does not."""
+    """Choose again with this many layers at each end protected; 0 does not."""
     last: bool = True
     """Drop the last layers before the final one too (arXiv 2411.15558)."""
     leave_one_out: bool = True
@@ -87,35 +87,35 @@ class Experiment:
     search: Annotated[tuple[Annotated[str, OneOf(tuple(SEARCHES))], ...], Field(strict=False)] = ()
     """Search sets of layers by their loss, on the text of the run."""
     search_budget: AtLeastOne | None = None
-    """Sets that a search measures at most; evolve needs it."""
+    """Maximum number of sets that a search measures; required for evolve."""
     search_max_sequences: AtLeastOne | None = None
-    """Rows of the text of the run that searches measure the loss on, at most."""
+    """Maximum number of rows of the run's text on which searches measure the loss."""
     repairs: Annotated[tuple[OptionalRepairName, ...], Field(strict=False, min_length=1)] = (NO_REPAIR,)
-    """What gives back what the removed layers did; every choice is evaluated with each."""
+    """Repairs of the pruned models; every choice is evaluated with each."""
     repair_corpora: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """The texts that repairs are fitted on; each counts alike, however long, or by a weight: CORPUS=0.5."""
+    """Texts that repairs are fitted on, with equal weight whatever their length, or a weight each: CORPUS=0.5."""
     repair_max_sequences: AtLeastOne | None = None
-    """Rows of each text that repairs are fitted on, at most."""
+    """Maximum number of rows of each text that repairs are fitted on."""
     repair_skip_sequences: Count = 0
     """Rows of each text before those."""
     max_sequences: AtLeastOne | None = None
-    """Rows of each text that is evaluated on, at most."""
+    """Maximum number of rows of each evaluation text."""
     skip_sequences: Count = 0
     """Rows of each text before those."""
     skip_questions: Count = 0
     """Questions of TruthfulQA before those."""
     limit: AtLeastOne | None = None
-    """The most questions per task."""
+    """Maximum number of questions per task."""
     num_fewshot: Count | None = None
     """Examples before each question of a harness task."""
     apply_chat_template: bool = False
     """Put questions of harness tasks in the tokenizer's chat template."""
     system_instruction: str | None = None
-    """What stands before everything in a question of a harness task: in a chat, what the system says."""
+    """System prompt before each question of a harness task."""
     fewshot_as_multiturn: bool = False
     """Make each few-shot example a turn of the chat."""
     allow_many: bool = False
-    """Go on where there are more than 10,000 evaluations."""
+    """Allow more than 10,000 evaluations."""
 
     def __post_init__(self) -> None:
         assert self.prompting  # which refuses options without effect

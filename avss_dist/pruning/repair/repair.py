@@ -44,13 +44,13 @@ class Repair:
     """
 
     by: RepairName = DEFAULT_REPAIR
-    """What is fitted."""
+    """Name of the repair."""
     corpora: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
-    """The texts that it is fitted on; each counts alike, however long, or by a weight: CORPUS=0.5."""
+    """Texts that it is fitted on, with equal weight whatever their length, or a weight each: CORPUS=0.5."""
     skip_sequences: Annotated[int, Field(ge=0)] = 0
     """Rows at the start of each text that are not read."""
     settings: Settings = Field(default_factory=Settings)
-    """How texts are read, and how the model computes."""
+    """Settings with which texts are read and the model computes."""
 
     def __post_init__(self) -> None:
         self.weights  # noqa: B018  (checks them)
