@@ -22,7 +22,7 @@ Rooms, from the top down; each package's own docstring says what is in it, and i
     system       devices, memory, versions, doctor
     settings     every default; validation: classes that check their values
     text         sizes and thresholds in words; errors: errors for people
-    registry     the partitions, and what each can do
+    registry     the partitions and the scores, and what each can do
 """
 
 from __future__ import annotations

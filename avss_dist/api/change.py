@@ -228,7 +228,7 @@ def prune(
     Args:
         plan: a `Plan`, or its file.
         output: a folder that does not exist, or is empty.
-        repair: one of ``pruning.repair.registry.REPAIRS``; ``refit`` by default where ``repair_corpora`` names text.
+        repair: one of `pruning.repair.registry.REPAIRS`; ``refit`` by default where ``repair_corpora`` names text.
         repair_corpora: what the repair is fitted on: CORPUS or CORPUS=WEIGHT.
         warehouse: whose evaluations of the plan go into the model card, beside those that the plan has; the repair is
             fitted on workers, kept there and found there. Without it, the repair is fitted in this process.

@@ -20,7 +20,8 @@ from avss_dist.cli.options import (
     choice,
 )
 from avss_dist.errors import ConfigError, QueryError
-from avss_dist.settings import DEFAULT_WAREHOUSE, LOWEST_SHARE, RECIPES, SCORES, SITES
+from avss_dist.registry import FROM_ACTIVATIONS
+from avss_dist.settings import DEFAULT_WAREHOUSE, LOWEST_SHARE, RECIPES, SITES
 from avss_dist.system.streams import console, emit, say
 from avss_dist.text import count_of, describe_threshold
 
@@ -42,7 +43,7 @@ def compare(
     threshold: ThresholdOption = PUBLISHED,
     score: Annotated[
         str,
-        choice(SCORES, "Score that ranks the layers."),
+        choice(FROM_ACTIVATIONS, "Score that ranks the layers."),
     ] = "avss",
     k: Annotated[int | None, typer.Option("--k", help="Number of lowest layers to compare.", min=1)] = None,
     share: Annotated[float, typer.Option(help="The same as a share of the layers.", min=0, max=1)] = LOWEST_SHARE,

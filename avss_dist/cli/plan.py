@@ -27,13 +27,10 @@ from avss_dist.cli.options import (
 )
 from avss_dist.errors import ConfigError
 from avss_dist.options import refuse_unused
+from avss_dist.registry import BLOCK_DISTANCE, INTERACTIONS, SCORES
 from avss_dist.settings import (
-    BLOCK_DISTANCE,
     DEFAULT_WAREHOUSE,
-    INTERACTIONS,
-    OF_LAYERS,
     RECIPES,
-    SCORES,
     SEARCHES,
     SITES,
     SPARSITY_METHODS,
@@ -49,7 +46,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("plan", "mergekit", "llama-cpp", "thresholds", "teal")  # the others are what other tools take
 SEARCHED, HOW_MANY, SPARSE = "Searching", "How many layers", "Sparsity, where no layer is dropped"  # panels of the help
-CHOSEN_BY = (*OF_LAYERS, *SCORES, "last", "random")
+CHOSEN_BY = tuple(name for name, info in SCORES.items() if not info.of_sets)
 
 
 @takes_settings(*EVALUATED)

@@ -22,7 +22,7 @@ from avss_dist.cli.options import (
 )
 from avss_dist.cli.plan import CHOSEN_BY
 from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, REPAIRS
-from avss_dist.settings import INTERACTIONS
+from avss_dist.registry import INTERACTIONS
 from avss_dist.system.streams import console, emit, emit_json
 
 

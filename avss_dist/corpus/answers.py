@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from avss_dist.errors import CorpusError, nearest
-from avss_dist.settings import AFTER_ANOTHER, BEST, INCORRECT, TRUTHFUL
+from avss_dist.names import AFTER_ANOTHER, BEST, INCORRECT, TRUTHFUL
 from avss_dist.text import describe_bytes
 
 MAX_LINE_BYTES = 16 << 20  # maximum of a line; a text may have as many characters

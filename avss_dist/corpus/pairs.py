@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from avss_dist.corpus.answers import Answer, paired
 from avss_dist.errors import CorpusError
-from avss_dist.settings import AFTER_ANOTHER, BOOTSTRAP_SEED
+from avss_dist.names import AFTER_ANOTHER
+from avss_dist.settings import BOOTSTRAP_SEED
 
 Ids = NDArray[np.int32]
 Encode = Callable[[list[str], bool], list[list[int]]]

@@ -17,10 +17,11 @@ from avss_dist.evaluation.subjects import runtime
 from avss_dist.executors.base import Executor
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.sparsifying import Sparsity
+from avss_dist.names import REALIZED, SPARSITY_TASK
 from avss_dist.partition.base import Placement
 from avss_dist.pruning.selection import PlanError
 from avss_dist.registry import PARTITIONS
-from avss_dist.settings import REALIZED, SPARSITY_TASK, THRESHOLD, TOP_K, Settings
+from avss_dist.settings import THRESHOLD, TOP_K, Settings
 from avss_dist.sparsity.allocate import MOST, along_path, heavy_tail_ratios, knapsack, scaled
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.stats.layer_stats import Float64

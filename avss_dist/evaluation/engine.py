@@ -13,7 +13,6 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow.compute as pc
 
 from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
 from avss_dist.errors import AvssError, ConfigError, CorpusError, RunFailed
@@ -23,10 +22,11 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.pinning import pin
 from avss_dist.models.sparsifying import Sparsity
+from avss_dist.names import LOSS
 from avss_dist.partition.base import Placement, numbers_of
 from avss_dist.partition.choose import place
 from avss_dist.removal import describe_removed, whole_layers
-from avss_dist.settings import LOSS, MOST_LISTED, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
+from avss_dist.settings import MOST_LISTED, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
 from avss_dist.system.versions import package_versions
 from avss_dist.tasks.base import Measure, Result, Task, combine
 from avss_dist.tasks.cells import Cell, CellOutcome, CellResult, KeptPatch
@@ -285,9 +285,7 @@ class Rounds:
 
 def commit(planned: PlannedEvaluation, store: Store) -> list[Result]:
     """Write what all cells of an evaluation say to ``evaluations``; of a loss, its perplexity too."""
-    if not store.cell_ids(planned.run_id):
-        return []
-    rows = store.table("cells", where=pc.field("run_id") == planned.run_id).to_pylist()
+    rows = store.cells(planned.run_id).to_pylist()
     found = combine(rows, len(planned.task.parts))
     if found:
         seconds: defaultdict[tuple[Any, ...], float] = defaultdict(float)

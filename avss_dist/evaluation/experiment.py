@@ -42,6 +42,7 @@ from avss_dist.evaluation.trial import Trial, rows_of, with_fewer_rows
 from avss_dist.executors.base import Executor
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
+from avss_dist.names import CONTRAST, LOSS
 from avss_dist.pruning.ground_truth import interactions, layer_truth
 from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, methods
 from avss_dist.pruning.plan import layer_list
@@ -49,17 +50,13 @@ from avss_dist.pruning.repair.registry import NO_REPAIR
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.search import Effort, search_for
 from avss_dist.pruning.selection import Reading
+from avss_dist.registry import INTERACTIONS, MEASURED, SCORES
 from avss_dist.runs.api import executor_for, overridden, run_job
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
 from avss_dist.settings import (
-    CONTRAST,
-    GROUND_TRUTH,
-    INTERACTIONS,
-    LOSS,
     MOST_EVALUATIONS,
-    OF_LAYERS,
     RECIPES,
     RELATIVE_THRESHOLDS,
     SEARCHES,
@@ -229,7 +226,7 @@ def _refuse_overlaps(trial: Trial, experiment: Experiment, warehouse: Warehouse)
 def _read_measured(trials: Sequence[Trial], experiment: Experiment, warehouse: Warehouse) -> None:
     """What `avss ablate` has measured of the layers of every trial, and contrasts, as far as they are chosen by it."""
     scores = set(experiment.scores)
-    measured = scores & set(OF_LAYERS) - ({LEAVE_ONE_OUT} if experiment.leave_one_out else set())
+    measured = scores & set(MEASURED) - ({LEAVE_ONE_OUT} if experiment.leave_one_out else set())
     for trial in trials:
         run = warehouse.run(trial.run.run_id)
         assert run is not None
@@ -286,7 +283,7 @@ def _leave_one_out(
     for trial in trials:
         text = plan_text(trial.checkpoint, trial.corpus, trial.settings)
         task = Task(
-            name=f"{GROUND_TRUTH[LEAVE_ONE_OUT]}{trial.corpus}",
+            name=f"{SCORES[LEAVE_ONE_OUT].task}{trial.corpus}",
             parts=tuple(LeaveOneOut(shard) for shard in text.shards),
         )
         planned.append(plan_evaluation(trial.checkpoint, task, trial.settings, trial.placement))

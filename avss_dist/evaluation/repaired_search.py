@@ -17,6 +17,7 @@ from avss_dist.evaluation.make_tasks import text_task
 from avss_dist.evaluation.repairs import FitRepair, fit_repairs, plan_fits
 from avss_dist.evaluation.search import CHOSEN_HERE, conduct
 from avss_dist.models.loading import text_config
+from avss_dist.names import LOSS, SEARCH
 from avss_dist.pruning.plan import Plan, reasons
 from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.splits import HELD_BACK, SINK_TOKENS
@@ -24,7 +25,6 @@ from avss_dist.pruning.search import Effort, Expansion, search_for
 from avss_dist.pruning.selection import Choice
 from avss_dist.pruning.shrinking import GREEDY, POOL, Shrinking
 from avss_dist.removal import Drop
-from avss_dist.settings import LOSS, SEARCH
 from avss_dist.tasks.base import Result
 from avss_dist.text import RedactedURI, describe_layers
 

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.errors import ConfigError
@@ -29,6 +27,7 @@ from avss_dist.executors.base import Executor
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.patching import decode_patch, encode_patch
+from avss_dist.names import REPAIR
 from avss_dist.partition.base import Placement
 from avss_dist.partition.copies import shared
 from avss_dist.pruning.plan import Plan
@@ -41,7 +40,7 @@ from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.registry import PARTITIONS
 from avss_dist.removal import Drop
-from avss_dist.settings import REPAIR, Settings, fingerprint
+from avss_dist.settings import Settings, fingerprint
 from avss_dist.tasks.base import Measure, Row, Task, TextLoss
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.patches import Patches
@@ -103,7 +102,7 @@ class FitRepair:
         )
         stored = StoredWeights.of(of, made, settings).read
         repair = replace(self.repair, settings=settings)
-        parallel = DataParallel(model.own, model.add_up)
+        parallel = DataParallel(model.local_indices, model.all_reduce)
         found = fit_repair(of, hidden_states_of(model), made, repair, self.texts, stored, parallel)
         about = json.dumps({"record": asdict(found.record), "notes": list(found.notes)})
         errors = np.array([cut.error_after for cut in found.record.cuts])
@@ -219,6 +218,9 @@ def _fitted(store: Store, run_ids: Sequence[str], there: set[str]) -> Mapping[tu
     """The keys of patches that cells of these fits gave, and that are there."""
     if not there:
         return {}
-    where = pc.field("run_id").isin(pa.array(run_ids, pa.string())) & (pc.field("metric") == MISSING)
-    rows = store.table("cells", columns=["run_id", "drop", "patch"], where=where).to_pylist()
-    return {(row["run_id"], tuple(row["drop"])): row["patch"] for row in rows if row["patch"] in there}
+    return {
+        (run_id, tuple(row["drop"])): row["patch"]
+        for run_id in dict.fromkeys(run_ids)
+        for row in store.cells(run_id).select(["drop", "metric", "patch"]).to_pylist()
+        if row["metric"] == MISSING and row["patch"] in there
+    }

@@ -40,6 +40,7 @@ from avss_dist.executors.open import open_executor
 from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import load_tokenizer, text_config
+from avss_dist.names import PERPLEXITY
 from avss_dist.options import Prompting, ShrinkingOptions, with_options
 from avss_dist.partition.base import Placement
 from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable
@@ -51,17 +52,11 @@ from avss_dist.pruning.repair.requirements import tokens_needed
 from avss_dist.pruning.repair.splits import HELD_BACK, count_fitted, split_texts
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.shrinking import GREEDY, Shrinking
+from avss_dist.registry import SCORES
 from avss_dist.results import TabularResult
 from avss_dist.runs.api import score
 from avss_dist.runs.reporter import Reporter
-from avss_dist.settings import (
-    ESTIMATES,
-    INTERACTIONS,
-    LOWEST_SHARE,
-    PERPLEXITY,
-    Execution,
-    Settings,
-)
+from avss_dist.settings import LOWEST_SHARE, Execution, Settings
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
@@ -69,12 +64,6 @@ from avss_dist.warehouse.store import Store
 ROWS = 256  # of each text, where nothing is said
 HELD_OUT = 8  # one row of so many is scored on, and one is evaluated on
 SCORED = 16  # rows that are scored on, at most: more rank layers hardly better, and the damage takes 8 passes over them
-MEASURED: dict[str, dict[str, Any]] = {  # what `ablate` is to measure, by what layers are chosen by
-    "loss": {},
-    "shapley": {"leave_one_out": False, "shapley": 32},
-    "taylor": {"leave_one_out": False, "gradients": True},
-    **{name: {"leave_one_out": False, "damage": True} for name in (*ESTIMATES, INTERACTIONS)},
-}
 
 
 class ShrinkReporter(Protocol):
@@ -305,8 +294,8 @@ def _scored_plan(
     run = score(
         model, corpus=request.corpus, warehouse=warehouse, reporter=reporter.scoring, sites=("block",), **options
     )
-    if request.ranked_by in MEASURED:
-        how = MEASURED[request.ranked_by] | options
+    if SCORES[request.ranked_by].task:
+        how = {**SCORES[request.ranked_by].ablate, **options}
         ablate(model, corpus=request.corpus, warehouse=warehouse, reporter=reporter.cells, **how)
     opened = Warehouse(warehouse)
     row = opened.run(run.run_id)

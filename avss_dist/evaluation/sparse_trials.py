@@ -15,9 +15,10 @@ from avss_dist.evaluation.sparsify import keep_plan
 from avss_dist.evaluation.subjects import runtime
 from avss_dist.evaluation.trial import NO_METHOD, Trial, measured_values, with_fewer_rows
 from avss_dist.executors.base import Executor
+from avss_dist.names import FARTHEST_MAP, MAPS_WITHIN, SPARSITY
 from avss_dist.pruning.methods import Experiment
 from avss_dist.runs.job_file import RunSpec
-from avss_dist.settings import FARTHEST_MAP, INPUTS, MAPS_WITHIN, SPARSITY
+from avss_dist.settings import INPUTS
 from avss_dist.tasks.base import Result
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse

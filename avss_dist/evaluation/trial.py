@@ -16,15 +16,17 @@ from avss_dist.evaluation.repairs import StoredPatch
 from avss_dist.evaluation.retention import retained
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import text_config
+from avss_dist.names import CHANCE, CONTRAST, LOSS
 from avss_dist.partition.base import Placement
 from avss_dist.pruning.ground_truth import Interactions
 from avss_dist.pruning.interactions import quadratic
 from avss_dist.pruning.methods import Experiment, Method, methods
 from avss_dist.pruning.repair.registry import NO_REPAIR
 from avss_dist.pruning.selection import Reading, count_layers
+from avss_dist.registry import INTERACTIONS
 from avss_dist.removal import Drop
 from avss_dist.runs.run import Run
-from avss_dist.settings import CHANCE, CONTRAST, INTERACTIONS, LOSS, Settings
+from avss_dist.settings import Settings
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Result
@@ -40,7 +42,7 @@ class Trial:
 
     Attributes:
         rows: of the table ``scores``.
-        truth: float64[layers], by one of ``settings.OF_LAYERS``.
+        truth: float64[layers], by one of ``registry.MEASURED``.
         interactions: of the layers, where sets are chosen by them.
         searched: what each method that searches found at each share.
         contrasts: float64[layers] by reading, of paired text.

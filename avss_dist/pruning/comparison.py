@@ -22,6 +22,7 @@ from avss_dist.partition.choose import size_of, weight_limits
 from avss_dist.partition.open import open_replica
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import PlanError
+from avss_dist.registry import LAYERWISE
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import available_memory, pick_device
 
@@ -53,7 +54,7 @@ def largest_difference(
     pruned = replace(pruned, name=f"{checkpoint.name} without these layers")
     settings, outputs = replace(settings, layers=plan.layers), []
     for one, drop, patch in ((checkpoint, plan.drop, replaced), (pruned, (), {})):
-        if fits and execution.partition != "streaming":
+        if fits and execution.partition != LAYERWISE:
             output = _output(one, settings, drop, patch)
         elif has_head(text_config(one, trust_remote_code=settings.trust_remote_code)):
             output = _streamed_output(one, settings, drop, patch, execution)
@@ -83,8 +84,8 @@ def _streamed_output(
     checkpoint: Checkpoint, settings: Settings, drop: Sequence[int], patch: Patch, execution: Execution
 ) -> torch.Tensor | None:
     kind = pick_device(settings.device).type
-    limits = weight_limits("streaming", size_of(checkpoint, settings), settings, execution.max_memory, kind, head=True)
-    placement = Placement(partition="streaming", max_memory=limits, offload_folder=execution.offload_folder)
+    limits = weight_limits(LAYERWISE, size_of(checkpoint, settings), settings, execution.max_memory, kind, head=True)
+    placement = Placement(partition=LAYERWISE, max_memory=limits, offload_folder=execution.offload_folder)
     with closing(open_replica(checkpoint, settings, placement, head=True)) as replica:
         model = replica.language_model
         assert model is not None

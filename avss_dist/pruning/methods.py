@@ -9,16 +9,14 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from avss_dist.errors import ConfigError, require_known
+from avss_dist.names import CONTRAST
 from avss_dist.options import Prompting
 from avss_dist.pruning.repair.registry import NO_REPAIR, OptionalRepairName
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
+from avss_dist.registry import FROM_ACTIVATIONS, INTERACTIONS, MEASURED
 from avss_dist.settings import (
-    CONTRAST,
     EVERY_SITE,
-    INTERACTIONS,
-    OF_LAYERS,
     RECIPES,
-    SCORES,
     SEARCHES,
     SPARSITY_METHODS,
     SPARSITY_RULES,
@@ -56,7 +54,7 @@ class Experiment:
 
     tasks: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
     """Tasks to evaluate, as for avss evaluate --task."""
-    scores: Annotated[tuple[Score, ...], Field(strict=False, min_length=1)] = SCORES
+    scores: Annotated[tuple[Score, ...], Field(strict=False, min_length=1)] = FROM_ACTIVATIONS
     """What layers are chosen by: a score; AVSS as it is read elsewhere, such as avss:update:unit:0.1rms (site, recipe,
     threshold), or avss:all; what avss ablate measures (damage, interactions, shapley, ...) where it has; contrast, or
     contrast:update:unit:0.1rms, of runs on paired text: those with the highest contrast are dropped first."""
@@ -170,7 +168,7 @@ class Method:
     """One way to choose layers.
 
     Attributes:
-        score: one of ``settings.SCORES``, ``OF_LAYERS`` or ``SEARCHES``; or ``interactions``, ``contrast``, ``random``
+        score: one of ``registry.SCORES`` or ``settings.SEARCHES``; or ``interactions``, ``contrast``, ``random``
             or ``last``.
         reading: reading of AVSS or the contrast.
         control: `REVERSED`, `ENDS_KEPT` or None.
@@ -217,7 +215,7 @@ def parse_score(text: str) -> tuple[str, Reading | None]:
         ConfigError: the text names no score.
     """
     name, *parts = text.split(":")
-    require_known("score", name, (*SCORES, *OF_LAYERS, INTERACTIONS, CONTRAST))
+    require_known("score", name, (*FROM_ACTIVATIONS, *MEASURED, INTERACTIONS, CONTRAST))
     if name not in ("avss", CONTRAST):
         if parts:
             raise ConfigError(f"'{text}': only avss and {CONTRAST} are read in several ways.", f"Write {name}.")

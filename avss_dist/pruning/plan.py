@@ -19,7 +19,8 @@ from pydantic import Field
 from avss_dist.errors import ConfigError, unwritable
 from avss_dist.pruning.ground_truth import BlockDistances, Interactions, LayerTruth
 from avss_dist.pruning.interactions import predicted, quadratic
-from avss_dist.pruning.selection import RANDOM, SCORE_MEANINGS, Choice, PlanError, Rows
+from avss_dist.pruning.selection import RANDOM, Choice, PlanError, Rows
+from avss_dist.registry import SCORES
 from avss_dist.removal import (
     MAX_LAYERS,
     SUBLAYERS,
@@ -182,7 +183,11 @@ def describe_origin(model: str, revision: str | None, run_id: str | None) -> str
     return f"Model: {model}{at}. " + (f"Run: {run_id}." if run_id else "By hand, of no run.")
 
 
-def describe_reason(why: Mapping[str, Any], meanings: Mapping[str, str] = SCORE_MEANINGS | SEARCHES) -> str:
+MEANINGS = {name: info.meaning for name, info in SCORES.items()} | SEARCHES
+"""Meaning of everything that layers are chosen by."""
+
+
+def describe_reason(why: Mapping[str, Any], meanings: Mapping[str, str] = MEANINGS) -> str:
     """``by loss (what the loss rises by ...): share 0.25, last 1``.
 
     Args:

@@ -9,42 +9,11 @@ import numpy as np
 from pydantic import Field
 
 from avss_dist.errors import ConfigError
-from avss_dist.settings import (
-    BLOCK_DISTANCE,
-    CONTRAST,
-    INTERACTIONS,
-    LOWEST_SHARE,
-    OF_LAYERS,
-    PUBLISHED_THRESHOLD,
-    RECIPES,
-    SEARCHES,
-    SITES,
-    OneOf,
-    checked,
-)
+from avss_dist.names import CONTRAST
+from avss_dist.registry import BLOCK_DISTANCE, INTERACTIONS, LAST, MEASURED, RANDOM, SCORES
+from avss_dist.settings import LOWEST_SHARE, PUBLISHED_THRESHOLD, RECIPES, SEARCHES, SITES, OneOf, checked
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, rank_lowest
-from avss_dist.stats.scores import score_column
-
-RANDOM, LAST = "random", "last"
-SCORE_MEANINGS = {
-    "loss": "what the loss rises by without the layer, measured",
-    "shapley": "the same on average over sets of other layers that are missing too, sampled",
-    "taylor": "the same estimated from gradients, to first order",
-    "damage": "the mean of the ranks by predicted and propagated",
-    "predicted": "what the loss rises by, predicted from gradients and from hidden states three layers later",
-    "propagated": "relative distance of the hidden states two layers later",
-    BLOCK_DISTANCE: "mean angle between hidden states before and after a run of neighbours",
-    INTERACTIONS: "what the loss rises by without the set, predicted from gradients: of layers, and of pairs of them",
-    "avss": "variance of the activations over their sparsity, as published",
-    "block_influence": "1 - mean cosine of the layer's input and output",
-    "angular_distance": "mean angle between the layer's input and output",
-    "relative_magnitude": "mean size of what the layer adds, over the size of its input",
-    "update_variance_ratio": "variance of what the layer adds, over that of its input",
-    LAST: "the place: those before the final one go first, a control",
-    RANDOM: "chance, a control",
-}
-"""What layers can be chosen by, and what it means; of all but the controls, low is unimportant."""
 
 SUBLAYER_SEARCHES = ("greedy", "beam")
 Reading = tuple[str, str, float, str]  # of AVSS: site, recipe, threshold and its kind
@@ -66,7 +35,7 @@ class Choice:
         ConfigError: values out of their range, or that exclude each other.
     """
 
-    by: Annotated[str, OneOf((*SCORE_MEANINGS, CONTRAST, *SEARCHES))]
+    by: Annotated[str, OneOf((*SCORES, CONTRAST, *SEARCHES))]
     """The score, or the search. There is no default: which one to trust is the user's decision."""
     reading: Reading | None = None
     """Reading of AVSS: site, recipe, threshold and its kind; the first stored one by default."""
@@ -117,15 +86,15 @@ class Choice:
 
         Args:
             rows: of the table ``scores``, of one run.
-            truth: by one of ``settings.OF_LAYERS``, or the contrast, of every layer: float64[layers].
+            truth: by one of ``registry.MEASURED``, or the contrast, of every layer: float64[layers].
         """
         if self.by == RANDOM:
             return np.random.default_rng(self.seed).permutation(count_layers(rows)).astype(np.float64)
         if self.by == LAST:
             return _from_the_end(count_layers(rows))
-        if self.by in (*OF_LAYERS, CONTRAST):
+        if self.by in (*MEASURED, CONTRAST):
             return truth[self.by]
-        column = score_column(self.by)
+        column = SCORES[self.by].column
         reading = self.reading or reading_of(rows[0])
         wanted = [row for row in rows if reading_of(row) == reading]
         values = {row["layer"]: row[column] if _is_ranked(row, self.by) else None for row in wanted}

@@ -9,12 +9,12 @@ from pydantic import Field
 from avss_dist.errors import ConfigError
 from avss_dist.pruning.repair.record import split_weight
 from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, OptionalRepairName, searched_repair
-from avss_dist.pruning.selection import SCORE_MEANINGS
-from avss_dist.settings import BLOCK_DISTANCE, OneOf, checked
+from avss_dist.registry import BLOCK_DISTANCE, SCORES
+from avss_dist.settings import OneOf, checked
 from avss_dist.text import RedactedURI
 
 GREEDY = "greedy"  # of ``settings.SEARCHES``, with every set repaired
-CHOSEN_BY = (*(name for name in SCORE_MEANINGS if name != BLOCK_DISTANCE), GREEDY)  # that one is of neighbours alone
+CHOSEN_BY = (*(name for name in SCORES if name != BLOCK_DISTANCE), GREEDY)  # that one is of neighbours alone
 POOL = 2  # so many times as many layers as go are searched among
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 Share = Annotated[float, Field(gt=0, lt=1)]

@@ -16,13 +16,14 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.patching import decode_patch
 from avss_dist.models.sparsifying import Sparsity
+from avss_dist.names import REALIZED, SPARSITY
 from avss_dist.partition.base import Placement
-from avss_dist.settings import REALIZED, SPARSITY, Settings, fingerprint
+from avss_dist.settings import Settings, fingerprint
 from avss_dist.system.cores import use_threads
 from avss_dist.system.out_of_memory import halve_until_it_fits
 from avss_dist.tasks.base import Measure, Row
 
-Beat = Callable[[], None]
+Heartbeat = Callable[[], None]
 
 
 class KeptPatch(Protocol):
@@ -82,13 +83,15 @@ class CellResult:
 CellOutcome = tuple[Cell, CellResult | AvssError]
 
 
-def measure_cell(model: LanguageModel, cell: Cell, *, rows: int | None = None, beat: Beat | None = None) -> CellResult:
+def measure_cell(
+    model: LanguageModel, cell: Cell, *, rows: int | None = None, heartbeat: Heartbeat | None = None
+) -> CellResult:
     """Measure a cell. Where a batch does not fit in memory, the cell is measured again with half the rows a batch.
 
     Args:
         model: the cell's.
         rows: rows in a batch; None is what the model's settings say.
-        beat: called whenever a layer begins.
+        heartbeat: called whenever a layer begins.
 
     Raises:
         AvssError: the task does not fit the model.
@@ -112,7 +115,7 @@ def measure_cell(model: LanguageModel, cell: Cell, *, rows: int | None = None, b
 
     try:
         model.factor = cell.factor
-        with _beating(model, beat), _repaired(model, cell.patch):
+        with _with_heartbeat(model, heartbeat), _repaired(model, cell.patch):
             rows = rows or settings.batch_size
             least = rows if cell.placement.ranks > 1 else 1  # all ranks must halve them together
             result, _ = halve_until_it_fits(run, rows, too_large, least=least)
@@ -145,14 +148,14 @@ def _repaired(model: LanguageModel, patch: KeptPatch | None) -> Iterator[None]:
 
 
 @contextmanager
-def _beating(model: LanguageModel, beat: Beat | None) -> Iterator[None]:
-    """Inside, ``beat`` is called whenever a layer of the model begins."""
+def _with_heartbeat(model: LanguageModel, heartbeat: Heartbeat | None) -> Iterator[None]:
+    """Inside, ``heartbeat`` is called whenever a layer of the model begins."""
     with ExitStack() as stack:
-        if beat is not None:
+        if heartbeat is not None:
             for module in {layer.module for layer in model.layers}:
-                stack.callback(module.register_forward_pre_hook(partial(_call, beat)).remove)
+                stack.callback(module.register_forward_pre_hook(partial(_call, heartbeat)).remove)
         yield
 
 
-def _call(beat: Beat, *_: object) -> None:
-    beat()
+def _call(heartbeat: Heartbeat, *_: object) -> None:
+    heartbeat()

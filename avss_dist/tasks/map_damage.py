@@ -51,13 +51,13 @@ class MapDamage:
 
     @property
     def key(self) -> str:
-        """See `tasks.Measure`."""
+        """See `tasks.base.Measure`."""
         thresholds = [[*key, *values] for key, values in sorted(self.thresholds.items())]
         how = {"draws": self.draws, "seed": self.seed, "thresholds": thresholds}
         return fingerprint(measure="map damage", shard=self.shard.content_hash, **how)
 
     def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
-        """See `tasks.Measure`: layers of ``drop`` are left out of all."""
+        """See `tasks.base.Measure`: layers of ``drop`` are left out of all."""
         layers = [layer for layer in model.layers if layer.index not in drop]
         batches = list(self.shard.batches(model.settings.batch_size))
         passes = [_Pass(self.draws, self.thresholds) for _ in batches]

@@ -41,11 +41,11 @@ class MapInputs:
 
     @property
     def key(self) -> str:
-        """See `tasks.Measure`."""
+        """See `tasks.base.Measure`."""
         return fingerprint(measure="map inputs", shard=self.shard.content_hash, rule=self.rule)
 
     def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
-        """See `tasks.Measure`."""
+        """See `tasks.base.Measure`."""
         maps = [(layer, one) for layer in model.layers if layer.index not in drop for one in layer.maps]
         counts = [torch.zeros(len(EDGES), dtype=torch.int64) for _ in maps]
         batches = list(self.shard.batches(model.settings.batch_size))

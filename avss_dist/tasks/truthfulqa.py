@@ -8,7 +8,8 @@ import numpy as np
 
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.settings import BEST, CHANCE, INCORRECT, fingerprint
+from avss_dist.names import BEST, CHANCE, INCORRECT
+from avss_dist.settings import fingerprint
 from avss_dist.tasks.base import Row
 
 

@@ -23,6 +23,7 @@ from support.command_line import avss, commands
 import avss_dist
 from avss_dist.errors import ConfigError, QueryError
 from avss_dist.partition.base import Placement
+from avss_dist.registry import FROM_ACTIVATIONS
 from avss_dist.report.page import summary
 from avss_dist.settings import (
     ATTENTIONS,
@@ -32,7 +33,6 @@ from avss_dist.settings import (
     LOWEST_SHARE,
     PUBLISHED_THRESHOLD,
     RECIPES,
-    SCORES,
     SITE_FAMILIES,
     SITES,
     Execution,
@@ -410,7 +410,7 @@ def test_names_are_listed_in_help_and_completed() -> None:
         ("score", "--site", (*EVERY_SITE, *SITE_FAMILIES)),
         ("score", "--attn-implementation", ATTENTIONS),
         ("run", "--executor", EXECUTORS),
-        ("compare", "--score", SCORES),
+        ("compare", "--score", FROM_ACTIVATIONS),
         ("query", "--format", ("table", "csv", "json", "markdown", "parquet")),
     ):
         parameter = _parameters(command)[option]

@@ -15,7 +15,8 @@ from corpus.test_corpus import TOKENIZER, word_ids
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.corpus.sources import documents
 from avss_dist.errors import CorpusError
-from avss_dist.settings import AFTER_ANOTHER, Settings
+from avss_dist.names import AFTER_ANOTHER
+from avss_dist.settings import Settings
 
 SMALL = Settings(sequence_length=8, sequences_per_shard=3)
 LINES = [

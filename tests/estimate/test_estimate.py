@@ -20,13 +20,15 @@ from support.pairs import write_pairs
 
 import avss_dist.estimation.benchmark
 import avss_dist.estimation.estimate
+import avss_dist.partition.cost
 from avss_dist.errors import AvssError, ConfigError, CorpusError, ModelError, RunFailed
-from avss_dist.estimation.benchmark import Calibration, Cost
-from avss_dist.estimation.estimate import SIMPLEST_FIRST, Arithmetic, Estimate, Machine, Row, estimate
+from avss_dist.estimation.estimate import Estimate, Row, estimate, partition_costs, row
 from avss_dist.estimation.small_models import shortened
 from avss_dist.measure.shard import counter_bytes
 from avss_dist.models.size import footprint
 from avss_dist.partition.choose import choose, least_host_bytes
+from avss_dist.partition.cost import Calibration, Cost, Machine
+from avss_dist.registry import PARTITIONS
 from avss_dist.report.terminal.estimate import describe_seconds, estimate_table, summary
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices
@@ -54,7 +56,7 @@ def guess(header_only: Path) -> Estimate:
 def test_no_weight_is_read(guess: Estimate) -> None:
     """`guess` is of a checkpoint that has none."""
     assert guess.num_parameters == sum(p.numel() for p in llama().parameters())
-    assert [row.partition for row in guess.rows] == list(SIMPLEST_FIRST)
+    assert [row.partition for row in guess.rows] == list(PARTITIONS)
     assert [row.ranks for row in guess.rows] == [1, 1, 1, 2, 2]
 
 
@@ -122,12 +124,12 @@ def test_peak_memory_is_within_15_percent(tmp_path: Path, save_checkpoint: Save)
     settings = Settings(max_sequences=4, sequence_length=128, batch_size=4, device="cpu")
     guess = estimate(str(folder), "builtin:pydoc", settings)
     assert guess.weight_bytes > 300e6
-    for row in (row for row in guess.rows if row.partition in ("single", "streaming")):
-        command = [sys.executable, "-c", MEASURE, str(folder), row.partition, json.dumps(settings.as_dict())]
+    for found in (found for found in guess.rows if found.partition in ("single", "streaming")):
+        command = [sys.executable, "-c", MEASURE, str(folder), found.partition, json.dumps(settings.as_dict())]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peak = int(done.stdout.split()[-1])
-        mapped = guess.weight_bytes if row.partition != "streaming" else 0
-        assert 0.85 * (peak - mapped) <= row.device_bytes <= 1.15 * peak, row.partition
+        mapped = guess.weight_bytes if found.partition != "streaming" else 0
+        assert 0.85 * (peak - mapped) <= found.device_bytes <= 1.15 * peak, found.partition
 
 
 CALIBRATION = Calibration(
@@ -167,9 +169,9 @@ def rows(
     settings = replace(SETTINGS, dtype="float32", device=machine.device)
     size = replace(footprint(str(folder), settings), **sizes)  # type: ignore[arg-type]
     execution = execution or Execution()
-    placed = avss_dist.estimation.estimate._spread(str(folder), size, settings, execution, machine)
-    made = Arithmetic(size, settings, execution, machine, calibration, placed)
-    return {name: made.row(name) for name in SIMPLEST_FIRST}
+    counters = counter_bytes(size, settings, calibration.num_strata)
+    costs = partition_costs(str(folder), size, settings, execution, machine)
+    return {cost.partition: row(cost, cost.usage(calibration, counters)) for cost in costs}
 
 
 def test_seconds_are_layers_and_the_rest_of_every_shard(tiny_llama: Path) -> None:
@@ -251,14 +253,14 @@ def test_the_simplest_that_is_about_as_fast_as_the_fastest_is_the_best(guess: Es
 
 
 def test_free_memory_is_looked_up(header_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(avss_dist.estimation.estimate, "available_memory", lambda: 50_000_000)
+    monkeypatch.setattr(avss_dist.partition.cost, "available_memory", lambda: 50_000_000)
     monkeypatch.setattr(avss_dist.estimation.estimate, "calibrate", lambda *_: CALIBRATION)
     found = estimate(str(header_only), "builtin:pydoc", SETTINGS)
     assert found.host_free_bytes == 50_000_000 and found.best is None
 
 
 def test_no_more_than_allowed_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(avss_dist.estimation.estimate, "available_memory", lambda: 50_000_000)
+    monkeypatch.setattr(avss_dist.partition.cost, "available_memory", lambda: 50_000_000)
     assert Machine.look("cpu", {"cpu": 20_000_000}) == Machine("cpu", 0, 20_000_000, 20_000_000)
     assert Machine.look("cpu", {"cpu": 90_000_000, "0": 1}).host_free == 50_000_000
 
@@ -285,8 +287,8 @@ def test_what_fits_a_limit_is_what_a_run_accepts(tiny_llama: Path) -> None:
         least = least_host_bytes(partition, size, SETTINGS, "cpu")
         for limit, fits in ((least, True), (least - 1, False)):
             execution = Execution(partition=partition, max_memory={"cpu": limit})
-            row = rows(tiny_llama, Machine("cpu", 0, limit, limit), execution)[partition]
-            assert (row.fits, "of host memory" in row.why) == (fits, not fits)
+            found = rows(tiny_llama, Machine("cpu", 0, limit, limit), execution)[partition]
+            assert (found.fits, "of host memory" in found.why) == (fits, not fits)
             with nullcontext() if fits else pytest.raises(ConfigError, match="`max_memory` allows"):
                 choose(size, SETTINGS, execution, devices)
     least = least_host_bytes("single", size, SETTINGS, "cpu")

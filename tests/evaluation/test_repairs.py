@@ -213,7 +213,7 @@ def test_each_batch_is_of_one_copy(deep: Path, monkeypatch: pytest.MonkeyPatch) 
         with closing(open_replica(resolve(str(deep)), settings, placement, head=True)) as replica:
             assert replica.language_model is not None
             assert replica.language_model.reports == (rank == 0)
-            taken.append([*replica.language_model.own(7)])
+            taken.append([*replica.language_model.local_indices(7)])
     assert [*chain(*taken)] == [*range(7)] and all(taken)
 
 

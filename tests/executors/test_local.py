@@ -176,13 +176,15 @@ def test_an_error_of_one_shard_ends_the_others(tiny_llama: Path, monkeypatch: py
     """Those that run meanwhile are stopped at their next layer, and do not keep the process waiting."""
     analyze, begun = local.analyze_shard, threading.Event()
 
-    def go_wrong(replica: Any, shard: Any, settings: Any, *, beat: Callable[[], None], hooks: Any, **_: Any) -> Any:
+    def go_wrong(
+        replica: Any, shard: Any, settings: Any, *, heartbeat: Callable[[], None], hooks: Any, **_: Any
+    ) -> Any:
         if shard.shard_id == 0:
             begun.wait(timeout=500)
             raise RuntimeError("the first shard is broken")
         begun.set()
         while True:  # until it is stopped
-            analyze(replica, shard, settings, beat=beat, hooks=hooks)
+            analyze(replica, shard, settings, heartbeat=heartbeat, hooks=hooks)
 
     ((work, error),) = run_one(tiny_llama, go_wrong, monkeypatch)
     assert work.run_id == "run" and isinstance(error, AvssError) and "the first shard is broken" in str(error)

@@ -107,7 +107,7 @@ class RepairFitter:
         """Fit a repair to cuts, in order; refuse all that cannot be fitted before the first fit.
 
         Args:
-            repair: one of `registry.REPAIRS`.
+            repair: one of `pruning.repair.registry.REPAIRS`.
 
         Raises:
             RepairError: the weights of a cut cannot be changed.

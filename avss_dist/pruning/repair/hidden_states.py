@@ -30,6 +30,7 @@ from avss_dist.pruning.repair.projection import (
     captured,
     find_output_projection,
 )
+from avss_dist.registry import LAYERWISE, PARTITIONS
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import available_memory, devices_here, free_device
 
@@ -297,18 +298,19 @@ def opened_hidden_states(
         ConfigError: another partition is requested, or its memory limits are too small.
         ModelError: the checkpoint cannot be opened, or streamed: it predicts no next token, for example.
     """
-    if execution.partition not in ("auto", "single", "streaming"):
+    able = [name for name, info in PARTITIONS.items() if info.whole or info.layerwise]
+    if execution.partition not in ("auto", *able):
         raise ConfigError(
             f"In this process a repair is not fitted in `partition` {execution.partition}.",
-            "Use single or streaming, or name a `warehouse`: workers fit it then.",
+            f"Use {' or '.join(able)}, or name a `warehouse`: workers fit it then.",
         )
     placement = place(checkpoint, settings, execution, devices_here(device.type), head=True)
-    if placement.partition == "single":
+    if PARTITIONS[placement.partition].whole:
         backbone = load(checkpoint, settings, device)
         yield lambda *text: HiddenStateSource(backbone, device, *text)
         del backbone
     else:
-        streamed = replace(placement, partition="streaming")
+        streamed = replace(placement, partition=LAYERWISE)
         with closing(open_replica(checkpoint, settings, streamed, head=True)) as replica:
             assert replica.language_model is not None
             yield hidden_states_of(replica.language_model)

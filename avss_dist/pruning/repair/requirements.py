@@ -25,7 +25,7 @@ def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> in
     """Return the minimum number of tokens to fit a repair to, at the layer that needs the fewest.
 
     Args:
-        repair: one of `registry.REPAIRS`.
+        repair: one of `pruning.repair.registry.REPAIRS`.
 
     Returns:
         0 if only a pass over tokens can tell which modules are the layers.
