@@ -50,7 +50,7 @@ from avss_dist.pruning.repair.repair import Repair, fit_repair
 from avss_dist.pruning.repair.splits import FitSplit, split_texts
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.removal import Drop
-from avss_dist.settings import Settings
+from avss_dist.settings import DTYPES, Settings
 from avss_dist.system.cores import use_threads
 from avss_dist.tasks.base import TextLoss
 
@@ -175,12 +175,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--held-out", type=int, default=16, help="rows that the perplexity is measured on")
     parser.add_argument("--sequence-length", type=int, default=Settings().sequence_length)
+    parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--repair", action="append", choices=(*REPAIRS, *BASELINES), help="repeatable; all by default")
     args = parser.parse_args(arguments)
     use_threads(1)
     checkpoint = resolve(args.model if not Path(args.model).exists() else str(Path(args.model).resolve()))
     config = text_config(checkpoint, trust_remote_code=False)
-    given = Settings(max_sequences=args.rows, sequence_length=args.sequence_length, device="cpu")
+    given = Settings(max_sequences=args.rows, sequence_length=args.sequence_length, dtype=args.dtype, device="cpu")
     settings = pin(given, checkpoint, config, "cpu")
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=False)
     held_out = tokenize_corpus(
