@@ -9,18 +9,16 @@ from pydantic import Field
 
 from avss_dist.errors import ConfigError
 from avss_dist.options import SHARED, Option, Prompting, Request, request
+from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, REPAIRS
 from avss_dist.pruning.shrinking import CHOSEN_BY, Shrinking
-from avss_dist.registry import BLOCK_DISTANCE, INTERACTIONS
+from avss_dist.registry import BLOCK_DISTANCE, FROM_ACTIVATIONS, INTERACTIONS
 from avss_dist.settings import (
-    DEFAULT_REPAIR,
     DEFAULT_WAREHOUSE,
     DRAWS,
     EVERY_SITE,
     LOWEST_SHARE,
-    NO_REPAIR,
     PUBLISHED_THRESHOLD,
     RECIPES,
-    REPAIRS,
     SEARCHES,
     SITES,
     SPARSITY_METHODS,
@@ -370,7 +368,7 @@ class CompareRequest(PlaceRequest, RunsRequest):
 
     by: Annotated[str, OneOf(COMPARED)] = "run"
     """What the two of each pair differ in."""
-    score: Annotated[str, OneOf(SCORES)] = "avss"
+    score: Annotated[str, OneOf(FROM_ACTIVATIONS)] = "avss"
     """Score that ranks the layers."""
     k: Annotated[Positive | None, Option(names=("--k",))] = None
     """Number of lowest layers to compare."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from avss_dist.corpus.shards import CorpusPlan, plan
+from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
 from avss_dist.errors import AvssError, ConfigError, CorpusError, RunFailed
 from avss_dist.executors.base import Executor
 from avss_dist.intervention import NO_INTERVENTION, Intervention, InterventionKey, describe_removed, whole_layers
@@ -183,7 +183,7 @@ def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_s
         CorpusError: it cannot be read, is too short, or has nothing to predict.
     """
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
-    made = plan(corpus, tokenizer, settings, skip_sequences=skip_sequences)
+    made = tokenize_corpus(corpus, tokenizer, settings, skip_sequences=skip_sequences)
     if max(int(shard.lengths.max()) for shard in made.shards) <= max(1, settings.skip_first_tokens):
         raise CorpusError(
             f"No row of {RedactedURI(corpus)} has a token that is predicted from others before it and counts.",

@@ -46,6 +46,7 @@ from avss_dist.names import CONTRAST, LOSS
 from avss_dist.pruning.ground_truth import interactions, layer_truth
 from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, methods
 from avss_dist.pruning.plan import layer_list
+from avss_dist.pruning.repair.registry import NO_REPAIR
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.search import Effort, search_for
 from avss_dist.pruning.selection import Reading
@@ -56,7 +57,6 @@ from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
 from avss_dist.settings import (
     MOST_EVALUATIONS,
-    NO_REPAIR,
     RECIPES,
     RELATIVE_THRESHOLDS,
     SEARCHES,

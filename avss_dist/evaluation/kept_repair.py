@@ -18,10 +18,10 @@ from avss_dist.models.loading import without_head
 from avss_dist.models.size import load_skeleton
 from avss_dist.pruning.checkpoint import require_free, require_prunable
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.cuts import require_cuts
+from avss_dist.pruning.repair.fitter import find_cuts
+from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.repair import Repair, Repaired
-from avss_dist.pruning.repair.rivals import require_foldable
-from avss_dist.settings import REFITS_LATER, Execution, Settings
+from avss_dist.settings import Execution, Settings
 from avss_dist.warehouse.store import Store
 
 
@@ -45,9 +45,8 @@ def kept_repair(
             fit failed.
     """
     require_free(output)
-    require_foldable(repair.by)
     require_changeable(execution.partition)
-    require_cuts(made, every_layer=repair.by in REFITS_LATER)
+    find_cuts(made, every_layer=REPAIRS[repair.by].every_layer)
     settings = repair.settings
     checkpoint = resolve(model, trust_remote_code=settings.trust_remote_code)
     require_prunable(checkpoint, made, settings)

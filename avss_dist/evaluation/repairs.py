@@ -31,15 +31,15 @@ from avss_dist.names import REPAIR
 from avss_dist.partition.base import Placement
 from avss_dist.partition.copies import shared
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.fold import FULL
-from avss_dist.pruning.repair.mender import Sharing
+from avss_dist.pruning.repair.fitter import DataParallel
+from avss_dist.pruning.repair.hidden_states import hidden_states_of
 from avss_dist.pruning.repair.record import parse_record
+from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.repair import Repair, Repaired, fit_repair
-from avss_dist.pruning.repair.streams import streams_of
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.registry import PARTITIONS
-from avss_dist.settings import REFITS_LATER, Settings, fingerprint
+from avss_dist.settings import Settings, fingerprint
 from avss_dist.tasks.base import Measure, Row, Task, TextLoss
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.patches import Patches
@@ -105,8 +105,8 @@ class FitRepair:
         )
         stored = StoredWeights.of(of, made, settings).read
         repair = replace(self.repair, settings=settings)
-        sharing = Sharing(model.local_indices, model.all_reduce)
-        found = fit_repair(of, streams_of(model), made, repair, self.texts, stored, sharing)
+        parallel = DataParallel(model.local_indices, model.all_reduce)
+        found = fit_repair(of, hidden_states_of(model), made, repair, self.texts, stored, parallel)
         about = json.dumps({"record": asdict(found.record), "notes": list(found.notes)})
         errors = np.array([cut.error_after for cut in found.record.cuts])
         patch = encode_patch(found.tensors, about)
@@ -130,7 +130,7 @@ def require_changeable(partition: str) -> None:
 def _repairable(planned: PlannedTask, drops: Iterable[Removals]) -> list[Removals]:
     """The sets of layers of which something can be given back: by a layer before a removed one, or by later ones."""
     fits = [part.repair.by for part in planned.task.parts if isinstance(part, FitRepair)]
-    by_later = all(by in REFITS_LATER for by in fits)
+    by_later = all(REPAIRS[by].every_layer for by in fits)
     return [drop for drop in drops if drop and (by_later or drop != tuple(range(len(drop))))]
 
 
@@ -223,7 +223,7 @@ def fit_repairs(
 def _text_needed(part: Measure) -> int:
     """Orders fits by how much text they need: as wide as the MLP is inside, as the stream is, or hardly any."""
     assert isinstance(part, FitRepair)
-    return ("", "output", "inputs").index(FULL.get(part.repair.by, ""))
+    return REPAIRS[part.repair.by].text_rank
 
 
 def _fitted(store: Store, run_ids: Sequence[str], there: set[str]) -> Mapping[tuple[str, Removals], str]:

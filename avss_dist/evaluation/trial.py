@@ -22,10 +22,11 @@ from avss_dist.partition.base import Placement
 from avss_dist.pruning.ground_truth import Interactions
 from avss_dist.pruning.interactions import quadratic
 from avss_dist.pruning.methods import Experiment, Method, methods
+from avss_dist.pruning.repair.registry import NO_REPAIR
 from avss_dist.pruning.selection import Reading, count_layers
 from avss_dist.registry import INTERACTIONS
 from avss_dist.runs.run import Run
-from avss_dist.settings import NO_REPAIR, Settings
+from avss_dist.settings import Settings
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Result
@@ -48,7 +49,7 @@ class Trial:
         planned: the tasks, by name.
         choices: what every method drops of every share.
         sparsity_plans: of each method of spreading a sparsity, and level; None where the method cannot reach it.
-        fits: the task of fitting each repair; none of `settings.NO_REPAIR`.
+        fits: the task of fitting each repair; none of `pruning.repair.registry.NO_REPAIR`.
         patches: what was fitted, by the fit's id and the layers that are dropped.
     """
 

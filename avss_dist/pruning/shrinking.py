@@ -6,15 +6,14 @@ from typing import Annotated
 
 from avss_dist.errors import ConfigError
 from avss_dist.options import Option
-from avss_dist.pruning.repair.weighted import weighted
+from avss_dist.pruning.repair.record import split_weight
+from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, OptionalRepairName, searched_repair
 from avss_dist.registry import INTERACTIONS, SCORES
-from avss_dist.settings import DEFAULT_REPAIR, NO_REPAIR, REPAIRS
 from avss_dist.text import RedactedURI
 from avss_dist.validation import Count, OneOf, Positive, Share, Text, Texts, checked
 
 GREEDY = "greedy"  # of ``settings.SEARCHES``, with every set repaired
 CHOSEN_BY = tuple(name for name, score in SCORES.items() if not score.of_sets)  # layers, one by one
-FEW_UNKNOWNS = ("scale", "channel", "rotated")
 POOL = 2  # so many times as many layers as go are searched among
 
 
@@ -35,7 +34,7 @@ class Shrinking:
     by: Annotated[str, OneOf((*CHOSEN_BY, INTERACTIONS, GREEDY))] = "damage"
     """What chooses the layers: a measurement of avss ablate, a score, chance, or greedily the repaired loss, among
     twice as many layers as go."""
-    repair: Annotated[str, OneOf((NO_REPAIR, *REPAIRS))] = DEFAULT_REPAIR
+    repair: OptionalRepairName = DEFAULT_REPAIR
     """What to fit at each cut to make up for the removed layers."""
     repair_corpora: Annotated[Texts, Option(names=("--repair-corpus",))] = ()
     """Text to fit the repair on instead of the corpus: CORPUS or CORPUS=WEIGHT."""
@@ -66,12 +65,12 @@ class Shrinking:
     @property
     def searched_repair(self) -> str:
         """Repair that is fitted to each set of a search: map in place of a repair with many unknowns."""
-        return self.repair if self.repair in (NO_REPAIR, *FEW_UNKNOWNS) else "map"
+        return searched_repair(self.repair)
 
     @property
     def repair_texts(self) -> list[RedactedURI]:
         """Texts that a repair is fitted on, without their weights."""
-        return [weighted(text)[0] for text in self.repair_corpora] or [RedactedURI(self.corpus)]
+        return [split_weight(text)[0] for text in self.repair_corpora] or [RedactedURI(self.corpus)]
 
     @property
     def texts(self) -> list[RedactedURI]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from avss_dist.analysis.reliability import misranked, reliability
-from avss_dist.corpus.shards import plan
+from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer, text_config
@@ -46,7 +46,7 @@ def main() -> None:
     rows = args.sequences
     wanted = Settings(max_sequences=2 * rows, sequences_per_shard=rows, batch_size=min(8, rows))
     settings = pin(wanted, checkpoint, text_config(checkpoint, trust_remote_code=False), "cpu")
-    text, other = plan(args.corpus, load_tokenizer(checkpoint, trust_remote_code=False), settings).shards
+    text, other = tokenize_corpus(args.corpus, load_tokenizer(checkpoint, trust_remote_code=False), settings).shards
     model = SingleReplica(checkpoint, settings, head=True).language_model
     assert model is not None
     _, once = timed(TextLoss(text), model)

@@ -107,14 +107,14 @@ import sys, json, resource
 import avss_dist.runs.api
 from avss_dist.models.checkpoints import resolve
 from avss_dist.settings import Settings
-from avss_dist.corpus.shards import plan
+from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.partition.base import Placement
 from avss_dist.partition.open import open_replica
 from avss_dist.measure.shard import analyze_shard
 folder, partition, settings = sys.argv[1], sys.argv[2], Settings(**json.loads(sys.argv[3]))
 checkpoint = resolve(folder)
-shards = plan("builtin:pydoc", load_tokenizer(checkpoint), settings).shards
+shards = tokenize_corpus("builtin:pydoc", load_tokenizer(checkpoint), settings).shards
 replica = open_replica(checkpoint, settings, Placement(partition=partition))
 print(max(analyze_shard(replica, shard, settings).peak_memory_bytes for shard in shards))
 """

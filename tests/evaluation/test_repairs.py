@@ -184,7 +184,7 @@ def test_a_patch_is_the_same_bytes_and_leaves_no_trace() -> None:
 def test_copies_share_the_text_of_a_fit(deep: Path, tmp_path: Path) -> None:
     """Two workers, each with a part of the text, find what one does; no more than the text has batches are taken."""
     checkpoint, settings = resolve(str(deep)), Settings(**READ, max_sequences=60, dtype="float32")
-    store, by = Store(tmp_path / "w"), "refit_full"
+    store, by = Store(tmp_path / "w"), "refit_all"
     repair = Repair(by=by, corpora=(TEXT,), settings=settings)
     one, two, many, streamed = (
         plan_fits(checkpoint, "model.layers", [repair], Placement(partition=partition), copies)[by]
@@ -236,11 +236,11 @@ def test_a_fit_says_how_far_it_is(
 ) -> None:
     """On a terminal in the bar, elsewhere in a line now and then; one cell may take many minutes."""
     settings = Settings(**READ, max_sequences=60, dtype="float32")
-    repair = Repair(by="refit_around", corpora=(TEXT,), settings=settings)
+    repair = Repair(by="refit_all", corpora=(TEXT,), settings=settings)
     planned = plan_fits(resolve(str(deep)), "model.layers", [repair], Placement())[repair.by]
     heard, shown = Heard(), io.StringIO()
     fit_repairs([(planned, [(2, 3, 5)])], Store(tmp_path / "heard"), LocalExecutor(settings), heard)
-    cuts = [f"Repairing cut {n} of 2{behind}" for n in (1, 2) for behind in ("", ", behind it")]
+    cuts = [f"Repairing cut {n} of 4" for n in (1, 2, 3, 4)]
     assert [*heard.of] == cuts
     for shares in heard.of.values():
         assert shares[0] == 0 and all(0 <= share < 1 for share in shares)
@@ -253,9 +253,9 @@ def test_a_fit_says_how_far_it_is(
         bar.underway(planned.cells([NO_INTERVENTION.without(2, 3, 5)])[0], "Repairing cut 2 of 2", 0.4)
     said = shown.getvalue(), capsys.readouterr().err
     if terminal:
-        assert "deep without 3 layers: Repairing cut 2 of 2, 40%" in said[0]
+        assert "deep without 3 layers: Repairing cut 2 of 4, 40%" in said[0]
     else:
-        assert "deep: Repairing cut 1 of 2, 0%" in said[1] and "deep: 1 of 1 evaluated" in said[1] and not said[0]
+        assert "deep: Repairing cut 1 of 4, 0%" in said[1] and "deep: 1 of 1 evaluated" in said[1] and not said[0]
 
 
 # As an axis of an experiment

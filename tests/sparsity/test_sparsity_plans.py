@@ -17,7 +17,7 @@ from support.checkpoints import llama
 from support.command_line import avss
 
 from avss_dist.analysis.sparsity_plans import Measured
-from avss_dist.corpus.shards import plan as plan_corpus
+from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
@@ -55,7 +55,7 @@ def captured(tiny_llama: Path, dtype: str) -> dict[tuple[int, str], np.ndarray]:
                     found.setdefault(key, []).append(args[0].abs().double().numpy().ravel())
 
                 stack.callback(one.module.register_forward_pre_hook(keep).remove)
-        for shard in plan_corpus(TEXT, load_tokenizer(checkpoint), settings).shards:
+        for shard in tokenize_corpus(TEXT, load_tokenizer(checkpoint), settings).shards:
             for batch in shard.batches(4):
                 model.losses(batch)
     return {key: np.concatenate(parts) for key, parts in found.items()}
