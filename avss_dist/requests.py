@@ -9,8 +9,8 @@ from pydantic import Field
 
 from avss_dist.errors import ConfigError
 from avss_dist.options import SHARED, Option, Prompting, Request, request
-from avss_dist.pruning.shrinking import CHOSEN_BY, Shrinking
-from avss_dist.registry import BLOCK_DISTANCE, INTERACTIONS
+from avss_dist.pruning.shrinking import Shrinking
+from avss_dist.registry import FROM_ACTIVATIONS, SCORES
 from avss_dist.settings import (
     DEFAULT_REPAIR,
     DEFAULT_WAREHOUSE,
@@ -250,7 +250,7 @@ class PlanRequest(PlaceRequest, RunRequest):
     by: (
         Annotated[
             str,
-            OneOf((*CHOSEN_BY, INTERACTIONS, BLOCK_DISTANCE), _SEARCHES_INSTEAD),
+            OneOf(tuple(SCORES), _SEARCHES_INSTEAD),
         ]
         | None
     ) = None
@@ -370,7 +370,7 @@ class CompareRequest(PlaceRequest, RunsRequest):
 
     by: Annotated[str, OneOf(COMPARED)] = "run"
     """What the two of each pair differ in."""
-    score: Annotated[str, OneOf(SCORES)] = "avss"
+    score: Annotated[str, OneOf(FROM_ACTIVATIONS)] = "avss"
     """Score that ranks the layers."""
     k: Annotated[Positive | None, Option(names=("--k",))] = None
     """Number of lowest layers to compare."""
