@@ -13,6 +13,7 @@ from avss_dist.analysis.findings import describe_depth, findings
 from avss_dist.analysis.verdict import primary_metric, shown_value, verdicts
 from avss_dist.errors import QueryError
 from avss_dist.intervention import Removals, decode_removals
+from avss_dist.names import LOSS, SEARCH
 from avss_dist.pruning.ground_truth import (
     ablate_command,
     block_distances,
@@ -22,8 +23,8 @@ from avss_dist.pruning.ground_truth import (
     layer_truth,
 )
 from avss_dist.pruning.plan import Plan, make_plan
-from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, SCORE_MEANINGS, Choice, Reading, Rows, reading_of
-from avss_dist.settings import BLOCK_DISTANCE, INTERACTIONS, LOSS, OF_LAYERS, SCORES, SEARCH
+from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, Rows, reading_of
+from avss_dist.registry import BLOCK_DISTANCE, FROM_ACTIVATIONS, INTERACTIONS, MEASURED, SCORES
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Threshold
 from avss_dist.text import describe_threshold
@@ -40,7 +41,7 @@ def plan_layers(
 
     Args:
         run: a row of ``runs``.
-        by: a name of `SCORE_MEANINGS`; None is `default_score`.
+        by: a name of ``registry.SCORES``; None is `default_score`.
         reading: site, recipe, threshold and its kind, of AVSS.
         how: the other fields of `Choice`: ``share``, ``count``, ``mass``, ``first``, ``last``, and so on.
 
@@ -59,7 +60,7 @@ def plan_layers(
     elif choice.by == INTERACTIONS:
         made = make_plan(rows, run, choice, interactions(warehouse, run))
     else:
-        truth = layer_truth(warehouse, run, choice.by) if choice.by in OF_LAYERS else None
+        truth = layer_truth(warehouse, run, choice.by) if choice.by in MEASURED else None
         made = make_plan(rows, run, choice, truth)
         values = choice.scores(rows, {choice.by: truth.by_layer(made.num_layers)} if truth else {})
         against = _findings(warehouse, run, choice, values.tolist())
@@ -97,7 +98,7 @@ def _require_score(warehouse: Warehouse, run: Mapping[str, Any], by: str | None)
     """Raise QueryError where layers of a run cannot be chosen by a score, since it is not measured."""
     if by is None:
         default_score(warehouse, run)
-    elif by in OF_LAYERS:
+    elif by in MEASURED:
         layer_truth(warehouse, run, by)
     elif by == BLOCK_DISTANCE:
         block_distances(warehouse, run)
@@ -119,7 +120,7 @@ def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:
     if not has_head(run):
         raise QueryError(
             f"No score was named. {describe_headless(run)}",
-            "\n".join(["Name the score to choose by with `by`:", *_meanings((*SCORES, LAST, RANDOM))]),
+            "\n".join(["Name the score to choose by with `by`:", *_meanings((*FROM_ACTIVATIONS, LAST, RANDOM))]),
         )
     raise QueryError(
         f"No score was named, and neither the damage of the layers of {run['model']} nor the loss without each is "
@@ -129,7 +130,7 @@ def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:
                 f"Measure the damage, for about 8 passes: {ablate_command(warehouse, run, 'damage')}",
                 f"Or the loss: {ablate_command(warehouse, run)}",
                 "Or name the score to choose by with `by`, and evaluate the plan before you believe it:",
-                *_meanings(SCORE_MEANINGS),
+                *_meanings(SCORES),
             ]
         ),
     )
@@ -137,7 +138,7 @@ def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:
 
 def _meanings(names: Iterable[str]) -> list[str]:
     """Return a line for each score."""
-    return [f"  {name}: {SCORE_MEANINGS[name]}" for name in names]
+    return [f"  {name}: {SCORES[name].meaning}" for name in names]
 
 
 def _of_reading(rows: Rows, reading: Reading) -> Rows:
@@ -164,7 +165,7 @@ def _findings(warehouse: Warehouse, run: Mapping[str, Any], choice: Choice, valu
         return
     if depth := describe_depth(choice.by, depth_correlation(values), len(values)):
         yield depth
-    if choice.by in OF_LAYERS:
+    if choice.by in MEASURED:
         return
     site, recipe, value, kind = choice.reading or PUBLISHED
     places = {(None, None), (site, None), (None, recipe), (site, recipe)} if choice.by == "avss" else {(None, None)}

@@ -10,9 +10,10 @@ from math import exp, isfinite
 from typing import Any
 
 from avss_dist.intervention import count_removed, decode_removals
+from avss_dist.names import CHANCE, LOSS
 from avss_dist.pruning.methods import ENDS_KEPT, LEAVE_ONE_OUT, REVERSED
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM
-from avss_dist.settings import CHANCE, LOSS, MINIMUM_UNITS
+from avss_dist.stats.intervals import MINIMUM_UNITS
 
 CLAIMED_SHARE, CLAIMED_KEPT = 0.25, 0.9
 MENTIONED = 0.01  # a guess that keeps less is not worth a word

@@ -24,23 +24,13 @@ from avss_dist.evaluation.tasks import plan_text
 from avss_dist.intervention import NO_INTERVENTION, PARTS, Removals, Sublayer, layer_of
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
+from avss_dist.names import LOSS, SUBLAYER_LOSS
 from avss_dist.options import EvaluationOptions, with_options
-from avss_dist.pruning.ground_truth import METRICS, mean_ranks
-from avss_dist.registry import PARTITIONS
+from avss_dist.pruning.ground_truth import mean_ranks
+from avss_dist.registry import DAMAGE_TASK, PARTITIONS, SCORES, metrics_of
 from avss_dist.results import TabularResult
-from avss_dist.settings import (
-    DEFAULT_WAREHOUSE,
-    DRAWS,
-    ESTIMATES,
-    GROUND_TRUTH,
-    LOSS,
-    MINIMUM_UNITS,
-    MOST_PASSES,
-    SUBLAYER_LOSS,
-    Execution,
-    Settings,
-)
-from avss_dist.stats.intervals import jackknife_interval
+from avss_dist.settings import DEFAULT_WAREHOUSE, DRAWS, MOST_PASSES, Execution, Settings
+from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.gradients import Gradients
@@ -48,7 +38,7 @@ from avss_dist.tasks.layer_removal import SHAPLEY, SHARED, LeaveOneOut, Shapley
 from avss_dist.text import RedactedURI
 
 CHUNK = 4  # permutations in a cell
-ESTIMATED = ("taylor", "gradient_l1", "gradient_l2", "weight_frobenius", *METRICS.values())
+ESTIMATED = ("taylor", "gradient_l1", "gradient_l2", "weight_frobenius", *metrics_of("damage"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +52,7 @@ class LayerAblation:
         shapley: its Shapley value, a sample for each permutation.
         shapley_shared: 1 for each permutation that was truncated before the layer, else 0; None without truncation.
         estimates: results of `gradients.Gradients` and `damage.Damage`, by metric.
-        damage: the mean of its ranks by two of these (`ground_truth.METRICS`), 1 the least.
+        damage: the mean of its ranks by two of these (`registry.metrics_of`), 1 the least.
     """
 
     layer: int
@@ -118,7 +108,7 @@ class Ablation(TabularResult):
 
 
 def _row(one: LayerAblation) -> dict[str, Any]:
-    predicted = one.estimates.get(METRICS["predicted"])
+    predicted = one.estimates.get(metrics_of("predicted")[0])
     low, high = one.shapley_interval() or (None, None)
     return {
         "layer": one.layer,
@@ -164,9 +154,9 @@ def ablate(
 
     Args:
         model: hub id, folder, or ``.gguf`` file of a causal language model.
-        leave_one_out: the loss without each layer (`ablation.LeaveOneOut`).
+        leave_one_out: the loss without each layer (`layer_removal.LeaveOneOut`).
         sublayers: the loss without the attention and without the MLP of each layer.
-        shapley: permutations to sample for layer Shapley values (`ablation.Shapley`); 0 for none.
+        shapley: permutations to sample for layer Shapley values (`layer_removal.Shapley`); 0 for none.
         truncation, seed: of the permutations.
         gradients: a backward pass too (`gradients.Gradients`).
         damage: what leaving layers out does, estimated by a few passes (`damage.Damage`).
@@ -250,13 +240,13 @@ def _tasks(
     corpus: str, text: CorpusPlan, leave_one_out: bool, gradients: bool, seeds: Sequence[int], truncation: bool
 ) -> Iterator[Task]:
     if gradients:
-        yield Task(name=f"{GROUND_TRUTH['taylor']}{corpus}", parts=tuple(Gradients(shard) for shard in text.shards))
+        yield Task(name=f"{SCORES['taylor'].task}{corpus}", parts=tuple(Gradients(shard) for shard in text.shards))
     if leave_one_out:
-        yield Task(name=f"{GROUND_TRUTH['loss']}{corpus}", parts=tuple(LeaveOneOut(shard) for shard in text.shards))
+        yield Task(name=f"{SCORES['loss'].task}{corpus}", parts=tuple(LeaveOneOut(shard) for shard in text.shards))
     if seeds:
         chunks = [tuple(seeds[start : start + CHUNK]) for start in range(0, len(seeds), CHUNK)]
         parts = tuple(Shapley(shards=text.shards, seeds=chunk, truncation=truncation) for chunk in chunks)
-        yield Task(name=f"{GROUND_TRUTH['shapley']}{corpus}", parts=parts)
+        yield Task(name=f"{SCORES['shapley'].task}{corpus}", parts=parts)
 
 
 def sublayers_task(corpus: str, text: CorpusPlan) -> Task:
@@ -269,7 +259,7 @@ def sublayers_task(corpus: str, text: CorpusPlan) -> Task:
 def damage_task(corpus: str, text: CorpusPlan, draws: int = DRAWS) -> Task:
     """The damage of every layer, estimated on a text."""
     parts = tuple(Damage(shard=shard, draws=draws) for shard in text.shards)
-    return Task(name=f"{ESTIMATES['damage']}{corpus}", parts=parts)
+    return Task(name=f"{DAMAGE_TASK}{corpus}", parts=parts)
 
 
 def _ablation(model: str, corpus: str, found: Sequence[Result]) -> Ablation:
@@ -279,9 +269,8 @@ def _ablation(model: str, corpus: str, found: Sequence[Result]) -> Ablation:
     for result in found:
         if result.layer is not None and not result.removed:
             of.setdefault(result.layer, {})[result.metric] = result
-    ranks = mean_ranks(
-        [{layer: of[layer][name].value for layer in of if name in of[layer]} for name in METRICS.values()]
-    )
+    measured = [(name, layer, result.value) for layer, by_metric in of.items() for name, result in by_metric.items()]
+    ranks = mean_ranks("damage", measured)
     layers = [
         LayerAblation(
             layer=layer,

@@ -26,10 +26,11 @@ from avss_dist.evaluation.subjects import Subject, read_subjects, with_bases
 from avss_dist.evaluation.tasks import make_task, row_start_task
 from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.names import PERPLEXITY, REALIZED, ROW_START, TRUTHFULQA
 from avss_dist.options import EvaluationOptions, Prompting, with_options
 from avss_dist.results import TabularResult
 from avss_dist.runs.corpora import corpus_problems
-from avss_dist.settings import DEFAULT_WAREHOUSE, PERPLEXITY, REALIZED, ROW_START, TRUTHFULQA, Settings
+from avss_dist.settings import DEFAULT_WAREHOUSE, Settings
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.sparsity.realized import Realized
 from avss_dist.stats.row_start import RowStarts

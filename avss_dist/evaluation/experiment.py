@@ -42,31 +42,20 @@ from avss_dist.evaluation.tasks import make_task, plan_text
 from avss_dist.evaluation.trial import Trial, rows_of, sparse_rows
 from avss_dist.intervention import NO_INTERVENTION, whole_layers
 from avss_dist.models.checkpoints import resolve
+from avss_dist.names import CONTRAST, LOSS
 from avss_dist.pruning.ground_truth import interactions, layer_truth
 from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, methods
 from avss_dist.pruning.plan import layer_list
+from avss_dist.pruning.repair.registry import NO_REPAIR
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.search import Effort, search_for
 from avss_dist.pruning.selection import Reading
+from avss_dist.registry import INTERACTIONS, MEASURED, SCORES
 from avss_dist.runs.api import executor_for, overridden, run_job
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
-from avss_dist.settings import (
-    CONTRAST,
-    GROUND_TRUTH,
-    INPUTS,
-    INTERACTIONS,
-    LOSS,
-    MOST_EVALUATIONS,
-    NO_REPAIR,
-    OF_LAYERS,
-    RECIPES,
-    RELATIVE_THRESHOLDS,
-    SEARCHES,
-    Settings,
-    fingerprint,
-)
+from avss_dist.settings import INPUTS, MOST_EVALUATIONS, RECIPES, RELATIVE_THRESHOLDS, SEARCHES, Settings, fingerprint
 from avss_dist.stats.contrast import contrast
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.scores import Threshold
@@ -237,7 +226,7 @@ def _refuse_overlaps(trial: Trial, experiment: Experiment, warehouse: Warehouse)
 def _read_measured(trials: Sequence[Trial], experiment: Experiment, warehouse: Warehouse) -> None:
     """Read what `avss ablate` has measured of the layers of every trial, and contrasts, if they are chosen by it."""
     scores = set(experiment.scores)
-    measured = scores & set(OF_LAYERS) - ({LEAVE_ONE_OUT} if experiment.leave_one_out else set())
+    measured = scores & set(MEASURED) - ({LEAVE_ONE_OUT} if experiment.leave_one_out else set())
     for trial in trials:
         run = warehouse.run(trial.run.run_id)
         assert run is not None
@@ -315,7 +304,7 @@ def _leave_one_out(trials: Sequence[Trial], session: EvaluationSession) -> None:
     planned = []
     for trial in trials:
         text = plan_text(trial.checkpoint, trial.corpus, trial.settings)
-        name = f"{GROUND_TRUTH[LEAVE_ONE_OUT]}{trial.corpus}"
+        name = f"{SCORES[LEAVE_ONE_OUT].task}{trial.corpus}"
         planned.append(trial.model.plan(Task(name=name, parts=tuple(map(LeaveOneOut, text.shards)))))
     results = session.measure([(one, [NO_INTERVENTION]) for one in planned])
     for trial, one in zip(trials, planned, strict=True):

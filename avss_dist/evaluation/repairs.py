@@ -26,21 +26,20 @@ from avss_dist.models.layers import layer_lists
 from avss_dist.models.loading import without_head
 from avss_dist.models.patching import decode_patch, encode_patch
 from avss_dist.models.size import load_skeleton
+from avss_dist.names import REPAIR
 from avss_dist.partition.base import Placement
 from avss_dist.partition.copies import shared
 from avss_dist.pruning.checkpoint import require_free, require_prunable
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.cuts import require_cuts
-from avss_dist.pruning.repair.fold import FULL
-from avss_dist.pruning.repair.mender import Sharing
+from avss_dist.pruning.repair.fitter import DataParallel, find_cuts
+from avss_dist.pruning.repair.hidden_states import hidden_states_of
 from avss_dist.pruning.repair.record import parse_record
+from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.repair import Repair, Repaired, fit_repair
-from avss_dist.pruning.repair.rivals import require_foldable
-from avss_dist.pruning.repair.streams import streams_of
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.registry import PARTITIONS
-from avss_dist.settings import REFITS_LATER, REPAIR, Execution, Settings, fingerprint
+from avss_dist.settings import Execution, Settings, fingerprint
 from avss_dist.tasks.base import Row, Task
 from avss_dist.text import RedactedURI
 
@@ -88,8 +87,8 @@ class FitRepair:
         )
         stored = StoredWeights.of(of, made, settings).read
         repair = replace(self.repair, settings=settings)
-        sharing = Sharing(model.own, model.add_up)
-        found = fit_repair(of, streams_of(model), made, repair, self.texts, stored, sharing)
+        parallel = DataParallel(model.local_indices, model.all_reduce)
+        found = fit_repair(of, hidden_states_of(model), made, repair, self.texts, stored, parallel)
         about = json.dumps({"record": asdict(found.record), "notes": list(found.notes)})
         errors = np.array([cut.error_after for cut in found.record.cuts])
         patch = encode_patch(found.tensors, about)
@@ -168,7 +167,7 @@ def fit_repairs(
     A set of layers that no layer stands before has a repair of later layers alone. Repairs that need the most text come
     first.
     """
-    demanding = sorted(wanted, key=lambda fit: -_text_needed(fit_of(fit[0]).repair.by))
+    demanding = sorted(wanted, key=lambda fit: -REPAIRS[fit_of(fit[0]).repair.by].text_rank)
     return session.fit(
         [(fit, [Intervention(removed=drop) for drop in drops if _is_repairable(fit, drop)]) for fit, drops in demanding]
     )
@@ -176,12 +175,7 @@ def fit_repairs(
 
 def _is_repairable(fit: PlannedTask, drop: tuple[int, ...]) -> bool:
     """Whether something can be given back without these layers: by a layer before one of them, or by later ones."""
-    return bool(drop) and (fit_of(fit).repair.by in REFITS_LATER or drop != tuple(range(len(drop))))
-
-
-def _text_needed(by: str) -> int:
-    """Order repairs by how much text they need: as wide as the MLP is inside, as the stream is, or hardly any."""
-    return ("", "output", "inputs").index(FULL.get(by, ""))
+    return bool(drop) and (REPAIRS[fit_of(fit).repair.by].every_layer or drop != tuple(range(len(drop))))
 
 
 def kept_repair(
@@ -204,9 +198,8 @@ def kept_repair(
             fit failed.
     """
     require_free(output)
-    require_foldable(repair.by)
     require_changeable(execution.partition)
-    require_cuts(made, every_layer=repair.by in REFITS_LATER)
+    find_cuts(made, every_layer=REPAIRS[repair.by].every_layer)
     settings = repair.settings
     checkpoint = resolve(model, trust_remote_code=settings.trust_remote_code)
     require_prunable(checkpoint, made, settings)

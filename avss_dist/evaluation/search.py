@@ -23,14 +23,14 @@ from avss_dist.evaluation.tasks import plan_text, text_task
 from avss_dist.intervention import Intervention, InterventionKey, Removals, encode_removals, whole_layers
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import text_config
+from avss_dist.names import LOSS, SEARCH
 from avss_dist.pruning.plan import Plan, layer_list, plan_of, reasons
-from avss_dist.pruning.repair.fold import FULL
-from avss_dist.pruning.repair.mender import TOKENS_PER_UNKNOWN
-from avss_dist.pruning.repair.text import HELD_BACK, SINK
+from avss_dist.pruning.repair.registry import REPAIRS
+from avss_dist.pruning.repair.splits import HELD_BACK, SINK_TOKENS
 from avss_dist.pruning.search import Effort, Expansion, Search, best_sets, search_for
 from avss_dist.pruning.selection import Choice
 from avss_dist.pruning.shrinking import GREEDY, POOL, Shrinking
-from avss_dist.settings import LOSS, SEARCH, Settings
+from avss_dist.settings import Settings
 from avss_dist.tasks.base import Result, Task, combine
 from avss_dist.tasks.cells import Cell, CellResult
 from avss_dist.tasks.layer_removal import LeaveOneOut
@@ -241,10 +241,10 @@ def plan_repaired_search(
 
 def _rows_for(texts: Sequence[CorpusPlan], by: str, width: int) -> int:
     """Return how many rows of each text suffice to fit a repair of a residual stream so wide."""
-    if by not in FULL:
+    if REPAIRS[by].text_rank == 0:
         return 1
-    tokens = sum(text.num_tokens for text in texts) / sum(text.num_sequences for text in texts) - SINK
-    fitted = TOKENS_PER_UNKNOWN * width / max(1.0, tokens) / len(texts)
+    tokens = sum(text.num_tokens for text in texts) / sum(text.num_sequences for text in texts) - SINK_TOKENS
+    fitted = REPAIRS[by].tokens_needed(width, width) / max(1.0, tokens) / len(texts)
     return ceil(fitted * HELD_BACK / (HELD_BACK - 1)) + 2  # what is held back is rounded up
 
 

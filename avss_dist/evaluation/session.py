@@ -16,7 +16,6 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 
 from avss_dist.errors import AvssError, ConfigError, RunFailed
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, OnEvent, ignore
@@ -35,19 +34,11 @@ from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import text_config
 from avss_dist.models.pinning import pin
+from avss_dist.names import LOSS
 from avss_dist.partition.base import Placement, numbers_of
 from avss_dist.partition.choose import place
-from avss_dist.settings import (
-    LOSS,
-    MINIMUM_UNITS,
-    MOST_LISTED,
-    SCHEMA_VERSION,
-    Execution,
-    Settings,
-    fingerprint,
-    split_options,
-)
-from avss_dist.stats.intervals import jackknife_interval
+from avss_dist.settings import MOST_LISTED, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
+from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.stats.retention import kept
 from avss_dist.system.versions import package_versions
 from avss_dist.tasks.base import Measure, Result, Task, combine
@@ -264,9 +255,7 @@ class EvaluationSession:
 
     def rows(self, run_id: str) -> list[dict[str, Any]]:
         """Return the rows of ``cells`` of an evaluation."""
-        if not self.store.cell_ids(run_id):
-            return []
-        rows: list[dict[str, Any]] = self.store.table("cells", where=pc.field("run_id") == run_id).to_pylist()
+        rows: list[dict[str, Any]] = self.store.cells(run_id).to_pylist()
         return rows
 
     def results(self, planned: PlannedTask, interventions: Iterable[Intervention] = (NO_INTERVENTION,)) -> list[Result]:

@@ -17,10 +17,11 @@ from avss_dist.evaluation.session import EvaluationSession, PlacedModel, evaluat
 from avss_dist.evaluation.subjects import checkpoint_of_run
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.intervention import NO_INTERVENTION, Intervention
+from avss_dist.names import REALIZED, SPARSITY_TASK
 from avss_dist.options import EvaluationOptions, with_options
 from avss_dist.pruning.selection import PlanError
 from avss_dist.registry import PARTITIONS
-from avss_dist.settings import REALIZED, SPARSITY_TASK, THRESHOLD, TOP_K
+from avss_dist.settings import THRESHOLD, TOP_K
 from avss_dist.sparsity.allocate import MOST, along_path, heavy_tail_ratios, knapsack, scaled
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.stats.layer_stats import Float64
@@ -242,7 +243,7 @@ def _gated(measured: Measured, target: float, counts: Rows, **fields: Any) -> Sp
     able = sum(one.outputs * one.inputs for key, one in maps.items() if key not in known) / whole
     if target > MOST * able:
         said = f"`method` cats makes {able:.1%} of the weights sparse, at most" if able else "No MLP has a gate: cats"
-        raise Unreachable(f"{said}, and {target:.0%} of all are wanted.", "Lower `sparsify`, or take another method.")
+        raise Unreachable(f"{said}, and {target:.0%} of all are wanted.", "Lower `target`, or take another method.")
     share = target / able
     for key in maps.keys() - known:
         size = size_of_share(counts[key[0], f"{COUNTS}{key[1]}"], share)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from avss_dist.corpus.chats import chat_template
-from avss_dist.corpus.shards import CorpusPlan, plan, plan_choices, with_other_start
+from avss_dist.corpus.shards import CorpusPlan, tokenize_choices, tokenize_corpus, with_other_start
 from avss_dist.errors import CorpusError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
+from avss_dist.names import PERPLEXITY, ROW_START, TRUTHFULQA
 from avss_dist.options import AS_THE_TASK_SAYS, Prompting
-from avss_dist.settings import PERPLEXITY, ROW_START, TRUTHFULQA, Settings
+from avss_dist.settings import Settings
 from avss_dist.tasks.base import Task, TextLoss
 from avss_dist.tasks.row_start import RowStartLoss
 from avss_dist.tasks.truthfulqa import TruthfulChoices
@@ -53,7 +54,7 @@ def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_s
         CorpusError: it cannot be read, is too short, or has nothing to predict.
     """
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
-    text = plan(corpus, tokenizer, settings, skip_sequences=skip_sequences)
+    text = tokenize_corpus(corpus, tokenizer, settings, skip_sequences=skip_sequences)
     if max(int(shard.lengths.max()) for shard in text.shards) <= max(1, settings.skip_first_tokens):
         raise CorpusError(
             f"No row of {RedactedURI(corpus)} has a token that is predicted from others before it and counts.",
@@ -89,5 +90,5 @@ def choices_task(checkpoint: Checkpoint, path: str, settings: Settings, question
         CorpusError: it cannot be read, or a row is too long.
     """
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
-    parts = tuple(TruthfulChoices(shard) for shard in plan_choices(path, tokenizer, settings, questions))
+    parts = tuple(TruthfulChoices(shard) for shard in tokenize_choices(path, tokenizer, settings, questions))
     return Task(name=f"{TRUTHFULQA}{RedactedURI(path)}", parts=parts)

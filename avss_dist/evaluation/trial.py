@@ -16,22 +16,15 @@ from avss_dist.evaluation.session import PlacedModel, PlannedTask, Retention, St
 from avss_dist.intervention import NO_INTERVENTION, Intervention, InterventionKey, Removals
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import text_config
+from avss_dist.names import CHANCE, CONTRAST, FARTHEST_MAP, LOSS, MAPS_WITHIN, SPARSITY
 from avss_dist.pruning.ground_truth import Interactions
 from avss_dist.pruning.interactions import quadratic
 from avss_dist.pruning.methods import Experiment, Method, methods
+from avss_dist.pruning.repair.registry import NO_REPAIR
 from avss_dist.pruning.selection import Reading, count_layers
+from avss_dist.registry import INTERACTIONS
 from avss_dist.runs.run import Run
-from avss_dist.settings import (
-    CHANCE,
-    CONTRAST,
-    FARTHEST_MAP,
-    INTERACTIONS,
-    LOSS,
-    MAPS_WITHIN,
-    NO_REPAIR,
-    SPARSITY,
-    Settings,
-)
+from avss_dist.settings import Settings
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Result

@@ -66,7 +66,7 @@ class LanguageModel:
         head: from what its last layer gives to logits.
         layers: its transformer blocks, in order.
         forms: how layers return hidden states (`skipping.Recorded`): what is known of a layer is no reason to run it.
-        family: ``config.model_type``.
+        family: ``model_type`` of the configuration.
         device: where it computes.
         reports: whether the answers of this process count; of several that give the same, one's do.
         keeps_hidden_states: `skipping.recording` and `resuming` work on its layers, and cost less than whole passes.
@@ -200,11 +200,11 @@ class LanguageModel:
         """Counts of the passes of all ranks that share them."""
         return counts
 
-    def own(self, number: int) -> range:
-        """Of so many pieces of work, those of this copy, where several copies of the model share them."""
-        return range(number)
+    def local_indices(self, count: int) -> range:
+        """Return the indices of the pieces of work that this copy of the model takes; all of them if it is alone."""
+        return range(count)
 
-    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
         """Make each tensor its sum over the copies that share work, in place; all of them call this."""
 
     def call(self, *args: Any, **kwargs: Any) -> Any:

@@ -31,7 +31,8 @@ from avss_dist.intervention import (
 )
 from avss_dist.pruning.ground_truth import BlockDistances, Interactions, LayerTruth
 from avss_dist.pruning.interactions import predicted, quadratic
-from avss_dist.pruning.selection import RANDOM, SCORE_MEANINGS, Choice, PlanError, Rows
+from avss_dist.pruning.selection import RANDOM, Choice, PlanError, Rows
+from avss_dist.registry import SCORES
 from avss_dist.results import TabularResult
 from avss_dist.settings import LOWEST_SHARE, SEARCHES, Check, checked
 from avss_dist.system.staging import staged_file
@@ -188,7 +189,11 @@ def describe_origin(model: str, revision: str | None, run_id: str | None) -> str
     return f"Model: {model}{at}. " + (f"Run: {run_id}." if run_id else "By hand, of no run.")
 
 
-def describe_reason(why: Mapping[str, Any], meanings: Mapping[str, str] = SCORE_MEANINGS | SEARCHES) -> str:
+MEANINGS = {name: info.meaning for name, info in SCORES.items()} | SEARCHES
+"""Meaning of everything that layers are chosen by."""
+
+
+def describe_reason(why: Mapping[str, Any], meanings: Mapping[str, str] = MEANINGS) -> str:
     """``by loss (what the loss rises by ...): share 0.25, last 1``.
 
     Args:

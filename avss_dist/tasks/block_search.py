@@ -55,13 +55,13 @@ class GreedyBlock:
 
     @property
     def key(self) -> str:
-        """See `tasks.Measure`."""
+        """See `tasks.base.Measure`."""
         how = {name: [self.steps[name], self.sizes[name], *self.thresholds[name]] for name in sorted(self.steps)}
         shards = [shard.content_hash for shard in self.shards]
         return fingerprint(measure="greedy block", shards=shards, layer=self.layer, maps=how)
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.Measure`."""
+        """See `tasks.base.Measure`."""
         layer = model.layers[self.layer]
         batches = [batch for shard in self.shards for batch in shard.batches(model.settings.batch_size)]
         calls = dense_calls(model, layer, batches)
@@ -179,11 +179,11 @@ class Spectra:
 
     @property
     def key(self) -> str:
-        """See `tasks.Measure`."""
+        """See `tasks.base.Measure`."""
         return fingerprint(measure="spectra", layer=self.layer)
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.Measure`."""
+        """See `tasks.base.Measure`."""
         layer, rows = model.layers[self.layer], []
         with model.running(layer):
             for one in layer.projections:

@@ -14,13 +14,14 @@ from avss_dist.errors import AvssError, BatchTooLarge
 from avss_dist.intervention import NO_INTERVENTION, Intervention, Sparsity, encode_removals
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.names import REALIZED, SPARSITY
 from avss_dist.partition.base import Placement
-from avss_dist.settings import REALIZED, SPARSITY, Settings, fingerprint
+from avss_dist.settings import Settings, fingerprint
 from avss_dist.system.cores import use_threads
 from avss_dist.system.out_of_memory import halve_until_it_fits
 from avss_dist.tasks.base import Measure, Row
 
-Beat = Callable[[], None]
+Heartbeat = Callable[[], None]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -65,13 +66,15 @@ class CellResult:
 CellOutcome = tuple[Cell, CellResult | AvssError]
 
 
-def measure_cell(model: LanguageModel, cell: Cell, *, rows: int | None = None, beat: Beat | None = None) -> CellResult:
+def measure_cell(
+    model: LanguageModel, cell: Cell, *, rows: int | None = None, heartbeat: Heartbeat | None = None
+) -> CellResult:
     """Measure a cell. Where a batch does not fit in memory, the cell is measured again with half the rows a batch.
 
     Args:
         model: the cell's.
         rows: rows in a batch; None is what the model's settings say.
-        beat: called whenever a layer begins.
+        heartbeat: called whenever a layer begins.
 
     Raises:
         AvssError: the task does not fit the model.
@@ -95,7 +98,7 @@ def measure_cell(model: LanguageModel, cell: Cell, *, rows: int | None = None, b
         )
 
     try:
-        with _beating(model, beat):
+        with _with_heartbeat(model, heartbeat):
             rows = rows or settings.batch_size
             least = rows if cell.placement.ranks > 1 else 1  # all ranks must halve them together
             result, _ = halve_until_it_fits(run, rows, too_large, least=least)
@@ -121,14 +124,14 @@ def _realized(sparsity: Sparsity, counts: Sequence[Sequence[int]]) -> Iterator[R
 
 
 @contextmanager
-def _beating(model: LanguageModel, beat: Beat | None) -> Iterator[None]:
-    """Inside, ``beat`` is called whenever a layer of the model begins."""
+def _with_heartbeat(model: LanguageModel, heartbeat: Heartbeat | None) -> Iterator[None]:
+    """Inside, ``heartbeat`` is called whenever a layer of the model begins."""
     with ExitStack() as stack:
-        if beat is not None:
+        if heartbeat is not None:
             for module in {layer.module for layer in model.layers}:
-                stack.callback(module.register_forward_pre_hook(partial(_call, beat)).remove)
+                stack.callback(module.register_forward_pre_hook(partial(_call, heartbeat)).remove)
         yield
 
 
-def _call(beat: Beat, *_: object) -> None:
-    beat()
+def _call(heartbeat: Heartbeat, *_: object) -> None:
+    heartbeat()

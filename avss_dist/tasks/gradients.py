@@ -46,11 +46,11 @@ class Gradients:
 
     @property
     def key(self) -> str:
-        """See `tasks.Measure`."""
+        """See `tasks.base.Measure`."""
         return fingerprint(measure="gradients", shard=self.shard.content_hash)
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.Measure`."""
+        """See `tasks.base.Measure`."""
         layers = [layer for layer in model.layers if layer.index not in intervention.removed]
         batches = list(self.shard.batches(model.settings.batch_size))
         passes = [_Pass.of(batch, model.device) for batch in batches]

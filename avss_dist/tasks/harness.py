@@ -27,8 +27,9 @@ from avss_dist.errors import AvssError, ConfigError, TaskError, first_line
 from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.loading import quiet
+from avss_dist.names import CHANCE
 from avss_dist.options import AS_THE_TASK_SAYS, Prompting
-from avss_dist.settings import CHANCE, fingerprint
+from avss_dist.settings import fingerprint
 from avss_dist.system.out_of_memory import is_out_of_memory
 from avss_dist.tasks.base import Row, Task
 from avss_dist.tasks.harness_checks import require_answerable, require_data, require_valid
@@ -48,7 +49,7 @@ class HarnessPart:
             file with functions, which is read where it runs.
         limit: questions of each task at most.
         prompting: what stands around them.
-        key: see `tasks.Measure`.
+        key: see `tasks.base.Measure`.
     """
 
     name: str
@@ -58,7 +59,7 @@ class HarnessPart:
     key: str = ""
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.Measure`. Likelihoods are float32."""
+        """See `tasks.base.Measure`. Likelihoods are float32."""
         loaded = _loaded(self)
         from lm_eval.evaluator import evaluate
 

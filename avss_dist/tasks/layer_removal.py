@@ -21,7 +21,8 @@ from avss_dist.intervention import (
 )
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.skipping import Recorded, recording, resuming
-from avss_dist.settings import LOSS, fingerprint
+from avss_dist.names import LOSS
+from avss_dist.settings import fingerprint
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Row, predicted_tokens
 
@@ -48,13 +49,13 @@ class LeaveOneOut:
 
     @property
     def key(self) -> str:
-        """See `tasks.Measure`."""
+        """See `tasks.base.Measure`."""
         some: dict[str, Any] = {} if self.layers is None else {"layers": encode_removals(self.layers)}
         some |= {"sublayers": True} if self.sublayers else {}
         return fingerprint(measure="leave one out", shard=self.shard.content_hash, **some)
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.Measure`: removed layers are left out of all."""
+        """See `tasks.base.Measure`: removed layers are left out of all."""
         layers = range(len(model.layers))
         each = (sublayers_of(layers) if self.sublayers else layers) if self.layers is None else self.layers
         more = [intervention.without(one) for one in each if can_be_added(one, intervention.removed)]
@@ -91,13 +92,13 @@ class Shapley:
 
     @property
     def key(self) -> str:
-        """See `tasks.Measure`."""
+        """See `tasks.base.Measure`."""
         shards = [shard.content_hash for shard in self.shards]
         rest = {"rest": "shared"} if self.truncation else {}  # earlier versions gave it to no layer
         return fingerprint(measure="shapley", shards=shards, seeds=list(self.seeds), truncation=self.truncation, **rest)
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.Measure`: removed layers take no part."""
+        """See `tasks.base.Measure`: removed layers take no part."""
         players = [layer.index for layer in model.layers if layer.index not in intervention.removed]
         text = _Text(model, self.shards, intervention)
         values, shared = np.zeros((2, len(self.seeds), len(model.layers)))

@@ -52,13 +52,13 @@ class MapDamage:
 
     @property
     def key(self) -> str:
-        """See `tasks.Measure`."""
+        """See `tasks.base.Measure`."""
         thresholds = [[*key, *values] for key, values in sorted(self.thresholds.items())]
         how = {"draws": self.draws, "seed": self.seed, "thresholds": thresholds}
         return fingerprint(measure="map damage", shard=self.shard.content_hash, **how)
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.Measure`: removed layers are left out of all."""
+        """See `tasks.base.Measure`: removed layers are left out of all."""
         layers = [layer for layer in model.layers if layer.index not in intervention.removed]
         batches = list(self.shard.batches(model.settings.batch_size))
         passes = [_Pass(self.draws, self.thresholds) for _ in batches]

@@ -42,11 +42,11 @@ class MapInputs:
 
     @property
     def key(self) -> str:
-        """See `tasks.Measure`."""
+        """See `tasks.base.Measure`."""
         return fingerprint(measure="map inputs", shard=self.shard.content_hash, rule=self.rule)
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.Measure`."""
+        """See `tasks.base.Measure`."""
         maps = [(layer, one) for layer in model.layers if layer.index not in intervention.removed for one in layer.maps]
         counts = [torch.zeros(len(EDGES), dtype=torch.int64) for _ in maps]
         batches = list(self.shard.batches(model.settings.batch_size))

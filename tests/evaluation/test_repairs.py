@@ -185,7 +185,7 @@ def test_a_patch_is_the_same_bytes_and_leaves_no_trace() -> None:
 def test_copies_share_the_text_of_a_fit(deep: Path, tmp_path: Path) -> None:
     """Two workers, each with a part of the text, find what one does; no more than the text has batches are taken."""
     checkpoint, settings = resolve(str(deep)), Settings(**READ, max_sequences=60, dtype="float32")
-    store, by = Store(tmp_path / "w"), "refit_full"
+    store, by = Store(tmp_path / "w"), "refit_all"
     repair = Repair(by=by, corpora=(TEXT,), settings=settings)
     one, two, many, streamed = (
         plan_fits(
@@ -222,7 +222,7 @@ def test_each_batch_is_of_one_copy(deep: Path, monkeypatch: pytest.MonkeyPatch) 
         with closing(open_replica(resolve(str(deep)), settings, placement, head=True)) as replica:
             assert replica.language_model is not None
             assert replica.language_model.reports == (rank == 0)
-            taken.append([*replica.language_model.own(7)])
+            taken.append([*replica.language_model.local_indices(7)])
     assert [*chain(*taken)] == [*range(7)] and all(taken)
 
 
@@ -244,13 +244,13 @@ def test_a_fit_says_how_far_it_is(
 ) -> None:
     """On a terminal in the bar, elsewhere in a line now and then; one cell may take many minutes."""
     settings = Settings(**READ, max_sequences=60, dtype="float32")
-    repair = Repair(by="refit_around", corpora=(TEXT,), settings=settings)
+    repair = Repair(by="refit_all", corpora=(TEXT,), settings=settings)
     model = PlacedModel(checkpoint=resolve(str(deep)), settings=settings, placement=Placement())
     planned = plan_fits(model, "model.layers", [repair])[repair.by]
     heard, shown = Heard(), io.StringIO()
     session = EvaluationSession(Store(tmp_path / "heard"), LocalExecutor(settings), on_event=heard)
     fit_repairs(session, [(planned, [(2, 3, 5)])])
-    cuts = [f"Repairing cut {n} of 2{behind}" for n in (1, 2) for behind in ("", ", behind it")]
+    cuts = [f"Repairing cut {n} of 4" for n in (1, 2, 3, 4)]
     assert [*heard.of] == cuts
     for shares in heard.of.values():
         assert shares[0] == 0 and all(0 <= share < 1 for share in shares)
@@ -261,12 +261,12 @@ def test_a_fit_says_how_far_it_is(
     with CellProgress() as bar:
         session = EvaluationSession(Store(tmp_path / "shown"), LocalExecutor(settings), on_event=bar)
         fit_repairs(session, [(planned, [(2, 3, 5)])])
-        bar(CellUnderway(planned.cells([NO_INTERVENTION.without(2, 3, 5)])[0], "Repairing cut 2 of 2", 0.4))
+        bar(CellUnderway(planned.cells([NO_INTERVENTION.without(2, 3, 5)])[0], "Repairing cut 2 of 4", 0.4))
     said = shown.getvalue(), capsys.readouterr().err
     if terminal:
-        assert "deep without 3 layers: Repairing cut 2 of 2, 40%" in said[0]
+        assert "deep without 3 layers: Repairing cut 2 of 4, 40%" in said[0]
     else:
-        assert "deep: Repairing cut 1 of 2, 0%" in said[1] and "deep: 1 of 1 evaluated" in said[1] and not said[0]
+        assert "deep: Repairing cut 1 of 4, 0%" in said[1] and "deep: 1 of 1 evaluated" in said[1] and not said[0]
 
 
 # As an axis of an experiment

@@ -261,7 +261,7 @@ def test_a_cell_beats_whenever_a_layer_begins_and_leaves_no_trace(tiny_llama: Pa
     model = opened(tiny_llama)
     (cell,) = cells(tiny_llama, [Loss(random_shard(rows=5))])
     beats: list[None] = []
-    with_beat = measure_cell(model, cell, beat=lambda: beats.append(None))
+    with_beat = measure_cell(model, cell, heartbeat=lambda: beats.append(None))
     without = measure_cell(model, cell)
     assert len(beats) == 3 * len(model.layers)  # five rows, two in a batch
     assert with_beat.rows[0].samples.tobytes() == without.rows[0].samples.tobytes()

@@ -20,7 +20,7 @@ from support.causal_lm import open_whole
 from support.checkpoints import llama
 from support.fuzzing import fuzzed, hold
 
-from avss_dist.corpus.shards import plan as plan_corpus
+from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.errors import AvssError
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
@@ -74,7 +74,7 @@ def model(place: Path) -> LanguageModel:
 @pytest.fixture(scope="module")
 def rows(model: LanguageModel, place: Path) -> torch.Tensor:
     """int64[rows, tokens] of the text."""
-    shards = plan_corpus(str(place / "text.txt"), load_tokenizer(model.checkpoint), Settings(**SMALL)).shards
+    shards = tokenize_corpus(str(place / "text.txt"), load_tokenizer(model.checkpoint), Settings(**SMALL)).shards
     return torch.cat([torch.from_numpy(shard.input_ids).long() for shard in shards])
 
 

@@ -16,7 +16,7 @@ import torch
 from avss_dist.corpus.shards import Batch
 from avss_dist.errors import AvssError, first_line
 from avss_dist.intervention import NO_INTERVENTION
-from avss_dist.measure.hooks import observe
+from avss_dist.measure.observer import observe
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import Backbone, forward_function, open_module, quiet
 from avss_dist.partition.base import Placement
@@ -30,7 +30,7 @@ from support.families import tiny_batch, tiny_model
 TABLE = Path(__file__).parent / "families.csv"
 YES = "yes"
 VERSION = "5.24"  # of transformers, whose families the table has
-AGAIN = "Run tests/benchmarks/families.py, and put what it prints into docs/families.md."
+AGAIN = "Run tests/benchmarks/families.py, and put what it prints into docs/reference/families.md."
 
 
 @dataclass(frozen=True)

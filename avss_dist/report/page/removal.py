@@ -12,14 +12,15 @@ import pyarrow.compute as pc
 
 from avss_dist.analysis.verdict import primary_metric
 from avss_dist.intervention import decode_removals, describe_removed, size_removed
-from avss_dist.settings import BLOCK_DISTANCE, OF_LAYERS, REPAIR, ROW_START, SEARCH, SUBLAYER_LOSS
+from avss_dist.names import REPAIR, ROW_START, SEARCH, SUBLAYER_LOSS
+from avss_dist.registry import BLOCK_DISTANCE, MEASURED, SCORES
 from avss_dist.stats.retention import kept
 from avss_dist.text import basename
 
 if TYPE_CHECKING:
     from avss_dist.warehouse.reader import Warehouse
 
-OF_EVERY_LAYER = tuple({*OF_LAYERS.values(), SUBLAYER_LOSS, SEARCH})
+OF_EVERY_LAYER = tuple({*(SCORES[name].task for name in MEASURED), SUBLAYER_LOSS, SEARCH})
 """Tasks that say what single layers do, or sets on the text of a search: nothing that a model is judged by."""
 DIGITS = 4
 Row = Mapping[str, Any]  # of the table `evaluations`

@@ -19,9 +19,9 @@ from avss_dist.evaluation.events import (
     WeightsWritten,
 )
 from avss_dist.intervention import count_removed
+from avss_dist.names import PERPLEXITY, REPAIR
 from avss_dist.report.terminal.progress import CellProgress, bars, describe_without, log
 from avss_dist.report.terminal.tables import Column, FittedTable
-from avss_dist.settings import PERPLEXITY, REPAIR
 from avss_dist.stats.retention import NO_INTERVAL
 from avss_dist.text import basename, describe_bytes, describe_layers
 
