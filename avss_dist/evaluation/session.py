@@ -154,7 +154,7 @@ class EvaluationSession:
     ) -> None:
         self.store, self.executor, self.execution = store, executor, execution or Execution()
         self.fresh = self.execution.fresh
-        self.on_event = on_event or ignore
+        self.on_event = ignore if on_event is None else on_event
         self._kept: defaultdict[str, set[str]] = defaultdict(set)  # cells of this session, by run
         self._stored: dict[str, set[str]] = {}  # cells of the warehouse, by run
         self._workers: _Workers | None = None

@@ -217,7 +217,7 @@ def shrink(
     require_free(Path(output))
     if request.repair != NO_REPAIR:
         require_changeable(execution.partition)
-    on_event = reporter or ignore
+    on_event = ignore if reporter is None else reporter
     checkpoint = resolve(str(model), trust_remote_code=settings.trust_remote_code)
     require_head(checkpoint.name, text_config(checkpoint, trust_remote_code=settings.trust_remote_code))
     require_copyable(checkpoint)
