@@ -120,8 +120,8 @@ _FIELD_CHECKS: dict[str, dict[str, Any]] = {
 """Checks of the columns that are made of the fields of LayerStats, RowStats and ExpertStats, by their name."""
 
 
-def _field_column(name: str, kind: pa.DataType, *meaning: str) -> Column:
-    return Column(name, kind, *meaning, **_FIELD_CHECKS.get(name, {}))
+def _field_column(name: str, kind: pa.DataType, meaning: str, unit: str = "") -> Column:
+    return Column(name, kind, meaning, unit, **_FIELD_CHECKS.get(name, {}))
 
 
 def _columns_of_stats() -> tuple[Column, ...]:
