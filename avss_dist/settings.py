@@ -45,7 +45,7 @@ def searches_instead(name: str) -> str:
 DRAWS = 2  # of labels from what the model predicts, for the estimates
 LAYOUTS = ("packed", "padded")
 ROW_STARTS = ("auto", "none")
-THRESHOLD, TOP_K, TOP_P = "threshold", "top_k", "top_p"  # how activations are made zero: see `sparsifying.Cut`
+THRESHOLD, TOP_K, TOP_P = "threshold", "top_k", "top_p"  # how activations are made zero: see `intervention.MapSparsity`
 SPARSITY_METHODS = ("uniform", "loss", "teal", "acttail", "wina", "scap", "cats", "topp")
 """How a sparsity is spread over linear maps: see `sparsity.plan.METHODS`."""
 SPARSITY_RULES = ("all", "dense-prefill", "last-half", "not-first-token")

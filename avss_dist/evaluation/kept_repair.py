@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from avss_dist.errors import ModelError
-from avss_dist.evaluation.engine import CellReporter, PlannedEvaluation, pinned, placed
+from avss_dist.evaluation.engine import CellReporter, PlannedTask, pinned, placed
 from avss_dist.evaluation.repairs import copies_of, fit_repairs, plan_fits, require_changeable
 from avss_dist.executors.open import open_executor
+from avss_dist.intervention import Intervention
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.layers import layer_lists
 from avss_dist.models.loading import without_head
@@ -57,18 +58,19 @@ def kept_repair(
         placement = placed(checkpoint, fixed, execution, executor)
         sharing = copies_of(placement, fixed, executor)
 
-        def fit(copies: int) -> PlannedEvaluation:
+        def fit(copies: int) -> PlannedTask:
             return plan_fits(checkpoint, made.layers, [replace(repair, settings=fixed)], placement, copies)[repair.by]
 
         planned = fit(1)
         if sharing > 1 and (execution.fresh or not _is_there(planned, made.drop, store)):
             planned = fit(sharing)
         found = fit_repairs([(planned, [made.drop])], store, executor, reporter, fresh=execution.fresh)
-    return found[planned.run_id, made.drop].repaired()
+    return found[planned.run_id(), made.drop].repaired()
 
 
-def _is_there(planned: PlannedEvaluation, drop: Sequence[int], store: Store) -> bool:
-    return {cell.cell_id for cell in planned.cells([tuple(drop)])} <= set(store.cell_ids(planned.run_id))
+def _is_there(planned: PlannedTask, drop: Sequence[int], store: Store) -> bool:
+    cells = planned.cells([Intervention(removed=tuple(drop))])
+    return {cell.cell_id for cell in cells} <= set(store.cell_ids(planned.run_id()))
 
 
 def _list_path(checkpoint: Checkpoint, made: Plan, settings: Settings) -> str | None:

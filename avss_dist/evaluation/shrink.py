@@ -23,12 +23,11 @@ from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.attempts import Attempt, Bench
 from avss_dist.evaluation.engine import (
     CellReporter,
-    PlannedEvaluation,
+    PlannedTask,
     SilentCells,
     evaluation_options,
     pinned,
     placed,
-    plan_evaluation,
     plan_text,
 )
 from avss_dist.evaluation.held_out import refuse_overlap, refuse_repair_text, refuse_text
@@ -332,7 +331,7 @@ def _bench(
 
 def _task(
     checkpoint: Checkpoint, name: str, request: Shrinking, parts: Parts, settings: Settings, placement: Placement
-) -> PlannedEvaluation:
+) -> PlannedTask:
     read = replace(settings, max_sequences=parts.evaluated)
     task = make_task(
         checkpoint,
@@ -342,14 +341,14 @@ def _task(
         limit=request.limit,
         prompting=Prompting(num_fewshot=request.num_fewshot),
     )
-    return plan_evaluation(checkpoint, task, read, placement)
+    return PlannedTask(checkpoint=checkpoint, settings=read, task=task, placement=placement)
 
 
 def _refuse_overlaps(
     checkpoint: Checkpoint,
     request: Shrinking,
-    tasks: dict[str, PlannedEvaluation],
-    fit: PlannedEvaluation | None,
+    tasks: dict[str, PlannedTask],
+    fit: PlannedTask | None,
     run_id: str,
     store: Store,
     parts: Parts,

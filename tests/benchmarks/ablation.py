@@ -55,7 +55,7 @@ def main() -> None:
     print(f"{Path(options.model).name}: {layers} layers, {shard.input_ids.shape}, {torch.get_num_threads()} threads")
     for _ in range(options.rounds):
         plain = timed(lambda: [full() for _ in range(layers)])
-        ours = timed(lambda: measure(model, ()))
+        ours = timed(lambda: measure(model))
         print(f"{layers} full forwards {plain:.1f} s; leave one out {ours:.1f} s; ratio {ours / plain:.3f}")
 
     backbone = forward_function(without_head(model.module))

@@ -32,7 +32,7 @@ from avss_dist.tasks.layer_removal import LeaveOneOut
 
 def timed(measure: Measure, model: LanguageModel) -> tuple[list[Row], float]:
     start = time.process_time()
-    return measure(model, ()), time.process_time() - start
+    return measure(model), time.process_time() - start
 
 
 def main() -> None:
@@ -54,14 +54,14 @@ def main() -> None:
     print(f"forward alone: {cost / once:.1f} forwards, {len(forward)} rows")
     found, cost = timed(Damage(shard=text, draws=args.draws), model)
     print(f"with gradients and {args.draws} draws: {cost / once:.1f} forwards")
-    whole, *without = LeaveOneOut(other)(model, ())
+    whole, *without = LeaveOneOut(other)(model)
     samples = np.stack([row.samples - whole.samples for row in without], axis=1)
     truth = samples.sum(axis=0) / whole.weights.sum()
     ceiling = reliability(samples)
     print(f"ceiling, by split halves of {rows} sequences: {ceiling:.3f}")
     scores = {row.metric: {} for row in found}
     for row in found:
-        if row.drop is None:
+        if row.removed is None:
             scores[row.metric][row.layer] = row.samples.sum() / row.weights.sum()
     measured = [(name, layer, value) for name, values in scores.items() for layer, value in values.items()]
     scores["damage"] = mean_ranks("damage", measured)

@@ -33,6 +33,7 @@ import torch
 from torch import nn
 
 from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
+from avss_dist.intervention import NO_INTERVENTION
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.layers import first_tensor
@@ -49,7 +50,6 @@ from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.repair import Repair, fit_repair
 from avss_dist.pruning.repair.splits import FitSplit, split_texts
 from avss_dist.pruning.weights import StoredWeights
-from avss_dist.removal import Drop
 from avss_dist.settings import DTYPES, Settings
 from avss_dist.system.cores import use_threads
 from avss_dist.tasks.base import TextLoss
@@ -94,7 +94,7 @@ class BaselineFitter:
         matrices: fitted matrix by the module whose output it multiplies, float64[units, units].
     """
 
-    def __init__(self, model: LanguageModel, splits: Sequence[FitSplit], drop: Drop) -> None:
+    def __init__(self, model: LanguageModel, splits: Sequence[FitSplit], drop: tuple[int, ...]) -> None:
         self.matrices: dict[nn.Module, torch.Tensor] = {}
         self._model, self._splits, self._drop = model, splits, drop
 
@@ -110,7 +110,7 @@ class BaselineFitter:
         else:
             self.matrices[layer] = {"prune_comp": prune_comp, "linear_patch": linear_patch}[baseline](hidden, wanted)
 
-    def _outputs(self, modules: Sequence[nn.Module], drop: Drop = ()) -> list[torch.Tensor]:
+    def _outputs(self, modules: Sequence[nn.Module], drop: tuple[int, ...] = ()) -> list[torch.Tensor]:
         """Return the outputs of modules over the tokens to fit to, each float64[tokens, units]."""
         outputs: list[list[torch.Tensor]] = [[] for _ in modules]
         for split in self._splits:
@@ -159,10 +159,10 @@ def timed(work: Callable[[], T]) -> tuple[T, float]:
     return work(), time.process_time() - start
 
 
-def perplexity(model: LanguageModel, text: CorpusPlan, drop: Drop = (), patch: Patch | None = None) -> float:
+def perplexity(model: LanguageModel, text: CorpusPlan, drop: tuple[int, ...] = (), patch: Patch | None = None) -> float:
     """Return the perplexity of a text without some layers and with other weights."""
     with model.patched(patch or {}):
-        rows = [row for shard in text.shards for row in TextLoss(shard)(model, drop)]
+        rows = [row for shard in text.shards for row in TextLoss(shard)(model, NO_INTERVENTION.without(*drop))]
     return float(np.exp(sum(row.samples.sum() for row in rows) / sum(row.weights.sum() for row in rows)))
 
 

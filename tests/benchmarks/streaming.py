@@ -172,7 +172,7 @@ def ablate(folder: Path, memory_bytes: int) -> None:
         seconds, read = [], []
         for measure in (TextLoss(shard), TextLoss(shard), LeaveOneOut(shard)):
             start, before = time.perf_counter(), replica.bytes_read
-            rows = measure(model, ())
+            rows = measure(model)
             seconds.append(time.perf_counter() - start)
             read.append(replica.bytes_read - before)
     parts = [sum(stored.size for stored in part.stored) for part in replica._parts]

@@ -34,7 +34,7 @@ def test_the_loss_is_that_of_transformers(tiny_llama: Path) -> None:
     checkpoint = resolve(str(tiny_llama))
     model = open_whole(checkpoint, settings)
     for shard in plan_text(checkpoint, "builtin:pydoc", settings).shards:
-        (row,) = TextLoss(shard)(model, ())
+        (row,) = TextLoss(shard)(model)
         ids = torch.from_numpy(shard.input_ids).long()
         for sample, weight, one in zip(row.samples, row.weights, ids, strict=True):
             with torch.no_grad():

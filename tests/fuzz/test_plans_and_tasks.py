@@ -344,7 +344,7 @@ def test_an_accepted_task_file_asks_and_scores_what_it_says(text: str, place: Pa
     file.write_text(text, encoding="utf-8")
     try:
         (part,) = harness_task(str(file)).parts
-        found = {row.metric: row for row in part(model, ())}
+        found = {row.metric: row for row in part(model)}
     except AvssError as error:
         event("refused")
         assert error.exit_code == 2 and ("quiz" in str(error) or "absent.yaml" in str(error)), (text, error)
@@ -411,4 +411,4 @@ def test_whole_files_are_accepted(place: Path, model: LanguageModel) -> None:
         assert done(place / name, "".join(f"{key}: {value}\n" for key, value in base.items()))
     (place / "quiz.yaml").write_text("".join(f"{key}: {value}\n" for key, value in TASK.items()))
     (part,) = harness_task(str(place / "quiz.yaml")).parts
-    assert [row.metric for row in part(model, ())] == ["acc", "chance"]
+    assert [row.metric for row in part(model)] == ["acc", "chance"]

@@ -170,10 +170,17 @@ def test_what_cannot_be_planned_is_refused_with_the_reason(
         ({"projections": [one | {"layer": 3}]}, "There is no layer 3: the model has 3, from 0."),
         ({"rule": "prefill"}, "Unknown rule 'prefill'"),
         ({"revision": "0" * 40}, "it is at"),
+        (
+            {"projections": [made["projections"][0], made["projections"][6] | {"inputs": 47}]},
+            f"{broken}: map 2 of the key 'projections', 'mlp.down_proj' of layer 0, has 47 inputs and 32 outputs, and "
+            f"in {tiny_llama} 48 and 32.",
+        ),
+        ({"projections": [one | {"map": "mlp.up"}]}, f"{broken}: map 1 of the key 'projections', 'mlp.up' of layer 0,"),
     ):
         broken.write_text(yaml.safe_dump(made | changes))
         result = avss("evaluate", broken, "--task", f"perplexity:{TEXT}", "--warehouse", tmp_path / "w")
-        assert result.exit_code != 0 and message in " ".join(result.stderr.split()), result.stderr
+        assert result.exit_code == 2 and message in " ".join(result.stderr.split()), result.stderr
+        assert not list((tmp_path / "w").rglob("*.parquet"))
     broken.write_text(f"{out.read_text()}rule: last-half\n")
     with pytest.raises(PlanError, match=r"yaml:\d+: the key 'rule' is repeated; the first is in line \d\."):
         read_sparsity_plan(broken)
