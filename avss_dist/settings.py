@@ -15,7 +15,7 @@ from pydantic_core import PydanticKnownError
 from avss_dist.errors import ConfigError, nearest, require_known
 from avss_dist.registry import GANGS, PARTITIONS
 from avss_dist.text import parse_bytes
-from avss_dist.validation import Check, OneOf, checked
+from avss_dist.validation import Check, OneOf, Positive, checked
 
 T = TypeVar("T")
 
@@ -142,7 +142,6 @@ def _tracker(value: str) -> str:
     return value
 
 
-Positive = Annotated[int, Field(ge=1)]
 Sites = Annotated[
     tuple[Annotated[str, OneOf((*EVERY_SITE, *SITE_FAMILIES))], ...],
     Field(strict=False, min_length=1),

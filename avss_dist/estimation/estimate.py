@@ -16,6 +16,7 @@ from avss_dist.partition.choose import PROCESS_BYTES, least_host_bytes
 from avss_dist.partition.cost import Machine, PartitionCost, Usage
 from avss_dist.partition.open import replica_class
 from avss_dist.registry import PARTITIONS, WHOLE
+from avss_dist.requests import EstimateRequest
 from avss_dist.results import TabularResult
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import pick_device
@@ -96,19 +97,16 @@ class Estimate(TabularResult):
         return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
 
 
-def estimate(model: str, corpus: str, settings: Settings, execution: Execution | None = None) -> Estimate:
+def estimate(request: EstimateRequest) -> Estimate:
     """Estimate a run from the checkpoint's configuration and headers, the corpus, and a benchmark of some seconds.
 
-    Args:
-        model: hub id, folder or ``.gguf`` file; weights are neither fetched nor read.
-        corpus: as for `runs.api.score`; it is planned, as far as ``settings.max_sequences`` goes.
-        execution: ``ranks`` for the partitions of several processes (2 if None) and ``max_memory``; the estimate is of
-            one replica.
+    Weights are neither fetched nor read. The estimate is of one replica.
 
     Raises:
         AvssError: the model, the corpus or a setting is not one that can be run.
     """
-    execution = execution or Execution()
+    model, corpus, settings = str(request.model), request.corpus, request.settings
+    execution = Execution(ranks=request.ranks, max_memory=request.max_memory)
     checkpoint = locate(model, trust_remote_code=settings.trust_remote_code)
     size = footprint(checkpoint or model, settings)
     source = checkpoint or _fetch_tokenizer(model, settings)

@@ -139,7 +139,7 @@ def _gated(measured: Measured, target: float, counts: Rows, **fields: Any) -> Sp
     able = sum(one.outputs * one.inputs for key, one in maps.items() if key not in known) / whole
     if target > MOST * able:
         said = f"`method` cats makes {able:.1%} of the weights sparse, at most" if able else "No MLP has a gate: cats"
-        raise Unreachable(f"{said}, and {target:.0%} of all are wanted.", "Lower `sparsify`, or take another method.")
+        raise Unreachable(f"{said}, and {target:.0%} of all are wanted.", "Lower `target`, or take another method.")
     share = target / able
     for key in maps.keys() - known:
         size = size_of_share(counts[key[0], f"{COUNTS}{key[1]}"], share)

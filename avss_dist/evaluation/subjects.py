@@ -226,7 +226,7 @@ def read_subjects(names: Sequence[str], sparse: str | None, settings: Settings) 
 def _with_sparsity(subjects: Sequence[Subject], plan: str, settings: Settings) -> list[Subject]:
     sparse = read_subject(plan, settings)
     if sparse.sparsity_plan is None:
-        raise PlanError(f"{plan} is no sparsity plan.", "avss plan --sparsify makes one.")
+        raise PlanError(f"{plan} is no sparsity plan.", "avss sparsify makes one.")
     for subject in subjects:
         if subject.checkpoint.revision != sparse.checkpoint.revision:
             raise PlanError(

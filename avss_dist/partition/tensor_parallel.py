@@ -26,7 +26,7 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import PROBE_SHAPE, Layer, Tap, as_rows, first_tensor
 from avss_dist.models.loading import forward_function, load_model, open_module, quiet, without_head
 from avss_dist.models.size import Footprint
-from avss_dist.models.sparsifying import Sparsity, SparsityCounts
+from avss_dist.models.sparsifying import SparsityCounts
 from avss_dist.partition.base import Placement, RowSplit
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
 from avss_dist.partition.cost import LINK_SHARE, Calibration, PartitionCost, Usage

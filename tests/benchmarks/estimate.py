@@ -24,8 +24,9 @@ from avss_dist.models.loading import load_tokenizer
 from avss_dist.partition.base import Placement
 from avss_dist.partition.open import open_replica
 from avss_dist.registry import GANGS, PARTITIONS
+from avss_dist.requests import EstimateRequest
 from avss_dist.runs.api import score
-from avss_dist.settings import Execution, Settings
+from avss_dist.settings import Settings
 from avss_dist.text import describe_bytes, parse_bytes
 from avss_dist.warehouse.reader import Warehouse
 
@@ -73,7 +74,8 @@ def main() -> None:
         return
     ratios: dict[str, list[tuple[float, float]]] = {partition: [] for partition in options.partition}
     for _ in range(options.rounds):
-        guess = estimate(options.model, options.corpus, settings, Execution(max_memory=limits))
+        rows = {"max_sequences": options.max_sequences}
+        guess = estimate(EstimateRequest(options.model, corpus=options.corpus, max_memory=limits, **rows))
         for row in guess.rows:
             if row.partition not in options.partition:
                 continue

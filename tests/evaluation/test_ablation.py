@@ -469,12 +469,12 @@ def test_numbers_that_cannot_be_had_are_shown(tiny_llama: Path, tmp_path: Path) 
     assert found.table().to_pylist()[0]["shapley_low"] is None
 
 
-def test_score_takes_gradients_of_the_same_text(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_plan_is_made_by_gradients(tiny_llama: Path, tmp_path: Path) -> None:
     warehouse, plan = tmp_path / "w", tmp_path / "plan.yaml"
     sizes = ("--max-sequences", 4, "--sequence-length", 32)
-    done = avss("score", tiny_llama, "--corpus", TEXT, "-w", warehouse, *sizes, "--gradients")
-    assert done.exit_code == 0, done.stderr
-    assert "gradients of 3 layers" in done.stdout
+    for command in (("score",), ("ablate", "--no-leave-one-out", "--gradients")):
+        done = avss(*command, tiny_llama, "--corpus", TEXT, "-w", warehouse, *sizes)
+        assert done.exit_code == 0, done.stderr
     rows = Warehouse(warehouse).table("evaluations").to_pylist()
     assert {row["metric"] for row in rows} == {"taylor", "gradient_l1", "gradient_l2", "weight_frobenius"}
     assert {row["num_samples"] for row in rows if row["metric"] == "taylor"} == {4}

@@ -184,11 +184,9 @@ def test_partitions_refuse_what_they_would_not_honour(
     assert files(tmp_path) == {}
 
 
-def test_gradients_are_refused_before_anything_is_scored(tmp_path: Path) -> None:
+def test_gradients_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
     """Of the partition that has none."""
     given = ("--corpus", "builtin:pydoc", "--partition", "tensor_parallel", "--ranks", 2, "--executor", "ray")
-    result = avss("score", "nowhere", "-w", tmp_path / "w", "--gradients", *given)
-    assert result.exit_code == 2 and "--partition tensor_parallel has no gradients" in result.stderr
     result = avss("ablate", "nowhere", "--warehouse", tmp_path / "w", "--gradients", *given)
     assert result.exit_code == 2 and "--partition tensor_parallel has no gradients" in result.stderr
     assert not (tmp_path / "w").exists()

@@ -198,9 +198,7 @@ def test_every_method_meets_the_budget_and_streaming_makes_the_same_plan(
     for partition in ("single", "streaming"):
         out = tmp_path / f"{partition}.yaml"
         options = ["--max-sequences", 2, "--sequence-length", 32, "--batch-size", 2, "--device", "cpu", "--fresh"]
-        result = avss(
-            "plan", "-w", scored, "--sparsify", 0.6, "--method", method, "--partition", partition, *options, "-o", out
-        )
+        result = avss("sparsify", 0.6, "-w", scored, "--method", method, "--partition", partition, *options, "-o", out)
         assert result.exit_code == 0, result.stderr
         plans.append(out.read_bytes())
     assert plans[0] == plans[1]
