@@ -19,7 +19,10 @@ from avss_dist.pruning.search import Effort
 from avss_dist.pruning.selection import Choice
 from avss_dist.requests import PlanRequest, PruneRequest, ShrinkRequest, SparsifyRequest
 from avss_dist.results import TabularResult
-from avss_dist.settings import Execution, Settings
+from avss_dist.settings import (
+    Execution,
+    Settings,
+)
 from avss_dist.text import parse_threshold
 from avss_dist.warehouse.reader import Warehouse
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from avss_dist.cli.options import TEXT_FORMATS, TextFormatOption, takes
+from avss_dist.cli.options import (
+    TEXT_FORMATS,
+    TextFormatOption,
+    takes,
+)
 from avss_dist.requests import PruneRequest
 from avss_dist.system.streams import emit, emit_json
 from avss_dist.text import describe_bytes
