@@ -30,7 +30,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from avss_dist.removal import Drop
 from torch import nn
 
 from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
