@@ -279,11 +279,12 @@ def keywords(cls: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T]
 
 
 def ordered(cls: Any) -> list[str]:
-    """Return the fields of a request: those with a place, then other required ones, then its own before inherited."""
+    """Return the fields of a request: positional ones, then other required ones, then its own before inherited."""
 
     def place(field: Field[Any]) -> tuple[bool, bool, bool]:
         has_default = field.default is not MISSING or field.default_factory is not MISSING
-        return bool(field.kw_only), has_default, field.name not in vars(cls).get("__annotations__", {})
+        inherited = field.name not in vars(cls).get("__annotations__", {})
+        return bool(field.kw_only), has_default, bool(field.kw_only) and inherited
 
     return [field.name for field in sorted(fields(cls), key=place)]
 

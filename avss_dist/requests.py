@@ -10,8 +10,8 @@ from pydantic import Field
 from avss_dist.errors import ConfigError
 from avss_dist.options import SHARED, Option, Prompting, Request, request
 from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, OptionalRepairName
-from avss_dist.pruning.shrinking import CHOSEN_BY, Shrinking
-from avss_dist.registry import BLOCK_DISTANCE, FROM_ACTIVATIONS, INTERACTIONS
+from avss_dist.pruning.shrinking import Shrinking
+from avss_dist.registry import FROM_ACTIVATIONS, SCORES
 from avss_dist.settings import (
     DEFAULT_WAREHOUSE,
     DRAWS,
@@ -248,7 +248,7 @@ class PlanRequest(PlaceRequest, RunRequest):
     by: (
         Annotated[
             str,
-            OneOf((*CHOSEN_BY, INTERACTIONS, BLOCK_DISTANCE), _SEARCHES_INSTEAD),
+            OneOf(tuple(SCORES), _SEARCHES_INSTEAD),
         ]
         | None
     ) = None

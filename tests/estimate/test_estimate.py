@@ -177,7 +177,8 @@ def rows(
     size = replace(footprint(str(folder), settings), **sizes)  # type: ignore[arg-type]
     execution = execution or Execution()
     counters = counter_bytes(size, settings, calibration.num_strata)
-    costs = partition_costs(str(folder), size, settings, execution, machine)
+    request = EstimateRequest(folder, corpus="builtin:pydoc", ranks=execution.ranks, max_memory=execution.max_memory)
+    costs = partition_costs(str(folder), size, settings, machine, request)
     return {cost.partition: row(cost, cost.usage(calibration, counters)) for cost in costs}
 
 

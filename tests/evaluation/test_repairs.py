@@ -133,7 +133,7 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
     with one_thread(), closing(LocalExecutor(settings)) as executor:
         (fit,) = plan_fits(checkpoint, layers, [repair], placement).values()
         found = fit_repairs([(fit, [(1,)])], store, executor)
-        patch = found[fit.run_id, (1,)]
+        patch = found[fit.run_id(), (1,)]
         without = NO_INTERVENTION.without(1)
         cells = task.cells([without, replace(without, patch=patch), NO_INTERVENTION])
         measured: dict[Any, float] = {}
@@ -191,7 +191,7 @@ def test_copies_share_the_text_of_a_fit(deep: Path, tmp_path: Path) -> None:
         for partition, copies in (("single", 1), ("single", 2), ("single", 99), ("streaming", 2))
     )
     assert [fit.placement.ranks for fit in (one, two, many, streamed)] == [1, 2, MOST_COPIES, 1]
-    assert len({one.run_id, two.run_id, many.run_id}) == 3
+    assert len({one.run_id(), two.run_id(), many.run_id()}) == 3
     short = replace(repair, settings=replace(settings, max_sequences=12))
     assert plan_fits(checkpoint, "model.layers", [short], Placement(), 99)[by].placement.ranks == 3
     drop = (2, 3, 5)
