@@ -133,7 +133,7 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
     with one_thread(), closing(LocalExecutor(settings)) as executor:
         (fit,) = plan_fits(checkpoint, layers, [repair], placement).values()
         found = fit_repairs([(fit, [(1,)])], store, executor)
-        patch = found[fit.run_id, (1,)]
+        patch = found[fit.run_id(), (1,)]
         without = NO_INTERVENTION.without(1)
         cells = task.cells([without, replace(without, patch=patch), NO_INTERVENTION])
         measured: dict[Any, float] = {}
@@ -148,8 +148,8 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
         expected = sum(float(r.rows[0].samples.sum()) for _, r in executor.run_cells(iter([again.cells()])))
         (whole,) = {float(r.rows[0].samples.sum()) for c, r in executor.run_cells(iter([task.cells()])) if c.part == 0}
         after = [float(r.rows[0].samples.sum()) for c, r in executor.run_cells(iter([[cells[-2]]]))]
-    assert measured[(1,), patch.key] == expected
-    assert measured[(1,), None] != expected and after == [whole]
+    assert measured[replace(without, patch=patch).key] == expected
+    assert measured[without.key] != expected and after == [whole]
     assert patch.repaired().record == prune_record(tmp_path / "less")
 
 
@@ -191,7 +191,7 @@ def test_copies_share_the_text_of_a_fit(deep: Path, tmp_path: Path) -> None:
         for partition, copies in (("single", 1), ("single", 2), ("single", 99), ("streaming", 2))
     )
     assert [fit.placement.ranks for fit in (one, two, many, streamed)] == [1, 2, MOST_COPIES, 1]
-    assert len({one.run_id, two.run_id, many.run_id}) == 3
+    assert len({one.run_id(), two.run_id(), many.run_id()}) == 3
     short = replace(repair, settings=replace(settings, max_sequences=12))
     assert plan_fits(checkpoint, "model.layers", [short], Placement(), 99)[by].placement.ranks == 3
     drop = (2, 3, 5)
@@ -250,7 +250,7 @@ def test_a_fit_says_how_far_it_is(
     monkeypatch.setattr(avss_progress, "LOG_SECONDS", -1.0)
     with CellProgress() as bar:
         fit_repairs([(planned, [(2, 3, 5)])], Store(tmp_path / "shown"), LocalExecutor(settings), bar)
-        bar.underway(planned.cells([NO_INTERVENTION.without(2, 3, 5)])[0], "Repairing cut 2 of 2", 0.4)
+        bar.underway(planned.cells([NO_INTERVENTION.without(2, 3, 5)])[0], "Repairing cut 2 of 4", 0.4)
     said = shown.getvalue(), capsys.readouterr().err
     if terminal:
         assert "deep without 3 layers: Repairing cut 2 of 4, 40%" in said[0]
