@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from avss_dist.analysis.reliability import increases, misranked, reliability, sets_correlation
 from avss_dist.core.errors import QueryError
 from avss_dist.core.names import LOSS, PERPLEXITY
-from avss_dist.core.registry import BASELINES, GROUND_TRUTH, MEASURED
+from avss_dist.core.registry import BASELINES, GROUND_TRUTH, MEASURED, SCORES
 from avss_dist.core.text import describe_threshold
 from avss_dist.pruning.ground_truth import LayerTruth, find_layer_truth, nothing_measured
 from avss_dist.pruning.selection import LAST, PUBLISHED, Choice, PlanError, Reading, reading_of
@@ -135,11 +135,9 @@ def _rises(store: Warehouse, run: Mapping[str, Any]) -> tuple[dict[tuple[int, ..
 
 
 def describe_score(card: Mapping[str, Any]) -> str:
-    """The score of a row, and how AVSS is read."""
-    if card["score"] == LAST:
-        return "place from the end (a control)"
+    """Return the title of the score of a row, with the reading of AVSS."""
     if card["score"] != "avss":
-        return str(card["score"]).replace("_", " ")
+        return SCORES[card["score"]].title
     threshold = describe_threshold(card["threshold"], card["threshold_kind"])
     return f"avss  {card['site']} / {card['recipe']} / {threshold}"
 

@@ -68,7 +68,9 @@ def main() -> None:
         if options.measure in GANGS:
             print(json.dumps(measure_gang(options.model, options.corpus, settings, options.measure)))
             return
-        placement = Placement(partition=options.measure, max_memory=limits if PARTITIONS[options.measure].several_gpus else {})
+        placement = Placement(
+            partition=options.measure, max_memory=limits if PARTITIONS[options.measure].several_gpus else {}
+        )
         print(json.dumps(measure(options.model, options.corpus, settings, placement)))
         return
     ratios: dict[str, list[tuple[float, float]]] = {partition: [] for partition in options.partition}
