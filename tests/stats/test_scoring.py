@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from scipy.stats import t as student
 from support.oracle import Float64, oracle_stats
 
-from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
-from avss_dist.core.settings import RELATIVE_THRESHOLDS
+from avss_dist.registry import BASELINES, FROM_ACTIVATIONS, SCORES
+from avss_dist.settings import RELATIVE_THRESHOLDS
 from avss_dist.stats import intervals, scores, spill
 from avss_dist.stats.histogram import HISTOGRAM_EDGES
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, without_values
