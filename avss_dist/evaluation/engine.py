@@ -13,7 +13,6 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow.compute as pc
 
 from avss_dist.corpus.shards import CorpusPlan, plan
 from avss_dist.errors import AvssError, ConfigError, CorpusError, RunFailed
@@ -286,9 +285,7 @@ class Rounds:
 
 def commit(planned: PlannedEvaluation, store: Store) -> list[Result]:
     """Write what all cells of an evaluation say to ``evaluations``; of a loss, its perplexity too."""
-    if not store.cell_ids(planned.run_id):
-        return []
-    rows = store.table("cells", where=pc.field("run_id") == planned.run_id).to_pylist()
+    rows = store.cells(planned.run_id).to_pylist()
     found = combine(rows, len(planned.task.parts))
     if found:
         seconds: defaultdict[tuple[Any, ...], float] = defaultdict(float)

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.errors import ConfigError
@@ -220,6 +218,9 @@ def _fitted(store: Store, run_ids: Sequence[str], there: set[str]) -> Mapping[tu
     """The keys of patches that cells of these fits gave, and that are there."""
     if not there:
         return {}
-    where = pc.field("run_id").isin(pa.array(run_ids, pa.string())) & (pc.field("metric") == MISSING)
-    rows = store.table("cells", columns=["run_id", "drop", "patch"], where=where).to_pylist()
-    return {(row["run_id"], tuple(row["drop"])): row["patch"] for row in rows if row["patch"] in there}
+    return {
+        (run_id, tuple(row["drop"])): row["patch"]
+        for run_id in dict.fromkeys(run_ids)
+        for row in store.cells(run_id).select(["drop", "metric", "patch"]).to_pylist()
+        if row["metric"] == MISSING and row["patch"] in there
+    }

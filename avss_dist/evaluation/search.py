@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import pyarrow.compute as pc
-
 from avss_dist.analysis.plans import evaluated_lines
 from avss_dist.errors import AvssError
 from avss_dist.evaluation.engine import (
@@ -213,9 +211,8 @@ class Losses:
     ) -> None:
         self._planned, self._rounds, self._reporter = planned, rounds, reporter
         self._rows: dict[Drop, dict[int, Mapping[str, Any]]] = {}
-        if not fresh and store.cell_ids(planned.run_id):
-            for row in store.table("cells", where=pc.field("run_id") == planned.run_id).to_pylist():
-                self._keep(row)
+        for row in [] if fresh else store.cells(planned.run_id).to_pylist():
+            self._keep(row)
 
     def of(self, drop: Drop) -> Result:
         """The loss without layers, which has been measured."""

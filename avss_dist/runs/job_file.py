@@ -47,7 +47,8 @@ class JobError(ConfigError):
     """A job file has problems; the message has a line for each."""
 
 
-_KIND = YamlKind(noun="job file", hint=f"{docs_page('job-files')} explains them.", error=JobError, typed=False)
+_PAGE = docs_page("reference/job-files")
+_KIND = YamlKind(noun="job file", hint=f"{_PAGE} explains them.", error=JobError, typed=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +179,7 @@ class _Reader:
         path = self.document.path
         lines = [f"{path}:{line}: {what}" for line, what in sorted([*self.problems, *self.document.repeated])]
         count = f"{path} has {len(lines)} problem{'s' if len(lines) > 1 else ''}; nothing was run."
-        return JobError("\n".join([count, *lines]), f"The keys are explained in {docs_page('job-files')}.")
+        return JobError("\n".join([count, *lines]), f"The keys are explained in {_PAGE}.")
 
     def check_fields(self, raw: dict[str, Any]) -> None:
         """Report every key and value that is wrong on its own."""

@@ -202,7 +202,7 @@ class Warehouse:
 
 @cache
 def ready_queries() -> dict[str, str]:
-    """The queries of ``jobs/queries`` by name; each begins with a comment that says what it answers."""
+    """Return the queries in ``sql/queries`` by name. Each begins with a comment that says which question it answers."""
     found = [
         file for file in (files("avss_dist.warehouse") / "sql" / "queries").iterdir() if file.name.endswith(".sql")
     ]

@@ -47,7 +47,7 @@ def no_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def assignments(queue: ShardQueue, units: Sequence[int]) -> list[Any]:
     """What the workers of a gang do in a round, one after the other."""
-    return [assignment for part, blocks in queue.parts(units) for assignment in part.assignments(blocks)]
+    return [assignment.resolved(blocks) for some, blocks in queue.parts(units) for assignment in some]
 
 
 @dataclass(frozen=True)
@@ -177,11 +177,11 @@ def test_progress_is_told_of_the_cell(checkpoint: Checkpoint) -> None:
 def test_every_rank_takes_the_cell_with_its_patch(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue_module, "PatchSharer", lambda: PatchSharer(lambda data: data))
     queue, cells = cell_queue(checkpoint, ["loss"], partition="tensor_parallel", ranks=2)
-    parts = [assignment for part, blocks in queue.parts([0]) for assignment in part.assignments(blocks)]
+    parts = [assignment for some, _ in queue.parts([0]) for assignment in some]
     assert [(one.cell, one.rows) for one in parts] == [(cells[0], SETTINGS.batch_size)] * 2
     queue, cells = cell_queue(checkpoint, ["loss", "loss"], Patch("k"))
-    ((part, blocks),) = queue.parts([1])
-    (assignment,) = part.assignments(blocks)
+    (((assignment,), blocks),) = queue.parts([1])
+    assert assignment.resolved(blocks) is assignment
     assert assignment.cell.part == 1 and assignment.cell.patch.data == b"k" and cells[1].patch == Patch("k")
 
 

@@ -28,7 +28,7 @@ def test_every_partition_has_a_class_that_opens_replicas(partition: str) -> None
 
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_every_partition_is_documented(partition: str) -> None:
-    page = Path(avss_dist.__file__).parent / "docs" / "partitions.md"
+    page = Path(avss_dist.__file__).parent / "docs" / "reference" / "partitions.md"
     assert f"\n| `{partition}` | " in page.read_text(encoding="utf-8")
 
 

@@ -29,7 +29,7 @@ from support.families import tiny_batch, tiny_model
 TABLE = Path(__file__).parent / "families.csv"
 YES = "yes"
 VERSION = "5.24"  # of transformers, whose families the table has
-AGAIN = "Run tests/benchmarks/families.py, and put what it prints into docs/families.md."
+AGAIN = "Run tests/benchmarks/families.py, and put what it prints into docs/reference/families.md."
 
 
 @dataclass(frozen=True)

@@ -321,7 +321,7 @@ def test_the_command_says_nothing_but_results_and_needs_no_network(folder: Path,
 
 
 def test_the_example_of_the_documentation_can_be_asked(whole: LanguageModel, tmp_path: Path) -> None:
-    text = read(DOCS / "pruning.md")
+    text = read(DOCS / "guides/evaluate.md")
     (example,) = re.findall(r"```yaml\n(task: .*?)```", text, re.DOTALL)
     (tmp_path / "reviews.yaml").write_text(example)
     (tmp_path / "reviews.jsonl").write_text('{"text": "a gem", "label": 1}\n{"text": "a bore", "label": 0}\n')

@@ -1,4 +1,4 @@
-"""The Ray actor that is one rank of a replica, and what it is given to do."""
+"""The Ray actor that is one rank of a replica, and its assignments."""
 
 from __future__ import annotations
 
@@ -35,15 +35,18 @@ UnitResult = ShardResult | Receipt | CellResult
 
 
 class Assignment(Protocol):
-    """What one rank does for a unit."""
+    """The work of one rank for one unit; pickled."""
+
+    def resolved(self, blocks: Sequence[Sequence[Shard]]) -> Assignment:
+        """Return the assignment with its shard, which is in one of the blocks that Ray has brought to this node."""
 
     def run(
         self, spec: ReplicaSpec, model: Replica, heartbeat: Heartbeat, computed: Callable[[], None]
     ) -> UnitResult | None:
-        """The result, or None where this rank reports none.
+        """Return the result, or None where this rank reports none.
 
         Args:
-            model: what `executors.base.ReplicaSpec.open` gave.
+            model: the replica that ``spec.open`` returned.
             heartbeat: to be called whenever a layer begins.
             computed: may be called when the model can be used for another unit.
         """
@@ -51,20 +54,29 @@ class Assignment(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ShardAssignment:
-    """Measure a shard, or only run along with the ranks that do.
+    """A shard to be measured, or forward passes to be run along with the ranks that measure one.
 
     Attributes:
-        shard: None for a rank that has none in this round.
+        shard: None for a rank that has none in this round, and until the assignment is `resolved`.
+        place: index of a block, and of the shard in it; None for a rank that runs along.
         rows: rows of a batch.
         forwards: forward passes of every rank in this round.
         warehouse: where the partial is written, if this worker reaches it.
     """
 
-    shard: Shard | None
+    shard: Shard | None = None
+    place: tuple[int, int] | None = None
     rows: int
     forwards: int
     run_id: str
     warehouse: SharedWarehouse | None = None
+
+    def resolved(self, blocks: Sequence[Sequence[Shard]]) -> ShardAssignment:
+        """See `Assignment`."""
+        if self.place is None:
+            return self
+        block, index = self.place
+        return replace(self, shard=blocks[block][index])
 
     def run(
         self, spec: ReplicaSpec, model: Replica, heartbeat: Heartbeat, computed: Callable[[], None]
@@ -95,57 +107,22 @@ class ShardAssignment:
 
 @dataclass(frozen=True, kw_only=True)
 class CellAssignment:
-    """Measure a cell, with batches of so many rows."""
+    """A cell to be measured in batches of ``rows`` rows."""
 
     cell: Cell
     rows: int
 
+    def resolved(self, blocks: Sequence[Sequence[Shard]]) -> CellAssignment:
+        """See `Assignment`. A cell holds its text."""
+        return self
+
     def run(
         self, spec: ReplicaSpec, model: Replica, heartbeat: Heartbeat, computed: Callable[[], None]
     ) -> CellResult | None:
-        """See `Assignment`. Every rank of a replica takes the cell, and one reports."""
+        """See `Assignment`. Every rank of a replica takes the cell, and rank 0 reports."""
         assert model.language_model is not None
         result = measure_cell(model.language_model, self.cell, rows=self.rows, heartbeat=heartbeat)
         return result if model.language_model.reports else None
-
-
-class RoundPart(Protocol):
-    """What one rank does in a round; pickled."""
-
-    def assignments(self, blocks: Sequence[Sequence[Shard]]) -> Sequence[Assignment]:
-        """One after the other.
-
-        Args:
-            blocks: of shards, which Ray has brought to this node.
-        """
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardsPart:
-    """Shards, named by their places.
-
-    Attributes:
-        alike: the assignment of each, without the shard.
-        places: the index of a block, and of a shard in it; none for a rank that runs along.
-    """
-
-    alike: ShardAssignment
-    places: Sequence[tuple[int, int]]
-
-    def assignments(self, blocks: Sequence[Sequence[Shard]]) -> list[ShardAssignment]:
-        """See `RoundPart`."""
-        return [replace(self.alike, shard=blocks[block][i]) for block, i in self.places] or [self.alike]
-
-
-@dataclass(frozen=True)
-class CellPart:
-    """One cell."""
-
-    assignment: CellAssignment
-
-    def assignments(self, blocks: Sequence[Sequence[Shard]]) -> list[CellAssignment]:
-        """See `RoundPart`."""
-        return [self.assignment]
 
 
 class Worker:
@@ -210,15 +187,19 @@ class Worker:
             self._spec = spec
         self._opening = False
 
-    def measure_round(self, part: RoundPart, *blocks: Sequence[Shard]) -> list[UnitResult | None]:
-        """Do this rank's part of a round: a result for each unit.
+    def measure_round(self, assignments: Sequence[Assignment], *blocks: Sequence[Shard]) -> list[UnitResult | None]:
+        """Return the results of this rank's assignments in a round, in their order.
 
-        Where one fails, those before it are returned; the next round begins with it, and raises what it raises.
+        Where an assignment fails, the results before it are returned. The next round begins with it and raises its
+        error.
+
+        Args:
+            blocks: of shards, see `ShardAssignment.place`.
         """
         results: list[UnitResult | None] = []
-        for assignment in part.assignments(blocks):
+        for assignment in assignments:
             try:
-                results.append(self.measure(assignment))
+                results.append(self.measure(assignment.resolved(blocks)))
             except Exception:
                 if not results:
                     raise
@@ -226,7 +207,7 @@ class Worker:
         return results
 
     def measure(self, assignment: Assignment) -> UnitResult | None:
-        """Do this rank's part of one unit, with the model that is open; None if it was cancelled while it waited."""
+        """Return the result of an assignment with the open model; None if it was cancelled while it waited."""
         with ExitStack() as stack:
             stack.enter_context(self._computing)
             if ray.get_runtime_context().is_canceled():
