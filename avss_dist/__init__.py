@@ -18,9 +18,11 @@ Rooms, from the top down; each package's own docstring says what is in it, and i
     warehouse    the Parquet contract: schema, store, reader (SQL), cache
     corpus       documents -> token rows -> shards
     stats        LayerStats and its merge, scores, rankings
-    options      the keywords of functions
+    options      the keywords of functions; results: what every result can do
     system       devices, memory, versions, doctor
-    core         shared by all: settings, the registry of partitions and scores, names, checked classes, texts, errors
+    settings     every default; validation: classes that check their values
+    text         sizes and thresholds in words; errors: errors for people
+    registry     the partitions and the scores, and what each can do
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from avss_dist.api.change import Pruned, plan, prune, sparsify
     from avss_dist.api.measure import Runs, estimate, run_job
     from avss_dist.api.read import compare, findings
-    from avss_dist.core.errors import (
+    from avss_dist.errors import (
         AvssError,
         ConfigError,
         CorpusError,
@@ -41,8 +43,6 @@ if TYPE_CHECKING:
         TaskError,
         WarehouseError,
     )
-    from avss_dist.core.results import Table
-    from avss_dist.core.settings import Execution, Settings
     from avss_dist.estimation.estimate import Estimate
     from avss_dist.evaluation.ablate import ablate
     from avss_dist.evaluation.evaluate import evaluate
@@ -50,9 +50,11 @@ if TYPE_CHECKING:
     from avss_dist.evaluation.shrink import Shrunk, shrink
     from avss_dist.pruning.plan import Plan
     from avss_dist.report.terminal.progress import Progress
+    from avss_dist.results import Table
     from avss_dist.runs.api import score, score_all
     from avss_dist.runs.reporter import Reporter
     from avss_dist.runs.run import Run
+    from avss_dist.settings import Execution, Settings
     from avss_dist.warehouse.reader import Warehouse
 
 __version__ = "0.1.0"
@@ -98,7 +100,7 @@ _HOMES = {
     "api.change": ("Pruned", "plan", "prune", "sparsify"),
     "api.measure": ("Runs", "estimate", "run_job"),
     "api.read": ("compare", "findings"),
-    "core.errors": (
+    "errors": (
         *("AvssError", "ConfigError", "CorpusError", "ModelError", "QueryError", "RunFailed", "TaskError"),
         "WarehouseError",
     ),
@@ -109,11 +111,11 @@ _HOMES = {
     "evaluation.shrink": ("Shrunk", "shrink"),
     "pruning.plan": ("Plan",),
     "report.terminal.progress": ("Progress",),
-    "core.results": ("Table",),
+    "results": ("Table",),
     "runs.api": ("score", "score_all"),
     "runs.reporter": ("Reporter",),
     "runs.run": ("Run",),
-    "core.settings": ("Execution", "Settings"),
+    "settings": ("Execution", "Settings"),
     "warehouse.reader": ("Warehouse",),
 }
 """Where the public names are."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypedDict, TypeVar
 
-from avss_dist.core.errors import ConfigError
-from avss_dist.core.settings import Execution, Settings
+from avss_dist.errors import ConfigError
+from avss_dist.settings import Execution, Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
-from avss_dist.core.text import count_of, describe_layers
+from avss_dist.text import count_of, describe_layers
 
 Drop = tuple[int, ...]
 """What is left out, ascending."""

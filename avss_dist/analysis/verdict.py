@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from math import exp, isfinite
 from typing import Any
 
-from avss_dist.core.names import CHANCE, LOSS
+from avss_dist.names import CHANCE, LOSS
 from avss_dist.pruning.methods import ENDS_KEPT, LEAVE_ONE_OUT, REVERSED
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM
 from avss_dist.removal import count_removed

@@ -11,9 +11,13 @@ import pyarrow as pa
 
 from avss_dist.analysis.plans import evaluated_lines, plan_layers, plannable_run
 from avss_dist.api.names import RunName, named_run
-from avss_dist.core.errors import ConfigError
-from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import (
+from avss_dist.errors import ConfigError
+from avss_dist.options import EvaluationOptions, WorkOptions, refuse_unused, with_options
+from avss_dist.pruning.plan import Plan, read_plan
+from avss_dist.pruning.search import Effort
+from avss_dist.pruning.selection import Choice
+from avss_dist.results import TabularResult
+from avss_dist.settings import (
     DEFAULT_REPAIR,
     DEFAULT_WAREHOUSE,
     NO_REPAIR,
@@ -28,11 +32,7 @@ from avss_dist.core.settings import (
     searches_instead,
     split_options,
 )
-from avss_dist.core.text import parse_threshold
-from avss_dist.options import EvaluationOptions, WorkOptions, refuse_unused, with_options
-from avss_dist.pruning.plan import Plan, read_plan
-from avss_dist.pruning.search import Effort
-from avss_dist.pruning.selection import Choice
+from avss_dist.text import parse_threshold
 from avss_dist.warehouse.reader import Warehouse
 
 if TYPE_CHECKING:

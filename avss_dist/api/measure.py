@@ -8,16 +8,16 @@ from typing import Unpack
 
 import pyarrow as pa
 
-from avss_dist.core.results import Table, TabularResult
-from avss_dist.core.settings import split_options
 from avss_dist.estimation import estimate as estimating
 from avss_dist.evaluation.engine import CellReporter
 from avss_dist.evaluation.experiment import run_experiment
 from avss_dist.options import JobOptions, ScoringOptions, with_options
+from avss_dist.results import Table, TabularResult
 from avss_dist.runs import api as scoring
 from avss_dist.runs.job_file import JobFile, read_job
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
+from avss_dist.settings import split_options
 
 
 @with_options(ScoringOptions)

@@ -9,8 +9,8 @@ from typing import Any
 from avss_dist.analysis import compare as comparing
 from avss_dist.analysis import findings as finding
 from avss_dist.api.names import RunName, named_runs, named_threshold
-from avss_dist.core.results import Table
-from avss_dist.core.settings import DEFAULT_WAREHOUSE, LOWEST_SHARE, PUBLISHED_THRESHOLD, RECIPES, SITES
+from avss_dist.results import Table
+from avss_dist.settings import DEFAULT_WAREHOUSE, LOWEST_SHARE, PUBLISHED_THRESHOLD, RECIPES, SITES
 from avss_dist.warehouse.reader import Warehouse
 
 

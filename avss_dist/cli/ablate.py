@@ -16,7 +16,7 @@ from avss_dist.cli.options import (
     format_option,
     takes_settings,
 )
-from avss_dist.core.settings import DEFAULT_WAREHOUSE, DRAWS
+from avss_dist.settings import DEFAULT_WAREHOUSE, DRAWS
 from avss_dist.system.streams import console
 
 LEFT_OUT = "What is left out, and how"

@@ -19,11 +19,11 @@ from avss_dist.cli.options import (
     WarehouseOption,
     choice,
 )
-from avss_dist.core.errors import ConfigError, QueryError
-from avss_dist.core.registry import FROM_ACTIVATIONS
-from avss_dist.core.settings import DEFAULT_WAREHOUSE, LOWEST_SHARE, RECIPES, SITES
-from avss_dist.core.text import count_of, describe_threshold
+from avss_dist.errors import ConfigError, QueryError
+from avss_dist.registry import FROM_ACTIVATIONS
+from avss_dist.settings import DEFAULT_WAREHOUSE, LOWEST_SHARE, RECIPES, SITES
 from avss_dist.system.streams import console, emit, say
+from avss_dist.text import count_of, describe_threshold
 
 if TYPE_CHECKING:
     import pyarrow as pa

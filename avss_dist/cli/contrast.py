@@ -16,9 +16,9 @@ from avss_dist.cli.options import (
     WarehouseOption,
     choice,
 )
-from avss_dist.core.settings import DEFAULT_WAREHOUSE, RECIPES
-from avss_dist.core.text import parse_threshold
+from avss_dist.settings import DEFAULT_WAREHOUSE, RECIPES
 from avss_dist.system.streams import console, say
+from avss_dist.text import parse_threshold
 
 
 def contrast(

@@ -13,8 +13,8 @@ from avss_dist.cli.options import (
     format_option,
     takes_settings,
 )
-from avss_dist.core.settings import DEFAULT_WAREHOUSE
 from avss_dist.options import EvaluationOptions
+from avss_dist.settings import DEFAULT_WAREHOUSE
 from avss_dist.system.streams import console
 
 EVALUATED = tuple(EvaluationOptions.__annotations__)

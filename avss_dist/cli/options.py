@@ -10,8 +10,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from avss_dist.core.errors import ConfigError, require_known
-from avss_dist.core.settings import (
+from avss_dist.errors import ConfigError, require_known
+from avss_dist.settings import (
     EVERY_SITE,
     PUBLISHED_THRESHOLD,
     RECIPES,
@@ -19,9 +19,9 @@ from avss_dist.core.settings import (
     Replicas,
     Settings,
 )
-from avss_dist.core.text import parse_threshold
-from avss_dist.core.validation import OneOf
 from avss_dist.system.streams import QUIET, VERBOSE, set_verbosity
+from avss_dist.text import parse_threshold
+from avss_dist.validation import OneOf
 
 MODEL = "Hub id (org/name@revision), folder, or .gguf file."
 PUBLISHED = f"{PUBLISHED_THRESHOLD:g}"

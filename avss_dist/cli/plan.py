@@ -25,9 +25,10 @@ from avss_dist.cli.options import (
     protected,
     takes_settings,
 )
-from avss_dist.core.errors import ConfigError
-from avss_dist.core.registry import BLOCK_DISTANCE, INTERACTIONS, SCORES
-from avss_dist.core.settings import (
+from avss_dist.errors import ConfigError
+from avss_dist.options import refuse_unused
+from avss_dist.registry import BLOCK_DISTANCE, INTERACTIONS, SCORES
+from avss_dist.settings import (
     DEFAULT_WAREHOUSE,
     RECIPES,
     SEARCHES,
@@ -36,7 +37,6 @@ from avss_dist.core.settings import (
     SPARSITY_RULES,
     searches_instead,
 )
-from avss_dist.options import refuse_unused
 from avss_dist.system.streams import console, emit, emit_json
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from avss_dist.cli.options import (
     takes_settings,
     warehouse_option,
 )
-from avss_dist.core.settings import DEFAULT_REPAIR, NO_REPAIR, REPAIRS
-from avss_dist.core.text import describe_bytes
 from avss_dist.options import WorkOptions
+from avss_dist.settings import DEFAULT_REPAIR, NO_REPAIR, REPAIRS
 from avss_dist.system.streams import emit, emit_json
+from avss_dist.text import describe_bytes
 
 if TYPE_CHECKING:
     from avss_dist.api.change import Pruned

@@ -17,8 +17,8 @@ from avss_dist.cli.options import (
     output_option,
     takes_settings,
 )
-from avss_dist.core.errors import ConfigError
-from avss_dist.core.settings import Settings
+from avss_dist.errors import ConfigError
+from avss_dist.settings import Settings
 from avss_dist.system.streams import emit, emit_json, say
 
 READING = ("sequence_length", "batch_size", "dtype", "attention", "device")

@@ -21,7 +21,7 @@ from avss_dist.cli.options import (
     format_option,
     takes_settings,
 )
-from avss_dist.core.settings import DEFAULT_WAREHOUSE, Execution, Settings, split_options
+from avss_dist.settings import DEFAULT_WAREHOUSE, Execution, Settings, split_options
 from avss_dist.system.streams import console, emit, emit_json, say
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from avss_dist.cli.options import (
     warehouse_option,
 )
 from avss_dist.cli.plan import CHOSEN_BY
-from avss_dist.core.registry import INTERACTIONS
-from avss_dist.core.settings import DEFAULT_REPAIR, NO_REPAIR, REPAIRS
+from avss_dist.registry import INTERACTIONS
+from avss_dist.settings import DEFAULT_REPAIR, NO_REPAIR, REPAIRS
 from avss_dist.system.streams import console, emit, emit_json
 
 

@@ -25,9 +25,6 @@ from urllib.parse import unquote
 
 from pyarrow import ArrowException, fs, parquet
 
-from avss_dist.core.errors import CorpusError, nearest, require_known
-from avss_dist.core.settings import fingerprint
-from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.answers import (
     MAX_LINE_BYTES,
     Answer,
@@ -38,6 +35,9 @@ from avss_dist.corpus.answers import (
 )
 from avss_dist.corpus.chats import Document, field_document
 from avss_dist.corpus.named import NAMED
+from avss_dist.errors import CorpusError, nearest, require_known
+from avss_dist.settings import fingerprint
+from avss_dist.text import RedactedURI
 
 TEXT_PIECE_BYTES = 4 << 20  # of a text file: whole, it would not fit in memory
 MAX_REST_BYTES = 1 << 20  # of a line that goes on at the end of a piece; a longer one is cut at whitespace

@@ -10,12 +10,8 @@ from typing import Unpack
 import numpy as np
 
 from avss_dist.analysis.reliability import reliability
-from avss_dist.core.errors import ConfigError
-from avss_dist.core.names import LOSS, SUBLAYER_LOSS
-from avss_dist.core.registry import DAMAGE_TASK, PARTITIONS, SCORES
-from avss_dist.core.settings import DEFAULT_WAREHOUSE, DRAWS, MOST_PASSES, Execution, Settings
-from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
+from avss_dist.errors import ConfigError
 from avss_dist.evaluation.engine import (
     CellReporter,
     commit,
@@ -33,13 +29,17 @@ from avss_dist.evaluation.outcomes import Ablation, LayerAblation
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
+from avss_dist.names import LOSS, SUBLAYER_LOSS
 from avss_dist.options import EvaluationOptions, with_options
 from avss_dist.pruning.ground_truth import mean_ranks
+from avss_dist.registry import DAMAGE_TASK, PARTITIONS, SCORES
 from avss_dist.removal import SUBLAYERS, Drop, layer_of
+from avss_dist.settings import DEFAULT_WAREHOUSE, DRAWS, MOST_PASSES, Execution, Settings
 from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.gradients import Gradients
 from avss_dist.tasks.layer_removal import SHAPLEY, SHARED, LeaveOneOut, Shapley
+from avss_dist.text import RedactedURI
 from avss_dist.warehouse.store import Store
 
 CHUNK = 4  # permutations in a cell

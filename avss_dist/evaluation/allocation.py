@@ -10,19 +10,18 @@ import numpy as np
 import pyarrow.compute as pc
 
 from avss_dist.analysis.sparsity_plans import Map, Measured, make_plan, plan_uniform
-from avss_dist.core.errors import ConfigError
-from avss_dist.core.names import REALIZED, SPARSITY_TASK
-from avss_dist.core.registry import PARTITIONS
-from avss_dist.core.settings import THRESHOLD, TOP_K, Settings
-from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan, Shard
+from avss_dist.errors import ConfigError
 from avss_dist.evaluation.engine import CellReporter, PlannedEvaluation, failure, measure, plan_evaluation
 from avss_dist.evaluation.subjects import runtime
 from avss_dist.executors.base import Executor
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.sparsifying import Sparsity
+from avss_dist.names import REALIZED, SPARSITY_TASK
 from avss_dist.partition.base import Placement
 from avss_dist.pruning.selection import PlanError
+from avss_dist.registry import PARTITIONS
+from avss_dist.settings import THRESHOLD, TOP_K, Settings
 from avss_dist.sparsity.allocate import MOST, along_path, heavy_tail_ratios, knapsack, scaled
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.stats.layer_stats import Float64
@@ -31,6 +30,7 @@ from avss_dist.tasks.base import Measure, Task
 from avss_dist.tasks.block_search import GREEDY, HILL, KS, GreedyBlock, Spectra
 from avss_dist.tasks.map_damage import SECOND, MapDamage
 from avss_dist.tasks.map_inputs import COUNTS, MapInputs
+from avss_dist.text import RedactedURI
 from avss_dist.warehouse.store import Store
 
 LEVELS = np.append(np.arange(1, 20) / 20, 0.98)  # sparsities at which `loss` asks for the damage

@@ -14,23 +14,23 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from avss_dist.core.errors import AvssError, ConfigError, CorpusError, RunFailed
-from avss_dist.core.names import LOSS
-from avss_dist.core.settings import MOST_LISTED, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
-from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan, plan
+from avss_dist.errors import AvssError, ConfigError, CorpusError, RunFailed
 from avss_dist.executors.base import Executor
 from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.pinning import pin
 from avss_dist.models.sparsifying import Sparsity
+from avss_dist.names import LOSS
 from avss_dist.partition.base import Placement, numbers_of
 from avss_dist.partition.choose import place
 from avss_dist.removal import describe_removed, whole_layers
+from avss_dist.settings import MOST_LISTED, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
 from avss_dist.system.versions import package_versions
 from avss_dist.tasks.base import Measure, Result, Task, combine
 from avss_dist.tasks.cells import Cell, CellOutcome, CellResult, KeptPatch
+from avss_dist.text import RedactedURI
 from avss_dist.warehouse.patches import Patches
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store

@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from avss_dist.analysis.verdict import kept_by_guess, primary_metric
-from avss_dist.core.errors import ConfigError
-from avss_dist.core.names import PERPLEXITY, REALIZED, ROW_START, TRUTHFULQA
-from avss_dist.core.settings import DEFAULT_WAREHOUSE, Settings
-from avss_dist.core.text import RedactedURI
+from avss_dist.errors import ConfigError
 from avss_dist.evaluation.engine import (
     CellReporter,
     PlannedEvaluation,
@@ -34,14 +31,17 @@ from avss_dist.evaluation.subjects import Subject, read_subjects, with_bases
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.sparsifying import Sparsity
+from avss_dist.names import PERPLEXITY, REALIZED, ROW_START, TRUTHFULQA
 from avss_dist.options import EvaluationOptions, Prompting, with_options
 from avss_dist.removal import Drop
 from avss_dist.runs.corpora import corpus_problems
+from avss_dist.settings import DEFAULT_WAREHOUSE, Settings
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.sparsity.realized import Realized
 from avss_dist.stats.row_start import RowStarts
 from avss_dist.tasks.base import Result
 from avss_dist.tasks.cells import Cell
+from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
 

@@ -17,19 +17,7 @@ from typing import Any
 import numpy as np
 
 from avss_dist.analysis.strata import Strata
-from avss_dist.core.errors import ConfigError
-from avss_dist.core.names import CONTRAST, LOSS
-from avss_dist.core.registry import INTERACTIONS, MEASURED, SCORES
-from avss_dist.core.settings import (
-    MOST_EVALUATIONS,
-    NO_REPAIR,
-    RECIPES,
-    RELATIVE_THRESHOLDS,
-    SEARCHES,
-    Settings,
-    fingerprint,
-)
-from avss_dist.core.text import RedactedURI
+from avss_dist.errors import ConfigError
 from avss_dist.evaluation.engine import (
     CellReporter,
     PlannedEvaluation,
@@ -54,21 +42,33 @@ from avss_dist.evaluation.trial import Trial, rows_of, with_fewer_rows
 from avss_dist.executors.base import Executor
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
+from avss_dist.names import CONTRAST, LOSS
 from avss_dist.pruning.ground_truth import interactions, layer_truth
 from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, methods
 from avss_dist.pruning.plan import layer_list
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.search import Effort, search_for
 from avss_dist.pruning.selection import Reading
+from avss_dist.registry import INTERACTIONS, MEASURED, SCORES
 from avss_dist.runs.api import executor_for, overridden, run_job
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
+from avss_dist.settings import (
+    MOST_EVALUATIONS,
+    NO_REPAIR,
+    RECIPES,
+    RELATIVE_THRESHOLDS,
+    SEARCHES,
+    Settings,
+    fingerprint,
+)
 from avss_dist.stats.contrast import contrast
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.scores import Threshold
 from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.layer_removal import LeaveOneOut
+from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
 

@@ -7,8 +7,7 @@ from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from avss_dist.core.errors import ModelError
-from avss_dist.core.settings import REFITS_LATER, Execution, Settings
+from avss_dist.errors import ModelError
 from avss_dist.evaluation.engine import CellReporter, PlannedEvaluation, pinned, placed
 from avss_dist.evaluation.repairs import copies_of, fit_repairs, plan_fits, require_changeable
 from avss_dist.executors.open import open_executor
@@ -21,6 +20,7 @@ from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.cuts import require_cuts
 from avss_dist.pruning.repair.repair import Repair, Repaired
 from avss_dist.pruning.repair.rivals import require_foldable
+from avss_dist.settings import REFITS_LATER, Execution, Settings
 from avss_dist.warehouse.store import Store
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from avss_dist.core.registry import metrics_of
-from avss_dist.core.results import TabularResult
+from avss_dist.registry import metrics_of
 from avss_dist.removal import SUBLAYERS
+from avss_dist.results import TabularResult
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.tasks.base import Result
 

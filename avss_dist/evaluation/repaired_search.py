@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
-from avss_dist.core.names import LOSS, SEARCH
-from avss_dist.core.text import RedactedURI, describe_layers
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.attempts import Bench
 from avss_dist.evaluation.engine import PlannedEvaluation, commit, failure, measure, plan_evaluation
@@ -19,6 +17,7 @@ from avss_dist.evaluation.make_tasks import text_task
 from avss_dist.evaluation.repairs import FitRepair, fit_repairs, plan_fits
 from avss_dist.evaluation.search import CHOSEN_HERE, conduct
 from avss_dist.models.loading import text_config
+from avss_dist.names import LOSS, SEARCH
 from avss_dist.pruning.plan import Plan, reasons
 from avss_dist.pruning.repair.fold import FULL
 from avss_dist.pruning.repair.mender import TOKENS_PER_UNKNOWN
@@ -28,6 +27,7 @@ from avss_dist.pruning.selection import Choice
 from avss_dist.pruning.shrinking import GREEDY, POOL, Shrinking
 from avss_dist.removal import Drop
 from avss_dist.tasks.base import Result
+from avss_dist.text import RedactedURI, describe_layers
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,12 +12,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from avss_dist.core.errors import ConfigError
-from avss_dist.core.names import REPAIR
-from avss_dist.core.registry import PARTITIONS
-from avss_dist.core.settings import REFITS_LATER, Settings, fingerprint
-from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
+from avss_dist.errors import ConfigError
 from avss_dist.evaluation.engine import (
     CellReporter,
     PlannedEvaluation,
@@ -31,6 +27,7 @@ from avss_dist.executors.base import Executor
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.patching import decode_patch, encode_patch
+from avss_dist.names import REPAIR
 from avss_dist.partition.base import Placement
 from avss_dist.partition.copies import shared
 from avss_dist.pruning.plan import Plan
@@ -41,8 +38,11 @@ from avss_dist.pruning.repair.repair import Repair, Repaired, fit_repair
 from avss_dist.pruning.repair.streams import streams_of
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
+from avss_dist.registry import PARTITIONS
 from avss_dist.removal import Drop
+from avss_dist.settings import REFITS_LATER, Settings, fingerprint
 from avss_dist.tasks.base import Measure, Row, Task, TextLoss
+from avss_dist.text import RedactedURI
 from avss_dist.warehouse.patches import Patches
 from avss_dist.warehouse.store import Store
 

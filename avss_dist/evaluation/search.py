@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from avss_dist.analysis.plans import evaluated_lines
-from avss_dist.core.errors import AvssError
-from avss_dist.core.names import LOSS, SEARCH
-from avss_dist.core.settings import Settings
-from avss_dist.core.text import RedactedURI
+from avss_dist.errors import AvssError
 from avss_dist.evaluation.engine import (
     CellReporter,
     PlannedEvaluation,
@@ -28,12 +25,15 @@ from avss_dist.evaluation.engine import (
 )
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.names import LOSS, SEARCH
 from avss_dist.pruning.plan import Plan, layer_list, plan_of, reasons
 from avss_dist.pruning.search import Drop, Effort, Expansion, Search, best_sets, search_for
 from avss_dist.pruning.selection import Choice, PlanError
+from avss_dist.settings import Settings
 from avss_dist.tasks.base import Result, Task, combine
 from avss_dist.tasks.cells import Cell
 from avss_dist.tasks.layer_removal import LeaveOneOut
+from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
 

@@ -18,12 +18,7 @@ from typing import Any, Protocol, Unpack
 import pyarrow as pa
 
 from avss_dist.analysis.plans import plan_layers
-from avss_dist.core.errors import CorpusError
-from avss_dist.core.names import PERPLEXITY
-from avss_dist.core.registry import SCORES
-from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import LOWEST_SHARE, NO_REPAIR, Execution, Settings
-from avss_dist.core.text import RedactedURI
+from avss_dist.errors import CorpusError
 from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.attempts import Attempt, Bench
 from avss_dist.evaluation.engine import (
@@ -45,6 +40,7 @@ from avss_dist.executors.open import open_executor
 from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import load_tokenizer, text_config
+from avss_dist.names import PERPLEXITY
 from avss_dist.options import Prompting, ShrinkingOptions, with_options
 from avss_dist.partition.base import Placement
 from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable
@@ -55,8 +51,12 @@ from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.repair.text import HELD_BACK, count_tokens, portions
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.shrinking import GREEDY, Shrinking
+from avss_dist.registry import SCORES
+from avss_dist.results import TabularResult
 from avss_dist.runs.api import score
 from avss_dist.runs.reporter import Reporter
+from avss_dist.settings import LOWEST_SHARE, NO_REPAIR, Execution, Settings
+from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
 

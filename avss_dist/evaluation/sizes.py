@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from avss_dist.core.errors import AvssError
-from avss_dist.core.settings import Settings
+from avss_dist.errors import AvssError
 from avss_dist.models.size import Footprint, footprint
+from avss_dist.settings import Settings
 from avss_dist.warehouse.checks import settings_of
 
 

@@ -6,10 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from avss_dist.analysis.sparsity_plans import Measured
-from avss_dist.core.errors import ConfigError
-from avss_dist.core.names import FARTHEST_MAP, MAPS_WITHIN, SPARSITY
-from avss_dist.core.settings import INPUTS
-from avss_dist.core.text import RedactedURI
+from avss_dist.errors import ConfigError
 from avss_dist.evaluation.allocation import CHOSEN_BY_TOKEN, Asker, Unreachable, allocate, require_whole_weights
 from avss_dist.evaluation.engine import CellReporter, plan_evaluation, plan_text
 from avss_dist.evaluation.evaluate import realized, require_effect
@@ -18,9 +15,12 @@ from avss_dist.evaluation.sparsify import keep_plan
 from avss_dist.evaluation.subjects import runtime
 from avss_dist.evaluation.trial import NO_METHOD, Trial, measured_values, with_fewer_rows
 from avss_dist.executors.base import Executor
+from avss_dist.names import FARTHEST_MAP, MAPS_WITHIN, SPARSITY
 from avss_dist.pruning.methods import Experiment
 from avss_dist.runs.job_file import RunSpec
+from avss_dist.settings import INPUTS
 from avss_dist.tasks.base import Result
+from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
 

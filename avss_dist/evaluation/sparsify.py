@@ -9,8 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, Unpack
 
 from avss_dist.analysis.sparsity_plans import Measured, plan_uniform, require_target
-from avss_dist.core.errors import ConfigError
-from avss_dist.core.text import RedactedURI
+from avss_dist.errors import ConfigError
 from avss_dist.evaluation.allocation import (
     CHOSEN_BY_TOKEN,
     COUNTED,
@@ -26,6 +25,7 @@ from avss_dist.models.checkpoints import resolve
 from avss_dist.options import EvaluationOptions, with_options
 from avss_dist.pruning.selection import PlanError
 from avss_dist.sparsity.plan import SparsityPlan
+from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store

@@ -7,8 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from avss_dist.core.errors import AvssError, ConfigError, ModelError
-from avss_dist.core.settings import SEARCHES, Settings
+from avss_dist.errors import AvssError, ConfigError, ModelError
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.layers import layer_lists
 from avss_dist.models.loading import without_head
@@ -17,6 +16,7 @@ from avss_dist.models.sparsifying import Cut, Sparsity
 from avss_dist.pruning.model_card import pruned_from
 from avss_dist.pruning.plan import read_plan
 from avss_dist.pruning.selection import PlanError
+from avss_dist.settings import SEARCHES, Settings
 from avss_dist.sparsity.plan import SparsityPlan, is_sparsity_plan, read_sparsity_plan
 
 

@@ -11,21 +11,21 @@ from typing import Any
 import numpy as np
 
 from avss_dist.analysis.verdict import WHOLE
-from avss_dist.core.names import CHANCE, CONTRAST, LOSS
-from avss_dist.core.registry import INTERACTIONS
-from avss_dist.core.settings import NO_REPAIR, Settings
 from avss_dist.evaluation.engine import PlannedEvaluation
 from avss_dist.evaluation.repairs import StoredPatch
 from avss_dist.evaluation.retention import retained
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import text_config
+from avss_dist.names import CHANCE, CONTRAST, LOSS
 from avss_dist.partition.base import Placement
 from avss_dist.pruning.ground_truth import Interactions
 from avss_dist.pruning.interactions import quadratic
 from avss_dist.pruning.methods import Experiment, Method, methods
 from avss_dist.pruning.selection import Reading, count_layers
+from avss_dist.registry import INTERACTIONS
 from avss_dist.removal import Drop
 from avss_dist.runs.run import Run
+from avss_dist.settings import NO_REPAIR, Settings
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Result

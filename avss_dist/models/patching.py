@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from avss_dist.core.errors import ModelError
+from avss_dist.errors import ModelError
 from avss_dist.models.layers import Layer, first_tensor
 from avss_dist.models.skipping import replaced, replaced_forwards
 

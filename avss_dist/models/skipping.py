@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.core.errors import ModelError, first_line
+from avss_dist.errors import ModelError, first_line
 from avss_dist.models.layers import Layer, first_tensor, input_tensor
 from avss_dist.removal import describe_removed
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.core.errors import ModelError
+from avss_dist.errors import ModelError
 from avss_dist.models.layers import Layer, first_tensor, input_tensor
 from avss_dist.models.skipping import Skip, replaced, replaced_forwards
 from avss_dist.removal import SUBLAYERS, layers_by_sublayer, sublayers_of

@@ -11,12 +11,12 @@ from typing import ClassVar
 
 import torch
 
-from avss_dist.core.registry import PARTITIONS, WHOLE
-from avss_dist.core.settings import Execution, Settings
-from avss_dist.core.text import describe_bytes
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.size import Footprint
+from avss_dist.registry import PARTITIONS, WHOLE
+from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import available_memory, devices_here
+from avss_dist.text import describe_bytes
 
 DEEPSPEED_BYTES = 150 << 20  # that a process has more once it has loaded DeepSpeed
 LINK_SHARE = 0.25  # of the rate of a copy in memory, that ranks on one host exchange tensors at

@@ -17,10 +17,10 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from avss_dist.core.errors import ConfigError
-from avss_dist.core.settings import checked
+from avss_dist.errors import ConfigError
 from avss_dist.pruning.selection import Choice
 from avss_dist.removal import Drop, can_be_added, count_removed, joined, layer_of, sublayers_of
+from avss_dist.settings import checked
 
 WIDTH = 3  # sets that are gone on from
 SIBLINGS = 8  # exchanges of one layer that are tried at once

@@ -6,11 +6,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from avss_dist.core.errors import ConfigError
-from avss_dist.core.registry import BLOCK_DISTANCE, SCORES
-from avss_dist.core.settings import DEFAULT_REPAIR, NO_REPAIR, REPAIRS, OneOf, checked
-from avss_dist.core.text import RedactedURI
+from avss_dist.errors import ConfigError
 from avss_dist.pruning.repair.weighted import weighted
+from avss_dist.registry import BLOCK_DISTANCE, SCORES
+from avss_dist.settings import DEFAULT_REPAIR, NO_REPAIR, REPAIRS, OneOf, checked
+from avss_dist.text import RedactedURI
 
 GREEDY = "greedy"  # of ``settings.SEARCHES``, with every set repaired
 CHOSEN_BY = (*(name for name in SCORES if name != BLOCK_DISTANCE), GREEDY)  # that one is of neighbours alone

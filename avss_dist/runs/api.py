@@ -9,18 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from avss_dist.core.errors import AvssError, ConfigError
-from avss_dist.core.registry import GANGS
-from avss_dist.core.settings import DEFAULT_WAREHOUSE, Execution, Settings, split_options
+from avss_dist.errors import AvssError, ConfigError
 from avss_dist.executors.base import Executor
 from avss_dist.executors.open import open_executor
 from avss_dist.options import ScoringOptions, with_options
+from avss_dist.registry import GANGS
 from avss_dist.runs.corpora import corpus_problems
 from avss_dist.runs.driver import Driver, Ending, record_failure
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.reporter import LoggingReporter, Reporter, Reporters
 from avss_dist.runs.run import Run
 from avss_dist.runs.trackers import Tracker
+from avss_dist.settings import DEFAULT_WAREHOUSE, Execution, Settings, split_options
 from avss_dist.warehouse.store import Store
 
 __all__ = ["Reporter", "Run", "run_job", "score", "score_all", "split_options"]

@@ -12,11 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from avss_dist.core.errors import ConfigError, ModelError, named_fields, spell_fields
-from avss_dist.core.settings import Execution, Settings
-from avss_dist.core.text import RedactedURI, docs_page
-from avss_dist.core.validation import problems_by_field
-from avss_dist.core.yaml_files import Document, Location, YamlKind, read_yaml
+from avss_dist.errors import ConfigError, ModelError, named_fields, spell_fields
 from avss_dist.models.series import matching_revisions
 from avss_dist.pruning.methods import Experiment
 from avss_dist.runs.corpora import corpus_problems
@@ -32,6 +28,10 @@ from avss_dist.runs.job_schema import (
     RevisionRange,
     SettingsSection,
 )
+from avss_dist.settings import Execution, Settings
+from avss_dist.text import RedactedURI, docs_page
+from avss_dist.validation import problems_by_field
+from avss_dist.yaml_files import Document, Location, YamlKind, read_yaml
 
 __all__ = ["JobError", "JobFile", "RunSpec", "job_schema", "read_job"]
 

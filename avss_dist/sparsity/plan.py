@@ -12,11 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from avss_dist.core.errors import ConfigError
-from avss_dist.core.settings import SPARSITY_RULES, THRESHOLD, TOP_K, TOP_P
-from avss_dist.core.text import describe_bytes
-from avss_dist.core.validation import OneOf, checked
-from avss_dist.core.yaml_files import Document
+from avss_dist.errors import ConfigError
 from avss_dist.pruning.plan import (
     Lines,
     Name,
@@ -30,6 +26,10 @@ from avss_dist.pruning.plan import (
 )
 from avss_dist.pruning.selection import PlanError
 from avss_dist.removal import MAX_LAYERS
+from avss_dist.settings import SPARSITY_RULES, THRESHOLD, TOP_K, TOP_P
+from avss_dist.text import describe_bytes
+from avss_dist.validation import OneOf, checked
+from avss_dist.yaml_files import Document
 
 METHODS = {
     "uniform": "the same sparsity everywhere, by thresholds",

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.core.names import LOSS
-from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.skipping import Recorded, recording, resuming
+from avss_dist.names import LOSS
 from avss_dist.removal import Drop, can_be_added, joined, sublayers_of
+from avss_dist.settings import fingerprint
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Row, predicted_tokens
 

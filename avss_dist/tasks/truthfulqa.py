@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from avss_dist.core.names import BEST, CHANCE, INCORRECT
-from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.names import BEST, CHANCE, INCORRECT
+from avss_dist.settings import fingerprint
 from avss_dist.tasks.base import Row
 
 

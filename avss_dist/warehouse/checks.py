@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from avss_dist.core.errors import ConfigError, WarehouseError
-from avss_dist.core.settings import EVERY_SITE, RECIPES, Settings
+from avss_dist.errors import ConfigError, WarehouseError
+from avss_dist.settings import EVERY_SITE, RECIPES, Settings
 from avss_dist.stats.experts import EXPERT_FIELDS
 from avss_dist.stats.histogram import HISTOGRAM_BINS
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS

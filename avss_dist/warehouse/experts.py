@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from avss_dist.core.errors import RunFailed
+from avss_dist.errors import RunFailed
 from avss_dist.stats.experts import EXPERT_COLUMNS, ExpertStats, merge_experts
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.warehouse.checks import checked_rows

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from avss_dist.core.errors import QueryError, require_known
-from avss_dist.core.text import RedactedURI, basename
+from avss_dist.errors import QueryError, require_known
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
+from avss_dist.text import RedactedURI, basename
 from avss_dist.warehouse.schema import SCHEMAS, TABLES, Selection
 from avss_dist.warehouse.store import Store
 

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from avss_dist.core.errors import DamagedFile, WarehouseError, nearest, require_known, without_secrets
-from avss_dist.core.settings import SCHEMA_VERSION
-from avss_dist.core.text import RedactedURI, count_of
+from avss_dist.errors import DamagedFile, WarehouseError, nearest, require_known, without_secrets
+from avss_dist.settings import SCHEMA_VERSION
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
+from avss_dist.text import RedactedURI, count_of
 from avss_dist.warehouse.cache import Files, copied_rows
 from avss_dist.warehouse.checks import RUN_COLUMNS, checked_rows, damaged_runs
 from avss_dist.warehouse.encoding import (

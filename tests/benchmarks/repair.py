@@ -15,7 +15,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from avss_dist.core.settings import REPAIRS, Settings
 from avss_dist.corpus.shards import CorpusPlan, plan
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
@@ -28,6 +27,7 @@ from avss_dist.pruning.repair.repair import Repair, fit_repair
 from avss_dist.pruning.repair.streams import streams_of
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.removal import Drop
+from avss_dist.settings import REPAIRS, Settings
 from avss_dist.system.cores import use_threads
 from avss_dist.tasks.base import TextLoss
 

@@ -11,8 +11,8 @@ from support.warehouses import activations, stats_of, write_measured
 
 import avss_dist as avss
 from avss_dist.cli.reference import commands, functions, option_of
-from avss_dist.core.errors import QueryError
-from avss_dist.core.results import Table
+from avss_dist.errors import QueryError
+from avss_dist.results import Table
 from avss_dist.runs.reporter import LoggingReporter
 from avss_dist.runs.run import Run
 from avss_dist.warehouse.reader import Warehouse

@@ -21,9 +21,11 @@ from support.checkpoints import LAYERS
 from support.command_line import avss, commands
 
 import avss_dist
-from avss_dist.core.errors import ConfigError, QueryError
-from avss_dist.core.registry import FROM_ACTIVATIONS
-from avss_dist.core.settings import (
+from avss_dist.errors import ConfigError, QueryError
+from avss_dist.partition.base import Placement
+from avss_dist.registry import FROM_ACTIVATIONS
+from avss_dist.report.page import summary
+from avss_dist.settings import (
     ATTENTIONS,
     DTYPES,
     EVERY_SITE,
@@ -36,8 +38,6 @@ from avss_dist.core.settings import (
     Execution,
     Settings,
 )
-from avss_dist.partition.base import Placement
-from avss_dist.report.page import summary
 from avss_dist.system.doctor import Finding
 from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from avss_dist.core.errors import BatchTooLarge, as_failure
+from avss_dist.errors import BatchTooLarge, as_failure
 from avss_dist.evaluation.engine import failure
 
 CELL: Any = SimpleNamespace(task="perplexity:text.txt", checkpoint=SimpleNamespace(name="model"), drop=(7,))

@@ -26,8 +26,7 @@ from support.processes import wait_until
 from tasks.test_truthfulqa import QUESTIONS
 
 from avss_dist.analysis.verdict import verdicts
-from avss_dist.core.errors import ConfigError, CorpusError, DamagedFile
-from avss_dist.core.settings import Execution, Settings
+from avss_dist.errors import ConfigError, CorpusError, DamagedFile
 from avss_dist.evaluation.engine import SilentCells, plan_evaluation
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.evaluation.experiment import run_experiment
@@ -49,6 +48,7 @@ from avss_dist.pruning.repair.repair import Repair
 from avss_dist.report.terminal import progress as avss_progress
 from avss_dist.report.terminal.progress import CellProgress
 from avss_dist.runs.job_file import JobError, read_job
+from avss_dist.settings import Execution, Settings
 from avss_dist.tasks.cells import Cell
 from avss_dist.warehouse.patches import Patches
 from avss_dist.warehouse.reader import Warehouse

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from avss_dist.analysis.verdict import judgement, lacks_interval
-from avss_dist.core.names import LOSS
 from avss_dist.evaluation.retention import Retained, retained
+from avss_dist.names import LOSS
 from avss_dist.stats.intervals import jackknife_interval
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Result

@@ -16,7 +16,6 @@ from support.command_line import avss
 from support.commands import Command
 from support.processes import wait_until
 
-from avss_dist.core.settings import Settings
 from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.engine import plan_text
 from avss_dist.evaluation.search import Found, search
@@ -26,6 +25,7 @@ from avss_dist.pruning.search import Effort
 from avss_dist.pruning.selection import Choice, PlanError
 from avss_dist.removal import Drop, size_removed, sublayers_of
 from avss_dist.runs.api import score
+from avss_dist.settings import Settings
 from avss_dist.tasks.base import TextLoss
 from avss_dist.warehouse.reader import Warehouse
 

@@ -21,8 +21,7 @@ import ray
 import torch
 from support.causal_lm import SMALL, opened, random_shard
 
-from avss_dist.core.errors import AvssError, BatchTooLarge, ModelError, RunFailed
-from avss_dist.core.settings import Execution, Settings
+from avss_dist.errors import AvssError, BatchTooLarge, ModelError, RunFailed
 from avss_dist.evaluation.sparsify import sparsify
 from avss_dist.executors.base import Executor
 from avss_dist.executors.local import LocalExecutor
@@ -33,6 +32,7 @@ from avss_dist.executors.ray.watch import Watch
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.runs.api import score
+from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import devices_here
 from avss_dist.system.progress_bar import tracked
 from avss_dist.tasks.base import Measure, Row, TextLoss

@@ -11,7 +11,7 @@ import torch
 from support.causal_lm import opened, random_shard
 from support.families import lively, tiny_model
 
-from avss_dist.core.errors import ModelError
+from avss_dist.errors import ModelError
 from avss_dist.models.layers import first_tensor
 from avss_dist.removal import joined, sublayers_of
 from avss_dist.tasks.base import TextLoss

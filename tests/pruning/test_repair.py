@@ -18,9 +18,8 @@ from support.checkpoints import host_limit, llama, one_thread
 from support.command_line import avss
 from support.families import lively, tiny_model
 
-from avss_dist.core.errors import ConfigError, CorpusError, ModelError
-from avss_dist.core.settings import REPAIRS, Execution, Settings
 from avss_dist.corpus.shards import plan as read_text
+from avss_dist.errors import ConfigError, CorpusError, ModelError
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer, open_module
@@ -37,6 +36,7 @@ from avss_dist.pruning.repair.record import FILE, read_repairs
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.repair.streams import ROOM
 from avss_dist.pruning.repair.weighted import weighted
+from avss_dist.settings import REPAIRS, Execution, Settings
 
 Save = Callable[[Any, Path], Path]
 TEXT = "builtin:pydoc"

@@ -13,7 +13,6 @@ import torch
 from support.checkpoints import llama, one_thread
 from support.families import lively, tiny_model
 
-from avss_dist.core.settings import RIVAL_PATCHES, Settings
 from avss_dist.corpus.shards import plan as read_text
 from avss_dist.evaluation.engine import plan_evaluation
 from avss_dist.evaluation.make_tasks import text_task
@@ -28,6 +27,7 @@ from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.normal_equations import NormalEquations, fit, fit_plainly, hadamard
 from avss_dist.pruning.repair.outlet import RepairError
 from avss_dist.pruning.repair.repair import Repair
+from avss_dist.settings import RIVAL_PATCHES, Settings
 from avss_dist.warehouse.store import Store
 
 Save = Callable[[Any, Path], Path]

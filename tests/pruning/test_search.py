@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from avss_dist.core.errors import ConfigError
+from avss_dist.errors import ConfigError
 from avss_dist.pruning.search import Effort, Expansion, search_for
 from avss_dist.pruning.selection import Choice, PlanError
 from avss_dist.removal import Drop, can_be_added, joined, size_removed, sublayers_of

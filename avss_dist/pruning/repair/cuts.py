@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from avss_dist.core.text import describe_layers
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.outlet import RepairError
+from avss_dist.text import describe_layers
 
 
 @dataclass(frozen=True)

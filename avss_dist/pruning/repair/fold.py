@@ -35,8 +35,8 @@ from dataclasses import dataclass
 
 import torch
 
-from avss_dist.core.settings import REFITS
 from avss_dist.pruning.repair.outlet import Outlet, Seen, inverse_rms
+from avss_dist.settings import REFITS
 
 FULL = {"map": "output", "replace_me": "output", **dict.fromkeys(REFITS, "inputs")}
 """What any matrix is fitted from (`Step.reads`), by repair."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import layer_lists, linear_sizes
 from avss_dist.models.loading import without_head
@@ -19,6 +18,7 @@ from avss_dist.pruning.repair.fold import FULL
 from avss_dist.pruning.repair.mender import PLAIN, TOKENS_PER_UNKNOWN
 from avss_dist.pruning.repair.outlet import RepairError
 from avss_dist.pruning.weights import StoredWeights
+from avss_dist.settings import Settings
 
 
 def tokens_needed(checkpoint: Checkpoint, by: str, settings: Settings) -> int:

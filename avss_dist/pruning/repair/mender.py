@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from avss_dist.core.errors import CorpusError
-from avss_dist.core.settings import REFITS_BEHIND, RIVAL_PATCHES
+from avss_dist.errors import CorpusError
 from avss_dist.models.patching import STREAM, Parameter
 from avss_dist.pruning.repair.cuts import Cut, layer_behind
 from avss_dist.pruning.repair.fold import Step, Weights, features, fold, num_unknowns, parameters, steps
@@ -18,6 +17,7 @@ from avss_dist.pruning.repair.record import RepairedCut
 from avss_dist.pruning.repair.rivals import fit_stream
 from avss_dist.pruning.repair.streams import AtCut, Streams
 from avss_dist.pruning.repair.text import Portion
+from avss_dist.settings import REFITS_BEHIND, RIVAL_PATCHES
 from avss_dist.system.progress_bar import tracked
 
 TOKENS_PER_UNKNOWN = 4  # at least; with fewer, a fit follows its text's noise

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from avss_dist.core.errors import AvssError
+from avss_dist.errors import AvssError
 
 FORMS = ("scale", "channel", "rotated", "full")
 """Of W: a multiple of the identity, a diagonal, a diagonal in the basis of `hadamard`, any matrix."""

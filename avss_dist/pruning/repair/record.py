@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from avss_dist.core.errors import ConfigError, ModelError
-from avss_dist.core.settings import DTYPES, LAYOUTS, REPAIRS, RIVAL_PATCHES, ROW_STARTS, OneOf, Settings, checked
-from avss_dist.core.text import describe_layers
+from avss_dist.errors import ConfigError, ModelError
+from avss_dist.settings import DTYPES, LAYOUTS, REPAIRS, RIVAL_PATCHES, ROW_STARTS, OneOf, Settings, checked
+from avss_dist.text import describe_layers
 
 FILE = "avss_repair.json"
 Count = Annotated[int, Field(ge=0)]

@@ -18,17 +18,6 @@ from typing import Annotated
 
 from pydantic import Field
 
-from avss_dist.core.settings import (
-    DEFAULT_REPAIR,
-    REFITS_LATER,
-    REPAIRS,
-    RIVAL_PATCHES,
-    Execution,
-    OneOf,
-    Settings,
-    checked,
-)
-from avss_dist.core.text import RedactedURI, describe_layers
 from avss_dist.corpus.shards import CorpusPlan, plan
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer, text_config
@@ -41,7 +30,9 @@ from avss_dist.pruning.repair.record import RepairedCut, RepairRecord, RepairTex
 from avss_dist.pruning.repair.streams import OpenStreams, opened_streams
 from avss_dist.pruning.repair.text import Portion, count_tokens, portions
 from avss_dist.pruning.repair.weighted import weighted
+from avss_dist.settings import DEFAULT_REPAIR, REFITS_LATER, REPAIRS, RIVAL_PATCHES, Execution, OneOf, Settings, checked
 from avss_dist.system.devices import pick_device
+from avss_dist.text import RedactedURI, describe_layers
 
 
 @checked

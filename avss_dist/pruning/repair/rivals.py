@@ -20,12 +20,12 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from avss_dist.core.settings import REPAIRS, RIVAL_PATCHES
 from avss_dist.pruning.repair.normal_equations import FitError, NormalEquations, hadamard
 from avss_dist.pruning.repair.outlet import Outlet, RepairError
 from avss_dist.pruning.repair.record import RepairedCut
 from avss_dist.pruning.repair.streams import AtCut, Streams
 from avss_dist.pruning.repair.text import Portion
+from avss_dist.settings import REPAIRS, RIVAL_PATCHES
 
 
 def require_foldable(by: str) -> None:

@@ -12,10 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from avss_dist.core.errors import ConfigError
-from avss_dist.core.registry import LAYERWISE, PARTITIONS
-from avss_dist.core.settings import Execution, Settings
 from avss_dist.corpus.shards import Batch
+from avss_dist.errors import ConfigError
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import PROBE_SHAPE, Layer, as_rows, first_tensor
@@ -27,6 +25,8 @@ from avss_dist.partition.open import open_replica
 from avss_dist.partition.streaming.language_model import StreamingLanguageModel
 from avss_dist.pruning.repair.outlet import Outlet, RepairError, Seen, captured, find_outlet
 from avss_dist.pruning.repair.readers import find_readers
+from avss_dist.registry import LAYERWISE, PARTITIONS
+from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import available_memory, devices_here, free_device
 
 Visit = Callable[[int, torch.Tensor, "AtCut"], None]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from avss_dist.core.errors import CorpusError
 from avss_dist.corpus.shards import Batch, CorpusPlan, Mask
+from avss_dist.errors import CorpusError
 
 HELD_BACK = 10  # one row of so many, the last ones of each text
 SINK = 1  # leading tokens of every row: the first draws attention, and its stream is like no other

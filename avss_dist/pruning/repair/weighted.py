@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from avss_dist.core.errors import ConfigError
-from avss_dist.core.text import RedactedURI
+from avss_dist.errors import ConfigError
+from avss_dist.text import RedactedURI
 
 _WEIGHTED = re.compile(r"([^?]+)=([0-9]*\.?[0-9]+)")  # a query of a URI, after its question mark, has equals signs too
 

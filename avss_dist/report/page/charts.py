@@ -7,7 +7,7 @@ from typing import Any
 
 import altair as alt
 
-from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
+from avss_dist.registry import FROM_ACTIVATIONS, SCORES
 from avss_dist.report.chart import LOWEST_COLOR
 from avss_dist.report.page.charts_across import GRAY, OF_RUNS, ROWS, charts_across, color_of_runs
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import altair as alt
 
 from avss_dist.analysis.contrast import Contrast, contrast
-from avss_dist.core.errors import QueryError
+from avss_dist.errors import QueryError
 from avss_dist.report.page.experiments import AMBER, BLUE, GRAY, as_image
 
 if TYPE_CHECKING:

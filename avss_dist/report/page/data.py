@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
-from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, RECIPES, SITES
-from avss_dist.core.text import basename, describe_threshold, printable
+from avss_dist.registry import BASELINES, FROM_ACTIVATIONS, SCORES
 from avss_dist.report.page.across import correlations, training_series
 from avss_dist.report.page.removal import without_layers
+from avss_dist.settings import EVERY_SITE, PUBLISHED_THRESHOLD, RECIPES, SITES
 from avss_dist.stats.rankings import count_lowest
+from avss_dist.text import basename, describe_threshold, printable
 from avss_dist.warehouse.checks import has_head, settings_of
 
 if TYPE_CHECKING:

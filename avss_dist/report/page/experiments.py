@@ -21,7 +21,7 @@ from avss_dist.analysis.verdict import (
     shown_value,
     verdicts,
 )
-from avss_dist.core.names import LOSS
+from avss_dist.names import LOSS
 from avss_dist.report.chart import specification
 from avss_dist.report.page.removal import named_task
 from avss_dist.stats.retention import NO_INTERVAL

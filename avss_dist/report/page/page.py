@@ -19,8 +19,7 @@ from markupsafe import Markup
 
 from avss_dist import __version__
 from avss_dist.analysis.findings import findings
-from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
-from avss_dist.core.text import basename, printable
+from avss_dist.registry import FROM_ACTIVATIONS, SCORES
 from avss_dist.report.output import write_file
 from avss_dist.report.page.across import differing, in_training
 from avss_dist.report.page.charts import page_charts
@@ -31,6 +30,7 @@ from avss_dist.report.page.experts import expert_charts
 from avss_dist.report.page.scorecards import scorecards
 from avss_dist.report.page.sparsity import sparse_sections
 from avss_dist.report.page.summary import in_short, is_published
+from avss_dist.text import basename, printable
 
 if TYPE_CHECKING:
     from avss_dist.warehouse.reader import Warehouse

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from avss_dist.analysis.scorecard import RETENTION, SPEARMAN, best_readings, describe_score, is_published, score_cards
-from avss_dist.core.registry import GROUND_TRUTH, MEASURED, SCORES
 from avss_dist.pruning.selection import LAST
+from avss_dist.registry import GROUND_TRUTH, MEASURED, SCORES
 from avss_dist.report.page.experiments import AMBER, BLUE, GRAY, as_image
 from avss_dist.stats.rankings import spearman_interval
 

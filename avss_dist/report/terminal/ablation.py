@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from avss_dist.core.registry import metrics_of
-from avss_dist.core.text import count_of
+from avss_dist.registry import metrics_of
 from avss_dist.report.terminal.scores import BAR_WIDTH, LOWEST, bar_cells, layer_cells
 from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.stats.intervals import MINIMUM_UNITS
 from avss_dist.stats.rankings import count_lowest
+from avss_dist.text import count_of
 
 if TYPE_CHECKING:
     from avss_dist.evaluation.ablate import Ablation

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from avss_dist.core.text import describe_bytes
+from avss_dist.text import describe_bytes
 
 if TYPE_CHECKING:
     from avss_dist.estimation.estimate import Estimate

@@ -9,9 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from avss_dist.core.text import printable
 from avss_dist.removal import count_removed
 from avss_dist.stats.retention import NO_INTERVAL
+from avss_dist.text import printable
 
 if TYPE_CHECKING:
     from avss_dist.evaluation.outcomes import Evaluations

@@ -18,11 +18,11 @@ from avss_dist.analysis.verdict import (
     shown_value,
     verdicts,
 )
-from avss_dist.core.names import LOSS, PERPLEXITY
-from avss_dist.core.text import basename
+from avss_dist.names import LOSS, PERPLEXITY
 from avss_dist.report.terminal.sparsity import curves_table
 from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.stats.retention import NO_INTERVAL
+from avss_dist.text import basename
 
 CAPTION = "Retention over that of the whole model (of a perplexity: under it), and its 95% interval."
 Row = Mapping[str, Any]  # of the table `experiments`

@@ -11,9 +11,9 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from avss_dist.analysis.experts import LayerExperts
-from avss_dist.core.text import describe_count
 from avss_dist.report.terminal.scores import BAR_WIDTH, bar_cells
 from avss_dist.report.terminal.tables import Column, FittedTable
+from avss_dist.text import describe_count
 
 LEAST = 3  # experts of the lowest saliency that are named
 

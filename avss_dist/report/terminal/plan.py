@@ -9,8 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from avss_dist.core.text import count_of, describe_bytes
 from avss_dist.report.terminal.estimate import describe_seconds
+from avss_dist.text import count_of, describe_bytes
 
 if TYPE_CHECKING:
     from avss_dist.estimation.preview import Preview

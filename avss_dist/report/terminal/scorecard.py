@@ -12,8 +12,8 @@ from rich.text import Text
 
 from avss_dist.analysis.reliability import FEWEST_SETS
 from avss_dist.analysis.scorecard import RETENTION, SPEARMAN, describe_score
-from avss_dist.core.text import printable
 from avss_dist.report.terminal.tables import Column, FittedTable
+from avss_dist.text import printable
 
 GOOD = 0.7
 

@@ -12,12 +12,12 @@ from rich.text import Text
 
 from avss_dist.analysis.findings import TRACKS_DEPTH
 from avss_dist.analysis.thresholds import INTERPOLATED
-from avss_dist.core.settings import LOWEST_SHARE
-from avss_dist.core.text import describe_count, describe_layers, describe_threshold
 from avss_dist.report.terminal.tables import Column, FittedTable
+from avss_dist.settings import LOWEST_SHARE
 from avss_dist.stats.histogram import bin_edges
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.rankings import count_lowest, depth_correlation
+from avss_dist.text import describe_count, describe_layers, describe_threshold
 
 BAR_WIDTH = 18
 LOWEST = "bold red"

@@ -9,13 +9,13 @@ from rich import progress as rich_progress
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from avss_dist.core.names import PERPLEXITY, REPAIR
-from avss_dist.core.text import basename, describe_bytes, describe_layers
+from avss_dist.names import PERPLEXITY, REPAIR
 from avss_dist.removal import count_removed
 from avss_dist.report.terminal.progress import bars, log
 from avss_dist.report.terminal.tables import Column, FittedTable
 from avss_dist.runs.reporter import Reporter
 from avss_dist.stats.retention import NO_INTERVAL
+from avss_dist.text import basename, describe_bytes, describe_layers
 
 if TYPE_CHECKING:
     from avss_dist.evaluation.attempts import Kept

@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from avss_dist.core.text import printable
+from avss_dist.text import printable
 
 WRAPPED = 24  # cells that a column of prose needs at least
 _MANY = 8  # entries of a list that are shown

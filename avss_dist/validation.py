@@ -10,7 +10,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import PydanticCustomError, core_schema
 
-from avss_dist.core.errors import AvssError, ConfigError, nearest
+from avss_dist.errors import AvssError, ConfigError, nearest
 
 T = TypeVar("T")
 

@@ -1,1 +1,0 @@
-"""Shared by every package: errors, texts, checked settings, and the registry of partitions and scores."""
