@@ -15,7 +15,7 @@ from pydantic_core import PydanticKnownError
 from avss_dist.errors import ConfigError, nearest, require_known
 from avss_dist.registry import GANGS, PARTITIONS
 from avss_dist.text import parse_bytes
-from avss_dist.validation import Check, OneOf, checked
+from avss_dist.validation import Check, OneOf, Positive, checked
 
 T = TypeVar("T")
 
@@ -45,15 +45,7 @@ def searches_instead(name: str) -> str:
 DRAWS = 2  # of labels from what the model predicts, for the estimates
 LAYOUTS = ("packed", "padded")
 ROW_STARTS = ("auto", "none")
-DEFAULT_REPAIR = "refit"  # gives back the most, on text of other domains too, and wants the most text
-NO_REPAIR = "none"
-REFITS_LATER, REFITS_BEHIND = ("refit_all", "refit_full"), ("refit_around", "refit_full")  # see `pruning.repair.fold`
-REFITS = tuple(dict.fromkeys(("refit", *REFITS_LATER, *REFITS_BEHIND)))
-REPAIRS = ("scale", "channel", "rotated", "map", *REFITS, "replace_me")
-"""How a pruned model is repaired: what is fitted at each cut, and folded into weights."""
-RIVAL_PATCHES = ("prune_comp", "linear_patch")
-"""Repairs that no weight can hold: they change the stream itself behind each cut, and are evaluated alone."""
-THRESHOLD, TOP_K, TOP_P = "threshold", "top_k", "top_p"  # how activations are made zero: see `sparsifying.Cut`
+THRESHOLD, TOP_K, TOP_P = "threshold", "top_k", "top_p"  # how activations are made zero: see `intervention.MapSparsity`
 SPARSITY_METHODS = ("uniform", "loss", "teal", "acttail", "wina", "scap", "cats", "topp")
 """How a sparsity is spread over linear maps: see `sparsity.plan.METHODS`."""
 SPARSITY_RULES = ("all", "dense-prefill", "last-half", "not-first-token")
@@ -150,7 +142,6 @@ def _tracker(value: str) -> str:
     return value
 
 
-Positive = Annotated[int, Field(ge=1)]
 Sites = Annotated[
     tuple[Annotated[str, OneOf((*EVERY_SITE, *SITE_FAMILIES))], ...],
     Field(strict=False, min_length=1),

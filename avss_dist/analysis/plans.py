@@ -12,6 +12,7 @@ from avss_dist.analysis.chosen import choose_runs
 from avss_dist.analysis.findings import describe_depth, findings
 from avss_dist.analysis.verdict import primary_metric, shown_value, verdicts
 from avss_dist.errors import QueryError
+from avss_dist.intervention import Removals, decode_removals
 from avss_dist.names import LOSS, SEARCH
 from avss_dist.pruning.ground_truth import (
     ablate_command,
@@ -66,7 +67,7 @@ def plan_layers(
     return replace(
         made,
         findings=tuple(against),
-        evaluated=evaluated_lines(warehouse, run, made.drop),
+        evaluated=evaluated_lines(warehouse, run, made.removed),
     )
 
 
@@ -175,9 +176,9 @@ def _findings(warehouse: Warehouse, run: Mapping[str, Any], choice: Choice, valu
         yield from verdicts(warehouse.table("experiments", run_ids=[run["run_id"]]).to_pylist())
 
 
-def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], drop: tuple[int, ...]) -> tuple[str, ...]:
+def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], removed: Removals) -> tuple[str, ...]:
     """What each task says of the model without these layers, beside the whole model; a line each."""
-    return tuple(dict.fromkeys(_evaluated(warehouse, run, drop)))
+    return tuple(dict.fromkeys(_evaluated(warehouse, run, removed)))
 
 
 def _is_of_layers_alone(row: Mapping[str, Any]) -> bool:
@@ -185,12 +186,12 @@ def _is_of_layers_alone(row: Mapping[str, Any]) -> bool:
     return all(row[name] is None for name in ("layer", "patch", "sparsity_plan", "factor"))
 
 
-def _evaluated(warehouse: Warehouse, run: Mapping[str, Any], drop: tuple[int, ...]) -> Iterator[str]:
+def _evaluated(warehouse: Warehouse, run: Mapping[str, Any], removed: Removals) -> Iterator[str]:
     rows = warehouse.table("evaluations", where=pc.field("revision") == run["revision"]).to_pylist()
     rows = [row for row in rows if _is_of_layers_alone(row) and not row["task"].startswith(SEARCH)]
-    for key in dict.fromkeys((row["run_id"], row["task"]) for row in rows if tuple(row["drop"]) == drop):
+    for key in dict.fromkeys((row["run_id"], row["task"]) for row in rows if decode_removals(row["drop"]) == removed):
         mine = [row for row in rows if (row["run_id"], row["task"]) == key]
         metric = primary_metric(mine)
-        of = {tuple(row["drop"]): shown_value(row) for row in mine if row["metric"] == metric}
+        of = {decode_removals(row["drop"]): shown_value(row) for row in mine if row["metric"] == metric}
         whole = f", {of[()]} of the whole model" if () in of else ""
-        yield f"{key[1]}: {'perplexity' if metric == LOSS else metric} {of[drop]}{whole}."
+        yield f"{key[1]}: {'perplexity' if metric == LOSS else metric} {of[removed]}{whole}."

@@ -21,11 +21,11 @@ import pyarrow.compute as pc
 
 from avss_dist.analysis.reliability import increases, misranked, reliability, sets_correlation
 from avss_dist.errors import QueryError
+from avss_dist.intervention import Removals, decode_removals, whole_layers
 from avss_dist.names import LOSS, PERPLEXITY
 from avss_dist.pruning.ground_truth import LayerTruth, find_layer_truth, nothing_measured
 from avss_dist.pruning.selection import LAST, PUBLISHED, Choice, PlanError, Reading, reading_of
 from avss_dist.registry import BASELINES, GROUND_TRUTH, MEASURED, SCORES
-from avss_dist.removal import is_whole
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import spearman
 from avss_dist.text import describe_threshold
@@ -124,13 +124,12 @@ def _rises(store: Warehouse, run: Mapping[str, Any]) -> tuple[dict[tuple[int, ..
     where = (pc.field("revision") == run["revision"]) & (pc.field("metric") == LOSS)
     where &= pc.field("patch").is_null() & pc.field("sparsity_plan").is_null() & pc.field("factor").is_null()
     where &= pc.starts_with(pc.field("task"), PERPLEXITY)
-    losses: dict[tuple[str, str], dict[tuple[int, ...], float]] = {}
+    losses: dict[tuple[str, str], dict[Removals, float]] = {}
     for row in store.table("evaluations", where=where).to_pylist():
-        losses.setdefault((row["run_id"], row["task"]), {})[tuple(row["drop"])] = row["value"]
+        losses.setdefault((row["run_id"], row["task"]), {})[decode_removals(row["drop"])] = row["value"]
     for (_, task), found in sorted(losses.items(), key=lambda item: -len(item[1])):
         if () in found:
-            whole = {drop: loss for drop, loss in found.items() if all(map(is_whole, drop))}
-            return {drop: loss - found[()] for drop, loss in whole.items()}, task
+            return {whole_layers(r): loss - found[()] for r, loss in found.items() if whole_layers(r) == r}, task
     return {}, None
 
 

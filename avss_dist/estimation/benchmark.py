@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from avss_dist.corpus.shards import CorpusPlan, Shard, plan
+from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_corpus
 from avss_dist.errors import RunFailed
 from avss_dist.estimation.small_models import VOCABULARY, save_layers
 from avss_dist.estimation.transfers import copy_rate, gather_rate, sum_seconds
@@ -95,7 +95,9 @@ def _measure(
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     gc.freeze()  # the libraries stay: what closes a replica need not look through them
     library = resident_memory()
-    planned = plan(corpus, load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code), settings)
+    planned = tokenize_corpus(
+        corpus, load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code), settings
+    )
     planned, settings = cut(planned, size, settings)
     plan_peak, planned_bytes = peak_memory(), resident_memory()
     reset_peak_memory()

@@ -16,8 +16,9 @@ from avss_dist.partition.choose import PROCESS_BYTES, least_host_bytes
 from avss_dist.partition.cost import Machine, PartitionCost, Usage
 from avss_dist.partition.open import replica_class
 from avss_dist.registry import PARTITIONS, WHOLE
+from avss_dist.requests import EstimateRequest
 from avss_dist.results import TabularResult
-from avss_dist.settings import Execution, Settings
+from avss_dist.settings import Settings
 from avss_dist.system.devices import pick_device
 from avss_dist.text import describe_bytes
 
@@ -96,25 +97,21 @@ class Estimate(TabularResult):
         return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
 
 
-def estimate(model: str, corpus: str, settings: Settings, execution: Execution | None = None) -> Estimate:
+def estimate(request: EstimateRequest) -> Estimate:
     """Estimate a run from the checkpoint's configuration and headers, the corpus, and a benchmark of some seconds.
 
-    Args:
-        model: hub id, folder or ``.gguf`` file; weights are neither fetched nor read.
-        corpus: as for `runs.api.score`; it is planned, as far as ``settings.max_sequences`` goes.
-        execution: ``ranks`` for the partitions of several processes (2 if None) and ``max_memory``; the estimate is of
-            one replica.
+    Weights are neither fetched nor read. The estimate is of one replica.
 
     Raises:
         AvssError: the model, the corpus or a setting is not one that can be run.
     """
-    execution = execution or Execution()
+    model, corpus, settings = str(request.model), request.corpus, request.settings
     checkpoint = locate(model, trust_remote_code=settings.trust_remote_code)
     size = footprint(checkpoint or model, settings)
     source = checkpoint or _fetch_tokenizer(model, settings)
     settings = replace(settings, dtype=size.dtype, device=pick_device(settings.device).type)
-    machine = Machine.look(settings.device, execution.max_memory)
-    costs = partition_costs(checkpoint or model, size, settings, execution, machine)
+    machine = Machine.look(settings.device, request.max_memory)
+    costs = partition_costs(checkpoint or model, size, settings, machine, request)
     timed = {cost.partition: cost.timed_limits for cost in costs if cost.partition == WHOLE or cost.is_timed()}
     measured = calibrate(source, corpus, settings, size, timed)
     counters = counter_bytes(size, settings, measured.num_strata)
@@ -137,17 +134,18 @@ def estimate(model: str, corpus: str, settings: Settings, execution: Execution |
 
 
 def partition_costs(
-    weights: Checkpoint | str, size: Footprint, settings: Settings, execution: Execution, machine: Machine
+    weights: Checkpoint | str, size: Footprint, settings: Settings, machine: Machine, request: EstimateRequest
 ) -> list[PartitionCost]:
     """Return memory and time of every partition, the simplest first; see `partition.cost.PartitionCost`."""
-    return [replica_class(name).cost(name, weights, size, settings, execution, machine) for name in PARTITIONS]
+    limits = request.ranks, request.max_memory
+    return [replica_class(name).cost(name, weights, size, settings, *limits, machine) for name in PARTITIONS]
 
 
 def row(cost: PartitionCost, usage: Usage) -> Row:
     """Return the row of a partition: its memory and time, and whether it fits."""
     machine = cost.machine
     host_needed = usage.host_bytes
-    if "cpu" in cost.execution.max_memory:  # a run is refused by this rule, before anything can be measured
+    if "cpu" in cost.max_memory:  # a run is refused by this rule, before anything can be measured
         host_needed = max(host_needed, least_host_bytes(cost.partition, cost.size, cost.settings, machine.device))
     needs = [(host_needed, machine.host_free, "host memory")]
     if cost.on_gpu:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -14,26 +15,26 @@ from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.errors import ConfigError
 from avss_dist.evaluation.engine import (
     CellReporter,
+    PlannedTask,
     commit,
     evaluation_options,
     failure,
     measure,
     pinned,
     placed,
-    plan_evaluation,
     plan_text,
     require_intended,
     require_listable,
 )
 from avss_dist.evaluation.outcomes import Ablation, LayerAblation
 from avss_dist.executors.open import open_executor
+from avss_dist.intervention import PARTS, Removals, Sublayer, layer_of
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
 from avss_dist.names import LOSS, SUBLAYER_LOSS
 from avss_dist.options import EvaluationOptions, with_options
 from avss_dist.pruning.ground_truth import mean_ranks
 from avss_dist.registry import DAMAGE_TASK, PARTITIONS, SCORES
-from avss_dist.removal import SUBLAYERS, Drop, layer_of
 from avss_dist.settings import DEFAULT_WAREHOUSE, DRAWS, MOST_PASSES, Execution, Settings
 from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.damage import Damage
@@ -93,7 +94,7 @@ def ablate(
         fixed = pinned(settings, checkpoint, executor.device)
         placement = placed(checkpoint, fixed, execution, executor)
         text = plan_text(checkpoint, corpus, fixed, skip_sequences=skip_sequences)
-        removals = leave_one_out + len(SUBLAYERS) * sublayers + shapley
+        removals = leave_one_out + len(PARTS) * sublayers + shapley
         _require_intended(checkpoint, text, fixed, removals, allow_many=allow_many)
         seeds = np.random.SeedSequence(seed).generate_state(shapley).tolist()
         tasks = list(_tasks(corpus, text, leave_one_out, gradients, seeds, truncation))
@@ -101,8 +102,8 @@ def ablate(
             tasks.append(sublayers_task(corpus, text))
         if damage:
             tasks.append(damage_task(corpus, text, draws))
-        planned = [plan_evaluation(checkpoint, task, fixed, placement) for task in tasks]
-        cells = [cell for one in planned for cell in one.cells([()])]
+        planned = [PlannedTask(checkpoint=checkpoint, settings=fixed, task=task, placement=placement) for task in tasks]
+        cells = [cell for one in planned for cell in one.cells()]
         failed = measure(cells, store, executor, reporter, fresh=execution.fresh)
     found = [result for one in planned for result in commit(one, store)]
     if failed:
@@ -185,11 +186,11 @@ def damage_task(corpus: str, text: CorpusPlan, draws: int = DRAWS) -> Task:
 
 
 def _ablation(model: str, corpus: str, found: Sequence[Result]) -> Ablation:
-    losses = {result.drop: result for result in found if result.metric == LOSS}
+    losses = {result.removed: result for result in found if result.metric == LOSS}
     whole = losses.get(())
-    of: dict[int, dict[str, Result]] = {layer_of(drop[0]): {} for drop in losses if drop}
+    of: dict[int, dict[str, Result]] = {layer_of(removed[0]): {} for removed in losses if removed}
     for result in found:
-        if result.layer is not None and not result.drop:
+        if result.layer is not None and not result.removed:
             of.setdefault(result.layer, {})[result.metric] = result
     measured = [(name, layer, result.value) for layer, by_metric in of.items() for name, result in by_metric.items()]
     ranks = mean_ranks("damage", measured)
@@ -209,12 +210,9 @@ def _ablation(model: str, corpus: str, found: Sequence[Result]) -> Ablation:
     return Ablation(model=model, corpus=corpus, whole=whole, layers=layers, reliability=_reliability(layers))
 
 
-def _of_sublayers(layer: int, losses: Mapping[Drop, Result]) -> dict[str, Result]:
-    return {
-        kind: _increase(losses[()], losses[first + layer,])
-        for kind, first in SUBLAYERS.items()
-        if (first + layer,) in losses and () in losses
-    }
+def _of_sublayers(layer: int, losses: Mapping[Removals, Result]) -> dict[str, Result]:
+    without = {part: losses.get((Sublayer(layer, part),)) for part in PARTS} if () in losses else {}
+    return {part: _increase(losses[()], result) for part, result in without.items() if result is not None}
 
 
 def _reliability(layers: Sequence[LayerAblation]) -> float:
@@ -224,4 +222,4 @@ def _reliability(layers: Sequence[LayerAblation]) -> float:
 
 def _increase(whole: Result, without: Result) -> Result:
     samples = without.samples - whole.samples
-    return Result(metric=LOSS, drop=without.drop, layer=None, samples=samples, weights=without.weights)
+    return replace(without, samples=samples)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from avss_dist.intervention import PARTS
 from avss_dist.registry import metrics_of
-from avss_dist.removal import SUBLAYERS
 from avss_dist.results import TabularResult
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.tasks.base import Result
@@ -55,7 +55,8 @@ class Evaluations(list["Evaluation"], TabularResult):
             kept, metrics = one.retained, one.metrics()
             interval = (kept.value, kept.low, kept.high) if kept else (None, None, None)
             for (metric, value, stderr), whole in zip_longest(metrics, one.whole_metrics()):
-                values = (one.subject.label, list(one.subject.drop), one.task, metric, value, stderr, whole, *interval)
+                dropped = list(map(str, one.subject.intervention.removed))
+                values = (one.subject.label, dropped, one.task, metric, value, stderr, whole, *interval)
                 rows.append(dict(zip(COLUMNS, values, strict=True)))
         return pa.Table.from_pylist(rows)
 
@@ -134,8 +135,8 @@ def _row(one: LayerAblation) -> dict[str, Any]:
         "loss": _value(one.loss),
         "increase": _value(one.increase),
         "increase_stderr": None if one.increase is None else one.increase.stderr,
-        **{kind: _value(one.sublayers.get(kind)) for kind in SUBLAYERS},
-        **{f"{kind}_stderr": of.stderr if (of := one.sublayers.get(kind)) else None for kind in SUBLAYERS},
+        **{kind: _value(one.sublayers.get(kind)) for kind in PARTS},
+        **{f"{kind}_stderr": of.stderr if (of := one.sublayers.get(kind)) else None for kind in PARTS},
         "shapley": _value(one.shapley),
         "shapley_low": low,
         "shapley_high": high,

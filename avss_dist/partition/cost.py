@@ -14,7 +14,7 @@ import torch
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.size import Footprint
 from avss_dist.registry import PARTITIONS, WHOLE
-from avss_dist.settings import Execution, Settings
+from avss_dist.settings import Settings
 from avss_dist.system.devices import available_memory, devices_here
 from avss_dist.text import describe_bytes
 
@@ -130,7 +130,8 @@ class PartitionCost:
         weights: the checkpoint that has the headers of the weights, or its hub id.
         size: of the model.
         settings: pinned: no ``auto``.
-        execution: ``ranks`` and ``max_memory`` are used.
+        requested_ranks: processes of one replica, of partitions of several; by default one for each GPU, or 2.
+        max_memory: limits in bytes, by the name of a device.
         machine: devices and memory that may be used.
     """
 
@@ -143,11 +144,12 @@ class PartitionCost:
         weights: Checkpoint | str,
         size: Footprint,
         settings: Settings,
-        execution: Execution,
+        requested_ranks: int | None,
+        max_memory: Mapping[str, int],
         machine: Machine,
     ) -> None:
         self.partition, self.weights, self.size, self.settings = partition, weights, size, settings
-        self.execution, self.machine = execution, machine
+        self.requested_ranks, self.max_memory, self.machine = requested_ranks, max_memory, machine
 
     @staticmethod
     def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
@@ -159,7 +161,7 @@ class PartitionCost:
         """Processes of one replica."""
         if not PARTITIONS[self.partition].gang:
             return 1
-        return self.execution.ranks or max(2, self.machine.gpus)
+        return self.requested_ranks or max(2, self.machine.gpus)
 
     @property
     def on_gpu(self) -> bool:

@@ -56,7 +56,7 @@ class DeviceMapCost(PartitionCost):
         beside = {"cpu": bytes_beside_weights(self.size, self.settings, machine.device)}
         limits |= {
             name if name == "cpu" else int(name): max(0, limit - beside.get(name, batch))
-            for name, limit in self.execution.max_memory.items()
+            for name, limit in self.max_memory.items()
         }
         return spread(self.weights, self.settings, limits)
 

@@ -19,13 +19,14 @@ from torch import nn
 
 from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ConfigError, ModelError
+from avss_dist.intervention import Sparsity
 from avss_dist.models.auto import predictor
 from avss_dist.models.causal_lm import LanguageModel, Watcher
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import PROBE_SHAPE, Layer, Tap, as_rows, first_tensor
 from avss_dist.models.loading import forward_function, load_model, open_module, quiet, without_head
 from avss_dist.models.size import Footprint
-from avss_dist.models.sparsifying import Counted, Sparsity
+from avss_dist.models.sparsifying import SparsityCounts
 from avss_dist.partition.base import Placement, RowSplit
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
 from avss_dist.partition.cost import LINK_SHARE, Calibration, PartitionCost, Usage
@@ -155,15 +156,15 @@ class TensorParallelLanguageModel(LanguageModel):
         raise ModelError("`partition` tensor_parallel has no gradients: DeepSpeed splits models for inference alone.")
 
     @contextmanager
-    def sparsified(self, sparsity: Sparsity) -> Iterator[Counted]:
+    def sparsified(self, sparsity: Sparsity) -> Iterator[SparsityCounts]:
         """See `causal_lm.LanguageModel`. A rank has some of the units of a token, so nothing is chosen among all."""
-        if any(cut.by != THRESHOLD or cut.weighted or cut.group for cut in sparsity.cuts):
+        if any(one.by != THRESHOLD or one.weighted or one.group for one in sparsity.maps):
             raise ModelError(
                 "`partition` tensor_parallel splits the units of a token, and cannot choose the largest of them.",
                 "Use single, device_map, streaming or zero3, or a plan of thresholds.",
             )
-        with super().sparsified(sparsity) as counted:
-            yield counted
+        with super().sparsified(sparsity) as counts:
+            yield counts
 
     def total(self, counts: list[list[int]]) -> list[list[int]]:
         """See `causal_lm.LanguageModel`. What every rank has whole is counted by each: its share stays what it is."""

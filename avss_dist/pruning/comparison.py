@@ -1,4 +1,4 @@
-"""What a pruned checkpoint computes beside the original with the same layers skipped and the same weights replaced."""
+"""Comparison of a pruned checkpoint's outputs with those of the original, with layers skipped and weights replaced."""
 
 from __future__ import annotations
 
@@ -33,19 +33,20 @@ CHECKED_SHAPE = (2, 12)  # rows and tokens
 def largest_difference(
     checkpoint: Checkpoint, plan: Plan, replaced: Patch, folder: Path, settings: Settings, execution: Execution
 ) -> float | None:
-    """The largest difference between the outputs of both backbones' last layers on some tokens.
+    """Return the largest difference between the outputs of both backbones' last layers on some tokens.
 
     Args:
-        plan, replaced: what the original is without, and has in place of its own weights, as it is compared.
-        folder: of the pruned checkpoint.
-        settings: how both compute.
-        execution: models that do not fit in memory twice are streamed within its limits; all are, if it says so.
+        plan: its layers are skipped in the original.
+        replaced: weights of the original to replace.
+        folder: folder of the pruned checkpoint.
+        settings: settings with which both compute.
+        execution: memory limits for streaming, which is used if the models do not fit in memory twice, or on request.
 
     Returns:
-        None of a model that has neither room nor a head: such are not streamed here.
+        None if the models do not fit in memory and have no head, without which they cannot be streamed.
 
     Raises:
-        PlanError: they compute something else.
+        PlanError: the outputs differ.
         ModelError: one of them cannot be opened, or returns no hidden states.
     """
     fits = 2 * footprint(checkpoint, settings).weight_bytes <= available_memory() // 2

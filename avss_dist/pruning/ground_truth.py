@@ -24,7 +24,7 @@ _REPEATED = ("max_sequences", "shuffle_seed", "sequence_length", "batch_size", "
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTruth:
-    """What an evaluation says of each layer.
+    """A measurement of each layer by an evaluation.
 
     Attributes:
         values: by layer; low is unimportant.
@@ -78,10 +78,10 @@ def find_layer_truth(store: Warehouse, run: Mapping[str, Any], by: str) -> Layer
 
 @dataclass(frozen=True, kw_only=True)
 class BlockDistances:
-    """How far apart the streams before and after runs of layers are.
+    """Distances of the hidden states before and after runs of layers.
 
     Attributes:
-        values: by layers, ascending; a mean angle over pi.
+        values: mean angle over pi, by the layers of the run, ascending.
         run_id, task: the evaluation.
     """
 
@@ -104,7 +104,7 @@ def block_distances(store: Warehouse, run: Mapping[str, Any]) -> BlockDistances:
 
 @dataclass(frozen=True, kw_only=True)
 class Interactions:
-    """What leaving out layers does together: ``b^T x + 1/2 x^T H x`` nats per token, without those where x is 1.
+    """Effect of leaving out several layers: ``b^T x + 1/2 x^T H x`` nats per token, without the layers where x is 1.
 
     Attributes:
         b, h: float64[layers], float64[layers, layers].

@@ -1,4 +1,4 @@
-"""Which layers to drop, by a score of each: the one selector, of plans and of experiments."""
+"""Selection of layers by a score of each, for plans and experiments."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PlanError(ConfigError):
 
 @checked
 class Choice:
-    """How layers are chosen.
+    """Request to choose layers.
 
     Raises:
         ConfigError: values out of their range, or that exclude each other.
@@ -38,11 +38,11 @@ class Choice:
     by: Annotated[str, OneOf((*SCORES, CONTRAST, *SEARCHES))]
     """The score, or the search. There is no default: which one to trust is the user's decision."""
     reading: Reading | None = None
-    """Of AVSS: site, recipe, threshold and its kind; the first that there is by default."""
+    """Reading of AVSS: site, recipe, threshold and its kind; the first stored one by default."""
     share: Share | None = None
     """Drop the lowest share of the layers; a quarter by default."""
     count: Annotated[int, Field(ge=1)] | None = None
-    """Drop so many layers, in place of a share."""
+    """Number of layers to drop, in place of a share."""
     mass: Share | None = None
     """Drop the lowest layers that hold at most this share of the summed score, in place of a share."""
     first: Ends = 0
@@ -56,7 +56,7 @@ class Choice:
     seed: Ends = 0
     """Seed of a random choice."""
     sublayers: bool = False
-    """Of a search: leave out the attention or the MLP of a layer alone, too; each counts as half of a layer."""
+    """Let a search also leave out the attention or the MLP of a layer alone; each counts as half of a layer."""
 
     def __post_init__(self) -> None:
         given = [f"`{name}`" for name in ("share", "count", "mass") if getattr(self, name) is not None]
@@ -101,7 +101,7 @@ class Choice:
         return np.array([value for _, value in sorted(values.items())], np.float64)  # None is NaN
 
     def drop_block(self, distances: Mapping[tuple[int, ...], float], layers: int) -> tuple[int, ...]:
-        """The neighbours to drop, by the distance of the streams before and after each run of them.
+        """Return the neighbours to drop, by the distance of the hidden states before and after each run of them.
 
         Raises:
             PlanError: as `drop`, or a distance is missing.
@@ -114,10 +114,10 @@ class Choice:
         return min(blocks, key=distances.__getitem__)
 
     def drop(self, scores: Sequence[float] | Float64) -> tuple[int, ...]:
-        """The layers to drop, ascending, by the score of each (ties go to the earlier layer).
+        """Return the layers to drop, ascending, by the score of each (ties go to the earlier layer).
 
         Raises:
-            PlanError: no layer would be left, or none dropped, or a score is missing.
+            PlanError: no layer would remain, none would be dropped, or a score is missing.
         """
         values = np.asarray(scores, np.float64)
         values = -values if self.highest else values
@@ -134,14 +134,21 @@ class Choice:
         return tuple(int(layer) for layer in candidates[ranks <= number])
 
     def unprotected(self, layers: int) -> range:
-        """Which of so many layers may be dropped."""
+        """Return the indices of the layers that may be dropped.
+
+        Args:
+            layers: number of layers of the model.
+        """
         return range(self.first, max(self.first, layers - self.last))
 
     def number(self, layers: int) -> int:
-        """How many of so many layers are dropped, by ``count`` or ``share``.
+        """Return the number of layers to drop, by ``count`` or ``share``.
+
+        Args:
+            layers: number of layers of the model.
 
         Raises:
-            PlanError: no layer would be left, or more are protected.
+            PlanError: no layer would remain, or too many are protected.
         """
         number = self.count or count_lowest(layers, LOWEST_SHARE if self.share is None else self.share)
         self._require_droppable(number, layers)
@@ -170,22 +177,22 @@ class Choice:
 
 
 def _from_the_end(num_layers: int) -> Float64:
-    """Low for the last layers, but for the final one, which is the highest."""
+    """Return a score that is low for the last layers, except for the final one, which has the highest."""
     places = np.arange(num_layers, 0, -1, dtype=np.float64)
     places[-1] = num_layers + 1
     return places
 
 
 def reading_of(row: Mapping[str, Any]) -> Reading:
-    """Site, recipe and threshold of a row of ``scores``."""
+    """Return site, recipe and threshold of a row of ``scores``."""
     return row["site"], row["recipe"], row["threshold"], row["threshold_kind"]
 
 
 def _is_ranked(row: Mapping[str, Any], by: str) -> bool:
-    """Whether AVSS is a measure of a layer: it has no rank where activations were NaN or infinite."""
+    """Whether a row has the score; AVSS has no rank if activations were NaN or infinite."""
     return by != "avss" or row["rank"] is not None
 
 
 def count_layers(rows: Rows) -> int:
-    """Layers of the model that these rows of ``scores`` are of."""
+    """Return the number of layers of the model, from its rows of ``scores``."""
     return 1 + max(row["layer"] for row in rows)

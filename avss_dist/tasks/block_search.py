@@ -15,6 +15,7 @@ from torch import nn
 
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.errors import ModelError
+from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer, LayerCall, as_rows, first_tensor
 from avss_dist.models.sparsifying import weight_of
@@ -59,7 +60,7 @@ class GreedyBlock:
         shards = [shard.content_hash for shard in self.shards]
         return fingerprint(measure="greedy block", shards=shards, layer=self.layer, maps=how)
 
-    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """See `tasks.base.Measure`."""
         layer = model.layers[self.layer]
         batches = [batch for shard in self.shards for batch in shard.batches(model.settings.batch_size)]
@@ -148,7 +149,7 @@ def dense_calls(model: LanguageModel, layer: Layer, batches: Sequence[Batch]) ->
 
     handle = layer.module.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        with model.without(range(layer.index + 1, len(model.layers))):
+        with model.applying(Intervention(removed=tuple(range(layer.index + 1, len(model.layers))))):
             model.together([partial(run, number) for number in range(len(batches))])
     finally:
         handle.remove()
@@ -181,7 +182,7 @@ class Spectra:
         """See `tasks.base.Measure`."""
         return fingerprint(measure="spectra", layer=self.layer)
 
-    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """See `tasks.base.Measure`."""
         layer, rows = model.layers[self.layer], []
         with model.running(layer):

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from avss_dist.registry import BASELINES, SCORES
-from avss_dist.settings import REPAIRS, RIVAL_PATCHES
 from avss_dist.stats.experts import EXPERT_COLUMNS
 from avss_dist.stats.layer_stats import Float32, Float64, Int64, LayerStats
 from avss_dist.stats.rows import ROW_FIELDS
@@ -294,7 +293,7 @@ TABLES: dict[str, Table] = {
             Column("seed", INT32, "of a random choice"),
             _DROP,
             _FACTOR,
-            Column("repair", STRING, f"the repair of what they did: {', '.join((*REPAIRS, *RIVAL_PATCHES))}; or null"),
+            Column("repair", STRING, "name of the repair; null without one"),
             _PATCH,
             _TASK,
             _METRIC,

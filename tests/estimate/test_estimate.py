@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from avss_dist.partition.choose import choose, least_host_bytes
 from avss_dist.partition.cost import Calibration, Cost, Machine
 from avss_dist.registry import PARTITIONS
 from avss_dist.report.terminal.estimate import describe_seconds, estimate_table, summary
+from avss_dist.requests import EstimateRequest
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices
 
@@ -48,9 +49,15 @@ def header_only(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
+def estimated(model: str, corpus: str, settings: Settings, max_memory: Mapping[str, Any] | None = None) -> Estimate:
+    """The estimate of a run with settings."""
+    taken = {name: value for name, value in settings.as_dict().items() if name in EstimateRequest.shared}
+    return estimate(EstimateRequest(model, corpus=corpus, max_memory=max_memory or {}, **taken))
+
+
 @pytest.fixture(scope="module")
 def guess(header_only: Path) -> Estimate:
-    return estimate(str(header_only), "builtin:pydoc", SETTINGS)
+    return estimated(str(header_only), "builtin:pydoc", SETTINGS)
 
 
 def test_no_weight_is_read(guess: Estimate) -> None:
@@ -100,14 +107,14 @@ import sys, json, resource
 import avss_dist.runs.api
 from avss_dist.models.checkpoints import resolve
 from avss_dist.settings import Settings
-from avss_dist.corpus.shards import plan
+from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.partition.base import Placement
 from avss_dist.partition.open import open_replica
 from avss_dist.measure.shard import analyze_shard
 folder, partition, settings = sys.argv[1], sys.argv[2], Settings(**json.loads(sys.argv[3]))
 checkpoint = resolve(folder)
-shards = plan("builtin:pydoc", load_tokenizer(checkpoint), settings).shards
+shards = tokenize_corpus("builtin:pydoc", load_tokenizer(checkpoint), settings).shards
 replica = open_replica(checkpoint, settings, Placement(partition=partition))
 print(max(analyze_shard(replica, shard, settings).peak_memory_bytes for shard in shards))
 """
@@ -122,7 +129,7 @@ def test_peak_memory_is_within_15_percent(tmp_path: Path, save_checkpoint: Save)
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16}
     folder = save_checkpoint(llama(**sizes, num_key_value_heads=4, max_position_embeddings=256), tmp_path / "model")
     settings = Settings(max_sequences=4, sequence_length=128, batch_size=4, device="cpu")
-    guess = estimate(str(folder), "builtin:pydoc", settings)
+    guess = estimated(str(folder), "builtin:pydoc", settings)
     assert guess.weight_bytes > 300e6
     for found in (found for found in guess.rows if found.partition in ("single", "streaming")):
         command = [sys.executable, "-c", MEASURE, str(folder), found.partition, json.dumps(settings.as_dict())]
@@ -170,7 +177,8 @@ def rows(
     size = replace(footprint(str(folder), settings), **sizes)  # type: ignore[arg-type]
     execution = execution or Execution()
     counters = counter_bytes(size, settings, calibration.num_strata)
-    costs = partition_costs(str(folder), size, settings, execution, machine)
+    request = EstimateRequest(folder, corpus="builtin:pydoc", ranks=execution.ranks, max_memory=execution.max_memory)
+    costs = partition_costs(str(folder), size, settings, machine, request)
     return {cost.partition: row(cost, cost.usage(calibration, counters)) for cost in costs}
 
 
@@ -255,7 +263,7 @@ def test_the_simplest_that_is_about_as_fast_as_the_fastest_is_the_best(guess: Es
 def test_free_memory_is_looked_up(header_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(avss_dist.partition.cost, "available_memory", lambda: 50_000_000)
     monkeypatch.setattr(avss_dist.estimation.estimate, "calibrate", lambda *_: CALIBRATION)
-    found = estimate(str(header_only), "builtin:pydoc", SETTINGS)
+    found = estimated(str(header_only), "builtin:pydoc", SETTINGS)
     assert found.host_free_bytes == 50_000_000 and found.best is None
 
 
@@ -267,7 +275,7 @@ def test_no_more_than_allowed_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_limit_that_no_process_keeps_fits_nothing(header_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(avss_dist.estimation.estimate, "calibrate", lambda *_: CALIBRATION)
-    found = estimate(str(header_only), "builtin:pydoc", SETTINGS, Execution(max_memory={"cpu": "20MB"}))
+    found = estimated(str(header_only), "builtin:pydoc", SETTINGS, {"cpu": "20MB"})
     assert found.host_free_bytes == 20_000_000 and found.best is None
 
 
@@ -301,7 +309,7 @@ def test_what_fits_a_limit_is_what_a_run_accepts(tiny_llama: Path) -> None:
 def test_a_benchmark_that_is_killed_is_an_error(header_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(avss_dist.estimation.benchmark, "_be_like_a_run", _end_at_once)
     with pytest.raises(RunFailed, match="ended without a result"):
-        estimate(str(header_only), "builtin:pydoc", SETTINGS)
+        estimated(str(header_only), "builtin:pydoc", SETTINGS)
 
 
 def _end_at_once() -> None:
@@ -319,7 +327,7 @@ def test_a_short_model_keeps_what_belongs_to_its_layers() -> None:
 
 def test_mistakes_of_the_plan_come_from_another_process_as_what_they_are(header_only: Path) -> None:
     with pytest.raises(CorpusError, match=r"nowhere\.txt"):
-        estimate(str(header_only), "nowhere.txt", SETTINGS)
+        estimated(str(header_only), "nowhere.txt", SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -341,13 +349,13 @@ def test_mistakes_are_told(
     benchmark_in_this_process: None,
 ) -> None:
     with pytest.raises(error, match=said):
-        estimate(model or str(header_only), corpus, settings)
+        estimated(model or str(header_only), corpus, settings)
 
 
 def test_a_checkpoint_without_a_tokenizer(tmp_path: Path, benchmark_in_this_process: None) -> None:
     llama().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="has no tokenizer"):
-        estimate(str(tmp_path), "builtin:pydoc", SETTINGS)
+        estimated(str(tmp_path), "builtin:pydoc", SETTINGS)
 
 
 def test_counters_are_of_every_stratum(tiny_llama: Path) -> None:
@@ -365,5 +373,5 @@ def test_other_families(family: str, tmp_path: Path, save_checkpoint: Save, benc
     model.resize_token_embeddings(VOCABULARY)
     corpus = write_pairs(tmp_path, 4) if family == "mixtral" else "builtin:pydoc"
     settings = replace(SETTINGS, sequence_length=48, max_sequences=12)
-    found = estimate(str(save_checkpoint(model, tmp_path / family)), corpus, settings)
+    found = estimated(str(save_checkpoint(model, tmp_path / family)), corpus, settings)
     assert found.num_layers == 3 and all(row.seconds > 0 for row in found.rows)

@@ -12,6 +12,7 @@ import pytest
 
 from avss_dist.analysis.verdict import judgement, lacks_interval
 from avss_dist.evaluation.retention import Retained, retained
+from avss_dist.intervention import InterventionKey
 from avss_dist.names import LOSS
 from avss_dist.stats.intervals import jackknife_interval
 from avss_dist.stats.layer_stats import Float64
@@ -20,7 +21,7 @@ from avss_dist.tasks.base import Result
 
 def result(samples: Float64, metric: str = LOSS, weight: float = 1.0) -> Result:
     weights = np.full(len(samples), weight)
-    return Result(metric=metric, drop=(), layer=None, samples=samples * weight, weights=weights)
+    return Result(metric, InterventionKey(), None, samples * weight, weights)
 
 
 def losses(number: int) -> tuple[Float64, Float64]:

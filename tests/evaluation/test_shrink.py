@@ -31,8 +31,8 @@ from avss_dist.models.checkpoints import resolve
 from avss_dist.partition.base import Placement
 from avss_dist.pruning.repair.record import read_repairs
 from avss_dist.pruning.selection import PlanError
-from avss_dist.pruning.shrinking import CHOSEN_BY, GREEDY
-from avss_dist.registry import BLOCK_DISTANCE, SCORES
+from avss_dist.pruning.shrinking import CHOSEN_BY
+from avss_dist.registry import BLOCK_DISTANCE, INTERACTIONS, SCORES
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices
 from avss_dist.text import RedactedURI
@@ -85,7 +85,7 @@ def test_a_quarter_goes_and_is_repaired(done: Shrunk, deep: Path) -> None:
 
 
 def test_whatever_layers_are_chosen_by_is_measured() -> None:
-    assert set(CHOSEN_BY) == {*SCORES, GREEDY} - {BLOCK_DISTANCE}
+    assert {*CHOSEN_BY, INTERACTIONS, BLOCK_DISTANCE} == {*SCORES}
 
 
 def test_the_parts_of_the_text_are_apart(done: Shrunk, deep: Path) -> None:

@@ -159,12 +159,12 @@ def test_tasks_compute_with_the_threads_of_the_settings(
 
 def run_one(model: Path, analyze: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The outcomes of one run on three cores, with another `analyze_shard`."""
-    from avss_dist.corpus.shards import plan
+    from avss_dist.corpus.shards import tokenize_corpus
     from avss_dist.models.loading import load_tokenizer
 
     checkpoint = resolve(str(model))
     settings = Settings(**{name: value for name, value in OPTIONS.items() if name != "corpus"})
-    shards = plan("builtin:pydoc", load_tokenizer(checkpoint), settings).shards
+    shards = tokenize_corpus("builtin:pydoc", load_tokenizer(checkpoint), settings).shards
     monkeypatch.setattr(local, "free_cores", lambda: 3)
     monkeypatch.setattr(local, "analyze_shard", analyze)
     spec = ReplicaSpec(checkpoint=checkpoint, settings=settings, placement=Placement())

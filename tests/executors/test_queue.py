@@ -19,6 +19,7 @@ from avss_dist.executors.ray import object_store
 from avss_dist.executors.ray import queue as queue_module
 from avss_dist.executors.ray.object_store import BLOCK_SHARDS, PatchSharer, ShardSharer
 from avss_dist.executors.ray.queue import ATTEMPTS, LATE_SECONDS, CellQueue, ShardQueue, shape
+from avss_dist.intervention import Intervention
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.partition.base import Placement
 from avss_dist.settings import Settings
@@ -65,7 +66,10 @@ def cell_queue(
 ) -> tuple[CellQueue, list[Cell]]:
     shared: dict[str, Any] = {"run_id": "e", "checkpoint": checkpoint, "settings": SETTINGS}
     measure = TextLoss(random_shard())
-    cells = [Cell(**shared, task=task, part=i, measure=measure, patch=patch) for i, task in enumerate(tasks)]
+    cells = [
+        Cell(**shared, task=task, part=i, measure=measure, intervention=Intervention(patch=patch))
+        for i, task in enumerate(tasks)
+    ]
     spec = ReplicaSpec(checkpoint=checkpoint, settings=SETTINGS, placement=Placement(**placement), head=True)
     return CellQueue(spec, cells, underway), cells
 
@@ -182,7 +186,8 @@ def test_every_rank_takes_the_cell_with_its_patch(checkpoint: Checkpoint, monkey
     queue, cells = cell_queue(checkpoint, ["loss", "loss"], Patch("k"))
     (((assignment,), blocks),) = queue.parts([1])
     assert assignment.resolved(blocks) is assignment
-    assert assignment.cell.part == 1 and assignment.cell.patch.data == b"k" and cells[1].patch == Patch("k")
+    assert assignment.cell.part == 1 and assignment.cell.intervention.patch.data == b"k"
+    assert cells[1].intervention.patch == Patch("k")
 
 
 def test_gangs_are_shaped_by_ranks_and_gpus(checkpoint: Checkpoint) -> None:

@@ -15,7 +15,7 @@ import ray
 import torch
 from support.oracle import FLOAT_FIELDS
 
-from avss_dist.corpus.shards import Batch, Shard, plan
+from avss_dist.corpus.shards import Batch, Shard, tokenize_corpus
 from avss_dist.errors import BatchTooLarge
 from avss_dist.executors.base import ReplicaSpec
 from avss_dist.executors.ray.worker import ShardAssignment, Worker
@@ -57,7 +57,7 @@ def replica(tiny_llama: Path) -> SmallDevice:
 
 @pytest.fixture(scope="module")
 def shard(tiny_llama: Path) -> Shard:
-    return plan("builtin:pydoc", load_tokenizer(resolve(str(tiny_llama))), SETTINGS).shards[0]
+    return tokenize_corpus("builtin:pydoc", load_tokenizer(resolve(str(tiny_llama))), SETTINGS).shards[0]
 
 
 @pytest.mark.parametrize("most", [7, 3, 1])

@@ -16,7 +16,7 @@ from support.pairs import write_pairs
 from support.tables import assert_same_tables
 
 import avss_dist
-from avss_dist.corpus.shards import Shard, plan
+from avss_dist.corpus.shards import Shard, tokenize_corpus
 from avss_dist.measure.rows import ObservedTokens, by_matrices, row_tensors
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
@@ -52,7 +52,7 @@ def opened(tiny_llama: Path) -> Iterator[Replica]:
 
 @pytest.fixture(scope="module")
 def shard(tiny_llama: Path, source: str) -> Shard:
-    return plan(source, load_tokenizer(resolve(str(tiny_llama))), SETTINGS).shards[0]
+    return tokenize_corpus(source, load_tokenizer(resolve(str(tiny_llama))), SETTINGS).shards[0]
 
 
 @pytest.fixture(scope="module")

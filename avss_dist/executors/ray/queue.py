@@ -324,7 +324,11 @@ class CellQueue(UnitQueue[Cell]):
         return [([assignment], ())] * self.spec.placement.ranks
 
     def _sent(self, cell: Cell) -> Cell:
-        return replace(cell, patch=self._patches.share(cell.patch)) if cell.patch else cell
+        """Return a cell whose patch, if it has one, is where workers reach it."""
+        patch = cell.intervention.patch
+        if patch is None:
+            return cell
+        return replace(cell, intervention=replace(cell.intervention, patch=self._patches.share(patch)))
 
     def _outcome(self, unit: int, result: Any) -> tuple[Cell, Any]:
         return self.units[unit], result

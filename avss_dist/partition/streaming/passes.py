@@ -20,7 +20,7 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 
 from avss_dist.models.layers import LayerCall, first_tensor, input_tensor
-from avss_dist.models.patching import STREAM, holding, multiplied
+from avss_dist.models.patching import holding
 from avss_dist.models.skipping import Skip, give
 from avss_dist.partition.streaming.buffers import AnyBuffer
 from avss_dist.partition.streaming.hidden_states import HiddenStateOffloader
@@ -83,7 +83,7 @@ class Plan:
         begins: where the pass begins, if that is not the first layer.
         forks: passes that begin where this one comes to a layer, with a copy of what that is given.
         record: what is kept for a backward pass.
-        changes: values of parameters of a layer, by path, in place of the layer's own; see `patching.STREAM`.
+        changes: values of parameters of a layer, by path, in place of the layer's own.
     """
 
     skips: Mapping[nn.Module, Skip] = field(default_factory=dict)
@@ -258,10 +258,8 @@ class _Stop:
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer itself, whose weights are there."""
         changes = PLAN.get().changes.get(self._layer, {})
-        weights = {self._layer.get_parameter(path): value for path, value in changes.items() if path != STREAM}
-        with holding(weights):
-            output = self._kind.__call__(self._layer, *args, **kwargs)
-        return multiplied(output, changes.get(STREAM))
+        with holding({self._layer.get_parameter(path): value for path, value in changes.items()}):
+            return self._kind.__call__(self._layer, *args, **kwargs)
 
     def _arrive(self, *args: Any, **kwargs: Any) -> Any:
         now, plan, layer = _PASS.get(), PLAN.get(), self._layer
