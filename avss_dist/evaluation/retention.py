@@ -18,7 +18,7 @@ class Retained:
 
     Attributes:
         value: the retention.
-        low, high: ends of the interval of ``settings.INTERVAL`` over paired samples; NaN where the two have different
+        low, high: ends of the interval of ``intervals.INTERVAL`` over paired samples; NaN where the two have different
             numbers of samples, where fewer than ``MINIMUM_UNITS`` samples differ, or where the retention is zero or
             infinite.
     """

@@ -46,7 +46,7 @@ class Assignment(Protocol):
         """Return the result, or None where this rank reports none.
 
         Args:
-            model: the replica that ``spec.open`` returned.
+            model: the replica that `executors.base.ReplicaSpec.open` returned.
             heartbeat: to be called whenever a layer begins.
             computed: may be called when the model can be used for another unit.
         """
