@@ -13,8 +13,8 @@ import vl_convert
 
 from avss_dist.analysis.findings import describe_depth
 from avss_dist.errors import AvssError, nearest
+from avss_dist.registry import BASELINES, FROM_ACTIVATIONS, SCORES
 from avss_dist.report.output import map_leaves, write_file
-from avss_dist.settings import RIVALS
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.rankings import count_lowest, depth_correlation, rank_lowest
 from avss_dist.text import basename, describe_count, describe_threshold, printable
@@ -37,7 +37,7 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
     lowest = _lowest(scores)
     rows = [
         {
-            **{k: s[k] for k in ("layer", "layer_name", "depth", "rank", "avss_low", "avss_high", *RIVALS)},
+            **{k: s[k] for k in ("layer", "layer_name", "depth", "rank", "avss_low", "avss_high", *BASELINES)},
             "avss": s["avss_smoothed"],
             "run": labels[s["run_id"]],
             **{f"lowest_{name}": (s["run_id"], s["layer"]) in places for name, places in lowest.items()},
@@ -53,7 +53,7 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
     base = alt.Chart(alt.InlineData(values=rows)).encode(x=x)
     color = alt.Color("run:N", title=None, scale=COLORS, legend=alt.Legend(orient="bottom", columns=2))
     paint: Any = color if several else alt.value("#1f77b4")
-    panels = [_score_panel(base, paint), *(_panel(base, paint, rows, name) for name in RIVALS)]
+    panels = [_score_panel(base, paint), *(_panel(base, paint, rows, name) for name in BASELINES)]
     title = alt.TitleParams(
         f"Layer scores of {labels[runs[0]['run_id']] if not several else f'{len(runs)} runs'}",
         subtitle=[
@@ -83,7 +83,7 @@ def _lowest(scores: Sequence[Mapping[str, Any]]) -> dict[str, set[tuple[str, int
     found: dict[str, set[tuple[str, int]]] = {}
     for run_id in dict.fromkeys(s["run_id"] for s in scores):
         of_run = [s for s in scores if s["run_id"] == run_id]
-        for name, column in (("avss", "avss_smoothed"), *((name, name) for name in RIVALS)):
+        for name, column in ((name, SCORES[name].column) for name in FROM_ACTIVATIONS):
             ranks = rank_lowest(np.array([s[column] for s in of_run], float))
             low = [s["layer"] for s, rank in zip(of_run, ranks, strict=True) if rank <= count_lowest(len(of_run))]
             found.setdefault(name, set()).update((run_id, layer) for layer in low)
@@ -131,7 +131,7 @@ def _score_panel(base: Any, color: Any) -> Any:
 
 def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str) -> Any:
     """A rival, on a log scale unless a layer scores zero or less."""
-    title = RIVALS[name]
+    title = SCORES[name].title
     log = all(row[name] is None or row[name] > 0 for row in rows)
     y = alt.Y(f"{name}:Q", title=f"{title}{' (log)' if log else ''}", scale=alt.Scale(type="log" if log else "linear"))
     line = base.mark_line(strokeWidth=1.5).encode(y=y, color=color)

@@ -14,7 +14,7 @@ from support.command_line import avss
 from support.command_line import commands as registered
 from support.documentation import PAGES, ROOT, commands, read
 
-from avss_dist.cli.examples import EXAMPLES
+from avss_dist.cli.commands import EXAMPLES
 
 ONLY_PARSED = {
     "jobs": "needs a cluster",
@@ -113,7 +113,7 @@ def small(words: tuple[str, ...]) -> list[str]:
     if "--sublayers" in kept:  # no checkpoint can be pruned by that plan
         kept = ["sublayers.yaml" if word == "plan.yaml" else word for word in kept]
     options = {option for p in registered()[words[0]].params for option in p.opts}
-    reads = words[0] not in ("plan", "prune") or {"--corpus", "--repair-corpus"}.intersection(words)
+    reads = words[0] not in ("plan", "sparsify", "prune") or {"--corpus", "--repair-corpus"}.intersection(words)
     for name, value in SMALL.items():
         if name in kept:
             kept[kept.index(name) + 1] = value
@@ -121,7 +121,7 @@ def small(words: tuple[str, ...]) -> list[str]:
             kept += [name, value]
     if words[0] == "compare":
         kept.append("--allow-mismatch")  # the warehouse has two texts
-    if words[0] == "plan" and not {"--protect", "--sparsify"}.intersection(words):
+    if words[0] == "plan" and "--protect" not in words:
         kept += ["--protect", "first=1"]  # a cut before the first layer has nothing to repair
     return kept
 

@@ -25,6 +25,7 @@ from support.documentation import DOCS, read
 
 from avss_dist.errors import AvssError, ConfigError, TaskError
 from avss_dist.evaluation.evaluate import evaluate
+from avss_dist.intervention import NO_INTERVENTION
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.options import Prompting
@@ -120,7 +121,7 @@ def open_model(folder: Path) -> LanguageModel:
 
 def ask(task: Path, model: LanguageModel, drop: tuple[int, ...] = (), **options: Any) -> dict[str, Row]:
     (part,) = harness_task(str(task), **options).parts
-    rows = pickle.loads(pickle.dumps(part))(model, drop)  # as a worker is asked
+    rows = pickle.loads(pickle.dumps(part))(model, NO_INTERVENTION.without(*drop))  # as a worker is asked
     return {row.metric: row for row in rows}
 
 

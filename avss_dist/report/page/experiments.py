@@ -21,9 +21,9 @@ from avss_dist.analysis.verdict import (
     shown_value,
     verdicts,
 )
+from avss_dist.names import LOSS
 from avss_dist.report.chart import specification
 from avss_dist.report.page.removal import named_task
-from avss_dist.settings import LOSS
 from avss_dist.stats.retention import NO_INTERVAL
 
 GRAY, BLUE, AMBER = "#8b949e", "#4c9be8", "#e0a030"  # seen on light and on dark

@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from avss_dist import __version__
 from avss_dist.analysis.findings import findings
+from avss_dist.registry import FROM_ACTIVATIONS, SCORES
 from avss_dist.report.output import write_file
 from avss_dist.report.page.across import differing, in_training
 from avss_dist.report.page.charts import page_charts
@@ -87,6 +88,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
         library=library,
         data=_packed({**data, "charts": page_charts()}) if data["choices"] else "",
         has={"series": data["series"], **{n: any(run[n] for run in data["without"]) for n in ("blocks", "kept")}},
+        scores={name: SCORES[name] for name in FROM_ACTIVATIONS},
         version=__version__,
         warehouse=warehouse.root,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

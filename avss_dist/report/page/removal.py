@@ -11,15 +11,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from avss_dist.analysis.verdict import primary_metric
-from avss_dist.removal import describe_removed, size_removed
-from avss_dist.settings import BLOCK_DISTANCE, OF_LAYERS, REPAIR, ROW_START, SEARCH, SUBLAYER_LOSS
+from avss_dist.intervention import decode_removals, describe_removed, size_removed
+from avss_dist.names import REPAIR, ROW_START, SEARCH, SUBLAYER_LOSS
+from avss_dist.registry import BLOCK_DISTANCE, MEASURED, SCORES
 from avss_dist.stats.retention import kept
 from avss_dist.text import basename
 
 if TYPE_CHECKING:
     from avss_dist.warehouse.reader import Warehouse
 
-OF_EVERY_LAYER = tuple({*OF_LAYERS.values(), SUBLAYER_LOSS, SEARCH})
+OF_EVERY_LAYER = tuple({*(SCORES[name].task for name in MEASURED), SUBLAYER_LOSS, SEARCH})
 """Tasks that say what single layers do, or sets on the text of a search: nothing that a model is judged by."""
 DIGITS = 4
 Row = Mapping[str, Any]  # of the table `evaluations`
@@ -89,8 +90,9 @@ def _points(task: str, rows: Sequence[Row], repairs: Mapping[str, str]) -> Itera
             share = float(kept(metric, np.array(whole), np.array(row["value"])))
             repair = f", repaired by {repairs.get(row['patch'], 'a patch')}" if row["patch"] else ""
             if isfinite(share):
-                of = {"series": f"{named_task(task)}{repair}", "dropped": describe_removed(row["drop"])}
-                yield {**of, "size": size_removed(row["drop"]), "kept": _short(share)}
+                removed = decode_removals(row["drop"])
+                of = {"series": f"{named_task(task)}{repair}", "dropped": describe_removed(removed)}
+                yield {**of, "size": size_removed(removed), "kept": _short(share)}
 
 
 def named_task(task: str) -> str:

@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 
 from avss_dist.analysis.scorecard import RETENTION, SPEARMAN, best_readings, describe_score, is_published, score_cards
 from avss_dist.pruning.selection import LAST
+from avss_dist.registry import GROUND_TRUTH, MEASURED, SCORES
 from avss_dist.report.page.experiments import AMBER, BLUE, GRAY, as_image
-from avss_dist.settings import GROUND_TRUTH, OF_LAYERS
 from avss_dist.stats.rankings import spearman_interval
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _with_truth(warehouse: Warehouse, runs: Sequence[Row]) -> list[Row]:
     """Runs whose checkpoint has an evaluation of its layers."""
     revisions = pa.array(sorted({run["revision"] for run in runs} - {None}), pa.string())
     rows = warehouse.table("evaluations", where=pc.field("revision").isin(revisions), columns=["revision", "task"])
-    tasks = tuple(GROUND_TRUTH.values())
+    tasks = tuple(SCORES[name].task for name in GROUND_TRUTH)
     found = {row["revision"] for row in rows.to_pylist() if row["task"].startswith(tasks)}
     return [run for run in runs if run["revision"] in found]
 
@@ -113,7 +113,7 @@ def _cell(value: Any, column: str = "") -> dict[str, Any]:
 
 
 def _kind(card: Row) -> str:
-    place = 2 if card["score"] == LAST else 1 if card["score"] in OF_LAYERS else 0
+    place = 2 if card["score"] == LAST else 1 if card["score"] in MEASURED else 0
     return list(KINDS)[place]
 
 

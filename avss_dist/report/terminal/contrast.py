@@ -11,7 +11,7 @@ from rich.text import Text
 from avss_dist.analysis.contrast import FEATURES, LEVEL, Contrast
 from avss_dist.report.terminal.scores import BAR_WIDTH, bar_cells
 from avss_dist.report.terminal.tables import Column, FittedTable
-from avss_dist.settings import MINIMUM_UNITS
+from avss_dist.stats.intervals import MINIMUM_UNITS
 from avss_dist.text import printable
 
 

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from avss_dist.removal import count_removed
+from avss_dist.intervention import count_removed
 from avss_dist.stats.retention import NO_INTERVAL
 from avss_dist.text import printable
 
@@ -35,7 +35,7 @@ def evaluation_table(found: Evaluations) -> RenderableType:
         *_, (metric, value, stderr) = one.metrics()
         table.add_row(
             Text(one.subject.label),
-            count_removed(one.subject.drop) if one.subject.drop else "-",
+            count_removed(removed) if (removed := one.subject.intervention.removed) else "-",
             Text(one.task),
             Text(metric),
             f"{value:z.4g}",

@@ -18,9 +18,9 @@ from avss_dist.analysis.verdict import (
     shown_value,
     verdicts,
 )
+from avss_dist.names import LOSS, PERPLEXITY
 from avss_dist.report.terminal.sparsity import curves_table
 from avss_dist.report.terminal.tables import Column, FittedTable
-from avss_dist.settings import LOSS, PERPLEXITY
 from avss_dist.stats.retention import NO_INTERVAL
 from avss_dist.text import basename
 

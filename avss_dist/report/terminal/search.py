@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from avss_dist.removal import describe_removed, size_removed
+from avss_dist.intervention import describe_removed, size_removed
 from avss_dist.report.terminal.tables import Column, FittedTable
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ def search_table(found: Found) -> FittedTable:
     """
     rows = [("-", 0.0, found.whole, 0)]
     for step in found.steps:
-        dropped = size_removed(step.best.drop)
+        dropped = size_removed(step.best.removed)
         if dropped != rows[-1][1] or step.best.value < rows[-1][2].value:
-            rows.append((describe_removed(step.best.drop), dropped, step.best, step.sets))
+            rows.append((describe_removed(step.best.removed), dropped, step.best, step.sets))
     losses = [loss for *_, loss, _ in rows]
     errors = [f"{loss.stderr:.2g}" if isfinite(loss.stderr) else "-" for loss in losses]
     return FittedTable(

@@ -9,8 +9,8 @@ from rich.text import Text
 
 from avss_dist.analysis.sparsity_curves import Curve, Point
 from avss_dist.analysis.verdict import lacks_interval, shown_interval, shown_value
+from avss_dist.names import LOSS
 from avss_dist.report.terminal.tables import Column, FittedTable
-from avss_dist.settings import LOSS
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.stats.retention import NO_INTERVAL
 from avss_dist.text import printable

@@ -1,10 +1,17 @@
-"""Observe forward passes of a backbone: hooks that only read, reductions on the device that holds the activation."""
+"""Observe forward passes of a backbone: hooks that only read, reductions on the device that holds the activation.
+
+`Hooks` hand what layers compute to the `Observer` whose `Pass` runs in their context. The statistics of routed experts
+are summed by an `ExpertCounter` of the observer.
+"""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,22 +20,233 @@ from torch import nn
 
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.errors import ModelError
-from avss_dist.measure.experts import ExpertCounter, expert_hooks
 from avss_dist.measure.kernels.base import Accumulator, Kernels, send_stats
 from avss_dist.measure.kernels.choose import kernels_for
-from avss_dist.measure.passes import PASSES, Entered, Pass
 from avss_dist.measure.rows import ObservedTokens, PlacedRows, RowsOf, masks_by_stratum, row_tensors
+from avss_dist.models.experts import Experts, Routing, routing_of
 from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
+from avss_dist.names import AFTER_ANOTHER
 from avss_dist.partition.base import RowSplit
 from avss_dist.settings import INPUT_SITES
+from avss_dist.stats.experts import ExpertStats
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, StratumKey
 from avss_dist.stats.merging import merge_strata
 from avss_dist.system.context import bound
-from avss_dist.system.devices import to_host
+from avss_dist.system.devices import sent, to_host
 
 ALL_ROWS = RowSplit()
 UNIT_SITES = ("block", "update", *INPUT_SITES)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Entered:
+    """The layer that is running, and the hidden states that it was given."""
+
+    layer: Layer
+    hidden: torch.Tensor | None
+    version: int
+
+
+@dataclass
+class Pass:
+    """A forward pass that is under way: its observer, the tokens that count in it, and the layer that runs.
+
+    Attributes:
+        mask: bool[rows, tokens], what counts; None where nothing does.
+        own: the rows that this process counts.
+        strata: the masks of strata in them; of text that is not paired, the mask alone.
+        masks, tokens: what counts in them, by device.
+        first_tokens: places of the first tokens that count, by device and stratum; see `first_tokens_on`.
+        calls: how often each layer's module has run.
+    """
+
+    observer: Observer
+    mask: torch.Tensor | None
+    own: slice
+    strata: dict[str, torch.Tensor]
+    pairing: Pairing | None
+    masks: dict[torch.device, dict[str, torch.Tensor]] = field(default_factory=dict)
+    tokens: dict[torch.device, ObservedTokens] = field(default_factory=dict)
+    first_tokens: dict[torch.device, dict[str, torch.Tensor]] = field(default_factory=dict)
+    calls: dict[nn.Module, int] = field(default_factory=dict)
+    entered: Entered | None = None
+
+    def masks_on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Return the masks of strata on a device."""
+        if device not in self.masks:
+            self.masks[device] = {name: sent(mask.numpy(), device) for name, mask in self.strata.items()}
+        return self.masks[device]
+
+    def first_tokens_on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Return, by stratum, the place of each row's first token that counts, int64[rows], in rows side by side."""
+        if device not in self.first_tokens:
+            self.first_tokens[device] = {
+                name: sent(_first_tokens(m.numpy()), device) for name, m in self.strata.items()
+            }
+        return self.first_tokens[device]
+
+    @property
+    def own_answers(self) -> torch.Tensor | None:
+        """The mask without answers of paired text that follow another prompt than their own."""
+        if self.mask is None or self.pairing is None:
+            return self.mask
+        own = [not label.endswith(AFTER_ANOTHER) for label in self.pairing.strata]
+        return self.mask & torch.tensor(own)[:, None]
+
+
+def _first_tokens(mask: np.ndarray) -> np.ndarray:
+    """Return the flat index of the first True of each row that has one, int64[rows], of bool[rows, tokens]."""
+    rows = np.flatnonzero(mask.any(axis=1))
+    return rows * mask.shape[1] + mask[rows].argmax(axis=1)
+
+
+PASSES: ContextVar[tuple[Pass, ...]] = ContextVar("passes", default=())
+"""Passes of this thread or greenlet, the innermost last."""
+
+
+@dataclass
+class _ExpertSums:
+    """Sums of one layer, on the device of its experts: [experts, 2], [experts, 4], and the router's two."""
+
+    routed: torch.Tensor
+    outputs: torch.Tensor
+    router: torch.Tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The three tensors."""
+        return self.routed, self.outputs, self.router
+
+
+@dataclass
+class ExpertCounter:
+    """Sums by layer, of the passes of one observer."""
+
+    _sums: dict[int, _ExpertSums] = field(default_factory=dict)
+
+    def add(self, layer: int, experts: Experts, routing: Routing, outputs: Iterable[torch.Tensor]) -> None:
+        """Add a batch.
+
+        Args:
+            routing: of the tokens that count.
+            outputs: [tokens, units] of each of their k experts, for a gate of 1.
+        """
+        sums = self._of(layer, experts, routing.hidden.device)
+        sums.router[0] += len(routing.index)
+        for slot, output in enumerate(outputs):
+            index, gates = routing.index[:, slot], routing.gates[:, slot].double()
+            x = output.double()
+            squares, total = x.square().sum(dim=1), x.sum(dim=1)
+            finite = torch.isfinite(squares)
+            chosen = (index[:, None] == torch.arange(experts.number, device=index.device)).double()
+            columns = torch.stack([torch.ones_like(gates), gates], dim=1)
+            sums.routed += chosen.T @ columns
+            elements = torch.full_like(gates, x.shape[1])
+            columns = torch.stack([gates * squares.sqrt(), elements, total, squares], dim=1)
+            sums.outputs += chosen.T @ torch.where(finite[:, None], columns, 0)
+
+    def add_entropy(self, layer: int, experts: Experts, given: torch.Tensor) -> None:
+        """Add what a router gives, [tokens, experts], for the tokens that count."""
+        wide = given.double()
+        shares = wide / wide.sum(dim=-1, keepdim=True) if experts.normalized else wide.softmax(dim=-1)
+        self._of(layer, experts, given.device).router[1] += torch.special.entr(shares).sum()
+
+    def send(self) -> Callable[[], dict[int, ExpertStats]]:
+        """Have devices send their sums, and return a function that waits for them: the statistics by layer."""
+        layers = sorted(self._sums)
+        arrived = to_host([part for layer in layers for part in self._sums[layer].tensors])
+
+        def wait() -> dict[int, ExpertStats]:
+            arrays = iter(arrived())
+            return {layer: _to_stats(next(arrays), next(arrays), next(arrays)) for layer in layers}
+
+        return wait
+
+    def _of(self, layer: int, experts: Experts, device: torch.device) -> _ExpertSums:
+        if layer not in self._sums:
+            zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+            router = zeros(2)
+            if experts.router is None:
+                router[1] = torch.nan
+            self._sums[layer] = _ExpertSums(zeros(experts.number, 2), zeros(experts.number, 4), router)
+        return self._sums[layer]
+
+
+def _to_stats(routed: np.ndarray, outputs: np.ndarray, router: np.ndarray) -> ExpertStats:
+    return ExpertStats(
+        routed_tokens=routed[:, 0].astype(np.int64),
+        gate_sum=routed[:, 1].copy(),
+        gated_norm_sum=outputs[:, 0].copy(),
+        output_count=outputs[:, 1].astype(np.int64),
+        output_sum=outputs[:, 2].copy(),
+        output_sum_sq=outputs[:, 3].copy(),
+        token_count=np.full(len(routed), int(router[0]), np.int64),
+        router_entropy_sum=np.full(len(routed), router[1]),
+    )
+
+
+Current = Callable[[], Pass | None]
+"""The pass that is under way, if there is one that counts."""
+
+
+def expert_hooks(layers: Sequence[Layer], current: Current) -> list[Any]:
+    """Hook the experts and routers of layers; returns the handles."""
+    handles: list[Any] = []
+    for experts in dict.fromkeys(layer.experts for layer in layers if layer.experts):
+        read = partial(_read_experts, experts, current)
+        handles.append(experts.module.register_forward_pre_hook(read, with_kwargs=True))
+        if experts.router is not None:
+            handles.append(experts.router.register_forward_hook(partial(_read_router, experts, current)))
+    return handles
+
+
+def _read_experts(experts: Experts, current: Current, module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Run the experts once for each of the k places, with gates of 1: what they give together is a sum."""
+    routing = routing_of([t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)])
+    now = current()
+    if now is None or routing is None or (counts := _places(now, routing.index)) is None:
+        return
+    layer, kept = counts
+    counted = Routing(*(x.index_select(0, kept) for x in (routing.hidden, routing.index, routing.gates)))
+
+    def output(slot: slice) -> torch.Tensor:
+        instead = {
+            id(routing.hidden): counted.hidden,
+            id(routing.index): counted.index[:, slot],
+            id(routing.gates): torch.ones_like(counted.gates[:, slot]),
+        }
+        positional = [instead.get(id(value), value) for value in args]
+        named = {name: instead.get(id(value), value) for name, value in kwargs.items()}
+        given: torch.Tensor = module.forward(*positional, **named)
+        return given
+
+    outputs = (output(slice(slot, slot + 1)) for slot in range(counted.index.shape[1]))
+    now.observer.experts.add(layer, experts, counted, outputs)
+
+
+def _read_router(experts: Experts, current: Current, _module: nn.Module, _args: Any, output: Any) -> None:
+    given, now = first_tensor(output), current()
+    if now is None or given is None:
+        return
+    given = given.reshape(-1, experts.number)
+    if counts := _places(now, given):
+        layer, kept = counts
+        now.observer.experts.add_entropy(layer, experts, given.index_select(0, kept))
+
+
+def _places(now: Pass, rows: torch.Tensor) -> tuple[int, torch.Tensor] | None:
+    """Return the layer that runs, and the places of tokens that count among rows of all tokens; None if none counts."""
+    mask = now.own_answers
+    if mask is None or now.entered is None or now.observer.split.rank:  # its gates are the first one's
+        return None
+    layer = now.entered.layer.index
+    if len(rows) != mask.numel():
+        raise ModelError(
+            f"The experts of layer {layer} see {len(rows)} tokens in a batch of {mask.numel()}.",
+            "Score it without `experts`.",
+        )
+    return layer, sent(np.flatnonzero(mask.numpy()), rows.device)
 
 
 class Hooks:
@@ -66,7 +284,7 @@ class Hooks:
         self._handles.clear()
 
     def _pass(self) -> Pass | None:
-        """The pass that runs in this context, if it is one that these hooks serve."""
+        """Return the pass that runs in this context, or None if these hooks do not serve it."""
         return next((now for now in reversed(PASSES.get()) if now.observer.hooks is self), None)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -94,10 +312,10 @@ class Hooks:
 
 @contextmanager
 def attached(layers: Sequence[Layer], sites: Sequence[str], *, experts: bool = False) -> Iterator[Hooks]:
-    """Hooks for any number of observers; whatever happens inside, no hook is left afterwards.
+    """Attach hooks for any number of observers; no hook is left afterwards, whatever happens inside.
 
     Args:
-        layers: of `layers.find_structure`.
+        layers: of `structure.find_structure`.
         sites: which of ``settings.SITES`` to measure.
         experts: measure routed experts too.
     """
@@ -119,11 +337,11 @@ class Observer:
         *,
         split: RowSplit = ALL_ROWS,
         passes: int | None = None,
-        beat: Callable[[], None] | None = None,
+        heartbeat: Callable[[], None] | None = None,
     ) -> None:
         self.hooks = hooks
         self.split, self.experts = split, ExpertCounter()
-        self._passes, self._beat = passes, beat
+        self._passes, self._heartbeat = passes, heartbeat
         self._thresholds = np.asarray(thresholds, np.float64)
         self._by_call = {(layer.module, layer.call): layer for layer in hooks.layers}
         self._accumulators: dict[StratumKey, Accumulator] = {}
@@ -156,7 +374,7 @@ class Observer:
         self._coming.append(self._send(list(self._accumulators)))
 
     def send_rows(self) -> Callable[[], dict[LayerKey, PlacedRows]]:
-        """Have devices send the statistics of rows of paired text; what is returned waits for them."""
+        """Have devices send the statistics of rows of paired text, and return a function that waits for them."""
         keys = sorted(self._of_rows)
         arrived = to_host([tensor for key in keys for tensor in self._of_rows[key].tensors()])
 
@@ -167,11 +385,11 @@ class Observer:
         return wait
 
     def result(self) -> dict[LayerKey, LayerStats]:
-        """Everything counted so far, by (layer index, site)."""
+        """Return everything counted so far, by (layer index, site)."""
         return merge_strata(self.strata())
 
     def strata(self) -> dict[StratumKey, LayerStats]:
-        """The same by (layer index, site, stratum), which is empty where the text is not paired."""
+        """Return everything counted so far, by (layer index, site, stratum); the stratum of unpaired text is empty."""
         self.send()
         for keys, arrived in self._coming:
             self._stats |= zip(keys, arrived(), strict=True)
@@ -182,9 +400,9 @@ class Observer:
         return keys, send_stats([self._accumulators.pop(key) for key in keys], self._thresholds)
 
     def enter(self, now: Pass, module: nn.Module, hidden: torch.Tensor | None) -> None:
-        """A layer begins."""
-        if self._beat:
-            self._beat()
+        """Note that a layer begins."""
+        if self._heartbeat:
+            self._heartbeat()
         if now.mask is None:
             return
         call = now.calls.get(module, 0)
@@ -195,7 +413,7 @@ class Observer:
         now.entered = Entered(layer, hidden, hidden._version if hidden is not None else 0)
 
     def leave(self, now: Pass, module: nn.Module, output: Any) -> None:
-        """A layer ends."""
+        """Add the statistics of a layer that ends."""
         entered, now.entered = now.entered, None
         if entered is None or entered.layer.module is not module:
             return
@@ -205,7 +423,7 @@ class Observer:
         self._count_pass(entered.layer)
 
     def read(self, now: Pass, site: str, module: nn.Module, tensor: torch.Tensor | None) -> None:
-        """A module inside of a layer has run, or begins."""
+        """Add the statistics of a module inside of a layer, which has run or begins."""
         layer = now.entered.layer if now.entered else None
         tap = layer.taps.get(site) if layer else None
         if layer is None or tap is None or tap.module is not module or tensor is None:
@@ -306,19 +524,19 @@ def observe(
     thresholds: Sequence[float],
     *,
     passes: int | None = None,
-    beat: Callable[[], None] | None = None,
+    heartbeat: Callable[[], None] | None = None,
 ) -> Iterator[Observer]:
     """Hook the layers; whatever happens inside, no hook is left afterwards. Observers may be nested.
 
     Args:
-        layers: of `layers.find_structure`.
+        layers: of `structure.find_structure`.
         sites: which of ``settings.SITES`` to measure.
         thresholds: absolute near-zero thresholds, ascending.
         passes: how many will be counted, if that is known: after the last, a layer's accumulators are given up.
-        beat: called whenever a layer begins.
+        heartbeat: called whenever a layer begins.
 
     Raises:
         ModelError: (from the forward pass) a layer gives tensors that cannot be counted; the message names it.
     """
     with attached(layers, sites) as hooks:
-        yield Observer(hooks, thresholds, passes=passes, beat=beat)
+        yield Observer(hooks, thresholds, passes=passes, heartbeat=heartbeat)

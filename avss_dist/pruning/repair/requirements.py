@@ -1,4 +1,4 @@
-"""Requirements of a repair: the least number of tokens, and weights that can be changed.
+"""Requirements of a repair: the minimum number of tokens, and weights that can be changed.
 
 They follow from the configuration and the headers of the weight files. No weight is read.
 """
@@ -14,18 +14,21 @@ from avss_dist.models.safetensors import DTYPES
 from avss_dist.models.sites import find_down_projection
 from avss_dist.models.size import load_skeleton
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.fold import FULL
-from avss_dist.pruning.repair.mender import PLAIN, TOKENS_PER_UNKNOWN
-from avss_dist.pruning.repair.outlet import RepairError
+from avss_dist.pruning.repair.fitter import PLAIN_HINT
+from avss_dist.pruning.repair.projection import RepairError
+from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.settings import Settings
 
 
-def tokens_needed(checkpoint: Checkpoint, by: str, settings: Settings) -> int:
-    """Return how many tokens a repair is fitted to at least, at the layer that needs the fewest; no weight is read.
+def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> int:
+    """Return the minimum number of tokens to fit a repair to, at the layer that needs the fewest.
 
     Args:
-        by: one of ``settings.REPAIRS``.
+        repair: one of `pruning.repair.registry.REPAIRS`.
+
+    Returns:
+        0 if only a pass over tokens can tell which modules are the layers.
 
     Raises:
         RepairError: no layer can hold the repair; the message says why.
@@ -35,10 +38,10 @@ def tokens_needed(checkpoint: Checkpoint, by: str, settings: Settings) -> int:
     text = model.config.get_text_config()
     lists = layer_lists(without_head(model), text.num_hidden_layers, settings.layers)
     if len(lists) != 1:
-        return 0  # a pass over tokens tells which are the layers
+        return 0
     ((path, layers),) = lists.items()
     maps = {
-        index: found for index, layer in enumerate(layers) if (found := find_down_projection(layer, text.hidden_size))
+        index: linear for index, layer in enumerate(layers) if (linear := find_down_projection(layer, text.hidden_size))
     }
     if not maps:
         raise RepairError(
@@ -46,18 +49,16 @@ def tokens_needed(checkpoint: Checkpoint, by: str, settings: Settings) -> int:
             "or fused): what is missing after it cannot be given back.",
             "Set `repair` to none.",
         )
-    _require_plain(
-        checkpoint, Plan(model=checkpoint.name, num_layers=len(layers), layers=path, drop=(0,)), maps, settings
-    )
-    sizes = [linear_sizes(module) for _, module in maps.values()]
-    unknowns = {"inputs": min(size[0] for size in sizes), "output": min(size[1] for size in sizes)}
-    return TOKENS_PER_UNKNOWN * unknowns.get(FULL.get(by, ""), 1)
+    plan = Plan(model=checkpoint.name, num_layers=len(layers), layers=path, drop=(0,))
+    _require_plain(checkpoint, plan, maps, settings)
+    inputs, outputs = zip(*(linear_sizes(module) for _, module in maps.values()), strict=True)
+    return REPAIRS[repair].tokens_needed(min(inputs), min(outputs))
 
 
 def _require_plain(
     checkpoint: Checkpoint, plan: Plan, maps: dict[int, tuple[str, nn.Module]], settings: Settings
 ) -> None:
-    """Refuse files that hold none of these maps as numbers that can be changed.
+    """Raise RepairError if the files hold none of these linear maps as numbers that can be changed.
 
     Args:
         maps: path and module by layer.
@@ -71,5 +72,5 @@ def _require_plain(
         raise RepairError(
             f"The files of '{checkpoint.name}' hold '{names[0]}' {form}, quantized or fused: "
             "nothing can be added to it.",
-            PLAIN,
+            PLAIN_HINT,
         )
