@@ -133,20 +133,20 @@ _DAMAGE = {"leave_one_out": False, "damage": True}
 
 SCORES = {
     "loss": ScoreInfo(
-        title="loss without the layer",
+        title="loss",
         meaning="what the loss rises by without the layer, measured",
         task="ablation:",
         ground_truth=True,
     ),
     "shapley": ScoreInfo(
-        title="Shapley value",
+        title="shapley",
         meaning="the same on average over sets of other layers that are missing too, sampled",
         task="shapley:",
         ground_truth=True,
         ablate={"leave_one_out": False, "shapley": 32},
     ),
     "taylor": ScoreInfo(
-        title="Taylor",
+        title="taylor",
         meaning="the same estimated from gradients, to first order",
         task="gradients:",
         ground_truth=True,
@@ -228,7 +228,9 @@ SCORES = {
         definition="variance of the update / variance of the block's input",
         caption="The variance of what a layer adds, relative to its input's.",
     ),
-    LAST: ScoreInfo(title="place from the end", meaning="the place: those before the final one go first, a control"),
+    LAST: ScoreInfo(
+        title="place from the end (a control)", meaning="the place: those before the final one go first, a control"
+    ),
     RANDOM: ScoreInfo(title="random", meaning="chance, a control"),
 }
 """By the name that layers are chosen by."""

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from avss_dist.errors import ConfigError
 from avss_dist.options import SHARED, Option, Prompting, Request, request
-from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, REPAIRS
+from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, OptionalRepairName
 from avss_dist.pruning.shrinking import Shrinking
 from avss_dist.registry import FROM_ACTIVATIONS, SCORES
 from avss_dist.settings import (
@@ -319,7 +319,7 @@ class PruneRequest(ModelRequest):
     """A plan, written by avss plan or by hand."""
     output: Output = field(kw_only=False)
     """Folder of the new checkpoint; it must not exist, or be empty."""
-    repair: Annotated[str | None, Option(choices=(NO_REPAIR, *REPAIRS))] = None
+    repair: OptionalRepairName | None = None
     """What to fit at each cut to make up for the removed layers; refit by default if there is text."""
     repair_corpora: Annotated[Texts, Option(names=("--repair-corpus",))] = ()
     """Text to fit the repair on: CORPUS or CORPUS=WEIGHT."""

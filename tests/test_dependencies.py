@@ -84,18 +84,23 @@ def private_names() -> Iterator[tuple[str, str]]:
 
 
 def _private_name(node: ast.AST, own: set[str]) -> str | None:
+    """Return the private name of another package that a node uses, as `PRIVATE_NAMES` has it."""
     if isinstance(node, ast.Attribute):
-        inherited = isinstance(node.value, ast.Call) and ast.unparse(node.value) == "super()"
-        if node.attr.startswith("_") and not node.attr.endswith("__") and (inherited or node.attr not in own):
-            return node.attr
         if node.attr == "__compatible_ops__":
             return node.attr
-        if ast.unparse(node.value).endswith("._private.state"):
+        if node.attr.startswith("_") and not node.attr.endswith("__"):
+            return node.attr if node.attr not in own or ast.unparse(node.value) == "super()" else None
+        within = node.value
+        if (
+            isinstance(within, ast.Attribute)
+            and within.attr == "state"
+            and ast.unparse(within).endswith("._private.state")
+        ):
             return f"_private.state.{node.attr}"
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
-        name = node.args[1]
-        if isinstance(name, ast.Constant) and str(name.value).startswith("_") and not str(name.value).endswith("__"):
-            return str(name.value) if str(name.value) not in own else None
+        name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
+        if str(name).startswith("_") and not str(name).endswith("__") and name not in own:
+            return str(name)
     return None
 
 

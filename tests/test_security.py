@@ -22,7 +22,7 @@ from support.warehouses import write_scores
 import avss_dist
 from avss_dist.errors import ModelError, QueryError
 from avss_dist.models.checkpoints import resolve
-from avss_dist.warehouse import reader
+from avss_dist.warehouse import query as sql_query
 from avss_dist.warehouse.reader import Warehouse
 
 SMALL = ("--max-sequences", 2, "--sequence-length", 16, "--executor", "local")
@@ -81,7 +81,7 @@ def statements(name: str) -> Iterator[str]:
     """Every way in which a query can name something: as a table, and to each function that DuckDB itself lists."""
     nested = f"FROM ''{name}''"
     yield from (f"FROM '{name}'", f'FROM "{name}"', f"FROM query_table('{name}')", f"FROM query('{nested}')")
-    with duckdb.connect(":memory:", config=reader._SEALED) as connection:
+    with duckdb.connect(":memory:", config=sql_query._SEALED) as connection:
         listed = connection.execute("SELECT function_type, function_name, parameter_types FROM duckdb_functions()")
         functions = {(kind, name, tuple(types)) for kind, name, types in listed.fetchall()}
     for kind, function, types in sorted(functions, key=str):
@@ -96,7 +96,7 @@ def statements(name: str) -> Iterator[str]:
 
 def test_no_function_of_sql_reaches_outside(outside: list[str]) -> None:
     before, answered = sorted(Path().iterdir()), 0
-    with duckdb.connect(":memory:", config=reader._SEALED) as connection:
+    with duckdb.connect(":memory:", config=sql_query._SEALED) as connection:
         ways = {name: dict.fromkeys(statements(name)) for name in outside}
         values = ("secret.csv", "AVSS_SECRET")  # for functions of values; those that give tables get every name
         tried = [way for name in outside for way in ways[name] if name in values or way.startswith("FROM")]
@@ -121,13 +121,13 @@ def test_no_function_that_reads_reaches_outside_through_the_reader(outside: list
 
 
 def test_no_setting_can_be_changed_and_none_tells_a_secret(outside: list[str], warehouse: Warehouse) -> None:
-    with duckdb.connect(":memory:", config=reader._SEALED) as connection:
+    with duckdb.connect(":memory:", config=sql_query._SEALED) as connection:
         settings = connection.execute("SELECT name, value FROM duckdb_settings()").fetchall()
         assert len(settings) > 50 and SECRET not in str(settings)
         for name, _ in settings:
             for statement in (f"SET {name} = '{outside[0]}'", f"RESET {name}", f"PRAGMA {name}='x'"):
                 with pytest.raises((QueryError, duckdb.Error)):
-                    reader._require_reading(connection, statement)
+                    sql_query._require_reading(connection, statement)
     for query in ("SELECT getenv('AVSS_SECRET')", "SELECT current_setting('AVSS_SECRET')", "FROM duckdb_secrets()"):
         with suppress(QueryError):
             assert SECRET not in str(warehouse.sql(query).to_pylist())

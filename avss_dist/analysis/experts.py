@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from avss_dist.analysis.stats_findings import DOMINANT, Row, finding, layers_in_words
 from avss_dist.errors import QueryError
 from avss_dist.stats.experts import ExpertStats, Float64
-from avss_dist.warehouse.experts import MERGED, to_experts
+from avss_dist.warehouse.encoding import to_experts
 from avss_dist.warehouse.reader import Warehouse
 
 MOST_NAMED = 4  # layers of which a finding names the experts
@@ -45,7 +45,7 @@ class LayerExperts:
 
 def layer_experts(warehouse: Warehouse, run_id: str) -> list[LayerExperts]:
     """By layer, from ``expert_stats``; none where the run has no experts, or they were not measured."""
-    return _by_layer(warehouse.table(MERGED, run_ids=[run_id]))
+    return _by_layer(warehouse.table("expert_stats", run_ids=[run_id]))
 
 
 def require_experts(warehouse: Warehouse, run_id: str) -> list[LayerExperts]:
@@ -84,7 +84,7 @@ def _shares(values: Float64) -> Float64:
 
 def expert_findings(warehouse: Warehouse, run_ids: Sequence[str]) -> Iterator[tuple[str, Row]]:
     """Findings of runs whose experts were measured, each with its run."""
-    rows = warehouse.table(MERGED, run_ids=run_ids)
+    rows = warehouse.table("expert_stats", run_ids=run_ids)
     for run_id in dict.fromkeys(rows["run_id"].to_pylist()):
         layers = _by_layer(rows.filter(pc.field("run_id") == run_id))
         yield from ((run_id, one) for one in (*_idle(layers), *_carrying(layers)))

@@ -28,7 +28,7 @@ from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, spearman
 from avss_dist.stats.row_start import RowStarts
-from avss_dist.stats.scores import NOISY_BELOW, Threshold
+from avss_dist.stats.scores import MINIMUM_NEAR_ZERO, NOISY_BELOW, Threshold
 from avss_dist.system.progress_bar import tracked
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
@@ -204,10 +204,11 @@ def _noisy_sparsity(rows: Rows, threshold: Threshold) -> Check:
     if rows[0]["recipe"] == "unit" or not noisy:  # it counts units, of which there are few
         return
     fewest, most = min(_column(rows, "near_zero_count")), max(_column(rows, "near_zero_count"))
+    no_interval = f" No interval below {MINIMUM_NEAR_ZERO}." if fewest < MINIMUM_NEAR_ZERO else ""
     yield (
         *("noisy_sparsity", "warning" if noisy > len(rows) / 2 else "note", noisy / len(rows)),
         f"{noisy} of {len(rows)} layers have fewer than {NOISY_BELOW} elements with |x| < {describe(threshold)} "
-        f"({fewest:,.0f} to {most:,.0f} in a layer): their sparsity is noise.",
+        f"({fewest:,.0f} to {most:,.0f} in a layer): their sparsity is noise.{no_interval}",
     )
 
 

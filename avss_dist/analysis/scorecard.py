@@ -25,7 +25,7 @@ from avss_dist.intervention import Removals, decode_removals, whole_layers
 from avss_dist.names import LOSS, PERPLEXITY
 from avss_dist.pruning.ground_truth import LayerTruth, find_layer_truth, nothing_measured
 from avss_dist.pruning.selection import LAST, PUBLISHED, Choice, PlanError, Reading, reading_of
-from avss_dist.registry import BASELINES, GROUND_TRUTH, MEASURED
+from avss_dist.registry import BASELINES, GROUND_TRUTH, MEASURED, SCORES
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import spearman
 from avss_dist.text import describe_threshold
@@ -134,11 +134,9 @@ def _rises(store: Warehouse, run: Mapping[str, Any]) -> tuple[dict[tuple[int, ..
 
 
 def describe_score(card: Mapping[str, Any]) -> str:
-    """The score of a row, and how AVSS is read."""
-    if card["score"] == LAST:
-        return "place from the end (a control)"
+    """Return the title of the score of a row, with the reading of AVSS."""
     if card["score"] != "avss":
-        return str(card["score"]).replace("_", " ")
+        return SCORES[card["score"]].title
     threshold = describe_threshold(card["threshold"], card["threshold_kind"])
     return f"avss  {card['site']} / {card['recipe']} / {threshold}"
 

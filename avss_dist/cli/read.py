@@ -218,7 +218,7 @@ def query(
 
 def _what_it_answers(sql: str) -> str:
     """The comment of a ready query, which says of what runs its rows are; nothing of another query."""
-    from avss_dist.warehouse.reader import ready_queries
+    from avss_dist.warehouse.query import ready_queries
 
     lines = ready_queries().get(sql.removeprefix("@"), "").splitlines() if sql.startswith("@") else []
     comment = " ".join(line.removeprefix("-- ") for line in takewhile(lambda line: line.startswith("--"), lines))

@@ -65,7 +65,7 @@ class Experiment:
     sparsities: Annotated[tuple[Share, ...], Field(strict=False)] = ()
     """Shares of the weights that meet a zero activation; these drop no layer."""
     sparsity_methods: Annotated[tuple[SparsityMethod, ...], Field(strict=False, min_length=1)] = ("uniform", "loss")
-    """How these are spread, as avss sparsify --method has it; what methods read is the text of the run."""
+    """Methods that allocate sparsity, as for avss sparsify --method; they read the text of the run."""
     sparsity_max_sequences: AtLeastOne | None = None
     """Maximum number of rows that methods read; values are counted in all of the text."""
     sparsity_rule: Annotated[str, OneOf(SPARSITY_RULES)] = SPARSITY_RULES[0]

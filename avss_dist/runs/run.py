@@ -24,7 +24,6 @@ from avss_dist.settings import PUBLISHED_THRESHOLD, RECIPES, SITES
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.scores import score_run
 from avss_dist.system.versions import package_versions
-from avss_dist.warehouse.experts import write_merged_experts
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.sharing import Receipt, SharedWarehouse
@@ -163,7 +162,7 @@ class RunInProgress:
         identity = self._identity(shards.model["family"])
         self._store.write_layer_stats(identity, layers, merged.stats, merged.strata)
         if self._planned.replica_spec.settings.experts:
-            write_merged_experts(self._store, identity, layers, expected)
+            self._store.merge_experts(identity, layers, expected)
         self._store.write_scores(identity, score_run(merged.stats, layers, merged.blocks))
         if self._begun is None:
             speed = corpus.num_tokens / max(shards.seconds, 1e-9)

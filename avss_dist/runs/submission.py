@@ -92,7 +92,7 @@ class Cluster:
             self._client = Client(address, (connect_seconds, answer_seconds))
 
     def submit(self, job: JobFile, options: Sequence[str] = ()) -> str:
-        """Start ``avss run`` on the cluster with a copy of the job file; its job id.
+        """Start ``avss run`` on the cluster with a copy of the job file; returns the job id.
 
         The local files that the job names by relative paths are sent along: texts, and of an experiment the task files
         and their data.
@@ -115,12 +115,12 @@ class Cluster:
                 )
 
     def job(self, job_id: str) -> Submitted:
-        """One job."""
+        """Return a job."""
         with self._explained(job_id):
             return self._with_reason(self._client.get_job_info(job_id))
 
     def jobs(self) -> list[Submitted]:
-        """Every job that was submitted, the oldest first."""
+        """Return every job that was submitted, the oldest first."""
         with self._explained():
             jobs = [self._with_reason(details) for details in self._client.list_jobs() if details.submission_id]
         return sorted(jobs, key=lambda job: job.started or datetime.now(UTC))
@@ -137,12 +137,12 @@ class Cluster:
         return replace(job, message=reason or job.message)
 
     def logs(self, job_id: str) -> str:
-        """All that a job has printed."""
+        """Return all that a job has printed."""
         with self._explained(job_id):
             return str(self._client.get_job_logs(job_id))
 
     def follow(self, job_id: str) -> Iterator[str]:
-        """What a job prints, as it does, until it ends."""
+        """Yield what a job prints, as it prints it, until it ends."""
         with self._explained(job_id):
             self._client.get_job_info(job_id)
             texts = self._client.tail_job_logs(job_id)
@@ -159,14 +159,14 @@ class Cluster:
                         return
 
     def wait(self, job_id: str, seconds: float = math.inf) -> Submitted:
-        """A job at its end, or as it is after ``seconds``."""
+        """Wait for the end of a job, or for ``seconds``; returns the job."""
         end = time.monotonic() + seconds
         while (job := self.job(job_id)).exit_code is None and time.monotonic() < end:
             time.sleep(0.5)
         return job
 
     def stop(self, job_id: str) -> str:
-        """Stop a job; how it stands when it has ended, or a minute later."""
+        """Stop a job; returns its state when it has ended, or a minute later, as a sentence for people."""
         with self._explained(job_id):
             if self._client.stop_job(job_id):
                 job = self.wait(job_id, STOP_SECONDS)
@@ -214,7 +214,7 @@ class Cluster:
 
 @contextmanager
 def _environment_of_client() -> Iterator[None]:
-    """Inside, no variable wins over the user's address, and a token is used where there is one."""
+    """Hide variables that Ray prefers to the user's address inside of the block; use a token where there is one."""
     before = dict(os.environ)
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         os.environ.pop(name, None)
@@ -268,7 +268,7 @@ def _submitted(details: Any) -> Submitted:
 
 
 def _require_reachable(job: JobFile) -> None:
-    """Refuse paths that mean something here, and nothing in the working directory that the cluster makes."""
+    """Raise ConfigError for paths that are not in the working directory that the cluster makes."""
     problems = []
     if "://" not in job.warehouse and not Path(job.warehouse).expanduser().is_absolute():
         problems.append(f"the warehouse '{job.warehouse}' would be lost with the job's working directory")

@@ -34,6 +34,8 @@ from avss_dist.stats.layer_stats import Float64, LayerKey, LayerStats
 from avss_dist.stats.rankings import count_lowest, rank_lowest
 
 NOISY_BELOW = 100
+MINIMUM_NEAR_ZERO = 5
+"""Minimum number of elements near zero for an interval of AVSS: with fewer, most shards have none."""
 Parts = tuple[Float64, Float64, Float64]
 """What AVSS is made of, float64[..., layers] each: variance, near-zero elements, elements."""
 
@@ -185,6 +187,8 @@ class SiteTable:
             weighted = avss(*parts, smoothed=True)
             resampled, left_out = np.split(weighted, [BOOTSTRAP_RESAMPLES])
             low, high = jackknife_interval(score, left_out, scale="log")
+            enough = (near_zero >= MINIMUM_NEAR_ZERO) | (recipe == "unit")  # which counts units, of all shards together
+            low, high = (np.where(enough, ends, np.nan) for ends in (low, high))
             lowest = (rank_lowest(np.where(finite, resampled, np.nan)) <= count_lowest(len(score))).mean(axis=0)
         sparsity = _ratio(near_zero, count)
         # A layer without data takes no part in the sum; one with data but nothing near zero leaves no sum.

@@ -37,7 +37,7 @@ Files = Mapping[str, str]  # by path: what tells whether the file has changed
 def copied_rows(
     name: str, root: str, files: Files, schema: pa.Schema, read: Callable[[str, Files], ds.Dataset]
 ) -> tuple[ds.Dataset | None, Files]:
-    """The copied rows of a table, and the files that still have to be read where they are.
+    """Return the copied rows of a table, and the files that still have to be read where they are.
 
     Args:
         name: the table.
@@ -66,7 +66,7 @@ def copied_rows(
 
 
 def _current_parts(folder: Path, files: Files) -> dict[Path, Files]:
-    """The parts of the cache whose files are as they were copied, each in one part; other parts are deleted."""
+    """Return the parts of the cache whose files have not changed, each file in one part; delete the others."""
     parts: dict[Path, Files] = {}
     copied: set[str] = set()
     for part, holds in _parts(folder):
@@ -79,14 +79,14 @@ def _current_parts(folder: Path, files: Files) -> dict[Path, Files]:
 
 
 def _parts(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Every part of the cache that can be read, and the files that it copies."""
+    """Yield every readable part of the cache, with the files that it copies."""
     for part in sorted(folder.glob("*.parquet")):
         with suppress(OSError, pa.ArrowException, KeyError, ValueError):
             yield part, json.loads((pq.read_schema(part).metadata or {})[_FILES])
 
 
 def _write(folder: Path, name: str, dataset: ds.Dataset, holds: Files) -> Path | None:
-    """Copy files into a part; None where the cache cannot be written."""
+    """Copy files into a part; returns None where the cache cannot be written."""
     order = [*PICKED_BY[name], "run_id", *(["layer"] if "layer" in dataset.schema.names else [])]
     table = dataset.to_table().sort_by([(column, "ascending") for column in order])
     listed = json.dumps(dict(holds))
@@ -104,7 +104,7 @@ def _write(folder: Path, name: str, dataset: ds.Dataset, holds: Files) -> Path |
 
 
 def _groups(table: pa.Table, columns: list[str]) -> Iterator[pa.Table]:
-    """Slices of a sorted table whose rows are alike in ``columns``."""
+    """Yield slices of a sorted table whose rows have equal values in ``columns``."""
     begins = np.zeros(len(table), bool)
     for column in columns:
         codes = table[column].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)

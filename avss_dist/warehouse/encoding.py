@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from avss_dist.errors import WarehouseError
 from avss_dist.settings import SCHEMA_VERSION
+from avss_dist.stats.experts import EXPERT_COLUMNS, ExpertStats
 from avss_dist.stats.histogram import HISTOGRAM_BINS
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
 from avss_dist.stats.merging import merge_strata
@@ -35,7 +36,7 @@ _STATS_TABLES = ("layer_stats", "shard_stats", "stratum_stats")
 
 
 def _leaves(kind: str) -> list[str]:
-    """The columns of statistics whose values are of a kind, by their paths in Parquet."""
+    """Return the Parquet paths of the columns of statistics whose values have a type."""
     paths = {f.name: (f.type, f.name) for f in SCHEMAS["shard_stats"]}
     paths |= {n: (t.value_type, f"{n}.list.element") for n, (t, _) in paths.items() if pa.types.is_list(t)}
     return [path for value, path in paths.values() if str(value) == kind]
@@ -49,7 +50,7 @@ _STATS_OPTIONS = {
 
 
 def encode(name: str, run_id: str, columns: Mapping[str, Any], shard: Mapping[str, Any] = {}) -> pa.Buffer:
-    """A file of a table, as bytes; ``shard`` is what a partial says of itself beside its rows."""
+    """Return a file of a table as bytes; ``shard`` is the header of a partial, beside its rows."""
     header = {_VERSION: str(SCHEMA_VERSION), _HEADER: json.dumps({"run_id": run_id, **shard}), _CHECKSUM: _UNSIGNED}
     schema = SCHEMAS[name].remove(0).with_metadata(header)
     table = pa.table({f.name: columns[f.name] for f in schema}, schema=schema)
@@ -72,6 +73,7 @@ def refuse_newer(dataset: ds.Dataset) -> None:
 
 
 def refuse_newer_version(version: bytes | int | None) -> None:
+    """Raise WarehouseError for a schema version that is newer than this package's."""
     try:
         number = int(version or 0)
     except ValueError:
@@ -82,7 +84,7 @@ def refuse_newer_version(version: bytes | int | None) -> None:
 
 
 def parse(data: pa.Buffer) -> pa.Table:
-    """The rows of a file, with its metadata.
+    """Return the rows of a file, with its metadata.
 
     Raises:
         WarehouseError: a newer avss_dist wrote it.
@@ -134,7 +136,7 @@ class EncodedStats(Mapping[LayerKey, LayerStats]):
 
 
 def encode_shard(run: RunIdentity, result: ShardResult) -> EncodedStats:
-    """The partial of a shard, which is lossless to the last bit."""
+    """Return the partial of a shard, which is lossless to the last bit."""
     if isinstance(result.stats, EncodedStats) and result.stats.run == run:
         return result.stats
     header = {name: getattr(result, name) for name in _OF_SHARD}
@@ -144,7 +146,7 @@ def encode_shard(run: RunIdentity, result: ShardResult) -> EncodedStats:
 
 
 def encode_rows(run: RunIdentity, rows: AnswerRows) -> pa.Buffer:
-    """A file of ``row_stats``: the rows of a shard, for each layer and site in order."""
+    """Return a file of ``row_stats``: the rows of a shard, for each layer and site in order."""
     keys, size = sorted(rows.stats), len(rows.row)
     columns: dict[str, Any] = {name: [value] * size * len(keys) for name, value in asdict(run).items()}
     for name in ("row", "pair", "prompt_tokens", "answer_tokens"):
@@ -160,7 +162,7 @@ def encode_rows(run: RunIdentity, rows: AnswerRows) -> pa.Buffer:
 def to_columns(
     run: RunIdentity, layers: Sequence[str], stats: Mapping[LayerKey, LayerStats] | Mapping[StratumKey, LayerStats]
 ) -> dict[str, Any]:
-    """A row for each (layer, site, stratum) in order, by column; lists as one run of numbers and where each begins."""
+    """Return a row for each (layer, site, stratum) in order, by column; lists are numbers and offsets."""
     every: Mapping[Any, LayerStats] = stats
     keys: list[tuple[Any, ...]] = sorted(every)
     states = [every[key] for key in keys]
@@ -186,7 +188,7 @@ def _to_lists(cells: Sequence[np.ndarray], kind: pa.ListType) -> pa.Array:
 
 
 def to_stats(table: pa.Table) -> dict[LayerKey, LayerStats]:
-    """The inverse of `to_columns`; a field that an older file lacks keeps its default.
+    """Return statistics by (layer, site), the inverse of `to_columns`; fields that a file lacks keep their defaults.
 
     Raises:
         pa.ArrowInvalid: they are no statistics.
@@ -195,7 +197,7 @@ def to_stats(table: pa.Table) -> dict[LayerKey, LayerStats]:
 
 
 def to_strata(table: pa.Table) -> dict[StratumKey, LayerStats]:
-    """As `to_stats`, by layer, site and stratum; the stratum is empty where the text is not paired."""
+    """Return statistics by (layer, site, stratum); the stratum is empty where the text is not paired."""
     try:
         return _to_strata(table)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -203,7 +205,7 @@ def to_strata(table: pa.Table) -> dict[StratumKey, LayerStats]:
 
 
 def _stats_and_strata(table: pa.Table) -> tuple[dict[LayerKey, LayerStats], dict[StratumKey, LayerStats]]:
-    """The statistics of a partial."""
+    """Return the statistics of a partial by (layer, site), and by (layer, site, stratum) of paired text."""
     strata = to_strata(table)
     if any(stratum for _, _, stratum in strata):
         return merge_strata(strata), strata
@@ -226,7 +228,7 @@ def _to_strata(table: pa.Table) -> dict[StratumKey, LayerStats]:
 
 
 def decode_shard(data: pa.Buffer, run_id: str) -> ShardResult | None:
-    """A partial, or None when it is damaged or not of this run."""
+    """Return a partial, or None when it is damaged or not of this run."""
     try:
         table = parse(data)
         header = json.loads((table.schema.metadata or {}).get(_HEADER, b"{}"))
@@ -236,3 +238,43 @@ def decode_shard(data: pa.Buffer, run_id: str) -> ShardResult | None:
         return ShardResult(**header | {"layers": tuple(header["layers"]), "stats": stats, "strata": strata})
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None  # files of schema 1 and 2 have no checksum over their metadata
+
+
+def encode_beside(run: RunIdentity, result: ShardResult) -> Iterator[tuple[str, pa.Buffer]]:
+    """Yield the files that a shard has beside its partial, each with its table."""
+    if result.rows:
+        yield "row_stats", encode_rows(run, result.rows)
+    if result.experts is not None:
+        columns = expert_columns(run, result.layers, result.experts)
+        columns["shard_id"] = [result.shard_id] * len(columns["layer"])
+        yield "shard_expert_stats", encode("shard_expert_stats", run.run_id, columns)
+
+
+def expert_columns(run: RunIdentity, layers: Sequence[str], experts: Mapping[int, ExpertStats]) -> dict[str, Any]:
+    """Return a row for each layer and expert in order, by column.
+
+    Args:
+        layers: module path of every layer, in order.
+        experts: by layer.
+    """
+    sizes = {layer: len(stats.routed_tokens) for layer, stats in sorted(experts.items())}
+    layer_of_row = [layer for layer, size in sizes.items() for _ in range(size)]
+    columns: dict[str, Any] = {name: [value] * len(layer_of_row) for name, value in asdict(run).items()}
+    columns |= {"layer": layer_of_row, "layer_name": [layers[layer] for layer in layer_of_row]}
+    columns["depth"] = [(layer + 0.5) / len(layers) for layer in layer_of_row]
+    columns["expert"] = [expert for size in sizes.values() for expert in range(size)]
+    for name in EXPERT_COLUMNS:
+        parts = [getattr(experts[layer], name) for layer in sizes]
+        columns[name] = pa.array(np.concatenate(parts) if parts else np.zeros(0), from_pandas=True)
+    return columns
+
+
+def to_experts(table: pa.Table) -> dict[int, ExpertStats]:
+    """Return the statistics in rows of one run, or of one of its shards, by layer."""
+    table = table.sort_by([("layer", "ascending"), ("expert", "ascending")])
+    layers = table["layer"].to_numpy()
+    columns = {name: table[name].to_numpy() for name in EXPERT_COLUMNS}
+    return {
+        int(layer): ExpertStats(**{name: values[layers == layer] for name, values in columns.items()})
+        for layer in np.unique(layers)
+    }

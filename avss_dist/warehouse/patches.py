@@ -21,20 +21,20 @@ class Patches:
         self._storage = storage
 
     def write(self, data: bytes) -> str:
-        """Keep a patch; returns its key."""
+        """Write a patch; returns its key."""
         key = hashlib.sha256(data).hexdigest()
         self._storage.write(self._path(key), data)
         return key
 
     def keys(self) -> set[str]:
-        """Those that there are."""
+        """Return the keys of all patches."""
         folder = f"{self._storage.base}/{FOLDER}"
         with self._storage.reading(folder):
             infos = self._storage.filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
         return {match[1] for match in (_NAME.fullmatch(info.base_name) for info in infos) if match}
 
     def read(self, key: str) -> bytes:
-        """A patch, as written.
+        """Read a patch.
 
         Raises:
             DamagedFile: it is gone, or its content is another.

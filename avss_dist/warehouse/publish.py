@@ -55,7 +55,7 @@ def publish(warehouse: Warehouse, target: str) -> dict[str, int]:
 
 @contextmanager
 def _becomes(target: str, message: str) -> Iterator[Path]:
-    """An empty folder here, which becomes the target when it is full.
+    """Yield an empty local folder, which becomes the target when the block ends.
 
     Args:
         message: of a commit to the hub.
@@ -88,7 +88,7 @@ def _becomes(target: str, message: str) -> Iterator[Path]:
 
 
 def _dataset(target: str) -> str:
-    """The name of a data set of the hub."""
+    """Return the name of a data set of the hub."""
     prefix = "hf://datasets/"
     if not target.startswith(prefix):
         raise WarehouseError(
@@ -100,7 +100,7 @@ def _dataset(target: str) -> str:
 
 
 def _copy(folder: Path, storage: Storage) -> None:
-    """Copy every file, those that name others last."""
+    """Copy every file; those that name others come last."""
     files = [file for file in folder.rglob("*") if file.is_file()]
     for file in sorted(files, key=lambda file: (file.parent == folder, file)):
         with pa.memory_map(str(file)) as mapped:
@@ -122,7 +122,7 @@ def _write_table(warehouse: Warehouse, name: str, run_ids: Sequence[str], folder
 
 
 def _tables(warehouse: Warehouse, name: str, run_ids: Sequence[str]) -> Iterator[pa.Table]:
-    """The rows of each run, sorted; of evaluations, which have runs of their own, all at once."""
+    """Yield the sorted rows of each run; those of evaluations, which have run ids of their own, all at once."""
     by = [(column, "ascending") for column in _ORDER if column in SCHEMAS[name].names]
     if name == "evaluations":
         yield warehouse.table(name).sort_by([("model", "ascending"), ("run_id", "ascending"), *by])
@@ -133,7 +133,7 @@ def _tables(warehouse: Warehouse, name: str, run_ids: Sequence[str]) -> Iterator
 
 
 def _write_catalog(folder: Path, names: Sequence[str]) -> None:
-    """A database without rows: views of the files beside it, with comments, and the functions of SQL."""
+    """Write a database of views of the files beside it, with comments and the functions of SQL."""
 
     def quoted(text: str) -> str:
         return "'" + text.replace("'", "''") + "'"
@@ -150,7 +150,7 @@ def _write_catalog(folder: Path, names: Sequence[str]) -> None:
 
 
 def _card(rows: Mapping[str, int], runs: int) -> str:
-    """The card of a dataset on the hub: which file is which table, and how to read them."""
+    """Return the card of a dataset on the hub: which file is which table, and how to read them."""
     configs = "".join(f"- config_name: {name}\n  data_files: {DATA}/{name}.parquet\n" for name in rows)
     tables = "".join(f"| `{name}` | {describe_count(n)} | {TABLES[name].meaning} |\n" for name, n in rows.items())
     return (

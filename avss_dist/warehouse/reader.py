@@ -1,141 +1,134 @@
-"""Reading the warehouse: its tables, and SQL over them that can reach nothing else."""
+"""Reading a warehouse: its tables, the statistics of its runs, and SQL over them."""
 
 from __future__ import annotations
 
+import json
 import re
-import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cache, partial
-from importlib.resources import files
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, NoReturn, TypeVar, Unpack
 
-import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from avss_dist.errors import QueryError, require_known
+from avss_dist.errors import DamagedFile, QueryError, WarehouseError, nearest, require_known
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
-from avss_dist.text import RedactedURI, basename
-from avss_dist.warehouse.schema import SCHEMAS, TABLES, Selection
-from avss_dist.warehouse.store import Store
+from avss_dist.text import RedactedURI, basename, count_of
+from avss_dist.warehouse.cache import Files, copied_rows
+from avss_dist.warehouse.checks import RUN_COLUMNS, checked_rows, damaged_runs
+from avss_dist.warehouse.encoding import decode_shard, parse, refuse_newer, refuse_newer_version, to_stats, to_strata
+from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, UNFINISHED_RUNS, Selection
+from avss_dist.warehouse.storage import PLAN, Storage
 
-_SEALED: dict[str, str | bool | int | float | list[str]] = {
-    "enable_external_access": False,
-    "python_enable_replacements": False,
-    "autoload_known_extensions": False,
-    "autoinstall_known_extensions": False,
-    "allow_community_extensions": False,
-    "lock_configuration": True,
-}
-_READ_LAYER_STATS = {"sparsity_at", "scores_at"}
-_READS = "A query only reads: SELECT, WITH, FROM, VALUES, DESCRIBE, SHOW, SUMMARIZE or EXPLAIN of one of them."
-FUNCTIONS = {
-    "sparsity_at(value, kind := 'absolute')": "near-zero counts of layer_stats at any threshold; kind 'rms' takes "
-    "a multiple of the root mean square of the layer and site",
-    "scores_at(value, kind := 'absolute')": "the scores of every recipe at any threshold, without intervals",
-    "removals(drop)": "the layers and sublayers of a column drop, by name: 3, attention.7, mlp.7",
-    "bin_edge(bin)": "lower edge of a bin of the histogram; that of bin + 1 is its upper edge",
-}
-"""Functions of SQL beside DuckDB's own, and what they give."""
+T = TypeVar("T")
+
+RUN_FOLDER = "run_id="  # before a run's id: the name of its folder in a table
+AT_ONCE = 8  # partials that are read together
 
 
 class Warehouse:
-    """Every checkpoint's scores and statistics, to read. Runs that have not finished are not seen.
+    """The scores and statistics of every checkpoint. Runs that have not finished are not seen.
 
     ``Warehouse("results").sql("SELECT layer, avss_smoothed FROM scores ORDER BY rank")``
+
+    Every method raises WarehouseError when the storage fails, a file is damaged or a newer avss_dist wrote it, and
+    ValueError for a run id that is not made of ``[A-Za-z0-9._-]``.
 
     Args:
         root: a folder, or an ``s3://``, ``gs://``, ``hdfs://`` or ``file://`` URI. Opening it reads nothing.
 
+    Attributes:
+        storage: its files.
+
     Raises:
-        WarehouseError: there is no such kind of storage. Every method raises it where the storage fails, a file is
-            damaged or a newer avss_dist wrote it.
+        WarehouseError: there is no such kind of storage.
     """
 
+    _cached = True  # tables of many files are read from copies in the user's cache, see `cache`
+
     def __init__(self, root: str | Path) -> None:
-        self._store = Store(root, cached=True)
+        self.storage = Storage(root)
+        self._unreadable: dict[tuple[str, str], str] = {}  # the reason by path and time of change
+        self._damaged: dict[str, str] = {}
 
     def __repr__(self) -> str:
-        return f"Warehouse({str(self.root)!r})"
+        return f"{type(self).__name__}({str(self.root)!r})"
 
     @property
     def root(self) -> RedactedURI:
         """The name of the warehouse: what it was opened by, without the keys of a URI."""
-        return self._store.root
+        return self.storage.root
 
     @property
     def damaged(self) -> Mapping[str, str]:
-        """Runs of which a file or a row could not be read, by id, and why: whatever was read so far is without them."""
-        return self._store.damaged
-
-    def run(self, run_id: str) -> dict[str, Any] | None:
-        """The ``runs`` row of a run by column, ``versions`` as a dict; None when it has none."""
-        return self._store.run(run_id)
+        """Runs that were left out because a file or a row could not be read: the reason by run id."""
+        return self._damaged
 
     def table(self, name: str, **selection: Unpack[Selection]) -> pa.Table:
-        """Rows of a table: of whole runs; every row of ``runs``, evaluations, cells and experiments.
+        """Read rows of a table: of whole runs; every row of ``runs``, evaluations, cells and experiments.
 
         Args:
             name: one of ``TABLES``.
             selection: ``run_ids``, ``columns`` and ``where``, see `schema.Selection`.
         """
-        return self._store.table(name, **selection)
+        columns, run_ids, where = selection.get("columns"), selection.get("run_ids"), selection.get("where")
+        schema = SCHEMAS[require_known("table", name, TABLES, WarehouseError)]
+        wanted = [require_known("column", c, schema.names, WarehouseError) for c in columns or schema.names]
+        if run_ids is not None:
+            chosen = pc.field("run_id").isin(pa.array(run_ids, pa.string()))
+            where = chosen if where is None else chosen & where
+        read = list(dict.fromkeys(["run_id", *wanted]))
+
+        def rows(datasets: Mapping[str, ds.Dataset | None]) -> pa.Table:
+            dataset = datasets[name]
+            return schema.empty_table().select(read) if dataset is None else dataset.to_table(read, filter=where)
+
+        return self._whole(name, self._read([name], rows)).select(wanted)
 
     def dataset(self, name: str) -> ds.Dataset | None:
-        """The rows of `table`, not read yet; None where the table has no file."""
-        return self._store.dataset(name)
+        """Return the rows of `table`, not read yet; None where the table has no file."""
+        return self._read([name], lambda datasets: datasets[name])
 
-    def read_layer_stats(self, run_id: str) -> dict[LayerKey, LayerStats]:
-        """The merged statistics of a run by (layer, site).
-
-        Raises:
-            WarehouseError: it has none.
-        """
-        return self._store.read_layer_stats(run_id)
-
-    def read_stratum_stats(self, run_id: str) -> dict[StratumKey, LayerStats]:
-        """The merged statistics of the strata of a run by (layer, site, stratum); none where its text is not paired."""
-        return self._store.read_stratum_stats(run_id)
-
-    def readable_layer_stats(self, run_id: str) -> dict[LayerKey, LayerStats]:
-        """As `read_layer_stats`; nothing where they are damaged, which `damaged` notes."""
-        return self._store.readable_layer_stats(run_id)
-
-    def read_shards(self, run_id: str, expected: Mapping[int, str]) -> list[ShardResult]:
-        """The partials of a run in the order of ``expected`` (content hash by shard id), less those not whole."""
-        return self._store.read_shards(run_id, expected)
-
-    def read_partials(self, run: Mapping[str, Any]) -> list[ShardResult]:
-        """Every partial of a row of ``runs``, in order; none where some are gone."""
-        columns = ["shard_id", "content_hash"]
-        kept = self.table("shard_stats", run_ids=[run["run_id"]], columns=columns).to_pylist()
-        expected = {row["shard_id"]: row["content_hash"] for row in sorted(kept, key=lambda row: row["shard_id"])}
-        shards = self.read_shards(run["run_id"], expected)
-        return shards if [shard.shard_id for shard in shards] == list(range(run["num_shards"] or 0)) else []
-
-    def stats_by_run(self, run_ids: Iterable[str], columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
-        """Rows of ``layer_stats`` as `table` gives them, run after run: one of them is in memory at a time."""
-        return self._store.stats_by_run(run_ids, columns)
+    def run(self, run_id: str) -> dict[str, Any] | None:
+        """Read the ``runs`` row of a run by column, ``versions`` as a dict; None when it has none."""
+        if (data := self.storage.read(path := self.storage.path("runs", run_id, "run"))) is None:
+            return None
+        with self.storage.reading(path):
+            stored = parse(data)
+            if len(stored) != 1:
+                raise pa.ArrowInvalid(f"it has {len(stored)} rows; a run has one")
+            return dict(checked_rows("runs", run_id, stored).to_pylist(maps_as_pydicts="lossy")[0])
 
     def runs(self) -> pa.Table:
-        """One row for each run, failed ones too; the columns of ``SCHEMAS["runs"]``."""
+        """Read one row for each run, failed ones too; the columns of ``SCHEMAS["runs"]``."""
         return self.table("runs")
 
     def unfinished(self) -> pa.Table:
-        """Return the runs that have begun and not finished, with how many of their shards are kept; the newest first.
+        """Return the runs that have begun and have no row: interrupted ones, and those that are measured now.
 
-        They are interrupted, or are measured now. The same command goes on with them.
+        The same command goes on with them. It takes a listing of two folders, and of one more for each such run.
 
         Returns:
-            The columns of ``schema.UNFINISHED_RUNS``; all but ``run_id`` and ``kept_shards`` are null of a run that an
-            earlier version began.
+            The columns of `schema.UNFINISHED_RUNS`, null where an earlier version has not kept them; newest run first.
         """
-        return self._store.unfinished()
+        names = self.storage.names("runs")
+        ended, planned = _ids(names, RUN_FOLDER), _ids(names, PLAN)
+        begun = _ids(self.storage.names("shard_stats"), RUN_FOLDER)
+        rows = []
+        for run_id in sorted((begun | planned) - ended):
+            plan: dict[str, Any] = {}
+            data = self.storage.read(self.storage.plan_path(run_id)) if run_id in planned else None
+            with suppress(ValueError):  # a file that was not written whole tells nothing
+                plan = json.loads(data.to_pybytes()) if data else {}
+            rows.append({**plan, "run_id": run_id, "kept_shards": self.num_partials(run_id)})
+        rows.sort(key=lambda row: row.get("started_at") or "", reverse=True)
+        return pa.Table.from_pylist(rows, UNFINISHED_RUNS)
 
     def scores(self, **equals: Any) -> pa.Table:
-        """Scores of whole runs, those whose columns equal the given values: ``scores(site="block", layer=[0, 1])``.
+        """Read scores of whole runs whose columns equal the given values: ``scores(site="block", layer=[0, 1])``.
 
         Args:
             equals: by column, a value, None (is null), or a list, tuple or set of values, any of which will do. A model
@@ -159,7 +152,7 @@ class Warehouse:
         return table
 
     def _models(self, names: list[Any]) -> list[Any]:
-        """Models in full, of those that are named by the end of their path."""
+        """Return the full names of models that are named by the end of their path."""
         known = pc.unique(self.table("runs", columns=["model"])["model"]).to_pylist()
         ends = {name: [model for model in known if model and basename(model) == name] for name in names}
         return [model for name in names for model in ([name] if name in known else ends[name] or [name])]
@@ -174,94 +167,239 @@ class Warehouse:
             require_known(column, value, sorted(name for name in known if name is not None), QueryError)
 
     def layer_stats(self) -> pa.Table:
-        """Merged statistics of whole runs, a row for each (layer, site); the columns of ``SCHEMAS["layer_stats"]``."""
+        """Read merged statistics of whole runs: a row for each (layer, site), in ``SCHEMAS["layer_stats"]``."""
         return self.table("layer_stats")
 
-    def sql(self, query: str) -> pa.Table:
-        """The result of one DuckDB query over the views of `TABLES`.
+    def read_layer_stats(self, run_id: str) -> dict[LayerKey, LayerStats]:
+        """Read the merged statistics of a run by (layer, site).
 
-        ``@name`` is the query of that name in `ready_queries`. The functions of `FUNCTIONS` are there besides DuckDB's
-        own. A table without files is an empty view. Nothing else can be reached: no file, network, extension or
-        variable.
+        Raises:
+            WarehouseError: it has none.
+        """
+        if (data := self.storage.read(path := self.storage.path("layer_stats", run_id, "layer_stats"))) is None:
+            known = sorted({run for run, _ in self.storage.files("layer_stats").values()}) or ["none yet"]
+            raise WarehouseError(f"{self.root} has no layer statistics of run '{run_id}'.", nearest(run_id, known))
+        with self.storage.reading(path):
+            stored = parse(data)
+            checked_rows("layer_stats", run_id, stored)
+            return to_stats(stored)
+
+    def readable_layer_stats(self, run_id: str) -> dict[LayerKey, LayerStats]:
+        """Read the merged statistics of a run; empty if they are damaged, which `damaged` notes."""
+        try:
+            return self.read_layer_stats(run_id)
+        except DamagedFile as error:
+            self._note(run_id, error.message)
+            return {}
+
+    def read_stratum_stats(self, run_id: str) -> dict[StratumKey, LayerStats]:
+        """Read the merged statistics of a run by (layer, site, stratum); empty if its text is not paired."""
+        if (data := self.storage.read(path := self.storage.path("stratum_stats", run_id, "stratum_stats"))) is None:
+            return {}
+        with self.storage.reading(path):
+            return to_strata(checked_rows("stratum_stats", run_id, parse(data)))
+
+    def stats_by_run(self, run_ids: Iterable[str], columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
+        """Yield each run's rows of ``layer_stats``, as `table` reads them, with one run in memory at a time.
+
+        Args:
+            columns: ``run_id`` among them.
+        """
+        dataset = self.dataset("layer_stats")
+        if dataset is None:
+            return
+        files: dict[str, list[ds.Fragment]] = {}
+        for file in dataset.get_fragments():
+            files.setdefault(ds.get_partition_keys(file.partition_expression)["run_id"], []).append(file)
+        for run_id in run_ids:
+            try:
+                rows = [file.to_table(dataset.schema, list(columns)) for file in files.get(run_id, ())]
+            except (OSError, pa.ArrowException) as error:
+                self._note(run_id, self.storage.damage(f"{self.root}/layer_stats", error))
+                continue
+            if rows and (table := self._whole("layer_stats", pa.concat_tables(rows))):
+                yield run_id, table
+
+    def num_partials(self, run_id: str) -> int:
+        """Return how many shards of a run are kept, by the names of their files."""
+        return len(self.storage.files("shard_stats", run_id))
+
+    def read_shards(self, run_id: str, expected: Mapping[int, str]) -> list[ShardResult]:
+        """Read the partials of a run in the order of ``expected`` (content hash by shard id), without damaged ones."""
+
+        def read(shard_id: int) -> ShardResult | None:
+            data = self.storage.read(self._shard_path(run_id, shard_id))
+            shard = data and decode_shard(data, run_id)
+            return shard if shard and (shard.shard_id, shard.content_hash) == (shard_id, expected[shard_id]) else None
+
+        with ThreadPoolExecutor() as pool:
+            return [shard for shard in pool.map(read, expected) if shard]
+
+    def each_shard(self, run_id: str, expected: Mapping[int, str]) -> Iterator[ShardResult]:
+        """Yield the partials of `read_shards` in the order of their ids, with a few in memory at a time."""
+        ids = sorted(expected)
+        for i in range(0, len(ids), AT_ONCE):
+            yield from self.read_shards(run_id, {k: expected[k] for k in ids[i : i + AT_ONCE]})
+
+    def read_partials(self, run: Mapping[str, Any]) -> list[ShardResult]:
+        """Read all partials of a row of ``runs``, in order; empty if some are gone."""
+        columns = ["shard_id", "content_hash"]
+        kept = self.table("shard_stats", run_ids=[run["run_id"]], columns=columns).to_pylist()
+        expected = {row["shard_id"]: row["content_hash"] for row in sorted(kept, key=lambda row: row["shard_id"])}
+        shards = self.read_shards(run["run_id"], expected)
+        return shards if [shard.shard_id for shard in shards] == list(range(run["num_shards"] or 0)) else []
+
+    def sql(self, query: str) -> pa.Table:
+        """Return the result of one DuckDB query over the views of `TABLES`.
+
+        ``@name`` is the query of that name in `query.ready_queries`. The functions of `query.FUNCTIONS` are there
+        besides DuckDB's own. A table without files is an empty view. Nothing else can be reached: no file, network,
+        extension or variable.
 
         Raises:
             QueryError: the query is wrong, in the database's own words, or does more than read.
             WarehouseError: not a warehouse, no runs yet, or a newer schema.
         """
-        if query.startswith("@"):
-            ready = ready_queries()
-            query = ready[require_known("query", query[1:].strip(), ready, QueryError)]
+        from avss_dist.warehouse.query import run_query  # brings DuckDB, which no worker needs
+
+        return run_query(query, self._read)
+
+    def _read(
+        self,
+        names: Iterable[str],
+        work: Callable[[dict[str, ds.Dataset | None]], T],
+        failures: tuple[type[Exception], ...] = (),
+    ) -> T:
+        """Return the result of work on datasets of tables at one moment, and repeat it without files that are damaged.
+
+        Args:
+            failures: what ``work`` raises where a file cannot be read, besides what pyarrow does.
+        """
+        known = [require_known("table", name, TABLES, WarehouseError) for name in names]
+        while True:
+            try:
+                return work(self._datasets(known))
+            except (OSError, pa.ArrowException, *failures) as error:
+                if not self._leave_out_unreadable({"runs", *known}):
+                    if isinstance(error, failures):
+                        raise
+                    with self.storage.reading(f"{self.root}/{known[0] if known else 'runs'}"):
+                        raise
+
+    def _datasets(self, names: Sequence[str]) -> dict[str, ds.Dataset | None]:
+        runs, done = self._runs()
+        return {name: runs if name == "runs" else self._dataset(name, self._files(name, done)) for name in names}
+
+    def _runs(self) -> tuple[ds.Dataset, set[str]]:
+        """Return the dataset of ``runs``, and the ids of those that are done.
+
+        Raises:
+            WarehouseError: there is no run, or a newer avss_dist wrote one.
+        """
+        files = self._files("runs", None)
+        runs = self._dataset("runs", files)
+        if runs is None and _ids(self.storage.names("cells"), RUN_FOLDER):  # of models that were not scored
+            return ds.dataset(SCHEMAS["runs"].empty_table()), set()
+        if runs is None:
+            self._refuse_without_runs()
+        refuse_newer(runs)
+        rows = runs.to_table(RUN_COLUMNS)
+        refuse_newer_version(pc.max(rows["schema_version"]).as_py() or 0)
+        without_row = {self.storage.run_id(path) for path in files}.difference(rows["run_id"].to_pylist())
+        self._damaged |= dict.fromkeys(without_row, "it has no row; a run has one")
+        if damaged := damaged_runs("runs", rows):
+            self._damaged |= damaged
+            wanted = ~pc.field("run_id").isin(list(damaged))
+            runs, rows = runs.filter(wanted), rows.filter(wanted)
+        if not rows:
+            self._refuse_without_runs()
+        return runs, set(rows["run_id"].filter(pc.equal(rows["status"], "done")).to_pylist())
+
+    def _refuse_without_runs(self) -> NoReturn:
+        for run_id, reason in self._damaged.items():
+            raise WarehouseError(f"Cannot read run {run_id} of {self.root}: {reason}.", DAMAGED)
+        exists = self.storage.has_folder("runs")
+        problem = "has no runs yet" if exists else "is not a warehouse: it has no runs folder"
+        hint = "avss score makes one; a run counts once it has finished."
+        if unfinished := self.unfinished().num_rows:
+            problem = "has no finished run yet"
+            hint = f"{count_of(unfinished, 'run')} {'has' if unfinished == 1 else 'have'} begun: avss ls."
+        raise WarehouseError(f"{self.root} {problem}.", hint)
+
+    def _dataset(self, name: str, files: Files) -> ds.Dataset | None:
+        copied, left = self._parts(name, files)
+        parts = [*([] if copied is None else [copied]), *([self._open(name, left)] if left else [])]
+        return None if not parts else parts[0] if len(parts) == 1 else ds.dataset(parts)
+
+    def _files(self, name: str, done: Collection[str] | None) -> Files:
+        """Return the readable files of a table; of a table that holds whole runs alone, only those of ``done``."""
+        chosen = None if name in ("runs", "evaluations", "cells", "experiments") else done
+        return {
+            path: stamp
+            for path, (run, stamp) in self.storage.files(name).items()
+            if (chosen is None or run in chosen) and (path, stamp) not in self._unreadable
+        }
+
+    def _parts(self, name: str, files: Files) -> tuple[ds.Dataset | None, Files]:
+        """Return the copied rows of files of a table, and the files that are still to be read."""
+        if not self._cached:
+            return None, files
+        where = f"{self.storage.filesystem.type_name}:{self.storage.base}"
+        return copied_rows(name, where, files, SCHEMAS[name], self._open_checked)
+
+    def _leave_out_unreadable(self, names: Iterable[str]) -> bool:
+        """Find the files of tables that cannot be read, to leave them out from now on; whether there are any.
+
+        Raises:
+            WarehouseError: the storage fails.
+        """
+        before = len(self._unreadable)
+        for name in names:
+            _, files = self._parts(name, self._files(name, None))
+            with ThreadPoolExecutor() as pool:
+                reasons = pool.map(lambda path, name=name: self._why_unreadable(name, path), files)
+                for (path, stamp), reason in zip(files.items(), reasons, strict=True):
+                    if reason:
+                        self._unreadable[path, stamp] = reason
+                        self._note(self.storage.run_id(path), reason)
+        return len(self._unreadable) > before
+
+    def _why_unreadable(self, name: str, path: str) -> str | None:
         try:
-            with duckdb.connect(":memory:", config=_SEALED) as connection:
-                _require_reading(connection, query)
-            answer = partial(_answer, query)
-            return self._store.read(_mentioned(query), answer, failures=(duckdb.InvalidInputException,))
-        except duckdb.Error as error:
-            hint = f"Tables: {', '.join(TABLES)}. 'DESCRIBE scores' lists the columns of one."
-            raise QueryError(str(error).strip(), hint) from None
+            dataset = self._open(name, {path: ""})
+            refuse_newer(dataset)
+            dataset.to_table()
+        except FileNotFoundError:
+            return "it is gone"
+        except (OSError, pa.ArrowException) as error:
+            return self.storage.damage(path, error)
+        return None
+
+    def _whole(self, name: str, table: pa.Table) -> pa.Table:
+        """Return a table without the rows of damaged runs."""
+        damaged = damaged_runs(name, table)
+        for run_id, reason in damaged.items():
+            self._note(run_id, f"{name}: {reason}")
+        return table.filter(~pc.field("run_id").isin(list(damaged))) if damaged else table
+
+    def _note(self, run_id: str, reason: str) -> None:
+        self._damaged.setdefault(run_id, reason)
+
+    def _open(self, name: str, files: Files) -> ds.Dataset:
+        """Return the rows of some files of a table; ``files`` holds size and time by path."""
+        hive = ds.partitioning(pa.schema([("run_id", pa.string())]), flavor="hive")
+        return ds.dataset(sorted(files), SCHEMAS[name], "parquet", self.storage.filesystem, hive)
+
+    def _open_checked(self, name: str, files: Files) -> ds.Dataset:
+        dataset = self._open(name, files)
+        if name == "runs":
+            refuse_newer(dataset)
+        return dataset
+
+    def _shard_path(self, run_id: str, shard_id: int, table: str = "shard_stats") -> str:
+        return self.storage.path(table, run_id, f"shard-{shard_id:05d}")
 
 
-@cache
-def ready_queries() -> dict[str, str]:
-    """Return the queries in ``sql/queries`` by name. Each begins with a comment that says which question it answers."""
-    found = [
-        file for file in (files("avss_dist.warehouse") / "sql" / "queries").iterdir() if file.name.endswith(".sql")
-    ]
-    return {file.name.removesuffix(".sql"): file.read_text(encoding="utf-8") for file in sorted(found, key=str)}
-
-
-@cache
-def _functions() -> str:
-    return (files("avss_dist.warehouse") / "sql" / "functions.sql").read_text(encoding="utf-8")
-
-
-def _mentioned(query: str) -> Collection[str]:
-    """The tables that a query may read: those whose name is in it; all where a name may be put together.
-
-    DuckDB's own `get_table_names` refuses ``JOIN ... USING`` and the functions of SQL that are defined here.
-    """
-    words = set(re.findall(r"\w+", query.lower()))
-    if words & {"query", "query_table"}:
-        return TABLES
-    return [name for name in TABLES if name in words or (name == "layer_stats" and words & _READ_LAYER_STATS)]
-
-
-def _answer(query: str, rows: Mapping[str, ds.Dataset | None]) -> pa.Table:
-    """The result of a query over datasets of tables."""
-    with duckdb.connect(":memory:", config=_SEALED) as connection:
-        for name, schema in SCHEMAS.items():
-            opened = rows.get(name)
-            connection.register(name, schema.empty_table() if opened is None else opened)
-        connection.execute(_functions())
-        return _fetch(connection, query)
-
-
-def _fetch(connection: duckdb.DuckDBPyConnection, query: str) -> pa.Table:
-    """Run the query by ``execute``, whose errors point with a caret; ``sql``, which DuckDB would prefer, drops it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Arrow output on a DB-API result", UserWarning)
-        return connection.execute(query).to_arrow_table()
-
-
-def _require_reading(connection: duckdb.DuckDBPyConnection, query: str) -> None:
-    statements = connection.extract_statements(query)
-    if not statements:
-        raise QueryError("The query is empty.", _READS)
-    if len(statements) > 1:
-        raise QueryError(f"There are {len(statements)} statements; a query is one.", "Run them one by one.")
-    kind = _kind(statements[0])
-    if kind == duckdb.StatementType.MULTI:
-        raise QueryError("PIVOT must name its columns here.", "Write PIVOT ... ON column IN ('a', 'b') USING ...")
-    if kind == duckdb.StatementType.EXPLAIN:
-        explained = re.sub(r"^\s*explain(\s+analyze)?\b", "", query, flags=re.IGNORECASE)
-        statements = connection.extract_statements(explained)
-        kind = _kind(statements[0])
-    if kind != duckdb.StatementType.SELECT:
-        raise QueryError(f"{kind.name} is not allowed in a query.", _READS)
-
-
-def _kind(statement: duckdb.Statement) -> duckdb.StatementType:
-    try:
-        return statement.type
-    except ValueError:  # DuckDB has more of them than its Python names: UPDATE EXTENSIONS
-        raise QueryError("This statement is not allowed in a query.", _READS) from None
+def _ids(names: Iterable[str], prefix: str) -> set[str]:
+    """Return the run ids in those names of files or folders that begin with a prefix."""
+    return {match[1] for name in names if (match := re.fullmatch(rf"{re.escape(prefix)}([\w.-]+)", name))}

@@ -13,26 +13,65 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from avss_dist.registry import BASELINES, SCORES
+from avss_dist.settings import EVERY_SITE, RECIPES
 from avss_dist.stats.experts import EXPERT_COLUMNS
+from avss_dist.stats.histogram import HISTOGRAM_BINS
 from avss_dist.stats.layer_stats import Float32, Float64, Int64, LayerStats
 from avss_dist.stats.rows import ROW_FIELDS
-from avss_dist.warehouse.columns import (
-    BOOL,
-    FLOAT32_LIST,
-    FLOAT64,
-    FLOAT64_LIST,
-    INT16_LIST,
-    INT32,
-    INT32_LIST,
-    INT64,
-    INT64_LIST,
-    MAP,
-    STRING,
-    STRING_LIST,
-    TIME,
-    Column,
-    Table,
-)
+
+STRING, BOOL = pa.string(), pa.bool_()
+INT32, INT64, FLOAT64 = pa.int32(), pa.int64(), pa.float64()
+INT16_LIST, INT32_LIST, INT64_LIST = pa.list_(pa.int16()), pa.list_(INT32), pa.list_(INT64)
+FLOAT32_LIST, FLOAT64_LIST, STRING_LIST = pa.list_(pa.float32()), pa.list_(FLOAT64), pa.list_(STRING)
+MAP, TIME = pa.map_(STRING, STRING), pa.timestamp("us", "UTC")
+
+MOST_LAYERS = 100_000
+COUNT, INDEX, SHARE, SIZE = (0, 2**62), (0, MOST_LAYERS), (0, 1), (0, 1e300)  # bounds of columns
+THRESHOLD_KINDS = ("absolute", "rms")
+_TIMES = (-62_135_596_800_000_000, 253_402_300_799_999_999)  # microseconds of the years 1 to 9999, which Python has
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table, with the values that it may hold; `checks` compares the rows of every file with them.
+
+    Attributes:
+        type: of its values; each may be null, unless its table says otherwise.
+        meaning: one line.
+        unit: of a number that has one.
+        bounds: the least and the largest value, of the column or of the elements of its lists.
+        choices: the values of a column of names.
+        as_long_as: another column of lists, whose lists have the same lengths.
+    """
+
+    name: str
+    type: pa.DataType
+    meaning: str
+    unit: str = ""
+    bounds: tuple[float, float] | None = None
+    choices: tuple[str, ...] = ()
+    as_long_as: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the warehouse.
+
+    Attributes:
+        meaning: of a row, in one line.
+        columns: in order.
+        required: names of the columns that are never null.
+    """
+
+    meaning: str
+    columns: tuple[Column, ...]
+    required: frozenset[str]
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The schema of its rows; in a file, ``run_id`` is in the path alone."""
+        return pa.schema([(column.name, column.type) for column in self.columns])
+
 
 DAMAGED = "avss score --fresh replaces a damaged file."
 _ARROW = {
@@ -47,7 +86,7 @@ _ARROW = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """Whose rows these are: the columns that every table repeats."""
+    """The columns that identify a run, which every table repeats."""
 
     run_id: str
     model: str
@@ -55,12 +94,12 @@ class RunIdentity:
     family: str
 
     def identified(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Rows with these columns."""
+        """Return rows with these columns."""
         return [{**row, **asdict(self)} for row in rows]
 
 
 class Selection(TypedDict, total=False):
-    """Which rows and columns of a table.
+    """A selection of rows and columns of a table.
 
     Attributes:
         run_ids: of these runs only; an unknown one adds none.
@@ -73,17 +112,37 @@ class Selection(TypedDict, total=False):
     where: pc.Expression | None
 
 
+_COUNTS = ("count", "zero_count", "nonfinite_count", "token_count", "unit_count", "sequence_count")
+_FIELD_CHECKS: dict[str, dict[str, Any]] = {
+    **{name: {"bounds": COUNT} for name in (*_COUNTS, "routed_tokens", "output_count")},
+    "thresholds": {"bounds": SIZE},
+    "near_zero": {"bounds": COUNT, "as_long_as": "thresholds"},
+}
+"""Checks of the columns that are made of the fields of LayerStats, RowStats and ExpertStats, by their name."""
+
+
+def _field_column(name: str, kind: pa.DataType, meaning: str, unit: str = "") -> Column:
+    return Column(name, kind, meaning, unit, **_FIELD_CHECKS.get(name, {}))
+
+
 def _columns_of_stats() -> tuple[Column, ...]:
-    """A column for each field of LayerStats, but two lists for the histogram, at the end."""
+    """Return a column for each field of LayerStats, with two lists in place of the histogram, at the end."""
     hints = get_type_hints(LayerStats, include_extras=True)
     return (
         *(
-            Column(name, _ARROW[hint.__origin__], *hint.__metadata__)
+            _field_column(name, _ARROW[hint.__origin__], *hint.__metadata__)
             for name, hint in hints.items()
             if name != "histogram"
         ),
-        Column("histogram_bin", INT16_LIST, "bins of abs(x) that hold elements: 8 exponent and top 3 mantissa bits"),
-        Column("histogram_count", INT64_LIST, "elements in each of those bins"),
+        Column(
+            "histogram_bin",
+            INT16_LIST,
+            "bins of abs(x) that hold elements: 8 exponent and top 3 mantissa bits",
+            bounds=(0, HISTOGRAM_BINS - 1),
+        ),
+        Column(
+            "histogram_count", INT64_LIST, "elements in each of those bins", bounds=COUNT, as_long_as="histogram_bin"
+        ),
     )
 
 
@@ -100,18 +159,24 @@ _MODEL = (
 _RUN_ID = Column("run_id", STRING, "name of the run: the model's, and the first 10 digits of the fingerprint")
 _EVALUATION_ID = Column("run_id", STRING, "name of the evaluation: the model's, and 10 digits of the fingerprint")
 _PLACE = (
-    Column("layer", INT32, "index of the layer, from 0"),
+    Column("layer", INT32, "index of the layer, from 0", bounds=INDEX),
     Column("layer_name", STRING, "module path of the layer"),
-    Column("depth", FLOAT64, "(layer + 0.5) / number of layers: 0 at the input, 1 at the output"),
-    Column("site", STRING, "where in the layer: block, update, attention, mlp, neuron, query_input, ..."),
+    Column("depth", FLOAT64, "(layer + 0.5) / number of layers: 0 at the input, 1 at the output", bounds=SHARE),
+    Column(
+        "site",
+        STRING,
+        "where in the layer: block, update, attention, mlp, neuron, query_input, ...",
+        choices=EVERY_SITE,
+    ),
 )
 _STATS = _columns_of_stats()
-_SHARD = Column("shard_id", INT64, "index of the shard in the corpus")
+_SHARD = Column("shard_id", INT64, "index of the shard in the corpus", bounds=COUNT)
 _EXPERT = (
     *_PLACE[:3],
-    Column("expert", INT32, "index of the expert in its layer, from 0"),
-    *(Column(name, INT64 if count else FLOAT64, *said) for name, (count, *said) in EXPERT_COLUMNS.items()),
+    Column("expert", INT32, "index of the expert in its layer, from 0", bounds=COUNT),
+    *(_field_column(name, INT64 if count else FLOAT64, *said) for name, (count, *said) in EXPERT_COLUMNS.items()),
 )
+_EXPERT_REQUIRED = frozenset({column.name for column in _EXPERT} - {"router_entropy_sum"})
 _STRATUM = Column("stratum", STRING, "of paired text, the label of the answers, and whether they follow another prompt")
 _OF_ROWS = {"count": INT64, "near_zero": INT64_LIST}  # what is no float
 _TASK = Column(
@@ -125,11 +190,12 @@ _DROP = Column(
     INT32_LIST,
     "layers that were left out, ascending, from 0; 10000 + i: the attention of layer i alone, 20000 + i: its MLP; "
     "empty for the whole model",
+    bounds=INDEX,
 )
 _PATCH = Column("patch", STRING, "the weights that repair the model: SHA-256, which names a file of patches; or null")
 _SPARSITY_PLAN = Column("sparsity_plan", STRING, "what was zero of activations: SHA-256 of a plan's numbers; or null")
 _FACTOR = Column("factor", FLOAT64, "what is left of what the layers of drop add: null is nothing, they were left out")
-_OF_LAYER = Column("layer", INT32, "the layer that the value is about; null where it is about the whole")
+_OF_LAYER = Column("layer", INT32, "the layer that the value is about; null where it is about the whole", bounds=INDEX)
 _EVALUATION = (_EVALUATION_ID, *_MODEL, _TASK, _METRIC, _DROP, _PATCH, _SPARSITY_PLAN, _FACTOR, _OF_LAYER)
 _VALUE = Column("value", FLOAT64, "the result")
 _STDERR = Column("stderr", FLOAT64, "standard error of the value")
@@ -137,22 +203,27 @@ _SETTINGS = Column("settings", STRING, "every setting that can change a number, 
 _VERSIONS = Column("versions", MAP, "versions of Python and of the packages")
 _DEVICE = Column("device", STRING, "where it ran: cpu, or the name of a GPU")
 
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 TABLES: dict[str, Table] = {
     "runs": Table(
         "one row for each run: what ran, on what, with what, how fast",
         (
             _RUN_ID,
             Column("fingerprint", STRING, "SHA-256 of everything that can change a number: equal means the same run"),
-            Column("status", STRING, "done or failed"),
+            Column("status", STRING, "done or failed", choices=("done", "failed")),
             Column("error", STRING, "why the run failed"),
-            Column("created_at", TIME, "when the run ended", "UTC"),
+            Column("created_at", TIME, "when the run ended", "UTC", bounds=_TIMES),
             *_MODEL,
             Column("revision_name", STRING, "branch or tag of a hub id, as it was named"),
             Column("series", STRING, "the training: the name, with * for what tells its checkpoints apart"),
             Column("training_step", INT64, "optimizer step at which it was saved, by its name"),
             Column("training_tokens", INT64, "text that was read until then, by its name", "tokens"),
             Column("architecture", STRING, "class of the model"),
-            Column("num_layers", INT64, "layers of the model"),
+            Column("num_layers", INT64, "layers of the model", bounds=(1, MOST_LAYERS)),
             Column("hidden_size", INT64, "width of the residual stream", "channels"),
             Column("num_parameters", INT64, "parameters of the model"),
             Column("dtype", STRING, "compute dtype: float32, bfloat16, float16"),
@@ -167,14 +238,14 @@ TABLES: dict[str, Table] = {
             Column("tokens_fingerprint", STRING, "hash of the tokens and their order"),
             Column("chat_template", STRING, "SHA-256 of the template that its conversations were put in; null without"),
             Column("shuffle_seed", INT64, "seed of the order in which its rows were taken; null is its own order"),
-            Column("num_sequences", INT64, "rows of tokens"),
-            Column("num_tokens", INT64, "tokens that were measured", "tokens"),
-            Column("sequence_length", INT64, "length of a row", "tokens"),
+            Column("num_sequences", INT64, "rows of tokens", bounds=COUNT),
+            Column("num_tokens", INT64, "tokens that were measured", "tokens", bounds=COUNT),
+            Column("sequence_length", INT64, "length of a row", "tokens", bounds=COUNT),
             Column("batch_size", INT64, "rows in a forward pass"),
-            Column("thresholds", FLOAT64_LIST, "absolute near-zero thresholds that were counted"),
+            Column("thresholds", FLOAT64_LIST, "absolute near-zero thresholds that were counted", bounds=SIZE),
             Column("sites", STRING_LIST, "sites that were measured"),
             Column("projections", STRING, "linear maps: layer, path, site, outputs, inputs of each, as JSON; or null"),
-            Column("num_shards", INT64, "shards: units of work and of resampling"),
+            Column("num_shards", INT64, "shards: units of work and of resampling", bounds=COUNT),
             _DEVICE,
             Column("threads", INT32, "CPU threads of a worker"),
             Column("wall_seconds", FLOAT64, "from start to end of the last attempt", "seconds"),
@@ -190,6 +261,7 @@ TABLES: dict[str, Table] = {
             _VERSIONS,
             Column("schema_version", INT32, "version of these tables"),
         ),
+        _names("status model"),
     ),
     "scores": Table(
         "one row for each layer, site, recipe and threshold of a run",
@@ -197,10 +269,15 @@ TABLES: dict[str, Table] = {
             _RUN_ID,
             *_MODEL,
             *_PLACE,
-            Column("recipe", STRING, "reading of AVSS: pooled, element, unit"),
-            Column("threshold", FLOAT64, "near zero means abs(x) below this"),
-            Column("threshold_kind", STRING, "absolute, or rms: a multiple of the RMS of the layer and site"),
-            Column("count", INT64, "elements (recipe unit: channels) that could be near zero"),
+            Column("recipe", STRING, "reading of AVSS: pooled, element, unit", choices=RECIPES),
+            Column("threshold", FLOAT64, "near zero means abs(x) below this", bounds=SIZE),
+            Column(
+                "threshold_kind",
+                STRING,
+                "absolute, or rms: a multiple of the RMS of the layer and site",
+                choices=THRESHOLD_KINDS,
+            ),
+            Column("count", INT64, "elements (recipe unit: channels) that could be near zero", bounds=COUNT),
             Column("near_zero_count", FLOAT64, "elements near zero; not a whole number where it is interpolated"),
             Column(
                 "variance",
@@ -214,7 +291,7 @@ TABLES: dict[str, Table] = {
             _score_column("avss"),
             Column("avss_normalized", FLOAT64, "avss / sum of it over layers"),
             Column("avss_cumulative", FLOAT64, "running sum of avss_normalized, in the order of layers"),
-            Column("rank", INT32, "1 is the lowest avss_smoothed: the least important layer"),
+            Column("rank", INT32, "1 is the lowest avss_smoothed: the least important layer", bounds=INDEX),
             Column(
                 "avss_low", FLOAT64, "lower end of the 95% interval of avss_smoothed, over shards; null below 8 shards"
             ),
@@ -227,10 +304,13 @@ TABLES: dict[str, Table] = {
             Column("quality", STRING, "ok, noisy_sparsity (fewer than 100 near zero) or zero_sparsity (none)"),
             *map(_score_column, BASELINES),
         ),
+        _names("layer layer_name depth site recipe threshold threshold_kind"),
     ),
     "layer_stats": Table(
         "one row for each layer and site of a run: the statistics that scores are computed from",
         (_RUN_ID, *_MODEL, *_PLACE, *_STATS),
+        _names("layer layer_name depth site count mean m2 thresholds near_zero nonfinite_count max_abs")
+        | _names("histogram_bin histogram_count"),
     ),
     "shard_stats": Table(
         "the same for each shard, to resume and to resample",
@@ -243,6 +323,7 @@ TABLES: dict[str, Table] = {
             *_STATS,
             _STRATUM,
         ),
+        _names("shard_id content_hash"),
     ),
     "evaluations": Table(
         "one row for each metric of a task and a model, whole or without layers",
@@ -250,24 +331,26 @@ TABLES: dict[str, Table] = {
             *_EVALUATION,
             _VALUE,
             _STDERR,
-            Column("num_samples", INT64, "samples that the value is of"),
+            Column("num_samples", INT64, "samples that the value is of", bounds=COUNT),
             _SETTINGS,
             _VERSIONS,
             Column("seconds", FLOAT64, "time of measuring, of all workers together", "seconds"),
-            Column("created_at", TIME, "when it was written", "UTC"),
+            Column("created_at", TIME, "when it was written", "UTC", bounds=_TIMES),
         ),
+        _names("task metric drop"),
     ),
     "cells": Table(
         "what evaluations are combined from: one row for each part of a task",
         (
             *_EVALUATION,
-            Column("part", INT32, "which part of the task, from 0"),
+            Column("part", INT32, "which part of the task, from 0", bounds=INDEX),
             Column("samples", FLOAT64_LIST, "a value for each sample: a sequence, a question, a permutation, a batch"),
-            Column("weights", FLOAT64_LIST, "weight of each sample: predicted tokens, or 1"),
+            Column("weights", FLOAT64_LIST, "weight of each sample: predicted tokens, or 1", as_long_as="samples"),
             _DEVICE,
             Column("seconds", FLOAT64, "time of measuring", "seconds"),
-            Column("created_at", TIME, "when it was measured", "UTC"),
+            Column("created_at", TIME, "when it was measured", "UTC", bounds=_TIMES),
         ),
+        _names("task metric drop part samples weights"),
     ),
     "experiments": Table(
         "one row for each metric of a model without the layers that a method chose",
@@ -282,12 +365,13 @@ TABLES: dict[str, Table] = {
                 "site",
                 STRING,
                 "of the reading of AVSS or of the contrast that chose; null for other scores and in files of schema 2",
+                choices=EVERY_SITE,
             ),
-            Column("recipe", STRING, "recipe of that reading"),
-            Column("threshold", FLOAT64, "threshold of that reading"),
-            Column("threshold_kind", STRING, "kind of that threshold: absolute or rms"),
+            Column("recipe", STRING, "recipe of that reading", choices=RECIPES),
+            Column("threshold", FLOAT64, "threshold of that reading", bounds=SIZE),
+            Column("threshold_kind", STRING, "kind of that threshold: absolute or rms", choices=THRESHOLD_KINDS),
             Column("control", STRING, "reversed (drops the highest), ends kept (the first and last stay), or null"),
-            Column("share", FLOAT64, "share of the layers that was dropped"),
+            Column("share", FLOAT64, "share of the layers that was dropped", bounds=SHARE),
             Column("sparsity", FLOAT64, "share of weights to meet a zero, or null; no value where it is out of reach"),
             _SPARSITY_PLAN,
             Column("seed", INT32, "of a random choice"),
@@ -306,8 +390,9 @@ TABLES: dict[str, Table] = {
                 "lower end of its 95% interval, over paired samples; null where fewer than 8 differ",
             ),
             Column("retention_high", FLOAT64, "upper end of the interval of retention"),
-            Column("created_at", TIME, "when it was written", "UTC"),
+            Column("created_at", TIME, "when it was written", "UTC", bounds=_TIMES),
         ),
+        _names("method share task metric drop"),
     ),
     "sparsity": Table(
         "one row for each linear map of a sparsity plan: which of its inputs become zero",
@@ -316,7 +401,7 @@ TABLES: dict[str, Table] = {
             *_MODEL,
             Column("sparsity_plan", STRING, "SHA-256 of the plan's numbers, as in evaluations"),
             Column("method", STRING, "how the sparsity was spread: uniform, loss, teal, ..."),
-            Column("target", FLOAT64, "share of the weights that was to meet a zero"),
+            Column("target", FLOAT64, "share of the weights that was to meet a zero", bounds=SHARE),
             Column("rule", STRING, "at which tokens: all, last-half, ..."),
             Column("pattern", STRING, "N:M, where so many of M units in a row stay at most; or null"),
             Column("weighted", BOOL, "sizes are weighted by the norms of the columns that they meet"),
@@ -329,35 +414,40 @@ TABLES: dict[str, Table] = {
             Column("value", FLOAT64, "the threshold, or the share"),
             Column("center", FLOAT64, "what inputs are taken less, and become, for zero"),
             Column("sparsity", FLOAT64, "share of its inputs that is expected to be zero"),
-            Column("created_at", TIME, "when it was made", "UTC"),
+            Column("created_at", TIME, "when it was made", "UTC", bounds=_TIMES),
         ),
+        _names("sparsity_plan method target rule layer map site outputs inputs by value sparsity created_at"),
     ),
     "stratum_stats": Table(
         "as layer_stats, for each stratum of paired text",
         (_RUN_ID, *_MODEL, _STRATUM, *_PLACE, *_STATS),
+        _names("stratum layer site count thresholds near_zero nonfinite_count"),
     ),
     "row_stats": Table(
         "one row for each answer of paired text, layer and site",
         (
             _RUN_ID,
             *_MODEL,
-            Column("row", INT64, "index of the answer in the corpus"),
-            Column("pair", INT64, "index of the prompt that the answer belongs to"),
+            Column("row", INT64, "index of the answer in the corpus", bounds=COUNT),
+            Column("pair", INT64, "index of the prompt that the answer belongs to", bounds=COUNT),
             _STRATUM,
-            Column("prompt_tokens", INT64, "tokens before the answer", "tokens"),
-            Column("answer_tokens", INT64, "tokens of the answer that count", "tokens"),
+            Column("prompt_tokens", INT64, "tokens before the answer", "tokens", bounds=COUNT),
+            Column("answer_tokens", INT64, "tokens of the answer that count", "tokens", bounds=COUNT),
             _PLACE[0],
             _PLACE[3],
-            *(Column(name, _OF_ROWS.get(name, FLOAT64), meaning) for name, meaning in ROW_FIELDS.items()),
+            *(_field_column(name, _OF_ROWS.get(name, FLOAT64), meaning) for name, meaning in ROW_FIELDS.items()),
         ),
+        _names("row pair stratum layer site answer_tokens count near_zero"),
     ),
     "expert_stats": Table(
         "one row for each layer and routed expert of a run, of every token or of none",
         (_RUN_ID, *_MODEL, *_EXPERT),
+        _EXPERT_REQUIRED,
     ),
     "shard_expert_stats": Table(
         "the same for each shard",
         (_RUN_ID, *_MODEL, _SHARD, *_EXPERT),
+        _EXPERT_REQUIRED | {"shard_id"},
     ),
 }
 SCHEMAS: dict[str, pa.Schema] = {name: table.schema for name, table in TABLES.items()}

@@ -26,7 +26,7 @@ class SharedWarehouse:
     mark: str
 
     def store(self) -> Store | None:
-        """The warehouse; None where this process does not find the driver's mark, so that it is another, or none."""
+        """Open the warehouse; None where this process does not find the driver's mark in it."""
         return _seen(self)
 
 
@@ -41,7 +41,7 @@ def _seen(shared: SharedWarehouse) -> Store | None:
 
 @contextmanager
 def shared(store: Store) -> Iterator[SharedWarehouse | None]:
-    """Inside, workers may write the warehouse; None where it takes no mark, as on a full disk."""
+    """Let workers write the warehouse inside of the block; yields None where it takes no mark, as on a full disk."""
     try:
         mark = store.storage.write_mark()
     except AvssError:
@@ -55,7 +55,7 @@ def shared(store: Store) -> Iterator[SharedWarehouse | None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """What a worker says of a shard whose partial it has written: little, for one driver hears many workers.
+    """A worker's message that it has written the partial of a shard: short, for one driver hears many workers.
 
     Attributes:
         shard_id, content_hash, num_tokens, seconds: see `ShardResult`.
@@ -70,7 +70,7 @@ class Receipt:
 
     @staticmethod
     def of(result: ShardResult, size: int) -> Receipt:
-        """That of a result."""
+        """Return the receipt of a result."""
         return Receipt(
             shard_id=result.shard_id,
             content_hash=result.content_hash,

@@ -81,7 +81,7 @@ class Storage:
         return RedactedURI(self.base) if self.is_local else self.root
 
     def write_mark(self) -> str:
-        """Write a small file of a name that no other has; the name."""
+        """Write a small file under a unique name; returns the name."""
         mark = f".mark-{secrets.token_hex(8)}"
         self.write(f"{self.base}/runs/{mark}", b"avss")
         return mark
@@ -103,7 +103,7 @@ class Storage:
                     self.remove_mark(info.base_name)
 
     def path(self, table: str, run_id: str, name: str) -> str:
-        """The path of a file.
+        """Return the path of a file.
 
         Raises:
             ValueError: ``run_id`` is not one, or ``name`` not one of a file of this table.
@@ -157,7 +157,7 @@ class Storage:
         return bool(self.filesystem.get_file_info(f"{self.base}/{name}").type == pafs.FileType.Directory)
 
     def read(self, path: str) -> pa.Buffer | None:
-        """A whole file; None when there is none."""
+        """Read a whole file; None when there is none."""
         with self.reading(path), suppress(FileNotFoundError), self.filesystem.open_input_file(path) as file:
             return file.read_buffer()
         return None
@@ -186,11 +186,11 @@ class Storage:
         return StorageFull(f"No space left on {self.root}.", hint)
 
     def run_id(self, path: str) -> str:
-        """The run that a file is of."""
+        """Return the run id of a file."""
         return path.split("/")[-2].removeprefix("run_id=")
 
     def damage(self, path: str, error: Exception) -> str:
-        """What is wrong with a file that cannot be read.
+        """Return what is wrong with a file that cannot be read.
 
         Raises:
             WarehouseError: it is not the file, but the storage that failed.
@@ -211,7 +211,7 @@ class Storage:
 
 
 def _uri(root: str) -> str:
-    """A folder as a URI. To an object store a small file goes in one request, which leaves nothing half done."""
+    """Return a folder as a URI. A small file goes to an object store in one request, which leaves nothing half done."""
     if not _SCHEME.match(root):
         return Path(root).expanduser().absolute().as_uri()
     if not root.startswith("s3:") or "allow_delayed_open=" in root:
@@ -220,7 +220,7 @@ def _uri(root: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Why storage failed; of what an object store says, the part that tells people something."""
+    """Return why storage failed, without the parts of an object store's message that only machines need."""
     text = getattr(error, "strerror", None) or str(error)
     text = re.sub(r"^.*AWS Error | \(Request ID: .*\)$", "", text, flags=re.DOTALL)
     return re.sub(r"^Unknown error: |\bN\d+Azure\w+E: |\n.*", "", text, flags=re.DOTALL).rstrip(".")

@@ -27,7 +27,7 @@ from scipy.stats import norm, t
 from avss_dist.settings import PUBLISHED_THRESHOLD
 from avss_dist.stats import intervals
 from avss_dist.stats.intervals import SCALES, jackknife_interval
-from avss_dist.stats.scores import avss
+from avss_dist.stats.scores import MINIMUM_NEAR_ZERO, avss
 from avss_dist.warehouse.reader import Warehouse
 
 Array = NDArray[np.float64]
@@ -224,6 +224,8 @@ def coverage(population: Population, number: int, draws: int, bootstrap: bool = 
             continue  # the package gives no interval
         for method, (low, high) in ends_of(population, units, rng, bootstrap).items():
             known = np.isfinite(low) & np.isfinite(high)
+            if population.statistic is avss_of:  # the package gives no interval for fewer
+                known &= units[1].sum(axis=0) >= MINIMUM_NEAR_ZERO
             held.setdefault(method, []).append(((low <= value) & (value <= high))[known])
             widths.setdefault(method, []).append((high - low)[known] / scale[known])
     return {m: (np.concatenate(held[m]).mean(), np.median(np.concatenate(widths[m]))) for m in METHODS if m in held}

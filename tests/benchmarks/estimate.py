@@ -48,7 +48,7 @@ def measure_gang(model: str, corpus: str, settings: Settings, partition: str) ->
         run = score(model, corpus=corpus, warehouse=out, partition=partition, ranks=RANKS, **settings.as_dict())
         shards = tokenize_corpus(corpus, load_tokenizer(resolve(model)), settings).shards
         results = Warehouse(out).read_shards(run.run_id, {shard.shard_id: shard.content_hash for shard in shards})
-    at_once = RANKS if partition == "zero3" else 1
+    at_once = RANKS if PARTITIONS[partition].splits_data else 1
     return sum(result.seconds for result in results) / at_once, max(result.peak_memory_bytes for result in results)
 
 
@@ -69,7 +69,9 @@ def main() -> None:
         if options.measure in GANGS:
             print(json.dumps(measure_gang(options.model, options.corpus, settings, options.measure)))
             return
-        placement = Placement(partition=options.measure, max_memory=limits if options.measure == "device_map" else {})
+        placement = Placement(
+            partition=options.measure, max_memory=limits if PARTITIONS[options.measure].several_gpus else {}
+        )
         print(json.dumps(measure(options.model, options.corpus, settings, placement)))
         return
     ratios: dict[str, list[tuple[float, float]]] = {partition: [] for partition in options.partition}

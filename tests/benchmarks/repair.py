@@ -30,7 +30,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from avss_dist.removal import Drop
 from torch import nn
 
 from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
@@ -95,7 +94,7 @@ class BaselineFitter:
         matrices: fitted matrix by the module whose output it multiplies, float64[units, units].
     """
 
-    def __init__(self, model: LanguageModel, splits: Sequence[FitSplit], drop: Drop) -> None:
+    def __init__(self, model: LanguageModel, splits: Sequence[FitSplit], drop: tuple[int, ...]) -> None:
         self.matrices: dict[nn.Module, torch.Tensor] = {}
         self._model, self._splits, self._drop = model, splits, drop
 
@@ -111,7 +110,7 @@ class BaselineFitter:
         else:
             self.matrices[layer] = {"prune_comp": prune_comp, "linear_patch": linear_patch}[baseline](hidden, wanted)
 
-    def _outputs(self, modules: Sequence[nn.Module], drop: Drop = ()) -> list[torch.Tensor]:
+    def _outputs(self, modules: Sequence[nn.Module], drop: tuple[int, ...] = ()) -> list[torch.Tensor]:
         """Return the outputs of modules over the tokens to fit to, each float64[tokens, units]."""
         outputs: list[list[torch.Tensor]] = [[] for _ in modules]
         for split in self._splits:

@@ -174,7 +174,7 @@ def _layer_stats(rng: np.random.Generator, identity: dict[str, object], layers: 
 
 PROGRAM = """
 import sys, time, resource
-from avss_dist.query import Warehouse
+from avss_dist.warehouse.reader import Warehouse
 empty = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 wall, cpu = time.perf_counter(), time.process_time()
 rows = Warehouse(sys.argv[1]).sql(sys.argv[2]).num_rows
@@ -200,7 +200,7 @@ def main() -> None:
         start = time.perf_counter()
         write_warehouse(options.folder, options.runs, options.layers)
         print(f"written in {time.perf_counter() - start:.0f} s")
-    from avss_dist.warehouse.reader import ready_queries
+    from avss_dist.warehouse.query import ready_queries
 
     print(f"{'query':24} {'seconds':>8} {'of CPU':>8} {'peak MiB':>9} {'imports MiB':>12} {'rows':>7}")
     for name in ready_queries():

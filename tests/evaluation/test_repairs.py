@@ -149,8 +149,8 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
         expected = sum(float(r.rows[0].samples.sum()) for _, r in executor.run_cells(iter([again.cells()])))
         (whole,) = {float(r.rows[0].samples.sum()) for c, r in executor.run_cells(iter([task.cells()])) if c.part == 0}
         after = [float(r.rows[0].samples.sum()) for c, r in executor.run_cells(iter([[cells[-2]]]))]
-    assert measured[(1,), patch.key] == expected
-    assert measured[(1,), None] != expected and after == [whole]
+    assert measured[replace(without, patch=patch).key] == expected
+    assert measured[without.key] != expected and after == [whole]
     assert read_repaired(patch).record == prune_record(tmp_path / "less")
 
 

@@ -451,8 +451,8 @@ def test_one_text_under_two_names_is_planned_and_measured_once(
         planned.append(source)
         return tokenize(source, *args, **options)
 
-    tokenize = planner.plan
-    monkeypatch.setattr(planner, "plan", plan)
+    tokenize = planner.tokenize_corpus
+    monkeypatch.setattr(planner, "tokenize_corpus", plan)
     text = "One word after the other, and another one. " * 200
     for name in ("a.txt", "b.txt", "c.txt"):
         (tmp_path / name).write_text(text if name != "c.txt" else text[::-1])
@@ -491,13 +491,13 @@ def test_one_tokenizer_is_run_once_over_a_corpus(
     from avss_dist.runs import planner
 
     planned: list[str] = []
-    plan = planner.plan
+    plan = planner.tokenize_corpus
 
     def counted(source: str, *args: Any) -> Any:
         planned.append(source)
         return plan(source, *args)
 
-    monkeypatch.setattr(planner, "plan", counted)
+    monkeypatch.setattr(planner, "tokenize_corpus", counted)
     (tmp_path / "text.txt").write_text("In the beginning was the word. " * 100)
     for seed in (1, 2):
         save_checkpoint(llama(seed), tmp_path / f"seed-{seed}")

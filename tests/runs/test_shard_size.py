@@ -90,13 +90,13 @@ def test_models_of_one_tokenizer_share_the_tokens_and_not_the_shards(
     flops = footprint(resolve(str(tiny_llama)), small).forward_flops(9, 64)
     monkeypatch.setattr(shard_size, "FLOPS_OF_A_THREAD", {4: flops / MOST_SECONDS})  # nine rows of the small model
     read: list[str] = []
-    own = planner.plan
+    own = planner.tokenize_corpus
 
     def spy(source: str, *arguments: Any) -> Any:
         read.append(source)
         return own(source, *arguments)
 
-    monkeypatch.setattr(planner, "plan", spy)
+    monkeypatch.setattr(planner, "tokenize_corpus", spy)
     options = {**OPTIONS, "executor": "local", "max_sequences": 320}
     runs = avss_dist.score_all([str(tiny_llama), str(wide)], warehouse=tmp_path / "w", **options)
     assert [run.num_shards for run in runs] == [40, 160] and read == ["builtin:pydoc"]

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 
 from avss_dist.errors import WarehouseError
-from avss_dist.warehouse.checks import MOST_LAYERS, checked_rows, damaged_runs, settings_of
-from avss_dist.warehouse.schema import SCHEMAS
+from avss_dist.warehouse.checks import checked_rows, damaged_runs, settings_of
+from avss_dist.warehouse.schema import MOST_LAYERS, SCHEMAS, TABLES
 
 CANNOT = "has a value that it cannot have"
 
@@ -137,3 +137,9 @@ def test_the_rows_of_a_file_get_the_schema_of_their_table() -> None:
         checked_rows("cells", "mine", wrong)
     with pytest.raises(pa.ArrowInvalid, match="'weights' has no value"):
         checked_rows("cells", "mine", stored.drop_columns(["weights"]))
+
+
+def test_checks_name_columns_of_their_table() -> None:
+    for table in TABLES.values():
+        assert table.required <= {column.name for column in table.columns}
+        assert all(pa.types.is_list(column.type) for column in table.columns if column.as_long_as)

@@ -23,7 +23,8 @@ import avss_dist
 from avss_dist.errors import QueryError, WarehouseError
 from avss_dist.report.terminal.schema import schema_markdown
 from avss_dist.warehouse import cache
-from avss_dist.warehouse.reader import FUNCTIONS, Warehouse, ready_queries
+from avss_dist.warehouse.query import FUNCTIONS, ready_queries
+from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMAS, TABLES, RunIdentity
 from avss_dist.warehouse.storage import Storage
 from avss_dist.warehouse.store import Store

@@ -538,8 +538,8 @@ def test_a_warehouse_only_reads_and_says_what_it_is(tmp_path: Path) -> None:
     public = {name for name in dir(Warehouse(tmp_path)) if not name.startswith("_")}
     reads = {"runs", "scores", "layer_stats", "sql", "table", "dataset", "run", "stats_by_run"}
     reads |= {"read_shards", "read_layer_stats", "read_partials", "readable_layer_stats", "read_stratum_stats"}
-    reads |= {"unfinished"}
-    assert public == reads | {"root", "damaged"}
+    reads |= {"unfinished", "each_shard", "num_partials"}
+    assert public == reads | {"root", "damaged", "storage"}
     assert repr(Warehouse("w")) == "Warehouse('w')"
     assert repr(Warehouse("s3://KEY:SECRET@bucket/w?region=x")) == "Warehouse('s3://bucket/w?region=x')"
 

@@ -59,7 +59,7 @@ class Gang:
 
     @property
     def is_placed(self) -> bool:
-        """Whether its first worker has a process, as far as is known."""
+        """Whether its first worker is known to have a process."""
         return self.names[0] in self._processes or bool(ray.wait([self.placed], timeout=0)[0])
 
     @property
@@ -69,7 +69,7 @@ class Gang:
         return {node for node, _ in self._processes.values()}
 
     def find_processes(self) -> Collection[str]:
-        """The ranks that have a process by now, whether it answers or not."""
+        """Return the ranks that have a process by now, whether it answers or not."""
         for name, worker in zip(self.names, self._workers, strict=True):
             if name not in self._processes:
                 known = ray._private.state.actors(worker._actor_id.hex())
@@ -78,7 +78,7 @@ class Gang:
         return self._processes.keys()
 
     def open(self, spec: ReplicaSpec) -> list[Any]:
-        """Open a model on every rank; one reference for each."""
+        """Open a model on every rank; returns a reference for each."""
         return [worker.open.remote(spec, rank, self.placed) for rank, worker in enumerate(self._workers)]
 
     def measure(self, parts: Sequence[tuple[Sequence[Assignment], Sequence[Any]]]) -> list[Any]:
@@ -87,12 +87,12 @@ class Gang:
         return [worker.measure_round.remote(assignments, *blocks) for worker, (assignments, blocks) in ranks]
 
     def cancel(self, references: Iterable[Any]) -> None:
-        """Let ranks not begin what they were given, where they have not: a gang of one rank."""
+        """Cancel rounds that have not begun, of a gang of one rank."""
         for reference in references:
             ray.cancel(reference)
 
     def stop(self, *, hangs: bool = False) -> None:
-        """Stop every worker and give the resources back; those of a gang that hangs by a signal too."""
+        """Stop every worker and give the resources back; workers of a gang that hangs are killed by a signal too."""
         for worker in self._workers:
             ray.kill(worker)
         for node, process in self._processes.values() if hangs else ():
@@ -103,13 +103,13 @@ class Gang:
 
 
 def _kill(process: int) -> None:
-    """A process that is stopped (SIGSTOP) does not hear Ray, and would keep its memory and devices."""
+    """Kill a process that is stopped (SIGSTOP): it does not hear Ray, and would keep its memory and devices."""
     with suppress(ProcessLookupError, PermissionError):
         os.kill(process, signal.SIGKILL)
 
 
 def missing_package(error: Exception) -> ConfigError | None:
-    """What to say of workers that cannot import this package; None of any other error."""
+    """Return the error to show if workers cannot import this package; None for any other error."""
     if "No module named 'avss_dist'" not in str(error):
         return None
     return ConfigError(

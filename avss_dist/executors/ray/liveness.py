@@ -1,4 +1,4 @@
-"""What of a Ray cluster must live: its head, which knows where everything is, and the node of this process."""
+"""Checks that the parts of a Ray cluster are alive that a driver needs: its head, and the node of this process."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def require_head() -> None:
 
 
 def node_lost() -> RunFailed:
-    """The node of this process is lost: no worker that it starts can live then."""
+    """Return the error for a lost node of this process: no worker that it starts can live then."""
     return RunFailed(
         "The Ray node of this process has died: its raylet or its dashboard agent crashed, or was killed.",
         f"raylet.out and dashboard_agent.log in /tmp/ray/session_latest/logs say why. {KEPT}",
@@ -88,7 +88,7 @@ def node_lost() -> RunFailed:
 
 
 def draining_nodes() -> Set[str]:
-    """The ids of nodes that are about to be taken away: they are given nothing new, and end when they are idle.
+    """Return the ids of nodes that are about to be taken away: they are given nothing new, and end when idle.
 
     A preemption notice, the autoscaler or ``ray drain-node`` says so. Of Ray's interfaces only this one tells without
     a dashboard; Ray Train asks it too.

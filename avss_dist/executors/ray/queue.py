@@ -36,7 +36,7 @@ Unit = TypeVar("Unit", bound=Shard | Cell)
 
 
 def shape(placement: Placement) -> tuple[int, int]:
-    """What a gang must have to take a placement: ranks and GPUs."""
+    """Return the ranks and GPUs that a gang must have to take a placement."""
     return placement.ranks, placement.gpus
 
 
@@ -69,7 +69,7 @@ class UnitQueue(ABC, Generic[Unit]):
 
     @abstractmethod
     def describe(self, unit: int) -> str:
-        """What people call a unit."""
+        """Return the name of a unit for people."""
 
     @abstractmethod
     def describe_repeated(self, units: Sequence[int]) -> str:
@@ -80,7 +80,7 @@ class UnitQueue(ABC, Generic[Unit]):
 
     @abstractmethod
     def kind(self, unit: int) -> str:
-        """Units of one kind take about the same time."""
+        """Return the kind of a unit; units of one kind take about the same time."""
 
     @abstractmethod
     def parts(self, units: Sequence[int]) -> Sequence[tuple[Sequence[Assignment], Sequence[Any]]]:
@@ -88,11 +88,11 @@ class UnitQueue(ABC, Generic[Unit]):
 
     @abstractmethod
     def _outcome(self, unit: int, result: Any) -> tuple[Any, Any]:
-        """A result, beside what it is the result of."""
+        """Return a result, after the run or cell that it belongs to."""
 
     @abstractmethod
     def fail(self, units: Sequence[int], error: AvssError) -> list[tuple[Any, AvssError]]:
-        """End what an error of these units ends; none is a model that cannot be opened. Returns the outcomes."""
+        """End what an error of these units ends; returns the outcomes. No units: the model cannot be opened."""
 
     @property
     def is_active(self) -> bool:
@@ -101,17 +101,17 @@ class UnitQueue(ABC, Generic[Unit]):
 
     @property
     def units_a_round(self) -> int:
-        """One for each rank, where ranks take different ones."""
+        """Number of units in a round: one for each rank, where ranks take different ones."""
         placement = self.spec.placement
         return placement.ranks if PARTITIONS[placement.partition].splits_data else 1
 
     @property
     def pending_rounds(self) -> int:
-        """Rounds that no gang has begun."""
+        """Number of rounds that no gang has begun."""
         return -(-len(self.pending) // self.units_a_round)
 
     def next_units(self, gangs: int = 1) -> list[int]:
-        """The units of one round.
+        """Take the units of one round.
 
         Args:
             gangs: that share what is pending.
@@ -123,7 +123,7 @@ class UnitQueue(ABC, Generic[Unit]):
         return units
 
     def _most_in_a_round(self, gangs: int) -> int:
-        """How many units a round may have."""
+        """Return how many units a round may have."""
         return self.units_a_round
 
     def runs_ahead(self, gangs: int) -> bool:
@@ -131,14 +131,14 @@ class UnitQueue(ABC, Generic[Unit]):
         return False
 
     def by_rank(self, units: Sequence[int]) -> list[Sequence[int]]:
-        """The units of each rank in a round: one of its own or none, or the same for all."""
+        """Return the units of each rank in a round: a different one for each rank or none, or the same for all."""
         ranks = self.spec.placement.ranks
         if self.units_a_round == 1:
             return [units] * ranks
         return [units[rank : rank + 1] for rank in range(ranks)]
 
     def finish(self, unit: int, result: Any) -> list[tuple[Any, Any]]:
-        """The outcome of a unit's first result; of a later one, and of a rank that reports none (None), none."""
+        """Return the outcome of a unit's first result; nothing for later results and for ranks that report none."""
         if result is None or unit not in self.unfinished:
             return []
         if unit in self._again:
@@ -147,7 +147,7 @@ class UnitQueue(ABC, Generic[Unit]):
         return [self._outcome(unit, result)]
 
     def note_opened(self) -> None:
-        """A gang has opened the model, so it can be opened: earlier failures count no more."""
+        """Forget the failures to open the model: a gang has opened it."""
         del self._failures[None]
 
     def note_duration(self, units: Sequence[int], seconds: float) -> None:
@@ -157,10 +157,10 @@ class UnitQueue(ABC, Generic[Unit]):
         insort(self._seconds.setdefault(self.kind(units[0]), []), seconds)
 
     def note_progress(self, units: Sequence[int], what: str, share: float) -> None:
-        """What is being done in a round of these units, and which share of that is done."""
+        """Hear what is being done in a round of these units, and which share of it is done."""
 
     def usual_seconds(self, unit: int) -> float:
-        """How long units of this kind took, as their median; infinite where none is done."""
+        """Return the median seconds of units of this kind; infinite where none is done."""
         seconds = self._seconds.get(self.kind(unit)) or [math.inf]
         return seconds[len(seconds) // 2]
 
@@ -199,7 +199,7 @@ class UnitQueue(ABC, Generic[Unit]):
         return [outcome for unit in failed for outcome in self._count_failure(unit, why)]
 
     def _count_failure(self, unit: int | None, why: str) -> list[tuple[Any, AvssError]]:
-        """The outcomes of one more failure of a unit, or of opening the model (None)."""
+        """Return the outcomes of one more failure of a unit, or of opening the model (None)."""
         if unit is None:
             self._failed_to_open = time.monotonic()
         self._failures[unit] += 1
@@ -232,7 +232,7 @@ class ShardQueue(UnitQueue[Shard]):
         return super().is_active
 
     def describe(self, unit: int) -> str:
-        """``Shard 3``."""
+        """Return ``Shard 3``."""
         return f"Shard {self.units[unit].shard_id}"
 
     def describe_repeated(self, units: Sequence[int]) -> str:
@@ -246,11 +246,11 @@ class ShardQueue(UnitQueue[Shard]):
         self._run.notes.append(text)
 
     def kind(self, unit: int) -> str:
-        """Shards of a run are of one size, but for the last."""
+        """See `UnitQueue`: shards of a run are of one size, but for the last."""
         return "shard"
 
     def _most_in_a_round(self, gangs: int) -> int:
-        """Several short shards for a gang of one rank: the driver hears of them in one answer."""
+        """Return the number of short shards that a gang of one rank measures before the driver hears of them."""
         if self.spec.placement.ranks > 1 or not self.pending:
             return super()._most_in_a_round(gangs)
         in_time = ROUND_SECONDS / max(self.usual_seconds(self.pending[0]), 1e-9)
@@ -279,7 +279,7 @@ class ShardQueue(UnitQueue[Shard]):
         return self._run, result
 
     def fail(self, units: Sequence[int], error: AvssError) -> list[tuple[RunShards, AvssError]]:
-        """The run ends with its first error."""
+        """See `UnitQueue`: the run ends with its first error."""
         if not self.is_active:
             return []
         self._remove([*self.unfinished])
@@ -296,11 +296,11 @@ class CellQueue(UnitQueue[Cell]):
 
     @property
     def units_a_round(self) -> int:
-        """All ranks take the same cell, and share what is in it."""
+        """See `UnitQueue`: all ranks take the same cell and share its work."""
         return 1
 
     def describe(self, unit: int) -> str:
-        """The task, and which part of it."""
+        """Return the task and which part of it the unit is."""
         return f"Part {self.units[unit].part} of {self.units[unit].task}"
 
     def describe_repeated(self, units: Sequence[int]) -> str:
@@ -308,7 +308,7 @@ class CellQueue(UnitQueue[Cell]):
         return _repeated(count_of(len(units), "evaluation"), len(units))
 
     def kind(self, unit: int) -> str:
-        """Parts of a task are of one size, but for the last."""
+        """See `UnitQueue`: parts of a task are of one size, but for the last."""
         return self.units[unit].task
 
     def note_progress(self, units: Sequence[int], what: str, share: float) -> None:
@@ -334,7 +334,7 @@ class CellQueue(UnitQueue[Cell]):
         return self.units[unit], result
 
     def fail(self, units: Sequence[int], error: AvssError) -> list[tuple[Cell, AvssError]]:
-        """Each of these cells, or all, have the error."""
+        """See `UnitQueue`: each of these cells, or all, have the error."""
         failed = sorted(self.unfinished.intersection(units or self.unfinished))
         self._remove(failed)
         return [(self.units[unit], error) for unit in failed]

@@ -46,7 +46,7 @@ class Assignment(Protocol):
         """Return the result, or None where this rank reports none.
 
         Args:
-            model: the replica that ``spec.open`` returned.
+            model: the replica that `executors.base.ReplicaSpec.open` returned.
             heartbeat: to be called whenever a layer begins.
             computed: may be called when the model can be used for another unit.
         """
@@ -160,7 +160,7 @@ class Worker:
         self._doing = what, share
 
     def address(self) -> tuple[str, int]:
-        """Its node's address, and a free port there."""
+        """Return the address of this node, and a free port there."""
         with socket.socket() as free:
             free.bind(("", 0))
             return get_node_ip_address(), int(free.getsockname()[1])
@@ -220,7 +220,7 @@ class Worker:
 
 
 def resolve_on_node(checkpoint: Checkpoint, *, trust_remote_code: bool = False, pickles: bool = False) -> Checkpoint:
-    """The driver's checkpoint as this node has it; what comes from the hub is fetched where it is not here yet.
+    """Return the driver's checkpoint as this node has it; one from the hub is fetched where it is not here yet.
 
     Args:
         pickles: weights that the hub has as pickles may be converted.

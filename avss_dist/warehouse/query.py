@@ -1,0 +1,121 @@
+"""SQL over the tables of a warehouse, by a DuckDB that can reach nothing else."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from functools import cache, partial
+from importlib.resources import files
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from avss_dist.errors import QueryError, require_known
+from avss_dist.warehouse.schema import SCHEMAS, TABLES
+
+_SEALED: dict[str, str | bool | int | float | list[str]] = {
+    "enable_external_access": False,
+    "python_enable_replacements": False,
+    "autoload_known_extensions": False,
+    "autoinstall_known_extensions": False,
+    "allow_community_extensions": False,
+    "lock_configuration": True,
+}
+_READ_LAYER_STATS = {"sparsity_at", "scores_at"}
+_READS = "A query only reads: SELECT, WITH, FROM, VALUES, DESCRIBE, SHOW, SUMMARIZE or EXPLAIN of one of them."
+FUNCTIONS = {
+    "sparsity_at(value, kind := 'absolute')": "near-zero counts of layer_stats at any threshold; kind 'rms' takes "
+    "a multiple of the root mean square of the layer and site",
+    "scores_at(value, kind := 'absolute')": "the scores of every recipe at any threshold, without intervals",
+    "removals(drop)": "the layers and sublayers of a column drop, by name: 3, attention.7, mlp.7",
+    "bin_edge(bin)": "lower edge of a bin of the histogram; that of bin + 1 is its upper edge",
+}
+"""Functions of SQL beside DuckDB's own, and what they give."""
+
+
+def run_query(query: str, read: Callable[..., Any]) -> pa.Table:
+    """Return the result of one query, see `reader.Warehouse.sql`.
+
+    Args:
+        read: returns the result of a function of datasets of tables, by name.
+    """
+    if query.startswith("@"):
+        ready = ready_queries()
+        query = ready[require_known("query", query[1:].strip(), ready, QueryError)]
+    try:
+        with duckdb.connect(":memory:", config=_SEALED) as connection:
+            _require_reading(connection, query)
+        result: pa.Table = read(_mentioned(query), partial(_answer, query), failures=(duckdb.InvalidInputException,))
+        return result
+    except duckdb.Error as error:
+        hint = f"Tables: {', '.join(TABLES)}. 'DESCRIBE scores' lists the columns of one."
+        raise QueryError(str(error).strip(), hint) from None
+
+
+@cache
+def ready_queries() -> dict[str, str]:
+    """Return the queries in ``sql/queries`` by name. Each begins with a comment that says which question it answers."""
+    found = [
+        file for file in (files("avss_dist.warehouse") / "sql" / "queries").iterdir() if file.name.endswith(".sql")
+    ]
+    return {file.name.removesuffix(".sql"): file.read_text(encoding="utf-8") for file in sorted(found, key=str)}
+
+
+@cache
+def _functions() -> str:
+    return (files("avss_dist.warehouse") / "sql" / "functions.sql").read_text(encoding="utf-8")
+
+
+def _mentioned(query: str) -> Collection[str]:
+    """Return the tables that a query may read: those whose name is in it, or all if it may build a name.
+
+    DuckDB's own `get_table_names` refuses ``JOIN ... USING`` and the functions of SQL that are defined here.
+    """
+    words = set(re.findall(r"\w+", query.lower()))
+    if words & {"query", "query_table"}:
+        return TABLES
+    return [name for name in TABLES if name in words or (name == "layer_stats" and words & _READ_LAYER_STATS)]
+
+
+def _answer(query: str, rows: Mapping[str, ds.Dataset | None]) -> pa.Table:
+    """Return the result of a query over datasets of tables."""
+    with duckdb.connect(":memory:", config=_SEALED) as connection:
+        for name, schema in SCHEMAS.items():
+            opened = rows.get(name)
+            connection.register(name, schema.empty_table() if opened is None else opened)
+        connection.execute(_functions())
+        return _fetch(connection, query)
+
+
+def _fetch(connection: duckdb.DuckDBPyConnection, query: str) -> pa.Table:
+    """Run the query by ``execute``, whose errors point with a caret; ``sql``, which DuckDB would prefer, drops it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Arrow output on a DB-API result", UserWarning)
+        return connection.execute(query).to_arrow_table()
+
+
+def _require_reading(connection: duckdb.DuckDBPyConnection, query: str) -> None:
+    statements = connection.extract_statements(query)
+    if not statements:
+        raise QueryError("The query is empty.", _READS)
+    if len(statements) > 1:
+        raise QueryError(f"There are {len(statements)} statements; a query is one.", "Run them one by one.")
+    kind = _kind(statements[0])
+    if kind == duckdb.StatementType.MULTI:
+        raise QueryError("PIVOT must name its columns here.", "Write PIVOT ... ON column IN ('a', 'b') USING ...")
+    if kind == duckdb.StatementType.EXPLAIN:
+        explained = re.sub(r"^\s*explain(\s+analyze)?\b", "", query, flags=re.IGNORECASE)
+        statements = connection.extract_statements(explained)
+        kind = _kind(statements[0])
+    if kind != duckdb.StatementType.SELECT:
+        raise QueryError(f"{kind.name} is not allowed in a query.", _READS)
+
+
+def _kind(statement: duckdb.Statement) -> duckdb.StatementType:
+    try:
+        return statement.type
+    except ValueError:  # DuckDB has more of them than its Python names: UPDATE EXTENSIONS
+        raise QueryError("This statement is not allowed in a query.", _READS) from None
