@@ -40,8 +40,9 @@ def contrast(
     value, kind = parse_threshold(threshold)
 
     from avss_dist.analysis.contrast import contrast as contrast_run
+    from avss_dist.report.contrasts import contrast_section
     from avss_dist.report.output import write_table
-    from avss_dist.report.terminal.contrast import contrast_tables
+    from avss_dist.report.terminal.tables import rendered
 
     opened = open_warehouse(warehouse)
     row = choose_run(opened, run)
@@ -56,7 +57,8 @@ def contrast(
         truthful=truthful,
     )
     if format == "table":
-        console().print(contrast_tables(found))
+        label = f"{row['model']}  ({row['run_id']})"
+        console().print(rendered(contrast_section(label, found)))
         return
     write_table(found.predictions if predictions else found.layers, format, console())
     for line in found.findings:

@@ -163,9 +163,10 @@ def plan(
         where = {"warehouse": warehouse, "run": row["run_id"]}
         sparse = _sparsify(output, sparsify, format, where | text | sparse_fields | options)
         if not as_json:
-            from avss_dist.report.terminal.sparsity import thresholds_table
+            from avss_dist.report.sparsity import thresholds_table
+            from avss_dist.report.terminal.tables import FittedTable
 
-            console().print(thresholds_table(sparse))
+            console().print(FittedTable(thresholds_table(sparse)))
         _tell(opened, row, output, sparse, hints, format, as_json)
         return
     how = {"share": share, "count": count, "mass": mass, "contiguous": contiguous, "seed": seed}
