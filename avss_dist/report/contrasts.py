@@ -47,7 +47,7 @@ def contrast_section(label: str, result: Contrast) -> Section:
 
 def _layers_table(name: str, rows: Sequence[Row], reading: Mapping[str, Any]) -> ReportTable:
     def column(heading: str, source: str, format_: Callable[[Any], str], priority: int = 0) -> ReportColumn:
-        return ReportColumn(heading=heading, values=[row[source] for row in rows], format=format_, priority=priority)
+        return ReportColumn(heading, [row[source] for row in rows], format_, priority=priority)
 
     number = decimals(3)
     intervals = [known_interval(row["eavss_contrast_low"], row["eavss_contrast_high"]) for row in rows]
@@ -58,7 +58,7 @@ def _layers_table(name: str, rows: Sequence[Row], reading: Mapping[str, Any]) ->
         columns=[
             column("layer", "layer", str),
             column("contrast", "eavss_contrast", number),
-            ReportColumn(heading="95%", values=intervals, format=interval(number), priority=2),
+            ReportColumn("95%", intervals, interval(number), priority=2),
             column("rank", "rank", decimals(0), 3),
             column("in top 25%", "prone_probability", percent(0), 4),
             column("deviation", "deviation", number),
@@ -68,7 +68,7 @@ def _layers_table(name: str, rows: Sequence[Row], reading: Mapping[str, Any]) ->
             column("length-matched", "length_matched", number, 1),
             column("its p", "length_matched_p", p_value, 1),
             column("other prompt", "after_another", number, 1),
-            ReportColumn(heading="left", values=[bool(row["stands"]) for row in rows], format=yes),
+            ReportColumn("left", [bool(row["stands"]) for row in rows], yes),
         ],
         caption=_caption(rows, reading),
     )
@@ -104,13 +104,11 @@ def _predictions_table(name: str, rows: Sequence[Row]) -> ReportTable:
         name=f"{name}-predictions",
         title="Does it predict",
         columns=[
-            ReportColumn(heading="predicts by", values=[_predictor(row) for row in best], number=False),
-            ReportColumn(heading="AUROC", values=[row["auroc"] for row in best], format=decimals(3)),
-            ReportColumn(heading="95%", values=intervals, format=interval(decimals(3))),
-            ReportColumn(
-                heading="other prompt", values=[row["after_another"] for row in best], format=decimals(3), priority=1
-            ),
-            ReportColumn(heading="beats", values=[bool(row["beats_baselines"]) for row in best], format=yes),
+            ReportColumn("predicts by", [_predictor(row) for row in best], number=False),
+            ReportColumn("AUROC", [row["auroc"] for row in best], decimals(3)),
+            ReportColumn("95%", intervals, interval(decimals(3))),
+            ReportColumn("other prompt", [row["after_another"] for row in best], decimals(3), priority=1),
+            ReportColumn("beats", [bool(row["beats_baselines"]) for row in best], yes),
         ],
         caption="Folds over prompts; of each statistic, its best layer.",
     )

@@ -56,14 +56,10 @@ def _table(name: str, results: ExperimentResults) -> ReportTable:
         name=name,
         title="Each method at each share",
         columns=[
-            ReportColumn(heading="layers chosen by", values=[one.method for one in methods], number=False),
-            ReportColumn(heading="share", values=[one.share for one in methods], format=percent(0)),
+            ReportColumn("layers chosen by", [one.method for one in methods], number=False),
+            ReportColumn("share", [one.share for one in methods], percent(0)),
             ReportColumn(
-                heading="dropped",
-                values=[describe_removed(one.drop) or None for one in methods],
-                number=False,
-                wraps=True,
-                priority=3,
+                "dropped", [describe_removed(one.drop) or None for one in methods], number=False, wraps=True, priority=3
             ),
             *(column for task in results.tasks for column in _task_columns(task, results)),
         ],
@@ -76,16 +72,16 @@ def _task_columns(task: TaskMetric, results: ExperimentResults) -> Iterator[Repo
     outcomes = [(one.is_whole, one.outcomes.get(task.name)) for one in results.methods]
     compared = [None if is_whole else outcome for is_whole, outcome in outcomes]
     yield ReportColumn(
+        describe_metric(task.metric),
+        [outcome and readable_value(task.metric, outcome.value) for _, outcome in outcomes],
+        metric_format(task.metric),
         group=group,
-        heading=describe_metric(task.metric),
-        values=[outcome and readable_value(task.metric, outcome.value) for _, outcome in outcomes],
-        format=metric_format(task.metric),
         priority=2,
     )
     retention = [outcome and outcome.retention for outcome in compared]
-    yield ReportColumn(group=group, heading="kept", values=retention, format=percent(1))
+    yield ReportColumn("kept", retention, percent(1), group=group)
     intervals = [outcome and outcome.interval for outcome in compared]
-    yield ReportColumn(group=group, heading="95% interval", values=intervals, format=interval(percent(1)), priority=1)
+    yield ReportColumn("95% interval", intervals, interval(percent(1)), group=group, priority=1)
 
 
 def _charts(name: str, results: ExperimentResults) -> Iterator[Chart]:

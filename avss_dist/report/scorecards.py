@@ -75,12 +75,12 @@ def _table(name: str, rows: Sequence[Row]) -> ReportTable:
         name=name,
         title="Each score",
         columns=[
-            ReportColumn(heading="score", values=[describe_score(row) for row in rows], number=False),
+            ReportColumn("score", [describe_score(row) for row in rows], number=False),
             *(
                 ReportColumn(
-                    heading=heading,
-                    values=[row[column] for row in rows],
-                    format=format_,
+                    heading,
+                    [row[column] for row in rows],
+                    format_,
                     priority=priority,
                     style=_bold_if_good if column.startswith("spearman") else None,
                 )

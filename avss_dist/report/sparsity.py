@@ -49,27 +49,23 @@ def _curves_table(name: str, task: str, results: Sequence[tuple[str, Point]]) ->
         name=name,
         title=f"Each method at each sparsity, {describe_task(task)}",
         columns=[
-            ReportColumn(heading="sparsity by", values=[method for method, _ in results], number=False),
-            ReportColumn(heading="planned", values=[point.target for point in points], format=percent(0)),
+            ReportColumn("sparsity by", [method for method, _ in results], number=False),
+            ReportColumn("planned", [point.target for point in points], percent(0)),
+            ReportColumn("measured", [point.measured for point in points], percent(1), priority=1),
+            ReportColumn("maps within 1 point", [point.within for point in points], percent(0), priority=4),
             ReportColumn(
-                heading="measured", values=[point.measured for point in points], format=percent(1), priority=1
-            ),
-            ReportColumn(
-                heading="maps within 1 point", values=[point.within for point in points], format=percent(0), priority=4
-            ),
-            ReportColumn(
-                heading="farthest map, points",
-                values=[None if point.farthest is None else 100 * point.farthest for point in points],
-                format=decimals(1),
+                "farthest map, points",
+                [None if point.farthest is None else 100 * point.farthest for point in points],
+                decimals(1),
                 priority=5,
             ),
             ReportColumn(
-                heading=describe_metric(metric),
-                values=[readable_value(metric, point.row["value"]) for point in points],
-                format=metric_format(metric),
+                describe_metric(metric),
+                [readable_value(metric, point.row["value"]) for point in points],
+                metric_format(metric),
             ),
-            ReportColumn(heading="kept", values=[point.kept for point in points], format=percent(1)),
-            ReportColumn(heading="95% interval", values=intervals, format=interval(percent(1))),
+            ReportColumn("kept", [point.kept for point in points], percent(1)),
+            ReportColumn("95% interval", intervals, interval(percent(1))),
             BarColumn(values=[point.kept for point in points], largest=1.0, priority=3),
         ],
         caption=CAPTION if all(intervals) else f"{CAPTION} {NO_INTERVAL}",
@@ -83,12 +79,12 @@ def _maps_table(name: str, maps: Sequence[Row]) -> ReportTable:
         name=f"{name}-maps",
         title=f"The plan that was made last: {plan}",
         columns=[
-            ReportColumn(heading="layer", values=[row["layer"] for row in maps]),
-            ReportColumn(heading="map", values=[row["map"] for row in maps], number=False),
-            ReportColumn(heading="site", values=[row["site"] for row in maps], number=False),
-            ReportColumn(heading="zero by", values=[row["by"] for row in maps], number=False),
-            ReportColumn(heading="value", values=[row["value"] for row in maps], format=significant(4)),
-            ReportColumn(heading="sparsity", values=[row["sparsity"] for row in maps], format=significant(4)),
+            ReportColumn("layer", [row["layer"] for row in maps]),
+            ReportColumn("map", [row["map"] for row in maps], number=False),
+            ReportColumn("site", [row["site"] for row in maps], number=False),
+            ReportColumn("zero by", [row["by"] for row in maps], number=False),
+            ReportColumn("value", [row["value"] for row in maps], significant(4)),
+            ReportColumn("sparsity", [row["sparsity"] for row in maps], significant(4)),
         ],
     )
 
@@ -101,12 +97,12 @@ def thresholds_table(plan: SparsityPlan) -> ReportTable:
     return ReportTable(
         title=f"What becomes zero in {plan.model}: by {plan.projections[0].by}, and the sparsity that is expected",
         columns=[
-            ReportColumn(heading="layer", values=layers),
+            ReportColumn("layer", layers),
             *(
                 ReportColumn(
-                    heading=name.rpartition(".")[2],
-                    values=[by_place.get((layer, name)) for layer in layers],
-                    format=lambda one: f"{one.value:z.3g} {one.sparsity:4.0%}",
+                    name.rpartition(".")[2],
+                    [by_place.get((layer, name)) for layer in layers],
+                    lambda one: f"{one.value:z.3g} {one.sparsity:4.0%}",
                     style=_shade,
                     priority=number,
                 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from avss_dist.text import printable
@@ -56,7 +56,7 @@ def known_interval(low: float | None, high: float | None) -> Interval | None:
     return low, high
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class ReportColumn:
     """A column of a table.
 
@@ -77,6 +77,7 @@ class ReportColumn:
     heading: str
     values: Sequence[Any]
     format: Callable[[Any], str] = text
+    _: KW_ONLY
     missing: str = MISSING
     group: str = ""
     meaning: str = ""

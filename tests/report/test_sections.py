@@ -166,18 +166,14 @@ def test_the_page_has_every_chart_and_table_of_its_sections() -> None:
 
 
 def test_columns_format_missing_values_intervals_and_booleans() -> None:
-    ends = ReportColumn(
-        heading="x", values=[known_interval(0.1, 0.2), known_interval(None, 1)], format=interval(percent(0))
-    )
+    ends = ReportColumn("x", [known_interval(0.1, 0.2), known_interval(None, 1)], interval(percent(0)))
     assert (ends.text(0), ends.sort_key(0), ends.exported(0)) == ("10% to 20%", 0.1, "0.1 to 0.2")
     assert (ends.text(1), ends.sort_key(1), ends.exported(1)) == ("", "", "")
     assert known_interval(0.0, float("nan")) is None
-    numbers = ReportColumn(heading="y", values=[-0.0001, float("nan"), None, True], format=decimals(3))
+    numbers = ReportColumn("y", [-0.0001, float("nan"), None, True], decimals(3))
     assert [numbers.text(i) for i in range(3)] == ["0.000", "", ""] and numbers.sort_key(3) == 1
     assert [p_value(p) for p in (0.0123, 0.0001)] == ["0.012", "<0.001"]
-    pair = ReportColumn(
-        heading="z", values=[(2, 0.5)], format=lambda value: f"{value[0]} ({value[1]:.0%})", number=False
-    )
+    pair = ReportColumn("z", [(2, 0.5)], lambda value: f"{value[0]} ({value[1]:.0%})", number=False)
     assert pair.sort_key(0) == pair.exported(0) == "2 (50%)"
 
 

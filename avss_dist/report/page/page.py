@@ -216,12 +216,12 @@ def _overview(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> R
         name="runs",
         title="Each run, failed ones too; its number is its name in the charts",
         columns=[
-            ReportColumn(heading="#", values=numbers),
+            ReportColumn("#", numbers),
             *(
                 ReportColumn(
-                    heading=OVERVIEW[name],
-                    values=[row[name] for row in rows],
-                    format=_FORMATS.get(name, str),
+                    OVERVIEW[name],
+                    [row[name] for row in rows],
+                    _FORMATS.get(name, str),
                     number=name in _NUMBERS,
                     name=name,
                 )

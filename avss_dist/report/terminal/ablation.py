@@ -46,10 +46,10 @@ def ablation_table(found: Ablation) -> FittedTable:
     lowest = sorted(rows, key=lambda row: row[first])[: count_lowest(len(rows))]
     marked = [row in lowest for row in rows]
     columns: list[ReportColumn | BarColumn] = [
-        ReportColumn(heading="layer", values=[row["layer"] for row in rows]),
+        ReportColumn("layer", [row["layer"] for row in rows]),
         BarColumn(values=[row[first] for row in rows], marked=marked),
         *(
-            ReportColumn(heading=heading, values=rows, format=format_, priority=0 if name == first else priority)
+            ReportColumn(heading, rows, format_, priority=0 if name == first else priority)
             for heading, name, priority, format_ in _FORMATS
             if rows[0][name] is not None
         ),

@@ -45,9 +45,7 @@ def _label_columns(rows: Sequence[Mapping[str, Any]]) -> list[ReportColumn]:
     labels = [_labels(row, within) for row in rows]
     if max((sum(map(len, label)) for label in labels), default=0) > WIDEST_LABELS:
         names, labels = [", ".join(names)], [["\n".join(label)] for label in labels]
-    return [
-        ReportColumn(heading=name, values=[label[i] for label in labels], number=False) for i, name in enumerate(names)
-    ]
+    return [ReportColumn(name, [label[i] for label in labels], number=False) for i, name in enumerate(names)]
 
 
 def _labels(row: Mapping[str, Any], within: bool) -> list[str]:
@@ -65,17 +63,17 @@ def short_name(text: str) -> str:
 
 def _agreement_columns(rows: Sequence[Mapping[str, Any]]) -> list[ReportColumn]:
     def column(heading: str, name: str, format_: Callable[[Any], str], priority: int) -> ReportColumn:
-        return ReportColumn(heading=heading, values=[row[name] for row in rows], format=format_, priority=priority)
+        return ReportColumn(heading, [row[name] for row in rows], format_, priority=priority)
 
     layers = [f"{'~' if row['interpolated'] else ''}{row['layers']}" for row in rows]
     shared = [f"{row['shared']} of {row['k']}" for row in rows]
     return [
-        ReportColumn(heading="layers", values=layers, priority=5),
+        ReportColumn("layers", layers, priority=5),
         column("Spearman", "spearman", decimals(3), 0),
         column("given depth", "given_depth", decimals(3), 1),
         column("Kendall", "kendall", decimals(3), 4),
         column("RBO", "rbo", decimals(3), 6),
-        ReportColumn(heading="shared lowest", values=shared, priority=1),
+        ReportColumn("shared lowest", shared, priority=1),
         column("Jaccard", "jaccard", decimals(2), 3),
         column("by chance", "jaccard_by_chance", decimals(2), 7),
         column("p", "p_by_chance", significant(2), 2),
@@ -160,9 +158,7 @@ def quantiles_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     by_place = {(row["layer"], row["share"]): row for row in rows}
     columns = [
         ReportColumn(
-            heading=f"|x| below which {share:.4g}",
-            values=[_known(by_place.get((layer, share))) for layer in layers],
-            format=_quantile,
+            f"|x| below which {share:.4g}", [_known(by_place.get((layer, share))) for layer in layers], _quantile
         )
         for share in dict.fromkeys(row["share"] for row in rows)
     ]
@@ -170,7 +166,7 @@ def quantiles_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     within = "The truth lies close by: --format csv has the edges between which it is."
     table = ReportTable(
         title=f"{rows[0]['run_id']}  {rows[0]['site']}",
-        columns=[ReportColumn(heading="layer", values=layers), *columns],
+        columns=[ReportColumn("layer", layers), *columns],
         caption="Every one is exact: each value was counted." if exact else within,
     )
     return FittedTable(table)

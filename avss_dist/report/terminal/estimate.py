@@ -21,22 +21,18 @@ def estimate_table(estimate: Estimate) -> RenderableType:
     table = ReportTable(
         title=f"{estimate.model} on {estimate.corpus}",
         columns=[
-            ReportColumn(heading="partition", values=[row.partition for row in rows], number=False),
-            ReportColumn(heading="ranks", values=[row.ranks for row in rows], priority=2),
+            ReportColumn("partition", [row.partition for row in rows], number=False),
+            ReportColumn("ranks", [row.ranks for row in rows], priority=2),
+            ReportColumn("memory of each device", [row.device_bytes for row in rows], describe_bytes),
+            ReportColumn("memory of the host", [row.host_bytes for row in rows], describe_bytes, priority=1),
             ReportColumn(
-                heading="memory of each device", values=[row.device_bytes for row in rows], format=describe_bytes
-            ),
-            ReportColumn(
-                heading="memory of the host", values=[row.host_bytes for row in rows], format=describe_bytes, priority=1
-            ),
-            ReportColumn(
-                heading="fits",
-                values=[row.fits for row in rows],
-                format=lambda fits: "yes" if fits else "no",
+                "fits",
+                [row.fits for row in rows],
+                lambda fits: "yes" if fits else "no",
                 style=lambda fits: "green" if fits else "bold red",
             ),
-            ReportColumn(heading="time", values=[row.seconds for row in rows], format=describe_seconds),
-            ReportColumn(heading="why", values=[row.why for row in rows], number=False, wraps=True),
+            ReportColumn("time", [row.seconds for row in rows], describe_seconds),
+            ReportColumn("why", [row.why for row in rows], number=False, wraps=True),
         ],
         caption=_caption(estimate),
         marked=[not row.fits for row in rows],

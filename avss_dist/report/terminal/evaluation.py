@@ -30,19 +30,17 @@ def evaluation_table(found: Evaluations) -> RenderableType:
     metrics = [one.metrics()[-1] for one in found]
     table = ReportTable(
         columns=[
-            ReportColumn(heading="", values=[one.subject.label for one in found], number=False, wraps=True),
+            ReportColumn("", [one.subject.label for one in found], number=False, wraps=True),
             ReportColumn(
-                heading="dropped",
-                values=[count_removed(one.subject.drop) if one.subject.drop else None for one in found],
+                "dropped",
+                [count_removed(one.subject.drop) if one.subject.drop else None for one in found],
                 number=False,
                 priority=3,
             ),
-            ReportColumn(heading="task", values=[one.task for one in found], number=False, wraps=True),
-            ReportColumn(heading="metric", values=[metric for metric, *_ in metrics], number=False),
-            ReportColumn(heading="value", values=[value for _, value, _ in metrics], format=significant(4)),
-            ReportColumn(
-                heading="+/-", values=[_finite(error) for *_, error in metrics], format=significant(2), priority=4
-            ),
+            ReportColumn("task", [one.task for one in found], number=False, wraps=True),
+            ReportColumn("metric", [metric for metric, *_ in metrics], number=False),
+            ReportColumn("value", [value for _, value, _ in metrics], significant(4)),
+            ReportColumn("+/-", [_finite(error) for *_, error in metrics], significant(2), priority=4),
             *_compared_columns(found),
         ],
         caption=caption,
@@ -55,9 +53,9 @@ def _compared_columns(found: Evaluations) -> Iterator[ReportColumn]:
     whole = [one.whole_metrics()[-1] if one.whole else None for one in found]
     retained = [one.retained for one in found]
     intervals = [kept and known_interval(kept.low, kept.high) for kept in retained]
-    yield ReportColumn(heading="whole model", values=whole, format=significant(4), priority=2)
-    yield ReportColumn(heading="retention", values=[kept and kept.value for kept in retained], format=percent(1))
-    yield ReportColumn(heading="95% interval", values=intervals, format=_interval, priority=1)
+    yield ReportColumn("whole model", whole, significant(4), priority=2)
+    yield ReportColumn("retention", [kept and kept.value for kept in retained], percent(1))
+    yield ReportColumn("95% interval", intervals, _interval, priority=1)
 
 
 def _finite(value: float) -> float | None:

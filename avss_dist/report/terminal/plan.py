@@ -24,27 +24,14 @@ def plan_table(previews: Sequence[Preview], warehouse: str) -> RenderableType:
     table = ReportTable(
         title=f"{count_of(len(previews), 'run')} into {warehouse}",
         columns=[
-            ReportColumn(heading="model", values=[p.model for p in previews], number=False, wraps=True),
-            ReportColumn(
-                heading="revision", values=[p.revision[:12] for p in previews], number=False, wraps=True, priority=3
-            ),
-            ReportColumn(heading="corpus", values=[p.corpus for p in previews], number=False, wraps=True),
-            ReportColumn(heading="partition", values=[p.partition for p in previews], number=False, priority=2),
-            ReportColumn(
-                heading="status",
-                values=list(previews),
-                format=_status,
-                style=lambda preview: STYLES[preview.status],
-                number=False,
-            ),
-            ReportColumn(
-                heading="weights",
-                values=[p.weight_bytes or None for p in previews],
-                format=describe_bytes,
-                priority=1,
-            ),
-            ReportColumn(heading="tokens", values=[p.num_tokens or None for p in previews], format=describe_count),
-            ReportColumn(heading="time", values=[p.seconds for p in previews], format=describe_seconds),
+            ReportColumn("model", [p.model for p in previews], number=False, wraps=True),
+            ReportColumn("revision", [p.revision[:12] for p in previews], number=False, wraps=True, priority=3),
+            ReportColumn("corpus", [p.corpus for p in previews], number=False, wraps=True),
+            ReportColumn("partition", [p.partition for p in previews], number=False, priority=2),
+            ReportColumn("status", list(previews), _status, style=lambda preview: STYLES[preview.status], number=False),
+            ReportColumn("weights", [p.weight_bytes or None for p in previews], describe_bytes, priority=1),
+            ReportColumn("tokens", [p.num_tokens or None for p in previews], describe_count),
+            ReportColumn("time", [p.seconds for p in previews], describe_seconds),
         ],
     )
     errors = [Text(f"{p.model}: {p.error}", style="red") for p in previews if p.error]

@@ -45,7 +45,7 @@ def _layer_columns(
     scores: Sequence[Mapping[str, Any]], lowest: Sequence[bool], *, has_intervals: bool
 ) -> list[ReportColumn | BarColumn]:
     def column(heading: str, name: str, format_: Callable[[Any], str], priority: int = 0) -> ReportColumn:
-        return ReportColumn(heading=heading, values=[s[name] for s in scores], format=format_, priority=priority)
+        return ReportColumn(heading, [s[name] for s in scores], format_, priority=priority)
 
     number = significant(4)
     intervals = [known_interval(s["avss_low"], s["avss_high"]) for s in scores]
@@ -53,7 +53,7 @@ def _layer_columns(
         column("layer", "layer", str),
         BarColumn(values=[s["avss_smoothed"] for s in scores], marked=lowest),
         column("AVSS", "avss_smoothed", number),
-        ReportColumn(heading="95% interval", values=intervals, format=_interval, priority=4),
+        ReportColumn("95% interval", intervals, _interval, priority=4),
         column("rank", "rank", str),
         column("lowest 25%", "lowest_set_probability", percent(0), 3),
         column("variance", "variance", number, 6),

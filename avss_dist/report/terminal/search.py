@@ -31,18 +31,12 @@ def search_table(found: Found) -> FittedTable:
     return FittedTable(
         ReportTable(
             columns=[
-                ReportColumn(
-                    heading="dropped", values=[dropped for _, dropped, _, _ in rows], format=lambda size: f"{size:g}"
-                ),
-                ReportColumn(heading="layers", values=[layers for layers, *_ in rows], number=False, wraps=True),
-                ReportColumn(heading="loss", values=[loss.value for loss in losses], format=decimals(4)),
-                ReportColumn(heading="+/-", values=errors, format=significant(2), priority=1),
-                ReportColumn(
-                    heading="perplexity",
-                    values=[readable_value(LOSS, loss.value) for loss in losses],
-                    format=metric_format(LOSS),
-                ),
-                ReportColumn(heading="sets", values=[sets for *_, sets in rows], format=describe_count, priority=2),
+                ReportColumn("dropped", [dropped for _, dropped, _, _ in rows], lambda size: f"{size:g}"),
+                ReportColumn("layers", [layers for layers, *_ in rows], number=False, wraps=True),
+                ReportColumn("loss", [loss.value for loss in losses], decimals(4)),
+                ReportColumn("+/-", errors, significant(2), priority=1),
+                ReportColumn("perplexity", [readable_value(LOSS, loss.value) for loss in losses], metric_format(LOSS)),
+                ReportColumn("sets", [sets for *_, sets in rows], describe_count, priority=2),
             ],
             title=f"{found.plan.model}  {found.corpus}",
             caption="The best set of each round, on the text of the search; sets: whose loss was known by then. "

@@ -93,7 +93,7 @@ def shrunk_tables(done: Shrunk) -> RenderableType:
     rows += [f"repaired by {done.record.repair}"] if done.record else []
     table = ReportTable(
         columns=[
-            ReportColumn(heading="", values=rows, number=False),
+            ReportColumn("", rows, number=False),
             *(column for task in tasks for column in _task_columns(task)),
         ],
         title=f"{basename(plan.model)} without {len(plan.drop)} of its {plan.num_layers} layers",
@@ -116,10 +116,10 @@ def _task_columns(task: Kept) -> Iterator[ReportColumn]:
     kept = [None, *(task.of(result) for result in results[1:])]
     metric, _ = shown(task.whole)
     group = basename(task.task.removeprefix(PERPLEXITY))
-    yield ReportColumn(group=group, heading=metric, values=[shown(result)[1] for result in results])
-    yield ReportColumn(heading="kept", values=[one and one.value for one in kept], format=percent(1), missing="")
+    yield ReportColumn(metric, [shown(result)[1] for result in results], group=group)
+    yield ReportColumn("kept", [one and one.value for one in kept], percent(1), missing="")
     intervals = [one and known_interval(one.low, one.high) for one in kept]
-    yield ReportColumn(heading="95% interval", values=intervals, format=interval(percent(1)), priority=1)
+    yield ReportColumn("95% interval", intervals, interval(percent(1)), priority=1)
 
 
 def _curve(done: Shrunk) -> ReportTable:
@@ -128,9 +128,9 @@ def _curve(done: Shrunk) -> ReportTable:
     dropped, kept = [len(one.plan.drop) for one in done.curve], [one.kept for one in done.curve]
     return ReportTable(
         columns=[
-            ReportColumn(heading="layers dropped", values=dropped),
-            ReportColumn(heading="share", values=[number / layers for number in dropped], format=percent(0)),
-            ReportColumn(heading="kept", values=kept, format=percent(1)),
+            ReportColumn("layers dropped", dropped),
+            ReportColumn("share", [number / layers for number in dropped], percent(0)),
+            ReportColumn("kept", kept, percent(1)),
             BarColumn(values=kept, largest=1.0, width=BAR),
         ],
         title="What is kept, in the task in which the least is",

@@ -131,8 +131,8 @@ def plain_table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> FittedTa
         known = [value for value in values if value is not None]
         columns.append(
             ReportColumn(
-                heading=str(name),
-                values=[shown(value) for value in values],
+                str(name),
+                [shown(value) for value in values],
                 missing="",
                 number=bool(known) and all(isinstance(value, (int, float)) for value in known),
                 wraps=any(isinstance(value, (str, list, dict)) and " " in shown(value) for value in known),
