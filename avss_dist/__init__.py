@@ -18,11 +18,11 @@ Rooms, from the top down; each package's own docstring says what is in it, and i
     warehouse    the Parquet contract: schema, store, reader (SQL), cache
     corpus       documents -> token rows -> shards
     stats        LayerStats and its merge, scores, rankings
-    options      the keywords of functions; results: what every result can do
+    requests     the request of each command; options: what is made of its fields; results: what every result can do
     system       devices, memory, versions, doctor
     settings     every default; validation: classes that check their values
     text         sizes and thresholds in words; errors: errors for people
-    registry     the partitions, and what each can do
+    registry     the partitions and the scores, and what each can do
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from avss_dist.api.change import Pruned, plan, prune, sparsify
-    from avss_dist.api.measure import Runs, estimate, run_job
+    from avss_dist.api.change import Pruned, plan, prune, shrink, sparsify
+    from avss_dist.api.measure import Runs, ablate, estimate, evaluate, run_job
     from avss_dist.api.read import compare, findings
     from avss_dist.errors import (
         AvssError,
@@ -44,10 +44,8 @@ if TYPE_CHECKING:
         WarehouseError,
     )
     from avss_dist.estimation.estimate import Estimate
-    from avss_dist.evaluation.ablate import ablate
-    from avss_dist.evaluation.evaluate import evaluate
     from avss_dist.evaluation.outcomes import Ablation, Evaluations
-    from avss_dist.evaluation.shrink import Shrunk, shrink
+    from avss_dist.evaluation.shrink import Shrunk
     from avss_dist.pruning.plan import Plan
     from avss_dist.report.terminal.progress import Progress
     from avss_dist.results import Table
@@ -97,18 +95,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api.change": ("Pruned", "plan", "prune", "sparsify"),
-    "api.measure": ("Runs", "estimate", "run_job"),
+    "api.change": ("Pruned", "plan", "prune", "shrink", "sparsify"),
+    "api.measure": ("Runs", "ablate", "estimate", "evaluate", "run_job"),
     "api.read": ("compare", "findings"),
     "errors": (
         *("AvssError", "ConfigError", "CorpusError", "ModelError", "QueryError", "RunFailed", "TaskError"),
         "WarehouseError",
     ),
     "estimation.estimate": ("Estimate",),
-    "evaluation.ablate": ("ablate",),
-    "evaluation.evaluate": ("evaluate",),
     "evaluation.outcomes": ("Ablation", "Evaluations"),
-    "evaluation.shrink": ("Shrunk", "shrink"),
+    "evaluation.shrink": ("Shrunk",),
     "pruning.plan": ("Plan",),
     "report.terminal.progress": ("Progress",),
     "results": ("Table",),

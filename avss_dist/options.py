@@ -1,16 +1,30 @@
-"""The keywords that functions take for settings and prompts: seen by type checkers and editors, and by ``help``."""
+"""Requests: checked classes from whose fields command-line options, Python keywords and the reference are made."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, TypedDict, TypeVar
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from functools import wraps
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    ParamSpec,
+    TypedDict,
+    TypeVar,
+    dataclass_transform,
+    get_type_hints,
+)
 
-from avss_dist.errors import ConfigError
-from avss_dist.settings import Execution, Settings
+from avss_dist.errors import ConfigError, nearest
+from avss_dist.settings import Execution, Settings, split_options
+from avss_dist.validation import checked, descriptions
 
 F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
 
 
 class ModelOptions(TypedDict, total=False):
@@ -49,12 +63,6 @@ class WorkOptions(TypedDict, total=False):
     hang_seconds: float
 
 
-class JobOptions(WorkOptions, total=False):
-    """What the runs of a job take in place of what its file says."""
-
-    tracker: str | None
-
-
 class EvaluationOptions(ModelOptions, WorkOptions, total=False):
     """What evaluations take."""
 
@@ -73,17 +81,6 @@ class ShrinkingOptions(EvaluationOptions, total=False):
     limit: int | None
     num_fewshot: int | None
     allow_overlap: bool
-
-
-class ScoringOptions(EvaluationOptions, total=False):
-    """What scoring takes: every field of `Settings` and `Execution`."""
-
-    skip_first_tokens: int
-    sites: tuple[str, ...]
-    thresholds: tuple[float, ...]
-    experts: bool
-    allow_pickle: bool
-    tracker: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,3 +149,168 @@ def with_options(options: Any, *classes: Any) -> Callable[[F], F]:
         return function
 
     return decorate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """Metadata of a field that says how the command line spells it: ``Annotated[str, Option(names=("--task",))]``.
+
+    Args:
+        names: spellings; by default the name of the field.
+        panel: heading of the option in the help.
+        metavar: placeholder of the value in the help.
+        choices: names that the help lists, where the field itself does not check them.
+        environment: variable that has the value where the option is missing.
+        argument: the value has a place and no name.
+        repeatable: the option may be given several times; this is known of tuples.
+    """
+
+    names: tuple[str, ...] = ()
+    panel: str | None = None
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    environment: str | None = None
+    argument: bool = False
+    repeatable: bool = False
+
+
+SHARED: dict[str, type] = {f.name: cls for cls in (Settings, Execution) for f in fields(cls)}
+"""The class, by the name of a field, of what many commands take."""
+
+if TYPE_CHECKING:
+
+    @checked
+    class Request(Settings, Execution):
+        """Values of a command. Type checkers see all fields of `Settings` and `Execution` in every request."""
+
+        shared: ClassVar[tuple[str, ...]]
+        reporter: Any = None
+
+        @property
+        def settings(self) -> Settings: ...
+        @property
+        def execution(self) -> Execution: ...
+        @property
+        def given(self) -> dict[str, Any]: ...
+
+else:
+
+    class Request:
+        """Values of a command.
+
+        Attributes:
+            shared: names of the fields of `Settings` and `Execution` that the command takes as well.
+            settings, execution: made of the values of these.
+            given: the values of these, as they were passed.
+            reporter: receives the progress of the work. It has no option.
+        """
+
+        shared: ClassVar[tuple[str, ...]] = ()
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+def request(cls: type[T]) -> type[T]:
+    """Make a `Request` a checked class that also takes, as keywords, the fields of settings that it shares.
+
+    All problems of its values are reported at once, those of settings too.
+    """
+    made: Any = checked(cls)
+    initialize = made.__init__
+    known = {*made.__dataclass_fields__, *made.shared, "reporter"}
+
+    def initialize_with_settings(self: Any, *positional: Any, reporter: Any = None, **values: Any) -> None:
+        given = {name: values.pop(name) for name in [*values] if name in made.shared}
+        problems = [
+            _not_taken(name, sorted(known)) for name, value in values.items() if _is_unknown(name, value, known)
+        ]
+        try:
+            initialize(self, *positional, **{name: value for name, value in values.items() if name in known})
+        except ConfigError as error:
+            problems += error.problems
+        try:
+            settings, execution = split_options(given)
+        except ConfigError as error:
+            problems += error.problems
+        if problems:
+            raise ConfigError.of(problems)
+        vars(self).update(settings=settings, execution=execution, given=given, reporter=reporter)
+
+    made.__init__ = initialize_with_settings
+    return made
+
+
+def _is_unknown(name: str, value: Any, known: set[str]) -> bool:
+    """Whether a value is of no field; the default of a setting that is not shared changes nothing."""
+    defaults = Settings() if SHARED.get(name) is Settings else Execution()
+    return name not in known and not (name in SHARED and value == getattr(defaults, name))
+
+
+def _not_taken(name: str, valid: Sequence[str]) -> ConfigError:
+    """Return the error of a keyword that a request does not take."""
+    if name in SHARED:
+        return ConfigError(f"`{name}` has no effect on this command.", "Leave it out.")
+    return ConfigError(f"Unknown option '{name}'.", nearest(name, valid))
+
+
+def field_values(cls: Any, values: Any) -> dict[str, Any]:
+    """Return the fields that a request has in common with another class, to make an instance of it."""
+    return {f.name: getattr(values, f.name) for f in fields(cls) if f.name in values.__dataclass_fields__}
+
+
+def own_values(values: Any) -> dict[str, Any]:
+    """Return the fields of a request by name, without those of settings."""
+    return {f.name: getattr(values, f.name) for f in fields(values)}
+
+
+def keywords(cls: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T]]:
+    """Give a function of a request the fields of the request as keywords, in its signature and its docstring."""
+
+    def decorate(function: Callable[[R], T]) -> Callable[P, T]:
+        @wraps(function)
+        def run(*positional: P.args, **named: P.kwargs) -> T:
+            return function(cls(*positional, **named))
+
+        annotation = inspect.signature(function).return_annotation
+        run.__signature__ = inspect.Signature(_parameters(cls), return_annotation=annotation)  # type: ignore[attr-defined]
+        run.__doc__ = f"{function.__doc__}\n\n{_explained(cls)}"
+        return run
+
+    return decorate
+
+
+def ordered(cls: Any) -> list[str]:
+    """Return the fields of a request: positional ones, then other required ones, then its own before inherited."""
+
+    def place(field: Field[Any]) -> tuple[bool, bool, bool]:
+        has_default = field.default is not MISSING or field.default_factory is not MISSING
+        inherited = field.name not in vars(cls).get("__annotations__", {})
+        return bool(field.kw_only), has_default, bool(field.kw_only) and inherited
+
+    return [field.name for field in sorted(fields(cls), key=place)]
+
+
+def _parameters(cls: Any) -> list[inspect.Parameter]:
+    """Return the parameters of a request: those with a place, the others, a reporter, and the shared settings."""
+    hints = get_type_hints(cls)
+    made = [_parameter(cls.__dataclass_fields__[name], hints[name]) for name in ordered(cls)]
+    made.append(inspect.Parameter("reporter", inspect.Parameter.KEYWORD_ONLY, default=None))
+    for name in cls.shared:
+        made.append(_parameter(SHARED[name].__dataclass_fields__[name], get_type_hints(SHARED[name])[name]))  # type: ignore[attr-defined]
+    return made
+
+
+def _parameter(item: Field[Any], annotation: Any) -> inspect.Parameter:
+    if item.default_factory is not MISSING:
+        default = item.default_factory()
+    else:
+        default = inspect.Parameter.empty if item.default is MISSING else item.default
+    kind = inspect.Parameter.KEYWORD_ONLY if item.kw_only else inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Parameter(item.name, kind, default=default, annotation=annotation)
+
+
+def _explained(cls: Any) -> str:
+    """Return the section ``Args`` of a docstring."""
+    lines = [f"    {name}: {' '.join(text.split())}" for name, text in descriptions(cls).items()]
+    if cls.shared:
+        lines.append("    Fields of `settings.Settings` and `settings.Execution`: see there.")
+    return "\n".join(["Args:", *lines, "", "Raises:", "    AvssError: a mistake, or work that failed."])

@@ -1,8 +1,14 @@
-"""The partitions: the class that opens each, and what each can do. A new one is a line here, and a file of its own."""
+"""The partitions and the scores: names, titles and capabilities, in one place that imports nothing.
+
+A new partition is an entry of `PARTITIONS`, and a file with its replica. A new score from activations is an entry of
+`SCORES`, and its computation in `stats.scores`: tables, charts, plans and comparisons take it from here.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -10,20 +16,27 @@ class PartitionInfo:
     """A way to spread one replica (a model copy) over devices.
 
     Attributes:
-        opens: ``module:class``; the class takes (checkpoint, settings, placement). See `partition.base.Replica`.
+        opens: ``module:class`` of the replica; the class takes (checkpoint, settings, placement). See
+            `partition.base.Replica`. What differs in memory and time is the class's own `Replica.cost`.
         summary: what it does, in a few words.
+        whole: one process has the whole model on one device. Such a replica can measure several shards at once, and
+            copies of it can share a task. The first one is chosen where the model fits.
+        layerwise: only the layers that are running have their weights in memory. The first one is chosen where no
+            other fits.
         gang: it is several processes, each a rank with one GPU, or on a CPU.
-        several_gpus: one process uses several GPUs.
+        several_gpus: one process uses several GPUs. The first one is chosen where the model fits into those of a host.
         offloads: weights or hidden states may leave the devices: ``max_memory`` says how much stays, and
             ``offload_folder`` where the rest goes.
         splits_data: its ranks take different shards; otherwise all take the same, and rank 0 reports.
-        changes_numbers: it adds up in another order than one device does, so the number of ranks is fingerprinted.
+        changes_numbers: it sums in another order than one device does, so the number of ranks is fingerprinted.
         backward: it has gradients too.
         changes_weights: a weight of an open replica can be changed, so that repairs are fitted and evaluated in place.
     """
 
     opens: str
     summary: str
+    whole: bool = False
+    layerwise: bool = False
     gang: bool = False
     several_gpus: bool = False
     offloads: bool = False
@@ -37,6 +50,7 @@ PARTITIONS = {
     "single": PartitionInfo(
         opens="avss_dist.partition.single:SingleReplica",
         summary="the whole model on one device",
+        whole=True,
         changes_weights=True,
     ),
     "device_map": PartitionInfo(
@@ -49,6 +63,7 @@ PARTITIONS = {
     "streaming": PartitionInfo(
         opens="avss_dist.partition.streaming.replica:StreamingReplica",
         summary="one layer in memory at a time, read from the files once for each shard",
+        layerwise=True,
         offloads=True,
         changes_weights=True,
     ),
@@ -66,4 +81,170 @@ PARTITIONS = {
         backward=False,
     ),
 }
+"""By name, the simplest first."""
 GANGS = tuple(name for name, info in PARTITIONS.items() if info.gang)
+WHOLE = next(name for name, info in PARTITIONS.items() if info.whole)
+"""The partition of a model that fits on one device."""
+SEVERAL_GPUS = next(name for name, info in PARTITIONS.items() if info.several_gpus)
+"""The partition of a model that fits on the GPUs of one host."""
+LAYERWISE = next(name for name, info in PARTITIONS.items() if info.layerwise)
+"""The partition of a model that fits nowhere else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreInfo:
+    """A score of layers. Low is unimportant for every score but the controls: one that is not is stored as ``1 - x``.
+
+    Attributes:
+        title: its name in tables and charts.
+        meaning: a noun phrase, for lists of scores.
+        column: of the table ``scores``, of a score that is computed from activations; else empty.
+        definition: the formula, for the description of that column.
+        unit: of that column.
+        caption: the caption of its chart on the page of a report.
+        exported: whether tables for a paper have it.
+        task: the start of the name of the task that measures it, which a corpus follows; empty if none does.
+        ground_truth: whether it is the loss without layers itself, or its linearization; else an estimate.
+        lookahead: how many layers later hidden states are compared, for a metric of `tasks.damage.Damage`.
+        mean_rank_of: other scores, of whose ranks it is the mean.
+        of_sets: whether it is a score of sets of layers, and of none alone.
+        ablate: options of `ablate` that measure it alone.
+    """
+
+    title: str
+    meaning: str
+    column: str = ""
+    definition: str = ""
+    unit: str = ""
+    caption: str = ""
+    exported: bool = False
+    task: str = ""
+    ground_truth: bool = False
+    lookahead: int | None = None
+    mean_rank_of: tuple[str, ...] = ()
+    of_sets: bool = False
+    ablate: Mapping[str, Any] = field(default_factory=dict)
+
+
+LAST, RANDOM = "last", "random"  # controls
+BLOCK_DISTANCE, INTERACTIONS = "block_distance", "interactions"  # scores of sets of layers
+DAMAGE_TASK = "damage:"
+_DAMAGE = {"leave_one_out": False, "damage": True}
+
+SCORES = {
+    "loss": ScoreInfo(
+        title="loss without the layer",
+        meaning="what the loss rises by without the layer, measured",
+        task="ablation:",
+        ground_truth=True,
+    ),
+    "shapley": ScoreInfo(
+        title="Shapley value",
+        meaning="the same on average over sets of other layers that are missing too, sampled",
+        task="shapley:",
+        ground_truth=True,
+        ablate={"leave_one_out": False, "shapley": 32},
+    ),
+    "taylor": ScoreInfo(
+        title="Taylor",
+        meaning="the same estimated from gradients, to first order",
+        task="gradients:",
+        ground_truth=True,
+        ablate={"leave_one_out": False, "gradients": True},
+    ),
+    "damage": ScoreInfo(
+        title="damage",
+        meaning="the mean of the ranks by predicted and propagated",
+        task=DAMAGE_TASK,
+        mean_rank_of=("propagated", "predicted"),
+        ablate=_DAMAGE,
+    ),
+    "predicted": ScoreInfo(
+        title="predicted",
+        meaning="what the loss rises by, predicted from gradients and from hidden states three layers later",
+        task=DAMAGE_TASK,
+        lookahead=3,
+        ablate=_DAMAGE,
+    ),
+    "propagated": ScoreInfo(
+        title="propagated",
+        meaning="relative distance of the hidden states two layers later",
+        task=DAMAGE_TASK,
+        lookahead=2,
+        ablate=_DAMAGE,
+    ),
+    BLOCK_DISTANCE: ScoreInfo(
+        title="block distance",
+        meaning="mean angle between hidden states before and after a run of neighbours",
+        task=DAMAGE_TASK,
+        of_sets=True,
+        ablate=_DAMAGE,
+    ),
+    INTERACTIONS: ScoreInfo(
+        title="interactions",
+        meaning="what the loss rises by without the set, predicted from gradients: of layers, and of pairs of them",
+        task=DAMAGE_TASK,
+        of_sets=True,
+        ablate=_DAMAGE,
+    ),
+    "avss": ScoreInfo(
+        title="AVSS",
+        meaning="variance of the activations over their sparsity, as published",
+        column="avss_smoothed",
+        definition="as avss, with sparsity (near_zero_count + 0.5) / (count + 1); rank is of it",
+        caption="Activation variance over sparsity, each as a share of its sum over layers; low is unimportant. The "
+        "band is the 95% interval over shards, from eight shards on. Triangles mark the 25% of layers with the lowest "
+        "score of each chart.",
+        exported=True,
+    ),
+    "block_influence": ScoreInfo(
+        title="block influence",
+        meaning="1 - mean cosine of the layer's input and output",
+        column="block_influence",
+        definition="1 - mean cosine of the block's input and output (ShortGPT)",
+        caption="1 minus the cosine between a layer's input and output.",
+        exported=True,
+    ),
+    "angular_distance": ScoreInfo(
+        title="angular distance",
+        meaning="mean angle between the layer's input and output",
+        column="angular_distance",
+        definition="mean angle of block input and output (Gromov et al.)",
+        unit="pi radians",
+        caption="The angle between input and output, as a share of a half turn.",
+    ),
+    "relative_magnitude": ScoreInfo(
+        title="relative magnitude",
+        meaning="mean size of what the layer adds, over the size of its input",
+        column="relative_magnitude",
+        definition="mean |output - input| / |input|",
+        caption="The length of what a layer adds, relative to its input.",
+        exported=True,
+    ),
+    "update_variance_ratio": ScoreInfo(
+        title="update / input variance",
+        meaning="variance of what the layer adds, over that of its input",
+        column="update_variance_ratio",
+        definition="variance of the update / variance of the block's input",
+        caption="The variance of what a layer adds, relative to its input's.",
+    ),
+    LAST: ScoreInfo(title="place from the end", meaning="the place: those before the final one go first, a control"),
+    RANDOM: ScoreInfo(title="random", meaning="chance, a control"),
+}
+"""By the name that layers are chosen by."""
+FROM_ACTIVATIONS = tuple(name for name, info in SCORES.items() if info.column)
+"""Scores that every run has: AVSS, then `BASELINES`."""
+BASELINES = FROM_ACTIVATIONS[1:]
+"""Scores that AVSS is compared with; each has the name of its column."""
+GROUND_TRUTH = tuple(name for name, info in SCORES.items() if info.ground_truth)
+"""Scores that say what leaving out a layer does to the loss."""
+MEASURED = tuple(name for name, info in SCORES.items() if info.task and not info.of_sets)
+"""Scores of every layer that `ablate` measures: `GROUND_TRUTH`, and estimates by a few passes."""
+
+
+def metrics_of(score: str) -> tuple[str, ...]:
+    """Return the metrics of the table ``evaluations`` that hold a measured score, or the scores that it averages."""
+    info = SCORES[score]
+    if info.mean_rank_of:
+        return tuple(metric for part in info.mean_rank_of for metric in metrics_of(part))
+    return (score if info.lookahead is None else f"{score}_{info.lookahead}",)

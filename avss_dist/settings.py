@@ -15,7 +15,7 @@ from pydantic_core import PydanticKnownError
 from avss_dist.errors import ConfigError, nearest, require_known
 from avss_dist.registry import GANGS, PARTITIONS
 from avss_dist.text import parse_bytes
-from avss_dist.validation import Check, OneOf, checked
+from avss_dist.validation import Check, OneOf, Positive, checked
 
 T = TypeVar("T")
 
@@ -29,17 +29,6 @@ INPUTS = (*INPUT_SITES, "neuron")
 SITE_FAMILIES = {"inputs": INPUTS}
 """Names that stand for several sites."""
 RECIPES = ("pooled", "element", "unit")
-RIVALS = {
-    "block_influence": "block influence",
-    "angular_distance": "angular distance",
-    "relative_magnitude": "relative magnitude",
-    "update_variance_ratio": "update / input variance",
-}
-"""Scores that AVSS competes with, by column; and their titles."""
-SCORES = ("avss", *RIVALS)  # what layers are ranked by: low is unimportant
-GROUND_TRUTH = {"loss": "ablation:", "shapley": "shapley:", "taylor": "gradients:"}
-"""What dropping a layer does to the loss: measured, sampled, linearized; and the task of each, before its corpus."""
-SUBLAYER_LOSS = "sublayers:"  # before a corpus: the task of the loss without each sublayer
 SEARCHES = {
     "greedy": "removes the layer without which the loss is least, again and again",
     "beam": "the same, over several sets side by side",
@@ -53,45 +42,15 @@ def searches_instead(name: str) -> str:
     return f"It is no score of layers but a search among sets of them: `search` {name}, with its text in `corpus`."
 
 
-SEARCH = "search:"  # before a corpus: the task of a search
-ESTIMATES = {"damage": "damage:", "predicted": "damage:", "propagated": "damage:"}
-"""What dropping a layer does, estimated by a few passes: see `tasks.damage.Damage`; and the task of each."""
-OF_LAYERS = {**GROUND_TRUTH, **ESTIMATES}  # what `avss ablate` measures
 DRAWS = 2  # of labels from what the model predicts, for the estimates
-BLOCK_DISTANCE = "block_distance"  # of the stream before a run of layers and after it; measured with the estimates
-CONTRAST = "contrast"  # of hallucinated and truthful answers, by AVSS: what layers of an experiment are chosen by
-INTERACTIONS = "interactions"  # of layers, one by one and in pairs; measured with the estimates
-LOSS = "loss"  # a metric of a model: nats per token; higher is worse
-ENTROPY = "entropy"  # a metric of a model: nats per token that its predictions leave open
-CHANCE = "chance"  # a metric of multiple choice: the accuracy of a guess
-PERPLEXITY = "perplexity:"  # before a corpus: the task of predicting it
-ROW_START = "row-start:"  # before a corpus: the task of comparing two starts of its rows
-TRUTHFUL, INCORRECT = "truthful", "incorrect"  # labels of the answers of TruthfulQA
-BEST = "best"  # the label of the first of several truthful answers
-TRUTHFULQA = "truthfulqa:"  # before a file: the task of choosing among its answers
-AFTER_ANOTHER = ", after another prompt"  # after a label: the stratum of the same answers to other prompts
 LAYOUTS = ("packed", "padded")
 ROW_STARTS = ("auto", "none")
-DEFAULT_REPAIR = "refit"  # gives back the most, on text of other domains too, and wants the most text
-NO_REPAIR = "none"
-REPAIR = "repair:"  # before what is fitted and on which corpora: the task of fitting it
-REFITS_LATER, REFITS_BEHIND = ("refit_all", "refit_full"), ("refit_around", "refit_full")  # see `pruning.repair.fold`
-REFITS = tuple(dict.fromkeys(("refit", *REFITS_LATER, *REFITS_BEHIND)))
-REPAIRS = ("scale", "channel", "rotated", "map", *REFITS, "replace_me")
-"""How a pruned model is repaired: what is fitted at each cut, and folded into weights."""
-RIVAL_PATCHES = ("prune_comp", "linear_patch")
-"""Repairs that no weight can hold: they change the stream itself behind each cut, and are evaluated alone."""
-THRESHOLD, TOP_K, TOP_P = "threshold", "top_k", "top_p"  # how activations are made zero: see `sparsifying.Cut`
-SPARSITY_TASK = "sparsity:"  # before a method and its corpus: the task of allocating sparsity
+THRESHOLD, TOP_K, TOP_P = "threshold", "top_k", "top_p"  # how activations are made zero: see `intervention.MapSparsity`
 SPARSITY_METHODS = ("uniform", "loss", "teal", "acttail", "wina", "scap", "cats", "topp")
 """How a sparsity is spread over linear maps: see `sparsity.plan.METHODS`."""
 SPARSITY_RULES = ("all", "dense-prefill", "last-half", "not-first-token")
 """At which tokens activations are sparse: all; those that are decoded alone; they and the last half of a prompt (which
 TEAL evaluates); all but the first of a prompt."""
-REALIZED = "realized:"  # before the path of a linear map: a metric, the share of its inputs that were zero
-SPARSITY = "sparsity"  # a metric of a model: the share of the weights of its linear maps that met a zero
-MAPS_WITHIN = "maps_within_a_point"  # of a sparsity plan: the share of its linear maps that come so near to it
-FARTHEST_MAP = "farthest_map"  # how far the farthest is off
 _OF_TEXT = ("max_sequences", "shuffle_seed", "chat_template", "layout", "row_start")  # how text becomes rows
 _NO_NUMBERS = (*_OF_TEXT, "trust_remote_code", "allow_pickle")
 _OF_STATISTICS = ("sites", "thresholds", "experts", "sequences_per_shard")
@@ -111,11 +70,7 @@ MOST_EVALUATIONS = 10_000  # of a model without some of its layers, on a task: w
 MOST_PASSES = 100_000  # of a batch through a model: what an ablation does unasked
 MOST_LISTED = 1_000_000  # evaluations, or permutations: all are listed before the first is measured
 
-BOOTSTRAP_RESAMPLES = 1000
 BOOTSTRAP_SEED = 0
-BOOTSTRAP_BLOCKS = 100  # shards beyond this are resampled in blocks of consecutive ones
-INTERVAL = 0.95
-MINIMUM_UNITS = 8  # shards, samples, pairs or permutations that an interval needs: with fewer, none covers reliably
 LOWEST_SHARE = 0.25
 
 
@@ -143,36 +98,40 @@ _REPLICAS = re.compile(r"(?:(\d{1,9})\.\.)?(\d{1,9})", re.ASCII)
 
 @dataclass(frozen=True)
 class Replicas:
-    """Model copies that work in parallel: how many of them a run waits for, and how many it may have.
+    """A range of model copies that work in parallel, written ``8`` (1 to 8) or ``4..64``.
 
-    It is written ``8`` (begin with the first, up to 8) or ``4..64``.
+    Attributes:
+        minimum: copies that a run waits for before it begins.
+        maximum: copies that it may have.
     """
 
-    fewest: int
-    most: int
+    minimum: int
+    maximum: int
 
     def __str__(self) -> str:
-        return str(self.most) if self.fewest == 1 else f"{self.fewest}..{self.most}"
+        return str(self.maximum) if self.minimum == 1 else f"{self.minimum}..{self.maximum}"
 
 
 def _replicas(value: Any) -> Any:
-    """Replicas from a number, or from a text as people write it."""
+    """Return replicas from a number, or from text such as ``4..64``."""
     if isinstance(value, Replicas):
-        made = value
+        replicas = value
     elif isinstance(value, int) and not isinstance(value, bool):
-        made = Replicas(1, value)
-    elif isinstance(value, str) and (found := _REPLICAS.fullmatch(value.strip())):
-        made = Replicas(int(found[1] or 1), int(found[2]))
+        replicas = Replicas(1, value)
+    elif isinstance(value, str) and (match := _REPLICAS.fullmatch(value.strip())):
+        replicas = Replicas(int(match[1] or 1), int(match[2]))
     else:
         raise ConfigError(
-            f"'{value}' is no number of replicas.",
-            "Write 8, or 4..64: begin with 4, and have up to 64 as there is room for them.",
+            f"invalid replica count '{value}': expected an integer (8) or a range (4..64).",
+            "4..64 begins with 4 copies, and uses up to 64 as there is room for them.",
         )
-    if min(made.fewest, made.most) < 1:
+    if min(replicas.minimum, replicas.maximum) < 1:
         raise PydanticKnownError("greater_than_equal", {"ge": 1})
-    if made.fewest > made.most:
-        raise ConfigError(f"{value} goes down.", f"Write {made.most}..{made.fewest}.")
-    return made
+    if replicas.minimum > replicas.maximum:
+        raise ConfigError(
+            f"the minimum of '{value}' is larger than its maximum.", f"Write {replicas.maximum}..{replicas.minimum}."
+        )
+    return replicas
 
 
 def _tracker(value: str) -> str:
@@ -183,7 +142,6 @@ def _tracker(value: str) -> str:
     return value
 
 
-Positive = Annotated[int, Field(ge=1)]
 Sites = Annotated[
     tuple[Annotated[str, OneOf((*EVERY_SITE, *SITE_FAMILIES))], ...],
     Field(strict=False, min_length=1),
@@ -214,7 +172,7 @@ TrackerName = Annotated[
 
 @checked
 class Settings:
-    """What is measured, and how. Every field can change a number, so every field is fingerprinted.
+    """Settings of a measurement. Every field can change a number, so every field is fingerprinted.
 
     Raises:
         ConfigError: values out of their range; the message names all of them, and the nearest valid ones.
@@ -269,11 +227,11 @@ class Settings:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as JSON-ready values."""
+        """Return the settings as JSON-ready values."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def numbers(self, *, statistics: bool) -> dict[str, Any]:
-        """Those that can change a number beside the tokens, which say what text is read, and how.
+        """Return the settings that can change a number, beside those of the text, whose tokens are hashed.
 
         Args:
             statistics: those of what is measured inside of layers, too.
@@ -318,23 +276,21 @@ class Execution:
     def __post_init__(self) -> None:
         problems = []
         if self.ranks and self.partition not in GANGS:
-            used = " and ".join(GANGS)
-            problems.append(
-                ConfigError(f"`ranks` is for {used}, not for `partition` {self.partition}.", "Leave it out.")
-            )
+            message = f"`ranks` is for {' and '.join(GANGS)}, not for `partition` {self.partition}."
+            problems.append(ConfigError(message, "Leave it out."))
         if self.executor == "local" and self.partition in GANGS:
-            said = f"`partition` {self.partition} is several processes; `executor` local is one."
-            problems.append(ConfigError(said, "Use `executor` ray."))
-        if self.executor == "local" and (self.address or (self.replicas and self.replicas.most > 1)):
-            said = "`executor` local is one replica in this process; "
-            said += "it takes neither `address` nor `replicas` above 1."
-            problems.append(ConfigError(said, "Use `executor` ray."))
+            message = f"`partition` {self.partition} is several processes; `executor` local is one."
+            problems.append(ConfigError(message, "Use `executor` ray."))
+        if self.executor == "local" and (self.address or (self.replicas and self.replicas.maximum > 1)):
+            message = "`executor` local is one replica in this process; "
+            message += "it takes neither `address` nor `replicas` above 1."
+            problems.append(ConfigError(message, "Use `executor` ray."))
         if problems:
             raise ConfigError.of(problems)
 
 
 def split_options(options: dict[str, Any]) -> tuple[Settings, Execution]:
-    """Keyword options as Settings and Execution.
+    """Return keyword options as Settings and Execution.
 
     Raises:
         ConfigError: options that do not exist (the nearest ones are named), or have values that they cannot have.
@@ -349,7 +305,7 @@ def split_options(options: dict[str, Any]) -> tuple[Settings, Execution]:
 
 
 def _from_options(cls: type[T], options: Mapping[str, Any], problems: list[ConfigError]) -> T | None:
-    """A checked class from those of the options that it has; its problems join the others."""
+    """Make a checked class from the options that it has; its problems join the others."""
     names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     try:
         return cls(**{name: value for name, value in options.items() if name in names})

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar, dataclass_transform, get_args
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic_core import PydanticCustomError, PydanticKnownError, core_schema
 
 from avss_dist.errors import AvssError, ConfigError, nearest
 
 T = TypeVar("T")
+Share = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,19 @@ class Check:
 
 @dataclass(frozen=True)
 class OneOf:
-    """Metadata of a field whose values are names: ``Annotated[str, OneOf(DTYPES)]``. Front ends list them."""
+    """Metadata of a field whose values are names: ``Annotated[str, OneOf(DTYPES)]``. Front ends list them.
+
+    Args:
+        names: the valid values.
+        elsewhere: hints for names that are valid somewhere else, by name.
+    """
 
     names: tuple[str, ...]
+    elsewhere: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def _run(self, value: str) -> str:
         if value not in self.names:
-            hint = nearest(value, self.names)
+            hint = self.elsewhere.get(value) or nearest(value, self.names)
             raise PydanticCustomError("unknown_name", "{value}", {"value": value, "hint": hint})
         return value
 
@@ -58,7 +68,27 @@ class OneOf:
         return {**handler(schema), "enum": list(self.names)}
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True)
+class _AsText:
+    """Metadata of a text that may be passed as a path, and that keeps its class, such as `RedactedURI`."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_plain_validator_function(self._run)
+
+    @staticmethod
+    def _run(value: Any) -> str:
+        if isinstance(value, Path):
+            return str(value)
+        if not isinstance(value, str):
+            raise PydanticKnownError("string_type")
+        return value
+
+
+Text = Annotated[str, _AsText()]
+Texts = Annotated[tuple[Text, ...], Field(strict=False)]
+PathOrText = Annotated[str | Path, _AsText()]
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def checked(cls: type[T]) -> type[T]:
     """Make a class a frozen, keyword-only dataclass that checks its values: all fields, then ``__post_init__``.
 
@@ -70,14 +100,24 @@ def checked(cls: type[T]) -> type[T]:
     made: Any = pydantic_dataclass(cls, frozen=True, kw_only=True, config=config)
     initialize = made.__init__
 
-    def initialize_or_explain(self: Any, **values: Any) -> None:
+    def initialize_or_explain(self: Any, *positional: Any, **values: Any) -> None:
         try:
-            initialize(self, **values)
+            initialize(self, *positional, **values)
         except ValidationError as error:
             raise ConfigError.of(list(problems_by_field(made, error).values())) from None
 
     made.__init__ = initialize_or_explain
     return made
+
+
+def descriptions(cls: Any) -> dict[str, str]:
+    """Return the docstring of every field of a checked class, by name; a subclass has those of its bases."""
+    return {
+        name: info.description
+        for base in reversed(cls.__mro__)
+        for name, info in vars(base).get("__pydantic_fields__", {}).items()
+        if info.description
+    }
 
 
 _EXPECTED = {
@@ -123,6 +163,9 @@ def _problem(cls: Any, error: Any, noun: str) -> ConfigError:
     name, inner = _field_at(cls, error["loc"])
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         return ConfigError(f"Unknown {noun} '{error['loc'][-1]}'.", nearest(error["loc"][-1], sorted(_fields(inner))))
+    if kind == "unexpected_positional_argument":
+        named = [name for name, info in cls.__dataclass_fields__.items() if info.kw_only]
+        return ConfigError(f"{value!r} needs a name.", f"Write it as a keyword: {', '.join(named)}.")
     if kind == "unknown_name":
         return ConfigError(f"Unknown `{name}` '{value}'.", context["hint"])
     if kind == "problem":

@@ -2,7 +2,7 @@
 # Everything that must hold: style, types, architecture, tests. Installs what it needs into .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source jobs/install.sh '[test]'
+source jobs/install.sh '[test,docs]'
 # The report's page is tested in a browser. Without one, and without the means to install it, those tests skip.
 if ! command -v chromium chromium-browser google-chrome >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
   echo "Installing chromium ..." >&2

@@ -126,15 +126,18 @@ def test_replicas_are_a_number_or_a_range(written: Any, replicas: Replicas, text
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ("64..4", "`replicas`: 64..4 goes down. Write 4..64."),
-        (Replicas(2, 1), "`replicas`: 2..1 goes down. Write 1..2."),
+        ("64..4", "`replicas`: the minimum of '64..4' is larger than its maximum. Write 4..64."),
+        (Replicas(2, 1), "`replicas`: the minimum of '2..1' is larger than its maximum. Write 1..2."),
         ("0..3", "`replicas` must be at least 1, not 0..3."),
         ("3..0", "`replicas` must be at least 1, not 3..0."),
         *[
-            (text, f"`replicas`: '{text}' is no number of replicas.")
+            (text, f"`replicas`: invalid replica count '{text}': expected an integer (8) or a range (4..64).")
             for text in ("a..b", "3..", "-1", "", "1e3", "2...3")
         ],
-        *[(value, f"`replicas`: '{value}' is no number of replicas.") for value in (True, 2.0, [2, 3])],
+        *[
+            (value, f"`replicas`: invalid replica count '{value}': expected an integer (8) or a range (4..64).")
+            for value in (True, 2.0, [2, 3])
+        ],
     ],
 )
 def test_replicas_that_nobody_can_mean_are_refused(written: Any, message: str) -> None:

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from avss_dist.analysis.agreement import correlate_pairs
 from avss_dist.analysis.thresholds import scores_at
 from avss_dist.errors import QueryError, require_known
+from avss_dist.registry import BASELINES, FROM_ACTIVATIONS, SCORES
 from avss_dist.results import TabularResult
-from avss_dist.settings import LOWEST_SHARE, RIVALS, SCORES
+from avss_dist.settings import LOWEST_SHARE
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.scores import Threshold, score_column
+from avss_dist.stats.scores import Threshold
 from avss_dist.text import count_of, describe_threshold
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
@@ -127,7 +128,7 @@ def compare(
         QueryError: no two runs are comparable (the columns in which they differ are named), or nothing is to compare.
     """
     require_known("`by`", by, BY, QueryError)
-    require_known("score", score, SCORES, QueryError)
+    require_known("score", score, FROM_ACTIVATIONS, QueryError)
     runs = _runs(warehouse, run_ids)
     fixed: dict[str, Any] = {"site": site, "recipe": recipe, "threshold": threshold, "score": score}
     found = profiles(warehouse, runs, **{name: None if name == by else value for name, value in fixed.items()})
@@ -194,7 +195,7 @@ def profiles(
         profile
         for run in runs
         for key, found in rows[run["run_id"]].items()
-        for name in (SCORES if score is None else (score,))
+        for name in (FROM_ACTIVATIONS if score is None else (score,))
         if (profile := _profile(run, key, name, found)).values.size
     ]
 
@@ -209,7 +210,7 @@ def _score_table(
     """The scores of runs, computed where a threshold was not scored; None is any."""
     names = [run["run_id"] for run in runs]
     place = ["run_id", "site", "recipe", "threshold", "threshold_kind", "depth"]
-    columns = [*place, "avss_smoothed", *RIVALS]
+    columns = [*place, "avss_smoothed", *BASELINES]
     where = at = pc.scalar(True)
     if threshold is not None:
         at = (pc.field("threshold") == threshold.value) & (pc.field("threshold_kind") == threshold.kind)
@@ -223,7 +224,7 @@ def _score_table(
 
 
 def _profile(run: Mapping[str, Any], key: Any, score: str, rows: Sequence[Mapping[str, Any]]) -> Profile:
-    column = score_column(score)
+    column = SCORES[score].column
     scored = sorted((row["depth"], row[column]) for row in rows if row[column] is not None)
     depth, values = np.array(scored, float).reshape(-1, 2).T
     return Profile(run=run, site=key[0], recipe=key[1], threshold=key[2], score=score, depth=depth, values=values)
@@ -258,7 +259,7 @@ def _pairs(found: Sequence[Profile], by: str, allow_mismatch: bool) -> Iterator[
         values = [_value(found[index], by) for index in members]
         if len(set(values)) > 1:
             for (a, one), (b, other) in combinations(zip(members, values, strict=True), 2):
-                if one != other and (by != "score" or SCORES[0] in (one, other)):
+                if one != other and (by != "score" or FROM_ACTIVATIONS[0] in (one, other)):
                     yield a, b
 
 

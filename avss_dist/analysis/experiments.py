@@ -16,6 +16,7 @@ from avss_dist.analysis.verdict import (
     shown_method,
     verdicts,
 )
+from avss_dist.intervention import Removals, decode_removals
 
 Row = Mapping[str, Any]  # of the table `experiments`
 
@@ -62,7 +63,7 @@ class MethodResult:
 
     method: str
     share: float
-    drop: tuple[int, ...]
+    drop: Removals
     outcomes: Mapping[str, Outcome]
 
     @property
@@ -128,7 +129,7 @@ def _by_method(rows: Sequence[Row]) -> tuple[MethodResult, ...]:
         MethodResult(
             method=method,
             share=share,
-            drop=tuple(group[0]["drop"]),
+            drop=decode_removals(group[0]["drop"]),
             outcomes={row["task"]: _outcome(row) for row in group},
         )
         for (share, method), group in groups.items()

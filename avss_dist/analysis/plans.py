@@ -12,6 +12,8 @@ from avss_dist.analysis.chosen import choose_runs
 from avss_dist.analysis.findings import describe_depth, findings
 from avss_dist.analysis.verdict import describe_metric, primary_metric, shown_value, verdicts
 from avss_dist.errors import QueryError
+from avss_dist.intervention import Removals, decode_removals
+from avss_dist.names import LOSS, SEARCH
 from avss_dist.pruning.ground_truth import (
     ablate_command,
     block_distances,
@@ -21,8 +23,8 @@ from avss_dist.pruning.ground_truth import (
     layer_truth,
 )
 from avss_dist.pruning.plan import Plan, make_plan
-from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, SCORE_MEANINGS, Choice, Reading, Rows, reading_of
-from avss_dist.settings import BLOCK_DISTANCE, INTERACTIONS, LOSS, OF_LAYERS, SCORES, SEARCH
+from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, Rows, reading_of
+from avss_dist.registry import BLOCK_DISTANCE, FROM_ACTIVATIONS, INTERACTIONS, MEASURED, SCORES
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Threshold
 from avss_dist.text import describe_threshold
@@ -39,7 +41,7 @@ def plan_layers(
 
     Args:
         run: a row of ``runs``.
-        by: a name of `SCORE_MEANINGS`; None is `default_score`.
+        by: a name of ``registry.SCORES``; None is `default_score`.
         reading: site, recipe, threshold and its kind, of AVSS.
         how: the other fields of `Choice`: ``share``, ``count``, ``mass``, ``first``, ``last``, and so on.
 
@@ -58,14 +60,14 @@ def plan_layers(
     elif choice.by == INTERACTIONS:
         made = make_plan(rows, run, choice, interactions(warehouse, run))
     else:
-        truth = layer_truth(warehouse, run, choice.by) if choice.by in OF_LAYERS else None
+        truth = layer_truth(warehouse, run, choice.by) if choice.by in MEASURED else None
         made = make_plan(rows, run, choice, truth)
         values = choice.scores(rows, {choice.by: truth.by_layer(made.num_layers)} if truth else {})
         against = _findings(warehouse, run, choice, values.tolist())
     return replace(
         made,
         findings=tuple(against),
-        evaluated=evaluated_lines(warehouse, run, made.drop),
+        evaluated=evaluated_lines(warehouse, run, made.removed),
     )
 
 
@@ -96,7 +98,7 @@ def _require_score(warehouse: Warehouse, run: Mapping[str, Any], by: str | None)
     """Raise QueryError where layers of a run cannot be chosen by a score, since it is not measured."""
     if by is None:
         default_score(warehouse, run)
-    elif by in OF_LAYERS:
+    elif by in MEASURED:
         layer_truth(warehouse, run, by)
     elif by == BLOCK_DISTANCE:
         block_distances(warehouse, run)
@@ -118,7 +120,7 @@ def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:
     if not has_head(run):
         raise QueryError(
             f"No score was named. {describe_headless(run)}",
-            "\n".join(["Name the score to choose by with `by`:", *_meanings((*SCORES, LAST, RANDOM))]),
+            "\n".join(["Name the score to choose by with `by`:", *_meanings((*FROM_ACTIVATIONS, LAST, RANDOM))]),
         )
     raise QueryError(
         f"No score was named, and neither the damage of the layers of {run['model']} nor the loss without each is "
@@ -128,7 +130,7 @@ def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:
                 f"Measure the damage, for about 8 passes: {ablate_command(warehouse, run, 'damage')}",
                 f"Or the loss: {ablate_command(warehouse, run)}",
                 "Or name the score to choose by with `by`, and evaluate the plan before you believe it:",
-                *_meanings(SCORE_MEANINGS),
+                *_meanings(SCORES),
             ]
         ),
     )
@@ -136,7 +138,7 @@ def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:
 
 def _meanings(names: Iterable[str]) -> list[str]:
     """Return a line for each score."""
-    return [f"  {name}: {SCORE_MEANINGS[name]}" for name in names]
+    return [f"  {name}: {SCORES[name].meaning}" for name in names]
 
 
 def _of_reading(rows: Rows, reading: Reading) -> Rows:
@@ -163,7 +165,7 @@ def _findings(warehouse: Warehouse, run: Mapping[str, Any], choice: Choice, valu
         return
     if depth := describe_depth(choice.by, depth_correlation(values), len(values)):
         yield depth
-    if choice.by in OF_LAYERS:
+    if choice.by in MEASURED:
         return
     site, recipe, value, kind = choice.reading or PUBLISHED
     places = {(None, None), (site, None), (None, recipe), (site, recipe)} if choice.by == "avss" else {(None, None)}
@@ -174,9 +176,9 @@ def _findings(warehouse: Warehouse, run: Mapping[str, Any], choice: Choice, valu
         yield from verdicts(warehouse.table("experiments", run_ids=[run["run_id"]]).to_pylist())
 
 
-def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], drop: tuple[int, ...]) -> tuple[str, ...]:
+def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], removed: Removals) -> tuple[str, ...]:
     """What each task says of the model without these layers, beside the whole model; a line each."""
-    return tuple(dict.fromkeys(_evaluated(warehouse, run, drop)))
+    return tuple(dict.fromkeys(_evaluated(warehouse, run, removed)))
 
 
 def _is_of_layers_alone(row: Mapping[str, Any]) -> bool:
@@ -184,12 +186,12 @@ def _is_of_layers_alone(row: Mapping[str, Any]) -> bool:
     return all(row[name] is None for name in ("layer", "patch", "sparsity_plan", "factor"))
 
 
-def _evaluated(warehouse: Warehouse, run: Mapping[str, Any], drop: tuple[int, ...]) -> Iterator[str]:
+def _evaluated(warehouse: Warehouse, run: Mapping[str, Any], removed: Removals) -> Iterator[str]:
     rows = warehouse.table("evaluations", where=pc.field("revision") == run["revision"]).to_pylist()
     rows = [row for row in rows if _is_of_layers_alone(row) and not row["task"].startswith(SEARCH)]
-    for key in dict.fromkeys((row["run_id"], row["task"]) for row in rows if tuple(row["drop"]) == drop):
+    for key in dict.fromkeys((row["run_id"], row["task"]) for row in rows if decode_removals(row["drop"]) == removed):
         mine = [row for row in rows if (row["run_id"], row["task"]) == key]
         metric = primary_metric(mine)
-        of = {tuple(row["drop"]): shown_value(row) for row in mine if row["metric"] == metric}
+        of = {decode_removals(row["drop"]): shown_value(row) for row in mine if row["metric"] == metric}
         whole = f", {of[()]} of the whole model" if () in of else ""
-        yield f"{key[1]}: {describe_metric(metric)} {of[drop]}{whole}."
+        yield f"{key[1]}: {describe_metric(metric)} {of[removed]}{whole}."

@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow.compute as pc
 
 from avss_dist.analysis.agreement import signs
+from avss_dist.intervention import Removals, decode_removals
+from avss_dist.names import LOSS
 from avss_dist.pruning.ground_truth import LayerTruth
-from avss_dist.settings import LOSS
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import spearman
 from avss_dist.warehouse.reader import Warehouse
@@ -25,10 +26,10 @@ def increases(store: Warehouse, truth: LayerTruth) -> Float64:
     """
     where = (pc.field("run_id") == truth.run_id) & (pc.field("task") == truth.task) & (pc.field("metric") == LOSS)
     rows = store.table("cells", where=where).to_pylist()
-    by_drop: dict[tuple[int, ...], dict[int, list[float]]] = {}
+    by_removed: dict[Removals, dict[int, list[float]]] = {}
     for row in rows:
-        by_drop.setdefault(tuple(row["drop"]), {})[row["part"]] = row["samples"]
-    samples = {drop: np.concatenate([parts[part] for part in sorted(parts)]) for drop, parts in by_drop.items()}
+        by_removed.setdefault(decode_removals(row["drop"]), {})[row["part"]] = row["samples"]
+    samples = {key: np.concatenate([parts[part] for part in sorted(parts)]) for key, parts in by_removed.items()}
     layers = sorted(truth.values)
     if samples.keys() != {(), *((layer,) for layer in layers)} or len({len(one) for one in samples.values()}) > 1:
         return np.zeros((0, len(layers)))

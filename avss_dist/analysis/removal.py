@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from avss_dist.analysis.verdict import describe_task, primary_metric
-from avss_dist.removal import describe_removed, size_removed
-from avss_dist.settings import BLOCK_DISTANCE, OF_LAYERS, REPAIR, ROW_START, SEARCH, SUBLAYER_LOSS
+from avss_dist.intervention import decode_removals, describe_removed, size_removed
+from avss_dist.names import REPAIR, ROW_START, SEARCH, SUBLAYER_LOSS
+from avss_dist.registry import BLOCK_DISTANCE, MEASURED, SCORES
 from avss_dist.stats.retention import kept
 from avss_dist.warehouse.reader import Warehouse
 
-OF_EVERY_LAYER = tuple({*OF_LAYERS.values(), SUBLAYER_LOSS, SEARCH})
+OF_EVERY_LAYER = tuple({*(SCORES[name].task for name in MEASURED), SUBLAYER_LOSS, SEARCH})
 """Tasks about single layers, or about sets on the text of a search: they do not judge a model."""
 Row = Mapping[str, Any]  # of the table `evaluations`
 
@@ -121,9 +122,10 @@ def _sets(task: str, rows: Sequence[Row], repairs: Mapping[str, str]) -> Iterato
             share = float(kept(metric, np.array(whole), np.array(row["value"])))
             repair = f", repaired by {repairs.get(row['patch'], 'a patch')}" if row["patch"] else ""
             if isfinite(share):
+                removed = decode_removals(row["drop"])
                 yield RemovedSet(
                     series=f"{describe_task(task)}{repair}",
-                    dropped=describe_removed(row["drop"]),
-                    size=size_removed(row["drop"]),
+                    dropped=describe_removed(removed),
+                    size=size_removed(removed),
                     kept=share,
                 )

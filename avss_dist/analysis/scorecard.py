@@ -21,10 +21,11 @@ import pyarrow.compute as pc
 
 from avss_dist.analysis.reliability import increases, misranked, reliability, sets_correlation
 from avss_dist.errors import QueryError
+from avss_dist.intervention import Removals, decode_removals, whole_layers
+from avss_dist.names import LOSS, PERPLEXITY
 from avss_dist.pruning.ground_truth import LayerTruth, find_layer_truth, nothing_measured
 from avss_dist.pruning.selection import LAST, PUBLISHED, Choice, PlanError, Reading, reading_of
-from avss_dist.removal import is_whole
-from avss_dist.settings import GROUND_TRUTH, LOSS, OF_LAYERS, PERPLEXITY, RIVALS
+from avss_dist.registry import BASELINES, GROUND_TRUTH, MEASURED
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import spearman
 from avss_dist.text import describe_threshold
@@ -56,8 +57,8 @@ def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]]) -> pa.Table
     rows: list[dict[str, Any]] = []
     missing: QueryError | None = None
     for run in runs:
-        truths = {name: truth for name in OF_LAYERS if (truth := find_layer_truth(store, run, name))}
-        if truths.keys() & GROUND_TRUTH.keys():
+        truths = {name: truth for name in MEASURED if (truth := find_layer_truth(store, run, name))}
+        if truths.keys() & GROUND_TRUTH:
             rows += _cards(store, run, truths)
         else:
             missing = missing or nothing_measured(store, run, LOSS)
@@ -71,7 +72,7 @@ class _Known:
     """What is known of a run's model beside its scores.
 
     Attributes:
-        truth: by one of ``settings.OF_LAYERS``, float64[layers].
+        truth: by one of ``registry.MEASURED``, float64[layers].
         ceiling: `reliability` of the loss without each layer.
         rises: what the loss rises by without a set of layers, on the text of ``task``.
     """
@@ -107,7 +108,7 @@ def _cards(store: Warehouse, run: Mapping[str, Any], truths: Mapping[str, LayerT
     for row in scored:
         by_reading.setdefault(reading_of(row), []).append(row)
     of_avss = [(Choice(by="avss", reading=reading), rows) for reading, rows in by_reading.items()]
-    others = [(Choice(by=name), scored) for name in (*RIVALS, *truth, LAST)]
+    others = [(Choice(by=name), scored) for name in (*BASELINES, *truth, LAST)]
     for choice, rows in (*of_avss, *others):
         place = dict(zip(_PLACE, choice.reading, strict=True)) if choice.reading else {}
         of = {"run_id": run["run_id"], "model": run["model"], "score": choice.by, "task": known.task, **place}
@@ -123,13 +124,12 @@ def _rises(store: Warehouse, run: Mapping[str, Any]) -> tuple[dict[tuple[int, ..
     where = (pc.field("revision") == run["revision"]) & (pc.field("metric") == LOSS)
     where &= pc.field("patch").is_null() & pc.field("sparsity_plan").is_null() & pc.field("factor").is_null()
     where &= pc.starts_with(pc.field("task"), PERPLEXITY)
-    losses: dict[tuple[str, str], dict[tuple[int, ...], float]] = {}
+    losses: dict[tuple[str, str], dict[Removals, float]] = {}
     for row in store.table("evaluations", where=where).to_pylist():
-        losses.setdefault((row["run_id"], row["task"]), {})[tuple(row["drop"])] = row["value"]
+        losses.setdefault((row["run_id"], row["task"]), {})[decode_removals(row["drop"])] = row["value"]
     for (_, task), found in sorted(losses.items(), key=lambda item: -len(item[1])):
         if () in found:
-            whole = {drop: loss for drop, loss in found.items() if all(map(is_whole, drop))}
-            return {drop: loss - found[()] for drop, loss in whole.items()}, task
+            return {whole_layers(r): loss - found[()] for r, loss in found.items() if whole_layers(r) == r}, task
     return {}, None
 
 

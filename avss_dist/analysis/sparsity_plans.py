@@ -90,7 +90,7 @@ def require_target(target: float) -> None:
         ConfigError: it is not above 0 and below 1.
     """
     if not 0 < target < 1:
-        raise ConfigError(f"`sparsify` {target:g} is no sparsity.", "It is above 0 and below 1: 0.5 makes half zero.")
+        raise ConfigError(f"`target` {target:g} is no sparsity.", "It is above 0 and below 1: 0.5 makes half zero.")
 
 
 def plan_uniform(measured: Measured, target: float, method: str = "uniform", **fields: Any) -> SparsityPlan:
@@ -113,7 +113,7 @@ def _plan_pattern(measured: Measured, target: float, method: str, pattern: str, 
         raise ConfigError(f"`pattern` {pattern} is none.", "Write 2:4: of 4 units in a row, the 2 largest stay.")
     if abs(target - (1 - int(kept) / int(group))) > 1e-6:
         share = 1 - int(kept) / int(group)
-        raise ConfigError(f"`pattern` {pattern} makes {share:g} zero, not {target:g}.", f"Set `sparsify` to {share:g}.")
+        raise ConfigError(f"`pattern` {pattern} makes {share:g} zero, not {target:g}.", f"Set `target` to {share:g}.")
     made = make_plan(measured, np.zeros(len(measured.maps)), THRESHOLD, {"by": method, "target": target}, **fields)
     maps = tuple(replace(one, sparsity=target, value=0.0) for one in made.projections)
     return replace(made, projections=maps, sparsity=target, pattern=pattern, weighted=method == "wina")

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from avss_dist.settings import BOOTSTRAP_BLOCKS
+from avss_dist.stats.intervals import BOOTSTRAP_BLOCKS
 from avss_dist.stats.layer_stats import Float64, LayerKey, LayerStats
 from avss_dist.stats.merging import merge_blocks
 from avss_dist.stats.scores import Threshold, score_run

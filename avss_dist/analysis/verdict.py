@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from math import exp, isfinite
 from typing import Any
 
+from avss_dist.intervention import count_removed, decode_removals
+from avss_dist.names import CHANCE, LOSS
 from avss_dist.pruning.methods import ENDS_KEPT, LEAVE_ONE_OUT, REVERSED
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM
-from avss_dist.removal import count_removed
-from avss_dist.settings import CHANCE, LOSS, MINIMUM_UNITS
+from avss_dist.stats.intervals import MINIMUM_UNITS
 from avss_dist.text import basename
 
 CLAIMED_SHARE, CLAIMED_KEPT = 0.25, 0.9
@@ -79,8 +80,9 @@ def kept_by_guess(rows: Sequence[Row], metric: str) -> float | None:
 def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str]:
     repaired = f", repaired by {claim['repair']}" if claim.get("repair") else ""
     of_claim = repaired if not repaired or claim.get("patch") else f"{repaired} (nothing: no layer stands before them)"
+    removed = count_removed(decode_removals(claim["drop"]))
     sentences = [
-        f"without the {count_removed(claim['drop'])} of the lowest AVSS ({CLAIMED_SHARE:.0%}){of_claim}, "
+        f"without the {removed} of the lowest AVSS ({CLAIMED_SHARE:.0%}){of_claim}, "
         f"{_kept(claim)}{_before_and_after(claim, rows)}: {judgement(claim, guess)}."
     ]
     if guess is not None and MENTIONED <= guess <= CLAIMED_KEPT:

@@ -3,45 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from avss_dist.analysis import compare as comparing
 from avss_dist.analysis import findings as finding
-from avss_dist.api.names import RunName, named_runs, named_threshold
+from avss_dist.api.names import named_runs, named_threshold
+from avss_dist.options import keywords, own_values
+from avss_dist.requests import CompareRequest, FindingsRequest
 from avss_dist.results import Table
-from avss_dist.settings import DEFAULT_WAREHOUSE, LOWEST_SHARE, PUBLISHED_THRESHOLD, RECIPES, SITES
 from avss_dist.warehouse.reader import Warehouse
 
 
-def compare(
-    *,
-    warehouse: str | Path = DEFAULT_WAREHOUSE,
-    run: RunName | Sequence[RunName] | None = None,
-    by: str = "run",
-    site: str = SITES[0],
-    recipe: str = RECIPES[0],
-    threshold: str | float = PUBLISHED_THRESHOLD,
-    score: str = "avss",
-    k: int | None = None,
-    share: float = LOWEST_SHARE,
-    allow_mismatch: bool = False,
-) -> comparing.RankingComparison:
-    """How far the rankings of layers agree: see `analysis.compare.compare`; of all finished runs by default."""
-    opened = Warehouse(warehouse)
-    names = [row["run_id"] for row in named_runs(opened, run)]
-    at = named_threshold(threshold)
-    how: dict[str, Any] = {"by": by, "site": site, "recipe": recipe, "score": score, "k": k, "share": share}
-    return comparing.compare(opened, names, threshold=at, allow_mismatch=allow_mismatch, **how)
+@keywords(CompareRequest)
+def compare(request: CompareRequest) -> comparing.RankingComparison:
+    """Compare the rankings of layers of every two comparable runs; of all finished runs by default."""
+    opened = Warehouse(request.warehouse)
+    return compare_runs(opened, [row["run_id"] for row in named_runs(opened, request.run)], request)
 
 
-def findings(
-    *,
-    warehouse: str | Path = DEFAULT_WAREHOUSE,
-    run: RunName | Sequence[RunName] | None = None,
-    threshold: str | float = PUBLISHED_THRESHOLD,
-) -> Table:
-    """What to know before believing scores: see `analysis.findings.findings`; of all finished runs by default."""
-    opened = Warehouse(warehouse)
-    names = [row["run_id"] for row in named_runs(opened, run)]
-    return Table(finding.findings(opened, names, threshold=named_threshold(threshold)))
+def compare_runs(opened: Warehouse, run_ids: Sequence[str], request: CompareRequest) -> comparing.RankingComparison:
+    """Compare runs as a request says."""
+    how = {name: value for name, value in own_values(request).items() if name not in ("warehouse", "run")}
+    return comparing.compare(opened, run_ids, **how | {"threshold": named_threshold(request.threshold)})
+
+
+@keywords(FindingsRequest)
+def findings(request: FindingsRequest) -> Table:
+    """List what a careful reader would warn of before believing scores; of all finished runs by default."""
+    opened = Warehouse(request.warehouse)
+    names = [row["run_id"] for row in named_runs(opened, request.run)]
+    return Table(finding.findings(opened, names, threshold=named_threshold(request.threshold)))

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import import_module
 from typing import Annotated, Any, TypeVar
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from avss_dist import __version__
+from avss_dist.cli.commands import COMMANDS, epilog
 from avss_dist.errors import AvssError, RunFailed, is_full, nearest, spell_fields, unwritable
 from avss_dist.system.signals import arm, exit_code, stop_signal
 from avss_dist.system.streams import USUAL, VERBOSE, complain, complete_output, emit, prepare, say, set_verbosity
@@ -29,53 +31,44 @@ _UsageError: Any = typer.BadParameter.__base__
 _spelling: ContextVar[Mapping[str, str] | None] = ContextVar("_spelling", default=None)  # of the command that runs
 _at_end: ContextVar[list[Callable[[], None]] | None] = ContextVar("_at_end", default=None)  # of the command that runs
 
-OLD_COMMANDS = {
-    "experiment": "avss run JOB.yaml: a job file with a section experiment is one",
-    "export": "avss show --format latex -o FILE",
-    "logs": "avss jobs logs",
-    "scores": "avss show --threshold 0.05rms, or any other threshold",
-    "status": "avss jobs list",
-    "stop": "avss jobs stop",
-    "submit": "avss jobs submit",
-}
-"""Names that commands had, and what they are now."""
-OLD_OPTIONS = {
-    "--out": ("--warehouse", "--output"),
-    "--to": ("--format",),
-    "--anyway": ("--allow-mismatch",),
-    "--attention": ("--attn-implementation",),
-    "--layers": ("--layers-path",),
-    "--experiment": (),
-}
-"""Names that options had, and what they may be now."""
-
 
 class Group(TyperGroup):
-    """Commands under a name. Errors name fields as the command that runs spells them; an old name says the new one."""
+    """Commands under a name. Errors spell fields as the running command does; an unknown name has the nearest one."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] not in self.commands:
-            wanted = args[0]
-            new = OLD_COMMANDS.get(wanted) if ctx.parent is None else None
-            hint = f"It is {new}." if new else nearest(wanted, self.commands)
-            ctx.fail(f"There is no command '{wanted}'{' any more' if new else ''}. {hint}")
+            ctx.fail(f"There is no command '{args[0]}'. {nearest(args[0], self.commands)}")
         name, command, rest = super().resolve_command(ctx, args)
         _spelling.set(spelling(command))
-        _refuse_old_options(ctx, command, rest)
         return name, command, rest
 
 
-def _refuse_old_options(ctx: Any, command: Any, args: list[str]) -> None:
-    known = {name for parameter in command.params for name in parameter.opts}
-    for arg in args[: args.index("--") if "--" in args else None]:
-        old = arg.partition("=")[0]
-        if old in OLD_OPTIONS and old not in known:
-            new = " or ".join(name for name in OLD_OPTIONS[old] if name in known)
-            ctx.fail(f"There is no option {old} any more. {f'Use {new}.' if new else 'Leave it out.'}")
-
-
 class Commands(Group):
-    """All commands. One that returns a number ends with it as exit code; an error is a message and its exit code."""
+    """All commands. One that returns a number ends with it as exit code; an error is a message and its exit code.
+
+    A command is imported when it is used: the help lists summaries, and loads nothing.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for name, listed in COMMANDS.items():
+            self.commands[name] = TyperCommand(name, help=listed.summary, rich_help_panel=listed.panel)
+        self._lists = False
+        self._loaded: dict[str, Any] = {}
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if self._lists or cmd_name not in COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        if cmd_name not in self._loaded:
+            self._loaded[cmd_name] = load_command(cmd_name)
+        return self._loaded[cmd_name]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self._lists = True
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self._lists = False
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         with _printable_mistakes():
@@ -131,6 +124,8 @@ def _printable_mistakes() -> Iterator[None]:
         error.message = printable(error.message)
         if "unexpected extra argument" in error.message and "warehouse" in (_spelling.get() or {}):
             error.message += ". The warehouse is an option: -w."
+        if str(getattr(error, "option_name", "")).startswith("--spars"):
+            error.message += ". avss sparsify makes sparsity plans: avss sparsify 0.5 -o sparse.yaml."
         raise
 
 
@@ -163,9 +158,17 @@ app = typer.Typer(
 )
 
 
-jobs_app = typer.Typer(
-    cls=Group, help="Jobs on a Ray cluster.", no_args_is_help=True, rich_markup_mode=None, context_settings=HELP
-)
+def load_command(name: str) -> Any:
+    """Import a command, and return it with its options."""
+    from avss_dist.cli.options import takes_output
+
+    module = import_module(f"avss_dist.cli.{COMMANDS[name].module}")
+    function = getattr(module, name)
+    if isinstance(function, typer.Typer):
+        return typer.main.get_command(function)
+    single = typer.Typer(add_completion=False)
+    single.command(name, epilog=epilog(name))(takes_output(function))
+    return typer.main.get_command(single)
 
 
 def interrupt_again(unraisable: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from avss_dist.cli.base import at_end
@@ -38,7 +38,7 @@ def _say_damaged(runs: Mapping[str, str]) -> None:
 
 
 def choose_runs(
-    warehouse: Warehouse, names: list[str], *, every: bool = False, failed: bool = False
+    warehouse: Warehouse, names: Sequence[str], *, every: bool = False, failed: bool = False
 ) -> list[dict[str, Any]]:
     """See `chosen.choose_runs`; where a part of an id was given, it says which run that is."""
     from avss_dist.analysis.chosen import choose_runs as choose
@@ -56,6 +56,12 @@ def choose_run(warehouse: Warehouse, name: str | None) -> dict[str, Any]:
     from avss_dist.analysis.chosen import one_run
 
     return one_run(choose_runs(warehouse, [name] if name else []), str(name))
+
+
+def newest_of(warehouse: Warehouse, name: str | None) -> list[str]:
+    """Return a line for a run that was not named, where there are several."""
+    number = warehouse.runs().num_rows
+    return [f"This is the newest of {number} runs; --run names another."] if number > 1 and not name else []
 
 
 def choose_scores(warehouse: Warehouse, runs: list[dict[str, Any]], site: str, recipe: str, threshold: str) -> pa.Table:
@@ -86,7 +92,7 @@ def _not_scored(table: pa.Table, site: str, recipe: str, threshold: str) -> Quer
     return QueryError(f"No scores at threshold {threshold}, and no statistics to compute them.", f"Scored: {names}.")
 
 
-def choose_threshold(text: str) -> Threshold:
+def choose_threshold(text: str | float) -> Threshold:
     """``1e-5``, or ``0.1rms``, as scoring has it."""
     from avss_dist.stats.scores import Threshold
 

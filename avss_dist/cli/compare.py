@@ -9,18 +9,17 @@ import typer
 from avss_dist.cli.choose import MOST_NAMED, choose_runs, choose_threshold, open_warehouse
 from avss_dist.cli.options import (
     FORMATS,
-    PUBLISHED,
     EveryRunOption,
     FormatOption,
     RecipeOption,
     RunsOption,
     SiteOption,
-    ThresholdOption,
     WarehouseOption,
-    choice,
+    takes,
 )
 from avss_dist.errors import ConfigError, QueryError
-from avss_dist.settings import DEFAULT_WAREHOUSE, LOWEST_SHARE, RECIPES, SCORES, SITES
+from avss_dist.requests import CompareRequest, FindingsRequest
+from avss_dist.settings import DEFAULT_WAREHOUSE, RECIPES, SITES
 from avss_dist.system.streams import console, emit, say
 from avss_dist.text import count_of, describe_threshold
 
@@ -30,64 +29,36 @@ if TYPE_CHECKING:
     from avss_dist.analysis.compare import RankingComparison
     from avss_dist.warehouse.reader import Warehouse
 
-COMPARED = ("run", "family", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
 
-
-def compare(
-    warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
-    run: EveryRunOption = None,
-    by: Annotated[str, choice(COMPARED, "What the two of each pair differ in.")] = "run",
-    site: SiteOption = SITES[0],
-    recipe: RecipeOption = RECIPES[0],
-    threshold: ThresholdOption = PUBLISHED,
-    score: Annotated[
-        str,
-        choice(SCORES, "Score that ranks the layers."),
-    ] = "avss",
-    k: Annotated[int | None, typer.Option("--k", help="Number of lowest layers to compare.", min=1)] = None,
-    share: Annotated[float, typer.Option(help="The same as a share of the layers.", min=0, max=1)] = LOWEST_SHARE,
-    allow_mismatch: Annotated[
-        bool, typer.Option("--allow-mismatch", help="Also compare runs on different corpora, dtypes and so on.")
-    ] = False,
-    format: FormatOption = FORMATS[0],
-) -> None:
+@takes(CompareRequest)
+def compare(format: FormatOption = FORMATS[0], **values: Any) -> None:
     """Compare layer rankings between runs: how far they agree, and what to know before believing it."""
-    from avss_dist.analysis.compare import compare as compare_runs
     from avss_dist.analysis.findings import findings as find
     from avss_dist.analysis.findings import of_rankings
+    from avss_dist.api.read import compare_runs
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.compare import pairs_table
 
-    opened = open_warehouse(warehouse)
-    names = [row["run_id"] for row in choose_runs(opened, run or [], every=True)]
-    at = choose_threshold(threshold)
-    comparison = compare_runs(
-        opened,
-        names,
-        by=by,
-        site=site,
-        recipe=recipe,
-        threshold=at,
-        score=score,
-        k=k,
-        share=share,
-        allow_mismatch=allow_mismatch,
-    )
+    request = CompareRequest(**values)
+    opened, by, score = open_warehouse(str(request.warehouse)), request.by, request.score
+    names = [row["run_id"] for row in choose_runs(opened, request.run, every=True)]
+    at = choose_threshold(request.threshold)
+    comparison = compare_runs(opened, names, request)
     _say_left_out(comparison)
     pairs = comparison.pairs
     if format != FORMATS[0]:
         return write_table(pairs, format, console())
     fixed = {
         "score": score,
-        "site": site,
-        "recipe": recipe,
+        "site": request.site,
+        "recipe": request.recipe,
         "threshold": f"|x| < {describe_threshold(at.value, at.kind)}",
     }
     title = f"by {by}  " + " / ".join(text for name, text in fixed.items() if name != by)
     console().print(pairs_table(pairs, title))
     compared = {name for side in ("a_run_id", "b_run_id") for name in pairs[side].unique().to_pylist()}
     every = find(opened, [name for name in names if name in compared], threshold=at)
-    at_place = _at(every, None if by == "site" else site, None if by == "recipe" else recipe)
+    at_place = _at(every, None if by == "site" else request.site, None if by == "recipe" else request.recipe)
     told = of_rankings(at_place, score if by != "score" else "avss")
     _print_findings(told, len(every) - len(told), opened)
     return None
@@ -116,23 +87,23 @@ def _say_left_out(comparison: RankingComparison) -> None:
         say(f"Left out: {', '.join(names[:MOST_NAMED])}{more}: {reason}.")
 
 
+@takes(FindingsRequest)
 def findings(
-    warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
-    run: EveryRunOption = None,
     site: SiteOption = SITES[0],
     recipe: RecipeOption = RECIPES[0],
-    threshold: ThresholdOption = PUBLISHED,
     every: Annotated[bool, typer.Option("--all", help="Show findings of every site and recipe.")] = False,
     format: FormatOption = FORMATS[0],
+    **values: Any,
 ) -> None:
     """List what a careful reader would warn of: scores that track depth, noise, rounding, single units, and so on."""
     from avss_dist.analysis.findings import findings as find
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.compare import findings_list
 
-    opened = open_warehouse(warehouse)
-    names = [row["run_id"] for row in choose_runs(opened, run or [], every=True)]
-    found = find(opened, names if run else None, threshold=choose_threshold(threshold))
+    request = FindingsRequest(**values)
+    opened = open_warehouse(str(request.warehouse))
+    names = [row["run_id"] for row in choose_runs(opened, request.run, every=True)]
+    found = find(opened, names if request.run else None, threshold=choose_threshold(request.threshold))
     shown = found if every else _at(found, site, recipe)
     if format != FORMATS[0]:
         return write_table(shown, format, console())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avss_dist.cli.options import FORMATS, TEXT_FORMATS, FormatOption, TextFormatOption, takes_settings
+from avss_dist.cli.base import HELP, Group
+from avss_dist.cli.commands import epilog
+from avss_dist.cli.options import FORMATS, TEXT_FORMATS, FormatOption, TextFormatOption, takes_output, takes_settings
 from avss_dist.cli.run import JobPath
 from avss_dist.settings import ANSWER_SECONDS, CONNECT_SECONDS
 from avss_dist.system.signals import exit_code
@@ -23,7 +26,7 @@ AnswerOption = Annotated[float, typer.Option(help="Seconds to wait for its answe
 FollowOption = Annotated[bool, typer.Option("--follow", "-f", help="Print the log until the job ends.")]
 
 
-@takes_settings("replicas", "fresh", overrides=True)
+@takes_settings("replicas", "fresh")
 def submit(
     job: JobPath,
     address: Head,
@@ -123,3 +126,16 @@ def _follow(cluster: Any, job_id: str, address: str) -> int:
         return exit_code(stop)
     say(f"{job_id}: {job.status.lower()}." + (f" {job.hint}" if job.hint else ""))
     return int(job.exit_code)
+
+
+jobs = typer.Typer(
+    cls=Group,
+    help="Jobs on a Ray cluster.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings=HELP,
+    add_completion=False,
+)
+_COMMANDS: dict[str, Callable[..., Any]] = {"submit": submit, "list": list_, "logs": logs, "stop": stop}
+for _name, _command in _COMMANDS.items():
+    jobs.command(_name, epilog=epilog(f"jobs {_name}"))(takes_output(_command))

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING
 from functools import cache, wraps
-from types import MappingProxyType
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
-from avss_dist.errors import ConfigError, require_known
+from avss_dist.errors import ConfigError, named_fields, require_known, spell_fields
+from avss_dist.options import SHARED, Option, ordered
+from avss_dist.requests import require_warehouse
 from avss_dist.settings import (
     EVERY_SITE,
     PUBLISHED_THRESHOLD,
     RECIPES,
     Execution,
-    Replicas,
     Settings,
 )
 from avss_dist.system.streams import QUIET, VERBOSE, set_verbosity
 from avss_dist.text import parse_threshold
-from avss_dist.validation import OneOf
+from avss_dist.validation import Check, OneOf, descriptions
 
-MODEL = "Hub id (org/name@revision), folder, or .gguf file."
 PUBLISHED = f"{PUBLISHED_THRESHOLD:g}"
 SPELLING = {
     "sites": "--site",
@@ -35,25 +36,13 @@ SPELLING = {
 PANELS = {Settings: "What is measured", Execution: "Where it runs"}
 LONGEST = 22  # characters of a list of names beside an option
 WORKERS = ("executor", "replicas", "address", "fresh")
+ENDS = ("first", "last")
+M = TypeVar("M")
 
 
-def choice(
-    names: Sequence[str],
-    help: str,
-    *spelling: str,
-    checked: bool = True,
-    panel: str | None = None,
-    elsewhere: Mapping[str, str] | None = None,
-) -> Any:
-    """An option whose value is one of some names, or several: help lists them, completion too.
-
-    Args:
-        checked: refuse other names here; else what takes the value does.
-        panel: of the help.
-        elsewhere: names that another option takes, with the hint that says so.
-    """
-
-    return typer.Option(*spelling, rich_help_panel=panel, **_of_names(names, help, checked, elsewhere or {}))
+def choice(names: Sequence[str], help: str, *spelling: str) -> Any:
+    """Return an option whose value is one of some names; the help and the completion of the shell list them."""
+    return typer.Option(*spelling, **_of_names(names, help))
 
 
 def choice_argument(names: Sequence[str], help: str) -> Any:
@@ -61,13 +50,9 @@ def choice_argument(names: Sequence[str], help: str) -> Any:
     return typer.Argument(**_of_names(names, help) | {"help": help, "metavar": _listed(names)})
 
 
-def _of_names(
-    names: Sequence[str], help: str, checked: bool = True, elsewhere: Mapping[str, str] = MappingProxyType({})
-) -> dict[str, Any]:
+def _of_names(names: Sequence[str], help: str, checked: bool = True) -> dict[str, Any]:
     def check(parameter: typer.CallbackParam, value: Any) -> Any:
         for name in value if isinstance(value, (list, tuple)) else [value]:
-            if name in elsewhere and name not in names:
-                raise ConfigError(f"Unknown `{parameter.name}` '{name}'.", elsewhere[name])
             if name is not None:
                 require_known(f"`{parameter.name}`", name, names)
         return value
@@ -94,27 +79,54 @@ def format_option(*names: str) -> Any:
     return option
 
 
+def named_format(names: Sequence[str], help: str) -> Any:
+    """Return the option for the format of a file; the command checks the name."""
+    return typer.Option("--format", rich_help_panel="Output", **_of_names(names, help, checked=False))
+
+
 FORMATS = ("table", "csv", "json")  # the first is the default
 FormatOption = Annotated[str, format_option(*FORMATS)]
 TEXT_FORMATS = ("text", "json")  # of commands that say what they did
 TextFormatOption = Annotated[str, format_option(*TEXT_FORMATS)]
 
 
-def takes_settings(*names: str, overrides: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command options for fields of Settings and Execution; it gets those with a value as keywords.
+def takes(request: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command an option for every field of a request; it gets those with a value as keywords.
 
-    Args:
-        overrides: no option has a default: the values that are given replace others.
+    The fields ``first`` and ``last`` are one option, `--protect`.
     """
-    parameters = {name: _parameter(name, overrides) for name in names}
+    own = ordered(request)
+    parameters = [_parameter(request, name) for name in own if name not in ENDS]
+    protects = set(ENDS) <= set(own)
+    if protects:
+        option = typer.Option("--protect", help="Layers to keep at both ends: first=1,last=1.")
+        parameters.append(_keyword("protect", Annotated[str, option], ""))
+    parameters += [_parameter(SHARED[name], name) for name in request.shared]
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def run(**values: Any) -> Any:
+            given = {parameter.name: values.pop(parameter.name) for parameter in parameters}
+            if protects:
+                given |= dict(zip(ENDS, protected(given.pop("protect")), strict=True))
+            return command(**values, **_read(given, overrides=False))
+
+        return _with_parameters(command, run, parameters, first=True)
+
+    return decorate
+
+
+def takes_settings(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command options for fields of settings, without defaults: the values that are given replace others."""
+    parameters = [_parameter(SHARED[name], name, overrides=True) for name in names]
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(command)
         def run(**values: Any) -> Any:
             given = {name: values.pop(name) for name in names}
-            return command(**values, **_read(given, overrides))
+            return command(**values, **_read(given, overrides=True))
 
-        return _with_parameters(command, run, parameters.values())
+        return _with_parameters(command, run, parameters)
 
     return decorate
 
@@ -154,34 +166,74 @@ def _flag(name: str, short: str | None, help: str, verbosity: int | None = None)
 
 
 def _with_parameters(
-    command: Callable[..., Any], run: Callable[..., Any], added: Iterable[inspect.Parameter]
+    command: Callable[..., Any], run: Callable[..., Any], added: Sequence[inspect.Parameter], *, first: bool = False
 ) -> Callable[..., Any]:
-    """``run`` with the parameters of the command that it stands for, and others."""
+    """Return ``run`` with the parameters of the command that it stands for, and others after or before them."""
     signature = inspect.signature(command, eval_str=True)
-    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    run.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    own = [p.replace(kind=keyword_only) for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    run.__signature__ = signature.replace(parameters=[*added, *own] if first else [*own, *added])  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
     return run
 
 
-def _parameter(name: str, overrides: bool) -> inspect.Parameter:
-    cls: Any = Settings if name in Settings.__dataclass_fields__ else Execution
-    info, field = cls.__pydantic_fields__[name], cls.__dataclass_fields__[name]
+def _parameter(cls: Any, name: str, overrides: bool = False) -> inspect.Parameter:
+    """Return the parameter of a command for a field of a checked class."""
     hints, annotations = _hints(cls)
-    kind = hints[name]
-    spelling = SPELLING.get(name, f"--{name.replace('_', '-')}")
-    if Replicas in get_args(kind):  # it reads texts itself
-        kind = str
-    several = get_origin(kind) in (tuple, Mapping)
-    default = None if several or (overrides and kind is not bool) else field.default
-    help = info.description + (" Repeatable." if several else "")
-    names = next((meta.names for meta in _metadata(annotations[name])), ())
-    option = choice(names, help, spelling, checked=False) if names else typer.Option(spelling, help=help)
-    option.rich_help_panel = PANELS[cls]
-    annotation = list[str] | None if several else kind | None if default is None else kind
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
-    )
+    option = next(iter(_metadata(annotations[name], Option)), Option())
+    kind, several = _shell_type(hints[name], annotations[name])
+    several = several or option.repeatable
+    default = _default(cls, name)
+    if default is not inspect.Parameter.empty and (several or (overrides and kind is not bool)):
+        default = None
+    help = _help(cls, name, " Repeatable." if several and not option.argument else "")
+    names = next((meta.names for meta in _metadata(annotations[name], OneOf)), option.choices)
+    info = {"help": help, "metavar": option.metavar} | (_of_names(names, help, checked=False) if names else {})
+    info |= {"rich_help_panel": option.panel or PANELS.get(cls), "envvar": option.environment}
+    annotation: Any = list[str] if several else kind
+    annotation = annotation | None if default is None else annotation
+    return _keyword(name, Annotated[annotation, _made(option, _spelling(name, is_on=default is True), info)], default)
+
+
+def _made(option: Option, spelling: str, info: Mapping[str, Any]) -> Any:
+    """Return an argument or an option of typer."""
+    return typer.Argument(**info) if option.argument else typer.Option(*(option.names or (spelling,)), **info)
+
+
+def _help(cls: Any, name: str, more: str) -> str:
+    """Return the description of a field, with the fields that it names spelled as options."""
+    text = " ".join(descriptions(cls)[name].split()) + more
+    return spell_fields(text, {field: _spelling(field) for field in named_fields(text)})
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _spelling(name: str, *, is_on: bool = False) -> str:
+    """Return the option of a field whose metadata does not name one; a flag that is on can be turned off."""
+    option = SPELLING.get(name, f"--{name.replace('_', '-')}")
+    return f"{option}/--no-{option.removeprefix('--')}" if is_on else option
+
+
+def _default(cls: Any, name: str) -> Any:
+    """Return the default of a field as an option has it."""
+    field = cls.__dataclass_fields__[name]
+    if field.default_factory is not MISSING:
+        return None
+    if field.default is MISSING:
+        return inspect.Parameter.empty
+    return str(field.default) if name == "threshold" else field.default
+
+
+def _shell_type(hint: Any, annotation: Any) -> tuple[Any, bool]:
+    """Return the type of an option's value, and whether the option can be repeated."""
+    if get_origin(hint) in (tuple, Mapping):
+        return str, True
+    if any(check.before for check in _metadata(annotation, Check)):  # it reads texts itself
+        return str, False
+    kinds = [part for part in get_args(hint) or (hint,) if part is not NoneType]
+    return (kinds[0] if len(kinds) == 1 and kinds[0] in (bool, int, float) else str), False
 
 
 @cache
@@ -190,11 +242,12 @@ def _hints(cls: type) -> tuple[dict[str, Any], dict[str, Any]]:
     return get_type_hints(cls), get_type_hints(cls, include_extras=True)
 
 
-def _metadata(annotation: Any) -> list[OneOf]:
-    """Every `OneOf` in an annotation."""
-    own = [meta for meta in getattr(annotation, "__metadata__", ()) if isinstance(meta, OneOf)]
+def _metadata(annotation: Any, kind: type[M]) -> list[M]:
+    """Return the metadata of one kind in an annotation, the outermost first."""
+    own = [meta for meta in getattr(annotation, "__metadata__", ()) if isinstance(meta, kind)]
     parts = [*getattr(annotation, "__args__", ()), getattr(annotation, "__origin__", None)]
-    return own + [meta for part in parts if part is not None and part is not annotation for meta in _metadata(part)]
+    inner = [meta for part in parts if part is not None and part is not annotation for meta in _metadata(part, kind)]
+    return own + inner
 
 
 def _read(given: Mapping[str, Any], overrides: bool) -> dict[str, Any]:
@@ -226,18 +279,10 @@ def _absolute(thresholds: Sequence[str]) -> tuple[float, ...]:
 
 
 def _require_named(parameter: typer.CallbackParam, value: str | None) -> str | None:
-    if value == "":
-        raise ConfigError(f"`{parameter.name}` is empty.", "Name a folder, or an s3://, gs://, hdfs:// URI.")
     try:
-        (value or "").encode()
-    except UnicodeEncodeError:
-        raise ConfigError(f"`{parameter.name}` is not UTF-8 text.", "Rename the folder.") from None
-    return value
-
-
-def warehouse_option(help: str = "Folder of results, or an s3://, gs:// or hdfs:// URI.") -> Any:
-    """The warehouse of a command."""
-    return typer.Option("--warehouse", "-w", help=help, envvar="AVSS_WAREHOUSE", callback=_require_named)
+        return value if value is None else str(require_warehouse(value))
+    except ConfigError as error:
+        raise ConfigError(f"`{parameter.name}`: {error.message}", error.hint) from None
 
 
 def output_option(help: str) -> Any:
@@ -245,26 +290,21 @@ def output_option(help: str) -> Any:
     return typer.Option("--output", "-o", help=help)
 
 
-WarehouseOption = Annotated[str, warehouse_option()]
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
-CorpusOption = Annotated[
+WarehouseOption = Annotated[
     str,
     typer.Option(
-        help="file.txt, file.jsonl[:field], file.csv[:column], file.parquet[:column], hf:NAME..., wikitext2, c4, ..., "
-        "builtin:pydoc; of paired text file.jsonl:prompt+answer[:label], truthfulqa:file.jsonl[:seed]."
+        "--warehouse",
+        "-w",
+        help="Folder of results, or an s3://, gs:// or hdfs:// URI.",
+        envvar="AVSS_WAREHOUSE",
+        callback=_require_named,
     ),
-]
-SkipSequencesOption = Annotated[int, typer.Option(help="Skip this many rows at the start of the corpus.", min=0)]
-CodeOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the checkpoint.")
 ]
 OverlapOption = Annotated[
     bool, typer.Option("--allow-overlap", help="Allow evaluation on text that scores or repairs were made on.")
 ]
 ManyOption = Annotated[bool, typer.Option("--yes", help="Go on even if it is a great deal of work.")]
-ProtectOption = Annotated[str, typer.Option(help="Layers to keep at both ends: first=1,last=1.")]
 _RUN = "A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'"
-RunOption = Annotated[str | None, typer.Option("--run", help=f"{_RUN}; the newest by default.")]
 RunsOption = Annotated[list[str] | None, typer.Option("--run", help=f"{_RUN}; repeatable. The newest by default.")]
 EveryRunOption = Annotated[list[str] | None, typer.Option("--run", help=f"{_RUN}; repeatable. All by default.")]
 RecipeOption = Annotated[str, choice(RECIPES, "Definition of AVSS.")]

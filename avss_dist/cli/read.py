@@ -40,10 +40,10 @@ QUERY_FORMATS = (*FORMATS, "markdown", "parquet")
 LISTED = {
     "runs": """SELECT run_id, model, status, corpus, num_tokens, dtype, created_at,
         CASE status WHEN 'done' THEN num_shards END AS kept_shards, num_shards FROM runs ORDER BY created_at DESC""",
-    "plans": """SELECT model, drop, count(DISTINCT task) AS tasks, max(created_at) AS evaluated_at FROM evaluations
-        WHERE len(drop) > 0 AND layer IS NULL GROUP BY ALL ORDER BY evaluated_at DESC""",
-    "evaluations": """SELECT model, drop, task, metric, value, stderr, created_at FROM evaluations
-        WHERE layer IS NULL ORDER BY created_at DESC""",
+    "plans": """SELECT model, removals(drop) AS drop, count(DISTINCT task) AS tasks, max(created_at) AS evaluated_at
+        FROM evaluations WHERE len(drop) > 0 AND layer IS NULL GROUP BY ALL ORDER BY evaluated_at DESC""",
+    "evaluations": """SELECT model, removals(drop) AS drop, task, metric, value, stderr, created_at
+        FROM evaluations WHERE layer IS NULL ORDER BY created_at DESC""",
 }
 """What `avss ls` lists, the newest first."""
 UNFINISHED = "unfinished"  # the status of a run that has begun and has no row

@@ -21,7 +21,7 @@ def functions() -> dict[str, Callable[..., Any]]:
     """The Python function of each command that has one, by command."""
     import avss_dist
 
-    names = ("score", "ablate", "evaluate", "shrink", "estimate", "compare", "findings", "plan", "prune")
+    names = ("score", "ablate", "evaluate", "shrink", "estimate", "compare", "findings", "plan", "sparsify", "prune")
     return {name: getattr(avss_dist, name) for name in names} | {"run": avss_dist.run_job}
 
 
@@ -29,7 +29,8 @@ def commands() -> dict[str, Any]:
     """Every command by the words that call it: ``score``, ``jobs submit``."""
     group: Any = typer.main.get_command(app)
     found: dict[str, Any] = {}
-    for name, command in group.commands.items():
+    for name in group.commands:
+        command = group.get_command(None, name)
         inner = getattr(command, "commands", {})
         found |= {f"{name} {below}": one for below, one in inner.items()} or {name: command}
     return found

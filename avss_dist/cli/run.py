@@ -35,7 +35,7 @@ def _print_schema(wanted: bool) -> None:
         raise typer.Exit
 
 
-@takes_settings(*WORKERS, "tracker", overrides=True)
+@takes_settings(*WORKERS, "tracker")
 def run(
     job: JobPath,
     _schema: Annotated[

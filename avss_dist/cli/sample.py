@@ -5,36 +5,16 @@ from __future__ import annotations
 import json
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from avss_dist.cli.options import (
-    TEXT_FORMATS,
-    CodeOption,
-    ModelArgument,
-    TextFormatOption,
-    output_option,
-    takes_settings,
-)
+from avss_dist.cli.options import TEXT_FORMATS, TextFormatOption, takes
 from avss_dist.errors import ConfigError
-from avss_dist.settings import Settings
+from avss_dist.requests import SampleRequest
 from avss_dist.system.streams import emit, emit_json, say
 
-READING = ("sequence_length", "batch_size", "dtype", "attention", "device")
 
-
-@takes_settings(*READING)
-def sample(
-    model: ModelArgument,
-    output: Annotated[Path, output_option("JSON lines file with a field text; read it as FILE.jsonl:text.")],
-    count: Annotated[int, typer.Option(help="Texts.", min=1)] = 512,
-    prompt: Annotated[str | None, typer.Option(help="Start of each text; by default the model's start token.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.", min=0)] = 0,
-    trust_remote_code: CodeOption = False,
-    format: TextFormatOption = TEXT_FORMATS[0],
-    **options: Any,
-) -> None:
+@takes(SampleRequest)
+def sample(format: TextFormatOption = TEXT_FORMATS[0], **values: Any) -> None:
     """Let a causal language model write texts to fit a repair on, where no text of its later domains is at hand.
 
     Stopped before it ended, the same command goes on: what was written is kept in OUTPUT.part until then.
@@ -43,16 +23,18 @@ def sample(
     from avss_dist.models.sampling import sample as batches_of
     from avss_dist.system.journal import Journal
 
+    request = SampleRequest(**values)
+    output, settings = Path(request.output), request.settings
     if output.exists():
         raise ConfigError(f"{output} exists.", "Name another file with `output`.")
-    settings = Settings(**options, trust_remote_code=trust_remote_code)
-    checkpoint = resolve(model, trust_remote_code=trust_remote_code)
-    identity = {"checkpoint": checkpoint.revision, "count": count, "prompt": prompt, "seed": seed, **settings.as_dict()}
-    with Journal(output.with_name(output.name + ".part"), identity) as journal:
+    checkpoint = resolve(str(request.model), trust_remote_code=settings.trust_remote_code)
+    how: dict[str, Any] = {"count": request.count, "prompt": request.prompt, "seed": request.seed}
+    with Journal(
+        output.with_name(output.name + ".part"), {"checkpoint": checkpoint.revision, **how, **settings.as_dict()}
+    ) as journal:
         if journal.batches:
             say(f"Going on after {sum(map(len, journal.batches)):,} texts that were written before.")
-        first = len(journal.batches)
-        for batch in batches_of(checkpoint, settings, count=count, prompt=prompt, seed=seed, first=first):
+        for batch in batches_of(checkpoint, settings, first=len(journal.batches), **how):
             journal.add(batch)
         texts = list(chain.from_iterable(journal.batches))
         if not texts:

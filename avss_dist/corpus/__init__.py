@@ -1,1 +1,1 @@
-"""Calibration text: sources, documents, token rows, shards."""
+"""Calibration text: sources, documents, rows of tokens, shards."""

@@ -1,4 +1,4 @@
-"""Paired text: answers of several labels to the same prompts, as records of a file tell them."""
+"""Paired text: answers with several labels to the same prompts, read from the records of a file."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from avss_dist.errors import CorpusError, nearest
-from avss_dist.settings import AFTER_ANOTHER, BEST, INCORRECT, TRUTHFUL
+from avss_dist.names import AFTER_ANOTHER, BEST, INCORRECT, TRUTHFUL
 from avss_dist.text import describe_bytes
 
-MAX_LINE_BYTES = 16 << 20  # of a line of a file; as many characters of a text
+MAX_LINE_BYTES = 16 << 20  # maximum of a line; a text may have as many characters
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 Records = Iterable[tuple[Mapping[str, Any], str]]
-"""JSON objects, and the file and line of each."""
+"""JSON objects, each with its file and line."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Answer:
     """An answer to a prompt.
 
     Attributes:
-        text: what follows the prompt, whitespace included.
-        label: of what kind it is: its stratum.
-        where: its file and line.
+        text: text that follows the prompt, whitespace included.
+        label: kind of answer, its stratum.
+        where: file and line.
     """
 
     prompt: str
@@ -36,10 +36,10 @@ class Answer:
 
 
 def labelled_answers(records: Records, prompt: str, answer: str, label: str) -> Iterator[Answer]:
-    """An answer of each record, from its fields of these names.
+    """Yield an answer for each record, from its fields of these names.
 
     Raises:
-        CorpusError: a field is missing, or no text; an answer is empty. The message names file and line.
+        CorpusError: a field is missing or not text, or an answer is empty. The message names file and line.
     """
     for record, where in records:
         before, text, kind = (field_text(record, name, where) for name in (prompt, answer, label))
@@ -47,9 +47,9 @@ def labelled_answers(records: Records, prompt: str, answer: str, label: str) -> 
 
 
 def truthfulqa_answers(records: Records, seed: int) -> Iterator[Answer]:
-    """Two answers to each question of TruthfulQA: the best, and one of the incorrect ones.
+    """Yield two answers to each question of TruthfulQA: the best, and one of the incorrect ones.
 
-    The choice depends on the seed and the question alone, wherever it stands in the file.
+    The incorrect answer depends only on the seed and the question, not on its place in the file.
 
     Raises:
         CorpusError: as `labelled_answers`.
@@ -64,10 +64,10 @@ def truthfulqa_answers(records: Records, seed: int) -> Iterator[Answer]:
 
 
 def truthfulqa_choices(records: Records) -> list[list[Answer]]:
-    """Every answer to each question of TruthfulQA: the best first, then the other correct and the incorrect ones.
+    """Return all answers to each question of TruthfulQA: the best, the other correct ones, the incorrect ones.
 
     Raises:
-        CorpusError: as `labelled_answers`, or there is no question.
+        CorpusError: as `labelled_answers`, or the file holds no question.
     """
     questions = []
     for record, where in records:
@@ -82,12 +82,12 @@ def truthfulqa_choices(records: Records) -> list[list[Answer]]:
 
 
 def question_prompt(question: str) -> str:
-    """What an answer to a question of TruthfulQA follows."""
+    """Return the prompt of a question of TruthfulQA."""
     return f"Q: {question}\nA:"
 
 
 def spaced(prompt: str, text: str) -> str:
-    """An answer with a space before it, where neither it nor its prompt has one."""
+    """Return an answer with a space before it if neither the answer nor its prompt has one."""
     return text if text[:1].isspace() or prompt[-1:].isspace() or not prompt else f" {text}"
 
 
@@ -100,10 +100,10 @@ def _answer(prompt: str, text: str, label: str, where: str) -> Answer:
 
 
 def paired(answers: Iterable[Answer], source: str) -> list[list[Answer]]:
-    """Answers by prompt, in the order in which prompts first occur.
+    """Return answers grouped by prompt, in the order in which prompts first occur.
 
     Raises:
-        CorpusError: there are none, or of one label only, or a prompt has answers of one.
+        CorpusError: there are no answers, or all answers, or all answers to one prompt, have the same label.
     """
     pairs: dict[str, list[Answer]] = {}
     for answer in answers:
@@ -124,10 +124,10 @@ def paired(answers: Iterable[Answer], source: str) -> list[list[Answer]]:
 
 
 def field_text(record: Mapping[str, Any], field: str, where: str) -> str:
-    """The text of a field.
+    """Return the text of a field.
 
     Raises:
-        CorpusError: there is none; names the place.
+        CorpusError: the field is missing or not text. The message names the place.
     """
     if field not in record:
         raise CorpusError(f"{where}: no field '{field}'.", nearest(field, record))
@@ -135,7 +135,7 @@ def field_text(record: Mapping[str, Any], field: str, where: str) -> str:
 
 
 def field_texts(record: Mapping[str, Any], field: str, where: str) -> list[str]:
-    """The texts of a field that is a list of them, one at least.
+    """Return the texts of a field that is a list of at least one text.
 
     Raises:
         CorpusError: as `field_text`.
@@ -156,6 +156,6 @@ def _text(value: Any, field: str, where: str) -> str:
 
 
 def too_long(where: str) -> CorpusError:
-    """That a text is larger than is read."""
-    most = describe_bytes(MAX_LINE_BYTES)
-    return CorpusError(f"{where}: a text or line is longer than {most}.", "Split it into several documents.")
+    """Return the error for a text that is too long to be read."""
+    maximum = describe_bytes(MAX_LINE_BYTES)
+    return CorpusError(f"{where}: a text or line is longer than {maximum}.", "Split it into several documents.")

@@ -1,4 +1,4 @@
-"""Conversations: columns of messages, and the text that a tokenizer's chat template makes of them."""
+"""Conversations: columns of messages, rendered to text with the tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from avss_dist.corpus.answers import MAX_LINE_BYTES, field_text, too_long
 from avss_dist.errors import CorpusError, first_line
 
 TODAY = datetime(2024, 7, 26)
-"""The date in every template that has one, on every day: the same text has the same tokens."""
+"""Date in every template that has one. It is fixed, so that the same text always has the same tokens."""
 _NOW = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
 
 
 class ChatTokenizer(Protocol):
-    """What is used of a transformers tokenizer that has a chat template."""
+    """The used part of a transformers tokenizer that has a chat template."""
 
     def get_chat_template(self) -> str: ...
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
@@ -30,8 +30,8 @@ class Chat:
     """A conversation.
 
     Attributes:
-        messages: one after another; each has a ``role``, and mostly a ``content``.
-        where: its file and line.
+        messages: messages in order; each has a ``role``, and mostly a ``content``.
+        where: file and line.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -42,10 +42,10 @@ Document = str | Chat
 
 
 def field_document(record: Mapping[str, Any], field: str, where: str) -> Document:
-    """The text of a field, or its conversation: a list of messages that have a role.
+    """Return the text of a field, or its conversation: a list of messages that have a role.
 
     Raises:
-        CorpusError: it is neither; names the place.
+        CorpusError: the field is neither. The message names the place.
     """
     value = record.get(field)
     if isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
@@ -54,10 +54,10 @@ def field_document(record: Mapping[str, Any], field: str, where: str) -> Documen
 
 
 def chat_template(tokenizer: ChatTokenizer) -> str:
-    """SHA-256, in hex, of the template that a tokenizer puts conversations in.
+    """Return the SHA-256, in hex, of a tokenizer's chat template.
 
     Raises:
-        CorpusError: it has none.
+        CorpusError: the tokenizer has none.
     """
     try:
         template = tokenizer.get_chat_template()
@@ -71,12 +71,12 @@ def chat_template(tokenizer: ChatTokenizer) -> str:
 
 
 def without_today(template: str) -> str:
-    """A template whose date is the same on every day."""
+    """Return a template with its date fixed to `TODAY`."""
     return _NOW.sub(lambda call: json.dumps(TODAY.strftime(call["format"])), template)
 
 
 def no_text(chat: Chat) -> CorpusError:
-    """That a conversation is there where `chat_template` is not set."""
+    """Return the error for a conversation that is read without `chat_template`."""
     return CorpusError(
         f"{chat.where} is a conversation, and no text.",
         "Set `chat_template` to put it in the tokenizer's chat template, or name a column of text.",
@@ -84,10 +84,10 @@ def no_text(chat: Chat) -> CorpusError:
 
 
 def render(chat: Chat, tokenizer: ChatTokenizer) -> str:
-    """A conversation in the tokenizer's template, special tokens included.
+    """Render a conversation with the tokenizer's chat template, special tokens included.
 
     Raises:
-        CorpusError: the template refuses it, or it is too long; names the place.
+        CorpusError: the template refuses the conversation, or the text is too long. The message names the place.
     """
     from jinja2 import TemplateError
 

@@ -1,4 +1,4 @@
-"""Corpora that have short names: data sets of the hub, at a fixed commit."""
+"""Corpora with short names: data sets of the hub, at a fixed commit."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class NamedCorpus:
     """A data set of the hub.
 
     Attributes:
-        repository, config, split, column: where in the hub its text is; without a config, the data set has one.
-        revision: the commit.
+        repository, config, split, column: place of its text on the hub. ``config`` is empty where there is only one.
+        revision: commit.
     """
 
     repository: str
@@ -21,7 +21,7 @@ class NamedCorpus:
     column: str
 
     def source(self, split: str = "") -> str:
-        """The same as a source, ``hf:...``; of another split on request."""
+        """Return the corpus as a source, ``hf:...``, of its own split or another one."""
         return f"hf:{self.repository}@{self.revision}:{self.config}:{split or self.split}:{self.column}"
 
 
@@ -45,4 +45,4 @@ NAMED = {
     ),
     "alpaca": NamedCorpus("tatsu-lab/alpaca", "dce01c9b08f87459cf36a430d809084718273017", "", "train", "text"),
 }
-"""By name; each is written ``NAME[:split]``."""
+"""Named corpora; users write ``NAME[:split]``."""

@@ -1,4 +1,4 @@
-"""Passages that two texts share, whatever their line ends, wrapping, rows and order of documents.
+"""Passages that two texts share, regardless of line ends, wrapping, rows and order of documents.
 
 Texts are compared without special tokens and without whitespace. Each is reduced to fingerprints by winnowing
 (Schleimer, Wilkerson and Aiken, SIGMOD 2003): of every `WINDOW` neighbouring hashes of `GRAM` characters, the least.
@@ -19,11 +19,11 @@ from avss_dist.corpus.tokens import Ids
 
 Hashes = NDArray[np.uint64]
 
-GRAM, WINDOW = 32, 8  # characters of a hash, and hashes of a window: powers of two
+GRAM, WINDOW = 32, 8  # characters in a hash, and hashes in a window: powers of two
 PASSAGE = GRAM + WINDOW - 1  # characters, without whitespace, that two texts share before a fingerprint is the same
 SHORTEST = 16  # characters of a document or row that is compared as a whole; a shorter one is too common to tell
 FEW = 10  # shared fingerprints, some 80 characters: a phrase that any two texts of one kind may share
-BLOCK_TOKENS = 1 << 20  # that are decoded at once
+BLOCK_TOKENS = 1 << 20  # decoded at once
 _BASE, _MIX = 0x9E3779B97F4A7C15, np.uint64(0xBF58476D1CE4E5B9)
 _ALL_BITS = (1 << 64) - 1
 _END = -1  # in place of the token that ends a document
@@ -41,7 +41,7 @@ def shared_text(seen: Iterable[Shard], read: Iterable[Shard], tokenizer: Any) ->
         tokenizer: a transformers tokenizer, that of both texts.
 
     Returns:
-        None where one of both has no passage that can be compared: no document or row of `SHORTEST` characters.
+        None if one of the two has no passage to compare: no document or row of `SHORTEST` characters.
     """
     prints = [*_fingerprints(read, tokenizer)]
     passages, counts = np.unique(np.concatenate(prints or [_NONE]), return_counts=True)
@@ -78,8 +78,8 @@ def _fingerprints(shards: Iterable[Shard], tokenizer: Any) -> Iterator[Hashes]:
         short = plain_text([row for row in rows if len(row) < PASSAGE], tokenizer)
         of_rows = np.concatenate([_NONE, *(_winnowed(text) for text in short if len(text) < PASSAGE)])
         hashes.append(np.setdiff1d(of_rows, np.concatenate(hashes)))
-        if len(found := np.concatenate(hashes)):
-            yield found
+        if len(block := np.concatenate(hashes)):
+            yield block
 
 
 def _blocks(shards: Iterable[Shard]) -> Iterator[tuple[list[Ids], int]]:

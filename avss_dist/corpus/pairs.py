@@ -1,7 +1,7 @@
-"""Paired text as rows of tokens: a prompt and an answer each, of which only the answer counts.
+"""Paired text as rows of tokens. Each row is a prompt and an answer, of which only the answer counts.
 
-Prompt and answer become tokens apart, so that an answer has the same ones after any prompt. Every answer is there
-twice: after its own prompt, and after that of another pair.
+Prompt and answer are tokenized separately, so that an answer has the same tokens after any prompt. Every answer occurs
+twice: after its own prompt, and after the prompt of another pair.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from numpy.typing import NDArray
 
 from avss_dist.corpus.answers import Answer, paired
 from avss_dist.errors import CorpusError
-from avss_dist.settings import AFTER_ANOTHER, BOOTSTRAP_SEED
+from avss_dist.names import AFTER_ANOTHER
+from avss_dist.settings import BOOTSTRAP_SEED
 
 Ids = NDArray[np.int32]
 Encode = Callable[[list[str], bool], list[list[int]]]
-"""Tokens of texts, with or without special tokens."""
+"""Returns the tokens of texts, with or without special tokens."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Pairing:
-    """What rows of paired text are, one entry for each.
+    """Origin of each row of paired text.
 
     Attributes:
-        rows: int64[rows], their places in the corpus, from 0.
-        pairs: int64[rows], the index of the prompt that the answer belongs to.
-        strata: the labels; of an answer after another prompt, the label and `AFTER_ANOTHER`.
-        starts: int32[rows], the place of the answer's first token.
+        rows: int64[rows], indices of the rows in the corpus.
+        pairs: int64[rows], index of the prompt that the answer belongs to.
+        strata: label of each row, followed by `AFTER_ANOTHER` if the answer follows another prompt.
+        starts: int32[rows], index of the answer's first token.
     """
 
     rows: NDArray[np.int64]
@@ -40,15 +41,15 @@ class Pairing:
     starts: Ids
 
     def part(self, rows: slice) -> Pairing:
-        """Some of the rows."""
+        """Return the pairing of some of the rows."""
         return Pairing(rows=self.rows[rows], pairs=self.pairs[rows], strata=self.strata[rows], starts=self.starts[rows])
 
     def encode(self) -> bytes:
-        """What of it can change a number, for a hash."""
+        """Return the fields that can change a number, as bytes for a hash."""
         return json.dumps([self.pairs.tolist(), self.strata, self.starts.tolist()]).encode()
 
     def parts(self, rows: int) -> list[slice]:
-        """The rows cut after whole pairs, into parts of ``rows`` or somewhat more."""
+        """Return slices of whole pairs, each of ``rows`` rows or somewhat more."""
         ends = np.flatnonzero(np.diff(self.pairs, append=-1)) + 1
         cuts = [0]
         for end in ends:
@@ -58,9 +59,9 @@ class Pairing:
 
 
 def join(pairings: Sequence[Pairing]) -> Pairing:
-    """Pairings one after another."""
-    arrays = {name: np.concatenate([getattr(one, name) for one in pairings]) for name in ("rows", "pairs", "starts")}
-    return Pairing(strata=tuple(stratum for one in pairings for stratum in one.strata), **arrays)
+    """Return the concatenation of pairings."""
+    arrays = {name: np.concatenate([getattr(part, name) for part in pairings]) for name in ("rows", "pairs", "starts")}
+    return Pairing(strata=tuple(stratum for part in pairings for stratum in part.strata), **arrays)
 
 
 def paired_rows(
@@ -70,37 +71,38 @@ def paired_rows(
     encode: Encode,
     eos: int | None,
     length: int,
-    most: int | None,
+    maximum: int | None,
     seed: int | None,
 ) -> tuple[list[Ids], Pairing]:
-    """The rows of paired text: pair after pair, its answers after their prompt, then after another.
+    """Return the rows of paired text, pair by pair: its answers after their own prompt, then after another.
 
     Args:
-        eos: token that a tokenizer may put after a prompt, and that is left out there.
-        length: tokens of a row at most.
-        most: rows at most, in whole pairs.
-        seed: of the order of pairs; None is that of the text.
+        eos: EOS token, which is left out after a prompt.
+        length: maximum number of tokens in a row.
+        maximum: maximum number of rows, in whole pairs.
+        seed: seed of the order of pairs; None keeps the order of the text.
 
     Raises:
-        CorpusError: the answers are no pairs (see `answers.paired`), or a row is too long; the message names the line.
+        CorpusError: the answers do not form pairs (see `answers.paired`), or a row is too long. The message names the
+            line.
     """
-    pairs = _first(_ordered(paired(answers, source), seed), most)
+    pairs = _first(_ordered(paired(answers, source), seed), maximum)
     return _rows(pairs, [("", range(len(pairs))), (AFTER_ANOTHER, _other(len(pairs)))], encode, eos, length)
 
 
 def choice_rows(
-    questions: Sequence[Sequence[Answer]], *, encode: Encode, eos: int | None, length: int, most: int | None
+    questions: Sequence[Sequence[Answer]], *, encode: Encode, eos: int | None, length: int, maximum: int | None
 ) -> tuple[list[Ids], Pairing]:
-    """As `paired_rows`, of every answer to questions, after its own prompt alone.
+    """Return the rows of every answer to questions, each after its own prompt; arguments as in `paired_rows`.
 
     Raises:
-        CorpusError: a row is too long, or ``most`` is less than the first question has.
+        CorpusError: a row is too long, or the first question has more than ``maximum`` answers.
     """
     ends = np.cumsum([len(answers) for answers in questions])
-    kept = len(questions) if most is None else int(np.searchsorted(ends, most, side="right"))
-    if not kept:
+    number = len(questions) if maximum is None else int(np.searchsorted(ends, maximum, side="right"))
+    if not number:
         raise CorpusError(f"The first question has {ends[0]} answers.", f"Make `max_sequences` {ends[0]} or more.")
-    return _rows(questions[:kept], [("", range(kept))], encode, eos, length)
+    return _rows(questions[:number], [("", range(number))], encode, eos, length)
 
 
 def _rows(
@@ -110,7 +112,11 @@ def _rows(
     eos: int | None,
     length: int,
 ) -> tuple[list[Ids], Pairing]:
-    """Rows of every pair; ``prompts_of`` says whose prompts its answers follow, and what that adds to the label."""
+    """Return the rows of every pair.
+
+    Args:
+        prompts_of: suffixes of labels, each with the index of the prompt that the answers of each pair follow.
+    """
     prompts = [np.array(ids, np.int32) for ids in encode([pair[0].prompt for pair in pairs], True)]
     prompts = [ids[:-1] if len(ids) and ids[-1] == eos else ids for ids in prompts]
     rows: list[Ids] = []
@@ -135,20 +141,20 @@ def _ordered(pairs: list[list[Answer]], seed: int | None) -> list[list[Answer]]:
     return pairs if seed is None else [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))]
 
 
-def _first(pairs: list[list[Answer]], most: int | None) -> list[list[Answer]]:
-    """The first pairs, whose rows are not more than ``most``."""
+def _first(pairs: list[list[Answer]], maximum: int | None) -> list[list[Answer]]:
+    """Return the first pairs, with at most ``maximum`` rows."""
     ends = 2 * np.cumsum([len(pair) for pair in pairs])
-    kept = len(pairs) if most is None else int(np.searchsorted(ends, most, side="right"))
-    if pairs and kept < 2:
-        fewest = int(ends[min(1, len(ends) - 1)])
+    number = len(pairs) if maximum is None else int(np.searchsorted(ends, maximum, side="right"))
+    if pairs and number < 2:
+        minimum = int(ends[min(1, len(ends) - 1)])
         if len(pairs) < 2:
             raise CorpusError(f"{pairs[0][0].where}: there is one prompt.", "A contrast takes two prompts at least.")
-        raise CorpusError(f"Two pairs are {fewest} rows.", f"Make `max_sequences` {fewest} or more.")
-    return pairs[:kept]
+        raise CorpusError(f"Two pairs are {minimum} rows.", f"Make `max_sequences` {minimum} or more.")
+    return pairs[:number]
 
 
 def _other(count: int) -> NDArray[np.int64]:
-    """For each pair another one, each once: the next in a shuffled circle."""
+    """Return another pair for each pair, each once: the next one in a shuffled circle."""
     order = np.random.default_rng(BOOTSTRAP_SEED).permutation(count)
     other = np.empty(count, np.int64)
     other[order] = np.roll(order, 1)

@@ -1,4 +1,7 @@
-"""Documents -> rows of tokens -> shards. A plan depends on corpus, tokenizer and settings, never on workers."""
+"""Tokenized corpora: documents become rows of tokens, and rows become shards.
+
+Shards depend on corpus, tokenizer and settings, never on the workers that measure them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from avss_dist.corpus.pairs import Pairing, choice_rows, join, paired_rows
 from avss_dist.corpus.sources import Source, json_records, open_source
 from avss_dist.corpus.tokens import (
     Ids,
-    Tally,
+    ReadCounts,
     Tokenizer,
     encode,
     other_row_start,
@@ -31,53 +34,53 @@ from avss_dist.system.spool import Spool
 
 Mask = NDArray[np.bool_]
 
-USUAL_ROWS = 32  # of a shard where settings do not say how many
+USUAL_ROWS = 32  # rows of a shard by default
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Batch:
-    """Rows for one forward pass, as wide as the longest of them."""
+    """Rows of tokens for one forward pass, as wide as the longest of them."""
 
     input_ids: Ids  # int32[rows, width], padded on the right
     attention_mask: Mask  # bool[rows, width], True where a token is real
     observed: Mask  # bool[rows, width], True where a token counts in the statistics: real, and not skipped
-    pairing: Pairing | None = None  # of paired text, what its rows are
+    pairing: Pairing | None = None  # of paired text
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Shard:
-    """Consecutive rows of the corpus: the unit of work, retry and resampling."""
+    """Consecutive rows of a corpus: the unit of work, retry and resampling."""
 
     shard_id: int  # its index in the plan, from 0
     input_ids: Ids  # int32[rows, sequence_length], padded on the right
     lengths: Ids  # int32[rows], real tokens of each row, 1 or more
     skip_first_tokens: int  # leading tokens of every row that the statistics leave out
     content_hash: str  # SHA-256 in hex of skip, lengths, real tokens and pairing; padding does not enter
-    pairing: Pairing | None = None  # of paired text, what its rows are: only their answers count
+    pairing: Pairing | None = None  # of paired text, whose answers alone count
 
     @property
     def num_sequences(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return len(self.lengths)
 
     @property
     def num_strata(self) -> int:
-        """What is counted apart; 1 of text that is not paired."""
+        """Number of strata that are counted separately; 1 for text that is not paired."""
         return len(set(self.pairing.strata)) if self.pairing else 1
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that count in the statistics."""
+        """Number of tokens that count in the statistics."""
         return int(np.maximum(self.lengths.astype(np.int64) - self.starts, 0).sum())
 
     @property
     def starts(self) -> Ids:
-        """int32[rows]: the first token of each row that may count."""
+        """Index of the first token of each row that may count, int32[rows]."""
         skip = np.full(self.num_sequences, self.skip_first_tokens, np.int32)
         return skip if self.pairing is None else np.maximum(skip, self.pairing.starts)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Every row once, in order, ``batch_size`` at a time, in arrays that are the caller's own."""
+        """Yield every row once, in order, ``batch_size`` at a time; the caller may change the arrays."""
         starts = self.starts
         for start in range(0, self.num_sequences, batch_size):
             rows = slice(start, start + batch_size)
@@ -93,7 +96,7 @@ class Shard:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CorpusPlan:
-    """A corpus cut into shards, ``shards[i].shard_id == i``, and two sums over them."""
+    """A tokenized corpus, cut into shards with ``shards[i].shard_id == i``."""
 
     source: str  # as the user named it
     corpus_fingerprint: str
@@ -104,22 +107,22 @@ class CorpusPlan:
     chat_template: str | None = None  # SHA-256 in hex of the template that conversations were put in, if there were any
 
     def recut(self, rows: int) -> CorpusPlan:
-        """The same rows in shards of another size; pairs stay whole."""
+        """Return the same rows in shards of ``rows`` rows; pairs stay whole."""
         spool = Spool(self.shards[0].input_ids.shape[1])
         for shard in self.shards:
             spool.add(shard.input_ids)
         ids, lengths = spool.array(), np.concatenate([shard.lengths for shard in self.shards])
         skip = self.shards[0].skip_first_tokens
         pairings = [shard.pairing for shard in self.shards if shard.pairing]
-        shards = _cut(ids, lengths, skip, join(pairings) if pairings else None, rows)
+        shards = _make_shards(ids, lengths, skip, join(pairings) if pairings else None, rows)
         return replace(self, shards=shards, tokens_fingerprint=_fingerprint(shards, ids.shape[1]))
 
     def num_batches(self, batch_size: int) -> int:
-        """Forward passes over all shards, each of so many rows or, at the end of a shard, fewer."""
+        """Return the number of forward passes over all shards; the last one of a shard may have fewer rows."""
         return sum(-(-shard.num_sequences // batch_size) for shard in self.shards)
 
 
-def plan(
+def tokenize_corpus(
     source: str,
     tokenizer: Tokenizer,
     settings: Settings,
@@ -127,22 +130,22 @@ def plan(
     skip_sequences: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> CorpusPlan:
-    """Read, tokenize and cut a corpus, no further than ``settings.max_sequences`` rows need; all of it with a seed.
+    """Read, tokenize and shard a corpus, no further than ``settings.max_sequences`` rows need; all of it with a seed.
 
     Args:
-        skip_sequences: rows at the start that are left out; with a seed, of the order that it gives.
-        progress: called after each shard with the number of sequences so far.
+        skip_sequences: number of rows at the start to leave out; with a seed, in the shuffled order.
+        progress: called after each shard with the number of rows so far.
 
     Raises:
-        CorpusError: the source cannot be read, holds no text, or is too short for one sequence; or the tokenizer has no
-            chat template, and one is wanted.
+        CorpusError: the source cannot be read, holds no text, or is too short for one row; or the tokenizer has no
+            chat template, and one is requested.
     """
     template = chat_template(tokenizer) if settings.chat_template else None
-    opened, tally, length = open_source(source), Tally(), settings.sequence_length
+    opened, counts, length = open_source(source), ReadCounts(), settings.sequence_length
     if opened.answers:
-        return _plan_pairs(source, opened, tokenizer, settings, skip_sequences)
+        return _tokenize_pairs(source, opened, tokenizer, settings, skip_sequences)
     around = special_tokens_of_rows(tokenizer, settings)
-    rows = rows_of(opened.documents(), tokenizer, settings, tally, around)
+    rows = rows_of(opened.documents(), tokenizer, settings, counts, around)
     end = None if settings.max_sequences is None else skip_sequences + settings.max_sequences
     if settings.shuffle_seed is not None:
         rows = shuffled(rows, settings.shuffle_seed, end)
@@ -151,15 +154,15 @@ def plan(
     num_sequences = 0
     per_shard = settings.sequences_per_shard or USUAL_ROWS
     while block := list(islice(rows, per_shard)):
-        input_ids, of_block = _padded(block, length, tokenizer)
+        input_ids, block_lengths = _padded(block, length, tokenizer)
         spool.add(input_ids)
-        lengths.append(of_block)
+        lengths.append(block_lengths)
         num_sequences += len(block)
         if progress:
             progress(num_sequences)
-    shards = _cut(spool.array(), np.concatenate(lengths), settings.skip_first_tokens, None, per_shard)
+    shards = _make_shards(spool.array(), np.concatenate(lengths), settings.skip_first_tokens, None, per_shard)
     num_tokens = sum(shard.num_tokens for shard in shards)
-    _require_enough(source, num_sequences, num_tokens, tally, settings, length - len(around))
+    _require_enough(source, num_sequences, num_tokens, counts, settings, length - len(around))
     return CorpusPlan(
         source=without_secrets(source),
         corpus_fingerprint=opened.fingerprint(),
@@ -167,14 +170,15 @@ def plan(
         shards=shards,
         num_sequences=num_sequences,
         num_tokens=num_tokens,
-        chat_template=template if tally.conversations else None,
+        chat_template=template if counts.conversations else None,
     )
 
 
 def with_other_start(shard: Shard, tokenizer: Tokenizer, settings: Settings, rows: int) -> tuple[Shard, Shard] | None:
     """Return the first rows of packed text as they are, and the same text with the other start of `other_row_start`.
 
-    None where there is no other start, or the text is paired.
+    Returns:
+        None if there is no other start, or the text is paired.
     """
     other = other_row_start(tokenizer, settings)
     if other is None or shard.pairing:
@@ -186,17 +190,19 @@ def with_other_start(shard: Shard, tokenizer: Tokenizer, settings: Settings, row
     return as_read, _shard(0, ids, lengths, 0)
 
 
-def _plan_pairs(source: str, opened: Source, tokenizer: Tokenizer, settings: Settings, skip: int) -> CorpusPlan:
-    """As `plan`, of paired text."""
+def _tokenize_pairs(source: str, opened: Source, tokenizer: Tokenizer, settings: Settings, skip: int) -> CorpusPlan:
+    """Return the shards of paired text; see `tokenize_corpus`."""
     assert opened.answers is not None
     if skip:
         raise CorpusError(f"{source} is paired text.", "Leave `skip_sequences` out: its rows belong together.")
-    rows, pairing = paired_rows(opened.answers(), source, seed=settings.shuffle_seed, **_rows_of(tokenizer, settings))
+    rows, pairing = paired_rows(
+        opened.answers(), source, seed=settings.shuffle_seed, **_row_options(tokenizer, settings)
+    )
     ids, lengths = _padded(rows, settings.sequence_length, tokenizer)
     if min(lengths) <= settings.skip_first_tokens:
         message = f"{source}: `skip_first_tokens` {settings.skip_first_tokens} leaves nothing of an answer."
         raise CorpusError(message, f"Make it smaller than {min(lengths)}.")
-    shards = _cut(ids, lengths, settings.skip_first_tokens, pairing, settings.sequences_per_shard or USUAL_ROWS)
+    shards = _make_shards(ids, lengths, settings.skip_first_tokens, pairing, settings.sequences_per_shard or USUAL_ROWS)
     return CorpusPlan(
         source=without_secrets(source),
         corpus_fingerprint=opened.fingerprint(),
@@ -207,35 +213,37 @@ def _plan_pairs(source: str, opened: Source, tokenizer: Tokenizer, settings: Set
     )
 
 
-def plan_choices(
+def tokenize_choices(
     path: str, tokenizer: Tokenizer, settings: Settings, questions: slice = slice(None)
 ) -> tuple[Shard, ...]:
-    """Every answer to questions of a file of TruthfulQA, a row each; the answers to a question are in one shard.
+    """Return shards with one row for each answer to questions of a TruthfulQA file.
+
+    All answers to a question are in one shard.
 
     Raises:
-        CorpusError: as `plan`, or there are no such questions.
+        CorpusError: as `tokenize_corpus`, or ``questions`` selects none.
     """
-    every = truthfulqa_choices(json_records(path))
-    wanted = every[questions]
-    if not wanted:
-        raise CorpusError(f"The file has {len(every)} questions, and all are skipped.", "Skip fewer.")
-    rows, pairing = choice_rows(wanted, **_rows_of(tokenizer, settings))
+    all_questions = truthfulqa_choices(json_records(path))
+    selected = all_questions[questions]
+    if not selected:
+        raise CorpusError(f"The file has {len(all_questions)} questions, and all are skipped.", "Skip fewer.")
+    rows, pairing = choice_rows(selected, **_row_options(tokenizer, settings))
     ids, lengths = _padded(rows, settings.sequence_length, tokenizer)
-    return _cut(ids, lengths, 0, pairing, settings.sequences_per_shard or USUAL_ROWS)
+    return _make_shards(ids, lengths, 0, pairing, settings.sequences_per_shard or USUAL_ROWS)
 
 
-def _rows_of(tokenizer: Tokenizer, settings: Settings) -> dict[str, Any]:
-    """How answers become rows: see `pairs.paired_rows`."""
+def _row_options(tokenizer: Tokenizer, settings: Settings) -> dict[str, Any]:
+    """Return the keywords of `pairs.paired_rows` and `pairs.choice_rows` that follow from the settings."""
     return {
         "encode": lambda texts, special: encode(texts, tokenizer, special=special),
         "eos": tokenizer.eos_token_id,
         "length": settings.sequence_length,
-        "most": settings.max_sequences,
+        "maximum": settings.max_sequences,
     }
 
 
 def _padded(rows: Sequence[Ids], length: int, tokenizer: Tokenizer) -> tuple[Ids, Ids]:
-    """Rows side by side, int32[rows, length], and their lengths."""
+    """Return rows padded to one length, int32[rows, length], and their lengths."""
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     input_ids = np.full((len(rows), length), pad, np.int32)
     for target, row in zip(input_ids, rows, strict=True):
@@ -243,8 +251,8 @@ def _padded(rows: Sequence[Ids], length: int, tokenizer: Tokenizer) -> tuple[Ids
     return input_ids, np.array([len(row) for row in rows], np.int32)
 
 
-def _cut(ids: Ids, lengths: Ids, skip: int, pairing: Pairing | None, rows: int) -> tuple[Shard, ...]:
-    """Rows in shards of ``rows``; of paired text somewhat more, where a pair ends."""
+def _make_shards(ids: Ids, lengths: Ids, skip: int, pairing: Pairing | None, rows: int) -> tuple[Shard, ...]:
+    """Return shards of ``rows`` rows; shards of paired text end with a pair and may be somewhat larger."""
     parts = pairing.parts(rows) if pairing else [slice(i, i + rows) for i in range(0, len(ids), rows)]
     return tuple(
         _shard(i, ids[part], lengths[part], skip, pairing and pairing.part(part)) for i, part in enumerate(parts)
@@ -272,22 +280,24 @@ def _fingerprint(shards: Sequence[Shard], sequence_length: int) -> str:
 
 
 def _require_enough(
-    source: str, num_sequences: int, num_tokens: int, tally: Tally, settings: Settings, length: int
+    source: str, num_sequences: int, num_tokens: int, counts: ReadCounts, settings: Settings, length: int
 ) -> None:
-    """Raise `CorpusError` unless there is a row with a token that counts.
+    """Raise CorpusError unless there is a row with a token that counts.
 
     Args:
         length: tokens of text in a full row.
     """
     skip = settings.skip_first_tokens
-    if not tally.has_text:
-        raise CorpusError(f"{source} holds no text (documents read: {tally.documents}).", "Name one that holds some.")
-    if not num_sequences and tally.tokens >= length:
+    if not counts.has_text:
+        raise CorpusError(f"{source} holds no text (documents read: {counts.documents}).", "Name one that holds some.")
+    if not num_sequences and counts.tokens >= length:
         message = f"{source} has no sequence left after those that are skipped."
         raise CorpusError(message, "Lower `skip_sequences`, or name a longer text.")
     if not num_sequences and settings.layout == "packed":
-        message = f"{source} is {tally.tokens} tokens long, too short for one sequence of {settings.sequence_length}."
+        message = f"{source} is {counts.tokens} tokens long, too short for one sequence of {settings.sequence_length}."
         raise CorpusError(message, "Choose a smaller `sequence_length`, or `layout` padded.")
     if not num_tokens:
-        message = f"No document of {source} is longer than `skip_first_tokens`, {skip} (tokens in all: {tally.tokens})."
+        message = (
+            f"No document of {source} is longer than `skip_first_tokens`, {skip} (tokens in all: {counts.tokens})."
+        )
         raise CorpusError(message, "Lower `skip_first_tokens`, or choose `layout` packed.")

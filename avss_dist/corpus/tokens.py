@@ -1,4 +1,4 @@
-"""Documents -> rows of tokens, and the order that a seed gives them."""
+"""Tokenization: documents become rows of tokens, in their order or in a random one."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from avss_dist.settings import Settings
 
 Ids = NDArray[np.int32]
 
-GROUP_DOCUMENTS, GROUP_CHARACTERS = 64, 1 << 20  # that are tokenized at once
-FIRST_DOCUMENTS = 4  # as many as a small plan may need; then twice as many each time
-PIECE_CHARACTERS = 4 << 20  # of a document that are tokenized at once: that takes over 100 bytes for each
+GROUP_DOCUMENTS, GROUP_CHARACTERS = 64, 1 << 20  # tokenized at once
+FIRST_DOCUMENTS = 4  # as many as a small corpus may need; then twice as many each time
+PIECE_CHARACTERS = 4 << 20  # of a document tokenized at once, which takes over 100 bytes for each
 _WORD = re.compile(r"(?= \S)|(?<=\S\n)(?=\S)")
-"""Where a word begins: byte-level tokenizers take the one space before it with it, and a line end alone."""
+"""Start of a word. Byte-level tokenizers take the one space before a word with it, and a line end alone."""
 
 
 class Tokenizer(ChatTokenizer, Protocol):
-    """What is used of a transformers tokenizer. A call gives a mapping whose ``input_ids`` is a list[list[int]]."""
+    """The used part of a transformers tokenizer. A call returns a mapping whose ``input_ids`` is a list[list[int]]."""
 
     eos_token_id: int | None
     pad_token_id: int | None
@@ -35,8 +35,8 @@ class Tokenizer(ChatTokenizer, Protocol):
 
 
 @dataclass
-class Tally:
-    """What was read so far."""
+class ReadCounts:
+    """Counts of the text that was read so far."""
 
     documents: int = 0
     conversations: int = 0
@@ -49,8 +49,8 @@ class SpecialTokens:
     """Special tokens that a tokenizer puts around a text.
 
     Attributes:
-        prefix: int32[any], those before it, such as BOS or CLS.
-        suffix: int32[any], those behind it, such as SEP.
+        prefix: int32[any], tokens before the text, such as BOS or CLS.
+        suffix: int32[any], tokens after the text, such as SEP.
     """
 
     prefix: Ids
@@ -105,10 +105,10 @@ def special_tokens_of_rows(tokenizer: Tokenizer, settings: Settings) -> SpecialT
 
 
 def other_row_start(tokenizer: Tokenizer, settings: Settings) -> SpecialTokens | None:
-    """Return the start that packed rows could have in place of theirs; None where there is no other.
+    """Return the start that packed rows could have in place of theirs; None if there is no other.
 
-    It is none for rows that have special tokens; for others those of the tokenizer, or its BOS, which a tokenizer may
-    know and not add.
+    The other start of rows with special tokens is no token. The other start of rows without is the tokenizer's own
+    prefix, or its BOS, which some tokenizers define and do not add.
     """
     if settings.layout != "packed":
         return None
@@ -122,35 +122,34 @@ def other_row_start(tokenizer: Tokenizer, settings: Settings) -> SpecialTokens |
 
 
 def rows_of(
-    documents: Iterator[Document], tokenizer: Tokenizer, settings: Settings, tally: Tally, around: SpecialTokens
+    documents: Iterator[Document], tokenizer: Tokenizer, settings: Settings, counts: ReadCounts, around: SpecialTokens
 ) -> Iterator[Ids]:
     """Yield rows of tokens, int32[up to sequence_length], of documents in order.
 
     Args:
-        around: of `special_tokens_of_rows`.
+        around: result of `special_tokens_of_rows`.
 
     Raises:
         CorpusError: a document cannot be read, or is a conversation where `Settings.chat_template` is not set.
     """
-    ids = _document_tokens(documents, tokenizer, settings, tally, around)
+    ids = _document_tokens(documents, tokenizer, settings, counts, around)
     if settings.layout != "packed":
         return _truncate(ids, settings.sequence_length)
     return map(around.enclose, _pack(ids, settings.sequence_length - len(around)))
 
 
-def shuffled(rows: Iterable[Ids], seed: int, most: int | None) -> Iterator[Ids]:
-    """The first rows of a random order of all, in that order; it reads all, and holds no more than it gives.
+def shuffled(rows: Iterable[Ids], seed: int, maximum: int | None) -> Iterator[Ids]:
+    """Yield the first rows of a random order of all rows; reads all and holds ``maximum`` of them.
 
-    Each row gets a random number as it comes, and those with the least numbers stay: every row is as likely as any
-    other, and fewer rows are the first of more.
+    Each row gets a random number as it is read, and rows are sorted by it. Fewer rows are a prefix of more rows.
 
     Args:
-        most: rows at most; None is all.
+        maximum: number of rows at most; None is all.
     """
     random = np.random.default_rng(seed)
     keyed = ((random.random(), place, row.copy()) for place, row in enumerate(rows))
-    kept = sorted(keyed, key=_key) if most is None else heapq.nsmallest(most, keyed, key=_key)
-    return (row for _, _, row in kept)
+    chosen = sorted(keyed, key=_key) if maximum is None else heapq.nsmallest(maximum, keyed, key=_key)
+    return (row for _, _, row in chosen)
 
 
 def _key(row: tuple[float, int, Ids]) -> tuple[float, int]:
@@ -158,52 +157,54 @@ def _key(row: tuple[float, int, Ids]) -> tuple[float, int]:
 
 
 def _document_tokens(
-    documents: Iterator[Document], tokenizer: Tokenizer, settings: Settings, tally: Tally, around: SpecialTokens
+    documents: Iterator[Document], tokenizer: Tokenizer, settings: Settings, counts: ReadCounts, around: SpecialTokens
 ) -> Iterator[Ids]:
-    """Yield the tokens of each document: of a chat those of its template; of a packed text with EOS at its end.
+    """Yield the tokens of each document: a chat in its template, a packed text with EOS at its end.
 
     Args:
-        around: special tokens of each row, which documents then lack.
+        around: special tokens of each row. Documents come without them.
     """
     packed = settings.layout == "packed"
     eos, special = tokenizer.eos_token_id if packed else None, not packed or settings.row_start == "none"
     for are_chats, group in groupby(documents, lambda document: isinstance(document, Chat)):
-        texts = _texts(group, tokenizer, settings, tally)
-        for ids in _tokenize(texts, tokenizer, tally, special=special and not are_chats):
+        texts = _texts(group, tokenizer, settings, counts)
+        for ids in _tokenize(texts, tokenizer, counts, special=special and not are_chats):
             if are_chats:
                 yield around.strip_prefix(ids)
             elif eos is None or (len(ids) and ids[-1] == eos):
                 yield ids
             else:
-                tally.tokens += 1
+                counts.tokens += 1
                 yield np.append(ids, np.int32(eos))
 
 
-def _texts(documents: Iterator[Document], tokenizer: Tokenizer, settings: Settings, tally: Tally) -> Iterator[str]:
+def _texts(
+    documents: Iterator[Document], tokenizer: Tokenizer, settings: Settings, counts: ReadCounts
+) -> Iterator[str]:
     for document in documents:
         if isinstance(document, str):
             yield document
         elif settings.chat_template:
-            tally.conversations += 1
+            counts.conversations += 1
             yield render(document, tokenizer)
         else:
             raise no_text(document)
 
 
-def _tokenize(texts: Iterator[str], tokenizer: Tokenizer, tally: Tally, *, special: bool) -> Iterator[Ids]:
+def _tokenize(texts: Iterator[str], tokenizer: Tokenizer, counts: ReadCounts, *, special: bool) -> Iterator[Ids]:
     for group in _groups(texts):
         short = group if len(group[-1]) <= PIECE_CHARACTERS else group[:-1]  # a long one ends its group
         encoded: list[Any] = encode(short, tokenizer, special=special) if short else []
         encoded += [_encode_long(text, tokenizer, special=special) for text in group[len(short) :]]
         for text, ids in zip(group, encoded, strict=True):
-            tally.documents += 1
-            tally.tokens += len(ids)
-            tally.has_text |= bool(text) and not text.isspace()
+            counts.documents += 1
+            counts.tokens += len(ids)
+            counts.has_text |= bool(text) and not text.isspace()
             yield np.asarray(ids, np.int32)
 
 
 def encode(texts: list[str], tokenizer: Tokenizer, *, special: bool) -> list[list[int]]:
-    """Tokens of texts, with the special tokens that the tokenizer puts around them or without."""
+    """Return the tokens of texts, with or without the special tokens that the tokenizer puts around them."""
     options = {"truncation": False, "padding": False, "verbose": False}
     options |= {"return_attention_mask": False, "return_token_type_ids": False}
     encoded: list[list[int]] = tokenizer(texts, add_special_tokens=special, **options)["input_ids"]
@@ -211,14 +212,14 @@ def encode(texts: list[str], tokenizer: Tokenizer, *, special: bool) -> list[lis
 
 
 def _encode_long(text: str, tokenizer: Tokenizer, *, special: bool) -> Ids:
-    """Tokens of a document that would take too much memory at once: those of its pieces, with its special tokens."""
+    """Return the tokens of a long document, tokenized in pieces to save memory, with its special tokens."""
     parts = [np.asarray(encode([piece], tokenizer, special=False)[0], np.int32) for piece in _pieces(text)]
     around = special_tokens_around(tokenizer) if special else NO_SPECIAL_TOKENS
     return around.enclose(np.concatenate(parts))
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """A text cut before words; where no word begins, it is not cut."""
+    """Yield a text in pieces that begin with a word; a text without words is one piece."""
     start = 0
     while start < len(text):
         word = _WORD.search(text, start + PIECE_CHARACTERS)
@@ -244,12 +245,12 @@ def _groups(texts: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _pack(documents: Iterator[Ids], length: int) -> Iterator[Ids]:
-    rest = np.zeros(0, np.int32)
+    pending = np.zeros(0, np.int32)
     for ids in documents:
-        rest = np.concatenate([rest, ids])
-        whole = len(rest) // length * length
-        yield from rest[:whole].reshape(-1, length)
-        rest = rest[whole:].copy()
+        pending = np.concatenate([pending, ids])
+        whole = len(pending) // length * length
+        yield from pending[:whole].reshape(-1, length)
+        pending = pending[whole:].copy()
 
 
 def _truncate(documents: Iterator[Ids], length: int) -> Iterator[Ids]:

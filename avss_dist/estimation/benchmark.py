@@ -1,4 +1,4 @@
-"""What a few layers of a model cost on this machine, measured: random weights, the model's own shapes, real batches.
+"""Benchmark of a few layers of a model on this machine: random weights, the model's own shapes, real batches.
 
 It is measured in a process of its own, which plans the corpus, opens replicas and counts statistics as a run does; so
 its times have everything in them, and its memory is that of a run. Checkpoints of one layer and of a few layers tell
@@ -12,10 +12,10 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from avss_dist.corpus.shards import CorpusPlan, Shard, plan
+from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_corpus
 from avss_dist.errors import RunFailed
 from avss_dist.estimation.small_models import VOCABULARY, save_layers
 from avss_dist.estimation.transfers import copy_rate, gather_rate, sum_seconds
@@ -33,7 +33,9 @@ from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.safetensors import weight_files
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.base import Placement
+from avss_dist.partition.cost import Calibration, Cost
 from avss_dist.partition.open import open_replica
+from avss_dist.registry import WHOLE
 from avss_dist.runs.shard_size import cut
 from avss_dist.settings import Settings
 from avss_dist.system.memory import mapped_around_a_byte, peak_memory, reset_peak_memory, resident_memory
@@ -42,71 +44,21 @@ FEW_LAYERS = 3
 SECONDS = 2.5  # for the rounds of one partition; there are three at least
 MOST_ROUNDS = 9
 MAPPED_AT_ONCE = 64 << 10  # bytes that Linux brings of a mapped file around one that is read, if it cannot be tried
-ON_DISK = {"cpu": 1}  # max_memory that leaves no weight in memory
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """Seconds for a shard: those that every layer takes, and those that the rest takes."""
-
-    layer: float
-    rest: float
-
-    def seconds(self, layers: int) -> float:
-        """Of a shard through a model of so many layers."""
-        return self.rest + self.layer * layers
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """What was measured.
-
-    Attributes:
-        num_sequences, num_tokens, num_shards, num_batches: of the corpus's plan; batches are forward passes.
-        rows_per_shard: of every shard but the last; num_strata: that a shard counts apart, at most.
-        share: rows of the corpus, in multiples of the shard that was timed.
-        costs: by partition. ``device_map`` is that of layers whose weights are on disk.
-        library_bytes: resident memory of a process with its libraries; planned_bytes: of one that has planned.
-        plan_peak_bytes: the most that planning took.
-        working_bytes: what opening a model and measuring a shard add to a process that has planned, beside weights and
-            counters: activations, libraries that are only then loaded.
-        device_working_bytes: the same of a GPU's memory; 0 on a CPU.
-        copy_bytes_per_second: from memory to memory.
-        touched_bytes: of a mapped table of token embeddings, those that the corpus's tokens bring into memory.
-        sublayer_share: of a shard's time, that of attention and MLP, which tensor parallel ranks divide among them.
-        sum_seconds: for two ranks on one host to add up the hidden states of a batch; gather_bytes_per_second: at which
-            they put together a parameter. 0 on a GPU, where exchanges are modelled.
-    """
-
-    num_sequences: int
-    num_tokens: int
-    num_shards: int
-    num_batches: int
-    rows_per_shard: int
-    num_strata: int
-    share: float
-    costs: Mapping[str, Cost]
-    library_bytes: int
-    planned_bytes: int
-    plan_peak_bytes: int
-    working_bytes: int
-    device_working_bytes: int
-    copy_bytes_per_second: float
-    touched_bytes: int
-    sublayer_share: float
-    sum_seconds: float
-    gather_bytes_per_second: float
 
 
 def calibrate(
-    checkpoint: Checkpoint, corpus: str, settings: Settings, size: Footprint, partitions: Sequence[str]
+    checkpoint: Checkpoint,
+    corpus: str,
+    settings: Settings,
+    size: Footprint,
+    partitions: Mapping[str, Mapping[str, int]],
 ) -> Calibration:
     """Plan the corpus and time partitions, in a fresh process.
 
     Args:
         checkpoint: configuration and tokenizer are read; weights are not.
         settings: pinned: no ``auto``.
-        partitions: of ``single``, ``device_map`` and ``streaming``.
+        partitions: those to time, each with its ``max_memory``; one of them is ``registry.WHOLE``.
 
     Raises:
         AvssError: the corpus or the tokenizer cannot be read, or the model cannot be built or observed.
@@ -116,7 +68,7 @@ def calibrate(
         ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_be_like_a_run) as process,
     ):
         try:
-            return process.submit(_measure, checkpoint, corpus, settings, size, tuple(partitions), folder).result()
+            return process.submit(_measure, checkpoint, corpus, settings, size, dict(partitions), folder).result()
         except BrokenProcessPool as error:
             raise RunFailed(
                 "The process that measures a few layers ended without a result.",
@@ -133,12 +85,19 @@ def _be_like_a_run() -> None:
 
 
 def _measure(
-    checkpoint: Checkpoint, corpus: str, settings: Settings, size: Footprint, partitions: Sequence[str], folder: str
+    checkpoint: Checkpoint,
+    corpus: str,
+    settings: Settings,
+    size: Footprint,
+    partitions: Mapping[str, Mapping[str, int]],
+    folder: str,
 ) -> Calibration:
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     gc.freeze()  # the libraries stay: what closes a replica need not look through them
     library = resident_memory()
-    planned = plan(corpus, load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code), settings)
+    planned = tokenize_corpus(
+        corpus, load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code), settings
+    )
     planned, settings = cut(planned, size, settings)
     plan_peak, planned_bytes = peak_memory(), resident_memory()
     reset_peak_memory()
@@ -148,9 +107,10 @@ def _measure(
     sizes = {n: footprint(model, settings) for n, model in models.items()}
     shard = _timed_part(planned.shards[0], models[1], settings)
     costs, peak, device_peak = {}, 0, 0
-    for partition in partitions:
-        costs[partition], host, device = _time(partition, models, sizes, size, shard, settings)
-        if partition == "single":
+    for partition, limits in partitions.items():
+        placement = Placement(partition=partition, max_memory=limits)
+        costs[partition], host, device = _time(placement, models, sizes, size, shard, settings)
+        if partition == WHOLE:
             peak, device_peak = host, device
     counters = counter_bytes(sizes[few], settings, shard.num_strata)
     weights = sum(s.weight_bytes for s in sizes.values())
@@ -184,7 +144,7 @@ def _totals(planned: CorpusPlan, settings: Settings) -> dict[str, int]:
 
 
 def touched_bytes(planned: CorpusPlan, row: int, at_once: int = MAPPED_AT_ONCE) -> int:
-    """Bytes of a mapped table with rows of ``row`` bytes that come into memory when a corpus is looked up in it.
+    """Return the bytes of a mapped table, with ``row`` bytes a row, that the tokens of a corpus bring into memory.
 
     Args:
         at_once: bytes that come together.
@@ -200,7 +160,7 @@ def _mapped_at_once(checkpoint: Checkpoint) -> int:
 
 
 def _timed_part(shard: Shard, smallest: Checkpoint, settings: Settings) -> Shard:
-    """The first batches of a shard, as many as the time allows, in tokens that the small vocabulary has."""
+    """Return the first batches of a shard, as many as the time allows, in tokens that the small vocabulary has."""
 
     def first(rows: int) -> Shard:
         ids = (shard.input_ids[:rows] % VOCABULARY).astype(np.int32)
@@ -216,17 +176,15 @@ def _timed_part(shard: Shard, smallest: Checkpoint, settings: Settings) -> Shard
 
 
 def _time(
-    partition: str,
+    placement: Placement,
     models: Mapping[int, Checkpoint],
     sizes: Mapping[int, Footprint],
     whole: Footprint,
     shard: Shard,
     settings: Settings,
 ) -> tuple[Cost, int, int]:
-    """What a shard costs with a partition, and the most memory that the process and its device had."""
-    limits = ON_DISK if partition == "device_map" else {}
+    """Return the cost of a shard with a partition, and the peak memory of the process and of its device."""
     seconds: dict[int, list[float]] = {n: [] for n in models}
-    placement = Placement(partition=partition, max_memory=limits)
     replicas = {n: open_replica(model, settings, placement) for n, model in models.items()}
     device, end = 0, time.perf_counter() + SECONDS
     for round_ in count():
@@ -250,7 +208,7 @@ def _time(
 
 
 def _sublayer_share(model: Checkpoint, shard: Shard, settings: Settings) -> float:
-    """How much of a shard's time passes in the attention and MLP of layers."""
+    """Return the share of a shard's time in the attention and MLP of layers."""
     replica = open_replica(model, settings, Placement())
     inside = 0.0
 

@@ -1,4 +1,4 @@
-"""What a job would do, without loading a weight: its runs, where they stand, what they may take."""
+"""Preview of a job without loading a weight: its runs, their progress, and their estimated time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from avss_dist.errors import WarehouseError, as_failure
 from avss_dist.estimation.speed import COLUMNS, multiplication_speed, run_seconds, speed_of_a_run_like_it
 from avss_dist.models.size import Footprint
 from avss_dist.partition.choose import batch_bytes
+from avss_dist.registry import PARTITIONS
 from avss_dist.runs.api import executor_for, overridden
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.planner import Planner
@@ -24,7 +25,7 @@ from avss_dist.warehouse.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """A run that was not made.
+    """Preview of a run.
 
     Attributes:
         model, corpus: the run's title, and the corpus as it was named.
@@ -126,7 +127,7 @@ class _Previewer:
             replicas = min(replicas, max(1, devices.cpus // settings.threads))
         if like := speed_of_a_run_like_it(self._runs, size, placement.partition, devices.kind):
             return left * planned.corpus.num_tokens / like[0] / replicas, like[1], ""
-        if placement.partition != "single":
+        if not PARTITIONS[placement.partition].whole:
             return (
                 None,
                 "",
@@ -140,7 +141,7 @@ class _Previewer:
 
     @cached_property
     def _runs(self) -> list[dict[str, Any]]:
-        """The finished runs of the warehouse; none where there is no warehouse yet."""
+        """Finished runs of the warehouse; empty if there is no warehouse yet."""
         try:
             return self.store.table("runs", columns=COLUMNS).to_pylist()
         except WarehouseError:
@@ -159,7 +160,7 @@ def _missing_memory(size: Footprint, settings: Settings, devices: Devices) -> st
 
 
 def _kept(store: Store, planned: PlannedRun) -> int | None:
-    """Shards that are measured; None where the run is done."""
+    """Return the number of measured shards; None if the run is done."""
     if (store.run(planned.run.run_id) or {}).get("status") == "done":
         return None
     return sum(1 for _ in store.each_shard(planned.run.run_id, planned.expected))

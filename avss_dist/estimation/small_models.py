@@ -16,7 +16,7 @@ VOCABULARY = 1024  # an embedding is only looked up: a small one costs the same
 
 
 def save_layers(config: Any, layers: int, settings: Settings, dtype: torch.dtype, folder: Path) -> Checkpoint:
-    """A checkpoint of the first layers of a model, with random weights."""
+    """Save a checkpoint of the first layers of a model, with random weights."""
     torch.manual_seed(0)
     model = build(shortened(config, layers), settings, dtype, torch.device("cpu"))
     with quiet():
@@ -25,7 +25,7 @@ def save_layers(config: Any, layers: int, settings: Settings, dtype: torch.dtype
 
 
 def shortened(config: Any, layers: int) -> Any:
-    """The configuration of the part that reads text, with fewer layers and a small vocabulary."""
+    """Return the configuration of the part that reads text, with fewer layers and a small vocabulary."""
     short = copy.deepcopy(config.get_text_config())
     whole = short.num_hidden_layers
     for name, value in list(vars(short).items()):

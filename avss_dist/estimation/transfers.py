@@ -1,4 +1,4 @@
-"""How fast memory is copied on this machine, and how fast two processes on it exchange tensors."""
+"""Rates at which memory is copied on this machine, and at which two processes exchange tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GATHERED = 32 << 20  # bytes, at most, of one tensor that is put together
 
 
 def copy_rate() -> float:
-    """Bytes per second from memory to memory."""
+    """Return the rate of copies from memory to memory, in bytes per second."""
     source = torch.ones(1 << 25, dtype=torch.uint8)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -31,7 +31,7 @@ def sum_seconds(size: int) -> float:
 
 
 def gather_rate(size: int) -> float:
-    """Bytes per second at which two ranks put together tensors of ``size`` bytes, of which each has half, over gloo."""
+    """Return the rate, in bytes per second, at which two ranks gather tensors of ``size`` bytes over gloo."""
 
     def gather(group: Any, half: torch.Tensor) -> Any:
         return group._allgather_base(half.new_empty(2 * half.numel()), half)

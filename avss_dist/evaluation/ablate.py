@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -14,36 +15,27 @@ from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.errors import ConfigError
 from avss_dist.evaluation.engine import (
     CellReporter,
+    PlannedTask,
     commit,
     evaluation_options,
     failure,
     measure,
     pinned,
     placed,
-    plan_evaluation,
     plan_text,
     require_intended,
     require_listable,
 )
 from avss_dist.evaluation.outcomes import Ablation, LayerAblation
 from avss_dist.executors.open import open_executor
+from avss_dist.intervention import PARTS, Removals, Sublayer, layer_of
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
+from avss_dist.names import LOSS, SUBLAYER_LOSS
 from avss_dist.options import EvaluationOptions, with_options
-from avss_dist.pruning.ground_truth import METRICS, mean_ranks
-from avss_dist.registry import PARTITIONS
-from avss_dist.removal import SUBLAYERS, Drop, layer_of
-from avss_dist.settings import (
-    DEFAULT_WAREHOUSE,
-    DRAWS,
-    ESTIMATES,
-    GROUND_TRUTH,
-    LOSS,
-    MOST_PASSES,
-    SUBLAYER_LOSS,
-    Execution,
-    Settings,
-)
+from avss_dist.pruning.ground_truth import mean_ranks
+from avss_dist.registry import DAMAGE_TASK, PARTITIONS, SCORES
+from avss_dist.settings import DEFAULT_WAREHOUSE, DRAWS, MOST_PASSES, Execution, Settings
 from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.gradients import Gradients
@@ -77,9 +69,9 @@ def ablate(
 
     Args:
         model: hub id, folder, or ``.gguf`` file of a causal language model.
-        leave_one_out: the loss without each layer (`ablation.LeaveOneOut`).
+        leave_one_out: the loss without each layer (`layer_removal.LeaveOneOut`).
         sublayers: the loss without the attention and without the MLP of each layer.
-        shapley: permutations to sample for layer Shapley values (`ablation.Shapley`); 0 for none.
+        shapley: permutations to sample for layer Shapley values (`layer_removal.Shapley`); 0 for none.
         truncation, seed: of the permutations.
         gradients: a backward pass too (`gradients.Gradients`).
         damage: what leaving layers out does, estimated by a few passes (`damage.Damage`).
@@ -102,7 +94,7 @@ def ablate(
         fixed = pinned(settings, checkpoint, executor.device)
         placement = placed(checkpoint, fixed, execution, executor)
         text = plan_text(checkpoint, corpus, fixed, skip_sequences=skip_sequences)
-        removals = leave_one_out + len(SUBLAYERS) * sublayers + shapley
+        removals = leave_one_out + len(PARTS) * sublayers + shapley
         _require_intended(checkpoint, text, fixed, removals, allow_many=allow_many)
         seeds = np.random.SeedSequence(seed).generate_state(shapley).tolist()
         tasks = list(_tasks(corpus, text, leave_one_out, gradients, seeds, truncation))
@@ -110,8 +102,8 @@ def ablate(
             tasks.append(sublayers_task(corpus, text))
         if damage:
             tasks.append(damage_task(corpus, text, draws))
-        planned = [plan_evaluation(checkpoint, task, fixed, placement) for task in tasks]
-        cells = [cell for one in planned for cell in one.cells([()])]
+        planned = [PlannedTask(checkpoint=checkpoint, settings=fixed, task=task, placement=placement) for task in tasks]
+        cells = [cell for one in planned for cell in one.cells()]
         failed = measure(cells, store, executor, reporter, fresh=execution.fresh)
     found = [result for one in planned for result in commit(one, store)]
     if failed:
@@ -171,13 +163,13 @@ def _tasks(
     corpus: str, text: CorpusPlan, leave_one_out: bool, gradients: bool, seeds: Sequence[int], truncation: bool
 ) -> Iterator[Task]:
     if gradients:
-        yield Task(name=f"{GROUND_TRUTH['taylor']}{corpus}", parts=tuple(Gradients(shard) for shard in text.shards))
+        yield Task(name=f"{SCORES['taylor'].task}{corpus}", parts=tuple(Gradients(shard) for shard in text.shards))
     if leave_one_out:
-        yield Task(name=f"{GROUND_TRUTH['loss']}{corpus}", parts=tuple(LeaveOneOut(shard) for shard in text.shards))
+        yield Task(name=f"{SCORES['loss'].task}{corpus}", parts=tuple(LeaveOneOut(shard) for shard in text.shards))
     if seeds:
         chunks = [tuple(seeds[start : start + CHUNK]) for start in range(0, len(seeds), CHUNK)]
         parts = tuple(Shapley(shards=text.shards, seeds=chunk, truncation=truncation) for chunk in chunks)
-        yield Task(name=f"{GROUND_TRUTH['shapley']}{corpus}", parts=parts)
+        yield Task(name=f"{SCORES['shapley'].task}{corpus}", parts=parts)
 
 
 def sublayers_task(corpus: str, text: CorpusPlan) -> Task:
@@ -190,19 +182,18 @@ def sublayers_task(corpus: str, text: CorpusPlan) -> Task:
 def damage_task(corpus: str, text: CorpusPlan, draws: int = DRAWS) -> Task:
     """The damage of every layer, estimated on a text."""
     parts = tuple(Damage(shard=shard, draws=draws) for shard in text.shards)
-    return Task(name=f"{ESTIMATES['damage']}{corpus}", parts=parts)
+    return Task(name=f"{DAMAGE_TASK}{corpus}", parts=parts)
 
 
 def _ablation(model: str, corpus: str, found: Sequence[Result]) -> Ablation:
-    losses = {result.drop: result for result in found if result.metric == LOSS}
+    losses = {result.removed: result for result in found if result.metric == LOSS}
     whole = losses.get(())
-    of: dict[int, dict[str, Result]] = {layer_of(drop[0]): {} for drop in losses if drop}
+    of: dict[int, dict[str, Result]] = {layer_of(removed[0]): {} for removed in losses if removed}
     for result in found:
-        if result.layer is not None and not result.drop:
+        if result.layer is not None and not result.removed:
             of.setdefault(result.layer, {})[result.metric] = result
-    ranks = mean_ranks(
-        [{layer: of[layer][name].value for layer in of if name in of[layer]} for name in METRICS.values()]
-    )
+    measured = [(name, layer, result.value) for layer, by_metric in of.items() for name, result in by_metric.items()]
+    ranks = mean_ranks("damage", measured)
     layers = [
         LayerAblation(
             layer=layer,
@@ -219,12 +210,9 @@ def _ablation(model: str, corpus: str, found: Sequence[Result]) -> Ablation:
     return Ablation(model=model, corpus=corpus, whole=whole, layers=layers, reliability=_reliability(layers))
 
 
-def _of_sublayers(layer: int, losses: Mapping[Drop, Result]) -> dict[str, Result]:
-    return {
-        kind: _increase(losses[()], losses[first + layer,])
-        for kind, first in SUBLAYERS.items()
-        if (first + layer,) in losses and () in losses
-    }
+def _of_sublayers(layer: int, losses: Mapping[Removals, Result]) -> dict[str, Result]:
+    without = {part: losses.get((Sublayer(layer, part),)) for part in PARTS} if () in losses else {}
+    return {part: _increase(losses[()], result) for part, result in without.items() if result is not None}
 
 
 def _reliability(layers: Sequence[LayerAblation]) -> float:
@@ -234,4 +222,4 @@ def _reliability(layers: Sequence[LayerAblation]) -> float:
 
 def _increase(whole: Result, without: Result) -> Result:
     samples = without.samples - whole.samples
-    return Result(metric=LOSS, drop=without.drop, layer=None, samples=samples, weights=without.weights)
+    return replace(without, samples=samples)

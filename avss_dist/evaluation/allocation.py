@@ -12,15 +12,15 @@ import pyarrow.compute as pc
 from avss_dist.analysis.sparsity_plans import Map, Measured, make_plan, plan_uniform
 from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.errors import ConfigError
-from avss_dist.evaluation.engine import CellReporter, PlannedEvaluation, failure, measure, plan_evaluation
-from avss_dist.evaluation.subjects import runtime
+from avss_dist.evaluation.engine import CellReporter, PlannedTask, failure, measure
 from avss_dist.executors.base import Executor
+from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.sparsifying import Sparsity
+from avss_dist.names import REALIZED, SPARSITY_TASK
 from avss_dist.partition.base import Placement
 from avss_dist.pruning.selection import PlanError
 from avss_dist.registry import PARTITIONS
-from avss_dist.settings import REALIZED, SPARSITY_TASK, THRESHOLD, TOP_K, Settings
+from avss_dist.settings import THRESHOLD, TOP_K, Settings
 from avss_dist.sparsity.allocate import MOST, along_path, heavy_tail_ratios, knapsack, scaled
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.stats.layer_stats import Float64
@@ -62,18 +62,21 @@ class Asker:
     corpus: RedactedURI
     text: CorpusPlan | None
 
-    def rows(self, name: str, parts: tuple[Measure, ...], sparsity: Sparsity | None = None) -> tuple[Rows, str]:
-        """What the parts of a task give, and the evaluation's id."""
+    def rows(
+        self, name: str, parts: tuple[Measure, ...], intervention: Intervention = NO_INTERVENTION
+    ) -> tuple[Rows, str]:
+        """Return what the parts of a task give, and the evaluation's id."""
         read = f":{self.corpus}" if self.text else ""
         task = Task(name=f"{SPARSITY_TASK}{name}{read}", parts=parts)
-        planned = plan_evaluation(self.checkpoint, task, self.settings, self.placement, sparsity)
-        if failed := measure(planned.cells([()]), self.store, self.executor, self.reporter, fresh=self.fresh):
+        planned = PlannedTask(checkpoint=self.checkpoint, settings=self.settings, task=task, placement=self.placement)
+        if failed := measure(planned.cells([intervention]), self.store, self.executor, self.reporter, fresh=self.fresh):
             raise failure(failed)
-        return _rows(self.store, planned), planned.run_id
+        run_id = planned.run_id(intervention)
+        return _rows(self.store, run_id), run_id
 
-    def counts(self, rule: str, sparsity: Sparsity | None = None) -> tuple[Rows, str]:
-        """How what linear maps read is distributed."""
-        return self.rows("inputs", tuple(MapInputs(shard=shard, rule=rule) for shard in self.shards), sparsity)
+    def counts(self, rule: str, intervention: Intervention = NO_INTERVENTION) -> tuple[Rows, str]:
+        """Return how the values that linear maps read are distributed."""
+        return self.rows("inputs", tuple(MapInputs(shard=shard, rule=rule) for shard in self.shards), intervention)
 
     @property
     def shards(self) -> Sequence[Shard]:
@@ -136,7 +139,7 @@ def _gated(measured: Measured, target: float, counts: Rows, **fields: Any) -> Sp
     able = sum(one.outputs * one.inputs for key, one in maps.items() if key not in known) / whole
     if target > MOST * able:
         said = f"`method` cats makes {able:.1%} of the weights sparse, at most" if able else "No MLP has a gate: cats"
-        raise Unreachable(f"{said}, and {target:.0%} of all are wanted.", "Lower `sparsify`, or take another method.")
+        raise Unreachable(f"{said}, and {target:.0%} of all are wanted.", "Lower `target`, or take another method.")
     share = target / able
     for key in maps.keys() - known:
         size = size_of_share(counts[key[0], f"{COUNTS}{key[1]}"], share)
@@ -151,7 +154,7 @@ def _corrected(ask: Asker, plan: SparsityPlan, corrections: int) -> SparsityPlan
     """A plan whose thresholds leave the sparsity that they say while it is on; the pass after the last one tells."""
     farthest = 0.0
     for number in range(corrections + 1 if corrections else 0):
-        counts, _ = ask.counts(plan.rule, runtime(plan))
+        counts, _ = ask.counts(plan.rule, plan.intervention)
         maps, off = [], []
         for one in plan.projections:
             of_map = counts[one.layer, f"{COUNTS}{one.map}"]
@@ -201,9 +204,9 @@ _PARTS: Mapping[str, Callable[..., tuple[Measure, ...]]] = {
 }
 
 
-def _rows(store: Store, planned: PlannedEvaluation) -> Rows:
+def _rows(store: Store, run_id: str) -> Rows:
     found: dict[tuple[int, str], Float64] = {}
-    cells = store.table("cells", where=pc.field("run_id") == planned.run_id).to_pylist()
+    cells = store.table("cells", where=pc.field("run_id") == run_id).to_pylist()
     for row in sorted(cells, key=lambda row: row["part"]):
         key = row["layer"], row["metric"]
         samples = np.asarray(row["samples"], np.float64)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from avss_dist.analysis.verdict import primary_metric
-from avss_dist.evaluation.engine import CellReporter, PlannedEvaluation, commit, failure, measure, metrics
+from avss_dist.evaluation.engine import CellReporter, PlannedTask, commit, failure, measure, metrics
 from avss_dist.evaluation.repairs import StoredPatch, fit_repairs
 from avss_dist.evaluation.retention import Retained, retained
 from avss_dist.executors.base import Executor
+from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.pruning.plan import Plan
-from avss_dist.removal import Drop
 from avss_dist.tasks.base import Result
 from avss_dist.warehouse.store import Store
 
@@ -83,8 +83,8 @@ class Bench:
         fresh: measure again what was done before.
     """
 
-    tasks: Mapping[str, PlannedEvaluation]
-    fit: PlannedEvaluation | None
+    tasks: Mapping[str, PlannedTask]
+    fit: PlannedTask | None
     store: Store
     executor: Executor
     reporter: CellReporter | None = None
@@ -98,26 +98,32 @@ class Bench:
             AvssError: a mistake, or a fit or an evaluation that failed; what was measured is kept.
         """
         patch = self._fit(plan.drop)
-        variants = dict.fromkeys([((), None), (plan.drop, None), (plan.drop, patch)])
-        cells = [cell for task in self.tasks.values() for drop, by in variants for cell in task.cells([drop], by)]
+        variants = [NO_INTERVENTION, plan.intervention, replace(plan.intervention, patch=patch)]
+        cells = [cell for task in self.tasks.values() for cell in task.cells(variants)]
         cells = [cell for cell in cells if (cell.run_id, cell.cell_id) not in self._seen]
         failed = measure(cells, self.store, self.executor, self.reporter, fresh=self.fresh)
         self._seen |= {(cell.run_id, cell.cell_id) for cell in cells}
         found = {name: commit(task, self.store) for name, task in self.tasks.items()}
         if failed:
             raise failure(failed)
-        return Attempt(plan=plan, patch=patch, tasks=[_kept(name, of, plan.drop, patch) for name, of in found.items()])
+        return Attempt(plan=plan, patch=patch, tasks=[_kept(name, of, *variants) for name, of in found.items()])
 
-    def _fit(self, drop: Drop) -> StoredPatch | None:
+    def _fit(self, drop: tuple[int, ...]) -> StoredPatch | None:
         if self.fit is None:
             return None
         found = fit_repairs([(self.fit, [drop])], self.store, self.executor, self.reporter, fresh=self.fresh)
-        return found.get((self.fit.run_id, drop))
+        return found.get((self.fit.run_id(), drop))
 
 
-def _kept(task: str, found: Sequence[Result], drop: Drop, patch: StoredPatch | None) -> Kept:
-    about = [result for result in found if result.layer is None]
-    metric = primary_metric([{"metric": result.metric} for result in about])
-    of = {(result.drop, result.patch): result for result in about if result.metric == metric}
-    repaired = of[drop, patch.key] if patch else None
-    return Kept(task=task, whole=of[(), None], pruned=of[drop, None], repaired=repaired)
+def _kept(
+    task: str, results: Sequence[Result], whole: Intervention, pruned: Intervention, repaired: Intervention
+) -> Kept:
+    of_model = [result for result in results if result.layer is None]
+    metric = primary_metric([{"metric": result.metric} for result in of_model])
+    by_key = {result.intervention: result for result in of_model if result.metric == metric}
+    return Kept(
+        task=task,
+        whole=by_key[whole.key],
+        pruned=by_key[pruned.key],
+        repaired=by_key[repaired.key] if repaired.patch else None,
+    )

@@ -8,69 +8,80 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from itertools import islice
 from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow.compute as pc
 
-from avss_dist.corpus.shards import CorpusPlan, plan
+from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
 from avss_dist.errors import AvssError, ConfigError, CorpusError, RunFailed
 from avss_dist.executors.base import Executor
+from avss_dist.intervention import NO_INTERVENTION, Intervention, InterventionKey, describe_removed, whole_layers
 from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.pinning import pin
-from avss_dist.models.sparsifying import Sparsity
+from avss_dist.names import LOSS
 from avss_dist.partition.base import Placement, numbers_of
 from avss_dist.partition.choose import place
-from avss_dist.removal import describe_removed, whole_layers
-from avss_dist.settings import LOSS, MOST_LISTED, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
+from avss_dist.settings import MOST_LISTED, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
 from avss_dist.system.versions import package_versions
 from avss_dist.tasks.base import Measure, Result, Task, combine
-from avss_dist.tasks.cells import Cell, CellOutcome, CellResult, KeptPatch
+from avss_dist.tasks.cells import Cell, CellOutcome, CellResult
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.patches import Patches
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlannedEvaluation:
-    """A task of one checkpoint: which evaluation it is, and how it is measured."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PlannedTask:
+    """A task of one checkpoint, ready to be measured under any intervention; ``settings`` are `pinned`."""
 
-    run_id: str
     checkpoint: Checkpoint
     settings: Settings
     task: Task
     placement: Placement
-    sparsity: Sparsity | None = None
-    factor: float = 0.0
 
-    def cells(self, drops: Iterable[tuple[int, ...]], patch: KeptPatch | None = None) -> list[Cell]:
-        """A cell for each part of the task and each set of layers to leave out; each once.
+    @cached_property
+    def _fingerprinted(self) -> Mapping[str, Any]:
+        """All that tells the evaluation of the unchanged model apart."""
+        return {
+            "schema": SCHEMA_VERSION,
+            "checkpoint": self.checkpoint.revision,
+            "task": self.task.key,
+            "settings": self.settings.numbers(statistics=False),
+            **numbers_of(self.placement),
+        }
 
-        Args:
-            patch: the weights that the model is repaired with.
+    def run_id(self, intervention: Intervention = NO_INTERVENTION) -> str:
+        """Return the id of the evaluation that results under an intervention belong to.
+
+        Sparsity and residual scale make another evaluation; removals and a patch make other cells of the same one.
         """
-        parts = list(enumerate(self.task.parts))
-        return [self.cell(part, measure, drop, patch) for drop in dict.fromkeys(drops) for part, measure in parts]
+        key = intervention.key
+        changed = {"sparsity": key.sparsity, "factor": key.residual_scale}
+        print_ = fingerprint(**self._fingerprinted, **{name: value for name, value in changed.items() if value})
+        return f"{self.checkpoint.slug}-{print_[:10]}"
 
-    def cell(self, part: int, measure: Measure, drop: tuple[int, ...], patch: KeptPatch | None = None) -> Cell:
-        """One part of the task, without these layers."""
+    def cells(self, interventions: Iterable[Intervention] = (NO_INTERVENTION,)) -> list[Cell]:
+        """Return a cell for each part of the task and each intervention; each once."""
+        parts = list(enumerate(self.task.parts))
+        return [self.cell(part, measure, one) for one in dict.fromkeys(interventions) for part, measure in parts]
+
+    def cell(self, part: int, measure: Measure, intervention: Intervention = NO_INTERVENTION) -> Cell:
+        """Return the cell of one part of the task under an intervention."""
         return Cell(
-            run_id=self.run_id,
+            run_id=self.run_id(intervention),
             checkpoint=self.checkpoint,
             settings=self.settings,
             task=self.task.name,
             part=part,
             measure=measure,
-            drop=drop,
             placement=self.placement,
-            patch=patch,
-            sparsity=self.sparsity,
-            factor=self.factor,
+            intervention=intervention,
         )
 
 
@@ -94,8 +105,8 @@ def failure(failed: Sequence[tuple[Cell, AvssError]]) -> AvssError:
     """One error that tells of all cells that failed: the first mistake, else that they failed."""
     cell, error = next(((c, e) for c, e in failed if not isinstance(e, RunFailed)), failed[0])
     what = f"{cell.task} of {cell.checkpoint.name}"
-    if cell.drop:
-        what += f" without {'layers ' if whole_layers(cell.drop) else ''}{describe_removed(cell.drop)}"
+    if removed := cell.intervention.removed:
+        what += f" without {'layers ' if whole_layers(removed) else ''}{describe_removed(removed)}"
     others = f" {len(failed) - 1} more failed." if len(failed) > 1 else ""
     return type(error)(f"{what}: {error.message}{others}", error.hint)
 
@@ -147,39 +158,6 @@ def require_listable(number: int, what: str, hint: str) -> None:
         raise ConfigError(f"{number:,} {what} are more than one command takes: {MOST_LISTED:,}.", hint)
 
 
-def plan_evaluation(
-    checkpoint: Checkpoint,
-    task: Task,
-    settings: Settings,
-    placement: Placement,
-    sparsity: Sparsity | None = None,
-    factor: float = 0.0,
-) -> PlannedEvaluation:
-    """A task of a checkpoint, with sparse activations or not; ``settings`` are `pinned`; ``factor`` is that of `Cell`.
-
-    The same id is the same evaluation.
-    """
-    numbers = settings.numbers(statistics=False)
-    changed = {"sparsity": sparsity and sparsity.key, "factor": factor}
-    print_ = fingerprint(
-        schema=SCHEMA_VERSION,
-        checkpoint=checkpoint.revision,
-        task=task.key,
-        settings=numbers,
-        **numbers_of(placement),
-        **{name: value for name, value in changed.items() if value},
-    )
-    return PlannedEvaluation(
-        run_id=f"{checkpoint.slug}-{print_[:10]}",
-        checkpoint=checkpoint,
-        settings=settings,
-        task=task,
-        placement=placement,
-        sparsity=sparsity,
-        factor=factor,
-    )
-
-
 def placed(checkpoint: Checkpoint, settings: Settings, execution: Execution, executor: Executor) -> Placement:
     """How the replicas of an evaluation are spread; ``settings`` are `pinned`.
 
@@ -205,7 +183,7 @@ def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_s
         CorpusError: it cannot be read, is too short, or has nothing to predict.
     """
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
-    made = plan(corpus, tokenizer, settings, skip_sequences=skip_sequences)
+    made = tokenize_corpus(corpus, tokenizer, settings, skip_sequences=skip_sequences)
     if max(int(shard.lengths.max()) for shard in made.shards) <= max(1, settings.skip_first_tokens):
         raise CorpusError(
             f"No row of {RedactedURI(corpus)} has a token that is predicted from others before it and counts.",
@@ -275,7 +253,9 @@ class Rounds:
     def _keep(self, cell: Cell, outcome: CellResult) -> None:
         kept = Patches(self._store.storage)
         patches = [None if row.patch is None else kept.write(row.patch) for row in outcome.rows]
-        self._store.write_cell(_identity(cell, outcome.family), cell.cell_id, _rows(cell, outcome, patches))
+        self._store.write_cell(
+            _identity(cell, cell.run_id, outcome.family), cell.cell_id, _rows(cell, outcome, patches)
+        )
 
     def close(self) -> None:
         """Let the workers go."""
@@ -283,33 +263,43 @@ class Rounds:
         self._outcomes.close()
 
 
-def commit(planned: PlannedEvaluation, store: Store) -> list[Result]:
-    """Write what all cells of an evaluation say to ``evaluations``; of a loss, its perplexity too."""
-    if not store.cell_ids(planned.run_id):
-        return []
-    rows = store.table("cells", where=pc.field("run_id") == planned.run_id).to_pylist()
-    found = combine(rows, len(planned.task.parts))
-    if found:
-        seconds: defaultdict[tuple[Any, ...], float] = defaultdict(float)
+def commit(planned: PlannedTask, store: Store, intervention: Intervention = NO_INTERVENTION) -> list[Result]:
+    """Write the results of all cells of an evaluation to ``evaluations``; of a loss, its perplexity too.
+
+    Args:
+        intervention: one that belongs to the evaluation (`PlannedTask.run_id`).
+
+    Returns:
+        The results under every intervention that belongs to it.
+    """
+    run_id = planned.run_id(intervention)
+    rows = store.cells(run_id).to_pylist()
+    results = combine(rows, len(planned.task.parts))
+    if results:
+        seconds: defaultdict[tuple[InterventionKey, int | None], float] = defaultdict(float)
         for row in rows:
-            seconds[tuple(row["drop"]), row["layer"], row["patch"]] += row["seconds"] or 0.0
+            seconds[InterventionKey.of_row(row), row["layer"]] += row["seconds"] or 0.0
         common = {
             "task": planned.task.name,
             "settings": json.dumps({**planned.settings.as_dict(), **planned.task.options}),
-            "sparsity_plan": planned.sparsity and planned.sparsity.key,
-            "factor": planned.factor or None,
             "versions": package_versions(),
             "created_at": datetime.now(UTC),
         }
         store.write_evaluations(
-            _identity(planned, rows[0]["family"]),
+            _identity(planned, run_id, rows[0]["family"]),
             [
-                {**common, **row, "seconds": seconds[result.drop, result.layer, result.patch]}
-                for result in found
+                {**common, **row, "seconds": seconds[result.intervention, result.layer]}
+                for result in results
                 for row in _metric_rows(result)
             ],
         )
-    return found
+    return results
+
+
+def commit_all(planned: PlannedTask, interventions: Iterable[Intervention], store: Store) -> list[Result]:
+    """Write and return the results of every evaluation that interventions belong to; see `commit`."""
+    evaluations = {planned.run_id(intervention): intervention for intervention in interventions}
+    return [result for one in evaluations.values() for result in commit(planned, store, one)]
 
 
 def metrics(result: Result) -> Iterator[tuple[str, float, float]]:
@@ -321,26 +311,23 @@ def metrics(result: Result) -> Iterator[tuple[str, float, float]]:
 
 
 def _metric_rows(result: Result) -> Iterator[dict[str, Any]]:
-    row = {"drop": list(result.drop), "patch": result.patch, "layer": result.layer, "num_samples": len(result.samples)}
+    row = {**result.intervention.row(), "layer": result.layer, "num_samples": len(result.samples)}
     for metric, value, stderr in metrics(result):
         yield {**row, "metric": metric, "value": value, "stderr": stderr}
 
 
-def _identity(work: Cell | PlannedEvaluation, family: str) -> RunIdentity:
-    of = work.checkpoint
-    return RunIdentity(run_id=work.run_id, model=of.name, revision=of.revision, family=family)
+def _identity(work: Cell | PlannedTask, run_id: str, family: str) -> RunIdentity:
+    checkpoint = work.checkpoint
+    return RunIdentity(run_id=run_id, model=checkpoint.name, revision=checkpoint.revision, family=family)
 
 
 def _rows(cell: Cell, measured: CellResult, patches: Sequence[str | None]) -> list[Mapping[str, Any]]:
-    share = measured.seconds / max(1, len(measured.rows))
+    share, key = measured.seconds / max(1, len(measured.rows)), cell.intervention.key
     return [
         {
+            **key._replace(removed=key.removed if row.removed is None else row.removed, patch=patch or key.patch).row(),
             "task": cell.task,
             "metric": row.metric,
-            "drop": list(cell.drop if row.drop is None else row.drop),
-            "patch": patch or (cell.patch and cell.patch.key),
-            "sparsity_plan": cell.sparsity and cell.sparsity.key,
-            "factor": cell.factor or None,
             "layer": row.layer,
             "part": cell.part,
             "samples": row.samples.tolist(),

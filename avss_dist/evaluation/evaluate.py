@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Unpack
@@ -13,15 +13,15 @@ from avss_dist.analysis.verdict import kept_by_guess, primary_metric
 from avss_dist.errors import ConfigError
 from avss_dist.evaluation.engine import (
     CellReporter,
-    PlannedEvaluation,
+    PlannedTask,
     commit,
+    commit_all,
     evaluation_options,
     failure,
     measure,
     metrics,
     pinned,
     placed,
-    plan_evaluation,
 )
 from avss_dist.evaluation.held_out import refuse_overlap, refuse_questions, refuse_repair_text, refuse_search_text
 from avss_dist.evaluation.make_tasks import make_task, row_start_task
@@ -29,12 +29,12 @@ from avss_dist.evaluation.outcomes import Evaluations
 from avss_dist.evaluation.retention import Retained, retained
 from avss_dist.evaluation.subjects import Subject, read_subjects, with_bases
 from avss_dist.executors.open import open_executor
+from avss_dist.intervention import NO_INTERVENTION, Intervention, InterventionKey
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.sparsifying import Sparsity
+from avss_dist.names import PERPLEXITY, REALIZED, ROW_START, TRUTHFULQA
 from avss_dist.options import EvaluationOptions, Prompting, with_options
-from avss_dist.removal import Drop
 from avss_dist.runs.corpora import corpus_problems
-from avss_dist.settings import DEFAULT_WAREHOUSE, PERPLEXITY, REALIZED, ROW_START, TRUTHFULQA, Settings
+from avss_dist.settings import DEFAULT_WAREHOUSE, Settings
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.sparsity.realized import Realized
 from avss_dist.stats.row_start import RowStarts
@@ -51,7 +51,7 @@ _TAKEN_BY = {
     "limit": (TRUTHFULQA, HARNESS),
     **{field.name: (HARNESS,) for field in fields(Prompting)},
 }
-_Key = tuple[str, str, str | None]  # revision, task, and the key of what is sparse
+_Key = tuple[str, str]  # revision and task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +132,11 @@ def evaluate(
     store.create()
     found = read_subjects(subjects, sparse, settings)
     for subject, name in product(found, tasks):
-        require_effect(subject.sparsity.rule if subject.sparsity else None, name, f"{subject.label}: ")
+        sparsity = subject.intervention.sparsity
+        require_effect(sparsity.rule if sparsity else None, name, f"{subject.label}: ")
     found, unknown = with_bases(found, base, trust_remote_code=settings.trust_remote_code)
     with closing(open_executor(execution, settings)) as executor:
-        planned: dict[_Key, PlannedEvaluation] = {}
+        planned: dict[_Key, PlannedTask] = {}
         for checkpoint in _checkpoints(found):
             fixed = pinned(settings, checkpoint, executor.device)
             placement = placed(checkpoint, fixed, execution, executor)
@@ -149,16 +150,16 @@ def evaluate(
                     limit=limit,
                     prompting=prompting,
                 )
-                for one in _sparsities(found, checkpoint):
-                    made = plan_evaluation(checkpoint, task, fixed, placement, one)
-                    planned[checkpoint.revision, name, _key(one)] = made
+                planned[checkpoint.revision, name] = PlannedTask(
+                    checkpoint=checkpoint, settings=fixed, task=task, placement=placement
+                )
         _require_same_tokens(found, tasks, planned)
         if not allow_overlap:
             _refuse_overlaps(found, planned, Warehouse(warehouse))
         starts = _plan_starts(planned)
-        cells = [*_cells(found, planned), *(cell for start in starts for cell in start.cells([()]))]
+        cells = [*_cells(found, planned), *(cell for start in starts for cell in start.cells())]
         failed = measure(cells, store, executor, reporter, fresh=execution.fresh)
-    every = {key: commit(one, store) for key, one in planned.items()}
+    every = {key: commit_all(one, _interventions(found, one.checkpoint), store) for key, one in planned.items()}
     compared = [(start, commit(start, store)) for start in starts]
     if failed:
         raise failure(failed)
@@ -167,13 +168,12 @@ def evaluate(
     return Evaluations(evaluations, findings=notes)
 
 
-def _plan_starts(planned: Mapping[_Key, PlannedEvaluation]) -> list[PlannedEvaluation]:
+def _plan_starts(planned: Mapping[_Key, PlannedTask]) -> list[PlannedTask]:
     """Return the comparison of two starts of rows for each text and whole model that has another start."""
     starts = []
-    for (_, name, sparsity), one in planned.items():
-        if name.startswith(PERPLEXITY) and sparsity is None:
-            task = row_start_task(one.checkpoint, one.task, one.settings)
-            starts += [plan_evaluation(one.checkpoint, task, one.settings, one.placement)] if task else []
+    for (_, name), one in planned.items():
+        if name.startswith(PERPLEXITY) and (task := row_start_task(one.checkpoint, one.task, one.settings)):
+            starts.append(replace(one, task=task))
     return starts
 
 
@@ -200,8 +200,8 @@ def _all_against_whole(
         yield from against_whole(
             subject,
             name,
-            every[subject.checkpoint.revision, name, _key(subject.sparsity)],
-            every[(subject.base or subject.checkpoint).revision, name, None],
+            every[subject.checkpoint.revision, name],
+            every[(subject.base or subject.checkpoint).revision, name],
         )
 
 
@@ -210,9 +210,9 @@ def _findings(
 ) -> Iterator[str]:
     """How near sparsity plans come to what they say, on each task."""
     for subject, name in product(subjects, tasks):
-        if subject.sparsity_plan:
-            found = every[subject.checkpoint.revision, name, _key(subject.sparsity)]
-            if near := realized(subject.sparsity_plan, found, subject.drop):
+        if sparse := subject.sparsity_plan:
+            results = every[subject.checkpoint.revision, name]
+            if near := realized(sparse, results, subject.intervention):
                 yield f"{subject.label}, {name}: {near.finding}"
 
 
@@ -230,35 +230,31 @@ def _guesses(evaluations: Iterable[Evaluation]) -> Iterator[str]:
             yield f"{task}: a guess keeps {guess:z.1%} of the {metric} of {model}."
 
 
-def _row_starts(compared: Iterable[tuple[PlannedEvaluation, Sequence[Result]]]) -> Iterator[str]:
+def _row_starts(compared: Iterable[tuple[PlannedTask, Sequence[Result]]]) -> Iterator[str]:
     """Yield a sentence for each text that is far likelier with another start of its rows."""
     for planned, results in compared:
-        starts = RowStarts.of({result.metric: result.value for result in results if not result.drop})
+        starts = RowStarts.of({result.metric: result.value for result in results if not result.removed})
         corpus = planned.task.name.removeprefix(ROW_START)
         if starts and (sentence := starts.describe(planned.checkpoint.name, corpus)):
             yield sentence
 
 
-def realized(plan: SparsityPlan, results: Iterable[Result], drop: Drop = ()) -> Realized | None:
-    """How near the linear maps of a plan came to their sparsity, without some layers."""
+def realized(plan: SparsityPlan, results: Iterable[Result], intervention: Intervention) -> Realized | None:
+    """Return how near the linear maps of a sparsity plan came to their sparsity under an intervention that has it."""
     measured = {
         (one.layer, one.metric.removeprefix(REALIZED)): one.value
         for one in results
-        if one.layer is not None and one.drop == drop and one.metric.startswith(REALIZED)
+        if one.layer is not None and one.intervention == intervention.key and one.metric.startswith(REALIZED)
     }
     return Realized.of(plan, measured)
 
 
-def _refuse_overlaps(
-    subjects: Sequence[Subject], planned: Mapping[_Key, PlannedEvaluation], warehouse: Warehouse
-) -> None:
+def _refuse_overlaps(subjects: Sequence[Subject], planned: Mapping[_Key, PlannedTask], warehouse: Warehouse) -> None:
     """Refuse text that layers were scored or searched on, or a repaired checkpoint was fitted on."""
     for one in planned.values():
         refuse_repair_text(one.task, one.checkpoint)
     for subject in subjects:
-        for (revision, _, key), one in planned.items():
-            if key is not None:
-                continue
+        for (revision, _), one in planned.items():
             if subject.run_id and subject.checkpoint.revision == revision:
                 refuse_overlap(one.task, subject.run_id, warehouse, subject.checkpoint)
                 refuse_questions(one.task, subject.run_id, warehouse, subject.checkpoint)
@@ -266,11 +262,17 @@ def _refuse_overlaps(
                 refuse_search_text(one.task, subject.search, warehouse, subject.checkpoint)
 
 
-def _cells(subjects: Sequence[Subject], planned: Mapping[_Key, PlannedEvaluation]) -> Iterator[Cell]:
-    """The cells of every task on the whole models and on the subjects."""
-    for (revision, _, key), one in planned.items():
-        of = [s for s in subjects if s.checkpoint.revision == revision and _key(s.sparsity) == key]
-        yield from one.cells([*([()] if key is None else []), *(s.drop for s in of)])
+def _interventions(subjects: Sequence[Subject], checkpoint: Checkpoint) -> list[Intervention]:
+    """Return the interventions under which a checkpoint is evaluated, none first; those of one evaluation together."""
+    mine = [subject.intervention for subject in subjects if subject.checkpoint.revision == checkpoint.revision]
+    evaluations = dict.fromkeys([NO_INTERVENTION.split()[0], *(one.split()[0] for one in mine)])
+    return [one for changes in evaluations for one in [NO_INTERVENTION, *mine] if one.split()[0] == changes]
+
+
+def _cells(subjects: Sequence[Subject], planned: Mapping[_Key, PlannedTask]) -> Iterator[Cell]:
+    """Yield the cells of every task on the whole models and on the subjects."""
+    for one in planned.values():
+        yield from one.cells(_interventions(subjects, one.checkpoint))
 
 
 def _checkpoints(subjects: Sequence[Subject]) -> list[Checkpoint]:
@@ -280,28 +282,18 @@ def _checkpoints(subjects: Sequence[Subject]) -> list[Checkpoint]:
 
 
 def _require_same_tokens(
-    subjects: Sequence[Subject], tasks: Sequence[str], planned: Mapping[_Key, PlannedEvaluation]
+    subjects: Sequence[Subject], tasks: Sequence[str], planned: Mapping[_Key, PlannedTask]
 ) -> None:
     """Refuse a base model that reads a task in other tokens: its numbers are of other samples."""
     for subject, name in product(subjects, tasks):
         if subject.base is None:
             continue
-        keys = {planned[one.revision, name, None].task.key for one in (subject.checkpoint, subject.base)}
+        keys = {planned[one.revision, name].task.key for one in (subject.checkpoint, subject.base)}
         if len(keys) > 1:
             raise ConfigError(
                 f"{subject.base.name} and {subject.label} read {RedactedURI(name)} in different tokens.",
                 "Name the model that it was made of with `base`.",
             )
-
-
-def _sparsities(subjects: Sequence[Subject], checkpoint: Checkpoint) -> dict[Sparsity | None, None]:
-    """What is sparse of a checkpoint's subjects; None, for the dense model, first."""
-    mine = [subject.sparsity for subject in subjects if subject.checkpoint.revision == checkpoint.revision]
-    return dict.fromkeys([None, *mine])
-
-
-def _key(sparsity: Sparsity | None) -> str | None:
-    return sparsity.key if sparsity else None
 
 
 def require_effect(rule: str | None, task: str, where: str = "") -> None:
@@ -317,25 +309,23 @@ def require_effect(rule: str | None, task: str, where: str = "") -> None:
         )
 
 
-def _of_models(results: Sequence[Result]) -> list[Result]:
-    """Those about a model, not about a layer or a repaired model."""
-    return [result for result in results if result.layer is None and result.patch is None]
+def about(results: Iterable[Result], key: InterventionKey) -> list[Result]:
+    """Return the results about a model as a whole, not about a layer of it, under an intervention."""
+    return [result for result in results if result.layer is None and result.intervention == key]
 
 
 def against_whole(
-    subject: Subject, task: str, found: Sequence[Result], dense: Sequence[Result] | None = None
+    subject: Subject, task: str, results: Sequence[Result], of_whole_model: Sequence[Result]
 ) -> list[Evaluation]:
-    """The metrics of a task about a subject as a whole, each beside that of the whole model.
+    """Return the metrics of a task about a subject, each beside that of the whole model.
 
     Args:
-        dense: of the model without sparse activations, where the subject has them; of its base model, where it has one.
+        of_whole_model: results that have those of the unchanged model; of its base model, where the subject has one.
     """
-    found = _of_models(found)
-    beside = found if dense is None else _of_models(dense)
-    whole = {result.metric: result for result in beside if result.drop == ()}
-    changed = subject.drop or subject.sparsity or subject.base
+    whole = {result.metric: result for result in about(of_whole_model, NO_INTERVENTION.key)}
+    changed = bool(subject.intervention) or subject.base is not None
     evaluations = []
-    for result in (result for result in found if result.drop == subject.drop):
+    for result in about(results, subject.intervention.key):
         of_whole = whole.get(result.metric) if changed else None
         kept = retained(of_whole, result) if of_whole else None
         evaluations.append(Evaluation(subject=subject, task=task, result=result, whole=of_whole, retained=kept))

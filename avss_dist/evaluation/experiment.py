@@ -11,7 +11,6 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -20,15 +19,15 @@ from avss_dist.analysis.strata import Strata
 from avss_dist.errors import ConfigError
 from avss_dist.evaluation.engine import (
     CellReporter,
-    PlannedEvaluation,
+    PlannedTask,
     Rounds,
     SilentCells,
     commit,
+    commit_all,
     failure,
     measure,
     pinned,
     placed,
-    plan_evaluation,
     plan_text,
     require_intended,
     require_listable,
@@ -40,26 +39,24 @@ from avss_dist.evaluation.search import Losses, conduct, search_task
 from avss_dist.evaluation.sparse_trials import plan_sparsities, require_inputs, sparse_rows
 from avss_dist.evaluation.trial import Trial, rows_of, with_fewer_rows
 from avss_dist.executors.base import Executor
+from avss_dist.intervention import whole_layers
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
+from avss_dist.names import CONTRAST, LOSS
 from avss_dist.pruning.ground_truth import interactions, layer_truth
 from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, methods
 from avss_dist.pruning.plan import layer_list
+from avss_dist.pruning.repair.registry import NO_REPAIR
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.search import Effort, search_for
 from avss_dist.pruning.selection import Reading
+from avss_dist.registry import INTERACTIONS, MEASURED, SCORES
 from avss_dist.runs.api import executor_for, overridden, run_job
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
 from avss_dist.settings import (
-    CONTRAST,
-    GROUND_TRUTH,
-    INTERACTIONS,
-    LOSS,
     MOST_EVALUATIONS,
-    NO_REPAIR,
-    OF_LAYERS,
     RECIPES,
     RELATIVE_THRESHOLDS,
     SEARCHES,
@@ -125,9 +122,18 @@ def run_experiment(
         _search(trials, experiment, store, executor, cells, fresh=execution.fresh)
         _choose(trials, experiment)
         _fit_repairs(trials, store, executor, cells, fresh=execution.fresh)
-        wanted = [cell for trial in trials for cell in trial.cells(experiment)]
+        interventions = [trial.interventions(experiment) for trial in trials]
+        wanted = [
+            cell
+            for trial, wanted in zip(trials, interventions, strict=True)
+            for planned in trial.planned.values()
+            for cell in planned.cells(wanted)
+        ]
         failed = measure(wanted, store, executor, cells, fresh=execution.fresh)
-    results = {one.run_id: commit(one, store) for trial in trials for one in trial.evaluations}
+    results = [
+        {name: commit_all(planned, wanted, store) for name, planned in trial.planned.items()}
+        for trial, wanted in zip(trials, interventions, strict=True)
+    ]
     if failed:
         raise failure(failed)
     return runs, _commit_rows(trials, results, experiment, tasks, store)
@@ -165,7 +171,7 @@ def _count_readings(settings: Settings) -> int:
 
 def _commit_rows(
     trials: Sequence[Trial],
-    results: Mapping[str, list[Result]],
+    results: Sequence[Mapping[str, list[Result]]],
     experiment: Experiment,
     tasks: Sequence[str],
     store: Store,
@@ -174,10 +180,10 @@ def _commit_rows(
     numbers = {key: value for key, value in asdict(experiment).items() if key != "allow_many"}
     name = fingerprint(**numbers | {"tasks": tasks})[:20]
     rows = []
-    for trial in trials:
-        mine = list(rows_of(trial, experiment, results))
+    for trial, by_task in zip(trials, results, strict=True):
+        mine = list(rows_of(trial, experiment, by_task))
         now = {"created_at": datetime.now(UTC)}
-        mine += [{"task": task, **now, **row} for task in trial.planned for row in sparse_rows(trial, task, results)]
+        mine += [{"task": task, **now, **row} for task in trial.planned for row in sparse_rows(trial, task, by_task)]
         store.write_experiment(trial.identity, name, mine)
         rows += [{**row, "run_id": trial.run.run_id, "model": trial.checkpoint.name} for row in mine]
     return rows
@@ -189,15 +195,13 @@ def _plan_work(
     """Plan evaluations and fits; the texts of both and of a trial's scores are refused where they overlap."""
     for trial in trials:
         trial.planned = {name: _plan(trial, name, experiment) for name in tasks}
-        scaled = product(tasks, dict.fromkeys(filter(None, experiment.factors)))
-        trial.scaled = {(name, factor): _plan(trial, name, experiment, factor) for name, factor in scaled}
         if repairs := _fitted(experiment):
             trial.fits = _plan_fits(trial, experiment, repairs)
         if not allow_overlap:
             _refuse_overlaps(trial, experiment, warehouse)
 
 
-def _plan_fits(trial: Trial, experiment: Experiment, repairs: Sequence[str]) -> dict[str, PlannedEvaluation]:
+def _plan_fits(trial: Trial, experiment: Experiment, repairs: Sequence[str]) -> dict[str, PlannedTask]:
     layers, _ = layer_list(trial.rows, trial.checkpoint.name)
     settings = replace(trial.settings, max_sequences=experiment.repair_max_sequences)
     texts, skip = experiment.repair_corpora, experiment.repair_skip_sequences
@@ -229,7 +233,7 @@ def _refuse_overlaps(trial: Trial, experiment: Experiment, warehouse: Warehouse)
 def _read_measured(trials: Sequence[Trial], experiment: Experiment, warehouse: Warehouse) -> None:
     """What `avss ablate` has measured of the layers of every trial, and contrasts, as far as they are chosen by it."""
     scores = set(experiment.scores)
-    measured = scores & set(OF_LAYERS) - ({LEAVE_ONE_OUT} if experiment.leave_one_out else set())
+    measured = scores & set(MEASURED) - ({LEAVE_ONE_OUT} if experiment.leave_one_out else set())
     for trial in trials:
         run = warehouse.run(trial.run.run_id)
         assert run is not None
@@ -264,7 +268,7 @@ def _trial(run: Run, spec: RunSpec, warehouse: Warehouse, executor: Executor) ->
     return Trial(run=run, checkpoint=checkpoint, settings=settings, placement=placement, rows=rows, corpus=spec.corpus)
 
 
-def _plan(trial: Trial, name: str, experiment: Experiment, factor: float = 0.0) -> PlannedEvaluation:
+def _plan(trial: Trial, name: str, experiment: Experiment) -> PlannedTask:
     settings = replace(trial.settings, max_sequences=experiment.max_sequences)
     task = make_task(
         trial.checkpoint,
@@ -275,7 +279,7 @@ def _plan(trial: Trial, name: str, experiment: Experiment, factor: float = 0.0) 
         limit=experiment.limit,
         prompting=experiment.prompting,
     )
-    return plan_evaluation(trial.checkpoint, task, settings, trial.placement, factor=factor)
+    return PlannedTask(checkpoint=trial.checkpoint, settings=settings, task=task, placement=trial.placement)
 
 
 def _leave_one_out(
@@ -286,15 +290,17 @@ def _leave_one_out(
     for trial in trials:
         text = plan_text(trial.checkpoint, trial.corpus, trial.settings)
         task = Task(
-            name=f"{GROUND_TRUTH[LEAVE_ONE_OUT]}{trial.corpus}",
+            name=f"{SCORES[LEAVE_ONE_OUT].task}{trial.corpus}",
             parts=tuple(LeaveOneOut(shard) for shard in text.shards),
         )
-        planned.append(plan_evaluation(trial.checkpoint, task, trial.settings, trial.placement))
-    failed = measure([cell for one in planned for cell in one.cells([()])], store, executor, reporter, fresh=fresh)
+        planned.append(
+            PlannedTask(checkpoint=trial.checkpoint, settings=trial.settings, task=task, placement=trial.placement)
+        )
+    failed = measure([cell for one in planned for cell in one.cells()], store, executor, reporter, fresh=fresh)
     if failed:
         raise failure(failed)
     for trial, one in zip(trials, planned, strict=True):
-        values = {result.drop: result.value for result in commit(one, store) if result.metric == LOSS}
+        values = {result.removed: result.value for result in commit(one, store) if result.metric == LOSS}
         trial.truth[LEAVE_ONE_OUT] = np.array([values.get((layer,), np.nan) for layer in range(trial.num_layers)])
 
 
@@ -313,12 +319,12 @@ def _search(
         for trial in trials if experiment.search else ():
             settings = with_fewer_rows(trial.settings, experiment.search_max_sequences)
             task = search_task(trial.checkpoint, trial.corpus, settings)
-            planned = plan_evaluation(trial.checkpoint, task, settings, trial.placement)
+            planned = PlannedTask(checkpoint=trial.checkpoint, settings=settings, task=task, placement=trial.placement)
             losses = Losses(planned, store, rounds, reporter, fresh=fresh)
             for method in methods(experiment, trial.rows):
                 for share in experiment.shares if method.score in SEARCHES else ():
                     searching = search_for(method.choice(share), effort, trial.num_layers)
-                    trial.searched[method, share], _ = conduct(searching, losses)
+                    trial.searched[method, share] = whole_layers(conduct(searching, losses)[0])
             commit(planned, store)
 
 

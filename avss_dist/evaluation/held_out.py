@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from avss_dist.corpus.overlap import SHORTEST, plain_text, shared_text
-from avss_dist.corpus.shards import Shard, plan
+from avss_dist.corpus.shards import Shard, tokenize_corpus
 from avss_dist.errors import AvssError, ConfigError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
+from avss_dist.names import SEARCH
 from avss_dist.pruning.repair.record import read_repairs
-from avss_dist.settings import SEARCH, Settings
+from avss_dist.settings import Settings
 from avss_dist.tasks.base import Task, TextLoss
 from avss_dist.tasks.truthfulqa import TruthfulChoices
 from avss_dist.warehouse.checks import settings_of
@@ -185,7 +186,7 @@ def _read_again(
     tokenizer = load_tokenizer(checkpoint)
     hint = f"Put it back, or set `allow_overlap` and know that {risk} this very text."
     try:
-        text = plan(corpus, tokenizer, settings, skip_sequences=skip_sequences)
+        text = tokenize_corpus(corpus, tokenizer, settings, skip_sequences=skip_sequences)
     except AvssError as error:
         raise ConfigError(f"The text of {user} cannot be read again: {error.message}", hint) from error
     if prints and not {text.corpus_fingerprint, text.tokens_fingerprint} & {*prints}:

@@ -8,19 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from avss_dist.errors import ModelError
-from avss_dist.evaluation.engine import CellReporter, PlannedEvaluation, pinned, placed
+from avss_dist.evaluation.engine import CellReporter, PlannedTask, pinned, placed
 from avss_dist.evaluation.repairs import copies_of, fit_repairs, plan_fits, require_changeable
 from avss_dist.executors.open import open_executor
+from avss_dist.intervention import Intervention
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.layers import layer_lists
 from avss_dist.models.loading import without_head
 from avss_dist.models.size import load_skeleton
 from avss_dist.pruning.checkpoint import require_free, require_prunable
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.cuts import require_cuts
+from avss_dist.pruning.repair.fitter import find_cuts
+from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.repair import Repair, Repaired
-from avss_dist.pruning.repair.rivals import require_foldable
-from avss_dist.settings import REFITS_LATER, Execution, Settings
+from avss_dist.settings import Execution, Settings
 from avss_dist.warehouse.store import Store
 
 
@@ -44,9 +45,8 @@ def kept_repair(
             fit failed.
     """
     require_free(output)
-    require_foldable(repair.by)
     require_changeable(execution.partition)
-    require_cuts(made, every_layer=repair.by in REFITS_LATER)
+    find_cuts(made, every_layer=REPAIRS[repair.by].every_layer)
     settings = repair.settings
     checkpoint = resolve(model, trust_remote_code=settings.trust_remote_code)
     require_prunable(checkpoint, made, settings)
@@ -58,18 +58,19 @@ def kept_repair(
         placement = placed(checkpoint, fixed, execution, executor)
         sharing = copies_of(placement, fixed, executor)
 
-        def fit(copies: int) -> PlannedEvaluation:
+        def fit(copies: int) -> PlannedTask:
             return plan_fits(checkpoint, made.layers, [replace(repair, settings=fixed)], placement, copies)[repair.by]
 
         planned = fit(1)
         if sharing > 1 and (execution.fresh or not _is_there(planned, made.drop, store)):
             planned = fit(sharing)
         found = fit_repairs([(planned, [made.drop])], store, executor, reporter, fresh=execution.fresh)
-    return found[planned.run_id, made.drop].repaired()
+    return found[planned.run_id(), made.drop].repaired()
 
 
-def _is_there(planned: PlannedEvaluation, drop: Sequence[int], store: Store) -> bool:
-    return {cell.cell_id for cell in planned.cells([tuple(drop)])} <= set(store.cell_ids(planned.run_id))
+def _is_there(planned: PlannedTask, drop: Sequence[int], store: Store) -> bool:
+    cells = planned.cells([Intervention(removed=tuple(drop))])
+    return {cell.cell_id for cell in cells} <= set(store.cell_ids(planned.run_id()))
 
 
 def _list_path(checkpoint: Checkpoint, made: Plan, settings: Settings) -> str | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from avss_dist.corpus.chats import chat_template
-from avss_dist.corpus.shards import plan_choices, with_other_start
+from avss_dist.corpus.shards import tokenize_choices, with_other_start
 from avss_dist.evaluation.engine import plan_text
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
+from avss_dist.names import PERPLEXITY, ROW_START, TRUTHFULQA
 from avss_dist.options import AS_THE_TASK_SAYS, Prompting
-from avss_dist.settings import PERPLEXITY, ROW_START, TRUTHFULQA, Settings
+from avss_dist.settings import Settings
 from avss_dist.tasks.base import Task, TextLoss
 from avss_dist.tasks.row_start import RowStartLoss
 from avss_dist.tasks.truthfulqa import TruthfulChoices
@@ -73,5 +74,5 @@ def choices_task(checkpoint: Checkpoint, path: str, settings: Settings, question
         CorpusError: it cannot be read, or a row is too long.
     """
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
-    parts = tuple(TruthfulChoices(shard) for shard in plan_choices(path, tokenizer, settings, questions))
+    parts = tuple(TruthfulChoices(shard) for shard in tokenize_choices(path, tokenizer, settings, questions))
     return Task(name=f"{TRUTHFULQA}{RedactedURI(path)}", parts=parts)

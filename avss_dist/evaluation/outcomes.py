@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from avss_dist.pruning.ground_truth import METRICS
-from avss_dist.removal import SUBLAYERS
+from avss_dist.intervention import PARTS
+from avss_dist.registry import metrics_of
 from avss_dist.results import TabularResult
-from avss_dist.settings import MINIMUM_UNITS
-from avss_dist.stats.intervals import jackknife_interval
+from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.tasks.base import Result
 
 if TYPE_CHECKING:
     from avss_dist.evaluation.evaluate import Evaluation
 
-ESTIMATES = ("taylor", "gradient_l1", "gradient_l2", "weight_frobenius", *METRICS.values())
+ESTIMATES = ("taylor", "gradient_l1", "gradient_l2", "weight_frobenius", *metrics_of("damage"))
 COLUMNS = (
     "subject",
     "dropped",
@@ -56,7 +55,8 @@ class Evaluations(list["Evaluation"], TabularResult):
             kept, metrics = one.retained, one.metrics()
             interval = (kept.value, kept.low, kept.high) if kept else (None, None, None)
             for (metric, value, stderr), whole in zip_longest(metrics, one.whole_metrics()):
-                values = (one.subject.label, list(one.subject.drop), one.task, metric, value, stderr, whole, *interval)
+                dropped = list(map(str, one.subject.intervention.removed))
+                values = (one.subject.label, dropped, one.task, metric, value, stderr, whole, *interval)
                 rows.append(dict(zip(COLUMNS, values, strict=True)))
         return pa.Table.from_pylist(rows)
 
@@ -72,7 +72,7 @@ class LayerAblation:
         shapley: its Shapley value, a sample for each permutation.
         shapley_shared: 1 for each permutation that was truncated before the layer, else 0; None without truncation.
         estimates: what `gradients.Gradients` and `damage.Damage` give, by metric.
-        damage: the mean of its ranks by two of these (`ground_truth.METRICS`), 1 the least.
+        damage: the mean of its ranks by two of these (`registry.metrics_of`), 1 the least.
     """
 
     layer: int
@@ -128,15 +128,15 @@ class Ablation(TabularResult):
 
 
 def _row(one: LayerAblation) -> dict[str, Any]:
-    predicted = one.estimates.get(METRICS["predicted"])
+    predicted = one.estimates.get(metrics_of("predicted")[0])
     low, high = one.shapley_interval() or (None, None)
     return {
         "layer": one.layer,
         "loss": _value(one.loss),
         "increase": _value(one.increase),
         "increase_stderr": None if one.increase is None else one.increase.stderr,
-        **{kind: _value(one.sublayers.get(kind)) for kind in SUBLAYERS},
-        **{f"{kind}_stderr": of.stderr if (of := one.sublayers.get(kind)) else None for kind in SUBLAYERS},
+        **{kind: _value(one.sublayers.get(kind)) for kind in PARTS},
+        **{f"{kind}_stderr": of.stderr if (of := one.sublayers.get(kind)) else None for kind in PARTS},
         "shapley": _value(one.shapley),
         "shapley_low": low,
         "shapley_high": high,

@@ -12,20 +12,19 @@ from typing import Any
 
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.attempts import Bench
-from avss_dist.evaluation.engine import PlannedEvaluation, commit, failure, measure, plan_evaluation
+from avss_dist.evaluation.engine import PlannedTask, commit, failure, measure
 from avss_dist.evaluation.make_tasks import text_task
 from avss_dist.evaluation.repairs import FitRepair, fit_repairs, plan_fits
 from avss_dist.evaluation.search import CHOSEN_HERE, conduct
+from avss_dist.intervention import Intervention, Removals, whole_layers
 from avss_dist.models.loading import text_config
+from avss_dist.names import LOSS, SEARCH
 from avss_dist.pruning.plan import Plan, reasons
-from avss_dist.pruning.repair.fold import FULL
-from avss_dist.pruning.repair.mender import TOKENS_PER_UNKNOWN
-from avss_dist.pruning.repair.text import HELD_BACK, SINK
+from avss_dist.pruning.repair.registry import REPAIRS
+from avss_dist.pruning.repair.splits import HELD_BACK, SINK_TOKENS
 from avss_dist.pruning.search import Effort, Expansion, search_for
 from avss_dist.pruning.selection import Choice
 from avss_dist.pruning.shrinking import GREEDY, POOL, Shrinking
-from avss_dist.removal import Drop
-from avss_dist.settings import LOSS, SEARCH
 from avss_dist.tasks.base import Result
 from avss_dist.text import RedactedURI, describe_layers
 
@@ -41,21 +40,22 @@ class RepairedLosses:
     """
 
     bench: Bench
-    text: PlannedEvaluation
-    fit: PlannedEvaluation | None
+    text: PlannedTask
+    fit: PlannedTask | None
 
-    def measure(self, expansions: Sequence[Expansion]) -> dict[Drop, Result]:
+    def measure(self, expansions: Sequence[Expansion]) -> dict[Removals, Result]:
         """See `search.Measures`."""
         bench, drops = self.bench, [drop for one in expansions for drop in one.sets]
         fits = [] if self.fit is None else [(self.fit, drops)]
         found = fit_repairs(fits, bench.store, bench.executor, bench.reporter, fresh=bench.fresh)
         patches = {drop: patch for (_, drop), patch in found.items()}
-        cells = [cell for drop in drops for cell in self.text.cells([drop], patches.get(drop))]
+        repaired = {drop: Intervention(removed=drop, patch=patches.get(drop)) for drop in drops}
+        cells = self.text.cells(repaired.values())
         failed = measure(cells, bench.store, bench.executor, bench.reporter, fresh=bench.fresh)
-        results = {(one.drop, one.patch): one for one in commit(self.text, bench.store) if one.metric == LOSS}
+        results = {one.intervention: one for one in commit(self.text, bench.store) if one.metric == LOSS}
         if failed:
             raise failure(failed)
-        return {drop: results[drop, patches[drop].key if drop in patches else None] for drop in drops}
+        return {drop: results[intervention.key] for drop, intervention in repaired.items()}
 
 
 def repaired_losses(bench: Bench, request: Shrinking, rows: int) -> RepairedLosses:
@@ -67,7 +67,7 @@ def repaired_losses(bench: Bench, request: Shrinking, rows: int) -> RepairedLoss
     of, *_ = bench.tasks.values()
     settings = replace(of.settings, max_sequences=rows)
     task = replace(text_task(of.checkpoint, request.corpus, settings), name=f"{SEARCH}{RedactedURI(request.corpus)}")
-    text, fit = plan_evaluation(of.checkpoint, task, settings, of.placement), None
+    text, fit = replace(of, task=task, settings=settings), None
     if bench.fit is not None:
         (whole,) = bench.fit.task.parts
         assert isinstance(whole, FitRepair)
@@ -80,10 +80,10 @@ def repaired_losses(bench: Bench, request: Shrinking, rows: int) -> RepairedLoss
 
 def _rows_for(texts: Sequence[CorpusPlan], by: str, width: int) -> int:
     """Rows of each text that suffice to fit a repair of a stream so wide."""
-    if by not in FULL:
+    if REPAIRS[by].text_rank == 0:
         return 1
-    tokens = sum(text.num_tokens for text in texts) / sum(text.num_sequences for text in texts) - SINK
-    fitted = TOKENS_PER_UNKNOWN * width / max(1.0, tokens) / len(texts)
+    tokens = sum(text.num_tokens for text in texts) / sum(text.num_sequences for text in texts) - SINK_TOKENS
+    fitted = REPAIRS[by].tokens_needed(width, width) / max(1.0, tokens) / len(texts)
     return ceil(fitted * HELD_BACK / (HELD_BACK - 1)) + 2  # what is held back is rounded up
 
 
@@ -108,7 +108,7 @@ def searched_plan(made: Callable[..., Plan], request: Shrinking, losses: Repaire
         "loss": round(steps[-1].best.value, 6),
         "text": request.corpus,
         "sequences": losses.text.settings.max_sequences,
-        "evaluation": losses.text.run_id,
+        "evaluation": losses.text.run_id(),
         "task": losses.text.task.name,
     }
-    return replace(pool, drop=drop, why=reasons(choice) | outcome, findings=(CHOSEN_HERE,), evaluated=())
+    return replace(pool, drop=whole_layers(drop), why=reasons(choice) | outcome, findings=(CHOSEN_HERE,), evaluated=())

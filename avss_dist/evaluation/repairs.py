@@ -11,37 +11,35 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.errors import ConfigError
 from avss_dist.evaluation.engine import (
     CellReporter,
-    PlannedEvaluation,
+    PlannedTask,
     commit,
     failure,
     measure,
-    plan_evaluation,
     plan_text,
 )
 from avss_dist.executors.base import Executor
+from avss_dist.intervention import NO_INTERVENTION, Intervention, Removals, decode_removals, whole_layers
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.patching import decode_patch, encode_patch
+from avss_dist.names import REPAIR
 from avss_dist.partition.base import Placement
 from avss_dist.partition.copies import shared
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.fold import FULL
-from avss_dist.pruning.repair.mender import Sharing
+from avss_dist.pruning.repair.fitter import DataParallel
+from avss_dist.pruning.repair.hidden_states import hidden_states_of
 from avss_dist.pruning.repair.record import parse_record
+from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.repair import Repair, Repaired, fit_repair
-from avss_dist.pruning.repair.streams import streams_of
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.registry import PARTITIONS
-from avss_dist.removal import Drop
-from avss_dist.settings import REFITS_LATER, REPAIR, Settings, fingerprint
+from avss_dist.settings import Settings, fingerprint
 from avss_dist.tasks.base import Measure, Row, Task, TextLoss
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.patches import Patches
@@ -52,13 +50,13 @@ MISSING = "missing"  # metric of a fit: what is missing in the stream after each
 
 @dataclass(frozen=True)
 class StoredPatch:
-    """See `tasks.cells.KeptPatch`: in a warehouse."""
+    """A patch in a warehouse; see `intervention.EncodedPatch`."""
 
     key: str
     patches: Patches = field(compare=False, repr=False)
 
     def read(self) -> bytes:
-        """See `tasks.cells.KeptPatch`; cells of one patch follow each other."""
+        """See `intervention.EncodedPatch`; cells of one patch follow each other."""
         return _read(self.patches, self.key)
 
     def repaired(self) -> Repaired:
@@ -94,17 +92,21 @@ class FitRepair:
         weights = {"weights": self.repair.weights} if len(set(self.repair.weights)) > 1 else {}
         return fingerprint(measure="repair 3", by=self.repair.by, texts=texts, **weights)
 
-    def __call__(self, model: LanguageModel, drop: Drop) -> list[Row]:
-        """See `tasks.base.Measure`."""
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+        """See `tasks.base.Measure`: the model is whole, and the repair is for it without the removed layers."""
         settings = replace(self.repair.settings, batch_size=model.settings.batch_size)
         of = model.checkpoint
         made = Plan(
-            model=of.name, revision=of.revision, num_layers=len(model.layers), layers=self.layers, drop=tuple(drop)
+            model=of.name,
+            revision=of.revision,
+            num_layers=len(model.layers),
+            layers=self.layers,
+            drop=whole_layers(intervention.removed),
         )
         stored = StoredWeights.of(of, made, settings).read
         repair = replace(self.repair, settings=settings)
-        sharing = Sharing(model.own, model.add_up)
-        found = fit_repair(of, streams_of(model), made, repair, self.texts, stored, sharing)
+        parallel = DataParallel(model.local_indices, model.all_reduce)
+        found = fit_repair(of, hidden_states_of(model), made, repair, self.texts, stored, parallel)
         about = json.dumps({"record": asdict(found.record), "notes": list(found.notes)})
         errors = np.array([cut.error_after for cut in found.record.cuts])
         patch = encode_patch(found.tensors, about)
@@ -125,10 +127,10 @@ def require_changeable(partition: str) -> None:
         )
 
 
-def _repairable(planned: PlannedEvaluation, drops: Iterable[Drop]) -> list[Drop]:
+def _repairable(planned: PlannedTask, drops: Iterable[Removals]) -> list[Removals]:
     """The sets of layers of which something can be given back: by a layer before a removed one, or by later ones."""
     fits = [part.repair.by for part in planned.task.parts if isinstance(part, FitRepair)]
-    by_later = all(by in REFITS_LATER for by in fits)
+    by_later = all(REPAIRS[by].every_layer for by in fits)
     return [drop for drop in drops if drop and (by_later or drop != tuple(range(len(drop))))]
 
 
@@ -141,7 +143,7 @@ def copies_of(placement: Placement, settings: Settings, executor: Executor) -> i
 
 def plan_fits(
     checkpoint: Checkpoint, layers: str, repairs: Iterable[Repair], placement: Placement, copies: int = 1
-) -> dict[str, PlannedEvaluation]:
+) -> dict[str, PlannedTask]:
     """The task of fitting each of several repairs of a checkpoint, by what they fit.
 
     Args:
@@ -157,7 +159,7 @@ def plan_fits(
     if checkpoint.gguf:
         raise PlanError(f"'{checkpoint.name}' is a .gguf file.", "Repair the checkpoint in safetensors that it is of.")
     require_changeable(placement.partition)
-    planned: dict[str, PlannedEvaluation] = {}
+    planned: dict[str, PlannedTask] = {}
     texts: tuple[CorpusPlan, ...] = ()
     for repair in repairs:
         texts = texts or tuple(
@@ -168,11 +170,16 @@ def plan_fits(
         task = Task(name=name, parts=(FitRepair(repair=repair, layers=layers, texts=texts),))
         rows = repair.settings.batch_size
         batches = sum(-(-shard.num_sequences // rows) for text in texts for shard in text.shards)
-        planned[repair.by] = plan_evaluation(checkpoint, task, repair.settings, shared(placement, min(copies, batches)))
+        planned[repair.by] = PlannedTask(
+            checkpoint=checkpoint,
+            settings=repair.settings,
+            task=task,
+            placement=shared(placement, min(copies, batches)),
+        )
     return planned
 
 
-def repair_texts(planned: PlannedEvaluation) -> Iterator[Task]:
+def repair_texts(planned: PlannedTask) -> Iterator[Task]:
     """The texts of a fit, each as a task, which `held_out` compares with others."""
     for part in planned.task.parts:
         assert isinstance(part, FitRepair)
@@ -181,13 +188,13 @@ def repair_texts(planned: PlannedEvaluation) -> Iterator[Task]:
 
 
 def fit_repairs(
-    wanted: Sequence[tuple[PlannedEvaluation, Iterable[Drop]]],
+    wanted: Sequence[tuple[PlannedTask, Iterable[Removals]]],
     store: Store,
     executor: Executor,
     reporter: CellReporter | None = None,
     *,
     fresh: bool = False,
-) -> dict[tuple[str, Drop], StoredPatch]:
+) -> dict[tuple[str, Removals], StoredPatch]:
     """The patch of each fit without each of its sets of layers, by the fit's id; what was fitted before is found.
 
     Sets of layers that no layer stands before have none, but of repairs of later layers. Repairs that need the most
@@ -197,10 +204,14 @@ def fit_repairs(
         AvssError: a mistake, or a fit that failed; the others are kept.
     """
     demanding = sorted(wanted, key=lambda fit: -max(map(_text_needed, fit[0].task.parts)))
-    cells = [cell for one, drops in demanding for cell in one.cells(_repairable(one, drops))]
-    patches, run_ids = Patches(store.storage), [one.run_id for one, _ in wanted]
+    cells = [
+        cell
+        for one, drops in demanding
+        for cell in one.cells(Intervention(removed=drop) for drop in _repairable(one, drops))
+    ]
+    patches, run_ids = Patches(store.storage), [one.run_id() for one, _ in wanted]
     known = {} if fresh else _fitted(store, run_ids, patches.keys())
-    missing = [cell for cell in cells if (cell.run_id, cell.drop) not in known]
+    missing = [cell for cell in cells if (cell.run_id, cell.intervention.removed) not in known]
     failed = measure(missing, store, executor, reporter, fresh=True, to_first_mistake=True)
     for one, _ in wanted:
         commit(one, store)
@@ -212,13 +223,16 @@ def fit_repairs(
 def _text_needed(part: Measure) -> int:
     """Orders fits by how much text they need: as wide as the MLP is inside, as the stream is, or hardly any."""
     assert isinstance(part, FitRepair)
-    return ("", "output", "inputs").index(FULL.get(part.repair.by, ""))
+    return REPAIRS[part.repair.by].text_rank
 
 
-def _fitted(store: Store, run_ids: Sequence[str], there: set[str]) -> Mapping[tuple[str, Drop], str]:
+def _fitted(store: Store, run_ids: Sequence[str], there: set[str]) -> Mapping[tuple[str, Removals], str]:
     """The keys of patches that cells of these fits gave, and that are there."""
     if not there:
         return {}
-    where = pc.field("run_id").isin(pa.array(run_ids, pa.string())) & (pc.field("metric") == MISSING)
-    rows = store.table("cells", columns=["run_id", "drop", "patch"], where=where).to_pylist()
-    return {(row["run_id"], tuple(row["drop"])): row["patch"] for row in rows if row["patch"] in there}
+    return {
+        (run_id, decode_removals(row["drop"])): row["patch"]
+        for run_id in dict.fromkeys(run_ids)
+        for row in store.cells(run_id).select(["drop", "metric", "patch"]).to_pylist()
+        if row["metric"] == MISSING and row["patch"] in there
+    }

@@ -7,8 +7,7 @@ from math import isfinite, nan
 
 import numpy as np
 
-from avss_dist.settings import MINIMUM_UNITS
-from avss_dist.stats.intervals import jackknife_interval
+from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.stats.retention import kept
 from avss_dist.tasks.base import Result
 

@@ -8,13 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import pyarrow.compute as pc
-
 from avss_dist.analysis.plans import evaluated_lines
 from avss_dist.errors import AvssError
 from avss_dist.evaluation.engine import (
     CellReporter,
-    PlannedEvaluation,
+    PlannedTask,
     Rounds,
     SilentCells,
     commit,
@@ -22,15 +20,16 @@ from avss_dist.evaluation.engine import (
     failure,
     pinned,
     placed,
-    plan_evaluation,
     plan_text,
 )
 from avss_dist.executors.open import open_executor
+from avss_dist.intervention import Intervention, InterventionKey, Removals, encode_removals
 from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.names import LOSS, SEARCH
 from avss_dist.pruning.plan import Plan, layer_list, plan_of, reasons
-from avss_dist.pruning.search import Drop, Effort, Expansion, Search, best_sets, search_for
+from avss_dist.pruning.search import Effort, Expansion, Search, best_sets, search_for
 from avss_dist.pruning.selection import Choice, PlanError
-from avss_dist.settings import LOSS, SEARCH, Settings
+from avss_dist.settings import Settings
 from avss_dist.tasks.base import Result, Task, combine
 from avss_dist.tasks.cells import Cell
 from avss_dist.tasks.layer_removal import LeaveOneOut
@@ -91,7 +90,7 @@ def search(
     *,
     corpus: str,
     effort: Effort | None = None,
-    starts: Sequence[Drop] = (),
+    starts: Sequence[tuple[int, ...]] = (),
     skip_sequences: int = 0,
     reporter: SearchReporter | None = None,
     **options: Any,
@@ -120,7 +119,7 @@ def search(
         fixed = pinned(settings, checkpoint, executor.device)
         placement = placed(checkpoint, fixed, execution, executor)
         task = search_task(checkpoint, corpus, fixed, skip_sequences=skip_sequences)
-        planned = plan_evaluation(checkpoint, task, fixed, placement)
+        planned = PlannedTask(checkpoint=checkpoint, settings=fixed, task=task, placement=placement)
         hears = reporter or Silent()
         with closing(Rounds(store, executor, hears)) as rounds:
             losses = Losses(planned, store, rounds, hears, fresh=execution.fresh)
@@ -131,7 +130,7 @@ def search(
     outcome = {"sets": steps[-1].sets, "loss": round(chosen.value, 6), "whole_model": round(whole.value, 6)}
     how = {name: value for name, value in (("budget", effort.budget), ("width", effort.width)) if value}
     how |= {"starts": len(starts)} if starts else {}
-    why = reasons(choice) | how | text | outcome | {"evaluation": planned.run_id, "task": task.name}
+    why = reasons(choice) | how | text | outcome | {"evaluation": planned.run_id(), "task": task.name}
     made = replace(
         plan_of(scores, run, drop, why),
         findings=(CHOSEN_HERE,),
@@ -167,7 +166,7 @@ def search_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip
 class Measures(Protocol):
     """Measures the losses that a search asks for."""
 
-    def measure(self, expansions: Sequence[Expansion]) -> dict[Drop, Result]:
+    def measure(self, expansions: Sequence[Expansion]) -> dict[Removals, Result]:
         """The loss without every set.
 
         Raises:
@@ -177,14 +176,14 @@ class Measures(Protocol):
 
 def conduct(
     searching: Search, losses: Measures, stepped: Callable[[Step], None] | None = None
-) -> tuple[Drop, list[Step]]:
+) -> tuple[Removals, list[Step]]:
     """Give a search the losses that it asks for, until it chooses; the set that it chooses, and its rounds.
 
     Args:
         stepped: is called after each round.
     """
     steps: list[Step] = []
-    known: set[Drop] = set()
+    known: set[Removals] = set()
     expansions = next(searching)
     while True:
         found = losses.measure(expansions)
@@ -208,20 +207,19 @@ class Losses:
     """
 
     def __init__(
-        self, planned: PlannedEvaluation, store: Store, rounds: Rounds, reporter: CellReporter, *, fresh: bool
+        self, planned: PlannedTask, store: Store, rounds: Rounds, reporter: CellReporter, *, fresh: bool
     ) -> None:
         self._planned, self._rounds, self._reporter = planned, rounds, reporter
-        self._rows: dict[Drop, dict[int, Mapping[str, Any]]] = {}
-        if not fresh and store.cell_ids(planned.run_id):
-            for row in store.table("cells", where=pc.field("run_id") == planned.run_id).to_pylist():
-                self._keep(row)
+        self._rows: dict[Removals, dict[int, Mapping[str, Any]]] = {}
+        for row in [] if fresh else store.cells(planned.run_id()).to_pylist():
+            self._keep(row)
 
-    def of(self, drop: Drop) -> Result:
+    def of(self, drop: Removals) -> Result:
         """The loss without layers, which has been measured."""
         (result,) = combine(self._rows[drop].values(), len(self._planned.task.parts))
         return result
 
-    def measure(self, expansions: Sequence[Expansion]) -> dict[Drop, Result]:
+    def measure(self, expansions: Sequence[Expansion]) -> dict[Removals, Result]:
         """See `Measures`."""
         cells = [cell for one in expansions for cell in self._cells(one)]
         self._reporter.started(cells, 0)
@@ -231,25 +229,26 @@ class Losses:
                 failed.append((cell, outcome))
                 continue
             for row in outcome.rows:
-                of = {"drop": row.drop, "layer": None, "metric": LOSS, "part": cell.part}
-                self._keep(of | {"samples": row.samples, "weights": row.weights})
+                drop = encode_removals(row.removed or ())
+                place = {"drop": drop, "layer": None, "metric": LOSS, "part": cell.part}
+                self._keep(place | {"samples": row.samples, "weights": row.weights})
         if failed:
             raise failure(failed)
         return {drop: self.of(drop) for one in expansions for drop in one.sets}
 
     def _keep(self, row: Mapping[str, Any]) -> None:
-        self._rows.setdefault(tuple(row["drop"]), {})[row["part"]] = row
+        self._rows.setdefault(InterventionKey.of_row(row).removed, {})[row["part"]] = row
 
     def _cells(self, expansion: Expansion) -> list[Cell]:
         """The cells of what is not known: sets that begin from the same one together, `AT_ONCE` at most."""
-        cells = []
+        cells, base = [], Intervention(removed=expansion.base)
         for part, measure in enumerate(self._planned.task.parts):
             assert isinstance(measure, LeaveOneOut)
             if not expansion.layers and part not in self._rows.get(expansion.base, {}):
-                cells.append(self._planned.cell(part, measure, expansion.base))
+                cells.append(self._planned.cell(part, measure, base))
             pairs = zip(expansion.layers, expansion.sets, strict=False)
             layers = [layer for layer, drop in pairs if part not in self._rows.get(drop, {})]
             for start in range(0, len(layers), AT_ONCE):
                 some = replace(measure, layers=tuple(layers[start : start + AT_ONCE]))
-                cells.append(self._planned.cell(part, some, expansion.base))
+                cells.append(self._planned.cell(part, some, base))
         return cells

@@ -23,12 +23,11 @@ from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.attempts import Attempt, Bench
 from avss_dist.evaluation.engine import (
     CellReporter,
-    PlannedEvaluation,
+    PlannedTask,
     SilentCells,
     evaluation_options,
     pinned,
     placed,
-    plan_evaluation,
     plan_text,
 )
 from avss_dist.evaluation.held_out import refuse_overlap, refuse_repair_text, refuse_text
@@ -40,28 +39,23 @@ from avss_dist.executors.open import open_executor
 from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import load_tokenizer, text_config
+from avss_dist.names import PERPLEXITY
 from avss_dist.options import Prompting, ShrinkingOptions, with_options
 from avss_dist.partition.base import Placement
 from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.forecast import tokens_needed
 from avss_dist.pruning.repair.record import RepairRecord
+from avss_dist.pruning.repair.registry import NO_REPAIR
 from avss_dist.pruning.repair.repair import Repair
-from avss_dist.pruning.repair.text import HELD_BACK, count_tokens, portions
+from avss_dist.pruning.repair.requirements import tokens_needed
+from avss_dist.pruning.repair.splits import HELD_BACK, count_fitted, split_texts
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.shrinking import GREEDY, Shrinking
+from avss_dist.registry import SCORES
 from avss_dist.results import TabularResult
 from avss_dist.runs.api import score
 from avss_dist.runs.reporter import Reporter
-from avss_dist.settings import (
-    ESTIMATES,
-    INTERACTIONS,
-    LOWEST_SHARE,
-    NO_REPAIR,
-    PERPLEXITY,
-    Execution,
-    Settings,
-)
+from avss_dist.settings import LOWEST_SHARE, Execution, Settings
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
@@ -69,12 +63,6 @@ from avss_dist.warehouse.store import Store
 ROWS = 256  # of each text, where nothing is said
 HELD_OUT = 8  # one row of so many is scored on, and one is evaluated on
 SCORED = 16  # rows that are scored on, at most: more rank layers hardly better, and the damage takes 8 passes over them
-MEASURED: dict[str, dict[str, Any]] = {  # what `ablate` is to measure, by what layers are chosen by
-    "loss": {},
-    "shapley": {"leave_one_out": False, "shapley": 32},
-    "taylor": {"leave_one_out": False, "gradients": True},
-    **{name: {"leave_one_out": False, "damage": True} for name in (*ESTIMATES, INTERACTIONS)},
-}
 
 
 class ShrinkReporter(Protocol):
@@ -286,7 +274,7 @@ def _fitted_tokens(checkpoint: Checkpoint, request: Shrinking, parts: Parts, set
     """Return how many tokens, and of how many rows, the repair is fitted to."""
     read = replace(settings, max_sequences=parts.rows - parts.held_out)
     texts = [plan_text(checkpoint, text, read, skip_sequences=parts.held_out) for text in request.repair_texts]
-    tokens = sum(count_tokens(portions(texts, settings.batch_size), len(texts)))
+    tokens = sum(count_fitted(split_texts(texts, settings.batch_size), len(texts)))
     return tokens, sum(text.num_sequences - ceil(text.num_sequences / HELD_BACK) for text in texts)
 
 
@@ -305,8 +293,8 @@ def _scored_plan(
     run = score(
         model, corpus=request.corpus, warehouse=warehouse, reporter=reporter.scoring, sites=("block",), **options
     )
-    if request.ranked_by in MEASURED:
-        how = MEASURED[request.ranked_by] | options
+    if SCORES[request.ranked_by].task:
+        how = {**SCORES[request.ranked_by].ablate, **options}
         ablate(model, corpus=request.corpus, warehouse=warehouse, reporter=reporter.cells, **how)
     opened = Warehouse(warehouse)
     row = opened.run(run.run_id)
@@ -343,7 +331,7 @@ def _bench(
 
 def _task(
     checkpoint: Checkpoint, name: str, request: Shrinking, parts: Parts, settings: Settings, placement: Placement
-) -> PlannedEvaluation:
+) -> PlannedTask:
     read = replace(settings, max_sequences=parts.evaluated)
     task = make_task(
         checkpoint,
@@ -353,14 +341,14 @@ def _task(
         limit=request.limit,
         prompting=Prompting(num_fewshot=request.num_fewshot),
     )
-    return plan_evaluation(checkpoint, task, read, placement)
+    return PlannedTask(checkpoint=checkpoint, settings=read, task=task, placement=placement)
 
 
 def _refuse_overlaps(
     checkpoint: Checkpoint,
     request: Shrinking,
-    tasks: dict[str, PlannedEvaluation],
-    fit: PlannedEvaluation | None,
+    tasks: dict[str, PlannedTask],
+    fit: PlannedTask | None,
     run_id: str,
     store: Store,
     parts: Parts,

@@ -8,16 +8,17 @@ from typing import Any
 from avss_dist.analysis.sparsity_plans import Measured
 from avss_dist.errors import ConfigError
 from avss_dist.evaluation.allocation import CHOSEN_BY_TOKEN, Asker, Unreachable, allocate, require_whole_weights
-from avss_dist.evaluation.engine import CellReporter, plan_evaluation, plan_text
-from avss_dist.evaluation.evaluate import realized, require_effect
+from avss_dist.evaluation.engine import CellReporter, plan_text
+from avss_dist.evaluation.evaluate import about, realized, require_effect
 from avss_dist.evaluation.retention import retained
 from avss_dist.evaluation.sparsify import keep_plan
-from avss_dist.evaluation.subjects import runtime
 from avss_dist.evaluation.trial import NO_METHOD, Trial, measured_values, with_fewer_rows
 from avss_dist.executors.base import Executor
+from avss_dist.intervention import NO_INTERVENTION
+from avss_dist.names import FARTHEST_MAP, MAPS_WITHIN, SPARSITY
 from avss_dist.pruning.methods import Experiment
 from avss_dist.runs.job_file import RunSpec
-from avss_dist.settings import FARTHEST_MAP, INPUTS, MAPS_WITHIN, SPARSITY
+from avss_dist.settings import INPUTS
 from avss_dist.tasks.base import Result
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
@@ -80,36 +81,30 @@ def plan_sparsities(
                     trial.sparsity_plans[method, level] = None
                     continue
                 trial.sparsity_plans[method, level] = keep_plan(made, store, run)
-                for task, one in trial.planned.items():
-                    trial.sparse[task, method, level] = plan_evaluation(
-                        one.checkpoint, one.task, one.settings, one.placement, runtime(made)
-                    )
 
 
 def sparse_rows(trial: Trial, task: str, results: Mapping[str, Sequence[Result]]) -> Iterator[dict[str, Any]]:
-    """Rows of ``experiments`` of a task: what every plan keeps of the dense model, and the sparsity that it had.
+    """Yield rows of ``experiments`` of a task: what every plan keeps of the dense model, and the sparsity that it had.
 
     A level that a method cannot reach has one row, without a value.
     """
-    whole = {one.metric: one for one in results[trial.planned[task].run_id] if one.layer is None and one.drop == ()}
+    whole = {result.metric: result for result in about(results[task], NO_INTERVENTION.key)}
     for (method, level), plan in trial.sparsity_plans.items():
-        about = NO_METHOD | {"method": method, "score": method, "share": 0.0, "retention": None}
-        planned = trial.sparse.get((task, method, level))
-        if plan is None or planned is None:
-            yield _valued(SPARSITY, None) | about | {"sparsity": level}
+        chosen = NO_METHOD | {"method": method, "score": method, "share": 0.0, "retention": None, "sparsity": level}
+        if plan is None:
+            yield _valued(SPARSITY, None) | chosen
             continue
-        about |= {"sparsity": level, "sparsity_plan": planned.sparsity and planned.sparsity.key}
-        found = results[planned.run_id]
-        for result in found:
-            if result.layer is None:
-                kept = retained(whole[result.metric], result) if result.metric in whole else None
-                interval = {"retention_low": kept and kept.low, "retention_high": kept and kept.high}
-                yield measured_values(result) | about | {"retention": kept and kept.value} | interval
-        if near := realized(plan, found):
-            yield _valued(MAPS_WITHIN, near.within) | about
-            yield _valued(FARTHEST_MAP, near.farthest) | about
+        key = plan.intervention.key
+        chosen |= key.row()
+        for result in about(results[task], key):
+            kept = retained(whole[result.metric], result) if result.metric in whole else None
+            interval = {"retention_low": kept and kept.low, "retention_high": kept and kept.high}
+            yield measured_values(result) | chosen | {"retention": kept and kept.value} | interval
+        if near := realized(plan, results[task], plan.intervention):
+            yield _valued(MAPS_WITHIN, near.within) | chosen
+            yield _valued(FARTHEST_MAP, near.farthest) | chosen
 
 
 def _valued(metric: str, value: float | None) -> dict[str, Any]:
-    """The columns that `measured_values` gives, of what has no samples."""
-    return {"drop": [], "patch": None, "metric": metric, "value": value, "stderr": None, "sparsity_plan": None}
+    """Return the columns that `measured_values` gives, for a value without samples."""
+    return {**NO_INTERVENTION.key.row(), "metric": metric, "value": value, "stderr": None}

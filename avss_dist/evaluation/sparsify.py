@@ -19,7 +19,6 @@ from avss_dist.evaluation.allocation import (
     require_whole_weights,
 )
 from avss_dist.evaluation.engine import CellReporter, evaluation_options, pinned, placed, plan_text
-from avss_dist.evaluation.subjects import runtime
 from avss_dist.executors.open import open_executor
 from avss_dist.models.checkpoints import resolve
 from avss_dist.options import EvaluationOptions, with_options
@@ -93,7 +92,8 @@ def sparsify(
 def keep_plan(plan: SparsityPlan, store: Store, run: Mapping[str, Any]) -> SparsityPlan:
     """The plan, which the warehouse has in its table ``sparsity`` from now on."""
     of = RunIdentity(run_id=run["run_id"], model=run["model"], revision=run["revision"], family=run["family"])
-    key = runtime(plan).key
+    key = plan.intervention.key.sparsity
+    assert key is not None
     common = {
         "sparsity_plan": key,
         "method": plan.why["by"],

@@ -7,38 +7,41 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
+from torch import nn
+
 from avss_dist.errors import AvssError, ConfigError, ModelError
+from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.checkpoints import Checkpoint, resolve
-from avss_dist.models.layers import layer_lists
+from avss_dist.models.layers import is_linear, layer_lists, linear_sizes
 from avss_dist.models.loading import without_head
 from avss_dist.models.size import load_skeleton
-from avss_dist.models.sparsifying import Cut, Sparsity
 from avss_dist.pruning.model_card import pruned_from
 from avss_dist.pruning.plan import read_plan
 from avss_dist.pruning.selection import PlanError
 from avss_dist.settings import SEARCHES, Settings
 from avss_dist.sparsity.plan import SparsityPlan, is_sparsity_plan, read_sparsity_plan
 
+_ANOTHER_MODEL = "Is it a plan for another model? Score this one, and make a plan of its own."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is evaluated: a model, and the layers and sublayers that are left out of it.
+    """A model to evaluate, and what is changed in it.
 
     Attributes:
-        label: what people call it.
-        run_id: the run whose scores chose the layers; its text is no text to evaluate on.
-        search: the evaluation that searched them; nor is its text.
-        sparsity: what becomes zero in it.
+        label: name that people know it by.
+        intervention: the change, of the plans that the subject was read from.
+        run_id: the run whose scores a plan was made of; its text is not held out.
+        search: the evaluation that searched the layers of a plan; nor is its text.
         base: the model that a pruned checkpoint was made of, beside which it is evaluated.
-        sparsity_plan: the plan that says so.
+        sparsity_plan: the plan of its sparsity.
     """
 
     checkpoint: Checkpoint
     label: str
-    drop: tuple[int, ...] = ()
+    intervention: Intervention = NO_INTERVENTION
     run_id: str | None = None
     search: str | None = None
-    sparsity: Sparsity | None = None
     base: Checkpoint | None = None
     sparsity_plan: SparsityPlan | None = field(default=None, compare=False, repr=False)
 
@@ -59,14 +62,19 @@ def read_subject(text: str, settings: Settings) -> Subject:
         sparse = read_sparsity_plan(text)
         checkpoint = _checkpoint_of(sparse.model, sparse.revision, text, trust_remote_code=trust_remote_code)
         require_same_layers(checkpoint, text, sparse.num_layers, None, settings)
+        require_same_maps(checkpoint, text, sparse, settings)
         return Subject(
-            checkpoint=checkpoint, label=text, run_id=sparse.run_id, sparsity=runtime(sparse), sparsity_plan=sparse
+            checkpoint=checkpoint,
+            label=text,
+            intervention=sparse.intervention,
+            run_id=sparse.run_id,
+            sparsity_plan=sparse,
         )
     made = read_plan(text)
     checkpoint = _checkpoint_of(made.model, made.revision, text, trust_remote_code=trust_remote_code)
     require_same_layers(checkpoint, text, made.num_layers, made.layers, settings)
     search = str(made.why.get("evaluation", "")) if made.why.get("by") in SEARCHES else None
-    return Subject(checkpoint=checkpoint, label=text, drop=made.removed, run_id=made.run_id, search=search)
+    return Subject(checkpoint=checkpoint, label=text, intervention=made.intervention, run_id=made.run_id, search=search)
 
 
 def with_bases(
@@ -81,7 +89,7 @@ def with_bases(
         ConfigError: a base model is given, and all subjects are plans.
         AvssError: the base model that is given cannot be opened.
     """
-    alone = [subject for subject in subjects if not subject.drop and subject.sparsity is None]
+    alone = [subject for subject in subjects if not subject.intervention]
     if base is not None:
         if not alone:
             raise ConfigError("`base` has no effect on plans, which name their own models.", "Leave it out.")
@@ -145,7 +153,7 @@ def require_same_layers(
     Raises:
         PlanError: the message has what the plan says and what the model has.
     """
-    known = _layer_lists(checkpoint, settings)
+    known = {path: len(modules) for path, modules in _layer_lists(checkpoint, settings).items()}
     if not known:
         return
     if layers is not None and layers not in known:
@@ -159,39 +167,47 @@ def require_same_layers(
         raise PlanError(
             f"{file}: the key 'num_layers' is {num_layers}, and {checkpoint.name} has "
             f"{' or '.join(map(str, sorted(numbers)))} layers.",
-            "Is it a plan for another model? Score this one, and make a plan of its own.",
+            _ANOTHER_MODEL,
         )
+
+
+def require_same_maps(checkpoint: Checkpoint, file: str, plan: SparsityPlan, settings: Settings) -> None:
+    """Refuse the sparsity plan of a file whose linear maps are not those of its model.
+
+    A model that cannot be built without its weights is not checked here; it refuses maps that it does not have. Nor is
+    one with several lists of modules that may be its layers.
+
+    Raises:
+        PlanError: the message names the first such map, with its shape in the plan and in the model.
+    """
+    lists = [modules for modules in _layer_lists(checkpoint, settings).values() if len(modules) == plan.num_layers]
+    if len(lists) != 1:
+        return
+    for index, one in enumerate(plan.projections):
+        where = f"{file}: map {index + 1} of the key 'projections', '{one.map}' of layer {one.layer},"
+        try:
+            module = lists[0][one.layer].get_submodule(one.map)
+        except AttributeError:
+            raise PlanError(f"{where} is not in {checkpoint.name}.", _ANOTHER_MODEL) from None
+        if not is_linear(module):  # an activation that gates the MLP
+            continue
+        inputs, outputs = linear_sizes(module)
+        if (inputs, outputs) != (one.inputs, one.outputs):
+            raise PlanError(
+                f"{where} has {one.inputs} inputs and {one.outputs} outputs, and in {checkpoint.name} {inputs} and "
+                f"{outputs}.",
+                _ANOTHER_MODEL,
+            )
 
 
 @lru_cache(maxsize=16)
-def _layer_lists(checkpoint: Checkpoint, settings: Settings) -> dict[str, int]:
-    """Return path and length of each module list that may be a checkpoint's layers; nothing if it cannot be built."""
+def _layer_lists(checkpoint: Checkpoint, settings: Settings) -> dict[str, nn.ModuleList]:
+    """Return the module lists that may be a checkpoint's layers, by path, without weights; none if it is not built."""
     with suppress(ModelError):
         _, model, _ = load_skeleton(checkpoint, settings)
         number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-        return {path: len(found) for path, found in layer_lists(without_head(model), number, settings.layers).items()}
+        return layer_lists(without_head(model), number, settings.layers)
     return {}
-
-
-def runtime(plan: SparsityPlan) -> Sparsity:
-    """What a sparsity plan makes zero, as an open model takes it."""
-    kept, group = plan.group
-    cuts = [
-        Cut(
-            layer=one.layer,
-            path=one.map,
-            outputs=one.outputs,
-            inputs=one.inputs,
-            by=one.by,
-            value=one.value,
-            center=one.center,
-            weighted=plan.weighted,
-            kept=kept,
-            group=group,
-        )
-        for one in plan.projections
-    ]
-    return Sparsity(cuts=tuple(cuts), rule=plan.rule)
 
 
 def read_subjects(names: Sequence[str], sparse: str | None, settings: Settings) -> list[Subject]:
@@ -209,16 +225,22 @@ def read_subjects(names: Sequence[str], sparse: str | None, settings: Settings) 
 
 def _with_sparsity(subjects: Sequence[Subject], plan: str, settings: Settings) -> list[Subject]:
     sparse = read_subject(plan, settings)
-    if sparse.sparsity is None:
-        raise PlanError(f"{plan} is no sparsity plan.", "avss plan --sparsify makes one.")
+    if sparse.sparsity_plan is None:
+        raise PlanError(f"{plan} is no sparsity plan.", "avss sparsify makes one.")
     for subject in subjects:
         if subject.checkpoint.revision != sparse.checkpoint.revision:
             raise PlanError(
                 f"{plan} is for {sparse.checkpoint.name}, and {subject.label} is another model.",
                 "Make a plan for each model.",
             )
+    sparsity = sparse.intervention.sparsity
     on_top = {
-        s: replace(s, label=f"{s.label} + {plan}", sparsity=sparse.sparsity, sparsity_plan=sparse.sparsity_plan)
-        for s in subjects
+        subject: replace(
+            subject,
+            label=f"{subject.label} + {plan}",
+            intervention=replace(subject.intervention, sparsity=sparsity),
+            sparsity_plan=sparse.sparsity_plan,
+        )
+        for subject in subjects
     }
     return [one for subject in subjects for one in (subject, on_top[subject])]

@@ -11,26 +11,29 @@ from typing import Any
 import numpy as np
 
 from avss_dist.analysis.verdict import WHOLE
-from avss_dist.evaluation.engine import PlannedEvaluation
+from avss_dist.evaluation.engine import PlannedTask
 from avss_dist.evaluation.repairs import StoredPatch
 from avss_dist.evaluation.retention import retained
+from avss_dist.intervention import NO_INTERVENTION, Intervention, InterventionKey, Removals
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import text_config
+from avss_dist.names import CHANCE, CONTRAST, LOSS
 from avss_dist.partition.base import Placement
 from avss_dist.pruning.ground_truth import Interactions
 from avss_dist.pruning.interactions import quadratic
 from avss_dist.pruning.methods import Experiment, Method, methods
+from avss_dist.pruning.repair.registry import NO_REPAIR
 from avss_dist.pruning.selection import Reading, count_layers
-from avss_dist.removal import Drop
+from avss_dist.registry import INTERACTIONS
 from avss_dist.runs.run import Run
-from avss_dist.settings import CHANCE, CONTRAST, INTERACTIONS, LOSS, NO_REPAIR, Settings
+from avss_dist.settings import Settings
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Result
-from avss_dist.tasks.cells import Cell
 from avss_dist.warehouse.schema import RunIdentity
 
-Chosen = tuple[Method, float, Drop]  # a method, the share of layers, and the layers
+Layers = tuple[int, ...]
+Chosen = tuple[Method, float, Layers]  # a method, the share of layers, and the layers
 
 
 @dataclass
@@ -39,15 +42,14 @@ class Trial:
 
     Attributes:
         rows: of the table ``scores``.
-        truth: float64[layers], by one of ``settings.OF_LAYERS``.
+        truth: float64[layers], by one of ``registry.MEASURED``.
         interactions: of the layers, where sets are chosen by them.
         searched: what each method that searches found at each share.
         contrasts: float64[layers] by reading, of paired text.
-        planned: the evaluation of each task; scaled: of each task and factor but 0.
+        planned: the tasks, by name.
         choices: what every method drops of every share.
-        sparse: the evaluation of each task, method of spreading a sparsity, and level.
-        sparsity_plans: of each method and level; none where the method cannot reach it.
-        fits: the task of fitting each repair; none of `settings.NO_REPAIR`.
+        sparsity_plans: of each method of spreading a sparsity, and level; None where the method cannot reach it.
+        fits: the task of fitting each repair; none of `pruning.repair.registry.NO_REPAIR`.
         patches: what was fitted, by the fit's id and the layers that are dropped.
     """
 
@@ -59,15 +61,13 @@ class Trial:
     corpus: str
     truth: dict[str, Float64] = field(default_factory=dict)
     interactions: Interactions | None = None
-    searched: dict[tuple[Method, float], Drop] = field(default_factory=dict)
+    searched: dict[tuple[Method, float], Layers] = field(default_factory=dict)
     contrasts: dict[Reading, Float64] = field(default_factory=dict)
-    planned: dict[str, PlannedEvaluation] = field(default_factory=dict)
-    scaled: dict[tuple[str, float], PlannedEvaluation] = field(default_factory=dict)
+    planned: dict[str, PlannedTask] = field(default_factory=dict)
     choices: list[Chosen] = field(default_factory=list)
-    sparse: dict[tuple[str, str, float], PlannedEvaluation] = field(default_factory=dict)
     sparsity_plans: dict[tuple[str, float], SparsityPlan | None] = field(default_factory=dict)
-    fits: dict[str, PlannedEvaluation] = field(default_factory=dict)
-    patches: Mapping[tuple[str, Drop], StoredPatch] = field(default_factory=dict)
+    fits: dict[str, PlannedTask] = field(default_factory=dict)
+    patches: Mapping[tuple[str, Removals], StoredPatch] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -75,27 +75,23 @@ class Trial:
         return count_layers(self.rows)
 
     @property
-    def drops(self) -> list[Drop]:
+    def drops(self) -> list[Layers]:
         """The sets of layers that are dropped, each once."""
         return list(dict.fromkeys(drop for _, _, drop in self.choices))
 
-    def patch(self, repair: str, drop: Drop) -> StoredPatch | None:
-        """The weights with which a repair is evaluated; None where it changes none."""
-        return self.patches.get((self.fits[repair].run_id, drop)) if repair in self.fits else None
+    def without(self, drop: Layers, repair: str = NO_REPAIR) -> Intervention:
+        """Return the intervention without some layers, repaired; a repair may change no weights."""
+        fit = self.fits.get(repair)
+        return Intervention(removed=drop, patch=self.patches.get((fit.run_id(), drop)) if fit else None)
 
-    def cells(self, experiment: Experiment) -> list[Cell]:
-        """Every task on the whole model, with every choice by every factor and repair, and with every sparsity."""
-        repaired = [(drop, self.patch(repair, drop)) for drop in self.drops for repair in experiment.repairs]
-        variants = dict.fromkeys([((), None), *(repaired if 0 in experiment.factors else [])])
-        wanted = [(one, drop, patch) for one in self.planned.values() for drop, patch in variants]
-        wanted += [(one, drop, None) for one in self.scaled.values() for drop in self.drops]
-        wanted += [(one, (), None) for one in self.sparse.values()]
-        return [cell for one, drop, patch in wanted for cell in one.cells([drop], patch)]
-
-    @property
-    def evaluations(self) -> list[PlannedEvaluation]:
-        """Of all tasks, with layers left out and scaled, dense and sparse."""
-        return [*self.planned.values(), *self.scaled.values(), *self.sparse.values()]
+    def interventions(self, experiment: Experiment) -> list[Intervention]:
+        """Return all that is evaluated: no intervention, every choice by every factor and repair, every sparsity."""
+        repaired = [self.without(drop, repair) for drop in self.drops for repair in experiment.repairs]
+        factors = dict.fromkeys(filter(None, experiment.factors))
+        scaled = [Intervention(removed=drop, residual_scale=factor) for factor in factors for drop in self.drops]
+        sparse = [plan.intervention for plan in self.sparsity_plans.values() if plan]
+        removed = repaired if 0 in experiment.factors else []
+        return list(dict.fromkeys([NO_INTERVENTION, *removed, *scaled, *sparse]))
 
     @property
     def identity(self) -> RunIdentity:
@@ -111,7 +107,7 @@ class Trial:
             for share in experiment.shares
         ]
 
-    def _drop(self, method: Method, share: float) -> Drop:
+    def _drop(self, method: Method, share: float) -> Layers:
         if (method, share) in self.searched:
             return self.searched[method, share]
         choice = method.choice(share)
@@ -138,51 +134,40 @@ def guessed_loss(trial: Trial) -> float | None:
 
 
 def rows_of(trial: Trial, experiment: Experiment, results: Mapping[str, Sequence[Result]]) -> Iterator[dict[str, Any]]:
-    """Rows of ``experiments``, task by task, less the columns of RunIdentity.
+    """Yield rows of ``experiments``, task by task, less the columns of RunIdentity.
 
     Args:
-        results: by the id of an evaluation.
+        results: by task.
     """
     guess = guessed_loss(trial)
-    for task, one in trial.planned.items():
-        found = _about_whole(results[one.run_id])
-        whole = [result for result in found if result.drop == ()]
-        rows = [{"factor": None, **row} for row in _whole_rows(whole, guess)]
-        evaluations = {0.0: found} | {
-            factor: _about_whole(results[scaled.run_id]) for (of, factor), scaled in trial.scaled.items() if of == task
-        }
+    for task in trial.planned:
+        by_key: dict[InterventionKey, list[Result]] = {}
+        for result in results[task]:
+            if result.layer is None:
+                by_key.setdefault(result.intervention, []).append(result)
+        rows = list(_whole_rows(by_key[NO_INTERVENTION.key], guess))
         for factor in experiment.factors:
-            choices = _choice_rows(trial, experiment.repairs, whole, evaluations[factor])
-            rows += [{"factor": factor or None, **row} for row in choices]
+            rows += _choice_rows(trial, experiment.repairs, factor, by_key)
         for row in rows:
             yield {"task": task, "created_at": datetime.now(UTC), **row}
-
-
-def _about_whole(results: Sequence[Result]) -> list[Result]:
-    """Those about a model, and no single layer of it."""
-    return [result for result in results if result.layer is None]
 
 
 def _whole_rows(results: Sequence[Result], guess: float | None) -> Iterator[dict[str, Any]]:
     """The whole model, and of a loss what a guess makes of it."""
     whole = [measured_values(result) for result in results]
     if guess is not None and any(row["metric"] == LOSS for row in whole):
-        whole.append({"drop": [], "patch": None, "metric": CHANCE, "value": guess, "stderr": None})
+        whole.append({**NO_INTERVENTION.key.row(), "metric": CHANCE, "value": guess, "stderr": None})
     for row in whole:
         yield {**row, "method": WHOLE, "share": 0.0, **NO_METHOD, "retention": 1.0}
 
 
 def _choice_rows(
-    trial: Trial, repairs: Sequence[str], before: Sequence[Result], results: Sequence[Result]
+    trial: Trial, repairs: Sequence[str], factor: float, results: Mapping[InterventionKey, Sequence[Result]]
 ) -> Iterator[dict[str, Any]]:
-    """Every method at every share with every repair, beside the whole model."""
-    whole = {result.metric: result for result in before}
-    by_variant: dict[tuple[Drop, str | None], list[Result]] = {}
-    for result in results:
-        by_variant.setdefault((result.drop, result.patch), []).append(result)
+    """Yield a row for every method at every share with every repair, beside the whole model."""
+    whole = {result.metric: result for result in results[NO_INTERVENTION.key]}
     for (method, share, drop), repair in product(trial.choices, repairs):
-        patch = trial.patch(repair, drop)
-        for result in by_variant[drop, patch.key if patch else None]:
+        for result in results[replace(trial.without(drop, repair), residual_scale=factor).key]:
             kept = retained(whole[result.metric], result)
             yield {
                 **measured_values(result),
@@ -204,13 +189,6 @@ NO_METHOD = dict.fromkeys(("score", *_READING, "control", "seed", "repair", "ret
 
 
 def measured_values(result: Result) -> dict[str, Any]:
-    """The columns of ``experiments`` that a result has."""
-    return {
-        "drop": list(result.drop),
-        "patch": result.patch,
-        "metric": result.metric,
-        "value": result.value,
-        "stderr": result.stderr,
-        "sparsity": None,
-        "sparsity_plan": None,
-    }
+    """Return the columns of ``experiments`` that a result has."""
+    values = {"metric": result.metric, "value": result.value, "stderr": result.stderr}
+    return {**result.intervention.row(), **values, "sparsity": None}

@@ -15,10 +15,11 @@ from typing import TypeVar
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import AvssError, ConfigError, ModelError, as_failure
 from avss_dist.executors.base import Outcome, ReplicaSpec, RunShards, Underway, by_model
-from avss_dist.measure.hooks import Hooks, attached
+from avss_dist.measure.observer import Hooks, attached
 from avss_dist.measure.shard import analyze_shard, counter_bytes
 from avss_dist.models.size import footprint
 from avss_dist.partition.base import Placement, Replica
+from avss_dist.registry import PARTITIONS
 from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.system.cores import computing_threads, free_cores
@@ -42,10 +43,10 @@ class LocalExecutor:
         self.devices = devices_here(self.device)
 
     def connect(self) -> None:
-        """There are no workers."""
+        """Do nothing: there are no workers."""
 
     def replicas(self, placement: Placement) -> int:
-        """One."""
+        """Return one replica, or refuse a placement that needs more GPUs than there are."""
         if placement.gpus > self.devices.count:
             raise ConfigError(
                 f"A replica of {placement.gpus} GPUs needs more than the {self.devices.count} that there are.",
@@ -54,7 +55,7 @@ class LocalExecutor:
         return 1
 
     def run(self, runs: Iterator[RunShards]) -> Generator[Outcome, None, None]:
-        """One run after the other: open the model, measure the shards, yield their results in order, close it."""
+        """Measure one run after the other: open the model, yield the results of its shards in order, close it."""
         for spec, same in groupby(runs, key=lambda run: run.replica_spec):
             with computing_threads(spec.settings.threads):
                 try:
@@ -63,8 +64,8 @@ class LocalExecutor:
                     yield from ((run, as_failure(error)) for run in same)
                     continue
                 try:
-                    of = spec.settings
-                    with attached(replica.layers, of.sites, experts=of.experts) as hooks:
+                    settings = spec.settings
+                    with attached(replica.layers, settings.sites, experts=settings.experts) as hooks:
                         for run in same:
                             strata = max((shard.num_strata for shard in run.shards), default=1)
                             at_once = shards_at_once(replica, spec, strata)
@@ -103,24 +104,24 @@ class LocalExecutor:
             return as_failure(error)
 
     def apply(self, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
-        """One after the other."""
+        """Return the results of a function, item by item."""
         return map(function, items)
 
     def close(self) -> None:
-        """Nothing outlives `run`."""
+        """Do nothing: nothing outlives `run`."""
 
 
 def _unheard(cell: Cell, what: str, share: float) -> None:
-    """Nobody hears."""
+    """Ignore the progress of a cell."""
 
 
 def shards_at_once(replica: Replica, spec: ReplicaSpec, strata: int = 1) -> int:
-    """How many shards a replica measures at once: as many as there are free cores, and memory for their activations.
+    """Return how many shards a replica measures at once: one for each free core that has memory for their activations.
 
     Args:
-        strata: that a shard counts apart.
+        strata: number of strata that a shard counts apart.
     """
-    if replica.model["partition"] != "single" or replica.device.type != "cpu":
+    if not PARTITIONS[replica.model["partition"]].whole or replica.device.type != "cpu":
         return 1
     settings = spec.settings
     cores = free_cores() // settings.threads
@@ -141,10 +142,10 @@ def shards_at_once(replica: Replica, spec: ReplicaSpec, strata: int = 1) -> int:
 def _measure(
     run: RunShards, replica: Replica, hooks: Hooks, pool: ThreadPoolExecutor, threads: int, computing: Semaphore
 ) -> Iterator[Outcome]:
-    """Results of a run's shards, in order; its first error is the last outcome."""
+    """Yield the results of a run's shards, in order; its first error is the last outcome."""
     stopped = Event()
 
-    def beat() -> None:
+    def heartbeat() -> None:
         if stopped.is_set():
             raise _Stopped
 
@@ -152,7 +153,7 @@ def _measure(
         with ExitStack() as stack:
             stack.enter_context(computing)
             settings, computed = run.replica_spec.settings, stack.close
-            return analyze_shard(replica, shard, settings, beat=beat, hooks=hooks, computed=computed)
+            return analyze_shard(replica, shard, settings, heartbeat=heartbeat, hooks=hooks, computed=computed)
 
     shards = iter(run.shards)
     running: deque[Future[ShardResult]] = deque()
@@ -173,4 +174,4 @@ def _measure(
 
 
 class _Stopped(Exception):
-    """Nobody wants the shard that is being measured any more."""
+    """Raised in the measurement of a shard whose result is no longer needed."""

@@ -20,7 +20,7 @@ def open_executor(execution: Execution, settings: Settings) -> Executor:
     from avss_dist.executors.local import LocalExecutor
 
     gpus = torch.cuda.device_count() if settings.device != "cpu" else 0
-    most = execution.replicas.most if execution.replicas else gpus
+    most = execution.replicas.maximum if execution.replicas else gpus
     wide = execution.address or os.environ.get("RAY_ADDRESS") or most > 1
     wide = wide or execution.partition in GANGS
     if execution.executor == "local" or (execution.executor == "auto" and not wide):

@@ -1,1 +1,1 @@
-"""What a shard gives: hooks read activations, kernels reduce them to LayerStats."""
+"""Measurement of a shard: hooks read activations, kernels reduce them to LayerStats."""

@@ -33,7 +33,7 @@ class ObservedTokens:
 
     @staticmethod
     def of(mask: torch.Tensor, device: torch.device) -> ObservedTokens:
-        """Those of bool[rows, tokens], which is on the host."""
+        """Return the tokens of a mask bool[rows, tokens] on the host."""
         counted = mask.numpy()
         rows, numbers = counted.nonzero()[0], counted.sum(axis=1, dtype=np.float64)
         return ObservedTokens(*(sent(array, device) for array in (np.flatnonzero(counted), rows, numbers)))
@@ -50,7 +50,7 @@ class ObservedTokens:
 
 
 def masks_by_stratum(mask: torch.Tensor, pairing: Pairing | None) -> dict[str, torch.Tensor]:
-    """The mask of each stratum that has a token that counts; of text that is not paired, the mask, by no name."""
+    """Return the mask of each stratum with a token that counts; the stratum of unpaired text has an empty name."""
     labels = np.array(pairing.strata if pairing else [""] * len(mask))
     masks = {name: mask.numpy() & (labels == name)[:, None] for name in sorted(set(labels.tolist()))}
     return {name: torch.from_numpy(one) for name, one in masks.items() if one.any()}
@@ -59,7 +59,7 @@ def masks_by_stratum(mask: torch.Tensor, pairing: Pairing | None) -> dict[str, t
 def row_tensors(
     x: torch.Tensor, tokens: ObservedTokens, thresholds: Float64, before: torch.Tensor | None = None
 ) -> Tensors:
-    """The fields of `RowStats` of each row of a batch, on the device of ``x``.
+    """Return the fields of `RowStats` of each row of a batch, on the device of ``x``.
 
     Args:
         x: [rows, tokens, units].
@@ -97,7 +97,7 @@ def _compiled(
 def by_matrices(
     values: torch.Tensor, tokens: ObservedTokens, thresholds: Float64, before: torch.Tensor | None
 ) -> Tensors:
-    """The same as sums over all tokens at once, for devices that do many things at a time."""
+    """Return the same fields by sums over all tokens at once, for devices that compute in parallel."""
     of, values = tokens.of_row, values.double()
     finite, sizes = torch.isfinite(values), values.abs()
     kept = torch.where(finite, values, 0)
@@ -123,13 +123,13 @@ def by_matrices(
 
 
 def _pooled(centers: torch.Tensor, tokens: ObservedTokens) -> torch.Tensor:
-    """The variance over units of means over tokens, by row, of their sums, float64[rows, units]."""
+    """Return the variance over units of means over tokens, by row, from sums, float64[rows, units]."""
     means = centers / tokens.numbers[:, None]
     return _finite(means.var(dim=1) if means.shape[1] > 1 else means[:, 0] * 0)
 
 
 def _mean(values: torch.Tensor, tokens: ObservedTokens) -> torch.Tensor:
-    """The mean of values of tokens by row; NaN where one of them is not finite, or there are none."""
+    """Return the mean of values of tokens by row; NaN where one of them is not finite, or there are none."""
     finite = torch.isfinite(values)
     total = tokens.of_row @ torch.where(finite, values, 0)
     return torch.where(tokens.of_row @ (~finite).double() == 0, total / tokens.numbers, torch.nan)
@@ -156,16 +156,16 @@ class RowsOf:
         self._batches.append(batch)
 
     def tensors(self) -> list[torch.Tensor]:
-        """The fields of all rows, in the order of `ROW_FIELDS`."""
+        """Return the fields of all rows, in the order of `ROW_FIELDS`."""
         return [torch.cat([batch[name] for batch in self._batches]) for name in ROW_FIELDS]
 
     def to_stats(self, arrays: Iterator[np.ndarray]) -> PlacedRows:
-        """The rows, from `tensors`, which are on the host now."""
+        """Return the rows, from `tensors` that have arrived on the host."""
         return np.concatenate(self._places), RowStats(**{name: next(arrays) for name in ROW_FIELDS})
 
 
 def in_order(parts: Sequence[PlacedRows]) -> RowStats:
-    """The rows of all parts, in the order of their places."""
+    """Return the rows of all parts, in the order of their places."""
     order = np.argsort(np.concatenate([places for places, _ in parts]))
     fields = {name: np.concatenate([getattr(rows, name) for _, rows in parts])[order] for name in ROW_FIELDS}
     return RowStats(**fields)

@@ -12,14 +12,14 @@ import torch
 
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.errors import BatchTooLarge, ModelError
-from avss_dist.measure.hooks import UNIT_SITES, Hooks, Observer, attached
 from avss_dist.measure.kernels.base import PATTERNS
+from avss_dist.measure.observer import UNIT_SITES, Hooks, Observer, attached
 from avss_dist.measure.rows import PlacedRows, in_order
 from avss_dist.models.layers import describe_projections
 from avss_dist.models.size import Footprint
 from avss_dist.models.structure import absent_sites
 from avss_dist.partition.base import Replica, dummy_batch, no_observation
-from avss_dist.registry import GANGS
+from avss_dist.registry import PARTITIONS
 from avss_dist.settings import INPUT_SITES, Settings
 from avss_dist.stats.layer_stats import LayerKey, ShardResult
 from avss_dist.stats.merging import merge_stats, merge_strata
@@ -30,7 +30,7 @@ from avss_dist.system.memory import peak_memory
 from avss_dist.system.out_of_memory import halve_until_it_fits
 from avss_dist.text import describe_layers
 
-Beat = Callable[[], None]
+Heartbeat = Callable[[], None]
 
 
 def analyze_shard(
@@ -40,7 +40,7 @@ def analyze_shard(
     *,
     rows: int | None = None,
     forwards: int = 0,
-    beat: Beat | None = None,
+    heartbeat: Heartbeat | None = None,
     hooks: Hooks | None = None,
     computed: Callable[[], None] | None = None,
 ) -> ShardResult:
@@ -52,7 +52,7 @@ def analyze_shard(
     Args:
         rows: rows in a batch; None is what the settings say.
         forwards: forward passes that other ranks need of this one; dummy batches make them up, and count for nothing.
-        beat: called whenever a layer begins.
+        heartbeat: called whenever a layer begins.
         hooks: those of the replica's layers, where several shards are measured at once, each in a thread of its own.
         computed: called when the replica can begin another shard, while this one is concluded.
 
@@ -68,10 +68,10 @@ def analyze_shard(
     own = attached(replica.layers, settings.sites, experts=settings.experts)
     with nullcontext(hooks) if hooks is not None else own as on_layers:
         observer, rows = halve_until_it_fits(
-            lambda rows: _measure(replica, on_layers, list(shard.batches(rows)), forwards, settings, beat),
+            lambda rows: _measure(replica, on_layers, list(shard.batches(rows)), forwards, settings, heartbeat),
             rows,
             lambda rows: _too_large(replica, rows, settings),
-            least=rows if replica.model["partition"] in GANGS else 1,
+            least=rows if PARTITIONS[replica.model["partition"]].gang else 1,
         )
     observer.send()
     rows_of_answers, experts = observer.send_rows(), observer.experts.send()
@@ -107,17 +107,17 @@ def follow(replica: Replica, forwards: int) -> None:
 
 
 def _measure(
-    replica: Replica, hooks: Hooks, batches: list[Batch], forwards: int, settings: Settings, beat: Beat | None
+    replica: Replica, hooks: Hooks, batches: list[Batch], forwards: int, settings: Settings, heartbeat: Heartbeat | None
 ) -> Observer:
     batches = [*batches, *[dummy_batch()] * (forwards - len(batches))]
     passes = sum(bool(batch.observed.any()) for batch in batches)
-    observer = Observer(hooks, settings.thresholds, split=replica.split, passes=passes, beat=beat)
+    observer = Observer(hooks, settings.thresholds, split=replica.split, passes=passes, heartbeat=heartbeat)
     replica.forward(batches, lambda batch: observer.batch(batch.observed, batch.pairing))
     return observer
 
 
 def _answer_rows(shard: Shard, parts: Sequence[Mapping[LayerKey, PlacedRows]]) -> AnswerRows:
-    """The statistics of single rows."""
+    """Return the statistics of single rows."""
     assert shard.pairing is not None
     lengths = shard.lengths.astype(np.int64)
     return AnswerRows(
@@ -134,7 +134,7 @@ def _answer_rows(shard: Shard, parts: Sequence[Mapping[LayerKey, PlacedRows]]) -
 
 
 def counter_bytes(size: Footprint, settings: Settings, strata: int = 1) -> int:
-    """Bytes of the counters of all layers, sites and strata; see `kernels.base.Accumulator`."""
+    """Return the bytes of the counters of all layers, sites and strata; see `kernels.base.Accumulator`."""
     counts = PATTERNS * 4  # float32: half as many, of 8 bytes
     units = 16 * size.hidden_size * len(set(UNIT_SITES) & set(settings.sites))
     return strata * size.num_layers * (len(settings.sites) * counts + units)
@@ -149,7 +149,7 @@ def _too_large(replica: Replica, rows: int, settings: Settings) -> BatchTooLarge
 
 
 def _describe(replica: Replica, rows: int, settings: Settings) -> dict[str, Any]:
-    """What was opened, with what of it depends on how it was measured."""
+    """Return the columns of the opened model, with those that depend on how it was measured."""
     model = dict(replica.model)
     if inputs := [site for site in INPUT_SITES if site in settings.sites]:
         model["notes"] = [*model["notes"], *absent_sites(replica.layers, inputs)]
@@ -163,7 +163,7 @@ def _describe(replica: Replica, rows: int, settings: Settings) -> dict[str, Any]
 
 
 def _layers_without_experts(replica: Replica) -> str | None:
-    """What a user should know of layers whose experts are not measured."""
+    """Return a note on layers whose experts are not measured."""
     without = [layer.index for layer in replica.layers if layer.experts is None]
     if len(without) == len(replica.layers):
         return "no layer has routed experts in one module, which is called with the experts and gates of each token"

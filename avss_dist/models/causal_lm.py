@@ -1,9 +1,9 @@
-"""A causal language model with its head: what it predicts, with any of its layers left out."""
+"""A causal language model with its head: its predictions, as it is and under an intervention."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property, partial
 from typing import Any, Protocol, TypeVar
 
@@ -13,17 +13,17 @@ from torch.nn.functional import cross_entropy
 
 from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ModelError, first_line
+from avss_dist.intervention import Intervention, Removal, Sparsity, layer_of, whole_layers
 from avss_dist.models.auto import no_head, predictor
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.head import Head, find_head
 from avss_dist.models.labels import LOGIT_BYTES, draw_labels, loss_gradient, pieces, uniform_numbers, widened
 from avss_dist.models.layers import PROBE_SHAPE, Layer
 from avss_dist.models.loading import Backbone, quiet
-from avss_dist.models.patching import Patch, patched
+from avss_dist.models.patching import Patch, decode_patch, patched
 from avss_dist.models.skipping import Recorded, explaining, recording, representatives, resuming, skipping
-from avss_dist.models.sparsifying import Counted, Sparsity, sparsified
+from avss_dist.models.sparsifying import SparsityCounts, sparsified
 from avss_dist.models.sublayers import find_obstacles, require_sublayers, without_sublayers
-from avss_dist.removal import Drop, is_whole, layer_of, whole_layers
 from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.system.devices import sent
@@ -66,10 +66,9 @@ class LanguageModel:
         head: from what its last layer gives to logits.
         layers: its transformer blocks, in order.
         forms: how layers return hidden states (`skipping.Recorded`): what is known of a layer is no reason to run it.
-        family: ``config.model_type``.
+        family: ``model_type`` of the configuration.
         device: where it computes.
         reports: whether the answers of this process count; of several that give the same, one's do.
-        factor: what is left of what a layer adds, where it is left out: 0 is nothing, and leaves out sublayers too.
         keeps_hidden_states: `skipping.recording` and `resuming` work on its layers, and cost less than whole passes.
 
     Raises:
@@ -78,7 +77,6 @@ class LanguageModel:
 
     reports = True
     keeps_hidden_states = True
-    factor = 0.0
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, backbone: Backbone, device: torch.device) -> None:
         self.checkpoint, self.settings, self.device = checkpoint, settings, device
@@ -142,23 +140,43 @@ class LanguageModel:
                     return False
         return True
 
-    def require_layers(self, drop: Collection[int]) -> None:
+    @contextmanager
+    def applying(self, intervention: Intervention) -> Iterator[SparsityCounts | None]:
+        """Inside, the model computes with an intervention. Interventions nest where each changes something else.
+
+        Partitions whose weights are elsewhere carry out the steps in their own way: `patched`, `sparsified`, `without`.
+
+        Yields:
+            The numbers of activations that became zero; None for an intervention without sparsity.
+
+        Raises:
+            ModelError: the model cannot be changed like that.
+        """
+        with ExitStack() as stack:
+            if intervention.patch:
+                stack.enter_context(self.patched(decode_patch(intervention.patch.read())[0]))
+            counts = stack.enter_context(self.sparsified(intervention.sparsity)) if intervention.sparsity else None
+            if intervention.removed:
+                stack.enter_context(self.without(intervention.removed, intervention.residual_scale))
+            yield counts
+
+    def require_layers(self, removed: Collection[Removal]) -> None:
         """Refuse layers that the model does not have, and sublayers that cannot be left out.
 
         Raises:
             ModelError: the message names the first.
         """
-        if wrong := [layer for layer in map(layer_of, drop) if layer >= len(self.layers)]:
+        if wrong := [layer for layer in map(layer_of, removed) if layer >= len(self.layers)]:
             raise ModelError(f"There is no layer {wrong[0]}: '{self.checkpoint.name}' has {len(self.layers)}, from 0.")
-        if not all(map(is_whole, drop)):
-            require_sublayers(self.obstacles, drop)
+        if len(whole_layers(removed)) < len(removed):
+            require_sublayers(self.obstacles, removed)
 
     @contextmanager
-    def without(self, drop: Collection[int]) -> Iterator[None]:
-        """Inside, the model computes without these layers and sublayers."""
-        self.require_layers(drop)
-        left_out = skipping(self.layers, whole_layers(drop), self.forms, self.factor)
-        with left_out, without_sublayers(self.layers, drop), explaining(self.checkpoint.name, drop):
+    def without(self, removed: Collection[Removal], residual_scale: float = 0.0) -> Iterator[None]:
+        """Inside, the model computes without layers and sublayers; see `Intervention`."""
+        self.require_layers(removed)
+        skipped = skipping(self.layers, whole_layers(removed), self.forms, residual_scale)
+        with skipped, without_sublayers(self.layers, removed), explaining(self.checkpoint.name, removed):
             yield
 
     @contextmanager
@@ -168,10 +186,10 @@ class LanguageModel:
             yield
 
     @contextmanager
-    def sparsified(self, sparsity: Sparsity) -> Iterator[Counted]:
+    def sparsified(self, sparsity: Sparsity) -> Iterator[SparsityCounts]:
         """Inside, the model computes with sparse activations; see `sparsifying.sparsified`."""
-        with sparsified(self.module, self.layers, sparsity) as counted:
-            yield counted
+        with sparsified(self.module, self.layers, sparsity) as counts:
+            yield counts
 
     @contextmanager
     def running(self, layer: Layer) -> Iterator[Callable[..., Any]]:
@@ -182,11 +200,11 @@ class LanguageModel:
         """Counts of the passes of all ranks that share them."""
         return counts
 
-    def own(self, number: int) -> range:
-        """Of so many pieces of work, those of this copy, where several copies of the model share them."""
-        return range(number)
+    def local_indices(self, count: int) -> range:
+        """Return the indices of the pieces of work that this copy of the model takes; all of them if it is alone."""
+        return range(count)
 
-    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
         """Make each tensor its sum over the copies that share work, in place; all of them call this."""
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
@@ -251,36 +269,37 @@ class LanguageModel:
         places = rows * batch.input_ids.shape[1] + before
         return sent(places, self.device), sent(labels, self.device, torch.int64)
 
-    def losses_without(self, batches: Sequence[Batch], drops: Sequence[Drop]) -> list[Float64]:
-        """For each set of layers, float64[rows]: `losses` of all batches without them.
+    def losses_under(self, batches: Sequence[Batch], interventions: Sequence[Intervention]) -> list[Float64]:
+        """Return for each intervention float64[rows]: `losses` of all batches.
 
-        Sets that have the first one's layers and more are cheaper: their passes begin where they differ.
+        Interventions that remove the layers of the first one and more are cheaper: their passes begin where they
+        differ. They differ in what they remove alone.
         """
-        found = self.each(partial(self._losses_of_batch, drops), batches)
-        return [np.concatenate(of_batches) for of_batches in zip(*found, strict=True)]
+        by_batch = self.each(partial(self._losses_of_batch, interventions), batches)
+        return [np.concatenate(losses) for losses in zip(*by_batch, strict=True)]
 
-    def _losses_of_batch(self, drops: Sequence[Drop], batch: Batch) -> list[Float64]:
-        first, branches = drops[0], self.branches(drops)
-        with self.without(first), recording([self.layers[layer] for layer in set(branches.values())]) as recorded:
+    def _losses_of_batch(self, interventions: Sequence[Intervention], batch: Batch) -> list[Float64]:
+        first, branches = interventions[0], self.branches(interventions)
+        with self.applying(first), recording([self.layers[layer] for layer in set(branches.values())]) as recorded:
             losses = [self.losses(batch)]
-        for drop in drops[1:]:
-            with self.without(drop):
-                if drop not in branches:
+        for intervention in interventions[1:]:
+            with self.applying(intervention):
+                if intervention not in branches:
                     losses.append(self.losses(batch))
                     continue
-                layer = branches[drop]
-                behind = begins_behind(drop, layer)
+                layer = branches[intervention]
+                behind = begins_behind(intervention, layer)
                 with resuming(self.layers, behind, Recorded({behind: recorded.inputs[layer]}, self.forms)):
                     losses.append(self.losses(batch))
         return losses
 
-    def branches(self, drops: Sequence[Drop]) -> dict[Drop, int]:
-        """Sets of layers whose passes can begin from the first set's, and the layer where they differ."""
-        first = set(drops[0])
-        if len(drops) == 1 or self.factor or not self.resumes:
+    def branches(self, interventions: Sequence[Intervention]) -> dict[Intervention, int]:
+        """Return the interventions whose passes can begin from the first one's, and the layer where they differ."""
+        first = set(interventions[0].removed)
+        if len(interventions) == 1 or interventions[0].residual_scale or not self.resumes:
             return {}
-        differ = {drop: min(map(layer_of, first ^ set(drop)), default=-1) for drop in drops[1:]}
-        return {drop: at for drop, at in differ.items() if at not in first and begins_behind(drop, at) >= 0}
+        differ = {one: min(map(layer_of, first ^ set(one.removed)), default=-1) for one in interventions[1:]}
+        return {one: at for one, at in differ.items() if at not in first and begins_behind(one, at) >= 0}
 
     def backpropagate(
         self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
@@ -332,9 +351,9 @@ def _entropy(logits: torch.Tensor, _labels: torch.Tensor) -> torch.Tensor:
     return -(logs.exp() * logs).sum(dim=-1)
 
 
-def begins_behind(drop: Drop, layer: int) -> int:
-    """Behind which layer a pass begins with what a layer is given: that layer, if it is left out, or the one before."""
-    return layer if layer in drop else layer - 1
+def begins_behind(intervention: Intervention, layer: int) -> int:
+    """Return the layer behind which a pass begins with the input of a layer: itself if removed, else the one before."""
+    return layer if layer in intervention.removed else layer - 1
 
 
 def predicted(batch: Batch) -> np.ndarray:

@@ -114,7 +114,7 @@ class Backbone:
         model: the transformers model, head and all.
         module: its backbone; calling it never runs a language-model head.
         structure: its layers and sites.
-        family: ``config.model_type``; architecture: the class; hidden_size: units of the residual stream.
+        family: ``model_type`` of the configuration; architecture: the class; hidden_size: units of the residual stream.
         num_parameters: of the whole checkpoint, as loaded.
         dtype, attention_implementation: what computes.
     """

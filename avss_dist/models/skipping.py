@@ -15,30 +15,31 @@ import torch
 from torch import nn
 
 from avss_dist.errors import ModelError, first_line
+from avss_dist.intervention import Removal, describe_removed
 from avss_dist.models.layers import Layer, first_tensor, input_tensor
-from avss_dist.removal import describe_removed
 
 MOST_TRIED = 8  # layers, and the ends of each kind
 
 
 @contextmanager
 def skipping(
-    layers: Sequence[Layer], drop: Collection[int], forms: Mapping[int, type] = {}, factor: float = 0.0
+    layers: Sequence[Layer], drop: Collection[int], forms: Mapping[int, type] = {}, residual_scale: float = 0.0
 ) -> Iterator[None]:
-    """Inside, the layers of these indices return what they are given, and a multiple of what they would add to it.
+    """Inside, the layers of these indices add nothing, or a share of their own addition, to the residual stream.
 
-    Without a key-value cache: a layer that does not run has none, and the model would take it for an empty one.
+    Run the model without a key-value cache: a layer that does not run has none, and the model would take it for an
+    empty one.
 
     Args:
         forms: of `Recorded`; a layer that has none runs once, to see what it returns.
-        factor: the multiple. Where it is not 0, layers run.
+        residual_scale: the share. Where it is not 0, layers run.
 
     Raises:
         ModelError: a layer is used more than once in a pass, or (from the forward pass) does not keep the shape.
     """
     skipped = require_skippable(layers, drop)
     with replaced_forwards(
-        {layer.module: Skip(layer, layer.module.forward, forms.get(layer.index), factor) for layer in skipped}
+        {layer.module: Skip(layer, layer.module.forward, forms.get(layer.index), residual_scale) for layer in skipped}
     ):
         yield
 
@@ -58,7 +59,7 @@ def require_skippable(layers: Sequence[Layer], drop: Collection[int]) -> list[La
 
 
 @contextmanager
-def explaining(model: str, drop: Collection[int]) -> Iterator[None]:
+def explaining(model: str, removed: Collection[Removal]) -> Iterator[None]:
     """Inside, a model computes without layers and sublayers; why its own code fails there is said.
 
     Raises:
@@ -67,10 +68,10 @@ def explaining(model: str, drop: Collection[int]) -> Iterator[None]:
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError) as error:
-        if not drop:
+        if not removed:
             raise
         raise ModelError(
-            f"'{model}' does not run with these layers left out: {describe_removed(drop)}. "
+            f"'{model}' does not run with these layers left out: {describe_removed(removed)}. "
             f"{type(error).__name__}: {first_line(error)}",
             "A layer behind may need what one of them computes. Leave out others.",
         ) from error
@@ -179,12 +180,14 @@ class Skip:
     Args:
         forward: the layer's own.
         form: see `Recorded`.
-        factor: see `skipping`.
+        residual_scale: see `skipping`.
     """
 
-    def __init__(self, layer: Layer, forward: Callable[..., Any], form: type | None, factor: float = 0.0) -> None:
-        self._layer, self._forward, self._factor = layer, forward, factor
-        self.form = None if factor else form
+    def __init__(
+        self, layer: Layer, forward: Callable[..., Any], form: type | None, residual_scale: float = 0.0
+    ) -> None:
+        self._layer, self._forward, self._residual_scale = layer, forward, residual_scale
+        self.form = None if residual_scale else form
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hidden = input_tensor(args, kwargs)
@@ -197,8 +200,8 @@ class Skip:
         after = first_tensor(output)
         if after is None or after.shape != before.shape:
             raise ModelError(f"Layer {self._layer.index} ({self._layer.name}) does not keep the shape of its input.")
-        if self._factor:
-            return replaced(output, after, torch.lerp(before, after, self._factor))
+        if self._residual_scale:
+            return replaced(output, after, torch.lerp(before, after, self._residual_scale))
         if _is_alone(output):
             self.form = type(output)
         return replaced(output, after, before)

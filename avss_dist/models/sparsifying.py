@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,49 +17,10 @@ import torch
 from torch import nn
 
 from avss_dist.errors import ModelError
+from avss_dist.intervention import MapSparsity, Sparsity
 from avss_dist.models.layers import Layer, Projection
-from avss_dist.settings import THRESHOLD, TOP_K, TOP_P, fingerprint
+from avss_dist.settings import THRESHOLD, TOP_K, TOP_P
 from avss_dist.system.context import bound
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """Which inputs of a linear map become zero.
-
-    Attributes:
-        layer, path: the map: its layer, and its module below that.
-        outputs, inputs: the shape of the whole map.
-        by: `THRESHOLD`: those up to ``value`` in size; `TOP_K`: the smallest of each token, a share ``value`` of all;
-            `TOP_P`: all but the fewest that have a share ``value`` of the token's sum of sizes.
-        center: what inputs are taken less, and become, for zero (SCAP, arXiv 2412.07174): the map of a constant is one.
-        weighted: the size of an input is its absolute value times the norm of the column of the weight that it meets
-            (WINA, arXiv 2505.19427); otherwise its absolute value.
-        group: of so many units in a row, ``kept`` stay at most, the largest (N:M sparsity); 0 for no such limit.
-    """
-
-    layer: int
-    path: str
-    outputs: int
-    inputs: int
-    by: str
-    value: float
-    center: float = 0.0
-    weighted: bool = False
-    kept: int = 0
-    group: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sparsity:
-    """What becomes zero in a model, and at which tokens: see `settings.SPARSITY_RULES`."""
-
-    cuts: tuple[Cut, ...] = field(repr=False)
-    rule: str
-
-    @property
-    def key(self) -> str:
-        """SHA-256, in hex, of all that changes a number."""
-        return fingerprint(cuts=[asdict(cut) for cut in self.cuts], rule=self.rule)
 
 
 @dataclass
@@ -96,25 +57,25 @@ def is_counted() -> bool:
 
 
 @dataclass
-class Counted:
-    """How many elements became zero, and of how many, by cut in their order: int64[2] on the device of each map."""
+class SparsityCounts:
+    """Zeros and elements of the inputs of each map of a `Sparsity`, in its order: int64[2] on the device of the map."""
 
-    by_cut: list[torch.Tensor | None]
+    by_map: list[torch.Tensor | None]
 
     def add(self, number: int, thinned: _Thinned) -> None:
         """Add what a map read."""
         if is_counted():
             both = torch.stack([thinned.zeros, thinned.count])
-            before = self.by_cut[number]
-            self.by_cut[number] = both if before is None else before + both
+            before = self.by_map[number]
+            self.by_map[number] = both if before is None else before + both
 
     def values(self) -> list[list[int]]:
-        """Zeros and elements of every cut."""
-        return [[0, 0] if both is None else both.tolist() for both in self.by_cut]
+        """Return zeros and elements of every map."""
+        return [[0, 0] if both is None else both.tolist() for both in self.by_map]
 
 
 @contextmanager
-def sparsified(model: nn.Module, layers: Sequence[Layer], sparsity: Sparsity) -> Iterator[Counted]:
+def sparsified(model: nn.Module, layers: Sequence[Layer], sparsity: Sparsity) -> Iterator[SparsityCounts]:
     """Inside, the model computes with sparse activations; no hook is left behind.
 
     Args:
@@ -124,19 +85,19 @@ def sparsified(model: nn.Module, layers: Sequence[Layer], sparsity: Sparsity) ->
     Raises:
         ModelError: it has not the maps that are named.
     """
-    found = [find_projection(layers, cut) for cut in sparsity.cuts]
-    counted = Counted([None] * len(found))
+    found = [find_projection(layers, cut) for cut in sparsity.maps]
+    counts = SparsityCounts([None] * len(found))
     norms: dict[nn.Module, torch.Tensor] = {}
     with bound(_TOKENS, None), ExitStack() as stack:
         begin = partial(_begin, sparsity.rule)
         stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
-        for number, (cut, projection) in enumerate(zip(sparsity.cuts, found, strict=True)):
-            thin = partial(_thin, cut, projection.axes, norms, partial(counted.add, number))
+        for number, (cut, projection) in enumerate(zip(sparsity.maps, found, strict=True)):
+            thin = partial(_thin, cut, projection.axes, norms, partial(counts.add, number))
             stack.callback(changing(projection, thin).remove)
-        yield counted
+        yield counts
 
 
-def find_projection(layers: Sequence[Layer], cut: Cut) -> Projection:
+def find_projection(layers: Sequence[Layer], cut: MapSparsity) -> Projection:
     """The linear map that a cut names.
 
     Raises:
@@ -215,7 +176,7 @@ def changing(projection: Projection, change: Change, *, first: bool = False) -> 
 
 
 def _thin(
-    cut: Cut,
+    cut: MapSparsity,
     axes: str,
     norms: dict[nn.Module, torch.Tensor],
     count: Callable[[_Thinned], None],
@@ -252,7 +213,7 @@ def over_tokens(sparse: torch.Tensor, x: torch.Tensor, axes: str) -> torch.Tenso
     return where.reshape(x.shape[:-1])
 
 
-def kept(cut: Cut, x: torch.Tensor, norms: torch.Tensor | None = None) -> torch.Tensor:
+def kept(cut: MapSparsity, x: torch.Tensor, norms: torch.Tensor | None = None) -> torch.Tensor:
     """bool[..., units]: which elements stay as they are; NaN stays.
 
     Args:

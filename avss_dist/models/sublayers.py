@@ -16,20 +16,20 @@ import torch
 from torch import nn
 
 from avss_dist.errors import ModelError
+from avss_dist.intervention import PARTS, Removal, layers_by_part, sublayers_of
 from avss_dist.models.layers import Layer, first_tensor, input_tensor
 from avss_dist.models.skipping import Skip, replaced, replaced_forwards
-from avss_dist.removal import SUBLAYERS, layers_by_sublayer, sublayers_of
 from avss_dist.system.context import bound
 
 _LEFT_OUT: ContextVar[frozenset[object]] = ContextVar("left out", default=frozenset())
 
 
 @contextmanager
-def without_sublayers(layers: Sequence[Layer], drop: Collection[int]) -> Iterator[None]:
-    """Inside, the sublayers in ``drop`` add nothing; they still run. Of passes that interleave, it is for its own."""
+def without_sublayers(layers: Sequence[Layer], removed: Collection[Removal]) -> Iterator[None]:
+    """Inside, the sublayers in ``removed`` add nothing; they still run. Passes that interleave do not see it."""
     mine = object()
     with ExitStack() as stack:
-        for kind, indices in layers_by_sublayer(drop).items():
+        for kind, indices in layers_by_part(removed).items():
             for index in indices:
                 module = layers[index].taps[kind].module
                 stack.callback(module.register_forward_hook(partial(_nothing, mine)).remove)
@@ -44,7 +44,7 @@ def _nothing(mine: object, _module: nn.Module, _args: Any, output: Any) -> Any:
     return replaced(output, added, torch.zeros_like(added))
 
 
-def require_sublayers(obstacles: Mapping[int, str], drop: Collection[int]) -> None:
+def require_sublayers(obstacles: Mapping[int, str], removed: Collection[Removal]) -> None:
     """Refuse sublayers that cannot be left out.
 
     Args:
@@ -53,7 +53,7 @@ def require_sublayers(obstacles: Mapping[int, str], drop: Collection[int]) -> No
     Raises:
         ModelError: the message says which, and why.
     """
-    for kind, layers in layers_by_sublayer(drop).items():
+    for kind, layers in layers_by_part(removed).items():
         for layer in layers:
             if layer in obstacles:
                 raise ModelError(
@@ -77,9 +77,9 @@ def find_obstacles(layers: Sequence[Layer], run: Callable[[], Any]) -> dict[int,
     skips = {layer.module: Skip(layer, layer.module.forward, None) for layer in layers}
     with replaced_forwards(skips), _watched(able) as running:
         run()
-    drop = sublayers_of(layer.index for layer in able)
+    removed = sublayers_of(layer.index for layer in able)
     others = {layer.module: skips[layer.module] for layer in layers if layer not in able}
-    with replaced_forwards(others), without_sublayers(layers, drop), _watched(able) as without:
+    with replaced_forwards(others), without_sublayers(layers, removed), _watched(able) as without:
         run()
     for layer in able:
         seen = without[layer.index]
@@ -93,7 +93,7 @@ def find_obstacles(layers: Sequence[Layer], run: Callable[[], Any]) -> dict[int,
 def _lacks(layer: Layer, layers: Sequence[Layer]) -> str | None:
     if sum(other.module is layer.module for other in layers) > 1:
         return "the layer is used more than once"
-    missing = [kind for kind in SUBLAYERS if kind not in layer.taps or layer.taps[kind].reads != "output"]
+    missing = [kind for kind in PARTS if kind not in layer.taps or layer.taps[kind].reads != "output"]
     return f"no module of the layer is its {' or its '.join(missing)}" if missing else None
 
 

@@ -1,1 +1,1 @@
-"""How one replica (a model copy) is spread over devices."""
+"""Ways to spread one replica (a model copy) over devices."""

@@ -1,11 +1,11 @@
-"""What a model copy is to a worker, however it is spread over devices."""
+"""Interface of a replica, a model copy that is spread over devices in any way."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import torch
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer
+from avss_dist.partition.cost import PartitionCost
 from avss_dist.registry import PARTITIONS
 
 T = TypeVar("T")
@@ -21,19 +22,19 @@ BatchContext = Callable[[Batch], AbstractContextManager[None]]
 
 
 def no_observation(_batch: Batch) -> AbstractContextManager[None]:
-    """A `BatchContext` that does nothing."""
+    """Return a `BatchContext` that does nothing."""
     return nullcontext()
 
 
 def dummy_batch() -> Batch:
-    """A batch of 1 x 2 tokens in which nothing counts, for a rank whose partners have more batches."""
+    """Return a batch of 1 x 2 tokens in which nothing counts, for a rank whose partners have more batches."""
     real = np.ones((1, 2), np.bool_)
     return Batch(input_ids=np.zeros((1, 2), np.int32), attention_mask=real, observed=~real)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """How one replica is spread over devices; decided, so never ``auto``.
+    """The decided placement of one replica over devices; its partition is never ``auto``.
 
     Attributes:
         partition: a name of ``registry.PARTITIONS``.
@@ -54,25 +55,25 @@ class Placement:
 
     @property
     def copies(self) -> int:
-        """Whole copies of the model that share a task; 1 where ranks hold one together."""
+        """Number of whole copies of the model that share a task; 1 where ranks hold one together."""
         return 1 if PARTITIONS[self.partition].gang else self.ranks
 
 
 def numbers_of(placement: Placement) -> dict[str, int]:
-    """What of a placement can change a number, for a fingerprint: of ranks that add up otherwise, how many they are."""
+    """Return the part of a placement that can change a number, for a fingerprint: ranks that sum in another order."""
     differs = PARTITIONS[placement.partition].changes_numbers or placement.copies > 1
     return {placement.partition: placement.ranks} if differs else {}
 
 
 @dataclass(frozen=True)
 class RowSplit:
-    """Which rows of a batch a rank counts, where several see the same ones."""
+    """The rows of a batch that a rank counts, where several ranks see the same ones."""
 
     rank: int = 0
     ranks: int = 1
 
     def rows(self, number: int) -> slice:
-        """This rank's, of so many."""
+        """Return this rank's rows of ``number`` rows."""
         return slice(number * self.rank // self.ranks, number * (self.rank + 1) // self.ranks)
 
 
@@ -86,6 +87,7 @@ class Replica(Protocol):
         split: the rows of a batch that this rank counts.
         reports_stats: whether this rank has the result; the others count for it.
         language_model: what predicts; there where the replica was opened with its head.
+        cost: memory and time of a run with this partition, for estimates.
     """
 
     layers: tuple[Layer, ...]
@@ -94,6 +96,7 @@ class Replica(Protocol):
     split: RowSplit
     reports_stats: bool
     language_model: LanguageModel | None
+    cost: ClassVar[type[PartitionCost]]
 
     def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
         """Run the backbone over every batch. Nothing is returned: hooks see it.
@@ -104,7 +107,7 @@ class Replica(Protocol):
         """
 
     def collect(self, counted: T) -> list[T]:
-        """What all ranks that split the rows have counted, in their order; [] on a rank that does not report."""
+        """Return the counts of all ranks that split the rows, in their order; [] on a rank that does not report."""
 
     def close(self) -> None:
         """Free the devices."""

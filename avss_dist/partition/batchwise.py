@@ -1,9 +1,9 @@
-"""What partitions share that run one batch after the other through the whole backbone."""
+"""Base of replicas that run one batch after the other through the whole backbone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -11,6 +11,7 @@ from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.loading import Backbone, Forward
 from avss_dist.partition.base import BatchContext, RowSplit
+from avss_dist.partition.cost import PartitionCost
 from avss_dist.system.devices import sent
 
 T = TypeVar("T")
@@ -23,6 +24,7 @@ class BatchwiseReplica:
     split = RowSplit()
     reports_stats = True
     language_model: LanguageModel | None = None
+    cost: ClassVar[type[PartitionCost]] = PartitionCost
     _run: Forward
 
     def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
@@ -45,7 +47,7 @@ def run_batch(run: Forward, batch: Batch, device: torch.device) -> None:
 
 
 def describe(backbone: Backbone, partition: str) -> dict[str, Any]:
-    """The columns of the run's row that only an opened model knows."""
+    """Return the columns of the run's row that only an opened model knows."""
     return {
         "family": backbone.family,
         "architecture": backbone.architecture,

@@ -1,4 +1,4 @@
-"""Which partition a checkpoint gets on these devices, and why."""
+"""Choice of the partition of a checkpoint on given devices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from avss_dist.errors import ConfigError, ModelError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.base import Placement
-from avss_dist.registry import GANGS, PARTITIONS
+from avss_dist.partition.open import replica_class
+from avss_dist.registry import GANGS, LAYERWISE, PARTITIONS, SEVERAL_GPUS, WHOLE
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices
 from avss_dist.text import describe_bytes
@@ -21,13 +22,13 @@ PROCESS_BYTES = 1 << 30  # interpreter, libraries and counters of a process, bes
 def place(
     checkpoint: Checkpoint | str, settings: Settings, execution: Execution, devices: Devices, *, head: bool = False
 ) -> Placement:
-    """`choose` for a checkpoint, or what a user names; its headers are read where its size matters."""
+    """Return `choose` for a checkpoint or its name; its headers are read where its size matters."""
     size = size_of(checkpoint, settings) if needs_size(execution) else None
     return choose(size, settings, execution, devices, head=head)
 
 
 def size_of(checkpoint: Checkpoint | str, settings: Settings) -> Footprint | None:
-    """A checkpoint's size; None where it is not known."""
+    """Return a checkpoint's size; None if it is not known."""
     with suppress(ModelError):  # what cannot be sized is opened as `single`, which says what is wrong with it
         return footprint(checkpoint, settings)
     return None
@@ -36,7 +37,7 @@ def size_of(checkpoint: Checkpoint | str, settings: Settings) -> Footprint | Non
 def choose(
     size: Footprint | None, settings: Settings, execution: Execution, devices: Devices, *, head: bool = False
 ) -> Placement:
-    """The requested placement, or the simplest into which the model fits.
+    """Return the requested placement, or the simplest into which the model fits.
 
     ``auto``: `single` if one device holds weights and activations; else `device_map` over the fewest GPUs of one host
     that do; else `streaming`. Gangs are never chosen: they need fast links to pay.
@@ -56,7 +57,7 @@ def choose(
     elif size:
         partition, gpus, why = _fitting(size, settings, execution, devices, head=head)
     else:
-        partition, gpus, why = "single", int(cuda), "the checkpoint's size is not known"
+        partition, gpus, why = WHOLE, int(cuda), "the checkpoint's size is not known"
     return Placement(
         partition=partition,
         ranks=_ranks(partition, execution, gpus),
@@ -96,7 +97,7 @@ def weight_limits(
     if "cpu" in limits:
         _require_host_memory(partition, size, settings, limits["cpu"], kind, head=head)
         left["cpu"] = max(1, limits["cpu"] - bytes_beside_weights(size, settings, kind, head=head))
-    if partition == "device_map" and size:
+    if PARTITIONS[partition].several_gpus and size:
         batch = batch_bytes(size, settings, head=head)
         left |= {gpu: max(1, limit - batch) for gpu, limit in limits.items() if gpu != "cpu"}
     return left
@@ -115,10 +116,8 @@ def bytes_beside_weights(size: Footprint | None, settings: Settings, kind: str, 
 
 def least_host_bytes(partition: str, size: Footprint, settings: Settings, kind: str, *, head: bool = False) -> int:
     """Return the bytes of host memory that a replica needs: `bytes_beside_weights`, and the weights held at once."""
-    layer, cpu = max(size.layer_bytes, default=0), kind == "cpu"
-    rest = size.weight_bytes - sum(size.layer_bytes) if head else size.other_bytes
-    weights = {"single": size.weight_bytes * cpu, "device_map": layer * cpu, "streaming": layer + rest * cpu}
-    return bytes_beside_weights(size, settings, kind, head=head) + weights.get(partition, 0)
+    weights = replica_class(partition).cost.minimum_host_weights(size, kind, head=head)
+    return bytes_beside_weights(size, settings, kind, head=head) + int(weights)
 
 
 def _require_host_memory(
@@ -171,7 +170,7 @@ def _require_effect(execution: Execution) -> None:
 
 
 def _requested(execution: Execution, devices: Devices) -> tuple[str, int, str]:
-    """Partition, GPUs, reason."""
+    """Return the partition, its GPUs, and the reason."""
     partition = execution.partition
     info = PARTITIONS[partition]
     _require_effect(execution)
@@ -207,19 +206,19 @@ def _ranks(partition: str, execution: Execution, gpus: int) -> int:
 def _fitting(
     size: Footprint, settings: Settings, execution: Execution, devices: Devices, *, head: bool
 ) -> tuple[str, int, str]:
-    """Partition, GPUs, reason."""
+    """Return the partition, its GPUs, and the reason."""
     batch = batch_bytes(size, settings, head=head)
     weights, activations = f"{describe_bytes(size.weight_bytes)} of weights", f"{describe_bytes(batch)} of activations"
     if devices.kind == "cuda":
         partition, gpus, where = _fitting_gpus(size.weight_bytes, batch, execution, devices)
         return partition, gpus, f"{weights} and {activations} {where}"
-    most = execution.replicas.most if execution.replicas else 1
-    beside = min(most, max(1, devices.cpus_of_largest_node // settings.threads))  # replicas on one node
+    maximum = execution.replicas.maximum if execution.replicas else 1
+    beside = min(maximum, max(1, devices.cpus_of_largest_node // settings.threads))  # replicas on one node
     free = int(devices.host_bytes * SPARE_SHARE) // beside
     room = min(free, execution.max_memory.get("cpu", free))
-    fits = least_host_bytes("single", size, settings, devices.kind, head=head) <= room
+    fits = least_host_bytes(WHOLE, size, settings, devices.kind, head=head) <= room
     return (
-        "single" if fits else "streaming",
+        WHOLE if fits else LAYERWISE,
         0,
         f"{weights}, {activations} and {describe_bytes(PROCESS_BYTES)} for the interpreter, libraries and counters "
         f"{'fit' if fits else 'do not fit'} into {describe_bytes(room)} of memory for each replica",
@@ -227,15 +226,15 @@ def _fitting(
 
 
 def _fitting_gpus(weights: int, batch: int, execution: Execution, devices: Devices) -> tuple[str, int, str]:
-    """Partition, GPUs, what that is to so many bytes of weights and of a batch's activations."""
+    """Return the partition, its GPUs, and how weights and activations of these bytes fit."""
     limits = [limit for device, limit in execution.max_memory.items() if device.isdecimal()]
     gpu = min([devices.device_bytes, *limits])
     room = int(gpu * SPARE_SHARE)
-    requested, most = execution.gpus_per_replica, devices.count_of_largest_node
+    requested, available = execution.gpus_per_replica, devices.count_of_largest_node
     name = f"GPU of {describe_bytes(gpu)}"
     if weights + batch <= room and (requested or 1) == 1:
-        return "single", 1, f"fit into one {name}"
-    fewest = max(2, -(-weights // (room - batch))) if room > batch else most + 1
-    if fewest <= (requested or most):
-        return "device_map", requested or fewest, f"need {fewest} times one {name}"
-    return "streaming", 1, f"do not fit into {requested or most} times one {name}"
+        return WHOLE, 1, f"fit into one {name}"
+    minimum = max(2, -(-weights // (room - batch))) if room > batch else available + 1
+    if minimum <= (requested or available):
+        return SEVERAL_GPUS, requested or minimum, f"need {minimum} times one {name}"
+    return LAYERWISE, 1, f"do not fit into {requested or available} times one {name}"

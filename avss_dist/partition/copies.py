@@ -1,4 +1,4 @@
-"""Whole copies of a model that share one task: each takes a part of its text, and what they sum up is added."""
+"""Whole copies of a model that share one task: each takes a part of its text, and their sums are reduced."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import Backbone
 from avss_dist.partition.base import Placement, RowSplit
 from avss_dist.partition.group import require_group
+from avss_dist.registry import PARTITIONS
 from avss_dist.settings import Settings
 
 MOST_COPIES = 8  # one that is lost stops all
 
 
 def shared(placement: Placement, copies: int) -> Placement:
-    """The placement of so many whole copies, each a rank of one gang; itself where a model is spread over devices."""
+    """Return a placement of several whole copies, each a rank of one gang; unchanged if ranks hold a model together."""
     copies = min(copies, MOST_COPIES)
-    if placement.partition != "single" or copies < 2:
+    if not PARTITIONS[placement.partition].whole or copies < 2:
         return placement
     return replace(placement, ranks=copies, gpus=placement.gpus * copies)
 
@@ -45,11 +46,11 @@ class CopiedLanguageModel(LanguageModel):
         self._split = RowSplit(*require_group(placement))
         self.reports = self._split.rank == 0
 
-    def own(self, number: int) -> range:
+    def local_indices(self, count: int) -> range:
         """See `LanguageModel`: neighbours."""
-        return range(number)[self._split.rows(number)]
+        return range(count)[self._split.rows(count)]
 
-    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
         """See `LanguageModel`."""
         for tensor in tensors:
             distributed.all_reduce(tensor)

@@ -6,7 +6,8 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,10 +19,13 @@ from avss_dist.models.causal_lm import LanguageModel, Watcher
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer
 from avss_dist.models.loading import forward_function, load, without_head
-from avss_dist.models.size import find_layers, footprint, load_skeleton, token_embeddings
+from avss_dist.models.size import Footprint, find_layers, footprint, load_skeleton, token_embeddings
 from avss_dist.partition.base import Placement
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
+from avss_dist.partition.choose import bytes_beside_weights
+from avss_dist.partition.cost import Calibration, PartitionCost, Usage
 from avss_dist.partition.offload import OffloadFolder
+from avss_dist.registry import WHOLE
 from avss_dist.settings import Settings
 from avss_dist.system.devices import available_memory, free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
@@ -32,12 +36,61 @@ SPARE_SHARE = 0.9  # of free memory that weights may take where there is no limi
 Device = int | str  # a GPU's index, "cpu" or "disk"
 
 
+class DeviceMapCost(PartitionCost):
+    """Memory and time of a run with layers over GPUs, host memory and disk."""
+
+    timed_limits = {"cpu": 1}  # noqa: RUF012  (no weight stays in memory: layers on disk are timed)
+
+    @staticmethod
+    def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
+        """See `PartitionCost`."""
+        return max(size.layer_bytes, default=0) if kind == "cpu" else 0
+
+    @cached_property
+    def spread(self) -> Spread:
+        """Where a device map would put the weights on this machine."""
+        batch = self.size.activation_bytes(self.settings.batch_size, self.settings.sequence_length)
+        machine = self.machine
+        free: dict[Device, int] = {**dict.fromkeys(range(machine.gpus), machine.device_free), "cpu": machine.host_free}
+        limits = {name: max(0, int(room * SPARE_SHARE) - batch) for name, room in free.items()}
+        beside = {"cpu": bytes_beside_weights(self.size, self.settings, machine.device)}
+        limits |= {
+            name if name == "cpu" else int(name): max(0, limit - beside.get(name, batch))
+            for name, limit in self.max_memory.items()
+        }
+        return spread(self.weights, self.settings, limits)
+
+    def is_timed(self) -> bool:
+        """See `PartitionCost`. Layers in memory take as long as those of a whole model."""
+        return self.spread.layers_on_disk > 0
+
+    def usage(self, measured: Calibration, counters: int) -> Usage:
+        """See `PartitionCost`."""
+        on_host, on_disk = self.spread.held.get("cpu", 0), self.spread.layers_on_disk
+        seconds = self.seconds(measured, measured.costs[WHOLE], self.size.num_layers - on_disk)
+        if on_disk:
+            seconds += self.seconds(measured, replace(measured.costs[self.partition], rest=0.0), on_disk)
+        if on_host and self.machine.gpus:  # copied to a GPU for every batch
+            seconds += measured.num_batches * on_host / measured.copy_bytes_per_second
+        layer = max(self.size.layer_bytes)
+        if self.on_gpu:
+            on_gpu = max((size for name, size in self.spread.held.items() if isinstance(name, int)), default=0)
+            device, host = self.memory(measured, counters, on_gpu, host_weights=on_host, more=layer)
+        else:
+            resident = self.resident(measured, on_host, table=self.spread.table == "cpu")
+            device, host = self.memory(measured, counters, resident, more=layer if on_disk else 0)
+        disk = f"{on_disk} of {self.size.num_layers} layers on disk, read for every batch"
+        return Usage(device_bytes=device, host_bytes=host, seconds=seconds, why=disk if on_disk else "all in memory")
+
+
 class DeviceMapReplica(BatchwiseReplica):
     """See `partition.base.Replica`. ``device_map`` says where each module's weights are.
 
     ``placement.max_memory`` bounds weights; activations come on top. Weights on disk are read for every batch, from the
     checkpoint's own files where these hold them as they are computed with, else from the offload folder.
     """
+
+    cost = DeviceMapCost
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
         self.device = pick_device(settings.device)
@@ -106,7 +159,7 @@ class DeviceMapLanguageModel(LanguageModel):
 def memory_limits(
     device: torch.device, checkpoint: Checkpoint, settings: Settings, placement: Placement
 ) -> dict[Device, int]:
-    """Bytes that weights may take, by device, in the order in which devices are filled.
+    """Return the bytes that weights may take, by device, in the order in which devices are filled.
 
     A device for which no limit was given has what is free on it, less a margin and the activations of a batch.
 
@@ -132,7 +185,7 @@ def memory_limits(
 
 
 def plan_map(model: Any, stored: Iterable[str], limits: Mapping[Device, int], settings: Settings) -> dict[str, Device]:
-    """Where each module of a skeleton goes: the first device with room, layers whole, the rest on disk.
+    """Return the device of each module of a skeleton: the first device with room, layers whole, the rest on disk.
 
     On the device that computes, room for the largest layer is left for those that come from elsewhere. What no file
     holds, such as a pooler that transformers makes up, cannot be on disk.
@@ -175,7 +228,7 @@ class Spread:
 
 
 def spread(checkpoint: Checkpoint | str, settings: Settings, limits: Mapping[Device, int]) -> Spread:
-    """What `plan_map` would do, from headers alone; ``limits`` as it takes them."""
+    """Return the result of `plan_map`, from headers alone; ``limits`` as it takes them."""
     _, model, tensors = load_skeleton(checkpoint, settings)
     device_map = plan_map(model, [tensor.name for tensor in tensors], limits, settings)
     places = {id(p): _place(name, device_map)[1] for name, p in model.named_parameters()}
@@ -205,7 +258,7 @@ def require_complete(model: nn.Module, device_map: Mapping[str, Device]) -> None
 
 
 def _refuse_disk(model: nn.Module, device_map: Mapping[str, Device]) -> None:
-    """A .gguf file is unpacked when it is loaded, and transformers keeps what it unpacked in memory."""
+    """Refuse weights on disk: transformers unpacks a .gguf file when it is loaded, and keeps it in memory."""
     left = [p for name, p in model.named_parameters() if _place(name, device_map)[1] == "disk"]
     if left:
         raise ConfigError(
@@ -215,14 +268,14 @@ def _refuse_disk(model: nn.Module, device_map: Mapping[str, Device]) -> None:
 
 
 def _place(name: str, device_map: Mapping[str, Device]) -> tuple[str, Device | None]:
-    """What the map says of a parameter: its own entry, or that of the nearest module around it; and the device."""
+    """Return the map's entry of a parameter, or of the nearest module around it, and the device."""
     while name and name not in device_map:
         name = name.rpartition(".")[0]
     return name, device_map.get(name)
 
 
 def unstored(model: nn.Module, stored: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The parameters that no tensor of the files is: fused experts, those of quantized files, those that are missing.
+    """Return the parameters that are not stored as they are: fused experts, quantized or missing ones.
 
     A file's names may have the prefix of a backbone that the model's have not, or the other way round.
     """

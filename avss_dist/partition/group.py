@@ -117,14 +117,14 @@ def own_rows(part: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
 
 
 def collected(mine: T) -> list[T]:
-    """What every rank has, in the order of the ranks, on the first; [] on the others. All ranks call this."""
+    """Return the values of all ranks, in their order, on the first rank; [] on the others. All ranks call this."""
     every: list[Any] | None = [None] * distributed.get_world_size() if distributed.get_rank() == 0 else None
     distributed.gather_object(mine, every)
     return every or []
 
 
 def from_every_rank(number: float, device: torch.device) -> list[float]:
-    """A number of each rank's, in the order of the ranks; all ranks call this."""
+    """Return the numbers of all ranks, in their order; all ranks call this."""
     mine = torch.tensor([number], dtype=torch.float64, device=device)
     numbers = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
     distributed.all_gather(numbers, mine)
@@ -132,7 +132,7 @@ def from_every_rank(number: float, device: torch.device) -> list[float]:
 
 
 def summed_over_ranks(counts: list[list[int]]) -> list[list[int]]:
-    """The sum of all ranks' counts, which are lists of equal lengths; all ranks call this."""
+    """Return the sum of all ranks' counts, which are lists of equal lengths; all ranks call this."""
     every: list[list[list[int]]] = [[] for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(every, counts)
     return [[sum(numbers) for numbers in zip(*rows, strict=True)] for rows in zip(*every, strict=True)]

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import cast
+from typing import Any, cast
 
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.base import Placement, Replica
 from avss_dist.registry import PARTITIONS
 from avss_dist.settings import Settings
 from avss_dist.system.cores import use_threads
+
+
+def replica_class(partition: str) -> Any:
+    """Return the class of a partition's replicas; see `partition.base.Replica`."""
+    module, _, name = PARTITIONS[partition].opens.partition(":")
+    return getattr(import_module(module), name)
 
 
 def open_replica(checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> Replica:
@@ -25,5 +31,4 @@ def open_replica(checkpoint: Checkpoint, settings: Settings, placement: Placemen
         ConfigError: it cannot be spread this way over the devices of this machine.
     """
     use_threads(settings.threads)
-    module, _, name = PARTITIONS[placement.partition].opens.partition(":")
-    return cast(Replica, getattr(import_module(module), name)(checkpoint, settings, placement, head=head))
+    return cast(Replica, replica_class(placement.partition)(checkpoint, settings, placement, head=head))

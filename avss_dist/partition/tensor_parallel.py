@@ -19,14 +19,17 @@ from torch import nn
 
 from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ConfigError, ModelError
+from avss_dist.intervention import Sparsity
 from avss_dist.models.auto import predictor
 from avss_dist.models.causal_lm import LanguageModel, Watcher
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import PROBE_SHAPE, Layer, Tap, as_rows, first_tensor
 from avss_dist.models.loading import forward_function, load_model, open_module, quiet, without_head
-from avss_dist.models.sparsifying import Counted, Sparsity
+from avss_dist.models.size import Footprint
+from avss_dist.models.sparsifying import SparsityCounts
 from avss_dist.partition.base import Placement, RowSplit
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
+from avss_dist.partition.cost import LINK_SHARE, Calibration, PartitionCost, Usage
 from avss_dist.partition.group import (
     collected,
     from_every_rank,
@@ -36,6 +39,7 @@ from avss_dist.partition.group import (
     reraise_lost_ranks,
     summed_over_ranks,
 )
+from avss_dist.registry import WHOLE
 from avss_dist.settings import THRESHOLD, Settings
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
@@ -53,6 +57,39 @@ T = TypeVar("T")
 _ELSEWHERE = "Use `partition` single, device_map, zero3 or streaming."
 
 
+class TensorParallelCost(PartitionCost):
+    """Memory and time of a run with ranks that divide attention and MLP.
+
+    Each rank computes norms, residuals and statistics whole: on CPUs with its share of the cores.
+    """
+
+    @staticmethod
+    def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
+        """See `PartitionCost`. ``max_memory`` has no effect."""
+        return 0
+
+    def usage(self, measured: Calibration, counters: int) -> Usage:
+        """See `PartitionCost`."""
+        ranks, on_gpu, size = self.ranks, self.on_gpu, self.size
+        divided = measured.sublayer_share
+        work = (
+            self.seconds(measured, measured.costs[WHOLE]) * (divided / ranks + 1 - divided) * (1 if on_gpu else ranks)
+        )
+        sums = 2 * size.num_layers
+        hidden = size.hidden_bytes(measured.num_sequences, self.settings.sequence_length)
+        modelled = sums * 2 * hidden * (ranks - 1) / (measured.copy_bytes_per_second * LINK_SHARE)
+        exchange = modelled if on_gpu else sums * measured.num_batches * measured.sum_seconds * (ranks - 1)
+        whole = size.weight_bytes
+        part = size.other_bytes + sum(size.layer_bytes) // ranks
+        if on_gpu:
+            device, host = self.memory(measured, counters, part, host_weights=whole)
+        else:
+            device, host = self.memory(measured, counters, whole + part)
+        why = "every rank loads the whole model first, and keeps a part of each layer"
+        why += "; the exchange is modelled, not measured" * on_gpu
+        return Usage(device_bytes=device, host_bytes=host, seconds=work + exchange, why=why)
+
+
 class TensorParallelReplica(BatchwiseReplica):
     """See `partition.base.Replica`. Every rank opens it inside one group (`partition.group.join`).
 
@@ -63,6 +100,8 @@ class TensorParallelReplica(BatchwiseReplica):
         ConfigError: there is no group, or it has more ranks than the model has heads.
         ModelError: the model cannot be opened or observed, or DeepSpeed cannot split it correctly.
     """
+
+    cost = TensorParallelCost
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
         rank, world = require_group(placement)
@@ -117,15 +156,15 @@ class TensorParallelLanguageModel(LanguageModel):
         raise ModelError("`partition` tensor_parallel has no gradients: DeepSpeed splits models for inference alone.")
 
     @contextmanager
-    def sparsified(self, sparsity: Sparsity) -> Iterator[Counted]:
+    def sparsified(self, sparsity: Sparsity) -> Iterator[SparsityCounts]:
         """See `causal_lm.LanguageModel`. A rank has some of the units of a token, so nothing is chosen among all."""
-        if any(cut.by != THRESHOLD or cut.weighted or cut.group for cut in sparsity.cuts):
+        if any(one.by != THRESHOLD or one.weighted or one.group for one in sparsity.maps):
             raise ModelError(
                 "`partition` tensor_parallel splits the units of a token, and cannot choose the largest of them.",
                 "Use single, device_map, streaming or zero3, or a plan of thresholds.",
             )
-        with super().sparsified(sparsity) as counted:
-            yield counted
+        with super().sparsified(sparsity) as counts:
+            yield counts
 
     def total(self, counts: list[list[int]]) -> list[list[int]]:
         """See `causal_lm.LanguageModel`. What every rank has whole is counted by each: its share stays what it is."""
@@ -133,7 +172,7 @@ class TensorParallelLanguageModel(LanguageModel):
 
 
 def inference_config(dtype: torch.dtype, world: int) -> dict[str, Any]:
-    """What ``deepspeed.init_inference`` is given; ``cluster/deepspeed/tensor_parallel.json`` has it for two ranks."""
+    """Return the configuration for ``deepspeed.init_inference``; ``cluster/deepspeed`` has it for two ranks."""
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "tensor_parallel": {"tp_size": world},
@@ -184,7 +223,7 @@ def apply_autotp(model: Any, world: int, device: torch.device) -> None:
 
 @contextmanager
 def without_output_embeddings(model: Any, *, keep: bool) -> Iterator[None]:
-    """Inside, the model has no head, for AutoTP to split; afterwards it has it again, whole, if it is to be kept."""
+    """Remove the head of the model, so that AutoTP does not split it; put it back whole if ``keep``."""
     heads = {
         name: child
         for name, child in model.named_children()
@@ -209,7 +248,7 @@ def _logits(model: Any, device: torch.device) -> torch.Tensor:
 
 @contextmanager
 def _running(model: Any) -> Iterator[None]:
-    """Inside, the split model runs, or is refused."""
+    """Refuse the split model if it does not run inside."""
     try:
         yield
     except _REFUSALS as error:
@@ -236,7 +275,7 @@ def _in_another_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[di
 
 
 def difference(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """How much two tensors of shape [..., units] differ: |found - expected| / |expected| of the median token.
+    """Return the difference of two tensors of shape [..., units]: |found - expected| / |expected| of the median token.
 
     A model that is split wrongly is wrong for nearly every token; few tokens go to another expert by rounding.
     """
@@ -248,7 +287,7 @@ def difference(expected: torch.Tensor, found: torch.Tensor) -> float:
 
 
 def _probe(run: Callable[..., Any], layers: Sequence[Layer], device: torch.device) -> _Probe:
-    """What each site reads in a pass over ``PROBE_SHAPE`` tokens; of shared modules, the last call."""
+    """Return the tensor of each site in a pass over ``PROBE_SHAPE`` tokens; of shared modules, the last call."""
     tensors: _Probe = {}
 
     def keep(key: tuple[int, str], value: Any) -> None:
@@ -275,7 +314,7 @@ def _probe(run: Callable[..., Any], layers: Sequence[Layer], device: torch.devic
 
 
 def _find_again(layers: Sequence[Layer], names: Mapping[nn.Module, str], model: nn.Module) -> list[Layer]:
-    """The same layers and taps in a model of which modules were replaced."""
+    """Return the same layers and taps in a model whose modules were replaced."""
 
     def again(module: nn.Module) -> nn.Module:
         return model.get_submodule(names[module])
@@ -292,7 +331,7 @@ def _find_again(layers: Sequence[Layer], names: Mapping[nn.Module, str], model: 
 
 
 def _check(model: Any, layers: Sequence[Layer], expected: _Probe, found: _Probe, split: RowSplit) -> tuple[Layer, ...]:
-    """The layers, with taps that exchange what the ranks have parts of; all ranks come to the same.
+    """Return the layers, with taps that exchange the parts of the ranks; all ranks come to the same result.
 
     Raises:
         ModelError: a tensor is not what it was before the split.
@@ -318,7 +357,7 @@ def _check(model: Any, layers: Sequence[Layer], expected: _Probe, found: _Probe,
 
 
 def _exchange_for(part: torch.Tensor, width: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """How ranks exchange their parts of ``width`` units; None where every rank has all of them."""
+    """Return the function that exchanges parts of ``width`` units; None where every rank has all of them."""
     widths = [int(n) for n in from_every_rank(part.shape[-1], part.device)]
     if sum(widths) != width or len(widths) == 1:
         return None

@@ -21,9 +21,11 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer, layer_lists
 from avss_dist.models.loading import forward_function, load_model, open_module, text_config, without_head
 from avss_dist.models.pinning import compute_dtype
+from avss_dist.models.size import Footprint
 from avss_dist.models.sparsifying import uncounted
 from avss_dist.partition.base import Placement, dummy_batch
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
+from avss_dist.partition.cost import DEEPSPEED_BYTES, LINK_SHARE, Calibration, PartitionCost, Usage
 from avss_dist.partition.group import (
     from_every_rank,
     quiet_deepspeed,
@@ -31,6 +33,7 @@ from avss_dist.partition.group import (
     reraise_lost_ranks,
     summed_over_ranks,
 )
+from avss_dist.registry import WHOLE
 from avss_dist.settings import Settings
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
@@ -40,6 +43,32 @@ T = TypeVar("T")
 PREFETCHED = 50_000_000  # parameters that are gathered ahead, on GPUs, beside the arithmetic; DeepSpeed's own default
 
 
+class Zero3Cost(PartitionCost):
+    """Memory and time of a run with ranks that hold parts, and gather one layer at a time."""
+
+    @staticmethod
+    def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
+        """See `PartitionCost`. ``max_memory`` has no effect."""
+        return 0
+
+    def usage(self, measured: Calibration, counters: int) -> Usage:
+        """See `PartitionCost`. Ranks share the shards; on CPUs they share the cores too, so that nothing is gained."""
+        ranks, on_gpu, size = self.ranks, self.on_gpu, self.size
+        gathered = sum(size.layer_bytes) + size.other_bytes
+        part = -(-size.weight_bytes // ranks)
+        ahead = PREFETCHED * size.element_bytes if on_gpu else 0
+        largest = max(*size.layer_bytes, size.embedding_bytes)  # twice: as it comes, and put together
+        device, host = self.memory(measured, counters, part, more=2 * largest + min(ahead, gathered))
+        if not on_gpu:  # while the model is opened, pages of its files, which the system can have back, are there too
+            device = max(device, measured.library_bytes + DEEPSPEED_BYTES + part + size.weight_bytes)
+        work = self.seconds(measured, measured.costs[WHOLE]) / (ranks if on_gpu else 1)
+        link = measured.copy_bytes_per_second * LINK_SHARE * ranks / max(1, ranks - 1)
+        exchange = -(-measured.num_batches // ranks) * gathered / (link if on_gpu else measured.gather_bytes_per_second)
+        why = "every rank holds a part and gathers one layer at a time"
+        why += "; the exchange is modelled, not measured" * on_gpu
+        return Usage(device_bytes=device, host_bytes=host, seconds=work + exchange, why=why)
+
+
 class Zero3Replica(BatchwiseReplica):
     """See `partition.base.Replica`. Every rank opens it inside one group (`partition.group.join`).
 
@@ -47,6 +76,8 @@ class Zero3Replica(BatchwiseReplica):
         ConfigError: there is no group, or the checkpoint or the device cannot be partitioned this way.
         ModelError: the model cannot be opened or observed.
     """
+
+    cost = Zero3Cost
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
         if checkpoint.gguf:
@@ -125,7 +156,7 @@ class Zero3LanguageModel(LanguageModel):
         return summed_over_ranks(counts)
 
     def _share(self, items: Sequence[S], function: Callable[[S], T], dummy: Callable[[], object]) -> list[T]:
-        """The function of every item, each computed by one rank, in the order of the items; all ranks call this."""
+        """Return the function of every item, each computed by one rank, in order; all ranks call this."""
         mine = []
         for start in range(0, len(items), self._world):
             if start + self._rank < len(items):
@@ -139,7 +170,7 @@ class Zero3LanguageModel(LanguageModel):
 
 
 def deepspeed_config(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """The DeepSpeed configuration.
+    """Return the DeepSpeed configuration.
 
     ``cluster/deepspeed/zero3.json`` is the one for bfloat16 on GPUs; the README beside it explains it.
     """
@@ -157,7 +188,7 @@ def deepspeed_config(dtype: torch.dtype, device: torch.device) -> dict[str, Any]
 
 
 def _load_in_parts(checkpoint: Checkpoint, settings: Settings, config: dict[str, Any], *, head: bool) -> Any:
-    """The model, of which a process never holds more than its part and one module; rank 0 maps the files."""
+    """Load a model of which a process never holds more than its part and one module; rank 0 maps the files."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     kept = HfDeepSpeedConfig(config)  # transformers refers to it weakly; while it lives, models are built in parts

@@ -1,1 +1,1 @@
-"""Which layers go: plans, methods that choose, the pruned checkpoint."""
+"""Pruning: plans, selection of layers, pruned checkpoints and their repair."""

@@ -1,7 +1,7 @@
-"""Pruned checkpoints: a folder like the original's, without some layers. No weight is loaded: tensors are copied.
+"""Pruned checkpoints: a folder like the original's, without some layers. Tensors are copied without loading a model.
 
-That the layers which stay are what they were is proved on skeletons of both models: the same modules, shapes and
-settings, layer by layer; and outputs are compared (`comparison`).
+Skeletons of both models prove that the remaining layers have the same modules, shapes and settings as before, and
+outputs are compared (`comparison`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.quantization import FILES, LayerNames, renumber_quantization, require_same_modules
 from avss_dist.pruning.repair.record import read_repairs, write_repairs
 from avss_dist.pruning.repair.repair import Repair, Repaired, repair_layers
-from avss_dist.pruning.repair.rivals import require_foldable
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights, copy_weights
 from avss_dist.settings import Execution, Settings
@@ -46,25 +45,24 @@ def prune(
     trust_remote_code: bool = False,
     copied: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Write the checkpoint without the plan's layers, and prove that it is one.
+    """Write a checkpoint without the plan's layers, and verify it against the original.
 
     Args:
-        model: hub id, folder: that of the plan, whatever its name.
-        output: a folder that does not exist, or is empty; it appears when it is whole.
-        repair: how what the layers did is given back by those that stay, or the weights that were fitted for that; not
-            at all by default.
-        execution: with ``partition`` single or streaming, and the memory for it, for the repair and the comparison; it
-            is chosen by default.
-        copied: called with the bytes of weights that were copied, now and then.
+        model: hub id or folder of the checkpoint that the plan is for.
+        output: folder that does not exist or is empty; it appears when it is complete.
+        repair: repair to fit to the remaining layers, or a fitted repair; none by default.
+        execution: ``partition`` (single or streaming) and memory limits for the repair and the comparison; chosen by
+            default.
+        copied: called with the number of bytes of weights copied since the last call.
 
     Returns:
-        ``folder``; ``bytes`` of weights; ``difference``: the largest between outputs of the last layer, of the pruned
-        checkpoint and of the original with the layers skipped and the weights repaired, in float32; None where both do
-        not fit in memory, and cannot be streamed; ``notes``: what that comparison cannot see; ``repair``: what the
-        checkpoint says of its repair, a `RepairRecord` or None.
+        ``folder``; ``bytes`` of weights; ``difference``: largest difference between the outputs of the last layer, in
+        float32, of the pruned checkpoint and of the original with the layers skipped and the weights repaired, or None
+        if the models neither fit in memory nor can be streamed; ``notes``: limits of that comparison; ``repair``: the
+        `RepairRecord`, or None.
 
     Raises:
-        PlanError: the plan is of another model, the family cannot be pruned or repaired (the message says why), or the
+        PlanError: the plan is for another model, the family cannot be pruned or repaired (the message says why), or the
             folder is not empty.
         ModelError: the checkpoint cannot be read.
         CorpusError: the text of the repair cannot be read, or is too short.
@@ -73,8 +71,6 @@ def prune(
     settings = Settings(dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
     output = Path(output)
     require_free(output)
-    if repair is not None:
-        require_foldable(repair.by if isinstance(repair, Repair) else repair.record.repair)
     checkpoint = resolve(model, trust_remote_code=trust_remote_code)
     _require_planned(checkpoint, plan)
     notes: list[str] = []
@@ -100,11 +96,7 @@ def prune(
 
 
 def require_free(output: Path) -> None:
-    """Refuse a folder that holds something, or that somebody stands in.
-
-    Raises:
-        PlanError: it is one.
-    """
+    """Raise PlanError if a folder is not empty, or is the current directory."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise PlanError(f"{output} exists already, and is not empty.", "Name another folder with `output`.")
     if output.resolve() == Path.cwd():
@@ -114,7 +106,7 @@ def require_free(output: Path) -> None:
 
 
 def _require_planned(checkpoint: Checkpoint, plan: Plan) -> None:
-    """Refuse a checkpoint that a plan is not of, or that has no safetensors."""
+    """Raise PlanError if a plan is for another checkpoint, or the checkpoint cannot be copied."""
     require_copyable(checkpoint)
     if plan.revision is not None and plan.revision != checkpoint.revision:
         raise PlanError(
@@ -125,23 +117,20 @@ def _require_planned(checkpoint: Checkpoint, plan: Plan) -> None:
 
 
 def require_copyable(checkpoint: Checkpoint) -> None:
-    """Refuse a .gguf file, and a checkpoint with a link to a file that is not its own: its content would be copied.
+    """Raise PlanError for a .gguf file, or a link to a file outside of the checkpoint, whose content would be copied.
 
-    A snapshot in the hub's cache is made of links into the same repository's folder.
-
-    Raises:
-        PlanError: the message names the file, or the link and its target.
+    Links of a snapshot in the hub's cache to files of the same repository are allowed.
     """
     if checkpoint.gguf:
         raise PlanError(
             f"'{checkpoint.name}' is a .gguf file.", "Prune the checkpoint in safetensors that it was made of."
         )
     folder = checkpoint.folder.resolve()
-    own = [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
+    inside = [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
     read = (folder / name for name in ("config.json", "README.md"))
     for file in dict.fromkeys([*_other_files(folder), *read, *weight_files(folder)]):
         target = file.resolve()
-        if not any(target.is_relative_to(place) for place in own):
+        if not any(target.is_relative_to(place) for place in inside):
             raise PlanError(
                 f"{file.relative_to(folder)} of '{checkpoint.name}' is a link to {target}, outside of the checkpoint.",
                 "Put the file itself into the folder if it belongs to the model, or remove the link.",
@@ -149,11 +138,7 @@ def require_copyable(checkpoint: Checkpoint) -> None:
 
 
 def require_prunable(checkpoint: Checkpoint, plan: Plan, settings: Settings) -> None:
-    """Refuse a checkpoint that cannot be without a plan's layers, as far as its headers tell; nothing is left of it.
-
-    Raises:
-        PlanError: it cannot; the message says why.
-    """
+    """Raise PlanError if a checkpoint cannot be pruned by a plan, as far as its headers tell. Nothing is written."""
     _require_planned(checkpoint, plan)
     with TemporaryDirectory() as folder:
         write_config(checkpoint, plan, Path(folder), settings)
@@ -170,14 +155,14 @@ def _other_files(folder: Path) -> list[Path]:
 
 
 def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Settings) -> None:
-    """Everything but configuration, weights and model card."""
+    """Copy all files but configuration, weights and model card, and renumber quantization settings."""
     for file in _other_files(checkpoint.folder):
         shutil.copyfile(file, folder / file.name)
-    found = [name for name in FILES if (folder / name).is_file()]
-    if not found:
+    files = [name for name in FILES if (folder / name).is_file()]
+    if not files:
         return
     names = LayerNames.of(checkpoint, plan, settings)
-    for name in found:
+    for name in files:
         quantization = json.loads((folder / name).read_text(encoding="utf-8"))
         (folder / name).write_text(json.dumps(renumber_quantization(quantization, names), indent=2) + "\n")
 
@@ -185,7 +170,7 @@ def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Sett
 def _compare(
     checkpoint: Checkpoint, plan: Plan, replaced: Patch, folder: Path, settings: Settings, execution: Execution
 ) -> tuple[float | None, list[str]]:
-    """The largest difference of outputs, see `prune`, and what is to be known of the comparison."""
+    """Return the largest difference of outputs, see `prune`, and notes on the comparison."""
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     notes = [require_same_modules(checkpoint, plan, folder, settings)] if quantization_method(config) else []
     try:
@@ -202,7 +187,7 @@ def _compare(
 
 
 def _write_card(checkpoint: Checkpoint, plan: Plan, folder: Path, notes: list[str], repaired: Repaired | None) -> None:
-    """The model card, and what is to be known of all repairs."""
+    """Write the model card, and the records of all repairs of the checkpoint."""
     record = repaired.record if repaired else None
     (folder / "README.md").write_text(model_card(checkpoint, plan, notes, record), encoding="utf-8")
     if record:

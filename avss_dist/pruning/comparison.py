@@ -1,4 +1,4 @@
-"""What a pruned checkpoint computes beside the original with the same layers skipped and the same weights replaced."""
+"""Comparison of a pruned checkpoint's outputs with those of the original, with layers skipped and weights replaced."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from avss_dist.partition.choose import size_of, weight_limits
 from avss_dist.partition.open import open_replica
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import PlanError
+from avss_dist.registry import LAYERWISE
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import available_memory, pick_device
 
@@ -32,19 +33,20 @@ CHECKED_SHAPE = (2, 12)  # rows and tokens
 def largest_difference(
     checkpoint: Checkpoint, plan: Plan, replaced: Patch, folder: Path, settings: Settings, execution: Execution
 ) -> float | None:
-    """The largest difference between the outputs of both backbones' last layers on some tokens.
+    """Return the largest difference between the outputs of both backbones' last layers on some tokens.
 
     Args:
-        plan, replaced: what the original is without, and has in place of its own weights, as it is compared.
-        folder: of the pruned checkpoint.
-        settings: how both compute.
-        execution: models that do not fit in memory twice are streamed within its limits; all are, if it says so.
+        plan: its layers are skipped in the original.
+        replaced: weights of the original to replace.
+        folder: folder of the pruned checkpoint.
+        settings: settings with which both compute.
+        execution: memory limits for streaming, which is used if the models do not fit in memory twice, or on request.
 
     Returns:
-        None of a model that has neither room nor a head: such are not streamed here.
+        None if the models do not fit in memory and have no head, without which they cannot be streamed.
 
     Raises:
-        PlanError: they compute something else.
+        PlanError: the outputs differ.
         ModelError: one of them cannot be opened, or returns no hidden states.
     """
     fits = 2 * footprint(checkpoint, settings).weight_bytes <= available_memory() // 2
@@ -52,7 +54,7 @@ def largest_difference(
     pruned = replace(pruned, name=f"{checkpoint.name} without these layers")
     settings, outputs = replace(settings, layers=plan.layers), []
     for one, drop, patch in ((checkpoint, plan.drop, replaced), (pruned, (), {})):
-        if fits and execution.partition != "streaming":
+        if fits and execution.partition != LAYERWISE:
             output = _output(one, settings, drop, patch)
         elif has_head(text_config(one, trust_remote_code=settings.trust_remote_code)):
             output = _streamed_output(one, settings, drop, patch, execution)
@@ -82,8 +84,8 @@ def _streamed_output(
     checkpoint: Checkpoint, settings: Settings, drop: Sequence[int], patch: Patch, execution: Execution
 ) -> torch.Tensor | None:
     kind = pick_device(settings.device).type
-    limits = weight_limits("streaming", size_of(checkpoint, settings), settings, execution.max_memory, kind, head=True)
-    placement = Placement(partition="streaming", max_memory=limits, offload_folder=execution.offload_folder)
+    limits = weight_limits(LAYERWISE, size_of(checkpoint, settings), settings, execution.max_memory, kind, head=True)
+    placement = Placement(partition=LAYERWISE, max_memory=limits, offload_folder=execution.offload_folder)
     with closing(open_replica(checkpoint, settings, placement, head=True)) as replica:
         model = replica.language_model
         assert model is not None

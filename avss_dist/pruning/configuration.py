@@ -1,7 +1,7 @@
-"""The ``config.json`` of a pruned checkpoint: settings by layer are shortened, and every other key stays as it was.
+"""The ``config.json`` of a pruned checkpoint: per-layer settings are shortened, and every other key is unchanged.
 
-The result is compared with the original three times: setting by setting, as transformers reads both files; layer by
-layer, as modules with their shapes and settings; and parameter by parameter in each class that opens the original.
+The result is compared with the original setting by setting, as transformers reads both files; layer by layer, as
+modules with their shapes and settings; and parameter by parameter in each class that opens the original.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from avss_dist.settings import Settings
 
 NUM_LAYERS = "num_hidden_layers"
 COUNTS = ("first_k_dense_replace", "max_window_layers", "num_dense_layers", "first_num_dense_layers")
-"""Settings that say how many of the first layers are special."""
+"""Settings that give the number of special layers at the start."""
 _BY_LAYER = re.compile(r"layer|block_types|block_configs|full_attn_idxs|indexer_types|activation_sparsity_pattern")
 _SIZES_BY_LAYER = re.compile(
     r"(num_)?(query|kv|attention|key_value)_heads|num_(query|kv)_heads|intermediate_size|ffn_multipliers"
@@ -40,12 +40,12 @@ _OWN_INDEX = re.compile(r"^(layer|block)?_?(idx|index|id|number)$")
 
 
 def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Settings) -> None:
-    """Write the ``config.json`` that gives each layer that stays the settings that it had.
+    """Write the ``config.json`` that gives each remaining layer the settings that it had.
 
-    A key that the original lacks is added only where transformers would derive another value for the layers that stay.
+    A key that the original lacks is added only where transformers would derive another value for the remaining layers.
 
     Raises:
-        PlanError: there is no such configuration, or the plan is for another number of layers.
+        PlanError: no configuration does that, or the plan is for another number of layers.
     """
     plan.require_whole_layers("No configuration has layers without one, and zeros in its weights would remove nothing")
     whole = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
@@ -75,7 +75,7 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
 
 
 def _written(checkpoint: Checkpoint, whole: Any, raw: Mapping[str, Any], folder: Path, settings: Settings) -> Any:
-    """Write a configuration, and read it as transformers does."""
+    """Write a configuration, and return it as transformers reads it."""
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     try:
         return text_config(replace(checkpoint, path=str(folder)), trust_remote_code=settings.trust_remote_code)
@@ -96,13 +96,13 @@ def _refuse(text: Any, plan: Plan) -> None:
 
 
 def settings_by_layer(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """Return the settings by layer of a configuration, shortened to the layers that stay; their names tell them."""
+    """Return the per-layer settings of a configuration, recognized by name, shortened to the remaining layers."""
     shortened = {name: _shortened(name, value, plan) for name, value in config.items()}
     return {name: value for name, value in shortened.items() if value is not None}
 
 
 def _shortened(name: str, value: Any, plan: Plan) -> Any:
-    """Return a setting for the layers that stay, or None if it is not by layer."""
+    """Return a setting for the remaining layers, or None if it is not per layer."""
     if name in COUNTS:
         special = type(value) is int and value < plan.num_layers
         return sum(layer < value for layer in plan.keep) if special else None
@@ -116,7 +116,7 @@ def _shortened(name: str, value: Any, plan: Plan) -> Any:
 
 
 def _shortened_list(name: str, value: list[Any], plan: Plan) -> list[Any] | None:
-    """Return a list by layer, or of layers' indices, for the layers that stay; None of another list."""
+    """Return a per-layer list, or a list of layer indices, for the remaining layers; None for other lists."""
     are_indices = bool(_INDICES.search(name) or name.endswith("idxs")) and _are_layers(value, plan.num_layers)
     if len(value) == plan.num_layers and not (are_indices and len(set(value)) == len(value) > 2):
         return [value[layer] for layer in plan.keep]
@@ -124,7 +124,7 @@ def _shortened_list(name: str, value: list[Any], plan: Plan) -> list[Any] | None
 
 
 def _shortened_mapping(value: Mapping[Any, Any], plan: Plan) -> dict[str, Any] | None:
-    """Return settings by a layer's index for the layers that stay; None of another mapping."""
+    """Return settings by layer index for the remaining layers; None for other mappings."""
     new = {str(layer): str(i) for i, layer in enumerate(plan.keep)}
     if not value or not {str(key) for key in value} <= {str(layer) for layer in range(plan.num_layers)}:
         return None
@@ -136,16 +136,16 @@ def _are_layers(values: list[Any], num_layers: int) -> bool:
 
 
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration as its file has it: every key of a mapping is a string."""
+    """Return a configuration as its file holds it, with strings as keys."""
     values: dict[str, Any] = json.loads(json.dumps(config, default=str))
     return values
 
 
 def _require_same_settings(whole: Any, less: Any, changed: set[str]) -> None:
-    """Refuse a configuration in which transformers reads any other setting than those by layer in another way.
+    """Require that transformers reads all settings but the per-layer ones as before.
 
     Raises:
-        PlanError: the message names the first such setting, and both values.
+        PlanError: a setting differs; the message names it and both values.
     """
     before, after = _as_json(whole.to_dict()), _as_json(less.to_dict())
     for path, old, new in _differences(before, after, {*changed, "_name_or_path"}):
@@ -153,7 +153,7 @@ def _require_same_settings(whole: Any, less: Any, changed: set[str]) -> None:
 
 
 def _differences(before: Any, after: Any, changed: set[str], path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield (path, value, other value) wherever two configurations differ, but for settings of these names."""
+    """Yield (path, value, other value) for each difference of two configurations, except for the ``changed`` names."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         for name in dict.fromkeys([*before, *after]):
             if name not in changed:
@@ -163,7 +163,7 @@ def _differences(before: Any, after: Any, changed: set[str], path: str = "") -> 
 
 
 def _require_same_layers(whole: Any, less: Any, plan: Plan, settings: Settings) -> None:
-    """Compare the modules of both models: the same kinds, shapes and settings, layer by layer."""
+    """Require that modules of both models have the same kinds, shapes and settings, layer by layer."""
     models = [without_head(skeleton(config, settings, torch.float32)) for config in (whole, less)]
     lists = []
     for model, number in zip(models, (plan.num_layers, len(plan.keep)), strict=True):
@@ -185,19 +185,19 @@ def _require_same_layers(whole: Any, less: Any, plan: Plan, settings: Settings) 
 
 
 def _described(layer: nn.Module, index: int) -> Iterator[tuple[str, str, Any]]:
-    """(module path, what, value) of all that makes a layer what it is, but for its own index."""
+    """Yield (module path, property, value) for all properties of a layer except its own index."""
     for path, module in layer.named_modules():
         yield path, "kind", type(module).__name__
         for name, parameter in sorted(module._parameters.items()):
             yield path, name, None if parameter is None else tuple(parameter.shape)
         for name, value in sorted(vars(module).items()):
-            own = _OWN_INDEX.match(name) and value in (index, index + 1)
-            if not name.startswith("_") and not own and isinstance(value, (int, float, str, bool, tuple)):
+            is_index = _OWN_INDEX.match(name) and value in (index, index + 1)
+            if not name.startswith("_") and not is_index and isinstance(value, (int, float, str, bool, tuple)):
                 yield path, name, value
 
 
 def _require_same_classes(whole: Any, less: Any, plan: Plan, settings: Settings) -> None:
-    """Refuse a configuration with which a class that opens the original would not open the pruned checkpoint.
+    """Require that each class that opens the original also opens the pruned checkpoint, with the same parameters.
 
     Raises:
         PlanError: the message names the class, and the first parameter that would be missing or of another shape.

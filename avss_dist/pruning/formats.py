@@ -1,4 +1,4 @@
-"""Plans as other tools take them."""
+"""Plans in the formats of other tools."""
 
 from __future__ import annotations
 
@@ -7,12 +7,28 @@ from collections.abc import Callable, Sequence
 from pathlib import PurePath
 
 from avss_dist.errors import ConfigError, require_known
-from avss_dist.pruning.mergekit import mergekit_slices
-from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.plan import Plan, to_yaml
+
+
+def mergekit_slices(plan: Plan) -> str:
+    """Return a plan as a mergekit configuration: a passthrough merge of the slices [from, to) of remaining layers.
+
+    Raises:
+        PlanError: the plan leaves out sublayers.
+    """
+    plan.require_whole_layers("A mergekit configuration has slices of whole layers")
+    slices: list[list[int]] = []
+    for layer in plan.keep:
+        if slices and slices[-1][1] == layer:
+            slices[-1][1] = layer + 1
+        else:
+            slices.append([layer, layer + 1])
+    sources = [{"sources": [{"model": plan.model, "layer_range": bounds}]} for bounds in slices]
+    return to_yaml({"slices": sources, "merge_method": "passthrough"})
 
 
 def llama_cpp_command(plan: Plan) -> str:
-    """The plan as a command line of llama.cpp, for a GGUF file of the model; no tensor is quantized.
+    """Return a plan as a command line of llama.cpp for a GGUF file of the model; it quantizes no tensor.
 
     Raises:
         PlanError: the plan leaves out sublayers.
@@ -24,7 +40,7 @@ def llama_cpp_command(plan: Plan) -> str:
 
 
 def require_format(name: str, valid: Sequence[str]) -> None:
-    """Refuse (`ConfigError`) formats that there are none of; of tools that cannot remove layers, with the reason."""
+    """Raise ConfigError if a format is unknown, or is of a tool that cannot remove layers."""
     if name == "llm-compressor":
         raise ConfigError(
             "`format` llm-compressor: its modifiers prune and quantize weights inside of layers; none removes a layer.",
@@ -34,4 +50,4 @@ def require_format(name: str, valid: Sequence[str]) -> None:
 
 
 OTHERS: dict[str, Callable[[Plan], str]] = {"mergekit": mergekit_slices, "llama-cpp": llama_cpp_command}
-"""What writes a plan for other tools, by the name of its format."""
+"""Functions that write a plan for other tools, by the name of the format."""

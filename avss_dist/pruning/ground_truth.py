@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,23 +11,20 @@ import numpy as np
 import pyarrow.compute as pc
 
 from avss_dist.errors import QueryError
-from avss_dist.settings import BLOCK_DISTANCE, ESTIMATES, INTERACTIONS, OF_LAYERS, Settings
+from avss_dist.registry import BLOCK_DISTANCE, DAMAGE_TASK, INTERACTIONS, SCORES, metrics_of
+from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import average_ranks
 from avss_dist.warehouse.checks import has_head, settings_of
 from avss_dist.warehouse.reader import Warehouse
 
-_OPTIONS = {"loss": "", "shapley": " --no-leave-one-out --shapley 32", "taylor": " --no-leave-one-out --gradients"}
-_DAMAGE = " --no-leave-one-out --damage"
-METRICS = {"propagated": "propagated_2", "predicted": "predicted_3"}
-"""Which of `tasks.damage.Damage` are read as scores; `damage` is the mean of both ranks."""
 FIRST_ORDER, SECOND_ORDER, PAIRS = "taylor_signed_1", "fisher_1", "interaction"  # of which interactions are made
 _REPEATED = ("max_sequences", "shuffle_seed", "sequence_length", "batch_size", "layout", "row_start", "dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTruth:
-    """What an evaluation says of each layer.
+    """A measurement of each layer by an evaluation.
 
     Attributes:
         values: by layer; low is unimportant.
@@ -44,7 +41,7 @@ class LayerTruth:
 
 
 def layer_truth(store: Warehouse, run: Mapping[str, Any], by: str) -> LayerTruth:
-    """One of ``settings.OF_LAYERS`` for every layer of a run's checkpoint, from the newest evaluation that has it.
+    """One of ``registry.MEASURED`` for every layer of a run's checkpoint, from the newest evaluation that has it.
 
     ``loss`` is that without the layer less that of the whole model.
 
@@ -73,19 +70,18 @@ def describe_headless(run: Mapping[str, Any]) -> str:
 
 def find_layer_truth(store: Warehouse, run: Mapping[str, Any], by: str) -> LayerTruth | None:
     """As `layer_truth`; None where there is none."""
-    metrics = list(METRICS.values()) if by == "damage" else [METRICS.get(by, by)]
-    for evaluation in _newest_first(store, run, OF_LAYERS[by], metrics):
-        if values := _by_layer(evaluation, by, metrics):
+    for evaluation in _newest_first(store, run, SCORES[by].task, metrics_of(by)):
+        if values := _by_layer(evaluation, by):
             return LayerTruth(values=values, run_id=evaluation[0]["run_id"], task=evaluation[0]["task"])
     return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockDistances:
-    """How far apart the streams before and after runs of layers are.
+    """Distances of the hidden states before and after runs of layers.
 
     Attributes:
-        values: by layers, ascending; a mean angle over pi.
+        values: mean angle over pi, by the layers of the run, ascending.
         run_id, task: the evaluation.
     """
 
@@ -100,7 +96,7 @@ def block_distances(store: Warehouse, run: Mapping[str, Any]) -> BlockDistances:
     Raises:
         QueryError: there is none; the hint is the command that measures them.
     """
-    for evaluation in _newest_first(store, run, ESTIMATES["damage"], [BLOCK_DISTANCE]):
+    for evaluation in _newest_first(store, run, DAMAGE_TASK, [BLOCK_DISTANCE]):
         values = {tuple(row["drop"]): row["value"] for row in evaluation}
         return BlockDistances(values=values, run_id=evaluation[0]["run_id"], task=evaluation[0]["task"])
     raise nothing_measured(store, run, BLOCK_DISTANCE)
@@ -108,7 +104,7 @@ def block_distances(store: Warehouse, run: Mapping[str, Any]) -> BlockDistances:
 
 @dataclass(frozen=True, kw_only=True)
 class Interactions:
-    """What leaving out layers does together: ``b^T x + 1/2 x^T H x`` nats per token, without those where x is 1.
+    """Effect of leaving out several layers: ``b^T x + 1/2 x^T H x`` nats per token, without the layers where x is 1.
 
     Attributes:
         b, h: float64[layers], float64[layers, layers].
@@ -130,7 +126,7 @@ def interactions(store: Warehouse, run: Mapping[str, Any]) -> Interactions:
     Raises:
         QueryError: there is none; the hint is the command that measures them.
     """
-    for rows in _newest_first(store, run, ESTIMATES["damage"], [FIRST_ORDER, SECOND_ORDER, PAIRS]):
+    for rows in _newest_first(store, run, DAMAGE_TASK, [FIRST_ORDER, SECOND_ORDER, PAIRS]):
         first, second = (
             {row["layer"]: row["value"] for row in rows if row["metric"] == name}
             for name in (FIRST_ORDER, SECOND_ORDER)
@@ -158,25 +154,36 @@ def _newest_first(
         yield [row for row in rows if row["run_id"] == newest["run_id"]]
 
 
-def _by_layer(rows: Sequence[Mapping[str, Any]], by: str, metrics: Sequence[str]) -> dict[int, float]:
+def _by_layer(rows: Sequence[Mapping[str, Any]], by: str) -> dict[int, float]:
     if by == "loss":
         return _increases(rows)
-    if by != "damage":
+    if not SCORES[by].mean_rank_of:
         return {row["layer"]: row["value"] for row in rows}
-    return mean_ranks([{row["layer"]: row["value"] for row in rows if row["metric"] == name} for name in metrics])
+    return mean_ranks(by, [(row["metric"], row["layer"], row["value"]) for row in rows])
 
 
-def mean_ranks(scores: Sequence[Mapping[int, float]]) -> dict[int, float]:
-    """Of each layer, the mean of its ranks by several scores, 1 the lowest; nothing where a layer lacks one."""
-    layers = sorted(scores[0])
-    if any(sorted(values) != layers or not np.isfinite([*values.values()]).all() for values in scores):
+def mean_ranks(score: str, measured: Iterable[tuple[str, int, float]]) -> dict[int, float]:
+    """Return each layer's mean rank (1 = lowest) over the metrics of a score, such as ``damage``.
+
+    Args:
+        measured: metric, layer and value; other metrics have no effect.
+
+    Returns:
+        By layer; empty if a layer lacks a finite value of one of the metrics.
+    """
+    by_metric: dict[str, dict[int, float]] = {name: {} for name in metrics_of(score)}
+    for metric, layer, value in measured:
+        if metric in by_metric:
+            by_metric[metric][layer] = value
+    layers = sorted(next(iter(by_metric.values())))
+    if any(sorted(values) != layers or not np.isfinite([*values.values()]).all() for values in by_metric.values()):
         return {}
-    ranks = [average_ranks(np.array([values[layer] for layer in layers])) for values in scores]
+    ranks = [average_ranks(np.array([values[layer] for layer in layers])) for values in by_metric.values()]
     return dict(zip(layers, np.mean(ranks, axis=0).tolist(), strict=True))
 
 
 def ablate_command(store: Warehouse, run: Mapping[str, Any], by: str = "loss") -> str:
-    """The command that measures one of ``settings.OF_LAYERS`` for a run's checkpoint, on the run's text."""
+    """Return the command that measures a score for a run's checkpoint, on the run's text."""
     hub_commit = len(run["revision"] or "") == 40
     model = f"{run['model']}@{run['revision']}" if hub_commit else run["model"]
     settings, defaults = settings_of(run), Settings().as_dict()
@@ -186,7 +193,17 @@ def ablate_command(store: Warehouse, run: Mapping[str, Any], by: str = "loss") -
         if settings.get(name) not in (None, defaults[name])
     ]
     words = ["avss ablate", model, "--corpus", run["corpus"], "--warehouse", store.root]
-    return " ".join([words[0], *map(shlex.quote, words[1:]), *changed]) + _OPTIONS.get(by, _DAMAGE)
+    return " ".join([words[0], *map(shlex.quote, words[1:]), *changed, *_measuring_options(by)])
+
+
+def _measuring_options(score: str) -> Iterator[str]:
+    """Yield the options of `avss ablate` that measure a score alone."""
+    for name, value in SCORES[score].ablate.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            yield f"--{option}" if value else f"--no-{option}"
+        else:
+            yield f"--{option} {value}"
 
 
 def _increases(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:

@@ -9,18 +9,14 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from avss_dist.errors import ConfigError, require_known
+from avss_dist.names import CONTRAST
 from avss_dist.options import Prompting
+from avss_dist.pruning.repair.registry import NO_REPAIR, OptionalRepairName
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
+from avss_dist.registry import FROM_ACTIVATIONS, INTERACTIONS, MEASURED
 from avss_dist.settings import (
-    CONTRAST,
     EVERY_SITE,
-    INTERACTIONS,
-    NO_REPAIR,
-    OF_LAYERS,
     RECIPES,
-    REPAIRS,
-    RIVAL_PATCHES,
-    SCORES,
     SEARCHES,
     SPARSITY_METHODS,
     SPARSITY_RULES,
@@ -46,43 +42,42 @@ Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Score = Annotated[str, Check(_known_score)]
 
 SparsityMethod = Annotated[str, OneOf(SPARSITY_METHODS)]
-RepairName = Annotated[str, OneOf((NO_REPAIR, *REPAIRS, *RIVAL_PATCHES))]
 
 
 @checked
 class Experiment:
-    """What is done with every run of a job.
+    """Request of an experiment with every run of a job.
 
     Raises:
         ConfigError: values out of their range, or that name no score.
     """
 
     tasks: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
-    """As avss evaluate --task takes them."""
-    scores: Annotated[tuple[Score, ...], Field(strict=False, min_length=1)] = SCORES
+    """Tasks to evaluate, as for avss evaluate --task."""
+    scores: Annotated[tuple[Score, ...], Field(strict=False, min_length=1)] = FROM_ACTIVATIONS
     """What layers are chosen by: a score; AVSS as it is read elsewhere, such as avss:update:unit:0.1rms (site, recipe,
     threshold), or avss:all; what avss ablate measures (damage, interactions, shapley, ...) where it has; contrast, or
     contrast:update:unit:0.1rms, of runs on paired text: those with the highest contrast are dropped first."""
     factors: Annotated[tuple[Factor, ...], Field(strict=False, min_length=1)] = (0.0,)
-    """What is left of what the chosen layers add to their input: 0 leaves them out, 0.5 halves it."""
+    """Residual scales of the chosen layers: 0 leaves a layer out, 0.5 halves what it adds to its input."""
     shares: Annotated[tuple[Share, ...], Field(strict=False)] = (0.25,)
-    """Shares of the layers to drop; none, [], where only sparsities are tried."""
+    """Shares of the layers to drop; empty, [], if only sparsities are evaluated."""
     sparsities: Annotated[tuple[Share, ...], Field(strict=False)] = ()
-    """Shares of the weights that meet a zero activation; no layer is dropped then."""
+    """Shares of the weights that meet a zero activation; these drop no layer."""
     sparsity_methods: Annotated[tuple[SparsityMethod, ...], Field(strict=False, min_length=1)] = ("uniform", "loss")
-    """How these are spread, as avss plan --method has it; what methods read is the text of the run."""
+    """How these are spread, as avss sparsify --method has it; what methods read is the text of the run."""
     sparsity_max_sequences: AtLeastOne | None = None
-    """Rows of that text that methods read, at most; values are counted in all of it."""
+    """Maximum number of rows that methods read; values are counted in all of the text."""
     sparsity_rule: Annotated[str, OneOf(SPARSITY_RULES)] = SPARSITY_RULES[0]
-    """At which tokens they hold."""
+    """Tokens at which activations are sparse."""
     sparsity_corrections: Count = 0
-    """Passes with each plan on, each of which corrects its thresholds."""
+    """Passes with each plan applied that correct its thresholds."""
     random: Count = 5
-    """How many random choices of each share."""
+    """Number of random choices for each share."""
     reversed: bool = True
     """Drop the highest too."""
     keep_ends: Count = 1
-    """Choose once more with so many layers at each end kept; 0 does not."""
+    """Choose again with this many layers at each end protected; 0 does not."""
     last: bool = True
     """Drop the last layers before the final one too (arXiv 2411.15558)."""
     leave_one_out: bool = True
@@ -90,35 +85,35 @@ class Experiment:
     search: Annotated[tuple[Annotated[str, OneOf(tuple(SEARCHES))], ...], Field(strict=False)] = ()
     """Search sets of layers by their loss, on the text of the run."""
     search_budget: AtLeastOne | None = None
-    """Sets that a search measures at most; evolve needs it."""
+    """Maximum number of sets that a search measures; required for evolve."""
     search_max_sequences: AtLeastOne | None = None
-    """Rows of the text of the run that searches measure the loss on, at most."""
-    repairs: Annotated[tuple[RepairName, ...], Field(strict=False, min_length=1)] = (NO_REPAIR,)
-    """What gives back what the removed layers did; every choice is evaluated with each."""
+    """Maximum number of rows of the run's text on which searches measure the loss."""
+    repairs: Annotated[tuple[OptionalRepairName, ...], Field(strict=False, min_length=1)] = (NO_REPAIR,)
+    """Repairs of the pruned models; every choice is evaluated with each."""
     repair_corpora: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """The texts that repairs are fitted on; each counts alike, however long, or by a weight: CORPUS=0.5."""
+    """Texts that repairs are fitted on, with equal weight whatever their length, or a weight each: CORPUS=0.5."""
     repair_max_sequences: AtLeastOne | None = None
-    """Rows of each text that repairs are fitted on, at most."""
+    """Maximum number of rows of each text that repairs are fitted on."""
     repair_skip_sequences: Count = 0
     """Rows of each text before those."""
     max_sequences: AtLeastOne | None = None
-    """Rows of each text that is evaluated on, at most."""
+    """Maximum number of rows of each evaluation text."""
     skip_sequences: Count = 0
     """Rows of each text before those."""
     skip_questions: Count = 0
     """Questions of TruthfulQA before those."""
     limit: AtLeastOne | None = None
-    """The most questions per task."""
+    """Maximum number of questions per task."""
     num_fewshot: Count | None = None
     """Examples before each question of a harness task."""
     apply_chat_template: bool = False
     """Put questions of harness tasks in the tokenizer's chat template."""
     system_instruction: str | None = None
-    """What stands before everything in a question of a harness task: in a chat, what the system says."""
+    """System prompt before each question of a harness task."""
     fewshot_as_multiturn: bool = False
     """Make each few-shot example a turn of the chat."""
     allow_many: bool = False
-    """Go on where there are more than 10,000 evaluations."""
+    """Allow more than 10,000 evaluations."""
 
     def __post_init__(self) -> None:
         assert self.prompting  # which refuses options without effect
@@ -140,10 +135,10 @@ class Experiment:
             raise ConfigError("evolve goes on as long as its budget lasts.", "Give it a `search_budget`.")
 
     def count_choices(self, readings: int) -> int:
-        """Choices of layers for a model, at most.
+        """Return the maximum number of choices of layers for a model.
 
         Args:
-            readings: of AVSS, that ``avss:all`` stands for.
+            readings: number of readings of AVSS that ``avss:all`` stands for.
         """
         controls = self.reversed + bool(self.keep_ends)
         several = EVERY_READING in self.scores
@@ -154,7 +149,7 @@ class Experiment:
 
     @property
     def prompting(self) -> Prompting:
-        """What stands around questions of harness tasks."""
+        """Options of the prompts of harness tasks."""
         return Prompting(**{f.name: getattr(self, f.name) for f in fields(Prompting)})
 
     @property
@@ -164,7 +159,7 @@ class Experiment:
 
     @property
     def count_sparse(self) -> int:
-        """Sparsity plans of a model."""
+        """Number of sparsity plans of a model."""
         return len(self.sparsities) * len(self.sparsity_methods)
 
 
@@ -173,12 +168,12 @@ class Method:
     """One way to choose layers.
 
     Attributes:
-        score: one of ``settings.SCORES``, ``OF_LAYERS`` or ``SEARCHES``; or ``interactions``, ``contrast``, ``random``
+        score: one of ``registry.SCORES`` or ``settings.SEARCHES``; or ``interactions``, ``contrast``, ``random``
             or ``last``.
-        reading: of AVSS or the contrast.
+        reading: reading of AVSS or the contrast.
         control: `REVERSED`, `ENDS_KEPT` or None.
-        seed: of ``random``.
-        ends: layers at each end that are kept.
+        seed: seed of ``random``.
+        ends: number of layers at each end that are protected.
     """
 
     score: str
@@ -189,7 +184,7 @@ class Method:
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """Name for people."""
         name = "leave one out" if self.score == LEAVE_ONE_OUT else self.score.replace("_", " ")
         if self.reading not in (None, PUBLISHED):
             site, recipe, threshold, kind = self.reading
@@ -201,7 +196,7 @@ class Method:
         return f"{name}, {self.control}" if self.control else name
 
     def choice(self, share: float) -> Choice:
-        """What it drops of a share of the layers."""
+        """Return the choice that drops a share of the layers."""
         return Choice(
             by=self.score,
             reading=self.reading,
@@ -214,13 +209,13 @@ class Method:
 
 
 def parse_score(text: str) -> tuple[str, Reading | None]:
-    """Read ``block_influence``, ``avss``, or ``avss:SITE:RECIPE:THRESHOLD``; ``contrast`` as ``avss``.
+    """Return score and reading from ``block_influence``, ``avss``, or ``avss:SITE:RECIPE:THRESHOLD``.
 
     Raises:
-        ConfigError: it names no score.
+        ConfigError: the text names no score.
     """
     name, *parts = text.split(":")
-    require_known("score", name, (*SCORES, *OF_LAYERS, INTERACTIONS, CONTRAST))
+    require_known("score", name, (*FROM_ACTIVATIONS, *MEASURED, INTERACTIONS, CONTRAST))
     if name not in ("avss", CONTRAST):
         if parts:
             raise ConfigError(f"'{text}': only avss and {CONTRAST} are read in several ways.", f"Write {name}.")
@@ -235,7 +230,7 @@ def parse_score(text: str) -> tuple[str, Reading | None]:
 
 
 def methods(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> Iterator[Method]:
-    """The methods of an experiment for a run with these rows of ``scores``; what was not scored is left out."""
+    """Yield the methods of an experiment for a run with these rows of ``scores``, without scores that it lacks."""
     for score, reading in _scored(experiment, rows):
         yield Method(score=score, reading=reading)
         if reading in (None, PUBLISHED):
@@ -253,7 +248,7 @@ def methods(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> Iterat
 
 
 def _scored(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Reading | None]]:
-    """The scores of an experiment that a run has, each once; with the reading of AVSS."""
+    """Return the scores of an experiment that a run has, each once, with the reading of AVSS."""
     scored = dict.fromkeys(reading_of(row) for row in rows)
     names: dict[tuple[str, Reading | None], None] = {}
     for text in experiment.scores:

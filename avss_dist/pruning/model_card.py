@@ -22,11 +22,11 @@ LICENSE = ("license", "license_name", "license_link")
 def model_card(
     checkpoint: Checkpoint, plan: Plan, notes: list[str] | None = None, repair: RepairRecord | None = None
 ) -> str:
-    """What was removed and why, under which license, in the form of a model card."""
+    """Return a model card that says which layers were removed and why, what was repaired, and the license."""
     name = checkpoint.name if checkpoint.source == "hub" else Path(checkpoint.path).name
     fields = {
         "base_model": name,
-        "base_model_relation": "finetune",  # of those that the hub knows: weights that were made of others
+        "base_model_relation": "finetune",  # the nearest of the relations that the hub knows
         **source_license(checkpoint.folder),
         "library_name": "transformers",
         "tags": ["pruned", "layer-pruning"],
@@ -62,7 +62,7 @@ def pruned_from(folder: Path) -> tuple[str, str] | None:
 
 
 def source_license(folder: Path) -> dict[str, Any]:
-    """The license that a checkpoint's model card names, else its configuration; empty where neither does."""
+    """Return the license that a checkpoint's model card names, else its configuration; empty if neither does."""
     for read in (_front_matter, _config):
         with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
             values = read(folder)

@@ -17,19 +17,22 @@ import yaml
 from pydantic import Field
 
 from avss_dist.errors import ConfigError, unwritable
-from avss_dist.pruning.ground_truth import BlockDistances, Interactions, LayerTruth
-from avss_dist.pruning.interactions import predicted, quadratic
-from avss_dist.pruning.selection import RANDOM, SCORE_MEANINGS, Choice, PlanError, Rows
-from avss_dist.removal import (
+from avss_dist.intervention import (
     MAX_LAYERS,
-    SUBLAYERS,
-    Drop,
+    PARTS,
+    Intervention,
+    Removals,
+    Sublayer,
     count_removed,
     describe_removed,
     joined,
-    layers_by_sublayer,
+    layers_by_part,
     whole_layers,
 )
+from avss_dist.pruning.ground_truth import BlockDistances, Interactions, LayerTruth
+from avss_dist.pruning.interactions import predicted, quadratic
+from avss_dist.pruning.selection import RANDOM, Choice, PlanError, Rows
+from avss_dist.registry import SCORES
 from avss_dist.results import TabularResult
 from avss_dist.settings import LOWEST_SHARE, SEARCHES, Check, checked
 from avss_dist.system.staging import staged_file
@@ -90,10 +93,10 @@ class Plan(TabularResult):
     """What the warehouse knew of the model without these layers when the plan was made."""
 
     def __post_init__(self) -> None:
-        given = {"drop": self.drop} | {kind: getattr(self, kind) for kind in SUBLAYERS}
+        given = {"drop": self.drop} | {part: getattr(self, part) for part in PARTS}
         number = self.num_layers
         absent = sorted(layer for layers in given.values() for layer in layers if layer >= number)
-        removed = joined([*self.drop, *(first + i for kind, first in SUBLAYERS.items() for i in given[kind])])
+        removed = joined([*self.drop, *(Sublayer(layer, part) for part in PARTS for layer in given[part])])
         problems = [
             PlanError(f"`{name}` names a layer twice.", f"{name}: {sorted(set(layers))}")
             for name, layers in given.items()
@@ -112,13 +115,13 @@ class Plan(TabularResult):
         if problems:
             raise ConfigError.of(problems)
         object.__setattr__(self, "drop", whole_layers(removed))
-        for kind, layers in layers_by_sublayer(removed).items():
+        for kind, layers in layers_by_part(removed).items():
             object.__setattr__(self, kind, layers)
 
     def table(self) -> pa.Table:
         """A row for each layer: what of it is left out, or nothing."""
         out = dict.fromkeys(self.drop, "layer")
-        out |= {layer: kind for kind in SUBLAYERS for layer in getattr(self, kind)}
+        out |= {layer: part for part in PARTS for layer in getattr(self, part)}
         return pa.Table.from_pylist([{"layer": i, "left_out": out.get(i)} for i in range(self.num_layers)])
 
     __repr__ = TabularResult.__repr__
@@ -128,10 +131,14 @@ class Plan(TabularResult):
         return f"{self.model} without {describe_removed(self.removed)}, of {self.num_layers} layers"
 
     @property
-    def removed(self) -> Drop:
+    def removed(self) -> Removals:
         """The layers that are dropped, and the sublayers that are left out."""
-        within = (first + layer for kind, first in SUBLAYERS.items() for layer in getattr(self, kind))
-        return (*self.drop, *within)
+        return (*self.drop, *(Sublayer(layer, part) for part in PARTS for layer in getattr(self, part)))
+
+    @property
+    def intervention(self) -> Intervention:
+        """The change that the plan makes to its model."""
+        return Intervention(removed=self.removed)
 
     @property
     def keep(self) -> tuple[int, ...]:
@@ -159,7 +166,7 @@ class Plan(TabularResult):
         """
         values = asdict(self) | {"why": dict(self.why)}
         lists = {"drop": list(values.pop("drop")), "keep": list(self.keep)}
-        lists |= {kind: list(layers) for kind in SUBLAYERS if (layers := values.pop(kind))}
+        lists |= {part: list(layers) for part in PARTS if (layers := values.pop(part))}
         lines = {name: list(values.pop(name)) for name in ("findings", "evaluated")}
         write_text(path, f"# Layers count from 0.\n{to_yaml(values)}{to_yaml(lists, flow=True)}{to_yaml(lines)}")
 
@@ -182,7 +189,11 @@ def describe_origin(model: str, revision: str | None, run_id: str | None) -> str
     return f"Model: {model}{at}. " + (f"Run: {run_id}." if run_id else "By hand, of no run.")
 
 
-def describe_reason(why: Mapping[str, Any], meanings: Mapping[str, str] = SCORE_MEANINGS | SEARCHES) -> str:
+MEANINGS = {name: info.meaning for name, info in SCORES.items()} | SEARCHES
+"""Meaning of everything that layers are chosen by."""
+
+
+def describe_reason(why: Mapping[str, Any], meanings: Mapping[str, str] = MEANINGS) -> str:
     """``by loss (what the loss rises by ...): share 0.25, last 1``.
 
     Args:
@@ -228,20 +239,20 @@ def make_plan(
     return replace(made, findings=tuple(findings), evaluated=tuple(evaluated))
 
 
-def plan_of(rows: Rows, run: Mapping[str, Any], drop: Drop, why: Mapping[str, Any]) -> Plan:
+def plan_of(rows: Rows, run: Mapping[str, Any], removed: Removals, why: Mapping[str, Any]) -> Plan:
     """A plan without these layers and sublayers, for the checkpoint of a run.
 
     Raises:
         PlanError: the run's layers are not one list of the model.
     """
     path, number = layer_list(rows, str(run["model"]))
-    within = layers_by_sublayer(drop)
+    within = layers_by_part(removed)
     return Plan(
         model=run["model"],
         revision=run["revision"],
         num_layers=number,
         layers=path,
-        drop=whole_layers(drop),
+        drop=whole_layers(removed),
         attention=within["attention"],
         mlp=within["mlp"],
         why=why,

@@ -1,8 +1,8 @@
-"""Quantization settings that name layers by number: what they say of the layers that stay.
+"""Renumbering of layers in quantization settings.
 
-Such as ``modules_to_not_convert: [model.layers.0.mlp.gate]`` or ``ignore: [re:model.layers.[0-1].mlp]``: after pruning,
-another layer has that number, and its weights would be read as what they are not. That each module is quantized as it
-was is proved on skeletons of both models with quantized modules, and on the tensors of the files.
+Settings such as ``modules_to_not_convert: [model.layers.0.mlp.gate]`` or ``ignore: [re:model.layers.[0-1].mlp]`` name
+layers by number. After pruning, another layer has that number, and its weights would be read wrongly. Skeletons of both
+models with quantized modules, and the tensors of the files, prove that each module is quantized as before.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from avss_dist.pruning.weights import StoredWeights, list_path
 from avss_dist.settings import Settings
 
 FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # beside config.json
-MAX_NAMED = 3  # tensors in a message
+MAX_NAMED = 3  # maximum number of tensors in a message
 _PATTERN = re.compile(r"[\\^$*+?{}\[\]|()]")
 _NUMBER = re.compile(r"(?<![A-Za-z0-9_])\d")
-_MARK = re.compile(r"(re:|[+-]:)?(.*)", re.DOTALL)  # of a pattern: compressed-tensors', GPTQModel's
+_MARK = re.compile(r"(re:|[+-]:)?(.*)", re.DOTALL)  # prefix of a pattern in compressed-tensors or GPTQModel
 
 Tensors = frozenset[tuple[str, tuple[int, ...]]]  # (name, shape)
 
 
 @dataclass(frozen=True)
 class LayerNames:
-    """What quantization settings may call the layers of a plan.
+    """Names of a plan's layers in quantization settings.
 
     Attributes:
-        lists: paths of the layer list: in the whole model, and in its files.
+        lists: paths of the layer list in the whole model and in its files.
         modules: paths of the whole model's modules.
     """
 
@@ -51,7 +51,7 @@ class LayerNames:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, plan: Plan, settings: Settings) -> LayerNames:
-        """Those of a checkpoint.
+        """Return the names of a checkpoint's layers.
 
         Raises:
             PlanError: it is unclear which of its tensors are the plan's layers.
@@ -63,9 +63,9 @@ class LayerNames:
         return cls(plan, (list_path(model, plan), stored), [name for name, _ in model.named_modules() if name])
 
     def renumbered(self, name: str) -> str | None:
-        """The name of a module or tensor once layers are dropped; None if it is of one of those.
+        """Return the name of a module or tensor in the pruned model; None if its layer is dropped.
 
-        Names may begin below the model, or above it; what another tower calls its layers stays as it is.
+        Names may begin below or above the model. Layers of another tower keep their names.
         """
         parts = name.split(".")
         for place, part in enumerate(parts):
@@ -76,8 +76,8 @@ class LayerNames:
                 return ".".join([*parts[:place], str(self.plan.keep.index(int(part))), *parts[place + 1 :]])
         return name
 
-    def kept(self, names: Iterable[str], mark: str = "") -> list[str]:
-        """The new names of modules and tensors, without those of layers that are dropped."""
+    def renumbered_all(self, names: Iterable[str], mark: str = "") -> list[str]:
+        """Return the new names of modules and tensors, without those of dropped layers."""
         return [f"{mark}{new}" for name in names if (new := self.renumbered(name)) is not None]
 
 
@@ -86,13 +86,13 @@ def _ends_alike(path: str, other: str) -> bool:
 
 
 def renumber_quantization(config: Any, names: LayerNames) -> Any:
-    """Quantization settings, JSON values, with the layers that stay under their new numbers.
+    """Return quantization settings, JSON values, with the new numbers of the remaining layers.
 
-    A pattern that has numbers in it becomes the names of the modules that it matches. Patterns match from the start of
-    a name, as those of transformers, compressed-tensors and GPTQModel do.
+    A pattern with numbers is replaced by the names of the modules that it matches. Patterns match from the start of a
+    name, as in transformers, compressed-tensors and GPTQModel.
 
     Raises:
-        PlanError: a pattern with numbers is none that can be read.
+        PlanError: a pattern with numbers cannot be read.
     """
     if isinstance(config, dict):
         return {
@@ -108,12 +108,12 @@ def renumber_quantization(config: Any, names: LayerNames) -> Any:
 
 
 def _new_names(text: str, names: LayerNames) -> list[str]:
-    """What a text of the settings becomes: a module's path or a pattern of such; none where the layers are dropped."""
-    found = _MARK.fullmatch(text)
-    assert found
-    mark, body = found.groups()
+    """Return the texts that replace a module's path or a pattern; empty if the layers are dropped."""
+    match = _MARK.fullmatch(text)
+    assert match
+    mark, body = match.groups()
     if not (_PATTERN.search(body) and _NUMBER.search(body)):
-        return names.kept([body], mark or "")
+        return names.renumbered_all([body], mark or "")
     try:
         pattern = re.compile(body)
     except re.error as error:
@@ -121,21 +121,21 @@ def _new_names(text: str, names: LayerNames) -> list[str]:
             f"The quantization settings name layers by '{text}', which is no pattern that can be read: {error}.",
             "Prune the checkpoint before it is quantized, or evaluate the plan without a checkpoint.",
         ) from None
-    kept = names.kept(filter(pattern.match, names.modules))
-    return [f"{mark}{re.escape(name)}$" for name in kept] if mark in ("+:", "-:") else kept
+    renumbered = names.renumbered_all(filter(pattern.match, names.modules))
+    return [f"{mark}{re.escape(name)}$" for name in renumbered] if mark in ("+:", "-:") else renumbered
 
 
 def require_same_modules(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Settings) -> str:
-    """Compare both checkpoints with the modules that hold quantized weights as they are stored, built of the settings.
+    """Require that the quantized modules of both checkpoints have the names and shapes of their stored tensors.
 
     Args:
-        folder: of the pruned checkpoint.
+        folder: folder of the pruned checkpoint.
 
     Returns:
-        What was seen, or why nothing could be: a note for people.
+        A note for people: the result, or why nothing could be compared.
 
     Raises:
-        PlanError: a weight that stays would be read as something else than it was.
+        PlanError: a remaining weight would be read differently.
     """
     how = f"The weights are quantized ({describe_quantization(checkpoint, settings)}), and copied as they are"
     names = LayerNames.of(checkpoint, plan, settings)
@@ -155,7 +155,7 @@ def require_same_modules(checkpoint: Checkpoint, plan: Plan, folder: Path, setti
 
 
 def _strangers(checkpoint: Checkpoint, settings: Settings) -> Tensors:
-    """Tensors of the files that no quantized module holds in that shape, and those of modules that no file holds."""
+    """Return tensors of the files that no quantized module has in that shape, and tensors of modules in no file."""
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     with quiet():
         model = quantize_skeleton(checkpoint, config, skeleton(copy.deepcopy(config), settings, torch.bfloat16))
@@ -166,7 +166,7 @@ def _strangers(checkpoint: Checkpoint, settings: Settings) -> Tensors:
 
 
 def _names_in(model: Any) -> Callable[[str], str]:
-    """What a model calls a stored tensor, which keeps its name if transformers does not only rename it."""
+    """Return a function from the name of a stored tensor to its name in the model; unchanged if it is converted too."""
     naming = Naming(model)
 
     def named(stored: str) -> str:

@@ -1,4 +1,4 @@
-"""What a plan saves, and how many layers a budget takes, of the sizes in a checkpoint's headers."""
+"""Savings of a plan, and the number of layers that meets a budget, from the sizes in a checkpoint's headers."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 @checked
 class Budget:
-    """What may be left of a model, or how much of it must go; one of the three.
+    """Budget of a pruned model, by one of three measures.
 
     Raises:
         ConfigError: a value is out of its range, or several are given.
     """
 
     parameters: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
-    """Keep so many parameters at most: 6e9."""
+    """Maximum number of remaining parameters: 6e9."""
     memory: Bytes | None = None
-    """Keep so many bytes of weights at most: 12GB."""
+    """Maximum bytes of remaining weights: 12GB."""
     share_of_parameters: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Drop at least this share of the parameters."""
+    """Minimum share of the parameters to drop."""
 
     def __post_init__(self) -> None:
         if len(given := self.given) > 1:
@@ -39,31 +39,31 @@ class Budget:
 
     @property
     def given(self) -> list[str]:
-        """The names of the fields that have a value."""
+        """Names of the fields that have a value."""
         fields = ("parameters", "memory", "share_of_parameters")
         return [f"`{name}`" for name in fields if getattr(self, name) is not None]
 
     def count(self, size: Footprint) -> int:
-        """The fewest layers of which any choice keeps the budget.
+        """Return the minimum number of layers to drop so that any choice of them meets the budget.
 
         Raises:
-            PlanError: the model keeps it as it is, or no number of layers is enough.
+            PlanError: the whole model meets it, or no number of layers is enough.
         """
         excess = self._excess(size)
         if excess <= 0:
             raise PlanError(f"The model has {_describe(size)} as it is: that keeps {self.given[0]}.", "Ask for less.")
         removed = list(accumulate(sorted(size.layer_bytes)))[:-1]
         if not removed or removed[-1] < excess:
-            least = size.weight_bytes - (removed[-1] if removed else 0)
+            minimum = size.weight_bytes - (removed[-1] if removed else 0)
             raise PlanError(
-                f"{self.given[0]} cannot be kept: with one layer left, {describe_bytes(least)} of "
+                f"{self.given[0]} cannot be kept: with one layer left, {describe_bytes(minimum)} of "
                 f"{describe_bytes(size.weight_bytes)} stay.",
                 "Layers are all that a plan drops; quantize what is left.",
             )
         return 1 + sum(bytes_ < excess for bytes_ in removed)
 
     def _excess(self, size: Footprint) -> float:
-        """Bytes that must go."""
+        """Return the number of bytes to drop."""
         if self.memory is not None:
             return size.weight_bytes - self.memory
         if self.parameters is not None:
@@ -78,13 +78,13 @@ def _describe(size: Footprint) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Savings:
-    """What a model is smaller by without some of its layers.
+    """Difference in size between a model and the same model without some of its layers.
 
     Attributes:
-        layers, parameters: how many.
-        weight_bytes: of weights, in the compute dtype, or as they are stored where they are quantized.
-        cache_bytes: of keys and values, for each token that they are kept of.
-        size: of the whole model.
+        layers, parameters: number of dropped layers and parameters.
+        weight_bytes: bytes of their weights, in the compute dtype, or as stored if they are quantized.
+        cache_bytes: bytes of their keys and values for each cached token.
+        size: size of the whole model.
     """
 
     layers: int
@@ -95,7 +95,7 @@ class Savings:
 
     @classmethod
     def of(cls, plan: Plan, size: Footprint) -> Savings:
-        """Those of the layers that a plan drops; a sublayer that is left out alone saves nothing in a file."""
+        """Return the savings of a plan. Sublayers that are left out alone save nothing in a file."""
         saved = sum(size.layer_bytes[layer] for layer in plan.drop)
         return cls(
             layers=len(plan.drop),
@@ -106,7 +106,7 @@ class Savings:
         )
 
     def describe(self) -> str:
-        """A line for people."""
+        """Return a line for people."""
         whole, share = self.size, self.weight_bytes / self.size.weight_bytes
         return (
             f"Saves {self.layers} of {whole.num_layers} layers, {describe_count(self.parameters)} of "

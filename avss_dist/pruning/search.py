@@ -18,8 +18,17 @@ import numpy as np
 from pydantic import Field
 
 from avss_dist.errors import ConfigError
+from avss_dist.intervention import (
+    Removal,
+    Removals,
+    can_be_added,
+    count_removed,
+    joined,
+    layer_of,
+    sublayers_of,
+    whole_layers,
+)
 from avss_dist.pruning.selection import Choice
-from avss_dist.removal import Drop, can_be_added, count_removed, joined, layer_of, sublayers_of
 from avss_dist.settings import checked
 
 WIDTH = 3  # sets that are gone on from
@@ -30,16 +39,17 @@ SIBLINGS = 8  # exchanges of one layer that are tried at once
 class Expansion:
     """Sets whose loss is wanted: a set and one more of some layers and sublayers; without any, the set itself."""
 
-    base: Drop
-    layers: tuple[int, ...] = ()
+    base: Removals
+    layers: Removals = ()
 
     @property
-    def sets(self) -> list[Drop]:
+    def sets(self) -> list[Removals]:
         """Each ascending."""
         return [joined([*self.base, layer]) for layer in self.layers] or [self.base]
 
 
-Search = Generator[list[Expansion], Mapping[Drop, float], Drop]
+Layers = tuple[int, ...]
+Search = Generator[list[Expansion], Mapping[Removals, float], Removals]
 
 
 @checked
@@ -57,7 +67,7 @@ class Effort:
 
 
 def search_for(
-    choice: Choice, effort: Effort, num_layers: int, starts: Sequence[Drop] = (), pool: Drop | None = None
+    choice: Choice, effort: Effort, num_layers: int, starts: Sequence[Layers] = (), pool: Layers | None = None
 ) -> Search:
     """A search, not begun.
 
@@ -75,7 +85,8 @@ def search_for(
         raise ConfigError("`width` has no effect: a greedy search goes on from one set.", "Use beam, or leave it out.")
     if choice.by != "evolve" and starts:
         raise ConfigError(f"A {choice.by} search begins with the whole model, with no other set.", "Use evolve.")
-    steps, size = ([free], count) if not choice.sublayers else ([tuple(sublayers_of(free)), free], 2 * count)
+    steps: list[Removals] = [tuple(sublayers_of(free)), free] if choice.sublayers else [free]
+    size = count * len(steps)
     least = _least_budget(len(steps[0]), size) + (choice.by == "evolve")
     if effort.budget is not None and effort.budget < least:
         raise ConfigError(
@@ -99,7 +110,7 @@ def _least_budget(free: int, count: int) -> int:
     return free + (count > 1)
 
 
-def _beam(steps: Sequence[Drop], size: int, budget: int | None, width: int) -> Search:
+def _beam(steps: Sequence[Removals], size: int, budget: int | None, width: int) -> Search:
     """Of the sets of each size, the ``width`` best are gone on from, and always the one that greedy would take.
 
     So it finds nothing worse than greedy does. Where the budget does not suffice for another step, what is lowest in
@@ -109,10 +120,10 @@ def _beam(steps: Sequence[Drop], size: int, budget: int | None, width: int) -> S
         steps: what a set may be larger by: by 1, by 2, ...
         size: of the set that is chosen.
     """
-    kept: list[list[Drop]] = [[()]]  # by size
-    line: list[Drop] = [()]  # those that greedy would have
+    kept: list[list[Removals]] = [[()]]  # by size
+    line: list[Removals] = [()]  # those that greedy would have
     used = 0
-    losses: Mapping[Drop, float] = {}
+    losses: Mapping[Removals, float] = {}
     while len(kept) <= size:
         expansions = _expand(_pairs(kept, steps))
         number = sum(len(one.layers) for one in expansions)
@@ -131,7 +142,9 @@ def _beam(steps: Sequence[Drop], size: int, budget: int | None, width: int) -> S
     return completed
 
 
-def _completed(kept: Sequence[Sequence[Drop]], more: Drop, size: int, losses: Mapping[Drop, float]) -> Drop:
+def _completed(
+    kept: Sequence[Sequence[Removals]], more: Removals, size: int, losses: Mapping[Removals, float]
+) -> Removals:
     """The best set, and what was lowest beside the one that it was made of."""
     best = kept[-1][0]
     made_of = [base for base in kept[-2] for one in more if joined([*base, one]) == best]
@@ -141,18 +154,18 @@ def _completed(kept: Sequence[Sequence[Drop]], more: Drop, size: int, losses: Ma
     return joined([*best, *lowest[: size + 1 - len(kept)]])
 
 
-def _pairs(kept: Sequence[Sequence[Drop]], steps: Sequence[Drop]) -> Iterator[tuple[Drop, int]]:
+def _pairs(kept: Sequence[Sequence[Removals]], steps: Sequence[Removals]) -> Iterator[tuple[Removals, Removal]]:
     """Sets, by size, and what each may be larger by, for the next size."""
     for by, more in enumerate(steps[: len(kept)], 1):
         yield from ((base, one) for base in kept[-by] for one in more if can_be_added(one, base))
 
 
-def _evolve(free: Drop, count: int, budget: int, width: int, starts: Sequence[Drop], seed: int) -> Search:
+def _evolve(free: Layers, count: int, budget: int, width: int, starts: Sequence[Layers], seed: int) -> Search:
     """Greedy steps with half of the budget; then, again and again, exchanges of one layer in the ``width`` best sets.
 
     Ends before the budget does where no exchange in any of them is left to try.
     """
-    known: dict[Drop, float] = {}
+    known: dict[Removals, float] = {}
     yield from _noted(_beam([free], count, max(budget // 2, _least_budget(len(free), count)), 1), known)
     if new := [Expansion(start) for start in dict.fromkeys(starts) if start not in known]:
         known |= yield new[: budget - len(known)]
@@ -166,7 +179,7 @@ def _evolve(free: Drop, count: int, budget: int, width: int, starts: Sequence[Dr
     return best_sets({drop: loss for drop, loss in known.items() if len(drop) == count}, 1)[0]
 
 
-def _noted(search: Search, known: dict[Drop, float]) -> Generator[list[Expansion], Mapping[Drop, float], None]:
+def _noted(search: Search, known: dict[Removals, float]) -> Generator[list[Expansion], Mapping[Removals, float], None]:
     """A search as it is; the losses that it gets are kept."""
     expansions = next(search)
     while True:
@@ -179,11 +192,11 @@ def _noted(search: Search, known: dict[Drop, float]) -> Generator[list[Expansion
 
 
 def _exchanges(
-    parents: Sequence[Drop], free: Drop, known: set[Drop], left: int, rng: np.random.Generator
+    parents: Sequence[Removals], free: Layers, known: set[Removals], left: int, rng: np.random.Generator
 ) -> Iterator[Expansion]:
     """Of each set, one layer put back, by chance, and others taken out for it: its neighbours, and some by chance."""
     for parent in parents:
-        for back in rng.permutation(parent).tolist():
+        for back in rng.permutation(whole_layers(parent)).tolist():
             base = tuple(layer for layer in parent if layer != back)
             new = [layer for layer in free if layer not in parent and joined([*base, layer]) not in known]
             if not new or not left:
@@ -196,19 +209,19 @@ def _exchanges(
             break
 
 
-def _expand(pairs: Iterable[tuple[Drop, int]]) -> list[Expansion]:
+def _expand(pairs: Iterable[tuple[Removals, Removal]]) -> list[Expansion]:
     """Every set with one more, once: from the base to which it adds what is deepest, which costs least."""
-    origin: dict[Drop, tuple[int, Drop, int]] = {}
+    origin: dict[Removals, tuple[int, Removals, Removal]] = {}
     for base, more in pairs:
         made = joined([*base, more])
         origin[made] = max(origin.get(made, (-1, base, more)), (layer_of(more), base, more))
-    added: dict[Drop, list[int]] = {}
+    added: dict[Removals, list[Removal]] = {}
     for _, base, more in origin.values():
         added.setdefault(base, []).append(more)
     return [Expansion(base, tuple(sorted(layers))) for base, layers in added.items()]
 
 
-def best_sets(losses: Mapping[Drop, float], number: int) -> list[Drop]:
+def best_sets(losses: Mapping[Removals, float], number: int) -> list[Removals]:
     """The sets of least loss; equal ones in the order of their layers."""
     return sorted(losses, key=lambda drop: (_comparable(losses[drop]), drop))[:number]
 

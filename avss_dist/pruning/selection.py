@@ -1,4 +1,4 @@
-"""Which layers to drop, by a score of each: the one selector, of plans and of experiments."""
+"""Selection of layers by a score of each, for plans and experiments."""
 
 from __future__ import annotations
 
@@ -9,42 +9,11 @@ import numpy as np
 from pydantic import Field
 
 from avss_dist.errors import ConfigError
-from avss_dist.settings import (
-    BLOCK_DISTANCE,
-    CONTRAST,
-    INTERACTIONS,
-    LOWEST_SHARE,
-    OF_LAYERS,
-    PUBLISHED_THRESHOLD,
-    RECIPES,
-    SEARCHES,
-    SITES,
-    OneOf,
-    checked,
-)
+from avss_dist.names import CONTRAST
+from avss_dist.registry import BLOCK_DISTANCE, INTERACTIONS, LAST, MEASURED, RANDOM, SCORES
+from avss_dist.settings import LOWEST_SHARE, PUBLISHED_THRESHOLD, RECIPES, SEARCHES, SITES, OneOf, checked
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, rank_lowest
-from avss_dist.stats.scores import score_column
-
-RANDOM, LAST = "random", "last"
-SCORE_MEANINGS = {
-    "loss": "what the loss rises by without the layer, measured",
-    "shapley": "the same on average over sets of other layers that are missing too, sampled",
-    "taylor": "the same estimated from gradients, to first order",
-    "damage": "the mean of the ranks by predicted and propagated",
-    "predicted": "what the loss rises by, predicted from gradients and from hidden states three layers later",
-    "propagated": "relative distance of the hidden states two layers later",
-    BLOCK_DISTANCE: "mean angle between hidden states before and after a run of neighbours",
-    INTERACTIONS: "what the loss rises by without the set, predicted from gradients: of layers, and of pairs of them",
-    "avss": "variance of the activations over their sparsity, as published",
-    "block_influence": "1 - mean cosine of the layer's input and output",
-    "angular_distance": "mean angle between the layer's input and output",
-    "relative_magnitude": "mean size of what the layer adds, over the size of its input",
-    "update_variance_ratio": "variance of what the layer adds, over that of its input",
-    LAST: "the place: those before the final one go first, a control",
-    RANDOM: "chance, a control",
-}
-"""What layers can be chosen by, and what it means; of all but the controls, low is unimportant."""
 
 SUBLAYER_SEARCHES = ("greedy", "beam")
 Reading = tuple[str, str, float, str]  # of AVSS: site, recipe, threshold and its kind
@@ -60,20 +29,20 @@ class PlanError(ConfigError):
 
 @checked
 class Choice:
-    """How layers are chosen.
+    """Request to choose layers.
 
     Raises:
         ConfigError: values out of their range, or that exclude each other.
     """
 
-    by: Annotated[str, OneOf((*SCORE_MEANINGS, CONTRAST, *SEARCHES))]
+    by: Annotated[str, OneOf((*SCORES, CONTRAST, *SEARCHES))]
     """The score, or the search. There is no default: which one to trust is the user's decision."""
     reading: Reading | None = None
-    """Of AVSS: site, recipe, threshold and its kind; the first that there is by default."""
+    """Reading of AVSS: site, recipe, threshold and its kind; the first stored one by default."""
     share: Share | None = None
     """Drop the lowest share of the layers; a quarter by default."""
     count: Annotated[int, Field(ge=1)] | None = None
-    """Drop so many layers, in place of a share."""
+    """Number of layers to drop, in place of a share."""
     mass: Share | None = None
     """Drop the lowest layers that hold at most this share of the summed score, in place of a share."""
     first: Ends = 0
@@ -87,7 +56,7 @@ class Choice:
     seed: Ends = 0
     """Seed of a random choice."""
     sublayers: bool = False
-    """Of a search: leave out the attention or the MLP of a layer alone, too; each counts as half of a layer."""
+    """Let a search also leave out the attention or the MLP of a layer alone; each counts as half of a layer."""
 
     def __post_init__(self) -> None:
         given = [f"`{name}`" for name in ("share", "count", "mass") if getattr(self, name) is not None]
@@ -117,22 +86,22 @@ class Choice:
 
         Args:
             rows: of the table ``scores``, of one run.
-            truth: by one of ``settings.OF_LAYERS``, or the contrast, of every layer: float64[layers].
+            truth: by one of ``registry.MEASURED``, or the contrast, of every layer: float64[layers].
         """
         if self.by == RANDOM:
             return np.random.default_rng(self.seed).permutation(count_layers(rows)).astype(np.float64)
         if self.by == LAST:
             return _from_the_end(count_layers(rows))
-        if self.by in (*OF_LAYERS, CONTRAST):
+        if self.by in (*MEASURED, CONTRAST):
             return truth[self.by]
-        column = score_column(self.by)
+        column = SCORES[self.by].column
         reading = self.reading or reading_of(rows[0])
         wanted = [row for row in rows if reading_of(row) == reading]
         values = {row["layer"]: row[column] if _is_ranked(row, self.by) else None for row in wanted}
         return np.array([value for _, value in sorted(values.items())], np.float64)  # None is NaN
 
     def drop_block(self, distances: Mapping[tuple[int, ...], float], layers: int) -> tuple[int, ...]:
-        """The neighbours to drop, by the distance of the streams before and after each run of them.
+        """Return the neighbours to drop, by the distance of the hidden states before and after each run of them.
 
         Raises:
             PlanError: as `drop`, or a distance is missing.
@@ -145,10 +114,10 @@ class Choice:
         return min(blocks, key=distances.__getitem__)
 
     def drop(self, scores: Sequence[float] | Float64) -> tuple[int, ...]:
-        """The layers to drop, ascending, by the score of each (ties go to the earlier layer).
+        """Return the layers to drop, ascending, by the score of each (ties go to the earlier layer).
 
         Raises:
-            PlanError: no layer would be left, or none dropped, or a score is missing.
+            PlanError: no layer would remain, none would be dropped, or a score is missing.
         """
         values = np.asarray(scores, np.float64)
         values = -values if self.highest else values
@@ -165,14 +134,21 @@ class Choice:
         return tuple(int(layer) for layer in candidates[ranks <= number])
 
     def unprotected(self, layers: int) -> range:
-        """Which of so many layers may be dropped."""
+        """Return the indices of the layers that may be dropped.
+
+        Args:
+            layers: number of layers of the model.
+        """
         return range(self.first, max(self.first, layers - self.last))
 
     def number(self, layers: int) -> int:
-        """How many of so many layers are dropped, by ``count`` or ``share``.
+        """Return the number of layers to drop, by ``count`` or ``share``.
+
+        Args:
+            layers: number of layers of the model.
 
         Raises:
-            PlanError: no layer would be left, or more are protected.
+            PlanError: no layer would remain, or too many are protected.
         """
         number = self.count or count_lowest(layers, LOWEST_SHARE if self.share is None else self.share)
         self._require_droppable(number, layers)
@@ -201,22 +177,22 @@ class Choice:
 
 
 def _from_the_end(num_layers: int) -> Float64:
-    """Low for the last layers, but for the final one, which is the highest."""
+    """Return a score that is low for the last layers, except for the final one, which has the highest."""
     places = np.arange(num_layers, 0, -1, dtype=np.float64)
     places[-1] = num_layers + 1
     return places
 
 
 def reading_of(row: Mapping[str, Any]) -> Reading:
-    """Site, recipe and threshold of a row of ``scores``."""
+    """Return site, recipe and threshold of a row of ``scores``."""
     return row["site"], row["recipe"], row["threshold"], row["threshold_kind"]
 
 
 def _is_ranked(row: Mapping[str, Any], by: str) -> bool:
-    """Whether AVSS is a measure of a layer: it has no rank where activations were NaN or infinite."""
+    """Whether a row has the score; AVSS has no rank if activations were NaN or infinite."""
     return by != "avss" or row["rank"] is not None
 
 
 def count_layers(rows: Rows) -> int:
-    """Layers of the model that these rows of ``scores`` are of."""
+    """Return the number of layers of the model, from its rows of ``scores``."""
     return 1 + max(row["layer"] for row in rows)

@@ -1,59 +1,55 @@
-"""What shrinking a model takes: how much of it goes, chosen by what, repaired how, evaluated on what."""
+"""The options of shrinking a model: how much of it goes, by which score, repaired how, and evaluated on which tasks."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
-
 from avss_dist.errors import ConfigError
-from avss_dist.pruning.repair.weighted import weighted
-from avss_dist.pruning.selection import SCORE_MEANINGS
-from avss_dist.settings import BLOCK_DISTANCE, DEFAULT_REPAIR, NO_REPAIR, REPAIRS, OneOf, checked
+from avss_dist.options import Option
+from avss_dist.pruning.repair.record import split_weight
+from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, OptionalRepairName, searched_repair
+from avss_dist.registry import INTERACTIONS, SCORES
 from avss_dist.text import RedactedURI
+from avss_dist.validation import Count, OneOf, Positive, Share, Text, Texts, checked
 
 GREEDY = "greedy"  # of ``settings.SEARCHES``, with every set repaired
-CHOSEN_BY = (*(name for name in SCORE_MEANINGS if name != BLOCK_DISTANCE), GREEDY)  # that one is of neighbours alone
-FEW_UNKNOWNS = ("scale", "channel", "rotated")
+CHOSEN_BY = tuple(name for name, score in SCORES.items() if not score.of_sets)  # layers, one by one
 POOL = 2  # so many times as many layers as go are searched among
-Texts = Annotated[tuple[str, ...], Field(strict=False)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-Ends = Annotated[int, Field(ge=0)]
 
 
 @checked
 class Shrinking:
-    """How a model is made smaller.
+    """Options of shrinking a model.
 
     Raises:
         ConfigError: values out of their range, or that exclude each other.
     """
 
-    corpus: str
-    """The text that layers are scored on."""
+    corpus: Text
+    """Text to score the layers on."""
     share: Share | None = None
-    """Drop this share of the layers; a quarter by default."""
+    """Drop this share of the layers; 0.25 by default."""
     keep: Share | None = None
-    """Drop as many layers as can go while every task keeps this share of the whole model's, in place of a share."""
-    by: Annotated[str, OneOf(CHOSEN_BY)] = "damage"
-    """What layers are chosen by; greedy: by the loss that is left after the repair, set by set, of those that damage
-    calls the least important, twice as many as go."""
-    repair: Annotated[str, OneOf((NO_REPAIR, *REPAIRS))] = DEFAULT_REPAIR
-    """What is fitted at each cut. refit gives back the most, on text of other domains too, and wants the most text."""
-    repair_corpora: Texts = ()
-    """The texts that the repair is fitted on, each alike or by a weight (CORPUS=0.5); by default the corpus."""
-    tasks: Texts = ()
-    """What is evaluated, as avss evaluate --task takes it; by default the perplexity of a part of every text."""
-    first: Ends = 0
+    """Drop as many layers as possible while every task keeps this share, such as 0.9."""
+    by: Annotated[str, OneOf((*CHOSEN_BY, INTERACTIONS, GREEDY))] = "damage"
+    """What chooses the layers: a measurement of avss ablate, a score, chance, or greedily the repaired loss, among
+    twice as many layers as go."""
+    repair: OptionalRepairName = DEFAULT_REPAIR
+    """What to fit at each cut to make up for the removed layers."""
+    repair_corpora: Annotated[Texts, Option(names=("--repair-corpus",))] = ()
+    """Text to fit the repair on instead of the corpus: CORPUS or CORPUS=WEIGHT."""
+    tasks: Annotated[Texts, Option(names=("--task",))] = ()
+    """Tasks, as for avss evaluate. By default, part of every text."""
+    first: Count = 0
     """Layers at the start that are never dropped."""
-    last: Ends = 0
+    last: Count = 0
     """Layers at the end that are never dropped."""
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Positive | None = None
     """The most questions per task."""
-    num_fewshot: Ends | None = None
+    num_fewshot: Count | None = None
     """Examples before each question of a harness task."""
     allow_overlap: bool = False
-    """Evaluate on text that layers were scored on, or that was repaired on, too."""
+    """Allow evaluation on text that scores or repairs were made on."""
 
     def __post_init__(self) -> None:
         if self.share is not None and self.keep is not None:
@@ -63,18 +59,18 @@ class Shrinking:
 
     @property
     def ranked_by(self) -> str:
-        """The score by which layers go, or by which a search begins."""
+        """Score that orders the layers, or from which a search begins."""
         return "damage" if self.by == GREEDY else self.by
 
     @property
     def searched_repair(self) -> str:
-        """What is fitted to each set that is searched: map, where the repair has many unknowns."""
-        return self.repair if self.repair in (NO_REPAIR, *FEW_UNKNOWNS) else "map"
+        """Repair that is fitted to each set of a search: map in place of a repair with many unknowns."""
+        return searched_repair(self.repair)
 
     @property
     def repair_texts(self) -> list[RedactedURI]:
-        """What a repair is fitted on, without weights."""
-        return [weighted(text)[0] for text in self.repair_corpora] or [RedactedURI(self.corpus)]
+        """Texts that a repair is fitted on, without their weights."""
+        return [split_weight(text)[0] for text in self.repair_corpora] or [RedactedURI(self.corpus)]
 
     @property
     def texts(self) -> list[RedactedURI]:

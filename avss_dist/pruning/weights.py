@@ -1,4 +1,4 @@
-"""The weights of a pruned checkpoint: tensors copied from file to file, renumbered, and a few of them replaced."""
+"""Weights of a pruned checkpoint: tensors are copied from file to file and renumbered, and some are replaced."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from avss_dist.settings import Settings
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The tensors of a checkpoint's files, and which of them are layers: ``{prefix}.{layer}.{path}``.
+    """Tensors of a checkpoint's files. Those of layers are named ``{prefix}.{layer}.{path}``.
 
     Attributes:
         files: tensors by file.
-        prefix: what the files call the layer list.
-        plan: whose layers are dropped.
+        prefix: name of the layer list in the files.
+        plan: plan whose layers are dropped.
     """
 
     files: Mapping[Path, Mapping[str, StoredTensor]]
@@ -44,7 +44,7 @@ class StoredWeights:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, plan: Plan, settings: Settings) -> StoredWeights:
-        """Those of a checkpoint.
+        """Read the headers of a checkpoint's files.
 
         Raises:
             PlanError: it is unclear which tensors are the plan's layers.
@@ -52,10 +52,10 @@ class StoredWeights:
         """
         files = {file: {tensor.name: tensor for tensor in tensors_of(file)} for file in weight_files(checkpoint.folder)}
         inside = re.compile(rf"((?:.*\.)?{re.escape(plan.layers)})\.(\d+)\.(.*)")
-        found: dict[str, set[int]] = {}
+        indices: dict[str, set[int]] = {}
         for match in filter(None, (inside.fullmatch(name) for stored in files.values() for name in stored)):
-            found.setdefault(match[1], set()).add(int(match[2]))
-        prefixes = [prefix for prefix, seen in found.items() if seen == set(range(plan.num_layers))]
+            indices.setdefault(match[1], set()).add(int(match[2]))
+        prefixes = [prefix for prefix, seen in indices.items() if seen == set(range(plan.num_layers))]
         if len(prefixes) != 1:
             prefixes = _renamed_prefixes(
                 checkpoint, plan, [name for stored in files.values() for name in stored], settings
@@ -65,22 +65,22 @@ class StoredWeights:
         return cls(files, prefixes[0], plan)
 
     def name(self, parameter: Parameter) -> str:
-        """What a parameter of a layer is called in the files."""
+        """Return the name of a layer's parameter in the files."""
         return f"{self.prefix}.{parameter[0]}.{parameter[1]}"
 
     def renamed(self, name: str) -> str | None:
-        """What a stored tensor is called in the pruned checkpoint; None if it is of a layer that is dropped."""
+        """Return the name of a stored tensor in the pruned checkpoint; None if its layer is dropped."""
         return renumbered(name, self.prefix, self.plan)
 
     def read(self, parameter: Parameter) -> torch.Tensor | None:
-        """A parameter of a layer as it is stored; None where the files have none of its name."""
+        """Read a layer's parameter as it is stored; None if the files have none of its name."""
         name = self.name(parameter)
         stored = next((tensors[name] for tensors in self.files.values() if name in tensors), None)
         return None if stored is None else read_tensor(stored)
 
 
 def renumbered(name: str, prefix: str, plan: Plan) -> str | None:
-    """Return the name that a tensor has in the pruned model, or None if it is of a layer that is dropped.
+    """Return the name of a tensor in the pruned model, or None if its layer is dropped.
 
     Args:
         prefix: path of the layer list.
@@ -93,26 +93,26 @@ def renumbered(name: str, prefix: str, plan: Plan) -> str | None:
 
 
 def list_path(model: Any, plan: Plan) -> str:
-    """The path of a plan's layers in the whole model."""
+    """Return the path of a plan's layer list in the whole model."""
     backbone = without_head(model)
     return next((f"{path}." for path, module in model.named_modules() if module is backbone and path), "") + plan.layers
 
 
 def _renamed_prefixes(checkpoint: Checkpoint, plan: Plan, names: Sequence[str], settings: Settings) -> list[str]:
-    """What the files may call the layer list, where transformers calls it otherwise in the model."""
+    """Return possible names of the layer list in the files, where transformers renames tensors on loading."""
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     model = skeleton(config, settings, torch.float32)
     path = list_path(model, plan)
-    found: dict[str, set[int]] = {}
+    indices: dict[str, set[int]] = {}
     try:
         naming = Naming(model)
         for name in names:
             if inside := re.match(rf"{re.escape(path)}\.(\d+)\.", naming.renamed(name)):
                 for place in re.finditer(rf"\.{inside[1]}\.", name):
-                    found.setdefault(name[: place.start()], set()).add(int(inside[1]))
+                    indices.setdefault(name[: place.start()], set()).add(int(inside[1]))
     except (ImportError, TypeError, AttributeError, KeyError, ValueError):  # see Naming
         return []
-    return [prefix for prefix, seen in found.items() if seen == set(range(plan.num_layers))]
+    return [prefix for prefix, seen in indices.items() if seen == set(range(plan.num_layers))]
 
 
 def _unclear(checkpoint: Checkpoint, plan: Plan, prefixes: list[str]) -> PlanError:
@@ -130,11 +130,11 @@ def copy_weights(
     folder: Path,
     copied: Callable[[int], None],
 ) -> int:
-    """Write the weights that stay; returns their bytes.
+    """Write the remaining weights, and return their number of bytes.
 
     Args:
         replaced: values in place of the checkpoint's, of the same shapes and dtypes.
-        copied: called with the bytes of weights that were copied, now and then.
+        copied: called with the number of bytes of weights copied since the last call.
     """
     values = {weights.renamed(weights.name(parameter)): tensor for parameter, tensor in replaced.items()}
     places: dict[str, str] = {}

@@ -13,8 +13,8 @@ import vl_convert
 
 from avss_dist.analysis.findings import describe_depth
 from avss_dist.errors import AvssError, nearest
+from avss_dist.registry import BASELINES, FROM_ACTIVATIONS, SCORES
 from avss_dist.report.output import map_leaves, write_file
-from avss_dist.settings import RIVALS
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.rankings import count_lowest, depth_correlation, rank_lowest
 from avss_dist.text import basename, describe_count, describe_threshold, printable
@@ -38,7 +38,7 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
     lowest = _lowest(scores)
     rows = [
         {
-            **{k: s[k] for k in ("layer", "layer_name", "depth", "rank", "avss_low", "avss_high", *RIVALS)},
+            **{k: s[k] for k in ("layer", "layer_name", "depth", "rank", "avss_low", "avss_high", *BASELINES)},
             "avss": s["avss_smoothed"],
             "run": labels[s["run_id"]],
             **{f"lowest_{name}": (s["run_id"], s["layer"]) in places for name, places in lowest.items()},
@@ -54,7 +54,7 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
     base = alt.Chart(alt.InlineData(values=rows)).encode(x=x)
     color = alt.Color("run:N", title=None, scale=COLORS, legend=alt.Legend(orient="bottom", columns=2))
     paint: Any = color if several else alt.value("#1f77b4")
-    panels = [_panel(base, paint, rows, name) for name in ("avss", *RIVALS)]
+    panels = [_panel(base, paint, rows, name) for name in FROM_ACTIVATIONS]
     title = alt.TitleParams(
         f"Layer scores of {labels[runs[0]['run_id']] if not several else f'{len(runs)} runs'}",
         subtitle=[
@@ -84,7 +84,7 @@ def _lowest(scores: Sequence[Mapping[str, Any]]) -> dict[str, set[tuple[str, int
     found: dict[str, set[tuple[str, int]]] = {}
     for run_id in dict.fromkeys(s["run_id"] for s in scores):
         of_run = [s for s in scores if s["run_id"] == run_id]
-        for name, column in (("avss", "avss_smoothed"), *((name, name) for name in RIVALS)):
+        for name, column in ((name, SCORES[name].column) for name in FROM_ACTIVATIONS):
             ranks = rank_lowest(np.array([s[column] for s in of_run], float))
             low = [s["layer"] for s, rank in zip(of_run, ranks, strict=True) if rank <= count_lowest(len(of_run))]
             found.setdefault(name, set()).update((run_id, layer) for layer in low)
@@ -153,7 +153,7 @@ def depth_title(title: str, scale: str) -> str:
 
 def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str) -> Any:
     """Return the chart of a score, on a log scale unless a layer scores zero or less."""
-    title = RIVALS.get(name, "AVSS")
+    title = SCORES[name].title
     log = name == "avss" or all(row[name] is None or row[name] > 0 for row in rows)
     scale: Any = "log" if log else "linear"
     y_title = "AVSS (smoothed, log)" if name == "avss" else depth_title(title, scale)

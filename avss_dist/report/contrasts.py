@@ -18,7 +18,7 @@ from avss_dist.report.table import (
     percent,
     yes,
 )
-from avss_dist.settings import MINIMUM_UNITS
+from avss_dist.stats.intervals import MINIMUM_UNITS
 
 Row = Mapping[str, Any]  # of `Contrast.layers` or `Contrast.predictions`
 SERIES = {

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from avss_dist.analysis.stats_findings import grouped
+from avss_dist.registry import BASELINES, SCORES
 from avss_dist.report.terminal.compare import short_name
 from avss_dist.settings import LOWEST_SHARE
 from avss_dist.stats.intervals import why_no_interval
@@ -22,8 +23,7 @@ COLUMNS = {
     "lowest_set_probability": "P(lowest)",
     "variance": "Variance",
     "sparsity": "Sparsity",
-    "block_influence": "Block influence",
-    "relative_magnitude": "Relative magnitude",
+    **{name: SCORES[name].title.capitalize() for name in BASELINES if SCORES[name].exported},
 }
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",

@@ -11,9 +11,9 @@ import pyarrow as pa
 from avss_dist.analysis.reliability import FEWEST_SETS
 from avss_dist.analysis.scorecard import RETENTION, SPEARMAN, describe_score, is_published
 from avss_dist.pruning.selection import LAST
+from avss_dist.registry import MEASURED
 from avss_dist.report.section import AMBER, BLUE, GRAY, Chart, Section, interval_ends, page_number
 from avss_dist.report.table import ReportColumn, ReportTable, decimals, known_interval, percent
-from avss_dist.settings import OF_LAYERS
 from avss_dist.stats.rankings import spearman_interval
 
 GOOD = 0.7  # a correlation that stands out
@@ -131,7 +131,7 @@ def _name(card: Row) -> str:
 
 
 def _kind(card: Row) -> str:
-    place = 2 if card["score"] == LAST else 1 if card["score"] in OF_LAYERS else 0
+    place = 2 if card["score"] == LAST else 1 if card["score"] in MEASURED else 0
     return list(KINDS)[place]
 
 

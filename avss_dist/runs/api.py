@@ -6,80 +6,55 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 from avss_dist.errors import AvssError, ConfigError
 from avss_dist.executors.base import Executor
 from avss_dist.executors.open import open_executor
-from avss_dist.options import ScoringOptions, with_options
+from avss_dist.options import keywords
 from avss_dist.registry import GANGS
+from avss_dist.requests import ScoreAllRequest, ScoreRequest
 from avss_dist.runs.corpora import corpus_problems
 from avss_dist.runs.driver import Driver, Ending, record_failure
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.reporter import LoggingReporter, Reporter, Reporters
 from avss_dist.runs.run import Run
 from avss_dist.runs.trackers import Tracker
-from avss_dist.settings import DEFAULT_WAREHOUSE, Execution, Settings, split_options
+from avss_dist.settings import Execution, Settings
 from avss_dist.warehouse.store import Store
 
-__all__ = ["Reporter", "Run", "run_job", "score", "score_all", "split_options"]
+__all__ = ["Reporter", "Run", "run_job", "score", "score_all"]
 
 
-@with_options(ScoringOptions)
-def score(
-    model: str | Path,
-    *,
-    corpus: str,
-    warehouse: str | Path = DEFAULT_WAREHOUSE,
-    reporter: Reporter | None = None,
-    **options: Unpack[ScoringOptions],
-) -> Run:
-    """Score one checkpoint and keep the result in a warehouse; a run that is done is not repeated.
-
-    Args:
-        model: hub id (``org/name@revision``), folder, or ``.gguf`` file.
-        corpus: as `corpus.sources` has them: ``file.txt``, ``file.jsonl[:field]``, ``hf:...``, ``wikitext2``, ...
-        warehouse: where the result is kept, a folder or URI.
-        reporter: notified as the work goes on; `LoggingReporter` by default.
-        options: the fields of ``settings.Settings`` and ``settings.Execution``.
-
-    Raises:
-        AvssError: a mistake, or a failed run (`RunFailed`); what was measured is kept.
-    """
-    settings, execution = split_options(dict(options))
-    _require_readable(corpus, settings)
-    name = str(model)
-    spec = RunSpec(model=name, corpus=corpus, settings=settings, execution=execution, title=name, name=name)
-    ((_, ending),) = _drive([spec], _warehouse(warehouse), settings, execution, reporter or LoggingReporter())
+@keywords(ScoreRequest)
+def score(request: ScoreRequest) -> Run:
+    """Score one checkpoint and keep the result in a warehouse; a run that is done is not repeated."""
+    (spec,) = _specs(request, [str(request.model)])
+    reporter = request.reporter or LoggingReporter()
+    ((_, ending),) = _drive([spec], Store(request.warehouse), spec.settings, spec.execution, reporter)
     if isinstance(ending, AvssError):
         raise ending
     return ending
 
 
-@with_options(ScoringOptions)
-def score_all(
-    models: Sequence[str],
-    *,
-    corpus: str,
-    warehouse: str | Path = DEFAULT_WAREHOUSE,
-    reporter: Reporter | None = None,
-    **options: Unpack[ScoringOptions],
-) -> list[Run]:
-    """Score several checkpoints with one pool of workers; one that fails is recorded and does not stop the others.
-
-    Raises:
-        AvssError: a mistake that concerns all of them, such as an unknown setting or an unwritable warehouse.
-    """
-    settings, execution = split_options(dict(options))
-    if repeated := [model for model, times in Counter(models).items() if times > 1]:
+@keywords(ScoreAllRequest)
+def score_all(request: ScoreAllRequest) -> list[Run]:
+    """Score several checkpoints with one pool of workers; one that fails is recorded and does not stop the others."""
+    if repeated := [model for model, times in Counter(request.models).items() if times > 1]:
         raise ConfigError(f"'{repeated[0]}' is there twice.", "Name each model once.")
-    _require_readable(corpus, settings)
-    specs = [
-        RunSpec(model=model, corpus=corpus, settings=settings, execution=execution, title=model, name=model)
+    specs, reporter = _specs(request, request.models), request.reporter or LoggingReporter()
+    return _all(specs, Store(request.warehouse), request.settings, request.execution, reporter)
+
+
+def _specs(request: ScoreRequest | ScoreAllRequest, models: Sequence[str]) -> list[RunSpec]:
+    """Return the run of each model, after the corpus was checked once for all of them."""
+    settings, execution = request.settings, request.execution
+    for _, problem in corpus_problems([request.corpus], {settings.chat_template}):
+        raise problem
+    return [
+        RunSpec(model=model, corpus=request.corpus, settings=settings, execution=execution, title=model, name=model)
         for model in models
     ]
-    return _all(specs, _warehouse(warehouse), settings, execution, reporter or LoggingReporter())
 
 
 def run_job(job: JobFile, *, reporter: Reporter | None = None, **options: Any) -> list[Run]:
@@ -131,15 +106,3 @@ def executor_for(specs: Sequence[RunSpec], settings: Settings, execution: Execut
     """The requested executor; a gang among the runs needs one of several processes."""
     gang = next((spec.execution for spec in specs if spec.execution.partition in GANGS), execution)
     return open_executor(gang, settings)
-
-
-def _warehouse(name: str | Path) -> Store:
-    if not str(name):
-        raise ConfigError("`warehouse` is empty.", "Name a folder, or an s3://, gs://, hdfs:// URI.")
-    return Store(name)
-
-
-def _require_readable(corpus: str, settings: Settings) -> None:
-    """Fail now, not for every model, where the corpus cannot be read."""
-    for _, problem in corpus_problems([corpus], {settings.chat_template}):
-        raise problem

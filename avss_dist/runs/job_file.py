@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import difflib
 import glob
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from avss_dist.errors import ConfigError, ModelError, named_fields, spell_fields
 from avss_dist.models.series import matching_revisions
 from avss_dist.pruning.methods import Experiment
 from avss_dist.runs.corpora import corpus_problems
-from avss_dist.runs.job_schema import (
-    EXECUTION_FIELDS,
-    MODEL_FIELDS,
-    SETTINGS_FIELDS,
-    ExecutionSection,
-    ExperimentSection,
-    Job,
-    ModelEntry,
-    ModelKeys,
-    RevisionRange,
-    SettingsSection,
-)
-from avss_dist.settings import Execution, Settings
+from avss_dist.runs.job_schema import MODEL_FIELDS, SETTINGS_FIELDS, Job, ModelKeys, RevisionRange, given
+from avss_dist.settings import Execution, Settings, split_options
 from avss_dist.text import RedactedURI, docs_page
 from avss_dist.validation import problems_by_field
 from avss_dist.yaml_files import Document, Location, YamlKind, read_yaml
@@ -38,16 +27,16 @@ __all__ = ["JobError", "JobFile", "RunSpec", "job_schema", "read_job"]
 MAX_RUNS = 10_000
 DISTINGUISHING = tuple(name for name in MODEL_FIELDS if name in (*SETTINGS_FIELDS, "partition", "ranks"))
 """Fields that tell two runs of one model apart."""
+T = TypeVar("T")
 OPTIONS_ONLY = {"address": "avss run --address takes it.", "fresh": "avss run --fresh takes it."}
-
-T = TypeVar("T", bound=BaseModel)
 
 
 class JobError(ConfigError):
     """A job file has problems; the message has a line for each."""
 
 
-_KIND = YamlKind(noun="job file", hint=f"{docs_page('job-files')} explains them.", error=JobError, typed=False)
+_PAGE = docs_page("reference/job-files")
+_KIND = YamlKind(noun="job file", hint=f"{_PAGE} explains them.", error=JobError, typed=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +85,8 @@ class JobFile:
 
     def refuse_unused(self, **options: bool) -> None:
         """Refuse (`ConfigError`) options of an experiment where the file has none."""
-        if self.experiment is None and (given := [name for name, value in options.items() if value]):
-            raise ConfigError(f"`{given[0]}` is for an experiment, and {self.path} has none.", "Leave it out.")
+        if self.experiment is None and (named := [name for name, value in options.items() if value]):
+            raise ConfigError(f"`{named[0]}` is for an experiment, and {self.path} has none.", "Leave it out.")
 
 
 def job_schema() -> dict[str, Any]:
@@ -119,54 +108,61 @@ def read_job(path: str | Path, *, expand: bool = True) -> JobFile:
 
 @dataclass
 class _Reader:
-    """Reads a document as a job, and collects problems, each with its line, instead of stopping at the first."""
+    """Reader of a document as a job. It collects problems, each with its line, instead of stopping at the first."""
 
     document: Document
     expand: bool
     problems: set[tuple[int, str]] = field(default_factory=set)
 
     def job(self) -> JobFile:
-        """The job.
+        """Return the job.
 
         Raises:
             JobError: there are problems.
         """
-        raw = self.document.value
-        if not isinstance(raw, dict):
-            self.report((), f"a job file is a mapping with the keys {', '.join(Job.model_fields)}")
-            raise self.error()
-        self.check_fields(raw)
-        corpora = _texts(raw.get("corpora"))
-        seen: set[str] = set()
-        for index, text in corpora:
-            if text in seen:
-                self.report(("corpora", index), f"'{text}' is there twice")
-            seen.add(text)
-        settings = self.section(SettingsSection, "settings")
-        execution = self.section(ExecutionSection, "execution")
-        defaults = None if settings is None or execution is None else {**settings, **execution}
-        made = None if defaults is None else self.together(defaults, {}, ("settings",), ("execution",))
-        experiment = self.experiment()
-        specs = [*islice(self.specs(raw.get("models"), corpora, defaults if made else None), MAX_RUNS + 1)]
+        job, corpora = self.validated(), self.corpora()
+        names = [self.checkpoints(entry, ("models", index)) for index, entry in enumerate(self.listed("models"))]
+        defaults = {**given(job.settings), **given(job.execution)} if job else {}
+        common = self.attempt(_settings, defaults, defaults, ("settings",), ("execution",)) if job else None
+        specs = [*islice(self.specs(job, defaults, names), MAX_RUNS + 1)] if common else []
         self.reject_duplicates(specs)
-        self.require_readable(corpora, specs)
-        if len(specs) > MAX_RUNS:
-            self.report((), f"these are more than {MAX_RUNS:,} runs; make several jobs of them")
-        if self.problems or self.document.repeated or made is None:
+        self.require_readable(corpora, {spec.settings.chat_template for spec in specs})
+        wanted = given(job.experiment) if job else {}
+        experiment = self.attempt(Experiment, wanted, wanted, ("experiment",)) if wanted else None
+        if self.problems or self.document.repeated or job is None or common is None:
             raise self.error()
         models: dict[str, int] = {}
-        for index, entry in enumerate(raw["models"]):
-            models.setdefault(str(_name(entry)), self.document.line(("models", index)))
+        for index, entry in enumerate(job.models):
+            models.setdefault(entry.model, self.document.line(("models", index)))
         return JobFile(
             path=self.document.path,
-            warehouse=RedactedURI(raw["warehouse"]),
+            warehouse=RedactedURI(job.warehouse),
             models=models,
-            corpora={RedactedURI(text): self.document.line(("corpora", index)) for index, text in corpora},
-            settings=made[0],
-            execution=made[1],
+            corpora={RedactedURI(text): self.document.line(("corpora", index)) for text, index in corpora.items()},
+            settings=common[0],
+            execution=common[1],
             specs=tuple(specs),
             experiment=experiment,
         )
+
+    def corpora(self) -> dict[str, int]:
+        """Return the index of each text of ``corpora``; a text that is there twice is a problem."""
+        texts: dict[str, int] = {}
+        for index, text in enumerate(self.listed("corpora")):
+            if isinstance(text, str) and texts.setdefault(text, index) != index:
+                self.report(("corpora", index), f"'{text}' is there twice")
+        return texts
+
+    def require_readable(self, corpora: Mapping[str, int], chat_templates: set[bool]) -> None:
+        """Report the corpora that cannot be read; on another machine, a corpus may be another."""
+        for number, error in corpus_problems([*corpora], chat_templates) if self.expand else ():
+            self.report(("corpora",) if number is None else ("corpora", [*corpora.values()][number]), str(error))
+
+    def listed(self, key: str) -> list[Any]:
+        """Return the values of a list of the file, whatever they are."""
+        raw = self.document.value
+        values = raw.get(key) if isinstance(raw, dict) else None
+        return values if isinstance(values, list) else []
 
     def report(self, location: Location, problem: str) -> None:
         """Note a problem once, on one line, with keys in place of fields."""
@@ -174,100 +170,82 @@ class _Reader:
         self.problems.add((self.document.line(location), plain))
 
     def error(self) -> JobError:
-        """All problems, in the order of their lines."""
+        """Return all problems as one error, in the order of their lines."""
         path = self.document.path
         lines = [f"{path}:{line}: {what}" for line, what in sorted([*self.problems, *self.document.repeated])]
         count = f"{path} has {len(lines)} problem{'s' if len(lines) > 1 else ''}; nothing was run."
-        return JobError("\n".join([count, *lines]), f"The keys are explained in {docs_page('job-files')}.")
+        return JobError("\n".join([count, *lines]), f"The keys are explained in {_PAGE}.")
 
-    def check_fields(self, raw: dict[str, Any]) -> None:
-        """Report every key and value that is wrong on its own."""
+    def validated(self) -> Any:
+        """Return the file as a `Job`; None, and reports, if a key or a value is wrong on its own."""
         try:
-            Job.model_validate(raw)
+            return Job.model_validate(self.document.value)
         except ValidationError as error:
             found = problems_by_field(Job, error, noun="key")
-            unknown = [str(location[-1]) for location, problem in found.items() if "Unknown key" in problem.message]
-            for location, problem in found.items():
-                missing = problem.message.endswith(" is missing.")
-                if missing and difflib.get_close_matches(str(location[-1]), unknown, 1, 0.6):
-                    continue  # the key is there, misspelled
-                self.report(location, f"{problem.message} {_hint(location, problem)}".strip())
-
-    def section(self, cls: type[BaseModel], name: str) -> dict[str, Any] | None:
-        """The fields that a section sets; None where it has problems, which `check_fields` reports."""
-        made = _valid(cls, self.document.value.get(name) or {})
-        return None if made is None else _given(made)
-
-    def together(
-        self, values: Mapping[str, Any], defaults: Mapping[str, Any], *locations: Location
-    ) -> tuple[Settings, Execution] | None:
-        """Values that are right on their own as Settings and Execution; None, and a report, if they exclude each other.
-
-        Args:
-            defaults: whose own problems are reported already.
-            locations: of the mappings that have the values.
-        """
-        merged = {**defaults, **values}
-        made: list[Any] = []
-        for cls, names in ((Settings, SETTINGS_FIELDS), (Execution, EXECUTION_FIELDS)):
-            try:
-                made.append(cls(**{name: merged[name] for name in names if name in merged}))
-            except ConfigError as error:
-                for problem in error.problems:
-                    keys = [(*at, name) for name in named_fields(problem.message) for at in locations if name in values]
-                    known = [key for key in keys if key in self.document.lines]
-                    self.report([*known, *locations][0], str(problem))
-        return (made[0], made[1]) if len(made) == 2 else None
-
-    def experiment(self) -> Experiment | None:
-        """The section ``experiment``; None where there is none, or one with problems."""
-        raw = self.document.value.get("experiment")
-        made = _valid(ExperimentSection, raw) if raw is not None else None
-        if made is None:
+        if () in found:
+            self.report((), f"a job file is a mapping with the keys {', '.join(Job.model_fields)}")
             return None
-        try:
-            return Experiment(**_given(made))
-        except ConfigError as error:
-            for problem in error.problems:
-                self.report(("experiment",), str(problem))
+        unknown = [str(location[-1]) for location, problem in found.items() if "Unknown key" in problem.message]
+        for location, problem in found.items():
+            missing = problem.message.endswith(" is missing.")
+            if missing and difflib.get_close_matches(str(location[-1]), unknown, 1, 0.6):
+                continue  # the key is there, misspelled
+            self.report(location, f"{problem.message} {_hint(location, problem)}".strip())
         return None
 
-    def require_readable(self, corpora: Sequence[tuple[int, str]], specs: Iterable[RunSpec]) -> None:
-        """A corpus that cannot be read concerns all runs; on another machine it may be another."""
-        wanted = {spec.settings.chat_template for spec in specs}
-        for index, error in corpus_problems([text for _, text in corpora], wanted) if self.expand else ():
-            self.report(("corpora",) if index is None else ("corpora", corpora[index][0]), str(error))
-
-    def specs(
-        self, models: Any, corpora: Sequence[tuple[int, str]], defaults: dict[str, Any] | None
-    ) -> Iterator[RunSpec]:
-        """The runs of every entry of ``models`` that is right, with the defaults of the file.
+    def attempt(
+        self, make: Callable[..., T], values: Mapping[str, Any], own: Mapping[str, Any], *locations: Location
+    ) -> T | None:
+        """Return what is made of valid values; None, and reports, if they exclude each other.
 
         Args:
-            defaults: the values of ``settings`` and ``execution``; None where they have problems.
+            values: all values, defaults among them, whose own problems are reported already.
+            own: the values that the mappings at the locations have.
         """
-        for index, raw in enumerate(models if isinstance(models, list) else []):
-            at: Location = ("models", index)
-            entry = _valid(ModelEntry, {"model": raw} if isinstance(raw, str) else raw)
-            names = self.checkpoints(raw, entry, at)
-            if entry is None or defaults is None:
-                continue
-            own = {name: value for name, value in _given(entry).items() if name in MODEL_FIELDS}
-            if made := self.together(own, defaults, at):
-                alone = _describe({k: v for k, v in own.items() if k in DISTINGUISHING and v != defaults.get(k)})
-                titles = {name: f"{name} ({alone})" if alone else name for name in names}
-                yield from _each(titles, [text for _, text in corpora], *made, self.document.line(at))
+        try:
+            return make(**values)
+        except ConfigError as error:
+            for problem in error.problems:
+                keys = [(*at, name) for name in named_fields(problem.message) for at in locations if name in own]
+                known = [key for key in keys if key in self.document.lines]
+                self.report([*known, *locations][0], str(problem))
+        return None
 
-    def checkpoints(self, raw: Any, entry: ModelKeys | None, at: Location) -> list[str]:
-        """What an entry of ``models`` stands for: revisions, the folders that a glob matches here, or its name."""
-        name = _name(raw)
-        if name is None:
+    def specs(self, job: Any, defaults: Mapping[str, Any], names: Sequence[Sequence[str]]) -> Iterator[RunSpec]:
+        """Yield the runs of every model on every corpus.
+
+        Args:
+            defaults: the values of ``settings`` and ``execution``.
+            names: the checkpoints of each entry of ``models``.
+        """
+        for index, entry in enumerate(job.models):
+            at = ("models", index)
+            own = {name: value for name, value in given(entry).items() if name in MODEL_FIELDS}
+            if (made := self.attempt(_settings, {**defaults, **own}, own, at)) is None:
+                continue
+            alone = _describe({k: v for k, v in own.items() if k in DISTINGUISHING and v != defaults.get(k)})
+            for name, corpus in product(names[index], job.corpora):
+                title = f"{name} ({alone})" if alone else name
+                yield RunSpec(
+                    model=name,
+                    corpus=corpus,
+                    settings=made[0],
+                    execution=made[1],
+                    title=title,
+                    name=f"{title} on {RedactedURI(corpus)}" if len(job.corpora) > 1 else title,
+                    line=self.document.line(at),
+                )
+
+    def checkpoints(self, raw: Any, at: Location) -> list[str]:
+        """Return what an entry of ``models`` stands for: revisions, the folders of a glob, or its name."""
+        name = raw.get("model") if isinstance(raw, dict) else raw
+        if not isinstance(name, str):
             return []
         if isinstance(raw, dict) and "revisions" in raw:
             if Path(name).expanduser().exists() or glob.has_magic(name):
                 where: Location = (*at, "revisions")
                 self.report(where, f"'{name}' is a folder or a file; only a hub id has revisions")
-            return [f"{name}@{revision}" for revision in self.revisions(name, entry, at)]
+            return [f"{name}@{revision}" for revision in self.revisions(name, raw, at)]
         if not (self.expand and glob.has_magic(name)):
             return [name]
         matches = glob.glob(str(Path(name).expanduser()), recursive=True)
@@ -276,9 +254,13 @@ class _Reader:
             self.report(at, f"no folder matches '{name}' (relative paths start in {Path.cwd()})")
         return folders
 
-    def revisions(self, name: str, entry: ModelKeys | None, at: Location) -> Iterator[str]:
-        """Those of a hub id that an entry lists; the hub knows which of them a pattern means."""
-        for index, revision in enumerate((entry.revisions or ()) if entry else ()):
+    def revisions(self, name: str, raw: dict[str, Any], at: Location) -> Iterator[str]:
+        """Yield the revisions of a hub id that an entry lists; the hub knows which of them a pattern means."""
+        try:
+            listed = ModelKeys(model=name, revisions=raw["revisions"]).revisions or ()
+        except ValidationError:  # which is reported of the whole file
+            return
+        for index, revision in enumerate(listed):
             if isinstance(revision, RevisionRange):
                 yield from revision.names()
             elif self.expand and glob.has_magic(revision):
@@ -289,8 +271,10 @@ class _Reader:
             else:
                 yield revision
 
-    def reject_duplicates(self, specs: Iterable[RunSpec]) -> None:
-        """The same run twice is a problem."""
+    def reject_duplicates(self, specs: Sequence[RunSpec]) -> None:
+        """Report runs that are there twice, and too many of them."""
+        if len(specs) > MAX_RUNS:
+            self.report((), f"these are more than {MAX_RUNS:,} runs; make several jobs of them")
         lines: dict[Any, int] = {}
         for spec in specs:
             ranks = (spec.execution.partition, spec.execution.ranks) if spec.execution.ranks else None
@@ -300,50 +284,15 @@ class _Reader:
                 self.problems.add((spec.line, what))
 
 
+def _settings(**values: Any) -> tuple[Settings, Execution]:
+    return split_options(values)
+
+
 def _hint(location: Location, problem: ConfigError) -> str:
     if location[0] == "execution" and location[-1] in OPTIONS_ONLY:
         return OPTIONS_ONLY[str(location[-1])]
     hint = problem.hint or ""
     return hint.partition(" Valid:")[0] if "Unknown key" in problem.message else hint
-
-
-def _each(
-    titles: Mapping[str, str], corpora: Sequence[str], settings: Settings, execution: Execution, line: int
-) -> Iterator[RunSpec]:
-    """The runs of models, by name with their titles, on every corpus."""
-    for model, title in titles.items():
-        for corpus in corpora:
-            yield RunSpec(
-                model=model,
-                corpus=corpus,
-                settings=settings,
-                execution=execution,
-                title=title,
-                name=f"{title} on {RedactedURI(corpus)}" if len(corpora) > 1 else title,
-                line=line,
-            )
-
-
-def _valid(cls: type[T], raw: Any) -> T | None:
-    try:
-        return cls.model_validate(raw)
-    except ValidationError:
-        return None
-
-
-def _given(made: BaseModel) -> dict[str, Any]:
-    """The fields that were set, by name, in the order of the class."""
-    return {name: getattr(made, name) for name in type(made).model_fields if name in made.model_fields_set}
-
-
-def _texts(raw: Any) -> list[tuple[int, str]]:
-    """The texts of a list, and their indices."""
-    return [(index, text) for index, text in enumerate(raw if isinstance(raw, list) else []) if isinstance(text, str)]
-
-
-def _name(raw: Any) -> str | None:
-    name = raw.get("model") if isinstance(raw, dict) else raw
-    return name if isinstance(name, str) else None
 
 
 def _describe(options: Mapping[str, Any]) -> str:

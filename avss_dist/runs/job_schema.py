@@ -33,6 +33,12 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def given(section: BaseModel | None) -> dict[str, Any]:
+    """Return the values that a section of a file sets, by name, in the order of its class."""
+    names = type(section).model_fields if section else ()
+    return {name: getattr(section, name) for name in names if section and name in section.model_fields_set}
+
+
 class RevisionRange(_Section):
     """Revisions with numbers: ``{prefix: step, from: 0, to: 2000, step: 1000}`` is step0, step1000, step2000."""
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from avss_dist.errors import RunFailed
-from avss_dist.settings import BOOTSTRAP_BLOCKS
+from avss_dist.stats.intervals import BOOTSTRAP_BLOCKS
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.merging import Block, Merged, combine_blocks, merge_block, split_into_blocks
 from avss_dist.warehouse.sharing import SharedWarehouse

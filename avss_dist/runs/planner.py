@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.corpus.shards import CorpusPlan, plan
+from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
 from avss_dist.corpus.sources import open_source
 from avss_dist.errors import ModelError, without_secrets
 from avss_dist.executors.base import Executor, ReplicaSpec
@@ -106,7 +106,7 @@ class Planner:
         key = (self._same_text(spec.corpus, how) or spec.corpus, *how)
         if key not in self._plans:
             tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
-            planned = plan(spec.corpus, tokenizer, settings)
+            planned = tokenize_corpus(spec.corpus, tokenizer, settings)
             rows = (batch.input_ids for shard in planned.shards for batch in shard.batches(settings.batch_size))
             self._plans[key] = planned, max(int(np.max(ids)) for ids in rows)
             while len(self._plans) > KEPT_PLANS:

@@ -17,9 +17,10 @@ from avss_dist.executors.base import ReplicaSpec, RunShards
 from avss_dist.models.pickled import is_converted
 from avss_dist.models.quantization import describe_quantization
 from avss_dist.models.series import when_saved
+from avss_dist.registry import BASELINES
 from avss_dist.results import TabularResult
 from avss_dist.runs.partials import Apply, merge_partials
-from avss_dist.settings import PUBLISHED_THRESHOLD, RECIPES, RIVALS, SITES
+from avss_dist.settings import PUBLISHED_THRESHOLD, RECIPES, SITES
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.scores import score_run
 from avss_dist.system.versions import package_versions
@@ -29,7 +30,7 @@ from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.sharing import Receipt, SharedWarehouse
 from avss_dist.warehouse.store import Store
 
-SHOWN = ("layer", "depth", "avss_smoothed", "avss_low", "avss_high", "rank", "variance", "sparsity", *RIVALS)
+SHOWN = ("layer", "depth", "avss_smoothed", "avss_low", "avss_high", "rank", "variance", "sparsity", *BASELINES)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

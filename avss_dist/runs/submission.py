@@ -21,7 +21,7 @@ from typing import Any
 
 from avss_dist.corpus.sources import local_files
 from avss_dist.errors import AvssError, ConfigError, RunFailed, without_secrets
-from avss_dist.pruning.repair.weighted import weighted
+from avss_dist.pruning.repair.record import split_weight
 from avss_dist.runs.job_file import JobFile
 from avss_dist.settings import ANSWER_SECONDS, CONNECT_SECONDS
 from avss_dist.tasks.local_files import task_files
@@ -292,7 +292,7 @@ def _local_files(job: JobFile) -> list[str]:
     named: list[tuple[Callable[[str], list[str]], str, str]]
     named = [(local_files, text, f"line {line}: ") for text, line in job.corpora.items()]
     if job.experiment:
-        named += [(local_files, weighted(text)[0], "repair_corpora: ") for text in job.experiment.repair_corpora]
+        named += [(local_files, split_weight(text)[0], "repair_corpora: ") for text in job.experiment.repair_corpora]
         named += [(task_files, task, "tasks: ") for task in job.experiment.tasks]
     files: set[str] = set()
     problems: list[str] = []

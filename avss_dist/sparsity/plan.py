@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from avss_dist.errors import ConfigError
+from avss_dist.intervention import MAX_LAYERS, Intervention, MapSparsity, Sparsity
 from avss_dist.pruning.plan import (
     Lines,
     Name,
@@ -25,7 +26,6 @@ from avss_dist.pruning.plan import (
     write_text,
 )
 from avss_dist.pruning.selection import PlanError
-from avss_dist.removal import MAX_LAYERS
 from avss_dist.settings import SPARSITY_RULES, THRESHOLD, TOP_K, TOP_P
 from avss_dist.text import describe_bytes
 from avss_dist.validation import OneOf, checked
@@ -146,6 +146,27 @@ class SparsityPlan:
         """N and M of the pattern; zeros without one."""
         kept, _, group = (self.pattern or "0:0").partition(":")
         return int(kept), int(group)
+
+    @property
+    def intervention(self) -> Intervention:
+        """The change that the plan makes to its model."""
+        kept, group = self.group
+        maps = [
+            MapSparsity(
+                layer=one.layer,
+                path=one.map,
+                outputs=one.outputs,
+                inputs=one.inputs,
+                by=one.by,
+                value=one.value,
+                center=one.center,
+                weighted=self.weighted,
+                kept=kept,
+                group=group,
+            )
+            for one in self.projections
+        ]
+        return Intervention(sparsity=Sparsity(maps=tuple(maps), rule=self.rule))
 
     def write(self, path: str | Path) -> None:
         """Write the YAML file.

@@ -1,7 +1,7 @@
-"""How layers differ between hallucinated and truthful answers, and how much of that is chance. Pure numpy.
+"""Contrasts of layers between hallucinated and truthful answers, with their noise. Pure numpy.
 
 EAVSS (arXiv 2411.10069) names HSAV and HSS, a layer's variance and sparsity on hallucinated text; its equations are not
-public. What stands here is a reading of it, in the form of AVSS: see ``docs/hallucination.md``.
+public. What stands here is a reading of it, in the form of AVSS: see ``docs/explanations/contrast.md``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from avss_dist.settings import BOOTSTRAP_SEED, INTERVAL, MINIMUM_UNITS
-from avss_dist.stats.intervals import jackknife_interval
+from avss_dist.settings import BOOTSTRAP_SEED
+from avss_dist.stats.intervals import INTERVAL, MINIMUM_UNITS, jackknife_interval
 from avss_dist.stats.layer_stats import Float64, Int64
 from avss_dist.stats.rankings import count_lowest, rank_lowest
 from avss_dist.stats.scores import Parts, avss, share
@@ -47,7 +47,7 @@ class Answers:
 
     @property
     def pairs(self) -> Int64:
-        """The distinct pairs."""
+        """Return the distinct pairs."""
         return np.unique(self.pair)
 
     def where(self, rows: Bools) -> Answers:
@@ -55,12 +55,12 @@ class Answers:
         return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     def of_pairs(self, pairs: Int64) -> Answers:
-        """Those of some pairs."""
+        """Return the answers of some pairs."""
         return self.where(np.isin(self.pair, pairs))
 
 
 def parts(a: Answers, weights: Float64, recipe: str) -> Parts:
-    """What AVSS of weighted answers is made of.
+    """Return the variance, near-zero elements and elements of weighted answers.
 
     Args:
         weights: float64[..., rows].
@@ -141,7 +141,7 @@ def permutation_p(a: Answers, recipe: str, seed: int = BOOTSTRAP_SEED) -> Float6
 
 
 def num_permutations(layers: int) -> int:
-    """How often labels are exchanged for so many layers."""
+    """Return the number of permutations of labels for this many layers."""
     return max(PERMUTATIONS, PER_LAYER * layers)
 
 
@@ -162,7 +162,7 @@ def holm(p: Float64) -> Float64:
 
 
 def noise_floor(a: Answers, recipe: str) -> Float64:
-    """What |deviation| does not exceed in 95% of random splits of the truthful answers, float64[layers]."""
+    """Return the 95% quantile of |deviation| over random splits of the truthful answers, float64[layers]."""
     truthful = a.where(~a.hallucinated)
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     half = np.arange(len(truthful.pair)) < len(truthful.pair) // 2
@@ -171,7 +171,7 @@ def noise_floor(a: Answers, recipe: str) -> Float64:
 
 
 def floor_of(deviations: Float64) -> Float64:
-    """What the absolute values of 95% of deviations, float64[splits, layers], do not exceed, float64[layers]."""
+    """Return the 95% quantile of |deviations|, float64[splits, layers], by layer: float64[layers]."""
     floor: Float64 = np.quantile(np.abs(deviations), INTERVAL, axis=0)
     return floor
 
@@ -190,7 +190,7 @@ def change_columns(own: Float64, another: Float64, left_out: Float64) -> dict[st
 
 
 def length_matched(a: Answers, slack: float) -> Answers:
-    """The pairs whose answers have about as many tokens: the longest at most ``1 + slack`` times the shortest."""
+    """Return the pairs whose longest answer has at most ``1 + slack`` times the tokens of the shortest."""
     kept = [p for p in a.pairs if np.ptp(own := a.tokens[a.pair == p]) <= slack * own.min()]
     return a.of_pairs(np.array(kept, np.int64))
 
@@ -203,7 +203,7 @@ def prone_probability(resamples: Float64) -> Float64:
 def contrast_columns(
     sides: tuple[Parts, Parts], resampled: tuple[Parts, Parts], left_out: tuple[Parts, Parts]
 ) -> dict[str, Float64]:
-    """The scores of layers, float64[layers] each, and their intervals: see ``docs/hallucination.md``.
+    """Return the scores of layers, float64[layers] each, and their intervals: see ``docs/explanations/contrast.md``.
 
     Args:
         sides: of hallucinated and of truthful answers.
@@ -233,7 +233,7 @@ def contrast_columns(
 
 
 def _contrasted(hallucinated: Parts, truthful: Parts) -> dict[str, Float64]:
-    """The scores that have intervals, float64[..., layers] each."""
+    """Return the scores that have intervals, float64[..., layers] each."""
     return {
         "eavss_contrast": contrast(hallucinated, truthful),
         "eavss_ratio": avss(*hallucinated, smoothed=True),
@@ -247,7 +247,7 @@ def _smoothed(near_zero: Float64, count: Float64) -> Float64:
 
 
 def out_of_fold(a: Answers, values: Float64) -> Float64:
-    """What a classifier on one number says of each answer, float64[rows]: learned on the other folds of pairs.
+    """Return the output of a classifier on one number for each answer, learned on the other folds: float64[rows].
 
     It is the number, standardized, with the sign that tells hallucinated from truthful answers there.
     """
@@ -265,7 +265,7 @@ def out_of_fold(a: Answers, values: Float64) -> Float64:
 
 
 def auroc(scores: Float64, positive: Bools, weights: Float64) -> Float64:
-    """The chance that a positive has the higher score, ties by half, float64[resamples]; weights[resamples, rows]."""
+    """Return the area under the ROC curve, ties by half: float64[resamples]; weights[resamples, rows]."""
     order = np.argsort(scores, kind="stable")
     _, starts = np.unique(scores[order], return_index=True)
     up, down = (np.add.reduceat((weights * one)[:, order], starts, axis=1) for one in (positive, ~positive))

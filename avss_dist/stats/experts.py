@@ -11,7 +11,7 @@ from avss_dist.stats.rows import Float64, Int64
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ExpertStats:
-    """Of one layer: an entry for each expert, one that no token reached among them.
+    """Statistics of the experts of a layer: an entry for each expert, also if no token reached it.
 
     ``gated_norm_sum / routed_tokens`` is the saliency of REAP (Lasby et al., arXiv 2510.13999, equation 9). The output
     of an expert is what it gives for a gate of 1; tokens whose output is not finite count in the first two sums alone.

@@ -1,4 +1,4 @@
-"""How often abs(x) occurred: by bin of a histogram, and by value. Pure numpy."""
+"""Counts of abs(x) by bin of a histogram, and by value. Pure numpy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def histogram_bin(values: NDArray[np.floating]) -> NDArray[np.int64]:
 
 
 def bin_edges(value: float) -> tuple[float, float]:
-    """The edges of the histogram's bin that a value lies in."""
+    """Return the edges of the histogram's bin that a value lies in."""
     low = min(int(np.searchsorted(HISTOGRAM_EDGES, value, side="right")), len(HISTOGRAM_EDGES) - 1) - 1
     return float(HISTOGRAM_EDGES[low]), float(HISTOGRAM_EDGES[low + 1])
 
@@ -48,13 +48,13 @@ def histogram_below(histogram: NDArray[np.int64], threshold: float, share: float
 
 
 def values_of_cuts(counts: NDArray[np.int64]) -> Values:
-    """The values of float32 patterns whose lower half is zero, of which ``counts`` int64[32768] holds how many."""
+    """Return the values of float32 patterns whose lower half is zero, counted by ``counts`` int64[32768]."""
     seen = np.flatnonzero(counts)
     return (seen.astype(np.uint32) << np.uint32(CUT_SHIFT)).view(np.float32), counts[seen]
 
 
 def next_cut(values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The next larger value of `values_of_cuts` after each: those that are cut to a value are below it."""
+    """Return the next larger value of `values_of_cuts` after each; elements that are cut to a value are below it."""
     bits = values.view(np.uint32) + np.uint32(1 << CUT_SHIFT)
     return bits.view(np.float32).astype(np.float64)
 

@@ -51,7 +51,7 @@ def _empty_histogram() -> Int64:
 
 
 class Below(NamedTuple):
-    """How many elements are below a threshold.
+    """Number of elements below a threshold.
 
     Attributes:
         near_zero: how many; not a whole number where it is interpolated.
@@ -114,7 +114,7 @@ class LayerStats:
 
     @classmethod
     def zero(cls, thresholds: Iterable[float]) -> LayerStats:
-        """The identity: statistics of nothing."""
+        """Return the statistics of nothing, the identity of merging."""
         grid = np.asarray(tuple(thresholds), np.float64)
         return cls(thresholds=grid, near_zero=np.zeros(len(grid), np.int64))
 
@@ -199,7 +199,7 @@ class LayerStats:
         return Below(low + float((threshold - edge) / (highs[begun - 1] - edge)) * (high - low), low, high)
 
     def share_below(self, threshold: float) -> float:
-        """Of the elements in the histogram's bin that a threshold cuts, the share below it; 0 without elements."""
+        """Return the share of the elements of the bin that a threshold cuts which are below it; 0 without elements."""
         bins = [float(histogram_below(self.histogram, edge)) for edge in bin_edges(threshold)]
         return (self.below(threshold).near_zero - bins[0]) / (bins[1] - bins[0]) if bins[1] > bins[0] else 0.0
 
@@ -258,7 +258,7 @@ def _add_units(a: Float64, b: Float64) -> Float64:
 
 
 def stats_from_pattern_counts(counts: NDArray[np.integer], values: Float64, thresholds: Float64) -> dict[str, object]:
-    """The elementwise fields of LayerStats from how often each value occurred, computed in float64.
+    """Return the elementwise fields of LayerStats from the counts of each value, computed in float64.
 
     The counts of the 65,536 patterns of a 16-bit float are a sufficient statistic for every one of them.
 
@@ -303,7 +303,7 @@ def stats_from_pattern_counts(counts: NDArray[np.integer], values: Float64, thre
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ShardResult:
-    """What one shard's pass measured: pure, complete, counted once by its ``shard_id``.
+    """Statistics of one shard: pure, complete, counted once by its ``shard_id``.
 
     Attributes:
         shard_id: index of the shard in the corpus plan.

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from avss_dist.settings import AFTER_ANOTHER
+from avss_dist.names import AFTER_ANOTHER
 from avss_dist.stats.histogram import Values, merge_values
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey, without_values
 from avss_dist.stats.spill import Spill
@@ -49,7 +49,7 @@ def merge_stats(parts: Iterable[Mapping[Key, LayerStats]]) -> dict[Key, LayerSta
 
 
 def split_into_blocks(num_shards: int, most: int) -> list[range]:
-    """The ids of the shards of each block, at most ``most``.
+    """Return the ids of the shards of each block, at most ``most``.
 
     The number of blocks bounds memory, whatever the size of the corpus.
     """

@@ -10,7 +10,7 @@ from avss_dist.stats.layer_stats import Float64
 
 
 def hill_exponent(eigenvalues: Sequence[float] | Float64, tail: int | None = None) -> float:
-    """The exponent of a power law, by Hill's estimator over the largest ``tail`` eigenvalues; by default half of them.
+    """Return the exponent of a power law by Hill's estimator over the largest ``tail`` eigenvalues, by default half.
 
     ``1 + m / sum(log(x_i / x_min))`` (Clauset, Shalizi and Newman, arXiv 0706.1062, equation 3.1).
     """
@@ -23,7 +23,7 @@ def hill_exponent(eigenvalues: Sequence[float] | Float64, tail: int | None = Non
 
 
 def ks_exponent(eigenvalues: Sequence[float] | Float64) -> float:
-    """The same where the tail is the one whose distance (Kolmogorov and Smirnov's) to its power law is least.
+    """Return the exponent for the tail whose Kolmogorov-Smirnov distance to its power law is least.
 
     Tails of at least a tenth of the eigenvalues are tried (arXiv 0706.1062, section 3.3).
     """

@@ -23,7 +23,7 @@ TWO_SIDED_95 = 1.959964  # the quantile 0.975 of the normal distribution
 
 
 def count_lowest(layers: int, share: float = LOWEST_SHARE) -> int:
-    """How many layers the lowest ``share`` is: rounded half to even, at least 1."""
+    """Return the number of layers in the lowest ``share``: rounded half to even, at least 1."""
     return max(1, round(share * layers))
 
 
@@ -53,7 +53,7 @@ def spearman(a: Float64, b: Float64) -> float:
 
 
 def spearman_interval(rho: float, number: int) -> tuple[float, float]:
-    """The 95% interval of Spearman's rho of ``number`` values, by Fisher's z with the variance of Bonett and Wright.
+    """Return the 95% interval of Spearman's rho of ``number`` values: Fisher's z, variance of Bonett and Wright.
 
     ``tanh(atanh(rho) -+ 1.96 sqrt((1 + rho^2 / 2) / (number - 3)))`` (Psychometrika 65, 2000). NaN for fewer than four
     values.
@@ -66,7 +66,7 @@ def spearman_interval(rho: float, number: int) -> tuple[float, float]:
 
 
 def given_depth(rho: Float64, of_a: Float64, of_b: Float64) -> Float64:
-    """The partial correlation of the ranks of two scores, given those of depth: float64[...].
+    """Return the partial correlation of the ranks of two scores, given those of depth: float64[...].
 
     NaN where one of the scores is the order of depth itself.
 

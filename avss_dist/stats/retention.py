@@ -1,10 +1,11 @@
-"""What is left of a metric: after over before; where less is better, before over after."""
+"""Retention of a metric: after over before, or before over after if less is better."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from avss_dist.settings import LOSS, MINIMUM_UNITS
+from avss_dist.names import LOSS
+from avss_dist.stats.intervals import MINIMUM_UNITS
 from avss_dist.stats.layer_stats import Float64
 
 NO_INTERVAL = (
@@ -15,7 +16,7 @@ LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per
 
 
 def kept(metric: str, before: Float64, after: Float64) -> Float64:
-    """The retention of values of a metric: of a loss, of the perplexities."""
+    """Return the retention of values of a metric: of a loss, of the perplexities."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         if metric == LOSS:
             ratio: Float64 = np.exp(before - after)

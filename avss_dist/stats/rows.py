@@ -15,7 +15,7 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RowStats:
-    """Of one (layer, site): an entry for each row, over the tokens of its answer.
+    """Statistics of one layer and site: an entry for each row, over the tokens of its answer.
 
     The sums of ``count`` and ``near_zero`` over the rows of a stratum are those of its LayerStats.
     """

@@ -1,4 +1,4 @@
-"""LayerStats -> scores: recipes, thresholds, ranks, intervals, rivals. Pure numpy.
+"""LayerStats -> scores: recipes, thresholds, ranks, intervals, baselines. Pure numpy.
 
 AVSS (arXiv 2411.02117, section 3): NAV_i = variance_i / sum(variance), NAS_i = sparsity_i / sum(sparsity),
 AVSS_i = NAV_i / NAS_i. What "variance" and "sparsity" are taken over is the recipe's choice:
@@ -21,9 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.settings import BOOTSTRAP_RESAMPLES, MINIMUM_UNITS, RECIPES, RELATIVE_THRESHOLDS
+from avss_dist.settings import RECIPES, RELATIVE_THRESHOLDS
 from avss_dist.stats.histogram import histogram_below
-from avss_dist.stats.intervals import bootstrap_weights, jackknife_interval, left_out_weights
+from avss_dist.stats.intervals import (
+    BOOTSTRAP_RESAMPLES,
+    MINIMUM_UNITS,
+    bootstrap_weights,
+    jackknife_interval,
+    left_out_weights,
+)
 from avss_dist.stats.layer_stats import Float64, LayerKey, LayerStats
 from avss_dist.stats.rankings import count_lowest, rank_lowest
 
@@ -40,13 +46,8 @@ class Threshold:
     kind: str
 
     def at(self, stats: LayerStats) -> float:
-        """The absolute threshold that this is for ``stats``."""
+        """Return the absolute threshold that this is for ``stats``."""
         return self.value * stats.rms if self.kind == "rms" else self.value
-
-
-def score_column(score: str) -> str:
-    """The column of the ``scores`` table that layers are ranked by, for one of ``config.SCORES``."""
-    return "avss_smoothed" if score == "avss" else score
 
 
 def avss(variance: Float64, near_zero: Float64, count: Float64, *, smoothed: bool) -> Float64:
@@ -63,7 +64,7 @@ def avss(variance: Float64, near_zero: Float64, count: Float64, *, smoothed: boo
 
 
 def share(values: Float64) -> Float64:
-    """Each value over the sum of those that are defined."""
+    """Return each value over the sum of the defined ones."""
     return _ratio(values, np.nansum(values, axis=-1, keepdims=True))
 
 
@@ -74,7 +75,7 @@ def score_run(
     thresholds: Sequence[Threshold] | None = None,
     sites: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Every score of a run: one row per layer, site, recipe and threshold.
+    """Return every score of a run: one row per layer, site, recipe and threshold.
 
     Args:
         stats: the merged statistics of the run.
@@ -87,7 +88,7 @@ def score_run(
     Returns:
         Rows with the columns of the ``scores`` table less those that name the run.
     """
-    rivals = {layer: layer_rivals(stats, layer) for layer in range(len(layers))}
+    baselines = {layer: layer_baselines(stats, layer) for layer in range(len(layers))}
     rows: list[dict[str, Any]] = []
     for site in dict.fromkeys(site for _, site in stats if sites is None or site in sites):
         present = [layer for layer, s in stats if s == site]
@@ -107,7 +108,7 @@ def score_run(
                             "threshold": threshold.value,
                             "threshold_kind": threshold.kind,
                             **{name: column[position] for name, column in columns.items()},
-                            **rivals[layer],
+                            **baselines[layer],
                         }
                     )
     return rows
@@ -120,8 +121,8 @@ def _site_shards(
     return [[shard.get((layer, site), zero) for layer in present] for shard in shards]
 
 
-def layer_rivals(stats: Mapping[LayerKey, LayerStats], layer: int) -> dict[str, float]:
-    """The scores that AVSS competes with, from the same pass; NaN where the block (or update) site is missing.
+def layer_baselines(stats: Mapping[LayerKey, LayerStats], layer: int) -> dict[str, float]:
+    """Return each of ``registry.BASELINES`` for a layer, from the same pass; NaN if its site is missing.
 
     block_influence: ShortGPT, arXiv 2403.03853, eq. 1. angular_distance: Gromov et al., arXiv 2403.17887, section 3.2.
     """
@@ -170,11 +171,11 @@ class SiteTable:
         self._variances: dict[str, tuple[Float64, Float64 | None]] = {}
 
     def recipes(self) -> tuple[str, ...]:
-        """The recipes that the site has statistics for: ``unit`` needs per-unit sums."""
+        """Return the recipes that the site has statistics for: ``unit`` needs per-unit sums."""
         return tuple(r for r in RECIPES if r != "unit" or all(s.unit_sum.size for s in self.merged))
 
     def score(self, recipe: str, threshold: Threshold) -> dict[str, list[Any]]:
-        """Columns of the ``scores`` table, each a list over layers; one with NaN or infinite elements has no rank."""
+        """Return columns of the ``scores`` table, as lists over layers; a layer with NaN or infinities has no rank."""
         variance, (near_zero, count, *_) = self._variance(recipe)[0], _SPARSITY[recipe](self, threshold)
         literal = np.where(near_zero > 0, avss(variance, near_zero, count, smoothed=False), np.nan)
         score = avss(variance, near_zero, count, smoothed=True)
@@ -222,7 +223,7 @@ class SiteTable:
         return self._variances[recipe]
 
     def column(self, name: str) -> Float64:
-        """A field of the merged statistics, float64[layers]."""
+        """Return a field of the merged statistics, float64[layers]."""
         return np.array([getattr(s, name) for s in self.merged], float)
 
     def weighted(self, values: Callable[[int, LayerStats], float]) -> Float64:
@@ -251,7 +252,7 @@ class SiteTable:
 
 @dataclass(frozen=True)
 class _Units:
-    """What is seen of unit means, float64[..., units]: each float64[...], over the units.
+    """Reductions of unit means, float64[..., units], over the units: each float64[...].
 
     Attributes:
         variance: theirs.
@@ -265,7 +266,7 @@ class _Units:
 
     @staticmethod
     def of(means: Float64, at: Mapping[Threshold, float]) -> _Units:
-        """Those of means, with each threshold at a value."""
+        """Reduce means, with each threshold at a value."""
         sizes = np.abs(means)
         near_zero = {threshold: (sizes < value).sum(axis=-1).astype(float) for threshold, value in at.items()}
         return _Units(means.var(axis=-1), np.isfinite(means).sum(axis=-1).astype(float), near_zero)
@@ -311,7 +312,7 @@ Counts = tuple[Float64, Float64, Float64 | None, Float64 | None]
 
 
 def _element_sparsity(table: SiteTable, threshold: Threshold) -> Counts:
-    """A relative threshold is held at the whole run's RMS while shards are resampled.
+    """Return the sparsity of elements. A relative threshold is held at the whole run's RMS while shards are resampled.
 
     Where it cuts a bin of the histogram, each shard has the whole run's share of that bin below it.
     """

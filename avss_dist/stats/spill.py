@@ -27,7 +27,7 @@ class Spill:
         self._left = KEPT_BYTES
 
     def keep(self, stats: Mapping[Key, LayerStats]) -> Mapping[Key, LayerStats]:
-        """The same statistics, read only."""
+        """Return the same statistics, read only."""
         self._left -= sum(getattr(one, name).nbytes for one in stats.values() for name in _LARGE)
         if self._left >= 0 or not stats:
             return stats
@@ -38,7 +38,7 @@ class Spill:
 
 
 def _mapped(stats: Mapping[Key, LayerStats]) -> Mapping[Key, LayerStats]:
-    """The same, their large fields in one mapped file."""
+    """Return the same statistics, their large fields in one mapped file."""
     with tempfile.TemporaryFile() as file:
         for one in stats.values():
             for name in _LARGE:

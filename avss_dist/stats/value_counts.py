@@ -1,4 +1,4 @@
-"""What is known of the inputs of a linear map by counts: how many do not exceed each of `EDGES`. Pure numpy."""
+"""Distribution of the inputs of a linear map: counts that do not exceed each of `EDGES`. Pure numpy."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ EDGES = np.concatenate([-_SIZES[::-1], _SIZES, [np.inf]])
 
 
 def share_within(counts: Float64, size: float, center: float = 0.0) -> float:
-    """The share of values that are no further than ``size`` from ``center``, linear between edges."""
+    """Return the share of values that are no further than ``size`` from ``center``, linear between edges."""
     low, high = np.interp([center - size, center + size], EDGES[:-1], counts[:-1])
     return float((high - low) / counts[-1])
 
 
 def size_of_share(counts: Float64, share: float, center: float = 0.0) -> float:
-    """The size at which `share_within` is a share: by bisection, to a part in 2^40 of the largest edge."""
+    """Return the size at which `share_within` is a share: by bisection, to a part in 2^40 of the largest edge."""
     low, high = 0.0, float(_SIZES[-1]) if share > 0 else 0.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -27,7 +27,7 @@ def size_of_share(counts: Float64, share: float, center: float = 0.0) -> float:
 
 
 def mode_of(counts: Float64) -> float:
-    """Where values are densest: the middle of the narrowest interval between edges that holds a tenth of all.
+    """Return where values are densest: the middle of the narrowest interval between edges that holds a tenth of all.
 
     The half-sample idea of Bickel and Frühwirth (Computational Statistics & Data Analysis 50, 2006), in one step.
     """

@@ -13,8 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from avss_dist.corpus.shards import Shard
+from avss_dist.intervention import NO_INTERVENTION, Intervention, InterventionKey, Removals
 from avss_dist.models.causal_lm import LanguageModel, predicted
-from avss_dist.settings import ENTROPY, LOSS, fingerprint
+from avss_dist.names import ENTROPY, LOSS
+from avss_dist.settings import fingerprint
 from avss_dist.stats.layer_stats import Float64
 
 
@@ -26,15 +28,15 @@ class Row:
         metric: its name.
         samples: float64[n], a value for each sample; of `LOSS`, its summed negative log-likelihood.
         weights: float64[n], what each counts: the value is ``sum(samples) / sum(weights)``.
-        drop: the layers left out; None is those of the cell.
+        removed: the layers and sublayers that were removed; None is those of the cell.
         layer: the layer that it is about; None where it is about the whole.
-        patch: weights that were fitted, as `patching.encode_patch` has them; None where nothing is fitted.
+        patch: weights that were fitted, as `patching.encode_patch` encodes them; None where nothing is fitted.
     """
 
     metric: str
     samples: Float64
     weights: Float64
-    drop: tuple[int, ...] | None = None
+    removed: Removals | None = None
     layer: int | None = None
     patch: bytes | None = field(default=None, repr=False)
 
@@ -46,8 +48,13 @@ class Measure(Protocol):
     def key(self) -> str:
         """SHA-256, in hex, of all that can change what it gives."""
 
-    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
-        """Measure a model, with layers left out."""
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+        """Measure a model under an intervention.
+
+        Args:
+            intervention: the layers that are removed, which the measure applies: it may remove others, too. Weights
+                and sparsity of a cell are in effect already.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +83,14 @@ class TextLoss:
         measure = "loss and entropy" if self.shard.pairing else "loss"
         return fingerprint(measure=measure, shard=self.shard.content_hash)
 
-    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """See `Measure`."""
         batches = list(self.shard.batches(model.settings.batch_size))
         weights = predicted_tokens(self.shard, model)
         if not self.shard.pairing:
-            (losses,) = model.losses_without(batches, [drop])
+            (losses,) = model.losses_under(batches, [intervention])
             return [Row(metric=LOSS, samples=losses, weights=weights)]
-        with model.without(drop):
+        with model.applying(intervention):
             found = np.concatenate(model.each(model.losses_and_entropies, batches), axis=1)
         return [Row(metric=name, samples=of, weights=weights) for name, of in zip((LOSS, ENTROPY), found, strict=True)]
 
@@ -94,22 +101,27 @@ def predicted_tokens(shard: Shard, model: LanguageModel) -> Float64:
     return np.concatenate([predicted(batch).sum(axis=1) for batch in batches]).astype(np.float64)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False)
 class Result:
     """A metric of a task, over all of its parts.
 
     Attributes:
+        intervention: what was changed in the model; its patch is the one that was fitted, of a task that fits one.
+        layer: the layer that it is about; None where it is about the whole.
         value, stderr: the weighted mean of the samples, and its standard error.
         samples, weights: of all parts, in their order.
-        patch: the key of the weights that the model was repaired with, or of those that were fitted; None for neither.
     """
 
     metric: str
-    drop: tuple[int, ...]
+    intervention: InterventionKey
     layer: int | None
     samples: Float64 = field(repr=False)
     weights: Float64 = field(repr=False)
-    patch: str | None = None
+
+    @property
+    def removed(self) -> Removals:
+        """Layers and sublayers that were removed."""
+        return self.intervention.removed
 
     @property
     def value(self) -> float:
@@ -134,20 +146,19 @@ class Result:
 
 
 def combine(rows: Iterable[Mapping[str, Any]], num_parts: int) -> list[Result]:
-    """Results of the rows of ``cells`` of one task; a metric of which a part is missing gives none.
+    """Return the results of the rows of ``cells`` of one task; a metric of which a part is missing gives none.
 
     Rows of the same part are the same measurement; one of them counts.
     """
-    parts: dict[tuple[Any, ...], dict[int, Mapping[str, Any]]] = {}
+    parts: dict[tuple[InterventionKey, int | None, str], dict[int, Mapping[str, Any]]] = {}
     for row in rows:
-        key = tuple(row["drop"]), row["layer"], row["metric"], row.get("patch")
-        parts.setdefault(key, {})[row["part"]] = row
+        parts.setdefault((InterventionKey.of_row(row), row["layer"], row["metric"]), {})[row["part"]] = row
     results = []
-    for (drop, layer, metric, patch), found in parts.items():
+    for (intervention, layer, metric), found in parts.items():
         if len(found) < num_parts:
             continue
         samples, weights = (_joined([found[part][name] for part in sorted(found)]) for name in ("samples", "weights"))
-        results.append(Result(metric=metric, drop=drop, layer=layer, samples=samples, weights=weights, patch=patch))
+        results.append(Result(metric, intervention, layer, samples, weights))
     return results
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.errors import ModelError
+from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer, LayerCall, as_rows, first_tensor
 from avss_dist.models.sparsifying import weight_of
@@ -54,13 +55,13 @@ class GreedyBlock:
 
     @property
     def key(self) -> str:
-        """See `tasks.Measure`."""
+        """See `tasks.base.Measure`."""
         how = {name: [self.steps[name], self.sizes[name], *self.thresholds[name]] for name in sorted(self.steps)}
         shards = [shard.content_hash for shard in self.shards]
         return fingerprint(measure="greedy block", shards=shards, layer=self.layer, maps=how)
 
-    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
-        """See `tasks.Measure`."""
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+        """See `tasks.base.Measure`."""
         layer = model.layers[self.layer]
         batches = [batch for shard in self.shards for batch in shard.batches(model.settings.batch_size)]
         calls = dense_calls(model, layer, batches)
@@ -148,7 +149,7 @@ def dense_calls(model: LanguageModel, layer: Layer, batches: Sequence[Batch]) ->
 
     handle = layer.module.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        with model.without(range(layer.index + 1, len(model.layers))):
+        with model.applying(Intervention(removed=tuple(range(layer.index + 1, len(model.layers))))):
             model.together([partial(run, number) for number in range(len(batches))])
     finally:
         handle.remove()
@@ -178,11 +179,11 @@ class Spectra:
 
     @property
     def key(self) -> str:
-        """See `tasks.Measure`."""
+        """See `tasks.base.Measure`."""
         return fingerprint(measure="spectra", layer=self.layer)
 
-    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
-        """See `tasks.Measure`."""
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+        """See `tasks.base.Measure`."""
         layer, rows = model.layers[self.layer], []
         with model.running(layer):
             for one in layer.projections:

@@ -1,39 +1,27 @@
-"""Cells: one part of a task, measured on one model without some of its layers."""
+"""Cells: one part of a task, measured on one model under an intervention."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 
 from avss_dist.errors import AvssError, BatchTooLarge
+from avss_dist.intervention import NO_INTERVENTION, Intervention, Sparsity, encode_removals
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.patching import decode_patch
-from avss_dist.models.sparsifying import Sparsity
+from avss_dist.names import REALIZED, SPARSITY
 from avss_dist.partition.base import Placement
-from avss_dist.settings import REALIZED, SPARSITY, Settings, fingerprint
+from avss_dist.settings import Settings, fingerprint
 from avss_dist.system.cores import use_threads
 from avss_dist.system.out_of_memory import halve_until_it_fits
 from avss_dist.tasks.base import Measure, Row
 
-Beat = Callable[[], None]
-
-
-class KeptPatch(Protocol):
-    """Weights that repair a model, wherever they are kept."""
-
-    @property
-    def key(self) -> str:
-        """SHA-256 of them, in hex."""
-
-    def read(self) -> bytes:
-        """As `patching.encode_patch` has them."""
+Heartbeat = Callable[[], None]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -45,9 +33,7 @@ class Cell:
         task: its name.
         part: which part of the task ``measure`` is.
         placement: of the replica that measures it; changes no number, or ``run_id`` says so.
-        patch: the weights that the model is repaired with; None is the model as it is.
-        sparsity: what becomes zero in it; None is nothing. ``run_id`` says it too.
-        factor: what is left of what the layers of ``drop`` add. ``run_id`` says it too.
+        intervention: what is changed in the model. ``run_id`` says its sparsity and its residual scale, too.
     """
 
     run_id: str
@@ -56,17 +42,15 @@ class Cell:
     task: str
     part: int
     measure: Measure = field(repr=False)
-    drop: tuple[int, ...] = ()
     placement: Placement = field(default_factory=Placement)
-    patch: KeptPatch | None = None
-    sparsity: Sparsity | None = None
-    factor: float = 0.0
+    intervention: Intervention = NO_INTERVENTION
 
     @property
     def cell_id(self) -> str:
-        """Equal where the same is measured within an evaluation: names its file."""
-        repair = {"patch": self.patch.key} if self.patch else {}
-        return fingerprint(measure=self.measure.key, part=self.part, drop=list(self.drop), **repair)[:20]
+        """Name of its file; equal where the same is measured within an evaluation."""
+        key = self.intervention.key
+        repair = {"patch": key.patch} if key.patch else {}
+        return fingerprint(measure=self.measure.key, part=self.part, drop=encode_removals(key.removed), **repair)[:20]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,28 +66,31 @@ class CellResult:
 CellOutcome = tuple[Cell, CellResult | AvssError]
 
 
-def measure_cell(model: LanguageModel, cell: Cell, *, rows: int | None = None, beat: Beat | None = None) -> CellResult:
+def measure_cell(
+    model: LanguageModel, cell: Cell, *, rows: int | None = None, heartbeat: Heartbeat | None = None
+) -> CellResult:
     """Measure a cell. Where a batch does not fit in memory, the cell is measured again with half the rows a batch.
 
     Args:
         model: the cell's.
         rows: rows in a batch; None is what the model's settings say.
-        beat: called whenever a layer begins.
+        heartbeat: called whenever a layer begins.
 
     Raises:
         AvssError: the task does not fit the model.
         BatchTooLarge: one row does not fit.
     """
     start, settings = time.perf_counter(), model.settings
+    changes, removals = cell.intervention.split()
     use_threads(settings.threads)
 
     def run(rows: int) -> list[Row]:
         model.settings = replace(settings, batch_size=rows)
-        if cell.sparsity is None:
-            return cell.measure(model, cell.drop)
-        with model.sparsified(cell.sparsity) as counted:
-            measured = cell.measure(model, cell.drop)
-        return [*measured, *_realized(cell.sparsity, model.total(counted.values()))]
+        with model.applying(changes) as counts:
+            measured = cell.measure(model, removals)
+        if changes.sparsity is None or counts is None:
+            return measured
+        return [*measured, *_realized(changes.sparsity, model.total(counts.values()))]
 
     def too_large(rows: int) -> BatchTooLarge:
         return BatchTooLarge(
@@ -111,48 +98,40 @@ def measure_cell(model: LanguageModel, cell: Cell, *, rows: int | None = None, b
         )
 
     try:
-        model.factor = cell.factor
-        with _beating(model, beat), _repaired(model, cell.patch):
+        with _with_heartbeat(model, heartbeat):
             rows = rows or settings.batch_size
             least = rows if cell.placement.ranks > 1 else 1  # all ranks must halve them together
             result, _ = halve_until_it_fits(run, rows, too_large, least=least)
     finally:
-        model.settings, model.factor = settings, 0.0
+        model.settings = settings
     seconds = time.perf_counter() - start
     return CellResult(rows=result, family=model.family, device=str(model.device), seconds=seconds)
 
 
 def _realized(sparsity: Sparsity, counts: Sequence[Sequence[int]]) -> Iterator[Row]:
-    """What share of the inputs of each linear map was zero, and of the weights of all of them met a zero.
+    """Yield the share of zeros among the inputs of each linear map, and the share of all their weights that met one.
 
-    Of the tokens that are made sparse; none of maps that did not run.
+    Only tokens that are made sparse count. Maps that did not run have no row.
     """
     weighted = np.zeros((2, 1))
-    for cut, (zeros, elements) in zip(sparsity.cuts, counts, strict=True):
+    for one, (zeros, elements) in zip(sparsity.maps, counts, strict=True):
         if elements:
             values = np.array([[zeros], [elements]], np.float64)
-            weighted += values / cut.inputs * (cut.outputs * cut.inputs)
-            yield Row(metric=f"{REALIZED}{cut.path}", samples=values[0], weights=values[1], layer=cut.layer)
+            weighted += values / one.inputs * (one.outputs * one.inputs)
+            yield Row(metric=f"{REALIZED}{one.path}", samples=values[0], weights=values[1], layer=one.layer)
     if weighted[1, 0]:
         yield Row(metric=SPARSITY, samples=weighted[0], weights=weighted[1])
 
 
 @contextmanager
-def _repaired(model: LanguageModel, patch: KeptPatch | None) -> Iterator[None]:
-    """Inside, the model computes with the weights of a patch."""
-    with model.patched(decode_patch(patch.read())[0]) if patch else nullcontext():
-        yield
-
-
-@contextmanager
-def _beating(model: LanguageModel, beat: Beat | None) -> Iterator[None]:
-    """Inside, ``beat`` is called whenever a layer of the model begins."""
+def _with_heartbeat(model: LanguageModel, heartbeat: Heartbeat | None) -> Iterator[None]:
+    """Inside, ``heartbeat`` is called whenever a layer of the model begins."""
     with ExitStack() as stack:
-        if beat is not None:
+        if heartbeat is not None:
             for module in {layer.module for layer in model.layers}:
-                stack.callback(module.register_forward_pre_hook(partial(_call, beat)).remove)
+                stack.callback(module.register_forward_pre_hook(partial(_call, heartbeat)).remove)
         yield
 
 
-def _call(beat: Beat, *_: object) -> None:
-    beat()
+def _call(heartbeat: Heartbeat, *_: object) -> None:
+    heartbeat()

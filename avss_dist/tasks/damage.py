@@ -19,16 +19,18 @@ from torch import nn
 
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.errors import ModelError
+from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer, LayerCall, as_rows, first_tensor
 from avss_dist.models.skipping import replaced_forwards
-from avss_dist.settings import BLOCK_DISTANCE, DRAWS, fingerprint
+from avss_dist.registry import BLOCK_DISTANCE, SCORES
+from avss_dist.settings import DRAWS, fingerprint
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Row, predicted_tokens
 from avss_dist.tasks.gradients import trainable
 from avss_dist.tasks.watching import WATCHED, Watched
 
-LOOKAHEAD = 3  # layers
+LOOKAHEAD = max(info.lookahead for info in SCORES.values() if info.lookahead is not None)  # layers
 TOGETHER = 1  # layers later: where products of two layers chose the best sets, of 0 to 3
 PROPAGATED, PROPAGATED_COSINE = "propagated", "propagated_cosine"
 TAYLOR, SIGNED, FISHER, PREDICTED, GATE = "taylor", "taylor_signed", "fisher", "predicted", "gate"
@@ -72,19 +74,19 @@ class Damage:
 
     @property
     def key(self) -> str:
-        """See `tasks.Measure`."""
+        """See `tasks.base.Measure`."""
         how = {"lookahead": self.lookahead, "draws": self.draws, "seed": self.seed if self.draws else 0}
         return fingerprint(measure="damage", shard=self.shard.content_hash, **how)
 
-    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
-        """See `tasks.Measure`: layers of ``drop`` are left out of all."""
-        layers = [layer for layer in model.layers if layer.index not in drop]
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+        """See `tasks.base.Measure`: removed layers are left out of all."""
+        layers = [layer for layer in model.layers if layer.index not in intervention.removed]
         batches = list(self.shard.batches(model.settings.batch_size))
 
         def begin(batch: Batch) -> _Pass:
             return _Pass.of(batch, layers, self.lookahead, self.draws, model.device)
 
-        with model.without(drop), trainable(model.module, ()), _watched(layers):
+        with model.applying(intervention), trainable(model.module, ()), _watched(layers):
             if self.draws is None:
                 passes = model.each(lambda batch: begin(batch).forward(model, batch), batches)
             else:
@@ -311,4 +313,4 @@ def _rows(passes: Sequence[_Pass], predicted: Float64) -> Iterator[Row]:
             weights = np.ones(len(samples))
         else:
             weights = observed if metric.startswith((PROPAGATED, BLOCK_DISTANCE, BLOCK_COSINE)) else predicted
-        yield Row(metric=metric, samples=samples, weights=weights, layer=layer, drop=block)
+        yield Row(metric=metric, samples=samples, weights=weights, layer=layer, removed=block)

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.errors import ModelError
+from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
 from avss_dist.settings import fingerprint
@@ -45,15 +46,15 @@ class Gradients:
 
     @property
     def key(self) -> str:
-        """See `tasks.Measure`."""
+        """See `tasks.base.Measure`."""
         return fingerprint(measure="gradients", shard=self.shard.content_hash)
 
-    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
-        """See `tasks.Measure`."""
-        layers = [layer for layer in model.layers if layer.index not in drop]
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+        """See `tasks.base.Measure`."""
+        layers = [layer for layer in model.layers if layer.index not in intervention.removed]
         batches = list(self.shard.batches(model.settings.batch_size))
         passes = [_Pass.of(batch, model.device) for batch in batches]
-        with model.without(drop), trainable(model.module, layers), _hooked(layers):
+        with model.applying(intervention), trainable(model.module, layers), _hooked(layers):
             passes = model.backpropagate(batches, passes)
         weights = predicted_tokens(self.shard, model)
         return [row for layer in layers for row in _rows(layer, passes, weights)]

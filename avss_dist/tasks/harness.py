@@ -24,10 +24,12 @@ import yaml
 from jinja2.sandbox import SandboxedEnvironment
 
 from avss_dist.errors import AvssError, ConfigError, TaskError, first_line
+from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.loading import quiet
+from avss_dist.names import CHANCE
 from avss_dist.options import AS_THE_TASK_SAYS, Prompting
-from avss_dist.settings import CHANCE, fingerprint
+from avss_dist.settings import fingerprint
 from avss_dist.system.out_of_memory import is_out_of_memory
 from avss_dist.tasks.base import Row, Task
 from avss_dist.tasks.harness_checks import require_answerable, require_data, require_valid
@@ -47,7 +49,7 @@ class HarnessPart:
             file with functions, which is read where it runs.
         limit: questions of each task at most.
         prompting: what stands around them.
-        key: see `tasks.Measure`.
+        key: see `tasks.base.Measure`.
     """
 
     name: str
@@ -56,15 +58,15 @@ class HarnessPart:
     prompting: Prompting = AS_THE_TASK_SAYS
     key: str = ""
 
-    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
-        """See `tasks.Measure`. Likelihoods are float32."""
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+        """See `tasks.base.Measure`. Likelihoods are float32."""
         loaded = _loaded(self)
         from lm_eval.evaluator import evaluate
 
-        with _silence(), model.without(drop):
+        with _silence(), model.applying(intervention):
             failures: list[Exception] = []
             chat = self.prompting.apply_chat_template
-            wrapped = harness_model(model, generate=bool(drop), chat=chat, failures=failures)
+            wrapped = harness_model(model, generate=bool(intervention.removed), chat=chat, failures=failures)
             _seed(loaded["tasks"].values())
             with _bad_scoring(self.name, failures):
                 found = evaluate(

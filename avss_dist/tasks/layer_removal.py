@@ -11,10 +11,18 @@ from typing import Any
 import numpy as np
 
 from avss_dist.corpus.shards import Batch, Shard
+from avss_dist.intervention import (
+    NO_INTERVENTION,
+    Intervention,
+    Removals,
+    can_be_added,
+    encode_removals,
+    sublayers_of,
+)
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.skipping import Recorded, recording, resuming
-from avss_dist.removal import Drop, can_be_added, joined, sublayers_of
-from avss_dist.settings import LOSS, fingerprint
+from avss_dist.names import LOSS
+from avss_dist.settings import fingerprint
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Row, predicted_tokens
 
@@ -31,31 +39,31 @@ class LeaveOneOut:
     of what layers compute is left. A family in which that would not give the same is run from its first layer.
 
     Attributes:
-        layers: layers and sublayers that are left out, one at a time; all layers by default.
+        layers: layers and sublayers that are removed, one at a time; all layers by default.
         sublayers: by default all sublayers, in place of the layers.
     """
 
     shard: Shard
-    layers: Drop | None = None
+    layers: Removals | None = None
     sublayers: bool = False
 
     @property
     def key(self) -> str:
-        """See `tasks.Measure`."""
-        some: dict[str, Any] = {} if self.layers is None else {"layers": list(self.layers)}
+        """See `tasks.base.Measure`."""
+        some: dict[str, Any] = {} if self.layers is None else {"layers": encode_removals(self.layers)}
         some |= {"sublayers": True} if self.sublayers else {}
         return fingerprint(measure="leave one out", shard=self.shard.content_hash, **some)
 
-    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
-        """See `tasks.Measure`: layers of ``drop`` are left out of all."""
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+        """See `tasks.base.Measure`: removed layers are left out of all."""
         layers = range(len(model.layers))
         each = (sublayers_of(layers) if self.sublayers else layers) if self.layers is None else self.layers
-        drops = [drop, *(joined([*drop, more]) for more in each if can_be_added(more, drop))]
-        losses = model.losses_without(list(self.shard.batches(model.settings.batch_size)), drops)
+        more = [intervention.without(one) for one in each if can_be_added(one, intervention.removed)]
+        losses = model.losses_under(list(self.shard.batches(model.settings.batch_size)), [intervention, *more])
         weights = predicted_tokens(self.shard, model)
         return [
-            Row(metric=LOSS, samples=samples, weights=weights, drop=each)
-            for each, samples in zip(drops, losses, strict=True)
+            Row(metric=LOSS, samples=samples, weights=weights, removed=without.removed)
+            for without, samples in zip([intervention, *more], losses, strict=True)
         ]
 
 
@@ -84,15 +92,15 @@ class Shapley:
 
     @property
     def key(self) -> str:
-        """See `tasks.Measure`."""
+        """See `tasks.base.Measure`."""
         shards = [shard.content_hash for shard in self.shards]
         rest = {"rest": "shared"} if self.truncation else {}  # earlier versions gave it to no layer
         return fingerprint(measure="shapley", shards=shards, seeds=list(self.seeds), truncation=self.truncation, **rest)
 
-    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
-        """See `tasks.Measure`: layers of ``drop`` take no part."""
-        players = [layer.index for layer in model.layers if layer.index not in drop]
-        text = _Text(model, self.shards, drop)
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+        """See `tasks.base.Measure`: removed layers take no part."""
+        players = [layer.index for layer in model.layers if layer.index not in intervention.removed]
+        text = _Text(model, self.shards, intervention)
         values, shared = np.zeros((2, len(self.seeds), len(model.layers)))
         for contributions, unmeasured, seed in zip(values, shared, self.seeds, strict=True):
             order = np.random.default_rng(seed).permutation(players).tolist()
@@ -128,8 +136,8 @@ class _Text:
     one more layer begins there. Where ranks share the batches, it is kept by the rank that has the batch.
     """
 
-    def __init__(self, model: LanguageModel, shards: Sequence[Shard], drop: tuple[int, ...]) -> None:
-        self._model, self._drop = model, drop
+    def __init__(self, model: LanguageModel, shards: Sequence[Shard], intervention: Intervention) -> None:
+        self._model, self._intervention = model, intervention
         self._batches = [batch for shard in shards for batch in shard.batches(model.settings.batch_size)]
         self._tokens = float(sum(predicted(batch).sum() for batch in self._batches))
         size = sum(batch.input_ids.size for batch in self._batches) * model.token_bytes * len(model.layers)
@@ -139,13 +147,13 @@ class _Text:
 
     @cached_property
     def _whole(self) -> float:
-        with self._model.without(self._drop):
+        with self._model.applying(self._intervention):
             return self._mean(self._model.each(self._record if self._keeps else self._model.losses, self._batches))
 
     def without_all(self, players: Sequence[int]) -> float:
         """Return the nats per token without any of the layers; measured once."""
         if self._empty is None:
-            with self._model.without({*self._drop, *players}):
+            with self._model.applying(self._intervention.without(*players)):
                 self._empty = self._mean(self._model.each(self._model.losses, self._batches))
         return self._empty
 
@@ -155,7 +163,7 @@ class _Text:
         recorded = {batch: Recorded(dict(one.inputs), one.forms) for batch, one in self._kept.items()}
         for number, layer in enumerate(order):
             ask = partial(self._resumed, recorded, layer) if self._keeps else self._model.losses
-            with self._model.without({*self._drop, *order[: number + (not self._keeps)]}):
+            with self._model.applying(self._intervention.without(*order[: number + (not self._keeps)])):
                 found = self._model.each(ask, self._batches)
             yield self._mean(found)
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from avss_dist.corpus.shards import Shard
+from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer
 from avss_dist.models.sparsifying import weight_of
@@ -51,17 +52,17 @@ class MapDamage:
 
     @property
     def key(self) -> str:
-        """See `tasks.Measure`."""
+        """See `tasks.base.Measure`."""
         thresholds = [[*key, *values] for key, values in sorted(self.thresholds.items())]
         how = {"draws": self.draws, "seed": self.seed, "thresholds": thresholds}
         return fingerprint(measure="map damage", shard=self.shard.content_hash, **how)
 
-    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
-        """See `tasks.Measure`: layers of ``drop`` are left out of all."""
-        layers = [layer for layer in model.layers if layer.index not in drop]
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+        """See `tasks.base.Measure`: removed layers are left out of all."""
+        layers = [layer for layer in model.layers if layer.index not in intervention.removed]
         batches = list(self.shard.batches(model.settings.batch_size))
         passes = [_Pass(self.draws, self.thresholds) for _ in batches]
-        with model.without(drop), trainable(model.module, ()), _watched(layers, self.thresholds):
+        with model.applying(intervention), trainable(model.module, ()), _watched(layers, self.thresholds):
             passes = model.backpropagate(batches, passes, draws=self.draws, seed=self.seed)
         tokens = float(predicted_tokens(self.shard, model).sum())
         return list(_rows(passes, tokens))

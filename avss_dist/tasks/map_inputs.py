@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from avss_dist.corpus.shards import Batch, Shard
+from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Projection
 from avss_dist.models.sparsifying import changing, is_counted, over_tokens, sparse_tokens
@@ -41,15 +42,15 @@ class MapInputs:
 
     @property
     def key(self) -> str:
-        """See `tasks.Measure`."""
+        """See `tasks.base.Measure`."""
         return fingerprint(measure="map inputs", shard=self.shard.content_hash, rule=self.rule)
 
-    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
-        """See `tasks.Measure`."""
-        maps = [(layer, one) for layer in model.layers if layer.index not in drop for one in layer.maps]
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+        """See `tasks.base.Measure`."""
+        maps = [(layer, one) for layer in model.layers if layer.index not in intervention.removed for one in layer.maps]
         counts = [torch.zeros(len(EDGES), dtype=torch.int64) for _ in maps]
         batches = list(self.shard.batches(model.settings.batch_size))
-        with model.without(drop), _counting([one for _, one in maps], counts), torch.no_grad():
+        with model.applying(intervention), _counting([one for _, one in maps], counts), torch.no_grad():
             model.together([partial(self._run, model, batch) for batch in batches])
         every = model.total([of_map.tolist() for of_map in counts])
         ones = np.ones(len(EDGES))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from avss_dist.corpus.shards import Shard
+from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.settings import fingerprint
 from avss_dist.stats.row_start import AS_READ, OTHER_START
@@ -23,10 +24,10 @@ class RowStartLoss:
         """See `tasks.base.Measure`."""
         return fingerprint(measure="row start", shards=[self.as_read.content_hash, self.other.content_hash])
 
-    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """See `tasks.base.Measure`."""
         rows = []
         for metric, shard in ((AS_READ, self.as_read), (OTHER_START, self.other)):
-            (losses,) = model.losses_without(list(shard.batches(model.settings.batch_size)), [drop])
+            (losses,) = model.losses_under(list(shard.batches(model.settings.batch_size)), [intervention])
             rows.append(Row(metric=metric, samples=losses, weights=predicted_tokens(shard, model)))
         return rows

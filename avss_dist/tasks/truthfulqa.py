@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from avss_dist.corpus.shards import Shard
+from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.settings import BEST, CHANCE, INCORRECT, fingerprint
+from avss_dist.names import BEST, CHANCE, INCORRECT
+from avss_dist.settings import fingerprint
 from avss_dist.tasks.base import Row
 
 
@@ -27,11 +29,11 @@ class TruthfulChoices:
         """See `Measure`."""
         return fingerprint(measure="truthfulqa with chance", shard=self.shard.content_hash)
 
-    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """See `Measure`."""
         pairing = self.shard.pairing
         assert pairing is not None
-        (losses,) = model.losses_without(list(self.shard.batches(model.settings.batch_size)), [drop])
+        (losses,) = model.losses_under(list(self.shard.batches(model.settings.batch_size)), [intervention])
         labels = np.array(pairing.strata)
         mc1, mc2, guess = [], [], []
         for question in np.unique(pairing.pairs):

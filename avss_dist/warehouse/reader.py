@@ -35,6 +35,7 @@ FUNCTIONS = {
     "sparsity_at(value, kind := 'absolute')": "near-zero counts of layer_stats at any threshold; kind 'rms' takes "
     "a multiple of the root mean square of the layer and site",
     "scores_at(value, kind := 'absolute')": "the scores of every recipe at any threshold, without intervals",
+    "removals(drop)": "the layers and sublayers of a column drop, by name: 3, attention.7, mlp.7",
     "bin_edge(bin)": "lower edge of a bin of the histogram; that of bin + 1 is its upper edge",
 }
 """Functions of SQL beside DuckDB's own, and what they give."""
@@ -202,7 +203,7 @@ class Warehouse:
 
 @cache
 def ready_queries() -> dict[str, str]:
-    """The queries of ``jobs/queries`` by name; each begins with a comment that says what it answers."""
+    """Return the queries in ``sql/queries`` by name. Each begins with a comment that says which question it answers."""
     found = [
         file for file in (files("avss_dist.warehouse") / "sql" / "queries").iterdir() if file.name.endswith(".sql")
     ]

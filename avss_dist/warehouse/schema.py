@@ -12,6 +12,7 @@ from typing import Any, TypedDict, get_type_hints
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from avss_dist.registry import BASELINES, SCORES
 from avss_dist.stats.experts import EXPERT_COLUMNS
 from avss_dist.stats.layer_stats import Float32, Float64, Int64, LayerStats
 from avss_dist.stats.rows import ROW_FIELDS
@@ -84,6 +85,11 @@ def _columns_of_stats() -> tuple[Column, ...]:
         Column("histogram_bin", INT16_LIST, "bins of abs(x) that hold elements: 8 exponent and top 3 mantissa bits"),
         Column("histogram_count", INT64_LIST, "elements in each of those bins"),
     )
+
+
+def _score_column(name: str) -> Column:
+    info = SCORES[name]
+    return Column(info.column, FLOAT64, info.definition, info.unit)
 
 
 _MODEL = (
@@ -205,9 +211,7 @@ TABLES: dict[str, Table] = {
             Column("nav", FLOAT64, "variance / sum of it over layers"),
             Column("nas", FLOAT64, "sparsity / sum of it over layers"),
             Column("avss", FLOAT64, "nav / nas, as published; null where nothing was near zero"),
-            Column(
-                "avss_smoothed", FLOAT64, "as avss, with sparsity (near_zero_count + 0.5) / (count + 1); rank is of it"
-            ),
+            _score_column("avss"),
             Column("avss_normalized", FLOAT64, "avss / sum of it over layers"),
             Column("avss_cumulative", FLOAT64, "running sum of avss_normalized, in the order of layers"),
             Column("rank", INT32, "1 is the lowest avss_smoothed: the least important layer"),
@@ -221,10 +225,7 @@ TABLES: dict[str, Table] = {
                 "share of resamples of the shards with the layer among the lowest 25%; null below 8 shards",
             ),
             Column("quality", STRING, "ok, noisy_sparsity (fewer than 100 near zero) or zero_sparsity (none)"),
-            Column("block_influence", FLOAT64, "1 - mean cosine of the block's input and output (ShortGPT)"),
-            Column("angular_distance", FLOAT64, "mean angle of block input and output (Gromov et al.)", "pi radians"),
-            Column("relative_magnitude", FLOAT64, "mean |output - input| / |input|"),
-            Column("update_variance_ratio", FLOAT64, "variance of the update / variance of the block's input"),
+            *map(_score_column, BASELINES),
         ),
     ),
     "layer_stats": Table(
@@ -292,7 +293,7 @@ TABLES: dict[str, Table] = {
             Column("seed", INT32, "of a random choice"),
             _DROP,
             _FACTOR,
-            Column("repair", STRING, "what gives back what they did: scale, channel, rotated, map, refit; or null"),
+            Column("repair", STRING, "name of the repair; null without one"),
             _PATCH,
             _TASK,
             _METRIC,

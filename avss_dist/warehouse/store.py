@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -61,6 +61,8 @@ class Store:
         self.storage, self._cached = Storage(root), cached
         self._unreadable: dict[tuple[str, str], str] = {}  # the reason by path and time of change
         self._damaged: dict[str, str] = {}
+        self._cell_ids: dict[str, set[str]] = {}  # of the evaluations whose folder was listed, by run id
+        self._cell_rows: dict[tuple[str, str], pa.Table] = {}  # written or read by this store, by run id and cell id
 
     @property
     def root(self) -> RedactedURI:
@@ -175,12 +177,53 @@ class Store:
         self._write_rows("runs", row["run_id"], [{**clean, "schema_version": SCHEMA_VERSION}], "run")
 
     def write_cell(self, run: RunIdentity, cell_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Keep what one cell of an evaluation measured; rows lack the columns of RunIdentity."""
-        self._write_rows("cells", run.run_id, run.identified(rows), cell_id)
+        """Write the measurements of one cell of an evaluation; rows lack the columns of RunIdentity."""
+        data = self._write_rows("cells", run.run_id, run.identified(rows), cell_id)
+        self._cell_rows.pop((run.run_id, cell_id), None)
+        with suppress(pa.ArrowInvalid):  # `cells` notes the cell as damaged
+            self._cell_rows[run.run_id, cell_id] = checked_rows("cells", run.run_id, parse(data))
+        self._cell_ids.get(run.run_id, set()).add(cell_id)
 
-    def cell_ids(self, run_id: str) -> set[str]:
-        """The cells of an evaluation that are measured."""
-        return {Path(path).stem for path, (run, _) in self.storage.files("cells").items() if run == run_id}
+    def cell_ids(self, run_id: str) -> Set[str]:
+        """Return the ids of the measured cells of an evaluation.
+
+        The folder of the evaluation is listed at the first call. Afterwards this store adds the cells that it writes
+        itself. A cell that another process writes in the meantime is missing here until `cells` is called: it would be
+        measured again, and its file replaced by one with the same values.
+        """
+        return self._cell_ids[run_id] if run_id in self._cell_ids else self._list_cells(run_id)
+
+    def cells(self, run_id: str) -> pa.Table:
+        """Read the rows of all measured cells of an evaluation, in the order of cell ids.
+
+        The folder of the evaluation is listed again, so that the cells of other processes are read too. Files that this
+        store has written or read before are not opened. A cell whose file is damaged is left out and is noted in
+        `damaged`.
+        """
+        unread = [cell_id for cell_id in self._list_cells(run_id) if (run_id, cell_id) not in self._cell_rows]
+        with ThreadPoolExecutor() as pool:
+            for cell_id, rows in zip(unread, pool.map(lambda name: self._read_cell(run_id, name), unread), strict=True):
+                if rows is not None:
+                    self._cell_rows[run_id, cell_id] = rows
+        known = [(run_id, cell_id) for cell_id in sorted(self._cell_ids[run_id])]
+        tables = [self._cell_rows[key] for key in known if key in self._cell_rows]
+        return pa.concat_tables([SCHEMAS["cells"].empty_table(), *tables])
+
+    def _list_cells(self, run_id: str) -> set[str]:
+        listed = {Path(path).stem for path in self.storage.files("cells", run_id)}
+        self._cell_ids[run_id] = listed | self._cell_ids.get(run_id, set())
+        return self._cell_ids[run_id]
+
+    def _read_cell(self, run_id: str, cell_id: str) -> pa.Table | None:
+        path = self.storage.path("cells", run_id, cell_id)
+        try:
+            if (data := self.storage.read(path)) is None:
+                return None
+            with self.storage.reading(path):
+                return checked_rows("cells", run_id, parse(data))
+        except DamagedFile as error:
+            self._note(run_id, error.message)
+            return None
 
     def write_evaluations(self, run: RunIdentity, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write what the cells of an evaluation say together; rows lack the columns of RunIdentity."""
@@ -283,7 +326,7 @@ class Store:
         """The dataset of ``runs``, which this version can read, and the ids of those that are done."""
         files = self._files("runs", None)
         runs = self._dataset("runs", files)
-        if runs is None and self.storage.files("cells"):  # of models that were not scored
+        if runs is None and _ids(self.storage.names("cells"), RUN_FOLDER):  # of models that were not scored
             return ds.dataset(SCHEMAS["runs"].empty_table()), set()
         if runs is None:
             self._refuse_without_runs()
@@ -384,15 +427,19 @@ class Store:
     def _shard_path(self, run_id: str, shard_id: int, table: str = "shard_stats") -> str:
         return self.storage.path(table, run_id, f"shard-{shard_id:05d}")
 
-    def _write_rows(self, table: str, run_id: str, rows: Sequence[Mapping[str, Any]], name: str | None = None) -> None:
-        """Rows lack what is null; of floats, NaN is null too."""
+    def _write_rows(
+        self, table: str, run_id: str, rows: Sequence[Mapping[str, Any]], name: str | None = None
+    ) -> pa.Buffer:
+        """Write rows, whose missing columns and NaN become null; returns the content of the file."""
         for column in {column for row in rows for column in row}:
             require_known("column", column, SCHEMAS[table].names, WarehouseError)
         columns = {f.name: pa.array([r.get(f.name) for r in rows], f.type, from_pandas=True) for f in SCHEMAS[table]}
-        self._write(table, run_id, columns, name)
+        return self._write(table, run_id, columns, name)
 
-    def _write(self, table: str, run_id: str, columns: Mapping[str, Any], name: str | None = None) -> None:
-        self.storage.write(self.storage.path(table, run_id, name or table), encode(table, run_id, columns))
+    def _write(self, table: str, run_id: str, columns: Mapping[str, Any], name: str | None = None) -> pa.Buffer:
+        data = encode(table, run_id, columns)
+        self.storage.write(self.storage.path(table, run_id, name or table), data)
+        return data
 
 
 def _ids(names: Iterable[str], prefix: str) -> set[str]:

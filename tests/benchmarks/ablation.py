@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from avss_dist.corpus.shards import plan
+from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import forward_function, load_tokenizer, without_head
 from avss_dist.models.skipping import recording
@@ -40,7 +40,7 @@ def main() -> None:
 
     settings = Settings(max_sequences=options.sequences, sequences_per_shard=options.sequences)
     checkpoint = resolve(options.model)
-    (shard,) = plan(options.corpus, load_tokenizer(checkpoint), settings).shards
+    (shard,) = tokenize_corpus(options.corpus, load_tokenizer(checkpoint), settings).shards
     batches = list(shard.batches(settings.batch_size))
     model = SingleReplica(checkpoint, settings, head=True).language_model
     assert model is not None
@@ -55,7 +55,7 @@ def main() -> None:
     print(f"{Path(options.model).name}: {layers} layers, {shard.input_ids.shape}, {torch.get_num_threads()} threads")
     for _ in range(options.rounds):
         plain = timed(lambda: [full() for _ in range(layers)])
-        ours = timed(lambda: measure(model, ()))
+        ours = timed(lambda: measure(model))
         print(f"{layers} full forwards {plain:.1f} s; leave one out {ours:.1f} s; ratio {ours / plain:.3f}")
 
     backbone = forward_function(without_head(model.module))

@@ -1,14 +1,15 @@
 """Coverage of 95% intervals: how often they hold the value of the population that shards, rows or pairs come from.
 
     python tests/benchmarks/coverage.py [--draws 400] [--sizes 2 4 8 16 32] [--population NAME]
-        [--warehouse FOLDER --run RUN_ID]
+        [--no-bootstrap] [--warehouse FOLDER --run RUN_ID]
 
 Each population is a table of 4,000 units, or the shards of a run; its value is the statistic of all of them. Units are
 drawn from it with replacement, and the intervals of several methods are compared with that value. The package's method
-is `jackknife t`. The others: the percentile bootstrap, BCa (Efron 1987), the percentile interval widened to Student's
-t (Hesterberg 2014), the bootstrap's standard error with Student's t, and the bootstrap t with jackknife standard errors
-(up to 16 units). Printed by population, number of units and method: coverage, and the median width over the
-population's value (of differences, the width itself).
+is `skewed t`: the jackknife's standard error and skewness, Student's t and Hall's transformation. The others: the
+percentile bootstrap, BCa (Efron 1987), the percentile interval widened to Student's t (Hesterberg 2014), the
+bootstrap's standard error with Student's t, the jackknife's with Student's t, and the bootstrap t with jackknife
+standard errors (up to 16 units). Printed by population, number of units and method: coverage, and the median width over
+the population's value (of differences, the width itself).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Statistic = Callable[[Sequence[Array], Array], Array]
 """The statistic of units, weighted: arrays [units, ...] and weights [n, units] give [n, values]."""
 RESAMPLES, NESTED, UNITS, LAYERS = 1000, 100, 4000, 12
 STUDENTIZED_UP_TO = 16
-METHODS = ("percentile", "BCa", "widened", "bootstrap SE, t", "bootstrap t", "jackknife t")
+METHODS = ("percentile", "BCa", "widened", "bootstrap SE, t", "bootstrap t", "jackknife t", "skewed t")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,23 +129,31 @@ def shards_of(folder: Path, run_id: str) -> Population:
     return Population(name=f"AVSS, {len(shards)} real shards", units=units, statistic=avss_of)
 
 
-def ends_of(population: Population, units: Sequence[Array], rng: np.random.Generator) -> dict[str, Ends]:
+def ends_of(
+    population: Population, units: Sequence[Array], rng: np.random.Generator, bootstrap: bool = True
+) -> dict[str, Ends]:
     """Return the ends of every method's interval."""
     number, statistic = len(units[0]), population.statistic
-    value = statistic(units, np.ones((1, number)))[0]
-    weights = rng.multinomial(number, np.full(number, 1 / number), RESAMPLES).astype(float)
-    resampled, left_out = statistic(units, weights), statistic(units, 1 - np.eye(number))
+    value, left_out = statistic(units, np.ones((1, number)))[0], statistic(units, 1 - np.eye(number))
     multiple = t.ppf(0.975, number - 1)
     transform, invert = SCALES[population.scale]
-    center, on_scale = transform(value), transform(resampled)
+    center = transform(value)
+    ends = {
+        "jackknife t": _jackknife(center, transform(left_out), multiple, invert),
+        "skewed t": _skewed(value, left_out, population.scale),
+    }
+    if not bootstrap:
+        return ends
+    weights = rng.multinomial(number, np.full(number, 1 / number), RESAMPLES).astype(float)
+    resampled = statistic(units, weights)
+    on_scale = transform(resampled)
     tail = norm.cdf(-multiple * np.sqrt(number / (number - 1)))
     error = multiple * np.sqrt(number / (number - 1)) * np.nanstd(np.where(np.isfinite(on_scale), on_scale, np.nan), 0)
-    ends = {
+    ends |= {
         "percentile": _quantiles(resampled, 0.025, 0.975),
         "BCa": _bca(value, resampled, left_out),
         "widened": _quantiles(resampled, tail, 1 - tail),
         "bootstrap SE, t": (invert(center - error), invert(center + error)),
-        "jackknife t": _jackknife(value, left_out, population.scale),
     }
     if number <= STUDENTIZED_UP_TO:
         ends["bootstrap t"] = _studentized(population, units, weights[:NESTED], center, on_scale[:NESTED], left_out)
@@ -156,7 +165,13 @@ def _quantiles(resampled: Array, low: float, high: float) -> Ends:
     return ends[0], ends[1]
 
 
-def _jackknife(value: Array, left_out: Array, scale: str) -> Ends:
+def _jackknife(center: Array, left_out: Array, multiple: float, invert: Callable[[Array], Array]) -> Ends:
+    number = len(left_out)
+    half = multiple * np.sqrt((number - 1) / number * np.square(left_out - left_out.mean(0)).sum(0))
+    return invert(center - half), invert(center + half)
+
+
+def _skewed(value: Array, left_out: Array, scale: str) -> Ends:
     minimum, intervals.MINIMUM_UNITS = intervals.MINIMUM_UNITS, 2  # to see why the package gives none below
     try:
         ends = jackknife_interval(value, left_out, scale=scale)
@@ -195,7 +210,7 @@ def _studentized(
     return invert(center - high * error), invert(center - low * error)
 
 
-def coverage(population: Population, number: int, draws: int) -> dict[str, tuple[float, float]]:
+def coverage(population: Population, number: int, draws: int, bootstrap: bool = True) -> dict[str, tuple[float, float]]:
     """Return the coverage and the median relative width of each method. Draws without an interval are left out."""
     rng = np.random.default_rng(number)
     value = population.value
@@ -207,7 +222,7 @@ def coverage(population: Population, number: int, draws: int) -> dict[str, tuple
         units = [one[chosen] for one in population.units]
         if population.statistic is accuracy_kept and np.count_nonzero(units[0] != units[1]) < min(8, number):
             continue  # the package gives no interval
-        for method, (low, high) in ends_of(population, units, rng).items():
+        for method, (low, high) in ends_of(population, units, rng, bootstrap).items():
             known = np.isfinite(low) & np.isfinite(high)
             held.setdefault(method, []).append(((low <= value) & (value <= high))[known])
             widths.setdefault(method, []).append((high - low)[known] / scale[known])
@@ -238,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--draws", type=int, default=400)
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 8, 16, 32])
     parser.add_argument("--population", default="", help="only those whose name contains this")
+    parser.add_argument("--bootstrap", action=argparse.BooleanOptionalAction, default=True, help="40 times as slow")
     parser.add_argument("--warehouse", type=Path)
     parser.add_argument("--run")
     options = parser.parse_args(arguments)
@@ -251,9 +267,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         factor = 16 if population.statistic is accuracy_kept else 1  # of most samples, nothing changes
         draws = options.draws * (1 if len(population.value) > 1 else LAYERS)
         for number in (factor * size for size in options.sizes):
-            found = coverage(population, number, draws)
+            found = coverage(population, number, draws, options.bootstrap)
             cells = [f"{100 * found[m][0]:.1f} ({found[m][1]:.2g})" if m in found else "-" for m in METHODS]
             print(f"| {population.name} | {number} | {' | '.join(cells)} |", flush=True)
+    if not options.bootstrap:
+        return
     print("\n| population | shards | lowest_set_probability | in the lowest 25% |\n|---|---:|---:|---:|")
     for population in (one for one in every if one.statistic is avss_of):
         for number in (size for size in options.sizes if size >= intervals.MINIMUM_UNITS):

@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from avss_dist.analysis.reliability import misranked, reliability
-from avss_dist.corpus.shards import plan
+from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.pinning import pin
 from avss_dist.partition.single import SingleReplica
-from avss_dist.pruning.ground_truth import METRICS, mean_ranks
+from avss_dist.pruning.ground_truth import mean_ranks
+from avss_dist.registry import metrics_of
 from avss_dist.settings import Settings
 from avss_dist.stats.rankings import spearman
 from avss_dist.tasks.base import Measure, Row, TextLoss
@@ -31,7 +32,7 @@ from avss_dist.tasks.layer_removal import LeaveOneOut
 
 def timed(measure: Measure, model: LanguageModel) -> tuple[list[Row], float]:
     start = time.process_time()
-    return measure(model, ()), time.process_time() - start
+    return measure(model), time.process_time() - start
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
     rows = args.sequences
     wanted = Settings(max_sequences=2 * rows, sequences_per_shard=rows, batch_size=min(8, rows))
     settings = pin(wanted, checkpoint, text_config(checkpoint, trust_remote_code=False), "cpu")
-    text, other = plan(args.corpus, load_tokenizer(checkpoint, trust_remote_code=False), settings).shards
+    text, other = tokenize_corpus(args.corpus, load_tokenizer(checkpoint, trust_remote_code=False), settings).shards
     model = SingleReplica(checkpoint, settings, head=True).language_model
     assert model is not None
     _, once = timed(TextLoss(text), model)
@@ -53,16 +54,17 @@ def main() -> None:
     print(f"forward alone: {cost / once:.1f} forwards, {len(forward)} rows")
     found, cost = timed(Damage(shard=text, draws=args.draws), model)
     print(f"with gradients and {args.draws} draws: {cost / once:.1f} forwards")
-    whole, *without = LeaveOneOut(other)(model, ())
+    whole, *without = LeaveOneOut(other)(model)
     samples = np.stack([row.samples - whole.samples for row in without], axis=1)
     truth = samples.sum(axis=0) / whole.weights.sum()
     ceiling = reliability(samples)
     print(f"ceiling, by split halves of {rows} sequences: {ceiling:.3f}")
     scores = {row.metric: {} for row in found}
     for row in found:
-        if row.drop is None:
+        if row.removed is None:
             scores[row.metric][row.layer] = row.samples.sum() / row.weights.sum()
-    scores["damage"] = mean_ranks([scores[name] for name in METRICS.values()])
+    measured = [(name, layer, value) for name, values in scores.items() for layer, value in values.items()]
+    scores["damage"] = mean_ranks("damage", measured)
     for name, values in sorted(scores.items()):
         if not values or name.startswith("gate"):
             continue
@@ -70,7 +72,7 @@ def main() -> None:
         rho = spearman(score, truth)
         wrong = misranked(score, truth)
         print(f"{name:22s} Spearman {rho:6.3f} = {rho / ceiling:6.1%} of the ceiling, misranked {wrong:.1%}")
-    predicted = np.array([scores[METRICS["predicted"]][layer] for layer in range(len(truth))])
+    predicted = np.array([scores[metrics_of("predicted")[0]][layer] for layer in range(len(truth))])
     near = np.mean((predicted / truth > 0.5) & (predicted / truth < 2))
     print(f"predicted nats within a factor of two of the truth: {near:.0%} of {len(truth)} layers")
 

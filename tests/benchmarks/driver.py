@@ -160,8 +160,9 @@ class VirtualWorker:
     def open(self, job: Any, rank: int, first: Any) -> None:
         self._monitor.report.remote(self._name, 1)
 
-    def measure_round(self, part: Any, *blocks: Any) -> list[ShardResult | Receipt]:
-        return [self.measure(SimpleNamespace(shard=blocks[block][i])) for block, i in part.places]
+    def measure_round(self, assignments: Any, *blocks: Any) -> list[ShardResult | Receipt]:
+        places = [assignment.place for assignment in assignments]
+        return [self.measure(SimpleNamespace(shard=blocks[block][i])) for block, i in places]
 
     def measure(self, assignment: Any) -> ShardResult | Receipt:
         if self.by == "receipts":
@@ -185,7 +186,7 @@ class VirtualExecutor(RayExecutor):
     """As many replicas as are asked for, none of which takes a CPU."""
 
     def replicas(self, placement: Placement) -> int:
-        return self._execution.replicas.most if self._execution.replicas else 1
+        return self._execution.replicas.maximum if self._execution.replicas else 1
 
     def cpus(self, placement: Placement) -> int:
         return 0
@@ -272,8 +273,7 @@ def main() -> None:
     gang.Worker = VirtualWorker  # type: ignore[misc,assignment]
     if arguments.alone:
         queue.ROUND_SECONDS = 0.0
-    for name in ("ShardAssignment", "ShardsPart"):  # the real ones bring torch into 64 processes
-        setattr(queue, name, SimpleNamespace)
+    queue.ShardAssignment = SimpleNamespace  # type: ignore[misc,assignment]  # the real one brings torch into 64 processes
     with tempfile.TemporaryDirectory(dir="/dev/shm") as planned, tempfile.TemporaryDirectory(dir=arguments.out) as out:
         VirtualWorker.folder, VirtualWorker.by = Path(planned), arguments.by
         work = shards(arguments.shards or (4000 if arguments.by == "receipts" else MADE))

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 
-from avss_dist.corpus.shards import plan
+from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.estimation.estimate import estimate
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
@@ -24,8 +24,9 @@ from avss_dist.models.loading import load_tokenizer
 from avss_dist.partition.base import Placement
 from avss_dist.partition.open import open_replica
 from avss_dist.registry import GANGS, PARTITIONS
+from avss_dist.requests import EstimateRequest
 from avss_dist.runs.api import score
-from avss_dist.settings import Execution, Settings
+from avss_dist.settings import Settings
 from avss_dist.text import describe_bytes, parse_bytes
 from avss_dist.warehouse.reader import Warehouse
 
@@ -35,7 +36,7 @@ RANKS = 2
 def measure(model: str, corpus: str, settings: Settings, placement: Placement) -> tuple[float, int]:
     """Seconds in which this process measures all shards, and its peak memory in bytes (on a GPU, the device's)."""
     checkpoint = resolve(model)
-    shards = plan(corpus, load_tokenizer(checkpoint), settings).shards
+    shards = tokenize_corpus(corpus, load_tokenizer(checkpoint), settings).shards
     replica = open_replica(checkpoint, settings, placement)
     results = [analyze_shard(replica, shard, settings) for shard in shards]
     return sum(result.seconds for result in results), max(result.peak_memory_bytes for result in results)
@@ -45,7 +46,7 @@ def measure_gang(model: str, corpus: str, settings: Settings, partition: str) ->
     """As `measure`, with the ranks of a gang: seconds in which they measure all shards, peak of the largest."""
     with tempfile.TemporaryDirectory() as out:
         run = score(model, corpus=corpus, warehouse=out, partition=partition, ranks=RANKS, **settings.as_dict())
-        shards = plan(corpus, load_tokenizer(resolve(model)), settings).shards
+        shards = tokenize_corpus(corpus, load_tokenizer(resolve(model)), settings).shards
         results = Warehouse(out).read_shards(run.run_id, {shard.shard_id: shard.content_hash for shard in shards})
     at_once = RANKS if partition == "zero3" else 1
     return sum(result.seconds for result in results) / at_once, max(result.peak_memory_bytes for result in results)
@@ -73,7 +74,8 @@ def main() -> None:
         return
     ratios: dict[str, list[tuple[float, float]]] = {partition: [] for partition in options.partition}
     for _ in range(options.rounds):
-        guess = estimate(options.model, options.corpus, settings, Execution(max_memory=limits))
+        rows = {"max_sequences": options.max_sequences}
+        guess = estimate(EstimateRequest(options.model, corpus=options.corpus, max_memory=limits, **rows))
         for row in guess.rows:
             if row.partition not in options.partition:
                 continue

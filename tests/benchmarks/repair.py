@@ -1,84 +1,224 @@
-"""What each repair costs and gives back: CPU time in forward passes over its text, and the perplexity that is kept.
+"""Compare the repairs with published baselines: CPU time in forward passes over the text, and the perplexity kept.
 
-    python tests/benchmarks/repair.py MODEL CORPUS [--drop 3,12,13] [--rows 48] [--repair map --repair refit ...]
+    python tests/benchmarks/repair.py MODEL CORPUS [--drop 3,12,13] [--rows 48] [--repair map --repair linear_patch ...]
 
-Losses are those of the first 16 rows of the corpus, fits are made on the next ones, all in one process on one thread.
+Perplexities are those of the first 16 rows of the corpus (`--held-out`); fits are made on the next ones, all in one
+process on one thread. With X the hidden states after the last layer before a cut, Y those of the whole model after the
+last layer that is removed there, and m the output of the MLP before the cut, the baselines are
+
+===========  ==================  ===============================================================================
+baseline     X becomes           with
+===========  ==================  ===============================================================================
+replace_me   X + m W             W: least squares of Y - X on m, without a ridge: ReplaceMe (Shopkhoev et al.,
+                                 arXiv 2505.02819), whose transform of the MLP's output is I + W
+prune_comp   a X                 a: mean length of Y over that of X: Prune&Comp (Chen et al., arXiv 2507.18212)
+linear_patch X H diag(d) H^T     d: by channel, mean size of Y H over that of X H, H of `hadamard`: LinearPatch
+                                 (Chen et al., arXiv 2505.24680, without its training)
+===========  ==================  ===============================================================================
+
+They are fitted without the first token of each row, and applied by hooks: no weight of a checkpoint holds the last two.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
+from avss_dist.removal import Drop
+from torch import nn
 
-from avss_dist.corpus.shards import CorpusPlan, plan
+from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
+from avss_dist.intervention import NO_INTERVENTION
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
+from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.patching import Patch
 from avss_dist.models.pinning import pin
+from avss_dist.models.skipping import replaced
 from avss_dist.partition.single import SingleReplica
 from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.repair.fitter import RepairCut, find_cuts
+from avss_dist.pruning.repair.hidden_states import hidden_states_of
+from avss_dist.pruning.repair.projection import OutputProjection, captured
+from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.repair import Repair, fit_repair
-from avss_dist.pruning.repair.streams import streams_of
+from avss_dist.pruning.repair.splits import FitSplit, split_texts
 from avss_dist.pruning.weights import StoredWeights
-from avss_dist.removal import Drop
-from avss_dist.settings import REPAIRS, Settings
+from avss_dist.settings import DTYPES, Settings
 from avss_dist.system.cores import use_threads
 from avss_dist.tasks.base import TextLoss
 
-HELD_OUT = 16  # rows
 T = TypeVar("T")
 
 
+def hadamard(size: int) -> torch.Tensor:
+    """Return an orthogonal matrix, float64[size, size], each of whose columns mixes a block of neighbours equally.
+
+    Blocks are Sylvester's Hadamard matrices, as large as the powers of two in ``size``.
+    """
+    block = torch.ones((1, 1), dtype=torch.float64)
+    while size % (2 * len(block)) == 0:
+        block = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), block)
+    return torch.kron(torch.eye(size // len(block), dtype=torch.float64), block / len(block) ** 0.5)
+
+
+def prune_comp(hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Return the matrix of Prune&Comp, float64[units, units], from hidden states [tokens, units]."""
+    return wanted.norm(dim=-1).mean() / hidden.norm(dim=-1).mean() * torch.eye(hidden.shape[-1]).double()
+
+
+def linear_patch(hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Return the matrix of LinearPatch, float64[units, units], from hidden states [tokens, units]."""
+    basis = hadamard(hidden.shape[-1])
+    return (basis * ((wanted @ basis).abs().mean(0) / (hidden @ basis).abs().mean(0))) @ basis.T
+
+
+def replace_me(mlp: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
+    """Return the transform I + W of ReplaceMe, float64[units, units], from [tokens, units]."""
+    return torch.eye(mlp.shape[-1]).double() + torch.linalg.solve(mlp.T @ mlp, mlp.T @ missing)
+
+
+BASELINES = ("replace_me", "prune_comp", "linear_patch")
+
+
+class BaselineFitter:
+    """Fits a baseline to the cuts of a model, one after the other; each fit sees the earlier ones.
+
+    Attributes:
+        matrices: fitted matrix by the module whose output it multiplies, float64[units, units].
+    """
+
+    def __init__(self, model: LanguageModel, splits: Sequence[FitSplit], drop: Drop) -> None:
+        self.matrices: dict[nn.Module, torch.Tensor] = {}
+        self._model, self._splits, self._drop = model, splits, drop
+
+    def fit(self, cut: RepairCut, projection: OutputProjection, baseline: str) -> None:
+        """Fit one cut."""
+        layer = self._model.layers[cut.after].module
+        added = layer.get_submodule(projection.last)
+        (wanted,) = self._outputs([self._model.layers[cut.last].module])
+        with applied(self.matrices):
+            hidden, mlp = self._outputs([layer, added], self._drop)
+        if baseline == "replace_me":
+            self.matrices[added] = replace_me(projection.factor * mlp, wanted - hidden)
+        else:
+            self.matrices[layer] = {"prune_comp": prune_comp, "linear_patch": linear_patch}[baseline](hidden, wanted)
+
+    def _outputs(self, modules: Sequence[nn.Module], drop: Drop = ()) -> list[torch.Tensor]:
+        """Return the outputs of modules over the tokens to fit to, each float64[tokens, units]."""
+        outputs: list[list[torch.Tensor]] = [[] for _ in modules]
+        for split in self._splits:
+            with self._model.without(drop), captured(dict(enumerate(modules))) as calls:
+                self._model.hidden_states(split.batch)
+            for number, parts in enumerate(outputs):
+                shape = (*split.fitted.shape, -1)  # OPT's MLP has rows and tokens in one axis
+                parts.append(calls[number].output.reshape(shape)[torch.from_numpy(split.fitted)].double())
+        return [torch.cat(parts) for parts in outputs]
+
+
+@contextmanager
+def applied(matrices: Mapping[nn.Module, torch.Tensor]) -> Iterator[None]:
+    """Multiply the outputs of modules by matrices, in float32."""
+
+    def hook(matrix: torch.Tensor) -> Callable[..., object]:
+        def multiply(_module: nn.Module, _args: object, output: object) -> object:
+            hidden = first_tensor(output)
+            assert hidden is not None
+            return replaced(output, hidden, (hidden.float() @ matrix.float()).to(hidden.dtype))
+
+        return multiply
+
+    with ExitStack() as stack:
+        for module, matrix in matrices.items():
+            stack.callback(module.register_forward_hook(hook(matrix)).remove)
+        yield
+
+
+def fit_baseline(
+    baseline: str, model: LanguageModel, plan: Plan, text: CorpusPlan, batch_size: int
+) -> dict[nn.Module, torch.Tensor]:
+    """Return the matrices of a baseline, by the module whose output each multiplies."""
+    splits, cuts = split_texts([text], batch_size), find_cuts(plan)
+    source = hidden_states_of(model)([split.batch for split in splits], plan.drop, [])
+    fitter = BaselineFitter(model, splits, plan.drop)
+    with torch.no_grad():
+        for cut in cuts:
+            fitter.fit(cut, source.output_projection(cut.after), baseline)
+    return fitter.matrices
+
+
 def timed(work: Callable[[], T]) -> tuple[T, float]:
+    """Return a result and the CPU seconds that it took."""
     start = time.process_time()
     return work(), time.process_time() - start
 
 
-def perplexity(model: LanguageModel, text: CorpusPlan, drop: Drop = (), patch: Patch | None = None) -> float:
+def perplexity(model: LanguageModel, text: CorpusPlan, drop: tuple[int, ...] = (), patch: Patch | None = None) -> float:
+    """Return the perplexity of a text without some layers and with other weights."""
     with model.patched(patch or {}):
-        rows = [row for shard in text.shards for row in TextLoss(shard)(model, drop)]
+        rows = [row for shard in text.shards for row in TextLoss(shard)(model, NO_INTERVENTION.without(*drop))]
     return float(np.exp(sum(row.samples.sum() for row in rows) / sum(row.weights.sum() for row in rows)))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a row for each repair."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("corpus")
     parser.add_argument("--drop", help="layers to drop; by default every fourth one")
     parser.add_argument("--rows", type=int, default=48)
-    parser.add_argument("--repair", action="append", choices=REPAIRS)
-    args = parser.parse_args()
+    parser.add_argument("--held-out", type=int, default=16, help="rows that the perplexity is measured on")
+    parser.add_argument("--sequence-length", type=int, default=Settings().sequence_length)
+    parser.add_argument("--dtype", default="auto", choices=DTYPES)
+    parser.add_argument("--repair", action="append", choices=(*REPAIRS, *BASELINES), help="repeatable; all by default")
+    args = parser.parse_args(arguments)
     use_threads(1)
     checkpoint = resolve(args.model if not Path(args.model).exists() else str(Path(args.model).resolve()))
     config = text_config(checkpoint, trust_remote_code=False)
-    settings = pin(Settings(max_sequences=args.rows), checkpoint, config, "cpu")
+    given = Settings(max_sequences=args.rows, sequence_length=args.sequence_length, dtype=args.dtype, device="cpu")
+    settings = pin(given, checkpoint, config, "cpu")
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=False)
-    held_out = plan(args.corpus, tokenizer, Settings(max_sequences=HELD_OUT))
-    text = plan(args.corpus, tokenizer, settings, skip_sequences=HELD_OUT)
-    replica = SingleReplica(checkpoint, settings, head=True)
-    model, layers = replica.language_model, config.get_text_config().num_hidden_layers
+    held_out = tokenize_corpus(
+        args.corpus, tokenizer, Settings(max_sequences=args.held_out, sequence_length=args.sequence_length)
+    )
+    text = tokenize_corpus(args.corpus, tokenizer, settings, skip_sequences=args.held_out)
+    model = SingleReplica(checkpoint, settings, head=True).language_model
     assert model is not None
+    layers = len(model.layers)
     drop = tuple(int(layer) for layer in args.drop.split(",")) if args.drop else tuple(range(3, layers, 4))
-    made = Plan(model=checkpoint.name, num_layers=layers, layers="layers", drop=drop)
-    stored = StoredWeights.of(checkpoint, made, settings).read
+    path = model.layers[0].name.rpartition(".")[0]
+    plan = Plan(model=checkpoint.name, num_layers=layers, layers=path, drop=drop)
+    stored = StoredWeights.of(checkpoint, plan, settings).read
     whole, pruned = perplexity(model, held_out), perplexity(model, held_out, drop)
     _, once = timed(lambda: perplexity(model, text))
     print(f"{checkpoint.name} without {len(drop)} of {layers} layers, fitted on {args.rows} rows")
-    print(f"whole model    perplexity {whole:10.2f}")
-    print(f"without them   perplexity {pruned:10.2f}, kept {whole / pruned:6.1%}")
-    for by in args.repair or REPAIRS:
-        repair = Repair(by=by, corpora=(args.corpus,), settings=settings)
-        found, cost = timed(
-            lambda repair=repair: fit_repair(checkpoint, streams_of(model), made, repair, [text], stored)
+    print(f"{'whole model':14s} perplexity {whole:10.2f}")
+    print(f"{'without them':14s} perplexity {pruned:10.2f}, kept {whole / pruned:6.1%}")
+
+    def fit(name: str) -> tuple[float, float]:
+        """Return the perplexity with a repair, and the CPU seconds of its fit."""
+        if name in BASELINES:
+            matrices, cost = timed(lambda: fit_baseline(name, model, plan, text, settings.batch_size))
+            with applied(matrices):
+                return perplexity(model, held_out, drop), cost
+        repair = Repair(by=name, corpora=(args.corpus,), settings=settings)
+        repaired, cost = timed(lambda: fit_repair(checkpoint, hidden_states_of(model), plan, repair, [text], stored))
+        return perplexity(model, held_out, drop, repaired.tensors), cost
+
+    names: Collection[str] = args.repair or (*REPAIRS, *BASELINES)
+    for name in names:
+        repaired, cost = fit(name)
+        title = "published baseline" if name in BASELINES else REPAIRS[name].meaning
+        print(
+            f"{name:14s} perplexity {repaired:10.2f}, kept {whole / repaired:6.1%}, {cost / once:6.1f} passes: {title}"
         )
-        repaired = perplexity(model, held_out, drop, found.tensors)
-        print(f"{by:14s} perplexity {repaired:10.2f}, kept {whole / repaired:6.1%}, {cost / once:6.1f} passes")
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ from avss_dist.partition.single import SingleReplica
 from avss_dist.partition.streaming.buffers import stored_in
 from avss_dist.partition.streaming.replica import StreamingReplica
 from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.repair.hidden_states import hidden_states_of
 from avss_dist.pruning.repair.repair import Repair, fit_repair
-from avss_dist.pruning.repair.streams import streams_of
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.settings import Settings
 from avss_dist.tasks.base import TextLoss
@@ -172,7 +172,7 @@ def ablate(folder: Path, memory_bytes: int) -> None:
         seconds, read = [], []
         for measure in (TextLoss(shard), TextLoss(shard), LeaveOneOut(shard)):
             start, before = time.perf_counter(), replica.bytes_read
-            rows = measure(model, ())
+            rows = measure(model)
             seconds.append(time.perf_counter() - start)
             read.append(replica.bytes_read - before)
     parts = [sum(stored.size for stored in part.stored) for part in replica._parts]
@@ -209,7 +209,7 @@ def repair(folder: Path, memory_bytes: int) -> None:
         assert model is not None
         stored = StoredWeights.of(checkpoint, plan, settings).read
         start, before = time.perf_counter(), replica.bytes_read
-        found = fit_repair(checkpoint, streams_of(model), plan, wanted, [text], stored)
+        found = fit_repair(checkpoint, hidden_states_of(model), plan, wanted, [text], stored)
         seconds, read = time.perf_counter() - start, replica.bytes_read - before
     size = checkpoint_bytes(folder)
     print(f"{folder.name}: {size / 1e9:.2f} GB, {memory_bytes / 1e9:g} GB allowed, {number} layers")

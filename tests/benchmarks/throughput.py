@@ -24,7 +24,7 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
-from avss_dist.corpus.shards import plan
+from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
@@ -91,7 +91,7 @@ def main() -> None:
 
     settings = Settings(max_sequences=32, dtype="bfloat16")
     checkpoint = resolve(options.model)
-    shard = plan(options.corpus, load_tokenizer(checkpoint), settings).shards[0]
+    shard = tokenize_corpus(options.corpus, load_tokenizer(checkpoint), settings).shards[0]
     batches = list(shard.batches(settings.batch_size))
     replica = SingleReplica(checkpoint, settings)
     inputs = [torch.from_numpy(batch.input_ids).to(torch.int64) for batch in batches]
@@ -153,7 +153,7 @@ def peak_memory(model: str, corpus: str, what: str) -> int:
 def print_peak_memory(model: str, corpus: str, what: str) -> None:
     settings = Settings(max_sequences=32, dtype="bfloat16")
     checkpoint = resolve(model)
-    shard = plan(corpus, load_tokenizer(checkpoint), settings).shards[0]
+    shard = tokenize_corpus(corpus, load_tokenizer(checkpoint), settings).shards[0]
     replica = SingleReplica(checkpoint, settings)
     with PeakMemory() as memory:
         if what == "observed":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -11,24 +12,20 @@ from support.warehouses import activations, stats_of, write_measured
 
 import avss_dist as avss
 from avss_dist.cli.reference import commands, functions, option_of
-from avss_dist.errors import QueryError
+from avss_dist.errors import ConfigError, QueryError
+from avss_dist.options import SHARED
+from avss_dist.requests import ScoreRequest
 from avss_dist.results import Table
 from avss_dist.runs.reporter import LoggingReporter
 from avss_dist.runs.run import Run
+from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 
 PRINTED = {"format", "as_json", "_quiet", "_verbose", "_schema", "dry_run"}  # of what is printed
 OTHERWISE: dict[str, set[str]] = {
-    "score": {"models", "label_field", "gradients"},  # score_all; a corpus FILE:prompt+answer:label; ablate
-    "plan": {
-        "output",
-        "protect",
-        "sparsify",
-        "method",
-        "rule",
-        "pattern",
-        "corrections",
-    },  # Plan.write; first, last; sparsify
+    "score": {"models", "label_field"},  # score_all; a corpus FILE:prompt+answer:label
+    "plan": {"output", "protect"},  # Plan.write; first, last
+    "sparsify": {"output"},  # SparsityPlan.write
     "shrink": {"protect"},  # first, last
     "findings": {"site", "recipe", "every"},  # a filter of the table
 }
@@ -51,6 +48,41 @@ def test_keywords_are_the_options_with_their_defaults(command: str) -> None:
             assert float(parameter.default) == keyword
         elif not missing and command != "run":  # which replaces what its file says
             assert (parameter.default or None) == (keyword or None), (command, parameter.name)
+
+
+@pytest.mark.parametrize("command", functions())
+def test_the_docstring_explains_every_keyword_of_the_request(command: str) -> None:
+    function = functions()[command]
+    doc = inspect.getdoc(function) or ""
+    explained = [line.strip().partition(":")[0] for line in doc.partition("Args:")[2].splitlines()]
+    keywords = [name for name in inspect.signature(function).parameters if name not in (*SHARED, "reporter")]
+    assert keywords and set(keywords) <= set(explained)
+    assert doc.partition("\n")[0].endswith((".", ";"))
+
+
+def test_mistakes_of_a_request_and_of_its_settings_are_reported_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        avss.plan(by="greedy", coutn=2, share=2.0, sequence_length=0)
+    assert [str(problem).replace("\n", " ").partition(" Valid")[0] for problem in caught.value.problems] == [
+        "Unknown option 'coutn'. Did you mean 'count'?",
+        "Unknown `by` 'greedy'. It is no score of layers but a search among sets of them: `search` greedy, with its "
+        "text in `corpus`.",
+        "`share` must be less than 1, not 2.0.",
+        "`sequence_length` must be at least 1, not 0.",
+    ]
+    with pytest.raises(ConfigError, match="`sites` has no effect"):
+        avss.evaluate(["m"], tasks=["t"], sites=("mlp",))
+    with pytest.raises(ConfigError, match=r"'text\.txt' needs a name"):
+        avss.ablate("m", "text.txt")  # type: ignore[call-arg, misc]
+    with pytest.raises(ConfigError, match="`model` is missing"):
+        avss.ablate(corpus="text.txt")  # type: ignore[call-arg]
+
+
+def test_a_request_keeps_texts_with_secrets_and_takes_paths() -> None:
+    corpus = RedactedURI("s3://KEY:SECRET@bucket/a.txt")
+    request = ScoreRequest(Path("folder"), corpus=corpus, max_sequences=3)
+    assert request.corpus is corpus and request.model == "folder" and "SECRET" not in repr(request)
+    assert request.given == {"max_sequences": 3} and request.settings.max_sequences == 3
 
 
 def test_public_names_are_there_and_shown() -> None:

@@ -21,8 +21,10 @@ from support.checkpoints import LAYERS
 from support.command_line import avss, commands
 
 import avss_dist
+from avss_dist.cli.commands import COMMANDS as LISTED
 from avss_dist.errors import ConfigError, QueryError
 from avss_dist.partition.base import Placement
+from avss_dist.registry import FROM_ACTIVATIONS
 from avss_dist.report.page import summary
 from avss_dist.settings import (
     ATTENTIONS,
@@ -32,7 +34,6 @@ from avss_dist.settings import (
     LOWEST_SHARE,
     PUBLISHED_THRESHOLD,
     RECIPES,
-    SCORES,
     SITE_FAMILIES,
     SITES,
     Execution,
@@ -58,7 +59,6 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--threshold": None,
         **EXECUTION,
         **TRACKER,
-        "--gradients": False,
         "--label-field": None,
         "--format": "text",
     },
@@ -152,15 +152,26 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--share-of-parameters": None,
         "--protect": "",
         "--contiguous": False,
-        "--sparsify": None,
-        "--method": "uniform",
-        "--rule": "all",
-        "--pattern": None,
-        "--corrections": 0,
         "--seed": 0,
         "--recipe": "pooled",
         "--site": "block",
         "--threshold": "1e-05",
+        "--skip-sequences": 0,
+        **{f"--{name.replace('_', '-')}": value for name, value in Settings().as_dict().items()},
+        **EXECUTION,
+        "--format": "plan",
+        "--json": False,
+    },
+    "sparsify": {
+        "target": None,
+        "--warehouse": "warehouse",
+        "--output": None,
+        "--run": None,
+        "--method": "uniform",
+        "--rule": "all",
+        "--pattern": None,
+        "--corrections": 0,
+        "--corpus": None,
         "--skip-sequences": 0,
         **{f"--{name.replace('_', '-')}": value for name, value in Settings().as_dict().items()},
         **EXECUTION,
@@ -283,7 +294,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "jobs stop": {"job_id": None, "--address": None, **LIMITS, "--format": "text"},
     "doctor": {"--format": "text"},
 }
-for _command in ("score", "estimate", "ablate", "evaluate", "shrink", "plan"):
+for _command in ("score", "estimate", "ablate", "evaluate", "shrink", "plan", "sparsify"):
     del COMMANDS[_command]["--sites"], COMMANDS[_command]["--thresholds"]
     for _field, _option in (("--layers", "--layers-path"), ("--attention", "--attn-implementation")):
         COMMANDS[_command][_option] = COMMANDS[_command].pop(_field)
@@ -379,6 +390,13 @@ def test_every_command_and_option_has_help(command: str) -> None:
     assert commands()[command].help and "Examples:" in result.stdout
 
 
+@pytest.mark.parametrize("name", LISTED)
+def test_the_help_of_all_commands_has_the_first_sentence_of_each(name: str) -> None:
+    if name != "jobs":
+        assert commands()[name].help.partition("\n\n")[0].replace("\n", " ") == LISTED[name].summary
+    assert LISTED[name].summary[:20] in avss("--help").stdout
+
+
 def test_help_names_every_command() -> None:
     for args in (["--help"], ["-h"], []):
         result = avss(*args)
@@ -402,7 +420,7 @@ def test_a_run_is_named_by_a_part_that_only_it_has(scored: Path) -> None:
 
 def test_names_are_listed_in_help_and_completed() -> None:
     from avss_dist.analysis.compare import BY
-    from avss_dist.cli.compare import COMPARED
+    from avss_dist.requests import COMPARED
 
     assert COMPARED == BY
     for command, option, names in (
@@ -410,7 +428,7 @@ def test_names_are_listed_in_help_and_completed() -> None:
         ("score", "--site", (*EVERY_SITE, *SITE_FAMILIES)),
         ("score", "--attn-implementation", ATTENTIONS),
         ("run", "--executor", EXECUTORS),
-        ("compare", "--score", SCORES),
+        ("compare", "--score", FROM_ACTIVATIONS),
         ("query", "--format", ("table", "csv", "json", "markdown", "parquet")),
     ):
         parameter = _parameters(command)[option]
@@ -818,7 +836,7 @@ def test_an_unknown_keyword_names_the_nearest(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["score", "score_all"])
 def test_no_warehouse_has_an_empty_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="`warehouse` is empty"):
+    with pytest.raises(ConfigError, match="`warehouse`: the name is empty"):
         getattr(avss_dist, name)("any" if name == "score" else ["any"], corpus="builtin:pydoc", warehouse="")
     assert not list(tmp_path.iterdir())
 

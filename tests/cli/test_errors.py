@@ -280,8 +280,11 @@ def test_a_missing_column_is_named_with_the_nearest(tiny_llama: Path, warehouse:
         (["--replicas", "2"], ["--executor local is one replica", "Use --executor ray"]),
         (["--replicas", "0"], ["--replicas must be at least 1"]),
         (["--replicas", "1..2"], ["--executor local is one replica", "Use --executor ray"]),
-        (["--replicas", "64..4"], ["--replicas: 64..4 goes down", "Write 4..64"]),
-        (["--replicas", "a..b"], ["--replicas: 'a..b' is no number of replicas", "Write 8, or 4..64"]),
+        (["--replicas", "64..4"], ["--replicas: the minimum of '64..4' is larger than its maximum", "Write 4..64"]),
+        (
+            ["--replicas", "a..b"],
+            ["--replicas: invalid replica count 'a..b': expected an integer (8)", "4..64 begins with 4"],
+        ),
         (["--address", "auto"], ["--executor local is one replica", "Use --executor ray"]),
         (["--layers-path", "layer"], ["LlamaModel has no layer list 'layer'", "Did you mean 'layers'?"]),
     ],

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from avss_dist.corpus.named import NAMED
-from avss_dist.corpus.shards import CorpusPlan, plan
+from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
 from avss_dist.corpus.sources import documents
 from avss_dist.corpus.tokens import shuffled
 from avss_dist.errors import CorpusError
@@ -60,23 +60,25 @@ def test_a_conversation_has_the_tokens_of_its_template_alone(kind: str, tmp_path
     source = write(tmp_path / f"chats.{'jsonl' if kind == 'hf' else kind}", CHATS)
     source = f"hf:{tmp_path}:::messages" if kind == "hf" else source
     tokenizer = word_tokenizer()
-    planned = plan(source, tokenizer, CHAT)
+    planned = tokenize_corpus(source, tokenizer, CHAT)
     rows = [["<user>", f"w{i}", f"w{i + 1}", "<end>", "<assistant>", f"w{i + 2}", "<end>"] for i in range(9)]
     assert words(planned) == rows
     assert planned.chat_template == hashlib.sha256(TEMPLATE.encode()).hexdigest()
-    packed = plan(source, tokenizer, Settings(sequence_length=7, chat_template=True))
+    packed = tokenize_corpus(source, tokenizer, Settings(sequence_length=7, chat_template=True))
     assert words(packed) == rows, "no end of text is put after a template's own"
 
 
 def test_text_beside_conversations_stays_text(tmp_path: Path) -> None:
     source = write(tmp_path / "mixed.jsonl", ["w1 w2", CHATS[0], "w3"])
-    (row,) = words(plan(source, word_tokenizer(), Settings(sequence_length=12, chat_template=True)))
+    (row,) = words(tokenize_corpus(source, word_tokenizer(), Settings(sequence_length=12, chat_template=True)))
     assert row == ["w1", "w2", "<eos>", "<user>", "w0", "w1", "<end>", "<assistant>", "w2", "<end>", "w3", "<eos>"]
 
 
 def test_a_template_is_told_the_same_date_every_day(tmp_path: Path) -> None:
     tokenizer = word_tokenizer("{{ strftime_now('%d %b') }} {{ messages[0].content }}")
-    assert words(plan(write(tmp_path / "c.jsonl", CHATS[:1]), tokenizer, CHAT)) == [["26", "Jul", "w0", "w1"]]
+    assert words(tokenize_corpus(write(tmp_path / "c.jsonl", CHATS[:1]), tokenizer, CHAT)) == [
+        ["26", "Jul", "w0", "w1"]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,7 @@ def test_conversations_that_cannot_be_read(
 ) -> None:
     source = f"{tmp_path}/none.jsonl:messages" if values is None else write(tmp_path / "c.jsonl", values)
     with pytest.raises(CorpusError, match=says):
-        plan(source, word_tokenizer(template), Settings(sequence_length=4, **settings))
+        tokenize_corpus(source, word_tokenizer(template), Settings(sequence_length=4, **settings))
 
 
 # Short names
@@ -120,7 +122,7 @@ def test_short_names_are_data_sets_at_a_commit(monkeypatch: pytest.MonkeyPatch) 
         assert list(documents(name)) == list(documents(f"{name}:test")) == ["text"]
         where = [named.repository, named.config or None, named.revision]
         assert asked[-2:] == [[*where, named.split], [*where, "test"]] and len(named.revision) == 40
-    page = (DOCS / "cli.md").read_text(encoding="utf-8")
+    page = (DOCS / "reference/corpora.md").read_text(encoding="utf-8")
     for name, named in NAMED.items():
         config = f"`{named.config}`" if named.config else ""
         row = f"| `{name}` | {named.repository} | {config} | `{named.split}` | `{named.column}` | `{named.revision}` |"
@@ -146,10 +148,13 @@ def test_a_seed_draws_rows_from_the_whole_text_and_each_alike(tmp_path: Path) ->
     assert sum((counts[row] - expected) ** 2 for row in range(20)) / (expected * 0.75) < 43.8  # 1 in 1000 is above
     source = write(tmp_path / "t.jsonl", [" ".join(f"w{i}" for i in range(40))], "text")
     settings = Settings(sequence_length=4, max_sequences=4, shuffle_seed=7)
-    plans = [plan(source, word_tokenizer(), settings, skip_sequences=skip) for skip in (0, 0, 4)]
+    plans = [tokenize_corpus(source, word_tokenizer(), settings, skip_sequences=skip) for skip in (0, 0, 4)]
     first, again, others = map(words, plans)
     assert first == again and not any(row in first for row in others)
-    assert plans[0].tokens_fingerprint != plan(source, word_tokenizer(), Settings(sequence_length=4)).tokens_fingerprint
+    assert (
+        plans[0].tokens_fingerprint
+        != tokenize_corpus(source, word_tokenizer(), Settings(sequence_length=4)).tokens_fingerprint
+    )
 
 
 # Commands

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from avss_dist.corpus import shards as corpus
 from avss_dist.corpus import sources, tokens
-from avss_dist.corpus.shards import CorpusPlan, Shard, plan
+from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_corpus
 from avss_dist.corpus.sources import Source, documents, open_source
 from avss_dist.errors import CorpusError
 from avss_dist.settings import Settings
@@ -100,7 +100,7 @@ def jsonl(tmp_path: Path) -> str:
 
 
 def test_packed_rows_equal_the_oracle(jsonl: str) -> None:
-    planned = plan(jsonl, TOKENIZER, SMALL)
+    planned = tokenize_corpus(jsonl, TOKENIZER, SMALL)
     assert rows_of(planned) == packed_oracle(TEXTS, 4)
     assert [s.shard_id for s in planned.shards] == list(range(len(planned.shards)))
     assert (planned.num_sequences, planned.num_tokens) == (4, 16)
@@ -119,10 +119,10 @@ def test_packing_invariants(texts: list[str], length: int, per_shard: int, limit
     with tempfile.TemporaryDirectory() as folder:
         source = write_jsonl(Path(folder) / "c.jsonl", texts)
         if not expected or not any(texts):
-            fails(lambda: plan(source, TOKENIZER, settings))
+            fails(lambda: tokenize_corpus(source, TOKENIZER, settings))
             return
         try:
-            planned = plan(source, TOKENIZER, settings)
+            planned = tokenize_corpus(source, TOKENIZER, settings)
         except CorpusError:
             assert limit and not any(texts[: limit * length])  # only blank texts were read
             return
@@ -141,9 +141,9 @@ def test_padded_invariants(texts: list[str], length: int, skip: int, batch_size:
     with tempfile.TemporaryDirectory() as folder:
         source = write_jsonl(Path(folder) / "c.jsonl", texts)
         if not any(observed):
-            fails(lambda: plan(source, TOKENIZER, settings))
+            fails(lambda: tokenize_corpus(source, TOKENIZER, settings))
             return
-        planned = plan(source, TOKENIZER, settings)
+        planned = tokenize_corpus(source, TOKENIZER, settings)
     assert rows_of(planned) == expected
     assert planned.num_tokens == sum(map(len, observed))
     batches = [batch for shard in planned.shards for batch in shard.batches(batch_size)]
@@ -160,19 +160,19 @@ def test_padded_invariants(texts: list[str], length: int, skip: int, batch_size:
 
 def test_batches_are_as_wide_as_their_longest_row(jsonl: str) -> None:
     settings = Settings(sequence_length=32, layout="padded")
-    (shard,) = plan(jsonl, TOKENIZER, settings).shards
+    (shard,) = tokenize_corpus(jsonl, TOKENIZER, settings).shards
     assert shard.input_ids.shape == (4, 32)
     assert [b.input_ids.shape for b in shard.batches(2)] == [(2, 3), (2, 6)]
 
 
 def test_a_batch_is_the_callers_own(jsonl: str) -> None:
-    (shard,) = plan(jsonl, TOKENIZER, Settings(sequence_length=4)).shards
+    (shard,) = tokenize_corpus(jsonl, TOKENIZER, Settings(sequence_length=4)).shards
     next(shard.batches(8)).input_ids[:] = 99
     assert not (shard.input_ids == 99).any()
 
 
 def test_skip_first_tokens_counts_per_row(jsonl: str) -> None:
-    planned = plan(jsonl, TOKENIZER, replace(SMALL, skip_first_tokens=1))
+    planned = tokenize_corpus(jsonl, TOKENIZER, replace(SMALL, skip_first_tokens=1))
     assert planned.num_tokens == 4 * 3
     observed = next(planned.shards[0].batches(2)).observed
     assert observed.tolist() == [[False, True, True, True]] * 2
@@ -189,7 +189,7 @@ def test_skip_first_tokens_counts_per_row(jsonl: str) -> None:
 )
 def test_eos_ends_a_document_once(tmp_path: Path, options: dict[str, Any], text: str, expected: list[int]) -> None:
     source = write_jsonl(tmp_path / "c.jsonl", [text, text])
-    planned = plan(source, word_tokenizer(**options), Settings(sequence_length=len(expected)))
+    planned = tokenize_corpus(source, word_tokenizer(**options), Settings(sequence_length=len(expected)))
     assert rows_of(planned) == [expected, expected]
 
 
@@ -214,21 +214,23 @@ def test_a_packed_row_has_the_special_tokens_of_a_text_around_it(
     options: dict[str, Any], length: int, expected: list[list[int]], tmp_path: Path
 ) -> None:
     source = write_jsonl(tmp_path / "c.jsonl", ["w0 w1 w2", "w3 w4", "w5 w6"])
-    assert rows_of(plan(source, word_tokenizer(**options), Settings(sequence_length=length))) == expected
+    assert rows_of(tokenize_corpus(source, word_tokenizer(**options), Settings(sequence_length=length))) == expected
 
 
 def test_row_start_none_cuts_documents_with_their_special_tokens(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "c.jsonl", ["w0 w1 w2", "w3 w4"])
     settings = Settings(sequence_length=4, row_start="none")
-    planned = plan(source, word_tokenizer(add="<bos> $A"), settings)
+    planned = tokenize_corpus(source, word_tokenizer(add="<bos> $A"), settings)
     assert rows_of(planned) == [[BOS, 4, 5, 6], [EOS, BOS, 7, 8]]
-    same = [plan(source, TOKENIZER, Settings(sequence_length=4, row_start=start)) for start in ("auto", "none")]
+    same = [
+        tokenize_corpus(source, TOKENIZER, Settings(sequence_length=4, row_start=start)) for start in ("auto", "none")
+    ]
     assert same[0].tokens_fingerprint == same[1].tokens_fingerprint  # of a tokenizer that adds nothing
 
 
 def test_rows_without_room_for_text_are_refused(jsonl: str) -> None:
     with pytest.raises(CorpusError) as caught:
-        plan(jsonl, word_tokenizer(add="<bos> $A"), Settings(sequence_length=1))
+        tokenize_corpus(jsonl, word_tokenizer(add="<bos> $A"), Settings(sequence_length=1))
     assert caught.value.message.startswith("`sequence_length` 1 leaves no room for text")
     assert caught.value.hint == "Make `sequence_length` 2 or more, or set `row_start` none."
 
@@ -242,21 +244,21 @@ def test_packed_rows_hold_every_token_of_the_text_once(
 ) -> None:
     source = write_jsonl(tmp_path_factory.mktemp("corpus") / "c.jsonl", ["w0 w1 w2 w3 w4 w5 w6 w7", *texts])
     stream = [token for row in packed_oracle(["w0 w1 w2 w3 w4 w5 w6 w7", *texts], 1) for token in row]
-    rows = rows_of(plan(source, word_tokenizer(add="<bos> $A"), Settings(sequence_length=length)))
+    rows = rows_of(tokenize_corpus(source, word_tokenizer(add="<bos> $A"), Settings(sequence_length=length)))
     assert {row[0] for row in rows} == {BOS} and {len(row) for row in rows} == {length}
     assert [token for row in rows for token in row[1:]] == stream[: len(stream) // (length - 1) * (length - 1)]
 
 
 def test_an_empty_document_is_an_eos_when_packed_and_nothing_when_padded(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "c.jsonl", ["w0", "", "w1"])
-    assert rows_of(plan(source, TOKENIZER, Settings(sequence_length=5))) == [[4, EOS, EOS, 5, EOS]]
-    padded = plan(source, TOKENIZER, Settings(sequence_length=5, layout="padded"))
+    assert rows_of(tokenize_corpus(source, TOKENIZER, Settings(sequence_length=5))) == [[4, EOS, EOS, 5, EOS]]
+    padded = tokenize_corpus(source, TOKENIZER, Settings(sequence_length=5, layout="padded"))
     assert rows_of(padded) == [[4], [5]]
 
 
 @pytest.mark.parametrize(("options", "pad"), [({}, PAD), ({"pad": False}, EOS), ({"pad": False, "eos": False}, 0)])
 def test_pad_id_falls_back_to_eos_then_zero(jsonl: str, options: dict[str, bool], pad: int) -> None:
-    (shard,) = plan(jsonl, word_tokenizer(**options), Settings(sequence_length=3, layout="padded")).shards
+    (shard,) = tokenize_corpus(jsonl, word_tokenizer(**options), Settings(sequence_length=3, layout="padded")).shards
     assert shard.input_ids[1].tolist() == [7, pad, pad]
 
 
@@ -264,7 +266,7 @@ def test_content_hash_ignores_padding_and_sees_tokens_lengths_and_skip(jsonl: st
     padded = Settings(sequence_length=8, layout="padded")
 
     def hash_of(source: str, settings: Settings = padded, **options: bool) -> str:
-        return plan(source, word_tokenizer(**options), settings).shards[0].content_hash
+        return tokenize_corpus(source, word_tokenizer(**options), settings).shards[0].content_hash
 
     assert hash_of(jsonl) == hash_of(jsonl, pad=False)
     assert len(hash_of(jsonl)) == 64
@@ -285,13 +287,16 @@ def signature(planned: CorpusPlan) -> tuple[Any, ...]:
 
 def test_plans_are_deterministic_and_independent_of_grouping(jsonl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     limited = replace(SMALL, max_sequences=2)
-    whole, part = signature(plan(jsonl, TOKENIZER, SMALL)), signature(plan(jsonl, TOKENIZER, limited))
-    assert signature(plan(jsonl, TOKENIZER, SMALL)) == whole
+    whole, part = (
+        signature(tokenize_corpus(jsonl, TOKENIZER, SMALL)),
+        signature(tokenize_corpus(jsonl, TOKENIZER, limited)),
+    )
+    assert signature(tokenize_corpus(jsonl, TOKENIZER, SMALL)) == whole
     for documents_, characters in [(1, 1 << 20), (2, 1 << 20), (64, 1), (64, 9)]:
         monkeypatch.setattr(tokens, "GROUP_DOCUMENTS", documents_)
         monkeypatch.setattr(tokens, "GROUP_CHARACTERS", characters)
-        assert signature(plan(jsonl, TOKENIZER, SMALL)) == whole
-        assert signature(plan(jsonl, TOKENIZER, limited)) == part
+        assert signature(tokenize_corpus(jsonl, TOKENIZER, SMALL)) == whole
+        assert signature(tokenize_corpus(jsonl, TOKENIZER, limited)) == part
 
 
 def test_a_small_plan_has_few_documents_tokenized(tmp_path: Path) -> None:
@@ -307,27 +312,27 @@ def test_a_small_plan_has_few_documents_tokenized(tmp_path: Path) -> None:
                 given.append(len(text))
             return TOKENIZER(text, **options)
 
-    plan(source, Watched(), replace(SMALL, max_sequences=1))
+    tokenize_corpus(source, Watched(), replace(SMALL, max_sequences=1))
     assert sum(given) <= 4
     given.clear()
-    plan(source, Watched(), replace(SMALL, max_sequences=None))
+    tokenize_corpus(source, Watched(), replace(SMALL, max_sequences=None))
     assert sum(given) == 500 and max(given) == tokens.GROUP_DOCUMENTS
 
 
 def test_a_tokenizer_left_truncating_and_padding_does_not_matter(jsonl: str) -> None:
     configured = word_tokenizer()
     configured(["w0 w1 w2"], truncation=True, max_length=2, padding="max_length")
-    assert signature(plan(jsonl, configured, SMALL)) == signature(plan(jsonl, TOKENIZER, SMALL))
+    assert signature(tokenize_corpus(jsonl, configured, SMALL)) == signature(tokenize_corpus(jsonl, TOKENIZER, SMALL))
 
 
 def test_no_warning_about_long_sequences(jsonl: str, caplog: pytest.LogCaptureFixture) -> None:
-    plan(jsonl, word_tokenizer(), SMALL)  # its model_max_length is 4
+    tokenize_corpus(jsonl, word_tokenizer(), SMALL)  # its model_max_length is 4
     assert not caplog.records
 
 
 def test_progress_tells_the_sequences_so_far(jsonl: str) -> None:
     told: list[int] = []
-    plan(jsonl, TOKENIZER, replace(SMALL, max_sequences=3), progress=told.append)
+    tokenize_corpus(jsonl, TOKENIZER, replace(SMALL, max_sequences=3), progress=told.append)
     assert told == [2, 3]
 
 
@@ -466,7 +471,7 @@ def test_no_tokenizer_gets_more_than_a_piece(
     """Of 16 MB at once, it takes over 2 GB of memory. Documents no longer than a piece are given whole."""
     texts = ["w0 w1", " ".join(WORDS * 4), "w2 w3 w4 w5", "w6"]
     settings = replace(SMALL, layout=layout)
-    whole = signature(plan(write(tmp_path / f"c.{write.__name__[6:]}", texts), TOKENIZER, settings))
+    whole = signature(tokenize_corpus(write(tmp_path / f"c.{write.__name__[6:]}", texts), TOKENIZER, settings))
     given: list[str] = []
 
     class Watched:
@@ -478,7 +483,7 @@ def test_no_tokenizer_gets_more_than_a_piece(
 
     monkeypatch.setattr(tokens, "PIECE_CHARACTERS", 11)
     monkeypatch.setattr(tokens, "GROUP_CHARACTERS", 8)
-    assert signature(plan(str(next(tmp_path.iterdir())), Watched(), settings)) == whole
+    assert signature(tokenize_corpus(str(next(tmp_path.iterdir())), Watched(), settings)) == whole
     assert max(map(len, given)) <= 11 + len(" w10") and {"w0 w1", "w2 w3 w4 w5", "w6"} <= set(given)
 
 
@@ -506,7 +511,7 @@ def test_builtin_pydoc() -> None:
     assert len(texts) > 50 and all(texts)
     assert texts == list(documents("builtin:pydoc"))
     assert corpus_fingerprint("builtin:pydoc") == corpus_fingerprint("builtin:pydoc")
-    assert plan("builtin:pydoc", TOKENIZER, Settings(max_sequences=3)).num_sequences == 3
+    assert tokenize_corpus("builtin:pydoc", TOKENIZER, Settings(max_sequences=3)).num_sequences == 3
 
 
 @pytest.fixture
@@ -522,7 +527,7 @@ def hub(tmp_path: Path) -> str:
 def test_hf_streams_a_dataset(hub: str) -> None:
     assert list(documents(f"hf:{hub}")) == TEXTS
     assert list(documents(f"hf:{hub}::test")) == list(documents(f"hf:{hub}:default:test:text")) == ["t1", "t2"]
-    assert rows_of(plan(f"hf:{hub}", TOKENIZER, SMALL)) == packed_oracle(TEXTS, 4)
+    assert rows_of(tokenize_corpus(f"hf:{hub}", TOKENIZER, SMALL)) == packed_oracle(TEXTS, 4)
 
 
 def test_hf_fingerprint_follows_content_and_split(hub: str) -> None:
@@ -578,7 +583,10 @@ def test_fingerprint_knows_where_files_end(tmp_path: Path) -> None:
 
 
 def test_fingerprints_and_limits(jsonl: str) -> None:
-    whole, part = plan(jsonl, TOKENIZER, SMALL), plan(jsonl, TOKENIZER, replace(SMALL, max_sequences=2))
+    whole, part = (
+        tokenize_corpus(jsonl, TOKENIZER, SMALL),
+        tokenize_corpus(jsonl, TOKENIZER, replace(SMALL, max_sequences=2)),
+    )
     assert whole.corpus_fingerprint == part.corpus_fingerprint == corpus_fingerprint(jsonl)
     assert whole.tokens_fingerprint != part.tokens_fingerprint
     assert whole.shards[0].content_hash == part.shards[0].content_hash
@@ -627,9 +635,9 @@ def test_a_bad_tail_is_not_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     write_jsonl(path, TEXTS)
     with path.open("a") as file:
         file.write("{broken\n")
-    planned = plan(str(path), TOKENIZER, replace(SMALL, max_sequences=4))
+    planned = tokenize_corpus(str(path), TOKENIZER, replace(SMALL, max_sequences=4))
     assert rows_of(planned) == packed_oracle(TEXTS, 4)
-    fails(lambda: plan(str(path), TOKENIZER, replace(SMALL, max_sequences=5)), f"{path}, line 5 is not JSON")
+    fails(lambda: tokenize_corpus(str(path), TOKENIZER, replace(SMALL, max_sequences=5)), f"{path}, line 5 is not JSON")
 
 
 def test_reading_stops_when_there_are_rows_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -642,7 +650,7 @@ def test_reading_stops_when_there_are_rows_enough(monkeypatch: pytest.MonkeyPatc
             yield "w0 w1 w2"
 
     monkeypatch.setattr(corpus, "open_source", lambda _: Source(endless, lambda: "f"))
-    planned = plan("endless.txt", TOKENIZER, Settings(sequence_length=8, max_sequences=100))
+    planned = tokenize_corpus("endless.txt", TOKENIZER, Settings(sequence_length=8, max_sequences=100))
     assert planned.num_sequences == 100
     assert read <= 200 + tokens.GROUP_DOCUMENTS
 
@@ -731,7 +739,7 @@ def test_bad_parquet(tmp_path: Path) -> None:
 )
 def test_unknown_sources(source: str, parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for call in (documents, corpus_fingerprint, lambda s: plan(s, TOKENIZER, SMALL)):
+    for call in (documents, corpus_fingerprint, lambda s: tokenize_corpus(s, TOKENIZER, SMALL)):
         fails(lambda call=call: call(source), *parts)  # type: ignore[misc]
 
 
@@ -757,9 +765,17 @@ def test_a_forbidden_file(jsonl: str) -> None:
 def test_too_little_text(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "c.jsonl", ["w0 w1", "w2"])
     message = f"{source} is 5 tokens long, too short for one sequence of 6."
-    fails(lambda: plan(source, TOKENIZER, Settings(sequence_length=6)), message, "smaller `sequence_length`", "padded")
+    fails(
+        lambda: tokenize_corpus(source, TOKENIZER, Settings(sequence_length=6)),
+        message,
+        "smaller `sequence_length`",
+        "padded",
+    )
     settings = Settings(sequence_length=6, layout="padded", skip_first_tokens=2)
-    fails(lambda: plan(source, TOKENIZER, settings), f"No document of {source} is longer than `skip_first_tokens`, 2")
+    fails(
+        lambda: tokenize_corpus(source, TOKENIZER, settings),
+        f"No document of {source} is longer than `skip_first_tokens`, 2",
+    )
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
@@ -767,12 +783,14 @@ def test_too_little_text(tmp_path: Path) -> None:
 def test_no_text(tmp_path: Path, texts: list[str], layout: str) -> None:
     source = write_jsonl(tmp_path / "c.jsonl", texts)
     settings = Settings(sequence_length=1, layout=layout)
-    fails(lambda: plan(source, TOKENIZER, settings), f"{source} holds no text (documents read: {len(texts)}).")
+    fails(
+        lambda: tokenize_corpus(source, TOKENIZER, settings), f"{source} holds no text (documents read: {len(texts)})."
+    )
 
 
 def test_an_empty_text_file(tmp_path: Path) -> None:
     (tmp_path / "c.txt").touch()
-    fails(lambda: plan(f"{tmp_path}/c.txt", TOKENIZER, SMALL), "holds no text (documents read: 0).")
+    fails(lambda: tokenize_corpus(f"{tmp_path}/c.txt", TOKENIZER, SMALL), "holds no text (documents read: 0).")
 
 
 def test_a_shard_of_rows_within_the_skip_counts_nothing() -> None:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from avss_dist.corpus import overlap
 from avss_dist.corpus.overlap import PASSAGE, SHORTEST, shared_text
-from avss_dist.corpus.shards import Shard, plan
+from avss_dist.corpus.shards import Shard, tokenize_corpus
 from avss_dist.settings import Settings
 
 LICENSE = (
@@ -40,7 +40,7 @@ def shards(tokenizer: Any, tmp_path: Path) -> Callable[..., Sequence[Shard]]:
         lines = [text] if isinstance(text, str) else [json.dumps({"text": document}) + "\n" for document in text]
         file.write_bytes("".join(lines).encode())
         settings = Settings(**{"sequence_length": 16, "sequences_per_shard": 5, **options})
-        return plan(str(file), tokenizer, settings).shards
+        return tokenize_corpus(str(file), tokenizer, settings).shards
 
     return read
 

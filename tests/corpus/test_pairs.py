@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from corpus.test_corpus import TOKENIZER, word_ids
 
-from avss_dist.corpus.shards import plan
+from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.corpus.sources import documents
 from avss_dist.errors import CorpusError
-from avss_dist.settings import AFTER_ANOTHER, Settings
+from avss_dist.names import AFTER_ANOTHER
+from avss_dist.settings import Settings
 
 SMALL = Settings(sequence_length=8, sequences_per_shard=3)
 LINES = [
@@ -34,7 +35,7 @@ def write(path: Path, lines: Sequence[Any]) -> str:
 
 def test_rows_are_prompts_and_answers_of_which_the_answers_count(tmp_path: Path) -> None:
     source = write(tmp_path / "p.jsonl", LINES)
-    made = plan(source, TOKENIZER, SMALL)
+    made = tokenize_corpus(source, TOKENIZER, SMALL)
     assert list(documents(source))[:2] == ["w0 w1 w2", "w3 w4 w5"]
     first, second = made.shards
     assert first.pairing is not None and second.pairing is not None
@@ -57,20 +58,25 @@ def test_pairs_of_a_table_are_those_of_lines(tmp_path: Path) -> None:
         table = csv.DictWriter(file, ["label", "a", "q"])
         table.writeheader()
         table.writerows(LINES)
-    prints = [plan(source, TOKENIZER, SMALL).tokens_fingerprint for source in (lines, f"{tmp_path}/p.csv:q+a")]
+    prints = [
+        tokenize_corpus(source, TOKENIZER, SMALL).tokens_fingerprint for source in (lines, f"{tmp_path}/p.csv:q+a")
+    ]
     assert prints[0] == prints[1]
 
 
 def test_labels_are_part_of_the_fingerprint(tmp_path: Path) -> None:
     other = [{**line, "label": {"good": "bad", "bad": "good"}[line["label"]]} for line in LINES]
-    prints = [plan(write(tmp_path / "p.jsonl", lines), TOKENIZER, SMALL).tokens_fingerprint for lines in (LINES, other)]
+    prints = [
+        tokenize_corpus(write(tmp_path / "p.jsonl", lines), TOKENIZER, SMALL).tokens_fingerprint
+        for lines in (LINES, other)
+    ]
     assert prints[0] != prints[1]
 
 
 def test_whole_pairs_are_read_up_to_the_most_rows(tmp_path: Path) -> None:
     lines = [{"q": f"w{i}", "a": "w1", "label": label} for i in range(9) for label in "ab"]
     source = write(tmp_path / "p.jsonl", lines)
-    made = plan(source, TOKENIZER, Settings(sequence_length=8, max_sequences=15))
+    made = tokenize_corpus(source, TOKENIZER, Settings(sequence_length=8, max_sequences=15))
     assert made.num_sequences == 12
     for shard in made.shards:
         assert shard.pairing is not None
@@ -119,6 +125,6 @@ def test_a_mistake_in_a_file(
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "p.jsonl", lines)
     with pytest.raises(CorpusError) as caught:
-        plan("p.jsonl:q+a", TOKENIZER, SMALL)
+        tokenize_corpus("p.jsonl:q+a", TOKENIZER, SMALL)
     assert caught.value.message.replace(f"{tmp_path}/", "") == message
     assert caught.value.hint

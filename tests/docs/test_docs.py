@@ -1,4 +1,4 @@
-"""The documentation is true: links lead somewhere, commands and options exist, queries run, named code is there."""
+"""Links, commands, options, queries and code names in the documentation are valid."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -69,16 +69,37 @@ def test_every_option_in_a_sentence_exists(page: Path) -> None:
 
 @pytest.mark.parametrize("command", OPTIONS)
 def test_every_command_is_documented(command: str) -> None:
-    assert re.search(rf"^\| `avss {command}` \|", read(DOCS / "cli.md"), re.MULTILINE)
+    assert re.search(rf"^\| `avss {command}` \|", read(DOCS / "reference" / "commands.md"), re.MULTILINE)
 
 
 def test_every_option_is_documented() -> None:
-    assert reference_markdown() in read(DOCS / "cli.md")
+    assert reference_markdown() in read(DOCS / "reference" / "options.md")
 
 
 def test_every_page_is_in_the_index() -> None:
-    linked = set(re.findall(r"\]\((\w[\w-]*\.md)\)", read(DOCS / "index.md")))
-    assert linked == {page.name for page in DOCS.glob("*.md")} - {"index.md"}
+    linked = set(re.findall(r"\]\(([\w/-]+\.md)\)", read(DOCS / "index.md")))
+    assert linked == {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")} - {"index.md"}
+
+
+def test_every_page_that_the_sources_name_is_there() -> None:
+    sources = [path for folder in ("avss_dist", "cluster", "jobs", "tests") for path in (ROOT / folder).rglob("*.*")]
+    texts = [read(path) for path in sources if path.suffix in (".ipynb", ".md", ".py", ".sh", ".yaml")]
+    named = {name for text in texts for name in re.findall(r"(?<![\w.])(?:avss_dist/)?docs/([\w/-]+\.md)", text)}
+    named |= {f"{name}.md" for text in texts for name in re.findall(r"""docs_page\(["']([\w/-]+)["']\)""", text)}
+    assert "reference/job-files.md" in named
+    assert not [name for name in sorted(named) if not (DOCS / name).is_file()]
+
+
+def test_every_page_is_of_one_kind() -> None:
+    folders = {page.parent.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
+    assert folders == {".", "guides", "reference", "explanations", "results"}
+    assert {page.name for page in DOCS.glob("*.md")} == {"index.md", "architecture.md"}
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "results").glob("*.md")), ids=lambda page: page.stem)
+def test_results_name_the_machine_the_date_and_the_command(page: Path) -> None:
+    for fact in ("machines?", "date", "command"):
+        assert re.search(rf"^\| {fact} \| .", read(page), re.MULTILINE), fact
 
 
 @each_page

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +20,17 @@ from support.pairs import write_pairs
 
 import avss_dist.estimation.benchmark
 import avss_dist.estimation.estimate
+import avss_dist.partition.cost
 from avss_dist.errors import AvssError, ConfigError, CorpusError, ModelError, RunFailed
-from avss_dist.estimation.benchmark import Calibration, Cost
-from avss_dist.estimation.estimate import SIMPLEST_FIRST, Arithmetic, Estimate, Machine, Row, estimate
+from avss_dist.estimation.estimate import Estimate, Row, estimate, partition_costs, row
 from avss_dist.estimation.small_models import shortened
 from avss_dist.measure.shard import counter_bytes
 from avss_dist.models.size import footprint
 from avss_dist.partition.choose import choose, least_host_bytes
+from avss_dist.partition.cost import Calibration, Cost, Machine
+from avss_dist.registry import PARTITIONS
 from avss_dist.report.terminal.estimate import describe_seconds, estimate_table, summary
+from avss_dist.requests import EstimateRequest
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices
 
@@ -46,15 +49,21 @@ def header_only(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
+def estimated(model: str, corpus: str, settings: Settings, max_memory: Mapping[str, Any] | None = None) -> Estimate:
+    """The estimate of a run with settings."""
+    taken = {name: value for name, value in settings.as_dict().items() if name in EstimateRequest.shared}
+    return estimate(EstimateRequest(model, corpus=corpus, max_memory=max_memory or {}, **taken))
+
+
 @pytest.fixture(scope="module")
 def guess(header_only: Path) -> Estimate:
-    return estimate(str(header_only), "builtin:pydoc", SETTINGS)
+    return estimated(str(header_only), "builtin:pydoc", SETTINGS)
 
 
 def test_no_weight_is_read(guess: Estimate) -> None:
     """`guess` is of a checkpoint that has none."""
     assert guess.num_parameters == sum(p.numel() for p in llama().parameters())
-    assert [row.partition for row in guess.rows] == list(SIMPLEST_FIRST)
+    assert [row.partition for row in guess.rows] == list(PARTITIONS)
     assert [row.ranks for row in guess.rows] == [1, 1, 1, 2, 2]
 
 
@@ -98,14 +107,14 @@ import sys, json, resource
 import avss_dist.runs.api
 from avss_dist.models.checkpoints import resolve
 from avss_dist.settings import Settings
-from avss_dist.corpus.shards import plan
+from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.partition.base import Placement
 from avss_dist.partition.open import open_replica
 from avss_dist.measure.shard import analyze_shard
 folder, partition, settings = sys.argv[1], sys.argv[2], Settings(**json.loads(sys.argv[3]))
 checkpoint = resolve(folder)
-shards = plan("builtin:pydoc", load_tokenizer(checkpoint), settings).shards
+shards = tokenize_corpus("builtin:pydoc", load_tokenizer(checkpoint), settings).shards
 replica = open_replica(checkpoint, settings, Placement(partition=partition))
 print(max(analyze_shard(replica, shard, settings).peak_memory_bytes for shard in shards))
 """
@@ -120,14 +129,14 @@ def test_peak_memory_is_within_15_percent(tmp_path: Path, save_checkpoint: Save)
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16}
     folder = save_checkpoint(llama(**sizes, num_key_value_heads=4, max_position_embeddings=256), tmp_path / "model")
     settings = Settings(max_sequences=4, sequence_length=128, batch_size=4, device="cpu")
-    guess = estimate(str(folder), "builtin:pydoc", settings)
+    guess = estimated(str(folder), "builtin:pydoc", settings)
     assert guess.weight_bytes > 300e6
-    for row in (row for row in guess.rows if row.partition in ("single", "streaming")):
-        command = [sys.executable, "-c", MEASURE, str(folder), row.partition, json.dumps(settings.as_dict())]
+    for found in (found for found in guess.rows if found.partition in ("single", "streaming")):
+        command = [sys.executable, "-c", MEASURE, str(folder), found.partition, json.dumps(settings.as_dict())]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peak = int(done.stdout.split()[-1])
-        mapped = guess.weight_bytes if row.partition != "streaming" else 0
-        assert 0.85 * (peak - mapped) <= row.device_bytes <= 1.15 * peak, row.partition
+        mapped = guess.weight_bytes if found.partition != "streaming" else 0
+        assert 0.85 * (peak - mapped) <= found.device_bytes <= 1.15 * peak, found.partition
 
 
 CALIBRATION = Calibration(
@@ -167,9 +176,10 @@ def rows(
     settings = replace(SETTINGS, dtype="float32", device=machine.device)
     size = replace(footprint(str(folder), settings), **sizes)  # type: ignore[arg-type]
     execution = execution or Execution()
-    placed = avss_dist.estimation.estimate._spread(str(folder), size, settings, execution, machine)
-    made = Arithmetic(size, settings, execution, machine, calibration, placed)
-    return {name: made.row(name) for name in SIMPLEST_FIRST}
+    counters = counter_bytes(size, settings, calibration.num_strata)
+    request = EstimateRequest(folder, corpus="builtin:pydoc", ranks=execution.ranks, max_memory=execution.max_memory)
+    costs = partition_costs(str(folder), size, settings, machine, request)
+    return {cost.partition: row(cost, cost.usage(calibration, counters)) for cost in costs}
 
 
 def test_seconds_are_layers_and_the_rest_of_every_shard(tiny_llama: Path) -> None:
@@ -251,21 +261,21 @@ def test_the_simplest_that_is_about_as_fast_as_the_fastest_is_the_best(guess: Es
 
 
 def test_free_memory_is_looked_up(header_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(avss_dist.estimation.estimate, "available_memory", lambda: 50_000_000)
+    monkeypatch.setattr(avss_dist.partition.cost, "available_memory", lambda: 50_000_000)
     monkeypatch.setattr(avss_dist.estimation.estimate, "calibrate", lambda *_: CALIBRATION)
-    found = estimate(str(header_only), "builtin:pydoc", SETTINGS)
+    found = estimated(str(header_only), "builtin:pydoc", SETTINGS)
     assert found.host_free_bytes == 50_000_000 and found.best is None
 
 
 def test_no_more_than_allowed_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(avss_dist.estimation.estimate, "available_memory", lambda: 50_000_000)
+    monkeypatch.setattr(avss_dist.partition.cost, "available_memory", lambda: 50_000_000)
     assert Machine.look("cpu", {"cpu": 20_000_000}) == Machine("cpu", 0, 20_000_000, 20_000_000)
     assert Machine.look("cpu", {"cpu": 90_000_000, "0": 1}).host_free == 50_000_000
 
 
 def test_a_limit_that_no_process_keeps_fits_nothing(header_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(avss_dist.estimation.estimate, "calibrate", lambda *_: CALIBRATION)
-    found = estimate(str(header_only), "builtin:pydoc", SETTINGS, Execution(max_memory={"cpu": "20MB"}))
+    found = estimated(str(header_only), "builtin:pydoc", SETTINGS, {"cpu": "20MB"})
     assert found.host_free_bytes == 20_000_000 and found.best is None
 
 
@@ -285,8 +295,8 @@ def test_what_fits_a_limit_is_what_a_run_accepts(tiny_llama: Path) -> None:
         least = least_host_bytes(partition, size, SETTINGS, "cpu")
         for limit, fits in ((least, True), (least - 1, False)):
             execution = Execution(partition=partition, max_memory={"cpu": limit})
-            row = rows(tiny_llama, Machine("cpu", 0, limit, limit), execution)[partition]
-            assert (row.fits, "of host memory" in row.why) == (fits, not fits)
+            found = rows(tiny_llama, Machine("cpu", 0, limit, limit), execution)[partition]
+            assert (found.fits, "of host memory" in found.why) == (fits, not fits)
             with nullcontext() if fits else pytest.raises(ConfigError, match="`max_memory` allows"):
                 choose(size, SETTINGS, execution, devices)
     least = least_host_bytes("single", size, SETTINGS, "cpu")
@@ -299,7 +309,7 @@ def test_what_fits_a_limit_is_what_a_run_accepts(tiny_llama: Path) -> None:
 def test_a_benchmark_that_is_killed_is_an_error(header_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(avss_dist.estimation.benchmark, "_be_like_a_run", _end_at_once)
     with pytest.raises(RunFailed, match="ended without a result"):
-        estimate(str(header_only), "builtin:pydoc", SETTINGS)
+        estimated(str(header_only), "builtin:pydoc", SETTINGS)
 
 
 def _end_at_once() -> None:
@@ -317,7 +327,7 @@ def test_a_short_model_keeps_what_belongs_to_its_layers() -> None:
 
 def test_mistakes_of_the_plan_come_from_another_process_as_what_they_are(header_only: Path) -> None:
     with pytest.raises(CorpusError, match=r"nowhere\.txt"):
-        estimate(str(header_only), "nowhere.txt", SETTINGS)
+        estimated(str(header_only), "nowhere.txt", SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -339,13 +349,13 @@ def test_mistakes_are_told(
     benchmark_in_this_process: None,
 ) -> None:
     with pytest.raises(error, match=said):
-        estimate(model or str(header_only), corpus, settings)
+        estimated(model or str(header_only), corpus, settings)
 
 
 def test_a_checkpoint_without_a_tokenizer(tmp_path: Path, benchmark_in_this_process: None) -> None:
     llama().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="has no tokenizer"):
-        estimate(str(tmp_path), "builtin:pydoc", SETTINGS)
+        estimated(str(tmp_path), "builtin:pydoc", SETTINGS)
 
 
 def test_counters_are_of_every_stratum(tiny_llama: Path) -> None:
@@ -363,5 +373,5 @@ def test_other_families(family: str, tmp_path: Path, save_checkpoint: Save, benc
     model.resize_token_embeddings(VOCABULARY)
     corpus = write_pairs(tmp_path, 4) if family == "mixtral" else "builtin:pydoc"
     settings = replace(SETTINGS, sequence_length=48, max_sequences=12)
-    found = estimate(str(save_checkpoint(model, tmp_path / family)), corpus, settings)
+    found = estimated(str(save_checkpoint(model, tmp_path / family)), corpus, settings)
     assert found.num_layers == 3 and all(row.seconds > 0 for row in found.rows)

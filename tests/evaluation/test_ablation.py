@@ -26,6 +26,7 @@ from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.engine import plan_text
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.evaluation.outcomes import Ablation
+from avss_dist.intervention import NO_INTERVENTION
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.skipping import recording, representatives, resuming
 from avss_dist.report.terminal.ablation import ablation_table
@@ -80,7 +81,7 @@ def text_shards(model: LanguageModel) -> tuple[Shard, ...]:
 
 
 def same_rows(found: list[Row], expected: list[Row], drops: list[tuple[int, ...]]) -> None:
-    assert [row.drop for row in found] == drops
+    assert [row.removed for row in found] == drops
     for one, other in zip(found, expected, strict=True):
         assert (one.metric, one.layer) == (other.metric, other.layer)
         assert np.array_equal(one.samples, other.samples)
@@ -91,13 +92,13 @@ def same_rows(found: list[Row], expected: list[Row], drops: list[tuple[int, ...]
 def test_each_loss_is_that_of_the_plan(name: str, save_checkpoint: Save, tmp_path: Path) -> None:
     model, shard = family(name, save_checkpoint, tmp_path), random_shard()
     try:
-        expected = [TextLoss(shard)(model, drop)[0] for drop in ((), (0,), (1,), (2,))]
+        expected = [TextLoss(shard)(model, NO_INTERVENTION.without(*drop))[0] for drop in ((), (0,), (1,), (2,))]
     except Exception as error:  # a family that cannot be run without a layer
         with pytest.raises(type(error)):
-            LeaveOneOut(shard)(model, ())
+            LeaveOneOut(shard)(model)
         assert name in NOT_RESUMED
         return
-    same_rows(LeaveOneOut(shard)(model, ()), expected, [(), (0,), (1,), (2,)])
+    same_rows(LeaveOneOut(shard)(model), expected, [(), (0,), (1,), (2,)])
     assert model.resumes == (name in RESUMED)
     assert not math.isclose(expected[0].samples[0], expected[1].samples[0], rel_tol=1e-9)
 
@@ -105,16 +106,16 @@ def test_each_loss_is_that_of_the_plan(name: str, save_checkpoint: Save, tmp_pat
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_resumes_too(dtype: str, tiny_llama: Path) -> None:
     model, shard = opened(tiny_llama, dtype=dtype), random_shard()
-    expected = [TextLoss(shard)(model, drop)[0] for drop in ((), (0,), (1,), (2,))]
-    same_rows(LeaveOneOut(shard)(model, ()), expected, [(), (0,), (1,), (2,)])
+    expected = [TextLoss(shard)(model, NO_INTERVENTION.without(*drop))[0] for drop in ((), (0,), (1,), (2,))]
+    same_rows(LeaveOneOut(shard)(model), expected, [(), (0,), (1,), (2,)])
     assert model.resumes
 
 
 def test_one_more_layer_left_out(four_layers: Path) -> None:
     model, shard = opened(four_layers), random_shard()
     drops = [(1,), (0, 1), (1, 2), (1, 3)]
-    expected = [TextLoss(shard)(model, drop)[0] for drop in drops]
-    same_rows(LeaveOneOut(shard)(model, (1,)), expected, drops)
+    expected = [TextLoss(shard)(model, NO_INTERVENTION.without(*drop))[0] for drop in drops]
+    same_rows(LeaveOneOut(shard)(model, NO_INTERVENTION.without(1)), expected, drops)
 
 
 def test_half_of_the_layers_run(four_layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +128,7 @@ def test_half_of_the_layers_run(four_layers: Path, monkeypatch: pytest.MonkeyPat
         return own(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model.layers[0].module), "forward", counted)
-    LeaveOneOut(shard)(model, ())
+    LeaveOneOut(shard)(model)
     assert len(calls) == 4 + 3 + 2 + 1  # the whole model, and what follows each layer
 
 
@@ -144,8 +145,8 @@ def test_a_family_that_hands_more_than_hidden_states_on_falls_back(tiny_llama: P
         return output + left.pop(0, 0.5) if layer == 2 else output
 
     monkeypatch.setattr(kind, "forward", shares)
-    expected = [TextLoss(shard)(model, drop)[0] for drop in ((), (0,), (1,), (2,))]
-    same_rows(LeaveOneOut(shard)(model, ()), expected, [(), (0,), (1,), (2,)])
+    expected = [TextLoss(shard)(model, NO_INTERVENTION.without(*drop))[0] for drop in ((), (0,), (1,), (2,))]
+    same_rows(LeaveOneOut(shard)(model), expected, [(), (0,), (1,), (2,)])
     assert not model.resumes
 
 
@@ -173,8 +174,8 @@ def test_a_layer_may_change_its_input(tiny_llama: Path, monkeypatch: pytest.Monk
         return hidden_states.add_(own(self, hidden_states, *args, **kwargs))
 
     monkeypatch.setattr(kind, "forward", in_place)
-    expected = [TextLoss(shard)(model, drop)[0] for drop in ((), (0,), (1,), (2,))]
-    same_rows(LeaveOneOut(shard)(model, ()), expected, [(), (0,), (1,), (2,)])
+    expected = [TextLoss(shard)(model, NO_INTERVENTION.without(*drop))[0] for drop in ((), (0,), (1,), (2,))]
+    same_rows(LeaveOneOut(shard)(model), expected, [(), (0,), (1,), (2,)])
     assert model.resumes
 
 
@@ -245,7 +246,7 @@ def test_a_permutation_stops_where_the_model_only_guesses(trained: Path) -> None
     model = opened(trained)
     (shard,) = text_shards(model)
     seeds = (0, 1, 2)
-    full, cut = (Shapley(shards=(shard,), seeds=seeds, truncation=t)(model, ()) for t in (False, True))
+    full, cut = (Shapley(shards=(shard,), seeds=seeds, truncation=t)(model) for t in (False, True))
     assert [(row.metric, row.layer) for row in cut[4:]] == [(SHARED, layer) for layer in range(4)]
     losses, _ = enumerated(model, shard)
     bound, empty = math.log(model.module.config.vocab_size), losses[frozenset(range(4))]
@@ -286,7 +287,7 @@ def test_values_of_a_model_that_only_guesses_are_those_of_all_permutations(
 
     with monkeypatch.context() as patch:
         patch.setattr(np.random, "default_rng", Ordered)
-        rows = Shapley(shards=(shard,), seeds=tuple(range(6)))(model, ())
+        rows = Shapley(shards=(shard,), seeds=tuple(range(6)))(model)
     found = [row.samples.mean() for row in rows if row.metric == SHAPLEY]
     assert found == pytest.approx(values, abs=1e-12) and min(map(abs, values)) > 1e-6
     assert sum(found) == pytest.approx(losses[frozenset(range(3))] - losses[frozenset()], abs=1e-12)
@@ -327,14 +328,14 @@ def test_resumed_or_not_the_contributions_are_the_same(four_layers: Path, monkey
 
     monkeypatch.setattr(type(model.layers[0].module), "forward", counted)
     measure = Shapley(shards=(random_shard(), random_shard(rows=3)), seeds=(0, 1, 2), truncation=False)
-    resumed, ran = measure(model, ()), len(calls)
+    resumed, ran = measure(model), len(calls)
     calls.clear()
     monkeypatch.setattr(ablation, "MOST_KEPT", 0)
-    for one, other in zip(resumed, measure(model, ()), strict=True):
+    for one, other in zip(resumed, measure(model), strict=True):
         assert one.layer == other.layer
         assert np.array_equal(one.samples, other.samples)
     assert ran < 0.7 * len(calls)
-    (without, *_) = measure(model, (0,))
+    (without, *_) = measure(model, NO_INTERVENTION.without(0))
     assert without.layer == 1
 
 
@@ -353,7 +354,7 @@ def test_the_ablation_and_an_evaluated_plan_agree(tiny_llama: Path, tmp_path: Pa
         (evaluated,) = evaluate(
             [str(plan)], tasks=[f"perplexity:{TEXT}"], warehouse=warehouse, skip_sequences=6, **SMALL
         )
-        (dropped,) = evaluated.subject.drop
+        (dropped,) = evaluated.subject.intervention.removed
         values = {
             "loss": [layer.increase for layer in found.layers],
             "shapley": [layer.shapley for layer in found.layers],
@@ -468,12 +469,12 @@ def test_numbers_that_cannot_be_had_are_shown(tiny_llama: Path, tmp_path: Path) 
     assert found.table().to_pylist()[0]["shapley_low"] is None
 
 
-def test_score_takes_gradients_of_the_same_text(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_plan_is_made_by_gradients(tiny_llama: Path, tmp_path: Path) -> None:
     warehouse, plan = tmp_path / "w", tmp_path / "plan.yaml"
     sizes = ("--max-sequences", 4, "--sequence-length", 32)
-    done = avss("score", tiny_llama, "--corpus", TEXT, "-w", warehouse, *sizes, "--gradients")
-    assert done.exit_code == 0, done.stderr
-    assert "gradients of 3 layers" in done.stdout
+    for command in (("score",), ("ablate", "--no-leave-one-out", "--gradients")):
+        done = avss(*command, tiny_llama, "--corpus", TEXT, "-w", warehouse, *sizes)
+        assert done.exit_code == 0, done.stderr
     rows = Warehouse(warehouse).table("evaluations").to_pylist()
     assert {row["metric"] for row in rows} == {"taylor", "gradient_l1", "gradient_l2", "weight_frobenius"}
     assert {row["num_samples"] for row in rows if row["metric"] == "taylor"} == {4}

@@ -34,7 +34,7 @@ def test_the_loss_is_that_of_transformers(tiny_llama: Path) -> None:
     checkpoint = resolve(str(tiny_llama))
     model = open_whole(checkpoint, settings)
     for shard in plan_text(checkpoint, "builtin:pydoc", settings).shards:
-        (row,) = TextLoss(shard)(model, ())
+        (row,) = TextLoss(shard)(model)
         ids = torch.from_numpy(shard.input_ids).long()
         for sample, weight, one in zip(row.samples, row.weights, ids, strict=True):
             with torch.no_grad():
@@ -184,11 +184,9 @@ def test_partitions_refuse_what_they_would_not_honour(
     assert files(tmp_path) == {}
 
 
-def test_gradients_are_refused_before_anything_is_scored(tmp_path: Path) -> None:
+def test_gradients_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
     """Of the partition that has none."""
     given = ("--corpus", "builtin:pydoc", "--partition", "tensor_parallel", "--ranks", 2, "--executor", "ray")
-    result = avss("score", "nowhere", "-w", tmp_path / "w", "--gradients", *given)
-    assert result.exit_code == 2 and "--partition tensor_parallel has no gradients" in result.stderr
     result = avss("ablate", "nowhere", "--warehouse", tmp_path / "w", "--gradients", *given)
     assert result.exit_code == 2 and "--partition tensor_parallel has no gradients" in result.stderr
     assert not (tmp_path / "w").exists()

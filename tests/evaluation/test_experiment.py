@@ -24,6 +24,7 @@ from avss_dist.errors import ConfigError, QueryError
 from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.experiment import run_experiment
 from avss_dist.evaluation.search import search
+from avss_dist.intervention import encode_removals
 from avss_dist.pruning.methods import Experiment, Method, methods, parse_score
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.search import Effort
@@ -202,7 +203,7 @@ def test_sets_with_sublayers_are_beside_the_point_of_a_score_card(
     rows = [row for row in copy.table("evaluations").to_pylist() if row["run_id"] == of]
     identity = {name: rows[0][name] for name in ("run_id", "model", "revision", "family")}
     whole = next(row for row in rows if not row["drop"] and row["metric"] == "loss")
-    another = _row(whole) | {"drop": [*plan.removed]}
+    another = _row(whole) | {"drop": encode_removals(plan.removed)}
     Store(copy.root).write_evaluations(RunIdentity(**identity), [*map(_row, rows), another])
     assert (of,) == tuple({row["run_id"] for row in copy.table("evaluations").to_pylist() if 10_000 in row["drop"]})
     cards = [score_cards(one, one.runs().to_pylist()).to_pylist() for one in (store, copy)]

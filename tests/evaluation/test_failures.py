@@ -10,8 +10,11 @@ import pytest
 
 from avss_dist.errors import BatchTooLarge, as_failure
 from avss_dist.evaluation.engine import failure
+from avss_dist.intervention import NO_INTERVENTION
 
-CELL: Any = SimpleNamespace(task="perplexity:text.txt", checkpoint=SimpleNamespace(name="model"), drop=(7,))
+CELL: Any = SimpleNamespace(
+    task="perplexity:text.txt", checkpoint=SimpleNamespace(name="model"), intervention=NO_INTERVENTION.without(7)
+)
 
 
 @pytest.mark.parametrize(

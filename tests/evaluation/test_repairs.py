@@ -27,13 +27,14 @@ from tasks.test_truthfulqa import QUESTIONS
 
 from avss_dist.analysis.verdict import verdicts
 from avss_dist.errors import ConfigError, CorpusError, DamagedFile
-from avss_dist.evaluation.engine import SilentCells, plan_evaluation
+from avss_dist.evaluation.engine import PlannedTask, SilentCells
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.evaluation.experiment import run_experiment
 from avss_dist.evaluation.make_tasks import text_task
 from avss_dist.evaluation.repairs import fit_repairs, plan_fits
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.executors.ray.executor import RayExecutor
+from avss_dist.intervention import NO_INTERVENTION
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import open_module
 from avss_dist.models.patching import decode_patch, encode_patch, patched
@@ -127,24 +128,25 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
     store, placement = Store(tmp_path / "w"), Placement(partition=partition)
     repair = Repair(by="map", corpora=(TEXT,), settings=settings)
     text = Settings(**READ, max_sequences=8, dtype="float32")
-    task = plan_evaluation(checkpoint, text_task(checkpoint, TEXT, text, skip_sequences=72), text, placement)
+    read = text_task(checkpoint, TEXT, text, skip_sequences=72)
+    task = PlannedTask(checkpoint=checkpoint, settings=text, task=read, placement=placement)
     with one_thread(), closing(LocalExecutor(settings)) as executor:
         (fit,) = plan_fits(checkpoint, layers, [repair], placement).values()
         found = fit_repairs([(fit, [(1,)])], store, executor)
         patch = found[fit.run_id, (1,)]
-        cells = [*task.cells([(1,)]), *task.cells([(1,)], patch), *task.cells([()])]
+        without = NO_INTERVENTION.without(1)
+        cells = task.cells([without, replace(without, patch=patch), NO_INTERVENTION])
         measured: dict[Any, float] = {}
         for cell, result in executor.run_cells(iter([cells])):
-            key = cell.drop, cell.patch and cell.patch.key
+            key = cell.intervention.key
             measured[key] = measured.get(key, 0.0) + float(result.rows[0].samples.sum())
         plan = Plan(model=str(folder), num_layers=3, layers=layers, drop=(1,))
         prune(str(folder), plan, tmp_path / "less", repair=repair)
         less = resolve(str(tmp_path / "less"))
-        again = plan_evaluation(less, text_task(less, TEXT, text, skip_sequences=72), text, Placement())
-        expected = sum(float(r.rows[0].samples.sum()) for _, r in executor.run_cells(iter([again.cells([()])])))
-        (whole,) = {
-            float(r.rows[0].samples.sum()) for c, r in executor.run_cells(iter([task.cells([()])])) if c.part == 0
-        }
+        read = text_task(less, TEXT, text, skip_sequences=72)
+        again = PlannedTask(checkpoint=less, settings=text, task=read, placement=Placement())
+        expected = sum(float(r.rows[0].samples.sum()) for _, r in executor.run_cells(iter([again.cells()])))
+        (whole,) = {float(r.rows[0].samples.sum()) for c, r in executor.run_cells(iter([task.cells()])) if c.part == 0}
         after = [float(r.rows[0].samples.sum()) for c, r in executor.run_cells(iter([[cells[-2]]]))]
     assert measured[(1,), patch.key] == expected
     assert measured[(1,), None] != expected and after == [whole]
@@ -182,7 +184,7 @@ def test_a_patch_is_the_same_bytes_and_leaves_no_trace() -> None:
 def test_copies_share_the_text_of_a_fit(deep: Path, tmp_path: Path) -> None:
     """Two workers, each with a part of the text, find what one does; no more than the text has batches are taken."""
     checkpoint, settings = resolve(str(deep)), Settings(**READ, max_sequences=60, dtype="float32")
-    store, by = Store(tmp_path / "w"), "refit_full"
+    store, by = Store(tmp_path / "w"), "refit_all"
     repair = Repair(by=by, corpora=(TEXT,), settings=settings)
     one, two, many, streamed = (
         plan_fits(checkpoint, "model.layers", [repair], Placement(partition=partition), copies)[by]
@@ -195,7 +197,7 @@ def test_copies_share_the_text_of_a_fit(deep: Path, tmp_path: Path) -> None:
     drop = (2, 3, 5)
     with closing(RayExecutor(Execution(executor="ray", replicas=2), settings)) as executor:
         found = fit_repairs([(one, [drop]), (two, [drop])], store, executor)
-    alone, together = (found[fit.run_id, drop].repaired() for fit in (one, two))
+    alone, together = (found[fit.run_id(), drop].repaired() for fit in (one, two))
     assert alone.tensors.keys() == together.tensors.keys() and len(alone.record.cuts) >= 2
     for ours, theirs in zip(together.record.cuts, alone.record.cuts, strict=True):
         assert ours.ridges == theirs.ridges
@@ -213,7 +215,7 @@ def test_each_batch_is_of_one_copy(deep: Path, monkeypatch: pytest.MonkeyPatch) 
         with closing(open_replica(resolve(str(deep)), settings, placement, head=True)) as replica:
             assert replica.language_model is not None
             assert replica.language_model.reports == (rank == 0)
-            taken.append([*replica.language_model.own(7)])
+            taken.append([*replica.language_model.local_indices(7)])
     assert [*chain(*taken)] == [*range(7)] and all(taken)
 
 
@@ -224,7 +226,7 @@ class Heard(SilentCells):
         self.of: dict[str, list[float]] = {}
 
     def underway(self, cell: Cell, what: str, share: float) -> None:
-        assert cell.drop == (2, 3, 5)
+        assert cell.intervention.removed == (2, 3, 5)
         self.of.setdefault(what, []).append(share)
 
 
@@ -234,11 +236,11 @@ def test_a_fit_says_how_far_it_is(
 ) -> None:
     """On a terminal in the bar, elsewhere in a line now and then; one cell may take many minutes."""
     settings = Settings(**READ, max_sequences=60, dtype="float32")
-    repair = Repair(by="refit_around", corpora=(TEXT,), settings=settings)
+    repair = Repair(by="refit_all", corpora=(TEXT,), settings=settings)
     planned = plan_fits(resolve(str(deep)), "model.layers", [repair], Placement())[repair.by]
     heard, shown = Heard(), io.StringIO()
     fit_repairs([(planned, [(2, 3, 5)])], Store(tmp_path / "heard"), LocalExecutor(settings), heard)
-    cuts = [f"Repairing cut {n} of 2{behind}" for n in (1, 2) for behind in ("", ", behind it")]
+    cuts = [f"Repairing cut {n} of 4" for n in (1, 2, 3, 4)]
     assert [*heard.of] == cuts
     for shares in heard.of.values():
         assert shares[0] == 0 and all(0 <= share < 1 for share in shares)
@@ -248,12 +250,12 @@ def test_a_fit_says_how_far_it_is(
     monkeypatch.setattr(avss_progress, "LOG_SECONDS", -1.0)
     with CellProgress() as bar:
         fit_repairs([(planned, [(2, 3, 5)])], Store(tmp_path / "shown"), LocalExecutor(settings), bar)
-        bar.underway(planned.cells([(2, 3, 5)])[0], "Repairing cut 2 of 2", 0.4)
+        bar.underway(planned.cells([NO_INTERVENTION.without(2, 3, 5)])[0], "Repairing cut 2 of 2", 0.4)
     said = shown.getvalue(), capsys.readouterr().err
     if terminal:
-        assert "deep without 3 layers: Repairing cut 2 of 2, 40%" in said[0]
+        assert "deep without 3 layers: Repairing cut 2 of 4, 40%" in said[0]
     else:
-        assert "deep: Repairing cut 1 of 2, 0%" in said[1] and "deep: 1 of 1 evaluated" in said[1] and not said[0]
+        assert "deep: Repairing cut 1 of 4, 0%" in said[1] and "deep: 1 of 1 evaluated" in said[1] and not said[0]
 
 
 # As an axis of an experiment

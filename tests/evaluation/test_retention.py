@@ -1,4 +1,4 @@
-"""Retentions and their intervals: against scipy's paired t interval, and where there is none."""
+"""Retentions and their intervals: of paired changes, and where there is none."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from scipy.stats import sem, t
 
 from avss_dist.analysis.verdict import judgement, lacks_interval
 from avss_dist.evaluation.retention import Retained, retained
-from avss_dist.settings import LOSS
+from avss_dist.intervention import InterventionKey
+from avss_dist.names import LOSS
+from avss_dist.stats.intervals import jackknife_interval
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Result
 
 
 def result(samples: Float64, metric: str = LOSS, weight: float = 1.0) -> Result:
     weights = np.full(len(samples), weight)
-    return Result(metric=metric, drop=(), layer=None, samples=samples * weight, weights=weights)
+    return Result(metric, InterventionKey(), None, samples * weight, weights)
 
 
 def losses(number: int) -> tuple[Float64, Float64]:
@@ -30,11 +31,11 @@ def losses(number: int) -> tuple[Float64, Float64]:
 
 
 @pytest.mark.parametrize("number", [8, 50])
-def test_what_is_kept_of_a_loss_has_the_paired_t_interval(number: int) -> None:
+def test_what_is_kept_of_a_loss_has_the_interval_of_the_mean_of_paired_changes(number: int) -> None:
     before, after = losses(number)
     kept = retained(result(before, weight=255), result(after, weight=255))
     change = before - after
-    low, high = t.interval(0.95, number - 1, change.mean(), sem(change))
+    low, high = jackknife_interval(change.mean(), (change.sum() - change) / (number - 1))
     assert (kept.value, kept.low, kept.high) == pytest.approx((*np.exp([change.mean(), low, high]),))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -19,11 +20,11 @@ from support.processes import wait_until
 from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.engine import plan_text
 from avss_dist.evaluation.search import Found, search
+from avss_dist.intervention import Intervention, Removals, decode_removals, encode_removals, size_removed, sublayers_of
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.pruning.plan import read_plan
 from avss_dist.pruning.search import Effort
 from avss_dist.pruning.selection import Choice, PlanError
-from avss_dist.removal import Drop, size_removed, sublayers_of
 from avss_dist.runs.api import score
 from avss_dist.settings import Settings
 from avss_dist.tasks.base import TextLoss
@@ -79,22 +80,22 @@ class Truth:
         text = plan_text(model.checkpoint, TEXT, Settings(**SMALL), skip_sequences=6)
         self._model, self._parts = model, [TextLoss(shard) for shard in text.shards]
 
-    def __call__(self, drop: Drop) -> float:
-        rows = [part(self._model, drop)[0] for part in self._parts]
+    def __call__(self, drop: Removals) -> float:
+        rows = [part(self._model, Intervention(removed=drop))[0] for part in self._parts]
         return float(sum(row.samples.sum() for row in rows) / sum(row.weights.sum() for row in rows))
 
 
 def test_greedy_drops_what_costs_least_at_each_step(scored: tuple[Path, Mapping[str, Any]], model: Path) -> None:
     truth = Truth(opened(model, batch_size=4))
     found = found_by("greedy", scored)
-    drop: Drop = ()
+    drop: Removals = ()
     assert len(found.steps) == 3
     for number, step in enumerate(found.steps):
         drop = min(
             (tuple(sorted({*drop, layer})) for layer in range(LAYERS - 1) if layer not in drop),
             key=truth,
         )
-        assert step.best.drop == drop
+        assert step.best.removed == drop
         assert step.best.value == truth(drop)
         assert step.sets == [5, 9, 12][number]
     assert found.plan.drop == drop and found.chosen.value == truth(drop) and found.whole.value == truth(())
@@ -257,7 +258,7 @@ def test_interactions_choose_the_set_of_least_predicted_loss(
     rows = Warehouse(scored[0]).table("evaluations", run_ids=[str(made.why["evaluation"])]).to_pylist()
     values = {(row["metric"], tuple(row["drop"]) or (row["layer"],)): row["value"] for row in rows}
 
-    def increase(drop: Drop) -> float:
+    def increase(drop: Removals) -> float:
         alone = sum(values["taylor_signed_1", (layer,)] + values["fisher_1", (layer,)] for layer in drop)
         return alone + sum(values["interaction", pair] for pair in combinations(drop, 2))
 
@@ -291,8 +292,15 @@ def test_sublayers_are_measured_searched_evaluated_and_not_pruned(
     task = ("--task", f"perplexity:{TEXT}", "--skip-sequences", 12, "--warehouse", warehouse, *OPTIONS)
     evaluated = avss("evaluate", plan, *task, "--format", "json")
     assert evaluated.exit_code == 0, evaluated.stderr
-    assert {tuple(row["drop"]) for row in rows_of(warehouse, f"perplexity:{TEXT}")} == {(), written.removed}
+    assert {tuple(row["drop"]) for row in rows_of(warehouse, f"perplexity:{TEXT}")} == {
+        (),
+        tuple(encode_removals(written.removed)),
+    }
     assert "2 sublayers" in avss("evaluate", plan, *task).stdout
+    listed = avss("ls", "plans", "--warehouse", warehouse, "--format", "json")
+    assert ["attention.2", "mlp.0"] in [row["drop"] for row in json.loads(listed.stdout)], listed.stderr
+    named = Warehouse(warehouse).sql("SELECT DISTINCT drop, removals(drop) AS names FROM cells").to_pylist()
+    assert all(list(map(str, decode_removals(row["drop"]))) == row["names"] for row in named)
     refused = avss("prune", model, plan, "-o", tmp_path / "less")
     assert refused.exit_code == 2 and "leaves out attention of 2, MLP of 0 alone" in refused.stderr
     assert not (tmp_path / "less").exists()

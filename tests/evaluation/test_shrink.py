@@ -24,15 +24,16 @@ from avss_dist.errors import ConfigError, CorpusError, ModelError
 from avss_dist.evaluation.attempts import Attempt
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.evaluation.repairs import copies_of
-from avss_dist.evaluation.shrink import MEASURED, SCORED, Parts, Shrunk, cut
+from avss_dist.evaluation.shrink import SCORED, Parts, Shrunk, cut
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.models.checkpoints import resolve
 from avss_dist.partition.base import Placement
 from avss_dist.pruning.repair.record import read_repairs
-from avss_dist.pruning.selection import LAST, RANDOM, PlanError
-from avss_dist.pruning.shrinking import CHOSEN_BY, GREEDY
-from avss_dist.settings import SCORES, Execution, Settings
+from avss_dist.pruning.selection import PlanError
+from avss_dist.pruning.shrinking import CHOSEN_BY
+from avss_dist.registry import BLOCK_DISTANCE, INTERACTIONS, SCORES
+from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
@@ -84,7 +85,7 @@ def test_a_quarter_goes_and_is_repaired(done: Shrunk, deep: Path) -> None:
 
 
 def test_whatever_layers_are_chosen_by_is_measured() -> None:
-    assert set(CHOSEN_BY) == {*SCORES, *MEASURED, RANDOM, LAST, GREEDY}
+    assert {*CHOSEN_BY, INTERACTIONS, BLOCK_DISTANCE} == {*SCORES}
 
 
 def test_the_parts_of_the_text_are_apart(done: Shrunk, deep: Path) -> None:

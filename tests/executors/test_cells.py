@@ -29,6 +29,7 @@ from avss_dist.executors.ray import queue
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
 from avss_dist.executors.ray.watch import Watch
+from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.runs.api import score
@@ -65,9 +66,9 @@ class Loss(TextLoss):
     def key(self) -> str:
         return type(self).__name__
 
-    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         self.disturb(model)
-        return super().__call__(model, drop)
+        return super().__call__(model, intervention)
 
     def disturb(self, model: LanguageModel) -> None: ...
 
@@ -120,7 +121,10 @@ class FitsNever(Loss):
 def cells(folder: Path, measures: Sequence[Measure], drop: tuple[int, ...] = ()) -> list[Cell]:
     checkpoint = resolve(str(folder))
     shared: dict[str, Any] = {"run_id": "e", "checkpoint": checkpoint, "settings": SETTINGS, "task": "loss"}
-    return [Cell(**shared, part=part, measure=measure, drop=drop) for part, measure in enumerate(measures)]
+    return [
+        Cell(**shared, part=part, measure=measure, intervention=Intervention(removed=drop))
+        for part, measure in enumerate(measures)
+    ]
 
 
 def losses(number: int = PARTS) -> list[Loss]:
@@ -182,7 +186,7 @@ def test_a_cell_that_does_not_fit_is_measured_with_half_the_rows(
     shard = random_shard()
     found = outcomes(executor(), cells(tiny_llama, [FitsWithOneRow(shard), FitsNever(shard), Loss(shard)]))
     model = opened(tiny_llama, batch_size=1)
-    (alone,) = Loss(shard)(model, ())
+    (alone,) = Loss(shard)(model)
     assert found[0] == alone.samples.tobytes()
     assert isinstance(found[1], BatchTooLarge) and "1 x 32 tokens do not fit in memory" in str(found[1])
     assert isinstance(found[2], bytes)
@@ -256,7 +260,7 @@ def test_a_cell_beats_whenever_a_layer_begins_and_leaves_no_trace(tiny_llama: Pa
     model = opened(tiny_llama)
     (cell,) = cells(tiny_llama, [Loss(random_shard(rows=5))])
     beats: list[None] = []
-    with_beat = measure_cell(model, cell, beat=lambda: beats.append(None))
+    with_beat = measure_cell(model, cell, heartbeat=lambda: beats.append(None))
     without = measure_cell(model, cell)
     assert len(beats) == 3 * len(model.layers)  # five rows, two in a batch
     assert with_beat.rows[0].samples.tobytes() == without.rows[0].samples.tobytes()

@@ -30,6 +30,7 @@ from support.questions import answers, assert_same, composed, write_questions
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import ConfigError, ModelError
+from avss_dist.intervention import NO_INTERVENTION
 from avss_dist.measure.shard import analyze_shard, follow
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.partition.base import Placement
@@ -345,7 +346,9 @@ def _asked(partition: str, folder: Path, skip: tuple[str, ...], tasks: Sequence[
     batches, losses = [], model.losses
     model.losses = lambda batch: (batches.append(batch) if batch.observed.any() else None, losses(batch))[1]
     try:
-        found = answers(model, skip) | {f"task {i}": task(model, (1,)) for i, task in enumerate(tasks)}
+        found = answers(model, skip) | {
+            f"task {i}": task(model, NO_INTERVENTION.without(1)) for i, task in enumerate(tasks)
+        }
         return found, model.reports, len(batches)
     except ModelError as error:
         return error
@@ -356,7 +359,7 @@ def _asked(partition: str, folder: Path, skip: tuple[str, ...], tasks: Sequence[
 def expected_of(folder: Path, skip: tuple[str, ...] = (), tasks: Sequence[Measure] = ()) -> dict[str, list[Row]]:
     model = open_whole(resolve(str(folder)), SETTINGS)
     return answers(model, (*skip, *composed(folder.name))) | {
-        f"task {i}": task(model, (1,)) for i, task in enumerate(tasks)
+        f"task {i}": task(model, NO_INTERVENTION.without(1)) for i, task in enumerate(tasks)
     }
 
 

@@ -159,12 +159,12 @@ def test_tasks_compute_with_the_threads_of_the_settings(
 
 def run_one(model: Path, analyze: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The outcomes of one run on three cores, with another `analyze_shard`."""
-    from avss_dist.corpus.shards import plan
+    from avss_dist.corpus.shards import tokenize_corpus
     from avss_dist.models.loading import load_tokenizer
 
     checkpoint = resolve(str(model))
     settings = Settings(**{name: value for name, value in OPTIONS.items() if name != "corpus"})
-    shards = plan("builtin:pydoc", load_tokenizer(checkpoint), settings).shards
+    shards = tokenize_corpus("builtin:pydoc", load_tokenizer(checkpoint), settings).shards
     monkeypatch.setattr(local, "free_cores", lambda: 3)
     monkeypatch.setattr(local, "analyze_shard", analyze)
     spec = ReplicaSpec(checkpoint=checkpoint, settings=settings, placement=Placement())
@@ -176,13 +176,15 @@ def test_an_error_of_one_shard_ends_the_others(tiny_llama: Path, monkeypatch: py
     """Those that run meanwhile are stopped at their next layer, and do not keep the process waiting."""
     analyze, begun = local.analyze_shard, threading.Event()
 
-    def go_wrong(replica: Any, shard: Any, settings: Any, *, beat: Callable[[], None], hooks: Any, **_: Any) -> Any:
+    def go_wrong(
+        replica: Any, shard: Any, settings: Any, *, heartbeat: Callable[[], None], hooks: Any, **_: Any
+    ) -> Any:
         if shard.shard_id == 0:
             begun.wait(timeout=500)
             raise RuntimeError("the first shard is broken")
         begun.set()
         while True:  # until it is stopped
-            analyze(replica, shard, settings, beat=beat, hooks=hooks)
+            analyze(replica, shard, settings, heartbeat=heartbeat, hooks=hooks)
 
     ((work, error),) = run_one(tiny_llama, go_wrong, monkeypatch)
     assert work.run_id == "run" and isinstance(error, AvssError) and "the first shard is broken" in str(error)

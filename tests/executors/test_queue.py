@@ -19,6 +19,7 @@ from avss_dist.executors.ray import object_store
 from avss_dist.executors.ray import queue as queue_module
 from avss_dist.executors.ray.object_store import BLOCK_SHARDS, PatchSharer, ShardSharer
 from avss_dist.executors.ray.queue import ATTEMPTS, LATE_SECONDS, CellQueue, ShardQueue, shape
+from avss_dist.intervention import Intervention
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.partition.base import Placement
 from avss_dist.settings import Settings
@@ -47,7 +48,7 @@ def no_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def assignments(queue: ShardQueue, units: Sequence[int]) -> list[Any]:
     """What the workers of a gang do in a round, one after the other."""
-    return [assignment for part, blocks in queue.parts(units) for assignment in part.assignments(blocks)]
+    return [assignment.resolved(blocks) for some, blocks in queue.parts(units) for assignment in some]
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,10 @@ def cell_queue(
 ) -> tuple[CellQueue, list[Cell]]:
     shared: dict[str, Any] = {"run_id": "e", "checkpoint": checkpoint, "settings": SETTINGS}
     measure = TextLoss(random_shard())
-    cells = [Cell(**shared, task=task, part=i, measure=measure, patch=patch) for i, task in enumerate(tasks)]
+    cells = [
+        Cell(**shared, task=task, part=i, measure=measure, intervention=Intervention(patch=patch))
+        for i, task in enumerate(tasks)
+    ]
     spec = ReplicaSpec(checkpoint=checkpoint, settings=SETTINGS, placement=Placement(**placement), head=True)
     return CellQueue(spec, cells, underway), cells
 
@@ -177,12 +181,13 @@ def test_progress_is_told_of_the_cell(checkpoint: Checkpoint) -> None:
 def test_every_rank_takes_the_cell_with_its_patch(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue_module, "PatchSharer", lambda: PatchSharer(lambda data: data))
     queue, cells = cell_queue(checkpoint, ["loss"], partition="tensor_parallel", ranks=2)
-    parts = [assignment for part, blocks in queue.parts([0]) for assignment in part.assignments(blocks)]
+    parts = [assignment for some, _ in queue.parts([0]) for assignment in some]
     assert [(one.cell, one.rows) for one in parts] == [(cells[0], SETTINGS.batch_size)] * 2
     queue, cells = cell_queue(checkpoint, ["loss", "loss"], Patch("k"))
-    ((part, blocks),) = queue.parts([1])
-    (assignment,) = part.assignments(blocks)
-    assert assignment.cell.part == 1 and assignment.cell.patch.data == b"k" and cells[1].patch == Patch("k")
+    (((assignment,), blocks),) = queue.parts([1])
+    assert assignment.resolved(blocks) is assignment
+    assert assignment.cell.part == 1 and assignment.cell.intervention.patch.data == b"k"
+    assert cells[1].intervention.patch == Patch("k")
 
 
 def test_gangs_are_shaped_by_ranks_and_gpus(checkpoint: Checkpoint) -> None:

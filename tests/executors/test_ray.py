@@ -359,8 +359,8 @@ class Noted:
     folder: Path
     name: str
 
-    def assignments(self, blocks: object) -> list[Noted]:
-        return [self]
+    def resolved(self, blocks: object) -> Noted:
+        return self
 
     def run(self, *_: object) -> None:
         (self.folder / self.name).touch()
@@ -402,9 +402,9 @@ def test_a_round_that_is_cancelled_while_it_waits_for_its_turn_is_not_measured(
     settings = Settings(device="cpu")
     spec = ReplicaSpec(checkpoint=resolve(str(tiny_llama)), settings=settings, placement=Placement())
     ray.get(worker.open.remote(spec, 0, ("", 0)))
-    first = worker.measure_round.remote(Noted(tmp_path, "first"))
+    first = worker.measure_round.remote([Noted(tmp_path, "first")])
     wait_until((tmp_path / "first").exists)
-    second = worker.measure_round.remote(Noted(tmp_path, "second"))
+    second = worker.measure_round.remote([Noted(tmp_path, "second")])
     wait_until((tmp_path / "waits").exists)
     ray.cancel(second)
     assert ray.get(first) == [None]

@@ -20,7 +20,7 @@ from support.causal_lm import open_whole
 from support.checkpoints import llama
 from support.fuzzing import fuzzed, hold
 
-from avss_dist.corpus.shards import plan as plan_corpus
+from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.errors import AvssError
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
@@ -74,7 +74,7 @@ def model(place: Path) -> LanguageModel:
 @pytest.fixture(scope="module")
 def rows(model: LanguageModel, place: Path) -> torch.Tensor:
     """int64[rows, tokens] of the text."""
-    shards = plan_corpus(str(place / "text.txt"), load_tokenizer(model.checkpoint), Settings(**SMALL)).shards
+    shards = tokenize_corpus(str(place / "text.txt"), load_tokenizer(model.checkpoint), Settings(**SMALL)).shards
     return torch.cat([torch.from_numpy(shard.input_ids).long() for shard in shards])
 
 
@@ -344,7 +344,7 @@ def test_an_accepted_task_file_asks_and_scores_what_it_says(text: str, place: Pa
     file.write_text(text, encoding="utf-8")
     try:
         (part,) = harness_task(str(file)).parts
-        found = {row.metric: row for row in part(model, ())}
+        found = {row.metric: row for row in part(model)}
     except AvssError as error:
         event("refused")
         assert error.exit_code == 2 and ("quiz" in str(error) or "absent.yaml" in str(error)), (text, error)
@@ -411,4 +411,4 @@ def test_whole_files_are_accepted(place: Path, model: LanguageModel) -> None:
         assert done(place / name, "".join(f"{key}: {value}\n" for key, value in base.items()))
     (place / "quiz.yaml").write_text("".join(f"{key}: {value}\n" for key, value in TASK.items()))
     (part,) = harness_task(str(place / "quiz.yaml")).parts
-    assert [row.metric for row in part(model, ())] == ["acc", "chance"]
+    assert [row.metric for row in part(model)] == ["acc", "chance"]

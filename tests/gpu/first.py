@@ -30,13 +30,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from avss_dist.corpus.shards import Shard
-from avss_dist.measure import hooks
-from avss_dist.measure.hooks import Observer, attached
+from avss_dist.measure import observer as observing
 from avss_dist.measure.kernels.base import Accumulator, Kernels
 from avss_dist.measure.kernels.choose import kernels_for
 from avss_dist.measure.kernels.cpu import CpuKernels
 from avss_dist.measure.kernels.cuda.backend import CudaKernels
 from avss_dist.measure.kernels.generic import TorchKernels
+from avss_dist.measure.observer import Observer, attached
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import forward_function, open_module
@@ -204,12 +204,12 @@ def _model(run: Run, shape: tuple[int, int, int, int, int]) -> nn.Module:
 
 @contextmanager
 def _counting_with(kernels: Kernels) -> Iterator[None]:
-    before = hooks.kernels_for
-    hooks.kernels_for = lambda device: kernels
+    before = observing.kernels_for
+    observing.kernels_for = lambda device: kernels
     try:
         yield
     finally:
-        hooks.kernels_for = before
+        observing.kernels_for = before
 
 
 def speed(run: Run) -> None:

@@ -20,8 +20,7 @@ from gpu import first
 from support.checkpoints import llama
 from support.emulated_cuda import COMPILER, SHARED, Emulator, Libraries, libraries
 
-from avss_dist.measure import hooks
-from avss_dist.measure.hooks import observe
+from avss_dist.measure import observer as observing
 from avss_dist.measure.kernels.base import Accumulator
 from avss_dist.measure.kernels.cpu import CpuKernels
 from avss_dist.measure.kernels.cuda import device as cuda_device
@@ -29,6 +28,7 @@ from avss_dist.measure.kernels.cuda.backend import CudaKernels, NotCompiled
 from avss_dist.measure.kernels.cuda.calls import NUMBERS, chunk_of, layout, shared_bytes, source, window
 from avss_dist.measure.kernels.cuda.nvrtc import compile_for, library
 from avss_dist.measure.kernels.generic import TorchKernels
+from avss_dist.measure.observer import observe
 from avss_dist.models.loading import forward_function, open_module
 from avss_dist.settings import SITES, THRESHOLDS
 
@@ -230,11 +230,19 @@ def test_a_planted_mistake_is_caught(mistake: str, mistaken: Libraries) -> None:
 ARCHITECTURES = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KB of shared memory of a block
 
 
-def has_nvrtc() -> bool:
+def installed(major: int) -> bool:
     try:
-        return bool(library(13))
+        return bool(library(major))
     except NotCompiled:
         return False
+
+
+NVRTC = cuda_device.cuda_version() or next((major for major in range(20, 11, -1) if installed(major)), 0)
+"""CUDA version of the compiler: torch's own; for a torch without CUDA, the newest one that is installed."""
+
+
+def has_nvrtc() -> bool:
+    return installed(NVRTC)
 
 
 @pytest.mark.slow
@@ -243,7 +251,7 @@ def test_nvrtc_compiles_for_every_architecture_without_spills(capsys: pytest.Cap
     cases = [*((architecture, torch.bfloat16) for architecture in ARCHITECTURES), ("sm_90", torch.float32)]
 
     def compiled(case: tuple[str, torch.dtype]) -> str:
-        return compile_for(case[1], case[0], ARCHITECTURES[case[0]] << 10, 13, "--ptxas-options=-v")[1]
+        return compile_for(case[1], case[0], ARCHITECTURES[case[0]] << 10, NVRTC, "--ptxas-options=-v")[1]
 
     with ThreadPoolExecutor(2) as pool:
         logs = dict(zip(cases, pool.map(compiled, cases), strict=True))
@@ -265,8 +273,8 @@ def test_nvrtc_compiles_for_every_architecture_without_spills(capsys: pytest.Cap
 def test_what_is_not_cuda_does_not_compile() -> None:
     if not has_nvrtc():
         pytest.skip("needs NVRTC")
-    with pytest.raises(NotCompiled, match="NVRTC 13 fails for sm_1"):
-        compile_for(torch.bfloat16, "sm_1", SHARED, 13)
+    with pytest.raises(NotCompiled, match=f"NVRTC {NVRTC} fails for sm_1"):
+        compile_for(torch.bfloat16, "sm_1", SHARED, NVRTC)
     with pytest.raises(NotCompiled, match=r"libnvrtc\.so\.7 is neither"):
         library(7)
 
@@ -296,7 +304,7 @@ def layer_moved(rows: int, tokens: int, hidden: int, inner: int, size: int) -> t
 
 def test_launches_and_bytes_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     emulator = Emulator()
-    monkeypatch.setattr(hooks, "kernels_for", lambda device: CudaKernels(emulator))
+    monkeypatch.setattr(observing, "kernels_for", lambda device: CudaKernels(emulator))
     backbone = open_module(llama().eval().to(torch.bfloat16))
     layers = backbone.structure.layers
     ids, everything = torch.arange(3 * 24).reshape(3, 24) % 32, np.ones((3, 24), bool)
@@ -374,13 +382,13 @@ class EmulatedDriver:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> EmulatedDriver:
     """A card of two multiprocessors, whose driver is the emulator."""
-    assert not has_nvrtc() or library(13)
+    assert not has_nvrtc() or library(NVRTC)
     driver = EmulatedDriver()
     card = SimpleNamespace(major=9, minor=0, multi_processor_count=2, shared_memory_per_block=SHARED)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.version, "cuda", f"{NVRTC}.0")
     monkeypatch.setattr(cuda_device.ctypes, "CDLL", lambda name: driver)
     return driver
 

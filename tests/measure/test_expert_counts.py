@@ -11,9 +11,7 @@ import torch
 from torch import nn
 
 from avss_dist.errors import ModelError
-from avss_dist.measure.experts import ExpertCounter, expert_hooks
-from avss_dist.measure.hooks import observe
-from avss_dist.measure.passes import Entered, Pass
+from avss_dist.measure.observer import Entered, ExpertCounter, Pass, expert_hooks, observe
 from avss_dist.models.experts import Experts, Routing
 
 INDEX = torch.tensor([[0, 2], [2, 1], [2, 0]])

@@ -16,13 +16,12 @@ from transformers import masking_utils
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.corpus.shards import Batch
 from avss_dist.errors import BatchTooLarge
-from avss_dist.measure import hooks
-from avss_dist.measure.experts import ExpertCounter
-from avss_dist.measure.hooks import Observer, attached
+from avss_dist.measure import observer as observing
 from avss_dist.measure.kernels.base import Accumulator, limits_on
 from avss_dist.measure.kernels.cuda.backend import CudaKernels
 from avss_dist.measure.kernels.cuda.calls import window
 from avss_dist.measure.kernels.generic import TorchKernels
+from avss_dist.measure.observer import ExpertCounter, Observer, attached
 from avss_dist.models.experts import Experts, Routing
 from avss_dist.models.loading import forward_function, open_module
 from avss_dist.partition.batchwise import run_batch
@@ -64,7 +63,7 @@ def test_a_batch_is_measured_without_waiting(
     """Only token ids and the mask of what counts are sent, and the host never asks for a value."""
     launches = Launches()
     kernels: Any = TorchKernels() if backend == "torch" else CudaKernels(launches)
-    monkeypatch.setattr(hooks, "kernels_for", lambda device: kernels)
+    monkeypatch.setattr(observing, "kernels_for", lambda device: kernels)
     # Here transformers itself waits, once a batch, whoever observes.
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     limits_on.cache_clear()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.oracle import assert_close, counted_by, oracle_stats
 
-from avss_dist.corpus.shards import plan
+from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
@@ -64,7 +64,7 @@ def _sites(taken: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
 def test_every_field_equals_numpy(smollm2: Path, dtype: str) -> None:
     settings = Settings(max_sequences=2, sequence_length=128, batch_size=2, dtype=dtype)
     checkpoint = resolve(str(smollm2))
-    shard = plan(CORPUS, load_tokenizer(checkpoint), settings).shards[0]
+    shard = tokenize_corpus(CORPUS, load_tokenizer(checkpoint), settings).shards[0]
     replica = SingleReplica(checkpoint, settings)
     result = analyze_shard(replica, shard, settings)
     assert len(result.stats) == 30 * 5
@@ -81,7 +81,7 @@ def test_the_released_reading_of_avss(smollm2: Path) -> None:
     """``pooled`` at 1e-5 against the formula over hidden states, in a few lines of torch."""
     settings = Settings(max_sequences=4, sequence_length=128, batch_size=2, dtype="bfloat16", sites=("block",))
     checkpoint = resolve(str(smollm2))
-    shard = plan(CORPUS, load_tokenizer(checkpoint), settings).shards[0]
+    shard = tokenize_corpus(CORPUS, load_tokenizer(checkpoint), settings).shards[0]
     replica = SingleReplica(checkpoint, settings)
     rows = score_run(analyze_shard(replica, shard, settings).stats, [layer.name for layer in replica.layers])
     ours = [
@@ -105,7 +105,7 @@ def test_a_threshold_without_a_rerun_equals_a_rerun(smollm2: Path, dtype: str) -
     kept = Settings(max_sequences=4, sequence_length=128, batch_size=2, dtype=dtype)
     rerun = replace(kept, thresholds=(*drawn, 0.6875))
     checkpoint = resolve(str(smollm2))
-    shard = plan(CORPUS, load_tokenizer(checkpoint), kept).shards[0]
+    shard = tokenize_corpus(CORPUS, load_tokenizer(checkpoint), kept).shards[0]
     replica = SingleReplica(checkpoint, kept)
     stored, counted = (analyze_shard(replica, shard, settings).stats for settings in (kept, rerun))
     for key, stats in counted.items():

@@ -15,11 +15,11 @@ import ray
 import torch
 from support.oracle import FLOAT_FIELDS
 
-from avss_dist.corpus.shards import Batch, Shard, plan
+from avss_dist.corpus.shards import Batch, Shard, tokenize_corpus
 from avss_dist.errors import BatchTooLarge
 from avss_dist.executors.base import ReplicaSpec
 from avss_dist.executors.ray.worker import ShardAssignment, Worker
-from avss_dist.measure.hooks import Observer
+from avss_dist.measure.observer import Observer
 from avss_dist.measure.shard import analyze_shard, follow
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
@@ -57,7 +57,7 @@ def replica(tiny_llama: Path) -> SmallDevice:
 
 @pytest.fixture(scope="module")
 def shard(tiny_llama: Path) -> Shard:
-    return plan("builtin:pydoc", load_tokenizer(resolve(str(tiny_llama))), SETTINGS).shards[0]
+    return tokenize_corpus("builtin:pydoc", load_tokenizer(resolve(str(tiny_llama))), SETTINGS).shards[0]
 
 
 @pytest.mark.parametrize("most", [7, 3, 1])
@@ -121,11 +121,11 @@ def test_a_shard_is_concluded_while_the_next_one_is_computed(
 
     monkeypatch.setattr(Observer, "strata", conclude)
 
-    def beat() -> None:
+    def heartbeat() -> None:
         if first.is_set():
             second.set()
 
-    monkeypatch.setattr(worker, "_beat", beat)
+    monkeypatch.setattr(worker, "_heartbeat", heartbeat)
     assignment = ShardAssignment(shard=shard, rows=SETTINGS.batch_size, forwards=0, run_id="run")
     with ThreadPoolExecutor(2) as threads:
         failing = threads.submit(worker.measure, assignment)
@@ -139,7 +139,7 @@ def test_a_shard_is_concluded_while_the_next_one_is_computed(
 def test_fillers_count_for_nothing(replica: SmallDevice, shard: Shard) -> None:
     alone = analyze_shard(replica, shard, SETTINGS)
     beats: list[int] = []
-    filled = analyze_shard(replica, shard, SETTINGS, forwards=5, beat=lambda: beats.append(1))
+    filled = analyze_shard(replica, shard, SETTINGS, forwards=5, heartbeat=lambda: beats.append(1))
     assert all(filled.stats[key].equals(stats) for key, stats in alone.stats.items())
     assert len(beats) == 5 * len(replica.layers), "two batches and three dummy batches, each through every layer"
     follow(replica, 2)

@@ -36,7 +36,7 @@ def test_the_table(outcomes: dict[tuple[str, str], Outcome], table: dict[tuple[s
     causal = [scored for (kind, _), (built, scored) in found.items() if kind == "causal" and built]
     assert causal.count(YES) >= 0.95 * len(causal) and len(causal) >= 148
     number = f"{causal.count(YES)} of the {len(causal)} causal families"
-    assert number in " ".join(read(DOCS / "cli.md").split())
+    assert number in " ".join(read(DOCS / "reference/models.md").split())
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_pieces_give_what_the_whole_gives(
     assert logits.most == TOKENS
     for name, rows in whole.items():  # gradients are sums of float32 that nearly cancel
         assert_same({name: found[name]}, {name: rows}, rtol=1e-6 if name.startswith("loss") else 1e-4)
-    (row,) = TextLoss(shard)(model, ())
+    (row,) = TextLoss(shard)(model)
     (batch,) = shard.batches(5)
     with torch.no_grad():
         ids = torch.from_numpy(batch.input_ids).long()
@@ -89,9 +89,9 @@ def test_the_harness_is_asked_in_pieces(save_checkpoint: Save, tmp_path: Path, m
     """The head runs after the tokens of continuations alone."""
     model = model_of("gemma2", save_checkpoint, tmp_path / "model")
     (measure,) = harness_task(write_questions(tmp_path)).parts
-    whole = measure(model, ())
+    whole = measure(model)
     monkeypatch.setattr(causal_lm, "LOGIT_BYTES", TOKENS * 4 * VOCABULARY)
     with Logits(model) as logits:
-        found = measure(model, ())
+        found = measure(model)
     assert logits.most == TOKENS
     assert_same({"": found}, {"": whole}, rtol=1e-6)

@@ -12,8 +12,8 @@ from support.causal_lm import opened, random_shard
 from support.families import lively, tiny_model
 
 from avss_dist.errors import ModelError
+from avss_dist.intervention import NO_INTERVENTION, Intervention, joined, layer_of, sublayers_of
 from avss_dist.models.layers import first_tensor
-from avss_dist.removal import joined, sublayers_of
 from avss_dist.tasks.base import TextLoss
 from avss_dist.tasks.layer_removal import LeaveOneOut
 
@@ -42,16 +42,16 @@ def nothing(_module: Any, _args: Any, output: Any) -> Any:
 def test_the_branch_adds_nothing(family: str, tmp_path: Path, save_checkpoint: Save) -> None:
     """As if its last module gave zeros, to the bit; both are the whole layer; and no trace is left."""
     model, shard = opened(save_checkpoint(lively(tiny_model("causal", family)), tmp_path / family)), random_shard()
-    whole, without_layer = (TextLoss(shard)(model, drop)[0].samples for drop in ((), (1,)))
+    whole, without_layer = (TextLoss(shard)(model, NO_INTERVENTION.without(*drop))[0].samples for drop in ((), (1,)))
     assert not model.obstacles
     for removed, path in zip((ATTENTION, MLP), SEQUENTIAL[family], strict=True):
         hook = model.layers[1].module.get_submodule(path).register_forward_hook(nothing)
-        expected = TextLoss(shard)(model, ())[0].samples
+        expected = TextLoss(shard)(model)[0].samples
         hook.remove()
-        found = TextLoss(shard)(model, (removed,))[0].samples
+        found = TextLoss(shard)(model, NO_INTERVENTION.without(removed))[0].samples
         assert (found == expected).all() and (found != whole).any() and (found != without_layer).any()
-    both = TextLoss(shard)(model, (ATTENTION, MLP))[0].samples
-    assert (both == without_layer).all() and (TextLoss(shard)(model, ())[0].samples == whole).all()
+    both = TextLoss(shard)(model, Intervention(removed=(ATTENTION, MLP)))[0].samples
+    assert (both == without_layer).all() and (TextLoss(shard)(model)[0].samples == whole).all()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "bloom"])
@@ -60,10 +60,15 @@ def test_each_in_turn_is_what_leaving_it_out_is(family: str, tmp_path: Path, sav
     model, shard = opened(save_checkpoint(tiny_model("causal", family), tmp_path / family)), random_shard()
     assert model.resumes == (family != "bloom")
     for drop in ((), (ATTENTION,), (0, MLP)):
-        for row in LeaveOneOut(shard, sublayers=True)(model, drop):
-            assert row.drop is not None and set(drop) <= {*row.drop, *sublayers_of(row.drop)}
-            assert (row.samples == TextLoss(shard)(model, row.drop)[0].samples).all(), (drop, row.drop)
-    assert joined([ATTENTION, MLP]) in [row.drop for row in LeaveOneOut(shard, sublayers=True)(model, (ATTENTION,))]
+        for row in LeaveOneOut(shard, sublayers=True)(model, NO_INTERVENTION.without(*drop)):
+            assert row.removed is not None and set(drop) <= {*row.removed, *sublayers_of(map(layer_of, row.removed))}
+            assert (row.samples == TextLoss(shard)(model, Intervention(removed=row.removed))[0].samples).all(), (
+                drop,
+                row.removed,
+            )
+    assert joined([ATTENTION, MLP]) in [
+        row.removed for row in LeaveOneOut(shard, sublayers=True)(model, NO_INTERVENTION.without(ATTENTION))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -82,10 +87,10 @@ def test_families_that_are_refused(family: str, why: str, tmp_path: Path, save_c
     model = opened(save_checkpoint(tiny_model("causal", family), tmp_path / family))
     for removed, named in ((ATTENTION, "attention of layer 1"), (MLP, "MLP of layer 1")):
         with pytest.raises(ModelError, match=f"The {named} cannot be left out alone: .*({why})"):
-            TextLoss(random_shard())(model, (removed,))
+            TextLoss(random_shard())(model, NO_INTERVENTION.without(removed))
 
 
 def test_a_layer_that_is_not_there(tmp_path: Path, save_checkpoint: Save) -> None:
     model = opened(save_checkpoint(tiny_model("causal", "llama"), tmp_path / "llama"))
     with pytest.raises(ModelError, match="There is no layer 3: "):
-        TextLoss(random_shard())(model, (sublayers_of([3])[0],))
+        TextLoss(random_shard())(model, NO_INTERVENTION.without(sublayers_of([3])[0]))

@@ -15,7 +15,7 @@ from support.checkpoints import llama
 from support.families import tiny_model
 from support.ggufs import write_gguf
 
-from avss_dist.corpus.shards import Shard, plan
+from avss_dist.corpus.shards import Shard, tokenize_corpus
 from avss_dist.errors import ConfigError, ModelError
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import Checkpoint, resolve
@@ -54,7 +54,7 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Sav
 
 
 def shard_of(checkpoint: Checkpoint, settings: Settings) -> Shard:
-    return plan("builtin:pydoc", load_tokenizer(checkpoint), settings).shards[0]
+    return tokenize_corpus("builtin:pydoc", load_tokenizer(checkpoint), settings).shards[0]
 
 
 def placed(checkpoint: Checkpoint, cpu: int, folder: Path | None = None, settings: Settings = SETTINGS) -> Any:

@@ -14,6 +14,7 @@ from support.families import tiny_model
 from support.questions import answers, assert_same, composed, generated, write_questions
 
 from avss_dist.errors import ModelError
+from avss_dist.intervention import NO_INTERVENTION
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.size import footprint
@@ -102,10 +103,10 @@ def test_device_map_answers_as_one_device_does(family: str, folder_of: Callable[
 def test_the_harness_is_answered_as_by_one_device(partition: str, tiny_llama: Path, tmp_path: Path) -> None:
     """All batches of a task are asked together: streaming reads the weights once for them."""
     (measure,) = harness_task(write_questions(tmp_path)).parts
-    expected = measure(model_of(opened(tiny_llama, "single")), (1,))
+    expected = measure(model_of(opened(tiny_llama, "single")), NO_INTERVENTION.without(1))
     replica = opened(tiny_llama, partition, max_memory=room(tiny_llama, 2))
     before = getattr(replica, "bytes_read", 0)
-    found = measure(model_of(replica), (1,))
+    found = measure(model_of(replica), NO_INTERVENTION.without(1))
     assert [row.samples.tolist() for row in found] == [row.samples.tolist() for row in expected]
     if isinstance(replica, StreamingReplica):
         layers = sum(footprint(resolve(str(tiny_llama)), SETTINGS).layer_bytes)

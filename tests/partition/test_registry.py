@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,28 +11,24 @@ import avss_dist
 from avss_dist.errors import ConfigError
 from avss_dist.models.checkpoints import resolve
 from avss_dist.partition.base import Placement
-from avss_dist.partition.open import open_replica
+from avss_dist.partition.cost import PartitionCost
+from avss_dist.partition.open import open_replica, replica_class
 from avss_dist.registry import PARTITIONS
 from avss_dist.settings import Execution, Settings
 
 
-def class_of(partition: str) -> Any:
-    module, _, name = PARTITIONS[partition].opens.partition(":")
-    return getattr(import_module(module), name)
-
-
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_every_partition_has_a_class_that_opens_replicas(partition: str) -> None:
-    opened = class_of(partition)
+    opened = replica_class(partition)
     assert list(inspect.signature(opened.forward).parameters) == ["self", "batches", "context"]
     taken = [name.removeprefix("_") for name in inspect.signature(opened).parameters]
     assert taken == ["checkpoint", "settings", "placement", "head"]
-    assert callable(opened.close) and opened.__doc__
+    assert callable(opened.close) and opened.__doc__ and issubclass(opened.cost, PartitionCost)
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_every_partition_is_documented(partition: str) -> None:
-    page = Path(avss_dist.__file__).parent / "docs" / "partitions.md"
+    page = Path(avss_dist.__file__).parent / "docs" / "reference" / "partitions.md"
     assert f"\n| `{partition}` | " in page.read_text(encoding="utf-8")
 
 
@@ -47,7 +41,7 @@ def test_a_replica_is_opened_by_its_name(partition: str, tiny_llama: Path) -> No
             open_replica(resolve(str(tiny_llama)), Settings(device="cpu"), placement)
         return
     replica = open_replica(resolve(str(tiny_llama)), Settings(device="cpu"), placement)
-    assert type(replica) is class_of(partition)
+    assert type(replica) is replica_class(partition)
     assert replica.model["partition"] == partition and len(replica.layers) == 3
     replica.close()
 

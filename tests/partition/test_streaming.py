@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import llama
 from support.families import tiny_model
 
-from avss_dist.corpus.shards import Shard, plan
+from avss_dist.corpus.shards import Shard, tokenize_corpus
 from avss_dist.errors import ConfigError, ModelError
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
@@ -467,7 +467,7 @@ def test_closing_gives_the_layers_their_classes_back(tiny: Path) -> None:
 @pytest.mark.slow
 def test_smollm2(smollm2: Path) -> None:
     settings = Settings(max_sequences=6, batch_size=4, sequence_length=32, device="cpu", dtype="bfloat16")
-    one = plan("builtin:pydoc", load_tokenizer(resolve(str(smollm2))), settings).shards[0]
+    one = tokenize_corpus("builtin:pydoc", load_tokenizer(resolve(str(smollm2))), settings).shards[0]
     got, wanted = streaming(smollm2, settings), single(smollm2, settings)
     assert_equal(analyze_shard(got, one, settings), analyze_shard(wanted, one, settings))
 

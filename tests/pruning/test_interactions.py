@@ -37,7 +37,7 @@ def test_no_set_is_better(seed: int, n: int, rank: int, indefinite: bool, search
     count = data.draw(st.integers(1, max(1, n - max(1, first + last))))
     with pytest.MonkeyPatch.context() as patch:
         if searched:
-            patch.setattr(interactions, "MOST_SETS", 0)
+            patch.setattr(interactions, "MAXIMUM_SETS", 0)
         found = quadratic(b, h, count, first, last)
     assert len(found) == count and list(found) == sorted(set(found))
     assert first <= found[0] and found[-1] < n - last

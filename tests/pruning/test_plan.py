@@ -18,13 +18,12 @@ from support.warehouses import run_row, write_scores
 
 from avss_dist.analysis.plans import plan_layers
 from avss_dist.errors import ConfigError, QueryError
-from avss_dist.pruning.formats import llama_cpp_command
-from avss_dist.pruning.mergekit import mergekit_slices
+from avss_dist.intervention import sublayers_of
+from avss_dist.pruning.formats import llama_cpp_command, mergekit_slices
 from avss_dist.pruning.methods import REVERSED, Method
 from avss_dist.pruning.plan import Plan, make_plan, read_plan
-from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, SCORE_MEANINGS, Choice, PlanError
-from avss_dist.removal import sublayers_of
-from avss_dist.settings import BLOCK_DISTANCE, INTERACTIONS, OF_LAYERS, SCORES
+from avss_dist.pruning.selection import PUBLISHED, Choice, PlanError
+from avss_dist.registry import SCORES
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
@@ -99,10 +98,6 @@ def test_choices_that_cannot_be(options: dict[str, Any], error: type[Exception],
 def test_a_missing_score() -> None:
     with pytest.raises(PlanError, match="Layers 1 have no score"):
         Choice(by="avss").drop([1.0, float("nan"), 2.0])
-
-
-def test_every_score_has_a_meaning() -> None:
-    assert set(SCORE_MEANINGS) == {*SCORES, *OF_LAYERS, BLOCK_DISTANCE, INTERACTIONS, LAST, RANDOM}
 
 
 def score_rows(values: list[float]) -> list[dict[str, Any]]:
@@ -316,8 +311,8 @@ def test_no_score_is_a_default(scored: Warehouse, tmp_path: Path) -> None:
     command = f"avss ablate org/b-1 --corpus 'my text.txt' --warehouse {scored.root}"
     assert f"passes: {command} --no-leave-one-out --damage\n" in result.stderr
     assert f"loss: {command}\n" in result.stderr
-    for name, meaning in SCORE_MEANINGS.items():
-        assert f"  {name}: {meaning}" in result.stderr
+    for name, score in SCORES.items():
+        assert f"  {name}: {score.meaning}" in result.stderr
     assert "with --by" in result.stderr
     with pytest.raises(QueryError, match="neither the damage of the layers of org/a-1 nor"):
         plan_layers(scored, scored.runs().to_pylist()[0])

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from avss_dist.errors import ConfigError
+from avss_dist.intervention import Removals, can_be_added, joined, size_removed, sublayers_of
 from avss_dist.pruning.search import Effort, Expansion, search_for
 from avss_dist.pruning.selection import Choice, PlanError
-from avss_dist.removal import Drop, can_be_added, joined, size_removed, sublayers_of
 
-Loss = Callable[[Drop], float]
+Loss = Callable[[Removals], float]
 
 
 def rugged(seed: int, n: int) -> Loss:
@@ -28,13 +28,13 @@ def rugged(seed: int, n: int) -> Loss:
 
 
 def run(
-    choice: Choice, effort: Effort, layers: int, loss: Loss, starts: tuple[Drop, ...] = ()
-) -> tuple[Drop, list[list[Expansion]], dict[Drop, float]]:
+    choice: Choice, effort: Effort, layers: int, loss: Loss, starts: tuple[Removals, ...] = ()
+) -> tuple[Removals, list[list[Expansion]], dict[Removals, float]]:
     """What a search chooses, what it asked, and what it was told."""
     search = search_for(choice, effort, layers, starts)
     asked, told = [next(search)], {}
     while True:
-        answers: Mapping[Drop, float] = {drop: loss(drop) for one in asked[-1] for drop in one.sets}
+        answers: Mapping[Removals, float] = {drop: loss(drop) for one in asked[-1] for drop in one.sets}
         assert len(answers) == sum(len(one.sets) for one in asked[-1]) and not answers.keys() & told.keys()
         told |= answers
         try:
@@ -43,8 +43,8 @@ def run(
             return chosen.value, asked, told
 
 
-def greedy(loss: Loss, layers: int, count: int) -> Drop:
-    drop: Drop = ()
+def greedy(loss: Loss, layers: int, count: int) -> Removals:
+    drop: Removals = ()
     while len(drop) < count:
         drop = min((tuple(sorted({*drop, more})) for more in range(layers) if more not in drop), key=loss)
     return drop
@@ -88,7 +88,7 @@ def test_where_a_budget_ends_the_last_step_decides() -> None:
     """After one step, the lowest of leaving one out; after two, the lowest beside the first."""
     losses = {0: 0.4, 1: 0.1, 2: 0.2, 3: 0.3}
 
-    def loss(drop: Drop) -> float:
+    def loss(drop: Removals) -> float:
         return sum(losses[layer] for layer in drop) + (5 if {1, 2} <= {*drop} else 0)
 
     expected = {5: (1, 2, 3), 7: (1, 2, 3), 8: (0, 1, 3), 9: (0, 1, 3)}
@@ -117,14 +117,14 @@ def test_sublayers_are_halves_of_layers(seed: int, layers: int, data: st.DataObj
     count, rng = data.draw(st.integers(1, layers - 1)), np.random.default_rng(seed)
     weights = {one: rng.normal() for one in (*range(layers), *sublayers_of(range(layers)))}
 
-    def loss(drop: Drop) -> float:
+    def loss(drop: Removals) -> float:
         return sum(weights[one] for one in drop) + 0.3 * float(np.sin([sum(drop), max(drop) % 7]).sum())
 
-    def larger(drop: Drop, among: Iterable[int]) -> list[Drop]:
+    def larger(drop: Removals, among: Iterable[int]) -> list[Removals]:
         return [joined([*drop, one]) for one in among if can_be_added(one, drop)]
 
-    every: list[set[Drop]] = [{()}]
-    line: list[Drop] = [()]
+    every: list[set[Removals]] = [{()}]
+    line: list[Removals] = [()]
     for size in range(1, 2 * count + 1):
         reached = larger(line[-1], sublayers_of(range(layers))) + (larger(line[-2], range(layers)) if size > 1 else [])
         line.append(min(reached, key=lambda drop: (loss(drop), drop)))
@@ -140,7 +140,7 @@ def test_sublayers_are_halves_of_layers(seed: int, layers: int, data: st.DataObj
 
 
 def test_evolution_begins_with_what_it_is_given() -> None:
-    def loss(drop: Drop) -> float:
+    def loss(drop: Removals) -> float:
         return 0.0 if drop == (3, 5, 7) else 1.0 + min(drop)
 
     choice = Choice(by="evolve", count=3)
@@ -149,7 +149,7 @@ def test_evolution_begins_with_what_it_is_given() -> None:
 
 
 def test_sets_that_the_model_breaks_without_are_never_chosen() -> None:
-    def loss(drop: Drop) -> float:
+    def loss(drop: Removals) -> float:
         return nan if 0 in drop else float(sum(drop))
 
     for by in ("greedy", "beam", "evolve"):

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from avss_dist.errors import ConfigError
+from avss_dist.names import CONTRAST
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, PlanError, count_layers
-from avss_dist.settings import BLOCK_DISTANCE, CONTRAST, INTERACTIONS, SEARCHES
+from avss_dist.registry import BLOCK_DISTANCE, INTERACTIONS
+from avss_dist.settings import SEARCHES
 
 PLACE = ("site", "recipe", "threshold", "threshold_kind")
 

@@ -16,14 +16,15 @@ from support.pairs import write_pairs
 from support.tables import assert_same_tables
 
 import avss_dist
-from avss_dist.corpus.shards import Shard, plan
+from avss_dist.corpus.shards import Shard, tokenize_corpus
 from avss_dist.measure.rows import ObservedTokens, by_matrices, row_tensors
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
+from avss_dist.names import AFTER_ANOTHER
 from avss_dist.partition.base import Placement, Replica
 from avss_dist.partition.open import open_replica
-from avss_dist.settings import AFTER_ANOTHER, Settings
+from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.merging import merge_stats
 from avss_dist.warehouse.encoding import encode_shard
@@ -51,7 +52,7 @@ def opened(tiny_llama: Path) -> Iterator[Replica]:
 
 @pytest.fixture(scope="module")
 def shard(tiny_llama: Path, source: str) -> Shard:
-    return plan(source, load_tokenizer(resolve(str(tiny_llama))), SETTINGS).shards[0]
+    return tokenize_corpus(source, load_tokenizer(resolve(str(tiny_llama))), SETTINGS).shards[0]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from avss_dist.analysis.sparsity_plans import Measured
 from avss_dist.errors import ConfigError
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.evaluation.sparsify import sparsify
-from avss_dist.evaluation.subjects import runtime
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.pruning.selection import PlanError
 from avss_dist.runs.api import score
@@ -104,7 +103,7 @@ def test_damage_is_that_of_autograd(model: LanguageModel) -> None:
     edges = (0.05, 0.4, 1.0)
     found = {
         (row.metric, row.layer): row.samples
-        for row in MapDamage(shard=shard, thresholds=dict.fromkeys(keys, edges), seed=4)(model, ())
+        for row in MapDamage(shard=shard, thresholds=dict.fromkeys(keys, edges), seed=4)(model)
     }
     first, second = np.zeros((3, 3)), np.zeros((3, 3))
     for batch in shard.batches(1):
@@ -137,7 +136,7 @@ def test_greedy_takes_the_step_that_changes_the_block_least(model: LanguageModel
     thresholds = {"self_attn.o_proj": (0.1, 0.3), "mlp.gate_proj": (0.3, 0.8), "mlp.down_proj": (0.2, 0.6)}
     measure = GreedyBlock(layer=1, shards=(shard,), thresholds=thresholds, steps=dict.fromkeys(names, 0.4),
                           sizes=dict.fromkeys(names, 1))  # fmt: skip
-    found = {row.metric: row.samples for row in measure(model, ())}
+    found = {row.metric: row.samples for row in measure(model)}
     batch = next(iter(shard.batches(2)))
     ids = torch.from_numpy(batch.input_ids).long()
 
@@ -177,7 +176,7 @@ def test_greedy_takes_the_step_that_changes_the_block_least(model: LanguageModel
 
 
 def test_spectra_are_those_of_the_weights(model: LanguageModel) -> None:
-    found = {row.metric: row.samples[0] for row in Spectra(1)(model, ())}
+    found = {row.metric: row.samples[0] for row in Spectra(1)(model)}
     weight = model.layers[1].module.mlp.up_proj.weight.detach().double().numpy()
     eigenvalues = np.linalg.eigvalsh(weight.T @ weight)
     assert found["hill:mlp.up_proj"] == pytest.approx(hill_exponent(eigenvalues), rel=1e-6)
@@ -199,9 +198,7 @@ def test_every_method_meets_the_budget_and_streaming_makes_the_same_plan(
     for partition in ("single", "streaming"):
         out = tmp_path / f"{partition}.yaml"
         options = ["--max-sequences", 2, "--sequence-length", 32, "--batch-size", 2, "--device", "cpu", "--fresh"]
-        result = avss(
-            "plan", "-w", scored, "--sparsify", 0.6, "--method", method, "--partition", partition, *options, "-o", out
-        )
+        result = avss("sparsify", 0.6, "-w", scored, "--method", method, "--partition", partition, *options, "-o", out)
         assert result.exit_code == 0, result.stderr
         plans.append(out.read_bytes())
     assert plans[0] == plans[1]
@@ -233,7 +230,7 @@ def test_corrected_thresholds_leave_the_sparsity_that_is_planned_in_the_sparse_s
         )
         rows = Warehouse(tmp_path / "w").table("evaluations").to_pylist()
         realized = {(row["layer"], row["metric"]): row["value"] for row in rows
-                    if row["sparsity_plan"] == runtime(made).key}  # fmt: skip
+                    if row["sparsity_plan"] == made.intervention.key.sparsity}  # fmt: skip
         off = [realized[one.layer, f"realized:{one.map}"] - one.sparsity for one in made.projections]
         farthest.append(max(map(abs, off)))
         within = np.mean(np.abs(off) <= 0.01)

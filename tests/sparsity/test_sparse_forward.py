@@ -12,9 +12,9 @@ import torch
 from support.causal_lm import SMALL, opened, random_shard
 
 from avss_dist.errors import ModelError
+from avss_dist.intervention import NO_INTERVENTION, Intervention, MapSparsity, Sparsity
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
-from avss_dist.models.sparsifying import Cut, Sparsity
 from avss_dist.partition.base import Placement
 from avss_dist.partition.streaming.replica import StreamingReplica
 from avss_dist.settings import Settings
@@ -24,11 +24,11 @@ from avss_dist.tasks.cells import Cell, measure_cell
 RULES = ("all", "last-half", "not-first-token", "dense-prefill")
 
 
-def cuts_of(model: LanguageModel, **how: Any) -> tuple[Cut, ...]:
+def cuts_of(model: LanguageModel, **how: Any) -> tuple[MapSparsity, ...]:
     """The same cut of every linear map."""
     how = {"by": "threshold", "value": 0.4} | how
     return tuple(
-        Cut(layer=layer.index, path=one.path, outputs=one.outputs, inputs=one.inputs, **how)
+        MapSparsity(layer=layer.index, path=one.path, outputs=one.outputs, inputs=one.inputs, **how)
         for layer in model.layers
         for one in layer.projections
     )
@@ -38,7 +38,7 @@ def cell(model: LanguageModel, sparsity: Sparsity | None, drop: tuple[int, ...] 
     measure = TextLoss(random_shard())
     settings = model.settings
     return Cell(run_id="r", checkpoint=model.checkpoint, settings=settings, task="t", part=0, measure=measure,
-                drop=drop, sparsity=sparsity)  # fmt: skip
+                intervention=Intervention(removed=drop, sparsity=sparsity))  # fmt: skip
 
 
 def plainly(
@@ -80,8 +80,8 @@ def model(tiny_llama: Path) -> LanguageModel:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("drop", [(), (1,)])
 def test_small_inputs_are_zero_at_the_tokens_of_a_rule(model: LanguageModel, rule: str, drop: tuple[int, ...]) -> None:
-    before = model.losses_without(list(random_shard().batches(2)), [()])[0]
-    found = by_metric(list(measure_cell(model, cell(model, Sparsity(cuts=cuts_of(model), rule=rule), drop)).rows))
+    before = model.losses_under(list(random_shard().batches(2)), [NO_INTERVENTION])[0]
+    found = by_metric(list(measure_cell(model, cell(model, Sparsity(maps=cuts_of(model), rule=rule), drop)).rows))
     losses, zeros = plainly(model, lambda _module, x: x.abs() > 0.4, rule, drop)
     assert found["loss", None].samples == pytest.approx(losses, rel=1e-4)
     realized = [row for (metric, _), row in found.items() if metric.startswith("realized:")]
@@ -92,7 +92,7 @@ def test_small_inputs_are_zero_at_the_tokens_of_a_rule(model: LanguageModel, rul
         assert zeros and len(realized) == 7 * (3 - len(drop))
         saved = found["sparsity", None]
         assert 0 < saved.samples[0] < saved.weights[0]
-    assert np.array_equal(model.losses_without(list(random_shard().batches(2)), [()])[0], before)
+    assert np.array_equal(model.losses_under(list(random_shard().batches(2)), [NO_INTERVENTION])[0], before)
     assert not model.module._forward_pre_hooks
 
 
@@ -117,7 +117,7 @@ def test_the_largest_of_a_token_stay(model: LanguageModel) -> None:
         ({"by": "threshold", "value": 0.0, "kept": 2, "group": 4}, grouped),
         ({"center": 0.25}, lambda _module, x: (x - 0.25).abs() > 0.4),
     ):
-        sparsity = Sparsity(cuts=cuts_of(model, **how), rule="all")
+        sparsity = Sparsity(maps=cuts_of(model, **how), rule="all")
         found = by_metric(list(measure_cell(model, cell(model, sparsity)).rows))
         losses, zeros = plainly(model, keeps, "all", instead=how.get("center", 0.0))
         assert found["loss", None].samples == pytest.approx(losses, rel=2e-3), how  # near ties
@@ -127,17 +127,19 @@ def test_the_largest_of_a_token_stay(model: LanguageModel) -> None:
 
 def test_what_gates_an_mlp_is_zero_where_it_is_small(model: LanguageModel) -> None:
     cuts = [
-        Cut(layer=layer.index, path=gate.path, outputs=gate.outputs, inputs=gate.inputs, by="threshold", value=0.05)
+        MapSparsity(
+            layer=layer.index, path=gate.path, outputs=gate.outputs, inputs=gate.inputs, by="threshold", value=0.05
+        )
         for layer in model.layers
         if (gate := layer.gate)
     ]
     assert [(cut.path, cut.outputs, cut.inputs) for cut in cuts] == [("mlp.act_fn", 64, 48)] * 3
-    found = by_metric(list(measure_cell(model, cell(model, Sparsity(cuts=tuple(cuts), rule="all"))).rows))
+    found = by_metric(list(measure_cell(model, cell(model, Sparsity(maps=tuple(cuts), rule="all"))).rows))
     with ExitStack() as stack:
         for layer in model.layers:
             cut = lambda _m, _a, out: out.masked_fill(out.abs() <= 0.05, 0.0)  # noqa: E731
             stack.callback(layer.module.mlp.act_fn.register_forward_hook(cut).remove)
-        (losses,) = model.losses_without(list(random_shard().batches(2)), [()])
+        (losses,) = model.losses_under(list(random_shard().batches(2)), [NO_INTERVENTION])
     assert found["loss", None].samples == pytest.approx(losses, rel=1e-6)
     assert 0 < found["sparsity", None].samples[0] < found["sparsity", None].weights[0]
 
@@ -150,7 +152,7 @@ def test_streaming_computes_the_same(model: LanguageModel, tiny_llama: Path) -> 
         streamed = replica.language_model
         assert streamed is not None
         for how in ({}, {"by": "top_k", "value": 0.5, "weighted": True}):
-            sparsity = Sparsity(cuts=cuts_of(model, **how), rule="last-half")
+            sparsity = Sparsity(maps=cuts_of(model, **how), rule="last-half")
             rows, wanted = (measure_cell(one, cell(one, sparsity, (1,))).rows for one in (streamed, model))
             assert [(r.metric, r.layer) for r in rows] == [(r.metric, r.layer) for r in wanted]
             assert all(np.array_equal(a.samples, b.samples) for a, b in zip(rows, wanted, strict=True))
@@ -169,6 +171,6 @@ def test_streaming_computes_the_same(model: LanguageModel, tiny_llama: Path) -> 
 def test_a_plan_for_another_model_is_refused(model: LanguageModel, changed: dict[str, Any], message: str) -> None:
     one = {"layer": 0, "path": "self_attn.q_proj", "outputs": 32, "inputs": 32, "by": "threshold", "value": 0.1}
     with pytest.raises(ModelError, match=message), model.sparsified(
-        Sparsity(cuts=(Cut(**one | changed),), rule="all")
+        Sparsity(maps=(MapSparsity(**one | changed),), rule="all")
     ):  # fmt: skip
         pass

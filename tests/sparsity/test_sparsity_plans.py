@@ -17,7 +17,7 @@ from support.checkpoints import llama
 from support.command_line import avss
 
 from avss_dist.analysis.sparsity_plans import Measured
-from avss_dist.corpus.shards import plan as plan_corpus
+from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
@@ -55,7 +55,7 @@ def captured(tiny_llama: Path, dtype: str) -> dict[tuple[int, str], np.ndarray]:
                     found.setdefault(key, []).append(args[0].abs().double().numpy().ravel())
 
                 stack.callback(one.module.register_forward_pre_hook(keep).remove)
-        for shard in plan_corpus(TEXT, load_tokenizer(checkpoint), settings).shards:
+        for shard in tokenize_corpus(TEXT, load_tokenizer(checkpoint), settings).shards:
             for batch in shard.batches(4):
                 model.losses(batch)
     return {key: np.concatenate(parts) for key, parts in found.items()}
@@ -66,7 +66,7 @@ def test_thresholds_are_the_quantiles_of_what_maps_read(
     scored: Path, tiny_llama: Path, tmp_path: Path, dtype: str, target: float
 ) -> None:
     path = tmp_path / "sparse.yaml"
-    result = avss("plan", "-w", scored, "--sparsify", target, "-o", path)
+    result = avss("sparsify", target, "-w", scored, "-o", path)
     assert result.exit_code == 0, result.stderr
     made, read = read_sparsity_plan(path), captured(tiny_llama, dtype)
     assert len(made.projections) == 21
@@ -80,11 +80,8 @@ def test_thresholds_are_the_quantiles_of_what_maps_read(
         else:
             assert one.value == pytest.approx(exact, rel=2**-7)
     assert made.sparsity == pytest.approx(target, abs=0.01)
-    assert (
-        avss("plan", "-w", scored, "--sparsify", target, "--format", "thresholds", "-o", tmp_path / "t.json").exit_code
-        == 0
-    )
-    assert avss("plan", "-w", scored, "--sparsify", target, "--format", "teal", "-o", tmp_path / "teal").exit_code == 0
+    assert avss("sparsify", target, "-w", scored, "--format", "thresholds", "-o", tmp_path / "t.json").exit_code == 0
+    assert avss("sparsify", target, "-w", scored, "--format", "teal", "-o", tmp_path / "teal").exit_code == 0
     for file in ("t.json", "teal/thresholds.json"):
         layers = json.loads((tmp_path / file).read_text())["layers"]
         assert all(layers[str(one.layer)][one.map]["threshold"] == one.value for one in made.projections)
@@ -106,7 +103,7 @@ def test_a_plan_is_evaluated_beside_the_dense_model_alone_and_on_top_of_another(
     scored: Path, tmp_path: Path, dtype: str
 ) -> None:
     sparse, layers, warehouse = tmp_path / "sparse.yaml", tmp_path / "layers.yaml", tmp_path / "w"
-    avss("plan", "-w", scored, "--sparsify", 0.5, "-o", sparse)
+    avss("sparsify", 0.5, "-w", scored, "-o", sparse)
     avss("plan", "-w", scored, "--by", "random", "--count", 1, "-o", layers)
     options = {"warehouse": warehouse, "skip_sequences": 8, "dtype": dtype, **SMALL}
     task = f"perplexity:{TEXT}"
@@ -135,27 +132,26 @@ def test_what_cannot_be_planned_is_refused_with_the_reason(
 ) -> None:
     out = tmp_path / "sparse.yaml"
     for options, message in (
-        (["--sparsify", 1], "--sparsify 1 is no sparsity. It is above 0 and below 1"),
-        (["--sparsify", 0], "--sparsify 0 is no sparsity."),
-        (["--sparsify", 0.5, "--pattern", "4:2"], "--pattern 4:2 is none."),
-        (["--sparsify", 0.4, "--pattern", "2:4"], "Set --sparsify to 0.5."),
-        (["--sparsify", 0.5, "--method", "topp", "--pattern", "2:4"], "Use uniform or wina."),
-        (["--sparsify", 0.5, "--format", "mergekit"], "sparsity drops none. Use plan, thresholds or teal."),
-        (["--by", "last", "--format", "thresholds"], "a plan of layers has none."),
-        (["--by", "last", "--corrections", 2], "--corrections has no effect without --sparsify."),
-        (["--sparsify", 0.5, "--count", 1], "--count has no effect with --sparsify."),
-        (
-            ["--sparsify", 0.5, "--method", "wina", "--corrections", 1],
-            "has no threshold that --corrections could correct.",
-        ),
-        (["--sparsify", 0.5, "--rule", "dense-prefill", "--corrections", 1], "makes nothing of a prompt sparse."),
-        (["--sparsify", 0.5, "--method", "wina", "--format", "teal"], "TEAL's files are of thresholds of sizes"),
-        (["--sparsify", 0.5, "--pattern", "5:10"], "does not divide the 32 inputs of self_attn.q_proj."),
+        ([1], "target 1 is no sparsity. It is above 0 and below 1"),
+        ([0], "target 0 is no sparsity."),
+        ([0.5, "--pattern", "4:2"], "--pattern 4:2 is none."),
+        ([0.4, "--pattern", "2:4"], "Set target to 0.5."),
+        ([0.5, "--method", "topp", "--pattern", "2:4"], "Use uniform or wina."),
+        ([0.5, "--format", "mergekit"], "Unknown --format 'mergekit'. Valid: plan, thresholds, teal."),
+        ([0.5, "--method", "wina", "--corrections", 1], "has no threshold that --corrections could correct."),
+        ([0.5, "--rule", "dense-prefill", "--corrections", 1], "makes nothing of a prompt sparse."),
+        ([0.5, "--method", "wina", "--format", "teal"], "TEAL's files are of thresholds of sizes"),
+        ([0.5, "--pattern", "5:10"], "does not divide the 32 inputs of self_attn.q_proj."),
     ):
-        result = avss("plan", "-w", scored, *options, "-o", out)
+        result = avss("sparsify", *options, "-w", scored, "-o", out)
         assert result.exit_code != 0 and message in " ".join(result.stderr.split()), result.stderr
+    for option in ("--sparsify", "--sparsity"):
+        result = avss("plan", "-w", scored, option, 0.5, "-o", out)
+        assert result.exit_code == 2 and "avss sparsify makes sparsity plans" in result.stderr
+    result = avss("plan", "-w", scored, "--by", "last", "--format", "thresholds", "-o", out)
+    assert result.exit_code == 2 and "Unknown --format 'thresholds'" in result.stderr
     assert not out.exists()
-    avss("plan", "-w", scored, "--sparsify", 0.5, "-o", out)
+    avss("sparsify", 0.5, "-w", scored, "-o", out)
     made = yaml.safe_load(out.read_text())
     one = made["projections"][0]
     broken = tmp_path / "broken.yaml"
@@ -170,10 +166,17 @@ def test_what_cannot_be_planned_is_refused_with_the_reason(
         ({"projections": [one | {"layer": 3}]}, "There is no layer 3: the model has 3, from 0."),
         ({"rule": "prefill"}, "Unknown rule 'prefill'"),
         ({"revision": "0" * 40}, "it is at"),
+        (
+            {"projections": [made["projections"][0], made["projections"][6] | {"inputs": 47}]},
+            f"{broken}: map 2 of the key 'projections', 'mlp.down_proj' of layer 0, has 47 inputs and 32 outputs, and "
+            f"in {tiny_llama} 48 and 32.",
+        ),
+        ({"projections": [one | {"map": "mlp.up"}]}, f"{broken}: map 1 of the key 'projections', 'mlp.up' of layer 0,"),
     ):
         broken.write_text(yaml.safe_dump(made | changes))
         result = avss("evaluate", broken, "--task", f"perplexity:{TEXT}", "--warehouse", tmp_path / "w")
-        assert result.exit_code != 0 and message in " ".join(result.stderr.split()), result.stderr
+        assert result.exit_code == 2 and message in " ".join(result.stderr.split()), result.stderr
+        assert not list((tmp_path / "w").rglob("*.parquet"))
     broken.write_text(f"{out.read_text()}rule: last-half\n")
     with pytest.raises(PlanError, match=r"yaml:\d+: the key 'rule' is repeated; the first is in line \d\."):
         read_sparsity_plan(broken)
@@ -189,7 +192,7 @@ def test_what_cannot_be_planned_is_refused_with_the_reason(
 
 def test_a_run_that_did_not_measure_the_inputs_says_which_command_does(tiny_llama: Path, tmp_path: Path) -> None:
     score(tiny_llama, corpus=TEXT, warehouse=tmp_path / "w", **SMALL)
-    result = avss("plan", "-w", tmp_path / "w", "--sparsify", 0.5, "-o", tmp_path / "sparse.yaml")
+    result = avss("sparsify", 0.5, "-w", tmp_path / "w", "-o", tmp_path / "sparse.yaml")
     assert result.exit_code != 0
     assert f"avss score {tiny_llama} --corpus {TEXT} --site inputs -w" in " ".join(result.stderr.split())
 
@@ -204,5 +207,5 @@ def test_a_family_whose_experts_are_fused_keeps_its_mlp_dense(save_checkpoint: A
     assert row is not None
     assert any("'up_input' is absent" in note for note in row["notes"])
     assert {one.site for one in Measured.of(warehouse, row).maps} == {"query_input", "output_input"}
-    result = avss("plan", "-w", tmp_path / "w", "--sparsify", 0.5, "-o", tmp_path / "sparse.yaml")
+    result = avss("sparsify", 0.5, "-w", tmp_path / "w", "-o", tmp_path / "sparse.yaml")
     assert "The MLP of 3 of 3 layers stays dense: its maps are fused." in result.stdout

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from scipy.stats import sem, t
+from scipy.stats import sem, skew, t
 
 from avss_dist.stats.intervals import bootstrap_weights, jackknife_interval, left_out_weights
 from avss_dist.stats.layer_stats import Float64
@@ -18,11 +18,34 @@ def interval_of_mean(samples: Float64, **options: float) -> Float64:
 
 
 @pytest.mark.parametrize("confidence", [0.95, 0.999])
-@pytest.mark.parametrize("number", [8, 31, 100])
-def test_the_interval_of_a_mean_is_students(number: int, confidence: float) -> None:
-    samples = np.random.default_rng(number).lognormal(size=(number, 3))
+@pytest.mark.parametrize("number", [8, 32, 100])
+def test_the_interval_of_a_symmetric_samples_mean_is_students(number: int, confidence: float) -> None:
+    half = np.random.default_rng(number).lognormal(size=(number // 2, 3))
+    samples = np.concatenate([half, -half])
     want = t.interval(confidence, number - 1, samples.mean(axis=0), sem(samples, axis=0))
-    np.testing.assert_allclose(interval_of_mean(samples, confidence=confidence), want, rtol=1e-9)
+    np.testing.assert_allclose(interval_of_mean(samples, confidence=confidence), want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("number", [8, 31, 100])
+def test_halls_transformation_of_the_ends_has_students_quantiles(number: int, sign: int) -> None:
+    samples = sign * np.random.default_rng(number).lognormal(size=number)
+    low, high = interval_of_mean(samples)
+    c = skew(samples, bias=False) / 3
+    quantile = t.ppf(0.975, (number - 1) / (1 + 2 * abs(skew(samples))))
+    for end, want in ((low, quantile), (high, -quantile)):
+        u = (samples.mean() - end) / samples.std(ddof=1)
+        transformed = number**0.5 * (u + c * u**2 + c**2 * u**3 / 3 + c / (2 * number))
+        assert transformed == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0])
+@pytest.mark.parametrize("number", [8, 16])
+def test_the_mean_of_skewed_units_is_covered(number: int, sigma: float) -> None:
+    samples = np.random.default_rng(number).lognormal(sigma=sigma, size=(number, 4000))
+    low, high = interval_of_mean(samples)
+    covered = ((low <= np.exp(sigma**2 / 2)) & (np.exp(sigma**2 / 2) <= high)).mean()
+    assert 0.93 - 2 * (0.93 * 0.07 / 4000) ** 0.5 < covered < 0.98
 
 
 @pytest.mark.parametrize(

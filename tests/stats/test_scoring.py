@@ -13,16 +13,17 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import t as student
 from support.oracle import Float64, oracle_stats
 
-from avss_dist.settings import RELATIVE_THRESHOLDS, SCORES
+from avss_dist.registry import BASELINES, FROM_ACTIVATIONS, SCORES
+from avss_dist.settings import RELATIVE_THRESHOLDS
 from avss_dist.stats import intervals, scores, spill
 from avss_dist.stats.histogram import HISTOGRAM_EDGES
+from avss_dist.stats.intervals import jackknife_interval
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, without_values
 from avss_dist.stats.merging import Block, combine_blocks, merge_stats
 from avss_dist.stats.rankings import count_lowest, rank_lowest
-from avss_dist.stats.scores import SiteTable, Threshold, avss, score_column, score_run, share
+from avss_dist.stats.scores import SiteTable, Threshold, avss, score_run, share
 from avss_dist.warehouse.schema import SCHEMAS
 
 GRID = np.array([1e-5, 1e-2, 1e-1])
@@ -144,7 +145,7 @@ def test_a_unit_at_the_threshold_is_not_near_zero() -> None:
 
 
 def test_layers_are_ranked_by_the_smoothed_score() -> None:
-    assert [score_column(name) for name in SCORES] == ["avss_smoothed", *SCORES[1:]] != [*SCORES]
+    assert [SCORES[name].column for name in FROM_ACTIVATIONS] == ["avss_smoothed", *BASELINES]
 
 
 def test_smoothed_avss_adds_half_a_count() -> None:
@@ -299,7 +300,7 @@ def test_shards_that_are_alike_have_an_interval_without_width() -> None:
 @pytest.mark.parametrize("offset", [0.0, 1e4], ids=["centered", "large offset"])
 @pytest.mark.parametrize("recipe", MEASURES)
 def test_intervals_equal_merging_the_shards_again(monkeypatch: pytest.MonkeyPatch, recipe: str, offset: float) -> None:
-    """By Student's t and the jackknife over the other shards, and by the share of drawn shards."""
+    """By the jackknife over the other shards, and by the share of drawn shards."""
     for module in (intervals, scores):
         monkeypatch.setattr(module, "BOOTSTRAP_RESAMPLES", 6)
     shards = stats_of(activations(4, shards=8, offset=offset, last=0.5))
@@ -310,10 +311,9 @@ def test_intervals_equal_merging_the_shards_again(monkeypatch: pytest.MonkeyPatc
     drawn = [[s for s, times in enumerate(weights) for _ in range(int(times))] for weights in table.weights]
     merged = [SiteTable(list(merge_stats(shards[s] for s in sample).values())) for sample in drawn]
     found = np.array([m.score(recipe, threshold)["avss_smoothed"] for m in merged])
-    logs = np.log(found[6:])
-    half = student.ppf(0.975, 7) * np.sqrt(7 / 8 * np.square(logs - logs.mean(0)).sum(0))
-    np.testing.assert_allclose(columns["avss_low"], columns["avss_smoothed"] * np.exp(-half), rtol=1e-7)
-    np.testing.assert_allclose(columns["avss_high"], columns["avss_smoothed"] * np.exp(half), rtol=1e-7)
+    low, high = jackknife_interval(columns["avss_smoothed"], found[6:], scale="log")
+    np.testing.assert_allclose(columns["avss_low"], low, rtol=1e-7)
+    np.testing.assert_allclose(columns["avss_high"], high, rtol=1e-7)
     lowest = [(found[:6].argmin(1) == layer).mean() for layer in range(4)]
     assert columns["lowest_set_probability"] == pytest.approx(lowest)
 
@@ -427,9 +427,6 @@ def compared(seed: int = 0) -> tuple[Float64, Float64, Stats]:
     return before, after, {(0, "block"): block, (0, "update"): oracle_stats(update, mask, GRID, units=True)}
 
 
-RIVALS = ("block_influence", "angular_distance", "relative_magnitude", "update_variance_ratio")
-
-
 def test_rivals_are_their_papers_formulas() -> None:
     before, after, stats = compared()
     pairs = [(a, b) for rows in zip(before, after, strict=True) for a, b in zip(*rows, strict=True)]
@@ -441,18 +438,19 @@ def test_rivals_are_their_papers_formulas() -> None:
         "update_variance_ratio": (after - before).var() / before.var(),
     }
     for row in score_run(stats, LAYERS[:1]):
-        assert {name: row[name] for name in RIVALS} == pytest.approx(want, rel=1e-10)
+        assert {name: row[name] for name in BASELINES} == pytest.approx(want, rel=1e-10)
 
 
 def test_an_input_without_variance_has_no_ratio() -> None:
     _, _, stats = compared()
     stats[0, "block"] = replace(stats[0, "block"], input_m2=0.0)
     for row in score_run(stats, LAYERS[:1]):
-        assert {name for name in RIVALS if math.isnan(row[name])} == {"update_variance_ratio"}
+        assert {name for name in BASELINES if math.isnan(row[name])} == {"update_variance_ratio"}
 
 
 @pytest.mark.parametrize(
-    ("drop", "undefined"), [("update", {"update_variance_ratio"}), ("block", set(RIVALS)), ("comparison", set(RIVALS))]
+    ("drop", "undefined"),
+    [("update", {"update_variance_ratio"}), ("block", set(BASELINES)), ("comparison", set(BASELINES))],
 )
 def test_rivals_are_undefined_without_their_site(drop: str, undefined: set[str]) -> None:
     _, _, stats = compared()
@@ -460,7 +458,7 @@ def test_rivals_are_undefined_without_their_site(drop: str, undefined: set[str])
         stats[0, "block"] = replace(stats[0, "block"], token_count=0, input_count=0)
     stats.pop((0, drop), None)
     for row in score_run(stats, LAYERS[:1]):
-        assert {name for name in RIVALS if math.isnan(row[name])} == undefined
+        assert {name for name in BASELINES if math.isnan(row[name])} == undefined
 
 
 @settings(max_examples=50, derandomize=True)
@@ -479,9 +477,9 @@ GOLDEN = {
     "unit": [0.016824505165165017, 0.19177246656878727, 1.6287145548480588, 10.514681490155645],
 }
 GOLDEN_INTERVALS = {  # of layers 0 and 3: a change of the interval shows here
-    "pooled": [(0.04730689839160049, 0.06296885223318602), (4.1408607470628525, 5.138576101324429)],
-    "element": [(0.0655772875994522, 0.07213672362463697), (3.849101881729231, 4.980406291176438)],
-    "unit": [(0.008631392664091254, 0.034139005235011906), (3.8815862248645137, 22.785377981924313)],
+    "pooled": [(0.04546909948288503, 0.0630857989827533), (4.115862230359442, 8.396077967208056)],
+    "element": [(0.06466728601515363, 0.0721841106980742), (3.8361908790165726, 5.35729529171334)],
+    "unit": [(0.008595308928051944, 0.03758992501700168), (0.09746327593830816, 25.129370565096753)],
 }
 
 

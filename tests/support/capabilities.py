@@ -15,7 +15,8 @@ import torch
 
 from avss_dist.corpus.shards import Batch
 from avss_dist.errors import AvssError, first_line
-from avss_dist.measure.hooks import observe
+from avss_dist.intervention import NO_INTERVENTION
+from avss_dist.measure.observer import observe
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import Backbone, forward_function, open_module, quiet
 from avss_dist.partition.base import Placement
@@ -29,7 +30,7 @@ from support.families import tiny_batch, tiny_model
 TABLE = Path(__file__).parent / "families.csv"
 YES = "yes"
 VERSION = "5.24"  # of transformers, whose families the table has
-AGAIN = "Run tests/benchmarks/families.py, and put what it prints into docs/families.md."
+AGAIN = "Run tests/benchmarks/families.py, and put what it prints into docs/reference/families.md."
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,9 @@ def evaluate(model: Any, folder: Path) -> np.ndarray:
     """The summed losses of rows of `text_batch`, whole and without layer 1: as transformers alone has them, whole."""
     with closing(open_replica(resolve(str(folder)), Settings(device="cpu"), Placement(), head=True)) as replica:
         assert replica.language_model is not None
-        whole, without = replica.language_model.losses_without([text_batch()], [(), (1,)])
+        whole, without = replica.language_model.losses_under(
+            [text_batch()], [NO_INTERVENTION, NO_INTERVENTION.without(1)]
+        )
     assert np.isfinite(without).all()
     expected = own_losses(model)
     np.testing.assert_allclose(whole, expected, rtol=1e-4 if np.allclose(expected, own_losses(model)) else 1)

@@ -1,4 +1,4 @@
-"""The documentation, as tests read it."""
+"""Pages of the documentation, and the code and commands in them."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import avss_dist
 
 ROOT = Path(__file__).parents[2]
 DOCS = Path(avss_dist.__file__).parent / "docs"
-OWN = sorted([*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "jobs" / "README.md"])
+OWN = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "jobs" / "README.md"])
 PAGES = sorted(
-    [*DOCS.glob("*.md"), ROOT / "README.md", *(ROOT / "jobs").glob("*.md"), *(ROOT / "cluster").rglob("*.md")]
+    [*DOCS.rglob("*.md"), ROOT / "README.md", *(ROOT / "jobs").glob("*.md"), *(ROOT / "cluster").rglob("*.md")]
 )
 
 
 def read(path: Path) -> str:
-    """The text of a page."""
+    """Return the text of a page."""
     return path.read_text(encoding="utf-8")
 
 
 def code_blocks(text: str, *languages: str) -> list[str]:
-    """The fenced blocks of a page in these languages, and its indented ones where a shell is among them."""
+    """Return the fenced blocks of a page in these languages, and its indented blocks if they include a shell."""
     fenced = [code for language, code in re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL) if language in languages]
     indented = re.findall(r"(?:^|\n\n)((?:    .*\n)+)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     return fenced + (indented if "bash" in languages else [])
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The words of every ``avss`` command in the shell blocks of a page."""
+    """Yield the words of every ``avss`` command in the shell blocks of a page."""
     for block in code_blocks(text, "bash", "sh", ""):
         for words in _lines(block):
             starts = [i for i, word in enumerate(words) if word == "avss"]

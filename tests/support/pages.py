@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.report.chart import RIVALS
+from avss_dist.registry import BASELINES
 from avss_dist.settings import SITES, THRESHOLDS
 from avss_dist.stats.layer_stats import LayerStats
 from avss_dist.stats.scores import score_run
@@ -147,7 +147,7 @@ def write_many(root: Path, runs: int, layers: int) -> Warehouse:
     warehouse = Warehouse(root)
     write_run(warehouse, "measured", layers)
     rows = warehouse.table("scores").drop_columns(["run_id", "model", "revision", "family"]).to_pylist()
-    scaled = ("variance", "near_zero_count", "sparsity", "avss_smoothed", "avss_low", "avss_high", *RIVALS)
+    scaled = ("variance", "near_zero_count", "sparsity", "avss_smoothed", "avss_low", "avss_high", *BASELINES)
     rng = np.random.default_rng(0)
     for run in range(1, runs):
         factors = rng.lognormal(size=(layers, len(SITES), len(scaled)))

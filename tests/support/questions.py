@@ -12,8 +12,8 @@ import torch
 
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.corpus.shards import Shard
+from avss_dist.intervention import NO_INTERVENTION, Intervention, sublayers_of
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.removal import sublayers_of
 from avss_dist.tasks.base import Row, TextLoss
 from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.gradients import Gradients
@@ -88,11 +88,8 @@ def questions() -> dict[str, Any]:
 class WithHalf(TextLoss):
     """The loss, with half of what the layers add that are left out."""
 
-    def __call__(self, model: LanguageModel, drop: tuple[int, ...]) -> list[Row]:
-        model.factor = 0.5
-        rows = super().__call__(model, drop)
-        model.factor = 0.0
-        return rows
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+        return super().__call__(model, replace(intervention, residual_scale=0.5))
 
 
 def _paired(shard: Shard) -> Shard:
@@ -106,7 +103,7 @@ def answers(model: LanguageModel, skip: tuple[str, ...] = ()) -> dict[str, list[
     """What a model answers to each; nothing about sublayers where they cannot be left out alone."""
     skip = (*skip, *(("sublayers", "gradients without an attention") if model.obstacles else ()))
     asked = {name: question for name, question in questions().items() if not any(map(name.startswith, skip))}
-    return {name: measure(model, drop) for name, (measure, drop) in asked.items()}
+    return {name: measure(model, Intervention(removed=drop)) for name, (measure, drop) in asked.items()}
 
 
 def generated(model: LanguageModel) -> torch.Tensor:
@@ -121,10 +118,10 @@ def assert_same(found: dict[str, list[Row]], expected: dict[str, list[Row]], rto
     """The same rows, their samples to the bit, or so near relative to the largest."""
     assert found.keys() == expected.keys()
     for name, rows in expected.items():
-        key = [(row.metric, row.drop, row.layer) for row in rows]
-        assert [(row.metric, row.drop, row.layer) for row in found[name]] == key, name
+        key = [(row.metric, row.removed, row.layer) for row in rows]
+        assert [(row.metric, row.removed, row.layer) for row in found[name]] == key, name
         for row, wanted in zip(found[name], rows, strict=True):
             assert np.array_equal(row.weights, wanted.weights), name
             size = float(np.abs(wanted.samples).max(initial=0.0))
             near = 100 * rtol if row.metric == "entropy" else rtol  # its sums are of float32
-            assert np.abs(row.samples - wanted.samples).max() <= near * size, (name, row.metric, row.drop, row.layer)
+            assert np.abs(row.samples - wanted.samples).max() <= near * size, (name, row.metric, row.removed, row.layer)

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
 
 class Server:
-    """moto's S3 server, a process of its own, and a user whose keys it can be told to ask for."""
+    """moto's S3 server, a process of its own, and a user whose keys it can be told to ask for.
 
-    def __init__(self) -> None:
+    Args:
+        log: a file for the lines that the server prints, one for each request.
+    """
+
+    def __init__(self, log: Path = Path(os.devnull)) -> None:
         import boto3
 
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with log.open("ab") as lines:
+            self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=lines)
         while True:
             with suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
                 break

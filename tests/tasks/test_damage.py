@@ -15,6 +15,7 @@ from support.families import tiny_model
 from torch.nn.functional import cross_entropy
 
 from avss_dist.corpus.shards import Batch
+from avss_dist.intervention import NO_INTERVENTION
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.labels import draw_labels, uniform_numbers
 from avss_dist.models.layers import first_tensor, input_tensor
@@ -27,7 +28,7 @@ FAMILIES = ("llama", "gemma3_text", "qwen2_moe", "gpt2", "falcon", "opt", "mamba
 
 
 def by_metric(rows: list[Row]) -> Found:
-    return {(row.metric, row.layer, row.drop): row for row in rows}
+    return {(row.metric, row.layer, row.removed): row for row in rows}
 
 
 def traced(model: LanguageModel, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -52,7 +53,7 @@ def traced(model: LanguageModel, batch: Batch) -> tuple[torch.Tensor, list[torch
 def seen(request: pytest.FixtureRequest, tiny_llama: Path) -> tuple[LanguageModel, Found, list[Batch]]:
     """What damage says of rows in batches of two, and the same rows one by one."""
     model, shard = opened(tiny_llama, dtype="float32"), random_shard(skip=request.param)
-    found = by_metric(Damage(shard=shard, lookahead=1, draws=3, seed=5)(model, ()))
+    found = by_metric(Damage(shard=shard, lookahead=1, draws=3, seed=5)(model))
     return model, found, list(shard.batches(1))
 
 
@@ -178,15 +179,15 @@ def test_any_family_and_no_trace(name: str, draws: int | None, save_checkpoint: 
     model, shard = opened(save_checkpoint(tiny_model("causal", name), tmp_path / name)), random_shard()
     parameters = dict(model.module.named_parameters())
     required = {key: parameter.requires_grad for key, parameter in parameters.items()}
-    before = TextLoss(shard)(model, ())[0].samples
-    rows = Damage(shard=shard, lookahead=2, draws=draws)(model, ())
+    before = TextLoss(shard)(model)[0].samples
+    rows = Damage(shard=shard, lookahead=2, draws=draws)(model)
     layers = len(model.layers)
-    of_layers = [row for row in rows if row.drop is None]
+    of_layers = [row for row in rows if row.removed is None]
     assert len(of_layers) == layers * 3 * (2 if draws is None else 7)
     pairs = 0 if draws is None else layers * (layers - 1) // 2
     assert len(rows) - len(of_layers) == layers * (layers + 1) + pairs  # blocks, twice
     assert all(np.isfinite(row.samples).all() for row in rows)
-    assert np.array_equal(TextLoss(shard)(model, ())[0].samples, before)
+    assert np.array_equal(TextLoss(shard)(model)[0].samples, before)
     assert {key: parameter.requires_grad for key, parameter in parameters.items()} == required
     assert all(parameter.grad is None for parameter in parameters.values())
     for module in model.module.modules():
@@ -197,7 +198,7 @@ def test_any_family_and_no_trace(name: str, draws: int | None, save_checkpoint: 
 
 def test_layers_that_are_left_out_take_no_part(tiny_llama: Path) -> None:
     model, shard = opened(tiny_llama, dtype="float32"), random_shard()
-    found = by_metric(Damage(shard=shard, lookahead=1, draws=1)(model, (1,)))
+    found = by_metric(Damage(shard=shard, lookahead=1, draws=1)(model, NO_INTERVENTION.without(1)))
     assert {layer for _, layer, _ in found} == {0, 2}
     assert {block for metric, _, block in found if metric == "block_distance"} == {(0,), (2,), (0, 2)}
     (batch, *_) = shard.batches(2)
@@ -216,7 +217,7 @@ def test_the_prediction_is_the_loss_of_a_small_change(tiny_llama: Path) -> None:
     with torch.no_grad():
         layer.self_attn.o_proj.weight.mul_(1e-2)
         layer.mlp.down_proj.weight.mul_(1e-2)
-    found = by_metric(Damage(shard=shard, draws=4)(model, ()))
-    whole, left_out = (TextLoss(shard)(model, drop)[0].samples for drop in ((), (1,)))
+    found = by_metric(Damage(shard=shard, draws=4)(model))
+    whole, left_out = (TextLoss(shard)(model, NO_INTERVENTION.without(*drop))[0].samples for drop in ((), (1,)))
     predicted_nats = found["predicted_0", 1, None].samples
     assert predicted_nats.sum() == pytest.approx((left_out - whole).sum(), rel=0.1, abs=1e-4)

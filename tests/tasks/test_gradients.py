@@ -43,7 +43,7 @@ def traced(model: LanguageModel, ids: torch.Tensor) -> tuple[torch.Tensor, list[
 
 def test_the_estimate_is_that_of_plain_autograd(tiny_llama: Path) -> None:
     model, shard = opened(tiny_llama), random_shard()
-    found = by_metric(Gradients(shard)(model, ()))
+    found = by_metric(Gradients(shard)(model))
     for row, length in enumerate(shard.lengths):
         loss, states = traced(model, torch.from_numpy(shard.input_ids[row, :length]).long())
         gradients = torch.autograd.grad(loss, states[1:])
@@ -65,7 +65,7 @@ def test_the_gradient_is_what_a_small_step_towards_the_input_does(tiny_llama: Pa
         skip_first_tokens=0,
         content_hash="",
     )
-    found = by_metric(Gradients(shard)(model, ()))["taylor", layer].samples[0]
+    found = by_metric(Gradients(shard)(model))["taylor", layer].samples[0]
     (batch,) = shard.batches(1)
     given: list[torch.Tensor] = []
 
@@ -93,7 +93,7 @@ def test_the_gradient_is_what_a_small_step_towards_the_input_does(tiny_llama: Pa
 
 def test_norms_are_those_of_the_mean_loss(tiny_llama: Path) -> None:
     model, shard = opened(tiny_llama), random_shard(rows=2)
-    found = by_metric(Gradients(shard)(model, ()))
+    found = by_metric(Gradients(shard)(model))
     ids = torch.from_numpy(shard.input_ids).long()
     model.module(input_ids=ids, labels=ids).loss.backward()
     for layer in model.layers:
@@ -119,7 +119,7 @@ def test_any_family_and_no_trace(name: str, save_checkpoint: Save, tmp_path: Pat
     weights = {key: parameter.clone() for key, parameter in parameters.items()}
     (batch, *_) = shard.batches(2)
     before = model.losses(batch)
-    rows = Gradients(shard)(model, ())
+    rows = Gradients(shard)(model)
     assert len(rows) == 4 * len(model.layers)
     assert all(np.isfinite(row.samples).all() and (row.samples > 0).all() for row in rows)
     assert np.array_equal(model.losses(batch), before)

@@ -25,6 +25,7 @@ from support.documentation import DOCS, read
 
 from avss_dist.errors import AvssError, ConfigError, TaskError
 from avss_dist.evaluation.evaluate import evaluate
+from avss_dist.intervention import NO_INTERVENTION
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.options import Prompting
@@ -120,7 +121,7 @@ def open_model(folder: Path) -> LanguageModel:
 
 def ask(task: Path, model: LanguageModel, drop: tuple[int, ...] = (), **options: Any) -> dict[str, Row]:
     (part,) = harness_task(str(task), **options).parts
-    rows = pickle.loads(pickle.dumps(part))(model, drop)  # as a worker is asked
+    rows = pickle.loads(pickle.dumps(part))(model, NO_INTERVENTION.without(*drop))  # as a worker is asked
     return {row.metric: row for row in rows}
 
 
@@ -321,7 +322,7 @@ def test_the_command_says_nothing_but_results_and_needs_no_network(folder: Path,
 
 
 def test_the_example_of_the_documentation_can_be_asked(whole: LanguageModel, tmp_path: Path) -> None:
-    text = read(DOCS / "pruning.md")
+    text = read(DOCS / "guides/evaluate.md")
     (example,) = re.findall(r"```yaml\n(task: .*?)```", text, re.DOTALL)
     (tmp_path / "reviews.yaml").write_text(example)
     (tmp_path / "reviews.jsonl").write_text('{"text": "a gem", "label": 1}\n{"text": "a bore", "label": 0}\n')

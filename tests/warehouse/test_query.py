@@ -242,7 +242,7 @@ def test_every_column_is_described_once() -> None:
 
 
 def test_the_documentation_has_every_column_as_it_is_declared() -> None:
-    page = (Path(avss_dist.__file__).parent / "docs" / "warehouse.md").read_text(encoding="utf-8")
+    page = (Path(avss_dist.__file__).parent / "docs" / "reference" / "warehouse.md").read_text(encoding="utf-8")
     assert page.partition("\n## Columns\n")[2].partition("\n### ")[2] == schema_markdown().partition("### ")[2]
 
 
@@ -284,7 +284,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_ready_queries_are_these() -> None:
     assert list(ready_queries()) == ["cost", "drift", "lowest_quartile", "recipe_disagreement", "stability"]
-    folder = Path(__file__).parents[2] / "jobs" / "queries"
+    folder = Path(__file__).parents[2] / "avss_dist" / "warehouse" / "sql" / "queries"
     assert {file.stem: file.read_text() for file in folder.glob("*.sql")} == ready_queries()
     for text in ready_queries().values():
         assert text.startswith("-- ") and text.splitlines()[0].count("?") == 1

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import suppress
 from functools import cached_property
 from itertools import chain, count, islice
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import LocalRayletDiedError, RayError, RayTaskError
@@ -21,18 +21,16 @@ from avss_dist.executors.prefetch import Prefetcher
 from avss_dist.executors.ray.gang import Gang, missing_package
 from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
 from avss_dist.executors.ray.liveness import (
-    ENDED,
     has_head,
     node_lost,
+    require_gcs,
     require_head,
-    require_listening,
 )
 from avss_dist.executors.ray.pool import Pool
 from avss_dist.executors.ray.queue import ATTEMPTS, CellQueue, ShardQueue, UnitQueue
 from avss_dist.partition.base import Placement
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices, devices_here, pick_device
-from avss_dist.system.last_words import LastWords
 from avss_dist.system.signals import sigterm_handler_kept
 from avss_dist.tasks.cells import Cell, CellOutcome
 
@@ -43,15 +41,12 @@ T = TypeVar("T")
 class RayExecutor:
     """See `executors.base.Executor`. Ray starts when it is first needed, and is stopped if it was started here."""
 
-    _last_words: ClassVar[LastWords | None] = None  # one executor's are enough
-
     def __init__(self, execution: Execution, settings: Settings) -> None:
         self._execution, self._settings = execution, settings
         self._address = execution.address or os.environ.get("RAY_ADDRESS")
         self._started = False
         self._names = count()
         self._monitor: Any = None
-        self._speaks = False
 
     @cached_property
     def devices(self) -> Devices:
@@ -78,7 +73,7 @@ class RayExecutor:
         """See `executors.base.Executor`. A cluster may have room for fewer now, and for more when nodes come."""
         has = self.devices
         usual = max(1, has.count // max(1, placement.gpus)) if self.device == "cuda" else 1
-        workers = self._execution.replicas.most if self._execution.replicas else usual
+        workers = self._execution.replicas.maximum if self._execution.replicas else usual
         replicas = max(1, workers // placement.copies)
         if not self._address:
             self._require_room(replicas, placement)
@@ -121,7 +116,7 @@ class RayExecutor:
             prefetcher,
             new_gang=self._new_gang,
             replicas=self.replicas,
-            fewest=self._execution.replicas.fewest if self._execution.replicas else 1,
+            fewest=self._execution.replicas.minimum if self._execution.replicas else 1,
             monitor=self._monitor,
             placement_seconds=self._execution.placement_seconds,
             hang_seconds=self._execution.hang_seconds,
@@ -154,23 +149,16 @@ class RayExecutor:
 
     def close(self) -> None:
         """Stop the workers, and Ray if it was started here."""
-        try:
-            if ray.is_initialized() and self._monitor is not None:
-                ray.kill(self._monitor)
-            if ray.is_initialized() and self._started:
-                ray.shutdown()
-        finally:  # Ctrl-C comes twice
-            if self._speaks and RayExecutor._last_words is not None:
-                RayExecutor._last_words.close()
-                RayExecutor._last_words, self._speaks = None, False
+        if ray.is_initialized() and self._monitor is not None:
+            ray.kill(self._monitor)
+        if ray.is_initialized() and self._started:
+            ray.shutdown()
 
     def connect(self) -> None:
         """See `executors.base.Executor`: start Ray, or reach the cluster, if that is not done yet."""
-        if RayExecutor._last_words is None:
-            RayExecutor._last_words, self._speaks = LastWords(ENDED), True
         if not ray.is_initialized():
             try:
-                require_listening(self._address or "local", greet=True)
+                require_gcs(self._address or "local")
                 with sigterm_handler_kept():
                     ray.init(
                         address=self._address or "local",

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from avss_dist.errors import ConfigError
 from avss_dist.executors.base import ReplicaSpec
 from avss_dist.executors.ray.queue import shape
-from avss_dist.executors.ray.worker import RoundPart, Worker
+from avss_dist.executors.ray.worker import Assignment, Worker
 from avss_dist.partition.base import Placement
 
 _OWN_THREADS = {"unused": 1}
@@ -81,10 +81,10 @@ class Gang:
         """Open a model on every rank; one reference for each."""
         return [worker.open.remote(spec, rank, self.placed) for rank, worker in enumerate(self._workers)]
 
-    def measure(self, parts: Sequence[tuple[RoundPart, Sequence[Any]]]) -> list[Any]:
-        """Give each rank its part of a round, and its blocks of shards; one reference for each."""
-        both = zip(self._workers, parts, strict=True)
-        return [worker.measure_round.remote(part, *blocks) for worker, (part, blocks) in both]
+    def measure(self, parts: Sequence[tuple[Sequence[Assignment], Sequence[Any]]]) -> list[Any]:
+        """Give each rank its assignments in a round and its blocks of shards; returns a reference for each rank."""
+        ranks = zip(self._workers, parts, strict=True)
+        return [worker.measure_round.remote(assignments, *blocks) for worker, (assignments, blocks) in ranks]
 
     def cancel(self, references: Iterable[Any]) -> None:
         """Let ranks not begin what they were given, where they have not: a gang of one rank."""

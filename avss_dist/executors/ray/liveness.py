@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Set
 
+import grpc
 import ray
 
 from avss_dist.errors import RunFailed
@@ -15,40 +16,47 @@ from avss_dist.settings import CONNECT_SECONDS
 HEAD_SECONDS = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", 60)) / 2  # noqa: SIM112
 """For how long the head may be away, which can be restarted. Ray ends this process without a word after twice that."""
 RETRY_SECONDS = 0.5
-_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
-"""How a client of HTTP/2, which gRPC is built on, begins: the preface, and empty settings (RFC 9113, 3.4)."""
 KEPT = "Run the same command again: everything measured so far is kept."
-ENDED = f"Error: this process was killed, or Ray ended it because its node or the head of the cluster was lost. {KEPT}"
 
 
-def require_listening(address: str, *, greet: bool = False) -> None:
-    """Raise OSError soon where nobody listens at ``HOST:PORT``; Ray would try for minutes.
+def require_gcs(address: str) -> None:
+    """Raise OSError soon if no gRPC server answers at ``HOST:PORT``; Ray would try to reach its head for minutes.
 
-    Args:
-        greet: whoever listens must answer, too, as every gRPC server does at once.
+    An address without a port, such as ``local``, is accepted, and with TLS only the connection is tried.
+    """
+    if (server := _connect(address)) and os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        with grpc.insecure_channel(server, [("grpc.enable_http_proxy", 0)]) as channel:
+            try:
+                grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
+            except grpc.FutureTimeoutError:
+                raise TimeoutError(f"it did not answer as a gRPC server within {CONNECT_SECONDS:g} seconds") from None
+
+
+def _connect(address: str) -> str:
+    """Return the ``HOST:PORT`` that accepts a connection, or an empty string if the address has no port.
+
+    Raises:
+        OSError: nobody listens there.
     """
     host, _, port = address.rpartition(":")
     host = host.strip("[]")  # of IPv6
     if not host or not port.isdecimal() or "/" in host:
-        return
+        return ""
     hosts = [host, ray.util.get_node_ip_address()] if host in ("127.0.0.1", "localhost") else [host]
     for i, name in enumerate(hosts):  # Ray takes the loopback address for the one that others see
         try:
-            with socket.create_connection((name, int(port)), timeout=CONNECT_SECONDS) as server:
-                if greet and os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
-                    server.sendall(_HELLO)
-                    if not server.recv(1):
-                        raise ConnectionError("the connection was closed without an answer")
-            return
+            socket.create_connection((name, int(port)), timeout=CONNECT_SECONDS).close()
+            return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
         except OSError:
             if i == len(hosts) - 1:
                 raise
+    return ""
 
 
 def has_head() -> bool:
     """Whether the head of the cluster, the GCS, can be reached."""
     try:
-        require_listening(ray.get_runtime_context().gcs_address)
+        _connect(ray.get_runtime_context().gcs_address)
     except OSError:
         return False
     return True

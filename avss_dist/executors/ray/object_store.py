@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayError
 
 from avss_dist.corpus.shards import Shard
-from avss_dist.tasks.cells import KeptPatch
+from avss_dist.intervention import EncodedPatch
 
 MOST_SHARED = 2  # patches, or blocks of shards, that are held at once: what needs the same one follows each other
 BLOCK_SHARDS = 16  # consecutive shards, as one object
@@ -21,13 +21,13 @@ SENT_BYTES = 64_000  # of tokens that travel with a call; Ray itself puts what i
 
 @dataclass(frozen=True)
 class SharedPatch:
-    """See `tasks.cells.KeptPatch`: in the object store, as long as somebody refers to it."""
+    """A patch in the object store, as long as somebody refers to it; see `intervention.EncodedPatch`."""
 
     key: str
     data: Any = field(compare=False, repr=False)
 
     def read(self) -> bytes:
-        """See `tasks.cells.KeptPatch`; on the worker's node."""
+        """See `intervention.EncodedPatch`; on the worker's node."""
         found: bytes = ray.get(self.data)
         return found
 
@@ -43,7 +43,7 @@ class PatchSharer:
         self._put = put
         self._shared: dict[str, SharedPatch] = {}
 
-    def share(self, patch: KeptPatch) -> SharedPatch:
+    def share(self, patch: EncodedPatch) -> SharedPatch:
         """The same patch, for workers on any node."""
         if patch.key not in self._shared:
             self._shared[patch.key] = SharedPatch(patch.key, self._put(patch.read()))

@@ -12,13 +12,14 @@ from bisect import insort
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import AvssError, RunFailed
 from avss_dist.executors.base import ReplicaSpec, RunShards, Underway
 from avss_dist.executors.ray.object_store import BLOCK_SHARDS, PatchSharer, ShardSharer
-from avss_dist.executors.ray.worker import CellAssignment, CellPart, RoundPart, ShardAssignment, ShardsPart
+from avss_dist.executors.ray.worker import Assignment, CellAssignment, ShardAssignment
 from avss_dist.partition.base import Placement
 from avss_dist.registry import PARTITIONS
 from avss_dist.tasks.cells import Cell
@@ -82,8 +83,8 @@ class UnitQueue(ABC, Generic[Unit]):
         """Units of one kind take about the same time."""
 
     @abstractmethod
-    def parts(self, units: Sequence[int]) -> Sequence[tuple[RoundPart, Sequence[Any]]]:
-        """What each rank does in a round of these units, and the blocks of shards that it needs for it."""
+    def parts(self, units: Sequence[int]) -> Sequence[tuple[Sequence[Assignment], Sequence[Any]]]:
+        """Return each rank's assignments in a round of these units, and the blocks that hold their shards."""
 
     @abstractmethod
     def _outcome(self, unit: int, result: Any) -> tuple[Any, Any]:
@@ -259,16 +260,20 @@ class ShardQueue(UnitQueue[Shard]):
         """See `UnitQueue`. What is measured again is measured alone: it shows whether it was what failed."""
         return self.spec.placement.ranks == 1 and len(self.pending) > gangs and not self._again & self.unfinished
 
-    def parts(self, units: Sequence[int]) -> list[tuple[ShardsPart, Sequence[Any]]]:
-        """Shards for each rank, or the same one for all; ranks that have none run along."""
+    def parts(self, units: Sequence[int]) -> list[tuple[Sequence[Assignment], Sequence[Any]]]:
+        """See `UnitQueue`: shards for each rank, or the same one for all; ranks without a shard run along."""
         forwards = 0  # as many as a shard takes
         if self.spec.placement.ranks > 1:
             forwards = max(-(-self.units[unit].num_sequences // self.rows) for unit in units)
-        alike = ShardAssignment(
-            shard=None, rows=self.rows, forwards=forwards, run_id=self._run.run_id, warehouse=self._run.warehouse
+        assign = partial(
+            ShardAssignment,
+            rows=self.rows,
+            forwards=forwards,
+            run_id=self._run.run_id,
+            warehouse=self._run.warehouse,
         )
-        shared = [self._shards.share(of_rank) for of_rank in self.by_rank(units)]
-        return [(ShardsPart(alike=alike, places=places), blocks) for places, blocks in shared]
+        shared = [self._shards.share(indices) for indices in self.by_rank(units)]
+        return [([assign(place=place) for place in places or (None,)], blocks) for places, blocks in shared]
 
     def _outcome(self, unit: int, result: Any) -> tuple[RunShards, Any]:
         return self._run, result
@@ -312,14 +317,18 @@ class CellQueue(UnitQueue[Cell]):
             for unit in units:
                 self._underway(self.units[unit], what, share)
 
-    def parts(self, units: Sequence[int]) -> list[tuple[CellPart, Sequence[Any]]]:
-        """The same cell for every rank, with its patch where workers reach it."""
+    def parts(self, units: Sequence[int]) -> list[tuple[Sequence[Assignment], Sequence[Any]]]:
+        """See `UnitQueue`: the same cell for every rank, with its patch where workers reach it."""
         (unit,) = units
-        part = CellPart(CellAssignment(cell=self._sent(self.units[unit]), rows=self.rows))
-        return [(part, ())] * self.spec.placement.ranks
+        assignment = CellAssignment(cell=self._sent(self.units[unit]), rows=self.rows)
+        return [([assignment], ())] * self.spec.placement.ranks
 
     def _sent(self, cell: Cell) -> Cell:
-        return replace(cell, patch=self._patches.share(cell.patch)) if cell.patch else cell
+        """Return a cell whose patch, if it has one, is where workers reach it."""
+        patch = cell.intervention.patch
+        if patch is None:
+            return cell
+        return replace(cell, intervention=replace(cell.intervention, patch=self._patches.share(patch)))
 
     def _outcome(self, unit: int, result: Any) -> tuple[Cell, Any]:
         return self.units[unit], result

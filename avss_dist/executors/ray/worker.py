@@ -1,4 +1,4 @@
-"""The Ray actor that is one rank of a replica, and what it is given to do."""
+"""The Ray actor that is one rank of a replica, and its assignments."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.system.cores import use_threads
 from avss_dist.system.devices import pick_device
 from avss_dist.system.progress_bar import heard_by
-from avss_dist.tasks.cells import Beat, Cell, CellResult, measure_cell
+from avss_dist.tasks.cells import Cell, CellResult, Heartbeat, measure_cell
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.sharing import Receipt, SharedWarehouse
@@ -35,37 +35,51 @@ UnitResult = ShardResult | Receipt | CellResult
 
 
 class Assignment(Protocol):
-    """What one rank does for a unit."""
+    """The work of one rank for one unit; pickled."""
 
-    def run(self, spec: ReplicaSpec, model: Replica, beat: Beat, computed: Callable[[], None]) -> UnitResult | None:
-        """The result, or None where this rank reports none.
+    def resolved(self, blocks: Sequence[Sequence[Shard]]) -> Assignment:
+        """Return the assignment with its shard, which is in one of the blocks that Ray has brought to this node."""
+
+    def run(
+        self, spec: ReplicaSpec, model: Replica, heartbeat: Heartbeat, computed: Callable[[], None]
+    ) -> UnitResult | None:
+        """Return the result, or None where this rank reports none.
 
         Args:
-            model: what ``spec.open`` gave.
-            beat: to be called whenever a layer begins.
+            model: the replica that ``spec.open`` returned.
+            heartbeat: to be called whenever a layer begins.
             computed: may be called when the model can be used for another unit.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardAssignment:
-    """Measure a shard, or only run along with the ranks that do.
+    """A shard to be measured, or forward passes to be run along with the ranks that measure one.
 
     Attributes:
-        shard: None for a rank that has none in this round.
+        shard: None for a rank that has none in this round, and until the assignment is `resolved`.
+        place: index of a block, and of the shard in it; None for a rank that runs along.
         rows: rows of a batch.
         forwards: forward passes of every rank in this round.
         warehouse: where the partial is written, if this worker reaches it.
     """
 
-    shard: Shard | None
+    shard: Shard | None = None
+    place: tuple[int, int] | None = None
     rows: int
     forwards: int
     run_id: str
     warehouse: SharedWarehouse | None = None
 
+    def resolved(self, blocks: Sequence[Sequence[Shard]]) -> ShardAssignment:
+        """See `Assignment`."""
+        if self.place is None:
+            return self
+        block, index = self.place
+        return replace(self, shard=blocks[block][index])
+
     def run(
-        self, spec: ReplicaSpec, model: Replica, beat: Beat, computed: Callable[[], None]
+        self, spec: ReplicaSpec, model: Replica, heartbeat: Heartbeat, computed: Callable[[], None]
     ) -> ShardResult | Receipt | None:
         """See `Assignment`. The partial is encoded and written here, for there are more workers than drivers."""
         if self.shard is None:
@@ -73,7 +87,7 @@ class ShardAssignment:
             return None
         rows, forwards = self.rows, self.forwards
         result = analyze_shard(
-            model, self.shard, spec.settings, rows=rows, forwards=forwards, beat=beat, computed=computed
+            model, self.shard, spec.settings, rows=rows, forwards=forwards, heartbeat=heartbeat, computed=computed
         )
         if not model.reports_stats:
             return None
@@ -93,55 +107,22 @@ class ShardAssignment:
 
 @dataclass(frozen=True, kw_only=True)
 class CellAssignment:
-    """Measure a cell, with batches of so many rows."""
+    """A cell to be measured in batches of ``rows`` rows."""
 
     cell: Cell
     rows: int
 
-    def run(self, spec: ReplicaSpec, model: Replica, beat: Beat, computed: Callable[[], None]) -> CellResult | None:
-        """See `Assignment`. Every rank of a replica takes the cell, and one reports."""
+    def resolved(self, blocks: Sequence[Sequence[Shard]]) -> CellAssignment:
+        """See `Assignment`. A cell holds its text."""
+        return self
+
+    def run(
+        self, spec: ReplicaSpec, model: Replica, heartbeat: Heartbeat, computed: Callable[[], None]
+    ) -> CellResult | None:
+        """See `Assignment`. Every rank of a replica takes the cell, and rank 0 reports."""
         assert model.language_model is not None
-        result = measure_cell(model.language_model, self.cell, rows=self.rows, beat=beat)
+        result = measure_cell(model.language_model, self.cell, rows=self.rows, heartbeat=heartbeat)
         return result if model.language_model.reports else None
-
-
-class RoundPart(Protocol):
-    """What one rank does in a round; pickled."""
-
-    def assignments(self, blocks: Sequence[Sequence[Shard]]) -> Sequence[Assignment]:
-        """One after the other.
-
-        Args:
-            blocks: of shards, which Ray has brought to this node.
-        """
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardsPart:
-    """Shards, named by their places.
-
-    Attributes:
-        alike: the assignment of each, without the shard.
-        places: the index of a block, and of a shard in it; none for a rank that runs along.
-    """
-
-    alike: ShardAssignment
-    places: Sequence[tuple[int, int]]
-
-    def assignments(self, blocks: Sequence[Sequence[Shard]]) -> list[ShardAssignment]:
-        """See `RoundPart`."""
-        return [replace(self.alike, shard=blocks[block][i]) for block, i in self.places] or [self.alike]
-
-
-@dataclass(frozen=True)
-class CellPart:
-    """One cell."""
-
-    assignment: CellAssignment
-
-    def assignments(self, blocks: Sequence[Sequence[Shard]]) -> list[CellAssignment]:
-        """See `RoundPart`."""
-        return [self.assignment]
 
 
 class Worker:
@@ -172,7 +153,7 @@ class Worker:
                 self._monitor.report.remote(self._name, self._count, self._doing)
             time.sleep(BEAT_SECONDS)
 
-    def _beat(self) -> None:
+    def _heartbeat(self) -> None:
         self._count += 1
 
     def _hear(self, what: str, share: float) -> None:
@@ -206,15 +187,19 @@ class Worker:
             self._spec = spec
         self._opening = False
 
-    def measure_round(self, part: RoundPart, *blocks: Sequence[Shard]) -> list[UnitResult | None]:
-        """Do this rank's part of a round: a result for each unit.
+    def measure_round(self, assignments: Sequence[Assignment], *blocks: Sequence[Shard]) -> list[UnitResult | None]:
+        """Return the results of this rank's assignments in a round, in their order.
 
-        Where one fails, those before it are returned; the next round begins with it, and raises what it raises.
+        Where an assignment fails, the results before it are returned. The next round begins with it and raises its
+        error.
+
+        Args:
+            blocks: of shards, see `ShardAssignment.place`.
         """
         results: list[UnitResult | None] = []
-        for assignment in part.assignments(blocks):
+        for assignment in assignments:
             try:
-                results.append(self.measure(assignment))
+                results.append(self.measure(assignment.resolved(blocks)))
             except Exception:
                 if not results:
                     raise
@@ -222,16 +207,16 @@ class Worker:
         return results
 
     def measure(self, assignment: Assignment) -> UnitResult | None:
-        """Do this rank's part of one unit, with the model that is open; None if it was cancelled while it waited."""
+        """Return the result of an assignment with the open model; None if it was cancelled while it waited."""
         with ExitStack() as stack:
             stack.enter_context(self._computing)
             if ray.get_runtime_context().is_canceled():
                 return None
             assert self._spec is not None
-            self._beat()
+            self._heartbeat()
             stack.callback(setattr, self, "_doing", None)
             stack.enter_context(heard_by(self._hear))
-            return assignment.run(self._spec, self._model, self._beat, stack.close)
+            return assignment.run(self._spec, self._model, self._heartbeat, stack.close)
 
 
 def resolve_on_node(checkpoint: Checkpoint, *, trust_remote_code: bool = False, pickles: bool = False) -> Checkpoint:

@@ -49,7 +49,7 @@ def measure_answers(values: Any, before: Any, row: Any, thresholds: Any, counts:
 
 @_compiled
 def _finite_sum(token: Any, is_finite: Any) -> Any:
-    """How many elements are finite, and their sum."""
+    """Return the number of finite elements, and their sum."""
     total = 0.0
     if is_finite:
         for j in range(token.shape[0]):

@@ -126,7 +126,7 @@ class Updates:
         self._kept: torch.Tensor | None = None
 
     def of(self, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        """The difference, until the next call; of different dtypes, in the wider one."""
+        """Return the difference, valid until the next call; of different dtypes, in the wider one."""
         if after.dtype != before.dtype:
             return after - before
         if self._kept is None or self._kept.shape != after.shape or self._kept.dtype != after.dtype:
@@ -142,7 +142,7 @@ def limits_on(thresholds: bytes, device: torch.device) -> torch.Tensor:
 
 
 def float32_limits(thresholds: Float64) -> np.ndarray:
-    """The smallest float32 that is not below each float64 threshold, as uint32 patterns: x < t exactly if x < limit."""
+    """Return the smallest float32 not below each float64 threshold, as uint32 patterns: x < t exactly if x < limit."""
     limits = thresholds.astype(np.float32)
     limits = np.where(limits.astype(np.float64) < thresholds, np.nextafter(limits, np.float32(np.inf)), limits)
     return limits.view(np.uint32)
@@ -209,6 +209,6 @@ def _float32_fields(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 @lru_cache(maxsize=2)
 def _pattern_values(dtype: torch.dtype) -> Float64:
-    """The float64 value of each of the 65,536 patterns of a 16-bit float."""
+    """Return the float64 value of each of the 65,536 patterns of a 16-bit float."""
     patterns = torch.arange(PATTERNS, dtype=torch.int32).to(torch.uint16)
     return patterns.view(dtype).double().numpy()

@@ -11,12 +11,12 @@ from numba.extending import overload
 
 
 def value(element: Any) -> float:
-    """An element as float64; compiled only."""
+    """Return an element as float64; compiled only."""
     raise NotImplementedError
 
 
 def pattern(element: Any) -> np.uint32:
-    """An element's float32 pattern; compiled only."""
+    """Return an element's float32 pattern; compiled only."""
     raise NotImplementedError
 
 

@@ -10,7 +10,7 @@ from avss_dist.measure.kernels.base import Kernels
 
 
 def kernels_for(device: torch.device) -> Kernels:
-    """The fastest backend for a device: on CUDA without NVRTC, and on ROCm, it is torch, and a warning says so once."""
+    """Return the fastest backend for a device: torch, with one warning, on CUDA without NVRTC and on ROCm."""
     if device.type == "cpu":
         from avss_dist.measure.kernels.cpu import CpuKernels
 

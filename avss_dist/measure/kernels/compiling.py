@@ -9,7 +9,7 @@ from numba import njit
 
 
 def compiled(**options: Any) -> Callable[[Any], Any]:
-    """A decorator that compiles a function.
+    """Return a decorator that compiles a function.
 
     What is compiled is kept beside the module, or in the user's cache; where neither can be written, each process
     compiles for itself, which takes some seconds.

@@ -74,7 +74,7 @@ class CpuKernels:
 
 
 class _Scratch:
-    """What the loops measure of each sequence; see `loops.measure_patterns`, `loops.measure_float32`."""
+    """Buffers for the sums of each sequence; see `loops.measure_patterns`, `loops.measure_float32`."""
 
     def __init__(self, rows: int, units: int, squared: int, thresholds: int) -> None:
         self.sums = np.empty((rows, units))
@@ -97,7 +97,7 @@ def _limits(thresholds: bytes) -> np.ndarray:
 
 
 def _patterns(x: torch.Tensor) -> np.ndarray:
-    """The bits of a 16-bit tensor, uint16."""
+    """Return the bits of a 16-bit tensor, uint16."""
     return _array(x.view(torch.int16)).view(np.uint16)
 
 
@@ -107,5 +107,5 @@ def _as_loops_read(x: torch.Tensor) -> np.ndarray:
 
 
 def _array(x: torch.Tensor) -> np.ndarray:
-    """A tensor's memory. Of one that had gone through `Tensor.numpy`, streaming could not free the memory any more."""
+    """Return a tensor's memory as an array. After `torch.Tensor.numpy`, streaming could not free its memory."""
     return np.from_dlpack(x)

@@ -88,7 +88,7 @@ def measure_float32(
 
 @_compiled
 def _count_nonfinite(counts: Any, values: Any) -> int:
-    """How many NaN and infinite patterns were counted: of bfloat16 where ``values`` are patterns, else of float16."""
+    """Return the counts of NaN and infinite patterns: of bfloat16 where ``values`` are patterns, else of float16."""
     first = 0x7F80 if values.itemsize == 2 else 0x7C00
     total = 0
     for i in range(first, 0x8000):

@@ -22,7 +22,7 @@ _PIECE = 8 << 20  # bytes that one of them reads at a time
 
 
 def stored_in(folder: Path) -> Iterator[StoredTensor]:
-    """The tensors of a checkpoint's weight files, from their headers.
+    """Return the tensors of a checkpoint's weight files, from their headers.
 
     Raises:
         ModelError: a header cannot be read, or names a dtype that torch does not compute with.
@@ -37,7 +37,7 @@ def stored_in(folder: Path) -> Iterator[StoredTensor]:
 
 
 def buffer_bytes(stored: Iterable[StoredTensor]) -> int:
-    """The size of a buffer that holds these tensors, in bytes."""
+    """Return the size of a buffer that holds these tensors, in bytes."""
     return sum(tensor.size + _ALIGNMENT for tensor in stored)
 
 

@@ -16,7 +16,7 @@ from avss_dist.partition.streaming.buffers import ELSEWHERE
 
 
 class Conversion:
-    """What `from_pretrained` does to the tensors of a file that are no weights as they are.
+    """Conversion by `from_pretrained` of stored tensors that are not weights as they are.
 
     Args:
         model: on the meta device.
@@ -30,7 +30,7 @@ class Conversion:
         self._mapping: list[Any] = []
 
     def sources(self, keys: set[int]) -> tuple[StoredTensor, ...]:
-        """The stored tensors that weights, by id, are made of.
+        """Return the stored tensors that weights, by id, are made of.
 
         Raises:
             ModelError: there are none.

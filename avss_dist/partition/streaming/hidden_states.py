@@ -140,7 +140,7 @@ def _as_tensor(storage: torch.UntypedStorage) -> torch.Tensor:
 
 
 def _memory_of(storage: torch.UntypedStorage) -> memoryview:
-    """The bytes of a storage on the CPU. (One that numpy has seen cannot be resized any more.)"""
+    """Return the bytes of a storage on the CPU. (One that numpy has seen cannot be resized any more.)"""
     return memoryview((ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
 
 

@@ -14,13 +14,13 @@ from torch import nn
 
 from avss_dist.corpus.shards import Batch
 from avss_dist.errors import ModelError
+from avss_dist.intervention import Intervention, Removal, whole_layers
 from avss_dist.models.causal_lm import LanguageModel, Watcher, begins_behind
 from avss_dist.models.layers import Layer
 from avss_dist.models.patching import Patch
 from avss_dist.models.skipping import Skip, explaining, require_skippable
 from avss_dist.models.sublayers import without_sublayers
 from avss_dist.partition.streaming.passes import PLAN, Beginning, Passes, Record, planned
-from avss_dist.removal import Drop, whole_layers
 from avss_dist.stats.layer_stats import Float64
 
 MOST_WAITING = 2 << 30  # bytes of hidden states of passes that wait at once, where no limit is given
@@ -51,15 +51,16 @@ class StreamingLanguageModel(LanguageModel):
         return (range(start, min(start + step, len(batches))) for start in range(0, len(batches), step))
 
     @contextmanager
-    def without(self, drop: Collection[int]) -> Iterator[None]:
+    def without(self, removed: Collection[Removal], residual_scale: float = 0.0) -> Iterator[None]:
         """See `causal_lm.LanguageModel`."""
-        self.require_layers(drop)
+        self.require_layers(removed)
+        call = self._ready.call
         skips = {
-            layer.module: Skip(layer, partial(self._ready.call, layer.module), self.forms.get(layer.index), self.factor)
-            for layer in require_skippable(self.layers, whole_layers(drop))
+            layer.module: Skip(layer, partial(call, layer.module), self.forms.get(layer.index), residual_scale)
+            for layer in require_skippable(self.layers, whole_layers(removed))
         }
         plan = replace(PLAN.get(), skips={**PLAN.get().skips, **skips})
-        with planned(plan), without_sublayers(self.layers, drop), explaining(self.checkpoint.name, drop):
+        with planned(plan), without_sublayers(self.layers, removed), explaining(self.checkpoint.name, removed):
             yield
 
     @contextmanager
@@ -112,33 +113,33 @@ class StreamingLanguageModel(LanguageModel):
         """See `causal_lm.LanguageModel`."""
         return self._ready.run(functions)
 
-    def losses_without(self, batches: Sequence[Batch], drops: Sequence[Drop]) -> list[Float64]:
-        """See `causal_lm.LanguageModel`. A pass without more layers forks from the first set's, where they differ."""
-        first, branches = drops[0], self.branches(drops)
-        found: dict[tuple[Drop, int], Float64] = {}
+    def losses_under(self, batches: Sequence[Batch], interventions: Sequence[Intervention]) -> list[Float64]:
+        """See `causal_lm.LanguageModel`. A pass without more layers forks from the first one's, where they differ."""
+        first, branches = interventions[0], self.branches(interventions)
+        losses: dict[tuple[Intervention, int], Float64] = {}
 
-        def ask(drop: Drop, i: int) -> None:
-            with self.without(drop):
-                found[drop, i] = self.losses(batches[i])
+        def ask(intervention: Intervention, i: int) -> None:
+            with self.applying(intervention):
+                losses[intervention, i] = self.losses(batches[i])
 
-        def fork(drop: Drop, i: int, hidden: torch.Tensor) -> None:
-            with self.beginning(begins_behind(drop, branches[drop]), hidden):
-                ask(drop, i)
+        def fork(intervention: Intervention, i: int, hidden: torch.Tensor) -> None:
+            with self.beginning(begins_behind(intervention, branches[intervention]), hidden):
+                ask(intervention, i)
 
         def ask_first(i: int) -> None:
             forks = {
-                self.layers[layer].module: [partial(fork, drop, i) for drop, at in branches.items() if at == layer]
+                self.layers[layer].module: [partial(fork, one, i) for one, at in branches.items() if at == layer]
                 for layer in set(branches.values())
             }
             with planned(replace(PLAN.get(), forks=forks)):
                 ask(first, i)
 
-        others = [drop for drop in dict.fromkeys(drops[1:]) if drop not in branches and drop != first]
-        for some in self._some(batches, 2 * len(drops)):
+        others = [one for one in dict.fromkeys(interventions[1:]) if one not in branches and one != first]
+        for some in self._some(batches, 2 * len(interventions)):
             self._ready.run(
-                [*(partial(ask_first, i) for i in some), *(partial(ask, d, i) for d in others for i in some)]
+                [*(partial(ask_first, i) for i in some), *(partial(ask, one, i) for one in others for i in some)]
             )
-        return [np.concatenate([found[drop, i] for i in range(len(batches))]) for drop in drops]
+        return [np.concatenate([losses[one, i] for i in range(len(batches))]) for one in interventions]
 
     def backpropagate(
         self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0

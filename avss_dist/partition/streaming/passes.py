@@ -20,7 +20,7 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 
 from avss_dist.models.layers import LayerCall, first_tensor, input_tensor
-from avss_dist.models.patching import STREAM, holding, multiplied
+from avss_dist.models.patching import holding
 from avss_dist.models.skipping import Skip, give
 from avss_dist.partition.streaming.buffers import AnyBuffer
 from avss_dist.partition.streaming.hidden_states import HiddenStateOffloader
@@ -47,7 +47,7 @@ class Beginning:
 
 @dataclass(frozen=True)
 class Record:
-    """What a backward pass needs of a forward pass.
+    """Tensors of a forward pass that its backward pass needs.
 
     Attributes:
         last: the last layer that runs, and how it returns hidden states. Gradients are enabled after it.
@@ -66,7 +66,7 @@ class Record:
         self.calls[layer] = call.given(call.hidden.clone())
 
     def cut(self, output: Any) -> Any:
-        """What the last layer gives on in place of its output."""
+        """Return the tensor that the last layer passes on in place of its output."""
         hidden = first_tensor(output)
         assert hidden is not None
         self.leaf.append(hidden.detach().requires_grad_())
@@ -76,14 +76,14 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a pass does at layers: of all passes in a context.
+    """Behaviour of all passes in a context at each layer.
 
     Attributes:
         skips: layers that are left out.
         begins: where the pass begins, if that is not the first layer.
         forks: passes that begin where this one comes to a layer, with a copy of what that is given.
         record: what is kept for a backward pass.
-        changes: values of parameters of a layer, by path, in place of the layer's own; see `patching.STREAM`.
+        changes: values of parameters of a layer, by path, in place of the layer's own.
     """
 
     skips: Mapping[nn.Module, Skip] = field(default_factory=dict)
@@ -97,13 +97,13 @@ PLAN: ContextVar[Plan] = ContextVar("plan", default=Plan())  # noqa: B039  (it i
 
 
 def planned(plan: Plan) -> AbstractContextManager[None]:
-    """Inside, passes go by a plan."""
+    """Have passes inside follow a plan."""
     return bound(PLAN, plan)
 
 
 @dataclass
 class _Pass:
-    """How far a pass is."""
+    """Progress of a pass."""
 
     calls: int = 0  # of layers
     _seen: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
@@ -164,7 +164,7 @@ class Passes:
         return _PASS.get() is not None
 
     def run(self, functions: Sequence[Callable[[], T]]) -> list[T]:
-        """What the functions give, and those that they fork have run too; each in a copy of this context."""
+        """Run functions, and those that they fork, each in a copy of this context; returns their results."""
         found: dict[int, T] = {}
 
         def run(i: int) -> None:
@@ -198,7 +198,7 @@ class Passes:
 
 
 class _Schedule:
-    """Which pass runs when: of those that wait, the ones that are least far, together with all at the same layer."""
+    """Scheduler of interleaved passes: runs the pass that is furthest behind, with all passes at the same layer."""
 
     def __init__(self, window: Window, hidden: HiddenStateOffloader) -> None:
         self._window, self._hidden = window, hidden
@@ -258,10 +258,8 @@ class _Stop:
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer itself, whose weights are there."""
         changes = PLAN.get().changes.get(self._layer, {})
-        weights = {self._layer.get_parameter(path): value for path, value in changes.items() if path != STREAM}
-        with holding(weights):
-            output = self._kind.__call__(self._layer, *args, **kwargs)
-        return multiplied(output, changes.get(STREAM))
+        with holding({self._layer.get_parameter(path): value for path, value in changes.items()}):
+            return self._kind.__call__(self._layer, *args, **kwargs)
 
     def _arrive(self, *args: Any, **kwargs: Any) -> Any:
         now, plan, layer = _PASS.get(), PLAN.get(), self._layer

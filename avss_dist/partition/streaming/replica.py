@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -17,10 +17,11 @@ from avss_dist.errors import ModelError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer, layer_lists
 from avss_dist.models.loading import forward_function, open_module, quiet, without_head
-from avss_dist.models.size import footprint
+from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.base import BatchContext, Placement, RowSplit
 from avss_dist.partition.batchwise import describe, run_batch
 from avss_dist.partition.choose import require_room_for_a_layer
+from avss_dist.partition.cost import Calibration, PartitionCost, Usage
 from avss_dist.partition.streaming.buffers import buffer_bytes
 from avss_dist.partition.streaming.language_model import StreamingLanguageModel
 from avss_dist.partition.streaming.passes import Passes
@@ -28,9 +29,37 @@ from avss_dist.partition.streaming.weights import Weights
 from avss_dist.settings import Settings
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
+from avss_dist.text import describe_bytes
 
 SPARE_SHARE = 0.9  # of what a GPU has free
 T = TypeVar("T")
+
+
+class StreamingCost(PartitionCost):
+    """Memory and time of a run by streaming: one or two layers are in memory, and hidden states wait."""
+
+    @staticmethod
+    def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
+        """See `PartitionCost`."""
+        outside = size.weight_bytes - sum(size.layer_bytes) if head else size.other_bytes
+        return max(size.layer_bytes, default=0) + (outside if kind == "cpu" else 0)
+
+    def usage(self, measured: Calibration, counters: int) -> Usage:
+        """See `PartitionCost`."""
+        size = self.size
+        waiting = size.hidden_bytes(measured.rows_per_shard, self.settings.sequence_length)
+        # A mapped layer lies in its file, and the system reads the next one ahead.
+        resident_layers = 2 if self.on_gpu or not size.zero_copy else 1
+        layers = sum(sorted(size.layer_bytes)[-resident_layers:])
+        beside = {"host_weights": layers + waiting} if self.on_gpu else {"more": waiting}
+        device, host = self.memory(measured, counters, size.other_bytes + layers, **beside)
+        return Usage(
+            device_bytes=device,
+            host_bytes=host,
+            seconds=self.seconds(measured, measured.costs[self.partition]),
+            why=f"{'two layers' if resident_layers == 2 else 'a layer'} and {describe_bytes(waiting)} of waiting "
+            f"hidden states in memory; the layers' weights are read {measured.num_shards}x",
+        )
 
 
 class StreamingReplica:
@@ -48,6 +77,7 @@ class StreamingReplica:
     split = RowSplit()
     reports_stats = True
     language_model: StreamingLanguageModel | None = None
+    cost: ClassVar[type[PartitionCost]] = StreamingCost
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
         self.device = pick_device(settings.device)
@@ -80,7 +110,7 @@ class StreamingReplica:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of weights that were read, so far."""
+        """Number of bytes of weights that were read so far."""
         return self._weights.bytes_read
 
     def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
@@ -97,7 +127,7 @@ class StreamingReplica:
         return [counted]
 
     def _left_for_hidden_states(self, most: int | None) -> int | None:
-        """Bytes of host memory that weights leave of ``most``; None is no limit."""
+        """Return the bytes of host memory that weights leave of ``most``; None is no limit."""
         if most is None:
             return None
         layer = max(buffer_bytes(part.stored) for part in self._parts)
@@ -107,7 +137,7 @@ class StreamingReplica:
         return max(0, most - 2 * layer - rest)
 
     def _left_on_device(self, checkpoint: Checkpoint, settings: Settings, most: int | None) -> int:
-        """Bytes of a GPU that two layers, and two batches at their peak, leave for hidden states that wait."""
+        """Return the bytes of a GPU that two layers and two batches at their peak leave for waiting hidden states."""
         if self.device.type != "cuda":
             return 0
         try:

@@ -105,7 +105,7 @@ class Weights:
         self._conversion = Conversion(self.model, [entry.stored for entry in unread if entry.stored not in taken])
 
     def split(self, layers: Sequence[nn.Module], backbone: nn.Module) -> tuple[list[Part], Part]:
-        """A part for each layer, and one for all else that the backbone needs, tensors that layers share included.
+        """Return a part for each layer, and one for the other tensors of the backbone, with those that layers share.
 
         Raises:
             ModelError: it is unknown which stored tensors a weight is made of.
@@ -229,7 +229,7 @@ class _Unread:
 
 
 def _weights(model: nn.Module, unread: Iterable[_Unread]) -> dict[int, Weight]:
-    """Everything in a model that is on the meta device, by id."""
+    """Return the tensors of a model that are on the meta device, by id."""
     by_storage = {entry.placed.untyped_storage()._cdata: entry for entry in unread if entry.placed is not None}
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     tensors: dict[int, torch.Tensor] = {}

@@ -1,1 +1,1 @@
-"""What removed layers did, given back by least squares: fitted on text, folded into the layers that stay."""
+"""Repair of pruned models: least-squares fits on text, folded into the weights of the remaining layers."""

@@ -1,28 +1,21 @@
-"""What is fitted at an outlet, and how the fit becomes weights of the layer that stays.
+"""The fits of a repair, and how each becomes weights of the layer before a cut.
 
-With ``a`` the inputs of the MLP's last linear map A, ``m = a A`` its output and R what is missing in the stream, all of
-them row vectors:
+Let ``a`` be the inputs of the MLP's last linear map A, ``m = a A`` its output, and R what is missing in the hidden
+states, all of them row vectors:
 
-========  ==============  ===========================  =========================
-repair    fitted          so that R is about           folded
-========  ==============  ===========================  =========================
-scale     one number s    s m                          A (1 + s)
-channel   a vector s      m diag(s)                    A (I + diag(s))
-rotated   a vector s      m H diag(s) H^T              A (I + H diag(s) H^T)
-map       a matrix W      m W                          A (I + W)
-refit     a matrix D      a D                          A + D
-========  ==============  ===========================  =========================
+========  ==============  =============  ================
+repair    fitted          R is about     folded
+========  ==============  =============  ================
+scale     a number s      s m            A (1 + s)
+channel   a vector s      m diag(s)      A (I + diag(s))
+map       a matrix W      m W            A (I + W)
+refit     a matrix D      a D            A + D
+========  ==============  =============  ================
 
-``refit_all`` is ``refit`` at the last layer before each cut and at every layer behind the first one. ``refit_around``
-is ``refit``, and of the first layer behind each cut the other linear maps too (`readers`). ``refit_full`` is both.
-``replace_me`` is ``map`` without a ridge, whatever held-back text says: ReplaceMe's least squares (Shopkhoev et al.,
-arXiv 2505.02819), whose transform of the MLP's output is I + W.
+``refit_all`` is ``refit`` at the last layer before each cut and at every layer behind the first one.
 
-H is a fixed rotation, made of Hadamard matrices, which spreads large channels over their neighbours: LinearPatch's
-(arXiv 2505.24680), whose patch is of the whole stream, so that it is a matrix more; of m alone it can be folded.
-
-Where an RMS norm with gain g stands between A and the stream, ``p = m diag(g) / rms(m)`` is added. Scale and channel
-change g, which is exact. The others are fitted with the rms of every token as it was: ``q = p (I + W)``, or
+Where an RMS norm with gain g stands between A and the hidden states, ``p = m diag(g) / rms(m)`` is added. Scale and
+channel change g, which is exact. The others are fitted with the rms of every token as it was: ``q = p (I + W)``, or
 ``q = (a / rms(m)) (A diag(g) + D)``, is wanted. The norm gives ``q / rms(q / g')`` for the new gain g', so g' is the
 root mean square of q over tokens, by channel, for which the mean of ``rms(q / g')^2`` is 1. What is still missing is
 fitted by channel once more.
@@ -32,94 +25,99 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from avss_dist.pruning.repair.outlet import Outlet, Seen, inverse_rms
-from avss_dist.settings import REFITS
+from avss_dist.pruning.repair.projection import CapturedCall, OutputProjection, inverse_rms
+from avss_dist.pruning.repair.registry import RepairMethod
 
-FULL = {"map": "output", "replace_me": "output", **dict.fromkeys(REFITS, "inputs")}
-"""What any matrix is fitted from (`Step.reads`), by repair."""
-_LEAST_GAIN = 1e-4  # of the mean gain: a channel that is always zero has none, and is divided by it
+_MINIMUM_GAIN = 1e-4  # of the mean gain: a channel that is always zero has none, and is divided by it
 
 
 @dataclass(frozen=True)
-class Step:
-    """One fit.
+class FitStep:
+    """One least-squares fit of a repair.
 
     Attributes:
-        reads: what R is fitted from: ``inputs`` of the linear map, or what the MLP adds (``output``).
-        changes: the module that the fit is folded into: ``linear`` or ``norm``.
-        form: of the fitted matrix, one of `normal_equations.FORMS`.
+        features: what R is fitted from, as in `RepairMethod.features`.
+        target: the module that the fit is folded into: the ``linear`` map or the ``norm``.
+        form: form of the fitted matrix, one of `normal_equations.FORMS`.
     """
 
-    reads: str
-    changes: str
-    form: str
+    features: Literal["inputs", "output"]
+    target: Literal["linear", "norm"]
+    form: Literal["scale", "channel", "full"]
 
 
-def steps(repair: str, outlet: Outlet) -> list[Step]:
-    """The fits of a repair at an outlet, one after the other; each sees what the one before it has changed."""
-    reads, form = (FULL[repair], "full") if repair in FULL else ("output", repair)
-    if outlet.norm is None:
-        return [Step(reads, "linear", form)]
-    if form in ("scale", "channel"):
-        return [Step("output", "norm", form)]
-    return [Step(reads, "linear", form), Step("output", "norm", "channel")]
+def fit_steps(method: RepairMethod, projection: OutputProjection) -> list[FitStep]:
+    """Return the fits of a repair at a projection, in order; each sees the changes of those before it."""
+    if projection.norm is None:
+        return [FitStep(method.features, "linear", method.form)]
+    if method.form in ("scale", "channel"):
+        return [FitStep("output", "norm", method.form)]
+    return [FitStep(method.features, "linear", method.form), FitStep("output", "norm", "channel")]
 
 
-def features(step: Step, outlet: Outlet, linear: Seen, last: Seen) -> torch.Tensor:
-    """What R is fitted from, as the modules of an outlet saw it: [..., inputs], in float32."""
-    if step.reads == "output":
-        return outlet.factor * last.output.float()
-    hidden = outlet.factor * linear.input.float()
-    return hidden if outlet.norm is None else hidden * inverse_rms(linear.output, outlet.eps)
+def features_of(step: FitStep, projection: OutputProjection, linear: CapturedCall, last: CapturedCall) -> torch.Tensor:
+    """Return the features of a fit, float32[..., inputs].
 
-
-def num_unknowns(step: Step, inputs: int) -> int:
-    """Of one output of a fit."""
-    return inputs if step.form == "full" else 1
+    Args:
+        linear, last: calls of the projection's linear map and of its last module.
+    """
+    if step.features == "output":
+        return projection.factor * last.output.float()
+    hidden = projection.factor * linear.input.float()
+    return hidden if projection.norm is None else hidden * inverse_rms(linear.output, projection.eps)
 
 
 @dataclass(frozen=True, eq=False)
-class Weights:
-    """Those of an outlet, float64: ``linear`` [inputs, outputs]; its bias and the norm's gain [outputs], or None."""
+class ProjectionWeights:
+    """Weights of an output projection, float64.
+
+    Attributes:
+        linear: [inputs, outputs].
+        bias: [outputs], or None.
+        gain: [outputs], the gain of the norm, or None.
+    """
 
     linear: torch.Tensor
     bias: torch.Tensor | None
     gain: torch.Tensor | None
 
 
-def fold(step: Step, weights: Weights, fitted: torch.Tensor, moment: torch.Tensor, factor: float) -> Weights:
-    """The weights with a fit in them.
+def fold(
+    step: FitStep, weights: ProjectionWeights, fitted: torch.Tensor, moment: torch.Tensor, factor: float
+) -> ProjectionWeights:
+    """Return the weights with a fit folded into them.
 
     Args:
         fitted: float64[inputs, outputs].
-        moment: float64[inputs, inputs], the mean of x^T x over tokens, x the features of the step.
-        factor: of the outlet.
+        moment: float64[inputs, inputs], the mean of x^T x over tokens, where x are the features of the step.
+        factor: `OutputProjection.factor`.
     """
     linear, bias, gain = weights.linear, weights.bias, weights.gain
-    if step.changes == "norm":
+    if step.target == "norm":
         assert gain is not None
-        return Weights(linear, bias, gain * (1 + fitted.diagonal()))
+        return ProjectionWeights(linear, bias, gain * (1 + fitted.diagonal()))
     added, shift = (linear, bias) if gain is None else (linear * gain, None if bias is None else bias * gain)
-    if step.reads == "inputs":
+    if step.features == "inputs":
         wanted = reads = added + fitted
     else:
         reads = torch.eye(len(fitted), dtype=fitted.dtype, device=fitted.device) + fitted
         wanted, shift = added @ reads, None if shift is None else shift @ reads
     if gain is None:
-        return Weights(wanted, shift, None)
+        return ProjectionWeights(wanted, shift, None)
     sizes = ((moment @ reads) * reads).sum(0).clamp(min=0).sqrt() / abs(factor)
-    sizes = sizes.clamp(min=_LEAST_GAIN * float(sizes.mean()))
-    return Weights(wanted / sizes, None if shift is None else shift / sizes, sizes)
+    sizes = sizes.clamp(min=_MINIMUM_GAIN * float(sizes.mean()))
+    return ProjectionWeights(wanted / sizes, None if shift is None else shift / sizes, sizes)
 
 
-def parameters(outlet: Outlet, *, bias: bool) -> Mapping[str, str]:
-    """The parameters of an outlet by the field of `Weights`: paths below the layer."""
-    named = {"linear": f"{outlet.linear}.weight"}
+def parameter_paths(projection: OutputProjection, *, bias: bool) -> Mapping[str, str]:
+    """Return the paths of a projection's parameters, below the layer, by the field of `ProjectionWeights`."""
+    paths = {"linear": f"{projection.linear}.weight"}
     if bias:
-        named["bias"] = f"{outlet.linear}.bias"
-    if outlet.norm is not None:
-        named["gain"] = f"{outlet.norm}.weight"
-    return named
+        paths["bias"] = f"{projection.linear}.bias"
+    if projection.norm is not None:
+        paths["gain"] = f"{projection.norm}.weight"
+    return paths

@@ -1,4 +1,4 @@
-"""Least squares from sums: all that a linear map needs of the data, in float64, merged by addition.
+"""Least squares from sums over tokens, in float64, merged by addition.
 
 Products of one batch are computed in the dtype of its data, float32 at least: half the time of float64 on a CPU.
 
@@ -15,8 +15,8 @@ import torch
 
 from avss_dist.errors import AvssError
 
-FORMS = ("scale", "channel", "rotated", "full")
-"""Of W: a multiple of the identity, a diagonal, a diagonal in the basis of `hadamard`, any matrix."""
+FORMS = ("scale", "channel", "full")
+"""Forms of W: a multiple of the identity, a diagonal, any matrix."""
 RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # multiples of the mean diagonal of G
 
 
@@ -41,8 +41,8 @@ class NormalEquations:
     count: int
 
     @classmethod
-    def zero(cls, inputs: int, outputs: int, device: torch.device | None = None) -> NormalEquations:
-        """Those of no token."""
+    def empty(cls, inputs: int, outputs: int, device: torch.device | None = None) -> NormalEquations:
+        """Return the sums over no token."""
         sums = [
             torch.zeros(shape, dtype=torch.float64, device=device)
             for shape in ((inputs, inputs), (inputs, outputs), ())
@@ -50,8 +50,8 @@ class NormalEquations:
         return cls(sums[0], sums[1], sums[2], 0)
 
     @classmethod
-    def of(cls, x: torch.Tensor, y: torch.Tensor, weight: float = 1.0) -> NormalEquations:
-        """Those of some tokens, each of which counts ``weight`` times in the sums, and once in ``count``.
+    def from_tokens(cls, x: torch.Tensor, y: torch.Tensor, weight: float = 1.0) -> NormalEquations:
+        """Return the sums over some tokens. Each counts ``weight`` times in the sums, and once in ``count``.
 
         Args:
             x: [tokens, inputs], of any dtype; y: [tokens, outputs].
@@ -63,18 +63,17 @@ class NormalEquations:
         return cls((counted @ x).double(), (counted @ y).double(), target, len(x))
 
     def __add__(self, other: NormalEquations) -> NormalEquations:
-        """Those of the tokens of both."""
+        """Return the sums over the tokens of both operands."""
         return NormalEquations(
             self.gram + other.gram, self.cross + other.cross, self.target + other.target, self.count + other.count
         )
 
     def solve(self, form: str, ridge: float) -> torch.Tensor:
-        """The best W of a form, float64[inputs, outputs].
+        """Return the W of least error, float64[inputs, outputs].
 
         Args:
-            form: of `FORMS`; all but the last want as many outputs as inputs.
-            ridge: a multiple of the mean diagonal of G: of the mean over all inputs, or for ``channel`` and ``rotated``
-                of each alone.
+            form: one of `FORMS`; all but ``full`` need as many outputs as inputs.
+            ridge: multiple of the mean diagonal of G, or for ``channel`` of each input's own entry.
 
         Raises:
             FitError: sums are not finite, or all inputs are zero.
@@ -88,49 +87,36 @@ class NormalEquations:
             raise FitError(f"Nothing can be fitted: the inputs of the fit are zero (tokens: {self.count:,}).")
         if form == "full":
             return self._solve_full(ridge * diagonal.mean())
-        if form == "rotated":
-            basis = hadamard(len(diagonal)).to(diagonal.device)
-            gram, cross = (((sums @ basis) * basis).sum(0) for sums in (self.gram, self.cross))
-            return (basis * torch.where(gram > 0, cross / (gram * (1 + ridge)), 0.0)) @ basis.T
         gram, cross = diagonal, self.cross.diagonal()
         if form == "scale":
             gram, cross = gram.mean().expand_as(gram), cross.mean().expand_as(cross)
         return torch.diag(torch.where(gram > 0, cross / (gram * (1 + ridge)), 0.0))
 
     def _solve_full(self, added: torch.Tensor) -> torch.Tensor:
-        dead = (self.gram.diagonal() == 0).double()  # inputs that are always zero: of any weight, zero is the one
+        dead = (self.gram.diagonal() == 0).double()  # inputs that are always zero get a weight of zero
         ridged = self.gram + torch.diag(added + dead)
         factor, failed = torch.linalg.cholesky_ex(ridged)
-        pivots = factor.diagonal().square() / ridged.diagonal()  # what is left of an input beside those before it
+        pivots = (
+            factor.diagonal().square() / ridged.diagonal()
+        )  # the part of an input that the inputs before it do not explain
         if failed or pivots.min() <= len(pivots) * torch.finfo(torch.float64).eps:
             raise FitError(f"The equations of the fit are singular (tokens: {self.count:,}).", "Fit on more text.")
         return torch.cholesky_solve(self.cross, factor)
 
     def error(self, weights: torch.Tensor) -> float:
-        """The sum of |y - x W|^2 over the tokens, for any W, float64[inputs, outputs]."""
+        """Return the sum of |y - x W|^2 over the tokens for any W, float64[inputs, outputs]."""
         fitted = 2 * (weights * self.cross).sum() - (weights * (self.gram @ weights)).sum()
         return max(0.0, float(self.target - fitted))
 
 
-def hadamard(size: int) -> torch.Tensor:
-    """An orthogonal matrix float64[size, size], each of whose columns mixes a block of neighbours alike.
-
-    Blocks are Sylvester's Hadamard matrices, as large as the powers of two in ``size``.
-    """
-    block = torch.ones((1, 1), dtype=torch.float64)
-    while size % (2 * len(block)) == 0:
-        block = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), block)
-    return torch.kron(torch.eye(size // len(block), dtype=torch.float64), block / len(block) ** 0.5)
-
-
 @dataclass(frozen=True, eq=False)
-class Fit:
-    """A map, and what it is worth on tokens that it has not seen.
+class RidgeFit:
+    """A fitted matrix and its errors on tokens that it was not fitted to.
 
     Attributes:
         weights: float64[inputs, outputs].
-        ridge: the best of those tried; None where the strongest does not help, and ``weights`` are zero.
-        before, after: sums of squares on those tokens, without the map and with it.
+        ridge: the best ridge that was tried; None if even the strongest does not help, and ``weights`` are zero.
+        before, after: sums of squares on the held-back tokens, without the matrix and with it.
     """
 
     weights: torch.Tensor
@@ -139,30 +125,22 @@ class Fit:
     after: float
 
 
-def fit_plainly(seen: NormalEquations, held_back: NormalEquations, form: str) -> Fit:
-    """The map that is fitted to some tokens without a ridge, whatever it does to others.
+def fit_ridge(
+    fitted: NormalEquations, held_back: NormalEquations, form: str, ridges: Sequence[float] = RIDGES
+) -> RidgeFit:
+    """Fit a matrix to some tokens with the ridge that gives the least error on others.
 
-    Raises:
-        FitError: as `NormalEquations.solve`.
-    """
-    weights = seen.solve(form, 0.0)
-    return Fit(weights, 0.0, float(held_back.target), held_back.error(weights))
-
-
-def fit(seen: NormalEquations, held_back: NormalEquations, form: str, ridges: Sequence[float] = RIDGES) -> Fit:
-    """The map that is fitted to some tokens with the ridge that gives the least error on others.
-
-    From the strongest, weaker ridges are tried as long as they lessen it: what comes behind follows noise ever more.
+    Ridges are tried from the strongest to weaker ones as long as the error decreases; still weaker ones fit noise.
 
     Raises:
         FitError: as `NormalEquations.solve`.
     """
     before = float(held_back.target)
-    best = Fit(torch.zeros_like(seen.cross), None, before, before)
+    best = RidgeFit(torch.zeros_like(fitted.cross), None, before, before)
     for ridge in sorted(ridges, reverse=True):
-        weights = seen.solve(form, ridge)
+        weights = fitted.solve(form, ridge)
         after = held_back.error(weights)
         if after >= best.after:
             break
-        best = Fit(weights, ridge, before, after)
+        best = RidgeFit(weights, ridge, before, after)
     return best

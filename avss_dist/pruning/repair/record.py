@@ -1,8 +1,9 @@
-"""What a repaired checkpoint says of its repair, in a small file beside its weights."""
+"""The record of a repair: a small file beside the weights of a repaired checkpoint."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,13 +12,35 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from avss_dist.errors import ConfigError, ModelError
-from avss_dist.settings import DTYPES, LAYOUTS, REPAIRS, RIVAL_PATCHES, ROW_STARTS, OneOf, Settings, checked
-from avss_dist.text import describe_layers
+from avss_dist.settings import DTYPES, LAYOUTS, ROW_STARTS, Settings
+from avss_dist.text import RedactedURI, describe_layers
+from avss_dist.validation import OneOf, checked
 
 FILE = "avss_repair.json"
+_WEIGHTED = re.compile(
+    r"([^?]+)=([0-9]*\.?[0-9]+)"
+)  # the query of a URI, after its question mark, has equals signs too
 Count = Annotated[int, Field(ge=0)]
 Layers = Annotated[tuple[Count, ...], Field(strict=False)]
 Error = Annotated[float, Field(ge=0, strict=False)]
+
+
+def split_weight(corpus: str) -> tuple[RedactedURI, float]:
+    """Return a corpus and its weight from ``CORPUS`` or ``CORPUS=0.5``; the weight is 1 by default.
+
+    Raises:
+        ConfigError: the weight is 0.
+    """
+    full = RedactedURI(corpus).full
+    match = _WEIGHTED.fullmatch(full)
+    if not match or Path(full).is_file():
+        return RedactedURI(corpus), 1.0
+    if not float(match[2]):
+        raise ConfigError(
+            f"the weight of '{RedactedURI(corpus)}' is 0: expected a positive number.",
+            "Leave the text out, or give it a weight.",
+        )
+    return RedactedURI(match[1]), float(match[2])
 
 
 @checked
@@ -25,37 +48,41 @@ class RepairText:
     """A text that a repair was fitted on."""
 
     corpus: str
-    """As the user named it."""
+    """The corpus, as the user named it."""
     fingerprint: str
-    """Of its content."""
+    """Fingerprint of its content."""
     rows: Count
-    """Rows of tokens that were read, those that judged the fit among them."""
+    """Rows of tokens that were read, held-back ones included."""
     tokens: Count
     """Tokens that were fitted to."""
     weight: Annotated[float, Field(gt=0, strict=False)] = 1.0
-    """How much it counts beside the others."""
+    """Weight relative to the other texts."""
 
     def describe(self) -> str:
-        """A few words for people."""
+        """Return a few words for people."""
         return f"{self.corpus} ({self.tokens:,} tokens" + (f", weight {self.weight:g})" if self.weight != 1 else ")")
 
 
 @checked
 class RepairedCut:
-    """What was done at one cut, judged on held-back text: lengths of vectors over that of the whole model's stream."""
+    """Result of a repair at one cut.
+
+    Errors are measured on held-back tokens: the length of the missing part of the hidden states, over the length of
+    the whole model's hidden states.
+    """
 
     after: Count
-    """The last layer before it, counted in the whole model, whose MLP, or the stream after it, was changed."""
+    """Layer whose MLP was changed, counted in the whole model."""
     removed: Layers
-    """The layers that are missing there; none, where what was missing before is given back once more."""
+    """Removed layers right after it; empty where a repair fits what an earlier cut left missing."""
     ridges: Annotated[tuple[float | None, ...], Field(strict=False)]
-    """Of each fit, as a multiple of the mean diagonal; None where the fit did not help, and nothing was changed."""
+    """Ridge of each fit, as a multiple of the mean diagonal; None if the fit did not help and nothing was changed."""
     error_before: Error
-    """What is missing in the stream, without the repair of this cut."""
+    """Error without the repair of this cut."""
     error_after: Error
-    """And with it."""
+    """Error with the repair of this cut."""
     maps: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Linear maps that were fitted again, where ``after`` is the layer behind a cut: errors are of what they give."""
+    """Linear maps that were fitted in ``after``; only repairs of earlier versions fitted others than the MLP's last."""
 
     @property
     def changed(self) -> bool:
@@ -63,14 +90,14 @@ class RepairedCut:
         return any(ridge is not None for ridge in self.ridges)
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return one line for people."""
         ridges = ", ".join("none helps" if ridge is None else f"{ridge:g}" for ridge in self.ridges)
-        return f"{self._where}: error {self.error_before:.3g} -> {self.error_after:.3g} on held-back text" + (
+        return f"{self._place}: error {self.error_before:.3g} -> {self.error_after:.3g} on held-back text" + (
             f" (ridge {ridges})" if ridges else ""
         )
 
     @property
-    def _where(self) -> str:
+    def _place(self) -> str:
         if self.maps:
             return f"in {self.after}"
         return f"without {describe_layers(self.removed)}, after {self.after}" if self.removed else f"after {self.after}"
@@ -78,14 +105,20 @@ class RepairedCut:
 
 @checked
 class RepairRecord:
-    """A repair: of which model, on which text, with what effect."""
+    """A repair of a checkpoint: model, texts, settings and results."""
 
-    repair: Annotated[str, OneOf((*REPAIRS, *RIVAL_PATCHES))]
+    repair: Annotated[str, Field(min_length=1)]
+    """Name of the repair, which may no longer exist."""
     model: str
+    """Name of the whole model."""
     revision: str
+    """Revision of the whole model."""
     removed: Layers
+    """Layers that the pruned model lacks."""
     texts: Annotated[tuple[RepairText, ...], Field(strict=False)]
+    """Texts that the repair was fitted on."""
     cuts: Annotated[tuple[RepairedCut, ...], Field(strict=False)]
+    """Results by cut."""
     sequence_length: Annotated[int, Field(ge=1)]
     layout: Annotated[str, OneOf(LAYOUTS)]
     row_start: Annotated[str, OneOf(ROW_STARTS)] = "none"  # records of earlier versions have no such key
@@ -96,12 +129,12 @@ class RepairRecord:
     dtype: Annotated[str, OneOf(DTYPES)]
 
     def reading(self) -> Settings:
-        """The settings with which its texts are read again."""
+        """Return the settings that read the same texts again."""
         names = ("sequence_length", "layout", "row_start", "max_sequences", "shuffle_seed", "chat_template", "dtype")
         return Settings(**{name: getattr(self, name) for name in names})
 
     def describe(self) -> list[str]:
-        """Lines for people."""
+        """Return lines for people."""
         texts = ", ".join(text.describe() for text in self.texts)
         return [
             f"Repaired by {self.repair}, fitted on {texts}; do not evaluate on that text.",
@@ -110,13 +143,13 @@ class RepairRecord:
 
 
 def write_repairs(folder: Path, records: Sequence[RepairRecord]) -> None:
-    """Write the file, in place of one that is there."""
+    """Write the records of a checkpoint, in place of those that are there."""
     text = json.dumps({"repairs": [asdict(record) for record in records]}, indent=2)
     (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def read_repairs(folder: Path) -> list[RepairRecord]:
-    """The repairs of a checkpoint, in order; none where it has no such file.
+    """Return the repairs of a checkpoint, in order; empty if it has no such file.
 
     Raises:
         ModelError: the file is damaged.
@@ -132,10 +165,10 @@ def read_repairs(folder: Path) -> list[RepairRecord]:
 
 
 def parse_record(values: Mapping[str, Any]) -> RepairRecord:
-    """A record from its fields, as ``dataclasses.asdict`` has them.
+    """Return a record from its fields, as ``dataclasses.asdict`` gives them.
 
     Raises:
-        KeyError, TypeError, ConfigError: they are no record.
+        KeyError, TypeError, ConfigError: the fields are not those of a record.
     """
     values = dict(values)
     texts = tuple(RepairText(**text) for text in values.pop("texts"))

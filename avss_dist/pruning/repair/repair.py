@@ -1,13 +1,13 @@
-"""Repair: what is missing in the stream where layers were removed, given back by the last layer before them.
+"""Repair: the last layer before each cut makes up for the removed layers, without training.
 
-At each cut, in order of depth: X is the stream after the last layer before it, in the pruned model with the repairs so
-far; Y is the whole model's stream after the last layer that is removed there; R = Y - X is fitted from what the MLP
-before the cut adds, or from its hidden units (`fold`). ``refit_all`` does the same at every layer behind the first cut,
-for what earlier repairs could not give back goes on through them. ``refit_around`` fits the other linear maps of the
-layer behind each cut too, to give of the repaired stream what they give in the whole model. ``refit_full`` does both:
-all linear maps of every layer behind the first cut. The stream of the first token of each row is hundreds of times as
-long as others in some models, and all others attend to it: it is scaled to their length. One row of ten is held back:
-it chooses the ridge, and says what the fit is worth; a step that is worth nothing is taken back.
+At each cut, in order of depth, let X be the hidden states after the last layer before it, in the pruned model with the
+repairs so far, and Y those of the whole model after the last layer that is removed there. R = Y - X is fitted from the
+output of the MLP before the cut, or from its hidden units (see `fold`). A repair of every layer does the same at each
+layer behind the first cut, because what earlier fits leave missing propagates through them.
+
+The first token of each row is an attention sink: in some models its hidden states are hundreds of times as long as
+others. It is scaled to their length. One row of ten is held back: it chooses the ridge and measures the fit, and a fit
+that does not help is undone.
 """
 
 from __future__ import annotations
@@ -18,57 +18,63 @@ from typing import Annotated
 
 from pydantic import Field
 
-from avss_dist.corpus.shards import CorpusPlan, plan
+from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.patching import Patch
 from avss_dist.models.pinning import pin
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.cuts import layer_behind, require_cuts
-from avss_dist.pruning.repair.mender import ALONE, Mender, ReadStored, Sharing
-from avss_dist.pruning.repair.record import RepairedCut, RepairRecord, RepairText
-from avss_dist.pruning.repair.streams import OpenStreams, opened_streams
-from avss_dist.pruning.repair.text import Portion, count_tokens, portions
-from avss_dist.pruning.repair.weighted import weighted
-from avss_dist.settings import DEFAULT_REPAIR, REFITS_LATER, REPAIRS, RIVAL_PATCHES, Execution, OneOf, Settings, checked
+from avss_dist.pruning.repair.fitter import DataParallel, ReadStored, RepairFitter, find_cuts
+from avss_dist.pruning.repair.hidden_states import OpenHiddenStates, opened_hidden_states
+from avss_dist.pruning.repair.record import RepairedCut, RepairRecord, RepairText, split_weight
+from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, REPAIRS, RepairName
+from avss_dist.pruning.repair.splits import FitSplit, count_fitted, split_texts
+from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import pick_device
 from avss_dist.text import RedactedURI, describe_layers
+from avss_dist.validation import checked
 
 
 @checked
 class Repair:
-    """How a pruned model is repaired.
+    """Request to repair a pruned model.
 
     Raises:
         ConfigError: values out of their range.
     """
 
-    by: Annotated[str, OneOf((*REPAIRS, *RIVAL_PATCHES))] = DEFAULT_REPAIR
-    """What is fitted."""
+    by: RepairName = DEFAULT_REPAIR
+    """Name of the repair."""
     corpora: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
-    """The texts that it is fitted on; each counts alike, however long, or by a weight: CORPUS=0.5."""
+    """Texts that it is fitted on, with equal weight whatever their length, or a weight each: CORPUS=0.5."""
     skip_sequences: Annotated[int, Field(ge=0)] = 0
     """Rows at the start of each text that are not read."""
     settings: Settings = Field(default_factory=Settings)
-    """How texts are read, and how the model computes."""
+    """Settings with which texts are read and the model computes."""
 
     def __post_init__(self) -> None:
-        self.weights  # noqa: B018  (refuses those that are none)
+        self.weights  # noqa: B018  (checks them)
 
     @property
     def texts(self) -> list[RedactedURI]:
-        """The corpora without their weights."""
-        return [weighted(corpus)[0] for corpus in self.corpora]
+        """Corpora without their weights."""
+        return [split_weight(corpus)[0] for corpus in self.corpora]
 
     @property
     def weights(self) -> list[float]:
-        """Of each text."""
-        return [weighted(corpus)[1] for corpus in self.corpora]
+        """Weight of each text."""
+        return [split_weight(corpus)[1] for corpus in self.corpora]
 
 
 @dataclass(frozen=True)
 class Repaired:
-    """Weights to write in place of the checkpoint's, in their dtypes, and what is to be said of them."""
+    """A fitted repair.
+
+    Attributes:
+        tensors: weights to write in place of the checkpoint's, in their dtypes.
+        record: the record to write beside them.
+        notes: remarks for people.
+    """
 
     tensors: Patch
     record: RepairRecord
@@ -76,63 +82,71 @@ class Repaired:
 
 
 def repair_layers(
-    checkpoint: Checkpoint, made: Plan, repair: Repair, stored: ReadStored, execution: Execution | None = None
+    checkpoint: Checkpoint, plan: Plan, repair: Repair, stored: ReadStored, execution: Execution | None = None
 ) -> Repaired:
-    """Fit the repair of a plan's cuts, on a model whose weights fit in memory, or by streaming.
+    """Fit a repair to the cuts of a plan, with the model in memory or streamed.
 
     Args:
         stored: reads a parameter from the checkpoint's files; its dtype is the one that is written.
-        execution: with ``partition`` and the memory for it; it is chosen by default.
+        execution: ``partition`` and its memory limits; chosen by default.
 
     Raises:
         RepairError: a cut cannot be repaired; the message says why.
         CorpusError: a text cannot be read, or has too few tokens.
-        ConfigError: the partition is none in which repairs are fitted, or has not the memory that it needs.
+        ConfigError: repairs cannot be fitted in the partition, or its memory limits are too small.
         FitError: hidden states are not finite.
     """
-    require_cuts(made, every_layer=repair.by in REFITS_LATER)
+    find_cuts(plan, every_layer=REPAIRS[repair.by].every_layer)
     device = pick_device(repair.settings.device)
     config = text_config(checkpoint, trust_remote_code=repair.settings.trust_remote_code)
-    settings = replace(pin(repair.settings, checkpoint, config, device.type), layers=made.layers)
+    settings = replace(pin(repair.settings, checkpoint, config, device.type), layers=plan.layers)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
-    texts = [plan(corpus, tokenizer, settings, skip_sequences=repair.skip_sequences) for corpus in repair.texts]
-    with opened_streams(checkpoint, settings, device, execution or Execution()) as open_streams:
-        return fit_repair(checkpoint, open_streams, made, replace(repair, settings=settings), texts, stored)
+    texts = [
+        tokenize_corpus(corpus, tokenizer, settings, skip_sequences=repair.skip_sequences) for corpus in repair.texts
+    ]
+    with opened_hidden_states(checkpoint, settings, device, execution or Execution()) as open_hidden_states:
+        return fit_repair(checkpoint, open_hidden_states, plan, replace(repair, settings=settings), texts, stored)
 
 
 def fit_repair(
     checkpoint: Checkpoint,
-    open_streams: OpenStreams,
-    made: Plan,
+    open_hidden_states: OpenHiddenStates,
+    plan: Plan,
     repair: Repair,
     texts: Sequence[CorpusPlan],
     stored: ReadStored,
-    sharing: Sharing = ALONE,
+    parallel: DataParallel | None = None,
 ) -> Repaired:
-    """As `repair_layers`, with an open model and texts that are read; the settings of ``repair`` are pinned."""
-    cuts = require_cuts(made, every_layer=repair.by in REFITS_LATER)
-    read = portions(texts, repair.settings.batch_size, repair.weights)
-    starts = [cut.last for cut in cuts if layer_behind(cut, made.num_layers) is not None]
-    streams = open_streams([portion.batch for portion in read], made.drop, starts)
-    mender = Mender(streams, stored, read, sharing)
-    done = mender.mend_all(cuts, repair.by, made.num_layers)
-    return Repaired(mender.tensors, _record(checkpoint, made, repair, texts, read, done), _notes(made, repair.by))
+    """Fit a repair on an open model and tokenized texts; see `repair_layers`.
+
+    Args:
+        repair: its settings are pinned.
+        parallel: share of this process in the fit; all of it by default.
+    """
+    cuts = find_cuts(plan, every_layer=REPAIRS[repair.by].every_layer)
+    splits = split_texts(texts, repair.settings.batch_size, repair.weights)
+    starts = [cut.last for cut in cuts if cut.last + 1 < plan.num_layers]
+    source = open_hidden_states([split.batch for split in splits], plan.drop, starts)
+    fitter = RepairFitter(source, stored, splits, parallel or DataParallel())
+    repaired_cuts = fitter.fit_all(cuts, repair.by)
+    record = _record(checkpoint, plan, repair, texts, splits, repaired_cuts)
+    return Repaired(fitter.tensors, record, _notes(plan, repair.by))
 
 
 def _record(
     checkpoint: Checkpoint,
-    made: Plan,
+    plan: Plan,
     repair: Repair,
     texts: Sequence[CorpusPlan],
-    read: Sequence[Portion],
-    done: Sequence[RepairedCut],
+    splits: Sequence[FitSplit],
+    cuts: Sequence[RepairedCut],
 ) -> RepairRecord:
     settings = repair.settings
     return RepairRecord(
         repair=repair.by,
         model=checkpoint.name,
         revision=checkpoint.revision,
-        removed=made.drop,
+        removed=plan.drop,
         texts=tuple(
             RepairText(
                 corpus=text.source,
@@ -141,9 +155,9 @@ def _record(
                 tokens=count,
                 weight=weight,
             )
-            for text, count, weight in zip(texts, count_tokens(read, len(texts)), repair.weights, strict=True)
+            for text, count, weight in zip(texts, count_fitted(splits, len(texts)), repair.weights, strict=True)
         ),
-        cuts=tuple(done),
+        cuts=tuple(cuts),
         sequence_length=settings.sequence_length,
         layout=settings.layout,
         row_start=settings.row_start,
@@ -155,8 +169,8 @@ def _record(
     )
 
 
-def _notes(made: Plan, by: str) -> list[str]:
-    if 0 not in made.drop or by in REFITS_LATER:
+def _notes(plan: Plan, repair: str) -> list[str]:
+    if 0 not in plan.drop or REPAIRS[repair].every_layer:
         return []
-    first = describe_layers([layer for layer in made.drop if set(range(layer)) <= set(made.drop)])
+    first = describe_layers([layer for layer in plan.drop if set(range(layer)) <= set(plan.drop)])
     return [f"Nothing stands before layers {first}: what they did is not given back."]

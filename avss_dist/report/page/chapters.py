@@ -15,13 +15,13 @@ from avss_dist.analysis.experts import layer_experts
 from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.analysis.sparsity_curves import sparsity_curves
 from avss_dist.errors import QueryError
+from avss_dist.registry import GROUND_TRUTH, SCORES
 from avss_dist.report.contrasts import contrast_section
 from avss_dist.report.experiments import experiment_section
 from avss_dist.report.experts import experts_section
 from avss_dist.report.scorecards import page_section
 from avss_dist.report.section import Section
 from avss_dist.report.sparsity import sparsity_section
-from avss_dist.settings import GROUND_TRUTH
 from avss_dist.warehouse.reader import Warehouse
 
 MOST_SCORECARDS = 6  # runs
@@ -129,7 +129,7 @@ def _with_truth(warehouse: Warehouse, runs: Sequence[Row]) -> list[Row]:
     """Return the runs whose checkpoint has an evaluation of its layers."""
     revisions = pa.array(sorted({run["revision"] for run in runs} - {None}), pa.string())
     rows = warehouse.table("evaluations", where=pc.field("revision").isin(revisions), columns=["revision", "task"])
-    tasks = tuple(GROUND_TRUTH.values())
+    tasks = tuple(SCORES[name].task for name in GROUND_TRUTH)
     known = {row["revision"] for row in rows.to_pylist() if row["task"].startswith(tasks)}
     return [run for run in runs if run["revision"] in known]
 

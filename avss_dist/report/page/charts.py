@@ -7,9 +7,9 @@ from typing import Any
 
 import altair as alt
 
+from avss_dist.registry import FROM_ACTIVATIONS, SCORES
 from avss_dist.report.chart import LOWEST_COLOR, ROWS, depth_chart, depth_title
 from avss_dist.report.section import GRAY, Chart
-from avss_dist.settings import RIVALS
 
 TITLE = alt.TitleParams(text=alt.ExprRef("choice"), limit=alt.ExprRef("limit"), anchor="start", frame="bounds")
 HEIGHTS = {"avss": 280, "scatter": 340, "blocks": 340, "kept": 280, "profiles": 280, "lowest": 280, "drift": 220}
@@ -33,10 +33,9 @@ def page_charts() -> dict[str, dict[str, Any]]:
 
     Each draws the data set ``rows``, and writes the signal ``choice`` above it, cut to ``limit`` pixels.
     """
-    measures = {"avss": "AVSS", **RIVALS}
     charts: dict[str, Any] = {
-        f"{name}:{axis}:{scale}": _by_depth(name, title, axis, scale)
-        for name, title in measures.items()
+        f"{name}:{axis}:{scale}": _by_depth(name, SCORES[name].title, axis, scale)
+        for name in FROM_ACTIVATIONS
         for axis in ("layer", "depth")
         for scale in ("log", "linear")
     }

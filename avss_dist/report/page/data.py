@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from avss_dist.analysis.across import RunAgreement, run_agreement, training_series
 from avss_dist.analysis.removal import WithoutLayers
-from avss_dist.settings import EVERY_SITE, PUBLISHED_THRESHOLD, RECIPES, RIVALS, SITES
+from avss_dist.registry import BASELINES, FROM_ACTIVATIONS, SCORES
+from avss_dist.settings import EVERY_SITE, PUBLISHED_THRESHOLD, RECIPES, SITES
 from avss_dist.stats.rankings import count_lowest
 from avss_dist.text import basename, describe_threshold, printable
 from avss_dist.warehouse.checks import has_head, settings_of
@@ -49,15 +50,16 @@ def page_data(
         without: by run, see `without_layers`.
 
     Returns:
-        ``runs``: their labels, and by layer its name and rivals; ``choices``: every site, recipe and threshold that
-        was scored, ``first`` the position of the one to begin with; ``columns``: scores by layer; ``blocks``: the rows
-        of a run at a choice: run, choice, first row, end, and how many layers are the lowest 25%; ``correlations`` by
-        choice and of each of ``rivals``: ``pairs`` (two runs, Spearman's rho, and the same given depth; a run with
-        itself has its correlation with depth) and a ``summary``; ``series``: see `training_series`; ``without``: by
-        run, see `without_layers`, with the share that each size is.
+        ``scores``: name and title of each score from activations, AVSS first; ``runs``: their labels, and by layer its
+        name and baselines; ``choices``: every site, recipe and threshold that was scored, ``first`` the position of the
+        one to begin with; ``columns``: scores by layer; ``blocks``: the rows of a run at a choice: run, choice, first
+        row, end, and how many layers are the lowest 25%; ``correlations`` by choice and of each of ``rivals``:
+        ``pairs`` (two runs, Spearman's rho, and the same given depth; a run with itself has its correlation with
+        depth) and a ``summary``; ``series``: see `training_series`; ``without``: by run, see `without_layers`, with the
+        share that each size is.
     """
     positions = {run["run_id"]: i for i, run in enumerate(runs)}
-    names = ["run_id", *CHOICE, "layer_name", "depth", *COLUMNS.values(), *RIVALS]
+    names = ["run_id", *CHOICE, "layer_name", "depth", *COLUMNS.values(), *BASELINES]
     table = warehouse.table("scores", run_ids=list(positions), columns=names)
     table = table.sort_by([(name, "ascending") for name in ("run_id", *CHOICE, "layer")])
     keys = zip(*(table[name].to_pylist() for name in ("run_id", *CHOICE)), strict=True)
@@ -68,6 +70,7 @@ def page_data(
         blocks.append((positions[run_id], choices[tuple(choice)], start, start + size, count_lowest(size)))
         start += size
     return {
+        "scores": [{"name": name, "title": SCORES[name].title} for name in FROM_ACTIVATIONS],
         "runs": _described(runs, table),
         "choices": [_written(*choice) for choice in choices],
         "first": choices.get((SITES[0], RECIPES[0], "absolute", PUBLISHED_THRESHOLD), 0),
@@ -114,7 +117,7 @@ def _described(runs: Sequence[Mapping[str, Any]], table: pa.Table) -> list[dict[
         scored = [layer for run_id, layer in row_of if run_id == run["run_id"]]
         size = max([run["num_layers"] or 0, *(layer + 1 for layer in scored)])
         rows = table.take(pa.array([row_of.get((run["run_id"], layer)) for layer in range(size)], pa.int64()))
-        by_layer = {name: rounded(rows[name]) for name in ("layer_name", *RIVALS)}
+        by_layer = {name: rounded(rows[name]) for name in ("layer_name", *BASELINES)}
         described.append({"label": f"{i + 1}. {label}", "has_head": has_head(run), **by_layer})
     return described
 
@@ -166,11 +169,11 @@ def _round(value: float, digits: int) -> float | None:
 def _agreement(table: pa.Table, blocks: Sequence[tuple[int, ...]], choices: int) -> dict[str, Any]:
     """Return the agreement of the runs: by choice, and of each rival."""
     depth, avss = table["depth"].to_numpy(), table["avss_smoothed"].to_numpy()
-    rivals = {name: table[name].to_numpy() for name in RIVALS}
+    rivals = {name: table[name].to_numpy() for name in BASELINES}
     by_choice: list[dict[int, Any]] = [{} for _ in range(choices)]
-    by_rival: dict[str, dict[int, Any]] = {name: {} for name in RIVALS}
+    by_rival: dict[str, dict[int, Any]] = {name: {} for name in BASELINES}
     for run, choice, start, end, _ in blocks:
-        for profiles, values in ((by_choice[choice], avss), *((by_rival[name], rivals[name]) for name in RIVALS)):
+        for profiles, values in ((by_choice[choice], avss), *((by_rival[name], rivals[name]) for name in BASELINES)):
             scored = np.flatnonzero(~np.isnan(values[start:end])) + start
             if len(scored):
                 profiles[run] = depth[scored], values[scored]

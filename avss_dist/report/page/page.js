@@ -103,8 +103,6 @@ for (const button of document.querySelectorAll("[data-csv]")) {
 
 // The data: see page_data.py.
 
-const RIVALS = ["block_influence", "angular_distance", "relative_magnitude", "update_variance_ratio"];
-const BY_DEPTH = ["avss", ...RIVALS];
 const CHOSEN = ["site", "recipe", "threshold"];
 const CSV = {
   heat: ["run", "score", "layer", "layer_name", "from", "to", "value", "rank", "share", "lowest"],
@@ -116,17 +114,21 @@ const CSV = {
   blocks: ["run", "start", "length", "distance"],
   kept: ["run", "series", "dropped", "size", "share", "kept"],
 };
-for (const name of BY_DEPTH) {
-  const interval = name === "avss" ? ["low", "high", "chance", "quality"] : [];
-  CSV[name] = ["run", "layer", "layer_name", "depth", name, ...interval, "rank", "lowest"];
-}
 let data = null;
+let scoreNames = []; // AVSS first
+let scoreTitles = {};
 let blockOf = new Map();
 
 async function readData() {
   const bytes = Uint8Array.from(atob($("data").textContent), (character) => character.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   data = await new Response(stream).json();
+  scoreNames = data.scores.map(({ name }) => name);
+  scoreTitles = Object.fromEntries(data.scores.map(({ name, title }) => [name, title]));
+  for (const name of scoreNames) {
+    const interval = name === "avss" ? ["low", "high", "chance", "quality"] : [];
+    CSV[name] = ["run", "layer", "layer_name", "depth", name, ...interval, "rank", "lowest"];
+  }
   blockOf = new Map(data.blocks.map((block) => [`${block[0]}:${block[1]}`, block]));
 }
 
@@ -145,7 +147,7 @@ function rowsOf(run, choice, which = 0) {
     if (row.low !== null) [row.low, row.high] = [Math.min(row.low, row.avss), Math.max(row.high, row.avss)]; // rounded
     row.sparsity = row.near_zero === null ? null : row.near_zero / row.count;
     row.lowest = row.rank !== null && row.rank <= lowest;
-    for (const name of RIVALS) row[name] = about[name][row.layer];
+    for (const name of scoreNames) if (name in about) row[name] = about[name][row.layer];
     rows.push(row);
   }
   return rows;
@@ -275,7 +277,7 @@ async function drawByDepth() {
   const axis = a === b ? "layer" : "depth";
   const names = [data.runs[run()].label, other() === null ? "" : data.runs[other()].label];
   const signals = { names, which: beside.length ? [0, 1] : [0] };
-  for (const name of BY_DEPTH) {
+  for (const name of scoreNames) {
     const mine = name === "avss" ? shown : ownLowest(shown, name);
     const rows = [...mine, ...(name === "avss" ? beside : ownLowest(beside, name))].filter((row) => row[name] !== null);
     const columns = name === "avss" ? ["avss", "low"] : [name];
@@ -287,10 +289,8 @@ async function drawByDepth() {
 
 const narrow = () => document.body.clientWidth < 600;
 
-const ACROSS = { avss: "AVSS", block_influence: "block influence", angular_distance: "angular distance",
-  relative_magnitude: "relative magnitude", update_variance_ratio: "update / input variance" };
 const across = () => chosen("score");
-const named = () => (across() === "avss" ? described(data.choices[choice()]) : `${ACROSS[across()]}, the same for every site, recipe and threshold`);
+const named = () => (across() === "avss" ? described(data.choices[choice()]) : `${scoreTitles[across()]}, the same for every site, recipe and threshold`);
 const signalsAcross = () => ({ choice: named() });
 const room = () => (narrow() ? 96 : Math.min(360, document.body.clientWidth * 0.28)); // for labels of rows, in pixels
 const signalsOfRows = () => ({ ...signalsAcross(), room: room() });
@@ -446,11 +446,11 @@ for (const figure of Object.values(figures)) {
 
 // The table of scores.
 
-const TABLE = [
-  ["layer", "layer"], ["AVSS", "avss"], ["low", "low"], ["high", "high"], ["rank", "rank"], ["lowest 25%", "chance"],
-  ["variance", "variance"], ["sparsity", "sparsity"], ["near zero", "near_zero"], ["block influence", "block_influence"],
-  ["angular distance", "angular_distance"], ["relative magnitude", "relative_magnitude"],
-  ["update / input variance", "update_variance_ratio"], ["quality", "quality"], ["name", "layer_name"],
+const tableColumns = () => [
+  ["layer", "layer"], [scoreTitles.avss, "avss"], ["low", "low"], ["high", "high"], ["rank", "rank"], ["lowest 25%", "chance"],
+  ["variance", "variance"], ["sparsity", "sparsity"], ["near zero", "near_zero"],
+  ...scoreNames.filter((name) => name !== "avss").map((name) => [scoreTitles[name], name]),
+  ["quality", "quality"], ["name", "layer_name"],
 ];
 
 function fillTable(rows, several) {
@@ -458,7 +458,7 @@ function fillTable(rows, several) {
   const sorted = [...table.tHead.rows[0].cells].findIndex((cell) => cell.hasAttribute("aria-sort"));
   const kept = sorted < 0 ? null : table.tHead.rows[0].cells[sorted];
   const [title, descending] = [kept?.textContent, kept?.getAttribute("aria-sort") === "descending"];
-  const columns = several ? [["run", "run"], ...TABLE] : TABLE;
+  const columns = several ? [["run", "run"], ...tableColumns()] : tableColumns();
   const textual = new Set(["run", "quality", "layer_name"]);
   table.caption.firstChild.textContent = `${several ? "Both runs" : data.runs[run()].label}: ${described(data.choices[choice()])}. `
     + "low and high bound the 95% interval, from eight shards on; lowest 25% is how often a layer is in that set when shards are resampled.";
@@ -549,7 +549,7 @@ function offerChoices() {
   const first = data.choices[data.first];
   addRadios("site", unique("site", data.choices), first.site);
   addRadios("recipe", unique("recipe", data.choices), first.recipe);
-  addRadios("score", Object.keys(ACROSS), "avss", ACROSS);
+  addRadios("score", scoreNames, "avss", scoreTitles);
   offer(first.threshold);
   $("score").addEventListener("input", refresh);
   $("controls").addEventListener("submit", (event) => event.preventDefault());

@@ -24,6 +24,7 @@ from avss_dist.analysis.compare import differing, with_conditions
 from avss_dist.analysis.findings import findings
 from avss_dist.analysis.removal import without_layers
 from avss_dist.analysis.verdict import describe_task
+from avss_dist.registry import FROM_ACTIVATIONS, SCORES
 from avss_dist.report.output import map_leaves, write_file
 from avss_dist.report.page.chapters import Chapter, chapters
 from avss_dist.report.page.charts import page_charts, section_chart
@@ -93,7 +94,8 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
         library=library,
         has_scores=has_scores,
         data=_packed({**data, "charts": page_charts(), "pictures": pictures}) if has_charts else "",
-        has={"series": data["series"], **{n: any(run[n] for run in data["without"]) for n in ("blocks", "kept")}},
+        has=_known_charts(data),
+        scores={name: SCORES[name] for name in FROM_ACTIVATIONS},
         version=__version__,
         warehouse=warehouse.root,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -106,6 +108,12 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
         not_drawn=len(done) - len(drawn),
         differing=differing([with_conditions(run) for run in drawn]),
     )
+
+
+def _known_charts(data: Mapping[str, Any]) -> dict[str, bool]:
+    """Return whether there is something to draw of charts that few warehouses have."""
+    without = {name: any(run[name] for run in data["without"]) for name in ("blocks", "kept")}
+    return {"series": bool(data["series"]), **without}
 
 
 def _pictures(about_runs: Sequence[Chapter]) -> dict[str, Any]:

@@ -6,16 +6,17 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from avss_dist.pruning.ground_truth import METRICS
+from avss_dist.registry import metrics_of
 from avss_dist.report.table import BarColumn, ReportColumn, ReportTable
 from avss_dist.report.terminal.tables import FittedTable
-from avss_dist.settings import MINIMUM_UNITS
+from avss_dist.stats.intervals import MINIMUM_UNITS
 from avss_dist.stats.rankings import count_lowest
 from avss_dist.text import count_of
 
 if TYPE_CHECKING:
     from avss_dist.evaluation.ablate import Ablation
 
+(PROPAGATED,), (PREDICTED,) = metrics_of("propagated"), metrics_of("predicted")
 _FORMATS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
     ("loss without", "loss", 4, lambda row: f"{row['loss']:z.4f}"),
     ("increase", "increase", 0, lambda row: _with_error(row["increase"], row["increase_stderr"])),
@@ -26,11 +27,11 @@ _FORMATS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
     ("damage", "damage", 1, lambda row: f"{row['damage']:z.1f}"),
     (
         "predicted",
-        METRICS["predicted"],
+        PREDICTED,
         2,
-        lambda row: _with_error(row[METRICS["predicted"]], row["predicted_stderr"]),
+        lambda row: _with_error(row[PREDICTED], row["predicted_stderr"]),
     ),
-    ("propagated", METRICS["propagated"], 2, lambda row: f"{row[METRICS['propagated']]:.4g}"),
+    ("propagated", PROPAGATED, 2, lambda row: f"{row[PROPAGATED]:.4g}"),
     ("Taylor", "taylor", 2, lambda row: f"{row['taylor']:z.4g}"),
     ("gradient L1", "gradient_l1", 6, lambda row: f"{row['gradient_l1']:z.4g}"),
     ("gradient L2", "gradient_l2", 7, lambda row: f"{row['gradient_l2']:z.4g}"),

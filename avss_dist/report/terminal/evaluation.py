@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from avss_dist.removal import count_removed
+from avss_dist.intervention import count_removed
 from avss_dist.report.table import Interval, ReportColumn, ReportTable, known_interval, percent, significant
 from avss_dist.report.terminal.tables import FittedTable
 from avss_dist.stats.retention import NO_INTERVAL
@@ -33,7 +33,7 @@ def evaluation_table(found: Evaluations) -> RenderableType:
             ReportColumn("", [one.subject.label for one in found], number=False, wraps=True),
             ReportColumn(
                 "dropped",
-                [count_removed(one.subject.drop) if one.subject.drop else None for one in found],
+                [count_removed(removed) if (removed := one.subject.intervention.removed) else None for one in found],
                 number=False,
                 priority=3,
             ),

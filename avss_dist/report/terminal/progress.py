@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self, TextIO
 from rich import progress as rich_progress
 from rich.text import Text
 
-from avss_dist.removal import count_removed, describe_removed
+from avss_dist.intervention import count_removed, describe_removed
 from avss_dist.report.terminal.estimate import describe_seconds
 from avss_dist.report.terminal.pace import Pace
 from avss_dist.runs.reporter import LOG_SECONDS, Reporter, describe_repeated
@@ -184,7 +184,8 @@ class CellProgress:
 
 
 def _subject(cell: Cell) -> str:
-    without = f" without {count_removed(cell.drop)}" if cell.drop else ""
+    removed = cell.intervention.removed
+    without = f" without {count_removed(removed)}" if removed else ""
     return f"{_short(cell.checkpoint.name)}{without}"
 
 
@@ -194,7 +195,7 @@ class SearchProgress(CellProgress):
     def stepped(self, step: Step) -> None:
         """A round is over."""
         if self._progress.console.is_terminal:
-            loss = f"loss {step.best.value:.4f} without {describe_removed(step.best.drop)}"
+            loss = f"loss {step.best.value:.4f} without {describe_removed(step.best.removed)}"
             self._progress.console.print(f"{step.sets} sets: {loss}", markup=False, highlight=False)
 
 

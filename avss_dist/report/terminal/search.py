@@ -6,10 +6,10 @@ from math import isfinite
 from typing import TYPE_CHECKING
 
 from avss_dist.analysis.verdict import metric_format, readable_value
-from avss_dist.removal import describe_removed, size_removed
+from avss_dist.intervention import describe_removed, size_removed
+from avss_dist.names import LOSS
 from avss_dist.report.table import ReportColumn, ReportTable, decimals, significant
 from avss_dist.report.terminal.tables import FittedTable
-from avss_dist.settings import LOSS
 from avss_dist.text import describe_count
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ def search_table(found: Found) -> FittedTable:
     """
     rows = [("-", 0.0, found.whole, 0)]
     for step in found.steps:
-        dropped = size_removed(step.best.drop)
+        dropped = size_removed(step.best.removed)
         if dropped != rows[-1][1] or step.best.value < rows[-1][2].value:
-            rows.append((describe_removed(step.best.drop), dropped, step.best, step.sets))
+            rows.append((describe_removed(step.best.removed), dropped, step.best, step.sets))
     losses = [loss for *_, loss, _ in rows]
     errors = [loss.stderr if isfinite(loss.stderr) else None for loss in losses]
     return FittedTable(

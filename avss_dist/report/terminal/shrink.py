@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from rich import progress as rich_progress
 from rich.console import Group, RenderableType
 
-from avss_dist.removal import count_removed
+from avss_dist.intervention import count_removed
+from avss_dist.names import PERPLEXITY, REPAIR
 from avss_dist.report.table import BarColumn, ReportColumn, ReportTable, interval, known_interval, percent
 from avss_dist.report.terminal.progress import bars, log
 from avss_dist.report.terminal.tables import FittedTable
 from avss_dist.runs.reporter import Reporter
-from avss_dist.settings import PERPLEXITY, REPAIR
 from avss_dist.stats.retention import NO_INTERVAL
 from avss_dist.text import basename, describe_bytes, describe_layers
 
@@ -82,7 +82,8 @@ class _Cells:
 
 
 def _step(cell: Cell) -> str:
-    without = f" without {count_removed(cell.drop)}" if cell.drop else ""
+    removed = cell.intervention.removed
+    without = f" without {count_removed(removed)}" if removed else ""
     return f"{'fitting the repair' if cell.task.startswith(REPAIR) else 'evaluating'}{without}"
 
 

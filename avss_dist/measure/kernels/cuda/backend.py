@@ -37,7 +37,7 @@ class Launcher(Protocol):
     threads: int
 
     def span(self, dtype: torch.dtype) -> int:
-        """How many patterns have a counter in shared memory.
+        """Number of patterns that have a counter in shared memory.
 
         Raises:
             NotCompiled: there is no kernel for the dtype.

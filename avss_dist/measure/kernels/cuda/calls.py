@@ -1,4 +1,4 @@
-"""What a launch is given: sizes and addresses, 8 bytes each, and the memory that kernels need between them."""
+"""Arguments of a launch: sizes and addresses, 8 bytes each, and the memory that kernels need between them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ OCTAVE = {torch.bfloat16: 128, torch.float16: 1024, torch.float32: 128}  # count
 
 @lru_cache(maxsize=1)
 def source() -> str:
-    """The CUDA C++ of all kernels."""
+    """Return the CUDA C++ of all kernels."""
     here = files(__package__)
     return "\n".join((here / f"{name}.cu").read_text("utf-8") for name in ("common", "count", "compare", "finish"))
 
 
 @lru_cache(maxsize=1)
 def fields() -> tuple[str, ...]:
-    """The names of what a launch is given, in the order of ``struct Call``."""
+    """Return the names of the arguments of a launch, in the order of ``struct Call``."""
     body = re.search(r"struct Call \{\n(.*?)\n\};", source(), re.DOTALL)
     assert body is not None
     return tuple(re.findall(r"(\w+);", re.sub(r"//.*", "", body[1])))
@@ -51,7 +51,7 @@ def window(dtype: torch.dtype, shared: int) -> tuple[int, int]:
 
 
 def shared_bytes(dtype: torch.dtype, span: int, limits: int) -> int:
-    """Bytes of shared memory of a block that counts."""
+    """Return the bytes of shared memory of a block that counts."""
     return 4 * (span + STRIP + 2 * limits + 3) if dtype == torch.float32 else 8 * (span + STRIP)
 
 
@@ -65,7 +65,7 @@ def chunk_of(rows: int, tokens: int, units: int) -> int:
 def layout(
     shape: tuple[int, int, int], chunk: int, dtype: torch.dtype, squared: bool, compared: bool
 ) -> tuple[dict[str, int], int, int]:
-    """Where a call's memory lies: offsets by field, bytes of what must be zero at first (which come first), of all."""
+    """Lay out a call's memory: offsets by field, bytes that must be zero at first (they come first), all bytes."""
     rows, tokens, units = shape
     parts = rows * -(-tokens // chunk)
     items = parts * -(-units // UNITS_A_WARP) if dtype == torch.float32 else 0
@@ -89,10 +89,10 @@ def layout(
 
 
 def record(values: dict[str, int]) -> bytes:
-    """A ``struct Call``; what is not named is 0."""
+    """Return a ``struct Call``; fields that are not named are 0."""
     return struct.pack(f"{len(fields())}q", *(values.get(name, 0) for name in fields()))
 
 
 def records(calls: list[bytes]) -> bytes:
-    """A ``struct Calls``."""
+    """Return a ``struct Calls``."""
     return struct.pack("q", len(calls)) + b"".join(calls).ljust(MOST_CALLS * 8 * len(fields()), b"\0")

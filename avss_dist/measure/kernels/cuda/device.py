@@ -16,7 +16,7 @@ MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 @lru_cache(maxsize=64)
 def launcher_of(device: torch.device) -> Device:
-    """The one launcher of a device, which keeps what it has compiled.
+    """Return the launcher of a device, which keeps the kernels that it has compiled.
 
     Raises:
         NotCompiled: torch brings no CUDA of NVIDIA, or there is no NVRTC of its version.
@@ -26,7 +26,7 @@ def launcher_of(device: torch.device) -> Device:
 
 
 def cuda_version() -> int:
-    """The major version of torch's CUDA; 0 where it has none, as on ROCm."""
+    """Return the major version of torch's CUDA; 0 if it has none, as on ROCm."""
     return int((torch.version.cuda or "0").split(".")[0])
 
 

@@ -44,7 +44,7 @@ def _folders(major: int) -> list[Path]:
 
 
 def compile_for(dtype: torch.dtype, architecture: str, shared: int, major: int, *options: str) -> tuple[bytes, str]:
-    """The kernels of a dtype as a cubin, and the compiler's log.
+    """Compile the kernels of a dtype; returns a cubin, and the compiler's log.
 
     Args:
         architecture: like ``sm_90``.

@@ -1,0 +1,158 @@
+"""The commands: what each is for, the module that has it, and examples for its help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, before it is imported.
+
+    Args:
+        panel: heading in the help.
+        module: the module of this package that has it, as a function of its name.
+        summary: first sentence of its help.
+    """
+
+    panel: str
+    module: str
+    summary: str
+
+
+MEASURE, READ, CHANGE, ELSEWHERE = "Measure", "Read", "Change a model", "Run elsewhere"
+COMMANDS = {
+    "score": Command(
+        MEASURE, "score", "Score every layer of one or more models on a corpus, and keep the result as Parquet."
+    ),
+    "ablate": Command(MEASURE, "ablate", "Leave layers out and measure the loss: the ground truth for scores."),
+    "evaluate": Command(
+        MEASURE,
+        "evaluate",
+        "Evaluate models and plans; a plan skips its layers in place and is compared with the whole model.",
+    ),
+    "shrink": Command(
+        MEASURE,
+        "shrink",
+        "Score a model, drop layers, repair the rest, evaluate both, and write the checkpoint; resumes if stopped.",
+    ),
+    "run": Command(
+        MEASURE, "run", "Run a job file, its experiment included: finished runs are skipped, interrupted ones resumed."
+    ),
+    "estimate": Command(
+        MEASURE, "score", "Estimate the memory and time of a run with every partition, before loading any weights."
+    ),
+    "ls": Command(
+        READ,
+        "read",
+        "List runs, with what is kept of unfinished ones, evaluated sets of layers, or evaluations; the newest first.",
+    ),
+    "show": Command(READ, "read", "Show scores by layer, at any threshold; the lowest 25% of layers are marked."),
+    "quantiles": Command(
+        READ,
+        "compare",
+        "Show how large activations are, by layer: quantiles of |x|, or the threshold for a given sparsity.",
+    ),
+    "compare": Command(
+        READ,
+        "compare",
+        "Compare layer rankings between runs: how far they agree, and what to know before believing it.",
+    ),
+    "contrast": Command(
+        READ,
+        "contrast",
+        "Contrast hallucinated with truthful answers, layer by layer, with controls; for a run on paired text.",
+    ),
+    "findings": Command(
+        READ,
+        "compare",
+        "List what a careful reader would warn of: scores that track depth, noise, rounding, single units, and so on.",
+    ),
+    "scorecard": Command(
+        READ, "compare", "Compare every score with the ground truth: which one finds the layers that can go."
+    ),
+    "plot": Command(READ, "read", "Draw AVSS and its rivals by depth, as a picture or page."),
+    "report": Command(
+        READ,
+        "report",
+        "Write a self-contained web page: findings, score card, charts across runs and by depth, tables.",
+    ),
+    "publish": Command(
+        READ,
+        "publish",
+        "Write the finished runs as a few Parquet files, with a DuckDB catalog and a dataset card, for others to read.",
+    ),
+    "query": Command(READ, "read", "Query a warehouse with SQL (DuckDB). It only reads, and only the warehouse."),
+    "plan": Command(
+        CHANGE, "plan", "Choose the layers to drop, and write a plan with the reason and what speaks against it."
+    ),
+    "sparsify": Command(
+        CHANGE, "sparsify", "Choose the activations that become zero, and write a sparsity plan with the reason."
+    ),
+    "prune": Command(
+        CHANGE,
+        "prune",
+        "Write a checkpoint without the layers that a plan drops, repaired on request; needs little memory.",
+    ),
+    "sample": Command(
+        CHANGE,
+        "sample",
+        "Let a causal language model write texts to fit a repair on, where no text of its later domains is at hand.",
+    ),
+    "doctor": Command(ELSEWHERE, "doctor", "Check what works on this machine: devices, Ray, DeepSpeed, versions."),
+    "jobs": Command(ELSEWHERE, "jobs", "Jobs on a Ray cluster."),
+}
+EXAMPLES = {
+    "score": (
+        "avss score org/name --corpus your.jsonl:text",
+        "avss score model-a model-b --corpus hf:wikitext:wikitext-2-raw-v1 --replicas 4 -w s3://bucket/warehouse",
+    ),
+    "ablate": (
+        "avss ablate org/name --corpus your.txt",
+        "avss ablate org/name --corpus your.txt --no-leave-one-out --damage",
+    ),
+    "evaluate": ("avss evaluate org/name plan.yaml --task perplexity:heldout.txt --task hellaswag --limit 200",),
+    "shrink": (
+        "avss shrink org/name --corpus your.txt --share 0.25 -o smaller",
+        "avss shrink org/name --corpus your.txt --keep 0.9 -o smaller",
+    ),
+    "run": ("avss run jobs/paper_claim.yaml --dry-run", "avss run jobs/paper_claim.yaml"),
+    "estimate": ("avss estimate org/name --corpus your.txt --max-memory cpu=16GB",),
+    "ls": ("avss ls", "avss ls evaluations -w s3://bucket/warehouse"),
+    "show": (
+        "avss show --run smollm2 --site update --threshold 0.1rms",
+        "avss show --run 'smollm2-*' --format latex -o scores.tex",
+    ),
+    "quantiles": ("avss quantiles --q 0.99 --sparsity 0.5",),
+    "compare": ("avss compare --by family", "avss compare --run 'smollm2-*' --by threshold --score avss"),
+    "contrast": ("avss contrast -w paired --format csv",),
+    "findings": ("avss findings --all",),
+    "scorecard": ("avss scorecard --run smollm2",),
+    "plot": ("avss plot --run smollm2 -o layers.png",),
+    "report": ("avss report -o report.html",),
+    "publish": ("avss publish published",),
+    "query": (
+        "avss query --schema",
+        "avss query 'SELECT model, layer, rank FROM scores_at(0.01) WHERE rank < 4'",
+        "avss query @drift --format csv -o drift.csv",
+    ),
+    "plan": (
+        "avss plan --by damage --share 0.25 -o plan.yaml",
+        "avss plan --search greedy --corpus your.txt --count 4 -o plan.yaml",
+        "avss plan --memory 12GB --by damage -o plan.yaml",
+    ),
+    "sparsify": ("avss sparsify 0.5 -o sparse.yaml", "avss sparsify 0.5 --method loss -o sparse.yaml"),
+    "prune": ("avss prune org/name plan.yaml --repair-corpus your.txt -o pruned",),
+    "sample": ("avss sample org/name --count 256 -o own.jsonl",),
+    "doctor": ("avss doctor --json",),
+    "jobs submit": ("avss jobs submit JOB.yaml --address http://HEAD:8265 --follow",),
+    "jobs list": ("avss jobs list --address http://HEAD:8265 --json",),
+    "jobs logs": ("avss jobs logs JOB_ID --address http://HEAD:8265 --follow",),
+    "jobs stop": ("avss jobs stop JOB_ID --address http://HEAD:8265",),
+}
+"""By command; every option in them exists, which a test sees to."""
+
+
+def epilog(command: str) -> str:
+    """The examples of a command, a paragraph each: so none is wrapped into the next."""
+    return "\n\n".join(("Examples:", *(f"  {line}" for line in EXAMPLES[command])))

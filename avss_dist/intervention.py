@@ -1,0 +1,253 @@
+"""Interventions: the changes that are made to a model before it answers.
+
+Layers and sublayers are removed, the additions of removed layers are scaled, weights are replaced by those of a repair,
+and small activations become zero. Nothing here needs torch: `models.causal_lm.LanguageModel.applying` carries an
+intervention out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+from avss_dist.settings import fingerprint
+from avss_dist.text import count_of, describe_layers
+
+PARTS = ("attention", "mlp")
+"""The sublayers of a layer."""
+MAX_LAYERS = 10_000
+"""Largest number of layers of a model that a plan can be for. Stored numbers from here on stand for sublayers."""
+_STORED = {part: place * MAX_LAYERS for place, part in enumerate(PARTS, 1)}
+_PARTS = dict(enumerate(PARTS, 1))
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """The attention or the MLP of a layer; sublayers come after all layers, and MLPs after all attentions.
+
+    Attributes:
+        layer: index of the layer.
+        part: one of `PARTS`.
+    """
+
+    layer: int
+    part: str
+
+    def __str__(self) -> str:
+        return f"{self.part}.{self.layer}"
+
+    def __lt__(self, other: Removal) -> bool:
+        return stored_number(self) < stored_number(other)
+
+    def __gt__(self, other: Removal) -> bool:
+        return stored_number(self) > stored_number(other)
+
+
+Removal = int | Sublayer
+"""A layer, by its index from 0, or a sublayer."""
+Removals = tuple[Removal, ...]
+"""A set of layers and sublayers, ascending. Both sublayers of a layer are the layer."""
+
+
+def stored_number(removal: Removal) -> int:
+    """Return the number that stands for a layer or a sublayer in Parquet files and in fingerprints."""
+    return removal if isinstance(removal, int) else _STORED[removal.part] + removal.layer
+
+
+def encode_removals(removals: Iterable[Removal]) -> list[int]:
+    """Return removals as they are stored: a layer as its index, a sublayer as a number from `MAX_LAYERS` on."""
+    return list(map(stored_number, removals))
+
+
+def decode_removals(numbers: Iterable[int]) -> Removals:
+    """Return the removals that stored numbers stand for."""
+    return tuple(
+        Sublayer(number % MAX_LAYERS, _PARTS[number // MAX_LAYERS]) if number // MAX_LAYERS in _PARTS else number
+        for number in numbers
+    )
+
+
+def layer_of(removal: Removal) -> int:
+    """Return the index of a layer, or of the layer that a sublayer is in."""
+    return removal if isinstance(removal, int) else removal.layer
+
+
+def sublayers_of(layers: Iterable[int]) -> list[Sublayer]:
+    """Return the attention and the MLP of each layer."""
+    return [Sublayer(layer, part) for layer in layers for part in PARTS]
+
+
+def whole_layers(removals: Iterable[Removal]) -> tuple[int, ...]:
+    """Return the layers that are removed as a whole."""
+    return tuple(removal for removal in removals if isinstance(removal, int))
+
+
+def layers_by_part(removals: Iterable[Removal]) -> dict[str, tuple[int, ...]]:
+    """Return the layers of which the attention alone, and of which the MLP alone, is removed."""
+    sublayers = [removal for removal in removals if isinstance(removal, Sublayer)]
+    return {part: tuple(removal.layer for removal in sublayers if removal.part == part) for part in PARTS}
+
+
+def joined(removals: Iterable[Removal]) -> Removals:
+    """Return removals as a set: a layer for both of its sublayers, and no sublayer of a layer that is removed."""
+    every: set[Removal] = {*removals}
+    every |= {layer for layer in map(layer_of, every) if every.issuperset(sublayers_of([layer]))}
+    return tuple(sorted(one for one in every if isinstance(one, int) or one.layer not in every))
+
+
+def can_be_added(removal: Removal, removals: Collection[Removal]) -> bool:
+    """Whether a set does not contain a layer or sublayer yet, nor the layer that it is in, nor a sublayer of it."""
+    others = sublayers_of([removal]) if isinstance(removal, int) else [removal.layer]
+    return removal not in removals and not any(other in removals for other in others)
+
+
+def describe_removed(removals: Iterable[Removal]) -> str:
+    """``0-3, 7, attention of 5, MLP of 8-9``."""
+    return ", ".join(_described([*removals]))
+
+
+def _described(removals: list[Removal]) -> Iterator[str]:
+    if whole := whole_layers(removals):
+        yield describe_layers(whole)
+    attention, mlp = layers_by_part(removals).values()
+    if attention:
+        yield f"attention of {describe_layers(attention)}"
+    if mlp:
+        yield f"MLP of {describe_layers(mlp)}"
+
+
+def size_removed(removals: Collection[Removal]) -> float:
+    """Return the number of removed layers; a sublayer counts as a half."""
+    return (len(removals) + len(whole_layers(removals))) / 2
+
+
+def count_removed(removals: Collection[Removal]) -> str:
+    """``8 layers``, ``1 layer``, or ``7 layers, 2 sublayers``."""
+    whole = len(whole_layers(removals))
+    within = len(removals) - whole
+    counts = {"layer": whole, "sublayer": within}
+    return ", ".join(count_of(n, name) for name, n in counts.items() if n or (name == "layer" and not within))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapSparsity:
+    """Rule by which inputs of one linear map become zero.
+
+    Attributes:
+        layer, path: the map: its layer, and its module path below the layer.
+        outputs, inputs: shape of the whole map.
+        by: `THRESHOLD`: those up to ``value`` in size; `TOP_K`: the smallest of each token, a share ``value`` of all;
+            `TOP_P`: all but the fewest that have a share ``value`` of the token's sum of sizes.
+        center: value that is subtracted from inputs to get their size, and that small ones become (SCAP, arXiv
+            2412.07174): the map of a constant is one.
+        weighted: the size of an input is its absolute value times the norm of the column of the weight that it meets
+            (WINA, arXiv 2505.19427); otherwise its absolute value.
+        kept, group: in each group of so many neighbouring units, at most the ``kept`` largest stay (N:M sparsity);
+            ``group`` 0 is no such limit.
+    """
+
+    layer: int
+    path: str
+    outputs: int
+    inputs: int
+    by: str
+    value: float
+    center: float = 0.0
+    weighted: bool = False
+    kept: int = 0
+    group: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparsity:
+    """Rules by which activations of a model become zero, and the tokens at which: see `settings.SPARSITY_RULES`."""
+
+    maps: tuple[MapSparsity, ...] = field(repr=False)
+    rule: str
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256, in hex, of all that changes a number."""
+        return fingerprint(cuts=[asdict(one) for one in self.maps], rule=self.rule)
+
+
+class EncodedPatch(Protocol):
+    """Weights that replace a model's own, wherever they are kept; patches of one key are equal."""
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of the bytes, in hex."""
+
+    def read(self) -> bytes:
+        """Return the weights as `models.patching.encode_patch` encodes them."""
+
+
+class InterventionKey(NamedTuple):
+    """What tells interventions apart, as rows of ``cells``, ``evaluations`` and ``experiments`` have it.
+
+    Attributes:
+        removed, residual_scale: as of `Intervention`.
+        patch, sparsity: keys; None for neither.
+    """
+
+    removed: Removals = ()
+    residual_scale: float = 0.0
+    patch: str | None = None
+    sparsity: str | None = None
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> InterventionKey:
+        """Return the key of a stored row; columns that older files do not have are null."""
+        return cls(decode_removals(row["drop"]), row.get("factor") or 0.0, row.get("patch"), row.get("sparsity_plan"))
+
+    def row(self) -> dict[str, Any]:
+        """Return the columns of a stored row."""
+        return {
+            "drop": encode_removals(self.removed),
+            "patch": self.patch,
+            "sparsity_plan": self.sparsity,
+            "factor": self.residual_scale or None,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intervention:
+    """Changes that are made to a model before it answers; by default none.
+
+    Attributes:
+        removed: layers and sublayers that the model computes without.
+        residual_scale: share of what a removed layer adds to the residual stream that is added all the same. 0 removes
+            it; sublayers are always removed.
+        patch: weights that replace the model's own.
+        sparsity: rules by which activations become zero.
+    """
+
+    removed: Removals = ()
+    residual_scale: float = 0.0
+    patch: EncodedPatch | None = None
+    sparsity: Sparsity | None = None
+
+    def __bool__(self) -> bool:
+        return self != NO_INTERVENTION
+
+    @property
+    def key(self) -> InterventionKey:
+        """Key that rows of results have, too."""
+        patch = None if self.patch is None else self.patch.key
+        sparsity = None if self.sparsity is None else self.sparsity.key
+        return InterventionKey(self.removed, self.residual_scale, patch, sparsity)
+
+    def split(self) -> tuple[Intervention, Intervention]:
+        """Return the changes of weights and activations, and the removals, as two interventions."""
+        changes = replace(self, removed=(), residual_scale=0.0)
+        return changes, replace(self, patch=None, sparsity=None)
+
+    def without(self, *more: Removal) -> Intervention:
+        """Return the intervention with more layers or sublayers removed."""
+        return replace(self, removed=joined([*self.removed, *more]))
+
+
+NO_INTERVENTION = Intervention()
+"""The model as it is."""

@@ -1,0 +1,542 @@
+"""Observe forward passes of a backbone: hooks that only read, reductions on the device that holds the activation.
+
+`Hooks` hand what layers compute to the `Observer` whose `Pass` runs in their context. The statistics of routed experts
+are summed by an `ExpertCounter` of the observer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from avss_dist.corpus.pairs import Pairing
+from avss_dist.errors import ModelError
+from avss_dist.measure.kernels.base import Accumulator, Kernels, send_stats
+from avss_dist.measure.kernels.choose import kernels_for
+from avss_dist.measure.rows import ObservedTokens, PlacedRows, RowsOf, masks_by_stratum, row_tensors
+from avss_dist.models.experts import Experts, Routing, routing_of
+from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
+from avss_dist.names import AFTER_ANOTHER
+from avss_dist.partition.base import RowSplit
+from avss_dist.settings import INPUT_SITES
+from avss_dist.stats.experts import ExpertStats
+from avss_dist.stats.layer_stats import LayerKey, LayerStats, StratumKey
+from avss_dist.stats.merging import merge_strata
+from avss_dist.system.context import bound
+from avss_dist.system.devices import sent, to_host
+
+ALL_ROWS = RowSplit()
+UNIT_SITES = ("block", "update", *INPUT_SITES)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Entered:
+    """The layer that is running, and the hidden states that it was given."""
+
+    layer: Layer
+    hidden: torch.Tensor | None
+    version: int
+
+
+@dataclass
+class Pass:
+    """A forward pass that is under way: its observer, the tokens that count in it, and the layer that runs.
+
+    Attributes:
+        mask: bool[rows, tokens], what counts; None where nothing does.
+        own: the rows that this process counts.
+        strata: the masks of strata in them; of text that is not paired, the mask alone.
+        masks, tokens: what counts in them, by device.
+        first_tokens: places of the first tokens that count, by device and stratum; see `first_tokens_on`.
+        calls: how often each layer's module has run.
+    """
+
+    observer: Observer
+    mask: torch.Tensor | None
+    own: slice
+    strata: dict[str, torch.Tensor]
+    pairing: Pairing | None
+    masks: dict[torch.device, dict[str, torch.Tensor]] = field(default_factory=dict)
+    tokens: dict[torch.device, ObservedTokens] = field(default_factory=dict)
+    first_tokens: dict[torch.device, dict[str, torch.Tensor]] = field(default_factory=dict)
+    calls: dict[nn.Module, int] = field(default_factory=dict)
+    entered: Entered | None = None
+
+    def masks_on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Return the masks of strata on a device."""
+        if device not in self.masks:
+            self.masks[device] = {name: sent(mask.numpy(), device) for name, mask in self.strata.items()}
+        return self.masks[device]
+
+    def first_tokens_on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Return, by stratum, the place of each row's first token that counts, int64[rows], in rows side by side."""
+        if device not in self.first_tokens:
+            self.first_tokens[device] = {
+                name: sent(_first_tokens(m.numpy()), device) for name, m in self.strata.items()
+            }
+        return self.first_tokens[device]
+
+    @property
+    def own_answers(self) -> torch.Tensor | None:
+        """The mask without answers of paired text that follow another prompt than their own."""
+        if self.mask is None or self.pairing is None:
+            return self.mask
+        own = [not label.endswith(AFTER_ANOTHER) for label in self.pairing.strata]
+        return self.mask & torch.tensor(own)[:, None]
+
+
+def _first_tokens(mask: np.ndarray) -> np.ndarray:
+    """Return the flat index of the first True of each row that has one, int64[rows], of bool[rows, tokens]."""
+    rows = np.flatnonzero(mask.any(axis=1))
+    return rows * mask.shape[1] + mask[rows].argmax(axis=1)
+
+
+PASSES: ContextVar[tuple[Pass, ...]] = ContextVar("passes", default=())
+"""Passes of this thread or greenlet, the innermost last."""
+
+
+@dataclass
+class _ExpertSums:
+    """Sums of one layer, on the device of its experts: [experts, 2], [experts, 4], and the router's two."""
+
+    routed: torch.Tensor
+    outputs: torch.Tensor
+    router: torch.Tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The three tensors."""
+        return self.routed, self.outputs, self.router
+
+
+@dataclass
+class ExpertCounter:
+    """Sums by layer, of the passes of one observer."""
+
+    _sums: dict[int, _ExpertSums] = field(default_factory=dict)
+
+    def add(self, layer: int, experts: Experts, routing: Routing, outputs: Iterable[torch.Tensor]) -> None:
+        """Add a batch.
+
+        Args:
+            routing: of the tokens that count.
+            outputs: [tokens, units] of each of their k experts, for a gate of 1.
+        """
+        sums = self._of(layer, experts, routing.hidden.device)
+        sums.router[0] += len(routing.index)
+        for slot, output in enumerate(outputs):
+            index, gates = routing.index[:, slot], routing.gates[:, slot].double()
+            x = output.double()
+            squares, total = x.square().sum(dim=1), x.sum(dim=1)
+            finite = torch.isfinite(squares)
+            chosen = (index[:, None] == torch.arange(experts.number, device=index.device)).double()
+            columns = torch.stack([torch.ones_like(gates), gates], dim=1)
+            sums.routed += chosen.T @ columns
+            elements = torch.full_like(gates, x.shape[1])
+            columns = torch.stack([gates * squares.sqrt(), elements, total, squares], dim=1)
+            sums.outputs += chosen.T @ torch.where(finite[:, None], columns, 0)
+
+    def add_entropy(self, layer: int, experts: Experts, given: torch.Tensor) -> None:
+        """Add what a router gives, [tokens, experts], for the tokens that count."""
+        wide = given.double()
+        shares = wide / wide.sum(dim=-1, keepdim=True) if experts.normalized else wide.softmax(dim=-1)
+        self._of(layer, experts, given.device).router[1] += torch.special.entr(shares).sum()
+
+    def send(self) -> Callable[[], dict[int, ExpertStats]]:
+        """Have devices send their sums, and return a function that waits for them: the statistics by layer."""
+        layers = sorted(self._sums)
+        arrived = to_host([part for layer in layers for part in self._sums[layer].tensors])
+
+        def wait() -> dict[int, ExpertStats]:
+            arrays = iter(arrived())
+            return {layer: _to_stats(next(arrays), next(arrays), next(arrays)) for layer in layers}
+
+        return wait
+
+    def _of(self, layer: int, experts: Experts, device: torch.device) -> _ExpertSums:
+        if layer not in self._sums:
+            zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+            router = zeros(2)
+            if experts.router is None:
+                router[1] = torch.nan
+            self._sums[layer] = _ExpertSums(zeros(experts.number, 2), zeros(experts.number, 4), router)
+        return self._sums[layer]
+
+
+def _to_stats(routed: np.ndarray, outputs: np.ndarray, router: np.ndarray) -> ExpertStats:
+    return ExpertStats(
+        routed_tokens=routed[:, 0].astype(np.int64),
+        gate_sum=routed[:, 1].copy(),
+        gated_norm_sum=outputs[:, 0].copy(),
+        output_count=outputs[:, 1].astype(np.int64),
+        output_sum=outputs[:, 2].copy(),
+        output_sum_sq=outputs[:, 3].copy(),
+        token_count=np.full(len(routed), int(router[0]), np.int64),
+        router_entropy_sum=np.full(len(routed), router[1]),
+    )
+
+
+Current = Callable[[], Pass | None]
+"""The pass that is under way, if there is one that counts."""
+
+
+def expert_hooks(layers: Sequence[Layer], current: Current) -> list[Any]:
+    """Hook the experts and routers of layers; returns the handles."""
+    handles: list[Any] = []
+    for experts in dict.fromkeys(layer.experts for layer in layers if layer.experts):
+        read = partial(_read_experts, experts, current)
+        handles.append(experts.module.register_forward_pre_hook(read, with_kwargs=True))
+        if experts.router is not None:
+            handles.append(experts.router.register_forward_hook(partial(_read_router, experts, current)))
+    return handles
+
+
+def _read_experts(experts: Experts, current: Current, module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Run the experts once for each of the k places, with gates of 1: what they give together is a sum."""
+    routing = routing_of([t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)])
+    now = current()
+    if now is None or routing is None or (counts := _places(now, routing.index)) is None:
+        return
+    layer, kept = counts
+    counted = Routing(*(x.index_select(0, kept) for x in (routing.hidden, routing.index, routing.gates)))
+
+    def output(slot: slice) -> torch.Tensor:
+        instead = {
+            id(routing.hidden): counted.hidden,
+            id(routing.index): counted.index[:, slot],
+            id(routing.gates): torch.ones_like(counted.gates[:, slot]),
+        }
+        positional = [instead.get(id(value), value) for value in args]
+        named = {name: instead.get(id(value), value) for name, value in kwargs.items()}
+        given: torch.Tensor = module.forward(*positional, **named)
+        return given
+
+    outputs = (output(slice(slot, slot + 1)) for slot in range(counted.index.shape[1]))
+    now.observer.experts.add(layer, experts, counted, outputs)
+
+
+def _read_router(experts: Experts, current: Current, _module: nn.Module, _args: Any, output: Any) -> None:
+    given, now = first_tensor(output), current()
+    if now is None or given is None:
+        return
+    given = given.reshape(-1, experts.number)
+    if counts := _places(now, given):
+        layer, kept = counts
+        now.observer.experts.add_entropy(layer, experts, given.index_select(0, kept))
+
+
+def _places(now: Pass, rows: torch.Tensor) -> tuple[int, torch.Tensor] | None:
+    """Return the layer that runs, and the places of tokens that count among rows of all tokens; None if none counts."""
+    mask = now.own_answers
+    if mask is None or now.entered is None or now.observer.split.rank:  # its gates are the first one's
+        return None
+    layer = now.entered.layer.index
+    if len(rows) != mask.numel():
+        raise ModelError(
+            f"The experts of layer {layer} see {len(rows)} tokens in a batch of {mask.numel()}.",
+            "Score it without `experts`.",
+        )
+    return layer, sent(np.flatnonzero(mask.numpy()), rows.device)
+
+
+class Hooks:
+    """Hooks on layers, which hand what they see to the `Observer` whose forward pass runs in their context.
+
+    Passes may run at once, each in a thread, a greenlet or a context of its own. Attach hooks before they begin, and
+    remove them after they end.
+    """
+
+    def __init__(self, layers: Sequence[Layer], sites: Sequence[str], *, experts: bool = False) -> None:
+        self.layers, self.sites, self._experts = layers, sites, experts
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        """Register every hook."""
+        handles = self._handles
+        for module in dict.fromkeys(layer.module for layer in self.layers):
+            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave))
+        for site in self.sites:
+            taps = [layer.taps[site] for layer in self.layers if site in layer.taps]
+            for module, reads in dict.fromkeys((tap.module, tap.reads) for tap in taps):
+                if reads == "input":
+                    hook = self._reader_of_input(site)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                else:
+                    handles.append(module.register_forward_hook(self._reader_of_output(site)))
+        if self._experts:
+            handles += expert_hooks(self.layers, self._pass)
+
+    def remove(self) -> None:
+        """Leave no hook on the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _pass(self) -> Pass | None:
+        """Return the pass that runs in this context, or None if these hooks do not serve it."""
+        return next((now for now in reversed(PASSES.get()) if now.observer.hooks is self), None)
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if now := self._pass():
+            now.observer.enter(now, module, input_tensor(args, kwargs))
+
+    def _leave(self, module: nn.Module, _args: Any, output: Any) -> None:
+        if (now := self._pass()) and now.entered:
+            now.observer.leave(now, module, output)
+
+    def _reader_of_output(self, site: str) -> Callable[[nn.Module, Any, Any], None]:
+        def read(module: nn.Module, _args: Any, output: Any) -> None:
+            if (now := self._pass()) and now.entered:
+                now.observer.read(now, site, module, first_tensor(output))
+
+        return read
+
+    def _reader_of_input(self, site: str) -> Callable[[nn.Module, Any, Any], None]:
+        def read(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if (now := self._pass()) and now.entered:
+                now.observer.read(now, site, module, first_tensor((*args, *kwargs.values())))
+
+        return read
+
+
+@contextmanager
+def attached(layers: Sequence[Layer], sites: Sequence[str], *, experts: bool = False) -> Iterator[Hooks]:
+    """Attach hooks for any number of observers; no hook is left afterwards, whatever happens inside.
+
+    Args:
+        layers: of `structure.find_structure`.
+        sites: which of ``settings.SITES`` to measure.
+        experts: measure routed experts too.
+    """
+    hooks = Hooks(layers, sites, experts=experts)
+    try:
+        hooks.attach()
+        yield hooks
+    finally:
+        hooks.remove()
+
+
+class Observer:
+    """Accumulates LayerStats while forward passes run inside `batch`; see `observe` for its arguments."""
+
+    def __init__(
+        self,
+        hooks: Hooks,
+        thresholds: Sequence[float],
+        *,
+        split: RowSplit = ALL_ROWS,
+        passes: int | None = None,
+        heartbeat: Callable[[], None] | None = None,
+    ) -> None:
+        self.hooks = hooks
+        self.split, self.experts = split, ExpertCounter()
+        self._passes, self._heartbeat = passes, heartbeat
+        self._thresholds = np.asarray(thresholds, np.float64)
+        self._by_call = {(layer.module, layer.call): layer for layer in hooks.layers}
+        self._accumulators: dict[StratumKey, Accumulator] = {}
+        self._stats: dict[StratumKey, LayerStats] = {}
+        self._coming: list[tuple[list[StratumKey], Callable[[], list[LayerStats]]]] = []
+        self._of_rows: defaultdict[LayerKey, RowsOf] = defaultdict(RowsOf)
+        self._left: Counter[int] = Counter()
+        self._kernels: dict[torch.device, Kernels] = {}
+        inputs = set(INPUT_SITES) & set(hooks.sites)  # of linear maps, whose every unit is summed
+        self._unit_sites = (*UNIT_SITES, "neuron") if inputs else UNIT_SITES
+
+    @contextmanager
+    def batch(self, observed: np.ndarray, pairing: Pairing | None = None) -> Iterator[None]:
+        """Count the forward pass inside: ``observed`` is bool[rows, tokens], True where a token counts.
+
+        Of paired text, ``pairing`` says what its rows are: each stratum is counted apart, and each row is measured.
+
+        A batch in which nothing counts adds nothing, and neither does a forward pass outside of `batch`. Passes of one
+        observer may take turns, as in greenlets, but not run at once.
+        """
+        mask = torch.from_numpy(np.ascontiguousarray(observed)) if observed.any() else None
+        own = self.split.rows(len(observed))
+        strata = {} if mask is None else masks_by_stratum(mask[own], pairing and pairing.part(own))
+        with bound(PASSES, (*PASSES.get(), Pass(self, mask, own, strata, pairing))):
+            yield
+
+    def send(self) -> None:
+        """Have devices send what they counted. They can do other work until `result` or `strata` waits for it."""
+        self._finish()
+        self._coming.append(self._send(list(self._accumulators)))
+
+    def send_rows(self) -> Callable[[], dict[LayerKey, PlacedRows]]:
+        """Have devices send the statistics of rows of paired text, and return a function that waits for them."""
+        keys = sorted(self._of_rows)
+        arrived = to_host([tensor for key in keys for tensor in self._of_rows[key].tensors()])
+
+        def wait() -> dict[LayerKey, PlacedRows]:
+            arrays = iter(arrived())
+            return {key: self._of_rows[key].to_stats(arrays) for key in keys}
+
+        return wait
+
+    def result(self) -> dict[LayerKey, LayerStats]:
+        """Return everything counted so far, by (layer index, site)."""
+        return merge_strata(self.strata())
+
+    def strata(self) -> dict[StratumKey, LayerStats]:
+        """Return everything counted so far, by (layer index, site, stratum); the stratum of unpaired text is empty."""
+        self.send()
+        for keys, arrived in self._coming:
+            self._stats |= zip(keys, arrived(), strict=True)
+        self._coming.clear()
+        return dict(sorted(self._stats.items()))
+
+    def _send(self, keys: list[StratumKey]) -> tuple[list[StratumKey], Callable[[], list[LayerStats]]]:
+        return keys, send_stats([self._accumulators.pop(key) for key in keys], self._thresholds)
+
+    def enter(self, now: Pass, module: nn.Module, hidden: torch.Tensor | None) -> None:
+        """Note that a layer begins."""
+        if self._heartbeat:
+            self._heartbeat()
+        if now.mask is None:
+            return
+        call = now.calls.get(module, 0)
+        now.calls[module] = call + 1
+        layer = self._by_call.get((module, call))
+        if layer is None:
+            raise ModelError(f"A layer ran more often than when the model was opened ({call + 1} times in one pass).")
+        now.entered = Entered(layer, hidden, hidden._version if hidden is not None else 0)
+
+    def leave(self, now: Pass, module: nn.Module, output: Any) -> None:
+        """Add the statistics of a layer that ends."""
+        entered, now.entered = now.entered, None
+        if entered is None or entered.layer.module is not module:
+            return
+        if {"block", "update"} & set(self.hooks.sites):
+            self._add_block(now, entered, output)
+        self._finish()
+        self._count_pass(entered.layer)
+
+    def read(self, now: Pass, site: str, module: nn.Module, tensor: torch.Tensor | None) -> None:
+        """Add the statistics of a module inside of a layer, which has run or begins."""
+        layer = now.entered.layer if now.entered else None
+        tap = layer.taps.get(site) if layer else None
+        if layer is None or tap is None or tap.module is not module or tensor is None:
+            return
+        x = self._rows(now, layer, tap.axes, tensor)
+        self._add(now, layer, site, tap.exchange(x) if tap.exchange else x[now.own])
+
+    def _count_pass(self, layer: Layer) -> None:
+        """After its last pass, conclude a layer whose accumulators, ten times its results, are in host memory."""
+        self._left[layer.index] += 1
+        if self._left[layer.index] == self._passes:
+            keys = [key for key in self._accumulators if key[0] == layer.index]
+            if all(self._accumulators[key].is_on_host for key in keys):
+                _, arrived = self._send(keys)
+                self._stats |= zip(keys, arrived(), strict=True)
+
+    def _add_block(self, now: Pass, entered: Entered, output: Any) -> None:
+        layer, before = entered.layer, entered.hidden
+        after = first_tensor(output)
+        if after is None:
+            raise ModelError(f"Layer {layer.index} ({layer.name}) returns a {type(output).__name__}, no hidden states.")
+        if before is not None and before._version != entered.version:
+            raise ModelError(f"Layer {layer.index} ({layer.name}) changes its input in place; it cannot be observed.")
+        comparable = before is not None and before.shape == after.shape
+        after = self._rows(now, layer, layer.axes, after)[now.own]
+        if before is None or not comparable:
+            self._add(now, layer, "block", after)
+            return
+        before = self._rows(now, layer, layer.axes, before)[now.own]
+        self._add(now, layer, "block", after, before)
+        self._add_update(now, layer, after, before)
+
+    def _rows(self, now: Pass, layer: Layer, axes: str, tensor: torch.Tensor) -> torch.Tensor:
+        assert now.mask is not None
+        rows, tokens = now.mask.shape
+        x = as_rows(tensor.detach(), axes, rows, tokens)
+        if x is None:
+            raise ModelError(
+                f"Layer {layer.index} ({layer.name}) sees {list(tensor.shape)} in a batch of {rows} x {tokens} tokens: "
+                "the model pads, pools or extends its rows.",
+                "If it pads rows to a multiple, make `sequence_length` one.",
+            )
+        if x.dtype not in DTYPES:
+            raise ModelError(f"Layer {layer.index} ({layer.name}) computes in {x.dtype}.", "Use `dtype` float32.")
+        return x
+
+    def _add(self, now: Pass, layer: Layer, site: str, x: torch.Tensor, before: torch.Tensor | None = None) -> None:
+        for stratum, mask, into in self._accumulators_of(now, layer, site, x, geometry=before is not None):
+            self._kernels_of(x.device).add(into, x, mask, before)
+            if site == "block":
+                into.add_first_tokens(x.flatten(0, 1).index_select(0, now.first_tokens_on(x.device)[stratum]))
+        self._add_rows(now, layer, site, x, before)
+
+    def _add_update(self, now: Pass, layer: Layer, after: torch.Tensor, before: torch.Tensor) -> None:
+        like = after.new_empty((0, 0, after.shape[2]), dtype=torch.promote_types(after.dtype, before.dtype))
+        for _, mask, into in self._accumulators_of(now, layer, "update", like):
+            self._kernels_of(after.device).add_update(into, after, before, mask)
+        if now.pairing:
+            self._add_rows(now, layer, "update", after - before)
+
+    def _add_rows(
+        self, now: Pass, layer: Layer, site: str, x: torch.Tensor, before: torch.Tensor | None = None
+    ) -> None:
+        if now.mask is None or now.pairing is None or site not in self.hooks.sites or not len(x):
+            return
+        if x.device not in now.tokens:
+            now.tokens[x.device] = ObservedTokens.of(now.mask[now.own], x.device)
+        rows = row_tensors(x, now.tokens[x.device], self._thresholds, before)
+        self._of_rows[layer.index, site].add(now.pairing.rows[now.own], rows)
+
+    def _accumulators_of(
+        self, now: Pass, layer: Layer, site: str, like: torch.Tensor, *, geometry: bool = False
+    ) -> Iterator[tuple[str, torch.Tensor, Accumulator]]:
+        """Yield each stratum with its mask and the accumulator of a layer's site, if the site is measured."""
+        if site not in self.hooks.sites:
+            return
+        for stratum, mask in now.masks_on(like.device).items():
+            key = (layer.index, site, stratum)
+            if key not in self._accumulators:
+                units = site in self._unit_sites
+                self._accumulators[key] = Accumulator(like, self._thresholds, units=units, geometry=geometry)
+            yield stratum, mask, self._accumulators[key]
+
+    def _kernels_of(self, device: torch.device) -> Kernels:
+        if device not in self._kernels:
+            self._kernels[device] = kernels_for(device)
+        return self._kernels[device]
+
+    def _finish(self) -> None:
+        for kernels in self._kernels.values():
+            kernels.finish()
+
+
+@contextmanager
+def observe(
+    layers: Sequence[Layer],
+    sites: Sequence[str],
+    thresholds: Sequence[float],
+    *,
+    passes: int | None = None,
+    heartbeat: Callable[[], None] | None = None,
+) -> Iterator[Observer]:
+    """Hook the layers; whatever happens inside, no hook is left afterwards. Observers may be nested.
+
+    Args:
+        layers: of `structure.find_structure`.
+        sites: which of ``settings.SITES`` to measure.
+        thresholds: absolute near-zero thresholds, ascending.
+        passes: how many will be counted, if that is known: after the last, a layer's accumulators are given up.
+        heartbeat: called whenever a layer begins.
+
+    Raises:
+        ModelError: (from the forward pass) a layer gives tensors that cannot be counted; the message names it.
+    """
+    with attached(layers, sites) as hooks:
+        yield Observer(hooks, thresholds, passes=passes, heartbeat=heartbeat)

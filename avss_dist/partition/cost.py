@@ -1,0 +1,222 @@
+"""Memory and time of a run with a partition, from headers and a benchmark of a few layers.
+
+`PartitionCost` is that of a whole model on one device; a partition that differs has a subclass beside its replica.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.size import Footprint
+from avss_dist.registry import PARTITIONS, WHOLE
+from avss_dist.settings import Settings
+from avss_dist.system.devices import available_memory, devices_here
+from avss_dist.text import describe_bytes
+
+DEEPSPEED_BYTES = 150 << 20  # that a process has more once it has loaded DeepSpeed
+LINK_SHARE = 0.25  # of the rate of a copy in memory, that ranks on one host exchange tensors at
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices and memory that may be used.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        gpus: number of GPUs.
+        device_free: bytes of the fullest GPU, or of the host: those that are free, or that are allowed if fewer.
+        host_free: the same of the host.
+    """
+
+    device: str
+    gpus: int
+    device_free: int
+    host_free: int
+
+    @classmethod
+    def look(cls, device: str, max_memory: Mapping[str, int]) -> Machine:
+        """Return this machine, within limits by the name of a device."""
+        devices, free = devices_here(device), available_memory()
+        host = min(free, max_memory.get("cpu", free))
+        if device == "cpu":
+            return cls(device, 0, host, host)
+        gpus = {str(gpu): torch.cuda.mem_get_info(gpu)[0] for gpu in range(devices.count)}
+        return cls(device, devices.count, min(min(free, max_memory.get(gpu, free)) for gpu, free in gpus.items()), host)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Seconds for a shard: per layer, and for everything outside of layers."""
+
+    layer: float
+    rest: float
+
+    def seconds(self, layers: int) -> float:
+        """Return the seconds for a shard through a model of this many layers."""
+        return self.rest + self.layer * layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Measured throughput and memory of this machine, with a few layers of a model and its corpus.
+
+    Attributes:
+        num_sequences, num_tokens, num_shards, num_batches: of the corpus's plan; batches are forward passes.
+        rows_per_shard: of every shard but the last.
+        num_strata: the most strata that a shard counts apart.
+        share: rows of the corpus, in multiples of the shard that was timed.
+        costs: by partition.
+        library_bytes: resident memory of a process with its libraries.
+        planned_bytes: the same of one that has planned.
+        plan_peak_bytes: the most that planning took.
+        working_bytes: memory that opening a model and measuring a shard add to a process that has planned, beside
+            weights and counters: activations, libraries that are only then loaded.
+        device_working_bytes: the same of a GPU's memory; 0 on a CPU.
+        copy_bytes_per_second: from memory to memory.
+        touched_bytes: of a mapped table of token embeddings, those that the corpus's tokens bring into memory.
+        sublayer_share: share of a shard's time in attention and MLP, which tensor parallel ranks divide among them.
+        sum_seconds: for two ranks on one host to sum the hidden states of a batch; 0 on a GPU, where exchanges are
+            modelled.
+        gather_bytes_per_second: rate at which they gather a parameter; 0 on a GPU.
+    """
+
+    num_sequences: int
+    num_tokens: int
+    num_shards: int
+    num_batches: int
+    rows_per_shard: int
+    num_strata: int
+    share: float
+    costs: Mapping[str, Cost]
+    library_bytes: int
+    planned_bytes: int
+    plan_peak_bytes: int
+    working_bytes: int
+    device_working_bytes: int
+    copy_bytes_per_second: float
+    touched_bytes: int
+    sublayer_share: float
+    sum_seconds: float
+    gather_bytes_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Memory and time that a run takes with a partition.
+
+    Attributes:
+        device_bytes: the most memory of each device: of each GPU, or, on a CPU, of each process.
+        host_bytes: the most memory of the host, all ranks together.
+        seconds: for measuring all shards; starting, opening the model and writing tables come on top.
+        why: the largest parts of the numbers, for people.
+    """
+
+    device_bytes: int
+    host_bytes: int
+    seconds: float
+    why: str
+
+
+class PartitionCost:
+    """Memory and time of a run with one partition; this one of a whole model in the memory of each process.
+
+    Args:
+        partition: its name.
+        weights: the checkpoint that has the headers of the weights, or its hub id.
+        size: of the model.
+        settings: pinned: no ``auto``.
+        requested_ranks: processes of one replica, of partitions of several; by default one for each GPU, or 2.
+        max_memory: limits in bytes, by the name of a device.
+        machine: devices and memory that may be used.
+    """
+
+    timed_limits: ClassVar[Mapping[str, int]] = {}
+    """``max_memory`` while a few layers are timed."""
+
+    def __init__(
+        self,
+        partition: str,
+        weights: Checkpoint | str,
+        size: Footprint,
+        settings: Settings,
+        requested_ranks: int | None,
+        max_memory: Mapping[str, int],
+        machine: Machine,
+    ) -> None:
+        self.partition, self.weights, self.size, self.settings = partition, weights, size, settings
+        self.requested_ranks, self.max_memory, self.machine = requested_ranks, max_memory, machine
+
+    @staticmethod
+    def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
+        """Return the bytes of weights that must be in host memory at once, if the device is of this kind."""
+        return size.weight_bytes if kind == "cpu" else 0
+
+    @property
+    def ranks(self) -> int:
+        """Processes of one replica."""
+        if not PARTITIONS[self.partition].gang:
+            return 1
+        return self.requested_ranks or max(2, self.machine.gpus)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the devices are GPUs."""
+        return self.machine.device == "cuda"
+
+    def is_timed(self) -> bool:
+        """Return whether `usage` needs the partition's own seconds in ``Calibration.costs``; a gang has none."""
+        return not PARTITIONS[self.partition].gang
+
+    def usage(self, measured: Calibration, counters: int) -> Usage:
+        """Return the memory and time of a run.
+
+        Args:
+            counters: bytes of the statistics of one process.
+        """
+        device, host = self.memory(measured, counters, self.resident(measured, self.size.weight_bytes))
+        return Usage(
+            device_bytes=device,
+            host_bytes=host,
+            seconds=self.seconds(measured, measured.costs.get(self.partition, measured.costs[WHOLE])),
+            why=f"{describe_bytes(self.size.weight_bytes)} of weights stay in memory",
+        )
+
+    def seconds(self, measured: Calibration, cost: Cost, layers: int | None = None) -> float:
+        """Return the seconds for all shards through the model's layers, or through this many."""
+        return measured.share * cost.seconds(self.size.num_layers if layers is None else layers)
+
+    def memory(
+        self, measured: Calibration, counters: int, weights: int, *, host_weights: int = 0, more: int = 0
+    ) -> tuple[int, int]:
+        """Return the bytes (of each device, of the host).
+
+        Args:
+            weights: bytes of weights on each device.
+            host_weights: bytes of weights in the host memory of each process, beside.
+            more: other bytes on each device.
+        """
+        ranks = self.ranks
+        start = measured.planned_bytes if ranks == 1 else measured.library_bytes + DEEPSPEED_BYTES
+        process = start + measured.working_bytes + host_weights
+        if self.on_gpu:
+            device = weights + more + counters + measured.device_working_bytes
+            return device, ranks * max(process, measured.plan_peak_bytes)
+        process = max(process + weights + more + counters, measured.plan_peak_bytes if ranks == 1 else 0)
+        return process, ranks * process
+
+    def resident(self, measured: Calibration, weights: int, *, table: bool = True) -> int:
+        """Return the bytes of weights that come into memory; a memory-mapped file counts only the pages that are read.
+
+        Args:
+            weights: bytes of the weights in the file.
+            table: the token embeddings are among them.
+        """
+        if self.on_gpu or not self.size.zero_copy or not table:
+            return weights
+        unread = max(0, self.size.embedding_bytes - measured.touched_bytes)
+        return min(weights, sum(self.size.layer_bytes) + self.size.other_bytes) - unread

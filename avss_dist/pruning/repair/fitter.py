@@ -1,0 +1,292 @@
+"""Fits a repair to the cuts of an open model, one after the other; see `repair`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from avss_dist.errors import CorpusError
+from avss_dist.models.patching import Parameter
+from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.repair.fold import (
+    FitStep,
+    ProjectionWeights,
+    features_of,
+    fit_steps,
+    fold,
+    parameter_paths,
+)
+from avss_dist.pruning.repair.hidden_states import CutStates, HiddenStateSource
+from avss_dist.pruning.repair.normal_equations import NormalEquations, RidgeFit, fit_ridge
+from avss_dist.pruning.repair.projection import OutputProjection, RepairError, is_transposed
+from avss_dist.pruning.repair.record import RepairedCut
+from avss_dist.pruning.repair.registry import REPAIRS
+from avss_dist.pruning.repair.splits import FitSplit
+from avss_dist.system.progress_bar import tracked
+from avss_dist.text import describe_layers
+
+ReadStored = Callable[[Parameter], torch.Tensor | None]
+"""Returns a parameter as the checkpoint's files hold it; None if they do not."""
+
+
+@dataclass(frozen=True)
+class RepairCut:
+    """A remaining layer and the run of removed layers right after it.
+
+    The run is empty where a repair fits a layer to recover what an earlier cut left missing.
+    """
+
+    after: int
+    removed: tuple[int, ...]
+
+    @property
+    def last(self) -> int:
+        """Layer of the whole model whose output the pruned model should have here."""
+        return self.removed[-1] if self.removed else self.after
+
+
+def find_cuts(plan: Plan, *, every_layer: bool = False) -> list[RepairCut]:
+    """Return the cuts of a plan at which a repair is fitted, in order of depth.
+
+    Layers that are removed before the first remaining one make no cut: no layer before them can be changed.
+
+    Args:
+        every_layer: include the other remaining layers behind the first removed one.
+
+    Raises:
+        RepairError: there is no cut.
+    """
+    remaining = [layer for layer in plan.keep if layer >= min(plan.drop) - 1]
+    ends = [*remaining[1:], plan.num_layers]
+    cuts = [RepairCut(layer, tuple(range(layer + 1, end))) for layer, end in zip(remaining, ends, strict=True)]
+    cuts = [cut for cut in cuts if cut.removed or every_layer]
+    if not cuts:
+        raise RepairError(
+            f"Layers {describe_layers(plan.drop)} are the first: no layer before them can give back what they did.",
+            "Prune with `repair` none, keep the first layer, or repair by refit_all.",
+        )
+    return cuts
+
+
+@dataclass(frozen=True)
+class DataParallel:
+    """The share of this process in a fit over the batches of several model copies.
+
+    Attributes:
+        local_indices: returns the indices of this copy's batches among a number of batches.
+        all_reduce: replaces each tensor by its sum over all copies, in place.
+    """
+
+    local_indices: Callable[[int], Sequence[int]] = range
+    all_reduce: Callable[[Sequence[torch.Tensor]], None] = lambda _tensors: None
+
+
+class RepairFitter:
+    """Fits a repair to cuts in order of depth; each fit sees the changes of the earlier ones.
+
+    Args:
+        source: hidden states of both models.
+        stored: reads parameters from the checkpoint's files.
+        splits: calibration text.
+        parallel: the share of this process in the fit.
+
+    Attributes:
+        tensors: changed parameters, in the dtypes of the checkpoint's files.
+    """
+
+    def __init__(
+        self, source: HiddenStateSource, stored: ReadStored, splits: Sequence[FitSplit], parallel: DataParallel
+    ) -> None:
+        self.tensors: dict[Parameter, torch.Tensor] = {}
+        self._source, self._stored, self._splits = source, stored, splits
+        self._indices, self._parallel = parallel.local_indices(len(splits)), parallel
+
+    def fit_all(self, cuts: Sequence[RepairCut], repair: str) -> list[RepairedCut]:
+        """Fit a repair to cuts, in order; refuse all that cannot be fitted before the first fit.
+
+        Args:
+            repair: one of `pruning.repair.registry.REPAIRS`.
+
+        Raises:
+            RepairError: the weights of a cut cannot be changed.
+            CorpusError: there are too few tokens to fit to.
+        """
+        projections = [self._source.output_projection(cut.after) for cut in cuts]
+        for projection in projections:
+            self._require_tokens(projection, repair)
+            self._require_plain(projection.layer.index, projection.linear)
+        return [
+            self.fit(cut, projection, repair, f"Repairing cut {number} of {len(cuts)}")
+            for number, (cut, projection) in enumerate(zip(cuts, projections, strict=True), 1)
+        ]
+
+    def fit(self, cut: RepairCut, projection: OutputProjection, repair: str, description: str) -> RepairedCut:
+        """Fit a repair to one cut and change the weights of its projection.
+
+        The weights stay as they are if the fit does not help on held-back tokens.
+
+        Args:
+            description: text of the progress bar.
+        """
+        fits = []
+        old = {path: self._parameter(projection.layer.index, path) for path in self._paths(projection).values()}
+        for step in fit_steps(REPAIRS[repair], projection):
+            fitted, held_back, size, moment = self._sums(cut, projection, step, description)
+            fits.append(fit_ridge(fitted, held_back, step.form))
+            if fits[-1].ridge is not None:
+                self._fold(projection, step, fits[-1], moment)
+        before, after, ridges = fits[0].before, fits[-1].after, tuple(fit.ridge for fit in fits)
+        if after > before:  # before a norm, a fit is folded approximately
+            after, ridges = before, (None,) * len(fits)
+            for path, value in old.items():
+                self._change(projection.layer.index, path, value)
+        return RepairedCut(
+            after=cut.after,
+            removed=cut.removed,
+            ridges=ridges,
+            error_before=(before / size) ** 0.5,
+            error_after=(after / size) ** 0.5,
+        )
+
+    def _require_tokens(self, projection: OutputProjection, repair: str) -> None:
+        """Raise CorpusError if there are too few tokens to fit to."""
+        shape = self._source.value(projection.layer.index, f"{projection.linear}.weight").shape
+        transposed = is_transposed(projection.layer.module.get_submodule(projection.linear))
+        inputs, outputs = shape if transposed else shape[::-1]
+        given = sum(int(split.fitted.sum()) for split in self._splits)
+        needed = REPAIRS[repair].tokens_needed(inputs, outputs)
+        if given < needed:
+            fewer = [name for name, method in REPAIRS.items() if method.tokens_needed(inputs, outputs) < needed]
+            raise CorpusError(
+                f"The repair {repair} of this model needs {needed:,} tokens to fit to at least; {given:,} are given.",
+                "Give more text, raise `max_sequences`"
+                + (f", or choose a `repair` of fewer unknowns ({', '.join(reversed(fewer))})." if fewer else "."),
+            )
+
+    def _require_plain(self, layer: int, module: str) -> None:
+        """Raise RepairError if the files hold a module's weight in a form into which no repair can be written."""
+        path = f"{module}.weight"
+        stored = self._stored((layer, path))
+        if stored is None or not stored.is_floating_point() or stored.dtype.itemsize == 1:
+            form = "under other names" if stored is None else f"as {str(stored.dtype).removeprefix('torch.')}"
+            raise RepairError(
+                f"The files hold '{path}' of layer {layer} {form}, quantized or fused: nothing can be added to it.",
+                PLAIN_HINT,
+            )
+
+    def _sums(
+        self, cut: RepairCut, projection: OutputProjection, step: FitStep, description: str
+    ) -> tuple[NormalEquations, NormalEquations, float, torch.Tensor]:
+        """Sum the normal equations of a step over the text.
+
+        Returns:
+            The equations over the tokens to fit to and over the held-back tokens; the sum of |Y|^2 over the held-back
+            tokens, where Y are the whole model's hidden states; the mean of x^T x over the tokens to fit to.
+        """
+        sums: list[NormalEquations] = []
+        size = counted = 0.0
+
+        def add(number: int, whole: torch.Tensor, states: CutStates) -> None:
+            nonlocal sums, size, counted
+            split, wanted = self._splits[number], whole.to(states.hidden.device).float()
+            scale = split.sink_scale(wanted)
+            x = scale * features_of(step, projection, states.linear, states.last)
+            y = scale * (wanted - states.hidden.float())
+            masks = [torch.from_numpy(mask).to(x.device) for mask in split.with_sinks()]
+            sums = _add_batch(sums, x, y, masks, split.weight)
+            counted += split.weight * float(scale[masks[0]].double().square().sum())
+            size += split.weight * float((scale * wanted)[masks[1]].double().square().sum())
+
+        self._source.visit(projection, cut.last, add, tracked(self._indices, description))
+        (fitted, held_back), (size, counted) = self._all_reduce(sums, size, counted)
+        return fitted, held_back, size, fitted.gram / counted
+
+    def _all_reduce(
+        self, sums: Sequence[NormalEquations], *numbers: float
+    ) -> tuple[list[NormalEquations], list[float]]:
+        """Return equations and numbers, each summed over the copies that share the batches."""
+        floats = torch.tensor(numbers, dtype=torch.float64, device=sums[0].gram.device)
+        counts = torch.tensor([part.count for part in sums], device=floats.device)
+        self._parallel.all_reduce([floats, counts, *(t for part in sums for t in (part.gram, part.cross, part.target))])
+        return [replace(part, count=n) for part, n in zip(sums, counts.tolist(), strict=True)], floats.tolist()
+
+    def _fold(self, projection: OutputProjection, step: FitStep, fit: RidgeFit, moment: torch.Tensor) -> None:
+        """Fold a fit into the weights of a projection; ``moment`` as in `fold`."""
+        layer = projection.layer.index
+        paths = self._paths(projection)
+        old = {field: self._parameter(layer, path) for field, path in paths.items()}
+        device = fit.weights.device
+        values = {field: tensor.to(device, torch.float64) for field, tensor in old.items()}
+        transposed = is_transposed(projection.layer.module.get_submodule(projection.linear))
+        linear = values["linear"] if transposed else values["linear"].T
+        gain = values["gain"] + projection.offset if "gain" in values else None
+        weights = ProjectionWeights(linear, values.get("bias"), gain)
+        new = fold(step, weights, fit.weights, moment, projection.factor)
+        folded = {
+            "linear": new.linear if transposed else new.linear.T,
+            "bias": new.bias,
+            "gain": None if new.gain is None else new.gain - projection.offset,
+        }
+        for field, path in paths.items():
+            value = folded[field]
+            assert value is not None
+            self._change(layer, path, _as_stored(value, old[field], layer))
+
+    def _change(self, layer: int, path: str, value: torch.Tensor) -> None:
+        self.tensors[layer, path] = value
+        self._source.change(layer, path, value)
+
+    def _paths(self, projection: OutputProjection) -> Mapping[str, str]:
+        """Return the paths of a projection's parameters; see `fold.parameter_paths`."""
+        return parameter_paths(projection, bias=self._source.has(projection.layer.index, f"{projection.linear}.bias"))
+
+    def _parameter(self, layer: int, path: str) -> torch.Tensor:
+        """Return a parameter with the changes so far, as it would be written.
+
+        Raises:
+            RepairError: the model does not hold it as the files do, or not on a device that computes.
+        """
+        if (changed := self.tensors.get((layer, path))) is not None:
+            return changed
+        stored, loaded = self._stored((layer, path)), self._source.value(layer, path)
+        if loaded.is_meta:
+            raise RepairError(
+                f"'{path}' of layer {layer} is kept off the devices that compute, and cannot be changed.",
+                "Use `partition` single, or device_map with more `max_memory`.",
+            )
+        if stored is None or stored.shape != loaded.shape or not torch.equal(stored.to(loaded.dtype), loaded.cpu()):
+            raise RepairError(
+                f"The files hold '{path}' of layer {layer} in another form than the model does.", PLAIN_HINT
+            )
+        return stored
+
+
+PLAIN_HINT = (
+    "Repair the checkpoint that it was quantized from, and quantize the result; or save it again with transformers' "
+    "save_pretrained, if it is not quantized."
+)
+
+
+def _add_batch(
+    sums: Sequence[NormalEquations], x: torch.Tensor, y: torch.Tensor, masks: Sequence[torch.Tensor], weight: float
+) -> list[NormalEquations]:
+    """Return equations, one for each mask of tokens, with those of a batch added; ``sums`` is empty at first."""
+    sums = sums or [NormalEquations.empty(x.shape[-1], y.shape[-1], x.device) for _ in masks]
+    return [
+        total + NormalEquations.from_tokens(x[mask], y[mask], weight) if mask.any() else total
+        for total, mask in zip(sums, masks, strict=True)
+    ]
+
+
+def _as_stored(value: torch.Tensor, old: torch.Tensor, layer: int) -> torch.Tensor:
+    """Return a parameter in the dtype in which the files hold it.
+
+    Raises:
+        RepairError: its values do not fit into that dtype.
+    """
+    written = value.to(old.dtype).cpu().contiguous()
+    if not torch.isfinite(written).all():
+        raise RepairError(f"The repair of layer {layer} does not fit into {written.dtype}.", "Use another `repair`.")
+    return written

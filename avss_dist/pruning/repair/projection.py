@@ -1,0 +1,214 @@
+"""The output projection of a layer's MLP, whose weights a repair changes.
+
+Module names differ between families, so projections are found by pushing a probe: pushing the output of a module moves
+the layer's output by a multiple of the push if, and only if, the module's output is added to the hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from avss_dist.models.layers import PROBE_SHAPE, Layer, as_rows, first_tensor, input_tensor
+from avss_dist.pruning.selection import PlanError
+from avss_dist.system.context import bound
+
+PUSHES = (1.0, 4.0)  # multiples of the size of the layer's output; an output that is added is added at any size
+_PLAIN_KINDS = ("Conv1D", "FalconLinear")  # GPT-2's and Falcon's names for an ordinary linear map
+_TOLERANCE = 0.03  # of the move; bfloat16 rounds to 0.004
+_ONE = 0.005  # a factor that differs from 1 by less is 1 up to rounding
+
+
+class RepairError(PlanError):
+    """The remaining layers cannot make up for the removed ones."""
+
+
+@dataclass(frozen=True)
+class OutputProjection:
+    """The last linear map of a layer's MLP, and the norm after it if there is one.
+
+    The layer adds ``factor`` times the output of ``norm``, or of ``linear`` without a norm, to the hidden states.
+
+    Attributes:
+        linear: path of the linear map, below the layer.
+        norm: path of the RMS norm between that map and the hidden states, or None.
+        factor: multiple of the output that is added.
+        offset: number that is added to the norm's weight to give its gain: 0, or 1 in some families.
+        eps: number that the norm adds to the mean square.
+    """
+
+    layer: Layer
+    linear: str
+    norm: str | None
+    factor: float
+    offset: float = 0.0
+    eps: float = 0.0
+
+    @property
+    def last(self) -> str:
+        """Path of the module whose output is added."""
+        return self.norm or self.linear
+
+
+def find_output_projection(
+    layer: Layer, run: Callable[[], Any], value: Callable[[str], torch.Tensor]
+) -> OutputProjection:
+    """Find the output projection of a layer's MLP with a few forward passes.
+
+    Args:
+        run: runs a forward pass of the model over the same ``PROBE_SHAPE`` tokens each time.
+        value: returns a parameter of the layer by its path.
+
+    Raises:
+        RepairError: there is none, or its weights cannot be changed; the message says why.
+    """
+    tap = layer.taps.get("neuron")
+    if tap is None:
+        raise _refusal(layer, "has no MLP that ends in one linear map of its own (experts are routed, or fused)")
+    paths = {module: path for path, module in layer.module.named_modules()}
+    linear = tap.module
+    weight = getattr(linear, "weight", None)
+    if not _is_plain(linear) or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        raise _refusal(
+            layer,
+            f"ends its MLP in a {type(linear).__name__}, whose weights are not plain numbers",
+            "Repair the checkpoint that it was quantized from, or prune with `repair` none.",
+        )
+    unmoved = _output(layer, run)
+    if (factor := _factor(layer, linear, run, unmoved)) is not None:
+        return OutputProjection(layer, paths[linear], None, factor)
+    if (norm_settings := _norm_after(layer, linear, run, value)) is not None:
+        norm, offset, eps = norm_settings
+        if (factor := _factor(layer, norm, run, unmoved)) is not None:
+            return OutputProjection(layer, paths[linear], paths[norm], factor, offset, eps)
+    raise _refusal(layer, "does not simply add what its MLP gives to the residual stream")
+
+
+def is_transposed(linear: nn.Module) -> bool:
+    """Whether a linear map keeps its weight as [inputs, outputs], as GPT-2's does."""
+    return not isinstance(linear, nn.Linear)
+
+
+def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return the factor by which an RMS norm multiplies each token, float32[..., 1]."""
+    return (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is a linear map whose weights are plain numbers."""
+    return type(module) is nn.Linear or type(module).__name__ in _PLAIN_KINDS
+
+
+def _refusal(layer: Layer, why: str, hint: str = "Drop other layers, or prune with `repair` none.") -> RepairError:
+    return RepairError(
+        f"Layer {layer.index} ({layer.name}) {why}: what is missing after it cannot be given back.", hint
+    )
+
+
+def _factor(layer: Layer, module: nn.Module, run: Callable[[], Any], unmoved: torch.Tensor) -> float | None:
+    """Return by what multiple of a push of the module's output the layer's output moves.
+
+    None if the move is not a multiple of the push.
+    """
+    factors = []
+    for number, size in enumerate(PUSHES):
+        push = torch.randn(unmoved.shape, generator=torch.Generator().manual_seed(number)).to(unmoved.device)
+        push *= size * unmoved.square().mean().sqrt()
+        with _pushed(module, push):
+            move = _output(layer, run) - unmoved
+        factors.append(float((move * push).sum() / push.square().sum()))
+        if not float((move - factors[-1] * push).norm()) < _TOLERANCE * float(move.norm()):
+            return None  # includes outputs that do not move at all
+    first, last = factors
+    if not abs(first - last) <= _TOLERANCE * abs(last):
+        return None
+    return 1.0 if abs(last - 1) < _ONE else last
+
+
+@contextmanager
+def _pushed(module: nn.Module, push: torch.Tensor) -> Iterator[None]:
+    def move(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + push.reshape(output.shape).to(output.dtype) if output.numel() == push.numel() else output
+
+    with ExitStack() as stack:
+        stack.callback(module.register_forward_hook(move).remove)
+        yield
+
+
+def _output(layer: Layer, run: Callable[[], Any]) -> torch.Tensor:
+    """Return the output of a layer, float32[rows, tokens, units]."""
+    with captured({"layer": layer.module}) as calls:
+        run()
+    output = as_rows(calls["layer"].output, layer.axes, *PROBE_SHAPE)
+    if output is None:
+        raise _refusal(layer, "gives hidden states of another shape than it takes")
+    return output.float()
+
+
+def _norm_after(
+    layer: Layer, linear: nn.Module, run: Callable[[], Any], value: Callable[[str], torch.Tensor]
+) -> tuple[nn.Module, float, float] | None:
+    """Return the RMS norm that takes the output of a linear map, its offset and its eps; None if there is none."""
+    norms = {
+        module: path
+        for path, module in layer.module.named_modules()
+        if "norm" in type(module).__name__.lower() and not any(module.children())
+    }
+    with captured({m: m for m in (linear, *norms)}) as calls:
+        run()
+    output = calls[linear].output
+    for norm, path in norms.items():
+        if norm not in calls or getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is not None:
+            continue
+        if calls[norm].input.shape != output.shape or not torch.equal(calls[norm].input, output):
+            continue
+        eps = float(getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None) or 0.0)
+        weight = value(f"{path}.weight").to(output.device)
+        unit = output.float() * inverse_rms(output, eps)
+        errors = {o: float((unit * (weight.float() + o) - calls[norm].output.float()).norm()) for o in (0.0, 1.0)}
+        offset = min(errors, key=lambda o: errors[o])
+        if errors[offset] <= _TOLERANCE * float(calls[norm].output.float().norm()):
+            return norm, offset, eps
+    return None
+
+
+@dataclass(frozen=True)
+class CapturedCall:
+    """The input and the output of one call of a module."""
+
+    input: torch.Tensor
+    output: torch.Tensor
+
+
+@contextmanager
+def captured(modules: Mapping[Any, nn.Module]) -> Iterator[dict[Any, CapturedCall]]:
+    """Record the last call of each module, under the key that it has in ``modules``.
+
+    Among interleaved passes, it records the calls of the pass that entered it.
+    """
+    calls: dict[Any, CapturedCall] = {}
+
+    def record(key: Any) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if _CAPTURING.get() is not calls:
+                return
+            input_, output_ = input_tensor(args, kwargs), first_tensor(output)
+            if input_ is not None and output_ is not None:
+                calls[key] = CapturedCall(input_.clone(), output_.clone())  # which later modules may change
+
+        return hook
+
+    with ExitStack() as stack:
+        for key, module in modules.items():
+            stack.callback(module.register_forward_hook(record(key), with_kwargs=True).remove)
+        stack.enter_context(bound(_CAPTURING, calls))
+        yield calls
+
+
+_CAPTURING: ContextVar[dict[Any, CapturedCall] | None] = ContextVar("capturing", default=None)

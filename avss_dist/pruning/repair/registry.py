@@ -1,0 +1,104 @@
+"""The registry of repairs: what each fits, at which layers, and how much text it needs.
+
+A new repair is one entry of `REPAIRS`. A fit of another form than those of `normal_equations.FORMS` also needs that
+form there, and the way in which it becomes weights in `fold`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from avss_dist.errors import ConfigError
+from avss_dist.validation import Check, OneOf
+
+NO_REPAIR = "none"
+DEFAULT_REPAIR = "refit"  # recovers the most, on text of other domains too, and needs the most text
+TOKENS_PER_UNKNOWN = 4  # minimum; with fewer, a fit follows the noise of its text
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairMethod:
+    """A way to make up for removed layers without training.
+
+    Attributes:
+        meaning: what is fitted, in a few words.
+        features: what the missing part of the hidden states is fitted from: the ``output`` of the MLP, or the
+            ``inputs`` of its last linear map.
+        form: form of the fitted matrix, one of `normal_equations.FORMS`.
+        every_layer: fit every remaining layer behind the first cut, not only the last one before each cut.
+    """
+
+    meaning: str
+    features: Literal["inputs", "output"]
+    form: Literal["scale", "channel", "full"]
+    every_layer: bool = False
+
+    def unknowns(self, inputs: int, outputs: int) -> int:
+        """Return the number of unknowns for each output of the fit.
+
+        Args:
+            inputs, outputs: sizes of the MLP's last linear map.
+        """
+        if self.form != "full":
+            return 1
+        return inputs if self.features == "inputs" else outputs
+
+    def tokens_needed(self, inputs: int, outputs: int) -> int:
+        """Return the minimum number of tokens to fit to; arguments as in `unknowns`."""
+        return TOKENS_PER_UNKNOWN * self.unknowns(inputs, outputs)
+
+    @property
+    def text_rank(self) -> int:
+        """Order of repairs by the text that they need: 0 for a few numbers, 2 for a matrix as wide as the MLP."""
+        if self.form != "full":
+            return 0
+        return 2 if self.features == "inputs" else 1
+
+
+REPAIRS: Mapping[str, RepairMethod] = {
+    "scale": RepairMethod(meaning="one factor for the output of the MLP", features="output", form="scale"),
+    "channel": RepairMethod(
+        meaning="one factor for each channel of the output of the MLP", features="output", form="channel"
+    ),
+    "map": RepairMethod(meaning="a matrix applied to the output of the MLP", features="output", form="full"),
+    "refit": RepairMethod(meaning="the last linear map of the MLP", features="inputs", form="full"),
+    "refit_all": RepairMethod(
+        meaning="the last linear map of the MLP, of every layer behind the first cut too",
+        features="inputs",
+        form="full",
+        every_layer=True,
+    ),
+}
+"""Repairs by name, from the fewest unknowns to the most."""
+
+REMOVED_REPAIRS: Mapping[str, str] = {
+    "rotated": "channel",
+    "refit_around": "refit_all",
+    "refit_full": "refit_all",
+    "replace_me": "map",
+    "prune_comp": "map",
+    "linear_patch": "map",
+}
+"""Successors of the repairs that existed in earlier versions. Files that name one are still read."""
+
+
+def _require_present(name: str) -> str:
+    if name in REMOVED_REPAIRS:
+        raise ConfigError(f"the repair '{name}' no longer exists.", f"Use {REMOVED_REPAIRS[name]} instead.")
+    return name
+
+
+RepairName = Annotated[str, Check(_require_present), OneOf(tuple(REPAIRS))]
+"""Type of a checked field that names a repair."""
+OptionalRepairName = Annotated[str, Check(_require_present), OneOf((NO_REPAIR, *REPAIRS))]
+"""The same, or `NO_REPAIR`."""
+
+
+def searched_repair(name: str) -> str:
+    """Return the repair that a search fits to each set of layers where ``name`` is fitted to the chosen set.
+
+    It is ``map`` in place of a repair with more unknowns: a search reads little text.
+    """
+    return name if name == NO_REPAIR or REPAIRS[name].text_rank == 0 else "map"

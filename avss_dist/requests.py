@@ -1,0 +1,414 @@
+"""The request of each command: its checked values, of which options, keywords and the reference page are made."""
+
+from __future__ import annotations
+
+from dataclasses import field, fields
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from avss_dist.errors import ConfigError
+from avss_dist.options import SHARED, Option, Prompting, Request, request
+from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, REPAIRS
+from avss_dist.pruning.shrinking import Shrinking
+from avss_dist.registry import FROM_ACTIVATIONS, SCORES
+from avss_dist.settings import (
+    DEFAULT_WAREHOUSE,
+    DRAWS,
+    EVERY_SITE,
+    LOWEST_SHARE,
+    PUBLISHED_THRESHOLD,
+    RECIPES,
+    SEARCHES,
+    SITES,
+    SPARSITY_METHODS,
+    SPARSITY_RULES,
+    Bytes,
+    Execution,
+    Settings,
+    Sizes,
+    searches_instead,
+)
+from avss_dist.validation import Check, Count, OneOf, PathOrText, Positive, Share, Text, Texts
+
+_OF_STATISTICS = ("skip_first_tokens", "sites", "thresholds", "experts")
+_NO_MEMORY = ("skip_first_tokens", "thresholds", "experts", "allow_pickle")  # an estimate does not depend on these
+SCORED = tuple(SHARED)
+EVALUATED = tuple(name for name in SHARED if name not in (*_OF_STATISTICS, "allow_pickle", "tracker"))
+"""Settings that matter where nothing is measured inside of layers, and where the work runs."""
+ESTIMATED = tuple(name for name, cls in SHARED.items() if cls is Settings and name not in _NO_MEMORY)
+COMPARED = ("run", "family", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
+SEARCHED, HOW_MANY = "Searching", "How many layers"  # panels of the help
+LEFT_OUT = "What is left out, and how"
+PROMPTS = "Questions of lm-evaluation-harness"
+_SEARCHES_INSTEAD = {name: searches_instead(name) for name in SEARCHES}
+
+
+def require_warehouse(name: Any) -> Any:
+    """Return the name of a warehouse.
+
+    Raises:
+        ConfigError: the name is empty, or not UTF-8 text.
+    """
+    if not str(name):
+        raise ConfigError("the name is empty.", "Name a folder, or an s3://, gs://, hdfs:// URI.")
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        raise ConfigError("the name is not UTF-8 text.", "Rename the folder.") from None
+    return name
+
+
+def _run_name(run: Any) -> Any:
+    """Return the id of a `runs.run.Run`, or the name as it is."""
+    return getattr(run, "run_id", run)
+
+
+def _run_names(runs: Any) -> Any:
+    names = [runs] if isinstance(runs, str) or hasattr(runs, "run_id") else runs or ()
+    return tuple(str(_run_name(run)) for run in names)
+
+
+Warehouse = Annotated[
+    PathOrText, Check(require_warehouse), Option(names=("--warehouse", "-w"), environment="AVSS_WAREHOUSE")
+]
+RunName = Annotated[Any, Check(_run_name, before=True)]
+RunNames = Annotated[Any, Check(_run_names, before=True), Option(names=("--run",), repeatable=True)]
+Output = Annotated[PathOrText, Option(names=("--output", "-o"))]
+Model = Annotated[PathOrText, Option(argument=True, metavar="MODEL")]
+Threshold = str | float
+Site = Annotated[str, OneOf(EVERY_SITE)]
+Recipe = Annotated[str, OneOf(RECIPES)]
+
+
+@request
+class ModelRequest(Request):
+    """A command about a model."""
+
+    model: Model = field(kw_only=False)
+    """Hub id (org/name@revision), folder, or .gguf file."""
+
+
+@request
+class CorpusRequest(Request):
+    """A command that reads a text."""
+
+    corpus: Text
+    """file.txt, file.jsonl[:field], file.csv[:column], file.parquet[:column], hf:NAME..., wikitext2, c4, ...,
+    builtin:pydoc; of paired text file.jsonl:prompt+answer[:label], truthfulqa:file.jsonl[:seed]."""
+
+
+@request
+class WarehouseRequest(Request):
+    """A command that reads or writes a warehouse."""
+
+    warehouse: Warehouse = DEFAULT_WAREHOUSE
+    """Folder of results, or an s3://, gs:// or hdfs:// URI."""
+
+
+@request
+class RunRequest(WarehouseRequest):
+    """A command about one run of a warehouse."""
+
+    run: RunName = None
+    """A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'; the newest by default."""
+
+
+@request
+class RunsRequest(WarehouseRequest):
+    """A command about several runs of a warehouse."""
+
+    run: RunNames = ()
+    """A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'. All by default."""
+
+
+@request
+class PlaceRequest(Request):
+    """A command about one reading of AVSS."""
+
+    site: Site = SITES[0]
+    """Where in a layer."""
+    recipe: Recipe = RECIPES[0]
+    """Definition of AVSS."""
+    threshold: Threshold = PUBLISHED_THRESHOLD
+    """Near zero means below this: 1e-5 (absolute) or 0.1rms (relative)."""
+
+
+@request
+class ScoreRequest(WarehouseRequest, CorpusRequest, ModelRequest):
+    """Score every layer of a model on a corpus."""
+
+    shared = SCORED
+
+
+@request
+class ScoreAllRequest(WarehouseRequest, CorpusRequest):
+    """Score several models on a corpus."""
+
+    models: Annotated[Texts, Option(argument=True, metavar="MODEL")] = field(kw_only=False)
+    """Hub id (org/name@revision), folder, or .gguf file."""
+
+    shared = SCORED
+
+
+@request
+class EstimateRequest(CorpusRequest, ModelRequest):
+    """Estimate the memory and time of a run with every partition."""
+
+    ranks: Positive | None = None
+    """Processes of one replica, for partitions of several; by default one for each GPU, or 2."""
+    max_memory: Sizes = field(default_factory=dict)
+    """Most memory of a replica on a device: cpu=20GB, 0=40GB, ..."""
+
+    shared = ESTIMATED
+
+
+@request
+class AblateRequest(WarehouseRequest, CorpusRequest, ModelRequest):
+    """Measure what each layer does to the loss."""
+
+    leave_one_out: Annotated[bool, Option(panel=LEFT_OUT)] = True
+    """Measure the loss without each layer."""
+    sublayers: Annotated[bool, Option(panel=LEFT_OUT)] = False
+    """Measure the loss without each layer's attention, and without its MLP."""
+    shapley: Annotated[Count, Option(panel=LEFT_OUT)] = 0
+    """Permutations to sample for layer Shapley values."""
+    truncation: Annotated[bool, Option(panel=LEFT_OUT)] = True
+    """End a permutation once the model only guesses."""
+    seed: Annotated[Count, Option(panel=LEFT_OUT)] = 0
+    """Seed for the permutations."""
+    gradients: Annotated[bool, Option(panel=LEFT_OUT)] = False
+    """Run a backward pass: first-order estimates of removal, and norms."""
+    damage: Annotated[bool, Option(panel=LEFT_OUT)] = False
+    """Estimate the effect of leaving layers out, at the cost of about 8 passes."""
+    draws: Annotated[Positive, Option(panel=LEFT_OUT)] = DRAWS
+    """Draws of labels for `damage`."""
+    skip_sequences: Count = 0
+    """Skip this many rows at the start of the corpus."""
+    allow_many: Annotated[bool, Option(names=("--yes",))] = False
+    """Go on even if it is a great deal of work."""
+
+    shared = EVALUATED
+
+
+@request
+class EvaluateRequest(WarehouseRequest):
+    """Evaluate models and plans on tasks."""
+
+    subjects: Annotated[Texts, Option(argument=True, metavar="SUBJECT")] = field(kw_only=False)
+    """Models, or plans (PLAN.yaml)."""
+    tasks: Annotated[Texts, Option(names=("--task",))]
+    """perplexity:CORPUS, or a task of lm-evaluation-harness by name or YAML file."""
+    skip_sequences: Count = 0
+    """Skip this many rows at the start of each corpus."""
+    skip_questions: Count = 0
+    """Skip this many questions at the start of TruthfulQA."""
+    limit: Positive | None = None
+    """The most questions per task."""
+    num_fewshot: Annotated[Count | None, Option(panel=PROMPTS)] = None
+    """Examples before each question of a harness task."""
+    apply_chat_template: Annotated[bool, Option(panel=PROMPTS)] = False
+    """Format harness questions with the model's chat template."""
+    system_instruction: Annotated[str | None, Option(panel=PROMPTS)] = None
+    """System prompt of harness tasks."""
+    fewshot_as_multiturn: Annotated[bool, Option(panel=PROMPTS)] = False
+    """Make each few-shot example a turn of the chat."""
+    sparse: PathOrText | None = None
+    """A sparsity plan, SPARSE.yaml, to evaluate every subject with as well."""
+    base: Annotated[PathOrText | None, Option(metavar="MODEL")] = None
+    """The model that a pruned checkpoint was made of, to compare with; by default that of its model card."""
+    allow_overlap: bool = False
+    """Allow evaluation on text that scores or repairs were made on."""
+
+    shared = EVALUATED
+
+    def __post_init__(self) -> None:
+        Prompting(**{f.name: getattr(self, f.name) for f in fields(Prompting)})
+
+
+@request
+class ShrinkRequest(Shrinking, ModelRequest):
+    """Write a smaller checkpoint of a model."""
+
+    output: Output
+    """Folder of the new checkpoint."""
+    warehouse: Annotated[PathOrText | None, Option(names=("--warehouse", "-w"), environment="AVSS_WAREHOUSE")] = None
+    """Warehouse for the measurements; OUTPUT-warehouse by default."""
+
+    shared = EVALUATED
+
+
+@request
+class PlanRequest(PlaceRequest, RunRequest):
+    """Choose the layers to drop."""
+
+    run: RunName = None
+    """A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'; by default the newest that can be
+    planned for."""
+    by: (
+        Annotated[
+            str,
+            OneOf(tuple(SCORES), _SEARCHES_INSTEAD),
+        ]
+        | None
+    ) = None
+    """What chooses the layers: a measurement of avss ablate, a score, or chance. The loss or the damage by default."""
+    first: Count = 0
+    """Layers at the start that are never dropped."""
+    last: Count = 0
+    """Layers at the end that are never dropped."""
+    share: Annotated[Share | None, Option(panel=HOW_MANY)] = None
+    """Drop this share of the layers; 0.25 by default."""
+    count: Annotated[Positive | None, Option(panel=HOW_MANY)] = None
+    """Drop this many layers."""
+    mass: Annotated[Share | None, Option(panel=HOW_MANY)] = None
+    """Drop the lowest layers that hold this share of the score."""
+    parameters: Annotated[Annotated[float, Field(ge=1, allow_inf_nan=False)] | None, Option(panel=HOW_MANY)] = None
+    """Drop layers until this many parameters are left: 6e9."""
+    memory: Annotated[Bytes | None, Option(panel=HOW_MANY)] = None
+    """Drop layers until this much weight memory is left: 12GB."""
+    share_of_parameters: Annotated[Share | None, Option(panel=HOW_MANY)] = None
+    """Drop layers that hold this share of the parameters."""
+    contiguous: Annotated[bool, Option(panel=HOW_MANY)] = False
+    """Drop a block of neighbours."""
+    search: Annotated[Annotated[str, OneOf(tuple(SEARCHES))] | None, Option(panel=SEARCHED)] = None
+    """Search for the set by its loss on `corpus`; evolve can start from `by`."""
+    corpus: Annotated[Text | None, Option(panel=SEARCHED)] = None
+    """Text on which a search measures the loss."""
+    budget: Annotated[Positive | None, Option(panel=SEARCHED)] = None
+    """The most sets that a search measures."""
+    sublayers: Annotated[bool, Option(panel=SEARCHED)] = False
+    """Also consider sublayers: attention or MLP alone, half a layer each."""
+    width: Annotated[Positive | None, Option(panel=SEARCHED)] = None
+    """Sets that beam and evolve continue from at each step; 3 by default."""
+    seed: Count = 0
+    """Seed for the choice by random, and for the search evolve."""
+    skip_sequences: Count = 0
+    """Skip this many rows at the start of the corpus."""
+
+    shared = EVALUATED
+
+
+@request
+class SparsifyRequest(RunRequest):
+    """Choose the activations that become zero."""
+
+    target: Annotated[float, Option(argument=True, metavar="SHARE")] = field(kw_only=False)
+    """Share of the weights of all linear maps that meet a zero activation: above 0 and below 1."""
+    method: Annotated[str, OneOf(SPARSITY_METHODS)] = SPARSITY_METHODS[0]
+    """How the sparsity is spread over the model."""
+    rule: Annotated[str, OneOf(SPARSITY_RULES)] = SPARSITY_RULES[0]
+    """Tokens at which activations become zero."""
+    pattern: str | None = None
+    """N:M: keep the N largest of every M units."""
+    corrections: Count = 0
+    """Passes that correct the thresholds, each with the plan applied."""
+    corpus: Text | None = None
+    """Text that loss, teal and corrections read; the text of the run by default."""
+    skip_sequences: Count = 0
+    """Skip this many rows at the start of the corpus."""
+
+    shared = EVALUATED
+
+
+@request
+class PruneRequest(ModelRequest):
+    """Write a checkpoint without the layers of a plan."""
+
+    plan: Annotated[Any, Option(argument=True, metavar="PLAN.yaml")] = field(kw_only=False)
+    """A plan, written by avss plan or by hand."""
+    output: Output = field(kw_only=False)
+    """Folder of the new checkpoint; it must not exist, or be empty."""
+    repair: Annotated[str | None, Option(choices=(NO_REPAIR, *REPAIRS))] = None
+    """What to fit at each cut to make up for the removed layers; refit by default if there is text."""
+    repair_corpora: Annotated[Texts, Option(names=("--repair-corpus",))] = ()
+    """Text to fit the repair on: CORPUS or CORPUS=WEIGHT."""
+    skip_sequences: Count = 0
+    """Skip this many rows at the start of each text."""
+    warehouse: Annotated[PathOrText | None, Option(names=("--warehouse", "-w"), environment="AVSS_WAREHOUSE")] = None
+    """Warehouse with the plan's evaluations, for the model card; the fit is kept in it. Without it, the repair is
+    fitted in this process."""
+    push: str | None = None
+    """Also upload it to the hub as ORG/NAME; a new model there is private."""
+
+    shared = tuple(name for name in EVALUATED if name != "layers")
+
+    def __post_init__(self) -> None:
+        if self.repair not in (None, NO_REPAIR) and not self.repair_corpora:
+            raise ConfigError(
+                f"`repair` {self.repair} is fitted on text, and there is none.", "Name it with `repair_corpora`."
+            )
+
+    @property
+    def fitted(self) -> str | None:
+        """Repair that is fitted; None without one."""
+        name = self.repair or (DEFAULT_REPAIR if self.repair_corpora else NO_REPAIR)
+        return None if name == NO_REPAIR else name
+
+
+@request
+class SampleRequest(ModelRequest):
+    """Let a causal language model write texts."""
+
+    output: Output
+    """JSON lines file with a field text; read it as FILE.jsonl:text."""
+    count: Positive = 512
+    """Number of texts."""
+    prompt: str | None = None
+    """Start of each text; by default the model's start token."""
+    seed: Count = 0
+    """Seed of the draws."""
+
+    shared = ("sequence_length", "batch_size", "dtype", "attention", "device", "trust_remote_code")
+
+
+@request
+class CompareRequest(PlaceRequest, RunsRequest):
+    """Compare layer rankings between runs."""
+
+    by: Annotated[str, OneOf(COMPARED)] = "run"
+    """What the two of each pair differ in."""
+    score: Annotated[str, OneOf(FROM_ACTIVATIONS)] = "avss"
+    """Score that ranks the layers."""
+    k: Annotated[Positive | None, Option(names=("--k",))] = None
+    """Number of lowest layers to compare."""
+    share: Annotated[float, Field(ge=0, le=1)] = LOWEST_SHARE
+    """The same as a share of the layers."""
+    allow_mismatch: bool = False
+    """Also compare runs on different corpora, dtypes and so on."""
+
+
+@request
+class FindingsRequest(RunsRequest):
+    """List what speaks against the scores of runs."""
+
+    threshold: Threshold = PUBLISHED_THRESHOLD
+    """Near zero means below this: 1e-5 (absolute) or 0.1rms (relative)."""
+
+
+@request
+class ContrastRequest(PlaceRequest, RunRequest):
+    """Contrast hallucinated with truthful answers, layer by layer."""
+
+    threshold: Threshold = PUBLISHED_THRESHOLD
+    """Near zero means below this: one that the run counted, or 0.1rms."""
+    hallucinated: str | None = None
+    """Label of hallucinated answers."""
+    truthful: str | None = None
+    """Label of truthful answers."""
+
+
+@request
+class JobRequest(Request):
+    """Run a job file. The shared settings replace those of the file."""
+
+    job: Any = field(kw_only=False)
+    """A job file, or the job that `runs.job_file.read_job` made of one."""
+    allow_overlap: bool = False
+    """Allow evaluation on text that scores or repairs were made on."""
+    allow_many: bool = False
+    """Go on even if it is a great deal of work."""
+    cells: Any = None
+    """Receives the progress of an experiment; `reporter` receives that of scoring."""
+
+    shared = tuple(Execution.__dataclass_fields__)

@@ -1,0 +1,87 @@
+"""A partition that is a class of its own and a line in the registry works everywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SIXTH = '''
+from avss_dist.partition.single import SingleReplica
+
+
+class SixthReplica(SingleReplica):
+    """A replica that has an estimate like that of a whole model, and changes nothing else."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.model = {**self.model, "partition": "sixth"}
+'''
+USE = """
+import json, sys
+from avss_dist.registry import PARTITIONS, PartitionInfo
+
+PARTITIONS["sixth"] = PartitionInfo(opens="sixth:SixthReplica", summary="like single", whole=True)
+
+if __name__ == "__main__":
+    import avss_dist
+    from avss_dist.estimation.preview import preview_job
+    from avss_dist.executors.local import LocalExecutor, shards_at_once
+    from avss_dist.partition.choose import choose, least_host_bytes
+    from avss_dist.partition.copies import shared
+    from avss_dist.partition.open import open_replica
+    from avss_dist.runs.job_file import read_job
+    from avss_dist.settings import Execution, Settings
+    from avss_dist.system.devices import devices_here
+
+    model, folder = sys.argv[1:]
+    sizes = {"sequence_length": 32, "max_sequences": 4, "sequences_per_shard": 2, "device": "cpu"}
+    settings, execution = Settings(**sizes), Execution(partition="sixth")
+    placement = choose(None, settings, execution, devices_here("cpu"))
+    automatic = choose(None, settings, Execution(), devices_here("cpu"))
+    estimate = avss_dist.estimate(model, corpus="builtin:pydoc", **sizes)
+    row = {row.partition: row for row in estimate.rows}["sixth"]
+    job = f"{folder}/job.yaml"
+    with open(job, "w") as file:
+        json.dump({"warehouse": f"{folder}/w", "models": [model], "corpora": ["builtin:pydoc"], "settings": sizes,
+                   "execution": {"partition": "sixth"}}, file)
+    (preview,) = preview_job(read_job(job))
+    options = {"corpus": "builtin:pydoc", "executor": "local", **sizes}
+    sixth = avss_dist.score(model, warehouse=f"{folder}/sixth", partition="sixth", **options)
+    single = avss_dist.score(model, warehouse=f"{folder}/single", partition="single", **options)
+    print(json.dumps({
+        "placed": [placement.partition, automatic.partition, shared(placement, 3).ranks],
+        "estimated": [row.ranks, row.seconds > 0, row.device_bytes > estimate.weight_bytes],
+        "preview": [preview.status, preview.partition, preview.error],
+        "same": sixth.run_id == single.run_id,
+        "equal": sixth.table().equals(single.table()),
+    }))
+"""
+
+
+@pytest.mark.slow
+def test_a_sixth_partition_works_everywhere(tiny_llama: Path, tmp_path: Path) -> None:
+    """In a process of its own, which registers it before anything reads the registry, as a line there would."""
+    (tmp_path / "sixth.py").write_text(SIXTH)
+    (tmp_path / "use.py").write_text(USE)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    command = [sys.executable, tmp_path / "use.py", tiny_llama, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said == {
+        "placed": ["sixth", "single", 3],
+        "estimated": [1, True, True],
+        "preview": ["missing", "sixth", None],
+        "same": True,
+        "equal": True,
+    }
+    job = str(tmp_path / "job.yaml")
+    run = "import runpy; runpy.run_path('use.py', run_name='r'); from avss_dist.__main__ import main; main()"
+    dry = [sys.executable, "-c", run, "run", job, "--dry-run", "--json"]
+    done = subprocess.run(dry, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0 and '"sixth"' in done.stdout, done.stderr

@@ -1,0 +1,69 @@
+"""Private names of other packages that the package uses, each with how to tell that an installed version still has it.
+
+Whoever uses another one adds it here; `tests/test_dependencies.py` compares this table with the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+
+def _at(path: str) -> Callable[[], object]:
+    """Return a check that gets ``module:attribute.attribute``."""
+    module, _, attributes = path.partition(":")
+
+    def get() -> object:
+        value: Any = import_module(module)
+        for name in attributes.split("."):
+            value = getattr(value, name)
+        return value
+
+    return get
+
+
+def _response_content() -> object:
+    from requests import Response
+
+    return Response().__dict__["_content"]
+
+
+def _hook() -> object:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+    from torch.nn import Identity
+
+    return add_hook_to_module(Identity(), ModelHook())._hf_hook
+
+
+def _attention() -> object:
+    from transformers import PreTrainedConfig
+
+    return PreTrainedConfig()._attn_implementation
+
+
+def _parameters() -> object:
+    from torch.nn import Module
+
+    return Module()._parameters
+
+
+PRIVATE_NAMES: dict[str, tuple[str, Callable[[], object]]] = {
+    "_private": ("ray", _at("ray:_private")),
+    "_worker_logs_enabled": ("ray", _at("ray._private.worker:_worker_logs_enabled")),
+    "_private.state.actors": ("ray", _at("ray._private.state:actors")),
+    "_private.state.state": ("ray", _at("ray._private.state:state.get_draining_nodes")),
+    "_actor_id": ("ray", _at("ray.actor:ActorHandle._actor_id")),
+    "_do_request": ("ray", _at("ray.job_submission:JobSubmissionClient._do_request")),
+    "_content": ("requests", _response_content),
+    "__compatible_ops__": ("deepspeed", _at("deepspeed.ops:__compatible_ops__")),
+    "_hf_hook": ("accelerate", _hook),
+    "_model_mapping": ("transformers", _at("transformers:AutoModelForCausalLM._model_mapping")),
+    "_attn_implementation": ("transformers", _attention),
+    "_allgather_base": ("torch", _at("torch.distributed:ProcessGroup._allgather_base")),
+    "_apply": ("torch", _at("torch.nn:Module._apply")),
+    "_cdata": ("torch", _at("torch:UntypedStorage._cdata")),
+    "_is_mkldnn_bf16_supported": ("torch", _at("torch:ops.mkldnn._is_mkldnn_bf16_supported")),
+    "_parameters": ("torch", _parameters),
+}
+"""By the name as the code writes it: the package, and a check that raises where the name is gone."""

@@ -1,0 +1,121 @@
+"""Interventions: sets of layers and sublayers, their stored numbers, and keys that agree with stored rows."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from avss_dist.evaluation.engine import PlannedTask
+from avss_dist.intervention import (
+    NO_INTERVENTION,
+    Intervention,
+    InterventionKey,
+    MapSparsity,
+    Sparsity,
+    Sublayer,
+    can_be_added,
+    decode_removals,
+    describe_removed,
+    encode_removals,
+    joined,
+    sublayers_of,
+)
+from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.partition.base import Placement
+from avss_dist.settings import SCHEMA_VERSION, Settings, fingerprint
+from avss_dist.tasks.base import Task
+
+SPARSITY = Sparsity(
+    maps=(MapSparsity(layer=0, path="mlp.up_proj", outputs=4, inputs=2, by="threshold", value=0.5),), rule="all"
+)
+
+
+@dataclass(frozen=True)
+class Patch:
+    key: str
+
+    def read(self) -> bytes:
+        return self.key.encode()
+
+
+@pytest.fixture
+def checkpoint(tiny_llama: Path) -> Checkpoint:
+    return resolve(str(tiny_llama))
+
+
+class Measure:
+    key = "measure"
+
+    def __call__(self, model: Any, intervention: Intervention = NO_INTERVENTION) -> list[Any]:
+        return []
+
+
+def test_sublayers_come_after_layers_and_attentions_before_mlps() -> None:
+    removals = [Sublayer(0, "mlp"), Sublayer(2, "attention"), 7, Sublayer(1, "attention"), 3]
+    assert joined(removals) == (3, 7, Sublayer(1, "attention"), Sublayer(2, "attention"), Sublayer(0, "mlp"))
+    assert max((5, (3,), 1), (5, (Sublayer(0, "mlp"),), 1)) == (5, (Sublayer(0, "mlp"),), 1)
+    assert list(map(str, joined(removals))) == ["3", "7", "attention.1", "attention.2", "mlp.0"]
+    assert describe_removed(joined(removals)) == "3, 7, attention of 1-2, MLP of 0"
+
+
+def test_both_sublayers_of_a_layer_are_the_layer() -> None:
+    assert joined([*sublayers_of([4]), Sublayer(5, "mlp")]) == (4, Sublayer(5, "mlp"))
+    assert joined([4, Sublayer(4, "mlp")]) == (4,)
+    assert not can_be_added(Sublayer(4, "mlp"), (4,)) and not can_be_added(4, (Sublayer(4, "mlp"),))
+    assert can_be_added(Sublayer(4, "mlp"), (Sublayer(4, "attention"),))
+
+
+def test_stored_numbers_of_sublayers_are_those_that_warehouses_have() -> None:
+    removals = (1, 9_999, Sublayer(0, "attention"), Sublayer(9_999, "attention"), Sublayer(7, "mlp"))
+    assert encode_removals(removals) == [1, 9_999, 10_000, 19_999, 20_007]
+    assert decode_removals([1, 9_999, 10_000, 19_999, 20_007]) == removals
+    assert decode_removals([30_000]) == (30_000,)
+
+
+def test_the_key_of_an_intervention_is_that_of_its_rows() -> None:
+    intervention = Intervention(
+        removed=(1, Sublayer(2, "mlp")), residual_scale=0.5, patch=Patch("p"), sparsity=SPARSITY
+    )
+    row = intervention.key.row()
+    assert row == {"drop": [1, 20_002], "patch": "p", "sparsity_plan": SPARSITY.key, "factor": 0.5}
+    assert InterventionKey.of_row(row) == intervention.key
+    assert InterventionKey.of_row({"drop": [1, 20_002]}) == Intervention(removed=intervention.removed).key
+    assert pickle.loads(pickle.dumps(intervention)) == intervention and hash(intervention) == hash(
+        replace(intervention, patch=Patch("p"))
+    )
+    changes, removals = intervention.split()
+    assert (changes.removed, changes.residual_scale, removals.patch, removals.sparsity) == ((), 0.0, None, None)
+    assert (removals.key[:2], changes.key[2:]) == (intervention.key[:2], intervention.key[2:])
+    assert intervention and not NO_INTERVENTION and Intervention(sparsity=SPARSITY)
+
+
+def test_evaluations_and_cells_have_the_ids_that_warehouses_know(checkpoint: Checkpoint) -> None:
+    """Sparsity and residual scale make another evaluation, removals and a patch another cell; by these very values."""
+    settings, task = Settings(), Task(name="t", parts=(Measure(),))
+    planned = PlannedTask(checkpoint=checkpoint, settings=settings, task=task, placement=Placement())
+    whole = {"schema": SCHEMA_VERSION, "checkpoint": checkpoint.revision, "task": task.key}
+    whole["settings"] = settings.numbers(statistics=False)
+    cuts = [{"layer": 0, "path": "mlp.up_proj", "outputs": 4, "inputs": 2, "by": "threshold", "value": 0.5}]
+    cuts[0] |= {"center": 0.0, "weighted": False, "kept": 0, "group": 0}
+    changed = {"sparsity": fingerprint(cuts=cuts, rule="all"), "factor": 0.25}
+    removed = Intervention(removed=(1, Sublayer(2, "attention")), patch=Patch("p"))
+    both = replace(removed, sparsity=SPARSITY, residual_scale=0.25)
+    for intervention, more in ((NO_INTERVENTION, {}), (removed, {}), (both, changed)):
+        assert planned.run_id(intervention) == f"{checkpoint.slug}-{fingerprint(**whole, **more)[:10]}"
+    cells = planned.cells([NO_INTERVENTION, removed, removed, both])
+    assert [cell.cell_id for cell in cells] == [
+        fingerprint(measure="measure", part=0, drop=[])[:20],
+        *[fingerprint(measure="measure", part=0, drop=[1, 10_002], patch="p")[:20]] * 2,
+    ]
+
+
+@pytest.mark.parametrize("module", ["avss_dist.intervention", "avss_dist.pruning.plan", "avss_dist.sparsity.plan"])
+def test_plans_are_interventions_without_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
