@@ -156,7 +156,6 @@ class EvaluationSession:
         self.fresh = self.execution.fresh
         self.on_event = ignore if on_event is None else on_event
         self._kept: defaultdict[str, set[str]] = defaultdict(set)  # cells of this session, by run
-        self._stored: dict[str, set[str]] = {}  # cells of the warehouse, by run
         self._workers: _Workers | None = None
 
     @classmethod
@@ -334,14 +333,12 @@ class EvaluationSession:
         return cell.cell_id in self._kept[cell.run_id]
 
     def _is_known(self, cell: Cell) -> bool:
-        """Whether the session, or the warehouse before it, has a cell; an evaluation is listed once."""
+        """Whether the session, or the warehouse, has a cell; in a fresh session, only what it has measured itself."""
         return self._was_kept(cell) or (not self.fresh and self.is_stored(cell))
 
     def is_stored(self, cell: Cell) -> bool:
-        """Whether the warehouse had a cell when the session first asked for its evaluation."""
-        if cell.run_id not in self._stored:
-            self._stored[cell.run_id] = set(self.store.cell_ids(cell.run_id))
-        return cell.cell_id in self._stored[cell.run_id]
+        """Whether the warehouse has a cell; an evaluation is listed once."""
+        return cell.cell_id in self.store.cell_ids(cell.run_id)
 
 
 class _Workers:

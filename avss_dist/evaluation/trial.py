@@ -41,14 +41,14 @@ class Trial:
     Attributes:
         model: the checkpoint of the run.
         rows: of the table ``scores``.
-        truth: float64[layers], by one of ``settings.OF_LAYERS``.
+        truth: float64[layers], by one of ``registry.MEASURED``.
         interactions: of the layers, where sets are chosen by them.
         searched: what each method that searches found at each share.
         contrasts: float64[layers] by reading, of paired text.
         planned: the tasks, by name.
         choices: what every method drops of every share.
         sparsity_plans: of each method of spreading a sparsity, and level; None where the method cannot reach it.
-        fits: the task of fitting each repair; none of `settings.NO_REPAIR`.
+        fits: the task of fitting each repair; none of `pruning.repair.registry.NO_REPAIR`.
         patches: what was fitted, by the fit's id and the layers that are dropped.
     """
 

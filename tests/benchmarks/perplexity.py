@@ -45,7 +45,7 @@ def compare(checkpoint: Checkpoint, corpus: str, settings: Settings) -> Comparis
     text = plan_text(checkpoint, corpus, settings)
     language_model = SingleReplica(checkpoint, settings, head=True).language_model
     assert language_model is not None
-    results = [TextLoss(shard)(language_model, ())[0] for shard in text.shards]
+    results = [TextLoss(shard)(language_model)[0] for shard in text.shards]
     ours = np.concatenate([result.samples / result.weights for result in results])
     del language_model
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=getattr(torch, settings.dtype)).eval()
