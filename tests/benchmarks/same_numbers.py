@@ -273,15 +273,15 @@ def report_lines(compared: Mapping[str, TableComparison]) -> list[str]:
     """Return the comparison as a Markdown table, and a line for the rows that only one side has."""
     lines = ["| table | rows compared | columns equal | columns that differ | only before | only after |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
-    rows = []
+    unmatched = []
     for name, table in compared.items():
         different = "; ".join(f"{column} ({difference})" for column, difference in table.different.items())
         sides = [", ".join(columns) for columns in (table.only_before, table.only_after)]
         cells = [name, f"{table.rows:,}", str(len(table.equal)), *(cell or "-" for cell in (different, *sides))]
         lines.append(f"| {' | '.join(cells)} |")
         if table.rows_before or table.rows_after:
-            rows.append(f"{name}: {table.rows_before:,} rows only before, {table.rows_after:,} only after.")
-    return [*lines, *rows]
+            unmatched.append(f"{name}: rows only before: {table.rows_before:,}, only after: {table.rows_after:,}.")
+    return [*lines, *unmatched]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -31,7 +31,7 @@ EXPECTED: dict[str, Any] = json.loads((FOLDER / "expected.json").read_text(encod
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("released")
-    shutil.unpack_archive(FOLDER / "warehouse.tar.xz", folder, filter="data")
+    shutil.unpack_archive(FOLDER / "warehouse.tar.xz", folder)
     return folder
 
 
@@ -52,7 +52,7 @@ def read_rows(root: Path, name: str) -> list[dict[str, Any]]:
 
 
 def json_lines(*command: object) -> list[dict[str, Any]]:
-    """Return what a command prints with ``--json``, an object for each line."""
+    """Return the objects that a command prints with ``--json``, one for each line."""
     return list(map(json.loads, avss(*command, "--json").stdout.splitlines()))
 
 
