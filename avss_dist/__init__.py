@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from avss_dist.settings import Execution, Settings
     from avss_dist.warehouse.reader import Warehouse
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Ablation",
     "AvssError",

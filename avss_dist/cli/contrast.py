@@ -26,8 +26,9 @@ def contrast(
     value, kind = parse_threshold(request.threshold)
 
     from avss_dist.analysis.contrast import contrast as contrast_run
+    from avss_dist.report.contrasts import contrast_section
     from avss_dist.report.output import write_table
-    from avss_dist.report.terminal.contrast import contrast_tables
+    from avss_dist.report.terminal.tables import rendered
 
     opened = open_warehouse(str(request.warehouse))
     found = contrast_run(
@@ -41,7 +42,8 @@ def contrast(
         truthful=request.truthful,
     )
     if format == "table":
-        console().print(contrast_tables(found))
+        label = f"{found.reading['model']}  ({found.reading['run_id']})"
+        console().print(rendered(contrast_section(label, found)))
         return
     write_table(found.predictions if predictions else found.layers, format, console())
     for line in found.findings:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich import progress as rich_progress
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from avss_dist.evaluation.events import (
     CellDone,
@@ -20,8 +19,9 @@ from avss_dist.evaluation.events import (
 )
 from avss_dist.intervention import count_removed
 from avss_dist.names import PERPLEXITY, REPAIR
+from avss_dist.report.table import BarColumn, ReportColumn, ReportTable, interval, known_interval, percent
 from avss_dist.report.terminal.progress import CellProgress, bars, describe_without, log
-from avss_dist.report.terminal.tables import Column, FittedTable
+from avss_dist.report.terminal.tables import FittedTable
 from avss_dist.stats.retention import NO_INTERVAL
 from avss_dist.text import basename, describe_bytes, describe_layers
 
@@ -67,16 +67,19 @@ def _step(cell: Cell) -> str:
 
 
 def shrunk_tables(done: Shrunk) -> RenderableType:
-    """The whole model, without the layers, and repaired: a column for each task; where plans were tried, the curve."""
+    """Return the metrics of the whole, the pruned and the repaired model; where several plans were tried, the curve."""
     plan, tasks = done.best.plan, done.best.tasks
     rows = ["whole model", f"{count_removed(plan.drop)} dropped"]
     rows += [f"repaired by {done.record.repair}"] if done.record else []
-    table = FittedTable(
-        [Column(title="", cells=rows, number=False), *(column for task in tasks for column in _of_task(task))],
+    table = ReportTable(
+        columns=[
+            ReportColumn("", rows, number=False),
+            *(column for task in tasks for column in _task_columns(task)),
+        ],
         title=f"{basename(plan.model)} without {len(plan.drop)} of its {plan.num_layers} layers",
-        caption=Text(_caption(tasks)),
+        caption=_caption(tasks),
     )
-    return Group(table, *([_curve(done)] if len(done.curve) > 1 else []))
+    return Group(FittedTable(table), *([FittedTable(_curve(done))] if len(done.curve) > 1 else []))
 
 
 def _caption(tasks: Sequence[TaskRetention]) -> str:
@@ -86,35 +89,29 @@ def _caption(tasks: Sequence[TaskRetention]) -> str:
     return text if all(task.of(result).has_interval for task, result in results) else f"{text} {NO_INTERVAL}"
 
 
-def _of_task(task: TaskRetention) -> Iterator[Column]:
+def _task_columns(task: TaskRetention) -> Iterator[ReportColumn]:
     from avss_dist.evaluation.shrink import shown
 
     results = [task.whole, task.pruned, *([task.repaired] if task.repaired else [])]
-    kept = [task.of(result) for result in results[1:]]
+    kept = [None, *(task.of(result) for result in results[1:])]
     metric, _ = shown(task.whole)
-    yield Column(
-        title=f"{basename(task.task.removeprefix(PERPLEXITY))}\n{metric}", cells=[shown(r)[1] for r in results]
-    )
-    yield Column(title="kept", cells=["", *(f"{one.value:.1%}" for one in kept)])
-    intervals = [f"{one.low:.1%} to {one.high:.1%}" if one.has_interval else "-" for one in kept]
-    yield Column(title="95% interval", cells=["", *intervals], priority=1)
+    group = basename(task.task.removeprefix(PERPLEXITY))
+    yield ReportColumn(metric, [shown(result)[1] for result in results], group=group)
+    yield ReportColumn("kept", [one and one.value for one in kept], percent(1), missing="")
+    intervals = [one and known_interval(one.low, one.high) for one in kept]
+    yield ReportColumn("95% interval", intervals, interval(percent(1)), priority=1)
 
 
-def _curve(done: Shrunk) -> FittedTable:
-    """What every plan keeps that was tried, in the task in which it keeps the least."""
+def _curve(done: Shrunk) -> ReportTable:
+    """Return what every plan keeps that was tried, in the task in which it keeps the least."""
     layers = done.best.plan.num_layers
-    return FittedTable(
-        [
-            Column(title="layers dropped", cells=[str(len(one.plan.drop)) for one in done.curve]),
-            Column(title="share", cells=[f"{len(one.plan.drop) / layers:.0%}" for one in done.curve]),
-            Column(title="kept", cells=[f"{one.kept:z.1%}" for one in done.curve]),
-            Column(
-                title="",
-                cells=[Text("█" * round(BAR * min(1.0, one.kept)), style="cyan") for one in done.curve],
-                number=False,
-                width=BAR,
-                priority=1,
-            ),
+    dropped, kept = [len(one.plan.drop) for one in done.curve], [one.kept for one in done.curve]
+    return ReportTable(
+        columns=[
+            ReportColumn("layers dropped", dropped),
+            ReportColumn("share", [number / layers for number in dropped], percent(0)),
+            ReportColumn("kept", kept, percent(1)),
+            BarColumn(values=kept, largest=1.0, width=BAR),
         ],
         title="What is kept, in the task in which the least is",
     )
