@@ -14,6 +14,7 @@ from rich.text import Text
 
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, Event, SearchStep
 from avss_dist.intervention import count_removed, describe_removed
+from avss_dist.registry import WHOLE
 from avss_dist.report.terminal.estimate import describe_seconds
 from avss_dist.report.terminal.pace import Pace
 from avss_dist.runs.reporter import LOG_SECONDS, Reporter, describe_repeated
@@ -107,7 +108,7 @@ class Progress(Reporter):
 
     def placed(self, name: str, placement: Placement) -> None:
         """How a replica is spread; said where it is not the plain way, or somebody looks."""
-        if self._progress.console.is_terminal or placement.partition != "single":
+        if self._progress.console.is_terminal or placement.partition != WHOLE:
             self._progress.console.print(f"{_short(name)}: {placement.partition}; {placement.why}.", markup=False)
 
     def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
@@ -227,7 +228,7 @@ class Log(Reporter):
 
     def placed(self, name: str, placement: Placement) -> None:
         """How a replica is spread; said where it is not the plain way."""
-        if placement.partition != "single":
+        if placement.partition != WHOLE:
             self._say(f"{name}: {placement.partition}; {placement.why}.")
 
     def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
