@@ -203,7 +203,7 @@ def enumerated(model: LanguageModel, shard: Shard) -> tuple[dict[frozenset[int],
     losses = {}
     for size in range(len(players) + 1):
         for removed in combinations(players, size):
-            (row,) = TextLoss(shard)(model, removed)
+            (row,) = TextLoss(shard)(model, NO_INTERVENTION.without(*removed))
             losses[frozenset(removed)] = row.samples.sum() / row.weights.sum()
     values = []
     for layer in players:

@@ -442,7 +442,7 @@ def test_what_the_harness_cannot_score_is_a_mistake_and_what_fails_in_the_model_
 
     monkeypatch.setattr(whole, "hidden_states", fail)
     with pytest.raises(ValueError, match="the model's own"):
-        part(whole, ())
+        part(whole)
 
 
 def test_what_is_no_task_file(tmp_path: Path) -> None:
