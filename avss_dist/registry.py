@@ -1,4 +1,4 @@
-"""The partitions and the scores: names, titles and capabilities, in one place that imports nothing.
+"""Registry of partitions and scores: names, titles and capabilities. It imports nothing of the package.
 
 A new partition is an entry of `PARTITIONS`, and a file with its replica. A new score from activations is an entry of
 `SCORES`, and its computation in `stats.scores`: tables, charts, plans and comparisons take it from here.
@@ -13,12 +13,12 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class PartitionInfo:
-    """A way to spread one replica (a model copy) over devices.
+    """A distribution of one replica (a model copy) over devices.
 
     Attributes:
         opens: ``module:class`` of the replica; the class takes (checkpoint, settings, placement). See
-            `partition.base.Replica`. What differs in memory and time is the class's own `Replica.cost`.
-        summary: what it does, in a few words.
+            `partition.base.Replica`. Its memory and time are those of `Replica.cost`.
+        summary: description in a few words.
         whole: one process has the whole model on one device. Such a replica can measure several shards at once, and
             copies of it can share a task. The first one is chosen where the model fits.
         layerwise: only the layers that are running have their weights in memory. The first one is chosen where no
@@ -81,7 +81,7 @@ PARTITIONS = {
         backward=False,
     ),
 }
-"""By name, the simplest first."""
+"""Partitions by name, the simplest first."""
 GANGS = tuple(name for name, info in PARTITIONS.items() if info.gang)
 WHOLE = next(name for name, info in PARTITIONS.items() if info.whole)
 """The partition of a model that fits on one device."""
@@ -98,16 +98,16 @@ class ScoreInfo:
     Attributes:
         title: its name in tables and charts.
         meaning: a noun phrase, for lists of scores.
-        column: of the table ``scores``, of a score that is computed from activations; else empty.
-        definition: the formula, for the description of that column.
-        unit: of that column.
+        column: column of the table ``scores`` of a score that is computed from activations; else empty.
+        definition: formula, for the description of that column.
+        unit: unit of that column.
         caption: the caption of its chart on the page of a report.
         exported: whether tables for a paper have it.
-        task: the start of the name of the task that measures it, which a corpus follows; empty if none does.
+        task: prefix of the task that measures it, before a corpus; empty if none does.
         ground_truth: whether it is the loss without layers itself, or its linearization; else an estimate.
         lookahead: how many layers later hidden states are compared, for a metric of `tasks.damage.Damage`.
-        mean_rank_of: other scores, of whose ranks it is the mean.
-        of_sets: whether it is a score of sets of layers, and of none alone.
+        mean_rank_of: other scores whose mean rank it is.
+        of_sets: whether it is defined for sets of layers only.
         ablate: options of `ablate` that measure it alone.
     """
 
@@ -233,7 +233,7 @@ SCORES = {
     ),
     RANDOM: ScoreInfo(title="random", meaning="chance, a control"),
 }
-"""By the name that layers are chosen by."""
+"""Scores by the name of the option `by`."""
 FROM_ACTIVATIONS = tuple(name for name, info in SCORES.items() if info.column)
 """Scores that every run has: AVSS, then `BASELINES`."""
 BASELINES = FROM_ACTIVATIONS[1:]

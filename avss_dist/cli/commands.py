@@ -1,4 +1,4 @@
-"""The commands: what each is for, the module that has it, and examples for its help."""
+"""Commands: summary, module, and examples of the help."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Command:
 
     Args:
         panel: heading in the help.
-        module: the module of this package that has it, as a function of its name.
+        module: module of this package that has a function of its name.
         summary: first sentence of its help.
     """
 
@@ -71,7 +71,7 @@ COMMANDS = {
     "scorecard": Command(
         READ, "compare", "Compare every score with the ground truth: which one finds the layers that can go."
     ),
-    "plot": Command(READ, "read", "Draw AVSS and its rivals by depth, as a picture or page."),
+    "plot": Command(READ, "read", "Draw AVSS and its baselines by depth, as a picture or page."),
     "report": Command(
         READ,
         "report",
@@ -150,9 +150,9 @@ EXAMPLES = {
     "jobs logs": ("avss jobs logs JOB_ID --address http://HEAD:8265 --follow",),
     "jobs stop": ("avss jobs stop JOB_ID --address http://HEAD:8265",),
 }
-"""By command; every option in them exists, which a test sees to."""
+"""Examples by command. A test checks that every option in them exists."""
 
 
 def epilog(command: str) -> str:
-    """The examples of a command, a paragraph each: so none is wrapped into the next."""
+    """Return the examples of a command, each as a paragraph, so that none is wrapped into the next."""
     return "\n\n".join(("Examples:", *(f"  {line}" for line in EXAMPLES[command])))

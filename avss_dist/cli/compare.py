@@ -1,4 +1,4 @@
-"""`avss compare`, `findings`, `quantiles` and `scorecard`: what the runs of a warehouse say, together."""
+"""`avss compare`, `findings`, `quantiles` and `scorecard`: analyses of the runs of a warehouse."""
 
 from __future__ import annotations
 
@@ -59,23 +59,23 @@ def compare(format: FormatOption = FORMATS[0], **values: Any) -> None:
     compared = {name for side in ("a_run_id", "b_run_id") for name in pairs[side].unique().to_pylist()}
     every = find(opened, [name for name in names if name in compared], threshold=at)
     at_place = _at(every, None if by == "site" else request.site, None if by == "recipe" else request.recipe)
-    told = of_rankings(at_place, score if by != "score" else "avss")
-    _print_findings(told, len(every) - len(told), opened)
+    relevant = of_rankings(at_place, score if by != "score" else "avss")
+    _print_findings(relevant, len(every) - len(relevant), opened)
     return None
 
 
-def _print_findings(told: pa.Table, others: int, warehouse: Warehouse) -> None:
-    """Print the findings that concern a comparison, and how many others there are."""
+def _print_findings(relevant: pa.Table, others: int, warehouse: Warehouse) -> None:
+    """Print the findings that concern a comparison, and the number of others."""
     from avss_dist.report.terminal.compare import findings_list
 
-    if len(told) or not others:
-        console().print(findings_list(told))
+    if len(relevant) or not others:
+        console().print(findings_list(relevant))
     if others:
         emit(f"{count_of(others, 'finding')} more about these runs alone: avss findings -w {warehouse.root} --all")
 
 
 def _say_left_out(comparison: RankingComparison) -> None:
-    """Say which runs and pairs of runs were not compared, and why."""
+    """Print which runs were not compared, and why."""
     if comparison.conditions:
         same = ", ".join(comparison.conditions)
         say(f"Only runs with the same {same} are compared with each other; --allow-mismatch compares all.")
@@ -103,13 +103,13 @@ def findings(
     request = FindingsRequest(**values)
     opened = open_warehouse(str(request.warehouse))
     names = [row["run_id"] for row in choose_runs(opened, request.run, every=True)]
-    found = find(opened, names if request.run else None, threshold=choose_threshold(request.threshold))
-    shown = found if every else _at(found, site, recipe)
+    table = find(opened, names if request.run else None, threshold=choose_threshold(request.threshold))
+    selected = table if every else _at(table, site, recipe)
     if format != FORMATS[0]:
-        return write_table(shown, format, console())
-    console().print(findings_list(shown))
-    if len(shown) < len(found):
-        emit(f"{len(found) - len(shown)} more at other sites and recipes: --all.")
+        return write_table(selected, format, console())
+    console().print(findings_list(selected))
+    if len(selected) < len(table):
+        emit(f"{len(table) - len(selected)} more at other sites and recipes: --all.")
     return None
 
 
@@ -141,8 +141,8 @@ def quantiles(
         raise QueryError(f"No statistics of site '{site}'.", "avss query 'SELECT run_id, sites FROM runs'")
     if format != FORMATS[0]:
         return write_table(table, format, console())
-    for found in grouped(table.to_pylist(), "run_id").values():
-        console().print(quantiles_table(found))
+    for rows in grouped(table.to_pylist(), "run_id").values():
+        console().print(quantiles_table(rows))
     return None
 
 
@@ -161,18 +161,18 @@ def scorecard(
 
     opened = open_warehouse(warehouse)
     cards = score_cards(opened, choose_runs(opened, run or [], every=True))
-    shown = cards if every else best_readings(cards)
+    selected = cards if every else best_readings(cards)
     if format == "table":
-        console().print(scorecard_tables(shown))
+        console().print(scorecard_tables(selected))
     else:
-        write_table(shown, format, console())
+        write_table(selected, format, console())
 
 
-def _at(found: Any, site: str | None, recipe: str | None) -> Any:
-    """Findings of a site and a recipe, and those that hold whatever they are; None is any."""
+def _at(table: Any, site: str | None, recipe: str | None) -> Any:
+    """Return the findings of a site and a recipe, and those that do not depend on them; None means any."""
     import pyarrow.compute as pc
 
     for name, value in (("site", site), ("recipe", recipe)):
         if value is not None:
-            found = found.filter((pc.field(name) == value) | pc.field(name).is_null())
-    return found
+            table = table.filter((pc.field(name) == value) | pc.field(name).is_null())
+    return table

@@ -33,11 +33,11 @@ class Row:
     Attributes:
         partition: one of ``registry.PARTITIONS``.
         ranks: processes of one replica.
-        device_bytes: the most memory of each device: of each GPU, or, on a CPU, of each process.
-        host_bytes: the most memory of the host, all ranks together.
-        fits: whether so much is free here.
-        seconds: for measuring all shards; starting, opening the model and writing tables come on top.
-        why: what the numbers are made of, or what is missing.
+        device_bytes: peak memory of each GPU or, on a CPU, of each process.
+        host_bytes: peak memory of the host, all ranks together.
+        fits: whether this memory is free here.
+        seconds: time to measure all shards. Starting, opening the model and writing tables come on top.
+        why: components of the numbers, or the missing memory.
     """
 
     partition: str

@@ -40,7 +40,7 @@ from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.names import PERPLEXITY
-from avss_dist.options import Prompting, ShrinkingOptions, with_options
+from avss_dist.options import PromptOptions, ShrinkingOptions, with_options
 from avss_dist.partition.base import Placement
 from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable
 from avss_dist.pruning.plan import Plan
@@ -339,7 +339,7 @@ def _task(
         read,
         skip_sequences=parts.scored,
         limit=request.limit,
-        prompting=Prompting(num_fewshot=request.num_fewshot),
+        prompting=PromptOptions(num_fewshot=request.num_fewshot),
     )
     return PlannedTask(checkpoint=checkpoint, settings=read, task=task, placement=placement)
 
