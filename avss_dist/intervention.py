@@ -1,7 +1,7 @@
 """Interventions: the changes that are made to a model before it answers.
 
-Layers and sublayers are removed, the additions of removed layers are scaled, weights are replaced by those of a repair,
-and small activations become zero. Nothing here needs torch: `models.causal_lm.LanguageModel.applying` carries an
+Layers and sublayers are removed, the outputs of removed layers are scaled, weights are replaced by a repair, and small
+activations become zero. Nothing here needs torch: `models.causal_lm.LanguageModel.applying` carries an
 intervention out.
 """
 
@@ -138,8 +138,8 @@ class MapSparsity:
     Attributes:
         layer, path: the map: its layer, and its module path below the layer.
         outputs, inputs: shape of the whole map.
-        by: `THRESHOLD`: those up to ``value`` in size; `TOP_K`: the smallest of each token, a share ``value`` of all;
-            `TOP_P`: all but the fewest that have a share ``value`` of the token's sum of sizes.
+        by: rule: `THRESHOLD` zeroes inputs up to size ``value``; `TOP_K` the smallest share ``value`` of each token's
+            inputs; `TOP_P` all but the smallest set with a share ``value`` of the token's summed sizes.
         center: value that is subtracted from inputs to get their size, and that small ones become (SCAP, arXiv
             2412.07174): the map of a constant is one.
         weighted: the size of an input is its absolute value times the norm of the column of the weight that it meets
@@ -218,8 +218,8 @@ class Intervention:
 
     Attributes:
         removed: layers and sublayers that the model computes without.
-        residual_scale: share of what a removed layer adds to the residual stream that is added all the same. 0 removes
-            it; sublayers are always removed.
+        residual_scale: factor of the output that a removed layer adds to the residual stream. 0 removes the layer.
+            Sublayers are always removed.
         patch: weights that replace the model's own.
         sparsity: rules by which activations become zero.
     """

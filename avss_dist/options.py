@@ -273,7 +273,7 @@ def keywords(cls: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T]
             return function(cls(*positional, **named))
 
         annotation = inspect.signature(function).return_annotation
-        run.__signature__ = inspect.Signature(_parameters(cls), return_annotation=annotation)  # type: ignore[attr-defined]
+        run.__signature__ = inspect.Signature(_request_parameters(cls), return_annotation=annotation)  # type: ignore[attr-defined]
         run.__doc__ = f"{function.__doc__}\n\n{_explained(cls)}"
         return run
 
@@ -291,7 +291,7 @@ def ordered(cls: Any) -> list[str]:
     return [field.name for field in sorted(fields(cls), key=place)]
 
 
-def _parameters(cls: Any) -> list[inspect.Parameter]:
+def _request_parameters(cls: Any) -> list[inspect.Parameter]:
     """Return the parameters of a request: positional ones, the others, a reporter, and the shared settings."""
     hints = get_type_hints(cls)
     parameters = [_parameter(cls.__dataclass_fields__[name], hints[name]) for name in ordered(cls)]

@@ -42,7 +42,7 @@ def searches_instead(name: str) -> str:
     return f"It is not a score but a search: use `search` {name}, with its text in `corpus`."
 
 
-DRAWS = 2  # of labels from what the model predicts, for the estimates
+DRAWS = 2  # of labels from the model's predictions, for the estimates of `damage`
 LAYOUTS = ("packed", "padded")
 ROW_STARTS = ("auto", "none")
 THRESHOLD, TOP_K, TOP_P = "threshold", "top_k", "top_p"  # how activations are made zero: see `intervention.MapSparsity`

@@ -98,7 +98,7 @@ class Document:
 
 
 def read_yaml(path: Path, kind: YamlKind) -> Document:
-    """Read a YAML file, whatever its value is; repeated keys are listed in the document.
+    """Read a YAML file with any value. Repeated keys are listed in the document.
 
     Raises:
         AvssError: the file cannot be read, is too large or nested too deeply, or is more than plain YAML. The type is
@@ -220,7 +220,7 @@ class _Values:
         if len(location) > MAX_DEPTH:
             raise kind.error(f"{where}: nested too deeply.", f"A {kind.noun} has at most {MAX_DEPTH} levels.")
         if self.count > MAX_VALUES:
-            raise kind.error(f"{where}: more than {MAX_VALUES:,} values.", "Make several files; use fewer aliases.")
+            raise kind.error(f"{where}: more than {MAX_VALUES:,} values.", "Split the file, or use fewer aliases.")
         if isinstance(node.value, str) and _HALF.search(node.value):
             raise kind.error(f"{where}: a text has half of a surrogate pair.", "Write the character in UTF-8.")
         if not self._is_known(node):

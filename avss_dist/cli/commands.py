@@ -45,18 +45,18 @@ COMMANDS = {
     "ls": Command(
         READ,
         "read",
-        "List runs, with what is kept of unfinished ones, evaluated sets of layers, or evaluations; the newest first.",
+        "List runs (with stored shards of unfinished ones), evaluated sets of layers, or evaluations, newest first.",
     ),
     "show": Command(READ, "read", "Show scores by layer, at any threshold; the lowest 25% of layers are marked."),
     "quantiles": Command(
         READ,
         "compare",
-        "Show how large activations are, by layer: quantiles of |x|, or the threshold for a given sparsity.",
+        "Show the size of activations by layer: quantiles of |x|, or the threshold for a given sparsity.",
     ),
     "compare": Command(
         READ,
         "compare",
-        "Compare layer rankings between runs: how far they agree, and what to know before believing it.",
+        "Compare layer rankings between runs: how far they agree, and findings that speak against it.",
     ),
     "contrast": Command(
         READ,
@@ -66,7 +66,7 @@ COMMANDS = {
     "findings": Command(
         READ,
         "compare",
-        "List what a careful reader would warn of: scores that track depth, noise, rounding, single units, and so on.",
+        "List findings that speak against scores: they track depth, noise, rounding, single units, and so on.",
     ),
     "scorecard": Command(
         READ, "compare", "Compare every score with the ground truth: which one finds the layers that can go."
@@ -97,7 +97,7 @@ COMMANDS = {
     "sample": Command(
         CHANGE,
         "sample",
-        "Let a causal language model write texts to fit a repair on, where no text of its later domains is at hand.",
+        "Let a causal language model write texts to fit a repair on, if no text of its domain is available.",
     ),
     "doctor": Command(ELSEWHERE, "doctor", "Check what works on this machine: devices, Ray, DeepSpeed, versions."),
     "jobs": Command(ELSEWHERE, "jobs", "Jobs on a Ray cluster."),

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @takes(CompareRequest)
 def compare(format: FormatOption = FORMATS[0], **values: Any) -> None:
-    """Compare layer rankings between runs: how far they agree, and what to know before believing it."""
+    """Compare layer rankings between runs: how far they agree, and findings that speak against it."""
     from avss_dist.analysis.findings import findings as find
     from avss_dist.analysis.findings import of_rankings
     from avss_dist.api.read import compare_runs
@@ -95,7 +95,7 @@ def findings(
     format: FormatOption = FORMATS[0],
     **values: Any,
 ) -> None:
-    """List what a careful reader would warn of: scores that track depth, noise, rounding, single units, and so on."""
+    """List findings that speak against scores: they track depth, noise, rounding, single units, and so on."""
     from avss_dist.analysis.findings import findings as find
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.compare import findings_list
@@ -124,11 +124,11 @@ def quantiles(
     run: RunsOption = None,
     format: FormatOption = FORMATS[0],
 ) -> None:
-    """Show how large activations are, by layer: quantiles of |x|, or the threshold for a given sparsity."""
+    """Show the size of activations by layer: quantiles of |x|, or the threshold for a given sparsity."""
     shares = [*(q or []), *(sparsity or [])] or [0.5, 0.9, 0.99]
     for share in shares:
         if not 0 <= share <= 1:
-            raise ConfigError(f"{share:g} is not a share.", "Write a number from 0 to 1.")
+            raise ConfigError(f"{share:g} is not a share: expected a number from 0 to 1.", "Write 0.9, for example.")
     from avss_dist.analysis.stats_findings import grouped
     from avss_dist.analysis.thresholds import quantiles as find
     from avss_dist.report.output import write_table
@@ -138,7 +138,7 @@ def quantiles(
     runs = choose_runs(opened, run or [])
     table = find(opened, runs, shares, [site])
     if not table.num_rows:
-        raise QueryError(f"No statistics of site '{site}'.", "avss query 'SELECT run_id, sites FROM runs'")
+        raise QueryError(f"No statistics of site '{site}'.", "List sites: avss query 'SELECT run_id, sites FROM runs'")
     if format != FORMATS[0]:
         return write_table(table, format, console())
     for rows in grouped(table.to_pylist(), "run_id").values():

@@ -32,7 +32,7 @@ SPELLING = {
     "layers": "--layers-path",
     "attention": "--attn-implementation",
 }
-"""Options whose names are not those of their fields."""
+"""Options by field, if their names differ from the field's."""
 PANELS = {Settings: "Measurement", Execution: "Execution"}
 LONGEST = 22  # characters of a list of names beside an option
 WORKERS = ("executor", "replicas", "address", "fresh")
@@ -275,7 +275,8 @@ def _absolute(thresholds: Sequence[str]) -> tuple[float, ...]:
     parsed = {text: parse_threshold(text) for text in thresholds}
     if relative := [text for text, (_, kind) in parsed.items() if kind != "absolute"]:
         raise ConfigError(
-            f"`thresholds` {relative[0]} is a multiple of the RMS, which is always scored.", "Write 1e-4, for example."
+            f"`thresholds` {relative[0]}: expected an absolute threshold. Multiples of the RMS are always scored.",
+            "Write 1e-4, for example.",
         )
     return tuple(value for value, _ in parsed.values())
 
@@ -321,6 +322,6 @@ def protected(text: str) -> tuple[int, int]:
         name, _, number = part.partition("=")
         require_known("end in --protect", name, ends)
         if not (number.isascii() and number.isdecimal() and len(number) < 10):
-            raise ConfigError(f"--protect {part} names no number of layers.", "Write --protect first=1,last=1.")
+            raise ConfigError(f"--protect {part}: expected a number of layers.", "Write --protect first=1,last=1.")
         ends[name] = int(number)
     return ends["first"], ends["last"]

@@ -55,7 +55,7 @@ def ls(
     warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     format: FormatOption = FORMATS[0],
 ) -> None:
-    """List runs, with what is kept of unfinished ones, evaluated sets of layers, or evaluations; the newest first."""
+    """List runs (with stored shards of unfinished ones), evaluated sets of layers, or evaluations, newest first."""
     from avss_dist.report.output import write_table
 
     opened = open_warehouse(warehouse)

@@ -15,9 +15,9 @@ from avss_dist.system.streams import emit, emit_json, say
 
 @takes(SampleRequest)
 def sample(format: TextFormatOption = TEXT_FORMATS[0], **values: Any) -> None:
-    """Let a causal language model write texts to fit a repair on, where no text of its later domains is at hand.
+    """Let a causal language model write texts to fit a repair on, if no text of its domain is available.
 
-    Stopped before it ended, the same command goes on: what was written is kept in OUTPUT.part until then.
+    A stopped command continues when it is run again: texts are kept in OUTPUT.part until it ends.
     """
     from avss_dist.models.checkpoints import resolve
     from avss_dist.models.sampling import sample as batches_of

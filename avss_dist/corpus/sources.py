@@ -77,7 +77,7 @@ class Source:
 
     Attributes:
         documents: streams its texts, or conversations.
-        fingerprint: identity of its content in 64 hex digits, whatever the tokenizer and however much of it is read.
+        fingerprint: identity of its content in 64 hex digits, independent of the tokenizer and of how much is read.
             Local files count by their bytes, wherever they lie; remote ones by path, size and time of change; Hub
             datasets by name and revision (a local dataset folder by the times of its files). Field, column, config and
             split count too.
@@ -105,7 +105,7 @@ def local_files(source: str) -> list[str]:
     A source on the hub, at a URI or with an absolute path has none.
 
     Raises:
-        CorpusError: there is no such kind of source, or no such file.
+        CorpusError: the kind of source is unknown, or a file does not exist.
     """
     source = _spelled_out(source)
     path = _kind(source).path(source)
@@ -140,7 +140,7 @@ def _relative_files(path: str) -> list[str]:
     """Return the files of a relative path, a glob or a folder; empty for an absolute path or a URI.
 
     Raises:
-        CorpusError: there is no such file.
+        CorpusError: the file does not exist.
     """
     if "://" in path or os.path.isabs(os.path.expanduser(path)):
         return []

@@ -71,8 +71,8 @@ def calibrate(
             return process.submit(_measure, checkpoint, corpus, settings, size, dict(partitions), folder).result()
         except BrokenProcessPool as error:
             raise RunFailed(
-                "The process that measures a few layers ended without a result.",
-                "It may have had too little memory. In a script, call this under: if __name__ == '__main__'.",
+                "The benchmark process ended without a result.",
+                "It may have run out of memory. In a script, call this under: if __name__ == '__main__'.",
             ) from error
 
 

@@ -54,12 +54,13 @@ class Estimate(TabularResult):
     """Estimate of a run, with a row for each partition.
 
     Attributes:
-        model, corpus: as they were named.
-        num_sequences, num_tokens, num_shards: of the plan.
-        num_parameters, num_layers, weight_bytes, dtype: of the model, see `models.size.Footprint`.
+        model, corpus: names in the request.
+        num_sequences, num_tokens, num_shards: size of the tokenized corpus.
+        num_parameters, num_layers, weight_bytes, dtype: size of the model; see `models.size.Footprint`.
         flops: floating-point operations of all forward passes; the language-model head does not run.
-        device: ``cpu`` or ``cuda``; device_free_bytes of the fullest GPU, host_free_bytes of the host.
-        rows: one for each partition, the simplest first.
+        device: ``cpu`` or ``cuda``.
+        device_free_bytes, host_free_bytes: free memory of the fullest GPU, and of the host.
+        rows: a row for each partition, the simplest first.
     """
 
     model: str

@@ -26,7 +26,7 @@ class ReplicaSpec:
     """Specification by which a worker opens its rank of a replica: model, settings and placement.
 
     Attributes:
-        head: open the language model head, too; the cells of evaluations need it.
+        head: whether to open the language model head, which the cells of evaluations need.
     """
 
     checkpoint: Checkpoint

@@ -66,7 +66,7 @@ class Plan(TabularResult):
     """Layers to drop from a model.
 
     Raises:
-        ConfigError: values that are no plan; every problem is named.
+        ConfigError: values that do not make a plan. The message has every problem.
     """
 
     model: Name
@@ -194,7 +194,7 @@ MEANINGS = {name: info.meaning for name, info in SCORES.items()} | SEARCHES
 
 
 def describe_reason(why: Mapping[str, Any], meanings: Mapping[str, str] = MEANINGS) -> str:
-    """Return a reason as text: ``by loss (what the loss rises by ...): share 0.25, last 1``.
+    """Return a reason as text: ``by loss (rise of the loss ...): share 0.25, last 1``.
 
     Args:
         meanings: meaning of each criterion.
@@ -294,7 +294,7 @@ def read_plan(path: str | Path) -> Plan:
     """Read a plan of layers from its file.
 
     Raises:
-        PlanError: the file cannot be read, or is no plan; the message names every problem with its line and key.
+        PlanError: the file cannot be read, or is not a plan. The message has every problem with its line and key.
     """
     document = read_plan_file(path)
     names = [f.name for f in fields(Plan)]
@@ -316,7 +316,7 @@ def read_plan_file(path: str | Path) -> Document:
     """Read the keys and values of a plan's file, whichever kind of plan it is.
 
     Raises:
-        PlanError: the file cannot be read, is no mapping, or repeats a key.
+        PlanError: the file cannot be read, is not a mapping, or repeats a key.
     """
     return read_yaml_mapping(Path(path), YamlKind(noun="plan", hint=_HINT, error=PlanError))
 

@@ -60,7 +60,7 @@ class Budget:
             raise PlanError(
                 f"{self.given[0]} cannot be met: with one layer left, {describe_bytes(minimum)} of "
                 f"{describe_bytes(size.weight_bytes)} stay.",
-                "Layers are all that a plan drops; quantize what is left.",
+                "Quantize the remaining layers instead.",
             )
         return 1 + sum(bytes_ < excess for bytes_ in removed)
 

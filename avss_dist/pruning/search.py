@@ -103,7 +103,7 @@ def search_for(
         return _beam(steps, size, effort.budget, 1 if choice.by == "greedy" else width)
     if effort.budget is None:
         raise ConfigError(
-            "evolve searches until its `budget` is used up, and none was given.",
+            "The search evolve needs a `budget`: it searches until it is used up.",
             f"Set it to at least {least}; a greedy search takes {sum(range(len(free) - count + 1, len(free) + 1))}.",
         )
     return _evolve(free, count, effort.budget, width, starts, choice.seed)

@@ -110,7 +110,9 @@ class Choice:
         starts = range(candidates.start, candidates.stop - number + 1)
         blocks = [tuple(range(start, start + number)) for start in starts]
         if missing := [block for block in blocks if not np.isfinite(distances.get(block, np.nan))]:
-            raise PlanError(f"Layers {missing[0][0]} to {missing[0][-1]} have no '{self.by}'.", "Measure it again.")
+            raise PlanError(
+                f"Layers {missing[0][0]} to {missing[0][-1]} have no measurement '{self.by}'.", "Measure it again."
+            )
         return min(blocks, key=distances.__getitem__)
 
     def drop(self, scores: Sequence[float] | Float64) -> tuple[int, ...]:
@@ -169,8 +171,8 @@ class Choice:
         number = int(np.searchsorted(held, mass, "right"))
         if not number:
             raise PlanError(
-                f"No layer holds as little as {mass:g} of the summed score: the least holds {held[0]:.3g}.",
-                "Allow more, or use `share` or `count`.",
+                f"No layer holds as little as {mass:g} of the summed score: the minimum is {held[0]:.3g}.",
+                "Set a larger `mass`, or use `share` or `count`.",
             )
         self._require_droppable(number, len(values))
         return number

@@ -1,4 +1,4 @@
-"""The driver: plan runs, skip what is done, execute the rest with one pool of workers, commit in the background."""
+"""Driver of runs: plans them, skips finished ones, executes the others on one pool of workers, commits results."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Driver:
 
     def _not_begun(self, run: Run) -> StorageFull:
         error = StorageFull(
-            f"Not begun: no space left on {self._store.root}.", "Free some and run the same command again."
+            f"Not begun: no space left on {self._store.root}.", "Free some space and run the same command again."
         )
         error.run_id = run.run_id
         return error

@@ -86,7 +86,7 @@ class JobFile:
     def refuse_unused(self, **options: bool) -> None:
         """Raise ConfigError for options of an experiment if the file has none."""
         if self.experiment is None and (named := [name for name, value in options.items() if value]):
-            raise ConfigError(f"`{named[0]}` is for an experiment, and {self.path} has none.", "Leave it out.")
+            raise ConfigError(f"`{named[0]}` applies to an experiment; {self.path} has none.", "Leave it out.")
 
 
 def job_schema() -> dict[str, Any]:

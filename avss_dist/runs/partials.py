@@ -100,7 +100,7 @@ def _read_block(store: Store, run_id: str, expected: Expected) -> MergedPartials
             shard = next(shards, None)
             if shard is None or shard.shard_id != shard_id:
                 raise RunFailed(
-                    f"The partial of shard {shard_id} was written, and is damaged now.",
+                    f"The partial of shard {shard_id} is damaged or missing.",
                     "Run the same command again: it measures that shard again, and keeps the others.",
                 )
             summary.add(shard)

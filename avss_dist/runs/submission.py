@@ -305,8 +305,8 @@ def _local_files(job: JobFile) -> list[str]:
         raise ConfigError("\n".join([f"{job.path} cannot be submitted.", *problems]))
     if (size := sum(os.path.getsize(file) for file in files)) > MOST_BYTES:
         raise ConfigError(
-            f"The files of {job.path} have {size:,} bytes; at most {MOST_BYTES:,} travel with a job.",
-            "Put them where the cluster can read them, and give the absolute path or the URI.",
+            f"The files of {job.path} have {size:,} bytes; at most {MOST_BYTES:,} can be sent with a job.",
+            "Put them where the cluster can read them, and write the absolute path or URI.",
         )
     return sorted(files)
 

@@ -29,12 +29,14 @@ def require_access(name: str, kind: str) -> None:
     except HFValidationError:
         named = False
     if not named:
-        raise ConfigError(f"'{name}' is no name of a {kind} on the hub.", "Write ORG/NAME.")
+        raise ConfigError(f"'{name}' is not the name of a {kind} on the hub: expected ORG/NAME.", "Write ORG/NAME.")
     if constants.HF_HUB_OFFLINE:
-        raise ConfigError(f"{name} is on the hub, and HF_HUB_OFFLINE is set.", "Unset it, or keep the result here.")
+        raise ConfigError(
+            f"{name} cannot be uploaded to the hub: HF_HUB_OFFLINE is set.", "Unset it, or leave the upload out."
+        )
     if not get_token():
         raise ConfigError(
-            f"To write {name} on the hub takes a token, and there is none.",
+            f"{name} cannot be uploaded to the hub without a token.",
             "Log in with `hf auth login`, or set HF_TOKEN to a token that may write.",
         )
 

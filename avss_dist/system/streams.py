@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 _UNWRITABLE = (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT, errno.EBADF)
 QUIET, USUAL, VERBOSE = range(3)
-_verbosity = USUAL  # of the process: threads report, too
-WIDTH = 132  # of tables where standard output is no terminal: wide enough for a whole one
+_verbosity = USUAL  # of the process, as threads report as well
+WIDTH = 132  # of tables if standard output is not a terminal: wide enough for every table
 
 
 def prepare() -> None:

@@ -426,4 +426,4 @@ def test_of_several_runs_the_newest_is_named(scored: Warehouse, tmp_path: Path) 
     result = avss(
         "plan", "-w", scored.root, "--by", "random", "--protect", f"first={10**20}", "-o", tmp_path / "plan.yaml"
     )
-    assert result.exit_code == 2 and "names no number of layers" in result.stderr
+    assert result.exit_code == 2 and "expected a number of layers" in result.stderr

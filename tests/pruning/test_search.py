@@ -177,7 +177,7 @@ def test_a_set_is_made_from_the_base_that_shares_most_of_its_pass() -> None:
         ({"by": "beam", "count": 1}, {"budget": 7}, "at least 8"),
         ({"by": "beam", "count": 2, "first": 3}, {"budget": 5}, "at least 6"),
         ({"by": "evolve", "count": 2}, {"budget": 9}, "at least 10"),
-        ({"by": "evolve", "count": 2}, {}, "none was given.*\n.*a greedy search takes 15"),
+        ({"by": "evolve", "count": 2}, {}, "needs a `budget`.*\n.*a greedy search takes 15"),
     ],
 )
 def test_what_cannot_make_a_step_is_refused(choice: dict[str, Any], effort: dict[str, Any], words: str) -> None:

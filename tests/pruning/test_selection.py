@@ -131,7 +131,7 @@ def test_a_block_without_a_distance_is_named(gap: float | None) -> None:
     del distances[3, 4]
     if gap is not None:
         distances[3, 4] = gap
-    with pytest.raises(PlanError, match=f"Layers 3 to 4 have no '{BLOCK_DISTANCE}'"):
+    with pytest.raises(PlanError, match=f"Layers 3 to 4 have no measurement '{BLOCK_DISTANCE}'"):
         Choice(by=BLOCK_DISTANCE, contiguous=True, count=2).drop_block(distances, 6)
     assert Choice(by=BLOCK_DISTANCE, contiguous=True, count=2, last=2).drop_block(distances, 6) == (0, 1)
 
@@ -148,7 +148,7 @@ def test_the_lowest_that_hold_at_most_a_mass(mass: float, dropped: tuple[int, ..
 def test_a_mass_is_of_all_layers_and_drops_those_that_are_not_protected() -> None:
     assert Choice(by="avss", mass=0.5, first=1).drop([2.0, 5.0, 1.0, 8.0]) == (1, 2)
     with pytest.raises(
-        PlanError, match=r"No layer holds as little as 0\.06 of the summed score: the least holds 0\.0625"
+        PlanError, match=r"No layer holds as little as 0\.06 of the summed score: the minimum is 0\.0625"
     ):
         Choice(by="avss", mass=0.06).drop([2.0, 5.0, 1.0, 8.0])
     with pytest.raises(PlanError, match="1 layers would be dropped, but only 0 of 4"):

@@ -134,7 +134,7 @@ execution:
         ),
         (
             "warehouse: w\nmodels:\n- {model: a, revisions: {from: 0, to: 1000000000}}\ncorpora: [builtin:pydoc]\n",
-            ["3: revisions: a range goes up from 'from' to 'to' in at most 10,000 steps."],
+            ["3: revisions: invalid range: expected 'from' up to 'to' in at most 10,000 steps."],
         ),
         (
             "warehouse: w\nmodels:\n- model: a\n  ranks: 2\ncorpora: [builtin:pydoc]\n",

@@ -22,8 +22,8 @@ from avss_dist.executors.ray.worker import Assignment, Worker
 from avss_dist.partition.base import Placement
 
 _OWN_THREADS = {"unused": 1}
-"""Ray runs the calls of an actor with a concurrency group in threads of their own. One that runs in the main thread is
-in the way of those that come after it: Ray does not see them yet, and cannot cancel them."""
+"""A concurrency group makes Ray run the calls of an actor in threads of their own. A call in the main thread would
+block later calls, which Ray could then not cancel."""
 
 
 class Gang:
@@ -73,7 +73,7 @@ class Gang:
         for name, worker in zip(self.names, self._workers, strict=True):
             if name not in self._processes:
                 known = ray._private.state.actors(worker._actor_id.hex())
-                if known.get("Pid"):  # the only ones who know of a process that does not answer yet
+                if known.get("Pid"):  # no other interface of Ray knows processes that do not answer yet
                     self._processes[name] = known["Address"]["NodeID"], known["Pid"]
         return self._processes.keys()
 

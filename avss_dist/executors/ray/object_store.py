@@ -16,7 +16,7 @@ from avss_dist.intervention import EncodedPatch
 
 MOST_SHARED = 2  # patches, or blocks of shards, that are held at once: units that need the same one are consecutive
 BLOCK_SHARDS = 16  # consecutive shards, as one object
-SENT_BYTES = 64_000  # of tokens that travel with a call; Ray itself puts what is over 100 KB into the object store
+SENT_BYTES = 64_000  # of tokens that travel with a call; Ray puts arguments over 100 KB into the object store
 
 
 @dataclass(frozen=True)

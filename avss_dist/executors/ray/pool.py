@@ -349,7 +349,7 @@ class Pool:
             why: reason that counts as a failure of the units; None does not count.
             failed: round that failed. Without one, no round of several is taken to have failed: their units are then
                 measured one by one, which shows the failing one.
-            hangs: kill the processes by a signal, too.
+            hangs: whether to kill the processes by a signal.
         """
         gang.stop(hangs=hangs)
         rounds = list(self._rounds.rounds_of(gang))

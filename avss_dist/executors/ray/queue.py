@@ -30,7 +30,7 @@ LATE_FACTOR = 2.0  # times the median of units of its kind, after which an idle 
 LATE_SECONDS = 2.0  # and at least this
 ROUND_SECONDS = 1.0  # of work that a round has where units are short: a call takes as long for one as for several
 MOST_NAMED = 10  # shards that a line names one by one
-ROUND_FRACTION = 16  # and at most this fraction of a gang's part of what is pending, so that all end together
+ROUND_FRACTION = 16  # at most this fraction of a gang's part of the pending shards, so that all gangs end together
 
 Unit = TypeVar("Unit", bound=Shard | Cell)
 
