@@ -20,6 +20,7 @@ Packages, from the top down. Imports only go down::
     stats        LayerStats and its merge, scores, rankings
     requests     the request of each command; options: options and keywords made from it; results: tables
     system       devices, memory, versions, doctor
+    intervention what is changed in a model before it answers: layers, weights, sparsity
     settings     every default; validation: classes that check their values
     text         formatting and parsing for people; errors: error classes
     registry     partitions and scores, with their capabilities
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
         WarehouseError,
     )
     from avss_dist.estimation.estimate import Estimate
-    from avss_dist.evaluation.outcomes import Ablation, Evaluations
+    from avss_dist.evaluation.ablate import Ablation
+    from avss_dist.evaluation.evaluate import Evaluations
     from avss_dist.evaluation.shrink import Shrunk
     from avss_dist.pruning.plan import Plan
     from avss_dist.report.terminal.progress import Progress
@@ -55,7 +57,7 @@ if TYPE_CHECKING:
     from avss_dist.settings import Execution, Settings
     from avss_dist.warehouse.reader import Warehouse
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Ablation",
     "AvssError",
@@ -103,7 +105,8 @@ _HOMES = {
         "WarehouseError",
     ),
     "estimation.estimate": ("Estimate",),
-    "evaluation.outcomes": ("Ablation", "Evaluations"),
+    "evaluation.ablate": ("Ablation",),
+    "evaluation.evaluate": ("Evaluations",),
     "evaluation.shrink": ("Shrunk",),
     "pruning.plan": ("Plan",),
     "report.terminal.progress": ("Progress",),

@@ -300,7 +300,7 @@ class SparsifyRequest(RunRequest):
     rule: Annotated[str, OneOf(SPARSITY_RULES)] = SPARSITY_RULES[0]
     """Tokens at which activations become zero."""
     pattern: str | None = None
-    """N:M: keep the N largest of every M units."""
+    """Pattern such as 2:4: keep the 2 largest of every 4 units."""
     corrections: Count = 0
     """Passes that correct the thresholds, each with the plan applied."""
     corpus: Text | None = None

@@ -82,7 +82,7 @@ def choose_layers(opened: Warehouse, row: Mapping[str, Any], request: PlanReques
 
 def _count(run: Mapping[str, Any], budget: Budget, how: Mapping[str, Any]) -> int:
     """Return the number of layers to drop to meet a budget."""
-    from avss_dist.evaluation.sizes import run_size
+    from avss_dist.evaluation.subjects import run_size
 
     if given := [name for name in ("share", "count", "mass") if how.get(name) is not None]:
         raise ConfigError(f"{budget.given[0]} and `{given[0]}` are mutually exclusive.", "Keep one.")
@@ -161,7 +161,7 @@ def prune(request: PruneRequest) -> Pruned:
         require_access(push, "model")
     fitted: Repair | Repaired | None = wanted
     if wanted is not None and warehouse is not None:
-        from avss_dist.evaluation.kept_repair import kept_repair
+        from avss_dist.evaluation.repairs import kept_repair
 
         where: dict[str, Any] = {"warehouse": warehouse, "execution": execution, "reporter": request.reporter}
         fitted = kept_repair(model, plan, wanted, output, **where)

@@ -10,7 +10,6 @@ from avss_dist.estimation import estimate as estimating
 from avss_dist.evaluation import ablate as ablating
 from avss_dist.evaluation import evaluate as evaluating
 from avss_dist.evaluation.experiment import run_experiment
-from avss_dist.evaluation.outcomes import Ablation, Evaluations
 from avss_dist.options import keywords, request_values
 from avss_dist.requests import AblateRequest, EstimateRequest, EvaluateRequest, JobRequest
 from avss_dist.results import Table, TabularResult
@@ -26,13 +25,13 @@ def estimate(request: EstimateRequest) -> estimating.Estimate:
 
 
 @keywords(AblateRequest)
-def ablate(request: AblateRequest) -> Ablation:
+def ablate(request: AblateRequest) -> ablating.Ablation:
     """Measure the effect of each layer on the loss of a model, and store it. Stored results are not measured again."""
     return ablating.ablate(reporter=request.reporter, **request_values(request), **request.given)
 
 
 @keywords(EvaluateRequest)
-def evaluate(request: EvaluateRequest) -> Evaluations:
+def evaluate(request: EvaluateRequest) -> evaluating.Evaluations:
     """Evaluate models and plans on tasks, each compared with its whole model. Stored results are not measured again.
 
     A plan is a file that ends in .yaml or .yml. The results are stored in a warehouse.

@@ -157,13 +157,14 @@ def scorecard(
     """Compare every score with the ground truth: which one finds the layers that can go."""
     from avss_dist.analysis.scorecard import best_readings, score_cards
     from avss_dist.report.output import write_table
-    from avss_dist.report.terminal.scorecard import scorecard_tables
+    from avss_dist.report.scorecards import scorecard_sections
+    from avss_dist.report.terminal.tables import rendered
 
     opened = open_warehouse(warehouse)
     cards = score_cards(opened, choose_runs(opened, run or [], every=True))
     selected = cards if every else best_readings(cards)
     if format == "table":
-        console().print(scorecard_tables(selected))
+        console().print(rendered(*scorecard_sections(selected)))
     else:
         write_table(selected, format, console())
 

@@ -26,8 +26,9 @@ def contrast(
     value, kind = parse_threshold(request.threshold)
 
     from avss_dist.analysis.contrast import contrast as contrast_run
+    from avss_dist.report.contrasts import contrast_section
     from avss_dist.report.output import write_table
-    from avss_dist.report.terminal.contrast import contrast_tables
+    from avss_dist.report.terminal.tables import rendered
 
     opened = open_warehouse(str(request.warehouse))
     result = contrast_run(
@@ -41,7 +42,8 @@ def contrast(
         truthful=request.truthful,
     )
     if format == "table":
-        console().print(contrast_tables(result))
+        label = f"{result.reading['model']}  ({result.reading['run_id']})"
+        console().print(rendered(contrast_section(label, result)))
         return
     write_table(result.predictions if predictions else result.layers, format, console())
     for line in result.findings:

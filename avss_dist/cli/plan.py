@@ -82,9 +82,9 @@ def _run(opened: Warehouse, request: PlanRequest) -> tuple[dict[str, Any], list[
 
 def _choose(opened: Warehouse, row: Mapping[str, Any], values: Mapping[str, Any]) -> Plan:
     from avss_dist.api.change import choose_layers
-    from avss_dist.report.terminal.progress import SearchProgress
+    from avss_dist.report.terminal.progress import CellProgress
 
-    with SearchProgress() as progress:
+    with CellProgress() as progress:
         chosen, result = choose_layers(opened, row, PlanRequest(reporter=progress, **values))
     if result:
         from avss_dist.report.terminal.search import search_table
@@ -95,7 +95,7 @@ def _choose(opened: Warehouse, row: Mapping[str, Any], values: Mapping[str, Any]
 
 def _saved(run: Mapping[str, Any], plan: Plan) -> list[str]:
     """Return a line on what a plan saves, if the checkpoint is on this machine."""
-    from avss_dist.evaluation.sizes import known_size
+    from avss_dist.evaluation.subjects import known_size
     from avss_dist.pruning.savings import Savings
 
     size = known_size(run) if plan.drop else None

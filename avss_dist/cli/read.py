@@ -135,15 +135,16 @@ def show(
 def _show_experts(opened: Warehouse, runs: Sequence[Mapping[str, Any]], format: str) -> None:
     """Print a table of each run's experts, or their rows."""
     from avss_dist.analysis.experts import require_experts
+    from avss_dist.report.experts import experts_section
     from avss_dist.report.output import write_table
-    from avss_dist.report.terminal.experts import experts_table
+    from avss_dist.report.terminal.tables import rendered
 
     experts = [(row, require_experts(opened, row["run_id"])) for row in runs]
     if format != FORMATS[0]:
         write_table(opened.table("expert_stats", run_ids=[row["run_id"] for row in runs]), format, console())
         return
     for row, layers in experts:
-        console().print(experts_table(row, layers))
+        console().print(rendered(experts_section(f"{row['model']}  ({row['run_id']})", row, layers)))
 
 
 def _show(runs: Sequence[Mapping[str, Any]], scores: pa.Table) -> None:

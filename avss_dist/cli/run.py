@@ -102,13 +102,14 @@ def _run(job: JobFile, format: str, options: dict[str, Any]) -> int:
 
 def _experiment(job: JobFile, format: str, options: dict[str, Any]) -> int:
     from avss_dist.evaluation.experiment import run_experiment
-    from avss_dist.report.terminal.experiment import experiment_tables
+    from avss_dist.report.experiments import experiment_sections
     from avss_dist.report.terminal.progress import CellProgress, run_progress
+    from avss_dist.report.terminal.tables import rendered
 
     with run_progress(len(job.specs)) as reporter:
         runs, rows = run_experiment(job, reporter=reporter, cells=CellProgress(), **options)
     if format == FORMATS[0]:
-        console().print(experiment_tables(rows))
+        console().print(rendered(*experiment_sections(rows)))
     else:
         _write_rows(rows, format)
     failed = [run for run in runs if run.status == "failed"]

@@ -33,8 +33,9 @@ def sparsify(
     The run must have measured the inputs of linear maps: avss score --site inputs.
     """
     from avss_dist.api.change import sparsify as choose
+    from avss_dist.report.sparsity import thresholds_table
     from avss_dist.report.terminal.progress import CellProgress
-    from avss_dist.report.terminal.sparsity import thresholds_table
+    from avss_dist.report.terminal.tables import FittedTable
 
     require_known("`format`", format, FORMATS)
     request = SparsifyRequest(**values)
@@ -46,7 +47,7 @@ def sparsify(
     if as_json:
         emit_json({"output": str(output), **asdict(plan)})
         return
-    console().print(thresholds_table(plan))
+    console().print(FittedTable(thresholds_table(plan)))
     emit("\n  ".join([f"{output}:", *plan.describe(), *newest_of(opened, request.run)]))
     if format == FORMATS[0]:
         emit(f"  {evaluation_hint(opened, row, output)}")

@@ -22,6 +22,7 @@ import torch
 from support.causal_lm import SMALL, opened, random_shard
 
 from avss_dist.errors import AvssError, BatchTooLarge, ModelError, RunFailed
+from avss_dist.evaluation.events import CellDone, Event
 from avss_dist.evaluation.sparsify import sparsify
 from avss_dist.executors.base import Executor
 from avss_dist.executors.local import LocalExecutor
@@ -274,10 +275,9 @@ def test_a_cell_beats_whenever_a_layer_begins_and_leaves_no_trace(tiny_llama: Pa
 class Death:
     """Kills the driver of an allocation after its first cell."""
 
-    def started(self, cells: Sequence[Cell], done: int) -> None: ...
-    def underway(self, cell: Cell, what: str, share: float) -> None: ...
-    def advanced(self, cell: Cell) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, CellDone):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.usefixtures("cluster")
