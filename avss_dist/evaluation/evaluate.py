@@ -27,7 +27,7 @@ from avss_dist.evaluation.tasks import make_task, row_start_task
 from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.names import PERPLEXITY, REALIZED, ROW_START, TRUTHFULQA
-from avss_dist.options import EvaluationOptions, Prompting, with_options
+from avss_dist.options import EvaluationOptions, PromptOptions, with_options
 from avss_dist.results import TabularResult
 from avss_dist.runs.corpora import corpus_problems
 from avss_dist.settings import DEFAULT_WAREHOUSE, Settings
@@ -43,7 +43,7 @@ _TAKEN_BY = {
     **dict.fromkeys(("shuffle_seed", "chat_template"), (PERPLEXITY,)),
     "skip_questions": (TRUTHFULQA,),
     "limit": (TRUTHFULQA, HARNESS),
-    **{field.name: (HARNESS,) for field in fields(Prompting)},
+    **{field.name: (HARNESS,) for field in fields(PromptOptions)},
 }
 COLUMNS = (
     "subject",
@@ -140,7 +140,7 @@ def evaluate(
         skip_questions: questions of TruthfulQA that are not asked, the first ones.
         limit: documents of lm-evaluation-harness, questions of TruthfulQA, at most.
         num_fewshot, apply_chat_template, system_instruction, fewshot_as_multiturn: what stands around each document of
-            lm-evaluation-harness, as `options.Prompting` has it.
+            lm-evaluation-harness, as `options.PromptOptions` has it.
         sparse: a sparsity plan, which every subject is evaluated with, too.
         base: the model that the models among the subjects were made of, which is evaluated too; by default the one that
             the model card of a pruned checkpoint names.
@@ -151,7 +151,7 @@ def evaluate(
         AvssError: a mistake, or a cell that failed (`RunFailed`); what was measured is kept.
     """
     settings, execution = evaluation_options(dict(options))
-    prompting = Prompting(
+    prompting = PromptOptions(
         num_fewshot=num_fewshot,
         apply_chat_template=apply_chat_template,
         system_instruction=system_instruction,

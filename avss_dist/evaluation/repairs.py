@@ -85,7 +85,7 @@ class FitRepair:
             layers=self.layers,
             drop=whole_layers(intervention.removed),
         )
-        stored = StoredWeights.of(of, made, settings).read
+        stored = StoredWeights.of_checkpoint(of, made, settings).read
         repair = replace(self.repair, settings=settings)
         parallel = DataParallel(model.local_indices, model.all_reduce)
         found = fit_repair(of, hidden_states_of(model), made, repair, self.texts, stored, parallel)

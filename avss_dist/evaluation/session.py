@@ -400,7 +400,7 @@ def evaluation_options(options: Mapping[str, Any]) -> tuple[Settings, Execution]
         if given[name] != default[name]
     ]
     if problems:
-        raise ConfigError.of(problems)
+        raise ConfigError.combine(problems)
     return settings, execution
 
 

@@ -40,7 +40,7 @@ from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
 from avss_dist.names import PERPLEXITY
-from avss_dist.options import Prompting, ShrinkingOptions, with_options
+from avss_dist.options import PromptOptions, ShrinkingOptions, with_options
 from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.record import RepairRecord
@@ -426,7 +426,7 @@ def _plan_task(model: PlacedModel, name: str, request: Shrinking, parts: Parts) 
         model.settings,
         skip_sequences=parts.scored,
         limit=request.limit,
-        prompting=Prompting(num_fewshot=request.num_fewshot),
+        prompting=PromptOptions(num_fewshot=request.num_fewshot),
     )
     return model.plan(task)
 

@@ -8,7 +8,7 @@ from avss_dist.errors import CorpusError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.names import PERPLEXITY, ROW_START, TRUTHFULQA
-from avss_dist.options import AS_THE_TASK_SAYS, Prompting
+from avss_dist.options import DEFAULT_PROMPT, PromptOptions
 from avss_dist.settings import Settings
 from avss_dist.tasks.base import Task, TextLoss
 from avss_dist.tasks.row_start import RowStartLoss
@@ -26,7 +26,7 @@ def make_task(
     skip_sequences: int = 0,
     skip_questions: int = 0,
     limit: int | None = None,
-    prompting: Prompting = AS_THE_TASK_SAYS,
+    prompting: PromptOptions = DEFAULT_PROMPT,
 ) -> Task:
     """Return a task by its name.
 

@@ -26,7 +26,7 @@ from avss_dist.models.sparsifying import SparsityCounts, sparsified
 from avss_dist.models.sublayers import find_obstacles, require_sublayers, without_sublayers
 from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.system.devices import sent
+from avss_dist.system.devices import to_device
 
 PROBE_TOKENS = 16
 
@@ -225,8 +225,8 @@ class LanguageModel:
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """[rows, tokens, units], on the model's device: what its head is given; gradients follow the caller's mode."""
-        input_ids = sent(batch.input_ids, self.device, torch.int64)
-        padded = {} if batch.attention_mask.all() else {"attention_mask": sent(batch.attention_mask, self.device)}
+        input_ids = to_device(batch.input_ids, self.device, torch.int64)
+        padded = {} if batch.attention_mask.all() else {"attention_mask": to_device(batch.attention_mask, self.device)}
         run = partial(self.call, input_ids=input_ids, use_cache=False, **padded)
         return self.head.hidden_states(run).to(self.device)
 
@@ -267,7 +267,7 @@ class LanguageModel:
         rows, before = predicted(batch).nonzero()
         labels = batch.input_ids[rows, before + 1]
         places = rows * batch.input_ids.shape[1] + before
-        return sent(places, self.device), sent(labels, self.device, torch.int64)
+        return to_device(places, self.device), to_device(labels, self.device, torch.int64)
 
     def losses_under(self, batches: Sequence[Batch], interventions: Sequence[Intervention]) -> list[Float64]:
         """Return for each intervention float64[rows]: `losses` of all batches.
@@ -326,7 +326,7 @@ class LanguageModel:
     def loss_gradients(self, hidden: torch.Tensor, batch: Batch, draws: int = 0, seed: int = 0) -> torch.Tensor:
         """Of summed losses at `hidden_states`, [1 + draws, *hidden.shape]: of the text's labels, then each draw's."""
         places, labels = self._predicted(batch)
-        uniform = sent(uniform_numbers(batch, draws, seed)[:, predicted(batch)], self.device)
+        uniform = to_device(uniform_numbers(batch, draws, seed)[:, predicted(batch)], self.device)
         given = hidden.flatten(0, 1).index_select(0, places)
         found = given.new_empty((1 + draws, *given.shape))
         for piece in self.pieces(len(given)):

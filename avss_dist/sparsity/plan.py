@@ -139,7 +139,7 @@ class SparsityPlan:
                 said = f"`pattern` {self.pattern} does not divide the {wrong[0].inputs} inputs of {wrong[0].map}."
                 problems.append(PlanError(said))
         if problems:
-            raise ConfigError.of(problems)
+            raise ConfigError.combine(problems)
 
     @property
     def group(self) -> tuple[int, int]:

@@ -315,7 +315,7 @@ def rows_of(warehouse: Path, task: str) -> list[dict[str, Any]]:
     [
         (["--search", "evolve", "--corpus", TEXT, "--sublayers"], "Search --sublayers by greedy or beam"),
         (["--by", "block_influence", "--sublayers"], "--sublayers has no effect without a search"),
-        (["--search", "greedy"], "A search measures losses on text, and there is none"),
+        (["--search", "greedy"], "--search needs text to measure losses on"),
         (["--search", "gredy", "--corpus", TEXT], "greedy"),
         (["--search", "greedy", "--corpus", TEXT, "--budget", 5], "--budget 5 does not suffice"),
         (["--search", "greedy", "--corpus", TEXT, "--by", "block_influence"], "begins with the whole model"),

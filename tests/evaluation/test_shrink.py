@@ -244,7 +244,7 @@ def test_the_command_prints_the_curve(deep: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"share": 0.25, "keep": 0.9}, "`share` and `keep` both say"),
+        ({"share": 0.25, "keep": 0.9}, "`share` and `keep` are mutually exclusive"),
         ({"share": 1.5}, "`share` must be less than 1"),
         ({"by": "avs"}, "Did you mean 'avss'"),
         ({"repair": "none", "repair_corpora": (TEXT,)}, "`repair_corpora` has no effect"),
