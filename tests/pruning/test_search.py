@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from avss_dist.errors import ConfigError
-from avss_dist.intervention import Removals, can_be_added, encode_removals, joined, size_removed, sublayers_of
+from avss_dist.intervention import Removal, Removals, can_be_added, encode_removals, joined, size_removed, sublayers_of
 from avss_dist.pruning.search import Effort, Expansion, search_for
 from avss_dist.pruning.selection import Choice, PlanError
 
@@ -121,7 +121,7 @@ def test_sublayers_are_halves_of_layers(seed: int, layers: int, data: st.DataObj
         numbers = encode_removals(drop)
         return sum(weights[one] for one in drop) + 0.3 * float(np.sin([sum(numbers), max(numbers) % 7]).sum())
 
-    def larger(drop: Removals, among: Iterable[int]) -> list[Removals]:
+    def larger(drop: Removals, among: Iterable[Removal]) -> list[Removals]:
         return [joined([*drop, one]) for one in among if can_be_added(one, drop)]
 
     every: list[set[Removals]] = [{()}]
