@@ -29,7 +29,7 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.patching import decode_patch, encode_patch
 from avss_dist.names import REPAIR
 from avss_dist.partition.base import Placement
-from avss_dist.partition.copies import shared
+from avss_dist.partition.copies import with_copies
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fitter import DataParallel
 from avss_dist.pruning.repair.hidden_states import hidden_states_of
@@ -174,7 +174,7 @@ def plan_fits(
             checkpoint=checkpoint,
             settings=repair.settings,
             task=task,
-            placement=shared(placement, min(copies, batches)),
+            placement=with_copies(placement, min(copies, batches)),
         )
     return planned
 
