@@ -91,7 +91,7 @@ class LanguageModel:
                 self.head: Head = find_head(self.module, self.layers, device)
         except (TypeError, ValueError, AttributeError) as error:  # of the model's own code
             name = type(self.module).__name__
-            raise ModelError(f"{name} predicts nothing of token ids alone: {first_line(error)}") from error
+            raise ModelError(f"{name} cannot predict from token ids alone: {first_line(error)}") from error
         self.forms = recorded.forms
 
     @property

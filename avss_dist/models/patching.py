@@ -43,7 +43,7 @@ def patched(layers: Sequence[Layer], patch: Patch) -> Iterator[None]:
     changed = {layers[layer].module.get_parameter(path): value for (layer, path), value in patch.items()}
     if any(parameter.is_meta or parameter.shape != value.shape for parameter, value in changed.items()):
         raise ModelError(
-            "The weights of a layer that is repaired are kept off the devices that compute, and cannot be changed.",
+            "The weights of a repaired layer are offloaded or partitioned, and cannot be changed in place.",
             "Use `partition` single, or device_map with more `max_memory`.",
         )
     with replaced_parameters(changed):

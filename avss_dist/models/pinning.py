@@ -66,6 +66,6 @@ def _known_dtype(named: Any, checkpoint: Checkpoint) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise ModelError(
             f"The config.json of '{checkpoint.name}' names the dtype {named!r}, which torch does not have.",
-            "Set `dtype`, or mend that file.",
+            "Set `dtype`, or correct config.json.",
         )
     return dtype

@@ -21,7 +21,7 @@ from avss_dist.settings import Settings
 # What quantizers raise where a package or a device is not here, or over settings that they cannot read.
 _REFUSALS = (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError)
 KEYS = ("quantization_config", "compression_config")  # of config.json
-_ELSEWHERE = "Compute where there is what it needs"
+_ELSEWHERE = "Use a machine that has what it needs"
 
 
 def quantization_settings(config: Any) -> Any:
@@ -157,8 +157,8 @@ def require_known(checkpoint: Checkpoint, method: str) -> None:
 
     if method not in AUTO_QUANTIZER_MAPPING and not method.startswith("bitsandbytes"):
         raise ModelError(
-            f"'{checkpoint.name}' is quantized by '{method}', which transformers does not know: its weights would be "
-            "read as what they are not.",
+            f"'{checkpoint.name}' is quantized by '{method}', which transformers does not know and "
+            "would load as unquantized weights.",
             "Is the config.json right? A newer method needs a newer transformers: pip install -U transformers.",
         )
 
@@ -172,7 +172,7 @@ def _quantizer(checkpoint: Checkpoint, config: Any, method: str) -> Any:
         return AutoHfQuantizer.from_config(copy.deepcopy(quantization_settings(config)), pre_quantized=True)
     except ImportError as error:
         raise ModelError(
-            f"'{checkpoint.name}' is quantized ({method}), which needs a package that is not here: {first_line(error)}"
+            f"'{checkpoint.name}' is quantized ({method}), which needs a package that is not installed: {first_line(error)}"
         ) from error
     except _REFUSALS as error:
         raise ModelError(

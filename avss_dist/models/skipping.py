@@ -198,7 +198,7 @@ class Skip:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hidden = input_tensor(args, kwargs)
         if hidden is None:
-            raise ModelError(f"Layer {self._layer.index} ({self._layer.name}) is given no hidden states.")
+            raise ModelError(f"Layer {self._layer.index} ({self._layer.name}) is called without hidden states.")
         if self.form is not None:
             return identity_forward(self.form, hidden)
         before = hidden.clone()  # which a layer may change

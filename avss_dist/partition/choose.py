@@ -151,7 +151,7 @@ def require_room_for_a_layer(needed: int, limit: int | None) -> None:
     if limit is not None and limit < needed:
         raise ConfigError(
             f"`max_memory` leaves {describe_bytes(limit)} of host memory for weights; streaming needs "
-            f"{describe_bytes(needed)} for one layer and what stays beside it.",
+            f"{describe_bytes(needed)} for one layer and the weights outside of layers.",
             f"Allow {(needed - limit) // 10**6 + 1} MB more.",
         )
 

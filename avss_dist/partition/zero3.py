@@ -81,8 +81,8 @@ class Zero3Replica(BatchwiseReplica):
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
         if checkpoint.gguf:
             raise ConfigError(
-                f"'{checkpoint.name}' is a .gguf file: transformers unpacks it whole in every process, which is what "
-                "zero3 is there to avoid.",
+                f"'{checkpoint.name}' is a .gguf file: transformers unpacks the whole model in every process, so that "
+                "zero3 would save no memory.",
                 "Use `partition` single, device_map or tensor_parallel, or convert it to safetensors.",
             )
         require_group(placement)

@@ -78,7 +78,7 @@ class MapPlan:
             message = f"`value` {self.value:g} leaves none of the {self.inputs} units of a token."
             raise PlanError(message, "Keep one at least.")
         if self.by == TOP_P and self.value > 1:
-            raise PlanError(f"`value` {self.value:g} is no share of a sum.", "It is between 0 and 1.")
+            raise PlanError(f"`value` {self.value:g} is not a share of a sum.", "Expected a number from 0 to 1.")
 
 
 @checked

@@ -256,7 +256,7 @@ def _load(part: HarnessPart) -> Any:
         loaded = manager.load([spec])
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
-            raise TaskError(f"Task '{name}' runs the code that a model writes; that is not done here.")
+            raise TaskError(f"Task '{name}' runs the code that a model writes, which is not supported.")
         if getattr(task, "MULTIMODAL", False):
             raise TaskError(f"Task '{name}' has images or sounds; only text is evaluated.")
         task_shots = task.get_config("num_fewshot")
