@@ -32,7 +32,7 @@ from avss_dist.results import TabularResult
 from avss_dist.runs.corpora import corpus_problems
 from avss_dist.settings import DEFAULT_WAREHOUSE, Settings
 from avss_dist.sparsity.plan import SparsityPlan
-from avss_dist.sparsity.realized import Realized
+from avss_dist.sparsity.realized import RealizedSparsity
 from avss_dist.stats.row_start import RowStarts
 from avss_dist.tasks.base import Result
 from avss_dist.text import RedactedURI
@@ -265,14 +265,14 @@ def _row_starts(compared: Iterable[tuple[PlannedTask, Sequence[Result]]]) -> Ite
             yield sentence
 
 
-def realized(plan: SparsityPlan, results: Iterable[Result], intervention: Intervention) -> Realized | None:
+def realized(plan: SparsityPlan, results: Iterable[Result], intervention: Intervention) -> RealizedSparsity | None:
     """Return how near the linear maps of a sparsity plan came to their sparsity under an intervention that has it."""
     measured = {
         (one.layer, one.metric.removeprefix(REALIZED)): one.value
         for one in results
         if one.layer is not None and one.intervention == intervention.key and one.metric.startswith(REALIZED)
     }
-    return Realized.of(plan, measured)
+    return RealizedSparsity.compare(plan, measured)
 
 
 def _refuse_overlaps(subjects: Sequence[Subject], planned: Mapping[_Key, PlannedTask], warehouse: Warehouse) -> None:

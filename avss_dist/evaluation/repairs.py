@@ -28,7 +28,7 @@ from avss_dist.models.patching import decode_patch, encode_patch
 from avss_dist.models.size import load_skeleton
 from avss_dist.names import REPAIR
 from avss_dist.partition.base import Placement
-from avss_dist.partition.copies import shared
+from avss_dist.partition.copies import with_copies
 from avss_dist.pruning.checkpoint import require_free, require_prunable
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fitter import DataParallel, find_cuts
@@ -147,7 +147,7 @@ def plan_fits(model: PlacedModel, layers: str, repairs: Iterable[Repair], copies
             checkpoint=checkpoint,
             settings=repair.settings,
             task=Task(name=name, parts=(FitRepair(repair=repair, layers=layers, texts=texts),)),
-            placement=shared(placement, min(copies, batches)),
+            placement=with_copies(placement, min(copies, batches)),
         )
     return planned
 

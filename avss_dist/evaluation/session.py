@@ -35,7 +35,7 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import text_config
 from avss_dist.models.pinning import pin
 from avss_dist.names import LOSS
-from avss_dist.partition.base import Placement, numbers_of
+from avss_dist.partition.base import Placement, fingerprint_part
 from avss_dist.partition.choose import place
 from avss_dist.settings import MOST_LISTED, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
@@ -82,7 +82,7 @@ class PlannedTask:
             "checkpoint": self.checkpoint.revision,
             "task": self.task.key,
             "settings": self.settings.numbers(statistics=False),
-            **numbers_of(self.placement),
+            **fingerprint_part(self.placement),
         }
 
     def run_id(self, intervention: Intervention = NO_INTERVENTION) -> str:

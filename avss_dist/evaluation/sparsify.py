@@ -22,7 +22,7 @@ from avss_dist.options import EvaluationOptions, with_options
 from avss_dist.pruning.selection import PlanError
 from avss_dist.registry import PARTITIONS
 from avss_dist.settings import THRESHOLD, TOP_K
-from avss_dist.sparsity.allocate import MOST, along_path, heavy_tail_ratios, knapsack, scaled
+from avss_dist.sparsity.allocate import MAX_SPARSITY, heavy_tail_ratios, interpolate_path, knapsack, proportional
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.value_counts import mode_of, size_of_share
@@ -241,7 +241,7 @@ def _gated(measured: Measured, target: float, counts: Rows, **fields: Any) -> Sp
             del maps[layer, up.map], maps[layer, down.map]
             maps[key] = replace(down, map=key[1], outputs=up.inputs + down.outputs, sparsity=0.0, value=0.0)
     able = sum(one.outputs * one.inputs for key, one in maps.items() if key not in known) / whole
-    if target > MOST * able:
+    if target > MAX_SPARSITY * able:
         said = f"`method` cats makes {able:.1%} of the weights sparse, at most" if able else "No MLP has a gate: cats"
         raise Unreachable(f"{said}, and {target:.0%} of all are wanted.", "Lower `target`, or take another method.")
     share = target / able
@@ -322,7 +322,7 @@ def _by_paths(measured: Measured, target: float, rows: Rows) -> tuple[Float64, d
     for layer in dict.fromkeys(layers.tolist()):
         mine = np.flatnonzero(layers == layer)
         path = np.stack([rows[layer, f"{GREEDY}{measured.maps[i].path}"] for i in mine], axis=1)
-        found[mine] = along_path(path, measured.sizes[mine], target)
+        found[mine] = interpolate_path(path, measured.sizes[mine], target)
     return found, {"base_step": BASE}
 
 
@@ -332,7 +332,7 @@ def _by_tails(measured: Measured, target: float, rows: Rows) -> tuple[Float64, d
     other = np.array([rows[one.layer, f"{KS}{one.path}"][0] for one in measured.maps])
     read = "the mapping of AlphaPruning, which is read as ActTail's: its paper's is not at hand"
     more = {"reading": read, "exponents": "Hill, upper half", "ks_median": round(float(np.median(other)), 4)}
-    return scaled(heavy_tail_ratios(exponents), measured.sizes, target, MOST), more
+    return proportional(heavy_tail_ratios(exponents), measured.sizes, target, MAX_SPARSITY), more
 
 
 _ALLOCATIONS = {"loss": _by_damage, "teal": _by_paths, "acttail": _by_tails}

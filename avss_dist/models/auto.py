@@ -1,4 +1,4 @@
-"""Which of transformers' classes opens a checkpoint, and what of the model predicts the next token."""
+"""Choice of the transformers class for a checkpoint, and of the module that predicts the next token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|DoubleHeadsModel)$")
 
 
 def auto_class(config: Any) -> Any:
-    """The auto class for a configuration."""
+    """Return the auto class for a configuration."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
     if _reads_images(config):
@@ -28,33 +28,33 @@ def auto_classes(config: Any) -> list[Any]:
     """
     from transformers.models.auto import modeling_auto
 
-    own = getattr(config, "auto_map", None) or {}
+    custom = getattr(config, "auto_map", None) or {}
     known: dict[Any, Any] = {}
     for name, auto in vars(modeling_auto).items():
         if not name.startswith("AutoModel"):
             continue
-        if name in own:
-            known[own[name]] = auto
+        if name in custom:
+            known[custom[name]] = auto
         elif type(config) in (mapping := auto._model_mapping):
             known.setdefault(mapping[type(config)], auto)
     return [*known.values()]
 
 
 def has_head(config: Any) -> bool:
-    """Whether the model that `load_model` gives predicts the next token."""
+    """Whether the model that `load_model` returns predicts the next token."""
     return _is_causal(config) or _reads_images(config)
 
 
 def require_head(name: str, config: Any) -> None:
     """Refuse a model that predicts no next token, before anything is measured.
 
-    What a checkpoint's own code makes of its configuration is not known before it is opened.
+    A checkpoint with code of its own passes, because its model is not known before it is opened.
 
     Args:
-        name: what the user called the checkpoint.
+        name: the checkpoint as the user named it.
 
     Raises:
-        ModelError: it has no such head.
+        ModelError: the model has no head that predicts the next token.
     """
     if not has_head(config) and not getattr(config, "auto_map", None):
         raise no_head(name, (getattr(config, "architectures", None) or [config.model_type])[0])
@@ -68,9 +68,9 @@ def no_head(name: str, architecture: str) -> ModelError:
 
 
 def predictor(model: Any) -> Any:
-    """What of a model predicts the next token: all of it, or a language tower that has a head of its own.
+    """Return the module that predicts the next token: the model, or its language tower if that has the head.
 
-    Such a tower is a whole model of text; the one around it may demand images, or give no logits without them.
+    Such a tower is a complete text model, while the model around it may require images.
     """
     head = model.get_output_embeddings()
     towers = (child for child in model.children() if head is not None and _head_of(child) is head)
@@ -78,7 +78,7 @@ def predictor(model: Any) -> Any:
 
 
 def _reads_images(config: Any) -> bool:
-    """Whether the checkpoint is a language model with a vision tower; it reads text alone here."""
+    """Whether the checkpoint is a language model with a vision tower, which reads only text here."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MULTIMODAL
 
     known = MULTIMODAL.get(config.model_type, ())

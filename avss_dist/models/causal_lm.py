@@ -1,4 +1,4 @@
-"""A causal language model with its head: its predictions, as it is and under an intervention."""
+"""A causal language model with its head: its predictions, unchanged and under an intervention."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from avss_dist.intervention import Intervention, Removal, Sparsity, layer_of, wh
 from avss_dist.models.auto import no_head, predictor
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.head import Head, find_head
-from avss_dist.models.labels import LOGIT_BYTES, draw_labels, loss_gradient, pieces, uniform_numbers, widened
+from avss_dist.models.labels import LOGIT_BYTES, draw_labels, float32_pieces, loss_gradient, pieces, uniform_numbers
 from avss_dist.models.layers import PROBE_SHAPE, Layer
 from avss_dist.models.loading import Backbone, quiet
 from avss_dist.models.patching import Patch, decode_patch, patched
@@ -31,48 +31,48 @@ from avss_dist.system.devices import to_device
 PROBE_TOKENS = 16
 
 T = TypeVar("T")
-_OfTokens = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of logits and labels, float32[tokens]
+_TokenMeasure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (logits, labels) -> float32[tokens]
 
 
 class Watching(Protocol):
-    """Sees the hidden states and the gradients of one batch, by hooks, while it is entered.
+    """Observer of the hidden states and the gradients of one batch, through hooks, while it is entered.
 
     Attributes:
-        keeps: hidden states of the batch that it keeps for each layer, at most.
+        keeps: maximum number of hidden states of the batch that it keeps for each layer.
     """
 
     @property
     def keeps(self) -> int: ...
 
     def watch(self) -> AbstractContextManager[None]:
-        """May be entered several times for one batch."""
+        """Observe the batch inside the context, which may be entered several times."""
 
 
 Watcher = TypeVar("Watcher", bound=Watching)
 
 
 class LanguageModel:
-    """Opened once, asked often; nothing that is asked leaves a trace.
+    """An open causal language model, whose losses, logits and gradients leave it unchanged.
 
-    This class asks a model whose layers are all in reach of this process. Partitions of which that is not true have
-    classes of their own, which give the same answers.
+    All layers of this class are in the memory of this process. Partitions that offload or split layers have subclasses
+    with equal results.
 
     Args:
         backbone: the model, opened with its head.
-        device: where it takes token ids.
+        device: device of the token ids.
 
     Attributes:
         backbone: the model as it was opened.
-        head: from what its last layer gives to logits.
-        layers: its transformer blocks, in order.
-        forms: how layers return hidden states (`skipping.Recorded`): what is known of a layer is no reason to run it.
+        head: maps the hidden states after the last layer to logits.
+        layers: transformer blocks, in order.
+        forms: how each layer returns hidden states (see `skipping.Recorded`), so that it need not run to be skipped.
         family: ``model_type`` of the configuration.
-        device: where it computes.
-        reports: whether the answers of this process count; of several that give the same, one's do.
-        keeps_hidden_states: `skipping.recording` and `resuming` work on its layers, and cost less than whole passes.
+        device: device of token ids and results.
+        reports: whether the results of this process count; one of several ranks with equal results reports.
+        keeps_hidden_states: whether `skipping.recording` and `resuming` work on its layers and save time.
 
     Raises:
-        ModelError: the model predicts no next token.
+        ModelError: the model has no head that predicts the next token.
     """
 
     reports = True
@@ -91,23 +91,23 @@ class LanguageModel:
                 self.head: Head = find_head(self.module, self.layers, device)
         except (TypeError, ValueError, AttributeError) as error:  # of the model's own code
             name = type(self.module).__name__
-            raise ModelError(f"{name} predicts nothing of token ids alone: {first_line(error)}") from error
+            raise ModelError(f"{name} cannot predict from token ids alone: {first_line(error)}") from error
         self.forms = recorded.forms
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of the hidden states of a token between two layers."""
+        """Number of bytes of a token's hidden states between two layers."""
         return max(1, self.backbone.hidden_size) * int(self.module.dtype.itemsize)
 
     def _probe(self) -> None:
-        """A pass over a few tokens."""
+        """Run a forward pass over a few tokens."""
         input_ids = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=self.device).reshape(PROBE_SHAPE)
         with torch.no_grad():
             self.module(input_ids=input_ids, use_cache=False)
 
     @cached_property
     def obstacles(self) -> dict[int, str]:
-        """Why the sublayers of a layer cannot be left out alone, by layer; see `sublayers.find_obstacles`."""
+        """Reasons why the sublayers of a layer cannot be left out alone, by layer; see `sublayers.find_obstacles`."""
         try:
             return find_obstacles(self.layers, self._probe)
         except Exception:  # as below
@@ -115,9 +115,9 @@ class LanguageModel:
 
     @cached_property
     def resumes(self) -> bool:
-        """Whether a pass that begins at a layer, from recorded hidden states, gives exactly what skipping it gives.
+        """Whether a pass resumed from recorded hidden states equals, bit by bit, a pass that skips the layer.
 
-        It is tried on a few tokens, with `skipping.representatives` of the layers.
+        Tried on a few tokens, with `skipping.representatives` of the layers.
         """
         try:
             with torch.no_grad():
@@ -142,15 +142,15 @@ class LanguageModel:
 
     @contextmanager
     def applying(self, intervention: Intervention) -> Iterator[SparsityCounts | None]:
-        """Inside, the model computes with an intervention. Interventions nest where each changes something else.
+        """Have the model compute with an intervention inside the context. Interventions of different kinds may nest.
 
-        Partitions whose weights are elsewhere carry out the steps in their own way: `patched`, `sparsified`, `without`.
+        Partitions override its steps: `patched`, `sparsified`, `without`.
 
         Yields:
-            The numbers of activations that became zero; None for an intervention without sparsity.
+            Counts of activations that became zero, or None if the intervention has no sparsity.
 
         Raises:
-            ModelError: the model cannot be changed like that.
+            ModelError: the intervention does not fit the model.
         """
         with ExitStack() as stack:
             if intervention.patch:
@@ -164,7 +164,7 @@ class LanguageModel:
         """Refuse layers that the model does not have, and sublayers that cannot be left out.
 
         Raises:
-            ModelError: the message names the first.
+            ModelError: a layer or sublayer cannot be removed; the message names the first.
         """
         if wrong := [layer for layer in map(layer_of, removed) if layer >= len(self.layers)]:
             raise ModelError(f"There is no layer {wrong[0]}: '{self.checkpoint.name}' has {len(self.layers)}, from 0.")
@@ -173,7 +173,7 @@ class LanguageModel:
 
     @contextmanager
     def without(self, removed: Collection[Removal], residual_scale: float = 0.0) -> Iterator[None]:
-        """Inside, the model computes without layers and sublayers; see `Intervention`."""
+        """Have the model compute without layers and sublayers inside the context; see `Intervention`."""
         self.require_layers(removed)
         skipped = skipping(self.layers, whole_layers(removed), self.forms, residual_scale)
         with skipped, without_sublayers(self.layers, removed), explaining(self.checkpoint.name, removed):
@@ -181,31 +181,31 @@ class LanguageModel:
 
     @contextmanager
     def patched(self, patch: Patch) -> Iterator[None]:
-        """Inside, the model computes with other values of some parameters; see `patching.patched`."""
+        """Have the model compute with a patch inside the context; see `patching.patched`."""
         with patched(self.layers, patch):
             yield
 
     @contextmanager
     def sparsified(self, sparsity: Sparsity) -> Iterator[SparsityCounts]:
-        """Inside, the model computes with sparse activations; see `sparsifying.sparsified`."""
+        """Have the model compute with sparse activations inside the context; see `sparsifying.sparsified`."""
         with sparsified(self.module, self.layers, sparsity) as counts:
             yield counts
 
     @contextmanager
     def running(self, layer: Layer) -> Iterator[Callable[..., Any]]:
-        """Inside, a layer's weights are there, and it can be called alone, by what is given."""
+        """Load the weights of a layer inside the context, and yield a function that calls it alone."""
         yield layer.module
 
     def total(self, counts: list[list[int]]) -> list[list[int]]:
-        """Counts of the passes of all ranks that share them."""
+        """Return the sum of counts over the ranks that share the passes."""
         return counts
 
     def local_indices(self, count: int) -> range:
-        """Return the indices of the pieces of work that this copy of the model takes; all of them if it is alone."""
+        """Return the indices, of ``count`` work items, that this copy of the model takes; all if it is alone."""
         return range(count)
 
     def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Make each tensor its sum over the copies that share work, in place; all of them call this."""
+        """Sum tensors over the copies that share work, in place. A collective: all copies call it."""
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
@@ -216,64 +216,66 @@ class LanguageModel:
         return self.module.generate(**kwargs)
 
     def each(self, function: Callable[[Batch], T], batches: Sequence[Batch]) -> list[T]:
-        """The function of every batch. It asks the model, and may run elsewhere, or interleaved with the others."""
+        """Return the result of a function for every batch. Its passes may run on another rank, or interleaved."""
         return [function(batch) for batch in batches]
 
     def together(self, functions: Sequence[Callable[[], T]]) -> list[T]:
-        """What functions give that ask the model, each on its own; they may run interleaved."""
+        """Return the results of functions that run the model. Their passes may run on another rank, or interleaved."""
         return [function() for function in functions]
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
-        """[rows, tokens, units], on the model's device: what its head is given; gradients follow the caller's mode."""
+        """Return the input of the head, [rows, tokens, units] on the model's device, in the caller's gradient mode."""
         input_ids = to_device(batch.input_ids, self.device, torch.int64)
         padded = {} if batch.attention_mask.all() else {"attention_mask": to_device(batch.attention_mask, self.device)}
         run = partial(self.call, input_ids=input_ids, use_cache=False, **padded)
         return self.head.hidden_states(run).to(self.device)
 
     def pieces(self, number: int) -> list[slice]:
-        """Of so many tokens, those whose logits are there at a time: `LOGIT_BYTES` of them at most, in float32."""
+        """Return slices of ``number`` tokens whose float32 logits take at most `LOGIT_BYTES` each."""
         return pieces(number, self.head.vocabulary, LOGIT_BYTES)
 
     def logits(self, hidden: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Which tokens, and their logits, float32[some, vocabulary]; of `hidden_states` of tokens, [tokens, units]."""
+        """Yield (slice of tokens, logits float32[slice, vocabulary]) for hidden states of tokens, [tokens, units]."""
         for piece in self.pieces(len(hidden)):
-            for part, logits in widened(self.head.logits(hidden[piece])):
+            for part, logits in float32_pieces(self.head.logits(hidden[piece])):
                 yield slice(piece.start + part.start, piece.start + part.stop), logits
 
     def losses(self, batch: Batch) -> Float64:
-        """float64[rows]: the negative log-likelihood, in nats, of each row's counted tokens given those before them."""
+        """Return each row's summed negative log-likelihood of its counted tokens, float64[rows], in nats."""
         return self._sums(batch, [_surprise])[0]
 
     def losses_and_entropies(self, batch: Batch) -> Float64:
-        """float64[2, rows]: `losses`, and summed over the same tokens the entropy, in nats, of what is predicted."""
+        """Return `losses` and the entropy of the predictions, summed over the same tokens, float64[2, rows] in nats."""
         return self._sums(batch, [_surprise, _entropy])
 
-    def _sums(self, batch: Batch, measures: Sequence[_OfTokens]) -> Float64:
-        """float64[measures, rows]: what measures give of each row's counted tokens, summed."""
+    def _sums(self, batch: Batch, measures: Sequence[_TokenMeasure]) -> Float64:
+        """Return measures of tokens, summed over each row's counted tokens, float64[measures, rows]."""
         counted = torch.from_numpy(predicted(batch))
-        found = torch.zeros((len(measures), *counted.shape), dtype=torch.float64)
+        by_token = torch.zeros((len(measures), *counted.shape), dtype=torch.float64)
         with torch.no_grad():
-            places, labels = self._predicted(batch)
-            of_tokens = torch.empty((len(measures), len(labels)), dtype=torch.float64, device=self.device)
-            for some, logits in self.logits(self.hidden_states(batch).flatten(0, 1).index_select(0, places)):
-                for values, of in zip(of_tokens, measures, strict=True):
-                    values[some] = of(logits, labels[some]).double()
-        found[:, counted] = of_tokens.cpu()
-        return found.sum(dim=2).numpy()
+            positions, labels = self._predicted(batch)
+            measured = torch.empty((len(measures), len(labels)), dtype=torch.float64, device=self.device)
+            for piece, logits in self.logits(self.hidden_states(batch).flatten(0, 1).index_select(0, positions)):
+                for values, measure in zip(measured, measures, strict=True):
+                    values[piece] = measure(logits, labels[piece]).double()
+        by_token[:, counted] = measured.cpu()
+        return by_token.sum(dim=2).numpy()
 
     def _predicted(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64[n], on the device: places, among those of all rows one after another, of tokens after which one is
-        predicted that counts; and which one."""
+        """Return (positions, labels) of the counted predictions of a batch, int64[n] each, on the model's device.
+
+        A position is an index into the flattened tokens of all rows; its label is the next token.
+        """
         rows, before = predicted(batch).nonzero()
         labels = batch.input_ids[rows, before + 1]
-        places = rows * batch.input_ids.shape[1] + before
-        return to_device(places, self.device), to_device(labels, self.device, torch.int64)
+        positions = rows * batch.input_ids.shape[1] + before
+        return to_device(positions, self.device), to_device(labels, self.device, torch.int64)
 
     def losses_under(self, batches: Sequence[Batch], interventions: Sequence[Intervention]) -> list[Float64]:
-        """Return for each intervention float64[rows]: `losses` of all batches.
+        """Return the `losses` of all batches, float64[rows], under each intervention.
 
-        Interventions that remove the layers of the first one and more are cheaper: their passes begin where they
-        differ. They differ in what they remove alone.
+        The interventions differ only in the layers they remove. One that removes the layers of the first one and more
+        is cheaper: its passes begin where the two differ.
         """
         by_batch = self.each(partial(self._losses_of_batch, interventions), batches)
         return [np.concatenate(losses) for losses in zip(*by_batch, strict=True)]
@@ -298,20 +300,27 @@ class LanguageModel:
         first = set(interventions[0].removed)
         if len(interventions) == 1 or interventions[0].residual_scale or not self.resumes:
             return {}
-        differ = {one: min(map(layer_of, first ^ set(one.removed)), default=-1) for one in interventions[1:]}
-        return {one: at for one, at in differ.items() if at not in first and begins_behind(one, at) >= 0}
+        differ = {
+            intervention: min(map(layer_of, first ^ set(intervention.removed)), default=-1)
+            for intervention in interventions[1:]
+        }
+        return {
+            intervention: layer
+            for intervention, layer in differ.items()
+            if layer not in first and begins_behind(intervention, layer) >= 0
+        }
 
     def backpropagate(
         self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
     ) -> list[Watcher]:
-        """A forward and a backward pass of each batch's summed losses, each within its watcher; the watchers.
+        """Run a forward and a backward pass of each batch's summed losses inside its watcher; return the watchers.
 
-        Hooks must tell passes apart by whether gradients are enabled: a layer may run more than once.
+        A layer may run more than once. Hooks tell the passes apart by whether gradients are enabled.
 
         Args:
-            draws: further backward passes through the same forward pass, each with labels that are drawn from what
-                the model predicts, in place of the text's own.
-            seed: of the draws; they depend on a row's tokens, and not on the batch that it is in.
+            draws: number of further backward passes through the same forward pass, each with labels that are drawn
+                from the model's predictions instead of the text.
+            seed: seed of the draws, which depend on a row's tokens and not on its batch.
 
         Raises:
             ModelError: this replica computes no gradients.
@@ -324,22 +333,25 @@ class LanguageModel:
         return list(watchers)
 
     def loss_gradients(self, hidden: torch.Tensor, batch: Batch, draws: int = 0, seed: int = 0) -> torch.Tensor:
-        """Of summed losses at `hidden_states`, [1 + draws, *hidden.shape]: of the text's labels, then each draw's."""
-        places, labels = self._predicted(batch)
+        """Return gradients of the summed loss at `hidden_states`, [1 + draws, *hidden.shape].
+
+        The first is that of the text's labels, the others are those of the draws.
+        """
+        positions, labels = self._predicted(batch)
         uniform = to_device(uniform_numbers(batch, draws, seed)[:, predicted(batch)], self.device)
-        given = hidden.flatten(0, 1).index_select(0, places)
-        found = given.new_empty((1 + draws, *given.shape))
-        for piece in self.pieces(len(given)):
+        inputs = hidden.flatten(0, 1).index_select(0, positions)
+        gradients = inputs.new_empty((1 + draws, *inputs.shape))
+        for piece in self.pieces(len(inputs)):
             with torch.enable_grad():
-                leaf = given[piece].requires_grad_()
+                leaf = inputs[piece].requires_grad_()
                 logits = self.head.logits(leaf)
             drawn = draw_labels(logits.detach(), uniform[:, piece])
-            for number, of in enumerate((labels[piece], *drawn)):
-                gradient = loss_gradient(logits.detach(), of)
-                (found[number, piece],) = torch.autograd.grad(logits, leaf, gradient, retain_graph=number < draws)
-        every = hidden.new_zeros((1 + draws, *hidden.shape))
-        every.flatten(1, 2).index_copy_(1, places, found)
-        return every
+            for number, row_labels in enumerate((labels[piece], *drawn)):
+                gradient = loss_gradient(logits.detach(), row_labels)
+                (gradients[number, piece],) = torch.autograd.grad(logits, leaf, gradient, retain_graph=number < draws)
+        result = hidden.new_zeros((1 + draws, *hidden.shape))
+        result.flatten(1, 2).index_copy_(1, positions, gradients)
+        return result
 
 
 def _surprise(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -352,10 +364,13 @@ def _entropy(logits: torch.Tensor, _labels: torch.Tensor) -> torch.Tensor:
 
 
 def begins_behind(intervention: Intervention, layer: int) -> int:
-    """Return the layer behind which a pass begins with the input of a layer: itself if removed, else the one before."""
+    """Return the last layer that is not run in a pass resumed at the input of ``layer``.
+
+    It is the layer itself if the intervention removes it, else the one before.
+    """
     return layer if layer in intervention.removed else layer - 1
 
 
 def predicted(batch: Batch) -> np.ndarray:
-    """bool[rows, tokens - 1]: which tokens, of all but the first, are predicted and count."""
+    """Return a mask of the counted predictions, bool[rows, tokens - 1]; the first token of a row is not predicted."""
     return batch.observed[:, 1:] & batch.attention_mask[:, :-1]

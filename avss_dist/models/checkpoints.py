@@ -1,4 +1,4 @@
-"""Find a checkpoint, a hub id, a folder or a ``.gguf`` file, and pin its content; no weight is loaded."""
+"""Checkpoints by hub id, folder or ``.gguf`` file, pinned by their content, without loading weights."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SLUG_PREFIX = 80  # characters that stay of a longer one
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Weights at a revision.
+    """A checkpoint at a fixed revision.
 
     Attributes:
-        name: what the user called it, without a revision.
+        name: the checkpoint as the user named it, without a revision.
         source: ``hub``, ``folder`` or ``gguf``.
         path: the local folder, or the ``.gguf`` file.
         revision: the hub's commit, or the SHA-256 of the files that are read.
-        revision_name: the branch or tag of a hub id, as the user called it.
+        revision_name: the branch or tag of a hub id, as the user wrote it.
     """
 
     name: str
@@ -46,25 +46,25 @@ class Checkpoint:
 
     @property
     def slug(self) -> str:
-        """A readable name for run ids: letters, digits, dots, underscores and hyphens."""
+        """Readable name for run ids: letters, digits, dots, underscores and hyphens."""
         name = self.name if self.source == "hub" else Path(self.path).resolve().name.removesuffix(".gguf")
         return slug(name)
 
     @property
     def folder(self) -> Path:
-        """Where config and tokenizer are."""
+        """Folder of the configuration and the tokenizer."""
         return Path(self.path).parent if self.source == "gguf" else Path(self.path)
 
     @property
     def gguf(self) -> dict[str, str]:
-        """Options with which transformers reads a ``.gguf`` file."""
+        """Options with which transformers reads a ``.gguf`` file; empty for other sources."""
         return {"gguf_file": Path(self.path).name} if self.source == "gguf" else {}
 
 
 def slug(name: str) -> str:
     """Return ``name`` with everything but letters, digits, ``.``, ``_`` and ``-`` replaced; never empty, never hidden.
 
-    A name too long for the folder of a run is cut to `SLUG_PREFIX` characters, and a hash of all of it follows.
+    A name too long for the folder of a run is cut to `SLUG_PREFIX` characters, followed by a hash of the whole name.
     """
     text = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
     if len(text) <= SLUG_LENGTH:
@@ -80,24 +80,24 @@ def resolve(spec: str, *, trust_remote_code: bool = False) -> Checkpoint:
         trust_remote_code: also fetch the Python files that a hub checkpoint ships.
 
     Raises:
-        ModelError: there is no such checkpoint, or it is not one that can be opened; the message says what to do.
+        ModelError: the checkpoint does not exist or cannot be opened; the message says what to do.
     """
-    here = locate(spec, trust_remote_code=trust_remote_code)
-    if here is None:
+    local = locate(spec, trust_remote_code=trust_remote_code)
+    if local is None:
         return _fetch(spec, trust_remote_code)
     suffixes = _READ | {".py"} if trust_remote_code else _READ
-    path = Path(here.path)
+    path = Path(local.path)
     if not path.is_dir():
-        return replace(here, revision=content_hash(path.parent, [path]))
+        return replace(local, revision=content_hash(path.parent, [path]))
     files = {file for file in path.iterdir() if file.is_file() and file.suffix in suffixes}
-    return replace(here, revision=content_hash(path, {*files, *weight_files(path)}))
+    return replace(local, revision=content_hash(path, {*files, *weight_files(path)}))
 
 
 def locate(spec: str, *, trust_remote_code: bool = False) -> Checkpoint | None:
-    """The checkpoint that is on this machine, its content not pinned yet; None where ``spec`` is a hub id.
+    """Return a checkpoint on this machine with an empty revision, or None if ``spec`` is a hub id.
 
     Raises:
-        ModelError: there is no such checkpoint, or it is not one that can be opened.
+        ModelError: the checkpoint does not exist or cannot be opened.
     """
     path = Path(spec).expanduser()
     if path.suffix == ".gguf":
@@ -127,13 +127,13 @@ def _fetch(spec: str, trust_remote_code: bool) -> Checkpoint:
 
 
 def convert_pickles(spec: str) -> None:
-    """Keep pickled weights as safetensors in the cache, where `resolve` finds them; nothing where there are others.
+    """Convert pickled weights to safetensors in the cache, where `resolve` finds them; skip a checkpoint that has some.
 
     Args:
-        spec: as of `resolve`.
+        spec: see `resolve`.
 
     Raises:
-        ModelError: there is no such checkpoint, or its files hold more than tensors.
+        ModelError: the checkpoint does not exist, or its files hold more than tensors.
     """
     folder = Path(spec).expanduser()
     if not folder.exists():
@@ -145,10 +145,10 @@ def convert_pickles(spec: str) -> None:
 
 
 def fetch_files(spec: str, patterns: list[str]) -> Checkpoint:
-    """Download the files of a hub checkpoint whose names match.
+    """Download the files of a hub checkpoint whose names match patterns.
 
     Raises:
-        ModelError: there is no such checkpoint, or the hub cannot be reached.
+        ModelError: the checkpoint does not exist, or the hub cannot be reached.
     """
     from huggingface_hub import snapshot_download
 
@@ -160,7 +160,7 @@ def fetch_files(spec: str, patterns: list[str]) -> Checkpoint:
 
 @contextmanager
 def explain_hub_errors(spec: str) -> Iterator[None]:
-    """Raise what the hub answers as a ModelError that says what to do."""
+    """Convert the hub's errors to ModelError with a hint."""
     from huggingface_hub import errors
 
     name, _, revision = spec.partition("@")
@@ -196,8 +196,8 @@ def _check_folder(folder: Path, spec: str, trust_remote_code: bool) -> None:
         )
     config = read_config(folder, spec)
     files = weight_files(folder)
-    if lost := [file for file in files if not file.is_file()]:
-        raise ModelError(f"'{spec}' lacks the file {lost[0].relative_to(folder)}.", "Is the download complete?")
+    if missing := [file for file in files if not file.is_file()]:
+        raise ModelError(f"'{spec}' lacks the file {missing[0].relative_to(folder)}.", "Is the download complete?")
     if not files:
         pickled = sorted(f.name for pattern in PICKLED for f in folder.glob(pattern))
         if pickled:
@@ -206,27 +206,27 @@ def _check_folder(folder: Path, spec: str, trust_remote_code: bool) -> None:
                 "avss score --allow-pickle opens them as tensors alone, and keeps them as safetensors.",
             )
         raise ModelError(f"'{spec}' has no weights (*.safetensors).", "Is the download complete?")
-    kind = config.get("model_type")
-    if _known(kind) or (config.get("auto_map") and trust_remote_code):
+    model_type = config.get("model_type")
+    if _known(model_type) or (config.get("auto_map") and trust_remote_code):
         return
     if config.get("auto_map"):
         raise ModelError(
-            f"'{spec}' needs Python code of its own (model_type '{kind}').",
+            f"'{spec}' needs Python code of its own (model_type '{model_type}').",
             "Read that code, then set `trust_remote_code`.",
         )
-    if not isinstance(kind, str):
+    if not isinstance(model_type, str):
         raise ModelError(f"'{spec}' has a config.json without a model_type.", "Add the family's name: llama, say.")
     raise ModelError(
-        f"'{spec}' is of model_type '{kind}', which transformers {version('transformers')} does not know.",
+        f"'{spec}' is of model_type '{model_type}', which transformers {version('transformers')} does not know.",
         "A newer model needs a newer transformers: pip install -U transformers.",
     )
 
 
 def read_config(folder: Path, spec: str) -> dict[str, Any]:
-    """The checkpoint's ``config.json``.
+    """Read the checkpoint's ``config.json``.
 
     Raises:
-        ModelError: it is missing or is not JSON.
+        ModelError: the file is missing, or is not a JSON object.
     """
     file = folder / "config.json"
     if not file.is_file():  # nothing else is opened: a pipe would be waited for

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's files have what its configuration describes: transformers would go on with random weights."""
+"""Checks that a checkpoint's files have all weights; transformers would initialize missing ones randomly."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _AFTER_LAYERS = re.compile(r"(^|\.)pooler\.")  # of encoders: many files lack it
 def require_layers(
     checkpoint: Checkpoint, config: Mapping[str, Any], tensors: Callable[[], Iterable[TensorInfo]]
 ) -> None:
-    """Refuse a configuration of far more layers than the files have, before anything of that size is made.
+    """Refuse a configuration of far more layers than the files have, before anything of that size is built.
 
     Args:
-        config: its ``config.json``, or what transformers makes of the metadata of its ``.gguf`` file.
-        tensors: gives the headers of its weight files; called where the number of layers is unusual.
+        config: the checkpoint's ``config.json``, or transformers' translation of the metadata of its ``.gguf`` file.
+        tensors: returns the tensors in the headers of its weight files; called only if the layer count is unusual.
 
     Raises:
         ModelError: the configuration has too many layers for these files.
@@ -47,7 +47,7 @@ def require_layers(
 
 
 def _layer_counts(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Every number of layers in a configuration and in the configurations of its parts."""
+    """Yield (key, count) of every layer count in a configuration and in those nested in it."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _layer_counts(value)
@@ -64,18 +64,18 @@ def require_complete(
     *,
     head: bool = False,
 ) -> None:
-    """Refuse a model of which weights were missing in the files, or whose layers are not all that the files hold.
+    """Refuse a loaded model if its files lack weights, or have tensors in its layers that the model does not use.
 
-    What the family declares as optional, ties or makes of other weights is not missing.
+    Weights that the family declares as optional, ties, or derives from others are not missing.
 
     Args:
-        model, backbone: as loaded; the backbone is the model without its head.
-        report: transformers' loading info, its names those of ``model``.
+        model, backbone: the loaded model, and the model without its head.
+        report: transformers' loading info, with the names of ``model``.
         layers: module path of the layer list in the backbone; None finds it.
-        head: weights of the head must be there too.
+        head: require the weights of the head, too.
 
     Raises:
-        ModelError: weights are missing, or there are some that the layers do not use.
+        ModelError: weights are missing or unused; the message names the first of them.
     """
     missing = [name for name in sorted(report["missing_keys"]) if not _AFTER_LAYERS.search(name)]
     if not head:
@@ -100,7 +100,7 @@ def require_complete(
 
 
 def _of_layers(names: Sequence[str], model: Any, backbone: nn.Module, layers: str | None) -> list[str]:
-    """The tensors that are inside of the layer list, whatever their layer's index."""
+    """Return the names of tensors inside of the layer list, at any index."""
     try:
         lists = layer_lists(backbone, getattr(model.config.get_text_config(), "num_hidden_layers", None), layers)
     except ModelError:  # opening the model says so
@@ -111,7 +111,7 @@ def _of_layers(names: Sequence[str], model: Any, backbone: nn.Module, layers: st
 
 
 def _require_numbers(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Refuse files that hold a weight in a packed form and do not say how it is unpacked."""
+    """Refuse files that store a packed weight without a ``quantization_config`` that tells how to unpack it."""
     if checkpoint.gguf or getattr(model.config, "quantization_config", None):
         return
     if read_config(checkpoint.folder, checkpoint.name).get("quantization_config"):
@@ -128,6 +128,6 @@ def _require_numbers(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Return the first `MAX_NAMED` names, and the number of the others, for a message."""
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return ", ".join(names[:MAX_NAMED]) + more

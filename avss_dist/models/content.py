@@ -1,4 +1,4 @@
-"""The hash of what files hold, by which a checkpoint is known."""
+"""Content hash of a checkpoint's files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from avss_dist.system.staging import staged_file
 
 
 def content_hash(folder: Path, files: Iterable[Path]) -> str:
-    """SHA-256 over the bytes of files and their paths in a folder; a large file is read again only when it changes.
+    """Return the SHA-256 over the bytes of files and their paths in a folder; hashes of large files are cached.
 
     Raises:
         ModelError: a file cannot be read.

@@ -1,7 +1,7 @@
 """The routed experts of a layer: the module that holds them all, and the router that chooses among them.
 
-transformers fuses the experts of a layer into one module, which is called with the tokens, the experts that each goes
-to, and the gates of these. They are found by that call, whatever the family calls them.
+transformers fuses the experts of a layer into one module, which is called with the tokens, the indices of the experts
+of each token, and their gates. The signature of that call identifies the module in every family.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a layer.
+    """Routed experts of a layer.
 
     Attributes:
-        module: is called with a `Routing`.
-        number: of experts.
-        router: gives [tokens, number]; None where no module does.
-        normalized: whether that is probabilities, and not their logits.
+        module: the fused experts, called with the tensors of a `Routing`.
+        number: number of experts.
+        router: the module whose output is [tokens, number]; None if no module has such an output.
+        normalized: whether the router's output is probabilities, not logits.
     """
 
     module: nn.Module
@@ -33,12 +33,12 @@ class Experts:
 
 @dataclass(frozen=True)
 class Routing:
-    """What experts are called with.
+    """Arguments of a call of the experts.
 
     Attributes:
-        hidden: [tokens, units].
-        index: integers [tokens, k], the experts that each token goes to.
-        gates: floating [tokens, k], what their outputs are multiplied by.
+        hidden: hidden states, [tokens, units].
+        index: integer [tokens, k], the indices of each token's experts.
+        gates: floating [tokens, k], the weights of the experts' outputs.
     """
 
     hidden: torch.Tensor
@@ -56,7 +56,7 @@ class _Call(Protocol):
 
 
 def routing_of(inputs: Sequence[torch.Tensor]) -> Routing | None:
-    """The tensors of a call as a routing, if they are one."""
+    """Return the input tensors of a call as a routing, or None if they do not have its shapes and dtypes."""
     index = next((t for t in inputs if t.dim() == 2 and not t.is_floating_point() and t.dtype != torch.bool), None)
     if index is None or not inputs[0].is_floating_point() or inputs[0].dim() != 2 or len(inputs[0]) != len(index):
         return None
@@ -65,24 +65,26 @@ def routing_of(inputs: Sequence[torch.Tensor]) -> Routing | None:
 
 
 def find_experts(calls: Sequence[_Call]) -> Experts | None:
-    """The experts of a layer, by its modules' calls in order; None where it has none that are called so."""
+    """Return the experts of a layer from the calls of its modules, in order; None if no call has a routing."""
     for i, call in enumerate(calls):
         routing = routing_of(call.inputs)
         number = _number(call.module)
         if routing is None or number is None or call.output.numel() != routing.hidden.numel():
             continue
         size = len(routing.index) * number
-        before = [one for one in calls[:i] if one.output.shape[-1] == number and one.output.numel() == size]
-        if not before:
+        routers = [
+            earlier for earlier in calls[:i] if earlier.output.shape[-1] == number and earlier.output.numel() == size
+        ]
+        if not routers:
             return Experts(call.module, number, None, normalized=False)
-        return Experts(call.module, number, before[-1].module, normalized=_is_normalized(before[-1].output))
+        return Experts(call.module, number, routers[-1].module, normalized=_is_normalized(routers[-1].output))
     return None
 
 
 def _number(module: nn.Module) -> int | None:
-    """How many experts a module holds: what it says, or as many as its stacked matrices."""
-    if isinstance(said := getattr(module, "num_experts", None), int):
-        return said
+    """Return the number of experts of a module: its ``num_experts``, or the length of its stacked matrices."""
+    if isinstance(count := getattr(module, "num_experts", None), int):
+        return count
     return next((len(p) for p in module.parameters() if p.dim() == 3), None)
 
 

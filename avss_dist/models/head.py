@@ -1,8 +1,7 @@
 """The head of a causal language model: the logits of some tokens at a time, by the model's own code.
 
-What a family does with logits (it scales or caps them, or leaves some out) is in its ``forward``. So that is what runs
-for each piece: its body, which has run, gives what it gave of a few tokens before, and its output embeddings take the
-hidden states of the piece in place of those.
+A family's ``forward`` may scale, cap or leave out logits. Therefore it runs for each piece of the hidden states: its
+body returns a recorded output of a few tokens, and its output embeddings read the hidden states of the piece instead.
 """
 
 from __future__ import annotations
@@ -22,54 +21,59 @@ from avss_dist.models.skipping import replaced_forwards
 from avss_dist.system.context import bound
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""By how much logits of pieces may differ from those of all tokens, of the largest, for the head to be split."""
+"""Maximum difference between the logits of pieces and of all tokens, relative to the largest logit, by dtype."""
 
 
 class Head(Protocol):
-    """From what a model gives its head to logits.
+    """Map from the hidden states before a model's head to logits.
 
     Attributes:
-        vocabulary: how many logits a token has.
+        vocabulary: number of logits of a token.
     """
 
     vocabulary: int
 
     def hidden_states(self, run: Callable[[], Any]) -> torch.Tensor:
-        """[rows, tokens, units], where they are: what the head is given in a forward pass. ``run`` runs the model."""
+        """Return the input of the head in the forward pass of ``run``, [rows, tokens, units], on any device."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[tokens, vocabulary] of hidden states, [tokens, units]."""
+        """Return the logits, [tokens, vocabulary], of hidden states, [tokens, units]."""
 
 
 def find_head(module: Any, layers: Sequence[Layer], device: torch.device) -> Head:
-    """The head of a model, by one forward pass over ``PROBE_SHAPE`` tokens.
+    """Return the head of a model, found by one forward pass over ``PROBE_SHAPE`` tokens.
 
-    A model whose logits of pieces are not those of all tokens is not split: it has the logits of a batch at once.
+    It is a `WholeHead`, with all logits of a batch at once, if logits of pieces would differ from those of all tokens.
     """
     ids = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=device).reshape(PROBE_SHAPE)
     linear = module.get_output_embeddings()
     if isinstance(linear, nn.Module):
         linear.forward = partial(_forward, linear.forward)
-    seen = _Use()
-    with torch.no_grad(), _outputs(module, layers) as outputs, bound(_USE, seen):
+    recorded = _HeadMode()
+    with torch.no_grad(), _outputs(module, layers) as outputs, bound(_MODE, recorded):
         logits: torch.Tensor = module(input_ids=ids, use_cache=False).logits
     whole = WholeHead(logits.shape[-1])
-    if not outputs or len(seen.given) != 1 or seen.given[0].shape[:-1] != PROBE_SHAPE or seen.given[0].dim() != 3:
+    if (
+        not outputs
+        or len(recorded.inputs) != 1
+        or recorded.inputs[0].shape[:-1] != PROBE_SHAPE
+        or recorded.inputs[0].dim() != 3
+    ):
         return whole
     body = min(outputs, key=lambda path: path.count("."))
     head = SplitHead(module, module.get_submodule(body), outputs[body], ids, whole.vocabulary)
     try:
         with torch.no_grad():
-            found = head.logits(seen.given[0].flatten(0, 1))
+            actual = head.logits(recorded.inputs[0].flatten(0, 1))
     except Exception:  # a model's own code can raise anything where less runs than it expects
         return whole
     expected = logits.flatten(0, 1)
-    most = TOLERANCES.get(found.dtype, 0.0) * expected.abs().max()
-    return head if found.shape == expected.shape and bool(((found - expected).abs() <= most).all()) else whole
+    tolerance = TOLERANCES.get(actual.dtype, 0.0) * expected.abs().max()
+    return head if actual.shape == expected.shape and bool(((actual - expected).abs() <= tolerance).all()) else whole
 
 
 class WholeHead:
-    """See `Head`: of a model that is not split, what the head is given is taken to be the logits."""
+    """Head that is not split: its ``hidden_states`` are the logits already. See `Head`."""
 
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary
@@ -85,10 +89,10 @@ class WholeHead:
 
 
 class SplitHead:
-    """See `Head`.
+    """Head that computes the logits of some tokens at a time. See `Head`.
 
     Args:
-        body: what of the model runs its layers; it gave ``output`` of ``input_ids``.
+        body: the module that runs the layers, whose ``output`` for ``input_ids`` was recorded.
     """
 
     def __init__(self, module: Any, body: nn.Module, output: Any, input_ids: torch.Tensor, vocabulary: int) -> None:
@@ -97,51 +101,54 @@ class SplitHead:
 
     def hidden_states(self, run: Callable[[], Any]) -> torch.Tensor:
         """See `Head`. The output embeddings do not run."""
-        use = _Use(runs=False)
-        with bound(_USE, use):
+        mode = _HeadMode(runs=False)
+        with bound(_MODE, mode):
             run()
-        (given,) = use.given
-        return given
+        (inputs,) = mode.inputs
+        return inputs
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `Head`."""
-        with bound(_USE, _Use(instead=hidden[None])), replaced_forwards({self._body: lambda *_, **__: self._output}):
+        with (
+            bound(_MODE, _HeadMode(replacement=hidden[None])),
+            replaced_forwards({self._body: lambda *_, **__: self._output}),
+        ):
             logits: torch.Tensor = self._module(input_ids=self._input_ids, use_cache=False).logits
         return logits.squeeze(0)
 
 
 @dataclass(frozen=True)
-class _Use:
-    """What output embeddings do with what they are given in a pass.
+class _HeadMode:
+    """Mode of the output embeddings in a pass.
 
     Attributes:
-        given: it is kept here.
-        runs: they run; else they give nothing that is of use.
-        instead: what they take in its place.
+        inputs: list to which the input is appended.
+        runs: whether they run; otherwise they return zeros of one logit.
+        replacement: input to use instead of the given one.
     """
 
-    given: list[torch.Tensor] = field(default_factory=list)
+    inputs: list[torch.Tensor] = field(default_factory=list)
     runs: bool = True
-    instead: torch.Tensor | None = None
+    replacement: torch.Tensor | None = None
 
 
-_USE: ContextVar[_Use | None] = ContextVar("use", default=None)  # passes may run interleaved
+_MODE: ContextVar[_HeadMode | None] = ContextVar("head mode", default=None)  # passes may run interleaved
 
 
-def _forward(own: Callable[..., Any], given: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The ``forward`` of output embeddings, whose own one is ``own``."""
-    use = _USE.get()
-    if use is None:
-        return own(given, *args, **kwargs)
-    if use.instead is not None:
-        return own(use.instead, *args, **kwargs)
-    use.given.append(given)
-    return own(given, *args, **kwargs) if use.runs else given.new_zeros((*given.shape[:-1], 1))
+def _forward(original: Callable[..., Any], hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Run output embeddings in the mode of the current pass; ``original`` is their own ``forward``."""
+    mode = _MODE.get()
+    if mode is None:
+        return original(hidden, *args, **kwargs)
+    if mode.replacement is not None:
+        return original(mode.replacement, *args, **kwargs)
+    mode.inputs.append(hidden)
+    return original(hidden, *args, **kwargs) if mode.runs else hidden.new_zeros((*hidden.shape[:-1], 1))
 
 
 @contextmanager
 def _outputs(module: nn.Module, layers: Sequence[Layer]) -> Iterator[dict[str, Any]]:
-    """Inside, what the modules give that hold the layers, by path; not the model itself."""
+    """Record the outputs of the modules around the layers, by path, inside the context, without the model itself."""
     outputs: dict[str, Any] = {}
     path = next(name for name, child in module.named_modules() if child is layers[0].module)
     parts = path.split(".")

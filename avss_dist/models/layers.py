@@ -1,4 +1,4 @@
-"""Layers and the tensors to read in them: what they are, which module lists may hold them, how their axes lie."""
+"""Layers of a model, the tensors that are read in them, and the order of the axes of these tensors."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ PROBE_SHAPE = (2, 12)  # rows and tokens differ, so that axes can be distinguish
 
 @dataclass(frozen=True)
 class Tap:
-    """A tensor to read: what ``module`` takes in or gives out, and how its axes lie."""
+    """A tensor to read: the input or the output of ``module``.
+
+    Attributes:
+        reads: ``input`` or ``output``.
+        axes: order of the tensor's axes; see `axes_of`.
+    """
 
     module: nn.Module
-    reads: str  # "input" or "output"
+    reads: str
     axes: str
     exchange: Callable[[torch.Tensor], torch.Tensor] | None = None
-    """Where ranks have parts of the units: from [rows, tokens, part] to this rank's rows of all units; collective."""
+    """Collective from this rank's units of all rows, [rows, tokens, part], to its rows of all units; or None."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,12 @@ class Projection:
     """A linear map of a layer whose input is a site.
 
     Attributes:
-        path: of its module, below the layer.
-        site: its input; several maps may read one.
-        outputs, inputs: units that it gives and takes, of the whole map.
-        axes: of its input, see `axes_of`.
-        gates: it is the module that gates an MLP, and what it gives becomes zero: its units spare the rows of one map
-            and the columns of another, ``outputs`` weights each (CATS, arXiv 2404.08763).
+        path: path of its module, below the layer.
+        site: name of its input; several maps may share one.
+        outputs, inputs: units of the output and of the input of the whole map.
+        axes: order of the axes of its input; see `axes_of`.
+        gates: whether it is the activation function that gates an MLP, whose output is made sparse. A zero unit then
+            spares a row of one map and a column of another, ``outputs`` weights in all (CATS, arXiv 2404.08763).
     """
 
     path: str
@@ -65,29 +70,33 @@ class Layer:
 
     @property
     def maps(self) -> tuple[Projection, ...]:
-        """All that can be made sparse: its linear maps, and what gates its MLP."""
+        """Modules that can be made sparse: the linear maps, and the gate of the MLP."""
         return (*self.projections, *([self.gate] if self.gate else []))
 
 
 @dataclass(frozen=True)
 class Structure:
-    """The layers of a model in the order of their calls, and what a user should know about them."""
+    """Layers of a model in the order of their calls, and remarks on them for the user."""
 
     layers: tuple[Layer, ...]
     notes: tuple[str, ...]
 
 
 def describe_projections(layers: Sequence[Layer]) -> str:
-    """The linear maps of layers, as the column ``projections`` of ``runs`` has them."""
-    found = [[layer.index, p.path, p.site, p.outputs, p.inputs] for layer in layers for p in layer.projections]
-    return json.dumps(found, separators=(",", ":"))
+    """Return the linear maps of layers as JSON, for the column ``projections`` of ``runs``."""
+    rows = [[layer.index, p.path, p.site, p.outputs, p.inputs] for layer in layers for p in layer.projections]
+    return json.dumps(rows, separators=(",", ":"))
 
 
 def layer_lists(model: nn.Module, num_layers: int | None, path: str | None = None) -> dict[str, nn.ModuleList]:
-    """Module lists that may be the layers, by path: the one at ``path``, or the shallowest of the config's layer count.
+    """Return the module lists that may be the layers, by path.
+
+    Args:
+        num_layers: the configuration's layer count; lists of this length are preferred.
+        path: path of the layer list; None takes the shallowest lists of blocks.
 
     Raises:
-        ModelError: there is none; the message names what was seen.
+        ModelError: the model has no such list; the message names its module lists.
     """
     lists = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
@@ -97,13 +106,16 @@ def layer_lists(model: nn.Module, num_layers: int | None, path: str | None = Non
             raise ModelError(f"{type(model).__name__} has no layer list '{path}'.", nearest(path, lists))
         return {path: lists[path]}
     blocks = {name: module for name, module in lists.items() if _holds_blocks(module)}
-    wanted = {name: module for name, module in blocks.items() if len(module) == num_layers} or blocks
-    if not wanted:
-        raise not_found(model, num_layers, lists, "no module list holds whole blocks")
-    return _shallowest(wanted)
+    candidates = {name: module for name, module in blocks.items() if len(module) == num_layers} or blocks
+    if not candidates:
+        raise layers_not_found(model, num_layers, lists, "no module list holds whole blocks")
+    return _shallowest(candidates)
 
 
-def not_found(model: nn.Module, num_layers: int | None, lists: Mapping[str, nn.ModuleList], why: str) -> ModelError:
+def layers_not_found(
+    model: nn.Module, num_layers: int | None, lists: Mapping[str, nn.ModuleList], why: str
+) -> ModelError:
+    """Return the error that the layers of a model were not found, naming the module lists that it has."""
     seen = ", ".join(f"{name} ({len(module)} x {type(module[0]).__name__})" for name, module in lists.items())
     return ModelError(
         f"The {num_layers or ''} layers of {type(model).__name__} could not be found: {why}.".replace("  ", " "),
@@ -124,24 +136,24 @@ def _shallowest(lists: Mapping[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Parameters of a module as a whole; of those that DeepSpeed ZeRO-3 has partitioned, ``numel`` is 0."""
+    """Return the number of parameters of a module, before DeepSpeed ZeRO-3 partitions them (``numel`` is 0 then)."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A map with a two-dimensional weight: Linear, GPT-2's Conv1D, quantized linears."""
+    """Whether a module is a linear map: Linear, GPT-2's Conv1D, or a quantized linear."""
     kind = type(module).__name__
     return isinstance(module, nn.Linear) or kind == "Conv1D" or ("Linear" in kind and hasattr(module, "weight"))
 
 
 def linear_sizes(module: Any) -> tuple[int, int]:
-    """Return how many units a linear map takes and gives; GPT-2's Conv1D has its weight as [inputs, outputs]."""
+    """Return the units of the input and of the output of a linear map; GPT-2's Conv1D stores [inputs, outputs]."""
     rows, columns = module.weight.shape if module.weight.dim() == 2 else (0, 0)
     return (rows, columns) if type(module).__name__ == "Conv1D" else (columns, rows)
 
 
 def first_tensor(value: Any) -> torch.Tensor | None:
-    """The hidden states that a module returned or was given: a tensor, or the first in a tuple or ModelOutput."""
+    """Return the hidden states in a module's arguments or output: the first tensor of a tuple or ModelOutput."""
     if isinstance(value, torch.Tensor):
         return value if value.is_floating_point() and value.dim() >= 2 else None
     if isinstance(value, Mapping):
@@ -151,13 +163,13 @@ def first_tensor(value: Any) -> torch.Tensor | None:
 
 
 def input_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    """The hidden states that a module was called with."""
+    """Return the hidden states in the arguments of a call, or None."""
     named = kwargs.get("hidden_states")
     return first_tensor(named) if named is not None else first_tensor((*args, *kwargs.values()))
 
 
 def axes_of(shape: Sequence[int], rows: int, tokens: int) -> str:
-    """How the axes of a tensor lie, by its shape; ``rows`` where it does not say."""
+    """Return the order of a tensor's axes by its shape: ``flat``, ``tokens first``, ``streams first`` or ``rows``."""
     if len(shape) == 2 and shape[0] == rows * tokens:
         return "flat"
     if len(shape) == 3 and tuple(shape[:2]) == (tokens, rows):
@@ -168,7 +180,7 @@ def axes_of(shape: Sequence[int], rows: int, tokens: int) -> str:
 
 
 def as_rows(x: torch.Tensor, axes: str, rows: int, tokens: int) -> torch.Tensor | None:
-    """The tensor as contiguous [rows, tokens, units], parallel streams as units; None if it does not fit."""
+    """Return a tensor as contiguous [rows, tokens, units], parallel streams as units; None if the shape differs."""
     if axes == "tokens first":
         x = x.transpose(0, 1)
     elif axes == "streams first":
@@ -182,30 +194,30 @@ def as_rows(x: torch.Tensor, axes: str, rows: int, tokens: int) -> torch.Tensor 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What a layer was called with."""
+    """Arguments of a call of a layer."""
 
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
 
     @property
     def hidden(self) -> torch.Tensor:
-        """The hidden states."""
+        """Hidden states among the arguments."""
         hidden = input_tensor(self.args, self.kwargs)
         assert hidden is not None
         return hidden
 
-    def given(self, instead: torch.Tensor) -> LayerCall:
-        """The same call with other hidden states."""
+    def with_hidden(self, replacement: torch.Tensor) -> LayerCall:
+        """Return the same call with other hidden states."""
         hidden = self.hidden
         return LayerCall(
-            [instead if value is hidden else value for value in self.args],
-            {name: instead if value is hidden else value for name, value in self.kwargs.items()},
+            [replacement if value is hidden else value for value in self.args],
+            {name: replacement if value is hidden else value for name, value in self.kwargs.items()},
         )
 
     def rerun(self, layer: Callable[..., Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Call the layer again: its input, a leaf, and its output."""
+        """Call a layer again; return its input as a leaf tensor, and its output."""
         leaf = self.hidden.detach().requires_grad_()
-        call = self.given(leaf)
+        call = self.with_hidden(leaf)
         output = first_tensor(layer(*call.args, **call.kwargs))
         assert output is not None
         return leaf, output

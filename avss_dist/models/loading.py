@@ -1,4 +1,4 @@
-"""Open a checkpoint: its tokenizer and configuration (the driver), its backbone on a device (every worker)."""
+"""Loading of a checkpoint: tokenizer and configuration (by the driver), backbone on a device (by every worker)."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ _REFUSALS: tuple[type[Exception], ...] = (  # what libraries raise over a bad ch
 
 
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's tokenizer.
+    """Load the checkpoint's tokenizer.
 
     Raises:
-        ModelError: it has none that transformers can open.
+        ModelError: the checkpoint has no tokenizer that transformers can open.
     """
     from transformers import AutoTokenizer
 
@@ -77,13 +77,13 @@ def _first_line(error: BaseException) -> str:
 def text_config(
     checkpoint: Checkpoint, *, trust_remote_code: bool = False, tensors: Iterable[TensorInfo] | None = None
 ) -> Any:
-    """The configuration of the part that reads text.
+    """Load the checkpoint's configuration.
 
     Args:
-        tensors: of the weight files; None reads their headers, if they are needed.
+        tensors: tensors of the weight files; None reads their headers if they are needed.
 
     Raises:
-        ModelError: transformers does not know the architecture, or it has more layers than the files.
+        ModelError: transformers does not know the architecture, or it has far more layers than the files.
     """
     from transformers import AutoConfig, PreTrainedConfig
 
@@ -108,15 +108,17 @@ def text_config(
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """A model without its head on a device, with its layers found.
+    """Loaded model on a device, its backbone without the head, and its layers.
 
     Attributes:
-        model: the transformers model, head and all.
-        module: its backbone; calling it never runs a language-model head.
-        structure: its layers and sites.
-        family: ``model_type`` of the configuration; architecture: the class; hidden_size: units of the residual stream.
-        num_parameters: of the whole checkpoint, as loaded.
-        dtype, attention_implementation: what computes.
+        model: the transformers model with its head.
+        module: its backbone, which never runs a language-model head.
+        structure: layers and sites of the backbone.
+        family: ``model_type`` of the configuration.
+        architecture: name of the model's class.
+        hidden_size: units of the residual stream.
+        num_parameters: parameters of the whole loaded model.
+        dtype, attention_implementation: names of the compute dtype and of the attention implementation.
     """
 
     model: Any
@@ -136,10 +138,10 @@ def load(
     """Load the weights (safetensors or gguf only) and find the layers.
 
     Args:
-        device: where the model computes.
+        device: device that computes.
         head: see `load_model`.
-        placing: options of ``from_pretrained`` that say where weights go; without any, all go to ``device``, those of a
-            GPU tensor by tensor: no whole model is in host memory.
+        placing: options of ``from_pretrained`` that place weights. By default all go to ``device``, on a GPU tensor by
+            tensor, so that the whole model is never in host memory.
 
     Raises:
         ModelError: the model cannot be loaded or observed; the message names the reason.
@@ -152,13 +154,13 @@ def load(
 
 
 def load_model(checkpoint: Checkpoint, settings: Settings, *, head: bool = False, **placing: Any) -> Any:
-    """The checkpoint as a transformers model in evaluation mode, head and all, where ``placing`` says or on the CPU.
+    """Load the checkpoint as a transformers model with its head in evaluation mode, on the CPU or as ``placing`` says.
 
     Args:
-        head: the head is used, so its weights must be in the files too.
+        head: the head is used, so that its weights must be in the files, too.
 
     Raises:
-        ModelError: it cannot be loaded, or its files lack weights; the message names the reason.
+        ModelError: the model cannot be loaded, or its files lack weights; the message names the reason.
     """
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     options = _options(settings)
@@ -176,14 +178,14 @@ def load_model(checkpoint: Checkpoint, settings: Settings, *, head: bool = False
 
 
 def build_model(checkpoint: Checkpoint, settings: Settings, tensors: Mapping[str, Any], *, head: bool = False) -> Any:
-    """The model that `load_model` gives, with other tensors under the names of the checkpoint's.
+    """Build the model that `load_model` returns from other tensors under the checkpoint's names.
 
     Args:
         head: see `load_model`.
-        tensors: what transformers indexes with ``...``, and places by calling ``to(device, dtype)``.
+        tensors: objects that transformers indexes with ``...`` and places by calling ``to(device, dtype)``, by name.
 
     Raises:
-        ModelError: it cannot be built of them; the message names the reason.
+        ModelError: the model cannot be built of them; the message names the reason.
     """
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     empty = skeleton(copy.deepcopy(config), settings, torch.float32)  # which changes the configuration
@@ -198,7 +200,7 @@ def build_model(checkpoint: Checkpoint, settings: Settings, tensors: Mapping[str
 
 
 def _options(settings: Settings) -> dict[str, Any]:
-    """The settings as options of `from_pretrained`."""
+    """Return the settings as options of `from_pretrained`."""
     return {
         "dtype": "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype),
         "trust_remote_code": settings.trust_remote_code,
@@ -208,7 +210,7 @@ def _options(settings: Settings) -> dict[str, Any]:
 
 @contextmanager
 def _explain_errors(checkpoint: Checkpoint) -> Iterator[None]:
-    """Raise what transformers raises over a bad checkpoint as a ModelError."""
+    """Convert transformers' exceptions over a bad checkpoint to ModelError."""
     try:
         yield
     except SafetensorError as error:
@@ -221,7 +223,7 @@ def _explain_errors(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def skeleton(config: Any, settings: Settings, dtype: torch.dtype) -> Any:
-    """The model that `load` gives, on the meta device: names, shapes and ties of its parameters, and no memory.
+    """Build the model that `load` returns on the meta device: names, shapes and ties of parameters, without memory.
 
     Raises:
         ModelError: transformers cannot build it.
@@ -230,7 +232,7 @@ def skeleton(config: Any, settings: Settings, dtype: torch.dtype) -> Any:
 
 
 def build(config: Any, settings: Settings, dtype: torch.dtype, device: torch.device) -> Any:
-    """A model of a configuration, as transformers initializes it.
+    """Build a model of a configuration with transformers' initialization.
 
     Raises:
         ModelError: transformers cannot build it.
@@ -246,7 +248,7 @@ def build(config: Any, settings: Settings, dtype: torch.dtype, device: torch.dev
 
 
 def skeleton_by(auto: Any, config: Any, settings: Settings) -> Any | None:
-    """Return the model that an auto class makes of a configuration, on the meta device; None if it makes none."""
+    """Return the model that an auto class builds of a configuration, on the meta device; None if it cannot."""
     with quiet(), torch.device("meta"):
         try:
             return auto.from_config(copy.deepcopy(config), trust_remote_code=settings.trust_remote_code)
@@ -255,11 +257,11 @@ def skeleton_by(auto: Any, config: Any, settings: Settings) -> Any | None:
 
 
 def open_module(model: Any, *, layers: str | None = None, device: torch.device | None = None) -> Backbone:
-    """A loaded transformers model as a Backbone: its head is left out, its layers are found.
+    """Return a loaded transformers model as a `Backbone`, without its head, with its layers found.
 
     Args:
         layers: module path of the layer list; None finds it.
-        device: where the model takes token ids; None is where its parameters are.
+        device: device of the token ids; by default that of the parameters.
 
     Raises:
         ModelError: the layers cannot be found, or a forward pass over token ids fails.
@@ -309,7 +311,7 @@ def _does_not_run(model: Any, error: Exception) -> ModelError:
 
 
 def without_head(model: Any) -> nn.Module:
-    """The model below its head. A few families name themselves as their base; theirs is the decoder."""
+    """Return the model below its head; for a model that is its own base, the decoder."""
     base = model.base_model
     if base is model and model.get_output_embeddings() is not None:
         base = model.get_decoder() or model
@@ -317,7 +319,7 @@ def without_head(model: Any) -> nn.Module:
 
 
 def forward_function(backbone: nn.Module) -> Forward:
-    """How to run the backbone on (token ids, attention mask or None): no cache, only the arguments that it takes."""
+    """Return a function of (token ids, attention mask or None) that runs the backbone without a key-value cache."""
     parameters = inspect.signature(backbone.forward).parameters
     anything = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     options = {"use_cache": False} if anything or "use_cache" in parameters else {}
@@ -332,7 +334,7 @@ def forward_function(backbone: nn.Module) -> Forward:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and warnings: errors are ours to tell."""
+    """Silence transformers' progress bars and warnings inside the context; errors are reported by this package."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which transformers imports, warns on stdout
     from transformers.utils import logging

@@ -1,4 +1,4 @@
-"""What transformers calls the tensors of a checkpoint's files in the model that it makes of them."""
+"""Names of stored tensors in the model that transformers makes of them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from typing import Any
 
 
 class Naming:
-    """The names of a model's weights by those of stored tensors.
+    """Mapping from the names of stored tensors to the names of a model's weights.
 
-    None of what it asks is transformers' public interface, which may change: expect ImportError, TypeError,
-    AttributeError, KeyError and ValueError.
+    It uses private interfaces of transformers, which may change: expect ImportError, TypeError, AttributeError,
+    KeyError and ValueError.
 
     Args:
-        model: may be on the meta device.
+        model: a transformers model, which may be on the meta device.
 
     Attributes:
-        mapping: transformers' own, by which it renames and converts tensors.
+        mapping: transformers' entries that rename and convert tensors.
+        state: the model's state dict, by name.
     """
 
     def __init__(self, model: Any) -> None:
@@ -29,7 +30,7 @@ class Naming:
         self._prefix = model.base_model_prefix
 
     def renamed(self, stored: str) -> str:
-        """What a stored tensor is called in the model, or the first weight that is made of it."""
+        """Return the name of the weight that a stored tensor becomes, or of the first one that is made of it."""
         from transformers.core_model_loading import rename_source_key
 
         name, _ = rename_source_key(stored, self._renamings, self._converters, self._prefix, self.state)

@@ -1,4 +1,4 @@
-"""Weights that are stored as pickles: opened by torch as tensors and nothing else, once, and kept as safetensors."""
+"""Conversion of pickled weights, opened by torch as tensors alone, to safetensors in the cache."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _NOTE = "converted_from_pickles"
 
 
 def pickled_weights(folder: Path) -> list[Path]:
-    """The files of a folder that hold pickled weights, in order."""
+    """Return the files of pickled weights in a folder, sorted."""
     return sorted(file for file in folder.glob(WEIGHTS) if file.is_file())
 
 
 def converted_folder(folder: Path) -> Path | None:
-    """Where the weights of a folder are kept as safetensors, once they were converted; of this content, not its name.
+    """Return the cache folder of a folder's converted weights, by content, or None if they were not converted yet.
 
     Raises:
         ModelError: a file cannot be read.
@@ -42,12 +42,14 @@ def converted_folder(folder: Path) -> Path | None:
 
 
 def is_converted(folder: Path) -> bool:
-    """Whether a folder is one that `convert` wrote."""
+    """Whether `convert` wrote a folder."""
     return (folder / _NOTE).is_file()
 
 
 def convert(folder: Path) -> None:
-    """Keep the weights of a folder as safetensors, with all that is beside them; nothing where that is done.
+    """Convert the pickled weights of a folder to safetensors in the cache, unless that was done before.
+
+    The folder's other files are copied along.
 
     Raises:
         ModelError: a file holds more than tensors, or is damaged; the message says which.
@@ -91,7 +93,7 @@ def _convert_file(file: Path, target: Path) -> None:
 
 
 def _copy_others(folder: Path, staged: Path) -> None:
-    """Everything but pickles, and the index of the weights by their new names."""
+    """Copy all files but pickles, and the index with the new names of the weight files."""
     for file in folder.iterdir():
         if file.is_file() and not file.name.startswith(".") and not any(file.match(p) for p in (*PICKLED, _INDEX)):
             shutil.copyfile(file, staged / file.name)

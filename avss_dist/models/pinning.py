@@ -1,4 +1,4 @@
-"""Every ``auto`` of the settings that changes numbers, decided once, before any weight is read."""
+"""Resolution of every ``auto`` setting that can change a number, once, before any weight is read."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from avss_dist.settings import DTYPES, Settings
 
 
 def pin(settings: Settings, checkpoint: Checkpoint, config: Any, device: str, *, spec: str | None = None) -> Settings:
-    """Settings with every ``auto`` that changes numbers decided.
+    """Return settings in which every ``auto`` that can change a number is resolved.
 
     Args:
-        config: of `text_config`.
-        spec: what the user named, where the checkpoint is on the hub and its weights may not be here.
+        config: from `text_config`.
+        spec: the hub id as the user wrote it, if the weights may not be on this machine.
 
     Raises:
-        ModelError: rows are longer than the model can read, or the weight files have no header.
+        ModelError: ``sequence_length`` exceeds the model's maximum, or the weight files have no header.
     """
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None)
@@ -41,10 +41,10 @@ def pin(settings: Settings, checkpoint: Checkpoint, config: Any, device: str, *,
 def compute_dtype(
     checkpoint: Checkpoint, config: Any, settings: Settings, tensors: Iterable[TensorInfo] | None = None
 ) -> torch.dtype:
-    """What the layers compute in: the dtype of the settings, that of the configuration, or that of the files.
+    """Return the compute dtype: that of the settings, else of the configuration, else of the weight files.
 
     Args:
-        tensors: of the files; None reads their headers, if they are needed.
+        tensors: tensors of the weight files; None reads their headers if they are needed.
     """
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)
@@ -57,15 +57,15 @@ def compute_dtype(
 
 
 def _known_dtype(named: Any, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that a configuration names.
+    """Return the dtype that a configuration names.
 
     Raises:
-        ModelError: torch has none of that name.
+        ModelError: torch has no dtype of that name.
     """
     dtype = named if isinstance(named, torch.dtype) else getattr(torch, str(named).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
         raise ModelError(
             f"The config.json of '{checkpoint.name}' names the dtype {named!r}, which torch does not have.",
-            "Set `dtype`, or mend that file.",
+            "Set `dtype`, or correct config.json.",
         )
     return dtype

@@ -1,6 +1,6 @@
-"""Quantized checkpoints: what their weights are stored as, and what the model that is loaded computes with.
+"""Quantized checkpoints: the stored form of their weights, and the form that the loaded model computes with.
 
-transformers unpacks some of them without a word where the device has no arithmetic for them. Here that is a setting.
+transformers silently unpacks some of them if the device has no arithmetic for them. Here that is a setting.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from avss_dist.settings import Settings
 # What quantizers raise where a package or a device is not here, or over settings that they cannot read.
 _REFUSALS = (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError)
 KEYS = ("quantization_config", "compression_config")  # of config.json
-_ELSEWHERE = "Compute where there is what it needs"
+_ELSEWHERE = "Use a machine that has what it needs"
 
 
 def quantization_settings(config: Any) -> Any:
-    """The quantization settings of a configuration, wherever in it they stand; None if the model is not quantized."""
+    """Return the quantization settings of a configuration or of its text part; None if the model is not quantized."""
     whole = getattr(config, "quantization_config", None)
     return whole or getattr(config.get_text_config(), "quantization_config", None)
 
 
 def quantization_method(config: Any) -> str | None:
-    """The name of the quantization, as ``config.json`` has it: fp8, compressed-tensors, ...; None if there is none."""
+    """Return the ``quant_method`` of a configuration: fp8, compressed-tensors, ...; None if it is not quantized."""
     settings = quantization_settings(config)
     return _method(settings if isinstance(settings, Mapping) else settings.to_dict()) if settings else None
 
@@ -42,10 +42,10 @@ def _method(settings: Mapping[str, Any]) -> str:
 
 
 def describe_quantization(checkpoint: Checkpoint, settings: Settings) -> str | None:
-    """How a checkpoint's weights are quantized, and whether they are unpacked to be computed with.
+    """Return the quantization of a checkpoint's weights, and whether they are unpacked before they compute.
 
     Returns:
-        ``fp8``, ``fp8, dequantized``, ``gguf Q4_K, dequantized`` (the type of most bytes); None where nothing is.
+        ``fp8``, ``fp8, dequantized``, ``gguf Q4_K, dequantized`` (the type of most bytes), or None if not quantized.
     """
     if checkpoint.gguf:
         sizes: Counter[str] = Counter()
@@ -62,15 +62,15 @@ def describe_quantization(checkpoint: Checkpoint, settings: Settings) -> str | N
 
 
 def with_quantization(checkpoint: Checkpoint, config: Any, settings: Settings, placing: Mapping[str, Any]) -> Any:
-    """A configuration by which transformers loads the weights as the settings say: as they are stored, or unpacked.
+    """Return a configuration with which transformers loads the weights as stored, or unpacked if `dequantize` is set.
 
     Args:
-        config: of `text_config`; it is not changed.
-        placing: options of ``from_pretrained`` that say where weights go.
+        config: from `text_config`; it is not changed.
+        placing: options of ``from_pretrained`` that place weights on devices.
 
     Raises:
-        ModelError: the quantization is not known, or needs a package or a device that is not here, or cannot be
-            unpacked; or there is nothing to unpack.
+        ModelError: the quantization is unknown, needs a package or a device that is missing, or cannot be unpacked;
+            or `dequantize` is set and the checkpoint is not quantized.
     """
     method = quantization_method(config)
     if method is None:
@@ -100,17 +100,17 @@ def with_quantization(checkpoint: Checkpoint, config: Any, settings: Settings, p
 
 
 def unpacked_gguf() -> Any:
-    """With it transformers unpacks a .gguf file, whatever other packages are here; None where it always does."""
+    """Return the quantization settings that make transformers unpack a .gguf file; None if it always does."""
     import transformers
 
     return transformers.GgufConfig(dequantize=True) if hasattr(transformers, "GgufConfig") else None
 
 
-def comparable(checkpoint: Checkpoint, config: Any, settings: Settings) -> Settings:
-    """Settings by which this machine computes with a checkpoint's weights: dequantized, where that can be done.
+def runnable_settings(checkpoint: Checkpoint, config: Any, settings: Settings) -> Settings:
+    """Return settings with which this machine can compute: dequantized if the quantization supports that.
 
     Raises:
-        ModelError: it cannot compute with them.
+        ModelError: this machine cannot compute with the weights.
     """
     how = quantization_settings(config)
     if how is None:
@@ -122,13 +122,14 @@ def comparable(checkpoint: Checkpoint, config: Any, settings: Settings) -> Setti
 
 
 def quantize_skeleton(checkpoint: Checkpoint, config: Any, model: Any) -> Any:
-    """A model on the meta device, with the modules that hold the quantized weights as they are stored.
+    """Replace the modules of a skeleton by those that hold quantized weights as stored, and return it.
 
     Args:
-        config: the model's; model: of `skeleton`; its modules are replaced.
+        config: the model's configuration.
+        model: a model on the meta device, from `skeleton`.
 
     Raises:
-        ModelError: the quantization is not known, or needs a package that is not here.
+        ModelError: the quantization is unknown, or needs a package that is not installed.
     """
     method = quantization_method(config)
     assert method is not None
@@ -147,23 +148,23 @@ def quantize_skeleton(checkpoint: Checkpoint, config: Any, model: Any) -> Any:
 
 
 def require_known(checkpoint: Checkpoint, method: str) -> None:
-    """Refuse a quantization that transformers does not know: nobody can say what its settings and weights mean.
+    """Refuse a quantization method that transformers does not know.
 
     Raises:
-        ModelError: it is one.
+        ModelError: transformers has no quantizer for the method.
     """
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
     if method not in AUTO_QUANTIZER_MAPPING and not method.startswith("bitsandbytes"):
         raise ModelError(
-            f"'{checkpoint.name}' is quantized by '{method}', which transformers does not know: its weights would be "
-            "read as what they are not.",
+            f"'{checkpoint.name}' is quantized by '{method}', which transformers does not know and "
+            "would load as unquantized weights.",
             "Is the config.json right? A newer method needs a newer transformers: pip install -U transformers.",
         )
 
 
 def _quantizer(checkpoint: Checkpoint, config: Any, method: str) -> Any:
-    """transformers' quantizer of a configuration."""
+    """Return transformers' quantizer for a configuration."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     require_known(checkpoint, method)
@@ -171,7 +172,8 @@ def _quantizer(checkpoint: Checkpoint, config: Any, method: str) -> Any:
         return AutoHfQuantizer.from_config(copy.deepcopy(quantization_settings(config)), pre_quantized=True)
     except ImportError as error:
         raise ModelError(
-            f"'{checkpoint.name}' is quantized ({method}), which needs a package that is not here: {first_line(error)}"
+            f"'{checkpoint.name}' is quantized ({method}), which needs a package that is not installed: "
+            f"{first_line(error)}"
         ) from error
     except _REFUSALS as error:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""safetensors files: which of them a checkpoint has, what their headers say, and tensors copied from one to another."""
+"""safetensors files of a checkpoint: their headers, and reading, overwriting and copying of their tensors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""torch's dtypes by the names that headers have for them."""
+"""torch's dtypes by their names in headers."""
 COPIED_AT_ONCE = 64 << 20  # bytes
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _ALIGNMENT = 8  # of the data in a file: the header is padded with spaces
@@ -44,7 +44,7 @@ _ALIGNMENT = 8  # of the data in a file: the header is padded with spaces
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as a header describes it: its dtype as it is written there, and its bytes."""
+    """Tensor as described by a header: name, dtype as written there, and size in bytes."""
 
     name: str
     dtype: str
@@ -53,7 +53,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class StoredTensor(TensorInfo):
-    """A tensor of a safetensors file: ``size`` bytes from ``start`` on."""
+    """Tensor of a safetensors file, ``size`` bytes from offset ``start``."""
 
     shape: tuple[int, ...]
     file: Path
@@ -61,7 +61,7 @@ class StoredTensor(TensorInfo):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers loads: one, or those that the index names.
+    """Return the weight files that transformers loads: the single file, or those of the index.
 
     Raises:
         ModelError: the index cannot be read, or names a file outside of the folder.
@@ -75,7 +75,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[str]:
-    """The names of the files in an index, each once, sorted."""
+    """Return the sorted unique file names of an index."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         paths = [PurePosixPath(name) for name in names]
@@ -93,10 +93,10 @@ def _indexed(index: Path) -> list[str]:
 
 
 def tensors_of(file: Path) -> list[StoredTensor]:
-    """The tensors of a file in the order of its header. Eight bytes hold the header's length; the header is JSON.
+    """Return the tensors of a file in the order of its header: eight bytes of length, then JSON.
 
     Raises:
-        ModelError: the file has no such header.
+        ModelError: the file has no valid header.
     """
     try:
         with file.open("rb") as stream:
@@ -116,7 +116,7 @@ def tensors_of(file: Path) -> list[StoredTensor]:
 
 
 def _tensor(name: str, file: Path, data: int, entry: Any) -> StoredTensor:
-    """One entry of a header; ``data`` is where in the file the tensors begin."""
+    """Return the tensor of a header's entry; ``data`` is the offset of the first tensor in the file."""
     first, last = entry["data_offsets"]
     shape = tuple(entry["shape"])
     if not isinstance(entry["dtype"], str) or not all(type(n) is int and n >= 0 for n in (first, last, *shape)):
@@ -130,7 +130,7 @@ def _tensor(name: str, file: Path, data: int, entry: Any) -> StoredTensor:
 
 
 def read_tensor(stored: StoredTensor) -> torch.Tensor:
-    """A tensor of a file, in memory of its own.
+    """Read a tensor of a file into memory of its own.
 
     Raises:
         ModelError: torch has no such dtype, or the file cannot be read to the tensor's end.
@@ -149,10 +149,10 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
 
 
 def overwrite_tensor(stored: StoredTensor, tensor: torch.Tensor) -> None:
-    """Put other values into a file, in place of a tensor's.
+    """Overwrite the values of a tensor in its file.
 
     Args:
-        tensor: of the stored dtype and shape, on the CPU.
+        tensor: new values, of the stored dtype and shape, on the CPU.
 
     Raises:
         OSError: the file cannot be written.
@@ -167,22 +167,22 @@ def overwrite_tensor(stored: StoredTensor, tensor: torch.Tensor) -> None:
 
 
 def copy_tensors(source: Path, target: Path, names: Mapping[str, str], copied: Callable[[int], None]) -> int:
-    """Write a safetensors file of some tensors of another, under new names, in their order; returns their bytes.
+    """Copy some tensors of a safetensors file to a new one under new names; return their number of bytes.
 
-    The system moves the bytes where it can, and no memory is taken.
+    The operating system moves the bytes if it can, without going through memory.
 
     Args:
-        names: the new name by the old one.
-        copied: called with the bytes of every piece.
+        names: new names by old ones.
+        copied: called with the number of bytes of every piece.
 
     Raises:
         ModelError: the source ends before its header says.
         OSError: the target cannot be written.
     """
-    kept = sorted((tensor for tensor in tensors_of(source) if tensor.name in names), key=lambda tensor: tensor.start)
+    tensors = sorted((tensor for tensor in tensors_of(source) if tensor.name in names), key=lambda tensor: tensor.start)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for tensor in kept:
+    for tensor in tensors:
         offsets = [end, end + tensor.size]
         header[names[tensor.name]] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
         end += tensor.size
@@ -190,7 +190,7 @@ def copy_tensors(source: Path, target: Path, names: Mapping[str, str], copied: C
     text += b" " * (-len(text) % _ALIGNMENT)
     with source.open("rb", buffering=0) as file, target.open("xb", buffering=0) as out:
         out.write(struct.pack("<Q", len(text)) + text)
-        for first, last in _joined(kept):
+        for first, last in _joined(tensors):
             for start in range(first, last, COPIED_AT_ONCE):
                 size = min(COPIED_AT_ONCE, last - start)
                 if not _copy(file.fileno(), out.fileno(), start, size):
@@ -201,7 +201,7 @@ def copy_tensors(source: Path, target: Path, names: Mapping[str, str], copied: C
 
 
 def _joined(tensors: list[StoredTensor]) -> Iterator[tuple[int, int]]:
-    """The ranges of bytes of tensors, in their order; those that touch as one."""
+    """Yield the byte ranges (start, end) of tensors in their order, with adjacent ranges joined."""
     ends = [tensor.start + tensor.size for tensor in tensors]
     breaks = [i for i, (tensor, end) in enumerate(zip(tensors[1:], ends, strict=False), 1) if tensor.start != end]
     for first, last in pairwise([0, *breaks, len(tensors)] if tensors else []):
@@ -209,7 +209,7 @@ def _joined(tensors: list[StoredTensor]) -> Iterator[tuple[int, int]]:
 
 
 def _copy(source: int, target: int, start: int, size: int) -> bool:
-    """Append bytes of a file to another; False if there are not as many."""
+    """Append bytes of a file to another; return False if the source is too short."""
     with suppress(OSError):  # another file system, or one that cannot: as bytes, then
         while size and (count := os.copy_file_range(source, target, size, start)):
             start, size = start + count, size - count
@@ -217,8 +217,8 @@ def _copy(source: int, target: int, start: int, size: int) -> bool:
         block = os.pread(source, min(size, 1 << 20), start)
         if not block:
             return False
-        rest = memoryview(block)
-        while rest:
-            rest = rest[os.write(target, rest) :]
+        unwritten = memoryview(block)
+        while unwritten:
+            unwritten = unwritten[os.write(target, unwritten) :]
         start, size = start + len(block), size - len(block)
     return True

@@ -1,4 +1,4 @@
-"""Text that a model writes itself, drawn token by token from what it predicts: of every domain that it has learned."""
+"""Sampling of text from a model itself, token by token from its predictions, as a corpus of all that it has learned."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from avss_dist.system.progress_bar import tracked
 def sample(
     checkpoint: Checkpoint, settings: Settings, *, count: int, prompt: str | None = None, seed: int = 0, first: int = 0
 ) -> Iterator[list[str]]:
-    """Texts of at most ``sequence_length`` tokens, at temperature 1 from all tokens; each ends where the model ends it.
+    """Yield batches of sampled texts of at most ``sequence_length`` tokens, at temperature 1 without truncation.
 
-    Those of each batch, the same ones for the same seed, batch size, dtype and device.
+    A text ends where the model ends it. Equal seeds, batch sizes, dtypes and devices give equal texts.
 
     Args:
-        count: texts; those without a word are left out.
-        prompt: what each begins with, and is not a part of it; by default the token that texts begin with.
-        first: number of the batch to begin with.
+        count: number of texts to sample; empty ones are left out of the result.
+        prompt: text that precedes each sample and is not part of it; by default the tokenizer's start token.
+        first: index of the first batch to sample.
 
     Raises:
-        ModelError: the model cannot be loaded, or predicts no next token; or no token is known to begin with.
+        ModelError: the model cannot be loaded or predicts no next token, or the tokenizer has no start token.
     """
     device = pick_device(settings.device)
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
@@ -47,14 +47,14 @@ def sample(
         prompts = torch.tensor([start] * sizes[number], device=device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
             torch.manual_seed((_APART * seed + number) % 2**32)  # all that the generator of CPUs takes
-            written = model.generate(
+            generated = model.generate(
                 prompts,
                 attention_mask=torch.ones_like(prompts),
                 max_new_tokens=settings.sequence_length,
                 pad_token_id=end,
                 **_AS_PREDICTED,
             )
-        texts = tokenizer.batch_decode(written[:, len(start) :], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(generated[:, len(start) :], skip_special_tokens=True)
         yield [text for text in texts if text.strip()]
 
 

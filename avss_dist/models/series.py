@@ -1,4 +1,4 @@
-"""Checkpoints of one training: when each was saved, by its name, and which of a hub's revisions a pattern means."""
+"""Series of checkpoints of one training: step and tokens from their names, and revisions by a pattern."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ MAX_NAMED = 5  # revisions in a message
 
 
 @dataclass(frozen=True)
-class Saved:
-    """When in its training a checkpoint was saved, as its name tells.
+class TrainingPoint:
+    """Point of a training at which a checkpoint was saved, from its name.
 
     Attributes:
-        series: what its training is called: the name, with ``*`` for what tells its checkpoints apart.
-        step: the optimizer's step; None where the name has none.
-        tokens: that were read until then; None where the name has none.
+        series: name of the training: the checkpoint's name with ``*`` in place of step and tokens.
+        step: the optimizer's step; None if the name has none.
+        tokens: number of tokens trained on so far; None if the name has none.
     """
 
     series: str
@@ -34,46 +34,49 @@ class Saved:
     tokens: int | None
 
 
-def when_saved(checkpoint: Checkpoint) -> Saved:
-    """``org/name@step3000-tokens12B`` is step 3,000 after 12e9 tokens of ``org/name@step*-tokens*``; so are folders."""
-    where, name = checkpoint.name, checkpoint.revision_name
+def training_point(checkpoint: Checkpoint) -> TrainingPoint:
+    """Return the point of training in a checkpoint's name, its revision on the hub or the name of its folder.
+
+    ``org/name@step3000-tokens12B`` is step 3,000 after 12e9 tokens of the series ``org/name@step*-tokens*``.
+    """
+    prefix, name = checkpoint.name, checkpoint.revision_name
     if checkpoint.source != "hub":
-        where, _, name = checkpoint.path.rpartition("/")
+        prefix, _, name = checkpoint.path.rpartition("/")
     step = _STEP.search(name)
     tokens = next(filter(None, (pattern.search(name) for pattern in _TOKENS)), None)
-    found = [match for match in (step, tokens) if match]
-    if not found:
-        return Saved(checkpoint.name, None, None)
-    for match in sorted(found, key=lambda match: match.start(), reverse=True):
+    matches = [match for match in (step, tokens) if match]
+    if not matches:
+        return TrainingPoint(checkpoint.name, None, None)
+    for match in sorted(matches, key=lambda match: match.start(), reverse=True):
         name = f"{name[: match.start('number')]}*{name[match.end('unit') :]}"
-    return Saved(f"{where}{'@' if checkpoint.source == 'hub' else '/'}{name}", _number(step), _number(tokens))
+    return TrainingPoint(f"{prefix}{'@' if checkpoint.source == 'hub' else '/'}{name}", _number(step), _number(tokens))
 
 
-def _number(found: re.Match[str] | None) -> int | None:
-    return round(float(found["number"]) * _THOUSANDS[found["unit"].lower()]) if found else None
+def _number(match: re.Match[str] | None) -> int | None:
+    return round(float(match["number"]) * _THOUSANDS[match["unit"].lower()]) if match else None
 
 
 def matching_revisions(name: str, pattern: str) -> list[str]:
-    """The branches and tags of a hub id that a pattern such as ``stage1-step*`` means, in the order of their numbers.
+    """Return the branches and tags of a hub id that match a pattern such as ``stage1-step*``, in natural order.
 
     Raises:
-        ModelError: none does, there is no such model, or the hub cannot be reached.
+        ModelError: no revision matches, there is no such model, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi
 
     with explain_hub_errors(name):
         refs = HfApi().list_repo_refs(name)
     known = [ref.name for ref in (*refs.branches, *refs.tags)]
-    found = [revision for revision in dict.fromkeys(known) if fnmatchcase(revision, pattern)]
-    if not found:
-        some = sorted(known, key=in_order)
-        more = f" and {len(some) - MAX_NAMED:,} more" if len(some) > MAX_NAMED else ""
+    matches = [revision for revision in dict.fromkeys(known) if fnmatchcase(revision, pattern)]
+    if not matches:
+        names = sorted(known, key=natural_key)
+        more = f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else ""
         raise ModelError(
-            f"No revision of '{name}' matches '{pattern}'.", f"There are: {', '.join(some[:MAX_NAMED])}{more}."
+            f"No revision of '{name}' matches '{pattern}'.", f"There are: {', '.join(names[:MAX_NAMED])}{more}."
         )
-    return sorted(found, key=in_order)
+    return sorted(matches, key=natural_key)
 
 
-def in_order(name: str) -> list[tuple[int, str]]:
-    """A sort key by which numbers in names count as numbers: step9 is before step10."""
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Return a sort key that compares numbers in names as numbers: step9 is before step10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

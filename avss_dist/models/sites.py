@@ -1,6 +1,6 @@
-"""Find the sites inside a layer by what its modules did in one forward pass.
+"""Find the sites inside a layer from the calls of its modules in one forward pass.
 
-What a sublayer adds to the residual stream is the output of its last linear map.
+A sublayer's addition to the residual stream is the output of its last linear map.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _EXPERTS = re.compile(r"experts|moe", re.IGNORECASE)
 
 @dataclass
 class Call:
-    """One module's call inside a layer."""
+    """Recorded call of a module inside a layer."""
 
     path: str
     module: nn.Module
@@ -40,8 +40,8 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Inside:
-    """What is inside of a layer: its sites, the linear maps whose inputs are sites, what gates its MLP, its experts."""
+class LayerSites:
+    """Sites of a layer, the linear maps whose inputs are sites, the gate of its MLP, and its routed experts."""
 
     taps: dict[str, Tap]
     projections: tuple[Projection, ...]
@@ -49,49 +49,50 @@ class Inside:
     experts: Experts | None
 
 
-def look_inside(calls: Sequence[Call], layer_class: str) -> Inside:
-    """The sublayer sites of one layer, and its linear maps, from its modules' calls."""
-    of_kind: dict[str | None, list[Call]] = defaultdict(list)
+def find_sites(calls: Sequence[Call], layer_class: str) -> LayerSites:
+    """Return the sites of one layer, and its linear maps, from the calls of its modules."""
+    by_kind: dict[str | None, list[Call]] = defaultdict(list)
     for call in calls:
-        of_kind[_kind(call.path, call.module, layer_class)].append(call)
-    attention, mlp = _largest(of_kind["attention"]), _largest(of_kind["mlp"])
-    of_attention = _inside(calls, attention) if attention else []
-    taps = {"attention": _output_tap(attention, of_attention) if attention else None}
+        by_kind[_kind(call.path, call.module, layer_class)].append(call)
+    attention, mlp = _largest(by_kind["attention"]), _largest(by_kind["mlp"])
+    in_attention = _inside(calls, attention) if attention else []
+    taps = {"attention": _output_tap(attention, in_attention) if attention else None}
     if mlp:
-        of_mlp = _inside(calls, mlp)
-        taps |= _taps_of_mlp(mlp, of_mlp, layer_class)
+        in_mlp = _inside(calls, mlp)
+        taps |= _taps_of_mlp(mlp, in_mlp, layer_class)
     else:
-        known = {id(call) for call in (*of_kind["attention"], *of_attention)}
-        of_mlp = [call for call in calls if id(call) not in known]
-        taps |= _taps_without_mlp(of_mlp, calls)
-    readers = _readers_in_attention(attention, of_attention) if attention else []
+        known = {id(call) for call in (*by_kind["attention"], *in_attention)}
+        in_mlp = [call for call in calls if id(call) not in known]
+        taps |= _taps_without_mlp(in_mlp, calls)
+    readers = _readers_in_attention(attention, in_attention) if attention else []
     if neuron := taps.get("neuron"):
-        readers += _readers_in_mlp(of_mlp, neuron.module)
+        readers += _readers_in_mlp(in_mlp, neuron.module)
     for site, call in readers:
         taps.setdefault(site, _tap(call, "input"))
     projections = tuple(_projection(site, call) for site, call in readers)
-    gate, experts = _gate(of_mlp, readers), find_experts(calls)
-    return Inside({site: tap for site in EVERY_SITE if (tap := taps.get(site))}, projections, gate, experts)
+    gate, experts = _gate(in_mlp, readers), find_experts(calls)
+    return LayerSites({site: tap for site in EVERY_SITE if (tap := taps.get(site))}, projections, gate, experts)
 
 
 def find_down_projection(layer: nn.Module, width: int) -> tuple[str, nn.Module] | None:
-    """Return path and module of the linear map that ends a layer's MLP, by names and shapes alone: nothing is run.
+    """Return path and module of the linear map that ends a layer's MLP, from names and shapes, without a pass.
 
-    It is the module of the site ``neuron`` wherever `look_inside` finds that site.
+    It is the module of the site ``neuron`` wherever `find_sites` finds that site.
 
     Args:
         width: units of the residual stream.
 
     Returns:
-        None where experts are routed, or no linear map outside of attention gives so many units.
+        None if experts are routed, or no linear map outside of attention has ``width`` output units.
     """
     modules = dict(layer.named_modules())
     names = {
-        path: f"{path.rpartition('.')[2]} {_own_name(module, type(layer).__name__)}" for path, module in modules.items()
+        path: f"{path.rpartition('.')[2]} {_short_class_name(module, type(layer).__name__)}"
+        for path, module in modules.items()
     }
     if any(_EXPERTS.search(names[path]) for path in modules if path):
         return None
-    found: dict[tuple[bool, bool], tuple[str, nn.Module]] = {}
+    candidates: dict[tuple[bool, bool], tuple[str, nn.Module]] = {}
     for path, module in modules.items():
         parents = [".".join(path.split(".")[:count]) for count in range(1, path.count(".") + 1)]
         kinds = {_kind(parent, modules[parent], type(layer).__name__) for parent in parents}
@@ -99,37 +100,39 @@ def find_down_projection(layer: nn.Module, width: int) -> tuple[str, nn.Module] 
             continue
         inputs, outputs = linear_sizes(module)
         if outputs == width:
-            found["mlp" in kinds, inputs != outputs] = path, module
-    return found[max(found)] if found else None
+            candidates["mlp" in kinds, inputs != outputs] = path, module
+    return candidates[max(candidates)] if candidates else None
 
 
 def _readers_in_attention(attention: Call, inside: Sequence[Call]) -> list[tuple[str, Call]]:
-    """The linear maps that read what the first one reads, and the last one."""
+    """Return (site, call) of attention's input projections, which share one input, and of its output projection."""
     linears, width = _linears(inside), attention.output.shape[-1]
     last = next((call for call in reversed(linears) if call.output.shape[-1] == width), None)
     first = [call for call in linears if call is not last]
-    alike = [call for call in first if _read_the_same(call, first[0])]
+    alike = [call for call in first if _share_input(call, first[0])]
     return [*(("query_input", call) for call in alike), *([("output_input", last)] if last and alike else [])]
 
 
 def _readers_in_mlp(calls: Sequence[Call], down: nn.Module) -> list[tuple[str, Call]]:
-    """The linear maps that read what the first one reads, and the last one, ``down``."""
+    """Return (site, call) of the MLP's input projections, which share one input, and of its projection ``down``."""
     linears = _linears(calls)
     last = [call for call in linears if call.module is down]
     first = [call for call in linears if call.module is not down]
-    alike = [call for call in first if _read_the_same(call, first[0])]
+    alike = [call for call in first if _share_input(call, first[0])]
     return [*(("up_input", call) for call in alike), *(("neuron", call) for call in last)]
 
 
 def _gate(calls: Sequence[Call], readers: Sequence[tuple[str, Call]]) -> Projection | None:
-    """The activation function of one of two maps that read the same, where it is a module that gates the other."""
+    """Return the activation function that gates an MLP of two input projections, or None if no module does that."""
     up, down = ([call for site, call in readers if site == name] for name in ("up_input", "neuron"))
     if len(up) != 2 or not down:
         return None
     units, outputs = down[0].inputs[0].shape[-1], up[0].inputs[0].shape[-1] + down[0].output.shape[-1]
     for call in calls:
         reads = call.inputs[0] if call.inputs and not is_linear(call.module) else None
-        if reads is not None and any(reads.shape == one.output.shape and torch.equal(reads, one.output) for one in up):
+        if reads is not None and any(
+            reads.shape == reader.output.shape and torch.equal(reads, reader.output) for reader in up
+        ):
             axes = axes_of(call.output.shape, *PROBE_SHAPE)
             return Projection(call.path, call.module, "neuron", outputs, units, axes, gates=True)
     return None
@@ -139,9 +142,9 @@ def _linears(calls: Sequence[Call]) -> list[Call]:
     return [call for call in calls if is_linear(call.module) and call.inputs]
 
 
-def _read_the_same(one: Call, other: Call) -> bool:
+def _share_input(first: Call, second: Call) -> bool:
     """Whether two modules read one tensor, or views of all of it."""
-    a, b = one.inputs[0], other.inputs[0]
+    a, b = first.inputs[0], second.inputs[0]
     return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
 
 
@@ -152,8 +155,8 @@ def _projection(site: str, call: Call) -> Projection:
 
 
 def _taps_of_mlp(mlp: Call, inside: Sequence[Call], layer_class: str) -> dict[str, Tap | None]:
-    """Of a sublayer that is a module; where experts are routed, only what they add together."""
-    names = (f"{call.path.rpartition('.')[2]} {_own_name(call.module, layer_class)}" for call in (mlp, *inside))
+    """Return the sites of an MLP that is a module; with routed experts, its output alone."""
+    names = (f"{call.path.rpartition('.')[2]} {_short_class_name(call.module, layer_class)}" for call in (mlp, *inside))
     if any(_EXPERTS.search(name) for name in names):
         return {"mlp": _tap(mlp, "output")}
     last = _last_linear(inside, mlp.output.shape[-1])
@@ -161,28 +164,28 @@ def _taps_of_mlp(mlp: Call, inside: Sequence[Call], layer_class: str) -> dict[st
 
 
 def _taps_without_mlp(outside: Sequence[Call], calls: Sequence[Call]) -> dict[str, Tap | None]:
-    """Of linear maps that stand in the layer itself, ``outside`` of attention: the last one, if it is a projection."""
+    """Return the sites of an MLP whose linear maps are in the layer itself, the calls ``outside`` of attention."""
     last = _last_linear(outside, calls[-1].output.shape[-1]) if calls else None
     if last is None or last.inputs[0].shape[-1] == last.output.shape[-1]:
         return {}
     return {"mlp": _tap(last, "output"), "neuron": _tap(last, "input")}
 
 
-def _own_name(module: nn.Module, layer_class: str) -> str:
-    """A class name without the family's prefix: ``Attention`` of ``Qwen3MoeAttention`` in ``Qwen3MoeDecoderLayer``."""
+def _short_class_name(module: nn.Module, layer_class: str) -> str:
+    """Return a class name without the prefix of its family: ``Attention`` for ``Qwen3MoeAttention``."""
     kind = type(module).__name__
     prefix = "".join(a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(kind, layer_class, strict=False)))
-    own = kind[len(prefix) :]
-    while prefix and not own[:1].isupper():
-        own, prefix = prefix[-1] + own, prefix[:-1]
-    return own
+    short = kind[len(prefix) :]
+    while prefix and not short[:1].isupper():
+        short, prefix = prefix[-1] + short, prefix[:-1]
+    return short
 
 
 def _kind(path: str, module: nn.Module, layer_class: str) -> str | None:
-    """``mlp`` or ``attention`` by what a sublayer's class, else its name, says it is."""
+    """Return ``mlp`` or ``attention`` by the class or the name of a sublayer; None if it is neither."""
     if is_linear(module):
         return None
-    for label in (_own_name(module, layer_class), path.rpartition(".")[2]):
+    for label in (_short_class_name(module, layer_class), path.rpartition(".")[2]):
         if _NOT_A_SUBLAYER.search(label):
             return None
         if _MLP.search(label):
@@ -193,7 +196,7 @@ def _kind(path: str, module: nn.Module, layer_class: str) -> str | None:
 
 
 def _largest(calls: Sequence[Call]) -> Call | None:
-    """The call with the most parameters among the shallowest."""
+    """Return the call with the most parameters among the shallowest ones."""
     depth = min((c.path.count(".") for c in calls), default=0)
     shallow = [c for c in calls if c.path.count(".") == depth]
     return max(shallow, key=lambda c: count_parameters(c.module), default=None)
@@ -208,14 +211,14 @@ def _inside(calls: Sequence[Call], sublayer: Call) -> list[Call]:
 
 
 def _last_linear(calls: Sequence[Call], width: int) -> Call | None:
-    """The last linear map that ends at ``width`` units, one from another width first (a down projection)."""
+    """Return the last linear map with ``width`` output units; one that changes the width (down) is preferred."""
     linears = [c for c in calls if is_linear(c.module) and c.output.shape[-1] == width and c.inputs]
     down = [c for c in linears if c.inputs[0].shape[-1] != width]
     return next(reversed(down or linears), None)
 
 
 def _output_tap(sublayer: Call, inside: Sequence[Call]) -> Tap | None:
-    """What the sublayer adds: its output, or its last linear map's where it adds the residual or a norm itself."""
+    """Return a tap on a sublayer's addition: its output, or that of its last linear map before a residual or norm."""
     linears = [c for c in inside if is_linear(c.module) and c.output.shape[-1] == sublayer.output.shape[-1]]
     last = linears[-1] if linears else None
     norms = [i for i, c in enumerate(inside) if "norm" in type(c.module).__name__.lower()]

@@ -1,7 +1,7 @@
-"""How large a checkpoint is and what a forward pass of it costs, known before any weight is read.
+"""Size of a checkpoint and cost of a forward pass, known before any weight is read.
 
 Names, shapes and ties of the parameters follow from the configuration alone: the model is built on the meta device. The
-headers of the weight files add what is stored. Of a hub checkpoint only these are fetched.
+headers of the weight files add dtypes and sizes. From the hub, only these are fetched.
 """
 
 from __future__ import annotations
@@ -31,24 +31,26 @@ _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """What a checkpoint takes in files, in memory and in arithmetic.
+    """Size of a checkpoint in memory, and the dimensions from which the cost of a forward pass follows.
+
+    All bytes are in the compute dtype.
 
     Attributes:
-        num_parameters: of the model as it is loaded; tied ones count once. All bytes are in the compute dtype.
-        weight_bytes: the whole model with its language-model head, as the partition ``single`` holds it.
-        layer_bytes: each transformer layer, in order.
-        other_bytes: what is no layer and runs: embeddings, norms, but no untied language-model head.
-        num_layers, hidden_size: layers, and units of the residual stream.
+        num_parameters: parameters of the loaded model; tied ones count once.
+        weight_bytes: bytes of the whole model with its language-model head, as the partition ``single`` holds it.
+        layer_bytes: bytes of each transformer layer, in order.
+        other_bytes: bytes of the embeddings and norms outside of the layers, without an untied language-model head.
+        num_layers, hidden_size: number of layers, and units of the residual stream.
         dtype: the compute dtype.
-        attention: its implementation.
-        num_heads, attention_width: attention heads, and units that the queries and the values of all heads have.
-        attention_layers: layers that compare every token with every other.
-        matmul_parameters: parameters of the layers that multiply a token: of experts, as many as are chosen for it.
+        attention: the attention implementation, as transformers names it.
+        num_heads, attention_width: attention heads, and units of the queries of all heads together.
+        attention_layers: number of layers with full attention, quadratic in the number of tokens.
+        matmul_parameters: parameters that each token is multiplied by; only the routed experts of a token count.
         mlp_width: units of an MLP's intermediate results that exist at once.
-        vocabulary: tokens that the head predicts among.
-        embedding_bytes: the table of token embeddings, of which only the rows of tokens that occur are read.
-        cache_bytes: of keys and values, by layer, for each token that they are kept of.
-        zero_copy: all weights are computed with as they are stored, so that on a CPU they stay in the mapped file.
+        vocabulary: number of logits of a token.
+        embedding_bytes: bytes of the table of token embeddings, of which only the rows of occurring tokens are read.
+        cache_bytes: bytes of keys and values for each token, by layer.
+        zero_copy: whether the stored dtype is the compute dtype, so that on a CPU the weights stay in the mapped file.
     """
 
     num_parameters: int
@@ -71,48 +73,48 @@ class Footprint:
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of one activation."""
+        """Number of bytes of one activation."""
         return getattr(torch, self.dtype).itemsize
 
     def hidden_bytes(self, rows: int, tokens: int) -> int:
-        """Bytes of the hidden states between two layers."""
+        """Return the bytes of the hidden states between two layers."""
         return rows * tokens * self.hidden_size * self.element_bytes
 
     def logit_bytes(self, rows: int, tokens: int) -> int:
-        """Bytes of the logits of one batch that exist at once."""
+        """Return the bytes of the logits of one batch that exist at once."""
         return min(rows * tokens * self.vocabulary * 4, LOGIT_BYTES)
 
     def activation_bytes(self, rows: int, tokens: int) -> int:
-        """Bytes that one forward pass over one batch takes at its peak, with what observation keeps."""
-        kept = 4 * self.hidden_size  # the layer's input, its normed copy, the sublayer's output, the update
+        """Return the peak bytes of activations in a forward pass over one batch, including observed tensors."""
+        width = 4 * self.hidden_size  # the layer's input, its normed copy, the sublayer's output, the update
         scores = 0
         if copies := _SCORES.get(self.attention):
             scores = rows * self.num_heads * tokens * tokens * (copies * self.element_bytes + 4)
-        attention = rows * tokens * (kept + 6 * self.attention_width) * self.element_bytes + scores
-        return max(attention, rows * tokens * (kept + self.mlp_width) * self.element_bytes)
+        attention = rows * tokens * (width + 6 * self.attention_width) * self.element_bytes + scores
+        return max(attention, rows * tokens * (width + self.mlp_width) * self.element_bytes)
 
     def forward_flops(self, rows: int, tokens: int) -> int:
-        """Floating-point operations of the layers in one forward pass: two for each multiplication and addition."""
+        """Return the floating-point operations of the layers in a forward pass; a multiply-add counts as two."""
         attention = 4 * self.attention_layers * self.attention_width * tokens
         return rows * tokens * (2 * self.matmul_parameters + attention)
 
 
 def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
-    """Size a checkpoint from its configuration and the headers of its weight files; nothing else is read.
+    """Return the size of a checkpoint, from its configuration and the headers of its weight files alone.
 
     Args:
-        checkpoint: one that was resolved, or what a user names: hub id, folder, ``.gguf`` file.
-        settings: the compute dtype, the attention, the layer list.
+        checkpoint: a resolved checkpoint, or a hub id, folder or ``.gguf`` file as a user names it.
+        settings: give the compute dtype, the attention implementation and the layer list.
 
     Raises:
-        ModelError: there is no such checkpoint, or it cannot be read or built.
+        ModelError: the checkpoint does not exist, or cannot be read or built.
     """
-    found, model, tensors = load_skeleton(checkpoint, settings)
-    config, dtype = model.config, compute_dtype(found, model.config, settings, tensors)
+    resolved, model, tensors = load_skeleton(checkpoint, settings)
+    config, dtype = model.config, compute_dtype(resolved, model.config, settings, tensors)
     backbone, text = without_head(model), config.get_text_config()
     layers = find_layers(backbone, text, settings)
     stored, whole = sum(t.size for t in tensors), _bytes(model)
-    scale = stored / whole if _stays_quantized(found, config, settings) else 1.0  # its bytes are spread like numbers
+    scale = stored / whole if _stays_quantized(resolved, config, settings) else 1.0  # its bytes are spread like numbers
     layer_bytes = tuple(int(_bytes(layer) * scale) for layer in layers)
     width = _attention_width(text)
     chosen = _chosen_experts(text)
@@ -133,34 +135,36 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
         vocabulary=_number(text, "vocab_size"),
         embedding_bytes=_bytes(embeddings) if (embeddings := token_embeddings(model)) else 0,
         cache_bytes=tuple(_cache_bytes(text, i, _attends(layer), dtype.itemsize) for i, layer in enumerate(layers)),
-        zero_copy=not found.gguf and {DTYPES.get(tensor.dtype) for tensor in tensors} == {dtype},
+        zero_copy=not resolved.gguf and {DTYPES.get(tensor.dtype) for tensor in tensors} == {dtype},
     )
 
 
 def _stays_quantized(checkpoint: Checkpoint, config: Any, settings: Settings) -> bool:
-    """Whether the weights are in memory as they are stored; those of a .gguf file never are."""
+    """Whether the loaded weights stay quantized; a .gguf file is always unpacked."""
     return quantization_method(config) is not None and not checkpoint.gguf and not settings.dequantize
 
 
 def load_skeleton(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Checkpoint, Any, list[TensorInfo]]:
-    """A checkpoint, its model on the meta device in the dtype that it computes in, and what its headers say.
+    """Return a checkpoint, its model on the meta device in the compute dtype, and the tensors that its headers list.
 
     Args:
-        checkpoint: as for `footprint`.
+        checkpoint: see `footprint`.
 
     Raises:
-        ModelError: as `footprint`.
+        ModelError: see `footprint`.
     """
-    found, tensors = _open(checkpoint, settings)
-    config = text_config(found, trust_remote_code=settings.trust_remote_code, tensors=None if found.gguf else tensors)
-    return found, skeleton(config, settings, compute_dtype(found, config, settings, tensors)), tensors
+    resolved, tensors = _open(checkpoint, settings)
+    config = text_config(
+        resolved, trust_remote_code=settings.trust_remote_code, tensors=None if resolved.gguf else tensors
+    )
+    return resolved, skeleton(config, settings, compute_dtype(resolved, config, settings, tensors)), tensors
 
 
 def find_layers(backbone: nn.Module, config: Any, settings: Settings) -> nn.ModuleList:
-    """The layer list of a skeleton; of several candidates the first.
+    """Return the layer list of a skeleton, the first candidate if there are several.
 
     Raises:
-        ModelError: there is none.
+        ModelError: the skeleton has no module list of blocks.
     """
     return next(iter(layer_lists(backbone, getattr(config, "num_hidden_layers", None), settings.layers).values()))
 
@@ -170,7 +174,7 @@ def _bytes(module: nn.Module) -> int:
 
 
 def token_embeddings(model: Any) -> nn.Module | None:
-    """The table of token embeddings; None where transformers does not know it."""
+    """Return the module of the token embeddings, or None if transformers does not know it."""
     try:
         return model.get_input_embeddings()
     except (NotImplementedError, AttributeError):
@@ -178,7 +182,7 @@ def token_embeddings(model: Any) -> nn.Module | None:
 
 
 def _number(config: Any, *names: str) -> int:
-    """The first of the attributes that the configuration has as a number; of one for each layer the largest."""
+    """Return the first of these attributes that is a positive integer (the largest of a per-layer list), or 0."""
     for name in names:
         value = _attribute(config, name)
         if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value):
@@ -189,15 +193,15 @@ def _number(config: Any, *names: str) -> int:
 
 
 def _attribute(config: Any, name: str) -> Any:
-    """An attribute of a configuration; of one that says it layer by layer, a list."""
+    """Return an attribute of a configuration, as a list if the configuration has it layer by layer."""
     try:
         return getattr(config, name, None)
     except RuntimeError:  # transformers' own, where layers differ
-        return [getattr(of_layer, name, None) for of_layer in config.per_layer_config]
+        return [getattr(layer_config, name, None) for layer_config in config.per_layer_config]
 
 
 def _cache_bytes(config: Any, layer: int, attends: bool, itemsize: int) -> int:
-    """What a layer keeps of a token for those that follow it; a recurrent state does not grow with them."""
+    """Return the bytes of a layer's key-value cache for each token; 0 for a recurrent layer of constant state."""
     kinds = getattr(config, "layer_types", None) or ()
     kind = str(kinds[layer]) if layer < len(kinds) else "attention"
     if not attends or "attention" not in kind or "linear" in kind:
@@ -217,7 +221,7 @@ def _cache_bytes(config: Any, layer: int, attends: bool, itemsize: int) -> int:
 
 
 def _attention_width(config: Any) -> int:
-    """Units of all heads together."""
+    """Return the units of all attention heads together."""
     heads = _number(config, "num_attention_heads")
     return heads * _number(config, "head_dim") or (_number(config, "hidden_size") if heads else 0)
 
@@ -227,27 +231,27 @@ def _attends(layer: nn.Module) -> bool:
 
 
 def _chosen_experts(config: Any) -> float:
-    """The share of a layer's experts that a token passes."""
+    """Return the share of a layer's experts that a token is routed to; 1 without experts."""
     experts = _number(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     chosen = _number(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
     return min(1.0, chosen / experts) if experts and chosen else 1.0
 
 
 def _maps(layer: nn.Module) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """(module path, shape, elements) of every weight of a layer that multiplies hidden states."""
+    """Yield (module path, shape, elements) of every weight of a layer that multiplies hidden states."""
     for name, parameter in layer.named_parameters():
-        path, _, own = name.rpartition(".")
-        if (own == "weight" and parameter.dim() in (2, 3)) or (parameter.dim() == 3 and _EXPERT.search(name)):
+        path, _, leaf = name.rpartition(".")
+        if (leaf == "weight" and parameter.dim() in (2, 3)) or (parameter.dim() == 3 and _EXPERT.search(name)):
             yield path, tuple(parameter.shape), parameter.numel()
 
 
 def _multiplied(layer: nn.Module, chosen: float) -> int:
-    """Parameters of a layer that multiply a token."""
+    """Return the number of parameters of a layer that multiply a token."""
     return sum(int(size * (chosen if _EXPERT.search(path) else 1)) for path, _, size in _maps(layer))
 
 
 def _mlp_width(layer: nn.Module, chosen: float) -> int:
-    """The wide side of every map outside of attention, added up; of experts, of those that a token passes."""
+    """Return the larger dimension of every linear map outside of attention, summed; experts count by their share."""
     width = 0.0
     for path, shape, _ in _maps(layer):
         if _EXPERT.search(path):
@@ -258,12 +262,12 @@ def _mlp_width(layer: nn.Module, chosen: float) -> int:
 
 
 def _open(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Checkpoint, list[TensorInfo]]:
-    """A checkpoint with its configuration on this machine, and what its headers say."""
+    """Return a checkpoint whose configuration is on this machine, and the tensors that its headers list."""
     if isinstance(checkpoint, str):
         spec, code = checkpoint, settings.trust_remote_code
-        here = locate(spec, trust_remote_code=code)
-        if here is None:
-            found = fetch_files(spec, ["config.json", *(["*.py"] if code else [])])
-            return found, list(hub_tensors(spec, found))
-        checkpoint = here
+        local = locate(spec, trust_remote_code=code)
+        if local is None:
+            fetched = fetch_files(spec, ["config.json", *(["*.py"] if code else [])])
+            return fetched, list(hub_tensors(spec, fetched))
+        checkpoint = local
     return checkpoint, list(stored_tensors(checkpoint))

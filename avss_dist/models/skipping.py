@@ -1,6 +1,6 @@
-"""Running a model without some of its layers, in place: what a pruned checkpoint would compute.
+"""Forward passes of an open model without some of its layers, equal to those of a pruned checkpoint.
 
-A pass without one layer is that of the whole model up to it; `recording` keeps what is needed to begin there.
+A pass without one layer equals that of the whole model up to the layer; `recording` keeps the states to resume from.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from avss_dist.errors import ModelError, first_line
 from avss_dist.intervention import Removal, describe_removed
 from avss_dist.models.layers import Layer, first_tensor, input_tensor
 
-MOST_TRIED = 8  # layers, and the ends of each kind
+MAX_REPRESENTATIVES = 8  # layers, beside the ends of each kind
 
 
 @contextmanager
 def skipping(
     layers: Sequence[Layer], drop: Collection[int], forms: Mapping[int, type] = {}, residual_scale: float = 0.0
 ) -> Iterator[None]:
-    """Inside, the layers of these indices add nothing, or a share of their own addition, to the residual stream.
+    """Have layers add nothing, or a share of their own addition, to the residual stream inside the context.
 
-    Run the model without a key-value cache: a layer that does not run has none, and the model would take it for an
-    empty one.
+    Run the model without a key-value cache: a skipped layer has no entry in it, and the model would take the cache for
+    an empty one.
 
     Args:
-        forms: of `Recorded`; a layer that has none runs once, to see what it returns.
-        residual_scale: the share. Where it is not 0, layers run.
+        drop: indices of the layers.
+        forms: see `Recorded`; a layer without a form runs once, which shows its form.
+        residual_scale: share of a layer's addition that stays; if it is not 0, layers run.
 
     Raises:
         ModelError: a layer is used more than once in a pass, or (from the forward pass) does not keep the shape.
@@ -45,10 +46,10 @@ def skipping(
 
 
 def require_skippable(layers: Sequence[Layer], drop: Collection[int]) -> list[Layer]:
-    """The layers of these indices.
+    """Return the layers of these indices.
 
     Raises:
-        ModelError: one of them is used more than once in a pass.
+        ModelError: a layer is used more than once in a pass.
     """
     uses = [layer.module for layer in layers]
     skipped = [layer for layer in layers if layer.index in drop]
@@ -60,10 +61,10 @@ def require_skippable(layers: Sequence[Layer], drop: Collection[int]) -> list[La
 
 @contextmanager
 def explaining(model: str, removed: Collection[Removal]) -> Iterator[None]:
-    """Inside, a model computes without layers and sublayers; why its own code fails there is said.
+    """Explain exceptions of a model's own code that computes without layers and sublayers inside the context.
 
     Raises:
-        ModelError: a layer behind needs more of one that is left out than hidden states, as its keys and values.
+        ModelError: the model fails, for example because a later layer reads keys and values of a removed one.
     """
     try:
         yield
@@ -79,11 +80,11 @@ def explaining(model: str, removed: Collection[Removal]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a forward pass showed of layers that return hidden states and nothing else, of the shape they were given.
+    """Record of a forward pass, of the layers that return only hidden states, of their input's shape.
 
     Attributes:
-        inputs: what each was given, as it was then; by index.
-        forms: how each returns hidden states: ``torch.Tensor``, or the type of a tuple of one.
+        inputs: copies of the layers' input hidden states, by index.
+        forms: types of the layers' outputs, by index: ``torch.Tensor``, or the type of a tuple of one.
     """
 
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -92,7 +93,7 @@ class Recorded:
 
 @contextmanager
 def recording(layers: Sequence[Layer]) -> Iterator[Recorded]:
-    """Inside, a forward pass is recorded."""
+    """Record a forward pass of layers inside the context."""
     recorded = Recorded()
     modules = [layer.module for layer in layers]
 
@@ -118,67 +119,72 @@ def recording(layers: Sequence[Layer]) -> Iterator[Recorded]:
 
 @contextmanager
 def resuming(layers: Sequence[Layer], index: int, recorded: Recorded) -> Iterator[None]:
-    """Inside, the same pass as the recorded one, without the layer ``index``; none of those before it runs.
+    """Repeat the recorded pass inside the context without the layer ``index``, and without running earlier layers.
 
-    The recorded input of that layer is used up. All layers up to it must have been recorded, and nothing but hidden
-    states may go from them to the later ones.
+    The recorded input of that layer is consumed. All layers up to it must have been recorded, and must pass nothing but
+    hidden states to the later ones.
     """
     hidden = recorded.inputs.pop(index).clone()  # which later layers may change
-    forwards = {layer.module: partial(give, recorded.forms[layer.index], None) for layer in layers[:index]}
-    forwards[layers[index].module] = partial(give, recorded.forms[index], hidden)
+    forwards = {layer.module: partial(identity_forward, recorded.forms[layer.index], None) for layer in layers[:index]}
+    forwards[layers[index].module] = partial(identity_forward, recorded.forms[index], hidden)
     with replaced_forwards(forwards):
         yield
 
 
 def representatives(layers: Sequence[Layer]) -> list[Layer]:
-    """Layers on which to try what would take passes of the model for each: all of a few, and of many some.
+    """Return the layers on which to try something that takes passes for each: all of them, or a sample of many.
 
-    These are the first and the last of each kind, and others at equal distances. Layers are of one kind where the
-    classes, flags and names in them are equal, such as those of sliding attention, or of shared keys and values.
+    The sample is the first and the last layer of each kind, and others at equal distances. Layers are of one kind if
+    their modules have equal classes, flags and names, which tell apart sliding attention or shared keys and values.
     """
-    if len(layers) <= MOST_TRIED:
+    if len(layers) <= MAX_REPRESENTATIVES:
         return list(layers)
     kinds: dict[Hashable, list[int]] = {}
     for place, layer in enumerate(layers):
         kinds.setdefault(_kind(layer.module), []).append(place)
     ends = {place for places in kinds.values() for place in (places[0], places[-1])}
-    step = (len(layers) - 1) / (MOST_TRIED - 1)
-    return [layers[place] for place in sorted(ends | {round(step * number) for number in range(MOST_TRIED)})]
+    step = (len(layers) - 1) / (MAX_REPRESENTATIVES - 1)
+    return [layers[place] for place in sorted(ends | {round(step * number) for number in range(MAX_REPRESENTATIVES)})]
 
 
 def _kind(module: nn.Module) -> Hashable:
     parts = [(path, type(part), vars(part)) for path, part in module.named_modules()]
-    flags = [(path, name, value) for path, _, own in parts for name, value in own.items() if type(value) in (bool, str)]
+    flags = [
+        (path, name, value)
+        for path, _, attributes in parts
+        for name, value in attributes.items()
+        if type(value) in (bool, str)
+    ]
     return tuple((path, kind) for path, kind, _ in parts), tuple(flags)
 
 
-def give(form: type, instead: torch.Tensor | None, *args: Any, **kwargs: Any) -> Any:
-    """The ``forward`` of a layer that returns what it is given, or something instead of it."""
-    hidden = input_tensor(args, kwargs) if instead is None else instead
+def identity_forward(form: type, replacement: torch.Tensor | None, *args: Any, **kwargs: Any) -> Any:
+    """Return a layer's input, or its replacement, in the form of the layer's output."""
+    hidden = input_tensor(args, kwargs) if replacement is None else replacement
     return hidden if form is torch.Tensor else (hidden,)
 
 
 @contextmanager
 def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, modules compute with other functions."""
-    before = {module: vars(module).get("forward") for module in forwards}  # None: the class's own
+    """Replace the ``forward`` of modules inside the context."""
+    originals = {module: vars(module).get("forward") for module in forwards}  # None: the class's own
     for module, forward in forwards.items():
         module.forward = forward
     try:
         yield
     finally:
-        for module, own in before.items():
-            if own is None:
+        for module, original in originals.items():
+            if original is None:
                 del module.forward
             else:
-                module.forward = own
+                module.forward = original
 
 
 class Skip:
-    """The ``forward`` of a layer that is left out; one whose ``form`` is not known runs, to see what it returns.
+    """Replacement ``forward`` of a skipped layer. Without a known ``form``, the layer runs once to find it.
 
     Args:
-        forward: the layer's own.
+        forward: the layer's own ``forward``.
         form: see `Recorded`.
         residual_scale: see `skipping`.
     """
@@ -192,31 +198,31 @@ class Skip:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hidden = input_tensor(args, kwargs)
         if hidden is None:
-            raise ModelError(f"Layer {self._layer.index} ({self._layer.name}) is given no hidden states.")
+            raise ModelError(f"Layer {self._layer.index} ({self._layer.name}) is called without hidden states.")
         if self.form is not None:
-            return give(self.form, hidden)
+            return identity_forward(self.form, hidden)
         before = hidden.clone()  # which a layer may change
         output = self._forward(*args, **kwargs)
         after = first_tensor(output)
         if after is None or after.shape != before.shape:
             raise ModelError(f"Layer {self._layer.index} ({self._layer.name}) does not keep the shape of its input.")
         if self._residual_scale:
-            return replaced(output, after, torch.lerp(before, after, self._residual_scale))
+            return replace_tensor(output, after, torch.lerp(before, after, self._residual_scale))
         if _is_alone(output):
             self.form = type(output)
-        return replaced(output, after, before)
+        return replace_tensor(output, after, before)
 
 
 def _is_alone(output: Any) -> bool:
-    """Whether hidden states are all that a layer returns."""
+    """Whether a layer's output is hidden states alone."""
     return isinstance(output, torch.Tensor) or (isinstance(output, tuple) and len(output) == 1)
 
 
-def replaced(output: Any, after: torch.Tensor, before: torch.Tensor) -> Any:
-    """What a module returns, with a tensor in it in place of another."""
-    if output is after:
-        return before
+def replace_tensor(output: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
+    """Return a module's output with one tensor in it replaced."""
+    if output is old:
+        return new
     if isinstance(output, Mapping):
-        return type(output)(**{name: before if value is after else value for name, value in output.items()})
-    values = [before if value is after else value for value in output]
+        return type(output)(**{name: new if value is old else value for name, value in output.items()})
+    values = [new if value is old else value for value in output]
     return output._make(values) if hasattr(output, "_make") else type(output)(values)

@@ -1,7 +1,6 @@
-"""Running a model with small inputs of its linear maps set to zero, in place, and counting how many are.
+"""Activation sparsity in an open model: small inputs of linear maps are set to zero, and counted.
 
-Hooks before the linear maps change what these read, and nothing else: other modules that read the same tensor see all
-of it.
+Hooks before the linear maps change their inputs alone: other modules that read the same tensor see it unchanged.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ from avss_dist.system.context import bound
 
 @dataclass
 class _Tokens:
-    """A forward pass: which of its tokens are made sparse, bool[rows, tokens], or None for all; and the last result."""
+    """State of a forward pass: its sparse tokens, bool[rows, tokens] or None for all, and the last sparsified input."""
 
     sparse: torch.Tensor | None
-    last: tuple[torch.Tensor, Any, _Thinned] | None = None
+    last: tuple[torch.Tensor, Any, _SparsifiedInput] | None = None
 
 
 @dataclass(frozen=True)
-class _Thinned:
-    """What a map reads instead, how many elements became zero, and of how many: int64[]."""
+class _SparsifiedInput:
+    """Input of a map after some elements became zero, with the number of zeros and of elements, int64[] each."""
 
     x: torch.Tensor
     zeros: torch.Tensor
@@ -46,13 +45,13 @@ _UNCOUNTED: ContextVar[bool] = ContextVar("uncounted", default=False)
 
 @contextmanager
 def uncounted() -> Iterator[None]:
-    """Inside, passes are made sparse, and count for nothing."""
+    """Leave passes inside the context out of the counts of zeros."""
     with bound(_UNCOUNTED, True):
         yield
 
 
 def is_counted() -> bool:
-    """Whether passes count, which they do outside of `uncounted`."""
+    """Whether zeros are counted here, outside of `uncounted`."""
     return not _UNCOUNTED.get()
 
 
@@ -62,70 +61,71 @@ class SparsityCounts:
 
     by_map: list[torch.Tensor | None]
 
-    def add(self, number: int, thinned: _Thinned) -> None:
-        """Add what a map read."""
+    def add(self, number: int, sparsified_input: _SparsifiedInput) -> None:
+        """Add the counts of one input of a map."""
         if is_counted():
-            both = torch.stack([thinned.zeros, thinned.count])
+            counts = torch.stack([sparsified_input.zeros, sparsified_input.count])
             before = self.by_map[number]
-            self.by_map[number] = both if before is None else before + both
+            self.by_map[number] = counts if before is None else before + counts
 
     def values(self) -> list[list[int]]:
-        """Return zeros and elements of every map."""
-        return [[0, 0] if both is None else both.tolist() for both in self.by_map]
+        """Return [zeros, elements] of every map."""
+        return [[0, 0] if counts is None else counts.tolist() for counts in self.by_map]
 
 
 @contextmanager
 def sparsified(model: nn.Module, layers: Sequence[Layer], sparsity: Sparsity) -> Iterator[SparsityCounts]:
-    """Inside, the model computes with sparse activations; no hook is left behind.
+    """Have a model compute with sparse activations inside the context, and yield the counts of zeros.
 
     Args:
-        model: what is called with token ids and, where rows are padded, ``attention_mask``.
-        layers: its layers, of `structure.find_structure`.
+        model: the module that is called with token ids and, if rows are padded, ``attention_mask``.
+        layers: its layers, from `structure.find_structure`.
 
     Raises:
-        ModelError: it has not the maps that are named.
+        ModelError: the model lacks one of the maps, or the map has another shape.
     """
-    found = [find_projection(layers, cut) for cut in sparsity.maps]
-    counts = SparsityCounts([None] * len(found))
+    projections = [find_projection(layers, cut) for cut in sparsity.maps]
+    counts = SparsityCounts([None] * len(projections))
     norms: dict[nn.Module, torch.Tensor] = {}
     with bound(_TOKENS, None), ExitStack() as stack:
         begin = partial(_begin, sparsity.rule)
         stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
-        for number, (cut, projection) in enumerate(zip(sparsity.maps, found, strict=True)):
-            thin = partial(_thin, cut, projection.axes, norms, partial(counts.add, number))
-            stack.callback(changing(projection, thin).remove)
+        for number, (cut, projection) in enumerate(zip(sparsity.maps, projections, strict=True)):
+            sparsify = partial(_sparsify, cut, projection.axes, norms, partial(counts.add, number))
+            stack.callback(changing(projection, sparsify).remove)
         yield counts
 
 
 def find_projection(layers: Sequence[Layer], cut: MapSparsity) -> Projection:
-    """The linear map that a cut names.
+    """Return the linear map that a `MapSparsity` names.
 
     Raises:
-        ModelError: there is none, it has another shape, or its layer is used more than once.
+        ModelError: the model has no such map, it has another shape, or its layer is used more than once.
     """
-    made = "The plan was made for another model."
+    hint = "The plan was made for another model."
     if cut.layer >= len(layers):
-        raise ModelError(f"There is no layer {cut.layer}: the model has {len(layers)}, from 0.", made)
+        raise ModelError(f"There is no layer {cut.layer}: the model has {len(layers)}, from 0.", hint)
     layer = layers[cut.layer]
-    known = {one.path: one for one in layer.maps}
+    known = {projection.path: projection for projection in layer.maps}
     if cut.path not in known:
         raise ModelError(
             f"Layer {layer.index} has no linear map '{cut.path}' whose input is seen.",
-            f"{made} It has {', '.join(known) or 'none: they are fused'}.",
+            f"{hint} It has {', '.join(known) or 'none: they are fused'}.",
         )
-    one = known[cut.path]
-    if (one.outputs, one.inputs) != (cut.outputs, cut.inputs):
+    projection = known[cut.path]
+    if (projection.outputs, projection.inputs) != (cut.outputs, cut.inputs):
         raise ModelError(
-            f"'{cut.path}' of layer {layer.index} is {one.outputs} x {one.inputs}, not {cut.outputs} x {cut.inputs}.",
-            made,
+            f"'{cut.path}' of layer {layer.index} is {projection.outputs} x {projection.inputs}, "
+            f"not {cut.outputs} x {cut.inputs}.",
+            hint,
         )
     if [other.module for other in layers].count(layer.module) > 1:
         raise ModelError(f"Layer {layer.index} ({layer.name}) is used more than once; it cannot be made sparse.")
-    return one
+    return projection
 
 
 def _begin(rule: str, _module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """A forward pass begins: find out which of its tokens are made sparse."""
+    """Set the sparse tokens of the forward pass that begins."""
     given = next(t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None)
     rows, tokens = given.shape[:2]
     _TOKENS.set(_Tokens(sparse_tokens(rule, rows, tokens, kwargs.get("attention_mask"), given.device)))
@@ -134,9 +134,10 @@ def _begin(rule: str, _module: nn.Module, args: Sequence[Any], kwargs: Mapping[s
 def sparse_tokens(
     rule: str, rows: int, tokens: int, attention_mask: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor | None:
-    """bool[rows, tokens] of the tokens that a rule makes sparse, padding left out; None for all.
+    """Return the tokens that a rule makes sparse, bool[rows, tokens] without padding; None for all.
 
-    Several tokens at once are a prompt, whose places are counted without its padding. One token is decoded, and sparse.
+    Several tokens at once are a prompt, whose positions are counted without padding. A single token is being decoded,
+    and is always sparse.
     """
     real = None if attention_mask is None else attention_mask[:, -tokens:].to(device).bool()
     if rule == "all" or tokens == 1:
@@ -149,22 +150,22 @@ def sparse_tokens(
 
 
 Change = Callable[[nn.Module, torch.Tensor], torch.Tensor]
-"""From a module and what it reads (of a gate, gives) to what it reads (gives) instead."""
+"""Function of a module and its input (of a gate, its output) that returns the replacement."""
 
 
 def changing(projection: Projection, change: Change, *, first: bool = False) -> Any:
-    """Register a hook that changes what a map reads, or what a gate gives; its handle.
+    """Register a hook that replaces the input of a map, or the output of a gate; return its handle.
 
     Args:
-        first: before hooks that are there, so that it sees what they have not changed.
+        first: run it before the hooks that are registered already, so that it sees the unchanged tensor.
     """
 
     def reads(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         x = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
-        instead = change(module, x)
+        replacement = change(module, x)
         return (
-            tuple(instead if value is x else value for value in args),
-            {name: instead if value is x else value for name, value in kwargs.items()},
+            tuple(replacement if value is x else value for value in args),
+            {name: replacement if value is x else value for name, value in kwargs.items()},
         )
 
     def gives(module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -175,50 +176,60 @@ def changing(projection: Projection, change: Change, *, first: bool = False) -> 
     return projection.module.register_forward_pre_hook(reads, with_kwargs=True, prepend=first)
 
 
-def _thin(
+def _sparsify(
     cut: MapSparsity,
     axes: str,
     norms: dict[nn.Module, torch.Tensor],
-    count: Callable[[_Thinned], None],
+    count: Callable[[_SparsifiedInput], None],
     module: nn.Module,
     x: torch.Tensor,
 ) -> torch.Tensor:
-    """What a linear map reads instead of its input."""
-    now = _TOKENS.get()
+    """Return the sparsified input of a linear map, and count its zeros."""
+    current = _TOKENS.get()
     how = (cut.by, cut.value, cut.center, cut.kept, cut.group)
-    if now is not None and now.last is not None and now.last[0] is x and now.last[1] == how and not cut.weighted:
-        thinned = now.last[2]  # maps that read one tensor often have one cut
+    if (
+        current is not None
+        and current.last is not None
+        and current.last[0] is x
+        and current.last[1] == how
+        and not cut.weighted
+    ):
+        result = current.last[2]  # maps that read one tensor often have one cut
     else:
-        keep = kept(cut, x.detach(), column_norms(module, norms) if cut.weighted else None)
-        thinned = _applied(x, keep, cut.center, None if now is None else now.sparse, axes)
-        if now is not None:
-            now.last = (x, how, thinned)
-    count(thinned)
-    return thinned.x
+        keep = keep_mask(cut, x.detach(), column_norms(module, norms) if cut.weighted else None)
+        result = _applied(x, keep, cut.center, None if current is None else current.sparse, axes)
+        if current is not None:
+            current.last = (x, how, result)
+    count(result)
+    return result.x
 
 
-def _applied(x: torch.Tensor, keep: torch.Tensor, center: float, sparse: torch.Tensor | None, axes: str) -> _Thinned:
-    instead = x.new_full((), center)
+def _applied(
+    x: torch.Tensor, keep: torch.Tensor, center: float, sparse: torch.Tensor | None, axes: str
+) -> _SparsifiedInput:
+    replacement = x.new_full((), center)
     if sparse is None:
-        return _Thinned(torch.where(keep, x, instead), (~keep).sum(), torch.tensor(x.numel(), device=x.device))
+        return _SparsifiedInput(
+            torch.where(keep, x, replacement), (~keep).sum(), torch.tensor(x.numel(), device=x.device)
+        )
     where = over_tokens(sparse, x, axes).unsqueeze(-1)
     count = where.sum() * x.shape[-1]
-    gone = ~keep & where
-    return _Thinned(torch.where(gone, instead, x), gone.sum(), count)
+    removed = ~keep & where
+    return _SparsifiedInput(torch.where(removed, replacement, x), removed.sum(), count)
 
 
 def over_tokens(sparse: torch.Tensor, x: torch.Tensor, axes: str) -> torch.Tensor:
-    """bool[rows, tokens] of tokens, in the axes of what a map reads: bool[x.shape[:-1]]."""
+    """Return a mask of tokens, bool[rows, tokens], in the axes of a map's input: bool[x.shape[:-1]]."""
     where = (sparse.T if axes == "tokens first" else sparse).to(x.device)
     return where.reshape(x.shape[:-1])
 
 
-def kept(cut: MapSparsity, x: torch.Tensor, norms: torch.Tensor | None = None) -> torch.Tensor:
-    """bool[..., units]: which elements stay as they are; NaN stays.
+def keep_mask(cut: MapSparsity, x: torch.Tensor, norms: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the elements that stay as they are, bool[..., units]; NaN stays.
 
     Args:
-        x: [..., units].
-        norms: [units] of the columns of the weight, where sizes are weighted.
+        x: input of the map, [..., units].
+        norms: norms of the columns of its weight, [units], if sizes are weighted by them.
     """
     sizes = (x - cut.center).abs() if cut.center else x.abs()
     if norms is not None:
@@ -238,13 +249,13 @@ def kept(cut: MapSparsity, x: torch.Tensor, norms: torch.Tensor | None = None) -
 
 
 def _largest(sizes: torch.Tensor, number: int) -> torch.Tensor:
-    """bool, True at the ``number`` largest along the last axis."""
+    """Return a mask of the ``number`` largest elements along the last axis."""
     chosen = torch.zeros_like(sizes, dtype=torch.bool)
     return chosen.scatter_(-1, sizes.topk(number, dim=-1, sorted=False).indices, True)
 
 
 def _covering(sizes: torch.Tensor, share: float) -> torch.Tensor:
-    """bool, True at the fewest elements along the last axis whose sum is a share of all."""
+    """Return a mask of the fewest elements along the last axis whose sum is this share of the whole sum."""
     ordered, order = sizes.float().sort(dim=-1, descending=True)
     before = ordered.cumsum(dim=-1) - ordered
     needed = before < share * ordered.sum(dim=-1, keepdim=True)
@@ -252,17 +263,17 @@ def _covering(sizes: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def column_norms(module: nn.Module, known: dict[nn.Module, torch.Tensor]) -> torch.Tensor:
-    """float32[inputs]: the norm of what each input of a linear map is multiplied by."""
+    """Return the norms of the columns of a linear map's weight, float32[inputs], cached in ``known``."""
     if module not in known:
         known[module] = torch.linalg.vector_norm(weight_of(module).float(), dim=0)
     return known[module]
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:
-    """The weight of a linear map, [outputs, inputs], as it computes now.
+    """Return the weight of a linear map, [outputs, inputs], in its current dtype.
 
     Raises:
-        ModelError: it is quantized.
+        ModelError: the weight is quantized.
     """
     weight = module.weight
     assert isinstance(weight, torch.Tensor)

@@ -1,4 +1,4 @@
-"""What a checkpoint's files hold, from their headers; no weight is read."""
+"""Tensors of a checkpoint's weight files, from their headers alone."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from avss_dist.models.safetensors import DTYPES, TensorInfo, tensors_of, weight_
 
 
 def stored_tensors(checkpoint: Checkpoint) -> Iterator[TensorInfo]:
-    """The tensors of the weight files that are loaded.
+    """Yield the tensors of the weight files that transformers loads.
 
     Raises:
-        ModelError: a file has no header that can be read.
+        ModelError: a file has no valid header.
     """
     if checkpoint.gguf:
         yield from _gguf_tensors(Path(checkpoint.path))
@@ -27,10 +27,13 @@ def stored_tensors(checkpoint: Checkpoint) -> Iterator[TensorInfo]:
 
 
 def hub_tensors(spec: str, checkpoint: Checkpoint) -> Iterator[TensorInfo]:
-    """The tensors of a hub checkpoint of which only the configuration is here; ``spec`` is what the user named.
+    """Yield the tensors of a checkpoint on the hub, without downloading its weights.
+
+    Args:
+        spec: the hub id as the user wrote it, for messages.
 
     Raises:
-        ModelError: it has no weights with a header, or the hub cannot be reached.
+        ModelError: the checkpoint has no weights with a header, or the hub cannot be reached.
     """
     from huggingface_hub import errors, get_safetensors_metadata
 
@@ -56,7 +59,7 @@ def _gguf_tensors(file: Path) -> Iterator[TensorInfo]:
 
 
 def floating_dtype(tensors: Iterable[TensorInfo]) -> torch.dtype:
-    """The floating dtype of most bytes of tensors that can be computed with as they are; float32 where none can."""
+    """Return the floating dtype, of 16 bits or more, that most bytes of tensors have; float32 if none has one."""
     sizes: Counter[torch.dtype] = Counter()
     for tensor in tensors:
         dtype = DTYPES.get(tensor.dtype)

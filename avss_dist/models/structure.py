@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.models.layers import PROBE_SHAPE, Layer, Structure, axes_of, first_tensor, layer_lists, not_found
-from avss_dist.models.sites import Call, Inside, look_inside
+from avss_dist.models.layers import PROBE_SHAPE, Layer, Structure, axes_of, first_tensor, layer_lists, layers_not_found
+from avss_dist.models.sites import Call, LayerSites, find_sites
 from avss_dist.settings import INPUT_SITES
 
-_Found = tuple[nn.Module, str, Inside]
+_LayerCall = tuple[nn.Module, str, LayerSites]  # layer, axes of its output, its sites
 
 
 @dataclass
 class _Trace:
-    """Watches a forward pass; holds the tensors of one layer at a time."""
+    """Hooks that record a forward pass. Tensors are held for one layer at a time."""
 
-    found: list[_Found] = field(default_factory=list)
+    layer_calls: list[_LayerCall] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
 
     def enter(self, _module: nn.Module, _args: Any) -> None:
@@ -43,15 +43,15 @@ class _Trace:
     def leave(self, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         tensor = first_tensor(output)
         if tensor is not None:
-            inside = look_inside(self.calls, type(module).__name__)
-            self.found.append((module, axes_of(tensor.shape, *PROBE_SHAPE), inside))
+            sites = find_sites(self.calls, type(module).__name__)
+            self.layer_calls.append((module, axes_of(tensor.shape, *PROBE_SHAPE), sites))
         self.calls = []
 
 
 def find_structure(
     model: nn.Module, forward: Callable[[torch.Tensor], Any], num_layers: int | None, path: str | None = None
 ) -> Structure:
-    """Find layers and sites by one forward pass over ``PROBE_SHAPE`` tokens; no hook is left behind.
+    """Find layers and sites by one forward pass over ``PROBE_SHAPE`` tokens, and remove all hooks.
 
     Args:
         model: the backbone, without its head.
@@ -60,23 +60,25 @@ def find_structure(
         path: module path of the layer list, or None to find it.
 
     Raises:
-        ModelError: the layers cannot be found, or do not run. What the model itself raises passes through.
+        ModelError: the layers cannot be found, or do not run. Exceptions of the model itself pass through.
     """
     lists = layer_lists(model, num_layers, path)
-    found = _watch([module for modules in lists.values() for module in modules], forward)
-    ran = {module for module, _, _ in found}
+    layer_calls = _watch([module for modules in lists.values() for module in modules], forward)
+    ran = {module for module, _, _ in layer_calls}
     used = {name: modules for name, modules in lists.items() if any(module in ran for module in modules)}
     if len(used) != 1:
-        raise not_found(model, num_layers, used or lists, "several module lists run" if used else "none of them runs")
+        raise layers_not_found(
+            model, num_layers, used or lists, "several module lists run" if used else "none of them runs"
+        )
     (list_path, modules) = next(iter(used.items()))
     if not all(module in ran for module in modules):
-        raise not_found(model, num_layers, used, f"not every module of '{list_path}' runs as a layer")
+        raise layers_not_found(model, num_layers, used, f"not every module of '{list_path}' runs as a layer")
     order = {module: f"{list_path}.{i}" for i, module in reversed(list(enumerate(modules)))}
-    return _structure(found, dict(reversed(order.items())))
+    return _structure(layer_calls, dict(reversed(order.items())))
 
 
-def _watch(modules: Iterable[nn.Module], forward: Callable[[torch.Tensor], Any]) -> list[_Found]:
-    """Each call of these modules in one forward pass, in order: module, axes of its output, sites inside."""
+def _watch(modules: Iterable[nn.Module], forward: Callable[[torch.Tensor], Any]) -> list[_LayerCall]:
+    """Return each call of these modules in one forward pass, in order: module, axes of its output, sites."""
     trace = _Trace()
     handles: list[Any] = []
     try:
@@ -90,22 +92,22 @@ def _watch(modules: Iterable[nn.Module], forward: Callable[[torch.Tensor], Any])
     finally:
         for handle in handles:
             handle.remove()
-    return trace.found
+    return trace.layer_calls
 
 
-def _structure(found: list[_Found], names: Mapping[nn.Module, str]) -> Structure:
-    """Layers in list order, or in the order of calls where modules are shared."""
-    if len(found) == len(names):
+def _structure(layer_calls: list[_LayerCall], names: Mapping[nn.Module, str]) -> Structure:
+    """Return the layers in list order, or in the order of calls if modules are shared."""
+    if len(layer_calls) == len(names):
         order = list(names)
-        found = sorted(found, key=lambda item: order.index(item[0]))
+        layer_calls = sorted(layer_calls, key=lambda item: order.index(item[0]))
     layers: list[Layer] = []
     uses: dict[nn.Module, int] = {}
-    for index, (module, axes, inside) in enumerate(found):
+    for index, (module, axes, sites) in enumerate(layer_calls):
         call = uses.get(module, 0)
         uses[module] = call + 1
         name = names[module] if call == 0 else f"{names[module]}#{call}"
-        inner = inside.projections, inside.gate, inside.experts
-        layers.append(Layer(index, name, module, call, axes, inside.taps, *inner))
+        parts = sites.projections, sites.gate, sites.experts
+        layers.append(Layer(index, name, module, call, axes, sites.taps, *parts))
     return Structure(tuple(layers), tuple(_notes(layers)))
 
 
@@ -117,7 +119,7 @@ def _notes(layers: Sequence[Layer]) -> Iterator[str]:
 
 
 def absent_sites(layers: Sequence[Layer], sites: Sequence[str]) -> Iterator[str]:
-    """What a user should know of sites that layers lack, a line each."""
+    """Yield a line for the user about each site that layers lack."""
     for site in sites:
         without = [layer.index for layer in layers if site not in layer.taps]
         if len(without) == len(layers):

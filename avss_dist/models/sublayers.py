@@ -1,6 +1,7 @@
-"""The attention and the MLP of a layer, left out in place: each adds nothing to what the layer is given.
+"""Removal of the attention or the MLP of a layer in an open model: the sublayer adds nothing to the residual stream.
 
-They are the sites of that name. A layer can be without one of them if that is all that it adds, one after the other.
+Sublayers are the sites of that name. They can be removed one at a time from a layer that adds them one after the other,
+and nothing else.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import nn
 from avss_dist.errors import ModelError
 from avss_dist.intervention import PARTS, Removal, layers_by_part, sublayers_of
 from avss_dist.models.layers import Layer, first_tensor, input_tensor
-from avss_dist.models.skipping import Skip, replaced, replaced_forwards
+from avss_dist.models.skipping import Skip, replace_tensor, replaced_forwards
 from avss_dist.system.context import bound
 
 _LEFT_OUT: ContextVar[frozenset[object]] = ContextVar("left out", default=frozenset())
@@ -26,32 +27,32 @@ _LEFT_OUT: ContextVar[frozenset[object]] = ContextVar("left out", default=frozen
 
 @contextmanager
 def without_sublayers(layers: Sequence[Layer], removed: Collection[Removal]) -> Iterator[None]:
-    """Inside, the sublayers in ``removed`` add nothing; they still run. Passes that interleave do not see it."""
-    mine = object()
+    """Have the sublayers in ``removed`` run and add nothing inside the context; interleaved passes are not affected."""
+    token = object()
     with ExitStack() as stack:
         for kind, indices in layers_by_part(removed).items():
             for index in indices:
                 module = layers[index].taps[kind].module
-                stack.callback(module.register_forward_hook(partial(_nothing, mine)).remove)
-        stack.enter_context(bound(_LEFT_OUT, _LEFT_OUT.get() | {mine}))
+                stack.callback(module.register_forward_hook(partial(_nothing, token)).remove)
+        stack.enter_context(bound(_LEFT_OUT, _LEFT_OUT.get() | {token}))
         yield
 
 
-def _nothing(mine: object, _module: nn.Module, _args: Any, output: Any) -> Any:
+def _nothing(token: object, _module: nn.Module, _args: Any, output: Any) -> Any:
     added = first_tensor(output)
-    if mine not in _LEFT_OUT.get() or added is None:
+    if token not in _LEFT_OUT.get() or added is None:
         return None
-    return replaced(output, added, torch.zeros_like(added))
+    return replace_tensor(output, added, torch.zeros_like(added))
 
 
 def require_sublayers(obstacles: Mapping[int, str], removed: Collection[Removal]) -> None:
     """Refuse sublayers that cannot be left out.
 
     Args:
-        obstacles: of `find_obstacles`.
+        obstacles: from `find_obstacles`.
 
     Raises:
-        ModelError: the message says which, and why.
+        ModelError: a sublayer cannot be left out; the message has the first one and the reason.
     """
     for kind, layers in layers_by_part(removed).items():
         for layer in layers:
@@ -64,28 +65,28 @@ def require_sublayers(obstacles: Mapping[int, str], removed: Collection[Removal]
 
 
 def find_obstacles(layers: Sequence[Layer], run: Callable[[], Any]) -> dict[int, str]:
-    """Why sublayers of a layer cannot be left out alone, of those of which that is so; tried on a few tokens.
+    """Return the reasons why sublayers of a layer cannot be left out alone, by layer; other layers are absent.
 
-    In both passes all layers are given the same, for each gives on what it is given: once although its sublayers run,
-    and once because they add nothing.
+    Two passes are compared in which every layer returns its input, so that all have equal inputs: in the first pass
+    layers are skipped, in the second both of their sublayers are removed.
 
     Args:
-        run: a forward pass over a few tokens.
+        run: runs a forward pass over a few tokens.
     """
     obstacles = {layer.index: why for layer in layers if (why := _lacks(layer, layers))}
-    able = [layer for layer in layers if layer.index not in obstacles]
+    candidates = [layer for layer in layers if layer.index not in obstacles]
     skips = {layer.module: Skip(layer, layer.module.forward, None) for layer in layers}
-    with replaced_forwards(skips), _watched(able) as running:
+    with replaced_forwards(skips), _watched(candidates) as running:
         run()
-    removed = sublayers_of(layer.index for layer in able)
-    others = {layer.module: skips[layer.module] for layer in layers if layer not in able}
-    with replaced_forwards(others), without_sublayers(layers, removed), _watched(able) as without:
+    removed = sublayers_of(layer.index for layer in candidates)
+    others = {layer.module: skips[layer.module] for layer in layers if layer not in candidates}
+    with replaced_forwards(others), without_sublayers(layers, removed), _watched(candidates) as without:
         run()
-    for layer in able:
-        seen = without[layer.index]
-        if seen.gives is None or not torch.equal(seen.gives, seen.given):
+    for layer in candidates:
+        record = without[layer.index]
+        if record.output is None or not torch.equal(record.output, record.input):
             obstacles[layer.index] = "without both of its sublayers, the layer would still change what it is given"
-        elif torch.equal(seen.given_to_mlp, running[layer.index].given_to_mlp):
+        elif torch.equal(record.mlp_input, running[layer.index].mlp_input):
             obstacles[layer.index] = "its attention and its MLP stand side by side (a parallel block)"
     return obstacles
 
@@ -98,32 +99,32 @@ def _lacks(layer: Layer, layers: Sequence[Layer]) -> str | None:
 
 
 @dataclass
-class _Watched:
-    """What a layer and its MLP were given in a pass, as it was then, and what the layer gave."""
+class _LayerRecord:
+    """Copies of the inputs of a layer and of its MLP in a pass, and the layer's output."""
 
-    given: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    given_to_mlp: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    gives: torch.Tensor | None = None
+    input: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    mlp_input: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    output: torch.Tensor | None = None
 
 
 @contextmanager
-def _watched(layers: Sequence[Layer]) -> Iterator[dict[int, _Watched]]:
-    """Inside, a pass is watched, layer by layer."""
-    seen = {layer.index: _Watched() for layer in layers}
+def _watched(layers: Sequence[Layer]) -> Iterator[dict[int, _LayerRecord]]:
+    """Record the inputs and outputs of layers in a pass inside the context, by index."""
+    records = {layer.index: _LayerRecord() for layer in layers}
 
-    def enter(into: _Watched, name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(record: _LayerRecord, name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
         hidden = input_tensor(args, kwargs)
         if hidden is not None:
-            setattr(into, name, hidden.detach().clone())
+            setattr(record, name, hidden.detach().clone())
 
-    def leave(into: _Watched, _module: nn.Module, _args: Any, output: Any) -> None:
-        into.gives = first_tensor(output)
+    def leave(record: _LayerRecord, _module: nn.Module, _args: Any, output: Any) -> None:
+        record.output = first_tensor(output)
 
     with ExitStack() as stack:
         for layer in layers:
-            into = seen[layer.index]
-            for module, name in ((layer.module, "given"), (layer.taps["mlp"].module, "given_to_mlp")):
-                hook = partial(enter, into, name)
+            record = records[layer.index]
+            for module, name in ((layer.module, "input"), (layer.taps["mlp"].module, "mlp_input")):
+                hook = partial(enter, record, name)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            stack.callback(layer.module.register_forward_hook(partial(leave, into)).remove)
-        yield seen
+            stack.callback(layer.module.register_forward_hook(partial(leave, record)).remove)
+        yield records

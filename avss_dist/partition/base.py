@@ -1,4 +1,4 @@
-"""Interface of a replica, a model copy that is spread over devices in any way."""
+"""Interface of a replica: one copy of a model, placed on one or more devices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from avss_dist.registry import PARTITIONS
 
 T = TypeVar("T")
 BatchContext = Callable[[Batch], AbstractContextManager[None]]
-"""``with context(batch):`` is around everything that runs for a batch, in its thread or greenlet."""
+"""Context manager around everything that runs for a batch, in its thread or greenlet: ``with context(batch):``."""
 
 
 def no_observation(_batch: Batch) -> AbstractContextManager[None]:
@@ -34,7 +34,7 @@ def dummy_batch() -> Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """The decided placement of one replica over devices; its partition is never ``auto``.
+    """Placement of one replica on devices; its partition is never ``auto``.
 
     Attributes:
         partition: a name of ``registry.PARTITIONS``.
@@ -42,7 +42,7 @@ class Placement:
         gpus: GPUs of the replica, over all its ranks; 0 on a CPU.
         max_memory: bytes that weights and waiting hidden states may take, by device: ``cpu``, ``0``, ``1``, ... With
             ``streaming``, those of a GPU include activations.
-        offload_folder: where weights and hidden states go that have no room; None is a temporary folder.
+        offload_folder: folder for weights and hidden states that do not fit in memory; None is a temporary folder.
         why: the reason for the choice, for people.
     """
 
@@ -59,7 +59,7 @@ class Placement:
         return 1 if PARTITIONS[self.partition].gang else self.ranks
 
 
-def numbers_of(placement: Placement) -> dict[str, int]:
+def fingerprint_part(placement: Placement) -> dict[str, int]:
     """Return the part of a placement that can change a number, for a fingerprint: ranks that sum in another order."""
     differs = PARTITIONS[placement.partition].changes_numbers or placement.copies > 1
     return {placement.partition: placement.ranks} if differs else {}
@@ -67,26 +67,26 @@ def numbers_of(placement: Placement) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class RowSplit:
-    """The rows of a batch that a rank counts, where several ranks see the same ones."""
+    """Share of a batch's rows that a rank counts, if several ranks see the same batch."""
 
     rank: int = 0
     ranks: int = 1
 
     def rows(self, number: int) -> slice:
-        """Return this rank's rows of ``number`` rows."""
+        """Return the slice of this rank's rows of ``number`` rows."""
         return slice(number * self.rank // self.ranks, number * (self.rank + 1) // self.ranks)
 
 
 class Replica(Protocol):
-    """One rank of a model copy; the whole copy where it has one rank.
+    """One rank of a model copy, or the whole copy if it has one rank.
 
     Attributes:
-        layers: the transformer blocks, in order.
-        model: what was opened, JSON-ready; goes into the run's row.
-        device: where this rank computes; of several, the first.
-        split: the rows of a batch that this rank counts.
-        reports_stats: whether this rank has the result; the others count for it.
-        language_model: what predicts; there where the replica was opened with its head.
+        layers: transformer blocks, in order.
+        model: columns of the run's row that describe the opened model, JSON-ready.
+        device: device of this rank's token ids; the first one of several.
+        split: rows of a batch that this rank counts.
+        reports_stats: whether this rank returns the statistics, which the other ranks send to it.
+        language_model: model with its head; None unless the replica was opened with the head.
         cost: memory and time of a run with this partition, for estimates.
     """
 
@@ -99,15 +99,15 @@ class Replica(Protocol):
     cost: ClassVar[type[PartitionCost]]
 
     def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
-        """Run the backbone over every batch. Nothing is returned: hooks see it.
+        """Run the backbone over every batch, for hooks that observe it.
 
         Args:
-            batches: rows; each is one forward pass of every layer.
-            context: is around all that runs for a batch.
+            batches: batches of rows, each of which is one forward pass.
+            context: context around everything that runs for a batch.
         """
 
     def collect(self, counted: T) -> list[T]:
-        """Return the counts of all ranks that split the rows, in their order; [] on a rank that does not report."""
+        """Return the counts of all ranks that split the rows, in rank order; [] on a rank that does not report."""
 
     def close(self) -> None:
         """Free the devices."""

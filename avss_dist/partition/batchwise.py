@@ -1,4 +1,4 @@
-"""Base of replicas that run one batch after the other through the whole backbone."""
+"""Base class of replicas that run one batch after the other through the whole backbone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class BatchwiseReplica:
-    """The common part of such replicas; see `partition.base.Replica`."""
+    """Replica that runs batches one after the other; see `partition.base.Replica`."""
 
     device: torch.device
     split = RowSplit()
@@ -28,7 +28,7 @@ class BatchwiseReplica:
     _run: Forward
 
     def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
-        """See `partition.base.Replica`. The other ranks, if there are any, must run as many batches."""
+        """See `partition.base.Replica`. All ranks must run equally many batches."""
         for batch in batches:
             with context(batch):
                 run_batch(self._run, batch, self.device)
@@ -39,7 +39,7 @@ class BatchwiseReplica:
 
 
 def run_batch(run: Forward, batch: Batch, device: torch.device) -> None:
-    """Run a backbone over a batch; the attention mask is passed only where there is padding."""
+    """Run a backbone over a batch, with an attention mask only if rows are padded."""
     input_ids = to_device(batch.input_ids, device, torch.int64)
     mask = None if batch.attention_mask.all() else to_device(batch.attention_mask, device, torch.int64)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def run_batch(run: Forward, batch: Batch, device: torch.device) -> None:
 
 
 def describe(backbone: Backbone, partition: str) -> dict[str, Any]:
-    """Return the columns of the run's row that only an opened model knows."""
+    """Return the columns of the run's row that describe an opened model."""
     return {
         "family": backbone.family,
         "architecture": backbone.architecture,

@@ -22,13 +22,13 @@ PROCESS_BYTES = 1 << 30  # interpreter, libraries and counters of a process, bes
 def place(
     checkpoint: Checkpoint | str, settings: Settings, execution: Execution, devices: Devices, *, head: bool = False
 ) -> Placement:
-    """Return `choose` for a checkpoint or its name; its headers are read where its size matters."""
+    """Return the placement of a checkpoint; its headers are read if the choice depends on its size."""
     size = size_of(checkpoint, settings) if needs_size(execution) else None
     return choose(size, settings, execution, devices, head=head)
 
 
 def size_of(checkpoint: Checkpoint | str, settings: Settings) -> Footprint | None:
-    """Return a checkpoint's size; None if it is not known."""
+    """Return a checkpoint's size, or None if it cannot be determined."""
     with suppress(ModelError):  # what cannot be sized is opened as `single`, which says what is wrong with it
         return footprint(checkpoint, settings)
     return None
@@ -43,11 +43,11 @@ def choose(
     that do; else `streaming`. Gangs are never chosen: they need fast links to pay.
 
     Args:
-        size: of the checkpoint, where `needs_size`. If it is not known, ``auto`` is `single`.
-        head: it runs too.
+        size: size of the checkpoint, required if `needs_size`. If it is None, ``auto`` is `single`.
+        head: the head runs, too.
 
     Raises:
-        ConfigError: the partition cannot have what was requested.
+        ConfigError: the devices or limits do not fit the requested partition.
     """
     cuda = devices.kind == "cuda"
     if execution.gpus_per_replica and not cuda:
@@ -85,22 +85,22 @@ def weight_limits(
     """Return the bytes that weights and waiting hidden states may take, by device, for `Placement.max_memory`.
 
     Args:
-        size: None where it is not known. Then nothing is refused.
-        limits: ``Execution.max_memory``: of all memory of a replica, by device.
-        kind: of the device that computes, ``cpu`` or ``cuda``.
-        head: it runs too.
+        size: size of the checkpoint. If it is None, no limit is refused.
+        limits: ``Execution.max_memory``: limits of all memory of a replica, by device.
+        kind: kind of the computing device, ``cpu`` or ``cuda``.
+        head: the head runs, too.
 
     Raises:
         ConfigError: the limit of host memory is lower than `least_host_bytes`.
     """
-    left = dict(limits)
+    remaining = dict(limits)
     if "cpu" in limits:
         _require_host_memory(partition, size, settings, limits["cpu"], kind, head=head)
-        left["cpu"] = max(1, limits["cpu"] - bytes_beside_weights(size, settings, kind, head=head))
+        remaining["cpu"] = max(1, limits["cpu"] - bytes_beside_weights(size, settings, kind, head=head))
     if PARTITIONS[partition].several_gpus and size:
         batch = batch_bytes(size, settings, head=head)
-        left |= {gpu: max(1, limit - batch) for gpu, limit in limits.items() if gpu != "cpu"}
-    return left
+        remaining |= {gpu: max(1, limit - batch) for gpu, limit in limits.items() if gpu != "cpu"}
+    return remaining
 
 
 def batch_bytes(size: Footprint, settings: Settings, *, head: bool = False) -> int:
@@ -110,12 +110,12 @@ def batch_bytes(size: Footprint, settings: Settings, *, head: bool = False) -> i
 
 
 def bytes_beside_weights(size: Footprint | None, settings: Settings, kind: str, *, head: bool = False) -> int:
-    """Return the bytes of host memory that a process takes beside weights: on a CPU, with one batch's activations."""
+    """Return the bytes of host memory of a process without weights; on a CPU, with the activations of one batch."""
     return PROCESS_BYTES + (batch_bytes(size, settings, head=head) if size and kind == "cpu" else 0)
 
 
 def least_host_bytes(partition: str, size: Footprint, settings: Settings, kind: str, *, head: bool = False) -> int:
-    """Return the bytes of host memory that a replica needs: `bytes_beside_weights`, and the weights held at once."""
+    """Return the minimum bytes of host memory of a replica: `bytes_beside_weights`, and the weights held at once."""
     weights = replica_class(partition).cost.minimum_host_weights(size, kind, head=head)
     return bytes_beside_weights(size, settings, kind, head=head) + int(weights)
 
@@ -139,25 +139,25 @@ def _require_host_memory(
 
 
 def require_room_for_a_layer(needed: int, limit: int | None) -> None:
-    """Refuse to stream within less host memory than the weights that must be there at once.
+    """Refuse to stream with less host memory than the weights that must be resident at once.
 
     Args:
-        needed: bytes of the largest layer, and of what stays in host memory beside the layers.
+        needed: bytes of the largest layer and of the weights outside of layers that stay in host memory.
         limit: ``Placement.max_memory["cpu"]``.
 
     Raises:
-        ConfigError: the limit is lower.
+        ConfigError: the limit is lower than that.
     """
     if limit is not None and limit < needed:
         raise ConfigError(
             f"`max_memory` leaves {describe_bytes(limit)} of host memory for weights; streaming needs "
-            f"{describe_bytes(needed)} for one layer and what stays beside it.",
+            f"{describe_bytes(needed)} for one layer and the weights outside of layers.",
             f"Allow {(needed - limit) // 10**6 + 1} MB more.",
         )
 
 
 def _require_effect(execution: Execution) -> None:
-    """Refuse limits that the requested partition does not honour."""
+    """Refuse limits that have no effect on the requested partition."""
     if PARTITIONS[execution.partition].offloads:
         return
     for name in ("max_memory", "offload_folder"):
@@ -170,7 +170,7 @@ def _require_effect(execution: Execution) -> None:
 
 
 def _requested(execution: Execution, devices: Devices) -> tuple[str, int, str]:
-    """Return the partition, its GPUs, and the reason."""
+    """Return the partition, its number of GPUs, and the reason, for people."""
     partition = execution.partition
     info = PARTITIONS[partition]
     _require_effect(execution)
@@ -206,7 +206,7 @@ def _ranks(partition: str, execution: Execution, gpus: int) -> int:
 def _fitting(
     size: Footprint, settings: Settings, execution: Execution, devices: Devices, *, head: bool
 ) -> tuple[str, int, str]:
-    """Return the partition, its GPUs, and the reason."""
+    """Return the partition, its number of GPUs, and the reason, for people."""
     batch = batch_bytes(size, settings, head=head)
     weights, activations = f"{describe_bytes(size.weight_bytes)} of weights", f"{describe_bytes(batch)} of activations"
     if devices.kind == "cuda":
@@ -226,7 +226,7 @@ def _fitting(
 
 
 def _fitting_gpus(weights: int, batch: int, execution: Execution, devices: Devices) -> tuple[str, int, str]:
-    """Return the partition, its GPUs, and how weights and activations of these bytes fit."""
+    """Return the partition, its number of GPUs, and how weights and activations of these bytes fit, for people."""
     limits = [limit for device, limit in execution.max_memory.items() if device.isdecimal()]
     gpu = min([devices.device_bytes, *limits])
     room = int(gpu * SPARE_SHARE)

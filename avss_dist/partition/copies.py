@@ -1,4 +1,4 @@
-"""Whole copies of a model that share one task: each takes a part of its text, and their sums are reduced."""
+"""Data parallelism: whole copies of a model each take a part of one task's text, and their sums are reduced."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from avss_dist.partition.group import require_group
 from avss_dist.registry import PARTITIONS
 from avss_dist.settings import Settings
 
-MOST_COPIES = 8  # one that is lost stops all
+MAX_COPIES = 8  # the loss of one stops all
 
 
-def shared(placement: Placement, copies: int) -> Placement:
+def with_copies(placement: Placement, copies: int) -> Placement:
     """Return a placement of several whole copies, each a rank of one gang; unchanged if ranks hold a model together."""
-    copies = min(copies, MOST_COPIES)
+    copies = min(copies, MAX_COPIES)
     if not PARTITIONS[placement.partition].whole or copies < 2:
         return placement
     return replace(placement, ranks=copies, gpus=placement.gpus * copies)
 
 
 class CopiedLanguageModel(LanguageModel):
-    """One copy. All take the same cells, and the first one reports.
+    """One of several copies of a language model. All take the same cells, and the first one reports.
 
     Raises:
-        ConfigError: this process is in no group of so many.
+        ConfigError: this process is not in a group of that many processes.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class CopiedLanguageModel(LanguageModel):
         self.reports = self._split.rank == 0
 
     def local_indices(self, count: int) -> range:
-        """See `LanguageModel`: neighbours."""
+        """See `LanguageModel`. The indices are contiguous."""
         return range(count)[self._split.rows(count)]
 
     def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:

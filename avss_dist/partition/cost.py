@@ -1,6 +1,6 @@
 """Memory and time of a run with a partition, from headers and a benchmark of a few layers.
 
-`PartitionCost` is that of a whole model on one device; a partition that differs has a subclass beside its replica.
+`PartitionCost` describes a whole model on one device. Other partitions have a subclass beside their replica.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from avss_dist.settings import Settings
 from avss_dist.system.devices import available_memory, devices_here
 from avss_dist.text import describe_bytes
 
-DEEPSPEED_BYTES = 150 << 20  # that a process has more once it has loaded DeepSpeed
-LINK_SHARE = 0.25  # of the rate of a copy in memory, that ranks on one host exchange tensors at
+DEEPSPEED_BYTES = 150 << 20  # that loading DeepSpeed adds to a process
+LINK_SHARE = 0.25  # rate of exchange between ranks on one host, relative to a copy in memory
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Machine:
     Attributes:
         device: ``cpu`` or ``cuda``.
         gpus: number of GPUs.
-        device_free: bytes of the fullest GPU, or of the host: those that are free, or that are allowed if fewer.
-        host_free: the same of the host.
+        device_free: free or allowed bytes, if fewer, of the fullest GPU, or of the host without GPUs.
+        host_free: free or allowed bytes, if fewer, of the host.
     """
 
     device: str
@@ -40,7 +40,7 @@ class Machine:
 
     @classmethod
     def look(cls, device: str, max_memory: Mapping[str, int]) -> Machine:
-        """Return this machine, within limits by the name of a device."""
+        """Return this machine, within memory limits by device name."""
         devices, free = devices_here(device), available_memory()
         host = min(free, max_memory.get("cpu", free))
         if device == "cpu":
@@ -51,7 +51,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Seconds for a shard: per layer, and for everything outside of layers."""
+    """Seconds of a shard: for each layer, and for everything outside of the layers."""
 
     layer: float
     rest: float
@@ -66,23 +66,23 @@ class Calibration:
     """Measured throughput and memory of this machine, with a few layers of a model and its corpus.
 
     Attributes:
-        num_sequences, num_tokens, num_shards, num_batches: of the corpus's plan; batches are forward passes.
-        rows_per_shard: of every shard but the last.
-        num_strata: the most strata that a shard counts apart.
-        share: rows of the corpus, in multiples of the shard that was timed.
-        costs: by partition.
+        num_sequences, num_tokens, num_shards, num_batches: size of the tokenized corpus; a batch is a forward pass.
+        rows_per_shard: rows of every shard but the last.
+        num_strata: maximum number of strata of a shard.
+        share: rows of the corpus, in multiples of the timed shard.
+        costs: costs by partition.
         library_bytes: resident memory of a process with its libraries.
-        planned_bytes: the same of one that has planned.
-        plan_peak_bytes: the most that planning took.
-        working_bytes: memory that opening a model and measuring a shard add to a process that has planned, beside
-            weights and counters: activations, libraries that are only then loaded.
-        device_working_bytes: the same of a GPU's memory; 0 on a CPU.
-        copy_bytes_per_second: from memory to memory.
-        touched_bytes: of a mapped table of token embeddings, those that the corpus's tokens bring into memory.
+        planned_bytes: resident memory of a process after planning.
+        plan_peak_bytes: peak memory of planning.
+        working_bytes: memory that opening a model and measuring a shard add to a process after planning, beside
+            weights and counters: activations and lazily loaded libraries.
+        device_working_bytes: GPU memory that they add; 0 on a CPU.
+        copy_bytes_per_second: rate of a copy in memory.
+        touched_bytes: bytes of a mapped table of token embeddings that the corpus's tokens read.
         sublayer_share: share of a shard's time in attention and MLP, which tensor parallel ranks divide among them.
-        sum_seconds: for two ranks on one host to sum the hidden states of a batch; 0 on a GPU, where exchanges are
-            modelled.
-        gather_bytes_per_second: rate at which they gather a parameter; 0 on a GPU.
+        sum_seconds: time in which two ranks on one host sum the hidden states of a batch; 0 on a GPU, where exchanges
+            are modelled.
+        gather_bytes_per_second: rate at which two ranks gather a parameter; 0 on a GPU.
     """
 
     num_sequences: int
@@ -110,10 +110,10 @@ class Usage:
     """Memory and time that a run takes with a partition.
 
     Attributes:
-        device_bytes: the most memory of each device: of each GPU, or, on a CPU, of each process.
-        host_bytes: the most memory of the host, all ranks together.
-        seconds: for measuring all shards; starting, opening the model and writing tables come on top.
-        why: the largest parts of the numbers, for people.
+        device_bytes: peak memory of each GPU or, on a CPU, of each process.
+        host_bytes: peak memory of the host, all ranks together.
+        seconds: time to measure all shards, without start-up, opening the model and writing tables.
+        why: largest parts of the numbers, for people.
     """
 
     device_bytes: int
@@ -123,20 +123,20 @@ class Usage:
 
 
 class PartitionCost:
-    """Memory and time of a run with one partition; this one of a whole model in the memory of each process.
+    """Memory and time of a run with one partition. This class is that of a whole model in the memory of each process.
 
     Args:
-        partition: its name.
-        weights: the checkpoint that has the headers of the weights, or its hub id.
-        size: of the model.
-        settings: pinned: no ``auto``.
-        requested_ranks: processes of one replica, of partitions of several; by default one for each GPU, or 2.
-        max_memory: limits in bytes, by the name of a device.
+        partition: name of the partition.
+        weights: checkpoint with the headers of the weights, or its hub id.
+        size: size of the model.
+        settings: pinned settings, without ``auto``.
+        requested_ranks: processes of one replica, for gangs; by default one for each GPU, or 2.
+        max_memory: limits in bytes, by device name.
         machine: devices and memory that may be used.
     """
 
     timed_limits: ClassVar[Mapping[str, int]] = {}
-    """``max_memory`` while a few layers are timed."""
+    """Memory limits while a few layers are timed."""
 
     def __init__(
         self,
@@ -153,12 +153,12 @@ class PartitionCost:
 
     @staticmethod
     def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
-        """Return the bytes of weights that must be in host memory at once, if the device is of this kind."""
+        """Return the bytes of weights that must be in host memory at once, on a device of this kind."""
         return size.weight_bytes if kind == "cpu" else 0
 
     @property
     def ranks(self) -> int:
-        """Processes of one replica."""
+        """Number of processes of one replica."""
         if not PARTITIONS[self.partition].gang:
             return 1
         return self.requested_ranks or max(2, self.machine.gpus)
@@ -176,7 +176,7 @@ class PartitionCost:
         """Return the memory and time of a run.
 
         Args:
-            counters: bytes of the statistics of one process.
+            counters: bytes of one process's statistics.
         """
         device, host = self.memory(measured, counters, self.resident(measured, self.size.weight_bytes))
         return Usage(
@@ -187,7 +187,7 @@ class PartitionCost:
         )
 
     def seconds(self, measured: Calibration, cost: Cost, layers: int | None = None) -> float:
-        """Return the seconds for all shards through the model's layers, or through this many."""
+        """Return the seconds of all shards through all layers of the model, or through this many."""
         return measured.share * cost.seconds(self.size.num_layers if layers is None else layers)
 
     def memory(
@@ -197,7 +197,7 @@ class PartitionCost:
 
         Args:
             weights: bytes of weights on each device.
-            host_weights: bytes of weights in the host memory of each process, beside.
+            host_weights: further bytes of weights in the host memory of each process.
             more: other bytes on each device.
         """
         ranks = self.ranks
@@ -214,7 +214,7 @@ class PartitionCost:
 
         Args:
             weights: bytes of the weights in the file.
-            table: the token embeddings are among them.
+            table: whether the token embeddings are among them.
         """
         if self.on_gpu or not self.size.zero_copy or not table:
             return weights

@@ -1,4 +1,4 @@
-"""One model over the GPUs of a process; what has no room there is kept in host memory or on disk, layer by layer."""
+"""Partition ``device_map``: layers over the GPUs of a process, and the rest in host memory or on disk."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class DeviceMapCost(PartitionCost):
 
     @cached_property
     def spread(self) -> Spread:
-        """Where a device map would put the weights on this machine."""
+        """Distribution of the weights by a device map on this machine."""
         batch = self.size.activation_bytes(self.settings.batch_size, self.settings.sequence_length)
         machine = self.machine
         free: dict[Device, int] = {**dict.fromkeys(range(machine.gpus), machine.device_free), "cpu": machine.host_free}
@@ -84,10 +84,10 @@ class DeviceMapCost(PartitionCost):
 
 
 class DeviceMapReplica(BatchwiseReplica):
-    """See `partition.base.Replica`. ``device_map`` says where each module's weights are.
+    """Model whose modules are on the devices of a ``device_map``; see `partition.base.Replica`.
 
-    ``placement.max_memory`` bounds weights; activations come on top. Weights on disk are read for every batch, from the
-    checkpoint's own files where these hold them as they are computed with, else from the offload folder.
+    ``placement.max_memory`` limits weights; activations come on top. Weights on disk are read for every batch: from the
+    checkpoint's own files if these have the compute dtype and layout, else from the offload folder.
     """
 
     cost = DeviceMapCost
@@ -137,7 +137,7 @@ class DeviceMapReplica(BatchwiseReplica):
 
 
 class DeviceMapLanguageModel(LanguageModel):
-    """See `causal_lm.LanguageModel`. Where weights are kept elsewhere, they are gone when gradients would need them."""
+    """Language model on a device map; see `causal_lm.LanguageModel`. Offloaded weights rule out gradients."""
 
     def __init__(self, *args: Any, offloaded: bool) -> None:
         super().__init__(*args)
@@ -161,34 +161,34 @@ def memory_limits(
 ) -> dict[Device, int]:
     """Return the bytes that weights may take, by device, in the order in which devices are filled.
 
-    A device for which no limit was given has what is free on it, less a margin and the activations of a batch.
+    A device without a limit has its free memory minus a margin and the activations of a batch.
 
     Raises:
-        ConfigError: a limit was given for a device that is not here.
+        ConfigError: a limit names a device that this replica does not have.
     """
     count = torch.cuda.device_count() if device.type == "cuda" else 0
     gpus = range(min(count, placement.gpus or count))
-    here = [*map(str, gpus), "cpu"]
+    available = [*map(str, gpus), "cpu"]
     for name in placement.max_memory:
         if name != "cpu" and not name.isdecimal():
-            raise ConfigError(f"`max_memory` names '{name}', which is no device.", nearest(name, here))
-        if name not in here:
+            raise ConfigError(f"`max_memory` names '{name}', which is no device.", nearest(name, available))
+        if name not in available:
             raise ConfigError(
                 f"`max_memory` names GPU {name}; this replica has {len(gpus) or 'no'} GPU{'s' * (len(gpus) != 1)}.",
-                f"Valid: {', '.join(here)}.",
+                f"Valid: {', '.join(available)}.",
             )
     batch = footprint(checkpoint, settings).activation_bytes(settings.batch_size, settings.sequence_length)
     free = {str(gpu): int(torch.cuda.mem_get_info(gpu)[0] * SPARE_SHARE) - batch for gpu in gpus}
     free["cpu"] = int(available_memory() * SPARE_SHARE) - (0 if free else batch)
-    limits = {name: placement.max_memory.get(name, max(0, free[name])) for name in here}
+    limits = {name: placement.max_memory.get(name, max(0, free[name])) for name in available}
     return {name if name == "cpu" else int(name): size for name, size in limits.items()}
 
 
 def plan_map(model: Any, stored: Iterable[str], limits: Mapping[Device, int], settings: Settings) -> dict[str, Device]:
-    """Return the device of each module of a skeleton: the first device with room, layers whole, the rest on disk.
+    """Return the device of each module of a skeleton: the first device with room for it, with whole layers, else disk.
 
-    On the device that computes, room for the largest layer is left for those that come from elsewhere. What no file
-    holds, such as a pooler that transformers makes up, cannot be on disk.
+    On the first device, room for the largest layer is reserved for offloaded ones. Parameters that no file holds, such
+    as a pooler that transformers initializes, cannot be on disk.
 
     Args:
         stored: names of the tensors in the checkpoint's files.
@@ -214,12 +214,12 @@ def plan_map(model: Any, stored: Iterable[str], limits: Mapping[Device, int], se
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Where the weights of a model go.
+    """Distribution of a model's weights over devices.
 
     Attributes:
         held: bytes of weights by device: a GPU's index, ``cpu``, ``disk``.
-        layers_on_disk: layers of which a weight is on disk.
-        table: the device that has the token embeddings; None where transformers knows none.
+        layers_on_disk: number of layers with a weight on disk.
+        table: device of the token embeddings; None if transformers does not know them.
     """
 
     held: Mapping[Device, int]
@@ -228,7 +228,7 @@ class Spread:
 
 
 def spread(checkpoint: Checkpoint | str, settings: Settings, limits: Mapping[Device, int]) -> Spread:
-    """Return the result of `plan_map`, from headers alone; ``limits`` as it takes them."""
+    """Return the distribution of weights by `plan_map`, from headers alone; see it for ``limits``."""
     _, model, tensors = load_skeleton(checkpoint, settings)
     device_map = plan_map(model, [tensor.name for tensor in tensors], limits, settings)
     places = {id(p): _place(name, device_map)[1] for name, p in model.named_parameters()}
@@ -243,10 +243,10 @@ def spread(checkpoint: Checkpoint | str, settings: Settings, limits: Mapping[Dev
 
 
 def require_complete(model: nn.Module, device_map: Mapping[str, Device]) -> None:
-    """Refuse a map that leaves weights without a place.
+    """Refuse a device map that leaves weights without a device.
 
     Raises:
-        ConfigError: it does; the message says which and how much.
+        ConfigError: a parameter has no device; the message has the first one and the number of bytes.
     """
     placeless = {name: p for name, p in model.named_parameters() if _place(name, device_map)[1] is None}
     if placeless:
@@ -258,26 +258,26 @@ def require_complete(model: nn.Module, device_map: Mapping[str, Device]) -> None
 
 
 def _refuse_disk(model: nn.Module, device_map: Mapping[str, Device]) -> None:
-    """Refuse weights on disk: transformers unpacks a .gguf file when it is loaded, and keeps it in memory."""
-    left = [p for name, p in model.named_parameters() if _place(name, device_map)[1] == "disk"]
-    if left:
+    """Refuse weights of a .gguf file on disk, because transformers unpacks the file into memory."""
+    on_disk = [p for name, p in model.named_parameters() if _place(name, device_map)[1] == "disk"]
+    if on_disk:
         raise ConfigError(
-            f"{describe_bytes(_bytes(left))} of weights have no place: those of a .gguf file cannot be on disk.",
+            f"{describe_bytes(_bytes(on_disk))} of weights have no place: those of a .gguf file cannot be on disk.",
             "Allow more `max_memory`, or convert it to safetensors.",
         )
 
 
 def _place(name: str, device_map: Mapping[str, Device]) -> tuple[str, Device | None]:
-    """Return the map's entry of a parameter, or of the nearest module around it, and the device."""
+    """Return (name, device) of the device map's entry for a parameter or for the nearest module around it."""
     while name and name not in device_map:
         name = name.rpartition(".")[0]
     return name, device_map.get(name)
 
 
 def unstored(model: nn.Module, stored: Iterable[str]) -> dict[str, nn.Parameter]:
-    """Return the parameters that are not stored as they are: fused experts, quantized or missing ones.
+    """Return the parameters that no stored tensor is equal to: fused experts, quantized or missing ones.
 
-    A file's names may have the prefix of a backbone that the model's have not, or the other way round.
+    Names in the files may have a backbone's prefix that the model's names lack, and vice versa.
     """
     known = {part for name in stored for part in (name, name.partition(".")[2])}
     return {
@@ -292,7 +292,7 @@ def _bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def _move_inputs(layer: nn.Module) -> Any:
-    """Move a layer's inputs to its device before any other hook sees them: it then observes both on one device."""
+    """Register a hook that moves a layer's inputs to its device before any other hook; return its handle."""
     from accelerate.utils import send_to_device
 
     def move(module: Any, args: Any, kwargs: Any) -> Any:
@@ -304,7 +304,7 @@ def _move_inputs(layer: nn.Module) -> Any:
 
 @contextmanager
 def _quiet_accelerate() -> Iterator[None]:
-    """Without its warning that some weights are offloaded, which is intended."""
+    """Silence Accelerate's warning about offloaded weights inside the context; they are intended."""
     logger = logging.getLogger("accelerate")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The processes that hold one replica together: a torch.distributed group, as DeepSpeed wants it."""
+"""The torch.distributed group of the processes that hold one replica, set up for DeepSpeed."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def join(
     local_rank: int = 0,
     timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> None:
-    """Become one of ``world`` processes; returns when all of them are there.
+    """Join a group of ``world`` processes; return when all of them have joined.
 
     Args:
-        rank: of this process, from 0.
-        address, port: where rank 0 listens.
+        rank: rank of this process, from 0.
+        address, port: address at which rank 0 listens.
         device: ``cpu`` (gloo) or ``cuda`` (nccl).
-        local_rank: which of the GPUs that this process sees is its own.
-        timeout_seconds: how long a collective operation waits for the others before it fails.
+        local_rank: index of this process's GPU among those that it sees.
+        timeout_seconds: time that a collective waits for the other ranks before it fails.
     """
     os.environ |= {
         "RANK": str(rank),
@@ -76,10 +76,10 @@ def leave() -> None:
 
 
 def require_group(placement: Placement) -> tuple[int, int]:
-    """This process's rank, and how many there are.
+    """Return this process's rank and the number of ranks.
 
     Raises:
-        ConfigError: it is in no group, or in one of another size.
+        ConfigError: the process is not in a group, or in one of another size.
     """
     if placement.ranks < 2:
         raise ConfigError(
@@ -94,14 +94,14 @@ def require_group(placement: Placement) -> tuple[int, int]:
     return distributed.get_rank(), here
 
 
-def own_rows(part: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
-    """This rank's rows (`RowSplit`) of every rank's units, side by side in the order of the ranks; all ranks call this.
+def exchange_units_for_rows(part: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+    """Return this rank's rows (`RowSplit`) with the units of all ranks concatenated, by an all-to-all.
 
-    Each sends the others their rows of its units: of n ranks, one sends an n-th of what all units would be. The bytes
-    are sent as they are: exact in every dtype, also in those that a backend cannot send.
+    A collective: all ranks call it. Tensors are sent as bytes, exact in every dtype, also in those that a backend
+    cannot send.
 
     Args:
-        part: [rows, tokens, widths[rank]].
+        part: this rank's units of all rows, [rows, tokens, widths[rank]].
         widths: units of each rank.
     """
     number, tokens, _ = part.shape
@@ -113,26 +113,26 @@ def own_rows(part: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
     sends = [len(range(number)[split]) * part[0].nbytes for split in splits]
     distributed.all_to_all_single(received, sent, sizes, sends)
     parts = zip(received.split(sizes), widths, strict=True)
-    return torch.cat([one.view(part.dtype).view(rows, tokens, width) for one, width in parts], dim=-1)
+    return torch.cat([piece.view(part.dtype).view(rows, tokens, width) for piece, width in parts], dim=-1)
 
 
-def collected(mine: T) -> list[T]:
-    """Return the values of all ranks, in their order, on the first rank; [] on the others. All ranks call this."""
+def gather(mine: T) -> list[T]:
+    """Return the objects of all ranks, in rank order, on the first rank; [] on the others. All ranks call this."""
     every: list[Any] | None = [None] * distributed.get_world_size() if distributed.get_rank() == 0 else None
     distributed.gather_object(mine, every)
     return every or []
 
 
-def from_every_rank(number: float, device: torch.device) -> list[float]:
-    """Return the numbers of all ranks, in their order; all ranks call this."""
+def all_gather(number: float, device: torch.device) -> list[float]:
+    """Return the numbers of all ranks, in rank order. All ranks call this."""
     mine = torch.tensor([number], dtype=torch.float64, device=device)
     numbers = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
     distributed.all_gather(numbers, mine)
     return [float(n) for n in numbers]
 
 
-def summed_over_ranks(counts: list[list[int]]) -> list[list[int]]:
-    """Return the sum of all ranks' counts, which are lists of equal lengths; all ranks call this."""
+def sum_over_ranks(counts: list[list[int]]) -> list[list[int]]:
+    """Return the elementwise sum of all ranks' counts, which have equal shapes. All ranks call this."""
     every: list[list[list[int]]] = [[] for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(every, counts)
     return [[sum(numbers) for numbers in zip(*rows, strict=True)] for rows in zip(*every, strict=True)]
@@ -140,9 +140,9 @@ def summed_over_ranks(counts: list[list[int]]) -> list[list[int]]:
 
 @contextmanager
 def reraise_lost_ranks() -> Iterator[None]:
-    """Raise the cause of an `AvssError` where that is a rank that went away or kept the others waiting.
+    """Raise the cause of an `AvssError` if that is the loss or the timeout of a rank.
 
-    Such work is tried again, which a mistake of the user's is not.
+    The loss of a rank is retried, unlike a mistake of the user.
     """
     try:
         yield
@@ -158,7 +158,7 @@ def reraise_lost_ranks() -> Iterator[None]:
 
 @contextmanager
 def quiet_deepspeed() -> Iterator[None]:
-    """DeepSpeed prints and logs to stdout, which is not its own. What it logs goes to stderr, if it is an error."""
+    """Discard DeepSpeed's prints to stdout inside the context, and send its logged errors to stderr."""
     with redirect_stdout(io.StringIO()):
         from deepspeed.utils import logger
 
@@ -170,10 +170,10 @@ def quiet_deepspeed() -> Iterator[None]:
 
 
 def _without_shared_memory_op() -> None:
-    """Leave sums to gloo, which has a timeout.
+    """Make DeepSpeed use gloo, which has a timeout, for reductions on CPUs.
 
-    DeepSpeed's own operation for CPUs is compiled on first use, waits for ever for a rank that died, and leaves 69 MB
-    of shared memory behind for each.
+    DeepSpeed's own operation is compiled on first use, waits forever for a rank that died, and leaks 69 MB of shared
+    memory for each rank.
     """
     from deepspeed import ops
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder

@@ -1,4 +1,4 @@
-"""A replica's own folder on disk, for what has no room in memory."""
+"""Folder on disk of a replica, for weights and hidden states that do not fit in memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from avss_dist.text import describe_bytes
 
 
 class OffloadFolder:
-    """A folder of a replica's own, for weights and hidden states that have no room in memory.
+    """Temporary folder of a replica, for weights and hidden states that do not fit in memory.
 
     Args:
-        parent: where it is made: a folder that is created if need be, and stays; None is the system's temporary one.
-        needed: bytes that will be written.
+        parent: folder in which it is created; created if missing, and kept. None is the system's temporary folder.
+        needed: number of bytes that will be written.
 
     Raises:
         ConfigError: the folder cannot be written, or has too little free space.
@@ -40,5 +40,5 @@ class OffloadFolder:
             )
 
     def remove(self) -> None:
-        """Delete the folder with what is in it."""
+        """Delete the folder and its files."""
         self._folder.cleanup()

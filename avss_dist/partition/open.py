@@ -1,4 +1,4 @@
-"""Open a replica of any partition, by the class that the registry names."""
+"""Opening of a replica of any partition, by the class in the registry."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def replica_class(partition: str) -> Any:
 
 
 def open_replica(checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> Replica:
-    """Open a checkpoint as one replica, or, where it has several ranks, as this process's rank of it.
+    """Open a checkpoint as one replica, or as this process's rank of a replica of several ranks.
 
-    Several ranks: every one of them calls this, inside one torch.distributed group (`partition.group.join`).
+    Every rank calls this, inside one torch.distributed group (`partition.group.join`).
 
     Args:
-        head: its head too, so that it has a `language_model`.
+        head: open the head, too, so that the replica has a `language_model`.
 
     Raises:
-        ModelError: it cannot be opened or observed, or has no head that predicts the next token.
-        ConfigError: it cannot be spread this way over the devices of this machine.
+        ModelError: the model cannot be opened or observed, or has no head that predicts the next token.
+        ConfigError: the devices of this machine do not fit the placement.
     """
     use_threads(settings.threads)
     return cast(Replica, replica_class(placement.partition)(checkpoint, settings, placement, head=head))

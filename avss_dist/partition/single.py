@@ -1,4 +1,4 @@
-"""A whole model on one device."""
+"""Partition ``single``: a whole model on one device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from avss_dist.system.memory import keep_freed_memory
 
 
 class SingleReplica(BatchwiseReplica):
-    """See `partition.base.Replica`."""
+    """Whole model on one device; see `partition.base.Replica`."""
 
     def __init__(
         self, checkpoint: Checkpoint, settings: Settings, placement: Placement | None = None, *, head: bool = False

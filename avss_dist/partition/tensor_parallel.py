@@ -1,9 +1,9 @@
-"""One model whose matrices are split over the ranks (DeepSpeed AutoTP); all ranks take the same data.
+"""Partition ``tensor_parallel``: matrices are split over the ranks (DeepSpeed AutoTP), which take the same data.
 
-Each counts some rows of every batch, and rank 0 reports what all have counted.
+Each rank counts some rows of every batch, and rank 0 reports the counts of all.
 
-AutoTP splits a model by the names of its modules. Of a family that it does not know it computes wrong numbers silently,
-so each replica is checked as it is opened: every site of every layer, before the split and after.
+AutoTP splits a model by the names of its modules. For a family that it does not know, it silently computes wrong
+numbers. Therefore each replica is checked as it is opened: every site of every layer, before and after the split.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from avss_dist.partition.base import Placement, RowSplit
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
 from avss_dist.partition.cost import LINK_SHARE, Calibration, PartitionCost, Usage
 from avss_dist.partition.group import (
-    collected,
-    from_every_rank,
-    own_rows,
+    all_gather,
+    exchange_units_for_rows,
+    gather,
     quiet_deepspeed,
     require_group,
     reraise_lost_ranks,
-    summed_over_ranks,
+    sum_over_ranks,
 )
 from avss_dist.registry import WHOLE
 from avss_dist.settings import THRESHOLD, Settings
@@ -45,9 +45,9 @@ from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
-"""By how much the tensors of a whole and of a split model may differ, see `difference`.
+"""Maximum difference between the tensors of a whole and of a split model; see `difference`.
 
-Of SmolLM2-135M they differ by 2e-6, 5e-3 and 5e-2; Persimmon, which is split wrongly, is off by 0.7.
+In SmolLM2-135M it is 2e-6, 5e-3 and 5e-2. Persimmon, which AutoTP splits wrongly, is off by 0.7.
 """
 
 _REFUSALS = (AssertionError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
@@ -60,7 +60,7 @@ _ELSEWHERE = "Use `partition` single, device_map, zero3 or streaming."
 class TensorParallelCost(PartitionCost):
     """Memory and time of a run with ranks that divide attention and MLP.
 
-    Each rank computes norms, residuals and statistics whole: on CPUs with its share of the cores.
+    Each rank computes all norms, residuals and statistics; on CPUs, with its share of the cores.
     """
 
     @staticmethod
@@ -91,10 +91,10 @@ class TensorParallelCost(PartitionCost):
 
 
 class TensorParallelReplica(BatchwiseReplica):
-    """See `partition.base.Replica`. Every rank opens it inside one group (`partition.group.join`).
+    """One rank of a split model; see `partition.base.Replica`. All ranks open it in one group (`partition.group.join`).
 
-    Every rank first maps the files of the whole model; where it computes in another dtype, it holds all of it in host
-    memory.
+    Every rank first maps the files of the whole model; if the compute dtype is another one, it holds the whole model in
+    host memory.
 
     Raises:
         ConfigError: there is no group, or it has more ranks than the model has heads.
@@ -125,8 +125,8 @@ class TensorParallelReplica(BatchwiseReplica):
                 apply_autotp(model, world, self.device)
             layers = _find_again(whole.structure.layers, names, model)
             with _running(model):
-                found = _probe(run, layers, self.device)
-            self.layers: tuple[Layer, ...] = _check(model, layers, expected, found, self.split)
+                actual = _probe(run, layers, self.device)
+            self.layers: tuple[Layer, ...] = _check(model, layers, expected, actual, self.split)
             if logits is not None:
                 _check_logits(predictor(model), logits, self.device)
                 opened = replace(whole, structure=replace(whole.structure, layers=self.layers))
@@ -137,7 +137,7 @@ class TensorParallelReplica(BatchwiseReplica):
 
     def collect(self, counted: T) -> list[T]:
         """See `partition.base.Replica`."""
-        return collected(counted)
+        return gather(counted)
 
     def close(self) -> None:
         """Drop this rank's part of the weights."""
@@ -147,7 +147,7 @@ class TensorParallelReplica(BatchwiseReplica):
 
 
 class TensorParallelLanguageModel(LanguageModel):
-    """See `causal_lm.LanguageModel`. All ranks are asked the same, and all have the whole head."""
+    """Language model with split layers and a whole head on each rank; see `causal_lm.LanguageModel`."""
 
     def backpropagate(
         self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
@@ -157,8 +157,8 @@ class TensorParallelLanguageModel(LanguageModel):
 
     @contextmanager
     def sparsified(self, sparsity: Sparsity) -> Iterator[SparsityCounts]:
-        """See `causal_lm.LanguageModel`. A rank has some of the units of a token, so nothing is chosen among all."""
-        if any(one.by != THRESHOLD or one.weighted or one.group for one in sparsity.maps):
+        """See `causal_lm.LanguageModel`. A rank has some of a token's units, and cannot choose the largest of all."""
+        if any(cut.by != THRESHOLD or cut.weighted or cut.group for cut in sparsity.maps):
             raise ModelError(
                 "`partition` tensor_parallel splits the units of a token, and cannot choose the largest of them.",
                 "Use single, device_map, streaming or zero3, or a plan of thresholds.",
@@ -167,12 +167,12 @@ class TensorParallelLanguageModel(LanguageModel):
             yield counts
 
     def total(self, counts: list[list[int]]) -> list[list[int]]:
-        """See `causal_lm.LanguageModel`. What every rank has whole is counted by each: its share stays what it is."""
-        return summed_over_ranks(counts)
+        """See `causal_lm.LanguageModel`. Whole maps are counted by every rank, which leaves their share unchanged."""
+        return sum_over_ranks(counts)
 
 
 def inference_config(dtype: torch.dtype, world: int) -> dict[str, Any]:
-    """Return the configuration for ``deepspeed.init_inference``; ``cluster/deepspeed`` has it for two ranks."""
+    """Return the configuration of ``deepspeed.init_inference``; ``cluster/deepspeed`` has that for two ranks."""
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "tensor_parallel": {"tp_size": world},
@@ -181,10 +181,10 @@ def inference_config(dtype: torch.dtype, world: int) -> dict[str, Any]:
 
 
 def require_heads(config: Any, world: int) -> None:
-    """Refuse more ranks than heads: a head's keys and values are not split.
+    """Refuse more ranks than heads, because a head's keys and values are not split.
 
     Raises:
-        ConfigError: there are; the message has the numbers.
+        ConfigError: there are more ranks than heads; the message has the numbers.
     """
     name, heads = next(((n, h) for n in _HEADS if isinstance(h := _attribute(config, n), int)), ("", world))
     if world > heads:
@@ -202,12 +202,12 @@ def _attribute(config: Any, name: str) -> Any:
 
 
 def apply_autotp(model: Any, world: int, device: torch.device) -> None:
-    """Replace the linear maps of the layers by this rank's part of them, and move the model to the device.
+    """Replace the linear maps of the layers by this rank's parts, and move the model to the device.
 
-    What has another dtype than the rest (such as rotary frequencies, in float32) keeps it; DeepSpeed would convert it.
+    Tensors of another dtype, such as rotary frequencies in float32, keep it; DeepSpeed would convert them.
 
     Raises:
-        ModelError: DeepSpeed cannot.
+        ModelError: DeepSpeed cannot split the model.
     """
     import deepspeed
 
@@ -223,7 +223,7 @@ def apply_autotp(model: Any, world: int, device: torch.device) -> None:
 
 @contextmanager
 def without_output_embeddings(model: Any, *, keep: bool) -> Iterator[None]:
-    """Remove the head of the model, so that AutoTP does not split it; put it back whole if ``keep``."""
+    """Remove the head of a model inside the context, so that AutoTP does not split it; put it back if ``keep``."""
     heads = {
         name: child
         for name, child in model.named_children()
@@ -239,7 +239,7 @@ def without_output_embeddings(model: Any, *, keep: bool) -> Iterator[None]:
 
 
 def _logits(model: Any, device: torch.device) -> torch.Tensor:
-    """[rows, tokens, vocabulary] of ``PROBE_SHAPE`` tokens, on the CPU."""
+    """Return the logits of ``PROBE_SHAPE`` tokens, [rows, tokens, vocabulary], on the CPU."""
     ids = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=device).reshape(PROBE_SHAPE)
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
@@ -248,7 +248,7 @@ def _logits(model: Any, device: torch.device) -> torch.Tensor:
 
 @contextmanager
 def _running(model: Any) -> Iterator[None]:
-    """Refuse the split model if it does not run inside."""
+    """Raise ModelError if the split model fails inside the context."""
     try:
         yield
     except _REFUSALS as error:
@@ -256,17 +256,17 @@ def _running(model: Any) -> Iterator[None]:
 
 
 def _check_logits(model: Any, expected: torch.Tensor, device: torch.device) -> None:
-    """Refuse a head that gives other logits after the split than before; all ranks come to the same."""
+    """Refuse a model whose logits changed by the split; all ranks come to the same result."""
     with _running(model):
-        found = _logits(model, device)
-    mine = difference(expected, found) if found.shape == expected.shape else float("inf")
-    most = max(from_every_rank(mine, device))
-    if most > TOLERANCES.get(expected.dtype, 0.0):
-        raise _cannot_split(model, f"its logits are off by {most:.2g} of their size after the split")
+        actual = _logits(model, device)
+    error = difference(expected, actual) if actual.shape == expected.shape else float("inf")
+    maximum = max(all_gather(error, device))
+    if maximum > TOLERANCES.get(expected.dtype, 0.0):
+        raise _cannot_split(model, f"its logits are off by {maximum:.2g} of their size after the split")
 
 
 def _in_another_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
-    """(tensors of a module, name, value) of what a model computes with in another dtype."""
+    """Yield (tensors of a module, name, value) of every tensor with another dtype."""
     for module in model.modules():
         for tensors in (module._buffers, module._parameters):
             for name, tensor in tensors.items():
@@ -274,20 +274,20 @@ def _in_another_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[di
                     yield tensors, name, tensor.data
 
 
-def difference(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """Return the difference of two tensors of shape [..., units]: |found - expected| / |expected| of the median token.
+def difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """Return the median over tokens of |actual - expected| / |expected|, for tensors of shape [..., units].
 
-    A model that is split wrongly is wrong for nearly every token; few tokens go to another expert by rounding.
+    A wrong split changes nearly every token, while rounding routes few tokens to other experts.
     """
-    expected, found = (x.double().reshape(-1, x.shape[-1]) for x in (expected, found))
+    expected, actual = (x.double().reshape(-1, x.shape[-1]) for x in (expected, actual))
     sizes = expected.norm(dim=-1)
-    ratios = (found - expected).norm(dim=-1) / sizes.clamp_min(torch.finfo(torch.float64).tiny)
+    ratios = (actual - expected).norm(dim=-1) / sizes.clamp_min(torch.finfo(torch.float64).tiny)
     ratios = ratios[sizes.isfinite()].nan_to_num(torch.inf)
     return float(ratios.median()) if len(ratios) else 0.0
 
 
 def _probe(run: Callable[..., Any], layers: Sequence[Layer], device: torch.device) -> _Probe:
-    """Return the tensor of each site in a pass over ``PROBE_SHAPE`` tokens; of shared modules, the last call."""
+    """Return the tensor of each site in a pass over ``PROBE_SHAPE`` tokens; the last call of a shared module."""
     tensors: _Probe = {}
 
     def keep(key: tuple[int, str], value: Any) -> None:
@@ -314,7 +314,7 @@ def _probe(run: Callable[..., Any], layers: Sequence[Layer], device: torch.devic
 
 
 def _find_again(layers: Sequence[Layer], names: Mapping[nn.Module, str], model: nn.Module) -> list[Layer]:
-    """Return the same layers and taps in a model whose modules were replaced."""
+    """Return the same layers and taps in the model, after its modules were replaced."""
 
     def again(module: nn.Module) -> nn.Module:
         return model.get_submodule(names[module])
@@ -324,30 +324,30 @@ def _find_again(layers: Sequence[Layer], names: Mapping[nn.Module, str], model: 
             layer,
             module=again(layer.module),
             taps={site: replace(tap, module=again(tap.module)) for site, tap in layer.taps.items()},
-            projections=tuple(replace(one, module=again(one.module)) for one in layer.projections),
+            projections=tuple(replace(p, module=again(p.module)) for p in layer.projections),
         )
         for layer in layers
     ]
 
 
-def _check(model: Any, layers: Sequence[Layer], expected: _Probe, found: _Probe, split: RowSplit) -> tuple[Layer, ...]:
-    """Return the layers, with taps that exchange the parts of the ranks; all ranks come to the same result.
+def _check(model: Any, layers: Sequence[Layer], expected: _Probe, actual: _Probe, split: RowSplit) -> tuple[Layer, ...]:
+    """Return the layers with taps that exchange the parts of the ranks; all ranks come to the same result.
 
     Raises:
-        ModelError: a tensor is not what it was before the split.
+        ModelError: the split changed a tensor.
     """
     tolerance = max(TOLERANCES.get(tensor.dtype, 0.0) for tensor in expected.values())
     checked: list[Layer] = []
     for layer in layers:
         taps = {"block": Tap(layer.module, "output", layer.axes), **layer.taps}
         for site, tap in taps.items():
-            want, part = (as_rows(x[layer.index, site], tap.axes, *PROBE_SHAPE) for x in (expected, found))
-            assert want is not None and part is not None
-            taps[site] = tap = replace(tap, exchange=_exchange_for(part, want.shape[-1]))
+            reference, part = (as_rows(x[layer.index, site], tap.axes, *PROBE_SHAPE) for x in (expected, actual))
+            assert reference is not None and part is not None
+            taps[site] = tap = replace(tap, exchange=_exchange_for(part, reference.shape[-1]))
             rows = split.rows(len(part))
-            got, want = tap.exchange(part) if tap.exchange else part[rows], want[rows]
-            error = difference(want, got.cpu()) if got.shape == want.shape else float("inf")
-            error = max(from_every_rank(error, part.device))
+            got, reference = tap.exchange(part) if tap.exchange else part[rows], reference[rows]
+            error = difference(reference, got.cpu()) if got.shape == reference.shape else float("inf")
+            error = max(all_gather(error, part.device))
             if error > tolerance or (site == "block" and tap.exchange):
                 raise _cannot_split(
                     model, f"site '{site}' of layer {layer.index} is off by {error:.2g} of its size after the split"
@@ -358,10 +358,10 @@ def _check(model: Any, layers: Sequence[Layer], expected: _Probe, found: _Probe,
 
 def _exchange_for(part: torch.Tensor, width: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """Return the function that exchanges parts of ``width`` units; None where every rank has all of them."""
-    widths = [int(n) for n in from_every_rank(part.shape[-1], part.device)]
+    widths = [int(n) for n in all_gather(part.shape[-1], part.device)]
     if sum(widths) != width or len(widths) == 1:
         return None
-    return partial(own_rows, widths=widths)
+    return partial(exchange_units_for_rows, widths=widths)
 
 
 def _cannot_split(model: Any, why: str) -> ModelError:

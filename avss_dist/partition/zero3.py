@@ -1,7 +1,6 @@
-"""One model of which every rank holds a part of each parameter (DeepSpeed ZeRO-3); each rank takes its own data.
+"""Partition ``zero3``: each rank holds a part of every parameter (DeepSpeed ZeRO-3) and takes its own data.
 
-A layer's parameters are gathered when it begins and dropped when it ends, on all ranks at once, so all run equally
-many forward passes.
+All ranks gather a layer's parameters when it begins and drop them when it ends, so all run equally many forward passes.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from avss_dist.partition.base import Placement, dummy_batch
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
 from avss_dist.partition.cost import DEEPSPEED_BYTES, LINK_SHARE, Calibration, PartitionCost, Usage
 from avss_dist.partition.group import (
-    from_every_rank,
+    all_gather,
     quiet_deepspeed,
     require_group,
     reraise_lost_ranks,
-    summed_over_ranks,
+    sum_over_ranks,
 )
 from avss_dist.registry import WHOLE
 from avss_dist.settings import Settings
@@ -44,7 +43,7 @@ PREFETCHED = 50_000_000  # parameters that are gathered ahead, on GPUs, beside t
 
 
 class Zero3Cost(PartitionCost):
-    """Memory and time of a run with ranks that hold parts, and gather one layer at a time."""
+    """Memory and time of a run whose ranks hold parts of the parameters and gather one layer at a time."""
 
     @staticmethod
     def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
@@ -52,7 +51,7 @@ class Zero3Cost(PartitionCost):
         return 0
 
     def usage(self, measured: Calibration, counters: int) -> Usage:
-        """See `PartitionCost`. Ranks share the shards; on CPUs they share the cores too, so that nothing is gained."""
+        """See `PartitionCost`. Ranks share the shards; on CPUs they also share the cores, which gains nothing."""
         ranks, on_gpu, size = self.ranks, self.on_gpu, self.size
         gathered = sum(size.layer_bytes) + size.other_bytes
         part = -(-size.weight_bytes // ranks)
@@ -70,7 +69,7 @@ class Zero3Cost(PartitionCost):
 
 
 class Zero3Replica(BatchwiseReplica):
-    """See `partition.base.Replica`. Every rank opens it inside one group (`partition.group.join`).
+    """One rank of a ZeRO-3 model; see `partition.base.Replica`. All ranks open it in a group (`partition.group.join`).
 
     Raises:
         ConfigError: there is no group, or the checkpoint or the device cannot be partitioned this way.
@@ -82,8 +81,8 @@ class Zero3Replica(BatchwiseReplica):
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
         if checkpoint.gguf:
             raise ConfigError(
-                f"'{checkpoint.name}' is a .gguf file: transformers unpacks it whole in every process, which is what "
-                "zero3 is there to avoid.",
+                f"'{checkpoint.name}' is a .gguf file: transformers unpacks the whole model in every process, so that "
+                "zero3 would save no memory.",
                 "Use `partition` single, device_map or tensor_parallel, or convert it to safetensors.",
             )
         require_group(placement)
@@ -116,9 +115,9 @@ class Zero3Replica(BatchwiseReplica):
 
 
 class Zero3LanguageModel(LanguageModel):
-    """See `causal_lm.LanguageModel`. All ranks are asked the same, share the batches, and all have all answers.
+    """Language model whose ranks share the batches and all return all results; see `causal_lm.LanguageModel`.
 
-    A rank that has no batch left while others have one runs a dummy: collective operations wait for all.
+    A rank without a batch runs a dummy while others have one, because collectives wait for all.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -128,10 +127,10 @@ class Zero3LanguageModel(LanguageModel):
         self._dummy = dummy_batch()
 
     def pieces(self, number: int) -> list[slice]:
-        """See `causal_lm.LanguageModel`. As many on all ranks, for each gathers the head: some may be empty."""
+        """See `causal_lm.LanguageModel`. Equally many on all ranks, because each gathers the head; some are empty."""
         mine = super().pieces(number)
-        most = max(from_every_rank(len(mine), self.device))
-        return mine + [slice(number, number)] * (int(most) - len(mine))
+        maximum = max(all_gather(len(mine), self.device))
+        return mine + [slice(number, number)] * (int(maximum) - len(mine))
 
     def each(self, function: Callable[[Batch], T], batches: Sequence[Batch]) -> list[T]:
         """See `causal_lm.LanguageModel`."""
@@ -146,33 +145,33 @@ class Zero3LanguageModel(LanguageModel):
         self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
     ) -> list[Watcher]:
         """See `causal_lm.LanguageModel`."""
-        spare = copy.deepcopy(watchers[0])  # what is seen of a batch once more is thrown away
+        spare = copy.deepcopy(watchers[0])  # observes dummy passes, and is discarded
         run = partial(super().backpropagate, draws=draws, seed=seed)
         pairs = list(zip(batches, watchers, strict=True))
         return self._share(pairs, lambda pair: run([pair[0]], [pair[1]])[0], lambda: run([batches[0]], [spare]))
 
     def total(self, counts: list[list[int]]) -> list[list[int]]:
         """See `causal_lm.LanguageModel`."""
-        return summed_over_ranks(counts)
+        return sum_over_ranks(counts)
 
     def _share(self, items: Sequence[S], function: Callable[[S], T], dummy: Callable[[], object]) -> list[T]:
-        """Return the function of every item, each computed by one rank, in order; all ranks call this."""
-        mine = []
+        """Return the function's results for all items, each computed by one rank, in order. All ranks call this."""
+        results = []
         for start in range(0, len(items), self._world):
             if start + self._rank < len(items):
-                mine.append(function(items[start + self._rank]))
+                results.append(function(items[start + self._rank]))
             else:
                 with uncounted():
                     dummy()
         parts: list[Any] = [None] * self._world
-        distributed.all_gather_object(parts, mine)
+        distributed.all_gather_object(parts, results)
         return [parts[i % self._world][i // self._world] for i in range(len(items))]
 
 
 def deepspeed_config(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Return the DeepSpeed configuration.
 
-    ``cluster/deepspeed/zero3.json`` is the one for bfloat16 on GPUs; the README beside it explains it.
+    ``cluster/deepspeed/zero3.json`` is that for bfloat16 on GPUs, explained by the README beside it.
     """
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -188,10 +187,10 @@ def deepspeed_config(dtype: torch.dtype, device: torch.device) -> dict[str, Any]
 
 
 def _load_in_parts(checkpoint: Checkpoint, settings: Settings, config: dict[str, Any], *, head: bool) -> Any:
-    """Load a model of which a process never holds more than its part and one module; rank 0 maps the files."""
+    """Load a model such that a process never holds more than its part and one module; rank 0 maps the files."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    kept = HfDeepSpeedConfig(config)  # transformers refers to it weakly; while it lives, models are built in parts
+    reference = HfDeepSpeedConfig(config)  # transformers refers to it weakly; while it lives, models are built in parts
     try:
         return load_model(checkpoint, settings, head=head)
     except ModelError as error:
@@ -199,13 +198,13 @@ def _load_in_parts(checkpoint: Checkpoint, settings: Settings, config: dict[str,
         raise ModelError(f"{error.message} (It was loaded in parts, for zero3.)", hint) from error
     finally:
         unset_hf_deepspeed_config()
-        del kept
+        del reference
 
 
 def _partition(model: Any, settings: Settings, config: dict[str, Any], *, head: bool) -> Any:
-    """Hook the backbone, or all of the model, so that parameters are gathered when they are needed; the engine.
+    """Hook the backbone, or the whole model, so that parameters are gathered when needed; return the engine.
 
-    A layer is gathered as one, for ranks must gather the same in the same order: which experts run depends on the data.
+    A layer is gathered as one, because ranks must gather in the same order and routed experts depend on the data.
     """
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules_by_name

@@ -18,7 +18,7 @@ from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import quiet, text_config
 from avss_dist.models.patching import Patch
 from avss_dist.models.pickled import PICKLED
-from avss_dist.models.quantization import comparable, quantization_method
+from avss_dist.models.quantization import quantization_method, runnable_settings
 from avss_dist.models.safetensors import WEIGHTS, weight_files
 from avss_dist.pruning.comparison import largest_difference
 from avss_dist.pruning.configuration import write_config
@@ -175,7 +175,7 @@ def _compare(
     notes = [require_same_modules(checkpoint, plan, folder, settings)] if quantization_method(config) else []
     try:
         with quiet():
-            settings = comparable(checkpoint, config, settings)
+            settings = runnable_settings(checkpoint, config, settings)
     except ModelError as error:
         return None, [*notes, f"Outputs could not be compared here: {error}"]
     difference = largest_difference(checkpoint, plan, replaced, folder, settings, execution)

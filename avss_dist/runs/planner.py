@@ -17,7 +17,7 @@ from avss_dist.models.content import content_hash
 from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.pinning import pin
 from avss_dist.models.size import Footprint
-from avss_dist.partition.base import Placement, numbers_of
+from avss_dist.partition.base import Placement, fingerprint_part
 from avss_dist.partition.choose import choose, needs_size, size_of
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.run import PlannedRun, Run
@@ -153,5 +153,9 @@ def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settin
     numbers = settings.numbers(statistics=True)
     tokens = corpus.tokens_fingerprint
     return fingerprint(
-        schema=SCHEMA_VERSION, checkpoint=checkpoint.revision, tokens=tokens, settings=numbers, **numbers_of(placement)
+        schema=SCHEMA_VERSION,
+        checkpoint=checkpoint.revision,
+        tokens=tokens,
+        settings=numbers,
+        **fingerprint_part(placement),
     )

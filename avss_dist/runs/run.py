@@ -16,7 +16,7 @@ from avss_dist.errors import AvssError
 from avss_dist.executors.base import ReplicaSpec, RunShards
 from avss_dist.models.pickled import is_converted
 from avss_dist.models.quantization import describe_quantization
-from avss_dist.models.series import when_saved
+from avss_dist.models.series import training_point
 from avss_dist.registry import BASELINES
 from avss_dist.results import TabularResult
 from avss_dist.runs.partials import Apply, merge_partials
@@ -204,7 +204,7 @@ class RunInProgress:
         """Write the run's row."""
         settings, corpus = self._planned.replica_spec.settings, self._planned.corpus
         checkpoint = self._planned.replica_spec.checkpoint
-        saved = when_saved(checkpoint)
+        saved = training_point(checkpoint)
         self._store.write_run(
             {
                 "run_id": self.run.run_id,

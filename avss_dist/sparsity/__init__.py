@@ -1,1 +1,1 @@
-"""Activation sparsity: plans of what is zero, and how a budget is spread."""
+"""Activation sparsity: plans, and the allocation of a budget over linear maps."""

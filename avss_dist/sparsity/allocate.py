@@ -1,6 +1,6 @@
-"""How a budget of sparsity is spread over the linear maps of a model. Pure numpy.
+"""Allocation of a sparsity budget over the linear maps of a model, in numpy.
 
-A budget counts weights: the sparsities of maps, each weighted by its number of weights, average to it.
+The budget is the mean of the maps' sparsities, weighted by their numbers of weights.
 """
 
 from __future__ import annotations
@@ -11,37 +11,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 Float64 = NDArray[np.float64]
-MOST = 0.99  # sparsity of a map
+MAX_SPARSITY = 0.99  # of a map
 
 
 def knapsack(damage: Float64, levels: Float64, sizes: Float64, target: float) -> Float64:
-    """The sparsity of each map, float64[maps], with the least sum of damages whose mean by size is the target.
+    """Return the sparsity of each map, float64[maps], that minimizes the total damage at a target mean sparsity.
 
-    The steps of each map's lower convex hull are taken in the order of damage for a weight, the last in part: the
-    optimum of the continuous problem (Dantzig, Operations Research 5, 1957).
+    The steps of each map's lower convex hull are taken in the order of damage per weight, the last one in part, which
+    is optimal for the continuous problem (Dantzig, Operations Research 5, 1957).
 
     Args:
-        damage: float64[maps, levels], of each map at each level; 0 at sparsity 0.
-        levels: float64[levels], sparsities, ascending, above 0.
+        damage: float64[maps, levels], damage of each map at each level; it is 0 at sparsity 0.
+        levels: float64[levels], ascending sparsities above 0.
         sizes: float64[maps], numbers of weights.
+        target: mean sparsity, weighted by size.
     """
     steps = []
     for number, row in enumerate(damage):
         corners = _lower_hull(np.append(0.0, levels), np.append(0.0, row))
         for (s0, d0), (s1, d1) in pairwise(corners):
             steps.append(((d1 - d0) / ((s1 - s0) * sizes[number]), s0, number, s1))
-    found, left = np.zeros(len(sizes)), target * sizes.sum()
+    sparsities, remaining = np.zeros(len(sizes)), target * sizes.sum()
     for _, s0, number, s1 in sorted(steps):
-        step = min((s1 - s0) * sizes[number], left)
-        found[number] = s0 + step / sizes[number]
-        left -= step
-        if left <= 0:
+        step = min((s1 - s0) * sizes[number], remaining)
+        sparsities[number] = s0 + step / sizes[number]
+        remaining -= step
+        if remaining <= 0:
             break
-    return found
+    return sparsities
 
 
 def _lower_hull(x: Float64, y: Float64) -> list[tuple[float, float]]:
-    """The corners of the lower convex hull of points whose x ascend (Andrew's monotone chain)."""
+    """Return the corners of the lower convex hull of points with ascending x (Andrew's monotone chain)."""
     hull: list[tuple[float, float]] = []
     for point in zip(x.tolist(), y.tolist(), strict=True):
         while len(hull) > 1:
@@ -53,27 +54,27 @@ def _lower_hull(x: Float64, y: Float64) -> list[tuple[float, float]]:
     return hull
 
 
-def scaled(ratios: Float64, sizes: Float64, target: float, most: float = MOST) -> Float64:
-    """Sparsities in proportion to ratios, float64[maps], none above ``most``, whose mean by size is the target.
+def proportional(ratios: Float64, sizes: Float64, target: float, maximum: float = MAX_SPARSITY) -> Float64:
+    """Return sparsities in proportion to ratios, float64[maps], at most ``maximum``, at a target mean sparsity.
 
-    What is cut off at ``most`` is given to the others, in proportion again, until nothing is.
+    Sparsity above the maximum is redistributed over the other maps, in proportion, until none is left.
     """
-    found, full = np.zeros(len(sizes)), np.zeros(len(sizes), bool)
+    sparsities, full = np.zeros(len(sizes)), np.zeros(len(sizes), bool)
     while not full.all():
-        left = target * sizes.sum() - most * sizes[full].sum()
-        found = np.where(full, most, ratios * left / (ratios * sizes)[~full].sum())
-        over = ~full & (found > most)
+        remaining = target * sizes.sum() - maximum * sizes[full].sum()
+        sparsities = np.where(full, maximum, ratios * remaining / (ratios * sizes)[~full].sum())
+        over = ~full & (sparsities > maximum)
         if not over.any():
             break
         full |= over
-    return found
+    return sparsities
 
 
-def along_path(path: Float64, sizes: Float64, target: float) -> Float64:
-    """The sparsity of each map of a block where a greedy path reaches a target, float64[maps].
+def interpolate_path(path: Float64, sizes: Float64, target: float) -> Float64:
+    """Return the sparsity of each map of a block, float64[maps], at which a greedy path reaches a target.
 
     Args:
-        path: float64[steps, maps], sparsities after each step, of which none falls.
+        path: float64[steps, maps], non-decreasing sparsities after each step.
         sizes: float64[maps], numbers of weights.
     """
     reached = path @ sizes / sizes.sum()
@@ -86,8 +87,10 @@ def along_path(path: Float64, sizes: Float64, target: float) -> Float64:
 
 
 def heavy_tail_ratios(exponents: Float64, epsilon: float = 0.3) -> Float64:
-    """How much sparsity each map can bear, from its power-law exponent: 1 - epsilon the heaviest tail, 1 + epsilon the
-    lightest (AlphaPruning, arXiv 2410.10912, which is read here as what ActTail does).
+    """Return the relative sparsity of each map from its power-law exponent, float64[maps].
+
+    It is 1 - epsilon for the heaviest tail and 1 + epsilon for the lightest, linear in between (AlphaPruning, arXiv
+    2410.10912, on which ActTail is assumed to build).
     """
     low, high = exponents.min(), exponents.max()
     if high == low:

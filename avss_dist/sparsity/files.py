@@ -1,4 +1,4 @@
-"""Sparsity plans as the files of other programs: JSON of thresholds, and the folder that TEAL reads."""
+"""Export of sparsity plans to other programs: JSON of thresholds, and a folder for TEAL."""
 
 from __future__ import annotations
 
@@ -14,41 +14,42 @@ from avss_dist.settings import THRESHOLD
 from avss_dist.sparsity.plan import MapPlan, SparsityPlan
 
 TEAL_MAPS = ("q", "k", "v", "o", "gate", "up", "down")
-"""TEAL's columns; each is the map ``NAME_proj`` of a layer."""
+"""TEAL's columns, each of which is the map ``NAME_proj`` of a layer."""
 TEAL_ERRORS = ("Activation Error", "Baseline Error")  # columns that TEAL writes, and does not read
 
 
 def thresholds_json(plan: SparsityPlan) -> str:
-    """A plan as JSON for other programs: ``layers[i][path]`` has what becomes zero of the inputs of a map."""
+    """Return a plan as JSON for other programs; ``layers[i][path]`` has the criterion of a map's zero inputs."""
     layers: dict[int, dict[str, Any]] = {}
-    for one in plan.projections:
-        centered = {"center": one.center} if one.center else {}
-        layers.setdefault(one.layer, {})[one.map] = {one.by: one.value, "sparsity": one.sparsity, **centered}
+    for entry in plan.projections:
+        centered = {"center": entry.center} if entry.center else {}
+        layers.setdefault(entry.layer, {})[entry.map] = {entry.by: entry.value, "sparsity": entry.sparsity, **centered}
     about = {name: getattr(plan, name) for name in ("model", "revision", "rule", "weighted", "pattern", "sparsity")}
     return json.dumps(about | {"layers": layers}, indent=1) + "\n"
 
 
 def write_teal(plan: SparsityPlan, folder: Path) -> None:
-    """The folder of a plan as TEAL has it (github.com/FasterDecoding/TEAL).
+    """Write a plan as a folder for TEAL (github.com/FasterDecoding/TEAL).
 
-    ``lookup/layer-i/results.csv`` has a row of the dense block and one of the plan: the block's sparsity by weights,
-    and each map's; TEAL takes the row whose ``Effective Sparsity`` is nearest to its target. ``thresholds.json`` has
-    the thresholds, which TEAL itself would read from histograms of its own.
+    ``lookup/layer-i/results.csv`` has a row of the dense block and one of the plan, with the block's sparsity by
+    weights and that of each map. TEAL takes the row whose ``Effective Sparsity`` is nearest to its target.
+    ``thresholds.json`` has the thresholds, which TEAL itself would derive from its histograms.
 
     Raises:
-        PlanError: it has no thresholds, or maps that TEAL does not know; or a file cannot be written.
+        PlanError: the plan has other criteria than thresholds or maps that TEAL does not know, or a file cannot be
+            written.
         StorageFull: there is no space left.
     """
-    if any(one.by != THRESHOLD or one.center for one in plan.projections) or plan.pattern:
+    if any(entry.by != THRESHOLD or entry.center for entry in plan.projections) or plan.pattern:
         raise PlanError(
             "TEAL's files are of thresholds of sizes, and this plan has others.", "Use uniform, loss or teal."
         )
     blocks: dict[int, dict[str, MapPlan]] = {}
-    for one in plan.projections:
-        blocks.setdefault(one.layer, {})[one.map.rpartition(".")[2].removesuffix("_proj")] = one
+    for entry in plan.projections:
+        blocks.setdefault(entry.layer, {})[entry.map.rpartition(".")[2].removesuffix("_proj")] = entry
     for layer, maps in blocks.items():
         if sorted(maps) != sorted(TEAL_MAPS):
-            names = ", ".join(one.map for one in maps.values())
+            names = ", ".join(entry.map for entry in maps.values())
             raise PlanError(
                 f"TEAL's files are of {', '.join(TEAL_MAPS)}, and layer {layer} has {names}.",
                 "Use `format` thresholds.",
@@ -68,7 +69,7 @@ def _in_folder(folder: Path, name: str) -> Path:
 
 
 def _results(maps: dict[str, MapPlan]) -> str:
-    sizes = {name: one.outputs * one.inputs for name, one in maps.items()}
+    sizes = {name: entry.outputs * entry.inputs for name, entry in maps.items()}
     whole = sum(maps[name].sparsity * size for name, size in sizes.items()) / sum(sizes.values())
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")

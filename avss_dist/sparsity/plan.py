@@ -1,7 +1,4 @@
-"""Sparsity plans: which inputs of which linear maps become zero, and why. A YAML file, like a plan of layers.
-
-Layers count from 0, as everywhere.
-"""
+"""Sparsity plans: the inputs of linear maps that become zero, and the reason, as a YAML file. Layers count from 0."""
 
 from __future__ import annotations
 
@@ -41,88 +38,89 @@ METHODS = {
     "cats": "the same of every MLP's gate, which spares up and down (CATS, arXiv 2404.08763)",
     "topp": "the fewest of each token that have a share of its sum of sizes",
 }
-"""How a sparsity is spread over linear maps, and what each does."""
+"""Methods of allocating a sparsity over linear maps, with their meanings."""
 PROJECTIONS = "projections"
-MOST_UNITS = 10**9
+MAX_UNITS = 10**9
 TOLERANCE = 1e-3  # of a plan's sparsity, as its maps are written with six decimals
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 @checked
 class MapPlan:
-    """What becomes zero of the inputs of one linear map.
+    """Criterion for the inputs of one linear map that become zero.
 
     Raises:
-        ConfigError: values that are no such plan; every problem is named.
+        ConfigError: values are invalid; every problem is named.
     """
 
     layer: Annotated[int, Field(ge=0)]
-    """The layer, from 0."""
+    """Index of the layer, from 0."""
     map: Name
-    """Module path of the map, below the layer."""
+    """Module path of the map below the layer."""
     site: Name
-    """Its input."""
-    outputs: Annotated[int, Field(ge=1, le=MOST_UNITS)]
-    """Units that it gives."""
-    inputs: Annotated[int, Field(ge=1, le=MOST_UNITS)]
-    """Units that it takes."""
+    """Site that is its input."""
+    outputs: Annotated[int, Field(ge=1, le=MAX_UNITS)]
+    """Number of output units."""
+    inputs: Annotated[int, Field(ge=1, le=MAX_UNITS)]
+    """Number of input units."""
     sparsity: Share
-    """The share of its inputs that is expected to be zero."""
+    """Expected share of zeros among its inputs."""
     by: Annotated[str, OneOf((THRESHOLD, TOP_K, TOP_P))]
-    """What becomes zero: those up to a size; a share of each token's; all but the fewest with a share of its sum."""
+    """Criterion of zeros: inputs up to a size, a share of each token's inputs, or all but the fewest that have a share
+    of the token's sum."""
     value: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    """That size, or that share."""
+    """Size or share of the criterion."""
     center: Annotated[float, Field(allow_inf_nan=False)] = 0.0
-    """What inputs are taken less, and become, for zero."""
+    """Value that is subtracted from inputs before sizes are compared, and that replaces them."""
 
     def __post_init__(self) -> None:
         if self.by == TOP_K and self.inputs - int(self.value * self.inputs) < 1:
-            left = f"`value` {self.value:g} leaves none of the {self.inputs} units of a token."
-            raise PlanError(left, "Keep one at least.")
+            message = f"`value` {self.value:g} leaves none of the {self.inputs} units of a token."
+            raise PlanError(message, "Keep one at least.")
         if self.by == TOP_P and self.value > 1:
-            raise PlanError(f"`value` {self.value:g} is no share of a sum.", "It is between 0 and 1.")
+            raise PlanError(f"`value` {self.value:g} is not a share of a sum.", "Expected a number from 0 to 1.")
 
 
 @checked
 class SparsityPlan:
-    """What becomes zero in a model.
+    """Plan of the activations of a model that become zero.
 
     Raises:
-        ConfigError: values that are no plan; every problem is named.
+        ConfigError: values are invalid; every problem is named.
     """
 
     model: Name
     """Hub id or folder of the checkpoint."""
     revision: Name | None = None
-    """The hub's commit, or the hash of the checkpoint's content; any by default."""
+    """The hub's commit, or the hash of the checkpoint's content; any revision by default."""
     num_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
-    """Layers of the whole model."""
+    """Number of layers of the whole model."""
     sparsity: Share
-    """The share of the weights of all linear maps of the plan that is expected to meet a zero, per token that is made
-    sparse. It must be the mean of those of `projections`, each map by the number of its weights."""
+    """Expected share of the weights of all linear maps of the plan that meet a zero, per sparse token. It must be the
+    mean of the sparsities of `projections`, weighted by their numbers of weights."""
     rule: Annotated[str, OneOf(SPARSITY_RULES)] = SPARSITY_RULES[0]
-    """At which tokens."""
+    """Rule for the tokens that are made sparse."""
     weighted: bool = False
-    """Sizes are weighted by the norms of the columns that they meet."""
+    """Weight sizes by the norms of the columns that the inputs meet."""
     pattern: Annotated[str, Field(pattern=r"^[1-9]\d{0,5}:[1-9]\d{0,5}$")] | None = None
-    """N:M: of M units in a row, the N largest stay at most."""
+    """N:M: of M consecutive units, at most the N largest stay."""
     why: Mapping[str, Reason] = Field(default_factory=dict)
-    """What it was chosen by."""
+    """Method and inputs by which the plan was chosen."""
     run_id: Name | None = None
-    """The run whose activations were counted; none for a plan by hand."""
+    """Run whose activations were counted; none for a plan written by hand."""
     findings: Lines = ()
-    """What to know before believing it."""
+    """Caveats of the plan, for people."""
     projections: Annotated[tuple[MapPlan, ...], Field(strict=False, min_length=1)]
     """The linear maps."""
 
     def __post_init__(self) -> None:
         problems = []
-        named = [(one.layer, one.map) for one in self.projections]
+        named = [(entry.layer, entry.map) for entry in self.projections]
         if len(set(named)) != len(named):
             problems.append(PlanError("`projections` names a linear map twice."))
         if (last := max(layer for layer, _ in named)) >= self.num_layers:
             problems.append(PlanError(f"There is no layer {last}: the model has {self.num_layers}, from 0."))
-        planned = sum(one.sparsity * one.outputs * one.inputs for one in self.projections) / self.weights
+        planned = sum(entry.sparsity * entry.outputs * entry.inputs for entry in self.projections) / self.weights
         if abs(self.sparsity - planned) > TOLERANCE:
             problems.append(
                 PlanError(
@@ -132,39 +130,39 @@ class SparsityPlan:
                 )
             )
         if self.pattern:
-            kept, group = self.group
-            if kept >= group:
+            stay, group = self.group
+            if stay >= group:
                 problems.append(PlanError(f"`pattern` {self.pattern} makes nothing zero.", "Write 2:4: 2 of 4 stay."))
-            elif wrong := [one for one in self.projections if one.inputs % group]:
-                said = f"`pattern` {self.pattern} does not divide the {wrong[0].inputs} inputs of {wrong[0].map}."
-                problems.append(PlanError(said))
+            elif wrong := [entry for entry in self.projections if entry.inputs % group]:
+                message = f"`pattern` {self.pattern} does not divide the {wrong[0].inputs} inputs of {wrong[0].map}."
+                problems.append(PlanError(message))
         if problems:
             raise ConfigError.combine(problems)
 
     @property
     def group(self) -> tuple[int, int]:
-        """N and M of the pattern; zeros without one."""
-        kept, _, group = (self.pattern or "0:0").partition(":")
-        return int(kept), int(group)
+        """N and M of the pattern; zeros without a pattern."""
+        stay, _, group = (self.pattern or "0:0").partition(":")
+        return int(stay), int(group)
 
     @property
     def intervention(self) -> Intervention:
-        """The change that the plan makes to its model."""
-        kept, group = self.group
+        """Intervention that applies the plan to its model."""
+        stay, group = self.group
         maps = [
             MapSparsity(
-                layer=one.layer,
-                path=one.map,
-                outputs=one.outputs,
-                inputs=one.inputs,
-                by=one.by,
-                value=one.value,
-                center=one.center,
+                layer=entry.layer,
+                path=entry.map,
+                outputs=entry.outputs,
+                inputs=entry.inputs,
+                by=entry.by,
+                value=entry.value,
+                center=entry.center,
                 weighted=self.weighted,
-                kept=kept,
+                kept=stay,
                 group=group,
             )
-            for one in self.projections
+            for entry in self.projections
         ]
         return Intervention(sparsity=Sparsity(maps=tuple(maps), rule=self.rule))
 
@@ -172,18 +170,18 @@ class SparsityPlan:
         """Write the YAML file.
 
         Raises:
-            PlanError: it cannot be written.
+            PlanError: the file cannot be written.
             StorageFull: there is no space left.
         """
         values = {name: value for name, value in asdict(self).items() if value not in (None, False)}
         values["why"] = dict(self.why)
         values["findings"] = list(self.findings)
         maps = values.pop(PROJECTIONS)
-        lines = to_yaml({PROJECTIONS: [_rounded(one) for one in maps]}, flow=True)
+        lines = to_yaml({PROJECTIONS: [_rounded(entry) for entry in maps]}, flow=True)
         write_text(path, f"# Sparsity of activations. Layers count from 0.\n{to_yaml(values)}{lines}")
 
     def describe(self) -> list[str]:
-        """What a plan is, and why: lines for people."""
+        """Return lines for people that describe the plan and its reason."""
         saved = self.saved_weights
         return [
             f"{self.sparsity:.1%} of the weights of {len(self.projections)} linear maps meet a zero, rule {self.rule}"
@@ -198,35 +196,35 @@ class SparsityPlan:
 
     @property
     def weights(self) -> int:
-        """Of all linear maps."""
-        return sum(one.outputs * one.inputs for one in self.projections)
+        """Number of weights of all linear maps."""
+        return sum(entry.outputs * entry.inputs for entry in self.projections)
 
     @property
     def saved_weights(self) -> int:
-        """Weights that meet a zero, per token."""
-        return round(sum(one.sparsity * one.outputs * one.inputs for one in self.projections))
+        """Number of weights that meet a zero, per token."""
+        return round(sum(entry.sparsity * entry.outputs * entry.inputs for entry in self.projections))
 
     def by_site(self) -> dict[str, float]:
-        """Mean sparsity by site, each map by the number of its weights."""
-        found: dict[str, list[float]] = {}
-        for one in self.projections:
-            size = one.outputs * one.inputs
-            zero, all_ = found.get(one.site, [0.0, 0.0])
-            found[one.site] = [zero + one.sparsity * size, all_ + size]
-        return {site: zero / size for site, (zero, size) in found.items()}
+        """Return the mean sparsity by site, weighted by the maps' numbers of weights."""
+        sums: dict[str, list[float]] = {}
+        for entry in self.projections:
+            size = entry.outputs * entry.inputs
+            zero, total = sums.get(entry.site, [0.0, 0.0])
+            sums[entry.site] = [zero + entry.sparsity * size, total + size]
+        return {site: zero / size for site, (zero, size) in sums.items()}
 
 
-def _rounded(one: Mapping[str, Any]) -> dict[str, Any]:
-    centered = {} if one["center"] else {"center": None}
-    rounded = {**one, "sparsity": round(one["sparsity"], 6)} | centered
+def _rounded(entry: Mapping[str, Any]) -> dict[str, Any]:
+    centered = {} if entry["center"] else {"center": None}
+    rounded = {**entry, "sparsity": round(entry["sparsity"], 6)} | centered
     return {name: value for name, value in rounded.items() if value is not None}
 
 
 def is_sparsity_plan(path: str | Path) -> bool:
-    """Whether a plan's file is one of sparsity.
+    """Whether a plan file is a sparsity plan.
 
     Raises:
-        PlanError: the file cannot be read, is no mapping, or repeats a key.
+        PlanError: the file cannot be read, is not a mapping, or repeats a key.
     """
     return PROJECTIONS in read_plan_file(path).value
 
@@ -235,7 +233,7 @@ def read_sparsity_plan(path: str | Path) -> SparsityPlan:
     """Read a sparsity plan from its file.
 
     Raises:
-        PlanError: the file cannot be read, or is no plan; the message names every problem with its line and key.
+        PlanError: the file cannot be read, or is invalid; the message names every problem with its line and key.
     """
     document = read_plan_file(path)
     names = [f.name for f in fields(SparsityPlan)]
@@ -253,7 +251,7 @@ def read_sparsity_plan(path: str | Path) -> SparsityPlan:
 
 
 def _read_maps(document: Document, problems: list[ConfigError]) -> Iterator[MapPlan]:
-    """Yield the linear maps of a plan's file that are right; append what is wrong with the others."""
+    """Yield the valid linear maps of a plan file, and append the problems of the others."""
     maps = document.value.get(PROJECTIONS)
     if not isinstance(maps, list):
         problems.append(document.problem(PlanError(f"`{PROJECTIONS}` must be a list of linear maps.")))

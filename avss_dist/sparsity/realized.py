@@ -1,4 +1,4 @@
-"""What a sparsity plan makes zero of other text, beside what it says."""
+"""Comparison of a sparsity plan with the sparsity that it reaches on other text."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ POINT = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class Realized:
-    """How near the linear maps of a plan come to their sparsity.
+class RealizedSparsity:
+    """Agreement of a plan's linear maps with their planned sparsity.
 
     Attributes:
-        within: the share of the maps that are within a point.
-        farthest: how far the farthest is off.
-        map: which that is, for people.
-        why: what sets them apart.
+        within: share of the maps that are within a percentage point of the plan.
+        farthest: largest absolute deviation, as a share.
+        map: description of the map with that deviation, for people.
+        why: probable cause of deviations, for people.
     """
 
     within: float
@@ -28,26 +28,26 @@ class Realized:
     why: str
 
     @staticmethod
-    def of(plan: SparsityPlan, measured: Mapping[tuple[int, str], float]) -> Realized | None:
-        """Of the share of zeros that each map read, by layer and path; None where no map of the plan ran."""
-        off = {
-            (one.layer, one.map): abs(measured[one.layer, one.map] - one.sparsity)
-            for one in plan.projections
-            if (one.layer, one.map) in measured
+    def compare(plan: SparsityPlan, measured: Mapping[tuple[int, str], float]) -> RealizedSparsity | None:
+        """Compare a plan with the measured shares of zeros, by layer and path; None if no map of the plan ran."""
+        deviations = {
+            (entry.layer, entry.map): abs(measured[entry.layer, entry.map] - entry.sparsity)
+            for entry in plan.projections
+            if (entry.layer, entry.map) in measured
         }
-        if not off:
+        if not deviations:
             return None
-        layer, path = max(off, key=lambda key: off[key])
-        return Realized(
-            within=sum(value <= POINT for value in off.values()) / len(off),
-            farthest=off[layer, path],
+        layer, path = max(deviations, key=lambda key: deviations[key])
+        return RealizedSparsity(
+            within=sum(value <= POINT for value in deviations.values()) / len(deviations),
+            farthest=deviations[layer, path],
             map=f"{path} of layer {layer}",
             why=_why(plan),
         )
 
     @property
     def finding(self) -> str:
-        """In words."""
+        """Finding for people."""
         if self.within == 1:
             return f"Every linear map is within a point of its sparsity; the farthest, {self.map}, by {self._points}."
         return (
@@ -61,8 +61,8 @@ class Realized:
 
 
 def _why(plan: SparsityPlan) -> str:
-    """What may set the maps of a plan apart from it."""
-    if any(one.by != THRESHOLD for one in plan.projections):
+    """Return the probable cause of deviations from a plan, for people."""
+    if any(entry.by != THRESHOLD for entry in plan.projections):
         return "Their share is right on average of the text that was counted alone."
     if plan.why.get("corrections"):
         return "Thresholds are of other text."

@@ -1,7 +1,7 @@
-"""Tasks of a language model, split into parts; the rows that a part gives, and the results of all parts together.
+"""Tasks of a language model, split into parts, their rows of samples, and the results over all parts.
 
-A part is measured by a `Measure`, which is sent to a worker and gives rows of samples. Samples are kept, so that means,
-errors and paired intervals are computed afterwards.
+A `Measure` measures one part on a worker and returns rows of samples. Samples are stored, so that means, errors and
+paired intervals are computed afterwards.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Row:
     """One metric of one part of a task.
 
     Attributes:
-        metric: its name.
-        samples: float64[n], a value for each sample; of `LOSS`, its summed negative log-likelihood.
-        weights: float64[n], what each counts: the value is ``sum(samples) / sum(weights)``.
-        removed: the layers and sublayers that were removed; None is those of the cell.
-        layer: the layer that it is about; None where it is about the whole.
-        patch: weights that were fitted, as `patching.encode_patch` encodes them; None where nothing is fitted.
+        metric: name of the metric.
+        samples: float64[n], a value for each sample; for `LOSS`, its summed negative log-likelihood.
+        weights: float64[n], the weight of each sample: the metric is ``sum(samples) / sum(weights)``.
+        removed: layers and sublayers that were removed; None means those of the cell.
+        layer: index of the layer that the metric describes; None for the whole model.
+        patch: fitted weights, encoded by `patching.encode_patch`; None if nothing was fitted.
     """
 
     metric: str
@@ -42,24 +42,24 @@ class Row:
 
 
 class Measure(Protocol):
-    """One part of a task. It is pickled, and equal ones are the same work: ``key`` says what it is."""
+    """Measurement of one part of a task. It is pickled; equal keys mean equal work."""
 
     @property
     def key(self) -> str:
-        """SHA-256, in hex, of all that can change what it gives."""
+        """SHA-256, in hex, of everything that can change its rows."""
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """Measure a model under an intervention.
 
         Args:
-            intervention: the layers that are removed, which the measure applies: it may remove others, too. Weights
-                and sparsity of a cell are in effect already.
+            intervention: the removed layers, which the measure itself applies, because it may remove others, too. The
+                patch and the sparsity of a cell are already applied.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A task: its name, its parts in order, and the options that made them, which are stored with its results."""
+    """A task: its name, its parts in order, and its options, which are stored with its results."""
 
     name: str
     parts: tuple[Measure, ...]
@@ -67,13 +67,13 @@ class Task:
 
     @property
     def key(self) -> str:
-        """SHA-256, in hex, of its parts."""
+        """SHA-256, in hex, of its parts' keys."""
         return fingerprint(parts=[part.key for part in self.parts])
 
 
 @dataclass(frozen=True, eq=False)
 class TextLoss:
-    """The loss on a shard of text, a sample for each sequence; of paired text, the entropy of predictions too."""
+    """Loss on a shard of text, a sample for each sequence; for paired text, the entropy of the predictions, too."""
 
     shard: Shard
 
@@ -91,25 +91,24 @@ class TextLoss:
             (losses,) = model.losses_under(batches, [intervention])
             return [Row(metric=LOSS, samples=losses, weights=weights)]
         with model.applying(intervention):
-            found = np.concatenate(model.each(model.losses_and_entropies, batches), axis=1)
-        return [Row(metric=name, samples=of, weights=weights) for name, of in zip((LOSS, ENTROPY), found, strict=True)]
+            sums = np.concatenate(model.each(model.losses_and_entropies, batches), axis=1)
+        return [Row(metric=name, samples=x, weights=weights) for name, x in zip((LOSS, ENTROPY), sums, strict=True)]
 
 
 def predicted_tokens(shard: Shard, model: LanguageModel) -> Float64:
-    """float64[sequences]: how many tokens of each sequence are predicted."""
+    """Return the number of predicted tokens of each sequence of a shard, float64[sequences]."""
     batches = shard.batches(model.settings.batch_size)
     return np.concatenate([predicted(batch).sum(axis=1) for batch in batches]).astype(np.float64)
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A metric of a task, over all of its parts.
+    """Result of a metric over all parts of a task.
 
     Attributes:
-        intervention: what was changed in the model; its patch is the one that was fitted, of a task that fits one.
-        layer: the layer that it is about; None where it is about the whole.
-        value, stderr: the weighted mean of the samples, and its standard error.
-        samples, weights: of all parts, in their order.
+        intervention: key of the change to the model; of a task that fits a patch, with that patch.
+        layer: index of the layer that the metric describes; None for the whole model.
+        samples, weights: float64[n], those of all parts in their order.
     """
 
     metric: str
@@ -120,44 +119,49 @@ class Result:
 
     @property
     def removed(self) -> Removals:
-        """Layers and sublayers that were removed."""
+        """Removed layers and sublayers."""
         return self.intervention.removed
 
     @property
     def value(self) -> float:
-        """``sum(samples) / sum(weights)``."""
+        """Weighted mean of the samples: ``sum(samples) / sum(weights)``."""
         return float(self.samples.sum() / self.weights.sum())
 
     @property
     def left_out(self) -> Float64:
-        """float64[n], the value without each sample; NaN where no weight is left."""
+        """Values without one sample each (jackknife), float64[n]; NaN if no weight remains."""
         with np.errstate(invalid="ignore", divide="ignore"):
             values: Float64 = (self.samples.sum() - self.samples) / (self.weights.sum() - self.weights)
         return values
 
     @property
     def stderr(self) -> float:
-        """Of a ratio of means, linearized (Cochran, Sampling Techniques, 1977, section 6.4); NaN of one sample."""
+        """Standard error of the value, a ratio of means, linearized (Cochran, Sampling Techniques, 1977, section 6.4).
+
+        NaN for a single sample.
+        """
         n = len(self.samples)
         if n < 2:
             return float("nan")
-        rest = self.samples - self.value * self.weights
-        return float(np.sqrt(n / (n - 1) * np.square(rest).sum()) / self.weights.sum())
+        residuals = self.samples - self.value * self.weights
+        return float(np.sqrt(n / (n - 1) * np.square(residuals).sum()) / self.weights.sum())
 
 
 def combine(rows: Iterable[Mapping[str, Any]], num_parts: int) -> list[Result]:
-    """Return the results of the rows of ``cells`` of one task; a metric of which a part is missing gives none.
+    """Return the results of one task from rows of ``cells``; metrics with a missing part are left out.
 
-    Rows of the same part are the same measurement; one of them counts.
+    Rows of the same part are the same measurement, of which one counts.
     """
     parts: dict[tuple[InterventionKey, int | None, str], dict[int, Mapping[str, Any]]] = {}
     for row in rows:
         parts.setdefault((InterventionKey.of_row(row), row["layer"], row["metric"]), {})[row["part"]] = row
     results = []
-    for (intervention, layer, metric), found in parts.items():
-        if len(found) < num_parts:
+    for (intervention, layer, metric), rows_by_part in parts.items():
+        if len(rows_by_part) < num_parts:
             continue
-        samples, weights = (_joined([found[part][name] for part in sorted(found)]) for name in ("samples", "weights"))
+        samples, weights = (
+            _joined([rows_by_part[part][name] for part in sorted(rows_by_part)]) for name in ("samples", "weights")
+        )
         results.append(Result(metric, intervention, layer, samples, weights))
     return results
 

@@ -1,4 +1,4 @@
-"""TEAL's allocation inside of one block, from its dense input; and the spectra of its weights."""
+"""TEAL's greedy allocation of sparsity inside one block, and the spectra of its weights."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ _BATCH: ContextVar[int] = ContextVar("batch")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class GreedyBlock:
-    """TEAL's Algorithm 1 (arXiv 2408.14690): of all maps of a block, again and again, one moves a step.
+    """Greedy search of TEAL (arXiv 2408.14690, algorithm 1): each round, one map of a block becomes a step sparser.
 
-    It is the one whose step changes the block's output least: the L2 norm over the last quarter of each row's tokens.
+    It is the map whose step changes the block's output least, in the L2 norm over the last quarter of each row's
+    tokens.
 
-    Rows: `GREEDY` of each map, its sparsity after each round, from 0; and `GREEDY_ERROR`, the norm after each.
+    Rows: `GREEDY` of each map, its sparsity after each round, from 0; and `GREEDY_ERROR`, the norm after each round.
 
     Attributes:
-        layer: the block.
-        thresholds: of each map, by path, after one step, two, ...; as many as there are below sparsity 1.
-        steps: sparsity of a step of each map: in inverse proportion to the number of its weights.
-        sizes: numbers of weights.
+        layer: index of the block.
+        thresholds: thresholds of each map, by path, after one step, two steps, and so on, below sparsity 1.
+        steps: sparsity of a step, by path, inversely proportional to the map's number of weights.
+        sizes: number of weights of each map, by path.
     """
 
     layer: int
@@ -102,7 +103,7 @@ class GreedyBlock:
 
 
 class _Block:
-    """A block that can be run again on its dense input, and the output that it has then."""
+    """A block that runs again on its dense input, compared with its dense output."""
 
     def __init__(
         self, layer: Layer, run: Callable[..., Any], calls: Sequence[LayerCall], batches: Sequence[Batch]
@@ -112,15 +113,15 @@ class _Block:
         self._dense = [self._output(call, judges) for call, judges in zip(calls, self._judges, strict=True)]
 
     def error(self) -> float:
-        """The L2 norm of the output's change at the tokens that judge."""
+        """Return the L2 norm of the output's change at the tokens that judge."""
         total = 0.0
         for call, judges, dense in zip(self._calls, self._judges, self._dense, strict=True):
             total += float((self._output(call, judges) - dense).double().square().sum())
         return float(np.sqrt(total))
 
     def _output(self, call: LayerCall, judges: torch.Tensor) -> torch.Tensor:
-        given = call.given(call.hidden.clone())  # which a layer may change
-        out = first_tensor(self._run(*given.args, **given.kwargs))
+        copied = call.with_hidden(call.hidden.clone())  # which a layer may change
+        out = first_tensor(self._run(*copied.args, **copied.kwargs))
         rows = None if out is None else as_rows(out, self._layer.axes, *judges.shape)
         if rows is None:
             raise ModelError(f"Layer {self._layer.index} ({self._layer.name}) does not keep rows and tokens apart.")
@@ -128,20 +129,20 @@ class _Block:
 
 
 def _last_part(batch: Batch) -> np.ndarray:
-    """bool[rows, tokens]: the last quarter of the tokens of each row."""
+    """Return a mask of the last quarter of each row's tokens, bool[rows, tokens]."""
     real = batch.attention_mask
     place, length = real.cumsum(axis=1), real.sum(axis=1, keepdims=True)
-    found: np.ndarray = real & (place > length - np.maximum(1, length // JUDGED))
-    return found
+    mask: np.ndarray = real & (place > length - np.maximum(1, length // JUDGED))
+    return mask
 
 
 def dense_calls(model: LanguageModel, layer: Layer, batches: Sequence[Batch]) -> list[LayerCall]:
-    """What a layer of the whole model is called with for each batch; no later layer runs."""
-    found: dict[int, LayerCall] = {}
+    """Return the arguments of a layer's call in the whole model, for each batch, without running later layers."""
+    calls_by_batch: dict[int, LayerCall] = {}
 
     def keep(_module: nn.Module, args: Any, kwargs: Any) -> None:
         call = LayerCall(args, kwargs)
-        found[_BATCH.get()] = call.given(call.hidden.detach().clone())
+        calls_by_batch[_BATCH.get()] = call.with_hidden(call.hidden.detach().clone())
 
     def run(number: int) -> None:
         with bound(_BATCH, number), torch.no_grad():
@@ -153,12 +154,12 @@ def dense_calls(model: LanguageModel, layer: Layer, batches: Sequence[Batch]) ->
             model.together([partial(run, number) for number in range(len(batches))])
     finally:
         handle.remove()
-    return [found[number] for number in range(len(batches))]
+    return [calls_by_batch[number] for number in range(len(batches))]
 
 
 @contextmanager
 def _cutting(layer: Layer, cuts: Mapping[str, float]) -> Iterator[None]:
-    """Inside, inputs of the layer's maps up to the sizes in ``cuts``, which may change, are zero."""
+    """Zero the inputs of the layer's maps up to the thresholds in ``cuts``, which may change, inside the context."""
 
     def cut(path: str, _module: nn.Module, args: Any) -> Any:
         if path not in cuts:
@@ -166,14 +167,14 @@ def _cutting(layer: Layer, cuts: Mapping[str, float]) -> Iterator[None]:
         return (args[0].masked_fill(args[0].abs() <= cuts[path], 0), *args[1:])
 
     with ExitStack() as stack:
-        for one in layer.projections:
-            stack.callback(one.module.register_forward_pre_hook(partial(cut, one.path)).remove)
+        for projection in layer.projections:
+            stack.callback(projection.module.register_forward_pre_hook(partial(cut, projection.path)).remove)
         yield
 
 
 @dataclass(frozen=True, eq=False)
 class Spectra:
-    """The exponents of power laws of the eigenvalues of W^T W, of each linear map W of a layer: `HILL` and `KS`."""
+    """Power-law exponents of the eigenvalues of W^T W for each linear map W of a layer: rows `HILL` and `KS`."""
 
     layer: int
 
@@ -186,9 +187,11 @@ class Spectra:
         """See `tasks.base.Measure`."""
         layer, rows = model.layers[self.layer], []
         with model.running(layer):
-            for one in layer.projections:
-                eigenvalues = torch.linalg.svdvals(weight_of(one.module).double()).square().cpu().numpy()
+            for projection in layer.projections:
+                eigenvalues = torch.linalg.svdvals(weight_of(projection.module).double()).square().cpu().numpy()
                 for name, fit in ((HILL, hill_exponent), (KS, ks_exponent)):
                     value = np.array([fit(eigenvalues)])
-                    rows.append(Row(metric=f"{name}{one.path}", samples=value, weights=np.ones(1), layer=self.layer))
+                    rows.append(
+                        Row(metric=f"{name}{projection.path}", samples=value, weights=np.ones(1), layer=self.layer)
+                    )
         return rows

@@ -1,4 +1,4 @@
-"""What one backward pass says about layers: how much their removal would change the loss, to first order; norms."""
+"""First-order estimates of layer removal, and norms of gradients and weights, from one backward pass."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ CHUNK = 2048  # tokens whose updates exist at once
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """A forward and a backward pass for each batch of a shard. Of each layer:
+    """Gradient measures of each layer, from a forward and a backward pass for each batch of a shard.
 
-    - ``taylor``: the sum over tokens of ``|<dL/d out, out - in>|``, L being the summed negative log-likelihood in nats,
-      per predicted token; a sample for each sequence. It is what the loss would change by, to first order, if the
-      layer returned its input, without the signs that cancel (Molchanov et al., arXiv 1906.10771, section 3.1).
-    - ``gradient_l1``, ``gradient_l2``: norms of the gradient of each weight matrix, added up; a sample for each batch,
-      L being the mean over its predicted tokens (as logged by the AVSS authors' script, arXiv 2411.02117).
-    - ``weight_frobenius``: norms of the weight matrices, added up.
+    - ``taylor``: the sum over tokens of ``|<dL/d out, out - in>|``, where L is the summed negative log-likelihood in
+      nats, per predicted token; a sample for each sequence. It estimates, to first order, the change of the loss if the
+      layer returned its input; absolute values keep signs from cancelling (Molchanov et al., arXiv 1906.10771, 3.1).
+    - ``gradient_l1``, ``gradient_l2``: sums of the norms of the gradients of the weight matrices; a sample for each
+      batch, where L is the mean over its predicted tokens (as in the AVSS authors' script, arXiv 2411.02117).
+    - ``weight_frobenius``: sum of the norms of the weight matrices.
     """
 
     shard: Shard
@@ -53,7 +53,7 @@ class Gradients:
         """See `tasks.base.Measure`."""
         layers = [layer for layer in model.layers if layer.index not in intervention.removed]
         batches = list(self.shard.batches(model.settings.batch_size))
-        passes = [_Pass.of(batch, model.device) for batch in batches]
+        passes = [_Pass.start(batch, model.device) for batch in batches]
         with model.applying(intervention), trainable(model.module, layers), _hooked(layers):
             passes = model.backpropagate(batches, passes)
         weights = predicted_tokens(self.shard, model)
@@ -61,38 +61,38 @@ class Gradients:
 
 
 def matrices(module: nn.Module) -> list[nn.Parameter]:
-    """The weight matrices of a layer, stacks of them too (experts); convolutions are none."""
-    found = {
+    """Return the weight matrices of a layer, including stacks of matrices (experts), without convolutions."""
+    by_id = {
         id(parameter): parameter
         for child in module.modules()
         if not isinstance(child, nn.Conv1d)
         for parameter in child.parameters(recurse=False)
         if len(_shape(parameter)) in (2, 3) and parameter.is_floating_point()
     }
-    return list(found.values())
+    return list(by_id.values())
 
 
 def _shape(parameter: nn.Parameter) -> Sequence[int]:
-    """Of the whole parameter, of which DeepSpeed ZeRO-3 may have left a part."""
+    """Return the shape of the whole parameter, of which this process may have only a part with DeepSpeed ZeRO-3."""
     shape: Sequence[int] = getattr(parameter, "ds_shape", parameter.shape)
     return shape
 
 
-class _Kept:
-    """A tensor that the backward pass needs too, so that it takes no memory of its own."""
+class _SavedTensor:
+    """Reference to a tensor that the backward pass saves anyway, so that it takes no further memory."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor, self._version = tensor, tensor._version
 
     @property
     def has_changed(self) -> bool:
-        """Whether its numbers are others now."""
+        """Whether the tensor was changed in place since."""
         return self.tensor._version != self._version
 
 
 @dataclass
 class _Pass(Watched):
-    """What the hooks of one forward and backward pass gather, by layer."""
+    """Sums that hooks collect in one forward and backward pass, by layer."""
 
     real: torch.Tensor  # bool[rows, tokens]
     scale: float  # of the norms of gradients
@@ -102,10 +102,10 @@ class _Pass(Watched):
     norms: defaultdict[tuple[int, int], Any] = field(default_factory=partial(defaultdict, float))  # and by order
     sizes: dict[int, Any] = field(default_factory=dict)  # of the weights
     _calls: Counter[int] = field(default_factory=Counter)
-    _given: _Kept | None = None
+    _given: _SavedTensor | None = None
 
     @staticmethod
-    def of(batch: Batch, device: torch.device) -> _Pass:
+    def start(batch: Batch, device: torch.device) -> _Pass:
         real = to_device(batch.attention_mask, device)
         return _Pass(real=real, scale=max(1.0, float(predicted(batch).sum())))
 
@@ -113,7 +113,7 @@ class _Pass(Watched):
         if uses[0].index not in self.sizes:  # weights may be gone when the layer has run
             self.sizes |= dict.fromkeys([use.index for use in uses], sum(_norms(w, 2) for w in matrices(module)))
         given = input_tensor(args, kwargs)
-        self._given = None if given is None else _Kept(given.detach())
+        self._given = None if given is None else _SavedTensor(given.detach())
 
     def leave(self, uses: Sequence[Layer], output: Any) -> None:
         layer = uses[self._calls[uses[0].index] % len(uses)]
@@ -121,9 +121,9 @@ class _Pass(Watched):
         out, given, self._given = first_tensor(output), self._given, None
         if out is None or given is None or out.shape != given.tensor.shape:
             raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep the shape of its input.")
-        out.register_hook(partial(self._remove, layer, given, _Kept(out.detach())))
+        out.register_hook(partial(self._remove, layer, given, _SavedTensor(out.detach())))
 
-    def _remove(self, layer: Layer, given: _Kept, out: _Kept, gradient: torch.Tensor) -> None:
+    def _remove(self, layer: Layer, given: _SavedTensor, out: _SavedTensor, gradient: torch.Tensor) -> None:
         if given.has_changed or out.has_changed:
             raise ModelError(f"Layer {layer.index} ({layer.name}), or one behind it, changes its input in place.")
         chunks = (self._tokens(layer, x).split(CHUNK) for x in (gradient, out.tensor, given.tensor))
@@ -132,14 +132,14 @@ class _Pass(Watched):
         self.removal[layer.index] = changes.sum(dim=1)
 
     def _tokens(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
-        """[all tokens, units] of what a layer takes or gives."""
-        found = as_rows(x, layer.axes, *self.real.shape)
-        if found is None:
+        """Return a layer's input or output as [all tokens, units]."""
+        by_row = as_rows(x, layer.axes, *self.real.shape)
+        if by_row is None:
             raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep rows and tokens apart.")
-        return found.flatten(0, 1)
+        return by_row.flatten(0, 1)
 
     def accumulate(self, uses: Sequence[Layer], weight: torch.Tensor) -> None:
-        """Take the norms of a weight's gradient, and free it."""
+        """Add the norms of a weight's gradient, and free the gradient."""
         assert weight.grad is not None
         for order in (1, 2):
             norm = _norms(weight.grad, order) / self.scale
@@ -150,9 +150,9 @@ class _Pass(Watched):
 
 @contextmanager
 def _hooked(layers: Sequence[Layer]) -> Iterator[None]:
-    """Inside, the pass that is watched hears of its layers, where gradients are enabled.
+    """Report layers to the current pass inside the context, while gradients are enabled.
 
-    Hooks of weights are set as their layer begins: where weights come and go, these are the ones that compute.
+    Hooks of weights are registered when their layer begins, because streamed weights are replaced between passes.
     """
     uses: defaultdict[nn.Module, list[Layer]] = defaultdict(list)
     for layer in layers:
@@ -160,23 +160,23 @@ def _hooked(layers: Sequence[Layer]) -> Iterator[None]:
     with ExitStack() as stack:
         hooked = WeakIdKeyDictionary()
 
-        def enter(of: Sequence[Layer], module: nn.Module, args: Any, kwargs: Any) -> None:
+        def enter(layers_of_module: Sequence[Layer], module: nn.Module, args: Any, kwargs: Any) -> None:
             if not torch.is_grad_enabled():
                 return
-            WATCHED.get().enter(of, module, args, kwargs)
+            WATCHED.get().enter(layers_of_module, module, args, kwargs)
             for weight in matrices(module):
                 if weight not in hooked:
                     hooked[weight] = True
-                    hear = partial(_accumulate, of)
-                    stack.callback(weight.register_post_accumulate_grad_hook(hear).remove)
+                    hook = partial(_accumulate, layers_of_module)
+                    stack.callback(weight.register_post_accumulate_grad_hook(hook).remove)
 
-        def leave(of: Sequence[Layer], _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        def leave(layers_of_module: Sequence[Layer], _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
             if torch.is_grad_enabled():
-                WATCHED.get().leave(of, output)
+                WATCHED.get().leave(layers_of_module, output)
 
-        for module, of in uses.items():
-            stack.callback(module.register_forward_pre_hook(partial(enter, of), with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(partial(leave, of), with_kwargs=True).remove)
+        for module, layers_of_module in uses.items():
+            stack.callback(module.register_forward_pre_hook(partial(enter, layers_of_module), with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(partial(leave, layers_of_module), with_kwargs=True).remove)
         yield
 
 
@@ -186,7 +186,7 @@ def _accumulate(uses: Sequence[Layer], weight: torch.Tensor) -> None:
 
 @contextmanager
 def trainable(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
-    """Inside, gradients are of the layers' matrices, and of no other parameter."""
+    """Require gradients of the layers' matrices alone inside the context."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     chosen = {id(weight) for layer in layers for weight in matrices(layer.module)}
     try:
@@ -200,16 +200,16 @@ def trainable(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
 
 
 def _norms(matrix: torch.Tensor, order: int) -> torch.Tensor:
-    """The norm of a matrix's elements, or the sum of those of a stack."""
+    """Return the vector norm of a matrix's elements, summed over a stack of matrices."""
     return torch.linalg.vector_norm(matrix.detach(), order, dim=(-2, -1), dtype=torch.float64).sum()
 
 
 def _rows(layer: Layer, passes: Sequence[_Pass], weights: Float64) -> Iterator[Row]:
-    removal = np.concatenate([found.removal[layer.index].cpu().numpy() for found in passes])
+    removal = np.concatenate([batch.removal[layer.index].cpu().numpy() for batch in passes])
     yield Row(metric=TAYLOR, samples=removal, weights=weights, layer=layer.index)
     ones = np.ones(len(passes))
     for metric, order in ((L1, 1), (L2, 2)):
-        samples = np.array([float(found.norms[layer.index, order]) for found in passes])
+        samples = np.array([float(batch.norms[layer.index, order]) for batch in passes])
         yield Row(metric=metric, samples=samples, weights=ones, layer=layer.index)
-    size = float(next(found.sizes[layer.index] for found in passes))
+    size = float(next(batch.sizes[layer.index] for batch in passes))
     yield Row(metric=FROBENIUS, samples=np.array([size]), weights=np.ones(1), layer=layer.index)

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, run on a model that is open already."""
+"""Tasks of lm-evaluation-harness, run on an open model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,14 @@ from avss_dist.settings import fingerprint
 from avss_dist.system.out_of_memory import is_out_of_memory
 from avss_dist.tasks.base import Row, Task
 from avss_dist.tasks.harness_checks import require_answerable, require_data, require_valid
-from avss_dist.tasks.harness_files import TaskFile, code_in, is_task_file, needs_no_hub, read_task_file, with_data
+from avss_dist.tasks.harness_files import (
+    TaskFile,
+    code_entries,
+    has_local_data,
+    is_task_file,
+    read_task_file,
+    resolve_data_files,
+)
 from avss_dist.tasks.harness_model import harness_model
 
 SEED, OTHER_SEED = 0, 1234  # the harness's own: of `random`; of numpy, torch and the choice of examples
@@ -41,14 +48,14 @@ SEED, OTHER_SEED = 0, 1234  # the harness's own: of `random`; of numpy, torch an
 
 @dataclass(frozen=True, kw_only=True)
 class HarnessPart:
-    """A task of the harness, or a group of them: all questions of it, a sample for each.
+    """A task of the harness or a group of tasks, with all questions and a sample for each.
 
     Attributes:
-        name: as the user wrote it.
-        config: the task file, its data by absolute paths; None of a task that the harness finds by its name, and of a
-            file with functions, which is read where it runs.
-        limit: questions of each task at most.
-        prompting: what stands around them.
+        name: name of the task, or path of its file.
+        config: the task file as YAML, with absolute paths of its data. None for a task that the harness knows by its
+            name, and for a file with functions, which the worker reads.
+        limit: maximum number of questions of each task.
+        prompting: prompt options of the questions.
         key: see `tasks.base.Measure`.
     """
 
@@ -59,7 +66,7 @@ class HarnessPart:
     key: str = ""
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.base.Measure`. Likelihoods are float32."""
+        """See `tasks.base.Measure`. Likelihoods are computed in float32."""
         loaded = _loaded(self)
         from lm_eval.evaluator import evaluate
 
@@ -69,7 +76,7 @@ class HarnessPart:
             wrapped = harness_model(model, generate=bool(intervention.removed), chat=chat, failures=failures)
             _seed(loaded["tasks"].values())
             with _bad_scoring(self.name, failures):
-                found = evaluate(
+                results = evaluate(
                     wrapped,
                     loaded,
                     limit=self.limit,
@@ -79,7 +86,7 @@ class HarnessPart:
                     apply_chat_template=self.prompting.apply_chat_template,
                     fewshot_as_multiturn=self.prompting.fewshot_as_multiturn,
                 )
-                return list(_rows(found, loaded))
+                return list(_rows(results, loaded))
 
 
 def harness_task(
@@ -90,18 +97,18 @@ def harness_task(
     template: str | None = None,
     trust_remote_code: bool = False,
 ) -> Task:
-    """A task of lm-evaluation-harness: by its name, or by its YAML file.
+    """Return a task of lm-evaluation-harness, by its name or by its YAML file.
 
-    Data files of a task file are looked for in the working directory, then beside it.
+    Data files of a task file are looked for in the working directory, then beside the task file.
 
     Args:
-        limit: questions of each task at most.
-        prompting: what stands around each question.
-        template: SHA-256, in hex, of the model's chat template, where questions are put in it.
+        limit: maximum number of questions of each task.
+        prompting: prompt options of the questions.
+        template: SHA-256, in hex, of the model's chat template, if questions are formatted with it.
         trust_remote_code: run Python code that a task file names.
 
     Raises:
-        TaskError: there is no such task, it runs code, its data could not be loaded, or the harness is not installed.
+        TaskError: the task does not exist, runs code, or has no data, or the harness is not installed.
     """
     try:
         import lm_eval  # noqa: F401
@@ -113,8 +120,8 @@ def harness_task(
     if limit is not None and limit < 1:
         raise ConfigError(f"`limit` must be at least 1, not {limit}.")
     with _silence(), _bad_task(name):
-        found, config, file = _find(name, trust_remote_code=trust_remote_code)
-        part = HarnessPart(name=found, config=config, limit=limit, prompting=prompting)
+        resolved_name, config, file = _find(name, trust_remote_code=trust_remote_code)
+        part = HarnessPart(name=resolved_name, config=config, limit=limit, prompting=prompting)
         loaded = _load(part)
         if file:
             for task in loaded["tasks"].values():
@@ -125,13 +132,13 @@ def harness_task(
 
 
 def _find(name: str, *, trust_remote_code: bool) -> tuple[str, str | None, TaskFile | None]:
-    """Return the first two fields of a `HarnessPart`, and the task file, which was checked."""
+    """Return ``name`` and ``config`` of a `HarnessPart`, and the checked task file, if there is one."""
     if not is_task_file(name):
         if name not in _catalogue().task_index:
             raise TaskError(f"There is no task '{name}'.", _nearest(name))
         return name, None, None
     file = read_task_file(Path(name))
-    named = code_in(file.config)
+    named = code_entries(file.config)
     if named and not trust_remote_code:
         raise TaskError(
             f"{name} runs code: {', '.join(named)}.", "Read that code, then set `trust_remote_code` to run it."
@@ -139,7 +146,7 @@ def _find(name: str, *, trust_remote_code: bool) -> tuple[str, str | None, TaskF
     require_valid(file)
     path = Path(name).absolute()
     # With functions, the harness reads the file itself, and finds data where the process is.
-    config = with_data(file.config, Path.cwd(), *([] if named else [path.parent]))
+    config = resolve_data_files(file.config, Path.cwd(), *([] if named else [path.parent]))
     if "class" not in config and config.get("custom_dataset") is None:
         require_data(file, _data(config))
     return (str(path), None, file) if named else (name, yaml.safe_dump(config, sort_keys=False), file)
@@ -156,11 +163,11 @@ def _data(config: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def _offline(config: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, no hub is asked, if all data of a task file are files of this machine."""
+    """Keep `datasets` offline inside the context if all data of a task file are local files."""
     import datasets
 
     with ExitStack() as stack:
-        if needs_no_hub(config):
+        if has_local_data(config):
             _change(stack, datasets.config, "HF_HUB_OFFLINE", True)
         yield
 
@@ -173,7 +180,7 @@ def _nearest(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def _catalogue() -> Any:
-    """The tasks that the harness ships; seconds to make."""
+    """Return the tasks that the harness ships; building them takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
@@ -181,14 +188,14 @@ def _catalogue() -> Any:
 
 @lru_cache(maxsize=4)
 def _loaded(part: HarnessPart) -> Any:
-    """See `_load`; kept, for a part runs again and again."""
+    """Return `_load`, cached, because a part runs many times."""
     with _silence(), _bad_task(part.name):
         return _load(part)
 
 
 @contextmanager
 def _bad_task(task: str) -> Iterator[None]:
-    """Turn into a `TaskError` what the harness and `datasets` raise over a bad task or missing data."""
+    """Convert exceptions of the harness and `datasets` over a bad task or missing data to `TaskError`."""
     from datasets.exceptions import DatasetGenerationError, DatasetsError
 
     try:
@@ -207,10 +214,10 @@ def _bad_task(task: str) -> Iterator[None]:
 
 @contextmanager
 def _bad_scoring(task: str, failures: Sequence[Exception]) -> Iterator[None]:
-    """Turn into a `TaskError` what the harness raises while it asks and scores, unless it comes from the model.
+    """Convert exceptions of the harness while it asks and scores to `TaskError`, unless the model raised them.
 
     Args:
-        failures: errors of the model, which pass.
+        failures: exceptions of the model, which pass through.
     """
     try:
         yield
@@ -223,7 +230,7 @@ def _bad_scoring(task: str, failures: Sequence[Exception]) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Return what an exception says, with its type where that would be a riddle alone."""
+    """Return the message of an exception, with its type if the message alone is not clear."""
     alone = isinstance(error, TypeError | AttributeError | LookupError | ArithmeticError | AssertionError)
     return f"{type(error).__name__}: {first_line(error)}" if alone and str(error) else first_line(error)
 
@@ -235,7 +242,7 @@ def _hint(task: str) -> str:
 
 
 def _load(part: HarnessPart) -> Any:
-    """The tasks of a part and their data, ready to run: ``{"tasks": {name: ...}, "groups": {name: ...}}``."""
+    """Load the tasks of a part and their data: ``{"tasks": {name: ...}, "groups": {name: ...}}``."""
     from lm_eval.tasks import TaskManager
 
     spec: Any = part.name
@@ -249,13 +256,13 @@ def _load(part: HarnessPart) -> Any:
         loaded = manager.load([spec])
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
-            raise TaskError(f"Task '{name}' runs the code that a model writes; that is not done here.")
+            raise TaskError(f"Task '{name}' runs the code that a model writes, which is not supported.")
         if getattr(task, "MULTIMODAL", False):
             raise TaskError(f"Task '{name}' has images or sounds; only text is evaluated.")
-        own = task.get_config("num_fewshot")
-        wanted = part.prompting.num_fewshot
-        if own is None or (wanted is not None and own != 0):
-            task.set_config("num_fewshot", wanted or 0)
+        task_shots = task.get_config("num_fewshot")
+        requested_shots = part.prompting.num_fewshot
+        if task_shots is None or (requested_shots is not None and task_shots != 0):
+            task.set_config("num_fewshot", requested_shots or 0)
     return loaded
 
 
@@ -268,7 +275,7 @@ def _seed(tasks: Iterable[Any]) -> None:
 
 
 def _key(part: HarnessPart, loaded: Any, template: str | None) -> str:
-    """SHA-256, in hex, of the tasks as they are made, of their documents, and of what stands around them."""
+    """Return the SHA-256, in hex, of the loaded tasks, their documents and their prompt options."""
     described = {}
     for name, task in loaded["tasks"].items():
         config = task.dump_config()
@@ -301,25 +308,26 @@ def _described(value: Any) -> str:
         return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
-def _rows(found: Any, loaded: Any) -> Iterator[Row]:
-    """A row for each metric of each task, and of each group that has one of its own; of multiple choice, `CHANCE` too.
+def _rows(evaluated: Any, loaded: Any) -> Iterator[Row]:
+    """Yield a row for each metric of each task and group, and `CHANCE` for multiple choice.
 
-    A metric that is a mean over documents has a sample for each, in their order; any other one sample, its value.
+    A metric that is a mean over documents has a sample for each, in their order. Other metrics have their value as the
+    only sample.
     """
     groups = loaded.get("groups") or {}
     inner = {child for group in groups.values() for child in group.child_names}
     outer = [name for name in (*groups, *loaded["tasks"]) if name not in inner]
-    for name, results in found["results"].items():
+    for name, results in evaluated["results"].items():
         tasks = [task.task_name for task in groups[name].get_all_tasks()] if name in groups else [name]
         prefix = "" if [name] == outer else f"{name}/"
-        documents = [document for task in tasks for document in found["samples"][task]]
+        documents = [document for task in tasks for document in evaluated["samples"][task]]
         chosen = all(loaded["tasks"][task].OUTPUT_TYPE == "multiple_choice" for task in tasks)
         for metric, samples in (*_metrics(results, documents), *(_chance(documents) if chosen else ())):
             yield Row(metric=f"{prefix}{metric}", samples=samples, weights=np.ones(len(samples)))
 
 
 def _metrics(results: Mapping[str, Any], documents: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
-    """(metric, samples) of a task; a metric is named with its filter, unless that is ``none``."""
+    """Yield (metric, samples) of a task; the name of a metric has its filter, unless that is ``none``."""
     for key, value in results.items():
         metric, comma, filtered = key.rpartition(",")
         if comma and not metric.endswith("_stderr"):
@@ -327,20 +335,20 @@ def _metrics(results: Mapping[str, Any], documents: Sequence[Mapping[str, Any]])
 
 
 def _chance(documents: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
-    """(`CHANCE`, samples): the accuracy of a guess at each question."""
+    """Yield (`CHANCE`, samples): the expected accuracy of a guess at each question."""
     first = documents[0]["filter"]
-    yield CHANCE, 1 / np.array([_choices(one) for one in documents if one["filter"] == first])
+    yield CHANCE, 1 / np.array([_num_choices(document) for document in documents if document["filter"] == first])
 
 
-def _choices(document: Mapping[str, Any]) -> int:
-    """How many answers a question of multiple choice has; each stands twice for mutual information."""
+def _num_choices(document: Mapping[str, Any]) -> int:
+    """Return the number of answers of a multiple-choice question; mutual information requests each one twice."""
     return len(document["arguments"]) // (2 if "acc_mutual_info" in document else 1)
 
 
 def _samples(documents: Iterable[Mapping[str, Any]], metric: str, filtered: str, value: float) -> np.ndarray:
-    found = [one[metric] for one in documents if one["filter"] == filtered and metric in one]
+    values = [document[metric] for document in documents if document["filter"] == filtered and metric in document]
     try:
-        samples = np.asarray(found, np.float64)
+        samples = np.asarray(values, np.float64)
     except (TypeError, ValueError):  # pairs of a prediction and its target, texts
         samples = np.zeros(0)
     is_mean = samples.ndim == 1 and len(samples) > 0 and abs(samples.sum() / len(samples) - value) <= 1e-9
@@ -349,7 +357,7 @@ def _samples(documents: Iterable[Mapping[str, Any]], metric: str, filtered: str,
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Without bars and messages of the libraries; templates of tasks cannot reach Python's inside. Undoes all."""
+    """Silence the libraries and sandbox the templates of tasks inside the context."""
     from lm_eval import utils
     from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""Checks of task files for lm-evaluation-harness, which would ignore a mistake or fail in the middle of a run."""
+"""Checks of task files, because lm-evaluation-harness ignores mistakes or fails in the middle of a run."""
 
 from __future__ import annotations
 
@@ -42,8 +42,7 @@ def require_valid(file: TaskFile) -> None:
     """Refuse a task file by its keys and their values alone.
 
     Raises:
-        TaskError: a key is unknown or missing; a value has another type than it must, or names what does not exist; or
-            a template is no template.
+        TaskError: a key is unknown or missing, a value has a wrong type or an unknown name, or a template is invalid.
     """
     _require_keys(file)
     _require_types(file)
@@ -82,9 +81,9 @@ def _require_types(file: TaskFile) -> None:
             continue
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise file.mistake(key, f"must be {' or '.join(_WORDS[kind] for kind in types)}, not {value!r}.")
-    for key, least in (("num_fewshot", 0), ("repeats", 1)):
-        if (value := file.config.get(key)) is not None and value < least:
-            raise file.mistake(key, f"must be at least {least}, not {value}.")
+    for key, minimum in (("num_fewshot", 0), ("repeats", 1)):
+        if (value := file.config.get(key)) is not None and value < minimum:
+            raise file.mistake(key, f"must be at least {minimum}, not {value}.")
 
 
 def _require_output(file: TaskFile) -> None:
@@ -100,21 +99,21 @@ def _require_output(file: TaskFile) -> None:
         if key not in valid:
             raise file.mistake("generation_kwargs", f"has the unknown key '{key}'.", nearest(str(key), valid))
     until = options.get("until", [])
-    if not isinstance(until, str) and not (isinstance(until, list) and all(isinstance(one, str) for one in until)):
+    if not isinstance(until, str) and not (isinstance(until, list) and all(isinstance(text, str) for text in until)):
         raise file.mistake("generation_kwargs", f"has `until`, which must be a text or a list of texts, not {until!r}.")
 
 
 def _require_metrics(file: TaskFile) -> None:
-    """Refuse metrics that the harness would look for on a hub, as code, and what it would ignore."""
+    """Refuse metrics that the harness would look for on a hub, and options that it would ignore."""
     from lm_eval.api import metrics  # noqa: F401  (fills the registry)
     from lm_eval.api.registry import aggregation_registry, metric_registry
 
     key = "metric_list"
-    own = "process_results" in file.config  # code, whose metrics have any names
+    has_code = "process_results" in file.config  # code, whose metrics have any names
     seen = set()
     for metric in _mappings(file, key, file.config.get(key)):
         name, aggregation = metric.get("metric"), metric.get("aggregation")
-        if not isinstance(name, Function) and not own:
+        if not isinstance(name, Function) and not has_code:
             _require_name(file, key, "metric", name, sorted(metric_registry))
         if name in seen:
             raise file.mistake(key, f"has the metric '{name}' twice.", "Leave one of them.")
@@ -126,7 +125,7 @@ def _require_metrics(file: TaskFile) -> None:
         for option in metric:
             generates = file.config.get("output_type", GENERATE) == GENERATE  # whose metrics take options
             similar = difflib.get_close_matches(str(option), _METRIC_KEYS, n=1, cutoff=0.8)
-            if option not in _METRIC_KEYS and (similar or not (generates or own)):
+            if option not in _METRIC_KEYS and (similar or not (generates or has_code)):
                 raise file.mistake(key, f"has the unknown key '{option}'.", nearest(str(option), _METRIC_KEYS))
 
 
@@ -156,7 +155,7 @@ def _require_filters(file: TaskFile) -> None:
 
 
 def _mappings(file: TaskFile, key: str, values: Any) -> Iterator[Mapping[Any, Any]]:
-    """Yield the items of a list, each of which must be a mapping; none of null."""
+    """Yield the items of a list, each of which must be a mapping; null is an empty list."""
     for value in values if isinstance(values, list) else [values] if values is not None else ():
         if value is values or not isinstance(value, dict):
             raise file.mistake(key, f"must have a list of mappings, not {value!r}.")
@@ -182,7 +181,7 @@ def _require_template(file: TaskFile, key: str, value: Any) -> None:
 
 
 def require_data(file: TaskFile, dataset: Any) -> None:
-    """Refuse a task file whose splits or templates do not fit its data, as far as the first question tells.
+    """Refuse a task file whose splits or templates do not fit its data, judged by the first question.
 
     Args:
         dataset: rows by split, ``datasets.DatasetDict``.
@@ -210,7 +209,7 @@ def require_data(file: TaskFile, dataset: Any) -> None:
 
 
 def _unmade(config: Mapping[str, Any], columns: Sequence[str]) -> Any:
-    """Return a task that can fill its templates, before the harness makes it and fails in its own words."""
+    """Return a task that can fill its templates, before the harness constructs it with errors of its own."""
     from lm_eval.api.task import ConfigurableTask, TaskConfig
 
     task = object.__new__(ConfigurableTask)
@@ -220,7 +219,7 @@ def _unmade(config: Mapping[str, Any], columns: Sequence[str]) -> Any:
 
 
 def _filled(file: TaskFile, key: str, function: Callable[[Any], Any], row: Mapping[str, Any], number: int) -> Any:
-    """Return what a template gives for a question.
+    """Return the value of a template for a question.
 
     Raises:
         TaskError: the template fails.
@@ -248,7 +247,7 @@ def require_answerable(file: TaskFile, task: Any, limit: int | None) -> None:
         limit: number of questions that are asked; None for all.
 
     Raises:
-        TaskError: a template fails, choices are no list of texts, or a label is none of the choices.
+        TaskError: a template fails, choices are not a list of texts, or a label is not among the choices.
     """
     from lm_eval.api.task import ConfigurableTask
 
@@ -265,7 +264,7 @@ def require_answerable(file: TaskFile, task: Any, limit: int | None) -> None:
 
 
 class _Question:
-    """A question: what its templates give."""
+    """A question of a task: the values of its templates."""
 
     def __init__(self, file: TaskFile, task: Any, row: Mapping[str, Any], number: int) -> None:
         self.file, self.task, self.row, self.number = file, task, row, number
@@ -307,7 +306,7 @@ class _Question:
             self._require_label("doc_to_target", label, choices)
 
     def require_like(self, first: _Question) -> None:
-        """Refuse values of other types than the first question's, by which the harness takes all of them."""
+        """Refuse values of other types than the first question's, which the harness assumes for all of them."""
         if isinstance(self.text, int) != isinstance(first.text, int):
             raise self._mistake("doc_to_text", f"{self.text!r}, unlike {first.text!r} for question 1,")
         lists = isinstance(self.target, list), isinstance(first.target, list)
@@ -333,7 +332,7 @@ class _Question:
             raise self._mistake(key, f"the label {label}, which is outside of the choices,", hint)
 
     def require_scored(self) -> None:
-        """Refuse metrics that the output type does not have, of which there would be no value."""
+        """Refuse metrics that the output type does not produce."""
         task = self.task
         if task.OUTPUT_TYPE == GENERATE or task.config.process_results is not None:
             return

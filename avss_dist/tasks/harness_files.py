@@ -1,4 +1,4 @@
-"""Task files: YAML that describes a task to lm-evaluation-harness, read without running anything that it names."""
+"""Task files of lm-evaluation-harness: YAML, read without running any code that it names."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from avss_dist.errors import TaskError
 from avss_dist.yaml_files import YamlKind, read_yaml_mapping
 
-BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # how `datasets` names files that need no hub
+BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # builders of `datasets` that read local files
 
 
 class Function(str):
-    """A ``!function``: the dotted name of Python code."""
+    """Dotted name of Python code, from the YAML tag ``!function``."""
 
 
 _KIND = YamlKind(
@@ -28,11 +28,11 @@ _KIND = YamlKind(
 
 @dataclass(frozen=True)
 class TaskFile:
-    """A task file, on top of the files that it includes.
+    """A task file merged with the files that it includes.
 
     Attributes:
         config: keys and values.
-        places: file and line of each key.
+        places: ``file:line`` of each key.
     """
 
     path: Path
@@ -40,7 +40,7 @@ class TaskFile:
     places: Mapping[Any, str]
 
     def mistake(self, key: Any, what: str, hint: str | None = None) -> TaskError:
-        """Return an error about a key, which names its file and line."""
+        """Return an error about a key, with its file and line."""
         return TaskError(f"{self.places.get(key, self.path)}: key '{key}' {what}", hint)
 
 
@@ -53,7 +53,7 @@ def read_task_file(path: Path) -> TaskFile:
     """Read a task file, and the files that it includes.
 
     Raises:
-        TaskError: one of them cannot be read, or repeats a key; or the file is a group.
+        TaskError: a file cannot be read or repeats a key, or the task file is a group.
     """
     file = _read(path, ())
     if not isinstance(file.config.get("task"), str):
@@ -93,9 +93,9 @@ def files_of(path: Path) -> list[Path]:
     Each path is spelled so that it is found from the working directory. Data at a URI or on the hub are left out.
 
     Raises:
-        TaskError: as `read_task_file` and `with_data`.
+        TaskError: as `read_task_file` and `resolve_data_files`.
     """
-    config = with_data(read_task_file(path).config, Path(), path.parent)
+    config = resolve_data_files(read_task_file(path).config, Path(), path.parent)
     data = config.get("dataset_kwargs") or {}
     names = [name for _, name in _walk(data.get("data_files")) if isinstance(name, str) and "://" not in name]
     files = [Path(match) for name in names for match in sorted(glob.glob(glob.escape(name)) or glob.glob(name))]
@@ -124,8 +124,8 @@ def _included(values: Mapping[Any, Any], path: Path) -> list[str]:
     return files
 
 
-def code_in(config: Mapping[str, Any]) -> list[str]:
-    """What in a task file runs Python code of its author, or of a hub."""
+def code_entries(config: Mapping[str, Any]) -> list[str]:
+    """Return the entries of a task file that run Python code of its author or of a hub."""
     named = []
     for key, value in _walk(config):
         if isinstance(value, Function):
@@ -145,11 +145,11 @@ def _walk(value: Any, key: str | None = None) -> Iterator[tuple[str | None, Any]
             yield from _walk(inner, key)
 
 
-def with_data(config: Mapping[str, Any], *folders: Path) -> dict[str, Any]:
-    """The same, with each data file by its absolute path: that in the first of these folders that has it.
+def resolve_data_files(config: Mapping[str, Any], *folders: Path) -> dict[str, Any]:
+    """Return a configuration whose data files have absolute paths, each in the first of these folders that has it.
 
     Raises:
-        TaskError: none has it.
+        TaskError: a data file is in none of the folders, or is empty.
     """
     options = config.get("dataset_kwargs") or {}
     if not isinstance(options, Mapping):
@@ -178,7 +178,7 @@ def _placed(files: Any, folders: tuple[Path, ...], task: str) -> Any:
     )
 
 
-def needs_no_hub(config: Mapping[str, Any]) -> bool:
-    """Whether all data are files of this machine."""
+def has_local_data(config: Mapping[str, Any]) -> bool:
+    """Whether all data of a task file are local files."""
     files = (config.get("dataset_kwargs") or {}).get("data_files")
     return config.get("dataset_path") in BUILDERS and not any("://" in str(file) for _, file in _walk(files))

@@ -1,4 +1,4 @@
-"""A language model as lm-evaluation-harness wants it."""
+"""Adapter of a language model to lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -21,24 +21,29 @@ from avss_dist.models.loading import load_tokenizer
 
 @dataclass(frozen=True)
 class _Question:
-    """How likely is a continuation? ``row`` is what a model is given: all tokens but the last."""
+    """Request for the log-likelihood of a continuation.
+
+    Attributes:
+        row: input of the model: context and continuation without the last token.
+        continuation: tokens whose likelihood is asked for.
+    """
 
     row: tuple[int, ...]
     continuation: tuple[int, ...]
 
 
 def harness_model(model: LanguageModel, *, generate: bool, failures: list[Exception], chat: bool = False) -> Any:
-    """Return a model as the harness wants it.
+    """Return a language model as a model of the harness.
 
     Args:
-        generate: as in `_Uncached`.
-        failures: is given every exception of the model itself, which is raised all the same.
+        generate: see `_Uncached`.
+        failures: list to which exceptions of the model itself are appended; they are raised all the same.
         chat: apply the model's chat template.
     """
     from lm_eval.models.huggingface import HFLM
 
     class Model(HFLM):
-        """The harness's own, but for log-likelihoods: all batches of a task are asked for together."""
+        """The harness's model with another way to batch log-likelihoods: all batches of a task run together."""
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
             questions = [
@@ -47,10 +52,10 @@ def harness_model(model: LanguageModel, *, generate: bool, failures: list[Except
             ]
             groups = _batches(questions, self.batch_size)
             with _noting(failures):
-                found = model.together(
+                likelihoods = model.together(
                     [partial(_likelihoods, model, [questions[i] for i in group]) for group in groups]
                 )
-            answers = dict(zip(chain(*groups), chain(*found), strict=True))
+            answers = dict(zip(chain(*groups), chain(*likelihoods), strict=True))
             return [answers[i] for i in range(len(requests))]
 
     settings = model.settings
@@ -67,7 +72,7 @@ def harness_model(model: LanguageModel, *, generate: bool, failures: list[Except
 
 
 def _batches(questions: Sequence[_Question], rows: int) -> list[list[int]]:
-    """Indices of questions, those together that are in one batch of so many rows; the longest come first."""
+    """Return the indices of questions in batches of ``rows`` distinct rows, the longest rows first."""
     shared: dict[tuple[int, ...], list[int]] = {}
     for i in sorted(range(len(questions)), key=lambda i: (-len(questions[i].row), questions[i].row)):
         shared.setdefault(questions[i].row, []).append(i)
@@ -77,10 +82,9 @@ def _batches(questions: Sequence[_Question], rows: int) -> list[list[int]]:
 
 @torch.no_grad()
 def _likelihoods(model: LanguageModel, questions: Sequence[_Question]) -> list[tuple[float, bool]]:
-    """Of each question of a batch the log-likelihood, in nats, and whether no other continuation is likelier.
+    """Return (log-likelihood in nats, whether greedy decoding gives the continuation) of each question of a batch.
 
-    The head runs after tokens of continuations alone. What a row is padded with comes after them, where causal models
-    do not look.
+    The head runs at tokens of continuations alone. Padding comes after them, where causal models do not look.
     """
     rows = {question.row: number for number, question in enumerate({q.row: q for q in questions}.values())}
     ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
@@ -88,24 +92,24 @@ def _likelihoods(model: LanguageModel, questions: Sequence[_Question]) -> list[t
         ids[number, : len(row)] = row
     real = np.ones(ids.shape, np.bool_)
     hidden = model.hidden_states(Batch(input_ids=ids, attention_mask=real, observed=real))
-    places = [(rows[q.row], at) for q in questions for at in range(len(q.row) - len(q.continuation), len(q.row))]
-    at, after = torch.tensor(places, device=model.device).T
+    positions = [(rows[q.row], at) for q in questions for at in range(len(q.row) - len(q.continuation), len(q.row))]
+    at, after = torch.tensor(positions, device=model.device).T
     labels = torch.tensor([token for q in questions for token in q.continuation], device=model.device)
     losses, best = torch.empty(len(labels), dtype=torch.float64), torch.empty(len(labels), dtype=torch.bool)
-    for some, logits in model.logits(hidden[at, after]):
-        losses[some] = cross_entropy(logits, labels[some], reduction="none").double().cpu()
-        best[some] = (logits.argmax(dim=-1) == labels[some]).cpu()
+    for piece, logits in model.logits(hidden[at, after]):
+        losses[piece] = cross_entropy(logits, labels[piece], reduction="none").double().cpu()
+        best[piece] = (logits.argmax(dim=-1) == labels[piece]).cpu()
     lengths = [len(question.continuation) for question in questions]
     parts = zip(losses.split(lengths), best.split(lengths), strict=True)
     return [(-float(loss.sum()), bool(greedy.all())) for loss, greedy in parts]
 
 
 class _Uncached:
-    """A module as the harness sees it: no keys and values are kept, for layers that are left out have none.
+    """A model's module without a key-value cache, because removed layers have no entry in it.
 
     Args:
         failures: see `harness_model`.
-        generate: keep none when it generates, too; the harness asks for them.
+        generate: generate without a cache, too, although the harness asks for one.
     """
 
     def __init__(self, model: LanguageModel, failures: list[Exception], *, generate: bool) -> None:
@@ -125,7 +129,7 @@ class _Uncached:
 
 @contextmanager
 def _noting(failures: list[Exception]) -> Iterator[None]:
-    """Append an exception that is raised inside."""
+    """Append an exception that is raised inside the context to a list, and raise it."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The files of this machine that a task needs, by the task's name."""
+"""Local files that a task needs, by the task's name."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from avss_dist.tasks.harness_files import files_of, is_task_file
 def task_files(name: str) -> list[str]:
     """Return the files that a task names by relative paths: texts, questions, or a task file with its data.
 
-    A task that lm-evaluation-harness knows by its name has none.
+    A task that lm-evaluation-harness knows by its name needs none.
 
     Raises:
-        CorpusError: a text is of no known kind, or does not exist.
+        CorpusError: a text has an unknown format, or does not exist.
         TaskError: a task file or its data cannot be read.
     """
     if name.startswith(PERPLEXITY):

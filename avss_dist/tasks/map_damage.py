@@ -1,4 +1,4 @@
-"""What zeros among the inputs of each linear map do to the loss, to first and second order, by one backward pass."""
+"""Predicted change of the loss when small inputs of each linear map become zero, by one backward pass."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ Key = tuple[int, str]  # layer, and path of a linear map below it
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MapDamage:
-    """What it does to the summed loss, in nats, that the inputs of a linear map up to a size are zero, each map alone.
+    """Predicted change of the summed loss, in nats, when the inputs of one linear map up to a threshold become zero.
 
-    With x the input of a token, d = -x where it becomes zero, and g = W^T (gradient of the loss at the map's output),
-    rows of each map, a sample for each threshold and the predicted tokens as its weight:
+    x is the input of a token, d = -x in the elements that become zero, and g = W^T (gradient of the loss at the map's
+    output). Each map has rows with a sample for each threshold, weighted by the number of predicted tokens:
 
     - ``first_order:PATH``: the sum over tokens of ``<g, d>``.
-    - ``second_order:PATH``: half the sum of ``<g, d>^2``, g of labels that are drawn from the model's own prediction, a
-      mean over draws: by the Fisher information (Michel et al., arXiv 1905.10650).
+    - ``second_order:PATH``: half the sum of ``<g, d>^2``, a mean over draws, with the gradients of labels drawn from
+      the model's own prediction: by the Fisher information (Michel et al., arXiv 1905.10650).
 
     Attributes:
-        thresholds: of each map, ascending, as many of each.
-        draws: of labels.
-        seed: of them.
+        thresholds: ascending thresholds of each map, equally many for each.
+        draws: number of draws of labels.
+        seed: seed of the draws.
     """
 
     shard: Shard
@@ -58,7 +58,7 @@ class MapDamage:
         return fingerprint(measure="map damage", shard=self.shard.content_hash, **how)
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.base.Measure`: removed layers are left out of all."""
+        """See `tasks.base.Measure`. Removed layers have no rows."""
         layers = [layer for layer in model.layers if layer.index not in intervention.removed]
         batches = list(self.shard.batches(model.settings.batch_size))
         passes = [_Pass(self.draws, self.thresholds) for _ in batches]
@@ -70,33 +70,33 @@ class MapDamage:
 
 @dataclass
 class _Pass(Watched):
-    """What is gathered of one batch: float64[thresholds], by order and map."""
+    """Sums over one batch: float64[thresholds], by order and map."""
 
     draws: int
     thresholds: Mapping[Key, tuple[float, ...]]
     keeps: int = 2
-    found: dict[tuple[str, Key], torch.Tensor] = field(default_factory=dict)
+    sums: dict[tuple[str, Key], torch.Tensor] = field(default_factory=dict)
     _gradients: Counter[Key] = field(default_factory=Counter)
 
     def see(self, key: Key, module: nn.Module, x: torch.Tensor, out: torch.Tensor) -> None:
-        """A linear map has run."""
+        """Register the input of a linear map that has run, and a hook for its gradient."""
         if not out.requires_grad:  # of the first layer: nothing before it has a gradient
             out.requires_grad_()
         out.register_hook(partial(self._receive, key, module, x.detach()))
 
     def _receive(self, key: Key, module: nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Take the gradient at what a map gives: first of the text's labels, then of each draw's."""
+        """Add a gradient at the output of a map: first that of the text's labels, then those of the draws."""
         number = self._gradients[key]
         self._gradients[key] += 1
-        change = -self._upto_each(key, x, (gradient.detach() @ weight_of(module)).to(x.dtype))
+        change = -self._cumulative_products(key, x, (gradient.detach() @ weight_of(module)).to(x.dtype))
         if number == 0:
-            self.found[FIRST, key] = change.sum(dim=0)
+            self.sums[FIRST, key] = change.sum(dim=0)
             return
         second = change.square().sum(dim=0) / (2 * self.draws)
-        self.found[SECOND, key] = self.found[SECOND, key] + second if number > 1 else second
+        self.sums[SECOND, key] = self.sums[SECOND, key] + second if number > 1 else second
 
-    def _upto_each(self, key: Key, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-        """float64[tokens, thresholds]: the sum of g x over the inputs up to each threshold."""
+    def _cumulative_products(self, key: Key, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        """Return the sum of g x over the inputs up to each threshold, float64[tokens, thresholds]."""
         x, g = x.reshape(-1, x.shape[-1]).float(), g.reshape(-1, x.shape[-1]).float()
         edges = torch.tensor(self.thresholds[key], dtype=torch.float32, device=x.device)
         at = torch.bucketize(x.abs(), edges)
@@ -106,7 +106,7 @@ class _Pass(Watched):
 
 @contextmanager
 def _watched(layers: Sequence[Layer], keys: Mapping[Key, Any]) -> Iterator[None]:
-    """Inside, the pass that is watched hears of linear maps, where gradients are enabled."""
+    """Report linear maps to the current pass inside the context, while gradients are enabled."""
 
     def see(key: Key, module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
         if torch.is_grad_enabled() and WATCHED.get() is not None:
@@ -115,13 +115,13 @@ def _watched(layers: Sequence[Layer], keys: Mapping[Key, Any]) -> Iterator[None]
 
     with ExitStack() as stack:
         for layer in layers:
-            for one in layer.projections:
-                if (key := (layer.index, one.path)) in keys:
-                    stack.callback(one.module.register_forward_hook(partial(see, key), with_kwargs=True).remove)
+            for projection in layer.projections:
+                if (key := (layer.index, projection.path)) in keys:
+                    stack.callback(projection.module.register_forward_hook(partial(see, key), with_kwargs=True).remove)
         yield
 
 
 def _rows(passes: Sequence[_Pass], tokens: float) -> Iterator[Row]:
-    for order, key in passes[0].found:
-        samples: Float64 = np.sum([one.found[order, key].cpu().numpy() for one in passes], axis=0)
+    for order, key in passes[0].sums:
+        samples: Float64 = np.sum([batch.sums[order, key].cpu().numpy() for batch in passes], axis=0)
         yield Row(metric=f"{order}{key[1]}", samples=samples, weights=np.full(len(samples), tokens), layer=key[0])

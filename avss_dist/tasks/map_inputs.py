@@ -1,4 +1,4 @@
-"""How the values are distributed that linear maps read: of the dense model, or with a sparsity plan on."""
+"""Distribution of the input values of linear maps, in the dense model or under a sparsity plan."""
 
 from __future__ import annotations
 
@@ -30,11 +30,13 @@ _SPARSE: ContextVar[torch.Tensor] = ContextVar("sparse")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MapInputs:
-    """Of each linear map, `COUNTS`: how many values that it would read do not exceed each of `value_counts.EDGES`.
+    """Cumulative counts of the inputs of linear maps: rows `COUNTS` with the number up to each `value_counts.EDGES`.
 
-    So too of what gates an MLP, of the values that it would give.
+    For the gate of an MLP, its outputs are counted. Values are counted before any becomes zero in this map, at the
+    tokens that a rule makes sparse.
 
-    They are those before any becomes zero in this map, at the tokens that a rule makes sparse.
+    Attributes:
+        rule: one of `settings.SPARSITY_RULES`.
     """
 
     shard: Shard = field(repr=False)
@@ -47,16 +49,26 @@ class MapInputs:
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """See `tasks.base.Measure`."""
-        maps = [(layer, one) for layer in model.layers if layer.index not in intervention.removed for one in layer.maps]
+        maps = [
+            (layer, projection)
+            for layer in model.layers
+            if layer.index not in intervention.removed
+            for projection in layer.maps
+        ]
         counts = [torch.zeros(len(EDGES), dtype=torch.int64) for _ in maps]
         batches = list(self.shard.batches(model.settings.batch_size))
-        with model.applying(intervention), _counting([one for _, one in maps], counts), torch.no_grad():
+        with model.applying(intervention), _counting([projection for _, projection in maps], counts), torch.no_grad():
             model.together([partial(self._run, model, batch) for batch in batches])
-        every = model.total([of_map.tolist() for of_map in counts])
+        totals = model.total([map_counts.tolist() for map_counts in counts])
         ones = np.ones(len(EDGES))
         return [
-            Row(metric=f"{COUNTS}{one.path}", samples=np.array(of_map, float), weights=ones, layer=layer.index)
-            for (layer, one), of_map in zip(maps, every, strict=True)
+            Row(
+                metric=f"{COUNTS}{projection.path}",
+                samples=np.array(map_counts, float),
+                weights=ones,
+                layer=layer.index,
+            )
+            for (layer, projection), map_counts in zip(maps, totals, strict=True)
         ]
 
     def _run(self, model: LanguageModel, batch: Batch) -> None:
@@ -69,7 +81,7 @@ class MapInputs:
 
 @contextmanager
 def _counting(maps: Sequence[Projection], counts: list[torch.Tensor]) -> Iterator[None]:
-    """Inside, what linear maps read is counted, before hooks that change it."""
+    """Count the inputs of linear maps inside the context, before other hooks change them."""
 
     last: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -82,20 +94,20 @@ def _counting(maps: Sequence[Projection], counts: list[torch.Tensor]) -> Iterato
         return x
 
     with ExitStack() as stack:
-        for number, one in enumerate(maps):
-            stack.callback(changing(one, partial(count, number, one.axes), first=True).remove)
+        for number, projection in enumerate(maps):
+            stack.callback(changing(projection, partial(count, number, projection.axes), first=True).remove)
         yield
         last = None
 
 
 def count_upto(values: torch.Tensor) -> torch.Tensor:
-    """int64[edges]: how many values do not exceed each of `EDGES`. Of 16 bits, each pattern is counted first."""
+    """Return the number of values up to each of `EDGES`, int64[edges]; in 16 bits, by counting bit patterns."""
     edges = torch.from_numpy(EDGES).to(values.device, torch.float32)
     if values.element_size() != 2 or len(values) < PATTERNS:
-        found = torch.bincount(torch.bucketize(values.float(), edges), minlength=len(EDGES) + 1)
+        counts = torch.bincount(torch.bucketize(values.float(), edges), minlength=len(EDGES) + 1)
     else:
-        of_patterns = torch.bincount(values.view(torch.int16).int() + PATTERNS // 2, minlength=PATTERNS)
+        pattern_counts = torch.bincount(values.view(torch.int16).int() + PATTERNS // 2, minlength=PATTERNS)
         patterns = torch.arange(-PATTERNS // 2, PATTERNS // 2, device=values.device).to(torch.int16)
-        found = of_patterns.new_zeros(len(EDGES) + 1)
-        found.index_add_(0, torch.bucketize(patterns.view(values.dtype).float(), edges), of_patterns)
-    return found[: len(EDGES)].cumsum(0)
+        counts = pattern_counts.new_zeros(len(EDGES) + 1)
+        counts.index_add_(0, torch.bucketize(patterns.view(values.dtype).float(), edges), pattern_counts)
+    return counts[: len(EDGES)].cumsum(0)

@@ -1,4 +1,4 @@
-"""Whether a model expects other special tokens before a text than the rows of a corpus have."""
+"""Test whether a model expects other special tokens at the start of a text than the rows of a corpus have."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from avss_dist.tasks.base import Row, predicted_tokens
 
 @dataclass(frozen=True, eq=False)
 class RowStartLoss:
-    """The loss on rows as they were read, and on the same text with another start: a sample for each row."""
+    """Loss on rows as they were read, and on the same text with other start tokens: a sample for each row."""
 
     as_read: Shard
     other: Shard

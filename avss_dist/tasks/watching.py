@@ -1,4 +1,4 @@
-"""What sees the hidden states and the gradients of one batch, by hooks that find it in the context."""
+"""Base of observers of one batch's hidden states and gradients, which hooks find in a context variable."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from avss_dist.system.context import bound
 
 
 class Watched:
-    """One pass; see `causal_lm.Watching`."""
+    """Observer of one pass; see `causal_lm.Watching`."""
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Inside, hooks find it."""
+        """Make this observer current for hooks inside the context."""
         with bound(WATCHED, self):
             yield
 

@@ -40,7 +40,7 @@ from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.patching import Patch
 from avss_dist.models.pinning import pin
-from avss_dist.models.skipping import replaced
+from avss_dist.models.skipping import replace_tensor
 from avss_dist.partition.single import SingleReplica
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fitter import RepairCut, find_cuts
@@ -130,7 +130,7 @@ def applied(matrices: Mapping[nn.Module, torch.Tensor]) -> Iterator[None]:
         def multiply(_module: nn.Module, _args: object, output: object) -> object:
             hidden = first_tensor(output)
             assert hidden is not None
-            return replaced(output, hidden, (hidden.float() @ matrix.float()).to(hidden.dtype))
+            return replace_tensor(output, hidden, (hidden.float() @ matrix.float()).to(hidden.dtype))
 
         return multiply
 

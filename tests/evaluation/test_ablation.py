@@ -329,7 +329,7 @@ def test_resumed_or_not_the_contributions_are_the_same(four_layers: Path, monkey
     measure = Shapley(shards=(random_shard(), random_shard(rows=3)), seeds=(0, 1, 2), truncation=False)
     resumed, ran = measure(model), len(calls)
     calls.clear()
-    monkeypatch.setattr(ablation, "MOST_KEPT", 0)
+    monkeypatch.setattr(ablation, "MAX_RECORDED_BYTES", 0)
     for one, other in zip(resumed, measure(model), strict=True):
         assert one.layer == other.layer
         assert np.array_equal(one.samples, other.samples)

@@ -41,7 +41,7 @@ from avss_dist.models.loading import open_module
 from avss_dist.models.patching import decode_patch, encode_patch, patched
 from avss_dist.partition import copies as avss_copies
 from avss_dist.partition.base import Placement
-from avss_dist.partition.copies import MOST_COPIES, shared
+from avss_dist.partition.copies import MAX_COPIES, with_copies
 from avss_dist.partition.open import open_replica
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.methods import Experiment, Method, methods
@@ -196,7 +196,7 @@ def test_copies_share_the_text_of_a_fit(deep: Path, tmp_path: Path) -> None:
         )[by]
         for partition, copies in (("single", 1), ("single", 2), ("single", 99), ("streaming", 2))
     )
-    assert [fit.placement.ranks for fit in (one, two, many, streamed)] == [1, 2, MOST_COPIES, 1]
+    assert [fit.placement.ranks for fit in (one, two, many, streamed)] == [1, 2, MAX_COPIES, 1]
     assert len({one.run_id(), two.run_id(), many.run_id()}) == 3
     short = replace(repair, settings=replace(settings, max_sequences=12))
     model = PlacedModel(checkpoint=checkpoint, settings=settings, placement=Placement())
@@ -216,7 +216,7 @@ def test_copies_share_the_text_of_a_fit(deep: Path, tmp_path: Path) -> None:
 
 def test_each_batch_is_of_one_copy(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(**READ, dtype="float32")
-    placement, taken = shared(Placement(), 3), []
+    placement, taken = with_copies(Placement(), 3), []
     for rank in range(3):
         monkeypatch.setattr(avss_copies, "require_group", lambda _, rank=rank: (rank, 3))
         with closing(open_replica(resolve(str(deep)), settings, placement, head=True)) as replica:

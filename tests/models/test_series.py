@@ -16,7 +16,7 @@ from support.command_line import avss
 
 from avss_dist.errors import ModelError
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.series import Saved, matching_revisions, when_saved
+from avss_dist.models.series import TrainingPoint, matching_revisions, training_point
 from avss_dist.runs.job_file import JobError, read_job
 from avss_dist.warehouse.reader import Warehouse
 
@@ -34,27 +34,30 @@ BRANCHES = [
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("step3000", Saved("org/a@step*", 3000, None)),
-        ("step-240000", Saved("org/a@step-*", 240_000, None)),
-        ("stage1-step140000-tokens294B", Saved("org/a@stage1-step*-tokens*", 140_000, 294 * 10**9)),
-        ("global_step20k", Saved("org/a@global_step*", 20_000, None)),
-        ("ckpt_358", Saved("org/a@ckpt_*", 358, None)),
-        ("iter_0001000", Saved("org/a@iter_*", 1000, None)),
-        ("tokens-1.5T", Saved("org/a@tokens-*", None, 1_500_000_000_000)),
-        ("12B-tokens", Saved("org/a@*-tokens", None, 12 * 10**9)),
-        ("main", Saved("org/a", None, None)),
-        ("v2", Saved("org/a", None, None)),
-        ("", Saved("org/a", None, None)),
-        ("footstep3", Saved("org/a", None, None)),
+        ("step3000", TrainingPoint("org/a@step*", 3000, None)),
+        ("step-240000", TrainingPoint("org/a@step-*", 240_000, None)),
+        ("stage1-step140000-tokens294B", TrainingPoint("org/a@stage1-step*-tokens*", 140_000, 294 * 10**9)),
+        ("global_step20k", TrainingPoint("org/a@global_step*", 20_000, None)),
+        ("ckpt_358", TrainingPoint("org/a@ckpt_*", 358, None)),
+        ("iter_0001000", TrainingPoint("org/a@iter_*", 1000, None)),
+        ("tokens-1.5T", TrainingPoint("org/a@tokens-*", None, 1_500_000_000_000)),
+        ("12B-tokens", TrainingPoint("org/a@*-tokens", None, 12 * 10**9)),
+        ("main", TrainingPoint("org/a", None, None)),
+        ("v2", TrainingPoint("org/a", None, None)),
+        ("", TrainingPoint("org/a", None, None)),
+        ("footstep3", TrainingPoint("org/a", None, None)),
     ],
 )
-def test_a_revision_tells_when_it_was_saved(name: str, expected: Saved) -> None:
-    assert when_saved(Checkpoint(name="org/a", source="hub", path="/x", revision="f00", revision_name=name)) == expected
+def test_a_revision_tells_when_it_was_saved(name: str, expected: TrainingPoint) -> None:
+    assert (
+        training_point(Checkpoint(name="org/a", source="hub", path="/x", revision="f00", revision_name=name))
+        == expected
+    )
 
 
 def test_folders_beside_each_other_are_a_series() -> None:
     saved = [
-        when_saved(
+        training_point(
             Checkpoint(name=f"run7/checkpoint-{n}", source="folder", path=f"/data/run7/checkpoint-{n}", revision="")
         )
         for n in (500, 1000)
@@ -62,7 +65,7 @@ def test_folders_beside_each_other_are_a_series() -> None:
     assert [one.step for one in saved] == [500, 1000]
     assert {one.series for one in saved} == {"/data/run7/checkpoint-*"}
     alone = Checkpoint(name="models/llama", source="folder", path="/models/llama", revision="")
-    assert when_saved(alone) == Saved("models/llama", None, None)
+    assert training_point(alone) == TrainingPoint("models/llama", None, None)
 
 
 def test_a_series_of_folders_drifts_in_the_order_of_its_steps(tiny_llama: Path, tmp_path: Path) -> None:

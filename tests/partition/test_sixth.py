@@ -32,7 +32,7 @@ if __name__ == "__main__":
     from avss_dist.estimation.preview import preview_job
     from avss_dist.executors.local import LocalExecutor, shards_at_once
     from avss_dist.partition.choose import choose, least_host_bytes
-    from avss_dist.partition.copies import shared
+    from avss_dist.partition.copies import with_copies
     from avss_dist.partition.open import open_replica
     from avss_dist.runs.job_file import read_job
     from avss_dist.settings import Execution, Settings
@@ -54,7 +54,7 @@ if __name__ == "__main__":
     sixth = avss_dist.score(model, warehouse=f"{folder}/sixth", partition="sixth", **options)
     single = avss_dist.score(model, warehouse=f"{folder}/single", partition="single", **options)
     print(json.dumps({
-        "placed": [placement.partition, automatic.partition, shared(placement, 3).ranks],
+        "placed": [placement.partition, automatic.partition, with_copies(placement, 3).ranks],
         "estimated": [row.ranks, row.seconds > 0, row.device_bytes > estimate.weight_bytes],
         "preview": [preview.status, preview.partition, preview.error],
         "same": sixth.run_id == single.run_id,

@@ -20,7 +20,7 @@ from avss_dist.evaluation.sparsify import sparsify
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.pruning.selection import PlanError
 from avss_dist.runs.api import score
-from avss_dist.sparsity.allocate import along_path, heavy_tail_ratios, knapsack, scaled
+from avss_dist.sparsity.allocate import heavy_tail_ratios, interpolate_path, knapsack, proportional
 from avss_dist.sparsity.plan import read_sparsity_plan
 from avss_dist.stats.power_law import hill_exponent, ks_exponent
 from avss_dist.stats.value_counts import EDGES, mode_of, share_within, size_of_share
@@ -51,12 +51,12 @@ def test_no_sparsities_on_the_grid_have_less_damage_than_those_of_the_knapsack()
 def test_budgets_are_met_exactly_also_where_some_are_cut_off() -> None:
     ratios, sizes = np.array([0.7, 1.0, 1.3]), np.array([3.0, 1.0, 2.0])
     for target in (0.3, 0.8, 0.95):
-        found = scaled(ratios, sizes, target, most=0.96)
+        found = proportional(ratios, sizes, target, maximum=0.96)
         assert found @ sizes / sizes.sum() == pytest.approx(target)
         assert found.max() <= 0.96 + 1e-12 and list(found) == sorted(found)
     assert heavy_tail_ratios(np.array([2.0, 3.0, 4.0])) == pytest.approx([0.7, 1.0, 1.3])
     path = np.array([[0.0, 0.0], [0.4, 0.0], [0.4, 0.2], [0.8, 0.2]])
-    found = along_path(path, np.array([1.0, 2.0]), 0.2)
+    found = interpolate_path(path, np.array([1.0, 2.0]), 0.2)
     assert found @ [1.0, 2.0] / 3 == pytest.approx(0.2)
     assert found == pytest.approx([0.4, 0.1])
 

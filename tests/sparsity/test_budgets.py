@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linprog
 
-from avss_dist.sparsity.allocate import MOST, along_path, heavy_tail_ratios, knapsack, scaled
+from avss_dist.sparsity.allocate import MAX_SPARSITY, heavy_tail_ratios, interpolate_path, knapsack, proportional
 
 Float64 = np.ndarray
 
@@ -54,13 +54,13 @@ def test_steps_cost_what_they_do_for_a_weight() -> None:
 
 def test_what_is_cut_off_goes_to_the_others_in_proportion_again_and_again() -> None:
     ratios, sizes = np.array([1.0, 2.0, 4.0, 8.0]), np.array([1.0, 2.0, 1.0, 4.0])
-    assert scaled(ratios, sizes, 0.1).tolist() == pytest.approx((0.1 * 8 / 41 * ratios).tolist())
+    assert proportional(ratios, sizes, 0.1).tolist() == pytest.approx((0.1 * 8 / 41 * ratios).tolist())
     for target, cut in ((0.65, 1), (0.75, 1), (0.8, 2), (0.9, 2), (0.95, 3)):
-        found = scaled(ratios, sizes, target)
+        found = proportional(ratios, sizes, target)
         assert found @ sizes / sizes.sum() == pytest.approx(target, rel=1e-12)
-        assert found[4 - cut :].tolist() == [MOST] * cut and (found[: 4 - cut] < MOST).all()
+        assert found[4 - cut :].tolist() == [MAX_SPARSITY] * cut and (found[: 4 - cut] < MAX_SPARSITY).all()
         assert np.ptp(found[: 4 - cut] / ratios[: 4 - cut]) == pytest.approx(0, abs=1e-12)
-    assert scaled(ratios, sizes, MOST).tolist() == pytest.approx([MOST] * 4)
+    assert proportional(ratios, sizes, MAX_SPARSITY).tolist() == pytest.approx([MAX_SPARSITY] * 4)
 
 
 PATH = np.array([[0.1, 0.0], [0.4, 0.0], [0.4, 0.2], [0.8, 0.2]])
@@ -81,7 +81,7 @@ PATH = np.array([[0.1, 0.0], [0.4, 0.0], [0.4, 0.2], [0.8, 0.2]])
     ],
 )
 def test_a_path_is_left_where_the_target_is_reached_or_at_its_end(target: float, expected: list[float]) -> None:
-    assert along_path(PATH, np.array([1.0, 2.0]), target).tolist() == pytest.approx(expected)
+    assert interpolate_path(PATH, np.array([1.0, 2.0]), target).tolist() == pytest.approx(expected)
 
 
 def test_the_heaviest_tail_bears_least_and_equal_ones_the_same() -> None:

@@ -1,4 +1,4 @@
-"""Tensors of safetensors files in memory: copied into a buffer, or used where the page cache has them."""
+"""Tensors of safetensors files in memory: copied into a buffer, or mapped from the page cache."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from avss_dist.errors import ModelError
 from avss_dist.models.safetensors import DTYPES, StoredTensor, tensors_of, weight_files
 from avss_dist.system.memory import populate
 
-ELSEWHERE = "Use `partition` device_map, which has transformers load the whole model."  # where this cannot be done
-_ALIGNMENT = 64  # of what torch allocates
-_READERS = 4  # threads: one copies from the page cache at a fraction of what memory can give
-_PIECE = 8 << 20  # bytes that one of them reads at a time
+ELSEWHERE = (
+    "Use `partition` device_map, which has transformers load the whole model."  # hint where streaming is impossible
+)
+_ALIGNMENT = 64  # bytes, of torch's allocations
+_READERS = 4  # threads: one alone does not saturate the memory bandwidth
+_PIECE = 8 << 20  # bytes that a thread reads at a time
 
 
 def stored_in(folder: Path) -> Iterator[StoredTensor]:
-    """Return the tensors of a checkpoint's weight files, from their headers.
+    """Yield the tensors of a checkpoint's weight files, from their headers.
 
     Raises:
         ModelError: a header cannot be read, or names a dtype that torch does not compute with.
@@ -42,19 +44,19 @@ def buffer_bytes(stored: Iterable[StoredTensor]) -> int:
 
 
 def readahead(stored: StoredTensor) -> None:
-    """Have the system read a tensor's part of its file ahead of its use; waits where the disk's queue is full."""
+    """Ask the system to read a tensor ahead of its use; block while the disk's queue is full."""
     with suppress(OSError), stored.file.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), stored.start, stored.size, os.POSIX_FADV_WILLNEED)
 
 
 class ReadBuffer:
-    """Memory into which stored tensors are copied, one after the other.
+    """Buffer into which stored tensors are copied, one after the other.
 
-    Each gets the alignment that it has in its file, so that kernels compute as they do with a mapped file.
+    Each tensor keeps the alignment of its file, so that kernels compute as with a mapped file.
 
     Args:
-        size: in bytes, from `buffer_bytes`.
-        pinned: a GPU can copy from it by itself.
+        size: number of bytes, from `buffer_bytes`.
+        pinned: pin the memory, for asynchronous copies to a GPU.
     """
 
     def __init__(self, size: int, *, pinned: bool = False) -> None:
@@ -66,65 +68,67 @@ class ReadBuffer:
         self._used = 0
 
     def read(self, stored: Sequence[StoredTensor]) -> Iterator[torch.Tensor]:
-        """Copy stored tensors into this memory; each comes when it is there, while threads read those behind it.
+        """Copy stored tensors into this buffer; yield each when it is complete, while threads read the next ones.
 
         Raises:
             ModelError: a file is gone, or ends before its tensor does.
         """
-        parts = [self._take(one) for one in stored]
+        parts = [self._take(source) for source in stored]
         with ThreadPoolExecutor(_READERS, thread_name_prefix="avss-readers") as threads:
             reads = [
-                [threads.submit(_fill, one, part.numpy().data, at) for at in range(0, one.size, _PIECE)]
-                for one, part in zip(stored, parts, strict=True)
+                [threads.submit(_fill, source, part.numpy().data, start) for start in range(0, source.size, _PIECE)]
+                for source, part in zip(stored, parts, strict=True)
             ]
-            for one, part, pieces in zip(stored, parts, reads, strict=True):
-                with _reading(one):
+            for source, part, pieces in zip(stored, parts, reads, strict=True):
+                with _reading(source):
                     for piece in pieces:
                         piece.result()
-                yield part.view(DTYPES[one.dtype]).view(one.shape)
+                yield part.view(DTYPES[source.dtype]).view(source.shape)
 
     def _take(self, stored: StoredTensor) -> torch.Tensor:
-        """Room for a tensor, uint8."""
+        """Reserve the bytes of a tensor, as uint8."""
         residue = stored.start % _ALIGNMENT if stored.start % DTYPES[stored.dtype].itemsize == 0 else 0
         begin = self._used + (residue - self._memory.data_ptr() - self._used) % _ALIGNMENT
         self._used = begin + stored.size
         return self._memory[begin : self._used]
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is in this memory."""
+        """Whether a tensor is in this buffer."""
         return tensor.untyped_storage().data_ptr() == self._memory.untyped_storage().data_ptr()
 
 
 class ZeroCopyBuffer:
-    """Stored tensors mapped from their files: nothing is copied, and no GPU can read them.
+    """Buffer of stored tensors that are mapped from their files, without a copy; for CPUs alone.
 
-    What a model writes into them stays in this process.
+    Writes to the tensors stay in this process.
     """
 
     def __init__(self) -> None:
         self._tensors: list[torch.Tensor] = []
 
     def clear(self) -> None:
-        """Forget what was read."""
+        """Drop all mappings."""
         self._tensors.clear()
 
     def read(self, stored: Sequence[StoredTensor]) -> Iterator[torch.Tensor]:
-        """Map stored tensors, one after the other, and have all of each read into memory. Other threads run meanwhile.
+        """Map stored tensors, one after the other, and read each into memory without holding the GIL.
 
         Raises:
             ModelError: a file is gone, or ends before its tensor does.
         """
-        for one in stored:
-            with _reading(one):
-                tensor = _map(one)
-                populate(tensor.data_ptr(), one.size)
+        for source in stored:
+            with _reading(source):
+                tensor = _map(source)
+                populate(tensor.data_ptr(), source.size)
             self._tensors.append(tensor)
-            aligned = tensor.clone() if one.start % DTYPES[one.dtype].itemsize else tensor
-            yield aligned.view(DTYPES[one.dtype]).view(one.shape)
+            aligned = tensor.clone() if source.start % DTYPES[source.dtype].itemsize else tensor
+            yield aligned.view(DTYPES[source.dtype]).view(source.shape)
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is in this memory."""
-        return any(one.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for one in self._tensors)
+        """Whether a tensor is in this buffer."""
+        return any(
+            mapped.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for mapped in self._tensors
+        )
 
 
 AnyBuffer = ReadBuffer | ZeroCopyBuffer
@@ -141,18 +145,18 @@ def _reading(stored: StoredTensor) -> Iterator[None]:
 
 
 def _fill(stored: StoredTensor, whole: memoryview, at: int) -> None:
-    """Read a piece of a tensor to its place among all of its bytes."""
-    rest = whole[at : at + _PIECE]
+    """Read a piece of a tensor, from offset ``at``, into the same place of its memory."""
+    unread = whole[at : at + _PIECE]
     with stored.file.open("rb", buffering=0) as file:
-        while rest:
-            count = os.preadv(file.fileno(), [rest], stored.start + at)
+        while unread:
+            count = os.preadv(file.fileno(), [unread], stored.start + at)
             if not count:
                 raise EOFError
-            rest, at = rest[count:], at + count
+            unread, at = unread[count:], at + count
 
 
 def _map(stored: StoredTensor) -> torch.Tensor:
-    """uint8[size], a mapping of its own."""
+    """Return a private mapping of a stored tensor, uint8[size]."""
     before = stored.start % mmap.ALLOCATIONGRANULARITY
     with stored.file.open("rb", buffering=0) as file:
         if os.fstat(file.fileno()).st_size < stored.start + stored.size:

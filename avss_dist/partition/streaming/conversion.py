@@ -1,4 +1,4 @@
-"""Weights that transformers makes of several stored tensors, through its own conversion, some of them at a time."""
+"""Conversion, by transformers, of several stored tensors to weights of a model, some of them at a time."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from avss_dist.partition.streaming.buffers import ELSEWHERE
 
 
 class Conversion:
-    """Conversion by `from_pretrained` of stored tensors that are not weights as they are.
+    """Conversion by `from_pretrained` of stored tensors that are not weights as they are, such as single experts.
 
     Args:
-        model: on the meta device.
-        stored: such tensors. Some of them may not be used.
+        model: transformers model on the meta device.
+        stored: tensors to convert, some of which may be unused.
     """
 
     def __init__(self, model: Any, stored: Sequence[StoredTensor]) -> None:
@@ -30,21 +30,21 @@ class Conversion:
         self._mapping: list[Any] = []
 
     def sources(self, keys: set[int]) -> tuple[StoredTensor, ...]:
-        """Return the stored tensors that weights, by id, are made of.
+        """Return the stored tensors from which weights, by id, are converted.
 
         Raises:
-            ModelError: there are none.
+            ModelError: no stored tensor belongs to these weights.
         """
         if self._targets is None:
             with self._refusing():
                 self._targets = dict(self._match())
-        found = tuple(stored for stored in self._stored if self._targets.get(stored.name) in keys)
-        if not found:
+        sources = tuple(stored for stored in self._stored if self._targets.get(stored.name) in keys)
+        if not sources:
             raise self._refusal("its files have other tensors than its layers")
-        return found
+        return sources
 
     def _match(self) -> Iterator[tuple[str, int]]:
-        """(name of a stored tensor, id of the first weight that it goes into)."""
+        """Yield (name of a stored tensor, id of the first weight that is made of it)."""
         naming = Naming(self._model)
         self._mapping = naming.mapping
         for name in sorted(stored.name for stored in self._stored):
@@ -52,11 +52,11 @@ class Conversion:
             if target is not None:
                 yield name, id(target)
 
-    def make(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Make weights of the tensors that `sources` named, by name, and set them in the model, on the CPU.
+    def convert(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Convert the tensors of `sources`, by name, and set the weights in the model, on the CPU.
 
         Raises:
-            ModelError: transformers does not.
+            ModelError: transformers cannot convert them.
         """
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
@@ -70,7 +70,7 @@ class Conversion:
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
-        """None of this is transformers' public interface, which may change."""
+        """Convert exceptions of transformers' private interfaces, which may change, to ModelError."""
         try:
             yield
         except (ImportError, TypeError, AttributeError, KeyError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Where hidden states wait while other batches run: on the GPU; beyond a limit in host memory; beyond that in files."""
+"""Offloading of hidden states while other batches run: on the GPU up to a limit, then in host memory, then in files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from avss_dist.partition.offload import OffloadFolder
 
 @dataclass
 class _Offloaded:
-    """An emptied storage, and where its bytes are: in host memory or in a file."""
+    """Emptied storage whose bytes are in host memory or in a file."""
 
     storage: torch.UntypedStorage
     size: int
@@ -25,40 +25,40 @@ class _Offloaded:
     file: Path | None
 
 
-class _Room:
-    """Bytes that waiting batches may take together; None is no limit."""
+class _ByteBudget:
+    """Limit of the bytes that all waiting batches hold together; None is no limit."""
 
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
         self._held: Counter[Hashable] = Counter()
 
     def take(self, batch: Hashable, size: int) -> bool:
-        """Whether there is room for so many bytes more; then they are a batch's."""
+        """Reserve bytes for a batch; return False if they exceed the limit."""
         if self._limit is not None and self._held.total() + size > self._limit:
             return False
         self._held[batch] += size
         return True
 
-    def give_back(self, batch: Hashable) -> None:
-        """All that a batch has taken."""
+    def release(self, batch: Hashable) -> None:
+        """Release all bytes of a batch."""
         self._held.pop(batch, None)
 
 
 class HiddenStateOffloader:
-    """Moves the bytes of waiting tensors, to which other frames refer too, out of their storages and back.
+    """Offloader that moves the bytes of waiting tensors out of their storages and back, under live references.
 
-    A batch may have several: the inputs of earlier layers that the model still refers to.
+    A batch may have several tensors, such as inputs of earlier layers that the model still refers to.
 
     Args:
-        device: where the tensors are computed with.
-        device_bytes: memory of a GPU that all of them may take together; 0 on a CPU.
+        device: device of the tensors.
+        device_bytes: GPU memory that all tensors may take together; 0 on a CPU.
         host_bytes: host memory that the others may take; None is no limit.
-        folder: for the files of the rest; None is a temporary folder.
+        folder: folder of the files of the remaining tensors; None is a temporary folder.
     """
 
     def __init__(self, device: torch.device, device_bytes: int, host_bytes: int | None, folder: str | None) -> None:
         self._device, self._parent = device, folder
-        self._on_device, self._on_host = _Room(device_bytes), _Room(host_bytes)
+        self._on_device, self._on_host = _ByteBudget(device_bytes), _ByteBudget(host_bytes)
         self._idle = device.type == "cpu" and host_bytes is None
         self._folder: OffloadFolder | None = None
         self._numbers = count()
@@ -75,28 +75,28 @@ class HiddenStateOffloader:
         """Move the hidden states of a batch out. They must not be used before `restore`.
 
         Raises:
-            RunFailed: it does not fit in memory, and cannot be written.
+            RunFailed: the bytes do not fit in memory, and cannot be written to a file.
         """
         if self._idle:
             return
-        storages = {s._cdata: s for one in tensors if _owns_its_storage(one) for s in [one.untyped_storage()]}
+        storages = {s._cdata: s for x in tensors if _owns_its_storage(x) for s in [x.untyped_storage()]}
         moved = (self._offload_storage(batch, storage) for storage in storages.values())
-        self._offloaded[batch] = [one for one in moved if one]
+        self._offloaded[batch] = [offloaded for offloaded in moved if offloaded]
 
     def restore(self, batch: Hashable) -> None:
-        """Move the hidden states of a batch back: its tensors are what they were."""
-        for one in self._offloaded.pop(batch, []):
-            one.storage.resize_(one.size)
-            if one.file:
-                _read(one.file, one.storage)
-                one.file.unlink()
-            elif one.host is not None:
-                _as_tensor(one.storage).copy_(one.host, non_blocking=True)
-        self._on_device.give_back(batch)
-        self._on_host.give_back(batch)
+        """Move the hidden states of a batch back into the storages of its tensors."""
+        for entry in self._offloaded.pop(batch, []):
+            entry.storage.resize_(entry.size)
+            if entry.file:
+                _read(entry.file, entry.storage)
+                entry.file.unlink()
+            elif entry.host is not None:
+                _as_tensor(entry.storage).copy_(entry.host, non_blocking=True)
+        self._on_device.release(batch)
+        self._on_host.release(batch)
 
     def _offload_storage(self, batch: Hashable, storage: torch.UntypedStorage) -> _Offloaded | None:
-        """Move the bytes of a storage out; None where it stays as it is."""
+        """Move the bytes of a storage out; return None if it stays as it is."""
         size = storage.nbytes()
         if self._on_device.take(batch, size):
             return None
@@ -118,9 +118,9 @@ class HiddenStateOffloader:
         try:
             with file.open("wb", buffering=0) as stream:
                 host = storage.cpu()
-                rest = _memory_of(host)
-                while rest:
-                    rest = rest[stream.write(rest) :]
+                unwritten = _memory_of(host)
+                while unwritten:
+                    unwritten = unwritten[stream.write(unwritten) :]
         except OSError as error:
             raise RunFailed(
                 f"Hidden states cannot be written to {file.parent.parent}: {error.strerror}.",
@@ -130,12 +130,12 @@ class HiddenStateOffloader:
 
 
 def _owns_its_storage(tensor: torch.Tensor) -> bool:
-    """Whether nothing of a storage is beyond a tensor; a weight's is never a hidden state's own."""
+    """Whether a tensor covers its whole storage; parameters do not count."""
     return not isinstance(tensor, torch.nn.Parameter) and tensor.untyped_storage().nbytes() == tensor.nbytes > 0
 
 
 def _as_tensor(storage: torch.UntypedStorage) -> torch.Tensor:
-    """uint8 over a storage."""
+    """Return a uint8 view of a storage."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
@@ -146,12 +146,12 @@ def _memory_of(storage: torch.UntypedStorage) -> memoryview:
 
 def _read(file: Path, storage: torch.UntypedStorage) -> None:
     host = storage if storage.device.type == "cpu" else torch.UntypedStorage(storage.nbytes())
-    rest = _memory_of(host)
+    unread = _memory_of(host)
     with file.open("rb", buffering=0) as stream:
-        while rest:
-            count = stream.readinto(rest)
+        while unread:
+            count = stream.readinto(unread)
             if not count:
                 raise RunFailed(f"{file} is shorter than what was written to it.", "Run it again.")
-            rest = rest[count:]
+            unread = unread[count:]
     if host is not storage:
         storage.copy_(host)

@@ -1,4 +1,4 @@
-"""What a streamed model predicts: every answer in passes that share one reading of the weights."""
+"""Language model of the partition ``streaming``: all passes of a request share one reading of the weights."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ from avss_dist.models.layers import Layer
 from avss_dist.models.patching import Patch
 from avss_dist.models.skipping import Skip, explaining, require_skippable
 from avss_dist.models.sublayers import without_sublayers
-from avss_dist.partition.streaming.passes import PLAN, Beginning, Passes, Record, planned
+from avss_dist.partition.streaming.passes import PASS_PLAN, Passes, PassStart, Record, following
 from avss_dist.stats.layer_stats import Float64
 
-MOST_WAITING = 2 << 30  # bytes of hidden states of passes that wait at once, where no limit is given
+MAX_WAITING_BYTES = 2 << 30  # of hidden states of all waiting passes, without a limit by the user
 
 T = TypeVar("T")
 
 
 class StreamingLanguageModel(LanguageModel):
-    """See `causal_lm.LanguageModel`. It is made while all layers have some numbers, and gets ``passes`` then."""
+    """Language model whose layers are loaded one at a time; see `causal_lm.LanguageModel`.
+
+    It is constructed while all layers have random weights; ``passes`` is set afterwards.
+    """
 
     keeps_hidden_states = False
     passes: Passes | None = None
@@ -43,11 +46,11 @@ class StreamingLanguageModel(LanguageModel):
         assert self.passes is not None
         return self.passes
 
-    def _some(self, batches: Sequence[Batch], passes: int) -> Iterator[range]:
-        """Indices of batches whose hidden states fit, so many times each, one group after the other."""
-        room = MOST_WAITING if self._ready.host_bytes is None else self._ready.host_bytes
-        most = max((batch.input_ids.size for batch in batches), default=1) * self.token_bytes
-        step = max(1, room // (passes * most))
+    def _groups(self, batches: Sequence[Batch], passes: int) -> Iterator[range]:
+        """Return groups of batch indices whose hidden states fit in memory, ``passes`` times each."""
+        room = MAX_WAITING_BYTES if self._ready.host_bytes is None else self._ready.host_bytes
+        largest = max((batch.input_ids.size for batch in batches), default=1) * self.token_bytes
+        step = max(1, room // (passes * largest))
         return (range(start, min(start + step, len(batches))) for start in range(0, len(batches), step))
 
     @contextmanager
@@ -59,24 +62,24 @@ class StreamingLanguageModel(LanguageModel):
             layer.module: Skip(layer, partial(call, layer.module), self.forms.get(layer.index), residual_scale)
             for layer in require_skippable(self.layers, whole_layers(removed))
         }
-        plan = replace(PLAN.get(), skips={**PLAN.get().skips, **skips})
-        with planned(plan), without_sublayers(self.layers, removed), explaining(self.checkpoint.name, removed):
+        plan = replace(PASS_PLAN.get(), skips={**PASS_PLAN.get().skips, **skips})
+        with following(plan), without_sublayers(self.layers, removed), explaining(self.checkpoint.name, removed):
             yield
 
     @contextmanager
     def beginning(self, layer: int, hidden: torch.Tensor) -> Iterator[None]:
-        """Inside, passes begin with what a layer gives; `resumes` says whether that may be."""
-        forms = {one.module: self.forms[one.index] for one in self.layers}
-        with planned(replace(PLAN.get(), begins=Beginning(layer, hidden, forms))):
+        """Have passes start with the output of a layer inside the context; allowed if `resumes`."""
+        forms = {known.module: self.forms[known.index] for known in self.layers}
+        with following(replace(PASS_PLAN.get(), begins=PassStart(layer, hidden, forms))):
             yield
 
     @contextmanager
     def patched(self, patch: Patch) -> Iterator[None]:
-        """See `causal_lm.LanguageModel`. Backward passes take the weights as they were."""
+        """See `causal_lm.LanguageModel`. Backward passes use the unpatched weights."""
         changes: dict[nn.Module, dict[str, torch.Tensor]] = {}
         for (layer, path), value in patch.items():
             changes.setdefault(self.layers[layer].module, {})[path] = value
-        with planned(replace(PLAN.get(), changes=changes)):
+        with following(replace(PASS_PLAN.get(), changes=changes)):
             yield
 
     @contextmanager
@@ -87,7 +90,7 @@ class StreamingLanguageModel(LanguageModel):
             yield partial(self._ready.call, layer.module)
 
     def value(self, layer: int, path: str) -> torch.Tensor:
-        """A parameter of a layer, read."""
+        """Read a parameter of a layer."""
         with self._ready.window() as window:
             window.load(self._ready.index(self.layers[layer].module))
             return self.layers[layer].module.get_parameter(path).detach().clone()
@@ -114,7 +117,7 @@ class StreamingLanguageModel(LanguageModel):
         return self._ready.run(functions)
 
     def losses_under(self, batches: Sequence[Batch], interventions: Sequence[Intervention]) -> list[Float64]:
-        """See `causal_lm.LanguageModel`. A pass without more layers forks from the first one's, where they differ."""
+        """See `causal_lm.LanguageModel`. A pass that removes more layers forks from the first one where they differ."""
         first, branches = interventions[0], self.branches(interventions)
         losses: dict[tuple[Intervention, int], Float64] = {}
 
@@ -128,23 +131,23 @@ class StreamingLanguageModel(LanguageModel):
 
         def ask_first(i: int) -> None:
             forks = {
-                self.layers[layer].module: [partial(fork, one, i) for one, at in branches.items() if at == layer]
+                self.layers[layer].module: [partial(fork, branch, i) for branch, at in branches.items() if at == layer]
                 for layer in set(branches.values())
             }
-            with planned(replace(PLAN.get(), forks=forks)):
+            with following(replace(PASS_PLAN.get(), forks=forks)):
                 ask(first, i)
 
-        others = [one for one in dict.fromkeys(interventions[1:]) if one not in branches and one != first]
-        for some in self._some(batches, 2 * len(interventions)):
+        others = [other for other in dict.fromkeys(interventions[1:]) if other not in branches and other != first]
+        for group in self._groups(batches, 2 * len(interventions)):
             self._ready.run(
-                [*(partial(ask_first, i) for i in some), *(partial(ask, one, i) for one in others for i in some)]
+                [*(partial(ask_first, i) for i in group), *(partial(ask, other, i) for other in others for i in group)]
             )
-        return [np.concatenate([losses[one, i] for i in range(len(batches))]) for one in interventions]
+        return [np.concatenate([losses[key, i] for i in range(len(batches))]) for key in interventions]
 
     def backpropagate(
         self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
     ) -> list[Watcher]:
-        """See `causal_lm.LanguageModel`. Each layer runs again on the way back, when its weights are there again."""
+        """See `causal_lm.LanguageModel`. Each layer runs again in the backward pass, when it is loaded again."""
         if not self.resumes:
             raise ModelError(
                 f"`partition` streaming has no gradients of a {self.family} model: more than hidden states goes from "
@@ -152,29 +155,29 @@ class StreamingLanguageModel(LanguageModel):
                 "Use `partition` single.",
             )
         keeps = max((watcher.keeps for watcher in watchers), default=0)
-        for some in self._some(batches, len(self.layers) * (1 + keeps) + draws):
-            self._backpropagate([batches[i] for i in some], [watchers[i] for i in some], draws, seed)
+        for group in self._groups(batches, len(self.layers) * (1 + keeps) + draws):
+            self._backpropagate([batches[i] for i in group], [watchers[i] for i in group], draws, seed)
         return list(watchers)
 
     def _backpropagate(self, batches: Sequence[Batch], watchers: Sequence[Watcher], draws: int, seed: int) -> None:
-        layers = [layer for layer in self.layers if layer.module not in PLAN.get().skips]
+        layers = [layer for layer in self.layers if layer.module not in PASS_PLAN.get().skips]
         records = [Record(layers[-1].module, self.forms[layers[-1].index]) for _ in batches]
 
         def forward(batch: Batch, record: Record, watcher: Watcher) -> list[torch.Tensor]:
-            """The gradients of what the last layer gives, of the text's labels and of each draw's."""
-            found = []
+            """Return the gradients of the last layer's output, for the text's labels and for each draw."""
+            leaf_gradients = []
             try:
-                with planned(replace(PLAN.get(), record=record)), watcher.watch():
+                with following(replace(PASS_PLAN.get(), record=record)), watcher.watch():
                     hidden = self.hidden_states(batch)
                 leaf = record.leaf.pop()
                 for number, gradient in enumerate(self.loss_gradients(hidden.detach(), batch, draws, seed)):
                     hidden.backward(gradient, retain_graph=number < draws)
-                    found.append(_taken(leaf))
+                    leaf_gradients.append(_take_gradient(leaf))
             finally:
                 torch.set_grad_enabled(False)
-            return found
+            return leaf_gradients
 
-        passes = [partial(forward, *one) for one in zip(batches, records, watchers, strict=True)]
+        passes = [partial(forward, *arguments) for arguments in zip(batches, records, watchers, strict=True)]
         gradients = self._ready.run(passes)
         with self._ready.window(backwards=True) as window:
             for module in [layer.module for layer in reversed(layers)]:
@@ -184,11 +187,11 @@ class StreamingLanguageModel(LanguageModel):
                         leaf, output = record.calls.pop(module).rerun(partial(self._ready.call, module))
                         for number, gradient in enumerate(gradients[i]):
                             output.backward(gradient, retain_graph=number < draws)
-                            gradients[i][number] = _taken(leaf)
+                            gradients[i][number] = _take_gradient(leaf)
 
 
-def _taken(leaf: torch.Tensor) -> torch.Tensor:
-    """The gradient that a leaf has, which it has no more then."""
+def _take_gradient(leaf: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of a leaf, and remove it there."""
     gradient, leaf.grad = leaf.grad, None
     assert gradient is not None
     return gradient

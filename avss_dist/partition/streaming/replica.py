@@ -1,6 +1,6 @@
-"""One layer resident at a time: every batch of a shard runs through a layer before the next layer's weights come.
+"""Partition ``streaming``: every batch of a shard runs through a layer before the next layer's weights are loaded.
 
-So a checkpoint larger than memory costs one read of its files a shard. See `streaming.passes` for how.
+A checkpoint larger than memory therefore costs one read of its files for each shard. See `streaming.passes`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from avss_dist.partition.cost import Calibration, PartitionCost, Usage
 from avss_dist.partition.streaming.buffers import buffer_bytes
 from avss_dist.partition.streaming.language_model import StreamingLanguageModel
 from avss_dist.partition.streaming.passes import Passes
-from avss_dist.partition.streaming.weights import Weights
+from avss_dist.partition.streaming.weights import StreamedWeights
 from avss_dist.settings import Settings
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class StreamingCost(PartitionCost):
-    """Memory and time of a run by streaming: one or two layers are in memory, and hidden states wait."""
+    """Memory and time of a run with one or two layers and the waiting hidden states in memory."""
 
     @staticmethod
     def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
@@ -63,11 +63,11 @@ class StreamingCost(PartitionCost):
 
 
 class StreamingReplica:
-    """See `partition.base.Replica`.
+    """Model whose layers are loaded one at a time; see `partition.base.Replica`.
 
     ``placement.max_memory["cpu"]`` limits weights and waiting hidden states in host memory. Weights take up to two
-    layers of it; hidden states for which they leave no room wait in files in ``placement.offload_folder``. On a GPU
-    they wait in its own memory first, as far as layers and batches leave some.
+    layers of it; hidden states that do not fit beside them wait in files in ``placement.offload_folder``. On a GPU they
+    first wait in the memory that layers and batches leave.
 
     Raises:
         ConfigError: the limit has no room for one layer.
@@ -82,14 +82,14 @@ class StreamingReplica:
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
         self.device = pick_device(settings.device)
         keep_freed_memory()
-        self._weights = Weights(checkpoint, settings, head=head)
+        self._weights = StreamedWeights(checkpoint, settings, head=head)
         model = self._weights.model
         backbone, config = without_head(model), model.config.get_text_config()
         lists = layer_lists(backbone, getattr(config, "num_hidden_layers", None), settings.layers)
         modules = [module for layers in lists.values() for module in layers]
         used = model if head else backbone
-        self._parts, rest = self._weights.split(modules, used)
-        self._weights.load(rest, self.device)
+        self._parts, outside = self._weights.split(modules, used)
+        self._weights.load(outside, self.device)
         self._weights.resolve_ties(used)
         model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.device))
         with quiet(), self._weights.fill_random(self._parts, self.device):
@@ -100,8 +100,8 @@ class StreamingReplica:
         self.model: Mapping[str, Any] = describe(opened, "streaming")
         self._run = forward_function(opened.module)
         order = [index for index, _ in groupby(modules.index(layer.module) for layer in self.layers)]
-        host_bytes = self._left_for_hidden_states(placement.max_memory.get("cpu"))
-        device_bytes = self._left_on_device(checkpoint, settings, placement.max_memory.get("0"))
+        host_bytes = self._host_bytes_for_hidden_states(placement.max_memory.get("cpu"))
+        device_bytes = self._device_bytes_for_hidden_states(checkpoint, settings, placement.max_memory.get("0"))
         self._passes = Passes(
             modules, self._weights, self._parts, order, self.device, device_bytes, host_bytes, placement.offload_folder
         )
@@ -110,7 +110,7 @@ class StreamingReplica:
 
     @property
     def bytes_read(self) -> int:
-        """Number of bytes of weights that were read so far."""
+        """Number of bytes of weights read so far."""
         return self._weights.bytes_read
 
     def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
@@ -126,17 +126,17 @@ class StreamingReplica:
         """See `partition.base.Replica`."""
         return [counted]
 
-    def _left_for_hidden_states(self, most: int | None) -> int | None:
-        """Return the bytes of host memory that weights leave of ``most``; None is no limit."""
-        if most is None:
+    def _host_bytes_for_hidden_states(self, maximum: int | None) -> int | None:
+        """Return the bytes of host memory that weights leave of a maximum; None is no limit."""
+        if maximum is None:
             return None
         layer = max(buffer_bytes(part.stored) for part in self._parts)
         tensors = (*self._weights.model.parameters(), *self._weights.model.buffers())
-        rest = sum(t.nbytes for t in tensors if t.device.type == "cpu")
-        require_room_for_a_layer(layer + rest, most)
-        return max(0, most - 2 * layer - rest)
+        outside = sum(t.nbytes for t in tensors if t.device.type == "cpu")
+        require_room_for_a_layer(layer + outside, maximum)
+        return max(0, maximum - 2 * layer - outside)
 
-    def _left_on_device(self, checkpoint: Checkpoint, settings: Settings, most: int | None) -> int:
+    def _device_bytes_for_hidden_states(self, checkpoint: Checkpoint, settings: Settings, maximum: int | None) -> int:
         """Return the bytes of a GPU that two layers and two batches at their peak leave for waiting hidden states."""
         if self.device.type != "cuda":
             return 0
@@ -148,7 +148,7 @@ class StreamingReplica:
         layer = max(buffer_bytes(part.stored) for part in self._parts)
         shape = settings.batch_size, settings.sequence_length
         batch = size.activation_bytes(*shape) + size.logit_bytes(*shape)
-        return max(0, min(free, most or free) - 2 * layer - 2 * batch)
+        return max(0, min(free, maximum or free) - 2 * layer - 2 * batch)
 
     def close(self) -> None:
         """Drop the weights."""

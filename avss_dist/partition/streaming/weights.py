@@ -1,8 +1,8 @@
-"""A model whose weights stay in the checkpoint's files, and on the meta device, until a part of them is loaded.
+"""A model on the meta device whose weights stay in the checkpoint's files until a part of them is loaded.
 
-transformers builds the model and says what goes where: it is given tensors with a name, a shape and a dtype, and no
-numbers. What it only renamed is read straight into its place; what it rearranged (experts that it fuses, say) goes
-through its own conversion, with the tensors of one part.
+transformers builds the model from tensors that have a name, a shape and a dtype, but no data, which shows where each
+stored tensor goes. Renamed tensors are read straight into place. Rearranged ones, such as fused experts, go through
+transformers' own conversion, with the tensors of one part.
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ _RANDOM_BLOCK, _RANDOM_OFFSETS, _RANDOM_STEP = 1 << 20, 1 << 16, 997
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A parameter or buffer: its shape and dtype, the (module, name) of every place, and what it is in the files.
+    """Parameter or buffer of the model that is loaded on demand.
 
-    ``stored`` is None where transformers makes it of other tensors.
+    Attributes:
+        meta: meta tensor with its shape and dtype.
+        places: (module, name) of every place that holds it.
+        stored: the stored tensor that it is equal to; None if transformers converts it from other tensors.
     """
 
     meta: torch.Tensor
@@ -41,7 +44,7 @@ class Weight:
     stored: StoredTensor | None
 
     def assign(self, tensor: torch.Tensor) -> None:
-        """Set the same tensor in every place."""
+        """Set a tensor in every place."""
         # As `single` has it: by weights that want no gradient, torch multiplies in another way.
         wants = self.meta.requires_grad if isinstance(self.meta, nn.Parameter) else tensor.is_floating_point()
         parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=wants)
@@ -52,44 +55,44 @@ class Weight:
                 module._parameters[name] = parameter
 
     def unload(self) -> None:
-        """Leave shape and dtype in its places, and no numbers."""
+        """Replace the tensor in every place by the meta tensor."""
         self.assign(self.meta)
 
     def current(self) -> torch.Tensor:
-        """What its places hold: numbers, if one of them has any."""
-        held = [module._buffers.get(name, module._parameters.get(name)) for module, name in self.places]
-        return next((tensor for tensor in held if tensor is not None and not tensor.is_meta), self.meta)
+        """Return the tensor in its places: the loaded one if there is one, else the meta tensor."""
+        tensors = [module._buffers.get(name, module._parameters.get(name)) for module, name in self.places]
+        return next((tensor for tensor in tensors if tensor is not None and not tensor.is_meta), self.meta)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Weights that come and go together; ``sources`` are the stored tensors that transformers makes some of them of."""
+    """Weights that are loaded together; ``sources`` are the stored tensors from which some of them are converted."""
 
     weights: tuple[Weight, ...]
     sources: tuple[StoredTensor, ...]
 
     @property
     def stored(self) -> tuple[StoredTensor, ...]:
-        """Everything that is read."""
+        """All stored tensors that are read for this part."""
         return (*(weight.stored for weight in self.weights if weight.stored), *self.sources)
 
     def uses(self, buffer: AnyBuffer) -> bool:
-        """Whether some of its weights are in a buffer."""
+        """Whether a buffer holds some of its weights."""
         return any(buffer.holds(weight.current()) for weight in self.weights)
 
     def unload(self) -> None:
-        """Leave no numbers of it in the model."""
+        """Remove its weights from the model."""
         for weight in self.weights:
             weight.unload()
 
 
-class Weights:
-    """A checkpoint's weights.
+class StreamedWeights:
+    """Weights of a checkpoint that are loaded part by part.
 
     Attributes:
-        model: the transformers model, head and all. What the checkpoint has is on the meta device at first; what it
-            lacks is initialized, on the CPU.
-        bytes_read: of weights, so far.
+        model: the transformers model with its head. Stored weights are on the meta device at first; others are
+            initialized on the CPU.
+        bytes_read: number of bytes of weights read so far.
 
     Raises:
         ModelError: the weights cannot be read part by part; the message says why.
@@ -105,10 +108,10 @@ class Weights:
         self._conversion = Conversion(self.model, [entry.stored for entry in unread if entry.stored not in taken])
 
     def split(self, layers: Sequence[nn.Module], backbone: nn.Module) -> tuple[list[Part], Part]:
-        """Return a part for each layer, and one for the other tensors of the backbone, with those that layers share.
+        """Return a part for each layer, and one for the other weights of the backbone and those that layers share.
 
         Raises:
-            ModelError: it is unknown which stored tensors a weight is made of.
+            ModelError: the stored tensors of a converted weight are unknown.
         """
         inside = [set(layer.modules()) for layer in layers]
         uses = Counter(module for modules in inside for module in modules)
@@ -122,40 +125,40 @@ class Weights:
         ]
         below = set(backbone.modules())
         needed = {key for key, w in self._weights.items() if any(module in below for module, _ in w.places)}
-        rest = (needed | self._unclear_ties()).difference(*parts)
-        return [self._part(keys) for keys in parts], self._part(rest)
+        remaining = (needed | self._unclear_ties()).difference(*parts)
+        return [self._part(keys) for keys in parts], self._part(remaining)
 
     def _part(self, keys: set[int]) -> Part:
         weights = tuple(weight for key, weight in self._weights.items() if key in keys)
-        made = any(weight.stored is None for weight in weights)
-        return Part(weights, self._conversion.sources(keys) if made else ())
+        is_converted = any(weight.stored is None for weight in weights)
+        return Part(weights, self._conversion.sources(keys) if is_converted else ())
 
     def load(self, part: Part, device: torch.device, buffer: AnyBuffer | None = None) -> None:
         """Read a part's weights and set them in the model, on a device.
 
         Args:
-            buffer: read into this; weights that need no conversion then stay there.
+            buffer: buffer to read into, which then holds the weights that need no conversion.
 
         Raises:
-            ModelError: a file has changed, or transformers does not make of its tensors what it made before.
+            ModelError: a file has changed, or transformers cannot convert its tensors.
         """
         tensors = self._read(part.stored, buffer)
         for weight in [weight for weight in part.weights if weight.stored]:
             weight.assign(next(tensors).to(device, non_blocking=True).to(weight.meta.dtype))  # converted there
         if part.sources:
-            self._conversion.make({stored.name: next(tensors) for stored in part.sources})
+            self._conversion.convert({stored.name: next(tensors) for stored in part.sources})
         for weight in part.weights:
             if not weight.stored:
                 weight.assign(_require_numbers(weight).detach().to(device))
 
     def _read(self, stored: Sequence[StoredTensor], buffer: AnyBuffer | None) -> Iterator[torch.Tensor]:
-        self.bytes_read += sum(one.size for one in stored)
+        self.bytes_read += sum(tensor.size for tensor in stored)
         if buffer:
             return buffer.read(stored)
-        return chain.from_iterable(ReadBuffer(buffer_bytes([one])).read([one]) for one in stored)
+        return chain.from_iterable(ReadBuffer(buffer_bytes([tensor])).read([tensor]) for tensor in stored)
 
     def resolve_ties(self, backbone: nn.Module) -> None:
-        """Tie what the configuration ties and the files hold twice, if it is equal; keep what the backbone needs."""
+        """Tie equal weights that the configuration ties and the files store twice; keep those of the backbone."""
         unclear = self._unclear_ties()
         if not unclear:
             return
@@ -166,7 +169,7 @@ class Weights:
                 self._weights[key].unload()
 
     def _unclear_ties(self) -> set[int]:
-        """Weights that the configuration ties to others, and that are tensors of their own in the files."""
+        """Return the ids of weights that the configuration ties although the files store them separately."""
         paths = {module: path for path, module in self.model.named_modules()}
         keys = {f"{paths[m]}.{name}": key for key, weight in self._weights.items() for m, name in weight.places}
         pairs = [(keys.get(a), keys.get(b)) for a, b in (self.model.all_tied_weights_keys or {}).items()]
@@ -174,7 +177,7 @@ class Weights:
 
     @contextmanager
     def fill_random(self, parts: Sequence[Part], device: torch.device) -> Iterator[None]:
-        """Fill parts with small random numbers: views of shared memory. Nothing is read, and nothing is left."""
+        """Fill parts with small random numbers inside the context, as views of shared memory, without reading files."""
         weights = [weight for part in parts for weight in part.weights]
         sizes: dict[torch.dtype, int] = {}
         for meta in (weight.meta for weight in weights):
@@ -204,7 +207,7 @@ def _refuse(checkpoint: Checkpoint, settings: Settings) -> None:
 
 
 class _Unread:
-    """A stored tensor as transformers sees it while it loads: wherever it is to go, it is on the meta device."""
+    """Stand-in of a stored tensor while transformers loads the model, which places it on the meta device."""
 
     def __init__(self, stored: StoredTensor) -> None:
         self.stored = stored
@@ -223,13 +226,13 @@ class _Unread:
         return self.placed
 
     def is_whole(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor that shares its storage is all of it, as it lies."""
+        """Whether a tensor that shares the storage has its shape and strides, too."""
         placed = self.placed
         return placed is not None and (tensor.shape, tensor.stride()) == (placed.shape, placed.stride())
 
 
 def _weights(model: nn.Module, unread: Iterable[_Unread]) -> dict[int, Weight]:
-    """Return the tensors of a model that are on the meta device, by id."""
+    """Return the weights of a model that are on the meta device, by id of the tensor."""
     by_storage = {entry.placed.untyped_storage()._cdata: entry for entry in unread if entry.placed is not None}
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     tensors: dict[int, torch.Tensor] = {}
@@ -238,12 +241,12 @@ def _weights(model: nn.Module, unread: Iterable[_Unread]) -> dict[int, Weight]:
             if tensor is not None and tensor.is_meta:
                 places.setdefault(id(tensor), []).append((module, name))
                 tensors[id(tensor)] = tensor
-    found = {}
+    weights = {}
     for key, tensor in tensors.items():
         entry = by_storage.get(tensor.untyped_storage()._cdata)
         stored = entry.stored if entry and entry.is_whole(tensor) else None
-        found[key] = Weight(tensor, tuple(places[key]), stored)
-    return found
+        weights[key] = Weight(tensor, tuple(places[key]), stored)
+    return weights
 
 
 def _require_numbers(weight: Weight) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The weights of at most two layers at a time: of the one that computes, and of the next, which is on its way."""
+"""Weights of at most two layers in memory: the one that computes, and the next one, which is being read."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 import torch
 
 from avss_dist.partition.streaming.buffers import AnyBuffer, ReadBuffer, ZeroCopyBuffer, buffer_bytes, readahead
-from avss_dist.partition.streaming.weights import Part, Weights
+from avss_dist.partition.streaming.weights import Part, StreamedWeights
 from avss_dist.system.memory import release_freed_memory
 
 LARGE_BYTES = 64_000_000  # of a layer: beside its arithmetic, taking fresh pages once costs nothing
 
 
 class Window:
-    """Inside ``with``, one layer's weights are in the model at a time; afterwards none are, and no thread is left.
+    """Context in which one layer's weights are in the model at a time; at its end no weights and no thread remain.
 
     Args:
-        parts: of the layers, by index.
-        order: layers in the order in which they will run, as far as it is known: what to read ahead.
-        buffers: memory to read into, kept from pass to pass; empty at first.
+        parts: weights of the layers, by index.
+        order: indices of the layers in their expected order, for reading ahead.
+        buffers: memory to read into, reused from pass to pass; empty at first.
     """
 
     def __init__(
         self,
-        weights: Weights,
+        weights: StreamedWeights,
         parts: Sequence[Part],
         order: Sequence[int],
         device: torch.device,
@@ -55,7 +55,7 @@ class Window:
         self._unload()
 
     def load(self, index: int) -> None:
-        """Return when a layer's weights are in place: another's are unloaded, and the next one's are being read."""
+        """Load a layer's weights, after unloading those of another layer, and start to read the next layer's."""
         if index == self._loaded:
             return
         self._unload()
@@ -88,7 +88,7 @@ class Window:
             self._buffers.append(buffer)
 
     def _read_ahead(self) -> None:
-        """For a GPU, weights are copied to it. For a CPU it is enough that the system has them in memory."""
+        """Start to read the next layer: to a GPU by a copy, for a CPU into the page cache."""
         if self._coming and self._stream:
             self._start_reading(self._coming[0])
         elif self._coming:
@@ -99,11 +99,11 @@ class Window:
         return self._reading
 
     def _mark(self) -> Any:
-        """The work on the device until now: it may still use memory that the next weights will take."""
+        """Return an event after the device's current work, which may still use memory that the next weights take."""
         return torch.cuda.current_stream(self._device).record_event() if self._stream else None
 
     def _read(self, index: int, mark: Any) -> AnyBuffer | None:
-        """Load a layer's weights; the buffer that holds some of them, if one does."""
+        """Load a layer's weights; return the buffer that holds some of them, or None."""
         part = self._parts[index]
         buffer = self._buffers.pop() if self._buffers else self._new_buffer()
         with torch.no_grad(), torch.cuda.stream(self._stream) if self._stream else nullcontext():
