@@ -172,7 +172,8 @@ def _quantizer(checkpoint: Checkpoint, config: Any, method: str) -> Any:
         return AutoHfQuantizer.from_config(copy.deepcopy(quantization_settings(config)), pre_quantized=True)
     except ImportError as error:
         raise ModelError(
-            f"'{checkpoint.name}' is quantized ({method}), which needs a package that is not installed: {first_line(error)}"
+            f"'{checkpoint.name}' is quantized ({method}), which needs a package that is not installed: "
+            f"{first_line(error)}"
         ) from error
     except _REFUSALS as error:
         raise ModelError(
